@@ -1,0 +1,29 @@
+"""lowmem: train deep networks on cards that are too small for them.
+
+The names below are imported on first use, so that `import lowmem` (and `lowmem --help`) stays free of torch
+(invariant 11).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "models": ("lowmem.models", None),
+    "Config": ("lowmem.config", "Config"),
+    "run_training": ("lowmem.api", "run_training"),
+    "resume_training": ("lowmem.api", "resume_training"),
+}
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        module, attribute = _LAZY[name]
+    except KeyError:
+        raise AttributeError(f"module 'lowmem' has no attribute {name!r}") from None
+    loaded = import_module(module)
+    return loaded if attribute is None else getattr(loaded, attribute)

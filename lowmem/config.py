@@ -1,0 +1,203 @@
+"""Settings: frozen, validated when made, with a dotted name each. No torch, no defaults hidden elsewhere.
+
+`Config` holds what a run is; `OPERATIONAL` names the few settings that may differ when a run is resumed, because they
+cannot change what is computed. How settings are gathered (recipe, file, flags, --set) is in `lowmem.settings`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from lowmem.errors import UsageError
+
+BLOCK_LAYOUT: dict[tuple[int, str], tuple[int, int, int, int]] = {
+    (20, "basic"): (2, 2, 3, 2),
+    (34, "basic"): (3, 4, 6, 3),
+    (50, "bottleneck"): (3, 4, 6, 3),
+    (56, "basic"): (6, 6, 9, 6),
+    (56, "bottleneck"): (3, 4, 9, 3),  # really 59 layers; the report calls it 56
+    (101, "bottleneck"): (3, 4, 23, 3),
+    (110, "basic"): (9, 16, 20, 9),
+    (110, "bottleneck"): (3, 4, 26, 3),
+}
+_DEPTHS = sorted({depth for depth, _ in BLOCK_LAYOUT})
+ARCHITECTURES: tuple[str, ...] = tuple(f"{kind}{depth}" for kind in ("res", "cnn") for depth in _DEPTHS)
+
+
+def resolve_block(arch: str, block: str | None) -> str:
+    """The block of an architecture: the asked one if the family has it, else what the report used for that depth.
+
+    Raises UsageError for an unknown architecture or a block that the family does not have at that depth.
+    """
+    if arch not in ARCHITECTURES:
+        raise UsageError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
+    depth = int(arch[3:])
+    known = [name for d, name in BLOCK_LAYOUT if d == depth]
+    if block is None:
+        return known[0]
+    if block not in known:
+        raise UsageError(f"{arch} has no {block!r} blocks in this family: use --block {' or --block '.join(known)}")
+    return block
+
+
+def _check_source(source: str) -> str:
+    if source in {"cifar10", "fashion-mnist", "shapes"} or (source.startswith("folder:") and len(source) > 7):
+        return source
+    raise ValueError(f"{source!r} is no data source: use cifar10, fashion-mnist, shapes or folder:PATH")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """The network: a name of the family, its block (`basic`, `bottleneck`) and the stem's channels."""
+
+    arch: str = "res20"
+    block: Literal["basic", "bottleneck"] = "basic"
+    width: PositiveInt = 64
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_block(cls, values: object) -> object:
+        if isinstance(values, dict):
+            arch = values.get("arch", "res20")
+            if not isinstance(arch, str):
+                raise ValueError(f"{arch!r} is no architecture name")
+            values = {**values, "block": resolve_block(arch, values.get("block"))}
+        return values
+
+
+class DataConfig(_Section):
+    """Where pictures come from. `root`: folder that holds (or receives) cifar10 and fashion-mnist files."""
+
+    source: Annotated[str, AfterValidator(_check_source)] = "cifar10"
+    root: str = "data"
+    cache: str | None = Field(default=None, description="folder for decoded pictures; default: the user's cache folder")
+    download: bool = True
+    train_subset: PositiveInt | None = Field(
+        default=None, description="train on this many pictures, the same share of every class, chosen by the seed"
+    )
+    test_subset: PositiveInt | None = Field(default=None, description="test on this many pictures, chosen likewise")
+    val_split: NonNegativeInt = Field(default=0, description="hold back this many training pictures")
+    augment: bool = Field(default=True, description="random crop with padding 4 and random horizontal flip")
+
+
+class OptimConfig(_Section):
+    """SGD (Sutskever et al. form as in torch.optim.SGD); weight decay on every parameter."""
+
+    lr: PositiveFloat = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    nesterov: bool = False
+
+
+class ScheduleConfig(_Section):
+    """Step schedule. Milestones are epochs of a run of `reference_epochs`; a run of another length scales them.
+
+    `low_start`: He et al. (2016, section 4.2) start the 110-layer net at lr 0.01 until its training error is under
+    80 %. `auto`: for depths of 110 and more. It ends at the latest at the first milestone, and is decided at the end
+    of an epoch, from that epoch's training error.
+    """
+
+    milestones: tuple[PositiveFloat, ...] = (81, 122)
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    reference_epochs: PositiveInt = 164
+    low_start: Literal["auto", "on", "off"] = "auto"
+    low_start_lr: PositiveFloat = 0.01
+    low_start_until_error_pct: Annotated[float, Field(gt=0, lt=100)] = 80.0
+
+    @model_validator(mode="after")
+    def _rising(self) -> ScheduleConfig:
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones {list(self.milestones)} do not rise: write them in rising order, each once")
+        return self
+
+
+class TrainConfig(_Section):
+    """The step. `batch` is the effective batch; `micro_batch` pictures at a time go through the network."""
+
+    epochs: PositiveInt = 164
+    batch: PositiveInt = 128
+    micro_batch: PositiveInt | None = None
+    max_steps: PositiveInt | None = Field(default=None, description="stop after this many steps (trials)")
+    precision: Literal["auto", "fp32", "amp"] = "auto"
+    memory_format: Literal["auto", "contiguous", "channels-last"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    eval_batch: PositiveInt | None = Field(default=None, description="pictures at a time in evaluation; default: batch")
+    log_every_steps: PositiveInt = 20
+
+    @model_validator(mode="after")
+    def _micro_fits(self) -> TrainConfig:
+        if self.micro_batch is not None and self.micro_batch > self.batch:
+            raise ValueError(f"micro_batch {self.micro_batch} is larger than batch {self.batch}: lower it or leave it out")
+        return self
+
+
+class CheckpointConfig(_Section):
+    """When to save: every epoch, and every N minutes and N steps if set. `keep` good generations stay."""
+
+    every_minutes: PositiveFloat | None = 10.0
+    every_steps: PositiveInt | None = None
+    keep: Annotated[int, Field(ge=2)] = 2
+
+
+class Config(_Section):
+    """Everything that defines a run."""
+
+    recipe: str = "report"
+    seed: NonNegativeInt = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+# What may differ on resume: it changes where, how often and how long, not what is computed.
+OPERATIONAL: frozenset[str] = frozenset(
+    {
+        "train.device",
+        "train.max_steps",
+        "train.log_every_steps",
+        "data.root",
+        "data.cache",
+        "data.download",
+        "checkpoint.every_minutes",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+    }
+)
+
+
+def flatten(config: Config) -> dict[str, object]:
+    """`{"model.arch": "res20", ...}` in the order of the classes above; tuples become lists."""
+    flat: dict[str, object] = {}
+    for name, value in config.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{key}": inner for key, inner in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def known_keys() -> tuple[str, ...]:
+    """Every dotted name."""
+    return tuple(flatten(Config()))
+
+
+def nest(flat: dict[str, object]) -> dict[str, object]:
+    """The inverse of `flatten` on plain values: dotted names -> nested dictionaries."""
+    nested: dict[str, object] = {}
+    for key, value in flat.items():
+        section, _, name = key.partition(".")
+        if name:
+            inner = nested.setdefault(section, {})
+            assert isinstance(inner, dict)
+            inner[name] = value
+        else:
+            nested[section] = value
+    return nested

@@ -1,0 +1,106 @@
+"""ResNet for 3x32x32 pictures, residual or plain, with Basic or Bottleneck blocks.
+
+He, Zhang, Ren, Sun: "Deep Residual Learning for Image Recognition", CVPR 2016, in the four-stage CIFAR form that is
+usual in PyTorch code; parameter names are the usual ones, so that state dicts can be exchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def _conv(in_planes: int, planes: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_planes, planes, kernel, stride=stride, padding=kernel // 2, bias=False)
+
+
+def _projection(in_planes: int, planes: int, stride: int, residual: bool) -> nn.Sequential | None:
+    """1x1 convolution + batch norm where the shape changes; an empty sequence is the identity; None without shortcuts."""
+    if not residual:
+        return None
+    if stride == 1 and in_planes == planes:
+        return nn.Sequential()
+    return nn.Sequential(_conv(in_planes, planes, 1, stride), nn.BatchNorm2d(planes))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions. `shortcut` is None in a plain net, which then has none of its parameters."""
+
+    expansion = 1
+
+    def __init__(self, in_planes: int, planes: int, stride: int = 1, residual: bool = True) -> None:
+        super().__init__()
+        self.conv1 = _conv(in_planes, planes, 3, stride)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = _conv(planes, planes, 3)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.shortcut = _projection(in_planes, planes * self.expansion, stride, residual)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.shortcut is not None:
+            out = out + self.shortcut(x)
+        return F.relu(out)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride), 1x1 to four times the planes. `shortcut` is None in a plain net."""
+
+    expansion = 4
+
+    def __init__(self, in_planes: int, planes: int, stride: int = 1, residual: bool = True) -> None:
+        super().__init__()
+        self.conv1 = _conv(in_planes, planes, 1)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = _conv(planes, planes, 3, stride)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = _conv(planes, planes * self.expansion, 1)
+        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
+        self.shortcut = _projection(in_planes, planes * self.expansion, stride, residual)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        if self.shortcut is not None:
+            out = out + self.shortcut(x)
+        return F.relu(out)
+
+
+class ResNet(nn.Module):
+    """Stem of `width` channels, four stages of width*(1, 2, 4, 8) planes, 4x4 average pool, linear.
+
+    Takes float [N, in_channels, 32, 32]; returns logits, float [N, num_classes].
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        blocks_per_stage: Sequence[int],
+        *,
+        width: int = 64,
+        residual: bool = True,
+        num_classes: int = 10,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        self.conv1 = _conv(in_channels, width, 3)
+        self.bn1 = nn.BatchNorm2d(width)
+        in_planes = width
+        for number, (count, stride) in enumerate(zip(blocks_per_stage, (1, 2, 2, 2), strict=True), start=1):
+            planes = width * 2 ** (number - 1)
+            stage: list[nn.Module] = []
+            for index in range(count):
+                stage.append(block(in_planes, planes, stride if index == 0 else 1, residual))
+                in_planes = planes * block.expansion
+            self.add_module(f"layer{number}", nn.Sequential(*stage))
+        self.linear = nn.Linear(in_planes, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        out = F.avg_pool2d(out, 4)
+        return self.linear(out.flatten(1))

@@ -1,0 +1,54 @@
+"""Bytes: parse what people type, format what people read. Everywhere else a size is an integer of bytes (invariant 6)."""
+
+from __future__ import annotations
+
+import re
+
+KIB = 1024
+MIB = 1024**2
+GIB = 1024**3
+
+_FACTORS = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1024**4}
+_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]?)(?:i?B)?\s*", re.IGNORECASE)
+
+
+def parse_size(text: str | int) -> int:
+    """`"6G"`, `"1200M"`, `"1.5GiB"` or a plain count of bytes -> bytes. Units are binary: `6G` is 6 * 1024**3.
+
+    Raises ValueError on anything else, zero and negative sizes included.
+    """
+    if isinstance(text, bool):
+        raise ValueError(f"{text!r} is not a size: write it like 6G, 1200M or a number of bytes")
+    if isinstance(text, int):
+        size = text
+    else:
+        match = _SIZE.fullmatch(text)
+        if match is None:
+            raise ValueError(f"{text!r} is not a size: write it like 6G, 1200M or a number of bytes")
+        size = int(float(match["number"]) * _FACTORS[match["unit"].upper()])
+    if size <= 0:
+        raise ValueError(f"{text!r} is not a positive size: write it like 6G, 1200M or a number of bytes")
+    return size
+
+
+def format_size(size_bytes: int | None) -> str:
+    """Bytes -> text for humans: `5,416 MiB`, `12.3 GiB` from 10 GiB on, `?` for an unknown size."""
+    if size_bytes is None:
+        return "?"
+    if abs(size_bytes) < KIB:
+        return f"{size_bytes} B"
+    if abs(size_bytes) < MIB:
+        return f"{size_bytes / KIB:,.0f} KiB"
+    if abs(size_bytes) < 10 * GIB:
+        return f"{size_bytes / MIB:,.0f} MiB"
+    return f"{size_bytes / GIB:,.1f} GiB"
+
+
+def format_duration(seconds: float | None) -> str:
+    """Seconds -> `1:02:03` or `2:03`; `?` for unknown. Negative values are shown as zero."""
+    if seconds is None:
+        return "?"
+    total = max(0, round(seconds))
+    hours, rest = divmod(total, 3600)
+    minutes, secs = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
