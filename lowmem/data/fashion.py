@@ -1,0 +1,134 @@
+"""Fashion-MNIST from its original IDX files, compressed or plain.
+
+The 28x28 grey pictures become 32x32 RGB without resampling: two black pixels on every side, the grey three times.
+"""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchvision.datasets import FashionMNIST
+
+from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Source
+from lowmem.errors import DataError
+
+CLASSES = (
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle-boot",
+)
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts them
+
+_GREY_SIDE = 28
+_IMAGES_MAGIC, _LABELS_MAGIC = 2051, 2049
+_NAMES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+
+def read(root: str | Path, *, download: bool) -> Source:
+    """Fashion-MNIST from `root`, `root/fashion-mnist`, torchvision's place under `root`, or Debian's package.
+
+    Raises DataError if it is in none of them and cannot be fetched, or if a file is not what it should be.
+    """
+    base = Path(root).expanduser()
+    places = [base, base / "fashion-mnist", base / "FashionMNIST" / "raw", DEBIAN_FOLDER]
+    folder = next((place for place in places if _holds_any(place)), None)
+    if folder is None:
+        folder = _fetch(base, download)
+    return Source("fashion-mnist", CLASSES, _part(folder, "train"), _part(folder, "test"))
+
+
+def _fetch(base: Path, download: bool) -> Path:
+    why = "data.download is off"
+    if download:
+        try:
+            base.mkdir(parents=True, exist_ok=True)
+            FashionMNIST(str(base), download=True)
+            return base / "FashionMNIST" / "raw"
+        except (OSError, RuntimeError, EOFError) as error:
+            why = f"it cannot be downloaded: {' '.join(str(error).split())}"
+    raise DataError(
+        f"Fashion-MNIST is not in {base} ({why}): put its four files there (train-images-idx3-ubyte.gz ...), "
+        "install Debian's dataset-fashion-mnist, or use --data shapes, which needs no files"
+    )
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    candidates = (folder / name, folder / f"{name}.gz")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _holds_any(folder: Path) -> bool:
+    return any(_find(folder, name) for pair in _NAMES.values() for name in pair)
+
+
+def _part(folder: Path, part: str) -> Pictures:
+    paths = []
+    for name in _NAMES[part]:
+        path = _find(folder, name)
+        if path is None:
+            raise DataError(
+                f"{folder / name} (or .gz) is missing: Fashion-MNIST needs all four files in one folder"
+            )
+        paths.append(path)
+    grey = read_idx(paths[0], _IMAGES_MAGIC)
+    labels = read_idx(paths[1], _LABELS_MAGIC)
+    if grey.shape[1:] != (_GREY_SIDE, _GREY_SIDE):
+        raise DataError(
+            f"{paths[0]} holds pictures of {grey.shape[1]}x{grey.shape[2]}, Fashion-MNIST's are 28x28"
+        )
+    if len(grey) != len(labels) or not len(grey):
+        raise DataError(
+            f"{paths[0].name} holds {len(grey):,} pictures, {paths[1].name} {len(labels):,} labels: "
+            f"one of them is of another data set; fetch both again into {folder}"
+        )
+    if labels.max() >= len(CLASSES):
+        raise DataError(
+            f"{paths[1]} holds the label {labels.max()}, Fashion-MNIST's are 0 to 9: fetch it again"
+        )
+    border = (SIDE - _GREY_SIDE) // 2
+    padded = np.pad(grey, ((0, 0), (border, border), (border, border)))
+    images = np.ascontiguousarray(np.broadcast_to(padded[:, None], (len(grey), CHANNELS, SIDE, SIDE)))
+    return Pictures(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
+
+
+def read_idx(path: Path, magic: int) -> NDArray[np.uint8]:
+    """An IDX file of bytes, plain or gzip: uint8 with the shape its header says.
+
+    Raises DataError for a wrong magic number, a size that is not the header's, or a damaged archive.
+    """
+    again = "fetch it again"
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({error}): {again}") from error
+    found = struct.unpack(">I", data[:4])[0] if len(data) >= 4 else None
+    if found != magic:
+        raise DataError(
+            f"{path} begins with {found}, an IDX file of this kind with {magic}: it is something else; {again}"
+        )
+    header = 4 + 4 * (magic & 0xFF)  # the last byte of the magic number counts the dimensions
+    if len(data) < header:
+        raise DataError(f"{path} ends within its header ({len(data)} of {header} bytes): {again}")
+    shape = struct.unpack(f">{magic & 0xFF}I", data[4:header])
+    expected = header + int(np.prod(shape, dtype=object))
+    if len(data) != expected:
+        raise DataError(
+            f"{path} holds {len(data):,} bytes, its header says {expected:,}: it is damaged; {again}"
+        )
+    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)

@@ -1,0 +1,159 @@
+"""A built-in data set: ten classes of shapes and textures, drawn by arithmetic, with nothing on disk.
+
+It is for trials, tests and `doctor`: hard for a linear model (colours, polarity, place, size and angle are random),
+easy for a small convolutional net. Pixels come from addressed words and integer arithmetic only, so they are the
+same bits everywhere and with every seed of a run, as the pictures of any other data set are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lowmem import addressed
+from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Source
+
+Ints = NDArray[np.int32]
+Mask = NDArray[np.bool_]
+
+TRAIN_PICTURES = 10_000
+TEST_PICTURES = 2_000
+
+_UNIT = 64  # lengths are in 1/64 pixel
+_TURN = 64  # directions in a full turn
+# Cosines times 256, rounded: far enough from ties that every platform's library gives the same integers.
+_COS = np.rint(256 * np.cos(np.arange(_TURN) * 2 * np.pi / _TURN)).astype(np.int32)
+_SIN = np.rint(256 * np.sin(np.arange(_TURN) * 2 * np.pi / _TURN)).astype(np.int32)
+_DATA_SEED = 20_261_101  # names this data set; another number would be another data set
+_CHUNK = 1000  # pictures drawn at a time: temporaries stay in tens of MiB
+_NOISE = 56  # noise is uniform in -_NOISE.._NOISE grey levels
+
+
+def _disc(u: Ints, v: Ints, r: Ints) -> Mask:
+    return u * u + v * v < r * r * 9 // 10
+
+
+def _square(u: Ints, v: Ints, r: Ints) -> Mask:
+    return np.maximum(abs(u), abs(v)) * 6 < r * 5
+
+
+def _triangle(u: Ints, v: Ints, r: Ints) -> Mask:
+    slanted = np.maximum(abs(u) * 222 + v * 128 >> 8, -v)  # outward normals 120 degrees apart
+    return slanted * 10 < r * 6
+
+
+def _cross(u: Ints, v: Ints, r: Ints) -> Mask:
+    small, large = np.minimum(abs(u), abs(v)), np.maximum(abs(u), abs(v))
+    return (small * 10 < r * 3) & (large < r)
+
+
+def _ring(u: Ints, v: Ints, r: Ints) -> Mask:
+    distance = u * u + v * v
+    return (distance < r * r) & (distance * 100 > r * r * 36)
+
+
+def _stripes(u: Ints, v: Ints, r: Ints) -> Mask:
+    return u // (r // 3) % 2 == 0
+
+
+def _checker(u: Ints, v: Ints, r: Ints) -> Mask:
+    return (u // (r // 2) + v // (r // 2)) % 2 == 0
+
+
+def _dots(u: Ints, v: Ints, r: Ints) -> Mask:
+    pitch = r * 3 // 4
+    a, b = u % pitch - pitch // 2, v % pitch - pitch // 2
+    return (a * a + b * b) * 9 < pitch * pitch
+
+
+def _ripples(u: Ints, v: Ints, r: Ints) -> Mask:
+    distance = np.sqrt((u * u + v * v).astype(np.float64)).astype(
+        np.int32
+    )  # IEEE: correctly rounded everywhere
+    return distance // (r // 3) % 2 == 0
+
+
+def _zigzag(u: Ints, v: Ints, r: Ints) -> Mask:
+    pitch = r * 2 // 3
+    return (v + abs(u % (2 * pitch) - pitch)) // (r // 3) % 2 == 0
+
+
+_CLASSES: dict[str, Callable[[Ints, Ints, Ints], Mask]] = {
+    "disc": _disc,
+    "square": _square,
+    "triangle": _triangle,
+    "cross": _cross,
+    "ring": _ring,
+    "stripes": _stripes,
+    "checker": _checker,
+    "dots": _dots,
+    "ripples": _ripples,
+    "zigzag": _zigzag,
+}
+
+
+def generate(train: int = TRAIN_PICTURES, test: int = TEST_PICTURES) -> Source:
+    """The data set; picture i of a part is of class i % 10 and does not depend on how many there are."""
+    return Source("shapes", tuple(_CLASSES), draw("train", train), draw("test", test))
+
+
+def draw(part: str, count: int) -> Pictures:
+    """Pictures 0..count-1 of a part (`train`, `test`)."""
+    images = np.empty((count, CHANNELS, SIDE, SIDE), dtype=np.uint8)
+    labels = np.arange(count, dtype=np.int64) % len(_CLASSES)
+    for start in range(0, count, _CHUNK):
+        indices = np.arange(start, min(start + _CHUNK, count))
+        images[indices] = _draw_pictures(part, indices, labels[indices])
+    return Pictures(torch.from_numpy(images), torch.from_numpy(labels))
+
+
+def _uniform(part: str, name: str, indices: NDArray[np.int64], low: int, high: int) -> Ints:
+    """One integer in low..high (both included) per index, shaped [K, 1, 1]."""
+    words = addressed.draw_uint64(addressed.derive_seed(_DATA_SEED, "shapes", part, name), indices)
+    value = (words >> np.uint64(16)) % np.uint64(high - low + 1)
+    return (value.astype(np.int32) + np.int32(low)).reshape(-1, 1, 1)
+
+
+def _draw_pictures(part: str, indices: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """uint8 [K, 3, 32, 32]: a mask in two colours, a shade across it, and noise."""
+    mask = _draw_masks(part, indices, labels)
+    noise = _noise(part, indices)
+    canvas = np.empty((len(indices), CHANNELS, SIDE, SIDE), dtype=np.uint8)
+    ramp = np.arange(SIDE, dtype=np.int32) * 2 - (SIDE - 1)
+    for channel in range(CHANNELS):
+        back = _uniform(part, f"back{channel}", indices, 0, 255)
+        # Adding 64..191 modulo 256 keeps the two colours at least 64 apart, either being the brighter one.
+        fore = (back + _uniform(part, f"fore{channel}", indices, 64, 191)) % 256
+        across = _uniform(part, f"across{channel}", indices, -32, 32) * ramp.reshape(1, 1, SIDE)
+        down = _uniform(part, f"down{channel}", indices, -32, 32) * ramp.reshape(1, SIDE, 1)
+        plain = np.where(mask, fore, back) + (across + down >> 5)
+        canvas[:, channel] = np.clip(plain + noise[:, channel], 0, 255)
+    return canvas
+
+
+def _draw_masks(part: str, indices: NDArray[np.int64], labels: NDArray[np.int64]) -> Mask:
+    """bool [K, 32, 32]: the class's figure at a random place, size and angle."""
+    at = (np.arange(SIDE, dtype=np.int32) * _UNIT + _UNIT // 2)[None]
+    x = at[:, None, :] - _uniform(part, "x", indices, 11 * _UNIT, 21 * _UNIT)
+    y = at[:, :, None] - _uniform(part, "y", indices, 11 * _UNIT, 21 * _UNIT)
+    angle = _uniform(part, "angle", indices, 0, _TURN - 1)
+    cos, sin = _COS[angle], _SIN[angle]
+    u, v = (x * cos + y * sin) >> 8, (y * cos - x * sin) >> 8
+    size = _uniform(part, "size", indices, 8 * _UNIT, 13 * _UNIT)
+    mask = np.empty(u.shape, dtype=np.bool_)
+    for label, figure in enumerate(_CLASSES.values()):
+        mine = labels == label
+        mask[mine] = figure(u[mine], v[mine], size[mine])
+    return mask
+
+
+def _noise(part: str, indices: NDArray[np.int64]) -> Ints:
+    """int32 [K, 3, 32, 32]: eight levels of noise from the eight bytes of each word."""
+    words_each = CHANNELS * SIDE * SIDE // 8
+    addresses = indices[:, None] * words_each + np.arange(words_each)
+    words = addressed.draw_uint64(addressed.derive_seed(_DATA_SEED, "shapes", part, "noise"), addresses)
+    levels = words.astype("<u8").view(np.uint8).astype(np.int32)  # little-endian: the same bytes everywhere
+    return ((levels - 128) * _NOISE // 128).reshape(len(indices), CHANNELS, SIDE, SIDE)
