@@ -1,0 +1,198 @@
+"""report.md: the table, the figures by relative path, and a section for each run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from statistics import median
+
+from lowmem.report.figures import Picture
+from lowmem.report.naming import run_names
+from lowmem.report.palette import network_name
+from lowmem.report.published import ASSUMED, describe_source
+from lowmem.report.tables import TABLE_HEADER, UNKNOWN, TableRow, percent, without_run
+from lowmem.runs.history import BestWeights, History
+from lowmem.units import format_duration, format_size
+
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~$&!^])")
+
+
+def escape(text: object) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return _SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
+
+
+def render(histories: Sequence[History], rows: Sequence[TableRow], pictures: Sequence[Picture]) -> str:
+    """The whole document. `histories` and `rows` are in the same order."""
+    parts = ["# Training report", "## Final test errors", *_table(rows), *_explain_table(histories)]
+    parts.append("## Figures")
+    if not pictures:
+        parts.append("No run here has completed an epoch: there is nothing to draw yet.")
+    for picture in pictures:
+        parts += [f"### {picture.title}", f"![{picture.title}]({picture.file_name})", picture.remark]
+    parts.append("## Runs")
+    for history, name in zip(histories, run_names(histories), strict=True):
+        parts += _run_section(history, name)
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[TableRow]) -> list[str]:
+    lines = ["| " + " | ".join(TABLE_HEADER) + " |", "|---|---|---:|---:|---:|---|"]
+    lines += ["| " + " | ".join(escape(cell) for cell in row.cells()) + " |" for row in rows]
+    return ["\n".join(lines)]
+
+
+def _explain_table(histories: Sequence[History]) -> list[str]:
+    parts = [
+        "Final is the error after the last completed epoch, not the lowest on the way. *Published* are the "
+        "final test errors of the report that these networks come from. It states SGD, momentum 0.9, weight "
+        "decay 1e-4, cross-entropy and CIFAR-10 in colour; batch, epochs, learning rate and augmentation it "
+        "does not state. For those the usual setting is assumed, and what departs from it is marked "
+        f"{escape(ASSUMED)}. Only a run in whose row nothing differs compares with the published figure."
+    ]
+    missing = without_run(histories)
+    if missing:
+        listed = ", ".join(f"{name} {percent(error)}" for name, error in missing.items())
+        parts.append(f"Published networks without a run here: {listed}.")
+    return parts
+
+
+# --- one run --------------------------------------------------------------------------------------
+
+
+def _run_section(history: History, name: str) -> list[str]:
+    lines = [
+        ("State", _state(history)),
+        ("Settings", _settings(history)),
+        ("Best weights", _best(history.best)),
+        ("Lowest test error", _lowest(history)),
+        ("Time", _time(history)),
+        ("Peak memory", _memory(history)),
+        ("Hardware", _from_env(history, ("device", "gpu", "card", "driver", "cpu", "platform"))),
+        (
+            "Versions",
+            _from_env(history, ("lowmem", "git_commit", "python", "torch", "torchvision", "cuda", "cudnn")),
+        ),
+        *(("Note", escape(note)) for note in history.notes),
+    ]
+    heading = f"### {escape(name)} ({escape(network_name(history.config.model))})"
+    return [heading, "\n".join(f"- {title}: {text}" for title, text in lines)]
+
+
+def _state(history: History) -> str:
+    done, asked, last = history.epochs_done, history.config.train.epochs, history.last
+    if history.state == "finished":
+        text = f"finished, {asked} epochs"
+    elif last is None:
+        text = f"no epoch of {asked} completed yet"
+        logged = [row for row in history.steps if row.loss is not None]
+        text += f"; newest logged step {logged[-1].step:,} with loss {logged[-1].loss:.4g}" if logged else ""
+    else:
+        text = f"at epoch {done} of {asked}"
+    if history.state == "stopped as planned":
+        most = history.config.train.max_steps
+        text += ", stopped as planned" + (f" (train.max\\_steps {most:,})" if most else "")
+    elif history.state == "unfinished":
+        text += ", not finished (interrupted, or still running)"
+    resumed = history.times_resumed
+    if resumed:
+        text += ", interrupted and resumed " + ("once" if resumed == 1 else f"{resumed} times")
+    if (
+        last is not None and last.train_loss is not None and last.train_loss - last.train_loss != 0
+    ):  # NaN or infinite
+        text += "; **diverged: the training loss is no number any more**"
+    return text
+
+
+def _settings(history: History) -> str:
+    config = history.config
+    model, data, optim, schedule, train = (
+        config.model,
+        config.data,
+        config.optim,
+        config.schedule,
+        config.train,
+    )
+    scale = train.epochs / schedule.reference_epochs
+    drops = ", ".join(f"{milestone * scale:.3g}" for milestone in schedule.milestones)
+    said = [
+        f"{model.block} blocks, width {model.width}",
+        describe_source(data.source) + ("" if data.augment else ", not augmented"),
+        f"{train.epochs} epochs",
+        f"batch {train.batch}" + (f" in micro-batches of {train.micro_batch}" if train.micro_batch else ""),
+        f"SGD, lr {optim.lr:g}, times {schedule.gamma:g} after epochs {drops}"
+        if drops
+        else f"SGD, lr {optim.lr:g}",
+        f"momentum {optim.momentum:g}" + (" (Nesterov)" if optim.nesterov else ""),
+        f"weight decay {optim.weight_decay:g}",
+        f"precision {train.precision}",
+        f"seed {config.seed}",
+    ]
+    if data.train_subset is not None:
+        said.append(f"{data.train_subset:,} training pictures")
+    if data.test_subset is not None:
+        said.append(f"{data.test_subset:,} test pictures")
+    said.append(
+        f"{data.val_split:,} training pictures held back"
+        if data.val_split
+        else "no training pictures held back"
+    )
+    return escape("; ".join(said))
+
+
+def _best(best: BestWeights | None) -> str:
+    if best is None:
+        return f"{UNKNOWN} (none saved)"
+    where = "at an unknown epoch" if best.epoch is None else f"of epoch {best.epoch}"
+    text = f"{where}, error {percent(best.error_pct)}"
+    if best.chosen_on == "val":
+        return f"{text} on the held-back training pictures, on which they were chosen"
+    if best.chosen_on == "test":
+        return (
+            f"{text} on the test set, **on which they were chosen: this error is optimistic** and no "
+            "estimate for new pictures; hold back training pictures (--val-split) to avoid that"
+        )
+    return f"{text}; on what they were chosen is not recorded"
+
+
+def _lowest(history: History) -> str:
+    known = [(row.test_error_pct, row.epoch) for row in history.epochs if row.test_error_pct is not None]
+    if not known:
+        return UNKNOWN
+    error, epoch = min(known)
+    return f"{percent(error)} at epoch {epoch} (seen afterwards, so optimistic)"
+
+
+def _time(history: History) -> str:
+    elapsed = None if history.last is None else history.last.elapsed_seconds
+    rates = [row.images_per_second for row in history.epochs if row.images_per_second is not None]
+    rate = (
+        f"{median(rates):,.0f} images/s in training (median over epochs)" if rates else f"{UNKNOWN} images/s"
+    )
+    return f"{UNKNOWN if elapsed is None else format_duration(elapsed)} in all; {rate}"
+
+
+def _memory(history: History) -> str:
+    def largest(values: Iterable[int | None]) -> str:
+        known = [value for value in values if value is not None]
+        return format_size(max(known)) if known else UNKNOWN
+
+    return (
+        f"{largest(row.peak_allocated_bytes for row in history.epochs)} allocated, "
+        f"{largest(row.peak_reserved_bytes for row in history.epochs)} reserved, "
+        f"{largest(row.device_used_bytes for row in history.epochs)} of the whole device"
+    )
+
+
+def _from_env(history: History, keys: Sequence[str]) -> str:
+    known = [(key, history.env.get(key)) for key in keys]
+    return (
+        escape("; ".join(f"{key} {_plain(value)}" for key, value in known if value not in (None, "")))
+        or UNKNOWN
+    )
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
+    return ", ".join(map(_plain, value)) if isinstance(value, list) else str(value)

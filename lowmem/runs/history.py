@@ -1,0 +1,323 @@
+"""Read back what a run left in its folder, as typed rows. No torch: a report is written on any machine.
+
+A run may have died at any moment, so the last line of a file may be half written: a line without its line
+end is left out and said in `History.notes`. Any other damage of `config.yaml`, `metrics.csv` or `steps.csv`
+is an error that names the file and the line, because a curve with silent holes is worse than none.
+`env.json`, `events.jsonl` and the weights' metadata only colour the report: what cannot be read there is
+left out and noted.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
+from lowmem.config import Config
+from lowmem.errors import UsageError
+from lowmem.runs.columns import INTEGER, METRICS, STEPS
+
+State = Literal["finished", "stopped as planned", "unfinished"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRow:
+    """A line of metrics.csv. `None` is unknown; a diverged run has NaN or infinite losses."""
+
+    epoch: int
+    step: int
+    lr: float | None = None
+    train_loss: float | None = None
+    train_error_pct: float | None = None
+    test_loss: float | None = None
+    test_error_pct: float | None = None
+    images_per_second: float | None = None
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    device_used_bytes: int | None = None
+    elapsed_seconds: float | None = None
+    val_loss: float | None = None
+    val_error_pct: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow:
+    """A line of steps.csv."""
+
+    step: int
+    epoch: int | None = None
+    lr: float | None = None
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of events.jsonl: its kind, its time as written, and everything else it says."""
+
+    kind: str
+    time: str | float | None
+    detail: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class BestWeights:
+    """What weights/best.safetensors says of itself. `chosen_on`: "val" or "test", the pictures it was chosen
+    on.
+    """
+
+    epoch: int | None
+    step: int | None
+    error_pct: float | None
+    chosen_on: str | None
+
+
+@dataclass(frozen=True)
+class History:
+    """All that is known of a run. `classes`: outputs of the network, None if neither weights nor data set
+    tell.
+    """
+
+    path: Path
+    name: str
+    config: Config
+    env: Mapping[str, object]
+    epochs: tuple[EpochRow, ...]
+    steps: tuple[StepRow, ...]
+    events: tuple[Event, ...]
+    best: BestWeights | None
+    classes: int | None
+    notes: tuple[str, ...]
+
+    @property
+    def last(self) -> EpochRow | None:
+        """The newest completed epoch, or None before the first."""
+        return self.epochs[-1] if self.epochs else None
+
+    @property
+    def epochs_done(self) -> int:
+        return self.epochs[-1].epoch if self.epochs else 0
+
+    @property
+    def times_resumed(self) -> int:
+        return sum(event.kind == "resume" for event in self.events)
+
+    @property
+    def state(self) -> State:
+        """Finished when all epochs are there; "stopped as planned" when it said `done` earlier
+        (train.max_steps).
+        """
+        if self.epochs_done >= self.config.train.epochs:
+            return "finished"
+        for event in reversed(self.events):
+            if event.kind == "done":
+                return "stopped as planned"
+            if event.kind in {"start", "resume"}:
+                break
+        return "unfinished"
+
+
+def read_history(run: Path) -> History:
+    """Read a run folder. Raises UsageError if there is none at `run`, or if it is damaged (see the module's
+    text).
+    """
+    run = Path(run)
+    if not run.exists():
+        raise UsageError(f"{run} does not exist: give the folder of a run, as in runs/res20")
+    if not run.is_dir() or not (run / "config.yaml").is_file():
+        raise UsageError(
+            f"{run} is not a run folder (no config.yaml in it): give the folder of a run, as in runs/res20"
+        )
+    notes: list[str] = []
+    config = _read_config(run / "config.yaml")
+    return History(
+        path=run,
+        name=run.resolve().name,  # "." and "runs/res20/" have a name as well
+        config=config,
+        env=_read_env(run / "env.json", notes),
+        epochs=_read_table(run / "metrics.csv", METRICS, "epoch", EpochRow, notes),
+        steps=_read_table(run / "steps.csv", STEPS, "step", StepRow, notes),
+        events=_read_events(run / "events.jsonl", notes),
+        best=_read_best(run / "weights" / "best.safetensors", notes),
+        classes=_count_classes(run, config),
+        notes=tuple(notes),
+    )
+
+
+def _read_config(path: Path) -> Config:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None else ""
+        raise UsageError(f"{path}{where} cannot be read as YAML: restore the file") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds no settings: restore the file")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{path}: {key}: {first['msg']}: was it written by another version?") from error
+    except UsageError as error:  # an unknown architecture or block speaks for itself
+        raise UsageError(f"{path}: {error}") from error
+
+
+# --- CSV ------------------------------------------------------------------------------------------
+
+
+def _whole_lines(path: Path, notes: list[str]) -> list[str]:
+    """The lines that have their line end. A run killed while writing leaves one without; a power cut leaves
+    NULs.
+    """
+    text = path.read_bytes().decode(
+        "utf-8", errors="replace"
+    )  # a bad byte then fails as a number, with its line
+    whole, _, rest = text.rpartition("\n")
+    if rest:
+        notes.append(f"the last line of {path.name} was half written and is left out")
+    return [line.removesuffix("\r") for line in whole.split("\n")] if whole else []
+
+
+Row = TypeVar("Row", EpochRow, StepRow)
+
+
+def _read_table(
+    path: Path, known: tuple[str, ...], rising: str, row: type[Row], notes: list[str]
+) -> tuple[Row, ...]:
+    """Rows of a CSV file; none if it is not there yet. `rising`: the column that must rise from line to
+    line.
+    """
+    if not path.exists():
+        return ()
+    lines = _whole_lines(path, notes)
+    if not lines:
+        return ()
+    header = _read_header(path, lines[0], known, row)
+    rows = [_read_row(path, number, line, header, row) for number, line in enumerate(lines[1:], start=2)]
+    for number, (before, after) in enumerate(pairwise(rows), start=3):
+        if getattr(after, rising) <= getattr(before, rising):
+            raise UsageError(
+                f"{path} line {number}: {rising} {getattr(after, rising)} follows {rising} "
+                f"{getattr(before, rising)}: lines are doubled or out of order"
+            )
+    return tuple(rows)
+
+
+def _read_header(path: Path, line: str, known: tuple[str, ...], row: type[Row]) -> list[str]:
+    header = next(csv.reader([line]), [])
+    needed = [field.name for field in fields(row) if not _may_be_unknown(field.name, row)]
+    unknown = [name for name in header if name not in known]
+    missing = [name for name in needed if name not in header]
+    if unknown or missing or len(set(header)) != len(header):
+        wrong = (
+            f"unknown column {unknown[0]!r}"
+            if unknown
+            else f"no column {missing[0]!r}"
+            if missing
+            else "doubled column"
+        )
+        raise UsageError(f"{path} line 1: {wrong}: the columns are {','.join(known)}")
+    return header
+
+
+def _read_row(path: Path, number: int, line: str, header: list[str], row: type[Row]) -> Row:
+    try:
+        values = next(csv.reader([line], strict=True), [])
+    except csv.Error as error:
+        raise UsageError(f"{path} line {number}: {error}") from error
+    if len(values) != len(header):
+        raise UsageError(f"{path} line {number}: {len(values)} fields where the header has {len(header)}")
+    parsed: dict[str, Any] = {}
+    for name, value in zip(header, values, strict=True):
+        convert: Callable[[str], int | float] = int if name in INTEGER else float
+        try:
+            parsed[name] = convert(value) if value else None
+        except ValueError as error:
+            raise UsageError(f"{path} line {number}: {name} is {value!r}, which is no number") from error
+        if parsed[name] is None and not _may_be_unknown(name, row):
+            raise UsageError(f"{path} line {number}: {name} is empty")
+    return row(**parsed)
+
+
+def _may_be_unknown(name: str, row: type[Row]) -> bool:
+    return name != "step" and not (name == "epoch" and row is EpochRow)
+
+
+# --- JSON and weights -----------------------------------------------------------------------------
+
+
+def _read_env(path: Path, notes: list[str]) -> dict[str, object]:
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        values = None
+    if not isinstance(values, dict):
+        notes.append(f"{path.name} cannot be read: hardware and versions are unknown")
+        return {}
+    return values
+
+
+def _read_events(path: Path, notes: list[str]) -> tuple[Event, ...]:
+    if not path.exists():
+        return ()
+    events: list[Event] = []
+    for number, line in enumerate(_whole_lines(path, notes), start=1):
+        try:
+            values = json.loads(line)
+        except ValueError:
+            values = None
+        if not isinstance(values, dict) or not isinstance(values.get("event"), str):
+            notes.append(f"{path.name} line {number} cannot be read and is left out")
+            continue
+        detail = {key: value for key, value in values.items() if key not in {"event", "time"}}
+        time = values.get("time")
+        events.append(Event(values["event"], time if isinstance(time, str | int | float) else None, detail))
+    return tuple(events)
+
+
+def _read_best(path: Path, notes: list[str]) -> BestWeights | None:
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+    except (SafetensorError, OSError):
+        notes.append(f"weights/{path.name} cannot be read")
+        return None
+    epoch, step = (_number(metadata.get(name)) for name in ("epoch", "step"))
+    return BestWeights(
+        epoch=None if epoch is None else int(epoch),
+        step=None if step is None else int(step),
+        error_pct=_number(metadata.get("error_pct")),
+        chosen_on=metadata.get("chosen_on") or None,
+    )
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text) if text else math.nan
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _count_classes(run: Path, config: Config) -> int | None:
+    """From the exported weights' last layer, else from what the data set is known to be."""
+    for name in ("last.safetensors", "best.safetensors"):
+        try:
+            with safe_open(run / "weights" / name, framework="numpy") as file:
+                return int(file.get_slice("linear.bias").get_shape()[0])
+        except (SafetensorError, OSError):
+            continue
+    return 10 if config.data.source in {"cifar10", "fashion-mnist"} else None
