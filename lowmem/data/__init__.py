@@ -1,6 +1,7 @@
 """Where pictures come from, and how they reach the network: `load` a `Dataset`, draw `TrainBatches` from it.
 
-Every choice made here (subset, order, crop, flip) is a function of an address, see `lowmem.addressed` (invariant 3).
+Every choice made here (subset, order, crop, flip) is a function of an address, see `lowmem.addressed`
+(invariant 3).
 """
 
 from lowmem.data.batches import TrainBatches, eval_batches

@@ -1,9 +1,10 @@
-"""Batches: order, crop and flip as pure functions of (seed, epoch, sample index), applied to a whole batch at once.
+"""Batches: order, crop and flip as pure functions of (seed, epoch, sample index), for a whole batch at once.
 
-The crop is torchvision's `RandomCrop(32, padding=4)`: black pixels around the picture, before normalisation. The
-pictures stay uint8 and unpadded where the network is (154 MB for the 50,000 of CIFAR-10; kept padded they would be
-240 MB of a small card). A batch is padded, its rows chosen by `index_select` (on the CPU a copy of 40 bytes each) and
-its columns, mirrored or not, by one `gather`; the alternatives tried are in `benchmarks/augmentation.py`.
+The crop is torchvision's `RandomCrop(32, padding=4)`: black pixels around the picture, before normalisation.
+The pictures stay uint8 and unpadded where the network is (154 MB for the 50,000 of CIFAR-10; kept padded
+they would be 240 MB of a small card). A batch is padded, its rows are chosen by `index_select` (on a CPU a
+copy of 40 bytes each) and its columns, mirrored or not, by one `gather`; what else was tried is in
+`benchmarks/augmentation.py`.
 
 Known limitation: pictures are 32x32, the crop offset is 0..8.
 """
@@ -42,7 +43,7 @@ def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
 
 
 def augmentation(seed: int, epoch: int, samples: NDArray[np.integer]) -> Draws:
-    """Crop offsets and flip of `samples` (indices into the training pictures), functions of (seed, epoch, index)."""
+    """Crop offsets and flip of `samples` (indices into the training pictures), of (seed, epoch, index) alone."""
     words = addressed.draw_uint64(addressed.derive_seed(seed, "augment", epoch), samples)
     # 24 bits for each offset: the bias of the remainder is below 1e-6.
     top = (words >> np.uint64(40)) % np.uint64(_OFFSETS)
@@ -64,15 +65,15 @@ class Normalizer:
     def __call__(
         self, images: Tensor, memory_format: torch.memory_format = torch.contiguous_format
     ) -> Tensor:
-        # A subtraction and a product, not one fused multiply-add: each rounds once in every kernel, so a picture
-        # has the same bits wherever it stands in a batch, and on every device.
+        # A subtraction and a product, not one fused multiply-add: each rounds once in every kernel, so a
+        # picture has the same bits wherever it stands in a batch, and on every device.
         out = images.to(torch.float32, copy=True).sub_(self._shift).mul_(self._scale)
         # Converting last is 2.5 times faster on a CPU than widening into a channels-last tensor.
         return out.contiguous(memory_format=memory_format)
 
 
 class TrainBatches:
-    """The training batches of every epoch, by (epoch, step); no state, so that any step can be asked at any time.
+    """The training batches of every epoch, by (epoch, step): no state, any step can be asked at any time.
 
     pictures: the training pictures; they move to `device` and stay there as uint8 (no copy on the CPU).
     batch: pictures in a step; the last step of an epoch has the rest.
@@ -109,7 +110,7 @@ class TrainBatches:
     def batch(
         self, epoch: int, step: int, *, memory_format: torch.memory_format = torch.contiguous_format
     ) -> tuple[Tensor, Tensor]:
-        """Step `step` (0-based) of epoch `epoch`: float32 [B, 3, 32, 32] normalised, int64 [B], on the device.
+        """Step `step` (from 0) of epoch `epoch`: float32 [B, 3, 32, 32] normalised, int64 [B], on the device.
 
         Raises IndexError for a step that the epoch does not have.
         """
@@ -126,7 +127,7 @@ class TrainBatches:
         return (self._crop_and_flip(images, plan[1], plan[2], plan[3]) if self._augment else images), labels
 
     def _epoch_plan(self, epoch: int) -> Tensor:
-        """int64 [4, N] on the device: sample, top, left, flip, in the epoch's order; one transfer an epoch."""
+        """int64 [4, N] on the device: sample, top, left, flip in the epoch's order; one transfer an epoch."""
         if epoch != self._planned_epoch:
             order = epoch_order(self._seed, epoch, self._images.shape[0])
             draws = augmentation(self._seed, epoch, order)
@@ -135,7 +136,7 @@ class TrainBatches:
         return self._plan
 
     def _crop_and_flip(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-        """Rows top..top+31 and columns left..left+31 of the padded pictures, columns mirrored where flip is 1."""
+        """Rows from `top`, columns from `left` of the padded pictures; columns mirrored where `flip` is 1."""
         n = images.shape[0]
         padded = F.pad(images, (PADDING,) * 4).view(n * CHANNELS * _PADDED, _PADDED)
         first = torch.arange(n, device=images.device) * (CHANNELS * _PADDED) + top
@@ -154,7 +155,7 @@ def eval_batches(
     device: torch.device | str,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All pictures in order, without augmentation: float32 [B, 3, 32, 32] normalised, int64 [B], on the device.
+    """All pictures in order, not augmented: float32 [B, 3, 32, 32] normalised, int64 [B], on the device.
 
     Only the batch at hand is on the device: evaluation must not hold a second data set on a small card.
     """

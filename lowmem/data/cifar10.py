@@ -1,7 +1,7 @@
 """CIFAR-10 from its usual folder, `cifar-10-batches-py`.
 
-The batches are pickles, and a pickle can run code when read. They are therefore read only after every file has the
-MD5 that torchvision knows for it; a file that does not is refused unread.
+The batches are pickles, and a pickle can run code when read. They are therefore read only after every file
+has the MD5 that torchvision knows for it; a file that does not is refused unread.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _verify(folder: Path) -> None:
         path = folder / CIFAR10.base_folder / name
         if not check_integrity(str(path), md5):
             raise DataError(
-                f"{path} ({path.stat().st_size:,} bytes) does not have the MD5 of CIFAR-10 and was not opened: "
+                f"{path} ({path.stat().st_size:,} bytes) does not have CIFAR-10's MD5 and was not unpickled: "
                 "delete it, and it is fetched again, or unpack cifar-10-python.tar.gz anew"
             )
 

@@ -1,6 +1,7 @@
 """Fashion-MNIST from its original IDX files, compressed or plain.
 
-The 28x28 grey pictures become 32x32 RGB without resampling: two black pixels on every side, the grey three times.
+The 28x28 grey pictures become 32x32 RGB without resampling: two black pixels on every side, the grey three
+times.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def read_idx(path: Path, magic: int) -> NDArray[np.uint8]:
     found = struct.unpack(">I", data[:4])[0] if len(data) >= 4 else None
     if found != magic:
         raise DataError(
-            f"{path} begins with {found}, an IDX file of this kind with {magic}: it is something else; {again}"
+            f"{path} begins with {found}, this kind of IDX file with {magic}: it is something else; {again}"
         )
     header = 4 + 4 * (magic & 0xFF)  # the last byte of the magic number counts the dimensions
     if len(data) < header:

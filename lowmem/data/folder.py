@@ -1,13 +1,207 @@
-"""Pictures in folders: stub."""
+"""Pictures in folders: `train/<class>/*` and `test/<class>/*`, of any size, as 32x32 RGB.
+
+They are decoded with Pillow, resized with its BICUBIC filter (which widens with the scale, so shrinking does
+not alias) unless they are 32x32 already, and kept decoded in a verified cache, see `lowmem.data.cache`. The
+cache is rebuilt when a name, a size or a modification time changes.
+
+Known limitations: proportions are not kept; transparency is dropped; one frame of an animation is read.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem.data.pictures import Progress, Source
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from lowmem.data import cache as cached
+from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Progress, Source
 from lowmem.errors import DataError
 
+PARTS = ("train", "test")
+FILTER = Image.Resampling.BICUBIC
+_DECODER = "pillow bicubic 32x32 rgb 1"  # part of the cache's signature: raise the number when pixels change
+_IGNORED = {
+    "thumbs.db",
+    "desktop.ini",
+}  # files that a file manager leaves behind; hidden ones are ignored too
+_CHUNK = 256  # pictures a task: few enough for a smooth progress, many enough that tasks cost nothing
 
-def read(path: str | Path, *, cache: str | None, progress: Progress | None) -> Source:
-    """Not there yet."""
-    raise DataError(f"{path}: folders are not read yet; use --data shapes")
+
+@dataclass(frozen=True)
+class Entry:
+    """A picture file; `size_bytes` and `modified_ns` tell whether it changed."""
+
+    path: str
+    label: int
+    size_bytes: int
+    modified_ns: int
+
+
+def read(path: str | Path, *, cache: str | Path | None, progress: Progress | None) -> Source:
+    """The pictures under `path`, from the cache if nothing has changed since.
+
+    `progress("decoding pictures", done, total)` is called while decoding. Raises DataError for a missing
+    part or class and for a file that is no picture. A cache that cannot be written is a warning: the
+    pictures are there all the same.
+    """
+    root = Path(path).expanduser().resolve()
+    classes, parts = scan(root)
+    keep = (Path(cache).expanduser() if cache else cached.user_cache_folder()) / _cache_name(root)
+    signature = _signature(root, classes, parts)
+    pictures = _from_cache(keep, signature, parts)
+    if pictures is None:
+        pictures = _decode_parts(parts, progress)
+        tensors = {
+            f"{part}.{name}": getattr(pictures[part], name) for part in PARTS for name in ("images", "labels")
+        }
+        try:
+            cached.write(keep, signature, tensors)
+        except OSError as error:
+            warnings.warn(
+                f"the decoded pictures could not be kept in {keep} ({error}): next time they are decoded "
+                "again; set data.cache to a folder that can be written",
+                stacklevel=2,
+            )
+    return Source(f"folder:{root.name}", classes, pictures["train"], pictures["test"])
+
+
+def scan(root: Path) -> tuple[tuple[str, ...], dict[str, list[Entry]]]:
+    """Class names (sorted) and the files of each part, by class and name. Raises DataError."""
+    for part in PARTS:
+        if not (root / part).is_dir():
+            raise DataError(
+                f"{root / part} is missing: pictures belong in {root}/train/<class>/ and /test/<class>/"
+            )
+    names = {part: _class_names(root / part) for part in PARTS}
+    if not names["train"]:
+        raise DataError(f"{root / 'train'} has no class folders: pictures belong in train/<class>/")
+    for here, there in (("test", "train"), ("train", "test")):
+        absent = sorted(set(names[there]) - set(names[here]))
+        if absent:
+            raise DataError(
+                f"{root / here / absent[0]} is missing, but {there} has {absent[0]!r}: both parts need "
+                f"the same classes ({len(names['train'])} in train, {len(names['test'])} in test)"
+            )
+    classes = tuple(names["train"])
+    parts = {
+        part: [entry for label, name in enumerate(classes) for entry in _files(root / part / name, label)]
+        for part in PARTS
+    }
+    return classes, parts
+
+
+def _ignored(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _IGNORED
+
+
+def _class_names(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not _ignored(entry.name))
+
+
+def _files(folder: Path, label: int) -> list[Entry]:
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _ignored(entry.name):
+                continue
+            if entry.is_dir():
+                raise DataError(
+                    f"{entry.path} is a folder inside a class: move its pictures up or take it out"
+                )
+            stat = entry.stat()
+            if stat.st_size == 0:
+                raise DataError(f"{entry.path} is empty: delete it or put the picture back")
+            found.append(Entry(entry.path, label, stat.st_size, stat.st_mtime_ns))
+    if not found:
+        raise DataError(f"{folder} has no pictures: fill it or take the class out of both parts")
+    return sorted(found, key=lambda entry: entry.path)
+
+
+def _cache_name(root: Path) -> str:
+    return f"folder-{hashlib.sha256(str(root).encode()).hexdigest()[:16]}"
+
+
+def _signature(root: Path, classes: tuple[str, ...], parts: dict[str, list[Entry]]) -> str:
+    digest = hashlib.sha256("\0".join((_DECODER, *classes)).encode())
+    for part in PARTS:
+        for entry in parts[part]:
+            name = os.path.relpath(entry.path, root)
+            digest.update(
+                f"\0{name}\0{entry.size_bytes}\0{entry.modified_ns}".encode("utf-8", "surrogateescape")
+            )
+    return digest.hexdigest()
+
+
+def _from_cache(folder: Path, signature: str, parts: dict[str, list[Entry]]) -> dict[str, Pictures] | None:
+    tensors = cached.read(folder, signature)
+    if tensors is None:
+        return None
+    try:
+        found = {part: Pictures(tensors[f"{part}.images"], tensors[f"{part}.labels"]) for part in PARTS}
+    except (KeyError, ValueError):
+        return None
+    return found if all(len(found[part]) == len(parts[part]) for part in PARTS) else None
+
+
+def _decode_parts(parts: dict[str, list[Entry]], progress: Progress | None) -> dict[str, Pictures]:
+    """Every file decoded, in threads: Pillow lets others run while it decodes."""
+    images = {part: np.empty((len(parts[part]), CHANNELS, SIDE, SIDE), dtype=np.uint8) for part in PARTS}
+    total = sum(len(entries) for entries in parts.values())
+    done = 0
+    with ThreadPoolExecutor(max_workers=min(32, (os.cpu_count() or 1) + 1)) as pool:
+        tasks = [pool.submit(_decode_chunk, *chunk) for chunk in _chunks(parts, images)]
+        try:
+            for task in as_completed(tasks):
+                done += task.result()
+                if progress is not None:
+                    progress("decoding pictures", done, total)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # one damaged file: the rest need not be decoded
+            raise
+    return {
+        part: Pictures(
+            torch.from_numpy(images[part]), torch.tensor([e.label for e in parts[part]], dtype=torch.int64)
+        )
+        for part in PARTS
+    }
+
+
+def _chunks(
+    parts: dict[str, list[Entry]], images: dict[str, NDArray[np.uint8]]
+) -> Iterator[tuple[list[Entry], NDArray[np.uint8]]]:
+    for part in PARTS:
+        for start in range(0, len(parts[part]), _CHUNK):
+            yield parts[part][start : start + _CHUNK], images[part][start : start + _CHUNK]
+
+
+def _decode_chunk(entries: list[Entry], out: NDArray[np.uint8]) -> int:
+    for entry, place in zip(entries, out, strict=True):
+        place[:] = decode(entry.path).transpose(2, 0, 1)
+    return len(entries)
+
+
+def decode(path: str) -> NDArray[np.uint8]:
+    """A picture file as uint8 [32, 32, 3]. Raises DataError if it is none, damaged, or has 16-bit levels."""
+    try:
+        with Image.open(path) as picture:
+            if picture.mode.startswith(("I", "F")):
+                raise DataError(
+                    f"{path} has more than 8 bits a channel ({picture.mode}): convert it to 8 bits"
+                )
+            # RGB before resizing: palette indices must not be interpolated.
+            rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+            if rgb.size != (SIDE, SIDE):
+                rgb = rgb.resize((SIDE, SIDE), FILTER)
+            return np.asarray(rgb)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} is no picture or is damaged ({error}): replace it or take it out") from error

@@ -1,4 +1,4 @@
-"""From settings to a `Dataset`: find the source, draw subsets, hold back validation pictures, take statistics."""
+"""From settings to a `Dataset`: read the source, draw subsets, hold back pictures, take statistics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def load(config: DataConfig, seed: int, *, progress: Progress | None = None) -> 
     """The data set that `config` names, with its subsets chosen by `seed`.
 
     `progress(what, done, total)` is called now and then where it takes long (decoding a folder).
-    Raises DataError for missing or damaged data, UsageError for a subset or validation split that does not fit.
+    Raises DataError for missing or damaged data, UsageError for a subset or split that does not fit.
     """
     source = _read(config, progress)
     classes = len(source.classes)
@@ -41,7 +41,8 @@ def _limit(pictures: Pictures, count: int | None, classes: int, key: int, what: 
         return pictures
     if count > len(pictures):
         raise UsageError(
-            f"data.{what}_subset asks for {count:,} pictures, there are {len(pictures):,}: lower it or leave it out"
+            f"data.{what}_subset asks for {count:,} pictures, there are {len(pictures):,}: "
+            "lower it or leave it out"
         )
     return pictures.take(subset.choose(pictures.labels.numpy(), classes, count, key))
 
@@ -51,8 +52,8 @@ def _hold_back(train: Pictures, count: int, classes: int, key: int) -> tuple[Pic
         return train, None
     if count >= len(train):
         raise UsageError(
-            f"data.val_split holds back {count:,} of {len(train):,} training pictures and leaves none to train on: "
-            f"set it below {len(train):,}"
+            f"data.val_split holds back {count:,} of {len(train):,} training pictures and leaves none "
+            f"to train on: set it below {len(train):,}"
         )
     held = subset.choose(train.labels.numpy(), classes, count, key)
     kept = np.setdiff1d(np.arange(len(train)), held, assume_unique=True)

@@ -65,7 +65,7 @@ class Dataset:
     """A data set ready to train on.
 
     mean, std: per channel, of the training pictures in [0, 1] units.
-    fingerprint: SHA-256 (hex) of all pixels and labels of train, val and test; equal data has equal fingerprints.
+    fingerprint: SHA-256 (hex) of all pixels and labels of train, val and test, to tell that data is the same.
     """
 
     name: str
@@ -81,8 +81,8 @@ class Dataset:
 def statistics(pictures: Pictures) -> tuple[Triple, Triple]:
     """Mean and standard deviation per channel in [0, 1] units, from exact integer histograms.
 
-    Integers make the result independent of threads and summation order. The deviation of a channel that is (nearly)
-    constant is raised to 1/255, so that dividing by it is safe.
+    Integers make the result independent of threads and summation order. The deviation of a channel that is
+    (nearly) constant is raised to 1/255, so that dividing by it is safe.
     """
     histogram = np.zeros((CHANNELS, 256), dtype=np.int64)
     for start in range(0, len(pictures), _CHUNK):

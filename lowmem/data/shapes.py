@@ -1,8 +1,8 @@
 """A built-in data set: ten classes of shapes and textures, drawn by arithmetic, with nothing on disk.
 
-It is for trials, tests and `doctor`: hard for a linear model (colours, polarity, place, size and angle are random),
-easy for a small convolutional net. Pixels come from addressed words and integer arithmetic only, so they are the
-same bits everywhere and with every seed of a run, as the pictures of any other data set are.
+It is for trials, tests and `doctor`: hard for a linear model (colours, polarity, place, size and angle are
+random), easy for a small convolutional net. Pixels come from addressed words and integer arithmetic only, so
+they are the same bits everywhere and with every seed of a run, as the pictures of any other data set are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _COS = np.rint(256 * np.cos(np.arange(_TURN) * 2 * np.pi / _TURN)).astype(np.int
 _SIN = np.rint(256 * np.sin(np.arange(_TURN) * 2 * np.pi / _TURN)).astype(np.int32)
 _DATA_SEED = 20_261_101  # names this data set; another number would be another data set
 _CHUNK = 1000  # pictures drawn at a time: temporaries stay in tens of MiB
-_NOISE = 56  # noise is uniform in -_NOISE.._NOISE grey levels
+_NOISE = 44  # noise is uniform in -_NOISE.._NOISE grey levels
 
 
 def _disc(u: Ints, v: Ints, r: Ints) -> Mask:
@@ -37,7 +37,7 @@ def _disc(u: Ints, v: Ints, r: Ints) -> Mask:
 
 
 def _square(u: Ints, v: Ints, r: Ints) -> Mask:
-    return np.maximum(abs(u), abs(v)) * 6 < r * 5
+    return np.maximum(abs(u), abs(v)) * 8 < r * 7
 
 
 def _triangle(u: Ints, v: Ints, r: Ints) -> Mask:
@@ -60,13 +60,13 @@ def _stripes(u: Ints, v: Ints, r: Ints) -> Mask:
 
 
 def _checker(u: Ints, v: Ints, r: Ints) -> Mask:
-    return (u // (r // 2) + v // (r // 2)) % 2 == 0
+    return (u // (r * 3 // 5) + v // (r * 3 // 5)) % 2 == 0
 
 
 def _dots(u: Ints, v: Ints, r: Ints) -> Mask:
     pitch = r * 3 // 4
     a, b = u % pitch - pitch // 2, v % pitch - pitch // 2
-    return (a * a + b * b) * 9 < pitch * pitch
+    return (a * a + b * b) * 12 < pitch * pitch
 
 
 def _ripples(u: Ints, v: Ints, r: Ints) -> Mask:
@@ -142,7 +142,7 @@ def _draw_masks(part: str, indices: NDArray[np.int64], labels: NDArray[np.int64]
     angle = _uniform(part, "angle", indices, 0, _TURN - 1)
     cos, sin = _COS[angle], _SIN[angle]
     u, v = (x * cos + y * sin) >> 8, (y * cos - x * sin) >> 8
-    size = _uniform(part, "size", indices, 8 * _UNIT, 13 * _UNIT)
+    size = _uniform(part, "size", indices, 9 * _UNIT, 13 * _UNIT)
     mask = np.empty(u.shape, dtype=np.bool_)
     for label, figure in enumerate(_CLASSES.values()):
         mine = labels == label

@@ -25,7 +25,7 @@ def class_shares(class_counts: list[int], count: int) -> list[int]:
 
 
 def choose(labels: NDArray[np.int64], classes: int, count: int, key: int) -> NDArray[np.int64]:
-    """Rising indices (int64 [count]) of a class-balanced choice; a function of (labels, classes, count, key) alone."""
+    """Rising indices (int64 [count]) of a class-balanced choice: a function of the arguments alone."""
     shuffled = addressed.permutation(key, len(labels))
     shares = class_shares(np.bincount(labels, minlength=classes).tolist(), count)
     picked = [shuffled[labels[shuffled] == cls][:share] for cls, share in enumerate(shares)]
