@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from lowmem.errors import UsageError
 
@@ -132,7 +141,9 @@ class TrainConfig(_Section):
     @model_validator(mode="after")
     def _micro_fits(self) -> TrainConfig:
         if self.micro_batch is not None and self.micro_batch > self.batch:
-            raise ValueError(f"micro_batch {self.micro_batch} is larger than batch {self.batch}: lower it or leave it out")
+            raise ValueError(
+                f"micro_batch {self.micro_batch} is larger than batch {self.batch}: lower it or leave it out"
+            )
         return self
 
 
@@ -163,6 +174,7 @@ OPERATIONAL: frozenset[str] = frozenset(
         "train.device",
         "train.max_steps",
         "train.log_every_steps",
+        "data.source",  # a moved folder; the pictures themselves are checked by their fingerprint
         "data.root",
         "data.cache",
         "data.download",

@@ -1,4 +1,4 @@
-"""Bytes: parse what people type, format what people read. Everywhere else a size is an integer of bytes (invariant 6)."""
+"""Bytes: parse what people type, format what people read. Elsewhere a size is an integer of bytes (invariant 6)."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def _conv(in_planes: int, planes: int, kernel: int, stride: int = 1) -> nn.Conv2
 
 
 def _projection(in_planes: int, planes: int, stride: int, residual: bool) -> nn.Sequential | None:
-    """1x1 convolution + batch norm where the shape changes; an empty sequence is the identity; None without shortcuts."""
+    """1x1 convolution + batch norm where the shape changes, else an empty sequence; None without shortcuts."""
     if not residual:
         return None
     if stride == 1 and in_planes == planes:
@@ -99,8 +99,13 @@ class ResNet(nn.Module):
             self.add_module(f"layer{number}", nn.Sequential(*stage))
         self.linear = nn.Linear(in_planes, num_classes)
 
+    def stages(self) -> list[nn.Module]:
+        """`layer1` ... `layer4`."""
+        return [self.get_submodule(f"layer{number}") for number in range(1, 5)]
+
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
-        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        for stage in self.stages():
+            out = stage(out)
         out = F.avg_pool2d(out, 4)
         return self.linear(out.flatten(1))

@@ -1,0 +1,68 @@
+"""Resolves `auto`: device, precision and memory format, each with its reason."""
+
+from __future__ import annotations
+
+import torch
+
+from lowmem.config import TrainConfig
+from lowmem.errors import PreflightError
+from lowmem.settings import Settings
+
+
+def resolve_execution(settings: Settings) -> Settings:
+    """The settings with every `auto` of the train section replaced; the reason stands where the source stood.
+
+    Raises PreflightError if CUDA is asked for and there is none.
+    """
+    train = settings.config.train
+    device, why_device = _device(train)
+    chosen: dict[str, tuple[str, str]] = {}
+    if train.device == "auto":
+        chosen["train.device"] = (device, f"auto: {why_device}")
+    if train.precision == "auto":
+        precision, why = _precision(device)
+        chosen["train.precision"] = (precision, f"auto: {why}")
+    if train.memory_format == "auto":
+        memory_format, why = _memory_format(device)
+        chosen["train.memory_format"] = (memory_format, f"auto: {why}")
+    for key, (value, why) in chosen.items():
+        settings = settings.replace({key: value}, why)
+    return settings
+
+
+def require_device(device: str) -> None:
+    """Raises PreflightError unless the device is there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda or "no CUDA at all"
+        raise PreflightError(
+            f"device cuda was asked for, but torch {torch.__version__} (built for {built}) sees no CUDA device: "
+            "check the driver with nvidia-smi, or use --device cpu"
+        )
+
+
+def _device(train: TrainConfig) -> tuple[str, str]:
+    if train.device != "auto":
+        require_device(train.device)
+        return train.device, "asked for"
+    return ("cuda", "a CUDA device is there") if torch.cuda.is_available() else ("cpu", "no CUDA device")
+
+
+def has_tensor_cores() -> bool:
+    """Whether the current CUDA device has them. The GTX 16xx has capability 7.5 without: told by its name."""
+    return torch.cuda.get_device_capability() >= (7, 0) and "GTX 16" not in torch.cuda.get_device_name()
+
+
+def _precision(device: str) -> tuple[str, str]:
+    if device == "cpu":
+        return "fp32", "the CPU trains exactly unless asked otherwise"
+    if has_tensor_cores():
+        return "amp", "the card has tensor cores"
+    return "fp32", "the card has no tensor cores, halves would only save memory"
+
+
+def _memory_format(device: str) -> tuple[str, str]:
+    if device == "cpu":
+        return "channels-last", "the faster one on the CPU"
+    if has_tensor_cores():
+        return "channels-last", "the card has tensor cores"
+    return "contiguous", "without tensor cores channels-last can be far slower"

@@ -1,0 +1,128 @@
+"""The commands and their flags. Bodies import what they need when they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    help="Train deep networks on cards that are too small for them, and never lose a run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Text = Optional[str]  # noqa: UP045 (typer reads these at run time)
+Number = Optional[int]  # noqa: UP045
+Sets = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any setting by its dotted name.")]
+Device = Annotated[Text, typer.Option(help="auto, cuda or cpu.")]
+DataRoot = Annotated[Text, typer.Option(help="Folder that holds, or receives, cifar10 and fashion-mnist.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from lowmem import __version__
+
+        print(f"lowmem {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    arch: Annotated[
+        Text, typer.Option(help="res20 res34 res50 res56 res101 res110, or cnn… without shortcuts.")
+    ] = None,
+    block: Annotated[Text, typer.Option(help="basic or bottleneck; default: what the report used.")] = None,
+    width: Annotated[Number, typer.Option(help="Channels of the stem (64).")] = None,
+    data: Annotated[Text, typer.Option(help="cifar10, fashion-mnist, shapes or folder:PATH.")] = None,
+    data_root: DataRoot = None,
+    val_split: Annotated[
+        Number, typer.Option(help="Hold back this many training pictures to choose weights on.")
+    ] = None,
+    batch: Annotated[Number, typer.Option(help="Effective batch (128).")] = None,
+    micro_batch: Annotated[Number, typer.Option(help="Pictures at a time; gradients accumulate to the batch.")] = None,
+    epochs: Annotated[Number, typer.Option(help="Epochs; the schedule is scaled to them.")] = None,
+    recipe: Annotated[Text, typer.Option(help="A shipped recipe (report) or the path of a .yaml file.")] = None,
+    precision: Annotated[Text, typer.Option(help="auto, fp32 or amp (fp16 on CUDA, bf16 on the CPU).")] = None,
+    memory_format: Annotated[Text, typer.Option(help="auto, contiguous or channels-last.")] = None,
+    device: Device = None,
+    seed: Annotated[Number, typer.Option(help="Seed of initial weights, order and augmentation.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Run folder; default runs/ARCH.")] = None,  # noqa: UP045
+    config: Annotated[Optional[Path], typer.Option(help="YAML file of settings.")] = None,  # noqa: UP045
+    set_: Sets = [],  # noqa: B006
+) -> None:
+    """Train a network. Ctrl-C saves and leaves; `lowmem resume` goes on exactly there."""
+    from lowmem.settings import gather
+
+    flags = {
+        "model.arch": arch,
+        "model.block": block,
+        "model.width": width,
+        "data.source": data,
+        "data.root": data_root,
+        "data.val_split": val_split,
+        "train.batch": batch,
+        "train.micro_batch": micro_batch,
+        "train.epochs": epochs,
+        "train.precision": precision,
+        "train.memory_format": memory_format,
+        "train.device": device,
+        "seed": seed,
+    }
+    settings = gather(recipe=recipe, config_file=config, flags=flags, sets=set_)
+    from lowmem.api import run_training
+    from lowmem.cli.show import observer
+
+    with observer() as shown:
+        run_training(settings, out, shown)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="The run folder, like runs/res110.")],
+    device: Device = None,
+    data: Annotated[Text, typer.Option(help="Where the same pictures are now, like folder:PATH.")] = None,
+    data_root: DataRoot = None,
+    set_: Sets = [],  # noqa: B006
+) -> None:
+    """Go on exactly where a run stopped."""
+    from lowmem.runs.store import require_run
+    from lowmem.settings import from_yaml, parse_set
+
+    require_run(run)
+    flags = {"train.device": device, "data.source": data, "data.root": data_root}
+    values: dict[str, object] = {key: value for key, value in flags.items() if value is not None}
+    values |= dict(parse_set(text) for text in set_)
+    changed = from_yaml(run / "config.yaml").replace(values, "resume")
+    from lowmem.api import resume_training
+    from lowmem.cli.show import observer
+
+    with observer() as shown:
+        resume_training(run, changed, shown)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for the report; default RUN/report for one run, report/ for several."),
+    ] = None,
+) -> None:
+    """Final errors, loss curves, test-error curves, and pairs with and without shortcuts."""
+    from lowmem.cli.show import show_report
+    from lowmem.report import write_report
+
+    show_report(write_report(runs, out if out is not None or len(runs) == 1 else Path("report")))

@@ -1,0 +1,54 @@
+"""Entry point: `lowmem COMMAND`. Errors become one line and the exit code of `lowmem.errors`."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+from typer.main import get_command
+
+from lowmem.cli.commands import app
+from lowmem.errors import ExitCode, LowmemError
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs the command and leaves with its code. A traceback is only shown for a bug (code 1)."""
+    # A Windows console may be in an old code page: a character it lacks must not end a run.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
+    command = get_command(app)
+    try:
+        code = command.main(args=arguments, prog_name="lowmem", standalone_mode=False)
+        return int(code or ExitCode.DONE)
+    except LowmemError as error:
+        return _fail(str(error), error.exit_code)
+    except typer.Exit as leaving:
+        return leaving.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("interrupted before anything was to be saved", ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output left (`| head`); nobody is there to be told.
+        sys.stderr.close()
+        return ExitCode.BUG
+    except Exception as error:
+        # The usage errors of the library under typer: unknown options, missing arguments.
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            return _fail(f"{error.format_message()} (see `{_path(error)} --help`)", ExitCode.USAGE)
+        raise
+
+
+def _path(error: object) -> str:
+    context = getattr(error, "ctx", None)
+    return context.command_path if context is not None else "lowmem"
+
+
+def _fail(message: str, code: int) -> int:
+    one_line = " ".join(message.split())
+    print(f"lowmem: {one_line}", file=sys.stderr)
+    return int(code)

@@ -1,0 +1,122 @@
+"""What a run looks like in a terminal: a live line there, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from lowmem.report import ReportResult
+from lowmem.report.tables import TABLE_HEADER
+from lowmem.train.observer import Observer, Progress
+from lowmem.units import format_duration, format_size
+
+_PLAIN_EVERY_SECONDS = 30.0  # progress bars flood log files; a line now and then does not
+
+
+def describe_progress(progress: Progress) -> str:
+    """`epoch 3/164 [120/391] loss 1.234 error 45.6 % 184 images/s 1,200 MiB 1:02:03 left`."""
+    parts = [f"epoch {progress.epoch}/{progress.epochs} [{progress.step_in_epoch}/{progress.steps_per_epoch}]"]
+    if progress.loss is not None:
+        parts.append(f"loss {progress.loss:.4f}")
+    if progress.error_pct is not None:
+        parts.append(f"error {progress.error_pct:.2f} %")
+    parts.append(f"lr {progress.lr:g}")
+    if progress.images_per_second is not None:
+        parts.append(f"{progress.images_per_second:,.0f} images/s")
+    if progress.memory_bytes is not None:
+        parts.append(format_size(progress.memory_bytes))
+    if progress.seconds_left is not None:
+        parts.append(f"{format_duration(progress.seconds_left)} left")
+    return "  ".join(parts)
+
+
+def describe_epoch(row: Mapping[str, Any], epochs: int) -> str:
+    """One line for a finished epoch."""
+    val = f"  val error {row['val_error_pct']:.2f} %" if row.get("val_error_pct") is not None else ""
+    speed = f"  {row['images_per_second']:,.0f} images/s" if row.get("images_per_second") else ""
+    return (
+        f"epoch {row['epoch']}/{epochs}  train loss {row['train_loss']:.4f}  train error {row['train_error_pct']:.2f} %"
+        f"{val}  test error {row['test_error_pct']:.2f} %  lr {row['lr']:g}{speed}  "
+        f"{format_duration(row['elapsed_seconds'])}"
+    )
+
+
+class PlainObserver(Observer):
+    """Whole lines, no cursor movement."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+    def warning(self, text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def progress(self, progress: Progress) -> None:
+        if time.monotonic() - self._last >= _PLAIN_EVERY_SECONDS:
+            self._last = time.monotonic()
+            self.note(describe_progress(progress))
+
+    def data_progress(self, what: str, done: int, total: int) -> None:
+        if done == total or time.monotonic() - self._last >= _PLAIN_EVERY_SECONDS:
+            self._last = time.monotonic()
+            self.note(f"{what}: {done:,} of {total:,}")
+
+    def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
+        self._last = time.monotonic()
+        self.note(describe_epoch(row, epochs))
+
+
+class LiveObserver(Observer):
+    """One line that is redrawn, with finished epochs above it."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False)
+        self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+        self._live.start()
+
+    def note(self, text: str) -> None:
+        self._console.print(Text(text))
+
+    def warning(self, text: str) -> None:
+        self._console.print(Text(f"warning: {text}", style="bold yellow"))
+
+    def progress(self, progress: Progress) -> None:
+        self._live.update(Text(describe_progress(progress)))
+
+    def data_progress(self, what: str, done: int, total: int) -> None:
+        self._live.update(Text(f"{what}: {done:,} of {total:,}"))
+
+    def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
+        self.note(describe_epoch(row, epochs))
+
+    def close(self) -> None:
+        self._live.stop()
+
+
+@contextmanager
+def observer() -> Iterator[Observer]:
+    """The observer that fits standard output."""
+    shown: Observer = LiveObserver() if sys.stdout.isatty() else PlainObserver()
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+def show_report(result: ReportResult) -> None:
+    """The report's table, and where the rest is."""
+    table = Table(*TABLE_HEADER)
+    for row in result.rows:
+        table.add_row(*(Text(cell) for cell in row.cells()))
+    Console(highlight=False).print(table)
+    print(f"written: {result.markdown} and {len(result.figures)} figures beside it")

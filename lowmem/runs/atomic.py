@@ -1,0 +1,50 @@
+"""Files that are there whole or not at all (invariant 9): write aside, flush, fsync, replace, fsync the folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_PARTIAL = ".partial"
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes renames in `folder` durable. Windows cannot open a folder for this, and orders renames itself."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes `data` and waits until it is on the disk. Not atomic by itself. Raises OSError."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Replaces `path` by `data`: a reader, or a crash, sees the old or the new content. Raises OSError."""
+    aside = path.with_name(path.name + _PARTIAL)
+    write_synced(aside, data)
+    os.replace(aside, path)
+    fsync_folder(path.parent)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """`write_bytes_atomic` for UTF-8 text."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def append_lines(path: Path, lines: list[str]) -> None:
+    """Appends whole lines in one write and waits until they are on the disk. Raises OSError."""
+    if not lines:
+        return
+    with open(path, "ab") as file:
+        file.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
+        file.flush()
+        os.fsync(file.fileno())

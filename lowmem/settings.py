@@ -1,0 +1,194 @@
+"""Gathers settings: defaults < recipe < --config < flags < --set, and remembers where each came from.
+
+Unknown keys are refused with the nearest valid name; a value that does not validate is refused with its source.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from lowmem.config import OPERATIONAL, Config, flatten, known_keys, nest
+from lowmem.errors import LowmemError, UsageError
+from lowmem.shipped import profile_names, profiles_folder
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A validated configuration, and for each dotted name where its value came from."""
+
+    config: Config
+    sources: Mapping[str, str]
+
+    def replace(self, values: Mapping[str, object], source: str) -> Settings:
+        """The same settings with some values replaced, validated again. Raises UsageError."""
+        flat = {**flatten(self.config), **values}
+        sources = {**self.sources, **dict.fromkeys(values, source)}
+        return Settings(validate(flat, sources), sources)
+
+
+def gather(
+    *,
+    recipe: str | None = None,
+    config_file: Path | None = None,
+    flags: Mapping[str, object] | None = None,
+    sets: Sequence[str] = (),
+) -> Settings:
+    """Settings from all places, in order of precedence. `flags`: dotted name -> value, None meaning "not given".
+
+    Raises UsageError naming the key, the value, where it was written and what would be right.
+    """
+    from_file = read_settings_file(config_file) if config_file is not None else {}
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    chosen = recipe or str(from_file.get("recipe", "report"))
+    layers: list[tuple[str, Mapping[str, object]]] = [(f"recipe {chosen}", read_recipe(chosen))]
+    if config_file is not None:
+        layers.append((str(config_file), from_file))
+    layers.append(("flag", given))
+    layers.append(("--set", dict(parse_set(text) for text in sets)))
+
+    flat: dict[str, object] = {}
+    sources: dict[str, str] = {}
+    for source, values in layers:
+        for key, value in values.items():
+            _check_key(key, source)
+            flat[key] = value
+            sources[key] = source
+    flat["recipe"] = chosen
+    sources["recipe"] = "flag" if recipe else (str(config_file) if "recipe" in from_file else "default")
+    config = validate(_drop_stale_block(flat, sources), sources)
+    return Settings(config, {key: sources.get(key, "default") for key in known_keys()})
+
+
+def _drop_stale_block(flat: dict[str, object], sources: Mapping[str, str]) -> dict[str, object]:
+    """A block that a file chose for its own architecture must not be forced on one given by a flag."""
+    order = ("default", "recipe", "file", "flag", "--set")
+
+    def rank(key: str) -> int:
+        source = sources.get(key, "default")
+        return order.index(source) if source in order else (1 if source.startswith("recipe ") else 2)
+
+    if "model.block" in flat and rank("model.block") < rank("model.arch"):
+        return {key: value for key, value in flat.items() if key != "model.block"}
+    return flat
+
+
+def validate(flat: Mapping[str, object], sources: Mapping[str, str]) -> Config:
+    """Dotted names -> Config. Raises UsageError of one line."""
+    try:
+        return Config.model_validate(nest(dict(flat)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+        message = first["msg"].removeprefix("Value error, ")
+        value = flat.get(key)
+        where = f" (from {sources[key]})" if key in sources else ""
+        shown = f" = {value!r}" if key in flat else ""
+        raise UsageError(f"{key}{shown}{where}: {message[0].lower()}{message[1:]}") from None
+
+
+def parse_set(text: str) -> tuple[str, object]:
+    """`"optim.lr=0.01"` -> ("optim.lr", 0.01); the value is read as YAML. Raises UsageError."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {text!r} is not of the form dotted.key=value, like --set optim.lr=0.01")
+    _check_key(key.strip(), "--set")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {text!r}: the value cannot be read: quote it as YAML does") from None
+
+
+def _check_key(key: str, source: str) -> None:
+    valid = known_keys()
+    if key in valid:
+        return
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5) or [
+        name for name in valid if name.rpartition(".")[2] == key.rpartition(".")[2]
+    ]
+    hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(valid)}"
+    raise UsageError(f"unknown setting {key!r} (from {source}): {hint}")
+
+
+def read_settings_file(path: Path) -> dict[str, object]:
+    """A YAML file of nested (or dotted) settings -> dotted names. Raises UsageError."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist: give --config the path of a YAML file of settings") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path} cannot be read ({error.__class__.__name__}): check the path given to --config"
+        ) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{path}{line} is no valid YAML: {getattr(error, 'problem', 'check it')}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UsageError(f"{path} holds no settings: write `section:` lines with `key: value` under them")
+    flat: dict[str, object] = {}
+    for key, value in loaded.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{inner}": v for inner, v in value.items()})
+        else:
+            flat[str(key)] = value
+    return flat
+
+
+def read_recipe(name: str) -> dict[str, object]:
+    """A shipped recipe by name or a user's own by path (`*.yaml`) -> dotted names. Raises UsageError."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else profiles_folder("recipes") / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(profile_names("recipes"))
+        raise UsageError(f"unknown recipe {name!r}: use one of {known}, or the path of a .yaml file")
+    values = read_settings_file(path)
+    values.pop("description", None)
+    values.pop("recipe", None)
+    return values
+
+
+def to_yaml(settings: Settings) -> str:
+    """config.yaml: every setting, nested, each with where it came from as a trailing comment."""
+    lines = ["# Every setting of this run, and where it came from. `lowmem train --config THIS --out NEW` repeats it."]
+    section = ""
+    for key, value in flatten(settings.config).items():
+        head, _, name = key.rpartition(".")
+        if head != section:
+            section = head
+            lines.append(f"{head}:")
+        # The dumper of the library that reads it back knows how to quote; it ends scalars with a document mark.
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+        text = text.removesuffix("...\n").strip()
+        indent = "  " if head else ""
+        lines.append(f"{indent}{name}: {text}  # {settings.sources.get(key, 'default')}")
+    return "\n".join(lines) + "\n"
+
+
+def from_yaml(path: Path) -> Settings:
+    """The settings a run recorded. Raises UsageError if the file is missing or does not validate."""
+    try:
+        flat = read_settings_file(path)
+        for key in flat:
+            _check_key(key, str(path))
+        sources = dict.fromkeys(flat, f"{path}")
+        return Settings(validate(flat, sources), sources)
+    except LowmemError as error:
+        raise UsageError(f"the run's settings cannot be used: {error}") from None
+
+
+def refuse_changes(recorded: Config, wanted: Config, run: str) -> None:
+    """Raises UsageError naming the first setting that differs and is not operational (see `config.OPERATIONAL`)."""
+    old, new = flatten(recorded), flatten(wanted)
+    for key, value in new.items():
+        if value != old[key] and key not in OPERATIONAL:
+            raise UsageError(
+                f"{key} is {old[key]!r} in {run} and cannot become {value!r} on resume, which repeats the run exactly: "
+                f"start another with `lowmem fork {run} --at EPOCH --set {key}={value}`"
+            )

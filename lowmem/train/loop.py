@@ -1,0 +1,278 @@
+"""The loop: epochs, evaluation, rows, checkpoints, signals. It is handed everything and decides nothing."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.config import Config
+from lowmem.data import Dataset, Pictures, TrainBatches, eval_batches
+from lowmem.errors import Interrupted
+from lowmem.measure import Meter
+from lowmem.runs import checkpoint as checkpoints
+from lowmem.runs.store import RunFolder
+from lowmem.train.evaluate import Score, evaluate
+from lowmem.train.observer import Observer, Progress
+from lowmem.train.schedule import learning_rate, next_low_start
+from lowmem.train.signals import StopSignals
+from lowmem.train.state import Best, RunState, capture, cpu_tensors
+from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
+from lowmem.train.timeleft import TimeLeft
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: finished, or stopped early by train.max_steps."""
+
+    finished: bool
+    state: RunState
+
+
+class Trainer:
+    """One run in this process. `restore` may be called before `run`; `run` may be called once."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        dataset: Dataset,
+        execution: Execution,
+        identity: dict[str, str],
+        observer: Observer,
+    ) -> None:
+        self.config = config
+        self.execution = execution
+        self.identity = identity
+        self.observer = observer
+        self.dataset = dataset
+        self.model = model.to(device=execution.device, memory_format=execution.torch_memory_format)  # type: ignore[call-overload]
+        self.model.train()
+        self.optimizer = make_optimizer(self.model, config.optim, execution.device)
+        self.scaler = make_scaler(execution)
+        self.step = TrainStep(self.model, self.optimizer, self.scaler, execution, config.train.micro_batch)
+        self.batches = TrainBatches(
+            dataset.train,
+            seed=config.seed,
+            batch=config.train.batch,
+            augment=config.data.augment,
+            mean=dataset.mean,
+            std=dataset.std,
+            device=execution.device,
+        )
+        self.state = RunState()
+        self.meter = Meter(execution.device)
+
+    def checkpoint(self) -> checkpoints.Checkpoint:
+        """The run as it is now, on the CPU."""
+        return capture(self.state, self.model, self.optimizer, self.scaler, self.identity)
+
+    def run(self, folder: RunFolder) -> Outcome:
+        """Trains until the last epoch or train.max_steps. Raises Interrupted after a signal, with everything saved."""
+        with StopSignals() as signals:
+            return _Loop(self, folder, signals).run()
+
+
+class _Loop:
+    """One call of `Trainer.run`: what lives only as long as this process."""
+
+    def __init__(self, trainer: Trainer, folder: RunFolder, signals: StopSignals) -> None:
+        self.t = trainer
+        self.folder = folder
+        self.signals = signals
+        self.state = trainer.state
+        self.per_epoch = trainer.batches.steps_per_epoch
+        self.sums = torch.tensor(
+            [self.state.loss_sum, self.state.wrong], dtype=torch.float64, device=trainer.execution.device
+        )
+        self.pending: list[tuple[int, float, int, Tensor]] = []
+        self.last_save = self.last_tick = time.monotonic()
+        self.saved_at: tuple[int, int] | None = None
+        self.time_left = TimeLeft(trainer.config.train.epochs, self.per_epoch)
+
+    def run(self) -> Outcome:
+        config = self.t.config.train
+        while self.state.epoch < config.epochs:
+            self.t.meter.reset()
+            self.time_left.trained(self.state.step, time.monotonic())
+            while self.state.step_in_epoch < self.per_epoch:
+                if config.max_steps is not None and self.state.step >= config.max_steps:
+                    return self._stop_early(config.max_steps)
+                self._one_step()
+                self._after_step()
+            self._end_epoch()
+        self.folder.event("done", epoch=self.state.epoch, step=self.state.step)
+        return Outcome(True, self.state)
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    def _one_step(self) -> None:
+        state, t = self.state, self.t
+        lr = learning_rate(t.config, self.per_epoch, state.step, low_start=state.low_start)
+        images, labels = t.batches.batch(
+            state.epoch, state.step_in_epoch, memory_format=t.execution.torch_memory_format
+        )
+        loss_sum, wrong = t.step(images, labels, lr)
+        self.sums += torch.stack((loss_sum, wrong))
+        state.step += 1
+        state.step_in_epoch += 1
+        state.seen += labels.shape[0]
+        if state.step % t.config.train.log_every_steps == 0:
+            self.pending.append((state.step, lr, labels.shape[0], loss_sum))
+
+    def _after_step(self) -> None:
+        state, config = self.state, self.t.config
+        if state.step % config.train.log_every_steps == 0 or state.step_in_epoch == self.per_epoch:
+            self._settle()
+            self._tell()
+        if self.signals.requested is not None:
+            self._leave()
+        if state.step_in_epoch < self.per_epoch:
+            every, minutes = config.checkpoint.every_steps, config.checkpoint.every_minutes
+            if (every is not None and state.step % every == 0) or (
+                minutes is not None and time.monotonic() - self.last_save > 60 * minutes
+            ):
+                self._save()
+
+    def _settle(self) -> None:
+        """Fetches what the steps left on the device: the only place that waits for it, once per `log_every_steps`."""
+        state = self.state
+        state.loss_sum, state.wrong = self.sums.tolist()
+        rows = [
+            {"step": step, "epoch": state.epoch + 1, "lr": lr, "loss": float(loss) / size}
+            for step, lr, size, loss in self.pending
+        ]
+        self.pending.clear()
+        self.folder.append_steps(rows)
+        now = time.monotonic()
+        state.train_seconds += now - self.last_tick
+        state.elapsed_seconds += now - self.last_tick
+        self.last_tick = now
+        self.time_left.trained(state.step, now)
+
+    def _off_the_clock(self) -> None:
+        """Counts the time since the last tick as elapsed, but not as training."""
+        now = time.monotonic()
+        self.state.elapsed_seconds += now - self.last_tick
+        self.last_tick = now
+
+    def _tell(self) -> None:
+        state, t = self.state, self.t
+        snapshot = t.meter.read()
+        seen = max(state.seen, 1)
+        t.observer.progress(
+            Progress(
+                epoch=state.epoch + 1,
+                epochs=t.config.train.epochs,
+                step_in_epoch=state.step_in_epoch,
+                steps_per_epoch=self.per_epoch,
+                lr=learning_rate(t.config, self.per_epoch, state.step - 1, low_start=state.low_start),
+                loss=state.loss_sum / seen,
+                error_pct=100 * state.wrong / seen,
+                images_per_second=state.seen / state.train_seconds if state.train_seconds > 0 else None,
+                memory_bytes=snapshot.peak_allocated_bytes or snapshot.device_used_bytes,
+                seconds_left=self.time_left.seconds(state.epoch, state.step),
+            )
+        )
+
+    # -- an epoch --------------------------------------------------------------------------------------------------
+
+    def _end_epoch(self) -> None:
+        state, t = self.state, self.t
+        began = time.monotonic()
+        test = self._score(t.dataset.test)
+        val = self._score(t.dataset.val) if t.dataset.val is not None else None
+        self.time_left.evaluated(time.monotonic() - began)
+        self._off_the_clock()
+        snapshot = t.meter.read()
+        train_error = 100 * state.wrong / state.seen
+        row: dict[str, Any] = {
+            "epoch": state.epoch + 1,
+            "step": state.step,
+            "lr": learning_rate(t.config, self.per_epoch, state.step - 1, low_start=state.low_start),
+            "train_loss": state.loss_sum / state.seen,
+            "train_error_pct": train_error,
+            "test_loss": test.loss,
+            "test_error_pct": test.error_pct,
+            "images_per_second": state.seen / state.train_seconds if state.train_seconds > 0 else None,
+            "peak_allocated_bytes": snapshot.peak_allocated_bytes,
+            "peak_reserved_bytes": snapshot.peak_reserved_bytes,
+            "device_used_bytes": snapshot.device_used_bytes,
+            "elapsed_seconds": state.elapsed_seconds,
+            "val_loss": val.loss if val else None,
+            "val_error_pct": val.error_pct if val else None,
+        }
+        if not math.isfinite(row["train_loss"]):
+            t.observer.warning(
+                f"the training loss of epoch {row['epoch']} is {row['train_loss']}: the run has diverged"
+            )
+            self.folder.event("warning", what="loss is not finite", epoch=row["epoch"])
+        state.low_start = next_low_start(t.config, state.low_start, train_error)
+        state.epoch += 1
+        chosen_on, score = ("val", val) if val else ("test", test)
+        self._export(score, chosen_on)
+        state.start_epoch()
+        self.sums.zero_()
+        self.folder.append_metrics(row)
+        self._save()
+        t.observer.epoch(row, t.config.train.epochs)
+        if self.signals.requested is not None and state.epoch < t.config.train.epochs:
+            self._leave()
+
+    def _score(self, pictures: Pictures) -> Score:
+        t = self.t
+        size = t.config.train.eval_batch or t.config.train.batch
+        batches = eval_batches(
+            pictures, size, t.dataset.mean, t.dataset.std, t.execution.device, t.execution.torch_memory_format
+        )
+        score = evaluate(t.model, batches, t.execution, lambda: self.signals.requested is not None)
+        if score is None:
+            # The state is still that of the last step: a resume begins with this evaluation.
+            self._off_the_clock()
+            self._leave()
+        assert score is not None
+        return score
+
+    def _export(self, score: Score, chosen_on: str) -> None:
+        state = self.state
+        tensors = cpu_tensors(self.t.model)
+        metadata = {"arch": self.t.config.model.arch, "epoch": str(state.epoch), "step": str(state.step)}
+        metadata |= {"error_pct": repr(score.error_pct), "error_on": chosen_on}
+        if state.best is None or score.error_pct < state.best.error_pct:
+            state.best = Best(state.epoch, state.step, score.error_pct, chosen_on)
+            self.folder.save_weights("best", tensors, {**metadata, "chosen_on": chosen_on})
+        self.folder.save_weights("last", tensors, metadata)
+
+    # -- saving and leaving ----------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        position = (self.state.epoch, self.state.step)
+        if self.saved_at == position:
+            return
+        if self.pending or self.state.step_in_epoch:
+            self._settle()
+        checkpoints.save(self.folder.checkpoints, self.t.checkpoint(), keep=self.t.config.checkpoint.keep)
+        self.saved_at = position
+        self.last_save = time.monotonic()
+        self._off_the_clock()
+        self.folder.event("checkpoint", epoch=self.state.epoch, step=self.state.step)
+
+    def _leave(self) -> None:
+        name = self.signals.requested
+        self._save()
+        self.folder.event("signal", signal=name, epoch=self.state.epoch, step=self.state.step)
+        raise Interrupted(
+            f"{name}: saved at epoch {self.state.epoch + 1}, step {self.state.step}; go on with "
+            f"`lowmem resume {self.folder.path}`",
+            self.signals.exit_code,
+        )
+
+    def _stop_early(self, max_steps: int) -> Outcome:
+        self._save()
+        self.folder.event("stop", reason="train.max_steps", step=self.state.step)
+        self.t.observer.note(f"stopped after {self.state.step} steps as asked (train.max_steps = {max_steps})")
+        return Outcome(False, self.state)

@@ -1,0 +1,45 @@
+"""What a run tells while it goes on. The loop knows nothing of terminals: it calls an observer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is. Loss and error are means over the epoch so far; unknown is None."""
+
+    epoch: int  # 1-based, the one in progress
+    epochs: int
+    step_in_epoch: int  # done
+    steps_per_epoch: int
+    lr: float
+    loss: float | None
+    error_pct: float | None
+    images_per_second: float | None
+    memory_bytes: int | None
+    seconds_left: float | None
+
+
+class Observer:
+    """Hears what happens; does nothing. Subclasses override what they need."""
+
+    def note(self, text: str) -> None:
+        """A sentence worth reading."""
+
+    def warning(self, text: str) -> None:
+        """A sentence that must be read."""
+
+    def progress(self, progress: Progress) -> None:
+        """Every few steps."""
+
+    def data_progress(self, what: str, done: int, total: int) -> None:
+        """While pictures are decoded."""
+
+    def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
+        """After each epoch, with its row of metrics.csv."""
+
+    def close(self) -> None:
+        """The run ended, in whatever way."""

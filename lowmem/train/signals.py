@@ -1,0 +1,51 @@
+"""Signals: the first asks the run to save and leave, the second leaves at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from lowmem.errors import ExitCode
+
+# SIGHUP: the terminal was closed. SIGBREAK: Ctrl-Break on Windows. Only what this system has.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+
+
+class StopSignals:
+    """Context manager that catches the signals; `requested` is the name of the first one, or None.
+
+    Outside the main thread Python cannot catch signals; there it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """130 after Ctrl-C, 143 after any other signal."""
+        return ExitCode.INTERRUPTED if self.requested == "SIGINT" else ExitCode.TERMINATED
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for name in _NAMES:
+                number = getattr(signal, name, None)
+                if number is not None:
+                    self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            # At once means without unwinding: a checkpoint being written is not committed, the one before it stands.
+            sys.stderr.write("\nstopped at once; the last checkpoint stands\n")
+            sys.stderr.flush()
+            os._exit(self.exit_code)
+        self.requested = signal.Signals(number).name

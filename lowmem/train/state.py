@@ -1,0 +1,129 @@
+"""What a run is made of between two steps, and its way into a checkpoint and back, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.config import OPERATIONAL, Config, flatten
+from lowmem.errors import CorruptCheckpoint
+from lowmem.runs.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best epoch so far, by error on the validation pictures if there are any, else on the test pictures."""
+
+    epoch: int
+    step: int
+    error_pct: float
+    chosen_on: str
+
+
+@dataclass
+class RunState:
+    """Position and running sums. Floats go through JSON unchanged (shortest round-trip form)."""
+
+    epoch: int = 0  # completed
+    step: int = 0
+    step_in_epoch: int = 0
+    loss_sum: float = 0.0  # over the epoch so far
+    wrong: float = 0.0
+    seen: int = 0
+    low_start: bool = False
+    best: Best | None = None
+    elapsed_seconds: float = 0.0
+    train_seconds: float = 0.0  # of this epoch, evaluation and saving not counted
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+    def start_epoch(self) -> None:
+        """Clears what belongs to one epoch."""
+        self.step_in_epoch = self.seen = 0
+        self.loss_sum = self.wrong = self.train_seconds = 0.0
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 of the settings that define what is computed: a checkpoint of another run is not taken for this one's."""
+    exact = {key: value for key, value in flatten(config).items() if key not in OPERATIONAL}
+    return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()
+
+
+def cpu_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict on the CPU, contiguous as safetensors wants it."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def capture(
+    state: RunState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    identity: dict[str, str],
+) -> Checkpoint:
+    """Everything a resume needs. `identity`: hashes of settings and data, compared by `restore`."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    slots: dict[str, Tensor] = {}
+    for parameter, entries in optimizer.state.items():
+        for slot, value in entries.items():
+            if isinstance(value, Tensor):
+                slots[f"{slot}/{names[parameter]}"] = value.detach().cpu().contiguous()
+    recorded = asdict(replace(state, scaler=scaler.state_dict()))
+    return Checkpoint(
+        step=state.step, model=cpu_tensors(model), optimizer=slots, state={"run": recorded, "identity": identity}
+    )
+
+
+def restore(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    identity: dict[str, str],
+) -> RunState:
+    """Puts a checkpoint back into model, optimizer and scaler, in their devices and memory formats.
+
+    Raises CorruptCheckpoint if it is of other settings, other data or another network.
+    """
+    recorded = checkpoint.state.get("identity")
+    for key, value in identity.items():
+        if not isinstance(recorded, dict) or recorded.get(key) != value:
+            raise CorruptCheckpoint(
+                f"the checkpoint of step {checkpoint.step} was made with other {key} than this run has now: "
+                f"restore the run's own files, or start another run"
+            )
+    _load_tensors(dict(model.state_dict()), checkpoint.model, "model")
+    parameters = dict(model.named_parameters())
+    for key, tensor in checkpoint.optimizer.items():
+        slot, _, name = key.partition("/")
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise CorruptCheckpoint(f"the optimizer state {key!r} belongs to another network")
+        mirror = torch.empty_like(parameters[name])  # the parameter's device and memory format
+        mirror.copy_(tensor)
+        optimizer.state[parameters[name]][slot] = mirror
+    try:
+        fields = dict(checkpoint.state["run"])
+        best = fields.pop("best")
+        state = RunState(**fields, best=None if best is None else Best(**best))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCheckpoint(f"state.json of step {checkpoint.step} lacks what a run needs: {error}") from None
+    if scaler.is_enabled() and state.scaler:
+        scaler.load_state_dict(state.scaler)
+    return state
+
+
+@torch.no_grad()
+def _load_tensors(into: dict[str, Tensor], tensors: Any, what: str) -> None:
+    if set(into) != set(tensors):
+        odd = sorted(set(into) ^ set(tensors))[0]
+        raise CorruptCheckpoint(f"the {what} of the checkpoint is another network's: {odd!r} is on one side only")
+    for name, tensor in into.items():
+        if tensor.shape != tensors[name].shape or tensor.dtype != tensors[name].dtype:
+            raise CorruptCheckpoint(
+                f"{name} is {list(tensors[name].shape)} in the checkpoint and {list(tensor.shape)} in the network"
+            )
+        tensor.copy_(tensors[name])

@@ -1,0 +1,63 @@
+"""Shared by all tests: small settings, the command as a process, comparison of two runs bit for bit."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from lowmem.runs.columns import EXACT_METRICS
+
+TINY = (
+    "--arch", "res20", "--width", "4", "--data", "shapes", "--epochs", "3", "--batch", "64",
+    "--set", "data.train_subset=600", "--set", "data.test_subset=100", "--set", "train.log_every_steps=1",
+)  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """One thread: the tests share their cores, and the arithmetic must not depend on how many are free."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
+
+
+@pytest.fixture
+def lowmem_command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `lowmem ARGS` as a process of its own in a fresh folder."""
+
+    def run(*arguments: str, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "lowmem", *arguments]
+        return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    """Weights, optimizer, buffers, position and the exact columns of the metrics are equal to the last bit."""
+    for name in ("weights/last.safetensors", "weights/best.safetensors"):
+        assert_same_tensors(left / name, right / name)
+    checkpoints = [sorted(path.name for path in (run / "checkpoints").glob("step-*")) for run in (left, right)]
+    assert checkpoints[0][-1] == checkpoints[1][-1]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert_same_tensors(
+            left / "checkpoints" / checkpoints[0][-1] / name, right / "checkpoints" / checkpoints[1][-1] / name
+        )
+    assert exact_rows(left) == exact_rows(right)
+    assert (left / "steps.csv").read_text() == (right / "steps.csv").read_text()
+
+
+def assert_same_tensors(left: Path, right: Path) -> None:
+    ours, theirs = load_file(left), load_file(right)
+    assert ours.keys() == theirs.keys()
+    assert ours
+    for name, tensor in ours.items():
+        assert tensor.tobytes() == theirs[name].tobytes(), f"{name} of {left.name} differs"
+
+
+def exact_rows(run: Path) -> list[dict[str, str]]:
+    with open(run / "metrics.csv", newline="") as file:
+        return [{key: row[key] for key in EXACT_METRICS} for row in csv.DictReader(file)]

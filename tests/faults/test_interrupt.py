@@ -1,0 +1,104 @@
+"""A real process, stopped by real signals in the middle of an epoch, and resumed: the same run, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY, assert_same_run, environment
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    _finish(_start("train", *TINY, "--out", str(out)))
+    return out
+
+
+def _start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "lowmem", *arguments]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _finish(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def _wait_for_steps(run: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        file = run / "steps.csv"
+        if file.is_file() and len(file.read_text().splitlines()) > steps:
+            return
+        time.sleep(0.005)
+    raise AssertionError("the run did not get going")
+
+
+def _last_event(run: Path) -> dict[str, object]:
+    return json.loads((run / "events.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize(("name", "code", "steps"), [("SIGINT", 130, 3), ("SIGTERM", 143, 14), ("SIGHUP", 143, 21)])
+def test_a_signal_saves_and_the_resumed_run_is_the_same(
+    name: str, code: int, steps: int, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = _start("train", *TINY, "--out", str(out))
+    _wait_for_steps(out, steps)
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert "lowmem resume" in err
+    assert len(err.strip().splitlines()) == 1
+    stopped = _last_event(out)
+    assert stopped["event"] == "signal"
+    assert stopped["signal"] == name
+    _finish(_start("resume", str(out)))
+    assert_same_run(out, uninterrupted)
+
+
+def test_sigkill_loses_no_more_than_since_the_last_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = _start("train", *TINY, "--out", str(out), "--set", "checkpoint.every_steps=4")
+    _wait_for_steps(out, 17)
+    process.kill()
+    process.communicate()
+    output = _finish(_start("resume", str(out)))
+    assert "step-00000016" in output or "step-00000020" in output
+    assert_same_run(out, uninterrupted)
+
+
+def test_a_second_signal_leaves_at_once_and_nothing_is_lost(uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = _start("train", *TINY, "--out", str(out), "--set", "checkpoint.every_steps=1")
+    _wait_for_steps(out, 5)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 130
+    _finish(_start("resume", str(out)))
+    assert_same_run(out, uninterrupted)
+
+
+def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = _start("train", *TINY, "--epochs", "50", "--out", str(out))
+    _wait_for_steps(out, 1)
+    second = _start("resume", str(out))
+    _, err = second.communicate(timeout=120)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    # The first checkpoint may not be there yet; the lock is looked at before.
+    assert second.returncode == 2
+    assert f"process {process.pid}" in err
