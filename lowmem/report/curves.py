@@ -74,10 +74,12 @@ class Curve:
 
 
 def find_pairs(histories: Sequence[History]) -> dict[tuple[int, str], list[History]]:
-    """Runs by (depth, block), of those that have both a residual and a plain net."""
+    """Runs by (depth, block), where both a residual and a plain net have a curve."""
     groups: dict[tuple[int, str], list[History]] = {}
     for history in histories:
         model = history.config.model
+        if not history.epochs:
+            continue
         groups.setdefault((int(model.arch[3:]), model.block), []).append(history)
     return {
         key: group

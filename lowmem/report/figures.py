@@ -98,18 +98,18 @@ def _draw(
 
 def _fill(axes: Axes, panel: Panel, curves: list[Curve], classes: int | None) -> bool:
     """Draw the curves and set the axes; returns whether the vertical axis is logarithmic."""
-    values = [value for curve in curves for _, value in curve.points(panel)] or [0.0, 1.0]
+    top_of_view = 4 * panel.chance(classes or 10)  # a diverging run must not flatten all others
+    values = [min(value, top_of_view) for curve in curves for _, value in curve.points(panel)] or [0.0, 1.0]
+    log = min(values) > 0 and max(values) > LOG_FROM_RATIO * min(values)
     if panel.with_steps:
         losses = [loss for curve in curves for _, loss in curve.step_losses()]
         if losses:
-            values += [float(np.quantile(losses, share)) for share in (0.02, 0.98)]  # not the odd spike
+            spread = (float(np.quantile(losses, share)) for share in (0.02, 0.98))  # not the odd spike
+            values += [min(value, top_of_view) for value in spread if value > 0]
         for curve in curves:
             _draw_steps(axes, curve, few=len(losses) <= FEW_STEPS)
     for curve in curves:
         _draw_curve(axes, curve, panel)
-    top_of_view = 4 * panel.chance(classes or 10)  # a diverging run must not flatten all others
-    values = [min(value, top_of_view) for value in values]
-    log = min(values) > 0 and max(values) > LOG_FROM_RATIO * min(values)
     if classes is not None and max(values) > 0.5 * panel.chance(classes):
         _draw_chance(axes, panel, classes)
         values.append(panel.chance(classes))
@@ -176,13 +176,14 @@ def _set_vertical(axes: Axes, panel: Panel, lowest: float, highest: float, log: 
     axes.set_ylabel(panel.y_title + (", log scale" if log else ""), fontsize=12)
     if not log:
         axes.set_ylim(0, highest * 1.15 or 1.0)
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=7))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
         return
     axes.set_yscale("log")
     spare = (highest / lowest) ** 0.08
     axes.set_ylim(lowest / spare, highest * spare**1.5)
     decades = math.log10(highest / lowest)
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0,) if decades > 3.5 else (1.0, 2.0, 5.0)))
+    subs = (1.0,) if decades > 4.5 else (1.0, 2.0, 5.0) if decades > 0.9 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

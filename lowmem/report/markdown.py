@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from statistics import median
@@ -28,6 +29,9 @@ def render(histories: Sequence[History], rows: Sequence[TableRow], pictures: Seq
     parts.append("## Figures")
     if not pictures:
         parts.append("No run here has completed an epoch: there is nothing to draw yet.")
+    empty = [escape(row.run) for row in rows if row.epochs_done == 0]
+    if pictures and empty:
+        parts.append(f"Without a curve, having completed no epoch yet: {', '.join(empty)}.")
     for picture in pictures:
         parts += [f"### {picture.title}", f"![{picture.title}]({picture.file_name})", picture.remark]
     parts.append("## Runs")
@@ -97,9 +101,7 @@ def _state(history: History) -> str:
     resumed = history.times_resumed
     if resumed:
         text += ", interrupted and resumed " + ("once" if resumed == 1 else f"{resumed} times")
-    if (
-        last is not None and last.train_loss is not None and last.train_loss - last.train_loss != 0
-    ):  # NaN or infinite
+    if last is not None and last.train_loss is not None and not math.isfinite(last.train_loss):  # NaN or infinite
         text += "; **diverged: the training loss is no number any more**"
     return text
 
@@ -120,22 +122,20 @@ def _settings(history: History) -> str:
         describe_source(data.source) + ("" if data.augment else ", not augmented"),
         f"{train.epochs} epochs",
         f"batch {train.batch}" + (f" in micro-batches of {train.micro_batch}" if train.micro_batch else ""),
-        f"SGD, lr {optim.lr:g}, times {schedule.gamma:g} after epochs {drops}"
-        if drops
-        else f"SGD, lr {optim.lr:g}",
+        f"SGD, lr {optim.lr:g}, times {schedule.gamma:g} after epochs {drops}" if drops else f"SGD, lr {optim.lr:g}",
         f"momentum {optim.momentum:g}" + (" (Nesterov)" if optim.nesterov else ""),
         f"weight decay {optim.weight_decay:g}",
         f"precision {train.precision}",
         f"seed {config.seed}",
     ]
+    if schedule.low_start == "on" or int(model.arch[3:]) >= 110:  # `auto` concerns no shallower net
+        said.append(f"low start {schedule.low_start}")
     if data.train_subset is not None:
         said.append(f"{data.train_subset:,} training pictures")
     if data.test_subset is not None:
         said.append(f"{data.test_subset:,} test pictures")
     said.append(
-        f"{data.val_split:,} training pictures held back"
-        if data.val_split
-        else "no training pictures held back"
+        f"{data.val_split:,} training pictures held back" if data.val_split else "no training pictures held back"
     )
     return escape("; ".join(said))
 
@@ -166,9 +166,7 @@ def _lowest(history: History) -> str:
 def _time(history: History) -> str:
     elapsed = None if history.last is None else history.last.elapsed_seconds
     rates = [row.images_per_second for row in history.epochs if row.images_per_second is not None]
-    rate = (
-        f"{median(rates):,.0f} images/s in training (median over epochs)" if rates else f"{UNKNOWN} images/s"
-    )
+    rate = f"{median(rates):,.0f} images/s in training (median over epochs)" if rates else f"{UNKNOWN} images/s"
     return f"{UNKNOWN if elapsed is None else format_duration(elapsed)} in all; {rate}"
 
 
@@ -186,10 +184,7 @@ def _memory(history: History) -> str:
 
 def _from_env(history: History, keys: Sequence[str]) -> str:
     known = [(key, history.env.get(key)) for key in keys]
-    return (
-        escape("; ".join(f"{key} {_plain(value)}" for key, value in known if value not in (None, "")))
-        or UNKNOWN
-    )
+    return escape("; ".join(f"{key} {_plain(value)}" for key, value in known if value not in (None, ""))) or UNKNOWN
 
 
 def _plain(value: object) -> str:

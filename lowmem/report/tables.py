@@ -61,9 +61,7 @@ def percent(value: float | None) -> str:
 
 def in_order(histories: Sequence[History]) -> list[History]:
     """Residual nets by depth, then plain nets; runs of one network by name."""
-    return sorted(
-        histories, key=lambda history: (*network_rank(history.config.model), history.name, str(history.path))
-    )
+    return sorted(histories, key=lambda history: (*network_rank(history.config.model), history.name, str(history.path)))
 
 
 def build_rows(histories: Sequence[History]) -> tuple[TableRow, ...]:
@@ -86,9 +84,7 @@ def _row(history: History, name: str) -> TableRow:
 
 def without_run(histories: Sequence[History]) -> dict[str, float]:
     """The published networks that no run here is of, with their errors."""
-    present = {
-        history.config.model.arch for history in histories if published_error_pct(history.config) is not None
-    }
+    present = {history.config.model.arch for history in histories if published_error_pct(history.config) is not None}
     return {
         network_name(ModelConfig(arch=arch, block=resolve_block(arch, None))): error
         for arch, error in PUBLISHED_ERROR_PCT.items()

@@ -45,9 +45,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> ReportResult:
             write_bytes_atomic(out / picture.file_name, picture.png)
         write_text_atomic(out / "report.md", text)  # last: it names only figures that are there
     except OSError as error:
-        raise DiskError(
-            f"cannot write the report to {out}: {error.strerror or error}: give another --out"
-        ) from error
+        raise DiskError(f"cannot write the report to {out}: {error.strerror or error}: give another --out") from error
     return ReportResult(out, out / "report.md", tuple(out / picture.file_name for picture in pictures), rows)
 
 

@@ -178,9 +178,7 @@ def _whole_lines(path: Path, notes: list[str]) -> list[str]:
     """The lines that have their line end. A run killed while writing leaves one without; a power cut leaves
     NULs.
     """
-    text = path.read_bytes().decode(
-        "utf-8", errors="replace"
-    )  # a bad byte then fails as a number, with its line
+    text = path.read_bytes().decode("utf-8", errors="replace")  # a bad byte then fails as a number, with its line
     whole, _, rest = text.rpartition("\n")
     if rest:
         notes.append(f"the last line of {path.name} was half written and is left out")
@@ -190,9 +188,7 @@ def _whole_lines(path: Path, notes: list[str]) -> list[str]:
 Row = TypeVar("Row", EpochRow, StepRow)
 
 
-def _read_table(
-    path: Path, known: tuple[str, ...], rising: str, row: type[Row], notes: list[str]
-) -> tuple[Row, ...]:
+def _read_table(path: Path, known: tuple[str, ...], rising: str, row: type[Row], notes: list[str]) -> tuple[Row, ...]:
     """Rows of a CSV file; none if it is not there yet. `rising`: the column that must rise from line to
     line.
     """

@@ -1,0 +1,106 @@
+"""report.md says what matters, in words, and no name breaks it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lowmem.report.figures import draw_all
+from lowmem.report.markdown import escape, render
+from lowmem.report.tables import build_rows
+from lowmem.runs.history import read_history
+from tests.unit.report.fake_runs import MakeRun
+
+
+def document(*runs: Path) -> str:
+    histories = [read_history(run) for run in runs]
+    return render(histories, build_rows(histories), draw_all(histories))
+
+
+def line(text: str, title: str) -> str:
+    return next(found for found in text.splitlines() if found.startswith(f"- {title}: "))
+
+
+def test_escape() -> None:
+    assert escape("a_b|c*d") == r"a\_b\|c\*d"
+    assert escape("two\nlines <b> [x](y)") == r"two lines \<b\> \[x\](y)"
+
+
+def test_one_finished_run(make_run: MakeRun) -> None:
+    text = document(make_run("res20"))
+    assert "| Res20 | res20 | 5 | 8.10 % | 8.08 % | 5 epochs instead of 164\\* |" in text
+    assert "![Training loss](loss.png)" in text
+    assert "![Test error](test_error.png)" in text
+    assert "pair_" not in text
+    assert "Published networks without a run here: Res56 7.74 %" in text
+    assert line(text, "State") == "- State: finished, 5 epochs"
+    assert "batch 128" in line(text, "Settings")
+    assert "1,712 MiB allocated, – reserved, – of the whole device" in line(text, "Peak memory")
+    assert line(text, "Time").startswith("- Time: 7:20 in all; 5")
+    assert "GTX 1060" in line(text, "Hardware")
+    assert "torch 2.7.1" in line(text, "Versions")
+
+
+def test_what_the_best_weights_were_chosen_on(make_run: MakeRun) -> None:
+    best = line(document(make_run("res20")), "Best weights")
+    assert "of epoch 5, error 7.95 % on the test set" in best
+    assert "optimistic" in best
+    assert "--val-split" in best
+    run = make_run("res20", name="val", chosen_on="val", data__val_split=5000)
+    best = line(document(run), "Best weights")
+    assert "held-back training pictures, on which they were chosen" in best
+    assert "optimistic" not in best
+
+
+def test_no_rows(make_run: MakeRun) -> None:
+    run = make_run("res110", done=0)
+    (run / "steps.csv").write_text("step,epoch,lr,loss\n20,1,0.01,2.31\n", encoding="utf-8")
+    text = document(run)
+    assert "nothing to draw yet" in text
+    assert "no epoch of 5 completed yet; newest logged step 20 with loss 2.31, not finished" in line(text, "State")
+    assert line(text, "Best weights") == "- Best weights: – (none saved)"
+    assert line(text, "Time") == "- Time: – in all; – images/s"
+    beside = document(run, make_run("cnn20"))
+    assert "Without a curve, having completed no epoch yet: res110." in beside
+
+
+def test_interrupted_and_resumed(make_run: MakeRun) -> None:
+    run = make_run("res20", done=3)
+    with (run / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"event": "resume"}) + "\n" for _ in range(2))
+    state = line(document(run), "State")
+    assert state == (
+        "- State: at epoch 3 of 5, not finished (interrupted, or still running), interrupted and resumed 2 times"
+    )
+
+
+def test_stopped_as_planned(make_run: MakeRun) -> None:
+    run = make_run("res20", done=3, train__max_steps=1173)
+    with (run / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"event": "done"}\n')
+    assert "stopped as planned (train.max\\_steps 1,173)" in line(document(run), "State")
+
+
+def test_diverged(make_run: MakeRun) -> None:
+    run = make_run("res20", done=2)
+    with (run / "metrics.csv").open("a", encoding="utf-8") as file:
+        file.write("3,1173,0.1,nan,,,90,,,,,,,\n")
+    assert "diverged" in line(document(run), "State")
+
+
+def test_names_and_notes_are_escaped(make_run: MakeRun) -> None:
+    run = make_run("res20", name="a|b_*c*")
+    with (run / "metrics.csv").open("a", encoding="utf-8") as file:
+        file.write("6,")
+    text = document(run)
+    assert r"| a\|b\_\*c\* |" in text
+    assert r"### a\|b\_\*c\* (Res20)" in text
+    assert "the last line of metrics.csv was half written" in line(text, "Note")
+
+
+def test_nothing_known_of_the_machine(make_run: MakeRun) -> None:
+    run = make_run("res20")
+    (run / "env.json").unlink()
+    text = document(run)
+    assert line(text, "Hardware") == "- Hardware: –"
+    assert line(text, "Versions") == "- Versions: –"

@@ -1,0 +1,71 @@
+"""A run is held against a published figure only as what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowmem.report.published import describe_source, differences, published_error_pct
+from lowmem.runs.history import read_history
+from tests.unit.report.fake_runs import write_run
+
+
+@pytest.mark.parametrize(
+    ("arch", "block", "error"),
+    [
+        ("res20", "basic", 8.08),
+        ("res110", "basic", 7.46),
+        ("cnn110", "basic", 89.66),
+        ("res110", "bottleneck", None),  # never trained by the report: it did not fit
+        ("res56", "bottleneck", None),
+        ("res50", "bottleneck", None),
+        ("cnn34", "basic", None),
+    ],
+)
+def test_matches_by_architecture_and_block(tmp_path: Path, arch: str, block: str, error: float | None) -> None:
+    history = read_history(write_run(tmp_path / "run", arch, model__block=block))
+    assert published_error_pct(history.config) == error
+
+
+def test_the_published_setting_differs_in_nothing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", done=164, epochs=164, seed=3, data__root="elsewhere")
+    assert differences(read_history(run)) == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model__width": 16}, "width 16 instead of 64"),
+        ({"data__source": "folder:/home/me/jpegs/"}, "pictures of folder jpegs instead of the original CIFAR-10"),
+        ({"data__source": "fashion-mnist"}, "Fashion-MNIST instead of the original CIFAR-10"),
+        ({"data__train_subset": 5000}, "trained on 5,000 pictures instead of 50,000"),
+        ({"data__test_subset": 500}, "tested on 500 pictures instead of 10,000"),
+        ({"data__val_split": 5000}, "5,000 training pictures held back"),
+        ({"data__augment": False}, "no augmentation instead of crop and flip*"),
+        ({"optim__lr": 0.05}, "lr 0.05 instead of 0.1*"),
+        ({"optim__momentum": 0.8}, "momentum 0.8 instead of 0.9"),
+        ({"optim__weight_decay": 5e-4}, "weight decay 0.0005 instead of 0.0001"),
+        ({"optim__nesterov": True}, "Nesterov momentum"),
+        ({"schedule__milestones": [10]}, "another learning-rate schedule*"),
+        ({"train__batch": 64}, "batch 64 instead of 128*"),
+        ({"train__micro_batch": 32}, "batch norm over micro-batches of 32"),
+        ({"train__precision": "amp"}, "mixed precision instead of fp32*"),
+    ],
+)
+def test_each_difference_is_said(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+    run = write_run(tmp_path / "run", done=164, epochs=164, **settings)
+    assert differences(read_history(run)) == (said,)
+
+
+def test_length(tmp_path: Path) -> None:
+    assert differences(read_history(write_run(tmp_path / "a", done=8, epochs=8))) == ("8 epochs instead of 164*",)
+    unfinished = differences(read_history(write_run(tmp_path / "b", done=9, epochs=164)))
+    assert unfinished == ("only 9 of its 164 epochs done",)
+    assert differences(read_history(write_run(tmp_path / "c", done=0, epochs=164))) == ("no epoch done yet",)
+
+
+def test_a_folder_is_named_without_its_place() -> None:
+    assert describe_source("folder:/home/me/pets") == "pictures of folder pets"
+    assert describe_source("folder:C:\\Users\\me\\pets") == "pictures of folder pets"

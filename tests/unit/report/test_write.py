@@ -1,0 +1,68 @@
+"""`write_report`: where it writes, what it refuses, and that it leaves the runs alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lowmem.errors import DiskError, UsageError
+from lowmem.report import TABLE_HEADER, write_report
+from tests.unit.report.fake_runs import MakeRun
+
+
+def test_one_run_goes_into_its_folder(make_run: MakeRun) -> None:
+    run = make_run("res20")
+    result = write_report([run])
+    assert result.folder == run / "report"
+    assert sorted(path.name for path in (run / "report").iterdir()) == ["loss.png", "report.md", "test_error.png"]
+    assert result.markdown.read_text(encoding="utf-8").startswith("# Training report")
+
+
+def test_six_runs(six_runs: list[Path], tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for run in six_runs for path in run.rglob("*") if path.is_file()}
+    result = write_report(six_runs, tmp_path / "deep" / "report")
+    assert len(result.rows) == 6
+    assert len(result.figures) == 5
+    assert all(len(row.cells()) == len(TABLE_HEADER) for row in result.rows)
+    named = re.findall(r"\]\(([^)]+\.png)\)", result.markdown.read_text(encoding="utf-8"))
+    assert named == [path.name for path in result.figures]  # relative: the folder can be moved
+    assert all(path.is_file() for path in result.figures)
+    assert before == {path: path.read_bytes() for run in six_runs for path in run.rglob("*") if path.is_file()}
+
+
+def test_again_over_the_old_one(make_run: MakeRun) -> None:
+    run = make_run("res20")
+    first = write_report([run]).markdown.read_bytes()
+    assert write_report([run]).markdown.read_bytes() == first
+
+
+def test_a_run_given_twice_counts_once(make_run: MakeRun) -> None:
+    run = make_run("res20")
+    assert len(write_report([run, run / ".." / "res20"]).rows) == 1
+
+
+def test_several_runs_need_a_folder(six_runs: list[Path]) -> None:
+    with pytest.raises(UsageError, match="--out"):
+        write_report(six_runs)
+
+
+def test_nothing_is_written_if_a_run_is_missing(make_run: MakeRun, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        write_report([make_run("res20"), tmp_path / "nowhere"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="no run given"):
+        write_report([])
+
+
+def test_no_rows(make_run: MakeRun) -> None:
+    result = write_report([make_run("res20", done=0)])
+    assert result.figures == ()
+    assert result.rows[0].final_error_pct is None
+
+
+def test_a_folder_that_cannot_be_made(make_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(DiskError, match="give another --out"):
+        write_report([make_run("res20")], tmp_path / "file" / "report")

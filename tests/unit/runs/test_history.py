@@ -1,0 +1,196 @@
+"""Reading a run folder: whole, half written, damaged, empty."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+from lowmem.config import Config
+from lowmem.errors import UsageError
+from lowmem.runs.columns import METRICS, STEPS
+from lowmem.runs.history import EpochRow, StepRow, read_history
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of four epochs, two of them done."""
+    folder = tmp_path / "res20"
+    folder.mkdir()
+    config = Config.model_validate({"train": {"epochs": 4}}).model_dump(mode="json")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config) + "# lr: flag\n", encoding="utf-8")
+    epochs = [",".join(METRICS), "1,10,0.1,2.0,70,1.9,60.5,500,1000,,,3.5,,", "2,20,0.1,nan,65,1.5,55,510,1000,,,7,,"]
+    (folder / "metrics.csv").write_text("\n".join(epochs) + "\n", encoding="utf-8")
+    (folder / "steps.csv").write_text(",".join(STEPS) + "\n10,1,0.1,2.1\n20,2,0.1,1.8\n", encoding="utf-8")
+    events = [{"time": "2026-11-01T10:00:00", "event": "start"}, {"time": 5.0, "event": "resume", "step": 10}]
+    (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events), encoding="utf-8")
+    return folder
+
+
+def append(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def test_rows_have_the_columns() -> None:
+    assert tuple(field.name for field in fields(EpochRow)) == METRICS
+    assert tuple(field.name for field in fields(StepRow)) == STEPS
+
+
+def test_reads_typed_rows(run: Path) -> None:
+    history = read_history(run)
+    assert history.name == "res20"
+    assert history.config.train.epochs == 4
+    first, second = history.epochs
+    assert (first.epoch, first.step, first.test_error_pct) == (1, 10, 60.5)
+    assert first.peak_allocated_bytes == 1000
+    assert isinstance(first.peak_allocated_bytes, int)
+    assert first.peak_reserved_bytes is None  # an empty field is unknown, never zero
+    assert first.val_error_pct is None
+    assert second.train_loss is not None
+    assert math.isnan(second.train_loss)
+    assert [row.loss for row in history.steps] == [2.1, 1.8]
+    assert [event.kind for event in history.events] == ["start", "resume"]
+    assert history.events[1].detail == {"step": 10}
+    assert (history.times_resumed, history.state, history.notes) == (1, "unfinished", ())
+    assert history.classes == 10  # known of cifar10
+
+
+def test_windows_line_ends(run: Path) -> None:
+    whole = read_history(run)
+    for name in ("metrics.csv", "steps.csv", "events.jsonl"):
+        (run / name).write_bytes((run / name).read_bytes().replace(b"\n", b"\r\n"))
+    assert read_history(run).steps == whole.steps
+    assert read_history(run).events == whole.events
+
+
+@pytest.mark.parametrize("torn", ["3", "3,30,0.1,1.0,50,1", "3,30,0.1,1.0,50,1.2,40,500,1000,,,9,,", "\0\0\0"])
+def test_half_written_last_line_is_left_out(run: Path, torn: str) -> None:
+    append(run / "metrics.csv", torn)
+    history = read_history(run)
+    assert [row.epoch for row in history.epochs] == [1, 2]
+    assert history.notes == ("the last line of metrics.csv was half written and is left out",)
+
+
+def test_half_written_header(run: Path) -> None:
+    (run / "metrics.csv").write_text("epoch,st", encoding="utf-8")
+    assert read_history(run).epochs == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("3,30,0.1,x,50,1.2,40,500,,,,9,,", "line 4: train_loss is 'x', which is no number"),
+        ("3,3.5,0.1,1,50,1.2,40,500,,,,9,,", "line 4: step is '3.5'"),
+        ("3,,0.1,1,50,1.2,40,500,,,,9,,", "line 4: step is empty"),
+        ("3,30", "line 4: 2 fields where the header has 14"),
+        ("", "line 4: 0 fields"),
+        ("2,30,0.1,1,50,1.2,40,500,,,,9,,", "line 4: epoch 2 follows epoch 2"),
+    ],
+)
+def test_damage_names_file_and_line(run: Path, line: str, said: str) -> None:
+    append(run / "metrics.csv", line + "\n")
+    with pytest.raises(UsageError, match=r"metrics\.csv") as caught:
+        read_history(run)
+    assert said in str(caught.value)
+
+
+def test_bytes_that_are_no_text(run: Path) -> None:
+    (run / "steps.csv").write_bytes((run / "steps.csv").read_bytes() + b"30,2,\xff\xfe,1\n")
+    with pytest.raises(UsageError, match=r"steps.csv line 4: lr"):
+        read_history(run)
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [("epoch,step,speed", "unknown column 'speed'"), ("epoch,lr", "no column 'step'"), ("epoch,step,lr,lr", "doubled")],
+)
+def test_wrong_header(run: Path, header: str, said: str) -> None:
+    (run / "metrics.csv").write_text(header + "\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=f"metrics.csv line 1: {said}"):
+        read_history(run)
+
+
+def test_files_that_are_not_there_yet(run: Path) -> None:
+    for name in ("metrics.csv", "steps.csv", "events.jsonl"):
+        (run / name).unlink()
+    history = read_history(run)
+    assert (history.epochs, history.steps, history.events, dict(history.env)) == ((), (), (), {})
+    assert (history.last, history.epochs_done, history.best, history.state) == (None, 0, None, "unfinished")
+
+
+def test_no_run(tmp_path: Path, run: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        read_history(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="not a run folder"):
+        read_history(tmp_path)
+    with pytest.raises(UsageError, match="not a run folder"):
+        read_history(run / "metrics.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [1\nb: 2\n", "config.yaml line 2 cannot be read as YAML"),
+        ("just words", "holds no settings"),
+        ("optim: {lr: -1}", "optim.lr"),
+        ("optim: {rate: 1}", "optim.rate"),
+        ("model: {arch: vgg}", "unknown architecture 'vgg'"),
+    ],
+)
+def test_damaged_settings(run: Path, text: str, said: str) -> None:
+    (run / "config.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        read_history(run)
+    assert said in str(caught.value)
+    assert "config.yaml" in str(caught.value)
+
+
+def test_states(run: Path) -> None:
+    append(run / "events.jsonl", '{"event": "done"}\n')
+    assert read_history(run).state == "stopped as planned"
+    append(run / "events.jsonl", '{"event": "resume"}\n')
+    assert read_history(run).state == "unfinished"
+    append(run / "metrics.csv", "3,30,,,,,,,,,,,,\n4,40,,,,,,,,,,,,\n")
+    assert read_history(run).state == "finished"  # even if it was killed before it could say so
+
+
+def test_damaged_events_and_env_are_noted(run: Path) -> None:
+    append(run / "events.jsonl", '{"event": "wa{"event": "resume"}\n{"event": "resume"}\n')
+    (run / "env.json").write_text("{", encoding="utf-8")
+    history = read_history(run)
+    assert history.times_resumed == 2
+    assert any("events.jsonl line 3" in note for note in history.notes)
+    assert any("env.json" in note for note in history.notes)
+
+
+def test_best_weights(run: Path) -> None:
+    (run / "weights").mkdir()
+    path = run / "weights" / "best.safetensors"
+    metadata = {"epoch": "2", "step": "20", "error_pct": "7.46", "chosen_on": "val"}
+    save_file({"linear.bias": np.zeros(7, np.float32)}, path, metadata)
+    history = read_history(run)
+    assert history.best is not None
+    assert (history.best.epoch, history.best.error_pct, history.best.chosen_on) == (2, 7.46, "val")
+    assert history.classes == 7  # the weights know better than the data set's name
+    save_file({"linear.bias": np.zeros(7, np.float32)}, path)
+    best = read_history(run).best
+    assert best is not None
+    assert (best.epoch, best.error_pct, best.chosen_on) == (None, None, None)
+    path.write_bytes(b"garbage")
+    history = read_history(run)
+    assert history.best is None
+    assert "weights/best.safetensors cannot be read" in history.notes
+
+
+def test_needs_no_torch() -> None:
+    code = "import sys, lowmem.report, lowmem.runs.history; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
