@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from statistics import median
 
 from lowmem.report.figures import Picture
@@ -12,7 +13,7 @@ from lowmem.report.naming import run_names
 from lowmem.report.palette import network_name
 from lowmem.report.published import ASSUMED, describe_source
 from lowmem.report.tables import TABLE_HEADER, UNKNOWN, TableRow, percent, without_run
-from lowmem.runs.history import BestWeights, History
+from lowmem.runs.history import History
 from lowmem.units import format_duration, format_size
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~$&!^])")
@@ -68,11 +69,11 @@ def _run_section(history: History, name: str) -> list[str]:
     lines = [
         ("State", _state(history)),
         ("Settings", _settings(history)),
-        ("Best weights", _best(history.best)),
+        ("Best weights", _best(history)),
         ("Lowest test error", _lowest(history)),
         ("Time", _time(history)),
         ("Peak memory", _memory(history)),
-        ("Hardware", _from_env(history, ("device", "gpu", "card", "driver", "cpu", "platform"))),
+        ("Hardware", _from_env(history, ("device", "gpu", "card", "driver", "cpu", "cpu_threads", "platform"))),
         (
             "Versions",
             _from_env(history, ("lowmem", "git_commit", "python", "torch", "torchvision", "cuda", "cudnn")),
@@ -101,20 +102,15 @@ def _state(history: History) -> str:
     resumed = history.times_resumed
     if resumed:
         text += ", interrupted and resumed " + ("once" if resumed == 1 else f"{resumed} times")
-    if last is not None and last.train_loss is not None and not math.isfinite(last.train_loss):  # NaN or infinite
+    if last is not None and last.train_loss is not None and not math.isfinite(last.train_loss):
         text += "; **diverged: the training loss is no number any more**"
     return text
 
 
 def _settings(history: History) -> str:
     config = history.config
-    model, data, optim, schedule, train = (
-        config.model,
-        config.data,
-        config.optim,
-        config.schedule,
-        config.train,
-    )
+    model, data, train = config.model, config.data, config.train
+    optim, schedule = config.optim, config.schedule
     scale = train.epochs / schedule.reference_epochs
     drops = ", ".join(f"{milestone * scale:.3g}" for milestone in schedule.milestones)
     said = [
@@ -140,13 +136,16 @@ def _settings(history: History) -> str:
     return escape("; ".join(said))
 
 
-def _best(best: BestWeights | None) -> str:
+def _best(history: History) -> str:
+    best = history.best
     if best is None:
         return f"{UNKNOWN} (none saved)"
     where = "at an unknown epoch" if best.epoch is None else f"of epoch {best.epoch}"
     text = f"{where}, error {percent(best.error_pct)}"
     if best.chosen_on == "val":
-        return f"{text} on the held-back training pictures, on which they were chosen"
+        there = next((row.test_error_pct for row in history.epochs if row.epoch == best.epoch), None)
+        beside = "" if there is None else f"; test error there {percent(there)}"
+        return f"{text} on the held-back training pictures, on which they were chosen{beside}"
     if best.chosen_on == "test":
         return (
             f"{text} on the test set, **on which they were chosen: this error is optimistic** and no "
@@ -178,13 +177,20 @@ def _memory(history: History) -> str:
     return (
         f"{largest(row.peak_allocated_bytes for row in history.epochs)} allocated, "
         f"{largest(row.peak_reserved_bytes for row in history.epochs)} reserved, "
-        f"{largest(row.device_used_bytes for row in history.epochs)} of the whole device"
+        f"{largest(row.device_used_bytes for row in history.epochs)} in use on the device"
     )
 
 
 def _from_env(history: History, keys: Sequence[str]) -> str:
-    known = [(key, history.env.get(key)) for key in keys]
-    return escape("; ".join(f"{key} {_plain(value)}" for key, value in known if value not in (None, ""))) or UNKNOWN
+    """What env.json says, and what a resume found changed since."""
+    resumes = [event.detail for event in history.events if event.kind == "resume"]
+    said = []
+    for key in keys:
+        values = [_plain(source[key]) for source in (history.env, *resumes) if source.get(key) not in (None, "")]
+        changes = [value for before, value in pairwise(["", *values]) if value != before]
+        if changes:
+            said.append(f"{key.replace('_', ' ')} {', then '.join(changes)}")
+    return escape("; ".join(said)) or UNKNOWN
 
 
 def _plain(value: object) -> str:

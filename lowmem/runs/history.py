@@ -112,13 +112,11 @@ class History:
 
     @property
     def state(self) -> State:
-        """Finished when all epochs are there; "stopped as planned" when it said `done` earlier
-        (train.max_steps).
-        """
+        """Finished when all epochs are there, "stopped as planned" if it ended before that by train.max_steps."""
         if self.epochs_done >= self.config.train.epochs:
             return "finished"
         for event in reversed(self.events):
-            if event.kind == "done":
+            if event.kind == "done" or (event.kind, event.detail.get("reason")) == ("stop", "train.max_steps"):
                 return "stopped as planned"
             if event.kind in {"start", "resume"}:
                 break

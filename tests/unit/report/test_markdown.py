@@ -35,7 +35,7 @@ def test_one_finished_run(make_run: MakeRun) -> None:
     assert "Published networks without a run here: Res56 7.74 %" in text
     assert line(text, "State") == "- State: finished, 5 epochs"
     assert "batch 128" in line(text, "Settings")
-    assert "1,712 MiB allocated, – reserved, – of the whole device" in line(text, "Peak memory")
+    assert "1,712 MiB allocated, – reserved, – in use on the device" in line(text, "Peak memory")
     assert line(text, "Time").startswith("- Time: 7:20 in all; 5")
     assert "GTX 1060" in line(text, "Hardware")
     assert "torch 2.7.1" in line(text, "Versions")
@@ -48,7 +48,7 @@ def test_what_the_best_weights_were_chosen_on(make_run: MakeRun) -> None:
     assert "--val-split" in best
     run = make_run("res20", name="val", chosen_on="val", data__val_split=5000)
     best = line(document(run), "Best weights")
-    assert "held-back training pictures, on which they were chosen" in best
+    assert "held-back training pictures, on which they were chosen; test error there 8.10 %" in best
     assert "optimistic" not in best
 
 
@@ -74,10 +74,17 @@ def test_interrupted_and_resumed(make_run: MakeRun) -> None:
     )
 
 
+def test_resumed_on_another_machine(make_run: MakeRun) -> None:
+    run = make_run("res20", done=3)
+    with (run / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"event": "resume", "torch": "2.8.0", "lowmem": "0.1.0", "step": 3}) + "\n")
+    assert line(document(run), "Versions") == "- Versions: lowmem 0.1.0; torch 2.7.1, then 2.8.0"
+
+
 def test_stopped_as_planned(make_run: MakeRun) -> None:
     run = make_run("res20", done=3, train__max_steps=1173)
     with (run / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"event": "done"}\n')
+        file.write('{"event": "stop", "reason": "train.max_steps"}\n')
     assert "stopped as planned (train.max\\_steps 1,173)" in line(document(run), "State")
 
 

@@ -159,6 +159,10 @@ def test_states(run: Path) -> None:
     assert read_history(run).state == "stopped as planned"
     append(run / "events.jsonl", '{"event": "resume"}\n')
     assert read_history(run).state == "unfinished"
+    append(run / "events.jsonl", '{"event": "stop", "reason": "train.max_steps", "step": 20}\n')
+    assert read_history(run).state == "stopped as planned"
+    append(run / "events.jsonl", '{"event": "resume"}\n{"event": "signal", "signal": "SIGINT"}\n')
+    assert read_history(run).state == "unfinished"
     append(run / "metrics.csv", "3,30,,,,,,,,,,,,\n4,40,,,,,,,,,,,,\n")
     assert read_history(run).state == "finished"  # even if it was killed before it could say so
 
