@@ -31,7 +31,7 @@ LOSS = Panel(
     y_title="cross-entropy (nats)",
     value=lambda row: row.train_loss,
     chance=lambda classes: math.log(classes),
-    chance_text=lambda classes: f"chance: ln {classes} = {math.log(classes):.3f}",
+    chance_text=lambda classes: f"chance  {math.log(classes):.3f}",
     number=lambda value: f"{value:.2f}" if value >= 0.1 else f"{value:#.2g}",
     with_steps=True,
 )
@@ -40,7 +40,7 @@ TEST_ERROR = Panel(
     y_title="test error (%)",
     value=lambda row: row.test_error_pct,
     chance=lambda classes: 100 * (1 - 1 / classes),
-    chance_text=lambda classes: f"chance: {100 * (1 - 1 / classes):.4g} %",
+    chance_text=lambda classes: f"chance  {100 * (1 - 1 / classes):.4g} %",
     number=lambda value: f"{value:.2f} %",
     with_steps=False,
 )

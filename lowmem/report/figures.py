@@ -14,7 +14,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lowmem.config import resolve_block
@@ -76,11 +75,12 @@ def _draw(
     logs = []
     for row, (panel, shown) in enumerate(zip(panels, drawn, strict=True)):
         axes = figure.add_subplot(len(panels), 1, row + 1)
-        logs.append(_fill(axes, panel, shown, classes))
+        log, labels = _fill(axes, panel, shown, classes)
+        logs.append(log)
         heading = panel.title if title == panel.title else f"{panel.title}: {title}"
         axes.set_title(heading, loc="left", fontsize=14, fontweight="bold")
         axes.set_xlim(0, max(last_epoch, 1) * 1.01)  # from 0: the steps of the first epoch lie there
-        everything.append((axes, [_end_label(curve, panel) for curve in shown]))
+        everything.append((axes, labels))
     room = max(room_for(labels, canvas) for _, labels in everything) / (WIDTH_INCHES * DPI)
     figure.subplots_adjust(
         left=0.105,
@@ -96,8 +96,8 @@ def _draw(
     return Picture(file_name, buffer.getvalue(), title, _remark(panels, logs))
 
 
-def _fill(axes: Axes, panel: Panel, curves: list[Curve], classes: int | None) -> bool:
-    """Draw the curves and set the axes; returns whether the vertical axis is logarithmic."""
+def _fill(axes: Axes, panel: Panel, curves: list[Curve], classes: int | None) -> tuple[bool, list[EndLabel]]:
+    """Draw the curves and set the axes. Whether the vertical axis is logarithmic, and what to write beside it."""
     top_of_view = 4 * panel.chance(classes or 10)  # a diverging run must not flatten all others
     values = [min(value, top_of_view) for curve in curves for _, value in curve.points(panel)] or [0.0, 1.0]
     log = min(values) > 0 and max(values) > LOG_FROM_RATIO * min(values)
@@ -110,9 +110,13 @@ def _fill(axes: Axes, panel: Panel, curves: list[Curve], classes: int | None) ->
             _draw_steps(axes, curve, few=len(losses) <= FEW_STEPS)
     for curve in curves:
         _draw_curve(axes, curve, panel)
+    labels = [_end_label(curve, panel) for curve in curves]
     if classes is not None and max(values) > 0.5 * panel.chance(classes):
-        _draw_chance(axes, panel, classes)
-        values.append(panel.chance(classes))
+        level = panel.chance(classes)
+        axes.axhline(level, color=NEUTRAL, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
+        # Beside the axes with the others: inside, some curve always runs through it.
+        labels.append(EndLabel(panel.chance_text(classes), None, level, NEUTRAL))
+        values.append(level)
     _set_vertical(axes, panel, min(values), max(values), log)
     axes.set_xlabel("epoch", fontsize=12)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 2.5, 4, 5, 10]))
@@ -121,7 +125,7 @@ def _fill(axes: Axes, panel: Panel, curves: list[Curve], classes: int | None) ->
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    return log
+    return log, labels
 
 
 def _draw_curve(axes: Axes, curve: Curve, panel: Panel) -> None:
@@ -151,24 +155,6 @@ def _draw_steps(axes: Axes, curve: Curve, few: bool) -> None:
         linewidth=0.8 if few else 0.4,
         alpha=0.35 if few else 0.16,
         zorder=2,
-    )
-
-
-def _draw_chance(axes: Axes, panel: Panel, classes: int) -> None:
-    level = panel.chance(classes)
-    axes.axhline(level, color=NEUTRAL, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
-    axes.annotate(
-        panel.chance_text(classes),
-        (1, level),
-        xycoords=("axes fraction", "data"),
-        xytext=(-4, 4),
-        textcoords="offset points",
-        ha="right",
-        va="bottom",
-        fontsize=11,
-        color=NEUTRAL,
-        zorder=5,
-        path_effects=[withStroke(linewidth=3, foreground="white")],  # curves run here
     )
 
 

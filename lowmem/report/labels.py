@@ -16,10 +16,10 @@ PAD_POINTS = 8.0
 
 @dataclass(frozen=True)
 class EndLabel:
-    """A text for the curve that ends at (x, y) in data units."""
+    """A text for the curve that ends at (x, y) in data units; x is None for a line across."""
 
     text: str
-    x: float
+    x: float | None
     y: float
     colour: str
 
@@ -69,10 +69,9 @@ def place(axes: Axes, labels: Sequence[EndLabel]) -> None:
         return
     point = figure.dpi / 72
     box = axes.get_window_extent()
-    ends = [
-        (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))
-        for x, y in axes.transData.transform([(label.x, label.y) for label in labels])
-    ]
+    right = axes.get_xlim()[1]
+    data = [(right if label.x is None else label.x, label.y) for label in labels]
+    ends = [(min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)) for x, y in axes.transData.transform(data)]
     line_height = FONT_SIZE * 1.28 * point
     middles = spread([y for _, y in ends], line_height, box.y0 + line_height / 4, box.y1 - line_height / 4)
     to_figure = figure.transFigure.inverted()
