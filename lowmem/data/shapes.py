@@ -29,20 +29,20 @@ _COS = np.rint(256 * np.cos(np.arange(_TURN) * 2 * np.pi / _TURN)).astype(np.int
 _SIN = np.rint(256 * np.sin(np.arange(_TURN) * 2 * np.pi / _TURN)).astype(np.int32)
 _DATA_SEED = 20_261_101  # names this data set; another number would be another data set
 _CHUNK = 1000  # pictures drawn at a time: temporaries stay in tens of MiB
-_NOISE = 44  # noise is uniform in -_NOISE.._NOISE grey levels
+_NOISE = 36  # noise is uniform in -_NOISE.._NOISE grey levels
 
 
 def _disc(u: Ints, v: Ints, r: Ints) -> Mask:
     return u * u + v * v < r * r * 9 // 10
 
 
-def _square(u: Ints, v: Ints, r: Ints) -> Mask:
-    return np.maximum(abs(u), abs(v)) * 8 < r * 7
+def _bar(u: Ints, v: Ints, r: Ints) -> Mask:
+    return (abs(u) < r) & (abs(v) * 3 < r)
 
 
 def _triangle(u: Ints, v: Ints, r: Ints) -> Mask:
     slanted = np.maximum(abs(u) * 222 + v * 128 >> 8, -v)  # outward normals 120 degrees apart
-    return slanted * 10 < r * 6
+    return slanted * 3 < r * 2
 
 
 def _cross(u: Ints, v: Ints, r: Ints) -> Mask:
@@ -83,7 +83,7 @@ def _zigzag(u: Ints, v: Ints, r: Ints) -> Mask:
 
 _CLASSES: dict[str, Callable[[Ints, Ints, Ints], Mask]] = {
     "disc": _disc,
-    "square": _square,
+    "bar": _bar,
     "triangle": _triangle,
     "cross": _cross,
     "ring": _ring,

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+
+from lowmem.config import DataConfig
+from lowmem.data import cifar10, load
+from lowmem.errors import DataError
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def write_batch(path: Path, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    data = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
+    path.write_bytes(pickle.dumps({"data": data, "labels": [i % 10 for i in range(20)]}))
+    return data
+
+
+@pytest.fixture
+def cifar_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small CIFAR-10 in the usual folder; only the table of MD5s is made to fit it."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for number, (name, _) in enumerate([*cifar10.CIFAR10.train_list, *cifar10.CIFAR10.test_list]):
+        write_batch(folder / name, number)
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": CLASSES}))
+
+    def md5(name: str) -> str:
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    for table in ("train_list", "test_list"):
+        known = [[name, md5(name)] for name, _ in getattr(cifar10.CIFAR10, table)]
+        monkeypatch.setattr(cifar10.CIFAR10, table, known)
+    monkeypatch.setattr(cifar10.CIFAR10, "meta", {**cifar10.CIFAR10.meta, "md5": md5("batches.meta")})
+    return tmp_path
+
+
+def config(root: Path, **settings: Any) -> DataConfig:
+    return DataConfig(source="cifar10", root=str(root), **settings)
+
+
+def test_pictures_arrive_as_they_are(cifar_root: Path) -> None:
+    data = load(config(cifar_root), 0)
+    assert data.classes == tuple(CLASSES)
+    assert (len(data.train), len(data.test)) == (100, 20)
+    first = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
+    assert np.array_equal(data.train.images[:20].numpy().reshape(20, 3072), first)
+    assert data.train.images.is_contiguous()
+    assert data.test.labels.tolist() == [i % 10 for i in range(20)]
+    assert data.fingerprint == load(config(cifar_root, download=False), 1).fingerprint
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+def test_a_file_with_a_wrong_md5_is_never_unpickled(cifar_root: Path, name: str, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+            return open, (str(tmp_path / "ran"), "w")
+
+    (cifar_root / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(
+        DataError, match=f"{name}.* does not have CIFAR-10's MD5 and was not unpickled: delete it"
+    ):
+        load(config(cifar_root), 0)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_truncated_file_is_named(cifar_root: Path) -> None:
+    path = cifar_root / "cifar-10-batches-py" / "data_batch_1"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"data_batch_1 \([\d,]+ bytes\)"):
+        load(config(cifar_root), 0)
+
+
+def test_missing_and_not_to_be_downloaded(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data_batch_1 is missing; unpack .* or set data.download=true"):
+        load(config(tmp_path, download=False), 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_and_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(self: object) -> None:
+        raise URLError("[Errno -3] Temporary failure in\nname resolution")
+
+    monkeypatch.setattr(cifar10.CIFAR10, "download", offline)
+    with pytest.raises(DataError, match=r"cannot be downloaded .*name resolution.* --data shapes") as caught:
+        load(config(tmp_path / "new"), 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_downloaded(cifar_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = cifar_root / "cifar-10-batches-py" / "data_batch_5"
+    content = path.read_bytes()
+    path.unlink()
+    monkeypatch.setattr(cifar10.CIFAR10, "download", lambda self: path.write_bytes(content))
+    assert len(load(config(cifar_root), 0).train) == 100
+
+
+def test_an_interrupted_download_leaves_a_clear_error(
+    cifar_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cifar_root / "cifar-10-batches-py" / "data_batch_5").unlink()
+    monkeypatch.setattr(cifar10.CIFAR10, "download", lambda self: None)
+    with pytest.raises(DataError, match="data_batch_5"):
+        load(config(cifar_root), 0)

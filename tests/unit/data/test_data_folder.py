@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lowmem.config import DataConfig
+from lowmem.data import Dataset, cache, folder, load
+from lowmem.errors import DataError
+
+
+def save(path: Path, seed: int, size: tuple[int, int] = (32, 32)) -> np.ndarray:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Two classes, three training pictures and one test picture each."""
+    root = tmp_path / "pets"
+    for label, name in enumerate(("cat", "dog")):
+        for i in range(3):
+            save(root / "train" / name / f"{i}.png", 10 * label + i)
+        save(root / "test" / name / "0.png", 100 + label)
+    return root
+
+
+def read(root: Path, **settings: int) -> Dataset:
+    config = DataConfig(source=f"folder:{root}", cache=str(root.parent / "cache"), **settings)  # type: ignore[arg-type]
+    return load(config, 0)
+
+
+def decodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files decoded from now on."""
+    seen: list[str] = []
+    real = folder.decode
+    monkeypatch.setattr(folder, "decode", lambda path: seen.append(path) or real(path))  # type: ignore[func-returns-value]
+    return seen
+
+
+def test_pixels_and_labels(tree: Path) -> None:
+    data = read(tree)
+    assert data.name == "folder:pets"
+    assert data.classes == ("cat", "dog")
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    expected = np.random.default_rng(11).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    assert np.array_equal(data.train.images[4].numpy(), expected.transpose(2, 0, 1))
+
+
+def test_other_sizes_and_modes(tree: Path) -> None:
+    pixels = save(tree / "train" / "cat" / "0.png", 5, size=(100, 50))
+    grey = Image.fromarray(np.full((32, 32), 9, dtype=np.uint8))
+    grey.save(tree / "train" / "cat" / "1.png")
+    Image.fromarray(pixels).convert("P").save(tree / "train" / "cat" / "2.gif")
+    Image.fromarray(pixels).save(tree / "test" / "cat" / "1.JPEG", quality=95)
+    data = read(tree)
+    expected = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC)
+    assert np.array_equal(data.train.images[0].numpy(), np.asarray(expected).transpose(2, 0, 1))
+    assert (data.train.images[1] == 9).all()
+    assert len(data.train) == 7
+
+
+def test_the_second_time_nothing_is_decoded(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = decodes(monkeypatch)
+    first = read(tree)
+    assert len(seen) == 8
+    second = read(tree)
+    assert len(seen) == 8
+    assert first.fingerprint == second.fingerprint
+    assert torch.equal(first.train.images, second.train.images)
+
+
+@pytest.mark.parametrize("change", ["touched", "resized", "added", "removed", "renamed"])
+def test_a_changed_folder_is_decoded_again(tree: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    first = read(tree)
+    path = tree / "train" / "cat" / "1.png"
+    if change == "touched":
+        os.utime(path, ns=(1, 1))
+    elif change == "resized":
+        stat = path.stat()
+        save(path, 77, size=(40, 40))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    elif change == "added":
+        save(tree / "train" / "cat" / "9.png", 9)
+    elif change == "removed":
+        path.unlink()
+    else:
+        path.rename(path.with_name("8.png"))
+    seen = decodes(monkeypatch)
+    second = read(tree)
+    assert seen
+    assert (second.fingerprint == first.fingerprint) == (change == "touched")
+    seen.clear()
+    read(tree)
+    assert not seen
+
+
+def test_a_damaged_cache_is_rebuilt(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = read(tree)
+    (kept,) = (tree.parent / "cache").glob("*/pictures-*.safetensors")
+    data = bytearray(kept.read_bytes())
+    data[-1] ^= 1
+    kept.write_bytes(data)
+    seen = decodes(monkeypatch)
+    assert read(tree).fingerprint == first.fingerprint
+    assert len(seen) == 8
+    read(tree)
+    assert len(seen) == 8
+
+
+def test_a_verified_cache_of_other_contents_is_rebuilt(tree: Path) -> None:
+    first = read(tree)
+    (manifest,) = (tree.parent / "cache").glob("*/manifest.json")
+    classes, parts = folder.scan(tree.resolve())
+    signature = folder._signature(tree.resolve(), classes, parts)
+    cache.write(manifest.parent, signature, {"train.images": torch.zeros(1)})
+    assert read(tree).fingerprint == first.fingerprint
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tree.parent / "cache").write_text("a file, not a folder")
+    with pytest.warns(UserWarning, match="could not be kept in .*set data.cache"):
+        data = read(tree)
+    assert len(data.train) == 6
+
+
+def test_a_moved_folder_has_the_same_fingerprint(tree: Path) -> None:
+    first = read(tree)
+    shutil.move(tree, tree.with_name("moved"))
+    assert read(tree.with_name("moved")).fingerprint == first.fingerprint
+
+
+def test_progress_reaches_the_total(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "_CHUNK", 2)
+    calls: list[tuple[str, int, int]] = []
+    folder.read(tree, cache=tree.parent / "cache", progress=lambda *call: calls.append(call))
+    assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
+    assert calls[-1] == ("decoding pictures", 8, 8)
+    assert len(calls) == 4  # chunks of two: three of train, one of test
+
+
+def test_what_file_managers_leave_is_ignored(tree: Path) -> None:
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (tree / "train" / "cat" / name).write_text("x")
+    (tree / "train" / ".git").mkdir()
+    (tree / "train" / "README.txt").write_text("a file beside the classes")
+    assert len(read(tree).train) == 6
+
+
+def _text_as_jpeg(root: Path) -> None:
+    (root / "train" / "dog" / "3.jpg").write_text("no picture")
+
+
+def _truncated(root: Path) -> None:
+    path = root / "test" / "dog" / "1.jpg"
+    save(path, 1, size=(64, 64))
+    path.write_bytes(path.read_bytes()[:-800])
+
+
+def _empty(root: Path) -> None:
+    (root / "test" / "dog" / "1.jpg").touch()
+
+
+def _sixteen_bits(root: Path) -> None:
+    Image.fromarray(np.full((32, 32), 40_000, dtype=np.uint16)).save(root / "train" / "dog" / "3.png")
+
+
+def _class_missing_in_test(root: Path) -> None:
+    shutil.rmtree(root / "test" / "dog")
+
+
+def _class_missing_in_train(root: Path) -> None:
+    save(root / "test" / "fox" / "0.png", 1)
+
+
+def _no_test(root: Path) -> None:
+    shutil.rmtree(root / "test")
+
+
+def _empty_class(root: Path) -> None:
+    (root / "train" / "dog" / "0.png").unlink()
+    (root / "train" / "dog" / "1.png").unlink()
+    (root / "train" / "dog" / "2.png").unlink()
+
+
+def _nothing(root: Path) -> None:
+    for part in ("train", "test"):
+        shutil.rmtree(root / part)
+        (root / part).mkdir()
+
+
+def _folder_in_class(root: Path) -> None:
+    (root / "train" / "dog" / "more").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_text_as_jpeg, r"dog.3\.jpg is no picture or is damaged .*replace it or take it out"),
+        (_truncated, r"dog.1\.jpg is no picture or is damaged .*truncated"),
+        (_empty, r"dog.1\.jpg is empty"),
+        (_sixteen_bits, r"dog.3\.png has more than 8 bits a channel .*convert it"),
+        (_class_missing_in_test, r"test.dog is missing, but train has 'dog'.*2 in train, 1 in test"),
+        (_class_missing_in_train, r"train.fox is missing, but test has 'fox'"),
+        (_no_test, r"test is missing: pictures belong in"),
+        (_empty_class, r"train.dog has no pictures"),
+        (_nothing, r"train has no class folders"),
+        (_folder_in_class, r"dog.more is a folder inside a class"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(tree: Path, damage: object, message: str) -> None:
+    damage(tree)  # type: ignore[operator]
+    with pytest.raises(DataError, match=message) as caught:
+        read(tree)
+    assert "\n" not in str(caught.value)
+    assert not list((tree.parent).glob("cache/*/manifest.json"))
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="train is missing"):
+        read(tmp_path / "none")
