@@ -48,9 +48,11 @@ def read(root: str | Path, *, download: bool) -> Source:
     """
     base = Path(root).expanduser()
     places = [base, base / "fashion-mnist", base / "FashionMNIST" / "raw", DEBIAN_FOLDER]
-    folder = next((place for place in places if _holds_any(place)), None)
+    folder = next((place for place in places if _held(place) == 4), None)
     if folder is None:
-        folder = _fetch(base, download)
+        partly = next((place for place in places if _held(place)), None)
+        # With some of the files there, naming the missing one helps more than saying that there is nothing.
+        folder = partly if partly and not download else _fetch(base, download)
     return Source("fashion-mnist", CLASSES, _part(folder, "train"), _part(folder, "test"))
 
 
@@ -74,8 +76,8 @@ def _find(folder: Path, name: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _holds_any(folder: Path) -> bool:
-    return any(_find(folder, name) for pair in _NAMES.values() for name in pair)
+def _held(folder: Path) -> int:
+    return sum(_find(folder, name) is not None for pair in _NAMES.values() for name in pair)
 
 
 def _part(folder: Path, part: str) -> Pictures:
@@ -113,7 +115,7 @@ def read_idx(path: Path, magic: int) -> NDArray[np.uint8]:
 
     Raises DataError for a wrong magic number, a size that is not the header's, or a damaged archive.
     """
-    again = "fetch it again"
+    again = "delete it and fetch it again"
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:

@@ -107,6 +107,15 @@ def test_one_file_missing(tmp_path: Path) -> None:
         load(config(tmp_path), 0)
 
 
+def test_one_file_missing_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, compressed=True)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
+    monkeypatch.setattr(
+        fashion.FashionMNIST, "download", lambda self: write(Path(self.raw_folder), compressed=False)
+    )
+    assert len(load(config(tmp_path, download=True), 0).test) == 10
+
+
 def test_all_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"download is off.*dataset-fashion-mnist.*--data shapes"):
         load(config(tmp_path), 0)
