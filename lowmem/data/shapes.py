@@ -29,7 +29,7 @@ _COS = np.rint(256 * np.cos(np.arange(_TURN) * 2 * np.pi / _TURN)).astype(np.int
 _SIN = np.rint(256 * np.sin(np.arange(_TURN) * 2 * np.pi / _TURN)).astype(np.int32)
 _DATA_SEED = 20_261_101  # names this data set; another number would be another data set
 _CHUNK = 1000  # pictures drawn at a time: temporaries stay in tens of MiB
-_NOISE = 36  # noise is uniform in -_NOISE.._NOISE grey levels
+_NOISE = 52  # noise is uniform in -_NOISE.._NOISE grey levels
 
 
 def _disc(u: Ints, v: Ints, r: Ints) -> Mask:
