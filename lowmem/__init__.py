@@ -15,6 +15,7 @@ _LAZY = {
     "models": ("lowmem.models", None),
     "Config": ("lowmem.config", "Config"),
     "run_training": ("lowmem.api", "run_training"),
+    "fork_run": ("lowmem.api", "fork_run"),
     "resume_training": ("lowmem.api", "resume_training"),
 }
 __all__ = ["__version__", *_LAZY]

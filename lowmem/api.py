@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowmem import fork
 from lowmem.choose import resolve_execution
 from lowmem.choose.execution import require_device
 from lowmem.config import Config, known_keys
@@ -96,6 +97,35 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
         else:
             observer.note(f"resuming {path} from {where.name}: epoch {state.epoch + 1}, step {state.step_in_epoch}")
         return RunResult(path, trainer.run(folder))
+
+
+def fork_run(
+    source: Path | str,
+    *,
+    at: int,
+    changes: Settings,
+    out: Path | str | None = None,
+    observer: Observer | None = None,
+) -> RunResult:
+    """What `lowmem fork` does: a new run (default `SOURCE-fork`) from the end of epoch `at`, trained to its end.
+
+    `changes`: the recorded settings with some replaced. Raises UsageError if nothing changes, the network would, or
+    there is no such checkpoint; the old run is only read.
+    """
+    observer = observer or Observer()
+    source = Path(source)
+    path = Path(out) if out is not None else source.with_name(f"{source.name}-fork")
+    _refuse_existing(path)
+    old, settings = recorded_settings(source).config, resolve_execution(changes)
+    differing = fork.check(old, settings.config)
+    saved, where = fork.find(source, at)
+    dataset = _load_data(settings.config, observer)
+    carried = fork.carry_over(saved, old, settings.config, dataset)
+    for line in fork.explain(differing, old, settings.config, at, fork.steps_per_epoch(settings.config, dataset)):
+        observer.note(line)
+    with RunFolder.create(path, to_yaml(settings), describe(settings.config.train.device)) as folder:
+        fork.write(carried, source, settings, folder, where)
+    return resume_training(path, None, observer)
 
 
 def recorded_settings(path: Path) -> Settings:

@@ -114,7 +114,7 @@ class ScheduleConfig(_Section):
     milestones: tuple[PositiveFloat, ...] = (81, 122)
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
     reference_epochs: PositiveInt = 164
-    low_start: Literal["auto", "on", "off"] = "auto"
+    low_start: Literal["auto", "always", "never"] = "auto"
     low_start_lr: PositiveFloat = 0.01
     low_start_until_error_pct: Annotated[float, Field(gt=0, lt=100)] = 80.0
 

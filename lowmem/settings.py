@@ -104,12 +104,26 @@ def parse_set(text: str) -> tuple[str, object]:
         raise UsageError(f"--set {text!r}: the value cannot be read: quote it as YAML does") from None
 
 
+# What other trainers call it; spelling alone would lead elsewhere.
+_OTHER_NAMES = {
+    "learning_rate": "optim.lr",
+    "batch_size": "train.batch",
+    "wd": "optim.weight_decay",
+    "num_epochs": "train.epochs",
+    "max_epochs": "train.epochs",
+    "dataset": "data.source",
+    "random_seed": "seed",
+}
+
+
 def _check_key(key: str, source: str) -> None:
     valid = known_keys()
     if key in valid:
         return
-    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5) or [
-        name for name in valid if name.rpartition(".")[2] == key.rpartition(".")[2]
+    last = key.rpartition(".")[2]
+    near = [_OTHER_NAMES[last]] if last in _OTHER_NAMES else []
+    near += difflib.get_close_matches(key, valid, n=1, cutoff=0.5) or [
+        name for name in valid if name.rpartition(".")[2] == last
     ]
     hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(valid)}"
     raise UsageError(f"unknown setting {key!r} (from {source}): {hint}")
@@ -177,10 +191,25 @@ def from_yaml(path: Path) -> Settings:
         flat = read_settings_file(path)
         for key in flat:
             _check_key(key, str(path))
-        sources = dict.fromkeys(flat, f"{path}")
-        return Settings(validate(flat, sources), sources)
+        sources: dict[str, str] = dict.fromkeys(flat, str(path))
+        return Settings(validate(flat, sources), _recorded_sources(path))
     except LowmemError as error:
         raise UsageError(f"the run's settings cannot be used: {error}") from None
+
+
+def _recorded_sources(path: Path) -> dict[str, str]:
+    """The trailing comments of `to_yaml`: lost only for lines that somebody wrote by hand."""
+    sources = dict.fromkeys(known_keys(), str(path))
+    section = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text, _, source = line.rpartition("  # ")
+        key = text.partition(":")[0]
+        if line.endswith(":") and not line.startswith(" "):
+            section = line[:-1]
+        name = f"{section}.{key.strip()}" if key.startswith(" ") else key
+        if source and name in sources:
+            sources[name] = source
+    return sources
 
 
 def refuse_changes(recorded: Config, wanted: Config, run: str) -> None:

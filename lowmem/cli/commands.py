@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
+
+if TYPE_CHECKING:
+    from lowmem.settings import Settings
 
 app = typer.Typer(
     help="Train deep networks on cards that are too small for them, and never lose a run.",
@@ -98,19 +101,40 @@ def resume(
     set_: Sets = [],  # noqa: B006
 ) -> None:
     """Go on exactly where a run stopped."""
-    from lowmem.runs.store import require_run
-    from lowmem.settings import from_yaml, parse_set
-
-    require_run(run)
     flags = {"train.device": device, "data.source": data, "data.root": data_root}
-    values: dict[str, object] = {key: value for key, value in flags.items() if value is not None}
-    values |= dict(parse_set(text) for text in set_)
-    changed = from_yaml(run / "config.yaml").replace(values, "resume")
+    changed = _changed(run, flags, set_, "resume")
     from lowmem.api import resume_training
     from lowmem.cli.show import observer
 
     with observer() as shown:
         resume_training(run, changed, shown)
+
+
+@app.command()
+def fork(
+    run: Annotated[Path, typer.Argument(help="The run to start from; it is only read.")],
+    at: Annotated[int, typer.Option(min=1, help="From the end of this epoch.")],
+    set_: Sets = [],  # noqa: B006
+    out: Annotated[Optional[Path], typer.Option(help="Run folder; default RUN-fork.")] = None,  # noqa: UP045
+) -> None:
+    """A new run from an old checkpoint with changed settings."""
+    changed = _changed(run, {}, set_, f"fork of {run.name}")
+    from lowmem.api import fork_run
+    from lowmem.cli.show import observer
+
+    with observer() as shown:
+        fork_run(run, at=at, changes=changed, out=out, observer=shown)
+
+
+def _changed(run: Path, flags: dict[str, str | None], sets: list[str], source: str) -> Settings:
+    """The settings recorded in a run, with flags and --set on top."""
+    from lowmem.runs.store import require_run
+    from lowmem.settings import from_yaml, parse_set
+
+    require_run(run)
+    values: dict[str, object] = {key: value for key, value in flags.items() if value is not None}
+    values |= dict(parse_set(text) for text in sets)
+    return from_yaml(run / "config.yaml").replace(values, source)
 
 
 @app.command()
@@ -126,3 +150,19 @@ def report(
     from lowmem.report import write_report
 
     show_report(write_report(runs, out if out is not None or len(runs) == 1 else Path("report")))
+
+
+@app.command()
+def bench(
+    arch: Annotated[str, typer.Option(help="A network of the family.")] = "res20",
+    block: Annotated[Text, typer.Option(help="basic or bottleneck.")] = None,
+    width: Annotated[int, typer.Option(min=1, help="Channels of the stem.")] = 64,
+    batch: Annotated[list[int], typer.Option(min=1, help="A batch size; may be given several times.")] = [32, 128],  # noqa: B006
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps a cell, after two warm-up steps.")] = 5,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    out: Annotated[Optional[Path], typer.Option(help="Folder for bench.md and bench.json.")] = None,  # noqa: UP045
+) -> None:
+    """Memory and throughput of a training step: batch size, precision and memory format, each in a clean process."""
+    from lowmem.cli.show import show_bench
+
+    show_bench(arch, block, width, batch, steps, device, out)

@@ -50,15 +50,17 @@ def build(
     blocks_per_stage = layout(arch, block)
     if width < 1:
         raise UsageError(f"width {width} is not a positive number of channels: the usual width is 64")
-    model = ResNet(
-        _BLOCKS[resolve_block(arch, block)],
-        blocks_per_stage,
-        width=width,
-        residual=arch.startswith("res"),
-        num_classes=num_classes,
-        in_channels=in_channels,
-    )
-    return initialise(model, seed)
+    # Without storage first: the layers' own initialisation would draw from the global generator, only to be replaced.
+    with torch.device("meta"):
+        model = ResNet(
+            _BLOCKS[resolve_block(arch, block)],
+            blocks_per_stage,
+            width=width,
+            residual=arch.startswith("res"),
+            num_classes=num_classes,
+            in_channels=in_channels,
+        )
+    return initialise(model.to_empty(device="cpu"), seed)
 
 
 @torch.no_grad()

@@ -128,7 +128,7 @@ def _settings(history: History) -> str:
         f"precision {train.precision}",
         f"seed {config.seed}",
     ]
-    if schedule.low_start == "on" or int(model.arch[3:]) >= 110:  # `auto` concerns no shallower net
+    if schedule.low_start == "always" or int(model.arch[3:]) >= 110:  # `auto` concerns no shallower net
         said.append(f"low start {schedule.low_start}")
     if data.train_subset is not None:
         said.append(f"{data.train_subset:,} training pictures")

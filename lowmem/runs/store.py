@@ -44,6 +44,8 @@ class RunFolder:
     def create(cls, path: Path, config_yaml: str, environment: Mapping[str, Any]) -> RunFolder:
         """Makes a new run folder. Raises UsageError if it exists, PreflightError if it cannot be made."""
         if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+            if not (path / "config.yaml").is_file():
+                raise UsageError(f"{path} exists and is not an empty folder: choose another with --out")
             raise UsageError(
                 f"{path} exists and is never overwritten: go on with `lowmem resume {path}`, change its settings with "
                 f"`lowmem fork {path}`, or choose another folder with --out"
@@ -107,6 +109,14 @@ class RunFolder:
             append_lines(path, lines)
         except OSError as error:
             raise disk_error(error, path) from error
+
+    def copy_metrics(self, source: Path, *, epoch: int) -> None:
+        """Takes over the rows of another run's metrics.csv up to `epoch`. Raises DiskError."""
+        try:
+            shutil.copyfile(source / "metrics.csv", self.metrics_file)
+            _cut(self.metrics_file, columns.METRICS, "epoch", epoch)
+        except OSError as error:
+            raise disk_error(error, self.metrics_file) from error
 
     def cut_back(self, *, epoch: int, step: int) -> None:
         """Drops rows after `epoch` from metrics.csv and after `step` from steps.csv: what a resume will repeat."""

@@ -1,0 +1,96 @@
+"""Imports go downward only (the rooms of the design), and `lowmem --help` stays free of torch (invariant 11)."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "lowmem"
+
+# A room, and what it may import of lowmem. The leaves may be imported by every room.
+LEAVES = {"units", "errors", "addressed", "shipped"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "units": set(),
+    "errors": {"units"},
+    "addressed": set(),
+    "shipped": {"errors"},
+    "environment": {""},
+    "config": LEAVES,
+    "settings": LEAVES | {"config"},
+    "cards": LEAVES,
+    "plan": {"units", "errors"},
+    "models": LEAVES | {"config"},
+    "remat": LEAVES | {"plan"},
+    "simulate": {"units", "errors"},
+    "measure": {"units", "errors"},
+    "data": LEAVES | {"config"},
+    "runs": LEAVES | {"config"},
+    "choose": LEAVES | {"config", "settings", "cards", "models", "plan", "remat", "simulate", "measure"},
+    "train": LEAVES | {"config", "settings", "models", "plan", "remat", "data", "runs", "measure"},
+    "bench": LEAVES | {"config", "settings", "cards", "plan", "models", "choose", "train", "measure", "environment"},
+    "report": LEAVES | {"config", "runs"},
+}
+ANYTHING = {"fork", "preflight", "api", "cli", "__init__", "__main__"}
+
+
+def _room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def _imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [node.module] if node.module != "lowmem" else [f"lowmem.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            raise AssertionError(f"{path} imports relatively; write the whole name")
+        for name in names:
+            if name == "lowmem" or name.startswith("lowmem."):
+                rooms.add(name.partition(".")[2].partition(".")[0])
+    return rooms
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_downward(path: Path) -> None:
+    room = _room(path)
+    if room in ANYTHING:
+        return
+    assert room in MAY_IMPORT, f"lowmem/{room} is no room of the design: add it to the table with its reason"
+    allowed = MAY_IMPORT[room] | {room}
+    assert _imported_rooms(path) <= allowed, f"{path.relative_to(PACKAGE)} imports {_imported_rooms(path) - allowed}"
+
+
+def test_the_api_does_not_import_the_command_line() -> None:
+    assert "cli" not in _imported_rooms(PACKAGE / "api.py")
+
+
+def test_files_stay_readable() -> None:
+    long = {str(path.relative_to(PACKAGE)): n for path in FILES if (n := len(path.read_text().splitlines())) > 400}
+    assert not long, f"past 400 lines: {long}"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+def test_help_does_not_import_torch(arguments: list[str]) -> None:
+    probe = (
+        "import sys\n"
+        "from lowmem.cli.main import main\n"
+        "try:\n"
+        f"    main({arguments!r})\n"
+        "except SystemExit as leaving:\n"
+        "    assert not leaving.code, leaving.code\n"
+        "heavy = {'torch', 'torchvision', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

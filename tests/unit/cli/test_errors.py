@@ -1,0 +1,112 @@
+"""Wrong input ends with one clear line, the way out, and the right exit code; no traceback, nothing lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lowmem.cli.main import main
+
+SMALL = ["--arch", "res20", "--width", "2", "--data", "shapes", "--epochs", "1", "--set", "data.train_subset=100"]
+
+
+def _leave(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as leaving:
+        main(arguments)
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) <= 1
+    assert isinstance(leaving.value.code, int)
+    return leaving.value.code, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["train", "--arch", "res21"], 2, "choose one of res20"),
+        (["train", "--arch", "res50", "--block", "basic"], 2, "--block bottleneck"),
+        (["train", "--block", "wide"], 2, "--block basic"),
+        (["train", "--data", "folder:/no/such/place"], 3, "train/<class>"),
+        (["train", "--set", "data.download=false", "--data-root", "nowhere"], 3, "CIFAR-10 is not in nowhere"),
+        (["train", "--set", "optim.learning_rate=1"], 2, "did you mean 'optim.lr'"),
+        (["train", "--batch", "-5"], 2, "train.batch = -5"),
+        (["train", "--batch", "many"], 2, "integer"),
+        (["train", "--epochs", "0"], 2, "greater than 0"),
+        (["train", "--width", "0"], 2, "greater than 0"),
+        (["train", "--precision", "fp64"], 2, "'fp32' or 'amp'"),
+        (["train", "--data", "imagenet"], 2, "folder:PATH"),
+        (["train", "--config", "none.yaml"], 2, "does not exist"),
+        (["train", "--recipe", "none"], 2, "use one of report"),
+        (["train", "--bogus"], 2, "--help"),
+        (["bogus"], 2, "--help"),
+        (["train", "--set", "data.val_split=100000", *SMALL], 2, "100"),
+        (["resume", "runs/none"], 2, "does not exist"),
+        (["resume", "."], 2, "no run folder"),
+        (["report", "runs/none"], 2, "runs/none"),
+        (["resume"], 2, "Missing argument"),
+    ],
+)
+def test_wrong_input(
+    arguments: list[str],
+    code: int,
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    left, err = _leave(capsys, arguments)
+    assert (left, says in err) == (code, True), err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_existing_run_is_refused_before_anything_is_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/res20").mkdir(parents=True)
+    (tmp_path / "runs/res20/config.yaml").write_text("seed: 0\n")
+    code, err = _leave(capsys, ["train", "--data", "folder:/no/such/place"])
+    assert code == 2
+    for way_out in ("lowmem resume", "lowmem fork", "--out"):
+        assert way_out in err
+
+
+def test_an_unwritable_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    # A file where a folder should be refuses everybody; permissions do not refuse root.
+    code, err = _leave(capsys, ["train", *SMALL, "--out", str(blocker / "run")])
+    assert code == 3
+    assert "--out" in err
+
+
+def test_a_resume_may_change_operational_settings_only(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    limits = ["--set", "train.max_steps=1", "--set", "data.test_subset=50", "--batch", "50"]
+    assert _leave(capsys, ["train", *SMALL, *limits, "--out", str(out)]) == (0, "")
+    code, err = _leave(capsys, ["resume", str(out), "--set", "optim.lr=0.2"])
+    assert code == 2
+    assert "lowmem fork" in err
+    code, err = _leave(capsys, ["resume", str(out), "--set", "optim.momentun=0.2"])
+    assert (code, "did you mean" in err) == (2, True)
+    assert _leave(capsys, ["resume", str(out), "--set", "train.max_steps=null", "--set", "checkpoint.keep=3"])[0] == 0
+    assert len((out / "metrics.csv").read_text().splitlines()) == 2
+
+
+def test_other_data_than_the_run_had_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert _leave(capsys, ["train", *SMALL, "--set", "train.max_steps=1", "--out", str(out)])[0] == 0
+    config = out / "config.yaml"
+    config.write_text(config.read_text().replace("train_subset: 100", "train_subset: 90"))
+    code, err = _leave(capsys, ["resume", str(out)])
+    assert code == 7
+    assert "other settings" in err
+
+
+def test_no_arguments_shows_the_help(lowmem_command: Callable[..., object]) -> None:
+    done = lowmem_command()
+    assert "train" in done.stdout + done.stderr  # type: ignore[attr-defined]
+    assert "Traceback" not in done.stderr  # type: ignore[attr-defined]

@@ -1,0 +1,84 @@
+"""The run folder: made once, locked, appended to, cut back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from lowmem.errors import UsageError
+from lowmem.runs import columns
+from lowmem.runs.store import RunFolder, csv_line
+
+
+def _row(epoch: int, step: int) -> dict[str, object]:
+    return {**dict.fromkeys(columns.METRICS), "epoch": epoch, "step": step, "train_loss": 0.1 + 0.2}
+
+
+def test_a_run_folder_is_never_overwritten(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "run", "seed: 0\n", {"torch": "x"}).close()
+    before = sorted(path.name for path in (tmp_path / "run").rglob("*"))
+    with pytest.raises(UsageError, match=r"lowmem resume .*lowmem fork .*--out"):
+        RunFolder.create(tmp_path / "run", "seed: 1\n", {})
+    assert (tmp_path / "run/config.yaml").read_text() == "seed: 0\n"
+    assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == before
+
+
+def test_somebody_elses_folder_is_refused_and_an_empty_one_taken(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not an empty folder"):
+        RunFolder.create(tmp_path / "full", "", {})
+    (tmp_path / "empty").mkdir()
+    RunFolder.create(tmp_path / "empty", "", {}).close()
+
+
+def test_a_second_writer_is_told_who_writes(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", "", {}), pytest.raises(UsageError, match="is being written by process"):
+        RunFolder.open(tmp_path / "run")
+    RunFolder.open(tmp_path / "run").close()
+
+
+def test_what_is_no_run_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        RunFolder.open(tmp_path / "none")
+    with pytest.raises(UsageError, match="no run folder"):
+        RunFolder.open(tmp_path)
+
+
+def test_rows_are_cut_back_and_half_lines_dropped(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", "", {}) as run:
+        for epoch in (1, 2, 3):
+            run.append_metrics(_row(epoch, 10 * epoch))
+        run.append_steps([{"step": step, "epoch": 1, "lr": 0.1, "loss": 2.3} for step in (10, 20, 30)])
+        whole = run.metrics_file.read_text().splitlines()
+        with open(run.metrics_file, "a") as file:
+            file.write("4,40,0.1")
+        run.cut_back(epoch=2, step=20)
+        assert run.metrics_file.read_text().splitlines() == whole[:3]
+        assert [line.split(",")[0] for line in run.steps_file.read_text().splitlines()] == ["step", "10", "20"]
+        run.cut_back(epoch=0, step=0)
+        assert run.metrics_file.read_text().splitlines() == [",".join(columns.METRICS)]
+
+
+def test_floats_keep_every_digit_and_unknown_is_empty() -> None:
+    line = csv_line(columns.METRICS, _row(1, 10)).split(",")
+    assert float(line[columns.METRICS.index("train_loss")]) == 0.1 + 0.2
+    assert line[columns.METRICS.index("peak_allocated_bytes")] == ""
+    with pytest.raises(KeyError, match="no such column"):
+        csv_line(columns.STEPS, {"los": 1})
+
+
+def test_events_and_weights(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", "", {}) as run:
+        run.event("start", step=0)
+        run.event("signal", signal="SIGINT")
+        events = [json.loads(line) for line in run.events_file.read_text().splitlines()]
+        assert [event["event"] for event in events] == ["start", "signal"]
+        run.save_weights("best", {"w": torch.ones(2)}, {"chosen_on": "val"})
+        with safe_open(run.path / "weights/best.safetensors", framework="pt") as file:
+            assert file.metadata() == {"chosen_on": "val"}
+            assert torch.equal(file.get_tensor("w"), torch.ones(2))

@@ -1,0 +1,99 @@
+"""One step: accumulation keeps the effective batch's gradient, AMP keeps fp32 master weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lowmem.config import OptimConfig
+from lowmem.models import build
+from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
+
+
+def _without_batch_norm() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+    )
+
+
+def _batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(size, 3, 32, 32, generator=generator), torch.randint(10, (size,), generator=generator)
+
+
+def _step(
+    model: nn.Module, micro: int | None, execution: Execution = Execution("cpu", "fp32", "contiguous")
+) -> TrainStep:
+    return TrainStep(model, make_optimizer(model, OptimConfig(), "cpu"), make_scaler(execution), execution, micro)
+
+
+@pytest.mark.parametrize("size", [32, 21])  # 21: the last, smaller batch, whose last micro-batch is smaller still
+def test_accumulation_has_the_gradient_of_the_mean_over_the_effective_batch(size: int) -> None:
+    images, labels = _batch(size)
+    whole, cut = _without_batch_norm(), _without_batch_norm()
+    loss, wrong = _step(whole, None)(images, labels, 0.1)
+    cut_loss, cut_wrong = _step(cut, 8)(images, labels, 0.1)
+    assert torch.equal(wrong, cut_wrong)
+    torch.testing.assert_close(loss, cut_loss, rtol=1e-6, atol=0)
+    for left, right in zip(whole.parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_is_what_the_library_does() -> None:
+    images, labels = _batch(16)
+    ours, usual = build("res20", width=4), build("res20", width=4)
+    optimizer = torch.optim.SGD(usual.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    step = _step(ours, None)
+    for _ in range(2):
+        loss_sum, wrong = step(images, labels, 0.05)
+        optimizer.zero_grad()
+        logits = usual(images)
+        loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        optimizer.step()
+        torch.testing.assert_close(loss_sum.item() / 16, loss.item(), rtol=1e-5, atol=0)
+        assert wrong.item() == (logits.argmax(1) != labels).sum().item()
+    for left, right in zip(ours.parameters(), usual.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
+    for name, buffer in ours.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            assert buffer.item() == 2  # invariant 2
+
+
+def test_gradients_are_gone_after_the_step() -> None:
+    model = build("res20", width=4)
+    _step(model, None)(*_batch(8), 0.1)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels-last"])
+def test_amp_on_the_cpu_is_bf16_with_fp32_weights(memory_format: str) -> None:
+    execution = Execution("cpu", "amp", memory_format)
+    model = build("res20", width=8).to(memory_format=execution.torch_memory_format)
+    seen: set[torch.dtype] = set()
+    model.layer1.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    images, labels = _batch(16)
+    before = model.conv1.weight.detach().clone()
+    loss_sum, _ = _step(model, 8, execution)(images.to(memory_format=execution.torch_memory_format), labels, 0.1)
+    assert seen == {torch.bfloat16}
+    assert model.conv1.weight.dtype is torch.float32
+    assert not torch.equal(before, model.conv1.weight)
+    assert torch.isfinite(loss_sum)
+
+
+def test_the_optimizer_never_takes_the_multi_tensor_form() -> None:
+    # foreach makes a copy of the parameters' size in the step; fused does not.
+    assert make_optimizer(nn.Linear(2, 2), OptimConfig(), "cpu").defaults["foreach"] is False
+    if torch.cuda.is_available():
+        assert make_optimizer(nn.Linear(2, 2).cuda(), OptimConfig(), "cuda").defaults["fused"] is True
+
+
+def test_frozen_parameters_stay() -> None:
+    model = build("res20", width=4)
+    model.conv1.weight.requires_grad_(False)
+    before = model.conv1.weight.clone()
+    _step(model, None)(*_batch(8), 0.1)
+    assert torch.equal(model.conv1.weight, before)
