@@ -45,8 +45,8 @@ def check(old: Config, new: Config) -> dict[str, tuple[object, object]]:
     for key in changes:
         if key.startswith("model."):
             raise UsageError(
-                f"{key} cannot become {after[key]!r} in a fork: the weights of {old.model.arch} are for {before[key]!r} "
-                "only; start a new run with `lowmem train`"
+                f"{key} cannot become {after[key]!r} in a fork: the weights are for {before[key]!r} only; "
+                "start a new run with `lowmem train`"
             )
     if not changes:
         raise UsageError(
