@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any, TypeAlias
 
 _NAME = re.compile(r"(?P<kind>[A-Z_]+)(?:\{(?P<kept>[^{}]*)\})?(?P<drop>-out)?")
-_OUTPUT = re.compile(r"z(?:[1-9][0-9]*|s)")
+_TENSOR = re.compile(r"z(?:[1-9][0-9]*|s)|a[1-9][0-9]*")
 
 
 class PolicyKind(StrEnum):
@@ -22,7 +22,7 @@ class PolicyKind(StrEnum):
 
     SAVE_ALL = "SAVE_ALL"  # what autograd keeps: inputs of batch norms and of convolutions
     LEAN = "LEAN"  # every convolution output; batch norm and ReLU are computed again
-    KEEP = "KEEP"  # some convolution outputs; the others are computed again from the nearest kept tensor
+    KEEP = "KEEP"  # some of the tensors SAVE_ALL keeps; others are computed again from the nearest kept one
     FUSED = "FUSED"  # nothing: the backward itself runs the forward, so a separate forward is skipped
 
 
@@ -31,8 +31,9 @@ class BlockPolicy:
     """What one stage keeps between its forward and its backward, beside its input (which the stage before
     holds).
 
-    `kept` names convolution outputs, only with KEEP: `z1`, `z2`, … in the order of the stage's convolutions,
-    `zs` for the projection's. `KEEP{}` keeps the stage's output only.
+    `kept` names tensors, only with KEEP: convolution outputs `z1`, `z2`, … in the order of the stage's
+    convolutions, `zs` for the projection's, and `a1`, `a2`, …: what the next convolution reads, that is
+    relu(bn(z1)), …. `KEEP{}` keeps the stage's output only. `LEAN` is every z, `SAVE_ALL` every z and a.
 
     `drop_output`: the stage's output is freed as soon as the next item of the schedule has run forward, and
     is computed again ("restored") from the stage's input and its kept tensors just before that item's
@@ -51,10 +52,11 @@ class BlockPolicy:
     def __post_init__(self) -> None:
         if self.kept and self.kind is not PolicyKind.KEEP:
             raise ValueError(f"{self.kind} takes no names of kept tensors, got {sorted(self.kept)}")
-        wrong = sorted(name for name in self.kept if not _OUTPUT.fullmatch(name))
+        wrong = sorted(name for name in self.kept if not _TENSOR.fullmatch(name))
         if wrong:
             raise ValueError(
-                f"{wrong} are no convolution outputs: they are called z1, z2, … and zs for the projection's"
+                f"{wrong} are no tensors of a block: convolution outputs are called z1, z2, … and zs for the "
+                "projection's, their activations a1, a2, …"
             )
         if self.drop_output and self.kind in (PolicyKind.FUSED, PolicyKind.SAVE_ALL):
             raise ValueError(f"{self.kind} cannot drop its output: only LEAN and KEEP know how to restore it")
@@ -82,8 +84,8 @@ class BlockPolicy:
 
 
 def _position(name: str) -> tuple[int, int]:
-    """z1 … z9, z10, then zs."""
-    return (1, 0) if name == "zs" else (0, int(name[1:]))
+    """z1 … z9, z10, zs, then a1, a2, …."""
+    return (1, 0) if name == "zs" else (2 * (name[0] == "a"), int(name[1:]))
 
 
 SAVE_ALL = BlockPolicy(PolicyKind.SAVE_ALL)
