@@ -35,9 +35,9 @@ class BlockPolicy:
     convolutions, `zs` for the projection's, and `a1`, `a2`, …: what the next convolution reads, that is
     relu(bn(z1)), …. `KEEP{}` keeps the stage's output only. `LEAN` is every z, `SAVE_ALL` every z and a.
 
-    `drop_output`: the stage's output is freed as soon as the next item of the schedule has run forward, and
-    is computed again ("restored") from the stage's input and its kept tensors just before that item's
-    backward. Two neighbouring stages cannot both do it: restoring needs the input.
+    `drop_output`: the stage's output is freed as soon as the next stage has run forward, and is computed
+    again ("restored") from the stage's input and its kept tensors just before the next item's backward. Two
+    neighbouring stages cannot both do it: restoring needs the input.
 
     FUSED is only for the last stage of a segment, whose backward follows at once: its forward is not run at
     all (no output is needed), its backward computes what it needs from the input as it goes.
@@ -129,9 +129,8 @@ class Segment:
 
     def __post_init__(self) -> None:
         if (self.inner.start, self.inner.end) != (self.start, self.end):
-            raise ValueError(
-                f"the segment is {self.start}..{self.end}, its inner schedule {self.inner.start}..{self.inner.end}"
-            )
+            inside = f"{self.inner.start}..{self.inner.end}"
+            raise ValueError(f"the segment is {self.start}..{self.end}, its inner schedule {inside}")
 
 
 Item: TypeAlias = Keep | Segment
@@ -162,7 +161,7 @@ class Schedule:
                 and (following.policy.drop_output or following.policy.kind is PolicyKind.FUSED)
             ):
                 raise ValueError(
-                    f"stage {item.end} drops its output, so stage {following.start} cannot be {following.policy}"
+                    f"stage {item.end} drops its output: stage {following.start} cannot be {following.policy}"
                 )
         if _drops(self.items[-1]):
             raise ValueError(
