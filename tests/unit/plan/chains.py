@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 from lowmem.plan.cost import ChainCost, OptionCost, StageCost
@@ -37,7 +38,7 @@ def random_chain(rng: random.Random, count: int, options: int, *, dropping: bool
         made = [random_option(rng, policy, output, g[index]) for policy in policies]
         if dropping and rng.random() < 0.7:
             option = random_option(rng, rng.choice(DROPPING), output, g[index])
-            made.append(with_restore(option, output + rng.randint(0, 6)))
+            made.append(dataclasses.replace(option, restore_temp_bytes=output + rng.randint(0, 6)))
         rng.shuffle(made)
         stages.append(
             StageCost(
@@ -55,6 +56,32 @@ def random_chain(rng: random.Random, count: int, options: int, *, dropping: bool
     )
 
 
-def with_restore(option: OptionCost, size: int) -> OptionCost:
-    values = {name: getattr(option, name) for name in option.__dataclass_fields__}
-    return OptionCost(**{**values, "restore_temp_bytes": size})
+def scaled(chain: ChainCost, rng: random.Random) -> ChainCost:
+    """The same chain with sizes of some MiB that do not divide into slots."""
+
+    def size(value: int) -> int:
+        return value * 3_000_000 + (rng.randint(0, 400_000) if value else 0)
+
+    stages = []
+    for stage in chain.stages:
+        options = tuple(
+            dataclasses.replace(
+                option,
+                kept_bytes=size(option.kept_bytes),
+                forward_temp_bytes=size(option.forward_temp_bytes),
+                backward_temp_bytes=size(option.backward_temp_bytes),
+                restore_temp_bytes=size(option.restore_temp_bytes),
+            )
+            for option in stage.options
+        )
+        stages.append(
+            dataclasses.replace(
+                stage,
+                options=options,
+                input_bytes=size(stage.input_bytes),
+                input_grad_bytes=size(stage.input_grad_bytes),
+                fast_temp_bytes=size(stage.fast_temp_bytes),
+                param_grad_bytes=size(stage.param_grad_bytes),
+            )
+        )
+    return dataclasses.replace(chain, stages=tuple(stages), output_bytes=size(chain.output_bytes))
