@@ -1,0 +1,168 @@
+"""A schedule's time and peak under the cost model, event by event: the judge of every solver.
+
+It knows nothing of recurrences: it walks the schedule as the executor does and counts what exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowmem.plan.cost import ChainCost, OptionCost
+from lowmem.plan.policy import Item, Keep, PolicyKind, Schedule, Segment
+from lowmem.units import format_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What exists at one moment of the step, in bytes."""
+
+    what: str  # "backward of layer1.0 under LEAN"
+    fixed_bytes: int
+    param_grad_bytes: int  # complete ones; those of the running stage are in temporary_bytes
+    kept_bytes: int  # between forward and backward, with checkpoints and the gradient that is handed down
+    temporary_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.fixed_bytes + self.param_grad_bytes + self.kept_bytes + self.temporary_bytes
+
+    def __str__(self) -> str:
+        parts = (
+            ("fixed", self.fixed_bytes),
+            ("parameter gradients", self.param_grad_bytes),
+            ("kept", self.kept_bytes),
+            ("temporary", self.temporary_bytes),
+        )
+        return f"{self.what}: " + ", ".join(f"{name} {format_size(size)}" for name, size in parts if size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """`seconds` and `flops` of forward and backward, without what no schedule changes; `peak_bytes` of the
+    whole step."""
+
+    seconds: float
+    flops: int
+    peak: Moment
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.peak.total_bytes
+
+
+def evaluate(schedule: Schedule, chain: ChainCost) -> Evaluation:
+    """Runs the schedule on the cost model. Raises ValueError if it is not a schedule of this chain, KeyError
+    if a stage has not got the policy."""
+    schedule.check_covers(len(chain))
+    run = _Run(chain)
+    run.items(schedule.items)
+    run.outside()
+    assert run.held == chain.boundary_grad_bytes[0], "everything kept is freed again"
+    return Evaluation(seconds=run.seconds, flops=run.flops, peak=run.worst())
+
+
+class _Run:
+    """Counters of one step. `held`: what is kept; the gradient of the chain's output is charged from the
+    beginning."""
+
+    def __init__(self, chain: ChainCost) -> None:
+        self.chain = chain
+        self.held = chain.boundary_grad_bytes[len(chain)]
+        self.param_grads = 0
+        self.seconds = 0.0
+        self.flops = 0
+        self.peak = -1
+        self.at: tuple[str, int, str, int, int, int] = ("", 0, "", 0, 0, 0)
+
+    def touch(self, what: str, stage: int, policy: str, temporary: int) -> None:
+        """A moment at which `temporary` bytes exist beside what is held."""
+        total = self.held + self.param_grads + temporary
+        if total > self.peak:
+            self.peak = total
+            self.at = (what, stage, policy, self.param_grads, self.held, temporary)
+
+    def outside(self) -> None:
+        """The optimizer's step, if that is the peak."""
+        if self.chain.outside_peak_bytes > self.peak + self.chain.fixed_bytes:
+            rest = self.chain.outside_peak_bytes - self.chain.fixed_bytes - self.param_grads
+            self.at = ("step of the optimizer", -1, "", self.param_grads, 0, rest)
+
+    def worst(self) -> Moment:
+        what, stage, policy, param_grads, held, temporary = self.at
+        where = (
+            ""
+            if stage < 0
+            else f" of {self.chain.stages[stage].name}" + (f" under {policy}" if policy else "")
+        )
+        return Moment(
+            what=what + where,
+            fixed_bytes=self.chain.fixed_bytes,
+            param_grad_bytes=param_grads,
+            kept_bytes=held,
+            temporary_bytes=temporary,
+        )
+
+    def items(self, items: tuple[Item, ...]) -> None:
+        """Forward and then backward; the gradient of the last one's output is held on entry, that of the
+        first one's input on return."""
+        dropped: OptionCost | None = None
+        before: list[
+            OptionCost | None
+        ] = []  # per item: the option of the item before it, if that drops its output
+        for item in items:
+            before.append(dropped)
+            dropped = self.forward(item, dropped is not None)
+        for item, option in zip(reversed(items), reversed(before), strict=True):
+            self.backward(item, option)
+
+    def forward(self, item: Item, free_input: bool) -> OptionCost | None:
+        """Returns the option if it drops its output, which is then still held."""
+        x = self.chain.boundary_bytes
+        if isinstance(item, Segment):
+            self.fast_forward(item, free_input)
+            return None
+        option = self.chain.stages[item.stage].option(item.policy)
+        self.seconds += option.forward_seconds
+        self.flops += option.forward_flops
+        if item.policy.kind is PolicyKind.FUSED:
+            return None
+        self.touch("forward", item.stage, item.policy.name, option.kept_bytes + option.forward_temp_bytes)
+        self.held += option.kept_bytes
+        if free_input:
+            self.held -= x[item.stage]
+        if not item.policy.drop_output:
+            return None
+        self.held += x[item.stage + 1]
+        return option
+
+    def fast_forward(self, item: Segment, free_input: bool) -> None:
+        x = self.chain.boundary_bytes
+        for index in range(item.start, item.end + 1):
+            stage = self.chain.stages[index]
+            self.touch("fast forward", index, "", x[index + 1] + stage.fast_temp_bytes)
+            self.seconds += stage.fast_seconds
+            self.flops += stage.fast_flops
+            self.held += x[index + 1]
+            if index > item.start or free_input:
+                self.held -= x[index]
+
+    def backward(self, item: Item, dropped: OptionCost | None) -> None:
+        x, g = self.chain.boundary_bytes, self.chain.boundary_grad_bytes
+        if isinstance(item, Segment):
+            self.held -= x[item.end + 1]
+        if dropped is not None:
+            self.touch("restoring the input", item.start, "", dropped.restore_temp_bytes)
+            self.seconds += dropped.restore_seconds
+            self.flops += dropped.restore_flops
+            self.held += x[item.start]
+        if isinstance(item, Keep):
+            option = self.chain.stages[item.stage].option(item.policy)
+            self.touch("backward", item.stage, item.policy.name, option.backward_temp_bytes)
+            self.seconds += option.backward_seconds
+            self.flops += option.backward_flops
+            self.held += g[item.stage] - g[item.stage + 1] - option.kept_bytes
+            self.param_grads += self.chain.stages[item.stage].param_grad_bytes
+        else:
+            self.items(item.inner.items)
+        if dropped is not None:
+            self.held -= x[item.start]

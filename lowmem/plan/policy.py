@@ -1,0 +1,237 @@
+"""What a stage keeps between forward and backward, and in which order a chain of stages is run.
+
+`BlockPolicy` is the choice for one stage, `Schedule` the choice for a chain of them. Both are plain values:
+the solver makes them, the executor (`lowmem.remat`) obeys them, the run folder stores them. The whole
+decision is a `Plan` (`lowmem.plan.record`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+_NAME = re.compile(r"(?P<kind>[A-Z_]+)(?:\{(?P<kept>[^{}]*)\})?(?P<drop>-out)?")
+_TENSOR = re.compile(r"z(?:[1-9][0-9]*|s)|a[1-9][0-9]*")
+
+
+class PolicyKind(StrEnum):
+    """The stage's own family of choices."""
+
+    SAVE_ALL = "SAVE_ALL"  # what autograd keeps: inputs of batch norms and of convolutions
+    LEAN = "LEAN"  # every convolution output; batch norm and ReLU are computed again
+    KEEP = "KEEP"  # some of the tensors SAVE_ALL keeps; others are computed again from the nearest kept one
+    FUSED = "FUSED"  # nothing: the backward itself runs the forward, so a separate forward is skipped
+
+
+@dataclass(frozen=True)
+class BlockPolicy:
+    """What one stage keeps between its forward and its backward, beside its input (which the stage before
+    holds).
+
+    `kept` names tensors, only with KEEP: convolution outputs `z1`, `z2`, … in the order of the stage's
+    convolutions, `zs` for the projection's, and `a1`, `a2`, …: what the next convolution reads, that is
+    relu(bn(z1)), …. `KEEP{}` keeps the stage's output only. `LEAN` is every z, `SAVE_ALL` every z and a.
+
+    `drop_output`: the stage's output is freed as soon as the next stage has run forward, and is computed
+    again ("restored") from the stage's input and its kept tensors just before the next item's backward. Two
+    neighbouring stages cannot both do it: restoring needs the input.
+
+    FUSED is only for the last stage of a segment, whose backward follows at once: its forward is not run at
+    all (no output is needed), its backward computes what it needs from the input as it goes.
+
+    Raises ValueError on an inconsistent choice.
+    """
+
+    kind: PolicyKind
+    kept: frozenset[str] = frozenset()
+    drop_output: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kept and self.kind is not PolicyKind.KEEP:
+            raise ValueError(f"{self.kind} takes no names of kept tensors, got {sorted(self.kept)}")
+        wrong = sorted(name for name in self.kept if not _TENSOR.fullmatch(name))
+        if wrong:
+            raise ValueError(
+                f"{wrong} are no tensors of a block: convolution outputs are called z1, z2, … and zs for the "
+                "projection's, their activations a1, a2, …"
+            )
+        if self.drop_output and self.kind in (PolicyKind.FUSED, PolicyKind.SAVE_ALL):
+            raise ValueError(f"{self.kind} cannot drop its output: only LEAN and KEEP know how to restore it")
+
+    @property
+    def name(self) -> str:
+        """`SAVE_ALL`, `LEAN`, `KEEP{z1,z2}`, `FUSED`; with `-out` at the end if the output is dropped."""
+        names = "{" + ",".join(sorted(self.kept, key=_position)) + "}" if self.kind is PolicyKind.KEEP else ""
+        return f"{self.kind}{names}{'-out' if self.drop_output else ''}"
+
+    def __str__(self) -> str:
+        return self.name
+
+    @staticmethod
+    def parse(name: str) -> BlockPolicy:
+        """The inverse of `name`; raises ValueError on anything else."""
+        match = _NAME.fullmatch(name.strip())
+        if match is None or match["kind"] not in PolicyKind.__members__:
+            raise ValueError(f"{name!r} is no policy: write SAVE_ALL, LEAN, FUSED or KEEP{{z1,z2}}")
+        kind = PolicyKind(match["kind"])
+        if (kind is PolicyKind.KEEP) != (match["kept"] is not None):
+            raise ValueError(f"{name!r} is no policy: KEEP takes names in braces, the others take none")
+        kept = frozenset(part.strip() for part in (match["kept"] or "").split(",") if part.strip())
+        return BlockPolicy(kind, kept, match["drop"] is not None)
+
+
+def _position(name: str) -> tuple[int, int]:
+    """z1 … z9, z10, zs, then a1, a2, …."""
+    return (1, 0) if name == "zs" else (2 * (name[0] == "a"), int(name[1:]))
+
+
+SAVE_ALL = BlockPolicy(PolicyKind.SAVE_ALL)
+LEAN = BlockPolicy(PolicyKind.LEAN)
+INPUT_ONLY = BlockPolicy(PolicyKind.KEEP)
+FUSED = BlockPolicy(PolicyKind.FUSED)
+
+
+def keep(*names: str, drop_output: bool = False) -> BlockPolicy:
+    """`keep("z1", "z2")` is `KEEP{z1,z2}`."""
+    return BlockPolicy(PolicyKind.KEEP, frozenset(names), drop_output)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Run the stage forward under the policy; in the backward run its backward. The stage runs forward once
+    here."""
+
+    stage: int
+    policy: BlockPolicy
+
+    @property
+    def start(self) -> int:
+        return self.stage
+
+    @property
+    def end(self) -> int:
+        """Inclusive."""
+        return self.stage
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A checkpoint: in the forward, stages start..end run without saving, and only the input of `start` stays
+    (its holder is whoever made it) and the output of `end`. In the backward the output of `end` is freed, and
+    `inner` runs over exactly start..end, forward from that input and then backward."""
+
+    start: int
+    end: int  # inclusive
+    inner: Schedule
+
+    def __post_init__(self) -> None:
+        if (self.inner.start, self.inner.end) != (self.start, self.end):
+            inside = f"{self.inner.start}..{self.inner.end}"
+            raise ValueError(f"the segment is {self.start}..{self.end}, its inner schedule {inside}")
+
+
+Item: TypeAlias = Keep | Segment
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Items over consecutive stages, in forward order; the backward takes them in reverse.
+
+    Raises ValueError if it is empty, has a gap or an overlap, or drops an output that cannot be restored.
+    """
+
+    items: tuple[Item, ...]
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            raise ValueError("a schedule needs at least one item")
+        for item, following in zip(self.items, self.items[1:], strict=False):
+            if following.start != item.end + 1:
+                raise ValueError(
+                    f"stage {item.end} is followed by {following.start}: items must be consecutive"
+                )
+            if isinstance(item, Keep) and item.policy.kind is PolicyKind.FUSED:
+                raise ValueError(f"stage {item.stage} is FUSED but not the last of its segment")
+            if (
+                _drops(item)
+                and isinstance(following, Keep)
+                and (following.policy.drop_output or following.policy.kind is PolicyKind.FUSED)
+            ):
+                raise ValueError(
+                    f"stage {item.end} drops its output: stage {following.start} cannot be {following.policy}"
+                )
+        if _drops(self.items[-1]):
+            raise ValueError(
+                f"stage {self.end} is the last of its schedule: nothing would restore its dropped output"
+            )
+
+    @property
+    def start(self) -> int:
+        return self.items[0].start
+
+    @property
+    def end(self) -> int:
+        """Inclusive."""
+        return self.items[-1].end
+
+    def check_covers(self, stages: int) -> None:
+        """Raises ValueError unless this is a schedule for the whole chain of `stages` stages."""
+        if (self.start, self.end) != (0, stages - 1):
+            raise ValueError(
+                f"the schedule covers stages {self.start}..{self.end}, the chain has 0..{stages - 1}"
+            )
+        last = self.items[-1]
+        if isinstance(last, Keep) and last.policy.kind is PolicyKind.FUSED:
+            raise ValueError(
+                f"stage {last.stage} is the last of the chain: it must run forward, so it cannot be FUSED"
+            )
+
+    def walk(self, depth: int = 0) -> Iterator[tuple[int, Item]]:
+        """(depth, item) in forward order, a segment before its inside."""
+        for item in self.items:
+            yield depth, item
+            if isinstance(item, Segment):
+                yield from item.inner.walk(depth + 1)
+
+    def policies(self) -> dict[int, tuple[int, BlockPolicy]]:
+        """stage -> (in how many nested segments, policy of the one forward that is followed by its
+        backward)."""
+        return {item.stage: (depth, item.policy) for depth, item in self.walk() if isinstance(item, Keep)}
+
+    def to_json(self) -> list[Any]:
+        """Lists and dictionaries for `json`: `{"keep": 3, "policy": "LEAN"}`, `{"segment": [4, 9], "inner":
+        [...]}`."""
+        return [
+            {"keep": item.stage, "policy": item.policy.name}
+            if isinstance(item, Keep)
+            else {"segment": [item.start, item.end], "inner": item.inner.to_json()}
+            for item in self.items
+        ]
+
+    @staticmethod
+    def from_json(items: object) -> Schedule:
+        """The inverse of `to_json`; raises ValueError on anything else."""
+        if not isinstance(items, list):
+            raise ValueError(f"a schedule is a list of items, not {type(items).__name__}")
+        return Schedule(tuple(_item_from_json(item) for item in items))
+
+
+def _drops(item: Item) -> bool:
+    return isinstance(item, Keep) and item.policy.drop_output
+
+
+def _item_from_json(item: object) -> Item:
+    match item:
+        case {"keep": int(stage), "policy": str(name), **rest} if not rest:
+            return Keep(stage, BlockPolicy.parse(name))
+        case {"segment": [int(start), int(end)], "inner": list(inner), **rest} if not rest:
+            return Segment(start, end, Schedule.from_json(inner))
+    raise ValueError(f"{item!r} is no item of a schedule: it has keep and policy, or segment and inner")
+
+
+def uniform(policies: Sequence[BlockPolicy], start: int = 0) -> Schedule:
+    """A schedule without segments: stage start+i under policies[i]."""
+    return Schedule(tuple(Keep(start + index, policy) for index, policy in enumerate(policies)))

@@ -1,0 +1,157 @@
+"""`Plan`: the decision that is written to a run's plan.json and replayed when the run is resumed (invariant
+7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from lowmem.plan.policy import Schedule, Segment
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What the plan is expected to take; None where it is not known. `overhead` is a share: 0.12 is 12 % more
+    time than plain autograd; `extra_flops` is repeated work per step, in floating-point operations."""
+
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    device_bytes: int | None = None
+    step_seconds: float | None = None
+    overhead: float | None = None
+    extra_flops: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "extra_flops"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ValueError(f"{name} is an integer or None, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A choice that was looked at: in words, with what it would have taken, and why it was refused (None:
+    chosen)."""
+
+    what: str
+    refused_because: str | None = None
+    peak_bytes: int | None = None
+    step_seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a training step is run under a budget.
+
+    `budget_bytes` is for all tensors of the step; None: no budget was set. `exact`: the same gradients as the
+    plain step at the full batch (false under accumulation with batch norm, invariant 4). `ladder`: the next
+    smaller plans, already solved, for when memory runs out all the same; the plans in it have no ladder of
+    their own.
+
+    Raises ValueError if the numbers or the schedule do not fit each other.
+    """
+
+    budget_bytes: int | None
+    batch: int
+    micro_batch: int
+    accumulation: int
+    precision: Literal["fp32", "amp"]
+    memory_format: Literal["contiguous", "channels-last"]
+    exact: bool
+    stages: tuple[str, ...]
+    schedule: Schedule
+    predicted: Predicted = Predicted()
+    candidates: tuple[Candidate, ...] = ()
+    ladder: tuple[Plan, ...] = ()
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.micro_batch, self.accumulation) < 1:
+            raise ValueError("batch, micro_batch and accumulation are at least 1")
+        if -(-self.batch // self.micro_batch) != self.accumulation:
+            raise ValueError(
+                f"batch {self.batch} in micro-batches of {self.micro_batch} is "
+                f"{-(-self.batch // self.micro_batch)} of them, not {self.accumulation}"
+            )
+        if self.precision not in ("fp32", "amp"):
+            raise ValueError(f"precision {self.precision!r} is neither fp32 nor amp")
+        if self.memory_format not in ("contiguous", "channels-last"):
+            raise ValueError(f"memory format {self.memory_format!r} is neither contiguous nor channels-last")
+        if len(set(self.stages)) != len(self.stages):
+            raise ValueError("two stages have the same name")
+        self.schedule.check_covers(len(self.stages))
+        if any(rung.ladder for rung in self.ladder):
+            raise ValueError("a plan on a ladder has no ladder of its own")
+
+    def blocks(self) -> dict[str, str]:
+        """Stage name -> policy, `in segment: KEEP{z2}` for a stage that runs more than once."""
+        policies = self.schedule.policies()
+        return {
+            name: ("in segment: " if policies[index][0] else "") + policies[index][1].name
+            for index, name in enumerate(self.stages)
+        }
+
+    @property
+    def repeats(self) -> int:
+        """The most often that any stage runs forward in a step: 1 without segments."""
+        return 1 + max(
+            (depth + 1 for depth, item in self.schedule.walk() if isinstance(item, Segment)), default=0
+        )
+
+    def without_ladder(self) -> Plan:
+        return replace(self, ladder=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json`; the keys are those of `lowmem plan --json`."""
+        return {
+            "format": FORMAT,
+            "budget_bytes": self.budget_bytes,
+            "batch": self.batch,
+            "micro_batch": self.micro_batch,
+            "accumulation": self.accumulation,
+            "precision": self.precision,
+            "memory_format": self.memory_format,
+            "exact": self.exact,
+            "predicted": _flat(self.predicted),
+            "blocks": self.blocks(),
+            "schedule": self.schedule.to_json(),
+            "candidates": [_flat(candidate) for candidate in self.candidates],
+            "ladder": [rung.to_json() for rung in self.ladder],
+        }
+
+    @staticmethod
+    def from_json(values: object) -> Plan:
+        """The inverse of `to_json`. Raises ValueError on anything else, an unknown `format` included."""
+        if not isinstance(values, dict):
+            raise ValueError(f"a plan is a dictionary, not {type(values).__name__}")
+        if values.get("format") != FORMAT:
+            raise ValueError(f"this plan has format {values.get('format')!r}, this version reads {FORMAT}")
+        known = {"format", "blocks"} | {field.name for field in fields(Plan)} - {"stages"}
+        if set(values) != known:
+            raise ValueError(
+                f"a plan has the keys {sorted(known)}; different here: {sorted(set(values) ^ known)}"
+            )
+        try:
+            plan = Plan(
+                **{name: values[name] for name in _SCALARS},
+                stages=tuple(values["blocks"]),
+                schedule=Schedule.from_json(values["schedule"]),
+                predicted=Predicted(**values["predicted"]),
+                candidates=tuple(Candidate(**candidate) for candidate in values["candidates"]),
+                ladder=tuple(Plan.from_json(rung) for rung in values["ladder"]),
+            )
+        except TypeError as error:
+            raise ValueError(f"this is no plan: {error}") from None
+        if plan.blocks() != values["blocks"]:
+            raise ValueError(
+                "the plan's blocks and its schedule say different things: was it edited by hand?"
+            )
+        return plan
+
+
+_SCALARS = ("budget_bytes", "batch", "micro_batch", "accumulation", "precision", "memory_format", "exact")
+
+
+def _flat(value: Predicted | Candidate) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in fields(value)}

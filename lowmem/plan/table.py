@@ -1,0 +1,288 @@
+"""The dynamic programme: least time of every sub-chain for every amount of memory, in one table.
+
+Stages a..e, memory m. T(a, e, m) is the least time to run a..e forward and backward when the input of a is
+held by the caller, the gradient of the output of e is inside m, and m is what the budget leaves after
+everything fixed and everything held by callers. Writing G(i) for g[i] + the parameter gradients of stages i,
+i+1, … (all that exist between the backwards of i and i-1), it is the least of
+
+- keep stage a under an option, if m >= max(G(e+1) + S + tf, G(a+1) + S + tb):  f + b + T(a+1, e, m - S);
+- the same dropping its output:  f + b + r + T'(a+1, e, m - S);
+- checkpoint a..j-1, if the fast forwards fit beside G(e+1):  Σ f0 + T(j, e, m - x[j]) + T(a, j-1, m);
+- for a = e inside a segment, fused, if m >= G(e+1) + tb:  b.
+
+T'(a, e, m) is the same with a transient input of a: held inside m, freed after the forward of a and restored
+before the backward of what begins at a. Beaumont et al. ("Optimal checkpointing for heterogeneous chains",
+2019) have the first and the third line; several options per block are Rockmate's (ICML 2023).
+
+Why parameter gradients leave the table one-dimensional: backward goes through the stages in one global order
+whatever is checkpointed, so those that exist at the backward of stage i are those of the later stages, at any
+depth of nesting. They are a constant of the boundary, which only moves the thresholds; nothing about them has
+to be remembered in m.
+
+Known limitation: if the dropping options of a stage differ in what restoring takes, T' charges the largest to
+all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowmem.plan.cost import ChainCost, OptionCost, StageCost
+from lowmem.plan.policy import Item, Keep, PolicyKind, Schedule, Segment
+
+Row = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A stage's options after pruning, sorted by how they can be used, and its sizes in slots."""
+
+    plain: tuple[OptionCost, ...]
+    dropping: tuple[OptionCost, ...]
+    fused: OptionCost | None
+    restore: int  # bytes
+
+
+class _Part(NamedTuple):
+    """A sub-problem: T or T' of a..e with `shift` slots less."""
+
+    transient: bool
+    a: int
+    e: int
+    shift: int
+
+
+class _Choice(NamedTuple):
+    """A line of the recurrence: allowed from `least` slots on, `seconds` plus its parts. `what`: the option
+    of the first stage, or j if a..j-1 is checkpointed."""
+
+    seconds: float
+    least: int
+    parts: tuple[_Part, ...]
+    what: OptionCost | int
+
+
+def _dominates(better: OptionCost, worse: OptionCost) -> bool:
+    """Whether `worse` is never needed. An option that drops its output never replaces one that does not: what
+    comes after it is restricted."""
+    if better.policy.drop_output and not worse.policy.drop_output:
+        return False
+    return (
+        better.seconds <= worse.seconds
+        and better.kept_bytes <= worse.kept_bytes
+        and better.kept_bytes + better.forward_temp_bytes <= worse.kept_bytes + worse.forward_temp_bytes
+        and better.kept_bytes + better.backward_temp_bytes <= worse.kept_bytes + worse.backward_temp_bytes
+        and (not better.policy.drop_output or _restore_bytes(better) <= _restore_bytes(worse))
+    )
+
+
+def _restore_bytes(option: OptionCost) -> int:
+    return option.kept_bytes + option.restore_temp_bytes
+
+
+def prune(stage: StageCost) -> tuple[OptionCost, ...]:
+    """The options that no other one beats or equals in time and in every peak; FUSED, which has its own
+    place, stays."""
+    kept: list[OptionCost] = []
+    for option in stage.options:
+        if option.policy.kind is PolicyKind.FUSED:
+            continue
+        if any(_dominates(other, option) for other in kept):
+            continue
+        kept = [other for other in kept if not _dominates(option, other)]
+        kept.append(option)
+    return (*kept, *(option for option in stage.options if option.policy.kind is PolicyKind.FUSED))
+
+
+def _sorted_out(stage: StageCost) -> _Stage:
+    options = prune(stage)
+    dropping = tuple(option for option in options if option.policy.drop_output)
+    return _Stage(
+        plain=tuple(o for o in options if not o.policy.drop_output and o.policy.kind is not PolicyKind.FUSED),
+        dropping=dropping,
+        fused=next((o for o in options if o.policy.kind is PolicyKind.FUSED), None),
+        restore=max((option.restore_temp_bytes for option in dropping), default=0),
+    )
+
+
+def useful_bytes(chain: ChainCost) -> int:
+    """Above this, beside `fixed_bytes`, more memory changes nothing."""
+    x, g, later = chain.boundary_bytes, chain.boundary_grad_bytes, chain.later_param_grad_bytes
+    kept = sum(max(option.kept_bytes for option in stage.options) for stage in chain.stages)
+    step = 0
+    for index, stage in enumerate(chain.stages):
+        temporary = max(
+            max(o.forward_temp_bytes, o.backward_temp_bytes, o.restore_temp_bytes) for o in stage.options
+        )
+        around = x[index] + x[index + 1] + max(g) + later[0]
+        step = max(step, around + max(temporary, stage.fast_temp_bytes))
+    return kept + step
+
+
+class Table:
+    """All of T for one chain, from which the schedule for any budget is read.
+
+    `slot_bytes` is the unit of m: sizes are rounded to the nearest slot, so a schedule that is read from the
+    table is off by up to half a slot per stage either way, and has to be evaluated before it is used.
+    `slots`: the largest m.
+    """
+
+    def __init__(self, chain: ChainCost, slot_bytes: int, slots: int) -> None:
+        self.chain = chain
+        self.slot_bytes = slot_bytes
+        self.slots = slots
+        self._stages = [_sorted_out(stage) for stage in chain.stages]
+        count = len(chain)
+        self._x = [self._round(size) for size in chain.boundary_bytes]
+        # bytes, not slots: thresholds are rounded as a whole
+        self._gradients = [
+            g + later
+            for g, later in zip(chain.boundary_grad_bytes, chain.later_param_grad_bytes, strict=True)
+        ]
+        fast = [stage.fast_seconds for stage in chain.stages]
+        self._fast = [0.0, *np.cumsum(fast).tolist()]
+        self._rows: list[list[Row]] = [[] for _ in range(count)]  # [a][e - a]
+        self._first: list[list[int]] = [[] for _ in range(count)]  # the least m that is finite
+        following: list[Row] | None = None  # T' of a + 1
+        for a in reversed(range(count)):
+            following = self._fill(a, following)
+
+    def _round(self, size: int) -> int:
+        return (size + self.slot_bytes // 2) // self.slot_bytes
+
+    def row(self, a: int, e: int) -> Row:
+        """T(a, e, ·), seconds; inf where it does not fit."""
+        return self._rows[a][e - a]
+
+    @property
+    def times(self) -> Row:
+        """The least time of the whole chain for m = 0 … slots."""
+        return self.row(0, len(self.chain) - 1)
+
+    def _choices(self, a: int, e: int) -> Iterator[_Choice]:
+        """The lines of the recurrence for T(a, e, ·)."""
+        stage, ahead, behind = self._stages[a], self._gradients[e + 1], self._gradients[a + 1]
+        for option in (*stage.plain, *stage.dropping) if a < e else stage.plain:
+            kept = option.kept_bytes
+            least = self._round(
+                max(ahead + option.forward_temp_bytes, behind + option.backward_temp_bytes) + kept
+            )
+            yield self._keep(a, e, option, least)
+        if a == e < len(self.chain) - 1 and stage.fused is not None:
+            yield self._keep(a, e, stage.fused, self._round(ahead + stage.fused.backward_temp_bytes))
+        peak = 0
+        for j in range(a + 1, e + 1):
+            peak = max(peak, self._fast_peak(j - 1, j - 1 > a))
+            parts = (_Part(False, j, e, self._x[j]), _Part(False, a, j - 1, 0))
+            yield _Choice(self._fast[j] - self._fast[a], self._round(ahead + peak), parts, j)
+
+    def _transient_choices(self, a: int, e: int) -> Iterator[_Choice]:
+        """The lines of the recurrence for T'(a, e, ·): stage a - 1 drops its output, the input of a."""
+        ahead, behind = self._gradients[e + 1], self._gradients[a + 1]
+        held, restore = self.chain.boundary_bytes[a], self._stages[a - 1].restore
+        for option in self._stages[a].plain:
+            forward = ahead + held + option.forward_temp_bytes
+            backward = behind + max(restore, held + option.backward_temp_bytes)
+            yield self._keep(a, e, option, self._round(max(forward, backward) + option.kept_bytes))
+        peak = 0
+        for j in range(a + 1, e + 1):
+            peak = max(peak, self._fast_peak(j - 1, True))
+            least = self._round(max(ahead + peak, self._gradients[j] + restore))
+            parts = (_Part(False, j, e, self._x[j]), _Part(False, a, j - 1, self._x[a]))
+            yield _Choice(self._fast[j] - self._fast[a], least, parts, j)
+
+    def _keep(self, a: int, e: int, option: OptionCost, least: int) -> _Choice:
+        kept = self._round(option.kept_bytes)
+        parts = (_Part(option.policy.drop_output, a + 1, e, kept),) if a < e else ()
+        return _Choice(option.seconds, max(least, kept), parts, option)
+
+    def _fast_peak(self, index: int, with_input: bool) -> int:
+        x = self.chain.boundary_bytes
+        here = x[index] if with_input else 0
+        return here + x[index + 1] + self.chain.stages[index].fast_temp_bytes
+
+    def _fill(self, a: int, following: list[Row] | None) -> list[Row] | None:
+        """T(a, ·, ·), and T'(a, ·, ·) if the stage before can drop its output."""
+        transient: list[Row] | None = [] if a > 0 and self._stages[a - 1].dropping else None
+        for e in range(a, len(self.chain)):
+            row = self._least(self._choices(a, e), following, a + 1)
+            self._rows[a].append(row)
+            self._first[a].append(_first_finite(row))
+            if transient is not None:
+                transient.append(self._least(self._transient_choices(a, e), None, a))
+        return transient
+
+    def _least(self, choices: Iterator[_Choice], transient: list[Row] | None, transient_a: int) -> Row:
+        """The least of the choices for every m. `transient`: T' of stage `transient_a`."""
+        size = self.slots + 1
+        best, total = np.full(size, np.inf), np.empty(size)
+        for choice in choices:
+            start, rows = choice.least, []
+            for part in choice.parts:
+                if part.transient:
+                    assert transient is not None
+                    row, first = transient[part.e - transient_a], 0
+                else:
+                    row, first = self.row(part.a, part.e), self._first[part.a][part.e - part.a]
+                start = max(start, first + part.shift)
+                rows.append((row, part.shift))
+            if start >= size:
+                continue
+            out = total[start:]
+            if not rows:
+                out.fill(choice.seconds)
+            else:
+                views = [row[start - shift : size - shift] for row, shift in rows]
+                np.add(views[0], choice.seconds, out=out)
+                if len(views) == 2:
+                    np.add(out, views[1], out=out)
+            np.minimum(best[start:], out, out=best[start:])
+        return best
+
+    # reading
+
+    def schedule(self, m: int) -> Schedule:
+        """The schedule behind `times[m]`, which has to be finite."""
+        return Schedule(tuple(self._items(0, len(self.chain) - 1, m)))
+
+    def _items(self, a: int, e: int, m: int) -> Iterator[Item]:
+        transient = False
+        while a <= e:
+            choices = self._transient_choices(a, e) if transient else self._choices(a, e)
+            choice = min(choices, key=lambda one, m=m: self._value(one, m))  # type: ignore[misc]
+            if isinstance(choice.what, int):
+                rest, inside = choice.parts
+                yield Segment(
+                    a, choice.what - 1, Schedule(tuple(self._items(inside.a, inside.e, m - inside.shift)))
+                )
+                a, m, transient = rest.a, m - rest.shift, False
+            else:
+                yield Keep(a, choice.what.policy)
+                if not choice.parts:
+                    return
+                a, m, transient = a + 1, m - choice.parts[0].shift, choice.parts[0].transient
+
+    def _value(self, choice: _Choice, m: int) -> float:
+        if m < choice.least:
+            return np.inf
+        total = choice.seconds
+        for part in choice.parts:
+            left = m - part.shift
+            if left < 0:
+                return np.inf
+            if part.transient:
+                total += min(self._value(inner, left) for inner in self._transient_choices(part.a, part.e))
+            else:
+                total += float(self.row(part.a, part.e)[left])
+        return total
+
+
+def _first_finite(row: Row) -> int:
+    """Index of the first finite value; the length if there is none. Rows never rise, so the rest is finite
+    too."""
+    return int(np.searchsorted(-row, -np.inf, side="right"))

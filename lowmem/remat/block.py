@@ -1,0 +1,210 @@
+"""A block of convolution + batch norm pairs with ReLUs between, maybe with a shortcut, run by hand.
+
+    z1 = conv1(x)   a1 = relu(bn1(z1))   …   y = relu(bn_n(z_n) + shortcut(x))
+
+Bottleneck, basic and plain blocks and the stem (one pair, no shortcut) are all of this form. Between forward and
+backward any subset of the z's and a's can be kept; the backward computes the others again, each only when it is
+needed, from the nearest kept tensor, and frees every tensor once it is dead. The shortcut's z is called zs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.plan.policy import BlockPolicy, PolicyKind
+from lowmem.remat import kernels
+from lowmem.remat.stage import Box, Saved, StagePass
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A convolution without bias and the batch norm after it."""
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+
+    def trainable(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        yield self.conv.weight
+        yield self.bn.weight
+        yield self.bn.bias
+
+
+@dataclass(frozen=True)
+class ConvBlock:
+    """The block as a stage. `identity`: the input is added to the output; `projection`: its image under a 1x1
+    convolution is. At most one of the two."""
+
+    name: str
+    pairs: tuple[Pair, ...]
+    projection: Pair | None = None
+    identity: bool = False
+    relu_output = True
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for pair in (*self.pairs, *([self.projection] if self.projection else [])):
+            yield from pair.parameters()
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """Names of everything that can be kept."""
+        return self._outputs | {f"a{k}" for k in range(1, len(self.pairs))}
+
+    @property
+    def _outputs(self) -> frozenset[str]:
+        names = {f"z{k}" for k in range(1, len(self.pairs) + 1)}
+        return frozenset(names | {"zs"} if self.projection else names)
+
+    def kept(self, policy: BlockPolicy | None) -> frozenset[str]:
+        """Names of the tensors that a policy keeps."""
+        if policy is None or policy.kind is PolicyKind.FUSED:
+            return frozenset()
+        if policy.kind is PolicyKind.KEEP:
+            return policy.kept
+        return self.tensors if policy.kind is PolicyKind.SAVE_ALL else self._outputs
+
+    def check(self, policy: BlockPolicy) -> None:
+        unknown = sorted(self.kept(policy) - self.tensors)
+        if unknown:
+            raise ValueError(
+                f"stage {self.name} has no {', '.join(unknown)}: it has {', '.join(sorted(self.tensors))}"
+            )
+
+    def forward(
+        self,
+        box: Box,
+        policy: BlockPolicy | None,
+        memo: StagePass,
+        *,
+        need_input: bool,
+        want_output: bool = True,
+    ) -> tuple[Tensor | None, Saved]:
+        kept, saved = self.kept(policy), Saved()
+        if not want_output:
+            return None, self._only_kept(box, kept, memo)
+        hold = list(box)  # the tensor the next convolution reads
+        x = box.pop() if self.projection or self.identity else None
+        box.clear()
+        for k, pair in enumerate(self.pairs, start=1):
+            z = kernels.convolve(pair.conv, hold[0], memo.low)
+            hold.clear()
+            hold.append(self._norm(str(k), z, memo, in_place=f"z{k}" not in kept))
+            if f"z{k}" in kept:
+                saved[f"z{k}"] = z
+            del z
+            if k < len(self.pairs):
+                hold[0].relu_()
+                if f"a{k}" in kept:
+                    saved[f"a{k}"] = hold[0]
+        return self._finish(hold, x, saved, kept, memo), saved
+
+    def restore(self, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:
+        n = len(self.pairs)
+        hold = [self._norm(str(n), self._z(n, saved, x, memo), memo, in_place=False)]
+        return self._finish(hold, x, saved, self._outputs, memo)
+
+    def backward(
+        self, grad: Box, saved: Saved, x: Tensor, memo: StagePass, *, need_input: bool
+    ) -> Tensor | None:
+        grad_x = self._shortcut_backward(grad[0], saved, x, memo, need_input) if self.projection else None
+        shortcut = grad[0] if self.identity and need_input else None
+        for k in range(len(self.pairs), 0, -1):
+            pair = self.pairs[k - 1]
+            below = need_input or any(lower.trainable() for lower in self.pairs[: k - 1])
+            if not (below or pair.trainable()):
+                return grad_x
+            self._z(k, saved, x, memo)
+            needed = below or pair.conv.weight.requires_grad
+            grad_z = kernels.norm_backward(
+                pair.bn, grad.pop(), saved.pop(f"z{k}"), memo.norms[str(k)], needed
+            )
+            if grad_z is None:
+                return grad_x
+            source = self._a(k - 1, saved, x, memo)
+            saved.pop(f"a{k - 1}", None)
+            grad_a = kernels.convolve_backward(
+                pair.conv, grad_z, source, memo.low, below if k > 1 else need_input
+            )
+            del grad_z
+            if grad_a is None:
+                return grad_x
+            grad.append(kernels.mask_relu(grad_a, source) if k > 1 else grad_a)
+            del grad_a, source
+        branch = grad.pop()
+        other = shortcut if shortcut is not None else grad_x
+        return branch if other is None else branch.add_(other)
+
+    def _only_kept(self, box: Box, kept: frozenset[str], memo: StagePass) -> Saved:
+        """What a segment's last stage keeps; its output would be for nobody."""
+        saved = Saved()
+        x = box.pop()
+        for k in range(1, len(self.pairs) + 1):
+            for name, make in ((f"z{k}", self._z), (f"a{k}", self._a)):
+                if name in kept:
+                    make(k, saved, x, memo)
+            for name in (f"z{k - 1}", f"a{k - 1}"):
+                if name not in kept:
+                    saved.pop(name, None)
+        if "zs" in kept and self.projection:
+            saved["zs"] = kernels.convolve(self.projection.conv, x, memo.low)
+        return {name: tensor for name, tensor in saved.items() if name in kept}
+
+    def _finish(
+        self, hold: Box, x: Tensor | None, saved: Saved, kept: frozenset[str], memo: StagePass
+    ) -> Tensor:
+        """`hold` has bn_n(z_n), which becomes the output."""
+        y = hold.pop()
+        if self.projection:
+            assert x is not None
+            zs = saved["zs"] if "zs" in saved else kernels.convolve(self.projection.conv, x, memo.low)
+            if "zs" in kept:
+                saved["zs"] = zs
+            y.add_(self._norm("s", zs, memo, in_place="zs" not in kept))
+        elif self.identity:
+            assert x is not None
+            y = y.add_(x) if y.dtype == torch.result_type(y, x) else y + x
+        return y.relu_()
+
+    def _shortcut_backward(
+        self, grad: Tensor, saved: Saved, x: Tensor, memo: StagePass, need_input: bool
+    ) -> Tensor | None:
+        assert self.projection is not None
+        conv, bn = self.projection.conv, self.projection.bn
+        if not (need_input or self.projection.trainable()):
+            return None
+        if "zs" not in saved:
+            saved["zs"] = kernels.convolve(conv, x, memo.low)
+        needed = need_input or conv.weight.requires_grad
+        grad_z = kernels.norm_backward(bn, grad, saved.pop("zs"), memo.norms["s"], needed)
+        return None if grad_z is None else kernels.convolve_backward(conv, grad_z, x, memo.low, need_input)
+
+    def _norm(self, key: str, z: Tensor, memo: StagePass, *, in_place: bool) -> Tensor:
+        pair = self.projection if key == "s" else self.pairs[int(key) - 1]
+        assert pair is not None
+        if key in memo.norms:
+            return kernels.norm_again(pair.bn, z, memo.norms[key], in_place)
+        out, memo.norms[key] = kernels.norm_first(pair.bn, z, in_place)
+        return out
+
+    def _z(self, k: int, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:
+        """z_k from `saved`, or computed again and put there."""
+        if f"z{k}" not in saved:
+            saved[f"z{k}"] = kernels.convolve(
+                self.pairs[k - 1].conv, self._a(k - 1, saved, x, memo), memo.low
+            )
+        return saved[f"z{k}"]
+
+    def _a(self, k: int, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:
+        """a_k likewise; a_0 is the input."""
+        if k == 0:
+            return x
+        if f"a{k}" not in saved:
+            z = self._z(k, saved, x, memo)
+            saved[f"a{k}"] = self._norm(str(k), z, memo, in_place=False).relu_()
+        return saved[f"a{k}"]

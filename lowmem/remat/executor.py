@@ -1,0 +1,177 @@
+"""Runs a chain of stages forward and backward under a schedule.
+
+One autograd function covers the whole chain, so that this file, and not a graph, decides when each activation dies.
+Between forward and backward there is one entry per item of the schedule. An entry holds the input of its first stage
+and what its stage keeps; the output is held by the next entry, as its input. The gradient that travels down the chain
+belongs to the executor and is changed in place.
+
+Known limitations: gradients are added to `.grad` directly, so that `torch.autograd.grad` with respect to parameters,
+hooks on parameters and a second backward through the same output do not work; outputs have no second derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.plan.policy import Keep, Schedule, Segment
+from lowmem.remat.kernels import mask_relu
+from lowmem.remat.stage import Box, Saved, Stage, StagePass
+
+
+@dataclass
+class Entry:
+    """What one item of the schedule holds. `x` None: the entry before dropped it and can restore it."""
+
+    item: Keep | Segment
+    x: Tensor | None
+    saved: Saved
+
+
+class Run:
+    """One forward pass of the chain and the backward that belongs to it."""
+
+    def __init__(self, stages: Sequence[Stage], low: torch.dtype | None, input_needs_grad: bool) -> None:
+        self.stages = stages
+        self.memos = [StagePass(low) for _ in stages]
+        self.low = low
+        needs = input_needs_grad
+        self.need_input: list[bool] = []  # per stage: is the gradient of its input asked for
+        self.active: list[bool] = []  # per stage: does it take part in the backward
+        for stage in stages:
+            self.need_input.append(needs)
+            needs = needs or any(parameter.requires_grad for parameter in stage.parameters())
+            self.active.append(needs)
+        self.entries: list[Entry] = []
+        self.output: Tensor | None = None
+
+    def fast(self, box: Box, start: int, end: int) -> Tensor:
+        """Stages start..end, saving nothing."""
+        for index in range(start, end + 1):
+            y, _ = self.stages[index].forward(box, None, self.memos[index], need_input=False)
+            assert y is not None
+            box.append(y)
+            del y
+        return box.pop()
+
+    def forward(
+        self, schedule: Schedule, box: Box, *, want_output: bool = True
+    ) -> tuple[Tensor | None, list[Entry]]:
+        """Runs the schedule from the tensor in the box -> output and entries; without `want_output` the last stage
+        computes only what it keeps."""
+        entries: list[Entry] = []
+        dropped = False
+        for item in schedule.items:
+            if not self.active[item.end]:
+                box.append(self.fast(box, item.start, item.end))
+                continue
+            last = item.end == schedule.end and not want_output
+            entry = Entry(item, None if dropped else box[0], {})
+            y: Tensor | None
+            if isinstance(item, Segment):
+                y = None if last else self.fast(box, item.start, item.end)
+            else:
+                y, entry.saved = self.stages[item.stage].forward(
+                    box,
+                    item.policy,
+                    self.memos[item.stage],
+                    need_input=self.need_input[item.stage],
+                    want_output=not last,
+                )
+            entries.append(entry)
+            dropped = isinstance(item, Keep) and item.policy.drop_output
+            box.clear()
+            if y is not None:
+                box.append(y)
+            del y
+        return (box.pop() if box else None), entries
+
+    def backward(self, entries: list[Entry], grad: Box) -> Tensor | None:
+        """The gradient of the chain's input, or None if it is not asked for; empties `entries`."""
+        while entries:
+            x = self._input(entries)
+            entry = entries.pop()
+            start = entry.item.start
+            if isinstance(entry.item, Segment):
+                _, inner = self.forward(entry.item.inner, [x], want_output=False)
+                grad_x = self.backward(inner, grad)
+            else:
+                grad_x = self.stages[start].backward(
+                    grad, entry.saved, x, self.memos[start], need_input=self.need_input[start]
+                )
+                if grad_x is not None and start > 0 and self.stages[start - 1].relu_output:
+                    grad_x = mask_relu(grad_x, x)
+            del x, entry
+            if grad_x is None:
+                return None
+            grad.append(grad_x)
+            del grad_x
+        return grad.pop()
+
+    def _input(self, entries: list[Entry]) -> Tensor:
+        """Of the last entry's first stage, restored if it was dropped."""
+        entry = entries[-1]
+        if entry.x is None:
+            before = entries[-2]
+            x = self._input(entries[:-1])
+            entry.x = self.stages[before.item.end].restore(before.saved, x, self.memos[before.item.end])
+        return entry.x
+
+
+class _Chain(torch.autograd.Function):
+    """Anchor, input -> output. The anchor is an empty tensor that asks for a gradient, so that the backward runs even
+    if the input needs none."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor, stages: Sequence[Stage], schedule: Schedule) -> Tensor:
+        run = Run(stages, autocast_dtype(x), ctx.needs_input_grad[1])
+        with _autocast_off(x, run.low):
+            y, run.entries = run.forward(schedule, [x])
+        assert y is not None
+        if stages[-1].relu_output:
+            run.output = y.detach()  # an alias: the output itself refers to this run
+        ctx.run = run
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, None]:
+        run: Run | None = ctx.run
+        ctx.run = None
+        if run is None:
+            raise RuntimeError(
+                "this output went backward already: its activations were freed; run forward again"
+            )
+        if run.output is not None:  # the caller's gradient is not ours to change
+            grad, run.output = mask_relu(grad, run.output, owned=False), None
+        box = [grad]
+        with _autocast_off(grad, run.low):
+            del grad
+            return None, run.backward(run.entries, box), None, None
+
+
+def execute(stages: Sequence[Stage], schedule: Schedule, x: Tensor) -> Tensor:
+    """The chain's output for x, [N, ...]; differentiable if gradients are enabled and anything wants one."""
+    trainable = any(parameter.requires_grad for stage in stages for parameter in stage.parameters())
+    if torch.is_grad_enabled() and (trainable or x.requires_grad):
+        anchor = torch.empty(0, device=x.device, requires_grad=True)
+        return _Chain.apply(anchor, x, stages, schedule)
+    run = Run(stages, autocast_dtype(x), False)
+    with torch.no_grad(), _autocast_off(x, run.low):
+        return run.fast([x], 0, len(stages) - 1)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would cast x to, or None."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _autocast_off(x: Tensor, low: torch.dtype | None) -> AbstractContextManager[Any]:
+    return nullcontext() if low is None else torch.autocast(x.device.type, enabled=False)

@@ -1,0 +1,124 @@
+"""A stage that is not of the family: any module, or any function of one tensor. It can be kept whole, with the graph
+autograd makes of it, or be run again from its input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from lowmem.plan.policy import BlockPolicy, PolicyKind
+from lowmem.remat.stage import Box, Saved, StagePass
+
+
+@dataclass(frozen=True)
+class OpaqueStage:
+    """`function` maps one tensor to one tensor and uses the parameters and buffers of `module` only.
+
+    Repeating it draws the same random numbers and moves no buffer. It must not change its input in place.
+    Policies: SAVE_ALL, KEEP{} (run again from the input) and FUSED.
+    """
+
+    name: str
+    module: nn.Module
+    function: Callable[[Tensor], Tensor]
+    relu_output = False
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.module.parameters()
+
+    def check(self, policy: BlockPolicy) -> None:
+        plain = policy.kind in (PolicyKind.SAVE_ALL, PolicyKind.FUSED) or policy.kind is PolicyKind.KEEP
+        if not plain or policy.kept or policy.drop_output:
+            raise ValueError(
+                f"stage {self.name} is not a block of the family: SAVE_ALL or KEEP{{}}, not {policy}"
+            )
+
+    def forward(
+        self,
+        box: Box,
+        policy: BlockPolicy | None,
+        memo: StagePass,
+        *,
+        need_input: bool,
+        want_output: bool = True,
+    ) -> tuple[Tensor | None, Saved]:
+        x = box.pop()
+        if policy is not None and policy.kind is PolicyKind.SAVE_ALL:
+            saved = self._with_graph(x, memo, need_input)
+            return saved["y"].detach(), saved
+        if not want_output:
+            return None, {}
+        with torch.no_grad():
+            return self._run(x, memo), {}
+
+    def restore(self, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:
+        raise ValueError(f"stage {self.name} cannot drop its output")
+
+    def backward(
+        self, grad: Box, saved: Saved, x: Tensor, memo: StagePass, *, need_input: bool
+    ) -> Tensor | None:
+        if not saved:
+            saved = self._with_graph(x, memo, need_input)
+        leaf, y = saved["x"], saved["y"]
+        saved.clear()
+        if y.requires_grad:
+            torch.autograd.backward(y, grad.pop())
+        return leaf.grad
+
+    def _with_graph(self, x: Tensor, memo: StagePass, need_input: bool) -> Saved:
+        leaf = x.detach().requires_grad_(need_input)
+        with torch.enable_grad():
+            return {"x": leaf, "y": self._run(leaf, memo)}
+
+    def _run(self, x: Tensor, memo: StagePass) -> Tensor:
+        version = x._version
+        # Without the cache: it would hold the cast parameters for as long as the outer autocast lasts.
+        with torch.autocast(x.device.type, memo.low, enabled=memo.low is not None, cache_enabled=False):
+            if memo.first:
+                memo.first = False
+                memo.rng = (
+                    None if isinstance(x, FakeTensor) else [torch.get_rng_state(), *get_device_states(x)]
+                )
+                y = self.function(x)
+            else:
+                with _same_randomness(memo), _buffers_kept(self.module):
+                    y = self.function(x)
+        if x._version != version:
+            raise ValueError(
+                f"stage {self.name} changes its input in place: the input is needed again; make it a copy"
+            )
+        return y
+
+
+@contextmanager
+def _same_randomness(memo: StagePass) -> Iterator[None]:
+    """The generators as they were before the stage first ran."""
+    if memo.rng is None:
+        yield
+        return
+    cpu, devices, states = memo.rng
+    with torch.random.fork_rng(devices):
+        torch.set_rng_state(cpu)
+        set_device_states(devices, states)
+        yield
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Whatever moves the buffers moves copies. Restoring their values instead would upset autograd, which has saved
+    them."""
+    owners = [(child._buffers, name) for child in module.modules() for name in child._buffers]
+    originals = [(buffers, name, buffers[name]) for buffers, name in owners]
+    for buffers, name, tensor in originals:
+        buffers[name] = None if tensor is None else tensor.clone()
+    try:
+        yield
+    finally:
+        for buffers, name, tensor in originals:
+            buffers[name] = tensor

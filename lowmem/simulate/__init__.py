@@ -1,0 +1,21 @@
+"""Predicts bytes without a GPU, by running the real code on fake tensors."""
+
+from lowmem.simulate.allocator import Allocator, DeviceFull
+from lowmem.simulate.estimate import Estimate, estimate
+from lowmem.simulate.step import Loop, empty_copy, trace_steps
+from lowmem.simulate.trace import Event, Kind, Recorder, Trace, Work
+
+__all__ = [
+    "Allocator",
+    "DeviceFull",
+    "Estimate",
+    "Event",
+    "Kind",
+    "Loop",
+    "Recorder",
+    "Trace",
+    "Work",
+    "empty_copy",
+    "estimate",
+    "trace_steps",
+]

@@ -1,0 +1,99 @@
+"""One training loop on fake tensors: build, then forward, loss, backward and optimizer step, a few times."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from lowmem.simulate.trace import Kind, Recorder, Trace
+
+
+@dataclass
+class Loop:
+    """The real loop's step, for whatever executes the model.
+
+    `run` maps a micro-batch to logits, `model` owns parameters and buffers, `micro_batches` are (inputs, labels).
+    Gradients are set to None before the forward and the loss of each micro-batch is weighted by its share.
+    """
+
+    run: Callable[[Tensor], Tensor]
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    micro_batches: list[tuple[Tensor, Tensor]]
+    autocast: torch.dtype | None = None
+
+    def step(self, recorder: Recorder) -> None:
+        self.model.zero_grad(set_to_none=True)
+        total = sum(len(labels) for _, labels in self.micro_batches)
+        for inputs, labels in self.micro_batches:
+            share = len(labels) / total
+            self._forward_backward(recorder, inputs, labels, share)
+        recorder.adopt((parameter.grad for parameter in self.model.parameters()), Kind.GRADS)
+        if self.optimizer is not None:
+            with recorder.phase("optimizer"):
+                self.optimizer.step()
+            recorder.adopt(_state(self.optimizer), Kind.OPTIMIZER)
+
+    def _forward_backward(self, recorder: Recorder, inputs: Tensor, labels: Tensor, share: float) -> None:
+        enabled = self.autocast is not None
+        with recorder.phase("forward"), torch.autocast(inputs.device.type, self.autocast, enabled=enabled):
+            loss = F.cross_entropy(self.run(inputs), labels)
+            if share != 1.0:
+                loss = loss * share
+        with recorder.phase("backward"):
+            loss.backward()
+
+
+def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def trace_steps(build: Callable[[], Loop], steps: int = 2, *, fake: bool = True) -> Trace:
+    """Builds the loop and runs it -> everything that was allocated and freed, in phases `setup`, `forward`,
+    `backward` and `optimizer`.
+
+    Two steps are the least that shows the peak, because momentum comes to exist in the first. With `fake` nothing is
+    allocated for real; without, the same is recorded of real tensors.
+    """
+    with _fake_mode(fake):
+        recorder = Recorder()
+        with recorder:
+            loop = build()
+            recorder.adopt((*loop.model.parameters(), *loop.model.buffers()), Kind.PARAMS)
+            recorder.adopt((tensor for pair in loop.micro_batches for tensor in pair), Kind.ACTIVATIONS)
+            for _ in range(steps):
+                loop.step(recorder)
+        del loop
+    return recorder.trace
+
+
+@contextmanager
+def _fake_mode(fake: bool) -> Iterator[None]:
+    if not fake:
+        yield
+        return
+    with FakeTensorMode():
+        yield
+
+
+def empty_copy(model: nn.Module, memory_format: torch.memory_format = torch.preserve_format) -> nn.Module:
+    """The model with parameters and buffers of the same kind but no values, on the CPU: inside a fake mode, a
+    copy that takes no memory. The model may be on the `meta` device. (`Module.to` does not work on fake
+    parameters, so the memory format is given here.)"""
+    memo: dict[int, object] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if memory_format is torch.preserve_format or tensor.dim() != 4:
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        else:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, memory_format=memory_format)
+        parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+    return copy.deepcopy(model, memo)

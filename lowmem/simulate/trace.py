@@ -1,0 +1,179 @@
+"""A stream of allocations and frees, and of operations, from code that runs on tensors, real or fake.
+
+On fake tensors (`torch._subclasses.FakeTensorMode`) nothing is computed and nothing allocated, but the code,
+the sizes and the lifetimes are the real ones: the executor is its own model of memory (invariant 5). Sizes
+are those of storages, so views cost nothing. Buffers inside a kernel are not seen (the convolution library's
+workspace).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+class Kind(StrEnum):
+    """What a storage is for. Buffers count as parameters, the batch as an activation."""
+
+    PARAMS = "params"
+    GRADS = "grads"
+    OPTIMIZER = "optimizer"
+    ACTIVATIONS = "activations"  # made in one phase, freed in a later one
+    TEMPORARY = "temporary"  # made and freed in the same phase
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A storage comes to exist (`change_bytes` > 0) or is freed (< 0), in a phase, by an operation."""
+
+    storage: int
+    change_bytes: int
+    phase: str
+    operation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One kernel: floating-point operations, and bytes with each operand read once, each result written
+    once."""
+
+    operation: str
+    flops: int
+    moved_bytes: int
+    phase: str
+
+
+@dataclass
+class Trace:
+    """What happened, in order. `kinds` has the storages whose kind is known from outside; see `kind`."""
+
+    events: list[Event] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
+    kinds: dict[int, Kind] = field(default_factory=dict)
+
+    def all_kinds(self) -> dict[int, Kind]:
+        """Storage -> kind, for every storage of the trace."""
+        kinds = dict(self.kinds)
+        born: dict[int, str] = {}
+        for event in self.events:
+            if event.change_bytes > 0:
+                born[event.storage] = event.phase
+                kinds.setdefault(event.storage, Kind.ACTIVATIONS)
+            elif event.storage not in self.kinds and born.get(event.storage) == event.phase:
+                kinds[event.storage] = Kind.TEMPORARY
+        return kinds
+
+    def flops(self, *phases: str) -> int:
+        """Of the given phases, or of all."""
+        return sum(work.flops for work in self.work if not phases or work.phase in phases)
+
+    @property
+    def live_bytes(self) -> int:
+        """At the end."""
+        return sum(event.change_bytes for event in self.events)
+
+    def peak_bytes(self) -> int:
+        """The most that existed at once."""
+        live = peak = 0
+        for event in self.events:
+            live += event.change_bytes
+            peak = max(peak, live)
+        return peak
+
+
+class Recorder(TorchDispatchMode):
+    """Records what runs inside it. Enter it inside the fake mode, if there is one, and before the tensors are
+    made; those made earlier are only seen if `adopt`ed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.phase_name = "setup"
+        self._numbers: dict[int, int] = {}  # address of a living storage -> its number in the trace
+        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        for tensor in outputs:
+            self._see(tensor, str(func))
+        work = _work(func, args, kwargs, outputs, result, self.phase_name)
+        if work is not None:
+            self.trace.work.append(work)
+        return result
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Names what happens inside: `forward`, `backward`, `optimizer`, …."""
+        before, self.phase_name = self.phase_name, name
+        try:
+            yield
+        finally:
+            self.phase_name = before
+
+    def adopt(self, tensors: Iterable[Tensor | None], kind: Kind) -> None:
+        """Says what these tensors are for; those not seen before count from now on."""
+        for tensor in tensors:
+            if tensor is not None:
+                self.trace.kinds[self._see(tensor, "adopt")] = kind
+
+    def _see(self, tensor: Tensor, operation: str) -> int:
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        number = self._numbers.get(address)
+        if number is not None:
+            return number
+        self._count += 1
+        number = self._count
+        self._numbers[address] = number
+        if size:
+            self.trace.events.append(Event(number, size, self.phase_name, operation))
+
+        def gone(_: object) -> None:
+            del self._numbers[address], self._references[number]
+            if size:
+                self.trace.events.append(Event(number, -size, self.phase_name, ""))
+
+        self._references[number] = weakref.ref(storage, gone)
+        return number
+
+
+def _work(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor], result: Any, phase: str
+) -> Work | None:
+    """None for what launches no kernel: views and allocations."""
+    schema = func._schema
+    written = {argument.name for argument in schema.arguments if argument.is_out}
+    inputs = [leaf for leaf in tree_leaves((args, _without(kwargs, written))) if isinstance(leaf, Tensor)]
+    if not outputs or func.is_view or not inputs and func.overloadpacket.__name__.startswith("empty"):
+        return None
+    if func.overloadpacket.__name__ in _FREE:
+        return None
+    count = flop_registry.get(func.overloadpacket)
+    flops = int(count(*args, **kwargs, out_val=result)) if count is not None else 0
+    moved = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
+    return Work(str(func), flops, moved, phase)
+
+
+_FREE = frozenset(
+    {"empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "_unsafe_view"}
+    | {"_reshape_alias", "lift_fresh", "is_same_size", "sym_size", "sym_stride", "sym_numel"}
+)
+
+
+def _without(kwargs: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in names}

@@ -1,0 +1,106 @@
+"""The judge itself, against sums done by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowmem.plan.cost import ChainCost, OptionCost, StageCost
+from lowmem.plan.evaluate import evaluate
+from lowmem.plan.policy import FUSED, LEAN, SAVE_ALL, BlockPolicy, Keep, Schedule, Segment, keep, uniform
+
+DROP = keep("z2", drop_output=True)
+
+
+def option(policy: BlockPolicy, f: float, b: float, kept: int, tf: int, tb: int, **more: int) -> OptionCost:
+    return OptionCost(
+        policy=policy,
+        forward_seconds=f,
+        backward_seconds=b,
+        kept_bytes=kept,
+        forward_temp_bytes=tf,
+        backward_temp_bytes=tb,
+        forward_flops=int(f),
+        backward_flops=int(b),
+        **more,
+    )
+
+
+def stage(index: int) -> StageCost:
+    """Input and output 10, gradients 10 (none for the first input), parameter gradients 7; SAVE_ALL keeps 30
+    and LEAN 20 beside the output."""
+    g = 10 if index else 0
+    return StageCost(
+        name=f"block{index}",
+        input_bytes=10,
+        input_grad_bytes=g,
+        fast_seconds=1.0,
+        fast_flops=1,
+        fast_temp_bytes=5,
+        param_grad_bytes=7,
+        options=(
+            option(SAVE_ALL, 1, 2, 40, 3, 20 + g),
+            option(LEAN, 1, 3, 30, 3, 25 + g),
+            option(DROP, 1, 4, 15, 13, 25 + g, restore_temp_bytes=16, restore_flops=9),
+            option(FUSED, 0, 4, 0, 0, 50 + g),
+        ),
+    )
+
+
+CHAIN = ChainCost(
+    stages=tuple(stage(index) for index in range(3)),
+    output_bytes=10,
+    output_grad_bytes=10,
+    fixed_bytes=100,
+)
+
+
+def test_save_all() -> None:
+    result = evaluate(uniform([SAVE_ALL] * 3), CHAIN)
+    assert (result.seconds, result.flops) == (9.0, 9)
+    # at the last backward: fixed, three times kept, the gradient above, temporaries with the new gradient
+    assert result.peak_bytes == 100 + 120 + 10 + 30
+    assert result.peak.what == "backward of block2 under SAVE_ALL"
+    assert (result.peak.kept_bytes, result.peak.temporary_bytes) == (130, 30)
+
+
+def test_a_segment() -> None:
+    inner = Schedule((Keep(0, SAVE_ALL), Keep(1, FUSED)))
+    schedule = Schedule((Segment(0, 1, inner), Keep(2, SAVE_ALL)))
+    result = evaluate(schedule, CHAIN)
+    assert result.seconds == 2 + 3 + (1 + 4 + 2)
+    # fused backward of block1: output of block0 and what it keeps, gradient, block2's parameter gradients,
+    # temporaries
+    assert result.peak_bytes == 100 + 40 + 10 + 7 + 60
+    assert result.peak.param_grad_bytes == 7
+
+
+def test_a_dropped_output() -> None:
+    result = evaluate(uniform([DROP, SAVE_ALL, LEAN]), CHAIN)
+    assert result.flops == 5 + 9 + 3 + 4
+    # at the last backward the first two keep 15 and 40, block2 30: the output of block0 is not there
+    assert result.peak_bytes == 100 + 85 + 10 + 35
+    # at the backward of block1 it is there again
+    middle = evaluate(uniform([DROP, SAVE_ALL, SAVE_ALL]), CHAIN)
+    assert middle.peak_bytes == max(100 + 95 + 10 + 30, 100 + 15 + 10 + 40 + 10 + 7 + 30)
+
+
+def test_a_segment_with_a_transient_input() -> None:
+    schedule = Schedule((Keep(0, DROP), Segment(1, 1, Schedule((Keep(1, FUSED),))), Keep(2, LEAN)))
+    result = evaluate(schedule, CHAIN)
+    # inside the segment: kept by block0, its output again, the gradient, block2's parameter gradients,
+    # temporaries
+    assert result.peak_bytes == 100 + 15 + 10 + 10 + 7 + 60
+
+
+def test_the_optimizers_step_can_be_the_peak() -> None:
+    chain = ChainCost(stages=CHAIN.stages, output_bytes=10, fixed_bytes=100, outside_peak_bytes=5000)
+    result = evaluate(uniform([SAVE_ALL] * 3), chain)
+    assert result.peak_bytes == 5000
+    assert str(result.peak) == "step of the optimizer: fixed 100 B, parameter gradients 21 B, temporary 5 KiB"
+
+
+def test_what_does_not_fit_the_chain_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        evaluate(uniform([SAVE_ALL] * 2), CHAIN)
+    with pytest.raises(KeyError, match="KEEP"):
+        evaluate(uniform([keep("z1")] * 3), CHAIN)
