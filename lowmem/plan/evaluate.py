@@ -165,4 +165,5 @@ class _Run:
         else:
             self.items(item.inner.items)
         if dropped is not None:
-            self.held -= x[item.start]
+            # what restoring left is part of the temporaries of the backward that comes next
+            self.held -= x[item.start] + dropped.restored_bytes
