@@ -75,10 +75,11 @@ class OptionCost:
 
     A policy that drops its output: `kept_bytes` is without the output, `forward_temp_bytes` covers it while
     the stage runs, and `restore_*` is what making it again takes; the peak of that, above `kept_bytes`, is
-    `restore_temp_bytes`, which includes the output itself. `restored_bytes` is what restoring leaves beside the
-    output until the stage's own backward (z_n, if it was not kept: the backward needs it anyway), so it exists
-    during the next stage's backward; `backward_temp_bytes` of the stage includes it. FUSED: forward figures and `kept_bytes` are zero,
-    the whole work is in the backward.
+    `restore_temp_bytes`, which includes the output itself. `restored_bytes` is what restoring leaves beside
+    the output until the stage's own backward (z_n, if it was not kept: the backward needs it anyway), so it
+    exists during the next stage's backward; `backward_temp_bytes` of the stage includes it.
+
+    FUSED: forward figures and `kept_bytes` are zero, the whole work is in the backward.
     """
 
     policy: BlockPolicy
@@ -96,8 +97,8 @@ class OptionCost:
 
     def __post_init__(self) -> None:
         _check_not_negative(self, "forward_seconds", "backward_seconds", "restore_seconds")
-        _check_bytes(self, "kept_bytes", "forward_temp_bytes", "backward_temp_bytes", "restore_temp_bytes")
-        _check_bytes(self, "restored_bytes")
+        _check_bytes(self, "kept_bytes", "forward_temp_bytes", "backward_temp_bytes")
+        _check_bytes(self, "restore_temp_bytes", "restored_bytes")
         if self.policy.kind is PolicyKind.FUSED and (
             self.forward_seconds or self.kept_bytes or self.forward_temp_bytes
         ):

@@ -154,7 +154,7 @@ class _Run:
             self.touch("restoring the input", item.start, "", dropped.restore_temp_bytes)
             self.seconds += dropped.restore_seconds
             self.flops += dropped.restore_flops
-            self.held += x[item.start]
+            self.held += x[item.start] + dropped.restored_bytes
         if isinstance(item, Keep):
             option = self.chain.stages[item.stage].option(item.policy)
             self.touch("backward", item.stage, item.policy.name, option.backward_temp_bytes)
@@ -165,4 +165,5 @@ class _Run:
         else:
             self.items(item.inner.items)
         if dropped is not None:
-            self.held -= x[item.start]
+            # what restoring left is part of the temporaries of the backward that comes next
+            self.held -= x[item.start] + dropped.restored_bytes

@@ -18,9 +18,6 @@ Why parameter gradients leave the table one-dimensional: backward goes through t
 whatever is checkpointed, so those that exist at the backward of stage i are those of the later stages, at any
 depth of nesting. They are a constant of the boundary, which only moves the thresholds; nothing about them has
 to be remembered in m.
-
-Known limitation: if the dropping options of a stage differ in what restoring takes, T' charges the largest to
-all.
 """
 
 from __future__ import annotations
@@ -38,23 +35,35 @@ from lowmem.plan.policy import Item, Keep, PolicyKind, Schedule, Segment
 Row = NDArray[np.float64]
 
 
+class _Restore(NamedTuple):
+    """What restoring a dropped output takes, in bytes: at its peak, and beside the output afterwards."""
+
+    peak: int
+    left: int
+
+
+def _restore(option: OptionCost) -> _Restore:
+    return _Restore(option.restore_temp_bytes, option.restored_bytes)
+
+
 @dataclass(frozen=True)
 class _Stage:
-    """A stage's options after pruning, sorted by how they can be used, and its sizes in slots."""
+    """A stage's options after pruning, by how they can be used."""
 
     plain: tuple[OptionCost, ...]
     dropping: tuple[OptionCost, ...]
     fused: OptionCost | None
-    restore: int  # bytes
+    restores: tuple[_Restore, ...]  # the different ones of `dropping`
 
 
 class _Part(NamedTuple):
-    """A sub-problem: T or T' of a..e with `shift` slots less."""
+    """A sub-problem: T of a..e with `shift` slots less, or T' for the given way of restoring the input of
+    a."""
 
-    transient: bool
     a: int
     e: int
     shift: int
+    restore: _Restore | None = None
 
 
 class _Choice(NamedTuple):
@@ -77,12 +86,15 @@ def _dominates(better: OptionCost, worse: OptionCost) -> bool:
         and better.kept_bytes <= worse.kept_bytes
         and better.kept_bytes + better.forward_temp_bytes <= worse.kept_bytes + worse.forward_temp_bytes
         and better.kept_bytes + better.backward_temp_bytes <= worse.kept_bytes + worse.backward_temp_bytes
-        and (not better.policy.drop_output or _restore_bytes(better) <= _restore_bytes(worse))
+        and (not better.policy.drop_output or _restores_in_less(better, worse))
     )
 
 
-def _restore_bytes(option: OptionCost) -> int:
-    return option.kept_bytes + option.restore_temp_bytes
+def _restores_in_less(better: OptionCost, worse: OptionCost) -> bool:
+    return (
+        better.kept_bytes + better.restore_temp_bytes <= worse.kept_bytes + worse.restore_temp_bytes
+        and better.kept_bytes + better.restored_bytes <= worse.kept_bytes + worse.restored_bytes
+    )
 
 
 def prune(stage: StageCost) -> tuple[OptionCost, ...]:
@@ -106,7 +118,7 @@ def _sorted_out(stage: StageCost) -> _Stage:
         plain=tuple(o for o in options if not o.policy.drop_output and o.policy.kind is not PolicyKind.FUSED),
         dropping=dropping,
         fused=next((o for o in options if o.policy.kind is PolicyKind.FUSED), None),
-        restore=max((option.restore_temp_bytes for option in dropping), default=0),
+        restores=tuple(dict.fromkeys(_restore(option) for option in dropping)),
     )
 
 
@@ -117,7 +129,8 @@ def useful_bytes(chain: ChainCost) -> int:
     step = 0
     for index, stage in enumerate(chain.stages):
         temporary = max(
-            max(o.forward_temp_bytes, o.backward_temp_bytes, o.restore_temp_bytes) for o in stage.options
+            max(o.forward_temp_bytes, o.backward_temp_bytes, o.restore_temp_bytes) + o.restored_bytes
+            for o in stage.options
         )
         around = x[index] + x[index + 1] + max(g) + later[0]
         step = max(step, around + max(temporary, stage.fast_temp_bytes))
@@ -148,7 +161,7 @@ class Table:
         self._fast = [0.0, *np.cumsum(fast).tolist()]
         self._rows: list[list[Row]] = [[] for _ in range(count)]  # [a][e - a]
         self._first: list[list[int]] = [[] for _ in range(count)]  # the least m that is finite
-        following: list[Row] | None = None  # T' of a + 1
+        following: dict[_Restore, list[Row]] = {}  # T' of a + 1
         for a in reversed(range(count)):
             following = self._fill(a, following)
 
@@ -178,27 +191,29 @@ class Table:
         peak = 0
         for j in range(a + 1, e + 1):
             peak = max(peak, self._fast_peak(j - 1, j - 1 > a))
-            parts = (_Part(False, j, e, self._x[j]), _Part(False, a, j - 1, 0))
+            parts = (_Part(j, e, self._x[j]), _Part(a, j - 1, 0))
             yield _Choice(self._fast[j] - self._fast[a], self._round(ahead + peak), parts, j)
 
-    def _transient_choices(self, a: int, e: int) -> Iterator[_Choice]:
+    def _transient_choices(self, a: int, e: int, restore: _Restore) -> Iterator[_Choice]:
         """The lines of the recurrence for T'(a, e, ·): stage a - 1 drops its output, the input of a."""
         ahead, behind = self._gradients[e + 1], self._gradients[a + 1]
-        held, restore = self.chain.boundary_bytes[a], self._stages[a - 1].restore
+        held = self.chain.boundary_bytes[a]
+        again = held + restore.left  # with what restoring leaves
         for option in self._stages[a].plain:
             forward = ahead + held + option.forward_temp_bytes
-            backward = behind + max(restore, held + option.backward_temp_bytes)
+            backward = behind + max(restore.peak, again + option.backward_temp_bytes)
             yield self._keep(a, e, option, self._round(max(forward, backward) + option.kept_bytes))
-        peak = 0
+        peak, shift = 0, self._round(again)
         for j in range(a + 1, e + 1):
             peak = max(peak, self._fast_peak(j - 1, True))
-            least = self._round(max(ahead + peak, self._gradients[j] + restore))
-            parts = (_Part(False, j, e, self._x[j]), _Part(False, a, j - 1, self._x[a]))
+            least = self._round(max(ahead + peak, self._gradients[j] + restore.peak))
+            parts = (_Part(j, e, self._x[j]), _Part(a, j - 1, shift))
             yield _Choice(self._fast[j] - self._fast[a], least, parts, j)
 
     def _keep(self, a: int, e: int, option: OptionCost, least: int) -> _Choice:
         kept = self._round(option.kept_bytes)
-        parts = (_Part(option.policy.drop_output, a + 1, e, kept),) if a < e else ()
+        restore = _restore(option) if option.policy.drop_output else None
+        parts = (_Part(a + 1, e, kept, restore),) if a < e else ()
         return _Choice(option.seconds, max(least, kept), parts, option)
 
     def _fast_peak(self, index: int, with_input: bool) -> int:
@@ -206,30 +221,32 @@ class Table:
         here = x[index] if with_input else 0
         return here + x[index + 1] + self.chain.stages[index].fast_temp_bytes
 
-    def _fill(self, a: int, following: list[Row] | None) -> list[Row] | None:
-        """T(a, ·, ·), and T'(a, ·, ·) if the stage before can drop its output."""
-        transient: list[Row] | None = [] if a > 0 and self._stages[a - 1].dropping else None
+    def _fill(self, a: int, following: dict[_Restore, list[Row]]) -> dict[_Restore, list[Row]]:
+        """T(a, ·, ·), from T'(a + 1, ·, ·); returns T'(a, ·, ·)."""
+        restores = self._stages[a - 1].restores if a > 0 else ()
+        transient: dict[_Restore, list[Row]] = {restore: [] for restore in restores}
         for e in range(a, len(self.chain)):
             row = self._least(self._choices(a, e), following, a + 1)
             self._rows[a].append(row)
             self._first[a].append(_first_finite(row))
-            if transient is not None:
-                transient.append(self._least(self._transient_choices(a, e), None, a))
+            for restore, rows in transient.items():
+                rows.append(self._least(self._transient_choices(a, e, restore), {}, a))
         return transient
 
-    def _least(self, choices: Iterator[_Choice], transient: list[Row] | None, transient_a: int) -> Row:
+    def _least(
+        self, choices: Iterator[_Choice], transient: dict[_Restore, list[Row]], transient_a: int
+    ) -> Row:
         """The least of the choices for every m. `transient`: T' of stage `transient_a`."""
         size = self.slots + 1
         best, total = np.full(size, np.inf), np.empty(size)
         for choice in choices:
             start, rows = choice.least, []
             for part in choice.parts:
-                if part.transient:
-                    assert transient is not None
-                    row, first = transient[part.e - transient_a], 0
+                if part.restore is not None:
+                    row = transient[part.restore][part.e - transient_a]
                 else:
-                    row, first = self.row(part.a, part.e), self._first[part.a][part.e - part.a]
-                start = max(start, first + part.shift)
+                    row = self.row(part.a, part.e)
+                    start = max(start, self._first[part.a][part.e - part.a] + part.shift)
                 rows.append((row, part.shift))
             if start >= size:
                 continue
@@ -251,21 +268,24 @@ class Table:
         return Schedule(tuple(self._items(0, len(self.chain) - 1, m)))
 
     def _items(self, a: int, e: int, m: int) -> Iterator[Item]:
-        transient = False
-        while a <= e:
-            choices = self._transient_choices(a, e) if transient else self._choices(a, e)
-            choice = min(choices, key=lambda one, m=m: self._value(one, m))  # type: ignore[misc]
+        part = _Part(a, e, 0)
+        while part.a <= e:
+            choice = min(self._of(part), key=lambda one, m=m: self._value(one, m))  # type: ignore[misc]
             if isinstance(choice.what, int):
                 rest, inside = choice.parts
-                yield Segment(
-                    a, choice.what - 1, Schedule(tuple(self._items(inside.a, inside.e, m - inside.shift)))
-                )
-                a, m, transient = rest.a, m - rest.shift, False
+                inner = Schedule(tuple(self._items(inside.a, inside.e, m - inside.shift)))
+                yield Segment(part.a, choice.what - 1, inner)
             else:
-                yield Keep(a, choice.what.policy)
+                yield Keep(part.a, choice.what.policy)
                 if not choice.parts:
                     return
-                a, m, transient = a + 1, m - choice.parts[0].shift, choice.parts[0].transient
+                rest = choice.parts[0]
+            part, m = rest, m - rest.shift
+
+    def _of(self, part: _Part) -> Iterator[_Choice]:
+        if part.restore is None:
+            return self._choices(part.a, part.e)
+        return self._transient_choices(part.a, part.e, part.restore)
 
     def _value(self, choice: _Choice, m: int) -> float:
         if m < choice.least:
@@ -275,10 +295,10 @@ class Table:
             left = m - part.shift
             if left < 0:
                 return np.inf
-            if part.transient:
-                total += min(self._value(inner, left) for inner in self._transient_choices(part.a, part.e))
-            else:
+            if part.restore is None:
                 total += float(self.row(part.a, part.e)[left])
+            else:
+                total += min(self._value(inner, left) for inner in self._of(part))
         return total
 
 

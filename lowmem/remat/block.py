@@ -9,7 +9,7 @@ needed, from the nearest kept tensor, and frees every tensor once it is dead. Th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,11 @@ class ConvBlock:
     projection: Pair | None = None
     identity: bool = False
     relu_output = True
+
+    @property
+    def signature(self) -> Hashable:
+        pairs = (*self.pairs, self.projection)
+        return self.identity, tuple(pair and (*_numbers(pair.conv), pair.bn.training) for pair in pairs)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for pair in (*self.pairs, *([self.projection] if self.projection else [])):
@@ -208,3 +213,7 @@ class ConvBlock:
             z = self._z(k, saved, x, memo)
             saved[f"a{k}"] = self._norm(str(k), z, memo, in_place=False).relu_()
         return saved[f"a{k}"]
+
+
+def _numbers(conv: nn.Conv2d) -> tuple[Hashable, ...]:
+    return (conv.weight.shape, conv.weight.stride(), conv.weight.dtype, conv.stride, conv.padding, conv.dilation, conv.groups)

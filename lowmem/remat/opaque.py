@@ -3,7 +3,7 @@ autograd makes of it, or be run again from its input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,6 +28,10 @@ class OpaqueStage:
     module: nn.Module
     function: Callable[[Tensor], Tensor]
     relu_output = False
+
+    @property
+    def signature(self) -> Hashable:
+        return "opaque", self.name
 
     def parameters(self) -> Iterator[nn.Parameter]:
         yield from self.module.parameters()

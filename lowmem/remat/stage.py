@@ -8,7 +8,7 @@ at hand there and need not be kept for this stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -47,6 +47,10 @@ class Stage(Protocol):
     @property
     def relu_output(self) -> bool:
         """Whether the output is a ReLU's, so that `backward` wants the gradient before it."""
+
+    @property
+    def signature(self) -> Hashable:
+        """Stages of equal signature cost the same on equal inputs."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 

@@ -26,7 +26,7 @@ def random_option(rng: random.Random, policy: BlockPolicy, output: int, input_gr
 
 
 def random_chain(rng: random.Random, count: int, options: int, *, dropping: bool = False) -> ChainCost:
-    """`options` is the most that a stage has, FUSED and (at most one) dropping option beside it."""
+    """`options` is the most that a stage has, beside FUSED and dropping ones."""
     x = [rng.randint(0, 9) for _ in range(count + 1)]
     g = [rng.randint(0, 9) for _ in range(count + 1)]
     stages = []
@@ -37,8 +37,11 @@ def random_chain(rng: random.Random, count: int, options: int, *, dropping: bool
             policies.append(FUSED)
         made = [random_option(rng, policy, output, g[index]) for policy in policies]
         if dropping and rng.random() < 0.7:
-            option = random_option(rng, rng.choice(DROPPING), output, g[index])
-            made.append(dataclasses.replace(option, restore_temp_bytes=output + rng.randint(0, 6)))
+            for policy in rng.sample(DROPPING, rng.randint(1, 2)):
+                option = random_option(rng, policy, output, g[index])
+                left = rng.randint(0, 6)
+                peak = output + left + rng.randint(0, 6)
+                made.append(dataclasses.replace(option, restore_temp_bytes=peak, restored_bytes=left))
         rng.shuffle(made)
         stages.append(
             StageCost(
@@ -71,6 +74,7 @@ def scaled(chain: ChainCost, rng: random.Random) -> ChainCost:
                 forward_temp_bytes=size(option.forward_temp_bytes),
                 backward_temp_bytes=size(option.backward_temp_bytes),
                 restore_temp_bytes=size(option.restore_temp_bytes),
+                restored_bytes=size(option.restored_bytes),
             )
             for option in stage.options
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from lowmem.plan.cost import ChainCost, OptionCost, StageCost
@@ -90,6 +92,19 @@ def test_a_segment_with_a_transient_input() -> None:
     # inside the segment: kept by block0, its output again, the gradient, block2's parameter gradients,
     # temporaries
     assert result.peak_bytes == 100 + 15 + 10 + 10 + 7 + 60
+
+
+def test_what_restoring_leaves_is_held_until_the_stages_own_backward() -> None:
+    first = CHAIN.stages[0]
+    leaving = dataclasses.replace(first.option(DROP), restored_bytes=500, backward_temp_bytes=501)
+    stages = (dataclasses.replace(first, options=(leaving, first.option(LEAN))), *CHAIN.stages[1:])
+    chain = dataclasses.replace(CHAIN, stages=stages)
+    result = evaluate(uniform([DROP, SAVE_ALL, SAVE_ALL]), chain)
+    # at the backward of block1: kept by both, the output again and what is left, gradient, block2's parameter
+    # gradients
+    assert result.peak_bytes == 100 + 15 + 40 + 10 + 500 + 10 + 7 + 30
+    # at its own it is a part of the temporaries: 15 + 10 + 14 + 501 is less
+    assert result.peak.what == "backward of block1 under SAVE_ALL"
 
 
 def test_the_optimizers_step_can_be_the_peak() -> None:

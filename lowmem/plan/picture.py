@@ -1,0 +1,153 @@
+"""A schedule as text: one line per run of stages that are treated alike or in turns, not one per stage.
+
+stem          1 stage   KEEP{}
+layer1.0-2    3 stages  checkpoint of 3 [KEEP{z2} x2, FUSED]
+layer3.1-20  20 stages  10 x (KEEP{z2}-out, KEEP{z1,z2})
+head          1 stage   SAVE_ALL
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lowmem.plan.policy import BlockPolicy, Item, Keep, PolicyKind, Schedule, Segment
+
+LONGEST_TURN = 4  # items
+_NUMBERED = re.compile(r"(?P<group>.+)\.(?P<number>\d+)")
+
+EXPLAINED = {
+    PolicyKind.SAVE_ALL: "keeps what autograd keeps",
+    PolicyKind.LEAN: "keeps every convolution's output; batch norm and ReLU are computed again",
+    PolicyKind.KEEP: "keeps its output and what is named; other convolutions are computed again",
+    PolicyKind.FUSED: "keeps nothing: its forward runs inside its backward",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the picture: `stages` in words, how many, what is done with them."""
+
+    stages: str
+    count: int
+    action: str
+
+
+def lines(schedule: Schedule, names: Sequence[str]) -> list[Line]:
+    """The picture; `names` are the stages' names in order. Within a group of stages (`layer1`, …) items that
+    look alike, or turns of up to `LONGEST_TURN` items, share a line."""
+    found: list[Line] = []
+    items = schedule.items
+    at = 0
+    while at < len(items):
+        length, turns = _best_turn(items[at:], names)
+        run = items[at : at + length * turns]
+        found.append(_line(run, length, turns, names))
+        at += len(run)
+    return found
+
+
+def text(schedule: Schedule, names: Sequence[str]) -> str:
+    """`lines` in columns, and below them what the policies that occur mean."""
+    rows = lines(schedule, names)
+    width = max(len(row.stages) for row in rows)
+    digits = max(len(str(row.count)) for row in rows)
+    picture = []
+    for row in rows:
+        unit = "stage " if row.count == 1 else "stages"
+        picture.append(f"{row.stages:<{width}}  {row.count:>{digits}} {unit}  {row.action}")
+    return "\n".join([*picture, "", *legend(schedule)])
+
+
+def legend(schedule: Schedule) -> list[str]:
+    """What the policies in this schedule mean, a line each."""
+    policies = [policy for _, policy in schedule.policies().values()]
+    said = [
+        f"{kind}: {EXPLAINED[kind]}" for kind in PolicyKind if any(policy.kind is kind for policy in policies)
+    ]
+    if any(policy.drop_output for policy in policies):
+        said.append("-out: and drops the output, which is computed again from the input and what is kept")
+    if any(isinstance(item, Segment) for item in schedule.items):
+        said.append(
+            "checkpoint: keeps only the input of its first stage; then runs forward again, as in brackets"
+        )
+    return said
+
+
+def _best_turn(items: Sequence[Item], names: Sequence[str]) -> tuple[int, int]:
+    """(length, times) of the turn at the beginning that covers the most items; the shortest of those. Turns
+    of several items count only if they come at least twice."""
+    within = _in_one_group(items, names)
+    best = (1, 1)
+    for length in range(1, min(LONGEST_TURN, len(within) // 2) + 1):
+        actions = [_action(item) for item in within]
+        turns = 1
+        while actions[turns * length : (turns + 1) * length] == actions[:length]:
+            turns += 1
+        if turns > 1 and turns * length > best[0] * best[1]:
+            best = (length, turns)
+    return best
+
+
+def _in_one_group(items: Sequence[Item], names: Sequence[str]) -> Sequence[Item]:
+    """The first items whose stages are all of one group."""
+    group = _group(names[items[0].start])
+    if group is None:
+        return items[:1]
+    for index, item in enumerate(items):
+        if any(_group(name) != group for name in names[item.start : item.end + 1]):
+            return items[: max(1, index)]
+    return items
+
+
+def _line(run: Sequence[Item], length: int, turns: int, names: Sequence[str]) -> Line:
+    count = run[-1].end - run[0].start + 1
+    action = _counted(run[:length])
+    if turns > 1 and length > 1:
+        action = f"{turns} x ({action})"
+    elif turns > 1 and isinstance(run[0], Segment):
+        action = f"{turns} x {action}"
+    return Line(_range(names, run[0].start, run[-1].end), count, action)
+
+
+def _group(name: str) -> str | None:
+    match = _NUMBERED.fullmatch(name)
+    return match["group"] if match else None
+
+
+def _range(names: Sequence[str], start: int, end: int) -> str:
+    """`layer1.0-3`, `layer1.8 to layer2.1`, `stem`."""
+    first, last = names[start], names[end]
+    if start == end:
+        return first
+    if _group(first) is not None and _group(first) == _group(last):
+        return f"{first}-{last.rpartition('.')[2]}"
+    return f"{first} to {last}"
+
+
+def _action(item: Item) -> str:
+    if isinstance(item, Keep):
+        return str(item.policy)
+    size = item.end - item.start + 1
+    return f"checkpoint{f' of {size}' if size > 1 else ''} [{_counted(item.inner.items)}]"
+
+
+def _counted(items: Sequence[Item]) -> str:
+    """`KEEP{z2} x3, FUSED`: repetitions counted."""
+    counted: list[tuple[str, int]] = []
+    for item in items:
+        action = _action(item)
+        if counted and counted[-1][0] == action:
+            counted[-1] = (action, counted[-1][1] + 1)
+        else:
+            counted.append((action, 1))
+    return ", ".join(action if count == 1 else f"{action} x{count}" for action, count in counted)
+
+
+def tally(schedule: Schedule) -> dict[BlockPolicy, int]:
+    """How many stages are under which policy, most first."""
+    counts: dict[BlockPolicy, int] = {}
+    for _, policy in schedule.policies().values():
+        counts[policy] = counts.get(policy, 0) + 1
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0].name)))

@@ -1,0 +1,197 @@
+"""Bytes and operations of one stage of a chain, measured on fake tensors for each of its policies.
+
+What a stage takes is counted above what the chain holds anyway, as the solver's recurrence has it: the input
+throughout, in the backward also the gradient of the output and, as if it still existed, the output of every
+policy that does not drop it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowmem.simulate.trace import Recorder, Work
+
+
+class Measurable(Protocol):
+    """The executor's stage, as far as it is needed here."""
+
+    @property
+    def relu_output(self) -> bool: ...
+    @property
+    def signature(self) -> Hashable: ...
+    def parameters(self) -> Iterable[Tensor]: ...
+    def forward(self, box: list[Tensor], policy: Any, memo: Any, *, need_input: bool) -> tuple[Tensor | None, Any]: ...
+    def restore(self, saved: Any, x: Tensor, memo: Any) -> Tensor: ...
+    def backward(
+        self, grad: list[Tensor], saved: Any, x: Tensor, memo: Any, *, need_input: bool
+    ) -> Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class Option:
+    """A policy to be measured; only the stage looks into it."""
+
+    policy: Any
+    drops_output: bool = False
+    fused: bool = False  # no forward of its own; all work in the backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionMeasure:
+    """Bytes above the chain's; the fields of `lowmem.plan.cost.OptionCost` have the same names and meaning."""
+
+    option: Option
+    kept_bytes: int
+    forward_temp_bytes: int
+    backward_temp_bytes: int
+    restore_temp_bytes: int
+    restored_bytes: int  # beside the output, from restoring to the stage's own backward
+    forward_work: tuple[Work, ...]
+    backward_work: tuple[Work, ...]
+    restore_work: tuple[Work, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMeasure:
+    """One stage. `fast_*` is the forward that keeps nothing."""
+
+    input_bytes: int
+    input_grad_bytes: int
+    output_bytes: int
+    param_grad_bytes: int
+    fast_temp_bytes: int
+    fast_work: tuple[Work, ...]
+    options: tuple[OptionMeasure, ...]
+
+
+def measure_chain(
+    stages: Sequence[Measurable],
+    options: Callable[[Measurable], Sequence[Option]],
+    x: Tensor,
+    new_memo: Callable[[], Any],
+    recorder: Recorder,
+) -> Iterator[StageMeasure]:
+    """Yields a measure per stage, in order; equal stages on equal inputs are measured once.
+
+    Runs under `recorder` (and a fake mode, unless real work is wanted), with x the chain's input.
+    """
+    known: dict[Hashable, StageMeasure] = {}
+    need_input = x.requires_grad
+    masked = False
+    with recorder, torch.no_grad():
+        for stage in stages:
+            trainable = tuple(parameter.requires_grad for parameter in stage.parameters())
+            key = (stage.signature, trainable, x.shape, x.stride(), x.dtype, need_input, masked)
+            if key not in known:
+                bench = _Bench(stage, x, new_memo, need_input, masked, recorder)
+                known[key] = bench.measure(options(stage))
+            yield known[key]
+            y, _ = stage.forward([x], None, new_memo(), need_input=False)
+            assert y is not None
+            x = y
+            need_input, masked = need_input or any(trainable), stage.relu_output
+
+
+class _Bench:
+    """One stage on its input."""
+
+    def __init__(
+        self,
+        stage: Measurable,
+        x: Tensor,
+        new_memo: Callable[[], Any],
+        need_input: bool,
+        masked: bool,
+        recorder: Recorder,
+    ) -> None:
+        self.stage, self.x, self.new_memo = stage, x, new_memo
+        self.need_input, self.masked, self.recorder = need_input, masked, recorder
+
+    def measure(self, options: Sequence[Option]) -> StageMeasure:
+        start = self._mark()
+        y = self.stage.forward([self.x], None, self.new_memo(), need_input=False)[0]
+        assert y is not None
+        output = _size(y)
+        peak, _, work = self._since(start)
+        measured = [self._option(option, y.detach(), output) for option in options]
+        parameters = sum(_size(parameter) for parameter in self.stage.parameters() if parameter.requires_grad)
+        return StageMeasure(
+            input_bytes=_size(self.x),
+            input_grad_bytes=_size(self.x) if self.need_input else 0,
+            output_bytes=output,
+            param_grad_bytes=parameters,
+            fast_temp_bytes=max(0, peak - output),
+            fast_work=work,
+            options=tuple(measured),
+        )
+
+    def _option(self, option: Option, like: Tensor, output: int) -> OptionMeasure:
+        start = self._mark()
+        memo: Any = self.new_memo()
+        y, saved = self.stage.forward([self.x], option.policy, memo, need_input=self.need_input)
+        peak, live, forward_work = self._since(start)
+        kept = live - output if option.drops_output else live
+        if option.fused:  # its statistics come from the run before, which is not its own
+            del y, saved
+            saved, kept, peak, forward_work = {}, 0, 0, ()
+        else:
+            del y
+        restore_temp = restored = 0
+        restore_work: tuple[Work, ...] = ()
+        held = self._mark()
+        if option.drops_output:
+            again = self.stage.restore(saved, self.x, memo)
+            restore_temp, left, restore_work = self._since(held)
+            restored = left - output
+            del again
+        tb, backward_work = self._backward(like, saved, memo)
+        tb += restored
+        return OptionMeasure(
+            option=option,
+            kept_bytes=kept,
+            forward_temp_bytes=max(0, peak - kept),
+            backward_temp_bytes=max(0, tb - (0 if option.drops_output or option.fused else output)),
+            restore_temp_bytes=restore_temp,
+            restored_bytes=restored,
+            forward_work=forward_work,
+            backward_work=backward_work,
+            restore_work=restore_work,
+        )
+
+    def _backward(self, like: Tensor, saved: Any, memo: Any) -> tuple[int, tuple[Work, ...]]:
+        """The peak above what is kept and the gradient of the output, and the work."""
+        parameters = list(self.stage.parameters())
+        for parameter in parameters:
+            parameter.grad = None
+        start = self._mark()
+        grad = [torch.empty_like(like)]
+        size = _size(grad[0])
+        grad_x = self.stage.backward(grad, saved, self.x, memo, need_input=self.need_input)
+        if grad_x is not None and self.masked:
+            torch.ops.aten.threshold_backward.grad_input(grad_x, self.x, 0, grad_input=grad_x)
+        peak, _, work = self._since(start)
+        del grad_x, grad
+        for parameter in parameters:
+            parameter.grad = None
+        return peak - size, work
+
+    def _mark(self) -> tuple[int, int]:
+        return len(self.recorder.trace.events), len(self.recorder.trace.work)
+
+    def _since(self, mark: tuple[int, int]) -> tuple[int, int, tuple[Work, ...]]:
+        """Peak and live bytes above those at the mark, and the work since."""
+        trace = self.recorder.trace
+        live = peak = 0
+        for event in trace.events[mark[0] :]:
+            live += event.change_bytes
+            peak = max(peak, live)
+        return peak, live, tuple(trace.work[mark[1] :])
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,69 @@
+"""The picture of a schedule: short, complete, and explained."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from lowmem.plan import FUSED, LEAN, SAVE_ALL, Item, Keep, Schedule, Segment, keep
+from lowmem.plan.picture import legend, lines, tally, text
+from tests.unit.plan.test_policy import random_schedule
+
+NAMES = ("stem", *(f"layer1.{i}" for i in range(3)), *(f"layer2.{i}" for i in range(12)), "head")
+
+
+def segment(start: int, end: int) -> Segment:
+    inner = (*(Keep(index, keep("z2")) for index in range(start, end)), Keep(end, FUSED))
+    return Segment(start, end, Schedule(inner))
+
+
+def schedule() -> Schedule:
+    turns = [Keep(i, keep("z2", drop_output=True) if i % 2 else LEAN) for i in range(7, 13)]
+    items: tuple[Item, ...] = (
+        Keep(0, SAVE_ALL),
+        *(Keep(index, LEAN) for index in (1, 2)),
+        segment(3, 4),
+        segment(5, 6),
+        *turns,
+        segment(13, 13),
+        segment(14, 14),
+        *(Keep(index, LEAN) for index in (15, 16)),
+    )
+    return Schedule(items)
+
+
+def test_lines() -> None:
+    found = [(line.stages, line.count, line.action) for line in lines(schedule(), NAMES)]
+    assert found == [
+        ("stem", 1, "SAVE_ALL"),
+        ("layer1.0-1", 2, "LEAN"),
+        ("layer1.2 to layer2.0", 2, "checkpoint of 2 [KEEP{z2}, FUSED]"),
+        ("layer2.1-2", 2, "checkpoint of 2 [KEEP{z2}, FUSED]"),
+        ("layer2.3-8", 6, "3 x (KEEP{z2}-out, LEAN)"),
+        ("layer2.9-10", 2, "2 x checkpoint [FUSED]"),
+        ("layer2.11", 1, "LEAN"),
+        ("head", 1, "LEAN"),
+    ]
+
+
+def test_text_explains_every_policy_that_occurs_and_no_other() -> None:
+    picture = text(schedule(), NAMES)
+    assert "stem                  1 stage   SAVE_ALL\n" in picture
+    kinds = [line.partition(":")[0] for line in legend(schedule())]
+    assert kinds == ["SAVE_ALL", "LEAN", "KEEP", "FUSED", "-out", "checkpoint"]
+    assert [line.partition(":")[0] for line in legend(Schedule((Keep(0, LEAN),)))] == ["LEAN"]
+    assert max(map(len, picture.splitlines())) <= 110
+
+
+def test_tally() -> None:
+    assert next(iter(tally(schedule()).items())) == (LEAN, 7)
+    assert sum(tally(schedule()).values()) == len(NAMES)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_stage_is_on_one_line(seed: int) -> None:
+    rows = lines(random_schedule(random.Random(seed), 0, len(NAMES) - 1), NAMES)
+    assert sum(row.count for row in rows) == len(NAMES)
+    assert rows[0].stages.startswith("stem")
+    assert rows[-1].stages.endswith("head")
