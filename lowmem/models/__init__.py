@@ -1,7 +1,7 @@
 """The network family: CIFAR ResNets and the same nets without shortcuts. Knows nothing of memory."""
 
 from lowmem.models.resnet import BasicBlock, Bottleneck, ResNet
-from lowmem.models.zoo import build, count_parameters, default_block, initialise, layout, names
+from lowmem.models.zoo import build, count_parameters, default_block, initialise, layout, names, skeleton
 
 __all__ = [
     "BasicBlock",
@@ -13,4 +13,5 @@ __all__ = [
     "initialise",
     "layout",
     "names",
+    "skeleton",
 ]

@@ -47,12 +47,21 @@ def build(
     `res*` have shortcuts, `cnn*` are the same nets without any. Takes [N, in_channels, 32, 32].
     Raises UsageError for a name, block or width that the family does not have.
     """
+    model = skeleton(arch, block, width=width, num_classes=num_classes, in_channels=in_channels)
+    return initialise(model.to_empty(device="cpu"), seed)
+
+
+def skeleton(
+    arch: str, block: str | None = None, *, width: int = 64, num_classes: int = 10, in_channels: int = 3
+) -> ResNet:
+    """The network on the `meta` device: shapes without storage, for planning. Raises UsageError as `build` does."""
     blocks_per_stage = layout(arch, block)
     if width < 1:
         raise UsageError(f"width {width} is not a positive number of channels: the usual width is 64")
-    # Without storage first: the layers' own initialisation would draw from the global generator, only to be replaced.
+    # Without storage also in `build`: the layers' own initialisation would draw from the global generator, only to
+    # be replaced.
     with torch.device("meta"):
-        model = ResNet(
+        return ResNet(
             _BLOCKS[resolve_block(arch, block)],
             blocks_per_stage,
             width=width,
@@ -60,7 +69,6 @@ def build(
             num_classes=num_classes,
             in_channels=in_channels,
         )
-    return initialise(model.to_empty(device="cpu"), seed)
 
 
 @torch.no_grad()

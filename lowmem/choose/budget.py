@@ -1,0 +1,95 @@
+"""Where a card's memory goes before the first tensor of the step: named terms, in bytes, and what they leave."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from lowmem.cards import Card, Platform
+from lowmem.errors import Infeasible
+from lowmem.units import MIB
+
+# Assumed where nothing was measured: what the convolution library takes beside the tensors, and 2 % for whatever no
+# model foresees. Both are printed with every plan.
+ASSUMED_WORKSPACE_BYTES = 256 * MIB
+ASSUMED_CONTEXT_BYTES = 400 * MIB
+MARGIN_SHARE = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """`total_bytes` = the other terms + `tensor_bytes`. On the CPU, and for a bare `--vram` without a card, the budget
+    bounds the tensors of the step and nothing else: all other terms are 0."""
+
+    total_bytes: int
+    others_bytes: int = 0  # the driver, the desktop, other processes
+    context_bytes: int = 0
+    workspace_bytes: int = 0
+    margin_bytes: int = 0
+    source: str  # of the total, in words
+
+    def __post_init__(self) -> None:
+        if self.tensor_bytes <= 0:
+            raise Infeasible(
+                self.total_bytes,
+                self.total_bytes - self.tensor_bytes + 1,
+                "the card's own needs before any tensor: context, workspace, margin",
+                "give more with --vram, or choose another --card",
+            )
+
+    @property
+    def tensor_bytes(self) -> int:
+        """What is left for parameters, momentum, gradients, activations and temporaries."""
+        return self.total_bytes - self.others_bytes - self.context_bytes - self.workspace_bytes - self.margin_bytes
+
+    @property
+    def on_card(self) -> bool:
+        """Whether the caching allocator's segments count, not just the tensors in them."""
+        return self.context_bytes > 0
+
+    def rows(self) -> list[tuple[str, int]]:
+        """(term, bytes) in the order of subtraction, for a short table."""
+        named = [
+            (self.source, self.total_bytes),
+            ("others (driver, desktop)", -self.others_bytes),
+            ("CUDA context", -self.context_bytes),
+            ("convolution workspace (assumed)", -self.workspace_bytes),
+            (f"margin ({MARGIN_SHARE:.0%})", -self.margin_bytes),
+        ]
+        return [row for row in named if row[1]] + [("for the step's tensors", self.tensor_bytes)]
+
+
+def tensors_only(total_bytes: int, source: str = "memory budget") -> Budget:
+    """A budget for tensors alone. Raises Infeasible for nothing at all."""
+    return Budget(total_bytes=total_bytes, source=source)
+
+
+def of_card(card: Card, vram_bytes: int | None = None) -> Budget:
+    """The budget of a card's profile, or of a card like it with another memory. Raises Infeasible."""
+    total = card.memory_bytes if vram_bytes is None else vram_bytes
+    platform: Platform = "windows" if sys.platform == "win32" else "linux"
+    usable = int(total * getattr(card.usable, platform))
+    return Budget(
+        total_bytes=total,
+        others_bytes=total - usable,
+        context_bytes=card.context_bytes,
+        workspace_bytes=ASSUMED_WORKSPACE_BYTES,
+        margin_bytes=int(total * MARGIN_SHARE),
+        source=card.name if total == card.memory_bytes else f"{card.name} with another memory",
+    )
+
+
+def of_device(free_bytes: int, total_bytes: int, vram_bytes: int | None = None) -> Budget:
+    """The budget of the CUDA device at hand, whose context exists already (`free_bytes` is without it).
+
+    With `vram_bytes` the card is emulated: as if it had that much, free but for a context of the assumed size.
+    """
+    total = total_bytes if vram_bytes is None else vram_bytes
+    return Budget(
+        total_bytes=total,
+        others_bytes=total_bytes - free_bytes - ASSUMED_CONTEXT_BYTES if vram_bytes is None else 0,
+        context_bytes=ASSUMED_CONTEXT_BYTES,
+        workspace_bytes=ASSUMED_WORKSPACE_BYTES,
+        margin_bytes=int(total * MARGIN_SHARE),
+        source="the card" if vram_bytes is None else "emulated card",
+    )

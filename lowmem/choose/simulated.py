@@ -1,0 +1,85 @@
+"""One whole step, simulated: what a plan, or plain autograd, takes in bytes, seconds and operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.plan.cost import Operation, Rates
+from lowmem.plan.policy import Schedule
+from lowmem.remat import apply_plan
+from lowmem.simulate import Estimate, Loop, empty_copy, estimate, trace_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """What a step works on. `model` may be on any device, `meta` included; `batch` in micro-batches of `micro_batch`."""
+
+    model: nn.Module
+    image_shape: tuple[int, int, int]
+    batch: int
+    micro_batch: int
+    precision: str
+    memory_format: str
+    momentum: bool = True
+    on_cuda: bool = False
+
+    @property
+    def low_dtype(self) -> torch.dtype | None:
+        """The dtype of autocast. Both halves have two bytes; the CPU, on which fake tensors live, knows bf16."""
+        return torch.bfloat16 if self.precision == "amp" else None
+
+    @property
+    def torch_memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.memory_format == "channels-last" else torch.contiguous_format
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches a step, the last, smaller one included."""
+        return -(-self.batch // self.micro_batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """A steady step (momentum exists): bytes, seconds by the roofline, floating-point operations."""
+
+    estimate: Estimate
+    seconds: float
+    flops: int
+
+
+def simulate_step(shape: StepShape, schedule: Schedule | None, rates: Rates) -> Simulated:
+    """Runs the real executor (or, for None, the untouched model under autograd) and optimizer on fake tensors."""
+    trace = trace_steps(_loop_builder(shape, schedule), steps=1)
+    work = (Operation(one.flops, one.moved_bytes) for one in trace.work if one.phase != "setup")
+    return Simulated(estimate=estimate(trace), seconds=rates.seconds(work), flops=trace.flops())
+
+
+def _loop_builder(shape: StepShape, schedule: Schedule | None) -> Callable[[], Loop]:
+    def build() -> Loop:
+        model = empty_copy(shape.model, shape.torch_memory_format)
+        model.train()
+        run = model if schedule is None else apply_plan(model, schedule)
+        optimizer = torch.optim.SGD(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=0.1,
+            momentum=0.9 if shape.momentum else 0.0,
+            weight_decay=1e-4,
+            foreach=False,
+        )
+        if shape.momentum:
+            # As after the first step: one simulated step then shows the peak of all later ones.
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter)
+        images = torch.empty(shape.batch, *shape.image_shape).contiguous(memory_format=shape.torch_memory_format)
+        labels = torch.zeros(shape.batch, dtype=torch.int64)
+        micro: list[tuple[Tensor, Tensor]] = list(
+            zip(images.split(shape.micro_batch), labels.split(shape.micro_batch), strict=True)
+        )
+        return Loop(run, model, optimizer, micro, shape.low_dtype)
+
+    return build
