@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowmem import fork
 from lowmem.choose import resolve_execution
+from lowmem.choose.budget import ASSUMED_CONTEXT_BYTES
 from lowmem.choose.execution import require_device
+from lowmem.choose.explain import explain, inexact
+from lowmem.choose.planning import Choice, choose
+from lowmem.choose.session import plan_run, replan, request_of, wants_plan
 from lowmem.config import Config, known_keys
 from lowmem.data import Dataset, load
 from lowmem.environment import describe
 from lowmem.errors import CorruptCheckpoint, LowmemError, UsageError
 from lowmem.models import build
+from lowmem.plan.record import Plan
 from lowmem.preflight import preflight
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.store import RunFolder, require_run
@@ -42,21 +47,37 @@ def run_training(
     """
     observer = observer or Observer()
     settings = config if isinstance(config, Settings) else Settings(config, dict.fromkeys(known_keys(), "caller"))
-    settings = resolve_execution(settings)
+    planned = wants_plan(resolve_execution(settings).config)
+    settings = resolve_execution(settings, leave_precision=planned)
+    if settings.config.memory.auto_batch and not planned:
+        raise UsageError("--batch auto needs something to fit into: give --vram, like --vram 6G")
     path = Path(out) if out is not None else Path("runs") / settings.config.model.arch
     _refuse_existing(path)
     dataset = _load_data(settings.config, observer)
+    choice: Choice | None = None
+    if planned:
+        settings, choice = plan_run(settings, len(dataset.classes), len(dataset.train.labels))
+        for line in explain(choice):
+            observer.note(line)
+        if not choice.plan.exact:
+            observer.warning(inexact(choice.plan))
+    plan = choice.plan if choice else None
     environment = describe(settings.config.train.device)
     with RunFolder.create(path, to_yaml(settings), environment) as folder:
         try:
-            trainer = _make_trainer(settings.config, dataset, observer)
+            trainer = _make_trainer(settings.config, dataset, observer, plan)
             preflight(trainer, folder)
+            if plan is not None:
+                folder.write_plan(plan.to_json())
         except (LowmemError, KeyboardInterrupt):
             folder.discard()
             raise
         trainer.state.low_start = starts_low(settings.config)
         folder.event("start", **environment)
+        if plan is not None and not plan.exact:
+            folder.event("warning", what=inexact(plan))
         observer.note(_headline(settings.config, dataset, path))
+        _cap_emulated(settings.config)
         return RunResult(path, trainer.run(folder))
 
 
@@ -81,7 +102,9 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
         for reason in skipped:
             observer.warning(f"skipped a damaged checkpoint: {reason}")
             folder.event("warning", what="checkpoint skipped", reason=reason)
-        trainer = _make_trainer(settings.config, _load_data(settings.config, observer), observer)
+        dataset = _load_data(settings.config, observer)
+        plan = _recorded_plan(folder, recorded.config, settings.config, len(dataset.classes), observer)
+        trainer = _make_trainer(settings.config, dataset, observer, plan)
         trainer.state = restore(saved, trainer.model, trainer.optimizer, trainer.scaler, trainer.identity)
         state = trainer.state
         folder.cut_back(epoch=state.epoch, step=state.step)
@@ -96,6 +119,7 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
             observer.note(f"{path} is finished: all {state.epoch} epochs are done")
         else:
             observer.note(f"resuming {path} from {where.name}: epoch {state.epoch + 1}, step {state.step_in_epoch}")
+        _cap_emulated(settings.config)
         return RunResult(path, trainer.run(folder))
 
 
@@ -146,7 +170,45 @@ def _load_data(config: Config, observer: Observer) -> Dataset:
     return load(config.data, config.seed, progress=observer.data_progress)
 
 
-def _make_trainer(config: Config, dataset: Dataset, observer: Observer) -> Trainer:
+def _recorded_plan(folder: RunFolder, old: Config, new: Config, num_classes: int, observer: Observer) -> Plan | None:
+    """The plan the run recorded; another only if another budget is asked for, and then as a logged event (invariant 7).
+
+    Raises CorruptCheckpoint for a damaged plan.json, Infeasible.
+    """
+    recorded = folder.read_plan()
+    if recorded is None and not wants_plan(new):
+        return None
+    try:
+        plan = None if recorded is None else Plan.from_json(recorded)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptCheckpoint(f"{folder.path / 'plan.json'} holds no plan ({error}): restore it") from None
+    if plan is not None and (old.memory.vram, old.memory.card) == (new.memory.vram, new.memory.card):
+        return plan
+    if plan is None:
+        # The run was unplanned: what it computes is the plain step at its own micro-batch.
+        request = request_of(new, num_classes)
+        choice = choose(replace(request, allow_accumulation=False, micro_batch=new.train.micro_batch))
+    else:
+        choice = replan(new, plan, num_classes)
+    folder.write_plan(choice.plan.to_json())
+    folder.event("replan", budget_bytes=choice.plan.budget_bytes)
+    for line in explain(choice):
+        observer.note(line)
+    return choice.plan
+
+
+def _cap_emulated(config: Config) -> None:
+    """A larger card made to behave like one of --vram: the allocator's segments and the context stay within it."""
+    if config.train.device == "cuda" and config.memory.vram is not None:
+        import torch
+
+        total = torch.cuda.get_device_properties(0).total_memory
+        share = (config.memory.vram - ASSUMED_CONTEXT_BYTES) / total
+        if 0 < share < 1:
+            torch.cuda.set_per_process_memory_fraction(share)
+
+
+def _make_trainer(config: Config, dataset: Dataset, observer: Observer, plan: Plan | None) -> Trainer:
     model = build(
         config.model.arch,
         config.model.block,
@@ -156,7 +218,7 @@ def _make_trainer(config: Config, dataset: Dataset, observer: Observer) -> Train
     )
     execution = Execution(config.train.device, config.train.precision, config.train.memory_format)
     identity = {"settings": config_hash(config), "data": dataset.fingerprint}
-    return Trainer(config, model, dataset, execution, identity, observer)
+    return Trainer(config, model, dataset, execution, identity, observer, plan)
 
 
 def _headline(config: Config, dataset: Dataset, path: Path) -> str:

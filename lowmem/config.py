@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -20,6 +21,7 @@ from pydantic import (
 )
 
 from lowmem.errors import UsageError
+from lowmem.units import parse_size
 
 BLOCK_LAYOUT: dict[tuple[int, str], tuple[int, int, int, int]] = {
     (20, "basic"): (2, 2, 3, 2),
@@ -147,6 +149,24 @@ class TrainConfig(_Section):
         return self
 
 
+def _size(value: object) -> object:
+    return parse_size(value) if isinstance(value, str) else value
+
+
+class MemoryConfig(_Section):
+    """What the step must fit into. Without any of these the CPU trains unplanned, and a CUDA device has what is free.
+
+    `vram`: bytes, or text like `6G`; on the CPU it bounds the step's tensors, with a card or on CUDA it is the memory
+    of the (then emulated) card. `card`: a profile by name or path. `auto_batch`: choose the batch with the most
+    pictures per second that fits; written `train.batch: auto`.
+    """
+
+    vram: Annotated[PositiveInt, BeforeValidator(_size)] | None = None
+    card: str | None = None
+    allow_accumulation: bool = True
+    auto_batch: bool = False
+
+
 class CheckpointConfig(_Section):
     """When to save: every epoch, and every N minutes and N steps if set. `keep` good generations stay."""
 
@@ -165,6 +185,7 @@ class Config(_Section):
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
+    memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
 
@@ -178,6 +199,9 @@ OPERATIONAL: frozenset[str] = frozenset(
         "data.root",
         "data.cache",
         "data.download",
+        "memory.vram",
+        "memory.card",
+        "memory.allow_accumulation",
         "checkpoint.every_minutes",
         "checkpoint.every_steps",
         "checkpoint.keep",

@@ -57,6 +57,11 @@ def gather(
     for source, values in layers:
         for key, value in values.items():
             _check_key(key, source)
+            if key == "train.batch" and value == "auto":
+                # The recipe's batch stays, as what the linear rule for the learning rate starts from.
+                key, value = "memory.auto_batch", True
+            elif key == "train.batch":
+                flat.pop("memory.auto_batch", None)
             flat[key] = value
             sources[key] = source
     flat["recipe"] = chosen

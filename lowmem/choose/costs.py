@@ -27,15 +27,11 @@ def policies(stage: Stage) -> tuple[BlockPolicy, ...]:
     if not isinstance(stage, ConvBlock):
         return (SAVE_ALL, INPUT_ONLY, FUSED)
     n = len(stage.pairs)
-    choices: list[tuple[tuple[str, ...], ...]] = [
-        ((), (f"z{k}",), (f"z{k}", f"a{k}")) for k in range(1, n)
-    ]
+    choices: list[tuple[tuple[str, ...], ...]] = [((), (f"z{k}",), (f"z{k}", f"a{k}")) for k in range(1, n)]
     choices.append(((), (f"z{n}", *(("zs",) if stage.projection else ()))))
     kept = [tuple(name for part in parts for name in part) for parts in product(*choices)]
     named = [_named(stage, keep(*names)) for names in kept]
-    drops = [
-        BlockPolicy(PolicyKind.KEEP, frozenset(names), drop_output=True) for names in kept if names and n > 1
-    ]
+    drops = [BlockPolicy(PolicyKind.KEEP, frozenset(names), drop_output=True) for names in kept if names and n > 1]
     return (*named, *drops, FUSED)
 
 
@@ -93,9 +89,7 @@ def chain_cost(
 
 
 def _options(stage: Any) -> list[Option]:
-    return [
-        Option(policy, policy.drop_output, policy.kind is PolicyKind.FUSED) for policy in policies(stage)
-    ]
+    return [Option(policy, policy.drop_output, policy.kind is PolicyKind.FUSED) for policy in policies(stage)]
 
 
 def _stage_cost(name: str, measure: StageMeasure, rates: Rates, accumulation: int) -> StageCost:

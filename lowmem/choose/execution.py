@@ -9,8 +9,10 @@ from lowmem.errors import PreflightError
 from lowmem.settings import Settings
 
 
-def resolve_execution(settings: Settings) -> Settings:
+def resolve_execution(settings: Settings, *, leave_precision: bool = False) -> Settings:
     """The settings with every `auto` of the train section replaced; the reason stands where the source stood.
+
+    `leave_precision`: a plan will decide that one.
 
     Raises PreflightError if CUDA is asked for and there is none.
     """
@@ -19,7 +21,7 @@ def resolve_execution(settings: Settings) -> Settings:
     chosen: dict[str, tuple[str, str]] = {}
     if train.device == "auto":
         chosen["train.device"] = (device, f"auto: {why_device}")
-    if train.precision == "auto":
+    if train.precision == "auto" and not leave_precision:
         precision, why = _precision(device)
         chosen["train.precision"] = (precision, f"auto: {why}")
     if train.memory_format == "auto":

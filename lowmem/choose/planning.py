@@ -17,7 +17,7 @@ from lowmem.choose.budget import Budget, of_card, tensors_only
 from lowmem.choose.costs import chain_cost
 from lowmem.choose.simulated import Simulated, StepShape, simulate_step
 from lowmem.errors import Infeasible
-from lowmem.plan.cost import Rates
+from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.record import Candidate, Plan, Predicted
 from lowmem.plan.solution import Solution
 from lowmem.plan.solver import Solver
@@ -60,6 +60,22 @@ class Request:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A plan with what it was chosen from: for explaining, drawing, and nothing else."""
+
+    plan: Plan
+    budget: Budget
+    chain: ChainCost
+    simulated: Simulated
+    plain: Simulated
+
+    @property
+    def images_per_second(self) -> float:
+        """Predicted."""
+        return self.plan.batch / self.simulated.seconds
+
+
 def card_rates(card: Card) -> Callable[[str], Rates]:
     """Precision -> attainable rates by the card's datasheet (see `Rates.roofline` for the shares)."""
 
@@ -99,7 +115,7 @@ def make_plan(
     else:
         raise ValueError("a plan needs a budget or a card")
     tensor_cores = card is not None and card.tensor_cores
-    return choose(
+    choice = choose(
         Request(
             model=model,
             batch=batch,
@@ -115,6 +131,7 @@ def make_plan(
             momentum=momentum,
         )
     )
+    return choice.plan
 
 
 def precision_order(precision: str, tensor_cores: bool) -> tuple[str, ...]:
@@ -124,13 +141,13 @@ def precision_order(precision: str, tensor_cores: bool) -> tuple[str, ...]:
     return ("amp", "fp32") if tensor_cores else ("fp32", "amp")
 
 
-def choose(request: Request) -> Plan:
+def choose(request: Request) -> Choice:
     """The first candidate, in the order of `_candidates`, that fits. Raises Infeasible (invariant 10)."""
     refused: list[Candidate] = []
     least: Infeasible | None = None
     for precision, micro_batch in _candidates(request):
         try:
-            plan = _plan_one(request, precision, micro_batch)
+            choice = _plan_one(request, precision, micro_batch)
         except Infeasible as error:
             words = _words(precision, request.batch, micro_batch)
             reason = f"the least that fits is {format_size(error.least_bytes)}"
@@ -138,7 +155,8 @@ def choose(request: Request) -> Plan:
             if least is None or error.least_bytes < least.least_bytes:
                 least = error
             continue
-        return replace(plan, candidates=(*refused, _chosen(plan)))
+        candidates = (*refused, _plain(choice), _chosen(choice.plan))
+        return replace(choice, plan=replace(choice.plan, candidates=candidates))
     assert least is not None
     tried = "; ".join(candidate.what for candidate in refused)
     open_ways = [] if request.allow_accumulation else ["allow accumulation (--set memory.allow_accumulation=true)"]
@@ -172,7 +190,20 @@ def _chosen(plan: Plan) -> Candidate:
     )
 
 
-def _plan_one(request: Request, precision: str, micro_batch: int) -> Plan:
+def _plain(choice: Choice) -> Candidate:
+    peak, budget = choice.plain.estimate.peak_allocated_bytes, choice.budget.tensor_bytes
+    fits = peak <= budget
+    return Candidate(
+        what=f"plain autograd, {choice.plan.precision}, {choice.plan.micro_batch} pictures at a time",
+        refused_because="takes more memory and no less time"
+        if fits
+        else f"needs {format_size(peak)}, the budget is {format_size(budget)}",
+        peak_bytes=peak,
+        step_seconds=choice.plain.seconds,
+    )
+
+
+def _plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
     shape = request.shape(precision, micro_batch)
     rates = request.rates(precision)
     chain = chain_cost(
@@ -188,7 +219,7 @@ def _plan_one(request: Request, precision: str, micro_batch: int) -> Plan:
     solution, simulated = fit(Solver(chain, limit_bytes=budget.tensor_bytes), shape, budget, rates)
     plain = simulate_step(shape, None, rates)
     taken = simulated.estimate
-    return Plan(
+    plan = Plan(
         budget_bytes=budget.tensor_bytes,
         batch=request.batch,
         micro_batch=micro_batch,
@@ -207,6 +238,7 @@ def _plan_one(request: Request, precision: str, micro_batch: int) -> Plan:
             extra_flops=simulated.flops - plain.flops,
         ),
     )
+    return Choice(plan=plan, budget=budget, chain=chain, simulated=simulated, plain=plain)
 
 
 def _device_bytes(budget: Budget, simulated: Simulated) -> int | None:

@@ -16,7 +16,7 @@ from lowmem.simulate import Estimate, Loop, empty_copy, estimate, trace_steps
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """What a step works on. `model` may be on any device, `meta` included; `batch` in micro-batches of `micro_batch`."""
+    """What a step works on: `batch` in micro-batches of `micro_batch`. `model` may be on any device, `meta` too."""
 
     model: nn.Module
     image_shape: tuple[int, int, int]

@@ -54,12 +54,16 @@ def train(
     val_split: Annotated[
         Number, typer.Option(help="Hold back this many training pictures to choose weights on.")
     ] = None,
-    batch: Annotated[Number, typer.Option(help="Effective batch (128).")] = None,
+    batch: Annotated[Text, typer.Option(help="Effective batch (128), or auto: the fastest that fits.")] = None,
     micro_batch: Annotated[Number, typer.Option(help="Pictures at a time; gradients accumulate to the batch.")] = None,
     epochs: Annotated[Number, typer.Option(help="Epochs; the schedule is scaled to them.")] = None,
     recipe: Annotated[Text, typer.Option(help="A shipped recipe (report) or the path of a .yaml file.")] = None,
     precision: Annotated[Text, typer.Option(help="auto, fp32 or amp (fp16 on CUDA, bf16 on the CPU).")] = None,
     memory_format: Annotated[Text, typer.Option(help="auto, contiguous or channels-last.")] = None,
+    vram: Annotated[
+        Text, typer.Option(help="Memory to fit into, like 6G; on the CPU it bounds the step's tensors.")
+    ] = None,
+    card: Annotated[Text, typer.Option(help="Plan for this card's profile, like gtx1060-6g.")] = None,
     device: Device = None,
     seed: Annotated[Number, typer.Option(help="Seed of initial weights, order and augmentation.")] = None,
     out: Annotated[Optional[Path], typer.Option(help="Run folder; default runs/ARCH.")] = None,  # noqa: UP045
@@ -82,6 +86,8 @@ def train(
         "train.precision": precision,
         "train.memory_format": memory_format,
         "train.device": device,
+        "memory.vram": vram,
+        "memory.card": card,
         "seed": seed,
     }
     settings = gather(recipe=recipe, config_file=config, flags=flags, sets=set_)
@@ -96,12 +102,13 @@ def train(
 def resume(
     run: Annotated[Path, typer.Argument(help="The run folder, like runs/res110.")],
     device: Device = None,
+    vram: Annotated[Text, typer.Option(help="Another memory to fit into: plans again, for the same gradients.")] = None,
     data: Annotated[Text, typer.Option(help="Where the same pictures are now, like folder:PATH.")] = None,
     data_root: DataRoot = None,
     set_: Sets = [],  # noqa: B006
 ) -> None:
     """Go on exactly where a run stopped."""
-    flags = {"train.device": device, "data.source": data, "data.root": data_root}
+    flags = {"train.device": device, "memory.vram": vram, "data.source": data, "data.root": data_root}
     changed = _changed(run, flags, set_, "resume")
     from lowmem.api import resume_training
     from lowmem.cli.show import observer
@@ -166,3 +173,41 @@ def bench(
     from lowmem.cli.show import show_bench
 
     show_bench(arch, block, width, batch, steps, device, out)
+
+
+@app.command()
+def plan(
+    arch: Annotated[Text, typer.Option(help="A network of the family.")] = None,
+    block: Annotated[Text, typer.Option(help="basic or bottleneck.")] = None,
+    width: Annotated[Number, typer.Option(help="Channels of the stem (64).")] = None,
+    batch: Annotated[Text, typer.Option(help="Effective batch (128), or auto.")] = None,
+    micro_batch: Annotated[Number, typer.Option(help="Pictures at a time.")] = None,
+    vram: Annotated[
+        Text, typer.Option(help="Memory, like 6G: of the card, or for the step's tensors without --card.")
+    ] = None,
+    card: Annotated[Text, typer.Option(help="A card profile, like gtx1060-6g, or the path of a .yaml file.")] = None,
+    precision: Annotated[Text, typer.Option(help="auto, fp32 or amp.")] = None,
+    memory_format: Annotated[Text, typer.Option(help="auto, contiguous or channels-last.")] = None,
+    config: Annotated[Optional[Path], typer.Option(help="YAML file of settings.")] = None,  # noqa: UP045
+    set_: Sets = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    curve: Annotated[Optional[Path], typer.Option(help="Draw memory against time to this PNG.")] = None,  # noqa: UP045
+) -> None:
+    """What would be chosen for a budget and why; needs no GPU."""
+    from lowmem.settings import gather
+
+    flags = {
+        "model.arch": arch,
+        "model.block": block,
+        "model.width": width,
+        "train.batch": batch,
+        "train.micro_batch": micro_batch,
+        "train.precision": precision,
+        "train.memory_format": memory_format,
+        "memory.vram": vram,
+        "memory.card": card,
+    }
+    settings = gather(config_file=config, flags=flags, sets=set_)
+    from lowmem.cli.show_plan import show_plan
+
+    show_plan(settings, as_json, curve)

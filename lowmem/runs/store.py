@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from lowmem.errors import LowmemError, PreflightError, UsageError
+from lowmem.errors import CorruptCheckpoint, LowmemError, PreflightError, UsageError
 from lowmem.runs import columns
 from lowmem.runs.atomic import append_lines, write_bytes_atomic, write_text_atomic
 from lowmem.runs.checkpoint import disk_error
@@ -90,6 +90,23 @@ class RunFolder:
         """Removes a run folder that never took a step."""
         self.close()
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        """Writes plan.json atomically. Raises DiskError."""
+        try:
+            write_text_atomic(self.path / "plan.json", json.dumps(plan, indent=1) + "\n")
+        except OSError as error:
+            raise disk_error(error, self.path / "plan.json") from error
+
+    def read_plan(self) -> Any:
+        """What plan.json holds, None if the run has none. Raises CorruptCheckpoint if it is no JSON."""
+        path = self.path / "plan.json"
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            raise CorruptCheckpoint(f"{path} is damaged: restore it, or start another run with --out") from None
 
     def event(self, name: str, **fields: Any) -> None:
         """Appends one line to events.jsonl. Raises DiskError."""

@@ -14,6 +14,8 @@ from lowmem.config import Config
 from lowmem.data import Dataset, Pictures, TrainBatches, eval_batches
 from lowmem.errors import Interrupted
 from lowmem.measure import Meter
+from lowmem.plan.record import Plan
+from lowmem.remat import apply_plan
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.store import RunFolder
 from lowmem.train.evaluate import Score, evaluate
@@ -44,8 +46,10 @@ class Trainer:
         execution: Execution,
         identity: dict[str, str],
         observer: Observer,
+        plan: Plan | None = None,
     ) -> None:
         self.config = config
+        self.plan = plan
         self.execution = execution
         self.identity = identity
         self.observer = observer
@@ -54,7 +58,11 @@ class Trainer:
         self.model.train()
         self.optimizer = make_optimizer(self.model, config.optim, execution.device)
         self.scaler = make_scaler(execution)
-        self.step = TrainStep(self.model, self.optimizer, self.scaler, execution, config.train.micro_batch)
+        # Shares every parameter and buffer with the model, which evaluation runs as it is: without gradients there is
+        # nothing to keep.
+        executed = self.model if plan is None else apply_plan(self.model, plan)
+        micro_batch = config.train.micro_batch if plan is None else plan.micro_batch
+        self.step = TrainStep(executed, self.optimizer, self.scaler, execution, micro_batch)
         self.batches = TrainBatches(
             dataset.train,
             seed=config.seed,

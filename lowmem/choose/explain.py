@@ -1,0 +1,86 @@
+"""A choice in words, for somebody who never heard of rematerialization."""
+
+from __future__ import annotations
+
+from lowmem.choose.planning import Choice
+from lowmem.plan import picture
+from lowmem.plan.record import Plan
+from lowmem.units import format_size
+
+
+def explain(choice: Choice) -> list[str]:
+    """Two lines: what the step takes against plain PyTorch, and how."""
+    plan, plain = choice.plan, choice.plain.estimate
+    cut = "" if plan.accumulation == 1 else f" in {plan.accumulation} micro-batches of {plan.micro_batch}"
+    return [
+        f"plan: batch {plan.batch}{cut}, {plan.precision}, {plan.memory_format}: "
+        f"{format_size(plan.predicted.peak_allocated_bytes)} of tensors under a budget of "
+        f"{format_size(plan.budget_bytes)}; plain PyTorch takes {format_size(plain.peak_allocated_bytes)}",
+        f"cost: {cost(plan)}; {tally(plan)}",
+    ]
+
+
+def cost(plan: Plan) -> str:
+    """The overhead in words."""
+    overhead = plan.predicted.overhead
+    if overhead is None:
+        return "unknown"
+    if overhead < 0.0005:
+        return "no more time than plain PyTorch"
+    return f"{overhead:.1%} more time than plain PyTorch (predicted)"
+
+
+def tally(plan: Plan) -> str:
+    """How many blocks are treated how."""
+    counts = picture.tally(plan.schedule)
+    return ", ".join(f"{count} x {policy}" for policy, count in counts.items())
+
+
+def inexact(plan: Plan) -> str:
+    """What must be said of accumulation (invariant 4)."""
+    return (
+        f"no plan fits at the full batch of {plan.batch}: gradients are accumulated over {plan.accumulation} "
+        f"micro-batches of {plan.micro_batch}. Batch norm then sees {plan.micro_batch} pictures at a time, which is NOT the same "
+        "computation as the recipe's; --set memory.allow_accumulation=false refuses it"
+    )
+
+
+def in_full(choice: Choice) -> str:
+    """The whole of `lowmem plan`: where the memory goes, what is chosen and why, the blocks, what was refused."""
+    plan, plain = choice.plan, choice.plain.estimate
+    lines = ["Where the memory goes"]
+    lines += [f"  {name:<34}{_signed(size):>12}" for name, size in choice.budget.rows()]
+    lines += ["", "What the step takes"]
+    lines += [f"  {kind:<34}{format_size(size):>12}" for kind, size in choice.simulated.estimate.at_peak_bytes.items()]
+    lines += [f"  {'at the peak':<34}{format_size(plan.predicted.peak_allocated_bytes):>12}"]
+    lines += [f"  {'plain PyTorch, for comparison':<34}{format_size(plain.peak_allocated_bytes):>12}"]
+    if plan.predicted.device_bytes is not None:
+        reserved = format_size(plan.predicted.peak_reserved_bytes)
+        lines += [f"  {'the allocator holds (reserved)':<34}{reserved:>12}"]
+        lines += [f"  {'on the card in all':<34}{format_size(plan.predicted.device_bytes):>12}"]
+    lines += ["", *_why(choice), "", picture.text(plan.schedule, plan.stages), "", "Candidates"]
+    for candidate in plan.candidates:
+        verdict = f"refused: {candidate.refused_because}" if candidate.refused_because else "chosen"
+        seconds = f", {candidate.step_seconds:.3f} s a step" if candidate.step_seconds is not None else ""
+        lines.append(f"  {candidate.what}: {format_size(candidate.peak_bytes)}{seconds}: {verdict}")
+    return "\n".join(lines)
+
+
+def _signed(size: int) -> str:
+    return f"-{format_size(-size)}" if size < 0 else format_size(size)
+
+
+def _why(choice: Choice) -> list[str]:
+    plan = choice.plan
+    flops = plan.predicted.extra_flops or 0
+    lines = [
+        f"Batch {plan.batch}, {plan.precision}, {plan.memory_format}: {cost(plan)}.",
+        "A training step keeps what every layer computed until the way back through the network has used it; that is",
+        "what fills a card. This plan keeps a part of it and computes the rest again when it is needed",
+        f"(rematerialization: {flops / 1e9:,.0f} GFLOP more a step). Loss and gradients stay the same.",
+    ]
+    if choice.plain.estimate.peak_allocated_bytes <= choice.budget.tensor_bytes:
+        lines.append("Here the plain step fits too: nothing has to be computed again for the memory's sake.")
+    if not plan.exact:
+        lines.append(f"CAUTION: {inexact(plan)}.")
+    return lines

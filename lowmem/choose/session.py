@@ -1,0 +1,145 @@
+"""From a run's settings to its plan: which budget, which rates, which batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from lowmem.cards import Card, find_card, load_card
+from lowmem.choose.budget import Budget, of_card, of_device, tensors_only
+from lowmem.choose.planning import REFERENCE_CARD, Choice, Request, card_rates, choose, precision_order
+from lowmem.config import Config
+from lowmem.errors import Infeasible, UsageError
+from lowmem.models import skeleton
+from lowmem.plan.record import Candidate, Plan
+from lowmem.settings import Settings
+
+AUTO_BATCHES = (32, 64, 128, 256, 512, 1024)
+
+
+def wants_plan(config: Config) -> bool:
+    """Whether there is anything to fit into: a budget, a card, or a CUDA device that has what it has."""
+    memory = config.memory
+    return memory.vram is not None or memory.card is not None or config.train.device == "cuda"
+
+
+def budget_of(config: Config) -> tuple[Budget, Card | None]:
+    """The budget for the step's tensors and, where it is known, the card whose rates predict time.
+
+    Raises UsageError for an unknown card or where there is nothing to fit into, Infeasible for too small a card.
+    """
+    memory = config.memory
+    if memory.card is not None:
+        card = load_card(memory.card)
+        return of_card(card, memory.vram), card
+    if config.train.device == "cuda" and torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return of_device(free, total, memory.vram), find_card(torch.cuda.get_device_name(), total)
+    if memory.vram is None:
+        raise UsageError("there is nothing to fit into: give --vram, like --vram 6G, or --card, like --card gtx1060-6g")
+    return tensors_only(memory.vram), None
+
+
+def request_of(config: Config, num_classes: int = 10) -> Request:
+    """What `choose` needs to know of a run. Raises as `budget_of` does."""
+    budget, card = budget_of(config)
+    model = config.model
+    tensor_cores = card is not None and card.tensor_cores
+    layout = config.train.memory_format
+    return Request(
+        model=skeleton(model.arch, model.block, width=model.width, num_classes=num_classes),
+        batch=config.train.batch,
+        budget=budget,
+        rates=card_rates(card or load_card(REFERENCE_CARD)),
+        precisions=precision_order(config.train.precision, tensor_cores),
+        memory_format=("channels-last" if tensor_cores else "contiguous") if layout == "auto" else layout,
+        micro_batch=config.train.micro_batch,
+        allow_accumulation=config.memory.allow_accumulation,
+        momentum=config.optim.momentum > 0,
+    )
+
+
+def plan_run(settings: Settings, num_classes: int = 10, train_pictures: int | None = None) -> tuple[Settings, Choice]:
+    """The settings with what the plan decided (precision, memory format, and with `--batch auto` batch and learning
+    rate), and the choice. Raises Infeasible, UsageError."""
+    request = request_of(settings.config, num_classes)
+    if settings.config.memory.auto_batch:
+        choice = _best_batch(request, train_pictures)
+        settings = _follow_batch(settings, choice.plan.batch)
+    else:
+        choice = choose(request)
+    plan = choice.plan
+    decided: dict[str, object] = {}
+    if settings.config.train.precision != plan.precision:
+        decided["train.precision"] = plan.precision
+    if settings.config.train.memory_format != plan.memory_format:
+        decided["train.memory_format"] = plan.memory_format
+    return (settings.replace(decided, "auto: the plan") if decided else settings), choice
+
+
+def replan(config: Config, recorded: Plan, num_classes: int = 10) -> Choice:
+    """A plan for another budget that computes what the recorded one does: same precision, format and micro-batch.
+
+    Raises Infeasible."""
+    request = request_of(config, num_classes)
+    return choose(
+        replace(
+            request,
+            batch=recorded.batch,
+            precisions=(recorded.precision,),
+            memory_format=recorded.memory_format,
+            micro_batch=recorded.micro_batch,
+            allow_accumulation=False,
+        )
+    )
+
+
+def _best_batch(request: Request, train_pictures: int | None) -> Choice:
+    """The batch with the most pictures per second that fits without accumulation. Raises Infeasible if none does."""
+    best: Choice | None = None
+    refused: list[Candidate] = []
+    least: Infeasible | None = None
+    for batch in AUTO_BATCHES:
+        if train_pictures is not None and batch > train_pictures:
+            continue
+        try:
+            choice = choose(replace(request, batch=batch, micro_batch=None, allow_accumulation=False))
+        except Infeasible as error:
+            least = least or error
+            refused.append(
+                Candidate(what=f"batch {batch}", refused_because="does not fit", peak_bytes=error.least_bytes)
+            )
+            break  # nothing larger fits either
+        seconds = choice.plan.predicted.step_seconds
+        assert seconds is not None
+        if best is None or batch / seconds > best.images_per_second:
+            if best is not None:
+                refused.append(_slower(best))
+            best = choice
+        else:
+            refused.append(_slower(choice))
+    if best is None:
+        raise least or UsageError("there are too few pictures for --batch auto: give a batch")
+    return replace(best, plan=replace(best.plan, candidates=(*refused, *best.plan.candidates)))
+
+
+def _slower(choice: Choice) -> Candidate:
+    return Candidate(
+        what=f"batch {choice.plan.batch}",
+        refused_because=f"fewer pictures per second ({choice.images_per_second:.0f})",
+        peak_bytes=choice.plan.predicted.peak_allocated_bytes,
+        step_seconds=choice.plan.predicted.step_seconds,
+    )
+
+
+def _follow_batch(settings: Settings, batch: int) -> Settings:
+    """The linear rule (Goyal et al., "Accurate, large minibatch SGD", 2017): the learning rate follows the batch."""
+    config = settings.config
+    before = config.train.batch
+    settings = settings.replace({"train.batch": batch}, "auto: the most pictures per second that fit")
+    if batch == before:
+        return settings
+    factor = batch / before
+    rates = {"optim.lr": config.optim.lr * factor, "schedule.low_start_lr": config.schedule.low_start_lr * factor}
+    return settings.replace(rates, f"linear rule: batch {before} -> {batch}")

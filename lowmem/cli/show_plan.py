@@ -1,0 +1,38 @@
+"""`lowmem plan`: the choice in words or as JSON, and the curve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lowmem.choose.curve import strategies
+from lowmem.choose.explain import in_full
+from lowmem.choose.session import plan_run
+from lowmem.errors import PreflightError
+from lowmem.report.memory_curve import draw_memory_curve
+from lowmem.runs.atomic import write_bytes_atomic
+from lowmem.settings import Settings
+
+
+def show_plan(settings: Settings, as_json: bool, curve: Path | None) -> None:
+    """Plans, prints, draws. Raises Infeasible, UsageError, PreflightError."""
+    settings, choice = plan_run(settings)
+    config = settings.config
+    title = f"{config.model.arch} ({config.model.block}, width {config.model.width})"
+    if as_json:
+        print(json.dumps(choice.plan.to_json(), indent=1))
+    else:
+        print(f"{title}\n")
+        print(in_full(choice))
+        if config.memory.auto_batch:
+            print(f"\nLearning rate {config.optim.lr:g} ({settings.sources['optim.lr']}).")
+    if curve is not None:
+        plan = choice.plan
+        words = f"{title}, batch {plan.batch}, {plan.precision}, {plan.memory_format}"
+        png = draw_memory_curve(words, strategies(choice), choice.budget.tensor_bytes)
+        try:
+            write_bytes_atomic(curve, png)
+        except OSError as error:
+            raise PreflightError(f"{curve} cannot be written ({error.strerror}): give --curve another path") from None
+        if not as_json:
+            print(f"\ndrawn: {curve}")
