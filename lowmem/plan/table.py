@@ -270,7 +270,7 @@ class Table:
     def _items(self, a: int, e: int, m: int) -> Iterator[Item]:
         part = _Part(a, e, 0)
         while part.a <= e:
-            choice = min(self._of(part), key=lambda one, m=m: self._value(one, m))  # type: ignore[misc]
+            choice = self._best(part, m)
             if isinstance(choice.what, int):
                 rest, inside = choice.parts
                 inner = Schedule(tuple(self._items(inside.a, inside.e, m - inside.shift)))
@@ -287,7 +287,17 @@ class Table:
             return self._choices(part.a, part.e)
         return self._transient_choices(part.a, part.e, part.restore)
 
-    def _value(self, choice: _Choice, m: int) -> float:
+    def _best(self, part: _Part, m: int) -> _Choice:
+        best, found = np.inf, None
+        for choice in self._of(part):
+            value = self._value(choice, m, best)
+            if found is None or value < best:
+                best, found = value, choice
+        assert found is not None
+        return found
+
+    def _value(self, choice: _Choice, m: int, enough: float = np.inf) -> float:
+        """Seconds of the choice with m slots, or something at least `enough`, if it takes that long."""
         if m < choice.least:
             return np.inf
         total = choice.seconds
@@ -295,10 +305,10 @@ class Table:
             left = m - part.shift
             if left < 0:
                 return np.inf
-            if part.restore is None:
-                total += float(self.row(part.a, part.e)[left])
-            else:
-                total += min(self._value(inner, left) for inner in self._of(part))
+            known = float(self.row(part.a, part.e)[left])
+            if part.restore is not None and total + known < enough:  # T' is not stored, and never below T
+                known = min(self._value(inner, left) for inner in self._of(part))
+            total += known
         return total
 
 
