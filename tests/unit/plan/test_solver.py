@@ -213,7 +213,7 @@ def test_dominated_options_are_pruned() -> None:
         fast_temp_bytes=0,
         options=(worse, good, smaller, fused),
     )
-    assert prune(stage) == (good, smaller, fused)
+    assert prune(stage.options) == (good, smaller, fused)
 
 
 def test_slots_are_powers_of_two_and_no_more_than_asked() -> None:
