@@ -113,7 +113,11 @@ class OptionCost:
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
     """One stage: a stem, a block, a head. `options` hold each policy at most once, at least one that is not
-    FUSED."""
+    FUSED.
+
+    `last_options`: what policies cost for the last stage of a segment, whose output is for nobody and is not
+    computed: `kept_bytes` is without it. A policy that is not in there costs what `options` say.
+    """
 
     name: str
     input_bytes: int  # x[i]
@@ -123,6 +127,7 @@ class StageCost:
     fast_temp_bytes: int  # t0: above input and output
     fast_flops: int = 0
     param_grad_bytes: int = 0  # come to exist at this stage's backward and stay
+    last_options: tuple[OptionCost, ...] = ()
 
     def __post_init__(self) -> None:
         _check_not_negative(self, "fast_seconds")
@@ -132,6 +137,14 @@ class StageCost:
             raise ValueError(f"stage {self.name!r} has a policy twice")
         if all(policy.kind is PolicyKind.FUSED or policy.drop_output for policy in policies):
             raise ValueError(f"stage {self.name!r} has no policy that can be used anywhere in a chain")
+        usable = {
+            policy for policy in policies if policy.kind is not PolicyKind.FUSED and not policy.drop_output
+        }
+        last = [option.policy for option in self.last_options]
+        if len(set(last)) != len(last) or not usable.issuperset(last):
+            raise ValueError(
+                f"stage {self.name!r}: last_options are some of the options' policies, each once"
+            )
 
     def option(self, policy: BlockPolicy) -> OptionCost:
         """Raises KeyError if the stage has no such policy."""
@@ -139,6 +152,13 @@ class StageCost:
             if option.policy == policy:
                 return option
         raise KeyError(f"stage {self.name!r} has no option {policy}")
+
+    def last_option(self, policy: BlockPolicy) -> OptionCost:
+        """As the last stage of a segment. Raises KeyError if the stage has no such policy."""
+        for option in self.last_options:
+            if option.policy == policy:
+                return option
+        return self.option(policy)
 
 
 BlockCost = StageCost  # the design's name for it

@@ -102,37 +102,45 @@ class _Run:
             temporary_bytes=temporary,
         )
 
-    def items(self, items: tuple[Item, ...]) -> None:
+    def items(self, items: tuple[Item, ...], inside: bool = False) -> None:
         """Forward and then backward; the gradient of the last one's output is held on entry, that of the
-        first one's input on return."""
+        first one's input on return. `inside` a segment the last one's output is not made: nobody needs it."""
         dropped: OptionCost | None = None
         before: list[
             OptionCost | None
-        ] = []  # per item: the option of the item before it, if that drops its output
+        ] = []  # per item: the option of the item before, if that drops its output
+        last = items[-1] if inside else None
         for item in items:
             before.append(dropped)
-            dropped = self.forward(item, dropped is not None)
+            dropped = self.forward(item, dropped is not None, item is last)
         for item, option in zip(reversed(items), reversed(before), strict=True):
-            self.backward(item, option)
+            self.backward(item, option, item is last)
 
-    def forward(self, item: Item, free_input: bool) -> OptionCost | None:
+    def option(self, item: Keep, last: bool) -> OptionCost:
+        stage = self.chain.stages[item.stage]
+        return stage.last_option(item.policy) if last else stage.option(item.policy)
+
+    def forward(self, item: Item, free_input: bool, last: bool) -> OptionCost | None:
         """Returns the option if it drops its output, which is then still held."""
         x = self.chain.boundary_bytes
-        if isinstance(item, Segment):
+        option: OptionCost | None = None
+        if isinstance(item, Keep):
+            option = self.option(item, last)
+            self.seconds += option.forward_seconds
+            self.flops += option.forward_flops
+            if item.policy.kind is not PolicyKind.FUSED:
+                self.touch(
+                    "forward", item.stage, str(item.policy), option.kept_bytes + option.forward_temp_bytes
+                )
+            self.held += option.kept_bytes
+        elif not last:
             self.fast_forward(item, free_input)
             return None
-        option = self.chain.stages[item.stage].option(item.policy)
-        self.seconds += option.forward_seconds
-        self.flops += option.forward_flops
-        if item.policy.kind is PolicyKind.FUSED:
-            return None
-        self.touch("forward", item.stage, item.policy.name, option.kept_bytes + option.forward_temp_bytes)
-        self.held += option.kept_bytes
         if free_input:
-            self.held -= x[item.stage]
-        if not item.policy.drop_output:
+            self.held -= x[item.start]
+        if option is None or not option.policy.drop_output:
             return None
-        self.held += x[item.stage + 1]
+        self.held += x[item.end + 1]
         return option
 
     def fast_forward(self, item: Segment, free_input: bool) -> None:
@@ -146,9 +154,9 @@ class _Run:
             if index > item.start or free_input:
                 self.held -= x[index]
 
-    def backward(self, item: Item, dropped: OptionCost | None) -> None:
+    def backward(self, item: Item, dropped: OptionCost | None, last: bool) -> None:
         x, g = self.chain.boundary_bytes, self.chain.boundary_grad_bytes
-        if isinstance(item, Segment):
+        if isinstance(item, Segment) and not last:
             self.held -= x[item.end + 1]
         if dropped is not None:
             self.touch("restoring the input", item.start, "", dropped.restore_temp_bytes)
@@ -156,14 +164,14 @@ class _Run:
             self.flops += dropped.restore_flops
             self.held += x[item.start] + dropped.restored_bytes
         if isinstance(item, Keep):
-            option = self.chain.stages[item.stage].option(item.policy)
+            option = self.option(item, last)
             self.touch("backward", item.stage, item.policy.name, option.backward_temp_bytes)
             self.seconds += option.backward_seconds
             self.flops += option.backward_flops
             self.held += g[item.stage] - g[item.stage + 1] - option.kept_bytes
             self.param_grads += self.chain.stages[item.stage].param_grad_bytes
         else:
-            self.items(item.inner.items)
+            self.items(item.inner.items, inside=True)
         if dropped is not None:
             # what restoring left is part of the temporaries of the backward that comes next
             self.held -= x[item.start] + dropped.restored_bytes

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from lowmem.errors import Infeasible
 from lowmem.plan.cost import ChainCost
 from lowmem.plan.solution import Solution, describe, refuse
 from lowmem.plan.table import Table, useful_bytes
@@ -83,6 +84,24 @@ class Solver:
         first = self._steps[0]
         near = [self._solution(m) for m in self._steps if m <= first + self._margin]
         return min(near, key=lambda solution: (solution.peak_bytes, solution.seconds))
+
+    def ladder(self, below_bytes: int, ratio: float = 0.92, rungs: int = 8) -> list[Solution]:
+        """The next smaller solutions, for stepping down when memory runs out all the same: each peak is at
+        most `ratio` of the one before, the first's of `below_bytes`; the last one may be the least feasible,
+        by whatever it is smaller. Empty if nothing is."""
+        found: list[Solution] = []
+        bound = int(below_bytes * ratio)
+        while len(found) < rungs:
+            try:
+                solution = self.solve(bound)
+            except Infeasible:
+                break
+            found.append(solution)
+            bound = int(min(bound, solution.peak_bytes) * ratio)
+        least = self.least()
+        if len(found) < rungs and least.peak_bytes < (found[-1].peak_bytes if found else below_bytes):
+            found.append(least)
+        return found
 
     def curve(self, points: int | None = 200) -> list[Solution]:
         """Time against memory for the whole range of budgets: solutions with rising peak and falling time,

@@ -8,7 +8,8 @@ i+1, … (all that exist between the backwards of i and i-1), it is the least of
 - keep stage a under an option, if m >= max(G(e+1) + S + tf, G(a+1) + S + tb):  f + b + T(a+1, e, m - S);
 - the same dropping its output:  f + b + r + T'(a+1, e, m - S);
 - checkpoint a..j-1, if the fast forwards fit beside G(e+1):  Σ f0 + T(j, e, m - x[j]) + T(a, j-1, m);
-- for a = e inside a segment, fused, if m >= G(e+1) + tb:  b.
+- for a = e inside a segment, fused, if m >= G(e+1) + tb:  b. No stage's output is needed there: S is without
+it.
 
 T'(a, e, m) is the same with a transient input of a: held inside m, freed after the forward of a and restored
 before the backward of what begins at a. Beaumont et al. ("Optimal checkpointing for heterogeneous chains",
@@ -22,7 +23,7 @@ to be remembered in m.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ class _Stage:
 
     plain: tuple[OptionCost, ...]
     dropping: tuple[OptionCost, ...]
+    last: tuple[OptionCost, ...]  # as the last stage of a segment, without FUSED
     fused: OptionCost | None
     restores: tuple[_Restore, ...]  # the different ones of `dropping`
 
@@ -97,27 +99,26 @@ def _restores_in_less(better: OptionCost, worse: OptionCost) -> bool:
     )
 
 
-def prune(stage: StageCost) -> tuple[OptionCost, ...]:
-    """The options that no other one beats or equals in time and in every peak; FUSED, which has its own
-    place, stays."""
+def prune(options: Iterable[OptionCost]) -> tuple[OptionCost, ...]:
+    """The options that no other one beats or equals in time and in every peak."""
     kept: list[OptionCost] = []
-    for option in stage.options:
-        if option.policy.kind is PolicyKind.FUSED:
-            continue
+    for option in options:
         if any(_dominates(other, option) for other in kept):
             continue
         kept = [other for other in kept if not _dominates(option, other)]
         kept.append(option)
-    return (*kept, *(option for option in stage.options if option.policy.kind is PolicyKind.FUSED))
+    return tuple(kept)
 
 
 def _sorted_out(stage: StageCost) -> _Stage:
-    options = prune(stage)
-    dropping = tuple(option for option in options if option.policy.drop_output)
+    usual = [option for option in stage.options if option.policy.kind is not PolicyKind.FUSED]
+    pruned = prune(usual)
+    dropping = tuple(option for option in pruned if option.policy.drop_output)
     return _Stage(
-        plain=tuple(o for o in options if not o.policy.drop_output and o.policy.kind is not PolicyKind.FUSED),
+        plain=tuple(option for option in pruned if not option.policy.drop_output),
         dropping=dropping,
-        fused=next((o for o in options if o.policy.kind is PolicyKind.FUSED), None),
+        last=prune(stage.last_option(option.policy) for option in usual if not option.policy.drop_output),
+        fused=next((option for option in stage.options if option.policy.kind is PolicyKind.FUSED), None),
         restores=tuple(dict.fromkeys(_restore(option) for option in dropping)),
     )
 
@@ -130,7 +131,7 @@ def useful_bytes(chain: ChainCost) -> int:
     for index, stage in enumerate(chain.stages):
         temporary = max(
             max(o.forward_temp_bytes, o.backward_temp_bytes, o.restore_temp_bytes) + o.restored_bytes
-            for o in stage.options
+            for o in (*stage.options, *stage.last_options)
         )
         around = x[index] + x[index + 1] + max(g) + later[0]
         step = max(step, around + max(temporary, stage.fast_temp_bytes))
@@ -180,7 +181,8 @@ class Table:
     def _choices(self, a: int, e: int) -> Iterator[_Choice]:
         """The lines of the recurrence for T(a, e, ·)."""
         stage, ahead, behind = self._stages[a], self._gradients[e + 1], self._gradients[a + 1]
-        for option in (*stage.plain, *stage.dropping) if a < e else stage.plain:
+        options = (*stage.plain, *stage.dropping) if a < e else self._at_end(a)
+        for option in options:
             kept = option.kept_bytes
             least = self._round(
                 max(ahead + option.forward_temp_bytes, behind + option.backward_temp_bytes) + kept
@@ -199,7 +201,7 @@ class Table:
         ahead, behind = self._gradients[e + 1], self._gradients[a + 1]
         held = self.chain.boundary_bytes[a]
         again = held + restore.left  # with what restoring leaves
-        for option in self._stages[a].plain:
+        for option in self._stages[a].plain if a < e else self._at_end(a):
             forward = ahead + held + option.forward_temp_bytes
             backward = behind + max(restore.peak, again + option.backward_temp_bytes)
             yield self._keep(a, e, option, self._round(max(forward, backward) + option.kept_bytes))
@@ -209,6 +211,10 @@ class Table:
             least = self._round(max(ahead + peak, self._gradients[j] + restore.peak))
             parts = (_Part(j, e, self._x[j]), _Part(a, j - 1, shift))
             yield _Choice(self._fast[j] - self._fast[a], least, parts, j)
+
+    def _at_end(self, a: int) -> tuple[OptionCost, ...]:
+        """Options of the last stage of a sub-chain; only the whole chain needs that stage's output."""
+        return self._stages[a].last if a < len(self.chain) - 1 else self._stages[a].plain
 
     def _keep(self, a: int, e: int, option: OptionCost, least: int) -> _Choice:
         kept = self._round(option.kept_bytes)
@@ -270,7 +276,7 @@ class Table:
     def _items(self, a: int, e: int, m: int) -> Iterator[Item]:
         part = _Part(a, e, 0)
         while part.a <= e:
-            choice = min(self._of(part), key=lambda one, m=m: self._value(one, m))  # type: ignore[misc]
+            choice = self._best(part, m)
             if isinstance(choice.what, int):
                 rest, inside = choice.parts
                 inner = Schedule(tuple(self._items(inside.a, inside.e, m - inside.shift)))
@@ -287,7 +293,17 @@ class Table:
             return self._choices(part.a, part.e)
         return self._transient_choices(part.a, part.e, part.restore)
 
-    def _value(self, choice: _Choice, m: int) -> float:
+    def _best(self, part: _Part, m: int) -> _Choice:
+        best, found = np.inf, None
+        for choice in self._of(part):
+            value = self._value(choice, m, best)
+            if found is None or value < best:
+                best, found = value, choice
+        assert found is not None
+        return found
+
+    def _value(self, choice: _Choice, m: int, enough: float = np.inf) -> float:
+        """Seconds of the choice with m slots, or something at least `enough`, if it takes that long."""
         if m < choice.least:
             return np.inf
         total = choice.seconds
@@ -295,10 +311,10 @@ class Table:
             left = m - part.shift
             if left < 0:
                 return np.inf
-            if part.restore is None:
-                total += float(self.row(part.a, part.e)[left])
-            else:
-                total += min(self._value(inner, left) for inner in self._of(part))
+            known = float(self.row(part.a, part.e)[left])
+            if part.restore is not None and total + known < enough:  # T' is not stored, and never below T
+                known = min(self._value(inner, left) for inner in self._of(part))
+            total += known
         return total
 
 

@@ -43,12 +43,18 @@ def random_chain(rng: random.Random, count: int, options: int, *, dropping: bool
                 peak = output + left + rng.randint(0, 6)
                 made.append(dataclasses.replace(option, restore_temp_bytes=peak, restored_bytes=left))
         rng.shuffle(made)
+        last = [
+            random_option(rng, option.policy, 0, g[index])
+            for option in made
+            if option.policy in PLAIN and rng.random() < 0.5
+        ]
         stages.append(
             StageCost(
                 name=f"block{index}",
                 input_bytes=x[index],
                 input_grad_bytes=g[index],
                 options=tuple(made),
+                last_options=tuple(last),
                 fast_seconds=float(rng.randint(0, 6)),
                 fast_temp_bytes=rng.randint(0, 9),
                 param_grad_bytes=rng.randint(0, 9),
@@ -65,23 +71,23 @@ def scaled(chain: ChainCost, rng: random.Random) -> ChainCost:
     def size(value: int) -> int:
         return value * 3_000_000 + (rng.randint(0, 400_000) if value else 0)
 
+    def option_size(option: OptionCost) -> OptionCost:
+        return dataclasses.replace(
+            option,
+            kept_bytes=size(option.kept_bytes),
+            forward_temp_bytes=size(option.forward_temp_bytes),
+            backward_temp_bytes=size(option.backward_temp_bytes),
+            restore_temp_bytes=size(option.restore_temp_bytes),
+            restored_bytes=size(option.restored_bytes),
+        )
+
     stages = []
     for stage in chain.stages:
-        options = tuple(
-            dataclasses.replace(
-                option,
-                kept_bytes=size(option.kept_bytes),
-                forward_temp_bytes=size(option.forward_temp_bytes),
-                backward_temp_bytes=size(option.backward_temp_bytes),
-                restore_temp_bytes=size(option.restore_temp_bytes),
-                restored_bytes=size(option.restored_bytes),
-            )
-            for option in stage.options
-        )
         stages.append(
             dataclasses.replace(
                 stage,
-                options=options,
+                options=tuple(map(option_size, stage.options)),
+                last_options=tuple(map(option_size, stage.last_options)),
                 input_bytes=size(stage.input_bytes),
                 input_grad_bytes=size(stage.input_grad_bytes),
                 fast_temp_bytes=size(stage.fast_temp_bytes),

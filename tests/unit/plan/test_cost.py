@@ -78,3 +78,14 @@ def test_a_stage_has_each_policy_once_and_one_that_can_always_be_used() -> None:
     assert STAGE.option(SAVE_ALL) is OPTION
     with pytest.raises(KeyError, match="LEAN"):
         STAGE.option(LEAN)
+
+
+def test_last_options_are_some_of_the_options() -> None:
+    cheaper = dataclasses.replace(OPTION, kept_bytes=1)
+    stage = dataclasses.replace(STAGE, last_options=(cheaper,))
+    assert stage.last_option(SAVE_ALL) is cheaper
+    assert STAGE.last_option(SAVE_ALL) is OPTION
+    with pytest.raises(ValueError, match="last_options"):
+        dataclasses.replace(STAGE, last_options=(dataclasses.replace(OPTION, policy=LEAN),))
+    with pytest.raises(ValueError, match="last_options"):
+        dataclasses.replace(STAGE, last_options=(cheaper, cheaper))

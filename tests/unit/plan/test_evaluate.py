@@ -76,6 +76,25 @@ def test_a_segment() -> None:
     assert result.peak.param_grad_bytes == 7
 
 
+def test_the_last_stage_of_a_segment_makes_no_output() -> None:
+    first, middle, head = CHAIN.stages
+    cheaper = dataclasses.replace(middle.option(LEAN), kept_bytes=20, forward_seconds=0.5)
+    stages = (first, dataclasses.replace(middle, last_options=(cheaper,)), head)
+    chain = dataclasses.replace(CHAIN, stages=stages)
+    inner = Schedule((Keep(0, SAVE_ALL), Keep(1, LEAN)))
+    result = evaluate(Schedule((Segment(0, 1, inner), Keep(2, SAVE_ALL))), chain)
+    assert result.seconds == 2 + 3 + (1 + 0.5 + 3 + 2)
+    assert evaluate(uniform([SAVE_ALL, LEAN, SAVE_ALL]), chain).seconds == 3 + (1 + 3) + 3
+
+
+def test_a_segment_at_the_end_of_a_segment_runs_its_forward_once() -> None:
+    innermost = Schedule((Keep(1, SAVE_ALL),))
+    nested = Schedule((Keep(0, SAVE_ALL), Segment(1, 1, innermost)))
+    flat = Schedule((Keep(0, SAVE_ALL), *innermost.items))
+    results = [evaluate(Schedule((Segment(0, 1, inside), Keep(2, LEAN))), CHAIN) for inside in (nested, flat)]
+    assert results[0] == results[1]
+
+
 def test_a_dropped_output() -> None:
     result = evaluate(uniform([DROP, SAVE_ALL, LEAN]), CHAIN)
     assert result.flops == 5 + 9 + 3 + 4

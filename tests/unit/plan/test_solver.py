@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -116,6 +117,20 @@ def test_a_coarse_table_loses_little(seed: int) -> None:
         assert coarse.solve(budget + 8).seconds <= exact.solve(budget).seconds
 
 
+def test_the_ladder_goes_down_to_the_least() -> None:
+    solver = Solver(random_tradeoffs(12, 4))
+    top, least = solver.curve(None)[-1], solver.least()
+    rungs = solver.ladder(top.peak_bytes, ratio=0.9, rungs=50)
+    peaks = [top.peak_bytes, *(rung.peak_bytes for rung in rungs)]
+    assert len(rungs) > 3
+    assert rungs[-1].peak_bytes == least.peak_bytes
+    for higher, lower in pairwise(peaks[:-1]):
+        assert lower <= 0.9 * higher
+    assert [rung.seconds for rung in rungs] == sorted(rung.seconds for rung in rungs)
+    assert len(solver.ladder(top.peak_bytes, ratio=0.9, rungs=2)) == 2
+    assert solver.ladder(least.peak_bytes) == []
+
+
 def test_never_worse_than_a_baseline() -> None:
     for seed in range(30):
         chain = random_chain(random.Random(seed), 8, 3)
@@ -198,7 +213,7 @@ def test_dominated_options_are_pruned() -> None:
         fast_temp_bytes=0,
         options=(worse, good, smaller, fused),
     )
-    assert prune(stage) == (good, smaller, fused)
+    assert prune(stage.options) == (good, smaller, fused)
 
 
 def test_slots_are_powers_of_two_and_no_more_than_asked() -> None:

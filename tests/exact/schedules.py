@@ -1,0 +1,74 @@
+"""Schedules for tests: uniform ones, and random mixed and nested ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import strategies as st
+
+from lowmem.plan import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, PolicyKind, Schedule, Segment, keep
+from lowmem.remat.block import ConvBlock
+from lowmem.remat.stage import Stage
+
+
+def fitting(stage: Stage, policy: BlockPolicy) -> BlockPolicy:
+    """The policy, without what the stage has not got."""
+    if not isinstance(stage, ConvBlock):
+        return SAVE_ALL
+    if policy.kind is not PolicyKind.KEEP:
+        return policy
+    return BlockPolicy(policy.kind, policy.kept & stage.tensors, policy.drop_output)
+
+
+def uniform(stages: Sequence[Stage], policy: BlockPolicy) -> Schedule:
+    """Every stage under the policy."""
+    return Schedule(tuple(Keep(i, fitting(stage, policy)) for i, stage in enumerate(stages)))
+
+
+def segments(stages: Sequence[Stage], length: int, policy: BlockPolicy) -> Schedule:
+    """Checkpoints every `length` stages, with the policy inside."""
+    items = []
+    for start in range(0, len(stages), length):
+        end = min(start + length, len(stages)) - 1
+        inner = tuple(Keep(i, fitting(stages[i], policy)) for i in range(start, end + 1))
+        items.append(Segment(start, end, Schedule(inner)))
+    return Schedule(tuple(items))
+
+
+def alternating(stages: Sequence[Stage], first: BlockPolicy, second: BlockPolicy) -> Schedule:
+    """Stages in turn; the last never drops its output."""
+    policies = [fitting(stage, second if i % 2 else first) for i, stage in enumerate(stages)]
+    if policies[-1].drop_output:
+        policies[-1] = SAVE_ALL
+    return Schedule(tuple(Keep(i, policy) for i, policy in enumerate(policies)))
+
+
+@st.composite
+def schedules(draw: st.DrawFn, stages: Sequence[Stage], start: int = 0, end: int | None = None, depth: int = 0) -> Schedule:
+    """Any valid schedule of start..end."""
+    end = len(stages) - 1 if end is None else end
+    items: list[Keep | Segment] = []
+    dropped = False
+    at = start
+    while at <= end:
+        if depth < 4 and draw(st.integers(0, 2)) == 0:
+            last = draw(st.integers(at, end))
+            items.append(Segment(at, last, draw(schedules(stages, at, last, depth + 1))))
+            at, dropped = last + 1, False
+            continue
+        fused = depth > 0 and at == end and not dropped
+        policy = draw(_policies(stages[at], may_drop=not dropped and at < end, may_fuse=fused))
+        items.append(Keep(at, policy))
+        at, dropped = at + 1, policy.drop_output
+    return Schedule(tuple(items))
+
+
+def _policies(stage: Stage, may_drop: bool, may_fuse: bool) -> st.SearchStrategy[BlockPolicy]:
+    simple = [SAVE_ALL, INPUT_ONLY, *([FUSED] if may_fuse else [])]
+    if not isinstance(stage, ConvBlock):
+        return st.sampled_from(simple)
+    drops = st.booleans() if may_drop else st.just(False)
+    subsets = st.sets(st.sampled_from(sorted(stage.tensors)))
+    kept = st.builds(lambda names, drop: BlockPolicy(PolicyKind.KEEP, frozenset(names), drop), subsets, drops)
+    lean = st.builds(lambda drop: BlockPolicy(PolicyKind.LEAN, drop_output=drop), drops)
+    return st.one_of(st.sampled_from([*simple, LEAN, keep()]), kept, lean)
