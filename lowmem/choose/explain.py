@@ -9,10 +9,13 @@ from lowmem.units import format_size
 
 
 def explain(choice: Choice) -> list[str]:
-    """Two lines: what the step takes against plain PyTorch, and how."""
+    """What had to be refused, what the step takes against plain PyTorch, and how: a line each."""
     plan, plain = choice.plan, choice.plain.estimate
     cut = "" if plan.accumulation == 1 else f" in {plan.accumulation} micro-batches of {plan.micro_batch}"
+    refused = [one for one in plan.candidates if one.refused_because and "least that fits" in one.refused_because]
+    tried = [f"does not fit: {one.what} ({one.refused_because})" for one in refused]
     return [
+        *tried,
         f"plan: batch {plan.batch}{cut}, {plan.precision}, {plan.memory_format}: "
         f"{format_size(plan.predicted.peak_allocated_bytes)} of tensors under a budget of "
         f"{format_size(plan.budget_bytes)}; plain PyTorch takes {format_size(plain.peak_allocated_bytes)}",
@@ -40,8 +43,8 @@ def inexact(plan: Plan) -> str:
     """What must be said of accumulation (invariant 4)."""
     return (
         f"no plan fits at the full batch of {plan.batch}: gradients are accumulated over {plan.accumulation} "
-        f"micro-batches of {plan.micro_batch}. Batch norm then sees {plan.micro_batch} pictures at a time, which is NOT the same "
-        "computation as the recipe's; --set memory.allow_accumulation=false refuses it"
+        f"micro-batches of {plan.micro_batch}. Batch norm then sees {plan.micro_batch} pictures at a time, which is "
+        "NOT the same computation as the recipe's; --set memory.allow_accumulation=false refuses it"
     )
 
 

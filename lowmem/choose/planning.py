@@ -22,7 +22,7 @@ from lowmem.plan.record import Candidate, Plan, Predicted
 from lowmem.plan.solution import Solution
 from lowmem.plan.solver import Solver
 from lowmem.remat import stage_names
-from lowmem.units import MIB, format_size, parse_size
+from lowmem.units import format_size, parse_size
 
 # The rates that time is predicted with where no card is named: the card this project is aimed at.
 REFERENCE_CARD = "gtx1060-6g"
@@ -161,7 +161,7 @@ def choose(request: Request) -> Choice:
     tried = "; ".join(candidate.what for candidate in refused)
     open_ways = [] if request.allow_accumulation else ["allow accumulation (--set memory.allow_accumulation=true)"]
     way_out = " or ".join(["lower --batch", *open_ways, "give more with --vram"])
-    raise Infeasible(request.budget.tensor_bytes, least.least_bytes, f"tried {tried}; {least.what}", way_out)
+    raise Infeasible(request.budget.tensor_bytes, least.least_bytes, f"tried: {tried}; {least.what}", way_out)
 
 
 def _candidates(request: Request) -> Iterator[tuple[str, int]]:
@@ -251,17 +251,30 @@ def fit(solver: Solver, shape: StepShape, budget: Budget, rates: Rates) -> tuple
     """The fastest schedule whose whole simulated step is under the budget.
 
     The solver knows tensors; rounding, and on a card the caching allocator's segments, come on top. Where the whole
-    step is over the budget, the solver is asked again for as much less. Raises Infeasible.
+    step is over the budget, the solver is asked again for as much less. Raises Infeasible with the least budget of
+    which the whole step, simulated, is known to fit.
     """
-    target = budget.tensor_bytes
+    limit = budget.tensor_bytes
+    target = limit
     for _ in range(_TRIES):
-        solution = solver.solve(target)
+        try:
+            solution = solver.solve(target)
+        except Infeasible:
+            break
         simulated = simulate_step(shape, solution.schedule, rates)
-        taken = simulated.estimate
-        peak = taken.peak_reserved_bytes if budget.on_card else taken.peak_allocated_bytes
-        if peak <= budget.tensor_bytes:
+        over = _counted_bytes(simulated, budget) - limit
+        if over <= 0:
             return solution, simulated
-        target = min(target, solution.peak_bytes) - max(peak - budget.tensor_bytes, MIB)
-    raise Infeasible(
-        budget.tensor_bytes, peak, f"{solution.strategy}, with the allocator's segments", "lower --batch or give more"
-    )
+        target = min(target, solution.peak_bytes) - over
+    least = solver.least()
+    simulated = simulate_step(shape, least.schedule, rates)
+    peak = _counted_bytes(simulated, budget)
+    if peak <= limit:
+        return least, simulated
+    raise Infeasible(limit, peak, f"at its peak, {least.peak_at}", "lower --batch")
+
+
+def _counted_bytes(simulated: Simulated, budget: Budget) -> int:
+    """What a budget bounds: on a card the allocator's segments, else the tensors."""
+    taken = simulated.estimate
+    return taken.peak_reserved_bytes if budget.on_card else taken.peak_allocated_bytes

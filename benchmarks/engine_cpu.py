@@ -1,0 +1,499 @@
+"""The engine against the library's checkpointing, on real tensors on the CPU, in one run.
+
+Ways: plain autograd; `torch.utils.checkpoint` around every block; its selective form around every block, which saves
+the outputs of convolutions only; and the engine, planned for the tensor peak that was measured of each of these and
+for a third of plain's. All do the same training step (forward, cross-entropy, backward, SGD with momentum) on the
+same pictures.
+
+Every way has a process of its own for the whole run. After two steps it reports by how much its resident memory has
+grown at its peak (VmHWM; counted from a small network's step, which loads the library's parts). Then one step runs
+under a tracker of storages (a dispatch mode and finalizers, independent of `lowmem.simulate`) and one under the
+profiler's record of the allocator, which sees buffers inside kernels too: the peak of tensors, and of the allocator.
+Then come the timed steps, with no tracker: in each round every way does one step, in random order, so that whatever
+else the machine does hits all alike; ratios are to plain's step of the same round. Only one process computes at a
+time.
+
+Writes `results/engine_cpu.json` and `.md` beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from conditions import RESULTS, conditions, sentence, table, write
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from lowmem.cards import load_card
+from lowmem.choose.budget import tensors_only
+from lowmem.choose.planning import REFERENCE_CARD, Request, card_rates, choose
+from lowmem.choose.simulated import StepShape
+from lowmem.config import OptimConfig
+from lowmem.measure import Meter
+from lowmem.models import build, skeleton
+from lowmem.models.resnet import ResNet
+from lowmem.plan.cost import Rates
+from lowmem.plan.policy import Schedule
+from lowmem.remat import apply_plan
+from lowmem.simulate import Loop, empty_copy, estimate, trace_steps
+from lowmem.train.step import make_optimizer
+from lowmem.units import MIB
+
+NAME = "engine_cpu"
+PLAIN, SELECTIVE, PER_BLOCK = (
+    "plain autograd",
+    "selective checkpointing (convolutions saved)",
+    "checkpointing per block",
+)
+WARMUP = 2
+HEADER = (
+    "way",
+    "budget, MiB",
+    "peak of tensors, MiB",
+    "simulated",
+    "allocator's peak",
+    "resident, grown by",
+    "step, s (lowest to highest)",
+    "times plain",
+    "CPU time, times plain",
+)
+AGAINST = (
+    "the library's way",
+    "its peak, MiB",
+    "the engine's",
+    "time, engine / library (lowest to highest)",
+    "target met",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a worker does: a way, or the engine with a schedule, on a network."""
+
+    way: str
+    arch: str
+    block: str
+    width: int
+    batch: int
+    memory_format: str
+    schedule: list[Any] | None = None
+
+    @property
+    def torch_memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.memory_format == "channels-last" else torch.contiguous_format
+
+
+# --- the ways
+
+
+def save_convolutions(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Everything but convolutions is computed again."""
+    saved = operation is torch.ops.aten.convolution.default
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpointed(model: ResNet, **options: Any) -> ResNet:
+    """The model with `torch.utils.checkpoint` around every block; changes it in place."""
+    for stage in model.stages():
+        for block in stage.children():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)  # type: ignore[method-assign]
+    return model
+
+
+def way_of(model: ResNet, task: Task) -> nn.Module:
+    """What runs the step."""
+    if task.schedule is not None:
+        return apply_plan(model, Schedule.from_json(task.schedule))
+    if task.way == PER_BLOCK:
+        return checkpointed(model)
+    if task.way == SELECTIVE:
+        return checkpointed(model, context_fn=partial(create_selective_checkpoint_contexts, save_convolutions))
+    assert task.way == PLAIN
+    return model
+
+
+# --- what is measured of a step
+
+
+class Tracker(TorchDispatchMode):
+    """The most bytes that storages took at once, from those given at first and the results of all operations."""
+
+    def __init__(self, existing: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live_bytes = self.peak_bytes = 0
+        self._known: set[int] = set()
+        for tensor in existing:
+            self._add(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        if size == 0 or address in self._known:
+            return
+        self._known.add(address)
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._remove, address, size).atexit = False
+
+    def _remove(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.live_bytes -= size
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Of distinct storages."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def load_library() -> None:
+    """A small step, so that code which is loaded at first use does not count as the network's memory."""
+    model = build("res20", "basic", width=8)
+    F.cross_entropy(model(torch.randn(2, 3, 32, 32)), torch.zeros(2, dtype=torch.int64)).backward()
+    make_optimizer(model, OptimConfig(), "cpu").step()
+
+
+class Worker:
+    """One way in this process."""
+
+    def __init__(self, task: Task) -> None:
+        load_library()
+        self.meter = Meter("cpu")
+        self.meter.reset()
+        self.before = self.meter.read().device_used_bytes
+        model = build(task.arch, task.block, width=task.width)
+        self.model = model.to(memory_format=task.torch_memory_format)  # type: ignore[call-overload]
+        self.run = way_of(self.model, task)
+        self.optimizer = make_optimizer(self.model, OptimConfig(lr=0.01), "cpu")
+        images = torch.randn(task.batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        self.images = images.contiguous(memory_format=task.torch_memory_format)
+        self.labels = torch.arange(task.batch) % 10
+        self.loss = 0.0
+
+    def step(self, during: AbstractContextManager[Any] | None = None) -> None:
+        """One training step; gradients are freed before `during` begins."""
+        self.model.zero_grad(set_to_none=True)
+        with during or nullcontext():
+            loss = F.cross_entropy(self.run(self.images), self.labels)
+            loss.backward()
+            self.loss = loss.item()
+            del loss
+            self.optimizer.step()
+
+    def standing(self) -> list[Tensor]:
+        """What exists all through a steady step."""
+        momentum = [value for state in self.optimizer.state.values() for value in state.values()]
+        kept = (*self.model.parameters(), *self.model.buffers(), *momentum, self.images, self.labels)
+        return [tensor for tensor in kept if isinstance(tensor, Tensor)]
+
+    def memory(self) -> dict[str, int | None]:
+        """Resident growth over the steps so far, then one step under each tracker."""
+        after = self.meter.read().device_used_bytes
+        tracker = Tracker(self.standing())
+        self.step(tracker)
+        return {
+            "resident_bytes": None if after is None or self.before is None else after - self.before,
+            "peak_tensor_bytes": tracker.peak_bytes,
+            "peak_allocator_bytes": self._allocator_peak(),
+        }
+
+    def _allocator_peak(self) -> int:
+        self.model.zero_grad(set_to_none=True)
+        live = peak = bytes_of(self.standing())
+        recording = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self.step(recording)
+        events = recording.profiler.kineto_results.events()  # type: ignore[union-attr]
+        changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+        for _, change in sorted(changes, key=lambda pair: pair[0]):
+            live += change
+            peak = max(peak, live)
+        return peak
+
+    def timed(self) -> dict[str, float]:
+        """One step: seconds on the clock and of this process's CPU time."""
+        began, cpu_began = time.perf_counter(), time.process_time()
+        self.step()
+        return {
+            "seconds": time.perf_counter() - began,
+            "cpu_seconds": time.process_time() - cpu_began,
+            "loss": self.loss,
+        }
+
+
+def work(task: Task) -> None:
+    """Reports memory, then does a timed step for every line it is given."""
+    worker = Worker(task)
+    for _ in range(WARMUP):
+        worker.step()
+    print(json.dumps(worker.memory()), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(worker.timed()), flush=True)
+
+
+# --- the run
+
+
+@dataclass
+class Cell:
+    """A way, its process and what was measured of it. All bytes and seconds; a value a round."""
+
+    name: str
+    task: Task
+    process: subprocess.Popen[str]
+    budget_bytes: int | None = None
+    simulated_bytes: int | None = None
+    memory: dict[str, int | None] = field(default_factory=dict)
+    rounds: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def peak_bytes(self) -> int:
+        peak = self.memory["peak_tensor_bytes"]
+        assert peak is not None
+        return peak
+
+    def answer(self) -> dict[str, Any]:
+        """The worker's next line."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name}: the worker ended with code {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def timed_step(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        self.rounds.append(self.answer())
+
+    def values(self, key: str) -> list[float]:
+        return [one[key] for one in self.rounds]
+
+    def ratios(self, other: Cell, key: str = "seconds") -> list[float]:
+        """To the other's step of the same round."""
+        return [mine / theirs for mine, theirs in zip(self.values(key), other.values(key), strict=True)]
+
+
+def start(name: str, task: Task, threads: int, budget_bytes: int | None = None) -> Cell:
+    """A new process, until it has reported its memory."""
+    command = [sys.executable, __file__, "--worker", json.dumps(asdict(task))]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment, text=True)
+    cell = Cell(name, task, process, budget_bytes)
+    cell.memory = cell.answer()
+    print(f"{name}: {cell.peak_bytes / MIB:,.0f} MiB of tensors", flush=True)
+    return cell
+
+
+def shape_of(task: Task) -> StepShape:
+    return StepShape(
+        model=skeleton(task.arch, task.block, width=task.width),
+        image_shape=(3, 32, 32),
+        batch=task.batch,
+        micro_batch=task.batch,
+        precision="fp32",
+        memory_format=task.memory_format,
+    )
+
+
+def simulated_peak(task: Task) -> int:
+    """Of a way that is not the engine, on fake tensors."""
+    shape = shape_of(task)
+
+    def loop() -> Loop:
+        model = empty_copy(shape.model, shape.torch_memory_format)
+        model.train()
+        assert isinstance(model, ResNet)
+        optimizer = make_optimizer(model, OptimConfig(lr=0.01), "cpu")
+        images = torch.empty(task.batch, 3, 32, 32).contiguous(memory_format=shape.torch_memory_format)
+        return Loop(way_of(model, task), model, optimizer, [(images, torch.zeros(task.batch, dtype=torch.int64))])
+
+    return estimate(trace_steps(loop)).peak_tensor_bytes
+
+
+def planned(task: Task, budget_bytes: int, rates: Callable[[str], Rates]) -> tuple[Task, int]:
+    """The engine's task for a budget of tensors, and its simulated peak. Raises Infeasible."""
+    shape = shape_of(task)
+    request = Request(
+        model=shape.model,
+        batch=task.batch,
+        budget=tensors_only(budget_bytes),
+        rates=rates,
+        memory_format=task.memory_format,
+        allow_accumulation=False,
+    )
+    choice = choose(request)
+    schedule = choice.plan.schedule.to_json()
+    fields = {**asdict(task), "way": "engine", "schedule": schedule}
+    return Task(**fields), choice.simulated.estimate.peak_tensor_bytes
+
+
+def library_cells(options: argparse.Namespace) -> list[Cell]:
+    """Plain autograd and the library's two."""
+    common = {key: getattr(options, key) for key in ("arch", "block", "width", "batch", "memory_format")}
+    cells = []
+    for way in (PLAIN, SELECTIVE, PER_BLOCK):
+        cell = start(way, Task(way=way, **common), options.threads)
+        cell.simulated_bytes = simulated_peak(cell.task)
+        cells.append(cell)
+    return cells
+
+
+def engine_cells(options: argparse.Namespace, library: list[Cell]) -> list[Cell]:
+    """The engine at the others' measured peaks and at a third of plain's."""
+    rates = card_rates(load_card(options.card))
+    budgets = [(f"engine, memory of {cell.name}", cell.peak_bytes) for cell in library]
+    budgets.append(("engine, a third of plain", library[0].peak_bytes // 3))
+    cells = []
+    for name, budget_bytes in budgets:
+        task, simulated_bytes = planned(library[0].task, budget_bytes, rates)
+        cell = start(name, task, options.threads, budget_bytes)
+        cell.simulated_bytes = simulated_bytes
+        cells.append(cell)
+    return cells
+
+
+def run_rounds(cells: list[Cell], rounds: int) -> None:
+    """Every cell once a round, in an order of the round's own."""
+    for number in range(rounds):
+        for cell in random.Random(number).sample(cells, len(cells)):
+            cell.timed_step()
+        print(
+            f"round {number + 1} of {rounds}: " + ", ".join(f"{c.rounds[-1]['seconds']:.2f}" for c in cells), flush=True
+        )
+
+
+# --- the report
+
+
+def mib(size_bytes: int | None) -> str:
+    return "–" if size_bytes is None else f"{size_bytes / MIB:,.0f}"
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    middle, low, high = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
+    return f"{middle} ({low} to {high})"
+
+
+def row(cell: Cell, plain: Cell) -> tuple[str, ...]:
+    """The texts under HEADER."""
+    return (
+        cell.name,
+        mib(cell.budget_bytes),
+        mib(cell.peak_bytes),
+        mib(cell.simulated_bytes),
+        mib(cell.memory["peak_allocator_bytes"]),
+        mib(cell.memory["resident_bytes"]),
+        spread(cell.values("seconds")),
+        spread(cell.ratios(plain), 3),
+        f"{statistics.median(cell.ratios(plain, 'cpu_seconds')):.3f}",
+    )
+
+
+def against(library: Cell, engine: Cell) -> tuple[str, ...]:
+    """The texts under AGAINST."""
+    ratios = engine.ratios(library)
+    met = statistics.median(ratios) < 1 and engine.peak_bytes <= library.peak_bytes
+    return library.name, mib(library.peak_bytes), mib(engine.peak_bytes), spread(ratios, 3), "yes" if met else "no"
+
+
+def report(options: argparse.Namespace, library: list[Cell], engine: list[Cell], made: str) -> str:
+    """The Markdown text."""
+    cells, plain = [*library, *engine], library[0]
+    same = all(cell.values("loss") == plain.values("loss") for cell in cells)
+    intro = (
+        f"# The engine against the library's checkpointing on the CPU\n\n{options.arch} {options.block}, width "
+        f"{options.width}, batch {options.batch}, fp32, {options.memory_format}, OMP_NUM_THREADS={options.threads}, "
+        f"median of {options.rounds} rounds; plans by the rates of {load_card(options.card).name}. Losses of all timed "
+        f"steps {'have the same bits' if same else 'DIFFER'}.\n\n{made}\n"
+    )
+    pairs = list(zip(library[1:], engine[1:3], strict=True))
+    return "\n".join(
+        [
+            intro,
+            table(HEADER, [row(cell, plain) for cell in cells]),
+            table(AGAINST, [against(one, other) for one, other in pairs]),
+        ]
+    )
+
+
+def record_of(cell: Cell, plain: Cell) -> dict[str, object]:
+    """A cell for the JSON file."""
+    return {
+        "name": cell.name,
+        "budget_bytes": cell.budget_bytes,
+        "simulated_peak_tensor_bytes": cell.simulated_bytes,
+        **cell.memory,
+        "seconds": [round(value, 4) for value in cell.values("seconds")],
+        "cpu_seconds": [round(value, 4) for value in cell.values("cpu_seconds")],
+        "times_plain": [round(value, 4) for value in cell.ratios(plain)],
+        "losses": cell.values("loss"),
+        "schedule": cell.task.schedule,
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="res110")
+    parser.add_argument("--block", default="bottleneck")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--memory-format", choices=("contiguous", "channels-last"), default="contiguous")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--card", default=REFERENCE_CARD, help="by whose rates the engine plans")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    if options.worker is not None:
+        work(Task(**json.loads(options.worker)))
+        return
+    found = conditions()
+    torch.set_num_threads(options.threads)
+    library = library_cells(options)
+    engine = engine_cells(options, library)
+    cells = [*library, *engine]
+    run_rounds(cells, options.rounds)
+    for cell in cells:
+        assert cell.process.stdin is not None
+        cell.process.stdin.close()
+        cell.process.wait()
+    text = report(options, library, engine, sentence(found))
+    print(text)
+    asked = {key: value for key, value in vars(options).items() if key not in ("worker", "out")}
+    record = {**found, **asked, "warmup": WARMUP, "cells": [record_of(cell, library[0]) for cell in cells]}
+    write(options.out, NAME, record, text)
+
+
+if __name__ == "__main__":
+    main()

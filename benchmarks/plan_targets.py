@@ -1,0 +1,328 @@
+"""Memory against predicted time of the plans for a few networks and budgets, beside the targets set for them.
+
+Nothing runs for real. Each row is a budget: the solver's schedule for it is simulated whole (the real executor and
+optimizer on fake tensors), which gives the peak of the step's tensors (parameters, momentum, gradients, activations,
+temporaries), the seconds by the roofline with a card's rates, and the floating-point operations. Overhead and extra
+operations are over the simulated step of the untouched model under autograd, not over any plan of the engine. Where
+the budget is a card, the caching allocator's segments count too: the reserved figure has to fit. The solver's seconds
+are those of the table for one budget and of reading the schedule from it, without the costs it is given.
+
+Writes `results/plan_targets.json` and `.md` beside this file. Takes a few minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from conditions import RESULTS, conditions, sentence, table, write
+
+from lowmem.cards import load_card
+from lowmem.choose.budget import MARGIN_SHARE, Budget, of_card, tensors_only
+from lowmem.choose.costs import chain_cost
+from lowmem.choose.planning import card_rates, fit
+from lowmem.choose.simulated import Simulated, StepShape, simulate_step
+from lowmem.errors import Infeasible
+from lowmem.models import skeleton
+from lowmem.plan.cost import ChainCost, Rates
+from lowmem.plan.solver import Solver
+from lowmem.units import GIB, MIB, format_size
+
+NAME = "plan_targets"
+HEADER = (
+    "budget",
+    "peak of tensors, MiB",
+    "overhead",
+    "extra GFLOP",
+    "solver, s",
+    "target",
+    "prototype",
+    "target met",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """A budget: bytes, a share of the plain step's peak, a card's memory, or (none of them) the least feasible.
+
+    Target and prototype are overheads, for the least feasible bytes; `fits` is a target that asks no more than that.
+    """
+
+    bytes: int | None = None
+    share_of_plain: float | None = None
+    card_bytes: int | None = None
+    target: float | None = None
+    prototype: float | None = None
+    fits: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """A network's step and the budgets to plan it for."""
+
+    arch: str
+    block: str
+    batch: int
+    goals: tuple[Goal, ...]
+    precision: str = "fp32"
+
+    @property
+    def title(self) -> str:
+        return f"{self.arch} {self.block}, batch {self.batch}, {self.precision}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What came of a goal. Overhead is a share; None throughout if nothing fits."""
+
+    label: str
+    budget_bytes: int | None
+    peak_tensor_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    overhead: float | None = None
+    extra_flops: int | None = None
+    solver_seconds: float | None = None
+    peak_at: str | None = None
+    refused: str | None = None
+    target: float | None = None
+    prototype: float | None = None
+    met: bool | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One scenario's step, simulated plain, and its chain of costs."""
+
+    shape: StepShape
+    rates: Rates
+    plain: Simulated
+    chain: ChainCost
+    costs_seconds: float
+
+
+THE_USUAL = (Goal(share_of_plain=1.0), Goal(share_of_plain=1 / 2), Goal(share_of_plain=1 / 3), Goal())
+SCENARIOS = (
+    Scenario(
+        arch="res110",
+        block="bottleneck",
+        batch=128,
+        goals=(
+            Goal(bytes=4600 * MIB, target=0.03, prototype=0.031),
+            Goal(bytes=3600 * MIB, target=0.07, prototype=0.078),
+            Goal(bytes=2708 * MIB, target=0.12, prototype=0.132),
+            Goal(bytes=1806 * MIB, target=0.20, prototype=0.237),
+            Goal(bytes=1500 * MIB, target=0.28, prototype=0.306),
+            Goal(target=1300 * MIB, prototype=1424 * MIB),
+        ),
+    ),
+    Scenario(arch="res110", block="basic", batch=128, goals=THE_USUAL),
+    Scenario(arch="res50", block="bottleneck", batch=128, goals=THE_USUAL),
+    Scenario(arch="res101", block="bottleneck", batch=128, goals=THE_USUAL),
+    Scenario(
+        arch="res110",
+        block="bottleneck",
+        batch=1024,
+        precision="amp",
+        goals=(Goal(card_bytes=6 * GIB, target=0.27),),
+    ),
+    Scenario(
+        arch="res110",
+        block="bottleneck",
+        batch=128,
+        precision="amp",
+        goals=(Goal(card_bytes=2 * GIB, fits=True),),
+    ),
+)
+
+
+def prepare(scenario: Scenario, card_name: str, width: int) -> Bench:
+    """Simulates the plain step and measures the chain's costs."""
+    model = skeleton(scenario.arch, scenario.block, width=width)
+    shape = StepShape(
+        model=model,
+        image_shape=(3, 32, 32),
+        batch=scenario.batch,
+        micro_batch=scenario.batch,
+        precision=scenario.precision,
+        memory_format="contiguous",
+    )
+    rates = card_rates(load_card(card_name))(scenario.precision)
+    plain = simulate_step(shape, None, rates)
+    began = time.perf_counter()
+    chain = chain_cost(model, input_shape=(scenario.batch, 3, 32, 32), rates=rates, low=shape.low_dtype)
+    return Bench(shape, rates, plain, chain, time.perf_counter() - began)
+
+
+def label(goal: Goal) -> str:
+    """The budget in words."""
+    if goal.card_bytes is not None:
+        return f"a card of {format_size(goal.card_bytes)}"
+    if goal.bytes is not None:
+        return f"{goal.bytes // MIB:,} MiB"
+    names = {1.0: "plain's peak", 1 / 2: "half of plain", 1 / 3: "a third of plain", None: "least feasible"}
+    return names[goal.share_of_plain]
+
+
+def budget_of(goal: Goal, bench: Bench, card_name: str) -> Budget:
+    """Raises Infeasible for a card too small for anything."""
+    if goal.card_bytes is not None:
+        return of_card(load_card(card_name), goal.card_bytes)
+    if goal.bytes is not None:
+        return tensors_only(goal.bytes, label(goal))
+    assert goal.share_of_plain is not None
+    return tensors_only(int(bench.plain.estimate.peak_tensor_bytes * goal.share_of_plain), label(goal))
+
+
+def measure(goal: Goal, bench: Bench, card_name: str) -> Row:
+    """Solves and simulates one budget."""
+    least = goal == Goal(target=goal.target, prototype=goal.prototype)
+    budget: Budget | None = None
+    try:
+        began = time.perf_counter()
+        if least:
+            solution = Solver(bench.chain).least()
+            solver_seconds = time.perf_counter() - began
+            simulated = simulate_step(bench.shape, solution.schedule, bench.rates)
+        else:
+            budget = budget_of(goal, bench, card_name)
+            solver = Solver(bench.chain, limit_bytes=budget.tensor_bytes)
+            solver.solve(budget.tensor_bytes)
+            solver_seconds = time.perf_counter() - began
+            _, simulated = fit(solver, bench.shape, budget, bench.rates)
+    except Infeasible as error:
+        return Row(
+            label=label(goal),
+            budget_bytes=error.budget_bytes,
+            refused=f"no plan fits; the least is {format_size(error.least_bytes)}",
+            target=goal.target,
+            prototype=goal.prototype,
+            met=False if goal.target is not None or goal.fits else None,
+        )
+    taken = simulated.estimate
+    overhead = simulated.seconds / bench.plain.seconds - 1
+    return Row(
+        label=label(goal),
+        budget_bytes=None if budget is None else budget.tensor_bytes,
+        peak_tensor_bytes=taken.peak_tensor_bytes,
+        peak_reserved_bytes=taken.peak_reserved_bytes if budget is not None and budget.on_card else None,
+        overhead=overhead,
+        extra_flops=simulated.flops - bench.plain.flops,
+        solver_seconds=round(solver_seconds, 3),
+        peak_at=f"{taken.peak_phase}, {taken.peak_operation}",
+        target=goal.target,
+        prototype=goal.prototype,
+        met=met(goal, taken.peak_tensor_bytes if least else overhead),
+    )
+
+
+def met(goal: Goal, reached: float) -> bool | None:
+    """None if there is no target."""
+    if goal.target is None:
+        return True if goal.fits else None
+    return reached <= goal.target
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row's texts, in the order of HEADER."""
+    verdict = {None: "", True: "yes", False: "no"}[row.met]
+    budget = row.label
+    if row.peak_reserved_bytes is not None:
+        assert row.budget_bytes is not None
+        budget = f"{row.label}: {format_size(row.budget_bytes)} for tensors"
+    elif row.label in ("plain's peak", "half of plain", "a third of plain"):
+        budget = f"{row.label}: {format_size(row.budget_bytes)}"
+    if row.refused is not None:
+        return (budget, row.refused, "", "", "", goal_text(row.target), goal_text(row.prototype), verdict)
+    assert row.peak_tensor_bytes is not None
+    assert row.extra_flops is not None
+    peak = f"{row.peak_tensor_bytes / MIB:,.0f}"
+    if row.peak_reserved_bytes is not None:
+        peak += f" (reserved {row.peak_reserved_bytes / MIB:,.0f})"
+    return (
+        budget,
+        peak,
+        f"{row.overhead:+.1%}",
+        f"{row.extra_flops / 1e9:,.0f}",
+        f"{row.solver_seconds:.1f}",
+        "fits" if row.target is None and row.met else goal_text(row.target),
+        goal_text(row.prototype),
+        verdict,
+    )
+
+
+def goal_text(value: float | None) -> str:
+    """An overhead or bytes."""
+    if value is None:
+        return "–"
+    return f"{value:.1%}" if value < 1 else f"{value / MIB:,.0f} MiB"
+
+
+def section(scenario: Scenario, bench: Bench, rows: list[Row]) -> str:
+    """One scenario's table under its heading."""
+    plain = bench.plain
+    return (
+        f"## {scenario.title}\n\nPlain autograd: {plain.estimate.peak_tensor_bytes / MIB:,.0f} MiB, "
+        f"{plain.seconds:.3f} s a step (predicted), {plain.flops / 1e9:,.0f} GFLOP. Costs of the chain's stages took "
+        f"{bench.costs_seconds:.1f} s.\n\n{table(HEADER, [cells(row) for row in rows])}"
+    )
+
+
+def record_of(scenario: Scenario, bench: Bench, rows: list[Row]) -> dict[str, object]:
+    """One scenario for the JSON file."""
+    plain = bench.plain
+    return {
+        "arch": scenario.arch,
+        "block": scenario.block,
+        "batch": scenario.batch,
+        "precision": scenario.precision,
+        "plain_peak_tensor_bytes": plain.estimate.peak_tensor_bytes,
+        "plain_seconds": plain.seconds,
+        "plain_flops": plain.flops,
+        "costs_seconds": round(bench.costs_seconds, 3),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def introduction(card: str, width: int, made: str) -> str:
+    """What the tables' figures are."""
+    return (
+        f"# Plans against their targets\n\nWidth {width}, contiguous, rates of {load_card(card).name}; peaks of the "
+        "whole step's tensors, simulated; overhead over the predicted step of plain autograd. From a card's memory go "
+        f"what the system keeps, the context, the assumed workspace and a margin of {MARGIN_SHARE:.0%}; the "
+        f"allocator's segments have to fit into the rest.\n\n{made}\n"
+    )
+
+
+def wanted(only: str | None) -> Iterator[Scenario]:
+    """Those whose title has the words."""
+    yield from (scenario for scenario in SCENARIOS if only is None or only in scenario.title)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--card", default="gtx1060-6g", help="whose rates predict time")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--only", help="scenarios whose title has these words, like 'res50'")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    found = conditions()
+    intro = introduction(options.card, options.width, sentence(found))
+    sections, records = [], []
+    for scenario in wanted(options.only):
+        print(f"{scenario.title}: plain step and costs", flush=True)
+        bench = prepare(scenario, options.card, options.width)
+        rows = []
+        for goal in scenario.goals:
+            rows.append(measure(goal, bench, options.card))
+            print("  " + " | ".join(cells(rows[-1])), flush=True)
+        sections.append(section(scenario, bench, rows))
+        records.append(record_of(scenario, bench, rows))
+        record = {**found, "card": options.card, "width": options.width, "scenarios": records}
+        write(options.out, NAME, record, "\n".join([intro, *sections]))
+
+
+if __name__ == "__main__":
+    main()

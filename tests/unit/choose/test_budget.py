@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+
+from lowmem.cards import load_card
+from lowmem.choose.budget import of_card, of_device, tensors_only
+from lowmem.errors import Infeasible
+from lowmem.units import GIB, MIB
+
+
+def test_a_bare_budget_is_for_tensors_alone() -> None:
+    budget = tensors_only(4600 * MIB)
+    assert budget.tensor_bytes == 4600 * MIB
+    assert not budget.on_card
+    assert [size for _, size in budget.rows()] == [4600 * MIB, 4600 * MIB]
+
+
+@pytest.mark.parametrize("vram", [None, 4 * GIB])
+def test_the_terms_of_a_card_add_up(vram: int | None) -> None:
+    budget = of_card(load_card("gtx1060-6g"), vram)
+    *terms, (last, left) = budget.rows()
+    assert last == "for the step's tensors"
+    assert sum(size for _, size in terms) == left == budget.tensor_bytes
+    assert terms[0][1] == (vram or 6 * GIB)
+    assert budget.on_card
+
+
+def test_what_others_use_on_a_device_is_not_ours() -> None:
+    budget = of_device(free_bytes=4 * GIB, total_bytes=6 * GIB)
+    # The context is there already: what is free is left but for workspace and margin.
+    assert budget.tensor_bytes == 4 * GIB - 256 * MIB - int(6 * GIB * 0.02)
+    emulated = of_device(free_bytes=130 * GIB, total_bytes=139 * GIB, vram_bytes=6 * GIB)
+    assert emulated.total_bytes == 6 * GIB
+    assert "emulated" in emulated.source
+
+
+def test_a_card_too_small_for_anything() -> None:
+    with pytest.raises(Infeasible, match="before any tensor"):
+        of_card(load_card("gtx1060-6g"), 500 * MIB)

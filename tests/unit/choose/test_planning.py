@@ -1,0 +1,119 @@
+"""Plans: under the budget when simulated whole, cheaper with more memory, honest in the order of what is tried."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowmem.cards import load_card
+from lowmem.choose.budget import tensors_only
+from lowmem.choose.planning import Choice, Request, card_rates, choose, make_plan, precision_order
+from lowmem.choose.simulated import simulate_step
+from lowmem.config import Config
+from lowmem.errors import Infeasible, UsageError
+from lowmem.models import skeleton
+from lowmem.plan.record import Plan
+from lowmem.units import MIB
+
+MODEL = skeleton("res20", width=8)
+
+
+def _request(budget_mib: float, **changes: object) -> Request:
+    values: dict[str, object] = {
+        "model": MODEL,
+        "batch": 64,
+        "budget": tensors_only(int(budget_mib * MIB)),
+        "rates": card_rates(load_card("gtx1060-6g")),
+        **changes,
+    }
+    return Request(**values)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def choices() -> dict[int, Choice]:
+    return {mib: choose(_request(mib)) for mib in (16, 22, 30, 60)}
+
+
+def test_the_whole_simulated_step_is_under_the_budget(choices: dict[int, Choice]) -> None:
+    for mib, choice in choices.items():
+        peak = choice.plan.predicted.peak_allocated_bytes
+        assert peak is not None
+        assert peak <= mib * MIB
+        again = simulate_step(
+            _request(mib).shape("fp32", 64), choice.plan.schedule, card_rates(load_card("gtx1060-6g"))("fp32")
+        )
+        assert again.estimate.peak_allocated_bytes == peak
+
+
+def test_more_budget_is_never_slower(choices: dict[int, Choice]) -> None:
+    seconds = [choice.plan.predicted.step_seconds or 0 for _, choice in sorted(choices.items())]
+    assert seconds == sorted(seconds, reverse=True)
+    overhead = choices[60].plan.predicted.overhead
+    assert overhead is not None
+    assert abs(overhead) < 1e-3
+    assert choices[60].plan.predicted.extra_flops == 0
+
+
+def test_a_plan_survives_its_file(choices: dict[int, Choice]) -> None:
+    plan = choices[16].plan
+    assert Plan.from_json(plan.to_json()) == plan
+    assert set(plan.to_json()) >= {
+        "budget_bytes", "batch", "micro_batch", "accumulation", "precision", "memory_format", "exact", "predicted",
+        "blocks", "schedule", "candidates",
+    }  # fmt: skip
+
+
+def test_fp32_first_then_amp_then_accumulation() -> None:
+    fp32 = choose(_request(16, precisions=("fp32", "amp"))).plan
+    assert (fp32.precision, fp32.exact) == ("fp32", True)
+    amp = choose(_request(12, precisions=("fp32", "amp"))).plan
+    assert (amp.precision, amp.exact, amp.accumulation) == ("amp", True, 1)
+    cut = choose(_request(7.5, precisions=("fp32", "amp"))).plan
+    assert not cut.exact
+    assert cut.accumulation * cut.micro_batch >= 64
+    refused = [one.what for one in cut.candidates if one.refused_because]
+    assert refused[:2] == ["fp32 at batch 64", "amp at batch 64"]
+
+
+def test_infeasible_has_both_sides_and_the_way_out() -> None:
+    with pytest.raises(Infeasible, match=r"budget is 8 MiB, the least that fits is \d+ MiB .*lower --batch") as caught:
+        choose(_request(7.5, allow_accumulation=False))
+    # What it says would fit does fit, and one byte less does not.
+    least = caught.value.least_bytes
+    assert choose(_request(least / MIB, allow_accumulation=False)).plan.exact
+    with pytest.raises(Infeasible):
+        choose(_request((least - 1) / MIB, allow_accumulation=False))
+
+
+def test_a_card_counts_the_allocators_segments() -> None:
+    plan = make_plan(MODEL, batch=512, budget="1000M", card=load_card("gtx1060-6g"))
+    assert plan.predicted.peak_reserved_bytes is not None
+    assert plan.budget_bytes is not None
+    assert plan.predicted.peak_reserved_bytes <= plan.budget_bytes
+    assert plan.predicted.device_bytes is not None
+    assert plan.predicted.device_bytes <= 1000 * MIB
+
+
+def test_precision_order() -> None:
+    assert precision_order("auto", tensor_cores=False) == ("fp32", "amp")
+    assert precision_order("auto", tensor_cores=True) == ("amp", "fp32")
+    assert precision_order("fp32", tensor_cores=True) == ("fp32",)
+
+
+def test_a_plan_needs_something_to_fit_into() -> None:
+    from lowmem.choose.session import budget_of
+
+    with pytest.raises(ValueError, match="budget or a card"):
+        make_plan(MODEL, batch=8)
+    with pytest.raises(UsageError, match="--vram 6G"):
+        budget_of(Config())
+
+
+def test_bad_sizes_and_cards_in_settings() -> None:
+    from lowmem.settings import gather
+
+    with pytest.raises(UsageError, match="write it like 6G"):
+        gather(flags={"memory.vram": "six"})
+    from lowmem.choose.session import request_of
+
+    with pytest.raises(UsageError, match="did you mean gtx1060-6g"):
+        request_of(gather(flags={"memory.card": "gtx1060"}).config)

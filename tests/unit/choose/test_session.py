@@ -1,0 +1,109 @@
+"""A run under a plan: the same weights as without one, replayed on resume, planned again for another budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lowmem.api import recorded_settings, resume_training, run_training
+from lowmem.choose.session import plan_run
+from lowmem.errors import Infeasible, UsageError
+from lowmem.settings import Settings, gather
+from lowmem.units import KIB, MIB
+from tests.conftest import assert_same_run
+
+SETS = ["data.train_subset=100", "data.test_subset=50", "train.log_every_steps=1", "train.batch=50"]
+BASE = {"model.arch": "res20", "model.width": 4, "data.source": "shapes", "train.epochs": 1}
+
+
+def _settings(sets: tuple[str, ...] = (), **flags: object) -> Settings:
+    named = {key.replace("__", "."): value for key, value in flags.items()}
+    return gather(flags={**BASE, **named}, sets=[*SETS, *sets])
+
+
+@pytest.fixture(scope="module")
+def unplanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("unplanned") / "run"
+    run_training(_settings(train__precision="fp32"), path)
+    assert not (path / "plan.json").exists()
+    return path
+
+
+def _events(path: Path) -> list[str]:
+    return [json.loads(line)["event"] for line in (path / "events.jsonl").read_text().splitlines()]
+
+
+def test_a_planned_run_has_the_unplanned_ones_bits(unplanned: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    run_training(_settings(train__precision="fp32", memory__vram="8M"), path)
+    plan = json.loads((path / "plan.json").read_text())
+    assert plan["budget_bytes"] == 8 * MIB
+    assert set(plan["blocks"].values()) != {"SAVE_ALL"}
+    assert_same_run(path, unplanned)
+
+
+def test_resume_replays_the_plan_and_another_budget_is_a_logged_event(unplanned: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    run_training(_settings(("train.max_steps=1",), train__precision="fp32", memory__vram="8M"), path)
+    before = (path / "plan.json").read_text()
+    recorded = recorded_settings(path)
+    resume_training(path, recorded)  # stops at once: max_steps is reached
+    assert (path / "plan.json").read_text() == before
+    assert "replan" not in _events(path)
+    smaller = recorded.replace({"memory.vram": "6500K", "train.max_steps": None}, "resume")
+    resume_training(path, smaller)
+    assert json.loads((path / "plan.json").read_text())["budget_bytes"] == 6500 * KIB
+    assert "replan" in _events(path)
+    assert_same_run(path, unplanned)
+
+
+def test_accumulation_is_said_and_recorded(tmp_path: Path) -> None:
+    from lowmem.train.observer import Observer
+
+    heard: list[str] = []
+
+    class Listener(Observer):
+        def warning(self, text: str) -> None:
+            heard.append(text)
+
+    path = tmp_path / "run"
+    run_training(_settings(train__precision="fp32", memory__vram="4500K"), path, Listener())
+    plan = json.loads((path / "plan.json").read_text())
+    assert (plan["exact"], plan["accumulation"] > 1) == (False, True)
+    assert len(heard) == 1
+    assert "NOT the same computation" in heard[0]
+    assert "warning" in _events(path)
+
+
+def test_nothing_is_left_behind_when_nothing_fits(tmp_path: Path) -> None:
+    with pytest.raises(Infeasible):
+        run_training(_settings(memory__vram="500K"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_batch_with_the_most_pictures_per_second_and_its_learning_rate() -> None:
+    settings, choice = plan_run(_settings(("train.batch=auto",), memory__vram="20M"), train_pictures=5000)
+    batch = settings.config.train.batch
+    assert choice.plan.batch == batch
+    assert choice.plan.exact
+    assert settings.config.optim.lr == pytest.approx(0.1 * batch / 128)
+    assert settings.sources["optim.lr"].startswith("linear rule") or batch == 128
+    words = " ".join(one.what for one in choice.plan.candidates)
+    assert "batch" in words
+
+
+def test_auto_batch_needs_something_to_fit_into(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--vram"):
+        run_training(_settings(("train.batch=auto",)), tmp_path / "run")
+
+
+def test_a_damaged_plan_is_refused(tmp_path: Path) -> None:
+    from lowmem.errors import CorruptCheckpoint
+
+    path = tmp_path / "run"
+    run_training(_settings(("train.max_steps=1",), train__precision="fp32", memory__vram="8M"), path)
+    (path / "plan.json").write_text("{}")
+    with pytest.raises(CorruptCheckpoint, match=r"plan\.json"):
+        resume_training(path)
