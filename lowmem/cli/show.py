@@ -124,10 +124,17 @@ def observer() -> Iterator[Observer]:
 
 def show_report(result: ReportResult) -> None:
     """The report's table, and where the rest is."""
-    table = Table(*TABLE_HEADER)
+    console = Console(highlight=False)
+    table = Table(*TABLE_HEADER[:-1])
+    differing: dict[str, list[str]] = {}
     for row in result.rows:
-        table.add_row(*(Text(cell) for cell in row.cells()))
-    Console(highlight=False).print(table)
+        *cells_, differs = row.cells()
+        table.add_row(*(Text(cell) for cell in cells_))
+        differing.setdefault(differs, []).append(row.run)
+    console.print(table)
+    # Below and not in a column: it is long, and mostly the same for all runs.
+    for differs, names in differing.items():
+        console.print(Text(f"{', '.join(names)} against the published setting: {differs}"))
     print(f"written: {result.markdown} and {len(result.figures)} figures beside it")
 
 
