@@ -142,10 +142,9 @@ def _all_items(
         if policy.kind is PolicyKind.FUSED:
             if inside and start == end and not dropped:
                 yield (Keep(start, policy),)
-        elif policy.drop_output and (dropped or start == end):
-            continue
         elif start == end:
-            yield (Keep(start, policy),)
+            if not policy.drop_output:
+                yield (Keep(start, policy),)
         else:
             for rest in _all_items(chain, start + 1, end, inside, policy.drop_output):
                 yield (Keep(start, policy), *rest)
