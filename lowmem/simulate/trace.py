@@ -158,7 +158,7 @@ def _work(
     schema = func._schema
     written = {argument.name for argument in schema.arguments if argument.is_out}
     inputs = [leaf for leaf in tree_leaves((args, _without(kwargs, written))) if isinstance(leaf, Tensor)]
-    if not outputs or func.is_view or not inputs and func.overloadpacket.__name__.startswith("empty"):
+    if not outputs or func.is_view or (not inputs and func.overloadpacket.__name__.startswith("empty")):
         return None
     if func.overloadpacket.__name__ in _FREE:
         return None

@@ -1,4 +1,5 @@
-"""The simulated peak against the peak measured on real tensors by the CPU allocator's own records: within 1 %."""
+"""The simulated peak against the peak measured on real tensors by the CPU allocator's own records: within
+1 %."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""An independent measure of a step on real tensors: the CPU allocator's own records, as the profiler keeps them.
+"""An independent measure of a step on real tensors: the CPU allocator's own records, as the profiler
+keeps them.
 
-What a convolution or batch norm allocates and frees inside itself is left out: the library's workspace and reordered
-copies depend on the processor, and a CPU's batch norm backward allocates its result twice and drops the first at
-once, untouched. They are no tensors of the step, and the plan has a separate allowance for workspaces.
+What a convolution or batch norm allocates and frees inside itself is left out: the library's workspace
+and reordered copies depend on the processor, and a CPU's batch norm backward allocates its result twice
+and drops the first at once, untouched. They are no tensors of the step, and the plan has a separate
+allowance for workspaces.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-
 
 KERNELS = ("aten::convolution", "aten::conv2d", "aten::native_batch_norm")
 
@@ -52,6 +53,10 @@ def _inside_kernels(events: list[tuple[int, int, int, int | None]]) -> set[int]:
     for index, (_, address, size, inside) in enumerate(events):
         if size > 0:
             born[address] = index
-        elif (start := born.pop(address, None)) is not None and inside is not None and events[start][3] == inside:
+        elif (
+            (start := born.pop(address, None)) is not None
+            and inside is not None
+            and events[start][3] == inside
+        ):
             skipped |= {start, index}
     return skipped
