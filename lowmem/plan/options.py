@@ -78,7 +78,7 @@ def sort_out(stage: StageCost) -> StageOptions:
     return StageOptions(
         plain=tuple(option for option in pruned if not option.policy.drop_output),
         dropping=dropping,
-        last=prune(stage.last_option(option.policy) for option in usual if not option.policy.drop_output),
+        last=prune(map(stage.last_option, stage.last_policies())),
         fused=next((option for option in stage.options if option.policy.kind is PolicyKind.FUSED), None),
         restores=tuple(dict.fromkeys(restore_of(option) for option in dropping)),
     )

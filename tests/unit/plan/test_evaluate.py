@@ -108,7 +108,7 @@ def test_a_dropped_output() -> None:
 def test_two_dropped_outputs_in_a_row() -> None:
     result = evaluate(uniform([DROP, DROP, LEAN]), CHAIN)
     assert result.flops == 3 + (4 + 4 + 3) + 9 + 9
-    # at the last backward both inputs are there again: kept 15 + 15 + 30, inputs 10 + 10, gradient, temporaries
+    # at the last backward both inputs are there again: kept 15 + 15 + 30, inputs 10 + 10, gradient above
     assert result.peak_bytes == 100 + 60 + 20 + 10 + 35
     assert result.peak.what == "backward of block2 under LEAN"
 
