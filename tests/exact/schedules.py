@@ -71,7 +71,7 @@ def schedules(
             at, dropped = last + 1, False
             continue
         fused = depth > 0 and at == end and not dropped
-        policy = draw(_policies(stages[at], may_drop=not dropped and at < end, may_fuse=fused))
+        policy = draw(_policies(stages[at], may_drop=at < end, may_fuse=fused))
         items.append(Keep(at, policy))
         at, dropped = at + 1, policy.drop_output
     return Schedule(tuple(items))

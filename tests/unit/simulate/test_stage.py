@@ -59,7 +59,7 @@ def _schedules(
             at += 1
         else:
             allowed = [
-                p for p in choices[at] if p != FUSED and not (p.drop_output and (dropped or at == end))
+                p for p in choices[at] if p != FUSED and not (p.drop_output and at == end)
             ]
             if at == end and depth > 0:
                 allowed = [SAVE_ALL, INPUT_ONLY]
