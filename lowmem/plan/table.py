@@ -120,6 +120,8 @@ class Table:
     def _choices(self, a: int, e: int) -> Iterator[_Choice]:
         """The lines of the recurrence for T(a, e, ·)."""
         stage, ahead, behind = self._stages[a], self._gradients[e + 1], self._gradients[a + 1]
+        if a == e < len(self.chain) - 1 and stage.fused is not None:
+            yield self._keep(a, e, stage.fused, self._round(ahead + stage.fused.backward_temp_bytes))
         options = (*stage.plain, *stage.dropping) if a < e else self._at_end(a)
         for option in options:
             kept = option.kept_bytes
@@ -127,8 +129,6 @@ class Table:
                 max(ahead + option.forward_temp_bytes, behind + option.backward_temp_bytes) + kept
             )
             yield self._keep(a, e, option, least)
-        if a == e < len(self.chain) - 1 and stage.fused is not None:
-            yield self._keep(a, e, stage.fused, self._round(ahead + stage.fused.backward_temp_bytes))
         peak = 0
         for j in range(a + 1, e + 1):
             peak = max(peak, self._fast_peak(j - 1, j - 1 > a))
