@@ -8,20 +8,21 @@ i+1, … (all that exist between the backwards of i and i-1), it is the least of
 - keep stage a under an option, if m >= max(G(e+1) + S + tf, G(a+1) + S + tb):  f + b + T(a+1, e, m - S);
 - the same dropping its output:  f + b + r + T'(a+1, e, m - S);
 - checkpoint a..j-1, if the fast forwards fit beside G(e+1):  Σ f0 + T(j, e, m - x[j]) + T(a, j-1, m);
-- for a = e inside a segment, fused, if m >= G(e+1) + tb:  b. No stage's output is needed there: S is without
-it.
+- for a = e inside a segment, fused, if m >= G(e+1) + tb:  b. There S of the others is without the output.
 
 T'(a, e, m) is the same with a transient input of a: held inside m, freed after the forward of a and restored
 before the backward of what begins at a. There is one T' for each way of restoring it. Stage a may drop its
 output too: then what begins at a + 1 restores the input of a first and holds it.
 
-Beaumont et al. ("Optimal checkpointing for heterogeneous chains",
-2019) have the first and the third line; several options per block are Rockmate's (ICML 2023).
+Beaumont et al. ("Optimal checkpointing for heterogeneous chains", 2019) have the first and the third line;
+several options per block are Rockmate's (ICML 2023).
 
 Why parameter gradients leave the table one-dimensional: backward goes through the stages in one global order
 whatever is checkpointed, so those that exist at the backward of stage i are those of the later stages, at any
 depth of nesting. They are a constant of the boundary, which only moves the thresholds; nothing about them has
 to be remembered in m.
+
+Known limitations: at most `longest_run` neighbours drop their outputs; a segment's output is never dropped.
 """
 
 from __future__ import annotations
