@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.plan.cost import ChainCost, Operation, OptionCost, Rates, StageCost
-from lowmem.plan.policy import FUSED, INPUT_ONLY, SAVE_ALL, BlockPolicy, PolicyKind, keep
+from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, PolicyKind
 from lowmem.remat import decompose
 from lowmem.remat.block import ConvBlock
 from lowmem.remat.stage import Stage, StagePass
@@ -22,25 +22,23 @@ from lowmem.simulate.trace import Recorder, Work
 
 
 def policies(stage: Stage) -> tuple[BlockPolicy, ...]:
-    """What is worth measuring. An activation is only kept beside the convolution output it comes from, and the
-    projection's output is kept or not with the last convolution's: the other choices are hardly ever better."""
+    """What is worth measuring. An activation is only kept beside the convolution output it comes from and
+    where the block's output is kept, and the projection's output is kept or not with the last
+    convolution's: the other choices are hardly ever better."""
     if not isinstance(stage, ConvBlock):
         return (SAVE_ALL, INPUT_ONLY, FUSED)
     n = len(stage.pairs)
     choices: list[tuple[tuple[str, ...], ...]] = [((), (f"z{k}",), (f"z{k}", f"a{k}")) for k in range(1, n)]
     choices.append(((), (f"z{n}", *(("zs",) if stage.projection else ()))))
-    kept = [tuple(name for part in parts for name in part) for parts in product(*choices)]
-    named = [_named(stage, keep(*names)) for names in kept]
-    drops = [BlockPolicy(PolicyKind.KEEP, frozenset(names), drop_output=True) for names in kept if names and n > 1]
-    return (*named, *drops, FUSED)
-
-
-def _named(stage: ConvBlock, policy: BlockPolicy) -> BlockPolicy:
-    """The usual name of a choice, if it has one."""
-    for kind in (PolicyKind.SAVE_ALL, PolicyKind.LEAN):
-        if stage.kept(BlockPolicy(kind)) == policy.kept:
-            return BlockPolicy(kind)
-    return policy
+    kept = [frozenset(name for part in parts for name in part) for parts in product(*choices)]
+    named = {SAVE_ALL: stage.tensors, LEAN: stage.kept(LEAN)}
+    others = [BlockPolicy(PolicyKind.KEEP, names) for names in kept if names not in named.values()]
+    drops = [
+        BlockPolicy(PolicyKind.KEEP, names, drop_output=True)
+        for names in kept
+        if n > 1 and names and not any(name.startswith("a") for name in names)
+    ]
+    return (*named, *others, *drops, FUSED)
 
 
 def chain_cost(
@@ -89,7 +87,10 @@ def chain_cost(
 
 
 def _options(stage: Any) -> list[Option]:
-    return [Option(policy, policy.drop_output, policy.kind is PolicyKind.FUSED) for policy in policies(stage)]
+    usual = [Option(policy, policy.drop_output, policy.kind is PolicyKind.FUSED) for policy in policies(stage)]
+    # A segment's last stage is best FUSED; the other ways are for the baselines.
+    lasts = [Option(policy, last=True) for policy in (SAVE_ALL, LEAN, INPUT_ONLY) if policy in policies(stage)]
+    return [*usual, *lasts]
 
 
 def _stage_cost(name: str, measure: StageMeasure, rates: Rates, accumulation: int) -> StageCost:
@@ -97,7 +98,8 @@ def _stage_cost(name: str, measure: StageMeasure, rates: Rates, accumulation: in
         name=name,
         input_bytes=measure.input_bytes,
         input_grad_bytes=measure.input_grad_bytes,
-        options=tuple(_option_cost(option, rates) for option in measure.options),
+        options=tuple(_option_cost(one, rates) for one in measure.options if not one.option.last),
+        last_options=tuple(_option_cost(one, rates) for one in measure.options if one.option.last),
         fast_seconds=_seconds(rates, measure.fast_work),
         fast_temp_bytes=measure.fast_temp_bytes,
         fast_flops=sum(work.flops for work in measure.fast_work),

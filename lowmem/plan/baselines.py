@@ -37,9 +37,14 @@ def _fitting(name: str, schedules: Iterable[Schedule], chain: ChainCost, budget_
     return min(fitting, key=lambda solution: (solution.seconds, solution.peak_bytes))
 
 
+def _usual(stage: StageCost) -> list[BlockPolicy]:
+    """Policies that can be used anywhere."""
+    policies = [option.policy for option in stage.options]
+    return [policy for policy in policies if policy.kind is not PolicyKind.FUSED and not policy.drop_output]
+
+
 def _policy(stage: StageCost, wanted: BlockPolicy) -> BlockPolicy:
-    has = [option.policy for option in stage.options if option.policy.kind is not PolicyKind.FUSED]
-    has = [policy for policy in has if not policy.drop_output]
+    has = _usual(stage)
     for policy in (wanted, SAVE_ALL):
         if policy in has:
             return policy
@@ -135,18 +140,17 @@ def all_schedules(chain: ChainCost) -> Iterator[Schedule]:
 def _all_items(
     chain: ChainCost, start: int, end: int, inside: bool, dropped: bool = False
 ) -> Iterator[tuple[Item, ...]]:
-    """`inside` a segment the last stage may be FUSED; after a `dropped` output the next stage may not drop
-    its own."""
-    for option in chain.stages[start].options:
+    """`inside` a segment the last stage has its own policies, and FUSED, but not after a `dropped` output."""
+    stage = chain.stages[start]
+    if start == end:
+        policies = list(stage.last_policies()) if inside else _usual(stage)
+        if inside and not dropped and any(option.policy == FUSED for option in stage.options):
+            policies.append(FUSED)
+        yield from ((Keep(start, policy),) for policy in policies)
+        return
+    for option in stage.options:
         policy = option.policy
-        if policy.kind is PolicyKind.FUSED:
-            if inside and start == end and not dropped:
-                yield (Keep(start, policy),)
-        elif policy.drop_output and (dropped or start == end):
-            continue
-        elif start == end:
-            yield (Keep(start, policy),)
-        else:
+        if policy.kind is not PolicyKind.FUSED:
             for rest in _all_items(chain, start + 1, end, inside, policy.drop_output):
                 yield (Keep(start, policy), *rest)
     for split in range(start, end):

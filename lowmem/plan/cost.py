@@ -116,7 +116,8 @@ class StageCost:
     FUSED.
 
     `last_options`: what policies cost for the last stage of a segment, whose output is for nobody and is not
-    computed: `kept_bytes` is without it. A policy that is not in there costs what `options` say.
+    computed: `kept_bytes` is without it. If there are any, solvers use only these and FUSED there; a schedule
+    with another policy is taken to cost what `options` say, which is too much.
     """
 
     name: str
@@ -152,6 +153,15 @@ class StageCost:
             if option.policy == policy:
                 return option
         raise KeyError(f"stage {self.name!r} has no option {policy}")
+
+    def last_policies(self) -> tuple[BlockPolicy, ...]:
+        """What a solver considers for the last stage of a segment, beside FUSED."""
+        usual = self.last_options or self.options
+        return tuple(
+            option.policy
+            for option in usual
+            if option.policy.kind is not PolicyKind.FUSED and not option.policy.drop_output
+        )
 
     def last_option(self, policy: BlockPolicy) -> OptionCost:
         """As the last stage of a segment. Raises KeyError if the stage has no such policy."""

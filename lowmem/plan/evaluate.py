@@ -105,16 +105,37 @@ class _Run:
     def items(self, items: tuple[Item, ...], inside: bool = False) -> None:
         """Forward and then backward; the gradient of the last one's output is held on entry, that of the
         first one's input on return. `inside` a segment the last one's output is not made: nobody needs it."""
-        dropped: OptionCost | None = None
-        before: list[
-            OptionCost | None
-        ] = []  # per item: the option of the item before, if that drops its output
+        before: list[OptionCost | None] = [
+            None
+        ]  # per item: the option of the item before, if that drops its output
         last = items[-1] if inside else None
         for item in items:
-            before.append(dropped)
-            dropped = self.forward(item, dropped is not None, item is last)
-        for item, option in zip(reversed(items), reversed(before), strict=True):
-            self.backward(item, option, item is last)
+            before.append(self.forward(item, before[-1] is not None, item is last))
+        there = [option is None for option in before]  # per item: is its input held
+        x = self.chain.boundary_bytes
+        for index in reversed(range(len(items))):
+            item, dropped = items[index], before[index]
+            if isinstance(item, Segment) and item is not last:
+                self.held -= x[item.end + 1]
+            self.restore(items, before, there, index)
+            self.backward(item, item is last)
+            if dropped is not None:
+                # what restoring left is part of the temporaries of the backward that comes next
+                self.held -= x[item.start] + dropped.restored_bytes
+
+    def restore(
+        self, items: tuple[Item, ...], before: list[OptionCost | None], there: list[bool], index: int
+    ) -> None:
+        """Makes the input of an item again if it is not there, and what that needs."""
+        option = before[index]
+        if there[index] or option is None:
+            return
+        self.restore(items, before, there, index - 1)
+        self.touch("restoring the input", items[index].start, "", option.restore_temp_bytes)
+        self.seconds += option.restore_seconds
+        self.flops += option.restore_flops
+        self.held += self.chain.boundary_bytes[items[index].start] + option.restored_bytes
+        there[index] = True
 
     def option(self, item: Keep, last: bool) -> OptionCost:
         stage = self.chain.stages[item.stage]
@@ -154,24 +175,14 @@ class _Run:
             if index > item.start or free_input:
                 self.held -= x[index]
 
-    def backward(self, item: Item, dropped: OptionCost | None, last: bool) -> None:
-        x, g = self.chain.boundary_bytes, self.chain.boundary_grad_bytes
-        if isinstance(item, Segment) and not last:
-            self.held -= x[item.end + 1]
-        if dropped is not None:
-            self.touch("restoring the input", item.start, "", dropped.restore_temp_bytes)
-            self.seconds += dropped.restore_seconds
-            self.flops += dropped.restore_flops
-            self.held += x[item.start] + dropped.restored_bytes
-        if isinstance(item, Keep):
-            option = self.option(item, last)
-            self.touch("backward", item.stage, item.policy.name, option.backward_temp_bytes)
-            self.seconds += option.backward_seconds
-            self.flops += option.backward_flops
-            self.held += g[item.stage] - g[item.stage + 1] - option.kept_bytes
-            self.param_grads += self.chain.stages[item.stage].param_grad_bytes
-        else:
+    def backward(self, item: Item, last: bool) -> None:
+        g = self.chain.boundary_grad_bytes
+        if isinstance(item, Segment):
             self.items(item.inner.items, inside=True)
-        if dropped is not None:
-            # what restoring left is part of the temporaries of the backward that comes next
-            self.held -= x[item.start] + dropped.restored_bytes
+            return
+        option = self.option(item, last)
+        self.touch("backward", item.stage, item.policy.name, option.backward_temp_bytes)
+        self.seconds += option.backward_seconds
+        self.flops += option.backward_flops
+        self.held += g[item.stage] - g[item.stage + 1] - option.kept_bytes
+        self.param_grads += self.chain.stages[item.stage].param_grad_bytes

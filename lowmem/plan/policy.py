@@ -36,8 +36,9 @@ class BlockPolicy:
     relu(bn(z1)), …. `KEEP{}` keeps the stage's output only. `LEAN` is every z, `SAVE_ALL` every z and a.
 
     `drop_output`: the stage's output is freed as soon as the next stage has run forward, and is computed
-    again ("restored") from the stage's input and its kept tensors just before the next item's backward. Two
-    neighbouring stages cannot both do it: restoring needs the input.
+    again ("restored") from the stage's input and its kept tensors just before the next item's backward. If
+    that input was dropped too, it is restored first; what is restored stays until the backward of the stage
+    that reads it.
 
     FUSED is only for the last stage of a segment, whose backward follows at once: its forward is not run at
     all (no output is needed), its backward computes what it needs from the input as it goes.
@@ -155,13 +156,9 @@ class Schedule:
                 )
             if isinstance(item, Keep) and item.policy.kind is PolicyKind.FUSED:
                 raise ValueError(f"stage {item.stage} is FUSED but not the last of its segment")
-            if (
-                _drops(item)
-                and isinstance(following, Keep)
-                and (following.policy.drop_output or following.policy.kind is PolicyKind.FUSED)
-            ):
+            if _drops(item) and isinstance(following, Keep) and following.policy.kind is PolicyKind.FUSED:
                 raise ValueError(
-                    f"stage {item.end} drops its output: stage {following.start} cannot be {following.policy}"
+                    f"stage {item.end} drops its output: stage {following.start} cannot be FUSED"
                 )
         if _drops(self.items[-1]):
             raise ValueError(

@@ -14,8 +14,9 @@ import numpy as np
 
 from lowmem.errors import Infeasible
 from lowmem.plan.cost import ChainCost
+from lowmem.plan.options import useful_bytes
 from lowmem.plan.solution import Solution, describe, refuse
-from lowmem.plan.table import Table, useful_bytes
+from lowmem.plan.table import LONGEST_RUN, Table
 
 MAX_SLOTS = 8192
 NAME = "optimal"
@@ -35,11 +36,16 @@ class Solver:
 
     `limit_bytes` is a budget, so it includes the chain's `fixed_bytes`. Smaller limits make a smaller table
     and the same answers. `slot_bytes`: the table's unit; by default 1 MiB or finer wherever that is at most
-    8,192 slots.
+    8,192 slots. `longest_run`: the most neighbouring stages that may drop their outputs.
     """
 
     def __init__(
-        self, chain: ChainCost, *, limit_bytes: int | None = None, slot_bytes: int | None = None
+        self,
+        chain: ChainCost,
+        *,
+        limit_bytes: int | None = None,
+        slot_bytes: int | None = None,
+        longest_run: int = LONGEST_RUN,
     ) -> None:
         self.chain = chain
         useful = useful_bytes(chain)
@@ -49,7 +55,7 @@ class Solver:
         if limit_bytes is not None:
             slots = min(slots, max(0, limit_bytes - chain.fixed_bytes) // slot + self._margin)
         self.limit_bytes = limit_bytes
-        self.table = Table(chain, slot, slots)
+        self.table = Table(chain, slot, slots, longest_run)
         # where the time changes: the least m of each distinct time, falling times
         times = self.table.times
         changed = np.concatenate(([True], times[1:] != times[:-1]))
@@ -80,7 +86,8 @@ class Solver:
     def least(self) -> Solution:
         """The schedule with the smallest peak that the table knows, the fastest of them."""
         if not self._steps:  # the limit cut everything off
-            return Solver(self.chain, slot_bytes=self.table.slot_bytes).least()
+            whole = Solver(self.chain, slot_bytes=self.table.slot_bytes, longest_run=self.table.longest_run)
+            return whole.least()
         first = self._steps[0]
         near = [self._solution(m) for m in self._steps if m <= first + self._margin]
         return min(near, key=lambda solution: (solution.peak_bytes, solution.seconds))

@@ -2,9 +2,10 @@
 
     z1 = conv1(x)   a1 = relu(bn1(z1))   …   y = relu(bn_n(z_n) + shortcut(x))
 
-Bottleneck, basic and plain blocks and the stem (one pair, no shortcut) are all of this form. Between forward and
-backward any subset of the z's and a's can be kept; the backward computes the others again, each only when it is
-needed, from the nearest kept tensor, and frees every tensor once it is dead. The shortcut's z is called zs.
+Bottleneck, basic and plain blocks and the stem (one pair, no shortcut) are all of this form. Between
+forward and backward any subset of the z's and a's can be kept; the backward computes the others again,
+each only when it is needed, from the nearest kept tensor, and frees every tensor once it is dead. The
+shortcut's z is called zs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Pair:
     def trainable(self) -> bool:
         return any(parameter.requires_grad for parameter in self.parameters())
 
-    def parameters(self) -> Iterator[nn.Parameter]:
+    def parameters(self) -> Iterator[Tensor]:
         yield self.conv.weight
         yield self.bn.weight
         yield self.bn.bias
@@ -52,7 +53,7 @@ class ConvBlock:
         pairs = (*self.pairs, self.projection)
         return self.identity, tuple(pair and (*_numbers(pair.conv), pair.bn.training) for pair in pairs)
 
-    def parameters(self) -> Iterator[nn.Parameter]:
+    def parameters(self) -> Iterator[Tensor]:
         for pair in (*self.pairs, *([self.projection] if self.projection else [])):
             yield from pair.parameters()
 
@@ -216,4 +217,12 @@ class ConvBlock:
 
 
 def _numbers(conv: nn.Conv2d) -> tuple[Hashable, ...]:
-    return (conv.weight.shape, conv.weight.stride(), conv.weight.dtype, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return (
+        conv.weight.shape,
+        conv.weight.stride(),
+        conv.weight.dtype,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+    )

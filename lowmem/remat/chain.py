@@ -1,11 +1,13 @@
 """A model as a chain of stages: stem, blocks, head.
 
-The family is recognised by its structure (names and types of children), so that this room knows no model of its own:
+The family is recognised by its structure (names and types of children), so that this room knows no model
+of its own:
 
-- a network has exactly the children `conv1`, `bn1`, `layer1`, `layer2`, … (sequences) and `linear`; its head averages
-  over 4x4 and flattens;
-- a block has exactly `conv1`, `bn1`, `conv2`, `bn2`, … and `shortcut`, which is None, an empty sequence (identity) or a
-  sequence of convolution and batch norm, and ReLUs after every batch norm but the last, and after the sum.
+- a network has exactly the children `conv1`, `bn1`, `layer1`, `layer2`, … (sequences) and `linear`; its
+  head averages over 4x4 and flattens;
+- a block has exactly `conv1`, `bn1`, `conv2`, `bn2`, … and `shortcut`, which is None, an empty sequence
+  (identity) or a sequence of convolution and batch norm, and ReLUs after every batch norm but the last,
+  and after the sum.
 
 A module whose children look like this but whose forward does something else must not be given to `decompose`.
 """
@@ -81,7 +83,8 @@ def _block(name: str, module: nn.Module) -> ConvBlock | None:
 
 
 def _pair(conv: nn.Module | None, bn: nn.Module | None) -> Pair | None:
-    """None unless both are exactly what the kernels cover: no bias, zero padding, affine, running statistics."""
+    """None unless both are exactly what the kernels cover: no bias, zero padding, affine, running
+    statistics."""
     if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
         return None
     if conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):

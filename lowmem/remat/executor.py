@@ -1,12 +1,13 @@
 """Runs a chain of stages forward and backward under a schedule.
 
-One autograd function covers the whole chain, so that this file, and not a graph, decides when each activation dies.
-Between forward and backward there is one entry per item of the schedule. An entry holds the input of its first stage
-and what its stage keeps; the output is held by the next entry, as its input. The gradient that travels down the chain
-belongs to the executor and is changed in place.
+One autograd function covers the whole chain, so that this file, and not a graph, decides when each
+activation dies. Between forward and backward there is one entry per item of the schedule. An entry holds
+the input of its first stage and what its stage keeps; the output is held by the next entry, as its input.
+The gradient that travels down the chain belongs to the executor and is changed in place.
 
-Known limitations: gradients are added to `.grad` directly, so that `torch.autograd.grad` with respect to parameters,
-hooks on parameters and a second backward through the same output do not work; outputs have no second derivative.
+Known limitations: gradients are added to `.grad` directly, so that `torch.autograd.grad` with respect to
+parameters, hooks on parameters and a second backward through the same output do not work; outputs have no
+second derivative.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class Run:
     def forward(
         self, schedule: Schedule, box: Box, *, want_output: bool = True
     ) -> tuple[Tensor | None, list[Entry]]:
-        """Runs the schedule from the tensor in the box -> output and entries; without `want_output` the last stage
-        computes only what it keeps."""
+        """Runs the schedule from the tensor in the box -> output and entries; without `want_output` the
+        last stage computes only what it keeps."""
         entries: list[Entry] = []
         dropped = False
         for item in schedule.items:
@@ -124,8 +125,8 @@ class Run:
 
 
 class _Chain(torch.autograd.Function):
-    """Anchor, input -> output. The anchor is an empty tensor that asks for a gradient, so that the backward runs even
-    if the input needs none."""
+    """Anchor, input -> output. The anchor is an empty tensor that asks for a gradient, so that the
+    backward runs even if the input needs none."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, x: Tensor, stages: Sequence[Stage], schedule: Schedule) -> Tensor:

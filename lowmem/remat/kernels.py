@@ -1,12 +1,12 @@
 """The kernels a block is made of, forward and backward, called directly: convolution, batch norm, ReLU.
 
-They are the ones autograd itself calls, so on a CPU the bits are the same (invariant 1). Batch norm is repeated
-without gathering statistics: training's last step is `z * (weight * invstd) + (bias - mean * weight * invstd)`, which
-is what evaluation does with mean, weight * invstd and a variance of one, so the evaluation kernel with those gives
-training's bits (float32 and float64 parameters; others gather again).
+They are the ones autograd itself calls, so on a CPU the bits are the same (invariant 1). Batch norm is
+repeated without gathering statistics: training's last step is `z * (weight * invstd) + (bias - mean *
+weight * invstd)`, which is what evaluation does with mean, weight * invstd and a variance of one, so the
+evaluation kernel with those gives training's bits (float32 and float64 parameters; others gather again).
 
-Known limitation: on CUDA batch norm runs on the library's native kernels, which can work in place, not on cuDNN's
-that `F.batch_norm` prefers for float32; the two differ by rounding.
+Known limitation: on CUDA batch norm runs on the library's native kernels, which can work in place, not on
+cuDNN's that `F.batch_norm` prefers for float32; the two differ by rounding.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 _aten = torch.ops.aten
-# BatchNorm2d and Conv2d have fields of optional type throughout; a block is only recognised when they are there.
 _EXACT_DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class NormStats:
-    """What one batch norm used in this forward pass. `mean` and `invstd`, [C], are None in evaluation mode."""
+    """What one batch norm used in this forward pass. `mean` and `invstd`, [C], are None in evaluation
+    mode."""
 
     training: bool
     mean: Tensor | None = None
@@ -43,7 +43,8 @@ def convolve(conv: nn.Conv2d, x: Tensor, low: torch.dtype | None) -> Tensor:
 def convolve_backward(
     conv: nn.Conv2d, grad: Tensor, x: Tensor, low: torch.dtype | None, need_input: bool
 ) -> Tensor | None:
-    """Adds the weight's gradient to `.grad`; returns the input's, in the input's dtype, or None if not needed."""
+    """Adds the weight's gradient to `.grad`; returns the input's, in the input's dtype, or None if not
+    needed."""
     weight, dtype = conv.weight, x.dtype
     mask = [need_input, weight.requires_grad, False]
     if not any(mask):
@@ -59,7 +60,7 @@ def convolve_backward(
     return None if grad_x is None else grad_x.to(dtype)
 
 
-def accumulate(parameter: nn.Parameter, grad: Tensor) -> None:
+def accumulate(parameter: Tensor, grad: Tensor) -> None:
     """Adds to `.grad` in place, or becomes it, in the parameter's dtype and memory layout."""
     grad = grad.to(parameter.dtype)
     if parameter.grad is not None:
@@ -71,7 +72,8 @@ def accumulate(parameter: nn.Parameter, grad: Tensor) -> None:
 
 
 def norm_first(bn: nn.BatchNorm2d, z: Tensor, in_place: bool) -> tuple[Tensor, NormStats]:
-    """The pass's first batch norm of z, [N, C, H, W]: moves the running statistics if it is training (invariant 2).
+    """The pass's first batch norm of z, [N, C, H, W]: moves the running statistics if it is training
+    (invariant 2).
 
     With `in_place` the result takes z's place.
     """
@@ -89,7 +91,8 @@ def norm_again(bn: nn.BatchNorm2d, z: Tensor, stats: NormStats, in_place: bool) 
     """The same bits as the first time, without moving anything."""
     if not stats.training:
         return _norm(bn, z, in_place, bn.running_mean, bn.running_var, False, 0.0)[0]
-    assert stats.mean is not None and stats.invstd is not None
+    assert stats.mean is not None
+    assert stats.invstd is not None
     if z.is_cuda:
         out = z if in_place else torch.empty_like(z)
         _aten.batch_norm_elemt.out(z, bn.weight, bn.bias, stats.mean, stats.invstd, bn.eps, out=out)
@@ -122,8 +125,8 @@ def norm_backward(
 def mask_relu(grad: Tensor, result: Tensor, *, owned: bool = True) -> Tensor:
     """The gradient before a ReLU, from the one after it and the ReLU's result; in place if `grad` is `owned`.
 
-    Never a product with a mask: that changes the memory layout in channels-last, and with it the kernels and the last
-    digits of what follows.
+    Never a product with a mask: that changes the memory layout in channels-last, and with it the kernels
+    and the last digits of what follows.
     """
     if owned and grad.stride() == result.stride():
         _aten.threshold_backward.grad_input(grad, result, 0, grad_input=grad)
@@ -154,7 +157,8 @@ def _run_norm(
     eps: float,
     in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`native_batch_norm` of a new tensor or in z's place -> result, mean, invstd (both empty in evaluation)."""
+    """`native_batch_norm` of a new tensor or in z's place -> result, mean, invstd (both empty in
+    evaluation)."""
     if not in_place or z.device.type not in ("cpu", "cuda"):
         return _aten.native_batch_norm(z, weight, bias, mean, var, training, momentum, eps)
     dtype = torch.float32 if z.is_cuda and z.dtype != torch.float64 else weight.dtype

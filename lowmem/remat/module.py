@@ -15,7 +15,8 @@ class PlannedModule(nn.Module):
     """Shares children, parameters and buffers with the model: state dict, `to`, `train` and optimizers see no
     difference, and changes show in both.
 
-    `stages` are the chain's links, `schedule` what is executed; it may be replaced (`set_schedule`) between steps.
+    `stages` are the chain's links, `schedule` what is executed; it may be replaced (`set_schedule`)
+    between steps.
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule) -> None:
@@ -47,9 +48,9 @@ def stage_names(model: nn.Module) -> tuple[str, ...]:
 def apply_plan(model: nn.Module, plan: Plan | Schedule) -> PlannedModule:
     """The module that executes the plan on the model's own parameters.
 
-    Loss, gradients and buffers have the same bits as the model's own on CPU (invariant 1). Gradients are added to
-    `.grad` as they are computed; see `lowmem.remat.executor` for what does not work because of that.
-    Raises ValueError if the plan was made for other stages than the model's.
+    Loss, gradients and buffers have the same bits as the model's own on CPU (invariant 1). Gradients are
+    added to `.grad` as they are computed; see `lowmem.remat.executor` for what does not work because of
+    that. Raises ValueError if the plan was made for other stages than the model's.
     """
     if isinstance(plan, Schedule):
         return PlannedModule(model, plan)

@@ -1,5 +1,5 @@
-"""A stage that is not of the family: any module, or any function of one tensor. It can be kept whole, with the graph
-autograd makes of it, or be run again from its input."""
+"""A stage that is not of the family: any module, or any function of one tensor. It can be kept whole,
+with the graph autograd makes of it, or be run again from its input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class OpaqueStage:
     def signature(self) -> Hashable:
         return "opaque", self.name
 
-    def parameters(self) -> Iterator[nn.Parameter]:
+    def parameters(self) -> Iterator[Tensor]:
         yield from self.module.parameters()
 
     def check(self, policy: BlockPolicy) -> None:
@@ -115,8 +115,8 @@ def _same_randomness(memo: StagePass) -> Iterator[None]:
 
 @contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Whatever moves the buffers moves copies. Restoring their values instead would upset autograd, which has saved
-    them."""
+    """Whatever moves the buffers moves copies. Restoring their values instead would upset autograd, which
+    has saved them."""
     owners = [(child._buffers, name) for child in module.modules() for name in child._buffers]
     originals = [(buffers, name, buffers[name]) for buffers, name in owners]
     for buffers, name, tensor in originals:

@@ -1,9 +1,9 @@
 """What the executor asks of a stage of the chain.
 
-Tensors are handed over in a one-element list ("box") wherever the callee should be able to free them: it pops the
-tensor, and nobody else holds it. Activations are [N, C, H, W]; a gradient handed to `backward` has already gone
-through the stage's final ReLU, if there is one (`relu_output`), because the ReLU's result, the next stage's input, is
-at hand there and need not be kept for this stage.
+Tensors are handed over in a one-element list ("box") wherever the callee should be able to free them: it
+pops the tensor, and nobody else holds it. Activations are [N, C, H, W]; a gradient handed to `backward`
+has already gone through the stage's final ReLU, if there is one (`relu_output`), because the ReLU's
+result, the next stage's input, is at hand there and need not be kept for this stage.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowmem.plan.policy import BlockPolicy
 from lowmem.remat.kernels import NormStats
@@ -26,9 +26,9 @@ Saved: TypeAlias = dict[str, Tensor]
 class StagePass:
     """What a stage remembers through one forward pass and the recomputations that belong to it.
 
-    `low`: the dtype of autocast, or None. `norms`: batch statistics by convolution (`"1"`, …, `"s"`). `rng`: generator
-    states before the first run, for stages that draw random numbers. `first`: nothing has run yet, so that buffers
-    have to be moved (invariant 2).
+    `low`: the dtype of autocast, or None. `norms`: batch statistics by convolution (`"1"`, …, `"s"`).
+    `rng`: generator states before the first run, for stages that draw random numbers. `first`: nothing
+    has run yet, so that buffers have to be moved (invariant 2).
     """
 
     low: torch.dtype | None
@@ -52,7 +52,7 @@ class Stage(Protocol):
     def signature(self) -> Hashable:
         """Stages of equal signature cost the same on equal inputs."""
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def parameters(self) -> Iterator[Tensor]: ...
 
     def check(self, policy: BlockPolicy) -> None:
         """Raises ValueError if the stage does not know the policy."""
@@ -66,10 +66,12 @@ class Stage(Protocol):
         need_input: bool,
         want_output: bool = True,
     ) -> tuple[Tensor | None, Saved]:
-        """Output and kept tensors; policy None saves nothing. Without `want_output` only what is kept is computed."""
+        """Output and kept tensors; policy None saves nothing. Without `want_output` only what is kept is
+        computed."""
 
     def restore(self, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:
-        """The output again, from the input and the kept tensors; may add to `saved` what the backward needs too."""
+        """The output again, from the input and the kept tensors; may add to `saved` what the backward
+        needs too."""
 
     def backward(
         self, grad: Box, saved: Saved, x: Tensor, memo: StagePass, *, need_input: bool

@@ -12,9 +12,10 @@ from lowmem.simulate.trace import Kind, Trace
 class Estimate:
     """All figures are bytes.
 
-    `peak_tensor_bytes`: the most that storages took at once. `peak_allocated_bytes`, `peak_reserved_bytes`: what
-    `torch.cuda.max_memory_allocated` and `max_memory_reserved` would say. `at_peak_bytes`: the first by kind, at the
-    moment of the first peak; `peak_phase` and `peak_operation` say when that is.
+    `peak_tensor_bytes`: the most that storages took at once. `peak_allocated_bytes`,
+    `peak_reserved_bytes`: what `torch.cuda.max_memory_allocated` and `max_memory_reserved` would say.
+    `at_peak_bytes`: the first by kind, at the moment of the first peak; `peak_phase` and `peak_operation`
+    say when that is.
     """
 
     peak_tensor_bytes: int
@@ -26,7 +27,8 @@ class Estimate:
 
 
 def estimate(trace: Trace, capacity_bytes: int | None = None) -> Estimate:
-    """Plays the trace through the allocator's model. Raises `allocator.DeviceFull` if it does not fit a capacity."""
+    """Plays the trace through the allocator's model. Raises `allocator.DeviceFull` if it does not fit a
+    capacity."""
     kinds = trace.all_kinds()
     allocator = Allocator(capacity_bytes)
     live = dict.fromkeys(Kind, 0)

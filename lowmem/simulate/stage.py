@@ -25,7 +25,9 @@ class Measurable(Protocol):
     @property
     def signature(self) -> Hashable: ...
     def parameters(self) -> Iterable[Tensor]: ...
-    def forward(self, box: list[Tensor], policy: Any, memo: Any, *, need_input: bool) -> tuple[Tensor | None, Any]: ...
+    def forward(
+        self, box: list[Tensor], policy: Any, memo: Any, *, need_input: bool, want_output: bool = True
+    ) -> tuple[Tensor | None, Any]: ...
     def restore(self, saved: Any, x: Tensor, memo: Any) -> Tensor: ...
     def backward(
         self, grad: list[Tensor], saved: Any, x: Tensor, memo: Any, *, need_input: bool
@@ -39,11 +41,13 @@ class Option:
     policy: Any
     drops_output: bool = False
     fused: bool = False  # no forward of its own; all work in the backward
+    last: bool = False  # as a segment's last stage, whose output is not made
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptionMeasure:
-    """Bytes above the chain's; the fields of `lowmem.plan.cost.OptionCost` have the same names and meaning."""
+    """Bytes above the chain's; the fields of `lowmem.plan.cost.OptionCost` have the same names and
+    meaning."""
 
     option: Option
     kept_bytes: int
@@ -131,16 +135,23 @@ class _Bench:
         )
 
     def _option(self, option: Option, like: Tensor, output: int) -> OptionMeasure:
-        start = self._mark()
         memo: Any = self.new_memo()
-        y, saved = self.stage.forward([self.x], option.policy, memo, need_input=self.need_input)
-        peak, live, forward_work = self._since(start)
-        kept = live - output if option.drops_output else live
-        if option.fused:  # its statistics come from the run before, which is not its own
-            del y, saved
-            saved, kept, peak, forward_work = {}, 0, 0, ()
-        else:
-            del y
+        y: Tensor | None
+        saved: Any
+        if option.fused or option.last:  # statistics come from a run before, which is not its own
+            self.stage.forward([self.x], None, memo, need_input=False)
+        start = self._mark()
+        y, saved = None, {}
+        if not option.fused:
+            y, saved = self.stage.forward(
+                [self.x], option.policy, memo, need_input=self.need_input, want_output=not option.last
+            )
+        peak, kept, forward_work = self._since(start)
+        if option.drops_output:
+            kept -= output
+        del y
+        # what the backward starts from; a stage that is kept with its graph holds the output itself
+        counted = kept - self._since(start)[1]
         restore_temp = restored = 0
         restore_work: tuple[Work, ...] = ()
         held = self._mark()
@@ -155,7 +166,7 @@ class _Bench:
             option=option,
             kept_bytes=kept,
             forward_temp_bytes=max(0, peak - kept),
-            backward_temp_bytes=max(0, tb - (0 if option.drops_output or option.fused else output)),
+            backward_temp_bytes=max(0, tb - counted),
             restore_temp_bytes=restore_temp,
             restored_bytes=restored,
             forward_work=forward_work,

@@ -19,8 +19,9 @@ from lowmem.simulate.trace import Kind, Recorder, Trace
 class Loop:
     """The real loop's step, for whatever executes the model.
 
-    `run` maps a micro-batch to logits, `model` owns parameters and buffers, `micro_batches` are (inputs, labels).
-    Gradients are set to None before the forward and the loss of each micro-batch is weighted by its share.
+    `run` maps a micro-batch to logits, `model` owns parameters and buffers, `micro_batches` are (inputs,
+    labels). Gradients are set to None before the forward and the loss of each micro-batch is weighted by
+    its share.
     """
 
     run: Callable[[Tensor], Tensor]
@@ -60,8 +61,8 @@ def trace_steps(build: Callable[[], Loop], steps: int = 2, *, fake: bool = True)
     """Builds the loop and runs it -> everything that was allocated and freed, in phases `setup`, `forward`,
     `backward` and `optimizer`.
 
-    Two steps are the least that shows the peak, because momentum comes to exist in the first. With `fake` nothing is
-    allocated for real; without, the same is recorded of real tensors.
+    Two steps are the least that shows the peak, because momentum comes to exist in the first. With `fake`
+    nothing is allocated for real; without, the same is recorded of real tensors.
     """
     with _fake_mode(fake):
         recorder = Recorder()

@@ -6,7 +6,18 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from lowmem.plan import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, PolicyKind, Schedule, Segment, keep
+from lowmem.plan import (
+    FUSED,
+    INPUT_ONLY,
+    LEAN,
+    SAVE_ALL,
+    BlockPolicy,
+    Keep,
+    PolicyKind,
+    Schedule,
+    Segment,
+    keep,
+)
 from lowmem.remat.block import ConvBlock
 from lowmem.remat.stage import Stage
 
@@ -17,7 +28,8 @@ def fitting(stage: Stage, policy: BlockPolicy) -> BlockPolicy:
         return SAVE_ALL
     if policy.kind is not PolicyKind.KEEP:
         return policy
-    return BlockPolicy(policy.kind, policy.kept & stage.tensors, policy.drop_output)
+    kept = policy.kept & stage.tensors
+    return SAVE_ALL if len(stage.pairs) == 1 and kept else BlockPolicy(policy.kind, kept, policy.drop_output)
 
 
 def uniform(stages: Sequence[Stage], policy: BlockPolicy) -> Schedule:
@@ -44,7 +56,9 @@ def alternating(stages: Sequence[Stage], first: BlockPolicy, second: BlockPolicy
 
 
 @st.composite
-def schedules(draw: st.DrawFn, stages: Sequence[Stage], start: int = 0, end: int | None = None, depth: int = 0) -> Schedule:
+def schedules(
+    draw: st.DrawFn, stages: Sequence[Stage], start: int = 0, end: int | None = None, depth: int = 0
+) -> Schedule:
     """Any valid schedule of start..end."""
     end = len(stages) - 1 if end is None else end
     items: list[Keep | Segment] = []
@@ -57,7 +71,7 @@ def schedules(draw: st.DrawFn, stages: Sequence[Stage], start: int = 0, end: int
             at, dropped = last + 1, False
             continue
         fused = depth > 0 and at == end and not dropped
-        policy = draw(_policies(stages[at], may_drop=not dropped and at < end, may_fuse=fused))
+        policy = draw(_policies(stages[at], may_drop=at < end, may_fuse=fused))
         items.append(Keep(at, policy))
         at, dropped = at + 1, policy.drop_output
     return Schedule(tuple(items))

@@ -1,4 +1,5 @@
-"""Whole networks: loss, every gradient and every buffer have autograd's bits, in fp32 and both memory formats."""
+"""Whole networks: loss, every gradient and every buffer have autograd's bits, in fp32 and both memory
+formats."""
 
 from __future__ import annotations
 
@@ -9,7 +10,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowmem.plan import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, PolicyKind, Schedule, Segment, keep
+from lowmem.plan import (
+    FUSED,
+    INPUT_ONLY,
+    LEAN,
+    SAVE_ALL,
+    BlockPolicy,
+    Keep,
+    PolicyKind,
+    Schedule,
+    Segment,
+    keep,
+)
 from lowmem.remat import decompose
 from tests.exact.compare import (
     BLOCKS,
@@ -37,9 +49,24 @@ CASES = {
 
 
 def _nested(last: int) -> Schedule:
-    inner = Segment(2, last, Schedule((Keep(2, LEAN), Segment(3, 4, Schedule((Keep(3, LEAN), Keep(4, FUSED)))),
-                                       Segment(5, last, Schedule((Keep(5, keep("z1", drop_output=True)), Keep(6, SAVE_ALL)))))))
-    return Schedule((Segment(0, last, Schedule((Keep(0, INPUT_ONLY), Segment(1, last, Schedule((Keep(1, LEAN), inner)))))),))
+    inner = Segment(
+        2,
+        last,
+        Schedule(
+            (
+                Keep(2, LEAN),
+                Segment(3, 4, Schedule((Keep(3, LEAN), Keep(4, FUSED)))),
+                Segment(5, last, Schedule((Keep(5, keep("z1", drop_output=True)), Keep(6, SAVE_ALL)))),
+            )
+        ),
+    )
+    return Schedule(
+        (
+            Segment(
+                0, last, Schedule((Keep(0, INPUT_ONLY), Segment(1, last, Schedule((Keep(1, LEAN), inner)))))
+            ),
+        )
+    )
 
 
 CASES["nested"] = lambda stages: _nested(len(stages) - 1)

@@ -7,6 +7,7 @@ import random
 
 from lowmem.plan.cost import ChainCost, OptionCost, StageCost
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, keep
+from lowmem.units import MIB
 
 PLAIN = (SAVE_ALL, LEAN, keep("z1", "z2"), keep("z2"), INPUT_ONLY)
 DROPPING = (keep("z1", "z3", drop_output=True), keep("z2", drop_output=True))
@@ -95,3 +96,28 @@ def scaled(chain: ChainCost, rng: random.Random) -> ChainCost:
             )
         )
     return dataclasses.replace(chain, stages=tuple(stages), output_bytes=size(chain.output_bytes))
+
+
+def tradeoffs(stages: int, options: int, useful: int = 5_000 * MIB) -> ChainCost:
+    """A chain of equal stages whose options trade bytes for time."""
+    unit = useful // (stages + 4) // options
+    made = tuple(
+        OptionCost(
+            policy=keep(*(f"z{index}" for index in range(1, level + 1))),
+            forward_seconds=1.0,
+            backward_seconds=3.0 - level / options,
+            kept_bytes=(level + 1) * unit,
+            forward_temp_bytes=unit,
+            backward_temp_bytes=2 * unit,
+        )
+        for level in range(options)
+    )
+    block = StageCost(
+        name="block",
+        input_bytes=unit,
+        input_grad_bytes=unit,
+        fast_seconds=1.0,
+        fast_temp_bytes=unit,
+        options=made,
+    )
+    return ChainCost(stages=tuple(dataclasses.replace(block, name=f"block{i}") for i in range(stages)))

@@ -21,10 +21,9 @@ from lowmem.plan.baselines import (
 )
 from lowmem.plan.policy import FUSED, LEAN, SAVE_ALL, Keep, Segment, keep
 from lowmem.plan.solver import solve
-from tests.unit.plan.chains import random_chain
-from tests.unit.plan.test_solver import random_tradeoffs
+from tests.unit.plan.chains import random_chain, tradeoffs
 
-CHAIN = random_tradeoffs(9, 4)
+CHAIN = tradeoffs(9, 4)
 PLENTY = 10**12
 
 

@@ -105,6 +105,14 @@ def test_a_dropped_output() -> None:
     assert middle.peak_bytes == max(100 + 95 + 10 + 30, 100 + 15 + 10 + 40 + 10 + 7 + 30)
 
 
+def test_two_dropped_outputs_in_a_row() -> None:
+    result = evaluate(uniform([DROP, DROP, LEAN]), CHAIN)
+    assert result.flops == 3 + (4 + 4 + 3) + 9 + 9
+    # at the last backward both inputs are there again: kept 15 + 15 + 30, inputs 10 + 10, gradient above
+    assert result.peak_bytes == 100 + 60 + 20 + 10 + 35
+    assert result.peak.what == "backward of block2 under LEAN"
+
+
 def test_a_segment_with_a_transient_input() -> None:
     schedule = Schedule((Keep(0, DROP), Segment(1, 1, Schedule((Keep(1, FUSED),))), Keep(2, LEAN)))
     result = evaluate(schedule, CHAIN)

@@ -1,0 +1,68 @@
+"""The promised FLOPs: a counter over the real step gives exactly what was predicted."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from lowmem.choose.costs import chain_cost
+from lowmem.plan import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, Keep, Schedule, Segment, keep
+from lowmem.plan.cost import ChainCost, Rates
+from lowmem.plan.evaluate import evaluate
+from lowmem.remat import apply_plan, decompose
+from lowmem.simulate import trace_steps
+from tests.exact.compare import BLOCKS, pictures, small_net, training
+from tests.exact.schedules import alternating, uniform
+from tests.unit.simulate.loops import Setup
+
+
+def _segment(stages: Any) -> Schedule:
+    inner = Segment(2, 4, Schedule((Keep(2, keep("z1")), Keep(3, LEAN), Keep(4, FUSED))))
+    outer = Segment(1, 5, Schedule((Keep(1, LEAN), inner, Keep(5, FUSED))))
+    return Schedule((Keep(0, INPUT_ONLY), outer, Keep(6, SAVE_ALL)))
+
+
+SCHEDULES = {
+    "save-all": lambda stages: uniform(stages, SAVE_ALL),
+    "lean": lambda stages: uniform(stages, LEAN),
+    "input-only": lambda stages: uniform(stages, INPUT_ONLY),
+    "z1": lambda stages: uniform(stages, keep("z1")),
+    "dropped": lambda stages: alternating(stages, LEAN, keep("z1", drop_output=True)),
+    "segments": _segment,
+}
+
+
+@cache
+def _chain(block: Any) -> ChainCost:
+    return chain_cost(small_net(block), input_shape=(2, 3, 32, 32), rates=Rates(1.0, 1.0))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_promised_flops(schedule: str, block: Any) -> None:
+    model = small_net(block)
+    chosen = SCHEDULES[schedule](decompose(model))
+    chain = _chain(block)
+    with FlopCounterMode(display=False) as counter:
+        training(*pictures(2))(apply_plan(model, chosen))
+    setup = Setup(block=block, width=8, batch=2, schedule=SCHEDULES[schedule])
+    trace = trace_steps(lambda: setup.build(fake=True), 1)
+    assert counter.get_total_flops() == evaluate(chosen, chain).flops == trace.flops()
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_save_all_and_lean_repeat_no_convolution(block: Any) -> None:
+    model = small_net(block)
+    totals = []
+    for run in (
+        model,
+        apply_plan(model, uniform(decompose(model), SAVE_ALL)),
+        apply_plan(model, uniform(decompose(model), LEAN)),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            training(*pictures(2))(run)
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] == totals[2]
