@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lowmem.plan.policy import Keep, Schedule, Segment
 from lowmem.remat.kernels import mask_relu
@@ -140,6 +141,7 @@ class _Chain(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, None]:
         run: Run | None = ctx.run
         ctx.run = None

@@ -65,21 +65,29 @@ def accumulate(parameter: Tensor, grad: Tensor) -> None:
     grad = grad.to(parameter.dtype)
     if parameter.grad is not None:
         parameter.grad.add_(grad)
-    elif grad.stride() == parameter.stride():
+    elif _laid_out_alike(grad, parameter):
         parameter.grad = grad
     else:
         parameter.grad = torch.empty_like(parameter).copy_(grad)
+
+
+def _laid_out_alike(grad: Tensor, parameter: Tensor) -> bool:
+    """Autograd's own rule for taking a gradient as it is: strides agree wherever there is more than one."""
+    dims = zip(grad.shape, grad.stride(), parameter.stride(), strict=True)
+    return all(mine == other for size, mine, other in dims if size > 1)
 
 
 def norm_first(bn: nn.BatchNorm2d, z: Tensor, in_place: bool) -> tuple[Tensor, NormStats]:
     """The pass's first batch norm of z, [N, C, H, W]: moves the running statistics if it is training
     (invariant 2).
 
-    With `in_place` the result takes z's place.
+    With `in_place` the result takes z's place. Raises ValueError if there is one value per channel only.
     """
     if not bn.training:
         stats = NormStats(training=False)
         return norm_again(bn, z, stats, in_place), stats
+    if z.numel() == z.shape[1]:
+        raise ValueError(f"training needs more than one value per channel, got an input of {list(z.shape)}")
     assert bn.num_batches_tracked is not None
     bn.num_batches_tracked.add_(1)
     momentum = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum

@@ -225,3 +225,30 @@ def test_a_second_backward_is_refused() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="went backward already"):
         loss.backward()
+
+
+def test_a_second_derivative_is_refused() -> None:
+    model = small_net(Bottleneck)
+    planned = apply_plan(model, uniform(decompose(model), LEAN))
+    x = pictures(2)[0].requires_grad_()
+    (grad,) = torch.autograd.grad(planned(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_one_value_per_channel_is_refused() -> None:
+    """As `F.batch_norm` does."""
+    model = small_net(Bottleneck)
+    planned = apply_plan(model, uniform(decompose(model), LEAN))
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        planned(torch.randn(1, 3, 8, 8))
+
+
+@by_schedule
+@pytest.mark.parametrize("which", ["weights", "inputs"])
+def test_mixed_memory_formats(which: str, schedule: str) -> None:
+    """Only the weights, or only the pictures, in channels-last."""
+    formats = (torch.channels_last, torch.contiguous_format)
+    weights, inputs = formats if which == "weights" else formats[::-1]
+    plain, planned = _twins(Bottleneck, schedule, weights)
+    assert differences(plain, planned, training(*pictures(3, inputs))) == []
