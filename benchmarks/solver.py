@@ -69,9 +69,7 @@ def measure(chain: ChainCost, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     conditions = {
@@ -88,9 +86,7 @@ def main() -> None:
         measured = measure(with_dropping(chain) if dropping else chain, arguments.rounds)
         rows.append({"stages": stages, "options": options, "dropping": 2 * dropping, **measured})
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "solver.json").write_text(
-        json.dumps({**conditions, "rows": rows}, indent=2) + "\n", encoding="utf-8"
-    )
+    (RESULTS / "solver.json").write_text(json.dumps({**conditions, "rows": rows}, indent=2) + "\n", encoding="utf-8")
     table = "\n".join(_table(conditions, rows)) + "\n"
     (RESULTS / "solver.md").write_text(table, encoding="utf-8")
     print(table)

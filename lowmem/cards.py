@@ -46,9 +46,7 @@ def _text(value: object) -> object:
 
 def _known_link(value: str) -> str:
     if value.partition("x")[0] not in _LANE_BYTES_PER_SECOND:
-        raise ValueError(
-            f"PCIe {value!r} is unknown: write one of {', '.join(_LANE_BYTES_PER_SECOND)} and the lanes"
-        )
+        raise ValueError(f"PCIe {value!r} is unknown: write one of {', '.join(_LANE_BYTES_PER_SECOND)} and the lanes")
     return value
 
 
@@ -140,9 +138,7 @@ def load_card(name: str) -> Card:
         return _read(path)
     by_key = {_key(known): known for known in card_names()}
     if _key(name) not in by_key:
-        raise UsageError(
-            f"unknown card {name!r}: {_nearest(_key(name), by_key)}, or give the path of a .yaml file"
-        )
+        raise UsageError(f"unknown card {name!r}: {_nearest(_key(name), by_key)}, or give the path of a .yaml file")
     return _read(profiles_folder("cards") / f"{by_key[_key(name)]}.yaml")
 
 

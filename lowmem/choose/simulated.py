@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowmem.plan.cost import Operation, Rates
 from lowmem.plan.policy import Schedule
 from lowmem.remat import apply_plan
-from lowmem.simulate import Estimate, Loop, empty_copy, estimate, trace_steps
+from lowmem.simulate import DeviceFull, Estimate, Loop, empty_copy, estimate, trace_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +44,30 @@ class StepShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """A steady step (momentum exists): bytes, seconds by the roofline, floating-point operations."""
+    """A steady step (momentum exists): bytes, seconds by the roofline, floating-point operations.
+
+    `fits`: whether the caching allocator gets by with the capacity that was given. Its estimate is then of that
+    allocator, which returns what it has cached when the card is full (at the price of waiting for the card); where it
+    does not fit, or no capacity was given, of one on a card without limit.
+    """
 
     estimate: Estimate
     seconds: float
     flops: int
+    fits: bool = True
 
 
-def simulate_step(shape: StepShape, schedule: Schedule | None, rates: Rates) -> Simulated:
+def simulate_step(
+    shape: StepShape, schedule: Schedule | None, rates: Rates, capacity_bytes: int | None = None
+) -> Simulated:
     """Runs the real executor (or, for None, the untouched model under autograd) and optimizer on fake tensors."""
     trace = trace_steps(_loop_builder(shape, schedule), steps=1)
     work = (Operation(one.flops, one.moved_bytes) for one in trace.work if one.phase != "setup")
-    return Simulated(estimate=estimate(trace), seconds=rates.seconds(work), flops=trace.flops())
+    try:
+        taken, fits = estimate(trace, capacity_bytes), True
+    except DeviceFull:
+        taken, fits = estimate(trace), False
+    return Simulated(estimate=taken, seconds=rates.seconds(work), flops=trace.flops(), fits=fits)
 
 
 def _loop_builder(shape: StepShape, schedule: Schedule | None) -> Callable[[], Loop]:

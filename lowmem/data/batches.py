@@ -58,13 +58,9 @@ class Normalizer:
     def __init__(self, mean: Triple, std: Triple, device: torch.device) -> None:
         shape = (CHANNELS, 1, 1)
         self._shift = torch.tensor([255.0 * m for m in mean], dtype=torch.float32).view(shape).to(device)
-        self._scale = (
-            torch.tensor([1.0 / (255.0 * s) for s in std], dtype=torch.float32).view(shape).to(device)
-        )
+        self._scale = torch.tensor([1.0 / (255.0 * s) for s in std], dtype=torch.float32).view(shape).to(device)
 
-    def __call__(
-        self, images: Tensor, memory_format: torch.memory_format = torch.contiguous_format
-    ) -> Tensor:
+    def __call__(self, images: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
         # A subtraction and a product, not one fused multiply-add: each rounds once in every kernel, so a
         # picture has the same bits wherever it stands in a batch, and on every device.
         out = images.to(torch.float32, copy=True).sub_(self._shift).mul_(self._scale)

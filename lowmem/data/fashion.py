@@ -85,25 +85,19 @@ def _part(folder: Path, part: str) -> Pictures:
     for name in _NAMES[part]:
         path = _find(folder, name)
         if path is None:
-            raise DataError(
-                f"{folder / name} (or .gz) is missing: Fashion-MNIST needs all four files in one folder"
-            )
+            raise DataError(f"{folder / name} (or .gz) is missing: Fashion-MNIST needs all four files in one folder")
         paths.append(path)
     grey = read_idx(paths[0], _IMAGES_MAGIC)
     labels = read_idx(paths[1], _LABELS_MAGIC)
     if grey.shape[1:] != (_GREY_SIDE, _GREY_SIDE):
-        raise DataError(
-            f"{paths[0]} holds pictures of {grey.shape[1]}x{grey.shape[2]}, Fashion-MNIST's are 28x28"
-        )
+        raise DataError(f"{paths[0]} holds pictures of {grey.shape[1]}x{grey.shape[2]}, Fashion-MNIST's are 28x28")
     if len(grey) != len(labels) or not len(grey):
         raise DataError(
             f"{paths[0].name} holds {len(grey):,} pictures, {paths[1].name} {len(labels):,} labels: "
             f"one of them is of another data set; fetch both again into {folder}"
         )
     if labels.max() >= len(CLASSES):
-        raise DataError(
-            f"{paths[1]} holds the label {labels.max()}, Fashion-MNIST's are 0 to 9: fetch it again"
-        )
+        raise DataError(f"{paths[1]} holds the label {labels.max()}, Fashion-MNIST's are 0 to 9: fetch it again")
     border = (SIDE - _GREY_SIDE) // 2
     padded = np.pad(grey, ((0, 0), (border, border), (border, border)))
     images = np.ascontiguousarray(np.broadcast_to(padded[:, None], (len(grey), CHANNELS, SIDE, SIDE)))
@@ -131,7 +125,5 @@ def read_idx(path: Path, magic: int) -> NDArray[np.uint8]:
     shape = struct.unpack(f">{magic & 0xFF}I", data[4:header])
     expected = header + int(np.prod(shape, dtype=object))
     if len(data) != expected:
-        raise DataError(
-            f"{path} holds {len(data):,} bytes, its header says {expected:,}: it is damaged; {again}"
-        )
+        raise DataError(f"{path} holds {len(data):,} bytes, its header says {expected:,}: it is damaged; {again}")
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)

@@ -60,9 +60,7 @@ def read(path: str | Path, *, cache: str | Path | None, progress: Progress | Non
     pictures = _from_cache(keep, signature, parts)
     if pictures is None:
         pictures = _decode_parts(parts, progress)
-        tensors = {
-            f"{part}.{name}": getattr(pictures[part], name) for part in PARTS for name in ("images", "labels")
-        }
+        tensors = {f"{part}.{name}": getattr(pictures[part], name) for part in PARTS for name in ("images", "labels")}
         try:
             cached.write(keep, signature, tensors)
         except OSError as error:
@@ -78,9 +76,7 @@ def scan(root: Path) -> tuple[tuple[str, ...], dict[str, list[Entry]]]:
     """Class names (sorted) and the files of each part, by class and name. Raises DataError."""
     for part in PARTS:
         if not (root / part).is_dir():
-            raise DataError(
-                f"{root / part} is missing: pictures belong in {root}/train/<class>/ and /test/<class>/"
-            )
+            raise DataError(f"{root / part} is missing: pictures belong in {root}/train/<class>/ and /test/<class>/")
     names = {part: _class_names(root / part) for part in PARTS}
     if not names["train"]:
         raise DataError(f"{root / 'train'} has no class folders: pictures belong in train/<class>/")
@@ -115,9 +111,7 @@ def _files(folder: Path, label: int) -> list[Entry]:
             if _ignored(entry.name):
                 continue
             if entry.is_dir():
-                raise DataError(
-                    f"{entry.path} is a folder inside a class: move its pictures up or take it out"
-                )
+                raise DataError(f"{entry.path} is a folder inside a class: move its pictures up or take it out")
             stat = entry.stat()
             if stat.st_size == 0:
                 raise DataError(f"{entry.path} is empty: delete it or put the picture back")
@@ -136,9 +130,7 @@ def _signature(root: Path, classes: tuple[str, ...], parts: dict[str, list[Entry
     for part in PARTS:
         for entry in parts[part]:
             name = os.path.relpath(entry.path, root)
-            digest.update(
-                f"\0{name}\0{entry.size_bytes}\0{entry.modified_ns}".encode("utf-8", "surrogateescape")
-            )
+            digest.update(f"\0{name}\0{entry.size_bytes}\0{entry.modified_ns}".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -169,9 +161,7 @@ def _decode_parts(parts: dict[str, list[Entry]], progress: Progress | None) -> d
             pool.shutdown(cancel_futures=True)  # one damaged file: the rest need not be decoded
             raise
     return {
-        part: Pictures(
-            torch.from_numpy(images[part]), torch.tensor([e.label for e in parts[part]], dtype=torch.int64)
-        )
+        part: Pictures(torch.from_numpy(images[part]), torch.tensor([e.label for e in parts[part]], dtype=torch.int64))
         for part in PARTS
     }
 
@@ -195,9 +185,7 @@ def decode(path: str) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as picture:
             if picture.mode.startswith(("I", "F")):
-                raise DataError(
-                    f"{path} has more than 8 bits a channel ({picture.mode}): convert it to 8 bits"
-                )
+                raise DataError(f"{path} has more than 8 bits a channel ({picture.mode}): convert it to 8 bits")
             # RGB before resizing: palette indices must not be interpolated.
             rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
             if rgb.size != (SIDE, SIDE):

@@ -41,8 +41,7 @@ def _limit(pictures: Pictures, count: int | None, classes: int, key: int, what: 
         return pictures
     if count > len(pictures):
         raise UsageError(
-            f"data.{what}_subset asks for {count:,} pictures, there are {len(pictures):,}: "
-            "lower it or leave it out"
+            f"data.{what}_subset asks for {count:,} pictures, there are {len(pictures):,}: lower it or leave it out"
         )
     return pictures.take(subset.choose(pictures.labels.numpy(), classes, count, key))
 

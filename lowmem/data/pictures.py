@@ -33,9 +33,7 @@ class Pictures:
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
         if self.images.dtype != torch.uint8 or shape[1:] != (CHANNELS, SIDE, SIDE):
-            raise ValueError(
-                f"images are {self.images.dtype} {list(shape)}, they must be uint8 [N, 3, 32, 32]"
-            )
+            raise ValueError(f"images are {self.images.dtype} {list(shape)}, they must be uint8 [N, 3, 32, 32]")
         if self.labels.dtype != torch.int64 or tuple(self.labels.shape) != shape[:1]:
             raise ValueError(
                 f"labels are {self.labels.dtype} {list(self.labels.shape)}, they must be int64 [{shape[0]}]"

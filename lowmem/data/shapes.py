@@ -70,9 +70,7 @@ def _dots(u: Ints, v: Ints, r: Ints) -> Mask:
 
 
 def _ripples(u: Ints, v: Ints, r: Ints) -> Mask:
-    distance = np.sqrt((u * u + v * v).astype(np.float64)).astype(
-        np.int32
-    )  # IEEE: correctly rounded everywhere
+    distance = np.sqrt((u * u + v * v).astype(np.float64)).astype(np.int32)  # IEEE: correctly rounded everywhere
     return distance // (r // 3) % 2 == 0
 
 

@@ -86,9 +86,7 @@ def best_uniform(chain: ChainCost, budget_bytes: int) -> Solution:
     return _fitting("one policy everywhere", schedules, chain, budget_bytes)
 
 
-def segments_of(
-    chain: ChainCost, length: int, policy: BlockPolicy = SAVE_ALL, fuse_last: bool = False
-) -> Schedule:
+def segments_of(chain: ChainCost, length: int, policy: BlockPolicy = SAVE_ALL, fuse_last: bool = False) -> Schedule:
     """Segments of `length` stages, with `policy` inside; what is left at the end, at least one stage, is not
     checkpointed, as in torch.utils.checkpoint.checkpoint_sequential."""
     items: list[Item] = []
@@ -125,9 +123,7 @@ def best_every_kth(chain: ChainCost, budget_bytes: int) -> Solution:
 def sqrt_n(chain: ChainCost, budget_bytes: int) -> Solution:
     """Segments of about the square root of the number of stages."""
     length = isqrt(len(chain) - 1) + 1
-    return _fitting(
-        f"checkpoint every {length} (sqrt n) blocks", [segments_of(chain, length)], chain, budget_bytes
-    )
+    return _fitting(f"checkpoint every {length} (sqrt n) blocks", [segments_of(chain, length)], chain, budget_bytes)
 
 
 def all_schedules(chain: ChainCost) -> Iterator[Schedule]:
@@ -168,9 +164,7 @@ def brute_force(chain: ChainCost, budget_bytes: int) -> Solution:
         result = evaluate(schedule, chain)
         if least is None or result.peak_bytes < least[0]:
             least = (result.peak_bytes, schedule)
-        if result.peak_bytes <= budget_bytes and (
-            best is None or (result.seconds, result.peak_bytes) < best[:2]
-        ):
+        if result.peak_bytes <= budget_bytes and (best is None or (result.seconds, result.peak_bytes) < best[:2]):
             best = (result.seconds, result.peak_bytes, schedule)
     assert least is not None
     if best is None:

@@ -138,14 +138,10 @@ class StageCost:
             raise ValueError(f"stage {self.name!r} has a policy twice")
         if all(policy.kind is PolicyKind.FUSED or policy.drop_output for policy in policies):
             raise ValueError(f"stage {self.name!r} has no policy that can be used anywhere in a chain")
-        usable = {
-            policy for policy in policies if policy.kind is not PolicyKind.FUSED and not policy.drop_output
-        }
+        usable = {policy for policy in policies if policy.kind is not PolicyKind.FUSED and not policy.drop_output}
         last = [option.policy for option in self.last_options]
         if len(set(last)) != len(last) or not usable.issuperset(last):
-            raise ValueError(
-                f"stage {self.name!r}: last_options are some of the options' policies, each once"
-            )
+            raise ValueError(f"stage {self.name!r}: last_options are some of the options' policies, each once")
 
     def option(self, policy: BlockPolicy) -> OptionCost:
         """Raises KeyError if the stage has no such policy."""

@@ -89,11 +89,7 @@ class _Run:
 
     def worst(self) -> Moment:
         what, stage, policy, param_grads, held, temporary = self.at
-        where = (
-            ""
-            if stage < 0
-            else f" of {self.chain.stages[stage].name}" + (f" under {policy}" if policy else "")
-        )
+        where = "" if stage < 0 else f" of {self.chain.stages[stage].name}" + (f" under {policy}" if policy else "")
         return Moment(
             what=what + where,
             fixed_bytes=self.chain.fixed_bytes,
@@ -105,9 +101,7 @@ class _Run:
     def items(self, items: tuple[Item, ...], inside: bool = False) -> None:
         """Forward and then backward; the gradient of the last one's output is held on entry, that of the
         first one's input on return. `inside` a segment the last one's output is not made: nobody needs it."""
-        before: list[OptionCost | None] = [
-            None
-        ]  # per item: the option of the item before, if that drops its output
+        before: list[OptionCost | None] = [None]  # per item: the option of the item before, if that drops its output
         last = items[-1] if inside else None
         for item in items:
             before.append(self.forward(item, before[-1] is not None, item is last))
@@ -123,9 +117,7 @@ class _Run:
                 # what restoring left is part of the temporaries of the backward that comes next
                 self.held -= x[item.start] + dropped.restored_bytes
 
-    def restore(
-        self, items: tuple[Item, ...], before: list[OptionCost | None], there: list[bool], index: int
-    ) -> None:
+    def restore(self, items: tuple[Item, ...], before: list[OptionCost | None], there: list[bool], index: int) -> None:
         """Makes the input of an item again if it is not there, and what that needs."""
         option = before[index]
         if there[index] or option is None:
@@ -150,9 +142,7 @@ class _Run:
             self.seconds += option.forward_seconds
             self.flops += option.forward_flops
             if item.policy.kind is not PolicyKind.FUSED:
-                self.touch(
-                    "forward", item.stage, str(item.policy), option.kept_bytes + option.forward_temp_bytes
-                )
+                self.touch("forward", item.stage, str(item.policy), option.kept_bytes + option.forward_temp_bytes)
             self.held += option.kept_bytes
         elif not last:
             self.fast_forward(item, free_input)

@@ -63,15 +63,11 @@ def text(schedule: Schedule, names: Sequence[str]) -> str:
 def legend(schedule: Schedule) -> list[str]:
     """What the policies in this schedule mean, a line each."""
     policies = [policy for _, policy in schedule.policies().values()]
-    said = [
-        f"{kind}: {EXPLAINED[kind]}" for kind in PolicyKind if any(policy.kind is kind for policy in policies)
-    ]
+    said = [f"{kind}: {EXPLAINED[kind]}" for kind in PolicyKind if any(policy.kind is kind for policy in policies)]
     if any(policy.drop_output for policy in policies):
         said.append("-out: and drops the output, which is computed again from the input and what is kept")
     if any(isinstance(item, Segment) for item in schedule.items):
-        said.append(
-            "checkpoint: keeps only the input of its first stage; then runs forward again, as in brackets"
-        )
+        said.append("checkpoint: keeps only the input of its first stage; then runs forward again, as in brackets")
     return said
 
 

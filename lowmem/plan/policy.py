@@ -151,19 +151,13 @@ class Schedule:
             raise ValueError("a schedule needs at least one item")
         for item, following in zip(self.items, self.items[1:], strict=False):
             if following.start != item.end + 1:
-                raise ValueError(
-                    f"stage {item.end} is followed by {following.start}: items must be consecutive"
-                )
+                raise ValueError(f"stage {item.end} is followed by {following.start}: items must be consecutive")
             if isinstance(item, Keep) and item.policy.kind is PolicyKind.FUSED:
                 raise ValueError(f"stage {item.stage} is FUSED but not the last of its segment")
             if _drops(item) and isinstance(following, Keep) and following.policy.kind is PolicyKind.FUSED:
-                raise ValueError(
-                    f"stage {item.end} drops its output: stage {following.start} cannot be FUSED"
-                )
+                raise ValueError(f"stage {item.end} drops its output: stage {following.start} cannot be FUSED")
         if _drops(self.items[-1]):
-            raise ValueError(
-                f"stage {self.end} is the last of its schedule: nothing would restore its dropped output"
-            )
+            raise ValueError(f"stage {self.end} is the last of its schedule: nothing would restore its dropped output")
 
     @property
     def start(self) -> int:
@@ -177,14 +171,10 @@ class Schedule:
     def check_covers(self, stages: int) -> None:
         """Raises ValueError unless this is a schedule for the whole chain of `stages` stages."""
         if (self.start, self.end) != (0, stages - 1):
-            raise ValueError(
-                f"the schedule covers stages {self.start}..{self.end}, the chain has 0..{stages - 1}"
-            )
+            raise ValueError(f"the schedule covers stages {self.start}..{self.end}, the chain has 0..{stages - 1}")
         last = self.items[-1]
         if isinstance(last, Keep) and last.policy.kind is PolicyKind.FUSED:
-            raise ValueError(
-                f"stage {last.stage} is the last of the chain: it must run forward, so it cannot be FUSED"
-            )
+            raise ValueError(f"stage {last.stage} is the last of the chain: it must run forward, so it cannot be FUSED")
 
     def walk(self, depth: int = 0) -> Iterator[tuple[int, Item]]:
         """(depth, item) in forward order, a segment before its inside."""

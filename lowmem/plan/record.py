@@ -95,9 +95,7 @@ class Plan:
     @property
     def repeats(self) -> int:
         """The most often that any stage runs forward in a step: 1 without segments."""
-        return 1 + max(
-            (depth + 1 for depth, item in self.schedule.walk() if isinstance(item, Segment)), default=0
-        )
+        return 1 + max((depth + 1 for depth, item in self.schedule.walk() if isinstance(item, Segment)), default=0)
 
     def without_ladder(self) -> Plan:
         return replace(self, ladder=())
@@ -129,9 +127,7 @@ class Plan:
             raise ValueError(f"this plan has format {values.get('format')!r}, this version reads {FORMAT}")
         known = {"format", "blocks"} | {field.name for field in fields(Plan)} - {"stages"}
         if set(values) != known:
-            raise ValueError(
-                f"a plan has the keys {sorted(known)}; different here: {sorted(set(values) ^ known)}"
-            )
+            raise ValueError(f"a plan has the keys {sorted(known)}; different here: {sorted(set(values) ^ known)}")
         try:
             plan = Plan(
                 **{name: values[name] for name in _SCALARS},
@@ -144,9 +140,7 @@ class Plan:
         except TypeError as error:
             raise ValueError(f"this is no plan: {error}") from None
         if plan.blocks() != values["blocks"]:
-            raise ValueError(
-                "the plan's blocks and its schedule say different things: was it edited by hand?"
-            )
+            raise ValueError("the plan's blocks and its schedule say different things: was it edited by hand?")
         return plan
 
 

@@ -32,9 +32,7 @@ class Solution:
 Strategy: TypeAlias = Callable[[ChainCost, int], Solution]
 
 
-def describe(
-    strategy: str, schedule: Schedule, chain: ChainCost, result: Evaluation | None = None
-) -> Solution:
+def describe(strategy: str, schedule: Schedule, chain: ChainCost, result: Evaluation | None = None) -> Solution:
     """The solution that a schedule is, whatever the budget."""
     result = result or evaluate(schedule, chain)
     plain = chain.plain_seconds

@@ -73,9 +73,7 @@ class Solver:
         Raises Infeasible with the least budget that has one; ValueError above the table's own limit.
         """
         if self.limit_bytes is not None and budget_bytes > self.limit_bytes:
-            raise ValueError(
-                f"a budget of {budget_bytes} B is above this table's limit of {self.limit_bytes} B"
-            )
+            raise ValueError(f"a budget of {budget_bytes} B is above this table's limit of {self.limit_bytes} B")
         most = (budget_bytes - self.chain.fixed_bytes) // self.table.slot_bytes + self._margin
         if budget_bytes >= self.chain.outside_peak_bytes:
             for m in reversed(self._steps):

@@ -82,8 +82,7 @@ class Table:
         self._x = [self._round(size) for size in chain.boundary_bytes]
         # bytes, not slots: thresholds are rounded as a whole
         self._gradients = [
-            g + later
-            for g, later in zip(chain.boundary_grad_bytes, chain.later_param_grad_bytes, strict=True)
+            g + later for g, later in zip(chain.boundary_grad_bytes, chain.later_param_grad_bytes, strict=True)
         ]
         fast = [stage.fast_seconds for stage in chain.stages]
         self._fast = [0.0, *np.cumsum(fast).tolist()]
@@ -126,9 +125,7 @@ class Table:
         options = (*stage.plain, *stage.dropping) if a < e else self._at_end(a)
         for option in options:
             kept = option.kept_bytes
-            least = self._round(
-                max(ahead + option.forward_temp_bytes, behind + option.backward_temp_bytes) + kept
-            )
+            least = self._round(max(ahead + option.forward_temp_bytes, behind + option.backward_temp_bytes) + kept)
             yield self._keep(a, e, option, least)
         peak = 0
         for j in range(a + 1, e + 1):
@@ -162,9 +159,7 @@ class Table:
         """Options of the last stage of a sub-chain; only the whole chain needs that stage's output."""
         return self._stages[a].last if a < len(self.chain) - 1 else self._stages[a].plain
 
-    def _keep(
-        self, a: int, e: int, option: OptionCost, least: int, restore: Restore | None = None
-    ) -> _Choice:
+    def _keep(self, a: int, e: int, option: OptionCost, least: int, restore: Restore | None = None) -> _Choice:
         """`restore`: of the output, if that takes more than the option itself."""
         kept = self._round(option.kept_bytes)
         if restore is None and option.policy.drop_output:
@@ -188,9 +183,7 @@ class Table:
                 rows.append(self._least(self._transient_choices(a, e, restore), following, a + 1))
         return transient
 
-    def _least(
-        self, choices: Iterator[_Choice], transient: dict[Restore, list[Row]], transient_a: int
-    ) -> Row:
+    def _least(self, choices: Iterator[_Choice], transient: dict[Restore, list[Row]], transient_a: int) -> Row:
         """The least of the choices for every m. `transient`: T' of stage `transient_a`."""
         size = self.slots + 1
         best, total = np.full(size, np.inf), np.empty(size)

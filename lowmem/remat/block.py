@@ -78,9 +78,7 @@ class ConvBlock:
     def check(self, policy: BlockPolicy) -> None:
         unknown = sorted(self.kept(policy) - self.tensors)
         if unknown:
-            raise ValueError(
-                f"stage {self.name} has no {', '.join(unknown)}: it has {', '.join(sorted(self.tensors))}"
-            )
+            raise ValueError(f"stage {self.name} has no {', '.join(unknown)}: it has {', '.join(sorted(self.tensors))}")
 
     def forward(
         self,
@@ -115,9 +113,7 @@ class ConvBlock:
         hold = [self._norm(str(n), self._z(n, saved, x, memo), memo, in_place=False)]
         return self._finish(hold, x, saved, self._outputs, memo)
 
-    def backward(
-        self, grad: Box, saved: Saved, x: Tensor, memo: StagePass, *, need_input: bool
-    ) -> Tensor | None:
+    def backward(self, grad: Box, saved: Saved, x: Tensor, memo: StagePass, *, need_input: bool) -> Tensor | None:
         grad_x = self._shortcut_backward(grad[0], saved, x, memo, need_input) if self.projection else None
         shortcut = grad[0] if self.identity and need_input else None
         for k in range(len(self.pairs), 0, -1):
@@ -127,16 +123,12 @@ class ConvBlock:
                 return grad_x
             self._z(k, saved, x, memo)
             needed = below or pair.conv.weight.requires_grad
-            grad_z = kernels.norm_backward(
-                pair.bn, grad.pop(), saved.pop(f"z{k}"), memo.norms[str(k)], needed
-            )
+            grad_z = kernels.norm_backward(pair.bn, grad.pop(), saved.pop(f"z{k}"), memo.norms[str(k)], needed)
             if grad_z is None:
                 return grad_x
             source = self._a(k - 1, saved, x, memo)
             saved.pop(f"a{k - 1}", None)
-            grad_a = kernels.convolve_backward(
-                pair.conv, grad_z, source, memo.low, below if k > 1 else need_input
-            )
+            grad_a = kernels.convolve_backward(pair.conv, grad_z, source, memo.low, below if k > 1 else need_input)
             del grad_z
             if grad_a is None:
                 return grad_x
@@ -161,9 +153,7 @@ class ConvBlock:
             saved["zs"] = kernels.convolve(self.projection.conv, x, memo.low)
         return {name: tensor for name, tensor in saved.items() if name in kept}
 
-    def _finish(
-        self, hold: Box, x: Tensor | None, saved: Saved, kept: frozenset[str], memo: StagePass
-    ) -> Tensor:
+    def _finish(self, hold: Box, x: Tensor | None, saved: Saved, kept: frozenset[str], memo: StagePass) -> Tensor:
         """`hold` has bn_n(z_n), which becomes the output."""
         y = hold.pop()
         if self.projection:
@@ -201,9 +191,7 @@ class ConvBlock:
     def _z(self, k: int, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:
         """z_k from `saved`, or computed again and put there."""
         if f"z{k}" not in saved:
-            saved[f"z{k}"] = kernels.convolve(
-                self.pairs[k - 1].conv, self._a(k - 1, saved, x, memo), memo.low
-            )
+            saved[f"z{k}"] = kernels.convolve(self.pairs[k - 1].conv, self._a(k - 1, saved, x, memo), memo.low)
         return saved[f"z{k}"]
 
     def _a(self, k: int, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:

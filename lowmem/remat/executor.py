@@ -61,9 +61,7 @@ class Run:
             del y
         return box.pop()
 
-    def forward(
-        self, schedule: Schedule, box: Box, *, want_output: bool = True
-    ) -> tuple[Tensor | None, list[Entry]]:
+    def forward(self, schedule: Schedule, box: Box, *, want_output: bool = True) -> tuple[Tensor | None, list[Entry]]:
         """Runs the schedule from the tensor in the box -> output and entries; without `want_output` the
         last stage computes only what it keeps."""
         entries: list[Entry] = []
@@ -146,9 +144,7 @@ class _Chain(torch.autograd.Function):
         run: Run | None = ctx.run
         ctx.run = None
         if run is None:
-            raise RuntimeError(
-                "this output went backward already: its activations were freed; run forward again"
-            )
+            raise RuntimeError("this output went backward already: its activations were freed; run forward again")
         if run.output is not None:  # the caller's gradient is not ours to change
             grad, run.output = mask_relu(grad, run.output, owned=False), None
         box = [grad]

@@ -35,9 +35,7 @@ def convolve(conv: nn.Conv2d, x: Tensor, low: torch.dtype | None) -> Tensor:
     weight = conv.weight
     if low is not None:
         x, weight = x.to(low), weight.to(low)
-    return _aten.convolution(
-        x, weight, None, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups
-    )
+    return _aten.convolution(x, weight, None, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
 
 
 def convolve_backward(
@@ -112,9 +110,7 @@ def norm_again(bn: nn.BatchNorm2d, z: Tensor, stats: NormStats, in_place: bool) 
     return out
 
 
-def norm_backward(
-    bn: nn.BatchNorm2d, grad: Tensor, z: Tensor, stats: NormStats, need_input: bool
-) -> Tensor | None:
+def norm_backward(bn: nn.BatchNorm2d, grad: Tensor, z: Tensor, stats: NormStats, need_input: bool) -> Tensor | None:
     """Adds the gradients of weight and bias to `.grad`; returns z's, or None if not needed."""
     mask = [need_input, bn.weight.requires_grad, bn.bias.requires_grad]
     if not any(mask):

@@ -58,7 +58,5 @@ def apply_plan(model: nn.Module, plan: Plan | Schedule) -> PlannedModule:
     if plan.stages != names:
         wrong = next((pair for pair in zip(plan.stages, names, strict=False) if pair[0] != pair[1]), None)
         detail = f"{wrong[0]!r} where the model has {wrong[1]!r}" if wrong else "another number of them"
-        raise ValueError(
-            f"the plan has {len(plan.stages)} stages, the model {len(names)}: {detail}; plan again"
-        )
+        raise ValueError(f"the plan has {len(plan.stages)} stages, the model {len(names)}: {detail}; plan again")
     return PlannedModule(model, plan.schedule)

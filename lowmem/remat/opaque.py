@@ -39,9 +39,7 @@ class OpaqueStage:
     def check(self, policy: BlockPolicy) -> None:
         plain = policy.kind in (PolicyKind.SAVE_ALL, PolicyKind.FUSED) or policy.kind is PolicyKind.KEEP
         if not plain or policy.kept or policy.drop_output:
-            raise ValueError(
-                f"stage {self.name} is not a block of the family: SAVE_ALL or KEEP{{}}, not {policy}"
-            )
+            raise ValueError(f"stage {self.name} is not a block of the family: SAVE_ALL or KEEP{{}}, not {policy}")
 
     def forward(
         self,
@@ -64,9 +62,7 @@ class OpaqueStage:
     def restore(self, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:
         raise ValueError(f"stage {self.name} cannot drop its output")
 
-    def backward(
-        self, grad: Box, saved: Saved, x: Tensor, memo: StagePass, *, need_input: bool
-    ) -> Tensor | None:
+    def backward(self, grad: Box, saved: Saved, x: Tensor, memo: StagePass, *, need_input: bool) -> Tensor | None:
         if not saved:
             saved = self._with_graph(x, memo, need_input)
         leaf, y = saved["x"], saved["y"]
@@ -86,17 +82,13 @@ class OpaqueStage:
         with torch.autocast(x.device.type, memo.low, enabled=memo.low is not None, cache_enabled=False):
             if memo.first:
                 memo.first = False
-                memo.rng = (
-                    None if isinstance(x, FakeTensor) else [torch.get_rng_state(), *get_device_states(x)]
-                )
+                memo.rng = None if isinstance(x, FakeTensor) else [torch.get_rng_state(), *get_device_states(x)]
                 y = self.function(x)
             else:
                 with _same_randomness(memo), _buffers_kept(self.module):
                     y = self.function(x)
         if x._version != version:
-            raise ValueError(
-                f"stage {self.name} changes its input in place: the input is needed again; make it a copy"
-            )
+            raise ValueError(f"stage {self.name} changes its input in place: the input is needed again; make it a copy")
         return y
 
 

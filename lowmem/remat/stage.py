@@ -73,7 +73,5 @@ class Stage(Protocol):
         """The output again, from the input and the kept tensors; may add to `saved` what the backward
         needs too."""
 
-    def backward(
-        self, grad: Box, saved: Saved, x: Tensor, memo: StagePass, *, need_input: bool
-    ) -> Tensor | None:
+    def backward(self, grad: Box, saved: Saved, x: Tensor, memo: StagePass, *, need_input: bool) -> Tensor | None:
         """Adds the parameters' gradients to `.grad`; returns the input's (a tensor of its own), or None."""

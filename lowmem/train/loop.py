@@ -18,6 +18,7 @@ from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.store import RunFolder
+from lowmem.train.check import PlanCheck
 from lowmem.train.evaluate import Score, evaluate
 from lowmem.train.observer import Observer, Progress
 from lowmem.train.schedule import learning_rate, next_low_start
@@ -97,6 +98,7 @@ class _Loop:
         self.sums = torch.tensor(
             [self.state.loss_sum, self.state.wrong], dtype=torch.float64, device=trainer.execution.device
         )
+        self.check = PlanCheck(trainer.plan, trainer.model, trainer.optimizer, trainer.execution.device)
         self.pending: list[tuple[int, float, int, Tensor]] = []
         self.last_save = self.last_tick = time.monotonic()
         self.saved_at: tuple[int, int] | None = None
@@ -124,7 +126,8 @@ class _Loop:
         images, labels = t.batches.batch(
             state.epoch, state.step_in_epoch, memory_format=t.execution.torch_memory_format
         )
-        loss_sum, wrong = t.step(images, labels, lr)
+        with self.check.around(images, labels):
+            loss_sum, wrong = t.step(images, labels, lr)
         self.sums += torch.stack((loss_sum, wrong))
         state.step += 1
         state.step_in_epoch += 1
@@ -134,6 +137,9 @@ class _Loop:
 
     def _after_step(self) -> None:
         state, config = self.state, self.t.config
+        if (found := self.check.finding()) is not None:
+            self.folder.event("measured", **found.fields)
+            (self.t.observer.note if found.within else self.t.observer.warning)(found.words)
         if state.step % config.train.log_every_steps == 0 or state.step_in_epoch == self.per_epoch:
             self._settle()
             self._tell()

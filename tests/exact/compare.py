@@ -25,9 +25,7 @@ def small_net(block: Any, residual: bool = True, layout: tuple[int, ...] = (1, 2
     return ResNet(block, layout, width=8, residual=residual)
 
 
-def pictures(
-    count: int = 3, memory_format: Any = torch.contiguous_format, seed: int = 1
-) -> tuple[Tensor, Tensor]:
+def pictures(count: int = 3, memory_format: Any = torch.contiguous_format, seed: int = 1) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 3, 32, 32, generator=generator).contiguous(memory_format=memory_format)
     return x, torch.randint(0, 10, (count,), generator=generator)

@@ -61,11 +61,7 @@ def _nested(last: int) -> Schedule:
         ),
     )
     return Schedule(
-        (
-            Segment(
-                0, last, Schedule((Keep(0, INPUT_ONLY), Segment(1, last, Schedule((Keep(1, LEAN), inner)))))
-            ),
-        )
+        (Segment(0, last, Schedule((Keep(0, INPUT_ONLY), Segment(1, last, Schedule((Keep(1, LEAN), inner)))))),)
     )
 
 

@@ -39,9 +39,7 @@ by_block = pytest.mark.parametrize("block", BLOCKS)
 by_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 
 
-def _twins(
-    block: Any, schedule: str, memory_format: Any, prepare: Callable[[nn.Module], Any] | None = None
-) -> Any:
+def _twins(block: Any, schedule: str, memory_format: Any, prepare: Callable[[nn.Module], Any] | None = None) -> Any:
     model = small_net(block)
     if prepare is not None:
         prepare(model)
@@ -190,9 +188,7 @@ def test_training_run() -> None:
     plain, planned = _twins(Bottleneck, "segments", torch.contiguous_format)
     final = []
     for model in (plain, planned):
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4, foreach=False
-        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4, foreach=False)
         for seed in range(10):
             optimizer.zero_grad(set_to_none=True)
             training(*pictures(4, seed=seed))(model)
@@ -205,9 +201,7 @@ def test_two_passes_before_their_backwards() -> None:
     """Each forward has its own activations."""
 
     def step(model: nn.Module) -> Tensor:
-        losses = [
-            F.cross_entropy(model(x), labels) for x, labels in (pictures(2, seed=1), pictures(3, seed=2))
-        ]
+        losses = [F.cross_entropy(model(x), labels) for x, labels in (pictures(2, seed=1), pictures(3, seed=2))]
         (losses[0] + 2 * losses[1]).backward()
         return torch.stack(losses).detach()
 

@@ -124,9 +124,7 @@ def test_mistakes_are_named(tmp_path: Path, old: str, new: str, why: str) -> Non
         load_card(str(path))
 
 
-def test_profiles_are_found_inside_an_installed_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_profiles_are_found_inside_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the wheel has them: lowmem/profiles/cards."""
     inside = tmp_path / "lowmem" / "profiles" / "cards"
     inside.mkdir(parents=True)

@@ -19,9 +19,7 @@ STD: Triple = (0.24, 0.23, 0.26)
 
 def pictures(n: int) -> Pictures:
     """Random pixels; the label is the index, so that a batch tells which samples it holds."""
-    images = torch.randint(
-        0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(n)
-    )
+    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
     return Pictures(images, torch.arange(n))
 
 
@@ -96,9 +94,7 @@ def test_steps_can_be_asked_in_any_order() -> None:
     forward = [batches(data, 16).batch(e, s) for e in (0, 1) for s in range(7)]
     made = batches(data, 16)
     backward = [made.batch(e, s) for e in (1, 0) for s in reversed(range(7))][::-1]
-    assert all(
-        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(forward, backward, strict=True)
-    )
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(forward, backward, strict=True))
 
 
 def test_a_sample_s_draw_does_not_depend_on_the_others() -> None:

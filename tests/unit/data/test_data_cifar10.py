@@ -64,9 +64,7 @@ def test_a_file_with_a_wrong_md5_is_never_unpickled(cifar_root: Path, name: str,
             return open, (str(tmp_path / "ran"), "w")
 
     (cifar_root / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(
-        DataError, match=f"{name}.* does not have CIFAR-10's MD5 and was not unpickled: delete it"
-    ):
+    with pytest.raises(DataError, match=f"{name}.* does not have CIFAR-10's MD5 and was not unpickled: delete it"):
         load(config(cifar_root), 0)
     assert not (tmp_path / "ran").exists()
 
@@ -102,9 +100,7 @@ def test_missing_and_downloaded(cifar_root: Path, monkeypatch: pytest.MonkeyPatc
     assert len(load(config(cifar_root), 0).train) == 100
 
 
-def test_an_interrupted_download_leaves_a_clear_error(
-    cifar_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_download_leaves_a_clear_error(cifar_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cifar_root / "cifar-10-batches-py" / "data_batch_5").unlink()
     monkeypatch.setattr(cifar10.CIFAR10, "download", lambda self: None)
     with pytest.raises(DataError, match="data_batch_5"):

@@ -89,9 +89,7 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, damage: Any, message
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda data: data[:-20], lambda data: b"text", lambda data: data[:30] + b"\0" * 50]
-)
+@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: b"text", lambda data: data[:30] + b"\0" * 50])
 def test_damaged_archives_are_named(tmp_path: Path, damage: Any) -> None:
     write(tmp_path, compressed=True)
     path = tmp_path / "train-images-idx3-ubyte.gz"
@@ -110,9 +108,7 @@ def test_one_file_missing(tmp_path: Path) -> None:
 def test_one_file_missing_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, compressed=True)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
-    monkeypatch.setattr(
-        fashion.FashionMNIST, "download", lambda self: write(Path(self.raw_folder), compressed=False)
-    )
+    monkeypatch.setattr(fashion.FashionMNIST, "download", lambda self: write(Path(self.raw_folder), compressed=False))
     assert len(load(config(tmp_path, download=True), 0).test) == 10
 
 
@@ -131,9 +127,7 @@ def test_missing_and_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_missing_and_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        fashion.FashionMNIST, "download", lambda self: write(Path(self.raw_folder), compressed=False)
-    )
+    monkeypatch.setattr(fashion.FashionMNIST, "download", lambda self: write(Path(self.raw_folder), compressed=False))
     # torchvision reads what it fetched with its own reader, which must accept the same files
     data = load(config(tmp_path, download=True), 0)
     assert len(data.train) == 30

@@ -65,9 +65,7 @@ def test_a_subset_of_everything_is_everything() -> None:
         ({"train_subset": 50, "val_split": 60}, ("60", "50")),
     ],
 )
-def test_what_does_not_fit_is_refused_with_both_numbers(
-    settings: dict[str, int], numbers: tuple[str, str]
-) -> None:
+def test_what_does_not_fit_is_refused_with_both_numbers(settings: dict[str, int], numbers: tuple[str, str]) -> None:
     with pytest.raises(UsageError) as caught:
         shapes(**settings)
     message = str(caught.value)

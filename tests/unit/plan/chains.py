@@ -61,9 +61,7 @@ def random_chain(rng: random.Random, count: int, options: int, *, dropping: bool
                 param_grad_bytes=rng.randint(0, 9),
             )
         )
-    return ChainCost(
-        stages=tuple(stages), output_bytes=x[-1], output_grad_bytes=g[-1], fixed_bytes=rng.randint(0, 20)
-    )
+    return ChainCost(stages=tuple(stages), output_bytes=x[-1], output_grad_bytes=g[-1], fixed_bytes=rng.randint(0, 20))
 
 
 def scaled(chain: ChainCost, rng: random.Random) -> ChainCost:

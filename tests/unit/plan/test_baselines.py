@@ -38,22 +38,16 @@ def test_segments_leave_the_last_stages_alone() -> None:
 
 def test_a_missing_policy_is_replaced() -> None:
     """These stages have no SAVE_ALL and no LEAN, so the first of their options is taken."""
-    assert {item.policy for item in save_all(CHAIN, PLENTY).schedule.items if isinstance(item, Keep)} == {
-        keep()
-    }
+    assert {item.policy for item in save_all(CHAIN, PLENTY).schedule.items if isinstance(item, Keep)} == {keep()}
     assert uniform_policy(keep("z1"))(CHAIN, PLENTY).schedule.items[3] == Keep(3, keep("z1"))
-    assert LEAN not in {
-        policy for _, policy in uniform_policy(LEAN)(CHAIN, PLENTY).schedule.policies().values()
-    }
+    assert LEAN not in {policy for _, policy in uniform_policy(LEAN)(CHAIN, PLENTY).schedule.policies().values()}
 
 
 def test_names_and_numbers() -> None:
     assert checkpoint_all(CHAIN, PLENTY).schedule == every_kth(1)(CHAIN, PLENTY).schedule
     assert sqrt_n(CHAIN, PLENTY).strategy == "checkpoint every 3 (sqrt n) blocks"
     one = best_uniform(CHAIN, PLENTY)
-    assert one.seconds == min(
-        uniform_policy(o.policy)(CHAIN, PLENTY).seconds for o in CHAIN.stages[0].options
-    )
+    assert one.seconds == min(uniform_policy(o.policy)(CHAIN, PLENTY).seconds for o in CHAIN.stages[0].options)
     tight = checkpoint_all(CHAIN, PLENTY).peak_bytes
     assert best_every_kth(CHAIN, tight).peak_bytes <= tight
 

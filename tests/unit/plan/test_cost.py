@@ -43,9 +43,7 @@ def test_the_roofline_takes_the_larger_of_computing_and_moving() -> None:
 
 
 def test_what_a_boundary_has_behind_it() -> None:
-    chain = ChainCost(
-        stages=(STAGE, dataclasses.replace(STAGE, name="b", param_grad_bytes=5)), output_bytes=2
-    )
+    chain = ChainCost(stages=(STAGE, dataclasses.replace(STAGE, name="b", param_grad_bytes=5)), output_bytes=2)
     assert chain.later_param_grad_bytes == (12, 5, 0)
     assert chain.boundary_bytes == (1, 1, 2)
     assert chain.boundary_grad_bytes == (1, 1, 0)

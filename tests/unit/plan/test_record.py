@@ -25,9 +25,7 @@ def plan(**changes: Any) -> Plan:
         "exact": True,
         "stages": NAMES,
         "schedule": nested(),
-        "predicted": Predicted(
-            peak_allocated_bytes=5 * 2**30, step_seconds=1.25, overhead=0.125, extra_flops=0
-        ),
+        "predicted": Predicted(peak_allocated_bytes=5 * 2**30, step_seconds=1.25, overhead=0.125, extra_flops=0),
         "candidates": (Candidate(what="save all", refused_because="7 GiB", peak_bytes=7 * 2**30),),
     }
     return Plan(**{**values, **changes})

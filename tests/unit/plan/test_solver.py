@@ -68,9 +68,7 @@ def test_equal_to_brute_force_on_2000_random_chains(seed: int) -> None:
     rng = random.Random(seed)
     for index in range(100):
         count = 4 if index < 4 else rng.choice([1, 2, 3, 3, 3])
-        _compare_with_brute_force(
-            rng, count, 2 if count == 4 else rng.randint(1, 3), dropping=rng.random() < 0.5
-        )
+        _compare_with_brute_force(rng, count, 2 if count == 4 else rng.randint(1, 3), dropping=rng.random() < 0.5)
 
 
 @pytest.mark.slow

@@ -25,13 +25,10 @@ def test_the_chain_of_a_network() -> None:
     blocks = [stage for stage in stages if isinstance(stage, ConvBlock)]
     assert [stage.identity for stage in blocks] == [False, False, False, True, False, False]
     assert [stage.projection is not None for stage in blocks] == [False, True, True, False, True, True]
-    assert sum(p.numel() for s in stages for p in s.parameters()) == sum(
-        p.numel() for p in model.parameters()
-    )
+    assert sum(p.numel() for s in stages for p in s.parameters()) == sum(p.numel() for p in model.parameters())
     assert blocks[3].tensors == {"z1", "z2", "z3", "a1", "a2"}
     assert not any(
-        isinstance(s, ConvBlock) and (s.identity or s.projection)
-        for s in decompose(small_net(Bottleneck, False))
+        isinstance(s, ConvBlock) and (s.identity or s.projection) for s in decompose(small_net(Bottleneck, False))
     )
 
 
@@ -87,9 +84,7 @@ def test_schedules_can_be_exchanged_between_steps() -> None:
 
 
 @pytest.mark.parametrize("backward", [True, False])
-def test_activations_die_without_the_garbage_collector(
-    backward: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_activations_die_without_the_garbage_collector(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the backward, or when the loss is thrown away: no cycles."""
     runs: list[weakref.ref[Run]] = []
     original = Run.__init__

@@ -31,9 +31,7 @@ SCHEDULES = {
     "mixed": Schedule(
         (Keep(0, INPUT_ONLY), Keep(1, LEAN), Keep(2, SAVE_ALL), Keep(3, keep("z1")), Keep(4, INPUT_ONLY))
     ),
-    "segment": Schedule(
-        (Segment(0, 4, Schedule(tuple(Keep(i, SAVE_ALL if i < 4 else FUSED) for i in range(5)))),)
-    ),
+    "segment": Schedule((Segment(0, 4, Schedule(tuple(Keep(i, SAVE_ALL if i < 4 else FUSED) for i in range(5)))),)),
     "nested": Schedule(
         (
             Segment(

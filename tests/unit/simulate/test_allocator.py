@@ -10,9 +10,7 @@ from lowmem.simulate.allocator import Allocator, DeviceFull, round_block, segmen
 from lowmem.units import KIB, MIB
 
 
-@pytest.mark.parametrize(
-    ("asked", "taken"), [(1, 512), (512, 512), (513, 1024), (MIB, MIB), (MIB + 1, MIB + 512)]
-)
+@pytest.mark.parametrize(("asked", "taken"), [(1, 512), (512, 512), (513, 1024), (MIB, MIB), (MIB + 1, MIB + 512)])
 def test_requests_are_rounded(asked: int, taken: int) -> None:
     assert round_block(asked) == taken
 
@@ -55,9 +53,7 @@ def test_freed_neighbours_merge_and_are_used_again() -> None:
 def test_large_rest_up_to_one_mib_is_not_split_off() -> None:
     allocator = Allocator()
     allocator.allocate(1, 21 * MIB)
-    assert (
-        allocator.allocated_bytes == 22 * MIB
-    )  # the segment's last MiB is too little for a block of its own
+    assert allocator.allocated_bytes == 22 * MIB  # the segment's last MiB is too little for a block of its own
     allocator.free(1)
     allocator.allocate(2, 20 * MIB)
     assert allocator.allocated_bytes == 20 * MIB

@@ -43,9 +43,7 @@ def test_plain_cost_is_that_of_plain_autograd() -> None:
 
 
 @st.composite
-def _schedules(
-    draw: st.DrawFn, choices: list[list[BlockPolicy]], start: int, end: int, depth: int = 0
-) -> Schedule:
+def _schedules(draw: st.DrawFn, choices: list[list[BlockPolicy]], start: int, end: int, depth: int = 0) -> Schedule:
     """What the solver emits: segments end in FUSED or in something nested."""
     items: list[Keep | Segment] = []
     at, dropped = start, False
@@ -58,9 +56,7 @@ def _schedules(
             items.append(Keep(at, draw(st.sampled_from([FUSED, SAVE_ALL, INPUT_ONLY]))))
             at += 1
         else:
-            allowed = [
-                p for p in choices[at] if p != FUSED and not (p.drop_output and at == end)
-            ]
+            allowed = [p for p in choices[at] if p != FUSED and not (p.drop_output and at == end)]
             if at == end and depth > 0:
                 allowed = [SAVE_ALL, INPUT_ONLY]
             policy = draw(st.sampled_from(allowed))

@@ -53,10 +53,6 @@ def _inside_kernels(events: list[tuple[int, int, int, int | None]]) -> set[int]:
     for index, (_, address, size, inside) in enumerate(events):
         if size > 0:
             born[address] = index
-        elif (
-            (start := born.pop(address, None)) is not None
-            and inside is not None
-            and events[start][3] == inside
-        ):
+        elif (start := born.pop(address, None)) is not None and inside is not None and events[start][3] == inside:
             skipped |= {start, index}
     return skipped

@@ -1,0 +1,73 @@
+"""The figures that the memory engine promises, on the simulated whole step of the real executor (no times here)."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowmem.cards import load_card
+from lowmem.choose.budget import Budget, of_card, tensors_only
+from lowmem.choose.costs import chain_cost
+from lowmem.choose.planning import Request, card_rates, choose, fit
+from lowmem.choose.simulated import Simulated, StepShape, simulate_step
+from lowmem.models import skeleton
+from lowmem.plan.cost import Rates
+from lowmem.plan.solver import Solver
+from lowmem.units import GIB, MIB
+
+pytestmark = pytest.mark.slow
+
+# budget MiB -> the most that the step may take more than plain autograd's
+TARGETS = {4600: 0.03, 3600: 0.07, 2708: 0.12, 1806: 0.20, 1500: 0.28}
+LEAST_MIB = 1300
+
+
+@pytest.fixture(scope="module")
+def bottleneck_110() -> tuple[Solver, StepShape, Rates, Simulated]:
+    rates = card_rates(load_card("gtx1060-6g"))("fp32")
+    model = skeleton("res110", "bottleneck")
+    shape = StepShape(
+        model=model, image_shape=(3, 32, 32), batch=128, micro_batch=128, precision="fp32", memory_format="contiguous"
+    )
+    chain = chain_cost(model, input_shape=(128, 3, 32, 32), rates=rates)
+    return Solver(chain), shape, rates, simulate_step(shape, None, rates)
+
+
+def test_plain_is_what_the_field_measured(bottleneck_110: tuple[Solver, StepShape, Rates, Simulated]) -> None:
+    assert round(bottleneck_110[3].estimate.peak_tensor_bytes / MIB) == 5416
+
+
+@pytest.mark.parametrize("budget_mib", TARGETS)
+def test_overhead(bottleneck_110: tuple[Solver, StepShape, Rates, Simulated], budget_mib: int) -> None:
+    solver, shape, rates, plain = bottleneck_110
+    solution, simulated = fit(solver, shape, tensors_only(budget_mib * MIB), rates)
+    assert simulated.estimate.peak_allocated_bytes <= budget_mib * MIB
+    assert simulated.seconds / plain.seconds - 1 <= TARGETS[budget_mib]
+    # The plan's own account of the work is exact.
+    assert solution.extra_flops == simulated.flops - plain.flops
+
+
+def test_least_feasible(bottleneck_110: tuple[Solver, StepShape, Rates, Simulated]) -> None:
+    solver, shape, rates, _ = bottleneck_110
+    _, simulated = fit(solver, shape, tensors_only(LEAST_MIB * MIB), rates)
+    assert simulated.estimate.peak_allocated_bytes <= LEAST_MIB * MIB
+
+
+@pytest.mark.parametrize(("batch", "vram_gib", "most"), [(1024, 6, 0.27), (128, 2, None)])
+def test_mixed_precision_on_a_card(batch: int, vram_gib: int, most: float | None) -> None:
+    card = load_card("gtx1060-6g")
+    budget: Budget = of_card(card, vram_gib * GIB)
+    choice = choose(
+        Request(
+            model=skeleton("res110", "bottleneck"),
+            batch=batch,
+            budget=budget,
+            rates=card_rates(card),
+            precisions=("amp",),
+            allow_accumulation=False,
+        )
+    )
+    predicted = choice.plan.predicted
+    assert predicted.device_bytes is not None
+    assert predicted.overhead is not None
+    assert predicted.device_bytes <= vram_gib * GIB
+    assert most is None or predicted.overhead <= most
