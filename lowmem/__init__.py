@@ -13,6 +13,9 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "models": ("lowmem.models", None),
+    "make_plan": ("lowmem.choose.planning", "make_plan"),
+    "apply_plan": ("lowmem.remat", "apply_plan"),
+    "Plan": ("lowmem.plan.record", "Plan"),
     "Config": ("lowmem.config", "Config"),
     "run_training": ("lowmem.api", "run_training"),
     "fork_run": ("lowmem.api", "fork_run"),
