@@ -69,10 +69,12 @@ def run_training(
             preflight(trainer, folder)
             if plan is not None:
                 folder.write_plan(plan.to_json())
+            trainer.state.low_start = starts_low(settings.config)
+            # From here on a run can be resumed, however early it is killed.
+            checkpoints.save(folder.checkpoints, trainer.checkpoint(), keep=settings.config.checkpoint.keep)
         except (LowmemError, KeyboardInterrupt):
             folder.discard()
             raise
-        trainer.state.low_start = starts_low(settings.config)
         folder.event("start", **environment)
         if plan is not None and not plan.exact:
             folder.event("warning", what=inexact(plan))
