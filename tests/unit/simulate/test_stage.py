@@ -58,9 +58,7 @@ def _schedules(
             items.append(Keep(at, draw(st.sampled_from([FUSED, SAVE_ALL, INPUT_ONLY]))))
             at += 1
         else:
-            allowed = [
-                p for p in choices[at] if p != FUSED and not (p.drop_output and at == end)
-            ]
+            allowed = [p for p in choices[at] if p != FUSED and not (p.drop_output and at == end)]
             if at == end and depth > 0:
                 allowed = [SAVE_ALL, INPUT_ONLY]
             policy = draw(st.sampled_from(allowed))
