@@ -185,7 +185,7 @@ class ConvBlock:
         assert pair is not None
         if key in memo.norms:
             return kernels.norm_again(pair.bn, z, memo.norms[key], in_place)
-        out, memo.norms[key] = kernels.norm_first(pair.bn, z, in_place)
+        out, memo.norms[key] = kernels.norm_first(pair.bn, z, in_place, memo.library_norm)
         return out
 
     def _z(self, k: int, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:

@@ -38,9 +38,15 @@ class Entry:
 class Run:
     """One forward pass of the chain and the backward that belongs to it."""
 
-    def __init__(self, stages: Sequence[Stage], low: torch.dtype | None, input_needs_grad: bool) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        low: torch.dtype | None,
+        input_needs_grad: bool,
+        library_norm: bool = False,
+    ) -> None:
         self.stages = stages
-        self.memos = [StagePass(low) for _ in stages]
+        self.memos = [StagePass(low, library_norm) for _ in stages]
         self.low = low
         needs = input_needs_grad
         self.need_input: list[bool] = []  # per stage: is the gradient of its input asked for
@@ -128,8 +134,15 @@ class _Chain(torch.autograd.Function):
     backward runs even if the input needs none."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor, stages: Sequence[Stage], schedule: Schedule) -> Tensor:
-        run = Run(stages, autocast_dtype(x), ctx.needs_input_grad[1])
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        x: Tensor,
+        stages: Sequence[Stage],
+        schedule: Schedule,
+        library_norm: bool,
+    ) -> Tensor:
+        run = Run(stages, autocast_dtype(x), ctx.needs_input_grad[1], library_norm)
         with _autocast_off(x, run.low):
             y, run.entries = run.forward(schedule, [x])
         assert y is not None
@@ -140,7 +153,7 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, None, None]:
         run: Run | None = ctx.run
         ctx.run = None
         if run is None:
@@ -150,16 +163,16 @@ class _Chain(torch.autograd.Function):
         box = [grad]
         with _autocast_off(grad, run.low):
             del grad
-            return None, run.backward(run.entries, box), None, None
+            return None, run.backward(run.entries, box), None, None, None
 
 
-def execute(stages: Sequence[Stage], schedule: Schedule, x: Tensor) -> Tensor:
+def execute(stages: Sequence[Stage], schedule: Schedule, x: Tensor, *, library_norm: bool = False) -> Tensor:
     """The chain's output for x, [N, ...]; differentiable if gradients are enabled and anything wants one."""
     trainable = any(parameter.requires_grad for stage in stages for parameter in stage.parameters())
     if torch.is_grad_enabled() and (trainable or x.requires_grad):
         anchor = torch.empty(0, device=x.device, requires_grad=True)
-        return _Chain.apply(anchor, x, stages, schedule)
-    run = Run(stages, autocast_dtype(x), False)
+        return _Chain.apply(anchor, x, stages, schedule, library_norm)
+    run = Run(stages, autocast_dtype(x), False, library_norm)
     with torch.no_grad(), _autocast_off(x, run.low):
         return run.fast([x], 0, len(stages) - 1)
 

@@ -5,8 +5,9 @@ repeated without gathering statistics: training's last step is `z * (weight * in
 weight * invstd)`, which is what evaluation does with mean, weight * invstd and a variance of one, so the
 evaluation kernel with those gives training's bits (float32 and float64 parameters; others gather again).
 
-Known limitation: on CUDA batch norm runs on the library's native kernels, which can work in place, not on
-cuDNN's that `F.batch_norm` prefers for float32; the two differ by rounding.
+On CUDA batch norm runs on torch's native kernels, which can work in place; `F.batch_norm` prefers cuDNN's for
+float32, and the two differ by rounding. With `library` the choice is `F.batch_norm`'s, at the price of one
+more tensor at a time, and of gathering the statistics again when a batch norm is repeated.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ _EXACT_DTYPES = (torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class NormStats:
-    """What one batch norm used in this forward pass. `mean` and `invstd`, [C], are None in evaluation
-    mode."""
+    """What one batch norm used in this forward pass. `mean` and `invstd`, [C], are None in evaluation mode.
+    `implementation` and `reserve` belong to the library's choice of kernel; None: the native one."""
 
     training: bool
     mean: Tensor | None = None
     invstd: Tensor | None = None
+    implementation: int | None = None
+    reserve: Tensor | None = None
 
 
 def convolve(conv: nn.Conv2d, x: Tensor, low: torch.dtype | None) -> Tensor:
@@ -75,7 +78,7 @@ def _laid_out_alike(grad: Tensor, parameter: Tensor) -> bool:
     return all(mine == other for size, mine, other in dims if size > 1)
 
 
-def norm_first(bn: nn.BatchNorm2d, z: Tensor, in_place: bool) -> tuple[Tensor, NormStats]:
+def norm_first(bn: nn.BatchNorm2d, z: Tensor, in_place: bool, library: bool = False) -> tuple[Tensor, NormStats]:
     """The pass's first batch norm of z, [N, C, H, W]: moves the running statistics if it is training
     (invariant 2).
 
@@ -89,14 +92,28 @@ def norm_first(bn: nn.BatchNorm2d, z: Tensor, in_place: bool) -> tuple[Tensor, N
     assert bn.num_batches_tracked is not None
     bn.num_batches_tracked.add_(1)
     momentum = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+    if library:
+        return _library_norm(bn, z, bn.running_mean, bn.running_var, momentum)
     out, mean, invstd = _norm(bn, z, in_place, bn.running_mean, bn.running_var, True, momentum)
     return out, NormStats(True, mean, invstd)
+
+
+def _library_norm(
+    bn: nn.BatchNorm2d, z: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float
+) -> tuple[Tensor, NormStats]:
+    """Training's batch norm on the kernel that `F.batch_norm` would take."""
+    out, saved_mean, invstd, reserve, implementation = _aten._batch_norm_impl_index(
+        z, bn.weight, bn.bias, mean, var, True, momentum, bn.eps, torch.backends.cudnn.enabled
+    )
+    return out, NormStats(True, saved_mean, invstd, implementation, reserve)
 
 
 def norm_again(bn: nn.BatchNorm2d, z: Tensor, stats: NormStats, in_place: bool) -> Tensor:
     """The same bits as the first time, without moving anything."""
     if not stats.training:
         return _norm(bn, z, in_place, bn.running_mean, bn.running_var, False, 0.0)[0]
+    if stats.implementation is not None:
+        return _library_norm(bn, z, None, None, 0.0)[0]
     assert stats.mean is not None
     assert stats.invstd is not None
     if z.is_cuda:
@@ -116,9 +133,12 @@ def norm_backward(bn: nn.BatchNorm2d, grad: Tensor, z: Tensor, stats: NormStats,
     if not any(mask):
         return None
     running = (None, None) if stats.training else (bn.running_mean, bn.running_var)
-    grad_z, grad_weight, grad_bias = _aten.native_batch_norm_backward(
-        grad, z, bn.weight, *running, stats.mean, stats.invstd, stats.training, bn.eps, mask
-    )
+    saved = (*running, stats.mean, stats.invstd, stats.training, bn.eps, mask)
+    if stats.implementation is None:
+        results = _aten.native_batch_norm_backward(grad, z, bn.weight, *saved)
+    else:
+        results = _aten._batch_norm_impl_index_backward(stats.implementation, z, grad, bn.weight, *saved, stats.reserve)
+    grad_z, grad_weight, grad_bias = results
     if mask[1]:
         accumulate(bn.weight, grad_weight)
     if mask[2]:

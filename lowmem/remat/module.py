@@ -19,11 +19,12 @@ class PlannedModule(nn.Module):
     between steps.
     """
 
-    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+    def __init__(self, model: nn.Module, schedule: Schedule, *, library_norm: bool = False) -> None:
         super().__init__()
         for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[shared] = model.__dict__[shared]
         self.training = model.training
+        self.library_norm = library_norm
         self.stages: tuple[Stage, ...] = decompose(model)
         self.set_schedule(schedule)
 
@@ -37,7 +38,7 @@ class PlannedModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's output for x: [N, 3, 32, 32] float -> [N, classes] for the family."""
-        return execute(self.stages, self.schedule, x)
+        return execute(self.stages, self.schedule, x, library_norm=self.library_norm)
 
 
 def stage_names(model: nn.Module) -> tuple[str, ...]:
@@ -45,7 +46,7 @@ def stage_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(stage.name for stage in decompose(model))
 
 
-def apply_plan(model: nn.Module, plan: Plan | Schedule) -> PlannedModule:
+def apply_plan(model: nn.Module, plan: Plan | Schedule, *, library_norm: bool = False) -> PlannedModule:
     """The module that executes the plan on the model's own parameters.
 
     Loss, gradients and buffers have the same bits as the model's own on CPU (invariant 1). Gradients are
@@ -53,10 +54,10 @@ def apply_plan(model: nn.Module, plan: Plan | Schedule) -> PlannedModule:
     that. Raises ValueError if the plan was made for other stages than the model's.
     """
     if isinstance(plan, Schedule):
-        return PlannedModule(model, plan)
+        return PlannedModule(model, plan, library_norm=library_norm)
     names = stage_names(model)
     if plan.stages != names:
         wrong = next((pair for pair in zip(plan.stages, names, strict=False) if pair[0] != pair[1]), None)
         detail = f"{wrong[0]!r} where the model has {wrong[1]!r}" if wrong else "another number of them"
         raise ValueError(f"the plan has {len(plan.stages)} stages, the model {len(names)}: {detail}; plan again")
-    return PlannedModule(model, plan.schedule)
+    return PlannedModule(model, plan.schedule, library_norm=library_norm)

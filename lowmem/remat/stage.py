@@ -26,12 +26,14 @@ Saved: TypeAlias = dict[str, Tensor]
 class StagePass:
     """What a stage remembers through one forward pass and the recomputations that belong to it.
 
-    `low`: the dtype of autocast, or None. `norms`: batch statistics by convolution (`"1"`, …, `"s"`).
-    `rng`: generator states before the first run, for stages that draw random numbers. `first`: nothing
-    has run yet, so that buffers have to be moved (invariant 2).
+    `low`: the dtype of autocast, or None. `library_norm`: see `lowmem.remat.kernels`. `norms`: batch
+    statistics by convolution (`"1"`, …, `"s"`). `rng`: generator states before the first run, for stages
+    that draw random numbers. `first`: nothing has run yet, so that buffers have to be moved (invariant
+    2).
     """
 
     low: torch.dtype | None
+    library_norm: bool = False
     first: bool = True
     norms: dict[str, NormStats] = field(default_factory=dict)
     rng: list[Any] | None = None

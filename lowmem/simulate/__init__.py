@@ -2,7 +2,7 @@
 
 from lowmem.simulate.allocator import Allocator, DeviceFull
 from lowmem.simulate.estimate import Estimate, estimate
-from lowmem.simulate.step import Loop, empty_copy, trace_steps
+from lowmem.simulate.step import Loop, empty_copy, trace_steps, warm_up
 from lowmem.simulate.trace import Event, Kind, Recorder, Trace, Work
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "empty_copy",
     "estimate",
     "trace_steps",
+    "warm_up",
 ]

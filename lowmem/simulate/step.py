@@ -61,19 +61,32 @@ def trace_steps(build: Callable[[], Loop], steps: int = 2, *, fake: bool = True)
     """Builds the loop and runs it -> everything that was allocated and freed, in phases `setup`, `forward`,
     `backward` and `optimizer`.
 
-    Two steps are the least that shows the peak, because momentum comes to exist in the first. With `fake`
-    nothing is allocated for real; without, the same is recorded of real tensors.
+    Two steps are the least that shows the peak, because momentum comes to exist in the first (see
+    `warm_up`). With `fake` nothing is allocated for real; without, the same is recorded of real tensors.
     """
     with _fake_mode(fake):
         recorder = Recorder()
         with recorder:
             loop = build()
             recorder.adopt((*loop.model.parameters(), *loop.model.buffers()), Kind.PARAMS)
+            if loop.optimizer is not None:
+                recorder.adopt(_state(loop.optimizer), Kind.OPTIMIZER)
             recorder.adopt((tensor for pair in loop.micro_batches for tensor in pair), Kind.ACTIVATIONS)
             for _ in range(steps):
                 loop.step(recorder)
         del loop
     return recorder.trace
+
+
+def warm_up(optimizer: torch.optim.SGD) -> None:
+    """Gives SGD the momentum that its first step would make: then one step is enough to show the peak.
+
+    To be called in `build`, after the optimizer is made; parameters that are frozen get none."""
+    for group in optimizer.param_groups:
+        if group["momentum"]:
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 @contextmanager

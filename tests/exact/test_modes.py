@@ -246,3 +246,11 @@ def test_mixed_memory_formats(which: str, schedule: str) -> None:
     weights, inputs = formats if which == "weights" else formats[::-1]
     plain, planned = _twins(Bottleneck, schedule, weights)
     assert differences(plain, planned, training(*pictures(3, inputs))) == []
+
+
+@by_format
+@by_schedule
+def test_batch_norm_on_the_librarys_choice_of_kernel(schedule: str, memory_format: Any) -> None:
+    plain, planned = _twins(Bottleneck, schedule, memory_format)
+    planned.library_norm = True
+    assert differences(plain, planned, training(*pictures(3, memory_format))) == []

@@ -32,12 +32,10 @@ class Setup:
     memory_format: torch.memory_format = torch.contiguous_format
 
     def model(self, *, fake: bool) -> ResNet:
-        if not fake:
-            model = ResNet(self.block, self.layout, width=self.width, residual=self.residual)
-            return model.to(memory_format=self.memory_format)
-        with torch.device("meta"):
-            model = ResNet(self.block, self.layout, width=self.width, residual=self.residual)
-        return empty_copy(model, self.memory_format)  # type: ignore[return-value]
+        model = ResNet(self.block, self.layout, width=self.width, residual=self.residual)
+        if fake:
+            return empty_copy(model, self.memory_format)  # type: ignore[return-value]
+        return model.to(memory_format=self.memory_format)
 
     def build(self, *, fake: bool) -> Loop:
         """Inside a fake mode, if `fake`."""

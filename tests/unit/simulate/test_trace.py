@@ -8,7 +8,18 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.plan import LEAN
-from lowmem.simulate import Event, Kind, Recorder, Trace, Work, empty_copy, estimate, trace_steps
+from lowmem.simulate import (
+    Event,
+    Kind,
+    Loop,
+    Recorder,
+    Trace,
+    Work,
+    empty_copy,
+    estimate,
+    trace_steps,
+    warm_up,
+)
 from lowmem.units import MIB
 from tests.exact.schedules import uniform
 from tests.unit.simulate.loops import Setup
@@ -113,3 +124,18 @@ def test_empty_copy_is_the_same_model_without_values() -> None:
         assert isinstance(copied.conv1.weight, nn.Parameter)
         assert copied.layer2[0].conv2.weight.is_contiguous(memory_format=torch.channels_last)
     assert model.conv1.weight.device.type == "cpu"
+
+
+def test_one_warm_step_shows_what_two_show() -> None:
+    setup = Setup(schedule=lambda stages: uniform(stages, LEAN))
+
+    def build() -> Loop:
+        loop = setup.build(fake=True)
+        assert isinstance(loop.optimizer, torch.optim.SGD)
+        warm_up(loop.optimizer)
+        return loop
+
+    warm = estimate(trace_steps(build, 1))
+    cold = estimate(trace_steps(lambda: setup.build(fake=True), 2))
+    assert warm.peak_tensor_bytes == cold.peak_tensor_bytes
+    assert warm.at_peak_bytes == cold.at_peak_bytes
