@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowmem.plan.cost import Operation, Rates
 from lowmem.plan.policy import Schedule
 from lowmem.remat import apply_plan
-from lowmem.simulate import DeviceFull, Estimate, Loop, empty_copy, estimate, trace_steps
+from lowmem.simulate import DeviceFull, Estimate, Loop, empty_copy, estimate, trace_steps, warm_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +82,7 @@ def _loop_builder(shape: StepShape, schedule: Schedule | None) -> Callable[[], L
             weight_decay=1e-4,
             foreach=False,
         )
-        if shape.momentum:
-            # As after the first step: one simulated step then shows the peak of all later ones.
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter)
+        warm_up(optimizer)
         images = torch.empty(shape.batch, *shape.image_shape).contiguous(memory_format=shape.torch_memory_format)
         labels = torch.zeros(shape.batch, dtype=torch.int64)
         micro: list[tuple[Tensor, Tensor]] = list(
