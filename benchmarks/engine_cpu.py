@@ -2,16 +2,15 @@
 
 Ways: plain autograd; `torch.utils.checkpoint` around every block; its selective form around every block, which saves
 the outputs of convolutions only; and the engine, planned for the tensor peak that was measured of each of these and
-for a third of plain's. All do the same training step (forward, cross-entropy, backward, SGD with momentum) on the
-same pictures.
+for a third of plain's, or where nothing fits into that for the least that does. All do the same training step
+(forward, cross-entropy, backward, SGD with momentum) on the same pictures.
 
-Every way has a process of its own for the whole run. After two steps it reports by how much its resident memory has
-grown at its peak (VmHWM; counted from a small network's step, which loads the library's parts). Then one step runs
-under a tracker of storages (a dispatch mode and finalizers, independent of `lowmem.simulate`) and one under the
-profiler's record of the allocator, which sees buffers inside kernels too: the peak of tensors, and of the allocator.
-Then come the timed steps, with no tracker: in each round every way does one step, in random order, so that whatever
-else the machine does hits all alike; ratios are to plain's step of the same round. Only one process computes at a
-time.
+Every way has a process of its own for the whole run (`engine_worker.py`). After two steps it reports by how much its
+resident memory has grown at its peak (VmHWM; counted from a small network's step, which loads the library's parts).
+Then one step runs under a tracker of storages (a dispatch mode and finalizers) and the profiler's record of the
+allocator, which sees buffers inside kernels too: the peak of tensors, and of the allocator. Then come the timed steps,
+with no tracker: in each round every way does one step, in random order, so that whatever else the machine does hits
+all alike; ratios are to plain's step of the same round. Only one process computes at a time.
 
 Writes `results/engine_cpu.json` and `.md` beside this file.
 """
@@ -25,46 +24,30 @@ import random
 import statistics
 import subprocess
 import sys
-import time
-import weakref
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from conditions import RESULTS, conditions, sentence, table, write
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from engine_worker import PER_BLOCK, PLAIN, SELECTIVE, WARMUP, Task, way_of
 
 from lowmem.cards import load_card
 from lowmem.choose.budget import tensors_only
 from lowmem.choose.planning import REFERENCE_CARD, Request, card_rates, choose
 from lowmem.choose.simulated import StepShape
 from lowmem.config import OptimConfig
-from lowmem.measure import Meter
-from lowmem.models import build, skeleton
+from lowmem.errors import Infeasible
+from lowmem.models import skeleton
 from lowmem.models.resnet import ResNet
 from lowmem.plan.cost import Rates
-from lowmem.plan.policy import Schedule
-from lowmem.remat import apply_plan
 from lowmem.simulate import Loop, empty_copy, estimate, trace_steps
 from lowmem.train.step import make_optimizer
 from lowmem.units import MIB
 
 NAME = "engine_cpu"
-PLAIN, SELECTIVE, PER_BLOCK = (
-    "plain autograd",
-    "selective checkpointing (convolutions saved)",
-    "checkpointing per block",
-)
-WARMUP = 2
+WORKER = Path(__file__).with_name("engine_worker.py")
 HEADER = (
     "way",
     "budget, MiB",
@@ -83,179 +66,6 @@ AGAINST = (
     "time, engine / library (lowest to highest)",
     "target met",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What a worker does: a way, or the engine with a schedule, on a network."""
-
-    way: str
-    arch: str
-    block: str
-    width: int
-    batch: int
-    memory_format: str
-    schedule: list[Any] | None = None
-
-    @property
-    def torch_memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.memory_format == "channels-last" else torch.contiguous_format
-
-
-# --- the ways
-
-
-def save_convolutions(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Everything but convolutions is computed again."""
-    saved = operation is torch.ops.aten.convolution.default
-    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def checkpointed(model: ResNet, **options: Any) -> ResNet:
-    """The model with `torch.utils.checkpoint` around every block; changes it in place."""
-    for stage in model.stages():
-        for block in stage.children():
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)  # type: ignore[method-assign]
-    return model
-
-
-def way_of(model: ResNet, task: Task) -> nn.Module:
-    """What runs the step."""
-    if task.schedule is not None:
-        return apply_plan(model, Schedule.from_json(task.schedule))
-    if task.way == PER_BLOCK:
-        return checkpointed(model)
-    if task.way == SELECTIVE:
-        return checkpointed(model, context_fn=partial(create_selective_checkpoint_contexts, save_convolutions))
-    assert task.way == PLAIN
-    return model
-
-
-# --- what is measured of a step
-
-
-class Tracker(TorchDispatchMode):
-    """The most bytes that storages took at once, from those given at first and the results of all operations."""
-
-    def __init__(self, existing: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.live_bytes = self.peak_bytes = 0
-        self._known: set[int] = set()
-        for tensor in existing:
-            self._add(tensor)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._add(leaf)
-        return result
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        address, size = storage.data_ptr(), storage.nbytes()
-        if size == 0 or address in self._known:
-            return
-        self._known.add(address)
-        self.live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._remove, address, size).atexit = False
-
-    def _remove(self, address: int, size: int) -> None:
-        self._known.discard(address)
-        self.live_bytes -= size
-
-
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Of distinct storages."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def load_library() -> None:
-    """A small step, so that code which is loaded at first use does not count as the network's memory."""
-    model = build("res20", "basic", width=8)
-    F.cross_entropy(model(torch.randn(2, 3, 32, 32)), torch.zeros(2, dtype=torch.int64)).backward()
-    make_optimizer(model, OptimConfig(), "cpu").step()
-
-
-class Worker:
-    """One way in this process."""
-
-    def __init__(self, task: Task) -> None:
-        load_library()
-        self.meter = Meter("cpu")
-        self.meter.reset()
-        self.before = self.meter.read().device_used_bytes
-        model = build(task.arch, task.block, width=task.width)
-        self.model = model.to(memory_format=task.torch_memory_format)  # type: ignore[call-overload]
-        self.run = way_of(self.model, task)
-        self.optimizer = make_optimizer(self.model, OptimConfig(lr=0.01), "cpu")
-        images = torch.randn(task.batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        self.images = images.contiguous(memory_format=task.torch_memory_format)
-        self.labels = torch.arange(task.batch) % 10
-        self.loss = 0.0
-
-    def step(self, during: AbstractContextManager[Any] | None = None) -> None:
-        """One training step; gradients are freed before `during` begins."""
-        self.model.zero_grad(set_to_none=True)
-        with during or nullcontext():
-            loss = F.cross_entropy(self.run(self.images), self.labels)
-            loss.backward()
-            self.loss = loss.item()
-            del loss
-            self.optimizer.step()
-
-    def standing(self) -> list[Tensor]:
-        """What exists all through a steady step."""
-        momentum = [value for state in self.optimizer.state.values() for value in state.values()]
-        kept = (*self.model.parameters(), *self.model.buffers(), *momentum, self.images, self.labels)
-        return [tensor for tensor in kept if isinstance(tensor, Tensor)]
-
-    def memory(self) -> dict[str, int | None]:
-        """Resident growth over the steps so far, then one step under each tracker."""
-        after = self.meter.read().device_used_bytes
-        tracker = Tracker(self.standing())
-        self.step(tracker)
-        return {
-            "resident_bytes": None if after is None or self.before is None else after - self.before,
-            "peak_tensor_bytes": tracker.peak_bytes,
-            "peak_allocator_bytes": self._allocator_peak(),
-        }
-
-    def _allocator_peak(self) -> int:
-        self.model.zero_grad(set_to_none=True)
-        live = peak = bytes_of(self.standing())
-        recording = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self.step(recording)
-        events = recording.profiler.kineto_results.events()  # type: ignore[union-attr]
-        changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
-        for _, change in sorted(changes, key=lambda pair: pair[0]):
-            live += change
-            peak = max(peak, live)
-        return peak
-
-    def timed(self) -> dict[str, float]:
-        """One step: seconds on the clock and of this process's CPU time."""
-        began, cpu_began = time.perf_counter(), time.process_time()
-        self.step()
-        return {
-            "seconds": time.perf_counter() - began,
-            "cpu_seconds": time.process_time() - cpu_began,
-            "loss": self.loss,
-        }
-
-
-def work(task: Task) -> None:
-    """Reports memory, then does a timed step for every line it is given."""
-    worker = Worker(task)
-    for _ in range(WARMUP):
-        worker.step()
-    print(json.dumps(worker.memory()), flush=True)
-    for _ in sys.stdin:
-        print(json.dumps(worker.timed()), flush=True)
-
-
-# --- the run
 
 
 @dataclass
@@ -301,7 +111,7 @@ class Cell:
 
 def start(name: str, task: Task, threads: int, budget_bytes: int | None = None) -> Cell:
     """A new process, until it has reported its memory."""
-    command = [sys.executable, __file__, "--worker", json.dumps(asdict(task))]
+    command = [sys.executable, str(WORKER), json.dumps(asdict(task))]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment, text=True)
@@ -366,13 +176,18 @@ def library_cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def engine_cells(options: argparse.Namespace, library: list[Cell]) -> list[Cell]:
-    """The engine at the others' measured peaks and at a third of plain's."""
+    """The engine at the others' measured peaks and at a third of plain's, or the least that fits."""
     rates = card_rates(load_card(options.card))
     budgets = [(f"engine, memory of {cell.name}", cell.peak_bytes) for cell in library]
     budgets.append(("engine, a third of plain", library[0].peak_bytes // 3))
     cells = []
     for name, budget_bytes in budgets:
-        task, simulated_bytes = planned(library[0].task, budget_bytes, rates)
+        try:
+            task, simulated_bytes = planned(library[0].task, budget_bytes, rates)
+        except Infeasible as error:
+            print(f"{name}: {error}", flush=True)
+            name, budget_bytes = "engine, the least that fits", error.least_bytes
+            task, simulated_bytes = planned(library[0].task, budget_bytes, rates)
         cell = start(name, task, options.threads, budget_bytes)
         cell.simulated_bytes = simulated_bytes
         cells.append(cell)
@@ -387,9 +202,6 @@ def run_rounds(cells: list[Cell], rounds: int) -> None:
         print(
             f"round {number + 1} of {rounds}: " + ", ".join(f"{c.rounds[-1]['seconds']:.2f}" for c in cells), flush=True
         )
-
-
-# --- the report
 
 
 def mib(size_bytes: int | None) -> str:
@@ -469,15 +281,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--card", default=REFERENCE_CARD, help="by whose rates the engine plans")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    if options.worker is not None:
-        work(Task(**json.loads(options.worker)))
-        return
     found = conditions()
     torch.set_num_threads(options.threads)
     library = library_cells(options)
@@ -490,7 +298,7 @@ def main() -> None:
         cell.process.wait()
     text = report(options, library, engine, sentence(found))
     print(text)
-    asked = {key: value for key, value in vars(options).items() if key not in ("worker", "out")}
+    asked = {key: value for key, value in vars(options).items() if key != "out"}
     record = {**found, **asked, "warmup": WARMUP, "cells": [record_of(cell, library[0]) for cell in cells]}
     write(options.out, NAME, record, text)
 

@@ -1,0 +1,208 @@
+"""One way of doing a training step, in a process of its own: `engine_cpu.py` starts it and reads its lines of JSON.
+
+Peaks are those of real tensors. The tracker of storages is independent of `lowmem.simulate`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from lowmem.config import OptimConfig
+from lowmem.measure import Meter
+from lowmem.models import build
+from lowmem.models.resnet import ResNet
+from lowmem.plan.policy import Schedule
+from lowmem.remat import apply_plan
+from lowmem.train.step import make_optimizer
+
+PLAIN = "plain autograd"
+SELECTIVE = "selective checkpointing (convolutions saved)"
+PER_BLOCK = "checkpointing per block"
+WARMUP = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a worker does: a way, or the engine with a schedule, on a network."""
+
+    way: str
+    arch: str
+    block: str
+    width: int
+    batch: int
+    memory_format: str
+    schedule: list[Any] | None = None
+
+    @property
+    def torch_memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.memory_format == "channels-last" else torch.contiguous_format
+
+
+def save_convolutions(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Everything but convolutions is computed again."""
+    saved = operation is torch.ops.aten.convolution.default
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpointed(model: ResNet, **options: Any) -> ResNet:
+    """The model with `torch.utils.checkpoint` around every block; changes it in place."""
+    for stage in model.stages():
+        for block in stage.children():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)  # type: ignore[method-assign]
+    return model
+
+
+def way_of(model: ResNet, task: Task) -> nn.Module:
+    """What runs the step."""
+    if task.schedule is not None:
+        return apply_plan(model, Schedule.from_json(task.schedule))
+    if task.way == PER_BLOCK:
+        return checkpointed(model)
+    if task.way == SELECTIVE:
+        return checkpointed(model, context_fn=partial(create_selective_checkpoint_contexts, save_convolutions))
+    assert task.way == PLAIN
+    return model
+
+
+class Tracker(TorchDispatchMode):
+    """The most bytes that storages took at once, from those given at first and the results of all operations."""
+
+    def __init__(self, existing: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live_bytes = self.peak_bytes = 0
+        self._known: set[int] = set()
+        for tensor in existing:
+            self._add(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        if size == 0 or address in self._known:
+            return
+        self._known.add(address)
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._remove, address, size).atexit = False
+
+    def _remove(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.live_bytes -= size
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Of distinct storages."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def allocated_peak(recording: profile) -> int:
+    """The most that the allocator gave out at once, above what it had given before."""
+    assert recording.profiler is not None
+    events = recording.profiler.kineto_results.events()
+    changes = sorted(
+        (event.start_ns(), index, event.nbytes()) for index, event in enumerate(events) if is_memory(event)
+    )
+    return max(accumulate(change for _, _, change in changes), default=0)
+
+
+def is_memory(event: Any) -> bool:
+    return event.name() == "[memory]"
+
+
+def load_library() -> None:
+    """A small step, so that code which is loaded at first use does not count as the network's memory."""
+    model = build("res20", "basic", width=8)
+    F.cross_entropy(model(torch.randn(2, 3, 32, 32)), torch.zeros(2, dtype=torch.int64)).backward()
+    make_optimizer(model, OptimConfig(), "cpu").step()
+
+
+class Worker:
+    """One way in this process."""
+
+    def __init__(self, task: Task) -> None:
+        load_library()
+        self.meter = Meter("cpu")
+        self.meter.reset()
+        self.before = self.meter.read().device_used_bytes
+        model = build(task.arch, task.block, width=task.width)
+        self.model = model.to(memory_format=task.torch_memory_format)  # type: ignore[call-overload]
+        self.run = way_of(self.model, task)
+        self.optimizer = make_optimizer(self.model, OptimConfig(lr=0.01), "cpu")
+        images = torch.randn(task.batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        self.images = images.contiguous(memory_format=task.torch_memory_format)
+        self.labels = torch.arange(task.batch) % 10
+        self.loss = 0.0
+
+    def step(self) -> None:
+        """One training step."""
+        self.model.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(self.run(self.images), self.labels)
+        loss.backward()
+        self.loss = loss.item()
+        self.optimizer.step()
+
+    def standing(self) -> list[Tensor]:
+        """What exists all through a steady step."""
+        momentum = [value for state in self.optimizer.state.values() for value in state.values()]
+        kept = (*self.model.parameters(), *self.model.buffers(), *momentum, self.images, self.labels)
+        return [tensor for tensor in kept if isinstance(tensor, Tensor)]
+
+    def memory(self) -> dict[str, int | None]:
+        """Resident growth over the steps so far, then one step under both trackers."""
+        after = self.meter.read().device_used_bytes
+        self.model.zero_grad(set_to_none=True)  # the profiler does not see the end of what was there before it
+        standing = bytes_of(self.standing())
+        tracker = Tracker(self.standing())
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording, tracker:
+            self.step()
+        return {
+            "resident_bytes": None if after is None or self.before is None else after - self.before,
+            "peak_tensor_bytes": tracker.peak_bytes,
+            "peak_allocator_bytes": standing + allocated_peak(recording),
+        }
+
+    def timed(self) -> dict[str, float]:
+        """One step: seconds on the clock and of this process's CPU time."""
+        began, cpu_began = time.perf_counter(), time.process_time()
+        self.step()
+        return {
+            "seconds": time.perf_counter() - began,
+            "cpu_seconds": time.process_time() - cpu_began,
+            "loss": self.loss,
+        }
+
+
+def work(task: Task) -> None:
+    """Reports memory, then does a timed step for every line it is given."""
+    worker = Worker(task)
+    for _ in range(WARMUP):
+        worker.step()
+    print(json.dumps(worker.memory()), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(worker.timed()), flush=True)
+
+
+if __name__ == "__main__":
+    work(Task(**json.loads(sys.argv[1])))
