@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,10 +18,11 @@ from lowmem.choose.session import plan_run, replan, request_of, wants_plan
 from lowmem.config import Config, known_keys
 from lowmem.data import Dataset, load
 from lowmem.environment import describe
-from lowmem.errors import CorruptCheckpoint, LowmemError, UsageError
-from lowmem.models import build
+from lowmem.errors import CorruptCheckpoint, OutOfMemory, UsageError
+from lowmem.models import build, skeleton
 from lowmem.plan.record import Plan
 from lowmem.preflight import preflight
+from lowmem.remat import stage_names
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.store import RunFolder, require_run
 from lowmem.settings import Settings, from_yaml, refuse_changes, to_yaml
@@ -65,22 +69,23 @@ def run_training(
     environment = describe(settings.config.train.device)
     with RunFolder.create(path, to_yaml(settings), environment) as folder:
         try:
-            trainer = _make_trainer(settings.config, dataset, observer, plan)
+            with _out_of_memory(path):
+                trainer = _make_trainer(settings.config, dataset, observer, plan)
             preflight(trainer, folder)
             if plan is not None:
                 folder.write_plan(plan.to_json())
             trainer.state.low_start = starts_low(settings.config)
             # From here on a run can be resumed, however early it is killed.
             checkpoints.save(folder.checkpoints, trainer.checkpoint(), keep=settings.config.checkpoint.keep)
-        except (LowmemError, KeyboardInterrupt):
+        except BaseException:
+            # Not a step was taken: nothing is to be kept, and the folder must not be in the way of another try.
             folder.discard()
             raise
         folder.event("start", **environment)
         if plan is not None and not plan.exact:
             folder.event("warning", what=inexact(plan))
         observer.note(_headline(settings.config, dataset, path))
-        _cap_emulated(settings.config)
-        return RunResult(path, trainer.run(folder))
+        return _go(trainer, folder)
 
 
 def resume_training(path: Path | str, changes: Settings | None = None, observer: Observer | None = None) -> RunResult:
@@ -97,18 +102,23 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
     require_device(settings.config.train.device)
     with RunFolder.open(path) as folder:
         if not checkpoints.found(folder.checkpoints):
-            raise CorruptCheckpoint(
-                f"{path} was stopped before its first checkpoint, nothing is lost: delete it and start again"
-            )
+            raise CorruptCheckpoint(f"{path} has no checkpoint to go on from: start again under another --out")
         saved, where, skipped = checkpoints.load_newest(folder.checkpoints)
-        for reason in skipped:
+        for reason in skipped.values():
             observer.warning(f"skipped a damaged checkpoint: {reason}")
             folder.event("warning", what="checkpoint skipped", reason=reason)
         dataset = _load_data(settings.config, observer)
-        plan = _recorded_plan(folder, recorded.config, settings.config, len(dataset.classes), observer)
-        trainer = _make_trainer(settings.config, dataset, observer, plan)
+        plan, replanned = _plan_of(folder, recorded.config, settings.config, dataset, observer)
+        with _out_of_memory(path):
+            trainer = _make_trainer(settings.config, dataset, observer, plan)
         trainer.state = restore(saved, trainer.model, trainer.optimizer, trainer.scaler, trainer.identity)
         state = trainer.state
+        # Only now is it certain that this run goes on from here: nothing was written before.
+        checkpoints.set_aside(skipped)
+        if replanned and plan is not None:
+            folder.write_plan(plan.to_json())
+            folder.write_config(to_yaml(settings))
+            folder.event("replan", budget_bytes=plan.budget_bytes)
         folder.cut_back(epoch=state.epoch, step=state.step)
         folder.event(
             "resume",
@@ -121,8 +131,7 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
             observer.note(f"{path} is finished: all {state.epoch} epochs are done")
         else:
             observer.note(f"resuming {path} from {where.name}: epoch {state.epoch + 1}, step {state.step_in_epoch}")
-        _cap_emulated(settings.config)
-        return RunResult(path, trainer.run(folder))
+        return _go(trainer, folder)
 
 
 def fork_run(
@@ -139,7 +148,7 @@ def fork_run(
     there is no such checkpoint; the old run is only read.
     """
     observer = observer or Observer()
-    source = Path(source)
+    source = Path(source).resolve()
     path = Path(out) if out is not None else source.with_name(f"{source.name}-fork")
     _refuse_existing(path)
     old, settings = recorded_settings(source).config, resolve_execution(changes)
@@ -147,11 +156,32 @@ def fork_run(
     saved, where = fork.find(source, at)
     dataset = _load_data(settings.config, observer)
     carried = fork.carry_over(saved, old, settings.config, dataset)
-    for line in fork.explain(differing, old, settings.config, at, fork.steps_per_epoch(settings.config, dataset)):
+    steps = fork.steps_per_epoch(settings.config, dataset)
+    for line in fork.explain(differing, old, settings.config, carried, steps):
         observer.note(line)
+    settings, plan = _forked_plan(source, old, settings, dataset, observer)
     with RunFolder.create(path, to_yaml(settings), describe(settings.config.train.device)) as folder:
+        if plan is not None:
+            folder.write_plan(plan.to_json())
         fork.write(carried, source, settings, folder, where)
     return resume_training(path, None, observer)
+
+
+def _forked_plan(
+    source: Path, old: Config, settings: Settings, dataset: Dataset, observer: Observer
+) -> tuple[Settings, Plan | None]:
+    """The source's plan, if nothing changes that it depends on; else a new one if the fork wants any."""
+    new = settings.config
+    if (old.memory, old.train.batch, old.train.micro_batch, old.train.precision, old.train.memory_format) == (
+        (new.memory, new.train.batch, new.train.micro_batch, new.train.precision, new.train.memory_format)
+    ):
+        return settings, read_plan(source, new)
+    if not wants_plan(new):
+        return settings, None
+    settings, choice = plan_run(settings, len(dataset.classes), len(dataset.train.labels))
+    for line in explain(choice):
+        observer.note(line)
+    return settings, choice.plan
 
 
 def recorded_settings(path: Path) -> Settings:
@@ -172,31 +202,69 @@ def _load_data(config: Config, observer: Observer) -> Dataset:
     return load(config.data, config.seed, progress=observer.data_progress)
 
 
-def _recorded_plan(folder: RunFolder, old: Config, new: Config, num_classes: int, observer: Observer) -> Plan | None:
-    """The plan the run recorded; another only if another budget is asked for, and then as a logged event (invariant 7).
+def _plan_of(
+    folder: RunFolder, old: Config, new: Config, dataset: Dataset, observer: Observer
+) -> tuple[Plan | None, bool]:
+    """The plan the run recorded; another only if another memory is asked for (invariant 7): then (plan, True).
 
-    Raises CorruptCheckpoint for a damaged plan.json, Infeasible.
+    Raises CorruptCheckpoint for a plan.json that is damaged or another run's, Infeasible.
     """
-    recorded = folder.read_plan()
-    if recorded is None and not wants_plan(new):
-        return None
-    try:
-        plan = None if recorded is None else Plan.from_json(recorded)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptCheckpoint(f"{folder.path / 'plan.json'} holds no plan ({error}): restore it") from None
-    if plan is not None and (old.memory.vram, old.memory.card) == (new.memory.vram, new.memory.card):
-        return plan
+    plan = read_plan(folder.path, new)
+    if (old.memory.vram, old.memory.card) == (new.memory.vram, new.memory.card) or not wants_plan(new):
+        return plan, False
+    pictures = len(dataset.train.labels)
     if plan is None:
         # The run was unplanned: what it computes is the plain step at its own micro-batch.
-        request = request_of(new, num_classes)
-        choice = choose(replace(request, allow_accumulation=False, micro_batch=new.train.micro_batch))
+        request = request_of(new, len(dataset.classes), pictures)
+        choice = choose(replace(request, settled=True, precisions=(new.train.precision,)))
     else:
-        choice = replan(new, plan, num_classes)
-    folder.write_plan(choice.plan.to_json())
-    folder.event("replan", budget_bytes=choice.plan.budget_bytes)
+        choice = replan(new, plan, len(dataset.classes), pictures)
     for line in explain(choice):
         observer.note(line)
-    return choice.plan
+    return choice.plan, True
+
+
+def read_plan(run: Path, config: Config) -> Plan | None:
+    """The plan in a run's plan.json, None if it has none. Raises CorruptCheckpoint if it is damaged or does not belong
+    to these settings."""
+    path = run / "plan.json"
+    if not path.is_file():
+        return None
+    try:
+        plan = Plan.from_json(json.loads(path.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{path} holds no plan ({error}): restore it, or start another run") from None
+    model, train = config.model, config.train
+    names = stage_names(skeleton(model.arch, model.block, width=model.width))
+    ours = (names, train.batch, train.precision, train.memory_format)
+    if (plan.stages, plan.batch, plan.precision, plan.memory_format) != ours:
+        raise CorruptCheckpoint(f"{path} is the plan of another run: restore this run's own, or start another run")
+    return plan
+
+
+def _go(trainer: Trainer, folder: RunFolder) -> RunResult:
+    """Trains. Raises OutOfMemory with the way out; the last checkpoint stands."""
+    _cap_emulated(trainer.config)
+    with _out_of_memory(folder.path):
+        return RunResult(folder.path, trainer.run(folder))
+
+
+@contextmanager
+def _out_of_memory(path: Path) -> Iterator[None]:
+    """Turns the library's exception into ours."""
+    import torch
+
+    message = None
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        message = str(error).partition(". ")[0]
+    # Outside of the handler, which would hold on to the step's tensors.
+    if message is not None:
+        raise OutOfMemory(
+            f"out of memory ({message}); the last checkpoint stands: give less to plan for, like "
+            f"`lowmem resume {path} --vram 4G`, or free what others use"
+        )
 
 
 def _cap_emulated(config: Config) -> None:

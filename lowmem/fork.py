@@ -14,7 +14,7 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.store import RunFolder
 from lowmem.settings import Settings
-from lowmem.train.schedule import learning_rate
+from lowmem.train.schedule import learning_rate, starts_low
 from lowmem.train.state import config_hash
 
 
@@ -73,6 +73,9 @@ def carry_over(saved: Checkpoint, old: Config, new: Config, dataset: Dataset) ->
         )
     # The learning rate follows the step: with another batch or subset an epoch has another number of them.
     run["step"] = run["epoch"] * steps_per_epoch(new, dataset)
+    # The old run's best was chosen under other settings, perhaps on other pictures, and its weights are not here.
+    run["best"] = None
+    run["low_start"] = bool(run["low_start"]) and starts_low(new)
     identity = {"settings": config_hash(new), "data": dataset.fingerprint}
     return replace(saved, step=run["step"], state={"run": run, "identity": identity})
 
@@ -83,14 +86,15 @@ def steps_per_epoch(config: Config, dataset: Dataset) -> int:
 
 
 def explain(
-    changes: Mapping[str, tuple[object, object]], old: Config, new: Config, epoch: int, steps: int
+    changes: Mapping[str, tuple[object, object]], old: Config, new: Config, saved: Checkpoint, steps: int
 ) -> list[str]:
     """What changes, and the learning rate before and after, in lines."""
+    epoch, low_start = int(saved.state["run"]["epoch"]), bool(saved.state["run"]["low_start"])
     lines = [f"{key}: {before!r} -> {after!r}" for key, (before, after) in changes.items()]
     for words, config in (("learning rate before", old), ("learning rate after", new)):
         rates: list[str] = []
         for at in range(epoch, config.train.epochs):
-            rate = f"{learning_rate(config, steps, at * steps, low_start=False):g}"
+            rate = f"{learning_rate(config, steps, at * steps, low_start=low_start):g}"
             if not rates or rates[-1].partition(" ")[0] != rate:
                 rates.append(f"{rate} from epoch {at + 1}")
         lines.append(f"{words}: {', '.join(rates) or 'the run was over'}")

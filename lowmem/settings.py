@@ -85,6 +85,10 @@ def _drop_stale_block(flat: dict[str, object], sources: Mapping[str, str]) -> di
 
 def validate(flat: Mapping[str, object], sources: Mapping[str, str]) -> Config:
     """Dotted names -> Config. Raises UsageError of one line."""
+    defaults = flatten(Config())
+    for key, value in flat.items():
+        if isinstance(value, bool) and key in defaults and not isinstance(defaults[key], bool):
+            raise UsageError(f"{key} = {str(value).lower()} (from {sources.get(key, 'caller')}): is no yes or no")
     try:
         return Config.model_validate(nest(dict(flat)))
     except ValidationError as error:
@@ -221,6 +225,10 @@ def refuse_changes(recorded: Config, wanted: Config, run: str) -> None:
     """Raises UsageError naming the first setting that differs and is not operational (see `config.OPERATIONAL`)."""
     old, new = flatten(recorded), flatten(wanted)
     for key, value in new.items():
+        if value != old[key] and key.startswith("model."):
+            raise UsageError(
+                f"{key} is {old[key]!r} in {run} and cannot become {value!r}: train another network with `lowmem train`"
+            )
         if value != old[key] and key not in OPERATIONAL:
             raise UsageError(
                 f"{key} is {old[key]!r} in {run} and cannot become {value!r} on resume, which repeats the run exactly: "

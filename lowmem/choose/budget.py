@@ -25,6 +25,7 @@ class Budget:
     others_bytes: int = 0  # the driver, the desktop, other processes
     context_bytes: int = 0
     workspace_bytes: int = 0
+    pictures_bytes: int = 0  # the data set, where it is held on the card
     margin_bytes: int = 0
     source: str  # of the total, in words
 
@@ -40,7 +41,8 @@ class Budget:
     @property
     def tensor_bytes(self) -> int:
         """What is left for parameters, momentum, gradients, activations and temporaries."""
-        return self.total_bytes - self.others_bytes - self.context_bytes - self.workspace_bytes - self.margin_bytes
+        beside = self.others_bytes + self.context_bytes + self.workspace_bytes + self.pictures_bytes
+        return self.total_bytes - beside - self.margin_bytes
 
     @property
     def on_card(self) -> bool:
@@ -54,6 +56,7 @@ class Budget:
             ("others (driver, desktop)", -self.others_bytes),
             ("CUDA context", -self.context_bytes),
             ("convolution workspace (assumed)", -self.workspace_bytes),
+            ("training pictures", -self.pictures_bytes),
             (f"margin ({MARGIN_SHARE:.0%})", -self.margin_bytes),
         ]
         return [row for row in named if row[1]] + [("for the step's tensors", self.tensor_bytes)]
@@ -64,7 +67,7 @@ def tensors_only(total_bytes: int, source: str = "memory budget") -> Budget:
     return Budget(total_bytes=total_bytes, source=source)
 
 
-def of_card(card: Card, vram_bytes: int | None = None) -> Budget:
+def of_card(card: Card, vram_bytes: int | None = None, pictures_bytes: int = 0) -> Budget:
     """The budget of a card's profile, or of a card like it with another memory. Raises Infeasible."""
     total = card.memory_bytes if vram_bytes is None else vram_bytes
     platform: Platform = "windows" if sys.platform == "win32" else "linux"
@@ -74,22 +77,25 @@ def of_card(card: Card, vram_bytes: int | None = None) -> Budget:
         others_bytes=total - usable,
         context_bytes=card.context_bytes,
         workspace_bytes=ASSUMED_WORKSPACE_BYTES,
+        pictures_bytes=pictures_bytes,
         margin_bytes=int(total * MARGIN_SHARE),
         source=card.name if total == card.memory_bytes else f"{card.name} with another memory",
     )
 
 
-def of_device(free_bytes: int, total_bytes: int, vram_bytes: int | None = None) -> Budget:
-    """The budget of the CUDA device at hand, whose context exists already (`free_bytes` is without it).
+def of_device(free_bytes: int, total_bytes: int, vram_bytes: int | None = None, pictures_bytes: int = 0) -> Budget:
+    """The budget of the CUDA device at hand. Its context exists already: `free_bytes` is without it.
 
-    With `vram_bytes` the card is emulated: as if it had that much, free but for a context of the assumed size.
+    With less `vram_bytes` than the device has the card is emulated; what others use counts all the same.
+    `pictures_bytes`: of the data set, which is held on the card.
     """
-    total = total_bytes if vram_bytes is None else vram_bytes
+    total = total_bytes if vram_bytes is None else min(vram_bytes, total_bytes)
     return Budget(
         total_bytes=total,
-        others_bytes=total_bytes - free_bytes - ASSUMED_CONTEXT_BYTES if vram_bytes is None else 0,
+        others_bytes=max(0, total_bytes - free_bytes - ASSUMED_CONTEXT_BYTES),
         context_bytes=ASSUMED_CONTEXT_BYTES,
         workspace_bytes=ASSUMED_WORKSPACE_BYTES,
+        pictures_bytes=pictures_bytes,
         margin_bytes=int(total * MARGIN_SHARE),
-        source="the card" if vram_bytes is None else "emulated card",
+        source="the card" if total == total_bytes else "emulated card",
     )

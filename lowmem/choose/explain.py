@@ -41,10 +41,13 @@ def tally(plan: Plan) -> str:
 
 def inexact(plan: Plan) -> str:
     """What must be said of accumulation (invariant 4)."""
+    tried = any(one.refused_because and f"batch {plan.batch}" in one.what for one in plan.candidates)
+    why = f"no plan fits at the full batch of {plan.batch}" if tried else "micro-batches were asked for"
+    way_out = "; --set memory.allow_accumulation=false refuses it" if tried else ""
     return (
-        f"no plan fits at the full batch of {plan.batch}: gradients are accumulated over {plan.accumulation} "
+        f"{why}: gradients are accumulated over {plan.accumulation} "
         f"micro-batches of {plan.micro_batch}. Batch norm then sees {plan.micro_batch} pictures at a time, which is "
-        "NOT the same computation as the recipe's; --set memory.allow_accumulation=false refuses it"
+        f"NOT the same computation as the recipe's{way_out}"
     )
 
 

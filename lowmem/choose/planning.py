@@ -45,6 +45,7 @@ class Request:
     memory_format: str = "contiguous"
     micro_batch: int | None = None
     allow_accumulation: bool = True
+    settled: bool = False  # a run that has begun: batch, precision and accumulation cannot change
     image_shape: tuple[int, int, int] = (3, 32, 32)
     momentum: bool = True
 
@@ -159,8 +160,12 @@ def choose(request: Request) -> Choice:
         return replace(choice, plan=replace(choice.plan, candidates=candidates))
     assert least is not None
     tried = "; ".join(candidate.what for candidate in refused)
-    open_ways = [] if request.allow_accumulation else ["allow accumulation (--set memory.allow_accumulation=true)"]
-    way_out = " or ".join(["lower --batch", *open_ways, "give more with --vram"])
+    ways = ["give more with --vram"]
+    if not request.settled:
+        ways.insert(0, "lower --batch")
+        if not request.allow_accumulation:
+            ways.insert(1, "allow accumulation (--set memory.allow_accumulation=true)")
+    way_out = " or ".join(ways)
     raise Infeasible(request.budget.tensor_bytes, least.least_bytes, f"tried: {tried}; {least.what}", way_out)
 
 
@@ -168,7 +173,7 @@ def _candidates(request: Request) -> Iterator[tuple[str, int]]:
     full = request.micro_batch or request.batch
     for precision in request.precisions:
         yield precision, full
-    if not request.allow_accumulation or request.micro_batch is not None:
+    if request.settled or not request.allow_accumulation or request.micro_batch is not None:
         return
     micro = -(-full // 2)
     while micro >= _SMALLEST_MICRO_BATCH:

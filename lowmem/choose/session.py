@@ -8,6 +8,7 @@ import torch
 
 from lowmem.cards import Card, find_card, load_card
 from lowmem.choose.budget import Budget, of_card, of_device, tensors_only
+from lowmem.choose.execution import has_tensor_cores
 from lowmem.choose.planning import REFERENCE_CARD, Choice, Request, card_rates, choose, precision_order
 from lowmem.config import Config
 from lowmem.errors import Infeasible, UsageError
@@ -15,6 +16,7 @@ from lowmem.models import skeleton
 from lowmem.plan.record import Candidate, Plan
 from lowmem.settings import Settings
 
+_PICTURE_BYTES = 3 * 32 * 32  # uint8
 AUTO_BATCHES = (32, 64, 128, 256, 512, 1024)
 
 
@@ -24,28 +26,39 @@ def wants_plan(config: Config) -> bool:
     return memory.vram is not None or memory.card is not None or config.train.device == "cuda"
 
 
-def budget_of(config: Config) -> tuple[Budget, Card | None]:
+def budget_of(config: Config, train_pictures: int = 0) -> tuple[Budget, Card | None]:
     """The budget for the step's tensors and, where it is known, the card whose rates predict time.
 
     Raises UsageError for an unknown card or where there is nothing to fit into, Infeasible for too small a card.
     """
     memory = config.memory
+    pictures_bytes = train_pictures * _PICTURE_BYTES
     if memory.card is not None:
         card = load_card(memory.card)
-        return of_card(card, memory.vram), card
+        return of_card(card, memory.vram, pictures_bytes), card
     if config.train.device == "cuda" and torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        return of_device(free, total, memory.vram), find_card(torch.cuda.get_device_name(), total)
+        return of_device(free, total, memory.vram, pictures_bytes), find_card(torch.cuda.get_device_name(), total)
     if memory.vram is None:
         raise UsageError("there is nothing to fit into: give --vram, like --vram 6G, or --card, like --card gtx1060-6g")
     return tensors_only(memory.vram), None
 
 
-def request_of(config: Config, num_classes: int = 10) -> Request:
-    """What `choose` needs to know of a run. Raises as `budget_of` does."""
-    budget, card = budget_of(config)
-    model = config.model
-    tensor_cores = card is not None and card.tensor_cores
+def request_of(config: Config, num_classes: int = 10, train_pictures: int = 0) -> Request:
+    """What `choose` needs to know of a run. Raises as `budget_of` does, and UsageError for settings at odds."""
+    budget, card = budget_of(config, train_pictures)
+    model, micro_batch = config.model, config.train.micro_batch
+    if micro_batch is not None and config.memory.auto_batch:
+        raise UsageError("--batch auto chooses a batch that fits in one piece: leave --micro-batch out")
+    if micro_batch is not None and micro_batch < config.train.batch and not config.memory.allow_accumulation:
+        raise UsageError(
+            f"--micro-batch {micro_batch} accumulates up to the batch of {config.train.batch}, and "
+            "memory.allow_accumulation=false forbids it: leave one of them out"
+        )
+    if card is None and config.train.device == "cuda" and torch.cuda.is_available():
+        tensor_cores = has_tensor_cores()
+    else:
+        tensor_cores = card is not None and card.tensor_cores
     layout = config.train.memory_format
     return Request(
         model=skeleton(model.arch, model.block, width=model.width, num_classes=num_classes),
@@ -63,7 +76,7 @@ def request_of(config: Config, num_classes: int = 10) -> Request:
 def plan_run(settings: Settings, num_classes: int = 10, train_pictures: int | None = None) -> tuple[Settings, Choice]:
     """The settings with what the plan decided (precision, memory format, and with `--batch auto` batch and learning
     rate), and the choice. Raises Infeasible, UsageError."""
-    request = request_of(settings.config, num_classes)
+    request = request_of(settings.config, num_classes, train_pictures or 0)
     if settings.config.memory.auto_batch:
         choice = _best_batch(request, train_pictures)
         settings = _follow_batch(settings, choice.plan.batch)
@@ -78,11 +91,11 @@ def plan_run(settings: Settings, num_classes: int = 10, train_pictures: int | No
     return (settings.replace(decided, "auto: the plan") if decided else settings), choice
 
 
-def replan(config: Config, recorded: Plan, num_classes: int = 10) -> Choice:
+def replan(config: Config, recorded: Plan, num_classes: int = 10, train_pictures: int = 0) -> Choice:
     """A plan for another budget that computes what the recorded one does: same precision, format and micro-batch.
 
     Raises Infeasible."""
-    request = request_of(config, num_classes)
+    request = request_of(config, num_classes, train_pictures)
     return choose(
         replace(
             request,
@@ -90,7 +103,7 @@ def replan(config: Config, recorded: Plan, num_classes: int = 10) -> Choice:
             precisions=(recorded.precision,),
             memory_format=recorded.memory_format,
             micro_batch=recorded.micro_batch,
-            allow_accumulation=False,
+            settled=True,
         )
     )
 

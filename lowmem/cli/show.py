@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,17 @@ class PlainObserver(Observer):
         self._last = time.monotonic()
 
     def note(self, text: str) -> None:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except OSError:
+            # Whoever read this left (`| head`, a closed terminal): no reason to stop a run.
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     def warning(self, text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        try:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+        except OSError:
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     def progress(self, progress: Progress) -> None:
         if time.monotonic() - self._last >= _PLAIN_EVERY_SECONDS:
@@ -94,13 +102,16 @@ class LiveObserver(Observer):
         self._live.start()
 
     def note(self, text: str) -> None:
-        self._console.print(Text(text))
+        with suppress(OSError):  # the terminal may be gone
+            self._console.print(Text(text))
 
     def warning(self, text: str) -> None:
-        self._console.print(Text(f"warning: {text}", style="bold yellow"))
+        with suppress(OSError):
+            self._console.print(Text(f"warning: {text}", style="bold yellow"))
 
     def progress(self, progress: Progress) -> None:
-        self._live.update(Text(describe_progress(progress)))
+        with suppress(OSError):
+            self._live.update(Text(describe_progress(progress)))
 
     def data_progress(self, what: str, done: int, total: int) -> None:
         self._live.update(Text(f"{what}: {done:,} of {total:,}"))
@@ -109,7 +120,8 @@ class LiveObserver(Observer):
         self.note(describe_epoch(row, epochs))
 
     def close(self) -> None:
-        self._live.stop()
+        with suppress(OSError):
+            self._live.stop()
 
 
 @contextmanager
@@ -146,6 +158,7 @@ def show_bench(
     config = resolve_execution(settings).config
     if out is not None:
         _make_folder(out)
+        _try_writing(out)
     chosen = list(cells(arch, config.model.block, width, batches, config.train.device, steps))
     shown = Table(*COLUMNS)
     measurements = []
@@ -162,6 +175,16 @@ def show_bench(
         recorded = {"environment": environment, "cells": [asdict(measurement) for measurement in measurements]}
         write_text_atomic(out / "bench.json", json.dumps(recorded, indent=1) + "\n")
         print(f"written: {out / 'bench.md'} and {out / 'bench.json'}")
+
+
+def _try_writing(folder: Path) -> None:
+    """Before minutes of measuring, not after."""
+    try:
+        for name in ("bench.md", "bench.json"):
+            with open(folder / name, "ab"):
+                pass
+    except OSError as error:
+        raise PreflightError(f"{folder} cannot be written ({error.strerror}): choose another with --out") from None
 
 
 def _make_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from lowmem.choose.curve import strategies
+from lowmem.choose.execution import resolve_execution
 from lowmem.choose.explain import in_full
 from lowmem.choose.session import plan_run
 from lowmem.errors import PreflightError
@@ -16,6 +17,9 @@ from lowmem.settings import Settings
 
 def show_plan(settings: Settings, as_json: bool, curve: Path | None) -> None:
     """Plans, prints, draws. Raises Infeasible, UsageError, PreflightError."""
+    if settings.config.memory.card is None:
+        # Without a named card it is about this machine: what `lowmem train` would do here.
+        settings = resolve_execution(settings, leave_precision=True)
     settings, choice = plan_run(settings)
     config = settings.config
     title = f"{config.model.arch} ({config.model.block}, width {config.model.width})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 _PARTIAL = ".partial"
@@ -19,6 +20,20 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def replace_path(source: Path, target: Path) -> None:
+    """`os.replace`. On Windows a reader or a virus scanner that has a file open makes it fail for a moment: tried
+    again for two seconds. Raises OSError."""
+    deadline = time.monotonic() + (2.0 if os.name == "nt" else 0.0)
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.05)
+
+
 def write_synced(path: Path, data: bytes) -> None:
     """Writes `data` and waits until it is on the disk. Not atomic by itself. Raises OSError."""
     with open(path, "wb") as file:
@@ -31,7 +46,7 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Replaces `path` by `data`: a reader, or a crash, sees the old or the new content. Raises OSError."""
     aside = path.with_name(path.name + _PARTIAL)
     write_synced(aside, data)
-    os.replace(aside, path)
+    replace_path(aside, path)
     fsync_folder(path.parent)
 
 

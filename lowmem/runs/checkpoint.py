@@ -14,13 +14,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import CorruptCheckpoint, DiskError
-from lowmem.runs.atomic import fsync_folder, write_synced
+from lowmem.runs.atomic import fsync_folder, replace_path, write_synced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,8 +92,8 @@ def _put_in_place(aside: Path, target: Path) -> None:
         # The same step saved again (its evaluation was still to come the first time). A folder cannot replace a
         # folder in one call; the old one keeps a name that readers know until the new one is there.
         shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-    os.replace(aside, target)
+        replace_path(target, old)
+    replace_path(aside, target)
     fsync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -123,6 +123,13 @@ def verify(path: Path, *, expected_step: int | None = None) -> dict[str, bytes]:
 
     Raises CorruptCheckpoint saying which file and why.
     """
+    try:
+        return _verified(path, expected_step)
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path} cannot be read ({error.strerror or error})") from None
+
+
+def _verified(path: Path, expected_step: int | None) -> dict[str, bytes]:
     manifest = _read_manifest(path)
     match = _NAME.fullmatch(path.name.removeprefix(_ASIDE))
     step = expected_step if expected_step is not None else int(match[1]) if match else None
@@ -186,19 +193,31 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(step=int(match[1]), model=model, optimizer=optimizer, state=state)
 
 
-def load_newest(folder: Path) -> tuple[Checkpoint, Path, list[str]]:
-    """The newest checkpoint that verifies, its path, and why each newer one was skipped.
+def load_newest(folder: Path) -> tuple[Checkpoint, Path, dict[Path, str]]:
+    """The newest checkpoint that verifies, its path, and the newer ones that were skipped with the reason.
 
     Raises CorruptCheckpoint if none does.
     """
-    skipped: list[str] = []
+    skipped: dict[Path, str] = {}
     for path in found(folder):
         try:
             return load(path), path, skipped
         except CorruptCheckpoint as error:
-            skipped.append(str(error))
-    detail = f" ({'; '.join(skipped)})" if skipped else ""
+            skipped[path] = str(error)
+    detail = f" ({'; '.join(skipped.values())})" if skipped else ""
     raise CorruptCheckpoint(f"{folder} holds no usable checkpoint{detail}: start the run again under another --out")
+
+
+def set_aside(damaged: Iterable[Path]) -> None:
+    """Renames checkpoints that do not verify to `damaged-step-N`: they must not count among the generations that are
+    kept, or pruning would delete good ones in their favour."""
+    for path in damaged:
+        target = path.with_name(f"damaged-{path.name}")
+        try:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(path, target)
+        except OSError:
+            continue
 
 
 def disk_error(error: OSError, path: Path) -> DiskError:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from lowmem.errors import CorruptCheckpoint, LowmemError, PreflightError, UsageError
+from lowmem.errors import LowmemError, PreflightError, UsageError
 from lowmem.runs import columns
 from lowmem.runs.atomic import append_lines, write_bytes_atomic, write_text_atomic
 from lowmem.runs.checkpoint import disk_error
@@ -98,16 +98,6 @@ class RunFolder:
         except OSError as error:
             raise disk_error(error, self.path / "plan.json") from error
 
-    def read_plan(self) -> Any:
-        """What plan.json holds, None if the run has none. Raises CorruptCheckpoint if it is no JSON."""
-        path = self.path / "plan.json"
-        if not path.is_file():
-            return None
-        try:
-            return json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError):
-            raise CorruptCheckpoint(f"{path} is damaged: restore it, or start another run with --out") from None
-
     def event(self, name: str, **fields: Any) -> None:
         """Appends one line to events.jsonl. Raises DiskError."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -137,8 +127,18 @@ class RunFolder:
 
     def cut_back(self, *, epoch: int, step: int) -> None:
         """Drops rows after `epoch` from metrics.csv and after `step` from steps.csv: what a resume will repeat."""
-        _cut(self.metrics_file, columns.METRICS, "epoch", epoch)
-        _cut(self.steps_file, columns.STEPS, "step", step)
+        try:
+            _cut(self.metrics_file, columns.METRICS, "epoch", epoch)
+            _cut(self.steps_file, columns.STEPS, "step", step)
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+
+    def write_config(self, text: str) -> None:
+        """Replaces config.yaml, after an operational setting changed. Raises DiskError."""
+        try:
+            write_text_atomic(self.path / "config.yaml", text)
+        except OSError as error:
+            raise disk_error(error, self.path / "config.yaml") from error
 
     def save_weights(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Writes weights/<name>.safetensors atomically, with string metadata. Raises DiskError."""

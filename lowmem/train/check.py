@@ -58,6 +58,7 @@ class PlanCheck:
         self._model, self._optimizer, self._device = model, optimizer, device
         self._left = _STEPS if predicted is not None else 0
         self._meter = TensorMeter()
+        self._beside = 0
 
     def around(self, images: Tensor, labels: Tensor) -> AbstractContextManager[None]:
         """The context to run a step in."""
@@ -68,11 +69,15 @@ class PlanCheck:
     @contextmanager
     def _measured(self, images: Tensor, labels: Tensor) -> Iterator[None]:
         self._left -= 1
+        state = [v for slots in self._optimizer.state.values() for v in slots.values() if isinstance(v, Tensor)]
+        known = (*self._model.parameters(), *self._model.buffers(), *state, images, labels)
         if self._device == "cuda":
+            # What the allocator holds beside the step's own tensors: the data set, above all.
+            own = sum(tensor.numel() * tensor.element_size() for tensor in known)
+            self._beside = max(0, torch.cuda.memory_allocated() - own)
             yield
             return
-        state = [v for slots in self._optimizer.state.values() for v in slots.values() if isinstance(v, Tensor)]
-        self._meter.adopt((*self._model.parameters(), *self._model.buffers(), *state, images, labels))
+        self._meter.adopt(known)
         with self._meter:
             yield
 
@@ -80,7 +85,10 @@ class PlanCheck:
         """Once, after the last measured step."""
         if self._left or self._predicted is None:
             return None
-        measured = torch.cuda.max_memory_allocated() if self._device == "cuda" else self._meter.peak_bytes
+        if self._device == "cuda":
+            measured = torch.cuda.max_memory_allocated() - self._beside
+        else:
+            measured = self._meter.peak_bytes
         found = Finding(self._predicted, measured, self._budget)
         self._predicted = None
         return found

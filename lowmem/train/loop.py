@@ -142,9 +142,10 @@ class _Loop:
             (self.t.observer.note if found.within else self.t.observer.warning)(found.words)
         if state.step % config.train.log_every_steps == 0 or state.step_in_epoch == self.per_epoch:
             self._settle()
-            self._tell()
         if self.signals.requested is not None:
             self._leave()
+        if state.step % config.train.log_every_steps == 0 or state.step_in_epoch == self.per_epoch:
+            self._tell()
         if state.step_in_epoch < self.per_epoch:
             every, minutes = config.checkpoint.every_steps, config.checkpoint.every_minutes
             if (every is not None and state.step % every == 0) or (
@@ -239,7 +240,8 @@ class _Loop:
 
     def _score(self, pictures: Pictures) -> Score:
         t = self.t
-        size = t.config.train.eval_batch or t.config.train.batch
+        # What the plan can afford in training it can in evaluation; the whole batch it perhaps cannot.
+        size = t.config.train.eval_batch or (t.plan.micro_batch if t.plan else t.config.train.batch)
         batches = eval_batches(
             pictures, size, t.dataset.mean, t.dataset.std, t.execution.device, t.execution.torch_memory_format
         )

@@ -34,7 +34,9 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for name in _NAMES:
                 number = getattr(signal, name, None)
-                if number is not None:
+                # Under nohup a hang-up is ignored, and stays so.
+                ignored = name == "SIGHUP" and number is not None and signal.getsignal(number) == signal.SIG_IGN
+                if number is not None and not ignored:
                     self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -45,7 +47,9 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None:
             # At once means without unwinding: a checkpoint being written is not committed, the one before it stands.
-            sys.stderr.write("\nstopped at once; the last checkpoint stands\n")
-            sys.stderr.flush()
-            os._exit(self.exit_code)
+            try:
+                sys.stderr.write("\nstopped at once; the last checkpoint stands\n")
+                sys.stderr.flush()
+            finally:
+                os._exit(self.exit_code)
         self.requested = signal.Signals(number).name

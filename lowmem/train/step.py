@@ -40,7 +40,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig, device: str) -> torch.
     """SGD over all trainable parameters. Never the multi-tensor form: it makes a copy of the parameters' size."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     form = {"fused": True} if device == "cuda" else {"foreach": False}
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         trainable,
         lr=config.lr,
         momentum=config.momentum,
@@ -48,6 +48,12 @@ def make_optimizer(model: nn.Module, config: OptimConfig, device: str) -> torch.
         nesterov=config.nesterov and config.momentum > 0,
         **form,
     )
+    if device == "cuda" and config.momentum > 0:
+        # The fused step makes its momentum without values and, when the scaler found an overflow (the first step
+        # often has one), leaves before it writes them. From zeros the first step is the same.
+        for parameter in trainable:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def make_scaler(execution: Execution) -> torch.amp.GradScaler:

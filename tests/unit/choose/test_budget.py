@@ -29,9 +29,13 @@ def test_what_others_use_on_a_device_is_not_ours() -> None:
     budget = of_device(free_bytes=4 * GIB, total_bytes=6 * GIB)
     # The context is there already: what is free is left but for workspace and margin.
     assert budget.tensor_bytes == 4 * GIB - 256 * MIB - int(6 * GIB * 0.02)
-    emulated = of_device(free_bytes=130 * GIB, total_bytes=139 * GIB, vram_bytes=6 * GIB)
+    assert of_device(4 * GIB, 6 * GIB, pictures_bytes=MIB).tensor_bytes == budget.tensor_bytes - MIB
+    emulated = of_device(free_bytes=138 * GIB, total_bytes=139 * GIB, vram_bytes=6 * GIB)
     assert emulated.total_bytes == 6 * GIB
     assert "emulated" in emulated.source
+    # The same memory by name is no emulation, and does not make what others use disappear.
+    assert of_device(4 * GIB, 6 * GIB, vram_bytes=6 * GIB) == budget
+    assert of_device(4 * GIB, 6 * GIB, vram_bytes=8 * GIB) == budget
 
 
 def test_a_card_too_small_for_anything() -> None:
