@@ -191,7 +191,8 @@ def _report(settings: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
     }
     lines = [
         f"Bottleneck {settings['arch']}, batch {settings['batch']}, fp32, CPU, {settings['threads']} thread, "
-        f"torch {torch.__version__}; median of {settings['rounds']} rounds, seconds of processor time. `python -m benchmarks.engine`.",
+        f"torch {torch.__version__}; median of {settings['rounds']} rounds, seconds of "
+        "processor time. `python -m benchmarks.engine`.",
         "",
         "| case | tensors, MiB | resident growth, MiB | step, s | over plain |",
         "|---|---|---|---|---|",
