@@ -128,9 +128,7 @@ def measure_bytes(arch: str, case: str, batch: int, budgets: dict[str, int]) -> 
     }
 
 
-def measure_seconds(
-    arch: str, cases: list[str], batch: int, budgets: dict[str, int], rounds: int
-) -> dict[str, Any]:
+def measure_seconds(arch: str, cases: list[str], batch: int, budgets: dict[str, int], rounds: int) -> dict[str, Any]:
     """Median processor seconds of a step per case, the cases in turn: with one thread what the clock
     shows on a machine of one's own, whatever else runs."""
     loops = {case: _loop(arch, case, batch, budgets) for case in cases}
@@ -172,9 +170,7 @@ def main() -> None:
             json.dumps(budgets),
         ]
         command += ["--arch", args.arch, "--batch", str(args.batch), "--threads", str(args.threads)]
-        bytes_of[case] = json.loads(
-            subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        )
+        bytes_of[case] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         if case in LIBRARY:
             budgets[case] = bytes_of[case]["peak_tensor_bytes"]
     seconds = measure_seconds(args.arch, list(bytes_of), args.batch, budgets, args.rounds)
@@ -203,9 +199,7 @@ def _report(settings: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
             f"| {row['seconds']:.2f} | {100 * (row['seconds'] / plain - 1):+.1f} % |"
         )
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "engine.json").write_text(
-        json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n"
-    )
+    (RESULTS / "engine.json").write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n")
     (RESULTS / "engine.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from lowmem import fork
 from lowmem.choose import resolve_execution
 from lowmem.choose.budget import ASSUMED_CONTEXT_BYTES
-from lowmem.choose.execution import require_device
+from lowmem.choose.execution import refuse_unsafe, require_device
 from lowmem.choose.explain import explain, inexact
 from lowmem.choose.planning import Choice, choose
 from lowmem.choose.session import plan_run, replan, request_of, wants_plan
@@ -279,6 +279,7 @@ def _cap_emulated(config: Config) -> None:
 
 
 def _make_trainer(config: Config, dataset: Dataset, observer: Observer, plan: Plan | None) -> Trainer:
+    refuse_unsafe(config)
     model = build(
         config.model.arch,
         config.model.block,

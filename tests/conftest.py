@@ -10,9 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from lowmem.runs.columns import EXACT_METRICS
+
+# As in `environment` below; and with several threads the library's own fp32 channels-last convolutions of thin nets crash
+# now and then (see benchmarks/LOG.md), whoever calls them.
+torch.set_num_threads(1)
 
 TINY = (
     "--arch", "res20", "--width", "4", "--data", "shapes", "--epochs", "3", "--batch", "64",

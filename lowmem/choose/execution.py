@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lowmem.config import TrainConfig
+from lowmem.config import Config, TrainConfig
 from lowmem.errors import PreflightError
 from lowmem.settings import Settings
 
@@ -25,7 +25,7 @@ def resolve_execution(settings: Settings, *, leave_precision: bool = False) -> S
         precision, why = _precision(device)
         chosen["train.precision"] = (precision, f"auto: {why}")
     if train.memory_format == "auto":
-        memory_format, why = _memory_format(device)
+        memory_format, why = _memory_format(device, settings.config.model.width)
         chosen["train.memory_format"] = (memory_format, f"auto: {why}")
     for key, (value, why) in chosen.items():
         settings = settings.replace({key: value}, why)
@@ -62,9 +62,29 @@ def _precision(device: str) -> tuple[str, str]:
     return "fp32", "the card has no tensor cores, halves would only save memory"
 
 
-def _memory_format(device: str) -> tuple[str, str]:
+def _memory_format(device: str, width: int) -> tuple[str, str]:
+    if device == "cpu" and width < SAFE_WIDTH:
+        return "contiguous", f"channels-last is not safe on the CPU under {SAFE_WIDTH} channels"
     if device == "cpu":
         return "channels-last", "the faster one on the CPU"
     if has_tensor_cores():
         return "channels-last", "the card has tensor cores"
     return "contiguous", "without tensor cores channels-last can be far slower"
+
+
+# oneDNN's backward pass of a 1x1 convolution with stride 2 writes past its buffers in channels-last and fp32 if it has
+# fewer input channels than this, several threads, and a batch that they do not divide (torch 2.15, AVX-512; the
+# process crashes or worse). Contiguous, bf16 and one thread are not affected. See benchmarks/LOG.md.
+SAFE_WIDTH = 16
+
+
+def refuse_unsafe(config: Config) -> None:
+    """Raises PreflightError for settings under which the library is known to corrupt memory."""
+    train = config.train
+    unsafe = train.device == "cpu" and train.memory_format == "channels-last" and train.precision == "fp32"
+    if unsafe and config.model.width < SAFE_WIDTH and torch.get_num_threads() > 1:
+        raise PreflightError(
+            f"channels-last in fp32 at width {config.model.width} corrupts memory on the CPU (a fault of the convolution "
+            f"library under {SAFE_WIDTH} channels): use --memory-format contiguous, --precision amp, or one thread "
+            "(OMP_NUM_THREADS=1)"
+        )

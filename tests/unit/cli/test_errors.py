@@ -110,3 +110,13 @@ def test_no_arguments_shows_the_help(lowmem_command: Callable[..., object]) -> N
     done = lowmem_command()
     assert "train" in done.stdout + done.stderr  # type: ignore[attr-defined]
     assert "Traceback" not in done.stderr  # type: ignore[attr-defined]
+
+
+def test_settings_that_corrupt_memory_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    asked = ["--memory-format", "channels-last", "--precision", "fp32"]
+    code, err = _leave(capsys, ["train", *SMALL, *asked, "--out", str(tmp_path / "run")])
+    assert (code, "--memory-format contiguous" in err) == (3, True)
+    assert not (tmp_path / "run").exists()
