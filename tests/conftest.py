@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 
 from lowmem.runs.columns import EXACT_METRICS
 
-# As in `environment` below; and with several threads the library's own fp32 channels-last convolutions of thin nets crash
-# now and then (see benchmarks/LOG.md), whoever calls them.
+# As in `environment` below; and with several threads the library's own fp32 channels-last convolutions of thin nets
+# crash now and then (see benchmarks/LOG.md), whoever calls them.
 torch.set_num_threads(1)
 
 TINY = (

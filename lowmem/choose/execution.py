@@ -84,7 +84,7 @@ def refuse_unsafe(config: Config) -> None:
     unsafe = train.device == "cpu" and train.memory_format == "channels-last" and train.precision == "fp32"
     if unsafe and config.model.width < SAFE_WIDTH and torch.get_num_threads() > 1:
         raise PreflightError(
-            f"channels-last in fp32 at width {config.model.width} corrupts memory on the CPU (a fault of the convolution "
-            f"library under {SAFE_WIDTH} channels): use --memory-format contiguous, --precision amp, or one thread "
+            f"channels-last in fp32 at width {config.model.width} corrupts memory on the CPU (a fault of the library "
+            f"under {SAFE_WIDTH} channels): use --memory-format contiguous, --precision amp, or one thread "
             "(OMP_NUM_THREADS=1)"
         )

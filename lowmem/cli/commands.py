@@ -33,6 +33,11 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _batch(text: str | None) -> int | str | None:
+    """A number, or what else was typed (`auto`) for the settings to judge."""
+    return int(text) if text is not None and text.lstrip("-").isdigit() else text
+
+
 @app.callback()
 def _top(
     version: Annotated[
@@ -80,7 +85,7 @@ def train(
         "data.source": data,
         "data.root": data_root,
         "data.val_split": val_split,
-        "train.batch": batch,
+        "train.batch": _batch(batch),
         "train.micro_batch": micro_batch,
         "train.epochs": epochs,
         "train.precision": precision,
@@ -200,7 +205,7 @@ def plan(
         "model.arch": arch,
         "model.block": block,
         "model.width": width,
-        "train.batch": batch,
+        "train.batch": _batch(batch),
         "train.micro_batch": micro_batch,
         "train.precision": precision,
         "train.memory_format": memory_format,
