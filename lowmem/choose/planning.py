@@ -256,8 +256,9 @@ def fit(solver: Solver, shape: StepShape, budget: Budget, rates: Rates) -> tuple
     """The fastest schedule whose whole simulated step is under the budget.
 
     The solver knows tensors; rounding, and on a card the caching allocator's segments, come on top. Where the whole
-    step does not fit, the solver is asked again for as much less, on a card for 2 % less (how much the gaps between
-    blocks take is not known beforehand). Raises Infeasible with a budget of which the whole step is known to fit.
+    step does not fit, the solver is asked again for as much less, on a card for 2 to 4 % less (how much the gaps
+    between blocks take is not known beforehand). Raises Infeasible with a budget of which the whole step is known
+    to fit.
     """
     limit = budget.tensor_bytes
     capacity = limit if budget.on_card else None
@@ -271,7 +272,11 @@ def fit(solver: Solver, shape: StepShape, budget: Budget, rates: Rates) -> tuple
         over = simulated.estimate.peak_allocated_bytes - limit
         if over <= 0 and simulated.fits:
             return solution, simulated
-        target = min(target, solution.peak_bytes) - max(over, limit // 50 if budget.on_card else 1)
+        less = 1
+        if budget.on_card:
+            gap = simulated.estimate.peak_reserved_bytes - limit
+            less = max(limit // 50, min(gap // 3, limit // 25))
+        target = min(target, solution.peak_bytes) - max(over, less)
     least = solver.least()
     simulated = simulate_step(shape, least.schedule, rates, capacity)
     taken = simulated.estimate

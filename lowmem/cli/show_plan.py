@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lowmem.choose.curve import strategies
 from lowmem.choose.execution import resolve_execution
 from lowmem.choose.explain import in_full
 from lowmem.choose.session import plan_run
 from lowmem.errors import PreflightError
-from lowmem.report.memory_curve import draw_memory_curve
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.settings import Settings
 
@@ -31,6 +29,9 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None) -> None:
         if config.memory.auto_batch:
             print(f"\nLearning rate {config.optim.lr:g} ({settings.sources['optim.lr']}).")
     if curve is not None:
+        from lowmem.choose.curve import strategies
+        from lowmem.report.memory_curve import draw_memory_curve  # matplotlib: only if there is something to draw
+
         plan = choice.plan
         words = f"{title}, batch {plan.batch}, {plan.precision}, {plan.memory_format}"
         png = draw_memory_curve(words, strategies(choice), choice.budget.tensor_bytes)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -182,24 +180,6 @@ def test_no_pictures_or_no_batch_is_refused() -> None:
         batches(pictures(5), 0)
     with pytest.raises(ValueError, match="at least 1"):
         next(eval_batches(pictures(5), 0, MEAN, STD, "cpu"))
-
-
-@pytest.mark.slow
-def test_one_core_makes_sixty_thousand_pictures_a_second() -> None:
-    """The best of 50 batches: what the code can do, whatever else the machine is doing."""
-    made = batches(pictures(5000), 128)
-    made.batch(0, 0)  # plans the epoch
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        times = []
-        for step in [*range(25)] * 2:
-            started = time.perf_counter()
-            made.batch(0, step)
-            times.append(time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(threads)
-    assert 128 / min(times) > 60_000
 
 
 @pytest.mark.gpu
