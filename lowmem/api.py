@@ -12,7 +12,7 @@ from lowmem import fork
 from lowmem.choose import resolve_execution
 from lowmem.choose.budget import ASSUMED_CONTEXT_BYTES
 from lowmem.choose.execution import refuse_unsafe, require_device
-from lowmem.choose.explain import explain, inexact
+from lowmem.choose.explain import explain, inexact, memory_lines
 from lowmem.choose.planning import Choice, choose
 from lowmem.choose.session import plan_run, replan, request_of, wants_plan
 from lowmem.config import Config, known_keys
@@ -52,7 +52,7 @@ def run_training(
     observer = observer or Observer()
     settings = config if isinstance(config, Settings) else Settings(config, dict.fromkeys(known_keys(), "caller"))
     planned = wants_plan(resolve_execution(settings).config)
-    settings = resolve_execution(settings, leave_precision=planned)
+    settings = resolve_execution(settings, planned=planned)
     if settings.config.memory.auto_batch and not planned:
         raise UsageError("--batch auto needs something to fit into: give --vram, like --vram 6G")
     path = Path(out) if out is not None else Path("runs") / settings.config.model.arch
@@ -60,8 +60,10 @@ def run_training(
     dataset = _load_data(settings.config, observer)
     choice: Choice | None = None
     if planned:
-        settings, choice = plan_run(settings, len(dataset.classes), len(dataset.train.labels))
-        for line in explain(choice):
+        settings, choice = plan_run(
+            settings, len(dataset.classes), len(dataset.train.labels), progress=observer.note
+        )
+        for line in (*memory_lines(choice), *explain(choice)):
             observer.note(line)
         if not choice.plan.exact:
             observer.warning(inexact(choice.plan))
@@ -178,8 +180,8 @@ def _forked_plan(
         return settings, read_plan(source, new)
     if not wants_plan(new):
         return settings, None
-    settings, choice = plan_run(settings, len(dataset.classes), len(dataset.train.labels))
-    for line in explain(choice):
+    settings, choice = plan_run(settings, len(dataset.classes), len(dataset.train.labels), progress=observer.note)
+    for line in (*memory_lines(choice), *explain(choice)):
         observer.note(line)
     return settings, choice.plan
 
@@ -218,8 +220,8 @@ def _plan_of(
         request = request_of(new, len(dataset.classes), pictures)
         choice = choose(replace(request, settled=True, precisions=(new.train.precision,)))
     else:
-        choice = replan(new, plan, len(dataset.classes), pictures)
-    for line in explain(choice):
+        choice = replan(new, plan, len(dataset.classes), pictures, observer.note)
+    for line in (*memory_lines(choice), *explain(choice)):
         observer.note(line)
     return choice.plan, True
 

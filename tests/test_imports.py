@@ -30,7 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "measure": {"units", "errors"},
     "data": LEAVES | {"config"},
     "runs": LEAVES | {"config"},
-    "choose": LEAVES | {"config", "settings", "cards", "models", "plan", "remat", "simulate", "measure"},
+    # environment: the processor's name, under which what was measured on it is filed
+    "choose": LEAVES | {"config", "settings", "cards", "models", "plan", "remat", "simulate", "measure", "environment"},
     "train": LEAVES | {"config", "settings", "models", "plan", "remat", "data", "runs", "measure"},
     "bench": LEAVES | {"config", "settings", "cards", "plan", "models", "choose", "train", "measure", "environment"},
     "report": LEAVES | {"config", "runs"},

@@ -37,7 +37,12 @@ class Identity:
     @property
     def file_name(self) -> str:
         """Readable, and different for different identities."""
-        words = [self.name, self.driver or "", f"torch {self.torch}", "" if self.threads is None else f"t{self.threads}"]
+        words = [
+            self.name,
+            self.driver or "",
+            f"torch {self.torch}",
+            "" if self.threads is None else f"t{self.threads}",
+        ]
         slug = re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower()).strip("-.")[:80]
         return f"{slug}-{_digest(repr(self))[:8]}.json"
 

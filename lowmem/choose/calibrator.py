@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import nn
@@ -16,7 +17,6 @@ from lowmem.simulate import Call
 from lowmem.simulate.stage import Option, StageMeasure
 
 Progress = Callable[[str], None]
-MODES = tuple((precision, layout) for precision in ("fp32", "amp") for layout in ("contiguous", "channels-last"))
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 
 
@@ -110,13 +110,15 @@ class Calibrator:
             outside_seconds=self._optimizer_seconds(model, momentum),
         )
 
-    def modes(self, model: nn.Module, input_shape: Sequence[int]) -> dict[tuple[str, str], Mode]:
+    def modes(
+        self, model: nn.Module, input_shape: Sequence[int], precisions: Sequence[str], formats: Sequence[str]
+    ) -> dict[tuple[str, str], Mode]:
         """(precision, memory format) -> seconds of a plain step's distinct blocks, each times how often it occurs, and
         whether outputs and gradients were finite."""
         shapes = tuple((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
         timed = (min(input_shape[0], TIMED_BATCH), *input_shape[1:])
         found: dict[tuple[str, str], Mode] = {}
-        for precision, layout in MODES:
+        for precision, layout in product(precisions, formats):
             key = ("mode", precision, layout, timed, shapes)
             mode = self.calibration.mode(key)
             if mode is None:

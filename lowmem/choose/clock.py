@@ -45,8 +45,7 @@ def real_copy(model: nn.Module, device: str, memory_format: torch.memory_format)
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
             reset()
-    made = made.to(memory_format=memory_format)  # type: ignore[call-overload]
-    return made.train()
+    return made.to(memory_format=memory_format).train()
 
 
 def plain_forward(stage: Stage, x: Tensor) -> Tensor:

@@ -46,8 +46,7 @@ def policies(stage: Stage) -> tuple[BlockPolicy, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class ChainMeasure:
-    """What the simulator saw of a chain: bytes and operations, for any card. `options` of each stage are in the order of
-    `_options`."""
+    """What the simulator saw of a chain: bytes and operations, for any card."""
 
     names: tuple[str, ...]
     stages: tuple[StageMeasure, ...]

@@ -1,8 +1,8 @@
 """What the convolution library takes beside operands and results, call by call, measured on the card.
 
-The workspace comes out of torch's own caching allocator, so it counts as allocated while the kernel runs. A measured one
-is part of the simulated step; without a measurement a budget leaves room for ASSUMED_WORKSPACE_BYTES, and on CUDA the
-library is told not to take more (`cap_workspace`).
+The workspace comes out of torch's own caching allocator, so it counts as allocated while the kernel runs. A measured
+one is part of the simulated step; without a measurement a budget leaves room for ASSUMED_WORKSPACE_BYTES, and on CUDA
+the library is told not to take more (`cap_workspace`).
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ def _measured(call: Call, device: str, low: torch.dtype | None) -> int:
     return max(0, torch.cuda.max_memory_allocated() - before - held)
 
 
-def _tensor(
-    spec: tuple[tuple[int, ...], tuple[int, ...], str], device: str, low: torch.dtype | None
-) -> Tensor:
+def _tensor(spec: tuple[tuple[int, ...], tuple[int, ...], str], device: str, low: torch.dtype | None) -> Tensor:
     """Fake tensors live on the CPU, whose low dtype is bf16; the card's own takes its place."""
     shape, strides, name = spec
     dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
