@@ -68,11 +68,11 @@ class DriverReport:
 
     def device(self, uuid: str) -> DriverDevice | None:
         """By its UUID, with or without the leading `GPU-`; None if the driver does not list it."""
-        wanted = uuid.removeprefix("GPU-").lower()
-        for device in self.devices:
-            if device.uuid is not None and device.uuid.removeprefix("GPU-").lower() == wanted:
-                return device
-        return None
+        return next((one for one in self.devices if one.uuid is not None and _same_card(one.uuid, uuid)), None)
+
+
+def _same_card(left: str, right: str) -> bool:
+    return left.removeprefix("GPU-").lower() == right.removeprefix("GPU-").lower()
 
 
 def read_driver(library: Any | None = None) -> DriverReport:
@@ -118,8 +118,9 @@ class Driver:
     ) -> None:
         self.close()
 
-    def read(self) -> DriverReport:
-        """All cards as they are now."""
+    def read(self, uuid: str | None = None) -> DriverReport:
+        """The cards as they are now: all of them, or only that of `uuid` (and those that do not tell theirs), which
+        asks nothing more of the others."""
         if self.missing is not None:
             return DriverReport(missing=self.missing)
         library = self._library
@@ -128,7 +129,9 @@ class Driver:
         return DriverReport(
             driver_version=_text(_ask(library, "nvmlSystemGetDriverVersion")),
             cuda_version=(newest // 1000, newest % 1000 // 10) if newest else None,
-            devices=tuple(_device(library, index) for index in range(count or 0)),
+            devices=tuple(
+                device for index in range(count or 0) if (device := _device(library, index, uuid)) is not None
+            ),
             missing=None if count else "the NVIDIA driver answers, but lists no card",
         )
 
@@ -167,17 +170,21 @@ def _text(value: Any) -> str | None:
     return str(value) if value else None
 
 
-def _device(library: Any, index: int) -> DriverDevice:
+def _device(library: Any, index: int, wanted: str | None) -> DriverDevice | None:
+    """None: it is another card than the wanted one."""
     try:
         handle = library.nvmlDeviceGetHandleByIndex(index)
     except Exception as error:  # one card fell off the bus: the others are still there
         return DriverDevice(index=index, trouble=str(error) or type(error).__name__)
+    uuid = _text(_ask(library, "nvmlDeviceGetUUID", handle))
+    if wanted is not None and uuid is not None and not _same_card(uuid, wanted):
+        return None
     total, free, used, reserved = _memory(library, handle)
     capability = _ask(library, "nvmlDeviceGetCudaComputeCapability", handle)
     display = _ask(library, "nvmlDeviceGetDisplayActive", handle)
     return DriverDevice(
         index=index,
-        uuid=_text(_ask(library, "nvmlDeviceGetUUID", handle)),
+        uuid=uuid,
         name=_text(_ask(library, "nvmlDeviceGetName", handle)),
         capability=(int(capability[0]), int(capability[1])) if capability else None,
         total_bytes=total,
