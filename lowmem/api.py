@@ -60,9 +60,7 @@ def run_training(
     dataset = _load_data(settings.config, observer)
     choice: Choice | None = None
     if planned:
-        settings, choice = plan_run(
-            settings, len(dataset.classes), len(dataset.train.labels), progress=observer.note
-        )
+        settings, choice = plan_run(settings, len(dataset.classes), len(dataset.train.labels), progress=observer.note)
         for line in (*memory_lines(choice), *explain(choice)):
             observer.note(line)
         if not choice.plan.exact:

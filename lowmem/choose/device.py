@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,9 @@ from lowmem.choose.budget import ASSUMED_CONTEXT_BYTES
 from lowmem.choose.calibration import Calibration, Identity
 from lowmem.choose.describe import describe_card, measured_rates
 from lowmem.environment import cpu_model
-from lowmem.measure.nvml import DriverDevice, DriverReport, read_driver
+from lowmem.measure import Meter
+from lowmem.measure.cuda import device_uuid, find_device
+from lowmem.measure.nvml import DriverReport, read_driver
 from lowmem.units import MIB
 
 # What a context can be; anything else is somebody else's memory coming or going in the same moment.
@@ -55,23 +56,26 @@ def identity(device: str, report: DriverReport | None = None) -> Identity:
 
 
 def device_memory(calibration: Calibration) -> DeviceMemory:
-    """Of the current CUDA device. Makes the context if there is none, and measures it unless the calibration has it."""
+    """Of the current CUDA device. Makes the context, which is measured best before CUDA was first used; where it cannot
+    be told now, it is what the calibration remembers."""
     key = ("context",)
-    before = None if torch.cuda.is_initialized() else _device_of(read_driver())
-    _warm_up()
-    report = read_driver()
-    context = calibration.size_bytes(key)
-    if context is None:
-        context = _context_bytes(before, _device_of(report))
-        if context is not None:
-            calibration.put_size(key, context)
-            calibration.save()
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
+    with Meter("cuda") as meter:
+        _warm_up()
+        torch.cuda.empty_cache()
+        seen = meter.read()
+    context = seen.context_bytes
+    if context is not None and _LEAST_CONTEXT_BYTES <= context <= _MOST_CONTEXT_BYTES:
+        calibration.put_size(key, context)
+        calibration.save()
+    else:
+        context = calibration.size_bytes(key)
+    free, total = seen.device_free_bytes, seen.device_total_bytes
+    if free is None or total is None:
+        free, total = torch.cuda.mem_get_info()
     return DeviceMemory(
         name=torch.cuda.get_device_name(),
         total_bytes=total,
-        free_bytes=free + torch.cuda.memory_reserved(),
+        free_bytes=free + (seen.reserved_bytes or 0),
         context_bytes=context,
     )
 
@@ -86,7 +90,7 @@ def card_at_hand(calibration: Calibration) -> Card:
     rates = measured_rates("cuda", torch.float16, calibration)
     calibration.save()
     torch.cuda.empty_cache()
-    device = _device_of(read_driver())
+    device = find_device(read_driver(), device_uuid())
     link = device.link if device is not None else None
     context = calibration.size_bytes(("context",))
     return describe_card(
@@ -97,29 +101,6 @@ def card_at_hand(calibration: Calibration) -> Card:
         rates=rates,
         link=(None, None) if link is None else (link.most_generation, link.most_lanes),
     )
-
-
-def _device_of(report: DriverReport) -> DriverDevice | None:
-    """The driver's entry of torch's current device, by UUID; with one card of each, that one."""
-    uuid = getattr(torch.cuda.get_device_properties(), "uuid", None)
-    found = None if uuid is None else report.device(str(uuid))
-    if found is None and len(report.devices) == 1 and torch.cuda.device_count() == 1:
-        return report.devices[0]
-    return found
-
-
-def _context_bytes(before: DriverDevice | None, after: DriverDevice | None) -> int | None:
-    """By this process's own figure, less what torch has reserved; where the driver does not tell it (Windows,
-    containers), by what the whole card has more in use than before."""
-    if after is None:
-        return None
-    reserved = torch.cuda.memory_reserved()
-    own = [process.used_bytes for process in after.processes or () if process.pid == os.getpid()]
-    candidates = [] if not own or own[0] is None else [own[0] - reserved]
-    if before is not None and before.used_bytes is not None and after.used_bytes is not None:
-        candidates.append(after.used_bytes - before.used_bytes - reserved)
-    plausible = [size for size in candidates if _LEAST_CONTEXT_BYTES <= size <= _MOST_CONTEXT_BYTES]
-    return plausible[0] if plausible else None
 
 
 def _warm_up() -> None:

@@ -52,8 +52,8 @@ def inexact(plan: Plan) -> str:
 
 
 def memory_table(choice: Choice) -> list[tuple[str, int]]:
-    """Where the memory goes, (term, bytes): the whole first, then parts that add up to it. The step's parts are those at
-    the moment of its peak."""
+    """Where the memory goes, (term, bytes): the whole first, then parts that add up to it. The step's parts are those
+    at the moment of its peak."""
     budget, taken = choice.budget, choice.simulated.estimate
     rows = [(budget.source, budget.total_bytes), *budget.terms()]
     rows += [(_KINDS.get(kind, kind), size) for kind, size in taken.at_peak_bytes.items() if size]
@@ -104,8 +104,7 @@ def _why(choice: Choice) -> list[str]:
     plan = choice.plan
     flops = plan.predicted.extra_flops or 0
     lines = [
-        f"Batch {plan.batch}, {plan.precision}, {plan.memory_format}: {cost(plan)}; seconds are "
-        f"{choice.seconds_from}.",
+        f"Batch {plan.batch}, {plan.precision}, {plan.memory_format}: {cost(plan)}; seconds are {choice.seconds_from}.",
         "A training step keeps what every layer computed until the way back through the network has used it; that is",
         "what fills a card. This plan keeps a part of it and computes the rest again when it is needed",
         f"(rematerialization: {flops / 1e9:,.0f} GFLOP more a step). Loss and gradients stay the same.",

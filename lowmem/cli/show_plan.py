@@ -52,7 +52,9 @@ def _measured_here(settings: Settings) -> Settings:
     """Raises UsageError if it is about another card than the one at hand."""
     card = settings.config.memory.card
     if card is not None:
-        raise UsageError(f"--recalibrate measures the device at hand, and --card {card} asks for another: leave one out")
+        raise UsageError(
+            f"--recalibrate measures the device at hand, and --card {card} asks for another: leave one out"
+        )
     return settings.replace({"memory.calibrate": "always"}, "--recalibrate")
 
 
