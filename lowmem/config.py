@@ -158,13 +158,15 @@ class MemoryConfig(_Section):
 
     `vram`: bytes, or text like `6G`; on the CPU it bounds the step's tensors, with a card or on CUDA it is the memory
     of the (then emulated) card. `card`: a profile by name or path. `auto_batch`: choose the batch with the most
-    pictures per second that fits; written `train.batch: auto`.
+    pictures per second that fits; written `train.batch: auto`. `confirm`: whether a plan is tried with real steps in a
+    process of its own before the run; `auto`: on CUDA.
     """
 
     vram: Annotated[PositiveInt, BeforeValidator(_size)] | None = None
     card: str | None = None
     allow_accumulation: bool = True
     auto_batch: bool = False
+    confirm: Literal["auto", "always", "never"] = "auto"
 
 
 class CheckpointConfig(_Section):
@@ -202,6 +204,7 @@ OPERATIONAL: frozenset[str] = frozenset(
         "memory.vram",
         "memory.card",
         "memory.allow_accumulation",
+        "memory.confirm",
         "checkpoint.every_minutes",
         "checkpoint.every_steps",
         "checkpoint.keep",

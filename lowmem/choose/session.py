@@ -77,18 +77,28 @@ def plan_run(settings: Settings, num_classes: int = 10, train_pictures: int | No
     """The settings with what the plan decided (precision, memory format, and with `--batch auto` batch and learning
     rate), and the choice. Raises Infeasible, UsageError."""
     request = request_of(settings.config, num_classes, train_pictures or 0)
+    choice = ranked(request, settings.config, train_pictures)[0]
+    return settle(settings, choice), choice
+
+
+def ranked(request: Request, config: Config, train_pictures: int | None) -> list[Choice]:
+    """The choice, and with `--batch auto` the other batches that fit, those with more pictures per second first.
+
+    Raises Infeasible, UsageError."""
+    return _batches(request, train_pictures) if config.memory.auto_batch else [choose(request)]
+
+
+def settle(settings: Settings, choice: Choice) -> Settings:
+    """The settings with what the choice decided."""
     if settings.config.memory.auto_batch:
-        choice = _best_batch(request, train_pictures)
         settings = _follow_batch(settings, choice.plan.batch)
-    else:
-        choice = choose(request)
     plan = choice.plan
     decided: dict[str, object] = {}
     if settings.config.train.precision != plan.precision:
         decided["train.precision"] = plan.precision
     if settings.config.train.memory_format != plan.memory_format:
         decided["train.memory_format"] = plan.memory_format
-    return (settings.replace(decided, "auto: the plan") if decided else settings), choice
+    return settings.replace(decided, "auto: the plan") if decided else settings
 
 
 def replan(config: Config, recorded: Plan, num_classes: int = 10, train_pictures: int = 0) -> Choice:
@@ -108,33 +118,28 @@ def replan(config: Config, recorded: Plan, num_classes: int = 10, train_pictures
     )
 
 
-def _best_batch(request: Request, train_pictures: int | None) -> Choice:
-    """The batch with the most pictures per second that fits without accumulation. Raises Infeasible if none does."""
-    best: Choice | None = None
+def _batches(request: Request, train_pictures: int | None) -> list[Choice]:
+    """The batches that fit without accumulation, the one with the most pictures per second first; why the others were
+    not chosen stands with it. Raises Infeasible if none does."""
+    fitting: list[Choice] = []
     refused: list[Candidate] = []
     least: Infeasible | None = None
     for batch in AUTO_BATCHES:
         if train_pictures is not None and batch > train_pictures:
             continue
         try:
-            choice = choose(replace(request, batch=batch, micro_batch=None, allow_accumulation=False))
+            fitting.append(choose(replace(request, batch=batch, micro_batch=None, allow_accumulation=False)))
         except Infeasible as error:
             least = least or error
             refused.append(
                 Candidate(what=f"batch {batch}", refused_because="does not fit", peak_bytes=error.least_bytes)
             )
             break  # nothing larger fits either
-        seconds = choice.plan.predicted.step_seconds
-        assert seconds is not None
-        if best is None or batch / seconds > best.images_per_second:
-            if best is not None:
-                refused.append(_slower(best))
-            best = choice
-        else:
-            refused.append(_slower(choice))
-    if best is None:
+    if not fitting:
         raise least or UsageError("there are too few pictures for --batch auto: give a batch")
-    return replace(best, plan=replace(best.plan, candidates=(*refused, *best.plan.candidates)))
+    best, *others = sorted(fitting, key=lambda choice: -choice.images_per_second)
+    candidates = (*(_slower(choice) for choice in others), *refused, *best.plan.candidates)
+    return [replace(best, plan=replace(best.plan, candidates=candidates)), *others]
 
 
 def _slower(choice: Choice) -> Candidate:
