@@ -31,8 +31,9 @@ from typing import Any
 
 import torch
 from conditions import RESULTS, conditions, sentence, table, write
-from engine_worker import PER_BLOCK, PLAIN, SELECTIVE, WARMUP, Task, way_of
+from engine_worker import WARMUP, Task, way_of
 
+from lowmem.bench.ways import PER_BLOCK, PLAIN, SELECTIVE
 from lowmem.cards import load_card
 from lowmem.choose.budget import tensors_only
 from lowmem.choose.planning import REFERENCE_CARD, Request, card_rates, choose

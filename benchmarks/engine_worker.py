@@ -11,7 +11,6 @@ import time
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -21,19 +20,15 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from lowmem.bench.ways import PLANNED, executed
 from lowmem.config import OptimConfig
 from lowmem.measure import Meter
 from lowmem.models import build
 from lowmem.models.resnet import ResNet
 from lowmem.plan.policy import Schedule
-from lowmem.remat import apply_plan
 from lowmem.train.step import make_optimizer
 
-PLAIN = "plain autograd"
-SELECTIVE = "selective checkpointing (convolutions saved)"
-PER_BLOCK = "checkpointing per block"
 WARMUP = 2
 
 
@@ -54,30 +49,11 @@ class Task:
         return torch.channels_last if self.memory_format == "channels-last" else torch.contiguous_format
 
 
-def save_convolutions(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Everything but convolutions is computed again."""
-    saved = operation is torch.ops.aten.convolution.default
-    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def checkpointed(model: ResNet, **options: Any) -> ResNet:
-    """The model with `torch.utils.checkpoint` around every block; changes it in place."""
-    for stage in model.stages():
-        for block in stage.children():
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)  # type: ignore[method-assign]
-    return model
-
-
 def way_of(model: ResNet, task: Task) -> nn.Module:
     """What runs the step."""
     if task.schedule is not None:
-        return apply_plan(model, Schedule.from_json(task.schedule))
-    if task.way == PER_BLOCK:
-        return checkpointed(model)
-    if task.way == SELECTIVE:
-        return checkpointed(model, context_fn=partial(create_selective_checkpoint_contexts, save_convolutions))
-    assert task.way == PLAIN
-    return model
+        return executed(model, PLANNED, Schedule.from_json(task.schedule))
+    return executed(model, task.way)
 
 
 class Tracker(TorchDispatchMode):

@@ -14,8 +14,10 @@ from lowmem.choose.budget import ASSUMED_CONTEXT_BYTES
 from lowmem.choose.execution import refuse_unsafe, require_device
 from lowmem.choose.explain import explain, inexact, memory_lines
 from lowmem.choose.planning import Choice, choose
-from lowmem.choose.session import plan_run, replan, request_of, wants_plan
+from lowmem.choose.session import calibrator_of, plan_run, ranked, replan, request_of, settle, wants_plan
+from lowmem.choose.workspace import cap_workspace
 from lowmem.config import Config, known_keys
+from lowmem.confirm import Confirmed, confirm_run, wants_confirmation
 from lowmem.data import Dataset, load
 from lowmem.environment import describe
 from lowmem.errors import CorruptCheckpoint, OutOfMemory, UsageError
@@ -58,14 +60,10 @@ def run_training(
     path = Path(out) if out is not None else Path("runs") / settings.config.model.arch
     _refuse_existing(path)
     dataset = _load_data(settings.config, observer)
-    choice: Choice | None = None
+    plan: Plan | None = None
+    confirmed: Confirmed | None = None
     if planned:
-        settings, choice = plan_run(settings, len(dataset.classes), len(dataset.train.labels), progress=observer.note)
-        for line in (*memory_lines(choice), *explain(choice)):
-            observer.note(line)
-        if not choice.plan.exact:
-            observer.warning(inexact(choice.plan))
-    plan = choice.plan if choice else None
+        settings, plan, confirmed = _decide(settings, dataset, observer)
     environment = describe(settings.config.train.device)
     with RunFolder.create(path, to_yaml(settings), environment) as folder:
         try:
@@ -82,10 +80,39 @@ def run_training(
             folder.discard()
             raise
         folder.event("start", **environment)
+        if confirmed is not None:
+            folder.event("confirmed", **confirmed.event)
         if plan is not None and not plan.exact:
             folder.event("warning", what=inexact(plan))
         observer.note(_headline(settings.config, dataset, path))
         return _go(trainer, folder)
+
+
+def _decide(settings: Settings, dataset: Dataset, observer: Observer) -> tuple[Settings, Plan, Confirmed | None]:
+    """The settings with what the plan decided, the plan, and the trials by which it was confirmed, if it was to be."""
+    classes, pictures = len(dataset.classes), len(dataset.train.labels)
+    calibrator = calibrator_of(settings.config, observer.note)
+    request = request_of(settings.config, classes, pictures, calibrator)
+    choices = ranked(request, settings.config, pictures)
+    choice, confirmed = choices[0], None
+    _say(choice, observer)
+    if wants_confirmation(settings.config):
+        settled = settle(settings, choice, request.reasons).config
+        confirmed = confirm_run(
+            settled, request, choices, num_classes=classes, train_pictures=pictures, tell=observer.note
+        )
+        choice = confirmed.choice
+        if choice.plan.schedule != choices[0].plan.schedule or choice.plan.batch != choices[0].plan.batch:
+            observer.note("another plan is taken, by what was measured:")
+            _say(choice, observer)
+    return settle(settings, choice, request.reasons), choice.plan, confirmed
+
+
+def _say(choice: Choice, observer: Observer) -> None:
+    for line in (*memory_lines(choice), *explain(choice)):
+        observer.note(line)
+    if not choice.plan.exact:
+        observer.warning(inexact(choice.plan))
 
 
 def resume_training(path: Path | str, changes: Settings | None = None, observer: Observer | None = None) -> RunResult:
@@ -270,16 +297,15 @@ def _out_of_memory(path: Path) -> Iterator[None]:
 def _cap_emulated(config: Config) -> None:
     """A larger card made to behave like one of --vram: the allocator's segments and the context stay within it."""
     if config.train.device == "cuda" and config.memory.vram is not None:
-        import torch
+        from lowmem.measure.cap import cap_allocator
 
-        total = torch.cuda.get_device_properties(0).total_memory
-        share = (config.memory.vram - ASSUMED_CONTEXT_BYTES) / total
-        if 0 < share < 1:
-            torch.cuda.set_per_process_memory_fraction(share)
+        cap_allocator(config.memory.vram - ASSUMED_CONTEXT_BYTES)
 
 
 def _make_trainer(config: Config, dataset: Dataset, observer: Observer, plan: Plan | None) -> Trainer:
     refuse_unsafe(config)
+    if config.train.device == "cuda":
+        cap_workspace()
     model = build(
         config.model.arch,
         config.model.block,

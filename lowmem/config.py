@@ -160,7 +160,8 @@ class MemoryConfig(_Section):
     of the (then emulated) card. `card`: a profile by name or path; `platform`: the machine it is in, for the share of
     its memory that is usable. `auto_batch`: choose the batch with the most pictures per second that fits; written
     `train.batch: auto`. `calibrate`: predict time and workspace by what was measured on this device (`auto`: on CUDA),
-    measuring what was not measured yet.
+    measuring what was not measured yet. `confirm`: whether a plan is tried with real steps in a process of its own
+    before the run (`auto`: on CUDA).
     """
 
     vram: Annotated[PositiveInt, BeforeValidator(_size)] | None = None
@@ -169,6 +170,7 @@ class MemoryConfig(_Section):
     calibrate: Literal["auto", "always", "never"] = "auto"
     allow_accumulation: bool = True
     auto_batch: bool = False
+    confirm: Literal["auto", "always", "never"] = "auto"
 
 
 class CheckpointConfig(_Section):
@@ -208,6 +210,7 @@ OPERATIONAL: frozenset[str] = frozenset(
         "memory.platform",
         "memory.calibrate",
         "memory.allow_accumulation",
+        "memory.confirm",
         "checkpoint.every_minutes",
         "checkpoint.every_steps",
         "checkpoint.keep",

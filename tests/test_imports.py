@@ -33,10 +33,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     # environment: the processor's name, under which what was measured on it is filed
     "choose": LEAVES | {"config", "settings", "cards", "models", "plan", "remat", "simulate", "measure", "environment"},
     "train": LEAVES | {"config", "settings", "models", "plan", "remat", "data", "runs", "measure"},
-    "bench": LEAVES | {"config", "settings", "cards", "plan", "models", "choose", "train", "measure", "environment"},
+    # A trial does what a run does: it draws its batches from data/ and executes its plan by remat/.
+    "bench": LEAVES
+    | {"config", "settings", "cards", "plan", "models", "remat", "data", "choose", "train", "measure", "environment"},
     "report": LEAVES | {"config", "runs"},
 }
-ANYTHING = {"fork", "preflight", "api", "cli", "__init__", "__main__"}
+# preflight and confirm are what a run does before its first step; confirm needs both what was chosen (choose) and what
+# tries it (bench), so it is in neither of them.
+ANYTHING = {"fork", "preflight", "confirm", "api", "cli", "__init__", "__main__"}
 
 
 def _room(path: Path) -> str:

@@ -70,7 +70,7 @@ class Calibration:
     def __init__(self, identity: Identity, folder: Path | None) -> None:
         self.identity = identity
         self.path = None if folder is None else folder / identity.file_name
-        self._figures: dict[str, Any] = {} if self.path is None else _read(self.path, identity)
+        self.figures: dict[str, Any] = {} if self.path is None else _read(self.path, identity)
 
     @staticmethod
     def usual_folder() -> Path:
@@ -78,39 +78,39 @@ class Calibration:
         return user_cache_folder() / "calibration"
 
     def __len__(self) -> int:
-        return len(self._figures)
+        return len(self.figures)
 
     def clear(self) -> None:
         """Everything is to be measured again."""
-        self._figures.clear()
+        self.figures.clear()
 
     def seconds(self, key: object) -> Seconds | None:
         found = self._numbers("seconds", key, 3)
         return None if found is None else Seconds(*found)
 
     def put_seconds(self, key: object, value: Seconds) -> None:
-        self._figures[_name("seconds", key)] = [value.forward, value.backward, value.restore]
+        self.figures[_name("seconds", key)] = [value.forward, value.backward, value.restore]
 
     def mode(self, key: object) -> Mode | None:
         found = self._numbers("mode", key, 2)
         return None if found is None else Mode(found[0], bool(found[1]))
 
     def put_mode(self, key: object, value: Mode) -> None:
-        self._figures[_name("mode", key)] = [value.seconds, float(value.finite)]
+        self.figures[_name("mode", key)] = [value.seconds, float(value.finite)]
 
     def size_bytes(self, key: object) -> int | None:
         """A workspace, a context: integers."""
-        found = self._figures.get(_name("bytes", key))
+        found = self.figures.get(_name("bytes", key))
         return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else None
 
     def put_size(self, key: object, size_bytes: int) -> None:
-        self._figures[_name("bytes", key)] = size_bytes
+        self.figures[_name("bytes", key)] = size_bytes
 
     def save(self) -> None:
         """Replaces the file whole. A disk that refuses costs only that it is measured again next time."""
         if self.path is None:
             return
-        content = {"format": FORMAT, "identity": asdict(self.identity), "figures": self._figures}
+        content = {"format": FORMAT, "identity": asdict(self.identity), "figures": self.figures}
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle, aside = tempfile.mkstemp(dir=self.path.parent, prefix=".writing-")
@@ -123,7 +123,7 @@ class Calibration:
                 raise
 
     def _numbers(self, kind: str, key: object, count: int) -> list[float] | None:
-        found = self._figures.get(_name(kind, key))
+        found = self.figures.get(_name(kind, key))
         if not isinstance(found, list) or len(found) != count:
             return None
         good = all(isinstance(one, (int, float)) and math.isfinite(one) and one >= 0 for one in found)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-import torch
 from torch import nn
 
 from lowmem.choose.calibration import Calibration, Mode, Seconds
-from lowmem.choose.clock import FAST, PLAIN, TIMED_BATCH, ChainClock, Wanted, real_copy
+from lowmem.choose.clock import FAST, PLAIN, TIMED_BATCH, Wanted
+from lowmem.choose.describe import RawRates, measured_rates
+from lowmem.choose.device import DeviceFacts
+from lowmem.choose.worker import Convolutions, Job, Stages, Update, low_dtype, measure_apart, measure_here
 from lowmem.choose.workspace import Workspaces
-from lowmem.measure.timing import time_calls
 from lowmem.simulate import Call
 from lowmem.simulate.stage import Option, StageMeasure
 
 Progress = Callable[[str], None]
-FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 
 
 def stage_key(measure_key: Hashable, precision: str) -> tuple[object, ...]:
@@ -64,28 +65,37 @@ class StageTimes:
 
 
 class Calibrator:
-    """One device and what is known of it. `progress` hears a sentence when something takes seconds."""
+    """One device and what is known of it; measures what is not. `progress` hears a sentence when that takes seconds.
 
-    def __init__(self, device: str, calibration: Calibration, progress: Progress = lambda text: None) -> None:
-        self.device, self.calibration, self.progress = device, calibration, progress
+    `facts`: of a CUDA device. `apart`: measure in a process of its own, by default on CUDA.
+    """
 
-    def low_dtype(self, precision: str) -> torch.dtype | None:
-        """As the run's own autocast: fp16 on CUDA, bf16 on the CPU."""
-        if precision != "amp":
-            return None
-        return torch.float16 if self.device == "cuda" else torch.bfloat16
+    def __init__(
+        self,
+        device: str,
+        calibration: Calibration,
+        progress: Progress = lambda text: None,
+        *,
+        facts: DeviceFacts | None = None,
+        apart: bool | None = None,
+    ) -> None:
+        self.device, self.calibration, self.progress, self.facts = device, calibration, progress, facts
+        self._measure = measure_apart if (device == "cuda" if apart is None else apart) else measure_here
 
     def workspaces(self, precision: str) -> Workspaces | None:
         """None on the CPU, whose kernels do not take theirs from a counted allocator."""
-        return Workspaces(self.calibration, self.low_dtype(precision)) if self.device == "cuda" else None
+        return Workspaces(self.calibration, low_dtype(precision, self.device)) if self.device == "cuda" else None
 
-    def measure_workspaces(self, table: Workspaces, calls: set[Call]) -> None:
-        """Fills the table with what it lacks."""
-        missing = [call for call in calls if call in table.missing]
+    def measure_workspaces(self, table: Workspaces, calls: set[Call], precision: str) -> None:
+        """Fills the table with what it lacks of the calls."""
+        for call in calls:
+            table(call)
+        missing = tuple(sorted(table.missing & calls, key=repr))
         if missing:
-            self.progress(f"measuring the workspace of {len(missing)} convolutions on the card")
-            table.measure(sorted(missing, key=repr), self.device)
-            self._settle()
+            self._run(
+                [Convolutions(calls=missing, precision=precision)], f"the workspace of {len(missing)} convolutions"
+            )
+            table.missing.clear()
 
     def times(
         self,
@@ -94,20 +104,35 @@ class Calibrator:
         *,
         input_shape: Sequence[int],
         precision: str,
-        memory_format: torch.memory_format,
+        memory_format: str,
         momentum: bool,
     ) -> StageTimes:
         """Measures each distinct block and policy that the calibration lacks. Takes some seconds to a minute."""
         wanted = self._wanted(measures, precision)
+        shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
+        update = ("optimizer", momentum, shapes)
+        jobs: list[Job] = []
         if wanted:
-            clock = self._clock(model, input_shape, precision, memory_format)
-            clock.measure(wanted, lambda done, of: self._tell(done, of, precision))
-            self._settle()
+            jobs.append(
+                Stages(
+                    model=model,
+                    input_shape=tuple(input_shape),
+                    precision=precision,
+                    memory_format=memory_format,
+                    wanted=tuple(wanted),
+                )
+            )
+        if self.calibration.seconds(update) is None:
+            jobs.append(Update(model=model, momentum=momentum, key=update))
+        ways = sum(len(one.options) for one in wanted)
+        blocks = f"{len(wanted)} blocks, {ways} ways to run them, in {precision} and {memory_format}"
+        self._run(jobs, blocks if wanted else "the update of the parameters")
+        found = self.calibration.seconds(update)
         return StageTimes(
             calibration=self.calibration,
             precision=precision,
             factor=max(1.0, input_shape[0] / TIMED_BATCH),
-            outside_seconds=self._optimizer_seconds(model, momentum),
+            outside_seconds=0.0 if found is None else found.forward,
         )
 
     def modes(
@@ -117,30 +142,21 @@ class Calibrator:
         whether outputs and gradients were finite."""
         shapes = tuple((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
         timed = (min(input_shape[0], TIMED_BATCH), *input_shape[1:])
-        found: dict[tuple[str, str], Mode] = {}
-        for precision, layout in product(precisions, formats):
-            key = ("mode", precision, layout, timed, shapes)
-            mode = self.calibration.mode(key)
-            if mode is None:
-                self.progress(f"measuring {precision} in {layout} on the {self._word()}")
-                clock = self._clock(model, timed, precision, FORMATS[layout])
-                mode = clock.mode()
-                self.calibration.put_mode(key, mode)
-                self._settle()
-            found[precision, layout] = mode
-        return found
+        keys = {pair: ("mode", *pair, timed, shapes) for pair in product(precisions, formats)}
+        jobs = [
+            Stages(model=model, input_shape=timed, precision=precision, memory_format=layout, mode_key=key)
+            for (precision, layout), key in keys.items()
+            if self.calibration.mode(key) is None
+        ]
+        self._run(jobs, " and ".join(f"{job.precision} in {job.memory_format}" for job in jobs))
+        found = {pair: self.calibration.mode(key) for pair, key in keys.items()}
+        return {pair: mode for pair, mode in found.items() if mode is not None}
 
-    def _clock(
-        self, model: nn.Module, input_shape: Sequence[int], precision: str, memory_format: torch.memory_format
-    ) -> ChainClock:
-        return ChainClock(
-            model,
-            input_shape=input_shape,
-            device=self.device,
-            memory_format=memory_format,
-            low=self.low_dtype(precision),
-            calibration=self.calibration,
-        )
+    def rates(self) -> tuple[float, float, float] | None:
+        """See `lowmem.choose.describe.measured_rates`."""
+        if measured_rates(self.device, self.calibration) is None:
+            self._run([RawRates()], "how fast it copies and multiplies")
+        return measured_rates(self.device, self.calibration)
 
     def _wanted(self, measures: Sequence[StageMeasure], precision: str) -> list[Wanted]:
         wanted: dict[Hashable, Wanted] = {}
@@ -153,33 +169,13 @@ class Calibrator:
                 wanted[key] = Wanted(index, key, options)
         return list(wanted.values())
 
-    def _optimizer_seconds(self, model: nn.Module, momentum: bool) -> float:
-        shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
-        key = ("optimizer", momentum, shapes)
-        found = self.calibration.seconds(key)
-        if found is None:
-            found = Seconds(self._timed_optimizer(model, momentum), 0.0)
-            self.calibration.put_seconds(key, found)
-            self._settle()
-        return found.forward
-
-    def _timed_optimizer(self, model: nn.Module, momentum: bool) -> float:
-        parameters = list(real_copy(model, self.device, torch.contiguous_format).parameters())
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        rate = 0.9 if momentum else 0.0
-        optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=rate, weight_decay=1e-4, fused=True)
-        return time_calls(optimizer.step, self.device, warmup=2, rounds=3).median_seconds
-
-    def _settle(self) -> None:
-        """Kept at once: what was measured is not lost with the process, and the memory goes back."""
+    def _run(self, jobs: Sequence[Job], what: str) -> None:
+        """Kept at once: what was measured is not lost with the process."""
+        if not jobs:
+            return
+        began = time.monotonic()
+        word = "card" if self.device == "cuda" else "processor"
+        self.progress(f"measuring the {word}, once: {what}")
+        self._measure(jobs, self.device, self.calibration)
         self.calibration.save()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
-
-    def _tell(self, done: int, of: int, precision: str) -> None:
-        if done < of:
-            self.progress(f"measuring the {self._word()} ({precision}): block {done + 1} of {of}")
-
-    def _word(self) -> str:
-        return "card" if self.device == "cuda" else "processor"
+        self.progress(f"measured in {time.monotonic() - began:.0f} s")

@@ -75,16 +75,14 @@ class ChainClock:
         self.calibration = calibration
         self.rounds = rounds
 
-    def measure(self, wanted: Sequence[Wanted], progress: Callable[[int, int], None] = lambda done, of: None) -> None:
+    def measure(self, wanted: Sequence[Wanted]) -> None:
         """Puts what is wanted into the calibration. A policy that does not fit the device's memory is left out."""
         by_index = {one.index: one for one in wanted}
-        done = 0
+        if not by_index:
+            return
         for index, timer in enumerate(self._stages()):
             if index in by_index:
-                progress(done, len(wanted))
                 self._one(timer, by_index[index])
-                self.calibration.save()
-                done += 1
 
     def mode(self) -> Mode:
         """A plain step's blocks, each distinct one timed once, and whether every result was finite."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from lowmem.cards import Card, UsableShare
 from lowmem.choose.calibration import Calibration, Seconds
-from lowmem.measure.timing import time_calls
+from lowmem.measure.timing import Timing, time_calls
 from lowmem.units import MIB
 
 _COPY_BYTES = 256 * MIB
@@ -17,38 +18,40 @@ _CPU_COPY_BYTES = 64 * MIB
 _CPU_SIDE = 1024
 
 
-def measured_rates(device: str, low: torch.dtype, calibration: Calibration) -> tuple[float, float, float]:
-    """(bytes, fp32 operations, `low` operations) per second: a copy reads and writes, a product of n x n matrices takes
-    2 n^3 operations. From the calibration if it has them."""
-    size = _COPY_BYTES if device == "cuda" else _CPU_COPY_BYTES
-    side = _SIDE if device == "cuda" else _CPU_SIDE
+@dataclass(frozen=True)
+class RawRates:
+    """A job for the worker: a copy, and products of square matrices in fp32 and in the low dtype of autocast."""
 
-    def once(what: str, work: Callable[[], Callable[[], object]]) -> float:
-        found = calibration.seconds(("rate", what))
-        if found is None:
-            found = Seconds(time_calls(work(), device).median_seconds, 0.0)
-            calibration.put_seconds(("rate", what), found)
-        return max(found.forward, 1e-9)
-
-    def copying() -> Callable[[], object]:
+    def run(self, device: str, calibration: Calibration) -> None:
+        size, side = _sizes(device)
+        low = torch.float16 if device == "cuda" else torch.bfloat16
         source = torch.zeros(size // 4, device=device)
         target = torch.empty_like(source)
-        return lambda: target.copy_(source)
-
-    def product(dtype: torch.dtype) -> Callable[[], Callable[[], object]]:
-        def make() -> Callable[[], object]:
+        self._put(calibration, "copy", time_calls(lambda: target.copy_(source), device))
+        for what, dtype in (("fp32", torch.float32), ("low", low)):
             a = torch.randn(side, side, device=device).to(dtype)
             out = torch.empty_like(a)
-            return lambda: torch.mm(a, a, out=out)
+            self._put(calibration, what, time_calls(partial(torch.mm, a, a, out=out), device))
 
-        return make
+    @staticmethod
+    def _put(calibration: Calibration, what: str, timing: Timing) -> None:
+        calibration.put_seconds(("rate", what), Seconds(timing.median_seconds, 0.0))
 
+
+def measured_rates(device: str, calibration: Calibration) -> tuple[float, float, float] | None:
+    """(bytes, fp32 operations, low operations) per second: a copy reads and writes, a product of n x n matrices takes
+    2 n^3 operations. None if `RawRates` was not run."""
+    found = [calibration.seconds(("rate", what)) for what in ("copy", "fp32", "low")]
+    copying, fp32, low = (0.0 if one is None else one.forward for one in found)
+    if not (copying and fp32 and low):
+        return None
+    size, side = _sizes(device)
     operations = 2.0 * side**3
-    return (
-        2.0 * size / once(f"copy {size}", copying),
-        operations / once(f"product {side} fp32", product(torch.float32)),
-        operations / once(f"product {side} {low}", product(low)),
-    )
+    return 2.0 * size / copying, operations / fp32, operations / low
+
+
+def _sizes(device: str) -> tuple[int, int]:
+    return (_COPY_BYTES, _SIDE) if device == "cuda" else (_CPU_COPY_BYTES, _CPU_SIDE)
 
 
 def describe_card(

@@ -1,21 +1,24 @@
-"""The device at hand: what it is called, what of its memory is free, what a process costs before its first tensor."""
+"""The CUDA device at hand: what it is called, what of its memory is free, what a process costs before its first tensor.
+
+All of it is asked in a process of its own, so that the one that plans has no context.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import pickle
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowmem.cards import Card, find_card
-from lowmem.choose.budget import ASSUMED_CONTEXT_BYTES
-from lowmem.choose.calibration import Calibration, Identity
-from lowmem.choose.describe import describe_card, measured_rates
+from lowmem.choose.calibration import Identity
+from lowmem.choose.worker import ask
 from lowmem.environment import cpu_model
 from lowmem.measure import Meter
 from lowmem.measure.cuda import device_uuid, find_device
-from lowmem.measure.nvml import DriverReport, read_driver
+from lowmem.measure.nvml import read_driver
 from lowmem.units import MIB
 
 # What a context can be; anything else is somebody else's memory coming or going in the same moment.
@@ -23,28 +26,67 @@ _LEAST_CONTEXT_BYTES, _MOST_CONTEXT_BYTES = 32 * MIB, 2048 * MIB
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceMemory:
-    """Bytes of the current CUDA device. `free_bytes` counts what torch has cached as free; the context exists.
-    `context_bytes` is None if it could not be measured."""
+class DeviceFacts:
+    """Bytes of the current CUDA device: `free_bytes` is what one process can have beside its context of `context_bytes`
+    (None: it could not be told). `link`: PCIe generation and lanes, the most that card and slot can do."""
 
     name: str
+    capability: tuple[int, int]
+    driver: str | None
+    cudnn: str | None
     total_bytes: int
     free_bytes: int
     context_bytes: int | None
+    link: tuple[int | None, int | None]
+
+    @property
+    def identity(self) -> Identity:
+        """What figures measured on it are filed under."""
+        return Identity(device="cuda", name=self.name, driver=self.driver, torch=torch.__version__, library=self.cudnn)
 
 
-def identity(device: str, report: DriverReport | None = None) -> Identity:
-    """What figures measured on the device are filed under."""
-    if device == "cuda":
-        driver = (report or read_driver()).driver_version
-        library = torch.backends.cudnn.version()
-        return Identity(
-            device="cuda",
+def ask_device() -> DeviceFacts:
+    """Of the current CUDA device, by a process of its own. Raises PreflightError if that fails."""
+    return facts_from(ask(pickle.dumps("memory")))
+
+
+def facts_from(answer: dict[str, Any]) -> DeviceFacts:
+    """The inverse of `measure_memory`'s way through JSON."""
+    return DeviceFacts(**{**answer, "capability": tuple(answer["capability"]), "link": tuple(answer["link"])})
+
+
+def measure_memory() -> dict[str, Any]:
+    """Here and now, making a context: to be run where CUDA was not used before."""
+    with Meter("cuda") as meter:
+        _warm_up()
+        torch.cuda.empty_cache()
+        seen = meter.read()
+    free, total = seen.device_free_bytes, seen.device_total_bytes
+    if free is None or total is None:
+        free, total = torch.cuda.mem_get_info()
+    context = seen.context_bytes
+    if context is not None and not _LEAST_CONTEXT_BYTES <= context <= _MOST_CONTEXT_BYTES:
+        context = None
+    report = read_driver()
+    device = find_device(report, device_uuid())
+    link = None if device is None else device.link
+    cudnn = torch.backends.cudnn.version()
+    return asdict(
+        DeviceFacts(
             name=torch.cuda.get_device_name(),
-            driver=driver,
-            torch=torch.__version__,
-            library=None if library is None else str(library),
+            capability=torch.cuda.get_device_capability(),
+            driver=report.driver_version,
+            cudnn=None if cudnn is None else str(cudnn),
+            total_bytes=total,
+            free_bytes=free + (seen.reserved_bytes or 0),
+            context_bytes=context,
+            link=(None, None) if link is None else (link.most_generation, link.most_lanes),
         )
+    )
+
+
+def cpu_identity() -> Identity:
+    """What figures measured on the processor are filed under."""
     return Identity(
         device="cpu",
         name=cpu_model() or "processor",
@@ -52,54 +94,6 @@ def identity(device: str, report: DriverReport | None = None) -> Identity:
         torch=torch.__version__,
         library=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
-    )
-
-
-def device_memory(calibration: Calibration) -> DeviceMemory:
-    """Of the current CUDA device. Makes the context, which is measured best before CUDA was first used; where it cannot
-    be told now, it is what the calibration remembers."""
-    key = ("context",)
-    with Meter("cuda") as meter:
-        _warm_up()
-        torch.cuda.empty_cache()
-        seen = meter.read()
-    context = seen.context_bytes
-    if context is not None and _LEAST_CONTEXT_BYTES <= context <= _MOST_CONTEXT_BYTES:
-        calibration.put_size(key, context)
-        calibration.save()
-    else:
-        context = calibration.size_bytes(key)
-    free, total = seen.device_free_bytes, seen.device_total_bytes
-    if free is None or total is None:
-        free, total = torch.cuda.mem_get_info()
-    return DeviceMemory(
-        name=torch.cuda.get_device_name(),
-        total_bytes=total,
-        free_bytes=free + (seen.reserved_bytes or 0),
-        context_bytes=context,
-    )
-
-
-def card_at_hand(calibration: Calibration) -> Card:
-    """The profile of the current CUDA device; one made from its driver and short measurements if none is shipped."""
-    name = torch.cuda.get_device_name()
-    total = torch.cuda.get_device_properties().total_memory
-    known = find_card(name, total)
-    if known is not None:
-        return known
-    rates = measured_rates("cuda", torch.float16, calibration)
-    calibration.save()
-    torch.cuda.empty_cache()
-    device = find_device(read_driver(), device_uuid())
-    link = device.link if device is not None else None
-    context = calibration.size_bytes(("context",))
-    return describe_card(
-        name,
-        memory_bytes=total,
-        capability=torch.cuda.get_device_capability(),
-        context_bytes=ASSUMED_CONTEXT_BYTES if context is None else context,
-        rates=rates,
-        link=(None, None) if link is None else (link.most_generation, link.most_lanes),
     )
 
 

@@ -57,6 +57,7 @@ def plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
         simulated=simulated,
         plain=plain,
         seconds_from="measured on this device" if timed else request.rates_from,
+        timed=timed,
         plain_seconds=plain_seconds,
     )
 
@@ -73,9 +74,7 @@ def _workspaces(request: Request, shape: StepShape) -> Workspaces | None:
         memory_format=shape.torch_memory_format,
         low=shape.low_dtype,
     )
-    for call in calls:
-        table(call)
-    calibrator.measure_workspaces(table, calls)
+    calibrator.measure_workspaces(table, calls, shape.precision)
     return table
 
 
@@ -98,7 +97,7 @@ def _chain(request: Request, shape: StepShape, rates: Rates, workspace: Workspac
             measured.stages,
             input_shape=input_shape,
             precision=shape.precision,
-            memory_format=shape.torch_memory_format,
+            memory_format=shape.memory_format,
             momentum=request.momentum,
         )
     return price(measured, rates, times), times is not None

@@ -60,6 +60,7 @@ class Choice:
     simulated: Simulated
     plain: Simulated
     seconds_from: str
+    timed: bool  # seconds were measured on this device
     plain_seconds: float
 
     @property

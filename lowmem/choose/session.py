@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
-from lowmem.cards import Card, Platform, load_card
-from lowmem.choose.budget import Budget, of_card, of_device, tensors_only
+from lowmem.cards import Card, Platform, find_card, load_card
+from lowmem.choose.budget import ASSUMED_CONTEXT_BYTES, Budget, of_card, of_device, tensors_only
 from lowmem.choose.calibration import Calibration
 from lowmem.choose.calibrator import Calibrator, Progress
-from lowmem.choose.device import card_at_hand, device_memory, identity
+from lowmem.choose.describe import describe_card
+from lowmem.choose.device import DeviceFacts, ask_device, cpu_identity
 from lowmem.choose.execution import calibrates
 from lowmem.choose.modes import by_kind, by_measurement
 from lowmem.choose.planning import REFERENCE_CARD, choose
@@ -33,12 +35,13 @@ def wants_plan(config: Config) -> bool:
 
 
 def budget_of(
-    config: Config, train_pictures: int = 0, calibration: Calibration | None = None
+    config: Config, train_pictures: int = 0, calibrator: Calibrator | None = None
 ) -> tuple[Budget, Card | None]:
-    """The budget for the step's tensors and, where it is known, the card whose rates predict time. `calibration`: what
-    is known of the CUDA device at hand; its context is measured into it.
+    """The budget for the step's tensors and, where it is known, the card whose rates predict time. `calibrator`: of the
+    device at hand, if predictions are to follow what is measured on it.
 
-    Raises UsageError for an unknown card or where there is nothing to fit into, Infeasible for too small a card.
+    Raises UsageError for an unknown card or where there is nothing to fit into, Infeasible for too small a card,
+    PreflightError for a CUDA device that does not answer.
     """
     memory = config.memory
     pictures_bytes = train_pictures * _PICTURE_BYTES
@@ -47,22 +50,37 @@ def budget_of(
         return of_card(card, memory.vram, pictures_bytes, _platform(config)), card
     if config.train.device == "cuda" and torch.cuda.is_available():
         cap_workspace()
-        known = calibration or Calibration(identity("cuda"), None)
-        there = device_memory(known)
+        facts = (calibrator.facts if calibrator is not None else None) or ask_device()
         budget = of_device(
-            there.free_bytes,
-            there.total_bytes,
+            facts.free_bytes,
+            facts.total_bytes,
             memory.vram,
-            name=there.name,
+            name=facts.name,
             pictures_bytes=pictures_bytes,
-            context_bytes=there.context_bytes,
+            context_bytes=facts.context_bytes,
             # Measured workspaces are a part of the simulated step.
-            workspace_bytes=workspace_cap_bytes() if calibration is None else 0,
+            workspace_bytes=workspace_cap_bytes() if calibrator is None else 0,
         )
-        return budget, card_at_hand(known)
+        return budget, card_of(facts, calibrator)
     if memory.vram is None:
         raise UsageError("there is nothing to fit into: give --vram, like --vram 6G, or --card, like --card gtx1060-6g")
     return tensors_only(memory.vram), None
+
+
+def card_of(facts: DeviceFacts, calibrator: Calibrator | None) -> Card | None:
+    """The shipped profile of a device; else one made of what its driver tells and what is measured; None without."""
+    known = find_card(facts.name, facts.total_bytes)
+    rates = None if known is not None or calibrator is None else calibrator.rates()
+    if rates is None:
+        return known
+    return describe_card(
+        facts.name,
+        memory_bytes=facts.total_bytes,
+        capability=facts.capability,
+        context_bytes=ASSUMED_CONTEXT_BYTES if facts.context_bytes is None else facts.context_bytes,
+        rates=rates,
+        link=facts.link,
+    )
 
 
 def _platform(config: Config) -> Platform | None:
@@ -73,14 +91,30 @@ def _platform(config: Config) -> Platform | None:
 
 
 def calibrator_of(config: Config, progress: Progress = lambda text: None, *, fresh: bool = False) -> Calibrator | None:
-    """What measures the device at hand, if predictions are to follow it. `fresh`: measure everything again."""
+    """What measures the device at hand, if predictions are to follow it. `fresh`: measure everything again.
+
+    Raises PreflightError for a CUDA device that does not answer."""
     device = config.train.device
     if not calibrates(config, device) or (device == "cuda" and not torch.cuda.is_available()):
         return None
-    calibration = Calibration(identity(device), Calibration.usual_folder())
+    if device == "cuda":
+        cap_workspace()
+        facts = ask_device()
+        calibration = Calibration(facts.identity, Calibration.usual_folder())
+        facts = _with_context(facts, calibration)
+    else:
+        facts, calibration = None, Calibration(cpu_identity(), Calibration.usual_folder())
     if fresh:
         calibration.clear()
-    return Calibrator(device, calibration, progress)
+    return Calibrator(device, calibration, progress, facts=facts)
+
+
+def _with_context(facts: DeviceFacts, calibration: Calibration) -> DeviceFacts:
+    """What could not be told now was perhaps told before."""
+    if facts.context_bytes is None:
+        return replace(facts, context_bytes=calibration.size_bytes(("context",)))
+    calibration.put_size(("context",), facts.context_bytes)
+    return facts
 
 
 def request_of(
@@ -88,7 +122,7 @@ def request_of(
 ) -> Request:
     """What `choose` needs to know of a run. Raises as `budget_of` does, and UsageError for settings at odds."""
     _check_micro_batch(config)
-    budget, card = budget_of(config, train_pictures, None if calibrator is None else calibrator.calibration)
+    budget, card = budget_of(config, train_pictures, calibrator)
     spec = config.model
     model = skeleton(spec.arch, spec.block, width=spec.width, num_classes=num_classes)
     if calibrator is not None:
@@ -137,19 +171,28 @@ def plan_run(
     Raises Infeasible, UsageError, PreflightError."""
     calibrator = calibrator_of(settings.config, progress, fresh=recalibrate)
     request = request_of(settings.config, num_classes, train_pictures or 0, calibrator)
+    choice = ranked(request, settings.config, train_pictures)[0]
+    return settle(settings, choice, request.reasons), choice
+
+
+def ranked(request: Request, config: Config, train_pictures: int | None) -> list[Choice]:
+    """The choice, and with `--batch auto` the other batches that fit, those with more pictures per second first.
+
+    Raises Infeasible, UsageError."""
+    return _batches(request, train_pictures) if config.memory.auto_batch else [choose(request)]
+
+
+def settle(settings: Settings, choice: Choice, reasons: Mapping[str, str]) -> Settings:
+    """The settings with what the choice decided; `reasons`: setting -> why."""
     if settings.config.memory.auto_batch:
-        choice = _best_batch(request, train_pictures)
         settings = _follow_batch(settings, choice.plan.batch)
-    else:
-        choice = choose(request)
-    plan = choice.plan
-    decided: dict[str, object] = {"train.precision": plan.precision, "train.memory_format": plan.memory_format}
-    train = settings.config.train
+    plan, train = choice.plan, settings.config.train
     before: dict[str, object] = {"train.precision": train.precision, "train.memory_format": train.memory_format}
-    for key, value in decided.items():
+    after: dict[str, object] = {"train.precision": plan.precision, "train.memory_format": plan.memory_format}
+    for key, value in after.items():
         if before[key] != value:
-            settings = settings.replace({key: value}, request.reasons.get(key, "auto: the plan"))
-    return settings, choice
+            settings = settings.replace({key: value}, reasons.get(key, "auto: the plan"))
+    return settings
 
 
 def replan(
@@ -175,33 +218,28 @@ def replan(
     )
 
 
-def _best_batch(request: Request, train_pictures: int | None) -> Choice:
-    """The batch with the most pictures per second that fits without accumulation. Raises Infeasible if none does."""
-    best: Choice | None = None
+def _batches(request: Request, train_pictures: int | None) -> list[Choice]:
+    """The batches that fit without accumulation, the one with the most pictures per second first; why the others were
+    not chosen stands with it. Raises Infeasible if none does."""
+    fitting: list[Choice] = []
     refused: list[Candidate] = []
     least: Infeasible | None = None
     for batch in AUTO_BATCHES:
         if train_pictures is not None and batch > train_pictures:
             continue
         try:
-            choice = choose(replace(request, batch=batch, micro_batch=None, allow_accumulation=False))
+            fitting.append(choose(replace(request, batch=batch, micro_batch=None, allow_accumulation=False)))
         except Infeasible as error:
             least = least or error
             refused.append(
                 Candidate(what=f"batch {batch}", refused_because="does not fit", peak_bytes=error.least_bytes)
             )
             break  # nothing larger fits either
-        seconds = choice.plan.predicted.step_seconds
-        assert seconds is not None
-        if best is None or batch / seconds > best.images_per_second:
-            if best is not None:
-                refused.append(_slower(best))
-            best = choice
-        else:
-            refused.append(_slower(choice))
-    if best is None:
+    if not fitting:
         raise least or UsageError("there are too few pictures for --batch auto: give a batch")
-    return replace(best, plan=replace(best.plan, candidates=(*refused, *best.plan.candidates)))
+    best, *others = sorted(fitting, key=lambda choice: -choice.images_per_second)
+    candidates = (*(_slower(choice) for choice in others), *refused, *best.plan.candidates)
+    return [replace(best, plan=replace(best.plan, candidates=candidates)), *others]
 
 
 def _slower(choice: Choice) -> Candidate:

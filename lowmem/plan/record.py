@@ -33,12 +33,14 @@ class Predicted:
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A choice that was looked at: in words, with what it would have taken, and why it was refused (None:
-    chosen)."""
+    chosen). `measured_*`: of real steps in a trial, None where there was none."""
 
     what: str
     refused_because: str | None = None
     peak_bytes: int | None = None
     step_seconds: float | None = None
+    measured_peak_bytes: int | None = None
+    measured_step_seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,178 @@
+"""What a trial's process does: model, optimizer, pictures on the device, training steps, evaluation; and the measuring
+of it. Everything is built by the code that a run uses."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.bench.trial import OUT_OF_MEMORY, Trial, says_out_of_memory
+from lowmem.bench.ways import executed
+from lowmem.config import OptimConfig
+from lowmem.data import Pictures, TrainBatches, eval_batches
+from lowmem.measure import Meter
+from lowmem.measure.cap import cap_allocator
+from lowmem.measure.tensors import TensorMeter
+from lowmem.models import build
+from lowmem.plan.record import Plan
+from lowmem.train.evaluate import evaluate
+from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
+
+_MEAN, _STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+_LR = 0.01
+
+
+def work(trial: Trial) -> dict[str, Any]:
+    """The trial's result as JSON values; running out of memory is one."""
+    try:
+        return _Work(trial).run()
+    except (torch.OutOfMemoryError, MemoryError):
+        return {"refused": OUT_OF_MEMORY, "out_of_memory": True}
+    except RuntimeError as error:
+        # The CPU's allocator, and CUDA's libraries, have no exception of their own for it.
+        if not says_out_of_memory(str(error)):
+            raise
+        return {"refused": OUT_OF_MEMORY, "out_of_memory": True}
+
+
+class _Work:
+    """One trial in this process."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial = trial
+        self.cuda = trial.device == "cuda"
+        self.capped = self.cuda and trial.cap_bytes is not None and cap_allocator(trial.cap_bytes)
+        self.execution = Execution(trial.device, trial.precision, trial.memory_format)
+        model = build(trial.arch, trial.block, width=trial.width, num_classes=trial.num_classes, seed=trial.seed)
+        self.model = model.to(device=trial.device, memory_format=self.execution.torch_memory_format)  # type: ignore[call-overload]
+        self.model.train()
+        optim = OptimConfig(momentum=trial.momentum, weight_decay=trial.weight_decay, nesterov=trial.nesterov)
+        self.optimizer = make_optimizer(self.model, optim, trial.device)
+        self.pictures = self._pictures()
+        reserved = torch.cuda.memory_reserved() if self.cuda else 0
+        self.batches = TrainBatches(
+            self.pictures, seed=0, batch=trial.batch, augment=True, mean=_MEAN, std=_STD, device=trial.device
+        )
+        self.beside_reserved_bytes = torch.cuda.memory_reserved() - reserved if self.cuda else 0
+        plan = None if trial.plan is None else Plan.from_json(trial.plan)
+        micro_batch = trial.micro_batch if plan is None else plan.micro_batch
+        run = executed(self.model, trial.way, plan)
+        self.step = TrainStep(run, self.optimizer, make_scaler(self.execution), self.execution, micro_batch)
+        self.losses: list[float] = []
+
+    def _pictures(self) -> Pictures:
+        """Random, as many as the run holds on the device; on the CPU, where they count for nothing, a batch."""
+        count = max(self.trial.batch, self.trial.pictures if self.cuda else 0)
+        generator = torch.Generator().manual_seed(self.trial.seed)
+        images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+        return Pictures(images, torch.arange(count) % self.trial.num_classes)
+
+    def run(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"capped": self.capped}
+        for _ in range(self.trial.warmup):
+            self._timed_step()
+        found |= self._train_on_cuda() if self.cuda else self._train_on_cpu()
+        if self.trial.eval_batch is not None:
+            found |= self._evaluate(self.trial.eval_batch)
+        found["device_used_bytes"] = Meter(self.trial.device).read().device_used_bytes
+        found["finite"] = all(math.isfinite(loss) for loss in self.losses)
+        found["losses"] = self.losses
+        return found
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        number = len(self.losses)
+        epoch, step = divmod(number, self.batches.steps_per_epoch)
+        if step == self.batches.steps_per_epoch - 1 and step > 0:
+            step = 0  # the epoch's last batch may be a smaller one
+        return self.batches.batch(epoch, step, memory_format=self.execution.torch_memory_format)
+
+    def _timed_step(self) -> float:
+        images, labels = self._batch()
+        self._wait()
+        began = time.perf_counter()
+        loss_sum, _ = self.step(images, labels, _LR)
+        self._wait()
+        seconds = time.perf_counter() - began
+        self.losses.append(float(loss_sum) / self.trial.batch)
+        return seconds
+
+    def _wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def _timed_steps(self) -> dict[str, float]:
+        seconds = [self._timed_step() for _ in range(self.trial.steps)]
+        return {
+            "step_seconds": statistics.median(seconds),
+            "least_seconds": min(seconds),
+            "most_seconds": max(seconds),
+        }
+
+    def _train_on_cpu(self) -> dict[str, Any]:
+        """Timed steps first: the meter slows them down."""
+        timed = self._timed_steps()
+        images, labels = self._batch()
+        meter = TensorMeter()
+        meter.adopt((*self._standing(), images, labels))
+        with meter:
+            self.step(images, labels, _LR)
+        return {**timed, "peak_allocated_bytes": meter.peak_bytes}
+
+    def _train_on_cuda(self) -> dict[str, Any]:
+        images, labels = self._batch()
+        self.beside_bytes = max(0, torch.cuda.memory_allocated() - _bytes_of((*self._standing(), images, labels)))
+        del images, labels
+        retries = _retries()
+        torch.cuda.reset_peak_memory_stats()
+        timed = self._timed_steps()
+        return {
+            **timed,
+            "beside_bytes": self.beside_bytes,
+            "peak_allocated_bytes": torch.cuda.max_memory_allocated() - self.beside_bytes,
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved() - self.beside_reserved_bytes,
+            "alloc_retries": _retries() - retries,
+        }
+
+    def _standing(self) -> list[Tensor]:
+        """What exists all through a steady step."""
+        momentum = [value for state in self.optimizer.state.values() for value in state.values()]
+        kept = (*self.model.parameters(), *self.model.buffers(), *momentum)
+        return [tensor for tensor in kept if isinstance(tensor, Tensor)]
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, size: int) -> dict[str, Any]:
+        """Two batches of the run's own evaluation."""
+        some = self.pictures.images[: 2 * size]
+        while some.shape[0] < size:
+            some = torch.cat((some, some))[: 2 * size]
+        pictures = Pictures(some.contiguous(), torch.zeros(some.shape[0], dtype=torch.int64))
+        place, layout = self.trial.device, self.execution.torch_memory_format
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            evaluate(self.model, eval_batches(pictures, size, _MEAN, _STD, place, layout), self.execution)
+            return {
+                "eval_peak_allocated_bytes": torch.cuda.max_memory_allocated() - self.beside_bytes,
+                "eval_peak_reserved_bytes": torch.cuda.max_memory_reserved() - self.beside_reserved_bytes,
+            }
+        meter = TensorMeter()
+        meter.adopt(self._standing())
+        with meter:
+            evaluate(self.model, eval_batches(pictures, size, _MEAN, _STD, place, layout), self.execution)
+        return {"eval_peak_allocated_bytes": meter.peak_bytes}
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _retries() -> int:
+    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
