@@ -83,6 +83,17 @@ def test_without_proc_the_peak_is_the_whole_processs(tmp_path: Path, monkeypatch
         assert "not since the last reset" in snapshot.missing[1]
 
 
+@linux
+def test_a_peak_that_cannot_be_restarted_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_CLEAR", tmp_path / "none" / "clear_refs")
+    meter = Meter("cpu")
+    assert meter.read().missing == ()
+    meter.reset()
+    snapshot = meter.read()
+    assert snapshot.missing == ("the resident peak is the whole process's, not since the last reset",)
+    assert snapshot.process_bytes is not None
+
+
 def test_the_meter_of_the_cpu_asks_no_driver() -> None:
     probe = (
         "import sys, lowmem.measure as m\n"
