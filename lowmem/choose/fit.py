@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from lowmem.choose.budget import Budget
 from lowmem.choose.costs import calls_of, measure_costs, price
 from lowmem.choose.request import Choice, Request
@@ -14,6 +17,7 @@ from lowmem.plan.solution import Solution
 from lowmem.plan.solver import Solver
 from lowmem.remat import stage_names
 
+_T = TypeVar("_T")
 _TRIES = 12  # of the solver against the whole simulated step
 
 
@@ -23,7 +27,7 @@ def plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
     workspace = _workspaces(request, shape)
     chain, timed = _chain(request, shape, rates, workspace)
     solution, simulated = fit(Solver(chain, limit_bytes=budget.tensor_bytes), shape, budget, rates, workspace)
-    plain = simulate_step(shape, None, rates, workspace=workspace)
+    plain = _once(request, ("plain", shape, rates), lambda: simulate_step(shape, None, rates, workspace=workspace))
     seconds, plain_seconds = simulated.seconds, plain.seconds
     if timed:  # stage by stage, so a step takes their sum; the roofline above saw every operation of the step
         outside = chain.outside_seconds
@@ -81,14 +85,18 @@ def _workspaces(request: Request, shape: StepShape) -> Workspaces | None:
 def _chain(request: Request, shape: StepShape, rates: Rates, workspace: Workspaces | None) -> tuple[ChainCost, bool]:
     """The costs, and whether their seconds were measured."""
     input_shape = (shape.micro_batch, *request.image_shape)
-    measured = measure_costs(
-        request.model,
-        input_shape=input_shape,
-        memory_format=shape.torch_memory_format,
-        low=shape.low_dtype,
-        optimizer_copies=1 if request.momentum else 0,
-        accumulation=shape.accumulation,
-        workspace=workspace,
+    measured = _once(
+        request,
+        ("costs", shape),
+        lambda: measure_costs(
+            request.model,
+            input_shape=input_shape,
+            memory_format=shape.torch_memory_format,
+            low=shape.low_dtype,
+            optimizer_copies=1 if request.momentum else 0,
+            accumulation=shape.accumulation,
+            workspace=workspace,
+        ),
     )
     times = None
     if request.calibrator is not None:
@@ -101,6 +109,14 @@ def _chain(request: Request, shape: StepShape, rates: Rates, workspace: Workspac
             momentum=request.momentum,
         )
     return price(measured, rates, times), times is not None
+
+
+def _once(request: Request, key: object, make: Callable[[], _T]) -> _T:
+    """What does not depend on the budget need not be simulated again for another one."""
+    if key not in request.known:
+        request.known[key] = make()
+    found: _T = request.known[key]
+    return found
 
 
 def _device_bytes(budget: Budget, simulated: Simulated) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -36,6 +37,8 @@ class Request:
     momentum: bool = True
     rates_from: str = "a card's datasheet"
     reasons: Mapping[str, str] = field(default_factory=dict)  # setting -> why it was decided so
+    # What was simulated already, by shape: shared by all requests made from this one for other budgets and batches.
+    known: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def shape(self, precision: str, micro_batch: int) -> StepShape:
         return StepShape(

@@ -196,8 +196,9 @@ def test_a_plan_by_what_this_processor_does(tmp_path: Path, monkeypatch: pytest.
         calibrator_of(gather(flags={**flags, "memory.card": "gtx1060-6g"}, sets=["memory.calibrate=always"]).config)
         is None
     )
-    plan_run(settings, progress=told.append, recalibrate=True)
-    assert told, "measured again when asked to"
+    fresh = calibrator_of(settings.config, fresh=True)
+    assert fresh is not None
+    assert len(fresh.calibration) == 0, "measured again when asked to"
 
 
 def test_a_card_without_a_profile_is_described() -> None:
