@@ -63,12 +63,12 @@ def chain_cost(
         x = torch.empty(tuple(input_shape)).contiguous(memory_format=memory_format)
         stages = decompose(copied)
         measures = list(measure_chain(stages, _options, x, lambda: StagePass(low), recorder))
-        sizes = [parameter.numel() * parameter.element_size() for parameter in copied.parameters()]
+        parameters = sum(parameter.numel() * parameter.element_size() for parameter in copied.parameters())
         buffers = sum(buffer.numel() * buffer.element_size() for buffer in copied.buffers())
         input_bytes = x.numel() * x.element_size()
-    parameters = sum(sizes)
     grads = parameters if accumulation > 1 else 0
-    fixed = parameters * (1 + optimizer_copies) + buffers + input_bytes * accumulation + grads
+    # Buffers twice: a copy of them undoes a step that ran out of memory.
+    fixed = parameters * (1 + optimizer_copies) + 2 * buffers + input_bytes * accumulation + grads
     plain = [next(o for o in measure.options if o.option.policy == SAVE_ALL) for measure in measures]
     work = [work for option in plain for work in (*option.forward_work, *option.backward_work)]
     return ChainCost(
@@ -79,8 +79,7 @@ def chain_cost(
         output_bytes=measures[-1].output_bytes,
         output_grad_bytes=measures[-1].output_bytes,
         fixed_bytes=fixed,
-        # weight decay makes one temporary of a parameter's size at a time
-        outside_peak_bytes=fixed - grads + parameters + max(sizes, default=0),
+        outside_peak_bytes=fixed - grads + parameters,  # the fused update allocates nothing
         plain_seconds=_seconds(rates, work),
         plain_flops=sum(one.flops for one in work),
     )

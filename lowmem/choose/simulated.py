@@ -80,7 +80,7 @@ def _loop_builder(shape: StepShape, schedule: Schedule | None) -> Callable[[], L
             lr=0.1,
             momentum=0.9 if shape.momentum else 0.0,
             weight_decay=1e-4,
-            foreach=False,
+            fused=True,
         )
         warm_up(optimizer)
         images = torch.empty(shape.batch, *shape.image_shape).contiguous(memory_format=shape.torch_memory_format)
@@ -88,6 +88,8 @@ def _loop_builder(shape: StepShape, schedule: Schedule | None) -> Callable[[], L
         micro: list[tuple[Tensor, Tensor]] = list(
             zip(images.split(shape.micro_batch), labels.split(shape.micro_batch), strict=True)
         )
-        return Loop(run, model, optimizer, micro, shape.low_dtype)
+        # What it takes to undo a step; the plain step, which others are compared with, has nothing of the kind.
+        backups = () if schedule is None else tuple(torch.empty_like(buffer) for buffer in model.buffers())
+        return Loop(run, model, optimizer, micro, shape.low_dtype, backups)
 
     return build
