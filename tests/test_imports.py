@@ -71,6 +71,23 @@ def test_imports_go_downward(path: Path) -> None:
     assert _imported_rooms(path) <= allowed, f"{path.relative_to(PACKAGE)} imports {_imported_rooms(path) - allowed}"
 
 
+def _imported_modules(path: Path) -> set[str]:
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            modules.add(str(node.args[0].value))  # importlib.import_module("pynvml")
+    return modules
+
+
+def test_only_one_module_knows_the_drivers_library() -> None:
+    knowing = {path.relative_to(PACKAGE).as_posix() for path in FILES if "pynvml" in _imported_modules(path)}
+    assert knowing == {"measure/nvml.py"}
+
+
 def test_the_api_does_not_import_the_command_line() -> None:
     assert "cli" not in _imported_rooms(PACKAGE / "api.py")
 

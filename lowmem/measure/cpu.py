@@ -1,38 +1,71 @@
-"""Memory of this process on the CPU. The C allocator keeps no count of tensors, so those two figures are None."""
+"""Memory of this process on the CPU. The C allocator keeps no count of tensors, so those figures are None."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+
+from lowmem.measure.meter import Snapshot
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_MACHINE = Path("/proc/meminfo")
 
 
-def reset() -> None:
-    """Starts a new resident peak where the system can (Linux); elsewhere the peak is of the whole process."""
+class CpuSource:
+    """Resident memory of this process and memory of the machine."""
+
+    def reset(self) -> None:
+        """Starts a new resident peak where the system can (Linux); elsewhere the peak is of the whole process."""
+        try:
+            _CLEAR.write_text("5", encoding="ascii")
+        except OSError:
+            return
+
+    def read(self) -> Snapshot:
+        process, machine = _kernel_table(_STATUS), _kernel_table(_MACHINE)
+        peak = process.get("VmHWM")
+        missing = []
+        if "VmRSS" not in process:
+            missing.append("this system has no /proc: what the process and the machine hold now is unknown")
+            peak = _peak_of_the_process()
+            missing.append(
+                "the resident peak is unknown too"
+                if peak is None
+                else "the resident peak is the whole process's, not since the last reset"
+            )
+        return Snapshot(
+            device_used_bytes=peak,
+            process_bytes=process.get("VmRSS"),
+            device_total_bytes=machine.get("MemTotal"),
+            device_free_bytes=machine.get("MemAvailable"),
+            device_source="none" if peak is None else "process",
+            missing=tuple(missing),
+        )
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _kernel_table(path: Path) -> dict[str, int]:
+    """The lines `Name:   123 kB` of one of Linux's files, in bytes; empty where there is no such file."""
+    figures = {}
     try:
-        _CLEAR.write_text("5", encoding="ascii")
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
-        return
+        return {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        words = value.split()
+        if len(words) == 2 and words[1] == "kB" and words[0].isdigit():
+            figures[name] = int(words[0]) * 1024
+    return figures
 
 
-def read() -> tuple[None, None, int | None]:
-    """(None, None, peak resident bytes or None)."""
-    return None, None, _peak_resident_bytes()
-
-
-def _peak_resident_bytes() -> int | None:
-    try:
-        for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
+def _peak_of_the_process() -> int | None:
     try:
         import resource
     except ImportError:  # Windows
         return None
-    import sys
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

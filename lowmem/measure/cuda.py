@@ -1,16 +1,209 @@
-"""Memory of the current CUDA device, from the caching allocator and the driver."""
+"""Memory of the current CUDA device, from the caching allocator, the driver (NVML) and the CUDA runtime.
+
+The figures of the card come from NVML where it answers, else from `torch.cuda.mem_get_info`, else from nobody; a
+`Snapshot` says which. The context's size is this process's share by NVML less the allocator's segments. Windows and
+containers do not tell that share; then it is how much fuller the card got since before CUDA was first used, others'
+changes counted in. The CUDA runtime alone cannot tell it: asking for the free memory is what makes the context.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 import torch
 
-
-def reset() -> None:
-    """Starts new peaks."""
-    torch.cuda.reset_peak_memory_stats()
+from lowmem.measure.meter import Snapshot
+from lowmem.measure.nvml import Driver, DriverDevice, DriverReport
 
 
-def read() -> tuple[int, int, int]:
-    """(peak allocated, peak reserved, in use on the card now) in bytes."""
-    free, total = torch.cuda.mem_get_info()
-    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), total - free
+@dataclass(frozen=True, kw_only=True)
+class AllocatorFigures:
+    """torch's caching allocator on one device, bytes; the counts are since the start of the process."""
+
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+    alloc_retries: int
+    ooms: int
+
+
+def read_allocator() -> AllocatorFigures:
+    """The current device's figures; all zero as long as CUDA was not used."""
+    stats = torch.cuda.memory_stats()
+    return AllocatorFigures(
+        peak_allocated_bytes=stats.get("allocated_bytes.all.peak", 0),
+        peak_reserved_bytes=stats.get("reserved_bytes.all.peak", 0),
+        allocated_bytes=stats.get("allocated_bytes.all.current", 0),
+        reserved_bytes=stats.get("reserved_bytes.all.current", 0),
+        alloc_retries=stats.get("num_alloc_retries", 0),
+        ooms=stats.get("num_ooms", 0),
+    )
+
+
+def device_uuid() -> str | None:
+    """The current device's UUID as NVML writes it (`GPU-…`); None if this torch does not tell it."""
+    uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
+    return None if uuid is None else f"GPU-{str(uuid).removeprefix('GPU-')}"
+
+
+def free_and_total_bytes() -> tuple[int, int] | None:
+    """By the CUDA runtime, on the current device; makes a context if there is none. None if it does not answer."""
+    try:
+        return torch.cuda.mem_get_info()
+    except (RuntimeError, AssertionError):  # the latter: torch without CUDA
+        return None
+
+
+def find_device(report: DriverReport, uuid: str | None) -> DriverDevice | None:
+    """By UUID, since NVML's order is not CUDA's; without one only if there is but one card to be meant."""
+    if uuid is not None:
+        return report.device(uuid)
+    return report.devices[0] if len(report.devices) == 1 else None
+
+
+def process_bytes(device: DriverDevice | None, pid: int) -> int | None:
+    """What the driver says this process holds on the card; None where it does not."""
+    processes = (device.processes if device is not None else None) or ()
+    return next((process.used_bytes for process in processes if process.pid == pid), None)
+
+
+def context_bytes(report: DriverReport) -> int | None:
+    """This process on the current device by NVML, less the allocator's segments; None where NVML does not tell."""
+    own = process_bytes(find_device(report, device_uuid()), os.getpid())
+    return _rest(own, read_allocator().reserved_bytes)
+
+
+def context_by_drop(before: DriverReport, after: DriverReport, uuid: str | None, reserved_bytes: int) -> int | None:
+    """How much fuller the card got from a report made before CUDA was first used to one made now, less the allocator's
+    segments now (`reserved_bytes`). What other processes took or gave back in between is counted in. None if a figure
+    is missing or others gave back more."""
+    was, now = find_device(before, uuid), find_device(after, uuid)
+    if was is None or now is None or was.used_bytes is None or now.used_bytes is None:
+        return None
+    return _rest(now.used_bytes - was.used_bytes, reserved_bytes)
+
+
+def _rest(whole: int | None, part: int) -> int | None:
+    return whole - part if whole is not None and whole >= part else None
+
+
+class CudaSource:
+    """The current device, asked again and again; the driver's library stays open."""
+
+    def __init__(self, read_driver: Callable[[], DriverReport] | None = None) -> None:
+        self._driver = Driver() if read_driver is None else None
+        self._read_driver = read_driver
+        # Only a report from before the context can tell its size where the driver does not name processes.
+        self._before = None if torch.cuda.is_initialized() else self._report(None)
+
+    def _report(self, uuid: str | None) -> DriverReport:
+        if self._driver is not None:
+            return self._driver.read(uuid)
+        assert self._read_driver is not None
+        return self._read_driver()
+
+    def reset(self) -> None:
+        """Starts new peaks."""
+        torch.cuda.reset_peak_memory_stats()
+
+    def read(self) -> Snapshot:
+        uuid = device_uuid()
+        return describe(
+            read_allocator(),
+            self._report(uuid),
+            uuid=uuid,
+            pid=os.getpid(),
+            before=self._before,
+            runtime=free_and_total_bytes,
+        )
+
+    def close(self) -> None:
+        """Lets go of the driver's library."""
+        if self._driver is not None:
+            self._driver.close()
+
+
+def describe(
+    allocator: AllocatorFigures,
+    report: DriverReport,
+    *,
+    uuid: str | None,
+    pid: int,
+    before: DriverReport | None,
+    runtime: Callable[[], tuple[int, int] | None],
+) -> Snapshot:
+    """Puts the sources together. `before`: the driver's report from before CUDA was first used, if there is one;
+    `runtime`: (free, total) in bytes by the CUDA runtime, called only where NVML fails."""
+    known = Snapshot(
+        peak_allocated_bytes=allocator.peak_allocated_bytes,
+        peak_reserved_bytes=allocator.peak_reserved_bytes,
+        allocated_bytes=allocator.allocated_bytes,
+        reserved_bytes=allocator.reserved_bytes,
+        alloc_retries=allocator.alloc_retries,
+        ooms=allocator.ooms,
+    )
+    device = find_device(report, uuid)
+    if device is None or device.used_bytes is None:
+        return _without_driver(known, _why_not(report, device, uuid), runtime())
+    drop = context_by_drop(before, report, uuid, allocator.reserved_bytes) if before is not None else None
+    return _with_driver(known, device, allocator.reserved_bytes, pid, drop)
+
+
+def _with_driver(
+    known: Snapshot, device: DriverDevice, reserved_bytes: int, pid: int, drop_bytes: int | None
+) -> Snapshot:
+    assert device.used_bytes is not None
+    process = process_bytes(device, pid)
+    missing: tuple[str, ...] = ()
+    if process is not None:
+        context, own = _rest(process, reserved_bytes), process
+    else:
+        context = drop_bytes
+        own = reserved_bytes + (drop_bytes or 0)
+        silent = "NVML does not tell what this process holds (as on Windows and in containers)"
+        if drop_bytes is None:
+            missing = (f"{silent}: the context and the other processes' share are unknown",)
+        else:
+            missing = (f"{silent}: the context is how much fuller the card got since before CUDA was used",)
+    return replace(
+        known,
+        device_used_bytes=device.used_bytes,
+        process_bytes=process,
+        context_bytes=context,
+        others_bytes=max(0, device.used_bytes - own) if process is not None or drop_bytes is not None else None,
+        device_total_bytes=device.total_bytes,
+        device_free_bytes=device.free_bytes,
+        driver_reserved_bytes=device.reserved_bytes,
+        processes=device.processes or (),
+        device_source="nvml",
+        missing=missing,
+    )
+
+
+def _without_driver(known: Snapshot, why: str, runtime: tuple[int, int] | None) -> Snapshot:
+    if runtime is None:
+        silent = "the CUDA runtime does not answer either: how full the card is, is unknown"
+        return replace(known, missing=(why, silent))
+    free, total = runtime
+    instead = "the CUDA runtime tells how full the card is, but not who fills it"
+    return replace(
+        known,
+        device_used_bytes=total - free,
+        device_total_bytes=total,
+        device_free_bytes=free,
+        device_source="cuda runtime",
+        missing=(f"{why}; {instead}",),
+    )
+
+
+def _why_not(report: DriverReport, device: DriverDevice | None, uuid: str | None) -> str:
+    if report.missing is not None:
+        return report.missing
+    if device is not None:
+        return f"NVML says nothing of this card's memory ({device.trouble or 'not supported'})"
+    if uuid is None:
+        return "this torch does not tell the card's UUID, and NVML lists several cards"
+    return f"NVML does not list the card {uuid}"

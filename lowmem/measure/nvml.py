@@ -2,11 +2,18 @@
 
 Every figure may be missing (no driver, no permission, a laptop that does not tell): unknown is None, and why nothing is
 known at all stands in `DriverReport.missing`. Nothing here makes a CUDA context.
+
+Known limits: inside a container the driver counts processes as the host does, so that this process may not be found in
+its lists; on Windows (WDDM) it lists them without their bytes; a MIG slice has no entry of its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, replace
+from pathlib import PureWindowsPath
+from types import TracebackType
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +39,9 @@ class Link:
 @dataclass(frozen=True, kw_only=True)
 class DriverDevice:
     """A card as the driver sees it. `used_bytes` is without `reserved_bytes`, what driver and firmware keep to
-    themselves; total = free + used + reserved. `uuid` is what torch calls it too (`GPU-…`): NVML's indices ignore
-    CUDA_VISIBLE_DEVICES."""
+    themselves; total = free + used + reserved (where an old driver does not tell `reserved_bytes`, it is part of
+    `used_bytes`). `uuid` is what torch calls it too (`GPU-…`): NVML's indices ignore CUDA_VISIBLE_DEVICES. `trouble`:
+    why the driver says nothing of this card ("GPU is lost")."""
 
     index: int
     uuid: str | None = None
@@ -46,6 +54,7 @@ class DriverDevice:
     processes: tuple[DeviceProcess, ...] | None = None
     link: Link | None = None
     display_active: bool | None = None
+    trouble: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +68,196 @@ class DriverReport:
 
     def device(self, uuid: str) -> DriverDevice | None:
         """By its UUID, with or without the leading `GPU-`; None if the driver does not list it."""
-        wanted = uuid.removeprefix("GPU-").lower()
-        for device in self.devices:
-            if device.uuid is not None and device.uuid.removeprefix("GPU-").lower() == wanted:
-                return device
+        return next((one for one in self.devices if one.uuid is not None and _same_card(one.uuid, uuid)), None)
+
+
+def _same_card(left: str, right: str) -> bool:
+    return left.removeprefix("GPU-").lower() == right.removeprefix("GPU-").lower()
+
+
+def read_driver(library: Any | None = None) -> DriverReport:
+    """Asks the driver once and lets go of it. Never raises: what failed is None, and `missing` says why all is.
+
+    `library`: the `pynvml` module, or a stand-in with its functions; None imports it.
+    """
+    with Driver(library) as driver:
+        return driver.read()
+
+
+class Driver:
+    """The driver's library kept open, for repeated reading; opening takes tens of milliseconds, reading a few.
+
+    Never raises. Closed by `close`, at the end of a `with`, or at the latest when the interpreter leaves.
+    """
+
+    def __init__(self, library: Any | None = None) -> None:
+        self._library = library
+        self.missing: str | None = None
+        try:
+            if library is None:
+                import pynvml
+
+                self._library = pynvml
+            self._library.nvmlInit()  # type: ignore[union-attr]
+        except Exception as error:
+            self.missing = _why_missing(error)
+        else:
+            self._closing = weakref.finalize(self, _ask, self._library, "nvmlShutdown")
+
+    def close(self) -> None:
+        """Lets go of the library; a later `read` says so in `missing`."""
+        if self.missing is None:
+            self._closing()
+            self.missing = "the driver is no longer asked: its meter was closed"
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def read(self, uuid: str | None = None) -> DriverReport:
+        """The cards as they are now: all of them, or only that of `uuid` (and those that do not tell theirs), which
+        asks nothing more of the others."""
+        if self.missing is not None:
+            return DriverReport(missing=self.missing)
+        library = self._library
+        count = _ask(library, "nvmlDeviceGetCount")
+        newest = _ask(library, "nvmlSystemGetCudaDriverVersion")
+        return DriverReport(
+            driver_version=_text(_ask(library, "nvmlSystemGetDriverVersion")),
+            cuda_version=(newest // 1000, newest % 1000 // 10) if newest else None,
+            devices=tuple(
+                device for index in range(count or 0) if (device := _device(library, index, uuid)) is not None
+            ),
+            missing=None if count else "the NVIDIA driver answers, but lists no card",
+        )
+
+
+_REASONS = {
+    "NVMLError_LibraryNotFound": "no NVIDIA driver here (its library NVML was not found): install the driver; in a "
+    "container, start it with access to the card",
+    "NVMLError_DriverNotLoaded": "the NVIDIA driver is installed but not running: restart the machine, or load it "
+    "(Linux: modprobe nvidia)",
+    "NVMLError_NoPermission": "this user may not ask the NVIDIA driver (NVML: insufficient permissions): on Linux give "
+    "the user access to /dev/nvidiactl",
+    "NVMLError_LibRmVersionMismatch": "the NVIDIA driver was updated while the old one is still running: restart the "
+    "machine",
+}
+
+
+def _why_missing(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return "the driver cannot be asked without the package nvidia-ml-py (module pynvml): pip install nvidia-ml-py"
+    return _REASONS.get(type(error).__name__) or f"the NVIDIA driver does not answer (NVML: {error})"
+
+
+def _ask(library: Any, function: str, *arguments: Any, **named: Any) -> Any:
+    """What the function returns, None if it fails in any way. NVMLError is not all: the package raises an error of its
+    own for a driver older than itself, lacks functions when it is old, and may fail at a name that is no UTF-8."""
+    try:
+        return getattr(library, function)(*arguments, **named)
+    except Exception:
         return None
+
+
+def _text(value: Any) -> str | None:
+    """Old versions of the package return bytes."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="replace")
+    return str(value) if value else None
+
+
+def _device(library: Any, index: int, wanted: str | None) -> DriverDevice | None:
+    """None: it is another card than the wanted one."""
+    try:
+        handle = library.nvmlDeviceGetHandleByIndex(index)
+    except Exception as error:  # one card fell off the bus: the others are still there
+        return DriverDevice(index=index, trouble=str(error) or type(error).__name__)
+    uuid = _text(_ask(library, "nvmlDeviceGetUUID", handle))
+    if wanted is not None and uuid is not None and not _same_card(uuid, wanted):
+        return None
+    total, free, used, reserved = _memory(library, handle)
+    capability = _ask(library, "nvmlDeviceGetCudaComputeCapability", handle)
+    display = _ask(library, "nvmlDeviceGetDisplayActive", handle)
+    return DriverDevice(
+        index=index,
+        uuid=uuid,
+        name=_text(_ask(library, "nvmlDeviceGetName", handle)),
+        capability=(int(capability[0]), int(capability[1])) if capability else None,
+        total_bytes=total,
+        free_bytes=free,
+        used_bytes=used,
+        reserved_bytes=reserved,
+        processes=_processes(library, handle, total),
+        link=_link(library, handle),
+        display_active=None if display is None else bool(display),
+    )
+
+
+def _memory(library: Any, handle: Any) -> tuple[int | None, int | None, int | None, int | None]:
+    """(total, free, used without reserved, reserved) in bytes.
+
+    What is used is taken by difference: NVIDIA's manual says that version 2 counts the reserved memory as used, the
+    drivers seen in the field do not (rust-nvml/nvml-wrapper#57: 912 MB by version 1, 7.8 MB by version 2).
+    """
+    version = getattr(library, "nvmlMemory_v2", None)
+    figures = _ask(library, "nvmlDeviceGetMemoryInfo", handle, version=version) if version else None
+    if figures is not None:
+        reserved = int(figures.reserved)
+    else:  # a driver or package without version 2
+        figures, reserved = _ask(library, "nvmlDeviceGetMemoryInfo", handle), None
+        if figures is None:
+            return None, None, None, None
+    total, free = int(figures.total), int(figures.free)
+    return total, free, max(0, total - free - (reserved or 0)), reserved
+
+
+def _link(library: Any, handle: Any) -> Link | None:
+    def figure(function: str) -> int | None:
+        return _ask(library, function, handle) or None
+
+    link = Link(
+        generation=figure("nvmlDeviceGetCurrPcieLinkGeneration"),
+        lanes=figure("nvmlDeviceGetCurrPcieLinkWidth"),
+        most_generation=figure("nvmlDeviceGetMaxPcieLinkGeneration"),
+        most_lanes=figure("nvmlDeviceGetMaxPcieLinkWidth"),
+    )
+    return None if link == Link() else link
+
+
+def _processes(library: Any, handle: Any, total_bytes: int | None) -> tuple[DeviceProcess, ...] | None:
+    """One entry a process, though a program that computes and draws is in both lists with the same bytes."""
+    found: dict[int, DeviceProcess] = {}
+    lists = {kind: _running(library, kind, handle) for kind in ("Compute", "Graphics")}
+    if all(entries is None for entries in lists.values()):
+        return None
+    for kind, entries in lists.items():
+        for entry in entries or ():
+            pid, used = int(entry.pid), entry.usedGpuMemory
+            if used is not None and used > (total_bytes or 2**62):  # "not available" is the largest 64-bit number
+                used = None
+            known = found.get(pid)
+            if known is None:
+                name = _base_name(_text(_ask(library, "nvmlSystemGetProcessName", pid)))
+                found[pid] = DeviceProcess(pid=pid, name=name, used_bytes=used, graphics=kind == "Graphics")
+            else:
+                most = max((bytes_ for bytes_ in (known.used_bytes, used) if bytes_ is not None), default=None)
+                found[pid] = replace(known, used_bytes=most, graphics=known.graphics or kind == "Graphics")
+    return tuple(sorted(found.values(), key=lambda process: (-(process.used_bytes or 0), process.pid)))
+
+
+def _running(library: Any, kind: str, handle: Any) -> list[Any] | None:
+    """The plain name asks for the newest form, which an old driver refuses; the named older one may still do."""
+    for suffix in ("", "_v2"):
+        entries = _ask(library, f"nvmlDeviceGet{kind}RunningProcesses{suffix}", handle)
+        if entries is not None:
+            return list(entries)
+    return None
+
+
+def _base_name(path: str | None) -> str | None:
+    """The program alone: no folders (they name users) and no arguments."""
+    return PureWindowsPath(path.partition(" -")[0]).name or None if path else None
