@@ -63,12 +63,14 @@ def chain_cost(
         x = torch.empty(tuple(input_shape)).contiguous(memory_format=memory_format)
         stages = decompose(copied)
         measures = list(measure_chain(stages, _options, x, lambda: StagePass(low), recorder))
-        parameters = sum(parameter.numel() * parameter.element_size() for parameter in copied.parameters())
+        sizes = [parameter.numel() * parameter.element_size() for parameter in copied.parameters()]
         buffers = sum(buffer.numel() * buffer.element_size() for buffer in copied.buffers())
         input_bytes = x.numel() * x.element_size()
+    parameters = sum(sizes)
     grads = parameters if accumulation > 1 else 0
-    # Buffers twice: a copy of them undoes a step that ran out of memory.
-    fixed = parameters * (1 + optimizer_copies) + 2 * buffers + input_bytes * accumulation + grads
+    # Copies that undo a step which ran out of memory: of the buffers, and of one parameter and its momentum.
+    undo = buffers + sizes[0] * (1 + optimizer_copies)
+    fixed = parameters * (1 + optimizer_copies) + buffers + undo + input_bytes * accumulation + grads
     plain = [next(o for o in measure.options if o.option.policy == SAVE_ALL) for measure in measures]
     work = [work for option in plain for work in (*option.forward_work, *option.backward_work)]
     return ChainCost(

@@ -1,5 +1,5 @@
-"""The next smaller plans, solved and simulated before the run starts: out of memory is then a step down, and the training
-loop needs no solver."""
+"""The next smaller plans, solved and simulated before the run starts: out of memory is then a step down, and the
+training loop needs no solver."""
 
 from __future__ import annotations
 

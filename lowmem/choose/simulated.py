@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -88,8 +88,16 @@ def _loop_builder(shape: StepShape, schedule: Schedule | None) -> Callable[[], L
         micro: list[tuple[Tensor, Tensor]] = list(
             zip(images.split(shape.micro_batch), labels.split(shape.micro_batch), strict=True)
         )
-        # What it takes to undo a step; the plain step, which others are compared with, has nothing of the kind.
-        backups = () if schedule is None else tuple(torch.empty_like(buffer) for buffer in model.buffers())
-        return Loop(run, model, optimizer, micro, shape.low_dtype, backups)
+        # The plain step, which others are compared with, is the library's and cannot be undone.
+        copies = () if schedule is None else tuple(torch.empty_like(tensor) for tensor in _undo(model, optimizer))
+        return Loop(run, model, optimizer, micro, shape.low_dtype, copies)
 
     return build
+
+
+def _undo(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """What the training loop copies before each step, to undo it when it runs out of memory."""
+    yield from model.buffers()
+    first = optimizer.param_groups[0]["params"][0]
+    yield first
+    yield from optimizer.state.get(first, {}).values()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lowmem.errors import OutOfMemory
-from lowmem.measure import Snapshot
+from lowmem.measure import Snapshot, who_holds
 from lowmem.plan.record import Plan
 from lowmem.runs.store import RunFolder
 from lowmem.train.pressure import Pressure, Reading
@@ -127,9 +127,10 @@ class Descent:
         self._folder.write_plan(rung.to_json())
         self._folder.event("replan", budget_bytes=rung.budget_bytes)
         self._pressure.plan_changed()
+        sizes = f"{format_size(rung.budget_bytes)} instead of {format_size(before.budget_bytes)}"
         self._t.observer.warning(
-            f"{why}: going on in {format_size(rung.budget_bytes)} instead of {format_size(before.budget_bytes)} for the "
-            f"step's tensors, the same computation; {len(rung.ladder)} smaller plans left"
+            f"{why}: the step is done in {sizes} from here on, the same computation; {len(rung.ladder)} smaller plans "
+            "are left"
         )
 
     def _way_out(self) -> str:
@@ -145,3 +146,25 @@ def reading(snapshot: Snapshot) -> Reading | None:
     if retries is None or free is None or total is None:
         return None
     return Reading(retries, free, total)
+
+
+def held(snapshot: Snapshot) -> dict[str, Any]:
+    """What the device tells, for an event: bytes and counts, and who holds it in lines."""
+    figures = {name: value for name, value in vars(snapshot).items() if isinstance(value, int)}
+    return {**figures, "held_by": who_holds(snapshot)}
+
+
+def words(snapshot: Snapshot) -> str:
+    """The same for an error message, beginning with its own punctuation; empty where nobody tells."""
+    parts = []
+    if snapshot.allocated_bytes is not None:
+        own = f"this process has {format_size(snapshot.allocated_bytes)} allocated"
+        parts.append(f"{own} and {format_size(snapshot.reserved_bytes)} reserved")
+    elif snapshot.process_bytes is not None:
+        parts.append(f"this process holds {format_size(snapshot.process_bytes)}")
+    if snapshot.device_free_bytes is not None:
+        free, total = format_size(snapshot.device_free_bytes), format_size(snapshot.device_total_bytes)
+        parts.append(f"{free} of {total} are free")
+    if lines := who_holds(snapshot):
+        parts.append(f"held by {', '.join(lines)}")
+    return f" ({'; '.join(parts)})" if parts else ""

@@ -64,9 +64,8 @@ class Trainer:
         # nothing to keep.
         self.planned = None if plan is None else apply_plan(self.model, plan)
         micro_batch = config.train.micro_batch if plan is None else plan.micro_batch
-        self.step = TrainStep(
-            self.planned or self.model, self.optimizer, make_scaler(execution), execution, micro_batch
-        )
+        run = self.planned or self.model
+        self.step = TrainStep(run, self.optimizer, make_scaler(execution), execution, micro_batch)
         self.batches = TrainBatches(
             dataset.train,
             seed=config.seed,
@@ -79,10 +78,6 @@ class Trainer:
         self.state = RunState()
         self.meter = Meter(execution.device)
 
-    @property
-    def scaler(self) -> torch.amp.GradScaler:
-        return self.step.scaler
-
     def take(self, plan: Plan) -> None:
         """Goes on under another plan that computes the same (the ladder's: same micro-batch, precision, format)."""
         assert self.planned is not None
@@ -91,7 +86,7 @@ class Trainer:
 
     def checkpoint(self) -> checkpoints.Checkpoint:
         """The run as it is now, on the CPU."""
-        return capture(self.state, self.model, self.optimizer, self.scaler, self.identity)
+        return capture(self.state, self.model, self.optimizer, self.step.scaler, self.identity)
 
     def run(self, folder: RunFolder) -> Outcome:
         """Trains until the last epoch or train.max_steps. Raises Interrupted after a signal, with everything saved."""
@@ -111,13 +106,13 @@ class _Loop:
         self.sums = torch.tensor(
             [self.state.loss_sum, self.state.wrong], dtype=torch.float64, device=trainer.execution.device
         )
-        self.check = PlanCheck(trainer.plan, trainer.model, trainer.optimizer, trainer.execution.device)
+        self.undo = Undo(trainer.step, trainer.model)
+        self.descent = Descent(trainer, folder)
+        self.check = self._plan_check()
         self.pending: list[tuple[int, float, int, Tensor]] = []
         self.last_save = self.last_tick = time.monotonic()
         self.saved_at: tuple[int, int] | None = None
         self.time_left = TimeLeft(trainer.config.train.epochs, self.per_epoch)
-        self.undo = Undo(trainer.step, trainer.model)
-        self.descent = Descent(trainer, folder)
 
     def run(self) -> Outcome:
         config = self.t.config.train
@@ -160,7 +155,10 @@ class _Loop:
 
     def _plan_changed(self) -> None:
         self.t.meter.reset()  # the peaks of an epoch are those of the plan in force at its end
-        self.check = PlanCheck(self.t.plan, self.t.model, self.t.optimizer, self.t.execution.device)
+        self.check = self._plan_check()
+
+    def _plan_check(self) -> PlanCheck:
+        return PlanCheck(self.t.plan, self.t.model, self.t.optimizer, self.t.execution.device, self.undo.copies)
 
     def _after_step(self) -> None:
         state, config = self.state, self.t.config
@@ -304,8 +302,8 @@ class _Loop:
             return
         if self.pending or self.state.step_in_epoch:
             self._settle()
-        t, keep = self.t, self.t.config.checkpoint.keep
-        self.descent.saved(lambda: checkpoints.save(self.folder.checkpoints, t.checkpoint(), keep=keep))
+        keep = self.t.config.checkpoint.keep
+        self.descent.saved(lambda: checkpoints.save(self.folder.checkpoints, self.t.checkpoint(), keep=keep))
         self.saved_at = position
         self.last_save = time.monotonic()
         self._off_the_clock()

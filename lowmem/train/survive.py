@@ -96,14 +96,11 @@ class Undo:
 
     def __init__(self, step: TrainStep, model: nn.Module) -> None:
         self._step = step
-        watched = next(((p, slots) for p, slots in step.optimizer.state.items()), None)
-        self._watched: list[Tensor] = []
-        if watched is not None:
-            self._watched = [watched[0].detach(), *(v for v in watched[1].values() if isinstance(v, Tensor))]
-        elif step.optimizer.param_groups[0]["params"]:
-            self._watched = [step.optimizer.param_groups[0]["params"][0].detach()]
+        first: Tensor = step.optimizer.param_groups[0]["params"][0]
+        slots = step.optimizer.state.get(first, {})
+        self._watched = [first.detach(), *(slot for slot in slots.values() if isinstance(slot, Tensor))]
         self._buffers = list(model.buffers())
-        self._copies = [torch.empty_like(tensor) for tensor in (*self._buffers, *self._watched)]
+        self.copies = [torch.empty_like(tensor) for tensor in (*self._buffers, *self._watched)]
 
     def attempt(self, work: Callable[[], T]) -> T | Failure:
         """The result of `work`, which runs the step. After a Failure parameters, momentum, buffers and scaler are as
@@ -111,7 +108,7 @@ class Undo:
 
         Raises OutOfMemory if the update had begun: then there is no way back but the last checkpoint.
         """
-        _copy(self._copies, (*self._buffers, *self._watched))
+        _copy(self.copies, (*self._buffers, *self._watched))
         self._step.phase = "data"
         result = attempt(work, lambda: self._step.phase)
         if isinstance(result, Failure):
@@ -121,13 +118,13 @@ class Undo:
     def _undo(self, failure: Failure) -> None:
         self._step.optimizer.zero_grad(set_to_none=True)
         self._step.reset_scaler()
-        copies = self._copies[len(self._buffers) :]
+        copies = self.copies[len(self._buffers) :]
         # Compared on the CPU: there may be no room for even a result on the device.
         if not all(torch.equal(now.cpu(), then.cpu()) for now, then in zip(self._watched, copies, strict=True)):
             raise OutOfMemory(
                 f"{failure.words} ({failure.message}), when the update had begun: this step cannot be undone"
             )
-        _copy(self._buffers, self._copies[: len(self._buffers)])
+        _copy(self._buffers, self.copies[: len(self._buffers)])
         release()
 
 
