@@ -311,7 +311,8 @@ class _Loop:
 
     def _give_up(self, failure: Failure) -> NoReturn:
         """The end of the ladder. What failed is undone: the run is saved as it was before it."""
-        self._save()
+        if not failure.final:
+            self._save()
         raise self.descent.at_the_end(failure)
 
     def _leave(self) -> None:
