@@ -119,12 +119,18 @@ class Undo:
         self._step.optimizer.zero_grad(set_to_none=True)
         self._step.reset_scaler()
         copies = self.copies[len(self._buffers) :]
-        # Compared on the CPU: there may be no room for even a result on the device.
-        if not all(torch.equal(now.cpu(), then.cpu()) for now, then in zip(self._watched, copies, strict=True)):
+        if not all(_same_bits(now, then) for now, then in zip(self._watched, copies, strict=True)):
             return False
         _copy(self._buffers, self.copies[: len(self._buffers)])
         release()
         return True
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    """Compared on the CPU, for there may be no room for even a result on the device; as bytes, for the weights of a run
+    that has diverged are not equal to themselves."""
+    one, other = (tensor.cpu().contiguous().flatten().view(torch.uint8) for tensor in (left, right))
+    return torch.equal(one, other)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from lowmem.measure.tensors import TensorMeter
 from lowmem.plan.record import Plan
 from lowmem.settings import Settings, gather
 from lowmem.train.loop import Trainer
+from lowmem.train.pressure import Pressure
 from tests.conftest import TINY, assert_same_run, environment
 from tests.faults.injection import Scarce, events, make_trainer, recorded_plan, run, scarce_from, scarce_step
 
@@ -233,6 +234,32 @@ def test_a_begun_update_ends_the_run_and_is_not_saved(tmp_path: Path) -> None:
     assert event["phase"] == "update"
 
 
+def test_pressure_takes_a_rung_between_two_steps(
+    untroubled: Callable[[str], tuple[Path, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What pressure is, is tested on scripted readings elsewhere; here it is after the first step."""
+    plain, _ = untroubled("fp32")
+    script = [False, False, False, True]
+    monkeypatch.setattr(Pressure, "interval", lambda *given: "thrashing" if script.pop() else None)
+    path = run(tmp_path / "run", _settings("fp32"), _trainer())
+    (event,) = events(path, "pressure")
+    below = _plan("fp32").next_rung()
+    assert below is not None
+    assert (event["what"], event["step"]) == ("thrashing", 1)
+    assert (event["old_budget_bytes"], event["new_budget_bytes"]) == (_plan("fp32").budget_bytes, below.budget_bytes)
+    assert recorded_plan(path) == below
+    assert not events(path, "out-of-memory")
+    assert_same_run(path, plain)
+
+
+def test_pressure_on_the_last_rung_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pressure, "interval", lambda *given: "thrashing")
+    last = _plan("fp32").ladder[-1]
+    path = run(tmp_path / "run", _settings("fp32"), _trainer(plan=last))
+    assert [event["new_budget_bytes"] for event in events(path, "pressure")] == [None]
+    assert recorded_plan(path) == last
+
+
 def test_other_errors_are_left_alone(tmp_path: Path) -> None:
     trainer = _trainer()
 
@@ -245,12 +272,14 @@ def test_other_errors_are_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "run/events.jsonl").exists()
 
 
+SHORT = (*TINY, "--set", "train.epochs=2", "--set", "data.train_subset=200")  # four steps an epoch
+
 DRIVER = """
 import sys
 from lowmem.cli.main import main
 from tests.faults.injection import Scarce, scarce_from
 
-with scarce_from(14, Scarce({50})):
+with scarce_from(5, Scarce({50})):
     main(sys.argv[1:])
 """
 
@@ -263,19 +292,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _tiny() -> Settings:
-    """As the command reads TINY."""
-    flags = {"model.arch": "res20", "model.width": 4, "data.source": "shapes", "train.epochs": 3, "train.batch": 64}
-    return gather(flags=flags, sets=[text for text in TINY if "=" in text])
+    """As the command reads SHORT."""
+    flags = {"model.arch": "res20", "model.width": 4, "data.source": "shapes", "train.batch": 64}
+    return gather(flags=flags, sets=[text for text in SHORT if "=" in text])
 
 
 def test_without_a_smaller_plan_the_run_is_saved_and_can_be_resumed(whole: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
-    command = [sys.executable, "-c", DRIVER, "train", *TINY, "--vram", "8M", "--out", str(path)]
+    command = [sys.executable, "-c", DRIVER, "train", *SHORT, "--vram", "8M", "--out", str(path)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == ExitCode.OUT_OF_MEMORY, done.stderr
     error = done.stderr.strip().splitlines()[-1]
     assert "no smaller plan left (this process holds" in error
-    assert f"saved at epoch 2, step 14: free what others use and go on with `lowmem resume {path}`" in error
+    assert f"saved at epoch 2, step 5: free what others use and go on with `lowmem resume {path}`" in error
     told = events(path, "out-of-memory")
     assert len(told) > 1
     assert [event["old_budget_bytes"] for event in told[1:]] == [event["new_budget_bytes"] for event in told[:-1]]
@@ -287,7 +316,7 @@ def test_without_a_smaller_plan_the_run_is_saved_and_can_be_resumed(whole: Path,
 
 def test_an_unplanned_run_is_saved_too(whole: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
-    with scarce_from(14, Scarce({50})), pytest.raises(OutOfMemory, match=r"saved at epoch 2, step 14.*--vram 4G"):
+    with scarce_from(5, Scarce({50})), pytest.raises(OutOfMemory, match=r"saved at epoch 2, step 5.*--vram 4G"):
         run_training(_tiny(), path)
     resume_training(path)
     assert_same_run(path, whole)
