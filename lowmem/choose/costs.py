@@ -141,7 +141,9 @@ def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None)
     device when it was measured gets the roofline's seconds, scaled as those of the others."""
     parameters = sum(measured.parameter_bytes)
     grads = parameters if measured.accumulation > 1 else 0
-    fixed = parameters * (1 + measured.optimizer_copies) + measured.buffer_bytes
+    # Copies that undo a step which ran out of memory: of the buffers, and of one parameter and its momentum.
+    undo = measured.buffer_bytes + measured.parameter_bytes[0] * (1 + measured.optimizer_copies)
+    fixed = parameters * (1 + measured.optimizer_copies) + measured.buffer_bytes + undo
     fixed += measured.input_bytes * measured.accumulation + grads
     plain = [next(o for o in stage.options if o.option.policy == SAVE_ALL) for stage in measured.stages]
     work = [work for option in plain for work in (*option.forward_work, *option.backward_work)]
@@ -154,8 +156,7 @@ def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None)
         output_bytes=measured.stages[-1].output_bytes,
         output_grad_bytes=measured.stages[-1].output_bytes,
         fixed_bytes=fixed,
-        # weight decay makes one temporary of a parameter's size at a time
-        outside_peak_bytes=fixed - grads + parameters + max(measured.parameter_bytes, default=0),
+        outside_peak_bytes=fixed - grads + parameters,  # the fused update allocates nothing
         outside_seconds=0.0 if times is None else times.outside_seconds,
         plain_seconds=sum(clock.plain(stage) for stage in measured.stages),
         plain_flops=sum(one.flops for one in work),

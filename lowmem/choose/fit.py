@@ -28,13 +28,11 @@ def plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
     chain, timed = _chain(request, shape, rates, workspace)
     solution, simulated = fit(Solver(chain, limit_bytes=budget.tensor_bytes), shape, budget, rates, workspace)
     plain = _once(request, ("plain", shape, rates), lambda: simulate_step(shape, None, rates, workspace=workspace))
-    seconds, plain_seconds = simulated.seconds, plain.seconds
-    if timed:  # stage by stage, so a step takes their sum; the roofline above saw every operation of the step
-        outside = chain.outside_seconds
+    seconds = seconds_of(chain, shape, timed, solution, simulated)
+    plain_seconds = plain.seconds
+    if timed:
         assert chain.plain_seconds is not None
-        seconds = (solution.seconds - outside) * shape.accumulation + outside
-        plain_seconds = chain.plain_seconds * shape.accumulation + outside
-    taken = simulated.estimate
+        plain_seconds = chain.plain_seconds * shape.accumulation + chain.outside_seconds
     plan = Plan(
         budget_bytes=budget.tensor_bytes,
         batch=request.batch,
@@ -45,24 +43,41 @@ def plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
         exact=shape.accumulation == 1,
         stages=stage_names(request.model),
         schedule=solution.schedule,
-        predicted=Predicted(
-            peak_allocated_bytes=taken.peak_allocated_bytes,
-            peak_reserved_bytes=taken.peak_reserved_bytes,
-            device_bytes=_device_bytes(budget, simulated),
-            step_seconds=seconds,
-            overhead=seconds / plain_seconds - 1,
-            extra_flops=simulated.flops - plain.flops,
-        ),
+        predicted=predict(budget, simulated, plain, seconds, plain_seconds),
     )
     return Choice(
         plan=plan,
         budget=budget,
         chain=chain,
+        shape=shape,
+        rates=rates,
+        workspace=workspace,
         simulated=simulated,
         plain=plain,
         seconds_from="measured on this device" if timed else request.rates_from,
         timed=timed,
         plain_seconds=plain_seconds,
+    )
+
+
+def seconds_of(chain: ChainCost, shape: StepShape, timed: bool, solution: Solution, simulated: Simulated) -> float:
+    """Of a step: measured seconds (`timed`) are of stages, so a step takes their sum; the roofline saw every operation
+    of the whole one."""
+    if not timed:
+        return simulated.seconds
+    return (solution.seconds - chain.outside_seconds) * shape.accumulation + chain.outside_seconds
+
+
+def predict(budget: Budget, simulated: Simulated, plain: Simulated, seconds: float, plain_seconds: float) -> Predicted:
+    """What a plan is written down to take, from its simulated step and plain autograd's."""
+    taken = simulated.estimate
+    return Predicted(
+        peak_allocated_bytes=taken.peak_allocated_bytes,
+        peak_reserved_bytes=taken.peak_reserved_bytes,
+        device_bytes=_device_bytes(budget, simulated),
+        step_seconds=seconds,
+        overhead=seconds / plain_seconds - 1,
+        extra_flops=simulated.flops - plain.flops,
     )
 
 

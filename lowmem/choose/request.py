@@ -14,6 +14,7 @@ from lowmem.choose.calibrator import Calibrator
 from lowmem.choose.simulated import Simulated, StepShape
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.record import Plan
+from lowmem.simulate import Call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +55,15 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A plan with what it was chosen from: for explaining, drawing, and nothing else. `seconds_from`: where predicted
-    seconds come from, in words."""
+    """A plan with what it was chosen from: for explaining, drawing, and its ladder. `seconds_from`: where predicted
+    seconds come from, in words. `workspace`: see `lowmem.simulate.Recorder`."""
 
     plan: Plan
     budget: Budget
     chain: ChainCost
+    shape: StepShape
+    rates: Rates
+    workspace: Callable[[Call], int] | None
     simulated: Simulated
     plain: Simulated
     seconds_from: str
