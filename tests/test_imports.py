@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # preflight and confirm are what a run does before its first step; confirm needs both what was chosen (choose) and what
 # tries it (bench), so it is in neither of them.
-ANYTHING = {"fork", "preflight", "confirm", "api", "cli", "__init__", "__main__"}
+ANYTHING = {"decide", "fork", "preflight", "confirm", "api", "cli", "__init__", "__main__"}
 
 
 def _room(path: Path) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowmem.choose.calibration import Identity
+from lowmem.choose.calibration import Calibration, Identity
 from lowmem.choose.worker import ask
 from lowmem.environment import cpu_model
 from lowmem.measure import Meter
@@ -21,6 +21,7 @@ from lowmem.measure.cuda import device_uuid, find_device
 from lowmem.measure.nvml import read_driver
 from lowmem.units import MIB
 
+CONTEXT = ("context",)  # its key in a calibration
 # What a context can be; anything else is somebody else's memory coming or going in the same moment.
 _LEAST_CONTEXT_BYTES, _MOST_CONTEXT_BYTES = 32 * MIB, 2048 * MIB
 
@@ -83,6 +84,19 @@ def measure_memory() -> dict[str, Any]:
             link=(None, None) if link is None else (link.most_generation, link.most_lanes),
         )
     )
+
+
+def remembered_context_bytes() -> int | None:
+    """What was measured before of the current CUDA device, here where CUDA is in use already."""
+    cudnn = torch.backends.cudnn.version()
+    known = Identity(
+        device="cuda",
+        name=torch.cuda.get_device_name(),
+        driver=read_driver().driver_version,
+        torch=torch.__version__,
+        library=None if cudnn is None else str(cudnn),
+    )
+    return Calibration(known, Calibration.usual_folder()).size_bytes(CONTEXT)
 
 
 def cpu_identity() -> Identity:

@@ -12,7 +12,7 @@ from lowmem.choose.budget import ASSUMED_CONTEXT_BYTES, Budget, of_card, of_devi
 from lowmem.choose.calibration import Calibration
 from lowmem.choose.calibrator import Calibrator, Progress
 from lowmem.choose.describe import describe_card
-from lowmem.choose.device import DeviceFacts, ask_device, cpu_identity
+from lowmem.choose.device import CONTEXT, DeviceFacts, ask_device, cpu_identity
 from lowmem.choose.execution import calibrates
 from lowmem.choose.modes import by_kind, by_measurement
 from lowmem.choose.planning import REFERENCE_CARD, choose
@@ -112,8 +112,9 @@ def calibrator_of(config: Config, progress: Progress = lambda text: None, *, fre
 def _with_context(facts: DeviceFacts, calibration: Calibration) -> DeviceFacts:
     """What could not be told now was perhaps told before."""
     if facts.context_bytes is None:
-        return replace(facts, context_bytes=calibration.size_bytes(("context",)))
-    calibration.put_size(("context",), facts.context_bytes)
+        return replace(facts, context_bytes=calibration.size_bytes(CONTEXT))
+    calibration.put_size(CONTEXT, facts.context_bytes)
+    calibration.save()
     return facts
 
 
