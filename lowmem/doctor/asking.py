@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -54,10 +53,11 @@ def _ask_once(
     values: Mapping[str, object], stages: Sequence[str], timeout_seconds: float
 ) -> tuple[list[dict[str, Any]], str]:
     """(its lines, what ended it)."""
-    command = [sys.executable, "-m", "lowmem.doctor.probe", *stages]
-    # This lowmem, also when it is not installed but found beside the script.
+    # -P: not what lies in the current folder, which `lowmem train` would not import either. Last on the path: this
+    # lowmem, which need not be installed.
     here = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(part for part in (os.environ.get("PYTHONPATH"), here) if part)
+    start = f"import sys; sys.path.append({here!r}); from lowmem.doctor.probe import run; run()"
+    command = [sys.executable, "-P", "-c", start, *stages]
     try:
         done = subprocess.run(
             command,
@@ -67,7 +67,6 @@ def _ask_once(
             encoding="utf-8",
             errors="replace",
             timeout=timeout_seconds,
-            env={**os.environ, "PYTHONPATH": path},
         )
     except subprocess.TimeoutExpired as error:
         return _lines(_text(error.stdout)), f"no answer within {timeout_seconds:g} seconds"
