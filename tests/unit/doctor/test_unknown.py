@@ -46,7 +46,7 @@ def without(facts: Facts, names: set[str], card: set[str], report: set[str]) -> 
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_unknown_facts(machine: str, data: st.DataObject) -> None:
     facts = without(
