@@ -134,6 +134,14 @@ def test_a_build_without_kernels(capability: tuple[int, int], arch_list: tuple[s
     assert f"compute capability {capability[0]}.{capability[1]}" in found.finding
 
 
+def test_a_build_without_kernels_that_torch_itself_turns_down() -> None:
+    """Nothing fails then: `--device auto` trains on the CPU."""
+    for asked, status in (("auto", Status.WARNING), ("cuda", Status.FAIL)):
+        found = checks.build(with_card(GTX1060, cuda_available=False, device_asked=asked))
+        assert found is not None
+        assert (found.status, found.mend) == (status, PASCAL)
+
+
 def test_a_build_without_cuda_is_a_failure_only_if_cuda_is_asked_for() -> None:
     for asked, status in (("auto", Status.WARNING), ("cuda", Status.FAIL)):
         facts = with_card(GTX1060, torch_cuda=None, arch_list=(), cuda_available=False, device_asked=asked)

@@ -153,6 +153,12 @@ def test_threads_and_cores(
     assert (found.status, found.mend) == (status, mend)
 
 
+def test_a_containers_limit_is_told() -> None:
+    found = checks.processor(healthy(cpu_share=2.5, threads=2))
+    assert found is not None
+    assert found.finding == "8 cores, limited to 2.5 by the container, torch uses 2 threads"
+
+
 def test_one_thread_asked_for_on_the_cpu() -> None:
     found = checks.processor(replace(NO_CARD, threads=1, environment={"OMP_NUM_THREADS": "1"}))
     assert found is not None
