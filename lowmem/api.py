@@ -249,7 +249,7 @@ def read_plan(run: Path, config: Config) -> Plan | None:
 
 
 def _go(trainer: Trainer, folder: RunFolder) -> RunResult:
-    """Trains. Raises OutOfMemory with the way out; the last checkpoint stands."""
+    """Trains. Raises OutOfMemory with the way out where no smaller plan is left; the run is then saved."""
     _cap_emulated(trainer.config)
     with _out_of_memory(folder.path):
         return RunResult(folder.path, trainer.run(folder))
