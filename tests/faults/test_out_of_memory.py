@@ -152,6 +152,8 @@ def test_the_memory_is_free_before_the_step_is_repeated(tmp_path: Path) -> None:
 
     @contextmanager
     def during(trainer: Trainer) -> Any:
+        momentum = (slots["momentum_buffer"] for slots in trainer.optimizer.state.values())
+        meter.adopt([*trainer.model.parameters(), *trainer.model.buffers(), *momentum])
         with meter, scarce_step(trainer, scarce, FAILING):
             fetch = trainer.batches.batch
 
