@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,36 @@ def test_a_step_that_ran_out_of_memory_is_done_again(
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_at_every_allocation(mode: str, untroubled: Callable[[str], tuple[Path, int]], tmp_path: Path) -> None:
-    _survives(mode, range(1, untroubled(mode)[1] + 1), untroubled, tmp_path)
+    """One step fails at its first allocation, then at its second, and so on to its last, on a ladder without end.
+
+    What undoing gets wrong stays wrong: every try begins with new copies of what it found.
+    """
+    plain, _ = untroubled(mode)
+    scarce, rungs = Scarce(), (_plan(mode).without_ladder(), _plan(mode).ladder[-1])
+
+    @contextmanager
+    def during(trainer: Trainer) -> Any:
+        fetch, take = trainer.batches.batch, trainer.take
+
+        def batch(*args: Any, **kwargs: Any) -> Any:
+            if trainer.state.step == FAILING:
+                scarce.fail_at = {scarce.failures // 2 + 1}  # twice in each place, under either plan
+                scarce.arm()
+            return fetch(*args, **kwargs)
+
+        def endless(plan: Plan) -> None:
+            take(plan)
+            trainer.plan = replace(plan, ladder=(rungs[scarce.failures % 2],) * 2)
+
+        trainer.batches.batch, trainer.take = batch, endless  # type: ignore[method-assign]
+        with scarce:
+            yield
+
+    path = run(tmp_path / "run", _settings(mode), _trainer(mode), during)
+    assert_same_run(path, plain)
+    assert len(events(path, "out-of-memory")) == scarce.failures
+    # The failing point went past the end of the shorter of the two.
+    assert scarce.failures // 2 >= untroubled(mode)[1] - 1
 
 
 def test_several_in_a_row_go_down_several_rungs(untroubled: Callable[[str], tuple[Path, int]], tmp_path: Path) -> None:

@@ -53,6 +53,16 @@ def test_in_place_work_allocates_nothing_and_is_counted() -> None:
     assert [work.moved_bytes for work in recorder.trace.work] == [2048, 3072, 3072]
 
 
+def test_the_fused_update_is_counted_though_it_returns_nothing() -> None:
+    """Parameters, gradients and momentum are read, parameters and momentum written."""
+    trace = trace_steps(lambda: Setup().build(fake=True), 2)
+    parameters = sum(p.numel() * 4 for p in Setup().model(fake=False).parameters())
+    assert [work.moved_bytes for work in trace.work if work.phase == "optimizer"][1:] == [5 * parameters]
+    made = [event for event in trace.events if event.phase == "optimizer"]
+    assert sum(event.change_bytes for event in made) == parameters  # the first step's momentum, and nothing else
+    assert len(made) == len(list(Setup().model(fake=False).parameters()))
+
+
 def test_flops_are_those_of_the_flop_counter() -> None:
     recorder = Recorder()
     with FakeTensorMode(), recorder:
