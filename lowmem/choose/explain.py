@@ -90,7 +90,11 @@ def memory_lines(choice: Choice) -> list[str]:
     """`memory_table` as text."""
     (source, total), *parts = memory_table(choice)
     lines = [f"Where {format_size(total)} go ({source})"]
-    return lines + [f"  {name:<36}{format_size(size):>12}" for name, size in parts]
+    lines += [f"  {name:<36}{format_size(size):>12}" for name, size in parts]
+    if choice.budget.emulated:
+        # The convolution library chooses by what is really free (pytorch/pytorch#69688).
+        lines.append("  emulated: a real card of this size may take other algorithms, and another time")
+    return lines
 
 
 def in_full(choice: Choice) -> str:

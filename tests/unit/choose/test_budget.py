@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowmem.cards import load_card
+from lowmem.cards import Platform, load_card
 from lowmem.choose.budget import of_card, of_device, tensors_only
 from lowmem.errors import Infeasible
 from lowmem.units import GIB, MIB
@@ -41,3 +41,29 @@ def test_what_others_use_on_a_device_is_not_ours() -> None:
 def test_a_card_too_small_for_anything() -> None:
     with pytest.raises(Infeasible, match="before any tensor"):
         of_card(load_card("gtx1060-6g"), 500 * MIB)
+
+
+def test_a_measured_context_and_no_assumed_workspace() -> None:
+    budget = of_device(5 * GIB, 6 * GIB, name="GTX 1060", context_bytes=300 * MIB, workspace_bytes=0)
+    assert budget.others_bytes == GIB - 300 * MIB
+    assert [name for name, _ in budget.terms()] == [
+        "others: driver, desktop, processes",
+        "CUDA context (measured)",
+        "margin (2%)",
+    ]
+    assert not budget.emulated
+    # What the large card's driver keeps to itself is not taken from the small one that it stands for.
+    emulated = of_device(130 * GIB, 139 * GIB, 6 * GIB, name="H200", context_bytes=500 * MIB, workspace_bytes=0)
+    assert emulated.emulated
+    assert emulated.others_bytes == 0
+    assert emulated.source == "emulated card on H200"
+    # Unless there is not even that much left.
+    crowded = of_device(4 * GIB, 139 * GIB, 6 * GIB, context_bytes=500 * MIB, workspace_bytes=0)
+    assert crowded.others_bytes == 2 * GIB - 500 * MIB
+
+
+@pytest.mark.parametrize("platform", ["linux", "linux_display", "windows"])
+def test_the_machine_decides_what_of_a_card_is_usable(platform: Platform) -> None:
+    card = load_card("gtx1060-6g")
+    budget = of_card(card, platform=platform)
+    assert budget.others_bytes == card.memory_bytes - card.usable_bytes(platform)
