@@ -47,6 +47,8 @@ class _Work:
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
         self.cuda = trial.device == "cuda"
+        # Before CUDA is first used: what the card is fuller by since then is this process's, the context included.
+        self.meter = Meter(trial.device)
         self.capped = self.cuda and trial.cap_bytes is not None and cap_allocator(trial.cap_bytes)
         self.execution = Execution(trial.device, trial.precision, trial.memory_format)
         model = build(trial.arch, trial.block, width=trial.width, num_classes=trial.num_classes, seed=trial.seed)
@@ -78,12 +80,22 @@ class _Work:
         for _ in range(self.trial.warmup):
             self._timed_step()
         found |= self._train_on_cuda() if self.cuda else self._train_on_cpu()
+        found |= self._on_the_device()
         if self.trial.eval_batch is not None:
             found |= self._evaluate(self.trial.eval_batch)
-        found["device_used_bytes"] = Meter(self.trial.device).read().device_used_bytes
         found["finite"] = all(math.isfinite(loss) for loss in self.losses)
         found["losses"] = self.losses
         return found
+
+    def _on_the_device(self) -> dict[str, int | None]:
+        """After training, with all that it has made the allocator hold."""
+        now = self.meter.read()
+        if not self.cuda:
+            return {"device_used_bytes": now.device_used_bytes}
+        own = now.process_bytes
+        if own is None and now.context_bytes is not None and now.reserved_bytes is not None:
+            own = now.context_bytes + now.reserved_bytes
+        return {"device_used_bytes": own, "context_bytes": now.context_bytes}
 
     # -- training ------------------------------------------------------------------------------------------------------
 

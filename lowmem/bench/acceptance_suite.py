@@ -1,0 +1,286 @@
+"""The acceptance suite: a network planned for a card, and everything that was promised of it held against real steps.
+
+Cells go in order of importance, each in clean processes, under one limit of time: what no longer fits into it is said
+to be not run. After each cell the account so far is handed on, so that a kill keeps it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+from lowmem.bench.acceptance import NO_TIME, Row, Setup, set_overheads
+from lowmem.bench.gradients import Question
+from lowmem.bench.largest import largest
+from lowmem.bench.trial import Trial, TrialResult, answer_of, run_trial
+from lowmem.bench.verdict import allocator_bytes, verdict
+from lowmem.bench.ways import PER_BLOCK, PLAIN, PLANNED, SELECTIVE
+from lowmem.choose.planning import Choice, Request, choose
+from lowmem.choose.session import request_of
+from lowmem.errors import Infeasible
+from lowmem.plan.solver import Solver
+from lowmem.units import format_duration, format_size
+
+_FINISH_SECONDS = 10.0  # for the last tables and the picture
+_FIRST_GUESS_SECONDS = 20.0  # of a trial, until one was seen
+_PLANS, _TRIALS = 7, 6  # of the search for the largest batch
+
+Tell = Callable[[str], None]
+Save = Callable[[list[Row]], None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A part of the suite: what it is called, about how many trials it takes, and what does it."""
+
+    kind: str
+    name: str
+    trials: int
+    run: Callable[[Row], None]
+
+
+class Suite:
+    """One run of the suite. `save` gets all rows after each cell; `tell` a line before each."""
+
+    def __init__(self, setup: Setup, *, save: Save, tell: Tell) -> None:
+        self.setup = setup
+        self.on_card = setup.device == "cuda"
+        self._save, self._tell = save, tell
+        self._ends = time.monotonic() + 60 * setup.minutes - _FINISH_SECONDS
+        self._trial_seconds = 0.0
+        self._choices: dict[tuple[int, int, str, str], Choice] = {}
+        self.rows: list[Row] = []
+
+    @property
+    def seconds_left(self) -> float:
+        return self._ends - time.monotonic()
+
+    def run(self) -> list[Row]:
+        """All cells. Nothing that goes wrong in one stops the others."""
+        cells = self.cells()
+        for number, cell in enumerate(cells, start=1):
+            left = format_duration(max(0.0, self.seconds_left))
+            self._tell(f"[{number}/{len(cells)}] {cell.name} ({left} left)")
+            row = Row(kind=cell.kind, name=cell.name)
+            began = time.monotonic()
+            if self._no_time(cell.trials):
+                row.refused = NO_TIME
+            else:
+                try:
+                    cell.run(row)
+                except Infeasible as error:
+                    row.refused = str(error)
+            row.cell_seconds = time.monotonic() - began
+            self.rows.append(row)
+            set_overheads(self.rows)
+            self._save(self.rows)
+        return self.rows
+
+    def cells(self) -> list[Cell]:
+        """The most important first: a short limit of time leaves out the last."""
+        full, half = self.setup.vram_bytes, self.setup.vram_bytes // 2
+        size, half_size = format_size(full), format_size(half)
+        return [
+            Cell("memory", f"planned for {size}", 1, partial(self._memory, full)),
+            Cell("memory", f"planned for {half_size}", 1, partial(self._memory, half)),
+            Cell("time", "save-all (plain PyTorch), no limit", 1, partial(self._way, PLAIN)),
+            Cell("gradients", "gradients, planned against untouched", 1, self._gradients),
+            Cell("largest", f"largest batch in {size}, fp32, planned", 1, partial(self._largest_planned, "fp32")),
+            Cell("largest", f"largest batch in {size}, fp32, plain", 4, partial(self._largest_plain, "fp32")),
+            Cell("time", f"the library's {PER_BLOCK}, no limit", 1, partial(self._way, PER_BLOCK)),
+            Cell("time", f"the library's {SELECTIVE}, no limit", 1, partial(self._way, SELECTIVE)),
+            Cell("largest", f"largest batch in {size}, AMP, planned", 1, partial(self._largest_planned, "amp")),
+            Cell("largest", f"largest batch in {size}, AMP, plain", 4, partial(self._largest_plain, "amp")),
+            *(
+                Cell(
+                    "format", f"{precision}, {layout}, planned for {size}", 1, partial(self._format, precision, layout)
+                )
+                for precision in ("fp32", "amp")
+                for layout in ("contiguous", "channels-last")
+                if (precision, layout) != ("fp32", "contiguous")  # the first cell
+            ),
+        ]
+
+    # -- what the cells share --------------------------------------------------------------------------------------
+
+    def _no_time(self, trials: int = 1) -> bool:
+        return self.seconds_left < trials * (self._trial_seconds or _FIRST_GUESS_SECONDS)
+
+    def _trial(self, trial: Trial) -> TrialResult:
+        began = time.monotonic()
+        result = run_trial(trial, timeout_seconds=max(1.0, self.seconds_left))
+        self._trial_seconds = max(self._trial_seconds, time.monotonic() - began)
+        return result
+
+    def _request(self, vram_bytes: int, batch: int, precision: str, memory_format: str) -> Request:
+        settings = self.setup.settings(vram_bytes, batch, precision, memory_format)
+        return request_of(settings.config, 10, self.setup.pictures if self.on_card else 0)
+
+    def _choice(self, vram_bytes: int, batch: int, precision: str = "fp32", layout: str = "contiguous") -> Choice:
+        """Planned once. Raises Infeasible."""
+        key = (vram_bytes, batch, precision, layout)
+        if key not in self._choices:
+            self._choices[key] = choose(self._request(*key))
+        return self._choices[key]
+
+    def _of(self, way: str, batch: int, precision: str, layout: str, choice: Choice | None = None) -> Trial:
+        """A trial; under a choice's budget if there is one, and executing its plan if that is the way."""
+        setup = self.setup
+        return Trial(
+            arch=setup.arch,
+            block=setup.block,
+            width=setup.width,
+            batch=batch,
+            precision=precision,
+            memory_format=layout,
+            device=setup.device,
+            way=way,
+            plan=choice.plan.to_json() if choice is not None and way == PLANNED else None,
+            pictures=setup.pictures,
+            eval_batch=batch if way in (PLANNED, PLAIN) else None,
+            cap_bytes=allocator_bytes(choice.budget) if choice is not None else None,
+            steps=setup.steps,
+        )
+
+    def _describe(self, row: Row, batch: int, precision: str, layout: str, vram_bytes: int | None) -> None:
+        row.batch, row.precision, row.memory_format, row.vram_bytes = batch, precision, layout, vram_bytes
+        row.emulated = vram_bytes is not None and self.setup.emulates(vram_bytes)
+
+    def _planned(self, row: Row, vram_bytes: int, precision: str, layout: str) -> None:
+        """Planned, tried, and judged."""
+        batch = self.setup.batch
+        self._describe(row, batch, precision, layout, vram_bytes)
+        choice = self._choice(vram_bytes, batch, precision, layout)
+        row.predict(choice, self.on_card)
+        result = self._trial(self._of(PLANNED, batch, precision, layout, choice))
+        row.measure(result, self.on_card)
+        row.refused, _ = verdict(result, choice.budget, self.setup.device)
+
+    # -- the cells -------------------------------------------------------------------------------------------------
+
+    def _memory(self, vram_bytes: int, row: Row) -> None:
+        self._planned(row, vram_bytes, "fp32", "contiguous")
+
+    def _format(self, precision: str, layout: str, row: Row) -> None:
+        self._planned(row, self.setup.vram_bytes, precision, layout)
+
+    def _way(self, way: str, row: Row) -> None:
+        """Not limited: what the others are held against. What it takes is predicted for plain autograd only."""
+        batch = self.setup.batch
+        self._describe(row, batch, "fp32", "contiguous", None)
+        row.facts["save_all"] = way == PLAIN
+        if way == PLAIN:
+            plain = self._choice(self.setup.vram_bytes, batch).plain
+            row.predicted_allocated_bytes = plain.estimate.peak_allocated_bytes
+            if self.on_card:
+                row.predicted_reserved_bytes = plain.estimate.peak_reserved_bytes
+                row.predicted_step_seconds = plain.seconds
+        result = self._trial(self._of(way, batch, "fp32", "contiguous"))
+        row.measure(result, self.on_card)
+        row.refused = result.refused
+
+    def _gradients(self, row: Row) -> None:
+        setup = self.setup
+        self._describe(row, setup.batch, "fp32", "contiguous", None)
+        plan = self._choice(setup.vram_bytes // 2, setup.batch).plan.to_json()
+        question = Question(
+            arch=setup.arch,
+            block=setup.block,
+            width=setup.width,
+            batch=setup.batch,
+            plan=plan,
+            device=setup.device,
+        )
+        command = (sys.executable, "-m", "lowmem.bench.gradients")
+        found = answer_of(command, json.dumps(asdict(question)), max(1.0, self.seconds_left))
+        if isinstance(found, str):
+            row.refused = found
+        else:
+            row.batch, row.facts = found.pop("batch"), found
+
+    def _largest_planned(self, precision: str, row: Row) -> None:
+        """By the planner; what it finds is tried by real steps, and a little less should they not bear it out."""
+        setup = self.setup
+        self._describe(row, setup.batch, precision, "contiguous", setup.vram_bytes)
+        start = self._feasible_start(precision)
+
+        def fits(batch: int) -> bool | None:
+            if self._no_time():
+                return None
+            try:
+                self._choice(setup.vram_bytes, batch, precision)
+            except Infeasible:
+                return False
+            return True
+
+        grows = Solver(start.chain).least().peak_bytes
+        found = largest(fits, _scaled(start, grows), self._unit, _PLANS)
+        row.facts = {"planned": found.tried, "refused_by_the_planner": found.fails, "tried": []}
+        batch = found.holds
+        while batch is not None and not self._no_time():
+            choice = self._choice(setup.vram_bytes, batch, precision)
+            result = self._trial(replace(self._of(PLANNED, batch, precision, "contiguous", choice), steps=2, warmup=1))
+            row.batch = batch
+            row.predict(choice, self.on_card)
+            row.measure(result, self.on_card)
+            row.refused, for_memory = verdict(result, choice.budget, setup.device)
+            row.facts["tried"].append((batch, row.refused or "holds"))
+            if not for_memory or len(row.facts["tried"]) == 3:
+                return
+            batch = max(1, min(batch - self._unit, int(0.95 * batch) // self._unit * self._unit))
+        if not row.facts["tried"]:
+            row.refused = NO_TIME
+
+    def _largest_plain(self, precision: str, row: Row) -> None:
+        """By real steps alone, from where the prediction points."""
+        setup = self.setup
+        self._describe(row, setup.batch, precision, "contiguous", setup.vram_bytes)
+        start = self._feasible_start(precision)
+        guess = _scaled(start, start.plain.estimate.peak_allocated_bytes)
+        row.facts["tried"] = tried = []
+
+        def holds(batch: int) -> bool | None:
+            if self._no_time():
+                return None
+            trial = self._of(PLAIN, batch, precision, "contiguous")
+            cap = allocator_bytes(start.budget)
+            result = self._trial(replace(trial, steps=2, warmup=1, cap_bytes=cap))
+            refused, for_memory = verdict(result, start.budget, setup.device)
+            tried.append((batch, refused or "holds"))
+            if refused is None and batch >= (row.facts.get("holds") or 0):
+                row.measure(result, self.on_card)
+                row.facts["holds"] = row.batch = batch
+            return None if refused is not None and not for_memory else refused is None
+
+        found = largest(holds, guess, self._unit, _TRIALS)
+        row.facts["fails"] = found.fails
+        if found.holds is None:
+            row.refused = tried[-1][1] if tried else NO_TIME
+
+    @property
+    def _unit(self) -> int:
+        """Batches are told apart to this many pictures: a sixteenth of the usual one."""
+        return max(1, self.setup.batch // 16)
+
+    def _feasible_start(self, precision: str) -> Choice:
+        """A plan at the usual batch, or at a smaller one. Raises Infeasible."""
+        batch = self.setup.batch
+        while True:
+            try:
+                return self._choice(self.setup.vram_bytes, batch, precision)
+            except Infeasible:
+                if batch <= self._unit:
+                    raise
+            batch //= 2
+
+
+def _scaled(start: Choice, peak_bytes: int) -> int:
+    """The batch at which a peak would fill the budget, if all but what always exists grows with the batch."""
+    images = 4 * 3 * 32 * 32 * start.plan.batch
+    fixed = start.chain.fixed_bytes - images
+    each = max(1, (peak_bytes - fixed) // start.plan.batch)
+    return max(1, (start.budget.tensor_bytes - fixed) // each)
