@@ -12,7 +12,8 @@ from lowmem import fork
 from lowmem.choose import resolve_execution
 from lowmem.choose.budget import ASSUMED_CONTEXT_BYTES
 from lowmem.choose.execution import refuse_unsafe, require_device
-from lowmem.choose.explain import explain, inexact
+from lowmem.choose.explain import explain, explain_ladder, inexact
+from lowmem.choose.ladder import with_ladder
 from lowmem.choose.planning import Choice, choose
 from lowmem.choose.session import plan_run, ranked, replan, request_of, settle, wants_plan
 from lowmem.config import Config, known_keys
@@ -32,6 +33,7 @@ from lowmem.train.observer import Observer
 from lowmem.train.schedule import starts_low
 from lowmem.train.state import config_hash, restore
 from lowmem.train.step import Execution
+from lowmem.train.survive import classify
 
 
 @dataclass(frozen=True)
@@ -92,25 +94,22 @@ def _decide(settings: Settings, dataset: Dataset, observer: Observer) -> tuple[S
     classes, pictures = len(dataset.classes), len(dataset.train.labels)
     request = request_of(settings.config, classes, pictures)
     choices = ranked(request, settings.config, pictures)
-    choice, confirmed = choices[0], None
-    _say(choice, observer)
+    confirmed = None
+    choice = choices[0]
     if wants_confirmation(settings.config):
+        for line in explain(choice):
+            observer.note(line)
         settled = settle(settings, choice).config
         confirmed = confirm_run(
             settled, request, choices, num_classes=classes, train_pictures=pictures, tell=observer.note
         )
         choice = confirmed.choice
-        if choice.plan.schedule != choices[0].plan.schedule or choice.plan.batch != choices[0].plan.batch:
-            observer.note("another plan is taken, by what was measured:")
-            _say(choice, observer)
-    return settle(settings, choice), choice.plan, confirmed
-
-
-def _say(choice: Choice, observer: Observer) -> None:
-    for line in explain(choice):
-        observer.note(line)
+        same = choice.plan.schedule == choices[0].plan.schedule and choice.plan.batch == choices[0].plan.batch
+        observer.note("the plan is confirmed:" if same else "another plan is taken, by what was measured:")
+    choice = _told(choice, observer)
     if not choice.plan.exact:
         observer.warning(inexact(choice.plan))
+    return settle(settings, choice), choice.plan, confirmed
 
 
 def resume_training(path: Path | str, changes: Settings | None = None, observer: Observer | None = None) -> RunResult:
@@ -136,7 +135,7 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
         plan, replanned = _plan_of(folder, recorded.config, settings.config, dataset, observer)
         with _out_of_memory(path):
             trainer = _make_trainer(settings.config, dataset, observer, plan)
-        trainer.state = restore(saved, trainer.model, trainer.optimizer, trainer.scaler, trainer.identity)
+        trainer.state = restore(saved, trainer.model, trainer.optimizer, trainer.step.scaler, trainer.identity)
         state = trainer.state
         # Only now is it certain that this run goes on from here: nothing was written before.
         checkpoints.set_aside(skipped)
@@ -204,9 +203,16 @@ def _forked_plan(
     if not wants_plan(new):
         return settings, None
     settings, choice = plan_run(settings, len(dataset.classes), len(dataset.train.labels))
+    return settings, _told(choice, observer).plan
+
+
+def _told(choice: Choice, observer: Observer) -> Choice:
+    """The choice with its ladder, and the observer told of both."""
     for line in explain(choice):
         observer.note(line)
-    return settings, choice.plan
+    choice = with_ladder(choice)
+    observer.note(explain_ladder(choice.plan))
+    return choice
 
 
 def recorded_settings(path: Path) -> Settings:
@@ -244,9 +250,7 @@ def _plan_of(
         choice = choose(replace(request, settled=True, precisions=(new.train.precision,)))
     else:
         choice = replan(new, plan, len(dataset.classes), pictures)
-    for line in explain(choice):
-        observer.note(line)
-    return choice.plan, True
+    return _told(choice, observer).plan, True
 
 
 def read_plan(run: Path, config: Config) -> Plan | None:
@@ -276,19 +280,19 @@ def _go(trainer: Trainer, folder: RunFolder) -> RunResult:
 
 @contextmanager
 def _out_of_memory(path: Path) -> Iterator[None]:
-    """Turns the library's exception into ours."""
-    import torch
-
-    message = None
+    """Turns the library's exception into ours, wherever there is no step to undo: while a run is set up."""
+    failure = None
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        message = str(error).partition(". ")[0]
-    # Outside of the handler, which would hold on to the step's tensors.
-    if message is not None:
+    except (RuntimeError, MemoryError) as error:
+        failure = classify(error, "setting up")
+        if failure is None:
+            raise
+    # Outside of the handler, which would hold on to the tensors.
+    if failure is not None:
         raise OutOfMemory(
-            f"out of memory ({message}); the last checkpoint stands: give less to plan for, like "
-            f"`lowmem resume {path} --vram 4G`, or free what others use"
+            f"{failure.words} ({failure.message}); the last checkpoint, if there is one, stands: free what others use, "
+            f"or give less to plan for, like `lowmem resume {path} --vram 4G`"
         )
 
 

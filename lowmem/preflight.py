@@ -82,11 +82,11 @@ def _try_plot(trial: Path) -> None:
 
 
 def _check_space(trainer: Trainer, path: Path, checkpoint_bytes: int) -> None:
-    """The first checkpoint has no momentum yet, which is as large as the parameters. One more generation than are
-    kept exists while a new one is written; weights are exported twice and replaced aside."""
+    """One more checkpoint than are kept exists while a new one is written; weights are exported twice and replaced
+    aside."""
     parameters = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
     generations = trainer.config.checkpoint.keep + 1
-    needed = generations * (checkpoint_bytes + parameters) + 3 * parameters
+    needed = generations * checkpoint_bytes + 3 * parameters
     free = shutil.disk_usage(path).free
     if free < needed:
         raise PreflightError(

@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
+from lowmem.bench import gradients, survival
 from lowmem.bench.acceptance import NO_TIME, Row, Setup, set_overheads
-from lowmem.bench.gradients import Question
 from lowmem.bench.largest import largest
 from lowmem.bench.trial import Trial, TrialResult, answer_of, run_trial
 from lowmem.bench.verdict import allocator_bytes, verdict
 from lowmem.bench.ways import PER_BLOCK, PLAIN, PLANNED, SELECTIVE
+from lowmem.choose.ladder import with_ladder
 from lowmem.choose.planning import Choice, Request, choose
 from lowmem.choose.session import request_of
 from lowmem.errors import Infeasible
@@ -27,10 +29,18 @@ from lowmem.units import format_duration, format_size
 
 _FINISH_SECONDS = 10.0  # for the last tables and the picture
 _FIRST_GUESS_SECONDS = 20.0  # of a trial, until one was seen
-_PLANS, _TRIALS = 7, 6  # of the search for the largest batch
+_LAST = "channels-last"
 
 Tell = Callable[[str], None]
 Save = Callable[[list[Row]], None]
+RunTrial = Callable[[Trial, float], TrialResult]
+# (module of lowmem.bench, question as JSON, seconds) -> its answer, or in words why there is none
+Ask = Callable[[str, str, float], "dict[str, Any] | str"]
+
+
+def ask_process(module: str, question: str, timeout_seconds: float) -> dict[str, Any] | str:
+    """In a clean process."""
+    return answer_of((sys.executable, "-m", f"lowmem.bench.{module}"), question, timeout_seconds)
 
 
 @dataclass(frozen=True)
@@ -44,12 +54,15 @@ class Cell:
 
 
 class Suite:
-    """One run of the suite. `save` gets all rows after each cell; `tell` a line before each."""
+    """One run of the suite. `save` gets all rows after each cell; `tell` a line before each. `run` and `ask` do the
+    work of a cell within so many seconds."""
 
-    def __init__(self, setup: Setup, *, save: Save, tell: Tell) -> None:
+    def __init__(
+        self, setup: Setup, *, save: Save, tell: Tell, run: RunTrial = run_trial, ask: Ask = ask_process
+    ) -> None:
         self.setup = setup
         self.on_card = setup.device == "cuda"
-        self._save, self._tell = save, tell
+        self._save, self._tell, self._run_trial, self._ask_module = save, tell, run, ask
         self._ends = time.monotonic() + 60 * setup.minutes - _FINISH_SECONDS
         self._trial_seconds = 0.0
         self._choices: dict[tuple[int, int, str, str], Choice] = {}
@@ -73,7 +86,7 @@ class Suite:
                 try:
                     cell.run(row)
                 except Infeasible as error:
-                    row.refused = str(error)
+                    row.refused = f"no plan fits: the least takes {format_size(error.least_bytes)}"
             row.cell_seconds = time.monotonic() - began
             self.rows.append(row)
             set_overheads(self.rows)
@@ -84,25 +97,23 @@ class Suite:
         """The most important first: a short limit of time leaves out the last."""
         full, half = self.setup.vram_bytes, self.setup.vram_bytes // 2
         size, half_size = format_size(full), format_size(half)
+        real = Cell("out of memory", "out of memory, real, survived", 2, partial(self._survival, True))
         return [
             Cell("memory", f"planned for {size}", 1, partial(self._memory, full)),
             Cell("memory", f"planned for {half_size}", 1, partial(self._memory, half)),
             Cell("time", "save-all (plain PyTorch), no limit", 1, partial(self._way, PLAIN)),
             Cell("gradients", "gradients, planned against untouched", 1, self._gradients),
+            Cell("out of memory", "out of memory, injected, survived", 2, partial(self._survival, False)),
+            *([real] if self.on_card else []),
             Cell("largest", f"largest batch in {size}, fp32, planned", 1, partial(self._largest_planned, "fp32")),
             Cell("largest", f"largest batch in {size}, fp32, plain", 4, partial(self._largest_plain, "fp32")),
-            Cell("time", f"the library's {PER_BLOCK}, no limit", 1, partial(self._way, PER_BLOCK)),
-            Cell("time", f"the library's {SELECTIVE}, no limit", 1, partial(self._way, SELECTIVE)),
+            Cell("time", "the library's checkpointing per block, no limit", 1, partial(self._way, PER_BLOCK)),
+            Cell("time", "the library's selective checkpointing, no limit", 1, partial(self._way, SELECTIVE)),
             Cell("largest", f"largest batch in {size}, AMP, planned", 1, partial(self._largest_planned, "amp")),
             Cell("largest", f"largest batch in {size}, AMP, plain", 4, partial(self._largest_plain, "amp")),
-            *(
-                Cell(
-                    "format", f"{precision}, {layout}, planned for {size}", 1, partial(self._format, precision, layout)
-                )
-                for precision in ("fp32", "amp")
-                for layout in ("contiguous", "channels-last")
-                if (precision, layout) != ("fp32", "contiguous")  # the first cell
-            ),
+            Cell("format", f"fp32, channels-last, planned for {size}", 1, partial(self._format, "fp32", _LAST)),
+            Cell("format", f"AMP, contiguous, planned for {size}", 1, partial(self._format, "amp", "contiguous")),
+            Cell("format", f"AMP, channels-last, planned for {size}", 1, partial(self._format, "amp", _LAST)),
         ]
 
     # -- what the cells share --------------------------------------------------------------------------------------
@@ -112,7 +123,7 @@ class Suite:
 
     def _trial(self, trial: Trial) -> TrialResult:
         began = time.monotonic()
-        result = run_trial(trial, timeout_seconds=max(1.0, self.seconds_left))
+        result = self._run_trial(trial, max(1.0, self.seconds_left))
         self._trial_seconds = max(self._trial_seconds, time.monotonic() - began)
         return result
 
@@ -184,23 +195,39 @@ class Suite:
         row.refused = result.refused
 
     def _gradients(self, row: Row) -> None:
+        """Of the plan for half the memory, which differs most from the untouched model; or of that for all of it."""
+        self._describe(row, self.setup.batch, "fp32", "contiguous", None)
+        try:
+            choice = self._choice(self.setup.vram_bytes // 2, self.setup.batch)
+        except Infeasible:
+            choice = self._choice(self.setup.vram_bytes, self.setup.batch)
+        self._ask(row, "gradients", gradients.Question(**self._network(), plan=choice.plan.to_json()))
+        row.batch = row.facts.pop("batch", row.batch)
+
+    def _survival(self, real: bool, row: Row) -> None:
+        vram_bytes, batch = self.setup.vram_bytes, self.setup.batch
+        self._describe(row, batch, "fp32", "contiguous", vram_bytes)
+        choice = with_ladder(self._choice(vram_bytes, batch))
+        cap, plan = allocator_bytes(choice.budget), choice.plan.to_json()
+        self._ask(row, "survival", survival.Question(**self._network(), plan=plan, cap_bytes=cap, real=real))
+
+    def _network(self) -> dict[str, Any]:
         setup = self.setup
-        self._describe(row, setup.batch, "fp32", "contiguous", None)
-        plan = self._choice(setup.vram_bytes // 2, setup.batch).plan.to_json()
-        question = Question(
-            arch=setup.arch,
-            block=setup.block,
-            width=setup.width,
-            batch=setup.batch,
-            plan=plan,
-            device=setup.device,
-        )
-        command = (sys.executable, "-m", "lowmem.bench.gradients")
-        found = answer_of(command, json.dumps(asdict(question)), max(1.0, self.seconds_left))
+        return {
+            "arch": setup.arch,
+            "block": setup.block,
+            "width": setup.width,
+            "batch": setup.batch,
+            "device": setup.device,
+        }
+
+    def _ask(self, row: Row, module: str, question: gradients.Question | survival.Question) -> None:
+        """The answer of a module's process becomes the row's facts."""
+        found = self._ask_module(module, json.dumps(asdict(question)), max(1.0, self.seconds_left))
         if isinstance(found, str):
             row.refused = found
         else:
-            row.batch, row.facts = found.pop("batch"), found
+            row.facts = found
 
     def _largest_planned(self, precision: str, row: Row) -> None:
         """By the planner; what it finds is tried by real steps, and a little less should they not bear it out."""
@@ -218,7 +245,7 @@ class Suite:
             return True
 
         grows = Solver(start.chain).least().peak_bytes
-        found = largest(fits, _scaled(start, grows), self._unit, _PLANS)
+        found = largest(fits, _scaled(start, grows), self._unit, self.setup.tries)
         row.facts = {"planned": found.tried, "refused_by_the_planner": found.fails, "tried": []}
         batch = found.holds
         while batch is not None and not self._no_time():
@@ -256,7 +283,7 @@ class Suite:
                 row.facts["holds"] = row.batch = batch
             return None if refused is not None and not for_memory else refused is None
 
-        found = largest(holds, guess, self._unit, _TRIALS)
+        found = largest(holds, guess, self._unit, self.setup.tries)
         row.facts["fails"] = found.fails
         if found.holds is None:
             row.refused = tried[-1][1] if tried else NO_TIME
@@ -281,6 +308,6 @@ class Suite:
 def _scaled(start: Choice, peak_bytes: int) -> int:
     """The batch at which a peak would fill the budget, if all but what always exists grows with the batch."""
     images = 4 * 3 * 32 * 32 * start.plan.batch
-    fixed = start.chain.fixed_bytes - images
+    fixed = start.chain.outside_peak_bytes - images  # parameters, momentum, gradients
     each = max(1, (peak_bytes - fixed) // start.plan.batch)
     return max(1, (start.budget.tensor_bytes - fixed) // each)

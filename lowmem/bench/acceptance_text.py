@@ -109,7 +109,6 @@ _MEMORY = (
     "reserved: predicted",
     "measured",
     "error",
-) + (
     "on the card: predicted",
     "measured",
     "error",

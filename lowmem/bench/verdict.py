@@ -23,7 +23,8 @@ def verdict(result: TrialResult, budget: Budget, device: str) -> tuple[str | Non
         ("evaluation", result.eval_peak_allocated_bytes),
     ):
         if taken is not None and taken > limit:
-            return f"OVER: {what} takes {format_size(taken)}, the budget is {format_size(limit)}", True
+            over = f"{taken / limit - 1:.1%} over the budget of {format_size(limit)}"
+            return f"OVER: {what} takes {format_size(taken)}, {over}", True
     cap, reserved = allocator_bytes(budget), result.most_reserved_bytes
     if cap is not None and reserved is not None and reserved > cap - budget.pictures_bytes:
         return f"OVER: the allocator holds {format_size(reserved)}, it may hold {format_size(cap)}", True

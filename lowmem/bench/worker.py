@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowmem.bench.trial import OUT_OF_MEMORY, Trial, says_out_of_memory
-from lowmem.bench.ways import executed
+from lowmem.bench.ways import PLANNED, executed
 from lowmem.config import OptimConfig
 from lowmem.data import Pictures, TrainBatches, eval_batches
 from lowmem.measure import Meter
@@ -23,6 +23,7 @@ from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.train.evaluate import evaluate
 from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
+from lowmem.train.survive import Failure, Undo, classify
 
 _MEAN, _STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 _LR = 0.01
@@ -32,11 +33,8 @@ def work(trial: Trial) -> dict[str, Any]:
     """The trial's result as JSON values; running out of memory is one."""
     try:
         return _Work(trial).run()
-    except (torch.OutOfMemoryError, MemoryError):
-        return {"refused": OUT_OF_MEMORY, "out_of_memory": True}
-    except RuntimeError as error:
-        # The CPU's allocator, and CUDA's libraries, have no exception of their own for it.
-        if not says_out_of_memory(str(error)):
+    except (RuntimeError, MemoryError) as error:
+        if classify(error, "trial") is None and not says_out_of_memory(str(error)):
             raise
         return {"refused": OUT_OF_MEMORY, "out_of_memory": True}
 
@@ -66,6 +64,8 @@ class _Work:
         micro_batch = trial.micro_batch if plan is None else plan.micro_batch
         run = executed(self.model, trial.way, plan)
         self.step = TrainStep(run, self.optimizer, make_scaler(self.execution), self.execution, micro_batch)
+        # What a planned run keeps to undo a step is in the prediction; what it is compared with has none.
+        self.undo = Undo(self.step, self.model) if trial.way == PLANNED else None
         self.losses: list[float] = []
 
     def _pictures(self) -> Pictures:
@@ -106,14 +106,22 @@ class _Work:
             step = 0  # the epoch's last batch may be a smaller one
         return self.batches.batch(epoch, step, memory_format=self.execution.torch_memory_format)
 
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.undo is None:
+            return self.step(images, labels, _LR)
+        totals = self.undo.attempt(lambda: self.step(images, labels, _LR))
+        if isinstance(totals, Failure):
+            raise MemoryError(totals.message)
+        return totals
+
     def _timed_step(self) -> float:
         images, labels = self._batch()
         self._wait()
         began = time.perf_counter()
-        loss_sum, _ = self.step(images, labels, _LR)
+        totals = self._step(images, labels)
         self._wait()
         seconds = time.perf_counter() - began
-        self.losses.append(float(loss_sum) / self.trial.batch)
+        self.losses.append(float(totals[0]) / self.trial.batch)
         return seconds
 
     def _wait(self) -> None:
@@ -135,7 +143,7 @@ class _Work:
         meter = TensorMeter()
         meter.adopt((*self._standing(), images, labels))
         with meter:
-            self.step(images, labels, _LR)
+            self._step(images, labels)
         return {**timed, "peak_allocated_bytes": meter.peak_bytes}
 
     def _train_on_cuda(self) -> dict[str, Any]:
@@ -156,7 +164,8 @@ class _Work:
     def _standing(self) -> list[Tensor]:
         """What exists all through a steady step."""
         momentum = [value for state in self.optimizer.state.values() for value in state.values()]
-        kept = (*self.model.parameters(), *self.model.buffers(), *momentum)
+        copies = self.undo.copies if self.undo is not None else []
+        kept = (*self.model.parameters(), *self.model.buffers(), *momentum, *copies)
         return [tensor for tensor in kept if isinstance(tensor, Tensor)]
 
     # -- evaluation ----------------------------------------------------------------------------------------------------

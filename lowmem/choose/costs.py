@@ -68,7 +68,9 @@ def chain_cost(
         input_bytes = x.numel() * x.element_size()
     parameters = sum(sizes)
     grads = parameters if accumulation > 1 else 0
-    fixed = parameters * (1 + optimizer_copies) + buffers + input_bytes * accumulation + grads
+    # Copies that undo a step which ran out of memory: of the buffers, and of one parameter and its momentum.
+    undo = buffers + sizes[0] * (1 + optimizer_copies)
+    fixed = parameters * (1 + optimizer_copies) + buffers + undo + input_bytes * accumulation + grads
     plain = [next(o for o in measure.options if o.option.policy == SAVE_ALL) for measure in measures]
     work = [work for option in plain for work in (*option.forward_work, *option.backward_work)]
     return ChainCost(
@@ -79,8 +81,7 @@ def chain_cost(
         output_bytes=measures[-1].output_bytes,
         output_grad_bytes=measures[-1].output_bytes,
         fixed_bytes=fixed,
-        # weight decay makes one temporary of a parameter's size at a time
-        outside_peak_bytes=fixed - grads + parameters + max(sizes, default=0),
+        outside_peak_bytes=fixed - grads + parameters,  # the fused update allocates nothing
         plain_seconds=_seconds(rates, work),
         plain_flops=sum(one.flops for one in work),
     )

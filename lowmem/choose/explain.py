@@ -23,6 +23,17 @@ def explain(choice: Choice) -> list[str]:
     ]
 
 
+def explain_ladder(plan: Plan) -> str:
+    """What there is for when memory runs out all the same."""
+    if not plan.ladder:
+        return "if memory runs out all the same: this is the smallest plan, the run would be saved and end"
+    last = plan.ladder[-1]
+    return (
+        f"if memory runs out all the same: {len(plan.ladder)} smaller plans, down to {format_size(last.budget_bytes)} "
+        f"({cost(last)})"
+    )
+
+
 def cost(plan: Plan) -> str:
     """The overhead in words."""
     overhead = plan.predicted.overhead

@@ -63,11 +63,13 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A plan with what it was chosen from: for explaining, drawing, and nothing else."""
+    """A plan with what it was chosen from: for explaining, drawing, and its ladder."""
 
     plan: Plan
     budget: Budget
     chain: ChainCost
+    shape: StepShape
+    rates: Rates
     simulated: Simulated
     plain: Simulated
 
@@ -223,7 +225,6 @@ def _plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
     budget = request.budget
     solution, simulated = fit(Solver(chain, limit_bytes=budget.tensor_bytes), shape, budget, rates)
     plain = simulate_step(shape, None, rates)
-    taken = simulated.estimate
     plan = Plan(
         budget_bytes=budget.tensor_bytes,
         batch=request.batch,
@@ -234,16 +235,21 @@ def _plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
         exact=shape.accumulation == 1,
         stages=stage_names(request.model),
         schedule=solution.schedule,
-        predicted=Predicted(
-            peak_allocated_bytes=taken.peak_allocated_bytes,
-            peak_reserved_bytes=taken.peak_reserved_bytes,
-            device_bytes=_device_bytes(budget, simulated),
-            step_seconds=simulated.seconds,
-            overhead=simulated.seconds / plain.seconds - 1,
-            extra_flops=simulated.flops - plain.flops,
-        ),
+        predicted=predict(budget, simulated, plain),
     )
-    return Choice(plan=plan, budget=budget, chain=chain, simulated=simulated, plain=plain)
+    return Choice(plan=plan, budget=budget, chain=chain, shape=shape, rates=rates, simulated=simulated, plain=plain)
+
+
+def predict(budget: Budget, simulated: Simulated, plain: Simulated) -> Predicted:
+    """What a plan is written down to take, from its simulated step and plain autograd's."""
+    return Predicted(
+        peak_allocated_bytes=simulated.estimate.peak_allocated_bytes,
+        peak_reserved_bytes=simulated.estimate.peak_reserved_bytes,
+        device_bytes=_device_bytes(budget, simulated),
+        step_seconds=simulated.seconds,
+        overhead=simulated.seconds / plain.seconds - 1,
+        extra_flops=simulated.flops - plain.flops,
+    )
 
 
 def _device_bytes(budget: Budget, simulated: Simulated) -> int | None:

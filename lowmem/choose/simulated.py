@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +80,7 @@ def _loop_builder(shape: StepShape, schedule: Schedule | None) -> Callable[[], L
             lr=0.1,
             momentum=0.9 if shape.momentum else 0.0,
             weight_decay=1e-4,
-            foreach=False,
+            fused=True,
         )
         warm_up(optimizer)
         images = torch.empty(shape.batch, *shape.image_shape).contiguous(memory_format=shape.torch_memory_format)
@@ -88,6 +88,16 @@ def _loop_builder(shape: StepShape, schedule: Schedule | None) -> Callable[[], L
         micro: list[tuple[Tensor, Tensor]] = list(
             zip(images.split(shape.micro_batch), labels.split(shape.micro_batch), strict=True)
         )
-        return Loop(run, model, optimizer, micro, shape.low_dtype)
+        # The plain step, which others are compared with, is the library's and cannot be undone.
+        copies = () if schedule is None else tuple(torch.empty_like(tensor) for tensor in _undo(model, optimizer))
+        return Loop(run, model, optimizer, micro, shape.low_dtype, copies)
 
     return build
+
+
+def _undo(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """What the training loop copies before each step, to undo it when it runs out of memory."""
+    yield from model.buffers()
+    first = optimizer.param_groups[0]["params"][0]
+    yield first
+    yield from optimizer.state.get(first, {}).values()

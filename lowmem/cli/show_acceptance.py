@@ -118,8 +118,8 @@ def _picture(setup: Setup, environment: dict[str, Any], rows: Sequence[Row]) -> 
             seconds.append(Bar(label, row.step_seconds, row.predicted_step_seconds, None, over or _short(note)))
     where = environment.get("card") or "CPU"
     met = [target for target in targets(list(rows)) if target.met is not None]
-    said = f"{sum(bool(target.met) for target in met)} of {len(met)} judged targets met"
-    title = f"{setup.name}, batch {setup.batch}, {format_size(setup.vram_bytes)}, {where}: {said}"
+    said = f": {sum(bool(target.met) for target in met)} of {len(met)} judged targets met" if met else ""
+    title = f"{setup.name}, batch {setup.batch}, {format_size(setup.vram_bytes)}, {where}{said}"
     return draw_acceptance(title, memory, seconds)
 
 

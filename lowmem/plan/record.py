@@ -102,6 +102,10 @@ class Plan:
     def without_ladder(self) -> Plan:
         return replace(self, ladder=())
 
+    def next_rung(self) -> Plan | None:
+        """The next smaller plan, with what is left of the ladder; None if nothing is."""
+        return replace(self.ladder[0], ladder=self.ladder[1:]) if self.ladder else None
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json`; the keys are those of `lowmem plan --json`."""
         return {

@@ -70,7 +70,7 @@ def _fill(axes: Axes, bars: Sequence[Bar], name: str) -> None:
         )
     axes.set_yticks(range(len(bars)), [bar.label for bar in bars], fontsize=10)
     axes.set_ylim(len(bars) - 0.4, -0.6)
-    axes.set_xlim(0, most * 1.55)
+    axes.set_xlim(0, most * 1.75)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if most > 20 else "{x:,g}"))
     axes.set_xlabel(name, fontsize=11)
     axes.tick_params(axis="y", length=0)

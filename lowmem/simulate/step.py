@@ -21,7 +21,7 @@ class Loop:
 
     `run` maps a micro-batch to logits, `model` owns parameters and buffers, `micro_batches` are (inputs,
     labels). Gradients are set to None before the forward and the loss of each micro-batch is weighted by
-    its share.
+    its share. `beside`: what the real loop holds all the time for its own purposes.
     """
 
     run: Callable[[Tensor], Tensor]
@@ -29,6 +29,7 @@ class Loop:
     optimizer: torch.optim.Optimizer | None
     micro_batches: list[tuple[Tensor, Tensor]]
     autocast: torch.dtype | None = None
+    beside: tuple[Tensor, ...] = ()
 
     def step(self, recorder: Recorder) -> None:
         self.model.zero_grad(set_to_none=True)

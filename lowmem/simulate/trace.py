@@ -158,6 +158,8 @@ def _work(
     schema = func._schema
     written = {argument.name for argument in schema.arguments if argument.is_out}
     inputs = [leaf for leaf in tree_leaves((args, _without(kwargs, written))) if isinstance(leaf, Tensor)]
+    if func is torch.ops.aten._fused_sgd_.default:  # returns nothing: it writes parameters and momentum
+        outputs = [*args[0], *args[2]]
     if not outputs or func.is_view or (not inputs and func.overloadpacket.__name__.startswith("empty")):
         return None
     if func.overloadpacket.__name__ in _FREE:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from lowmem.measure.tensors import TensorMeter
 from lowmem.plan.record import Plan
 from lowmem.units import format_size
 
-_STEPS = 2  # momentum comes to exist in the first step, so the second is the first that shows the peak
+_STEPS = 2  # the first may hold what libraries make once
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,19 @@ class Finding:
 class PlanCheck:
     """Measures the first steps of a planned run: on the CPU by counting tensors, on CUDA by the allocator."""
 
-    def __init__(self, plan: Plan | None, model: nn.Module, optimizer: torch.optim.Optimizer, device: str) -> None:
+    def __init__(
+        self,
+        plan: Plan | None,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: str,
+        copies: Sequence[Tensor] = (),
+    ) -> None:
+        """`copies`: what the loop keeps to undo a step; the prediction has it."""
         predicted = plan.predicted.peak_allocated_bytes if plan is not None else None
         self._predicted = predicted
         self._budget = plan.budget_bytes if plan is not None else None
-        self._model, self._optimizer, self._device = model, optimizer, device
+        self._model, self._optimizer, self._device, self._copies = model, optimizer, device, copies
         self._left = _STEPS if predicted is not None else 0
         self._meter = TensorMeter()
         self._beside = 0
@@ -70,7 +78,7 @@ class PlanCheck:
     def _measured(self, images: Tensor, labels: Tensor) -> Iterator[None]:
         self._left -= 1
         state = [v for slots in self._optimizer.state.values() for v in slots.values() if isinstance(v, Tensor)]
-        known = (*self._model.parameters(), *self._model.buffers(), *state, images, labels)
+        known = (*self._model.parameters(), *self._model.buffers(), *state, *self._copies, images, labels)
         if self._device == "cuda":
             # What the allocator holds beside the step's own tensors: the data set, above all.
             own = sum(tensor.numel() * tensor.element_size() for tensor in known)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,14 @@ from lowmem.remat import apply_plan
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.store import RunFolder
 from lowmem.train.check import PlanCheck
+from lowmem.train.descent import Descent
 from lowmem.train.evaluate import Score, evaluate
 from lowmem.train.observer import Observer, Progress
 from lowmem.train.schedule import learning_rate, next_low_start
 from lowmem.train.signals import StopSignals
 from lowmem.train.state import Best, RunState, capture, cpu_tensors
 from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
+from lowmem.train.survive import Failure, Undo
 from lowmem.train.timeleft import TimeLeft
 
 
@@ -58,12 +60,12 @@ class Trainer:
         self.model = model.to(device=execution.device, memory_format=execution.torch_memory_format)  # type: ignore[call-overload]
         self.model.train()
         self.optimizer = make_optimizer(self.model, config.optim, execution.device)
-        self.scaler = make_scaler(execution)
         # Shares every parameter and buffer with the model, which evaluation runs as it is: without gradients there is
         # nothing to keep.
-        executed = self.model if plan is None else apply_plan(self.model, plan)
+        self.planned = None if plan is None else apply_plan(self.model, plan)
         micro_batch = config.train.micro_batch if plan is None else plan.micro_batch
-        self.step = TrainStep(executed, self.optimizer, self.scaler, execution, micro_batch)
+        run = self.planned or self.model
+        self.step = TrainStep(run, self.optimizer, make_scaler(execution), execution, micro_batch)
         self.batches = TrainBatches(
             dataset.train,
             seed=config.seed,
@@ -76,9 +78,15 @@ class Trainer:
         self.state = RunState()
         self.meter = Meter(execution.device)
 
+    def take(self, plan: Plan) -> None:
+        """Goes on under another plan that computes the same (the ladder's: same micro-batch, precision, format)."""
+        assert self.planned is not None
+        self.planned.set_schedule(plan.schedule)
+        self.plan = plan
+
     def checkpoint(self) -> checkpoints.Checkpoint:
         """The run as it is now, on the CPU."""
-        return capture(self.state, self.model, self.optimizer, self.scaler, self.identity)
+        return capture(self.state, self.model, self.optimizer, self.step.scaler, self.identity)
 
     def run(self, folder: RunFolder) -> Outcome:
         """Trains until the last epoch or train.max_steps. Raises Interrupted after a signal, with everything saved."""
@@ -98,7 +106,9 @@ class _Loop:
         self.sums = torch.tensor(
             [self.state.loss_sum, self.state.wrong], dtype=torch.float64, device=trainer.execution.device
         )
-        self.check = PlanCheck(trainer.plan, trainer.model, trainer.optimizer, trainer.execution.device)
+        self.undo = Undo(trainer.step, trainer.model)
+        self.descent = Descent(trainer, folder)
+        self.check = self._plan_check()
         self.pending: list[tuple[int, float, int, Tensor]] = []
         self.last_save = self.last_tick = time.monotonic()
         self.saved_at: tuple[int, int] | None = None
@@ -123,17 +133,32 @@ class _Loop:
     def _one_step(self) -> None:
         state, t = self.state, self.t
         lr = learning_rate(t.config, self.per_epoch, state.step, low_start=state.low_start)
-        images, labels = t.batches.batch(
-            state.epoch, state.step_in_epoch, memory_format=t.execution.torch_memory_format
-        )
-        with self.check.around(images, labels):
-            loss_sum, wrong = t.step(images, labels, lr)
-        self.sums += torch.stack((loss_sum, wrong))
+        while isinstance(done := self.undo.attempt(lambda: self._try_step(lr)), Failure):
+            if not self.descent.after(done):
+                self._give_up(done)
+            self._plan_changed()  # and the same step again
+        totals, size = done
+        self.sums += totals
         state.step += 1
         state.step_in_epoch += 1
-        state.seen += labels.shape[0]
+        state.seen += size
         if state.step % t.config.train.log_every_steps == 0:
-            self.pending.append((state.step, lr, labels.shape[0], loss_sum))
+            self.pending.append((state.step, lr, size, totals[0]))
+
+    def _try_step(self, lr: float) -> tuple[Tensor, int]:
+        t = self.t
+        images, labels = t.batches.batch(
+            self.state.epoch, self.state.step_in_epoch, memory_format=t.execution.torch_memory_format
+        )
+        with self.check.around(images, labels):
+            return t.step(images, labels, lr), labels.shape[0]
+
+    def _plan_changed(self) -> None:
+        self.t.meter.reset()  # the peaks of an epoch are those of the plan in force at its end
+        self.check = self._plan_check()
+
+    def _plan_check(self) -> PlanCheck:
+        return PlanCheck(self.t.plan, self.t.model, self.t.optimizer, self.t.execution.device, self.undo.copies)
 
     def _after_step(self) -> None:
         state, config = self.state, self.t.config
@@ -142,6 +167,8 @@ class _Loop:
             (self.t.observer.note if found.within else self.t.observer.warning)(found.words)
         if state.step % config.train.log_every_steps == 0 or state.step_in_epoch == self.per_epoch:
             self._settle()
+            if self.descent.under_pressure():
+                self._plan_changed()
         if self.signals.requested is not None:
             self._leave()
         if state.step % config.train.log_every_steps == 0 or state.step_in_epoch == self.per_epoch:
@@ -164,6 +191,7 @@ class _Loop:
         self.pending.clear()
         self.folder.append_steps(rows)
         now = time.monotonic()
+        self.descent.interval(state.step, now - self.last_tick)
         state.train_seconds += now - self.last_tick
         state.elapsed_seconds += now - self.last_tick
         self.last_tick = now
@@ -240,12 +268,15 @@ class _Loop:
 
     def _score(self, pictures: Pictures) -> Score:
         t = self.t
-        # What the plan can afford in training it can in evaluation; the whole batch it perhaps cannot.
-        size = t.config.train.eval_batch or (t.plan.micro_batch if t.plan else t.config.train.batch)
-        batches = eval_batches(
-            pictures, size, t.dataset.mean, t.dataset.std, t.execution.device, t.execution.torch_memory_format
-        )
-        score = evaluate(t.model, batches, t.execution, lambda: self.signals.requested is not None)
+        place = (t.execution.device, t.execution.torch_memory_format)
+
+        def scored(size: int) -> Score | None:
+            batches = eval_batches(pictures, size, t.dataset.mean, t.dataset.std, *place)
+            return evaluate(t.model, batches, t.execution, lambda: self.signals.requested is not None)
+
+        score = self.descent.evaluated(scored)
+        if isinstance(score, Failure):
+            self._give_up(score)
         if score is None:
             # The state is still that of the last step: a resume begins with this evaluation.
             self._off_the_clock()
@@ -271,11 +302,17 @@ class _Loop:
             return
         if self.pending or self.state.step_in_epoch:
             self._settle()
-        checkpoints.save(self.folder.checkpoints, self.t.checkpoint(), keep=self.t.config.checkpoint.keep)
+        keep = self.t.config.checkpoint.keep
+        self.descent.saved(lambda: checkpoints.save(self.folder.checkpoints, self.t.checkpoint(), keep=keep))
         self.saved_at = position
         self.last_save = time.monotonic()
         self._off_the_clock()
         self.folder.event("checkpoint", epoch=self.state.epoch, step=self.state.step)
+
+    def _give_up(self, failure: Failure) -> NoReturn:
+        """The end of the ladder. What failed is undone: the run is saved as it was before it."""
+        self._save()
+        raise self.descent.at_the_end(failure)
 
     def _leave(self) -> None:
         name = self.signals.requested

@@ -37,21 +37,29 @@ class Execution:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, device: str) -> torch.optim.SGD:
-    """SGD over all trainable parameters. Never the multi-tensor form: it makes a copy of the parameters' size."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    form = {"fused": True} if device == "cuda" else {"foreach": False}
+    """SGD over all trainable parameters, in the library's fused form and with momentum that exists from the start:
+    its update allocates nothing, so a step that runs out of memory does so before it and can be undone."""
+    if device == "cuda":
+        # A kernel is loaded when it is first launched, and that takes memory: here, not in the middle of a full step.
+        tiny = nn.Parameter(torch.zeros(1, device=device))
+        tiny.grad = torch.zeros_like(tiny)
+        _sgd([tiny], config).step()
+    return _sgd([parameter for parameter in model.parameters() if parameter.requires_grad], config)
+
+
+def _sgd(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.SGD:
     optimizer = torch.optim.SGD(
-        trainable,
+        parameters,
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         nesterov=config.nesterov and config.momentum > 0,
-        **form,
+        fused=True,
     )
-    if device == "cuda" and config.momentum > 0:
-        # The fused step makes its momentum without values and, when the scaler found an overflow (the first step
-        # often has one), leaves before it writes them. From zeros the first step is the same.
-        for parameter in trainable:
+    if config.momentum > 0:
+        # Left to itself the fused step makes momentum without values and, when the scaler found an overflow (the
+        # first step often has one), leaves before it writes them. From zeros the first step is the same.
+        for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
@@ -81,24 +89,42 @@ class TrainStep:
         self.scaler = scaler
         self.execution = execution
         self.micro_batch = micro_batch
+        self.phase = "data"  # what a step is doing, for whoever has to say where it failed
 
-    def __call__(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        """images float [B, C, 32, 32], labels int64 [B] -> (sum of losses, wrong predictions), float64 on device."""
+    def __call__(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
+        """images float [B, C, 32, 32], labels int64 [B] -> (sum of losses, wrong predictions), float64 [2] on the
+        device. Everything that allocates comes before the update."""
         size = labels.shape[0]
         micro = self.micro_batch or size
-        loss_sum = torch.zeros((), dtype=torch.float64, device=images.device)
-        wrong = torch.zeros((), dtype=torch.float64, device=images.device)
+        totals = torch.zeros(2, dtype=torch.float64, device=images.device)
         for x, y in zip(images.split(micro), labels.split(micro), strict=True):
+            self.phase = "forward"
             with self.execution.autocast():
                 logits = self.model(x)
             # In fp32 outside autocast, and as a sum: the last micro-batch may be smaller than the others.
             loss = F.cross_entropy(logits.float(), y, reduction="sum")
+            self.phase = "backward"
             self.scaler.scale(loss / size).backward()
-            loss_sum += loss.detach().double()
-            wrong += (logits.detach().argmax(1) != y).sum()
+            totals[0] += loss.detach().double()
+            totals[1] += (logits.detach().argmax(1) != y).sum()
+        self.phase = "update"
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss_sum, wrong
+        return totals
+
+    def reset_scaler(self) -> None:
+        """Forgets what the scaler noted of a step that is not finished; scale and growth count stay.
+
+        A fresh one, because between two of its own calls the library's scaler has no way back, and keeps its notes
+        on the optimizer too.
+        """
+        for note in ("grad_scale", "found_inf"):
+            if hasattr(self.optimizer, note):
+                delattr(self.optimizer, note)
+        if self.scaler.is_enabled():
+            state = self.scaler.state_dict()
+            self.scaler = torch.amp.GradScaler(self.execution.device)
+            self.scaler.load_state_dict(state)

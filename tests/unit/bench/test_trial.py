@@ -13,7 +13,7 @@ from lowmem.choose.planning import make_plan
 from lowmem.models import skeleton
 from lowmem.units import MIB
 
-TINY: dict[str, Any] = {"arch": "res20", "block": "basic", "width": 4, "batch": 32, "steps": 1, "warmup": 1}
+TINY: dict[str, Any] = {"arch": "res20", "block": "basic", "width": 8, "batch": 32, "steps": 1, "warmup": 1}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_what_a_trial_tells(plain: TrialResult) -> None:
 
 
 def test_a_plan_takes_what_was_predicted_and_computes_the_same(plain: TrialResult) -> None:
-    plan = make_plan(skeleton("res20", width=4), batch=32, budget="5M")
+    plan = make_plan(skeleton("res20", width=8), batch=32, budget="10M")
     assert "KEEP{}" in plan.blocks().values()
     result = run_trial(Trial(**TINY, way=PLANNED, plan=plan.to_json(), eval_batch=32))
     assert result.peak_allocated_bytes == pytest.approx(plan.predicted.peak_allocated_bytes, rel=0.02)

@@ -49,7 +49,7 @@ def _simulated_peak(schedule: Schedule | None, batch: int = 128, low: torch.dtyp
     def build() -> Loop:
         model = empty_copy(original)
         run = model if schedule is None else apply_plan(model, schedule)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, foreach=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
         warm_up(optimizer)
         return Loop(run, model, optimizer, [(torch.empty(batch, 3, 32, 32), torch.zeros(batch).long())], low)
 

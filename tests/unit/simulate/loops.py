@@ -41,7 +41,7 @@ class Setup:
         """Inside a fake mode, if `fake`."""
         model = self.model(fake=fake)
         run = model if self.schedule is None else apply_plan(model, self.schedule(decompose(model)))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, foreach=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
         batches = [self._batch() for _ in range(self.accumulation)]
         return Loop(run, model, optimizer, batches, self.low)
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowmem.config import OptimConfig
+from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
 from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
 
@@ -84,11 +85,19 @@ def test_amp_on_the_cpu_is_bf16_with_fp32_weights(memory_format: str) -> None:
     assert torch.isfinite(loss_sum)
 
 
-def test_the_optimizer_never_takes_the_multi_tensor_form() -> None:
-    # foreach makes a copy of the parameters' size in the step; fused does not.
-    assert make_optimizer(nn.Linear(2, 2), OptimConfig(), "cpu").defaults["foreach"] is False
-    if torch.cuda.is_available():
-        assert make_optimizer(nn.Linear(2, 2).cuda(), OptimConfig(), "cuda").defaults["fused"] is True
+def test_the_update_allocates_nothing() -> None:
+    """So that a step which runs out of memory does so before anything was changed."""
+    model = build("res20", width=4)
+    optimizer = make_optimizer(model, OptimConfig(), "cpu")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = model.conv1.weight.detach().clone()
+    with TensorMeter() as meter:
+        meter.adopt([*model.parameters(), *(slots["momentum_buffer"] for slots in optimizer.state.values())])
+        held = meter.live_bytes
+        optimizer.step()
+    assert meter.peak_bytes == held > 0
+    assert not torch.equal(model.conv1.weight, before)
 
 
 def test_frozen_parameters_stay() -> None:

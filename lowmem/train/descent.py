@@ -1,0 +1,170 @@
+"""Going down the plan's ladder while a run goes on, in words, events and files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lowmem.errors import OutOfMemory
+from lowmem.measure import Snapshot, who_holds
+from lowmem.plan.record import Plan
+from lowmem.runs.store import RunFolder
+from lowmem.train.pressure import Pressure, Reading
+from lowmem.train.survive import Failure, attempt, release
+from lowmem.units import format_size
+
+if TYPE_CHECKING:
+    from lowmem.train.loop import Trainer
+
+T = TypeVar("T")
+
+
+class Descent:
+    """What is done about memory that runs out. The loop asks; steps are undone elsewhere (`survive.Undo`)."""
+
+    def __init__(self, trainer: Trainer, folder: RunFolder) -> None:
+        self._t = trainer
+        self._folder = folder
+        # What the plan can afford in training it can in evaluation; the whole batch it perhaps cannot.
+        config, plan = trainer.config.train, trainer.plan
+        self.eval_batch = config.eval_batch or (plan.micro_batch if plan else config.batch)
+        self._pressure = Pressure(lambda: reading(trainer.meter.read()))
+        self._told_of_pressure = False
+        self._interval_began = trainer.state.step
+        self._found: str | None = None
+
+    def after(self, failure: Failure) -> bool:
+        """Takes the next plan for a step that ran out of memory and was undone; False if there is none."""
+        rung = self._t.plan.next_rung() if self._t.plan else None
+        if rung is None:
+            return False
+        before = self._t.plan
+        assert before is not None
+        self.tell(failure, old_budget_bytes=before.budget_bytes, new_budget_bytes=rung.budget_bytes)
+        self._take(rung, f"{failure.words} ({failure.message})")
+        return True
+
+    def evaluated(self, score: Callable[[int], T]) -> T | Failure:
+        """`score(batch)` with the evaluation's batch, which out-of-memory halves for the rest of this process; a
+        Failure if one picture at a time is too much. Scores depend on the batch in the last bits only."""
+        while isinstance(result := attempt(lambda: score(self.eval_batch), lambda: "evaluation"), Failure):
+            release()
+            if self.eval_batch == 1:
+                return result
+            self.eval_batch //= 2
+            self.tell(result, evaluation_batch=self.eval_batch)
+            self._t.observer.warning(f"{result.words}: evaluating {self.eval_batch} pictures at a time from here on")
+        return result
+
+    def saved(self, work: Callable[[], T]) -> T:
+        """Saves, if need be a second time after giving back what can be. Raises OutOfMemory."""
+        done = attempt(work, lambda: "saving")
+        if isinstance(done, Failure):
+            release()
+            self.tell(done)
+            done = attempt(work, lambda: "saving")
+        if isinstance(done, Failure):
+            raise OutOfMemory(f"{done.words} twice ({done.message}); the last checkpoint stands: {self._way_out()}")
+        return done
+
+    def tell(self, failure: Failure, **fields: Any) -> None:
+        """The event, with what holds the memory as far as the device tells."""
+        state = self._t.state
+        self._folder.event(
+            "out-of-memory",
+            phase=failure.phase,
+            message=failure.message,
+            asked_bytes=failure.asked_bytes,
+            epoch=state.epoch,
+            step=state.step,
+            **fields,
+            memory=held(self._t.meter.read()),
+        )
+
+    def at_the_end(self, failure: Failure) -> OutOfMemory:
+        """The error that ends the run, which has just been saved."""
+        self.tell(failure, old_budget_bytes=self._t.plan.budget_bytes if self._t.plan else None, new_budget_bytes=None)
+        state, memory = self._t.state, words(self._t.meter.read())
+        return OutOfMemory(
+            f"{failure.words} ({failure.message}), and there is no smaller plan left{memory}; saved at epoch "
+            f"{state.epoch + 1}, step {state.step}: {self._way_out()}"
+        )
+
+    def interval(self, step: int, seconds: float) -> None:
+        """Told of each stretch of training: `seconds` up to the count of steps `step`."""
+        self._found = self._pressure.interval(step - self._interval_began, seconds)
+        self._interval_began = step
+
+    def under_pressure(self) -> bool:
+        """Between two steps: takes the next plan if the last interval looked like it. True if it did."""
+        found, self._found = self._found, None
+        if found is None:
+            return False
+        rung = self._t.plan.next_rung() if self._t.plan else None
+        before = self._t.plan.budget_bytes if self._t.plan else None
+        if rung is None and self._told_of_pressure:
+            return False
+        self._told_of_pressure = rung is None
+        self._folder.event(
+            "pressure",
+            what=found,
+            step=self._t.state.step,
+            old_budget_bytes=before,
+            new_budget_bytes=rung.budget_bytes if rung else None,
+            memory=held(self._t.meter.read()),
+        )
+        if rung is None:
+            self._t.observer.warning(f"memory is short: {found}; there is no smaller plan left")
+            return False
+        self._take(rung, f"memory is short: {found}")
+        release()
+        return True
+
+    def _take(self, rung: Plan, why: str) -> None:
+        before = self._t.plan
+        assert before is not None
+        self._t.take(rung)
+        self._folder.write_plan(rung.to_json())
+        self._folder.event("replan", budget_bytes=rung.budget_bytes)
+        self._pressure.plan_changed()
+        sizes = f"{format_size(rung.budget_bytes)} instead of {format_size(before.budget_bytes)}"
+        self._t.observer.warning(
+            f"{why}: the step is done in {sizes} from here on, the same computation; {len(rung.ladder)} smaller plans "
+            "are left"
+        )
+
+    def _way_out(self) -> str:
+        path = self._folder.path
+        if self._t.plan is None:
+            return f"free what others use, or give the run a plan with `lowmem resume {path} --vram 4G`"
+        return f"free what others use and go on with `lowmem resume {path}`"
+
+
+def reading(snapshot: Snapshot) -> Reading | None:
+    """What is watched for pressure; None where the device does not tell."""
+    retries, free, total = snapshot.alloc_retries, snapshot.device_free_bytes, snapshot.device_total_bytes
+    if retries is None or free is None or total is None:
+        return None
+    return Reading(retries, free, total)
+
+
+def held(snapshot: Snapshot) -> dict[str, Any]:
+    """What the device tells, for an event: bytes and counts, and who holds it in lines."""
+    figures = {name: value for name, value in vars(snapshot).items() if isinstance(value, int)}
+    return {**figures, "held_by": who_holds(snapshot)}
+
+
+def words(snapshot: Snapshot) -> str:
+    """The same for an error message, beginning with its own punctuation; empty where nobody tells."""
+    parts = []
+    if snapshot.allocated_bytes is not None:
+        own = f"this process has {format_size(snapshot.allocated_bytes)} allocated"
+        parts.append(f"{own} and {format_size(snapshot.reserved_bytes)} reserved")
+    elif snapshot.process_bytes is not None:
+        parts.append(f"this process holds {format_size(snapshot.process_bytes)}")
+    if snapshot.device_free_bytes is not None:
+        free, total = format_size(snapshot.device_free_bytes), format_size(snapshot.device_total_bytes)
+        parts.append(f"{free} of {total} are free")
+    if lines := who_holds(snapshot):
+        parts.append(f"held by {', '.join(lines)}")
+    return f" ({'; '.join(parts)})" if parts else ""
