@@ -135,7 +135,7 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
         plan, replanned = _plan_of(folder, recorded.config, settings.config, dataset, observer)
         with _out_of_memory(path):
             trainer = _make_trainer(settings.config, dataset, observer, plan)
-        trainer.state = restore(saved, trainer.model, trainer.optimizer, trainer.step.scaler, trainer.identity)
+            trainer.state = restore(saved, trainer.model, trainer.optimizer, trainer.step.scaler, trainer.identity)
         state = trainer.state
         # Only now is it certain that this run goes on from here: nothing was written before.
         checkpoints.set_aside(skipped)

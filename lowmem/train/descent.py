@@ -34,9 +34,10 @@ class Descent:
         self._found: str | None = None
 
     def after(self, failure: Failure) -> bool:
-        """Takes the next plan for a step that ran out of memory and was undone; False if there is none."""
+        """Takes the next plan for a step that ran out of memory and was undone; False if there is none, or it was
+        not."""
         rung = self._t.plan.next_rung() if self._t.plan else None
-        if rung is None:
+        if rung is None or failure.final:
             return False
         before = self._t.plan
         assert before is not None
@@ -82,13 +83,16 @@ class Descent:
         )
 
     def at_the_end(self, failure: Failure) -> OutOfMemory:
-        """The error that ends the run, which has just been saved."""
+        """The error that ends the run, which has just been saved if there was anything to save."""
         self.tell(failure, old_budget_bytes=self._t.plan.budget_bytes if self._t.plan else None, new_budget_bytes=None)
-        state, memory = self._t.state, words(self._t.meter.read())
-        return OutOfMemory(
-            f"{failure.words} ({failure.message}), and there is no smaller plan left{memory}; saved at epoch "
-            f"{state.epoch + 1}, step {state.step}: {self._way_out()}"
-        )
+        state = self._t.state
+        if failure.final:
+            why = "when the update had begun, so that the step cannot be undone"
+            stands = "the last checkpoint stands"
+        else:
+            why, stands = "and there is no smaller plan left", f"saved at epoch {state.epoch + 1}, step {state.step}"
+        memory = words(self._t.meter.read())
+        return OutOfMemory(f"{failure.words} ({failure.message}), {why}{memory}; {stands}: {self._way_out()}")
 
     def interval(self, step: int, seconds: float) -> None:
         """Told of each stretch of training: `seconds` up to the count of steps `step`."""

@@ -103,12 +103,11 @@ class _Loop:
         self.signals = signals
         self.state = trainer.state
         self.per_epoch = trainer.batches.steps_per_epoch
-        self.sums = torch.tensor(
-            [self.state.loss_sum, self.state.wrong], dtype=torch.float64, device=trainer.execution.device
-        )
+        sums = [self.state.loss_sum, self.state.wrong]
+        self.sums = torch.tensor(sums, dtype=torch.float64, device=trainer.execution.device)
         self.undo = Undo(trainer.step, trainer.model)
         self.descent = Descent(trainer, folder)
-        self.check = self._plan_check()
+        self._plan_changed()
         self.pending: list[tuple[int, float, int, Tensor]] = []
         self.last_save = self.last_tick = time.monotonic()
         self.saved_at: tuple[int, int] | None = None
@@ -146,19 +145,16 @@ class _Loop:
             self.pending.append((state.step, lr, size, totals[0]))
 
     def _try_step(self, lr: float) -> tuple[Tensor, int]:
-        t = self.t
-        images, labels = t.batches.batch(
-            self.state.epoch, self.state.step_in_epoch, memory_format=t.execution.torch_memory_format
-        )
+        t, state = self.t, self.state
+        layout = t.execution.torch_memory_format
+        images, labels = t.batches.batch(state.epoch, state.step_in_epoch, memory_format=layout)
         with self.check.around(images, labels):
             return t.step(images, labels, lr), labels.shape[0]
 
     def _plan_changed(self) -> None:
-        self.t.meter.reset()  # the peaks of an epoch are those of the plan in force at its end
-        self.check = self._plan_check()
-
-    def _plan_check(self) -> PlanCheck:
-        return PlanCheck(self.t.plan, self.t.model, self.t.optimizer, self.t.execution.device, self.undo.copies)
+        t = self.t
+        t.meter.reset()  # the peaks of an epoch are those of the plan in force at its end
+        self.check = PlanCheck(t.plan, t.model, t.optimizer, t.execution.device, self.undo.copies)
 
     def _after_step(self) -> None:
         state, config = self.state, self.t.config
@@ -267,8 +263,7 @@ class _Loop:
             self._leave()
 
     def _score(self, pictures: Pictures) -> Score:
-        t = self.t
-        place = (t.execution.device, t.execution.torch_memory_format)
+        t, place = self.t, (self.t.execution.device, self.t.execution.torch_memory_format)
 
         def scored(size: int) -> Score | None:
             batches = eval_batches(pictures, size, t.dataset.mean, t.dataset.std, *place)
@@ -311,7 +306,8 @@ class _Loop:
 
     def _give_up(self, failure: Failure) -> NoReturn:
         """The end of the ladder. What failed is undone: the run is saved as it was before it."""
-        self._save()
+        if not failure.final:
+            self._save()
         raise self.descent.at_the_end(failure)
 
     def _leave(self) -> None:

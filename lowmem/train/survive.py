@@ -10,13 +10,12 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import OutOfMemory
 from lowmem.train.step import TrainStep
 from lowmem.units import GIB, KIB, MIB, format_size
 
@@ -38,11 +37,15 @@ _UNITS = {"bytes": 1, "kib": KIB, "mib": MIB, "gib": GIB}
 
 @dataclass(frozen=True)
 class Failure:
-    """Out of memory: in which phase of a step or beside it, the library's message, and bytes asked for if it says."""
+    """Out of memory: in which phase of a step or beside it, the library's message, and bytes asked for if it says.
+
+    `final`: the update had begun; then nothing was undone, and there is no way back but the last checkpoint.
+    """
 
     phase: str
     message: str
     asked_bytes: int | None = None
+    final: bool = False
 
     @property
     def words(self) -> str:
@@ -103,29 +106,31 @@ class Undo:
         self.copies = [torch.empty_like(tensor) for tensor in (*self._buffers, *self._watched)]
 
     def attempt(self, work: Callable[[], T]) -> T | Failure:
-        """The result of `work`, which runs the step. After a Failure parameters, momentum, buffers and scaler are as
-        before, there are no gradients, and what the step held is free.
-
-        Raises OutOfMemory if the update had begun: then there is no way back but the last checkpoint.
-        """
+        """The result of `work`, which runs the step. After a Failure that is not final parameters, momentum, buffers
+        and scaler are as before, there are no gradients, and what the step held is free."""
         _copy(self.copies, (*self._buffers, *self._watched))
         self._step.phase = "data"
         result = attempt(work, lambda: self._step.phase)
-        if isinstance(result, Failure):
-            self._undo(result)
+        if isinstance(result, Failure) and not self._undone():
+            return replace(result, final=True)
         return result
 
-    def _undo(self, failure: Failure) -> None:
+    def _undone(self) -> bool:
         self._step.optimizer.zero_grad(set_to_none=True)
         self._step.reset_scaler()
         copies = self.copies[len(self._buffers) :]
-        # Compared on the CPU: there may be no room for even a result on the device.
-        if not all(torch.equal(now.cpu(), then.cpu()) for now, then in zip(self._watched, copies, strict=True)):
-            raise OutOfMemory(
-                f"{failure.words} ({failure.message}), when the update had begun: this step cannot be undone"
-            )
+        if not all(_same_bits(now, then) for now, then in zip(self._watched, copies, strict=True)):
+            return False
         _copy(self._buffers, self.copies[: len(self._buffers)])
         release()
+        return True
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    """Compared on the CPU, for there may be no room for even a result on the device; as bytes, for the weights of a run
+    that has diverged are not equal to themselves."""
+    one, other = (tensor.cpu().contiguous().flatten().view(torch.uint8) for tensor in (left, right))
+    return torch.equal(one, other)
 
 
 @torch.no_grad()

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from lowmem.config import OptimConfig
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
+from lowmem.train.state import RunState, capture
 from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
+from lowmem.train.survive import Failure, Undo
 
 
 def _without_batch_norm() -> nn.Module:
@@ -106,3 +108,24 @@ def test_frozen_parameters_stay() -> None:
     before = model.conv1.weight.clone()
     _step(model, None)(*_batch(8), 0.1)
     assert torch.equal(model.conv1.weight, before)
+
+
+def test_momentum_is_there_from_the_start() -> None:
+    """So that the first checkpoint is as large as every later one, and the first step as the others."""
+    model = build("res20", width=4)
+    optimizer = make_optimizer(model, OptimConfig(), "cpu")
+    scaler = make_scaler(Execution("cpu", "fp32", "contiguous"))
+    saved = capture(RunState(), model, optimizer, scaler, {})
+    assert set(saved.optimizer) == {f"momentum_buffer/{name}" for name, _ in model.named_parameters()}
+    assert not any(tensor.any() for tensor in saved.optimizer.values())
+
+
+def test_without_momentum_there_is_none() -> None:
+    model = build("res20", width=4)
+    optimizer = make_optimizer(model, OptimConfig(momentum=0.0), "cpu")
+    execution = Execution("cpu", "fp32", "contiguous")
+    step = TrainStep(model, optimizer, make_scaler(execution), execution, None)
+    before = model.conv1.weight.detach().clone()
+    assert not isinstance(Undo(step, model).attempt(lambda: step(*_batch(8), 0.1)), Failure)
+    assert not torch.equal(before, model.conv1.weight)
+    assert not any(slots.get("momentum_buffer") is not None for slots in optimizer.state.values())

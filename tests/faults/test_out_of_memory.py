@@ -1,0 +1,324 @@
+"""Out of memory at any allocation of a step: the run goes on under a smaller plan and ends with the same bits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowmem.api import resume_training, run_training
+from lowmem.choose.ladder import with_ladder
+from lowmem.choose.session import plan_run
+from lowmem.data import Dataset, load
+from lowmem.errors import ExitCode, OutOfMemory
+from lowmem.measure.tensors import TensorMeter
+from lowmem.plan.record import Plan
+from lowmem.settings import Settings, gather
+from lowmem.train.loop import Trainer
+from lowmem.train.pressure import Pressure
+from tests.conftest import TINY, assert_same_run, environment
+from tests.faults.injection import Scarce, events, make_trainer, recorded_plan, run, scarce_from, scarce_step
+
+BASE = {"model.arch": "res20", "model.width": 4, "data.source": "shapes", "train.epochs": 1, "train.batch": 16}
+SETS = ["data.train_subset=40", "data.test_subset=12", "train.log_every_steps=1", "train.memory_format=contiguous"]
+FAILING = 1  # the step, of three
+MODES: dict[str, dict[str, Any]] = {
+    "fp32": {"train.precision": "fp32", "memory.vram": "3200K"},
+    "bf16": {"train.precision": "amp", "memory.vram": "2200K"},
+    "micro-batches": {"train.precision": "fp32", "memory.vram": "2200K", "train.micro_batch": 8},
+}
+
+
+@cache
+def _settings(mode: str) -> Settings:
+    return gather(flags={**BASE, **MODES[mode]}, sets=SETS)
+
+
+@cache
+def _dataset() -> Dataset:
+    config = _settings("fp32").config
+    return load(config.data, config.seed)
+
+
+@cache
+def _plan(mode: str) -> Plan:
+    plan = with_ladder(plan_run(_settings(mode))[1]).plan
+    assert plan.exact is (mode != "micro-batches")
+    return plan
+
+
+def _trainer(mode: str = "fp32", plan: Plan | None = None) -> Trainer:
+    return make_trainer(_settings(mode), _dataset(), plan or _plan(mode))
+
+
+@pytest.fixture(scope="module")
+def untroubled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, int]]:
+    """mode -> (a run in which nothing failed, allocations of its second step)."""
+
+    @cache
+    def make(mode: str) -> tuple[Path, int]:
+        scarce = Scarce()
+        path = tmp_path_factory.mktemp(mode) / "run"
+        run(path, _settings(mode), _trainer(mode), lambda trainer: scarce_step(trainer, scarce, FAILING))
+        assert scarce.seen > 100
+        return path, scarce.seen
+
+    return make
+
+
+def _survives(mode: str, points: range, untroubled: Callable[[str], tuple[Path, int]], tmp_path: Path) -> set[str]:
+    """Fails once at each of the points, each in a run of its own -> the phases that were hit."""
+    plain, _ = untroubled(mode)
+    phases = set()
+    for point in points:
+        path = tmp_path / str(point)
+        scarce = Scarce({point})
+        run(path, _settings(mode), _trainer(mode), lambda t, scarce=scarce: scarce_step(t, scarce, FAILING))
+        assert scarce.failures == 1
+        assert_same_run(path, plain)
+        (event,) = events(path, "out-of-memory")
+        assert (event["step"], event["new_budget_bytes"]) == (FAILING, _plan(mode).ladder[0].budget_bytes)
+        assert event["asked_bytes"] > 0
+        assert [one["budget_bytes"] for one in events(path, "replan")] == [_plan(mode).ladder[0].budget_bytes]
+        assert recorded_plan(path) == _plan(mode).next_rung()
+        phases.add(event["phase"])
+    return phases
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_that_ran_out_of_memory_is_done_again(
+    mode: str, untroubled: Callable[[str], tuple[Path, int]], tmp_path: Path
+) -> None:
+    count = untroubled(mode)[1]
+    few = 10 if mode == "fp32" else 5
+    assert _survives(mode, range(1, count + 1, count // few), untroubled, tmp_path) >= {"data", "forward", "backward"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_at_every_allocation(mode: str, untroubled: Callable[[str], tuple[Path, int]], tmp_path: Path) -> None:
+    _survives(mode, range(1, untroubled(mode)[1] + 1), untroubled, tmp_path)
+
+
+def test_several_in_a_row_go_down_several_rungs(untroubled: Callable[[str], tuple[Path, int]], tmp_path: Path) -> None:
+    plain, _ = untroubled("fp32")
+    assert len(_plan("fp32").ladder) >= 3
+    path = run(
+        tmp_path / "run", _settings("fp32"), _trainer(), lambda t: scarce_step(t, Scarce({60}), FAILING, failures=3)
+    )
+    assert_same_run(path, plain)
+    budgets = [event["new_budget_bytes"] for event in events(path, "out-of-memory")]
+    assert budgets == [rung.budget_bytes for rung in _plan("fp32").ladder[:3]]
+    assert recorded_plan(path).schedule == _plan("fp32").ladder[2].schedule
+    # What the last rung takes was held against its own prediction.
+    assert events(path, "measured")[-1]["budget_bytes"] == budgets[-1]
+
+
+def test_the_second_micro_batch(untroubled: Callable[[str], tuple[Path, int]], tmp_path: Path) -> None:
+    """When the first one's gradients are there already."""
+    plain, count = untroubled("micro-batches")
+    scarce, seen = Scarce({count - 5}), []
+    path = tmp_path / "run"
+
+    @contextmanager
+    def during(trainer: Trainer) -> Any:
+        original = trainer.step.optimizer.zero_grad
+
+        def zero_grad(*args: Any, **kwargs: Any) -> None:
+            seen.append(all(p.grad is not None for p in trainer.model.parameters()))
+            original(*args, **kwargs)
+
+        trainer.step.optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+        with scarce_step(trainer, scarce, FAILING):
+            yield
+
+    run(path, _settings("micro-batches"), _trainer("micro-batches"), during)
+    assert seen == [True] * 4  # three steps and the failed one
+    assert_same_run(path, plain)
+
+
+def test_the_memory_is_free_before_the_step_is_repeated(tmp_path: Path) -> None:
+    scarce = Scarce({100})
+    meter = TensorMeter()
+    levels: list[int] = []
+    alive: list[int] = []
+
+    @contextmanager
+    def during(trainer: Trainer) -> Any:
+        momentum = (slots["momentum_buffer"] for slots in trainer.optimizer.state.values())
+        meter.adopt([*trainer.model.parameters(), *trainer.model.buffers(), *momentum])
+        with meter, scarce_step(trainer, scarce, FAILING):
+            fetch = trainer.batches.batch
+
+            def batch(*args: Any, **kwargs: Any) -> Any:
+                levels.append(meter.live_bytes)
+                alive.append(sum(made() is not None for made in scarce.made))
+                return fetch(*args, **kwargs)
+
+            trainer.batches.batch = batch  # type: ignore[method-assign]
+            yield
+
+    run(tmp_path / "run", _settings("fp32"), _trainer(), during)
+    assert scarce.failures == 1
+    assert len(levels) == 4
+    # Fetched for the second time: what the first try had made is gone, all of it.
+    assert levels[2] == levels[1]
+    assert alive[2] == 0
+    assert len(alive) == 4
+
+
+def test_evaluation_goes_on_with_fewer_pictures(untroubled: Callable[[str], tuple[Path, int]], tmp_path: Path) -> None:
+    plain, _ = untroubled("fp32")
+
+    trainer = _trainer()
+
+    def room_for_four(module: Any, args: Any) -> None:
+        if not module.training and args[0].shape[0] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 is full.")
+
+    trainer.model.layer3.register_forward_pre_hook(room_for_four)
+    path = run(tmp_path / "run", _settings("fp32"), trainer)
+    told = events(path, "out-of-memory")
+    assert [event["evaluation_batch"] for event in told] == [8, 4]
+    assert {(event["phase"], event["asked_bytes"]) for event in told} == {("evaluation", 20 * 2**20)}
+    assert recorded_plan(path) == _plan("fp32")  # training is not to blame
+    ours, theirs = (next((one / "checkpoints").glob("step-00000003")) for one in (path, plain))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+
+
+def test_no_room_to_save_once(untroubled: Callable[[str], tuple[Path, int]], tmp_path: Path) -> None:
+    plain, _ = untroubled("fp32")
+    failed: list[bool] = []
+    trainer = _trainer()
+    original = trainer.checkpoint
+
+    def checkpoint() -> Any:
+        if not failed:
+            failed.append(True)
+            raise MemoryError
+        return original()
+
+    trainer.checkpoint = checkpoint  # type: ignore[method-assign]
+    path = run(tmp_path / "run", _settings("fp32"), trainer)
+    assert [event["phase"] for event in events(path, "out-of-memory")] == ["saving"]
+    assert_same_run(path, plain)
+
+
+def test_just_before_the_update_is_not_too_late(untroubled: Callable[[str], tuple[Path, int]], tmp_path: Path) -> None:
+    plain, _ = untroubled("fp32")
+    scarce = Scarce()
+    scarce.fail_update = True
+    path = run(tmp_path / "run", _settings("fp32"), _trainer(), lambda t: scarce_step(t, scarce, FAILING))
+    assert [event["phase"] for event in events(path, "out-of-memory")] == ["update"]
+    assert_same_run(path, plain)
+
+
+def test_a_begun_update_ends_the_run_and_is_not_saved(tmp_path: Path) -> None:
+    trainer = _trainer()
+
+    def fail(*args: Any) -> None:
+        if trainer.state.step == FAILING:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer.optimizer.register_step_post_hook(fail)
+    with pytest.raises(OutOfMemory, match=r"cannot be undone.*last checkpoint stands"):
+        run(tmp_path / "run", _settings("fp32"), trainer)
+    assert not list((tmp_path / "run/checkpoints").glob("step-*"))
+    (event,) = events(tmp_path / "run", "out-of-memory")
+    assert event["phase"] == "update"
+
+
+def test_pressure_takes_a_rung_between_two_steps(
+    untroubled: Callable[[str], tuple[Path, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What pressure is, is tested on scripted readings elsewhere; here it is after the first step."""
+    plain, _ = untroubled("fp32")
+    script = [False, False, False, True]
+    monkeypatch.setattr(Pressure, "interval", lambda *given: "thrashing" if script.pop() else None)
+    path = run(tmp_path / "run", _settings("fp32"), _trainer())
+    (event,) = events(path, "pressure")
+    below = _plan("fp32").next_rung()
+    assert below is not None
+    assert (event["what"], event["step"]) == ("thrashing", 1)
+    assert (event["old_budget_bytes"], event["new_budget_bytes"]) == (_plan("fp32").budget_bytes, below.budget_bytes)
+    assert recorded_plan(path) == below
+    assert not events(path, "out-of-memory")
+    assert_same_run(path, plain)
+
+
+def test_pressure_on_the_last_rung_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pressure, "interval", lambda *given: "thrashing")
+    last = _plan("fp32").ladder[-1]
+    path = run(tmp_path / "run", _settings("fp32"), _trainer(plan=last))
+    assert [event["new_budget_bytes"] for event in events(path, "pressure")] == [None]
+    assert recorded_plan(path) == last
+
+
+def test_other_errors_are_left_alone(tmp_path: Path) -> None:
+    trainer = _trainer()
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    trainer.optimizer.register_step_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(tmp_path / "run", _settings("fp32"), trainer)
+    assert not (tmp_path / "run/events.jsonl").exists()
+
+
+SHORT = (*TINY, "--set", "train.epochs=2", "--set", "data.train_subset=200")  # four steps an epoch
+
+DRIVER = """
+import sys
+from lowmem.cli.main import main
+from tests.faults.injection import Scarce, scarce_from
+
+with scarce_from(5, Scarce({50})):
+    main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "run"
+    run_training(_tiny(), path)
+    return path
+
+
+def _tiny() -> Settings:
+    """As the command reads SHORT."""
+    flags = {"model.arch": "res20", "model.width": 4, "data.source": "shapes", "train.batch": 64}
+    return gather(flags=flags, sets=[text for text in SHORT if "=" in text])
+
+
+def test_without_a_smaller_plan_the_run_is_saved_and_can_be_resumed(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    command = [sys.executable, "-c", DRIVER, "train", *SHORT, "--vram", "8M", "--out", str(path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == ExitCode.OUT_OF_MEMORY, done.stderr
+    error = done.stderr.strip().splitlines()[-1]
+    assert "no smaller plan left (this process holds" in error
+    assert f"saved at epoch 2, step 5: free what others use and go on with `lowmem resume {path}`" in error
+    told = events(path, "out-of-memory")
+    assert len(told) > 1
+    assert [event["old_budget_bytes"] for event in told[1:]] == [event["new_budget_bytes"] for event in told[:-1]]
+    assert told[-1]["new_budget_bytes"] is None
+    assert recorded_plan(path).ladder == ()
+    resume_training(path)
+    assert_same_run(path, whole)
+
+
+def test_an_unplanned_run_is_saved_too(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with scarce_from(5, Scarce({50})), pytest.raises(OutOfMemory, match=r"saved at epoch 2, step 5.*--vram 4G"):
+        run_training(_tiny(), path)
+    resume_training(path)
+    assert_same_run(path, whole)
