@@ -15,25 +15,26 @@ _MACHINE = Path("/proc/meminfo")
 class CpuSource:
     """Resident memory of this process and memory of the machine."""
 
+    def __init__(self) -> None:
+        self._peak_restarts = True
+
     def reset(self) -> None:
         """Starts a new resident peak where the system can (Linux); elsewhere the peak is of the whole process."""
         try:
             _CLEAR.write_text("5", encoding="ascii")
         except OSError:
-            return
+            self._peak_restarts = False
 
     def read(self) -> Snapshot:
         process, machine = _kernel_table(_STATUS), _kernel_table(_MACHINE)
-        peak = process.get("VmHWM")
         missing = []
         if "VmRSS" not in process:
             missing.append("this system has no /proc: what the process and the machine hold now is unknown")
-            peak = _peak_of_the_process()
-            missing.append(
-                "the resident peak is unknown too"
-                if peak is None
-                else "the resident peak is the whole process's, not since the last reset"
-            )
+        peak = process.get("VmHWM", _peak_of_the_process())
+        if peak is None:
+            missing.append("this system does not tell the resident peak")
+        elif "VmHWM" not in process or not self._peak_restarts:
+            missing.append("the resident peak is the whole process's, not since the last reset")
         return Snapshot(
             device_used_bytes=peak,
             process_bytes=process.get("VmRSS"),

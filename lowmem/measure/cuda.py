@@ -206,4 +206,5 @@ def _why_not(report: DriverReport, device: DriverDevice | None, uuid: str | None
         return f"NVML says nothing of this card's memory ({device.trouble or 'not supported'})"
     if uuid is None:
         return "this torch does not tell the card's UUID, and NVML lists several cards"
-    return f"NVML does not list the card {uuid}"
+    troubled = ", ".join(f"card {one.index}: {one.trouble}" for one in report.devices if one.trouble)
+    return f"NVML does not list the card {uuid}" + (f" ({troubled})" if troubled else "")

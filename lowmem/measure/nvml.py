@@ -245,7 +245,7 @@ def _processes(library: Any, handle: Any, total_bytes: int | None) -> tuple[Devi
                 found[pid] = DeviceProcess(pid=pid, name=name, used_bytes=used, graphics=kind == "Graphics")
             else:
                 most = max((bytes_ for bytes_ in (known.used_bytes, used) if bytes_ is not None), default=None)
-                found[pid] = replace(known, used_bytes=most, graphics=known.graphics or kind == "Graphics")
+                found[pid] = replace(known, used_bytes=most, graphics=kind == "Graphics")
     return tuple(sorted(found.values(), key=lambda process: (-(process.used_bytes or 0), process.pid)))
 
 

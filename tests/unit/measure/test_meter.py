@@ -83,6 +83,17 @@ def test_without_proc_the_peak_is_the_whole_processs(tmp_path: Path, monkeypatch
         assert "not since the last reset" in snapshot.missing[1]
 
 
+@linux
+def test_a_peak_that_cannot_be_restarted_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_CLEAR", tmp_path / "none" / "clear_refs")
+    meter = Meter("cpu")
+    assert meter.read().missing == ()
+    meter.reset()
+    snapshot = meter.read()
+    assert snapshot.missing == ("the resident peak is the whole process's, not since the last reset",)
+    assert snapshot.process_bytes is not None
+
+
 def test_the_meter_of_the_cpu_asks_no_driver() -> None:
     probe = (
         "import sys, lowmem.measure as m\n"
@@ -159,7 +170,10 @@ def test_the_source_opens_the_driver_once_and_asks_it_before_cuda_starts(monkeyp
     assert snapshot.context_bytes == 280 * MIB
     assert library.closed == 1
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    assert Meter("cuda", read_driver=lambda: read_driver(library)).read().context_bytes is None
+    library.cards = [_gtx_1060(700)]
+    late = Meter("cuda", read_driver=lambda: read_driver(library))
+    library.cards = [_gtx_1060(700 + 280 + 1800)]
+    assert late.read().context_bytes is None
 
 
 def test_others_giving_back_more_than_we_took_is_unknown_not_negative() -> None:
@@ -204,6 +218,7 @@ def test_without_both_the_allocator_is_left() -> None:
     ("cards", "uuid", "words"),
     [
         ([Card(handle=pynvml.NVMLError_GpuIsLost())], None, "GPU is lost"),
+        ([Card(handle=pynvml.NVMLError_GpuIsLost()), Card(uuid="GPU-2")], UUID, "(card 0: GPU is lost)"),
         ([Card(total=pynvml.NVMLError_NotSupported())], UUID, "not supported"),
         ([Card(), Card(uuid="GPU-2")], None, "several cards"),
         ([Card()], "GPU-of-a-slice", "does not list the card GPU-of-a-slice"),

@@ -163,3 +163,8 @@ def test_the_real_library_on_this_machine() -> None:
         assert "no NVIDIA driver here" in (report.missing or "")
     else:
         pynvml.nvmlShutdown()
+
+
+def test_the_script_has_the_names_of_the_real_package() -> None:
+    """A misspelt function would only ever be a figure that is missing."""
+    assert [name for name in dir(ScriptedNvml) if name.startswith("nvml") and not hasattr(pynvml, name)] == []
