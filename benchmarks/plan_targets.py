@@ -23,7 +23,8 @@ from conditions import RESULTS, conditions, sentence, table, write
 from lowmem.cards import load_card
 from lowmem.choose.budget import MARGIN_SHARE, Budget, of_card, tensors_only
 from lowmem.choose.costs import chain_cost
-from lowmem.choose.planning import card_rates, fit
+from lowmem.choose.fit import fit
+from lowmem.choose.planning import card_rates
 from lowmem.choose.simulated import Simulated, StepShape, simulate_step
 from lowmem.errors import Infeasible
 from lowmem.models import skeleton

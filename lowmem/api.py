@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem import fork
 from lowmem.choose import resolve_execution
 from lowmem.choose.budget import ASSUMED_CONTEXT_BYTES
+from lowmem.choose.device import remembered_context_bytes
 from lowmem.choose.execution import refuse_unsafe, require_device
-from lowmem.choose.explain import explain, explain_ladder, inexact
-from lowmem.choose.ladder import with_ladder
-from lowmem.choose.planning import Choice, choose
-from lowmem.choose.session import plan_run, ranked, replan, request_of, settle, wants_plan
+from lowmem.choose.explain import inexact
+from lowmem.choose.session import wants_plan
+from lowmem.choose.workspace import cap_workspace
 from lowmem.config import Config, known_keys
-from lowmem.confirm import Confirmed, confirm_run, wants_confirmation
+from lowmem.confirm import Confirmed
 from lowmem.data import Dataset, load
+from lowmem.decide import decide, forked_plan, plan_of
 from lowmem.environment import describe
 from lowmem.errors import CorruptCheckpoint, OutOfMemory, UsageError
-from lowmem.models import build, skeleton
+from lowmem.measure.cap import cap_allocator
+from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.preflight import preflight
-from lowmem.remat import stage_names
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.store import RunFolder, require_run
 from lowmem.settings import Settings, from_yaml, refuse_changes, to_yaml
@@ -55,7 +55,7 @@ def run_training(
     observer = observer or Observer()
     settings = config if isinstance(config, Settings) else Settings(config, dict.fromkeys(known_keys(), "caller"))
     planned = wants_plan(resolve_execution(settings).config)
-    settings = resolve_execution(settings, leave_precision=planned)
+    settings = resolve_execution(settings, planned=planned)
     if settings.config.memory.auto_batch and not planned:
         raise UsageError("--batch auto needs something to fit into: give --vram, like --vram 6G")
     path = Path(out) if out is not None else Path("runs") / settings.config.model.arch
@@ -64,7 +64,7 @@ def run_training(
     plan: Plan | None = None
     confirmed: Confirmed | None = None
     if planned:
-        settings, plan, confirmed = _decide(settings, dataset, observer)
+        settings, plan, confirmed = decide(settings, dataset, observer)
     environment = describe(settings.config.train.device)
     with RunFolder.create(path, to_yaml(settings), environment) as folder:
         try:
@@ -89,29 +89,6 @@ def run_training(
         return _go(trainer, folder)
 
 
-def _decide(settings: Settings, dataset: Dataset, observer: Observer) -> tuple[Settings, Plan, Confirmed | None]:
-    """The settings with what the plan decided, the plan, and the trials by which it was confirmed, if it was to be."""
-    classes, pictures = len(dataset.classes), len(dataset.train.labels)
-    request = request_of(settings.config, classes, pictures)
-    choices = ranked(request, settings.config, pictures)
-    confirmed = None
-    choice = choices[0]
-    if wants_confirmation(settings.config):
-        for line in explain(choice):
-            observer.note(line)
-        settled = settle(settings, choice).config
-        confirmed = confirm_run(
-            settled, request, choices, num_classes=classes, train_pictures=pictures, tell=observer.note
-        )
-        choice = confirmed.choice
-        same = choice.plan.schedule == choices[0].plan.schedule and choice.plan.batch == choices[0].plan.batch
-        observer.note("the plan is confirmed:" if same else "another plan is taken, by what was measured:")
-    choice = _told(choice, observer)
-    if not choice.plan.exact:
-        observer.warning(inexact(choice.plan))
-    return settle(settings, choice), choice.plan, confirmed
-
-
 def resume_training(path: Path | str, changes: Settings | None = None, observer: Observer | None = None) -> RunResult:
     """What `lowmem resume` does: go on from the newest checkpoint that verifies, in the middle of its epoch.
 
@@ -132,7 +109,7 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
             observer.warning(f"skipped a damaged checkpoint: {reason}")
             folder.event("warning", what="checkpoint skipped", reason=reason)
         dataset = _load_data(settings.config, observer)
-        plan, replanned = _plan_of(folder, recorded.config, settings.config, dataset, observer)
+        plan, replanned = plan_of(folder, recorded.config, settings.config, dataset, observer)
         with _out_of_memory(path):
             trainer = _make_trainer(settings.config, dataset, observer, plan)
             trainer.state = restore(saved, trainer.model, trainer.optimizer, trainer.step.scaler, trainer.identity)
@@ -183,36 +160,12 @@ def fork_run(
     steps = fork.steps_per_epoch(settings.config, dataset)
     for line in fork.explain(differing, old, settings.config, carried, steps):
         observer.note(line)
-    settings, plan = _forked_plan(source, old, settings, dataset, observer)
+    settings, plan = forked_plan(source, old, settings, dataset, observer)
     with RunFolder.create(path, to_yaml(settings), describe(settings.config.train.device)) as folder:
         if plan is not None:
             folder.write_plan(plan.to_json())
         fork.write(carried, source, settings, folder, where)
     return resume_training(path, None, observer)
-
-
-def _forked_plan(
-    source: Path, old: Config, settings: Settings, dataset: Dataset, observer: Observer
-) -> tuple[Settings, Plan | None]:
-    """The source's plan, if nothing changes that it depends on; else a new one if the fork wants any."""
-    new = settings.config
-    if (old.memory, old.train.batch, old.train.micro_batch, old.train.precision, old.train.memory_format) == (
-        (new.memory, new.train.batch, new.train.micro_batch, new.train.precision, new.train.memory_format)
-    ):
-        return settings, read_plan(source, new)
-    if not wants_plan(new):
-        return settings, None
-    settings, choice = plan_run(settings, len(dataset.classes), len(dataset.train.labels))
-    return settings, _told(choice, observer).plan
-
-
-def _told(choice: Choice, observer: Observer) -> Choice:
-    """The choice with its ladder, and the observer told of both."""
-    for line in explain(choice):
-        observer.note(line)
-    choice = with_ladder(choice)
-    observer.note(explain_ladder(choice.plan))
-    return choice
 
 
 def recorded_settings(path: Path) -> Settings:
@@ -233,47 +186,9 @@ def _load_data(config: Config, observer: Observer) -> Dataset:
     return load(config.data, config.seed, progress=observer.data_progress)
 
 
-def _plan_of(
-    folder: RunFolder, old: Config, new: Config, dataset: Dataset, observer: Observer
-) -> tuple[Plan | None, bool]:
-    """The plan the run recorded; another only if another memory is asked for (invariant 7): then (plan, True).
-
-    Raises CorruptCheckpoint for a plan.json that is damaged or another run's, Infeasible.
-    """
-    plan = read_plan(folder.path, new)
-    if (old.memory.vram, old.memory.card) == (new.memory.vram, new.memory.card) or not wants_plan(new):
-        return plan, False
-    pictures = len(dataset.train.labels)
-    if plan is None:
-        # The run was unplanned: what it computes is the plain step at its own micro-batch.
-        request = request_of(new, len(dataset.classes), pictures)
-        choice = choose(replace(request, settled=True, precisions=(new.train.precision,)))
-    else:
-        choice = replan(new, plan, len(dataset.classes), pictures)
-    return _told(choice, observer).plan, True
-
-
-def read_plan(run: Path, config: Config) -> Plan | None:
-    """The plan in a run's plan.json, None if it has none. Raises CorruptCheckpoint if it is damaged or does not belong
-    to these settings."""
-    path = run / "plan.json"
-    if not path.is_file():
-        return None
-    try:
-        plan = Plan.from_json(json.loads(path.read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{path} holds no plan ({error}): restore it, or start another run") from None
-    model, train = config.model, config.train
-    names = stage_names(skeleton(model.arch, model.block, width=model.width))
-    ours = (names, train.batch, train.precision, train.memory_format)
-    if (plan.stages, plan.batch, plan.precision, plan.memory_format) != ours:
-        raise CorruptCheckpoint(f"{path} is the plan of another run: restore this run's own, or start another run")
-    return plan
-
-
 def _go(trainer: Trainer, folder: RunFolder) -> RunResult:
     """Trains. Raises OutOfMemory with the way out; the last checkpoint stands."""
-    _cap_emulated(trainer.config)
+    _cap_emulated(trainer)
     with _out_of_memory(folder.path):
         return RunResult(folder.path, trainer.run(folder))
 
@@ -296,16 +211,18 @@ def _out_of_memory(path: Path) -> Iterator[None]:
         )
 
 
-def _cap_emulated(config: Config) -> None:
+def _cap_emulated(trainer: Trainer) -> None:
     """A larger card made to behave like one of --vram: the allocator's segments and the context stay within it."""
+    config = trainer.config
     if config.train.device == "cuda" and config.memory.vram is not None:
-        from lowmem.measure.cap import cap_allocator
-
-        cap_allocator(config.memory.vram - ASSUMED_CONTEXT_BYTES)
+        context = trainer.meter.read().context_bytes or remembered_context_bytes() or ASSUMED_CONTEXT_BYTES
+        cap_allocator(config.memory.vram - context)
 
 
 def _make_trainer(config: Config, dataset: Dataset, observer: Observer, plan: Plan | None) -> Trainer:
     refuse_unsafe(config)
+    if config.train.device == "cuda":
+        cap_workspace()
     model = build(
         config.model.arch,
         config.model.block,

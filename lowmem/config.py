@@ -157,13 +157,17 @@ class MemoryConfig(_Section):
     """What the step must fit into. Without any of these the CPU trains unplanned, and a CUDA device has what is free.
 
     `vram`: bytes, or text like `6G`; on the CPU it bounds the step's tensors, with a card or on CUDA it is the memory
-    of the (then emulated) card. `card`: a profile by name or path. `auto_batch`: choose the batch with the most
-    pictures per second that fits; written `train.batch: auto`. `confirm`: whether a plan is tried with real steps in a
-    process of its own before the run; `auto`: on CUDA.
+    of the (then emulated) card. `card`: a profile by name or path; `platform`: the machine it is in, for the share of
+    its memory that is usable. `auto_batch`: choose the batch with the most pictures per second that fits; written
+    `train.batch: auto`. `calibrate`: predict time and workspace by what was measured on this device (`auto`: on CUDA),
+    measuring what was not measured yet. `confirm`: whether a plan is tried with real steps in a process of its own
+    before the run (`auto`: on CUDA).
     """
 
     vram: Annotated[PositiveInt, BeforeValidator(_size)] | None = None
     card: str | None = None
+    platform: Literal["auto", "linux", "linux-display", "windows"] = "auto"
+    calibrate: Literal["auto", "always", "never"] = "auto"
     allow_accumulation: bool = True
     auto_batch: bool = False
     confirm: Literal["auto", "always", "never"] = "auto"
@@ -203,6 +207,8 @@ OPERATIONAL: frozenset[str] = frozenset(
         "data.download",
         "memory.vram",
         "memory.card",
+        "memory.platform",
+        "memory.calibrate",
         "memory.allow_accumulation",
         "memory.confirm",
         "checkpoint.every_minutes",

@@ -33,7 +33,7 @@ Tell = Callable[[str], None]
 @dataclass(frozen=True, kw_only=True)
 class Tried:
     """A choice and what a trial made of it. `refused_because`: None if it holds; `for_memory`: less budget may help;
-    `timed`: whether the predicted time is of this device (on the CPU it is of a card)."""
+    `timed`: whether the predicted time is of this device (on the CPU it usually is of a card)."""
 
     choice: Choice
     result: TrialResult
@@ -201,7 +201,7 @@ def _judge(choice: Choice, result: TrialResult, budget: Budget, device: str) -> 
         result=result,
         refused_because=refused_because,
         for_memory=for_memory,
-        timed=device == "cuda",
+        timed=device == "cuda" or choice.timed,
     )
 
 

@@ -12,12 +12,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lowmem"
 
 # A room, and what it may import of lowmem. The leaves may be imported by every room.
-LEAVES = {"units", "errors", "addressed", "shipped"}
+LEAVES = {"units", "errors", "addressed", "shipped", "places"}
 MAY_IMPORT: dict[str, set[str]] = {
     "units": set(),
     "errors": {"units"},
     "addressed": set(),
     "shipped": {"errors"},
+    "places": set(),
     "environment": {""},
     "config": LEAVES,
     "settings": LEAVES | {"config"},
@@ -29,7 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "measure": {"units", "errors"},
     "data": LEAVES | {"config"},
     "runs": LEAVES | {"config"},
-    "choose": LEAVES | {"config", "settings", "cards", "models", "plan", "remat", "simulate", "measure"},
+    # environment: the processor's name, under which what was measured on it is filed
+    "choose": LEAVES | {"config", "settings", "cards", "models", "plan", "remat", "simulate", "measure", "environment"},
     "train": LEAVES | {"config", "settings", "models", "plan", "remat", "data", "runs", "measure"},
     # A trial does what a run does: it draws its batches from data/, executes its plan by remat/, and where it is a
     # whole (if short) run, it has a folder of runs/.
@@ -40,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # preflight and confirm are what a run does before its first step; confirm needs both what was chosen (choose) and what
 # tries it (bench), so it is in neither of them.
-ANYTHING = {"fork", "preflight", "confirm", "api", "cli", "__init__", "__main__"}
+ANYTHING = {"decide", "fork", "preflight", "confirm", "api", "cli", "__init__", "__main__"}
 
 
 def _room(path: Path) -> str:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lowmem.bench.trial import TrialResult
-from lowmem.choose.planning import Choice
+from lowmem.choose.request import Choice
 from lowmem.settings import Settings, gather
 from lowmem.units import format_size
 

@@ -20,10 +20,13 @@ from lowmem.bench.largest import largest
 from lowmem.bench.trial import Trial, TrialResult, answer_of, run_trial
 from lowmem.bench.verdict import allocator_bytes, verdict
 from lowmem.bench.ways import PER_BLOCK, PLAIN, PLANNED, SELECTIVE
+from lowmem.choose.budget import Budget
 from lowmem.choose.ladder import with_ladder
-from lowmem.choose.planning import Choice, Request, choose
-from lowmem.choose.session import request_of
-from lowmem.errors import Infeasible
+from lowmem.choose.planning import choose
+from lowmem.choose.request import Choice, Request
+from lowmem.choose.session import budget_of, calibrator_of, request_of
+from lowmem.choose.workspace import workspace_cap_bytes
+from lowmem.errors import Infeasible, LowmemError
 from lowmem.plan.solver import Solver
 from lowmem.units import format_duration, format_size
 
@@ -64,8 +67,9 @@ class Suite:
         self.on_card = setup.device == "cuda"
         self._save, self._tell, self._run_trial, self._ask_module = save, tell, run, ask
         self._ends = time.monotonic() + 60 * setup.minutes - _FINISH_SECONDS
-        self._trial_seconds = 0.0
-        self._choices: dict[tuple[int, int, str, str], Choice] = {}
+        self._trial_seconds = self._measuring_seconds = 0.0
+        self._requests: tuple[Request, ...] = ()
+        self._choices: dict[tuple[int, int, str, str, bool], Choice] = {}
         self.rows: list[Row] = []
 
     @property
@@ -80,13 +84,15 @@ class Suite:
             self._tell(f"[{number}/{len(cells)}] {cell.name} ({left} left)")
             row = Row(kind=cell.kind, name=cell.name)
             began = time.monotonic()
-            if self._no_time(cell.trials):
+            if self._no_time(cell.trials, measuring=cell.kind == "format"):
                 row.refused = NO_TIME
             else:
                 try:
                     cell.run(row)
                 except Infeasible as error:
                     row.refused = f"no plan fits: the least takes {format_size(error.least_bytes)}"
+                except LowmemError as error:
+                    row.refused = str(error)
             row.cell_seconds = time.monotonic() - began
             self.rows.append(row)
             set_overheads(self.rows)
@@ -118,8 +124,10 @@ class Suite:
 
     # -- what the cells share --------------------------------------------------------------------------------------
 
-    def _no_time(self, trials: int = 1) -> bool:
-        return self.seconds_left < trials * (self._trial_seconds or _FIRST_GUESS_SECONDS)
+    def _no_time(self, trials: int = 1, measuring: bool = False) -> bool:
+        """`measuring`: the card is timed for a plan, which has its own cost."""
+        needed = trials * (self._trial_seconds or _FIRST_GUESS_SECONDS)
+        return self.seconds_left < needed + (self._measuring_seconds if measuring else 0.0)
 
     def _trial(self, trial: Trial) -> TrialResult:
         began = time.monotonic()
@@ -127,15 +135,51 @@ class Suite:
         self._trial_seconds = max(self._trial_seconds, time.monotonic() - began)
         return result
 
-    def _request(self, vram_bytes: int, batch: int, precision: str, memory_format: str) -> Request:
-        settings = self.setup.settings(vram_bytes, batch, precision, memory_format)
-        return request_of(settings.config, 10, self.setup.pictures if self.on_card else 0)
+    def _request(self, measured: bool) -> Request:
+        """One for all cells, so that what was simulated for one need not be again for another; made at the first use,
+        since the card may have to be asked for it."""
+        if not self._requests:
+            setup = self.setup
+            config = setup.settings(setup.vram_bytes, setup.batch, "fp32", "contiguous").config
+            calibrator = calibrator_of(config, self._tell)
+            asked = request_of(config, 10, setup.pictures if self.on_card else 0, calibrator)
+            room = workspace_cap_bytes() if asked.budget.on_card else 0
+            budget = replace(asked.budget, workspace_bytes=room)
+            self._requests = (asked, replace(asked, calibrator=None, known={}, budget=budget))
+        return self._requests[0 if measured and self._requests[0].calibrator is not None else 1]
 
-    def _choice(self, vram_bytes: int, batch: int, precision: str = "fp32", layout: str = "contiguous") -> Choice:
-        """Planned once. Raises Infeasible."""
-        key = (vram_bytes, batch, precision, layout)
+    def _budget(self, vram_bytes: int, measured: bool) -> Budget:
+        """Of a card with so much memory: the same terms."""
+        budget, full = self._request(measured).budget, self.setup.vram_bytes
+        if vram_bytes == full:
+            return budget
+        config = self.setup.settings(vram_bytes, self.setup.batch, "fp32", "contiguous").config
+        pictures = self.setup.pictures if self.on_card else 0
+        smaller, _ = budget_of(config, pictures, self._request(True).calibrator)
+        return replace(smaller, workspace_bytes=budget.workspace_bytes)
+
+    def _choice(
+        self, vram_bytes: int, batch: int, precision: str = "fp32", layout: str = "contiguous", measured: bool = True
+    ) -> Choice:
+        """Planned once, on a card by what is measured on it; or, not `measured`, by rates and room for workspaces
+        alone, which is quick. Raises Infeasible."""
+        base = self._request(measured)
+        measured = base.calibrator is not None
+        key = (vram_bytes, batch, precision, layout, measured)
         if key not in self._choices:
-            self._choices[key] = choose(self._request(*key))
+            began = time.monotonic()
+            self._choices[key] = choose(
+                replace(
+                    base,
+                    batch=batch,
+                    budget=self._budget(vram_bytes, measured),
+                    precisions=(precision,),
+                    memory_format=layout,
+                    formats={},
+                )
+            )
+            if measured:
+                self._measuring_seconds = max(self._measuring_seconds, time.monotonic() - began)
         return self._choices[key]
 
     def _of(self, way: str, batch: int, precision: str, layout: str, choice: Choice | None = None) -> Trial:
@@ -185,11 +229,12 @@ class Suite:
         self._describe(row, batch, "fp32", "contiguous", None)
         row.facts["save_all"] = way == PLAIN
         if way == PLAIN:
-            plain = self._choice(self.setup.vram_bytes, batch).plain
+            choice = self._choice(self.setup.vram_bytes, batch)
+            plain = choice.plain
             row.predicted_allocated_bytes = plain.estimate.peak_allocated_bytes
             if self.on_card:
                 row.predicted_reserved_bytes = plain.estimate.peak_reserved_bytes
-                row.predicted_step_seconds = plain.seconds
+                row.predicted_step_seconds = choice.plain_seconds
         result = self._trial(self._of(way, batch, "fp32", "contiguous"))
         row.measure(result, self.on_card)
         row.refused = result.refused
@@ -239,7 +284,7 @@ class Suite:
             if self._no_time():
                 return None
             try:
-                self._choice(setup.vram_bytes, batch, precision)
+                self._choice(setup.vram_bytes, batch, precision, measured=False)
             except Infeasible:
                 return False
             return True
@@ -249,7 +294,7 @@ class Suite:
         row.facts = {"planned": found.tried, "refused_by_the_planner": found.fails, "tried": []}
         batch = found.holds
         while batch is not None and not self._no_time():
-            choice = self._choice(setup.vram_bytes, batch, precision)
+            choice = self._choice(setup.vram_bytes, batch, precision, measured=False)
             result = self._trial(replace(self._of(PLANNED, batch, precision, "contiguous", choice), steps=2, warmup=1))
             row.batch = batch
             row.predict(choice, self.on_card)
@@ -298,7 +343,7 @@ class Suite:
         batch = self.setup.batch
         while True:
             try:
-                return self._choice(self.setup.vram_bytes, batch, precision)
+                return self._choice(self.setup.vram_bytes, batch, precision, measured=False)
             except Infeasible:
                 if batch <= self._unit:
                     raise

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowmem.choose.workspace import cap_workspace
 from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan
@@ -41,6 +42,8 @@ def answer(question: Question) -> dict[str, Any]:
     any tensor (largest difference over the tensor's largest value); `noise`: the same of two runs of the untouched
     model. `deterministic_*`: with deterministic kernels, or why there are none. `batch`: what fitted for the untouched
     model, at most the question's."""
+    if question.device == "cuda":
+        cap_workspace()
     batch = question.batch
     while True:
         try:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem.choose.workspace import cap_workspace
 from lowmem.config import Config
 from lowmem.data import Dataset, Pictures
 from lowmem.measure.cap import cap_allocator
@@ -53,6 +54,8 @@ class Question:
 def answer(question: Question) -> dict[str, Any]:
     """`survived`, and how: events, budgets in bytes before and after, and the final weights against those of the
     undisturbed run: the same bits, or the largest relative difference. Raises OutOfMemory if it was not survived."""
+    if question.device == "cuda":
+        cap_workspace()
     if question.cap_bytes is not None and question.device == "cuda":
         cap_allocator(question.cap_bytes)
     plan = Plan.from_json(question.plan)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowmem.bench.trial import OUT_OF_MEMORY, Trial, says_out_of_memory
 from lowmem.bench.ways import PLANNED, executed
+from lowmem.choose.workspace import cap_workspace
 from lowmem.config import OptimConfig
 from lowmem.data import Pictures, TrainBatches, eval_batches
 from lowmem.measure import Meter
@@ -45,6 +46,8 @@ class _Work:
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
         self.cuda = trial.device == "cuda"
+        if self.cuda:
+            cap_workspace()
         # Before CUDA is first used: what the card is fuller by since then is this process's, the context included.
         self.meter = Meter(trial.device)
         self.capped = self.cuda and trial.cap_bytes is not None and cap_allocator(trial.cap_bytes)

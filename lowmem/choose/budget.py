@@ -6,12 +6,12 @@ import sys
 from dataclasses import dataclass
 
 from lowmem.cards import Card, Platform
+from lowmem.choose.workspace import ASSUMED_WORKSPACE_BYTES
 from lowmem.errors import Infeasible
 from lowmem.units import MIB
 
-# Assumed where nothing was measured: what the convolution library takes beside the tensors, and 2 % for whatever no
-# model foresees. Both are printed with every plan.
-ASSUMED_WORKSPACE_BYTES = 256 * MIB
+# Assumed where nothing was measured, and printed as assumed with every plan; the margin is for whatever no model
+# foresees.
 ASSUMED_CONTEXT_BYTES = 400 * MIB
 MARGIN_SHARE = 0.02
 
@@ -19,15 +19,21 @@ MARGIN_SHARE = 0.02
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """`total_bytes` = the other terms + `tensor_bytes`. On the CPU, and for a bare `--vram` without a card, the budget
-    bounds the tensors of the step and nothing else: all other terms are 0."""
+    bounds the tensors of the step and nothing else: all other terms are 0.
+
+    `workspace_bytes` is room left for the convolution library; 0 where its workspace was measured, which makes it a
+    part of the step. `emulated`: a larger card made to behave like one of `total_bytes`.
+    """
 
     total_bytes: int
     others_bytes: int = 0  # the driver, the desktop, other processes
     context_bytes: int = 0
+    context_measured: bool = False
     workspace_bytes: int = 0
     pictures_bytes: int = 0  # the data set, where it is held on the card
     margin_bytes: int = 0
     source: str  # of the total, in words
+    emulated: bool = False
 
     def __post_init__(self) -> None:
         if self.tensor_bytes <= 0:
@@ -49,17 +55,22 @@ class Budget:
         """Whether the caching allocator's segments count, not just the tensors in them."""
         return self.context_bytes > 0
 
-    def rows(self) -> list[tuple[str, int]]:
-        """(term, bytes) in the order of subtraction, for a short table."""
+    def terms(self) -> list[tuple[str, int]]:
+        """(term, bytes) of what is gone before the step's first tensor; terms that are 0 are left out."""
+        how = "measured" if self.context_measured else "assumed"
         named = [
-            (self.source, self.total_bytes),
-            ("others (driver, desktop)", -self.others_bytes),
-            ("CUDA context", -self.context_bytes),
-            ("convolution workspace (assumed)", -self.workspace_bytes),
-            ("training pictures", -self.pictures_bytes),
-            (f"margin ({MARGIN_SHARE:.0%})", -self.margin_bytes),
+            ("others: driver, desktop, processes", self.others_bytes),
+            (f"CUDA context ({how})", self.context_bytes),
+            ("convolution workspace (at most)", self.workspace_bytes),
+            ("training pictures", self.pictures_bytes),
+            (f"margin ({MARGIN_SHARE:.0%})", self.margin_bytes),
         ]
-        return [row for row in named if row[1]] + [("for the step's tensors", self.tensor_bytes)]
+        return [row for row in named if row[1]]
+
+    def rows(self) -> list[tuple[str, int]]:
+        """(term, bytes) in the order of subtraction: the total, what is gone, what is left."""
+        gone = [(name, -size) for name, size in self.terms()]
+        return [(self.source, self.total_bytes), *gone, ("for the step's tensors", self.tensor_bytes)]
 
 
 def tensors_only(total_bytes: int, source: str = "memory budget") -> Budget:
@@ -67,11 +78,17 @@ def tensors_only(total_bytes: int, source: str = "memory budget") -> Budget:
     return Budget(total_bytes=total_bytes, source=source)
 
 
-def of_card(card: Card, vram_bytes: int | None = None, pictures_bytes: int = 0) -> Budget:
+def this_platform() -> Platform:
+    """Without a display: a machine for training. A desktop is `linux_display`, by memory.platform."""
+    return "windows" if sys.platform == "win32" else "linux"
+
+
+def of_card(
+    card: Card, vram_bytes: int | None = None, pictures_bytes: int = 0, platform: Platform | None = None
+) -> Budget:
     """The budget of a card's profile, or of a card like it with another memory. Raises Infeasible."""
     total = card.memory_bytes if vram_bytes is None else vram_bytes
-    platform: Platform = "windows" if sys.platform == "win32" else "linux"
-    usable = int(total * getattr(card.usable, platform))
+    usable = int(total * getattr(card.usable, platform or this_platform()))
     return Budget(
         total_bytes=total,
         others_bytes=total - usable,
@@ -83,19 +100,31 @@ def of_card(card: Card, vram_bytes: int | None = None, pictures_bytes: int = 0) 
     )
 
 
-def of_device(free_bytes: int, total_bytes: int, vram_bytes: int | None = None, pictures_bytes: int = 0) -> Budget:
+def of_device(
+    free_bytes: int,
+    total_bytes: int,
+    vram_bytes: int | None = None,
+    *,
+    name: str = "the card",
+    pictures_bytes: int = 0,
+    context_bytes: int | None = None,
+    workspace_bytes: int = ASSUMED_WORKSPACE_BYTES,
+) -> Budget:
     """The budget of the CUDA device at hand. Its context exists already: `free_bytes` is without it.
 
-    With less `vram_bytes` than the device has the card is emulated; what others use counts all the same.
-    `pictures_bytes`: of the data set, which is held on the card.
+    With less `vram_bytes` than the device has the card is emulated: others count as far as they leave less than that.
+    `context_bytes`: measured, or None. `pictures_bytes`: of the data set, which is held on the card. Raises Infeasible.
     """
     total = total_bytes if vram_bytes is None else min(vram_bytes, total_bytes)
+    context = ASSUMED_CONTEXT_BYTES if context_bytes is None else context_bytes
     return Budget(
         total_bytes=total,
-        others_bytes=max(0, total_bytes - free_bytes - ASSUMED_CONTEXT_BYTES),
-        context_bytes=ASSUMED_CONTEXT_BYTES,
-        workspace_bytes=ASSUMED_WORKSPACE_BYTES,
+        others_bytes=max(0, total - free_bytes - context),
+        context_bytes=context,
+        context_measured=context_bytes is not None,
+        workspace_bytes=workspace_bytes,
         pictures_bytes=pictures_bytes,
         margin_bytes=int(total * MARGIN_SHARE),
-        source="the card" if total == total_bytes else "emulated card",
+        source=name if total == total_bytes else f"emulated card on {name}",
+        emulated=total < total_bytes,
     )

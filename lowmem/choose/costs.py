@@ -1,9 +1,10 @@
-"""A model's chain of costs: every distinct stage simulated once under every policy worth having, seconds by a
-roofline."""
+"""A model's chain of costs: every distinct stage simulated once under every policy worth having; seconds by a
+roofline, or as they were measured on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lowmem.choose.calibration import Seconds
+from lowmem.choose.calibrator import StageTimes
 from lowmem.plan.cost import ChainCost, Operation, OptionCost, Rates, StageCost
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, PolicyKind
 from lowmem.remat import decompose
@@ -18,7 +21,7 @@ from lowmem.remat.block import ConvBlock
 from lowmem.remat.stage import Stage, StagePass
 from lowmem.simulate.stage import Option, OptionMeasure, StageMeasure, measure_chain
 from lowmem.simulate.step import empty_copy
-from lowmem.simulate.trace import Recorder, Work
+from lowmem.simulate.trace import Call, Recorder, Work
 
 
 def policies(stage: Stage) -> tuple[BlockPolicy, ...]:
@@ -41,6 +44,76 @@ def policies(stage: Stage) -> tuple[BlockPolicy, ...]:
     return (*named, *others, *drops, FUSED)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChainMeasure:
+    """What the simulator saw of a chain: bytes and operations, for any card."""
+
+    names: tuple[str, ...]
+    stages: tuple[StageMeasure, ...]
+    parameter_bytes: tuple[int, ...]
+    buffer_bytes: int
+    input_bytes: int
+    optimizer_copies: int
+    accumulation: int
+
+
+def measure_costs(
+    model: nn.Module,
+    *,
+    input_shape: Sequence[int],
+    memory_format: torch.memory_format = torch.contiguous_format,
+    low: torch.dtype | None = None,
+    optimizer_copies: int = 1,
+    accumulation: int = 1,
+    workspace: Callable[[Call], int] | None = None,
+    options: Callable[[Any], Sequence[Option]] | None = None,
+) -> ChainMeasure:
+    """Bytes and operations of a step of `model`, which may be on any device, `meta` included, and is not touched.
+
+    `input_shape`: of one micro-batch, [N, C, H, W], float32. `low`: the dtype of autocast, or None.
+    `optimizer_copies`: tensors of the parameters' size that the optimizer holds (1: momentum). With
+    `accumulation` above 1 the parameters' gradients exist throughout. `workspace`: see `lowmem.simulate.Recorder`.
+    `options`: per stage, by default all that are worth having.
+    """
+    with FakeTensorMode():
+        recorder = Recorder(workspace)
+        copied = empty_copy(model, memory_format)
+        x = torch.empty(tuple(input_shape)).contiguous(memory_format=memory_format)
+        stages = decompose(copied)
+        measures = tuple(measure_chain(stages, options or _options, x, lambda: StagePass(low), recorder))
+        return ChainMeasure(
+            names=tuple(stage.name for stage in stages),
+            stages=measures,
+            parameter_bytes=tuple(p.numel() * p.element_size() for p in copied.parameters()),
+            buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in copied.buffers()),
+            input_bytes=x.numel() * x.element_size(),
+            optimizer_copies=optimizer_copies,
+            accumulation=accumulation,
+        )
+
+
+def calls_of(
+    model: nn.Module, *, input_shape: Sequence[int], memory_format: torch.memory_format, low: torch.dtype | None
+) -> set[Call]:
+    """Every distinct convolution of a step, forward and backward."""
+    calls: set[Call] = set()
+
+    def note(call: Call) -> int:
+        calls.add(call)
+        return 0
+
+    one: list[Option] = [Option(SAVE_ALL)]
+    measure_costs(
+        model,
+        input_shape=input_shape,
+        memory_format=memory_format,
+        low=low,
+        workspace=note,
+        options=lambda stage: one,
+    )
+    return calls
+
+
 def chain_cost(
     model: nn.Module,
     *,
@@ -51,40 +124,86 @@ def chain_cost(
     optimizer_copies: int = 1,
     accumulation: int = 1,
 ) -> ChainCost:
-    """Costs of a step of `model`, which may be on any device, `meta` included, and is not touched.
+    """Costs of a step with seconds by a roofline. Arguments: see `measure_costs`."""
+    measured = measure_costs(
+        model,
+        input_shape=input_shape,
+        memory_format=memory_format,
+        low=low,
+        optimizer_copies=optimizer_copies,
+        accumulation=accumulation,
+    )
+    return price(measured, rates)
 
-    `input_shape`: of one micro-batch, [N, C, H, W], float32. `low`: the dtype of autocast, or None.
-    `optimizer_copies`: tensors of the parameters' size that the optimizer holds (1: momentum). With
-    `accumulation` above 1 the parameters' gradients exist throughout.
-    """
-    with FakeTensorMode():
-        recorder = Recorder()
-        copied = empty_copy(model, memory_format)
-        x = torch.empty(tuple(input_shape)).contiguous(memory_format=memory_format)
-        stages = decompose(copied)
-        measures = list(measure_chain(stages, _options, x, lambda: StagePass(low), recorder))
-        sizes = [parameter.numel() * parameter.element_size() for parameter in copied.parameters()]
-        buffers = sum(buffer.numel() * buffer.element_size() for buffer in copied.buffers())
-        input_bytes = x.numel() * x.element_size()
-    parameters = sum(sizes)
-    grads = parameters if accumulation > 1 else 0
+
+def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None) -> ChainCost:
+    """Seconds for what was simulated: as they were measured on the device, or by a roofline. What did not fit the
+    device when it was measured gets the roofline's seconds, scaled as those of the others."""
+    parameters = sum(measured.parameter_bytes)
+    grads = parameters if measured.accumulation > 1 else 0
     # Copies that undo a step which ran out of memory: of the buffers, and of one parameter and its momentum.
-    undo = buffers + sizes[0] * (1 + optimizer_copies)
-    fixed = parameters * (1 + optimizer_copies) + buffers + undo + input_bytes * accumulation + grads
-    plain = [next(o for o in measure.options if o.option.policy == SAVE_ALL) for measure in measures]
+    undo = measured.buffer_bytes + measured.parameter_bytes[0] * (1 + measured.optimizer_copies)
+    fixed = parameters * (1 + measured.optimizer_copies) + measured.buffer_bytes + undo
+    fixed += measured.input_bytes * measured.accumulation + grads
+    plain = [next(o for o in stage.options if o.option.policy == SAVE_ALL) for stage in measured.stages]
     work = [work for option in plain for work in (*option.forward_work, *option.backward_work)]
+    clock = _Clock(rates, times, measured.stages)
     return ChainCost(
         stages=tuple(
-            _stage_cost(stage.name, measure, rates, accumulation)
-            for stage, measure in zip(stages, measures, strict=True)
+            _stage_cost(name, stage, clock, measured.accumulation)
+            for name, stage in zip(measured.names, measured.stages, strict=True)
         ),
-        output_bytes=measures[-1].output_bytes,
-        output_grad_bytes=measures[-1].output_bytes,
+        output_bytes=measured.stages[-1].output_bytes,
+        output_grad_bytes=measured.stages[-1].output_bytes,
         fixed_bytes=fixed,
         outside_peak_bytes=fixed - grads + parameters,  # the fused update allocates nothing
-        plain_seconds=_seconds(rates, work),
+        outside_seconds=0.0 if times is None else times.outside_seconds,
+        plain_seconds=sum(clock.plain(stage) for stage in measured.stages),
         plain_flops=sum(one.flops for one in work),
     )
+
+
+class _Clock:
+    """Seconds of everything a stage can do: measured ones, else the roofline's."""
+
+    def __init__(self, rates: Rates, times: StageTimes | None, stages: Sequence[StageMeasure]) -> None:
+        self.rates, self.times = rates, times
+        self.scale = 1.0
+        if times is not None:
+            pairs = [(times.plain_seconds(stage), self._roofline_plain(stage)) for stage in stages]
+            known = [(seconds, guess) for seconds, guess in pairs if seconds is not None]
+            if known:
+                self.scale = sum(seconds for seconds, _ in known) / sum(guess for _, guess in known)
+
+    def option(self, stage: StageMeasure, option: OptionMeasure) -> Seconds:
+        found = None if self.times is None else self.times.option(stage, option.option)
+        if found is not None:
+            return found
+        return Seconds(
+            self._roofline(option.forward_work),
+            self._roofline(option.backward_work),
+            self._roofline(option.restore_work),
+        )
+
+    def fast(self, stage: StageMeasure) -> float:
+        found = None if self.times is None else self.times.fast_seconds(stage)
+        return self._roofline(stage.fast_work) if found is None else found
+
+    def plain(self, stage: StageMeasure) -> float:
+        """Under autograd."""
+        found = None if self.times is None else self.times.plain_seconds(stage)
+        return self.scale * self._roofline_plain(stage) if found is None else found
+
+    def _roofline_plain(self, stage: StageMeasure) -> float:
+        plain = next(option for option in stage.options if option.option.policy == SAVE_ALL)
+        return self.rates.seconds(_operations((*plain.forward_work, *plain.backward_work)))
+
+    def _roofline(self, work: Iterable[Work]) -> float:
+        return self.scale * self.rates.seconds(_operations(work))
+
+
+def _operations(work: Iterable[Work]) -> Iterator[Operation]:
+    return (Operation(one.flops, one.moved_bytes) for one in work)
 
 
 def _options(stage: Any) -> list[Option]:
@@ -94,36 +213,33 @@ def _options(stage: Any) -> list[Option]:
     return [*usual, *lasts]
 
 
-def _stage_cost(name: str, measure: StageMeasure, rates: Rates, accumulation: int) -> StageCost:
+def _stage_cost(name: str, measure: StageMeasure, clock: _Clock, accumulation: int) -> StageCost:
+    options = [(one.option.last, _option_cost(one, clock.option(measure, one))) for one in measure.options]
     return StageCost(
         name=name,
         input_bytes=measure.input_bytes,
         input_grad_bytes=measure.input_grad_bytes,
-        options=tuple(_option_cost(one, rates) for one in measure.options if not one.option.last),
-        last_options=tuple(_option_cost(one, rates) for one in measure.options if one.option.last),
-        fast_seconds=_seconds(rates, measure.fast_work),
+        options=tuple(cost for last, cost in options if not last),
+        last_options=tuple(cost for last, cost in options if last),
+        fast_seconds=clock.fast(measure),
         fast_temp_bytes=measure.fast_temp_bytes,
         fast_flops=sum(work.flops for work in measure.fast_work),
         param_grad_bytes=measure.param_grad_bytes if accumulation == 1 else 0,
     )
 
 
-def _option_cost(measure: OptionMeasure, rates: Rates) -> OptionCost:
+def _option_cost(measure: OptionMeasure, seconds: Seconds) -> OptionCost:
     return OptionCost(
         policy=measure.option.policy,
-        forward_seconds=_seconds(rates, measure.forward_work),
-        backward_seconds=_seconds(rates, measure.backward_work),
+        forward_seconds=seconds.forward,
+        backward_seconds=seconds.backward,
         kept_bytes=measure.kept_bytes,
         forward_temp_bytes=measure.forward_temp_bytes,
         backward_temp_bytes=measure.backward_temp_bytes,
         forward_flops=sum(work.flops for work in measure.forward_work),
         backward_flops=sum(work.flops for work in measure.backward_work),
-        restore_seconds=_seconds(rates, measure.restore_work),
+        restore_seconds=seconds.restore,
         restore_temp_bytes=measure.restore_temp_bytes,
         restore_flops=sum(work.flops for work in measure.restore_work),
         restored_bytes=measure.restored_bytes,
     )
-
-
-def _seconds(rates: Rates, work: Iterable[Work]) -> float:
-    return rates.seconds(Operation(one.flops, one.moved_bytes) for one in work)

@@ -9,10 +9,10 @@ from lowmem.errors import PreflightError
 from lowmem.settings import Settings
 
 
-def resolve_execution(settings: Settings, *, leave_precision: bool = False) -> Settings:
+def resolve_execution(settings: Settings, *, planned: bool = False) -> Settings:
     """The settings with every `auto` of the train section replaced; the reason stands where the source stood.
 
-    `leave_precision`: a plan will decide that one.
+    `planned`: a plan will decide the precision and, where the device is measured, the memory format.
 
     Raises PreflightError if CUDA is asked for and there is none.
     """
@@ -21,15 +21,28 @@ def resolve_execution(settings: Settings, *, leave_precision: bool = False) -> S
     chosen: dict[str, tuple[str, str]] = {}
     if train.device == "auto":
         chosen["train.device"] = (device, f"auto: {why_device}")
-    if train.precision == "auto" and not leave_precision:
+    if train.precision == "auto" and not planned:
         precision, why = _precision(device)
         chosen["train.precision"] = (precision, f"auto: {why}")
-    if train.memory_format == "auto":
+    if train.memory_format == "auto" and not (planned and calibrates(settings.config, device)):
         memory_format, why = _memory_format(device, settings.config.model.width)
         chosen["train.memory_format"] = (memory_format, f"auto: {why}")
     for key, (value, why) in chosen.items():
         settings = settings.replace({key: value}, why)
     return settings
+
+
+def calibrates(config: Config, device: str) -> bool:
+    """Whether predictions are to follow what is measured on the device: not for another card than the one at hand."""
+    if config.memory.card is not None or config.memory.calibrate == "never":
+        return False
+    return device == "cuda" or config.memory.calibrate == "always"
+
+
+def safe_formats(device: str, width: int) -> tuple[str, ...]:
+    """Memory formats that the library computes rightly in every precision."""
+    unsafe = device == "cpu" and width < SAFE_WIDTH and torch.get_num_threads() > 1
+    return ("contiguous",) if unsafe else ("contiguous", "channels-last")
 
 
 def require_device(device: str) -> None:

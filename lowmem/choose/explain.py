@@ -62,19 +62,47 @@ def inexact(plan: Plan) -> str:
     )
 
 
+def memory_table(choice: Choice) -> list[tuple[str, int]]:
+    """Where the memory goes, (term, bytes): the whole first, then parts that add up to it. The step's parts are those
+    at the moment of its peak."""
+    budget, taken = choice.budget, choice.simulated.estimate
+    rows = [(budget.source, budget.total_bytes), *budget.terms()]
+    rows += [(_KINDS.get(kind, kind), size) for kind, size in taken.at_peak_bytes.items() if size]
+    step = sum(taken.at_peak_bytes.values())
+    if budget.on_card:
+        # Rounding of sizes, gaps between blocks, and segments that are cached for another size.
+        rows.append(("fragmentation", taken.peak_reserved_bytes - step))
+        step = taken.peak_reserved_bytes
+    return [*rows, ("free", budget.tensor_bytes - step)]
+
+
+_KINDS = {
+    "params": "parameters and buffers",
+    "grads": "gradients",
+    "optimizer": "momentum",
+    "activations": "activations, the batch included",
+    "temporary": "temporary tensors",
+    "workspace": "convolution workspace (measured)",
+}
+
+
+def memory_lines(choice: Choice) -> list[str]:
+    """`memory_table` as text."""
+    (source, total), *parts = memory_table(choice)
+    lines = [f"Where {format_size(total)} go ({source})"]
+    return lines + [f"  {name:<36}{format_size(size):>12}" for name, size in parts]
+
+
 def in_full(choice: Choice) -> str:
     """The whole of `lowmem plan`: where the memory goes, what is chosen and why, the blocks, what was refused."""
     plan, plain = choice.plan, choice.plain.estimate
-    lines = ["Where the memory goes"]
-    lines += [f"  {name:<34}{_signed(size):>12}" for name, size in choice.budget.rows()]
-    lines += ["", "What the step takes"]
-    lines += [f"  {kind:<34}{format_size(size):>12}" for kind, size in choice.simulated.estimate.at_peak_bytes.items()]
-    lines += [f"  {'at the peak':<34}{format_size(plan.predicted.peak_allocated_bytes):>12}"]
-    lines += [f"  {'plain PyTorch, for comparison':<34}{format_size(plain.peak_allocated_bytes):>12}"]
+    lines = [*memory_lines(choice), ""]
+    lines += [f"  {'tensors at the peak of a step':<36}{format_size(plan.predicted.peak_allocated_bytes):>12}"]
+    lines += [f"  {'plain PyTorch, for comparison':<36}{format_size(plain.peak_allocated_bytes):>12}"]
     if plan.predicted.device_bytes is not None:
         reserved = format_size(plan.predicted.peak_reserved_bytes)
-        lines += [f"  {'the allocator holds (reserved)':<34}{reserved:>12}"]
-        lines += [f"  {'on the card in all':<34}{format_size(plan.predicted.device_bytes):>12}"]
+        lines += [f"  {'the allocator holds (reserved)':<36}{reserved:>12}"]
+        lines += [f"  {'on the card in all':<36}{format_size(plan.predicted.device_bytes):>12}"]
     lines += ["", *_why(choice), "", picture.text(plan.schedule, plan.stages), "", "Candidates"]
     for candidate in plan.candidates:
         verdict = f"refused: {candidate.refused_because}" if candidate.refused_because else "chosen"
@@ -83,15 +111,11 @@ def in_full(choice: Choice) -> str:
     return "\n".join(lines)
 
 
-def _signed(size: int) -> str:
-    return f"-{format_size(-size)}" if size < 0 else format_size(size)
-
-
 def _why(choice: Choice) -> list[str]:
     plan = choice.plan
     flops = plan.predicted.extra_flops or 0
     lines = [
-        f"Batch {plan.batch}, {plan.precision}, {plan.memory_format}: {cost(plan)}.",
+        f"Batch {plan.batch}, {plan.precision}, {plan.memory_format}: {cost(plan)}; seconds are {choice.seconds_from}.",
         "A training step keeps what every layer computed until the way back through the network has used it; that is",
         "what fills a card. This plan keeps a part of it and computes the rest again when it is needed",
         f"(rematerialization: {flops / 1e9:,.0f} GFLOP more a step). Loss and gradients stay the same.",

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import sqrt
 
-from lowmem.choose.planning import Choice, predict
+from lowmem.choose.fit import predict, seconds_of
+from lowmem.choose.request import Choice
 from lowmem.choose.simulated import Simulated, simulate_step
 from lowmem.errors import Infeasible
 from lowmem.plan.record import Plan
@@ -29,7 +30,7 @@ def ladder(choice: Choice) -> tuple[Plan, ...]:
     solver = Solver(choice.chain, limit_bytes=choice.budget.tensor_bytes)
     above, rungs = choice.simulated, list[Plan]()
     for solution in _solutions(solver, choice.simulated.estimate.peak_allocated_bytes):
-        simulated = simulate_step(choice.shape, solution.schedule, choice.rates)
+        simulated = simulate_step(choice.shape, solution.schedule, choice.rates, workspace=choice.workspace)
         if _size(choice, simulated) < _size(choice, above) and _peak(simulated) < _peak(above):
             rungs.append(_rung(choice, solution, simulated))
             above = simulated
@@ -69,11 +70,12 @@ def _size(choice: Choice, simulated: Simulated) -> int:
 
 
 def _rung(choice: Choice, solution: Solution, simulated: Simulated) -> Plan:
+    seconds = seconds_of(choice.chain, choice.shape, choice.timed, solution, simulated)
     return replace(
         choice.plan,
         budget_bytes=_size(choice, simulated),
         schedule=solution.schedule,
-        predicted=predict(choice.budget, simulated, choice.plain),
+        predicted=predict(choice.budget, simulated, choice.plain, seconds, choice.plain_seconds),
         candidates=(),
         ladder=(),
     )

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
-from lowmem.cards import Card, find_card, load_card
-from lowmem.choose.budget import Budget, of_card, of_device, tensors_only
-from lowmem.choose.execution import has_tensor_cores
-from lowmem.choose.planning import REFERENCE_CARD, Choice, Request, card_rates, choose, precision_order
+from lowmem.cards import Card, Platform, find_card, load_card
+from lowmem.choose.budget import ASSUMED_CONTEXT_BYTES, Budget, of_card, of_device, tensors_only
+from lowmem.choose.calibration import Calibration
+from lowmem.choose.calibrator import Calibrator, Progress
+from lowmem.choose.describe import describe_card
+from lowmem.choose.device import CONTEXT, DeviceFacts, ask_device, cpu_identity
+from lowmem.choose.execution import calibrates
+from lowmem.choose.modes import by_kind, by_measurement
+from lowmem.choose.planning import REFERENCE_CARD, choose
+from lowmem.choose.request import Choice, Request, card_rates
+from lowmem.choose.workspace import cap_workspace, workspace_cap_bytes
 from lowmem.config import Config
 from lowmem.errors import Infeasible, UsageError
 from lowmem.models import skeleton
@@ -26,28 +34,121 @@ def wants_plan(config: Config) -> bool:
     return memory.vram is not None or memory.card is not None or config.train.device == "cuda"
 
 
-def budget_of(config: Config, train_pictures: int = 0) -> tuple[Budget, Card | None]:
-    """The budget for the step's tensors and, where it is known, the card whose rates predict time.
+def budget_of(
+    config: Config, train_pictures: int = 0, calibrator: Calibrator | None = None
+) -> tuple[Budget, Card | None]:
+    """The budget for the step's tensors and, where it is known, the card whose rates predict time. `calibrator`: of the
+    device at hand, if predictions are to follow what is measured on it.
 
-    Raises UsageError for an unknown card or where there is nothing to fit into, Infeasible for too small a card.
+    Raises UsageError for an unknown card or where there is nothing to fit into, Infeasible for too small a card,
+    PreflightError for a CUDA device that does not answer.
     """
     memory = config.memory
     pictures_bytes = train_pictures * _PICTURE_BYTES
     if memory.card is not None:
         card = load_card(memory.card)
-        return of_card(card, memory.vram, pictures_bytes), card
+        return of_card(card, memory.vram, pictures_bytes, _platform(config)), card
     if config.train.device == "cuda" and torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        return of_device(free, total, memory.vram, pictures_bytes), find_card(torch.cuda.get_device_name(), total)
+        cap_workspace()
+        facts = (calibrator.facts if calibrator is not None else None) or ask_device()
+        budget = of_device(
+            facts.free_bytes,
+            facts.total_bytes,
+            memory.vram,
+            name=facts.name,
+            pictures_bytes=pictures_bytes,
+            context_bytes=facts.context_bytes,
+            # Measured workspaces are a part of the simulated step.
+            workspace_bytes=workspace_cap_bytes() if calibrator is None else 0,
+        )
+        return budget, card_of(facts, calibrator)
     if memory.vram is None:
         raise UsageError("there is nothing to fit into: give --vram, like --vram 6G, or --card, like --card gtx1060-6g")
     return tensors_only(memory.vram), None
 
 
-def request_of(config: Config, num_classes: int = 10, train_pictures: int = 0) -> Request:
+def card_of(facts: DeviceFacts, calibrator: Calibrator | None) -> Card | None:
+    """The shipped profile of a device; else one made of what its driver tells and what is measured; None without."""
+    known = find_card(facts.name, facts.total_bytes)
+    rates = None if known is not None or calibrator is None else calibrator.rates()
+    if rates is None:
+        return known
+    return describe_card(
+        facts.name,
+        memory_bytes=facts.total_bytes,
+        capability=facts.capability,
+        context_bytes=ASSUMED_CONTEXT_BYTES if facts.context_bytes is None else facts.context_bytes,
+        rates=rates,
+        link=facts.link,
+    )
+
+
+def _platform(config: Config) -> Platform | None:
+    chosen = config.memory.platform
+    if chosen == "auto":
+        return None
+    return "linux_display" if chosen == "linux-display" else chosen
+
+
+def calibrator_of(config: Config, progress: Progress = lambda text: None, *, fresh: bool = False) -> Calibrator | None:
+    """What measures the device at hand, if predictions are to follow it. `fresh`: measure everything again.
+
+    Raises PreflightError for a CUDA device that does not answer."""
+    device = config.train.device
+    if not calibrates(config, device) or (device == "cuda" and not torch.cuda.is_available()):
+        return None
+    if device == "cuda":
+        cap_workspace()
+        facts = ask_device()
+        calibration = Calibration(facts.identity, Calibration.usual_folder())
+        facts = _with_context(facts, calibration)
+    else:
+        facts, calibration = None, Calibration(cpu_identity(), Calibration.usual_folder())
+    if fresh:
+        calibration.clear()
+    return Calibrator(device, calibration, progress, facts=facts)
+
+
+def _with_context(facts: DeviceFacts, calibration: Calibration) -> DeviceFacts:
+    """What could not be told now was perhaps told before."""
+    if facts.context_bytes is None:
+        return replace(facts, context_bytes=calibration.size_bytes(CONTEXT))
+    calibration.put_size(CONTEXT, facts.context_bytes)
+    calibration.save()
+    return facts
+
+
+def request_of(
+    config: Config, num_classes: int = 10, train_pictures: int = 0, calibrator: Calibrator | None = None
+) -> Request:
     """What `choose` needs to know of a run. Raises as `budget_of` does, and UsageError for settings at odds."""
-    budget, card = budget_of(config, train_pictures)
-    model, micro_batch = config.model, config.train.micro_batch
+    _check_micro_batch(config)
+    budget, card = budget_of(config, train_pictures, calibrator)
+    spec = config.model
+    model = skeleton(spec.arch, spec.block, width=spec.width, num_classes=num_classes)
+    if calibrator is not None:
+        modes = by_measurement(config, model, calibrator)
+    else:
+        modes = by_kind(config, card is not None and card.tensor_cores)
+    rated = card or load_card(REFERENCE_CARD)
+    return Request(
+        model=model,
+        batch=config.train.batch,
+        budget=budget,
+        rates=card_rates(rated),
+        rates_from=f"by the datasheet of a {rated.name}",
+        precisions=modes.precisions,
+        formats=modes.formats,
+        reasons=modes.reasons,
+        calibrator=calibrator,
+        micro_batch=config.train.micro_batch,
+        allow_accumulation=config.memory.allow_accumulation,
+        momentum=config.optim.momentum > 0,
+    )
+
+
+def _check_micro_batch(config: Config) -> None:
+    micro_batch = config.train.micro_batch
     if micro_batch is not None and config.memory.auto_batch:
         raise UsageError("--batch auto chooses a batch that fits in one piece: leave --micro-batch out")
     if micro_batch is not None and micro_batch < config.train.batch and not config.memory.allow_accumulation:
@@ -55,30 +156,24 @@ def request_of(config: Config, num_classes: int = 10, train_pictures: int = 0) -
             f"--micro-batch {micro_batch} accumulates up to the batch of {config.train.batch}, and "
             "memory.allow_accumulation=false forbids it: leave one of them out"
         )
-    if card is None and config.train.device == "cuda" and torch.cuda.is_available():
-        tensor_cores = has_tensor_cores()
-    else:
-        tensor_cores = card is not None and card.tensor_cores
-    layout = config.train.memory_format
-    return Request(
-        model=skeleton(model.arch, model.block, width=model.width, num_classes=num_classes),
-        batch=config.train.batch,
-        budget=budget,
-        rates=card_rates(card or load_card(REFERENCE_CARD)),
-        precisions=precision_order(config.train.precision, tensor_cores),
-        memory_format=("channels-last" if tensor_cores else "contiguous") if layout == "auto" else layout,
-        micro_batch=config.train.micro_batch,
-        allow_accumulation=config.memory.allow_accumulation,
-        momentum=config.optim.momentum > 0,
-    )
 
 
-def plan_run(settings: Settings, num_classes: int = 10, train_pictures: int | None = None) -> tuple[Settings, Choice]:
+def plan_run(
+    settings: Settings,
+    num_classes: int = 10,
+    train_pictures: int | None = None,
+    *,
+    progress: Progress = lambda text: None,
+    recalibrate: bool = False,
+) -> tuple[Settings, Choice]:
     """The settings with what the plan decided (precision, memory format, and with `--batch auto` batch and learning
-    rate), and the choice. Raises Infeasible, UsageError."""
-    request = request_of(settings.config, num_classes, train_pictures or 0)
+    rate), and the choice. `progress` hears what takes seconds; `recalibrate`: measure the device again.
+
+    Raises Infeasible, UsageError, PreflightError."""
+    calibrator = calibrator_of(settings.config, progress, fresh=recalibrate)
+    request = request_of(settings.config, num_classes, train_pictures or 0, calibrator)
     choice = ranked(request, settings.config, train_pictures)[0]
-    return settle(settings, choice), choice
+    return settle(settings, choice, request.reasons), choice
 
 
 def ranked(request: Request, config: Config, train_pictures: int | None) -> list[Choice]:
@@ -88,30 +183,36 @@ def ranked(request: Request, config: Config, train_pictures: int | None) -> list
     return _batches(request, train_pictures) if config.memory.auto_batch else [choose(request)]
 
 
-def settle(settings: Settings, choice: Choice) -> Settings:
-    """The settings with what the choice decided."""
+def settle(settings: Settings, choice: Choice, reasons: Mapping[str, str]) -> Settings:
+    """The settings with what the choice decided; `reasons`: setting -> why."""
     if settings.config.memory.auto_batch:
         settings = _follow_batch(settings, choice.plan.batch)
-    plan = choice.plan
-    decided: dict[str, object] = {}
-    if settings.config.train.precision != plan.precision:
-        decided["train.precision"] = plan.precision
-    if settings.config.train.memory_format != plan.memory_format:
-        decided["train.memory_format"] = plan.memory_format
-    return settings.replace(decided, "auto: the plan") if decided else settings
+    plan, train = choice.plan, settings.config.train
+    before: dict[str, object] = {"train.precision": train.precision, "train.memory_format": train.memory_format}
+    after: dict[str, object] = {"train.precision": plan.precision, "train.memory_format": plan.memory_format}
+    for key, value in after.items():
+        if before[key] != value:
+            settings = settings.replace({key: value}, reasons.get(key, "auto: the plan"))
+    return settings
 
 
-def replan(config: Config, recorded: Plan, num_classes: int = 10, train_pictures: int = 0) -> Choice:
+def replan(
+    config: Config,
+    recorded: Plan,
+    num_classes: int = 10,
+    train_pictures: int = 0,
+    progress: Progress = lambda text: None,
+) -> Choice:
     """A plan for another budget that computes what the recorded one does: same precision, format and micro-batch.
 
     Raises Infeasible."""
-    request = request_of(config, num_classes, train_pictures)
+    request = request_of(config, num_classes, train_pictures, calibrator_of(config, progress))
     return choose(
         replace(
             request,
             batch=recorded.batch,
             precisions=(recorded.precision,),
-            memory_format=recorded.memory_format,
+            formats={recorded.precision: recorded.memory_format},
             micro_batch=recorded.micro_batch,
             settled=True,
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowmem.plan.cost import Operation, Rates
 from lowmem.plan.policy import Schedule
 from lowmem.remat import apply_plan
-from lowmem.simulate import DeviceFull, Estimate, Loop, empty_copy, estimate, trace_steps, warm_up
+from lowmem.simulate import Call, DeviceFull, Estimate, Loop, empty_copy, estimate, trace_steps, warm_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +58,17 @@ class Simulated:
 
 
 def simulate_step(
-    shape: StepShape, schedule: Schedule | None, rates: Rates, capacity_bytes: int | None = None
+    shape: StepShape,
+    schedule: Schedule | None,
+    rates: Rates,
+    capacity_bytes: int | None = None,
+    workspace: Callable[[Call], int] | None = None,
 ) -> Simulated:
-    """Runs the real executor (or, for None, the untouched model under autograd) and optimizer on fake tensors."""
-    trace = trace_steps(_loop_builder(shape, schedule), steps=1)
+    """Runs the real executor (or, for None, the untouched model under autograd) and optimizer on fake tensors.
+
+    `capacity_bytes`: of the allocator; None: no limit. `workspace`: see `lowmem.simulate.Recorder`.
+    """
+    trace = trace_steps(_loop_builder(shape, schedule), steps=1, workspace=workspace)
     work = (Operation(one.flops, one.moved_bytes) for one in trace.work if one.phase != "setup")
     try:
         taken, fits = estimate(trace, capacity_bytes), True

@@ -229,6 +229,8 @@ def plan(
     memory_format: Annotated[Text, typer.Option(help="auto, contiguous or channels-last.")] = None,
     config: Annotated[Optional[Path], typer.Option(help="YAML file of settings.")] = None,  # noqa: UP045
     set_: Sets = [],  # noqa: B006
+    device: Device = None,
+    recalibrate: Annotated[bool, typer.Option(help="Measure this machine's card again, and plan by that.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     curve: Annotated[Optional[Path], typer.Option(help="Draw memory against time to this PNG.")] = None,  # noqa: UP045
 ) -> None:
@@ -243,10 +245,11 @@ def plan(
         "train.micro_batch": micro_batch,
         "train.precision": precision,
         "train.memory_format": memory_format,
+        "train.device": device,
         "memory.vram": vram,
         "memory.card": card,
     }
     settings = gather(config_file=config, flags=flags, sets=set_)
     from lowmem.cli.show_plan import show_plan
 
-    show_plan(settings, as_json, curve)
+    show_plan(settings, as_json, curve, recalibrate)

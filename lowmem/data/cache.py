@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -19,19 +18,6 @@ from torch import Tensor
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1
-
-
-def user_cache_folder() -> Path:
-    """The folder for files that can be made again, by the platform's custom, with `lowmem` at its end."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
-        return Path(base) / "lowmem" / "Cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "lowmem"
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: a relative path is to be ignored.
-    base = named if Path(named).is_absolute() else str(Path.home() / ".cache")
-    return Path(base) / "lowmem"
 
 
 def read(folder: Path, signature: str) -> dict[str, Tensor] | None:

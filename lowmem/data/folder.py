@@ -25,6 +25,7 @@ from PIL import Image
 from lowmem.data import cache as cached
 from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Progress, Source
 from lowmem.errors import DataError
+from lowmem.places import user_cache_folder
 
 PARTS = ("train", "test")
 FILTER = Image.Resampling.BICUBIC
@@ -55,7 +56,7 @@ def read(path: str | Path, *, cache: str | Path | None, progress: Progress | Non
     """
     root = Path(path).expanduser().resolve()
     classes, parts = scan(root)
-    keep = (Path(cache).expanduser() if cache else cached.user_cache_folder()) / _cache_name(root)
+    keep = (Path(cache).expanduser() if cache else user_cache_folder()) / _cache_name(root)
     signature = _signature(root, classes, parts)
     pictures = _from_cache(keep, signature, parts)
     if pictures is None:

@@ -80,6 +80,19 @@ class ConvBlock:
         if unknown:
             raise ValueError(f"stage {self.name} has no {', '.join(unknown)}: it has {', '.join(sorted(self.tensors))}")
 
+    def plain(self, x: Tensor) -> Tensor:
+        """The output as the model's own modules compute it, for autograd to record."""
+        y = x
+        for k, pair in enumerate(self.pairs, start=1):
+            y = pair.bn(pair.conv(y))
+            if k < len(self.pairs):
+                y = torch.relu(y)
+        if self.projection is not None:
+            y = y + self.projection.bn(self.projection.conv(x))
+        elif self.identity:
+            y = y + x
+        return torch.relu(y)
+
     def forward(
         self,
         box: Box,

@@ -3,10 +3,11 @@
 from lowmem.simulate.allocator import Allocator, DeviceFull
 from lowmem.simulate.estimate import Estimate, estimate
 from lowmem.simulate.step import Loop, empty_copy, trace_steps, warm_up
-from lowmem.simulate.trace import Event, Kind, Recorder, Trace, Work
+from lowmem.simulate.trace import Call, Event, Kind, Recorder, Trace, Work
 
 __all__ = [
     "Allocator",
+    "Call",
     "DeviceFull",
     "Estimate",
     "Event",

@@ -60,8 +60,9 @@ class OptionMeasure:
 
 @dataclass(frozen=True, kw_only=True)
 class StageMeasure:
-    """One stage. `fast_*` is the forward that keeps nothing."""
+    """One stage. `fast_*` is the forward that keeps nothing. `key`: stages with equal keys cost the same."""
 
+    key: Hashable
     input_bytes: int
     input_grad_bytes: int
     output_bytes: int
@@ -91,7 +92,7 @@ def measure_chain(
             key = (stage.signature, trainable, x.shape, x.stride(), x.dtype, need_input, masked)
             if key not in known:
                 bench = _Bench(stage, x, new_memo, need_input, masked, recorder)
-                known[key] = bench.measure(options(stage))
+                known[key] = bench.measure(key, options(stage))
             yield known[key]
             y, _ = stage.forward([x], None, new_memo(), need_input=False)
             assert y is not None
@@ -114,7 +115,7 @@ class _Bench:
         self.stage, self.x, self.new_memo = stage, x, new_memo
         self.need_input, self.masked, self.recorder = need_input, masked, recorder
 
-    def measure(self, options: Sequence[Option]) -> StageMeasure:
+    def measure(self, key: Hashable, options: Sequence[Option]) -> StageMeasure:
         start = self._mark()
         y = self.stage.forward([self.x], None, self.new_memo(), need_input=False)[0]
         assert y is not None
@@ -123,6 +124,7 @@ class _Bench:
         measured = [self._option(option, y.detach(), output) for option in options]
         parameters = sum(_size(parameter) for parameter in self.stage.parameters() if parameter.requires_grad)
         return StageMeasure(
+            key=key,
             input_bytes=_size(self.x),
             input_grad_bytes=_size(self.x) if self.need_input else 0,
             output_bytes=output,

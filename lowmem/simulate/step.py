@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from lowmem.simulate.trace import Kind, Recorder, Trace
+from lowmem.simulate.trace import Call, Kind, Recorder, Trace
 
 
 @dataclass
@@ -58,15 +58,18 @@ def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
         yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
-def trace_steps(build: Callable[[], Loop], steps: int = 2, *, fake: bool = True) -> Trace:
+def trace_steps(
+    build: Callable[[], Loop], steps: int = 2, *, fake: bool = True, workspace: Callable[[Call], int] | None = None
+) -> Trace:
     """Builds the loop and runs it -> everything that was allocated and freed, in phases `setup`, `forward`,
     `backward` and `optimizer`.
 
     Two steps are the least that shows the peak, because momentum comes to exist in the first (see
     `warm_up`). With `fake` nothing is allocated for real; without, the same is recorded of real tensors.
+    `workspace`: see `Recorder`.
     """
     with _fake_mode(fake):
-        recorder = Recorder()
+        recorder = Recorder(workspace)
         with recorder:
             loop = build()
             recorder.adopt((*loop.model.parameters(), *loop.model.buffers()), Kind.PARAMS)

@@ -2,14 +2,14 @@
 
 On fake tensors (`torch._subclasses.FakeTensorMode`) nothing is computed and nothing allocated, but the code,
 the sizes and the lifetimes are the real ones: the executor is its own model of memory (invariant 5). Sizes
-are those of storages, so views cost nothing. Buffers inside a kernel are not seen (the convolution library's
-workspace).
+are those of storages, so views cost nothing. Buffers inside a kernel are not seen; the convolution library's
+workspace is counted if the recorder is told how large it is for a call (it was measured on a card).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -31,6 +31,7 @@ class Kind(StrEnum):
     OPTIMIZER = "optimizer"
     ACTIVATIONS = "activations"  # made in one phase, freed in a later one
     TEMPORARY = "temporary"  # made and freed in the same phase
+    WORKSPACE = "workspace"  # inside a convolution, from the same allocator
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,30 @@ class Work:
     flops: int
     moved_bytes: int
     phase: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A convolution (forward: input, weight, bias; backward: gradient, input, weight), told apart by all that the
+    library chooses its algorithm by.
+
+    `tensors`: (shape, strides, dtype) of these three, None for one that is not given; `rest`: stride and all that
+    follows it. Hashable, and the same from fake and real tensors.
+    """
+
+    operation: str
+    tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], str] | None, ...]
+    rest: tuple[object, ...]
+
+
+def call_of(func: Any, args: tuple[Any, ...]) -> Call | None:
+    """None for anything but a convolution."""
+    if func not in _CONVOLUTIONS:
+        return None
+    tensors = tuple(None if t is None else (tuple(t.shape), tuple(t.stride()), str(t.dtype)) for t in args[:3])
+    # The sizes of the backward's bias: autograd and the executor write "none" differently.
+    rest = args[4:] if func is torch.ops.aten.convolution_backward.default else args[3:]
+    return Call(str(func), tensors, tuple(tuple(one) if isinstance(one, (list, tuple)) else one for one in rest))
 
 
 @dataclass
@@ -89,11 +114,13 @@ class Trace:
 
 class Recorder(TorchDispatchMode):
     """Records what runs inside it. Enter it inside the fake mode, if there is one, and before the tensors are
-    made; those made earlier are only seen if `adopt`ed."""
+    made; those made earlier are only seen if `adopt`ed. `workspace`: bytes that a convolution takes beside its
+    operands and results while it runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, workspace: Callable[[Call], int] | None = None) -> None:
         super().__init__()
         self.trace = Trace()
+        self._workspace = workspace
         self.phase_name = "setup"
         self._numbers: dict[int, int] = {}  # address of a living storage -> its number in the trace
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -110,6 +137,8 @@ class Recorder(TorchDispatchMode):
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in outputs:
             self._see(tensor, str(func))
+        if self._workspace is not None and (call := call_of(func, args)) is not None:
+            self._take(self._workspace(call), str(func))
         work = _work(func, args, kwargs, outputs, result, self.phase_name)
         if work is not None:
             self.trace.work.append(work)
@@ -129,6 +158,14 @@ class Recorder(TorchDispatchMode):
         for tensor in tensors:
             if tensor is not None:
                 self.trace.kinds[self._see(tensor, "adopt")] = kind
+
+    def _take(self, size: int, operation: str) -> None:
+        """A buffer inside a kernel: there when all results are, and gone with it."""
+        if size:
+            self._count += 1
+            self.trace.kinds[self._count] = Kind.WORKSPACE
+            self.trace.events.append(Event(self._count, size, self.phase_name, operation))
+            self.trace.events.append(Event(self._count, -size, self.phase_name, ""))
 
     def _see(self, tensor: Tensor, operation: str) -> int:
         storage = tensor.untyped_storage()
@@ -169,6 +206,8 @@ def _work(
     moved = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
     return Work(str(func), flops, moved, phase)
 
+
+_CONVOLUTIONS = frozenset({torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default})
 
 # Fake tensors take milliseconds over these, to find that results given in the right size stay as they are.
 _IN_PLACE = frozenset(

@@ -7,7 +7,8 @@ import pytest
 from lowmem.cards import load_card
 from lowmem.choose.budget import Budget, of_card, tensors_only
 from lowmem.choose.costs import chain_cost
-from lowmem.choose.planning import Request, card_rates, choose, fit
+from lowmem.choose.fit import fit
+from lowmem.choose.planning import Request, card_rates, choose
 from lowmem.choose.simulated import Simulated, StepShape, simulate_step
 from lowmem.models import skeleton
 from lowmem.plan.cost import Rates

@@ -149,7 +149,7 @@ def test_mixed_precision_does_not_win_by_speed_where_auto_prefers_fp32() -> None
     mixed = other_precision(request, choices[0])
     assert mixed is not None
     assert rivals(preferred, [mixed]) == []  # predicted to be far slower
-    near = replace(mixed, simulated=choices[0].simulated)
+    near = replace(mixed, plan=replace(mixed.plan, predicted=choices[0].plan.predicted))
     assert [one.plan.precision for one in rivals(preferred, [near])] == ["fp32"]
 
 

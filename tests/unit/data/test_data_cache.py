@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -79,16 +78,3 @@ def test_the_manifest_says_what_it_vouches_for(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["size_bytes"] == data_file(tmp_path).stat().st_size
     assert len(manifest["sha256"]) == 64
-
-
-def test_the_user_s_cache_folder_by_platform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.user_cache_folder() == tmp_path / "lowmem"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert cache.user_cache_folder() == Path.home() / ".cache" / "lowmem"
-    monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
-    assert cache.user_cache_folder() == tmp_path / "lowmem" / "Cache"
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert cache.user_cache_folder() == Path.home() / "Library" / "Caches" / "lowmem"

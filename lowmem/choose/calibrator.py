@@ -1,0 +1,181 @@
+"""Measures on the device at hand what a plan's predictions need, once per card, driver and torch version."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from torch import nn
+
+from lowmem.choose.calibration import Calibration, Mode, Seconds
+from lowmem.choose.clock import FAST, PLAIN, TIMED_BATCH, Wanted
+from lowmem.choose.describe import RawRates, measured_rates
+from lowmem.choose.device import DeviceFacts
+from lowmem.choose.worker import Convolutions, Job, Stages, Update, low_dtype, measure_apart, measure_here
+from lowmem.choose.workspace import Workspaces
+from lowmem.simulate import Call
+from lowmem.simulate.stage import Option, StageMeasure
+
+Progress = Callable[[str], None]
+
+
+def stage_key(measure_key: Hashable, precision: str) -> tuple[object, ...]:
+    """Of a stage as the simulator tells stages apart (signature, trainable, shape, strides, dtype, need_input, masked),
+    for the batch that is timed."""
+    assert isinstance(measure_key, tuple)
+    signature, trainable, shape, *rest = measure_key
+    timed = (min(shape[0], TIMED_BATCH), *shape[1:])
+    return (precision, repr(signature), trainable, timed, *(repr(one) for one in rest))
+
+
+def option_key(option: Option) -> tuple[object, ...]:
+    """The same text in every process (sets have no order of their own)."""
+    return (option.policy.name, option.drops_output, option.fused, option.last)
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Seconds of the stages of one chain as it was measured, None for what did not fit; scaled from the batch that was
+    timed to the chain's own."""
+
+    calibration: Calibration
+    precision: str
+    factor: float
+    outside_seconds: float
+
+    def option(self, measure: StageMeasure, option: Option) -> Seconds | None:
+        return self._scaled(measure, option_key(option))
+
+    def fast_seconds(self, measure: StageMeasure) -> float | None:
+        found = self._scaled(measure, FAST)
+        return None if found is None else found.forward
+
+    def plain_seconds(self, measure: StageMeasure) -> float | None:
+        """Forward and backward under autograd."""
+        found = self._scaled(measure, PLAIN)
+        return None if found is None else found.backward
+
+    def _scaled(self, measure: StageMeasure, what: object) -> Seconds | None:
+        found = self.calibration.seconds((stage_key(measure.key, self.precision), what))
+        if found is None:
+            return None
+        return Seconds(found.forward * self.factor, found.backward * self.factor, found.restore * self.factor)
+
+
+class Calibrator:
+    """One device and what is known of it; measures what is not. `progress` hears a sentence when that takes seconds.
+
+    `facts`: of a CUDA device. `apart`: measure in a process of its own, by default on CUDA.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        calibration: Calibration,
+        progress: Progress = lambda text: None,
+        *,
+        facts: DeviceFacts | None = None,
+        apart: bool | None = None,
+    ) -> None:
+        self.device, self.calibration, self.progress, self.facts = device, calibration, progress, facts
+        self._measure = measure_apart if (device == "cuda" if apart is None else apart) else measure_here
+
+    def workspaces(self, precision: str) -> Workspaces | None:
+        """None on the CPU, whose kernels do not take theirs from a counted allocator."""
+        return Workspaces(self.calibration, low_dtype(precision, self.device)) if self.device == "cuda" else None
+
+    def measure_workspaces(self, table: Workspaces, calls: set[Call], precision: str) -> None:
+        """Fills the table with what it lacks of the calls."""
+        for call in calls:
+            table(call)
+        missing = tuple(sorted(table.missing & calls, key=repr))
+        if missing:
+            self._run(
+                [Convolutions(calls=missing, precision=precision)], f"the workspace of {len(missing)} convolutions"
+            )
+            table.missing.clear()
+
+    def times(
+        self,
+        model: nn.Module,
+        measures: Sequence[StageMeasure],
+        *,
+        input_shape: Sequence[int],
+        precision: str,
+        memory_format: str,
+        momentum: bool,
+    ) -> StageTimes:
+        """Measures each distinct block and policy that the calibration lacks. Takes some seconds to a minute."""
+        wanted = self._wanted(measures, precision)
+        shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
+        update = ("optimizer", momentum, shapes)
+        jobs: list[Job] = []
+        if wanted:
+            jobs.append(
+                Stages(
+                    model=model,
+                    input_shape=tuple(input_shape),
+                    precision=precision,
+                    memory_format=memory_format,
+                    wanted=tuple(wanted),
+                )
+            )
+        if self.calibration.seconds(update) is None:
+            jobs.append(Update(model=model, momentum=momentum, key=update))
+        ways = sum(len(one.options) for one in wanted)
+        blocks = f"{len(wanted)} blocks, {ways} ways to run them, in {precision} and {memory_format}"
+        self._run(jobs, blocks if wanted else "the update of the parameters")
+        found = self.calibration.seconds(update)
+        return StageTimes(
+            calibration=self.calibration,
+            precision=precision,
+            factor=max(1.0, input_shape[0] / TIMED_BATCH),
+            outside_seconds=0.0 if found is None else found.forward,
+        )
+
+    def modes(
+        self, model: nn.Module, input_shape: Sequence[int], precisions: Sequence[str], formats: Sequence[str]
+    ) -> dict[tuple[str, str], Mode]:
+        """(precision, memory format) -> seconds of a plain step's distinct blocks, each times how often it occurs, and
+        whether outputs and gradients were finite."""
+        shapes = tuple((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
+        timed = (min(input_shape[0], TIMED_BATCH), *input_shape[1:])
+        keys = {pair: ("mode", *pair, timed, shapes) for pair in product(precisions, formats)}
+        jobs = [
+            Stages(model=model, input_shape=timed, precision=precision, memory_format=layout, mode_key=key)
+            for (precision, layout), key in keys.items()
+            if self.calibration.mode(key) is None
+        ]
+        self._run(jobs, " and ".join(f"{job.precision} in {job.memory_format}" for job in jobs))
+        found = {pair: self.calibration.mode(key) for pair, key in keys.items()}
+        return {pair: mode for pair, mode in found.items() if mode is not None}
+
+    def rates(self) -> tuple[float, float, float] | None:
+        """See `lowmem.choose.describe.measured_rates`."""
+        if measured_rates(self.device, self.calibration) is None:
+            self._run([RawRates()], "how fast it copies and multiplies")
+        return measured_rates(self.device, self.calibration)
+
+    def _wanted(self, measures: Sequence[StageMeasure], precision: str) -> list[Wanted]:
+        wanted: dict[Hashable, Wanted] = {}
+        for index, measure in enumerate(measures):
+            key = stage_key(measure.key, precision)
+            options = tuple((option_key(one.option), one.option) for one in measure.options)
+            names = [FAST, PLAIN, *(name for name, _ in options)]
+            known = (self.calibration.seconds((key, name)) is not None for name in names)
+            if key not in wanted and not all(known):
+                wanted[key] = Wanted(index, key, options)
+        return list(wanted.values())
+
+    def _run(self, jobs: Sequence[Job], what: str) -> None:
+        """Kept at once: what was measured is not lost with the process."""
+        if not jobs:
+            return
+        began = time.monotonic()
+        word = "card" if self.device == "cuda" else "processor"
+        self.progress(f"measuring the {word}, once: {what}")
+        self._measure(jobs, self.device, self.calibration)
+        self.calibration.save()
+        self.progress(f"measured in {time.monotonic() - began:.0f} s")

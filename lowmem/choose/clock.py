@@ -1,0 +1,218 @@
+"""Seconds of the stages of a chain, policy by policy, on the device itself: real tensors, the real executor.
+
+Each distinct stage is timed once per policy; what a calibration has already is not timed again. The gradient that the
+chain would hand down is copied for every call, and the copy's own time taken off. Batches of more than TIMED_BATCH
+pictures are timed at that many and scaled: a card that is too small for a network is busy long before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.choose.calibration import Calibration, Mode, Seconds
+from lowmem.measure.timing import time_calls
+from lowmem.remat import decompose
+from lowmem.remat.block import ConvBlock
+from lowmem.remat.opaque import OpaqueStage
+from lowmem.remat.stage import Saved, Stage, StagePass
+from lowmem.simulate.stage import Option
+
+TIMED_BATCH = 128
+_LEAST_SECONDS = 1e-9  # a difference of two measurements may come out below zero
+PLAIN = "plain autograd"
+FAST = "forward that keeps nothing"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A stage of the chain to be timed: by its place, under `key`."""
+
+    index: int
+    key: Hashable
+    options: tuple[tuple[Hashable, Option], ...]  # each with its own part of the key
+
+
+def real_copy(model: nn.Module, device: str, memory_format: torch.memory_format) -> nn.Module:
+    """The model with weights of its own on the device, in training mode; the model may be on `meta`."""
+    made = copy.deepcopy(model).to_empty(device=device)
+    for module in made.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    return made.to(memory_format=memory_format).train()
+
+
+def plain_forward(stage: Stage, x: Tensor) -> Tensor:
+    """What the untouched model computes there, recorded by autograd."""
+    if isinstance(stage, OpaqueStage):
+        return stage.function(x)
+    assert isinstance(stage, ConvBlock)
+    return stage.plain(x)
+
+
+class ChainClock:
+    """Times stages of `model` on inputs of `input_shape`, [N, C, H, W]; `low`: the dtype of autocast, or None."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        input_shape: Sequence[int],
+        device: str,
+        memory_format: torch.memory_format,
+        low: torch.dtype | None,
+        calibration: Calibration,
+        rounds: int = 3,
+    ) -> None:
+        self.model, self.device, self.memory_format, self.low = model, device, memory_format, low
+        self.input_shape = (min(input_shape[0], TIMED_BATCH), *input_shape[1:])
+        self.calibration = calibration
+        self.rounds = rounds
+
+    def measure(self, wanted: Sequence[Wanted]) -> None:
+        """Puts what is wanted into the calibration. A policy that does not fit the device's memory is left out."""
+        by_index = {one.index: one for one in wanted}
+        if not by_index:
+            return
+        for index, timer in enumerate(self._stages()):
+            if index in by_index:
+                self._one(timer, by_index[index])
+
+    def mode(self) -> Mode:
+        """A plain step's blocks, each distinct one timed once, and whether every result was finite."""
+        known: dict[Hashable, float] = {}
+        total, finite = 0.0, True
+        for timer in self._stages():
+            key = (timer.stage.signature, timer.x.shape, timer.need_input, timer.masked)
+            if key not in known:
+                known[key] = timer.plain().backward
+                finite = finite and timer.finite()
+            total += known[key]
+        return Mode(total, finite)
+
+    def _stages(self) -> Iterator[_StageClock]:
+        """Every stage of the chain on its own input."""
+        stages = decompose(real_copy(self.model, self.device, self.memory_format))
+        x = torch.randn(self.input_shape, device=self.device).contiguous(memory_format=self.memory_format)
+        need_input = masked = False
+        for stage in stages:
+            with torch.no_grad():
+                timer = _StageClock(self, stage, x, need_input, masked)
+            yield timer
+            x, need_input, masked = timer.output(), timer.passes_gradient(), stage.relu_output
+
+    def _one(self, timer: _StageClock, wanted: Wanted) -> None:
+        jobs: list[tuple[object, Callable[[], Seconds]]] = [(FAST, timer.fast), (PLAIN, timer.plain)]
+        jobs += [(name, partial(timer.option, option)) for name, option in wanted.options]
+        for what, job in jobs:
+            if self.calibration.seconds((wanted.key, what)) is not None:
+                continue
+            try:
+                found = job()
+            except torch.OutOfMemoryError:
+                found = None
+            if found is None:
+                _release(self.device)
+            else:
+                self.calibration.put_seconds((wanted.key, what), found)
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Median seconds of a call."""
+        return time_calls(call, self.device, warmup=1, rounds=self.rounds, least_seconds=0.004).median_seconds
+
+
+class _StageClock:
+    """One stage on its input."""
+
+    def __init__(self, clock: ChainClock, stage: Stage, x: Tensor, need_input: bool, masked: bool) -> None:
+        self.clock, self.stage, self.x, self.low = clock, stage, x, clock.low
+        self.need_input, self.masked = need_input, masked
+        self.like = torch.randn_like(self.output())
+
+    @cached_property
+    def copying(self) -> float:
+        """Seconds of making a gradient of the output's size."""
+        return self.clock.seconds(self.like.clone)
+
+    @torch.no_grad()
+    def output(self) -> Tensor:
+        """What the next stage gets."""
+        y, _ = self.stage.forward([self.x], None, StagePass(self.low), need_input=False)
+        assert y is not None
+        return y
+
+    def passes_gradient(self) -> bool:
+        """Whether the next stage's input needs a gradient."""
+        return self.need_input or any(parameter.requires_grad for parameter in self.stage.parameters())
+
+    def fast(self) -> Seconds:
+        """The forward that keeps nothing."""
+        return Seconds(self.clock.seconds(self.output), 0.0)
+
+    @torch.no_grad()
+    def option(self, option: Option) -> Seconds:
+        """Forward, backward and restoring, as differences of what was timed together."""
+        again = StagePass(self.low)
+        self.stage.forward([self.x], None, again, need_input=False)
+
+        def forward() -> tuple[StagePass, Saved]:
+            if option.fused:
+                return again, {}
+            memo = again if option.last else StagePass(self.low)
+            _, saved = self.stage.forward(
+                [self.x], option.policy, memo, need_input=self.need_input, want_output=not option.last
+            )
+            return memo, saved
+
+        def restored() -> tuple[StagePass, Saved]:
+            memo, saved = forward()
+            if option.drops_output:
+                self.stage.restore(saved, self.x, memo)
+            return memo, saved
+
+        def whole() -> None:
+            self._backward(*restored())
+
+        first = 0.0 if option.fused else self.clock.seconds(forward)
+        second = self.clock.seconds(restored) if option.drops_output else first
+        third = self.clock.seconds(whole) - self.copying
+        return Seconds(first, max(third - second, _LEAST_SECONDS), max(second - first, 0.0))
+
+    def plain(self) -> Seconds:
+        """Forward and backward under autograd; only their sum is meant to be used."""
+
+        def whole() -> None:
+            leaf = self.x.detach().requires_grad_(self.need_input)
+            self._forget()
+            with torch.enable_grad(), torch.autocast(self.x.device.type, self.low, enabled=self.low is not None):
+                y = plain_forward(self.stage, leaf)
+            if y.requires_grad:
+                y.backward(self.like.to(y.dtype, copy=True))
+
+        return Seconds(0.0, max(self.clock.seconds(whole) - self.copying, _LEAST_SECONDS))
+
+    def finite(self) -> bool:
+        """Of the output and of the gradients that a plain pass left."""
+        grads = [parameter.grad for parameter in self.stage.parameters() if parameter.grad is not None]
+        return all(bool(torch.isfinite(tensor).all()) for tensor in (self.output(), *grads))
+
+    def _backward(self, memo: StagePass, saved: Saved) -> None:
+        self._forget()
+        grad_x = self.stage.backward([self.like.clone()], saved, self.x, memo, need_input=self.need_input)
+        if grad_x is not None and self.masked:
+            torch.ops.aten.threshold_backward.grad_input(grad_x, self.x, 0, grad_input=grad_x)
+
+    def _forget(self) -> None:
+        for parameter in self.stage.parameters():
+            parameter.grad = None
+
+
+def _release(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,121 @@
+"""The CUDA device at hand: what it is called, what of its memory is free, what a process costs before its first tensor.
+
+All of it is asked in a process of its own, so that the one that plans has no context.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lowmem.choose.calibration import Calibration, Identity
+from lowmem.choose.worker import ask
+from lowmem.environment import cpu_model
+from lowmem.measure import Meter
+from lowmem.measure.cuda import device_uuid, find_device
+from lowmem.measure.nvml import read_driver
+from lowmem.units import MIB
+
+CONTEXT = ("context",)  # its key in a calibration
+# What a context can be; anything else is somebody else's memory coming or going in the same moment.
+_LEAST_CONTEXT_BYTES, _MOST_CONTEXT_BYTES = 32 * MIB, 2048 * MIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFacts:
+    """Bytes of the current CUDA device: `free_bytes` is what one process can have beside its context of `context_bytes`
+    (None: it could not be told). `link`: PCIe generation and lanes, the most that card and slot can do."""
+
+    name: str
+    capability: tuple[int, int]
+    driver: str | None
+    cudnn: str | None
+    total_bytes: int
+    free_bytes: int
+    context_bytes: int | None
+    link: tuple[int | None, int | None]
+
+    @property
+    def identity(self) -> Identity:
+        """What figures measured on it are filed under."""
+        return Identity(device="cuda", name=self.name, driver=self.driver, torch=torch.__version__, library=self.cudnn)
+
+
+def ask_device() -> DeviceFacts:
+    """Of the current CUDA device, by a process of its own. Raises PreflightError if that fails."""
+    return facts_from(ask(pickle.dumps("memory")))
+
+
+def facts_from(answer: dict[str, Any]) -> DeviceFacts:
+    """The inverse of `measure_memory`'s way through JSON."""
+    return DeviceFacts(**{**answer, "capability": tuple(answer["capability"]), "link": tuple(answer["link"])})
+
+
+def measure_memory() -> dict[str, Any]:
+    """Here and now, making a context: to be run where CUDA was not used before."""
+    with Meter("cuda") as meter:
+        _warm_up()
+        torch.cuda.empty_cache()
+        seen = meter.read()
+    free, total = seen.device_free_bytes, seen.device_total_bytes
+    if free is None or total is None:
+        free, total = torch.cuda.mem_get_info()
+    context = seen.context_bytes
+    if context is not None and not _LEAST_CONTEXT_BYTES <= context <= _MOST_CONTEXT_BYTES:
+        context = None
+    report = read_driver()
+    device = find_device(report, device_uuid())
+    link = None if device is None else device.link
+    cudnn = torch.backends.cudnn.version()
+    return asdict(
+        DeviceFacts(
+            name=torch.cuda.get_device_name(),
+            capability=torch.cuda.get_device_capability(),
+            driver=report.driver_version,
+            cudnn=None if cudnn is None else str(cudnn),
+            total_bytes=total,
+            free_bytes=free + (seen.reserved_bytes or 0),
+            context_bytes=context,
+            link=(None, None) if link is None else (link.most_generation, link.most_lanes),
+        )
+    )
+
+
+def remembered_context_bytes() -> int | None:
+    """What was measured before of the current CUDA device, here where CUDA is in use already."""
+    cudnn = torch.backends.cudnn.version()
+    known = Identity(
+        device="cuda",
+        name=torch.cuda.get_device_name(),
+        driver=read_driver().driver_version,
+        torch=torch.__version__,
+        library=None if cudnn is None else str(cudnn),
+    )
+    return Calibration(known, Calibration.usual_folder()).size_bytes(CONTEXT)
+
+
+def cpu_identity() -> Identity:
+    """What figures measured on the processor are filed under."""
+    return Identity(
+        device="cpu",
+        name=cpu_model() or "processor",
+        driver=None,
+        torch=torch.__version__,
+        library=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _warm_up() -> None:
+    """A small step: kernels are loaded when they are first used, and are a part of what a process takes."""
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
+    net = net.append(nn.Linear(16 * 64, 10)).cuda()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
+    F.cross_entropy(net(torch.randn(8, 3, 8, 8, device="cuda")), torch.zeros(8, dtype=torch.int64).cuda()).backward()
+    optimizer.step()
+    torch.cuda.synchronize()

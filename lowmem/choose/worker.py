@@ -1,0 +1,150 @@
+"""Measuring in a process of its own, `python -m lowmem.choose.worker`: whoever plans keeps no CUDA context, which would
+take some hundred MiB of a small card from the trial that confirms the plan.
+
+A job comes in through the pipe, pickled by the parent; figures go out as one line of JSON. Nothing of it is a file.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lowmem.choose.calibration import Calibration, Identity, Seconds
+from lowmem.choose.clock import ChainClock, Wanted, real_copy
+from lowmem.choose.workspace import Workspaces, cap_workspace
+from lowmem.errors import PreflightError
+from lowmem.measure.timing import time_calls
+from lowmem.simulate import Call
+
+_TIMEOUT_SECONDS = 1800
+
+
+class Job(Protocol):
+    """Something to measure on a device; what it finds goes into the calibration."""
+
+    def run(self, device: str, calibration: Calibration) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """The stages of a chain under all their policies (`wanted`), or with `mode_key` one plain pass of all of them."""
+
+    model: nn.Module
+    input_shape: tuple[int, ...]
+    precision: str
+    memory_format: str
+    wanted: tuple[Wanted, ...] = ()
+    mode_key: object = None
+
+    def run(self, device: str, calibration: Calibration) -> None:
+        layout = torch.channels_last if self.memory_format == "channels-last" else torch.contiguous_format
+        clock = ChainClock(
+            self.model,
+            input_shape=self.input_shape,
+            device=device,
+            memory_format=layout,
+            low=low_dtype(self.precision, device),
+            calibration=calibration,
+        )
+        if self.mode_key is not None:
+            calibration.put_mode(self.mode_key, clock.mode())
+        clock.measure(self.wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convolutions:
+    """The workspace of each call; on CUDA only."""
+
+    calls: tuple[Call, ...]
+    precision: str
+
+    def run(self, device: str, calibration: Calibration) -> None:
+        Workspaces(calibration, low_dtype(self.precision, device)).measure(self.calls, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """The optimizer's step over all parameters."""
+
+    model: nn.Module
+    momentum: bool
+    key: object
+
+    def run(self, device: str, calibration: Calibration) -> None:
+        parameters = list(real_copy(self.model, device, torch.contiguous_format).parameters())
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        momentum = 0.9 if self.momentum else 0.0
+        optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=1e-4, fused=True)
+        seconds = time_calls(optimizer.step, device, warmup=2, rounds=3).median_seconds
+        calibration.put_seconds(self.key, Seconds(seconds, 0.0))
+
+
+def low_dtype(precision: str, device: str) -> torch.dtype | None:
+    """As the run's own autocast: fp16 on CUDA, bf16 on the CPU."""
+    if precision != "amp":
+        return None
+    return torch.float16 if device == "cuda" else torch.bfloat16
+
+
+def measure_here(jobs: Sequence[Job], device: str, calibration: Calibration) -> None:
+    """In this process."""
+    for job in jobs:
+        job.run(device, calibration)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def measure_apart(jobs: Sequence[Job], device: str, calibration: Calibration) -> None:
+    """In a process of its own. Raises PreflightError with its last words if it fails."""
+    task = (list(jobs), device, calibration.identity, calibration.figures)
+    calibration.figures.update(ask(pickle.dumps(task)))
+
+
+def ask(task: bytes) -> Any:
+    """Starts the process, hands it a task, returns what it answers. Raises PreflightError."""
+    command = [sys.executable, "-m", "lowmem.choose.worker"]
+    try:
+        done = subprocess.run(command, input=task, capture_output=True, timeout=_TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise PreflightError(
+            f"measuring the device took longer than {_TIMEOUT_SECONDS} s: plan without by --set memory.calibrate=never"
+        ) from None
+    if done.returncode != 0:
+        words = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        last = words[0] if words else f"it ended with code {done.returncode}"
+        raise PreflightError(
+            f"measuring the device failed ({last}): `lowmem doctor` looks for the cause; --set memory.calibrate=never "
+            "plans without"
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Does the task on standard input."""
+    cap_workspace()
+    task = pickle.loads(sys.stdin.buffer.read())
+    if task == "memory":
+        from lowmem.choose.device import measure_memory
+
+        print(json.dumps(measure_memory()))
+        return
+    jobs: list[Job]
+    identity: Identity
+    jobs, device, identity, figures = task
+    calibration = Calibration(identity, None)
+    calibration.figures.update(figures)
+    measure_here(jobs, device, calibration)
+    print(json.dumps({name: value for name, value in calibration.figures.items() if name not in figures}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Measured workspaces, times and predictions on a card. Run with `python -m pytest -m gpu`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowmem.bench.trial import run_trial
+from lowmem.choose.execution import resolve_execution
+from lowmem.choose.session import calibrator_of, ranked, request_of, settle
+from lowmem.confirm import trial_of
+from lowmem.settings import gather
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp"])
+def test_a_calibrated_plan_predicts_what_a_clean_process_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """The targets of the acceptance suite: allocated within 3 %, reserved within 5 % of the prediction."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = {"model.arch": "res56", "model.block": "bottleneck", "memory.vram": "3G", "train.precision": precision}
+    settings = resolve_execution(gather(flags=flags, sets=["train.device=cuda"]), planned=True)
+    calibrator = calibrator_of(settings.config)
+    assert calibrator is not None
+    assert calibrator.facts is not None
+    request = request_of(settings.config, 10, 0, calibrator)
+    choice = ranked(request, settings.config, None)[0]
+    assert choice.timed
+    config = settle(settings, choice, request.reasons).config
+    result = run_trial(trial_of(config, choice.plan, request.budget, 10, 0))
+    assert result.refused is None, result.refused
+    predicted = choice.plan.predicted
+    assert result.peak_allocated_bytes == pytest.approx(predicted.peak_allocated_bytes, rel=0.03)
+    assert result.peak_reserved_bytes is not None
+    assert predicted.peak_reserved_bytes is not None
+    assert result.peak_reserved_bytes <= 1.05 * predicted.peak_reserved_bytes
+
+
+def test_planning_leaves_no_context_in_this_process() -> None:
+    """In a process of its own: the others of this file have used CUDA here."""
+    import subprocess
+    import sys
+
+    probe = (
+        "import torch\n"
+        "from lowmem.choose.device import ask_device\n"
+        "facts = ask_device()\n"
+        "assert facts.total_bytes >= facts.free_bytes > 0\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,225 @@
+"""Stages timed for real on the CPU, and plans that follow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowmem.choose.calibration import Calibration, Mode, Seconds
+from lowmem.choose.calibrator import Calibrator
+from lowmem.choose.clock import FAST, ChainClock
+from lowmem.choose.costs import ChainMeasure, measure_costs, price
+from lowmem.choose.describe import describe_card
+from lowmem.choose.device import cpu_identity
+from lowmem.choose.modes import by_measurement
+from lowmem.choose.session import calibrator_of, plan_run
+from lowmem.config import Config
+from lowmem.errors import PreflightError
+from lowmem.models import skeleton
+from lowmem.plan.cost import Rates
+from lowmem.settings import gather
+
+SHAPE = (4, 3, 32, 32)
+MODEL = skeleton("res20", "basic", width=4)
+RATES = Rates(1e9, 1e9)
+
+
+@pytest.fixture(scope="module")
+def measured() -> ChainMeasure:
+    return measure_costs(MODEL, input_shape=SHAPE)
+
+
+@pytest.fixture(scope="module")
+def calibration(measured: ChainMeasure) -> Calibration:
+    """Everything that the tests below look up, measured in a process of its own as on CUDA."""
+    made = Calibration(cpu_identity(), None)
+    _times(Calibrator("cpu", made, apart=True), measured)
+    return made
+
+
+def _times(calibrator: Calibrator, measured: ChainMeasure):
+    return calibrator.times(
+        MODEL, measured.stages, input_shape=SHAPE, precision="fp32", memory_format="contiguous", momentum=True
+    )
+
+
+def test_every_policy_of_every_distinct_block_is_timed_once(
+    measured: ChainMeasure, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*arguments: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(ChainClock, "measure", forbidden)
+    told: list[str] = []
+    times = _times(Calibrator("cpu", calibration, told.append), measured)
+    assert told == []
+    assert times.outside_seconds > 0
+    for stage in measured.stages:
+        assert (times.fast_seconds(stage) or 0) > 0
+        assert (times.plain_seconds(stage) or 0) > 0
+        for option in stage.options:
+            found = times.option(stage, option.option)
+            assert found is not None
+            assert found.backward > 0
+            assert (found.forward == 0) == option.option.fused
+            assert (found.restore > 0) <= option.option.drops_output
+
+
+def test_prices_are_the_measured_ones(measured: ChainMeasure, calibration: Calibration) -> None:
+    times = _times(Calibrator("cpu", calibration), measured)
+    chain = price(measured, RATES, times)
+    stage, cost = measured.stages[2], chain.stages[2]
+    for option in stage.options:
+        found = times.option(stage, option.option)
+        priced = (cost.last_option if option.option.last else cost.option)(option.option.policy)
+        assert found == Seconds(priced.forward_seconds, priced.backward_seconds, priced.restore_seconds)
+    assert chain.outside_seconds == times.outside_seconds
+    assert chain.plain_seconds == pytest.approx(sum(times.plain_seconds(one) or 0 for one in measured.stages))
+    assert price(measured, RATES).plain_seconds != chain.plain_seconds
+
+
+def test_what_could_not_be_measured_is_scaled_like_the_rest(measured: ChainMeasure, calibration: Calibration) -> None:
+    partial = Calibration(cpu_identity(), None)
+    partial.figures.update(calibration.figures)
+    times = _times(Calibrator("cpu", partial), measured)
+    whole = price(measured, RATES, times)
+    guess = price(measured, RATES)
+    # Everything but the plain times is gone: what is left is the roofline in the measured proportion.
+    kept = Calibration(cpu_identity(), None)
+    plain = {stage.key: times.plain_seconds(stage) for stage in measured.stages}
+    from lowmem.choose.calibrator import StageTimes, stage_key
+    from lowmem.choose.clock import PLAIN
+
+    for stage in measured.stages:
+        kept.put_seconds((stage_key(stage.key, "fp32"), PLAIN), Seconds(0.0, plain[stage.key] or 0.0))
+    scaled = price(measured, RATES, StageTimes(kept, "fp32", 1.0, 0.0))
+    assert whole.plain_seconds is not None
+    assert guess.plain_seconds is not None
+    factor = whole.plain_seconds / guess.plain_seconds
+    assert scaled.stages[1].fast_seconds == pytest.approx(factor * guess.stages[1].fast_seconds)
+
+
+def test_larger_batches_are_scaled(measured: ChainMeasure, calibration: Calibration) -> None:
+    from lowmem.choose.calibrator import StageTimes
+
+    once = StageTimes(calibration, "fp32", 1.0, 0.0)
+    thrice = StageTimes(calibration, "fp32", 3.0, 0.0)
+    stage = measured.stages[1]
+    assert thrice.fast_seconds(stage) == pytest.approx(3 * (once.fast_seconds(stage) or 0))
+
+
+def test_clock_covers_stem_blocks_and_head() -> None:
+    made = Calibration(cpu_identity(), None)
+    clock = ChainClock(
+        MODEL,
+        input_shape=SHAPE,
+        device="cpu",
+        memory_format=torch.contiguous_format,
+        low=torch.bfloat16,
+        calibration=made,
+        rounds=1,
+    )
+    mode = clock.mode()
+    assert mode.finite
+    assert mode.seconds > 0
+    assert made.seconds(("x", FAST)) is None, "a mode leaves nothing but its sum"
+
+
+class _Scripted:
+    """A calibrator that knows modes without measuring."""
+
+    def __init__(self, device: str, modes: dict[tuple[str, str], Mode]) -> None:
+        self.device, self.known = device, modes
+
+    def modes(self, model: object, shape: object, precisions: tuple[str, ...], formats: tuple[str, ...]):
+        return {pair: mode for pair, mode in self.known.items() if pair[0] in precisions and pair[1] in formats}
+
+
+def _modes(fp32: tuple[float, float], amp: tuple[float, float], finite: bool = True) -> dict[tuple[str, str], Mode]:
+    return {
+        ("fp32", "contiguous"): Mode(fp32[0], True),
+        ("fp32", "channels-last"): Mode(fp32[1], True),
+        ("amp", "contiguous"): Mode(amp[0], finite),
+        ("amp", "channels-last"): Mode(amp[1], finite),
+    }
+
+
+def _config(**flags: object) -> Config:
+    return gather(flags={"model.width": 64, **{key.replace("__", "."): value for key, value in flags.items()}}).config
+
+
+def test_auto_follows_what_was_measured() -> None:
+    def decided(device: str, modes: dict[tuple[str, str], Mode], **flags: object):
+        return by_measurement(_config(**flags), MODEL, _Scripted(device, modes))  # type: ignore[arg-type]
+
+    fast = decided("cuda", _modes((1.0, 1.2), (0.6, 0.4)))
+    assert fast.precisions == ("amp", "fp32")
+    assert fast.formats == {"fp32": "contiguous", "amp": "channels-last"}
+    assert "2.50 times" in fast.reasons["train.precision"]
+    assert "1.20 times the speed in fp32" in fast.reasons["train.memory_format"]
+    # A GTX 1060: halves are no faster, they only save memory.
+    slow = decided("cuda", _modes((1.0, 1.2), (0.98, 1.4)))
+    assert slow.precisions == ("fp32", "amp")
+    # A GTX 1660: fp16 convolutions that are no numbers.
+    broken = decided("cuda", _modes((1.0, 1.2), (0.5, 0.5), finite=False))
+    assert broken.precisions == ("fp32",)
+    assert "not finite" in broken.reasons["train.precision"]
+    with pytest.raises(PreflightError, match=r"not finite.*--precision fp32"):
+        decided("cuda", _modes((1.0, 1.2), (0.5, 0.5), finite=False), train__precision="amp")
+    assert decided("cpu", _modes((1.0, 0.5), (0.1, 0.1))).precisions == ("fp32", "amp")
+    fixed = decided("cuda", _modes((1.0, 1.2), (0.6, 0.4)), train__memory_format="contiguous")
+    assert set(fixed.formats.values()) == {"contiguous"}
+    assert "train.memory_format" not in fixed.reasons
+
+
+def test_a_plan_by_what_this_processor_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = {"model.arch": "res20", "model.width": 4, "train.batch": 4, "memory.vram": "2M", "train.device": "cpu"}
+    settings = gather(flags=flags, sets=["memory.calibrate=always"])
+    told: list[str] = []
+    _, choice = plan_run(settings, progress=told.append)
+    assert choice.timed
+    assert choice.seconds_from == "measured on this device"
+    assert any(line.startswith("measuring the processor, once") for line in told)
+    assert choice.plan.predicted.step_seconds == pytest.approx(
+        choice.plain_seconds * (1 + (choice.plan.predicted.overhead or 0))
+    )
+    told.clear()
+    _, again = plan_run(settings, progress=told.append)
+    assert told == [], "kept in the cache"
+    assert again.plan == choice.plan
+    assert list(tmp_path.glob("lowmem/calibration/*.json"))
+    assert calibrator_of(gather(flags=flags).config) is None, "auto measures on CUDA only"
+    assert (
+        calibrator_of(gather(flags={**flags, "memory.card": "gtx1060-6g"}, sets=["memory.calibrate=always"]).config)
+        is None
+    )
+    fresh = calibrator_of(settings.config, fresh=True)
+    assert fresh is not None
+    assert len(fresh.calibration) == 0, "measured again when asked to"
+
+
+def test_a_card_without_a_profile_is_described() -> None:
+    card = describe_card(
+        "NVIDIA H200",
+        memory_bytes=139 << 30,
+        capability=(9, 0),
+        context_bytes=500 << 20,
+        rates=(4.0e12, 50e12, 700e12),
+        link=(5, 16),
+    )
+    assert card.tensor_cores
+    assert card.bandwidth_bytes_per_second == 4.0e12
+    assert card.pcie == "5.0x16"
+    old = describe_card(
+        "GTX 1660 Laptop",
+        memory_bytes=6 << 30,
+        capability=(7, 5),
+        context_bytes=1 << 28,
+        rates=(2e11, 4e12, 8e12),
+        link=(None, 3),
+    )
+    assert old.fp16 == "2:1"
+    assert old.pcie == "3.0x16"
