@@ -29,7 +29,7 @@ class Setup:
     device: str
     card_bytes: int | None = None
     minutes: float = 9.0
-    steps: int = 5
+    steps: int = 10
     pictures: int = 50_000
     tries: int = 7
 

@@ -194,14 +194,17 @@ def _format_cells(row: Row) -> tuple[str, ...]:
 
 
 def _fact_cells(row: Row) -> tuple[str, ...]:
-    said = row.refused or "; ".join(f"{name.replace('_', ' ')}: {_fact(value)}" for name, value in row.facts.items())
+    said = row.refused or "; ".join(_fact(name, value) for name, value in row.facts.items())
     return f"{row.name}, batch {row.batch}" if row.batch else row.name, said
 
 
-def _fact(value: object) -> str:
+def _fact(name: str, value: object) -> str:
+    words = name.removesuffix("_bytes").replace("_", " ")
     if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.2g}" if isinstance(value, float) else str(value)
+        return f"{words}: {'yes' if value else 'no'}"
+    if name.endswith("_bytes") and isinstance(value, int):
+        return f"{words}: {format_size(value)}"
+    return f"{words}: {value:.2g}" if isinstance(value, float) else f"{words}: {value}"
 
 
 def _target_cells(target: Target) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan
 from lowmem.train.step import Execution
+from lowmem.train.survive import release
 
 Gradients = dict[str, Tensor]
 
@@ -53,8 +54,7 @@ def answer(question: Question) -> dict[str, Any]:
                 raise
         # Outside of the handler, which would hold on to what was allocated.
         batch = max(1, batch // 2)
-        if question.device == "cuda":
-            torch.cuda.empty_cache()
+        release()
 
 
 def _compare(question: Question, batch: int) -> dict[str, Any]:

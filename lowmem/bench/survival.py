@@ -3,7 +3,7 @@ input, one JSON line out.
 
 Two short runs of the real training loop under the same plan: one undisturbed, one in which memory runs out. Injected:
 the library's exception in a forward and in a backward pass. Real (CUDA): a tensor takes so much of the card that the
-plan, and the next smaller one, no longer fit.
+plan no longer fits.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer, Progress
 from lowmem.train.step import Execution
 from lowmem.train.survive import release
-from lowmem.units import MIB
 
 _STEPS = 5
-_SPARE_BYTES = 64 * MIB
+# Memory is taken until this rung of the ladder is left hardly more room than it was predicted to need: for the plan
+# itself that is a fifth too little, whatever the allocator gives back.
+_DOWN, _ROOM = 3, 1.04
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +148,12 @@ class _Taker(Observer):
     """Takes memory of the card after the second step, and keeps it."""
 
     def __init__(self, question: Question, plan: Plan) -> None:
-        rungs = plan.ladder[:2]
+        rungs = plan.ladder[:_DOWN]
         if question.cap_bytes is None or not rungs:
             raise ValueError("taking memory away needs a cap of the allocator, and a plan with a ladder")
         needed = rungs[-1].predicted.peak_reserved_bytes or 0
         pictures_bytes = (_STEPS + 1) * question.batch * 3 * 32 * 32
-        self.bytes = int(question.cap_bytes - 1.05 * needed - pictures_bytes - _SPARE_BYTES)
+        self.bytes = int(question.cap_bytes - _ROOM * needed - pictures_bytes)
         self.steps = 0
         self.held: Tensor | None = None
         if self.bytes <= 0:

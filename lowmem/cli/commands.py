@@ -173,7 +173,9 @@ def bench(
         Optional[list[int]],  # noqa: UP045
         typer.Option(min=1, help="A batch size (32 and 128; acceptance: 128); may be given several times."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Measured steps a cell, after two warm-up steps.")] = 5,
+    steps: Annotated[
+        Number, typer.Option(min=1, help="Measured steps a cell (5; acceptance: 10), after two warm-up steps.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     suite: Annotated[Text, typer.Option(help="acceptance: all that is promised, against real steps.")] = None,
     vram: Annotated[Text, typer.Option(help="Of the suite: memory to fit into (6G).")] = None,
@@ -191,7 +193,7 @@ def bench(
             raise UsageError("--vram and --minutes are of a suite: add --suite acceptance, or leave them out")
         from lowmem.cli.show import show_bench
 
-        show_bench(arch or "res20", block, width, batch or [32, 128], steps, device, out)
+        show_bench(arch or "res20", block, width, batch or [32, 128], steps or 5, device, out)
         return
     if suite != "acceptance":
         raise UsageError(f"there is no suite {suite!r}: use --suite acceptance")
@@ -209,7 +211,7 @@ def bench(
         vram=vram or "6G",
         device=device,
         minutes=9.0 if minutes is None else minutes,
-        steps=steps,
+        steps=steps or 10,
         out=out,
     )
 
