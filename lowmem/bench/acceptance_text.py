@@ -183,7 +183,7 @@ _FORMAT = ("precision", "memory format", "budget", "step, s (fastest to slowest)
 
 def _format_cells(row: Row) -> tuple[str, ...]:
     return (
-        row.precision or "–",
+        row.precision or row.name,
         row.memory_format or "–",
         vram_words(row),
         _seconds(row),

@@ -119,7 +119,8 @@ def _picture(setup: Setup, environment: dict[str, Any], rows: Sequence[Row]) -> 
     where = environment.get("card") or "CPU"
     met = [target for target in targets(list(rows)) if target.met is not None]
     said = f": {sum(bool(target.met) for target in met)} of {len(met)} judged targets met" if met else ""
-    title = f"{setup.name}, batch {setup.batch}, {format_size(setup.vram_bytes)}, {where}{said}"
+    size = format_size(setup.vram_bytes) + (" (emulated)" if setup.emulates(setup.vram_bytes) else "")
+    title = f"{setup.name}, batch {setup.batch}\n{size}, {where}{said}"
     return draw_acceptance(title, memory, seconds)
 
 

@@ -33,7 +33,7 @@ def draw_acceptance(title: str, memory: Sequence[Bar], seconds: Sequence[Bar]) -
     """A PNG. `memory` in MiB, `seconds` of a step."""
     panels = [(bars, name) for bars, name in ((memory, "memory, MiB"), (seconds, "a training step, seconds")) if bars]
     counts = [len(bars) + 1.6 for bars, _ in panels] or [1.0]
-    figure = Figure(figsize=(9, 1.3 + _BAR_INCHES * sum(counts)), dpi=150, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(9, 1.6 + _BAR_INCHES * sum(counts)), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
     if panels:
