@@ -187,7 +187,7 @@ def _load_data(config: Config, observer: Observer) -> Dataset:
 
 
 def _go(trainer: Trainer, folder: RunFolder) -> RunResult:
-    """Trains. Raises OutOfMemory with the way out; the last checkpoint stands."""
+    """Trains. Raises OutOfMemory with the way out where no smaller plan is left; the run is then saved."""
     _cap_emulated(trainer)
     with _out_of_memory(folder.path):
         return RunResult(folder.path, trainer.run(folder))

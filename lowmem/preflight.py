@@ -9,6 +9,7 @@ from lowmem.errors import CorruptCheckpoint, DiskError, PreflightError
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs import columns
 from lowmem.runs.atomic import append_lines, write_bytes_atomic
+from lowmem.runs.space import run_bytes
 from lowmem.runs.store import RunFolder, csv_line
 from lowmem.train.loop import Trainer
 from lowmem.train.state import cpu_tensors
@@ -82,14 +83,12 @@ def _try_plot(trial: Path) -> None:
 
 
 def _check_space(trainer: Trainer, path: Path, checkpoint_bytes: int) -> None:
-    """One more checkpoint than are kept exists while a new one is written; weights are exported twice and replaced
-    aside."""
     parameters = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-    generations = trainer.config.checkpoint.keep + 1
-    needed = generations * checkpoint_bytes + 3 * parameters
+    keep = trainer.config.checkpoint.keep
+    needed = run_bytes(checkpoint_bytes=checkpoint_bytes, parameter_bytes=parameters, keep=keep)
     free = shutil.disk_usage(path).free
     if free < needed:
         raise PreflightError(
-            f"the run needs {format_size(needed)} on disk ({generations} checkpoints and the weights), {path} has "
+            f"the run needs {format_size(needed)} on disk ({keep + 1} checkpoints and the weights), {path} has "
             f"{format_size(free)} free: free some space or choose another folder with --out"
         )

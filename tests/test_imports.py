@@ -42,7 +42,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # preflight and confirm are what a run does before its first step; confirm needs both what was chosen (choose) and what
 # tries it (bench), so it is in neither of them.
-ANYTHING = {"decide", "fork", "preflight", "confirm", "api", "cli", "__init__", "__main__"}
+# The doctor looks at everything a run needs: settings, data, models, the driver, what `train` would refuse.
+ANYTHING = {"decide", "doctor", "fork", "preflight", "confirm", "api", "cli", "__init__", "__main__"}
 
 
 def _room(path: Path) -> str:
@@ -96,8 +97,11 @@ def test_only_one_module_knows_the_drivers_library() -> None:
     assert knowing == {"measure/nvml.py"}
 
 
-def test_the_api_does_not_import_the_command_line() -> None:
-    assert "cli" not in _imported_rooms(PACKAGE / "api.py")
+@pytest.mark.parametrize("room", ["api.py", "doctor"])
+def test_only_the_command_line_imports_itself(room: str) -> None:
+    files = [path for path in FILES if _room(path) == room.removesuffix(".py")]
+    assert files
+    assert not [path for path in files if "cli" in _imported_rooms(path)]
 
 
 def test_files_stay_readable() -> None:

@@ -113,17 +113,20 @@ def _chain(request: Request, shape: StepShape, rates: Rates, workspace: Workspac
             workspace=workspace,
         ),
     )
-    times = None
-    if request.calibrator is not None:
-        times = request.calibrator.times(
-            request.model,
-            measured.stages,
-            input_shape=input_shape,
-            precision=shape.precision,
-            memory_format=shape.memory_format,
-            momentum=request.momentum,
-        )
-    return price(measured, rates, times), times is not None
+    chain = price(measured, rates)
+    if request.calibrator is None:
+        return chain, False
+    # Bytes need no measuring: what fits nowhere is not worth the minute on the card.
+    Solver(chain, limit_bytes=request.budget.tensor_bytes).solve(request.budget.tensor_bytes)
+    times = request.calibrator.times(
+        request.model,
+        measured.stages,
+        input_shape=input_shape,
+        precision=shape.precision,
+        memory_format=shape.memory_format,
+        momentum=request.momentum,
+    )
+    return price(measured, rates, times), True
 
 
 def _once(request: Request, key: object, make: Callable[[], _T]) -> _T:

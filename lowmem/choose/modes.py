@@ -9,6 +9,7 @@ from torch import nn
 
 from lowmem.choose.calibration import Mode
 from lowmem.choose.calibrator import Calibrator
+from lowmem.choose.device import DeviceFacts
 from lowmem.choose.execution import safe_formats
 from lowmem.choose.request import precision_order
 from lowmem.config import Config
@@ -28,12 +29,17 @@ class Modes:
 
 
 def by_kind(config: Config, tensor_cores: bool) -> Modes:
-    """Without measurements (FACTS of the cards: halves and channels-last pay with tensor cores)."""
+    """Without measurements: mixed precision and channels-last pay with tensor cores."""
     precisions = precision_order(config.train.precision, tensor_cores)
     layout = config.train.memory_format
     if layout == "auto":
         layout = "channels-last" if tensor_cores else "contiguous"
     return Modes(precisions, dict.fromkeys(precisions, layout))
+
+
+def has_tensor_cores(facts: DeviceFacts | None) -> bool:
+    """From capability 7.0 on; the GTX 16xx has 7.5 without: told by its name."""
+    return facts is not None and facts.capability >= (7, 0) and "GTX 16" not in facts.name
 
 
 def by_measurement(config: Config, model: nn.Module, calibrator: Calibrator) -> Modes:
@@ -50,6 +56,8 @@ def by_measurement(config: Config, model: nn.Module, calibrator: Calibrator) -> 
         return Modes(precisions, {asked: layout})  # nothing to choose, and nothing to doubt
     batch = train.micro_batch or train.batch
     measured = calibrator.modes(model, (batch, 3, 32, 32), precisions, formats)
+    if len(measured) < len(precisions) * len(formats):  # a block alone did not fit: nothing to compare by
+        return by_kind(config, has_tensor_cores(calibrator.facts))
     best = {precision: _best(precision, measured) for precision in precisions}
     usable = [precision for precision in precisions if best[precision] is not None]
     if not usable:

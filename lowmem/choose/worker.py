@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,7 +56,8 @@ class Stages:
             calibration=calibration,
         )
         if self.mode_key is not None:
-            calibration.put_mode(self.mode_key, clock.mode())
+            with suppress(torch.OutOfMemoryError):  # then it stays unknown
+                calibration.put_mode(self.mode_key, clock.mode())
         clock.measure(self.wanted)
 
 

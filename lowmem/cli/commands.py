@@ -255,3 +255,37 @@ def plan(
     from lowmem.cli.show_plan import show_plan
 
     show_plan(settings, as_json, curve, recalibrate)
+
+
+@app.command()
+def doctor(
+    arch: Annotated[Text, typer.Option(help="The network of the run, for the room it takes on disk.")] = None,
+    block: Annotated[Text, typer.Option(help="basic or bottleneck.")] = None,
+    width: Annotated[Number, typer.Option(help="Channels of the stem (64).")] = None,
+    data: Annotated[Text, typer.Option(help="cifar10, fashion-mnist, shapes or folder:PATH.")] = None,
+    data_root: DataRoot = None,
+    precision: Annotated[Text, typer.Option(help="auto, fp32 or amp.")] = None,
+    memory_format: Annotated[Text, typer.Option(help="auto, contiguous or channels-last.")] = None,
+    device: Device = None,
+    out: Annotated[Optional[Path], typer.Option(help="Run folder; default runs/ARCH.")] = None,  # noqa: UP045
+    config: Annotated[Optional[Path], typer.Option(help="YAML file of settings.")] = None,  # noqa: UP045
+    set_: Sets = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Card, driver, torch, memory, disk, data: what is wrong, and the command that mends it."""
+    from lowmem.settings import gather
+
+    flags = {
+        "model.arch": arch,
+        "model.block": block,
+        "model.width": width,
+        "data.source": data,
+        "data.root": data_root,
+        "train.precision": precision,
+        "train.memory_format": memory_format,
+        "train.device": device,
+    }
+    settings = gather(config_file=config, flags=flags, sets=set_)
+    from lowmem.cli.show_doctor import show_doctor
+
+    raise typer.Exit(show_doctor(settings.config, out, as_json))

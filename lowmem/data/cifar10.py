@@ -23,20 +23,30 @@ def read(root: str | Path, *, download: bool) -> Source:
     Raises DataError if it is missing and cannot be had, or if a file is not what it should be.
     """
     folder = Path(root).expanduser()
-    missing = _missing(folder)
-    if missing and download:
-        _download(folder, missing)
-    elif missing:
-        raise DataError(
-            f"CIFAR-10 is not in {folder}: {missing[0]} is missing; unpack cifar-10-python.tar.gz there, "
-            "point data.root to the folder that holds cifar-10-batches-py, or set data.download=true"
-        )
-    _verify(folder)
+    if not complete(folder, download=download):
+        _download(folder, _missing(folder))
+        _verify(folder)
     try:
         train, test = (CIFAR10(str(folder), train=part, download=False) for part in (True, False))
     except (OSError, RuntimeError) as error:
         raise DataError(f"CIFAR-10 in {folder / CIFAR10.base_folder} cannot be read: {error}") from error
     return Source("cifar10", tuple(train.classes), _pictures(train), _pictures(test))
+
+
+def complete(folder: Path, *, download: bool) -> bool:
+    """Whether all files are there, each with its MD5; False if some are missing and `download` would fetch them.
+
+    Raises DataError for a damaged file, and for missing ones without `download`.
+    """
+    missing = _missing(folder)
+    if missing and not download:
+        raise DataError(
+            f"CIFAR-10 is not in {folder}: {missing[0]} is missing; unpack cifar-10-python.tar.gz there, "
+            "point data.root to the folder that holds cifar-10-batches-py, or set data.download=true"
+        )
+    if not missing:
+        _verify(folder)
+    return not missing
 
 
 def _files() -> list[tuple[str, str]]:

@@ -47,28 +47,51 @@ def read(root: str | Path, *, download: bool) -> Source:
     Raises DataError if it is in none of them and cannot be fetched, or if a file is not what it should be.
     """
     base = Path(root).expanduser()
+    folder = place(base, download=download) or _fetch(base)
+    paths = _require_all(folder)
+    return Source("fashion-mnist", CLASSES, _part(*paths[:2]), _part(*paths[2:]))
+
+
+def place(base: Path, *, download: bool) -> Path | None:
+    """The folder that holds all four files; None if there is none and `download` would fetch them.
+
+    Raises DataError if they are missing without `download`.
+    """
     places = [base, base / "fashion-mnist", base / "FashionMNIST" / "raw", DEBIAN_FOLDER]
-    folder = next((place for place in places if _held(place) == 4), None)
-    if folder is None:
-        partly = next((place for place in places if _held(place)), None)
+    full = next((folder for folder in places if _held(folder) == 4), None)
+    if full is not None or download:
+        return full
+    if partly := next((folder for folder in places if _held(folder)), None):
         # With some of the files there, naming the missing one helps more than saying that there is nothing.
-        folder = partly if partly and not download else _fetch(base, download)
-    return Source("fashion-mnist", CLASSES, _part(folder, "train"), _part(folder, "test"))
+        _require_all(partly)
+    raise _absent(base, "data.download is off")
 
 
-def _fetch(base: Path, download: bool) -> Path:
-    why = "data.download is off"
-    if download:
-        try:
-            base.mkdir(parents=True, exist_ok=True)
-            FashionMNIST(str(base), download=True)
-            return base / "FashionMNIST" / "raw"
-        except (OSError, RuntimeError, EOFError) as error:
-            why = f"it cannot be downloaded: {' '.join(str(error).split())}"
-    raise DataError(
+def _fetch(base: Path) -> Path:
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        FashionMNIST(str(base), download=True)
+        return base / "FashionMNIST" / "raw"
+    except (OSError, RuntimeError, EOFError) as error:
+        raise _absent(base, f"it cannot be downloaded: {' '.join(str(error).split())}") from error
+
+
+def _absent(base: Path, why: str) -> DataError:
+    return DataError(
         f"Fashion-MNIST is not in {base} ({why}): put its four files there (train-images-idx3-ubyte.gz ...), "
         "install Debian's dataset-fashion-mnist, or use --data shapes, which needs no files"
     )
+
+
+def _require_all(folder: Path) -> list[Path]:
+    """The four files in the order of `_NAMES`. Raises DataError for the first that is missing."""
+    paths = []
+    for name in (name for pair in _NAMES.values() for name in pair):
+        path = _find(folder, name)
+        if path is None:
+            raise DataError(f"{folder / name} (or .gz) is missing: Fashion-MNIST needs all four files in one folder")
+        paths.append(path)
+    return paths
 
 
 def _find(folder: Path, name: str) -> Path | None:
@@ -80,24 +103,18 @@ def _held(folder: Path) -> int:
     return sum(_find(folder, name) is not None for pair in _NAMES.values() for name in pair)
 
 
-def _part(folder: Path, part: str) -> Pictures:
-    paths = []
-    for name in _NAMES[part]:
-        path = _find(folder, name)
-        if path is None:
-            raise DataError(f"{folder / name} (or .gz) is missing: Fashion-MNIST needs all four files in one folder")
-        paths.append(path)
-    grey = read_idx(paths[0], _IMAGES_MAGIC)
-    labels = read_idx(paths[1], _LABELS_MAGIC)
+def _part(images_path: Path, labels_path: Path) -> Pictures:
+    grey = read_idx(images_path, _IMAGES_MAGIC)
+    labels = read_idx(labels_path, _LABELS_MAGIC)
     if grey.shape[1:] != (_GREY_SIDE, _GREY_SIDE):
-        raise DataError(f"{paths[0]} holds pictures of {grey.shape[1]}x{grey.shape[2]}, Fashion-MNIST's are 28x28")
+        raise DataError(f"{images_path} holds pictures of {grey.shape[1]}x{grey.shape[2]}, Fashion-MNIST's are 28x28")
     if len(grey) != len(labels) or not len(grey):
         raise DataError(
-            f"{paths[0].name} holds {len(grey):,} pictures, {paths[1].name} {len(labels):,} labels: "
-            f"one of them is of another data set; fetch both again into {folder}"
+            f"{images_path.name} holds {len(grey):,} pictures, {labels_path.name} {len(labels):,} labels: "
+            f"one of them is of another data set; fetch both again into {images_path.parent}"
         )
     if labels.max() >= len(CLASSES):
-        raise DataError(f"{paths[1]} holds the label {labels.max()}, Fashion-MNIST's are 0 to 9: fetch it again")
+        raise DataError(f"{labels_path} holds the label {labels.max()}, Fashion-MNIST's are 0 to 9: fetch it again")
     border = (SIDE - _GREY_SIDE) // 2
     padded = np.pad(grey, ((0, 0), (border, border), (border, border)))
     images = np.ascontiguousarray(np.broadcast_to(padded[:, None], (len(grey), CHANNELS, SIDE, SIDE)))

@@ -154,7 +154,7 @@ class _Loop:
     def _plan_changed(self) -> None:
         t = self.t
         t.meter.reset()  # the peaks of an epoch are those of the plan in force at its end
-        self.check = PlanCheck(t.plan, t.model, t.optimizer, t.execution.device, self.undo.copies)
+        self.check = PlanCheck(t.plan, t.model, t.optimizer, t.execution.device, self.undo.copies, t.meter.read)
 
     def _after_step(self) -> None:
         state, config = self.state, self.t.config

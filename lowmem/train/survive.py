@@ -135,7 +135,7 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
 
 @torch.no_grad()
 def _copy(into: Iterable[Tensor], source: Iterable[Tensor]) -> None:
-    """Allocates nothing; a launch or two for each dtype."""
+    """Allocates nothing; a few launches for each dtype."""
     groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for left, right in zip(into, source, strict=True):
         pair = groups.setdefault(left.dtype, ([], []))

@@ -132,6 +132,7 @@ class _Scripted:
 
     def __init__(self, device: str, modes: dict[tuple[str, str], Mode]) -> None:
         self.device, self.known = device, modes
+        self.facts = None
 
     def modes(self, model: object, shape: object, precisions: tuple[str, ...], formats: tuple[str, ...]):
         return {pair: mode for pair, mode in self.known.items() if pair[0] in precisions and pair[1] in formats}
@@ -169,6 +170,8 @@ def test_auto_follows_what_was_measured() -> None:
     with pytest.raises(PreflightError, match=r"not finite.*--precision fp32"):
         decided("cuda", _modes((1.0, 1.2), (0.5, 0.5), finite=False), train__precision="amp")
     assert decided("cpu", _modes((1.0, 0.5), (0.1, 0.1))).precisions == ("fp32", "amp")
+    nothing = decided("cuda", {("fp32", "contiguous"): Mode(1.0, True)})
+    assert (nothing.precisions, nothing.formats["fp32"]) == (("fp32", "amp"), "contiguous"), "not even a block fitted"
     fixed = decided("cuda", _modes((1.0, 1.2), (0.6, 0.4)), train__memory_format="contiguous")
     assert set(fixed.formats.values()) == {"contiguous"}
     assert "train.memory_format" not in fixed.reasons

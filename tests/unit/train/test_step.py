@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from lowmem.config import OptimConfig
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
+from lowmem.plan import LEAN, SAVE_ALL, uniform
+from lowmem.remat import apply_plan, stage_names
 from lowmem.train.state import RunState, capture
 from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.train.survive import Failure, Undo
@@ -64,6 +66,32 @@ def test_a_step_is_what_the_library_does() -> None:
     for name, buffer in ours.named_buffers():
         if name.endswith("num_batches_tracked"):
             assert buffer.item() == 2  # invariant 2
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_the_update_reads_gradients_as_they_lie_in_memory(planned: bool) -> None:
+    """The library's fused update on the CPU does not look at strides: in channels-last every gradient must lie as its
+    parameter does, and momentum too."""
+    ours, usual = (build("res20", width=16).to(memory_format=torch.channels_last) for _ in range(2))
+    policies = [*[LEAN] * (len(stage_names(ours)) - 1), SAVE_ALL]
+    run = apply_plan(ours, uniform(policies)) if planned else ours
+    images, labels = _batch(8)
+    images = images.contiguous(memory_format=torch.channels_last)
+    step = TrainStep(
+        run,
+        make_optimizer(ours, OptimConfig(), "cpu"),
+        make_scaler(Execution("cpu", "fp32", "channels-last")),
+        Execution("cpu", "fp32", "channels-last"),
+        None,
+    )
+    optimizer = torch.optim.SGD(usual.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4, foreach=False)
+    for _ in range(2):
+        step(images, labels, 0.05)
+        optimizer.zero_grad()
+        F.cross_entropy(usual(images), labels, reduction="sum").div(8).backward()
+        optimizer.step()
+    for left, right in zip(ours.parameters(), usual.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
 
 
 def test_gradients_are_gone_after_the_step() -> None:

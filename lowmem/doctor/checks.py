@@ -1,0 +1,43 @@
+"""All checks in the order they are shown: what is installed, the card, the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from lowmem.doctor import checks_card, checks_install, checks_run
+from lowmem.doctor.facts import Facts, Finding, Status
+
+Check = Callable[[Facts], Finding | None]  # None: it does not apply here, or what it needs is unknown
+
+CHECKS: tuple[Check, ...] = (
+    checks_install.python,
+    checks_install.torch,
+    checks_install.torchvision,
+    checks_install.driver,
+    checks_card.card,
+    checks_install.build,
+    checks_card.visible,
+    checks_install.kernel,
+    checks_card.memory,
+    checks_card.display,
+    checks_card.link,
+    checks_card.halves,
+    checks_card.channels_last,
+    checks_card.spill,
+    checks_run.allocator,
+    checks_run.variables,
+    checks_run.processor,
+    checks_run.refusal,
+    checks_run.disk,
+    checks_run.data,
+)
+
+
+def examine(facts: Facts) -> list[Finding]:
+    """What every check that applies has to say."""
+    return [finding for check in CHECKS if (finding := check(facts)) is not None]
+
+
+def can_start(findings: Iterable[Finding]) -> bool:
+    """Whether training can start: nothing failed."""
+    return all(finding.status != Status.FAIL for finding in findings)

@@ -1,0 +1,178 @@
+"""Checks of what is installed: Python, torch and its pair, torch's build against the card, the driver, one kernel."""
+
+from __future__ import annotations
+
+import re
+
+from packaging.requirements import InvalidRequirement, Requirement
+
+from lowmem.doctor.builds import install_command, same_torch, version
+from lowmem.doctor.facts import Facts, Finding, Status
+
+_PASCAL = (6, 9)
+# The oldest driver branch for a CUDA major version (NVIDIA's compatibility table; within it minor versions fit).
+_DRIVER_BRANCH = {12: "R525", 13: "R580"}
+
+
+def python(facts: Facts) -> Finding | None:
+    """Versions, and whether everything lowmem requires is installed."""
+    words = f"Python {facts.python_version or '?'}, lowmem {facts.lowmem_version or '?'}"
+    # torch and its pair have a check of their own, with a better answer than "upgrade".
+    unmet = [text for text in facts.unmet or () if not text.lower().startswith("torch")]
+    if unmet:
+        asked = " ".join(f'"{text.partition(";")[0].strip()}"' for text in unmet)
+        return Finding(
+            "python", Status.FAIL, f"{words}; missing or too old: {', '.join(unmet)}", f"pip install {asked}"
+        )
+    if facts.python_version is None and facts.lowmem_version is None:
+        return None
+    return Finding("python", Status.OK, words)
+
+
+def torch(facts: Facts) -> Finding | None:
+    """Whether torch can be imported, and what it is built for."""
+    if facts.torch_version is None and not facts.torch_works:
+        if facts.torch_works is None:
+            return None
+        return Finding("torch", Status.FAIL, "torch is not installed", _fitting(facts))
+    found = version(facts.torch_version)
+    if facts.torch_works is False:
+        why = facts.trouble("torch") or "no reason given"
+        mend = f'pip install --force-reinstall "torch=={found.public}"' if found else _fitting(facts)
+        return Finding("torch", Status.FAIL, f"torch {facts.torch_version} cannot be imported: {why}", mend)
+    built = f"built for CUDA {facts.torch_cuda}" if facts.torch_cuda else "built without CUDA"
+    words = f"{facts.torch_version or 'version unknown'}" + (f", {built}" if facts.torch_works else "")
+    oldest = version("2.7.1")
+    if found is not None and oldest is not None and found < oldest:
+        return Finding("torch", Status.WARNING, f"{words}; lowmem needs 2.7.1 or newer", _fitting(facts))
+    return Finding("torch", Status.OK, words)
+
+
+def torchvision(facts: Facts) -> Finding | None:
+    """Whether torch and torchvision belong together: by torchvision's own metadata, then by using it."""
+    if facts.torch_works is False:  # nothing can be said of it before torch works
+        return None
+    # One command for both, where torch has to be replaced anyway.
+    keep = facts.torch_version is not None and not facts.lacks_kernels and not facts.driver_too_old
+    mend = same_torch(facts.torch_version) if keep and facts.torch_version else _fitting(facts)
+    if facts.torchvision_version is None:
+        if facts.torchvision_works is False:
+            return Finding("torchvision", Status.FAIL, "torchvision is not installed", mend)
+        return None
+    pair = f"torchvision {facts.torchvision_version} with torch {facts.torch_version or '?'}"
+    if _belong_together(facts) is False:
+        # pip refuses to make such a pair, other installers do not. Some work all the same, most fail at import.
+        wants = (facts.torchvision_wants or "").replace(" ", "").replace("(", "").replace(")", "")
+        status = Status.WARNING if facts.torchvision_works else Status.FAIL
+        return Finding("torchvision", status, f"{pair}, but it asks for {wants}", mend)
+    if facts.torchvision_works is False:
+        why = facts.trouble("torchvision") or "no reason given"
+        found = version(facts.torchvision_version)
+        again = f'pip install --force-reinstall --no-deps "torchvision=={found.public}"' if found else mend
+        return Finding("torchvision", Status.FAIL, f"{pair} cannot be imported: {why}", again)
+    return Finding("torchvision", Status.OK, f"{facts.torchvision_version}, belongs to this torch")
+
+
+def _belong_together(facts: Facts) -> bool | None:
+    found = version(facts.torch_version)
+    if found is None or facts.torchvision_wants is None:
+        return None
+    try:
+        # Without the local part: 2.7.1+cu126 is a 2.7.1.
+        return Requirement(facts.torchvision_wants).specifier.contains(found.public, prereleases=True)
+    except InvalidRequirement:
+        return None
+
+
+def build(facts: Facts) -> Finding | None:
+    """Whether torch has kernels for the card."""
+    if facts.card is None or facts.device_asked == "cpu" or not facts.torch_works:
+        return None
+    name = facts.card.name or "the card"
+    if facts.torch_cuda is None:
+        words = f"torch {facts.torch_version or ''} is built without CUDA and cannot use the {name}"
+        return Finding("build", facts.without_card, " ".join(words.split()), _fitting(facts, again=True))
+    if facts.capability is None or not facts.arch_list:
+        return None
+    dotted = ".".join(map(str, facts.capability))
+    if not facts.lacks_kernels:
+        return Finding("build", Status.OK, f"has kernels for the {name} (compute capability {dotted})")
+    words = (
+        f"torch {facts.torch_version or '?'} has no kernels for the {name} (compute capability {dotted}): "
+        f"it is built for {' '.join(facts.arch_list)}"
+    )
+    mend = _fitting(facts)
+    if mend is None:
+        return Finding("build", facts.on_card, f"{words}; {_no_release(facts)}", "lowmem train --device cpu")
+    return Finding("build", facts.on_card, words, mend)
+
+
+def _no_release(facts: Facts) -> str:
+    newer_driver = install_command(facts.capability, system=facts.system) is not None
+    return "a release that has them needs a newer driver" if newer_driver else "no release that lowmem runs on has them"
+
+
+def _fitting(facts: Facts, *, again: bool = False) -> str | None:
+    """The command for the torch that runs on this card, or the newest one where there is no card."""
+    runs = facts.driver.cuda_version if facts.driver is not None else None
+    return install_command(facts.capability, system=facts.system, driver_cuda=runs, again=again)
+
+
+def driver(facts: Facts) -> Finding | None:
+    """Whether there is a driver, and whether it is new enough for torch's CUDA."""
+    if facts.driver is None:
+        return None
+    if facts.device_asked == "cpu":
+        return None
+    if facts.driver.missing is not None:
+        what, way_out = _apart(facts.driver.missing)
+        if facts.device_asked == "cuda":
+            cpu = "lowmem train --device cpu"
+            return Finding("driver", Status.FAIL, what, f"{way_out}; or {cpu}" if way_out else cpu)
+        return Finding(
+            "driver", Status.NOTE, f"{what}; training on the CPU works", way_out and f"with a card: {way_out}"
+        )
+    runs = facts.driver.cuda_version
+    words = f"{facts.driver.driver_version or 'version unknown'}" + (f", runs CUDA {runs[0]}.{runs[1]}" if runs else "")
+    if facts.driver_too_old:
+        return Finding("driver", facts.without_card, *_too_old(facts, words))
+    if facts.card is not None and facts.card.trouble is not None:
+        return Finding(
+            "driver", facts.without_card, f"{words}; it says of the card: {facts.card.trouble}", "nvidia-smi"
+        )
+    old_card = facts.capability is not None and facts.capability <= _PASCAL
+    branch = version(facts.driver.driver_version)
+    if old_card and branch is not None and branch.major >= 580:
+        return Finding("driver", Status.OK, f"{words}; R580 is the last branch for this card: do not go beyond")
+    return Finding("driver", Status.OK, words)
+
+
+def _apart(sentence: str) -> tuple[str, str | None]:
+    """`what is missing (why: so): the way out` at its first colon outside of parentheses."""
+    match = re.fullmatch(r"((?:\([^)]*\)|[^:(])*): (.*)", sentence)
+    return (match[1], match[2]) if match else (sentence, None)
+
+
+def _too_old(facts: Facts, words: str) -> tuple[str, str | None]:
+    """Another torch, if one runs under this driver; else a newer driver, which no command installs everywhere."""
+    cuda_major = int((facts.torch_cuda or "0").partition(".")[0])
+    branch = _DRIVER_BRANCH.get(cuda_major, "newest")
+    finding = (
+        f"{words}; torch {facts.torch_version or ''} needs CUDA {cuda_major}, a driver of branch {branch} or newer"
+    )
+    return " ".join(finding.split()), _fitting(facts) or f"install NVIDIA's driver of branch {branch}"
+
+
+def kernel(facts: Facts) -> Finding | None:
+    """One real kernel on the card."""
+    if facts.kernel_works is None or facts.device_asked == "cpu":
+        return None
+    if facts.kernel_works:
+        return Finding("kernel", Status.OK, "a matrix product, a convolution and its gradients ran on the card")
+    why = facts.trouble("kernel") or "no reason given"
+    words = f"a small convolution fails on the card: {why}"
+    if "no kernel image" in why:
+        return Finding("kernel", facts.on_card, words, _fitting(facts))
+    if "out of memory" in why.lower():
+        return Finding("kernel", facts.on_card, words, "free memory of the card: nvidia-smi lists who holds it")
+    return Finding("kernel", facts.on_card, words, "nvidia-smi, then restart the machine if it shows an error")

@@ -1,0 +1,151 @@
+"""The probe as real processes: broken installations are stubs that stand first on PYTHONPATH."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowmem.config import Config, flatten
+from lowmem.doctor.asking import Answers, ask
+from lowmem.doctor.probe import largest_error, main
+from lowmem.models import build
+
+TINY = Config.model_validate({"model": {"width": 4}, "data": {"source": "shapes"}})
+
+
+def stub(folder: Path, module: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that is found before the real one, by child processes only."""
+    (folder / f"{module}.py").write_text(code)
+    rest = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), rest] if rest else [str(folder)]))
+
+
+TORCH = """
+import types
+__version__ = "2.15.0"
+version, cuda, _C = types.SimpleNamespace(cuda=None), types.SimpleNamespace(get_arch_list=list), None
+def get_num_threads(): return 1
+"""
+
+
+def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What lies in the current folder is not imported.
+    (tmp_path / "torch.py").write_text("raise ImportError('from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    answers = ask(flatten(TINY), ["torch", "allocator", "network", "torchvision", "data", "cuda", "execution"])
+    assert answers.troubles == {}
+    assert answers.results["torch"]["version"] == torch.__version__
+    assert answers.results["torch"]["cuda"] == torch.version.cuda
+    assert answers.results["allocator"] == {"refused": None}
+    assert answers.results["cuda"]["available"] == torch.cuda.is_available()
+    assert answers.results["data"]["there"] is True
+    net = build("res20", width=4)
+    parameters = sum(p.numel() * p.element_size() for p in net.parameters())
+    state = sum(t.numel() * t.element_size() for t in net.state_dict().values())
+    assert answers.results["network"] == {"state_bytes": state, "parameter_bytes": parameters}
+
+
+def test_a_torchvision_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(tmp_path, "torch", TORCH, monkeypatch)
+    stub(tmp_path, "torchvision", "raise RuntimeError('operator torchvision::nms does not exist')", monkeypatch)
+    answers = ask(flatten(TINY), ["torch", "torchvision", "allocator"])
+    assert answers.troubles == {"torchvision": "RuntimeError: operator torchvision::nms does not exist"}
+    assert set(answers.results) == {"torch", "allocator"}
+
+
+def test_a_torchvision_that_takes_the_process_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages after it are asked again, in another process."""
+    code = "import os, sys; print('undefined symbol: _ZN3c10', file=sys.stderr, flush=True); os._exit(9)"
+    stub(tmp_path, "torch", TORCH, monkeypatch)
+    stub(tmp_path, "torchvision", code, monkeypatch)
+    answers = ask(flatten(TINY), ["torch", "torchvision", "allocator"])
+    assert answers.troubles == {"torchvision": "the process ended with code 9: undefined symbol: _ZN3c10"}
+    assert set(answers.results) == {"torch", "allocator"}
+
+
+def test_without_torch_nothing_else_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(tmp_path, "torch", "raise ImportError('libcudart.so.13: cannot open shared object file')", monkeypatch)
+    answers = ask(flatten(TINY), ["torch", "network"])
+    assert answers.results == {}
+    assert answers.troubles["torch"] == "ImportError: libcudart.so.13: cannot open shared object file"
+
+
+def test_a_probe_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(tmp_path, "torch", "import time; time.sleep(600)", monkeypatch)
+    answers = ask(flatten(TINY), ["torch"], timeout_seconds=3)
+    assert answers == Answers({}, {"torch": "no answer within 3 seconds"})
+
+
+def test_a_probe_that_cannot_even_begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stub(tmp_path, "pydantic", "raise ImportError('no pydantic')", monkeypatch)
+    answers = ask(flatten(TINY), ["torch", "network"])
+    assert answers.results == {}
+    assert answers.troubles == {"torch": "the process ended with code 1: ImportError: no pydantic"}
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA and reads no allocator settings")
+def test_allocator_settings_are_judged_by_torch_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "nonsense:1")
+    refused = ask(flatten(TINY), ["allocator"]).results["allocator"]["refused"]
+    assert "nonsense" in refused
+
+
+def answered(config: Config, stage: str) -> dict[str, Any]:
+    """A stage's last line, from this process."""
+    out = io.StringIO()
+    with warnings.catch_warnings():
+        main([stage], io.StringIO(json.dumps(flatten(config))), out)
+    return json.loads(out.getvalue().splitlines()[-1])
+
+
+def test_what_train_would_refuse_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    train = {"device": "cpu", "memory_format": "channels-last", "precision": "fp32"}
+    thin = Config.model_validate({"model": {"width": 8}, "train": train})
+    trouble = answered(thin, "execution")["trouble"]
+    assert trouble.startswith("channels-last in fp32 at width 8")
+    assert "--memory-format contiguous" in trouble
+    wide = Config.model_validate({"train": train})
+    assert answered(wide, "execution")["result"] == train
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    trouble = answered(Config.model_validate({"train": {"device": "cuda"}}), "execution")["trouble"]
+    assert trouble.startswith("device cuda was asked for")
+
+
+def test_libraries_that_print_do_not_disturb_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = 'print(\'{"stage": "torch", "result": {}}\')\nraise ImportError(\'noisy\')'
+    stub(tmp_path, "torch", code, monkeypatch)
+    assert ask(flatten(TINY), ["torch"]) == Answers({}, {"torch": "ImportError: noisy"})
+
+
+def test_every_stage_is_announced_before_it_runs() -> None:
+    out = io.StringIO()
+    with warnings.catch_warnings():
+        main(["torch", "network"], io.StringIO(json.dumps(flatten(TINY))), out)
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [line.get("begin") or line["stage"] for line in lines] == ["torch", "torch", "network", "network"]
+
+
+def test_the_kernels_agree_with_themselves_on_the_cpu() -> None:
+    assert largest_error("cpu") == 0.0
+
+
+def test_a_device_that_cannot_compute_is_an_error() -> None:
+    """Stood in for by shapes without values."""
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        largest_error("meta")
+
+
+def test_the_doctor_imports_no_torch() -> None:
+    probe = "import sys, lowmem.cli.show_doctor; assert not {'torch', 'torchvision'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

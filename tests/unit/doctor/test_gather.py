@@ -1,0 +1,211 @@
+"""Gathering: real where it can be, and a GTX 1060 from its scripted driver to the exit code."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowmem.cli import show_doctor
+from lowmem.config import Config
+from lowmem.doctor import Status, examine, gather
+from lowmem.doctor.asking import Answers
+from lowmem.doctor.gather import _answers, _cpu_share, _unmet
+from lowmem.errors import ExitCode
+from lowmem.measure.nvml import DriverReport, read_driver
+from tests.unit.doctor.scripted import TORCH_2_7, TORCH_2_15
+from tests.unit.measure.scripted import Card, ScriptedNvml
+
+NO_KERNEL = "AcceleratorError: CUDA error: no kernel image is available for execution on the device"
+
+
+def config(**train: Any) -> Config:
+    return Config.model_validate({"data": {"source": "shapes"}, "train": train})
+
+
+def probe(
+    version: str, cuda: str | None, archs: Sequence[str], *, kernel: bool, available: bool = True
+) -> Callable[[Mapping[str, object], Sequence[str]], Answers]:
+    """What the probe would answer on the machine of the card."""
+
+    def asker(values: Mapping[str, object], stages: Sequence[str]) -> Answers:
+        results: dict[str, Any] = {
+            "torch": {"version": version, "cuda": cuda, "archs": list(archs), "threads": 1},
+            "allocator": {"refused": None},
+            "network": {"state_bytes": 20_000_000, "parameter_bytes": 19_000_000},
+            "torchvision": {"version": "0.29.2"},
+            "data": {"there": True, "words": "shapes are drawn, no files needed", "url": None},
+            "cuda": {"available": available, "uuid": "11111111-2222-3333-4444-555555555555" if available else None},
+            "execution": {"device": "cuda", "precision": "fp32", "memory_format": "contiguous"},
+            "kernel": {"right": True, "largest_error": 0.0},
+        }
+        troubles = {} if kernel else {"kernel": NO_KERNEL}
+        return Answers({k: v for k, v in results.items() if k in stages and k not in troubles}, troubles)
+
+    return asker
+
+
+def gtx1060(driver: str = "580.65.06", cuda: int = 13000) -> Callable[[], DriverReport]:
+    library = ScriptedNvml(
+        [Card(compute=[(4242, 600 * 2**20)])], names={4242: "/usr/bin/python3"}, driver=driver, cuda=cuda
+    )
+    return lambda: read_driver(library)
+
+
+def test_a_gtx_1060_with_torch_2_15(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asker = probe("2.15.0", "13.2", TORCH_2_15, kernel=False)
+
+    def scripted(wanted: Config, out: Path | None) -> Any:
+        return gather(wanted, out, driver=gtx1060(), asker=asker, environment={})
+
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    monkeypatch.setattr(show_doctor, "gather", scripted)
+    code = show_doctor.show_doctor(config(), tmp_path / "run", True)
+    assert code == ExitCode.PREFLIGHT == 3
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["can_start"] is False
+    build = next(finding for finding in shown["findings"] if finding["name"] == "build")
+    assert build["status"] == "fail"
+    assert build["mend"] == 'pip install "torch==2.7.1" "torchvision==0.22.1"'
+    assert "GTX 1060 6GB (compute capability 6.1)" in build["finding"]
+    kernel = next(finding for finding in shown["findings"] if finding["name"] == "kernel")
+    assert (kernel["status"], kernel["mend"]) == ("fail", build["mend"])
+    # The same for people, and the command in one piece.
+    assert show_doctor.show_doctor(config(), tmp_path / "run", False) == 3
+    text = capsys.readouterr().out
+    assert '> pip install "torch==2.7.1" "torchvision==0.22.1"\n' in text
+    assert text.splitlines()[-1].startswith("training cannot start: 2 failures")
+    assert "python3 (pid 4242): 600 MiB" in text
+
+
+def test_a_gtx_1060_with_torch_2_7(tmp_path: Path) -> None:
+    asker = probe("2.7.1+cu126", "12.6", TORCH_2_7, kernel=True)
+    facts = gather(config(), tmp_path, driver=gtx1060("535.183.01", 12020), asker=asker, environment={})
+    assert facts.profile is not None
+    assert facts.profile.name == "GTX 1060 6G"
+    findings = {finding.name: finding for finding in examine(facts)}
+    for name in ("build", "driver", "kernel", "card"):
+        assert findings[name].status == Status.OK, findings[name]
+
+
+def test_an_old_driver_under_a_new_torch_gets_the_same_command(tmp_path: Path) -> None:
+    asker = probe("2.15.0", "13.2", TORCH_2_15, kernel=False, available=False)
+    facts = gather(config(), tmp_path, driver=gtx1060("535.183.01", 12020), asker=asker, environment={})
+    findings = {finding.name: finding for finding in examine(facts)}
+    mends = {findings[name].mend for name in ("driver", "build")}
+    assert len(mends) == 1
+    assert "torch==2.7.1" in str(mends)
+    assert "kernel" not in findings  # torch finds no card: there was nothing to run it on
+
+
+def test_wrong_results_of_a_kernel_are_a_fault(tmp_path: Path) -> None:
+    right = probe("2.7.1", "12.6", TORCH_2_7, kernel=True)
+
+    def wrong(values: Mapping[str, object], stages: Sequence[str]) -> Answers:
+        answers = right(values, stages)
+        kernel = {"right": False, "largest_error": float("nan")}
+        return Answers({**answers.results, "kernel": kernel}, answers.troubles)
+
+    facts = gather(config(), tmp_path, driver=gtx1060(), asker=wrong, environment={})
+    found = next(finding for finding in examine(facts) if finding.name == "kernel")
+    assert (found.status, "wrong results, off by up to nan" in found.finding) == (Status.FAIL, True)
+
+
+def test_on_the_cpu_no_card_is_touched(tmp_path: Path) -> None:
+    asked: list[Sequence[str]] = []
+
+    def asker(values: Mapping[str, object], stages: Sequence[str]) -> Answers:
+        asked.append(stages)
+        return Answers()
+
+    gather(config(device="cpu"), tmp_path, driver=DriverReport, asker=asker, environment={})
+    assert not {"cuda", "kernel"} & set(asked[0])
+    gather(config(), tmp_path, driver=DriverReport, asker=asker, environment={})
+    assert {"cuda", "kernel"} <= set(asked[1])
+
+
+def test_only_known_variables_are_taken(tmp_path: Path) -> None:
+    variables = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_CUDA_ALLOC_CONF": "x:1", "HF_TOKEN": "secret"}
+    facts = gather(
+        config(), tmp_path, driver=DriverReport, asker=lambda values, stages: Answers(), environment=variables
+    )
+    assert facts.environment == {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_CUDA_ALLOC_CONF": "x:1"}
+
+
+def _disk_facts(out: Path) -> Any:
+    asker = probe("2.7.1", "12.6", TORCH_2_7, kernel=True)
+    return gather(config(), out, driver=DriverReport, asker=asker, environment={})
+
+
+def test_the_disk(tmp_path: Path) -> None:
+    facts = _disk_facts(tmp_path / "not" / "yet" / "there")
+    assert (facts.disk_folder, facts.disk_trouble, facts.out_taken) == (tmp_path, None, False)
+    # two kept and one being written, each with parameters and momentum; weights three times
+    assert facts.disk_needed_bytes == 3 * (20_000_000 + 19_000_000) + 3 * 19_000_000
+    assert facts.disk_free_bytes is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    facts = _disk_facts(tmp_path / "file" / "run")
+    assert facts.disk_trouble is not None
+    (tmp_path / "run").mkdir()
+    assert _disk_facts(tmp_path / "run").out_taken is False
+    (tmp_path / "run" / "config.yaml").write_text("")
+    assert _disk_facts(tmp_path / "run").out_taken is True
+
+
+def test_cpu_limits_of_a_container(tmp_path: Path) -> None:
+    assert _cpu_share(tmp_path) is None
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("150000\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert _cpu_share(tmp_path) == 1.5
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
+    assert _cpu_share(tmp_path) is None
+    (tmp_path / "cpu.max").write_text("200000 100000\n")
+    assert _cpu_share(tmp_path) == 2.0
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert _cpu_share(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("requirement", "unmet"),
+    [
+        ("pytest>=1.0", False),
+        ("pytest>=1000", True),
+        ("no-such-package-of-anybody", True),
+        ("no-such-package-of-anybody; extra == 'test'", False),
+        ("no-such-package-of-anybody; python_version < '3'", False),
+        ("this is !! no requirement", False),
+    ],
+)
+def test_requirements(requirement: str, unmet: bool) -> None:
+    assert _unmet(requirement) is unmet
+
+
+def test_whether_a_host_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert _answers("127.0.0.1", port) is True
+    assert _answers("127.0.0.1", port) is False
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy:3128"})
+    assert _answers("127.0.0.1", port) is None
+
+
+def test_the_download_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy:3128"})
+    data = {"there": False, "words": "CIFAR-10 is not in data", "download_bytes": 2**20, "url": "https://example.org/x"}
+    facts = gather(
+        config(), tmp_path, driver=DriverReport, asker=lambda values, stages: Answers({"data": data}), environment={}
+    )
+    assert facts.data_words == "CIFAR-10 is not in data: 1 MiB would be downloaded from example.org"
+    assert (facts.data_there, facts.data_host_answers) == (False, None)

@@ -1,0 +1,35 @@
+"""What is said of a prediction once the first steps were measured."""
+
+from __future__ import annotations
+
+from lowmem.train.check import Finding
+from lowmem.units import MIB
+
+
+def test_on_the_cpu_only_tensors_are_known() -> None:
+    found = Finding(1000 * MIB, 1010 * MIB, 1100 * MIB)
+    assert found.within
+    assert found.words == (
+        "measured: 1,010 MiB of tensors at the peak of a step (predicted 1,000 MiB, +1.0%); within the budget of "
+        "1,100 MiB"
+    )
+
+
+def test_on_a_card_each_figure_has_its_own_error() -> None:
+    found = Finding(
+        predicted_bytes=5000 * MIB,
+        measured_bytes=5100 * MIB,
+        budget_bytes=5050 * MIB,
+        predicted_reserved_bytes=5500 * MIB,
+        measured_reserved_bytes=5445 * MIB,
+        predicted_device_bytes=None,
+        measured_device_bytes=5800 * MIB,
+    )
+    assert not found.within
+    assert found.words == (
+        "measured: 5,100 MiB of tensors at the peak of a step (predicted 5,000 MiB, +2.0%), 5,445 MiB held by the "
+        "allocator (predicted 5,500 MiB, -1.0%), 5,800 MiB in use on the card by this process; OVER the budget of "
+        "5,050 MiB"
+    )
+    assert found.fields["measured_device_bytes"] == 5800 * MIB
+    assert found.fields["predicted_device_bytes"] is None
