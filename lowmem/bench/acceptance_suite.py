@@ -305,7 +305,7 @@ class Suite:
                 return
             batch = max(1, min(batch - self._unit, int(0.95 * batch) // self._unit * self._unit))
         if not row.facts["tried"]:
-            row.refused = NO_TIME
+            row.refused = NO_TIME if self._no_time() else _none_found(len(found.tried), "plans")
 
     def _largest_plain(self, precision: str, row: Row) -> None:
         """By real steps alone, from where the prediction points."""
@@ -331,7 +331,7 @@ class Suite:
         found = largest(holds, guess, self._unit, self.setup.tries)
         row.facts["fails"] = found.fails
         if found.holds is None:
-            row.refused = tried[-1][1] if tried else NO_TIME
+            row.refused = NO_TIME if self._no_time() else _none_found(len(tried), "trials")
 
     @property
     def _unit(self) -> int:
@@ -348,6 +348,10 @@ class Suite:
                 if batch <= self._unit:
                     raise
             batch //= 2
+
+
+def _none_found(tries: int, what: str) -> str:
+    return f"none found in {tries} {what}"
 
 
 def _scaled(start: Choice, peak_bytes: int) -> int:

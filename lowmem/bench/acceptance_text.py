@@ -90,7 +90,7 @@ def _sections(rows: Sequence[Row]) -> list[str]:
         found = by_kind.get(kind, [])
         if kind in ("time", "format"):  # the planned ones are the first cells
             first = by_kind.get("memory", [])
-            found = [*found, *(first if kind == "time" else first[:1])]
+            found = [*found[:1], *first, *found[1:]] if kind == "time" else [*first[:1], *found]
         if by_kind.get(kind):
             parts += [f"## {title}", _table(header, (cells(row) for row in found))]
     budgets = [row for row in by_kind.get("memory", []) if row.budget]
