@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.bench.trial import Trial, TrialResult, run_trial
+from lowmem.bench.verdict import allocator_bytes, verdict
 from lowmem.choose.budget import Budget
 from lowmem.choose.execution import refuse_unsafe
 from lowmem.choose.planning import Choice, Request
@@ -81,9 +82,9 @@ class Tried:
     def line(self) -> str:
         """One line: predicted against measured, and the verdict."""
         result, predicted = self.result, self.choice.plan.predicted
-        verdict = self.refused_because or "holds"
+        holds = self.refused_because or "holds"
         if result.refused is not None:
-            return f"tried {words(self.choice)}: {verdict}"
+            return f"tried {words(self.choice)}: {holds}"
         peak, seconds = result.peak_allocated_bytes, result.step_seconds
         at_evaluation = result.eval_peak_allocated_bytes
         against = f" (predicted {predicted.step_seconds or 0:.3f}, {_percent(seconds, predicted.step_seconds)})"
@@ -92,7 +93,7 @@ class Tried:
         return (
             f"tried {words(self.choice)}: {format_size(peak)} at the peak of a step (predicted "
             f"{format_size(predicted.peak_allocated_bytes)}, {_percent(peak, predicted.peak_allocated_bytes)})"
-            f"{evaluation}; {seconds or 0:.3f} s a step{against}: {verdict}"
+            f"{evaluation}; {seconds or 0:.3f} s a step{against}: {holds}"
         )
 
 
@@ -131,7 +132,7 @@ def trial_of(config: Config, plan: Plan, budget: Budget, num_classes: int, train
         plan=plan.without_ladder().to_json(),
         pictures=train_pictures,
         eval_batch=config.train.eval_batch or plan.micro_batch,
-        cap_bytes=_allocator_bytes(budget),
+        cap_bytes=allocator_bytes(budget),
         momentum=optim.momentum,
         weight_decay=optim.weight_decay,
         nesterov=optim.nesterov,
@@ -194,37 +195,14 @@ def _replacements(request: Request, trials: list[Tried]) -> Iterator[Choice]:
 
 def _judge(choice: Choice, result: TrialResult, budget: Budget, device: str) -> Tried:
     """The verdict on one trial."""
-
-    def verdict(refused_because: str | None, for_memory: bool = False) -> Tried:
-        return Tried(
-            choice=choice,
-            result=result,
-            refused_because=refused_because,
-            for_memory=for_memory,
-            timed=device == "cuda" or choice.timed,
-        )
-
-    if result.refused is not None:
-        return verdict(result.refused, result.out_of_memory)
-    # On a card the convolution library's workspace comes from the same allocator as the tensors.
-    limit = budget.tensor_bytes + (budget.workspace_bytes if device == "cuda" else 0)
-    for what, taken in (
-        ("training", result.peak_allocated_bytes),
-        ("evaluation", result.eval_peak_allocated_bytes),
-    ):
-        if taken is not None and taken > limit:
-            return verdict(f"OVER: {what} takes {format_size(taken)}, the budget is {format_size(limit)}", True)
-    cap, reserved = _allocator_bytes(budget), result.most_reserved_bytes
-    if cap is not None and reserved is not None and reserved > cap - budget.pictures_bytes:
-        return verdict(f"OVER: the allocator holds {format_size(reserved)}, it may hold {format_size(cap)}", True)
-    if not result.finite:
-        return verdict("the loss is not finite")
-    return verdict(None)
-
-
-def _allocator_bytes(budget: Budget) -> int | None:
-    """What the caching allocator may hold, the training pictures included; None where only tensors count."""
-    return budget.total_bytes - budget.others_bytes - budget.context_bytes if budget.on_card else None
+    refused_because, for_memory = verdict(result, budget, device)
+    return Tried(
+        choice=choice,
+        result=result,
+        refused_because=refused_because,
+        for_memory=for_memory,
+        timed=device == "cuda" or choice.timed,
+    )
 
 
 def _fastest(trials: list[Tried], budget: Budget) -> Tried:

@@ -33,9 +33,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     # environment: the processor's name, under which what was measured on it is filed
     "choose": LEAVES | {"config", "settings", "cards", "models", "plan", "remat", "simulate", "measure", "environment"},
     "train": LEAVES | {"config", "settings", "models", "plan", "remat", "data", "runs", "measure"},
-    # A trial does what a run does: it draws its batches from data/ and executes its plan by remat/.
+    # A trial does what a run does: it draws its batches from data/, executes its plan by remat/, and where it is a
+    # whole (if short) run, it has a folder of runs/.
     "bench": LEAVES
-    | {"config", "settings", "cards", "plan", "models", "remat", "data", "choose", "train", "measure", "environment"},
+    | {"config", "settings", "cards", "plan", "models", "remat", "data", "runs", "choose", "train", "measure"}
+    | {"environment"},
     "report": LEAVES | {"config", "runs"},
 }
 # preflight and confirm are what a run does before its first step; confirm needs both what was chosen (choose) and what

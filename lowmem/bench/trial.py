@@ -58,8 +58,9 @@ class TrialResult:
     `peak_allocated_bytes` and `peak_reserved_bytes`: of the training steps after the warm-up, without what lies on the
     device beside the step (the training pictures): the tensors that a plan predicts, and on CUDA the convolution
     library's workspace, which comes from the same allocator. On the CPU tensors are counted and nothing is reserved.
-    `eval_*`: the same of evaluation. `beside_bytes`: what was taken off. `device_used_bytes`: on CUDA all that is in
-    use on the card, on the CPU this process's peak resident memory. `step_seconds` (median), `least_seconds`,
+    `eval_*`: the same of evaluation. `beside_bytes`: what was taken off. `device_used_bytes`: on CUDA all that
+    this process has on the card, context and pictures included; on the CPU its peak resident memory.
+    `step_seconds` (median), `least_seconds`,
     `most_seconds`: of a step without its batch's augmentation, nothing else measured in it. `alloc_retries`: how often
     the allocator had to give back what it had cached. `losses`: the mean loss of every step from the first.
     """

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lowmem.bench.trial import OUT_OF_MEMORY, Trial, says_out_of_memory
-from lowmem.bench.ways import executed
+from lowmem.bench.ways import PLANNED, executed
+from lowmem.choose.workspace import cap_workspace
 from lowmem.config import OptimConfig
 from lowmem.data import Pictures, TrainBatches, eval_batches
 from lowmem.measure import Meter
@@ -23,6 +24,7 @@ from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.train.evaluate import evaluate
 from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
+from lowmem.train.survive import Failure, Undo, classify
 
 _MEAN, _STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 _LR = 0.01
@@ -32,11 +34,8 @@ def work(trial: Trial) -> dict[str, Any]:
     """The trial's result as JSON values; running out of memory is one."""
     try:
         return _Work(trial).run()
-    except (torch.OutOfMemoryError, MemoryError):
-        return {"refused": OUT_OF_MEMORY, "out_of_memory": True}
-    except RuntimeError as error:
-        # The CPU's allocator, and CUDA's libraries, have no exception of their own for it.
-        if not says_out_of_memory(str(error)):
+    except (RuntimeError, MemoryError) as error:
+        if classify(error, "trial") is None and not says_out_of_memory(str(error)):
             raise
         return {"refused": OUT_OF_MEMORY, "out_of_memory": True}
 
@@ -47,6 +46,10 @@ class _Work:
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
         self.cuda = trial.device == "cuda"
+        if self.cuda:
+            cap_workspace()
+        # Before CUDA is first used: what the card is fuller by since then is this process's, the context included.
+        self.meter = Meter(trial.device)
         self.capped = self.cuda and trial.cap_bytes is not None and cap_allocator(trial.cap_bytes)
         self.execution = Execution(trial.device, trial.precision, trial.memory_format)
         model = build(trial.arch, trial.block, width=trial.width, num_classes=trial.num_classes, seed=trial.seed)
@@ -64,6 +67,8 @@ class _Work:
         micro_batch = trial.micro_batch if plan is None else plan.micro_batch
         run = executed(self.model, trial.way, plan)
         self.step = TrainStep(run, self.optimizer, make_scaler(self.execution), self.execution, micro_batch)
+        # What a planned run keeps to undo a step is in the prediction; what it is compared with has none.
+        self.undo = Undo(self.step, self.model) if trial.way == PLANNED else None
         self.losses: list[float] = []
 
     def _pictures(self) -> Pictures:
@@ -78,12 +83,22 @@ class _Work:
         for _ in range(self.trial.warmup):
             self._timed_step()
         found |= self._train_on_cuda() if self.cuda else self._train_on_cpu()
+        found |= self._on_the_device()
         if self.trial.eval_batch is not None:
             found |= self._evaluate(self.trial.eval_batch)
-        found["device_used_bytes"] = Meter(self.trial.device).read().device_used_bytes
         found["finite"] = all(math.isfinite(loss) for loss in self.losses)
         found["losses"] = self.losses
         return found
+
+    def _on_the_device(self) -> dict[str, int | None]:
+        """After training, with all that it has made the allocator hold."""
+        now = self.meter.read()
+        if not self.cuda:
+            return {"device_used_bytes": now.device_used_bytes}
+        own = now.process_bytes
+        if own is None and now.context_bytes is not None and now.reserved_bytes is not None:
+            own = now.context_bytes + now.reserved_bytes
+        return {"device_used_bytes": own, "context_bytes": now.context_bytes}
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -94,14 +109,22 @@ class _Work:
             step = 0  # the epoch's last batch may be a smaller one
         return self.batches.batch(epoch, step, memory_format=self.execution.torch_memory_format)
 
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.undo is None:
+            return self.step(images, labels, _LR)
+        totals = self.undo.attempt(lambda: self.step(images, labels, _LR))
+        if isinstance(totals, Failure):
+            raise MemoryError(totals.message)
+        return totals
+
     def _timed_step(self) -> float:
         images, labels = self._batch()
         self._wait()
         began = time.perf_counter()
-        loss_sum, _ = self.step(images, labels, _LR)
+        totals = self._step(images, labels)
         self._wait()
         seconds = time.perf_counter() - began
-        self.losses.append(float(loss_sum) / self.trial.batch)
+        self.losses.append(float(totals[0]) / self.trial.batch)
         return seconds
 
     def _wait(self) -> None:
@@ -123,7 +146,7 @@ class _Work:
         meter = TensorMeter()
         meter.adopt((*self._standing(), images, labels))
         with meter:
-            self.step(images, labels, _LR)
+            self._step(images, labels)
         return {**timed, "peak_allocated_bytes": meter.peak_bytes}
 
     def _train_on_cuda(self) -> dict[str, Any]:
@@ -144,7 +167,8 @@ class _Work:
     def _standing(self) -> list[Tensor]:
         """What exists all through a steady step."""
         momentum = [value for state in self.optimizer.state.values() for value in state.values()]
-        kept = (*self.model.parameters(), *self.model.buffers(), *momentum)
+        copies = self.undo.copies if self.undo is not None else []
+        kept = (*self.model.parameters(), *self.model.buffers(), *momentum, *copies)
         return [tensor for tensor in kept if isinstance(tensor, Tensor)]
 
     # -- evaluation ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,132 @@
+"""`lowmem bench --suite acceptance`: runs the suite, writes its account after every cell, prints the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lowmem.bench.acceptance import Row, Setup, targets
+from lowmem.bench.acceptance_suite import Suite
+from lowmem.bench.acceptance_text import to_csv, to_json, to_markdown
+from lowmem.choose.execution import refuse_unsafe, resolve_execution
+from lowmem.environment import describe
+from lowmem.errors import PreflightError
+from lowmem.runs.atomic import write_bytes_atomic, write_text_atomic
+from lowmem.settings import gather
+from lowmem.units import MIB, format_size
+
+NAMES = ("acceptance.json", "acceptance.csv", "acceptance.md", "acceptance.png")
+
+
+def show_acceptance(
+    *,
+    arch: str,
+    block: str | None,
+    width: int,
+    batch: int,
+    vram: str,
+    device: str,
+    minutes: float,
+    steps: int,
+    out: Path,
+) -> None:
+    """Raises UsageError for what cannot be meant, PreflightError if the folder cannot be written."""
+    flags = {
+        "model.arch": arch,
+        "model.block": block,
+        "model.width": width,
+        "train.batch": batch,
+        "train.device": device,
+        "train.precision": "fp32",
+        "train.memory_format": "contiguous",
+        "memory.vram": vram,
+    }
+    config = resolve_execution(gather(flags=flags)).config
+    refuse_unsafe(config)
+    _try_writing(out)
+    assert config.memory.vram is not None
+    setup = Setup(
+        arch=arch,
+        block=config.model.block,
+        width=width,
+        batch=batch,
+        vram_bytes=config.memory.vram,
+        device=config.train.device,
+        card_bytes=_card_bytes(config.train.device),
+        minutes=minutes,
+        steps=steps,
+    )
+    environment = _environment(config.train.device)
+    suite = Suite(setup, save=partial(_write, out, setup, environment), tell=partial(print, flush=True))
+    rows = suite.run()
+    _write(out, setup, environment, rows, finished=True)
+    write_bytes_atomic(out / "acceptance.png", _picture(setup, environment, rows))
+    print("\n" + to_markdown(setup, environment, rows, finished=True))
+    print(f"written: {', '.join(str(out / name) for name in NAMES)}")
+
+
+def _card_bytes(device: str) -> int | None:
+    if device != "cuda":
+        return None
+    import torch
+
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+
+
+def _environment(device: str) -> dict[str, Any]:
+    from lowmem.measure import read_driver
+
+    return {**describe(device), "driver": read_driver().driver_version if device == "cuda" else None}
+
+
+def _try_writing(out: Path) -> None:
+    """Before minutes of measuring, not after."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in NAMES:
+            with open(out / name, "ab"):
+                pass
+    except OSError as error:
+        raise PreflightError(f"{out} cannot be written ({error.strerror}): choose another with --out") from None
+
+
+def _write(out: Path, setup: Setup, environment: dict[str, Any], rows: Sequence[Row], finished: bool = False) -> None:
+    write_text_atomic(out / "acceptance.json", to_json(setup, environment, rows, finished))
+    write_text_atomic(out / "acceptance.csv", to_csv(rows))
+    write_text_atomic(out / "acceptance.md", to_markdown(setup, environment, rows, finished))
+
+
+def _picture(setup: Setup, environment: dict[str, Any], rows: Sequence[Row]) -> bytes:
+    from lowmem.report.acceptance import Bar, draw_acceptance  # matplotlib: only now that there is something to draw
+
+    memory, seconds = [], []
+    for row in (row for row in rows if row.kind in ("memory", "time", "format", "largest")):
+        label = row.name + (f": {row.batch}" if row.kind == "largest" and row.allocated_bytes else "")
+        label += " (emulated)" if row.emulated else ""
+        limit = row.budget[-1][1] / MIB if row.budget and row.kind != "time" else None
+        note = row.refused or ""
+        what = "allocated" if row.predicted_reserved_bytes is not None else "tensors"
+        taken, predicted = _mib(row.allocated_bytes), _mib(row.predicted_allocated_bytes)
+        memory.append(Bar(f"{label}\n{what}" if row.kind == "memory" else label, taken, predicted, limit, _short(note)))
+        if row.kind == "memory" and row.reserved_bytes is not None:
+            memory.append(Bar("reserved", _mib(row.reserved_bytes), _mib(row.predicted_reserved_bytes)))
+            memory.append(Bar("on the card", _mib(row.device_bytes), _mib(row.predicted_device_bytes)))
+        if row.kind != "largest":
+            over = "" if row.overhead is None else f"{row.overhead:+.1%} time"
+            seconds.append(Bar(label, row.step_seconds, row.predicted_step_seconds, None, over or _short(note)))
+    where = environment.get("card") or "CPU"
+    met = [target for target in targets(list(rows)) if target.met is not None]
+    said = f": {sum(bool(target.met) for target in met)} of {len(met)} judged targets met" if met else ""
+    size = format_size(setup.vram_bytes) + (" (emulated)" if setup.emulates(setup.vram_bytes) else "")
+    title = f"{setup.name}, batch {setup.batch}\n{size}, {where}{said}"
+    return draw_acceptance(title, memory, seconds)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
+def _mib(size_bytes: int | None) -> float | None:
+    return None if size_bytes is None else size_bytes / MIB

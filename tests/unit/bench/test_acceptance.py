@@ -1,0 +1,162 @@
+"""The acceptance suite, small and on the CPU: the real work of every cell, here in one process."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowmem.bench import gradients, survival
+from lowmem.bench.acceptance import NO_TIME, Row, Setup, targets
+from lowmem.bench.acceptance_suite import Suite
+from lowmem.bench.acceptance_text import to_csv, to_json, to_markdown
+from lowmem.bench.largest import largest
+from lowmem.bench.trial import Trial, TrialResult
+from lowmem.bench.worker import work
+from lowmem.environment import describe
+from lowmem.units import GIB, KIB, MIB
+
+SETUP = Setup(
+    arch="res20", block="basic", width=8, batch=16, vram_bytes=14 * MIB, device="cpu", minutes=5, steps=1, tries=2
+)
+
+
+def _here(trial: Trial, _: float) -> TrialResult:
+    return TrialResult(**work(trial))
+
+
+def _ask_here(module: str, question: str, _: float) -> dict[str, Any] | str:
+    values = json.loads(question)
+    if module == "gradients":
+        return gradients.answer(gradients.Question(**values))
+    return survival.answer(survival.Question(**values))
+
+
+@pytest.fixture(scope="module")
+def saved() -> list[int]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def rows(saved: list[int]) -> list[Row]:
+    suite = Suite(SETUP, save=lambda rows: saved.append(len(rows)), tell=lambda _: None, run=_here, ask=_ask_here)
+    return suite.run()
+
+
+def _named(rows: list[Row], words: str) -> Row:
+    return next(row for row in rows if words in row.name)
+
+
+def test_every_cell_is_run_and_saved_as_it_ends(rows: list[Row], saved: list[int]) -> None:
+    assert [row.name for row in rows if row.refused] == []
+    assert saved == list(range(1, len(rows) + 1))
+    assert {row.kind for row in rows} == {"memory", "time", "largest", "format", "out of memory", "gradients"}
+
+
+def test_predicted_and_measured_memory(rows: list[Row]) -> None:
+    for row in rows:
+        if row.predicted_allocated_bytes is not None:
+            assert row.allocated_error == pytest.approx(0, abs=0.02), row.name
+    full, half = (row for row in rows if row.kind == "memory")
+    plain = _named(rows, "save-all")
+    assert half.allocated_bytes < full.allocated_bytes  # type: ignore[operator]
+    assert half.allocated_bytes < plain.allocated_bytes  # type: ignore[operator]
+    allocated = targets(rows)[0]
+    assert allocated.met is True
+    assert targets(rows)[1].met is None  # nothing is reserved on the CPU
+
+
+def test_gradients_and_survival(rows: list[Row]) -> None:
+    found = _named(rows, "gradients").facts
+    assert found["bitwise"]
+    assert found["deterministic_bitwise"]
+    assert found["difference"] == 0
+    survived = _named(rows, "injected").facts
+    assert (survived["times_out_of_memory"], survived["weights_bitwise"]) == (2, True)
+    assert survived["last_budget_bytes"] < survived["budget_bytes"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "AMP"])
+def test_the_largest_batch_is_verified_and_the_next_is_refused(rows: list[Row], precision: str) -> None:
+    planned, plain = (_named(rows, f"{precision}, {way}") for way in ("planned", "plain"))
+    assert planned.batch is not None
+    assert plain.batch is not None
+    assert planned.batch > plain.batch
+    assert planned.facts["tried"][-1] == (planned.batch, "holds")
+    assert (planned.facts["refused_by_the_planner"] or 1000) > planned.batch
+    assert (plain.facts["fails"] or 1000) > plain.batch
+    assert (planned.allocated_bytes or 0) <= SETUP.vram_bytes
+
+
+def test_the_account_is_written_in_all_its_forms(rows: list[Row]) -> None:
+    environment = describe("cpu")
+    record = json.loads(to_json(SETUP, environment, rows, finished=True))
+    assert (record["finished"], record["emulated"]) == (True, False)
+    assert len(record["cells"]) == len(rows)
+    assert len(list(csv.DictReader(io.StringIO(to_csv(rows))))) == len(rows)
+    text = to_markdown(SETUP, environment, rows, finished=True)
+    for heading in ("Targets", "Memory", "Step time", "largest batch", "Mixed precision", "Out of memory", "Gradients"):
+        assert heading in text
+    assert "emulated" not in text
+    assert "Not finished" in to_markdown(SETUP, environment, rows[:1], finished=False)
+
+
+def test_without_time_every_cell_says_so() -> None:
+    hurried = Setup(**{**vars(SETUP), "minutes": 0.0})
+    rows = Suite(hurried, save=lambda _: None, tell=lambda _: None, run=_here, ask=_ask_here).run()
+    assert {row.refused for row in rows} == {NO_TIME}
+    assert NO_TIME in to_markdown(hurried, describe("cpu"), rows, finished=True)
+
+
+def test_a_larger_card_is_called_emulated() -> None:
+    setup = Setup(**{**vars(SETUP), "device": "cuda", "card_bytes": 16 * GIB, "vram_bytes": 6 * GIB})
+    environment = {**describe("cpu"), "device": "cuda", "card": "a card"}
+    row = Row(kind="memory", name="planned", vram_bytes=6 * GIB, emulated=setup.emulates(6 * GIB))
+    text = to_markdown(setup, environment, [row], finished=True)
+    assert "**emulated**" in text
+    assert "6,144 MiB (emulated)" in text
+    assert not Setup(**{**vars(setup), "card_bytes": 6 * GIB - 80 * MIB}).emulates(6 * GIB)
+
+
+def test_targets_are_judged_by_all_cells() -> None:
+    def row(allocated: int, overhead: float) -> Row:
+        return Row(
+            kind="memory",
+            name="",
+            predicted_allocated_bytes=1000,
+            allocated_bytes=allocated,
+            predicted_reserved_bytes=1000,
+            reserved_bytes=1049,
+            predicted_overhead=0.10,
+            overhead=overhead,
+        )
+
+    assert [target.met for target in targets([row(1029, 0.14), row(975, 0.06)])] == [True, True, True]
+    assert [target.met for target in targets([row(1031, 0.14), row(975, 0.16)])] == [False, True, False]
+
+
+@pytest.mark.parametrize(("most_that_holds", "guess"), [(37, 30), (37, 37), (37, 80), (1000, 900), (5, 90)])
+def test_the_search_finds_the_largest(most_that_holds: int, guess: int) -> None:
+    found = largest(lambda batch: batch <= most_that_holds, guess, 1, 20)
+    assert (found.holds, found.fails) == (most_that_holds, most_that_holds + 1)
+
+
+def test_the_search_is_bounded() -> None:
+    asked: list[int] = []
+    found = largest(lambda batch: bool(asked.append(batch)) or batch <= 999, 100, 8, 4)
+    assert len(asked) == 4
+    assert found.holds == max(asked)
+    assert largest(lambda _: False, 100, 8, 50).holds is None
+    assert largest(lambda _: None, 100, 8, 50).tried == []
+
+
+def test_the_picture(rows: list[Row], tmp_path: Path) -> None:
+    from lowmem.cli.show_acceptance import _picture
+
+    png = _picture(SETUP, describe("cpu"), rows)
+    assert png.startswith(b"\x89PNG")
+    assert len(png) > 20 * KIB
