@@ -53,7 +53,8 @@ class Setup:
             "train.device": self.device,
             "memory.vram": vram_bytes,
         }
-        return gather(flags=flags, sets=["memory.allow_accumulation=false"])
+        # On the CPU too: without its own times nothing would be predicted of them.
+        return gather(flags=flags, sets=["memory.allow_accumulation=false", "memory.calibrate=always"])
 
 
 @dataclass(kw_only=True)
@@ -92,7 +93,7 @@ class Row:
     cell_seconds: float | None = None
 
     def predict(self, choice: Choice, on_card: bool) -> None:
-        """What the plan says. Its times are a card's: on the CPU there is nothing to hold them against."""
+        """What the plan says; of time only what was measured on this device, not what a datasheet says of another."""
         predicted = choice.plan.predicted
         self.budget = choice.budget.rows()
         self.predicted_allocated_bytes = predicted.peak_allocated_bytes
@@ -100,6 +101,7 @@ class Row:
             self.predicted_reserved_bytes = predicted.peak_reserved_bytes
             if predicted.device_bytes is not None:
                 self.predicted_device_bytes = predicted.device_bytes + choice.budget.pictures_bytes
+        if on_card or choice.timed:
             self.predicted_step_seconds = predicted.step_seconds
             self.predicted_overhead = predicted.overhead
 

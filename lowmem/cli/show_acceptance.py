@@ -10,6 +10,7 @@ from typing import Any
 from lowmem.bench.acceptance import Row, Setup, targets
 from lowmem.bench.acceptance_suite import Suite
 from lowmem.bench.acceptance_text import to_csv, to_json, to_markdown
+from lowmem.choose.device import ask_device
 from lowmem.choose.execution import refuse_unsafe, resolve_execution
 from lowmem.environment import describe
 from lowmem.errors import PreflightError
@@ -68,11 +69,8 @@ def show_acceptance(
 
 
 def _card_bytes(device: str) -> int | None:
-    if device != "cuda":
-        return None
-    import torch
-
-    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    """Asked in a process of its own: a context here would take memory from the trials."""
+    return ask_device().total_bytes if device == "cuda" else None
 
 
 def _environment(device: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -38,8 +39,12 @@ def time_calls(
     rounds: int = 5,
     inner: int | None = None,
     least_seconds: float = 0.01,
+    clock: Callable[[], float] | None = None,
 ) -> Timing:
     """Times `call` on `cpu` or `cuda` (torch's current device and stream), after `warmup` calls that do not count.
+
+    `clock`: on the CPU; None is `time.perf_counter`. `time.process_time` does not count what other processes take, but
+    counts every thread.
 
     `inner`: calls a round; None finds the number with which a round takes at least `least_seconds` (at most a million
     calls). Raises ValueError for numbers below one (warmup: zero) and other devices, and whatever `call` raises.
@@ -48,7 +53,7 @@ def time_calls(
         raise ValueError(f"no clock for the device {device!r}: cpu or cuda")
     if warmup < 0 or rounds < 1 or (inner is not None and inner < 1):
         raise ValueError(f"warmup={warmup}, rounds={rounds}, inner={inner}: at least 0, 1 and 1")
-    one_round = _cuda_round if device == "cuda" else _cpu_round
+    one_round = _cuda_round if device == "cuda" else partial(_cpu_round, clock or time.perf_counter)
     for _ in range(warmup):
         call()
     if device == "cuda":
@@ -79,11 +84,11 @@ def _enough(
     return inner
 
 
-def _cpu_round(call: Callable[[], object], inner: int) -> float:
-    began = time.perf_counter()
+def _cpu_round(clock: Callable[[], float], call: Callable[[], object], inner: int) -> float:
+    began = clock()
     for _ in range(inner):
         call()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def _cuda_round(call: Callable[[], object], inner: int) -> float:
