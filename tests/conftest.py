@@ -18,6 +18,8 @@ from lowmem.runs.columns import EXACT_METRICS
 # As in `environment` below; and with several threads the library's own fp32 channels-last convolutions of thin nets
 # crash now and then (see benchmarks/LOG.md), whoever calls them.
 torch.set_num_threads(1)
+# Processes that are started by what is tested (trials, measurements) share the cores just the same.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 TINY = (
     "--arch", "res20", "--width", "4", "--data", "shapes", "--epochs", "3", "--batch", "64",
