@@ -74,11 +74,8 @@ class Saver:
         keep: int,
         warn: Callable[[str], None] = lambda text: None,
         note: Callable[[str], None] = lambda text: None,
-        pauses: tuple[float, ...] = PAUSES_SECONDS,
-        final_pauses: tuple[float, ...] = FINAL_PAUSES_SECONDS,
     ) -> None:
         self._folder, self._keep, self._warn, self._note = folder, keep, warn, note
-        self._pauses, self._final_pauses = pauses, final_pauses
         newest = checkpoints.found(folder.checkpoints)[:1]
         self._saved = Saved(newest[0], checkpoints.step_of(newest[0])) if newest else None
         # Shared with the thread, under the condition's lock.
@@ -153,7 +150,7 @@ class Saver:
         minutes; within seconds, if hurried.
         """
         failure: Exception | None = None
-        for count, pause in enumerate((0.0, *self._final_pauses), start=1):
+        for count, pause in enumerate((0.0, *FINAL_PAUSES_SECONDS), start=1):
             if count > HURRIED_TRIES and hurried():
                 break
             self._rest(pause, hurried)
@@ -250,7 +247,7 @@ class Saver:
                     self._words.append((self._note, f"saved again: step {step} is on disk"))
                 self._job = self._due = self._failure = None
             else:
-                pause = self._pauses[self._tries] if self._tries < len(self._pauses) else None
+                pause = PAUSES_SECONDS[self._tries] if self._tries < len(PAUSES_SECONDS) else None
                 self._tries += 1
                 self._due = None if pause is None else time.monotonic() + pause
                 self._failure = failure
