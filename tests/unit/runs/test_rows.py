@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,13 @@ class Refusing:
         return getattr(self._file, name)
 
 
+def _opener(kind: type[Refusing], code: int, room: int) -> Callable[..., Refusing]:
+    def opened(*args: Any, **kwargs: Any) -> Refusing:
+        return kind(open(*args, **kwargs), code, room)
+
+    return opened
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("room", [0, 1, 5, 6, 7, 11])
 def test_a_write_that_stops_anywhere_leaves_whole_lines(
@@ -46,7 +54,7 @@ def test_a_write_that_stops_anywhere_leaves_whole_lines(
     rows = RowFile(tmp_path / "rows.csv")
     rows.append(["before"])
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "open", lambda *a, **k: Refusing(open(*a, **k), code, room), raising=False)
+        patch.setattr(atomic, "open", _opener(Refusing, code, room), raising=False)
         with pytest.raises(OSError, match=os.strerror(code)):
             rows.append(["first", "second"])
         assert rows.path.read_text() == "before\n"
@@ -73,7 +81,7 @@ def test_what_could_not_be_synced_is_written_again_once(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
         if not cut_back:
-            patch.setattr(atomic, "open", lambda *a, **k: Stuck(open(*a, **k), 0, 1 << 20), raising=False)
+            patch.setattr(atomic, "open", _opener(Stuck, errno.EIO, 1 << 20), raising=False)
         for line in ("first", "second"):
             with pytest.raises(OSError, match=os.strerror(errno.EIO)):
                 rows.append([line])
