@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 # Generous: a row of metrics.csv with its `checkpoint` event, and one of steps.csv.
 _EPOCH_BYTES, _STEP_BYTES = 1024, 64
 

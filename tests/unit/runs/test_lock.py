@@ -80,7 +80,8 @@ def test_a_writer_on_another_host_is_not_taken_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "7", '{"pid": 1}', '{"pid": "x", "host": "y"}', '{"pid": 1e999, "host": "y"}',
-     '{"pid": 1, "host": 2}', "[" * 100_000, "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), '{"pid": 1, "host": "' + "y" * 9000],
+     '{"pid": 1, "host": 2}',
+     "[" * 100_000, "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), '{"pid": 1, "host": "' + "y" * 9000],
 )  # fmt: skip
 def test_an_owner_that_cannot_be_read_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / OWNER_NAME).write_text(text, encoding="latin-1")

@@ -252,12 +252,14 @@ def test_an_error_of_the_loop_waits_for_the_write_that_has_begun(
 
 
 def test_a_bug_in_the_background_surfaces(run: RunFolder) -> None:
-    broken = cp.Checkpoint(10, {"w": "no tensor"}, {}, {})  # type: ignore[dict-item]
-    with Saver(run, keep=2) as writer:
-        writer.submit(Save(broken, 1))
-        with pytest.raises(ValueError, match="Key `w` is invalid"):
-            writer.finish()
-        writer._bug = None
+    def fail() -> None:
+        with Saver(run, keep=2) as writer:
+            writer.submit(Save(cp.Checkpoint(10, {"w": "no tensor"}, {}, {}), 1))  # type: ignore[dict-item]
+            while True:
+                writer.poll()
+
+    with pytest.raises(ValueError, match="Key `w` is invalid"):
+        fail()
     assert cp.load_newest(run.checkpoints)[0].step == 1
 
 
