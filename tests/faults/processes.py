@@ -9,8 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
+
+import lowmem.api
+import lowmem.cli.show  # noqa: F401
 from lowmem.cli.main import _run
-from tests.conftest import TINY
+
+SMALL = (
+    "--arch", "res20", "--width", "4", "--data", "shapes", "--epochs", "3", "--batch", "32",
+    "--set", "data.train_subset=192", "--set", "data.test_subset=32", "--set", "train.log_every_steps=1",
+)  # fmt: skip
 
 
 class Forked:
@@ -45,7 +54,7 @@ class Forked:
 
 
 def train(run: Path, log: Path, *more: str, before: Callable[[], object] = lambda: None) -> Forked:
-    return Forked(log, ["train", *TINY, "--out", str(run), *more], before)
+    return Forked(log, ["train", *SMALL, "--out", str(run), *more], before)
 
 
 def resume(run: Path, log: Path) -> Forked:

@@ -29,7 +29,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _held(tmp_path: Path, name: str) -> Callable[[], None]:
-    """In the child: writing model.safetensors of step 8 waits in its middle for the file `go`."""
+    """In the child: writing this file of step 8 waits in its middle for the file `go`."""
 
     def prepare() -> None:
         write = atomic.write_synced
@@ -83,7 +83,7 @@ def test_a_second_signal_during_a_save_leaves_the_checkpoint_before(
     assert child.wait() == 130
     assert "the last checkpoint stands" in child.said
     assert (run / "checkpoints/.aside-step-00000008").is_dir()
-    assert cp.load_newest(run / "checkpoints")[0].step == 4
+    assert cp.load_newest(run / "checkpoints")[0].step == 6
     resumed = resume(run, tmp_path / "log2")
     assert resumed.wait() == 0
     assert f"is taken over from process {child.pid} on" in resumed.said
@@ -117,8 +117,8 @@ def test_a_signal_while_the_disk_takes_nothing(tmp_path: Path, uninterrupted: Pa
     child.signal(signal.SIGTERM)
     assert child.wait() == 8, child.said
     last = child.said.splitlines()[-1]
-    for said in ("the last save failed", "the disk is full", "saved last is step 4 (", "lowmem resume"):
+    for said in ("the last save failed", "the disk is full", "saved last is step 6 (", "lowmem resume"):
         assert said in last
-    assert cp.load_newest(run / "checkpoints")[0].step == 4
+    assert cp.load_newest(run / "checkpoints")[0].step == 6
     assert resume(run, tmp_path / "log2").wait() == 0
     assert_same_run(run, uninterrupted)
