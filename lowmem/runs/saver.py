@@ -4,9 +4,13 @@ The order on disk is that of a save in the foreground, at any moment of a kill: 
 exported weights, the checkpoint with its commit record (invariant 9), then the event that says so.
 
 One save at a time. A second save waits for one that is being written, so that there is one copy in host memory; one
-that the disk refused it supersedes, taking over the exported weights it does not have itself. What the disk refuses is
+that the disk refused it supersedes, taking over the exported weights it does not have itself. So a kill loses what was
+done since the save before the latest, at most. What the disk refuses is
 tried again after growing pauses, a bounded number of times until the next save is handed over. The checkpoint before
 stands meanwhile, and training goes on. `finish` waits for the end of it and raises if there is none.
+
+Known limitation: a disk that neither writes nor refuses (a network folder whose server is gone) holds up training at
+the next save.
 """
 
 from __future__ import annotations
@@ -178,9 +182,12 @@ class Saver:
             if self._job is not None and self._failure is not None:
                 self._failure, self._due = None, time.monotonic()
                 self._changed.notify_all()
-        self.wait()
-        if self._failure is not None:
-            return self._failure
+            while self._busy():
+                self._changed.wait(_SLICE_SECONDS)
+            failure = self._failure  # within the lock: the next try may begin right after it
+        self.poll()
+        if failure is not None:
+            return failure
         try:
             self._folder.flush()
         except DiskError as error:
@@ -208,17 +215,27 @@ class Saver:
 
     def _work(self) -> None:
         try:
-            while (save := self._next()) is not None:
-                failure: Exception | None = None
-                try:
-                    self._write(save)
-                except (DiskError, CorruptCheckpoint, OSError, MemoryError) as error:
-                    failure = error.with_traceback(None)
-                self._done(save, failure)
+            while self._one_try():
+                pass
         except BaseException as error:
             with self._changed:
                 self._bug = error
                 self._changed.notify_all()
+
+    def _one_try(self) -> bool:
+        """Waits for a save and tries to write it; False at the end. Nothing of it is held when this returns: neither
+        the copies, nor by the frames of a traceback what was made of them."""
+        save = self._next()
+        if save is None:
+            return False
+        failure: Exception | None = None
+        try:
+            self._write(save)
+        except (DiskError, CorruptCheckpoint, OSError, MemoryError) as error:
+            failure = error.with_traceback(None)
+            failure.__cause__ = failure.__context__ = None
+        self._done(save, failure)
+        return True
 
     def _next(self) -> Save | None:
         with self._changed:

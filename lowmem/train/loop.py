@@ -326,8 +326,9 @@ class _Loop:
         """The end of the ladder. What failed is undone: the run is saved as it was before it."""
         if not failure.final:
             self._save()
+        error = self.descent.at_the_end(failure)
         self.saver.finish(self.hurried)
-        raise self.descent.at_the_end(failure)
+        raise error
 
     def _leave(self) -> None:
         name = self.signals.requested

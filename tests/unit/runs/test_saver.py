@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -306,3 +308,41 @@ def test_somebody_who_waits_is_not_kept_for_minutes(
         with pytest.raises(DiskError, match="no room; saved last is step 1 "):
             writer.finish(lambda: hurried)
     assert tries[0] in ((3, 4) if hurried else (6, 7))  # the first may be over before it is asked for
+
+
+def test_nothing_of_a_save_is_held_longer_than_it_must(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, patient: None
+) -> None:
+    """Neither after it was written, nor what was made of it after it was refused."""
+    encoded: list[weakref.ref[_Bytes]] = []
+    write_files = cp._write_files
+
+    def write(aside: Path, checkpoint: cp.Checkpoint) -> None:
+        payload = _Bytes()
+        encoded.append(weakref.ref(payload))
+        if len(encoded) == 1:
+            raise OSError(errno.ENOSPC, "full")
+        write_files(aside, checkpoint)
+
+    monkeypatch.setattr(cp, "_write_files", write)
+    with Saver(run, keep=2) as writer:
+        save = _save(10)
+        kept = weakref.ref(save)
+        writer.submit(save)
+        del save
+        writer.wait()
+        assert kept() is not None
+        assert encoded[0]() is None
+        writer.finish()
+        _until(lambda: kept() is None)
+
+
+class _Bytes:
+    """Stands for the bytes of a file."""
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
