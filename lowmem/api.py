@@ -102,6 +102,8 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
     refuse_changes(recorded.config, settings.config, str(path))
     require_device(settings.config.train.device)
     with RunFolder.open(path) as folder:
+        if folder.taken_over is not None:
+            observer.note(f"{path} is taken over from {folder.taken_over}, which ended without leaving it")
         if not checkpoints.found(folder.checkpoints):
             raise CorruptCheckpoint(f"{path} has no checkpoint to go on from: start again under another --out")
         saved, where, skipped = checkpoints.load_newest(folder.checkpoints)

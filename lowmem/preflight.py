@@ -9,7 +9,7 @@ from lowmem.errors import CorruptCheckpoint, DiskError, PreflightError
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs import columns
 from lowmem.runs.atomic import append_lines, write_bytes_atomic
-from lowmem.runs.space import run_bytes
+from lowmem.runs.space import rows_bytes, run_bytes
 from lowmem.runs.store import RunFolder, csv_line
 from lowmem.train.loop import Trainer
 from lowmem.train.state import cpu_tensors
@@ -83,12 +83,24 @@ def _try_plot(trial: Path) -> None:
 
 
 def _check_space(trainer: Trainer, path: Path, checkpoint_bytes: int) -> None:
-    parameters = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-    keep = trainer.config.checkpoint.keep
-    needed = run_bytes(checkpoint_bytes=checkpoint_bytes, parameter_bytes=parameters, keep=keep)
+    config = trainer.config
+    keep = config.checkpoint.keep
+    needed = run_bytes(
+        checkpoint_bytes=checkpoint_bytes,
+        parameter_bytes=sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
+        keep=keep,
+        rows_bytes=rows_bytes(
+            epochs=config.train.epochs,
+            steps_per_epoch=trainer.batches.steps_per_epoch,
+            log_every_steps=config.train.log_every_steps,
+            every_steps=config.checkpoint.every_steps,
+        ),
+    )
     free = shutil.disk_usage(path).free
+    what = f"{format_size(needed)} on disk ({keep + 1} checkpoints of {format_size(checkpoint_bytes)}, weights, rows)"
     if free < needed:
         raise PreflightError(
-            f"the run needs {format_size(needed)} on disk ({keep + 1} checkpoints and the weights), {path} has "
-            f"{format_size(free)} free: free some space or choose another folder with --out"
+            f"the run needs {what}, {path} has {format_size(free)} free: free some space or choose another folder "
+            "with --out"
         )
+    trainer.observer.note(f"disk: the run takes up to {what}; {format_size(free)} are free")

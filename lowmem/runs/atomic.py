@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 _PARTIAL = ".partial"
@@ -45,8 +46,14 @@ def write_synced(path: Path, data: bytes) -> None:
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Replaces `path` by `data`: a reader, or a crash, sees the old or the new content. Raises OSError."""
     aside = path.with_name(path.name + _PARTIAL)
-    write_synced(aside, data)
-    replace_path(aside, path)
+    try:
+        write_synced(aside, data)
+        replace_path(aside, path)
+    except OSError:
+        # On a full disk half a file takes the room that a second try needs.
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
     fsync_folder(path.parent)
 
 
@@ -55,11 +62,28 @@ def write_text_atomic(path: Path, text: str) -> None:
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
-def append_lines(path: Path, lines: list[str]) -> None:
-    """Appends whole lines in one write and waits until they are on the disk. Raises OSError."""
-    if not lines:
-        return
-    with open(path, "ab") as file:
-        file.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
-        file.flush()
-        os.fsync(file.fileno())
+def append_lines(path: Path, lines: list[str], *, after_bytes: int | None = None) -> int:
+    """Appends whole lines and waits until they are on the disk. Returns the size of the file then.
+
+    `after_bytes`: append after this many bytes; what is there beyond them (half a line of an earlier failure) is cut
+    off. Raises OSError; the file then ends where it did, unless not even that could be done.
+    """
+    # Unbuffered: a buffer would keep what the disk refused and write it when the file is closed.
+    with open(path, "ab", buffering=0) as file:
+        begin = file.tell() if after_bytes is None else after_bytes
+        if file.tell() > begin:
+            file.truncate(begin)
+        if not lines:
+            return begin
+        rest = memoryview("".join(f"{line}\n" for line in lines).encode("utf-8"))
+        end = begin + len(rest)
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                file.truncate(begin)
+            raise
+    return end

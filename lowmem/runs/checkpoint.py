@@ -32,6 +32,7 @@ _FILES = (*_TENSOR_FILES, "state.json")
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")
 _MANIFEST_LIMIT_BYTES = 1 << 20
 _ASIDE = ".aside-"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,24 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint that `found` gave."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
+
+
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Writes `folder/step-N`, verifies it, then prunes all but the `keep` newest. Returns its path.
 
-    Raises DiskError if the disk refuses; what was saved before is then untouched.
+    Raises DiskError if the disk refuses, CorruptCheckpoint if it gives back something else; what was saved before is
+    then untouched.
     """
     target = folder / folder_name(checkpoint.step)
     aside = folder / f"{_ASIDE}{target.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove_asides(folder)
         aside.mkdir()
         _write_files(aside, checkpoint)
         verify(aside, expected_step=checkpoint.step)
@@ -65,8 +74,17 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise disk_error(error, target) from error
+    except CorruptCheckpoint:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     _prune(folder, keep)
     return target
+
+
+def _remove_asides(folder: Path) -> None:
+    """What a killed writer left half written, of whichever step: it takes room. A run has one writer at a time."""
+    for left in folder.glob(f"{_ASIDE}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _write_files(aside: Path, checkpoint: Checkpoint) -> None:
@@ -222,7 +240,7 @@ def set_aside(damaged: Iterable[Path]) -> None:
 
 def disk_error(error: OSError, path: Path) -> DiskError:
     """The one-line DiskError for an operating-system error while writing `path`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return DiskError(
             f"the disk is full: {path} could not be written; earlier checkpoints are intact, free some space"
         )

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+# Generous: a row of metrics.csv with its `checkpoint` event, and one of steps.csv.
+_EPOCH_BYTES, _STEP_BYTES = 1024, 64
 
-def run_bytes(*, checkpoint_bytes: int, parameter_bytes: int, keep: int) -> int:
+
+def rows_bytes(*, epochs: int, steps_per_epoch: int, log_every_steps: int, every_steps: int | None) -> int:
+    """Bytes of metrics.csv, steps.csv and events.jsonl at the end of a run. `every_steps`: checkpoint.every_steps."""
+    steps = epochs * steps_per_epoch
+    saves = steps // every_steps if every_steps else 0
+    return epochs * _EPOCH_BYTES + (steps // log_every_steps) * _STEP_BYTES + saves * 2 * _STEP_BYTES
+
+
+def run_bytes(*, checkpoint_bytes: int, parameter_bytes: int, keep: int, rows_bytes: int = 0) -> int:
     """Bytes on disk that a run needs at its fullest.
 
     `checkpoint_bytes`: of one checkpoint, momentum included. One more generation than are kept exists while a new one
     is written; weights are exported twice and replaced aside.
     """
-    return (keep + 1) * checkpoint_bytes + 3 * parameter_bytes
+    return (keep + 1) * checkpoint_bytes + 3 * parameter_bytes + rows_bytes

@@ -8,37 +8,50 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
-import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
-from lowmem.errors import LowmemError, PreflightError, UsageError
+from lowmem.errors import DiskError, LowmemError, PreflightError, UsageError
 from lowmem.runs import columns
 from lowmem.runs.atomic import append_lines, write_bytes_atomic, write_text_atomic
-from lowmem.runs.checkpoint import disk_error
+from lowmem.runs.checkpoint import FULL, disk_error
+from lowmem.runs.lock import Owner, RunLock
+from lowmem.runs.rows import RowFile
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class RunFolder:
-    """A run folder held under its lock. Use as a context manager; leaving it releases the lock."""
+    """A run folder held under its lock. Use as a context manager; leaving it releases the lock.
 
-    def __init__(self, path: Path, lock: FileLock) -> None:
+    Rows and events that the disk refuses are kept in memory and written, in order, before the next ones or by `flush`.
+    Threads may share it.
+    """
+
+    def __init__(self, path: Path, lock: RunLock) -> None:
         self.path = path
         self._lock = lock
+        self._metrics, self._steps = RowFile(self.metrics_file), RowFile(self.steps_file)
+        self._events = RowFile(self.events_file)
+        self._plan_waiting: Mapping[str, Any] | None = None
+        self._plan_lock = threading.Lock()
 
     checkpoints = property(lambda self: self.path / "checkpoints")
     metrics_file = property(lambda self: self.path / "metrics.csv")
     steps_file = property(lambda self: self.path / "steps.csv")
     events_file = property(lambda self: self.path / "events.jsonl")
+
+    @property
+    def taken_over(self) -> Owner | None:
+        """The writer before this one, if it ended without leaving (killed, or the machine went down)."""
+        return self._lock.taken_over
 
     @classmethod
     def create(cls, path: Path, config_yaml: str, environment: Mapping[str, Any]) -> RunFolder:
@@ -52,7 +65,7 @@ class RunFolder:
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
-            run = cls(path, _locked(path))
+            run = cls(path, RunLock.acquire(path))
             (path / "checkpoints").mkdir()
             (path / "weights").mkdir()
             write_text_atomic(path / "config.yaml", config_yaml)
@@ -67,11 +80,14 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """Opens an existing run for writing. Raises UsageError if it is none or another process writes it."""
+        """Opens an existing run for writing. Raises UsageError if it is none or another process writes it, DiskError if
+        there is no room, PreflightError if it cannot be written otherwise."""
         require_run(path)
         try:
-            return cls(path, _locked(path))
+            return cls(path, RunLock.acquire(path))
         except OSError as error:
+            if error.errno in FULL:
+                raise disk_error(error, path) from None
             raise PreflightError(
                 f"{path} cannot be written ({error.strerror or error}): check its permissions"
             ) from None
@@ -83,12 +99,14 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Releases the lock."""
+        """Writes what rows still wait, if the disk takes them, and releases the lock."""
+        with suppress(DiskError):
+            self.flush()
         self._lock.release()
 
     def discard(self) -> None:
         """Removes a run folder that never took a step."""
-        self.close()
+        self._lock.release()
         shutil.rmtree(self.path, ignore_errors=True)
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
@@ -98,30 +116,61 @@ class RunFolder:
         except OSError as error:
             raise disk_error(error, self.path / "plan.json") from error
 
+    def update_plan(self, plan: Mapping[str, Any]) -> None:
+        """`write_plan` while a run goes on: what the disk refuses is written by the next `flush`."""
+        with self._plan_lock:
+            self._plan_waiting = plan
+        with suppress(DiskError):
+            self._write_waiting_plan()
+
     def event(self, name: str, **fields: Any) -> None:
-        """Appends one line to events.jsonl. Raises DiskError."""
+        """Appends one line to events.jsonl."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        self._append(self.events_file, [json.dumps({"time": stamp, "event": name, **fields})])
+        self._append(self._events, [json.dumps({"time": stamp, "event": name, **fields})])
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Appends a row to metrics.csv; None becomes an empty field. Raises DiskError."""
-        self._append(self.metrics_file, [csv_line(columns.METRICS, row)])
+        """Appends a row to metrics.csv; None becomes an empty field."""
+        self._append(self._metrics, [csv_line(columns.METRICS, row)])
 
     def append_steps(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Appends rows to steps.csv. Raises DiskError."""
-        self._append(self.steps_file, [csv_line(columns.STEPS, row) for row in rows])
+        """Appends rows to steps.csv."""
+        if rows:
+            self._append(self._steps, [csv_line(columns.STEPS, row) for row in rows])
 
-    def _append(self, path: Path, lines: list[str]) -> None:
-        try:
-            append_lines(path, lines)
-        except OSError as error:
-            raise disk_error(error, path) from error
+    def _append(self, file: RowFile, lines: list[str]) -> None:
+        with suppress(OSError):  # they wait; whoever saves or ends the run asks `flush`
+            file.append(lines)
+
+    @property
+    def rows_waiting(self) -> int:
+        """Lines of all files that are in memory only, because the disk refused them."""
+        return sum(file.waiting for file in (self._metrics, self._steps, self._events))
+
+    def flush(self) -> None:
+        """Writes everything that waits. Raises DiskError if the disk still refuses; nothing of it is lost then.
+
+        A checkpoint may be committed only after this: a resume cuts the rows back to it and cannot make up for rows
+        that are missing before it.
+        """
+        for file in (self._metrics, self._steps, self._events):
+            try:
+                file.flush()
+            except OSError as error:
+                raise disk_error(error, file.path) from error
+        self._write_waiting_plan()
+
+    def _write_waiting_plan(self) -> None:
+        with self._plan_lock:
+            if self._plan_waiting is not None:
+                self.write_plan(self._plan_waiting)
+                self._plan_waiting = None
 
     def copy_metrics(self, source: Path, *, epoch: int) -> None:
         """Takes over the rows of another run's metrics.csv up to `epoch`. Raises DiskError."""
         try:
             shutil.copyfile(source / "metrics.csv", self.metrics_file)
             _cut(self.metrics_file, columns.METRICS, "epoch", epoch)
+            self._metrics.replaced()
         except OSError as error:
             raise disk_error(error, self.metrics_file) from error
 
@@ -130,6 +179,8 @@ class RunFolder:
         try:
             _cut(self.metrics_file, columns.METRICS, "epoch", epoch)
             _cut(self.steps_file, columns.STEPS, "step", step)
+            self._metrics.replaced()
+            self._steps.replaced()
         except OSError as error:
             raise disk_error(error, self.path) from error
 
@@ -157,26 +208,6 @@ def require_run(path: Path) -> None:
         raise UsageError(f"{path} does not exist: give the folder of a run, like runs/res110")
     if not (path / "config.yaml").is_file():
         raise UsageError(f"{path} is no run folder (it has no config.yaml): give the folder of a run, like runs/res110")
-
-
-def _locked(path: Path) -> FileLock:
-    # The system frees this lock when the process ends, however it ends: a dead writer leaves nothing behind.
-    lock = FileLock(path / "run.lock", timeout=0)
-    owner = path / "run.owner.json"
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UsageError(f"{path} is being written by {_owner(owner)}: wait for it, or stop it first") from None
-    write_text_atomic(owner, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-    return lock
-
-
-def _owner(path: Path) -> str:
-    try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {owner['pid']} on {owner['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
 
 
 def csv_line(names: Sequence[str], row: Mapping[str, Any]) -> str:

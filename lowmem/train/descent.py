@@ -128,7 +128,7 @@ class Descent:
         before = self._t.plan
         assert before is not None
         self._t.take(rung)
-        self._folder.write_plan(rung.to_json())
+        self._folder.update_plan(rung.to_json())
         self._folder.event("replan", budget_bytes=rung.budget_bytes)
         self._pressure.plan_changed()
         sizes = f"{format_size(rung.budget_bytes)} instead of {format_size(before.budget_bytes)}"

@@ -17,6 +17,7 @@ from lowmem.measure import Meter
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan
 from lowmem.runs import checkpoint as checkpoints
+from lowmem.runs.saver import Save, Saver
 from lowmem.runs.store import RunFolder
 from lowmem.train.check import PlanCheck
 from lowmem.train.descent import Descent
@@ -24,7 +25,7 @@ from lowmem.train.evaluate import Score, evaluate
 from lowmem.train.observer import Observer, Progress
 from lowmem.train.schedule import learning_rate, next_low_start
 from lowmem.train.signals import StopSignals
-from lowmem.train.state import Best, RunState, capture, cpu_tensors
+from lowmem.train.state import Best, RunState, capture
 from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.train.survive import Failure, Undo
 from lowmem.train.timeleft import TimeLeft
@@ -90,17 +91,20 @@ class Trainer:
 
     def run(self, folder: RunFolder) -> Outcome:
         """Trains until the last epoch or train.max_steps. Raises Interrupted after a signal, with everything saved."""
-        with StopSignals() as signals:
-            return _Loop(self, folder, signals).run()
+        keep, warn, note = self.config.checkpoint.keep, self.observer.warning, self.observer.note
+        with StopSignals() as signals, Saver(folder, keep=keep, warn=warn, note=note) as saver:
+            return _Loop(self, folder, signals, saver).run()
 
 
 class _Loop:
     """One call of `Trainer.run`: what lives only as long as this process."""
 
-    def __init__(self, trainer: Trainer, folder: RunFolder, signals: StopSignals) -> None:
+    def __init__(self, trainer: Trainer, folder: RunFolder, signals: StopSignals, saver: Saver) -> None:
         self.t = trainer
         self.folder = folder
         self.signals = signals
+        self.saver = saver
+        self.exports: dict[str, dict[str, str]] = {}  # weights to be written with the next save: name -> metadata
         self.state = trainer.state
         self.per_epoch = trainer.batches.steps_per_epoch
         sums = [self.state.loss_sum, self.state.wrong]
@@ -124,7 +128,7 @@ class _Loop:
                 self._one_step()
                 self._after_step()
             self._end_epoch()
-        self.folder.event("done", epoch=self.state.epoch, step=self.state.step)
+        self._conclude("done", epoch=self.state.epoch, step=self.state.step)
         return Outcome(True, self.state)
 
     # -- a step ----------------------------------------------------------------------------------------------------
@@ -158,6 +162,7 @@ class _Loop:
 
     def _after_step(self) -> None:
         state, config = self.state, self.t.config
+        self.saver.poll()
         if (found := self.check.finding()) is not None:
             self.folder.event("measured", **found.fields)
             (self.t.observer.note if found.within else self.t.observer.warning)(found.words)
@@ -222,6 +227,7 @@ class _Loop:
 
     def _end_epoch(self) -> None:
         state, t = self.state, self.t
+        self.saver.wait()
         began = time.monotonic()
         test = self._score(t.dataset.test)
         val = self._score(t.dataset.val) if t.dataset.val is not None else None
@@ -281,39 +287,53 @@ class _Loop:
 
     def _export(self, score: Score, chosen_on: str) -> None:
         state = self.state
-        tensors = cpu_tensors(self.t.model)
         metadata = {"arch": self.t.config.model.arch, "epoch": str(state.epoch), "step": str(state.step)}
         metadata |= {"error_pct": repr(score.error_pct), "error_on": chosen_on}
         if state.best is None or score.error_pct < state.best.error_pct:
             state.best = Best(state.epoch, state.step, score.error_pct, chosen_on)
-            self.folder.save_weights("best", tensors, {**metadata, "chosen_on": chosen_on})
-        self.folder.save_weights("last", tensors, metadata)
+            self.exports["best"] = {**metadata, "chosen_on": chosen_on}
+        self.exports["last"] = metadata
 
     # -- saving and leaving ----------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        """Hands over what the run is now; `_conclude` waits until it is on disk."""
         position = (self.state.epoch, self.state.step)
         if self.saved_at == position:
             return
         if self.pending or self.state.step_in_epoch:
             self._settle()
-        keep = self.t.config.checkpoint.keep
-        self.descent.saved(lambda: checkpoints.save(self.folder.checkpoints, self.t.checkpoint(), keep=keep))
+        self.saver.wait()
+        taken = self.descent.saved(self.t.checkpoint)
+        weights = {name: (taken.model, metadata) for name, metadata in self.exports.items()}
+        self.saver.submit(Save(taken, self.state.epoch, weights))
+        self.exports.clear()
         self.saved_at = position
         self.last_save = time.monotonic()
         self._off_the_clock()
-        self.folder.event("checkpoint", epoch=self.state.epoch, step=self.state.step)
+
+    def _conclude(self, event: str, **fields: Any) -> None:
+        """The last words of a run, once everything before them is on disk. Raises DiskError if it cannot be."""
+        self.saver.finish(self.hurried)
+        self.folder.event(event, **fields)
+        self.saver.finish(self.hurried)
+
+    def hurried(self) -> bool:
+        """Whether somebody waits for this process to leave."""
+        return self.signals.requested is not None
 
     def _give_up(self, failure: Failure) -> NoReturn:
         """The end of the ladder. What failed is undone: the run is saved as it was before it."""
         if not failure.final:
             self._save()
-        raise self.descent.at_the_end(failure)
+        error = self.descent.at_the_end(failure)
+        self.saver.finish(self.hurried)
+        raise error
 
     def _leave(self) -> None:
         name = self.signals.requested
         self._save()
-        self.folder.event("signal", signal=name, epoch=self.state.epoch, step=self.state.step)
+        self._conclude("signal", signal=name, epoch=self.state.epoch, step=self.state.step)
         raise Interrupted(
             f"{name}: saved at epoch {self.state.epoch + 1}, step {self.state.step}; go on with "
             f"`lowmem resume {self.folder.path}`",
@@ -322,6 +342,6 @@ class _Loop:
 
     def _stop_early(self, max_steps: int) -> Outcome:
         self._save()
-        self.folder.event("stop", reason="train.max_steps", step=self.state.step)
+        self._conclude("stop", reason="train.max_steps", step=self.state.step)
         self.t.observer.note(f"stopped after {self.state.step} steps as asked (train.max_steps = {max_steps})")
         return Outcome(False, self.state)

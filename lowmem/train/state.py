@@ -53,9 +53,17 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()
 
 
+def cpu_copy(tensor: Tensor) -> Tensor:
+    """A contiguous copy in host memory, on the CPU too: training goes on changing the original in place."""
+    tensor = tensor.detach()
+    if tensor.device.type == "cpu":
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.cpu().contiguous()  # the memory format is changed on the host, where there is room
+
+
 def cpu_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict on the CPU, contiguous as safetensors wants it."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    """Copies of the state dict on the CPU, contiguous as safetensors wants them."""
+    return {name: cpu_copy(tensor) for name, tensor in model.state_dict().items()}
 
 
 def capture(
@@ -65,13 +73,16 @@ def capture(
     scaler: torch.amp.GradScaler,
     identity: dict[str, str],
 ) -> Checkpoint:
-    """Everything a resume needs. `identity`: hashes of settings and data, compared by `restore`."""
+    """Everything a resume needs, copied: training may go on.
+
+    `identity`: hashes of settings and data, compared by `restore`.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     slots: dict[str, Tensor] = {}
     for parameter, entries in optimizer.state.items():
         for slot, value in entries.items():
             if isinstance(value, Tensor):
-                slots[f"{slot}/{names[parameter]}"] = value.detach().cpu().contiguous()
+                slots[f"{slot}/{names[parameter]}"] = cpu_copy(value)
     recorded = asdict(replace(state, scaler=scaler.state_dict()))
     return Checkpoint(
         step=state.step, model=cpu_tensors(model), optimizer=slots, state={"run": recorded, "identity": identity}

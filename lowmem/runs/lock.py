@@ -1,0 +1,102 @@
+"""One writer per run: a lock that the system frees when its holder ends, and a file that says who the holder is.
+
+`run.lock` is locked with the system's file lock, which excludes every process on this machine (and, where the network
+file system passes locks on, on others). `run.owner.json` names the holder: process, host, since when. A holder that
+leaves removes it. Found without the lock being held, it is of a holder that died: on this host that is certain, and
+the run is taken over with a note. On another host nobody here can tell whether that process lives, for network
+file systems do not all pass locks on; then the run is refused, and removing the file is the way out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lowmem.errors import UsageError
+from lowmem.runs.atomic import write_text_atomic
+
+LOCK_NAME = "run.lock"
+OWNER_NAME = "run.owner.json"
+_OWNER_LIMIT_BYTES = 1 << 12
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds, or held, a run. `since` is in the holder's local time, with its offset."""
+
+    pid: int
+    host: str
+    since: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+
+class RunLock:
+    """The lock of a run folder, held. `taken_over` is the owner that ended without leaving, or None."""
+
+    def __init__(self, path: Path, lock: FileLock, taken_over: Owner | None) -> None:
+        self.taken_over = taken_over
+        self._path = path
+        self._lock = lock
+
+    @classmethod
+    def acquire(cls, path: Path) -> RunLock:
+        """Locks the run folder `path`. Raises UsageError if somebody else writes it or may do so, OSError."""
+        lock_file, owner_file = path / LOCK_NAME, path / OWNER_NAME
+        for file in (lock_file, owner_file):
+            if file.is_symlink():
+                raise UsageError(f"{file} is a link, which no run of lowmem has: delete it if you trust the folder")
+        lock = FileLock(lock_file, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            who = read_owner(owner_file) or "another process"
+            raise UsageError(f"{path} is being written by {who}: wait for it, or stop it first") from None
+        try:
+            before = read_owner(owner_file)
+            if before is not None and before.host != socket.gethostname():
+                raise UsageError(
+                    f"{path} was being written by {before}, which cannot be checked from {socket.gethostname()}: if "
+                    f"that process has ended, delete {owner_file} and try again"
+                )
+            since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+            write_text_atomic(owner_file, json.dumps(owner) + "\n")
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, lock, before)
+
+    def release(self) -> None:
+        """Leaves the run to others. May be called again."""
+        if self._lock.is_locked:
+            with suppress(OSError):  # the folder may be gone, or the disk: the next one takes it for a dead holder's
+                (self._path / OWNER_NAME).unlink(missing_ok=True)
+        self._lock.release()
+
+
+def read_owner(file: Path) -> Owner | None:
+    """What an owner file says; None if there is none, or nothing that can be used."""
+    try:
+        if file.is_symlink() or file.stat().st_size > _OWNER_LIMIT_BYTES:
+            return None
+        found = json.loads(file.read_text(encoding="utf-8"))
+        since = found.get("since", "a time it does not say")
+        return Owner(int(found["pid"]), _printable(found["host"]), _printable(since))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        return None
+
+
+def _printable(text: object) -> str:
+    """A stranger's folder must not write to the terminal what is no name."""
+    if not isinstance(text, str):
+        raise ValueError("no text")
+    return "".join(c if c.isprintable() else "?" for c in text)[:100]

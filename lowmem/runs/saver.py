@@ -1,0 +1,279 @@
+"""Checkpoints in the background: training hands over a copy of its state and goes on; a thread writes it.
+
+The order on disk is that of a save in the foreground, at any moment of a kill: the rows up to the checkpoint, the
+exported weights, the checkpoint with its commit record (invariant 9), then the event that says so.
+
+One save at a time. A second save waits for one that is being written, so that there is one copy in host memory; one
+that the disk refused it supersedes, taking over the exported weights it does not have itself. So a kill loses what was
+done since the save before the latest, at most. What the disk refuses is
+tried again after growing pauses, a bounded number of times until the next save is handed over. The checkpoint before
+stands meanwhile, and training goes on. `finish` waits for the end of it and raises if there is none.
+
+Known limitation: a disk that neither writes nor refuses (a network folder whose server is gone) holds up training at
+the next save.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from lowmem.errors import CorruptCheckpoint, DiskError, OutOfMemory
+from lowmem.runs import checkpoint as checkpoints
+from lowmem.runs.checkpoint import Checkpoint
+from lowmem.runs.store import RunFolder
+from lowmem.units import format_duration
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Weights = tuple[Mapping[str, "Tensor"], Mapping[str, str]]  # tensors, metadata
+
+PAUSES_SECONDS = (5.0, 15.0, 45.0, 135.0, 405.0)  # ten minutes in all: the default between two saves
+FINAL_PAUSES_SECONDS = (1.0, 2.0, 5.0, 15.0, 30.0, 60.0)  # at the end of a run there is nothing to go on with
+HURRIED_TRIES = 3  # after a signal: somebody waits for the process to leave
+_HURRIED_PAUSE_SECONDS = 1.0
+_SLICE_SECONDS = 0.2  # on Windows a wait without end cannot be interrupted by Ctrl-C
+
+
+@dataclass(frozen=True)
+class Save:
+    """What one save writes. `epoch`: completed ones. `weights`: for weights/<name>.safetensors; the tensors may be the
+    checkpoint's own. Nobody may change any of it any more."""
+
+    checkpoint: Checkpoint
+    epoch: int
+    weights: Mapping[str, Weights] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The newest committed checkpoint and when it was committed (None: by another process)."""
+
+    path: Path
+    step: int
+    at: float | None = None
+
+    def __str__(self) -> str:
+        ago = "" if self.at is None else f", {format_duration(time.monotonic() - self.at)} ago"
+        return f"step {self.step} ({self.path}{ago})"
+
+
+class Saver:
+    """Writes the saves of one run. A context manager; its methods are for one thread, the one that trains.
+
+    `warn` and `note` are called in that thread, by `poll` and by whatever waits.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        keep: int,
+        warn: Callable[[str], None] = lambda text: None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._folder, self._keep, self._warn, self._note = folder, keep, warn, note
+        newest = checkpoints.found(folder.checkpoints)[:1]
+        self._saved = Saved(newest[0], checkpoints.step_of(newest[0])) if newest else None
+        # Shared with the thread, under the condition's lock.
+        self._changed = threading.Condition()
+        self._job: Save | None = None
+        self._failure: Exception | None = None  # of the last try, while `_job` waits for another
+        self._tries = 0  # since the last save was handed over
+        self._due: float | None = None  # of the next try; None: not before the next save
+        self._troubled = self._told = False  # since the last checkpoint; told of since the last save handed over
+        self._words: list[tuple[Callable[[str], None], str]] = []
+        self._bug: BaseException | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="lowmem-saver", daemon=True)
+
+    def __enter__(self) -> Saver:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Lets a write that has begun end; what the disk refused is dropped (`finish` is there to insist)."""
+        with self._changed:
+            while self._busy():
+                self._changed.wait(_SLICE_SECONDS)
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        if error is None:
+            self.poll()
+        else:
+            with suppress(Exception):  # the error that is under way says more
+                self._speak()
+
+    # -- for the thread that trains --------------------------------------------------------------------------------
+
+    @property
+    def last_saved(self) -> Saved | None:
+        """The newest committed checkpoint."""
+        return self._saved
+
+    def poll(self) -> None:
+        """Says what happened meanwhile. Raises what ended the thread, which is a bug. Costs nothing otherwise."""
+        if self._bug is not None:
+            raise self._bug
+        if self._folder.rows_waiting and not self._troubled:
+            self._trouble(f"the disk refuses rows of {self._folder.path}: they are kept in memory and written later")
+        self._speak()
+
+    def wait(self) -> None:
+        """Until nothing is being written: all is saved, or was refused and waits for another try."""
+        with self._changed:
+            while self._busy():
+                self._changed.wait(_SLICE_SECONDS)
+        self.poll()
+
+    def submit(self, save: Save) -> None:
+        """Hands a save over and returns, after `wait`; best called before that is copied which is to be saved."""
+        with self._changed:
+            while self._busy():
+                self._changed.wait(_SLICE_SECONDS)
+            if self._job is not None:
+                save = replace(save, weights={**self._job.weights, **save.weights})
+            if self._job is None or self._due is None:
+                self._tries, self._due, self._failure, self._told = 0, time.monotonic(), None, False
+            self._job = save  # if a pause goes on, the next try is of this one
+            self._changed.notify_all()
+        self.poll()
+
+    def finish(self, hurried: Callable[[], bool] = lambda: False) -> None:
+        """Until everything is on disk, rows included. `hurried`: whether somebody waits for the process to leave.
+
+        Raises DiskError (or OutOfMemory), saying what was saved last and where, if that cannot be done within some
+        minutes; within seconds, if hurried.
+        """
+        failure: Exception | None = None
+        for count, pause in enumerate((0.0, *FINAL_PAUSES_SECONDS), start=1):
+            if count > HURRIED_TRIES and hurried():
+                break
+            self._rest(pause, hurried)
+            failure = self._try_now()
+            if failure is None:
+                return
+        assert failure is not None
+        raise self._final_error(failure)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _busy(self) -> bool:
+        """To be asked under the lock."""
+        return self._job is not None and self._failure is None and self._bug is None
+
+    def _rest(self, seconds: float, hurried: Callable[[], bool]) -> None:
+        began = time.monotonic()
+        while (passed := time.monotonic() - began) < (min(seconds, _HURRIED_PAUSE_SECONDS) if hurried() else seconds):
+            self.poll()
+            time.sleep(min(seconds - passed, _SLICE_SECONDS))
+
+    def _try_now(self) -> Exception | None:
+        """One try of all that is not on disk; why it failed, if it did."""
+        with self._changed:
+            if self._job is not None and self._failure is not None:
+                self._failure, self._due = None, time.monotonic()
+                self._changed.notify_all()
+            while self._busy():
+                self._changed.wait(_SLICE_SECONDS)
+            failure = self._failure  # within the lock: the next try may begin right after it
+        self.poll()
+        if failure is not None:
+            return failure
+        try:
+            self._folder.flush()
+        except DiskError as error:
+            return error
+        return None
+
+    def _final_error(self, failure: Exception) -> Exception:
+        path = self._folder.path
+        last = "nothing was saved before" if self._saved is None else f"saved last is {self._saved}"
+        text = f"the last save failed: {_reason(failure)}; {last}; then go on from there with `lowmem resume {path}`"
+        return OutOfMemory(text) if isinstance(failure, MemoryError) else DiskError(text)
+
+    def _trouble(self, text: str) -> None:
+        """Once for each stretch of trouble, to the user and into the run's own record."""
+        self._troubled = self._told = True
+        self._words.append((self._warn, text))
+        self._folder.event("warning", what=text)
+
+    def _speak(self) -> None:
+        while self._words:
+            tell, text = self._words.pop(0)
+            tell(text)
+
+    # -- the thread ------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            while self._one_try():
+                pass
+        except BaseException as error:
+            with self._changed:
+                self._bug = error
+                self._changed.notify_all()
+
+    def _one_try(self) -> bool:
+        """Waits for a save and tries to write it; False at the end. Nothing of it is held when this returns: neither
+        the copies, nor by the frames of a traceback what was made of them."""
+        save = self._next()
+        if save is None:
+            return False
+        failure: Exception | None = None
+        try:
+            self._write(save)
+        except (DiskError, CorruptCheckpoint, OSError, MemoryError) as error:
+            failure = error.with_traceback(None)
+            failure.__cause__ = failure.__context__ = None
+        self._done(save, failure)
+        return True
+
+    def _next(self) -> Save | None:
+        with self._changed:
+            while not self._closing:
+                now = time.monotonic()
+                if self._job is not None and self._due is not None and self._due <= now:
+                    self._failure = None
+                    return self._job
+                self._changed.wait(None if self._job is None or self._due is None else self._due - now)
+            return None
+
+    def _write(self, save: Save) -> None:
+        self._folder.flush()
+        for name, (tensors, metadata) in save.weights.items():
+            self._folder.save_weights(name, tensors, metadata)
+        path = checkpoints.save(self._folder.checkpoints, save.checkpoint, keep=self._keep)
+        self._saved = Saved(path, save.checkpoint.step, time.monotonic())
+        self._folder.event("checkpoint", epoch=save.epoch, step=save.checkpoint.step)
+
+    def _done(self, save: Save, failure: Exception | None) -> None:
+        step = save.checkpoint.step
+        with self._changed:
+            if failure is None:
+                if self._troubled:
+                    self._troubled = False
+                    self._words.append((self._note, f"saved again: step {step} is on disk"))
+                self._job = self._due = self._failure = None
+            else:
+                pause = PAUSES_SECONDS[self._tries] if self._tries < len(PAUSES_SECONDS) else None
+                self._tries += 1
+                self._due = None if pause is None else time.monotonic() + pause
+                self._failure = failure
+                if not self._told:
+                    stands = f"{self._saved} stands" if self._saved else "there is none before it"
+                    again = "with the next save" if pause is None else f"in {pause:g} s"
+                    self._trouble(f"step {step} was not saved ({_reason(failure)}); {stands}; trying again {again}")
+            self._changed.notify_all()
+
+
+def _reason(failure: Exception) -> str:
+    return "out of memory" if isinstance(failure, MemoryError) else str(failure)
