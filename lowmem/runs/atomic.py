@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-_PARTIAL = ".partial"
+PARTIAL = ".partial"
 
 
 def fsync_folder(folder: Path) -> None:
@@ -44,7 +44,7 @@ def write_synced(path: Path, data: bytes) -> None:
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Replaces `path` by `data`: a reader, or a crash, sees the old or the new content. Raises OSError."""
-    aside = path.with_name(path.name + _PARTIAL)
+    aside = path.with_name(path.name + PARTIAL)
     write_synced(aside, data)
     replace_path(aside, path)
     fsync_folder(path.parent)
@@ -56,10 +56,27 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def append_lines(path: Path, lines: list[str]) -> None:
-    """Appends whole lines in one write and waits until they are on the disk. Raises OSError."""
+    """Appends whole lines in one write and waits until they are on the disk. Raises OSError.
+
+    The half line that a killed process or a full disk left at the end is cut off first: the new one must not be glued
+    to it.
+    """
     if not lines:
         return
+    _cut_half_line(path)
     with open(path, "ab") as file:
         file.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _cut_half_line(path: Path) -> None:
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) == b"\n":
+            return
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+    os.truncate(path, whole)

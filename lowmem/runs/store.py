@@ -13,6 +13,7 @@ import shutil
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from lowmem.errors import LowmemError, PreflightError, UsageError
+from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs import columns
-from lowmem.runs.atomic import append_lines, write_bytes_atomic, write_text_atomic
+from lowmem.runs.atomic import PARTIAL, append_lines, write_bytes_atomic, write_text_atomic
 from lowmem.runs.checkpoint import disk_error
+from lowmem.runs.setup import clear, never_began, refuse_existing, start_again
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,17 +45,16 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config_yaml: str, environment: Mapping[str, Any]) -> RunFolder:
-        """Makes a new run folder. Raises UsageError if it exists, PreflightError if it cannot be made."""
-        if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
-            if not (path / "config.yaml").is_file():
-                raise UsageError(f"{path} exists and is not an empty folder: choose another with --out")
-            raise UsageError(
-                f"{path} exists and is never overwritten: go on with `lowmem resume {path}`, change its settings with "
-                f"`lowmem fork {path}`, or choose another folder with --out"
-            )
+        """Makes a new run folder, or takes over one of a run that never began (see `setup.never_began`).
+
+        Raises UsageError if there is anything else, PreflightError if it cannot be made.
+        """
+        refuse_existing(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path, _locked(path))
+            refuse_existing(path)  # another process may have begun a run in the meantime
+            clear(path)
             (path / "checkpoints").mkdir()
             (path / "weights").mkdir()
             write_text_atomic(path / "config.yaml", config_yaml)
@@ -85,6 +87,15 @@ class RunFolder:
     def close(self) -> None:
         """Releases the lock."""
         self._lock.release()
+
+    def tidy(self, *, keep: int) -> None:
+        """Deletes what a killed writer left half done. Failing to delete is no reason to stop a run."""
+        for folder in (self.path, self.path / "weights"):
+            for file in folder.glob(f"*{PARTIAL}"):
+                with suppress(OSError):
+                    file.unlink()
+        shutil.rmtree(self.path / ".preflight", ignore_errors=True)
+        checkpoints.tidy(self.checkpoints, keep=keep)
 
     def discard(self) -> None:
         """Removes a run folder that never took a step."""
@@ -156,6 +167,8 @@ def require_run(path: Path) -> None:
     if not path.is_dir():
         raise UsageError(f"{path} does not exist: give the folder of a run, like runs/res110")
     if not (path / "config.yaml").is_file():
+        if never_began(path):
+            raise UsageError(start_again(path))
         raise UsageError(f"{path} is no run folder (it has no config.yaml): give the folder of a run, like runs/res110")
 
 
