@@ -19,7 +19,7 @@ from tests.faults.lives import Death, Life, Lives
 
 EVERY_STEPS = 2  # between two checkpoints; epochs have five steps
 SMALL = (
-    "--arch", "res20", "--width", "2", "--data", "shapes", "--epochs", "2", "--batch", "8", "--device", "cpu",
+    "train", "--arch", "res20", "--width", "2", "--data", "shapes", "--epochs", "2", "--batch", "8", "--device", "cpu",
     "--memory-format", "contiguous", "--set", "data.train_subset=40", "--set", "data.test_subset=10",
     "--set", "train.log_every_steps=1", "--set", "checkpoint.every_minutes=null",
     "--set", f"checkpoint.every_steps={EVERY_STEPS}",
@@ -57,15 +57,16 @@ class Lost(AssertionError):
 
 
 def survive(
-    lives: Lives, train: tuple[str, ...], run: Path, deaths: Iterable[Death], every: int = EVERY_STEPS
+    lives: Lives, start: tuple[str, ...], run: Path, deaths: Iterable[Death], every: int = EVERY_STEPS
 ) -> Story:
-    """Trains in `run`, dies each of the deaths in turn (each time going on from there), then goes on to the end.
+    """Starts `run` with the command, dies each of the deaths in turn (each time going on from there), then goes on to
+    the end.
 
     Raises Lost if it cannot go on, or if more steps are lost than lie between two checkpoints.
     """
     story, kept = Story(run), None
     for death in (*deaths, Death()):
-        life = go_on(lives, train, run, death)
+        life = go_on(lives, start, run, death)
         if life.code == ExitCode.DONE:
             return story
         if life.code != -signal.SIGKILL or death == Death():
@@ -79,11 +80,11 @@ def survive(
     raise AssertionError("unreachable: a life that nobody ends leaves with some code")
 
 
-def go_on(lives: Lives, train: tuple[str, ...], run: Path, death: Death) -> Life:
+def go_on(lives: Lives, start: tuple[str, ...], run: Path, death: Death) -> Life:
     """What a user does: resume; and where the run had not begun, what resume says: the same command once more."""
     if run.exists() and newest(run) is not None:
         return lives.live(("resume", str(run)), run, death)
-    return lives.live(("train", *train, "--out", str(run)), run, death)
+    return lives.live((*start, "--out", str(run)), run, death)
 
 
 def newest(run: Path) -> int | None:
