@@ -26,6 +26,7 @@ from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.preflight import preflight
 from lowmem.runs import checkpoint as checkpoints
+from lowmem.runs.setup import never_began, refuse_existing, start_again
 from lowmem.runs.store import RunFolder, require_run
 from lowmem.settings import Settings, from_yaml, refuse_changes, to_yaml
 from lowmem.train.loop import Outcome, Trainer
@@ -105,6 +106,8 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
         if folder.taken_over is not None:
             observer.note(f"{path} is taken over from {folder.taken_over}, which ended without leaving it")
         if not checkpoints.found(folder.checkpoints):
+            if never_began(path):
+                raise UsageError(start_again(path))
             raise CorruptCheckpoint(f"{path} has no checkpoint to go on from: start again under another --out")
         saved, where, skipped = checkpoints.load_newest(folder.checkpoints)
         for reason in skipped.values():
@@ -118,6 +121,7 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
         state = trainer.state
         # Only now is it certain that this run goes on from here: nothing was written before.
         checkpoints.set_aside(skipped)
+        folder.tidy(keep=settings.config.checkpoint.keep)
         if replanned and plan is not None:
             folder.write_plan(plan.to_json())
             folder.write_config(to_yaml(settings))
@@ -178,10 +182,9 @@ def recorded_settings(path: Path) -> Settings:
 
 def _refuse_existing(path: Path) -> None:
     """The same refusal as `RunFolder.create`, before minutes are spent on decoding pictures."""
-    if path.is_dir() and any(path.iterdir()):
-        RunFolder.create(path, "", {})
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file: choose another folder with --out")
+    refuse_existing(path)
 
 
 def _load_data(config: Config, observer: Observer) -> Dataset:

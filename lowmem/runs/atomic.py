@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-_PARTIAL = ".partial"
+PARTIAL = ".partial"
 
 
 def fsync_folder(folder: Path) -> None:
@@ -45,7 +45,7 @@ def write_synced(path: Path, data: bytes) -> None:
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Replaces `path` by `data`: a reader, or a crash, sees the old or the new content. Raises OSError."""
-    aside = path.with_name(path.name + _PARTIAL)
+    aside = path.with_name(path.name + PARTIAL)
     try:
         write_synced(aside, data)
         replace_path(aside, path)
@@ -66,8 +66,11 @@ def append_lines(path: Path, lines: list[str], *, after_bytes: int | None = None
     """Appends whole lines and waits until they are on the disk. Returns the size of the file then.
 
     `after_bytes`: append after this many bytes; what is there beyond them (half a line of an earlier failure) is cut
-    off. Raises OSError; the file then ends where it did, unless not even that could be done.
+    off. Without it only half a line at the end is, which a killed process or a full disk left: the new one must not be
+    glued to it. Raises OSError; the file then ends where it did, unless not even that could be done.
     """
+    if after_bytes is None and lines:
+        _cut_half_line(path)
     # Unbuffered: a buffer would keep what the disk refused and write it when the file is closed.
     with open(path, "ab", buffering=0) as file:
         begin = file.tell() if after_bytes is None else after_bytes
@@ -87,3 +90,15 @@ def append_lines(path: Path, lines: list[str], *, after_bytes: int | None = None
                 file.truncate(begin)
             raise
     return end
+
+
+def _cut_half_line(path: Path) -> None:
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) == b"\n":
+            return
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+    os.truncate(path, whole)

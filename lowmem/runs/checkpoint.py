@@ -127,6 +127,17 @@ def _prune(folder: Path, keep: int) -> None:
             continue
 
 
+def tidy(folder: Path, *, keep: int) -> None:
+    """Deletes what a killed process left: checkpoints that it had not finished, and generations that it had not pruned.
+    Only for the process that holds the run's lock, while nothing is being saved."""
+    for aside in folder.glob(f"{_ASIDE}*"):
+        shutil.rmtree(aside, ignore_errors=True)
+    for old in folder.glob("step-*.old"):
+        if old.with_suffix("").is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+    _prune(folder, keep)
+
+
 def found(folder: Path) -> list[Path]:
     """The checkpoints by name, newest first, verified or not. Links are no checkpoints."""
     if not folder.is_dir():

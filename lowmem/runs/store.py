@@ -18,11 +18,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import DiskError, LowmemError, PreflightError, UsageError
+from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs import columns
-from lowmem.runs.atomic import append_lines, write_bytes_atomic, write_text_atomic
+from lowmem.runs.atomic import PARTIAL, append_lines, write_bytes_atomic, write_text_atomic
 from lowmem.runs.checkpoint import FULL, disk_error
 from lowmem.runs.lock import Owner, RunLock
 from lowmem.runs.rows import RowFile
+from lowmem.runs.setup import clear, never_began, refuse_existing, start_again
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,17 +57,20 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config_yaml: str, environment: Mapping[str, Any]) -> RunFolder:
-        """Makes a new run folder. Raises UsageError if it exists, PreflightError if it cannot be made."""
-        if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
-            if not (path / "config.yaml").is_file():
-                raise UsageError(f"{path} exists and is not an empty folder: choose another with --out")
-            raise UsageError(
-                f"{path} exists and is never overwritten: go on with `lowmem resume {path}`, change its settings with "
-                f"`lowmem fork {path}`, or choose another folder with --out"
-            )
+        """Makes a new run folder, or takes over one of a run that never began (see `setup.never_began`).
+
+        Raises UsageError if there is anything else, PreflightError if it cannot be made.
+        """
+        refuse_existing(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path, RunLock.acquire(path))
+            try:
+                refuse_existing(path)  # another process may have begun a run in the meantime
+            except UsageError:
+                run._lock.release()
+                raise
+            clear(path)
             (path / "checkpoints").mkdir()
             (path / "weights").mkdir()
             write_text_atomic(path / "config.yaml", config_yaml)
@@ -103,6 +108,15 @@ class RunFolder:
         with suppress(DiskError):
             self.flush()
         self._lock.release()
+
+    def tidy(self, *, keep: int) -> None:
+        """Deletes what a killed writer left half done. Failing to delete is no reason to stop a run."""
+        for folder in (self.path, self.path / "weights"):
+            for file in folder.glob(f"*{PARTIAL}"):
+                with suppress(OSError):
+                    file.unlink()
+        shutil.rmtree(self.path / ".preflight", ignore_errors=True)
+        checkpoints.tidy(self.checkpoints, keep=keep)
 
     def discard(self) -> None:
         """Removes a run folder that never took a step."""
@@ -207,6 +221,8 @@ def require_run(path: Path) -> None:
     if not path.is_dir():
         raise UsageError(f"{path} does not exist: give the folder of a run, like runs/res110")
     if not (path / "config.yaml").is_file():
+        if never_began(path):
+            raise UsageError(start_again(path))
         raise UsageError(f"{path} is no run folder (it has no config.yaml): give the folder of a run, like runs/res110")
 
 

@@ -19,7 +19,8 @@ def _row(epoch: int, step: int) -> dict[str, object]:
 
 
 def test_a_run_folder_is_never_overwritten(tmp_path: Path) -> None:
-    RunFolder.create(tmp_path / "run", "seed: 0\n", {"torch": "x"}).close()
+    with RunFolder.create(tmp_path / "run", "seed: 0\n", {"torch": "x"}) as run:
+        run.event("start")
     before = sorted(path.name for path in (tmp_path / "run").rglob("*"))
     with pytest.raises(UsageError, match=r"lowmem resume .*lowmem fork .*--out"):
         RunFolder.create(tmp_path / "run", "seed: 1\n", {})

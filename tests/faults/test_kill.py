@@ -1,0 +1,148 @@
+"""Killed in the middle of a save, of a row, of setting up, and at random: the run goes on and ends with the same bits.
+
+All operations one by one, power cuts, and hundreds of random moments: `python benchmarks/kill.py`.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from lowmem.errors import ExitCode
+from tests.conftest import assert_same_run
+from tests.faults.kills import EVERY_STEPS, SMALL, STEPS, Story, go_on, litter, newest, survive, unreadable_events
+from tests.faults.lives import AVAILABLE, Death, Life, Lives
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs fork, /proc and process descriptors")
+
+Survives = Callable[[Sequence[Death]], Story]
+KINDS = {"open", "write", "flush", "fsync", "close", "replace", "delete", "mkdir"}
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
+    with Lives(tmp_path_factory.mktemp("lives")) as parent:
+        yield parent
+
+
+@pytest.fixture(scope="module")
+def whole(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Life]:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    life = go_on(lives, SMALL, run, Death())
+    assert (life.code, life.step) == (0, STEPS), life.output
+    return run, life
+
+
+@pytest.fixture
+def survives(lives: Lives, whole: tuple[Path, Life], tmp_path: Path) -> Survives:
+    """A run dies these deaths one after another: `survive` holds each of them to its bound."""
+
+    def judged(deaths: Sequence[Death]) -> Story:
+        run = tmp_path / "run"
+        story = survive(lives, SMALL, run, deaths)
+        assert_same_run(run, whole[0])
+        assert litter(run, whole[0]) == set()
+        assert unreadable_events(run) == []
+        shutil.rmtree(run)
+        return story
+
+    return judged
+
+
+def _span(operations: tuple[str, ...], first: str, last: str) -> list[str]:
+    begin = operations.index(first)
+    return list(operations[begin : operations.index(last, begin) + 1])
+
+
+def _deaths(operations: Sequence[str]) -> list[Death]:
+    """One at each operation, and one in the middle of each write."""
+    once = list(dict.fromkeys(operations))
+    return [
+        Death(on=line, half=half) for line in once for half in ((False, True) if line.startswith("write") else (False,))
+    ]
+
+
+def test_at_each_operation_up_to_the_commit(whole: tuple[Path, Life], survives: Survives) -> None:
+    """The weights, the row of metrics.csv, the checkpoint: each process takes the epoch's last step and dies."""
+    operations = _span(
+        whole[1].operations, "open weights/best.safetensors.partial", "replace checkpoints/step-00000005"
+    )
+    story = survives(_deaths(operations))
+    assert {death.operation for death in story.deaths} == set(operations)
+    assert {str(death.operation).split()[0] for death in story.deaths} == KINDS - {"delete"}
+    assert {death.lost for death in story.deaths} == {1}
+
+
+def test_at_each_operation_after_the_commit(survives: Survives) -> None:
+    """The folder's fsync, the pruning of an older generation, the event."""
+    step = "checkpoints/step-????????"
+    files = ("manifest.json", "state.json", "optimizer.safetensors", "model.safetensors")
+    patterns = ["fsync checkpoints", *(f"delete {step}/{name}" for name in files), f"delete {step}"]
+    deaths = [Death(on=pattern) for pattern in patterns]
+    deaths += [Death(on="write events.jsonl", half=True), Death(on="fsync events.jsonl")]
+    for first in range(0, len(deaths), 3):
+        story = survives(deaths[first : first + 3])
+        assert len(story.deaths) == len(deaths[first : first + 3])
+
+
+def test_each_of_these_with_the_power_cut(survives: Survives) -> None:
+    """What was not fsynced is gone as well."""
+    step = "checkpoints/.aside-step-00000005"
+    lines = [
+        "close weights/last.safetensors.partial",
+        "fsync weights",
+        "close metrics.csv",
+        f"close {step}/model.safetensors",
+        f"close {step}/manifest.json",
+        "replace checkpoints/step-00000005",
+        "fsync checkpoints",
+        "delete checkpoints/step-????????/manifest.json",
+    ]
+    assert len(survives([Death(on=line, power=True) for line in lines]).deaths) == len(lines)
+
+
+def test_while_the_run_is_set_up(lives: Lives, whole: tuple[Path, Life], survives: Survives, tmp_path: Path) -> None:
+    """Nothing is lost before the first step: `resume` says so, and the same `train` takes the folder over."""
+    setting_up = _span(whole[1].operations, "mkdir .", "fsync checkpoints")
+    assert "write .preflight/checkpoints/.aside-step-00000000/manifest.json" in setting_up
+    story = survives([Death(at=at, half=True) for at in range(1, len(setting_up), len(setting_up) // 10)])
+    assert {death.kept for death in story.deaths} == {None}
+
+    run = tmp_path / "run"
+    for line in ("write config.yaml.partial", "write checkpoints/.aside-step-00000000/model.safetensors"):
+        assert go_on(lives, SMALL, run, Death(on=line)).code < 0
+        life = lives.live(("resume", str(run)), run)
+        assert life.code == ExitCode.USAGE
+        assert "give the command that started it once more" in life.output
+        assert len(life.output.strip().splitlines()) == 1
+
+
+def test_at_random_moments(whole: tuple[Path, Life], survives: Survives) -> None:
+    draw = random.Random(5)
+    moments = 0
+    while moments < 15:
+        deaths = [Death(after_seconds=draw.uniform(0, whole[1].seconds)) for _ in range(15 - moments)]
+        story = survives(deaths)
+        assert all(death.lost <= EVERY_STEPS + death.saving for death in story.deaths)
+        moments += len(story.deaths)
+
+
+def test_an_epoch_saved_before_its_evaluation_and_again_after_it(
+    lives: Lives, survives: Survives, tmp_path: Path
+) -> None:
+    """The same step is saved twice: the old folder keeps a name that is known until the new one has its own."""
+    run, again = tmp_path / "run", "checkpoints/step-00000005"
+    assert go_on(lives, SMALL, run, Death(on="open weights/*")).code == -signal.SIGKILL
+    stopped = go_on(lives, SMALL, run, Death(on="write steps.csv", signal=signal.SIGTERM))
+    assert (stopped.code, stopped.step) == (ExitCode.TERMINATED, 5)
+    assert newest(run) == 5
+    lines = [f"replace {again}.old", f"replace {again}", f"delete {again}.old/*", f"delete {again}.old"]
+    story = survives([Death(on=line) for line in lines])
+    assert len(story.deaths) == len(lines)
+    assert [death.operation for death in story.deaths[:2]] == lines[:2]
+    assert {death.kept for death in story.deaths} == {5}

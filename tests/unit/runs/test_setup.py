@@ -1,0 +1,104 @@
+"""A folder of a run that was killed before its first checkpoint is taken over; one with anything to lose never is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lowmem.errors import UsageError
+from lowmem.runs.setup import never_began
+from lowmem.runs.store import RunFolder, require_run
+
+Spoil = Callable[[RunFolder], object]
+
+
+def _folder(path: Path, kind: str) -> Path:
+    made = path / kind
+    made.mkdir(parents=True)
+    return made
+
+
+def test_a_run_that_never_began_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with RunFolder.create(path, "seed: 0\n", {}) as run:
+        run.write_plan({"budget": 1})
+        _folder(path / "checkpoints", ".aside-step-00000000")
+        _folder(path / ".preflight", "checkpoints")
+        (path / "config.yaml.partial").write_text("see")
+    with RunFolder.create(path, "seed: 1\n", {}):
+        names = {entry.name for entry in path.iterdir()} - {"run.lock", "run.owner.json"}
+        assert names == {"config.yaml", "env.json", "metrics.csv", "steps.csv", "checkpoints", "weights"}
+        assert not any((path / "checkpoints").iterdir())
+        assert (path / "config.yaml").read_text() == "seed: 1\n"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda run: run.event("start"),
+        lambda run: run.append_steps([{"step": 1, "epoch": 1, "lr": 0.1, "loss": 2.0}]),
+        lambda run: _folder(run.checkpoints, "step-00000000"),
+        lambda run: _folder(run.checkpoints, "damaged-step-00000004"),
+        lambda run: (run.path / "weights/last.safetensors").write_bytes(b"1"),
+        lambda run: (run.path / "notes.txt").write_text("mine"),
+        lambda run: (run.path / "run.lock").rename(run.path / "config.yaml.partial"),
+    ],
+)
+def test_nothing_else_is(spoil: Spoil, tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", "seed: 0\n", {}) as run:
+        spoil(run)
+    names = sorted(path.name for path in (tmp_path / "run").rglob("*"))
+    assert not never_began(tmp_path / "run")
+    with pytest.raises(UsageError, match="never overwritten"):
+        RunFolder.create(tmp_path / "run", "seed: 1\n", {})
+    assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == names
+
+
+def test_one_that_is_being_set_up_is_left_alone(tmp_path: Path) -> None:
+    with (
+        RunFolder.create(tmp_path / "run", "seed: 0\n", {}),
+        pytest.raises(UsageError, match="is being written by process"),
+    ):
+        RunFolder.create(tmp_path / "run", "seed: 1\n", {})
+    assert (tmp_path / "run/config.yaml").read_text() == "seed: 0\n"
+
+
+def test_who_resumes_it_is_told_to_start_again(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", "seed: 0\n", {}):
+        pass
+    (tmp_path / "run/config.yaml").unlink()
+    with pytest.raises(UsageError, match="nothing is lost: give the command that started it once more"):
+        require_run(tmp_path / "run")
+
+
+def test_a_half_line_is_cut_off_before_the_next(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", "", {}) as run:
+        run.event("start")
+        whole = run.events_file.read_text()
+        for half in ('{"time": "2026', "\0\0\0"):
+            with open(run.events_file, "a") as file:
+                file.write(half)
+            run.event("resume")
+            *before, last = run.events_file.read_text().splitlines(keepends=True)
+            assert "".join(before) == whole
+            assert '"event": "resume"' in last
+            run.events_file.write_text(whole)
+        run.events_file.write_text("cut in its first line")
+        run.event("start")
+        assert run.events_file.read_text().count("\n") == 1
+        assert run.events_file.read_text().startswith("{")
+
+
+def test_what_a_killed_writer_left_is_tidied_away(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", "", {}) as run:
+        for name in ("step-00000012", "step-00000008", "step-00000008.old", "step-00000004", ".aside-step-00000014"):
+            _folder(run.checkpoints, name)
+        _folder(run.checkpoints, "step-00000006.old")
+        (run.path / "weights/best.safetensors.partial").write_bytes(b"1")
+        (run.path / "plan.json.partial").write_bytes(b"1")
+        run.tidy(keep=3)
+        left = {path.name for path in run.checkpoints.iterdir()}
+        assert left == {"step-00000012", "step-00000008", "step-00000006.old"}
+        assert not list(run.path.rglob("*.partial"))
