@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from lowmem.errors import LowmemError, PreflightError, UsageError
+from lowmem.errors import PreflightError, UsageError
 from lowmem.runs import columns
 from lowmem.runs.atomic import append_lines, write_bytes_atomic, write_text_atomic
 from lowmem.runs.checkpoint import disk_error
+from lowmem.runs.guard import refuse_leads
+from lowmem.runs.rows import cut
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,17 +123,25 @@ class RunFolder:
         """Takes over the rows of another run's metrics.csv up to `epoch`. Raises DiskError."""
         try:
             shutil.copyfile(source / "metrics.csv", self.metrics_file)
-            _cut(self.metrics_file, columns.METRICS, "epoch", epoch)
+            cut(self.metrics_file, columns.METRICS, "epoch", epoch)
         except OSError as error:
             raise disk_error(error, self.metrics_file) from error
 
-    def cut_back(self, *, epoch: int, step: int) -> None:
-        """Drops rows after `epoch` from metrics.csv and after `step` from steps.csv: what a resume will repeat."""
+    def cut_back(self, *, epoch: int, step: int) -> list[str]:
+        """Drops rows after `epoch` from metrics.csv and after `step` from steps.csv: what a resume will repeat.
+
+        Returns a sentence for each file that had lines nothing could be made of. Raises CorruptCheckpoint for a file
+        that is no table of these columns, DiskError.
+        """
         try:
-            _cut(self.metrics_file, columns.METRICS, "epoch", epoch)
-            _cut(self.steps_file, columns.STEPS, "step", step)
+            _end_last_line(self.events_file)
+            damages = (
+                cut(self.metrics_file, columns.METRICS, "epoch", epoch, every=True),
+                cut(self.steps_file, columns.STEPS, "step", step),
+            )
         except OSError as error:
             raise disk_error(error, self.path) from error
+        return [damage for damage in damages if damage is not None]
 
     def write_config(self, text: str) -> None:
         """Replaces config.yaml, after an operational setting changed. Raises DiskError."""
@@ -157,6 +167,7 @@ def require_run(path: Path) -> None:
         raise UsageError(f"{path} does not exist: give the folder of a run, like runs/res110")
     if not (path / "config.yaml").is_file():
         raise UsageError(f"{path} is no run folder (it has no config.yaml): give the folder of a run, like runs/res110")
+    refuse_leads(path)
 
 
 def _locked(path: Path) -> FileLock:
@@ -188,19 +199,10 @@ def csv_line(names: Sequence[str], row: Mapping[str, Any]) -> str:
     return buffer.getvalue()
 
 
-def _cut(path: Path, names: Sequence[str], key: str, last: int) -> None:
-    kept = [",".join(names)]
-    if path.is_file():
-        with open(path, newline="", encoding="utf-8", errors="replace") as file:
-            reader = csv.reader(file)
-            header = next(reader, None)
-            if header is not None and header != list(names):
-                raise LowmemError(f"{path} has other columns than this lowmem writes: use the lowmem that wrote it")
-            column = names.index(key)
-            # A line that a crash cut short has too few fields; what it held will be repeated.
-            kept += [
-                ",".join(fields)
-                for fields in reader
-                if len(fields) == len(names) and fields[column].isdigit() and int(fields[column]) <= last
-            ]
-    write_text_atomic(path, "\n".join(kept) + "\n")
+def _end_last_line(path: Path) -> None:
+    """What is appended next must not become part of a line that was cut off."""
+    if path.is_file() and (size := path.stat().st_size):
+        with open(path, "rb+") as file:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
