@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem import fork
-from lowmem.belonging import belongs_to
+from lowmem.belonging import belongs_to, most_bytes
 from lowmem.choose import resolve_execution
 from lowmem.choose.budget import ASSUMED_CONTEXT_BYTES
 from lowmem.choose.device import remembered_context_bytes
@@ -103,7 +103,9 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
     refuse_changes(recorded.config, settings.config, str(path))
     require_device(settings.config.train.device)
     with RunFolder.open(path) as folder:
-        saved, where, skipped = checkpoints.load_newest(folder.checkpoints, belongs_to(settings.config))
+        saved, where, skipped = checkpoints.load_newest(
+            folder.checkpoints, belongs_to(settings.config), most_bytes(settings.config)
+        )
         for reason in skipped.values():
             observer.warning(f"skipped a damaged checkpoint: {reason}")
             folder.event("warning", what="checkpoint skipped", reason=reason)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
 
+from lowmem.choose.session import wants_plan
 from lowmem.config import Config
+from lowmem.decide import read_plan
 from lowmem.errors import CorruptCheckpoint
 from lowmem.models import skeleton
 from lowmem.runs.checkpoint import Checkpoint
+from lowmem.runs.store import require_run
+from lowmem.runs.verify import Belonging, Verified, verify_run
+from lowmem.settings import from_yaml
 from lowmem.train.state import check_belongs, config_hash
 
 Shape = tuple[int | None, ...]
@@ -37,6 +44,12 @@ def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, tuple[int, .
             )
 
 
+def most_bytes(config: Config) -> int:
+    """An upper bound of any file of tensors that a run of these settings writes, for as many as 100,000 classes."""
+    sizes = [[100_000 if size is None else size for size in shape] for shape in network_shapes(config).values()]
+    return 8 * sum(map(prod, sizes)) + (8 << 20)
+
+
 def belongs_to(config: Config) -> Callable[[Checkpoint], None]:
     """A check for `load_newest`: raises CorruptCheckpoint for a checkpoint of other settings or another network."""
     expected, identity = network_shapes(config), {"settings": config_hash(config)}
@@ -47,3 +60,33 @@ def belongs_to(config: Config) -> Callable[[Checkpoint], None]:
         check_shapes(expected, shapes, f"the model of step {saved.step}")
 
     return check
+
+
+def verify(run: Path) -> Verified:
+    """What `lowmem verify` does: looks at everything a resume of `run` would rely on, and changes nothing.
+
+    Raises UsageError if it is no run or its config.yaml cannot be used.
+    """
+    require_run(run)
+    config = from_yaml(run / "config.yaml").config
+    shapes = network_shapes(config)
+    return verify_run(
+        run,
+        Belonging(
+            checkpoint=belongs_to(config),
+            tensors=lambda found, what: check_shapes(shapes, found, what),
+            plan=lambda: _plan_in_words(run, config),
+            most_bytes=most_bytes(config),
+            epochs=config.train.epochs,
+        ),
+    )
+
+
+def _plan_in_words(run: Path, config: Config) -> str | None:
+    """None for a run without a plan. Raises CorruptCheckpoint."""
+    plan = read_plan(run, config)
+    if plan is None and wants_plan(config):
+        raise CorruptCheckpoint(f"{run / 'plan.json'} is missing, which this run was planned by: restore it")
+    if plan is None:
+        return None
+    return f"batch {plan.batch} in micro-batches of {plan.micro_batch}, {len(plan.ladder)} smaller plans in reserve"

@@ -120,10 +120,10 @@ def found(folder: Path) -> list[Path]:
 
     Raises CorruptCheckpoint if the folder cannot be looked into.
     """
-    return [path for path, is_folder in _named(folder) if is_folder]
+    return [path for path, is_folder in named(folder) if is_folder]
 
 
-def _named(folder: Path) -> list[tuple[Path, bool]]:
+def named(folder: Path) -> list[tuple[Path, bool]]:
     """What bears the name of a checkpoint, newest first, and whether it is a folder. A step has one name: with more
     zeros in front it would be there twice."""
     try:
@@ -138,18 +138,19 @@ def _named(folder: Path) -> list[tuple[Path, bool]]:
     return [(path, not path.is_symlink() and os.path.isdir(path)) for path in paths]
 
 
-def verify(path: Path, *, expected_step: int | None = None) -> dict[str, bytes]:
-    """The bytes of each file, after checking sizes and hashes against the commit record.
+def verify(path: Path, *, expected_step: int | None = None, most_bytes: int | None = None) -> dict[str, bytes]:
+    """The bytes of each file, after checking sizes and hashes against the commit record. A file of more than
+    `most_bytes` is not read: whatever its record says, it is not the run's.
 
     Raises CorruptCheckpoint saying which file and why.
     """
     try:
-        return _verified(path, expected_step)
+        return _verified(path, expected_step, most_bytes)
     except OSError as error:
         raise CorruptCheckpoint(f"{path} cannot be read ({error.strerror or error})") from None
 
 
-def _verified(path: Path, expected_step: int | None) -> dict[str, bytes]:
+def _verified(path: Path, expected_step: int | None, most_bytes: int | None) -> dict[str, bytes]:
     manifest, written = _read_manifest(path)
     match = _NAME.fullmatch(path.name.removeprefix(_ASIDE))
     step = expected_step if expected_step is not None else int(match[1]) if match else None
@@ -160,14 +161,14 @@ def _verified(path: Path, expected_step: int | None) -> dict[str, bytes]:
     files = manifest.get("files")
     if not isinstance(files, dict) or set(files) != set(_FILES):
         raise CorruptCheckpoint(f"{path}: the commit record does not list exactly {', '.join(_FILES)}")
-    contents = {name: _verified_file(path / name, files[name]) for name in _FILES}
+    contents = {name: _verified_file(path / name, files[name], most_bytes) for name in _FILES}
     # The record has no hash of its own; what it must be, byte for byte, is known all the same.
     if written != _manifest_bytes(manifest):
         raise CorruptCheckpoint(f"{path / 'manifest.json'} is damaged: it is not as it was written")
     return contents
 
 
-def _verified_file(file: Path, entry: object) -> bytes:
+def _verified_file(file: Path, entry: object, most_bytes: int | None) -> bytes:
     if not isinstance(entry, dict):
         raise CorruptCheckpoint(f"{file}: its commit record is damaged")
     if file.is_symlink() or not file.is_file():
@@ -176,7 +177,8 @@ def _verified_file(file: Path, entry: object) -> bytes:
     if size != entry.get("bytes"):
         raise CorruptCheckpoint(f"{file} has {size} bytes, the commit record says {shorten(entry.get('bytes'))}")
     try:
-        data = read_limited(file, RECORD_LIMIT_BYTES if file.suffix == ".json" else size)
+        limit = RECORD_LIMIT_BYTES if file.suffix == ".json" else most_bytes
+        data = read_limited(file, size if limit is None else limit)
     except Unreadable as error:
         raise CorruptCheckpoint(f"{file} {error}") from None
     except MemoryError:
@@ -207,12 +209,13 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], bytes]:
     return manifest, data
 
 
-def load(path: Path) -> Checkpoint:
-    """Reads a checkpoint that verifies. Raises CorruptCheckpoint; never unpickles (invariant 8)."""
+def load(path: Path, most_bytes: int | None = None) -> Checkpoint:
+    """Reads a checkpoint that verifies, of files of at most `most_bytes`. Raises CorruptCheckpoint; never unpickles
+    (invariant 8)."""
     from safetensors import SafetensorError
     from safetensors.torch import load as decode
 
-    contents = verify(path)
+    contents = verify(path, most_bytes=most_bytes)
     try:
         for name in _TENSOR_FILES:
             parse_header(contents[name], len(contents[name]))
@@ -229,19 +232,20 @@ def load(path: Path) -> Checkpoint:
 
 
 def load_newest(
-    folder: Path, accept: Callable[[Checkpoint], None] | None = None
+    folder: Path, accept: Callable[[Checkpoint], None] | None = None, most_bytes: int | None = None
 ) -> tuple[Checkpoint, Path, dict[Path, str]]:
     """The newest checkpoint that verifies, its path, and the newer ones that were skipped with the reason.
 
-    `accept` raises CorruptCheckpoint for one that is whole but another run's. Raises CorruptCheckpoint if none is left.
+    `accept` raises CorruptCheckpoint for one that is whole but another run's; a file of more than `most_bytes` cannot
+    be this run's and is not read. Raises CorruptCheckpoint if none is left.
     """
     skipped: dict[Path, str] = {}
-    for path, is_folder in _named(folder):
+    for path, is_folder in named(folder):
         if not is_folder:
             skipped[path] = f"{path} is no folder"
             continue
         try:
-            checkpoint = load(path)
+            checkpoint = load(path, most_bytes)
             if accept is not None:
                 accept(checkpoint)
             return checkpoint, path, skipped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem.errors import CorruptCheckpoint
@@ -15,13 +16,31 @@ _COUNT = re.compile(r"[0-9]{1,15}")
 _NUMBER = re.compile(r"[-+]?([0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?|[0-9]+\.|nan|inf)|")
 
 
-def cut(path: Path, names: Sequence[str], key: str, last: int, *, every: bool = False) -> str | None:
-    """Rewrites the table to its whole lines whose `key` is at most `last` and rises from line to line. `every`: there
-    must be one for each of 1 … `last`.
+@dataclass(frozen=True)
+class Rows:
+    """A table's lines. `kept`: whole, rising, at most the last that is asked for; `lost`: lines nothing can be made
+    of; `missing`: rows that ought to be there; `beyond`: after the last asked for; `cut_off`: the last one has no line
+    end."""
 
-    Returns None, or a sentence if anything but lines after `last` and a half last one is missing or had to be left
-    out; the file as it was is then kept beside it as `damaged-<name>`. A missing file becomes one without rows. Raises
-    CorruptCheckpoint for a file that is no table of these columns, OSError.
+    kept: tuple[str, ...]
+    lost: int
+    missing: int
+    beyond: int
+    cut_off: bool
+
+    @property
+    def damage(self) -> str | None:
+        """In words, None if there is none. What a crash cuts off, or what comes after a checkpoint, is none."""
+        words = [f"{self.lost} damaged lines"] if self.lost else []
+        words += [f"{self.missing} of {len(self.kept) + self.missing} rows are missing"] if self.missing else []
+        return ", ".join(words) or None
+
+
+def look(path: Path, names: Sequence[str], key: str, last: int, *, every: bool = False) -> Rows:
+    """The table at `path` up to the row whose `key` is `last`. `every`: there must be one for each of 1 … `last`.
+    A missing file has no rows.
+
+    Raises CorruptCheckpoint for a file that is no table of these columns, OSError.
     """
     lines = _lines(path)
     header = ",".join(names)
@@ -30,7 +49,7 @@ def cut(path: Path, names: Sequence[str], key: str, last: int, *, every: bool = 
             f"{path} has other columns than this lowmem writes: restore its first line or use the lowmem that wrote "
             "it, or move the file away to go on without its rows"
         )
-    column, kept = names.index(key), [header]
+    column, kept = names.index(key), []
     lost = beyond = before = 0
     for line in lines[1:-1]:  # what follows the last line end was cut off by a crash, and will be repeated
         at = _key(line, len(names), column)
@@ -42,14 +61,20 @@ def cut(path: Path, names: Sequence[str], key: str, last: int, *, every: bool = 
             kept.append(line)
             # A line that only seems to be after `last`, since others follow it, is a damaged one.
             lost, beyond, before = lost + beyond, 0, at
-    missing = last - (len(kept) - 1) if every else 0
-    if (lost or missing) and path.exists() and not (aside := path.with_name(f"damaged-{path.name}")).exists():
+    return Rows(tuple(kept), lost, last - len(kept) if every else 0, beyond, bool(lines and lines[-1]))
+
+
+def cut(path: Path, names: Sequence[str], key: str, last: int, *, every: bool = False) -> str | None:
+    """Rewrites the table to the rows that `look` keeps. Returns None, or a sentence if it is damaged; the file as it
+    was is then kept beside it as `damaged-<name>`. Raises what `look` raises."""
+    rows = look(path, names, key, last, every=every)
+    aside = path.with_name(f"damaged-{path.name}")
+    if rows.damage is not None and path.exists() and not aside.exists():
         shutil.copyfile(path, aside)
-    write_text_atomic(path, "\n".join(kept) + "\n")
-    if not lost and not missing:
+    write_text_atomic(path, "\n".join((",".join(names), *rows.kept)) + "\n")
+    if rows.damage is None:
         return None
-    words = f"{lost} damaged lines were left out" + (f", {missing} of {last} rows are missing" if missing else "")
-    return f"{path}: {words}; the file as it was is kept as damaged-{path.name}"
+    return f"{path}: {rows.damage}; the run goes on without them, the file as it was is kept as {aside.name}"
 
 
 def _key(line: str, fields: int, column: int) -> int | None:
