@@ -11,6 +11,7 @@ from lowmem.config import Config
 from lowmem.decide import read_plan
 from lowmem.errors import CorruptCheckpoint
 from lowmem.models import skeleton
+from lowmem.reading import shorten
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.store import require_run
 from lowmem.runs.verify import Belonging, Verified, verify_run
@@ -35,7 +36,7 @@ def network_shapes(config: Config) -> dict[str, Shape]:
 def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, tuple[int, ...]], what: str) -> None:
     """Raises CorruptCheckpoint naming the first tensor of `found` that the network has not, or otherwise."""
     if odd := sorted(set(expected) ^ set(found)):
-        raise CorruptCheckpoint(f"{what} is another network's: {odd[0]!r} is on one side only")
+        raise CorruptCheckpoint(f"{what} is another network's: {shorten(odd[0])!r} is on one side only")
     for name, shape in expected.items():
         if len(shape) != len(found[name]) or any(a not in (None, b) for a, b in zip(shape, found[name], strict=True)):
             raise CorruptCheckpoint(

@@ -107,12 +107,12 @@ def parse_set(text: str) -> tuple[str, object]:
     """`"optim.lr=0.01"` -> ("optim.lr", 0.01); the value is read as YAML. Raises UsageError."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise UsageError(f"--set {text!r} is not of the form dotted.key=value, like --set optim.lr=0.01")
+        raise UsageError(f"--set {shorten(text)!r} is not of the form dotted.key=value, like --set optim.lr=0.01")
     _check_key(key.strip(), "--set")
     try:
         return key.strip(), parse_yaml(value)
     except yaml.YAMLError:
-        raise UsageError(f"--set {text!r}: the value cannot be read: quote it as YAML does") from None
+        raise UsageError(f"--set {shorten(text)!r}: the value cannot be read: quote it as YAML does") from None
 
 
 # What other trainers call it; spelling alone would lead elsewhere.

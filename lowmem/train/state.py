@@ -126,7 +126,7 @@ def restore(
     for key, tensor in checkpoint.optimizer.items():
         slot, _, name = key.partition("/")
         if slot != _SLOT or name not in parameters or parameters[name].shape != tensor.shape:
-            raise CorruptCheckpoint(f"the optimizer state {key!r} belongs to another network")
+            raise CorruptCheckpoint(f"the optimizer state {shorten(key)!r} belongs to another network")
         mirror = torch.empty_like(parameters[name])  # the parameter's device and memory format
         mirror.copy_(tensor)
         optimizer.state[parameters[name]][slot] = mirror
@@ -147,7 +147,9 @@ def restore(
 def _load_tensors(into: dict[str, Tensor], tensors: Any, what: str) -> None:
     if set(into) != set(tensors):
         odd = sorted(set(into) ^ set(tensors))[0]
-        raise CorruptCheckpoint(f"the {what} of the checkpoint is another network's: {odd!r} is on one side only")
+        raise CorruptCheckpoint(
+            f"the {what} of the checkpoint is another network's: {shorten(odd)!r} is on one side only"
+        )
     for name, tensor in into.items():
         if tensor.shape != tensors[name].shape or tensor.dtype != tensors[name].dtype:
             raise CorruptCheckpoint(
