@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem import fork
+from lowmem.belonging import belongs_to, most_bytes
 from lowmem.choose import resolve_execution
 from lowmem.choose.budget import ASSUMED_CONTEXT_BYTES
 from lowmem.choose.device import remembered_context_bytes
@@ -20,7 +21,7 @@ from lowmem.confirm import Confirmed
 from lowmem.data import Dataset, load
 from lowmem.decide import decide, forked_plan, plan_of
 from lowmem.environment import describe
-from lowmem.errors import CorruptCheckpoint, OutOfMemory, UsageError
+from lowmem.errors import OutOfMemory, UsageError
 from lowmem.measure.cap import cap_allocator
 from lowmem.models import build
 from lowmem.plan.record import Plan
@@ -32,7 +33,7 @@ from lowmem.settings import Settings, from_yaml, refuse_changes, to_yaml
 from lowmem.train.loop import Outcome, Trainer
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import starts_low
-from lowmem.train.state import config_hash, restore
+from lowmem.train.state import check_position, config_hash, restore
 from lowmem.train.step import Execution
 from lowmem.train.survive import classify
 
@@ -105,11 +106,11 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
     with RunFolder.open(path) as folder:
         if folder.taken_over is not None:
             observer.note(f"{path} is taken over from {folder.taken_over}, which ended without leaving it")
-        if not checkpoints.found(folder.checkpoints):
-            if never_began(path):
-                raise UsageError(start_again(path))
-            raise CorruptCheckpoint(f"{path} has no checkpoint to go on from: start again under another --out")
-        saved, where, skipped = checkpoints.load_newest(folder.checkpoints)
+        if never_began(path):
+            raise UsageError(start_again(path))
+        saved, where, skipped = checkpoints.load_newest(
+            folder.checkpoints, belongs_to(settings.config), most_bytes(settings.config)
+        )
         for reason in skipped.values():
             observer.warning(f"skipped a damaged checkpoint: {reason}")
             folder.event("warning", what="checkpoint skipped", reason=reason)
@@ -119,6 +120,7 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
             trainer = _make_trainer(settings.config, dataset, observer, plan)
             trainer.state = restore(saved, trainer.model, trainer.optimizer, trainer.step.scaler, trainer.identity)
         state = trainer.state
+        check_position(state, trainer.batches.steps_per_epoch)
         # Only now is it certain that this run goes on from here: nothing was written before.
         checkpoints.set_aside(skipped)
         folder.tidy(keep=settings.config.checkpoint.keep)
@@ -126,7 +128,9 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
             folder.write_plan(plan.to_json())
             folder.write_config(to_yaml(settings))
             folder.event("replan", budget_bytes=plan.budget_bytes)
-        folder.cut_back(epoch=state.epoch, step=state.step)
+        for damage in folder.cut_back(epoch=state.epoch, step=state.step):
+            observer.warning(damage)
+            folder.event("warning", what="rows lost", reason=damage)
         folder.event(
             "resume",
             checkpoint=where.name,

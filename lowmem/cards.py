@@ -9,6 +9,7 @@ MiB). On a real card both are measured instead.
 
 from __future__ import annotations
 
+import os
 import re
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,11 +22,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PositiveFloat,
     ValidationError,
 )
 
 from lowmem.errors import UsageError
+from lowmem.reading import SETTINGS_LIMIT_BYTES, Unreadable, parse_yaml, read_limited, shorten
 from lowmem.shipped import profile_names, profiles_folder
 from lowmem.units import parse_size
 
@@ -71,11 +72,11 @@ class Card(_Section):
 
     name: Annotated[str, Field(min_length=1)]
     memory_bytes: Size = Field(alias="memory")
-    capability: Annotated[str, BeforeValidator(_text), Field(pattern=r"^\d+\.\d$")]
-    bandwidth_gb_per_second: PositiveFloat
-    fp32_tflops: PositiveFloat
+    capability: Annotated[str, BeforeValidator(_text), Field(pattern=r"^[0-9]{1,3}\.[0-9]$")]
+    bandwidth_gb_per_second: Annotated[float, Field(gt=0, le=1e6)]
+    fp32_tflops: Annotated[float, Field(gt=0, le=1e6)]
     fp16: Literal["1/64", "2:1", "tensor-cores"]
-    pcie: Annotated[str, Field(pattern=r"^\d\.0x(1|2|4|8|16)$"), AfterValidator(_known_link)]
+    pcie: Annotated[str, Field(pattern=r"^[0-9]\.0x(1|2|4|8|16)$"), AfterValidator(_known_link)]
     context_bytes: Size = Field(alias="context")
     usable: UsableShare
 
@@ -133,12 +134,14 @@ def load_card(name: str) -> Card:
     """
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
-        if not path.is_file():
-            raise UsageError(f"there is no card profile {name}")
+        if not os.path.isfile(path):
+            raise UsageError(f"there is no card profile {shorten(name)}")
         return _read(path)
     by_key = {_key(known): known for known in card_names()}
     if _key(name) not in by_key:
-        raise UsageError(f"unknown card {name!r}: {_nearest(_key(name), by_key)}, or give the path of a .yaml file")
+        raise UsageError(
+            f"unknown card {shorten(name)!r}: {_nearest(_key(name), by_key)}, or give the path of a .yaml file"
+        )
     return _read(profiles_folder("cards") / f"{by_key[_key(name)]}.yaml")
 
 
@@ -159,7 +162,7 @@ def _key(name: str) -> str:
 
 
 def _nearest(key: str, by_key: dict[str, str]) -> str:
-    close = [by_key[match] for match in get_close_matches(key, by_key, n=3, cutoff=0.6)]
+    close = [by_key[match] for match in get_close_matches(key[:100], by_key, n=3, cutoff=0.6)]
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"use one of {', '.join(by_key.values())}"
@@ -167,11 +170,15 @@ def _nearest(key: str, by_key: dict[str, str]) -> str:
 
 def _read(path: Path) -> Card:
     try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values: Any = parse_yaml(read_limited(path, SETTINGS_LIMIT_BYTES).decode("utf-8"))
         return Card.model_validate(values)
+    except Unreadable as error:
+        raise UsageError(f"{path} {error}: that is no card profile") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror or error}): check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{path} is not YAML: {shorten(error)}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UsageError(f"{path} is no card profile: {where}: {first['msg']}") from None
+        raise UsageError(f"{path} is no card profile: {shorten(where)}: {shorten(first['msg'])}") from None

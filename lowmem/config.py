@@ -68,7 +68,7 @@ class ModelConfig(_Section):
 
     arch: str = "res20"
     block: Literal["basic", "bottleneck"] = "basic"
-    width: PositiveInt = 64
+    width: Annotated[int, Field(gt=0, le=4096)] = 64
 
     @model_validator(mode="before")
     @classmethod
@@ -130,8 +130,8 @@ class ScheduleConfig(_Section):
 class TrainConfig(_Section):
     """The step. `batch` is the effective batch; `micro_batch` pictures at a time go through the network."""
 
-    epochs: PositiveInt = 164
-    batch: PositiveInt = 128
+    epochs: Annotated[int, Field(gt=0, le=1_000_000)] = 164
+    batch: Annotated[int, Field(gt=0, le=1 << 24)] = 128
     micro_batch: PositiveInt | None = None
     max_steps: PositiveInt | None = Field(default=None, description="stop after this many steps (trials)")
     precision: Literal["auto", "fp32", "amp"] = "auto"
@@ -185,7 +185,7 @@ class Config(_Section):
     """Everything that defines a run."""
 
     recipe: str = "report"
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 0
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()

@@ -3,7 +3,6 @@ run has recorded."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from lowmem.data import Dataset
 from lowmem.errors import CorruptCheckpoint
 from lowmem.models import skeleton
 from lowmem.plan.record import Plan
+from lowmem.reading import PLAN_LIMIT_BYTES, read_json, shorten
 from lowmem.remat import stage_names
 from lowmem.runs.store import RunFolder
 from lowmem.settings import Settings
@@ -82,6 +82,8 @@ def plan_of(
     Raises CorruptCheckpoint for a plan.json that is damaged or another run's, Infeasible.
     """
     plan = read_plan(folder.path, new)
+    if plan is None and wants_plan(old):
+        raise CorruptCheckpoint(f"{folder.path / 'plan.json'} is missing, which this run was planned by: restore it")
     if (old.memory.vram, old.memory.card) == (new.memory.vram, new.memory.card) or not wants_plan(new):
         return plan, False
     pictures = len(dataset.train.labels)
@@ -102,9 +104,9 @@ def read_plan(run: Path, config: Config) -> Plan | None:
     if not path.is_file():
         return None
     try:
-        plan = Plan.from_json(json.loads(path.read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{path} holds no plan ({error}): restore it, or start another run") from None
+        plan = Plan.from_json(read_json(path, PLAN_LIMIT_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{path} holds no plan ({shorten(error)}): restore it, or start another run") from None
     model, train = config.model, config.train
     names = stage_names(skeleton(model.arch, model.block, width=model.width))
     ours = (names, train.batch, train.precision, train.memory_format)

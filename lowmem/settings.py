@@ -6,6 +6,7 @@ Unknown keys are refused with the nearest valid name; a value that does not vali
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 
 from lowmem.config import OPERATIONAL, Config, flatten, known_keys, nest
 from lowmem.errors import LowmemError, UsageError
+from lowmem.reading import SETTINGS_LIMIT_BYTES, Unreadable, parse_yaml, read_limited, shorten
 from lowmem.shipped import profile_names, profiles_folder
 
 
@@ -97,20 +99,20 @@ def validate(flat: Mapping[str, object], sources: Mapping[str, str]) -> Config:
         message = first["msg"].removeprefix("Value error, ")
         value = flat.get(key)
         where = f" (from {sources[key]})" if key in sources else ""
-        shown = f" = {value!r}" if key in flat else ""
-        raise UsageError(f"{key}{shown}{where}: {message[0].lower()}{message[1:]}") from None
+        shown = f" = {shorten(repr(value))}" if key in flat else ""
+        raise UsageError(f"{shorten(key)}{shown}{where}: {shorten(message[0].lower() + message[1:], 500)}") from None
 
 
 def parse_set(text: str) -> tuple[str, object]:
     """`"optim.lr=0.01"` -> ("optim.lr", 0.01); the value is read as YAML. Raises UsageError."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise UsageError(f"--set {text!r} is not of the form dotted.key=value, like --set optim.lr=0.01")
+        raise UsageError(f"--set {shorten(text)!r} is not of the form dotted.key=value, like --set optim.lr=0.01")
     _check_key(key.strip(), "--set")
     try:
-        return key.strip(), yaml.safe_load(value)
+        return key.strip(), parse_yaml(value)
     except yaml.YAMLError:
-        raise UsageError(f"--set {text!r}: the value cannot be read: quote it as YAML does") from None
+        raise UsageError(f"--set {shorten(text)!r}: the value cannot be read: quote it as YAML does") from None
 
 
 # What other trainers call it; spelling alone would lead elsewhere.
@@ -131,19 +133,21 @@ def _check_key(key: str, source: str) -> None:
         return
     last = key.rpartition(".")[2]
     near = [_OTHER_NAMES[last]] if last in _OTHER_NAMES else []
-    near += difflib.get_close_matches(key, valid, n=1, cutoff=0.5) or [
+    near += difflib.get_close_matches(key[:100], valid, n=1, cutoff=0.5) or [
         name for name in valid if name.rpartition(".")[2] == last
     ]
     hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(valid)}"
-    raise UsageError(f"unknown setting {key!r} (from {source}): {hint}")
+    raise UsageError(f"unknown setting {shorten(key)!r} (from {source}): {hint}")
 
 
 def read_settings_file(path: Path) -> dict[str, object]:
     """A YAML file of nested (or dotted) settings -> dotted names. Raises UsageError."""
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = parse_yaml(read_limited(path, SETTINGS_LIMIT_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist: give --config the path of a YAML file of settings") from None
+    except Unreadable as error:
+        raise UsageError(f"{path} {error}: check the path given to --config") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{path} cannot be read ({error.__class__.__name__}): check the path given to --config"
@@ -151,7 +155,8 @@ def read_settings_file(path: Path) -> dict[str, object]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{line} is no valid YAML: {getattr(error, 'problem', 'check it')}") from None
+        problem = shorten(getattr(error, "problem", None) or "check it")
+        raise UsageError(f"{path}{line} is no valid YAML: {problem}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -168,9 +173,9 @@ def read_settings_file(path: Path) -> dict[str, object]:
 def read_recipe(name: str) -> dict[str, object]:
     """A shipped recipe by name or a user's own by path (`*.yaml`) -> dotted names. Raises UsageError."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else profiles_folder("recipes") / f"{name}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         known = ", ".join(profile_names("recipes"))
-        raise UsageError(f"unknown recipe {name!r}: use one of {known}, or the path of a .yaml file")
+        raise UsageError(f"unknown recipe {shorten(name)!r}: use one of {known}, or the path of a .yaml file")
     values = read_settings_file(path)
     values.pop("description", None)
     values.pop("recipe", None)
@@ -194,12 +199,18 @@ def to_yaml(settings: Settings) -> str:
     return "\n".join(lines) + "\n"
 
 
+# From the beginning to the end of the file: defaults must not stand in for what was cut off.
+_ALWAYS_RECORDED = ("seed", "model.arch", "optim.lr", "train.epochs", "train.precision", "checkpoint.keep")
+
+
 def from_yaml(path: Path) -> Settings:
     """The settings a run recorded. Raises UsageError if the file is missing or does not validate."""
     try:
         flat = read_settings_file(path)
         for key in flat:
             _check_key(key, str(path))
+        if missing := [key for key in _ALWAYS_RECORDED if key not in flat]:
+            raise UsageError(f"{path} lacks {missing[0]}, which every run records: it was cut off, restore the file")
         sources: dict[str, str] = dict.fromkeys(flat, str(path))
         return Settings(validate(flat, sources), _recorded_sources(path))
     except LowmemError as error:
@@ -210,7 +221,7 @@ def _recorded_sources(path: Path) -> dict[str, str]:
     """The trailing comments of `to_yaml`: lost only for lines that somebody wrote by hand."""
     sources = dict.fromkeys(known_keys(), str(path))
     section = ""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_limited(path, SETTINGS_LIMIT_BYTES).decode("utf-8").splitlines():
         text, _, source = line.rpartition("  # ")
         key = text.partition(":")[0]
         if line.endswith(":") and not line.startswith(" "):

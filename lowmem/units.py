@@ -7,6 +7,7 @@ import re
 KIB = 1024
 MIB = 1024**2
 GIB = 1024**3
+LARGEST = 1 << 60  # more bytes than anything has; what is above is a mistake, and no float holds it exactly
 
 _FACTORS = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1024**4}
 _SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]?)(?:i?B)?\s*", re.IGNORECASE)
@@ -25,7 +26,9 @@ def parse_size(text: str | int) -> int:
         match = _SIZE.fullmatch(text)
         if match is None:
             raise ValueError(f"{text!r} is not a size: write it like 6G, 1200M or a number of bytes")
-        size = int(float(match["number"]) * _FACTORS[match["unit"].upper()])
+        size = int(min(float(match["number"]) * _FACTORS[match["unit"].upper()], 2.0 * LARGEST))
+    if size > LARGEST:
+        raise ValueError(f"{text!r} is more than any memory: write it like 6G, 1200M or a number of bytes")
     if size <= 0:
         raise ValueError(f"{text!r} is not a positive size: write it like 6G, 1200M or a number of bytes")
     return size

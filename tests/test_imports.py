@@ -12,13 +12,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lowmem"
 
 # A room, and what it may import of lowmem. The leaves may be imported by every room.
-LEAVES = {"units", "errors", "addressed", "shipped", "places"}
+LEAVES = {"units", "errors", "addressed", "shipped", "places", "reading"}
 MAY_IMPORT: dict[str, set[str]] = {
     "units": set(),
     "errors": {"units"},
     "addressed": set(),
     "shipped": {"errors"},
     "places": set(),
+    "reading": set(),
     "environment": {""},
     "config": LEAVES,
     "settings": LEAVES | {"config"},
@@ -43,7 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 # preflight and confirm are what a run does before its first step; confirm needs both what was chosen (choose) and what
 # tries it (bench), so it is in neither of them.
 # The doctor looks at everything a run needs: settings, data, models, the driver, what `train` would refuse.
-ANYTHING = {"decide", "doctor", "fork", "preflight", "confirm", "api", "cli", "__init__", "__main__"}
+# belonging compares what is on disk (runs) with the network (models) and the identity a run records (train).
+ANYTHING = {"belonging", "decide", "doctor", "fork", "preflight", "confirm", "api", "cli", "__init__", "__main__"}
 
 
 def _room(path: Path) -> str:

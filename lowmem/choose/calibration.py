@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import tempfile
@@ -18,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.places import user_cache_folder
+from lowmem.reading import read_json
+from lowmem.units import LARGEST
 
 FORMAT = 1
 _LARGEST_FILE_BYTES = 32 << 20
+_LARGEST_NUMBER = 1e9  # seconds; NaN is not below it either
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,7 @@ class Calibration:
     def size_bytes(self, key: object) -> int | None:
         """A workspace, a context: integers."""
         found = self.figures.get(_name("bytes", key))
-        return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else None
+        return found if isinstance(found, int) and not isinstance(found, bool) and 0 <= found <= LARGEST else None
 
     def put_size(self, key: object, size_bytes: int) -> None:
         self.figures[_name("bytes", key)] = size_bytes
@@ -126,7 +128,7 @@ class Calibration:
         found = self.figures.get(_name(kind, key))
         if not isinstance(found, list) or len(found) != count:
             return None
-        good = all(isinstance(one, (int, float)) and math.isfinite(one) and one >= 0 for one in found)
+        good = all(isinstance(one, (int, float)) and 0 <= one <= _LARGEST_NUMBER for one in found)
         return [float(one) for one in found] if good else None
 
 
@@ -140,12 +142,10 @@ def _name(kind: str, key: object) -> str:
 
 def _read(path: Path, identity: Identity) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _LARGEST_FILE_BYTES:
-            return {}
-        content = json.loads(path.read_bytes())
+        content = read_json(path, _LARGEST_FILE_BYTES)
         if content["format"] != FORMAT or content["identity"] != asdict(identity):
             return {}
         figures = content["figures"]
         return dict(figures) if isinstance(figures, dict) else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}

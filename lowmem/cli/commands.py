@@ -123,6 +123,17 @@ def resume(
 
 
 @app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="The run folder, like runs/res110; it is only read.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Check a run folder: its checkpoints, settings, plan, rows and weights, and where a resume would go on."""
+    from lowmem.cli.show_verify import show_verify
+
+    raise typer.Exit(show_verify(run, as_json))
+
+
+@app.command()
 def fork(
     run: Annotated[Path, typer.Argument(help="The run to start from; it is only read.")],
     at: Annotated[int, typer.Option(min=1, help="From the end of this epoch.")],

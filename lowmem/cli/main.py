@@ -10,6 +10,7 @@ from typer.main import get_command
 
 from lowmem.cli.commands import app
 from lowmem.errors import ExitCode, LowmemError
+from lowmem.reading import shorten
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -49,6 +50,7 @@ def _path(error: object) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    one_line = " ".join(message.split())
+    # A message may quote a file that somebody else made: no control characters, and an end.
+    one_line = shorten(message, 4000)
     print(f"lowmem: {one_line}", file=sys.stderr)
     return int(code)

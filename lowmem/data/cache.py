@@ -16,6 +16,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lowmem.reading import read_json, read_limited
+
 _MANIFEST = "manifest.json"
 _FORMAT = 1
 
@@ -23,14 +25,14 @@ _FORMAT = 1
 def read(folder: Path, signature: str) -> dict[str, Tensor] | None:
     """The tensors kept in `folder` for `signature`, or None if there are none that verify."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / _MANIFEST)
         if manifest["format"] != _FORMAT or manifest["signature"] != signature:
             return None
         path = folder / _data_name(signature)
         # The size first: a foreign file of any length is not read into memory.
         if path.stat().st_size != manifest["size_bytes"]:
             return None
-        data = path.read_bytes()
+        data = read_limited(path, manifest["size_bytes"])
         if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
             return None
         return safetensors.torch.load(data)

@@ -212,11 +212,11 @@ def _drops(item: Item) -> bool:
 
 def _item_from_json(item: object) -> Item:
     match item:
-        case {"keep": int(stage), "policy": str(name), **rest} if not rest:
+        case {"keep": int(stage), "policy": str(name), **rest} if not rest and type(stage) is int:
             return Keep(stage, BlockPolicy.parse(name))
         case {"segment": [int(start), int(end)], "inner": list(inner), **rest} if not rest:
             return Segment(start, end, Schedule.from_json(inner))
-    raise ValueError(f"{item!r} is no item of a schedule: it has keep and policy, or segment and inner")
+    raise ValueError(f"{str(item)[:100]} is no item of a schedule: it has keep and policy, or segment and inner")
 
 
 def uniform(policies: Sequence[BlockPolicy], start: int = 0) -> Schedule:

@@ -26,8 +26,11 @@ class Predicted:
     def __post_init__(self) -> None:
         for name in ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "extra_flops"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-                raise ValueError(f"{name} is an integer or None, not {value!r}")
+            if value is not None and not _is_integer(value):
+                raise ValueError(f"{name} is an integer or None, not {str(value)[:100]}")
+        for name in ("step_seconds", "overhead"):
+            if not _is_number_or_none(getattr(self, name)):
+                raise ValueError(f"{name} is a number or None, not {str(getattr(self, name))[:100]}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,22 @@ class Candidate:
     step_seconds: float | None = None
     measured_peak_bytes: int | None = None
     measured_step_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.what, str) or not isinstance(self.refused_because, str | None):
+            raise ValueError("a candidate is described in words")
+        for name in ("peak_bytes", "step_seconds", "measured_peak_bytes", "measured_step_seconds"):
+            if not _is_number_or_none(getattr(self, name)):
+                raise ValueError(f"a candidate's {name} is a number or None, not {str(getattr(self, name))[:100]}")
+
+
+def _is_integer(value: object) -> bool:
+    """Truth is none, although Python counts with it; and what is larger than 2**62 is no size or count of anything."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 62
+
+
+def _is_number_or_none(value: object) -> bool:
+    return value is None or _is_integer(value) or isinstance(value, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +88,10 @@ class Plan:
     ladder: tuple[Plan, ...] = ()
 
     def __post_init__(self) -> None:
+        if not all(map(_is_integer, (self.batch, self.micro_batch, self.accumulation))):
+            raise ValueError("batch, micro_batch and accumulation are integers")
+        if not (self.budget_bytes is None or _is_integer(self.budget_bytes)) or not isinstance(self.exact, bool):
+            raise ValueError("budget_bytes is an integer or None, exact is true or false")
         if min(self.batch, self.micro_batch, self.accumulation) < 1:
             raise ValueError("batch, micro_batch and accumulation are at least 1")
         if -(-self.batch // self.micro_batch) != self.accumulation:
@@ -135,6 +158,8 @@ class Plan:
         if set(values) != known:
             raise ValueError(f"a plan has the keys {sorted(known)}; different here: {sorted(set(values) ^ known)}")
         try:
+            if not isinstance(values["blocks"], dict):
+                raise ValueError("a plan's blocks are stages with their policies")
             plan = Plan(
                 **{name: values[name] for name in _SCALARS},
                 stages=tuple(values["blocks"]),

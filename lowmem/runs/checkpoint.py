@@ -14,13 +14,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import CorruptCheckpoint, DiskError
+from lowmem.reading import RECORD_LIMIT_BYTES, Unreadable, parse_json, read_limited, shorten
 from lowmem.runs.atomic import fsync_folder, replace_path, write_synced
+from lowmem.runs.header import parse_header
+from lowmem.runs.position import is_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,8 +32,7 @@ FORMAT = "lowmem-checkpoint"
 VERSION = 1
 _TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
 _FILES = (*_TENSOR_FILES, "state.json")
-_NAME = re.compile(r"step-(\d{8,})(\.old)?")
-_MANIFEST_LIMIT_BYTES = 1 << 20
+_NAME = re.compile(r"step-([0-9]{8,})(\.old)?")
 _ASIDE = ".aside-"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -100,8 +102,12 @@ def _write_files(aside: Path, checkpoint: Checkpoint) -> None:
         write_synced(aside / name, data)
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest = {"format": FORMAT, "version": VERSION, "step": checkpoint.step, "files": files}
-    write_synced(aside / "manifest.json", json.dumps(manifest, indent=1).encode())
+    write_synced(aside / "manifest.json", _manifest_bytes(manifest))
     fsync_folder(aside)
+
+
+def _manifest_bytes(manifest: object) -> bytes:
+    return json.dumps(manifest, indent=1).encode()
 
 
 def _put_in_place(aside: Path, target: Path) -> None:
@@ -139,100 +145,141 @@ def tidy(folder: Path, *, keep: int) -> None:
 
 
 def found(folder: Path) -> list[Path]:
-    """The checkpoints by name, newest first, verified or not. Links are no checkpoints."""
-    if not folder.is_dir():
+    """The checkpoints by name, newest first, verified or not. Links and files are no checkpoints.
+
+    Raises CorruptCheckpoint if the folder cannot be looked into.
+    """
+    return [path for path, is_folder in named(folder) if is_folder]
+
+
+def named(folder: Path) -> list[tuple[Path, bool]]:
+    """What bears the name of a checkpoint, newest first, and whether it is a folder. A step has one name: with more
+    zeros in front it would be there twice."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    named = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
-    named = [(match, path) for match, path in named if not path.is_symlink()]
-    return [path for match, path in sorted(named, key=lambda m: (-int(m[0][1]), m[0][2] is not None))]
+    except OSError as error:
+        raise CorruptCheckpoint(f"{folder} cannot be read ({error.strerror or error})") from None
+    matches = [match for name in names if (match := _NAME.fullmatch(name)) and match[1] == f"{int(match[1]):08d}"]
+    matches.sort(key=lambda match: (-int(match[1]), match[2] is not None))
+    paths = [folder / match[0] for match in matches]
+    return [(path, not path.is_symlink() and os.path.isdir(path)) for path in paths]
 
 
-def verify(path: Path, *, expected_step: int | None = None) -> dict[str, bytes]:
-    """The bytes of each file, after checking sizes and hashes against the commit record.
+def verify(path: Path, *, expected_step: int | None = None, most_bytes: int | None = None) -> dict[str, bytes]:
+    """The bytes of each file, after checking sizes and hashes against the commit record. A file of more than
+    `most_bytes` is not read: whatever its record says, it is not the run's.
 
     Raises CorruptCheckpoint saying which file and why.
     """
     try:
-        return _verified(path, expected_step)
+        return _verified(path, expected_step, most_bytes)
     except OSError as error:
         raise CorruptCheckpoint(f"{path} cannot be read ({error.strerror or error})") from None
 
 
-def _verified(path: Path, expected_step: int | None) -> dict[str, bytes]:
-    manifest = _read_manifest(path)
+def _verified(path: Path, expected_step: int | None, most_bytes: int | None) -> dict[str, bytes]:
+    manifest, written = _read_manifest(path)
     match = _NAME.fullmatch(path.name.removeprefix(_ASIDE))
     step = expected_step if expected_step is not None else int(match[1]) if match else None
-    if manifest.get("step") != step:
+    if not is_count(manifest.get("step")) or manifest["step"] != step:
         raise CorruptCheckpoint(
-            f"{path}: the commit record is of step {manifest.get('step')}, the folder of step {step}"
+            f"{path}: the commit record is of step {shorten(manifest.get('step'))}, the folder of step {step}"
         )
     files = manifest.get("files")
     if not isinstance(files, dict) or set(files) != set(_FILES):
         raise CorruptCheckpoint(f"{path}: the commit record does not list exactly {', '.join(_FILES)}")
-    contents = {}
-    for name in _FILES:
-        entry, file = files[name], path / name
-        if not isinstance(entry, dict):
-            raise CorruptCheckpoint(f"{path}: the commit record of {name} is damaged")
-        if file.is_symlink() or not file.is_file():
-            raise CorruptCheckpoint(f"{file} is missing")
-        size = file.stat().st_size
-        if size != entry.get("bytes"):
-            raise CorruptCheckpoint(f"{file} has {size} bytes, the commit record says {entry.get('bytes')}")
-        contents[name] = file.read_bytes()
-        if hashlib.sha256(contents[name]).hexdigest() != entry.get("sha256"):
-            raise CorruptCheckpoint(f"{file} does not have the hash of the commit record")
+    contents = {name: _verified_file(path / name, files[name], most_bytes) for name in _FILES}
+    # The record has no hash of its own; what it must be, byte for byte, is known all the same.
+    if written != _manifest_bytes(manifest):
+        raise CorruptCheckpoint(f"{path / 'manifest.json'} is damaged: it is not as it was written")
     return contents
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _verified_file(file: Path, entry: object, most_bytes: int | None) -> bytes:
+    if not isinstance(entry, dict):
+        raise CorruptCheckpoint(f"{file}: its commit record is damaged")
+    if file.is_symlink() or not file.is_file():
+        raise CorruptCheckpoint(f"{file} is missing")
+    size = file.stat().st_size
+    if size != entry.get("bytes"):
+        raise CorruptCheckpoint(f"{file} has {size} bytes, the commit record says {shorten(entry.get('bytes'))}")
+    try:
+        limit = RECORD_LIMIT_BYTES if file.suffix == ".json" else most_bytes
+        data = read_limited(file, size if limit is None else limit)
+    except Unreadable as error:
+        raise CorruptCheckpoint(f"{file} {error}") from None
+    except MemoryError:
+        raise CorruptCheckpoint(f"{file} has {size:,} bytes, more than this machine's memory takes") from None
+    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
+        raise CorruptCheckpoint(f"{file} does not have the hash of the commit record")
+    return data
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, Any], bytes]:
     file = path / "manifest.json"
     try:
-        if file.is_symlink() or file.stat().st_size > _MANIFEST_LIMIT_BYTES:
+        if file.is_symlink():
             raise CorruptCheckpoint(f"{file} is no commit record")
-        manifest = json.loads(file.read_bytes())
+        data = read_limited(file, RECORD_LIMIT_BYTES)
+        manifest = parse_json(data)
     except FileNotFoundError:
         raise CorruptCheckpoint(f"{path} has no commit record (manifest.json): its writing was cut off") from None
-    except (ValueError, RecursionError):
-        raise CorruptCheckpoint(f"{file} is damaged") from None
+    except Unreadable as error:
+        raise CorruptCheckpoint(f"{file} is damaged: it {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CorruptCheckpoint(f"{file} is no commit record of lowmem")
     if manifest.get("version") != VERSION:
         raise CorruptCheckpoint(
-            f"{file} is of format version {manifest.get('version')}, this lowmem reads {VERSION}: "
+            f"{file} is of format version {shorten(manifest.get('version'))}, this lowmem reads {VERSION}: "
             "use the lowmem that wrote it"
         )
-    return manifest
+    return manifest, data
 
 
-def load(path: Path) -> Checkpoint:
-    """Reads a checkpoint that verifies. Raises CorruptCheckpoint; never unpickles (invariant 8)."""
+def load(path: Path, most_bytes: int | None = None) -> Checkpoint:
+    """Reads a checkpoint that verifies, of files of at most `most_bytes`. Raises CorruptCheckpoint; never unpickles
+    (invariant 8)."""
     from safetensors import SafetensorError
     from safetensors.torch import load as decode
 
-    contents = verify(path)
+    contents = verify(path, most_bytes=most_bytes)
     try:
+        for name in _TENSOR_FILES:
+            parse_header(contents[name], len(contents[name]))
         model, optimizer = (decode(contents[name]) for name in _TENSOR_FILES)
-        state = json.loads(contents["state.json"])
-    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{path} cannot be decoded: {error}") from None
+        state = parse_json(contents["state.json"])
+    except MemoryError:
+        raise CorruptCheckpoint(f"{path} takes more than this machine's memory") from None
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise CorruptCheckpoint(f"{path} cannot be decoded: {shorten(error)}") from None
     match = _NAME.fullmatch(path.name)
     if not isinstance(state, dict) or match is None:
         raise CorruptCheckpoint(f"{path}: state.json holds no state")
     return Checkpoint(step=int(match[1]), model=model, optimizer=optimizer, state=state)
 
 
-def load_newest(folder: Path) -> tuple[Checkpoint, Path, dict[Path, str]]:
+def load_newest(
+    folder: Path, accept: Callable[[Checkpoint], None] | None = None, most_bytes: int | None = None
+) -> tuple[Checkpoint, Path, dict[Path, str]]:
     """The newest checkpoint that verifies, its path, and the newer ones that were skipped with the reason.
 
-    Raises CorruptCheckpoint if none does.
+    `accept` raises CorruptCheckpoint for one that is whole but another run's; a file of more than `most_bytes` cannot
+    be this run's and is not read. Raises CorruptCheckpoint if none is left.
     """
     skipped: dict[Path, str] = {}
-    for path in found(folder):
+    for path, is_folder in named(folder):
+        if not is_folder:
+            skipped[path] = f"{path} is no folder"
+            continue
         try:
-            return load(path), path, skipped
+            checkpoint = load(path, most_bytes)
+            if accept is not None:
+                accept(checkpoint)
+            return checkpoint, path, skipped
         except CorruptCheckpoint as error:
-            skipped[path] = str(error)
+            skipped[path] = str(error) if str(path) in str(error) else f"{path}: {error}"
     detail = f" ({'; '.join(skipped.values())})" if skipped else ""
     raise CorruptCheckpoint(f"{folder} holds no usable checkpoint{detail}: start the run again under another --out")
 

@@ -9,8 +9,6 @@ left out and noted.
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -20,11 +18,22 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 
 from lowmem.config import Config
 from lowmem.errors import UsageError
+from lowmem.reading import (
+    SETTINGS_LIMIT_BYTES,
+    TABLE_LIMIT_BYTES,
+    Unreadable,
+    parse_json,
+    parse_yaml,
+    read_json,
+    read_limited,
+    shorten,
+)
 from lowmem.runs.columns import INTEGER, METRICS, STEPS
+from lowmem.runs.guard import refuse_leads
+from lowmem.runs.header import read_header
 
 State = Literal["finished", "stopped as planned", "unfinished"]
 
@@ -134,6 +143,7 @@ def read_history(run: Path) -> History:
         raise UsageError(
             f"{run} is not a run folder (no config.yaml in it): give the folder of a run, as in runs/res20"
         )
+    refuse_leads(run)
     notes: list[str] = []
     config = _read_config(run / "config.yaml")
     return History(
@@ -152,7 +162,7 @@ def read_history(run: Path) -> History:
 
 def _read_config(path: Path) -> Config:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(_bytes(path, SETTINGS_LIMIT_BYTES).decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark is not None else ""
@@ -164,9 +174,21 @@ def _read_config(path: Path) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{path}: {key}: {first['msg']}: was it written by another version?") from error
+        raise UsageError(
+            f"{path}: {shorten(key)}: {shorten(first['msg'])}: was it written by another version?"
+        ) from error
     except UsageError as error:  # an unknown architecture or block speaks for itself
         raise UsageError(f"{path}: {error}") from error
+
+
+def _bytes(path: Path, limit_bytes: int) -> bytes:
+    """Raises UsageError for what cannot be read."""
+    try:
+        return read_limited(path, limit_bytes)
+    except Unreadable as error:
+        raise UsageError(f"{path} {error}: restore the file") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from None
 
 
 # --- CSV ------------------------------------------------------------------------------------------
@@ -176,7 +198,8 @@ def _whole_lines(path: Path, notes: list[str]) -> list[str]:
     """The lines that have their line end. A run killed while writing leaves one without; a power cut leaves
     NULs.
     """
-    text = path.read_bytes().decode("utf-8", errors="replace")  # a bad byte then fails as a number, with its line
+    # A bad byte then fails as a number, with its line.
+    text = _bytes(path, TABLE_LIMIT_BYTES).decode("utf-8", errors="replace")
     whole, _, rest = text.rpartition("\n")
     if rest:
         notes.append(f"the last line of {path.name} was half written and is left out")
@@ -207,13 +230,13 @@ def _read_table(path: Path, known: tuple[str, ...], rising: str, row: type[Row],
 
 
 def _read_header(path: Path, line: str, known: tuple[str, ...], row: type[Row]) -> list[str]:
-    header = next(csv.reader([line]), [])
+    header = line.split(",")
     needed = [field.name for field in fields(row) if not _may_be_unknown(field.name, row)]
     unknown = [name for name in header if name not in known]
     missing = [name for name in needed if name not in header]
     if unknown or missing or len(set(header)) != len(header):
         wrong = (
-            f"unknown column {unknown[0]!r}"
+            f"unknown column {shorten(unknown[0])!r}"
             if unknown
             else f"no column {missing[0]!r}"
             if missing
@@ -224,22 +247,27 @@ def _read_header(path: Path, line: str, known: tuple[str, ...], row: type[Row]) 
 
 
 def _read_row(path: Path, number: int, line: str, header: list[str], row: type[Row]) -> Row:
-    try:
-        values = next(csv.reader([line], strict=True), [])
-    except csv.Error as error:
-        raise UsageError(f"{path} line {number}: {error}") from error
+    values = line.split(",") if line else []  # numbers only: nothing is ever quoted
     if len(values) != len(header):
         raise UsageError(f"{path} line {number}: {len(values)} fields where the header has {len(header)}")
     parsed: dict[str, Any] = {}
     for name, value in zip(header, values, strict=True):
-        convert: Callable[[str], int | float] = int if name in INTEGER else float
+        convert: Callable[[str], int | float] = _integer if name in INTEGER else float
         try:
             parsed[name] = convert(value) if value else None
         except ValueError as error:
-            raise UsageError(f"{path} line {number}: {name} is {value!r}, which is no number") from error
+            raise UsageError(f"{path} line {number}: {name} is {shorten(value)!r}, which is no number") from error
         if parsed[name] is None and not _may_be_unknown(name, row):
             raise UsageError(f"{path} line {number}: {name} is empty")
     return row(**parsed)
+
+
+def _integer(text: str) -> int:
+    """Raises ValueError for what no count of a run can be: curves are drawn with floats."""
+    value = int(text)
+    if not 0 <= value < 1 << 53:
+        raise ValueError(text)
+    return value
 
 
 def _may_be_unknown(name: str, row: type[Row]) -> bool:
@@ -253,7 +281,7 @@ def _read_env(path: Path, notes: list[str]) -> dict[str, object]:
     if not path.exists():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (ValueError, OSError):
         values = None
     if not isinstance(values, dict):
@@ -268,7 +296,7 @@ def _read_events(path: Path, notes: list[str]) -> tuple[Event, ...]:
     events: list[Event] = []
     for number, line in enumerate(_whole_lines(path, notes), start=1):
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError:
             values = None
         if not isinstance(values, dict) or not isinstance(values.get("event"), str):
@@ -284,9 +312,8 @@ def _read_best(path: Path, notes: list[str]) -> BestWeights | None:
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-    except (SafetensorError, OSError):
+        metadata = read_header(path).metadata
+    except (Unreadable, OSError):
         notes.append(f"weights/{path.name} cannot be read")
         return None
     epoch, step = (_number(metadata.get(name)) for name in ("epoch", "step"))
@@ -310,8 +337,7 @@ def _count_classes(run: Path, config: Config) -> int | None:
     """From the exported weights' last layer, else from what the data set is known to be."""
     for name in ("last.safetensors", "best.safetensors"):
         try:
-            with safe_open(run / "weights" / name, framework="numpy") as file:
-                return int(file.get_slice("linear.bias").get_shape()[0])
-        except (SafetensorError, OSError):
+            return read_header(run / "weights" / name).tensors["linear.bias"].shape[0]
+        except (Unreadable, OSError, LookupError):
             continue
     return 10 if config.data.source in {"cifar10", "fashion-mnist"} else None

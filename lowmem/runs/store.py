@@ -17,14 +17,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from lowmem.errors import DiskError, LowmemError, PreflightError, UsageError
+from lowmem.errors import DiskError, PreflightError, UsageError
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs import columns
 from lowmem.runs.atomic import PARTIAL, append_lines, write_bytes_atomic, write_text_atomic
 from lowmem.runs.checkpoint import FULL, disk_error
+from lowmem.runs.guard import refuse_leads
 from lowmem.runs.lock import Owner, RunLock
 from lowmem.runs.rows import RowFile
 from lowmem.runs.setup import clear, never_began, refuse_existing, start_again
+from lowmem.runs.table import cut
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -183,20 +185,28 @@ class RunFolder:
         """Takes over the rows of another run's metrics.csv up to `epoch`. Raises DiskError."""
         try:
             shutil.copyfile(source / "metrics.csv", self.metrics_file)
-            _cut(self.metrics_file, columns.METRICS, "epoch", epoch)
+            cut(self.metrics_file, columns.METRICS, "epoch", epoch)
             self._metrics.replaced()
         except OSError as error:
             raise disk_error(error, self.metrics_file) from error
 
-    def cut_back(self, *, epoch: int, step: int) -> None:
-        """Drops rows after `epoch` from metrics.csv and after `step` from steps.csv: what a resume will repeat."""
+    def cut_back(self, *, epoch: int, step: int) -> list[str]:
+        """Drops rows after `epoch` from metrics.csv and after `step` from steps.csv: what a resume will repeat.
+
+        Returns a sentence for each file that had lines nothing could be made of. Raises CorruptCheckpoint for a file
+        that is no table of these columns, DiskError.
+        """
         try:
-            _cut(self.metrics_file, columns.METRICS, "epoch", epoch)
-            _cut(self.steps_file, columns.STEPS, "step", step)
+            _end_last_line(self.events_file)
+            damages = (
+                cut(self.metrics_file, columns.METRICS, "epoch", epoch, every=True),
+                cut(self.steps_file, columns.STEPS, "step", step),
+            )
             self._metrics.replaced()
             self._steps.replaced()
         except OSError as error:
             raise disk_error(error, self.path) from error
+        return [damage for damage in damages if damage is not None]
 
     def write_config(self, text: str) -> None:
         """Replaces config.yaml, after an operational setting changed. Raises DiskError."""
@@ -224,6 +234,7 @@ def require_run(path: Path) -> None:
         if never_began(path):
             raise UsageError(start_again(path))
         raise UsageError(f"{path} is no run folder (it has no config.yaml): give the folder of a run, like runs/res110")
+    refuse_leads(path)
 
 
 def csv_line(names: Sequence[str], row: Mapping[str, Any]) -> str:
@@ -235,19 +246,10 @@ def csv_line(names: Sequence[str], row: Mapping[str, Any]) -> str:
     return buffer.getvalue()
 
 
-def _cut(path: Path, names: Sequence[str], key: str, last: int) -> None:
-    kept = [",".join(names)]
-    if path.is_file():
-        with open(path, newline="", encoding="utf-8", errors="replace") as file:
-            reader = csv.reader(file)
-            header = next(reader, None)
-            if header is not None and header != list(names):
-                raise LowmemError(f"{path} has other columns than this lowmem writes: use the lowmem that wrote it")
-            column = names.index(key)
-            # A line that a crash cut short has too few fields; what it held will be repeated.
-            kept += [
-                ",".join(fields)
-                for fields in reader
-                if len(fields) == len(names) and fields[column].isdigit() and int(fields[column]) <= last
-            ]
-    write_text_atomic(path, "\n".join(kept) + "\n")
+def _end_last_line(path: Path) -> None:
+    """What is appended next must not become part of a line that was cut off."""
+    if path.is_file() and (size := path.stat().st_size):
+        with open(path, "rb+") as file:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                file.write(b"\n")

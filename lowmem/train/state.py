@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -12,7 +13,11 @@ from torch import Tensor, nn
 
 from lowmem.config import OPERATIONAL, Config, flatten
 from lowmem.errors import CorruptCheckpoint
+from lowmem.reading import shorten
 from lowmem.runs.checkpoint import Checkpoint
+from lowmem.runs.position import check_state
+
+_SLOT = "momentum_buffer"  # all that SGD keeps of a parameter
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,27 @@ def cpu_copy(tensor: Tensor) -> Tensor:
     return tensor.cpu().contiguous()  # the memory format is changed on the host, where there is room
 
 
+def check_belongs(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
+    """Raises CorruptCheckpoint unless its state is a run's, of just these settings and data (what `identity` names)."""
+    check_state(checkpoint.state, checkpoint.step)
+    recorded = checkpoint.state["identity"]
+    for key, value in identity.items():
+        if recorded.get(key) != value:
+            raise CorruptCheckpoint(
+                f"the checkpoint of step {checkpoint.step} was made with other {key} than this run has now: "
+                f"restore the run's own files, or start another run"
+            )
+
+
+def check_position(state: RunState, steps_per_epoch: int) -> None:
+    """Raises CorruptCheckpoint for a place that a run of epochs of `steps_per_epoch` never comes to."""
+    if state.step_in_epoch > steps_per_epoch or state.step != state.epoch * steps_per_epoch + state.step_in_epoch:
+        raise CorruptCheckpoint(
+            f"the checkpoint is at step {state.step}, which is not epoch {state.epoch} and {state.step_in_epoch} steps "
+            f"of {steps_per_epoch} an epoch: restore the run's own files, or start another run"
+        )
+
+
 def cpu_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the state dict on the CPU, contiguous as safetensors wants them."""
     return {name: cpu_copy(tensor) for name, tensor in model.state_dict().items()}
@@ -100,19 +126,18 @@ def restore(
 
     Raises CorruptCheckpoint if it is of other settings, other data or another network.
     """
-    recorded = checkpoint.state.get("identity")
-    for key, value in identity.items():
-        if not isinstance(recorded, dict) or recorded.get(key) != value:
-            raise CorruptCheckpoint(
-                f"the checkpoint of step {checkpoint.step} was made with other {key} than this run has now: "
-                f"restore the run's own files, or start another run"
-            )
+    check_belongs(checkpoint, identity)
     _load_tensors(dict(model.state_dict()), checkpoint.model, "model")
     parameters = dict(model.named_parameters())
+    if checkpoint.optimizer and len(checkpoint.optimizer) != len(parameters):
+        raise CorruptCheckpoint(
+            f"the optimizer state of step {checkpoint.step} is of {len(checkpoint.optimizer)} parameters, the network "
+            f"has {len(parameters)}"
+        )
     for key, tensor in checkpoint.optimizer.items():
         slot, _, name = key.partition("/")
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            raise CorruptCheckpoint(f"the optimizer state {key!r} belongs to another network")
+        if slot != _SLOT or name not in parameters or parameters[name].shape != tensor.shape:
+            raise CorruptCheckpoint(f"the optimizer state {shorten(key)!r} belongs to another network")
         mirror = torch.empty_like(parameters[name])  # the parameter's device and memory format
         mirror.copy_(tensor)
         optimizer.state[parameters[name]][slot] = mirror
@@ -121,7 +146,9 @@ def restore(
         best = fields.pop("best")
         state = RunState(**fields, best=None if best is None else Best(**best))
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptCheckpoint(f"state.json of step {checkpoint.step} lacks what a run needs: {error}") from None
+        raise CorruptCheckpoint(
+            f"state.json of step {checkpoint.step} lacks what a run needs: {shorten(error)}"
+        ) from None
     if scaler.is_enabled() and state.scaler:
         scaler.load_state_dict(state.scaler)
     return state
@@ -131,7 +158,9 @@ def restore(
 def _load_tensors(into: dict[str, Tensor], tensors: Any, what: str) -> None:
     if set(into) != set(tensors):
         odd = sorted(set(into) ^ set(tensors))[0]
-        raise CorruptCheckpoint(f"the {what} of the checkpoint is another network's: {odd!r} is on one side only")
+        raise CorruptCheckpoint(
+            f"the {what} of the checkpoint is another network's: {shorten(odd)!r} is on one side only"
+        )
     for name, tensor in into.items():
         if tensor.shape != tensors[name].shape or tensor.dtype != tensors[name].dtype:
             raise CorruptCheckpoint(

@@ -1,0 +1,114 @@
+"""Reading files that somebody else may have made: bounded in bytes, depth and what they may be.
+
+Every reader of a run folder, a settings file, a card profile or a calibration goes through here, so that no file can
+take memory or time by what it declares, and so that whatever is wrong with it is one exception.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SETTINGS_LIMIT_BYTES = 64 << 10  # of YAML: its reader is written in Python and takes about a second for this
+RECORD_LIMIT_BYTES = 1 << 20  # of a manifest, a state file, what is known of the machine
+PLAN_LIMIT_BYTES = 16 << 20  # a plan with its ladder has some 100 KiB
+TABLE_LIMIT_BYTES = 128 << 20  # of rows; a hundred epochs of steps have 3 MiB
+DEEPEST_JSON = 200  # the most nested schedules of the family have some 20 levels
+_DEEPEST_YAML = 50
+_LONGEST_NUMBER = 60
+
+
+class Unreadable(ValueError):
+    """What is wrong with a file, in words that follow its name: `has 5,000 bytes, at most 1,000 are read`."""
+
+
+def read_limited(path: Path, limit_bytes: int) -> bytes:
+    """The whole file. Raises Unreadable if it is larger or no regular file (a pipe would never end), OSError."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise Unreadable("is no regular file")
+    if status.st_size > limit_bytes:
+        raise Unreadable(f"has {status.st_size:,} bytes, at most {limit_bytes:,} are read")
+    with open(path, "rb") as file:
+        data = file.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise Unreadable(f"has more than the {limit_bytes:,} bytes that are read")
+    return data
+
+
+def parse_json(data: bytes | str) -> Any:
+    """`json.loads` for at most `DEEPEST_JSON` levels. Raises Unreadable."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"is no JSON ({shorten(str(error))})") from None
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST_JSON:
+            raise Unreadable(f"is nested more than {DEEPEST_JSON} deep")
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                inner.extend(v for v in one.values() if isinstance(v, dict | list))
+            elif isinstance(one, list):
+                inner.extend(v for v in one if isinstance(v, dict | list))
+        level = inner
+    return value
+
+
+def read_json(path: Path, limit_bytes: int = RECORD_LIMIT_BYTES) -> Any:
+    """`parse_json` of a file. Raises Unreadable, OSError."""
+    return parse_json(read_limited(path, limit_bytes))
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only. An alias can make a few lines mean gigabytes, and nothing here is worth one."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise _refusal("aliases (*name) are not read: write the value out", self.peek_event())
+        self.depth += 1
+        if self.depth > _DEEPEST_YAML:
+            raise _refusal(f"nested more than {_DEEPEST_YAML} deep", self.peek_event())
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _refusal(words: str, at: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=words, problem_mark=at.start_mark)
+
+
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    if len(node.value) > _LONGEST_NUMBER:
+        raise yaml.MarkedYAMLError(problem="a number of too many digits", problem_mark=node.start_mark)
+    return loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+def parse_yaml(text: str) -> Any:
+    """`yaml.safe_load` without aliases, for at most 50 levels. Raises yaml.YAMLError, and nothing else."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
+        # What its constructors raise for `!!int x`, a 31st of February, ….
+        raise yaml.MarkedYAMLError(problem=f"a value that is none ({shorten(str(error))})") from None
+
+
+def shorten(text: object, longest: int = 200) -> str:
+    """One line of at most `longest` characters, without control characters: what a message may carry of a file."""
+    line = " ".join(str(text).split())
+    line = "".join(one if one.isprintable() else "?" for one in line)
+    return line if len(line) <= longest else f"{line[: longest - 1]}…"

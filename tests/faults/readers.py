@@ -1,0 +1,206 @@
+"""Everything in lowmem that reads a file, with an undamaged one to start from."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from lowmem.belonging import belongs_to, most_bytes, verify
+from lowmem.cards import load_card
+from lowmem.choose.calibration import Calibration, Identity, Mode, Seconds
+from lowmem.data import cache
+from lowmem.decide import read_plan
+from lowmem.models import build
+from lowmem.plan.policy import LEAN, keep, uniform
+from lowmem.plan.record import Candidate, Plan
+from lowmem.remat import stage_names
+from lowmem.runs import checkpoint as checkpoints
+from lowmem.runs import columns
+from lowmem.runs.history import read_history
+from lowmem.runs.table import cut
+from lowmem.settings import from_yaml, gather, parse_set
+from lowmem.shipped import profiles_folder
+from lowmem.train.schedule import learning_rate
+from lowmem.train.state import config_hash, restore
+from lowmem.train.step import Execution, make_optimizer, make_scaler
+from lowmem.units import format_size
+from tests.faults.fuzzing import ANY, JSON, TENSORS, Mutation, Reader, rehash
+from tests.faults.small_run import copy_run
+
+
+def readers(run: Path, work: Path) -> list[Reader]:
+    """`run`: an undamaged one, which is copied; `work`: a folder to write to."""
+    work.mkdir()
+    return [*_settings(run, work), *_checkpoints(run, work), *_rows(run, work), *_others(run, work), _whole(run, work)]
+
+
+def _settings(run: Path, work: Path) -> list[Reader]:
+    config, card = run / "config.yaml", profiles_folder("cards") / "gtx1060-6g.yaml"
+    recipe = profiles_folder("recipes") / "report.yaml"
+
+    def recorded(path: Path) -> object:
+        settings = from_yaml(path)
+        return (
+            belongs_to(settings.config),
+            most_bytes(settings.config),
+            learning_rate(settings.config, 5, 7, low_start=False),
+        )
+
+    def profile(path: Path) -> object:
+        card = load_card(str(path))
+        parts = (card.usable_bytes("windows"), card.pcie_bytes_per_second, card.amp_flops_per_second)
+        return parts, card.capability_pair, format_size(card.memory_bytes)
+
+    return [
+        Reader("config.yaml", config.read_bytes(), _file(work / "config.yaml", recorded)),
+        Reader("--config", config.read_bytes(), _file(work / "own.yaml", lambda path: gather(config_file=path))),
+        Reader("recipe", recipe.read_bytes(), _file(work / "recipe.yaml", lambda path: gather(recipe=str(path)))),
+        Reader("card profile", card.read_bytes(), _file(work / "card.yaml", profile)),
+        Reader("--set", b"optim.lr=0.01", lambda data: parse_set(data.decode("utf-8", errors="replace"))),
+    ]  # fmt: skip
+
+
+def _file(path: Path, read: Callable[[Path], object]) -> Callable[[bytes], object]:
+    def reading(data: bytes) -> object:
+        path.write_bytes(data)
+        return read(path)
+
+    return reading
+
+
+def _checkpoints(run: Path, work: Path) -> list[Reader]:
+    """The last three with a commit record that fits: made to be read."""
+    copy = copy_run(run, work / "checkpoints-run")
+    for path in checkpoints.found(copy / "checkpoints")[1:]:
+        shutil.rmtree(path)
+    newest = checkpoints.found(copy / "checkpoints")[0]
+    config = from_yaml(run / "config.yaml").config
+    accept, most = belongs_to(config), most_bytes(config)
+    execution = Execution("cpu", "fp32", "contiguous")
+    model = build(config.model.arch, config.model.block, width=config.model.width)
+    identity = {"settings": config_hash(config)}
+
+    def into_a_network() -> object:
+        saved, _, _ = checkpoints.load_newest(copy / "checkpoints", accept, most)
+        optimizer = make_optimizer(model, config.optim, execution.device)
+        return restore(saved, model, optimizer, make_scaler(execution), identity)
+
+    def reader(name: str, mutations: tuple[Mutation, ...]) -> Reader:
+        seed = (newest / name).read_bytes()
+
+        def read(data: bytes) -> object:
+            (newest / name).write_bytes(data)
+            if name != "manifest.json":
+                rehash(newest)
+            try:
+                return into_a_network()
+            finally:
+                (newest / name).write_bytes(seed)
+                rehash(newest)
+
+        return Reader(name if name == "manifest.json" else f"{name}, hash made to fit", seed, read, mutations)
+
+    tensors = [reader(f"{name}.safetensors", TENSORS) for name in ("model", "optimizer")]
+    return [reader("manifest.json", JSON), reader("state.json", JSON), *tensors]
+
+
+def _rows(run: Path, work: Path) -> list[Reader]:
+    def table(name: str, names: tuple[str, ...], key: str) -> Reader:
+        path = work / name
+        return Reader(
+            f"{name}, cut back", (run / name).read_bytes(), _file(path, lambda p: cut(p, names, key, 5, every=True))
+        )
+
+    copy = copy_run(run, work / "history-run")
+
+    def of_history(name: str, mutations: tuple[Mutation, ...] = ANY) -> Reader:
+        seed = (copy / name).read_bytes()
+
+        def read(data: bytes) -> object:
+            (copy / name).write_bytes(data)
+            try:
+                return read_history(copy)
+            finally:
+                (copy / name).write_bytes(seed)
+
+        return Reader(f"{name}, for a report", seed, read, mutations)
+
+    return [
+        table("metrics.csv", columns.METRICS, "epoch"),
+        table("steps.csv", columns.STEPS, "step"),
+        *map(of_history, ("config.yaml", "metrics.csv", "steps.csv", "events.jsonl")),
+        of_history("env.json", JSON),
+        of_history("weights/best.safetensors", TENSORS),
+    ]
+
+
+def small_plan(run: Path) -> Plan:
+    """A plan that belongs to `run`."""
+    config = from_yaml(run / "config.yaml").config
+    stages = stage_names(build(config.model.arch, config.model.block, width=config.model.width))
+    batch = config.train.batch
+    plan = Plan(
+        budget_bytes=10**8, batch=batch, micro_batch=batch, accumulation=1, precision="fp32",
+        memory_format="contiguous", exact=True, stages=tuple(stages), schedule=uniform([LEAN] * len(stages)),
+        candidates=(Candidate(what="all", peak_bytes=5, step_seconds=0.1),),
+    )  # fmt: skip
+    lower = Plan(**{**vars(plan), "schedule": uniform([keep("z1")] * len(stages)), "ladder": ()})
+    return Plan(**{**vars(plan), "ladder": (lower,)})
+
+
+def _others(run: Path, work: Path) -> list[Reader]:
+    config = from_yaml(run / "config.yaml").config
+    planned, kept, pictures = work / "planned", work / "calibration", work / "pictures"
+    for folder in (planned, kept, pictures):
+        folder.mkdir()
+
+    identity = Identity(device="cpu", name="c", driver=None, torch="2", library=None, threads=1)
+    calibration = Calibration(identity, kept)
+    calibration.put_seconds("a", Seconds(1.0, 2.0))
+    calibration.put_mode("b", Mode(1.0, True))
+    calibration.put_size("c", 5)
+    calibration.save()
+    assert calibration.path is not None
+
+    def measured(path: Path) -> object:
+        found = Calibration(identity, kept)
+        return found.seconds("a"), found.mode("b"), found.size_bytes("c")
+
+    import torch
+
+    cache.write(pictures, "x", {"a": torch.zeros(3)})
+    manifest = pictures / "manifest.json"
+    return [
+        Reader(
+            "plan.json", json.dumps(small_plan(run).to_json(), indent=1).encode(),
+            _file(planned / "plan.json", lambda path: read_plan(planned, config)), JSON,
+        ),
+        Reader("calibration", calibration.path.read_bytes(), _file(calibration.path, measured), JSON),
+        Reader("decoded pictures", manifest.read_bytes(), _file(manifest, lambda _: cache.read(pictures, "x")), JSON),
+    ]  # fmt: skip
+
+
+def _whole(run: Path, work: Path) -> Reader:
+    """`lowmem verify` of a run of which one file, any, is damaged: never an exception but "this is no run"."""
+    copy = copy_run(run, work / "verify-run")
+    (copy / "plan.json").write_text(json.dumps(small_plan(run).to_json()), encoding="utf-8")
+    files = sorted(path for path in copy.rglob("*") if path.is_file() and path.name not in {"run.lock"})
+
+    def read(data: bytes) -> object:
+        rng = random.Random(data)
+        file = rng.choice(files)
+        seed = file.read_bytes()
+        file.write_bytes(rng.choice(TENSORS if file.suffix == ".safetensors" else JSON)(rng, seed))
+        try:
+            return verify(copy)
+        finally:
+            file.write_bytes(seed)
+
+    return Reader("a whole run, by verify", b"0" * 16, read, (any_bytes,))
+
+
+def any_bytes(rng: random.Random, data: bytes) -> bytes:
+    return rng.randbytes(16)

@@ -1,0 +1,44 @@
+"""No input of any reader ends in a traceback or does not end (`python -m benchmarks.corruption` tries thousands)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.faults.fuzzing import Reader, fuzz
+from tests.faults.readers import readers
+from tests.faults.small_run import make_run
+
+INPUTS = 40
+
+
+@pytest.fixture(scope="module")
+def all_readers(tmp_path_factory: pytest.TempPathFactory) -> list[Reader]:
+    folder = tmp_path_factory.mktemp("fuzz")
+    return readers(make_run(folder / "run"), folder / "work")
+
+
+def test_what_is_undamaged_is_read(all_readers: list[Reader]) -> None:
+    """A reader that refuses everything would pass what follows."""
+    for reader in all_readers:
+        undamaged = replace(reader, mutations=(lambda rng, data: data,))
+        assert fuzz(undamaged, 1, seed=0).read == 1, reader.name
+
+
+def test_no_traceback_and_no_hang(all_readers: list[Reader]) -> None:
+    tried = [fuzz(reader, INPUTS, seed=1) for reader in all_readers]
+    assert {one.name: one.tracebacks for one in tried if one.tracebacks} == {}
+    assert sum(one.hangs for one in tried) == 0
+    assert sum(one.inputs for one in tried) == INPUTS * len(all_readers) > 800
+    assert sum(one.refused for one in tried) > 250
+
+
+def test_a_bug_would_be_seen() -> None:
+    """The rule of the game itself: an exception of Python counts, one of lowmem does not."""
+
+    def read(data: bytes) -> object:
+        raise KeyError("bug")
+
+    tried = fuzz(Reader("broken", b"x", read), 5, seed=0)
+    assert (tried.inputs, tried.refused, len(tried.tracebacks)) == (5, 0, 1)

@@ -1,0 +1,92 @@
+"""Tables cut back to a checkpoint: every row that can be had, and a word about those that cannot."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lowmem.errors import CorruptCheckpoint
+from lowmem.runs import columns
+from lowmem.runs.store import csv_line
+from lowmem.runs.table import cut, look
+
+NAMES = columns.STEPS
+NUMBERS = st.none() | st.floats(allow_nan=True, allow_infinity=True) | st.integers(-(10**9), 10**9)
+
+
+def _row(step: int, loss: float | int | None) -> str:
+    return csv_line(NAMES, {"step": step, "epoch": 1, "lr": 0.1, "loss": loss})
+
+
+def _write(path: Path, lines: list[str], end: str = "\n") -> Path:
+    path.write_text("\n".join([",".join(NAMES), *lines]) + end)
+    return path
+
+
+@given(st.lists(NUMBERS, max_size=12), st.integers(0, 14))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_was_written_comes_back(tmp_path: Path, losses: list[float | None], last: int) -> None:
+    lines = [_row(step, loss) for step, loss in enumerate(losses, start=1)]
+    path = _write(tmp_path / "steps.csv", lines)
+    assert look(path, NAMES, "step", last).kept == tuple(lines[:last])
+    assert cut(path, NAMES, "step", last) is None
+    assert path.read_text() == "\n".join([",".join(NAMES), *lines[:last]]) + "\n"
+
+
+@given(st.binary(max_size=300), st.integers(0, 1000))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_are_cut_or_refused_and_then_stay(tmp_path: Path, tail: bytes, last: int) -> None:
+    path = _write(tmp_path / "steps.csv", [_row(1, 2.0)])
+    path.write_bytes(path.read_bytes() + tail)
+    cut(path, NAMES, "step", last)
+    once = path.read_bytes()
+    assert cut(path, NAMES, "step", last) is None
+    assert path.read_bytes() == once
+    path.write_bytes(tail)
+    try:
+        cut(path, NAMES, "step", last)
+    except CorruptCheckpoint:
+        assert path.read_bytes() == tail
+
+
+def test_one_damaged_row_costs_one_row(tmp_path: Path) -> None:
+    lines = [_row(step, 2.5) for step in range(1, 9)]
+    rng = random.Random(3)
+    for _ in range(50):
+        at = rng.randrange(7)
+        damaged = [*lines[:at], lines[at].replace(",", rng.choice(";x"), 1), *lines[at + 1 :]]
+        path = _write(tmp_path / "steps.csv", damaged)
+        assert (cut(path, NAMES, "step", 8) or "").startswith(f"{path}: 1 damaged lines; ")
+        assert path.read_text().splitlines()[1:] == [line for n, line in enumerate(lines) if n != at]
+        kept = tmp_path / "damaged-steps.csv"
+        assert kept.read_text().splitlines()[1:] == damaged
+        kept.unlink()
+
+
+def test_the_first_damaged_copy_is_kept(tmp_path: Path) -> None:
+    path = _write(tmp_path / "steps.csv", ["first"])
+    cut(path, NAMES, "step", 8)
+    _write(path, ["second"])
+    cut(path, NAMES, "step", 8)
+    assert (tmp_path / "damaged-steps.csv").read_text().splitlines()[1:] == ["first"]
+
+
+def test_a_row_that_only_seems_to_be_later(tmp_path: Path) -> None:
+    path = _write(tmp_path / "steps.csv", [_row(step, 2.5) for step in (1, 9, 3, 4)])
+    rows = look(path, NAMES, "step", 4)
+    assert (len(rows.kept), rows.lost, rows.beyond) == (3, 1, 0)
+
+
+def test_a_table_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "steps.csv"
+    assert look(path, NAMES, "step", 4).kept == ()
+    assert look(path, NAMES, "step", 4, every=True).missing == 4
+    path.write_text("step,epoch,l")  # cut off while it was made
+    assert cut(path, NAMES, "step", 4) is None
+    path.write_text("step,epoch,lr\n1,1,1\n")
+    with pytest.raises(CorruptCheckpoint, match="other columns"):
+        cut(path, NAMES, "step", 4)
