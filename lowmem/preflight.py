@@ -9,7 +9,7 @@ from lowmem.errors import CorruptCheckpoint, DiskError, PreflightError
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs import columns
 from lowmem.runs.atomic import append_lines, write_bytes_atomic
-from lowmem.runs.space import run_bytes
+from lowmem.runs.space import most_checkpoints, run_bytes
 from lowmem.runs.store import RunFolder, csv_line
 from lowmem.train.loop import Trainer
 from lowmem.train.state import cpu_tensors
@@ -84,11 +84,12 @@ def _try_plot(trial: Path) -> None:
 
 def _check_space(trainer: Trainer, path: Path, checkpoint_bytes: int) -> None:
     parameters = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-    keep = trainer.config.checkpoint.keep
-    needed = run_bytes(checkpoint_bytes=checkpoint_bytes, parameter_bytes=parameters, keep=keep)
+    kept = trainer.config.checkpoint
+    most = most_checkpoints(keep=kept.keep, keep_every=kept.keep_every, epochs=trainer.config.train.epochs)
+    needed = run_bytes(checkpoint_bytes=checkpoint_bytes, parameter_bytes=parameters, checkpoints=most)
     free = shutil.disk_usage(path).free
     if free < needed:
         raise PreflightError(
-            f"the run needs {format_size(needed)} on disk ({keep + 1} checkpoints and the weights), {path} has "
+            f"the run needs {format_size(needed)} on disk ({most} checkpoints and the weights), {path} has "
             f"{format_size(free)} free: free some space or choose another folder with --out"
         )

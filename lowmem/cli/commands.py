@@ -22,6 +22,9 @@ Text = Optional[str]  # noqa: UP045 (typer reads these at run time)
 Number = Optional[int]  # noqa: UP045
 Sets = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any setting by its dotted name.")]
 Device = Annotated[Text, typer.Option(help="auto, cuda or cpu.")]
+KeepEvery = Annotated[
+    Number, typer.Option(metavar="N", help="Keep the checkpoint of every N-th epoch too, to fork from.")
+]
 DataRoot = Annotated[Text, typer.Option(help="Folder that holds, or receives, cifar10 and fashion-mnist.")]
 
 
@@ -71,6 +74,7 @@ def train(
     card: Annotated[Text, typer.Option(help="Plan for this card's profile, like gtx1060-6g.")] = None,
     device: Device = None,
     seed: Annotated[Number, typer.Option(help="Seed of initial weights, order and augmentation.")] = None,
+    keep_every: KeepEvery = None,
     out: Annotated[Optional[Path], typer.Option(help="Run folder; default runs/ARCH.")] = None,  # noqa: UP045
     config: Annotated[Optional[Path], typer.Option(help="YAML file of settings.")] = None,  # noqa: UP045
     set_: Sets = [],  # noqa: B006
@@ -94,6 +98,7 @@ def train(
         "memory.vram": vram,
         "memory.card": card,
         "seed": seed,
+        "checkpoint.keep_every": keep_every,
     }
     settings = gather(recipe=recipe, config_file=config, flags=flags, sets=set_)
     from lowmem.api import run_training
@@ -147,6 +152,17 @@ def _changed(run: Path, flags: dict[str, str | None], sets: list[str], source: s
     values: dict[str, object] = {key: value for key, value in flags.items() if value is not None}
     values |= dict(parse_set(text) for text in sets)
     return from_yaml(run / "config.yaml").replace(values, source)
+
+
+@app.command()
+def ls(
+    folder: Annotated[Path, typer.Argument(help="The folder that holds the runs.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything known as JSON.")] = False,
+) -> None:
+    """The runs in a folder: state, epoch, error, size, and the checkpoints that can be forked from."""
+    from lowmem.cli.show_ls import show_ls
+
+    show_ls(folder, as_json)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import CorruptCheckpoint, DiskError
 from lowmem.runs.atomic import fsync_folder, replace_path, write_synced
+from lowmem.runs.position import read_position
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,8 +49,9 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Writes `folder/step-N`, verifies it, then prunes all but the `keep` newest. Returns its path.
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int, keep_every: int | None = None) -> Path:
+    """Writes `folder/step-N`, verifies it, then prunes all but the `keep` newest and, with `keep_every`, those of the
+    end of every so-many-th epoch. Returns its path.
 
     Raises DiskError if the disk refuses; what was saved before is then untouched.
     """
@@ -65,7 +67,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise disk_error(error, target) from error
-    _prune(folder, keep)
+    _prune(folder, keep, keep_every)
     return target
 
 
@@ -98,15 +100,24 @@ def _put_in_place(aside: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Deletes what is older than the `keep` newest. A folder loses its commit record first, so that a half-deleted
-    one is never taken for a checkpoint. Failing to delete is no reason to stop a run."""
+def _prune(folder: Path, keep: int, keep_every: int | None) -> None:
+    """Deletes what is older than the `keep` newest and not kept for its epoch. A folder loses its commit record first,
+    so that a half-deleted one is never taken for a checkpoint. Failing to delete is no reason to stop a run."""
     for path in found(folder)[max(keep, 2) :]:
+        if keep_every is not None and _is_every(path, keep_every):
+            continue
         try:
             (path / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(path)
         except OSError:
             continue
+
+
+def _is_every(path: Path, epochs: int) -> bool:
+    try:
+        return read_position(path).is_every(epochs)
+    except CorruptCheckpoint:
+        return False
 
 
 def found(folder: Path) -> list[Path]:

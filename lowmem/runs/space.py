@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 
-def run_bytes(*, checkpoint_bytes: int, parameter_bytes: int, keep: int) -> int:
+def most_checkpoints(*, keep: int, keep_every: int | None, epochs: int) -> int:
+    """Checkpoints that exist at the most: the newest `keep`, one that is being written, and of the epochs before them
+    every `keep_every`-th."""
+    return keep + 1 + ((epochs - 1) // keep_every if keep_every is not None else 0)
+
+
+def run_bytes(*, checkpoint_bytes: int, parameter_bytes: int, checkpoints: int) -> int:
     """Bytes on disk that a run needs at its fullest.
 
-    `checkpoint_bytes`: of one checkpoint, momentum included. One more generation than are kept exists while a new one
-    is written; weights are exported twice and replaced aside.
+    `checkpoint_bytes`: of one checkpoint, momentum included; weights are exported twice and replaced aside.
     """
-    return (keep + 1) * checkpoint_bytes + 3 * parameter_bytes
+    return checkpoints * checkpoint_bytes + 3 * parameter_bytes

@@ -297,8 +297,12 @@ class _Loop:
             return
         if self.pending or self.state.step_in_epoch:
             self._settle()
-        keep = self.t.config.checkpoint.keep
-        self.descent.saved(lambda: checkpoints.save(self.folder.checkpoints, self.t.checkpoint(), keep=keep))
+        kept = self.t.config.checkpoint
+        self.descent.saved(
+            lambda: checkpoints.save(
+                self.folder.checkpoints, self.t.checkpoint(), keep=kept.keep, keep_every=kept.keep_every
+            )
+        )
         self.saved_at = position
         self.last_save = time.monotonic()
         self._off_the_clock()
