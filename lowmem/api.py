@@ -26,7 +26,7 @@ from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.preflight import preflight
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs.store import RunFolder, require_run
+from lowmem.runs.store import RunFolder, leaving_no_trace, require_run
 from lowmem.settings import Settings, from_yaml, refuse_changes, to_yaml
 from lowmem.train.loop import Outcome, Trainer
 from lowmem.train.observer import Observer
@@ -45,9 +45,15 @@ class RunResult:
 
 
 def run_training(
-    config: Config | Settings, out: Path | str | None = None, observer: Observer | None = None
+    config: Config | Settings,
+    out: Path | str | None = None,
+    observer: Observer | None = None,
+    *,
+    dry_run: bool = False,
 ) -> RunResult:
     """What `lowmem train` does: load the data, make the run folder (default `runs/<arch>`), preflight, train.
+
+    `dry_run`: all of that up to the first step, and then nothing of it stays.
 
     Raises LowmemError: UsageError if the folder exists, PreflightError before the first step, Interrupted after a
     signal with everything saved, DiskError.
@@ -66,14 +72,20 @@ def run_training(
     if planned:
         settings, plan, confirmed = decide(settings, dataset, observer)
     environment = describe(settings.config.train.device)
-    with RunFolder.create(path, to_yaml(settings), environment) as folder:
+    with leaving_no_trace(path), RunFolder.create(path, to_yaml(settings), environment) as folder:
         try:
             with _out_of_memory(path):
                 trainer = _make_trainer(settings.config, dataset, observer, plan)
-            preflight(trainer, folder)
-            if plan is not None:
-                folder.write_plan(plan.to_json())
-            trainer.state.low_start = starts_low(settings.config)
+                trainer.state.low_start = starts_low(settings.config)
+                _cap_emulated(trainer)
+                preflight(trainer, folder)
+            observer.note(_headline(settings.config, dataset, path))
+            if dry_run:
+                observer.note("dry run: everything is fit to start, and nothing was left behind")
+                folder.discard()
+                return RunResult(path, Outcome(False, trainer.state))
+            if trainer.plan is not None:
+                folder.write_plan(trainer.plan.to_json())
             # From here on a run can be resumed, however early it is killed.
             checkpoints.save(folder.checkpoints, trainer.checkpoint(), keep=settings.config.checkpoint.keep)
         except BaseException:
@@ -85,7 +97,6 @@ def run_training(
             folder.event("confirmed", **confirmed.event)
         if plan is not None and not plan.exact:
             folder.event("warning", what=inexact(plan))
-        observer.note(_headline(settings.config, dataset, path))
         return _go(trainer, folder)
 
 

@@ -25,6 +25,10 @@ Device = Annotated[Text, typer.Option(help="auto, cuda or cpu.")]
 KeepEvery = Annotated[
     Number, typer.Option(metavar="N", help="Keep the checkpoint of every N-th epoch too, to fork from.")
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Plan, try every output and a step, say time and disk; leave nothing behind."),
+]
 DataRoot = Annotated[Text, typer.Option(help="Folder that holds, or receives, cifar10 and fashion-mnist.")]
 
 
@@ -78,6 +82,7 @@ def train(
     out: Annotated[Optional[Path], typer.Option(help="Run folder; default runs/ARCH.")] = None,  # noqa: UP045
     config: Annotated[Optional[Path], typer.Option(help="YAML file of settings.")] = None,  # noqa: UP045
     set_: Sets = [],  # noqa: B006
+    dry_run: DryRun = False,
 ) -> None:
     """Train a network. Ctrl-C saves and leaves; `lowmem resume` goes on exactly there."""
     from lowmem.settings import gather
@@ -105,7 +110,7 @@ def train(
     from lowmem.cli.show import observer
 
     with observer() as shown:
-        run_training(settings, out, shown)
+        run_training(settings, out, shown, dry_run=dry_run)
 
 
 @app.command()

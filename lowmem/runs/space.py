@@ -9,9 +9,10 @@ def most_checkpoints(*, keep: int, keep_every: int | None, epochs: int) -> int:
     return keep + 1 + ((epochs - 1) // keep_every if keep_every is not None else 0)
 
 
-def run_bytes(*, checkpoint_bytes: int, parameter_bytes: int, checkpoints: int) -> int:
+def run_bytes(*, checkpoint_bytes: int, parameter_bytes: int, checkpoints: int, rows_bytes: int = 0) -> int:
     """Bytes on disk that a run needs at its fullest.
 
     `checkpoint_bytes`: of one checkpoint, momentum included; weights are exported twice and replaced aside.
+    `rows_bytes`: of metrics.csv and steps.csv at the end.
     """
-    return checkpoints * checkpoint_bytes + 3 * parameter_bytes
+    return checkpoints * checkpoint_bytes + 3 * parameter_bytes + rows_bytes

@@ -12,7 +12,8 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -149,6 +150,23 @@ class RunFolder:
             write_bytes_atomic(path, encode(dict(tensors), metadata=dict(metadata)))
         except OSError as error:
             raise disk_error(error, path) from error
+
+
+@contextmanager
+def leaving_no_trace(path: Path) -> Iterator[None]:
+    """Around the making of a run folder: if it was discarded, the folders made on the way to it go too, and an empty
+    one that was there before is there again."""
+    was_there = path.is_dir()
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield
+    finally:
+        if not path.exists():
+            with suppress(OSError):
+                for folder in made[1:]:
+                    folder.rmdir()  # only if it is empty
+                if was_there:
+                    path.mkdir()
 
 
 def require_run(path: Path) -> None:

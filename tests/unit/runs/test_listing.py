@@ -36,23 +36,6 @@ def _run(folder: Path, name: str, done: int, **settings: object) -> Path:
     return run
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    """A folder with a run in each state, and what else lies about in such a folder."""
-    _run(tmp_path, "finished", 5)
-    _save(_run(tmp_path, "interrupted", 2), epoch=2, step=800, step_in_epoch=18)
-    _run(tmp_path, "new", 0)
-    _run(tmp_path, "stopped", 2, train__max_steps=782)
-    _run(tmp_path / "group", "deep", 1)
-    write_run(tmp_path / "killed-at-once", done=0, epochs=5)
-    write_run(tmp_path / "finished-pruned", done=5, epochs=5)
-    for name, harm in DAMAGES.items():
-        harm(_run(tmp_path, f"bad-{name}", 2))
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes.txt").write_text("no run")
-    return tmp_path
-
-
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -65,6 +48,29 @@ DAMAGES = {
     "checkpoints": lambda run: [_truncate(path / "model.safetensors") for path in (run / "checkpoints").iterdir()],
     "lost": lambda run: shutil.rmtree(run / "checkpoints"),
 }
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run in each state, and what else lies about in such a folder."""
+    path = tmp_path_factory.mktemp("runs")
+    _run(path, "finished", 5)
+    _save(_run(path, "interrupted", 2), epoch=2, step=800, step_in_epoch=18)
+    _run(path, "new", 0)
+    _run(path, "stopped", 2, train__max_steps=782)
+    _run(path / "group", "deep", 1)
+    write_run(path / "killed-at-once", done=0, epochs=5)
+    write_run(path / "finished-pruned", done=5, epochs=5)
+    for name, harm in DAMAGES.items():
+        harm(_run(path, f"bad-{name}", 2))
+    (path / "notes").mkdir()
+    (path / "notes.txt").write_text("no run")
+    return path
+
+
+@pytest.fixture
+def runs(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "runs"))
 
 
 def test_every_state(runs: Path) -> None:
