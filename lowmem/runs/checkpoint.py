@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import CorruptCheckpoint, DiskError
 from lowmem.runs.atomic import fsync_folder, replace_path, write_synced
-from lowmem.runs.position import read_position
+from lowmem.runs.kept import read_position
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,7 @@ from lowmem.config import Config
 from lowmem.errors import CorruptCheckpoint, LowmemError, UsageError
 from lowmem.runs.checkpoint import found
 from lowmem.runs.history import EpochRow, read_epochs
-from lowmem.runs.position import Position, read_position
+from lowmem.runs.kept import Position, read_position
 
 State = Literal["training", "finished", "stopped", "interrupted", "never started", "damaged"]
 _DEEPEST = 3  # folders of folders of runs
@@ -174,10 +174,10 @@ def writer_of(run: Path) -> str | None:
     The lock itself is tried only if its last owner may be alive: trying it holds it for an instant, in which the run
     could not be resumed.
     """
-    lock = run / "run.lock"
-    if not lock.is_file() or lock.is_symlink():
+    lock, owner = run / "run.lock", run / "run.owner.json"
+    if not lock.is_file() or lock.is_symlink() or not owner.is_file():
         return None
-    pid, host = _owner(run / "run.owner.json")
+    pid, host = _owner(owner)
     here = host is None or host == socket.gethostname()
     if pid is not None and here and not _may_be_alive(pid):
         return None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowmem import api
+from lowmem import preflight as preflight_module
 from lowmem.api import run_training
 from lowmem.choose.ladder import with_ladder
 from lowmem.choose.session import plan_run
@@ -25,6 +26,7 @@ from lowmem.data import load
 from lowmem.errors import ExitCode, OutOfMemory, PreflightError
 from lowmem.plan.record import Plan
 from lowmem.preflight import _time_line, preflight
+from lowmem.runs.history import History
 from lowmem.runs.store import RunFolder
 from lowmem.settings import Settings, gather, to_yaml
 from lowmem.train.evaluate import Score
@@ -202,21 +204,21 @@ def test_an_evaluation_that_does_not_fit_is_tried_with_half_the_batch(tmp_path: 
 
 
 def _harm(monkeypatch: pytest.MonkeyPatch, name: str, harm: Callable[[Path], None]) -> None:
-    """A disk that does something else with one file, once it is in its place."""
-    replace, append = os.replace, api.RunFolder._append
+    """A disk that gives back something else of one file, once it is in its place or is about to be read."""
+    replace, read = os.replace, preflight_module.read_history
 
     def replacing(source: Any, target: Any) -> None:
         replace(source, target)
         if ".preflight" in str(target) and Path(target).name == name:
             harm(Path(target))
 
-    def appending(self: RunFolder, path: Path, lines: list[str]) -> None:
-        append(self, path, lines)
-        if ".preflight" in str(path) and path.name == name:
-            harm(path)
+    def reading(path: Path) -> History:
+        if name.endswith(("csv", "jsonl")):
+            harm(path / name)
+        return read(path)
 
     monkeypatch.setattr(os, "replace", replacing)
-    monkeypatch.setattr(RunFolder, "_append", appending)
+    monkeypatch.setattr(preflight_module, "read_history", reading)
 
 
 def _other_digit(path: Path) -> None:

@@ -16,8 +16,8 @@ from lowmem.cli.main import main
 from lowmem.errors import UsageError
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
+from lowmem.runs.kept import read_position
 from lowmem.runs.listing import Listed, list_runs, look, writer_of
-from lowmem.runs.position import read_position
 from lowmem.runs.space import most_checkpoints
 from lowmem.runs.store import RunFolder
 from tests.unit.report.fake_runs import write_run
