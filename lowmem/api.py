@@ -129,6 +129,8 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
             folder.write_plan(plan.to_json())
             folder.write_config(to_yaml(settings))
             folder.event("replan", budget_bytes=plan.budget_bytes)
+        elif settings.config.checkpoint != recorded.config.checkpoint:
+            folder.write_config(to_yaml(_keeping(recorded, settings)))
         folder.cut_back(epoch=state.epoch, step=state.step)
         folder.event(
             "resume",
@@ -236,6 +238,13 @@ def recorded_settings(path: Path) -> Settings:
     """The settings of an existing run. Raises UsageError if it is none."""
     require_run(path)
     return from_yaml(path / "config.yaml")
+
+
+def _keeping(recorded: Settings, settings: Settings) -> Settings:
+    """The recorded settings with which checkpoints are kept: the next resume would delete what this one was told to
+    keep."""
+    kept = settings.config.checkpoint
+    return recorded.replace({"checkpoint.keep": kept.keep, "checkpoint.keep_every": kept.keep_every}, "resume")
 
 
 def _refuse_existing(path: Path) -> None:

@@ -161,6 +161,12 @@ def carry_over(source: Source, new: Config, changes: Changes, dataset: Dataset) 
             f"the fork is at epoch {run['epoch']} and would end at {new.train.epochs}: ask for more with "
             f"--set train.epochs={run['epoch'] + source.config.train.epochs}"
         )
+    stop = new.train.max_steps
+    if stop is not None and run["step"] >= stop:
+        raise UsageError(
+            f"the fork is at step {run['step']} and would stop at train.max_steps = {stop}: add --set "
+            "train.max_steps=null"
+        )
     classes = saved.model["linear.bias"].shape[0]
     if classes != len(dataset.classes):
         raise UsageError(

@@ -246,6 +246,19 @@ def test_a_run_that_was_stopped_is_extended_from_where_it_was(parent: Path, tmp_
     assert exact_rows(result.path)[:3] == exact_rows(parent)
 
 
+def test_what_a_resume_is_told_to_keep_is_recorded(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Or the next one would delete it. Nothing else of a resume's settings is."""
+    shutil.rmtree(copied / "checkpoints/step-00000012")
+    assert _leave(["resume", str(copied), "--keep-every", "1", "--set", "train.log_every_steps=2"]) == 0
+    config = recorded_settings(copied).config
+    assert (config.checkpoint.keep_every, config.checkpoint.keep, config.train.log_every_steps) == (1, 5, 1)
+
+
+def test_a_limit_on_steps_is_not_run_into(copied: Path) -> None:
+    with pytest.raises(UsageError, match=r"step 6 .*train\.max_steps = 6.*train\.max_steps=null"):
+        fork_run(copied, at="step:6", changes={"train.max_steps": 6})
+
+
 def test_not_a_step_of_the_schedule_moves() -> None:
     for epochs, reference, milestones in ((3, 164, (81, 122)), (164, 164, (81, 122)), (100, 7, (1.1, 2.3, 6.9))):
         flat = {"train.epochs": epochs, "schedule.milestones": list(milestones), "schedule.reference_epochs": reference}
