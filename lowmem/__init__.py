@@ -19,6 +19,7 @@ _LAZY = {
     "Config": ("lowmem.config", "Config"),
     "run_training": ("lowmem.api", "run_training"),
     "fork_run": ("lowmem.api", "fork_run"),
+    "extend_run": ("lowmem.api", "extend_run"),
     "resume_training": ("lowmem.api", "resume_training"),
 }
 __all__ = ["__version__", *_LAZY]

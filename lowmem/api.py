@@ -1,8 +1,8 @@
-"""What the commands do, from Python: `run_training`, `resume_training`."""
+"""What the commands do, from Python: `run_training`, `resume_training`, `fork_run`, `extend_run`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from lowmem.plan.record import Plan
 from lowmem.preflight import preflight
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.setup import never_began, refuse_existing, start_again
-from lowmem.runs.store import RunFolder, require_run
+from lowmem.runs.store import RunFolder, leaving_no_trace, require_run
 from lowmem.settings import Settings, from_yaml, refuse_changes, to_yaml
 from lowmem.train.loop import Outcome, Trainer
 from lowmem.train.observer import Observer
@@ -47,9 +47,15 @@ class RunResult:
 
 
 def run_training(
-    config: Config | Settings, out: Path | str | None = None, observer: Observer | None = None
+    config: Config | Settings,
+    out: Path | str | None = None,
+    observer: Observer | None = None,
+    *,
+    dry_run: bool = False,
 ) -> RunResult:
     """What `lowmem train` does: load the data, make the run folder (default `runs/<arch>`), preflight, train.
+
+    `dry_run`: all of that up to the first step, and then nothing of it stays.
 
     Raises LowmemError: UsageError if the folder exists, PreflightError before the first step, Interrupted after a
     signal with everything saved, DiskError.
@@ -68,14 +74,18 @@ def run_training(
     if planned:
         settings, plan, confirmed = decide(settings, dataset, observer)
     environment = describe(settings.config.train.device)
-    with RunFolder.create(path, to_yaml(settings), environment) as folder:
+    with leaving_no_trace(path), RunFolder.create(path, to_yaml(settings), environment) as folder:
         try:
             with _out_of_memory(path):
                 trainer = _make_trainer(settings.config, dataset, observer, plan)
-            preflight(trainer, folder)
-            if plan is not None:
-                folder.write_plan(plan.to_json())
-            trainer.state.low_start = starts_low(settings.config)
+                trainer.state.low_start = starts_low(settings.config)
+                _cap_emulated(trainer)
+                preflight(trainer, folder)
+            observer.note(_headline(settings.config, dataset, path))
+            if dry_run:
+                return _leave_nothing(trainer, folder)
+            if trainer.plan is not None:
+                folder.write_plan(trainer.plan.to_json())
             # From here on a run can be resumed, however early it is killed.
             checkpoints.save(folder.checkpoints, trainer.checkpoint(), keep=settings.config.checkpoint.keep)
         except BaseException:
@@ -87,7 +97,6 @@ def run_training(
             folder.event("confirmed", **confirmed.event)
         if plan is not None and not plan.exact:
             folder.event("warning", what=inexact(plan))
-        observer.note(_headline(settings.config, dataset, path))
         return _go(trainer, folder)
 
 
@@ -123,11 +132,14 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
         check_position(state, trainer.batches.steps_per_epoch)
         # Only now is it certain that this run goes on from here: nothing was written before.
         checkpoints.set_aside(skipped)
-        folder.tidy(keep=settings.config.checkpoint.keep)
+        kept = settings.config.checkpoint
+        folder.tidy(keep=kept.keep, keep_every=kept.keep_every)
         if replanned and plan is not None:
             folder.write_plan(plan.to_json())
             folder.write_config(to_yaml(settings))
             folder.event("replan", budget_bytes=plan.budget_bytes)
+        elif settings.config.checkpoint != recorded.config.checkpoint:
+            folder.write_config(to_yaml(_keeping(recorded, settings)))
         for damage in folder.cut_back(epoch=state.epoch, step=state.step):
             observer.warning(damage)
             folder.event("warning", what="rows lost", reason=damage)
@@ -148,40 +160,102 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
 def fork_run(
     source: Path | str,
     *,
-    at: int,
-    changes: Settings,
+    at: int | str,
+    changes: Mapping[str, object],
+    out: Path | str | None = None,
+    observer: Observer | None = None,
+    dry_run: bool = False,
+) -> RunResult:
+    """What `lowmem fork` does: a new run (default `SOURCE-fork`) from a checkpoint of an old one, trained to its end.
+
+    `at`: the end of an epoch by its number, `"step:4692"`, or `"last"`. `changes`: dotted names with their new values;
+    see `lowmem.fork` for what becomes of the schedule and of an epoch that was begun. `dry_run`: up to the first step,
+    and then nothing of it stays. Raises UsageError if nothing changes, the network would, or there is no such
+    checkpoint; the old run is only read.
+    """
+    observer = observer or Observer()
+    source = Path(source)
+    if source.name in ("", ".."):
+        source = source.resolve()
+    path = Path(out) if out is not None else source.with_name(f"{source.name}-fork")
+    recorded = recorded_settings(source)
+    settings = resolve_execution(fork.changed(recorded, changes, f"fork of {source.name}"))
+    differing = fork.check(recorded.config, settings.config)
+    require_device(settings.config.train.device)
+    found = fork.find(source, recorded.config, at)
+    _refuse_existing(path)
+    dataset = _load_data(settings.config, observer)
+    carried = fork.carry_over(found, settings.config, differing, dataset)
+    for line in fork.explain(found, settings.config, differing, carried, dataset):
+        observer.note(line)
+    for line in fork.warnings(found, differing, dataset):
+        observer.warning(line)
+    settings, plan = forked_plan(source, recorded.config, settings, dataset, observer)
+    environment = describe(settings.config.train.device)
+    with leaving_no_trace(path), RunFolder.create(path, to_yaml(settings), environment) as folder:
+        try:
+            with _out_of_memory(path):
+                t = trainer = _make_trainer(settings.config, dataset, observer, plan)
+                t.state = restore(carried, t.model, t.optimizer, t.step.scaler, t.identity)
+                _cap_emulated(trainer)
+                preflight(trainer, folder)
+            if dry_run:
+                return _leave_nothing(trainer, folder)
+            if trainer.plan is not None:
+                folder.write_plan(trainer.plan.to_json())
+            fork.write(found, carried, settings, folder, dataset)
+        except BaseException:
+            folder.discard()
+            raise
+        folder.event("start", **environment)
+        observer.note(_headline(settings.config, dataset, path))
+        return _go(trainer, folder)
+
+
+def extend_run(
+    path: Path | str,
+    *,
+    epochs: int,
+    changes: Mapping[str, object] | None = None,
     out: Path | str | None = None,
     observer: Observer | None = None,
 ) -> RunResult:
-    """What `lowmem fork` does: a new run (default `SOURCE-fork`) from the end of epoch `at`, trained to its end.
+    """What `lowmem resume --epochs` does: a fork from the run's newest checkpoint that goes on to `epochs` epochs; an
+    ordinary resume if that is what the run has anyway.
 
-    `changes`: the recorded settings with some replaced. Raises UsageError if nothing changes, the network would, or
-    there is no such checkpoint; the old run is only read.
+    `changes`: further settings, dotted name -> value. Raises as `fork_run` and `resume_training` do.
     """
-    observer = observer or Observer()
-    source = Path(source).resolve()
-    path = Path(out) if out is not None else source.with_name(f"{source.name}-fork")
-    _refuse_existing(path)
-    old, settings = recorded_settings(source).config, resolve_execution(changes)
-    differing = fork.check(old, settings.config)
-    saved, where = fork.find(source, at)
-    dataset = _load_data(settings.config, observer)
-    carried = fork.carry_over(saved, old, settings.config, dataset)
-    steps = fork.steps_per_epoch(settings.config, dataset)
-    for line in fork.explain(differing, old, settings.config, carried, steps):
-        observer.note(line)
-    settings, plan = forked_plan(source, old, settings, dataset, observer)
-    with RunFolder.create(path, to_yaml(settings), describe(settings.config.train.device)) as folder:
-        if plan is not None:
-            folder.write_plan(plan.to_json())
-        fork.write(carried, source, settings, folder, where)
-    return resume_training(path, None, observer)
+    observer, path = observer or Observer(), Path(path)
+    recorded = recorded_settings(path)
+    if epochs == recorded.config.train.epochs:
+        if out is not None:
+            raise UsageError(f"{path} is a run of {epochs} epochs: leave --out out to go on with it")
+        return resume_training(path, recorded.replace(changes or {}, "resume"), observer)
+    observer.note(
+        f"{path} is a run of {recorded.config.train.epochs} epochs and stays one: with --epochs {epochs} a new run "
+        "forks off from its newest checkpoint"
+    )
+    return fork_run(path, at="last", changes={**(changes or {}), "train.epochs": epochs}, out=out, observer=observer)
+
+
+def _leave_nothing(trainer: Trainer, folder: RunFolder) -> RunResult:
+    """The end of a dry run."""
+    folder.discard()
+    trainer.observer.note("dry run: everything is fit to start, and nothing was left behind")
+    return RunResult(folder.path, Outcome(False, trainer.state))
 
 
 def recorded_settings(path: Path) -> Settings:
     """The settings of an existing run. Raises UsageError if it is none."""
     require_run(path)
     return from_yaml(path / "config.yaml")
+
+
+def _keeping(recorded: Settings, settings: Settings) -> Settings:
+    """The recorded settings with which checkpoints are kept: the next resume would delete what this one was told to
+    keep."""
+    kept = settings.config.checkpoint
+    return recorded.replace({"checkpoint.keep": kept.keep, "checkpoint.keep_every": kept.keep_every}, "resume")
 
 
 def _refuse_existing(path: Path) -> None:

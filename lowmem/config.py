@@ -179,6 +179,7 @@ class CheckpointConfig(_Section):
     every_minutes: PositiveFloat | None = 10.0
     every_steps: PositiveInt | None = None
     keep: Annotated[int, Field(ge=2)] = 2
+    keep_every: PositiveInt | None = Field(default=None, description="keep those of every N-th epoch too, to fork from")
 
 
 class Config(_Section):
@@ -214,6 +215,7 @@ OPERATIONAL: frozenset[str] = frozenset(
         "checkpoint.every_minutes",
         "checkpoint.every_steps",
         "checkpoint.keep",
+        "checkpoint.keep_every",
     }
 )
 

@@ -240,6 +240,11 @@ def refuse_changes(recorded: Config, wanted: Config, run: str) -> None:
             raise UsageError(
                 f"{key} is {old[key]!r} in {run} and cannot become {value!r}: train another network with `lowmem train`"
             )
+        if value != old[key] and key == "train.epochs":
+            raise UsageError(
+                f"{run} is a run of {old[key]} epochs and stays one: `lowmem resume {run} --epochs {value}` goes on "
+                "from it in a new run"
+            )
         if value != old[key] and key not in OPERATIONAL:
             raise UsageError(
                 f"{key} is {old[key]!r} in {run} and cannot become {value!r} on resume, which repeats the run exactly: "

@@ -22,6 +22,13 @@ Text = Optional[str]  # noqa: UP045 (typer reads these at run time)
 Number = Optional[int]  # noqa: UP045
 Sets = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any setting by its dotted name.")]
 Device = Annotated[Text, typer.Option(help="auto, cuda or cpu.")]
+KeepEvery = Annotated[
+    Number, typer.Option(metavar="N", help="Keep the checkpoint of every N-th epoch too, to fork from.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Plan, try every output and a step, say time and disk; leave nothing behind."),
+]
 DataRoot = Annotated[Text, typer.Option(help="Folder that holds, or receives, cifar10 and fashion-mnist.")]
 
 
@@ -71,9 +78,11 @@ def train(
     card: Annotated[Text, typer.Option(help="Plan for this card's profile, like gtx1060-6g.")] = None,
     device: Device = None,
     seed: Annotated[Number, typer.Option(help="Seed of initial weights, order and augmentation.")] = None,
+    keep_every: KeepEvery = None,
     out: Annotated[Optional[Path], typer.Option(help="Run folder; default runs/ARCH.")] = None,  # noqa: UP045
     config: Annotated[Optional[Path], typer.Option(help="YAML file of settings.")] = None,  # noqa: UP045
     set_: Sets = [],  # noqa: B006
+    dry_run: DryRun = False,
 ) -> None:
     """Train a network. Ctrl-C saves and leaves; `lowmem resume` goes on exactly there."""
     from lowmem.settings import gather
@@ -94,32 +103,51 @@ def train(
         "memory.vram": vram,
         "memory.card": card,
         "seed": seed,
+        "checkpoint.keep_every": keep_every,
     }
     settings = gather(recipe=recipe, config_file=config, flags=flags, sets=set_)
     from lowmem.api import run_training
     from lowmem.cli.show import observer
 
     with observer() as shown:
-        run_training(settings, out, shown)
+        run_training(settings, out, shown, dry_run=dry_run)
 
 
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(help="The run folder, like runs/res110.")],
+    epochs: Annotated[
+        Number,
+        typer.Option(min=1, help="Go on to this many epochs in a new run: a fork, with the schedule where it was."),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option(help="With --epochs: the new run's folder; default RUN-fork.")] = None,  # noqa: UP045
     device: Device = None,
     vram: Annotated[Text, typer.Option(help="Another memory to fit into: plans again, for the same gradients.")] = None,
     data: Annotated[Text, typer.Option(help="Where the same pictures are now, like folder:PATH.")] = None,
     data_root: DataRoot = None,
+    keep_every: KeepEvery = None,
     set_: Sets = [],  # noqa: B006
 ) -> None:
     """Go on exactly where a run stopped."""
-    flags = {"train.device": device, "memory.vram": vram, "data.source": data, "data.root": data_root}
-    changed = _changed(run, flags, set_, "resume")
-    from lowmem.api import resume_training
+    from lowmem.errors import UsageError
+
+    values = _values(set_)
+    named = {"train.device": device, "memory.vram": vram, "data.source": data, "data.root": data_root}
+    values |= {key: value for key, value in named.items() if value is not None and key not in values}
+    if keep_every is not None:
+        values.setdefault("checkpoint.keep_every", keep_every)
+    if out is not None and epochs is None:
+        raise UsageError("--out is for the new run that --epochs makes: a resume goes on in the run's own folder")
+    recorded = _recorded(run)
+    changed = recorded.replace(values, "resume")
+    from lowmem.api import extend_run, resume_training
     from lowmem.cli.show import observer
 
     with observer() as shown:
-        resume_training(run, changed, shown)
+        if epochs is None:
+            resume_training(run, changed, shown)
+        else:
+            extend_run(run, epochs=epochs, changes=values, out=out, observer=shown)
 
 
 @app.command()
@@ -136,28 +164,58 @@ def verify(
 @app.command()
 def fork(
     run: Annotated[Path, typer.Argument(help="The run to start from; it is only read.")],
-    at: Annotated[int, typer.Option(min=1, help="From the end of this epoch.")],
+    at: Annotated[
+        str,
+        typer.Option(
+            metavar="EPOCH|step:STEP|last",
+            help="12: the end of epoch 12. step:4692: that step, in the middle of an epoch (then batch, seed and data "
+            "stay). last: the newest checkpoint. `lowmem ls` lists what there is.",
+        ),
+    ],
     set_: Sets = [],  # noqa: B006
     out: Annotated[Optional[Path], typer.Option(help="Run folder; default RUN-fork.")] = None,  # noqa: UP045
+    keep_every: KeepEvery = None,
+    dry_run: DryRun = False,
 ) -> None:
-    """A new run from an old checkpoint with changed settings."""
-    changed = _changed(run, {}, set_, f"fork of {run.name}")
+    """A new run from an old checkpoint with changed settings; says what changes and the learning rate before and after.
+
+    With --set train.epochs=N the schedule's milestones stay at the epochs where they were; with --set
+    schedule.reference_epochs=… too, they are scaled to the new length."""
+    values = _values(set_)
+    if keep_every is not None:
+        values.setdefault("checkpoint.keep_every", keep_every)
+    _recorded(run)
     from lowmem.api import fork_run
     from lowmem.cli.show import observer
 
     with observer() as shown:
-        fork_run(run, at=at, changes=changed, out=out, observer=shown)
+        fork_run(run, at=at, changes=values, out=out, observer=shown, dry_run=dry_run)
 
 
-def _changed(run: Path, flags: dict[str, str | None], sets: list[str], source: str) -> Settings:
-    """The settings recorded in a run, with flags and --set on top."""
+def _values(sets: list[str]) -> dict[str, object]:
+    from lowmem.settings import parse_set
+
+    return dict(parse_set(text) for text in sets)
+
+
+def _recorded(run: Path) -> Settings:
+    """The settings recorded in a run. Raises UsageError."""
     from lowmem.runs.store import require_run
-    from lowmem.settings import from_yaml, parse_set
+    from lowmem.settings import from_yaml
 
     require_run(run)
-    values: dict[str, object] = {key: value for key, value in flags.items() if value is not None}
-    values |= dict(parse_set(text) for text in sets)
-    return from_yaml(run / "config.yaml").replace(values, source)
+    return from_yaml(run / "config.yaml")
+
+
+@app.command()
+def ls(
+    folder: Annotated[Path, typer.Argument(help="The folder that holds the runs.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything known as JSON.")] = False,
+) -> None:
+    """The runs in a folder: state, epoch, error, size, and the checkpoints that can be forked from."""
+    from lowmem.cli.show_ls import show_ls
+
+    show_ls(folder, as_json)
 
 
 @app.command()

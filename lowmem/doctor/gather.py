@@ -29,7 +29,7 @@ from lowmem.doctor.facts import Facts
 from lowmem.doctor.probe import STAGES
 from lowmem.errors import LowmemError
 from lowmem.measure.nvml import DriverReport, read_driver
-from lowmem.runs.space import run_bytes
+from lowmem.runs.space import most_checkpoints, run_bytes
 from lowmem.units import format_size
 
 VARIABLES = (
@@ -77,7 +77,7 @@ def gather(
         **_packages(answers),
         **_of_torch(answers),
         **_data(answers.results.get("data")),
-        **_disk(out, answers.results.get("network"), config.checkpoint.keep),
+        **_disk(out, answers.results.get("network"), config),
     }
     facts = Facts(**found)
     profile = _profile(facts)
@@ -228,7 +228,7 @@ def _answers(host: str, port: int) -> bool | None:
     return answer[0] if answer else None
 
 
-def _disk(out: Path, sizes: Mapping[str, Any] | None, keep: int) -> dict[str, Any]:
+def _disk(out: Path, sizes: Mapping[str, Any] | None, config: Config) -> dict[str, Any]:
     folder = out.absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -238,7 +238,9 @@ def _disk(out: Path, sizes: Mapping[str, Any] | None, keep: int) -> dict[str, An
             # Parameters and buffers, and momentum, which is as large as the parameters.
             checkpoint_bytes=sizes["state_bytes"] + sizes["parameter_bytes"],
             parameter_bytes=sizes["parameter_bytes"],
-            keep=keep,
+            checkpoints=most_checkpoints(
+                keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every, epochs=config.train.epochs
+            ),
         )
     try:
         found["disk_free_bytes"] = shutil.disk_usage(folder).free

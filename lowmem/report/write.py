@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem.errors import DiskError, UsageError
-from lowmem.report.figures import draw_all
+from lowmem.report.figures import Picture, draw_all
 from lowmem.report.markdown import render
 from lowmem.report.tables import TableRow, build_rows, in_order
 from lowmem.runs.atomic import write_bytes_atomic, write_text_atomic
@@ -16,12 +16,14 @@ from lowmem.runs.history import History, read_history
 
 @dataclass(frozen=True)
 class ReportResult:
-    """What was written, and the table for the terminal (`TABLE_HEADER` over each row's `cells()`)."""
+    """What was written and where, and the table for the terminal (`TABLE_HEADER` over each row's `cells()`)."""
 
     folder: Path
     markdown: Path
     figures: tuple[Path, ...]
     rows: tuple[TableRow, ...]
+    text: str
+    pictures: tuple[Picture, ...]  # in the order of `figures`
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None) -> ReportResult:
@@ -46,7 +48,8 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> ReportResult:
         write_text_atomic(out / "report.md", text)  # last: it names only figures that are there
     except OSError as error:
         raise DiskError(f"cannot write the report to {out}: {error.strerror or error}: give another --out") from error
-    return ReportResult(out, out / "report.md", tuple(out / picture.file_name for picture in pictures), rows)
+    figures = tuple(out / picture.file_name for picture in pictures)
+    return ReportResult(out, out / "report.md", figures, rows, text, tuple(pictures))
 
 
 def _read_all(runs: Sequence[Path]) -> list[History]:

@@ -23,6 +23,7 @@ from lowmem.errors import CorruptCheckpoint, DiskError
 from lowmem.reading import RECORD_LIMIT_BYTES, Unreadable, parse_json, read_limited, shorten
 from lowmem.runs.atomic import fsync_folder, replace_path, write_synced
 from lowmem.runs.header import parse_header
+from lowmem.runs.kept import read_position
 from lowmem.runs.position import is_count
 
 if TYPE_CHECKING:
@@ -58,8 +59,9 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Writes `folder/step-N`, verifies it, then prunes all but the `keep` newest. Returns its path.
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int, keep_every: int | None = None) -> Path:
+    """Writes `folder/step-N`, verifies it, then prunes all but the `keep` newest and, with `keep_every`, those of the
+    end of every so-many-th epoch. Returns its path.
 
     Raises DiskError if the disk refuses, CorruptCheckpoint if it gives back something else; what was saved before is
     then untouched.
@@ -79,7 +81,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     except CorruptCheckpoint:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _prune(folder, keep)
+    _prune(folder, keep, keep_every)
     return target
 
 
@@ -122,10 +124,12 @@ def _put_in_place(aside: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Deletes what is older than the `keep` newest. A folder loses its commit record first, so that a half-deleted
-    one is never taken for a checkpoint. Failing to delete is no reason to stop a run."""
+def _prune(folder: Path, keep: int, keep_every: int | None) -> None:
+    """Deletes what is older than the `keep` newest and not kept for its epoch. A folder loses its commit record first,
+    so that a half-deleted one is never taken for a checkpoint. Failing to delete is no reason to stop a run."""
     for path in found(folder)[max(keep, 2) :]:
+        if keep_every is not None and _is_every(path, keep_every):
+            continue
         try:
             (path / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(path)
@@ -133,7 +137,7 @@ def _prune(folder: Path, keep: int) -> None:
             continue
 
 
-def tidy(folder: Path, *, keep: int) -> None:
+def tidy(folder: Path, *, keep: int, keep_every: int | None = None) -> None:
     """Deletes what a killed process left: checkpoints that it had not finished, and generations that it had not pruned.
     Only for the process that holds the run's lock, while nothing is being saved."""
     for aside in folder.glob(f"{_ASIDE}*"):
@@ -141,7 +145,14 @@ def tidy(folder: Path, *, keep: int) -> None:
     for old in folder.glob("step-*.old"):
         if old.with_suffix("").is_dir():
             shutil.rmtree(old, ignore_errors=True)
-    _prune(folder, keep)
+    _prune(folder, keep, keep_every)
+
+
+def _is_every(path: Path, epochs: int) -> bool:
+    try:
+        return read_position(path).is_every(epochs)
+    except CorruptCheckpoint:
+        return False
 
 
 def found(folder: Path) -> list[Path]:

@@ -160,6 +160,16 @@ def read_history(run: Path) -> History:
     )
 
 
+def read_epochs(run: Path) -> tuple[Config, tuple[EpochRow, ...], tuple[str, ...]]:
+    """Of a run only its settings, its epochs and the notes on them: what a list of runs needs, in milliseconds.
+
+    Raises UsageError and OSError as `read_history` does.
+    """
+    notes: list[str] = []
+    config = _read_config(run / "config.yaml")
+    return config, _read_table(run / "metrics.csv", METRICS, "epoch", EpochRow, notes), tuple(notes)
+
+
 def _read_config(path: Path) -> Config:
     try:
         values = parse_yaml(_bytes(path, SETTINGS_LIMIT_BYTES).decode("utf-8"))

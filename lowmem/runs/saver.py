@@ -76,10 +76,12 @@ class Saver:
         folder: RunFolder,
         *,
         keep: int,
+        keep_every: int | None = None,
         warn: Callable[[str], None] = lambda text: None,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self._folder, self._keep, self._warn, self._note = folder, keep, warn, note
+        self._folder, self._keep, self._keep_every = folder, keep, keep_every
+        self._warn, self._note = warn, note
         newest = checkpoints.found(folder.checkpoints)[:1]
         self._saved = Saved(newest[0], checkpoints.step_of(newest[0])) if newest else None
         # Shared with the thread, under the condition's lock.
@@ -251,7 +253,7 @@ class Saver:
         self._folder.flush()
         for name, (tensors, metadata) in save.weights.items():
             self._folder.save_weights(name, tensors, metadata)
-        path = checkpoints.save(self._folder.checkpoints, save.checkpoint, keep=self._keep)
+        path = checkpoints.save(self._folder.checkpoints, save.checkpoint, keep=self._keep, keep_every=self._keep_every)
         self._saved = Saved(path, save.checkpoint.step, time.monotonic())
         self._folder.event("checkpoint", epoch=save.epoch, step=save.checkpoint.step)
 

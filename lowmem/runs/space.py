@@ -13,10 +13,16 @@ def rows_bytes(*, epochs: int, steps_per_epoch: int, log_every_steps: int, every
     return epochs * _EPOCH_BYTES + (steps // log_every_steps) * _STEP_BYTES + saves * 2 * _STEP_BYTES
 
 
-def run_bytes(*, checkpoint_bytes: int, parameter_bytes: int, keep: int, rows_bytes: int = 0) -> int:
+def most_checkpoints(*, keep: int, keep_every: int | None, epochs: int) -> int:
+    """Checkpoints that exist at the most: the newest `keep`, one that is being written, and of the epochs before them
+    every `keep_every`-th."""
+    return keep + 1 + ((epochs - 1) // keep_every if keep_every is not None else 0)
+
+
+def run_bytes(*, checkpoint_bytes: int, parameter_bytes: int, checkpoints: int, rows_bytes: int = 0) -> int:
     """Bytes on disk that a run needs at its fullest.
 
-    `checkpoint_bytes`: of one checkpoint, momentum included. One more generation than are kept exists while a new one
-    is written; weights are exported twice and replaced aside.
+    `checkpoint_bytes`: of one checkpoint, momentum included; weights are exported twice and replaced aside.
+    `rows_bytes`: of metrics.csv and steps.csv at the end.
     """
-    return (keep + 1) * checkpoint_bytes + 3 * parameter_bytes + rows_bytes
+    return checkpoints * checkpoint_bytes + 3 * parameter_bytes + rows_bytes

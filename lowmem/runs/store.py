@@ -11,8 +11,8 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -111,14 +111,14 @@ class RunFolder:
             self.flush()
         self._lock.release()
 
-    def tidy(self, *, keep: int) -> None:
+    def tidy(self, *, keep: int, keep_every: int | None = None) -> None:
         """Deletes what a killed writer left half done. Failing to delete is no reason to stop a run."""
         for folder in (self.path, self.path / "weights"):
             for file in folder.glob(f"*{PARTIAL}"):
                 with suppress(OSError):
                     file.unlink()
         shutil.rmtree(self.path / ".preflight", ignore_errors=True)
-        checkpoints.tidy(self.checkpoints, keep=keep)
+        checkpoints.tidy(self.checkpoints, keep=keep, keep_every=keep_every)
 
     def discard(self) -> None:
         """Removes a run folder that never took a step."""
@@ -224,6 +224,23 @@ class RunFolder:
             write_bytes_atomic(path, encode(dict(tensors), metadata=dict(metadata)))
         except OSError as error:
             raise disk_error(error, path) from error
+
+
+@contextmanager
+def leaving_no_trace(path: Path) -> Iterator[None]:
+    """Around the making of a run folder: if it was discarded, the folders made on the way to it go too, and an empty
+    one that was there before is there again."""
+    was_there = path.is_dir()
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield
+    finally:
+        if not path.exists():
+            with suppress(OSError):
+                for folder in made[1:]:
+                    folder.rmdir()  # only if it is empty
+                if was_there:
+                    path.mkdir()
 
 
 def require_run(path: Path) -> None:

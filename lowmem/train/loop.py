@@ -91,8 +91,9 @@ class Trainer:
 
     def run(self, folder: RunFolder) -> Outcome:
         """Trains until the last epoch or train.max_steps. Raises Interrupted after a signal, with everything saved."""
-        keep, warn, note = self.config.checkpoint.keep, self.observer.warning, self.observer.note
-        with StopSignals() as signals, Saver(folder, keep=keep, warn=warn, note=note) as saver:
+        kept, told = self.config.checkpoint, self.observer
+        saver = Saver(folder, keep=kept.keep, keep_every=kept.keep_every, warn=told.warning, note=told.note)
+        with StopSignals() as signals, saver:
             return _Loop(self, folder, signals, saver).run()
 
 

@@ -1,0 +1,44 @@
+"""The trial step before a run, undone on the card, with the scaler that only fp16 has. Run with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowmem.api import _make_trainer
+from lowmem.choose import resolve_execution
+from lowmem.data import load
+from lowmem.runs.store import RunFolder
+from lowmem.settings import gather, to_yaml
+from lowmem.train.observer import Observer
+from lowmem.train.trial import try_step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp"])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels-last"])
+def test_the_step_is_undone_to_the_last_bit(tmp_path: Path, precision: str, memory_format: str) -> None:
+    flags = {"model.arch": "res20", "model.width": 16, "data.source": "shapes", "train.device": "cuda"}
+    flags |= {"train.precision": precision, "train.memory_format": memory_format}
+    settings = resolve_execution(gather(flags=flags, sets=["data.train_subset=500", "data.test_subset=100"]))
+    dataset = load(settings.config.data, 0)
+    trainer = _make_trainer(settings.config, dataset, Observer(), None)
+    trainer.step(*trainer.batches.batch(0, 0, memory_format=trainer.execution.torch_memory_format), 0.05)
+
+    def state() -> list[torch.Tensor]:
+        slots = [slot["momentum_buffer"] for slot in trainer.optimizer.state.values()]
+        return [tensor.cpu().clone() for tensor in (*trainer.model.state_dict().values(), *slots)]
+
+    before, scaler = state(), trainer.step.scaler.state_dict()
+    with RunFolder.create(tmp_path / "run", to_yaml(settings), {}) as folder:
+        tried = try_step(trainer, folder)
+    assert all(torch.equal(left, right) for left, right in zip(state(), before, strict=True))
+    assert trainer.step.scaler.state_dict() == scaler
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert tried.step_seconds > 0
