@@ -22,6 +22,8 @@ Text = Optional[str]  # noqa: UP045 (typer reads these at run time)
 Number = Optional[int]  # noqa: UP045
 Sets = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any setting by its dotted name.")]
 Device = Annotated[Text, typer.Option(help="auto, cuda or cpu.")]
+OnStuck = Annotated[Text, typer.Option(help="When a run learns nothing: warn, or stop with code 6.")]
+OnNan = Annotated[Text, typer.Option(help="When the loss breaks: rollback to half the rate, or stop with code 6.")]
 DataRoot = Annotated[Text, typer.Option(help="Folder that holds, or receives, cifar10 and fashion-mnist.")]
 
 
@@ -72,6 +74,8 @@ def train(
     device: Device = None,
     seed: Annotated[Number, typer.Option(help="Seed of initial weights, order and augmentation.")] = None,
     out: Annotated[Optional[Path], typer.Option(help="Run folder; default runs/ARCH.")] = None,  # noqa: UP045
+    on_stuck: OnStuck = None,
+    on_nan: OnNan = None,
     config: Annotated[Optional[Path], typer.Option(help="YAML file of settings.")] = None,  # noqa: UP045
     set_: Sets = [],  # noqa: B006
 ) -> None:
@@ -93,6 +97,8 @@ def train(
         "train.device": device,
         "memory.vram": vram,
         "memory.card": card,
+        "train.on_stuck": on_stuck,
+        "train.on_nan": on_nan,
         "seed": seed,
     }
     settings = gather(recipe=recipe, config_file=config, flags=flags, sets=set_)
@@ -110,10 +116,13 @@ def resume(
     vram: Annotated[Text, typer.Option(help="Another memory to fit into: plans again, for the same gradients.")] = None,
     data: Annotated[Text, typer.Option(help="Where the same pictures are now, like folder:PATH.")] = None,
     data_root: DataRoot = None,
+    on_stuck: OnStuck = None,
+    on_nan: OnNan = None,
     set_: Sets = [],  # noqa: B006
 ) -> None:
     """Go on exactly where a run stopped."""
     flags = {"train.device": device, "memory.vram": vram, "data.source": data, "data.root": data_root}
+    flags |= {"train.on_stuck": on_stuck, "train.on_nan": on_nan}
     changed = _changed(run, flags, set_, "resume")
     from lowmem.api import resume_training
     from lowmem.cli.show import observer

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from lowmem.errors import LowmemError, PreflightError, UsageError
-from lowmem.runs import columns
+from lowmem.runs import columns, gradients
 from lowmem.runs.atomic import append_lines, write_bytes_atomic, write_text_atomic
 from lowmem.runs.checkpoint import disk_error
 
@@ -38,6 +38,7 @@ class RunFolder:
     checkpoints = property(lambda self: self.path / "checkpoints")
     metrics_file = property(lambda self: self.path / "metrics.csv")
     steps_file = property(lambda self: self.path / "steps.csv")
+    gradients_file = property(lambda self: self.path / gradients.FILE_NAME)
     events_file = property(lambda self: self.path / "events.jsonl")
 
     @classmethod
@@ -110,6 +111,19 @@ class RunFolder:
     def append_steps(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends rows to steps.csv. Raises DiskError."""
         self._append(self.steps_file, [csv_line(columns.STEPS, row) for row in rows])
+
+    def begin_gradients(self, layers: Sequence[str], *, step: int) -> None:
+        """Makes gradients.csv with its header, or drops the rows after `step` from the one that is there.
+
+        Raises DiskError, and LowmemError if it is another network's."""
+        try:
+            _cut(self.gradients_file, gradients.columns(layers), "step", step)
+        except OSError as error:
+            raise disk_error(error, self.gradients_file) from error
+
+    def append_gradients(self, rows: Sequence[tuple[int, int, Sequence[float]]]) -> None:
+        """Appends (step, epoch, norms) to gradients.csv. Raises DiskError."""
+        self._append(self.gradients_file, [gradients.line(*row) for row in rows])
 
     def _append(self, path: Path, lines: list[str]) -> None:
         try:
