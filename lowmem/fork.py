@@ -76,7 +76,7 @@ def carry_over(saved: Checkpoint, old: Config, new: Config, dataset: Dataset) ->
     # The old run's best was chosen under other settings, perhaps on other pictures, and its weights are not here.
     run["best"] = None
     # The rate is what the new settings say, and whether the run gets anywhere with it is a new question.
-    run |= {"lr_scale": 1.0, "rollbacks": 0, "exploded_steps": 0, "chance_epochs": 0, "told_stuck": False}
+    run |= {"lr_scale": 1.0, "rollbacks": 0, "exploded_losses": 0, "chance_epochs": 0, "told_stuck": False}
     run["low_start"] = bool(run["low_start"]) and starts_low(new)
     identity = {"settings": config_hash(new), "data": dataset.fingerprint}
     return replace(saved, step=run["step"], state={"run": run, "identity": identity})

@@ -93,9 +93,10 @@ def _depth_lines(curves: Sequence[Curve], count: int) -> list[Line]:
     lines = []
     for curve in curves:
         rows = moments(curve.history.gradients, count)
+        few = len({row.epoch for row in rows if row.step > 1}) < sum(row.step > 1 for row in rows)
         for turn, row in enumerate(rows):
             share = turn / max(1, len(rows) - 1)
-            when = "at first" if row.step == 1 else f"epoch {row.epoch}"
+            when = "at first" if row.step == 1 else f"step {row.step:,}" if few else f"epoch {row.epoch}"
             text = when if len(curves) == 1 else f"{curve.label} {when}"
             points = tuple(by_depth(curve.history.gradients, row))
             opacity = _FAINTEST + (1 - _FAINTEST) * share
@@ -130,7 +131,7 @@ def _draw(curves: Sequence[Curve], count: int, file_name: str, title: str) -> Pi
         axes.set_title(heading, loc="left", fontsize=14, fontweight="bold")
     room = max(room_for(labels, canvas) for _, labels in filled) / (WIDTH_INCHES * DPI)
     height = PAIR_HEIGHT_INCHES
-    figure.subplots_adjust(left=0.12, right=1 - room, bottom=0.6 / height, top=1 - 0.45 / height, hspace=2.0 / height)
+    figure.subplots_adjust(left=0.12, right=1 - room, bottom=0.6 / height, top=1 - 0.45 / height, hspace=2.3 / height)
     for axes, labels in filled:
         place(axes, labels)
     buffer = io.BytesIO()
@@ -161,7 +162,7 @@ def _fill(axes: Axes, lines: Sequence[Line], x_title: str) -> list[EndLabel]:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    return [EndLabel(f"{line.label}  {line.points[-1][1]:.1g}", *line.points[-1], line.colour) for line in lines]
+    return [EndLabel(f"{line.label}  {line.points[-1][1]:.2g}", *line.points[-1], line.colour) for line in lines]
 
 
 def _slug(name: str) -> str:

@@ -16,6 +16,7 @@ two runs that go back need not be equal. Runs that do not go back are.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -25,7 +26,7 @@ from lowmem.errors import CorruptCheckpoint, Diverged
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.store import RunFolder
-from lowmem.train.state import RunState, restore
+from lowmem.train.state import restore
 
 if TYPE_CHECKING:
     from lowmem.train.loop import Trainer
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 MOST_ROLLBACKS = 3
 LR_FACTOR = 0.5
 EXPLODED_FACTOR = 5.0  # times the loss of guessing; healthy first epochs were seen at 1.2, single steps at 4
-EXPLODED_STEPS = 100  # the first steps of a run may be that bad
+EXPLODED_STEPS = 100  # the first steps of a run may be that bad, and a single spike of 1e13 may pass
+EXPLODED_LOSSES = 3  # at least, where few are logged
 
 
 class Recovery:
@@ -49,16 +51,16 @@ class Recovery:
         state = self._t.state
         if not math.isfinite(state.loss_sum):
             return f"the training loss is {state.loss_sum}"
-        steps = state.exploded_steps + state.step_in_epoch
-        if self._far_above(state) and steps >= EXPLODED_STEPS:
-            mean = state.loss_sum / state.seen
-            return f"the training loss has been {mean:.3g} on average for {steps} steps (limit {self._limit:.3g})"
+        steps = state.exploded_losses * self._t.config.train.log_every_steps
+        if state.exploded_losses >= EXPLODED_LOSSES and steps >= EXPLODED_STEPS:
+            return f"the training loss has been above {self._limit:.3g} for {steps} steps"
         return None
 
-    def end_epoch(self, steps_per_epoch: int) -> None:
-        """Counts a whole epoch in, before its sums are cleared."""
+    def logged(self, losses: Iterable[float]) -> None:
+        """Counts the logged losses of single steps in."""
         state = self._t.state
-        state.exploded_steps = state.exploded_steps + steps_per_epoch if self._far_above(state) else 0
+        for loss in losses:
+            state.exploded_losses = state.exploded_losses + 1 if loss > self._limit else 0
 
     def back(self, what: str) -> None:
         """Puts the newest sound checkpoint into the trainer, at half the learning rate; the caller saves that.
@@ -125,11 +127,7 @@ class Recovery:
 
     def _is_sound(self, saved: Checkpoint) -> bool:
         run = saved.state.get("run", {})
-        seen, loss_sum = run.get("seen", 0), run.get("loss_sum", math.nan)
-        if run.get("exploded_steps", 0) or not math.isfinite(loss_sum) or (seen and loss_sum / seen > self._limit):
+        if run.get("exploded_losses", 0) or not math.isfinite(run.get("loss_sum", math.nan)):
             return False
         tensors = (*saved.model.values(), *saved.optimizer.values())
         return all(bool(torch.isfinite(one).all()) for one in tensors if one.is_floating_point())
-
-    def _far_above(self, state: RunState) -> bool:
-        return state.seen > 0 and state.loss_sum / state.seen > self._limit

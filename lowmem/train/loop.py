@@ -196,13 +196,13 @@ class _Loop:
         """Fetches what the steps left on the device: the only place that waits for it, once per `log_every_steps`."""
         state = self.state
         state.loss_sum, state.wrong = self.sums.tolist()
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"step": step, "epoch": state.epoch + 1, "lr": lr, "loss": float(loss) / size}
             for step, lr, size, loss in self.pending
         ]
         self.pending.clear()
         self.folder.append_steps(rows)
-        self.watch.settle()
+        self.watch.settle(row["loss"] for row in rows)
         now = time.monotonic()
         self.descent.interval(state.step, now - self.last_tick)
         state.train_seconds += now - self.last_tick

@@ -45,7 +45,7 @@ class RunState:
     gradient_share: float | None = None  # of the last epoch that has any
     chance_epochs: int = 0  # at chance, up to the last one
     told_stuck: bool = False
-    exploded_steps: int = 0  # of whole epochs with a loss far above chance, up to the last one (see train.diverge)
+    exploded_losses: int = 0  # logged ones far above chance, one after the other, up to the last (see train.diverge)
     rollbacks: int = 0
     lr_scale: float = 1.0  # what rollbacks made of the learning rate
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import Stuck
@@ -43,8 +43,9 @@ class Watch:
         """A step is done and counted."""
         self._norms.keep(self._t.state.step, self._t.state.epoch + 1)
 
-    def settle(self) -> None:
-        """Fetches the norms that lie on the device, and writes them down."""
+    def settle(self, losses: Iterable[float]) -> None:
+        """Fetches the norms that lie on the device, and writes them down. `losses`: of the steps logged since."""
+        self.recovery.logged(losses)
         rows = self._norms.fetch()
         for _, _, norms in rows:
             stuck.note_share(self._t.state, norms)
@@ -52,7 +53,6 @@ class Watch:
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """Counts a whole epoch in (its row of metrics.csv), before the state's sums are cleared."""
-        self.recovery.end_epoch(self._per_epoch)
         state = self._t.state
         self._found = stuck.end_epoch(
             state,
