@@ -119,7 +119,8 @@ def _trouble(history: History) -> str:
     if back := [event for event in history.events if event.kind == "rollback"]:
         scale = back[-1].detail.get("lr_scale")
         rate = f", at last with {scale:g} of the learning rate" if isinstance(scale, int | float) else ""
-        text += f"; **went back to a checkpoint {len(back)} times{rate}** ({escape(back[-1].detail.get('what', ''))})"
+        often = "once" if len(back) == 1 else f"{len(back)} times"
+        text += f"; **went back to a checkpoint {often}{rate}** ({escape(back[-1].detail.get('what', ''))})"
     if "diverged" in kinds:
         text += "; **stopped because it diverged**"
     if found := [event for event in history.events if event.kind == "stuck"]:

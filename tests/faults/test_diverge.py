@@ -49,6 +49,23 @@ def poisoned(at: tuple[int, int], times: int = 1) -> Iterator[None]:
         TrainBatches.batch = fetch  # type: ignore[method-assign]
 
 
+@contextmanager
+def killed(at: tuple[int, int]) -> Iterator[None]:
+    """The process ends, saving nothing, when it asks for the pictures of this (epoch, step)."""
+    fetch = TrainBatches.batch
+
+    def batch(self: TrainBatches, epoch: int, step: int, **formats: Any) -> tuple[Tensor, Tensor]:
+        if (epoch, step) == at:
+            raise ConnectionAbortedError
+        return fetch(self, epoch, step, **formats)
+
+    TrainBatches.batch = batch  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        TrainBatches.batch = fetch  # type: ignore[method-assign]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def generated_once() -> Iterator[None]:
     """The pictures are the same in all these runs, and drawing them takes longer than most of them."""
@@ -106,13 +123,20 @@ def test_a_resume_after_it_is_exact(rolled_back: Path, tmp_path: Path) -> None:
     assert_same_run(path, rolled_back)
 
 
-def test_a_resume_between_is_exact(rolled_back: Path, tmp_path: Path) -> None:
-    """Stopped before it went back, and killed right after."""
+def test_killed_right_after_it(rolled_back: Path, tmp_path: Path) -> None:
+    """Nothing was saved since it went back but that: the rate is not forgotten."""
     path = tmp_path / "run"
-    run_training(settings("train.max_steps=10"), path)
+    with poisoned((1, 3)), killed((1, 5)), pytest.raises(ConnectionAbortedError):
+        run_training(settings(), path)
+    assert checkpoints.found(path / "checkpoints")[0].name == "step-00000010"
+    resume_training(path, settings())
+    assert_same_run(path, rolled_back)
+
+
+def test_it_goes_back_to_where_the_run_was_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    run_training(settings("train.max_steps=11"), path)
     with poisoned((1, 3)):
-        resume_training(path, settings("train.max_steps=11"))
-        # The checkpoint of step 11 is what it goes back to now: the same but for where the rate changes.
         resume_training(path, settings())
     (event,) = events(path, "rollback")
     assert event["checkpoint"] == "step-00000011"
