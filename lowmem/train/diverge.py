@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
+from torch import Tensor
 
 from lowmem.errors import CorruptCheckpoint, Diverged
 from lowmem.runs import checkpoint as checkpoints
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 MOST_ROLLBACKS = 3
 LR_FACTOR = 0.5
-EXPLODED_FACTOR = 5.0  # times the loss of guessing; healthy first epochs were seen at 1.2, single steps at 4
+EXPLODED_FACTOR = 5.0  # times the loss of guessing; a healthy Res110 begins at 1.2, a first epoch's mean was 1.1
 EXPLODED_STEPS = 100  # the first steps of a run may be that bad, and a single spike of 1e13 may pass
 EXPLODED_LOSSES = 3  # at least, where few are logged
 
@@ -55,6 +56,13 @@ class Recovery:
         if state.exploded_losses >= EXPLODED_LOSSES and steps >= EXPLODED_STEPS:
             return f"the training loss has been above {self._limit:.3g} for {steps} steps"
         return None
+
+    def wrong_after(self, test_loss: float) -> str | None:
+        """What the last update of an epoch broke, seen in the evaluation. A test loss that is no number proves nothing
+        by itself: in fp16 a net can overflow in evaluation, while its running statistics lag behind its weights."""
+        if math.isfinite(test_loss) or _finite(self._t.model.state_dict().values()):
+            return None
+        return f"the loss on the test pictures is {test_loss} and the weights are no numbers any more"
 
     def logged(self, losses: Iterable[float]) -> None:
         """Counts the logged losses of single steps in."""
@@ -129,5 +137,8 @@ class Recovery:
         run = saved.state.get("run", {})
         if run.get("exploded_losses", 0) or not math.isfinite(run.get("loss_sum", math.nan)):
             return False
-        tensors = (*saved.model.values(), *saved.optimizer.values())
-        return all(bool(torch.isfinite(one).all()) for one in tensors if one.is_floating_point())
+        return _finite((*saved.model.values(), *saved.optimizer.values()))
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(one).all()) for one in tensors if one.is_floating_point())

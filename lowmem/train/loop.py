@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -246,8 +245,8 @@ class _Loop:
         self._off_the_clock()
         snapshot = t.meter.read()
         train_error = 100 * state.wrong / state.seen
-        if not math.isfinite(test.loss):
-            self._go_back(f"the training loss is finite, but that on the test pictures is {test.loss}")
+        if (wrong := self.watch.recovery.wrong_after(test.loss)) is not None:
+            self._go_back(wrong)
             return
         row: dict[str, Any] = {
             "epoch": state.epoch + 1,

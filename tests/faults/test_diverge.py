@@ -19,6 +19,7 @@ from lowmem.data import TrainBatches, shapes
 from lowmem.errors import Diverged, ExitCode
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.settings import Settings, gather
+from lowmem.train.step import TrainStep
 from tests.conftest import assert_same_run
 from tests.faults.injection import events
 
@@ -173,6 +174,28 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over(tmp_path: Path) -> None:
     (event,) = events(path, "rollback")
     assert (event["step"], event["checkpoint"]) == (13, "step-00000010")
     assert (path / "checkpoints/damaged-step-00000012").is_dir()
+    assert_all_finite(path)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_the_last_update_of_an_epoch(value: float, tmp_path: Path) -> None:
+    """The weights break when no loss of the epoch is left to show it: the evaluation does, and nothing is exported."""
+    call, left = TrainStep.__call__, [20]
+
+    def step(self: TrainStep, *arguments: Any) -> Tensor:
+        totals = call(self, *arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            self.model.state_dict()["conv1.weight"].fill_(value)
+        return totals
+
+    path = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", step)
+        run_training(settings(), path)
+    (event,) = events(path, "rollback")
+    assert (event["step"], event["checkpoint"]) == (20, "step-00000010")
+    assert [row["epoch"] for row in rows(path, "metrics.csv")] == ["1", "2", "3"]
     assert_all_finite(path)
 
 
