@@ -139,6 +139,15 @@ class TrainConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_batch: PositiveInt | None = Field(default=None, description="pictures at a time in evaluation; default: batch")
     log_every_steps: PositiveInt = 20
+    grad_norms_every: PositiveInt | None = Field(
+        default=None,
+        description="steps between two records of the layers' gradient norms; default: a tenth of an "
+        "epoch, at most 100",
+    )
+    on_stuck: Literal["warn", "stop"] = Field(default="warn", description="what a run that does not learn does")
+    on_nan: Literal["rollback", "stop"] = Field(
+        default="rollback", description="what a run does whose loss is no number any more, or has exploded"
+    )
 
     @model_validator(mode="after")
     def _micro_fits(self) -> TrainConfig:
@@ -202,6 +211,9 @@ OPERATIONAL: frozenset[str] = frozenset(
         "train.device",
         "train.max_steps",
         "train.log_every_steps",
+        "train.grad_norms_every",
+        "train.on_stuck",
+        "train.on_nan",
         "data.source",  # a moved folder; the pictures themselves are checked by their fingerprint
         "data.root",
         "data.cache",

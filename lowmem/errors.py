@@ -65,6 +65,18 @@ class OutOfMemory(LowmemError):
     exit_code = ExitCode.OUT_OF_MEMORY
 
 
+class Diverged(LowmemError):
+    """The loss is no number any more, or has exploded, and the run was to stop, or nothing was left to try."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class Stuck(LowmemError):
+    """The run learns nothing and was to stop; it was saved."""
+
+    exit_code = ExitCode.DIVERGED
+
+
 class CorruptCheckpoint(LowmemError):
     """A checkpoint does not verify, or belongs to something else."""
 

@@ -178,6 +178,8 @@ def carry_over(source: Source, new: Config, changes: Changes, dataset: Dataset) 
         run["step"] = run["epoch"] * steps_per_epoch(new, dataset)
     # The old run's best was chosen under other settings, perhaps on other pictures, and its weights are not here.
     run["best"] = None
+    # The rate is what the new settings say, and whether the run gets anywhere with it is a new question.
+    run |= {"lr_scale": 1.0, "rollbacks": 0, "exploded_losses": 0, "chance_epochs": 0, "told_stuck": False}
     run["low_start"] = bool(run.get("low_start")) and starts_low(new)
     identity = {"settings": config_hash(new), "data": dataset.fingerprint}
     return replace(saved, step=run["step"], state={"run": run, "identity": identity})

@@ -54,7 +54,8 @@ def assert_same_run(left: Path, right: Path) -> None:
             left / "checkpoints" / checkpoints[0][-1] / name, right / "checkpoints" / checkpoints[1][-1] / name
         )
     assert exact_rows(left) == exact_rows(right)
-    assert (left / "steps.csv").read_text() == (right / "steps.csv").read_text()
+    for name in ("steps.csv", "gradients.csv"):
+        assert (left / name).read_text() == (right / name).read_text()
 
 
 def assert_same_tensors(left: Path, right: Path) -> None:

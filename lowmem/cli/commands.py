@@ -29,6 +29,8 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Plan, try every output and a step, say time and disk; leave nothing behind."),
 ]
+OnStuck = Annotated[Text, typer.Option(help="When a run learns nothing: warn, or stop with code 6.")]
+OnNan = Annotated[Text, typer.Option(help="When the loss breaks: rollback to half the rate, or stop with code 6.")]
 DataRoot = Annotated[Text, typer.Option(help="Folder that holds, or receives, cifar10 and fashion-mnist.")]
 
 
@@ -80,6 +82,8 @@ def train(
     seed: Annotated[Number, typer.Option(help="Seed of initial weights, order and augmentation.")] = None,
     keep_every: KeepEvery = None,
     out: Annotated[Optional[Path], typer.Option(help="Run folder; default runs/ARCH.")] = None,  # noqa: UP045
+    on_stuck: OnStuck = None,
+    on_nan: OnNan = None,
     config: Annotated[Optional[Path], typer.Option(help="YAML file of settings.")] = None,  # noqa: UP045
     set_: Sets = [],  # noqa: B006
     dry_run: DryRun = False,
@@ -102,6 +106,8 @@ def train(
         "train.device": device,
         "memory.vram": vram,
         "memory.card": card,
+        "train.on_stuck": on_stuck,
+        "train.on_nan": on_nan,
         "seed": seed,
         "checkpoint.keep_every": keep_every,
     }
@@ -126,6 +132,8 @@ def resume(
     data: Annotated[Text, typer.Option(help="Where the same pictures are now, like folder:PATH.")] = None,
     data_root: DataRoot = None,
     keep_every: KeepEvery = None,
+    on_stuck: OnStuck = None,
+    on_nan: OnNan = None,
     set_: Sets = [],  # noqa: B006
 ) -> None:
     """Go on exactly where a run stopped."""
@@ -133,6 +141,7 @@ def resume(
 
     values = _values(set_)
     named = {"train.device": device, "memory.vram": vram, "data.source": data, "data.root": data_root}
+    named |= {"train.on_stuck": on_stuck, "train.on_nan": on_nan}
     values |= {key: value for key, value in named.items() if value is not None and key not in values}
     if keep_every is not None:
         values.setdefault("checkpoint.keep_every", keep_every)

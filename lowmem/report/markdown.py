@@ -106,8 +106,25 @@ def _state(history: History) -> str:
     resumed = history.times_resumed
     if resumed:
         text += ", interrupted and resumed " + ("once" if resumed == 1 else f"{resumed} times")
+    text += _trouble(history)
     if last is not None and last.train_loss is not None and not math.isfinite(last.train_loss):
         text += "; **diverged: the training loss is no number any more**"
+    return text
+
+
+def _trouble(history: History) -> str:
+    """What the run itself noticed: going back from a broken loss, learning nothing, stopping for either."""
+    kinds = [event.kind for event in history.events]
+    text = ""
+    if back := [event for event in history.events if event.kind == "rollback"]:
+        scale = back[-1].detail.get("lr_scale")
+        rate = f", at last with {scale:g} of the learning rate" if isinstance(scale, int | float) else ""
+        often = "once" if len(back) == 1 else f"{len(back)} times"
+        text += f"; **went back to a checkpoint {often}{rate}** ({escape(back[-1].detail.get('what', ''))})"
+    if "diverged" in kinds:
+        text += "; **stopped because it diverged**"
+    if found := [event for event in history.events if event.kind == "stuck"]:
+        text += f"; **learns nothing: at chance up to epoch {escape(found[-1].detail.get('epoch', '?'))} and longer**"
     return text
 
 

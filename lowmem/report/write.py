@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lowmem.errors import DiskError, UsageError
 from lowmem.report.figures import Picture, draw_all
+from lowmem.report.gradients import draw_gradients
 from lowmem.report.markdown import render
 from lowmem.report.tables import TableRow, build_rows, in_order
 from lowmem.runs.atomic import write_bytes_atomic, write_text_atomic
@@ -38,7 +39,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> ReportResult:
         if len(histories) != 1:
             raise UsageError(f"a report on {len(histories)} runs needs a folder to go to: give --out report")
         out = histories[0].path / "report"
-    pictures = draw_all(histories)
+    pictures = [*draw_all(histories), *draw_gradients(histories)]
     rows = build_rows(histories)
     text = render(histories, rows, pictures)
     try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -31,7 +31,9 @@ from lowmem.reading import (
     read_limited,
     shorten,
 )
+from lowmem.runs import gradients as gradient_rows
 from lowmem.runs.columns import INTEGER, METRICS, STEPS
+from lowmem.runs.gradients import Gradients
 from lowmem.runs.guard import refuse_leads
 from lowmem.runs.header import read_header
 
@@ -105,6 +107,7 @@ class History:
     best: BestWeights | None
     classes: int | None
     notes: tuple[str, ...]
+    gradients: Gradients = field(default_factory=Gradients)
 
     @property
     def last(self) -> EpochRow | None:
@@ -156,6 +159,7 @@ def read_history(run: Path) -> History:
         events=_read_events(run / "events.jsonl", notes),
         best=_read_best(run / "weights" / "best.safetensors", notes),
         classes=_count_classes(run, config),
+        gradients=_read_gradients(run / gradient_rows.FILE_NAME, notes),
         notes=tuple(notes),
     )
 
@@ -237,6 +241,10 @@ def _read_table(path: Path, known: tuple[str, ...], rising: str, row: type[Row],
                 f"{getattr(before, rising)}: lines are doubled or out of order"
             )
     return tuple(rows)
+
+
+def _read_gradients(path: Path, notes: list[str]) -> Gradients:
+    return gradient_rows.parse(path, _whole_lines(path, notes)) if path.exists() else Gradients()
 
 
 def _read_header(path: Path, line: str, known: tuple[str, ...], row: type[Row]) -> list[str]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import DiskError, PreflightError, UsageError
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs import columns
+from lowmem.runs import columns, gradients
 from lowmem.runs.atomic import PARTIAL, append_lines, write_bytes_atomic, write_text_atomic
 from lowmem.runs.checkpoint import FULL, disk_error
 from lowmem.runs.guard import refuse_leads
@@ -43,13 +43,14 @@ class RunFolder:
         self.path = path
         self._lock = lock
         self._metrics, self._steps = RowFile(self.metrics_file), RowFile(self.steps_file)
-        self._events = RowFile(self.events_file)
+        self._events, self._gradients = RowFile(self.events_file), RowFile(self.gradients_file)
         self._plan_waiting: Mapping[str, Any] | None = None
         self._plan_lock = threading.Lock()
 
     checkpoints = property(lambda self: self.path / "checkpoints")
     metrics_file = property(lambda self: self.path / "metrics.csv")
     steps_file = property(lambda self: self.path / "steps.csv")
+    gradients_file = property(lambda self: self.path / gradients.FILE_NAME)
     events_file = property(lambda self: self.path / "events.jsonl")
 
     @property
@@ -160,7 +161,7 @@ class RunFolder:
     @property
     def rows_waiting(self) -> int:
         """Lines of all files that are in memory only, because the disk refused them."""
-        return sum(file.waiting for file in (self._metrics, self._steps, self._events))
+        return sum(file.waiting for file in (self._metrics, self._steps, self._gradients, self._events))
 
     def flush(self) -> None:
         """Writes everything that waits. Raises DiskError if the disk still refuses; nothing of it is lost then.
@@ -168,7 +169,7 @@ class RunFolder:
         A checkpoint may be committed only after this: a resume cuts the rows back to it and cannot make up for rows
         that are missing before it.
         """
-        for file in (self._metrics, self._steps, self._events):
+        for file in (self._metrics, self._steps, self._gradients, self._events):
             try:
                 file.flush()
             except OSError as error:
@@ -180,6 +181,21 @@ class RunFolder:
             if self._plan_waiting is not None:
                 self.write_plan(self._plan_waiting)
                 self._plan_waiting = None
+
+    def begin_gradients(self, layers: Sequence[str], *, step: int) -> None:
+        """Makes gradients.csv with its header, or drops the rows after `step` from the one that is there.
+
+        Raises DiskError, and CorruptCheckpoint if it is another network's."""
+        try:
+            cut(self.gradients_file, gradients.columns(layers), "step", step)
+        except OSError as error:
+            raise disk_error(error, self.gradients_file) from error
+        self._gradients.replaced()
+
+    def append_gradients(self, rows: Sequence[tuple[int, int, Sequence[float]]]) -> None:
+        """Appends (step, epoch, norms) to gradients.csv."""
+        if rows:
+            self._append(self._gradients, [gradients.line(*row) for row in rows])
 
     def copy_metrics(self, source: Path, *, epoch: int) -> None:
         """Takes over the rows of another run's metrics.csv up to `epoch`. Raises DiskError."""

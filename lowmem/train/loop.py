@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -29,6 +28,7 @@ from lowmem.train.state import Best, RunState, capture
 from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.train.survive import Failure, Undo
 from lowmem.train.timeleft import TimeLeft
+from lowmem.train.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -108,15 +108,22 @@ class _Loop:
         self.exports: dict[str, dict[str, str]] = {}  # weights to be written with the next save: name -> metadata
         self.state = trainer.state
         self.per_epoch = trainer.batches.steps_per_epoch
-        sums = [self.state.loss_sum, self.state.wrong]
-        self.sums = torch.tensor(sums, dtype=torch.float64, device=trainer.execution.device)
-        self.undo = Undo(trainer.step, trainer.model)
         self.descent = Descent(trainer, folder)
-        self._plan_changed()
-        self.pending: list[tuple[int, float, int, Tensor]] = []
+        self.watch = Watch(trainer, folder)
+        self._take_state()
         self.last_save = self.last_tick = time.monotonic()
-        self.saved_at: tuple[int, int] | None = None
         self.time_left = TimeLeft(trainer.config.train.epochs, self.per_epoch)
+
+    def _take_state(self) -> None:
+        """Begins with the trainer's state: at the start, and after going back to a checkpoint."""
+        t = self.t
+        self.state = t.state
+        sums = [self.state.loss_sum, self.state.wrong]
+        self.sums = torch.tensor(sums, dtype=torch.float64, device=t.execution.device)
+        self.undo = Undo(t.step, t.model)
+        self.pending: list[tuple[int, float, int, Tensor]] = []
+        self.saved_at: tuple[int, int] | None = None
+        self._plan_changed()
 
     def run(self) -> Outcome:
         config = self.t.config.train
@@ -134,9 +141,13 @@ class _Loop:
 
     # -- a step ----------------------------------------------------------------------------------------------------
 
+    def _lr(self, step: int) -> float:
+        state = self.state
+        return learning_rate(self.t.config, self.per_epoch, step, low_start=state.low_start) * state.lr_scale
+
     def _one_step(self) -> None:
         state, t = self.state, self.t
-        lr = learning_rate(t.config, self.per_epoch, state.step, low_start=state.low_start)
+        lr = self._lr(state.step)
         while isinstance(done := self.undo.attempt(lambda: self._try_step(lr)), Failure):
             if not self.descent.after(done):
                 self._give_up(done)
@@ -148,13 +159,14 @@ class _Loop:
         state.seen += size
         if state.step % t.config.train.log_every_steps == 0:
             self.pending.append((state.step, lr, size, totals[0]))
+        self.watch.stepped()
 
     def _try_step(self, lr: float) -> tuple[Tensor, int]:
         t, state = self.t, self.state
         layout = t.execution.torch_memory_format
         images, labels = t.batches.batch(state.epoch, state.step_in_epoch, memory_format=layout)
         with self.check.around(images, labels):
-            return t.step(images, labels, lr), labels.shape[0]
+            return t.step(images, labels, lr, self.watch.look()), labels.shape[0]
 
     def _plan_changed(self) -> None:
         t = self.t
@@ -169,6 +181,9 @@ class _Loop:
             (self.t.observer.note if found.within else self.t.observer.warning)(found.words)
         if state.step % config.train.log_every_steps == 0 or state.step_in_epoch == self.per_epoch:
             self._settle()
+            if (wrong := self.watch.recovery.wrong()) is not None:
+                self._go_back(wrong)
+                return
             if self.descent.under_pressure():
                 self._plan_changed()
         if self.signals.requested is not None:
@@ -186,12 +201,13 @@ class _Loop:
         """Fetches what the steps left on the device: the only place that waits for it, once per `log_every_steps`."""
         state = self.state
         state.loss_sum, state.wrong = self.sums.tolist()
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"step": step, "epoch": state.epoch + 1, "lr": lr, "loss": float(loss) / size}
             for step, lr, size, loss in self.pending
         ]
         self.pending.clear()
         self.folder.append_steps(rows)
+        self.watch.settle(row["loss"] for row in rows)
         now = time.monotonic()
         self.descent.interval(state.step, now - self.last_tick)
         state.train_seconds += now - self.last_tick
@@ -215,7 +231,7 @@ class _Loop:
                 epochs=t.config.train.epochs,
                 step_in_epoch=state.step_in_epoch,
                 steps_per_epoch=self.per_epoch,
-                lr=learning_rate(t.config, self.per_epoch, state.step - 1, low_start=state.low_start),
+                lr=self._lr(state.step - 1),
                 loss=state.loss_sum / seen,
                 error_pct=100 * state.wrong / seen,
                 images_per_second=state.seen / state.train_seconds if state.train_seconds > 0 else None,
@@ -236,10 +252,13 @@ class _Loop:
         self._off_the_clock()
         snapshot = t.meter.read()
         train_error = 100 * state.wrong / state.seen
+        if (wrong := self.watch.recovery.wrong_after(test.loss)) is not None:
+            self._go_back(wrong)
+            return
         row: dict[str, Any] = {
             "epoch": state.epoch + 1,
             "step": state.step,
-            "lr": learning_rate(t.config, self.per_epoch, state.step - 1, low_start=state.low_start),
+            "lr": self._lr(state.step - 1),
             "train_loss": state.loss_sum / state.seen,
             "train_error_pct": train_error,
             "test_loss": test.loss,
@@ -252,11 +271,7 @@ class _Loop:
             "val_loss": val.loss if val else None,
             "val_error_pct": val.error_pct if val else None,
         }
-        if not math.isfinite(row["train_loss"]):
-            t.observer.warning(
-                f"the training loss of epoch {row['epoch']} is {row['train_loss']}: the run has diverged"
-            )
-            self.folder.event("warning", what="loss is not finite", epoch=row["epoch"])
+        self.watch.end_epoch(row)
         state.low_start = next_low_start(t.config, state.low_start, train_error)
         state.epoch += 1
         chosen_on, score = ("val", val) if val else ("test", test)
@@ -266,6 +281,7 @@ class _Loop:
         self.folder.append_metrics(row)
         self._save()
         t.observer.epoch(row, t.config.train.epochs)
+        self.watch.tell_stuck()
         if self.signals.requested is not None and state.epoch < t.config.train.epochs:
             self._leave()
 
@@ -304,6 +320,9 @@ class _Loop:
             return
         if self.pending or self.state.step_in_epoch:
             self._settle()
+        if (wrong := self.watch.recovery.wrong()) is not None:
+            self._go_back(wrong)
+            return
         self.saver.wait()
         taken = self.descent.saved(self.t.checkpoint)
         weights = {name: (taken.model, metadata) for name, metadata in self.exports.items()}
@@ -322,6 +341,16 @@ class _Loop:
     def hurried(self) -> bool:
         """Whether somebody waits for this process to leave."""
         return self.signals.requested is not None
+
+    def _go_back(self, wrong: str) -> None:
+        """From a loss that broke to the last sound checkpoint. Raises Diverged if that is not to be."""
+        self.saver.wait()
+        self.exports.clear()  # of what is undone
+        self.watch.recovery.back(wrong)
+        self._take_state()
+        self.watch.begin()
+        self.time_left = TimeLeft(self.t.config.train.epochs, self.per_epoch)
+        self._save()  # with the rate that it goes on with: killed here, a resume does the same
 
     def _give_up(self, failure: Failure) -> NoReturn:
         """The end of the ladder. What failed is undone: the run is saved as it was before it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -91,9 +92,9 @@ class TrainStep:
         self.micro_batch = micro_batch
         self.phase = "data"  # what a step is doing, for whoever has to say where it failed
 
-    def __call__(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
+    def __call__(self, images: Tensor, labels: Tensor, lr: float, look: Callable[[], None] | None = None) -> Tensor:
         """images float [B, C, 32, 32], labels int64 [B] -> (sum of losses, wrong predictions), float64 [2] on the
-        device. Everything that allocates comes before the update."""
+        device. Everything that allocates comes before the update, so `look` does, which may look at the gradients."""
         size = labels.shape[0]
         micro = self.micro_batch or size
         totals = torch.zeros(2, dtype=torch.float64, device=images.device)
@@ -107,6 +108,9 @@ class TrainStep:
             self.scaler.scale(loss / size).backward()
             totals[0] += loss.detach().double()
             totals[1] += (logits.detach().argmax(1) != y).sum()
+        if look is not None:
+            self.phase = "gradient norms"
+            look()
         self.phase = "update"
         for group in self.optimizer.param_groups:
             group["lr"] = lr

@@ -1,0 +1,66 @@
+"""gradients.csv: written, cut back, read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from lowmem.errors import LowmemError, UsageError
+from lowmem.runs.gradients import GradientRow, Gradients, columns, line, parse
+from lowmem.runs.store import RunFolder
+
+LAYERS = ("conv1.weight", "linear.weight")
+
+
+def read(path: Path) -> Gradients:
+    return parse(path, path.read_text().splitlines())
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", "", {}) as run:
+        run.begin_gradients(LAYERS, step=0)
+        assert read(run.gradients_file) == Gradients(LAYERS, ())
+        run.append_gradients([(1, 1, [1.93212345e6, 0.36]), (40, 1, [math.inf, math.nan])])
+        run.append_gradients([(80, 2, [0.0, 1e-30])])
+        first, overflowed, last = read(run.gradients_file).rows
+        assert first == GradientRow(1, 1, (1932120.0, 0.36))  # six digits
+        assert overflowed.norms[0] == math.inf
+        assert math.isnan(overflowed.norms[1])
+        assert last == GradientRow(80, 2, (0.0, 1e-30))
+
+
+def test_rows_after_the_step_are_dropped_and_half_lines_too(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", "", {}) as run:
+        run.begin_gradients(LAYERS, step=0)
+        run.append_gradients([(step, 1, [1.0, 2.0]) for step in (1, 40, 80)])
+        with open(run.gradients_file, "a") as file:
+            file.write("120,1,0.")
+        run.begin_gradients(LAYERS, step=79)
+        assert [row.step for row in read(run.gradients_file).rows] == [1, 40]
+        with pytest.raises(LowmemError, match="other columns"):
+            run.begin_gradients(("conv1.weight",), step=79)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["step,conv1.weight"], "line 1"),
+        (["step,epoch"], "line 1"),
+        (["step,epoch,a,a"], "line 1"),
+        (["step,epoch,a", "1,1"], "line 2: 2 fields"),
+        (["step,epoch,a", "1,1,x"], "line 2"),
+        (["step,epoch,a", "one,1,0.5"], "line 2"),
+        (["step,epoch,a", "2,1,0.5", "2,1,0.5"], "line 3: step 2 follows step 2"),
+    ],
+)
+def test_what_is_damaged_is_refused(lines: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        parse(Path("gradients.csv"), lines)
+
+
+def test_an_empty_file_is_none() -> None:
+    assert parse(Path("gradients.csv"), []) == Gradients()
+    assert line(1, 2, [0.5]) == "1,2,0.5"
+    assert columns(LAYERS) == ("step", "epoch", *LAYERS)
