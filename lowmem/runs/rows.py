@@ -49,13 +49,17 @@ class RowFile:
         if not self._waiting:
             return
         try:
-            if self._good_bytes is None:
+            if self._good_bytes is None or _size(self.path) < self._good_bytes:  # shorter: others have been at it
                 self._good_bytes = _whole_lines_bytes(self.path)
             self._good_bytes = append_lines(self.path, self._waiting, after_bytes=self._good_bytes)
         except OSError:
             self._refused = True
             raise
         self._waiting, self._refused = [], False
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _whole_lines_bytes(path: Path) -> int:
