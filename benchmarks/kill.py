@@ -140,7 +140,7 @@ class Bench:
                     yield Job(part=name, start=start, deaths=(Death(at=at, half=half),), whole=whole)
                 if at % 2 and start is BRIEF:
                     deaths = (Death(at=at, half=True, power=True),)
-                    yield Job(part=f"{name}, every other operation", start=start, deaths=deaths, whole=whole)
+                    yield Job(part=f"{name}, every other operation, power cut", start=start, deaths=deaths, whole=whole)
 
     def saved_twice(self, every: int) -> Iterator[Job]:
         """A step that is saved before its evaluation and again after it: each operation of that resumed process."""
