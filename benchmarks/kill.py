@@ -45,6 +45,9 @@ from tests.faults.kills import (
 from tests.faults.lives import Death, Life, Lives
 
 EPOCHS_ONLY = (*SMALL, "--set", "checkpoint.every_steps=null")
+# Six steps, for all that is done to files once a run has begun; two, for all before that.
+BRIEF = (*SMALL, "--set", "data.train_subset=20")
+BRIEFEST = (*SMALL, "--epochs", "1", "--set", "data.train_subset=10")
 SOME_MOMENTS = 4  # deaths at most that are drawn for one run
 PER_EPOCH = 5
 
@@ -126,19 +129,18 @@ class Bench:
         return run, life
 
     def operations(self, every: int) -> Iterator[Job]:
-        """Each operation of a run; in the middle of each write; and with a power cut, every other one from the first
-        step to the second epoch's first checkpoint."""
-        made = self.life.operations
-        first, second = made.index("fsync checkpoints") + 1, made.index("replace checkpoints/step-00000006") + 2
-        for at in range(1, len(made) + 1, every):
-            halves = (False, True) if made[at - 1].startswith("write") else (False,)
-            for half in halves:
-                yield self._job("every operation", (Death(at=at, half=half),))
-                if first <= at <= second and at % 2:
-                    yield self._job("every operation, power cut", (Death(at=at, half=half, power=True),))
-
-    def _job(self, part: str, deaths: tuple[Death, ...], **more: object) -> Job:
-        return Job(part=part, start=SMALL, deaths=deaths, whole=self.whole, **more)  # type: ignore[arg-type]
+        """Each operation of a run, and the middle of each write; every other one also with a power cut."""
+        for start, name in ((BRIEFEST, "setting up"), (BRIEF, "training")):
+            whole, life = self._left_alone(name.replace(" ", "-"), start)
+            made = life.operations
+            begun = made.index("fsync checkpoints") + 1
+            span = range(1, begun + 1) if start is BRIEFEST else range(begun + 1, len(made) + 1)
+            for at in span[::every]:
+                for half in (False, True) if made[at - 1].startswith("write") else (False,):
+                    yield Job(part=name, start=start, deaths=(Death(at=at, half=half),), whole=whole)
+                if at % 2 and start is BRIEF:
+                    deaths = (Death(at=at, half=True, power=True),)
+                    yield Job(part=f"{name}, every other operation, power cut", start=start, deaths=deaths, whole=whole)
 
     def saved_twice(self, every: int) -> Iterator[Job]:
         """A step that is saved before its evaluation and again after it: each operation of that resumed process."""
@@ -152,7 +154,8 @@ class Bench:
         last = max(at for at, line in enumerate(made, 1) if line.startswith("delete checkpoints/step-00000005.old"))
         for at in range(first, last + 2, every):
             for power in (False, True)[: 1 + at % 2]:
-                yield self._job("a step saved twice", (Death(at=at, power=power),), base=base)
+                deaths = (Death(at=at, power=power),)
+                yield Job(part="a step saved twice", start=SMALL, deaths=deaths, whole=self.whole, base=base)
 
     def forks(self, every: int) -> Iterator[Job]:
         """`lowmem fork` until the fork's first step, every other operation."""
@@ -187,7 +190,7 @@ class Bench:
         moments = (draw.uniform(0, self.life.seconds) for _ in range(min(SOME_MOMENTS, left)))
         deaths = tuple(Death(after_seconds=moment) for moment in moments)
         if draw.randrange(3):
-            return self._job("random moments", deaths)
+            return Job(part="random moments", start=SMALL, deaths=deaths, whole=self.whole)
         return Job(
             part="random moments, saving every epoch",
             start=EPOCHS_ONLY,
@@ -284,10 +287,11 @@ def report(
     killed = sum(int(str(part["deaths"])) for part in parts)
     return (
         f"{sentence(found)}; {seconds:.0f} s.\n\n"
-        f"res20 of width 2, 40 pictures of shapes, {STEPS} steps in two epochs, a checkpoint every {EVERY_STEPS} steps "
-        "and at the end of each epoch. A process dies by SIGKILL before an operation on a file of its run, in the "
-        "middle of a write, or at a random moment; then the run goes on as a user would let it, by `lowmem resume`, or by the "
-        "same command again before its first checkpoint. Steps lost: those done that the next process has to repeat. "
+        f"res20 of width 2, 40 pictures of shapes, {STEPS} steps in two epochs (20 pictures and 6 steps where every "
+        f"operation has its turn, 10 and 2 for those of setting up), a checkpoint every {EVERY_STEPS} steps and at the "
+        "end of each epoch. A process dies by SIGKILL before an operation on a file of its run, in the "
+        "middle of a write, or at a random moment; then the run goes on as a user would let it, by `lowmem resume`, or "
+        "by the same command again before its first checkpoint. Steps lost: those done that the next process repeats. "
         "Differing bits: of weights, optimizer, rows of metrics.csv (measurements left out) and steps.csv, against the "
         f"same run left alone. {killed} deaths in all; runs left out because the time was over: {left_out}.\n\n"
         f"{table(header, rows)}"

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -26,7 +27,6 @@ SMALL = (
 )  # fmt: skip
 STEPS = 10
 _ASIDE = re.compile(r"\.aside-step-(\d+)")
-_NOT_BEGUN = (ExitCode.USAGE, ExitCode.CHECKPOINT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +62,15 @@ def survive(
     """Starts `run` with the command, dies each of the deaths in turn (each time going on from there), then goes on to
     the end.
 
-    Raises Lost if it cannot go on, or if more steps are lost than lie between two checkpoints.
+    Raises Lost if it cannot go on, if more steps are lost than lie between two checkpoints, or if the last process did
+    not go on from the newest of them.
     """
-    story, kept = Story(run), None
+    story, kept = Story(run), newest(run)
     for death in (*deaths, Death()):
         life = go_on(lives, start, run, death)
         if life.code == ExitCode.DONE:
+            if story.deaths and kept is not None and kept != resumed_at(run):
+                raise Lost(f"{run}: {story.deaths[-1]}, then resumed at step {resumed_at(run)}")
             return story
         if life.code != -signal.SIGKILL or death == Death():
             raise Lost(f"{run}, after {story.deaths}: left with {life.code}: {life.output}")
@@ -85,6 +88,11 @@ def go_on(lives: Lives, start: tuple[str, ...], run: Path, death: Death) -> Life
     if run.exists() and newest(run) is not None:
         return lives.live(("resume", str(run)), run, death)
     return lives.live((*start, "--out", str(run)), run, death)
+
+
+def resumed_at(run: Path) -> int | None:
+    """The step at which the latest process went on, None if none did."""
+    return max((event["step"] for event in _events(run)[0] if event["event"] == "resume"), default=None)
 
 
 def newest(run: Path) -> int | None:
@@ -126,7 +134,7 @@ def _file_bits(left: Path, right: Path) -> int:
 def _bits(left: bytes, right: bytes) -> int:
     length = min(len(left), len(right))
     a, b = (np.frombuffer(side[:length], dtype=np.uint8) for side in (left, right))
-    return int(np.bitwise_count(a ^ b).sum()) + 8 * abs(len(left) - len(right))
+    return int(np.unpackbits(a ^ b).sum()) + 8 * abs(len(left) - len(right))
 
 
 def litter(run: Path, whole: Path) -> set[str]:
@@ -138,10 +146,16 @@ def litter(run: Path, whole: Path) -> set[str]:
 
 def unreadable_events(run: Path) -> list[str]:
     """Lines of events.jsonl that are no JSON object."""
-    bad = []
+    return _events(run)[1]
+
+
+def _events(run: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The events, and the lines that are none."""
+    good, bad = [], []
     for line in (run / "events.jsonl").read_text().split("\n")[:-1]:
         try:
-            json.loads(line)["event"]
+            event = json.loads(line)
+            good.append({"event": event["event"], **event})
         except (ValueError, KeyError, TypeError):
             bad.append(line)
-    return bad
+    return good, bad
