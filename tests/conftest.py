@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -18,6 +19,9 @@ from lowmem.runs.columns import EXACT_METRICS
 # As in `environment` below; and with several threads the library's own fp32 channels-last convolutions of thin nets
 # crash now and then (see benchmarks/LOG.md), whoever calls them.
 torch.set_num_threads(1)
+# The machines that test are busy: no test may fail for being slow.
+hypothesis.settings.register_profile("lowmem", deadline=None)
+hypothesis.settings.load_profile("lowmem")
 
 TINY = (
     "--arch", "res20", "--width", "4", "--data", "shapes", "--epochs", "3", "--batch", "64",
