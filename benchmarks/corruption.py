@@ -3,10 +3,10 @@
     python -m benchmarks.corruption [--flips 4000] [--inputs 2000] [--seconds 420]
 
 A small run is made; its newest checkpoint is damaged file by file in every way there is, then bits of it are flipped
-(every bit of its manifest, and random positions of all files); after each the checkpoint that a resume would load must be an
-older, good generation, bit for bit, with what was skipped said. Then every reader of a file is given mutated input: each
-must end in a value or a LowmemError. Readers run in a process of their own with a limit on its memory. Writes
-`results/corruption.json` and `.md` beside this file.
+(every bit of its manifest, and random positions of all files); after each, the checkpoint that a resume would load must
+be an older, good generation, bit for bit, with what was skipped said. Then every reader of a file is given mutated
+input: each must end in a value or a LowmemError. Readers run in a process of their own with a limit on its memory.
+Writes `results/corruption.json` and `.md` beside this file.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import resource
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -83,18 +84,17 @@ def fuzz_readers(made: Path, work: Path, inputs: int, seed: int, until: float) -
 
 
 def _in_child(work: Any) -> dict[str, Any]:
-    """Forks, so that the libraries need not be loaded again. Linux and macOS."""
+    """Forks, so that the libraries need not be loaded again. Linux only."""
     read, send = os.pipe()
     if (child := os.fork()) == 0:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + _MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        before = _peak_bytes()
-        tried: Tried = work()
-        values = asdict(tried) | {"tracebacks": {what: repr(data[:200]) for what, data in tried.tracebacks.items()}}
-        with os.fdopen(send, "w") as pipe:
-            json.dump(values | {"more_memory_bytes": _peak_bytes() - before}, pipe)
-        os._exit(0)
+        try:
+            with os.fdopen(send, "w") as pipe:
+                json.dump(_limited(work), pipe)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)  # whatever happens, this process does not go on as its parent
     os.close(send)
     with os.fdopen(read) as pipe:
         text = pipe.read()
@@ -102,6 +102,16 @@ def _in_child(work: Any) -> dict[str, Any]:
     if status != 0 or not text:
         raise RuntimeError(f"the process that tried a reader ended with status {status}")
     return json.loads(text)
+
+
+def _limited(work: Any) -> dict[str, Any]:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + _MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    before = _peak_bytes()
+    tried: Tried = work()
+    values = asdict(tried) | {"tracebacks": {what: repr(data[:200]) for what, data in tried.tracebacks.items()}}
+    return values | {"more_memory_bytes": _peak_bytes() - before}
 
 
 def _peak_bytes() -> int:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -20,6 +21,9 @@ from lowmem.runs.columns import EXACT_METRICS
 torch.set_num_threads(1)
 # Processes that are started by what is tested (trials, measurements) share the cores just the same.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The machines that test are busy: no test may fail for being slow.
+hypothesis.settings.register_profile("lowmem", deadline=None)
+hypothesis.settings.load_profile("lowmem")
 
 TINY = (
     "--arch", "res20", "--width", "4", "--data", "shapes", "--epochs", "3", "--batch", "64",

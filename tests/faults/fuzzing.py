@@ -85,9 +85,9 @@ def replace_in_json(rng: random.Random, data: bytes) -> bytes:
     """One value, one key or one item of the parsed value."""
     try:
         value = json.loads(data)
-    except ValueError:
+        places = list(_places(value))
+    except (ValueError, RecursionError):  # made deeper than the library goes by a mutation before
         return put_in(rng, data)
-    places = list(_places(value))
     if not places:
         return json.dumps(rng.choice(NASTY)).encode()
     holder, key = rng.choice(places)
@@ -102,7 +102,7 @@ def replace_in_json(rng: random.Random, data: bytes) -> bytes:
         holder[key] = rng.choice(NASTY)
     try:
         return json.dumps(value, indent=1).encode()
-    except ValueError:  # a number of too many digits
+    except (ValueError, RecursionError):  # a number of too many digits
         return data
 
 
