@@ -22,7 +22,7 @@ from lowmem.runs import columns
 from lowmem.runs.atomic import append_lines, write_bytes_atomic, write_text_atomic
 from lowmem.runs.checkpoint import FULL, disk_error
 from lowmem.runs.lock import Owner, RunLock
-from lowmem.runs.rows import RowFile
+from lowmem.runs.rowfile import RowFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,6 +176,7 @@ class RunFolder:
 
     def cut_back(self, *, epoch: int, step: int) -> None:
         """Drops rows after `epoch` from metrics.csv and after `step` from steps.csv: what a resume will repeat."""
+        self.flush()  # rows that still wait are to be dropped, too, if they are of later steps
         try:
             _cut(self.metrics_file, columns.METRICS, "epoch", epoch)
             _cut(self.steps_file, columns.STEPS, "step", step)
