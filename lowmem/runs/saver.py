@@ -149,6 +149,14 @@ class Saver:
             self._changed.notify_all()
         self.poll()
 
+    def drop(self) -> None:
+        """Forgets a save that the disk refused, after `wait`: for a run that goes back to the last checkpoint."""
+        with self._changed:
+            while self._busy():
+                self._changed.wait(_SLICE_SECONDS)
+            self._job = self._due = self._failure = None
+        self.poll()
+
     def finish(self, hurried: Callable[[], bool] = lambda: False) -> None:
         """Until everything is on disk, rows included. `hurried`: whether somebody waits for the process to leave.
 

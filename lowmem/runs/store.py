@@ -24,7 +24,7 @@ from lowmem.runs.atomic import PARTIAL, append_lines, write_bytes_atomic, write_
 from lowmem.runs.checkpoint import FULL, disk_error
 from lowmem.runs.guard import refuse_leads
 from lowmem.runs.lock import Owner, RunLock
-from lowmem.runs.rows import RowFile
+from lowmem.runs.rowfile import RowFile
 from lowmem.runs.setup import clear, never_began, refuse_existing, start_again
 from lowmem.runs.table import cut
 
@@ -212,6 +212,7 @@ class RunFolder:
         Returns a sentence for each file that had lines nothing could be made of. Raises CorruptCheckpoint for a file
         that is no table of these columns, DiskError.
         """
+        self.flush()  # rows that still wait are to be dropped, too, if they are of later steps
         try:
             _end_last_line(self.events_file)
             damages = (

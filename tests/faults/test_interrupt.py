@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -105,4 +106,4 @@ def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
     process.communicate(timeout=120)
     # The first checkpoint may not be there yet; the lock is looked at before.
     assert second.returncode == 2
-    assert f"process {process.pid}" in err
+    assert f"process {process.pid} on {socket.gethostname()} since 20" in err

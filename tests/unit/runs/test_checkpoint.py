@@ -140,3 +140,11 @@ def test_a_failing_disk_leaves_the_checkpoint_before(
         cp.save(tmp_path, _make(2), keep=2)
     assert cp.load_newest(tmp_path)[0].step == 1
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_what_a_killed_writer_left_of_another_step_is_removed(tmp_path: Path) -> None:
+    cp.save(tmp_path, _make(1), keep=2)
+    (tmp_path / ".aside-step-00000007").mkdir()
+    (tmp_path / ".aside-step-00000007/model.safetensors").write_bytes(b"half")
+    cp.save(tmp_path, _make(2), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]

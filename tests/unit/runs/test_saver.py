@@ -124,6 +124,8 @@ def test_refused_from_each_operation_on(code: int, run: RunFolder, monkeypatch: 
                 writer.submit(_save(step, "last"))
                 with pytest.raises(DiskError) as caught:
                     writer.finish()
+            # What half was written is gone: it would take the room for another try.
+            assert not [*run.path.rglob("*.partial"), *run.checkpoints.glob(".aside*")]
             stands = cp.load_newest(run.checkpoints)[0].step
             assert stands in {before, step}  # the latter where it is there and only the words about it are not
             assert f"saved last is step {stands} (" in str(caught.value) or stands == step
@@ -162,6 +164,21 @@ def test_a_refused_save_is_superseded_and_its_weights_are_not_lost(
     assert [event["event"] for event in _events(run)] == ["warning", "checkpoint"]
 
 
+@pytest.mark.usefixtures("patient")
+def test_a_refused_save_can_be_dropped(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Saver(run, keep=2) as writer:
+        with monkeypatch.context() as patch:
+            FailingDisk(patch).refuses = lambda at: True
+            writer.submit(_save(10, "best"))
+            writer.drop()
+        writer.finish()
+        assert cp.load_newest(run.checkpoints)[0].step == 1
+        writer.submit(_save(5))
+        writer.finish()
+    assert cp.load_newest(run.checkpoints)[0].step == 5
+    assert not (run.path / "weights/best.safetensors").exists()
+
+
 def test_tries_between_two_saves_are_bounded(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saver, "PAUSES_SECONDS", (0.0, 0.0))
     warnings: list[str] = []
@@ -193,7 +210,7 @@ def test_no_checkpoint_without_the_rows_before_it(run: RunFolder, monkeypatch: p
             def refuse(*_: object, **__: object) -> int:
                 raise OSError(errno.ENOSPC, "full")
 
-            patch.setattr("lowmem.runs.rows.append_lines", refuse)
+            patch.setattr("lowmem.runs.rowfile.append_lines", refuse)
             run.append_steps([_row(9)])
             writer.submit(_save(10))
             with pytest.raises(DiskError):

@@ -12,7 +12,7 @@ import pytest
 
 from lowmem.errors import DiskError
 from lowmem.runs import atomic, columns
-from lowmem.runs.rows import RowFile
+from lowmem.runs.rowfile import RowFile
 from lowmem.runs.store import RunFolder
 
 
@@ -111,7 +111,7 @@ def test_a_run_folder_keeps_its_rows_and_its_plan(tmp_path: Path, monkeypatch: p
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         with monkeypatch.context() as patch:
-            patch.setattr("lowmem.runs.rows.append_lines", fail)
+            patch.setattr("lowmem.runs.rowfile.append_lines", fail)
             patch.setattr("lowmem.runs.atomic.write_synced", fail)
             run.event("replan", budget_bytes=1)
             run.update_plan({"budget_bytes": 1})
@@ -127,6 +127,15 @@ def test_a_run_folder_keeps_its_rows_and_its_plan(tmp_path: Path, monkeypatch: p
         assert len(run.metrics_file.read_text().splitlines()) == 2
         assert '"replan"' in run.events_file.read_text()
         assert '"budget_bytes": 1' in (run.path / "plan.json").read_text()
-        run.cut_back(epoch=0, step=4)
-        run.append_steps([{**step, "step": 5}])  # after the file that took the place of the one before
-        assert [line.split(",")[0] for line in run.steps_file.read_text().splitlines()] == ["step", "4", "5"]
+        run.cut_back(epoch=0, step=0)
+        with monkeypatch.context() as patch:
+            patch.setattr("lowmem.runs.atomic.os.fsync", fail)
+            run.append_steps([{**step, "step": 1}])  # to the file that took the place of the one before
+        run.append_steps([{**step, "step": 2}])
+        assert [line.split(",")[0] for line in run.steps_file.read_text().splitlines()] == ["step", "1", "2"]
+        with monkeypatch.context() as patch:
+            patch.setattr("lowmem.runs.atomic.os.fsync", fail)
+            run.append_steps([{**step, "step": 3}])
+        run.cut_back(epoch=0, step=1)  # going back drops what waits, too
+        run.append_steps([{**step, "step": 2}])
+        assert [line.split(",")[0] for line in run.steps_file.read_text().splitlines()] == ["step", "1", "2"]

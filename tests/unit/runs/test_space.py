@@ -1,0 +1,28 @@
+"""What a run takes on disk is at least what a run writes."""
+
+from __future__ import annotations
+
+import json
+
+from lowmem.runs.columns import METRICS, STEPS
+from lowmem.runs.space import rows_bytes, run_bytes
+from lowmem.runs.store import csv_line
+
+LONGEST = 1e-300 / 3  # a float of as many digits as there are
+
+
+def test_rows_fit_into_what_is_counted_for_them() -> None:
+    one_epoch = rows_bytes(epochs=1, steps_per_epoch=0, log_every_steps=1, every_steps=None)
+    event = json.dumps({"time": "2026-11-23T10:00:00+0000", "event": "checkpoint", "epoch": 10**6, "step": 10**9})
+    whole = dict.fromkeys(METRICS, -LONGEST)
+    assert len(csv_line(METRICS, whole)) + len(event) + 2 <= one_epoch
+    row = csv_line(STEPS, {"step": 10**7, "epoch": 10**4, "lr": 0.1, "loss": LONGEST})
+    assert (
+        rows_bytes(epochs=1, steps_per_epoch=40, log_every_steps=20, every_steps=None) - one_epoch >= 2 * len(row) + 2
+    )
+    often = rows_bytes(epochs=1, steps_per_epoch=40, log_every_steps=100, every_steps=10)
+    assert often - one_epoch >= 4 * (len(event) + 1)
+
+
+def test_one_generation_more_than_are_kept() -> None:
+    assert run_bytes(checkpoint_bytes=100, parameter_bytes=10, keep=2, rows_bytes=7) == 3 * 100 + 3 * 10 + 7
