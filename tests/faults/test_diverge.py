@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowmem.api import resume_training, run_training
+from lowmem.cli.main import main
 from lowmem.data import TrainBatches, shapes
 from lowmem.errors import Diverged, ExitCode
 from lowmem.runs import checkpoint as checkpoints
@@ -232,3 +233,22 @@ def test_a_rate_that_breaks_the_net(tmp_path: Path) -> None:
     (first,) = checkpoints.found(path / "checkpoints")
     assert first.name == "step-00000000"
     assert checkpoints.load(first).state["run"]["lr_scale"] == 0.125
+
+
+def test_the_command_leaves_with_code_6(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--arch", "res20", "--width", "4", "--data", "shapes", "--batch", "16", "--on-nan", "stop"]
+    sets = [word for one in (*SETS, "optim.lr=1e6") for word in ("--set", one)]
+    with pytest.raises(SystemExit) as left:
+        main(["train", *flags, *sets, "--out", str(tmp_path / "run")])
+    assert left.value.code == 6
+    said = capsys.readouterr().err
+    assert "the training loss is nan" in said
+    assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("flag", "said"), [("--on-nan", "'rollback' or 'stop'"), ("--on-stuck", "'warn' or 'stop'")])
+def test_other_words_are_refused(flag: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["train", flag, "ignore"])
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
