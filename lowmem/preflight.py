@@ -108,14 +108,14 @@ def _try_weights(trainer: Trainer, run: RunFolder) -> None:
     from safetensors.torch import load
 
     tensors = cpu_tensors(trainer.model)
-    for name in ("last", "best"):
-        run.save_weights(name, tensors, {"epoch": "1", "step": "2", "error_pct": "12.5", "chosen_on": "test"})
-        path = run.path / "weights" / f"{name}.safetensors"
-        try:
-            back = load(path.read_bytes())
-        except SafetensorError:
-            back = {}
-        _same(back.keys() == tensors.keys() and all(_equal(back[name], tensors[name]) for name in tensors), path)
+    # Those of the best epoch: they carry all that the others do, and are written the same way.
+    run.save_weights("best", tensors, {"epoch": "1", "step": "2", "error_pct": "12.5", "chosen_on": "test"})
+    path = run.path / "weights" / "best.safetensors"
+    try:
+        back = load(path.read_bytes())
+    except SafetensorError:
+        back = {}
+    _same(back.keys() == tensors.keys() and all(_equal(back[name], tensors[name]) for name in tensors), path)
 
 
 def _try_rows(trainer: Trainer, run: RunFolder, tried: Tried) -> tuple[int, int]:
