@@ -18,7 +18,7 @@ from lowmem.errors import CorruptCheckpoint, DiskError, PreflightError, UsageErr
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs import columns
 from lowmem.runs.history import read_history
-from lowmem.runs.space import most_checkpoints, run_bytes
+from lowmem.runs.space import kept_epochs, rows_bytes, run_bytes
 from lowmem.runs.store import RunFolder, csv_line
 from lowmem.settings import from_yaml
 from lowmem.train.loop import Trainer
@@ -31,12 +31,9 @@ OUTPUTS = "settings, checkpoint, weights, metrics, events, plot and report"
 
 @dataclass(frozen=True)
 class Written:
-    """What the trial outputs took: bytes of a checkpoint and of the rows of an epoch and of a step, and the seconds
-    that saving takes at the end of an epoch."""
+    """What the trial outputs took: bytes of a checkpoint, and the seconds that saving takes at the end of an epoch."""
 
     checkpoint_bytes: int
-    epoch_row_bytes: int
-    step_row_bytes: int
     saving_seconds: float
 
 
@@ -88,9 +85,9 @@ def _try_outputs(trainer: Trainer, folder: RunFolder, trial: Path, tried: Tried)
             run.write_plan(trainer.plan.to_json())
             back = read_plan(run.path, trainer.config)
             _same(back is not None and back.to_json() == trainer.plan.to_json(), run.path / "plan.json")
-        row_bytes = _try_rows(trainer, run, tried)
+        _try_rows(trainer, run, tried)
         _try_report(run)
-    return Written(checkpoint_bytes, *row_bytes, saving_seconds)
+    return Written(checkpoint_bytes, saving_seconds)
 
 
 def _try_checkpoint(trainer: Trainer, run: RunFolder) -> int:
@@ -108,18 +105,18 @@ def _try_weights(trainer: Trainer, run: RunFolder) -> None:
     from safetensors.torch import load
 
     tensors = cpu_tensors(trainer.model)
-    for name in ("last", "best"):
-        run.save_weights(name, tensors, {"epoch": "1", "step": "2", "error_pct": "12.5", "chosen_on": "test"})
-        path = run.path / "weights" / f"{name}.safetensors"
-        try:
-            back = load(path.read_bytes())
-        except SafetensorError:
-            back = {}
-        _same(back.keys() == tensors.keys() and all(_equal(back[name], tensors[name]) for name in tensors), path)
+    # Those of the best epoch: they carry all that the others do, and are written the same way.
+    run.save_weights("best", tensors, {"epoch": "1", "step": "2", "error_pct": "12.5", "chosen_on": "test"})
+    path = run.path / "weights" / "best.safetensors"
+    try:
+        back = load(path.read_bytes())
+    except SafetensorError:
+        back = {}
+    _same(back.keys() == tensors.keys() and all(_equal(back[name], tensors[name]) for name in tensors), path)
 
 
-def _try_rows(trainer: Trainer, run: RunFolder, tried: Tried) -> tuple[int, int]:
-    """metrics.csv, steps.csv and events.jsonl by their readers. Returns the bytes of a row of each of the first two."""
+def _try_rows(trainer: Trainer, run: RunFolder, tried: Tried) -> None:
+    """metrics.csv, steps.csv and events.jsonl by their readers."""
     test, seen = tried.score, trainer.meter.read()
     row: dict[str, Any] = {"epoch": 1, "step": 2, "lr": trainer.config.optim.lr, "elapsed_seconds": tried.step_seconds}
     row |= {"train_loss": _finite(tried.loss), "train_error_pct": tried.error_pct}
@@ -136,7 +133,6 @@ def _try_rows(trainer: Trainer, run: RunFolder, tried: Tried) -> tuple[int, int]
     _same([csv_line(columns.STEPS, vars(read)) for read in back.steps] == lines, run.steps_file)
     _same([(event.kind, dict(event.detail)) for event in back.events] == [("preflight", told)], run.events_file)
     _same(back.best is not None and (back.best.epoch, back.best.error_pct) == (1, 12.5), run.path / "weights")
-    return len(line) + 1, len(lines[0]) + 1
 
 
 def _try_report(run: RunFolder) -> None:
@@ -192,16 +188,21 @@ def _time_line(trainer: Trainer, tried: Tried, saving_seconds: float) -> str:
 
 def _check_space(trainer: Trainer, path: Path, written: Written) -> str:
     """The line on disk. Raises PreflightError if there is too little."""
-    parameters = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-    kept, train = trainer.config.checkpoint, trainer.config.train
-    most = most_checkpoints(keep=kept.keep, keep_every=kept.keep_every, epochs=train.epochs)
-    rows = train.epochs * trainer.batches.steps_per_epoch // train.log_every_steps
+    config = trainer.config
+    kept = kept_epochs(epochs=config.train.epochs, keep_every=config.checkpoint.keep_every)
     needed = run_bytes(
         checkpoint_bytes=written.checkpoint_bytes,
-        parameter_bytes=parameters,
-        checkpoints=most,
-        rows_bytes=train.epochs * written.epoch_row_bytes + rows * written.step_row_bytes,
+        parameter_bytes=sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
+        keep=config.checkpoint.keep,
+        kept_epochs=kept,
+        rows_bytes=rows_bytes(
+            epochs=config.train.epochs,
+            steps_per_epoch=trainer.batches.steps_per_epoch,
+            log_every_steps=config.train.log_every_steps,
+            every_steps=config.checkpoint.every_steps,
+        ),
     )
+    most = config.checkpoint.keep + 1 + kept
     free = shutil.disk_usage(path).free
     takes = f"{format_size(needed)} at the most ({most} checkpoints of {format_size(written.checkpoint_bytes)}"
     if free < needed:

@@ -29,7 +29,7 @@ from lowmem.doctor.facts import Facts
 from lowmem.doctor.probe import STAGES
 from lowmem.errors import LowmemError
 from lowmem.measure.nvml import DriverReport, read_driver
-from lowmem.runs.space import most_checkpoints, run_bytes
+from lowmem.runs.space import kept_epochs, run_bytes
 from lowmem.units import format_size
 
 VARIABLES = (
@@ -238,9 +238,8 @@ def _disk(out: Path, sizes: Mapping[str, Any] | None, config: Config) -> dict[st
             # Parameters and buffers, and momentum, which is as large as the parameters.
             checkpoint_bytes=sizes["state_bytes"] + sizes["parameter_bytes"],
             parameter_bytes=sizes["parameter_bytes"],
-            checkpoints=most_checkpoints(
-                keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every, epochs=config.train.epochs
-            ),
+            keep=config.checkpoint.keep,
+            kept_epochs=kept_epochs(epochs=config.train.epochs, keep_every=config.checkpoint.keep_every),
         )
     try:
         found["disk_free_bytes"] = shutil.disk_usage(folder).free

@@ -13,16 +13,17 @@ def rows_bytes(*, epochs: int, steps_per_epoch: int, log_every_steps: int, every
     return epochs * _EPOCH_BYTES + (steps // log_every_steps) * _STEP_BYTES + saves * 2 * _STEP_BYTES
 
 
-def most_checkpoints(*, keep: int, keep_every: int | None, epochs: int) -> int:
-    """Checkpoints that exist at the most: the newest `keep`, one that is being written, and of the epochs before them
-    every `keep_every`-th."""
-    return keep + 1 + ((epochs - 1) // keep_every if keep_every is not None else 0)
+def kept_epochs(*, epochs: int, keep_every: int | None) -> int:
+    """Checkpoints that checkpoint.keep_every keeps beside the newest, at the most: the last epoch's is one of those."""
+    return 0 if keep_every is None else (epochs - 1) // keep_every
 
 
-def run_bytes(*, checkpoint_bytes: int, parameter_bytes: int, checkpoints: int, rows_bytes: int = 0) -> int:
+def run_bytes(
+    *, checkpoint_bytes: int, parameter_bytes: int, keep: int, kept_epochs: int = 0, rows_bytes: int = 0
+) -> int:
     """Bytes on disk that a run needs at its fullest.
 
-    `checkpoint_bytes`: of one checkpoint, momentum included; weights are exported twice and replaced aside.
-    `rows_bytes`: of metrics.csv and steps.csv at the end.
+    `checkpoint_bytes`: of one checkpoint, momentum included. One more generation than are kept exists while a new one
+    is written; weights are exported twice and replaced aside.
     """
-    return checkpoints * checkpoint_bytes + 3 * parameter_bytes + rows_bytes
+    return (keep + 1 + kept_epochs) * checkpoint_bytes + 3 * parameter_bytes + rows_bytes

@@ -243,7 +243,7 @@ def _halve(path: Path) -> None:
         ("metrics.csv", _other_digit),
         ("steps.csv", _other_digit),
         ("events.jsonl", _halve),
-        ("last.safetensors", _flip),
+        ("best.safetensors", _flip),
         ("best.safetensors", _halve),
         ("loss.png", _halve),
         ("test_error.png", _halve),

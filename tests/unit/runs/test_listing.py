@@ -18,7 +18,7 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.kept import read_position
 from lowmem.runs.listing import Listed, list_runs, look, writer_of
-from lowmem.runs.space import most_checkpoints
+from lowmem.runs.space import kept_epochs, run_bytes
 from lowmem.runs.store import RunFolder
 from tests.unit.report.fake_runs import write_run
 
@@ -143,7 +143,10 @@ def test_every_second_epoch_is_kept_beside_the_newest(tmp_path: Path) -> None:
     kept = [read_position(path).at for path in reversed(checkpoints.found(tmp_path / "checkpoints"))]
     assert kept == ["2", "4", "6", "7", "step:75"]
     # While one is written there is one more: the disk must have room for that many.
-    assert len(kept) + 1 <= most_checkpoints(keep=2, keep_every=2, epochs=8) == 6
+    most = kept_epochs(epochs=8, keep_every=2)
+    assert len(kept) == 2 + most
+    assert run_bytes(checkpoint_bytes=10, parameter_bytes=1, keep=2, kept_epochs=most) == 10 * (len(kept) + 1) + 3
+    assert kept_epochs(epochs=8, keep_every=None) == kept_epochs(epochs=8, keep_every=8) == 0
 
 
 def test_the_command(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
