@@ -41,7 +41,7 @@ class Killed:
 
     @property
     def lost(self) -> int:
-        return 0 if self.step is None else self.step - (self.kept or 0)
+        return 0 if self.step is None else max(0, self.step - (self.kept or 0))  # below: it died while it resumed
 
 
 @dataclass
