@@ -10,7 +10,7 @@ from tests.faults.fuzzing import Reader, fuzz
 from tests.faults.readers import readers
 from tests.faults.small_run import make_run
 
-INPUTS = 40
+INPUTS = 25
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,8 @@ def test_no_traceback_and_no_hang(all_readers: list[Reader]) -> None:
     tried = [fuzz(reader, INPUTS, seed=1) for reader in all_readers]
     assert {one.name: one.tracebacks for one in tried if one.tracebacks} == {}
     assert sum(one.hangs for one in tried) == 0
-    assert sum(one.inputs for one in tried) == INPUTS * len(all_readers) > 800
-    assert sum(one.refused for one in tried) > 250
+    assert sum(one.inputs for one in tried) == INPUTS * len(all_readers) > 500
+    assert sum(one.refused for one in tried) > 150
 
 
 def test_a_bug_would_be_seen() -> None:
