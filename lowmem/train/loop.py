@@ -344,7 +344,7 @@ class _Loop:
 
     def _go_back(self, wrong: str) -> None:
         """From a loss that broke to the last sound checkpoint. Raises Diverged if that is not to be."""
-        self.saver.wait()
+        self.saver.drop()
         self.exports.clear()  # of what is undone
         self.watch.recovery.back(wrong)
         self._take_state()
