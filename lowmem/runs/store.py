@@ -186,11 +186,15 @@ class RunFolder:
         """Makes gradients.csv with its header, or drops the rows after `step` from the one that is there.
 
         Raises DiskError, and CorruptCheckpoint if it is another network's."""
+        names = gradients.columns(layers)
         try:
-            cut(self.gradients_file, gradients.columns(layers), "step", step)
+            if self.gradients_file.is_file() and self.gradients_file.stat().st_size:
+                cut(self.gradients_file, names, "step", step)
+                self._gradients.replaced()
+            elif not self._gradients.waiting:
+                self._append(self._gradients, [",".join(names)])
         except OSError as error:
             raise disk_error(error, self.gradients_file) from error
-        self._gradients.replaced()
 
     def append_gradients(self, rows: Sequence[tuple[int, int, Sequence[float]]]) -> None:
         """Appends (step, epoch, norms) to gradients.csv."""

@@ -181,9 +181,9 @@ def test_space_is_checked_before_the_run_and_told(tiny: Path) -> None:
         assert "3 checkpoints" in line
         assert "free" in line
         fill(tiny, leave_bytes=2 << 20)
-        with pytest.raises(PreflightError, match=r"the run needs .* free: free some space or choose another"):
+        with pytest.raises(PreflightError, match=r"the run needs .* free: free some space, keep fewer checkpoints"):
             preflight(_trainer(), folder)
         fill(tiny)
-        with pytest.raises(PreflightError, match="another folder with --out"):
+        with pytest.raises(PreflightError, match="choose another with --out"):
             preflight(_trainer(), folder)
     assert json.loads((untouched := tiny / "run" / "env.json").read_text()) == {}, untouched
