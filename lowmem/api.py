@@ -113,10 +113,10 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
     refuse_changes(recorded.config, settings.config, str(path))
     require_device(settings.config.train.device)
     with RunFolder.open(path) as folder:
-        if folder.taken_over is not None:
-            observer.note(f"{path} is taken over from {folder.taken_over}, which ended without leaving it")
         if never_began(path):
             raise UsageError(start_again(path))
+        if folder.taken_over is not None:
+            observer.note(f"{path} is taken over from {folder.taken_over}, which ended without leaving it")
         saved, where, skipped = checkpoints.load_newest(
             folder.checkpoints, belongs_to(settings.config), most_bytes(settings.config)
         )

@@ -21,6 +21,7 @@ from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.checkpoint import Checkpoint, disk_error
 from lowmem.runs.history import read_epochs
 from lowmem.runs.kept import Position, read_position
+from lowmem.runs.setup import FORKING
 from lowmem.runs.store import RunFolder
 from lowmem.settings import Settings
 from lowmem.train.rates import RateCurve, rate_curve, side_by_side
@@ -278,6 +279,7 @@ def write(source: Source, carried: Checkpoint, settings: Settings, out: RunFolde
     Raises DiskError.
     """
     at, steps = source.position, steps_per_epoch(settings.config, dataset)
+    (out.path / FORKING).touch()
     out.copy_metrics(source.run, epoch=at.epoch)
     if carried.step == at.step and (source.run / "steps.csv").is_file():
         # Counted in the same steps. With others the old ones would stand among the new.
@@ -288,6 +290,7 @@ def write(source: Source, carried: Checkpoint, settings: Settings, out: RunFolde
         out.cut_back(epoch=at.epoch, step=at.step)
     _draw(source, rates(source, settings.config, carried, steps), carried.step / steps, out)
     checkpoints.save(out.checkpoints, carried, keep=settings.config.checkpoint.keep)
+    (out.path / FORKING).unlink()
     out.event("fork", source=source.run.name, checkpoint=at.path.name, epoch=at.epoch, step=carried.step)
 
 

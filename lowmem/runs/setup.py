@@ -14,9 +14,12 @@ from lowmem.runs import columns
 from lowmem.runs.atomic import PARTIAL
 
 _LOCK = frozenset({"run.lock", "run.owner.json"})
+# There while a fork takes over rows and pictures of the old run; they are no work of this one.
+FORKING = "forking"
 # What is written before the first checkpoint, and nothing else. The first event comes after it.
 _SETUP = _LOCK | {
     "config.yaml", "env.json", "plan.json", "metrics.csv", "steps.csv", "checkpoints", "weights", ".preflight",
+    FORKING,
 }  # fmt: skip
 
 
@@ -24,10 +27,10 @@ def never_began(path: Path) -> bool:
     """Whether this is a run's folder that was left before the first checkpoint: no more in it than what is made till
     then, no row of a step, no checkpoint, whole or damaged, no weights."""
     names = {entry.name.removesuffix(PARTIAL) for entry in path.iterdir()}
-    if "run.lock" not in names or not names <= _SETUP:
+    if "run.lock" not in names or not names - ({"report"} if FORKING in names else set()) <= _SETUP:
         return False
     steps, saved, weights = path / "steps.csv", path / "checkpoints", path / "weights"
-    rows = steps.is_file() and steps.stat().st_size > len(",".join(columns.STEPS)) + 1
+    rows = FORKING not in names and steps.is_file() and steps.stat().st_size > len(",".join(columns.STEPS)) + 1
     kept = saved.is_dir() and any(not entry.name.startswith(".aside-") for entry in saved.iterdir())
     return not rows and not kept and not (weights.is_dir() and any(weights.iterdir()))
 

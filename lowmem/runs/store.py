@@ -25,7 +25,7 @@ from lowmem.runs.checkpoint import FULL, disk_error
 from lowmem.runs.guard import refuse_leads
 from lowmem.runs.lock import Owner, RunLock
 from lowmem.runs.rowfile import RowFile
-from lowmem.runs.setup import clear, never_began, refuse_existing, start_again
+from lowmem.runs.setup import FORKING, clear, never_began, refuse_existing, start_again
 from lowmem.runs.table import cut
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ class RunFolder:
                 with suppress(OSError):
                     file.unlink()
         shutil.rmtree(self.path / ".preflight", ignore_errors=True)
+        with suppress(OSError):
+            (self.path / FORKING).unlink(missing_ok=True)
         checkpoints.tidy(self.checkpoints, keep=keep, keep_every=keep_every)
 
     def discard(self) -> None:
@@ -218,7 +220,6 @@ class RunFolder:
         """
         self.flush()  # rows that still wait are to be dropped, too, if they are of later steps
         try:
-            _end_last_line(self.events_file)
             damages = (
                 cut(self.metrics_file, columns.METRICS, "epoch", epoch, every=True),
                 cut(self.steps_file, columns.STEPS, "step", step),
@@ -282,12 +283,3 @@ def csv_line(names: Sequence[str], row: Mapping[str, Any]) -> str:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="").writerow(["" if row.get(name) is None else row[name] for name in names])
     return buffer.getvalue()
-
-
-def _end_last_line(path: Path) -> None:
-    """What is appended next must not become part of a line that was cut off."""
-    if path.is_file() and (size := path.stat().st_size):
-        with open(path, "rb+") as file:
-            file.seek(size - 1)
-            if file.read(1) != b"\n":
-                file.write(b"\n")

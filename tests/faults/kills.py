@@ -6,7 +6,7 @@ import json
 import re
 import signal
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,18 @@ _ASIDE = re.compile(r"\.aside-step-(\d+)")
 @dataclass(frozen=True, kw_only=True)
 class Killed:
     """One death. `step`: done by then in that life, `kept`: of the newest checkpoint that verifies (None: there is
-    none); `saving`: steps done since the snapshot that was being written, if one was."""
+    none); `saving`: steps done since the snapshot that was being written, if one was. `base`: where the run begins."""
 
     operation: str | None
     step: int | None
     kept: int | None
     saving: int
+    base: int = 0
 
     @property
     def lost(self) -> int:
-        return 0 if self.step is None else max(0, self.step - (self.kept or 0))  # below: it died while it resumed
+        kept = self.base if self.kept is None else self.kept
+        return 0 if self.step is None else max(0, self.step - kept)  # below: it died while it resumed
 
 
 @dataclass
@@ -57,10 +59,15 @@ class Lost(AssertionError):
 
 
 def survive(
-    lives: Lives, start: tuple[str, ...], run: Path, deaths: Iterable[Death], every: int = EVERY_STEPS
+    lives: Lives,
+    start: tuple[str, ...],
+    run: Path,
+    deaths: Iterable[Death],
+    every: int = EVERY_STEPS,
+    base: int = 0,
 ) -> Story:
     """Starts `run` with the command, dies each of the deaths in turn (each time going on from there), then goes on to
-    the end.
+    the end. `base`: the step at which the run begins, which a fork does not do itself.
 
     Raises Lost if it cannot go on, if more steps are lost than lie between two checkpoints, or if the last process did
     not go on from the newest of them.
@@ -75,7 +82,7 @@ def survive(
         if life.code != -signal.SIGKILL or death == Death():
             raise Lost(f"{run}, after {story.deaths}: left with {life.code}: {life.output}")
         before, kept = kept, newest(run)
-        story.deaths.append(_killed(life, kept))
+        story.deaths.append(replace(_killed(life, kept), base=base))
         if (before or 0) > (kept or 0):
             raise Lost(f"{run}: {story.deaths[-1]} had a checkpoint of step {before} before")
         if story.deaths[-1].lost > every + story.deaths[-1].saving:

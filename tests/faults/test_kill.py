@@ -75,7 +75,8 @@ def test_at_each_operation_up_to_the_commit(whole: tuple[Path, Life], survives: 
     story = survives(_deaths(operations))
     assert {death.operation for death in story.deaths} == set(operations)
     assert {str(death.operation).split()[0] for death in story.deaths} == KINDS - {"delete"}
-    assert {death.lost for death in story.deaths} == {1}
+    # The step since the checkpoint before; and one that was done while this one was written.
+    assert {death.lost for death in story.deaths} <= {1, 2}
 
 
 def test_at_each_operation_after_the_commit(survives: Survives) -> None:
@@ -129,7 +130,7 @@ def test_while_a_fork_is_made(lives: Lives, tmp_path: Path) -> None:
     start = ("fork", str(source), "--at", "1", "--set", "optim.lr=0.01", "--set", "train.max_steps=null")
     assert go_on(lives, start, tmp_path / "whole", Death()).code == 0
     lines = ["write steps.csv", "close metrics.csv", "write checkpoints/*/manifest.json", "write events.jsonl"]
-    story = survive(lives, start, run, [Death(on=line, half=True) for line in lines])
+    story = survive(lives, start, run, [Death(on=line, half=True) for line in lines], base=5)
     assert [death.kept for death in story.deaths] == [None, None, None, 5]
     assert_same_run(run, tmp_path / "whole")
     assert litter(run, tmp_path / "whole") == set()
