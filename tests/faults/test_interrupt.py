@@ -50,7 +50,15 @@ def _last_event(run: Path) -> dict[str, object]:
     return json.loads((run / "events.jsonl").read_text().splitlines()[-1])
 
 
-@pytest.mark.parametrize(("name", "code", "steps"), [("SIGINT", 130, 3), ("SIGTERM", 143, 14), ("SIGHUP", 143, 21)])
+@pytest.mark.parametrize(
+    ("name", "code", "steps"),
+    [
+        ("SIGINT", 130, 3),
+        # The same while a checkpoint is being written is in test_signals_while_saving.py.
+        pytest.param("SIGTERM", 143, 14, marks=pytest.mark.slow),
+        pytest.param("SIGHUP", 143, 21, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_and_the_resumed_run_is_the_same(
     name: str, code: int, steps: int, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -96,6 +104,7 @@ def test_a_second_signal_leaves_at_once_and_nothing_is_lost(uninterrupted: Path,
     assert_same_run(out, uninterrupted)
 
 
+@pytest.mark.slow  # the quick ones are in tests/unit/runs/test_lock.py
 def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = _start("train", *TINY, "--epochs", "50", "--out", str(out))
