@@ -63,6 +63,7 @@ class Job:
     base: Path | None = None
     first: tuple[str, ...] | None = None  # a command that dies the first death instead of a plain resume
     interval: int = EVERY_STEPS
+    begins_at: int = 0  # the step of a fork, which it has not done itself
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def perform(job: Job, lives: Lives, run: Path) -> Outcome:
             life = lives.live((*job.first[:1], str(run), *job.first[1:]), run, deaths.pop(0))
             if life.code != -signal.SIGKILL:
                 raise Lost(f"{job.first} was not killed: {life.output}")
-        killed = survive(lives, job.start, run, deaths, job.interval).deaths
+        killed = survive(lives, job.start, run, deaths, job.interval, job.begins_at).deaths
         judged = (differing_bits(run, job.whole), len(litter(run, job.whole)), len(unreadable_events(run)))
     except Lost as error:
         failure = str(error)
@@ -165,7 +166,7 @@ class Bench:
         whole, life = self._left_alone("fork", start)
         begun = life.operations.index("write steps.csv", life.operations.index("fsync checkpoints"))
         for at in range(1, begun, 2 * every):
-            yield Job(part="fork", start=start, deaths=(Death(at=at, half=True),), whole=whole)
+            yield Job(part="fork", start=start, deaths=(Death(at=at, half=True),), whole=whole, begins_at=5)
 
     def replans(self) -> Iterator[Job]:
         """plan.json and config.yaml, written anew by `resume --vram`."""
@@ -272,7 +273,7 @@ def report(
     found: dict[str, str | int | float | None], parts: Sequence[dict[str, object]], seconds: float, left_out: int
 ) -> str:
     """The page."""
-    header = ("part", "killed", "in half a write", "with the power cut", "steps lost, most", "allowed")
+    header = ("part", "killed", "in half a write", "with the power cut", "steps lost, most", "interval")
     header += ("runs lost", "differing bits", "files astray")
     names = ("part", "deaths", "in_half_writes", "with_power_cut", "steps_lost_most", "steps_lost_allowed")
     rows = [
@@ -291,7 +292,8 @@ def report(
         f"operation has its turn, 10 and 2 for those of setting up), a checkpoint every {EVERY_STEPS} steps and at the "
         "end of each epoch. A process dies by SIGKILL before an operation on a file of its run, in the "
         "middle of a write, or at a random moment; then the run goes on as a user would let it, by `lowmem resume`, or "
-        "by the same command again before its first checkpoint. Steps lost: those done that the next process repeats. "
+        "by the same command again before its first checkpoint. Steps lost: those done that the next process repeats: at "
+        "most the interval, and what was done while a checkpoint was being written in the background. "
         "Differing bits: of weights, optimizer, rows of metrics.csv (measurements left out) and steps.csv, against the "
         f"same run left alone. {killed} deaths in all; runs left out because the time was over: {left_out}.\n\n"
         f"{table(header, rows)}"
