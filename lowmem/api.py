@@ -64,6 +64,9 @@ def run_training(
     settings = config if isinstance(config, Settings) else Settings(config, dict.fromkeys(known_keys(), "caller"))
     planned = wants_plan(resolve_execution(settings).config)
     settings = resolve_execution(settings, planned=planned)
+    asked = [name for name in ("calibrate", "confirm") if getattr(settings.config.memory, name) == "always"]
+    if asked and not planned:
+        raise UsageError(f"memory.{asked[0]}=always needs something to fit into: give --vram, like --vram 6G")
     if settings.config.memory.auto_batch and not planned:
         raise UsageError("--batch auto needs something to fit into: give --vram, like --vram 6G")
     path = Path(out) if out is not None else Path("runs") / settings.config.model.arch

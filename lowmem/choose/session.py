@@ -123,6 +123,8 @@ def request_of(
 ) -> Request:
     """What `choose` needs to know of a run. Raises as `budget_of` does, and UsageError for settings at odds."""
     _check_micro_batch(config)
+    if config.memory.platform != "auto" and config.memory.card is None:
+        raise UsageError("memory.platform says what machine a --card is in: give the card, or leave it out")
     budget, card = budget_of(config, train_pictures, calibrator)
     spec = config.model
     model = skeleton(spec.arch, spec.block, width=spec.width, num_classes=num_classes)

@@ -113,3 +113,19 @@ def test_a_damaged_plan_is_refused(tmp_path: Path) -> None:
     (path / "plan.json").write_text("{}")
     with pytest.raises(CorruptCheckpoint, match=r"plan\.json"):
         resume_training(path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sets", "says"),
+    [
+        ({"memory__vram": "8M"}, ("memory.platform=windows",), "give the card"),
+        ({}, ("memory.confirm=always",), "give --vram"),
+        ({}, ("memory.calibrate=always",), "give --vram"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    flags: dict[str, object], sets: tuple[str, ...], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        run_training(_settings(sets, **flags), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
