@@ -121,6 +121,11 @@ class Card(_Section):
         return int(self.memory_bytes * getattr(self.usable, platform))
 
 
+def has_tensor_cores(name: str, capability: tuple[int, int]) -> bool:
+    """Of a card as its driver calls it: from capability 7.0 on. The GTX 16xx has 7.5 without: told by its name."""
+    return capability >= (7, 0) and "GTX 16" not in name
+
+
 def card_names() -> tuple[str, ...]:
     """Names of the shipped profiles, sorted."""
     return profile_names("cards")

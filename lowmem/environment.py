@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lowmem
+from lowmem.measure.cpu import processor_name
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def describe(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "platform": platform.platform(),
-        "cpu": cpu_model(),
+        "cpu": processor_name(),
         "cpu_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "device": device,
@@ -31,17 +32,6 @@ def describe(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda if device == "cuda" else None,
         "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
     }
-
-
-def cpu_model() -> str | None:
-    """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or None
 
 
 def _git_commit() -> str | None:

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shipped": {"errors"},
     "places": set(),
     "reading": set(),
-    "environment": {""},
+    "environment": {"", "measure"},
     "config": LEAVES,
     "settings": LEAVES | {"config"},
     "cards": LEAVES,
@@ -31,8 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "measure": {"units", "errors"},
     "data": LEAVES | {"config"},
     "runs": LEAVES | {"config"},
-    # environment: the processor's name, under which what was measured on it is filed
-    "choose": LEAVES | {"config", "settings", "cards", "models", "plan", "remat", "simulate", "measure", "environment"},
+    "choose": LEAVES | {"config", "settings", "cards", "models", "plan", "remat", "simulate", "measure"},
     "train": LEAVES | {"config", "settings", "models", "plan", "remat", "data", "runs", "measure"},
     # A trial does what a run does: it draws its batches from data/, executes its plan by remat/, and where it is a
     # whole (if short) run, it has a folder of runs/.

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from lowmem.cards import Card, UsableShare
+from lowmem.cards import Card, UsableShare, has_tensor_cores
 from lowmem.choose.calibration import Calibration, Seconds
 from lowmem.measure.timing import Timing, time_calls
 from lowmem.units import MIB
@@ -71,9 +71,7 @@ def describe_card(
     generation, lanes = link
     speed = f"{min(max(generation or 3, 3), 5)}.0"
     width = lanes if lanes in (1, 2, 4, 8, 16) else 16
-    # Tensor cores give at least twice fp32 and came with 7.0; the GTX 16xx has twice fp32 without them, by name.
-    cores = capability >= (7, 0) and "GTX 16" not in name
-    fp16 = "tensor-cores" if cores else ("2:1" if low > 1.2 * fp32 else "1/64")
+    fp16 = "tensor-cores" if has_tensor_cores(name, capability) else ("2:1" if low > 1.2 * fp32 else "1/64")
     return Card(
         name=name,
         memory=memory_bytes,

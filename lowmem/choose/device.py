@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from lowmem.choose.calibration import Calibration, Identity
 from lowmem.choose.worker import ask
-from lowmem.environment import cpu_model
 from lowmem.measure import Meter
+from lowmem.measure.cpu import processor_name
 from lowmem.measure.cuda import device_uuid, find_device
 from lowmem.measure.nvml import read_driver
 from lowmem.units import MIB
@@ -103,7 +103,7 @@ def cpu_identity() -> Identity:
     """What figures measured on the processor are filed under."""
     return Identity(
         device="cpu",
-        name=cpu_model() or "processor",
+        name=processor_name() or "processor",
         driver=None,
         torch=torch.__version__,
         library=torch.backends.cpu.get_cpu_capability(),

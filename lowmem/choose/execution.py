@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lowmem.cards import has_tensor_cores
 from lowmem.config import Config, TrainConfig
 from lowmem.errors import PreflightError
 from lowmem.settings import Settings
@@ -62,15 +63,15 @@ def _device(train: TrainConfig) -> tuple[str, str]:
     return ("cuda", "a CUDA device is there") if torch.cuda.is_available() else ("cpu", "no CUDA device")
 
 
-def has_tensor_cores() -> bool:
-    """Whether the current CUDA device has them. The GTX 16xx has capability 7.5 without: told by its name."""
-    return torch.cuda.get_device_capability() >= (7, 0) and "GTX 16" not in torch.cuda.get_device_name()
+def _tensor_cores() -> bool:
+    """Of the current CUDA device."""
+    return has_tensor_cores(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 
 
 def _precision(device: str) -> tuple[str, str]:
     if device == "cpu":
         return "fp32", "the CPU trains exactly unless asked otherwise"
-    if has_tensor_cores():
+    if _tensor_cores():
         return "amp", "the card has tensor cores"
     return "fp32", "the card has no tensor cores, halves would only save memory"
 
@@ -80,7 +81,7 @@ def _memory_format(device: str, width: int) -> tuple[str, str]:
         return "contiguous", f"channels-last is not safe on the CPU under {SAFE_WIDTH} channels"
     if device == "cpu":
         return "channels-last", "the faster one on the CPU"
-    if has_tensor_cores():
+    if _tensor_cores():
         return "channels-last", "the card has tensor cores"
     return "contiguous", "without tensor cores channels-last can be far slower"
 

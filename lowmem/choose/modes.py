@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lowmem.cards import has_tensor_cores
 from lowmem.choose.calibration import Mode
 from lowmem.choose.calibrator import Calibrator
-from lowmem.choose.device import DeviceFacts
 from lowmem.choose.execution import safe_formats
 from lowmem.choose.request import precision_order
 from lowmem.config import Config
@@ -37,11 +37,6 @@ def by_kind(config: Config, tensor_cores: bool) -> Modes:
     return Modes(precisions, dict.fromkeys(precisions, layout))
 
 
-def has_tensor_cores(facts: DeviceFacts | None) -> bool:
-    """From capability 7.0 on; the GTX 16xx has 7.5 without: told by its name."""
-    return facts is not None and facts.capability >= (7, 0) and "GTX 16" not in facts.name
-
-
 def by_measurement(config: Config, model: nn.Module, calibrator: Calibrator) -> Modes:
     """Measured on the device, as far as settings leave it open. Raises PreflightError if what was asked for gives
     values that are not finite.
@@ -57,7 +52,8 @@ def by_measurement(config: Config, model: nn.Module, calibrator: Calibrator) -> 
     batch = train.micro_batch or train.batch
     measured = calibrator.modes(model, (batch, 3, 32, 32), precisions, formats)
     if len(measured) < len(precisions) * len(formats):  # a block alone did not fit: nothing to compare by
-        return by_kind(config, has_tensor_cores(calibrator.facts))
+        facts = calibrator.facts
+        return by_kind(config, facts is not None and has_tensor_cores(facts.name, facts.capability))
     best = {precision: _best(precision, measured) for precision in precisions}
     usable = [precision for precision in precisions if best[precision] is not None]
     if not usable:

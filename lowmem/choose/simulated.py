@@ -25,7 +25,6 @@ class StepShape:
     precision: str
     memory_format: str
     momentum: bool = True
-    on_cuda: bool = False
 
     @property
     def low_dtype(self) -> torch.dtype | None:

@@ -132,8 +132,3 @@ def solve(chain: ChainCost, budget_bytes: int) -> Solution:
     """The fastest persistent schedule whose peak under the cost model is at most `budget_bytes` (for all
     tensors of the step, in bytes). Raises Infeasible. For several budgets of one chain make one `Solver`."""
     return Solver(chain, limit_bytes=budget_bytes).solve(budget_bytes)
-
-
-def solve_curve(chain: ChainCost, points: int | None = 200) -> list[Solution]:
-    """Every budget at once: see `Solver.curve`."""
-    return Solver(chain).curve(points)
