@@ -44,12 +44,12 @@ from tests.faults.kills import (
 )
 from tests.faults.lives import Death, Life, Lives
 
-EPOCHS_ONLY = (*SMALL, "--set", "checkpoint.every_steps=null")
+RARELY_STEPS = 8
+RARELY = (*SMALL, "--set", f"checkpoint.every_steps={RARELY_STEPS}")
 # Six steps, for all that is done to files once a run has begun; two, for all before that.
 BRIEF = (*SMALL, "--set", "data.train_subset=20")
 BRIEFEST = (*SMALL, "--epochs", "1", "--set", "data.train_subset=10")
 SOME_MOMENTS = 4  # deaths at most that are drawn for one run
-PER_EPOCH = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class Bench:
         self.folder, self.lives = folder, lives
         self.whole, life = self._left_alone("whole", SMALL)
         self.life = life
-        self.epochs_only = self._left_alone("epochs-only", EPOCHS_ONLY)[0]
+        self.rarely = self._left_alone("rarely", RARELY)[0]
 
     def _left_alone(self, name: str, start: tuple[str, ...]) -> tuple[Path, Life]:
         run = self.folder / name
@@ -187,17 +187,17 @@ class Bench:
                 yield Job(part="plan and settings", start=start, deaths=deaths, whole=whole, base=base, first=first)
 
     def random_run(self, draw: random.Random, left: int) -> Job:
-        """A run with up to four moments; every third saves at the end of an epoch only."""
+        """A run with up to four moments; every third saves half as often."""
         moments = (draw.uniform(0, self.life.seconds) for _ in range(min(SOME_MOMENTS, left)))
         deaths = tuple(Death(after_seconds=moment) for moment in moments)
         if draw.randrange(3):
             return Job(part="random moments", start=SMALL, deaths=deaths, whole=self.whole)
         return Job(
-            part="random moments, saving every epoch",
-            start=EPOCHS_ONLY,
+            part="random moments, saving rarely",
+            start=RARELY,
             deaths=deaths,
-            whole=self.epochs_only,
-            interval=PER_EPOCH,
+            whole=self.rarely,
+            interval=RARELY_STEPS,
         )
 
 
@@ -289,12 +289,12 @@ def report(
     return (
         f"{sentence(found)}; {seconds:.0f} s.\n\n"
         f"res20 of width 2, 40 pictures of shapes, {STEPS} steps in two epochs (20 pictures and 6 steps where every "
-        f"operation has its turn, 10 and 2 for those of setting up), a checkpoint every {EVERY_STEPS} steps and at the "
-        "end of each epoch. A process dies by SIGKILL before an operation on a file of its run, in the "
-        "middle of a write, or at a random moment; then the run goes on as a user would let it, by `lowmem resume`, or "
-        "by the same command again before its first checkpoint. Steps lost: those done that the next process repeats, "
-        "at most the interval and what was done while a checkpoint was being written in the background. "
-        "Differing bits: of weights, optimizer, rows of metrics.csv (measurements left out) and steps.csv, against the "
+        f"operation has its turn, 10 and 2 for those of setting up), checkpoint.every_steps={EVERY_STEPS} and a "
+        "checkpoint at the end of each epoch. A process dies by SIGKILL before an operation on a file of its run, in "
+        "the middle of a write, or at a random moment; then the run goes on as a user would let it, by `lowmem "
+        "resume`, or by the same command again before its first checkpoint. Steps lost: those done that the next "
+        "process repeats; a run counts as lost, too, if they are more than the interval. Differing bits: of weights, "
+        "optimizer, rows of metrics.csv (measurements left out) and steps.csv, against the "
         f"same run left alone. {killed} deaths in all; runs left out because the time was over: {left_out}.\n\n"
         f"{table(header, rows)}"
     )

@@ -183,12 +183,18 @@ class MemoryConfig(_Section):
 
 
 class CheckpointConfig(_Section):
-    """When to save: every epoch, and every N minutes and N steps if set. `keep` good generations stay."""
+    """When to save: after every epoch, and so often that a kill loses no more than N minutes and N steps if set.
+    `keep` good generations stay."""
 
     every_minutes: PositiveFloat | None = 10.0
     every_steps: PositiveInt | None = None
     keep: Annotated[int, Field(ge=2)] = 2
     keep_every: PositiveInt | None = Field(default=None, description="keep those of every N-th epoch too, to fork from")
+
+    @property
+    def steps_between_saves(self) -> int | None:
+        """Half of `every_steps`: the other half is for writing one, while training goes on (see train.interval)."""
+        return None if self.every_steps is None else max(1, self.every_steps // 2)
 
 
 class Config(_Section):

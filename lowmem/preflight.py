@@ -199,7 +199,7 @@ def _check_space(trainer: Trainer, path: Path, written: Written) -> str:
             epochs=config.train.epochs,
             steps_per_epoch=trainer.batches.steps_per_epoch,
             log_every_steps=config.train.log_every_steps,
-            every_steps=config.checkpoint.every_steps,
+            steps_between_saves=config.checkpoint.steps_between_saves,
         ),
     )
     most = config.checkpoint.keep + 1 + kept

@@ -45,20 +45,23 @@ _SLICE_SECONDS = 0.2  # on Windows a wait without end cannot be interrupted by C
 @dataclass(frozen=True)
 class Save:
     """What one save writes. `epoch`: completed ones. `weights`: for weights/<name>.safetensors; the tensors may be the
-    checkpoint's own. Nobody may change any of it any more."""
+    checkpoint's own. Nobody may change any of it any more. `taken_at`: when it was copied, by the monotonic clock."""
 
     checkpoint: Checkpoint
     epoch: int
     weights: Mapping[str, Weights] = field(default_factory=dict)
+    taken_at: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """The newest committed checkpoint and when it was committed (None: by another process)."""
+    """The newest committed checkpoint, when it was committed (None: by another process) and when what it holds was
+    copied, by the monotonic clock."""
 
     path: Path
     step: int
     at: float | None = None
+    taken_at: float | None = None
 
     def __str__(self) -> str:
         ago = "" if self.at is None else f", {format_duration(time.monotonic() - self.at)} ago"
@@ -84,6 +87,7 @@ class Saver:
         self._warn, self._note = warn, note
         newest = checkpoints.found(folder.checkpoints)[:1]
         self._saved = Saved(newest[0], checkpoints.step_of(newest[0])) if newest else None
+        self._longest_write_seconds = 0.0
         # Shared with the thread, under the condition's lock.
         self._changed = threading.Condition()
         self._job: Save | None = None
@@ -115,6 +119,11 @@ class Saver:
                 self._speak()
 
     # -- for the thread that trains --------------------------------------------------------------------------------
+
+    @property
+    def longest_write_seconds(self) -> float:
+        """Of the saves of this process; 0 before the first."""
+        return self._longest_write_seconds
 
     @property
     def last_saved(self) -> Saved | None:
@@ -258,11 +267,14 @@ class Saver:
             return None
 
     def _write(self, save: Save) -> None:
+        began = time.monotonic()
         self._folder.flush()
         for name, (tensors, metadata) in save.weights.items():
             self._folder.save_weights(name, tensors, metadata)
         path = checkpoints.save(self._folder.checkpoints, save.checkpoint, keep=self._keep, keep_every=self._keep_every)
-        self._saved = Saved(path, save.checkpoint.step, time.monotonic())
+        now = time.monotonic()
+        self._saved = Saved(path, save.checkpoint.step, now, save.taken_at)
+        self._longest_write_seconds = max(self._longest_write_seconds, now - began)
         self._folder.event("checkpoint", epoch=save.epoch, step=save.checkpoint.step)
 
     def _done(self, save: Save, failure: Exception | None) -> None:

@@ -6,10 +6,10 @@ from __future__ import annotations
 _EPOCH_BYTES, _STEP_BYTES = 1024, 64
 
 
-def rows_bytes(*, epochs: int, steps_per_epoch: int, log_every_steps: int, every_steps: int | None) -> int:
-    """Bytes of metrics.csv, steps.csv and events.jsonl at the end of a run. `every_steps`: checkpoint.every_steps."""
+def rows_bytes(*, epochs: int, steps_per_epoch: int, log_every_steps: int, steps_between_saves: int | None) -> int:
+    """Bytes of metrics.csv, steps.csv and events.jsonl at the end of a run."""
     steps = epochs * steps_per_epoch
-    saves = steps // every_steps if every_steps else 0
+    saves = steps // steps_between_saves if steps_between_saves else 0
     return epochs * _EPOCH_BYTES + (steps // log_every_steps) * _STEP_BYTES + saves * 2 * _STEP_BYTES
 
 

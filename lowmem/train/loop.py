@@ -21,6 +21,7 @@ from lowmem.runs.store import RunFolder
 from lowmem.train.check import PlanCheck
 from lowmem.train.descent import Descent
 from lowmem.train.evaluate import Score, evaluate
+from lowmem.train.interval import SaveInterval
 from lowmem.train.observer import Observer, Progress
 from lowmem.train.schedule import learning_rate, next_low_start
 from lowmem.train.signals import StopSignals
@@ -111,7 +112,8 @@ class _Loop:
         self.descent = Descent(trainer, folder)
         self.watch = Watch(trainer, folder)
         self._take_state()
-        self.last_save = self.last_tick = time.monotonic()
+        self.interval = SaveInterval(trainer.config.checkpoint, saver)
+        self.last_tick = time.monotonic()
         self.time_left = TimeLeft(trainer.config.train.epochs, self.per_epoch)
 
     def _take_state(self) -> None:
@@ -133,6 +135,7 @@ class _Loop:
             while self.state.step_in_epoch < self.per_epoch:
                 if config.max_steps is not None and self.state.step >= config.max_steps:
                     return self._stop_early(config.max_steps)
+                self.interval.hold(self.state.step)
                 self._one_step()
                 self._after_step()
             self._end_epoch()
@@ -190,12 +193,8 @@ class _Loop:
             self._leave()
         if state.step % config.train.log_every_steps == 0 or state.step_in_epoch == self.per_epoch:
             self._tell()
-        if state.step_in_epoch < self.per_epoch:
-            every, minutes = config.checkpoint.every_steps, config.checkpoint.every_minutes
-            if (every is not None and state.step % every == 0) or (
-                minutes is not None and time.monotonic() - self.last_save > 60 * minutes
-            ):
-                self._save()
+        if state.step_in_epoch < self.per_epoch and self.interval.due(state.step):
+            self._save()
 
     def _settle(self) -> None:
         """Fetches what the steps left on the device: the only place that waits for it, once per `log_every_steps`."""
@@ -245,6 +244,8 @@ class _Loop:
     def _end_epoch(self) -> None:
         state, t = self.state, self.t
         self.saver.wait()
+        if self.interval.due(None, ahead_seconds=self.time_left.evaluation_seconds):
+            self._save()  # the evaluation would be lost beyond the interval; a resume begins with it
         began = time.monotonic()
         test = self._score(t.dataset.test)
         val = self._score(t.dataset.val) if t.dataset.val is not None else None
@@ -329,7 +330,7 @@ class _Loop:
         self.saver.submit(Save(taken, self.state.epoch, weights))
         self.exports.clear()
         self.saved_at = position
-        self.last_save = time.monotonic()
+        self.interval.submitted()
         self._off_the_clock()
 
     def _conclude(self, event: str, **fields: Any) -> None:

@@ -26,10 +26,15 @@ class TimeLeft:
         self._evaluation_seconds = seconds
         self._mark = None
 
+    @property
+    def evaluation_seconds(self) -> float:
+        """Of the last evaluation; 0 before there was one."""
+        return self._evaluation_seconds or 0.0
+
     def seconds(self, epochs_done: int, steps_done: int) -> float | None:
         """Seconds until the end of the run; None until something was measured."""
         if self._step_seconds is None:
             return None
         steps = max(0, self._epochs * self._per_epoch - steps_done)
         evaluations = max(0, self._epochs - epochs_done)
-        return steps * self._step_seconds + evaluations * (self._evaluation_seconds or 0.0)
+        return steps * self._step_seconds + evaluations * self.evaluation_seconds

@@ -33,7 +33,7 @@ DISK_BYTES = 3 << 20  # a checkpoint of this net takes a quarter of it
 
 @cache
 def _settings() -> Settings:
-    return gather(flags={**BASE, "train.precision": "fp32"}, sets=[*SETS, "checkpoint.every_steps=2"])
+    return gather(flags={**BASE, "train.precision": "fp32"}, sets=[*SETS, "checkpoint.every_steps=4"])
 
 
 @cache

@@ -81,7 +81,7 @@ def test_sigkill_loses_no_more_than_since_the_checkpoint_before_the_one_being_wr
     uninterrupted: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    process = _start("train", *TINY, "--out", str(out), "--set", "checkpoint.every_steps=4")
+    process = _start("train", *TINY, "--out", str(out), "--set", "checkpoint.every_steps=8")
     _wait_for_steps(out, 17)
     process.kill()
     process.communicate()

@@ -18,7 +18,7 @@ from tests.conftest import assert_same_run
 from tests.faults.processes import resume, train, wait_for
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its processes with fork")
-EVERY = ("--set", "checkpoint.every_steps=4")
+EVERY = ("--set", "checkpoint.every_steps=8")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ SETS = [
     "data.test_subset=50",
     "train.log_every_steps=1",
     "schedule.milestones=[82]",
-    "checkpoint.every_steps=6",
+    "checkpoint.every_steps=12",
     "checkpoint.keep=5",
 ]
 

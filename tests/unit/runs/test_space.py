@@ -12,15 +12,16 @@ LONGEST = 1e-300 / 3  # a float of as many digits as there are
 
 
 def test_rows_fit_into_what_is_counted_for_them() -> None:
-    one_epoch = rows_bytes(epochs=1, steps_per_epoch=0, log_every_steps=1, every_steps=None)
+    one_epoch = rows_bytes(epochs=1, steps_per_epoch=0, log_every_steps=1, steps_between_saves=None)
     event = json.dumps({"time": "2026-11-23T10:00:00+0000", "event": "checkpoint", "epoch": 10**6, "step": 10**9})
     whole = dict.fromkeys(METRICS, -LONGEST)
     assert len(csv_line(METRICS, whole)) + len(event) + 2 <= one_epoch
     row = csv_line(STEPS, {"step": 10**7, "epoch": 10**4, "lr": 0.1, "loss": LONGEST})
     assert (
-        rows_bytes(epochs=1, steps_per_epoch=40, log_every_steps=20, every_steps=None) - one_epoch >= 2 * len(row) + 2
+        rows_bytes(epochs=1, steps_per_epoch=40, log_every_steps=20, steps_between_saves=None) - one_epoch
+        >= 2 * len(row) + 2
     )
-    often = rows_bytes(epochs=1, steps_per_epoch=40, log_every_steps=100, every_steps=10)
+    often = rows_bytes(epochs=1, steps_per_epoch=40, log_every_steps=100, steps_between_saves=10)
     assert often - one_epoch >= 4 * (len(event) + 1)
 
 
