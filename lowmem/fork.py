@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lowmem.belonging import belongs_to, most_bytes
 from lowmem.config import Config, flatten
 from lowmem.data import Dataset
 from lowmem.errors import CorruptCheckpoint, LowmemError, UsageError
@@ -44,6 +45,7 @@ class Source:
     saved: Checkpoint
     position: Position
     others: str  # the places one can fork from, in words
+    skipped: tuple[str, ...] = ()  # newer checkpoints that are damaged, in words
 
     @property
     def mid_epoch(self) -> bool:
@@ -51,25 +53,31 @@ class Source:
 
 
 def find(run: Path, config: Config, at: int | str) -> Source:
-    """The checkpoint `at`: an epoch (its end), `step:4692`, or `last`. Raises UsageError naming those there are."""
+    """The checkpoint `at`: an epoch (its end), `step:4692`, or `last`: the newest that verifies and belongs to the run.
+
+    Raises UsageError naming those there are, and CorruptCheckpoint if it is there and cannot be used.
+    """
+    check, limit_bytes = belongs_to(config), most_bytes(config)
     wanted = _parse(at)
-    positions, damaged = _positions(run)
+    positions, elsewhere = _positions(run)
     words = f"there are {', '.join(position.at for position in reversed(positions))}" if positions else "there is none"
+    damaged: list[str] = []
     for position in positions:
         if wanted is not None and wanted != (position.step if _is_step(at) else position.at):
             continue
         try:
-            saved = checkpoints.load(position.path)
+            saved = checkpoints.load(position.path, limit_bytes)
+            check(saved)
         except CorruptCheckpoint as error:
             damaged.append(str(error))
             continue
-        identity = saved.state.get("identity")
-        if not isinstance(identity, dict) or identity.get("settings") != config_hash(config):
-            raise CorruptCheckpoint(f"{position.path} was made with other settings than {run / 'config.yaml'} says")
-        return Source(run, config, saved, position, words)
+        return Source(run, config, saved, position, words, (*elsewhere, *damaged) if wanted is None else ())
     what = "" if wanted is None else f" of step {wanted}" if _is_step(at) else f" of the end of epoch {wanted}"
-    skipped = f" (damaged: {'; '.join(damaged)})" if damaged else ""
-    raise UsageError(f"{run} has no usable checkpoint{what}: {words}{skipped}; keep more with --keep-every")
+    skipped = f" (damaged: {'; '.join((*damaged, *elsewhere))})" if damaged or elsewhere else ""
+    text = f"{run} has no usable checkpoint{what}: {words}{skipped}; "
+    if damaged:
+        raise CorruptCheckpoint(f"{text}fork from another place, or restore the run's own files")
+    raise UsageError(f"{text}keep more with --keep-every")
 
 
 def _is_step(at: int | str) -> bool:
@@ -210,8 +218,9 @@ def rates(source: Source, new: Config, carried: Checkpoint, steps: int) -> Rates
     """`steps`: of an epoch of the new run. Those of the old one follow from where its checkpoint is."""
     at, low_start = source.position, bool(source.saved.state["run"].get("low_start"))
     old_steps = (at.step - at.step_in_epoch) // at.epoch if at.epoch else steps
+    scale = float(source.saved.state["run"].get("lr_scale", 1.0))
     return Rates(
-        rate_curve(source.config, old_steps, at.step, low_start=low_start),
+        rate_curve(source.config, old_steps, at.step, low_start=low_start, scale=scale),
         rate_curve(new, steps, carried.step, low_start=carried.state["run"]["low_start"]),
     )
 
@@ -239,6 +248,11 @@ def explain(source: Source, new: Config, changes: Changes, carried: Checkpoint, 
     lines.append("best weights are chosen anew, from here on")
     both = rates(source, new, carried, steps)
     lines += side_by_side(both.before, both.after)
+    if (scale := source.saved.state["run"].get("lr_scale", 1.0)) != 1.0:
+        lines.append(
+            f"{source.run} went back from a broken loss and was at {scale:g} of its learning rate; the fork is at what "
+            "its settings say"
+        )
     if carried.state["run"]["low_start"]:
         schedule = new.schedule
         until = schedule.low_start_until_error_pct
@@ -248,7 +262,7 @@ def explain(source: Source, new: Config, changes: Changes, carried: Checkpoint, 
 
 def warnings(source: Source, changes: Changes, dataset: Dataset) -> list[str]:
     """What may be meant otherwise."""
-    found = []
+    found = [f"skipped a damaged checkpoint: {reason}" for reason in source.skipped]
     asked = [key for key in _PICTURES if key in changes]
     if not _same_pictures(source, dataset) and not asked and "data.test_subset" not in changes:
         found.append(f"the pictures are not those that {source.run} was trained on, though no setting of them changes")

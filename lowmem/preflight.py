@@ -16,7 +16,7 @@ from torch import Tensor
 from lowmem.decide import read_plan
 from lowmem.errors import CorruptCheckpoint, DiskError, PreflightError, UsageError
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs import columns
+from lowmem.runs import columns, gradients
 from lowmem.runs.history import read_history
 from lowmem.runs.space import kept_epochs, rows_bytes, run_bytes
 from lowmem.runs.store import RunFolder, csv_line
@@ -26,7 +26,7 @@ from lowmem.train.state import cpu_tensors
 from lowmem.train.trial import Tried, try_step
 from lowmem.units import format_duration, format_size
 
-OUTPUTS = "settings, checkpoint, weights, metrics, events, plot and report"
+OUTPUTS = "settings, checkpoint, weights, metrics, gradients, events, plot and report"
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _try_weights(trainer: Trainer, run: RunFolder) -> None:
 
 
 def _try_rows(trainer: Trainer, run: RunFolder, tried: Tried) -> None:
-    """metrics.csv, steps.csv and events.jsonl by their readers."""
+    """metrics.csv, steps.csv, gradients.csv and events.jsonl by their readers."""
     test, seen = tried.score, trainer.meter.read()
     row: dict[str, Any] = {"epoch": 1, "step": 2, "lr": trainer.config.optim.lr, "elapsed_seconds": tried.step_seconds}
     row |= {"train_loss": _finite(tried.loss), "train_error_pct": tried.error_pct}
@@ -126,11 +126,16 @@ def _try_rows(trainer: Trainer, run: RunFolder, tried: Tried) -> None:
     told = {"what": "größer", "seconds": tried.step_seconds, "unknown": None, "values": [1, 2.5, True]}
     run.append_metrics(row)
     run.append_steps(steps)
+    run.begin_gradients(tried.layers, step=0)
+    run.append_gradients([(1, 1, tried.gradient_norms)])
     run.event("preflight", **told)
     back = read_history(run.path)
     line, lines = csv_line(columns.METRICS, row), [csv_line(columns.STEPS, step) for step in steps]
     _same([csv_line(columns.METRICS, vars(read)) for read in back.epochs] == [line], run.metrics_file)
     _same([csv_line(columns.STEPS, vars(read)) for read in back.steps] == lines, run.steps_file)
+    norms = [gradients.line(read.step, read.epoch, read.norms) for read in back.gradients.rows]
+    _same(back.gradients.layers == tried.layers, run.gradients_file)
+    _same(norms == [gradients.line(1, 1, tried.gradient_norms)], run.gradients_file)
     _same([(event.kind, dict(event.detail)) for event in back.events] == [("preflight", told)], run.events_file)
     _same(back.best is not None and (back.best.epoch, back.best.error_pct) == (1, 12.5), run.path / "weights")
 

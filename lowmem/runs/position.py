@@ -15,6 +15,8 @@ from lowmem.errors import CorruptCheckpoint
 _LARGEST = 1 << 53
 _COUNTS = ("epoch", "step", "step_in_epoch", "seen")
 _AMOUNTS = ("wrong", "elapsed_seconds", "train_seconds")
+# What a run keeps track of besides; older versions did not.
+_LATER_COUNTS = ("share_count", "chance_epochs", "exploded_losses", "rollbacks")
 _SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
 
@@ -31,6 +33,12 @@ def check_state(state: Mapping[str, Any], step: int) -> None:
         _need(_is_amount(run.get(name)), name, step)
     _need(_is_number(run.get("loss_sum")), "loss_sum", step)  # not finite once a run has diverged
     _need(isinstance(run.get("low_start"), bool), "low_start", step)
+    for name in _LATER_COUNTS:
+        _need(is_count(run.get(name, 0)), name, step)
+    _need(_is_number(run.get("share_log_sum", 0.0)), "share_log_sum", step)
+    _need(run.get("gradient_share") is None or _is_number(run["gradient_share"]), "gradient_share", step)
+    _need(_is_amount(run.get("lr_scale", 1.0)), "lr_scale", step)
+    _need(isinstance(run.get("told_stuck", False), bool), "told_stuck", step)
     _need("best" in run and _is_best(run["best"]), "best", step)
     _need(_is_scaler(run.get("scaler")), "scaler", step)
 

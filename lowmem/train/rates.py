@@ -26,13 +26,14 @@ class RateCurve:
         return passed[-1] if passed else None
 
 
-def rate_curve(config: Config, steps_per_epoch: int, begin: int, *, low_start: bool) -> RateCurve:
-    """From the 0-based step `begin` on. A low start that is on is drawn to its latest end, the first milestone."""
+def rate_curve(config: Config, steps_per_epoch: int, begin: int, *, low_start: bool, scale: float = 1.0) -> RateCurve:
+    """From the 0-based step `begin` on. A low start that is on is drawn to its latest end, the first milestone.
+    `scale`: what going back from a broken loss has made of the rate."""
     end = config.train.epochs * steps_per_epoch
     steps = [begin, *(step for step in milestone_steps(config, steps_per_epoch) if begin < step < end)]
     points: list[tuple[float, float]] = []
     for step in steps if begin < end else []:
-        rate = learning_rate(config, steps_per_epoch, step, low_start=low_start)
+        rate = learning_rate(config, steps_per_epoch, step, low_start=low_start) * scale
         if not points or points[-1][1] != rate:
             points.append((step / steps_per_epoch, rate))
     return RateCurve(tuple(points), config.train.epochs)

@@ -19,6 +19,7 @@ from lowmem.errors import OutOfMemory
 from lowmem.runs.store import RunFolder
 from lowmem.train.descent import Descent, words
 from lowmem.train.evaluate import Score, evaluate
+from lowmem.train.gradients import GradientNorms
 from lowmem.train.schedule import learning_rate
 from lowmem.train.survive import Failure, Undo, release
 
@@ -31,7 +32,7 @@ _QUICK_SECONDS = 10.0  # what takes longer is not run a second time for a better
 @dataclass(frozen=True)
 class Tried:
     """Seconds of a step and of an evaluation batch with their pictures, warmed up where that was quick; the mean loss
-    and the error of that step, and the evaluation's score."""
+    and the error of that step, the norm of every layer's gradient in it, and the evaluation's score."""
 
     step_seconds: float
     step_pictures: int
@@ -39,6 +40,8 @@ class Tried:
     score: Score
     loss: float
     error_pct: float
+    layers: tuple[str, ...]
+    gradient_norms: tuple[float, ...]
 
 
 class Before:
@@ -94,8 +97,9 @@ def try_step(trainer: Trainer, folder: RunFolder) -> Tried:
     """
     before = Before(trainer)
     descent, undo = Descent(trainer, folder), Undo(trainer.step, trainer.model)
+    norms = GradientNorms(trainer.model, trainer.step, every=1)
     try:
-        while isinstance(done := _twice_if_quick(lambda: _step(trainer, undo)), Failure):
+        while isinstance(done := _twice_if_quick(lambda: _step(trainer, undo, norms)), Failure):
             before.restore()  # even where the update had begun
             release()
             if not descent.after(replace(done, final=False)):
@@ -108,10 +112,12 @@ def try_step(trainer: Trainer, folder: RunFolder) -> Tried:
     finally:
         before.restore()
     loss, wrong = (total / pictures for total in totals)
-    return Tried(seconds, pictures, scored[0], scored[1], loss, 100 * wrong)
+    norms.keep(1, 1)
+    measured = tuple(norms.fetch()[0][2])
+    return Tried(seconds, pictures, scored[0], scored[1], loss, 100 * wrong, norms.names, measured)
 
 
-def _step(trainer: Trainer, undo: Undo) -> tuple[list[float], int] | Failure:
+def _step(trainer: Trainer, undo: Undo, norms: GradientNorms) -> tuple[list[float], int] | Failure:
     state, layout = trainer.state, trainer.execution.torch_memory_format
     # A checkpoint may be of the end of an epoch whose evaluation was still to come.
     at = min(state.step_in_epoch, trainer.batches.steps_per_epoch - 1)
@@ -119,7 +125,7 @@ def _step(trainer: Trainer, undo: Undo) -> tuple[list[float], int] | Failure:
 
     def work() -> tuple[Tensor, int]:
         images, labels = trainer.batches.batch(state.epoch, at, memory_format=layout)
-        return trainer.step(images, labels, rate), labels.shape[0]
+        return trainer.step(images, labels, rate, norms.measure), labels.shape[0]
 
     done = undo.attempt(work)
     # Reading the sums waits for the device: the time is that of the work, not of its launch.

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from tests.conftest import assert_same_tensors, environment, exact_rows
 from tests.faults.damage import FILES, Damage, flip, flips, generations, judge, of_files, of_folders
 from tests.faults.small_run import Heard, copy_run, make_run
 
+NOBODY = 65534
 FOREIGN = "optim.lr=0.05"
 
 
@@ -116,17 +119,36 @@ def test_two_names_of_one_step_are_one(run: Path, made: Path) -> None:
     assert any("from step-00000007.old" in note for note in heard.notes)
 
 
+@contextmanager
+def _bound_by_permissions(run: Path) -> Iterator[Path]:
+    """The run as a user has it whom permissions bind: root becomes nobody, in a folder that nobody may enter."""
+    if os.getuid() != 0:
+        yield run
+        return
+    with tempfile.TemporaryDirectory() as name:
+        copy = copy_run(run, Path(name) / "run")
+        for path in (Path(name), copy, *copy.rglob("*")):
+            os.chown(path, NOBODY, -1)
+        checkpoints.load_newest(copy / "checkpoints")  # what it imports, root alone may be able to read
+        os.seteuid(NOBODY)
+        try:
+            yield copy
+        finally:
+            os.seteuid(0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are others there")
 def test_what_cannot_be_read_is_skipped_or_said(run: Path) -> None:
-    if os.name == "nt" or os.getuid() == 0:
-        pytest.skip("permissions do not bind this user")
-    (_newest(run) / "state.json").chmod(0)
-    checkpoints.found(run / "checkpoints")[1].chmod(0)
-    _, where, skipped = checkpoints.load_newest(run / "checkpoints")
-    assert (where.name, len(skipped)) == ("step-00000004", 2)
-    (run / "checkpoints").chmod(0)
-    with pytest.raises(CorruptCheckpoint, match="cannot be read"):
-        checkpoints.load_newest(run / "checkpoints")
-    (run / "checkpoints").chmod(0o755)
+    with _bound_by_permissions(run) as copy:
+        newest, second, third = checkpoints.found(copy / "checkpoints")[:3]
+        (newest / "state.json").chmod(0)
+        second.chmod(0)
+        _, where, skipped = checkpoints.load_newest(copy / "checkpoints")
+        assert (where, set(skipped)) == (third, {newest, second})
+        (copy / "checkpoints").chmod(0)
+        with pytest.raises(CorruptCheckpoint, match="cannot be read"):
+            checkpoints.load_newest(copy / "checkpoints")
+        (copy / "checkpoints").chmod(0o755)
 
 
 # -- the other files of a run --------------------------------------------------------------------------------------

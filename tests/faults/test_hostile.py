@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -263,7 +264,22 @@ def test_a_message_carries_no_control_characters(run: Path, capsys: pytest.Captu
 
 
 def test_a_position_that_no_run_comes_to_is_refused(run: Path) -> None:
-    for change in ({"step_in_epoch": 5}, {"seen": 0}, {"epoch": -1}, {"step": 6}, {"epoch": 2**70}, {"loss_sum": "0"}):
+    for change in (
+        {"step_in_epoch": 5},
+        {"seen": 0},
+        {"epoch": -1},
+        {"step": 6},
+        {"epoch": 2**70},
+        {"loss_sum": "0"},
+        {"lr_scale": "1"},
+        {"lr_scale": -1.0},
+        {"lr_scale": math.inf},
+        {"rollbacks": 0.5},
+        {"told_stuck": 1},
+        {"gradient_share": "x"},
+        {"share_count": -1},
+        {"unheard_of": 1},
+    ):
         copy = copy_run(run, run.with_name("changed"))
         for path in checkpoints.found(copy / "checkpoints"):
             state = json.loads((path / "state.json").read_text())

@@ -14,6 +14,7 @@ from lowmem.api import extend_run, fork_run, recorded_settings, run_training
 from lowmem.cli.main import main
 from lowmem.config import Config
 from lowmem.errors import CorruptCheckpoint, PreflightError, UsageError
+from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.history import read_history
 from lowmem.settings import Settings, gather
 from lowmem.train.observer import Observer
@@ -182,11 +183,27 @@ def test_a_damaged_checkpoint_is_not_forked_from(copied: Path, tmp_path: Path) -
     data = bytearray(file.read_bytes())
     data[-1] ^= 1  # the size stays
     file.write_bytes(bytes(data))
-    with pytest.raises(UsageError, match=r"end of epoch 2: .*damaged: .*hash"):
+    with pytest.raises(CorruptCheckpoint, match=r"end of epoch 2: .*damaged: .*hash"):
         fork_run(copied, at=2, changes={"optim.lr": 0.2})
     # And it is not the last.
     (copied / "checkpoints/step-00000012/manifest.json").unlink()
-    assert fork.find(copied, recorded_settings(copied).config, "last").position.step == 6
+    found = fork.find(copied, recorded_settings(copied).config, "last")
+    assert found.position.step == 6
+    assert len(found.skipped) == 2
+
+
+def test_of_a_run_that_went_back(copied: Path, tmp_path: Path) -> None:
+    """What the old run had made of its learning rate stands beside the fork's own."""
+    path = copied / "checkpoints/step-00000008"
+    saved = checkpoints.load(path)
+    saved.state["run"] |= {"lr_scale": 0.25, "rollbacks": 2}
+    shutil.rmtree(path)
+    checkpoints.save(copied / "checkpoints", saved, keep=5)
+    heard = Listener()
+    fork_run(copied, at=2, changes={"optim.lr": 0.02}, out=tmp_path / "fork", observer=heard, dry_run=True)
+    told = " ".join("\n".join(heard.notes).split())
+    assert "from epoch 3 0.0025 0.002" in told  # milestone behind: 0.1 * 0.1 * 0.25 and 0.02 * 0.1
+    assert "was at 0.25 of its learning rate" in told
 
 
 def test_a_checkpoint_of_another_run_is_not_forked_from(copied: Path) -> None:
