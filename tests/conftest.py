@@ -25,6 +25,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 hypothesis.settings.register_profile("lowmem", deadline=None)
 hypothesis.settings.load_profile("lowmem")
 
+WORKERS = 2
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Of `-n auto`. Tests of a card have it to themselves, and must find its memory free."""
+    wanted = str(config.getoption("markexpr"))
+    return 0 if "gpu" in wanted and "not gpu" not in wanted else WORKERS
+
+
 TINY = (
     "--arch", "res20", "--width", "4", "--data", "shapes", "--epochs", "3", "--batch", "64",
     "--set", "data.train_subset=600", "--set", "data.test_subset=100", "--set", "train.log_every_steps=1",

@@ -129,12 +129,16 @@ def _chosen(plan: Plan) -> Candidate:
 
 def _plain(choice: Choice) -> Candidate:
     peak, budget = choice.plain.estimate.peak_allocated_bytes, choice.budget.tensor_bytes
-    fits = peak <= budget
+    seconds = choice.plan.predicted.step_seconds
+    if peak > budget:
+        why = f"needs {format_size(peak)}, the budget is {format_size(budget)}"
+    elif seconds is None or choice.plain_seconds >= seconds:
+        why = "takes more memory and no less time"
+    else:
+        why = "takes more memory, and cannot give any of it up when memory runs short"
     return Candidate(
         what=f"plain autograd, {choice.plan.precision}, {choice.plan.micro_batch} pictures at a time",
-        refused_because="takes more memory and no less time"
-        if fits
-        else f"needs {format_size(peak)}, the budget is {format_size(budget)}",
+        refused_because=why,
         peak_bytes=peak,
         step_seconds=choice.plain_seconds,
     )

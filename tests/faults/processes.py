@@ -48,6 +48,15 @@ class Forked:
         """The exit code; of a killed process minus the signal's number."""
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
+    def insist(self, number: int) -> int:
+        """The exit code after a first signal and a second. Sent until it leaves: two that are not taken yet are one."""
+        while True:
+            self.signal(number)
+            time.sleep(0.1)
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            if found:
+                return os.waitstatus_to_exitcode(status)
+
     @property
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from lowmem.train.observer import Observer
 
 SETTINGS = (
     "model.arch=res20", "model.width=2", "data.source=shapes", "data.train_subset=60", "data.test_subset=20",
-    "train.batch=20", "train.epochs=3", "train.max_steps=7", "train.log_every_steps=1", "checkpoint.every_steps=2",
+    "train.batch=20", "train.epochs=3", "train.max_steps=7", "train.log_every_steps=1", "checkpoint.every_steps=4",
     "checkpoint.keep=4", "train.device=cpu", "train.precision=fp32",
 )  # fmt: skip
 

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,10 +76,7 @@ def test_a_second_signal_during_a_save_leaves_the_checkpoint_before(
     run = tmp_path / "run"
     child = train(run, tmp_path / "log", *EVERY, before=_held(tmp_path, name))
     wait_for(tmp_path / "begun")
-    child.signal(signal.SIGINT)
-    time.sleep(0.1)  # two of a kind at once are one
-    child.signal(signal.SIGINT)
-    assert child.wait() == 130
+    assert child.insist(signal.SIGINT) == 130
     assert "the last checkpoint stands" in child.said
     assert (run / "checkpoints/.aside-step-00000008").is_dir()
     assert cp.load_newest(run / "checkpoints")[0].step == 6
