@@ -181,6 +181,10 @@ def fork_run(
     if source.name in ("", ".."):
         source = source.resolve()
     path = Path(out) if out is not None else source.with_name(f"{source.name}-fork")
+    if path.resolve().is_relative_to(source.resolve()):
+        raise UsageError(
+            f"{path} lies inside of {source}, which a fork leaves as it is: choose another folder with --out"
+        )
     recorded = recorded_settings(source)
     settings = resolve_execution(fork.changed(recorded, changes, f"fork of {source.name}"))
     differing = fork.check(recorded.config, settings.config)

@@ -59,6 +59,8 @@ def belongs_to(config: Config) -> Callable[[Checkpoint], None]:
         check_belongs(saved, identity)
         shapes = {name: tuple(tensor.shape) for name, tensor in saved.model.items()}
         check_shapes(expected, shapes, f"the model of step {saved.step}")
+        if saved.state["run"]["epoch"] > config.train.epochs:
+            raise CorruptCheckpoint(f"step {saved.step} is of an epoch after the run's last, {config.train.epochs}")
 
     return check
 

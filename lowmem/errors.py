@@ -83,6 +83,10 @@ class CorruptCheckpoint(LowmemError):
     exit_code = ExitCode.CHECKPOINT
 
 
+class UnreadableCheckpoint(CorruptCheckpoint):
+    """A checkpoint that the system does not let be read: what it holds is not known to be damaged."""
+
+
 class DiskError(LowmemError):
     """The disk is full or refuses to write; what was saved before is intact."""
 

@@ -90,7 +90,7 @@ def _parse(at: int | str) -> int | str | None:
     if text == "last":
         return None
     number = text.removeprefix("step:")
-    if not (number.isascii() and number.isdigit()):
+    if not (number.isascii() and number.isdigit() and len(number) < 16):
         raise UsageError(
             f"--at {text} is no place in a run: give an epoch (its end) like 12, a step like step:4692, or last"
         )
@@ -187,8 +187,11 @@ def carry_over(source: Source, new: Config, changes: Changes, dataset: Dataset) 
         run["step"] = run["epoch"] * steps_per_epoch(new, dataset)
     # The old run's best was chosen under other settings, perhaps on other pictures, and its weights are not here.
     run["best"] = None
-    # The rate is what the new settings say, and whether the run gets anywhere with it is a new question.
-    run |= {"lr_scale": 1.0, "rollbacks": 0, "exploded_losses": 0, "chance_epochs": 0, "told_stuck": False}
+    # Whether the run gets anywhere is a new question. What going back has made of its rate stays, unless there is
+    # another to begin with.
+    run |= {"rollbacks": 0, "exploded_losses": 0, "chance_epochs": 0, "told_stuck": False}
+    if "optim.lr" in changes:
+        run["lr_scale"] = 1.0
     run["low_start"] = bool(run.get("low_start")) and starts_low(new)
     identity = {"settings": config_hash(new), "data": dataset.fingerprint}
     return replace(saved, step=run["step"], state={"run": run, "identity": identity})
@@ -218,11 +221,15 @@ def rates(source: Source, new: Config, carried: Checkpoint, steps: int) -> Rates
     """`steps`: of an epoch of the new run. Those of the old one follow from where its checkpoint is."""
     at, low_start = source.position, bool(source.saved.state["run"].get("low_start"))
     old_steps = (at.step - at.step_in_epoch) // at.epoch if at.epoch else steps
-    scale = float(source.saved.state["run"].get("lr_scale", 1.0))
     return Rates(
-        rate_curve(source.config, old_steps, at.step, low_start=low_start, scale=scale),
-        rate_curve(new, steps, carried.step, low_start=carried.state["run"]["low_start"]),
+        rate_curve(source.config, old_steps, at.step, low_start=low_start, scale=_scale(source.saved)),
+        rate_curve(new, steps, carried.step, low_start=carried.state["run"]["low_start"], scale=_scale(carried)),
     )
+
+
+def _scale(saved: Checkpoint) -> float:
+    """What going back from a broken loss has made of the learning rate."""
+    return float(saved.state["run"].get("lr_scale", 1.0))
 
 
 def explain(source: Source, new: Config, changes: Changes, carried: Checkpoint, dataset: Dataset) -> list[str]:
@@ -248,11 +255,10 @@ def explain(source: Source, new: Config, changes: Changes, carried: Checkpoint, 
     lines.append("best weights are chosen anew, from here on")
     both = rates(source, new, carried, steps)
     lines += side_by_side(both.before, both.after)
-    if (scale := source.saved.state["run"].get("lr_scale", 1.0)) != 1.0:
-        lines.append(
-            f"{source.run} went back from a broken loss and was at {scale:g} of its learning rate; the fork is at what "
-            "its settings say"
-        )
+    if (scale := _scale(source.saved)) != 1.0:
+        stays_words = "so is the fork (--set optim.lr=… begins with a rate of its own)"
+        now = stays_words if _scale(carried) == scale else f"the fork begins with {new.optim.lr:g}"
+        lines.append(f"{source.run} went back from a broken loss and is at {scale:g} of its learning rate: {now}")
     if carried.state["run"]["low_start"]:
         schedule = new.schedule
         until = schedule.low_start_until_error_pct

@@ -35,7 +35,8 @@ def read_limited(path: Path, limit_bytes: int) -> bytes:
     if status.st_size > limit_bytes:
         raise Unreadable(f"has {status.st_size:,} bytes, at most {limit_bytes:,} are read")
     with open(path, "rb") as file:
-        data = file.read(limit_bytes + 1)
+        # Not more than there is: as much as is asked for is allocated first.
+        data = file.read(min(status.st_size, limit_bytes) + 1)
     if len(data) > limit_bytes:
         raise Unreadable(f"has more than the {limit_bytes:,} bytes that are read")
     return data

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem.errors import CorruptCheckpoint, DiskError
+from lowmem.errors import CorruptCheckpoint, DiskError, LowmemError, OutOfMemory, UnreadableCheckpoint
 from lowmem.reading import RECORD_LIMIT_BYTES, Unreadable, parse_json, read_limited, shorten
 from lowmem.runs.atomic import fsync_folder, replace_path, write_synced
 from lowmem.runs.header import parse_header
-from lowmem.runs.kept import read_position
+from lowmem.runs.kept import Position, read_position
 from lowmem.runs.position import is_count
+from lowmem.units import format_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +79,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int, keep_every: int | N
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise disk_error(error, target) from error
-    except CorruptCheckpoint:
+    except LowmemError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     _prune(folder, keep, keep_every)
@@ -125,10 +126,14 @@ def _put_in_place(aside: Path, target: Path) -> None:
 
 
 def _prune(folder: Path, keep: int, keep_every: int | None) -> None:
-    """Deletes what is older than the `keep` newest and not kept for its epoch. A folder loses its commit record first,
-    so that a half-deleted one is never taken for a checkpoint. Failing to delete is no reason to stop a run."""
-    for path in found(folder)[max(keep, 2) :]:
-        if keep_every is not None and _is_every(path, keep_every):
+    """Deletes what is older than the `keep` newest and not kept for its epoch. While a loss explodes the newest from
+    before it stays too: it is what a run can go back to. A folder loses its commit record first, so that a half-deleted
+    one is never taken for a checkpoint. Failing to delete is no reason to stop a run."""
+    paths = found(folder)
+    sound = next((path for path in paths if (at := _position(path)) is not None and at.sound), None)
+    for path in paths[max(keep, 2) :]:
+        at = _position(path)
+        if path == sound or (at is not None and at.is_every(keep_every)):
             continue
         try:
             (path / "manifest.json").unlink(missing_ok=True)
@@ -148,11 +153,11 @@ def tidy(folder: Path, *, keep: int, keep_every: int | None = None) -> None:
     _prune(folder, keep, keep_every)
 
 
-def _is_every(path: Path, epochs: int) -> bool:
+def _position(path: Path) -> Position | None:
     try:
-        return read_position(path).is_every(epochs)
+        return read_position(path)
     except CorruptCheckpoint:
-        return False
+        return None
 
 
 def found(folder: Path) -> list[Path]:
@@ -182,12 +187,13 @@ def verify(path: Path, *, expected_step: int | None = None, most_bytes: int | No
     """The bytes of each file, after checking sizes and hashes against the commit record. A file of more than
     `most_bytes` is not read: whatever its record says, it is not the run's.
 
-    Raises CorruptCheckpoint saying which file and why.
+    Raises CorruptCheckpoint saying which file and why; UnreadableCheckpoint and OutOfMemory where nothing is known to
+    be wrong with them.
     """
     try:
         return _verified(path, expected_step, most_bytes)
     except OSError as error:
-        raise CorruptCheckpoint(f"{path} cannot be read ({error.strerror or error})") from None
+        raise UnreadableCheckpoint(f"{path} cannot be read ({error.strerror or error})") from None
 
 
 def _verified(path: Path, expected_step: int | None, most_bytes: int | None) -> dict[str, bytes]:
@@ -222,10 +228,17 @@ def _verified_file(file: Path, entry: object, most_bytes: int | None) -> bytes:
     except Unreadable as error:
         raise CorruptCheckpoint(f"{file} {error}") from None
     except MemoryError:
-        raise CorruptCheckpoint(f"{file} has {size:,} bytes, more than this machine's memory takes") from None
+        raise _no_memory(file, size) from None
     if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
         raise CorruptCheckpoint(f"{file} does not have the hash of the commit record")
     return data
+
+
+def _no_memory(path: Path, size: int) -> OutOfMemory:
+    return OutOfMemory(
+        f"there is no memory to read {path} ({format_size(size)}), and nothing is known to be wrong with it: free some "
+        "and try again"
+    )
 
 
 def _read_manifest(path: Path) -> tuple[dict[str, Any], bytes]:
@@ -250,7 +263,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def load(path: Path, most_bytes: int | None = None) -> Checkpoint:
-    """Reads a checkpoint that verifies, of files of at most `most_bytes`. Raises CorruptCheckpoint; never unpickles
+    """Reads a checkpoint that verifies, of files of at most `most_bytes`. Raises as `verify` does; never unpickles
     (invariant 8)."""
     from safetensors import SafetensorError
     from safetensors.torch import load as decode
@@ -262,7 +275,7 @@ def load(path: Path, most_bytes: int | None = None) -> Checkpoint:
         model, optimizer = (decode(contents[name]) for name in _TENSOR_FILES)
         state = parse_json(contents["state.json"])
     except MemoryError:
-        raise CorruptCheckpoint(f"{path} takes more than this machine's memory") from None
+        raise _no_memory(path, sum(map(len, contents.values()))) from None
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise CorruptCheckpoint(f"{path} cannot be decoded: {shorten(error)}") from None
     match = _NAME.fullmatch(path.name)
@@ -277,7 +290,7 @@ def load_newest(
     """The newest checkpoint that verifies, its path, and the newer ones that were skipped with the reason.
 
     `accept` raises CorruptCheckpoint for one that is whole but another run's; a file of more than `most_bytes` cannot
-    be this run's and is not read. Raises CorruptCheckpoint if none is left.
+    be this run's and is not read. Raises CorruptCheckpoint if none is left, and OutOfMemory.
     """
     skipped: dict[Path, str] = {}
     for path, is_folder in named(folder):
@@ -297,9 +310,16 @@ def load_newest(
 
 def set_aside(damaged: Iterable[Path]) -> None:
     """Renames checkpoints that do not verify to `damaged-step-N`: they must not count among the generations that are
-    kept, or pruning would delete good ones in their favour."""
+    kept, or pruning would delete good ones in their favour. What cannot even be read stays where it is: it may be
+    whole."""
     for path in damaged:
         target = path.with_name(f"damaged-{path.name}")
+        try:
+            verify(path)
+        except UnreadableCheckpoint:
+            continue
+        except LowmemError:
+            pass
         try:
             shutil.rmtree(target, ignore_errors=True)
             os.replace(path, target)

@@ -17,12 +17,14 @@ _LIMIT_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Position:
-    """A checkpoint that looks whole: `epoch` epochs are completed, `step_in_epoch` steps of the next are done."""
+    """A checkpoint that looks whole: `epoch` epochs are completed, `step_in_epoch` steps of the next are done. `sound`:
+    no loss was exploding when it was made."""
 
     path: Path
     epoch: int
     step: int
     step_in_epoch: int
+    sound: bool = True
 
     @property
     def at(self) -> str:
@@ -49,7 +51,8 @@ def read_position(path: Path) -> Position:
     epoch, step, step_in_epoch = (value if type(value) is int and value >= 0 else -1 for value in values)
     if min(epoch, step, step_in_epoch) < 0:
         raise CorruptCheckpoint(f"{path}: state.json holds no position")
-    return Position(path, epoch, step, step_in_epoch)
+    assert isinstance(run, dict)
+    return Position(path, epoch, step, step_in_epoch, not run.get("exploded_losses"))
 
 
 def _check_size(path: Path, name: str, expected: object) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from lowmem.errors import CorruptCheckpoint
 
 _LARGEST = 1 << 53
+_LARGEST_LOG = 745.2  # of a positive double, either way
 _COUNTS = ("epoch", "step", "step_in_epoch", "seen")
 _AMOUNTS = ("wrong", "elapsed_seconds", "train_seconds")
 # What a run keeps track of besides; older versions did not.
@@ -35,9 +36,11 @@ def check_state(state: Mapping[str, Any], step: int) -> None:
     _need(isinstance(run.get("low_start"), bool), "low_start", step)
     for name in _LATER_COUNTS:
         _need(is_count(run.get(name, 0)), name, step)
-    _need(_is_number(run.get("share_log_sum", 0.0)), "share_log_sum", step)
-    _need(run.get("gradient_share") is None or _is_number(run["gradient_share"]), "gradient_share", step)
-    _need(_is_amount(run.get("lr_scale", 1.0)), "lr_scale", step)
+    logs, shares = run.get("share_log_sum", 0.0), run.get("share_count", 0)
+    _need(_is_number(logs) and not _is_special(logs) and abs(logs) <= _LARGEST_LOG * shares, "share_log_sum", step)
+    _need(run.get("gradient_share") is None or _is_amount(run["gradient_share"]), "gradient_share", step)
+    scale = run.get("lr_scale", 1.0)
+    _need(_is_amount(scale) and 0 < scale <= 1, "lr_scale", step)
     _need(isinstance(run.get("told_stuck", False), bool), "told_stuck", step)
     _need("best" in run and _is_best(run["best"]), "best", step)
     _need(_is_scaler(run.get("scaler")), "scaler", step)

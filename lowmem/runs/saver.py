@@ -217,7 +217,7 @@ class Saver:
         path = self._folder.path
         last = "nothing was saved before" if self._saved is None else f"saved last is {self._saved}"
         text = f"the last save failed: {_reason(failure)}; {last}; then go on from there with `lowmem resume {path}`"
-        return OutOfMemory(text) if isinstance(failure, MemoryError) else DiskError(text)
+        return OutOfMemory(text) if isinstance(failure, MemoryError | OutOfMemory) else DiskError(text)
 
     def _trouble(self, text: str) -> None:
         """Once for each stretch of trouble, to the user and into the run's own record."""
@@ -250,7 +250,7 @@ class Saver:
         failure: Exception | None = None
         try:
             self._write(save)
-        except (DiskError, CorruptCheckpoint, OSError, MemoryError) as error:
+        except (DiskError, CorruptCheckpoint, OutOfMemory, OSError, MemoryError) as error:
             failure = error.with_traceback(None)
             failure.__cause__ = failure.__context__ = None
         self._done(save, failure)

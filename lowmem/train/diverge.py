@@ -85,9 +85,9 @@ class Recovery:
         saved, path = found
         checkpoints.set_aside(unsound)
         if t.config.train.on_nan == "stop":
-            self._stop(what, where, f"stopped as asked; {self._way_out(path)}")
+            self._stop(what, where, f"stopped as asked; {self._way_out(path, saved)}")
         if broken.rollbacks >= MOST_ROLLBACKS:
-            self._stop(what, where, f"going back {broken.rollbacks} times did not help; {self._way_out(path)}")
+            self._stop(what, where, f"going back {broken.rollbacks} times did not help; {self._way_out(path, saved)}")
         state = restore(saved, t.model, t.optimizer, t.step.scaler, t.identity)
         state.rollbacks, state.lr_scale = broken.rollbacks + 1, broken.lr_scale * LR_FACTOR
         state.elapsed_seconds = broken.elapsed_seconds
@@ -112,13 +112,15 @@ class Recovery:
         self._folder.event("diverged", what=what, step=state.step, epoch=state.epoch + 1, why=why)
         raise Diverged(f"{what} {where}: {why}")
 
-    def _way_out(self, path: Path) -> str:
-        run = self._folder.path
-        rate = self._t.config.optim.lr * self._t.state.lr_scale
-        return (
-            f"saved is {path.name}, from before it: try `lowmem fork {run} --at EPOCH --set optim.lr={rate / 10:g}`, "
-            f"or `lowmem resume {run} --on-nan rollback`"
-        )
+    def _way_out(self, path: Path, saved: Checkpoint) -> str:
+        run, lr = self._folder.path, self._t.config.optim.lr * self._t.state.lr_scale / 10
+        words = f"saved is {path.name}, from before it"
+        if saved.step == 0:
+            return f"{words}: start again with a smaller rate, like --set optim.lr={lr:g}"
+        words += f": try `lowmem fork {run} --at {_place(saved)} --set optim.lr={lr:g}`"
+        if self._t.state.rollbacks >= MOST_ROLLBACKS:
+            return words
+        return f"{words}, or `lowmem resume {run} --on-nan rollback`"
 
     def _newest_sound(self) -> tuple[tuple[Checkpoint, Path] | None, list[Path]]:
         """The newest sound checkpoint, and the newer ones that verify but are not sound."""
@@ -138,6 +140,12 @@ class Recovery:
         if run.get("exploded_losses", 0) or not math.isfinite(run.get("loss_sum", math.nan)):
             return False
         return _finite((*saved.model.values(), *saved.optimizer.values()))
+
+
+def _place(saved: Checkpoint) -> str:
+    """As `lowmem fork --at` takes it."""
+    run = saved.state["run"]
+    return f"step:{saved.step}" if run["step_in_epoch"] else f"{run['epoch']}"
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

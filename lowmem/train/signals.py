@@ -1,11 +1,17 @@
-"""Signals: the first asks the run to save and leave, the second leaves at once."""
+"""Signals: the first asks the run to save and leave, a second Ctrl-C leaves at once.
+
+A system that shuts down sends SIGTERM and SIGHUP together, and a shell that ends may send SIGHUP twice: nobody insists
+there. SIGTERM insists when it comes again some seconds later, SIGHUP never.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,6 +19,8 @@ from lowmem.errors import ExitCode
 
 # SIGHUP: the terminal was closed. SIGBREAK: Ctrl-Break on Windows. Only what this system has.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+# Seconds after which the same signal once more means at once.
+_INSISTS_AFTER = {"SIGINT": 0.0, "SIGBREAK": 0.0, "SIGTERM": 2.0}
 
 
 class StopSignals:
@@ -23,6 +31,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self._came: dict[str, float] = {}  # when each came first
         self._previous: dict[int, Any] = {}
 
     @property
@@ -45,11 +54,13 @@ class StopSignals:
             signal.signal(number, previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if name in self._came and now - self._came[name] >= _INSISTS_AFTER.get(name, math.inf):
             # At once means without unwinding: a checkpoint being written is not committed, the one before it stands.
             try:
                 sys.stderr.write("\nstopped at once; the last checkpoint stands\n")
                 sys.stderr.flush()
             finally:
                 os._exit(self.exit_code)
-        self.requested = signal.Signals(number).name
+        self._came.setdefault(name, now)
+        self.requested = self.requested or name

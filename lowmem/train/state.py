@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,9 @@ class RunState:
         self.share_count = 0
 
 
+_STATE_FIELDS = frozenset(one.name for one in fields(RunState))
+
+
 def config_hash(config: Config) -> str:
     """SHA-256 of the settings that define what is computed: a checkpoint of another run is not taken for this one's."""
     exact = {key: value for key, value in flatten(config).items() if key not in OPERATIONAL}
@@ -78,6 +81,11 @@ def cpu_copy(tensor: Tensor) -> Tensor:
 def check_belongs(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
     """Raises CorruptCheckpoint unless its state is a run's, of just these settings and data (what `identity` names)."""
     check_state(checkpoint.state, checkpoint.step)
+    if odd := checkpoint.state["run"].keys() - _STATE_FIELDS:
+        raise CorruptCheckpoint(
+            f"state.json of step {checkpoint.step} holds {shorten(sorted(odd)[0])!r}, which this lowmem does not know: "
+            "use the one that wrote it"
+        )
     recorded = checkpoint.state["identity"]
     for key, value in identity.items():
         if recorded.get(key) != value:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +85,25 @@ def test_a_second_signal_during_a_save_leaves_the_checkpoint_before(
     assert resumed.wait() == 0
     assert f"is taken over from process {child.pid} on" in resumed.said
     assert not (run / "checkpoints/.aside-step-00000008").exists()
+    assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGHUP"), ("SIGHUP", "SIGHUP")])
+def test_signals_that_come_together_do_not_cut_a_save_off(
+    first: str, second: str, tmp_path: Path, uninterrupted: Path
+) -> None:
+    """A system that shuts down sends two, and so do some shells: nobody insists."""
+    run = tmp_path / "run"
+    child = train(run, tmp_path / "log", *EVERY, before=_held(tmp_path, "model.safetensors"))
+    wait_for(tmp_path / "begun")
+    child.signal(getattr(signal, first))
+    time.sleep(0.2)  # until it is taken
+    child.signal(getattr(signal, second))
+    time.sleep(0.2)
+    (tmp_path / "go").touch()
+    assert child.wait() == 143, child.said
+    assert cp.load_newest(run / "checkpoints")[0].step >= 8
+    assert resume(run, tmp_path / "log2").wait() == 0
     assert_same_run(run, uninterrupted)
 
 

@@ -129,7 +129,10 @@ def test_more_epochs_leave_the_ones_there_were_as_they_were(parent: Path, tmp_pa
         ("step:6", {"seed": 1}, "seed changes which picture"),
         ("step:6", {"data.train_subset": 100}, "train_subset changes which picture"),
         ("step:6", {"data.val_split": 20}, "val_split changes which picture"),
-        *((at, {"optim.lr": 0.02}, "is no place in a run") for at in ("x", "-1", "step:", "step:x", "1.5", "١", "")),
+        *(
+            (at, {"optim.lr": 0.02}, "is no place in a run")
+            for at in ("x", "-1", "step:", "step:x", "1.5", "١", "", "9" * 5000)
+        ),
     ],
 )
 def test_refusals(parent: Path, tmp_path: Path, at: int | str, values: dict[str, object], message: str) -> None:
@@ -203,7 +206,13 @@ def test_of_a_run_that_went_back(copied: Path, tmp_path: Path) -> None:
     fork_run(copied, at=2, changes={"optim.lr": 0.02}, out=tmp_path / "fork", observer=heard, dry_run=True)
     told = " ".join("\n".join(heard.notes).split())
     assert "from epoch 3 0.0025 0.002" in told  # milestone behind: 0.1 * 0.1 * 0.25 and 0.02 * 0.1
-    assert "was at 0.25 of its learning rate" in told
+    assert "is at 0.25 of its learning rate: the fork begins with 0.02" in told
+    # Whatever else changes, the rate that led somewhere stays; more epochs of the same run are such a change.
+    kept = fork_run(copied, at=2, changes={"optim.weight_decay": 0.0}, out=tmp_path / "kept", observer=heard)
+    assert _rates(kept.path)[2:] == ["0.0025"]
+    assert "so is the fork" in " ".join(heard.notes)
+    longer = extend_run(Path(shutil.copytree(kept.path, tmp_path / "run2")), epochs=4, out=tmp_path / "longer")
+    assert _rates(longer.path)[2:] == ["0.0025", "0.0025"]
 
 
 def test_a_checkpoint_of_another_run_is_not_forked_from(copied: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
     file = tmp_path / "x"
     file.write_bytes(b"12345")
     assert read_limited(file, 5) == b"12345"
+    tracemalloc.start()
+    assert read_limited(file, 1 << 30) == b"12345"
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 1 << 20, "a limit takes no memory"
     with pytest.raises(Unreadable, match="has 5 bytes, at most 4 are read"):
         read_limited(file, 4)
     with pytest.raises(Unreadable, match="no regular file"):

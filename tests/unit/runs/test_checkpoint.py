@@ -45,6 +45,18 @@ def test_the_newest_are_kept_and_never_fewer_than_two(tmp_path: Path) -> None:
     assert len(cp.found(tmp_path)) == 2
 
 
+def test_what_a_run_can_go_back_to_is_kept_while_its_loss_explodes(tmp_path: Path) -> None:
+    def save(step: int, exploded: int) -> list[int]:
+        made = _make(step)
+        run = {"epoch": 0, "step": step, "step_in_epoch": step, "exploded_losses": exploded}
+        cp.save(tmp_path, cp.Checkpoint(step, made.model, made.optimizer, {"run": run}), keep=2)
+        return [cp.step_of(path) for path in cp.found(tmp_path)]
+
+    assert [save(1, 0), save(2, 0), save(3, 1)] == [[1], [2, 1], [3, 2]]
+    assert [save(4, 2), save(5, 3)] == [[4, 3, 2], [5, 4, 2]]
+    assert [save(6, 0), save(7, 0)] == [[6, 5], [7, 6]]
+
+
 def test_the_same_step_again_replaces(tmp_path: Path) -> None:
     cp.save(tmp_path, _make(3), keep=2)
     changed = cp.Checkpoint(3, _make(4).model, _make(4).optimizer, {"run": {}})
