@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowmem.choose.execution import resolve_execution
 from lowmem.choose.explain import in_full
@@ -12,6 +14,10 @@ from lowmem.choose.session import plan_run
 from lowmem.errors import PreflightError, UsageError
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.settings import Settings
+
+if TYPE_CHECKING:
+    from lowmem.choose.curve import Points
+    from lowmem.choose.request import Choice
 
 
 def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate: bool = False) -> None:
@@ -26,26 +32,32 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
     settings, choice = plan_run(settings, progress=_tell, recalibrate=recalibrate)
     config = settings.config
     title = f"{config.model.arch} ({config.model.block}, width {config.model.width})"
+    curves = None if curve is None else _draw(choice, title, curve)
     if as_json:
-        print(json.dumps(choice.plan.to_json(), indent=1))
-    else:
-        print(f"{title}\n")
-        print(in_full(choice))
-        if config.memory.auto_batch:
-            print(f"\nLearning rate {config.optim.lr:g} ({settings.sources['optim.lr']}).")
+        # The points of the picture with it, as [bytes, share of time more than plain].
+        record = choice.plan.to_json()
+        print(json.dumps(record if curves is None else {**record, "curve": curves}, indent=1))
+        return
+    print(f"{title}\n")
+    print(in_full(choice))
+    if config.memory.auto_batch:
+        print(f"\nLearning rate {config.optim.lr:g} ({settings.sources['optim.lr']}).")
     if curve is not None:
-        from lowmem.choose.curve import strategies
-        from lowmem.report.memory_curve import draw_memory_curve  # matplotlib: only if there is something to draw
+        print(f"\ndrawn: {curve}")
 
-        plan = choice.plan
-        words = f"{title}, batch {plan.batch}, {plan.precision}, {plan.memory_format}"
-        png = draw_memory_curve(words, strategies(choice), choice.budget.tensor_bytes)
-        try:
-            write_bytes_atomic(curve, png)
-        except OSError as error:
-            raise PreflightError(f"{curve} cannot be written ({error.strerror}): give --curve another path") from None
-        if not as_json:
-            print(f"\ndrawn: {curve}")
+
+def _draw(choice: Choice, title: str, path: Path) -> Mapping[str, Points]:
+    """The picture; returns what is in it. Raises PreflightError."""
+    from lowmem.choose.curve import strategies
+    from lowmem.report.memory_curve import draw_memory_curve  # matplotlib: only if there is something to draw
+
+    plan, curves = choice.plan, strategies(choice)
+    words = f"{title}, batch {plan.batch}, {plan.precision}, {plan.memory_format}"
+    try:
+        write_bytes_atomic(path, draw_memory_curve(words, curves, choice.budget.tensor_bytes))
+    except OSError as error:
+        raise PreflightError(f"{path} cannot be written ({error.strerror}): give --curve another path") from None
+    return curves
 
 
 def _measured_here(settings: Settings) -> Settings:

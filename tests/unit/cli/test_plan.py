@@ -1,0 +1,48 @@
+"""`lowmem plan`: in words, as JSON with the picture's points, and what it leaves with."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from lowmem.cli.main import main
+
+SMALL = ("plan", "--arch", "res20", "--width", "4", "--batch", "32")
+
+
+def _leave(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as leaving:
+        main([*SMALL, *arguments])
+    captured = capsys.readouterr()
+    assert isinstance(leaving.value.code, int)
+    return leaving.value.code, captured.out, captured.err
+
+
+def test_json_has_the_points_of_the_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = _leave(capsys, "--vram", "4M", "--json", "--curve", str(tmp_path / "curve.png"))
+    record = json.loads(out)
+    assert code == 0
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    ((plain, nothing),) = record["curve"]["plain PyTorch"]
+    points = record["curve"]["lowmem"]
+    assert nothing == 0.0
+    assert record["predicted"]["peak_allocated_bytes"] <= record["budget_bytes"] == 4 << 20 < plain
+    assert all(less < more and slower > faster for (less, slower), (more, faster) in pairwise(points))
+    # The plan is on the curve: no point that takes as little costs less.
+    assert min(cost for size, cost in points if size <= 4 << 20) <= record["predicted"]["overhead"] + 0.01
+
+
+def test_what_fits_nowhere_is_one_line_and_code_4(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = _leave(capsys, "--vram", "100K")
+    assert (code, out) == (4, "")
+    assert len(err.strip().splitlines()) == 1
+    assert "the least that fits is" in err
+
+
+def test_a_picture_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, _, err = _leave(capsys, "--vram", "4M", "--curve", str(tmp_path / "none" / "curve.png"))
+    assert code == 3
+    assert "another path" in err
