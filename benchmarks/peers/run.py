@@ -90,8 +90,8 @@ class Table:
         self.record: dict[str, Any] = {"conditions": found, "asked": asked, "cells": {}}
         before = self._read()
         if before.get("asked") == json.loads(json.dumps(asked)) and not options.fresh:
-            self.record["cells"] = before["cells"]
-            self.record["conditions"]["began"] = before["conditions"].get("began", before["conditions"])
+            self.record = {**before, "asked": asked}
+        self._now = found
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -105,6 +105,8 @@ class Table:
         known: dict[str, Any] | None = self.record["cells"].get(name)
         if known is not None and known["version"] == version and "failed" not in known:
             return known
+        if self._now != self.record["conditions"] and self._now not in self.record.setdefault("resumed", []):
+            self.record["resumed"].append(self._now)
         full = {"action": action, "task": asdict(self._task), "threads": self._options.threads, **question}
         command = [sys.executable, "-m", "benchmarks.peers.cell"]
         began = time.monotonic()
@@ -117,6 +119,9 @@ class Table:
 
     def keep(self, name: str, cell: dict[str, Any]) -> None:
         self.record["cells"][name] = cell
+        self.write()
+
+    def write(self) -> None:
         write(self._options.out, NAME, self.record, markdown(self.record))
 
 
@@ -148,6 +153,7 @@ def main() -> None:
     options = parse()
     table = Table(options, task_of(options))
     fill(table, options)
+    table.write()
     print(markdown(table.record))
 
 

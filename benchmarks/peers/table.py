@@ -96,7 +96,7 @@ def recipe(found: dict[str, Any], task: dict[str, Any]) -> str:
     """What the way did to the recipe."""
     batch, lr = found["batch"], found["lr"]
     if batch == task["batch"]:
-        return "kept"
+        return "kept" if not found["tried"] else "the same, as it happens to be the largest tried that ran"
     rates = "lr left as it was" if lr == task["lr"] else f"lr {task['lr']:g} → {lr:g}"
     return f"batch {task['batch']} → {batch}, {rates}"
 
@@ -112,9 +112,8 @@ def details(name: str, cells: dict[str, Any]) -> list[str]:
     if found["goes_on"] is not None:
         said.append(f"in the search's own process it then: {found['goes_on']}")
     if found["alive_before_bytes"] is not None:
-        said.append(
-            f"tensors before and after: {mib(found['alive_before_bytes'])} and {mib(found['alive_after_bytes'])} MiB"
-        )
+        alive = f"{mib(found['alive_before_bytes'])} and {mib(found['alive_after_bytes'])} MiB"
+        said.append(f"tensors alive before and after the search: {alive}")
     if found["weights_kept"] is not None:
         said.append(
             "parameters and buffers were put back" if found["weights_kept"] else "parameters or buffers CHANGED"

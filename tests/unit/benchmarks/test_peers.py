@@ -182,8 +182,12 @@ def test_what_is_not_installed_is_a_row_that_says_so() -> None:
 
 def test_what_becomes_of_the_recipe() -> None:
     task = vars(_task(batch=128))
-    same, fewer, rule = ({"batch": b, "lr": lr} for b, lr in ((128, 0.1), (52, 0.1), (64, 0.05)))
-    assert table.recipe(same, task) == "kept"
+    given, found, fewer, rule = (
+        {"batch": batch, "lr": lr, "tried": tried}
+        for batch, lr, tried in ((128, 0.1, []), (128, 0.1, [{}]), (52, 0.1, [{}]), (64, 0.05, []))
+    )
+    assert table.recipe(given, task) == "kept"
+    assert table.recipe(found, task).startswith("the same, as it happens")
     assert table.recipe(fewer, task) == "batch 128 → 52, lr left as it was"
     assert table.recipe(rule, task) == "batch 128 → 64, lr 0.1 → 0.05"
 
