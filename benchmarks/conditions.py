@@ -35,11 +35,17 @@ def revision() -> str | None:
     return done.stdout.strip()
 
 
+def _program() -> list[str]:
+    """As it was typed: a file of this folder, or `-m` and a module of its packages."""
+    main = sys.modules["__main__"].__spec__
+    return ["-m", main.name.removesuffix(".__main__")] if main else [f"benchmarks/{Path(sys.argv[0]).name}"]
+
+
 def conditions() -> dict[str, str | int | float | None]:
     """Flat, for a result's JSON."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", *_program(), *sys.argv[1:]]),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),

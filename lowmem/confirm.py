@@ -17,6 +17,7 @@ from lowmem.choose.budget import Budget
 from lowmem.choose.execution import refuse_unsafe
 from lowmem.choose.planning import Choice, Request
 from lowmem.choose.runners import other_precision, rivals, smaller
+from lowmem.choose.session import AS_FAST
 from lowmem.config import Config
 from lowmem.errors import Infeasible, PreflightError
 from lowmem.plan.record import Candidate, Plan
@@ -24,7 +25,6 @@ from lowmem.units import format_size
 
 MOST_TRIALS = 4
 _RUNG = 0.92  # of the budget, for the replacement of a choice that overshoots
-_NOISE = 1.02  # what is faster by less than this does not change the planner's order
 
 RunTrial = Callable[[Trial], TrialResult]
 Tell = Callable[[str], None]
@@ -211,7 +211,7 @@ def _fastest(trials: list[Tried], budget: Budget) -> Tried:
     for tried in trials:
         if tried.refused_because is not None:
             continue
-        if best is None or tried.images_per_second > _NOISE * best.images_per_second:
+        if best is None or tried.images_per_second > AS_FAST * best.images_per_second:
             best = tried
     if best is not None:
         return best

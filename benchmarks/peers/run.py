@@ -86,7 +86,7 @@ class Table:
     def __init__(self, options: argparse.Namespace, task: Task) -> None:
         self._options, self._task = options, task
         asked = {"task": asdict(task), **{key: getattr(options, key) for key in ("eval_batch", "rounds", "threads")}}
-        found = {**conditions(), "command": " ".join(["python -m benchmarks.peers.run", *sys.argv[1:]])}
+        found = conditions()
         self.record: dict[str, Any] = {"conditions": found, "asked": asked, "cells": {}}
         before = self._read()
         if before.get("asked") == json.loads(json.dumps(asked)) and not options.fresh:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,6 +26,7 @@ from lowmem.settings import Settings
 
 _PICTURE_BYTES = 3 * 32 * 32  # uint8
 AUTO_BATCHES = (32, 64, 128, 256, 512, 1024)
+AS_FAST = 1.02  # what is faster by less than this, by prediction or by a few real steps, is not known to be faster
 
 
 def wants_plan(config: Config) -> bool:
@@ -222,8 +223,8 @@ def replan(
 
 
 def _batches(request: Request, train_pictures: int | None) -> list[Choice]:
-    """The batches that fit without accumulation, the one with the most pictures per second first; why the others were
-    not chosen stands with it. Raises Infeasible if none does."""
+    """The batches that fit without accumulation, the preferred one first, with why the others were not chosen. Raises
+    Infeasible if none does."""
     fitting: list[Choice] = []
     refused: list[Candidate] = []
     least: Infeasible | None = None
@@ -240,15 +241,26 @@ def _batches(request: Request, train_pictures: int | None) -> list[Choice]:
             break  # nothing larger fits either
     if not fitting:
         raise least or UsageError("there are too few pictures for --batch auto: give a batch")
-    best, *others = sorted(fitting, key=lambda choice: -choice.images_per_second)
-    candidates = (*(_slower(choice) for choice in others), *refused, *best.plan.candidates)
+    best = preferred(fitting, request.batch)
+    others = sorted((one for one in fitting if one is not best), key=lambda choice: -choice.images_per_second)
+    candidates = (*(_less(choice, best) for choice in others), *refused, *best.plan.candidates)
     return [replace(best, plan=replace(best.plan, candidates=candidates)), *others]
 
 
-def _slower(choice: Choice) -> Candidate:
+def preferred(fitting: Sequence[Choice], recipe_batch: int) -> Choice:
+    """The one with the most pictures per second. Of those that are as fast, within what predictions can tell apart, the
+    recipe's own batch, for which its learning rate was meant; else the largest."""
+    most = max(choice.images_per_second for choice in fitting)
+    alike = [choice for choice in fitting if choice.images_per_second * AS_FAST >= most]
+    return max(alike, key=lambda choice: (choice.plan.batch == recipe_batch, choice.plan.batch))
+
+
+def _less(choice: Choice, best: Choice) -> Candidate:
+    faster = choice.images_per_second >= best.images_per_second
+    why = "hardly more pictures per second" if faster else "fewer pictures per second"
     return Candidate(
         what=f"batch {choice.plan.batch}",
-        refused_because=f"fewer pictures per second ({choice.images_per_second:.0f})",
+        refused_because=f"{why} ({choice.images_per_second:.0f})",
         peak_bytes=choice.plan.predicted.peak_allocated_bytes,
         step_seconds=choice.plan.predicted.step_seconds,
     )

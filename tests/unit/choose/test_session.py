@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lowmem.api import recorded_settings, resume_training, run_training
-from lowmem.choose.session import plan_run
+from lowmem.choose.session import plan_run, preferred
 from lowmem.errors import Infeasible, UsageError
 from lowmem.settings import Settings, gather
 from lowmem.units import KIB, MIB
@@ -98,6 +100,26 @@ def test_the_batch_with_the_most_pictures_per_second_and_its_learning_rate() -> 
     assert settings.sources["optim.lr"].startswith("linear rule") or batch == 128
     words = " ".join(one.what for one in choice.plan.candidates)
     assert "batch" in words
+
+
+@pytest.mark.parametrize(
+    ("rates", "chosen"),
+    [
+        ({32: 100.0, 64: 101.0, 128: 101.9}, 128),
+        ({32: 102.1, 64: 101.0, 128: 100.0}, 64),  # the recipe's is too far behind
+        ({64: 100.0, 128: 100.0, 256: 101.9}, 128),
+        ({32: 100.0, 64: 99.0}, 64),
+        ({32: 100.0, 64: 90.0, 512: 120.0}, 512),
+    ],
+)
+def test_of_batches_that_are_as_fast_the_recipes_own_or_the_largest(rates: dict[int, float], chosen: int) -> None:
+    @dataclass
+    class Fitting:
+        plan: SimpleNamespace
+        images_per_second: float
+
+    fitting = [Fitting(SimpleNamespace(batch=batch), rate) for batch, rate in rates.items()]
+    assert preferred(fitting, 128).plan.batch == chosen  # type: ignore[type-var, arg-type]
 
 
 def test_auto_batch_needs_something_to_fit_into(tmp_path: Path) -> None:
