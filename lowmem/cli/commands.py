@@ -234,12 +234,15 @@ def report(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder for the report; default RUN/report for one run, report/ for several."),
     ] = None,
+    html: Annotated[
+        bool, typer.Option("--html", help="Also report.html: the same in one file, figures inlined.")
+    ] = False,
 ) -> None:
     """Final errors, loss curves, test-error curves, and pairs with and without shortcuts."""
     from lowmem.cli.show import show_report
     from lowmem.report import write_report
 
-    show_report(write_report(runs, out if out is not None or len(runs) == 1 else Path("report")))
+    show_report(write_report(runs, out if out is not None or len(runs) == 1 else Path("report"), html=html))
 
 
 @app.command()

@@ -22,7 +22,7 @@ from lowmem.choose import resolve_execution
 from lowmem.environment import describe
 from lowmem.errors import PreflightError
 from lowmem.report import ReportResult
-from lowmem.report.tables import TABLE_HEADER
+from lowmem.report.tables import TABLE_HEADER, group_differences
 from lowmem.runs.atomic import write_text_atomic
 from lowmem.settings import gather
 from lowmem.train.observer import Observer, Progress
@@ -138,16 +138,13 @@ def show_report(result: ReportResult) -> None:
     """The report's table, and where the rest is."""
     console = Console(highlight=False)
     table = Table(*TABLE_HEADER[:-1])
-    differing: dict[str, list[str]] = {}
     for row in result.rows:
-        *cells_, differs = row.cells()
-        table.add_row(*(Text(cell) for cell in cells_))
-        differing.setdefault(differs, []).append(row.run)
+        table.add_row(*(Text(cell) for cell in row.cells()[:-1]))
     console.print(table)
-    # Below and not in a column: it is long, and mostly the same for all runs.
-    for differs, names in differing.items():
+    for differs, names in group_differences(result.rows).items():
         console.print(Text(f"{', '.join(names)} against the published setting: {differs}"))
-    print(f"written: {result.markdown} and {len(result.figures)} figures beside it")
+    page = "" if result.page is None else f", and all of it in {result.page}"
+    print(f"written: {result.markdown} and {len(result.figures)} figures beside it{page}")
 
 
 def show_bench(

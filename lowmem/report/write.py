@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem.errors import DiskError, UsageError
+from lowmem.reading import shorten
 from lowmem.report.figures import Picture, draw_all
 from lowmem.report.gradients import draw_gradients
 from lowmem.report.markdown import render
+from lowmem.report.page import to_page
 from lowmem.report.tables import TableRow, build_rows, in_order
 from lowmem.runs.atomic import write_bytes_atomic, write_text_atomic
 from lowmem.runs.history import History, read_history
@@ -25,10 +27,12 @@ class ReportResult:
     rows: tuple[TableRow, ...]
     text: str
     pictures: tuple[Picture, ...]  # in the order of `figures`
+    page: Path | None = None  # report.html, if it was asked for
 
 
-def write_report(runs: Sequence[Path], out: Path | None = None) -> ReportResult:
-    """Write report.md and its figures to `out`, by default to `report/` in the run if there is only one.
+def write_report(runs: Sequence[Path], out: Path | None = None, *, html: bool = False) -> ReportResult:
+    """Write report.md and its figures to `out`, by default to `report/` in the run if there is only one; with `html`
+    the same as one page, report.html, too.
 
     Raises UsageError before anything is written if a run cannot be read or there is no telling where to
     write, and DiskError if the folder refuses. Figures of an earlier report of the same name are replaced,
@@ -47,10 +51,18 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> ReportResult:
         for picture in pictures:
             write_bytes_atomic(out / picture.file_name, picture.png)
         write_text_atomic(out / "report.md", text)  # last: it names only figures that are there
+        if html:
+            write_text_atomic(out / "report.html", to_page(text, pictures, _title(rows)))
     except OSError as error:
         raise DiskError(f"cannot write the report to {out}: {error.strerror or error}: give another --out") from error
     figures = tuple(out / picture.file_name for picture in pictures)
-    return ReportResult(out, out / "report.md", figures, rows, text, tuple(pictures))
+    page = out / "report.html" if html else None
+    return ReportResult(out, out / "report.md", figures, rows, text, tuple(pictures), page)
+
+
+def _title(rows: Sequence[TableRow]) -> str:
+    names = ", ".join(row.run for row in rows)
+    return f"lowmem: {shorten(names, 80)}"
 
 
 def _read_all(runs: Sequence[Path]) -> list[History]:
