@@ -95,7 +95,7 @@ def run_training(
             # Not a step was taken: nothing is to be kept, and the folder must not be in the way of another try.
             folder.discard()
             raise
-        folder.event("start", **environment)
+        folder.event("start", steps_per_epoch=trainer.batches.steps_per_epoch, **environment)
         if confirmed is not None:
             folder.event("confirmed", **confirmed.event)
         if plan is not None and not plan.exact:
@@ -151,6 +151,7 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
             checkpoint=where.name,
             epoch=state.epoch,
             step=state.step,
+            steps_per_epoch=trainer.batches.steps_per_epoch,
             **describe(settings.config.train.device),
         )
         if state.epoch >= settings.config.train.epochs:
@@ -210,7 +211,7 @@ def fork_run(
         except BaseException:
             folder.discard()
             raise
-        folder.event("start", **environment)
+        folder.event("start", steps_per_epoch=trainer.batches.steps_per_epoch, **environment)
         observer.note(_headline(settings.config, dataset, path))
         return _go(trainer, folder)
 

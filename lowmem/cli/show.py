@@ -19,6 +19,7 @@ from rich.text import Text
 
 from lowmem.bench import COLUMNS, cells, measure, to_markdown
 from lowmem.choose import resolve_execution
+from lowmem.cli.lines import describe_epoch
 from lowmem.environment import describe
 from lowmem.errors import PreflightError
 from lowmem.report import ReportResult
@@ -46,17 +47,6 @@ def describe_progress(progress: Progress) -> str:
     if progress.seconds_left is not None:
         parts.append(f"{format_duration(progress.seconds_left)} left")
     return "  ".join(parts)
-
-
-def describe_epoch(row: Mapping[str, Any], epochs: int) -> str:
-    """One line for a finished epoch."""
-    val = f"  val error {row['val_error_pct']:.2f} %" if row.get("val_error_pct") is not None else ""
-    speed = f"  {row['images_per_second']:,.0f} images/s" if row.get("images_per_second") else ""
-    return (
-        f"epoch {row['epoch']}/{epochs}  train loss {row['train_loss']:.4f}  train error {row['train_error_pct']:.2f} %"
-        f"{val}  test error {row['test_error_pct']:.2f} %  lr {row['lr']:g}{speed}  "
-        f"{format_duration(row['elapsed_seconds'])}"
-    )
 
 
 class PlainObserver(Observer):

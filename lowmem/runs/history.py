@@ -148,7 +148,7 @@ def read_history(run: Path) -> History:
         )
     refuse_leads(run)
     notes: list[str] = []
-    config = _read_config(run / "config.yaml")
+    config = read_settings(run)
     return History(
         path=run,
         name=run.resolve().name,  # "." and "runs/res20/" have a name as well
@@ -170,11 +170,13 @@ def read_epochs(run: Path) -> tuple[Config, tuple[EpochRow, ...], tuple[str, ...
     Raises UsageError and OSError as `read_history` does.
     """
     notes: list[str] = []
-    config = _read_config(run / "config.yaml")
+    config = read_settings(run)
     return config, _read_table(run / "metrics.csv", METRICS, "epoch", EpochRow, notes), tuple(notes)
 
 
-def _read_config(path: Path) -> Config:
+def read_settings(run: Path) -> Config:
+    """What config.yaml says. Raises UsageError."""
+    path = run / "config.yaml"
     try:
         values = parse_yaml(_bytes(path, SETTINGS_LIMIT_BYTES).decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
