@@ -30,6 +30,7 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.setup import never_began, refuse_existing, start_again
 from lowmem.runs.store import RunFolder, leaving_no_trace, require_run
 from lowmem.settings import Settings, from_yaml, refuse_changes, to_yaml
+from lowmem.train.board import check_board, exporting
 from lowmem.train.loop import Outcome, Trainer
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import starts_low
@@ -71,6 +72,7 @@ def run_training(
         raise UsageError("--batch auto needs something to fit into: give --vram, like --vram 6G")
     path = Path(out) if out is not None else Path("runs") / settings.config.model.arch
     _refuse_existing(path)
+    check_board(settings.config)
     dataset = _load_data(settings.config, observer)
     plan: Plan | None = None
     confirmed: Confirmed | None = None
@@ -115,6 +117,7 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
     settings = resolve_execution(changes or recorded)
     refuse_changes(recorded.config, settings.config, str(path))
     require_device(settings.config.train.device)
+    check_board(settings.config)
     with RunFolder.open(path) as folder:
         if never_began(path):
             raise UsageError(start_again(path))
@@ -186,6 +189,7 @@ def fork_run(
     settings = resolve_execution(fork.changed(recorded, changes, f"fork of {source.name}"))
     differing = fork.check(recorded.config, settings.config)
     require_device(settings.config.train.device)
+    check_board(settings.config)
     found = fork.find(source, recorded.config, at)
     _refuse_existing(path)
     dataset = _load_data(settings.config, observer)
@@ -276,7 +280,7 @@ def _load_data(config: Config, observer: Observer) -> Dataset:
 def _go(trainer: Trainer, folder: RunFolder) -> RunResult:
     """Trains. Raises OutOfMemory with the way out where no smaller plan is left; the run is then saved."""
     _cap_emulated(trainer)
-    with _out_of_memory(folder.path):
+    with _out_of_memory(folder.path), exporting(trainer, folder.path):
         return RunResult(folder.path, trainer.run(folder))
 
 

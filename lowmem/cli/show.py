@@ -135,6 +135,8 @@ def show_report(result: ReportResult) -> None:
         console.print(Text(f"{', '.join(names)} against the published setting: {differs}"))
     page = "" if result.page is None else f", and all of it in {result.page}"
     print(f"written: {result.markdown} and {len(result.figures)} figures beside it{page}")
+    if result.event_files is not None:
+        print(f"curves for TensorBoard: tensorboard --logdir {result.event_files}")
 
 
 def show_bench(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ from lowmem.config import resolve_block
 from lowmem.report.curves import Curve, curves_of, find_pairs
 from lowmem.report.figures import DPI, PAIR_HEIGHT_INCHES, WIDTH_INCHES, Picture
 from lowmem.report.labels import EndLabel, place, room_for
-from lowmem.report.naming import run_names
+from lowmem.report.naming import file_names
 from lowmem.runs.gradients import GradientRow, Gradients
 from lowmem.runs.history import History
 
@@ -50,11 +49,11 @@ def draw_gradients(histories: Sequence[History]) -> list[Picture]:
     """A figure for each run with a gradients.csv, and one for each pair with and without shortcuts."""
     curves = curves_of(histories)
     recorded = [curve for curve in curves if curve.history.gradients.rows]
-    names = dict(zip((id(history) for history in histories), run_names(histories), strict=True))
+    names = dict(zip((id(history) for history in histories), file_names(histories), strict=True))
     pictures = []
     for curve in recorded:
         name = names[id(curve.history)]
-        file_name = "gradients.png" if len(recorded) == 1 else f"gradients_{_slug(name)}.png"
+        file_name = "gradients.png" if len(recorded) == 1 else f"gradients_{name}.png"
         pictures.append(_draw([curve], MOMENTS, file_name, f"Gradients of {curve.label}"))
     for (depth, block), pair in find_pairs([curve.history for curve in recorded]).items():
         usual = block == resolve_block(f"res{depth}", None)
@@ -163,8 +162,3 @@ def _fill(axes: Axes, lines: Sequence[Line], x_title: str) -> list[EndLabel]:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return [EndLabel(f"{line.label}  {line.points[-1][1]:.2g}", *line.points[-1], line.colour) for line in lines]
-
-
-def _slug(name: str) -> str:
-    """A run's name as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "run"

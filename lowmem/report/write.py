@@ -11,9 +11,11 @@ from lowmem.reading import shorten
 from lowmem.report.figures import Picture, draw_all
 from lowmem.report.gradients import draw_gradients
 from lowmem.report.markdown import render
+from lowmem.report.naming import file_names
 from lowmem.report.page import to_page
 from lowmem.report.tables import TableRow, build_rows, in_order
 from lowmem.runs.atomic import write_bytes_atomic, write_text_atomic
+from lowmem.runs.event_files import EventFiles, require_tensorboard
 from lowmem.runs.history import History, read_history
 
 
@@ -28,11 +30,15 @@ class ReportResult:
     text: str
     pictures: tuple[Picture, ...]  # in the order of `figures`
     page: Path | None = None  # report.html, if it was asked for
+    event_files: Path | None = None  # for `tensorboard --logdir`, if they were
 
 
-def write_report(runs: Sequence[Path], out: Path | None = None, *, html: bool = False) -> ReportResult:
+def write_report(
+    runs: Sequence[Path], out: Path | None = None, *, html: bool = False, tensorboard: bool = False
+) -> ReportResult:
     """Write report.md and its figures to `out`, by default to `report/` in the run if there is only one; with `html`
-    the same as one page, report.html, too.
+    the same as one page, report.html, too; with `tensorboard` each run's event file, in a folder of its own under
+    `tensorboard/`.
 
     Raises UsageError before anything is written if a run cannot be read or there is no telling where to
     write, and DiskError if the folder refuses. Figures of an earlier report of the same name are replaced,
@@ -43,6 +49,8 @@ def write_report(runs: Sequence[Path], out: Path | None = None, *, html: bool = 
         if len(histories) != 1:
             raise UsageError(f"a report on {len(histories)} runs needs a folder to go to: give --out report")
         out = histories[0].path / "report"
+    if tensorboard:
+        require_tensorboard()
     pictures = [*draw_all(histories), *draw_gradients(histories)]
     rows = build_rows(histories)
     text = render(histories, rows, pictures)
@@ -53,11 +61,22 @@ def write_report(runs: Sequence[Path], out: Path | None = None, *, html: bool = 
         write_text_atomic(out / "report.md", text)  # last: it names only figures that are there
         if html:
             write_text_atomic(out / "report.html", to_page(text, pictures, _title(rows)))
+        if tensorboard:
+            for history, name in zip(histories, file_names(histories), strict=True):
+                _export(history, out / "tensorboard" / name)
     except OSError as error:
         raise DiskError(f"cannot write the report to {out}: {error.strerror or error}: give another --out") from error
     figures = tuple(out / picture.file_name for picture in pictures)
     page = out / "report.html" if html else None
-    return ReportResult(out, out / "report.md", figures, rows, text, tuple(pictures), page)
+    board = out / "tensorboard" if tensorboard else None
+    return ReportResult(out, out / "report.md", figures, rows, text, tuple(pictures), page, board)
+
+
+def _export(history: History, folder: Path) -> None:
+    # Not where a run that is still trained keeps its own: the two would take each other's away.
+    files = EventFiles(history.path, folder)
+    files.update()
+    files.close()
 
 
 def _title(rows: Sequence[TableRow]) -> str:

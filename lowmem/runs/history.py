@@ -315,17 +315,25 @@ def _read_events(path: Path, notes: list[str]) -> tuple[Event, ...]:
         return ()
     events: list[Event] = []
     for number, line in enumerate(_whole_lines(path, notes), start=1):
-        try:
-            values = parse_json(line)
-        except ValueError:
-            values = None
-        if not isinstance(values, dict) or not isinstance(values.get("event"), str):
+        event = parse_event(line)
+        if event is None:
             notes.append(f"{path.name} line {number} cannot be read and is left out")
-            continue
-        detail = {key: value for key, value in values.items() if key not in {"event", "time"}}
-        time = values.get("time")
-        events.append(Event(values["event"], time if isinstance(time, str | int | float) else None, detail))
+        else:
+            events.append(event)
     return tuple(events)
+
+
+def parse_event(line: str) -> Event | None:
+    """A line of events.jsonl; None if it is none."""
+    try:
+        values = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(values, dict) or not isinstance(values.get("event"), str):
+        return None
+    detail = {key: value for key, value in values.items() if key not in {"event", "time"}}
+    time = values.get("time")
+    return Event(values["event"], time if isinstance(time, str | int | float) else None, detail)
 
 
 def _read_best(path: Path, notes: list[str]) -> BestWeights | None:

@@ -21,10 +21,10 @@ from typing import Generic, Literal, TypeVar
 
 from lowmem.config import Config
 from lowmem.errors import UsageError
-from lowmem.reading import PLAN_LIMIT_BYTES, Unreadable, parse_json, read_json
+from lowmem.reading import PLAN_LIMIT_BYTES, Unreadable, read_json
 from lowmem.runs.columns import INTEGER, METRICS
 from lowmem.runs.follow import Follower, TableFollower, count
-from lowmem.runs.history import EpochRow, Event, read_settings
+from lowmem.runs.history import EpochRow, Event, parse_event, read_settings
 from lowmem.runs.listing import may_be_alive, writer_of
 from lowmem.runs.lock import OWNER_NAME, Owner, read_owner
 
@@ -155,7 +155,7 @@ class Watched:
                 self._losses.append((step, loss, values.get("lr")))
         if events.anew:
             self._events.clear()
-        self._events.extend(event for line in events.lines if (event := _event(line)) is not None)
+        self._events.extend(event for line in events.lines if (event := parse_event(line)) is not None)
         if metrics:
             self._marks.clear()  # an evaluation lies between
         elif steps and self._looked and (not self._marks or self._step() > self._marks[-1][1]):
@@ -252,18 +252,6 @@ def _epoch_row(values: dict[str, float | None]) -> EpochRow | None:
     if known.get("epoch") is None or known.get("step") is None:
         return None
     return EpochRow(**known)  # type: ignore[arg-type]
-
-
-def _event(line: str) -> Event | None:
-    try:
-        values = parse_json(line)
-    except Unreadable:
-        return None
-    if not isinstance(values, dict) or not isinstance(values.get("event"), str):
-        return None
-    moment = values.get("time")
-    detail = {key: value for key, value in values.items() if key not in {"event", "time"}}
-    return Event(values["event"], moment if isinstance(moment, str | int | float) else None, detail)
 
 
 def _size(event: Event | None, name: str) -> int | None:
