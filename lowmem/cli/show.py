@@ -23,7 +23,7 @@ from lowmem.cli.lines import describe_epoch
 from lowmem.environment import describe
 from lowmem.errors import PreflightError
 from lowmem.report import ReportResult
-from lowmem.report.tables import TABLE_HEADER, group_differences
+from lowmem.report.tables import TABLE_HEADER
 from lowmem.runs.atomic import write_text_atomic
 from lowmem.settings import gather
 from lowmem.train.observer import Observer, Progress
@@ -128,10 +128,14 @@ def show_report(result: ReportResult) -> None:
     """The report's table, and where the rest is."""
     console = Console(highlight=False)
     table = Table(*TABLE_HEADER[:-1])
+    differing: dict[str, list[str]] = {}
     for row in result.rows:
-        table.add_row(*(Text(cell) for cell in row.cells()[:-1]))
+        *cells_, differs = row.cells()
+        table.add_row(*(Text(cell) for cell in cells_))
+        differing.setdefault(differs, []).append(row.run)
     console.print(table)
-    for differs, names in group_differences(result.rows).items():
+    # Below and not in a column: it is long, and mostly the same for all runs.
+    for differs, names in differing.items():
         console.print(Text(f"{', '.join(names)} against the published setting: {differs}"))
     page = "" if result.page is None else f", and all of it in {result.page}"
     print(f"written: {result.markdown} and {len(result.figures)} figures beside it{page}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +22,12 @@ from lowmem.errors import UsageError
 from lowmem.reading import shorten
 from lowmem.runs.guard import refuse_leads
 from lowmem.runs.history import Event
-from lowmem.runs.listing import run_folders, writer_of
+from lowmem.runs.listing import may_be_alive, run_folders, writer_of
 from lowmem.runs.live import Live, Watched
+from lowmem.runs.lock import read_owner
 
 _NEXT_RUN_SECONDS = 120.0  # between two runs of a job: libraries, pictures, plan
+_JOB_OWNER = "job.owner.json"  # beside the runs of `lowmem reproduce`
 _DIED_LOOKS = 2  # a lock that is free for one look may be on its way from one process to the next
 
 Show = Callable[[Live], None]
@@ -37,11 +40,12 @@ def show_watch(path: Path, *, interval: float, once: bool, as_json: bool) -> Non
     if not path.is_dir():
         raise UsageError(f"{path} does not exist: give the folder of a run, like runs/res110, or of several, like runs")
     folders = run_folders(path)
-    if not folders:
+    if not folders and (once or not _conducted(path)):
         raise UsageError(f"there is no run in {path}: give the folder of a run, like runs/res110")
-    run = _trained(folders) or max(folders, key=_last_touched)
-    refuse_leads(run)
+    run = _trained(folders) or max(folders, key=_last_touched, default=None)
     if once:
+        assert run is not None
+        refuse_leads(run)
         live = Watched(run).look()
         print(json.dumps(to_json(live), indent=1) if as_json else "\n".join(_summary(live)))
         return
@@ -51,28 +55,38 @@ def show_watch(path: Path, *, interval: float, once: bool, as_json: bool) -> Non
         print("left; the run was not touched", file=sys.stderr)
 
 
-def _follow_all(path: Path, run: Path, interval: float, *, alone: bool) -> None:
+def _follow_all(path: Path, run: Path | None, interval: float, *, alone: bool) -> None:
     """One run; in a folder of runs, then the next one that is trained."""
-    following: Path | None = run
+    following = run if run is not None else _next(path, interval)
     while following is not None:
         refuse_leads(following)
         ended = _follow(following, interval)
         print("\n".join(_closing(ended)), flush=True)
-        if alone or ended.state not in {"finished", "stopped", "diverged", "stuck"}:
+        if alone or not (_conducted(path) or ended.state in {"finished", "stopped", "diverged", "stuck"}):
             return
         following = _next(path, interval)
 
 
 def _next(path: Path, interval: float) -> Path | None:
-    """The next run of the folder that is trained; None if none comes within some time."""
+    """The next run of the folder that is trained. None if its job has ended; where there is none, after some time."""
     print(f"waiting for the next run in {path}; Ctrl-C leaves", flush=True)
+    a_job = _conducted(path)
     deadline = time.monotonic() + _NEXT_RUN_SECONDS
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline or a_job:
         if (run := _trained(run_folders(path))) is not None:
             return run
+        if a_job and not _conducted(path):
+            print(f"the job in {path} has ended", flush=True)
+            return None
         time.sleep(interval)
     print(f"no run was begun in {path} for {_NEXT_RUN_SECONDS:.0f} s")
     return None
+
+
+def _conducted(folder: Path) -> bool:
+    """Whether a process holds the folder as a job of several runs, as far as can be told from here."""
+    owner = read_owner(folder / _JOB_OWNER)
+    return owner is not None and (owner.host != socket.gethostname() or may_be_alive(owner.pid))
 
 
 def _follow(run: Path, interval: float) -> Live:

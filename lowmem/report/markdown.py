@@ -12,7 +12,7 @@ from lowmem.report.figures import Picture
 from lowmem.report.naming import run_names
 from lowmem.report.palette import network_name
 from lowmem.report.published import ASSUMED, describe_source
-from lowmem.report.tables import TABLE_HEADER, UNKNOWN, TableRow, group_differences, percent, without_run
+from lowmem.report.tables import TABLE_HEADER, UNKNOWN, TableRow, percent, without_run
 from lowmem.runs.history import History
 from lowmem.units import format_duration, format_size
 
@@ -46,12 +46,9 @@ def render(histories: Sequence[History], rows: Sequence[TableRow], pictures: Seq
 
 
 def _table(rows: Sequence[TableRow]) -> list[str]:
-    *header, differs = TABLE_HEADER
-    lines = ["| " + " | ".join(header) + " |", "|---|---|---:|---:|---:|"]
-    lines += ["| " + " | ".join(escape(cell) for cell in row.cells()[:-1]) + " |" for row in rows]
-    # Below and not in a column: it is long, mostly the same for all runs, and a phone would show nothing else.
-    below = [f"- {escape(', '.join(names))}: {escape(text)}" for text, names in group_differences(rows).items()]
-    return ["\n".join(lines), f"{differs}:", "\n".join(below)]
+    lines = ["| " + " | ".join(TABLE_HEADER) + " |", "|---|---|---:|---:|---:|---|"]
+    lines += ["| " + " | ".join(escape(cell) for cell in row.cells()) + " |" for row in rows]
+    return ["\n".join(lines)]
 
 
 def _explain_table(histories: Sequence[History]) -> list[str]:
@@ -60,7 +57,7 @@ def _explain_table(histories: Sequence[History]) -> list[str]:
         "final test errors of the report that these networks come from. It states SGD, momentum 0.9, weight "
         "decay 1e-4, cross-entropy and CIFAR-10 in colour; batch, epochs, learning rate and augmentation it "
         "does not state. For those the usual setting is assumed, and what departs from it is marked "
-        f"{escape(ASSUMED)}. Only a run of which nothing differs compares with the published figure."
+        f"{escape(ASSUMED)}. Only a run in whose row nothing differs compares with the published figure."
     ]
     missing = without_run(histories)
     if missing:

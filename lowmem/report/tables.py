@@ -69,14 +69,6 @@ def build_rows(histories: Sequence[History]) -> tuple[TableRow, ...]:
     return tuple(_row(history, name) for history, name in zip(histories, run_names(histories), strict=True))
 
 
-def group_differences(rows: Sequence[TableRow]) -> dict[str, list[str]]:
-    """The last cell's texts, each with the names of the runs that have it, in the order of the rows."""
-    groups: dict[str, list[str]] = {}
-    for row in rows:
-        groups.setdefault(row.cells()[-1], []).append(row.run)
-    return groups
-
-
 def _row(history: History, name: str) -> TableRow:
     config = history.config
     return TableRow(

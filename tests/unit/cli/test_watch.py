@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -145,6 +146,24 @@ def test_the_runs_of_a_job_one_after_the_other(tmp_path: Path) -> None:
         assert any(line == f"{runs / 'second'}\n" for line in lines)
         second.event("signal", signal="SIGINT")
     assert any(line.startswith(f"{runs / 'second'}: interrupted, saved") for line in lines)
+    assert watching.wait(60) == 0
+
+
+def test_a_job_before_its_first_run_and_after_its_last(tmp_path: Path) -> None:
+    """As long as somebody holds the job there may be a next run, and not a moment longer."""
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": "2026-11-25T08:00:00+0000"}
+    (tmp_path / "job.owner.json").write_text(json.dumps(owner), encoding="utf-8")
+    command = [*LOWMEM, "watch", str(tmp_path), "--interval", "0.05"]
+    watching = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1)
+    assert watching.stdout is not None
+    lines = iter(watching.stdout.readline, "")
+    assert next(lines).startswith("waiting for the next run")
+    with small_run(tmp_path / "first") as run:
+        run.event("start")
+        assert next(lines) == f"{tmp_path / 'first'}\n"
+    assert any(line.startswith("waiting for the next run") for line in lines)
+    (tmp_path / "job.owner.json").unlink()
+    assert list(lines) == [f"the job in {tmp_path} has ended\n"]
     assert watching.wait(60) == 0
 
 

@@ -66,7 +66,7 @@ def test_the_same_as_the_markdown(six_runs: list[Path], tmp_path: Path) -> None:
     headings = re.findall(r"^#+ (.*)$", result.text, re.MULTILINE)
     assert re.findall(r"<h\d>(.*)</h\d>", page) == headings
     for row in result.rows:
-        assert all(cell in seen.text for cell in row.cells())
+        assert all(cell in seen.text for cell in row.cells()[:-1])
 
 
 def test_only_if_asked_for(make_run: MakeRun) -> None:
