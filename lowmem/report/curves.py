@@ -37,7 +37,7 @@ LOSS = Panel(
 )
 TEST_ERROR = Panel(
     title="Test error",
-    y_title="test error (%)",
+    y_title="% of the test pictures",
     value=lambda row: row.test_error_pct,
     chance=lambda classes: 100 * (1 - 1 / classes),
     chance_text=lambda classes: f"chance  {100 * (1 - 1 / classes):.4g} %",
