@@ -57,7 +57,7 @@ td[style] { white-space: nowrap }
   p, li { max-width: none }
   h2, h3 { break-after: avoid }
   figure, tr { break-inside: avoid }
-  figure img { max-width: 150mm }
+  figure img { max-width: 125mm }
   .wide { overflow: visible }
   thead { display: table-header-group }
 }
