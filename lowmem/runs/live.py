@@ -31,6 +31,7 @@ from lowmem.runs.lock import OWNER_NAME, Owner, read_owner
 State = Literal["starting", "training", "finished", "stopped", "interrupted", "diverged", "stuck", "ended", "died"]
 RUNNING: frozenset[State] = frozenset({"starting", "training"})
 _QUIET_SECONDS = 15.0  # without news, before the lock is tried again
+_LONGEST_SECONDS = 1e10
 _KEPT_LOSSES, _KEPT_EVENTS, _KEPT_MARKS = 4_000, 200, 30
 _ENDS: dict[str, State] = {
     "done": "finished",
@@ -251,6 +252,9 @@ def _epoch_row(values: dict[str, float | None]) -> EpochRow | None:
     known = {name: count(value) if name in INTEGER else value for name, value in values.items() if name in METRICS}
     if known.get("epoch") is None or known.get("step") is None:
         return None
+    elapsed = known.get("elapsed_seconds")
+    if elapsed is not None and not 0 <= elapsed < _LONGEST_SECONDS:  # a loss may be infinite, no run is
+        known["elapsed_seconds"] = None
     return EpochRow(**known)  # type: ignore[arg-type]
 
 
