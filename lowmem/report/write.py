@@ -69,7 +69,7 @@ def write_report(
     figures = tuple(out / picture.file_name for picture in pictures)
     page = out / "report.html" if html else None
     board = out / "tensorboard" if tensorboard else None
-    return ReportResult(out, out / "report.md", figures, rows, text, tuple(pictures), page, board)
+    return ReportResult(out, out / "report.md", figures, rows, text, tuple(pictures), page=page, event_files=board)
 
 
 def _export(history: History, folder: Path) -> None:
