@@ -26,10 +26,11 @@ from lowmem.runs.columns import INTEGER, METRICS
 from lowmem.runs.follow import Follower, TableFollower, count
 from lowmem.runs.history import EpochRow, Event, parse_event, read_settings
 from lowmem.runs.listing import may_be_alive, writer_of
-from lowmem.runs.lock import OWNER_NAME, Owner, read_owner
+from lowmem.runs.lock import Owner, read_owner
 
 State = Literal["starting", "training", "finished", "stopped", "interrupted", "diverged", "stuck", "ended", "died"]
 RUNNING: frozenset[State] = frozenset({"starting", "training"})
+_OWNER = "run.owner.json"
 _QUIET_SECONDS = 15.0  # without news, before the lock is tried again
 _LONGEST_SECONDS = 1e10
 _KEPT_LOSSES, _KEPT_EVENTS, _KEPT_MARKS = 4_000, 200, 30
@@ -181,7 +182,7 @@ class Watched:
     # -- who trains it ---------------------------------------------------------------------------------------------
 
     def _writer(self, now: float, grew: bool) -> Owner | None:
-        owner = read_owner(self.path / OWNER_NAME)
+        owner = read_owner(self.path / _OWNER)
         if owner is None or owner == self._gone:
             return None
         if owner.host != socket.gethostname():
@@ -209,7 +210,7 @@ class Watched:
                 return "stuck"
             if event.kind in {"start", "resume"}:
                 break
-        return "died" if (self.path / OWNER_NAME).exists() else "ended"
+        return "died" if (self.path / _OWNER).exists() else "ended"
 
     # -- what follows from it --------------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ import pytest
 import lowmem.runs.live as module
 from lowmem.runs.history import EpochRow
 from lowmem.runs.live import Watched, epoch_seconds
-from lowmem.runs.lock import OWNER_NAME
 from lowmem.runs.store import RunFolder
 from lowmem.settings import gather, to_yaml
 
@@ -96,7 +95,7 @@ def test_a_dead_writer(folder: RunFolder) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     owner = {"pid": gone.pid, "host": socket.gethostname(), "since": "2026-11-25T08:00:00+0000"}
-    (folder.path / OWNER_NAME).write_text(json.dumps(owner), encoding="utf-8")
+    (folder.path / "run.owner.json").write_text(json.dumps(owner), encoding="utf-8")
     assert Watched(folder.path).look().state == "died"
 
 
@@ -105,7 +104,7 @@ def test_a_number_that_another_process_has_now(folder: RunFolder, monkeypatch: p
     folder.event("start")
     folder.close()
     owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": "2026-11-25T08:00:00+0000"}
-    (folder.path / OWNER_NAME).write_text(json.dumps(owner), encoding="utf-8")
+    (folder.path / "run.owner.json").write_text(json.dumps(owner), encoding="utf-8")
     tried: list[Path] = []
     monkeypatch.setattr(module, "writer_of", lambda run: tried.append(run))
     watched = Watched(folder.path)
@@ -135,7 +134,7 @@ def test_a_lock_that_is_held_is_left_alone(folder: RunFolder, monkeypatch: pytes
 def test_on_another_machine(folder: RunFolder) -> None:
     folder.close()
     owner = {"pid": 1, "host": "elsewhere", "since": "2026-11-25T08:00:00+0000"}
-    (folder.path / OWNER_NAME).write_text(json.dumps(owner), encoding="utf-8")
+    (folder.path / "run.owner.json").write_text(json.dumps(owner), encoding="utf-8")
     assert Watched(folder.path).look().running
 
 
