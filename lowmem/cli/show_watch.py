@@ -163,11 +163,11 @@ def _summary(live: Live) -> list[str]:
 
 def _closing(live: Live) -> list[str]:
     """The last words on a run."""
+    if not live.path.exists():
+        return [f"{shorten(live.path)} is gone: a run that takes no step leaves nothing behind"]
     words = f"{shorten(live.path)}: {describe_state(live)}"
     if errors := describe_errors(live):
         words += f"; epoch {live.epoch}: {errors}"
-    if live.config is None and not live.path.exists():
-        return [f"{shorten(live.path)} is gone"]
     if live.state in {"interrupted", "died", "ended"} and live.config is not None:
         return [words, f"go on with `lowmem resume {shorten(live.path)}`"]
     return [words]

@@ -103,6 +103,19 @@ def small_run(path: Path) -> RunFolder:
     return RunFolder.create(path, to_yaml(gather(sets=["train.epochs=3"])), {})
 
 
+def test_a_run_that_is_given_up_before_its_first_step(tmp_path: Path) -> None:
+    """What a failed preflight does to its folder."""
+    run = small_run(tmp_path / "run")
+    command = [*LOWMEM, "watch", str(run.path), "--interval", "0.05"]
+    watching = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1)
+    assert watching.stdout is not None
+    assert watching.stdout.readline() == f"{run.path}\n"
+    assert "getting ready" in watching.stdout.readline()
+    run.discard()
+    assert watching.stdout.read().splitlines()[-1].startswith(f"{run.path} is gone")
+    assert watching.wait(60) == 0
+
+
 def test_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with small_run(tmp_path / "run") as folder:
         folder.event("start", steps_per_epoch=7)
