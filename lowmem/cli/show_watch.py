@@ -69,8 +69,8 @@ def _follow_all(path: Path, run: Path | None, interval: float, *, alone: bool) -
 
 def _next(path: Path, interval: float) -> Path | None:
     """The next run of the folder that is trained. None if its job has ended; where there is none, after some time."""
-    print(f"waiting for the next run in {path}; Ctrl-C leaves", flush=True)
     a_job = _conducted(path)
+    print(f"waiting for the next run in {path}; Ctrl-C leaves", flush=True)
     deadline = time.monotonic() + _NEXT_RUN_SECONDS
     while time.monotonic() < deadline or a_job:
         if (run := _trained(run_folders(path))) is not None:
