@@ -30,6 +30,7 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.setup import never_began, refuse_existing, start_again
 from lowmem.runs.store import RunFolder, leaving_no_trace, require_run
 from lowmem.settings import Settings, from_yaml, refuse_changes, to_yaml
+from lowmem.train.board import check_board, exporting
 from lowmem.train.loop import Outcome, Trainer
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import starts_low
@@ -71,6 +72,7 @@ def run_training(
         raise UsageError("--batch auto needs something to fit into: give --vram, like --vram 6G")
     path = Path(out) if out is not None else Path("runs") / settings.config.model.arch
     _refuse_existing(path)
+    check_board(settings.config)
     dataset = _load_data(settings.config, observer)
     plan: Plan | None = None
     confirmed: Confirmed | None = None
@@ -95,7 +97,7 @@ def run_training(
             # Not a step was taken: nothing is to be kept, and the folder must not be in the way of another try.
             folder.discard()
             raise
-        folder.event("start", **environment)
+        folder.event("start", steps_per_epoch=trainer.batches.steps_per_epoch, **environment)
         if confirmed is not None:
             folder.event("confirmed", **confirmed.event)
         if plan is not None and not plan.exact:
@@ -115,6 +117,7 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
     settings = resolve_execution(changes or recorded)
     refuse_changes(recorded.config, settings.config, str(path))
     require_device(settings.config.train.device)
+    check_board(settings.config)
     with RunFolder.open(path) as folder:
         if never_began(path):
             raise UsageError(start_again(path))
@@ -151,6 +154,7 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
             checkpoint=where.name,
             epoch=state.epoch,
             step=state.step,
+            steps_per_epoch=trainer.batches.steps_per_epoch,
             **describe(settings.config.train.device),
         )
         if state.epoch >= settings.config.train.epochs:
@@ -189,6 +193,7 @@ def fork_run(
     settings = resolve_execution(fork.changed(recorded, changes, f"fork of {source.name}"))
     differing = fork.check(recorded.config, settings.config)
     require_device(settings.config.train.device)
+    check_board(settings.config)
     found = fork.find(source, recorded.config, at)
     _refuse_existing(path)
     dataset = _load_data(settings.config, observer)
@@ -214,7 +219,7 @@ def fork_run(
         except BaseException:
             folder.discard()
             raise
-        folder.event("start", **environment)
+        folder.event("start", steps_per_epoch=trainer.batches.steps_per_epoch, **environment)
         observer.note(_headline(settings.config, dataset, path))
         return _go(trainer, folder)
 
@@ -279,7 +284,7 @@ def _load_data(config: Config, observer: Observer) -> Dataset:
 def _go(trainer: Trainer, folder: RunFolder) -> RunResult:
     """Trains. Raises OutOfMemory with the way out where no smaller plan is left; the run is then saved."""
     _cap_emulated(trainer)
-    with _out_of_memory(folder.path):
+    with _out_of_memory(folder.path), exporting(trainer, folder.path):
         return RunResult(folder.path, trainer.run(folder))
 
 

@@ -149,6 +149,8 @@ class TrainConfig(_Section):
         default="rollback", description="what a run does whose loss is no number any more, or has exploded"
     )
 
+    tensorboard: bool = Field(default=False, description="write TensorBoard event files while the run is trained")
+
     @model_validator(mode="after")
     def _micro_fits(self) -> TrainConfig:
         if self.micro_batch is not None and self.micro_batch > self.batch:
@@ -220,6 +222,7 @@ OPERATIONAL: frozenset[str] = frozenset(
         "train.grad_norms_every",
         "train.on_stuck",
         "train.on_nan",
+        "train.tensorboard",
         "data.source",  # a moved folder; the pictures themselves are checked by their fingerprint
         "data.root",
         "data.cache",

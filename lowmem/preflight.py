@@ -17,6 +17,7 @@ from lowmem.decide import read_plan
 from lowmem.errors import CorruptCheckpoint, DiskError, PreflightError, UsageError
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs import columns, gradients
+from lowmem.runs.event_files import EventFiles, read_points
 from lowmem.runs.history import read_history
 from lowmem.runs.space import kept_epochs, rows_bytes, run_bytes
 from lowmem.runs.store import RunFolder, csv_line
@@ -86,6 +87,8 @@ def _try_outputs(trainer: Trainer, folder: RunFolder, trial: Path, tried: Tried)
             back = read_plan(run.path, trainer.config)
             _same(back is not None and back.to_json() == trainer.plan.to_json(), run.path / "plan.json")
         _try_rows(trainer, run, tried)
+        if trainer.config.train.tensorboard:
+            _try_board(run)
         _try_report(run)
     return Written(checkpoint_bytes, saving_seconds)
 
@@ -138,6 +141,14 @@ def _try_rows(trainer: Trainer, run: RunFolder, tried: Tried) -> None:
     _same(norms == [gradients.line(1, 1, tried.gradient_norms)], run.gradients_file)
     _same([(event.kind, dict(event.detail)) for event in back.events] == [("preflight", told)], run.events_file)
     _same(back.best is not None and (back.best.epoch, back.best.error_pct) == (1, 12.5), run.path / "weights")
+
+
+def _try_board(run: RunFolder) -> None:
+    """The event file of the trial rows, by TensorBoard's own reader."""
+    files = EventFiles(run.path)
+    files.update()
+    files.close()
+    _same({point.step for point in read_points(files.folder)} == {1, 2}, files.folder)
 
 
 def _try_report(run: RunFolder) -> None:

@@ -93,9 +93,10 @@ def _imported_modules(path: Path) -> set[str]:
     return modules
 
 
-def test_only_one_module_knows_the_drivers_library() -> None:
-    knowing = {path.relative_to(PACKAGE).as_posix() for path in FILES if "pynvml" in _imported_modules(path)}
-    assert knowing == {"measure/nvml.py"}
+@pytest.mark.parametrize(("library", "module"), [("pynvml", "measure/nvml.py"), ("tensorboard", "runs/event_files.py")])
+def test_only_one_module_knows_an_optional_library(library: str, module: str) -> None:
+    knowing = {path.relative_to(PACKAGE).as_posix() for path in FILES if library in _imported_modules(path)}
+    assert knowing == {module}
 
 
 @pytest.mark.parametrize("room", ["api.py", "doctor"])

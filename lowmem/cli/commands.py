@@ -31,6 +31,10 @@ DryRun = Annotated[
 ]
 OnStuck = Annotated[Text, typer.Option(help="When a run learns nothing: warn, or stop with code 6.")]
 OnNan = Annotated[Text, typer.Option(help="When the loss breaks: rollback to half the rate, or stop with code 6.")]
+Board = Annotated[
+    Optional[bool],  # noqa: UP045
+    typer.Option("--tensorboard/--no-tensorboard", help="Write TensorBoard event files to RUN/tensorboard."),
+]
 DataRoot = Annotated[Text, typer.Option(help="Folder that holds, or receives, cifar10 and fashion-mnist.")]
 
 
@@ -84,6 +88,7 @@ def train(
     out: Annotated[Optional[Path], typer.Option(help="Run folder; default runs/ARCH.")] = None,  # noqa: UP045
     on_stuck: OnStuck = None,
     on_nan: OnNan = None,
+    tensorboard: Board = None,
     config: Annotated[Optional[Path], typer.Option(help="YAML file of settings.")] = None,  # noqa: UP045
     set_: Sets = [],  # noqa: B006
     dry_run: DryRun = False,
@@ -108,6 +113,7 @@ def train(
         "memory.card": card,
         "train.on_stuck": on_stuck,
         "train.on_nan": on_nan,
+        "train.tensorboard": tensorboard,
         "seed": seed,
         "checkpoint.keep_every": keep_every,
     }
@@ -134,14 +140,20 @@ def resume(
     keep_every: KeepEvery = None,
     on_stuck: OnStuck = None,
     on_nan: OnNan = None,
+    tensorboard: Board = None,
     set_: Sets = [],  # noqa: B006
 ) -> None:
     """Go on exactly where a run stopped."""
     from lowmem.errors import UsageError
 
     values = _values(set_)
-    named = {"train.device": device, "memory.vram": vram, "data.source": data, "data.root": data_root}
-    named |= {"train.on_stuck": on_stuck, "train.on_nan": on_nan}
+    named: dict[str, object] = {
+        "train.device": device,
+        "memory.vram": vram,
+        "data.source": data,
+        "data.root": data_root,
+    }
+    named |= {"train.on_stuck": on_stuck, "train.on_nan": on_nan, "train.tensorboard": tensorboard}
     values |= {key: value for key, value in named.items() if value is not None and key not in values}
     if keep_every is not None:
         values.setdefault("checkpoint.keep_every", keep_every)
@@ -234,12 +246,19 @@ def report(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder for the report; default RUN/report for one run, report/ for several."),
     ] = None,
+    html: Annotated[
+        bool, typer.Option("--html", help="Also report.html: the same in one file, figures inlined.")
+    ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also TensorBoard event files of the runs, beside the report.")
+    ] = False,
 ) -> None:
     """Final errors, loss curves, test-error curves, and pairs with and without shortcuts."""
     from lowmem.cli.show import show_report
     from lowmem.report import write_report
 
-    show_report(write_report(runs, out if out is not None or len(runs) == 1 else Path("report")))
+    out = out if out is not None or len(runs) == 1 else Path("report")
+    show_report(write_report(runs, out, html=html, tensorboard=tensorboard))
 
 
 @app.command()

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from lowmem.bench import COLUMNS, cells, measure, to_markdown
 from lowmem.choose import resolve_execution
+from lowmem.cli.lines import describe_epoch
 from lowmem.environment import describe
 from lowmem.errors import PreflightError
 from lowmem.report import ReportResult
@@ -46,17 +47,6 @@ def describe_progress(progress: Progress) -> str:
     if progress.seconds_left is not None:
         parts.append(f"{format_duration(progress.seconds_left)} left")
     return "  ".join(parts)
-
-
-def describe_epoch(row: Mapping[str, Any], epochs: int) -> str:
-    """One line for a finished epoch."""
-    val = f"  val error {row['val_error_pct']:.2f} %" if row.get("val_error_pct") is not None else ""
-    speed = f"  {row['images_per_second']:,.0f} images/s" if row.get("images_per_second") else ""
-    return (
-        f"epoch {row['epoch']}/{epochs}  train loss {row['train_loss']:.4f}  train error {row['train_error_pct']:.2f} %"
-        f"{val}  test error {row['test_error_pct']:.2f} %  lr {row['lr']:g}{speed}  "
-        f"{format_duration(row['elapsed_seconds'])}"
-    )
 
 
 class PlainObserver(Observer):
@@ -147,7 +137,10 @@ def show_report(result: ReportResult) -> None:
     # Below and not in a column: it is long, and mostly the same for all runs.
     for differs, names in differing.items():
         console.print(Text(f"{', '.join(names)} against the published setting: {differs}"))
-    print(f"written: {result.markdown} and {len(result.figures)} figures beside it")
+    page = "" if result.page is None else f", and all of it in {result.page}"
+    print(f"written: {result.markdown} and {len(result.figures)} figures beside it{page}")
+    if result.event_files is not None:
+        print(f"curves for TensorBoard: tensorboard --logdir {result.event_files}")
 
 
 def show_bench(

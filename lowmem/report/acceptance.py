@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from lowmem.report.palette import NEUTRAL
+from lowmem.report.style import AXIS_SIZE, LABEL_SIZE, TITLE_SIZE, WIDTH_INCHES, dress, fit, new_figure, to_png
 
 # Blue and orange of Okabe and Ito, told apart by the colour-blind too; bar and diamond repeat what the colours say.
 _MEASURED, _PREDICTED = "#0072B2", "#E69F00"
-_BAR_INCHES = 0.34
+_ROW_INCHES = 0.5  # a line of words, and the bar under it: beside it they would take half of a phone's width
+_TITLE_INCHES, _AXIS_INCHES, _LEGEND_INCHES = 0.75, 0.7, 0.4
+_SIDE_INCHES = 0.12
+_NUMBERS_ROOM = 1.5  # the axis in terms of the longest bar, at whose end its number stands
 
 
 @dataclass(frozen=True)
@@ -32,60 +34,59 @@ class Bar:
 def draw_acceptance(title: str, memory: Sequence[Bar], seconds: Sequence[Bar]) -> bytes:
     """A PNG. `memory` in MiB, `seconds` of a step."""
     panels = [(bars, name) for bars, name in ((memory, "memory, MiB"), (seconds, "a training step, seconds")) if bars]
-    counts = [len(bars) + 1.6 for bars, _ in panels] or [1.0]
-    figure = Figure(figsize=(9, 1.6 + _BAR_INCHES * sum(counts)), dpi=150, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
+    heights = [_ROW_INCHES * len(bars) for bars, _ in panels]
+    height = _TITLE_INCHES + sum(heights) + _AXIS_INCHES * len(panels) + _LEGEND_INCHES
+    figure, _ = new_figure(height)
+    words = title.split("\n")
+    for number, line in enumerate(words):
+        style = {"fontsize": TITLE_SIZE, "fontweight": "bold"} if number == 0 else {"fontsize": AXIS_SIZE}
+        at = 1 - (0.1 + 0.25 * number) / height
+        drawn = figure.text(_SIDE_INCHES / WIDTH_INCHES, at, line, va="top", parse_math=False, **style)
+        fit(drawn, figure.bbox.width * (1 - _SIDE_INCHES / WIDTH_INCHES))
+    top = height - _TITLE_INCHES
+    for (bars, name), rows in zip(panels, heights, strict=True):
+        share = 1 - 2 * _SIDE_INCHES / WIDTH_INCHES
+        axes = figure.add_axes((_SIDE_INCHES / WIDTH_INCHES, (top - rows) / height, share, rows / height))
+        _fill(axes, bars, name)
+        top -= rows + _AXIS_INCHES
     if panels:
-        grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=counts)
-        for axes, (bars, name) in zip(grid[:, 0], panels, strict=True):
-            _fill(axes, bars, name)
         _legend(figure, any(bar.limit is not None for bars, _ in panels for bar in bars))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return to_png(figure)
 
 
 def _fill(axes: Axes, bars: Sequence[Bar], name: str) -> None:
-    most = max((value for bar in bars for value in (bar.measured, bar.predicted) if value is not None), default=1.0)
+    known = [value for bar in bars for value in (bar.measured, bar.predicted) if value is not None]
+    most = max(known, default=1.0) or 1.0
+    axes.set_xlim(0, most * _NUMBERS_ROOM)
+    axes.set_ylim(len(bars) - 0.6, -0.75)
     for row, bar in enumerate(bars):
         if bar.measured is not None:
-            axes.barh(row, bar.measured, height=0.62, color=_MEASURED, zorder=2)
+            axes.barh(row, bar.measured, height=0.44, color=_MEASURED, zorder=2)
         if bar.predicted is not None:
             axes.plot(bar.predicted, row, "D", color=_PREDICTED, markeredgecolor="black", markersize=7, zorder=4)
-        if bar.limit is not None and bar.limit < 1.6 * most:
-            axes.plot([bar.limit, bar.limit], [row - 0.42, row + 0.42], color="black", linewidth=1.6, zorder=3)
+        if bar.limit is not None and bar.limit < 1.2 * most:
+            axes.plot([bar.limit, bar.limit], [row - 0.3, row + 0.3], color="black", linewidth=1.6, zorder=3)
         ends = [value for value in (bar.measured, bar.predicted) if value is not None]
         # Beyond a limit mark that stands close to the bar's end, or the text would lie on it.
-        if bar.limit is not None and ends and max(ends) < bar.limit < 1.35 * most:
+        if bar.limit is not None and ends and max(ends) < bar.limit < 1.2 * most:
             ends.append(bar.limit)
-        axes.annotate(
-            _words(bar),
-            (max(ends, default=0.0), row),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=10,
-            color="#333333",
-        )
-    axes.set_yticks(range(len(bars)), [bar.label for bar in bars], fontsize=10)
-    axes.set_ylim(len(bars) - 0.4, -0.6)
-    axes.set_xlim(0, most * 1.75)
+        beside = axes.annotate(_number(bar), (max(ends, default=0.0), row), xytext=(8, 0), textcoords="offset points")
+        beside.set(va="center", fontsize=LABEL_SIZE, color="#333333")
+        label = " ".join(f"{bar.label}: {bar.note}".split()) if bar.note else ", ".join(bar.label.split("\n"))
+        above = axes.annotate(label, (0, row - 0.27), fontsize=LABEL_SIZE, va="bottom", parse_math=False)
+        fit(above, axes.get_window_extent().width)
+    axes.set_yticks([])
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if most > 20 else "{x:,g}"))
-    axes.set_xlabel(name, fontsize=11)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(True, axis="x", color="#e3e3e3", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    axes.set_xlabel(name, fontsize=AXIS_SIZE)
+    dress(axes, grid="x")
 
 
-def _words(bar: Bar) -> str:
+def _number(bar: Bar) -> str:
     if bar.measured is None:
-        return bar.note or "not measured"
+        return "not measured"
     shown = f"{bar.measured:,.0f}" if bar.measured >= 100 else f"{bar.measured:.3g}"
-    error = f" ({bar.measured / bar.predicted - 1:+.1%})" if bar.predicted else ""
-    return f"{shown}{error}{'  ' + bar.note if bar.note else ''}"
+    return f"{shown} ({bar.measured / bar.predicted - 1:+.1%})" if bar.predicted else shown
 
 
 def _legend(figure: Figure, with_limits: bool) -> None:
@@ -98,4 +99,4 @@ def _legend(figure: Figure, with_limits: bool) -> None:
     ]
     if with_limits:
         handles.append(Line2D([], [], color="black", linewidth=1.6, label="budget"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=10, frameon=False, labelcolor=NEUTRAL)
+    figure.legend(handles=handles, loc="lower center", ncols=3, fontsize=LABEL_SIZE, frameon=False, labelcolor=NEUTRAL)

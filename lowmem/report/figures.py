@@ -1,11 +1,7 @@
-"""The report's figures as PNG bytes: training loss, test error, and a figure for each pair Res-n / CNN-n.
-
-Drawn with matplotlib's objects on an Agg canvas, never through pyplot: no window, no global state.
-"""
+"""The report's figures as PNG bytes: training loss, test error, and a figure for each pair Res-n / CNN-n."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +14,21 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from lowmem.config import resolve_block
 from lowmem.report.curves import LOSS, TEST_ERROR, Curve, Panel, common_classes, curves_of, find_pairs
-from lowmem.report.labels import EndLabel, place, room_for
+from lowmem.report.labels import EndLabel, place, room_for, tick_room
 from lowmem.report.palette import NEUTRAL
+from lowmem.report.style import (
+    AXIS_SIZE,
+    BOTTOM_INCHES,
+    HEIGHT_INCHES,
+    PAIR_HEIGHT_INCHES,
+    TOP_INCHES,
+    dress,
+    head,
+    new_figure,
+    to_png,
+)
 from lowmem.runs.history import History
 
-DPI = 150
-WIDTH_INCHES, HEIGHT_INCHES = 8.0, 5.0
-PAIR_HEIGHT_INCHES = 8.0  # two panels above each other: side by side they would be too narrow for a phone
 FEW_EPOCHS = 25  # up to here each epoch is marked
 FEW_STEPS = 1_000  # up to here single steps can be told apart, and are drawn a little stronger
 LOG_FROM_RATIO = 4.0  # a linear axis hides what differs by less than a quarter of the largest value
@@ -67,33 +71,44 @@ def _draw(
         return None
     most = max(len(shown) for shown in drawn)
     height = max(height, len(panels) * (1.3 + 0.22 * most))  # taller instead of crowded labels
-    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+    figure, canvas = new_figure(height)
     classes = common_classes(histories)
-    everything: list[tuple[Axes, list[EndLabel]]] = []
+    everything: list[Filled] = []
     last_epoch = max(history.epochs_done for history in histories)
     logs = []
     for row, (panel, shown) in enumerate(zip(panels, drawn, strict=True)):
         axes = figure.add_subplot(len(panels), 1, row + 1)
         log, labels = _fill(axes, panel, shown, classes)
         logs.append(log)
-        heading = panel.title if title == panel.title else f"{panel.title}: {title}"
-        axes.set_title(heading, loc="left", fontsize=14, fontweight="bold")
+        heading = panel.title if title == panel.title else f"{title}: {panel.title.lower()}"
         axes.set_xlim(0, max(last_epoch, 1) * 1.01)  # from 0: the steps of the first epoch lie there
-        everything.append((axes, labels))
-    room = max(room_for(labels, canvas) for _, labels in everything) / (WIDTH_INCHES * DPI)
+        everything.append(Filled(axes, labels, heading, panel.y_title + (", log scale" if log else "")))
+    lay_out(figure, canvas, everything)
+    return Picture(file_name, to_png(figure), title, _remark(panels, logs))
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Axes with their curves, and the words that are still to be written around them."""
+
+    axes: Axes
+    labels: list[EndLabel]
+    title: str
+    y_title: str
+
+
+def lay_out(figure: Figure, canvas: FigureCanvasAgg, panels: Sequence[Filled]) -> None:
+    """Panels above each other, as wide as their labels leave room for; then titles and labels."""
+    width, height = figure.get_size_inches()
+    room = max(room_for(panel.labels, canvas) for panel in panels) / (width * figure.dpi)
+    ticks = max(tick_room(panel.axes, canvas) for panel in panels) / (width * figure.dpi)
+    between = (TOP_INCHES + BOTTOM_INCHES) / (height / len(panels) - TOP_INCHES - BOTTOM_INCHES)
     figure.subplots_adjust(
-        left=0.105,
-        right=1 - room,
-        bottom=0.6 / height,
-        top=1 - 0.45 / height,
-        hspace=1.0 / (height / len(panels)),
+        left=ticks, right=1 - room, bottom=BOTTOM_INCHES / height, top=1 - TOP_INCHES / height, hspace=between
     )
-    for axes, labels in everything:
-        place(axes, labels)
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    return Picture(file_name, buffer.getvalue(), title, _remark(panels, logs))
+    for panel in panels:
+        head(panel.axes, panel.title, panel.y_title)
+        place(panel.axes, panel.labels)
 
 
 def _fill(axes: Axes, panel: Panel, curves: list[Curve], classes: int | None) -> tuple[bool, list[EndLabel]]:
@@ -117,14 +132,10 @@ def _fill(axes: Axes, panel: Panel, curves: list[Curve], classes: int | None) ->
         # Beside the axes with the others: inside, some curve always runs through it.
         labels.append(EndLabel(panel.chance_text(classes), None, level, NEUTRAL))
         values.append(level)
-    _set_vertical(axes, panel, min(values), max(values), log)
-    axes.set_xlabel("epoch", fontsize=12)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 2.5, 4, 5, 10]))
-    axes.tick_params(labelsize=11, colors="#333333")
-    axes.grid(True, which="major", color="#e3e3e3", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    _set_vertical(axes, min(values), max(values), log)
+    axes.set_xlabel("epoch", fontsize=AXIS_SIZE)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 2.5, 4, 5, 10]))
+    dress(axes)
     return log, labels
 
 
@@ -158,8 +169,7 @@ def _draw_steps(axes: Axes, curve: Curve, few: bool) -> None:
     )
 
 
-def _set_vertical(axes: Axes, panel: Panel, lowest: float, highest: float, log: bool) -> None:
-    axes.set_ylabel(panel.y_title + (", log scale" if log else ""), fontsize=12)
+def _set_vertical(axes: Axes, lowest: float, highest: float, log: bool) -> None:
     if not log:
         axes.set_ylim(0, highest * 1.15 or 1.0)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))

@@ -6,22 +6,19 @@ the gradient meets them, so that the curves of a figure part where they end, at 
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from lowmem.config import resolve_block
 from lowmem.report.curves import Curve, curves_of, find_pairs
-from lowmem.report.figures import DPI, PAIR_HEIGHT_INCHES, WIDTH_INCHES, Picture
-from lowmem.report.labels import EndLabel, place, room_for
-from lowmem.report.naming import run_names
+from lowmem.report.figures import Filled, Picture, lay_out
+from lowmem.report.labels import EndLabel
+from lowmem.report.naming import file_names
+from lowmem.report.style import AXIS_SIZE, PAIR_HEIGHT_INCHES, dress, new_figure, to_png
 from lowmem.runs.gradients import GradientRow, Gradients
 from lowmem.runs.history import History
 
@@ -50,11 +47,11 @@ def draw_gradients(histories: Sequence[History]) -> list[Picture]:
     """A figure for each run with a gradients.csv, and one for each pair with and without shortcuts."""
     curves = curves_of(histories)
     recorded = [curve for curve in curves if curve.history.gradients.rows]
-    names = dict(zip((id(history) for history in histories), run_names(histories), strict=True))
+    names = dict(zip((id(history) for history in histories), file_names(histories), strict=True))
     pictures = []
     for curve in recorded:
         name = names[id(curve.history)]
-        file_name = "gradients.png" if len(recorded) == 1 else f"gradients_{_slug(name)}.png"
+        file_name = "gradients.png" if len(recorded) == 1 else f"gradients_{name}.png"
         pictures.append(_draw([curve], MOMENTS, file_name, f"Gradients of {curve.label}"))
     for (depth, block), pair in find_pairs([curve.history for curve in recorded]).items():
         usual = block == resolve_block(f"res{depth}", None)
@@ -118,25 +115,17 @@ def _draw(curves: Sequence[Curve], count: int, file_name: str, title: str) -> Pi
     panels = [_depth_lines(curves, count), _time_lines(curves)]
     if not all(panels):
         return None
-    figure = Figure(figsize=(WIDTH_INCHES, PAIR_HEIGHT_INCHES), dpi=DPI, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+    figure, canvas = new_figure(PAIR_HEIGHT_INCHES)
     epochs = all(curve.history.last is not None for curve in curves)
-    x_titles = ("layers back from the output, the gradient's way", "epoch" if epochs else "step")
-    filled: list[tuple[Axes, list[EndLabel]]] = []
+    x_titles = ("layers back from the output", "epoch" if epochs else "step")
+    filled = []
     for row, (lines, x_title, heading) in enumerate(
         zip(panels, x_titles, (f"{title}, by depth", "First and last layer over time"), strict=True), start=1
     ):
         axes = figure.add_subplot(2, 1, row)
-        filled.append((axes, _fill(axes, lines, x_title)))
-        axes.set_title(heading, loc="left", fontsize=14, fontweight="bold")
-    room = max(room_for(labels, canvas) for _, labels in filled) / (WIDTH_INCHES * DPI)
-    height = PAIR_HEIGHT_INCHES
-    figure.subplots_adjust(left=0.12, right=1 - room, bottom=0.6 / height, top=1 - 0.45 / height, hspace=2.3 / height)
-    for axes, labels in filled:
-        place(axes, labels)
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    return Picture(file_name, buffer.getvalue(), title, _REMARK)
+        filled.append(Filled(axes, _fill(axes, lines, x_title), heading, "gradient norm, log scale"))
+    lay_out(figure, canvas, filled)
+    return Picture(file_name, to_png(figure), title, _REMARK)
 
 
 def _fill(axes: Axes, lines: Sequence[Line], x_title: str) -> list[EndLabel]:
@@ -154,17 +143,7 @@ def _fill(axes: Axes, lines: Sequence[Line], x_title: str) -> list[EndLabel]:
     axes.set_xlim(0, max(x for line in lines for x, _ in line.points) * 1.01)
     axes.yaxis.set_major_locator(LogLocator(base=10, numticks=9))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    axes.set_xlabel(x_title, fontsize=12)
-    axes.set_ylabel("gradient norm, log scale", fontsize=12)
-    axes.tick_params(labelsize=11, colors="#333333")
-    axes.grid(True, which="major", color="#e3e3e3", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.set_xlabel(x_title, fontsize=AXIS_SIZE)
+    dress(axes)
     return [EndLabel(f"{line.label}  {line.points[-1][1]:.2g}", *line.points[-1], line.colour) for line in lines]
-
-
-def _slug(name: str) -> str:
-    """A run's name as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "run"

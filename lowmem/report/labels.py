@@ -9,9 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.lines import Line2D
 
-FONT_SIZE = 11.5
-LEADER_POINTS = 16.0  # from the axes to the text
-PAD_POINTS = 8.0
+from lowmem.report.style import LABEL_SIZE
+
+FONT_SIZE = LABEL_SIZE
+LEADER_POINTS = 14.0  # from the axes to the text
+PAD_POINTS = 5.0
+_TICK_POINTS = 8.0  # tick marks and the gap to their numbers
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,14 @@ def room_for(labels: Sequence[EndLabel], canvas: FigureCanvasAgg) -> float:
         widest = max(widest, text.get_window_extent(renderer).width)
         text.remove()
     return widest + (LEADER_POINTS + PAD_POINTS) * figure.dpi / 72
+
+
+def tick_room(axes: Axes, canvas: FigureCanvasAgg) -> float:
+    """The width in pixels that the vertical axis' numbers take to the left of the axes."""
+    renderer = canvas.get_renderer()
+    texts = [text for text in axes.get_yticklabels() if text.get_text()]
+    widest = max((text.get_window_extent(renderer).width for text in texts), default=0.0)
+    return widest + (_TICK_POINTS + PAD_POINTS) * axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]
 
 
 def place(axes: Axes, labels: Sequence[EndLabel]) -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from lowmem.report.labels import tick_room
+from lowmem.report.style import (
+    AXIS_SIZE,
+    BOTTOM_INCHES,
+    HEIGHT_INCHES,
+    LABEL_SIZE,
+    TOP_INCHES,
+    dress,
+    head,
+    new_figure,
+    to_png,
+)
 from lowmem.units import MIB
 
 # Colours of Okabe and Ito, told apart by the colour-blind too; the marker repeats what the colour says.
@@ -22,9 +31,8 @@ _STYLE: dict[str, tuple[str, str, float]] = {
 
 def draw_memory_curve(title: str, curves: Mapping[str, Sequence[tuple[int, float]]], budget_bytes: int) -> bytes:
     """A PNG. `curves`: name -> (peak bytes, share of time more than plain autograd), memory rising."""
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, canvas = new_figure()
+    axes = figure.add_subplot()
     for name, points in curves.items():
         if not points:
             continue
@@ -41,20 +49,21 @@ def draw_memory_curve(title: str, curves: Mapping[str, Sequence[tuple[int, float
         rotation=90,
         ha="right",
         va="top",
-        fontsize=11,
+        fontsize=LABEL_SIZE,
         color="#555555",
     )
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=-1)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set_xlabel("peak of the step's tensors, MiB", fontsize=12)
-    axes.set_ylabel("more time than plain PyTorch, % (predicted)", fontsize=12)
-    axes.set_title(title, fontsize=12)
-    axes.tick_params(labelsize=11)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=11, frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+    axes.set_xlabel("peak of the step's tensors, MiB", fontsize=AXIS_SIZE)
+    dress(axes)
+    axes.legend(fontsize=LABEL_SIZE, frameon=False)
+    figure.subplots_adjust(
+        left=tick_room(axes, canvas) / figure.bbox.width,
+        right=0.96,
+        bottom=BOTTOM_INCHES / HEIGHT_INCHES,
+        top=1 - TOP_INCHES / HEIGHT_INCHES,
+    )
+    head(axes, title, "% more time than plain PyTorch, predicted")
+    return to_png(figure)

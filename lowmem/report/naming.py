@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -35,6 +36,17 @@ def curve_labels(histories: Sequence[History]) -> list[str]:
         f"{network} {shorten(_without(network, name))}".rstrip() if networks.count(network) > 1 else network
         for network, name in zip(networks, run_names(histories), strict=True)
     ]
+
+
+def file_names(histories: Sequence[History]) -> list[str]:
+    """The runs' names as parts of file names, no two the same on any system."""
+    slugs = [re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "run" for name in run_names(histories)]
+    seen: Counter[str] = Counter()
+    found = []
+    for slug in slugs:
+        seen[slug.lower()] += 1
+        found.append(slug if seen[slug.lower()] == 1 else f"{slug}-{seen[slug.lower()]}")
+    return found
 
 
 def _without(network: str, name: str) -> str:

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem.errors import DiskError, UsageError
+from lowmem.reading import shorten
 from lowmem.report.figures import Picture, draw_all
 from lowmem.report.gradients import draw_gradients
 from lowmem.report.markdown import render
+from lowmem.report.naming import file_names
+from lowmem.report.page import to_page
 from lowmem.report.tables import TableRow, build_rows, in_order
 from lowmem.runs.atomic import write_bytes_atomic, write_text_atomic
+from lowmem.runs.event_files import EventFiles, require_tensorboard
 from lowmem.runs.history import History, read_history
 
 
@@ -25,10 +29,16 @@ class ReportResult:
     rows: tuple[TableRow, ...]
     text: str
     pictures: tuple[Picture, ...]  # in the order of `figures`
+    page: Path | None = None  # report.html, if it was asked for
+    event_files: Path | None = None  # for `tensorboard --logdir`, if they were
 
 
-def write_report(runs: Sequence[Path], out: Path | None = None) -> ReportResult:
-    """Write report.md and its figures to `out`, by default to `report/` in the run if there is only one.
+def write_report(
+    runs: Sequence[Path], out: Path | None = None, *, html: bool = False, tensorboard: bool = False
+) -> ReportResult:
+    """Write report.md and its figures to `out`, by default to `report/` in the run if there is only one; with `html`
+    the same as one page, report.html, too; with `tensorboard` each run's event file, in a folder of its own under
+    `tensorboard/`.
 
     Raises UsageError before anything is written if a run cannot be read or there is no telling where to
     write, and DiskError if the folder refuses. Figures of an earlier report of the same name are replaced,
@@ -39,6 +49,8 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> ReportResult:
         if len(histories) != 1:
             raise UsageError(f"a report on {len(histories)} runs needs a folder to go to: give --out report")
         out = histories[0].path / "report"
+    if tensorboard:
+        require_tensorboard()
     pictures = [*draw_all(histories), *draw_gradients(histories)]
     rows = build_rows(histories)
     text = render(histories, rows, pictures)
@@ -47,10 +59,29 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> ReportResult:
         for picture in pictures:
             write_bytes_atomic(out / picture.file_name, picture.png)
         write_text_atomic(out / "report.md", text)  # last: it names only figures that are there
+        if html:
+            write_text_atomic(out / "report.html", to_page(text, pictures, _title(rows)))
+        if tensorboard:
+            for history, name in zip(histories, file_names(histories), strict=True):
+                _export(history, out / "tensorboard" / name)
     except OSError as error:
         raise DiskError(f"cannot write the report to {out}: {error.strerror or error}: give another --out") from error
     figures = tuple(out / picture.file_name for picture in pictures)
-    return ReportResult(out, out / "report.md", figures, rows, text, tuple(pictures))
+    page = out / "report.html" if html else None
+    board = out / "tensorboard" if tensorboard else None
+    return ReportResult(out, out / "report.md", figures, rows, text, tuple(pictures), page=page, event_files=board)
+
+
+def _export(history: History, folder: Path) -> None:
+    # Not where a run that is still trained keeps its own: the two would take each other's away.
+    files = EventFiles(history.path, folder)
+    files.update()
+    files.close()
+
+
+def _title(rows: Sequence[TableRow]) -> str:
+    names = ", ".join(row.run for row in rows)
+    return f"lowmem: {shorten(names, 80)}"
 
 
 def _read_all(runs: Sequence[Path]) -> list[History]:

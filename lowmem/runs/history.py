@@ -148,7 +148,7 @@ def read_history(run: Path) -> History:
         )
     refuse_leads(run)
     notes: list[str] = []
-    config = _read_config(run / "config.yaml")
+    config = read_settings(run)
     return History(
         path=run,
         name=run.resolve().name,  # "." and "runs/res20/" have a name as well
@@ -170,11 +170,13 @@ def read_epochs(run: Path) -> tuple[Config, tuple[EpochRow, ...], tuple[str, ...
     Raises UsageError and OSError as `read_history` does.
     """
     notes: list[str] = []
-    config = _read_config(run / "config.yaml")
+    config = read_settings(run)
     return config, _read_table(run / "metrics.csv", METRICS, "epoch", EpochRow, notes), tuple(notes)
 
 
-def _read_config(path: Path) -> Config:
+def read_settings(run: Path) -> Config:
+    """What config.yaml says. Raises UsageError."""
+    path = run / "config.yaml"
     try:
         values = parse_yaml(_bytes(path, SETTINGS_LIMIT_BYTES).decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -313,17 +315,25 @@ def _read_events(path: Path, notes: list[str]) -> tuple[Event, ...]:
         return ()
     events: list[Event] = []
     for number, line in enumerate(_whole_lines(path, notes), start=1):
-        try:
-            values = parse_json(line)
-        except ValueError:
-            values = None
-        if not isinstance(values, dict) or not isinstance(values.get("event"), str):
+        event = parse_event(line)
+        if event is None:
             notes.append(f"{path.name} line {number} cannot be read and is left out")
-            continue
-        detail = {key: value for key, value in values.items() if key not in {"event", "time"}}
-        time = values.get("time")
-        events.append(Event(values["event"], time if isinstance(time, str | int | float) else None, detail))
+        else:
+            events.append(event)
     return tuple(events)
+
+
+def parse_event(line: str) -> Event | None:
+    """A line of events.jsonl; None if it is none."""
+    try:
+        values = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(values, dict) or not isinstance(values.get("event"), str):
+        return None
+    detail = {key: value for key, value in values.items() if key not in {"event", "time"}}
+    time = values.get("time")
+    return Event(values["event"], time if isinstance(time, str | int | float) else None, detail)
 
 
 def _read_best(path: Path, notes: list[str]) -> BestWeights | None:

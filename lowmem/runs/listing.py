@@ -77,7 +77,12 @@ def list_runs(folder: Path) -> list[Listed]:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} does not exist: give the folder that holds the runs, like runs")
-    return [look(path) for path in _runs(folder, _DEEPEST)]
+    return [look(path) for path in run_folders(folder)]
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """The run folders in `folder` (or itself, if it is one) by name; links are not followed."""
+    return list(_runs(folder, _DEEPEST))
 
 
 def _runs(folder: Path, deep: int) -> Iterator[Path]:
@@ -179,7 +184,7 @@ def writer_of(run: Path) -> str | None:
         return None
     pid, host = _owner(owner)
     here = host is None or host == socket.gethostname()
-    if pid is not None and here and not _may_be_alive(pid):
+    if pid is not None and here and not may_be_alive(pid):
         return None
     try:
         with FileLock(lock, timeout=0):
@@ -200,7 +205,8 @@ def _owner(path: Path) -> tuple[int | None, str | None]:
     return pid if type(pid) is int and pid > 0 else None, host if isinstance(host, str) else None
 
 
-def _may_be_alive(pid: int) -> bool:
+def may_be_alive(pid: int) -> bool:
+    """Whether a process of this number is there, as far as that can be asked without touching it."""
     if os.name == "nt":
         return True  # there os.kill ends the process, whatever the signal
     try:

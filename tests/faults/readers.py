@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+
+from rich.console import Console
 
 from lowmem.belonging import belongs_to, most_bytes, verify
 from lowmem.cards import load_card
 from lowmem.choose.calibration import Calibration, Identity, Mode, Seconds
+from lowmem.cli.lines import describe_epoch
+from lowmem.cli.screen import screen
+from lowmem.cli.show_watch import to_json
 from lowmem.data import cache
 from lowmem.decide import read_plan
 from lowmem.models import build
@@ -20,6 +27,7 @@ from lowmem.remat import stage_names
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs import columns
 from lowmem.runs.history import read_history
+from lowmem.runs.live import Watched
 from lowmem.runs.table import cut
 from lowmem.settings import from_yaml, gather, parse_set
 from lowmem.shipped import profiles_folder
@@ -34,7 +42,8 @@ from tests.faults.small_run import copy_run
 def readers(run: Path, work: Path) -> list[Reader]:
     """`run`: an undamaged one, which is copied; `work`: a folder to write to."""
     work.mkdir()
-    return [*_settings(run, work), *_checkpoints(run, work), *_rows(run, work), *_others(run, work), _whole(run, work)]
+    groups = (_settings, _checkpoints, _rows, _looking_on, _others)
+    return [*(reader for group in groups for reader in group(run, work)), _whole(run, work)]
 
 
 def _settings(run: Path, work: Path) -> list[Reader]:
@@ -135,6 +144,32 @@ def _rows(run: Path, work: Path) -> list[Reader]:
         of_history("env.json", JSON),
         of_history("weights/best.safetensors", TENSORS),
     ]
+
+
+def _looking_on(run: Path, work: Path) -> list[Reader]:
+    """`lowmem watch`, which refuses nothing: what it cannot read it leaves out, and what it read it can show."""
+    copy = copy_run(run, work / "watched-run")
+    (copy / "plan.json").write_text(json.dumps(small_plan(run).to_json()), encoding="utf-8")
+
+    def reader(name: str) -> Reader:
+        seed = (copy / name).read_bytes()
+
+        def read(data: bytes) -> object:
+            watched = Watched(copy)
+            watched.look()
+            (copy / name).write_bytes(data)
+            try:
+                live = watched.look()
+            finally:
+                (copy / name).write_bytes(seed)
+            console = Console(file=io.StringIO(), width=40)
+            console.print(screen(live, console))
+            epochs = [describe_epoch(asdict(row), live.epochs) for row in live.rows]
+            return epochs, json.dumps(to_json(live), allow_nan=False)
+
+        return Reader(f"{name}, by watch", seed, read, JSON if name == "plan.json" else ANY)
+
+    return [reader(name) for name in ("config.yaml", "plan.json", "metrics.csv", "steps.csv", "events.jsonl")]
 
 
 def small_plan(run: Path) -> Plan:

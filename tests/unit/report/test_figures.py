@@ -35,7 +35,7 @@ def test_six_runs(six_runs: list[Path]) -> None:
     pictures = draw(*six_runs)
     assert list(pictures) == ["loss.png", "test_error.png", "pair_20.png", "pair_56.png", "pair_110.png"]
     for name, picture in pictures.items():
-        assert pixels(picture).shape[:2] == ((1200, 1200) if name.startswith("pair") else (750, 1200))
+        assert pixels(picture).shape[:2] == ((1520, 1200) if name.startswith("pair") else (840, 1200))
         assert_margins_are_white(picture)
     assert pictures["pair_110.png"].title == "Res110 against CNN110"
     assert "log" in pictures["test_error.png"].remark

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowmem.report.naming import LONGEST_NAME, curve_labels, run_names, shorten
+from lowmem.report.naming import LONGEST_NAME, curve_labels, file_names, run_names, shorten
 from lowmem.runs.history import read_history
 from tests.unit.report.fake_runs import write_run
 
@@ -37,3 +37,14 @@ def test_shorten_keeps_both_ends() -> None:
     assert len(long) == LONGEST_NAME
     assert long.startswith("width16")
     assert long.endswith("seed12")
+
+
+def test_file_names(tmp_path: Path) -> None:
+    """Usable on every system, and no two the same where capitals are not told apart."""
+    names = ("a b", "a-b", "A-B", "..", "x/../y", "Größe")
+    runs = [
+        write_run(tmp_path / str(n) / name.replace("/", "\N{DIVISION SLASH}"))
+        for n, name in enumerate(names)
+        if name != ".."
+    ]
+    assert file_names([read_history(run) for run in runs]) == ["a-b", "a-b-2", "A-B-3", "x-..-y", "Gr-e"]
