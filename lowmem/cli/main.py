@@ -8,6 +8,7 @@ from typing import NoReturn
 import typer
 from typer.main import get_command
 
+from lowmem.cli import command_reproduce  # noqa: F401 (registers its commands)
 from lowmem.cli.commands import app
 from lowmem.errors import ExitCode, LowmemError
 from lowmem.reading import shorten

@@ -10,6 +10,7 @@ from lowmem.errors import DiskError, UsageError
 from lowmem.report.figures import Picture, draw_all
 from lowmem.report.gradients import draw_gradients
 from lowmem.report.markdown import render
+from lowmem.report.resources import resource_rows
 from lowmem.report.tables import TableRow, build_rows, in_order
 from lowmem.runs.atomic import write_bytes_atomic, write_text_atomic
 from lowmem.runs.history import History, read_history
@@ -25,6 +26,7 @@ class ReportResult:
     rows: tuple[TableRow, ...]
     text: str
     pictures: tuple[Picture, ...]  # in the order of `figures`
+    resources: tuple[tuple[str, ...], ...]  # see `resources.HEADER`
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None) -> ReportResult:
@@ -50,7 +52,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> ReportResult:
     except OSError as error:
         raise DiskError(f"cannot write the report to {out}: {error.strerror or error}: give another --out") from error
     figures = tuple(out / picture.file_name for picture in pictures)
-    return ReportResult(out, out / "report.md", figures, rows, text, tuple(pictures))
+    return ReportResult(out, out / "report.md", figures, rows, text, tuple(pictures), tuple(resource_rows(histories)))
 
 
 def _read_all(runs: Sequence[Path]) -> list[History]:
