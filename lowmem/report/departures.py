@@ -19,7 +19,7 @@ def departures(rows: Sequence[TableRow]) -> list[tuple[str, str]]:
     shared = [text for text in rows[0].differs if all(text in row.differs for row in rows)] if len(rows) > 1 else []
     found: list[tuple[str, str]] = []
     if shared:
-        found.append((f"all {len(rows)} runs", "; ".join(shared)))
+        found.append(("both runs" if len(rows) == 2 else f"all {len(rows)} runs", "; ".join(shared)))
     groups: dict[str, list[str]] = {}
     for row in rows:
         own = [text for text in row.differs if text not in shared]

@@ -10,11 +10,12 @@ from lowmem.report.tables import UNKNOWN
 from lowmem.runs.history import EpochRow, History
 from lowmem.units import format_duration, format_size
 
-HEADER = ("Run", "Time", "Images/s", "Peak allocated", "Peak reserved", "Device used", "Interrupted")
+HEADER = ("Run", "Time", "Images/s", "Peak allocated", "Peak reserved", "Device used", "Resumed")
 EXPLAINED = (
     "Time is that in which the run was worked on, evaluation and saving included. Images/s: in training, median over "
-    "epochs. Peak allocated is what tensors took, peak reserved what the allocator held for them; device used is the card "
-    "with everything on it, or without a card the memory of the process. Each is the largest of any epoch."
+    "epochs. Peak allocated is what tensors took, peak reserved what the allocator held for them; device used is the "
+    "card with everything on it, or without a card the memory of the process. Each is the largest of any epoch. "
+    "Resumed is how often the run was interrupted and gone on with."
 )
 
 

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
@@ -35,8 +35,9 @@ class Conductor:
     """Starts one process after the other; a context manager that catches the signals meanwhile. `requested` is the name
     of the first one, or None."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen) -> None:
         self.requested: str | None = None
+        self._start = start
         self._process: subprocess.Popen[bytes] | None = None
         self._asked = 0
         self._previous: dict[int, Any] = {}
@@ -50,7 +51,7 @@ class Conductor:
         """The exit code of a process that does what is requested; of a killed one minus the signal's number."""
         command = [sys.executable, "-m", "lowmem", COMMAND]
         apart: dict[str, Any] = {"process_group": 0} if os.name != "nt" else {"creationflags": _new_group()}
-        with subprocess.Popen(command, stdin=subprocess.PIPE, **apart) as process:
+        with self._start(command, stdin=subprocess.PIPE, **apart) as process:
             assert process.stdin is not None
             with suppress(OSError):  # it is gone already: its code says how
                 process.stdin.write(json.dumps(request).encode() + b"\n")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,8 +15,11 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
 
 import lowmem.api
-import lowmem.cli.show  # noqa: F401
+import lowmem.cli.job_process
+import lowmem.cli.show
+import lowmem.cli.show_reproduce
 from lowmem.cli.main import _run
+from lowmem.reproduce.process import Conductor
 
 SMALL = (
     "--arch", "res20", "--width", "4", "--data", "shapes", "--epochs", "3", "--batch", "32",
@@ -67,3 +72,57 @@ def wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not come"
         time.sleep(0.005)
+
+
+class ForkedProcess:
+    """What `lowmem.reproduce.process.Conductor` needs of a `subprocess.Popen`, of a process that is forked."""
+
+    def __init__(self, command: list[str], **options: object) -> None:
+        assert command[1:3] == ["-m", "lowmem"]
+        assert set(options) == {"stdin", "process_group"}
+        reads, writes = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(writes)
+            os.setpgid(0, 0)
+            self._child(reads, command[3:])
+        os.close(reads)
+        self.stdin = os.fdopen(writes, "wb")
+        self.returncode: int | None = None
+
+    def _child(self, reads: int, arguments: list[str]) -> NoReturn:
+        code = 99
+        try:
+            # Handlers are inherited by a fork, not by a new program.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.dup2(reads, 0)
+            sys.stdin = os.fdopen(0, closefd=False)
+            code = _run(arguments)
+        finally:
+            os._exit(code)
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def __enter__(self) -> ForkedProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(OSError):
+            self.stdin.close()
+        self.wait()
+
+
+def reproduce(out: Path, log: Path, *arguments: str) -> Forked:
+    """`lowmem reproduce`, with its processes forked too."""
+
+    def fork_them() -> None:
+        lowmem.cli.show_reproduce.Conductor = lambda: Conductor(start=ForkedProcess)  # type: ignore[assignment]
+
+    return Forked(log, ["reproduce", "--out", str(out), *arguments], fork_them)
