@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lowmem.errors import LowmemError, UsageError
-from lowmem.reproduce.conduct import Asked, ask, command, conduct, to_report
+from lowmem.reproduce.conduct import Asked, JobStopped, ask, command, conduct, to_report
 from lowmem.reproduce.folder import held
 from lowmem.reproduce.members import select
 from lowmem.reproduce.process import Conductor
@@ -23,9 +23,12 @@ def reproduce_job(out: Path, settings: Settings, only: str | None, block: str | 
             say(f"{out} is taken over from {lock.taken_over}, which ended without leaving it")
         try:
             code = conduct(asked, conductor, say, dry_run=dry_run)
-        except LowmemError:
-            if conductor.requested is None and not dry_run:
-                _report(asked)  # of the runs that did end
+        except JobStopped:
+            if not dry_run:
+                try:
+                    _report(asked)  # of what is there
+                except LowmemError as error:
+                    say(f"there is no report: {error}")
             raise
         if code == 0 and not dry_run:
             _report(asked)
@@ -33,10 +36,12 @@ def reproduce_job(out: Path, settings: Settings, only: str | None, block: str | 
 
 
 def _report(asked: Asked) -> None:
-    runs = to_report(asked.job.path)
+    runs, left_out = to_report(asked.job.path)
     folder = asked.job.path / "report"
     if folder.is_symlink():
         raise UsageError(f"{folder} is a link, which no job of lowmem has: put what it leads to in its place")
+    for words in left_out:
+        say(f"not in the report: {words}")
     if runs:
         from lowmem.cli.show import show_report
         from lowmem.report import write_report

@@ -4,7 +4,7 @@ all runs. A run's plan is decided when it begins (invariant 7); here it is only 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,8 +59,9 @@ def look_ahead(job: Job, standings: Sequence[Standing], observer: Observer) -> O
             "same ones with --data, or start another job with --out"
         )
     runs, weights = [], dict(job.weights)
+    plans = _plans(job, standings, dataset, observer)
     for standing in standings:
-        plan = _plan(job, standing, dataset, observer) if standing.left and not standing.begun else None
+        plan = plans.get(standing.member.name)
         looked = Looked(standing, _disk_bytes(job, standing, dataset), _seconds(plan, standing, dataset, config))
         runs.append(looked)
         if standing.member.name not in weights or plan is not None:
@@ -70,23 +71,51 @@ def look_ahead(job: Job, standings: Sequence[Standing], observer: Observer) -> O
     return Outlook(replace(job, data=dataset.fingerprint, weights=weights), tuple(runs), pictures, needed, free)
 
 
+def _plans(job: Job, standings: Sequence[Standing], dataset: Dataset, observer: Observer) -> dict[str, Plan]:
+    """A plan for each run that is to begin and will have one. Raises Infeasible naming all for which there is none."""
+    plans: dict[str, Plan] = {}
+    refused: dict[str, Infeasible] = {}
+    for standing in standings:
+        if standing.left and not standing.begun:
+            name = standing.member.name
+            try:
+                plan = _plan(job, standing, dataset, observer)
+            except Infeasible as error:
+                refused[name] = error
+                continue
+            if plan is not None:
+                plans[name] = plan
+                observer.note(f"{name}: {_words(plan)}")
+    if refused:
+        raise _together(refused)
+    return plans
+
+
+def _together(refused: Mapping[str, Infeasible]) -> Infeasible:
+    hardest = max(refused, key=lambda name: refused[name].least_bytes)
+    others = ", ".join(name for name in refused if name != hardest)
+    error, which = refused[hardest], f"{hardest}, and less for {others}" if others else hardest
+    way_out = "give more memory, or train the others with --only"
+    return Infeasible(error.budget_bytes, error.least_bytes, f"for {which}; {error.what}", way_out)
+
+
 def _plan(job: Job, standing: Standing, dataset: Dataset, observer: Observer) -> Plan | None:
-    """A plan for the run if it will have one."""
     settings = job.settings_of(standing.member)
     planned = wants_plan(resolve_execution(settings).config)
     settings = resolve_execution(settings, planned=planned)
     refuse_unsafe(settings.config)
     if not planned:
         return None
-    name = standing.member.name
-    try:
-        _, choice = plan_run(settings, len(dataset.classes), len(dataset.train), progress=observer.note)
-    except Infeasible as error:
-        others = "give more memory, or leave it out with --only"
-        raise Infeasible(error.budget_bytes, error.least_bytes, f"{name}: {error.what}", others) from None
-    peak = format_size(choice.plan.predicted.peak_allocated_bytes)
-    observer.note(f"{name}: a plan fits, with {peak} of tensors")
+    _, choice = plan_run(settings, len(dataset.classes), len(dataset.train), progress=observer.note)
     return choice.plan
+
+
+def _words(plan: Plan) -> str:
+    """The plan in a line; its run prints all of it."""
+    overhead = plan.predicted.overhead or 0.0
+    more = f", {overhead:.1%} more time than plain PyTorch" if overhead > 0.0005 else ""
+    exact = "" if plan.exact else "; by accumulation, which under batch norm is not the same computation"
+    return f"a plan fits: {plan.precision}, {format_size(plan.predicted.peak_allocated_bytes)} of tensors{more}{exact}"
 
 
 def _seconds(plan: Plan | None, standing: Standing, dataset: Dataset, config: Config) -> float | None:

@@ -16,6 +16,7 @@ from lowmem.reproduce.members import ALL, REPORTED, Member
 from lowmem.reproduce.process import Conductor
 from lowmem.reproduce.standing import Standing, standing_of, standings_of, wait_for_writers
 from lowmem.runs.atomic import write_bytes_atomic
+from lowmem.runs.history import read_history
 from lowmem.settings import Settings
 
 # What would stop every other run too. Anything else is a run's own: the others go on without it.
@@ -171,16 +172,20 @@ def _why_skipped(standing: Standing) -> str:
     return "has begun, nothing to try"
 
 
-def to_report(path: Path) -> list[Path]:
-    """The folders of all runs of the job that have begun."""
+def to_report(path: Path) -> tuple[list[Path], list[str]]:
+    """The folders of all runs of the job that have begun, and why others are left out: one that cannot be read must not
+    hide the rest."""
     job = read_job(path)
-    standings = []
+    runs, left_out = [], []
     for member in ALL:
         try:
-            standings.append(standing_of(job, member))
-        except UsageError:
-            continue  # not this job's
-    return [standing.path for standing in standings if standing.begun]
+            standing = standing_of(job, member)
+            if standing.begun:
+                read_history(standing.path)
+                runs.append(standing.path)
+        except UsageError as error:
+            left_out.append(str(error))
+    return runs, left_out
 
 
 def command(path: Path, members: Sequence[Member]) -> str:

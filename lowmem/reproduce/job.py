@@ -13,9 +13,9 @@ from lowmem.errors import DiskError, UsageError
 from lowmem.reading import SETTINGS_LIMIT_BYTES, Unreadable, read_json, shorten
 from lowmem.reproduce.members import ALL, Member
 from lowmem.runs.atomic import write_text_atomic
+from lowmem.runs.setup import JOB as FILE_NAME
 from lowmem.settings import Settings, from_yaml, validate
 
-FILE_NAME = "job.json"
 FORMAT = 1
 _OWN = frozenset({"model.arch", "model.block"})  # what each run has of its own
 # What a run decides for itself where the job says `auto`.
