@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 from lowmem.api import recorded_settings, resume_training, run_training
 from lowmem.cli.show import describe_epoch, observer
 from lowmem.cli.show_reproduce import table
-from lowmem.errors import Interrupted
+from lowmem.errors import Interrupted, LowmemError
 from lowmem.reproduce.check import Outlook, look_ahead
 from lowmem.reproduce.clock import Pace, epoch_seconds_of, seconds_left
 from lowmem.reproduce.job import Job, read_job
 from lowmem.reproduce.members import ALL, Member
-from lowmem.reproduce.standing import Standing, epoch_seconds, standings_of
+from lowmem.reproduce.standing import Standing, epoch_seconds, standing_of, standings_of
 from lowmem.runs.history import EpochRow
 from lowmem.train.observer import Observer, Progress
 from lowmem.units import format_duration, format_size
@@ -28,15 +29,16 @@ def work(request: Mapping[str, Any]) -> int:
     job = read_job(Path(request["out"]))
     members = [member for member in ALL if member.name in request["names"]]
     standings = standings_of(job, members, job.settings.config.train.max_steps)
+    measured = measured_before(job, members)
     with observer() as shown:
         if "name" not in request:
             outlook = look_ahead(job, standings, shown)
-            for line in describe(outlook):
+            for line in describe(outlook, measured):
                 shown.note(line)
             outlook.job.write()
             return 0
         number = [member.name for member in members].index(request["name"])
-        told = JobObserver(shown, job, standings, number)
+        told = JobObserver(shown, job, standings, number, measured)
         try:
             _train(job, members[number], standings[number], request, told)
         except Interrupted as stopped:
@@ -55,8 +57,8 @@ def _train(job: Job, member: Member, standing: Standing, request: Mapping[str, A
 # -- the table before the first run ------------------------------------------------------------------------------------
 
 
-def describe(outlook: Outlook) -> list[str]:
-    """A line a run, and what they take together."""
+def describe(outlook: Outlook, measured: Sequence[Pace] = ()) -> list[str]:
+    """A line a run, and what they take together. `measured`: of runs that are not among them."""
     job, names = outlook.job, [looked.standing.member.name for looked in outlook.runs]
     train = job.settings.config.train
     lines = [
@@ -67,7 +69,7 @@ def describe(outlook: Outlook) -> list[str]:
     paces = [pace_of(job, standing) for standing in standings]
     rows, total = [_HEADER], 0.0
     for looked, pace in zip(outlook.runs, paces, strict=True):
-        standing, per_epoch = looked.standing, epoch_seconds_of(pace, paces)
+        standing, per_epoch = looked.standing, epoch_seconds_of(pace, [*paces, *measured])
         seconds = 0.0 if not standing.left else looked.seconds_left
         if standing.left and per_epoch is not None:
             seconds = pace.epochs_left * per_epoch
@@ -98,6 +100,17 @@ def pace_of(job: Job, standing: Standing) -> Pace:
     return Pace(job.weights.get(standing.member.name, 1.0), left, standing.epoch_seconds)
 
 
+def measured_before(job: Job, members: Sequence[Member]) -> list[Pace]:
+    """Of the job's other runs: not to be trained this time, but they tell how fast the machine is."""
+    paces = []
+    for member in ALL:
+        if member not in members and member.name in job.weights:
+            with suppress(LowmemError):
+                pace = pace_of(job, standing_of(job, member))
+                paces.append(replace(pace, epochs_left=0.0))
+    return [pace for pace in paces if pace.measured]
+
+
 @dataclass
 class JobObserver(Observer):
     """Passes everything on, with where in the job the run is: `run 2 of 6, about 3:10:00 left in all`."""
@@ -106,6 +119,7 @@ class JobObserver(Observer):
     job: Job
     standings: Sequence[Standing]
     number: int  # of the run in progress, from 0
+    measured: Sequence[Pace] = ()  # of runs that are not among them
 
     def __post_init__(self) -> None:
         self._paces = [pace_of(self.job, standing) for standing in self.standings]
@@ -140,8 +154,8 @@ class JobObserver(Observer):
         """`own`: seconds left of this run, where that is known better than by its pace."""
         where = f"run {self.number + 1} of {len(self.standings)}"
         others = [other for at, other in enumerate(self._paces) if at != self.number]
-        rest = seconds_left([*others, replace(pace, epochs_left=0)])
-        mine = own if own is not None else seconds_left([pace])
+        rest = seconds_left([*others, *self.measured, replace(pace, epochs_left=0)])
+        mine = own if own is not None else seconds_left([pace, *self.measured])
         if rest is None or mine is None:
             return where
         return f"{where}, about {format_duration(mine + rest)} left in all"

@@ -11,6 +11,7 @@ import pytest
 
 from lowmem.cli.job_process import JobObserver, describe
 from lowmem.reproduce.check import Looked, Outlook
+from lowmem.reproduce.clock import Pace
 from lowmem.reproduce.job import Job
 from lowmem.reproduce.members import select
 from lowmem.reproduce.standing import Standing
@@ -101,6 +102,15 @@ def test_another_machine_than_before(job: Job) -> None:
     told.epoch(row(5, 450.0), 10)
     told.epoch(row(6, 452.0), 10)
     assert heard.notes[-1].endswith("run 1 of 2, about 0:28 left in all")  # 4 * 2 and 10 * 2
+
+
+def test_runs_that_are_left_out_tell_of_the_rest(job: Job) -> None:
+    runs = standings(job)[4:5]  # res110
+    lines = describe(Outlook(job, (Looked(runs[0], 1),), "", 6, 7), [Pace(3.0, 0, 10.0)])
+    assert "about 3:20" in lines[2]
+    heard = Heard()
+    JobObserver(heard, job, runs, 0, [Pace(3.0, 0, 10.0)]).progress(progress(1, 0, None))
+    assert heard.told[-1].job == "run 1 of 1, about 3:20 left in all"
 
 
 def test_the_table_before_the_first_run(job: Job) -> None:
