@@ -143,6 +143,8 @@ def show_report(result: ReportResult) -> None:
     console = Console(highlight=False)
     for header, rows in ((TABLE_HEADER[:-1], [row.cells()[:-1] for row in result.rows]), (RESOURCES, result.resources)):
         table = Table(*header)
+        for column in table.columns[:2]:
+            column.overflow = "fold"  # a name that is cut off names no run
         for cells_ in rows:
             table.add_row(*(Text(cell) for cell in cells_))
         console.print(table)

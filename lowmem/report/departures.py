@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from lowmem.report.tables import TableRow
 
-NOT_PUBLISHED = "the report has no figure for it"
-NEVER_TRAINED = "the report names this network and could not train it: there is no figure to hold it against"
+NOT_PUBLISHED = "not among the published networks"
+NEVER_TRAINED = "named in the report, whose author could not train it: there is no figure to hold it against"
 _NAMED = {"Res56-bottleneck", "Res110-bottleneck"}
 NOTHING = "nothing that the settings show"
 

@@ -10,12 +10,12 @@ from lowmem.report.tables import UNKNOWN
 from lowmem.runs.history import EpochRow, History
 from lowmem.units import format_duration, format_size
 
-HEADER = ("Run", "Time", "Images/s", "Peak allocated", "Peak reserved", "Device used", "Resumed")
+HEADER = ("Run", "Time", "Images/s", "Planned", "Allocated", "Reserved", "Device", "Resumed")
 EXPLAINED = (
     "Time is that in which the run was worked on, evaluation and saving included. Images/s: in training, median over "
-    "epochs. Peak allocated is what tensors took, peak reserved what the allocator held for them; device used is the "
-    "card with everything on it, or without a card the memory of the process. Each is the largest of any epoch. "
-    "Resumed is how often the run was interrupted and gone on with."
+    "epochs. Memory is the peak. Planned: of a step's tensors, as the plan predicts it, if the run has one. Allocated: "
+    "what tensors took. Reserved: what the allocator held for them. Device: the card with everything on it, or without "
+    "a card the process. Resumed: how often the run was interrupted and gone on with."
 )
 
 
@@ -28,11 +28,15 @@ def _row(history: History, name: str) -> tuple[str, ...]:
     rates = [row.images_per_second for row in history.epochs if row.images_per_second is not None]
     elapsed = None if history.last is None else history.last.elapsed_seconds
     resumed = history.times_resumed
+    allocated = largest(history.epochs, lambda row: row.peak_allocated_bytes)
+    if allocated == UNKNOWN:  # on the CPU nobody counts but the check of the plan
+        allocated = _checked(history, "measured_peak_bytes")
     return (
         name,
         UNKNOWN if elapsed is None else format_duration(elapsed),
         f"{median(rates):,.0f}" if rates else UNKNOWN,
-        largest(history.epochs, lambda row: row.peak_allocated_bytes),
+        _checked(history, "predicted_peak_bytes"),
+        allocated,
         largest(history.epochs, lambda row: row.peak_reserved_bytes),
         largest(history.epochs, lambda row: row.device_used_bytes),
         "no" if resumed == 0 else "once" if resumed == 1 else f"{resumed} times",
@@ -40,5 +44,13 @@ def _row(history: History, name: str) -> tuple[str, ...]:
 
 
 def largest(rows: Iterable[EpochRow], value: Callable[[EpochRow], int | None]) -> str:
+    """Of all epochs, for humans; a dash if it is not known of any."""
     known = [found for row in rows if (found := value(row)) is not None]
     return format_size(max(known)) if known else UNKNOWN
+
+
+def _checked(history: History, name: str) -> str:
+    """Of the plan in force at last: its first steps are held against the prediction."""
+    found = [event.detail.get(name) for event in history.events if event.kind == "measured"]
+    known = [size for size in found if isinstance(size, int) and not isinstance(size, bool) and 0 < size < 1 << 60]
+    return format_size(known[-1]) if known else UNKNOWN
