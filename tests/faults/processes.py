@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import NoReturn
 
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
+import torch
 
 import lowmem.api
 import lowmem.cli.job_process
@@ -43,6 +46,8 @@ class Forked:
                 sys.stdout = sys.stderr = file
                 before()
                 code = _run(arguments)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
 
@@ -99,6 +104,8 @@ class ForkedProcess:
             os.dup2(reads, 0)
             sys.stdin = os.fdopen(0, closefd=False)
             code = _run(arguments)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
 
@@ -119,10 +126,49 @@ class ForkedProcess:
         self.wait()
 
 
-def reproduce(out: Path, log: Path, *arguments: str) -> Forked:
-    """`lowmem reproduce`, with its processes forked too."""
+class Served:
+    """`lowmem reproduce` in a process of its own, forked like those it starts from one that has only imported: where a
+    backward pass over meta tensors was run (any plan does), autograd's threads are in the way of a fork."""
 
-    def fork_them() -> None:
-        lowmem.cli.show_reproduce.Conductor = lambda: Conductor(start=ForkedProcess)  # type: ignore[assignment]
+    _context = None
 
-    return Forked(log, ["reproduce", "--out", str(out), *arguments], fork_them)
+    def __init__(self, log: Path, arguments: list[str]) -> None:
+        if Served._context is None:
+            Served._context = multiprocessing.get_context("forkserver")
+            Served._context.set_forkserver_preload([__name__])
+        self.log = log
+        self._process = Served._context.Process(target=_serve, args=(log, arguments))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """The exit code; of a killed process minus the signal's number."""
+        self._process.join()
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8")
+
+
+def _serve(log: Path, arguments: list[str]) -> NoReturn:
+    torch.set_num_threads(1)
+    lowmem.cli.show_reproduce.Conductor = lambda: Conductor(start=ForkedProcess)  # type: ignore[assignment]
+    code = 99
+    try:
+        with open(log, "w", encoding="utf-8", buffering=1) as file:
+            sys.stdout = sys.stderr = file
+            code = _run(arguments)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def reproduce(out: Path, log: Path, *arguments: str) -> Served:
+    return Served(log, ["reproduce", "--out", str(out), *arguments])
