@@ -43,8 +43,12 @@ MAY_IMPORT: dict[str, set[str]] = {
 # preflight and confirm are what a run does before its first step; confirm needs both what was chosen (choose) and what
 # tries it (bench), so it is in neither of them.
 # The doctor looks at everything a run needs: settings, data, models, the driver, what `train` would refuse.
+# reproduce looks at several runs as a job: with the eyes of the planner (choose) at those to come, and of runs at those
+# that have begun.
 # belonging compares what is on disk (runs) with the network (models) and the identity a run records (train).
-ANYTHING = {"belonging", "decide", "doctor", "fork", "preflight", "confirm", "api", "cli", "__init__", "__main__"}
+ANYTHING = {
+    "belonging", "decide", "doctor", "fork", "preflight", "confirm", "reproduce", "api", "cli", "__init__", "__main__"
+}  # fmt: skip
 
 
 def _room(path: Path) -> str:
@@ -99,7 +103,7 @@ def test_only_one_module_knows_an_optional_library(library: str, module: str) ->
     assert knowing == {module}
 
 
-@pytest.mark.parametrize("room", ["api.py", "doctor"])
+@pytest.mark.parametrize("room", ["api.py", "doctor", "reproduce"])
 def test_only_the_command_line_imports_itself(room: str) -> None:
     files = [path for path in FILES if _room(path) == room.removesuffix(".py")]
     assert files

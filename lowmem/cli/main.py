@@ -8,7 +8,7 @@ from typing import NoReturn
 import typer
 from typer.main import get_command
 
-from lowmem.cli import command_watch  # noqa: F401 (registers its command)
+from lowmem.cli import command_reproduce, command_watch  # noqa: F401 (they register their commands)
 from lowmem.cli.commands import app
 from lowmem.errors import ExitCode, LowmemError
 from lowmem.reading import shorten

@@ -23,6 +23,8 @@ from lowmem.cli.lines import describe_epoch
 from lowmem.environment import describe
 from lowmem.errors import PreflightError
 from lowmem.report import ReportResult
+from lowmem.report.departures import departures
+from lowmem.report.resources import HEADER as RESOURCES
 from lowmem.report.tables import TABLE_HEADER
 from lowmem.runs.atomic import write_text_atomic
 from lowmem.settings import gather
@@ -46,6 +48,8 @@ def describe_progress(progress: Progress) -> str:
         parts.append(format_size(progress.memory_bytes))
     if progress.seconds_left is not None:
         parts.append(f"{format_duration(progress.seconds_left)} left")
+    if progress.job is not None:
+        parts.append(progress.job)
     return "  ".join(parts)
 
 
@@ -127,16 +131,16 @@ def observer() -> Iterator[Observer]:
 def show_report(result: ReportResult) -> None:
     """The report's table, and where the rest is."""
     console = Console(highlight=False)
-    table = Table(*TABLE_HEADER[:-1])
-    differing: dict[str, list[str]] = {}
-    for row in result.rows:
-        *cells_, differs = row.cells()
-        table.add_row(*(Text(cell) for cell in cells_))
-        differing.setdefault(differs, []).append(row.run)
-    console.print(table)
-    # Below and not in a column: it is long, and mostly the same for all runs.
-    for differs, names in differing.items():
-        console.print(Text(f"{', '.join(names)} against the published setting: {differs}"))
+    for header, rows in ((TABLE_HEADER[:-1], [row.cells()[:-1] for row in result.rows]), (RESOURCES, result.resources)):
+        table = Table(*header)
+        for column in table.columns[:2]:
+            column.overflow = "fold"  # a name that is cut off names no run
+        for cells_ in rows:
+            table.add_row(*(Text(cell) for cell in cells_))
+        console.print(table)
+    print("against the published setting:")
+    for runs, differs in departures(result.rows):
+        console.print(Text(f"{runs}: {differs}"))
     page = "" if result.page is None else f", and all of it in {result.page}"
     print(f"written: {result.markdown} and {len(result.figures)} figures beside it{page}")
     if result.event_files is not None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
 
+from lowmem.report.departures import departures
 from lowmem.report.figures import Picture
 from lowmem.report.naming import run_names
 from lowmem.report.palette import network_name
 from lowmem.report.published import ASSUMED, describe_source
+from lowmem.report.resources import EXPLAINED, largest, resource_rows
+from lowmem.report.resources import HEADER as RESOURCES
 from lowmem.report.tables import TABLE_HEADER, UNKNOWN, TableRow, percent, without_run
 from lowmem.runs.history import History
-from lowmem.units import format_duration, format_size
+from lowmem.units import format_duration
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~$&!^])")
 
@@ -27,6 +30,8 @@ def escape(text: object) -> str:
 def render(histories: Sequence[History], rows: Sequence[TableRow], pictures: Sequence[Picture]) -> str:
     """The whole document. `histories` and `rows` are in the same order."""
     parts = ["# Training report", "## Final test errors", *_table(rows), *_explain_table(histories)]
+    parts += ["## What differs from the published setting", _departures(rows)]
+    parts += ["## Time and memory", _resources(histories), EXPLAINED]
     parts.append("## Figures")
     if not pictures:
         parts.append("No run here has completed an epoch: there is nothing to draw yet.")
@@ -46,9 +51,20 @@ def render(histories: Sequence[History], rows: Sequence[TableRow], pictures: Seq
 
 
 def _table(rows: Sequence[TableRow]) -> list[str]:
-    lines = ["| " + " | ".join(TABLE_HEADER) + " |", "|---|---|---:|---:|---:|---|"]
-    lines += ["| " + " | ".join(escape(cell) for cell in row.cells()) + " |" for row in rows]
+    *header, _ = TABLE_HEADER  # what differs is long, and mostly the same for all runs: it has a section
+    lines = ["| " + " | ".join(header) + " |", "|---|---|---:|---:|---:|"]
+    lines += ["| " + " | ".join(escape(cell) for cell in row.cells()[:-1]) + " |" for row in rows]
     return ["\n".join(lines)]
+
+
+def _departures(rows: Sequence[TableRow]) -> str:
+    return "\n".join(f"- {escape(runs)}: {escape(text)}" for runs, text in departures(rows))
+
+
+def _resources(histories: Sequence[History]) -> str:
+    lines = ["| " + " | ".join(RESOURCES) + " |", "|---|" + "---:|" * (len(RESOURCES) - 1)]
+    lines += ["| " + " | ".join(escape(cell) for cell in row) + " |" for row in resource_rows(histories)]
+    return "\n".join(lines)
 
 
 def _explain_table(histories: Sequence[History]) -> list[str]:
@@ -57,7 +73,7 @@ def _explain_table(histories: Sequence[History]) -> list[str]:
         "final test errors of the report that these networks come from. It states SGD, momentum 0.9, weight "
         "decay 1e-4, cross-entropy and CIFAR-10 in colour; batch, epochs, learning rate and augmentation it "
         "does not state. For those the usual setting is assumed, and what departs from it is marked "
-        f"{escape(ASSUMED)}. Only a run in whose row nothing differs compares with the published figure."
+        f"{escape(ASSUMED)}. Only a run of which nothing differs compares with the published figure."
     ]
     missing = without_run(histories)
     if missing:
@@ -191,14 +207,10 @@ def _time(history: History) -> str:
 
 
 def _memory(history: History) -> str:
-    def largest(values: Iterable[int | None]) -> str:
-        known = [value for value in values if value is not None]
-        return format_size(max(known)) if known else UNKNOWN
-
     return (
-        f"{largest(row.peak_allocated_bytes for row in history.epochs)} allocated, "
-        f"{largest(row.peak_reserved_bytes for row in history.epochs)} reserved, "
-        f"{largest(row.device_used_bytes for row in history.epochs)} in use on the device"
+        f"{largest(history.epochs, lambda row: row.peak_allocated_bytes)} allocated, "
+        f"{largest(history.epochs, lambda row: row.peak_reserved_bytes)} reserved, "
+        f"{largest(history.epochs, lambda row: row.device_used_bytes)} in use on the device"
     )
 
 

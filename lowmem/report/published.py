@@ -49,6 +49,7 @@ def differences(history: History) -> tuple[str, ...]:
         *_model_and_data(config),
         *_optimizer(config),
         *_step(config),
+        *_rescued(history),
     )
 
 
@@ -105,3 +106,10 @@ def _step(config: Config) -> list[str]:
     if train.precision == "amp":
         found.append(f"mixed precision instead of fp32{ASSUMED}")
     return found
+
+
+def _rescued(history: History) -> list[str]:
+    """What was done to a run whose loss broke."""
+    back = [event.detail.get("lr_scale") for event in history.events if event.kind == "rollback"]
+    scales = [scale for scale in back if isinstance(scale, int | float)]
+    return [f"{scales[-1]:g} of the learning rate after its loss broke"] if scales else []

@@ -13,6 +13,7 @@ from lowmem.report.gradients import draw_gradients
 from lowmem.report.markdown import render
 from lowmem.report.naming import file_names
 from lowmem.report.page import to_page
+from lowmem.report.resources import resource_rows
 from lowmem.report.tables import TableRow, build_rows, in_order
 from lowmem.runs.atomic import write_bytes_atomic, write_text_atomic
 from lowmem.runs.event_files import EventFiles, require_tensorboard
@@ -29,6 +30,7 @@ class ReportResult:
     rows: tuple[TableRow, ...]
     text: str
     pictures: tuple[Picture, ...]  # in the order of `figures`
+    resources: tuple[tuple[str, ...], ...]  # see `resources.HEADER`
     page: Path | None = None  # report.html, if it was asked for
     event_files: Path | None = None  # for `tensorboard --logdir`, if they were
 
@@ -69,7 +71,9 @@ def write_report(
     figures = tuple(out / picture.file_name for picture in pictures)
     page = out / "report.html" if html else None
     board = out / "tensorboard" if tensorboard else None
-    return ReportResult(out, out / "report.md", figures, rows, text, tuple(pictures), page=page, event_files=board)
+    return ReportResult(
+        out, out / "report.md", figures, rows, text, tuple(pictures), tuple(resource_rows(histories)), page, board
+    )
 
 
 def _export(history: History, folder: Path) -> None:

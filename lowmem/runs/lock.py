@@ -1,4 +1,5 @@
 """One writer per run: a lock that the system frees when its holder ends, and a file that says who the holder is.
+(A job of several runs is locked the same way, by `job.lock`.)
 
 `run.lock` is locked with the system's file lock, which excludes every process on this machine (and, where the network
 file system passes locks on, on others). `run.owner.json` names the holder: process, host, since when. A holder that
@@ -22,8 +23,6 @@ from filelock import FileLock, Timeout
 from lowmem.errors import UsageError
 from lowmem.runs.atomic import write_text_atomic
 
-LOCK_NAME = "run.lock"
-OWNER_NAME = "run.owner.json"
 _OWNER_LIMIT_BYTES = 1 << 12
 
 
@@ -42,18 +41,19 @@ class Owner:
 class RunLock:
     """The lock of a run folder, held. `taken_over` is the owner that ended without leaving, or None."""
 
-    def __init__(self, path: Path, lock: FileLock, taken_over: Owner | None) -> None:
+    def __init__(self, owner_file: Path, lock: FileLock, taken_over: Owner | None) -> None:
         self.taken_over = taken_over
-        self._path = path
+        self._owner_file = owner_file
         self._lock = lock
 
     @classmethod
-    def acquire(cls, path: Path) -> RunLock:
-        """Locks the run folder `path`. Raises UsageError if somebody else writes it or may do so, OSError."""
-        lock_file, owner_file = path / LOCK_NAME, path / OWNER_NAME
+    def acquire(cls, path: Path, what: str = "run") -> RunLock:
+        """Locks the folder `path` of a run (or of a job: `what`). Raises UsageError if somebody else writes it or may
+        do so, OSError."""
+        lock_file, owner_file = path / f"{what}.lock", path / f"{what}.owner.json"
         for file in (lock_file, owner_file):
             if file.is_symlink():
-                raise UsageError(f"{file} is a link, which no run of lowmem has: delete it if you trust the folder")
+                raise UsageError(f"{file} is a link, which no {what} of lowmem has: delete it if you trust the folder")
         lock = FileLock(lock_file, timeout=0)
         try:
             lock.acquire()
@@ -73,13 +73,13 @@ class RunLock:
         except BaseException:
             lock.release()
             raise
-        return cls(path, lock, before)
+        return cls(owner_file, lock, before)
 
     def release(self) -> None:
         """Leaves the run to others. May be called again."""
         if self._lock.is_locked:
             with suppress(OSError):  # the folder may be gone, or the disk: the next one takes it for a dead holder's
-                (self._path / OWNER_NAME).unlink(missing_ok=True)
+                self._owner_file.unlink(missing_ok=True)
         self._lock.release()
 
 

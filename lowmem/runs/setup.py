@@ -14,6 +14,8 @@ from lowmem.runs import columns
 from lowmem.runs.atomic import PARTIAL
 
 _LOCK = frozenset({"run.lock", "run.owner.json"})
+# What tells the folder of a job of several runs.
+JOB = "job.json"
 # There while a fork takes over rows and pictures of the old run; they are no work of this one.
 FORKING = "forking"
 # What is written before the first checkpoint, and nothing else. The first event comes after it.

@@ -25,7 +25,7 @@ from lowmem.runs.checkpoint import FULL, disk_error
 from lowmem.runs.guard import refuse_leads
 from lowmem.runs.lock import Owner, RunLock
 from lowmem.runs.rowfile import RowFile
-from lowmem.runs.setup import FORKING, clear, never_began, refuse_existing, start_again
+from lowmem.runs.setup import FORKING, JOB, clear, never_began, refuse_existing, start_again
 from lowmem.runs.table import cut
 
 if TYPE_CHECKING:
@@ -272,6 +272,10 @@ def require_run(path: Path) -> None:
     if not (path / "config.yaml").is_file():
         if never_began(path):
             raise UsageError(start_again(path))
+        if (path / JOB).is_file():
+            raise UsageError(
+                f"{path} is the folder of a job of several runs: go on with `lowmem reproduce --out {path}`"
+            )
         raise UsageError(f"{path} is no run folder (it has no config.yaml): give the folder of a run, like runs/res110")
     refuse_leads(path)
 

@@ -21,6 +21,7 @@ class Progress:
     images_per_second: float | None
     memory_bytes: int | None
     seconds_left: float | None
+    job: str | None = None  # where in a job of several runs that is, in words
 
 
 class Observer:

@@ -23,6 +23,21 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 _INSISTS_AFTER = {"SIGINT": 0.0, "SIGBREAK": 0.0, "SIGTERM": 2.0}
 
 
+class Insistence:
+    """Told of every signal by its name: whether it means at once."""
+
+    def __init__(self) -> None:
+        self._came: dict[str, float] = {}  # when each came first
+
+    def insists(self, name: str) -> bool:
+        """Whether this one, which has come now, is the second that insists."""
+        now = time.monotonic()
+        if name not in self._came:
+            self._came[name] = now
+            return False
+        return now - self._came[name] >= _INSISTS_AFTER.get(name, math.inf)
+
+
 class StopSignals:
     """Context manager that catches the signals; `requested` is the name of the first one, or None.
 
@@ -31,7 +46,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        self._came: dict[str, float] = {}  # when each came first
+        self._insistence = Insistence()
         self._previous: dict[int, Any] = {}
 
     @property
@@ -54,13 +69,12 @@ class StopSignals:
             signal.signal(number, previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        name, now = signal.Signals(number).name, time.monotonic()
-        if name in self._came and now - self._came[name] >= _INSISTS_AFTER.get(name, math.inf):
+        name = signal.Signals(number).name
+        if self._insistence.insists(name):
             # At once means without unwinding: a checkpoint being written is not committed, the one before it stands.
             try:
                 sys.stderr.write("\nstopped at once; the last checkpoint stands\n")
                 sys.stderr.flush()
             finally:
                 os._exit(self.exit_code)
-        self._came.setdefault(name, now)
         self.requested = self.requested or name

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
+import torch
 
 import lowmem.api
-import lowmem.cli.show  # noqa: F401
+import lowmem.cli.job_process
+import lowmem.cli.show
+import lowmem.cli.show_reproduce
 from lowmem.cli.main import _run
+from lowmem.reproduce.process import Conductor
 
 SMALL = (
     "--arch", "res20", "--width", "4", "--data", "shapes", "--epochs", "3", "--batch", "32",
@@ -38,6 +46,8 @@ class Forked:
                 sys.stdout = sys.stderr = file
                 before()
                 code = _run(arguments)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
 
@@ -76,3 +86,98 @@ def wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not come"
         time.sleep(0.005)
+
+
+class ForkedProcess:
+    """What `lowmem.reproduce.process.Conductor` needs of a `subprocess.Popen`, of a process that is forked."""
+
+    def __init__(self, command: list[str], **options: object) -> None:
+        assert command[1:3] == ["-m", "lowmem"]
+        assert set(options) == {"stdin", "process_group"}
+        reads, writes = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(writes)
+            os.setpgid(0, 0)
+            self._child(reads, command[3:])
+        os.close(reads)
+        self.stdin = os.fdopen(writes, "wb")
+        self.returncode: int | None = None
+
+    def _child(self, reads: int, arguments: list[str]) -> NoReturn:
+        code = 99
+        try:
+            # Handlers are inherited by a fork, not by a new program.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.dup2(reads, 0)
+            sys.stdin = os.fdopen(0, closefd=False)
+            code = _run(arguments)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def __enter__(self) -> ForkedProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(OSError):
+            self.stdin.close()
+        self.wait()
+
+
+class Served:
+    """`lowmem reproduce` in a process of its own, forked like those it starts from one that has only imported: where a
+    backward pass over meta tensors was run (any plan does), autograd's threads are in the way of a fork."""
+
+    _context = None
+
+    def __init__(self, log: Path, arguments: list[str]) -> None:
+        if Served._context is None:
+            Served._context = multiprocessing.get_context("forkserver")
+            Served._context.set_forkserver_preload([__name__])
+        self.log = log
+        self._process = Served._context.Process(target=_serve, args=(log, arguments))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """The exit code; of a killed process minus the signal's number."""
+        self._process.join()
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8")
+
+
+def _serve(log: Path, arguments: list[str]) -> NoReturn:
+    torch.set_num_threads(1)
+    lowmem.cli.show_reproduce.Conductor = lambda: Conductor(start=ForkedProcess)  # type: ignore[assignment]
+    code = 99
+    try:
+        with open(log, "w", encoding="utf-8", buffering=1) as file:
+            sys.stdout = sys.stderr = file
+            code = _run(arguments)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def reproduce(out: Path, log: Path, *arguments: str) -> Served:
+    return Served(log, ["reproduce", "--out", str(out), *arguments])

@@ -24,6 +24,8 @@ from lowmem.models import build
 from lowmem.plan.policy import LEAN, keep, uniform
 from lowmem.plan.record import Candidate, Plan
 from lowmem.remat import stage_names
+from lowmem.reproduce.job import Job, read_job
+from lowmem.reproduce.members import ALL
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs import columns
 from lowmem.runs.history import read_history
@@ -58,6 +60,10 @@ def _settings(run: Path, work: Path) -> list[Reader]:
             learning_rate(settings.config, 5, 7, low_start=False),
         )
 
+    job = Job(work, gather(sets=["train.epochs=3"]), "abc", {"res20": 1.0, "cnn110": 6.5})
+    job.write()
+    recorded_job = job.file.read_bytes()
+
     def profile(path: Path) -> object:
         card = load_card(str(path))
         parts = (card.usable_bytes("windows"), card.pcie_bytes_per_second, card.amp_flops_per_second)
@@ -68,6 +74,7 @@ def _settings(run: Path, work: Path) -> list[Reader]:
         Reader("--config", config.read_bytes(), _file(work / "own.yaml", lambda path: gather(config_file=path))),
         Reader("recipe", recipe.read_bytes(), _file(work / "recipe.yaml", lambda path: gather(recipe=str(path)))),
         Reader("card profile", card.read_bytes(), _file(work / "card.yaml", profile)),
+        Reader("job.json", recorded_job, _file(job.file, lambda path: read_job(path.parent).settings_of(ALL[0])), JSON),
         Reader("--set", b"optim.lr=0.01", lambda data: parse_set(data.decode("utf-8", errors="replace"))),
     ]  # fmt: skip
 

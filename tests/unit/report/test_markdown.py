@@ -28,7 +28,10 @@ def test_escape() -> None:
 
 def test_one_finished_run(make_run: MakeRun) -> None:
     text = document(make_run("res20"))
-    assert "| Res20 | res20 | 5 | 8.10 % | 8.08 % | 5 epochs instead of 164\\* |" in text
+    assert "| Res20 | res20 | 5 | 8.10 % | 8.08 % |" in text
+    assert "- res20: 5 epochs instead of 164\\*" in text
+    assert "| res20 | 7:20 | 5" in text
+    assert "| – | 1,712 MiB | – | – | no |" in text
     assert "![Training loss](loss.png)" in text
     assert "![Test error](test_error.png)" in text
     assert "pair_" not in text

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from lowmem.errors import UsageError
-from lowmem.runs.lock import OWNER_NAME, RunLock, read_owner
+from lowmem.runs.lock import RunLock, read_owner
+
+OWNER_NAME = "run.owner.json"
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its second process with fork")
 

@@ -1,0 +1,145 @@
+"""`job.json`: what all runs of a job have in common, and what may differ from one call to the next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowmem.config import OPERATIONAL, flatten, known_keys
+from lowmem.errors import DiskError, UsageError
+from lowmem.reading import SETTINGS_LIMIT_BYTES, Unreadable, read_json, shorten
+from lowmem.reproduce.members import ALL, Member
+from lowmem.runs.atomic import write_text_atomic
+from lowmem.runs.setup import JOB as FILE_NAME
+from lowmem.settings import Settings, from_yaml, validate
+
+FORMAT = 1
+_OWN = frozenset({"model.arch", "model.block"})  # what each run has of its own
+# What a run decides for itself where the job says `auto`.
+_DECIDED = ("train.precision", "train.memory_format")
+_BY_AUTO_BATCH = frozenset({"train.batch", "optim.lr", "schedule.low_start_lr"})
+
+
+@dataclass(frozen=True)
+class Job:
+    """The settings of all runs (`model.arch` and `model.block` mean nothing in them). `data`: the fingerprint of the
+    pictures, None until they were read once. `weights`: by run, what a picture costs in training, in any unit that is
+    the same for all; for estimates of time."""
+
+    path: Path
+    settings: Settings
+    data: str | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def folder_of(self, member: Member) -> Path:
+        return self.path / member.name
+
+    def settings_of(self, member: Member) -> Settings:
+        """The settings with which the run begins."""
+        return self.settings.replace({"model.arch": member.arch, "model.block": member.block}, "reproduce")
+
+    @property
+    def file(self) -> Path:
+        return self.path / FILE_NAME
+
+    def write(self) -> None:
+        """Raises DiskError."""
+        flat = {key: value for key, value in flatten(self.settings.config).items() if key not in _OWN}
+        sources = {key: source for key, source in self.settings.sources.items() if key in flat}
+        values = {"format": FORMAT, "settings": flat, "sources": sources, "data": self.data, "weights": self.weights}
+        try:
+            write_text_atomic(self.file, json.dumps(values, indent=1) + "\n")
+        except OSError as error:
+            raise DiskError(f"{self.file} cannot be written ({error.strerror or error}): free some space") from None
+
+
+def is_job(path: Path) -> bool:
+    return (path / FILE_NAME).is_file()
+
+
+def read_job(path: Path) -> Job:
+    """The job recorded in the folder `path`. Raises UsageError if there is none or it cannot be used."""
+    file = path / FILE_NAME
+    if file.is_symlink():
+        raise UsageError(f"{file} is a link, which no job of lowmem has: put what it leads to in its place")
+    try:
+        return _parse(path, read_json(file, SETTINGS_LIMIT_BYTES))
+    except FileNotFoundError:
+        raise UsageError(f"{path} is not the folder of a job (no {FILE_NAME} in it)") from None
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read ({error.strerror or error}): check its permissions") from None
+    except (Unreadable, UsageError) as error:
+        raise UsageError(f"{file} {error}: restore the file, or start another job with --out") from None
+
+
+def _parse(path: Path, values: Any) -> Job:
+    match values:
+        case {"format": 1, "settings": dict(flat), "sources": dict(sources), "data": str() | None, "weights": dict(w)}:
+            pass
+        case _:
+            raise Unreadable("holds no job of this version")
+    expected = set(known_keys()) - _OWN
+    if strange := sorted(set(flat) ^ expected):
+        raise Unreadable(f"{'has' if strange[0] in flat else 'lacks'} the setting {shorten(strange[0])}")
+    if not all(isinstance(key, str) and isinstance(text, str) for key, text in sources.items()):
+        raise Unreadable("has sources that are no text")
+    names = {member.name for member in ALL}
+    if not all(name in names and type(value) in (int, float) and 0 < value < 1e30 for name, value in w.items()):
+        raise Unreadable("has weights that are no numbers of its runs")
+    known = {key: shorten(text, 80) for key, text in sources.items() if key in expected}
+    settings = Settings(validate(flat, dict.fromkeys(flat, FILE_NAME)), dict.fromkeys(known_keys(), "default") | known)
+    return Job(path, settings, values["data"], {name: float(value) for name, value in w.items()})
+
+
+# -- what was asked for this time ------------------------------------------------------------------------------------
+
+
+def asked_for(settings: Settings) -> dict[str, object]:
+    """Of gathered settings those that somebody gave: by a flag, --set, a file, or a recipe other than by default.
+
+    Raises UsageError for a setting that is each run's own."""
+    sources, flat = settings.sources, flatten(settings.config)
+    quiet = ("default",) if sources["recipe"] != "default" else ("default", f"recipe {settings.config.recipe}")
+    given = {key: flat[key] for key, source in sources.items() if source not in quiet}
+    if own := sorted(_OWN & set(given)):
+        raise UsageError(
+            f"{own[0]} = {given[own[0]]} (from {sources[own[0]]}): the job trains its own networks: leave it out, and "
+            "choose among them with --only"
+        )
+    if "train.batch" in given:
+        given.setdefault("memory.auto_batch", False)  # a batch that is named is not to be chosen
+    return given
+
+
+def refuse_other_settings(job: Job, given: Mapping[str, object]) -> None:
+    """Raises UsageError if anything asked for differs from what the job's runs are computed with."""
+    recorded = flatten(job.settings.config)
+    differing = [key for key, value in given.items() if value != recorded[key] and key not in OPERATIONAL]
+    if differing:
+        listed = ", ".join(f"{key} {_shown(recorded[key])} (now {_shown(given[key])})" for key in differing[:4])
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise UsageError(
+            f"{job.path} is a job with {listed}{more}, and all of its runs are computed alike: leave them out to go on "
+            "with it, or start another job with --out"
+        )
+
+
+def refuse_foreign(job: Job, member: Member) -> None:
+    """Raises UsageError if the run's folder is of a run with other settings than the job's."""
+    folder, expected = job.folder_of(member), flatten(job.settings_of(member).config)
+    recorded = flatten(from_yaml(folder / "config.yaml").config)
+    free = OPERATIONAL | {key for key in _DECIDED if expected[key] == "auto"}
+    free |= _BY_AUTO_BATCH if expected["memory.auto_batch"] else frozenset()
+    for key, value in expected.items():
+        if recorded[key] != value and key not in free:
+            raise UsageError(
+                f"{folder} is no run of this job: {key} is {_shown(recorded[key])} there and {_shown(value)} in the "
+                "job: move it away, or start another job with --out"
+            )
+
+
+def _shown(value: object) -> str:
+    return shorten("none" if value is None else str(value), 60)

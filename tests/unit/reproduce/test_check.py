@@ -1,0 +1,101 @@
+"""What is seen before hours are spent."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lowmem.errors import Infeasible, PreflightError, UsageError
+from lowmem.reproduce.check import look_ahead
+from lowmem.reproduce.job import Job
+from lowmem.reproduce.members import select
+from lowmem.reproduce.standing import Standing
+from lowmem.settings import gather
+from lowmem.train.observer import Observer
+
+SMALL = (
+    "model.width=4", "data.source=shapes", "data.train_subset=40", "data.test_subset=20", "train.batch=20",
+    "train.epochs=2", "train.device=cpu",
+)  # fmt: skip
+
+
+def job(path: Path, *sets: str) -> Job:
+    return Job(path, gather(sets=(*SMALL, *sets)))
+
+
+def to_begin(job: Job, only: str) -> list[Standing]:
+    return [Standing(member, job.folder_of(member), "to begin", 2) for member in select(only, None)]
+
+
+class Heard(Observer):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_pictures_weights_and_disk(tmp_path: Path) -> None:
+    unplanned = job(tmp_path, "model.width=64")
+    outlook = look_ahead(unplanned, to_begin(unplanned, "res20,res110"), Observer())
+    assert outlook.job.data is not None
+    assert "40 pictures of shapes" in outlook.pictures
+    # 24.17 and 3.78 GFLOP a picture in training.
+    assert outlook.job.weights["res110"] / outlook.job.weights["res20"] == pytest.approx(6.39, abs=0.05)
+    assert outlook.needed_bytes == sum(looked.disk_bytes for looked in outlook.runs)
+    assert outlook.runs[1].disk_bytes > 4 * outlook.runs[0].disk_bytes
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_budget_must_fit_every_network(tmp_path: Path) -> None:
+    planned = job(tmp_path, "memory.vram=40M", "train.precision=fp32")
+    heard = Heard()
+    look_ahead(planned, to_begin(planned, "res20,cnn20"), heard)
+    assert [note.split(":")[0] for note in heard.notes] == ["res20", "cnn20"]
+    assert "of tensors" in heard.notes[0]
+
+    tight = job(tmp_path, "memory.vram=1M", "train.precision=fp32", "memory.allow_accumulation=false")
+    with pytest.raises(Infeasible, match="for res20, and less for cnn20; ") as caught:
+        look_ahead(tight, to_begin(tight, "res20,cnn20"), Observer())
+    assert caught.value.least_bytes > caught.value.budget_bytes == 1 << 20
+    assert "--only" in str(caught.value)
+
+
+def test_accumulation_is_said(tmp_path: Path) -> None:
+    planned, heard = job(tmp_path, "memory.vram=2M", "train.precision=fp32"), Heard()
+    look_ahead(planned, to_begin(planned, "res20"), heard)
+    assert "not the same computation" in heard.notes[-1]
+
+
+def test_the_disk_must_take_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unplanned = job(tmp_path)
+    standings = to_begin(unplanned, "res20,cnn20")
+    needed = look_ahead(unplanned, standings, Observer()).needed_bytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
+    look_ahead(unplanned, standings, Observer())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(PreflightError, match=r"the job needs .* more at the most"):
+        look_ahead(unplanned, standings, Observer())
+    # What is there already is not needed once more.
+    half = [replace(standings[0], state="to go on", size_bytes=1000), standings[1]]
+    assert look_ahead(unplanned, half, Observer()).needed_bytes == needed - 1000
+
+
+def begun(standings: Sequence[Standing]) -> list[Standing]:
+    return [replace(standings[0], state="finished"), *standings[1:]]
+
+
+def test_other_pictures_are_refused_once_a_run_has_begun(tmp_path: Path) -> None:
+    first = job(tmp_path)
+    standings = to_begin(first, "res20,cnn20")
+    known = look_ahead(first, standings, Observer()).job
+    look_ahead(known, begun(standings), Observer())
+    moved = replace(known, settings=known.settings.replace({"data.test_subset": 10}, "test"))
+    look_ahead(moved, standings, Observer())
+    with pytest.raises(UsageError, match="shapes holds other pictures than those"):
+        look_ahead(moved, begun(standings), Observer())
