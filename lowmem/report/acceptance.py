@@ -11,10 +11,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
+from lowmem.report.methods import ENGINE_COLOUR, PREDICTED_COLOUR
 from lowmem.report.palette import NEUTRAL
 
-# Blue and orange of Okabe and Ito, told apart by the colour-blind too; bar and diamond repeat what the colours say.
-_MEASURED, _PREDICTED = "#0072B2", "#E69F00"
+# Bar and diamond repeat what the colours say.
+_MEASURED, _PREDICTED = ENGINE_COLOUR, PREDICTED_COLOUR
 _BAR_INCHES = 0.34
 
 
