@@ -67,8 +67,10 @@ class Results:
             found = parse_json(data)
             if not isinstance(found, dict) or found.get("bench") != FORMAT:
                 raise Unreadable(f"has no results of this version of `lowmem bench` (format {FORMAT})")
-            there = found["settings"], found["environment"]
+            there = dict(found["settings"]), dict(found["environment"])
             cells = [Cell.from_record(one) for one in found["cells"]]
+        except FileNotFoundError:
+            return {}
         except (Unreadable, OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} {shorten(str(error))}: {way_out}") from None
         here = _plain(asdict(self._setup)), self._environment
