@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem.bench.trial import OUT_OF_MEMORY, Trial, says_out_of_memory
 from lowmem.bench.ways import PLANNED, executed
@@ -22,6 +21,7 @@ from lowmem.config import OptimConfig
 from lowmem.data import Pictures, TrainBatches, eval_batches
 from lowmem.measure import Meter
 from lowmem.measure.cap import cap_allocator
+from lowmem.measure.flops import FlopMeter
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
 from lowmem.plan.record import Plan
@@ -112,7 +112,9 @@ class _Work:
         if self.trial.eval_batch is not None:
             found |= self._evaluate(self.trial.eval_batch)
         if self.trial.detailed:
-            found |= {**self.seen, "flops": self._count_operations()}
+            found |= self.seen
+            if self.cuda:
+                found["flops"] = self._count_operations()
         found["finite"] = all(math.isfinite(loss) for loss in self.losses)
         found["losses"] = self.losses
         return found
@@ -156,11 +158,11 @@ class _Work:
         }
 
     def _count_operations(self) -> int:
-        """In a step of its own: the counter keeps tensors alive."""
+        """In a step of its own: on a card nothing else may slow the timed ones down."""
         images, labels = self._batch()
-        with FlopCounterMode(display=False) as counter:
+        with FlopMeter() as meter:
             self._step(images, labels)
-        return int(counter.get_total_flops())
+        return meter.flops
 
     def _timed_step(self) -> float:
         images, labels = self._batch()
@@ -190,10 +192,12 @@ class _Work:
         peak = self.meter.read().device_used_bytes
         grown = None if peak is None or self.resident_bytes is None else peak - self.resident_bytes
         images, labels = self._batch()
-        meter = TensorMeter()
+        meter, counter = TensorMeter(), FlopMeter()
         meter.adopt((*self._standing(), images, labels))
-        with meter:
+        with counter, meter:
             self._step(images, labels)
+        if self.trial.detailed:
+            timed["flops"] = counter.flops
         return {**timed, "peak_allocated_bytes": meter.peak_bytes, "resident_growth_bytes": grown}
 
     def _train_on_cuda(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from matplotlib.transforms import Bbox
 from lowmem.report.methods import STYLES
 from lowmem.report.palette import NEUTRAL
 
-_LABEL_SIZE, _POINT_SIZE = 12.0, 10.0
+_LABEL_SIZE, _POINT_SIZE = 12.0, 11.0
 _PLACES = tuple(product((12, -12, 0), (0, 14, -14, 26, -26, 40, -40)))  # of a label, points from its marker
 
 
@@ -36,7 +36,7 @@ class Point:
 
 def draw_bench(title: str, curves: Mapping[str, Sequence[Point]], memory: str) -> bytes:
     """A PNG. `curves`: way (see `report.methods`) -> its points; `memory`: what is measured, for the axis."""
-    figure = Figure(figsize=(8, 6), dpi=150, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(7.2, 5.6), dpi=150, layout="constrained", facecolor="white")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     shown = {name: sorted(points, key=lambda one: one.mib) for name, points in curves.items() if points}
