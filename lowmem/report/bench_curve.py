@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -137,7 +137,7 @@ def _line_boxes(axes: Axes, curves: Mapping[str, Sequence[Point]]) -> list[Bbox]
     for name, points in curves.items():
         if not STYLES[name].line_width:
             continue
-        for one, following in zip(points, points[1:], strict=False):
+        for one, following in pairwise(points):
             for step in range(1, 12):
                 share = step / 12
                 x, y = axes.transData.transform(

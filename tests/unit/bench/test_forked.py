@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,7 +87,8 @@ def test_it_ends_with_whoever_asks() -> None:
     assert done.returncode == -signal.SIGKILL
     number = int(done.stdout)
     for _ in range(600):
-        if not os.path.exists(f"/proc/{number}") or "Z" in open(f"/proc/{number}/stat").read().split()[2]:
+        status = Path(f"/proc/{number}/stat")
+        if not status.exists() or status.read_text().split()[2] == "Z":
             return
-        subprocess.run(["sleep", "0.1"])
+        time.sleep(0.1)
     raise AssertionError(f"process {number} still runs")
