@@ -23,10 +23,12 @@ _KILLED = (-9, 137)
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What to do. `way` is one of `lowmem.bench.ways`; `plan` is a `Plan` as JSON for the planned one.
+    """What to do. `way` is one of `lowmem.bench.ways`; `plan` is a `Plan` as JSON for the planned one. `optimizer`:
+    `fused` as a run's, or `default`: the form of SGD that the library takes if one says nothing.
 
     `pictures`: training pictures that the run holds on the device (only held on CUDA). `eval_batch`: pictures at a
-    time in evaluation; None: no evaluation. `cap_bytes`: the most that the allocator may hold (CUDA only).
+    time in evaluation; None: no evaluation. `cap_bytes`: the most that the allocator may hold (CUDA only). `detailed`:
+    digest the first step's gradients (needs a warm-up) and count the operations of another step.
     """
 
     arch: str
@@ -39,6 +41,7 @@ class Trial:
     memory_format: str = "contiguous"
     device: str = "cpu"
     way: str = "plain autograd"
+    optimizer: str = "fused"
     plan: dict[str, Any] | None = None
     pictures: int = 0
     eval_batch: int | None = None
@@ -49,6 +52,7 @@ class Trial:
     weight_decay: float = 1e-4
     nesterov: bool = False
     seed: int = 0
+    detailed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,10 @@ class TrialResult:
     `step_seconds` (median), `least_seconds`,
     `most_seconds`: of a step without its batch's augmentation, nothing else measured in it. `alloc_retries`: how often
     the allocator had to give back what it had cached. `losses`: the mean loss of every step from the first.
+    `resident_growth_bytes`: on the CPU, by how much the process's resident memory grew at its peak, from before the
+    network was made. `gradients`, `buffers`: SHA-256 of those of the first step, before its update; `norm_updates`: how
+    often it moved batch norm's statistics. `flops`: floating-point operations of a step, counted where they are
+    dispatched.
     """
 
     refused: str | None = None
@@ -81,6 +89,11 @@ class TrialResult:
     finite: bool | None = None
     capped: bool = False
     losses: tuple[float, ...] = ()
+    resident_growth_bytes: int | None = None
+    gradients: str | None = None
+    buffers: str | None = None
+    norm_updates: int | None = None
+    flops: int | None = None
 
     @property
     def most_allocated_bytes(self) -> int | None:
@@ -104,7 +117,11 @@ def run_trial(
     this Python's own `-m lowmem.bench.trial`.
     """
     command = list(command or (sys.executable, "-m", "lowmem.bench.trial"))
-    outcome = answer_of(command, json.dumps(asdict(trial)), timeout_seconds)
+    return result_of(answer_of(command, json.dumps(asdict(trial)), timeout_seconds))
+
+
+def result_of(outcome: dict[str, Any] | str) -> TrialResult:
+    """Of a trial process's answer (see `answer_of`)."""
     if isinstance(outcome, str):
         return TrialResult(refused=outcome, out_of_memory=outcome == OUT_OF_MEMORY)
     known = {field.name for field in fields(TrialResult)}
@@ -125,17 +142,22 @@ def answer_of(command: Sequence[str], question: str, timeout_seconds: float) -> 
         return f"took longer than {timeout_seconds:,.0f} s"
     except OSError as error:
         return f"could not be started ({error.strerror or error})"
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
+    return understood(done.returncode, done.stdout, done.stderr)
+
+
+def understood(code: int, output: str, errors: str) -> dict[str, Any] | str:
+    """The same of a process that has ended, by its code and what it wrote."""
+    lines = output.strip().splitlines()
+    if code == 0 and lines:
         try:
             answer = json.loads(lines[-1])
         except ValueError:
             answer = None
         return answer if isinstance(answer, dict) else f"answered with {lines[-1][:80]!r}"
-    last = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
-    if done.returncode in _KILLED or says_out_of_memory(done.stderr):
+    last = (errors.strip().splitlines() or [f"ended with code {code}"])[-1]
+    if code in _KILLED or says_out_of_memory(errors):
         return OUT_OF_MEMORY
-    return f"crashed: {last[:200]}" if done.returncode else "answered nothing"
+    return f"crashed: {last[:200]}" if code else "answered nothing"
 
 
 def says_out_of_memory(text: str) -> bool:

@@ -3,6 +3,7 @@ of it. Everything is built by the code that a run uses."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lowmem.bench.trial import OUT_OF_MEMORY, Trial, says_out_of_memory
 from lowmem.bench.ways import PLANNED, executed
@@ -19,6 +21,7 @@ from lowmem.config import OptimConfig
 from lowmem.data import Pictures, TrainBatches, eval_batches
 from lowmem.measure import Meter
 from lowmem.measure.cap import cap_allocator
+from lowmem.measure.flops import FlopMeter
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
 from lowmem.plan.record import Plan
@@ -52,11 +55,12 @@ class _Work:
         self.meter = Meter(trial.device)
         self.capped = self.cuda and trial.cap_bytes is not None and cap_allocator(trial.cap_bytes)
         self.execution = Execution(trial.device, trial.precision, trial.memory_format)
+        self.resident_bytes = None if self.cuda else self._resident()
         model = build(trial.arch, trial.block, width=trial.width, num_classes=trial.num_classes, seed=trial.seed)
         self.model = model.to(device=trial.device, memory_format=self.execution.torch_memory_format)  # type: ignore[call-overload]
         self.model.train()
         optim = OptimConfig(momentum=trial.momentum, weight_decay=trial.weight_decay, nesterov=trial.nesterov)
-        self.optimizer = make_optimizer(self.model, optim, trial.device)
+        self.optimizer = self._optimizer(optim)
         self.pictures = self._pictures()
         reserved = torch.cuda.memory_reserved() if self.cuda else 0
         self.batches = TrainBatches(
@@ -70,6 +74,27 @@ class _Work:
         # What a planned run keeps to undo a step is in the prediction; what it is compared with has none.
         self.undo = Undo(self.step, self.model) if trial.way == PLANNED else None
         self.losses: list[float] = []
+        self.seen: dict[str, Any] = {}
+
+    def _resident(self) -> int | None:
+        """Of this process now, with the library's code for a step loaded; its peak starts anew."""
+        small = build("res20", "basic", width=4)
+        F.cross_entropy(small(torch.zeros(2, 3, 32, 32)), torch.zeros(2, dtype=torch.int64)).backward()
+        make_optimizer(small, OptimConfig(), "cpu").step()
+        del small
+        self.meter.reset()
+        return self.meter.read().process_bytes
+
+    def _optimizer(self, optim: OptimConfig) -> torch.optim.SGD:
+        if self.trial.optimizer == "fused":
+            return make_optimizer(self.model, optim, self.trial.device)
+        return torch.optim.SGD(
+            self.model.parameters(),
+            lr=optim.lr,
+            momentum=optim.momentum,
+            weight_decay=optim.weight_decay,
+            nesterov=optim.nesterov and optim.momentum > 0,
+        )
 
     def _pictures(self) -> Pictures:
         """Random, as many as the run holds on the device; on the CPU, where they count for nothing, a batch."""
@@ -86,6 +111,10 @@ class _Work:
         found |= self._on_the_device()
         if self.trial.eval_batch is not None:
             found |= self._evaluate(self.trial.eval_batch)
+        if self.trial.detailed:
+            found |= self.seen
+            if self.cuda:
+                found["flops"] = self._count_operations()
         found["finite"] = all(math.isfinite(loss) for loss in self.losses)
         found["losses"] = self.losses
         return found
@@ -110,12 +139,30 @@ class _Work:
         return self.batches.batch(epoch, step, memory_format=self.execution.torch_memory_format)
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        look = self._look if self.trial.detailed and not self.losses else None
         if self.undo is None:
-            return self.step(images, labels, _LR)
-        totals = self.undo.attempt(lambda: self.step(images, labels, _LR))
+            return self.step(images, labels, _LR, look)
+        totals = self.undo.attempt(lambda: self.step(images, labels, _LR, look))
         if isinstance(totals, Failure):
             raise MemoryError(totals.message)
         return totals
+
+    def _look(self) -> None:
+        """Between backward and update, where the optimizer's form can make no difference yet."""
+        gradients = (parameter.grad for parameter in self.model.parameters())
+        counts = [int(one) for name, one in self.model.named_buffers() if name.endswith("num_batches_tracked")]
+        self.seen = {
+            "gradients": _digest(one for one in gradients if one is not None),
+            "buffers": _digest(self.model.buffers()),
+            "norm_updates": max(counts, default=None),
+        }
+
+    def _count_operations(self) -> int:
+        """In a step of its own: on a card nothing else may slow the timed ones down."""
+        images, labels = self._batch()
+        with FlopMeter() as meter:
+            self._step(images, labels)
+        return meter.flops
 
     def _timed_step(self) -> float:
         images, labels = self._batch()
@@ -141,13 +188,17 @@ class _Work:
 
     def _train_on_cpu(self) -> dict[str, Any]:
         """Timed steps first: the meter slows them down."""
-        timed = self._timed_steps()
+        timed: dict[str, Any] = self._timed_steps()
+        peak = self.meter.read().device_used_bytes
+        grown = None if peak is None or self.resident_bytes is None else peak - self.resident_bytes
         images, labels = self._batch()
-        meter = TensorMeter()
+        meter, counter = TensorMeter(), FlopMeter()
         meter.adopt((*self._standing(), images, labels))
-        with meter:
+        with counter, meter:
             self._step(images, labels)
-        return {**timed, "peak_allocated_bytes": meter.peak_bytes}
+        if self.trial.detailed:
+            timed["flops"] = counter.flops
+        return {**timed, "peak_allocated_bytes": meter.peak_bytes, "resident_growth_bytes": grown}
 
     def _train_on_cuda(self) -> dict[str, Any]:
         images, labels = self._batch()
@@ -192,6 +243,14 @@ class _Work:
         with meter:
             evaluate(self.model, eval_batches(pictures, size, _MEAN, _STD, place, layout), self.execution)
         return {"eval_peak_allocated_bytes": meter.peak_bytes}
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """The same for the same values in any memory format."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:

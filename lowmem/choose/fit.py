@@ -24,7 +24,7 @@ _TRIES = 12  # of the solver against the whole simulated step
 def plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
     shape = request.shape(precision, micro_batch)
     rates, budget = request.rates(precision), request.budget
-    workspace = _workspaces(request, shape)
+    workspace = workspaces_of(request, shape)
     chain, timed = _chain(request, shape, rates, workspace)
     solution, simulated = fit(Solver(chain, limit_bytes=budget.tensor_bytes), shape, budget, rates, workspace)
     plain = _once(request, ("plain", shape, rates), lambda: simulate_step(shape, None, rates, workspace=workspace))
@@ -81,7 +81,7 @@ def predict(budget: Budget, simulated: Simulated, plain: Simulated, seconds: flo
     )
 
 
-def _workspaces(request: Request, shape: StepShape) -> Workspaces | None:
+def workspaces_of(request: Request, shape: StepShape) -> Workspaces | None:
     """Of the card at hand, measured where the calibration lacks them; None where they cannot be."""
     calibrator = request.calibrator
     table = None if calibrator is None else calibrator.workspaces(shape.precision)

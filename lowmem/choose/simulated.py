@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ from lowmem.plan.cost import Operation, Rates
 from lowmem.plan.policy import Schedule
 from lowmem.remat import apply_plan
 from lowmem.simulate import Call, DeviceFull, Estimate, Loop, empty_copy, estimate, trace_steps, warm_up
+
+FUSED: Mapping[str, bool] = {"fused": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +64,16 @@ def simulate_step(
     rates: Rates,
     capacity_bytes: int | None = None,
     workspace: Callable[[Call], int] | None = None,
+    *,
+    way: Callable[[nn.Module], nn.Module] | None = None,
+    optimizer: Mapping[str, bool] = FUSED,
 ) -> Simulated:
     """Runs the real executor (or, for None, the untouched model under autograd) and optimizer on fake tensors.
 
-    `capacity_bytes`: of the allocator; None: no limit. `workspace`: see `lowmem.simulate.Recorder`.
+    `capacity_bytes`: of the allocator; None: no limit. `workspace`: see `lowmem.simulate.Recorder`. `way`: another way
+    to execute the model, where there is no schedule. `optimizer`: the form of SGD, as its own keywords say it.
     """
-    trace = trace_steps(_loop_builder(shape, schedule), steps=1, workspace=workspace)
+    trace = trace_steps(_loop_builder(shape, schedule, way, optimizer), steps=1, workspace=workspace)
     work = (Operation(one.flops, one.moved_bytes) for one in trace.work if one.phase != "setup")
     try:
         taken, fits = estimate(trace, capacity_bytes), True
@@ -76,17 +82,22 @@ def simulate_step(
     return Simulated(estimate=taken, seconds=rates.seconds(work), flops=trace.flops(), fits=fits)
 
 
-def _loop_builder(shape: StepShape, schedule: Schedule | None) -> Callable[[], Loop]:
+def _loop_builder(
+    shape: StepShape,
+    schedule: Schedule | None,
+    way: Callable[[nn.Module], nn.Module] | None,
+    form: Mapping[str, bool],
+) -> Callable[[], Loop]:
     def build() -> Loop:
         model = empty_copy(shape.model, shape.torch_memory_format)
         model.train()
-        run = model if schedule is None else apply_plan(model, schedule)
+        run = apply_plan(model, schedule) if schedule is not None else model if way is None else way(model)
         optimizer = torch.optim.SGD(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=0.1,
             momentum=0.9 if shape.momentum else 0.0,
             weight_decay=1e-4,
-            fused=True,
+            **form,
         )
         warm_up(optimizer)
         images = torch.empty(shape.batch, *shape.image_shape).contiguous(memory_format=shape.torch_memory_format)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from lowmem.cli.command_bench import bench
+
 if TYPE_CHECKING:
     from lowmem.settings import Settings
 
@@ -261,56 +263,7 @@ def report(
     show_report(write_report(runs, out, html=html, tensorboard=tensorboard))
 
 
-@app.command()
-def bench(
-    arch: Annotated[Text, typer.Option(help="A network of the family (res20; acceptance: res110).")] = None,
-    block: Annotated[Text, typer.Option(help="basic or bottleneck (acceptance of res110: bottleneck).")] = None,
-    width: Annotated[int, typer.Option(min=1, help="Channels of the stem.")] = 64,
-    batch: Annotated[
-        Optional[list[int]],  # noqa: UP045
-        typer.Option(min=1, help="A batch size (32 and 128; acceptance: 128); may be given several times."),
-    ] = None,
-    steps: Annotated[
-        Number, typer.Option(min=1, help="Measured steps a cell (5; acceptance: 10), after two warm-up steps.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
-    suite: Annotated[Text, typer.Option(help="acceptance: all that is promised, against real steps.")] = None,
-    vram: Annotated[Text, typer.Option(help="Of the suite: memory to fit into (6G).")] = None,
-    minutes: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(min=0, help="Of the suite: its limit of time (9); what no longer fits is left out."),
-    ] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Folder for the results; the suite needs one.")] = None,  # noqa: UP045
-) -> None:
-    """Memory and throughput of a training step, each in a clean process; or a suite of checks on this machine."""
-    from lowmem.errors import UsageError
-
-    if suite is None:
-        if vram is not None or minutes is not None:
-            raise UsageError("--vram and --minutes are of a suite: add --suite acceptance, or leave them out")
-        from lowmem.cli.show import show_bench
-
-        show_bench(arch or "res20", block, width, batch or [32, 128], steps or 5, device, out)
-        return
-    if suite != "acceptance":
-        raise UsageError(f"there is no suite {suite!r}: use --suite acceptance")
-    if out is None:
-        raise UsageError("a suite writes its results: give --out a folder, like --out acceptance")
-    if len(batch or ()) > 1:
-        raise UsageError("a suite has one batch: give --batch once")
-    from lowmem.cli.show_acceptance import show_acceptance
-
-    show_acceptance(
-        arch=arch or "res110",
-        block=block or (None if arch else "bottleneck"),
-        width=width,
-        batch=(batch or [128])[0],
-        vram=vram or "6G",
-        device=device,
-        minutes=9.0 if minutes is None else minutes,
-        steps=steps or 10,
-        out=out,
-    )
+app.command()(bench)
 
 
 @app.command()

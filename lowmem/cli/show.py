@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,17 +14,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lowmem.bench import COLUMNS, cells, measure, to_markdown
-from lowmem.choose import resolve_execution
 from lowmem.cli.lines import describe_epoch
-from lowmem.environment import describe
-from lowmem.errors import PreflightError
 from lowmem.report import ReportResult
 from lowmem.report.departures import departures
 from lowmem.report.resources import HEADER as RESOURCES
 from lowmem.report.tables import TABLE_HEADER
-from lowmem.runs.atomic import write_text_atomic
-from lowmem.settings import gather
 from lowmem.train.observer import Observer, Progress
 from lowmem.units import format_duration, format_size
 
@@ -145,47 +136,3 @@ def show_report(result: ReportResult) -> None:
     print(f"written: {result.markdown} and {len(result.figures)} figures beside it{page}")
     if result.event_files is not None:
         print(f"curves for TensorBoard: tensorboard --logdir {result.event_files}")
-
-
-def show_bench(
-    arch: str, block: str | None, width: int, batches: list[int], steps: int, device: str, out: Path | None
-) -> None:
-    """Measures cell by cell, then prints the table and writes it if asked to."""
-    settings = gather(flags={"model.arch": arch, "model.block": block, "model.width": width, "train.device": device})
-    config = resolve_execution(settings).config
-    if out is not None:
-        _make_folder(out)
-        _try_writing(out)
-    chosen = list(cells(arch, config.model.block, width, batches, config.train.device, steps))
-    shown = Table(*COLUMNS)
-    measurements = []
-    for number, cell in enumerate(chosen, start=1):
-        words = f"{cell.batch} {cell.precision} {cell.memory_format}"
-        print(f"[{number}/{len(chosen)}] batch {words}", file=sys.stderr, flush=True)
-        measurements.append(measure(cell))
-        shown.add_row(*measurements[-1].row())
-    title = f"{arch} ({config.model.block}, width {width}), median of {steps} training steps on {config.train.device}"
-    Console(highlight=False).print(Text(title), shown)
-    if out is not None:
-        environment = describe(config.train.device)
-        write_text_atomic(out / "bench.md", to_markdown(title, measurements))
-        recorded = {"environment": environment, "cells": [asdict(measurement) for measurement in measurements]}
-        write_text_atomic(out / "bench.json", json.dumps(recorded, indent=1) + "\n")
-        print(f"written: {out / 'bench.md'} and {out / 'bench.json'}")
-
-
-def _try_writing(folder: Path) -> None:
-    """Before minutes of measuring, not after."""
-    try:
-        for name in ("bench.md", "bench.json"):
-            with open(folder / name, "ab"):
-                pass
-    except OSError as error:
-        raise PreflightError(f"{folder} cannot be written ({error.strerror}): choose another with --out") from None
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PreflightError(f"{folder} cannot be written ({error.strerror}): choose another with --out") from None

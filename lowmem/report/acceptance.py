@@ -9,11 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from lowmem.report.methods import ENGINE_COLOUR, PREDICTED_COLOUR
 from lowmem.report.palette import NEUTRAL
 from lowmem.report.style import AXIS_SIZE, LABEL_SIZE, TITLE_SIZE, WIDTH_INCHES, dress, fit, new_figure, to_png
 
-# Blue and orange of Okabe and Ito, told apart by the colour-blind too; bar and diamond repeat what the colours say.
-_MEASURED, _PREDICTED = "#0072B2", "#E69F00"
+# Bar and diamond repeat what the colours say.
+_MEASURED, _PREDICTED = ENGINE_COLOUR, PREDICTED_COLOUR
 _ROW_INCHES = 0.5  # a line of words, and the bar under it: beside it they would take half of a phone's width
 _TITLE_INCHES, _AXIS_INCHES, _LEGEND_INCHES = 0.75, 0.7, 0.4
 _SIDE_INCHES = 0.12

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from lowmem.report.labels import tick_room
+from lowmem.report.methods import STYLES
 from lowmem.report.style import (
     AXIS_SIZE,
     BOTTOM_INCHES,
@@ -20,13 +21,7 @@ from lowmem.report.style import (
 )
 from lowmem.units import MIB
 
-# Colours of Okabe and Ito, told apart by the colour-blind too; the marker repeats what the colour says.
-_STYLE: dict[str, tuple[str, str, float]] = {
-    "lowmem": ("#0072B2", "", 2.5),
-    "one policy for all blocks": ("#E69F00", "o", 1.2),
-    "checkpoint every k-th block": ("#009E73", "s", 1.2),
-    "plain PyTorch": ("#000000", "D", 0.0),
-}
+_MANY = 50  # points that are a line, and not single plans
 
 
 def draw_memory_curve(title: str, curves: Mapping[str, Sequence[tuple[int, float]]], budget_bytes: int) -> bytes:
@@ -36,9 +31,10 @@ def draw_memory_curve(title: str, curves: Mapping[str, Sequence[tuple[int, float
     for name, points in curves.items():
         if not points:
             continue
-        color, marker, width = _STYLE[name]
+        style = STYLES[name]
+        marker = style.marker if len(points) < _MANY else ""
         xs, ys = [size / MIB for size, _ in points], [100 * share for _, share in points]
-        axes.plot(xs, ys, color=color, marker=marker, linewidth=width, markersize=6, label=name, zorder=3)
+        axes.plot(xs, ys, color=style.colour, marker=marker, linewidth=style.line_width, label=name, zorder=3)
     axes.axvline(budget_bytes / MIB, color="#888888", linestyle="--", linewidth=1)
     axes.annotate(
         f"budget {budget_bytes / MIB:,.0f} MiB",

@@ -29,7 +29,6 @@ def test_the_account_is_written_even_if_there_is_time_for_nothing(lowmem_command
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--vram", "6G"), "--suite acceptance"),
         (("--suite", "acceptance"), "--out"),
         (("--suite", "everything", "--out", "x"), "everything"),
         (("--suite", "acceptance", "--out", "x", "--batch", "8", "--batch", "16"), "--batch once"),

@@ -1,0 +1,279 @@
+"""`lowmem bench`: what is measured by default, progress, tables, files."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table as ShownTable
+from rich.text import Text
+
+from lowmem.bench.cells import ENGINE, FIRST_MODE, LEAST, Cell, Setup, plain_of
+from lowmem.bench.forked import Trials
+from lowmem.bench.results import NAMES, Results
+from lowmem.bench.run import Bench
+from lowmem.bench.text import Table, conditions, tables, to_csv, to_markdown
+from lowmem.choose.execution import refuse_unsafe, resolve_execution
+from lowmem.environment import describe
+from lowmem.errors import ExitCode, Interrupted, UsageError
+from lowmem.settings import gather
+from lowmem.units import MIB, parse_size
+
+_WIDE = 140  # columns of a terminal that holds all of a table's
+_NAME_WIDTH = 21
+_FINISH_SECONDS = 6.0  # for the last tables and the picture
+_QUICK_BUDGETS: tuple[int | float | str, ...] = (0.75, 0.5, LEAST)
+
+
+def show_bench(
+    *,
+    arch: str | None,
+    block: str | None,
+    width: int | None,
+    batch: int | None,
+    steps: int | None,
+    rounds: int | None,
+    budgets: str | None,
+    vram: str | None,
+    device: str,
+    quick: bool,
+    minutes: float | None,
+    out: Path | None,
+) -> None:
+    """Raises UsageError for what cannot be meant and for a folder with other results, PreflightError if the folder
+    cannot be written, Interrupted."""
+    setup = _setup(arch, block, width, batch, steps, rounds, budgets, vram, device, quick)
+    folder = out or Path("bench") / f"{setup.arch}-{setup.block}-w{setup.width}-b{setup.batch}-{setup.device}"
+    environment = _environment(setup.device)
+    limit = (2.0 if quick else 60.0) if minutes is None else minutes
+    seconds = 60 * limit - _FINISH_SECONDS - time.process_time()  # importing took its time too
+    with Results(folder, setup, environment) as results, _teller() as tell, Trials(setup.device) as trials:
+        bench = Bench(setup, results, seconds=seconds, tell=tell, run=trials)
+        tell(f"{setup.name}, batch {setup.batch}, on {environment.get('card') or 'the CPU'}; results in {folder}")
+        if bench.done_before:
+            tell(f"{bench.done_before} measurements are there from before and are not made again")
+        complete = _measure(bench, folder)
+        written = _write(results, setup, environment, bench.cells, complete)
+    _print(setup, environment, bench.cells)
+    if not complete:
+        print(f"not finished within {limit:g} minutes: the same command goes on (--minutes for a longer limit)")
+    print(f"written: {', '.join(str(path) for path in written)}")
+
+
+def _measure(bench: Bench, folder: Path) -> bool:
+    try:
+        with _terminated():
+            return bench.run()
+    except KeyboardInterrupt as error:
+        code = ExitCode.TERMINATED if isinstance(error, _Terminated) else ExitCode.INTERRUPTED
+        count = sum(len(cell.trials) for cell in bench.cells)
+        words = f"interrupted: {count} measurements are in {folder}; the same command goes on from there"
+        raise Interrupted(words, code) from None
+
+
+def _setup(
+    arch: str | None,
+    block: str | None,
+    width: int | None,
+    batch: int | None,
+    steps: int | None,
+    rounds: int | None,
+    budgets: str | None,
+    vram: str | None,
+    device: str,
+    quick: bool,
+) -> Setup:
+    """What was not said is chosen so that it is bounded on what is there. Raises UsageError, PreflightError."""
+    found = resolve_execution(gather(flags={"train.device": device})).config.train.device
+    on_card = found == "cuda"
+    usual = "res56" if quick else "res110" if on_card else "res20"
+    width = width or (16 if quick else 64)
+    batch = batch or (24 if quick else 128 if on_card else 32)
+    flags = {
+        "model.arch": arch or usual,
+        "model.block": block or (None if arch or usual == "res20" else "bottleneck"),
+        "model.width": width,
+        "train.batch": batch,
+        "train.device": found,
+        "train.precision": "fp32",
+        "train.memory_format": "contiguous",
+        "memory.vram": vram,
+    }
+    config = gather(flags=flags).config
+    refuse_unsafe(config)
+    chosen: dict[str, Any] = {"mode_rounds": min(rounds, 2)} if rounds is not None else {}
+    if budgets is not None or quick:
+        chosen["budgets"] = _QUICK_BUDGETS if budgets is None else _budgets(budgets)
+    return Setup(
+        arch=config.model.arch,
+        block=config.model.block,
+        width=width,
+        batch=batch,
+        device=found,
+        vram_bytes=config.memory.vram,
+        rounds=rounds or 3,
+        steps=steps or (3 if quick else 5),
+        warmup=1 if quick else 2,
+        quick=quick,
+        **chosen,
+    )
+
+
+def _budgets(text: str) -> tuple[int | float | str, ...]:
+    """`1200M,0.5,least` -> bytes, a share, `LEAST`. Raises UsageError."""
+    found: list[int | float | str] = []
+    for part in (one.strip() for one in text.split(",")):
+        share = None
+        with suppress(ValueError):
+            share = float(part)
+        if part == LEAST:
+            found.append(LEAST)
+        elif share is not None and 0 < share < 1:
+            found.append(share)
+        else:
+            try:
+                found.append(parse_size(part))
+            except ValueError as error:
+                words = f"--budgets {part!r}: {error}; or a share of plain's memory like 0.5, or {LEAST}"
+                raise UsageError(words) from None
+    return tuple(dict.fromkeys(found))
+
+
+def _environment(device: str) -> dict[str, Any]:
+    from lowmem.measure import read_driver
+
+    return {**describe(device), "driver": read_driver().driver_version if device == "cuda" else None}
+
+
+# -- progress ----------------------------------------------------------------------------------------------------------
+
+
+class _Terminated(KeyboardInterrupt):
+    """Asked to end by another signal than Ctrl-C."""
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """Ends by SIGTERM as by Ctrl-C: with what was measured on disk, and no trial left behind."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Teller:
+    """Lines on standard error; in a terminal the measurement at hand is a line that is redrawn."""
+
+    def __init__(self, live: Live | None) -> None:
+        self._live = live
+
+    def __call__(self, text: str) -> None:
+        if self._live is not None and text.startswith("["):
+            self._live.update(Text(text))
+        elif self._live is not None:
+            self._live.console.print(Text(text))
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _teller() -> Iterator[_Teller]:
+    if not sys.stderr.isatty():
+        yield _Teller(None)
+        return
+    with Live(console=Console(stderr=True, highlight=False), refresh_per_second=4, transient=True) as live:
+        yield _Teller(live)
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    results: Results, setup: Setup, environment: dict[str, Any], cells: list[Cell], complete: bool
+) -> list[Path]:
+    written = [
+        results.folder / NAMES[0],
+        results.write(NAMES[1], to_csv(cells)),
+        results.write(NAMES[2], to_markdown(setup, environment, cells, complete)),
+    ]
+    picture = _picture(setup, environment, cells)
+    return written if picture is None else [*written, results.write(NAMES[3], picture)]
+
+
+def _picture(setup: Setup, environment: dict[str, Any], cells: list[Cell]) -> bytes | None:
+    """None if there is nothing to draw."""
+    import statistics
+
+    from lowmem.report.bench_curve import Point, draw_bench  # matplotlib: only now that there is something to draw
+
+    curves: dict[str, list[Point]] = {}
+    for cell in cells:
+        if cell.kind != "step" or cell.mode != FIRST_MODE:
+            continue
+        ratios, peak = cell.ratios(plain_of(cells, cell)), cell.most("peak_allocated_bytes")
+        if not ratios or peak is None:
+            continue
+        predicted = cell.predicted_allocated_bytes
+        curves.setdefault(cell.family, []).append(
+            Point(
+                mib=peak / MIB,
+                predicted_mib=None if predicted is None else predicted / MIB,
+                ratio=statistics.median(ratios),
+                low=min(ratios),
+                high=max(ratios),
+                note=_note(cell),
+            )
+        )
+    if not curves:
+        return None
+    where = environment.get("card") or "CPU"
+    memory = "peak of the step, allocated" if setup.on_card else "peak of the step's tensors"
+    return draw_bench(f"{setup.name}, batch {setup.batch}, fp32, {where}", curves, memory)
+
+
+def _note(cell: Cell) -> str:
+    if cell.family != ENGINE:
+        return ""
+    return f"{cell.budget:.0%}" if isinstance(cell.budget, float) else "least" if cell.budget == LEAST else ""
+
+
+def _print(setup: Setup, environment: dict[str, Any], cells: list[Cell]) -> None:
+    console = Console(highlight=False)
+    console.print(Text(f"\n{setup.name}. {conditions(environment)}"))
+    for table in tables(setup, cells):
+        columns = range(len(table.header)) if console.width >= _WIDE else table.brief
+        console.print(_shown(table, columns, console.width))
+        if table.note:
+            console.print(Text(table.note, style="dim"))
+
+
+def _shown(table: Table, columns: Sequence[int], room: int) -> ShownTable:
+    """Figures whole, ranges below their medians, names in two lines where they are long; the last column, which has
+    the refusals, takes the room that is left."""
+    shown = ShownTable(
+        title=Text(f"\n{table.title}", style="bold"), title_justify="left", box=SIMPLE, padding=0, show_edge=False
+    )
+    texts = [[table.header[column], *(row[column] for row in table.rows)] for column in columns]
+    widths = [max(len(word) for text in column for word in text.split()) for column in texts]
+    widths[0] = max(widths[0], min(_NAME_WIDTH, max(map(len, texts[0]))))
+    longest = max(map(len, texts[-1]))
+    widths[-1] = max(widths[-1], min(longest, room - sum(widths[:-1]) - len(widths)))
+    for column, width in zip(texts, widths, strict=True):
+        shown.add_column(Text(column[0]), width=width)
+    for row in zip(*(column[1:] for column in texts), strict=True):
+        shown.add_row(*map(Text, row))
+    return shown

@@ -1,0 +1,73 @@
+"""The tables: every row as wide as its header, and the same figures in Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from lowmem.bench.cells import ENGINE, PLAIN_DEFAULT, Setup, largest_cells, step_cells
+from lowmem.bench.text import extra_flops, tables, to_csv, to_markdown
+from lowmem.bench.trial import TrialResult
+from lowmem.units import MIB
+
+HERE: dict[str, Any] = {"lowmem": "1", "torch": "2", "python": "3", "device": "cpu", "cpu": "a", "cpu_threads": 2}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("measured", [False, True])
+def test_rows_are_as_wide_as_their_header(device: str, measured: bool) -> None:
+    setup = Setup(arch="res20", block="basic", width=8, batch=32, device=device)
+    cells = [*step_cells(setup, ("contiguous", "channels-last")), *largest_cells(setup)]
+    for cell in cells if measured else []:
+        cell.trials["1"] = asdict(TrialResult(step_seconds=1.0, least_seconds=1.0, most_seconds=2.0, flops=10))
+    for table in tables(setup, cells):
+        assert table.rows
+        assert {len(row) for row in table.rows} == {len(table.header)}
+        assert max(table.brief) < len(table.header)
+        assert any("not run: time" in row for row in table.rows) != measured
+    assert len(list(csv.DictReader(io.StringIO(to_csv(cells))))) == len(cells)
+
+
+def test_figures() -> None:
+    setup = Setup(arch="res20", block="basic", width=8, batch=32, device="cpu", budgets=(0.5,))
+    cells = step_cells(setup, ("contiguous",))
+    plain = next(cell for cell in cells if cell.family == PLAIN_DEFAULT)
+    planned = next(cell for cell in cells if cell.family == ENGINE)
+    plain.predicted_allocated_bytes, planned.predicted_allocated_bytes = 400 * MIB, 50 * MIB
+    for number, seconds in (("1", 1.0), ("2", 2.0), ("3", 1.0)):
+        shared: dict[str, Any] = {"gradients": "g", "buffers": "b", "losses": (2.0,), "finite": True}
+        plain.trials[number] = (
+            asdict(
+                TrialResult(
+                    step_seconds=seconds, least_seconds=seconds, most_seconds=3.0, peak_allocated_bytes=401 * MIB
+                )
+            )
+            | shared
+            | {"flops": 1000}
+        )
+        planned.trials[number] = (
+            asdict(TrialResult(step_seconds=1.5, least_seconds=1.4, most_seconds=1.6, peak_allocated_bytes=51 * MIB))
+            | shared
+            | {"flops": 1250}
+        )
+    assert extra_flops(planned, plain) == 0.25
+    text = to_markdown(setup, HERE, [*cells, *largest_cells(setup)], complete=True)
+    assert (
+        "| lowmem, 50% of plain | 50.0 | 51.0 | – | 21 | 1.500 (1.400 to 1.600) | 1.50 (0.75–1.50) | +25.0% "
+        "| same bits |"
+    ) in text
+    assert "| plain PyTorch | 400 | 401 | – | 32 | 1.000 (1.000 to 3.000) | 1 | none | – |" in text
+    assert "Not finished" not in text
+    row = next(one for one in csv.DictReader(io.StringIO(to_csv(cells))) if one["way"] == "lowmem, 50% of plain")
+    assert (row["times_plain"], row["least_times_plain"], row["extra_flops"]) == ("1.5", "0.75", "0.25")
+    assert (row["peak_allocated_bytes"], row["as_plain"], row["refused"]) == (str(51 * MIB), "same bits", "")
+
+
+def test_unfinished_results_say_so() -> None:
+    setup = Setup(arch="res20", block="basic", width=8, batch=32, device="cpu")
+    cells = [*step_cells(setup, ("contiguous",)), *largest_cells(setup)]
+    assert "**Not finished" in to_markdown(setup, HERE, cells, complete=False)
