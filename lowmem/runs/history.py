@@ -155,7 +155,7 @@ def read_history(run: Path) -> History:
         config=config,
         env=_read_env(run / "env.json", notes),
         epochs=_read_table(run / "metrics.csv", METRICS, "epoch", EpochRow, notes),
-        steps=_read_table(run / "steps.csv", STEPS, "step", StepRow, notes),
+        steps=() if _too_large(run / "steps.csv", notes) else _read_steps(run, notes),
         events=_read_events(run / "events.jsonl", notes),
         best=_read_best(run / "weights" / "best.safetensors", notes),
         classes=_count_classes(run, config),
@@ -244,7 +244,21 @@ def _read_table(path: Path, known: tuple[str, ...], rising: str, row: type[Row],
 
 
 def _read_gradients(path: Path, notes: list[str]) -> Gradients:
-    return gradient_rows.parse(path, _whole_lines(path, notes)) if path.exists() else Gradients()
+    if not path.exists() or _too_large(path, notes):
+        return Gradients()
+    return gradient_rows.parse(path, _whole_lines(path, notes))
+
+
+def _read_steps(run: Path, notes: list[str]) -> tuple[StepRow, ...]:
+    return _read_table(run / "steps.csv", STEPS, "step", StepRow, notes)
+
+
+def _too_large(path: Path, notes: list[str]) -> bool:
+    """A run that records every step of small batches may write more than there is room for here: not its fault."""
+    if not path.is_file() or path.stat().st_size <= TABLE_LIMIT_BYTES:
+        return False
+    notes.append(f"{path.name} has {path.stat().st_size:,} bytes, more than are read: what it holds is left out")
+    return True
 
 
 def _read_header(path: Path, line: str, known: tuple[str, ...], row: type[Row]) -> list[str]:

@@ -17,10 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from lowmem.errors import DiskError, PreflightError, UsageError
+from lowmem.errors import CorruptCheckpoint, DiskError, PreflightError, UsageError
+from lowmem.reading import shorten
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs import columns, gradients
-from lowmem.runs.atomic import PARTIAL, append_lines, write_bytes_atomic, write_text_atomic
+from lowmem.runs.atomic import PARTIAL, append_lines, replace_path, write_bytes_atomic, write_text_atomic
 from lowmem.runs.checkpoint import FULL, disk_error
 from lowmem.runs.guard import refuse_leads
 from lowmem.runs.lock import Owner, RunLock
@@ -184,19 +185,30 @@ class RunFolder:
                 self.write_plan(self._plan_waiting)
                 self._plan_waiting = None
 
-    def begin_gradients(self, layers: Sequence[str], *, step: int) -> None:
+    def begin_gradients(self, layers: Sequence[str], *, step: int) -> str | None:
         """Makes gradients.csv with its header, or drops the rows after `step` from the one that is there.
 
-        Raises DiskError, and CorruptCheckpoint if it is another network's."""
-        names = gradients.columns(layers)
+        Nothing is computed from it, so that nothing in it can stop a run: one that is no table of these layers is set
+        aside as `damaged-gradients.csv`. Returns a sentence if anything was wrong. Raises DiskError.
+        """
+        file, names = self.gradients_file, gradients.columns(layers)
+        damage = None
         try:
-            if self.gradients_file.is_file() and self.gradients_file.stat().st_size:
-                cut(self.gradients_file, names, "step", step)
+            if file.is_file() and file.stat().st_size == 0:
+                file.unlink()
+            if file.exists():
+                try:
+                    damage = cut(file, names, "step", step)
+                except (CorruptCheckpoint, PermissionError) as error:
+                    aside = _free(file.with_name(f"damaged-{file.name}"))
+                    replace_path(file, aside)
+                    damage = f"{shorten(error)}; the run goes on with a new one, the file as it was is {aside.name}"
                 self._gradients.replaced()
-            elif not self._gradients.waiting:
+            if not file.exists() and not self._gradients.waiting:
                 self._append(self._gradients, [",".join(names)])
         except OSError as error:
-            raise disk_error(error, self.gradients_file) from error
+            raise disk_error(error, file) from error
+        return damage
 
     def append_gradients(self, rows: Sequence[tuple[int, int, Sequence[float]]]) -> None:
         """Appends (step, epoch, norms) to gradients.csv."""
@@ -263,6 +275,12 @@ def leaving_no_trace(path: Path) -> Iterator[None]:
                     folder.rmdir()  # only if it is empty
                 if was_there:
                     path.mkdir()
+
+
+def _free(path: Path) -> Path:
+    """`path`, or if there is something of that name already, the first of it with a number that is free."""
+    names = (path, *(path.with_stem(f"{path.stem}-{number}") for number in range(2, 1000)))
+    return next((one for one in names if not one.exists()), path)
 
 
 def require_run(path: Path) -> None:

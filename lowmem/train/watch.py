@@ -33,7 +33,10 @@ class Watch:
     def begin(self) -> None:
         """At the start of the process and after going back: gradients.csv ends with the state's step."""
         self._norms.forget()
-        self._folder.begin_gradients(self._norms.names, step=self._t.state.step)
+        damage = self._folder.begin_gradients(self._norms.names, step=self._t.state.step)
+        if damage is not None:
+            self._t.observer.warning(damage)
+            self._folder.event("warning", what="gradient norms lost", reason=damage)
 
     def look(self) -> Callable[[], None] | None:
         """What the coming step is to do with its gradients."""

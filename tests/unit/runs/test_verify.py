@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,16 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from lowmem.api import recorded_settings, resume_training
 from lowmem.belonging import verify
 from lowmem.cli.main import main
 from lowmem.errors import UsageError
 from lowmem.runs import checkpoint as checkpoints
+from lowmem.runs.history import read_history
 from lowmem.runs.verify import Finding, Status
 from tests.faults.damage import flip
 from tests.faults.readers import small_plan
-from tests.faults.small_run import copy_run, make_run
+from tests.faults.small_run import Heard, copy_run, make_run
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +155,28 @@ def test_a_writer_is_seen(run: Path) -> None:
     assert held[0].status is Status.NOTE
     assert "writes this run now" in held[0].what
     assert free[0].status is Status.OK
+
+
+@pytest.mark.parametrize("how", ["header", "size", "line", "gone"])
+def test_gradient_norms_never_stop_a_resume(how: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run / "gradients.csv"
+    if how == "header":
+        flip(file, 3, 1)
+    elif how == "size":
+        os.truncate(file, 5 << 30)
+    elif how == "line":
+        file.write_text(file.read_text().replace("\n2,", "\n?,"))
+    else:
+        file.unlink()
+    found = verify(run)
+    assert found.can_resume
+    assert [one.status for one in found.findings if one.where == "gradients.csv"] == [Status.NOTE]
+    heard = Heard()
+    resume_training(run, recorded_settings(run).replace({"train.max_steps": 8}, "test"), heard)
+    said = [text for text in heard.warnings if "gradients.csv" in text]
+    assert len(said) == (0 if how == "gone" else 1), heard.warnings
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["reason"] for event in events if event.get("what") == "gradient norms lost"] == said
+    assert (run / "damaged-gradients.csv").exists() == (how != "gone")
+    assert all(one.status is Status.OK for one in verify(run).findings if one.where == "gradients.csv")
+    assert [row.step for row in read_history(run).gradients.rows][-1] == 8
