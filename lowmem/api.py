@@ -21,7 +21,7 @@ from lowmem.confirm import Confirmed
 from lowmem.data import Dataset, load
 from lowmem.decide import decide, forked_plan, plan_of
 from lowmem.environment import describe
-from lowmem.errors import OutOfMemory, UsageError
+from lowmem.errors import OutOfMemory, PreflightError, UsageError
 from lowmem.measure.cap import cap_allocator
 from lowmem.models import build
 from lowmem.plan.record import Plan
@@ -263,9 +263,14 @@ def _keeping(recorded: Settings, settings: Settings) -> Settings:
 
 def _refuse_existing(path: Path) -> None:
     """The same refusal as `RunFolder.create`, before minutes are spent on decoding pictures."""
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file: choose another folder with --out")
-    refuse_existing(path)
+    try:
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file: choose another folder with --out")
+        refuse_existing(path)
+    except OSError as error:
+        raise PreflightError(
+            f"{path} cannot be looked at ({error.strerror or error}): choose another folder with --out"
+        ) from None
 
 
 def _load_data(config: Config, observer: Observer) -> Dataset:

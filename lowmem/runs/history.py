@@ -140,12 +140,15 @@ def read_history(run: Path) -> History:
     text).
     """
     run = Path(run)
-    if not run.exists():
-        raise UsageError(f"{run} does not exist: give the folder of a run, as in runs/res20")
-    if not run.is_dir() or not (run / "config.yaml").is_file():
-        raise UsageError(
-            f"{run} is not a run folder (no config.yaml in it): give the folder of a run, as in runs/res20"
-        )
+    try:
+        if not run.exists():
+            raise UsageError(f"{run} does not exist: give the folder of a run, as in runs/res20")
+        if not run.is_dir() or not (run / "config.yaml").is_file():
+            raise UsageError(
+                f"{run} is not a run folder (no config.yaml in it): give the folder of a run, as in runs/res20"
+            )
+    except OSError as error:
+        raise UsageError(f"{run} cannot be looked into ({error.strerror or error}): check its permissions") from None
     refuse_leads(run)
     notes: list[str] = []
     config = _read_config(run / "config.yaml")

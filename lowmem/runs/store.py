@@ -285,12 +285,17 @@ def _free(path: Path) -> Path:
 
 def require_run(path: Path) -> None:
     """Raises UsageError unless `path` looks like a run folder."""
-    if not path.is_dir():
-        raise UsageError(f"{path} does not exist: give the folder of a run, like runs/res110")
-    if not (path / "config.yaml").is_file():
-        if never_began(path):
-            raise UsageError(start_again(path))
-        raise UsageError(f"{path} is no run folder (it has no config.yaml): give the folder of a run, like runs/res110")
+    try:
+        if not path.is_dir():
+            raise UsageError(f"{path} does not exist: give the folder of a run, like runs/res110")
+        if not (path / "config.yaml").is_file():
+            if never_began(path):
+                raise UsageError(start_again(path))
+            raise UsageError(
+                f"{path} is no run folder (it has no config.yaml): give the folder of a run, like runs/res110"
+            )
+    except OSError as error:
+        raise UsageError(f"{path} cannot be looked into ({error.strerror or error}): check its permissions") from None
     refuse_leads(path)
 
 

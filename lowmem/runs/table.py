@@ -72,12 +72,12 @@ def look(
         header, first = ",".join(names).encode(), next(lines, None)
         if first is None:
             return Rows(0, 0, missing, 0, False)
-        if first.text is None or first.text != header:
-            if first.ends or first.text is None or not header.startswith(first.text):
-                raise CorruptCheckpoint(
-                    f"{path} has other columns than this lowmem writes: restore its first line or use the lowmem that "
-                    "wrote it, or move the file away to go on without its rows"
-                )
+        begun = first.text is not None and not first.ends and header.startswith(first.text)
+        if first.text != header and not begun:
+            raise CorruptCheckpoint(
+                f"{path} has other columns than this lowmem writes: restore its first line or use the lowmem that "
+                "wrote it, or move the file away to go on without its rows"
+            )
         if not first.ends:  # cut off while it was made
             return Rows(0, 0, missing, 0, True)
         whole, column, kept_bytes = _whole_row(len(names)), names.index(key), first.end_bytes
