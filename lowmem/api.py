@@ -30,6 +30,7 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.setup import never_began, refuse_existing, start_again
 from lowmem.runs.store import RunFolder, leaving_no_trace, require_run
 from lowmem.settings import Settings, from_yaml, refuse_changes, to_yaml
+from lowmem.train.early import leaving_early
 from lowmem.train.loop import Outcome, Trainer
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import starts_low
@@ -46,6 +47,7 @@ class RunResult:
     outcome: Outcome
 
 
+@leaving_early()
 def run_training(
     config: Config | Settings,
     out: Path | str | None = None,
@@ -103,6 +105,7 @@ def run_training(
         return _go(trainer, folder)
 
 
+@leaving_early()
 def resume_training(path: Path | str, changes: Settings | None = None, observer: Observer | None = None) -> RunResult:
     """What `lowmem resume` does: go on from the newest checkpoint that verifies, in the middle of its epoch.
 
@@ -160,6 +163,7 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
         return _go(trainer, folder)
 
 
+@leaving_early()
 def fork_run(
     source: Path | str,
     *,

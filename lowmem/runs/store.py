@@ -21,7 +21,7 @@ from lowmem.errors import CorruptCheckpoint, DiskError, PreflightError, UsageErr
 from lowmem.reading import shorten
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs import columns, gradients
-from lowmem.runs.atomic import PARTIAL, append_lines, replace_path, write_bytes_atomic, write_text_atomic
+from lowmem.runs.atomic import PARTIAL, append_lines, fsync_folder, replace_path, write_bytes_atomic, write_text_atomic
 from lowmem.runs.checkpoint import FULL, disk_error
 from lowmem.runs.guard import refuse_leads
 from lowmem.runs.lock import Owner, RunLock
@@ -67,25 +67,31 @@ class RunFolder:
         """
         refuse_existing(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            run = cls(path, RunLock.acquire(path))
+            run = cls(path, _lock_new(path))
             try:
                 refuse_existing(path)  # another process may have begun a run in the meantime
             except UsageError:
                 run._lock.release()
                 raise
-            clear(path)
-            (path / "checkpoints").mkdir()
-            (path / "weights").mkdir()
-            write_text_atomic(path / "config.yaml", config_yaml)
-            write_text_atomic(path / "env.json", json.dumps(environment, indent=1) + "\n")
-            append_lines(run.metrics_file, [",".join(columns.METRICS)])
-            append_lines(run.steps_file, [",".join(columns.STEPS)])
+            try:
+                run._set_up(config_yaml, environment)
+            except BaseException:
+                run.discard()
+                raise
         except OSError as error:
             raise PreflightError(
                 f"the run folder {path} cannot be written ({error.strerror or error}): choose another with --out"
             ) from None
         return run
+
+    def _set_up(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
+        clear(self.path)
+        (self.path / "checkpoints").mkdir()
+        (self.path / "weights").mkdir()
+        write_text_atomic(self.path / "config.yaml", config_yaml)
+        write_text_atomic(self.path / "env.json", json.dumps(environment, indent=1) + "\n")
+        append_lines(self.metrics_file, [",".join(columns.METRICS)])
+        append_lines(self.steps_file, [",".join(columns.STEPS)])
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -125,9 +131,12 @@ class RunFolder:
         checkpoints.tidy(self.checkpoints, keep=keep, keep_every=keep_every)
 
     def discard(self) -> None:
-        """Removes a run folder that never took a step."""
-        self._lock.release()
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Removes a run folder that never took a step, while it is still locked: nobody else begins in it meanwhile."""
+        if not self._lock.held:
+            return  # done before: what is there by now is somebody else's
+        with suppress(OSError):
+            clear(self.path, ignore_errors=True)
+        self._lock.remove()
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         """Writes plan.json atomically. Raises DiskError."""
@@ -270,11 +279,28 @@ def leaving_no_trace(path: Path) -> Iterator[None]:
         yield
     finally:
         if not path.exists():
-            with suppress(OSError):
-                for folder in made[1:]:
+            for folder in made[1:]:
+                with suppress(OSError):
                     folder.rmdir()  # only if it is empty
-                if was_there:
+            if was_there:
+                with suppress(OSError):
                     path.mkdir()
+
+
+def _lock_new(path: Path) -> RunLock:
+    """Makes the folder, durably, and locks it. One that cannot be locked does not stay. Raises OSError, UsageError."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for folder in made:
+            with suppress(OSError):  # who may write to a folder may perhaps not read it
+                fsync_folder(folder.parent)
+        return RunLock.acquire(path)
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                path.rmdir()  # only if it is empty
+        raise
 
 
 def _free(path: Path) -> Path:
