@@ -26,6 +26,7 @@ from lowmem.measure.cap import cap_allocator
 from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.preflight import preflight
+from lowmem.reading import shorten
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.setup import never_began, refuse_existing, start_again
 from lowmem.runs.store import RunFolder, leaving_no_trace, require_run
@@ -186,7 +187,7 @@ def fork_run(
         source = source.resolve()
     path = Path(out) if out is not None else source.with_name(f"{source.name}-fork")
     recorded = recorded_settings(source)
-    settings = resolve_execution(fork.changed(recorded, changes, f"fork of {source.name}"))
+    settings = resolve_execution(fork.changed(recorded, changes, f"fork of {shorten(source.name)}"))
     differing = fork.check(recorded.config, settings.config)
     require_device(settings.config.train.device)
     found = fork.find(source, recorded.config, at)

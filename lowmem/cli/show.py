@@ -19,6 +19,7 @@ from rich.text import Text
 
 from lowmem.bench import COLUMNS, cells, measure, to_markdown
 from lowmem.choose import resolve_execution
+from lowmem.cli.printed import printable
 from lowmem.environment import describe
 from lowmem.errors import PreflightError
 from lowmem.report import ReportResult
@@ -67,14 +68,14 @@ class PlainObserver(Observer):
 
     def note(self, text: str) -> None:
         try:
-            print(text, flush=True)
+            print(printable(text), flush=True)
         except OSError:
             # Whoever read this left (`| head`, a closed terminal): no reason to stop a run.
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     def warning(self, text: str) -> None:
         try:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
         except OSError:
             sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
@@ -103,11 +104,11 @@ class LiveObserver(Observer):
 
     def note(self, text: str) -> None:
         with suppress(OSError):  # the terminal may be gone
-            self._console.print(Text(text))
+            self._console.print(Text(printable(text)))
 
     def warning(self, text: str) -> None:
         with suppress(OSError):
-            self._console.print(Text(f"warning: {text}", style="bold yellow"))
+            self._console.print(Text(printable(f"warning: {text}"), style="bold yellow"))
 
     def progress(self, progress: Progress) -> None:
         with suppress(OSError):
@@ -147,7 +148,7 @@ def show_report(result: ReportResult) -> None:
     # Below and not in a column: it is long, and mostly the same for all runs.
     for differs, names in differing.items():
         console.print(Text(f"{', '.join(names)} against the published setting: {differs}"))
-    print(f"written: {result.markdown} and {len(result.figures)} figures beside it")
+    print(printable(f"written: {result.markdown} and {len(result.figures)} figures beside it"))
 
 
 def show_bench(

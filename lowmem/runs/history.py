@@ -154,7 +154,7 @@ def read_history(run: Path) -> History:
     config = _read_config(run / "config.yaml")
     return History(
         path=run,
-        name=run.resolve().name,  # "." and "runs/res20/" have a name as well
+        name=shorten(run.resolve().name),  # "." and "runs/res20/" have a name as well
         config=config,
         env=_read_env(run / "env.json", notes),
         epochs=_read_table(run / "metrics.csv", METRICS, "epoch", EpochRow, notes),

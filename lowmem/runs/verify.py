@@ -22,6 +22,7 @@ from lowmem.reading import TABLE_LIMIT_BYTES, Unreadable, parse_json, read_json,
 from lowmem.runs import columns, gradients
 from lowmem.runs.checkpoint import Checkpoint, load, named
 from lowmem.runs.header import read_header
+from lowmem.runs.lock import OWNER_NAME, read_owner
 from lowmem.runs.table import look
 from lowmem.units import format_size
 
@@ -235,10 +236,17 @@ def _lock(run: Path) -> Finding:
     """Whether somebody writes. The lock is not tried, which could be in the way of who wants it: Linux lists locks,
     elsewhere it stays unknown."""
     try:
-        inode = str((run / "run.lock").stat().st_ino)
+        status = (run / "run.lock").stat()
         with open("/proc/locks", encoding="ascii") as file:
             held = [line.split() for line in file]
-        writers = [fields[4] for fields in held if len(fields) > 5 and fields[5].rpartition(":")[2] == inode]
+        owner = read_owner(run / OWNER_NAME)
+        # The number of a file is one of its file system only. Some (btrfs) tell another device than is listed here:
+        # there the owner's word is taken that it is this file.
+        device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+        same = [
+            (fields[4], fields[5]) for fields in held if len(fields) > 5 and fields[5].endswith(f":{status.st_ino}")
+        ]
+        writers = [pid for pid, at in same if at.startswith(f"{device}:") or (owner and pid == str(owner.pid))]
     except FileNotFoundError:
         return Finding(Status.NOTE, "run.lock", f"whether a process writes it is not known; {_owner(run)}")
     except (OSError, ValueError):

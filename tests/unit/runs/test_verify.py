@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from lowmem.api import recorded_settings, resume_training
 from lowmem.belonging import verify
 from lowmem.cli.main import main
 from lowmem.errors import UsageError
+from lowmem.report.write import write_report
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.history import read_history
 from lowmem.runs.verify import Finding, Status
 from tests.faults.damage import flip
+from tests.faults.disk import tiny_disk
 from tests.faults.readers import small_plan
 from tests.faults.small_run import Heard, copy_run, make_run
 
@@ -180,3 +183,38 @@ def test_gradient_norms_never_stop_a_resume(how: str, run: Path, capsys: pytest.
     assert (run / "damaged-gradients.csv").exists() == (how != "gone")
     assert all(one.status is Status.OK for one in verify(run).findings if one.where == "gradients.csv")
     assert [row.step for row in read_history(run).gradients.rows][-1] == 8
+
+
+def test_a_file_of_the_same_number_on_another_disk_is_another_file(run: Path, tmp_path: Path) -> None:
+    if not Path("/proc/locks").exists():
+        pytest.skip("who holds a lock is known on Linux only")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with tiny_disk(tmp_path / "a", 1 << 20) as ours, tiny_disk(tmp_path / "b", 1 << 20) as other:
+        (ours / "run.lock").touch()
+        (other / "some.lock").touch()
+        assert (ours / "run.lock").stat().st_ino == (other / "some.lock").stat().st_ino
+        for name in ("config.yaml", "checkpoints"):
+            shutil.copytree(run / name, ours / name) if name == "checkpoints" else shutil.copy(run / name, ours)
+        with FileLock(other / "some.lock"):
+            (found,) = [finding for finding in verify(ours).findings if finding.where == "run.lock"]
+        assert found.status is Status.OK
+        with FileLock(ours / "run.lock"):
+            (found,) = [finding for finding in verify(ours).findings if finding.where == "run.lock"]
+        assert found.status is Status.NOTE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no text")
+def test_a_name_that_is_no_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is shown without what a terminal would obey, and no command fails on it."""
+    named = run.with_name(os.fsdecode(b"r\xff\x1b[31m\nx"))
+    run.rename(named)
+    shown = _command(capsys, str(named))[1]
+    assert "r??[31m?x can be resumed exactly" in shown
+    result = write_report([named])
+    assert "r?" in result.markdown.read_text(encoding="utf-8")
+    with pytest.raises(SystemExit) as leaving:
+        main(["fork", str(named), "--at", "1", "--set", "optim.lr=0.05", "--dry-run"])
+    captured = capsys.readouterr()
+    assert leaving.value.code == 0, captured.err
+    assert all(line.isprintable() for line in [*captured.out.splitlines(), *captured.err.splitlines()])
