@@ -83,12 +83,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def cut_file(path: Path, size_bytes: int) -> None:
-    """Cuts a file to its first bytes, durably: there is no state between before and after. Raises OSError."""
-    if path.stat().st_size == size_bytes:
-        return
+    """Cuts a file to its first bytes, and waits until these are on the disk: there is no state between before and
+    after. Raises OSError."""
     with open(path, "rb+") as file:
-        file.truncate(size_bytes)
-        file.flush()
+        if file.seek(0, os.SEEK_END) > size_bytes:
+            file.truncate(size_bytes)
+            file.flush()
         os.fsync(file.fileno())
 
 
@@ -100,8 +100,8 @@ def append_lines(path: Path, lines: list[str], *, after_bytes: int | None = None
     glued to it. Raises OSError; the file then ends where it did, unless not even that could be done.
     """
     new = bool(lines) and not path.exists()
-    if after_bytes is None and lines and not new:
-        cut_file(path, whole_lines_bytes(path))
+    if after_bytes is None and lines and not new and (whole := whole_lines_bytes(path)) < path.stat().st_size:
+        cut_file(path, whole)
     # Unbuffered: a buffer would keep what the disk refused and write it when the file is closed.
     with open(path, "ab", buffering=0) as file:
         begin = file.tell() if after_bytes is None else after_bytes

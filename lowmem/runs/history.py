@@ -195,7 +195,7 @@ def _read_config(path: Path) -> Config:
             f"{path}: {shorten(key)}: {shorten(first['msg'])}: was it written by another version?"
         ) from error
     except UsageError as error:  # an unknown architecture or block speaks for itself
-        raise UsageError(f"{path}: {error}") from error
+        raise UsageError(f"{path}: {shorten(error, 500)}") from error
 
 
 def _bytes(path: Path, limit_bytes: int) -> bytes:

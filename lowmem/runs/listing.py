@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from lowmem.config import Config
 from lowmem.errors import CorruptCheckpoint, LowmemError, UsageError
+from lowmem.reading import shorten
 from lowmem.runs.checkpoint import found
 from lowmem.runs.history import EpochRow, read_epochs
 from lowmem.runs.kept import Position, read_position
@@ -107,7 +108,7 @@ def look(path: Path) -> Listed:
     except (LowmemError, OSError) as error:
         # Somebody is writing it: then what was half written this moment is no damage.
         state: State = "damaged" if writer is None else "training"
-        return Listed(state=state, trouble=(" ".join(str(error).split()), *trouble), **known)
+        return Listed(state=state, trouble=(shorten(error, 1000), *trouble), **known)
     newest = positions[-1] if positions else None
     done = newest.epoch if newest else rows[-1].epoch if rows else 0
     step = newest.step if newest else rows[-1].step if rows else 0
@@ -137,7 +138,7 @@ def _positions(folder: Path) -> tuple[tuple[Position, ...], list[str]]:
     try:
         paths = found(folder)
     except (CorruptCheckpoint, OSError) as error:
-        return (), [" ".join(str(error).split())]
+        return (), [shorten(error, 1000)]
     for path in reversed(paths):
         try:
             positions.append(read_position(path))

@@ -21,7 +21,15 @@ from lowmem.errors import CorruptCheckpoint, DiskError, PreflightError, UsageErr
 from lowmem.reading import shorten
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs import columns, gradients
-from lowmem.runs.atomic import PARTIAL, append_lines, fsync_folder, replace_path, write_bytes_atomic, write_text_atomic
+from lowmem.runs.atomic import (
+    PARTIAL,
+    append_lines,
+    fsync_folder,
+    replace_path,
+    replacing,
+    write_bytes_atomic,
+    write_text_atomic,
+)
 from lowmem.runs.checkpoint import FULL, disk_error
 from lowmem.runs.guard import refuse_leads
 from lowmem.runs.lock import Owner, RunLock
@@ -227,7 +235,8 @@ class RunFolder:
     def copy_metrics(self, source: Path, *, epoch: int) -> None:
         """Takes over the rows of another run's metrics.csv up to `epoch`. Raises DiskError."""
         try:
-            shutil.copyfile(source / "metrics.csv", self.metrics_file)
+            with open(source / "metrics.csv", "rb") as old, replacing(self.metrics_file) as new:
+                shutil.copyfileobj(old, new)
             cut(self.metrics_file, columns.METRICS, "epoch", epoch)
             self._metrics.replaced()
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -78,6 +79,11 @@ def cpu_copy(tensor: Tensor) -> Tensor:
 def check_belongs(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
     """Raises CorruptCheckpoint unless its state is a run's, of just these settings and data (what `identity` names)."""
     check_state(checkpoint.state, checkpoint.step)
+    if unknown := sorted(set(checkpoint.state["run"]) - {one.name for one in dataclasses.fields(RunState)}):
+        raise CorruptCheckpoint(
+            f"state.json of step {checkpoint.step} holds {shorten(unknown[0])!r}, which this lowmem does not know: "
+            "resume with the version that wrote it"
+        )
     recorded = checkpoint.state["identity"]
     for key, value in identity.items():
         if recorded.get(key) != value:

@@ -256,3 +256,6 @@ def test_a_strangers_text_is_told_in_a_line(runs: Path) -> None:
             read_position(newest)
         assert len(str(raised.value)) < 1000
         assert str(raised.value).isprintable()
+    config = runs / "interrupted/config.yaml"
+    config.write_text(config.read_text().replace("block: ", f"block: {'x' * 5000}"))
+    assert len(look(runs / "interrupted").trouble[0]) < 1000

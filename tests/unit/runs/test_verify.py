@@ -22,6 +22,7 @@ from lowmem.runs.history import read_history
 from lowmem.runs.verify import Finding, Status
 from tests.faults.damage import flip
 from tests.faults.disk import tiny_disk
+from tests.faults.fuzzing import rehash
 from tests.faults.readers import small_plan
 from tests.faults.small_run import Heard, copy_run, make_run
 
@@ -218,3 +219,17 @@ def test_a_name_that_is_no_text(run: Path, capsys: pytest.CaptureFixture[str]) -
     captured = capsys.readouterr()
     assert leaving.value.code == 0, captured.err
     assert all(line.isprintable() for line in [*captured.out.splitlines(), *captured.err.splitlines()])
+
+
+def test_a_field_that_this_version_does_not_know(run: Path) -> None:
+    """Of a later one, or damage: a resume could not carry it on, and verify says so."""
+    newest = checkpoints.found(run / "checkpoints")[0]
+    state = json.loads((newest / "state.json").read_text())
+    state["run"]["momentum_of_tomorrow"] = 1
+    (newest / "state.json").write_text(json.dumps(state))
+    rehash(newest)
+    assert any("does not know" in finding.what for finding in _bad(run))
+    assert verify(run).resumes_from == "step-00000006"
+    heard = Heard()
+    resume_training(run, observer=heard)
+    assert any("step-00000006" in text for text in heard.notes)
