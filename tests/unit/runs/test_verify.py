@@ -16,6 +16,7 @@ from lowmem.api import recorded_settings, resume_training
 from lowmem.belonging import verify
 from lowmem.cli.main import main
 from lowmem.errors import UsageError
+from lowmem.reading import TABLE_LIMIT_BYTES
 from lowmem.report.write import write_report
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.history import read_history
@@ -233,3 +234,14 @@ def test_a_field_that_this_version_does_not_know(run: Path) -> None:
     heard = Heard()
     resume_training(run, observer=heard)
     assert any("step-00000006" in text for text in heard.notes)
+
+
+@pytest.mark.parametrize("name", ["gradients.csv", "steps.csv"])
+def test_rows_too_many_for_a_report_are_left_out_of_it_and_nothing_else(name: str, run: Path) -> None:
+    os.truncate(run / name, TABLE_LIMIT_BYTES + 1)
+    found = read_history(run)
+    assert any(name in note and "left out" in note for note in found.notes)
+    assert len(found.epochs) == 2
+    assert verify(run).can_resume
+    resume_training(run, recorded_settings(run).replace({"train.max_steps": 8}, "test"))
+    assert read_history(run).steps[-1].step == 8
