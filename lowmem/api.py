@@ -21,16 +21,18 @@ from lowmem.confirm import Confirmed
 from lowmem.data import Dataset, load
 from lowmem.decide import decide, forked_plan, plan_of
 from lowmem.environment import describe
-from lowmem.errors import OutOfMemory, UsageError
+from lowmem.errors import OutOfMemory, PreflightError, UsageError
 from lowmem.measure.cap import cap_allocator
 from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.preflight import preflight
+from lowmem.reading import shorten
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.setup import never_began, refuse_existing, start_again
 from lowmem.runs.store import RunFolder, leaving_no_trace, require_run
 from lowmem.settings import Settings, from_yaml, refuse_changes, to_yaml
 from lowmem.train.board import check_board, exporting
+from lowmem.train.early import leaving_early
 from lowmem.train.loop import Outcome, Trainer
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import starts_low
@@ -47,6 +49,7 @@ class RunResult:
     outcome: Outcome
 
 
+@leaving_early()
 def run_training(
     config: Config | Settings,
     out: Path | str | None = None,
@@ -105,6 +108,7 @@ def run_training(
         return _go(trainer, folder)
 
 
+@leaving_early()
 def resume_training(path: Path | str, changes: Settings | None = None, observer: Observer | None = None) -> RunResult:
     """What `lowmem resume` does: go on from the newest checkpoint that verifies, in the middle of its epoch.
 
@@ -164,6 +168,7 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
         return _go(trainer, folder)
 
 
+@leaving_early()
 def fork_run(
     source: Path | str,
     *,
@@ -190,7 +195,7 @@ def fork_run(
             f"{path} lies inside of {source}, which a fork leaves as it is: choose another folder with --out"
         )
     recorded = recorded_settings(source)
-    settings = resolve_execution(fork.changed(recorded, changes, f"fork of {source.name}"))
+    settings = resolve_execution(fork.changed(recorded, changes, f"fork of {shorten(source.name)}"))
     differing = fork.check(recorded.config, settings.config)
     require_device(settings.config.train.device)
     check_board(settings.config)
@@ -272,9 +277,14 @@ def _keeping(recorded: Settings, settings: Settings) -> Settings:
 
 def _refuse_existing(path: Path) -> None:
     """The same refusal as `RunFolder.create`, before minutes are spent on decoding pictures."""
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file: choose another folder with --out")
-    refuse_existing(path)
+    try:
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file: choose another folder with --out")
+        refuse_existing(path)
+    except OSError as error:
+        raise PreflightError(
+            f"{path} cannot be looked at ({error.strerror or error}): choose another folder with --out"
+        ) from None
 
 
 def _load_data(config: Config, observer: Observer) -> Dataset:

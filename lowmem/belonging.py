@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 
+from torch import nn
+
 from lowmem.choose.session import wants_plan
 from lowmem.config import Config
 from lowmem.decide import read_plan
@@ -16,6 +18,7 @@ from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.store import require_run
 from lowmem.runs.verify import Belonging, Verified, verify_run
 from lowmem.settings import from_yaml
+from lowmem.train.gradients import measured_weights
 from lowmem.train.state import check_belongs, config_hash
 
 Shape = tuple[int | None, ...]
@@ -25,12 +28,15 @@ _CLASSES = ("linear.weight", "linear.bias")
 def network_shapes(config: Config) -> dict[str, Shape]:
     """Name -> shape of the network's tensors, without making any. None: as many as there are classes, which only the
     data tells."""
-    model = config.model
-    net = skeleton(model.arch, model.block, width=model.width)
     return {
         name: (None, *tensor.shape[1:]) if name in _CLASSES else tuple(tensor.shape)
-        for name, tensor in net.state_dict().items()
+        for name, tensor in _skeleton(config).state_dict().items()
     }
+
+
+def _skeleton(config: Config) -> nn.Module:
+    model = config.model
+    return skeleton(model.arch, model.block, width=model.width)
 
 
 def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, tuple[int, ...]], what: str) -> None:
@@ -81,6 +87,7 @@ def verify(run: Path) -> Verified:
             plan=lambda: _plan_in_words(run, config),
             most_bytes=most_bytes(config),
             epochs=config.train.epochs,
+            layers=tuple(measured_weights(_skeleton(config))),
         ),
     )
 

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lowmem.runs.history import read_history
 from lowmem.runs.space import kept_epochs, rows_bytes, run_bytes
 from lowmem.runs.store import RunFolder, csv_line
 from lowmem.settings import from_yaml
+from lowmem.train.gradients import default_every
 from lowmem.train.loop import Trainer
 from lowmem.train.state import cpu_tensors
 from lowmem.train.trial import Tried, try_step
@@ -50,7 +52,7 @@ def preflight(trainer: Trainer, folder: RunFolder) -> None:
     trial = folder.path / ".preflight"
     try:
         written = _try_outputs(trainer, folder, trial, tried)
-        disk = _check_space(trainer, folder.path, written)
+        disk = _check_space(trainer, folder.path, written, tried.layers)
     except OSError as error:
         raise PreflightError(
             f"{folder.path} cannot take the run's outputs ({error.strerror or error}): choose another folder with --out"
@@ -202,7 +204,7 @@ def _time_line(trainer: Trainer, tried: Tried, saving_seconds: float) -> str:
     )
 
 
-def _check_space(trainer: Trainer, path: Path, written: Written) -> str:
+def _check_space(trainer: Trainer, path: Path, written: Written, layers: Sequence[str]) -> str:
     """The line on disk. Raises PreflightError if there is too little."""
     config = trainer.config
     kept = kept_epochs(epochs=config.train.epochs, keep_every=config.checkpoint.keep_every)
@@ -216,6 +218,8 @@ def _check_space(trainer: Trainer, path: Path, written: Written) -> str:
             steps_per_epoch=trainer.batches.steps_per_epoch,
             log_every_steps=config.train.log_every_steps,
             steps_between_saves=config.checkpoint.steps_between_saves,
+            layers=len(layers),
+            grad_norms_every=config.train.grad_norms_every or default_every(trainer.batches.steps_per_epoch),
         ),
     )
     most = config.checkpoint.keep + 1 + kept

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowmem.cli.lines import describe_epoch
+from lowmem.cli.printed import printable
 from lowmem.report import ReportResult
 from lowmem.report.departures import departures
 from lowmem.report.resources import HEADER as RESOURCES
@@ -52,14 +53,14 @@ class PlainObserver(Observer):
 
     def note(self, text: str) -> None:
         try:
-            print(text, flush=True)
+            print(printable(text), flush=True)
         except OSError:
             # Whoever read this left (`| head`, a closed terminal): no reason to stop a run.
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     def warning(self, text: str) -> None:
         try:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
         except OSError:
             sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
@@ -88,11 +89,11 @@ class LiveObserver(Observer):
 
     def note(self, text: str) -> None:
         with suppress(OSError):  # the terminal may be gone
-            self._console.print(Text(text))
+            self._console.print(Text(printable(text)))
 
     def warning(self, text: str) -> None:
         with suppress(OSError):
-            self._console.print(Text(f"warning: {text}", style="bold yellow"))
+            self._console.print(Text(printable(f"warning: {text}"), style="bold yellow"))
 
     def progress(self, progress: Progress) -> None:
         with suppress(OSError):
@@ -133,6 +134,6 @@ def show_report(result: ReportResult) -> None:
     for runs, differs in departures(result.rows):
         console.print(Text(f"{runs}: {differs}"))
     page = "" if result.page is None else f", and all of it in {result.page}"
-    print(f"written: {result.markdown} and {len(result.figures)} figures beside it{page}")
+    print(printable(f"written: {result.markdown} and {len(result.figures)} figures beside it{page}"))
     if result.event_files is not None:
         print(f"curves for TensorBoard: tensorboard --logdir {result.event_files}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lowmem.cli.printed import printable
 from lowmem.runs.listing import Listed, list_runs
 from lowmem.units import format_size
 
@@ -20,7 +21,7 @@ def show_ls(folder: Path, as_json: bool) -> None:
         print(json.dumps([run.to_json() for run in runs], indent=1))
         return
     if not runs:
-        print(f"there are no runs in {folder}: start one with `lowmem train`")
+        print(f"there are no runs in {printable(str(folder))}: start one with `lowmem train`")
         return
     rows = [_HEADER, *(_cells(run, folder) for run in runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
@@ -32,7 +33,7 @@ def show_ls(folder: Path, as_json: bool) -> None:
         print("  ".join(cells).rstrip())
     for run in runs:
         for words in run.trouble:
-            print(f"{_printable(_name(run, folder))}: {_printable(words)}")
+            print(f"{printable(_name(run, folder))}: {printable(words)}")
 
 
 def _cells(run: Listed, folder: Path) -> tuple[str, ...]:
@@ -40,8 +41,8 @@ def _cells(run: Listed, folder: Path) -> tuple[str, ...]:
     state = run.state if run.writer is None else f"{run.state} ({run.writer})"
     best = "" if run.best_error_pct is None else f"{_percent(run.best_error_pct)} (epoch {run.best_epoch})"
     return (
-        _printable(_name(run, folder)),
-        _printable(state),
+        printable(_name(run, folder)),
+        printable(state),
         f"{'?' if run.epoch is None else run.epoch}/{epochs}",
         _percent(run.last_error_pct),
         best,
@@ -63,8 +64,3 @@ def _name(run: Listed, folder: Path) -> str:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.2f} %"
-
-
-def _printable(text: str) -> str:
-    """A folder's name may hold anything; a terminal obeys control characters."""
-    return "".join(char if char.isprintable() else "?" for char in text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lowmem.belonging import verify
+from lowmem.cli.printed import printable
 from lowmem.errors import ExitCode
 from lowmem.runs.verify import Verified, to_json
 
@@ -17,8 +18,8 @@ def show_verify(run: Path, as_json: bool) -> ExitCode:
     else:
         width = max(len(finding.where) for finding in found.findings)
         for finding in found.findings:
-            print(f"{finding.status:8} {finding.where:{width}}  {finding.what}")
-        print(_summary(found))
+            print(printable(f"{finding.status:8} {finding.where:{width}}  {finding.what}"))
+        print(printable(_summary(found)))
     return ExitCode.DONE if found.can_resume else ExitCode.CHECKPOINT
 
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from lowmem.reading import shorten as one_line
 from lowmem.report.palette import network_name
 from lowmem.runs.history import History
 
@@ -18,7 +19,7 @@ def run_names(histories: Sequence[History]) -> list[str]:
     """
     names = [history.name for history in histories]
     names = [
-        f"{history.path.resolve().parent.name}/{name}" if names.count(name) > 1 else name
+        f"{one_line(history.path.resolve().parent.name)}/{name}" if names.count(name) > 1 else name
         for name, history in zip(names, histories, strict=True)
     ]
     seen: Counter[str] = Counter()

@@ -20,6 +20,7 @@ from lowmem.plan.record import Plan
 from lowmem.reproduce.job import Job
 from lowmem.reproduce.standing import Standing
 from lowmem.runs.space import kept_epochs, rows_bytes, run_bytes
+from lowmem.train.gradients import default_every, measured_weights
 from lowmem.train.observer import Observer
 from lowmem.units import format_size
 
@@ -143,7 +144,7 @@ def _disk_bytes(job: Job, standing: Standing, dataset: Dataset) -> int:
     model = skeleton(member.arch, member.block, width=config.model.width, num_classes=len(dataset.classes))
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     state = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    kept, epochs = config.checkpoint, standing.epochs
+    kept, epochs, steps = config.checkpoint, standing.epochs, -(-len(dataset.train) // config.train.batch)
     return run_bytes(
         checkpoint_bytes=state + (parameters if config.optim.momentum > 0 else 0),
         parameter_bytes=parameters,
@@ -151,9 +152,11 @@ def _disk_bytes(job: Job, standing: Standing, dataset: Dataset) -> int:
         kept_epochs=kept_epochs(epochs=epochs, keep_every=kept.keep_every),
         rows_bytes=rows_bytes(
             epochs=epochs,
-            steps_per_epoch=-(-len(dataset.train) // config.train.batch),
+            steps_per_epoch=steps,
             log_every_steps=config.train.log_every_steps,
             steps_between_saves=kept.steps_between_saves,
+            layers=len(measured_weights(model)),
+            grad_norms_every=config.train.grad_norms_every or default_every(steps),
         ),
     )
 

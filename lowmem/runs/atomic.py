@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 PARTIAL = ".partial"
+_BLOCK_BYTES = 1 << 16
 
 
 def fsync_folder(folder: Path) -> None:
@@ -62,6 +65,33 @@ def write_text_atomic(path: Path, text: str) -> None:
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that replaces `path` when it is whole, for what is too large to be one value. Raises OSError."""
+    aside = path.with_name(path.name + PARTIAL)
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        replace_path(aside, path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def cut_file(path: Path, size_bytes: int) -> None:
+    """Cuts a file to its first bytes, and waits until these are on the disk: there is no state between before and
+    after. Raises OSError."""
+    with open(path, "rb+") as file:
+        if file.seek(0, os.SEEK_END) > size_bytes:
+            file.truncate(size_bytes)
+            file.flush()
+        os.fsync(file.fileno())
+
+
 def append_lines(path: Path, lines: list[str], *, after_bytes: int | None = None) -> int:
     """Appends whole lines and waits until they are on the disk. Returns the size of the file then.
 
@@ -69,8 +99,9 @@ def append_lines(path: Path, lines: list[str], *, after_bytes: int | None = None
     off. Without it only half a line at the end is, which a killed process or a full disk left: the new one must not be
     glued to it. Raises OSError; the file then ends where it did, unless not even that could be done.
     """
-    if after_bytes is None and lines:
-        _cut_half_line(path)
+    new = bool(lines) and not path.exists()
+    if after_bytes is None and lines and not new and (whole := whole_lines_bytes(path)) < path.stat().st_size:
+        cut_file(path, whole)
     # Unbuffered: a buffer would keep what the disk refused and write it when the file is closed.
     with open(path, "ab", buffering=0) as file:
         begin = file.tell() if after_bytes is None else after_bytes
@@ -89,16 +120,19 @@ def append_lines(path: Path, lines: list[str], *, after_bytes: int | None = None
             with suppress(OSError):
                 file.truncate(begin)
             raise
+    if new:
+        fsync_folder(path.parent)
     return end
 
 
-def _cut_half_line(path: Path) -> None:
-    if not path.is_file() or path.stat().st_size == 0:
-        return
+def whole_lines_bytes(path: Path) -> int:
+    """The size of a file without the half line at its end, if there is one. Raises OSError."""
     with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) == b"\n":
-            return
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-    os.truncate(path, whole)
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            begin = max(0, end - _BLOCK_BYTES)
+            file.seek(begin)
+            if (found := file.read(end - begin).rfind(b"\n")) >= 0:
+                return begin + found + 1
+            end = begin
+    return 0

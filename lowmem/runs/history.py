@@ -140,22 +140,25 @@ def read_history(run: Path) -> History:
     text).
     """
     run = Path(run)
-    if not run.exists():
-        raise UsageError(f"{run} does not exist: give the folder of a run, as in runs/res20")
-    if not run.is_dir() or not (run / "config.yaml").is_file():
-        raise UsageError(
-            f"{run} is not a run folder (no config.yaml in it): give the folder of a run, as in runs/res20"
-        )
+    try:
+        if not run.exists():
+            raise UsageError(f"{run} does not exist: give the folder of a run, as in runs/res20")
+        if not run.is_dir() or not (run / "config.yaml").is_file():
+            raise UsageError(
+                f"{run} is not a run folder (no config.yaml in it): give the folder of a run, as in runs/res20"
+            )
+    except OSError as error:
+        raise UsageError(f"{run} cannot be looked into ({error.strerror or error}): check its permissions") from None
     refuse_leads(run)
     notes: list[str] = []
     config = read_settings(run)
     return History(
         path=run,
-        name=run.resolve().name,  # "." and "runs/res20/" have a name as well
+        name=shorten(run.resolve().name),  # "." and "runs/res20/" have a name as well
         config=config,
         env=_read_env(run / "env.json", notes),
         epochs=_read_table(run / "metrics.csv", METRICS, "epoch", EpochRow, notes),
-        steps=_read_table(run / "steps.csv", STEPS, "step", StepRow, notes),
+        steps=() if _too_large(run / "steps.csv", notes) else _read_steps(run, notes),
         events=_read_events(run / "events.jsonl", notes),
         best=_read_best(run / "weights" / "best.safetensors", notes),
         classes=_count_classes(run, config),
@@ -194,7 +197,7 @@ def read_settings(run: Path) -> Config:
             f"{path}: {shorten(key)}: {shorten(first['msg'])}: was it written by another version?"
         ) from error
     except UsageError as error:  # an unknown architecture or block speaks for itself
-        raise UsageError(f"{path}: {error}") from error
+        raise UsageError(f"{path}: {shorten(error, 500)}") from error
 
 
 def _bytes(path: Path, limit_bytes: int) -> bytes:
@@ -246,7 +249,21 @@ def _read_table(path: Path, known: tuple[str, ...], rising: str, row: type[Row],
 
 
 def _read_gradients(path: Path, notes: list[str]) -> Gradients:
-    return gradient_rows.parse(path, _whole_lines(path, notes)) if path.exists() else Gradients()
+    if not path.exists() or _too_large(path, notes):
+        return Gradients()
+    return gradient_rows.parse(path, _whole_lines(path, notes))
+
+
+def _read_steps(run: Path, notes: list[str]) -> tuple[StepRow, ...]:
+    return _read_table(run / "steps.csv", STEPS, "step", StepRow, notes)
+
+
+def _too_large(path: Path, notes: list[str]) -> bool:
+    """A run that records every step of small batches may write more than there is room for here: not its fault."""
+    if not path.is_file() or path.stat().st_size <= TABLE_LIMIT_BYTES:
+        return False
+    notes.append(f"{path.name} has {path.stat().st_size:,} bytes, more than are read: what it holds is left out")
+    return True
 
 
 def _read_header(path: Path, line: str, known: tuple[str, ...], row: type[Row]) -> list[str]:

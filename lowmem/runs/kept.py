@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import CorruptCheckpoint
+from lowmem.reading import shorten
 
 _LIMIT_BYTES = 1 << 20
 
@@ -61,9 +62,10 @@ def _check_size(path: Path, name: str, expected: object) -> None:
     try:
         size = (path / name).lstat().st_size
     except (OSError, ValueError):
-        raise CorruptCheckpoint(f"{path / name} is missing") from None
+        raise CorruptCheckpoint(f"{path}: {shorten(name)} is missing") from None
     if size != expected:
-        raise CorruptCheckpoint(f"{path / name} has {size} bytes, the commit record says {expected}")
+        said = shorten(expected, 40)
+        raise CorruptCheckpoint(f"{path}: {shorten(name)} has {size} bytes, the commit record says {said}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

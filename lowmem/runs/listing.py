@@ -6,7 +6,6 @@ that cannot be read is listed as damaged, with the reason: one bad folder must n
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import socket
@@ -19,13 +18,15 @@ from filelock import FileLock, Timeout
 
 from lowmem.config import Config
 from lowmem.errors import CorruptCheckpoint, LowmemError, UsageError
+from lowmem.reading import shorten
 from lowmem.runs.checkpoint import found
 from lowmem.runs.history import EpochRow, read_epochs
 from lowmem.runs.kept import Position, read_position
+from lowmem.runs.lock import LOCK_NAME, OWNER_NAME, read_owner
 
 State = Literal["training", "finished", "stopped", "interrupted", "never started", "damaged"]
 _DEEPEST = 3  # folders of folders of runs
-_SIGNS = ("config.yaml", "metrics.csv", "checkpoints", "run.lock")
+_SIGNS = frozenset({"config.yaml", "metrics.csv", "checkpoints", "run.lock"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ def list_runs(folder: Path) -> list[Listed]:
 
     Raises UsageError if there is no such folder.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UsageError(f"{folder} does not exist: give the folder that holds the runs, like runs")
     return [look(path) for path in run_folders(folder)]
 
@@ -86,15 +87,20 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def _runs(folder: Path, deep: int) -> Iterator[Path]:
-    if any((folder / sign).exists() for sign in _SIGNS):
+    """What cannot be looked into may be a run, and is told with its reason."""
+    try:
+        with os.scandir(folder) as entries:
+            inside = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+    except FileNotFoundError:
+        return  # gone meanwhile
+    except OSError:
         yield folder
         return
-    try:
-        inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
-    except OSError:
+    if inside.keys() & _SIGNS:
+        yield folder
         return
-    for path in inside if deep else ():
-        yield from _runs(path, deep - 1)
+    for name in sorted(name for name, is_folder in inside.items() if is_folder) if deep else ():
+        yield from _runs(folder / name, deep - 1)
 
 
 def look(path: Path) -> Listed:
@@ -107,7 +113,7 @@ def look(path: Path) -> Listed:
     except (LowmemError, OSError) as error:
         # Somebody is writing it: then what was half written this moment is no damage.
         state: State = "damaged" if writer is None else "training"
-        return Listed(state=state, trouble=(" ".join(str(error).split()), *trouble), **known)
+        return Listed(state=state, trouble=(shorten(error, 1000), *trouble), **known)
     newest = positions[-1] if positions else None
     done = newest.epoch if newest else rows[-1].epoch if rows else 0
     step = newest.step if newest else rows[-1].step if rows else 0
@@ -136,15 +142,25 @@ def _positions(folder: Path) -> tuple[tuple[Position, ...], list[str]]:
     positions, trouble = [], []
     try:
         paths = found(folder)
-    except OSError as error:
-        return (), [f"{folder} cannot be read ({error.strerror or error})"]
+    except (CorruptCheckpoint, OSError) as error:
+        return (), [shorten(error, 1000)]
     for path in reversed(paths):
         try:
             positions.append(read_position(path))
         except CorruptCheckpoint as error:
-            if path.exists():  # else it was pruned meanwhile
+            if not _gone(path):  # else it was pruned meanwhile
                 trouble.append(f"a checkpoint is damaged: {error}")
     return tuple(positions), trouble
+
+
+def _gone(path: Path) -> bool:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _errors(rows: tuple[EpochRow, ...]) -> dict[str, Any]:
@@ -179,10 +195,11 @@ def writer_of(run: Path) -> str | None:
     The lock itself is tried only if its last owner may be alive: trying it holds it for an instant, in which the run
     could not be resumed.
     """
-    lock, owner = run / "run.lock", run / "run.owner.json"
-    if not lock.is_file() or lock.is_symlink() or not owner.is_file():
+    lock, owner = run / LOCK_NAME, run / OWNER_NAME
+    if not os.path.isfile(lock) or os.path.islink(lock) or not os.path.isfile(owner):
         return None
-    pid, host = _owner(owner)
+    known = read_owner(owner)
+    pid, host = (known.pid, known.host) if known is not None and known.pid > 0 else (None, None)
     here = host is None or host == socket.gethostname()
     if pid is not None and here and not may_be_alive(pid):
         return None
@@ -194,15 +211,6 @@ def writer_of(run: Path) -> str | None:
         return words if here else f"{words} on {host}"
     except OSError:
         return None  # a medium that cannot be written to: nobody trains there
-
-
-def _owner(path: Path) -> tuple[int | None, str | None]:
-    try:
-        owner = json.loads(path.read_bytes())
-        pid, host = owner["pid"], owner["host"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None, None
-    return pid if type(pid) is int and pid > 0 else None, host if isinstance(host, str) else None
 
 
 def may_be_alive(pid: int) -> bool:

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from lowmem.errors import UsageError
 from lowmem.runs.atomic import write_text_atomic
 
+LOCK_NAME, OWNER_NAME = "run.lock", "run.owner.json"
 _OWNER_LIMIT_BYTES = 1 << 12
 
 
@@ -54,6 +55,7 @@ class RunLock:
         for file in (lock_file, owner_file):
             if file.is_symlink():
                 raise UsageError(f"{file} is a link, which no {what} of lowmem has: delete it if you trust the folder")
+        found = lock_file.exists()
         lock = FileLock(lock_file, timeout=0)
         try:
             lock.acquire()
@@ -71,9 +73,16 @@ class RunLock:
             owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
             write_text_atomic(owner_file, json.dumps(owner) + "\n")
         except BaseException:
+            if not found:  # a folder without a run stays one
+                with suppress(OSError):
+                    lock_file.unlink()
             lock.release()
             raise
         return cls(owner_file, lock, before)
+
+    @property
+    def held(self) -> bool:
+        return self._lock.is_locked
 
     def release(self) -> None:
         """Leaves the run to others. May be called again."""
@@ -81,6 +90,23 @@ class RunLock:
             with suppress(OSError):  # the folder may be gone, or the disk: the next one takes it for a dead holder's
                 self._owner_file.unlink(missing_ok=True)
         self._lock.release()
+
+    def remove(self) -> None:
+        """Releases the lock and removes it, and the folder if there is nothing else in it.
+
+        The lock file goes while it is locked, and last: whoever makes a new one has a folder of its own from then on,
+        and whoever has the old one open finds that it is gone.
+        """
+        lock_file = Path(self._lock.lock_file)
+        for file in (self._owner_file, lock_file):
+            with suppress(OSError):
+                file.unlink()
+        self._lock.release()
+        if os.name == "nt":  # deletes no file that is open, not even by another
+            with suppress(OSError):
+                lock_file.unlink()
+        with suppress(OSError):
+            lock_file.parent.rmdir()
 
 
 def read_owner(file: Path) -> Owner | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowmem.runs.atomic import append_lines
+from lowmem.runs.atomic import append_lines, whole_lines_bytes
 
 
 class RowFile:
@@ -50,7 +49,7 @@ class RowFile:
             return
         try:
             if self._good_bytes is None or _size(self.path) < self._good_bytes:  # shorter: others have been at it
-                self._good_bytes = _whole_lines_bytes(self.path)
+                self._good_bytes = whole_lines_bytes(self.path) if self.path.exists() else 0
             self._good_bytes = append_lines(self.path, self._waiting, after_bytes=self._good_bytes)
         except OSError:
             self._refused = True
@@ -60,18 +59,3 @@ class RowFile:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _whole_lines_bytes(path: Path) -> int:
-    """The size of the file without the half line at its end, if there is one. Raises OSError."""
-    if not path.exists():
-        return 0
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size == 0:
-            return 0
-        file.seek(size - 1)
-        if file.read(1) == b"\n":
-            return size
-        file.seek(0)
-        return file.read().rfind(b"\n") + 1

@@ -7,6 +7,7 @@ next `lowmem train` takes it over instead of refusing it.
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from lowmem.errors import UsageError
@@ -53,15 +54,17 @@ def refuse_existing(path: Path) -> None:
     )
 
 
-def clear(path: Path) -> None:
-    """Empties the folder of a run that never began, but for its lock, which the caller holds. Raises OSError."""
+def clear(path: Path, *, ignore_errors: bool = False) -> None:
+    """Empties the folder of a run that never began, but for its lock, which the caller holds. Raises OSError;
+    `ignore_errors`: leaves what cannot be deleted."""
     for entry in path.iterdir():
         if entry.name in _LOCK:
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
+            shutil.rmtree(entry, ignore_errors=ignore_errors)
         else:
-            entry.unlink()
+            with suppress(*[OSError] * ignore_errors):
+                entry.unlink()
 
 
 def start_again(path: Path) -> str:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 # Generous: a row of metrics.csv with its `checkpoint` event, and one of steps.csv.
 _EPOCH_BYTES, _STEP_BYTES = 1024, 64
+_NORM_BYTES = 13  # of gradients.csv: six digits, an exponent, a comma
 
 
-def rows_bytes(*, epochs: int, steps_per_epoch: int, log_every_steps: int, steps_between_saves: int | None) -> int:
-    """Bytes of metrics.csv, steps.csv and events.jsonl at the end of a run."""
+def rows_bytes(
+    *,
+    epochs: int,
+    steps_per_epoch: int,
+    log_every_steps: int,
+    steps_between_saves: int | None,
+    layers: int,
+    grad_norms_every: int,
+) -> int:
+    """Bytes of metrics.csv, steps.csv, gradients.csv (of `layers` norms, every so many steps) and events.jsonl at the
+    end of a run."""
     steps = epochs * steps_per_epoch
     saves = steps // steps_between_saves if steps_between_saves else 0
-    return epochs * _EPOCH_BYTES + (steps // log_every_steps) * _STEP_BYTES + saves * 2 * _STEP_BYTES
+    gradients = (1 + steps // grad_norms_every) * (_STEP_BYTES + layers * _NORM_BYTES)
+    logged = (steps // log_every_steps) * _STEP_BYTES
+    return epochs * _EPOCH_BYTES + logged + saves * 2 * _STEP_BYTES + gradients
 
 
 def kept_epochs(*, epochs: int, keep_every: int | None) -> int:

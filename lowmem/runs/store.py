@@ -17,10 +17,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from lowmem.errors import DiskError, PreflightError, UsageError
+from lowmem.errors import CorruptCheckpoint, DiskError, PreflightError, UsageError
+from lowmem.reading import shorten
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs import columns, gradients
-from lowmem.runs.atomic import PARTIAL, append_lines, write_bytes_atomic, write_text_atomic
+from lowmem.runs.atomic import (
+    PARTIAL,
+    append_lines,
+    fsync_folder,
+    replace_path,
+    replacing,
+    write_bytes_atomic,
+    write_text_atomic,
+)
 from lowmem.runs.checkpoint import FULL, disk_error
 from lowmem.runs.guard import refuse_leads
 from lowmem.runs.lock import Owner, RunLock
@@ -66,25 +75,31 @@ class RunFolder:
         """
         refuse_existing(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            run = cls(path, RunLock.acquire(path))
+            run = cls(path, _lock_new(path))
             try:
                 refuse_existing(path)  # another process may have begun a run in the meantime
             except UsageError:
                 run._lock.release()
                 raise
-            clear(path)
-            (path / "checkpoints").mkdir()
-            (path / "weights").mkdir()
-            write_text_atomic(path / "config.yaml", config_yaml)
-            write_text_atomic(path / "env.json", json.dumps(environment, indent=1) + "\n")
-            append_lines(run.metrics_file, [",".join(columns.METRICS)])
-            append_lines(run.steps_file, [",".join(columns.STEPS)])
+            try:
+                run._set_up(config_yaml, environment)
+            except BaseException:
+                run.discard()
+                raise
         except OSError as error:
             raise PreflightError(
                 f"the run folder {path} cannot be written ({error.strerror or error}): choose another with --out"
             ) from None
         return run
+
+    def _set_up(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
+        clear(self.path)
+        (self.path / "checkpoints").mkdir()
+        (self.path / "weights").mkdir()
+        write_text_atomic(self.path / "config.yaml", config_yaml)
+        write_text_atomic(self.path / "env.json", json.dumps(environment, indent=1) + "\n")
+        append_lines(self.metrics_file, [",".join(columns.METRICS)])
+        append_lines(self.steps_file, [",".join(columns.STEPS)])
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -124,9 +139,12 @@ class RunFolder:
         checkpoints.tidy(self.checkpoints, keep=keep, keep_every=keep_every)
 
     def discard(self) -> None:
-        """Removes a run folder that never took a step."""
-        self._lock.release()
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Removes a run folder that never took a step, while it is still locked: nobody else begins in it meanwhile."""
+        if not self._lock.held:
+            return  # done before: what is there by now is somebody else's
+        with suppress(OSError):
+            clear(self.path, ignore_errors=True)
+        self._lock.remove()
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         """Writes plan.json atomically. Raises DiskError."""
@@ -184,19 +202,30 @@ class RunFolder:
                 self.write_plan(self._plan_waiting)
                 self._plan_waiting = None
 
-    def begin_gradients(self, layers: Sequence[str], *, step: int) -> None:
+    def begin_gradients(self, layers: Sequence[str], *, step: int) -> str | None:
         """Makes gradients.csv with its header, or drops the rows after `step` from the one that is there.
 
-        Raises DiskError, and CorruptCheckpoint if it is another network's."""
-        names = gradients.columns(layers)
+        Nothing is computed from it, so that nothing in it can stop a run: one that is no table of these layers is set
+        aside as `damaged-gradients.csv`. Returns a sentence if anything was wrong. Raises DiskError.
+        """
+        file, names = self.gradients_file, gradients.columns(layers)
+        damage = None
         try:
-            if self.gradients_file.is_file() and self.gradients_file.stat().st_size:
-                cut(self.gradients_file, names, "step", step)
+            if file.is_file() and file.stat().st_size == 0:
+                file.unlink()
+            if file.exists():
+                try:
+                    damage = cut(file, names, "step", step)
+                except (CorruptCheckpoint, PermissionError) as error:
+                    aside = _free(file.with_name(f"damaged-{file.name}"))
+                    replace_path(file, aside)
+                    damage = f"{shorten(error)}; the run goes on with a new one, the file as it was is {aside.name}"
                 self._gradients.replaced()
-            elif not self._gradients.waiting:
+            if not file.exists() and not self._gradients.waiting:
                 self._append(self._gradients, [",".join(names)])
         except OSError as error:
-            raise disk_error(error, self.gradients_file) from error
+            raise disk_error(error, file) from error
+        return damage
 
     def append_gradients(self, rows: Sequence[tuple[int, int, Sequence[float]]]) -> None:
         """Appends (step, epoch, norms) to gradients.csv."""
@@ -206,7 +235,8 @@ class RunFolder:
     def copy_metrics(self, source: Path, *, epoch: int) -> None:
         """Takes over the rows of another run's metrics.csv up to `epoch`. Raises DiskError."""
         try:
-            shutil.copyfile(source / "metrics.csv", self.metrics_file)
+            with open(source / "metrics.csv", "rb") as old, replacing(self.metrics_file) as new:
+                shutil.copyfileobj(old, new)
             cut(self.metrics_file, columns.METRICS, "epoch", epoch)
             self._metrics.replaced()
         except OSError as error:
@@ -258,25 +288,53 @@ def leaving_no_trace(path: Path) -> Iterator[None]:
         yield
     finally:
         if not path.exists():
-            with suppress(OSError):
-                for folder in made[1:]:
+            for folder in made[1:]:
+                with suppress(OSError):
                     folder.rmdir()  # only if it is empty
-                if was_there:
+            if was_there:
+                with suppress(OSError):
                     path.mkdir()
+
+
+def _lock_new(path: Path) -> RunLock:
+    """Makes the folder, durably, and locks it. One that cannot be locked does not stay. Raises OSError, UsageError."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for folder in made:
+            with suppress(OSError):  # who may write to a folder may perhaps not read it
+                fsync_folder(folder.parent)
+        return RunLock.acquire(path)
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                path.rmdir()  # only if it is empty
+        raise
+
+
+def _free(path: Path) -> Path:
+    """`path`, or if there is something of that name already, the first of it with a number that is free."""
+    names = (path, *(path.with_stem(f"{path.stem}-{number}") for number in range(2, 1000)))
+    return next((one for one in names if not one.exists()), path)
 
 
 def require_run(path: Path) -> None:
     """Raises UsageError unless `path` looks like a run folder."""
-    if not path.is_dir():
-        raise UsageError(f"{path} does not exist: give the folder of a run, like runs/res110")
-    if not (path / "config.yaml").is_file():
-        if never_began(path):
-            raise UsageError(start_again(path))
-        if (path / JOB).is_file():
+    try:
+        if not path.is_dir():
+            raise UsageError(f"{path} does not exist: give the folder of a run, like runs/res110")
+        if not (path / "config.yaml").is_file():
+            if never_began(path):
+                raise UsageError(start_again(path))
+            if (path / JOB).is_file():
+                raise UsageError(
+                    f"{path} is the folder of a job of several runs: go on with `lowmem reproduce --out {path}`"
+                )
             raise UsageError(
-                f"{path} is the folder of a job of several runs: go on with `lowmem reproduce --out {path}`"
+                f"{path} is no run folder (it has no config.yaml): give the folder of a run, like runs/res110"
             )
-        raise UsageError(f"{path} is no run folder (it has no config.yaml): give the folder of a run, like runs/res110")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be looked into ({error.strerror or error}): check its permissions") from None
     refuse_leads(path)
 
 

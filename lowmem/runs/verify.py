@@ -19,9 +19,10 @@ from typing import Any
 
 from lowmem.errors import CorruptCheckpoint
 from lowmem.reading import TABLE_LIMIT_BYTES, Unreadable, parse_json, read_json, read_limited, shorten
-from lowmem.runs import columns
+from lowmem.runs import columns, gradients
 from lowmem.runs.checkpoint import Checkpoint, load, named
 from lowmem.runs.header import read_header
+from lowmem.runs.lock import OWNER_NAME, read_owner
 from lowmem.runs.table import look
 from lowmem.units import format_size
 
@@ -64,13 +65,14 @@ class Verified:
 class Belonging:
     """What is the run's own. Each raises CorruptCheckpoint for what is not. `tensors`: of shapes by name, and what to
     call them; `plan`: the run's plan in words, None if it needs none. `most_bytes`: of a file of tensors. `epochs`: of
-    the whole run."""
+    the whole run. `layers`: those of gradients.csv."""
 
     checkpoint: Callable[[Checkpoint], None]
     tensors: Callable[[Mapping[str, tuple[int, ...]], str], None]
     plan: Callable[[], str | None]
     most_bytes: int
     epochs: int
+    layers: tuple[str, ...]
 
 
 def verify_run(run: Path, belonging: Belonging) -> Verified:
@@ -87,6 +89,7 @@ def verify_run(run: Path, belonging: Belonging) -> Verified:
         obstacles.append(_rows(run / name, names, key, None if state is None else state[at], findings))
     for name in ("last", "best"):
         _weights(run / "weights" / f"{name}.safetensors", belonging, good, findings)
+    _gradients(run / gradients.FILE_NAME, belonging.layers, None if state is None else state["step"], findings)
     _records(run, findings)
     obstacle = next((one for one in obstacles if one is not None), None)
     if state is None:
@@ -144,7 +147,7 @@ def _rows(path: Path, names: tuple[str, ...], key: str, last: int | None, findin
     except (CorruptCheckpoint, OSError) as error:
         findings.append(Finding(Status.DAMAGED, path.name, shorten(error, 500)))
         return f"{path.name} cannot be used"
-    words = f"{len(rows.kept)} rows" + (f" up to the checkpoint, {rows.beyond} after it" if rows.beyond else "")
+    words = f"{rows.kept} rows" + (f" up to the checkpoint, {rows.beyond} after it" if rows.beyond else "")
     if rows.cut_off:
         words += ", the last line was cut off"
     if rows.damage is not None:
@@ -156,6 +159,22 @@ def _rows(path: Path, names: tuple[str, ...], key: str, last: int | None, findin
         repeated = rows.beyond or rows.cut_off
         findings.append(Finding(Status.NOTE if repeated else Status.OK, path.name, words))
     return None
+
+
+def _gradients(path: Path, layers: tuple[str, ...], last: int | None, findings: list[Finding]) -> None:
+    """Nothing is computed from them: whatever they are, a resume goes on, setting aside what it cannot use."""
+    names = gradients.columns(layers)
+    try:
+        path.stat()
+        rows = look(path, names, "step", 1 << 53 if last is None else last)
+    except FileNotFoundError:
+        findings.append(Finding(Status.NOTE, path.name, "is not there"))
+    except (CorruptCheckpoint, OSError) as error:
+        words = f"{shorten(error, 300)}; a resume goes on all the same, with a new one"
+        findings.append(Finding(Status.NOTE, path.name, words))
+    else:
+        words = f"{rows.kept} rows of {len(layers)} layers" + (f", {rows.damage}" if rows.damage else "")
+        findings.append(Finding(Status.NOTE if rows.damage else Status.OK, path.name, words))
 
 
 def _weights(path: Path, belonging: Belonging, good: Mapping[str, Checkpoint], findings: list[Finding]) -> None:
@@ -217,10 +236,17 @@ def _lock(run: Path) -> Finding:
     """Whether somebody writes. The lock is not tried, which could be in the way of who wants it: Linux lists locks,
     elsewhere it stays unknown."""
     try:
-        inode = str((run / "run.lock").stat().st_ino)
+        status = (run / "run.lock").stat()
         with open("/proc/locks", encoding="ascii") as file:
             held = [line.split() for line in file]
-        writers = [fields[4] for fields in held if len(fields) > 5 and fields[5].rpartition(":")[2] == inode]
+        owner = read_owner(run / OWNER_NAME)
+        # The number of a file is one of its file system only. Some (btrfs) tell another device than is listed here:
+        # there the owner's word is taken that it is this file.
+        device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+        same = [
+            (fields[4], fields[5]) for fields in held if len(fields) > 5 and fields[5].endswith(f":{status.st_ino}")
+        ]
+        writers = [pid for pid, at in same if at.startswith(f"{device}:") or (owner and pid == str(owner.pid))]
     except FileNotFoundError:
         return Finding(Status.NOTE, "run.lock", f"whether a process writes it is not known; {_owner(run)}")
     except (OSError, ValueError):

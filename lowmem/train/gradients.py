@@ -19,6 +19,12 @@ def default_every(steps_per_epoch: int) -> int:
     return min(MOST_STEPS_APART, max(1, steps_per_epoch // 10))
 
 
+def measured_weights(model: nn.Module) -> dict[str, Tensor]:
+    """All trainable convolution and linear weights by name, in the order of the forward pass."""
+    layers = [(name, one) for name, one in model.named_modules() if isinstance(one, (nn.Conv2d, nn.Linear))]
+    return {f"{name}.weight": one.weight for name, one in layers if one.weight.requires_grad}
+
+
 class GradientNorms:
     """L2 norms of the gradients of all trainable convolution and linear weights, in the order of the forward pass.
 
@@ -28,8 +34,7 @@ class GradientNorms:
 
     def __init__(self, model: nn.Module, step: TrainStep, every: int) -> None:
         """Records step 1, whose gradients are those of the initial weights, and every `every`-th step."""
-        layers = [(name, one) for name, one in model.named_modules() if isinstance(one, (nn.Conv2d, nn.Linear))]
-        weights = {f"{name}.weight": one.weight for name, one in layers if one.weight.requires_grad}
+        weights = measured_weights(model)
         self.names = tuple(weights)
         self._weights = tuple(weights.values())
         self._step = step

@@ -282,7 +282,7 @@ class _Loop:
         self.folder.append_metrics(row)
         self._save()
         t.observer.epoch(row, t.config.train.epochs)
-        self.watch.tell_stuck()
+        self.watch.tell_stuck(lambda: self.saver.finish(self.hurried))
         if self.signals.requested is not None and state.epoch < t.config.train.epochs:
             self._leave()
 

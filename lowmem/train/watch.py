@@ -33,7 +33,10 @@ class Watch:
     def begin(self) -> None:
         """At the start of the process and after going back: gradients.csv ends with the state's step."""
         self._norms.forget()
-        self._folder.begin_gradients(self._norms.names, step=self._t.state.step)
+        damage = self._folder.begin_gradients(self._norms.names, step=self._t.state.step)
+        if damage is not None:
+            self._t.observer.warning(damage)
+            self._folder.event("warning", what="gradient norms lost", reason=damage)
 
     def look(self) -> Callable[[], None] | None:
         """What the coming step is to do with its gradients."""
@@ -65,15 +68,19 @@ class Watch:
         self._tell = self._found is not None and not state.told_stuck
         state.told_stuck = self._found is not None
 
-    def tell_stuck(self) -> None:
-        """Says what the last epoch showed, once. Raises Stuck if the run is to stop for it; it is saved by then."""
+    def tell_stuck(self, finish: Callable[[], None]) -> None:
+        """Says what the last epoch showed, once. Raises Stuck if the run is to stop for it, after `finish`, which waits
+        until all is on disk and raises DiskError if that cannot be."""
         found, state, config = self._found, self._t.state, self._t.config.train
         if found is None:
             return
         stop = config.on_stuck == "stop" and state.epoch < config.epochs
+        if stop:
+            finish()
         if self._tell or stop:
             self._folder.event("stuck", **found.fields, layers=self._ends(), stopped=stop)
         if stop:
+            finish()
             raise Stuck(
                 f"{found.words}; stopped as asked, saved at epoch {state.epoch}: {self._way_out()}, or go on with "
                 f"`lowmem resume {self._folder.path} --on-stuck warn`"

@@ -69,11 +69,12 @@ class _File:
 
 
 @contextmanager
-def tiny_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
-    """A file system of its own of this size, mounted under `folder`; skips the test where that is not allowed."""
+def tiny_disk(folder: Path, size_bytes: int, entries: int = 0) -> Iterator[Path]:
+    """A file system of its own of this size (and of so many files and folders, unless 0), mounted under `folder`; skips
+    the test where that is not allowed."""
     point = folder / "tiny"
     point.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "lowmem-test", str(point)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes},nr_inodes={entries}", "lowmem-test", str(point)]
     try:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:

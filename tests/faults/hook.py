@@ -45,6 +45,7 @@ class Hook:
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._disk = Disk() if power else None
         self._open, self._write, self._fsync, self._replace = io.open, os.write, os.fsync, os.replace
+        self._os_open, self._sendfile = os.open, getattr(os, "sendfile", None)
 
     def before(self, kind: str, path: str, cut: Callable[[], Any] | None = None) -> None:
         """Called before each operation. `cut` does the half of a write."""
@@ -81,6 +82,9 @@ class Hook:
         """For good: the process ends with it."""
         builtins.open = io.open = self._opened  # type: ignore[assignment]
         os.write = self._os_write
+        os.open = self._os_opened
+        if self._sendfile is not None:
+            os.sendfile = self._sent_file
         os.fsync = self._os_fsync
         os.replace, os.rename = (self._moving(move) for move in (os.replace, os.rename))
         os.unlink, os.remove, os.rmdir = (self._one("delete", call) for call in (os.unlink, os.remove, os.rmdir))  # type: ignore[assignment]
@@ -95,6 +99,24 @@ class Hook:
         if self._disk is not None:
             self._disk.opened(path, emptied="w" in mode)
         return _File(self, path, self._open(file, mode, *args, **kwargs))
+
+    def _os_opened(self, file: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        """Path.touch and the lock."""
+        path = self.inside(file, kwargs.get("dir_fd")) if flags & (os.O_WRONLY | os.O_RDWR) else None
+        if path is not None:
+            self.before("open", path)
+            if self._disk is not None:
+                self._disk.opened(path, emptied=bool(flags & os.O_TRUNC))
+        return self._os_open(file, flags, *args, **kwargs)
+
+    def _sent_file(self, to: int, source: int, offset: int, count: int) -> int:
+        """The data of shutil.copyfile."""
+        assert self._sendfile is not None
+        send = self._sendfile
+        if (path := self._of(to)) is not None:
+            half = min(count, os.fstat(source).st_size) // 2
+            self.before("write", path, lambda: send(to, source, offset, half))
+        return int(send(to, source, offset, count))
 
     def _os_write(self, descriptor: int, data: Any) -> int:
         if (path := self._of(descriptor)) is not None:

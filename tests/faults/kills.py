@@ -120,12 +120,24 @@ def _killed(life: Life, kept: int | None) -> Killed:
 
 
 def differing_bits(run: Path, whole: Path) -> int:
-    """Bits in which weights, optimizer and exact rows differ; a file, tensor or row on one side only counts whole."""
-    names = ("weights/last.safetensors", "weights/best.safetensors", "steps.csv")
+    """Bits in which weights, optimizer, state and exact rows differ; a file, tensor or row on one side only counts
+    whole."""
+    names = ("weights/last.safetensors", "weights/best.safetensors", "steps.csv", "gradients.csv")
     last = f"checkpoints/{checkpoints.folder_name(newest(whole) or 0)}"
     names += tuple(f"{last}/{name}.safetensors" for name in ("model", "optimizer"))
     rows = (json.dumps(exact_rows(path)).encode() for path in (run, whole))
-    return _bits(*rows) + sum(_file_bits(run / name, whole / name) for name in names)
+    states = (_exact_state(path / last / "state.json") for path in (run, whole))
+    return _bits(*rows) + _bits(*states) + sum(_file_bits(run / name, whole / name) for name in names)
+
+
+def _exact_state(file: Path) -> bytes:
+    """All of a checkpoint's state but the times that were measured."""
+    if not file.is_file():
+        return b""
+    state = json.loads(file.read_bytes())
+    for name in ("elapsed_seconds", "train_seconds"):
+        del state["run"][name]
+    return json.dumps(state, sort_keys=True).encode()
 
 
 def _file_bits(left: Path, right: Path) -> int:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
+from lowmem import fork
+from lowmem.api import recorded_settings, resume_training
 from lowmem.belonging import belongs_to, most_bytes, verify
 from lowmem.cards import load_card
 from lowmem.choose.calibration import Calibration, Identity, Mode, Seconds
 from lowmem.cli.lines import describe_epoch
 from lowmem.cli.screen import screen
 from lowmem.cli.show_watch import to_json
-from lowmem.data import cache
+from lowmem.data import cache, load
 from lowmem.decide import read_plan
+from lowmem.errors import CorruptCheckpoint, Diverged, LowmemError
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, keep, uniform
 from lowmem.plan.record import Candidate, Plan
@@ -28,24 +33,29 @@ from lowmem.reproduce.job import Job, read_job
 from lowmem.reproduce.members import ALL
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs import columns
+from lowmem.runs.gradients import FILE_NAME
 from lowmem.runs.history import read_history
+from lowmem.runs.listing import list_runs, writer_of
 from lowmem.runs.live import Watched
+from lowmem.runs.lock import OWNER_NAME, RunLock
+from lowmem.runs.store import RunFolder
 from lowmem.runs.table import cut
 from lowmem.settings import from_yaml, gather, parse_set
 from lowmem.shipped import profiles_folder
+from lowmem.train.gradients import measured_weights
 from lowmem.train.schedule import learning_rate
 from lowmem.train.state import config_hash, restore
 from lowmem.train.step import Execution, make_optimizer, make_scaler
 from lowmem.units import format_size
-from tests.faults.fuzzing import ANY, JSON, TENSORS, Mutation, Reader, rehash
+from tests.faults.fuzzing import ANY, JSON, TENSORS, Mutation, Reader, rehash, replace_in_json
 from tests.faults.small_run import copy_run
 
 
 def readers(run: Path, work: Path) -> list[Reader]:
     """`run`: an undamaged one, which is copied; `work`: a folder to write to."""
     work.mkdir()
-    groups = (_settings, _checkpoints, _rows, _looking_on, _others)
-    return [*(reader for group in groups for reader in group(run, work)), _whole(run, work)]
+    parts = (_settings, _checkpoints, _rows, _looking_on, _others, _whole, _goes_on, _listed, _forked, _owner)
+    return [reader for part in (*parts, _gradients) for reader in part(run, work)]
 
 
 def _settings(run: Path, work: Path) -> list[Reader]:
@@ -147,7 +157,7 @@ def _rows(run: Path, work: Path) -> list[Reader]:
     return [
         table("metrics.csv", columns.METRICS, "epoch"),
         table("steps.csv", columns.STEPS, "step"),
-        *map(of_history, ("config.yaml", "metrics.csv", "steps.csv", "events.jsonl")),
+        *map(of_history, ("config.yaml", "metrics.csv", "steps.csv", "events.jsonl", FILE_NAME)),
         of_history("env.json", JSON),
         of_history("weights/best.safetensors", TENSORS),
     ]
@@ -225,7 +235,7 @@ def _others(run: Path, work: Path) -> list[Reader]:
     ]  # fmt: skip
 
 
-def _whole(run: Path, work: Path) -> Reader:
+def _whole(run: Path, work: Path) -> list[Reader]:
     """`lowmem verify` of a run of which one file, any, is damaged: never an exception but "this is no run"."""
     copy = copy_run(run, work / "verify-run")
     (copy / "plan.json").write_text(json.dumps(small_plan(run).to_json()), encoding="utf-8")
@@ -241,7 +251,150 @@ def _whole(run: Path, work: Path) -> Reader:
         finally:
             file.write_bytes(seed)
 
-    return Reader("a whole run, by verify", b"0" * 16, read, (any_bytes,))
+    return [Reader("a whole run, by verify", b"0" * 16, read, (any_bytes,))]
+
+
+def _goes_on(run: Path, work: Path) -> list[Reader]:
+    """What is accepted takes a real step, and `verify` has said the same as the resume does."""
+    made = copy_run(run, work / "steps-run")
+    for path in checkpoints.found(made / "checkpoints")[2:]:
+        shutil.rmtree(path)
+    newest = checkpoints.found(made / "checkpoints")[0].name
+
+    def read(data: bytes) -> object:
+        copy = copy_run(made, work / "steps-copy")
+        (copy / "checkpoints" / newest / "state.json").write_bytes(data)
+        rehash(copy / "checkpoints" / newest)
+        said = verify(copy)
+        settings = recorded_settings(copy).replace({"train.max_steps": (said.step or 0) + 1}, "test")
+        try:
+            result = resume_training(copy, settings)
+        except CorruptCheckpoint as error:
+            # How many steps an epoch has, and which pictures they are, only the data tells.
+            if said.can_resume and not re.search("steps of [0-9]+ an epoch|made with other data", str(error)):
+                raise AssertionError(f"verify said {said}, the resume {error}") from error
+            raise
+        except Diverged:
+            return said  # a rate or a loss that can be, and that breaks the run
+        events = [json.loads(line) for line in (copy / "events.jsonl").read_text().splitlines()]
+        (resumed,) = [event for event in events if event["event"] == "resume"]
+        assert said.can_resume, said
+        assert (resumed["checkpoint"], resumed["step"]) == (said.resumes_from, said.step)
+        assert said.finished or result.outcome.state.step == resumed["step"] + 1
+        return said
+
+    return [
+        Reader(
+            "state.json, and a step",
+            (made / "checkpoints" / newest / "state.json").read_bytes(),
+            read,
+            (plausible, plausible, plausible, replace_in_json),
+            5,
+        )
+    ]
+
+
+def plausible(rng: random.Random, data: bytes) -> bytes:
+    """A number of the run's state becomes another one that a state may well hold."""
+    try:
+        state = json.loads(data)
+        names = [name for name, value in state["run"].items() if type(value) in (int, float)]
+        name = rng.choice(names)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # by a mutation before
+        return data
+    old = state["run"][name]
+    others = (0, 1, 2, old + 1, 2**52) if type(old) is int else (0.0, 1e-300, 0.1, 3.0 * old, 1e30, 1e299, float("nan"))
+    state["run"][name] = rng.choice(others)
+    return json.dumps(state).encode()
+
+
+def _listed(run: Path, work: Path) -> list[Reader]:
+    """`lowmem ls` refuses nothing: it tells what is wrong."""
+    copy = copy_run(run, work / "listed-run")
+    newest = checkpoints.found(copy / "checkpoints")[0]
+
+    def reader(file: Path, mutations: tuple[Mutation, ...] = JSON) -> Reader:
+        seed = file.read_bytes()
+
+        def read(data: bytes) -> object:
+            file.write_bytes(data)
+            try:
+                (found,) = list_runs(copy)
+            finally:
+                file.write_bytes(seed)
+            assert all(len(words) < 2000 for words in found.trouble), found
+            return json.dumps(found.to_json())
+
+        return Reader(f"{file.name}, by ls", seed, read, mutations)
+
+    names = ("manifest.json", "state.json")
+    return [*(reader(newest / name) for name in names), reader(copy / "config.yaml"), reader(copy / "metrics.csv", ANY)]
+
+
+def _forked(run: Path, work: Path) -> list[Reader]:
+    """A checkpoint with a commit record that fits, found by its place and carried over into other settings."""
+    copy = copy_run(run, work / "forked-run")
+    settings = from_yaml(run / "config.yaml")
+    new = fork.changed(settings, {"optim.lr": 0.05, "train.max_steps": None}, "test")
+    differing, dataset = fork.check(settings.config, new.config), load(settings.config.data, settings.config.seed)
+    newest = checkpoints.found(copy / "checkpoints")[0]
+    seed = (newest / "state.json").read_bytes()
+
+    def read(data: bytes) -> object:
+        (newest / "state.json").write_bytes(data)
+        rehash(newest)
+        try:
+            found = fork.find(copy, settings.config, "step:7")
+            carried = fork.carry_over(found, new.config, differing, dataset)
+            return fork.explain(found, new.config, differing, carried, dataset), fork.warnings(
+                found, differing, dataset
+            )
+        finally:
+            (newest / "state.json").write_bytes(seed)
+            rehash(newest)
+
+    return [Reader("state.json, for a fork", seed, read, JSON)]
+
+
+def _owner(run: Path, work: Path) -> list[Reader]:
+    folder = work / "owned"
+    folder.mkdir()
+    (folder / "run.lock").touch()
+    seed = json.dumps({"pid": 2**22 + 1, "host": socket.gethostname(), "since": "2026-01-01"}).encode()
+
+    def read(data: bytes) -> object:
+        (folder / OWNER_NAME).write_bytes(data)
+        writer = writer_of(folder)
+        assert writer is None, "nobody holds the lock"
+        lock = RunLock.acquire(folder)
+        try:
+            return str(lock.taken_over)
+        finally:
+            lock.release()
+
+    return [Reader("run.owner.json", seed, read, JSON)]
+
+
+def _gradients(run: Path, work: Path) -> list[Reader]:
+    """A diagnostic, of which nothing can stop a run; for a report it is read by `of_history`."""
+    copy = copy_run(run, work / "gradients-run")
+    config = from_yaml(run / "config.yaml").config
+    layers = tuple(measured_weights(build(config.model.arch, config.model.block, width=config.model.width)))
+
+    def read(data: bytes) -> object:
+        for aside in copy.glob("damaged-*"):
+            aside.unlink()
+        (copy / FILE_NAME).write_bytes(data)
+        with RunFolder.open(copy) as folder:
+            try:
+                folder.begin_gradients(layers, step=5)
+                folder.append_gradients([(6, 2, [0.5] * len(layers))])
+            except LowmemError as error:
+                raise AssertionError(f"it stopped the run: {error}") from error
+        assert read_history(copy).gradients.rows[-1].step == 6
+        return None
+
+    return [Reader("gradients.csv, to go on with", (run / FILE_NAME).read_bytes(), read)]
 
 
 def any_bytes(rng: random.Random, data: bytes) -> bytes:

@@ -15,7 +15,18 @@ import pytest
 
 from lowmem.errors import ExitCode
 from tests.conftest import assert_same_run
-from tests.faults.kills import EVERY_STEPS, SMALL, STEPS, Story, go_on, litter, newest, survive, unreadable_events
+from tests.faults.kills import (
+    EVERY_STEPS,
+    SMALL,
+    STEPS,
+    Story,
+    differing_bits,
+    go_on,
+    litter,
+    newest,
+    survive,
+    unreadable_events,
+)
 from tests.faults.lives import AVAILABLE, Death, Life, Lives
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs fork, /proc and process descriptors")
@@ -160,3 +171,25 @@ def test_an_epoch_saved_before_its_evaluation_and_again_after_it(
     assert len(story.deaths) == len(lines)
     assert [death.operation for death in story.deaths[:2]] == lines[:2]
     assert {death.kept for death in story.deaths} == {5}
+
+
+def test_a_fork_that_dies_as_it_takes_over(lives: Lives, whole: tuple[Path, Life], tmp_path: Path) -> None:
+    """The mark that it is forking is made and taken away by calls of their own, and rows are copied by another."""
+    command = ("fork", str(whole[0]), "--at", "last", "--set", "train.epochs=3")
+    lines = ["open forking", "write steps.csv", "delete forking"]
+    story = survive(lives, command, tmp_path / "run", [Death(on=line, half=True) for line in lines], base=STEPS)
+    assert [death.operation for death in story.deaths] == lines
+
+
+def test_every_bit_of_state_and_norms_counts(whole: tuple[Path, Life], tmp_path: Path) -> None:
+    def differing(name: str, old: str, new: str) -> int:
+        run = shutil.copytree(whole[0], tmp_path / "run", dirs_exist_ok=True)
+        text = (run / name).read_text()
+        assert old in text
+        (run / name).write_text(text.replace(old, new, 1))
+        return differing_bits(run, whole[0])
+
+    state = f"checkpoints/step-{STEPS:08d}/state.json"
+    assert differing("gradients.csv", "\n1,1,", "\n1,3,") == 1
+    assert differing(state, '"rollbacks": 0', '"rollbacks": 1') == 1
+    assert differing(state, '"elapsed_seconds": ', '"elapsed_seconds": 1') == 0, "it is measured"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lowmem.api import resume_training, run_training
-from lowmem.errors import ExitCode, Stuck
+from lowmem.errors import DiskError, ExitCode, Stuck
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.history import read_history
 from lowmem.settings import Settings, gather
@@ -71,14 +71,26 @@ def test_its_gradients_explode_first_and_vanish_then(warned: tuple[Path, Listene
 
 
 def test_asked_to_stop_it_stops_saved_and_goes_on_as_the_same_run(
-    warned: tuple[Path, Listener], tmp_path: Path
+    warned: tuple[Path, Listener], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted in the epoch in which it is found: what was counted so far is part of the state."""
+    """Interrupted in the epoch in which it is found: what was counted so far is part of the state. The disk refuses
+    the last save once: it says that it is saved only when it is."""
     path = tmp_path / "run"
     run_training(settings("train.max_steps=60", "train.on_stuck=stop"), path)
     assert not events(path, "stuck")
+    save, refused = checkpoints.save, []
+
+    def once_refused(folder: Path, saved: checkpoints.Checkpoint, **kept: int | None) -> Path:
+        if saved.step == 75 and not refused:
+            refused.append(saved.step)
+            raise DiskError("the disk is full")
+        return save(folder, saved, **kept)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoints, "save", once_refused)
     with pytest.raises(Stuck, match=r"learns nothing.*saved at epoch 3.*--on-stuck warn") as raised:
         resume_training(path, settings("train.on_stuck=stop"))
+    monkeypatch.undo()
+    assert refused
     assert raised.value.exit_code is ExitCode.DIVERGED
     assert checkpoints.found(path / "checkpoints")[0].name == "step-00000075"
     (event,) = events(path, "stuck")

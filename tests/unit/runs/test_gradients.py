@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
 
-from lowmem.errors import LowmemError, UsageError
+from lowmem.errors import UsageError
 from lowmem.runs.gradients import GradientRow, Gradients, columns, line, parse
 from lowmem.runs.store import RunFolder
 
@@ -39,8 +40,41 @@ def test_rows_after_the_step_are_dropped_and_half_lines_too(tmp_path: Path) -> N
             file.write("120,1,0.")
         run.begin_gradients(LAYERS, step=79)
         assert [row.step for row in read(run.gradients_file).rows] == [1, 40]
-        with pytest.raises(LowmemError, match="other columns"):
-            run.begin_gradients(("conv1.weight",), step=79)
+
+
+@pytest.mark.parametrize("what", ["another network's", "a bit", "a folder", "no regular size"])
+def test_what_cannot_be_used_is_set_aside_and_a_new_one_begun(what: str, tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", "", {}) as run:
+        file = run.gradients_file
+        for number in ("", "-2"):  # nothing that was set aside is overwritten
+            run.begin_gradients(LAYERS, step=0)
+            run.append_gradients([(1, 1, [1.0, 2.0])])
+            if what == "another network's":
+                file.write_text("step,epoch,conv1.weight\n1,1,2.0\n")
+            elif what == "a bit":
+                file.write_bytes(b"r" + file.read_bytes()[1:])
+            elif what == "a folder":
+                file.unlink()
+                file.mkdir()
+            else:
+                os.truncate(file, 5 << 30)  # a hole: nothing is read of it
+            said = run.begin_gradients(LAYERS, step=1)
+            assert said is not None
+            assert f"damaged-gradients{number}.csv" in said
+            assert (run.path / f"damaged-gradients{number}.csv").exists()
+            run.append_gradients([(2, 1, [3.0, 4.0])])
+            assert [row.step for row in read(file).rows] == [2]
+        run.flush()
+        assert run.begin_gradients(LAYERS, step=2) is None
+
+
+def test_damaged_lines_are_said(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", "", {}) as run:
+        run.begin_gradients(LAYERS, step=0)
+        run.append_gradients([(step, 1, [1.0, 2.0]) for step in (1, 2, 3)])
+        run.gradients_file.write_text(run.gradients_file.read_text().replace("\n2,", "\n?,"))
+        assert "1 damaged lines" in (run.begin_gradients(LAYERS, step=3) or "")
+        assert [row.step for row in read(run.gradients_file).rows] == [1, 3]
 
 
 @pytest.mark.parametrize(

@@ -206,3 +206,56 @@ def test_no_torch(runs: Path) -> None:
 
 def test_listed_without_anything_known_is_still_json(tmp_path: Path) -> None:
     assert json.loads(json.dumps(Listed(path=tmp_path, state="damaged").to_json()))["epoch"] is None
+
+
+# The system's owner reads everything: what a mode forbids is only seen without that right.
+_MAY_READ_ALL = "-dac_override,-dac_read_search"
+PLAIN_USER = ["setpriv", f"--bounding-set={_MAY_READ_ALL}", f"--inh-caps={_MAY_READ_ALL}"]
+
+
+def _as_plain_user(*arguments: str) -> subprocess.CompletedProcess[str]:
+    if os.name == "nt" or (os.geteuid() == 0 and shutil.which("setpriv") is None):
+        pytest.skip("needs file modes that hold for this user")
+    plain = PLAIN_USER if os.geteuid() == 0 else []
+    command = [*plain, sys.executable, "-m", "lowmem", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("interrupted", 0o000), ("interrupted", 0o444), ("interrupted/checkpoints", 0o000)]
+)
+def test_a_folder_that_cannot_be_looked_into_hides_no_other(runs: Path, name: str, mode: int) -> None:
+    names = {path.relative_to(runs).as_posix() for path in (run.path for run in list_runs(runs))}
+    (runs / name).chmod(mode)
+    try:
+        done = _as_plain_user("ls", str(runs), "--json")
+    finally:
+        (runs / name).chmod(0o755)
+    assert (done.returncode, done.stderr) == (0, "")
+    listed = {Path(value["path"]).relative_to(runs).as_posix(): value for value in json.loads(done.stdout)}
+    assert listed.keys() == names
+    assert listed["interrupted"]["state"] == "damaged"
+    assert "Permission denied" in str(listed["interrupted"]["trouble"])
+    assert listed["finished"]["state"] == "finished"
+
+
+def test_a_folder_that_may_not_be_looked_at_is_code_3(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o000)
+    flags = ("--arch", "res20", "--data", "shapes", "--epochs", "1", "--device", "cpu")
+    done = _as_plain_user("train", *flags, "--out", str(tmp_path / "closed/x"))
+    assert done.returncode == 3
+    assert "Permission denied" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_strangers_text_is_told_in_a_line(runs: Path) -> None:
+    newest = runs / "interrupted/checkpoints/step-00000800"
+    for entry in ({"x" * 500_000: {"bytes": 1}}, {"model.safetensors": {"bytes": "\x1b" + "9" * 500_000}}):
+        (newest / "manifest.json").write_text(json.dumps({"files": entry}))
+        with pytest.raises(checkpoints.CorruptCheckpoint) as raised:
+            read_position(newest)
+        assert len(str(raised.value)) < 1000
+        assert str(raised.value).isprintable()
+    config = runs / "interrupted/config.yaml"
+    config.write_text(config.read_text().replace("block: ", f"block: {'x' * 5000}"))
+    assert len(look(runs / "interrupted").trouble[0]) < 1000

@@ -14,6 +14,7 @@ from lowmem.errors import DiskError
 from lowmem.runs import atomic, columns
 from lowmem.runs.rowfile import RowFile
 from lowmem.runs.store import RunFolder
+from tests.faults.disk import FailingDisk
 
 
 class Refusing:
@@ -139,3 +140,19 @@ def test_a_run_folder_keeps_its_rows_and_its_plan(tmp_path: Path, monkeypatch: p
         run.cut_back(epoch=0, step=1)  # going back drops what waits, too
         run.append_steps([{**step, "step": 2}])
         assert [line.split(",")[0] for line in run.steps_file.read_text().splitlines()] == ["step", "1", "2"]
+
+
+def test_a_name_that_is_not_yet_durable_is_refused_and_the_rows_come_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that was just made is there after a power cut only once its folder is synced."""
+    rows = RowFile(tmp_path / "rows.csv")
+    with monkeypatch.context() as patch:
+        disk = FailingDisk(patch)
+        disk.refuses = lambda count: disk.operations[-1][0] == "fsync" and len(disk.operations) == 3
+        with pytest.raises(OSError, match=os.strerror(disk.code)):
+            rows.append(["first"])
+        assert [kind for kind, _ in disk.operations] == ["write", "fsync", "fsync"]
+    assert rows.waiting == 1
+    rows.append(["second"])
+    assert rows.path.read_text() == "first\nsecond\n"

@@ -76,6 +76,7 @@ def test_what_a_save_writes_and_in_which_order(run: RunFolder, monkeypatch: pyte
 
 
 def _operations(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> int:
+    run.event("start")  # once it is there, the folder need not be synced for it
     with monkeypatch.context() as patch, Saver(run, keep=2) as writer:
         disk = FailingDisk(patch)
         run.append_steps([_row(2)])

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.errors import UsageError
+from lowmem.errors import PreflightError, UsageError
+from lowmem.runs import setup
 from lowmem.runs.setup import never_began
-from lowmem.runs.store import RunFolder, require_run
+from lowmem.runs.store import RunFolder, leaving_no_trace, require_run
+from tests.faults.disk import tiny_disk
 
 Spoil = Callable[[RunFolder], object]
 
@@ -102,3 +104,47 @@ def test_what_a_killed_writer_left_is_tidied_away(tmp_path: Path) -> None:
         left = {path.name for path in run.checkpoints.iterdir()}
         assert left == {"step-00000012", "step-00000008", "step-00000006.old"}
         assert not list(run.path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(("pages", "entries"), [(1, 0), (2, 0), (3, 0), (4, 0), (9, 3), (9, 4), (9, 5), (9, 6), (9, 8)])
+def test_a_folder_that_cannot_be_made_leaves_nothing(pages: int, entries: int, tmp_path: Path) -> None:
+    with tiny_disk(tmp_path, pages * 4096, entries) as point:
+        path = point / "t/x/y"
+        with (
+            pytest.raises(PreflightError, match="choose another with --out"),
+            leaving_no_trace(path),
+            RunFolder.create(path, "seed: 0\n", {}),
+        ):
+            raise AssertionError("the disk took everything")
+        assert list(point.iterdir()) == []
+
+
+def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
+    with tiny_disk(tmp_path, 4096) as point:
+        (point / "mine").mkdir()
+        with pytest.raises(PreflightError), leaving_no_trace(point / "mine"):
+            RunFolder.create(point / "mine", "seed: 0\n", {})
+        assert list(point.rglob("*")) == [point / "mine"]
+
+
+def test_nobody_begins_in_a_folder_that_is_being_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = []
+    rmtree = setup.shutil.rmtree
+
+    def meanwhile(path: Path, ignore_errors: bool = False) -> None:
+        with pytest.raises(UsageError, match="being written"):
+            RunFolder.create(tmp_path / "run", "seed: 1\n", {})
+        refused.append(path)
+        rmtree(path, ignore_errors=ignore_errors)
+
+    with RunFolder.create(tmp_path / "run", "seed: 0\n", {}) as run:
+        monkeypatch.setattr(setup.shutil, "rmtree", meanwhile)
+        run.discard()
+        monkeypatch.undo()
+        assert len(refused) == 2  # checkpoints, weights
+        assert list(tmp_path.iterdir()) == []
+        with RunFolder.create(tmp_path / "run", "seed: 1\n", {}) as other:
+            run.discard()
+            run.close()
+            assert (other.path / "run.owner.json").exists()
+            assert (other.path / "config.yaml").read_text() == "seed: 1\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowmem.errors import CorruptCheckpoint
+from lowmem.reading import TABLE_LIMIT_BYTES
 from lowmem.runs import columns
 from lowmem.runs.store import csv_line
 from lowmem.runs.table import cut, look
@@ -32,7 +34,9 @@ def _write(path: Path, lines: list[str], end: str = "\n") -> Path:
 def test_what_was_written_comes_back(tmp_path: Path, losses: list[float | None], last: int) -> None:
     lines = [_row(step, loss) for step, loss in enumerate(losses, start=1)]
     path = _write(tmp_path / "steps.csv", lines)
-    assert look(path, NAMES, "step", last).kept == tuple(lines[:last])
+    taken: list[bytes] = []
+    assert look(path, NAMES, "step", last, take=taken.append).kept == len(lines[:last])
+    assert [line.decode() for line in taken] == lines[:last]
     assert cut(path, NAMES, "step", last) is None
     assert path.read_text() == "\n".join([",".join(NAMES), *lines[:last]]) + "\n"
 
@@ -78,15 +82,44 @@ def test_the_first_damaged_copy_is_kept(tmp_path: Path) -> None:
 def test_a_row_that_only_seems_to_be_later(tmp_path: Path) -> None:
     path = _write(tmp_path / "steps.csv", [_row(step, 2.5) for step in (1, 9, 3, 4)])
     rows = look(path, NAMES, "step", 4)
-    assert (len(rows.kept), rows.lost, rows.beyond) == (3, 1, 0)
+    assert (rows.kept, rows.lost, rows.beyond) == (3, 1, 0)
 
 
 def test_a_table_that_is_none(tmp_path: Path) -> None:
     path = tmp_path / "steps.csv"
-    assert look(path, NAMES, "step", 4).kept == ()
+    assert look(path, NAMES, "step", 4).kept == 0
     assert look(path, NAMES, "step", 4, every=True).missing == 4
     path.write_text("step,epoch,l")  # cut off while it was made
     assert cut(path, NAMES, "step", 4) is None
     path.write_text("step,epoch,lr\n1,1,1\n")
     with pytest.raises(CorruptCheckpoint, match="other columns"):
         cut(path, NAMES, "step", 4)
+
+
+def test_a_table_of_any_size_is_cut_without_holding_it(tmp_path: Path) -> None:
+    """The rows after the 200th are a hole of NULs as large as the limit of what is read whole."""
+    path = _write(tmp_path / "steps.csv", [_row(step, 2.5) for step in range(1, 301)])
+    size = path.stat().st_size
+    with open(path, "rb+") as file:
+        file.truncate(TABLE_LIMIT_BYTES + (1 << 20))
+    tracemalloc.start()
+    assert cut(path, NAMES, "step", 200) is None
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(path.read_text().splitlines()) == 201
+    assert path.stat().st_size < size
+    assert peak_bytes < 8 << 20
+
+
+def test_a_line_that_is_no_line_costs_one_line_and_no_time(tmp_path: Path) -> None:
+    for text in ("9" * 100_000, "x" * (3 << 20), "1," * 200_000):
+        path = _write(tmp_path / "steps.csv", [_row(1, 2.5), text, _row(3, 2.5)])
+        assert (look(path, NAMES, "step", 4).kept, look(path, NAMES, "step", 4).lost) == (2, 1)
+
+
+def test_what_is_cut_off_needs_no_room(tmp_path: Path) -> None:
+    """On a full disk a run can still go on from its checkpoint."""
+    path = _write(tmp_path / "steps.csv", [_row(step, 2.5) for step in range(1, 9)])
+    (tmp_path / "steps.csv.partial").mkdir()  # nothing can be written beside it
+    assert cut(path, NAMES, "step", 4) is None
+    assert len(path.read_text().splitlines()) == 5

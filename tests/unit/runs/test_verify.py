@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
+from lowmem.api import recorded_settings, resume_training
 from lowmem.belonging import verify
 from lowmem.cli.main import main
 from lowmem.errors import UsageError
+from lowmem.reading import TABLE_LIMIT_BYTES
+from lowmem.report.write import write_report
 from lowmem.runs import checkpoint as checkpoints
+from lowmem.runs.history import read_history
 from lowmem.runs.verify import Finding, Status
 from tests.faults.damage import flip
+from tests.faults.disk import tiny_disk
+from tests.faults.fuzzing import rehash
 from tests.faults.readers import small_plan
-from tests.faults.small_run import copy_run, make_run
+from tests.faults.small_run import Heard, copy_run, make_run
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +160,88 @@ def test_a_writer_is_seen(run: Path) -> None:
     assert held[0].status is Status.NOTE
     assert "writes this run now" in held[0].what
     assert free[0].status is Status.OK
+
+
+@pytest.mark.parametrize("how", ["header", "size", "line", "gone"])
+def test_gradient_norms_never_stop_a_resume(how: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run / "gradients.csv"
+    if how == "header":
+        flip(file, 3, 1)
+    elif how == "size":
+        os.truncate(file, 5 << 30)
+    elif how == "line":
+        file.write_text(file.read_text().replace("\n2,", "\n?,"))
+    else:
+        file.unlink()
+    found = verify(run)
+    assert found.can_resume
+    assert [one.status for one in found.findings if one.where == "gradients.csv"] == [Status.NOTE]
+    heard = Heard()
+    resume_training(run, recorded_settings(run).replace({"train.max_steps": 8}, "test"), heard)
+    said = [text for text in heard.warnings if "gradients.csv" in text]
+    assert len(said) == (0 if how == "gone" else 1), heard.warnings
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["reason"] for event in events if event.get("what") == "gradient norms lost"] == said
+    assert (run / "damaged-gradients.csv").exists() == (how != "gone")
+    assert all(one.status is Status.OK for one in verify(run).findings if one.where == "gradients.csv")
+    assert [row.step for row in read_history(run).gradients.rows][-1] == 8
+
+
+def test_a_file_of_the_same_number_on_another_disk_is_another_file(run: Path, tmp_path: Path) -> None:
+    if not Path("/proc/locks").exists():
+        pytest.skip("who holds a lock is known on Linux only")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with tiny_disk(tmp_path / "a", 1 << 20) as ours, tiny_disk(tmp_path / "b", 1 << 20) as other:
+        (ours / "run.lock").touch()
+        (other / "some.lock").touch()
+        assert (ours / "run.lock").stat().st_ino == (other / "some.lock").stat().st_ino
+        for name in ("config.yaml", "checkpoints"):
+            shutil.copytree(run / name, ours / name) if name == "checkpoints" else shutil.copy(run / name, ours)
+        with FileLock(other / "some.lock"):
+            (found,) = [finding for finding in verify(ours).findings if finding.where == "run.lock"]
+        assert found.status is Status.OK
+        with FileLock(ours / "run.lock"):
+            (found,) = [finding for finding in verify(ours).findings if finding.where == "run.lock"]
+        assert found.status is Status.NOTE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no text")
+def test_a_name_that_is_no_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is shown without what a terminal would obey, and no command fails on it."""
+    named = run.with_name(os.fsdecode(b"r\xff\x1b[31m\nx"))
+    run.rename(named)
+    shown = _command(capsys, str(named))[1]
+    assert "r??[31m?x can be resumed exactly" in shown
+    result = write_report([named])
+    assert "r?" in result.markdown.read_text(encoding="utf-8")
+    with pytest.raises(SystemExit) as leaving:
+        main(["fork", str(named), "--at", "1", "--set", "optim.lr=0.05", "--dry-run"])
+    captured = capsys.readouterr()
+    assert leaving.value.code == 0, captured.err
+    assert all(line.isprintable() for line in [*captured.out.splitlines(), *captured.err.splitlines()])
+
+
+def test_a_field_that_this_version_does_not_know(run: Path) -> None:
+    """Of a later one, or damage: a resume could not carry it on, and verify says so."""
+    newest = checkpoints.found(run / "checkpoints")[0]
+    state = json.loads((newest / "state.json").read_text())
+    state["run"]["momentum_of_tomorrow"] = 1
+    (newest / "state.json").write_text(json.dumps(state))
+    rehash(newest)
+    assert any("does not know" in finding.what for finding in _bad(run))
+    assert verify(run).resumes_from == "step-00000006"
+    heard = Heard()
+    resume_training(run, observer=heard)
+    assert any("step-00000006" in text for text in heard.notes)
+
+
+@pytest.mark.parametrize("name", ["gradients.csv", "steps.csv"])
+def test_rows_too_many_for_a_report_are_left_out_of_it_and_nothing_else(name: str, run: Path) -> None:
+    os.truncate(run / name, TABLE_LIMIT_BYTES + 1)
+    found = read_history(run)
+    assert any(name in note and "left out" in note for note in found.notes)
+    assert len(found.epochs) == 2
+    assert verify(run).can_resume
+    resume_training(run, recorded_settings(run).replace({"train.max_steps": 8}, "test"))
+    assert read_history(run).steps[-1].step == 8

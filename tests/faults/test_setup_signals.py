@@ -1,0 +1,69 @@
+"""A signal before the first step: nothing is left of a run that took none."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import lowmem.preflight
+from lowmem.errors import ExitCode, Interrupted
+from lowmem.train.early import leaving_early
+from tests.faults.processes import SMALL, Forked, wait_for
+from tests.faults.small_run import make_run
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its processes with fork")
+
+
+def _in_preflight(tmp_path: Path) -> Callable[[], None]:
+    """In the child: the last of the trial outputs does not end."""
+
+    def held(run: object) -> None:
+        (tmp_path / "begun").touch()
+        wait_for(tmp_path / "never")
+
+    return lambda: setattr(lowmem.preflight, "_try_report", held)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_nothing_stays_of_a_run_that_is_set_up(name: str, more: tuple[str, ...], tmp_path: Path) -> None:
+    out = tmp_path / "t/x/y"
+    child = Forked(tmp_path / "log", ["train", *SMALL, "--out", str(out), *more], _in_preflight(tmp_path))
+    wait_for(tmp_path / "begun")
+    assert (out / ".preflight").is_dir()
+    child.signal(getattr(signal, name))
+    assert child.wait() == (ExitCode.INTERRUPTED if name == "SIGINT" else ExitCode.TERMINATED)
+    assert len(child.said.strip().splitlines()) == 1
+    assert not (tmp_path / "t").exists()
+
+
+def test_nothing_stays_of_a_fork(tmp_path: Path) -> None:
+    source = make_run(tmp_path / "source")
+    files = sorted(source.rglob("*"))
+    command = ["fork", str(source), "--at", "1", "--set", "train.epochs=4", "--out", str(tmp_path / "new")]
+    child = Forked(tmp_path / "log", command, _in_preflight(tmp_path))
+    wait_for(tmp_path / "begun")
+    child.signal(signal.SIGTERM)
+    assert child.wait() == ExitCode.TERMINATED, child.said
+    assert "SIGTERM" in child.said
+    assert not (tmp_path / "new").exists()
+    assert sorted(source.rglob("*")) == files
+
+
+def test_handlers_come_back_and_an_ignored_hang_up_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    term = signal.getsignal(signal.SIGTERM)
+    try:
+        with leaving_early():
+            os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(Interrupted) as raised, leaving_early():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert raised.value.exit_code == ExitCode.TERMINATED
+        assert signal.getsignal(signal.SIGTERM) == term
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
