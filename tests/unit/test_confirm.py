@@ -12,7 +12,7 @@ from lowmem.api import run_training
 from lowmem.bench.trial import OUT_OF_MEMORY, Trial, TrialResult, run_trial
 from lowmem.choose.planning import Choice, Request
 from lowmem.choose.runners import other_precision, rivals, smaller
-from lowmem.choose.session import ranked, request_of
+from lowmem.choose.session import AS_FAST, ranked, request_of
 from lowmem.config import Config
 from lowmem.confirm import MOST_TRIALS, Confirmed, confirm_run, wants_confirmation
 from lowmem.errors import Infeasible, PreflightError
@@ -117,7 +117,9 @@ def test_trials_go_by_predicted_time_and_are_few() -> None:
     runner = Runner({})
     confirmed = _confirm(found, runner)
     predicted = [tried.choice.images_per_second for tried in confirmed.trials]
-    assert predicted == sorted(predicted, reverse=True)
+    chosen, *others = predicted
+    assert others == sorted(others, reverse=True)
+    assert chosen * AS_FAST >= max(predicted)
     assert 1 < len(runner.asked) <= 3
 
 
