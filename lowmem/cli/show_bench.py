@@ -110,7 +110,7 @@ def _setup(
     }
     config = gather(flags=flags).config
     refuse_unsafe(config)
-    chosen: dict[str, Any] = {"mode_rounds": min(rounds, 2)} if rounds is not None else {}
+    chosen: dict[str, Any] = {"mode_rounds": 1 if quick else min(rounds or 3, 2)}
     if budgets is not None or quick:
         chosen["budgets"] = _QUICK_BUDGETS if budgets is None else _budgets(budgets)
     return Setup(
