@@ -97,7 +97,7 @@ def _setup(
     on_card = found == "cuda"
     usual = "res56" if quick else "res110" if on_card else "res20"
     width = width or (16 if quick else 64)
-    batch = batch or (24 if quick else 128 if on_card else 32)
+    batch = batch or (16 if quick else 128 if on_card else 32)
     flags = {
         "model.arch": arch or usual,
         "model.block": block or (None if arch or usual == "res20" else "bottleneck"),
