@@ -86,8 +86,10 @@ def test_at_each_operation_up_to_the_commit(whole: tuple[Path, Life], survives: 
     story = survives(_deaths(operations))
     assert {death.operation for death in story.deaths} == set(operations)
     assert {str(death.operation).split()[0] for death in story.deaths} == KINDS - {"delete"}
-    # The step since the checkpoint before; and one that was done while this one was written.
-    assert {death.lost for death in story.deaths} <= {1, 2}
+    # The step since the checkpoint before, and one that was done while this one was written; or it died as it resumed.
+    lost = [death.lost for death in story.deaths]
+    assert set(lost) <= {0, 1, 2}
+    assert sum(map(bool, lost)) > len(lost) // 2
 
 
 def test_at_each_operation_after_the_commit(survives: Survives) -> None:
