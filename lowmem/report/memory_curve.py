@@ -32,9 +32,7 @@ def memory_figure(title: str, curves: Mapping[str, Sequence[tuple[int, float]]],
     """The same, not yet a PNG."""
     figure, canvas = new_figure()
     axes = figure.add_subplot()
-    shown = {
-        name: [(size / MIB, 100 * share) for size, share in points] for name, points in curves.items() if points
-    }
+    shown = {name: [(size / MIB, 100 * share) for size, share in points] for name, points in curves.items() if points}
     for order, (name, points) in enumerate(shown.items()):
         style = STYLES[name]
         axes.plot(

@@ -25,7 +25,7 @@ Places = Sequence[tuple[float, float]]
 _OFFSETS = tuple(product((10, -10, 0, -20, 20), (0, 12, -12, 18, -18, 26, -26, 36, -36, 48, -48)))
 _LEADER_FROM_POINTS = 14.0  # a text further away than this is tied to its place by a thin line
 _STEP_POINTS = 4.0  # between the boxes that stand for a line
-_AIR_POINTS = 2.0  # around a text
+_AIR_POINTS = 3.0  # around a text
 _LEAST_CONTRAST = 4.0
 # What is bad, in points of distance: a square point covered, one outside the axes, the last of the places named, and
 # each point by which something else is nearer than what the label names.
@@ -71,7 +71,7 @@ def place(axes: Axes, canvas: FigureCanvasAgg, labels: Sequence[Label], drawn: M
         size = np.array([extent.width, extent.height]) / point
         own = drawn.get(label.of, np.empty((0, 4)))
         others = np.concatenate([np.empty((0, 4)), *(boxes for name, boxes in taken.items() if name != label.of)])
-        best, at, middle, box = min(
+        _, at, middle, box = min(
             (_cost(box, own, others, frame) + _away(offset) + _LAST_PLACE * rank / len(label.at), at, middle, box)
             for rank, at, offset, middle, box in _candidates(axes, label.at, size)
         )
@@ -87,7 +87,7 @@ def ink(colour: str) -> str:
     parts = np.array(to_rgb(colour))
     while _contrast(parts) < _LEAST_CONTRAST:
         parts = 0.97 * parts
-    return to_hex(parts)
+    return to_hex((float(parts[0]), float(parts[1]), float(parts[2])))
 
 
 def _contrast(parts: NDArray[np.float64]) -> float:
