@@ -22,10 +22,10 @@ Places = Sequence[tuple[float, float]]
 """(x, y) in data units."""
 
 # Of a text from its place, in points: its near edge sideways (0: its middle), its middle upwards.
-_OFFSETS = tuple(product((10, -10, 0, -20, 20), (0, 12, -12, 18, -18, 26, -26, 36, -36, 48, -48)))
+_OFFSETS = tuple(product((10, -10, 0, -20, 20), (0, 12, -12, 18, -18, 26, -26, 36, -36, 48, -48, 64, -64)))
 _LEADER_FROM_POINTS = 14.0  # a text further away than this is tied to its place by a thin line
 _STEP_POINTS = 4.0  # between the boxes that stand for a line
-_AIR_POINTS = 3.0  # around a text
+_AIR_POINTS = 2.0  # around a text
 _LEAST_CONTRAST = 4.0
 # What is bad, in points of distance: a square point covered, one outside the axes, the last of the places named, and
 # each point by which something else is nearer than what the label names.

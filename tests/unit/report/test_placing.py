@@ -110,6 +110,33 @@ RES110: dict[str, list[tuple[int, float]]] = {
     ],
     "plain PyTorch": [(5680601088, 0.0)],
 }
+# `lowmem plan --arch res20 --width 16 --vram 60M --curve`: steep, and close together where plain PyTorch stands.
+RES20: dict[str, list[tuple[int, float]]] = {
+    "lowmem": [
+        (61223896, 0.1712),
+        (69612504, 0.1441),
+        (78662360, 0.1236),
+        (88099288, 0.1073),
+        (97536856, 0.0934),
+        (106974040, 0.0796),
+        (116411480, 0.0659),
+        (125848664, 0.0521),
+        (135285848, 0.0386),
+        (144723032, 0.025),
+        (154160216, 0.0114),
+        (167791704, 0.0),
+    ],
+    "one policy for all blocks": [
+        (69594328, 0.2602),
+        (96063576, 0.1659),
+        (117460056, 0.1108),
+        (135285848, 0.0495),
+        (153111640, 0.0289),
+        (167791704, 0.0),
+    ],
+    "checkpoint every k-th block": [(69593688, 0.2597)],
+    "plain PyTorch": [(169346560, 0.0)],
+}
 FEW = {name: points[:: max(1, len(points) // 4)] for name, points in RES110.items()}
 MIB = 1 << 20
 
@@ -148,6 +175,11 @@ def test_nothing_lies_on_anything(curves: dict[str, list[tuple[int, float]]], bu
     assert {*curves} < {*boxes_of(figure)}
     assert any(text.startswith(f"budget {budget_mib:,} MiB") for text in boxes_of(figure))
     assert collisions(figure) == []
+
+
+@pytest.mark.parametrize("budget_mib", [50, 60, 5_000])
+def test_nor_where_the_curves_are_steep(budget_mib: int) -> None:
+    assert collisions(memory_figure("res20", RES20, budget_mib * MIB)) == []
 
 
 def test_without_placing_they_would(monkeypatch: pytest.MonkeyPatch) -> None:
