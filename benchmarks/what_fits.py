@@ -31,7 +31,7 @@ NETS = (
     ("res101", "bottleneck", 512),
     ("res110", "basic", 512),
 )
-PLAIN = "plain PyTorch fits"
+PLAIN = "fits as it is"
 
 
 def ask(arch: str, block: str, batch: int, card: str, vram: str) -> dict[str, Any]:
@@ -51,11 +51,7 @@ def cell(plan: dict[str, Any]) -> str:
     if "refused" in plan:
         return "no"
     predicted = plan["predicted"]
-    cost = (
-        PLAIN
-        if predicted["extra_flops"] == 0 and abs(predicted["overhead"]) < 5e-4
-        else f"{predicted['overhead']:+.1%}"
-    )
+    cost = PLAIN if predicted["extra_flops"] == 0 else f"{predicted['overhead']:+.1%}"
     return cost if plan["precision"] == "fp32" else f"{cost} (AMP)"
 
 
