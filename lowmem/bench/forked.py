@@ -95,8 +95,9 @@ class Trials:
 
     @staticmethod
     def _kill(server: subprocess.Popen[str]) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
+        if server.returncode is None:  # else its number may be another's by now
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 def _asked(server: subprocess.Popen[str], question: str) -> str:

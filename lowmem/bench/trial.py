@@ -63,10 +63,10 @@ class TrialResult:
     device beside the step (the training pictures): the tensors that a plan predicts, and on CUDA the convolution
     library's workspace, which comes from the same allocator. On the CPU tensors are counted and nothing is reserved.
     `eval_*`: the same of evaluation. `beside_bytes`: what was taken off. `device_used_bytes`: on CUDA all that
-    this process has on the card, context and pictures included; on the CPU its peak resident memory.
-    `step_seconds` (median), `least_seconds`,
-    `most_seconds`: of a step without its batch's augmentation, nothing else measured in it. `alloc_retries`: how often
-    the allocator had to give back what it had cached. `losses`: the mean loss of every step from the first.
+    this process has on the card, context and pictures included; on the CPU its peak resident memory. `step_seconds`
+    (median), `least_seconds`, `most_seconds`: of a step without its batch's augmentation, nothing else measured in it.
+    `alloc_retries`: how often the allocator had to give back what it had cached. `losses`: the mean loss of every step
+    from the first.
     `resident_growth_bytes`: on the CPU, by how much the process's resident memory grew at its peak, from before the
     network was made. `gradients`, `buffers`: SHA-256 of those of the first step, before its update; `norm_updates`: how
     often it moved batch norm's statistics. `flops`: floating-point operations of a step, counted where they are

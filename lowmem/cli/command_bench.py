@@ -24,7 +24,7 @@ def bench(
     width: Annotated[Number, typer.Option(min=1, help="Channels of the stem (64; quick: 16).")] = None,
     batch: Annotated[
         Optional[list[int]],  # noqa: UP045
-        typer.Option(min=1, help="Batch size (128; on the CPU 32; quick: 24)."),
+        typer.Option(min=1, help="Batch size (128; on the CPU 32; quick: 16)."),
     ] = None,
     steps: Annotated[
         Number, typer.Option(min=1, help="Measured steps of each trial (5; quick: 3; acceptance: 10).")

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,8 +145,7 @@ def _prune(folder: Path, keep: int, keep_every: int | None) -> None:
 def tidy(folder: Path, *, keep: int, keep_every: int | None = None) -> None:
     """Deletes what a killed process left: checkpoints that it had not finished, and generations that it had not pruned.
     Only for the process that holds the run's lock, while nothing is being saved."""
-    for aside in folder.glob(f"{_ASIDE}*"):
-        shutil.rmtree(aside, ignore_errors=True)
+    _remove_asides(folder)
     for old in folder.glob("step-*.old"):
         if old.with_suffix("").is_dir():
             shutil.rmtree(old, ignore_errors=True)
@@ -303,23 +302,23 @@ def load_newest(
                 accept(checkpoint)
             return checkpoint, path, skipped
         except CorruptCheckpoint as error:
-            skipped[path] = str(error) if str(path) in str(error) else f"{path}: {error}"
+            reason = str(error) if str(path) in str(error) else f"{path}: {error}"
+            skipped[path] = _Unread(reason) if isinstance(error, UnreadableCheckpoint) else reason
     detail = f" ({'; '.join(skipped.values())})" if skipped else ""
     raise CorruptCheckpoint(f"{folder} holds no usable checkpoint{detail}: start the run again under another --out")
 
 
-def set_aside(damaged: Iterable[Path]) -> None:
-    """Renames checkpoints that do not verify to `damaged-step-N`: they must not count among the generations that are
-    kept, or pruning would delete good ones in their favour. What cannot even be read stays where it is: it may be
-    whole."""
-    for path in damaged:
-        target = path.with_name(f"damaged-{path.name}")
-        try:
-            verify(path)
-        except UnreadableCheckpoint:
-            continue
-        except LowmemError:
-            pass
+class _Unread(str):
+    """Why a checkpoint was skipped that could not even be read."""
+
+
+def set_aside(skipped: Mapping[Path, str]) -> None:
+    """Renames checkpoints that a run does not go on from (path -> why, as `load_newest` gives them) to
+    `damaged-step-N`, and what the system did not let be read, which may be whole, to `unreadable-step-N`. Under their
+    own names they would count among the generations that are kept, and a later resume could take one that the rows
+    have been cut back from. Nothing of them is read."""
+    for path, reason in skipped.items():
+        target = path.with_name(f"{'unreadable' if isinstance(reason, _Unread) else 'damaged'}-{path.name}")
         try:
             shutil.rmtree(target, ignore_errors=True)
             os.replace(path, target)

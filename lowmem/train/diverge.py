@@ -83,7 +83,7 @@ class Recovery:
         if found is None:
             self._stop(what, where, "none of the checkpoints kept is from before it: start again with a smaller rate")
         saved, path = found
-        checkpoints.set_aside(unsound)
+        checkpoints.set_aside(dict.fromkeys(unsound, what))
         if t.config.train.on_nan == "stop":
             self._stop(what, where, f"stopped as asked; {self._way_out(path, saved)}")
         if broken.rollbacks >= MOST_ROLLBACKS:

@@ -11,8 +11,7 @@ from types import FrameType
 from typing import Any
 
 from lowmem.errors import ExitCode, Interrupted
-
-_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # what this system has of them
+from lowmem.train.signals import NAMES, StopSignals
 
 
 class _Leave(BaseException):
@@ -21,8 +20,9 @@ class _Leave(BaseException):
 
 @contextmanager
 def leaving_early() -> Iterator[None]:
-    """Raises Interrupted (code 130 after Ctrl-C, else 143) on a signal; the second one ends the process on the spot.
-    What catches signals itself inside of this, like training, comes first.
+    """Raises Interrupted (code 130 after Ctrl-C, else 143) on a signal; a second Ctrl-C ends the process on the spot.
+    What catches signals itself inside of this, like training, comes first. After training a signal changes nothing any
+    more: the process is leaving, with what training ended with; a second one of a kind ends it.
 
     Outside the main thread Python cannot catch signals; there it does nothing.
     """
@@ -32,15 +32,19 @@ def leaving_early() -> Iterator[None]:
     previous: dict[int, Any] = {}
 
     def leave(number: int, frame: FrameType | None) -> None:
-        for one in previous:
-            signal.signal(one, signal.SIG_DFL)
+        if StopSignals.trained:
+            signal.signal(number, signal.SIG_DFL)
+            return
+        for one in previous:  # several of them may be sent at once, and must not cut the cleaning up off
+            signal.signal(one, signal.SIG_DFL if one == signal.SIGINT else signal.SIG_IGN)
         raise _Leave(signal.Signals(number).name)
 
-    for name in _NAMES:
+    for name in NAMES:
         number = getattr(signal, name, None)
         # Under nohup a hang-up is ignored, and stays so.
         if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
             previous[number] = signal.getsignal(number)
+    StopSignals.trained = False
     try:
         for number in previous:
             signal.signal(number, leave)

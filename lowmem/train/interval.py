@@ -6,7 +6,10 @@ steps that is at every half of the interval, whose places do not depend on how f
 the clock it is as long before the end as the longest write so far took. If the write takes longer than that, training
 waits for it (`hold`). What the disk refuses is not waited for: then training goes on, and that is said (`Saver`).
 
-Known limitation: a step cannot be left in its middle; by the clock the one under way comes on top.
+An evaluation that would pass the interval is begun with a save; a resume begins with it.
+
+Known limitation: a step cannot be left in its middle; by the clock the one under way comes on top. Nobody knows how
+long the first evaluation of a process will take: half an interval is allowed for.
 """
 
 from __future__ import annotations
@@ -30,14 +33,19 @@ class SaveInterval:
         """A save of the run as it is now was handed over."""
         self._submitted_at = self._now()
 
-    def due(self, step: int | None, ahead_seconds: float = 0.0) -> bool:
-        """Whether a save is to be handed over after `step` steps (None: for the clock's sake only), if the next
-        occasion is `ahead_seconds` away."""
+    def due(self, step: int) -> bool:
+        """Whether a save is to be handed over after `step` steps."""
         every = self._config.steps_between_saves
-        if step is not None and every is not None and step % every == 0:
-            return True
+        return (every is not None and step % every == 0) or self._clock(0.0)
+
+    def due_before(self, seconds: float | None) -> bool:
+        """Whether a save is to be handed over before what takes so long, by the clock (None: nobody knows how long)."""
+        return self._clock(seconds)
+
+    def _clock(self, ahead_seconds: float | None) -> bool:
         if self._seconds is None:
             return False
+        ahead_seconds = self._seconds / 2 if ahead_seconds is None else ahead_seconds
         lead = min(self._seconds / 2, self._saver.longest_write_seconds)
         return self._now() - self._submitted_at + ahead_seconds > self._seconds - lead
 

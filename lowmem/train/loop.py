@@ -244,8 +244,9 @@ class _Loop:
     def _end_epoch(self) -> None:
         state, t = self.state, self.t
         self.saver.wait()
-        if self.interval.due(None, ahead_seconds=self.time_left.evaluation_seconds):
+        if self.interval.due_before(self.time_left.evaluation_seconds):
             self._save()  # the evaluation would be lost beyond the interval; a resume begins with it
+        self.interval.hold(state.step)
         began = time.monotonic()
         test = self._score(t.dataset.test)
         val = self._score(t.dataset.val) if t.dataset.val is not None else None

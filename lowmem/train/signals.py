@@ -18,7 +18,7 @@ from typing import Any
 from lowmem.errors import ExitCode
 
 # SIGHUP: the terminal was closed. SIGBREAK: Ctrl-Break on Windows. Only what this system has.
-_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 # Seconds after which the same signal once more means at once.
 _INSISTS_AFTER = {"SIGINT": 0.0, "SIGBREAK": 0.0, "SIGTERM": 2.0}
 
@@ -44,6 +44,8 @@ class StopSignals:
     Outside the main thread Python cannot catch signals; there it does nothing.
     """
 
+    trained = False  # whether any has been entered: training has begun, and a step may have been taken
+
     def __init__(self) -> None:
         self.requested: str | None = None
         self._insistence = Insistence()
@@ -55,8 +57,9 @@ class StopSignals:
         return ExitCode.INTERRUPTED if self.requested == "SIGINT" else ExitCode.TERMINATED
 
     def __enter__(self) -> StopSignals:
+        StopSignals.trained = True
         if threading.current_thread() is threading.main_thread():
-            for name in _NAMES:
+            for name in NAMES:
                 number = getattr(signal, name, None)
                 # Under nohup a hang-up is ignored, and stays so.
                 ignored = name == "SIGHUP" and number is not None and signal.getsignal(number) == signal.SIG_IGN

@@ -27,9 +27,9 @@ class TimeLeft:
         self._mark = None
 
     @property
-    def evaluation_seconds(self) -> float:
-        """Of the last evaluation; 0 before there was one."""
-        return self._evaluation_seconds or 0.0
+    def evaluation_seconds(self) -> float | None:
+        """Of the last evaluation; None before there was one."""
+        return self._evaluation_seconds
 
     def seconds(self, epochs_done: int, steps_done: int) -> float | None:
         """Seconds until the end of the run; None until something was measured."""
@@ -37,4 +37,4 @@ class TimeLeft:
             return None
         steps = max(0, self._epochs * self._per_epoch - steps_done)
         evaluations = max(0, self._epochs - epochs_done)
-        return steps * self._step_seconds + evaluations * self.evaluation_seconds
+        return steps * self._step_seconds + evaluations * (self._evaluation_seconds or 0.0)

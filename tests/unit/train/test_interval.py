@@ -54,7 +54,10 @@ def test_by_the_clock_it_saves_before_the_end() -> None:
     interval = _interval(disk, every_minutes=2.0)
     disk.now += 99
     assert not interval.due(7)
-    assert interval.due(7, ahead_seconds=5.0)  # an evaluation lies ahead
+    assert interval.due_before(5.0)
+    assert not interval.due_before(0.5)
+    assert interval.due_before(None)  # nobody knows how long: half of the interval is allowed for
+    assert not _interval(disk, every_minutes=6.0).due_before(None)
     disk.now += 2
     assert interval.due(7)
     interval.submitted()
