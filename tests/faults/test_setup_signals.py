@@ -12,6 +12,7 @@ import pytest
 import lowmem.preflight
 from lowmem.errors import ExitCode, Interrupted
 from lowmem.train.early import leaving_early
+from lowmem.train.signals import StopSignals
 from tests.faults.processes import SMALL, Forked, wait_for
 from tests.faults.small_run import make_run
 
@@ -67,3 +68,27 @@ def test_handlers_come_back_and_an_ignored_hang_up_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_after_training_a_signal_changes_nothing() -> None:
+    with leaving_early():
+        with StopSignals():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)  # while the run's files are closed
+    with pytest.raises(Interrupted, match="saved"), leaving_early():
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.requested == "SIGTERM"
+        os.kill(os.getpid(), signal.SIGINT)
+        raise Interrupted("saved", signals.exit_code)
+
+
+def test_several_signals_at_once_do_not_cut_the_cleaning_up_off(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted), leaving_early():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            for number in (signal.SIGHUP, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+            (tmp_path / "cleaned").touch()
+    assert (tmp_path / "cleaned").exists()
