@@ -70,25 +70,36 @@ def test_handlers_come_back_and_an_ignored_hang_up_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def _saved_and_left() -> None:
+    with leaving_early():
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.requested == "SIGTERM"
+        os.kill(os.getpid(), signal.SIGINT)  # while the run's files are closed
+        raise Interrupted("saved", signals.exit_code)
+
+
 def test_after_training_a_signal_changes_nothing() -> None:
     with leaving_early():
         with StopSignals():
             pass
-        os.kill(os.getpid(), signal.SIGTERM)  # while the run's files are closed
-    with pytest.raises(Interrupted, match="saved"), leaving_early():
-        with StopSignals() as signals:
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert signals.requested == "SIGTERM"
-        os.kill(os.getpid(), signal.SIGINT)
-        raise Interrupted("saved", signals.exit_code)
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Interrupted, match="saved") as raised:
+        _saved_and_left()
+    assert raised.value.exit_code == ExitCode.TERMINATED
 
 
-def test_several_signals_at_once_do_not_cut_the_cleaning_up_off(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted), leaving_early():
+def _cleans_up(done: Path) -> None:
+    with leaving_early():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
             for number in (signal.SIGHUP, signal.SIGTERM):
                 os.kill(os.getpid(), number)
-            (tmp_path / "cleaned").touch()
+            done.touch()
+
+
+def test_several_signals_at_once_do_not_cut_the_cleaning_up_off(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        _cleans_up(tmp_path / "cleaned")
     assert (tmp_path / "cleaned").exists()
