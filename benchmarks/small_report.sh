@@ -14,7 +14,7 @@ lowmem reproduce --out "$out" --block bottleneck --width 16 --epochs 8 --batch 6
 
 [ -n "$results" ] || exit 0
 mkdir -p "$results/runs"
-cp "$out"/report/* "$results"
+cp "$out"/report/*.md "$out"/report/*.png "$results"
 for run in "$out"/*/config.yaml; do
     run=$(dirname "$run")
     copy=$results/runs/$(basename "$run")
