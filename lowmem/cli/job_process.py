@@ -29,7 +29,7 @@ def work(request: Mapping[str, Any]) -> int:
     """Does what is requested; returns the exit code. Raises LowmemError."""
     job = read_job(Path(request["out"]))
     members = [member for member in ALL if member.name in request["names"]]
-    standings = standings_of(job, members, job.settings.config.train.max_steps)
+    standings = standings_of(job, members, request["max_steps"])
     measured = measured_before(job, members)
     with observer() as shown:
         if "name" not in request:
@@ -44,15 +44,31 @@ def work(request: Mapping[str, Any]) -> int:
             _train(job, members[number], standings[number], request, told)
         except Interrupted as stopped:
             return stopped.exit_code  # whoever conducts the job says what is next
+    if not request["dry_run"]:
+        _refuse_unfinished(standing_of(job, members[number], request["max_steps"]))
     return 0
 
 
 def _train(job: Job, member: Member, standing: Standing, request: Mapping[str, Any], told: Observer) -> None:
+    limit = {"train.max_steps": request["max_steps"]}
     if not standing.begun:
-        run_training(job.settings_of(member), standing.path, told, dry_run=bool(request["dry_run"]))
+        settings = job.settings_of(member)
+        if request["max_steps"] is not None:
+            settings = settings.replace(limit, "reproduce")
+        run_training(settings, standing.path, told, dry_run=bool(request["dry_run"]))
         return
-    recorded = recorded_settings(standing.path)
-    resume_training(standing.path, recorded.replace(request["given"], "reproduce"), told)
+    # Always with the limit, be it None: the run may have been begun as a trial.
+    given = {**request["given"], **limit}
+    resume_training(standing.path, recorded_settings(standing.path).replace(given, "reproduce"), told)
+
+
+def _refuse_unfinished(standing: Standing) -> None:
+    """Raises LowmemError: a run that left without an error and is not done must not pass for one that is."""
+    if standing.left:
+        raise LowmemError(
+            f"{standing.path} was left at step {standing.step}, epoch {standing.epochs_done} of {standing.epochs}, "
+            f"without an error ({standing.state}): look at it with `lowmem verify {standing.path}`"
+        )
 
 
 # -- the table before the first run ------------------------------------------------------------------------------------

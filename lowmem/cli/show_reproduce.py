@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from lowmem.errors import LowmemError, UsageError
-from lowmem.reproduce.conduct import Asked, JobStopped, ask, command, conduct, to_report
+from lowmem.errors import ExitCode, Interrupted, LowmemError, UsageError
+from lowmem.reproduce.conduct import Asked, JobStopped, ask, command, conduct, interrupted, to_report
 from lowmem.reproduce.folder import held
 from lowmem.reproduce.members import select
 from lowmem.reproduce.process import Conductor
@@ -17,22 +17,37 @@ from lowmem.settings import Settings
 def reproduce_job(out: Path, settings: Settings, only: str | None, block: str | None, dry_run: bool) -> int:
     """Does it and returns the exit code. Raises LowmemError."""
     members = select(only, block)
-    with held(out) as lock, Conductor() as conductor:
-        asked = ask(out, settings, members, command(out, members))
-        if lock.taken_over is not None:
-            say(f"{out} is taken over from {lock.taken_over}, which ended without leaving it")
-        try:
-            code = conduct(asked, conductor, say, dry_run=dry_run)
-        except JobStopped:
-            if not dry_run:
-                try:
-                    _report(asked)  # of what is there
-                except LowmemError as error:
-                    say(f"there is no report: {error}")
-            raise
-        if code == 0 and not dry_run:
-            _report(asked)
+    with held(out) as lock:
+        stopped: JobStopped | None = None
+        with Conductor() as conductor:
+            asked = ask(out, settings, members, command(out, members))
+            if lock.taken_over is not None:
+                say(f"{out} is taken over from {lock.taken_over}, which ended without leaving it")
+            try:
+                code = conduct(asked, conductor, say, dry_run=dry_run)
+            except JobStopped as error:
+                stopped, code = error, error.exit_code
+        # From here on signals end the process: the report is written again in seconds.
+        if conductor.requested is not None:
+            raise stopped or interrupted(conductor, "stopped before the report", asked)
+        if not dry_run and (stopped is not None or code == 0):
+            _report_or_say(asked, stopped)
+        if stopped is not None:
+            raise stopped
         return code
+
+
+def _report_or_say(asked: Asked, stopped: JobStopped | None) -> None:
+    """Of what is there. Raises Interrupted; LowmemError unless the job itself has stopped, which says more."""
+    try:
+        _report(asked)
+    except KeyboardInterrupt:
+        where = "stopped in the report, all runs are saved"
+        raise Interrupted(f"SIGINT: {where}; go on with `{asked.again}`", ExitCode.INTERRUPTED) from None
+    except LowmemError as error:
+        if stopped is None:
+            raise
+        say(f"there is no report: {error}")
 
 
 def _report(asked: Asked) -> None:

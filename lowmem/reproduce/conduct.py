@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.config import OPERATIONAL
-from lowmem.errors import ExitCode, Interrupted, LowmemError, UsageError
+from lowmem.errors import ExitCode, Interrupted, LowmemError, PreflightError, UsageError
 from lowmem.reproduce.folder import begun
 from lowmem.reproduce.job import Job, asked_for, is_job, read_job, refuse_other_settings
 from lowmem.reproduce.members import ALL, REPORTED, Member
@@ -40,33 +40,40 @@ class JobStopped(LowmemError):
 
 @dataclass(frozen=True)
 class Asked:
-    """What this call of the command wants. `given`: what it changes for runs that have begun, by dotted name; `again`:
-    the command that goes on with it."""
+    """What this call of the command wants. `given`: the operational settings that somebody asked the job for, now or
+    earlier, by dotted name, for runs that have begun with others; `again`: the command that goes on with it;
+    `max_steps`: of a trial, for this call alone."""
 
     job: Job
     members: tuple[Member, ...]
     given: Mapping[str, object]
     again: str
-
-    @property
-    def max_steps(self) -> int | None:
-        return self.job.settings.config.train.max_steps
+    max_steps: int | None = None
 
 
 def ask(path: Path, settings: Settings, members: Sequence[Member], again: str) -> Asked:
     """The job in `path` with what is asked for this time, or a new one if no run of it has begun.
 
     Raises UsageError if its settings would not be those that its runs were begun with."""
+    max_steps, settings = settings.config.train.max_steps, _to_the_end(settings)
     given = asked_for(settings)
-    operational = {key: value for key, value in given.items() if key in OPERATIONAL}
     if not is_job(path) or not begun(path):
-        return Asked(Job(path, settings), tuple(members), operational, again)
+        return Asked(Job(path, settings), tuple(members), _operational(given), again, max_steps)
     job = read_job(path)
     refuse_other_settings(job, given)
-    settled = job.settings
-    for key, value in operational.items():
+    settled = _to_the_end(job.settings)
+    for key, value in _operational(given).items():
         settled = settled.replace({key: value}, settings.sources[key])
-    return Asked(replace(job, settings=settled), tuple(members), operational, again)
+    return Asked(replace(job, settings=settled), tuple(members), _operational(asked_for(settled)), again, max_steps)
+
+
+def _to_the_end(settings: Settings) -> Settings:
+    """Without the limit of a trial, or every later call would take the job for done there."""
+    return settings.replace({"train.max_steps": None}, "default")
+
+
+def _operational(given: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in given.items() if key in OPERATIONAL}
 
 
 @dataclass
@@ -87,14 +94,20 @@ def conduct(asked: Asked, conductor: Conductor, say: Callable[[str], None], *, d
     after a signal, with everything saved; JobStopped if a run did not end.
     """
     job, members = asked.job, asked.members
-    wait_for_writers([job.folder_of(member) for member in ALL], say)
+    wait_for_writers([job.folder_of(member) for member in ALL], say, lambda: conductor.requested is not None)
+    if conductor.requested is not None:
+        raise interrupted(conductor, "stopped before the first run", asked)
     standings = standings_of(job, members, asked.max_steps)
-    request: dict[str, Any] = {"out": str(job.path), "names": [member.name for member in members]}
+    request: dict[str, Any] = {
+        "out": str(job.path),
+        "names": [member.name for member in members],
+        "max_steps": asked.max_steps,
+    }
     with _recorded(job) as keep:
         if any(standing.left for standing in standings):
             code = conductor.run(request)
             if conductor.requested is not None:
-                raise _interrupted(conductor, "stopped before the first run", asked)
+                raise interrupted(conductor, "stopped before the first run", asked)
             if code != ExitCode.DONE:
                 return code if code > 0 else ExitCode.BUG
         if not dry_run:
@@ -135,7 +148,7 @@ def _each(
         say(f"{which}: {name} {'goes on' if standing.begun else 'begins'}{' (dry run)' if dry_run else ''}")
         code = conductor.run({**request, "given": dict(asked.given), "name": name, "dry_run": dry_run})
         if conductor.requested is not None:
-            raise _interrupted(conductor, _where(asked, standing.member), asked)
+            raise interrupted(conductor, _where(asked, standing.member), asked)
         if code in _STOPS_ALL:
             raise JobStopped(f"stopped at {name}; what was done is kept, go on with `{asked.again}`", code)
         if code != ExitCode.DONE:
@@ -147,7 +160,7 @@ def _each(
         )
 
 
-def _interrupted(conductor: Conductor, where: str, asked: Asked) -> Interrupted:
+def interrupted(conductor: Conductor, where: str, asked: Asked) -> Interrupted:
     return Interrupted(f"{conductor.requested}: {where}; go on with `{asked.again}`", conductor.exit_code)
 
 
@@ -183,7 +196,7 @@ def to_report(path: Path) -> tuple[list[Path], list[str]]:
             if standing.begun:
                 read_history(standing.path)
                 runs.append(standing.path)
-        except UsageError as error:
+        except (UsageError, PreflightError) as error:
             left_out.append(str(error))
     return runs, left_out
 

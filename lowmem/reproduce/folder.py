@@ -31,9 +31,12 @@ def refuse_other_folder(path: Path) -> None:
 def held(path: Path) -> Iterator[RunLock]:
     """The job's folder under its lock. If no run was begun in it when this is left, nothing of it stays.
 
-    Raises UsageError if it is another's, PreflightError if it cannot be written."""
-    refuse_other_folder(path)
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    Raises UsageError if it is another's, PreflightError if it cannot be read or written."""
+    try:
+        refuse_other_folder(path)
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    except OSError as error:
+        raise _unreadable(path, error) from None
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = RunLock.acquire(path, "job")
@@ -44,16 +47,29 @@ def held(path: Path) -> Iterator[RunLock]:
     try:
         yield lock
     finally:
-        nothing = not begun(path)
+        try:
+            nothing = not begun(path)
+        except PreflightError:
+            nothing = False
         lock.release()
         if nothing:
             _remove(path, made)
 
 
 def begun(path: Path) -> bool:
-    """Whether any run of the job was begun: from then on its settings are settled."""
-    folders = [path / member.name for member in ALL]
-    return any(folder.is_dir() and any(folder.iterdir()) and not never_began(folder) for folder in folders)
+    """Whether any run of the job was begun: from then on its settings are settled. Raises PreflightError."""
+    return any(_begun(path / member.name) for member in ALL)
+
+
+def _begun(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and any(folder.iterdir()) and not never_began(folder)
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> PreflightError:
+    return PreflightError(f"{path} cannot be read ({error.strerror or error}): check its permissions")
 
 
 def _remove(path: Path, made: list[Path]) -> None:

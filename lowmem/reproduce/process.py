@@ -58,8 +58,10 @@ class Conductor:
             with suppress(OSError):  # it is gone already: its code says how
                 process.stdin.write(json.dumps(request).encode() + b"\n")
                 process.stdin.flush()
-            self._process, self._asked = process, 0
-            if self.requested is not None:  # in the meantime
+            # In this order: a signal may come between any two of these lines, and twice asked means at once.
+            self._asked = 0
+            self._process = process
+            if self.requested is not None and not self._asked:  # in the meantime
                 self._ask()
             try:
                 return self._wait(process)

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-from lowmem.errors import LowmemError
+from lowmem.errors import LowmemError, PreflightError
 from lowmem.reproduce.job import Job, refuse_foreign
 from lowmem.reproduce.members import Member
 from lowmem.runs.history import EpochRow, read_epochs
@@ -47,7 +47,17 @@ class Standing:
 
 
 def standing_of(job: Job, member: Member, max_steps: int | None = None) -> Standing:
-    """`max_steps`: the limit that holds this time. Raises UsageError if something else is in the run's place."""
+    """`max_steps`: the limit that holds this time. Raises UsageError if something else is in the run's place,
+    PreflightError if it cannot be read."""
+    try:
+        return _standing_of(job, member, max_steps)
+    except OSError as error:
+        raise PreflightError(
+            f"{job.folder_of(member)} cannot be read ({error.strerror or error}): check its permissions"
+        ) from None
+
+
+def _standing_of(job: Job, member: Member, max_steps: int | None) -> Standing:
     path, epochs = job.folder_of(member), job.settings.config.train.epochs
     if not path.exists() or not path.is_dir() or not (path / "config.yaml").is_file() or never_began(path):
         refuse_existing(path)
@@ -84,12 +94,13 @@ def _epoch_seconds(path: Path) -> float | None:
         return None
 
 
-def wait_for_writers(paths: Sequence[Path], say: Callable[[str], None]) -> None:
-    """A job that was killed leaves a process behind that still saves its run: until it has left, or for two minutes."""
+def wait_for_writers(paths: Sequence[Path], say: Callable[[str], None], stop: Callable[[], bool]) -> None:
+    """A job that was killed leaves a process behind that still saves its run: until it has left, or for two minutes, or
+    until `stop()`."""
     deadline = time.monotonic() + _LEAVING_SECONDS
     for path in paths:
-        if (who := writer_of(path)) is None:
+        if stop() or (who := writer_of(path)) is None:
             continue
         say(f"{path} is still being written by {who}: waiting for it to leave")
-        while writer_of(path) is not None and time.monotonic() < deadline:
+        while not stop() and writer_of(path) is not None and time.monotonic() < deadline:
             time.sleep(0.2)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lowmem.cli.job_process import JobObserver, describe
+import lowmem.report
+from lowmem.cli import job_process
+from lowmem.cli.job_process import JobObserver, describe, work
+from lowmem.cli.show_reproduce import reproduce_job
+from lowmem.errors import Interrupted, LowmemError
 from lowmem.reproduce.check import Looked, Outlook
 from lowmem.reproduce.clock import Pace
+from lowmem.reproduce.conduct import ask, conduct
 from lowmem.reproduce.job import Job
 from lowmem.reproduce.members import select
-from lowmem.reproduce.standing import Standing
-from lowmem.settings import gather
+from lowmem.reproduce.process import Conductor
+from lowmem.reproduce.standing import Standing, standing_of
+from lowmem.settings import Settings, gather
 from lowmem.train.observer import Observer, Progress
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -149,3 +158,76 @@ def test_a_jobs_folder_is_no_run(lowmem_command: Command, tmp_path: Path, job: J
     done = lowmem_command("resume", str(job.path))
     assert done.returncode == 2
     assert f"go on with `lowmem reproduce --out {job.path}`" in done.stderr
+
+
+# -- real runs, from one call to the next ------------------------------------------------------------------------------
+
+SMALL = (
+    "model.width=2", "data.source=shapes", "data.train_subset=40", "data.test_subset=20", "train.batch=20",
+    "train.epochs=2", "train.device=cpu",
+)  # fmt: skip
+RES20 = select("res20", None)
+
+
+class Here(Conductor):
+    """Does in this process what is requested."""
+
+    interrupts = False  # before the run gets anywhere
+
+    def run(self, request: Mapping[str, Any]) -> int:
+        if self.interrupts and "name" in request:
+            self.requested = "SIGINT"
+            return 130
+        return work(json.loads(json.dumps(request)))
+
+
+def call(out: Path, *sets: str, interrupts: bool = False) -> Job:
+    out.mkdir(exist_ok=True)
+    asked, conductor = ask(out, gather(sets=sets), RES20, "again"), Here()
+    conductor.interrupts = interrupts
+    assert conduct(asked, conductor, lambda text: None) == 0
+    return asked.job
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> Path:
+    """A job whose only run was stopped after two of its four steps, as asked."""
+    job = call(tmp_path / "job", *SMALL, "train.max_steps=2")
+    assert standing_of(job, RES20[0]).step == 2
+    return job.path
+
+
+def test_a_trial_goes_on_to_its_end_with_the_plain_command(trial: Path) -> None:
+    job = call(trial)
+    assert standing_of(job, RES20[0]).state == "finished"
+
+
+def test_what_an_interrupted_call_asked_for_holds(trial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Interrupted):
+        call(trial, "train.max_steps=null", "train.on_stuck=stop", interrupts=True)
+    resumed: list[Settings] = []
+    real = job_process.resume_training
+
+    def resume(path: Path, changes: Settings, observer: Observer) -> object:
+        resumed.append(changes)
+        return real(path, changes, observer)
+
+    monkeypatch.setattr(job_process, "resume_training", resume)
+    job = call(trial)
+    assert [changes.config.train.on_stuck for changes in resumed] == ["stop"]
+    assert standing_of(job, RES20[0]).state == "finished"
+
+
+def test_a_run_that_leaves_unfinished_is_a_failure(trial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_process, "resume_training", lambda *given: None)
+    with pytest.raises(LowmemError, match="was left at step 2, epoch 1 of 2"):
+        call(trial)
+
+
+def test_ctrl_c_in_the_report(trial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call(trial)
+    monkeypatch.setattr(lowmem.report, "write_report", lambda *given, **named: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted, match="stopped in the report, all runs are saved; go on with") as caught:
+        reproduce_job(trial, gather(), "res20", None, dry_run=False)
+    assert caught.value.exit_code == 130
+    assert not (trial / "job.owner.json").exists()

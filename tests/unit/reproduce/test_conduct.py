@@ -4,6 +4,7 @@ are killed and interrupted in tests/faults/test_reproduce.py."""
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lowmem.errors import ExitCode, Interrupted, UsageError
 from lowmem.reproduce.conduct import Asked, JobStopped, ask, command, conduct, to_report
 from lowmem.reproduce.members import ALL, select
 from lowmem.reproduce.process import Conductor
+from lowmem.runs.lock import RunLock
 from lowmem.settings import gather, to_yaml
 from tests.unit.report.fake_runs import write_run
 
@@ -133,6 +135,24 @@ def test_a_signal_between_or_in_runs(tmp_path: Path) -> None:
     assert str(caught.value) == f"SIGINT: cnn20 had not begun; go on with `lowmem reproduce --out {tmp_path}`"
 
 
+def test_a_signal_while_another_still_writes(tmp_path: Path) -> None:
+    asked(tmp_path).job.write()
+    put_run(tmp_path, "res20", done=3)
+    lock, conductor, began = RunLock.acquire(tmp_path / "res20", "run"), Scripted(), time.monotonic()
+
+    def interrupt(text: str) -> None:
+        assert "waiting for it to leave" in text
+        conductor.requested = "SIGINT"
+
+    try:
+        with pytest.raises(Interrupted, match="SIGINT: stopped before the first run"):
+            conduct(asked(tmp_path), conductor, interrupt)
+    finally:
+        lock.release()
+    assert time.monotonic() - began < 60  # not the two minutes
+    assert conductor.requests == []
+
+
 def put_signal(conductor: Conductor, name: str) -> None:
     if name == "cnn20":
         conductor.requested = "SIGINT"
@@ -162,10 +182,23 @@ def test_what_is_operational_may_change_and_is_kept(tmp_path: Path) -> None:
     do(asked(tmp_path, "checkpoint.keep=3", memory__vram="4G"), conductor)
     assert conductor.requests[-1]["given"] == {"checkpoint.keep": 3, "memory.vram": 4 << 30}
     assert recorded(tmp_path)["memory.vram"] == 4 << 30
-    # A run that has begun keeps its own unless something is asked for this time.
+    # A later call holds to it for runs that were begun before, too.
     again = Scripted()
     do(asked(tmp_path), again)
-    assert again.requests[-1]["given"] == {}
+    assert again.requests[-1]["given"] == {"checkpoint.keep": 3, "memory.vram": 4 << 30}
+
+
+def test_a_trials_limit_holds_for_its_call_alone(tmp_path: Path) -> None:
+    trial = Scripted()
+    do(asked(tmp_path, "train.max_steps=20"), trial)
+    assert trial.requests[-1]["max_steps"] == 20
+    put_run(tmp_path, "res20", done=3)
+    do(asked(tmp_path, "train.max_steps=30"), Scripted())
+    assert recorded(tmp_path)["train.max_steps"] is None
+    plain = Scripted()
+    do(asked(tmp_path), plain)
+    assert plain.requests[-1]["max_steps"] is None
+    assert "train.max_steps" not in plain.requests[-1]["given"]
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
