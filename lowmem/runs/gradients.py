@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from lowmem.errors import UsageError
+from lowmem.reading import shorten
 
 FILE_NAME = "gradients.csv"
 _LEADING = ("step", "epoch")
@@ -51,7 +52,10 @@ def parse(path: Path, lines: Sequence[str]) -> Gradients:
     """The whole lines of the file. Raises UsageError naming the file and the line, for a damaged one."""
     if not lines:
         return Gradients()
-    header = next(csv.reader([lines[0]]), [])
+    try:
+        header = next(csv.reader([lines[0]]), [])
+    except csv.Error as error:
+        raise UsageError(f"{path} line 1 is no header: {error}") from None
     layers = tuple(header[len(_LEADING) :])
     if tuple(header[: len(_LEADING)]) != _LEADING or not layers or len(set(header)) != len(header):
         raise UsageError(f"{path} line 1: the columns must be step, epoch and a layer each, every one once")
@@ -69,4 +73,4 @@ def _row(path: Path, number: int, text: str, width: int) -> GradientRow:
     try:
         return GradientRow(int(fields[0]), int(fields[1]), tuple(map(float, fields[2:])))
     except ValueError as error:
-        raise UsageError(f"{path} line {number}: {error}") from None
+        raise UsageError(f"{path} line {number}: {shorten(error)}") from None

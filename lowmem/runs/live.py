@@ -293,7 +293,7 @@ class _Cached(Generic[T]):
 def _budget_bytes(plan: Path) -> int | None:
     values = read_json(plan, PLAN_LIMIT_BYTES)
     size = values.get("budget_bytes") if isinstance(values, dict) else None
-    return size if type(size) is int and size > 0 else None
+    return size if type(size) is int and 0 < size < 1 << 62 else None
 
 
 def _mtime(path: Path) -> float | None:

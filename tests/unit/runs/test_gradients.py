@@ -83,6 +83,7 @@ def test_damaged_lines_are_said(tmp_path: Path) -> None:
         (["step,conv1.weight"], "line 1"),
         (["step,epoch"], "line 1"),
         (["step,epoch,a,a"], "line 1"),
+        (["step,epoch,a\rb"], "line 1"),
         (["step,epoch,a", "1,1"], "line 2: 2 fields"),
         (["step,epoch,a", "1,1,x"], "line 2"),
         (["step,epoch,a", "one,1,0.5"], "line 2"),
@@ -92,6 +93,12 @@ def test_damaged_lines_are_said(tmp_path: Path) -> None:
 def test_what_is_damaged_is_refused(lines: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         parse(Path("gradients.csv"), lines)
+
+
+def test_a_message_does_not_carry_the_whole_file() -> None:
+    with pytest.raises(UsageError) as raised:
+        parse(Path("gradients.csv"), ["step,epoch,a", f"1,1,{'x' * 70_000}"])
+    assert len(str(raised.value)) < 300
 
 
 def test_an_empty_file_is_none() -> None:

@@ -172,6 +172,8 @@ def test_budget_and_what_was_measured(folder: RunFolder) -> None:
     epoch(folder, 1, peak_allocated_bytes=700)
     live = watched.look()
     assert (live.budget_bytes, live.peak_bytes) == (800, 700)
+    folder.update_plan({"budget_bytes": 10**400})  # no size of anything
+    assert watched.look().budget_bytes is None
 
 
 def test_damaged_files_hide_only_themselves(folder: RunFolder) -> None:
