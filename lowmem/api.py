@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from lowmem import fork
 from lowmem.belonging import belongs_to, most_bytes
@@ -16,23 +17,35 @@ from lowmem.choose.execution import refuse_unsafe, require_device
 from lowmem.choose.explain import inexact
 from lowmem.choose.session import wants_plan
 from lowmem.choose.workspace import cap_workspace
-from lowmem.config import Config, known_keys
-from lowmem.confirm import Confirmed
-from lowmem.data import Dataset, load
-from lowmem.decide import decide, forked_plan, plan_of
+from lowmem.config import Config, flatten, known_keys
+from lowmem.data import Dataset
+from lowmem.decide import forked_plan
+from lowmem.decide_shares import (
+    Decided,
+    changed_words,
+    decide_jointly,
+    norm_words,
+    plan_again,
+    record_plans,
+    undivided,
+)
+from lowmem.distributed import Group
 from lowmem.environment import describe
 from lowmem.errors import OutOfMemory, PreflightError, UsageError
 from lowmem.measure.cap import cap_allocator
 from lowmem.models import build
-from lowmem.plan.record import Plan
 from lowmem.preflight import preflight
 from lowmem.reading import shorten
 from lowmem.runs import checkpoint as checkpoints
+from lowmem.runs.absent import AbsentFolder
+from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.setup import never_began, refuse_existing, start_again
-from lowmem.runs.store import RunFolder, leaving_no_trace, require_run
+from lowmem.runs.store import RunFolder, require_run
 from lowmem.settings import Settings, from_yaml, refuse_changes, to_yaml
+from lowmem.together import asked_hash, begun_before, joined, launched, load_data, new_folder, share_settings
 from lowmem.train.board import check_board, exporting
 from lowmem.train.early import leaving_early
+from lowmem.train.joint import share_checkpoint
 from lowmem.train.loop import Outcome, Trainer
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import starts_low
@@ -57,14 +70,15 @@ def run_training(
     *,
     dry_run: bool = False,
 ) -> RunResult:
-    """What `lowmem train` does: load the data, make the run folder (default `runs/<arch>`), preflight, train.
+    """What `lowmem train` does: load the data, make the run folder (default `runs/<arch>`), preflight, train. Started
+    by torchrun, the processes do it together; rank 0 writes.
 
     `dry_run`: all of that up to the first step, and then nothing of it stays.
 
     Raises LowmemError: UsageError if the folder exists, PreflightError before the first step, Interrupted after a
-    signal with everything saved, DiskError.
+    signal with everything saved, DiskError, PeerLost.
     """
-    observer = observer or Observer()
+    launch, observer = launched(observer)
     settings = config if isinstance(config, Settings) else Settings(config, dict.fromkeys(known_keys(), "caller"))
     planned = wants_plan(resolve_execution(settings).config)
     settings = resolve_execution(settings, planned=planned)
@@ -74,28 +88,35 @@ def run_training(
     if settings.config.memory.auto_batch and not planned:
         raise UsageError("--batch auto needs something to fit into: give --vram, like --vram 6G")
     path = Path(out) if out is not None else Path("runs") / settings.config.model.arch
-    _refuse_existing(path)
-    check_board(settings.config)
-    dataset = _load_data(settings.config, observer)
-    plan: Plan | None = None
-    confirmed: Confirmed | None = None
-    if planned:
-        settings, plan, confirmed = decide(settings, dataset, observer)
-    environment = describe(settings.config.train.device)
-    with leaving_no_trace(path), RunFolder.create(path, to_yaml(settings), environment) as folder:
+    with joined(launch, settings.config) as group:
+        if begun_before(group, path, settings.config):
+            observer.note(f"started again after a failure (restart {group.restarts}): going on with {path}")
+            return _go_on(group, path, None, observer)
+        return _begin(group, settings, path, observer, dry_run)
+
+
+def _begin(group: Group, settings: Settings, path: Path, observer: Observer, dry_run: bool) -> RunResult:
+    asked = asked_hash(settings.config)
+    group.lead(lambda: _refuse_existing(path), None)
+    group.together(lambda: check_board(settings.config))
+    dataset = load_data(group, settings.config, observer)
+    decided = decide_jointly(group, settings, dataset, observer)
+    settings, plan, confirmed = decided.settings, decided.plan, decided.confirmed
+    environment = describe(settings.config.train.device) | {"processes": group.size}
+    with new_folder(group, path, to_yaml(settings), {**environment, "asked": asked}) as folder:
         try:
+            trainer = _make_trainer(group, decided, dataset, observer, path)
+            trainer.state.low_start = starts_low(settings.config)
+            _cap_emulated(trainer)
             with _out_of_memory(path):
-                trainer = _make_trainer(settings.config, dataset, observer, plan)
-                trainer.state.low_start = starts_low(settings.config)
-                _cap_emulated(trainer)
                 preflight(trainer, folder)
             observer.note(_headline(settings.config, dataset, path))
             if dry_run:
                 return _leave_nothing(trainer, folder)
-            if trainer.plan is not None:
-                folder.write_plan(trainer.plan.to_json())
+            record_plans(group, trainer.plan, folder)
             # From here on a run can be resumed, however early it is killed.
-            checkpoints.save(folder.checkpoints, trainer.checkpoint(), keep=settings.config.checkpoint.keep)
+            keep = settings.config.checkpoint.keep
+            group.lead(lambda: checkpoints.save(folder.checkpoints, trainer.checkpoint(), keep=keep), folder.path)
         except BaseException:
             # Not a step was taken: nothing is to be kept, and the folder must not be in the way of another try.
             folder.discard()
@@ -109,48 +130,62 @@ def run_training(
 
 
 @leaving_early()
-def resume_training(path: Path | str, changes: Settings | None = None, observer: Observer | None = None) -> RunResult:
-    """What `lowmem resume` does: go on from the newest checkpoint that verifies, in the middle of its epoch.
+def resume_training(
+    path: Path | str, changes: Settings | Mapping[str, object] | None = None, observer: Observer | None = None
+) -> RunResult:
+    """What `lowmem resume` does: go on from the newest checkpoint that verifies, in the middle of its epoch. Started by
+    torchrun, the processes do it together, also of a run that another number of them began.
 
-    `changes`: the recorded settings with operational ones replaced (see `config.OPERATIONAL`). Raises UsageError if
-    the folder is no run or anything else differs, CorruptCheckpoint if nothing can be resumed.
+    `changes`: operational settings that are replaced (see `config.OPERATIONAL`), dotted name -> value, or the recorded
+    settings with them. Raises UsageError if the folder is no run or anything else differs, CorruptCheckpoint if nothing
+    can be resumed, PeerLost.
     """
-    observer = observer or Observer()
+    launch, observer = launched(observer)
     path = Path(path)
-    recorded = recorded_settings(path)
-    settings = resolve_execution(changes or recorded)
-    refuse_changes(recorded.config, settings.config, str(path))
-    require_device(settings.config.train.device)
-    check_board(settings.config)
-    with RunFolder.open(path) as folder:
-        if never_began(path):
-            raise UsageError(start_again(path))
-        if folder.taken_over is not None:
-            observer.note(f"{path} is taken over from {folder.taken_over}, which ended without leaving it")
-        saved, where, skipped = checkpoints.load_newest(
-            folder.checkpoints, belongs_to(settings.config), most_bytes(settings.config)
+    if launch is None or launch.size == 1:
+        recorded = recorded_settings(path)
+        with joined(launch, recorded.config) as group:
+            return _go_on(group, path, changes, observer)
+    with joined(launch, _device_only(changes)) as group:
+        return _go_on(group, path, changes, observer)
+
+
+def _device_only(changes: Settings | Mapping[str, object] | None) -> Config:
+    """What joining the other processes takes, where the run's own settings are not at hand yet."""
+    given = flatten(changes.config) if isinstance(changes, Settings) else dict(changes or {})
+    wanted: dict[str, object] = {key: given[key] for key in ("train.device", "train.peer_timeout_minutes") if key in given}
+    alone = Settings(Config(), dict.fromkeys(known_keys(), "default"))
+    return resolve_execution(alone.replace(wanted, "resume")).config
+
+
+def _go_on(
+    group: Group, path: Path, changes: Settings | Mapping[str, object] | None, observer: Observer
+) -> RunResult:
+    recorded = share_settings(group, lambda: recorded_settings(path))
+    changed = changes if isinstance(changes, Settings) else recorded.replace(changes or {}, "resume")
+    settings = group.together(lambda: _changed_settings(recorded, changed, path))
+    absent: RunFolder = AbsentFolder(path)
+    with group.lead(lambda: RunFolder.open(path), absent) as folder:
+        found = group.lead(lambda: _newest(folder, settings.config, observer), None)
+        saved, where = share_checkpoint(group, None if found is None else found[:2]) or _nothing(path)
+        dataset = load_data(group, settings.config, observer)
+        decided, replanned = plan_again(group, folder, recorded.config, settings, saved, dataset, observer)
+        trainer = _make_trainer(group, decided, dataset, observer, path)
+        trainer.state = group.together(
+            lambda: restore(saved, trainer.model, trainer.optimizer, trainer.step.scaler, trainer.identity)
         )
-        for reason in skipped.values():
-            observer.warning(f"skipped a damaged checkpoint: {reason}")
-            folder.event("warning", what="checkpoint skipped", reason=reason)
-        dataset = _load_data(settings.config, observer)
-        plan, replanned = plan_of(folder, recorded.config, settings.config, dataset, observer)
-        with _out_of_memory(path):
-            trainer = _make_trainer(settings.config, dataset, observer, plan)
-            trainer.state = restore(saved, trainer.model, trainer.optimizer, trainer.step.scaler, trainer.identity)
-        state = trainer.state
-        check_position(state, trainer.batches.steps_per_epoch)
+        state, before = trainer.state, trainer.state.processes
+        group.together(lambda: check_position(state, trainer.batches.steps_per_epoch))
         # Only now is it certain that this run goes on from here: nothing was written before.
-        checkpoints.set_aside(skipped)
-        kept = settings.config.checkpoint
-        folder.tidy(keep=kept.keep, keep_every=kept.keep_every)
-        if replanned and plan is not None:
-            folder.write_plan(plan.to_json())
-            folder.write_config(to_yaml(settings))
-            folder.event("replan", budget_bytes=plan.budget_bytes)
+        group.lead(lambda: _tidy(folder, found[2] if found else {}, settings.config), None)
+        if replanned and decided.plan is not None:
+            record_plans(group, decided.plan, folder)
+            group.lead(lambda: folder.write_config(to_yaml(settings)), None)
+            folder.event("replan", budget_bytes=decided.plan.budget_bytes)
         elif settings.config.checkpoint != recorded.config.checkpoint:
-            folder.write_config(to_yaml(_keeping(recorded, settings)))
-        for damage in folder.cut_back(epoch=state.epoch, step=state.step):
+            group.lead(lambda: folder.write_config(to_yaml(_keeping(recorded, settings))), None)
+        damages: list[str] = group.lead(lambda: folder.cut_back(epoch=state.epoch, step=state.step), list[str]())
+        for damage in damages:
             observer.warning(damage)
             folder.event("warning", what="rows lost", reason=damage)
         folder.event(
@@ -160,12 +195,46 @@ def resume_training(path: Path | str, changes: Settings | None = None, observer:
             step=state.step,
             steps_per_epoch=trainer.batches.steps_per_epoch,
             **describe(settings.config.train.device),
+            processes=group.size,
         )
+        if before != group.size:
+            observer.warning(words := changed_words(before, group, settings.config))
+            folder.event("warning", what=words)
         if state.epoch >= settings.config.train.epochs:
             observer.note(f"{path} is finished: all {state.epoch} epochs are done")
         else:
             observer.note(f"resuming {path} from {where.name}: epoch {state.epoch + 1}, step {state.step_in_epoch}")
         return _go(trainer, folder)
+
+
+def _changed_settings(recorded: Settings, changed: Settings, path: Path) -> Settings:
+    settings = resolve_execution(changed)
+    refuse_changes(recorded.config, settings.config, str(path))
+    require_device(settings.config.train.device)
+    check_board(settings.config)
+    return settings
+
+
+def _newest(folder: RunFolder, config: Config, observer: Observer) -> tuple[Checkpoint, Path, dict[Path, str]]:
+    """The checkpoint to go on from, and what was skipped. Raises UsageError, CorruptCheckpoint."""
+    if never_began(folder.path):
+        raise UsageError(start_again(folder.path))
+    if folder.taken_over is not None:
+        observer.note(f"{folder.path} is taken over from {folder.taken_over}, which ended without leaving it")
+    saved, where, skipped = checkpoints.load_newest(folder.checkpoints, belongs_to(config), most_bytes(config))
+    for reason in skipped.values():
+        observer.warning(f"skipped a damaged checkpoint: {reason}")
+        folder.event("warning", what="checkpoint skipped", reason=reason)
+    return saved, where, skipped
+
+
+def _nothing(path: Path) -> NoReturn:
+    raise AssertionError(f"rank 0 has read a checkpoint of {path}")
+
+
+def _tidy(folder: RunFolder, skipped: dict[Path, str], config: Config) -> None:
+    checkpoints.set_aside(skipped)
+    folder.tidy(keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
 
 
 @leaving_early()
@@ -185,7 +254,12 @@ def fork_run(
     and then nothing of it stays. Raises UsageError if nothing changes, the network would, or there is no such
     checkpoint; the old run is only read.
     """
-    observer = observer or Observer()
+    launch, observer = launched(observer)
+    if launch is not None and launch.size > 1:
+        raise UsageError(
+            f"a fork is made by one process: `lowmem fork {source} … --set train.max_steps=1`, then go on with several, "
+            "`torchrun … -m lowmem resume` the new run"
+        )
     source = Path(source)
     if source.name in ("", ".."):
         source = source.resolve()
@@ -201,25 +275,26 @@ def fork_run(
     check_board(settings.config)
     found = fork.find(source, recorded.config, at)
     _refuse_existing(path)
-    dataset = _load_data(settings.config, observer)
+    group = Group()
+    dataset = load_data(group, settings.config, observer)
     carried = fork.carry_over(found, settings.config, differing, dataset)
     for line in fork.explain(found, settings.config, differing, carried, dataset):
         observer.note(line)
     for line in fork.warnings(found, differing, dataset):
         observer.warning(line)
     settings, plan = forked_plan(source, recorded.config, settings, dataset, observer)
+    decided = Decided(settings, plan, undivided(group, settings.config))
     environment = describe(settings.config.train.device)
-    with leaving_no_trace(path), RunFolder.create(path, to_yaml(settings), environment) as folder:
+    with new_folder(group, path, to_yaml(settings), environment) as folder:
         try:
+            t = trainer = _make_trainer(group, decided, dataset, observer, path)
+            t.state = restore(carried, t.model, t.optimizer, t.step.scaler, t.identity)
+            _cap_emulated(trainer)
             with _out_of_memory(path):
-                t = trainer = _make_trainer(settings.config, dataset, observer, plan)
-                t.state = restore(carried, t.model, t.optimizer, t.step.scaler, t.identity)
-                _cap_emulated(trainer)
                 preflight(trainer, folder)
             if dry_run:
                 return _leave_nothing(trainer, folder)
-            if trainer.plan is not None:
-                folder.write_plan(trainer.plan.to_json())
+            record_plans(group, trainer.plan, folder)
             fork.write(found, carried, settings, folder, dataset)
         except BaseException:
             folder.discard()
@@ -287,10 +362,6 @@ def _refuse_existing(path: Path) -> None:
         ) from None
 
 
-def _load_data(config: Config, observer: Observer) -> Dataset:
-    return load(config.data, config.seed, progress=observer.data_progress)
-
-
 def _go(trainer: Trainer, folder: RunFolder) -> RunResult:
     """Trains. Raises OutOfMemory with the way out where no smaller plan is left; the run is then saved."""
     _cap_emulated(trainer)
@@ -324,20 +395,25 @@ def _cap_emulated(trainer: Trainer) -> None:
         cap_allocator(config.memory.vram - context)
 
 
-def _make_trainer(config: Config, dataset: Dataset, observer: Observer, plan: Plan | None) -> Trainer:
-    refuse_unsafe(config)
-    if config.train.device == "cuda":
-        cap_workspace()
-    model = build(
-        config.model.arch,
-        config.model.block,
-        width=config.model.width,
-        num_classes=len(dataset.classes),
-        seed=config.seed,
-    )
-    execution = Execution(config.train.device, config.train.precision, config.train.memory_format)
-    identity = {"settings": config_hash(config), "data": dataset.fingerprint}
-    return Trainer(config, model, dataset, execution, identity, observer, plan)
+def _make_trainer(group: Group, decided: Decided, dataset: Dataset, observer: Observer, path: Path) -> Trainer:
+    """Raises OutOfMemory, PreflightError; in all processes."""
+    config = decided.settings.config
+
+    def make() -> Trainer:
+        refuse_unsafe(config)
+        if config.train.device == "cuda":
+            cap_workspace()
+        spec, classes = config.model, len(dataset.classes)
+        model = build(spec.arch, spec.block, width=spec.width, num_classes=classes, seed=config.seed)
+        execution = Execution(config.train.device, config.train.precision, config.train.memory_format)
+        identity = {"settings": config_hash(config), "data": dataset.fingerprint}
+        with _out_of_memory(path):
+            return Trainer(config, model, dataset, execution, identity, observer, decided.plan, group, decided.split)
+
+    trainer = group.together(make)
+    if not group.alone:
+        observer.note(norm_words(group, config, decided.split))
+    return trainer
 
 
 def _headline(config: Config, dataset: Dataset, path: Path) -> str:

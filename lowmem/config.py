@@ -149,6 +149,13 @@ class TrainConfig(_Section):
         default="rollback", description="what a run does whose loss is no number any more, or has exploded"
     )
 
+    sync_bn: bool = Field(
+        default=False,
+        description="several processes: batch norm over the whole batch, as one process has it, not over each one's part",
+    )
+    peer_timeout_minutes: PositiveFloat = Field(
+        default=10.0, description="several processes: give up one that does not answer for so long"
+    )
     tensorboard: bool = Field(default=False, description="write TensorBoard event files while the run is trained")
 
     @model_validator(mode="after")
@@ -168,7 +175,8 @@ class MemoryConfig(_Section):
     """What the step must fit into. Without any of these the CPU trains unplanned, and a CUDA device has what is free.
 
     `vram`: bytes, or text like `6G`; on the CPU it bounds the step's tensors, with a card or on CUDA it is the memory
-    of the (then emulated) card. `card`: a profile by name or path; `platform`: the machine it is in, for the share of
+    of the (then emulated) card. `card`: a profile by name or path, or for several processes one each, with commas
+    between; `platform`: the machine it is in, for the share of
     its memory that is usable. `auto_batch`: choose the batch with the most pictures per second that fits; written
     `train.batch: auto`. `calibrate`: predict time and workspace by what was measured on this device (`auto`: on CUDA),
     measuring what was not measured yet. `confirm`: whether a plan is tried with real steps in a process of its own
@@ -223,6 +231,7 @@ OPERATIONAL: frozenset[str] = frozenset(
         "train.on_stuck",
         "train.on_nan",
         "train.tensorboard",
+        "train.peer_timeout_minutes",
         "data.source",  # a moved folder; the pictures themselves are checked by their fingerprint
         "data.root",
         "data.cache",
@@ -239,6 +248,29 @@ OPERATIONAL: frozenset[str] = frozenset(
         "checkpoint.keep_every",
     }
 )
+
+
+def for_process(config: Config, rank: int, size: int) -> Config:
+    """The settings of one of `size` processes: of several cards named in `memory.card` its own, by rank.
+
+    Raises UsageError unless there is one card for all, or one for each."""
+    cards = cards_of(config)
+    if len(cards) <= 1:
+        return config
+    if len(cards) != size:
+        process = "process" if size == 1 else "processes"
+        raise UsageError(
+            f"--card names {len(cards)} cards, for {size} {process}: name one for all, or start one process for each "
+            f"with `torchrun --nproc-per-node={len(cards)} -m lowmem train …`"
+        )
+    memory = config.memory.model_copy(update={"card": cards[rank]})
+    return config.model_copy(update={"memory": memory})
+
+
+def cards_of(config: Config) -> tuple[str, ...]:
+    """The cards named in `memory.card`, by rank: none, one for all processes, or one for each."""
+    named = config.memory.card
+    return () if named is None else tuple(part.strip() for part in named.split(",") if part.strip())
 
 
 def flatten(config: Config) -> dict[str, object]:

@@ -19,7 +19,7 @@ from lowmem.models import skeleton
 from lowmem.plan.record import Plan
 from lowmem.reading import PLAN_LIMIT_BYTES, read_json, shorten
 from lowmem.remat import stage_names
-from lowmem.runs.store import RunFolder
+from lowmem.runs.store import PLAN, RunFolder
 from lowmem.settings import Settings
 from lowmem.train.observer import Observer
 
@@ -97,10 +97,10 @@ def plan_of(
     return _laddered(choice, observer).plan, True
 
 
-def read_plan(run: Path, config: Config) -> Plan | None:
-    """The plan in a run's plan.json, None if it has none. Raises CorruptCheckpoint if it is damaged or does not belong
+def read_plan(run: Path, config: Config, name: str = PLAN) -> Plan | None:
+    """The plan in a run's plan.json, or in that of another of its processes, None if it has none. Raises CorruptCheckpoint if it is damaged or does not belong
     to these settings."""
-    path = run / "plan.json"
+    path = run / name
     if not path.is_file():
         return None
     try:
@@ -110,6 +110,6 @@ def read_plan(run: Path, config: Config) -> Plan | None:
     model, train = config.model, config.train
     names = stage_names(skeleton(model.arch, model.block, width=model.width))
     ours = (names, train.batch, train.precision, train.memory_format)
-    if (plan.stages, plan.batch, plan.precision, plan.memory_format) != ours:
+    if (plan.stages, plan.effective_batch, plan.precision, plan.memory_format) != ours:
         raise CorruptCheckpoint(f"{path} is the plan of another run: restore this run's own, or start another run")
     return plan

@@ -26,6 +26,7 @@ class LowmemError(Exception):
     """Base of all errors whose message is meant for the user; `exit_code` is what the command leaves with."""
 
     exit_code: ExitCode = ExitCode.BUG
+    told: bool = False  # another process of the run says it
 
 
 class UsageError(LowmemError):

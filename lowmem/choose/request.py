@@ -36,6 +36,8 @@ class Request:
     settled: bool = False  # a run that has begun: batch, precision and accumulation cannot change
     image_shape: tuple[int, int, int] = (3, 32, 32)
     momentum: bool = True
+    joint: bool = False  # one of several processes that train the run; `batch` is its own share
+    sync_bn: bool = False
     rates_from: str = "a card's datasheet"
     reasons: Mapping[str, str] = field(default_factory=dict)  # setting -> why it was decided so
     # What was simulated already, by shape: shared by all requests made from this one for other budgets and batches.
@@ -50,6 +52,8 @@ class Request:
             precision=precision,
             memory_format=self.formats.get(precision, self.memory_format),
             momentum=self.momentum,
+            joint=self.joint,
+            sync_bn=self.sync_bn,
         )
 
 

@@ -147,6 +147,7 @@ def request_of(
         micro_batch=config.train.micro_batch,
         allow_accumulation=config.memory.allow_accumulation,
         momentum=config.optim.momentum > 0,
+        sync_bn=config.train.sync_bn,
     )
 
 
@@ -189,8 +190,13 @@ def ranked(request: Request, config: Config, train_pictures: int | None) -> list
 def settle(settings: Settings, choice: Choice, reasons: Mapping[str, str]) -> Settings:
     """The settings with what the choice decided; `reasons`: setting -> why."""
     if settings.config.memory.auto_batch:
-        settings = _follow_batch(settings, choice.plan.batch)
-    plan, train = choice.plan, settings.config.train
+        settings = follow_batch(settings, choice.plan.batch)
+    return settle_modes(settings, choice.plan, reasons)
+
+
+def settle_modes(settings: Settings, plan: Plan, reasons: Mapping[str, str]) -> Settings:
+    """The settings with the plan's precision and memory format."""
+    train = settings.config.train
     before: dict[str, object] = {"train.precision": train.precision, "train.memory_format": train.memory_format}
     after: dict[str, object] = {"train.precision": plan.precision, "train.memory_format": plan.memory_format}
     for key, value in after.items():
@@ -266,7 +272,7 @@ def _less(choice: Choice, best: Choice) -> Candidate:
     )
 
 
-def _follow_batch(settings: Settings, batch: int) -> Settings:
+def follow_batch(settings: Settings, batch: int) -> Settings:
     """The linear rule (Goyal et al., "Accurate, large minibatch SGD", 2017): the learning rate follows the batch."""
     config = settings.config
     before = config.train.batch

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lowmem.distributed.reducer import Reducer
 from lowmem.plan.cost import Operation, Rates
 from lowmem.plan.policy import Schedule
-from lowmem.remat import apply_plan
+from lowmem.remat import PlannedModule, apply_plan
 from lowmem.simulate import Call, DeviceFull, Estimate, Loop, empty_copy, estimate, trace_steps, warm_up
 
 FUSED: Mapping[str, bool] = {"fused": True}
@@ -27,6 +28,8 @@ class StepShape:
     precision: str
     memory_format: str
     momentum: bool = True
+    joint: bool = False  # one of several processes that sum their gradients
+    sync_bn: bool = False
 
     @property
     def low_dtype(self) -> torch.dtype | None:
@@ -106,10 +109,23 @@ def _loop_builder(
             zip(images.split(shape.micro_batch), labels.split(shape.micro_batch), strict=True)
         )
         # The plain step, which others are compared with, is the library's and cannot be undone.
+        reduction = None
+        if shape.joint and isinstance(run, PlannedModule):
+            buffers = [] if shape.sync_bn else list(model.buffers())
+            stages = [list(stage.parameters()) for stage in run.stages]
+            reduction = Reducer(stages, buffers, lambda tensor: _Done())
+            run.stage_done = reduction.stage_done
+            run.total = (lambda tensor: None) if shape.sync_bn else None
         copies = () if schedule is None else tuple(torch.empty_like(tensor) for tensor in _undo(model, optimizer))
-        return Loop(run, model, optimizer, micro, shape.low_dtype, copies)
+        return Loop(run, model, optimizer, micro, shape.low_dtype, copies, reduction)
 
     return build
+
+
+class _Done:
+    """Nobody is there to wait for; sizes and lifetimes are the real ones."""
+
+    def wait(self) -> None: ...
 
 
 def _undo(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -103,21 +103,33 @@ class TrainBatches:
         self._planned_epoch: int | None = None
         self._plan = torch.empty(0)
 
+    def size(self, step: int) -> int:
+        """Pictures in step `step` of any epoch: the last has the rest. Raises IndexError for one that is not there."""
+        if not 0 <= step < self.steps_per_epoch:
+            raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
+        return min(self.batch_size, self._images.shape[0] - step * self.batch_size)
+
     def batch(
-        self, epoch: int, step: int, *, memory_format: torch.memory_format = torch.contiguous_format
+        self,
+        epoch: int,
+        step: int,
+        *,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        part: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Step `step` (from 0) of epoch `epoch`: float32 [B, 3, 32, 32] normalised, int64 [B], on the device.
 
-        Raises IndexError for a step that the epoch does not have.
+        `part`: only the pictures [first, past) of it, with the bits that they have in the whole batch. Raises
+        IndexError for a step that the epoch does not have.
         """
-        images, labels = self.raw_batch(epoch, step)
+        images, labels = self.raw_batch(epoch, step, part=part)
         return self._normalize(images, memory_format), labels
 
-    def raw_batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+    def raw_batch(self, epoch: int, step: int, *, part: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
         """As `batch`, cropped and flipped but not normalised: uint8 [B, 3, 32, 32], int64 [B]."""
-        if not 0 <= step < self.steps_per_epoch:
-            raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
-        plan = self._epoch_plan(epoch)[:, step * self.batch_size : (step + 1) * self.batch_size]
+        first, past = part or (0, self.size(step))
+        start = step * self.batch_size
+        plan = self._epoch_plan(epoch)[:, start + first : start + min(past, self.size(step))]
         images = self._images.index_select(0, plan[0])
         labels = self._labels.index_select(0, plan[0])
         return (self._crop_and_flip(images, plan[1], plan[2], plan[3]) if self._augment else images), labels

@@ -69,7 +69,8 @@ class Plan:
     `budget_bytes` is for all tensors of the step; None: no budget was set. `exact`: the same gradients as the
     plain step at the full batch (false under accumulation with batch norm, invariant 4). `ladder`: the next
     smaller plans, already solved, for when memory runs out all the same; the plans in it have no ladder of
-    their own.
+    their own. `shares`: of a run that several processes train, the pictures that each takes of the effective batch, by
+    rank; `batch` is then this process's own share. Empty: one process takes all.
 
     Raises ValueError if the numbers or the schedule do not fit each other.
     """
@@ -86,8 +87,13 @@ class Plan:
     predicted: Predicted = Predicted()
     candidates: tuple[Candidate, ...] = ()
     ladder: tuple[Plan, ...] = ()
+    shares: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not all(_is_integer(share) and share >= 0 for share in self.shares):
+            raise ValueError("shares are counts of pictures")
+        if self.shares and self.batch not in self.shares and 0 not in self.shares:
+            raise ValueError(f"the batch of {self.batch} is none of the shares {list(self.shares)}")
         if not all(map(_is_integer, (self.batch, self.micro_batch, self.accumulation))):
             raise ValueError("batch, micro_batch and accumulation are integers")
         if not (self.budget_bytes is None or _is_integer(self.budget_bytes)) or not isinstance(self.exact, bool):
@@ -122,6 +128,11 @@ class Plan:
         """The most often that any stage runs forward in a step: 1 without segments."""
         return 1 + max((depth + 1 for depth, item in self.schedule.walk() if isinstance(item, Segment)), default=0)
 
+    @property
+    def effective_batch(self) -> int:
+        """Of all processes together."""
+        return sum(self.shares) or self.batch
+
     def without_ladder(self) -> Plan:
         return replace(self, ladder=())
 
@@ -145,6 +156,7 @@ class Plan:
             "schedule": self.schedule.to_json(),
             "candidates": [_flat(candidate) for candidate in self.candidates],
             "ladder": [rung.to_json() for rung in self.ladder],
+            **({"shares": list(self.shares)} if self.shares else {}),
         }
 
     @staticmethod
@@ -154,9 +166,11 @@ class Plan:
             raise ValueError(f"a plan is a dictionary, not {type(values).__name__}")
         if values.get("format") != FORMAT:
             raise ValueError(f"this plan has format {values.get('format')!r}, this version reads {FORMAT}")
-        known = {"format", "blocks"} | {field.name for field in fields(Plan)} - {"stages"}
-        if set(values) != known:
-            raise ValueError(f"a plan has the keys {sorted(known)}; different here: {sorted(set(values) ^ known)}")
+        known = {"format", "blocks"} | {field.name for field in fields(Plan)} - {"stages", "shares"}
+        if odd := set(values) - {"shares"} ^ known:
+            raise ValueError(f"a plan has the keys {sorted(known)}; different here: {sorted(odd)}")
+        if not isinstance(values.get("shares", []), list):
+            raise ValueError("a plan's shares are a list")
         try:
             if not isinstance(values["blocks"], dict):
                 raise ValueError("a plan's blocks are stages with their policies")
@@ -167,6 +181,7 @@ class Plan:
                 predicted=Predicted(**values["predicted"]),
                 candidates=tuple(Candidate(**candidate) for candidate in values["candidates"]),
                 ladder=tuple(Plan.from_json(rung) for rung in values["ladder"]),
+                shares=tuple(values.get("shares", ())),
             )
         except TypeError as error:
             raise ValueError(f"this is no plan: {error}") from None

@@ -43,6 +43,7 @@ def check_state(state: Mapping[str, Any], step: int) -> None:
     _need(_is_amount(scale) and 0 < scale <= 1, "lr_scale", step)
     _need(isinstance(run.get("told_stuck", False), bool), "told_stuck", step)
     _need("best" in run and _is_best(run["best"]), "best", step)
+    _need(is_count(run.get("processes", 1)) and run.get("processes", 1) > 0, "processes", step)
     _need(_is_scaler(run.get("scaler")), "scaler", step)
 
 

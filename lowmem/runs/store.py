@@ -41,6 +41,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PLAN = "plan.json"
+
+
+def plan_file(rank: int) -> str:
+    """plan.json, or that of another process of a run that several train, by its rank."""
+    return PLAN if rank == 0 else f"plan-{rank}.json"
+
+
 class RunFolder:
     """A run folder held under its lock. Use as a context manager; leaving it releases the lock.
 
@@ -53,7 +61,7 @@ class RunFolder:
         self._lock = lock
         self._metrics, self._steps = RowFile(self.metrics_file), RowFile(self.steps_file)
         self._events, self._gradients = RowFile(self.events_file), RowFile(self.gradients_file)
-        self._plan_waiting: Mapping[str, Any] | None = None
+        self._plans_waiting: dict[int, Mapping[str, Any]] = {}
         self._plan_lock = threading.Lock()
 
     checkpoints = property(lambda self: self.path / "checkpoints")
@@ -146,17 +154,26 @@ class RunFolder:
             clear(self.path, ignore_errors=True)
         self._lock.remove()
 
-    def write_plan(self, plan: Mapping[str, Any]) -> None:
-        """Writes plan.json atomically. Raises DiskError."""
+    def write_plan(self, plan: Mapping[str, Any], rank: int = 0) -> None:
+        """Writes plan.json, or the plan of another process of the run, atomically. Raises DiskError."""
+        path = self.path / plan_file(rank)
         try:
-            write_text_atomic(self.path / "plan.json", json.dumps(plan, indent=1) + "\n")
+            write_text_atomic(path, json.dumps(plan, indent=1) + "\n")
         except OSError as error:
-            raise disk_error(error, self.path / "plan.json") from error
+            raise disk_error(error, path) from error
 
-    def update_plan(self, plan: Mapping[str, Any]) -> None:
+    def forget_plans(self, after: int) -> None:
+        """Of processes that the run has no longer: rank `after` and above."""
+        kept = {plan_file(rank) for rank in range(after)}
+        for file in self.path.glob("plan-*.json"):
+            if file.name not in kept:
+                with suppress(OSError):
+                    file.unlink()
+
+    def update_plan(self, plan: Mapping[str, Any], rank: int = 0) -> None:
         """`write_plan` while a run goes on: what the disk refuses is written by the next `flush`."""
         with self._plan_lock:
-            self._plan_waiting = plan
+            self._plans_waiting[rank] = plan
         with suppress(DiskError):
             self._write_waiting_plan()
 
@@ -198,9 +215,9 @@ class RunFolder:
 
     def _write_waiting_plan(self) -> None:
         with self._plan_lock:
-            if self._plan_waiting is not None:
-                self.write_plan(self._plan_waiting)
-                self._plan_waiting = None
+            for rank in list(self._plans_waiting):
+                self.write_plan(self._plans_waiting[rank], rank)
+                del self._plans_waiting[rank]
 
     def begin_gradients(self, layers: Sequence[str], *, step: int) -> str | None:
         """Makes gradients.csv with its header, or drops the rows after `step` from the one that is there.

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,22 @@ from torch.nn import functional as F
 from lowmem.simulate.trace import Call, Kind, Recorder, Trace
 
 
+class Reduction(Protocol):
+    """What sums gradients over processes during the last micro-batch's backward (`lowmem.distributed.Reducer`)."""
+
+    def arm(self) -> None: ...
+
+    def finish(self, weight: float) -> None: ...
+
+
 @dataclass
 class Loop:
     """The real loop's step, for whatever executes the model.
 
     `run` maps a micro-batch to logits, `model` owns parameters and buffers, `micro_batches` are (inputs,
     labels). Gradients are set to None before the forward and the loss of each micro-batch is weighted by
-    its share. `beside`: what the real loop holds all the time for its own purposes.
+    its share. `beside`: what the real loop holds all the time for its own purposes. `reduction`: of one process
+    among several.
     """
 
     run: Callable[[Tensor], Tensor]
@@ -30,13 +40,19 @@ class Loop:
     micro_batches: list[tuple[Tensor, Tensor]]
     autocast: torch.dtype | None = None
     beside: tuple[Tensor, ...] = ()
+    reduction: Reduction | None = None
 
     def step(self, recorder: Recorder) -> None:
         self.model.zero_grad(set_to_none=True)
         total = sum(len(labels) for _, labels in self.micro_batches)
-        for inputs, labels in self.micro_batches:
+        for count, (inputs, labels) in enumerate(self.micro_batches, start=1):
+            if self.reduction is not None and count == len(self.micro_batches):
+                self.reduction.arm()
             share = len(labels) / total
             self._forward_backward(recorder, inputs, labels, share)
+        if self.reduction is not None:
+            with recorder.phase("reduction"):
+                self.reduction.finish(1.0)
         recorder.adopt((parameter.grad for parameter in self.model.parameters()), Kind.GRADS)
         if self.optimizer is not None:
             with recorder.phase("optimizer"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,16 @@ class Finding:
             f"measured: {_against(self.measured_bytes, self.predicted_bytes, 'of tensors at the peak of a step')[2:]}"
             f"{reserved}{device}; {verdict} the budget of {format_size(self.budget_bytes)}"
         )
+
+
+    def words_with(self, others: Sequence[Mapping[str, Any]]) -> str:
+        """`words`, and those of other processes by their `fields`."""
+        lines = [
+            f"process {rank}: {format_size(one['measured_peak_bytes'])}"
+            f" (predicted {format_size(one['predicted_peak_bytes'])}, budget {format_size(one['budget_bytes'])})"
+            for rank, one in enumerate(others, start=1)
+        ]
+        return "; ".join([self.words, *lines])
 
 
 def _against(measured: int | None, predicted: int | None, what: str) -> str:

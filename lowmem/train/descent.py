@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lowmem.errors import OutOfMemory
@@ -31,18 +32,28 @@ class Descent:
         self._pressure = Pressure(lambda: reading(trainer.meter.read()))
         self._told_of_pressure = False
         self._interval_began = trainer.state.step
-        self._found: str | None = None
+        self.found: str | None = None  # memory that runs short, in words
 
     def after(self, failure: Failure) -> bool:
         """Takes the next plan for a step that ran out of memory and was undone; False if there is none, or it was
         not."""
         rung = self._t.plan.next_rung() if self._t.plan else None
-        if rung is None or failure.final:
+        if failure.final:
             return False
-        before = self._t.plan
-        assert before is not None
-        self.tell(failure, old_budget_bytes=before.budget_bytes, new_budget_bytes=rung.budget_bytes)
-        self._take(rung, f"{failure.words} ({failure.message})")
+        everyone = self._t.group.gather([None if failure.peer else asdict(failure), rung is not None])
+        failed = [(rank, Failure(**one), can) for rank, (one, can) in enumerate(everyone) if one is not None]
+        if not all(can for _, _, can in failed):
+            return False
+        before = self._t.plan.budget_bytes if self._t.plan else None
+        after = rung.budget_bytes if rung else None  # none: there is enough here, another process was short
+        for rank, one, _ in failed:
+            who = {} if self._t.group.alone else {"process": rank}
+            self.tell(one, old_budget_bytes=before, new_budget_bytes=after, **who)
+        if rung is not None:
+            rank, one, _ = failed[0]
+            where = "" if self._t.group.alone else f"process {rank}: "
+            self._take(rung, f"{where}{one.words} ({one.message})")
+        self._record()
         return True
 
     def evaluated(self, score: Callable[[int], T]) -> T | Failure:
@@ -96,17 +107,19 @@ class Descent:
 
     def interval(self, step: int, seconds: float) -> None:
         """Told of each stretch of training: `seconds` up to the count of steps `step`."""
-        self._found = self._pressure.interval(step - self._interval_began, seconds)
+        self.found = self._pressure.interval(step - self._interval_began, seconds)
         self._interval_began = step
 
     def under_pressure(self) -> bool:
-        """Between two steps: takes the next plan if the last interval looked like it. True if it did."""
-        found, self._found = self._found, None
-        if found is None:
+        """Between two steps: takes the next plan if the last interval looked like it. True if it did. Of several
+        processes all do, wherever it was seen."""
+        found, self.found = self.found, None
+        if found is None and self._t.group.alone:
             return False
+        found = found or "another process is short of it"
         rung = self._t.plan.next_rung() if self._t.plan else None
         before = self._t.plan.budget_bytes if self._t.plan else None
-        if rung is None and self._told_of_pressure:
+        if rung is None and self._told_of_pressure and self._t.group.alone:
             return False
         self._told_of_pressure = rung is None
         self._folder.event(
@@ -117,18 +130,18 @@ class Descent:
             new_budget_bytes=rung.budget_bytes if rung else None,
             memory=held(self._t.meter.read()),
         )
-        if rung is None:
+        if rung is not None:
+            self._take(rung, f"memory is short: {found}")
+            release()
+        else:
             self._t.observer.warning(f"memory is short: {found}; there is no smaller plan left")
-            return False
-        self._take(rung, f"memory is short: {found}")
-        release()
-        return True
+        self._record()
+        return rung is not None
 
     def _take(self, rung: Plan, why: str) -> None:
         before = self._t.plan
         assert before is not None
         self._t.take(rung)
-        self._folder.update_plan(rung.to_json())
         self._folder.event("replan", budget_bytes=rung.budget_bytes)
         self._pressure.plan_changed()
         sizes = f"{format_size(rung.budget_bytes)} instead of {format_size(before.budget_bytes)}"
@@ -136,6 +149,13 @@ class Descent:
             f"{why}: the step is done in {sizes} from here on, the same computation; {len(rung.ladder)} smaller plans "
             "are left"
         )
+
+    def _record(self) -> None:
+        """Every process's plan as it is now, for a resume."""
+        plan = self._t.plan
+        for rank, one in enumerate(self._t.group.gather(None if plan is None else plan.to_json())):
+            if one is not None:
+                self._folder.update_plan(one, rank)
 
     def _way_out(self) -> str:
         path = self._folder.path

@@ -27,6 +27,7 @@ from lowmem.errors import CorruptCheckpoint, Diverged
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.store import RunFolder
+from lowmem.train.joint import share_checkpoint
 from lowmem.train.state import restore
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ class Recovery:
         t = self._t
         broken = t.state
         where = f"at step {broken.step} (epoch {broken.epoch + 1})"
-        found, unsound = self._newest_sound()
+        found, unsound = self._newest_sound() if t.group.leads else (None, [])
+        found = share_checkpoint(t.group, found)
         if found is None:
             self._stop(what, where, "none of the checkpoints kept is from before it: start again with a smaller rate")
         saved, path = found

@@ -21,7 +21,22 @@ class Score:
     count: int
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Sums:
+    """Of the losses (nats) and of wrong predictions over `count` pictures: of several sets, or the parts of one, they
+    add up."""
+
+    loss: float
+    wrong: float
+    count: int
+
+    def score(self) -> Score:
+        """Raises ValueError if there are no pictures."""
+        if self.count == 0:
+            raise ValueError("there are no pictures to evaluate on")
+        return Score(self.loss / self.count, 100.0 * self.wrong / self.count, self.count)
+
+
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -32,6 +47,18 @@ def evaluate(
 
     Changes no parameter and no buffer, so that an evaluation that was cut off can simply be done again.
     """
+    sums = evaluate_sums(model, batches, execution, should_stop)
+    return None if sums is None else sums.score()
+
+
+@torch.inference_mode()
+def evaluate_sums(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    execution: Execution,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Sums | None:
+    """As `evaluate`, before the division; of no pictures, too."""
     was_training = model.training
     model.eval()
     loss_sum: Tensor | float = 0.0
@@ -48,6 +75,4 @@ def evaluate(
             count += labels.shape[0]
     finally:
         model.train(was_training)
-    if count == 0:
-        raise ValueError("there are no pictures to evaluate on")
-    return Score(float(loss_sum) / count, 100.0 * float(wrong) / count, count)
+    return Sums(float(loss_sum), float(wrong), count)

@@ -53,6 +53,7 @@ class RunState:
     exploded_losses: int = 0  # logged ones far above chance, one after the other, up to the last (see train.diverge)
     rollbacks: int = 0
     lr_scale: float = 1.0  # what rollbacks made of the learning rate
+    processes: int = 1  # that took the last step
 
     def start_epoch(self) -> None:
         """Clears what belongs to one epoch."""
@@ -64,9 +65,18 @@ class RunState:
 _STATE_FIELDS = frozenset(one.name for one in fields(RunState))
 
 
+_LATER_DEFAULTS = (("train.sync_bn", False),)
+
+
 def config_hash(config: Config) -> str:
-    """SHA-256 of the settings that define what is computed: a checkpoint of another run is not taken for this one's."""
-    exact = {key: value for key, value in flatten(config).items() if key not in OPERATIONAL}
+    """SHA-256 of the settings that define what is computed: a checkpoint of another run is not taken for this one's.
+
+    A setting that came later counts only where it is not at its default: runs from before it stay the same runs."""
+    exact = {
+        key: value
+        for key, value in flatten(config).items()
+        if key not in OPERATIONAL and (key, value) not in _LATER_DEFAULTS
+    }
     return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()
 
 

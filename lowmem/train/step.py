@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowmem.config import OptimConfig
+from lowmem.train.joint import JointStep
 
 
 @dataclass(frozen=True)
@@ -84,33 +85,48 @@ class TrainStep:
         scaler: torch.amp.GradScaler,
         execution: Execution,
         micro_batch: int | None,
+        joint: JointStep | None = None,
     ) -> None:
+        """`joint`: with whom the step is made; None: by this process alone."""
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler
         self.execution = execution
         self.micro_batch = micro_batch
+        self.joint = joint
         self.phase = "data"  # what a step is doing, for whoever has to say where it failed
 
-    def __call__(self, images: Tensor, labels: Tensor, lr: float, look: Callable[[], None] | None = None) -> Tensor:
+    def __call__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        lr: float,
+        look: Callable[[], None] | None = None,
+        size: int | None = None,
+    ) -> Tensor:
         """images float [B, C, 32, 32], labels int64 [B] -> (sum of losses, wrong predictions), float64 [2] on the
-        device. Everything that allocates comes before the update, so `look` does, which may look at the gradients."""
-        size = labels.shape[0]
-        micro = self.micro_batch or size
+        device. Everything that allocates comes before the update, so `look` does, which may look at the gradients.
+
+        `size`: of the effective batch, if these pictures are this process's slice of it (B may be 0 then); the result
+        is of all of it."""
+        size = labels.shape[0] if size is None else size
         totals = torch.zeros(2, dtype=torch.float64, device=images.device)
-        for x, y in zip(images.split(micro), labels.split(micro), strict=True):
-            self.phase = "forward"
-            with self.execution.autocast():
-                logits = self.model(x)
-            # In fp32 outside autocast, and as a sum: the last micro-batch may be smaller than the others.
-            loss = F.cross_entropy(logits.float(), y, reduction="sum")
-            self.phase = "backward"
-            self.scaler.scale(loss / size).backward()
-            totals[0] += loss.detach().double()
-            totals[1] += (logits.detach().argmax(1) != y).sum()
+        pieces = self._cut(images, labels, size)
+        for count, (x, y) in enumerate(pieces, start=1):
+            if self.joint is not None and count == len(pieces):
+                self.joint.last_pass()
+            self._forward_backward(x, y, size, totals)
+        if self.joint is not None:
+            self.phase = "reduction"
+            if not pieces:
+                self.joint.last_pass()
+                self.scaler.scale(torch.zeros((), device=images.device))  # its scale comes to exist with the first use
+            self.joint.finish(totals)
         if look is not None:
             self.phase = "gradient norms"
             look()
+        if self.joint is not None:
+            self.joint.agree()
         self.phase = "update"
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -118,6 +134,23 @@ class TrainStep:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return totals
+
+    def _cut(self, images: Tensor, labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+        if self.joint is not None:
+            return self.joint.cut(images, labels)
+        micro = self.micro_batch or size
+        return list(zip(images.split(micro), labels.split(micro), strict=True))
+
+    def _forward_backward(self, x: Tensor, y: Tensor, size: int, totals: Tensor) -> None:
+        self.phase = "forward"
+        with self.execution.autocast():
+            logits = self.model(x)
+        # In fp32 outside autocast, and as a sum: the last micro-batch may be smaller than the others.
+        loss = F.cross_entropy(logits.float(), y, reduction="sum")
+        self.phase = "backward"
+        self.scaler.scale(loss / size).backward()
+        totals[0] += loss.detach().double()
+        totals[1] += (logits.detach().argmax(1) != y).sum()
 
     def reset_scaler(self) -> None:
         """Forgets what the scaler noted of a step that is not finished; scale and growth count stay.

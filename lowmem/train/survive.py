@@ -16,6 +16,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lowmem.distributed import PeerLost
+from lowmem.train.joint import PeerFailed
 from lowmem.train.step import TrainStep
 from lowmem.units import GIB, KIB, MIB, format_size
 
@@ -39,13 +41,15 @@ _UNITS = {"bytes": 1, "kib": KIB, "mib": MIB, "gib": GIB}
 class Failure:
     """Out of memory: in which phase of a step or beside it, the library's message, and bytes asked for if it says.
 
-    `final`: the update had begun; then nothing was undone, and there is no way back but the last checkpoint.
+    `final`: the update had begun; then nothing was undone, and there is no way back but the last checkpoint. `peer`: it
+    was another process that ran out, and this one undid the step for it.
     """
 
     phase: str
     message: str
     asked_bytes: int | None = None
     final: bool = False
+    peer: bool = False
 
     @property
     def words(self) -> str:
@@ -56,6 +60,8 @@ class Failure:
 def classify(error: BaseException, phase: str) -> Failure | None:
     """The one place that tells out-of-memory from other errors; None: something else."""
     text = str(error)
+    if isinstance(error, PeerFailed):
+        return Failure(phase, text, peer=True)
     if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not (
         isinstance(error, RuntimeError) and _WORDS.search(text)
     ):
@@ -110,9 +116,20 @@ class Undo:
         and scaler are as before, there are no gradients, and what the step held is free."""
         _copy(self.copies, (*self._buffers, *self._watched))
         self._step.phase = "data"
-        result = attempt(work, lambda: self._step.phase)
-        if isinstance(result, Failure) and not self._undone():
-            return replace(result, final=True)
+        joint = self._step.joint
+        try:
+            result = attempt(work, lambda: self._step.phase)
+        except PeerLost:
+            # The network is as before the step, to be saved by whoever is left. On CUDA sums that nobody answers would
+            # be waited for.
+            if self._watched[0].device.type == "cpu":
+                self._undone()
+            raise
+        if isinstance(result, Failure):
+            if not self._undone():
+                return replace(result, final=True)
+            if joint is not None and not result.peer:
+                joint.fail()
         return result
 
     def _undone(self) -> bool:

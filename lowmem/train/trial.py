@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowmem.data import eval_batches
+from lowmem.distributed import Group
 from lowmem.errors import OutOfMemory
 from lowmem.runs.store import RunFolder
 from lowmem.train.descent import Descent, words
@@ -99,14 +100,16 @@ def try_step(trainer: Trainer, folder: RunFolder) -> Tried:
     descent, undo = Descent(trainer, folder), Undo(trainer.step, trainer.model)
     norms = GradientNorms(trainer.model, trainer.step, every=1)
     try:
-        while isinstance(done := _twice_if_quick(lambda: _step(trainer, undo, norms)), Failure):
+        while isinstance(done := _twice_if_quick(trainer.group, lambda: _step(trainer, undo, norms)), Failure):
+            if done.final and not trainer.group.alone:
+                raise _out_of_memory(trainer, done)  # the others wait for what this process does not do
             before.restore()  # even where the update had begun
             release()
             if not descent.after(replace(done, final=False)):
                 descent.tell(done)
                 raise _out_of_memory(trainer, done)
         seconds, (totals, pictures) = done
-        scored = _twice_if_quick(lambda: descent.evaluated(lambda size: _score(trainer, size)))
+        scored = _twice_if_quick(Group(), lambda: descent.evaluated(lambda size: _score(trainer, size)))
         if isinstance(scored, Failure):
             raise _out_of_memory(trainer, scored)
     finally:
@@ -118,14 +121,14 @@ def try_step(trainer: Trainer, folder: RunFolder) -> Tried:
 
 
 def _step(trainer: Trainer, undo: Undo, norms: GradientNorms) -> tuple[list[float], int] | Failure:
-    state, layout = trainer.state, trainer.execution.torch_memory_format
+    state = trainer.state
     # A checkpoint may be of the end of an epoch whose evaluation was still to come.
     at = min(state.step_in_epoch, trainer.batches.steps_per_epoch - 1)
     rate = learning_rate(trainer.config, trainer.batches.steps_per_epoch, state.step, low_start=state.low_start)
 
     def work() -> tuple[Tensor, int]:
-        images, labels = trainer.batches.batch(state.epoch, at, memory_format=layout)
-        return trainer.step(images, labels, rate, norms.measure), labels.shape[0]
+        images, labels, size = trainer.next_batch(state.epoch, at)
+        return trainer.step(images, labels, rate, norms.measure, size), size
 
     done = undo.attempt(work)
     # Reading the sums waits for the device: the time is that of the work, not of its launch.
@@ -141,16 +144,16 @@ def _score(trainer: Trainer, size: int) -> Score:
     return score
 
 
-def _twice_if_quick(work: Callable[[], Any]) -> Any:
+def _twice_if_quick(group: Group, work: Callable[[], Any]) -> Any:
     """(seconds, result) of the second call if the first was quick (it has what libraries make once), else of the first;
-    or the Failure of either."""
+    or the Failure of either. `group`: the processes that do it together."""
     for _ in range(2):
         began = time.perf_counter()
         result = work()
         if isinstance(result, Failure):
             return result
         seconds = time.perf_counter() - began
-        if seconds > _QUICK_SECONDS:
+        if group.most([int(seconds > _QUICK_SECONDS)])[0]:
             break
     return seconds, result
 

@@ -1,0 +1,239 @@
+"""The processes of a run, as every one of them sees the others. The base class is one process alone.
+
+Tensors of the network go over the device's own backend (NCCL on CUDA, gloo on the CPU), everything that is said beside
+them, a few numbers or a line of JSON, over gloo: it waits for nothing on the device. Nothing is pickled.
+
+Every process calls the same methods in the same order. What fails on one alone is known to all at the next point where
+they meet (`together`, `lead`, `most`); a process that is gone is known by its connection, and raises PeerLost.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lowmem.distributed.launch import Launch
+from lowmem.distributed.reducer import Work
+from lowmem.errors import ExitCode, LowmemError
+
+T = TypeVar("T")
+
+
+class PeerLost(LowmemError):
+    """Another process of the run is gone, or does not answer."""
+
+    exit_code = ExitCode.TERMINATED
+
+
+class PeerError(LowmemError):
+    """What another process of the run failed with; leaves with that one's code."""
+
+    def __init__(self, rank: int, message: str, exit_code: int) -> None:
+        super().__init__(f"process {rank}: {message}")
+        self.exit_code = ExitCode(exit_code)
+
+
+class _Done:
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+
+class Group:
+    """One process that trains alone: everything it would say to others it says to itself."""
+
+    rank = 0
+    size = 1
+    restarts = 0
+    alone = True
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process talks to the user and writes the run's files."""
+        return self.rank == 0
+
+    def most(self, values: Sequence[int]) -> list[int]:
+        """The greatest of every process's values, one by one."""
+        return list(values)
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """The sums over the processes, one by one, float64."""
+        return list(values)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value (JSON), in the order of the ranks."""
+        return [value]
+
+    def share(self, value: Any) -> Any:
+        """The value (JSON) that rank 0 gives; what others give is ignored."""
+        return value
+
+    def share_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Rank 0's tensors, in host memory; others give None."""
+        assert tensors is not None
+        return dict(tensors)
+
+    def total(self, tensor: Tensor) -> None:
+        """Sums a contiguous tensor over the processes, in place."""
+
+    def start_total(self, tensor: Tensor) -> Work:
+        """Begins to."""
+        return _Done()
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Does `work` in every process. If it fails in any it fails in all: there with its own error, in the others
+        with the first one's as PeerError. Errors that every process has heard of have `told` set."""
+        return work()
+
+    def lead(self, work: Callable[[], T], default: T) -> T:
+        """Does `work` in rank 0 only, whose error is everyone's; the others have `default`."""
+        return work()
+
+
+class _Processes(Group):
+    """Several. `small` and `norms` are groups of the same processes with connections of their own: what is said at the
+    same time in two of them cannot be mistaken."""
+
+    alone = False
+
+    def __init__(self, launch: Launch, timeout: timedelta) -> None:
+        self.rank, self.size, self.restarts = launch.rank, launch.size, launch.restarts
+        with _peers():
+            self._small = _new_group("gloo", timeout)
+            self._norms = _new_group(None, timeout)
+
+    def most(self, values: Sequence[int]) -> list[int]:
+        tensor = torch.tensor(values, dtype=torch.int64)
+        with _peers():
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, self._small)
+        return tensor.tolist()
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64)
+        with _peers():
+            dist.all_reduce(tensor, dist.ReduceOp.SUM, self._small)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        text = json.dumps(value).encode()
+        (longest,) = self.most([len(text)])
+        mine = torch.zeros(longest + 8, dtype=torch.uint8)
+        framed = len(text).to_bytes(8, "big") + text
+        mine[: len(framed)] = torch.frombuffer(bytearray(framed), dtype=torch.uint8)
+        all_of_them = [torch.empty_like(mine) for _ in range(self.size)]
+        with _peers():
+            dist.all_gather(all_of_them, mine, self._small)
+        return [_unframed(one) for one in all_of_them]
+
+    def share(self, value: Any) -> Any:
+        text = bytearray(json.dumps(value).encode()) if self.leads else bytearray()
+        (length,) = self.most([len(text)])
+        tensor = torch.frombuffer(text, dtype=torch.uint8) if self.leads else torch.empty(length, dtype=torch.uint8)
+        with _peers():
+            dist.broadcast(tensor, 0, self._small)
+        return json.loads(bytes(tensor.tolist()))
+
+    def share_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        known = tensors or {}
+        table = [[name, list(one.shape), str(one.dtype).removeprefix("torch.")] for name, one in known.items()]
+        received: dict[str, Tensor] = {}
+        for name, shape, dtype in self.share(table):
+            tensor = known[name] if self.leads else torch.empty(shape, dtype=getattr(torch, dtype))
+            with _peers():
+                dist.broadcast(tensor, 0, self._small)
+            received[name] = tensor
+        return received
+
+    def total(self, tensor: Tensor) -> None:
+        with _peers():
+            dist.all_reduce(tensor, dist.ReduceOp.SUM, self._norms)
+
+    def start_total(self, tensor: Tensor) -> Work:
+        with _peers():
+            work = dist.all_reduce(tensor, dist.ReduceOp.SUM, async_op=True)
+        assert work is not None
+        return _Watched(work)
+
+    def together(self, work: Callable[[], T]) -> T:
+        failure: Exception | None = None
+        result: Any = None
+        try:
+            result = work()
+        except PeerLost:
+            raise
+        except Exception as error:
+            failure = error
+        code = getattr(failure, "exit_code", ExitCode.BUG)
+        words = None if failure is None else [str(failure) or type(failure).__name__, int(code)]
+        failures = self.gather(words)
+        first = next((rank for rank, one in enumerate(failures) if one is not None), None)
+        if first is None:
+            done: T = result
+            return done
+        if failure is None:
+            failure = PeerError(first, *failures[first])
+        failure.told = self.rank != first  # type: ignore[attr-defined]
+        if all(one == failures[0] for one in failures):
+            failure.told = not self.leads  # type: ignore[attr-defined]
+        raise failure
+
+    def lead(self, work: Callable[[], T], default: T) -> T:
+        return self.together(work if self.leads else lambda: default)
+
+
+def _new_group(backend: str | None, timeout: timedelta) -> dist.ProcessGroup:
+    """Of all processes."""
+    group = dist.new_group(backend=backend, timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+class _Watched:
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        with _peers():
+            self._work.wait()
+
+
+def _unframed(tensor: Tensor) -> Any:
+    data = bytes(tensor.tolist())
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "big")])
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """What the library says of a connection that broke or was waited for too long."""
+    try:
+        yield
+    except RuntimeError as error:  # all of torch.distributed's own are
+        message = str(error).splitlines()[0]
+        raise PeerLost(f"another process of the run is gone or does not answer ({message[:200]})") from None
+
+
+@contextmanager
+def join(launch: Launch | None, device: str, timeout_seconds: float) -> Iterator[Group]:
+    """The group that this process belongs to, for as long as the context lasts.
+
+    `timeout_seconds`: after which a process that does not answer is given up. Raises PeerLost if the others do not come.
+    """
+    if launch is None or launch.size == 1:
+        group = Group()
+        group.restarts = 0 if launch is None else launch.restarts
+        yield group
+        return
+    timeout = timedelta(seconds=timeout_seconds)
+    with _peers():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timeout)
+    try:
+        yield _Processes(launch, timeout)
+    finally:
+        with suppress(RuntimeError):  # the connections may be gone
+            dist.destroy_process_group()
