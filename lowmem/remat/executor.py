@@ -12,7 +12,7 @@ second derivative.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,12 @@ class Entry:
 
 
 class Run:
-    """One forward pass of the chain and the backward that belongs to it."""
+    """One forward pass of the chain and the backward that belongs to it.
+
+    `stage_done` is called with a stage's number as soon as the stage's `backward` is over, once for every stage
+    that a gradient reaches, from the last to the first, whatever the schedule: from then on this pass adds
+    nothing to the `.grad` of its parameters (unless another stage has the same ones).
+    """
 
     def __init__(
         self,
@@ -44,8 +49,10 @@ class Run:
         low: torch.dtype | None,
         input_needs_grad: bool,
         library_norm: bool = False,
+        stage_done: Callable[[int], None] | None = None,
     ) -> None:
         self.stages = stages
+        self.stage_done = stage_done
         self.memos = [StagePass(low, library_norm) for _ in stages]
         self.low = low
         needs = input_needs_grad
@@ -110,6 +117,8 @@ class Run:
                 grad_x = self.stages[start].backward(
                     grad, entry.saved, x, self.memos[start], need_input=self.need_input[start]
                 )
+                if self.stage_done is not None:
+                    self.stage_done(start)
                 if grad_x is not None and start > 0 and self.stages[start - 1].relu_output:
                     grad_x = mask_relu(grad_x, x)
             del x, entry
@@ -141,8 +150,9 @@ class _Chain(torch.autograd.Function):
         stages: Sequence[Stage],
         schedule: Schedule,
         library_norm: bool,
+        stage_done: Callable[[int], None] | None,
     ) -> Tensor:
-        run = Run(stages, autocast_dtype(x), ctx.needs_input_grad[1], library_norm)
+        run = Run(stages, autocast_dtype(x), ctx.needs_input_grad[1], library_norm, stage_done)
         with _autocast_off(x, run.low):
             y, run.entries = run.forward(schedule, [x])
         assert y is not None
@@ -153,7 +163,7 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         run: Run | None = ctx.run
         ctx.run = None
         if run is None:
@@ -163,15 +173,25 @@ class _Chain(torch.autograd.Function):
         box = [grad]
         with _autocast_off(grad, run.low):
             del grad
-            return None, run.backward(run.entries, box), None, None, None
+            return None, run.backward(run.entries, box), None, None, None, None
 
 
-def execute(stages: Sequence[Stage], schedule: Schedule, x: Tensor, *, library_norm: bool = False) -> Tensor:
-    """The chain's output for x, [N, ...]; differentiable if gradients are enabled and anything wants one."""
+def execute(
+    stages: Sequence[Stage],
+    schedule: Schedule,
+    x: Tensor,
+    *,
+    library_norm: bool = False,
+    stage_done: Callable[[int], None] | None = None,
+) -> Tensor:
+    """The chain's output for x, [N, ...]; differentiable if gradients are enabled and anything wants one.
+
+    `stage_done`: see `Run`.
+    """
     trainable = any(parameter.requires_grad for stage in stages for parameter in stage.parameters())
     if torch.is_grad_enabled() and (trainable or x.requires_grad):
         anchor = torch.empty(0, device=x.device, requires_grad=True)
-        return _Chain.apply(anchor, x, stages, schedule, library_norm)
+        return _Chain.apply(anchor, x, stages, schedule, library_norm, stage_done)
     run = Run(stages, autocast_dtype(x), False, library_norm)
     with torch.no_grad(), _autocast_off(x, run.low):
         return run.fast([x], 0, len(stages) - 1)

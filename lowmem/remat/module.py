@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from lowmem.plan.policy import Keep, Schedule
@@ -16,7 +18,8 @@ class PlannedModule(nn.Module):
     difference, and changes show in both.
 
     `stages` are the chain's links, `schedule` what is executed; it may be replaced (`set_schedule`)
-    between steps.
+    between steps. `stage_done`, called in the backward with the number of each stage whose parameters' gradients
+    are complete, may be set at any time (see `lowmem.remat.executor.Run`).
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule, *, library_norm: bool = False) -> None:
@@ -25,6 +28,7 @@ class PlannedModule(nn.Module):
             self.__dict__[shared] = model.__dict__[shared]
         self.training = model.training
         self.library_norm = library_norm
+        self.stage_done: Callable[[int], None] | None = None
         self.stages: tuple[Stage, ...] = decompose(model)
         self.set_schedule(schedule)
 
@@ -38,7 +42,7 @@ class PlannedModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's output for x: [N, 3, 32, 32] float -> [N, classes] for the family."""
-        return execute(self.stages, self.schedule, x, library_norm=self.library_norm)
+        return execute(self.stages, self.schedule, x, library_norm=self.library_norm, stage_done=self.stage_done)
 
 
 def stage_names(model: nn.Module) -> tuple[str, ...]:
