@@ -136,7 +136,9 @@ class ConvBlock:
                 return grad_x
             self._z(k, saved, x, memo)
             needed = below or pair.conv.weight.requires_grad
-            grad_z = kernels.norm_backward(pair.bn, grad.pop(), saved.pop(f"z{k}"), memo.norms[str(k)], needed)
+            grad_z = kernels.norm_backward(
+                pair.bn, grad.pop(), saved.pop(f"z{k}"), memo.norms[str(k)], needed, memo.total
+            )
             if grad_z is None:
                 return grad_x
             source = self._a(k - 1, saved, x, memo)
@@ -190,7 +192,7 @@ class ConvBlock:
         if "zs" not in saved:
             saved["zs"] = kernels.convolve(conv, x, memo.low)
         needed = need_input or conv.weight.requires_grad
-        grad_z = kernels.norm_backward(bn, grad, saved.pop("zs"), memo.norms["s"], needed)
+        grad_z = kernels.norm_backward(bn, grad, saved.pop("zs"), memo.norms["s"], needed, memo.total)
         return None if grad_z is None else kernels.convolve_backward(conv, grad_z, x, memo.low, need_input)
 
     def _norm(self, key: str, z: Tensor, memo: StagePass, *, in_place: bool) -> Tensor:
@@ -198,7 +200,7 @@ class ConvBlock:
         assert pair is not None
         if key in memo.norms:
             return kernels.norm_again(pair.bn, z, memo.norms[key], in_place)
-        out, memo.norms[key] = kernels.norm_first(pair.bn, z, in_place, memo.library_norm)
+        out, memo.norms[key] = kernels.norm_first(pair.bn, z, in_place, memo.library_norm, memo.total)
         return out
 
     def _z(self, k: int, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:

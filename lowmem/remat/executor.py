@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from lowmem.plan.policy import Keep, Schedule, Segment
 from lowmem.remat.kernels import mask_relu
 from lowmem.remat.stage import Box, Saved, Stage, StagePass
+from lowmem.remat.sync import Total
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Entry:
 class Run:
     """One forward pass of the chain and the backward that belongs to it.
 
+    `total`: see `lowmem.remat.sync`, for what it does and the order in which it is called.
     `stage_done` is called with a stage's number as soon as the stage's `backward` is over, once for every stage
     that a gradient reaches, from the last to the first, whatever the schedule: from then on this pass adds
     nothing to the `.grad` of its parameters (unless another stage has the same ones).
@@ -49,11 +51,12 @@ class Run:
         low: torch.dtype | None,
         input_needs_grad: bool,
         library_norm: bool = False,
+        total: Total | None = None,
         stage_done: Callable[[int], None] | None = None,
     ) -> None:
         self.stages = stages
         self.stage_done = stage_done
-        self.memos = [StagePass(low, library_norm) for _ in stages]
+        self.memos = [StagePass(low, library_norm, total) for _ in stages]
         self.low = low
         needs = input_needs_grad
         self.need_input: list[bool] = []  # per stage: is the gradient of its input asked for
@@ -150,9 +153,10 @@ class _Chain(torch.autograd.Function):
         stages: Sequence[Stage],
         schedule: Schedule,
         library_norm: bool,
+        total: Total | None,
         stage_done: Callable[[int], None] | None,
     ) -> Tensor:
-        run = Run(stages, autocast_dtype(x), ctx.needs_input_grad[1], library_norm, stage_done)
+        run = Run(stages, autocast_dtype(x), ctx.needs_input_grad[1], library_norm, total, stage_done)
         with _autocast_off(x, run.low):
             y, run.entries = run.forward(schedule, [x])
         assert y is not None
@@ -173,7 +177,7 @@ class _Chain(torch.autograd.Function):
         box = [grad]
         with _autocast_off(grad, run.low):
             del grad
-            return None, run.backward(run.entries, box), None, None, None, None
+            return None, run.backward(run.entries, box), None, None, None, None, None
 
 
 def execute(
@@ -182,17 +186,18 @@ def execute(
     x: Tensor,
     *,
     library_norm: bool = False,
+    total: Total | None = None,
     stage_done: Callable[[int], None] | None = None,
 ) -> Tensor:
     """The chain's output for x, [N, ...]; differentiable if gradients are enabled and anything wants one.
 
-    `stage_done`: see `Run`.
+    `total`, `stage_done`: see `Run`.
     """
     trainable = any(parameter.requires_grad for stage in stages for parameter in stage.parameters())
     if torch.is_grad_enabled() and (trainable or x.requires_grad):
         anchor = torch.empty(0, device=x.device, requires_grad=True)
-        return _Chain.apply(anchor, x, stages, schedule, library_norm, stage_done)
-    run = Run(stages, autocast_dtype(x), False, library_norm)
+        return _Chain.apply(anchor, x, stages, schedule, library_norm, total, stage_done)
+    run = Run(stages, autocast_dtype(x), False, library_norm, total)
     with torch.no_grad(), _autocast_off(x, run.low):
         return run.fast([x], 0, len(stages) - 1)
 

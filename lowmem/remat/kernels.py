@@ -8,6 +8,9 @@ evaluation kernel with those gives training's bits (float32 and float64 paramete
 On CUDA batch norm runs on torch's native kernels, which can work in place; `F.batch_norm` prefers cuDNN's for
 float32, and the two differ by rounding. With `library` the choice is `F.batch_norm`'s, at the price of one
 more tensor at a time, and of gathering the statistics again when a batch norm is repeated.
+
+With a `total` (`lowmem.remat.sync`) training's statistics are those of all processes' pictures; then the first
+batch norm is computed as the repeated ones are, and `library` has no say.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lowmem.remat.sync import Total, global_statistics, move_running, statistics_dtype
+
 _aten = torch.ops.aten
 _EXACT_DTYPES = (torch.float32, torch.float64)
 
@@ -24,13 +29,15 @@ _EXACT_DTYPES = (torch.float32, torch.float64)
 @dataclass(frozen=True)
 class NormStats:
     """What one batch norm used in this forward pass. `mean` and `invstd`, [C], are None in evaluation mode.
-    `implementation` and `reserve` belong to the library's choice of kernel; None: the native one."""
+    `implementation` and `reserve` belong to the library's choice of kernel; None: the native one. `count`, float64
+    []: values per channel over all processes; None: the statistics are this process's own."""
 
     training: bool
     mean: Tensor | None = None
     invstd: Tensor | None = None
     implementation: int | None = None
     reserve: Tensor | None = None
+    count: Tensor | None = None
 
 
 def convolve(conv: nn.Conv2d, x: Tensor, low: torch.dtype | None) -> Tensor:
@@ -78,24 +85,45 @@ def _laid_out_alike(grad: Tensor, parameter: Tensor) -> bool:
     return all(mine == other for size, mine, other in dims if size > 1)
 
 
-def norm_first(bn: nn.BatchNorm2d, z: Tensor, in_place: bool, library: bool = False) -> tuple[Tensor, NormStats]:
+def norm_first(
+    bn: nn.BatchNorm2d, z: Tensor, in_place: bool, library: bool = False, total: Total | None = None
+) -> tuple[Tensor, NormStats]:
     """The pass's first batch norm of z, [N, C, H, W]: moves the running statistics if it is training
-    (invariant 2).
+    (invariant 2). With `total`, which training calls once, z may be empty.
 
     With `in_place` the result takes z's place. Raises ValueError if there is one value per channel only.
     """
     if not bn.training:
         stats = NormStats(training=False)
         return norm_again(bn, z, stats, in_place), stats
-    if z.numel() == z.shape[1]:
+    if total is not None:
+        stats = _global_stats(bn, z, total)
+        return norm_again(bn, z, stats, in_place), stats
+    if z.numel() <= z.shape[1]:
         raise ValueError(f"training needs more than one value per channel, got an input of {list(z.shape)}")
-    assert bn.num_batches_tracked is not None
-    bn.num_batches_tracked.add_(1)
-    momentum = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+    momentum = _counted(bn)
     if library:
         return _library_norm(bn, z, bn.running_mean, bn.running_var, momentum)
     out, mean, invstd = _norm(bn, z, in_place, bn.running_mean, bn.running_var, True, momentum)
     return out, NormStats(True, mean, invstd)
+
+
+def _counted(bn: nn.BatchNorm2d) -> float:
+    """One more batch: the share by which it moves the running statistics."""
+    assert bn.num_batches_tracked is not None
+    bn.num_batches_tracked.add_(1)
+    return 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+
+
+def _global_stats(bn: nn.BatchNorm2d, z: Tensor, total: Total) -> NormStats:
+    mean, var, count = found = global_statistics(z, total)
+    if z.numel() <= z.shape[1] and float(count) <= 1:  # waits for the device only where this slice is next to nothing
+        raise ValueError(f"training needs more than one value per channel, all processes together got {int(count)}")
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    move_running(bn.running_mean, bn.running_var, found, _counted(bn))
+    dtype = statistics_dtype(z)
+    return NormStats(True, mean.to(dtype), (var + bn.eps).rsqrt_().to(dtype), count=count)
 
 
 def _library_norm(
@@ -109,7 +137,9 @@ def _library_norm(
 
 
 def norm_again(bn: nn.BatchNorm2d, z: Tensor, stats: NormStats, in_place: bool) -> Tensor:
-    """The same bits as the first time, without moving anything."""
+    """The same bits as the first time, without moving anything or asking other processes."""
+    if not z.numel():
+        return z if in_place else torch.empty_like(z)
     if not stats.training:
         return _norm(bn, z, in_place, bn.running_mean, bn.running_var, False, 0.0)[0]
     if stats.implementation is not None:
@@ -120,18 +150,30 @@ def norm_again(bn: nn.BatchNorm2d, z: Tensor, stats: NormStats, in_place: bool) 
         out = z if in_place else torch.empty_like(z)
         _aten.batch_norm_elemt.out(z, bn.weight, bn.bias, stats.mean, stats.invstd, bn.eps, out=out)
         return out
-    if bn.weight.dtype not in _EXACT_DTYPES:
+    if stats.count is None and bn.weight.dtype not in _EXACT_DTYPES:
         return _norm(bn, z, in_place, None, None, True, 0.0)[0]
-    scale, one = bn.weight * stats.invstd, torch.ones_like(stats.invstd)
-    out, _, _ = _run_norm(z, scale, bn.bias, stats.mean, one, False, 0.0, 0.0, in_place)
+    return _affine(z, bn.weight * stats.invstd, bn.bias, stats.mean, in_place)
+
+
+def _affine(z: Tensor, scale: Tensor, shift: Tensor, center: Tensor, in_place: bool) -> Tensor:
+    """(z - center) * scale + shift per channel, all [C], by evaluation's kernel: rounded to z's dtype once."""
+    out, _, _ = _run_norm(z, scale, shift, center, torch.ones_like(center), False, 0.0, 0.0, in_place)
     return out
 
 
-def norm_backward(bn: nn.BatchNorm2d, grad: Tensor, z: Tensor, stats: NormStats, need_input: bool) -> Tensor | None:
-    """Adds the gradients of weight and bias to `.grad`; returns z's, or None if not needed."""
+def norm_backward(
+    bn: nn.BatchNorm2d, grad: Tensor, z: Tensor, stats: NormStats, need_input: bool, total: Total | None = None
+) -> Tensor | None:
+    """Adds the gradients of weight and bias to `.grad`; returns z's, or None if not needed. z is used up.
+
+    With statistics of all processes `total`, the forward's, is called once if z's gradient is needed. The gradients
+    of weight and bias are this process's own: like those of all parameters they remain to be summed.
+    """
     mask = [need_input, bn.weight.requires_grad, bn.bias.requires_grad]
     if not any(mask):
         return None
+    if stats.count is not None or not z.numel():
+        return _global_backward(bn, grad, z, stats, need_input, total)
     running = (None, None) if stats.training else (bn.running_mean, bn.running_var)
     saved = (*running, stats.mean, stats.invstd, stats.training, bn.eps, mask)
     if stats.implementation is None:
@@ -144,6 +186,59 @@ def norm_backward(bn: nn.BatchNorm2d, grad: Tensor, z: Tensor, stats: NormStats,
     if mask[2]:
         accumulate(bn.bias, grad_bias)
     return grad_z if need_input else None
+
+
+def _global_backward(
+    bn: nn.BatchNorm2d, grad: Tensor, z: Tensor, stats: NormStats, need_input: bool, total: Total | None
+) -> Tensor | None:
+    grad_weight, grad_bias = _parameter_grads(bn, grad, z, stats)
+    grad_z = None
+    if need_input:
+        sums = torch.cat((grad_bias, grad_weight)).double()
+        if stats.count is not None:
+            assert total is not None
+            total(sums)
+        grad_z = torch.empty_like(z) if not z.numel() else _input_grad(bn, grad, z, stats, sums)
+    if bn.weight.requires_grad:
+        accumulate(bn.weight, grad_weight)
+    if bn.bias.requires_grad:
+        accumulate(bn.bias, grad_bias)
+    return grad_z
+
+
+def _parameter_grads(bn: nn.BatchNorm2d, grad: Tensor, z: Tensor, stats: NormStats) -> tuple[Tensor, Tensor]:
+    """This process's sums of grad * (z - mean) * invstd and of grad, [C]; an empty z has zeros (torch's CPU kernel
+    would divide by its count and end the process)."""
+    if not z.numel():
+        return torch.zeros_like(bn.weight), torch.zeros_like(bn.bias)
+    if z.is_cuda:
+        _, _, grad_weight, grad_bias = _aten.batch_norm_backward_reduce(
+            grad, z, stats.mean, stats.invstd, bn.weight, False, True, True
+        )
+        return grad_weight, grad_bias
+    mask = [False, True, True]
+    _, grad_weight, grad_bias = _aten.native_batch_norm_backward(
+        grad, z, bn.weight, None, None, stats.mean, stats.invstd, True, bn.eps, mask
+    )
+    return grad_weight, grad_bias
+
+
+def _input_grad(bn: nn.BatchNorm2d, grad: Tensor, z: Tensor, stats: NormStats, sums: Tensor) -> Tensor:
+    """z's gradient from the totals of grad and of grad * (z - mean) * invstd, float64 [2C]. On a CPU, z's place holds
+    the part that depends on z, so that there is one new tensor, as in the library's kernel."""
+    assert stats.mean is not None
+    assert stats.invstd is not None
+    assert stats.count is not None
+    dtype, invstd = stats.invstd.dtype, stats.invstd.double()
+    sum_dy, sum_dy_xhat = sums.chunk(2)
+    if z.is_cuda:
+        moments, counts = (sum_dy.to(dtype), (sum_dy_xhat / invstd).to(dtype)), stats.count.int().reshape(1)
+        return _aten.batch_norm_backward_elemt(grad, z, stats.mean, stats.invstd, bn.weight, *moments, counts)
+    scale = bn.weight * invstd
+    slope, shift = scale * invstd * sum_dy_xhat / -stats.count, scale * sum_dy / -stats.count
+    zero = torch.zeros_like(stats.mean)
+    grad_z = _affine(grad, scale.to(dtype), zero, zero, in_place=False)
+    return grad_z.add_(_affine(z, slope.to(dtype), shift.to(dtype), stats.mean, in_place=True))
 
 
 def mask_relu(grad: Tensor, result: Tensor, *, owned: bool = True) -> Tensor:

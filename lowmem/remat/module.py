@@ -11,15 +11,17 @@ from lowmem.plan.record import Plan
 from lowmem.remat.chain import decompose
 from lowmem.remat.executor import execute
 from lowmem.remat.stage import Stage
+from lowmem.remat.sync import Total
 
 
 class PlannedModule(nn.Module):
     """Shares children, parameters and buffers with the model: state dict, `to`, `train` and optimizers see no
     difference, and changes show in both.
 
-    `stages` are the chain's links, `schedule` what is executed; it may be replaced (`set_schedule`)
-    between steps. `stage_done`, called in the backward with the number of each stage whose parameters' gradients
-    are complete, may be set at any time (see `lowmem.remat.executor.Run`).
+    `stages` are the chain's links, `schedule` what is executed; it may be replaced (`set_schedule`) between steps.
+    Two attributes may be set at any time: `total` makes training's batch statistics those of all processes
+    (`lowmem.remat.sync`); `stage_done` is called in the backward with the number of each stage whose parameters'
+    gradients are complete (`lowmem.remat.executor.Run`).
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule, *, library_norm: bool = False) -> None:
@@ -28,6 +30,7 @@ class PlannedModule(nn.Module):
             self.__dict__[shared] = model.__dict__[shared]
         self.training = model.training
         self.library_norm = library_norm
+        self.total: Total | None = None
         self.stage_done: Callable[[int], None] | None = None
         self.stages: tuple[Stage, ...] = decompose(model)
         self.set_schedule(schedule)
@@ -42,7 +45,14 @@ class PlannedModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's output for x: [N, 3, 32, 32] float -> [N, classes] for the family."""
-        return execute(self.stages, self.schedule, x, library_norm=self.library_norm, stage_done=self.stage_done)
+        return execute(
+            self.stages,
+            self.schedule,
+            x,
+            library_norm=self.library_norm,
+            total=self.total,
+            stage_done=self.stage_done,
+        )
 
 
 def stage_names(model: nn.Module) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from lowmem.plan.policy import BlockPolicy, PolicyKind
@@ -21,7 +22,8 @@ class OpaqueStage:
     """`function` maps one tensor to one tensor and uses the parameters and buffers of `module` only.
 
     Repeating it draws the same random numbers and moves no buffer. It must not change its input in place.
-    Policies: SAVE_ALL, KEEP{} (run again from the input) and FUSED.
+    Policies: SAVE_ALL, KEEP{} (run again from the input) and FUSED. Batch norm inside it knows nothing of other
+    processes: where statistics are to be theirs too, running it raises ValueError.
     """
 
     name: str
@@ -82,6 +84,8 @@ class OpaqueStage:
         with torch.autocast(x.device.type, memo.low, enabled=memo.low is not None, cache_enabled=False):
             if memo.first:
                 memo.first = False
+                if memo.total is not None:
+                    self._check_no_statistics()
                 memo.rng = None if isinstance(x, FakeTensor) else [torch.get_rng_state(), *get_device_states(x)]
                 y = self.function(x)
             else:
@@ -90,6 +94,14 @@ class OpaqueStage:
         if x._version != version:
             raise ValueError(f"stage {self.name} changes its input in place: the input is needed again; make it a copy")
         return y
+
+    def _check_no_statistics(self) -> None:
+        for name, module in self.module.named_modules():
+            if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+                raise ValueError(
+                    f"batch norm {name or self.name} in stage {self.name} is not part of a block of the family: its "
+                    "statistics cannot be those of all processes; put it into evaluation mode or leave out --sync-bn"
+                )
 
 
 @contextmanager

@@ -1,0 +1,444 @@
+"""Batch norm over several processes: slices of a batch together equal the untouched model on the whole batch.
+
+The processes are threads, each with its own copy of the model; `total` is a real sum behind a barrier.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowmem.models import build
+from lowmem.models.resnet import BasicBlock, Bottleneck
+from lowmem.plan import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, PolicyKind, Schedule, Segment, keep
+from lowmem.remat import PlannedModule, apply_plan, decompose
+from lowmem.remat.kernels import norm_again, norm_backward, norm_first
+from lowmem.remat.stage import Stage
+from lowmem.remat.sync import global_statistics
+from lowmem.simulate import Loop, empty_copy, trace_steps
+from tests.exact.compare import FORMAT_NAMES, FORMATS, small_net
+from tests.exact.schedules import alternating, segments, uniform
+
+DROPPED = BlockPolicy(PolicyKind.LEAN, drop_output=True)
+
+
+def _fused(stages: Sequence[Stage]) -> Schedule:
+    """Segments of three whose last stage makes no output."""
+    items = segments(stages, 3, LEAN).items
+    assert all(isinstance(item, Segment) for item in items)
+    fused = [
+        Segment(item.start, item.end, Schedule((*item.inner.items[:-1], Keep(item.end, FUSED))))
+        for item in items
+        if isinstance(item, Segment)
+    ]
+    return Schedule(tuple(fused))
+
+
+SCHEDULES: dict[str, Callable[[Sequence[Stage]], Schedule]] = {
+    "lean": lambda stages: uniform(stages, LEAN),
+    "keep": lambda stages: uniform(stages, keep("z2")),
+    "input only": lambda stages: uniform(stages, INPUT_ONLY),
+    "save-all": lambda stages: uniform(stages, SAVE_ALL),
+    "dropped outputs": lambda stages: alternating(stages, DROPPED, keep("z1")),
+    "fused": _fused,
+    "nested": lambda stages: Schedule(
+        (
+            Segment(
+                0,
+                4,
+                Schedule(
+                    (
+                        Keep(0, LEAN),
+                        Segment(1, 3, Schedule((Keep(1, DROPPED), Keep(2, LEAN), Keep(3, FUSED)))),
+                        Keep(4, FUSED),
+                    )
+                ),
+            ),
+            *(Keep(i, SAVE_ALL) for i in range(5, len(stages))),
+        )
+    ),
+}
+by_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
+by_format = pytest.mark.parametrize("memory_format", FORMATS, ids=FORMAT_NAMES)
+
+
+class Processes:
+    """`total` for threads; counts each one's calls by the length of what is summed."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.barrier = threading.Barrier(count, timeout=60)
+        self.given: list[Tensor | None] = [None] * count
+        self.calls: list[list[int]] = [[] for _ in range(count)]
+
+    def total(self, rank: int) -> Callable[[Tensor], None]:
+        def sum_up(values: Tensor) -> None:
+            assert values.dtype == torch.float64
+            assert values.dim() == 1
+            assert values.is_contiguous()
+            self.calls[rank].append(len(values))
+            self.given[rank] = values.clone()
+            self.barrier.wait()
+            result = torch.stack([one for one in self.given if one is not None]).sum(0)
+            self.barrier.wait()
+            values.copy_(result)
+
+        return sum_up
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        def guarded(rank: int) -> Any:
+            try:
+                return work(rank)
+            except BaseException:
+                self.barrier.abort()  # the others shall not wait for this one
+                raise
+
+        with ThreadPoolExecutor(self.count) as pool:
+            tasks = [pool.submit(guarded, rank) for rank in range(self.count)]
+        failures = [error for task in tasks if (error := task.exception())]
+        for error in failures:
+            if not isinstance(error, threading.BrokenBarrierError):
+                raise error
+        return [task.result() for task in tasks]
+
+
+def _batch(count: int, memory_format: Any, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(count, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)
+    x += torch.linspace(-1, 1, count, dtype=dtype).reshape(-1, 1, 1, 1)  # slices with statistics of their own
+    return x.contiguous(memory_format=memory_format), torch.randint(10, (count,), generator=generator)
+
+
+def _step(model: nn.Module, x: Tensor, labels: Tensor, whole: int, low: torch.dtype | None) -> Tensor:
+    with torch.autocast("cpu", low, enabled=low is not None):
+        loss = F.cross_entropy(model(x), labels, reduction="sum") / whole
+    loss.backward()
+    return loss.detach()
+
+
+def _slices(sizes: Sequence[int]) -> Iterator[slice]:
+    start = 0
+    for size in sizes:
+        yield slice(start, start + size)
+        start += size
+
+
+def _both(
+    model: nn.Module,
+    schedule: Callable[[Sequence[Stage]], Schedule],
+    sizes: Sequence[int],
+    memory_format: Any = torch.contiguous_format,
+    low: torch.dtype | None = None,
+    steps: int = 1,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Processes]:
+    """Loss, gradients and buffers: of autograd on the whole batch, and of the slices (summed; buffers are equal)."""
+    model = model.to(memory_format=memory_format)
+    x, labels = _batch(sum(sizes), memory_format, next(model.parameters()).dtype)
+    plain = copy.deepcopy(model)
+    whole = sum(_step(plain, x, labels, len(x), low) for _ in range(steps))
+    processes, cuts = Processes(len(sizes)), list(_slices(sizes))
+
+    def work(rank: int) -> tuple[Tensor, PlannedModule]:
+        planned = apply_plan(copy.deepcopy(model), schedule(decompose(model)))
+        planned.total = processes.total(rank)
+        mine = x[cuts[rank]].contiguous(memory_format=memory_format), labels[cuts[rank]]
+        losses = [_step(planned, *mine, len(x), low) for _ in range(steps)]
+        return torch.stack(losses).sum(), planned
+
+    results = processes.run(work)
+    planned = [module for _, module in results]
+    for name, buffer in planned[0].named_buffers():
+        assert all(torch.equal(buffer, other.get_buffer(name)) for other in planned), name
+    assert all(calls == processes.calls[0] for calls in processes.calls)
+    wanted, found = {"loss": torch.as_tensor(whole)}, {"loss": torch.stack([loss for loss, _ in results]).sum()}
+    for name, parameter in plain.named_parameters():
+        grads = [module.get_parameter(name).grad for module in planned]
+        assert parameter.grad is not None
+        for grad, size in zip(grads, sizes, strict=True):
+            assert grad is not None, name
+            assert grad.shape == parameter.shape
+            assert torch.isfinite(grad).all(), name
+            assert size or not grad.any(), name
+        wanted[name], found[name] = parameter.grad, torch.stack([grad for grad in grads if grad is not None]).sum(0)
+    wanted |= dict(plain.named_buffers())
+    found |= dict(planned[0].named_buffers())
+    return wanted, found, processes
+
+
+def _error(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> float:
+    """The largest relative error of any tensor, by norms."""
+    errors = {
+        name: float((found[name].double() - one.double()).norm() / one.double().norm().clamp_min(1e-30))
+        for name, one in wanted.items()
+    }
+    return max(errors.values())
+
+
+def _norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+SLICES = [(3, 3), (1, 4), (2, 1, 3), (2, 0, 1), (1, 2, 0, 3)]
+
+
+@by_schedule
+@pytest.mark.parametrize("sizes", SLICES, ids=str)
+def test_slices_equal_the_whole_batch(sizes: tuple[int, ...], schedule: str) -> None:
+    wanted, found, processes = _both(small_net(Bottleneck).double(), SCHEDULES[schedule], sizes, steps=2)
+    assert _error(wanted, found) < 1e-12
+    assert len(processes.calls[0]) == 2 * 2 * len(_norms(small_net(Bottleneck)))
+
+
+@by_schedule
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+@by_format
+def test_every_block(block: Any, residual: bool, schedule: str, memory_format: Any) -> None:
+    model = small_net(block, residual)
+    wanted, found, _ = _both(copy.deepcopy(model).double(), SCHEDULES[schedule], (2, 0, 3), memory_format)
+    assert _error(wanted, found) < 1e-12
+
+
+@pytest.mark.parametrize(("arch", "block"), [("res20", "basic"), ("cnn20", "basic"), ("res56", "bottleneck")])
+def test_networks_of_the_family(arch: str, block: str) -> None:
+    torch.manual_seed(0)
+    wanted, found, _ = _both(build(arch, block, width=4).double(), SCHEDULES["fused"], (3, 2))
+    assert _error(wanted, found) < 1e-10  # what is left of the last digit after 59 layers is 1e-12
+
+
+def test_float32_and_bfloat16_to_their_own_rounding() -> None:
+    """Of a whole network, up to a ReLU here and there whose input is zero to rounding: autograd's own float32 moves
+    by 8e-4 where the last digit of a picture changes. (`test_one_norm` has no ReLU, and is strict.)"""
+    sizes = (3, 0, 5)
+    exact, _, _ = _both(small_net(BasicBlock).double(), SCHEDULES["lean"], sizes)
+    wanted, found, _ = _both(small_net(BasicBlock), SCHEDULES["lean"], sizes)
+    assert _error(wanted, found) < 5e-3
+    for memory_format in FORMATS:
+        wanted, found, _ = _both(small_net(BasicBlock), SCHEDULES["lean"], sizes, memory_format, torch.bfloat16)
+        assert _error(exact, found) < 2 * _error(exact, wanted)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2**-8)], ids=str
+)
+@by_format
+def test_one_norm(memory_format: Any, dtype: torch.dtype, tolerance: float) -> None:
+    """Against autograd in float64, from the same rounded numbers."""
+    torch.manual_seed(0)
+    bn = nn.BatchNorm2d(16).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    nn.init.uniform_(bn.weight)
+    nn.init.uniform_(bn.bias)
+    z = (
+        (torch.randn(8, 16, 6, 6) * 2 + 3 * torch.rand(8, 1, 1, 1) - 1)
+        .to(dtype)
+        .contiguous(memory_format=memory_format)
+    )
+    grad = (z * 0.3 + torch.randn_like(z) + 0.2).contiguous(memory_format=memory_format)
+    exact, leaf = copy.deepcopy(bn).double(), z.double().requires_grad_()
+    y = exact(leaf)
+    y.backward(grad.double())
+    sizes = (3, 0, 5)
+    processes, cuts = Processes(len(sizes)), list(_slices(sizes))
+
+    @torch.no_grad()
+    def work(rank: int) -> tuple[nn.BatchNorm2d, Tensor, Tensor]:
+        mine, share, total = copy.deepcopy(bn), z[cuts[rank]].clone(), processes.total(rank)
+        out, stats = norm_first(mine, share, False, total=total)
+        grad_z = norm_backward(mine, grad[cuts[rank]], share, stats, True, total)
+        assert grad_z is not None
+        assert out.dtype == grad_z.dtype == dtype
+        return mine, out, grad_z
+
+    norms, outs, grads = zip(*processes.run(work), strict=True)
+    assert leaf.grad is not None
+    wanted = {"output": y.detach(), "gradient": leaf.grad}
+    found = {"output": torch.cat(outs), "gradient": torch.cat(grads)}
+    for name, parameter in exact.named_parameters():
+        assert parameter.grad is not None
+        wanted[name] = parameter.grad
+        found[name] = torch.stack([norm.get_parameter(name).grad for norm in norms]).sum(0)
+    for name, buffer in exact.named_buffers():
+        wanted[name], found[name] = buffer, norms[0].get_buffer(name)
+    assert _error(wanted, found) < tolerance
+
+
+def test_the_order_of_calls_is_the_models() -> None:
+    """Forward by stage, in a block pair by pair and then the shortcut; the backward is the reverse of it."""
+    model = small_net(Bottleneck)
+    order = [len(bn.weight) for stage in decompose(model)[:-1] for bn in _stage_norms(stage)]
+    wanted = [2 * channels + 1 for channels in order] + [2 * channels for channels in reversed(order)]
+    for make in SCHEDULES.values():
+        _, _, processes = _both(copy.deepcopy(model), make, (1, 2))
+        assert processes.calls == [wanted, wanted]
+
+
+def _stage_norms(stage: Any) -> list[nn.BatchNorm2d]:
+    return [pair.bn for pair in (*stage.pairs, *([stage.projection] if stage.projection else []))]
+
+
+@by_schedule
+def test_frozen_parameters_leave_the_calls_alike(schedule: str) -> None:
+    model = small_net(Bottleneck)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(("conv1", "bn1", "layer1", "layer2.0.conv1", "layer2.0.bn1")))
+    frozen = SCHEDULES[schedule](decompose(model))
+    x, labels = _batch(3, torch.contiguous_format, torch.float32)
+
+    def calls(sizes: tuple[int, ...]) -> list[list[int]]:
+        processes, cuts = Processes(len(sizes)), list(_slices(sizes))
+
+        def work(rank: int) -> None:
+            planned = apply_plan(copy.deepcopy(model), frozen)
+            planned.total = processes.total(rank)
+            _step(planned, x[cuts[rank]], labels[cuts[rank]], 3, None)
+
+        processes.run(work)
+        return processes.calls
+
+    every = [*calls((2, 1)), *calls((0, 3))]
+    assert every[0]
+    assert all(one == every[0] for one in every)
+
+
+def test_evaluation_and_frozen_statistics_ask_nobody() -> None:
+    model = small_net(BasicBlock)
+    planned = apply_plan(model, uniform(decompose(model), LEAN))
+
+    def nobody(values: Tensor) -> None:
+        raise AssertionError("asked")
+
+    planned.total = nobody
+    planned.eval()
+    x, labels = _batch(3, torch.contiguous_format, torch.float32)
+    _step(planned, x, labels, 3, None)
+    _step(planned, x[:0], labels[:0], 3, None)  # an empty slice also passes norms whose statistics are frozen
+    planned.train()
+    with pytest.raises(AssertionError, match="asked"):
+        planned(x)
+
+
+def test_without_gradients_the_statistics_are_everybodys() -> None:
+    model = small_net(BasicBlock).double()
+    x, _ = _batch(5, torch.contiguous_format)
+    plain = copy.deepcopy(model)
+    processes, cuts = Processes(2), list(_slices((4, 1)))
+
+    def work(rank: int) -> tuple[Tensor, PlannedModule]:
+        planned = apply_plan(copy.deepcopy(model), uniform(decompose(model), LEAN))
+        planned.total = processes.total(rank)
+        with torch.no_grad():
+            return planned(x[cuts[rank]]), planned
+
+    results = processes.run(work)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat([y for y, _ in results]), plain(x), rtol=1e-12, atol=1e-12)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(results[0][1].get_buffer(name), buffer, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@by_format
+@torch.no_grad()
+def test_recomputations_have_the_same_bits_and_move_nothing(memory_format: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    bn = nn.BatchNorm2d(16).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    nn.init.uniform_(bn.weight)
+    calls: list[int] = []
+    z = (torch.randn(4, 16, 5, 5) * 3 + 2).to(dtype).contiguous(memory_format=memory_format)
+    for in_place in (False, True):
+        first, stats = norm_first(bn, z.clone(), in_place, total=lambda values: calls.append(len(values)))
+        buffers = [buffer.clone() for buffer in bn.buffers()]
+        for again_in_place in (False, True):
+            assert torch.equal(norm_again(bn, z.clone(), stats, again_in_place), first)
+        assert all(torch.equal(one, other) for one, other in zip(bn.buffers(), buffers, strict=True))
+    assert calls == [33, 33]
+
+
+def test_cumulative_statistics() -> None:
+    """Momentum None: the average over all batches so far."""
+    model = small_net(BasicBlock).double()
+    for bn in _norms(model):
+        bn.momentum = None
+    wanted, found, _ = _both(model, SCHEDULES["lean"], (1, 3), steps=3)
+    assert _error(wanted, found) < 1e-12
+
+
+def test_one_value_per_channel_may_be_a_share_but_not_all() -> None:
+    bn = nn.BatchNorm2d(4)
+    with pytest.raises(ValueError, match="all processes together got 1"):
+        norm_first(bn, torch.randn(1, 4, 1, 1), False, total=lambda values: None)
+    assert bn.num_batches_tracked is not None
+    assert not bn.num_batches_tracked
+    z = torch.randn(2, 4, 1, 1)
+    processes = Processes(2)
+    results = processes.run(
+        lambda rank: norm_first(copy.deepcopy(bn), z[rank : rank + 1], False, total=processes.total(rank))
+    )
+    torch.testing.assert_close(torch.cat([out for out, _ in results]), copy.deepcopy(bn)(z).detach())
+
+
+def test_an_empty_batch_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        norm_first(nn.BatchNorm2d(4), torch.empty(0, 4, 2, 2), False)
+
+
+def test_large_means_keep_their_digits() -> None:
+    """Sums of squares of float32 would have none left."""
+    torch.manual_seed(0)
+    z = torch.randn(64, 8, 8, 8) + 300
+    processes = Processes(2)
+    (_, var, count), _ = processes.run(
+        lambda rank: global_statistics(z[32 * rank : 32 * rank + 32], processes.total(rank))
+    )
+    assert count == 64 * 64
+    torch.testing.assert_close(var, z.double().var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
+
+
+def test_the_gradient_of_parameters_alone_needs_no_call() -> None:
+    torch.manual_seed(0)
+    bn, z, grad = nn.BatchNorm2d(8), torch.randn(3, 8, 4, 4), torch.randn(3, 8, 4, 4)
+    calls: list[int] = []
+    _, stats = norm_first(bn, z, False, total=lambda values: calls.append(len(values)))
+    assert norm_backward(bn, grad, z, stats, False, lambda values: calls.append(len(values))) is None
+    assert calls == [17]
+    assert bn.bias.grad is not None
+    torch.testing.assert_close(bn.bias.grad, grad.sum((0, 2, 3)))
+
+
+def test_batch_norm_that_cannot_be_synchronised_is_refused() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), BasicBlock(4, 4))
+    planned = apply_plan(model, Schedule((Keep(0, SAVE_ALL), Keep(1, LEAN))))
+    planned.total = lambda values: None
+    with pytest.raises(ValueError, match="batch norm 1 in stage 0 is not part of a block"):
+        planned(torch.randn(2, 3, 8, 8))
+    model[0].eval()
+    planned(torch.randn(2, 3, 8, 8)).sum().backward()
+
+
+@by_schedule
+@pytest.mark.parametrize("low", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_it_takes_no_more_memory(schedule: str, low: torch.dtype | None) -> None:
+    """Predicted peaks: [C] vectors apart the same as without."""
+    model = small_net(Bottleneck)
+    peaks = []
+    for total in (None, lambda values: None):
+
+        def build_loop(total: Any = total) -> Loop:
+            net = empty_copy(model)
+            planned = apply_plan(net, SCHEDULES[schedule](decompose(net)))
+            planned.total = total
+            batch = torch.empty(64, 3, 32, 32), torch.zeros(64, dtype=torch.long)
+            return Loop(planned, net, None, [batch], low)
+
+        peaks.append(trace_steps(build_loop, 1).peak_bytes())
+    few_vectors = 24 * 1024
+    assert peaks[0] > 100 * few_vectors
+    assert peaks[1] <= peaks[0] + few_vectors
