@@ -29,7 +29,7 @@ from lowmem.decide_shares import (
     record_plans,
     undivided,
 )
-from lowmem.distributed import Group
+from lowmem.distributed.group import Group
 from lowmem.environment import describe
 from lowmem.errors import OutOfMemory, PreflightError, UsageError
 from lowmem.measure.cap import cap_allocator
@@ -153,14 +153,14 @@ def resume_training(
 def _device_only(changes: Settings | Mapping[str, object] | None) -> Config:
     """What joining the other processes takes, where the run's own settings are not at hand yet."""
     given = flatten(changes.config) if isinstance(changes, Settings) else dict(changes or {})
-    wanted: dict[str, object] = {key: given[key] for key in ("train.device", "train.peer_timeout_minutes") if key in given}
+    wanted: dict[str, object] = {
+        key: given[key] for key in ("train.device", "train.peer_timeout_minutes") if key in given
+    }
     alone = Settings(Config(), dict.fromkeys(known_keys(), "default"))
     return resolve_execution(alone.replace(wanted, "resume")).config
 
 
-def _go_on(
-    group: Group, path: Path, changes: Settings | Mapping[str, object] | None, observer: Observer
-) -> RunResult:
+def _go_on(group: Group, path: Path, changes: Settings | Mapping[str, object] | None, observer: Observer) -> RunResult:
     recorded = share_settings(group, lambda: recorded_settings(path))
     changed = changes if isinstance(changes, Settings) else recorded.replace(changes or {}, "resume")
     settings = group.together(lambda: _changed_settings(recorded, changed, path))
@@ -257,8 +257,8 @@ def fork_run(
     launch, observer = launched(observer)
     if launch is not None and launch.size > 1:
         raise UsageError(
-            f"a fork is made by one process: `lowmem fork {source} … --set train.max_steps=1`, then go on with several, "
-            "`torchrun … -m lowmem resume` the new run"
+            f"a fork is made by one process: begin `lowmem fork {source} …`, stop it with Ctrl-C, then go on "
+            "with several, `torchrun … -m lowmem resume` the new run"
         )
     source = Path(source)
     if source.name in ("", ".."):

@@ -151,7 +151,7 @@ class TrainConfig(_Section):
 
     sync_bn: bool = Field(
         default=False,
-        description="several processes: batch norm over the whole batch, as one process has it, not over each one's part",
+        description="several processes: batch norm over the whole batch, as in one process, not over each one's part",
     )
     peer_timeout_minutes: PositiveFloat = Field(
         default=10.0, description="several processes: give up one that does not answer for so long"

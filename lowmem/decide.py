@@ -98,8 +98,8 @@ def plan_of(
 
 
 def read_plan(run: Path, config: Config, name: str = PLAN) -> Plan | None:
-    """The plan in a run's plan.json, or in that of another of its processes, None if it has none. Raises CorruptCheckpoint if it is damaged or does not belong
-    to these settings."""
+    """The plan in a run's plan.json, or in that of another of its processes; None if there is none. Raises
+    CorruptCheckpoint if it is damaged or does not belong to these settings."""
     path = run / name
     if not path.is_file():
         return None

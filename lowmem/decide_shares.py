@@ -15,7 +15,8 @@ from lowmem.config import Config, for_process
 from lowmem.confirm import Confirmed, confirm_run, wants_confirmation
 from lowmem.data import Dataset
 from lowmem.decide import decide, plan_of, read_plan
-from lowmem.distributed import Group, Split, even_shares
+from lowmem.distributed.group import Group
+from lowmem.distributed.split import Split, even_shares
 from lowmem.errors import CorruptCheckpoint
 from lowmem.plan.record import Plan
 from lowmem.runs.checkpoint import Checkpoint

@@ -94,6 +94,12 @@ class DiskError(LowmemError):
     exit_code = ExitCode.DISK
 
 
+class PeerLost(LowmemError):
+    """Another process of the run is gone, or does not answer."""
+
+    exit_code = ExitCode.TERMINATED
+
+
 class Interrupted(LowmemError):
     """A signal asked the run to stop, and it was saved."""
 

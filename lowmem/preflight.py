@@ -44,11 +44,16 @@ def preflight(trainer: Trainer, folder: RunFolder) -> None:
     """Tries every output in a folder of its own inside the run, and removes it; tries a step and undoes it; tells the
     observer of time and disk. The trainer is as before, except perhaps for a smaller plan (see `try_step`).
 
-    Raises PreflightError if anything cannot be written or does not read back, or if the disk has no room for the
-    checkpoints the run will keep; OutOfMemory.
+    Of several processes all try the step, and the one that writes tries the outputs. Raises PreflightError if anything
+    cannot be written or does not read back, or if the disk has no room for the checkpoints the run will keep;
+    OutOfMemory.
     """
     began = time.monotonic()
     tried = try_step(trainer, folder)
+    trainer.group.lead(lambda: _try_all(trainer, folder, tried, began), None)
+
+
+def _try_all(trainer: Trainer, folder: RunFolder, tried: Tried, began: float) -> None:
     trial = folder.path / ".preflight"
     try:
         written = _try_outputs(trainer, folder, trial, tried)

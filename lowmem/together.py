@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 
 from lowmem.config import Config, flatten, nest
 from lowmem.data import Dataset, load
-from lowmem.distributed import Group, Launch, Split, even_shares, join
+from lowmem.distributed.group import Group, join
+from lowmem.distributed.launch import Launch
 from lowmem.errors import PreflightError, UsageError
-from lowmem.plan.record import Plan
 from lowmem.reading import PLAN_LIMIT_BYTES, read_json
 from lowmem.runs.absent import AbsentFolder
 from lowmem.runs.store import RunFolder, leaving_no_trace
-from lowmem.settings import Settings, from_yaml
+from lowmem.settings import Settings
 from lowmem.train.observer import Observer
 from lowmem.train.state import config_hash
 

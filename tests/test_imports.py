@@ -28,11 +28,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": LEAVES | {"config"},
     "remat": LEAVES | {"plan"},
     "simulate": {"units", "errors"},
+    # Like remat it is executed in a run and simulated before one: the planner sees what reduction takes by running it.
+    "distributed": {"units", "errors"},
     "measure": {"units", "errors"},
     "data": LEAVES | {"config"},
     "runs": LEAVES | {"config"},
-    "choose": LEAVES | {"config", "settings", "cards", "models", "plan", "remat", "simulate", "measure"},
-    "train": LEAVES | {"config", "settings", "models", "plan", "remat", "data", "runs", "measure"},
+    "choose": LEAVES | {"config", "settings", "cards", "models", "plan", "remat", "simulate", "measure", "distributed"},
+    "train": LEAVES | {"config", "settings", "models", "plan", "remat", "data", "runs", "measure", "distributed"},
     # A trial does what a run does: it draws its batches from data/, executes its plan by remat/, and where it is a
     # whole (if short) run, it has a folder of runs/.
     "bench": LEAVES
@@ -45,9 +47,12 @@ MAY_IMPORT: dict[str, set[str]] = {
 # The doctor looks at everything a run needs: settings, data, models, the driver, what `train` would refuse.
 # reproduce looks at several runs as a job: with the eyes of the planner (choose) at those to come, and of runs at those
 # that have begun.
+# together and decide_shares are how several processes (distributed) begin and go on with a run: what is read, planned
+# and written by whom.
 # belonging compares what is on disk (runs) with the network (models) and the identity a run records (train).
 ANYTHING = {
-    "belonging", "decide", "doctor", "fork", "preflight", "confirm", "reproduce", "api", "cli", "__init__", "__main__"
+    "belonging", "decide", "decide_shares", "together", "doctor", "fork", "preflight", "confirm", "reproduce", "api",
+    "cli", "__init__", "__main__",
 }  # fmt: skip
 
 

@@ -137,8 +137,8 @@ def _divided(planner: Planner, shared: Shared, mode: Mode | None, accumulate: bo
 
 
 def divide_auto(planner: Planner, recipe_batch: int, pictures: int | None) -> Divided:
-    """The batch with the most pictures per second (`--batch auto`), as `session.preferred` has it, without accumulation.
-    Raises Infeasible, UsageError."""
+    """The batch with the most pictures per second (`--batch auto`), as `session.preferred` has it, without
+    accumulation. Raises Infeasible, UsageError."""
     exact = {rank: replace(request, allow_accumulation=False) for rank, request in planner.requests.items()}
     planner.requests = exact
     fitting: list[Divided] = []
@@ -165,7 +165,9 @@ def divide_auto(planner: Planner, recipe_batch: int, pictures: int | None) -> Di
 def describe(shared: Shared, cards: Sequence[str]) -> list[str]:
     """The shares in words, a line for each process. `cards`: what each has, in words."""
     total, step = sum(shared.shares), shared.step_seconds
-    lines = [f"batch {total} over {len(shared.shares)} processes, {step:.3f} s a step without communication (predicted):"]
+    lines = [
+        f"batch {total} over {len(shared.shares)} processes, {step:.3f} s a step without communication (predicted):"
+    ]
     for rank, (share, seconds) in enumerate(zip(shared.shares, shared.seconds, strict=True)):
         waits = f", waits {1 - seconds / step:.0%} of it" if seconds < 0.98 * step else ""
         lines.append(f"  process {rank}  {cards[rank]:<24} {share:>5} pictures  {seconds:.3f} s{waits}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from lowmem.cli.command_bench import bench
+from lowmem.distributed.launch import is_led
 
 if TYPE_CHECKING:
     from lowmem.settings import Settings
@@ -76,6 +77,10 @@ def train(
     ] = None,
     batch: Annotated[Text, typer.Option(help="Effective batch (128), or auto: the fastest that fits.")] = None,
     micro_batch: Annotated[Number, typer.Option(help="Pictures at a time; gradients accumulate to the batch.")] = None,
+    sync_bn: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--sync-bn", help="Started by torchrun: batch norm over the whole batch, as in one process."),
+    ] = None,
     epochs: Annotated[Number, typer.Option(help="Epochs; the schedule is scaled to them.")] = None,
     recipe: Annotated[Text, typer.Option(help="A shipped recipe (report) or the path of a .yaml file.")] = None,
     precision: Annotated[Text, typer.Option(help="auto, fp32 or amp (fp16 on CUDA, bf16 on the CPU).")] = None,
@@ -107,6 +112,7 @@ def train(
         "data.val_split": val_split,
         "train.batch": _batch(batch),
         "train.micro_batch": micro_batch,
+        "train.sync_bn": sync_bn,
         "train.epochs": epochs,
         "train.precision": precision,
         "train.memory_format": memory_format,
@@ -161,14 +167,14 @@ def resume(
         values.setdefault("checkpoint.keep_every", keep_every)
     if out is not None and epochs is None:
         raise UsageError("--out is for the new run that --epochs makes: a resume goes on in the run's own folder")
-    recorded = _recorded(run)
-    changed = recorded.replace(values, "resume")
+    if not is_led():  # the run's folder may be on another machine
+        _recorded(run).replace(values, "resume")
     from lowmem.api import extend_run, resume_training
     from lowmem.cli.show import observer
 
     with observer() as shown:
         if epochs is None:
-            resume_training(run, changed, shown)
+            resume_training(run, values, shown)
         else:
             extend_run(run, epochs=epochs, changes=values, out=out, observer=shown)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
@@ -10,7 +11,8 @@ from typer.main import get_command
 
 from lowmem.cli import command_reproduce, command_watch  # noqa: F401 (they register their commands)
 from lowmem.cli.commands import app
-from lowmem.errors import ExitCode, LowmemError
+from lowmem.distributed.launch import is_led, linger, report_failure
+from lowmem.errors import ExitCode, Interrupted, LowmemError, PeerLost
 from lowmem.reading import shorten
 
 
@@ -29,7 +31,7 @@ def _run(arguments: list[str] | None) -> int:
         code = command.main(args=arguments, prog_name="lowmem", standalone_mode=False)
         return int(code or ExitCode.DONE)
     except LowmemError as error:
-        return _fail(str(error), error.exit_code)
+        return _lowmem_error(error)
     except typer.Exit as leaving:
         return leaving.exit_code
     except (typer.Abort, KeyboardInterrupt):
@@ -39,10 +41,24 @@ def _run(arguments: list[str] | None) -> int:
         sys.stderr.close()
         return ExitCode.BUG
     except Exception as error:
+        report_failure(error)
         # The usage errors of the library under typer: unknown options, missing arguments.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             return _fail(f"{error.format_message()} (see `{_path(error)} --help`)", ExitCode.USAGE)
         raise
+
+
+def _lowmem_error(error: LowmemError) -> int:
+    """Of several processes of a run, one says what all of them met; one that failed by itself says which it is."""
+    if error.told and is_led():
+        return int(error.exit_code)
+    if not isinstance(error, Interrupted | PeerLost):  # nobody's failure, or another's
+        report_failure(error)
+    who = f"process {os.environ['RANK']}: " if is_led() else ""
+    code = _fail(f"{who}{error}", error.exit_code)
+    if isinstance(error, PeerLost):
+        linger()
+    return code
 
 
 def _path(error: object) -> str:

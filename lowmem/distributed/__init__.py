@@ -1,8 +1,7 @@
-"""Several processes training one network: what torch.distributed does for a run, and nothing of its own beside it."""
+"""Several processes training one network: what torch.distributed does for a run, and nothing of its own beside it.
 
-from lowmem.distributed.group import Group, PeerLost, join
-from lowmem.distributed.launch import Launch
-from lowmem.distributed.reducer import Reducer
-from lowmem.distributed.split import Split, even_shares
-
-__all__ = ["Group", "Launch", "PeerLost", "Reducer", "Split", "even_shares", "join"]
+launch.py    how this process was started (by torchrun, or alone)
+group.py     what the processes say to each other
+split.py     which pictures of the effective batch each takes
+reducer.py   the sum of their gradients, during the backward pass
+"""

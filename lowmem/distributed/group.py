@@ -21,15 +21,9 @@ from torch import Tensor
 
 from lowmem.distributed.launch import Launch
 from lowmem.distributed.reducer import Work
-from lowmem.errors import ExitCode, LowmemError
+from lowmem.errors import ExitCode, LowmemError, PeerLost
 
 T = TypeVar("T")
-
-
-class PeerLost(LowmemError):
-    """Another process of the run is gone, or does not answer."""
-
-    exit_code = ExitCode.TERMINATED
 
 
 class PeerError(LowmemError):
@@ -222,7 +216,8 @@ def _peers() -> Iterator[None]:
 def join(launch: Launch | None, device: str, timeout_seconds: float) -> Iterator[Group]:
     """The group that this process belongs to, for as long as the context lasts.
 
-    `timeout_seconds`: after which a process that does not answer is given up. Raises PeerLost if the others do not come.
+    `timeout_seconds`: after which a process that does not answer is given up. Raises PeerLost if the others do not
+    come.
     """
     if launch is None or launch.size == 1:
         group = Group()

@@ -6,6 +6,7 @@ Source: https://docs.pytorch.org/docs/stable/elastic/run.html, "Environment Vari
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -65,6 +66,13 @@ def is_led() -> bool:
     """Whether another process of the run does the talking: torchrun started this one with a rank above 0."""
     rank = os.environ.get("RANK", "0")
     return "WORLD_SIZE" in os.environ and rank.isdigit() and int(rank) > 0
+
+
+def linger(seconds: float = 5.0) -> None:
+    """Before this process leaves because another one is gone: torchrun looks for the first to have failed, and should
+    find that one. It ends this process when it has."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        time.sleep(seconds)
 
 
 def report_failure(error: BaseException) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class AbsentFolder(RunFolder):
-    """Writes nothing. `path` is where the run is for the process that writes it: on this machine there may be nothing."""
+    """Writes nothing. `path` is where the run is for the process that writes it; here there may be nothing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -58,7 +58,6 @@ class Finding:
             f"{reserved}{device}; {verdict} the budget of {format_size(self.budget_bytes)}"
         )
 
-
     def words_with(self, others: Sequence[Mapping[str, Any]]) -> str:
         """`words`, and those of other processes by their `fields`."""
         lines = [

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from lowmem.data import Pictures, eval_batches
-from lowmem.distributed import PeerLost
-from lowmem.errors import Interrupted, LowmemError
+from lowmem.errors import Interrupted, LowmemError, PeerLost
 from lowmem.runs.saver import Save, Saver
 from lowmem.runs.store import RunFolder
 from lowmem.train.check import PlanCheck

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lowmem.distributed import Group, Reducer, Split
+from lowmem.distributed.group import Group
+from lowmem.distributed.reducer import Reducer
+from lowmem.distributed.split import Split
 from lowmem.runs.checkpoint import Checkpoint
 
 

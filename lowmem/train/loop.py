@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from lowmem.config import Config
 from lowmem.data import Dataset, Pictures, TrainBatches
-from lowmem.distributed import Group, Reducer, Split, even_shares
+from lowmem.distributed.group import Group
+from lowmem.distributed.reducer import Reducer
+from lowmem.distributed.split import Split, even_shares
 from lowmem.measure import Meter
 from lowmem.plan.policy import SAVE_ALL, uniform
 from lowmem.plan.record import Plan
@@ -124,5 +126,3 @@ class Trainer:
             saver = Saver(folder, keep=kept.keep, keep_every=kept.keep_every, warn=told.warning, note=told.note)
         with StopSignals() as signals, saver:
             return Loop(self, folder, signals, saver).run()
-
-

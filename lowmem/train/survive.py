@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lowmem.distributed import PeerLost
+from lowmem.errors import PeerLost
 from lowmem.train.joint import PeerFailed
 from lowmem.train.step import TrainStep
 from lowmem.units import GIB, KIB, MIB, format_size

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowmem.data import eval_batches
-from lowmem.distributed import Group
+from lowmem.distributed.group import Group
 from lowmem.errors import OutOfMemory
 from lowmem.runs.store import RunFolder
 from lowmem.train.descent import Descent, words
