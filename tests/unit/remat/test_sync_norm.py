@@ -1,14 +1,12 @@
 """Batch norm over several processes: slices of a batch together equal the untouched model on the whole batch.
 
-The processes are threads, each with its own copy of the model; `total` is a real sum behind a barrier.
+The processes are threads, each with its own copy of the model (see `tests.exact.processes`).
 """
 
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -25,6 +23,7 @@ from lowmem.remat.stage import Stage
 from lowmem.remat.sync import global_statistics
 from lowmem.simulate import Loop, empty_copy, trace_steps
 from tests.exact.compare import FORMAT_NAMES, FORMATS, small_net
+from tests.exact.processes import Processes, error_of_one_norm, relative_error, slices_of
 from tests.exact.schedules import alternating, segments, uniform
 
 DROPPED = BlockPolicy(PolicyKind.LEAN, drop_output=True)
@@ -70,46 +69,6 @@ by_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 by_format = pytest.mark.parametrize("memory_format", FORMATS, ids=FORMAT_NAMES)
 
 
-class Processes:
-    """`total` for threads; counts each one's calls by the length of what is summed."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.barrier = threading.Barrier(count, timeout=60)
-        self.given: list[Tensor | None] = [None] * count
-        self.calls: list[list[int]] = [[] for _ in range(count)]
-
-    def total(self, rank: int) -> Callable[[Tensor], None]:
-        def sum_up(values: Tensor) -> None:
-            assert values.dtype == torch.float64
-            assert values.dim() == 1
-            assert values.is_contiguous()
-            self.calls[rank].append(len(values))
-            self.given[rank] = values.clone()
-            self.barrier.wait()
-            result = torch.stack([one for one in self.given if one is not None]).sum(0)
-            self.barrier.wait()
-            values.copy_(result)
-
-        return sum_up
-
-    def run(self, work: Callable[[int], Any]) -> list[Any]:
-        def guarded(rank: int) -> Any:
-            try:
-                return work(rank)
-            except BaseException:
-                self.barrier.abort()  # the others shall not wait for this one
-                raise
-
-        with ThreadPoolExecutor(self.count) as pool:
-            tasks = [pool.submit(guarded, rank) for rank in range(self.count)]
-        failures = [error for task in tasks if (error := task.exception())]
-        for error in failures:
-            if not isinstance(error, threading.BrokenBarrierError):
-                raise error
-        return [task.result() for task in tasks]
-
-
 def _batch(count: int, memory_format: Any, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(count, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)
@@ -122,13 +81,6 @@ def _step(model: nn.Module, x: Tensor, labels: Tensor, whole: int, low: torch.dt
         loss = F.cross_entropy(model(x), labels, reduction="sum") / whole
     loss.backward()
     return loss.detach()
-
-
-def _slices(sizes: Sequence[int]) -> Iterator[slice]:
-    start = 0
-    for size in sizes:
-        yield slice(start, start + size)
-        start += size
 
 
 def _both(
@@ -144,7 +96,7 @@ def _both(
     x, labels = _batch(sum(sizes), memory_format, next(model.parameters()).dtype)
     plain = copy.deepcopy(model)
     whole = sum(_step(plain, x, labels, len(x), low) for _ in range(steps))
-    processes, cuts = Processes(len(sizes)), list(_slices(sizes))
+    processes, cuts = Processes(len(sizes)), list(slices_of(sizes))
 
     def work(rank: int) -> tuple[Tensor, PlannedModule]:
         planned = apply_plan(copy.deepcopy(model), schedule(decompose(model)))
@@ -173,15 +125,6 @@ def _both(
     return wanted, found, processes
 
 
-def _error(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> float:
-    """The largest relative error of any tensor, by norms."""
-    errors = {
-        name: float((found[name].double() - one.double()).norm() / one.double().norm().clamp_min(1e-30))
-        for name, one in wanted.items()
-    }
-    return max(errors.values())
-
-
 def _norms(model: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
@@ -193,7 +136,7 @@ SLICES = [(3, 3), (1, 4), (2, 1, 3), (2, 0, 1), (1, 2, 0, 3)]
 @pytest.mark.parametrize("sizes", SLICES, ids=str)
 def test_slices_equal_the_whole_batch(sizes: tuple[int, ...], schedule: str) -> None:
     wanted, found, processes = _both(small_net(Bottleneck).double(), SCHEDULES[schedule], sizes, steps=2)
-    assert _error(wanted, found) < 1e-12
+    assert relative_error(wanted, found) < 1e-12
     assert len(processes.calls[0]) == 2 * 2 * len(_norms(small_net(Bottleneck)))
 
 
@@ -204,14 +147,14 @@ def test_slices_equal_the_whole_batch(sizes: tuple[int, ...], schedule: str) -> 
 def test_every_block(block: Any, residual: bool, schedule: str, memory_format: Any) -> None:
     model = small_net(block, residual)
     wanted, found, _ = _both(copy.deepcopy(model).double(), SCHEDULES[schedule], (2, 0, 3), memory_format)
-    assert _error(wanted, found) < 1e-12
+    assert relative_error(wanted, found) < 1e-12
 
 
 @pytest.mark.parametrize(("arch", "block"), [("res20", "basic"), ("cnn20", "basic"), ("res56", "bottleneck")])
 def test_networks_of_the_family(arch: str, block: str) -> None:
     torch.manual_seed(0)
     wanted, found, _ = _both(build(arch, block, width=4).double(), SCHEDULES["fused"], (3, 2))
-    assert _error(wanted, found) < 1e-10  # what is left of the last digit after 59 layers is 1e-12
+    assert relative_error(wanted, found) < 1e-10  # what is left of the last digit after 59 layers is 1e-12
 
 
 def test_float32_and_bfloat16_to_their_own_rounding() -> None:
@@ -220,10 +163,10 @@ def test_float32_and_bfloat16_to_their_own_rounding() -> None:
     sizes = (3, 0, 5)
     exact, _, _ = _both(small_net(BasicBlock).double(), SCHEDULES["lean"], sizes)
     wanted, found, _ = _both(small_net(BasicBlock), SCHEDULES["lean"], sizes)
-    assert _error(wanted, found) < 5e-3
+    assert relative_error(wanted, found) < 5e-3
     for memory_format in FORMATS:
         wanted, found, _ = _both(small_net(BasicBlock), SCHEDULES["lean"], sizes, memory_format, torch.bfloat16)
-        assert _error(exact, found) < 2 * _error(exact, wanted)
+        assert relative_error(exact, found) < 2 * relative_error(exact, wanted)
 
 
 @pytest.mark.parametrize(
@@ -231,43 +174,7 @@ def test_float32_and_bfloat16_to_their_own_rounding() -> None:
 )
 @by_format
 def test_one_norm(memory_format: Any, dtype: torch.dtype, tolerance: float) -> None:
-    """Against autograd in float64, from the same rounded numbers."""
-    torch.manual_seed(0)
-    bn = nn.BatchNorm2d(16).to(torch.float64 if dtype == torch.float64 else torch.float32)
-    nn.init.uniform_(bn.weight)
-    nn.init.uniform_(bn.bias)
-    z = (
-        (torch.randn(8, 16, 6, 6) * 2 + 3 * torch.rand(8, 1, 1, 1) - 1)
-        .to(dtype)
-        .contiguous(memory_format=memory_format)
-    )
-    grad = (z * 0.3 + torch.randn_like(z) + 0.2).contiguous(memory_format=memory_format)
-    exact, leaf = copy.deepcopy(bn).double(), z.double().requires_grad_()
-    y = exact(leaf)
-    y.backward(grad.double())
-    sizes = (3, 0, 5)
-    processes, cuts = Processes(len(sizes)), list(_slices(sizes))
-
-    @torch.no_grad()
-    def work(rank: int) -> tuple[nn.BatchNorm2d, Tensor, Tensor]:
-        mine, share, total = copy.deepcopy(bn), z[cuts[rank]].clone(), processes.total(rank)
-        out, stats = norm_first(mine, share, False, total=total)
-        grad_z = norm_backward(mine, grad[cuts[rank]], share, stats, True, total)
-        assert grad_z is not None
-        assert out.dtype == grad_z.dtype == dtype
-        return mine, out, grad_z
-
-    norms, outs, grads = zip(*processes.run(work), strict=True)
-    assert leaf.grad is not None
-    wanted = {"output": y.detach(), "gradient": leaf.grad}
-    found = {"output": torch.cat(outs), "gradient": torch.cat(grads)}
-    for name, parameter in exact.named_parameters():
-        assert parameter.grad is not None
-        wanted[name] = parameter.grad
-        found[name] = torch.stack([norm.get_parameter(name).grad for norm in norms]).sum(0)
-    for name, buffer in exact.named_buffers():
-        wanted[name], found[name] = buffer, norms[0].get_buffer(name)
-    assert _error(wanted, found) < tolerance
+    assert error_of_one_norm("cpu", dtype, memory_format) < tolerance
 
 
 def test_the_order_of_calls_is_the_models() -> None:
@@ -293,7 +200,7 @@ def test_frozen_parameters_leave_the_calls_alike(schedule: str) -> None:
     x, labels = _batch(3, torch.contiguous_format, torch.float32)
 
     def calls(sizes: tuple[int, ...]) -> list[list[int]]:
-        processes, cuts = Processes(len(sizes)), list(_slices(sizes))
+        processes, cuts = Processes(len(sizes)), list(slices_of(sizes))
 
         def work(rank: int) -> None:
             planned = apply_plan(copy.deepcopy(model), frozen)
@@ -329,7 +236,7 @@ def test_without_gradients_the_statistics_are_everybodys() -> None:
     model = small_net(BasicBlock).double()
     x, _ = _batch(5, torch.contiguous_format)
     plain = copy.deepcopy(model)
-    processes, cuts = Processes(2), list(_slices((4, 1)))
+    processes, cuts = Processes(2), list(slices_of((4, 1)))
 
     def work(rank: int) -> tuple[Tensor, PlannedModule]:
         planned = apply_plan(copy.deepcopy(model), uniform(decompose(model), LEAN))
@@ -368,7 +275,7 @@ def test_cumulative_statistics() -> None:
     for bn in _norms(model):
         bn.momentum = None
     wanted, found, _ = _both(model, SCHEDULES["lean"], (1, 3), steps=3)
-    assert _error(wanted, found) < 1e-12
+    assert relative_error(wanted, found) < 1e-12
 
 
 def test_one_value_per_channel_may_be_a_share_but_not_all() -> None:
