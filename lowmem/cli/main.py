@@ -12,7 +12,7 @@ from typer.main import get_command
 from lowmem.cli import command_reproduce, command_watch  # noqa: F401 (they register their commands)
 from lowmem.cli.commands import app
 from lowmem.distributed.launch import is_led, linger, report_failure
-from lowmem.errors import ExitCode, Interrupted, LowmemError, PeerLost
+from lowmem.errors import ExitCode, Interrupted, LowmemError, PeerLost, UsageError
 from lowmem.reading import shorten
 
 
@@ -41,16 +41,18 @@ def _run(arguments: list[str] | None) -> int:
         sys.stderr.close()
         return ExitCode.BUG
     except Exception as error:
-        report_failure(error)
         # The usage errors of the library under typer: unknown options, missing arguments.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            if is_led():
+                return ExitCode.USAGE
             return _fail(f"{error.format_message()} (see `{_path(error)} --help`)", ExitCode.USAGE)
+        report_failure(error)
         raise
 
 
 def _lowmem_error(error: LowmemError) -> int:
     """Of several processes of a run, one says what all of them met; one that failed by itself says which it is."""
-    if error.told and is_led():
+    if is_led() and (error.told or isinstance(error, UsageError)):  # all were typed alike
         return int(error.exit_code)
     if not isinstance(error, Interrupted | PeerLost):  # nobody's failure, or another's
         report_failure(error)

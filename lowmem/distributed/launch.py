@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lowmem.errors import UsageError
+from lowmem.errors import PreflightError, UsageError
 
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -46,7 +46,7 @@ class Launch:
 
     def take_device(self) -> None:
         """Gives this process one CUDA device of its own, its only one and so device 0: for itself and for the
-        processes it starts to measure. To be called before CUDA is used."""
+        processes it starts to measure. To be called before CUDA is used. Raises PreflightError if there are too few."""
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
         if given is None:
             os.environ["CUDA_VISIBLE_DEVICES"] = str(self.local_rank)
@@ -55,7 +55,7 @@ class Launch:
         if not devices:
             return  # CUDA is switched off
         if self.local_rank >= len(devices):
-            raise UsageError(
+            raise PreflightError(
                 f"CUDA_VISIBLE_DEVICES={given} names {len(devices)} devices, and this is process {self.local_rank + 1} "
                 "on this machine: start no more processes than there are cards (--nproc-per-node)"
             )

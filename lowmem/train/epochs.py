@@ -67,6 +67,7 @@ class Loop:
         """Begins with the trainer's state: at the start, and after going back to a checkpoint."""
         t = self.t
         self.state = t.state
+        self.state.processes = t.group.size
         sums = [self.state.loss_sum, self.state.wrong]
         self.sums = torch.tensor(sums, dtype=torch.float64, device=t.execution.device)
         self.undo = Undo(t.step, t.model)

@@ -145,8 +145,9 @@ class TrainStep:
         self.phase = "forward"
         with self.execution.autocast():
             logits = self.model(x)
-        # In fp32 outside autocast, and as a sum: the last micro-batch may be smaller than the others.
-        loss = F.cross_entropy(logits.float(), y, reduction="sum")
+        # In fp32 at least outside autocast, and as a sum: the last micro-batch may be smaller than the others.
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        loss = F.cross_entropy(wide, y, reduction="sum")
         self.phase = "backward"
         self.scaler.scale(loss / size).backward()
         totals[0] += loss.detach().double()

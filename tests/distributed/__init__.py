@@ -1,0 +1,1 @@
+"""Real processes, started by torchrun, on the loopback interface."""

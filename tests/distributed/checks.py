@@ -1,0 +1,284 @@
+"""What several processes must hold, checked in all of them at once: `torchrun … -m tests.distributed.checks OUT.json`.
+
+One group of processes does all checks, because starting one takes longer than most of them. Rank 0 writes for each its
+failure, or null; the tests read that.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowmem.distributed import reducer as reducers
+from lowmem.distributed.group import Group, PeerError, join
+from lowmem.distributed.launch import Launch
+from lowmem.distributed.reducer import Work
+from lowmem.distributed.split import Split, even_shares
+from lowmem.errors import UsageError
+from lowmem.runs.absent import AbsentFolder
+from lowmem.train.joint import require_alike
+from lowmem.train.loop import Trainer
+from tests.distributed import small
+from tests.faults.injection import Scarce, scarce_step
+
+Check = Callable[[Group], None]
+
+
+def _shares(group: Group) -> tuple[tuple[int, ...], ...]:
+    """Even ones, and ones as unlike as can be with a process that has nothing."""
+    unlike = (0, 5, 7) if group.size == 3 else (5, 7) if group.size == 2 else (0, 2, 3, 7)
+    return even_shares(small.BATCH, group.size), unlike
+
+
+def _step(t: Trainer, epoch: int, step: int, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], Tensor]:
+    """The gradients before the update, and the sums of losses and wrong predictions."""
+    images, labels, size = t.next_batch(epoch, step)
+    found: dict[str, Tensor] = {}
+
+    def look() -> None:
+        found.update({name: p.grad.clone() for name, p in t.model.named_parameters() if p.grad is not None})
+
+    totals = t.step(images.to(dtype), labels, 0.05, look, size)
+    return found, totals
+
+
+def _alone(model: nn.Module, images: Tensor, labels: Tensor, size: int) -> tuple[dict[str, Tensor], Tensor]:
+    """By autograd, of one slice: its part of the mean loss over `size` pictures."""
+    model.zero_grad()
+    if len(labels) == 0:
+        return {name: torch.zeros_like(p) for name, p in model.named_parameters()}, torch.zeros(2, dtype=torch.float64)
+    logits = model(images)
+    loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+    (loss / size).backward()
+    wrong = (logits.argmax(1) != labels).sum()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return gradients, torch.stack([loss.detach().double(), wrong.double()])
+
+
+def gradients_are_the_sum_of_the_slices(group: Group) -> None:
+    """Whatever the plans, which differ by process, and the shares. Two processes: bit for bit."""
+    data = small.dataset(pictures=2 * small.BATCH + 3)
+    for shares in _shares(group):
+        split = Split(shares, group.rank)
+        plans = list(small.schedules().values())
+        plan = small.plan(plans[group.rank % len(plans)], shares[group.rank], shares)
+        for step in (0, 2):  # 2: the last, of three pictures
+            ours, whole = (
+                small.trainer(group, small.config(), data, split, plan),
+                small.trainer(Group(), small.config(), data),
+            )
+            gradients, totals = _step(ours, 0, step)
+            images, labels, size = whole.next_batch(0, step)
+            statistics: dict[str, Tensor] = {}
+            summed: dict[str, Tensor] = {}
+            sums = torch.zeros(2, dtype=torch.float64)
+            for rank in range(group.size):
+                first, past = split.part(size, rank)
+                reference = small.trainer(Group(), small.config(), data).model
+                part, part_sums = _alone(reference, images[first:past], labels[first:past], size)
+                sums += part_sums
+                for name, gradient in part.items():
+                    summed[name] = gradient if rank == 0 else summed[name] + gradient
+                for name, buffer in reference.named_buffers():
+                    if buffer.is_floating_point():
+                        statistics[name] = statistics.get(name, 0) + buffer * ((past - first) / size)
+            assert torch.equal(totals, sums) or group.size > 2
+            torch.testing.assert_close(totals, sums)
+            for name, gradient in gradients.items():
+                same = torch.equal(gradient, summed[name])
+                assert same or group.size > 2, f"{name} under {shares} in step {step}"
+                torch.testing.assert_close(gradient, summed[name], rtol=1e-5, atol=1e-6)
+            buffers = dict(ours.model.named_buffers())
+            for name, expected in statistics.items():
+                torch.testing.assert_close(buffers[name], expected, rtol=1e-6, atol=1e-7)
+            require_alike(group, ours.model)
+
+
+def norms_over_all_pictures_equal_one_process(group: Group) -> None:
+    """--sync-bn, to rounding: float64, three steps with their updates, the last of them smaller than the group."""
+    data = small.dataset(pictures=2 * small.BATCH + 3)
+    settings = small.config(sync_bn=True)
+    for shares in _shares(group):
+        split = Split(shares, group.rank)
+        ours = small.trainer(group, settings, data, split, dtype=torch.float64)
+        one = small.trainer(Group(), settings, data, dtype=torch.float64)
+        for step in range(3):
+            gradients, totals = _step(ours, 0, step, torch.float64)
+            expected, expected_totals = _step(one, 0, step, torch.float64)
+            torch.testing.assert_close(totals, expected_totals, rtol=1e-10, atol=0)
+            for name, gradient in gradients.items():
+                scale = float(expected[name].abs().max())
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-10 * scale)
+        for name, tensor in ours.model.state_dict().items():
+            torch.testing.assert_close(tensor, one.model.state_dict()[name], rtol=1e-8, atol=1e-12)
+        require_alike(group, ours.model)
+
+
+def gradients_are_summed_once_and_during_the_backward_pass(group: Group) -> None:
+    """Also with micro-batches: one sum for each message of an effective batch, most of them before the last stage."""
+    data = small.dataset()
+    t = small.trainer(
+        group, small.config(micro_batch=2), data, Split((12,) + (0,) * (group.size - 1), group.rank, (2,) * group.size)
+    )
+    joint, run = t.step.joint, t.planned
+    assert joint is not None
+    assert run is not None
+    happened: list[str] = []
+    start, done = group.start_total, run.stage_done
+    assert done is not None
+
+    def start_total(tensor: Tensor) -> Work:
+        happened.append("sum")
+        return start(tensor)
+
+    def stage_done(index: int) -> None:
+        happened.append(f"stage {index}")
+        done(index)
+
+    joint._reducer._start = start_total
+    run.stage_done = stage_done
+    _step(t, 0, 0)
+    messages = joint._reducer.messages
+    assert happened.count("sum") == len(messages) + 1  # and the running statistics
+    assert len(messages) > 5
+    if group.rank == 0:
+        assert happened.count("stage 0") == 6, "every micro-batch goes backward through all stages"
+        before = happened[: len(happened) - happened[::-1].index("stage 0")].count("sum")
+        assert before > len(messages) / 2
+        last = len(happened) - happened[::-1].index(f"stage {len(run.stages) - 1}")
+        assert "sum" not in happened[: last - 1], "no sum before the last micro-batch"
+
+
+def out_of_memory_in_one_process(group: Group) -> None:
+    """Wherever it strikes, all undo the step, take a smaller plan and repeat it: the run ends as if nothing had been."""
+    data = small.dataset()
+    for sync_bn in (False, True):
+        settings = small.config(sync_bn=sync_bn)
+        reference = _trained(group, settings, data, set())
+        for count in (1, 8, 30, 60, 90, 120):
+            t = _trained(group, settings, data, {count})
+            assert t.plan is not None
+            assert not t.plan.ladder, f"nobody took the smaller plan (allocation {count})"
+            for name, tensor in t.model.state_dict().items():
+                assert torch.equal(tensor, reference.model.state_dict()[name]), f"{name}, allocation {count}"
+            for parameter, other in zip(t.model.parameters(), reference.model.parameters(), strict=True):
+                left, right = (one.optimizer.state[p] for one, p in ((t, parameter), (reference, other)))
+                assert torch.equal(left["momentum_buffer"], right["momentum_buffer"])
+
+
+def _trained(group: Group, settings: Any, data: Any, fail_at: set[int]) -> Trainer:
+    """A run whose last process fails at these allocations of its second step."""
+    shares = even_shares(small.BATCH, group.size)
+    first, second = (small.plan(one, shares[group.rank], shares) for one in small.schedules().values())
+    plan = small.plan(first.schedule, shares[group.rank], shares, ladder=(second,))
+    t = small.trainer(group, settings, data, Split(shares, group.rank), plan)
+    fails = group.rank == group.size - 1 and bool(fail_at)
+    with scarce_step(t, Scarce(fail_at if fails else set()), step=1):
+        t.run(AbsentFolder(Path("nowhere")))
+    return t
+
+
+def out_of_memory_without_a_smaller_plan(group: Group) -> None:
+    """All give up, none hangs."""
+    from lowmem.errors import OutOfMemory
+
+    data, shares = small.dataset(), even_shares(small.BATCH, group.size)
+    plan = small.plan(next(iter(small.schedules().values())), shares[group.rank], shares)
+    t = small.trainer(group, small.config(), data, Split(shares, group.rank), plan)
+    fails = group.rank == group.size - 1
+    try:
+        with scarce_step(t, Scarce({5} if fails else set()), step=1):
+            t.run(AbsentFolder(Path("nowhere")))
+    except OutOfMemory as error:
+        assert "no smaller plan left" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("it went on")
+
+
+def weights_that_come_apart_are_seen(group: Group) -> None:
+    t = small.trainer(group, small.config(), small.dataset())
+    require_alike(group, t.model)
+    with torch.no_grad():
+        if group.rank == 1:
+            next(t.model.parameters()).view(-1)[0].mul_(1 + 1e-6)
+    try:
+        require_alike(group, t.model)
+    except RuntimeError:
+        return
+    raise AssertionError("one bit differs, and nobody said so")
+
+
+def what_one_says_all_hear(group: Group) -> None:
+    assert group.gather({"rank": group.rank, "text": "ä" * group.rank}) == [
+        {"rank": rank, "text": "ä" * rank} for rank in range(group.size)
+    ]
+    assert group.share([group.rank, 0.1]) == [0, 0.1]
+    assert group.most([group.rank, -group.rank]) == [group.size - 1, 0]
+    tensors = {"a": torch.arange(5.0), "b": torch.ones(2, 3, dtype=torch.int64)} if group.leads else None
+    received = group.share_tensors(tensors)
+    assert received["a"].tolist() == [0, 1, 2, 3, 4]
+    assert received["b"].dtype == torch.int64
+
+
+def an_error_of_one_is_everyones(group: Group) -> None:
+    def work() -> int:
+        if group.rank == group.size - 1:
+            raise UsageError("mine alone")
+        return 1
+
+    try:
+        group.together(work)
+    except UsageError as error:
+        assert not error.told  # noqa: PT017
+        assert group.rank == group.size - 1  # noqa: PT017
+    except PeerError as error:
+        assert error.told  # noqa: PT017
+        assert (str(error), error.exit_code) == (f"process {group.size - 1}: mine alone", 2)  # noqa: PT017
+    else:
+        raise AssertionError("nobody heard of it")
+    assert group.lead(lambda: 5, 0) == (5 if group.leads else 0)
+
+
+CHECKS: dict[str, Check] = {
+    check.__name__: check
+    for check in (
+        what_one_says_all_hear,
+        an_error_of_one_is_everyones,
+        gradients_are_the_sum_of_the_slices,
+        norms_over_all_pictures_equal_one_process,
+        gradients_are_summed_once_and_during_the_backward_pass,
+        weights_that_come_apart_are_seen,
+        out_of_memory_in_one_process,
+        out_of_memory_without_a_smaller_plan,
+    )
+}
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    # Small nets have small gradients: as many messages as a large one.
+    reducers.ALONE_BYTES, reducers.PACK_BYTES = 4096, 8192
+    results: dict[str, str | None] = {}
+    with join(Launch.of_environment(), "cpu", 120.0) as group:
+        for name, check in CHECKS.items():
+            words: str | None = None
+            try:
+                check(group)
+            except Exception:
+                words = traceback.format_exc()
+            failed = [f"process {rank}: {one}" for rank, one in enumerate(group.gather(words)) if one is not None]
+            results[name] = "\n".join(failed) or None
+            if group.leads:
+                out.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
