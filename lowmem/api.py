@@ -6,10 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from lowmem import fork
-from lowmem.belonging import belongs_to, most_bytes
 from lowmem.choose import resolve_execution
 from lowmem.choose.budget import ASSUMED_CONTEXT_BYTES
 from lowmem.choose.device import remembered_context_bytes
@@ -17,7 +15,7 @@ from lowmem.choose.execution import refuse_unsafe, require_device
 from lowmem.choose.explain import inexact
 from lowmem.choose.session import wants_plan
 from lowmem.choose.workspace import cap_workspace
-from lowmem.config import Config, flatten, known_keys
+from lowmem.config import Config, known_keys
 from lowmem.data import Dataset
 from lowmem.decide import forked_plan
 from lowmem.decide_shares import (
@@ -36,16 +34,23 @@ from lowmem.measure.cap import cap_allocator
 from lowmem.models import build
 from lowmem.preflight import preflight
 from lowmem.reading import shorten
+from lowmem.resuming import (
+    changed_settings,
+    device_only,
+    keeping,
+    newest,
+    recorded_settings,
+    shared_checkpoint,
+    tidy,
+)
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.absent import AbsentFolder
-from lowmem.runs.checkpoint import Checkpoint
-from lowmem.runs.setup import never_began, refuse_existing, start_again
-from lowmem.runs.store import RunFolder, require_run
-from lowmem.settings import Settings, from_yaml, refuse_changes, to_yaml
+from lowmem.runs.setup import refuse_existing
+from lowmem.runs.store import RunFolder
+from lowmem.settings import Settings, to_yaml
 from lowmem.together import asked_hash, begun_before, joined, launched, load_data, new_folder, share_settings
 from lowmem.train.board import check_board, exporting
 from lowmem.train.early import leaving_early
-from lowmem.train.joint import share_checkpoint
 from lowmem.train.loop import Outcome, Trainer
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import starts_low
@@ -146,28 +151,18 @@ def resume_training(
         recorded = recorded_settings(path)
         with joined(launch, recorded.config) as group:
             return _go_on(group, path, changes, observer)
-    with joined(launch, _device_only(changes)) as group:
+    with joined(launch, device_only(changes)) as group:
         return _go_on(group, path, changes, observer)
-
-
-def _device_only(changes: Settings | Mapping[str, object] | None) -> Config:
-    """What joining the other processes takes, where the run's own settings are not at hand yet."""
-    given = flatten(changes.config) if isinstance(changes, Settings) else dict(changes or {})
-    wanted: dict[str, object] = {
-        key: given[key] for key in ("train.device", "train.peer_timeout_minutes") if key in given
-    }
-    alone = Settings(Config(), dict.fromkeys(known_keys(), "default"))
-    return resolve_execution(alone.replace(wanted, "resume")).config
 
 
 def _go_on(group: Group, path: Path, changes: Settings | Mapping[str, object] | None, observer: Observer) -> RunResult:
     recorded = share_settings(group, lambda: recorded_settings(path))
     changed = changes if isinstance(changes, Settings) else recorded.replace(changes or {}, "resume")
-    settings = group.together(lambda: _changed_settings(recorded, changed, path))
+    settings = group.together(lambda: changed_settings(recorded, changed, path))
     absent: RunFolder = AbsentFolder(path)
     with group.lead(lambda: RunFolder.open(path), absent) as folder:
-        found = group.lead(lambda: _newest(folder, settings.config, observer), None)
-        saved, where = share_checkpoint(group, None if found is None else found[:2]) or _nothing(path)
+        found = group.lead(lambda: newest(folder, settings.config, observer), None)
+        saved, where = shared_checkpoint(group, found)
         dataset = load_data(group, settings.config, observer)
         decided, replanned = plan_again(group, folder, recorded.config, settings, saved, dataset, observer)
         trainer = _make_trainer(group, decided, dataset, observer, path)
@@ -177,13 +172,13 @@ def _go_on(group: Group, path: Path, changes: Settings | Mapping[str, object] | 
         state, before = trainer.state, trainer.state.processes
         group.together(lambda: check_position(state, trainer.batches.steps_per_epoch))
         # Only now is it certain that this run goes on from here: nothing was written before.
-        group.lead(lambda: _tidy(folder, found[2] if found else {}, settings.config), None)
+        group.lead(lambda: tidy(folder, found[2] if found else {}, settings.config), None)
         if replanned and decided.plan is not None:
             record_plans(group, decided.plan, folder)
             group.lead(lambda: folder.write_config(to_yaml(settings)), None)
             folder.event("replan", budget_bytes=decided.plan.budget_bytes)
         elif settings.config.checkpoint != recorded.config.checkpoint:
-            group.lead(lambda: folder.write_config(to_yaml(_keeping(recorded, settings))), None)
+            group.lead(lambda: folder.write_config(to_yaml(keeping(recorded, settings))), None)
         damages: list[str] = group.lead(lambda: folder.cut_back(epoch=state.epoch, step=state.step), list[str]())
         for damage in damages:
             observer.warning(damage)
@@ -205,36 +200,6 @@ def _go_on(group: Group, path: Path, changes: Settings | Mapping[str, object] | 
         else:
             observer.note(f"resuming {path} from {where.name}: epoch {state.epoch + 1}, step {state.step_in_epoch}")
         return _go(trainer, folder)
-
-
-def _changed_settings(recorded: Settings, changed: Settings, path: Path) -> Settings:
-    settings = resolve_execution(changed)
-    refuse_changes(recorded.config, settings.config, str(path))
-    require_device(settings.config.train.device)
-    check_board(settings.config)
-    return settings
-
-
-def _newest(folder: RunFolder, config: Config, observer: Observer) -> tuple[Checkpoint, Path, dict[Path, str]]:
-    """The checkpoint to go on from, and what was skipped. Raises UsageError, CorruptCheckpoint."""
-    if never_began(folder.path):
-        raise UsageError(start_again(folder.path))
-    if folder.taken_over is not None:
-        observer.note(f"{folder.path} is taken over from {folder.taken_over}, which ended without leaving it")
-    saved, where, skipped = checkpoints.load_newest(folder.checkpoints, belongs_to(config), most_bytes(config))
-    for reason in skipped.values():
-        observer.warning(f"skipped a damaged checkpoint: {reason}")
-        folder.event("warning", what="checkpoint skipped", reason=reason)
-    return saved, where, skipped
-
-
-def _nothing(path: Path) -> NoReturn:
-    raise AssertionError(f"rank 0 has read a checkpoint of {path}")
-
-
-def _tidy(folder: RunFolder, skipped: dict[Path, str], config: Config) -> None:
-    checkpoints.set_aside(skipped)
-    folder.tidy(keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
 
 
 @leaving_early()
@@ -335,19 +300,6 @@ def _leave_nothing(trainer: Trainer, folder: RunFolder) -> RunResult:
     folder.discard()
     trainer.observer.note("dry run: everything is fit to start, and nothing was left behind")
     return RunResult(folder.path, Outcome(False, trainer.state))
-
-
-def recorded_settings(path: Path) -> Settings:
-    """The settings of an existing run. Raises UsageError if it is none."""
-    require_run(path)
-    return from_yaml(path / "config.yaml")
-
-
-def _keeping(recorded: Settings, settings: Settings) -> Settings:
-    """The recorded settings with which checkpoints are kept: the next resume would delete what this one was told to
-    keep."""
-    kept = settings.config.checkpoint
-    return recorded.replace({"checkpoint.keep": kept.keep, "checkpoint.keep_every": kept.keep_every}, "resume")
 
 
 def _refuse_existing(path: Path) -> None:

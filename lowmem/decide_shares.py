@@ -131,13 +131,11 @@ def decide_shares(
     request = group.together(lambda: _request(local, dataset, observer, settled))
     planner = Planner({group.rank: request}, group.size, lambda values: _gathered(group, values))
     recipe_batch = settings.config.train.batch
-    divided = (
-        divide_auto(planner, recipe_batch, pictures)
-        if settings.config.memory.auto_batch and settled is None
-        else divide(planner, recipe_batch)
-    )
+    auto = settings.config.memory.auto_batch and settled is None
+    with group.alike():
+        divided = divide_auto(planner, recipe_batch, pictures) if auto else divide(planner, recipe_batch)
     choice, shares = divided.choices[group.rank], divided.shared.shares
-    if settings.config.memory.auto_batch and settled is None:
+    if auto:
         settings = follow_batch(settings, sum(shares))
     settings = settle_modes(settings, choice.plan, request.reasons)
     for line in describe(divided.shared, group.gather(choice.budget.source)):
@@ -200,7 +198,7 @@ def changed_words(before: int, group: Group, config: Config) -> str:
     stays = "the same pictures in the same order, the same batch and learning rates"
     told = f"saved by {_count(before)}, going on with {_count(group.size)}: {stays}"
     if config.train.sync_bn:
-        return f"{told}; sums are rounded otherwise, so that from here on it is not bit for bit the run that it was"
+        return f"{told}; sums have another rounding, so that from here on it is not bit for bit the run that it was"
     return (
         f"{told}; but batch norm now sees the pictures of each process, so that from here on gradients are not those "
         "that the run would have had"

@@ -95,9 +95,11 @@ class DiskError(LowmemError):
 
 
 class PeerLost(LowmemError):
-    """Another process of the run is gone, or does not answer."""
+    """Another process of the run is gone, or does not answer. `dismissed`: torchrun knows, and has told this one to
+    leave."""
 
     exit_code = ExitCode.TERMINATED
+    dismissed: bool = False
 
 
 class Interrupted(LowmemError):

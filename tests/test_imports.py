@@ -51,8 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 # and written by whom.
 # belonging compares what is on disk (runs) with the network (models) and the identity a run records (train).
 ANYTHING = {
-    "belonging", "decide", "decide_shares", "together", "doctor", "fork", "preflight", "confirm", "reproduce", "api",
-    "cli", "__init__", "__main__",
+    "belonging", "decide", "decide_shares", "together", "resuming", "doctor", "fork", "preflight", "confirm",
+    "reproduce", "api", "cli", "__init__", "__main__",
 }  # fmt: skip
 
 

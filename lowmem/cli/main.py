@@ -58,7 +58,7 @@ def _lowmem_error(error: LowmemError) -> int:
         report_failure(error)
     who = f"process {os.environ['RANK']}: " if is_led() else ""
     code = _fail(f"{who}{error}", error.exit_code)
-    if isinstance(error, PeerLost):
+    if isinstance(error, PeerLost) and not error.dismissed:
         linger()
     return code
 

@@ -10,6 +10,8 @@ they meet (`together`, `lead`, `most`); a process that is gone is known by its c
 from __future__ import annotations
 
 import json
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -24,6 +26,8 @@ from lowmem.distributed.reducer import Work
 from lowmem.errors import ExitCode, LowmemError, PeerLost
 
 T = TypeVar("T")
+
+_MEETING_PAUSE_SECONDS = 0.02
 
 
 class PeerError(LowmemError):
@@ -88,6 +92,17 @@ class Group:
     def lead(self, work: Callable[[], T], default: T) -> T:
         """Does `work` in rank 0 only, whose error is everyone's; the others have `default`."""
         return work()
+
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """Around what all processes decide alike: they fail together, and rank 0 says it."""
+        try:
+            yield
+        except PeerLost:
+            raise
+        except LowmemError as error:
+            error.told = error.told or not self.leads
+            raise
 
 
 class _Processes(Group):
@@ -212,6 +227,34 @@ def _peers() -> Iterator[None]:
         raise PeerLost(f"another process of the run is gone or does not answer ({message[:200]})") from None
 
 
+def meet(store: dist.Store, launch: Launch, timeout: timedelta) -> dist.Store:
+    """A part of the store that only this start of the processes uses.
+
+    torchrun keeps its store when it starts them again, and with it the addresses of those that are dead: whoever looks
+    there before the new ones are written connects to nobody. So every process asks under a name that was never used,
+    and rank 0 answers it with the name of what is common. Raises RuntimeError if somebody does not come.
+    """
+    if launch.rank > 0:
+        mine = uuid.uuid4().hex
+        store.set(f"lowmem/hello/{launch.rank}", mine)
+        store.wait([f"lowmem/welcome/{mine}"], timeout)
+        common = store.get(f"lowmem/welcome/{mine}").decode()
+        store.set(f"lowmem/{common}/{launch.rank}", "")
+        return dist.PrefixStore(f"lowmem/{common}", store)
+    common, until = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    missing = set(range(1, launch.size))
+    while missing:
+        for rank in list(missing):
+            if store.check([f"lowmem/{common}/{rank}"]):
+                missing.remove(rank)
+            elif store.check([f"lowmem/hello/{rank}"]):  # perhaps of a process that is dead: then it is asked again
+                store.set(f"lowmem/welcome/{store.get(f'lowmem/hello/{rank}').decode()}", common)
+        if time.monotonic() > until:
+            raise RuntimeError(f"process {min(missing)} did not come within {timeout.total_seconds():g} s")
+        time.sleep(_MEETING_PAUSE_SECONDS)
+    return dist.PrefixStore(f"lowmem/{common}", store)
+
+
 @contextmanager
 def join(launch: Launch | None, device: str, timeout_seconds: float) -> Iterator[Group]:
     """The group that this process belongs to, for as long as the context lasts.
@@ -226,7 +269,9 @@ def join(launch: Launch | None, device: str, timeout_seconds: float) -> Iterator
         return
     timeout = timedelta(seconds=timeout_seconds)
     with _peers():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timeout)
+        store = meet(next(dist.rendezvous("env://", timeout=timeout))[0], launch, timeout)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
     try:
         yield _Processes(launch, timeout)
     finally:

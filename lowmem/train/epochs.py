@@ -375,7 +375,9 @@ class Loop:
                 self.folder.event("peer-lost", what=str(lost), epoch=self.state.epoch, step=self.state.step)
                 self.saver.finish(lambda: True)
                 stands = f"saved at epoch {self.state.epoch + 1}, step {self.state.step}"
-        raise PeerLost(f"{lost}; {stands}: see what it said, then `lowmem resume {self.folder.path}`") from None
+        said = PeerLost(f"{lost}; {stands}: see what it said, then `lowmem resume {self.folder.path}`")
+        said.dismissed = self.signals.requested is not None
+        raise said from None
 
     def _leave(self) -> None:
         name = self.signals.requested

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from tests.distributed.checks import CHECKS
+from tests.distributed.checks import BY_FOUR, CHECKS
 from tests.distributed.torchrun import torchrun
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
-    folder = tmp_path_factory.mktemp("processes")
+def results_of(processes: int, folder: Path) -> dict[str, str | None]:
     out = folder / "results.json"
-    code, output = torchrun(folder, request.param, "tests.distributed.checks", str(out))
+    code, output = torchrun(folder, processes, "tests.distributed.checks", str(out))
     assert out.is_file(), output
     found: dict[str, str | None] = json.loads(out.read_text())
     assert code == 0, output
     return found
 
 
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    return results_of(2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def of_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    return results_of(4, tmp_path_factory.mktemp("four"))
+
+
 @pytest.mark.parametrize("name", list(CHECKS))
-def test_holds(name: str, results: dict[str, str | None]) -> None:
-    assert name in results
-    assert results[name] is None, results[name]
+def test_two_processes(name: str, of_two: dict[str, str | None]) -> None:
+    assert of_two[name] is None, of_two[name]
+
+
+@pytest.mark.parametrize("name", BY_FOUR)
+def test_four_processes(name: str, of_four: dict[str, str | None]) -> None:
+    assert of_four[name] is None, of_four[name]
