@@ -12,9 +12,11 @@ from typing import Any
 
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice, Request
-from lowmem.choose.session import AS_FAST, AUTO_BATCHES
+from lowmem.choose.session import AS_FAST, AUTO_BATCHES, follow_batch, request_of, settle_modes
 from lowmem.choose.shares import Shared, balance
+from lowmem.config import cards_of, for_process
 from lowmem.errors import Infeasible, UsageError
+from lowmem.settings import Settings
 
 Mode = tuple[str, str]  # precision, memory format
 # Values (JSON) by rank, those that this process knows -> all of them, in the order of the ranks.
@@ -160,6 +162,22 @@ def divide_auto(planner: Planner, recipe_batch: int, pictures: int | None) -> Di
     most = max(map(speed, fitting))
     alike = [one for one in fitting if speed(one) * AS_FAST >= most]
     return max(alike, key=lambda one: (sum(one.shared.shares) == recipe_batch, sum(one.shared.shares)))
+
+
+def plan_cards(settings: Settings, num_classes: int = 10, train_pictures: int = 0) -> tuple[Settings, Divided]:
+    """Plans for one process on each of the cards named in `memory.card`, here, and the settings with what they decided.
+
+    Raises Infeasible, UsageError."""
+    config = settings.config
+    size = len(cards_of(config))
+    requests = {rank: request_of(for_process(config, rank, size), num_classes, train_pictures) for rank in range(size)}
+    planner = Planner(requests, size, lambda values: [values[rank] for rank in range(size)])
+    if config.memory.auto_batch:
+        divided = divide_auto(planner, config.train.batch, None)
+        settings = follow_batch(settings, sum(divided.shared.shares))
+    else:
+        divided = divide(planner, config.train.batch)
+    return settle_modes(settings, divided.choices[0].plan, requests[0].reasons), divided
 
 
 def describe(shared: Shared, cards: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from lowmem.choose.modes import by_kind, by_measurement
 from lowmem.choose.planning import REFERENCE_CARD, choose
 from lowmem.choose.request import Choice, Request, card_rates
 from lowmem.choose.workspace import cap_workspace, workspace_cap_bytes
-from lowmem.config import Config
+from lowmem.config import Config, for_process
 from lowmem.errors import Infeasible, UsageError
 from lowmem.models import skeleton
 from lowmem.plan.record import Candidate, Plan
@@ -44,6 +44,7 @@ def budget_of(
     Raises UsageError for an unknown card or where there is nothing to fit into, Infeasible for too small a card,
     PreflightError for a CUDA device that does not answer.
     """
+    config = for_process(config, 0, 1)
     memory = config.memory
     pictures_bytes = train_pictures * _PICTURE_BYTES
     if memory.card is not None:

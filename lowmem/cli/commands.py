@@ -88,7 +88,9 @@ def train(
     vram: Annotated[
         Text, typer.Option(help="Memory to fit into, like 6G; on the CPU it bounds the step's tensors.")
     ] = None,
-    card: Annotated[Text, typer.Option(help="Plan for this card's profile, like gtx1060-6g.")] = None,
+    card: Annotated[
+        Text, typer.Option(help="Plan for this card's profile, like gtx1060-6g; A,B: for processes of torchrun.")
+    ] = None,
     device: Device = None,
     seed: Annotated[Number, typer.Option(help="Seed of initial weights, order and augmentation.")] = None,
     keep_every: KeepEvery = None,
@@ -282,7 +284,10 @@ def plan(
     vram: Annotated[
         Text, typer.Option(help="Memory, like 6G: of the card, or for the step's tensors without --card.")
     ] = None,
-    card: Annotated[Text, typer.Option(help="A card profile, like gtx1060-6g, or the path of a .yaml file.")] = None,
+    card: Annotated[
+        Text,
+        typer.Option(help="A card profile, like gtx1060-6g, or the path of a .yaml file; A,B: one process on each."),
+    ] = None,
     precision: Annotated[Text, typer.Option(help="auto, fp32 or amp.")] = None,
     memory_format: Annotated[Text, typer.Option(help="auto, contiguous or channels-last.")] = None,
     config: Annotated[Optional[Path], typer.Option(help="YAML file of settings.")] = None,  # noqa: UP045

@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowmem.cards import load_card
+from lowmem.choose.divide import describe, plan_cards
 from lowmem.choose.execution import resolve_execution
 from lowmem.choose.explain import in_full
 from lowmem.choose.session import plan_run
+from lowmem.config import cards_of
 from lowmem.errors import PreflightError, UsageError
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.settings import Settings
@@ -26,6 +29,9 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
     Raises Infeasible, UsageError, PreflightError."""
     if recalibrate:
         settings = _measured_here(settings)
+    if len(cards_of(settings.config)) > 1:
+        _show_shares(settings, as_json, curve)
+        return
     if settings.config.memory.card is None:
         # Without a named card it is about this machine: what `lowmem train` would do here.
         settings = resolve_execution(settings, planned=True)
@@ -44,6 +50,27 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
         print(f"\nLearning rate {config.optim.lr:g} ({settings.sources['optim.lr']}).")
     if curve is not None:
         print(f"\ndrawn: {curve}")
+
+
+def _show_shares(settings: Settings, as_json: bool, curve: Path | None) -> None:
+    """One process on each of several cards: who takes how much of the batch, and each one's plan."""
+    if curve is not None:
+        raise UsageError("--curve draws one card's plans: name one with --card")
+    cards = [load_card(name) for name in cards_of(settings.config)]
+    settings, divided = plan_cards(settings)
+    config, shared = settings.config, divided.shared
+    plans = [divided.choices[rank].plan for rank in range(len(cards))]
+    if as_json:
+        record = {"shares": shared.shares, "step_seconds": shared.step_seconds}
+        print(json.dumps({**record, "processes": [plan.to_json() for plan in plans]}, indent=1))
+        return
+    print(f"{config.model.arch} ({config.model.block}, width {config.model.width})\n")
+    print("\n".join(describe(shared, [card.name for card in cards])))
+    if config.memory.auto_batch:
+        print(f"Learning rate {config.optim.lr:g} ({settings.sources['optim.lr']}).")
+    for rank, card in enumerate(cards):
+        print(f"\nProcess {rank}, {card.name}\n")
+        print(in_full(divided.choices[rank]))
 
 
 def _draw(choice: Choice, title: str, path: Path) -> Mapping[str, Points]:
