@@ -152,7 +152,7 @@ def decide_shares(
 
 def _request(local: Config, dataset: Dataset, observer: Observer, settled: Plan | None) -> Request:
     calibrator = calibrator_of(local, observer.note)
-    request = request_of(local, len(dataset.classes), len(dataset.train.labels), calibrator)
+    request = request_of(local, len(dataset.classes), len(dataset.train.labels), calibrator, joint=True)
     if settled is None:
         return request
     formats: dict[str, str] = {settled.precision: settled.memory_format}
@@ -165,7 +165,7 @@ def _confirm(config: Config, request: Request, choice: Choice, dataset: Dataset,
     local = config.model_copy(update={"train": config.train.model_copy(update={"batch": share, "micro_batch": None})})
     return confirm_run(
         local,
-        replace(request, batch=share, joint=True, precisions=(choice.plan.precision,)),
+        replace(request, batch=share, precisions=(choice.plan.precision,)),
         [choice],
         num_classes=len(dataset.classes),
         train_pictures=len(dataset.train.labels),

@@ -13,6 +13,9 @@ from lowmem.units import MIB
 # Assumed where nothing was measured, and printed as assumed with every plan; the margin is for whatever no model
 # foresees.
 ASSUMED_CONTEXT_BYTES = 400 * MIB
+# Of one of NCCL's communicators, with the few channels that PCIe can use (`lowmem.distributed.group` holds it to them):
+# about 10 MiB for each channel and connection, of which a ring has two and a tree up to three (NVIDIA/nccl#986, #1685).
+ASSUMED_COMMUNICATOR_BYTES = 200 * MIB
 MARGIN_SHARE = 0.02
 
 
@@ -30,6 +33,7 @@ class Budget:
     context_bytes: int = 0
     context_measured: bool = False
     workspace_bytes: int = 0
+    communicator_bytes: int = 0  # of one process among several, on CUDA
     pictures_bytes: int = 0  # the data set, where it is held on the card
     margin_bytes: int = 0
     source: str  # of the total, in words
@@ -47,8 +51,13 @@ class Budget:
     @property
     def tensor_bytes(self) -> int:
         """What is left for parameters, momentum, gradients, activations and temporaries."""
-        beside = self.others_bytes + self.context_bytes + self.workspace_bytes + self.pictures_bytes
+        beside = self.others_bytes + self.process_bytes + self.pictures_bytes
         return self.total_bytes - beside - self.margin_bytes
+
+    @property
+    def process_bytes(self) -> int:
+        """What a process takes beside its tensors: context, workspace, communicators."""
+        return self.context_bytes + self.workspace_bytes + self.communicator_bytes
 
     @property
     def on_card(self) -> bool:
@@ -62,6 +71,7 @@ class Budget:
             ("others: driver, desktop, processes", self.others_bytes),
             (f"CUDA context ({how})", self.context_bytes),
             ("convolution workspace (at most)", self.workspace_bytes),
+            ("NCCL communicators (assumed)", self.communicator_bytes),
             ("training pictures", self.pictures_bytes),
             (f"margin ({MARGIN_SHARE:.0%})", self.margin_bytes),
         ]

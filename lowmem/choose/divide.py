@@ -32,10 +32,10 @@ class Divided:
 
 
 class Planner:
-    """Plans for the processes in `requests`, by rank, of `size` in all; what was planned once is kept."""
+    """Plans for the processes in `requests` (`joint` ones), by rank, of `size` in all; what was planned once is kept."""
 
     def __init__(self, requests: Mapping[int, Request], size: int, gather: Gather) -> None:
-        self.requests = {rank: replace(request, joint=True) for rank, request in requests.items()}
+        self.requests = dict(requests)
         self.size = size
         self._gather = gather
         self._known: dict[tuple[object, ...], Choice | Infeasible] = {}
@@ -170,7 +170,10 @@ def plan_cards(settings: Settings, num_classes: int = 10, train_pictures: int = 
     Raises Infeasible, UsageError."""
     config = settings.config
     size = len(cards_of(config))
-    requests = {rank: request_of(for_process(config, rank, size), num_classes, train_pictures) for rank in range(size)}
+    requests = {
+        rank: request_of(for_process(config, rank, size), num_classes, train_pictures, joint=True)
+        for rank in range(size)
+    }
     planner = Planner(requests, size, lambda values: [values[rank] for rank in range(size)])
     if config.memory.auto_batch:
         divided = divide_auto(planner, config.train.batch, None)

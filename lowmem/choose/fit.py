@@ -140,7 +140,7 @@ def _once(request: Request, key: object, make: Callable[[], _T]) -> _T:
 def _device_bytes(budget: Budget, simulated: Simulated) -> int | None:
     if not budget.on_card:
         return None
-    return simulated.estimate.peak_reserved_bytes + budget.context_bytes + budget.workspace_bytes
+    return simulated.estimate.peak_reserved_bytes + budget.process_bytes
 
 
 def fit(

@@ -8,7 +8,14 @@ from dataclasses import replace
 import torch
 
 from lowmem.cards import Card, Platform, find_card, load_card
-from lowmem.choose.budget import ASSUMED_CONTEXT_BYTES, Budget, of_card, of_device, tensors_only
+from lowmem.choose.budget import (
+    ASSUMED_COMMUNICATOR_BYTES,
+    ASSUMED_CONTEXT_BYTES,
+    Budget,
+    of_card,
+    of_device,
+    tensors_only,
+)
 from lowmem.choose.calibration import Calibration
 from lowmem.choose.calibrator import Calibrator, Progress
 from lowmem.choose.describe import describe_card
@@ -121,13 +128,21 @@ def _with_context(facts: DeviceFacts, calibration: Calibration) -> DeviceFacts:
 
 
 def request_of(
-    config: Config, num_classes: int = 10, train_pictures: int = 0, calibrator: Calibrator | None = None
+    config: Config,
+    num_classes: int = 10,
+    train_pictures: int = 0,
+    calibrator: Calibrator | None = None,
+    *,
+    joint: bool = False,
 ) -> Request:
-    """What `choose` needs to know of a run. Raises as `budget_of` does, and UsageError for settings at odds."""
+    """What `choose` needs to know of a run. `joint`: of one process among several that train it. Raises as `budget_of`
+    does, and UsageError for settings at odds."""
     _check_micro_batch(config)
     if config.memory.platform != "auto" and config.memory.card is None:
         raise UsageError("memory.platform says what machine a --card is in: give the card, or leave it out")
     budget, card = budget_of(config, train_pictures, calibrator)
+    if joint and budget.on_card:  # batch norm over all of them has a communicator of its own
+        budget = replace(budget, communicator_bytes=ASSUMED_COMMUNICATOR_BYTES * (1 + config.train.sync_bn))
     spec = config.model
     model = skeleton(spec.arch, spec.block, width=spec.width, num_classes=num_classes)
     if calibrator is not None:
@@ -148,6 +163,7 @@ def request_of(
         micro_batch=config.train.micro_batch,
         allow_accumulation=config.memory.allow_accumulation,
         momentum=config.optim.momentum > 0,
+        joint=joint,
         sync_bn=config.train.sync_bn,
     )
 

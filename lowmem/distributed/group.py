@@ -10,6 +10,7 @@ they meet (`together`, `lead`, `most`); a process that is gone is known by its c
 from __future__ import annotations
 
 import json
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -268,6 +269,8 @@ def join(launch: Launch | None, device: str, timeout_seconds: float) -> Iterator
         yield group
         return
     timeout = timedelta(seconds=timeout_seconds)
+    # Its buffers are memory of the card, for each channel; PCIe is full with two. The planner reckons with this.
+    os.environ.setdefault("NCCL_MAX_NCHANNELS", "4")
     with _peers():
         store = meet(next(dist.rendezvous("env://", timeout=timeout))[0], launch, timeout)
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
