@@ -117,7 +117,7 @@ def title(case: dict[str, Any]) -> str:
 
 
 def verdict(cases: Sequence[dict[str, Any]]) -> str:
-    """When it does not pay, in a sentence."""
+    """When it does not pay, in a sentence, and when it hardly does, in another."""
     slower: dict[str, list[str]] = {}
     less: dict[str, list[str]] = {}
     for case in cases:
@@ -129,13 +129,13 @@ def verdict(cases: Sequence[dict[str, Any]]) -> str:
             said = f"{case['card']} with {case['arch']} {case['block']} at {case['batch']} ({speedup:.2f})"
             found.setdefault(record["way"], []).append(said)
     return (
-        f"**When it does not pay** (in brackets: times one card): slower than one card are {_listed(slower)}; less "
-        f"than {WORTH:.0%} of what as many cards have come from {_listed(less)}."
+        f"**It does not pay**, being slower than one card (in brackets: times one card), for {_listed(slower)}.\n\n"
+        f"It gives less than {WORTH:.0%} of what as many cards could for {_listed(less)}."
     )
 
 
 def _listed(found: dict[str, list[str]]) -> str:
-    return "; ".join(f"{way}: {', '.join(said)}" for way, said in found.items()) or "none"
+    return "; ".join(f"{way}, of {', '.join(said)}" for way, said in found.items()) or "none of these"
 
 
 def needed(case: dict[str, Any]) -> list[str]:
