@@ -108,8 +108,15 @@ class Card(_Section):
     @property
     def pcie_bytes_per_second(self) -> float:
         """One direction, by the datasheet."""
-        generation, _, lanes = self.pcie.partition("x")
-        return _LANE_BYTES_PER_SECOND[generation] * int(lanes)
+        return self.pcie_lane_bytes_per_second * self.pcie_lanes
+
+    @property
+    def pcie_lane_bytes_per_second(self) -> float:
+        return _LANE_BYTES_PER_SECOND[self.pcie.partition("x")[0]]
+
+    @property
+    def pcie_lanes(self) -> int:
+        return int(self.pcie.partition("x")[2])
 
     @property
     def capability_pair(self) -> tuple[int, int]:

@@ -54,22 +54,24 @@ def evaluate(schedule: Schedule, chain: ChainCost) -> Evaluation:
     """Runs the schedule on the cost model. Raises ValueError if it is not a schedule of this chain, KeyError
     if a stage has not got the policy."""
     schedule.check_covers(len(chain))
-    run = _Run(chain)
+    run = Walk(chain)
     run.items(schedule.items)
     run.outside()
     assert run.held == chain.boundary_grad_bytes[0], "everything kept is freed again"
     return Evaluation(seconds=run.seconds, flops=run.flops, peak=run.worst())
 
 
-class _Run:
+class Walk:
     """Counters of one step. `held`: what is kept; the gradient of the chain's output is charged from the
-    beginning."""
+    beginning. `forward_seconds`: before the backward; `ended`: per stage, `seconds` when its backward is done."""
 
     def __init__(self, chain: ChainCost) -> None:
         self.chain = chain
         self.held = chain.boundary_grad_bytes[len(chain)]
         self.param_grads = 0
         self.seconds = 0.0
+        self.forward_seconds = 0.0
+        self.ended: dict[int, float] = {}
         self.flops = 0
         self.peak = -1
         self.at: tuple[str, int, str, int, int, int] = ("", 0, "", 0, 0, 0)
@@ -105,6 +107,8 @@ class _Run:
         last = items[-1] if inside else None
         for item in items:
             before.append(self.forward(item, before[-1] is not None, item is last))
+        if not inside:
+            self.forward_seconds = self.seconds
         there = [option is None for option in before]  # per item: is its input held
         x = self.chain.boundary_bytes
         for index in reversed(range(len(items))):
@@ -174,5 +178,6 @@ class _Run:
         self.touch("backward", item.stage, item.policy.name, option.backward_temp_bytes)
         self.seconds += option.backward_seconds
         self.flops += option.backward_flops
+        self.ended[item.stage] = self.seconds
         self.held += g[item.stage] - g[item.stage + 1] - option.kept_bytes
         self.param_grads += self.chain.stages[item.stage].param_grad_bytes

@@ -37,6 +37,7 @@ def test_the_card_this_is_for() -> None:
     assert card.fp16_flops_per_second == 4.38e12 / 64
     assert card.amp_flops_per_second == 4.38e12
     assert card.pcie_bytes_per_second == pytest.approx(15.76e9)
+    assert (card.pcie_lanes, card.pcie_lane_bytes_per_second) == (16, 0.985e9)
 
 
 def test_half_precision_rates() -> None:
