@@ -80,7 +80,6 @@ def record_of(way: str, one: Scaled) -> dict[str, Any]:
         "images_per_second": one.images_per_second,
         "speedup": one.speedup,
         "peak_allocated_bytes": one.peak_allocated_bytes,
-        "pack_bytes": one.pack_bytes,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowmem.cards import Card, Platform
 from lowmem.choose.workspace import ASSUMED_WORKSPACE_BYTES
@@ -86,6 +86,11 @@ class Budget:
 def tensors_only(total_bytes: int, source: str = "memory budget") -> Budget:
     """A budget for tensors alone. Raises Infeasible for nothing at all."""
     return Budget(total_bytes=total_bytes, source=source)
+
+
+def with_communicators(budget: Budget, count: int = 1) -> Budget:
+    """Of a process that sums gradients with others: on a card NCCL takes its part. Raises Infeasible."""
+    return replace(budget, communicator_bytes=count * ASSUMED_COMMUNICATOR_BYTES) if budget.on_card else budget
 
 
 def this_platform() -> Platform:

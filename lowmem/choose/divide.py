@@ -32,7 +32,7 @@ class Divided:
 
 
 class Planner:
-    """Plans for the processes in `requests` (`joint` ones), by rank, of `size` in all; what was planned once is kept."""
+    """Plans for the processes in `requests` (`joint` ones), by rank, of `size` in all; what was planned is kept."""
 
     def __init__(self, requests: Mapping[int, Request], size: int, gather: Gather) -> None:
         self.requests = dict(requests)

@@ -9,7 +9,7 @@ Batch norm takes its statistics from the local batch, without communication, so 
 what one does with the whole batch.
 
 Known limitations: seconds by a roofline fall in proportion to the batch, although kernels of a small local batch fill a
-large card badly; the communication library's own buffers on the card (NCCL: 4 MiB a channel) are left to the margin.
+large card badly; the communication library's own buffers on the card are assumed (`choose.budget`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from functools import cached_property
 
 from torch import nn
 
+from lowmem.choose.budget import with_communicators
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice, Request
 from lowmem.errors import Infeasible, UsageError
@@ -34,15 +35,14 @@ _GRADIENT_BYTES = 4  # fp32, under AMP too
 @dataclass(frozen=True, kw_only=True)
 class Scaled:
     """A step on `processes` processes; all of it predicted. `plan` is for `local_batch`, the largest part of the batch
-    that a process gets. `alone_*`: of one process on the same card with the whole batch, None if that does not fit.
-    `pack_bytes`: of the buffer for small gradients, which every process holds beside the plan's tensors."""
+    that a process gets, and for what summing gradients takes of memory. `alone_*`: of one process on the same card with
+    the whole batch, None if that does not fit."""
 
     processes: int
     batch: int
     local_batch: int
     link: Link | None
     plan: Plan
-    pack_bytes: int
     exchange: Exchange
     step_seconds: float
     alone_step_seconds: float | None
@@ -69,9 +69,8 @@ class Scaled:
 
     @property
     def peak_allocated_bytes(self) -> int | None:
-        """Of each process, the pack buffer included."""
-        peak = self.plan.predicted.peak_allocated_bytes
-        return None if peak is None else peak + self.pack_bytes
+        """Of each process, what is packed for the sums included."""
+        return self.plan.predicted.peak_allocated_bytes
 
 
 class Scaling:
@@ -88,8 +87,7 @@ class Scaling:
             )
         self.request = replace(request, allow_accumulation=False, micro_batch=None)
         self.messages = messages_of(request.model)
-        self.pack_bytes = max((message.size_bytes for message in self.messages if message.packed), default=0)
-        self._choices: dict[tuple[int, int], Choice] = {}
+        self._choices: dict[tuple[int, bool], Choice] = {}
 
     def predict(self, processes: int, link: Link | None) -> Scaled:
         """The link may be None for one process only. Raises UsageError for more processes than pictures, Infeasible if
@@ -100,7 +98,7 @@ class Scaling:
         if link is None and processes > 1:
             raise UsageError(f"{processes} processes need a link between them")
         local = -(-batch // processes)
-        choice = self._choice(local, self.pack_bytes if processes > 1 else 0)
+        choice = self._choice(local, joint=processes > 1)
         exchanged = self._exchange(choice, processes, link)
         alone = self._alone
         return Scaled(
@@ -109,7 +107,6 @@ class Scaling:
             local_batch=local,
             link=link,
             plan=choice.plan,
-            pack_bytes=self.pack_bytes if processes > 1 else 0,
             exchange=exchanged,
             step_seconds=_seconds(choice) + exchanged.exposed_seconds,
             alone_step_seconds=None if alone is None else _seconds(alone),
@@ -135,17 +132,16 @@ class Scaling:
     @cached_property
     def _alone(self) -> Choice | None:
         try:
-            return self._choice(self.request.batch, 0)
+            return self._choice(self.request.batch, joint=False)
         except Infeasible:
             return None
 
-    def _choice(self, batch: int, beside_bytes: int) -> Choice:
-        """The plan for a batch on one card, `beside_bytes` of whose memory go to something else."""
-        key = (batch, beside_bytes)
+    def _choice(self, batch: int, *, joint: bool) -> Choice:
+        """The plan for a batch on one card, of one process among several or alone."""
+        key = (batch, joint)
         if key not in self._choices:
-            budget = self.request.budget
-            budget = replace(budget, margin_bytes=budget.margin_bytes + beside_bytes)
-            self._choices[key] = choose(replace(self.request, batch=batch, budget=budget))
+            budget = with_communicators(self.request.budget) if joint else self.request.budget
+            self._choices[key] = choose(replace(self.request, batch=batch, joint=joint, budget=budget))
         return self._choices[key]
 
 

@@ -9,12 +9,12 @@ import torch
 
 from lowmem.cards import Card, Platform, find_card, load_card
 from lowmem.choose.budget import (
-    ASSUMED_COMMUNICATOR_BYTES,
     ASSUMED_CONTEXT_BYTES,
     Budget,
     of_card,
     of_device,
     tensors_only,
+    with_communicators,
 )
 from lowmem.choose.calibration import Calibration
 from lowmem.choose.calibrator import Calibrator, Progress
@@ -141,8 +141,8 @@ def request_of(
     if config.memory.platform != "auto" and config.memory.card is None:
         raise UsageError("memory.platform says what machine a --card is in: give the card, or leave it out")
     budget, card = budget_of(config, train_pictures, calibrator)
-    if joint and budget.on_card:  # batch norm over all of them has a communicator of its own
-        budget = replace(budget, communicator_bytes=ASSUMED_COMMUNICATOR_BYTES * (1 + config.train.sync_bn))
+    if joint:  # batch norm over all of them has a communicator of its own
+        budget = with_communicators(budget, 1 + config.train.sync_bn)
     spec = config.model
     model = skeleton(spec.arch, spec.block, width=spec.width, num_classes=num_classes)
     if calibrator is not None:

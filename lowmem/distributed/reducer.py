@@ -23,10 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowmem.units import MIB
-
-ALONE_BYTES = 1 * MIB  # a gradient of this size is a message of its own
-PACK_BYTES = 4 * MIB
+from lowmem.plan.exchange import ALONE_BYTES, PACK_BYTES
 
 
 class Work(Protocol):

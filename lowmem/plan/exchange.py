@@ -2,8 +2,8 @@
 
 **Messages.** The backward finishes stages from the last to the first. When one is done, each of its parameters with at
 least `ALONE_BYTES` of gradient is a message of its own; smaller ones are packed, in that order, into messages of at
-most `PACK_BYTES`, the last of which carries the batch norms' running statistics too. Messages go one after the other
-while the backward goes on; the update waits for the last.
+most `PACK_BYTES`. The batch norms' running statistics go last. Messages go one after the other while the backward goes
+on; the update waits for the last.
 
 **Time of a message.** A ring all-reduce of m bytes over n processes takes 2(n-1) steps, in each of which every process
 sends m/n bytes and receives as many at the same time:
@@ -107,34 +107,40 @@ class Message:
 
 
 def pack(gradients: Sequence[Sequence[int]], statistics: Sequence[int] = ()) -> tuple[Message, ...]:
-    """The messages of a step, in the order in which they go.
+    """The messages of a step, in the order in which they go: those of `lowmem.distributed.reducer` (a test holds both
+    against each other).
 
     `gradients`: bytes of each parameter's gradient, per stage, in forward order. `statistics`: bytes of the batch
-    norms' running statistics, which are packed after everything else.
+    norms' running statistics, which go last.
     """
-    return tuple(_messages(gradients, statistics))
+    sent: list[tuple[int, Message]] = []
+    sizes: list[int] = []
+    last = (0, 0)  # place and stage of what was packed last
 
+    def close() -> None:
+        if sizes:
+            sent.append((last[0], Message(stage=last[1], size_bytes=sum(sizes), packed=True)))
+            sizes.clear()
 
-def _messages(gradients: Sequence[Sequence[int]], statistics: Sequence[int]) -> Iterator[Message]:
-    filled = 0
-    for stage, size, may_go_alone in _in_order(gradients, statistics):
-        if may_go_alone and size >= ALONE_BYTES:
-            yield Message(stage=stage, size_bytes=size, packed=False)
+    for place, (stage, size) in enumerate(_in_order(gradients)):
+        if size >= ALONE_BYTES:
+            sent.append((place, Message(stage=stage, size_bytes=size, packed=False)))
             continue
-        if filled and filled + size > PACK_BYTES:
-            yield Message(stage=stage, size_bytes=filled, packed=True)
-            filled = 0
-        filled += size
-    if filled:
-        yield Message(stage=0, size_bytes=filled, packed=True)
+        if sum(sizes) + size > PACK_BYTES:
+            close()
+        sizes.append(size)
+        last = (place, stage)
+    close()
+    messages = [message for _, message in sorted(sent, key=lambda one: one[0])]
+    if statistics:
+        messages.append(Message(stage=0, size_bytes=sum(statistics), packed=True))
+    return tuple(messages)
 
 
-def _in_order(gradients: Sequence[Sequence[int]], statistics: Sequence[int]) -> Iterator[tuple[int, int, bool]]:
+def _in_order(gradients: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
     for stage in reversed(range(len(gradients))):
         for size in gradients[stage]:
-            yield stage, size, True
-    for size in statistics:
-        yield 0, size, False
+            yield stage, size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from lowmem.cards import load_card
-from lowmem.choose.budget import Budget, of_card, tensors_only
+from lowmem.choose.budget import Budget, of_card, tensors_only, with_communicators
 from lowmem.choose.planning import Request, card_rates, choose
 from lowmem.choose.scaling import Scaling, least, messages_of
 from lowmem.errors import Infeasible, UsageError
@@ -68,7 +68,7 @@ def test_a_smaller_part_of_the_batch_needs_no_recomputation(tight: Scaling) -> N
     assert four.plan.predicted.extra_flops == 0
     assert four.alone_overhead is not None
     assert four.overhead is not None
-    assert four.alone_overhead > 0.01 > four.overhead
+    assert four.alone_overhead > 0.1 > 0.03 > four.overhead  # packing small gradients, of which a thin net has many
     assert four.exchange.exposed_seconds == 0
     assert four.step_seconds == four.plan.predicted.step_seconds
     assert four.speedup == pytest.approx(tight.predict(1, None).step_seconds / four.step_seconds)
@@ -93,17 +93,18 @@ def test_waiting_is_added_to_the_step(tight: Scaling) -> None:
 def test_each_rank_stays_within_its_card() -> None:
     budget = tensors_only(12 * MIB)
     two = Scaling(_request(budget)).predict(2, ETHERNET_1G)
-    assert two.pack_bytes == max(one.size_bytes for one in messages_of(MODEL) if one.packed)
     assert two.peak_allocated_bytes is not None
-    assert two.plan.predicted.peak_allocated_bytes == two.peak_allocated_bytes - two.pack_bytes
     assert two.peak_allocated_bytes <= budget.tensor_bytes
-    assert two.plan.budget_bytes == budget.tensor_bytes - two.pack_bytes
+    one = Scaling(_request(budget, batch=32)).predict(1, None)
+    assert one.peak_allocated_bytes is not None
+    assert two.plan.schedule != one.plan.schedule or two.peak_allocated_bytes > one.peak_allocated_bytes
 
 
 def test_on_a_card_the_budget_is_the_cards() -> None:
     two = Scaling(_request(of_card(CARD, 1 * GIB))).predict(2, ETHERNET_1G)
     assert two.plan.predicted.device_bytes is not None
-    assert two.plan.predicted.device_bytes + two.pack_bytes <= 1 * GIB
+    assert two.plan.predicted.device_bytes <= 1 * GIB
+    assert two.plan.budget_bytes == with_communicators(of_card(CARD, 1 * GIB)).tensor_bytes
 
 
 def test_what_does_not_fit_on_one_card() -> None:
