@@ -13,9 +13,10 @@ from lowmem.config import Config
 from lowmem.decide import read_plan
 from lowmem.errors import CorruptCheckpoint
 from lowmem.models import skeleton
+from lowmem.plan.record import Plan
 from lowmem.reading import shorten
 from lowmem.runs.checkpoint import Checkpoint
-from lowmem.runs.store import require_run
+from lowmem.runs.store import plan_file, require_run
 from lowmem.runs.verify import Belonging, Verified, verify_run
 from lowmem.settings import from_yaml
 from lowmem.train.gradients import measured_weights
@@ -99,4 +100,16 @@ def _plan_in_words(run: Path, config: Config) -> str | None:
         raise CorruptCheckpoint(f"{run / 'plan.json'} is missing, which this run was planned by: restore it")
     if plan is None:
         return None
+    for name in map(plan_file, range(1, len(plan.shares))):
+        if read_plan(run, config, name) is None:
+            raise CorruptCheckpoint(
+                f"{run / name} is missing, the plan of one of the {len(plan.shares)} processes that train this run: "
+                "restore it, or go on with another number of them"
+            )
+    if plan.shares:
+        return f"{len(plan.shares)} processes, of which this takes {_words(plan)}"
+    return _words(plan)
+
+
+def _words(plan: Plan) -> str:
     return f"batch {plan.batch} in micro-batches of {plan.micro_batch}, {len(plan.ladder)} smaller plans in reserve"

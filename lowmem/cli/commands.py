@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from lowmem.cli.command_bench import bench
-from lowmem.distributed.launch import is_led
+from lowmem.distributed.launch import is_led, refuse_several
 
 if TYPE_CHECKING:
     from lowmem.settings import Settings
@@ -20,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+JOINT = ("train", "resume")  # what several processes do together
 
 Text = Optional[str]  # noqa: UP045 (typer reads these at run time)
 Number = Optional[int]  # noqa: UP045
@@ -56,11 +58,13 @@ def _batch(text: str | None) -> int | str | None:
 
 @app.callback()
 def _top(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand not in JOINT:
+        refuse_several(f"lowmem {context.invoked_subcommand}")
 
 
 @app.command()

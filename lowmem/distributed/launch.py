@@ -62,6 +62,13 @@ class Launch:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[self.local_rank]
 
 
+def refuse_several(command: str) -> None:
+    """Raises UsageError if torchrun has started several processes for what one does."""
+    launch = Launch.of_environment()
+    if launch is not None and launch.size > 1:
+        raise UsageError(f"`{command}` is done by one process: leave torchrun out (it is for train and resume)")
+
+
 def is_led() -> bool:
     """Whether another process of the run does the talking: torchrun started this one with a rank above 0."""
     rank = os.environ.get("RANK", "0")

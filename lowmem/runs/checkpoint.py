@@ -179,7 +179,8 @@ def named(folder: Path) -> list[tuple[Path, bool]]:
     matches = [match for name in names if (match := _NAME.fullmatch(name)) and match[1] == f"{int(match[1]):08d}"]
     matches.sort(key=lambda match: (-int(match[1]), match[2] is not None))
     paths = [folder / match[0] for match in matches]
-    return [(path, not path.is_symlink() and os.path.isdir(path)) for path in paths]
+    # By functions that take what may not be looked at for absent.
+    return [(path, not os.path.islink(path) and os.path.isdir(path)) for path in paths]
 
 
 def verify(path: Path, *, expected_step: int | None = None, most_bytes: int | None = None) -> dict[str, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lowmem.cli.main import _run
 from lowmem.distributed.launch import Launch, is_led
 from lowmem.errors import PreflightError, UsageError
 
@@ -52,6 +53,16 @@ def test_more_processes_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(PreflightError, match="no more processes than there are cards"):
         Launch(rank=1, size=2, local_rank=1).take_device()
+
+
+def test_what_one_process_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for command in (["reproduce"], ["bench"], ["fork", "runs/x", "--at", "1"], ["report", "runs/x"], ["ls"]):
+        assert _run(command) == 2
+        assert "is done by one process: leave torchrun out" in capsys.readouterr().err
 
 
 def test_rank_0_talks(monkeypatch: pytest.MonkeyPatch) -> None:
