@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -317,7 +317,8 @@ def _refuse_existing(path: Path) -> None:
 def _go(trainer: Trainer, folder: RunFolder) -> RunResult:
     """Trains. Raises OutOfMemory with the way out where no smaller plan is left; the run is then saved."""
     _cap_emulated(trainer)
-    with _out_of_memory(folder.path), exporting(trainer, folder.path):
+    board = exporting(trainer, folder.path) if trainer.group.leads else nullcontext()
+    with _out_of_memory(folder.path), board:
         return RunResult(folder.path, trainer.run(folder))
 
 

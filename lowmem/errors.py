@@ -54,10 +54,10 @@ class Infeasible(LowmemError):
         self.budget_bytes = budget_bytes
         self.least_bytes = least_bytes
         self.what = what
-        super().__init__(
-            f"no plan fits: the budget is {format_size(budget_bytes)}, the least that fits is "
-            f"{format_size(least_bytes)} ({what}): {way_out}"
-        )
+        budget, least = format_size(budget_bytes), format_size(least_bytes)
+        if budget == least:  # rounded for humans, and no message
+            budget, least = f"{budget_bytes:,} B", f"{least_bytes:,} B"
+        super().__init__(f"no plan fits: the budget is {budget}, the least that fits is {least} ({what}): {way_out}")
 
 
 class OutOfMemory(LowmemError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import NoReturn
 
 import typer
@@ -11,7 +12,7 @@ from typer.main import get_command
 
 from lowmem.cli import command_reproduce, command_watch  # noqa: F401 (they register their commands)
 from lowmem.cli.commands import app
-from lowmem.distributed.launch import is_led, linger, report_failure
+from lowmem.distributed.launch import is_led, leave, linger, report_failure
 from lowmem.errors import ExitCode, Interrupted, LowmemError, PeerLost, UsageError
 from lowmem.reading import shorten
 
@@ -22,7 +23,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    sys.exit(_run(arguments))
+    try:
+        code = _run(arguments)
+    except Exception:
+        traceback.print_exc()
+        code = ExitCode.BUG
+    leave(code)
 
 
 def _run(arguments: list[str] | None) -> int:

@@ -224,8 +224,9 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # all of torch.distributed's own are
-        message = str(error).splitlines()[0]
-        raise PeerLost(f"another process of the run is gone or does not answer ({message[:200]})") from None
+        message = str(error).splitlines()[0][:200]
+        late = ": if it only needs longer, raise train.peer_timeout_minutes" if "imed out" in message else ""
+        raise PeerLost(f"another process of the run is gone or does not answer ({message}{late})") from None
 
 
 def meet(store: dist.Store, launch: Launch, timeout: timedelta) -> dist.Store:
@@ -275,8 +276,7 @@ def join(launch: Launch | None, device: str, timeout_seconds: float) -> Iterator
         store = meet(next(dist.rendezvous("env://", timeout=timeout))[0], launch, timeout)
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
-    try:
-        yield _Processes(launch, timeout)
-    finally:
-        with suppress(RuntimeError):  # the connections may be gone
-            dist.destroy_process_group()
+    # Not after an error: it would wait for sums that nobody answers any more. `leave` ends such a process.
+    yield _Processes(launch, timeout)
+    with suppress(RuntimeError):  # the others may have left
+        dist.destroy_process_group()

@@ -169,8 +169,9 @@ class Loop:
             if self.t.group.alone and self.descent.under_pressure():
                 self._plan_changed()
         joint = self.t.step.joint
-        if joint is not None and joint.agreed.short and self.descent.under_pressure():
-            self._plan_changed()
+        if joint is not None and joint.agreed.short:
+            self.descent.under_pressure()
+            self._plan_changed()  # in all processes, also where there was no smaller plan: they measure together
         if self._stop_agreed():
             self._leave()
         if state.step % config.train.log_every_steps == 0 or state.step_in_epoch == self.per_epoch:

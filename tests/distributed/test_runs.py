@@ -176,11 +176,14 @@ def test_one_process_goes_on_as_two(tmp_path: Path) -> None:
     assert losses(run) == pytest.approx(losses(one), rel=2e-3)
 
 
-def test_a_killed_process_takes_the_others_down_and_all_are_started_again(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_takes_the_others_down_and_all_are_started_again(
+    rank: int, whole: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "run"
     run = Torchrun(tmp_path, 2, *TRAIN, "--out", str(path), max_restarts=1)
     wait_for(path / "steps.csv", "\n8,")
-    os.kill(processes_of(path)[1], signal.SIGKILL)
+    os.kill(processes_of(path)[rank], signal.SIGKILL)
     assert run.wait() == 0, run.output
     assert "started again after a failure (restart 1): going on with" in run.output
     assert len(events(path, "resume")) == 1
@@ -202,6 +205,18 @@ def test_a_killed_process_is_named_and_nobody_hangs(tmp_path: Path) -> None:
     assert "Signal 9 (SIGKILL)" in cause
     (lost,) = events(path, "peer-lost")
     assert events(path, "checkpoint")[-1]["step"] == lost["step"] >= 8
+
+
+def test_a_bug_in_one_process_in_the_middle_of_its_backward_pass(tmp_path: Path) -> None:
+    """The others wait for its sums: nobody may wait for long, and torchrun's summary has the cause."""
+    began = time.monotonic()
+    code, output = torchrun(tmp_path, 2, "tests.distributed.broken", *TRAIN[1:], "--out", str(tmp_path / "run"))
+    assert code == 1
+    assert time.monotonic() - began < 100
+    cause = output[output.index("Root Cause") :]
+    assert "rank      : 1" in cause
+    assert "stage 3 is broken" in cause
+    assert events(tmp_path / "run", "peer-lost")[0]["step"] == 5
 
 
 def test_what_all_did_wrong_is_said_once(whole: Path, tmp_path: Path) -> None:
