@@ -82,6 +82,7 @@ def main() -> None:
 
 def _row(key: tuple[str, str, int], rounds: list[dict[str, Any]], found: dict[Any, Any]) -> dict[str, Any]:
     name, way, processes = key
+    library = way == "DistributedDataParallel" or processes == 1
     seconds = statistics.median(one["step_seconds"] for one in rounds)
     alone = statistics.median(one["step_seconds"] for one in found[name, "lowmem", 1])
     return {
@@ -91,7 +92,7 @@ def _row(key: tuple[str, str, int], rounds: list[dict[str, Any]], found: dict[An
         "step_seconds": seconds,
         "all_rounds_seconds": [one["step_seconds"] for one in rounds],
         "times_one_process": alone / seconds,
-        "waited_share": statistics.median(one["waited_share"] for one in rounds),
+        "waited_share": None if library else statistics.median(one["waited_share"] for one in rounds),
         "predicted_peak_bytes": rounds[0]["predicted_peak_bytes"],
         "measured_peak_bytes": max(max(one["processes_bytes"]) for one in rounds),
     }

@@ -48,7 +48,17 @@ from lowmem.runs.absent import AbsentFolder
 from lowmem.runs.setup import refuse_existing
 from lowmem.runs.store import RunFolder
 from lowmem.settings import Settings, to_yaml
-from lowmem.together import asked_hash, begun_before, joined, launched, load_data, new_folder, share_settings
+from lowmem.together import (
+    asked_hash,
+    begun_before,
+    joined,
+    launched,
+    launcher,
+    load_data,
+    new_folder,
+    require_pictures,
+    share_settings,
+)
 from lowmem.train.board import check_board, exporting
 from lowmem.train.early import leaving_early
 from lowmem.train.loop import Outcome, Trainer
@@ -83,8 +93,8 @@ def run_training(
     Raises LowmemError: UsageError if the folder exists, PreflightError before the first step, Interrupted after a
     signal with everything saved, DiskError, PeerLost.
     """
-    launch, observer = launched(observer)
     settings = config if isinstance(config, Settings) else Settings(config, dict.fromkeys(known_keys(), "caller"))
+    launch, observer = launched(observer, settings.config.train.device)
     planned = wants_plan(resolve_execution(settings).config)
     settings = resolve_execution(settings, planned=planned)
     asked = [name for name in ("calibrate", "confirm") if getattr(settings.config.memory, name) == "always"]
@@ -94,6 +104,7 @@ def run_training(
         raise UsageError("--batch auto needs something to fit into: give --vram, like --vram 6G")
     path = Path(out) if out is not None else Path("runs") / settings.config.model.arch
     with joined(launch, settings.config) as group:
+        settings = share_settings(group, lambda: settings)
         if begun_before(group, path, settings.config):
             observer.note(f"started again after a failure (restart {group.restarts}): going on with {path}")
             return _go_on(group, path, None, observer)
@@ -101,14 +112,15 @@ def run_training(
 
 
 def _begin(group: Group, settings: Settings, path: Path, observer: Observer, dry_run: bool) -> RunResult:
-    asked = asked_hash(settings.config)
+    asked = {"asked": asked_hash(settings.config), "launcher": launcher()}
+    require_pictures(group, settings.config)
     group.lead(lambda: _refuse_existing(path), None)
     group.together(lambda: check_board(settings.config))
     dataset = load_data(group, settings.config, observer)
     decided = decide_jointly(group, settings, dataset, observer)
     settings, plan, confirmed = decided.settings, decided.plan, decided.confirmed
     environment = describe(settings.config.train.device) | {"processes": group.size}
-    with new_folder(group, path, to_yaml(settings), {**environment, "asked": asked}) as folder:
+    with new_folder(group, path, to_yaml(settings), {**environment, **asked}) as folder:
         try:
             trainer = _make_trainer(group, decided, dataset, observer, path)
             trainer.state.low_start = starts_low(settings.config)
@@ -159,12 +171,13 @@ def _go_on(group: Group, path: Path, changes: Settings | Mapping[str, object] | 
     recorded = share_settings(group, lambda: recorded_settings(path))
     changed = changes if isinstance(changes, Settings) else recorded.replace(changes or {}, "resume")
     settings = group.together(lambda: changed_settings(recorded, changed, path))
+    require_pictures(group, settings.config)
     absent: RunFolder = AbsentFolder(path)
     with group.lead(lambda: RunFolder.open(path), absent) as folder:
         found = group.lead(lambda: newest(folder, settings.config, observer), None)
         saved, where = shared_checkpoint(group, found)
         dataset = load_data(group, settings.config, observer)
-        decided, replanned = plan_again(group, folder, recorded.config, settings, saved, dataset, observer)
+        decided, replanned = plan_again(group, folder, recorded.config, settings, dataset, observer)
         trainer = _make_trainer(group, decided, dataset, observer, path)
         trainer.state = group.together(
             lambda: restore(saved, trainer.model, trainer.optimizer, trainer.step.scaler, trainer.identity)

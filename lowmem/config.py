@@ -260,8 +260,8 @@ def for_process(config: Config, rank: int, size: int) -> Config:
     if len(cards) != size:
         process = "process" if size == 1 else "processes"
         raise UsageError(
-            f"--card names {len(cards)} cards, for {size} {process}: name one for all, or start one process for each "
-            f"with `torchrun --nproc-per-node={len(cards)} -m lowmem train …`"
+            f"--card names {len(cards)} cards, for {size} {process}: name one for all (--set memory.card={cards[0]}), "
+            f"or start one process for each with `torchrun --nproc-per-node={len(cards)} -m lowmem …`"
         )
     memory = config.memory.model_copy(update={"card": cards[rank]})
     return config.model_copy(update={"memory": memory})

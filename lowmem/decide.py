@@ -59,7 +59,9 @@ def forked_plan(
     if (old.memory, old.train.batch, old.train.micro_batch, old.train.precision, old.train.memory_format) == (
         (new.memory, new.train.batch, new.train.micro_batch, new.train.precision, new.train.memory_format)
     ):
-        return settings, read_plan(source, new)
+        plan = read_plan(source, new)
+        if plan is None or not plan.shares:  # else it is one process's part of the batch, and a fork is made by one
+            return settings, plan
     if not wants_plan(new):
         return settings, None
     settings, choice = plan_run(settings, len(dataset.classes), len(dataset.train.labels), progress=observer.note)

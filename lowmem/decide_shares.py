@@ -9,6 +9,7 @@ from typing import Any
 from lowmem.choose.divide import Planner, describe, divide, divide_auto
 from lowmem.choose.explain import explain, explain_ladder, inexact, memory_lines
 from lowmem.choose.ladder import with_ladder
+from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice, Request
 from lowmem.choose.session import calibrator_of, follow_batch, plan_run, request_of, settle_modes, wants_plan
 from lowmem.config import Config, for_process
@@ -19,7 +20,6 @@ from lowmem.distributed.group import Group
 from lowmem.distributed.split import Split, even_shares
 from lowmem.errors import CorruptCheckpoint
 from lowmem.plan.record import Plan
-from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.store import PLAN, RunFolder, plan_file
 from lowmem.settings import Settings
 from lowmem.train.observer import Observer
@@ -60,49 +60,71 @@ def decide_jointly(group: Group, settings: Settings, dataset: Dataset, observer:
 
 
 def plan_again(
-    group: Group,
-    folder: RunFolder,
-    recorded: Config,
-    settings: Settings,
-    saved: Checkpoint,
-    dataset: Dataset,
-    observer: Observer,
+    group: Group, folder: RunFolder, recorded: Config, settings: Settings, dataset: Dataset, observer: Observer
 ) -> tuple[Decided, bool]:
-    """What a run goes on with: as it is recorded for as many processes, else planned anew; then (…, True)."""
-    processes, config = saved.state["run"].get("processes", 1), settings.config
-    plans = group.share(group.lead(lambda: _recorded_plans(folder, config, processes), None))
-    if group.alone and processes == 1:
+    """What a run goes on with: as it is recorded for as many processes, else planned anew; then (…, True).
+
+    With another budget the same number of processes keeps its shares and micro-batches: what is computed stays. Raises
+    CorruptCheckpoint, Infeasible, UsageError."""
+    config = settings.config
+    recorded_plans = group.share(group.lead(lambda: _recorded_plans(folder, recorded, config), None))
+    plans = group.together(lambda: [Plan.from_json(plan) for plan in recorded_plans])
+    planned_for = len(plans[0].shares) if plans and plans[0].shares else 1
+    if group.alone and planned_for == 1:
         plan, replanned = plan_of(folder, recorded, config, dataset, observer)
         return Decided(settings, plan, undivided(group, config)), replanned
     same_memory = (recorded.memory.vram, recorded.memory.card) == (config.memory.vram, config.memory.card)
     if not plans and (same_memory or not wants_plan(config)):
         return Decided(settings, None, undivided(group, config)), False
-    if len(plans) == group.size and processes == group.size and same_memory:
-        plan = group.together(lambda: Plan.from_json(plans[group.rank]))
-        return Decided(settings, plan, split_of(group, plan)), False
-    if not group.alone:
-        settled = Plan.from_json(plans[0]) if plans else None
-        return decide_shares(group, settings, dataset, observer, settled), True
-    settings, choice = plan_run(_settled(settings, plans), len(dataset.classes), len(dataset.train.labels))
+    whole = planned_for == group.size and _belong_together(plans)
+    if plans and planned_for == group.size and not whole:
+        observer.warning("the plans of the processes do not belong together: they are made anew")
+    if whole and same_memory:
+        return Decided(settings, plans[group.rank], split_of(group, plans[group.rank])), False
+    if group.alone:
+        settings, choice = plan_run(settings, len(dataset.classes), len(dataset.train.labels))
+        _say(group, choice, observer)
+        return Decided(settings, with_ladder(choice).plan, undivided(group, config)), True
+    if whole:
+        return _replan_own(group, settings, plans[group.rank], dataset, observer), True
+    return decide_shares(group, settings, dataset, observer, plans[0] if plans else None), True
+
+
+def _belong_together(plans: Sequence[Plan]) -> bool:
+    """Whether these are the plans of all processes, made at once: a kill may have come between writing two of them."""
+    shares = plans[0].shares if plans else ()
+    return len(plans) == len(shares) and all(
+        plan.shares == shares and plan.batch == max(1, share) for plan, share in zip(plans, shares, strict=True)
+    )
+
+
+def _replan_own(group: Group, settings: Settings, plan: Plan, dataset: Dataset, observer: Observer) -> Decided:
+    """For another budget, what this process's plan computes."""
+    local = group.together(lambda: for_process(settings.config, group.rank, group.size))
+
+    def again() -> Choice:
+        request = replace(
+            _request(local, dataset, observer, plan), batch=plan.batch, micro_batch=plan.micro_batch, settled=True
+        )
+        return with_ladder(choose(request))
+
+    choice = group.together(again)
     _say(group, choice, observer)
-    choice = with_ladder(choice)
-    return Decided(settings, choice.plan, undivided(group, config)), True
+    observer.note(explain_ladder(choice.plan))
+    ladder = tuple(replace(rung, shares=plan.shares) for rung in choice.plan.ladder)
+    own = replace(choice.plan, shares=plan.shares, ladder=ladder)
+    return Decided(settings, own, split_of(group, own))
 
 
-def _settled(settings: Settings, plans: Sequence[Any]) -> Settings:
-    """The batch, precision and memory format of a run that has begun stay as they are recorded."""
-    return settings.replace({"memory.auto_batch": False}, "resume") if plans else settings
-
-
-def _recorded_plans(folder: RunFolder, config: Config, processes: int) -> list[dict[str, Any]]:
-    """Of all processes that last trained the run; none if any is missing. Raises CorruptCheckpoint."""
+def _recorded_plans(folder: RunFolder, recorded: Config, config: Config) -> list[dict[str, Any]]:
+    """Of all processes that last trained the run; none for a run without plans. Raises CorruptCheckpoint."""
     first = read_plan(folder.path, config)
     if first is None:
-        if wants_plan(config) and processes > 1:
+        if wants_plan(recorded):
             raise CorruptCheckpoint(f"{folder.path / PLAN} is missing, which this run was planned by: restore it")
         return []
-    plans = [first, *(read_plan(folder.path, config, plan_file(rank)) for rank in range(1, len(first.shares)))]
-    return [plan.to_json() for plan in plans if plan is not None]
+    others = (read_plan(folder.path, config, plan_file(rank)) for rank in range(1, len(first.shares)))
+    return [plan.to_json() for plan in (first, *others) if plan is not None]
 
 
 def record_plans(group: Group, plan: Plan | None, folder: RunFolder) -> None:
@@ -165,7 +187,12 @@ def _confirm(config: Config, request: Request, choice: Choice, dataset: Dataset,
     local = config.model_copy(update={"train": config.train.model_copy(update={"batch": share, "micro_batch": None})})
     return confirm_run(
         local,
-        replace(request, batch=share, precisions=(choice.plan.precision,)),
+        replace(
+            request,
+            batch=share,
+            precisions=(choice.plan.precision,),
+            formats={choice.plan.precision: choice.plan.memory_format},
+        ),
         [choice],
         num_classes=len(dataset.classes),
         train_pictures=len(dataset.train.labels),

@@ -200,7 +200,7 @@ def _time_line(trainer: Trainer, tried: Tried, saving_seconds: float) -> str:
     # The last step of an epoch has fewer pictures: steps are weighed by them.
     step_seconds = tried.step_seconds * len(dataset.train) / (per_epoch * tried.step_pictures)
     scored = len(dataset.test) + (len(dataset.val) if dataset.val is not None else 0)
-    evaluation_seconds = tried.evaluation_seconds * scored / tried.score.count
+    evaluation_seconds = tried.evaluation_seconds * scored / tried.score.count / trainer.group.size
     total = steps * step_seconds + epochs * (evaluation_seconds + saving_seconds)
     left = f"{epochs} epochs of {per_epoch} steps" if not limited else f"{steps} steps (train.max_steps)"
     return (

@@ -15,6 +15,7 @@ from lowmem.choose.request import Choice, Request
 from lowmem.choose.session import AS_FAST, AUTO_BATCHES, follow_batch, request_of, settle_modes
 from lowmem.choose.shares import Shared, balance
 from lowmem.config import cards_of, for_process
+from lowmem.distributed.split import even_shares
 from lowmem.errors import Infeasible, UsageError
 from lowmem.settings import Settings
 
@@ -87,15 +88,20 @@ class Planner:
 
     def why_not(self, batch: int) -> Infeasible:
         """What the first process that could not met at an even share, where nothing fits."""
+        even = even_shares(batch, self.size)
 
         def words(rank: int) -> list[Any] | None:
             request = self.requests[rank]
-            error = self.plan(rank, batch // self.size, None, accumulate=request.allow_accumulation)
+            error = self.plan(rank, even[rank], None, accumulate=request.allow_accumulation)
             return [error.budget_bytes, error.least_bytes, error.what] if isinstance(error, Infeasible) else None
 
         failed = [(rank, one) for rank, one in enumerate(self.everyone(words)) if one is not None]
+        if not failed:
+            budget = min(self.everyone(lambda rank: self.requests[rank].budget.tensor_bytes))
+            what = "every card for itself, but none in a precision and memory format that all of them take"
+            return Infeasible(budget, budget + 1, what, "give --precision and --memory-format")
         rank, (budget, least, what) = failed[0]
-        return Infeasible(budget, least, f"process {rank} with {batch // self.size} pictures: {what}", "lower --batch")
+        return Infeasible(budget, least, f"process {rank} with {even[rank]} pictures: {what}", "lower --batch")
 
 
 def divide(planner: Planner, batch: int) -> Divided:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from lowmem.distributed.split import even_shares, weighted_shares
 
-ROUNDS = 5
+ROUNDS = 8
+_MOST_LOOKS = 40
 ALIKE = 1.02  # what differs by less than this, by prediction, is not known to differ
 
 Predict = Callable[[tuple[int, ...]], Sequence[float | None]]
@@ -33,40 +35,69 @@ class Shared:
 
 def balance(batch: int, size: int, predict: Predict) -> Shared | None:
     """The shares with the least predicted time. `predict`: seconds of every process for its share, None for one that it
-    does not fit (0 pictures take 0 s); costs up to `ROUNDS` calls and some to find what fits. None: nothing does.
+    does not fit (0 pictures take 0 s). Looks up to `ROUNDS` times at shares that fit, and at others to find what
+    fits. None: nothing does.
     """
-    shares, limits = even_shares(batch, size), [batch] * size
+    rooms = [_Room(batch) for _ in range(size)]
+    shares: tuple[int, ...] | None = even_shares(batch, size)
     best: Shared | None = None
     seen: set[tuple[int, ...]] = set()
-    while shares not in seen and len(seen) < ROUNDS + size * batch.bit_length():
+    rounds = 0
+    while shares is not None and shares not in seen and len(seen) < _MOST_LOOKS:
         seen.add(shares)
         seconds = predict(shares)
-        for rank, (share, taken) in enumerate(zip(shares, seconds, strict=True)):
-            if taken is None:
-                limits[rank] = min(limits[rank], share // 2)
+        for room, share, taken in zip(rooms, shares, seconds, strict=True):
+            room.learn(share, taken is not None)
         known = [taken for taken in seconds if taken is not None]
         if len(known) == size:
+            rounds += 1
             found = Shared(shares, tuple(known))
             if best is not None and found.step_seconds * ALIKE >= best.step_seconds:
                 return min(best, found, key=lambda one: one.step_seconds)
             best = found
             busy = [taken for share, taken in zip(shares, known, strict=True) if share]
-            if max(busy) <= ALIKE * min(busy) or len(seen) >= ROUNDS:
+            if max(busy) <= ALIKE * min(busy) or rounds >= ROUNDS:
                 return best
-        speeds = [share / taken if taken and share else None for share, taken in zip(shares, seconds, strict=True)]
-        told = [speed for speed in speeds if speed is not None]
-        usual = sum(told) / len(told) if told else 1.0
-        again = _limited(batch, [usual if speed is None else speed for speed in speeds], limits)
-        if again is None:
-            return best
-        shares = again
+        shares = _again(batch, shares, seconds, rooms)
     return best
 
 
-def _limited(batch: int, speeds: Sequence[float], limits: Sequence[int]) -> tuple[int, ...] | None:
-    """Shares in proportion to speeds, none above its limit; None if all limits together are too little."""
-    if sum(limits) < batch:
-        return None
+def _again(
+    batch: int, shares: tuple[int, ...], seconds: Sequence[float | None], rooms: Sequence[_Room]
+) -> tuple[int, ...] | None:
+    """The next shares to look at, by the speeds seen and the room there is; None if there is too little."""
+    speeds = [share / taken if taken and share else None for share, taken in zip(shares, seconds, strict=True)]
+    told = [speed for speed in speeds if speed is not None]
+    usual = sum(told) / len(told) if told else 1.0
+    wanted = [usual if speed is None else speed for speed in speeds]
+    for hope in (0.5, 0.75, 0.875, 1.0):  # of what is not known to fit and not known not to
+        limits = [room.limit(hope) for room in rooms]
+        if sum(limits) >= batch:
+            return _limited(batch, wanted, limits)
+    return None
+
+
+class _Room:
+    """What is known of the pictures that fit one process."""
+
+    def __init__(self, batch: int) -> None:
+        self._fits = 0
+        self._most, self._bounded = batch, False  # bounded: one more is known not to fit
+
+    def learn(self, share: int, fits: bool) -> None:
+        if fits:
+            self._fits = max(self._fits, share)
+        else:
+            self._most = min(self._most, share - 1)
+            self._bounded = True
+
+    def limit(self, hope: float) -> int:
+        """The largest share worth asking for."""
+        return self._fits + ceil((self._most - self._fits) * hope) if self._bounded else self._most
+
+
+def _limited(batch: int, speeds: Sequence[float], limits: Sequence[int]) -> tuple[int, ...]:
+    """Shares in proportion to speeds, none above its limit; all limits together are enough."""
     fixed: dict[int, int] = {}
     while True:
         free = [rank for rank in range(len(speeds)) if rank not in fixed]

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from lowmem.cli.lines import describe_epoch
 from lowmem.cli.printed import printable
+from lowmem.distributed.launch import is_led
 from lowmem.report import ReportResult
 from lowmem.report.departures import departures
 from lowmem.report.resources import HEADER as RESOURCES
@@ -113,6 +114,9 @@ class LiveObserver(Observer):
 @contextmanager
 def observer() -> Iterator[Observer]:
     """The observer that fits standard output."""
+    if is_led():  # another process of the run talks
+        yield Observer()
+        return
     shown: Observer = LiveObserver() if sys.stdout.isatty() else PlainObserver()
     try:
         yield shown

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from lowmem.distributed.launch import Launch
 from lowmem.distributed.reducer import Work
-from lowmem.errors import ExitCode, LowmemError, PeerLost
+from lowmem.errors import ExitCode, LowmemError, PeerLost, UsageError
 
 T = TypeVar("T")
 
 _MEETING_PAUSE_SECONDS = 0.02
+_PATIENCE = 6  # times the timeout
 
 
 class PeerError(LowmemError):
@@ -48,6 +49,7 @@ class Group:
     """One process that trains alone: everything it would say to others it says to itself."""
 
     rank = 0
+    local_rank = 0  # on this machine
     size = 1
     restarts = 0
     alone = True
@@ -114,8 +116,10 @@ class _Processes(Group):
 
     def __init__(self, launch: Launch, timeout: timedelta) -> None:
         self.rank, self.size, self.restarts = launch.rank, launch.size, launch.restarts
+        self.local_rank = launch.local_rank
         with _peers():
-            self._small = _new_group("gloo", timeout)
+            # Where processes wait for one that reads pictures or saves; one that is dead is known by its connection.
+            self._small = _new_group("gloo", _PATIENCE * timeout)
             self._norms = _new_group(None, timeout)
 
     def most(self, values: Sequence[int]) -> list[int]:
@@ -223,6 +227,8 @@ def _peers() -> Iterator[None]:
     """What the library says of a connection that broke or was waited for too long."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # all of torch.distributed's own are
         message = str(error).splitlines()[0][:200]
         late = ": if it only needs longer, raise train.peer_timeout_minutes" if "imed out" in message else ""
@@ -269,6 +275,8 @@ def join(launch: Launch | None, device: str, timeout_seconds: float) -> Iterator
         group.restarts = 0 if launch is None else launch.restarts
         yield group
         return
+    if dist.is_initialized():
+        raise UsageError("this process is in a process group already: a run makes its own, in a process of its own")
     timeout = timedelta(seconds=timeout_seconds)
     # Its buffers are memory of the card, for each channel; PCIe is full with two. The planner reckons with this.
     os.environ.setdefault("NCCL_MAX_NCHANNELS", "4")

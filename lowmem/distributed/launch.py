@@ -55,7 +55,7 @@ class Launch:
             os.environ["CUDA_VISIBLE_DEVICES"] = str(self.local_rank)
             return
         devices = [name.strip() for name in given.split(",") if name.strip()]
-        if not devices:
+        if not devices or devices[0] == "-1":
             return  # CUDA is switched off
         if self.local_rank >= len(devices):
             raise PreflightError(

@@ -6,6 +6,7 @@ next `lowmem train` takes it over instead of refusing it.
 
 from __future__ import annotations
 
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ _LOCK = frozenset({"run.lock", "run.owner.json"})
 JOB = "job.json"
 # There while a fork takes over rows and pictures of the old run; they are no work of this one.
 FORKING = "forking"
+# Of the other processes that train a run.
+_OTHER_PLAN = re.compile(r"plan-[0-9]+\.json")
 # What is written before the first checkpoint, and nothing else. The first event comes after it.
 _SETUP = _LOCK | {
     "config.yaml", "env.json", "plan.json", "metrics.csv", "steps.csv", "checkpoints", "weights", ".preflight",
@@ -30,6 +33,7 @@ def never_began(path: Path) -> bool:
     """Whether this is a run's folder that was left before the first checkpoint: no more in it than what is made till
     then, no row of a step, no checkpoint, whole or damaged, no weights."""
     names = {entry.name.removesuffix(PARTIAL) for entry in path.iterdir()}
+    names -= {name for name in names if _OTHER_PLAN.fullmatch(name)}
     if "run.lock" not in names or not names - ({"report"} if FORKING in names else set()) <= _SETUP:
         return False
     steps, saved, weights = path / "steps.csv", path / "checkpoints", path / "weights"

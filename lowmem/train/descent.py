@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lowmem.errors import OutOfMemory
@@ -33,28 +33,34 @@ class Descent:
         self._told_of_pressure = False
         self._interval_began = trainer.state.step
         self.found: str | None = None  # memory that runs short, in words
+        self._cause: Failure | None = None  # of the last step that failed, wherever
 
     def after(self, failure: Failure) -> bool:
         """Takes the next plan for a step that ran out of memory and was undone; False if there is none, or it was
-        not."""
+        not. Of several processes all do, if those that failed can."""
         rung = self._t.plan.next_rung() if self._t.plan else None
         if failure.final:
             return False
-        everyone = self._t.group.gather([None if failure.peer else asdict(failure), rung is not None])
-        failed = [(rank, Failure(**one), can) for rank, (one, can) in enumerate(everyone) if one is not None]
-        if not all(can for _, _, can in failed):
+        group, before = self._t.group, self._t.plan.budget_bytes if self._t.plan else None
+        sizes = {"old_budget_bytes": before, "new_budget_bytes": rung.budget_bytes if rung else None}
+        mine = None if failure.peer else {"failure": asdict(failure), "can": rung is not None, "sizes": sizes}
+        everyone = group.gather(mine and {**mine, "memory": held(self._t.meter.read())})
+        failed = [(rank, one) for rank, one in enumerate(everyone) if one is not None]
+        rank, first = failed[0]
+        self._cause = Failure(**first["failure"]) if rank == group.rank else _of_process(rank, first["failure"])
+        if not all(one["can"] for _, one in failed):
             return False
-        before = self._t.plan.budget_bytes if self._t.plan else None
-        after = rung.budget_bytes if rung else None  # none: there is enough here, another process was short
-        for rank, one, _ in failed:
-            who = {} if self._t.group.alone else {"process": rank}
-            self.tell(one, old_budget_bytes=before, new_budget_bytes=after, **who)
+        for rank, one in failed:
+            who = {} if group.alone else {"process": rank}
+            self.tell(Failure(**one["failure"]), memory=one["memory"], **one["sizes"], **who)
         if rung is not None:
-            rank, one, _ = failed[0]
-            where = "" if self._t.group.alone else f"process {rank}: "
-            self._take(rung, f"{where}{one.words} ({one.message})")
+            self._take(rung, f"{self._cause.words} ({self._cause.message})")
         self._record()
         return True
+
+    def cause(self, failure: Failure) -> Failure:
+        """Of a step that could not be made anywhere: the failure, or that of the process which had it."""
+        return self._cause if failure.peer and self._cause is not None else failure
 
     def evaluated(self, score: Callable[[int], T]) -> T | Failure:
         """`score(batch)` with the evaluation's batch, which out-of-memory halves for the rest of this process; a
@@ -79,8 +85,8 @@ class Descent:
             raise OutOfMemory(f"{done.words} twice ({done.message}); the last checkpoint stands: {self._way_out()}")
         return done
 
-    def tell(self, failure: Failure, **fields: Any) -> None:
-        """The event, with what holds the memory as far as the device tells."""
+    def tell(self, failure: Failure, *, memory: dict[str, Any] | None = None, **fields: Any) -> None:
+        """The event, with what holds the memory as far as the device tells (`memory`: of another process)."""
         state = self._t.state
         self._folder.event(
             "out-of-memory",
@@ -90,7 +96,7 @@ class Descent:
             epoch=state.epoch,
             step=state.step,
             **fields,
-            memory=held(self._t.meter.read()),
+            memory=held(self._t.meter.read()) if memory is None else memory,
         )
 
     def at_the_end(self, failure: Failure) -> OutOfMemory:
@@ -102,13 +108,20 @@ class Descent:
             stands = "the last checkpoint stands"
         else:
             why, stands = "and there is no smaller plan left", f"saved at epoch {state.epoch + 1}, step {state.step}"
-        memory = words(self._t.meter.read())
+        memory = "" if failure.peer else words(self._t.meter.read())
         return OutOfMemory(f"{failure.words} ({failure.message}), {why}{memory}; {stands}: {self._way_out()}")
 
     def interval(self, step: int, seconds: float) -> None:
         """Told of each stretch of training: `seconds` up to the count of steps `step`."""
+        if step == self._interval_began:
+            return
         self.found = self._pressure.interval(step - self._interval_began, seconds)
         self._interval_began = step
+
+    @property
+    def asks(self) -> bool:
+        """Whether memory runs short here, and that was not said in vain before."""
+        return self.found is not None and not (self._told_of_pressure and not (self._t.plan and self._t.plan.ladder))
 
     def under_pressure(self) -> bool:
         """Between two steps: takes the next plan if the last interval looked like it. True if it did. Of several
@@ -119,7 +132,8 @@ class Descent:
         found = found or "another process is short of it"
         rung = self._t.plan.next_rung() if self._t.plan else None
         before = self._t.plan.budget_bytes if self._t.plan else None
-        if rung is None and self._told_of_pressure and self._t.group.alone:
+        if rung is None and self._told_of_pressure:
+            self._record()
             return False
         self._told_of_pressure = rung is None
         self._folder.event(
@@ -162,6 +176,12 @@ class Descent:
         if self._t.plan is None:
             return f"free what others use, or give the run a plan with `lowmem resume {path} --vram 4G`"
         return f"free what others use and go on with `lowmem resume {path}`"
+
+
+def _of_process(rank: int, values: dict[str, Any]) -> Failure:
+    """Another one's, in its words."""
+    failure = Failure(**values)
+    return replace(failure, phase=f"{failure.phase} of process {rank}", peer=True)
 
 
 def reading(snapshot: Snapshot) -> Reading | None:

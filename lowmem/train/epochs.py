@@ -22,7 +22,7 @@ from lowmem.train.check import PlanCheck
 from lowmem.train.descent import Descent
 from lowmem.train.evaluate import Score, Sums, evaluate_sums
 from lowmem.train.interval import SaveInterval
-from lowmem.train.joint import Asked, require_alike
+from lowmem.train.joint import Asked, are_alike
 from lowmem.train.observer import Progress
 from lowmem.train.schedule import learning_rate, next_low_start
 from lowmem.train.signals import NAMES, StopSignals
@@ -112,7 +112,7 @@ class Loop:
         lr = self._lr(state.step)
         while isinstance(done := self.undo.attempt(lambda: self._try_step(lr)), Failure):
             if not self.descent.after(done):
-                self._give_up(done)
+                self._give_up(self.descent.cause(done))
             self._plan_changed()  # and the same step again
         totals, size = done
         self.sums += totals
@@ -133,7 +133,7 @@ class Loop:
         """What this process brings into a step of several."""
         name, leads = self.signals.requested, self.t.group.leads
         stop = 0 if name is None else 1 + NAMES.index(name)
-        return Asked(stop, leads and self.interval.due(self.state.step + 1), self.descent.found is not None)
+        return Asked(stop, leads and self.interval.due(self.state.step + 1), self.descent.asks)
 
     def _stop_agreed(self) -> bool:
         """Whether to leave after this step. What one process heard all know by then."""
@@ -257,6 +257,7 @@ class Loop:
             "val_loss": val.loss if val else None,
             "val_error_pct": val.error_pct if val else None,
         }
+        self._require_alike()
         self.watch.end_epoch(row)
         state.low_start = next_low_start(t.config, state.low_start, train_error)
         state.epoch += 1
@@ -268,9 +269,23 @@ class Loop:
         self._save()
         t.observer.epoch(row, t.config.train.epochs)
         self.watch.tell_stuck(self._finish)
-        require_alike(t.group, t.model)
         if self._heard(t.group.most([self._asked().stop])[0]) and state.epoch < t.config.train.epochs:
             self._leave()
+
+    def _require_alike(self) -> None:
+        """Before weights are saved: that all processes have the same. Cards of different kinds may round differently;
+        then all go on with rank 0's."""
+        t = self.t
+        if are_alike(t.group, t.model):
+            return
+        if t.execution.device == "cpu":
+            raise RuntimeError(
+                "the processes' weights have come apart, which is a fault of lowmem or of a machine; nothing of this "
+                f"epoch was saved: go on from before it with `lowmem resume {self.folder.path}`"
+            )
+        t.take_over_from_rank_0()
+        self.folder.event("warning", what="weights of the processes differed", step=self.state.step)
+        t.observer.warning("the processes' weights differed by rounding: all go on with those of process 0")
 
     def _score(self, pictures: Pictures) -> Score:
         """Of all processes together: each scores its part of the pictures."""
@@ -284,12 +299,12 @@ class Loop:
         mine = self.descent.evaluated(summed)
         if isinstance(mine, Failure) and t.group.alone:
             self._give_up(mine)
-        failed = mine.words if isinstance(mine, Failure) else None
+        failed = mine.message if isinstance(mine, Failure) else None
         sums = [mine.loss, mine.wrong, mine.count] if isinstance(mine, Sums) else None
         everyone = t.group.gather([failed, sums, self._asked().stop])
         for rank, (words, _, _) in enumerate(everyone):
             if words is not None:
-                self._give_up(Failure("evaluation", f"process {rank}: {words}"))
+                self._give_up(Failure(f"evaluation of process {rank}", words, peer=rank != t.group.rank))
         if any(one is None for _, one, _ in everyone):
             # The state is still that of the last step: a resume begins with this evaluation.
             self._heard(max(stop for _, _, stop in everyone))

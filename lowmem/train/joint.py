@@ -133,15 +133,14 @@ def share_checkpoint(group: Group, found: tuple[Checkpoint, Path] | None) -> tup
     return Checkpoint(step, model, optimizer, state), Path(path)
 
 
-def require_alike(group: Group, model: nn.Module) -> None:
-    """Raises RuntimeError if the processes' parameters or running statistics are not the same bits: sums over them
-    would mean nothing. Costs one pass over them."""
+def are_alike(group: Group, model: nn.Module) -> bool:
+    """Whether the processes' parameters and running statistics are the same bits: sums over them would mean nothing
+    else. Costs one pass over them."""
     if group.alone:
-        return
+        return True
     sums = torch.stack([_bits(tensor) for tensor in model.state_dict().values() if tensor.is_floating_point()]).tolist()
     everyone = group.gather(sums)
-    if any(one != everyone[0] for one in everyone):
-        raise RuntimeError("the processes' weights have come apart: this is a fault of lowmem or of a device")
+    return all(one == everyone[0] for one in everyone)
 
 
 @torch.no_grad()

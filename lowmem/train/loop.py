@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import Tensor, nn
 
 from lowmem.config import Config
@@ -19,10 +21,10 @@ from lowmem.runs.absent import AbsentFolder, AbsentSaver
 from lowmem.runs.saver import Saver
 from lowmem.runs.store import RunFolder
 from lowmem.train.epochs import Loop, Outcome
-from lowmem.train.joint import JointStep
+from lowmem.train.joint import JointStep, share_checkpoint
 from lowmem.train.observer import Observer
 from lowmem.train.signals import StopSignals
-from lowmem.train.state import RunState, capture
+from lowmem.train.state import RunState, capture, restore
 from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
 
 __all__ = ["Outcome", "Trainer"]
@@ -107,6 +109,14 @@ class Trainer:
             return pictures
         first, past = self.step.joint.split.part(len(pictures))
         return Pictures(pictures.images[first:past], pictures.labels[first:past])
+
+    def take_over_from_rank_0(self) -> None:
+        """Weights, statistics and momentum of all processes become rank 0's."""
+        found = (self.checkpoint(), Path()) if self.group.leads else None
+        shared = share_checkpoint(self.group, found)
+        assert shared is not None
+        if not self.group.leads:
+            restore(shared[0], self.model, self.optimizer, self.step.scaler, self.identity)
 
     def take(self, plan: Plan) -> None:
         """Goes on under another plan that computes the same (the ladder's: same micro-batch, precision, format)."""

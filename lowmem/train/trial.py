@@ -106,8 +106,10 @@ def try_step(trainer: Trainer, folder: RunFolder) -> Tried:
             before.restore()  # even where the update had begun
             release()
             if not descent.after(replace(done, final=False)):
-                descent.tell(done)
-                raise _out_of_memory(trainer, done)
+                cause = descent.cause(done)
+                descent.tell(cause)
+                with trainer.group.alike():
+                    raise _out_of_memory(trainer, cause)
         seconds, (totals, pictures) = done
         scored = _twice_if_quick(Group(), lambda: descent.evaluated(lambda size: _score(trainer, size)))
         if isinstance(scored, Failure):

@@ -57,6 +57,10 @@ class Watch:
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """Counts a whole epoch in (its row of metrics.csv), before the state's sums are cleared."""
         state = self._t.state
+        # Of several processes all judge by what rank 0 has measured.
+        state.share_log_sum, state.share_count, state.gradient_share = self._t.group.share(
+            [state.share_log_sum, state.share_count, state.gradient_share]
+        )
         self._found = stuck.end_epoch(
             state,
             self.chance,

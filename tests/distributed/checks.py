@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +23,23 @@ from torch.nn import functional as F
 from lowmem.cards import load_card
 from lowmem.choose.request import card_rates
 from lowmem.choose.simulated import StepShape, simulate_step
+from lowmem.config import Config, known_keys
+from lowmem.data import Dataset
 from lowmem.distributed import reducer as reducers
 from lowmem.distributed.group import Group, PeerError, join
 from lowmem.distributed.launch import Launch
 from lowmem.distributed.reducer import Work
 from lowmem.distributed.split import Split, even_shares
-from lowmem.errors import UsageError
+from lowmem.errors import OutOfMemory, UsageError
 from lowmem.measure.tensors import TensorMeter
+from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.absent import AbsentFolder
-from lowmem.train.joint import require_alike
+from lowmem.runs.store import RunFolder
+from lowmem.settings import Settings, to_yaml
+from lowmem.train.joint import are_alike
 from lowmem.train.loop import Trainer
+from lowmem.train.pressure import Pressure
+from lowmem.train.step import Execution
 from lowmem.train.survive import Undo
 from tests.distributed import small
 from tests.faults.injection import Scarce, scarce_step
@@ -39,8 +48,8 @@ Check = Callable[[Group], None]
 
 
 def _shares(group: Group) -> tuple[tuple[int, ...], ...]:
-    """Even ones, and ones as unlike as can be with a process that has nothing."""
-    unlike = (0, 5, 7) if group.size == 3 else (5, 7) if group.size == 2 else (0, 2, 3, 7)
+    """Even ones, and unlike ones; among four a process that has nothing."""
+    unlike = (5, 7) if group.size == 2 else (0, 2, 3, 7)
     return even_shares(small.BATCH, group.size), unlike
 
 
@@ -105,7 +114,7 @@ def gradients_are_the_sum_of_the_slices(group: Group) -> None:
             buffers = dict(ours.model.named_buffers())
             for name, expected in statistics.items():
                 torch.testing.assert_close(buffers[name], expected, rtol=1e-6, atol=1e-7)
-            require_alike(group, ours.model)
+            assert are_alike(group, ours.model)
 
 
 def norms_over_all_pictures_equal_one_process(group: Group) -> None:
@@ -125,7 +134,7 @@ def norms_over_all_pictures_equal_one_process(group: Group) -> None:
                 torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-10 * scale)
         for name, tensor in ours.model.state_dict().items():
             torch.testing.assert_close(tensor, one.model.state_dict()[name], rtol=1e-8, atol=1e-12)
-        require_alike(group, ours.model)
+        assert are_alike(group, ours.model)
 
 
 def gradients_are_summed_once_and_during_the_backward_pass(group: Group) -> None:
@@ -163,39 +172,126 @@ def gradients_are_summed_once_and_during_the_backward_pass(group: Group) -> None
         assert "sum" not in happened[: last - 1], "no sum before the last micro-batch"
 
 
-def out_of_memory_in_one_process(group: Group) -> None:
-    """Wherever it strikes, all undo the step, take a smaller plan and repeat it: the run ends as if it had not."""
-    data = small.dataset()
+def mixed_precision_channels_last_and_micro_batches(group: Group) -> None:
+    """All at once, against autograd on the untouched model, slice by slice: the same bits for two processes."""
+    data = small.dataset(pictures=2 * small.BATCH + 3)
+    settings = small.config(micro_batch=2)
+    execution = Execution("cpu", "amp", "channels-last")
+    split = Split(even_shares(small.BATCH, group.size), group.rank, (2,) * group.size)
+    for step in (0, 2):
+        ours = small.trainer(group, settings, data, split, execution=execution)
+        gradients, totals = _step(ours, 0, step)
+        summed: dict[str, Tensor] = {}
+        sums = torch.zeros(2, dtype=torch.float64)
+        for rank in range(group.size):
+            alone = small.trainer(Group(), settings, data, execution=execution)
+            images, labels, size = alone.next_batch(0, step)
+            first, past = split.part(size, rank)
+            if first == past:
+                continue
+            found: dict[str, Tensor] = {}
+            named = list(alone.model.named_parameters())
+
+            def look(found: dict[str, Tensor] = found, named: Any = named) -> None:
+                found.update({name: p.grad.clone() for name, p in named})
+
+            sums += alone.step(images[first:past], labels[first:past], 0.05, look, size)
+            for name, gradient in found.items():
+                summed[name] = summed[name] + gradient if name in summed else gradient
+        torch.testing.assert_close(totals, sums)
+        for name, gradient in gradients.items():
+            assert torch.equal(gradient, summed[name]) or group.size > 2, (name, step)
+
+
+def out_of_memory(group: Group) -> None:
+    """Wherever it strikes, all undo the step, take a smaller plan and repeat it: the run ends as if it had not. In the
+    last process, in rank 0, in all of them, and in the same step twice."""
+    data, last = small.dataset(), group.size - 1
     for sync_bn in (False, True):
         settings = small.config(sync_bn=sync_bn)
-        reference = _trained(group, settings, data, set())
-        for count in (1, 8, 30, 60, 90, 120)[:: 6 if group.size > 2 else 1]:
-            t = _trained(group, settings, data, {count})
+        reference = _trained(group, settings, data, set(), ())
+        cases = [({count}, (last,), 1) for count in (1, 8, 30, 60, 90, 120)]
+        cases += [({25}, (0,), 1), ({25}, tuple(range(group.size)), 1), ({40}, (last,), 2)]
+        for fail_at, ranks, failures in cases if group.size == 2 else cases[4:]:
+            t = _trained(group, settings, data, fail_at, ranks, failures)
             assert t.plan is not None
-            assert not t.plan.ladder, f"nobody took the smaller plan (allocation {count})"
-            for name, tensor in t.model.state_dict().items():
-                assert torch.equal(tensor, reference.model.state_dict()[name]), f"{name}, allocation {count}"
-            for parameter, other in zip(t.model.parameters(), reference.model.parameters(), strict=True):
-                left, right = (one.optimizer.state[p] for one, p in ((t, parameter), (reference, other)))
-                assert torch.equal(left["momentum_buffer"], right["momentum_buffer"])
+            assert len(t.plan.ladder) == 2 - failures, (fail_at, ranks, failures)
+            _assert_same_training(t, reference)
 
 
-def _trained(group: Group, settings: Any, data: Any, fail_at: set[int]) -> Trainer:
-    """A run whose last process fails at these allocations of its second step."""
+def memory_that_runs_short_in_one_process(group: Group) -> None:
+    """All take the smaller plan at the same step, and go on."""
+    data = small.dataset()
+    reference = _trained(group, small.config(), data, set(), ())
+    told = 0
+
+    def interval(self: Pressure, steps: int, seconds: float) -> str | None:
+        nonlocal told
+        told += 1
+        return "it is made up" if told == 1 and group.rank == 1 else None
+
+    with mock.patch.object(Pressure, "interval", interval):
+        t = _trained(group, small.config(), data, set(), ())
+    assert t.plan is not None
+    assert len(t.plan.ladder) == 1
+    _assert_same_training(t, reference)
+
+
+def a_loss_that_breaks_in_one_process(group: Group) -> None:
+    """All go back to the checkpoint that rank 0 has, with half the rate, and end alike."""
+    settings, data = small.config(epochs=2), small.dataset()
+    t = small.trainer(group, settings, data)
+    fetch, broken = t.batches.batch, 0
+
+    def batch(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        nonlocal broken
+        images, labels = fetch(*arguments, **named)
+        if group.rank == 1 and t.state.step == 2 and not broken:
+            broken += 1
+            images = images * float("nan")
+        return images, labels
+
+    t.batches.batch = batch  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "run"
+        if group.leads:
+            values = Settings(settings, dict.fromkeys(known_keys(), "test"))
+            folder: RunFolder = RunFolder.create(path, to_yaml(values), {})
+            checkpoints.save(folder.checkpoints, t.checkpoint(), keep=2)
+        else:
+            folder = AbsentFolder(path)
+        with folder:
+            outcome = t.run(folder)
+    assert outcome.finished
+    assert (t.state.rollbacks, t.state.lr_scale, t.state.step) == (1, 0.5, 6)
+    assert are_alike(group, t.model)
+    assert all(bool(torch.isfinite(one).all()) for one in t.model.parameters())
+
+
+def _assert_same_training(t: Trainer, reference: Trainer) -> None:
+    for name, tensor in t.model.state_dict().items():
+        assert torch.equal(tensor, reference.model.state_dict()[name]), name
+    for parameter, other in zip(t.model.parameters(), reference.model.parameters(), strict=True):
+        left, right = (one.optimizer.state[p] for one, p in ((t, parameter), (reference, other)))
+        assert torch.equal(left["momentum_buffer"], right["momentum_buffer"])
+
+
+def _trained(
+    group: Group, settings: Config, data: Dataset, fail_at: set[int], ranks: tuple[int, ...], failures: int = 1
+) -> Trainer:
+    """A run whose processes `ranks` fail at these allocations of its second step, so often."""
     shares = even_shares(small.BATCH, group.size)
     first, second = (small.plan(one, shares[group.rank], shares) for one in small.schedules().values())
-    plan = small.plan(first.schedule, shares[group.rank], shares, ladder=(second,))
+    plan = small.plan(first.schedule, shares[group.rank], shares, ladder=(second, first))
     t = small.trainer(group, settings, data, Split(shares, group.rank), plan)
-    fails = group.rank == group.size - 1 and bool(fail_at)
-    with scarce_step(t, Scarce(fail_at if fails else set()), step=1):
+    fails = group.rank in ranks
+    with scarce_step(t, Scarce(fail_at if fails else set()), step=1, failures=failures if fails else 0):
         t.run(AbsentFolder(Path("nowhere")))
     return t
 
 
 def out_of_memory_without_a_smaller_plan(group: Group) -> None:
     """All give up, none hangs."""
-    from lowmem.errors import OutOfMemory
-
     data, shares = small.dataset(), even_shares(small.BATCH, group.size)
     plan = small.plan(next(iter(small.schedules().values())), shares[group.rank], shares)
     t = small.trainer(group, small.config(), data, Split(shares, group.rank), plan)
@@ -205,6 +301,7 @@ def out_of_memory_without_a_smaller_plan(group: Group) -> None:
             t.run(AbsentFolder(Path("nowhere")))
     except OutOfMemory as error:
         assert "no smaller plan left" in str(error)  # noqa: PT017
+        assert (f"of process {group.size - 1}" in str(error)) is not fails  # noqa: PT017
     else:
         raise AssertionError("it went on")
 
@@ -235,15 +332,13 @@ def simulated_memory_is_what_a_step_takes(group: Group) -> None:
 
 def weights_that_come_apart_are_seen(group: Group) -> None:
     t = small.trainer(group, small.config(), small.dataset())
-    require_alike(group, t.model)
+    assert are_alike(group, t.model)
     with torch.no_grad():
         if group.rank == 1:
             next(t.model.parameters()).view(-1)[0].mul_(1 + 1e-6)
-    try:
-        require_alike(group, t.model)
-    except RuntimeError:
-        return
-    raise AssertionError("one bit differs, and nobody said so")
+    assert not are_alike(group, t.model)
+    t.take_over_from_rank_0()
+    assert are_alike(group, t.model)
 
 
 def what_one_says_all_hear(group: Group) -> None:
@@ -283,22 +378,24 @@ CHECKS: dict[str, Check] = {
         what_one_says_all_hear,
         an_error_of_one_is_everyones,
         gradients_are_the_sum_of_the_slices,
+        mixed_precision_channels_last_and_micro_batches,
         norms_over_all_pictures_equal_one_process,
         gradients_are_summed_once_and_during_the_backward_pass,
         weights_that_come_apart_are_seen,
         simulated_memory_is_what_a_step_takes,
-        out_of_memory_in_one_process,
+        out_of_memory,
         out_of_memory_without_a_smaller_plan,
+        memory_that_runs_short_in_one_process,
+        a_loss_that_breaks_in_one_process,
     )
 }
-
 
 # What does not depend on how many there are, two show; four take their time on two cores.
 BY_FOUR = (
     "what_one_says_all_hear",
     "gradients_are_the_sum_of_the_slices",
     "norms_over_all_pictures_equal_one_process",
-    "out_of_memory_in_one_process",
+    "out_of_memory",
 )
 
 

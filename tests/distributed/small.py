@@ -17,6 +17,7 @@ from lowmem.train.observer import Observer
 from lowmem.train.step import Execution
 
 BATCH = 12
+FP32 = Execution("cpu", "fp32", "contiguous")
 
 
 def dataset(pictures: int = 30) -> Dataset:
@@ -65,9 +66,9 @@ def trainer(
     split: Split | None = None,
     plan: Plan | None = None,
     dtype: torch.dtype = torch.float32,
+    execution: Execution = FP32,
 ) -> Trainer:
     spec = settings.model
     model = build(spec.arch, spec.block, width=spec.width, num_classes=10, seed=1).to(dtype)
-    execution = Execution("cpu", "fp32", "contiguous")
     identity = {"settings": "", "data": data.fingerprint}
     return Trainer(settings, model, data, execution, identity, Observer(), plan, group, split)

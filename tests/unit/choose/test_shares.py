@@ -83,11 +83,22 @@ def test_never_worse_than_even_shares_and_soon_found(batch: int, costs: list[tup
     assert looks <= ROUNDS
 
 
+def test_as_much_as_fits_and_not_half_of_it() -> None:
+    found = balance(128, 2, seconds((0, 0.005, 60), (0, 0.020, 999)))
+    assert found is not None
+    assert found.shares == (60, 68)
+    tight = balance(32, 2, seconds((0, 0.01, 15), (0, 0.01, 20)))
+    assert tight is not None
+    assert sum(tight.shares) == 32
+    assert tight.shares[0] <= 15
+
+
 @given(st.integers(2, 200), st.lists(st.integers(0, 120), min_size=2, max_size=5))
-def test_limits_are_held(batch: int, limits: list[int]) -> None:
+def test_what_fits_is_found(batch: int, limits: list[int]) -> None:
+    """Also where nearly every picture of room is needed."""
     found = balance(batch, len(limits), seconds(*((0.01, 0.01, most) for most in limits)))
-    if found is not None:
+    if found is None:
+        assert sum(limits) < batch
+    else:
         assert sum(found.shares) == batch
         assert all(share <= most for share, most in zip(found.shares, limits, strict=True))
-    else:
-        assert sum(limits) < 2 * batch + len(limits)  # halves are tried, not every number
