@@ -138,6 +138,16 @@ def test_a_planned_run_goes_on_with_its_plans(planned: Path, tmp_path: Path) -> 
     assert len(losses(run)) == 6
 
 
+def test_a_fork_of_a_planned_run_is_planned_for_one_process(planned: Path, tmp_path: Path) -> None:
+    """Not with one process's plan, which would be accumulation."""
+    said = alone(
+        "fork", str(planned), "--at", "last", "--set", "optim.lr=0.01", "--out", str(tmp_path / "fork"), "--dry-run"
+    )
+    assert "plan: batch 32, fp32" in said
+    assert "micro-batches" not in said
+
+
+@pytest.mark.slow
 def test_a_planned_run_of_two_goes_on_as_one(planned: Path, tmp_path: Path) -> None:
     run, output = resumed(planned, tmp_path, 1, "--set", "train.max_steps=6")
     assert "saved by 2 processes, going on with 1 process: the same pictures in the same order" in output
@@ -176,7 +186,7 @@ def test_one_process_goes_on_as_two(tmp_path: Path) -> None:
     assert losses(run) == pytest.approx(losses(one), rel=2e-3)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_process_takes_the_others_down_and_all_are_started_again(
     rank: int, whole: Path, tmp_path: Path
 ) -> None:
