@@ -22,7 +22,7 @@ from lowmem.train.check import PlanCheck
 from lowmem.train.descent import Descent
 from lowmem.train.evaluate import Score, Sums, evaluate_sums
 from lowmem.train.interval import SaveInterval
-from lowmem.train.joint import Asked, are_alike
+from lowmem.train.joint import Asked
 from lowmem.train.observer import Progress
 from lowmem.train.schedule import learning_rate, next_low_start
 from lowmem.train.signals import NAMES, StopSignals
@@ -257,7 +257,7 @@ class Loop:
             "val_loss": val.loss if val else None,
             "val_error_pct": val.error_pct if val else None,
         }
-        self._require_alike()
+        t.keep_alike(self.folder)
         self.watch.end_epoch(row)
         state.low_start = next_low_start(t.config, state.low_start, train_error)
         state.epoch += 1
@@ -271,21 +271,6 @@ class Loop:
         self.watch.tell_stuck(self._finish)
         if self._heard(t.group.most([self._asked().stop])[0]) and state.epoch < t.config.train.epochs:
             self._leave()
-
-    def _require_alike(self) -> None:
-        """Before weights are saved: that all processes have the same. Cards of different kinds may round differently;
-        then all go on with rank 0's."""
-        t = self.t
-        if are_alike(t.group, t.model):
-            return
-        if t.execution.device == "cpu":
-            raise RuntimeError(
-                "the processes' weights have come apart, which is a fault of lowmem or of a machine; nothing of this "
-                f"epoch was saved: go on from before it with `lowmem resume {self.folder.path}`"
-            )
-        t.take_over_from_rank_0()
-        self.folder.event("warning", what="weights of the processes differed", step=self.state.step)
-        t.observer.warning("the processes' weights differed by rounding: all go on with those of process 0")
 
     def _score(self, pictures: Pictures) -> Score:
         """Of all processes together: each scores its part of the pictures."""

@@ -21,7 +21,7 @@ from lowmem.runs.absent import AbsentFolder, AbsentSaver
 from lowmem.runs.saver import Saver
 from lowmem.runs.store import RunFolder
 from lowmem.train.epochs import Loop, Outcome
-from lowmem.train.joint import JointStep, share_checkpoint
+from lowmem.train.joint import JointStep, are_alike, share_checkpoint
 from lowmem.train.observer import Observer
 from lowmem.train.signals import StopSignals
 from lowmem.train.state import RunState, capture, restore
@@ -109,6 +109,20 @@ class Trainer:
             return pictures
         first, past = self.step.joint.split.part(len(pictures))
         return Pictures(pictures.images[first:past], pictures.labels[first:past])
+
+    def keep_alike(self, folder: RunFolder) -> None:
+        """Before weights are saved: that all processes have the same. Cards of different kinds may round differently;
+        then all go on with rank 0's. Raises RuntimeError on the CPU, where that is a fault."""
+        if are_alike(self.group, self.model):
+            return
+        if self.execution.device == "cpu":
+            raise RuntimeError(
+                "the processes' weights have come apart, which is a fault of lowmem or of a machine; nothing of this "
+                f"epoch was saved: go on from before it with `lowmem resume {folder.path}`"
+            )
+        self.take_over_from_rank_0()
+        folder.event("warning", what="weights of the processes differed", step=self.state.step)
+        self.observer.warning("the processes' weights differed by rounding: all go on with those of process 0")
 
     def take_over_from_rank_0(self) -> None:
         """Weights, statistics and momentum of all processes become rank 0's."""

