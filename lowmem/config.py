@@ -154,7 +154,8 @@ class TrainConfig(_Section):
         description="several processes: batch norm over the whole batch, as in one process, not over each one's part",
     )
     peer_timeout_minutes: PositiveFloat = Field(
-        default=10.0, description="several processes: give up one that does not answer for so long"
+        default=10.0,
+        description="several processes: give up one that does not answer for so long; a resume wants it again",
     )
     tensorboard: bool = Field(default=False, description="write TensorBoard event files while the run is trained")
 

@@ -231,8 +231,10 @@ def _peers() -> Iterator[None]:
         raise
     except RuntimeError as error:  # all of torch.distributed's own are
         message = str(error).splitlines()[0][:200]
-        late = ": if it only needs longer, raise train.peer_timeout_minutes" if "imed out" in message else ""
-        raise PeerLost(f"another process of the run is gone or does not answer ({message}{late})") from None
+        late = ", or raise train.peer_timeout_minutes if it only needs longer" if "imed out" in message else ""
+        raise PeerLost(
+            f"another process of the run is gone or does not answer ({message}): see what it said{late}"
+        ) from None
 
 
 def meet(store: dist.Store, launch: Launch, timeout: timedelta) -> dist.Store:

@@ -376,7 +376,7 @@ class Loop:
                 self.folder.event("peer-lost", what=str(lost), epoch=self.state.epoch, step=self.state.step)
                 self.saver.finish(lambda: True)
                 stands = f"saved at epoch {self.state.epoch + 1}, step {self.state.step}"
-        said = PeerLost(f"{lost}; {stands}: see what it said, then `lowmem resume {self.folder.path}`")
+        said = PeerLost(f"{lost}; {stands}: `lowmem resume {self.folder.path}` goes on from there")
         said.dismissed = self.signals.requested is not None
         raise said from None
 

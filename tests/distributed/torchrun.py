@@ -21,8 +21,11 @@ class Torchrun:
         self.log = folder / "torchrun.log"
         self._file = open(self.log, "w", encoding="utf-8")  # noqa: SIM115
         head = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        head += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--max-restarts={max_restarts}"]
+        head += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=localhost"]
+        head += [f"--max-restarts={max_restarts}"]
         path = {"PYTHONPATH": str(ROOT)}
+        if sys.platform == "linux":
+            path["GLOO_SOCKET_IFNAME"] = "lo"
         self._process = subprocess.Popen(
             [*head, "-m", *arguments], cwd=folder, env=environment() | path, stdout=self._file, stderr=self._file
         )
