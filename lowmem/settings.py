@@ -193,7 +193,7 @@ def to_yaml(settings: Settings) -> str:
             lines.append(f"{head}:")
         # The dumper of the library that reads it back knows how to quote; it ends scalars with a document mark.
         text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-        text = text.removesuffix("...\n").strip()
+        text = text.removesuffix("...\n").strip(" \n")  # and no other blank: it may be a value
         indent = "  " if head else ""
         lines.append(f"{indent}{name}: {text}  # {settings.sources.get(key, 'default')}")
     return "\n".join(lines) + "\n"

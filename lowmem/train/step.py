@@ -146,8 +146,7 @@ class TrainStep:
         with self.execution.autocast():
             logits = self.model(x)
         # In fp32 at least outside autocast, and as a sum: the last micro-batch may be smaller than the others.
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        loss = F.cross_entropy(wide, y, reduction="sum")
+        loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), y, reduction="sum")
         self.phase = "backward"
         self.scaler.scale(loss / size).backward()
         totals[0] += loss.detach().double()

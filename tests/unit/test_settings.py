@@ -116,3 +116,10 @@ def test_config_is_frozen_and_flat_names_are_dotted() -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3  # type: ignore[misc]
     assert all(key == "recipe" or key == "seed" or key.count(".") == 1 for key in flatten(config))
+
+
+def test_a_value_that_is_a_blank_survives(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    settings = gather(flags={"data.cache": "\xa0"})
+    path.write_text(to_yaml(settings), encoding="utf-8")
+    assert from_yaml(path).config.data.cache == "\xa0"
