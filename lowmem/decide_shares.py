@@ -226,9 +226,10 @@ def changed_words(before: int, group: Group, config: Config) -> str:
     told = f"saved by {_count(before)}, going on with {_count(group.size)}: {stays}"
     if config.train.sync_bn:
         return f"{told}; sums have another rounding, so that from here on it is not bit for bit the run that it was"
+    sees = "the whole batch at once" if group.alone else "each process's own pictures"
     return (
-        f"{told}; but batch norm now sees the pictures of each process, so that from here on gradients are not those "
-        "that the run would have had"
+        f"{told}; but batch norm now sees {sees}, so that from here on gradients are not those that the run would have "
+        "had"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -42,6 +43,8 @@ def launched(observer: Observer | None, device: str = "auto") -> tuple[Launch | 
         return None, observer or Observer()
     if device != "cpu":
         launch.take_device()
+    if launch.rank > 0 and launch.local_rank == 0:  # the first on a machine that would say nothing at all
+        print(f"process {launch.rank} of {launch.size}: process 0 tells how it goes", flush=True)
     return launch, observer or Observer() if launch.rank == 0 else Observer()
 
 
@@ -76,12 +79,24 @@ def require_pictures(group: Group, config: Config) -> None:
 
 def share_settings(group: Group, read: Callable[[], Settings]) -> Settings:
     """What `read` gives in rank 0, in every process."""
-    mine = group.lead(read, None)
+    mine = group.lead(lambda: _read_here(group, read), None)
     told = group.share(None if mine is None else [flatten(mine.config), dict(mine.sources)])
     if mine is not None:
         return mine
     values, sources = told
     return Settings(Config.model_validate(nest(values)), sources)
+
+
+def _read_here(group: Group, read: Callable[[], Settings]) -> Settings:
+    try:
+        return read()
+    except UsageError as error:
+        if group.alone:
+            raise
+        raise UsageError(
+            f"{error} (looked for by process 0, on {socket.gethostname()}: with several machines the one that has the "
+            "run must be rank 0, by `torchrun --node-rank=0 --master-addr=HOST`, or the folder must be a shared one)"
+        ) from None
 
 
 def load_data(group: Group, config: Config, observer: Observer) -> Dataset:

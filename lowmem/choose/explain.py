@@ -118,13 +118,19 @@ def in_full(choice: Choice) -> str:
 def _why(choice: Choice) -> list[str]:
     plan = choice.plan
     flops = plan.predicted.extra_flops or 0
+    head = (
+        f"Batch {plan.batch}, {plan.precision}, {plan.memory_format}: {cost(plan)}; seconds are {choice.seconds_from}."
+    )
+    fits = choice.plain.estimate.peak_allocated_bytes <= choice.budget.tensor_bytes
+    if fits and not flops and plan.exact:
+        return [head, "The plain step fits too: nothing has to be computed again for the memory's sake."]
     lines = [
-        f"Batch {plan.batch}, {plan.precision}, {plan.memory_format}: {cost(plan)}; seconds are {choice.seconds_from}.",
+        head,
         "A training step keeps what every layer computed until the way back through the network has used it; that is",
         "what fills a card. This plan keeps a part of it and computes the rest again when it is needed",
         f"(rematerialization: {flops / 1e9:,.0f} GFLOP more a step). Loss and gradients stay the same.",
     ]
-    if choice.plain.estimate.peak_allocated_bytes <= choice.budget.tensor_bytes:
+    if fits:
         lines.append("Here the plain step fits too: nothing has to be computed again for the memory's sake.")
     if not plan.exact:
         lines.append(f"CAUTION: {inexact(plan)}.")

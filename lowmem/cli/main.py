@@ -16,6 +16,10 @@ from lowmem.distributed.launch import is_led, leave, linger, report_failure
 from lowmem.errors import ExitCode, Interrupted, LowmemError, PeerLost, UsageError
 from lowmem.reading import shorten
 
+# Before a process leaves that is not the one to speak: torchrun ends the others as soon as it sees one gone.
+_AFTER_OTHERS_SECONDS = 5.0
+_AFTER_SIGNAL_SECONDS = 1.0
+
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command and leaves with its code. A traceback is only shown for a bug (code 1)."""
@@ -50,6 +54,7 @@ def _run(arguments: list[str] | None) -> int:
         # The usage errors of the library under typer: unknown options, missing arguments.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             if is_led():
+                linger(_AFTER_OTHERS_SECONDS)
                 return ExitCode.USAGE
             return _fail(f"{error.format_message()} (see `{_path(error)} --help`)", ExitCode.USAGE)
         report_failure(error)
@@ -59,13 +64,14 @@ def _run(arguments: list[str] | None) -> int:
 def _lowmem_error(error: LowmemError) -> int:
     """Of several processes of a run, one says what all of them met; one that failed by itself says which it is."""
     if is_led() and (error.told or isinstance(error, UsageError)):  # all were typed alike
+        linger(_AFTER_SIGNAL_SECONDS if isinstance(error, Interrupted) else _AFTER_OTHERS_SECONDS)
         return int(error.exit_code)
     if not isinstance(error, Interrupted | PeerLost):  # nobody's failure, or another's
-        report_failure(error)
+        report_failure(error.with_traceback(None))  # the message is all a user needs
     who = f"process {os.environ['RANK']}: " if is_led() else ""
     code = _fail(f"{who}{error}", error.exit_code)
     if isinstance(error, PeerLost) and not error.dismissed:
-        linger()
+        linger(_AFTER_OTHERS_SECONDS)
     return code
 
 

@@ -230,7 +230,7 @@ def _peers() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # all of torch.distributed's own are
-        message = str(error).splitlines()[0][:200]
+        message = str(error).splitlines()[0].partition(". ")[0][:200]
         late = ", or raise train.peer_timeout_minutes if it only needs longer" if "imed out" in message else ""
         raise PeerLost(
             f"another process of the run is gone or does not answer ({message}): see what it said{late}"

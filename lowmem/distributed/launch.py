@@ -88,9 +88,9 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def linger(seconds: float = 5.0) -> None:
-    """Before this process leaves because another one is gone: torchrun looks for the first to have failed, and should
-    find that one. It ends this process when it has."""
+def linger(seconds: float) -> None:
+    """Before this process leaves although another one has the say: torchrun looks for the first to have failed, and ends
+    all others as soon as it has found one. It ends this process when it has found the right one."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         time.sleep(seconds)
 

@@ -73,7 +73,7 @@ class Trainer:
             std=dataset.std,
             device=execution.device,
         )
-        self.state = RunState()
+        self.state = RunState(processes=self.group.size)
         self.meter = Meter(execution.device)
 
     def _join(self, split: Split | None) -> JointStep:

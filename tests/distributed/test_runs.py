@@ -197,6 +197,7 @@ def test_a_killed_process_takes_the_others_down_and_all_are_started_again(
     assert run.wait() == 0, run.output
     assert "started again after a failure (restart 1): going on with" in run.output
     assert len(events(path, "resume")) == 1
+    assert not events(path, "warning"), "as many processes as before"
     assert_same_run(path, whole)
 
 
