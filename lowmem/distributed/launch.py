@@ -89,8 +89,8 @@ def leave(code: int) -> NoReturn:
 
 
 def linger(seconds: float) -> None:
-    """Before this process leaves although another one has the say: torchrun looks for the first to have failed, and ends
-    all others as soon as it has found one. It ends this process when it has found the right one."""
+    """Before this process leaves although another one has the say: torchrun looks for the first to have failed, and
+    ends all others as soon as it has found one. It ends this process when it has found the right one."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         time.sleep(seconds)
 
