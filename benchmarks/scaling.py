@@ -75,8 +75,8 @@ def main() -> None:
     text = ["# Several processes on one machine's processor", "", sentence(before), "", *_said()]
     for name in NETWORKS:
         text += ["", f"{name}, effective batch {NETWORKS[name]['batch']}:", ""]
-        text += table(_HEADER, [_cells(row) for row in rows if row["network"] == name])
-    write("scaling", record, "\n".join(text) + "\n")
+        text.append(table(_HEADER, [_cells(row) for row in rows if row["network"] == name]))
+    write(RESULTS, "scaling", record, "\n".join(text))
     print(f"written: {RESULTS / 'scaling.md'}")
 
 
