@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowmem.plan.exchange import ALONE_BYTES, PACK_BYTES
+from lowmem.plan.exchange import arrange
 
 
 class Work(Protocol):
@@ -52,7 +52,8 @@ class Reducer:
     """The gradients of one network. `stages`: the parameters of every stage of the chain, in forward order.
 
     `buffers`: running statistics, of which every process gets the mean, weighted by its pictures; so that all have the
-    same after every step. `start` begins the sum of a contiguous tensor over all processes, in place.
+    same after every step. `start` begins the sum of a contiguous tensor over all processes, in place. Raises
+    ValueError for parameters of more than one dtype.
     """
 
     def __init__(
@@ -61,8 +62,15 @@ class Reducer:
         self._stages = [[one for one in stage if one.requires_grad] for stage in stages]
         self._buffers = [one for one in buffers if one.is_floating_point() and one.numel()]
         self._start = start
-        self.messages = messages([one for stage in reversed(self._stages) for one in stage])
+        ordered = [one for stage in reversed(self._stages) for one in stage]
+        if len({one.dtype for one in ordered}) > 1:
+            raise ValueError("parameters of different dtypes cannot go in one pack")
+        self.messages = tuple(
+            Message(tuple(ordered[place] for place in parcel.places), parcel.packed)
+            for parcel in arrange([one.numel() * one.element_size() for one in ordered])
+        )
         self._packs = [message for message in self.messages if message.packed]
+        self._alone = {id(message.parameters[0]) for message in self.messages if not message.packed}
         self._rest()
 
     def _rest(self) -> None:
@@ -116,7 +124,7 @@ class Reducer:
         self._rest()
 
     def _take(self, parameter: Tensor) -> None:
-        if _stands_alone(parameter):
+        if id(parameter) in self._alone:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             self._send(_flat(parameter.grad))
@@ -145,30 +153,3 @@ class Reducer:
 def _flat(tensor: Tensor) -> Tensor:
     """The same memory as one dimension, whatever the memory format: collectives want contiguous tensors."""
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-
-
-def _stands_alone(parameter: Tensor) -> bool:
-    return parameter.numel() * parameter.element_size() >= ALONE_BYTES
-
-
-def messages(parameters: Sequence[Tensor]) -> tuple[Message, ...]:
-    """The parameters in the order in which their gradients are complete -> messages in the order in which they are
-    sent: a pack once it is full, a large gradient at once, also between those of a pack."""
-    sent: list[tuple[int, Message]] = []
-    pack: list[tuple[int, Tensor]] = []
-
-    def close() -> None:
-        if pack:
-            sent.append((pack[-1][0], Message(tuple(one for _, one in pack), packed=True)))
-            pack.clear()
-
-    for place, parameter in enumerate(parameters):
-        if _stands_alone(parameter):
-            sent.append((place, Message((parameter,), packed=False)))
-            continue
-        size = sum(one.numel() * one.element_size() for _, one in pack) + parameter.numel() * parameter.element_size()
-        if pack and (size > PACK_BYTES or parameter.dtype != pack[0][1].dtype):
-            close()
-        pack.append((place, parameter))
-    close()
-    return tuple(message for _, message in sorted(sent, key=lambda one: one[0]))

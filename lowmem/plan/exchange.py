@@ -38,7 +38,7 @@ model gives seven to eight for ResNet-50 in batches of 32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowmem.units import MIB
@@ -106,41 +106,56 @@ class Message:
     packed: bool
 
 
+@dataclass(frozen=True)
+class Parcel:
+    """What goes as one message: places in the order of completion. Several, and a small one alone, are `packed`."""
+
+    places: tuple[int, ...]
+    packed: bool
+
+
+def arrange(sizes_bytes: Sequence[int]) -> tuple[Parcel, ...]:
+    """The gradients, in the order in which they are complete -> messages, in the order in which they are sent: a pack
+    once its last part is there, a large gradient at once, also between the parts of a pack."""
+    parcels: list[Parcel] = []
+    pack: list[int] = []
+    filled = 0
+
+    def close() -> None:
+        if pack:
+            parcels.append(Parcel(tuple(pack), packed=True))
+            pack.clear()
+
+    for place, size in enumerate(sizes_bytes):
+        if size >= ALONE_BYTES:
+            parcels.append(Parcel((place,), packed=False))
+            continue
+        if filled + size > PACK_BYTES:
+            close()
+        filled = size + (filled if pack else 0)
+        pack.append(place)
+    close()
+    return tuple(sorted(parcels, key=lambda parcel: parcel.places[-1]))
+
+
 def pack(gradients: Sequence[Sequence[int]], statistics: Sequence[int] = ()) -> tuple[Message, ...]:
-    """The messages of a step, in the order in which they go: those of `lowmem.distributed.reducer` (a test holds both
-    against each other).
+    """The messages of a step, in the order in which they go.
 
     `gradients`: bytes of each parameter's gradient, per stage, in forward order. `statistics`: bytes of the batch
     norms' running statistics, which go last.
     """
-    sent: list[tuple[int, Message]] = []
-    sizes: list[int] = []
-    last = (0, 0)  # place and stage of what was packed last
-
-    def close() -> None:
-        if sizes:
-            sent.append((last[0], Message(stage=last[1], size_bytes=sum(sizes), packed=True)))
-            sizes.clear()
-
-    for place, (stage, size) in enumerate(_in_order(gradients)):
-        if size >= ALONE_BYTES:
-            sent.append((place, Message(stage=stage, size_bytes=size, packed=False)))
-            continue
-        if sum(sizes) + size > PACK_BYTES:
-            close()
-        sizes.append(size)
-        last = (place, stage)
-    close()
-    messages = [message for _, message in sorted(sent, key=lambda one: one[0])]
+    ordered = [(stage, size) for stage in reversed(range(len(gradients))) for size in gradients[stage]]
+    messages = [
+        Message(
+            stage=ordered[parcel.places[-1]][0],
+            size_bytes=sum(ordered[place][1] for place in parcel.places),
+            packed=parcel.packed,
+        )
+        for parcel in arrange([size for _, size in ordered])
+    ]
     if statistics:
         messages.append(Message(stage=0, size_bytes=sum(statistics), packed=True))
     return tuple(messages)
-
-
-def _in_order(gradients: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
-    for stage in reversed(range(len(gradients))):
-        for size in gradients[stage]:
-            yield stage, size
 
 
 @dataclass(frozen=True, kw_only=True)

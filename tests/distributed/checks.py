@@ -25,13 +25,13 @@ from lowmem.choose.request import card_rates
 from lowmem.choose.simulated import StepShape, simulate_step
 from lowmem.config import Config, known_keys
 from lowmem.data import Dataset
-from lowmem.distributed import reducer as reducers
 from lowmem.distributed.group import Group, PeerError, join
 from lowmem.distributed.launch import Launch
 from lowmem.distributed.reducer import Work
 from lowmem.distributed.split import Split, even_shares
 from lowmem.errors import OutOfMemory, UsageError
 from lowmem.measure.tensors import TensorMeter
+from lowmem.plan import exchange
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.absent import AbsentFolder
 from lowmem.runs.store import RunFolder
@@ -401,7 +401,7 @@ BY_FOUR = (
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     # Small nets have small gradients: as many messages as a large one.
-    reducers.ALONE_BYTES, reducers.PACK_BYTES = 4096, 8192
+    exchange.ALONE_BYTES, exchange.PACK_BYTES = 4096, 8192
     results: dict[str, str | None] = {}
     with join(Launch.of_environment(), "cpu", 120.0) as group:
         for name, check in CHECKS.items():
