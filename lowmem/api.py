@@ -15,7 +15,7 @@ from lowmem.choose.execution import refuse_unsafe, require_device
 from lowmem.choose.explain import inexact
 from lowmem.choose.session import wants_plan
 from lowmem.choose.workspace import cap_workspace
-from lowmem.config import Config, known_keys
+from lowmem.config import Config, flatten, known_keys
 from lowmem.data import Dataset
 from lowmem.decide import forked_plan
 from lowmem.decide_shares import (
@@ -49,7 +49,6 @@ from lowmem.runs.setup import refuse_existing
 from lowmem.runs.store import RunFolder
 from lowmem.settings import Settings, to_yaml
 from lowmem.together import (
-    asked_hash,
     begun_before,
     joined,
     launched,
@@ -112,7 +111,8 @@ def run_training(
 
 
 def _begin(group: Group, settings: Settings, path: Path, observer: Observer, dry_run: bool) -> RunResult:
-    asked = {"asked": asked_hash(settings.config), "launcher": launcher()}
+    # The settings as they were asked for, before anything is planned: by these a restart knows its own run.
+    asked = {"asked": config_hash(settings.config), "launcher": launcher()}
     require_pictures(group, settings.config)
     group.lead(lambda: _refuse_existing(path), None)
     group.together(lambda: check_board(settings.config))
@@ -157,14 +157,10 @@ def resume_training(
     settings with them. Raises UsageError if the folder is no run or anything else differs, CorruptCheckpoint if nothing
     can be resumed, PeerLost.
     """
-    launch, observer = launched(observer)
-    path = Path(path)
-    if launch is None or launch.size == 1:
-        recorded = recorded_settings(path)
-        with joined(launch, recorded.config) as group:
-            return _go_on(group, path, changes, observer)
-    with joined(launch, device_only(changes)) as group:
-        return _go_on(group, path, changes, observer)
+    given = flatten(changes.config) if isinstance(changes, Settings) else dict(changes or {})
+    launch, observer = launched(observer, str(given.get("train.device", "auto")))
+    with joined(launch, device_only(given)) as group:
+        return _go_on(group, Path(path), changes, observer)
 
 
 def _go_on(group: Group, path: Path, changes: Settings | Mapping[str, object] | None, observer: Observer) -> RunResult:
@@ -238,14 +234,7 @@ def fork_run(
             f"a fork is made by one process: begin `lowmem fork {source} …`, stop it with Ctrl-C, then go on "
             "with several, `torchrun … -m lowmem resume` the new run"
         )
-    source = Path(source)
-    if source.name in ("", ".."):
-        source = source.resolve()
-    path = Path(out) if out is not None else source.with_name(f"{source.name}-fork")
-    if path.resolve().is_relative_to(source.resolve()):
-        raise UsageError(
-            f"{path} lies inside of {source}, which a fork leaves as it is: choose another folder with --out"
-        )
+    source, path = _fork_paths(Path(source), out)
     recorded = recorded_settings(source)
     settings = resolve_execution(fork.changed(recorded, changes, f"fork of {shorten(source.name)}"))
     differing = fork.check(recorded.config, settings.config)
@@ -280,6 +269,18 @@ def fork_run(
         folder.event("start", steps_per_epoch=trainer.batches.steps_per_epoch, **environment)
         observer.note(_headline(settings.config, dataset, path))
         return _go(trainer, folder)
+
+
+def _fork_paths(source: Path, out: Path | str | None) -> tuple[Path, Path]:
+    """The old run's folder and the new one's. Raises UsageError for one inside of the other."""
+    if source.name in ("", ".."):
+        source = source.resolve()
+    path = Path(out) if out is not None else source.with_name(f"{source.name}-fork")
+    if path.resolve().is_relative_to(source.resolve()):
+        raise UsageError(
+            f"{path} lies inside of {source}, which a fork leaves as it is: choose another folder with --out"
+        )
+    return source, path
 
 
 def extend_run(

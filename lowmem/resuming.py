@@ -8,7 +8,7 @@ from pathlib import Path
 from lowmem.belonging import belongs_to, most_bytes
 from lowmem.choose import resolve_execution
 from lowmem.choose.execution import require_device
-from lowmem.config import Config, flatten, known_keys
+from lowmem.config import Config, known_keys
 from lowmem.distributed.group import Group
 from lowmem.errors import UsageError
 from lowmem.runs import checkpoint as checkpoints
@@ -24,9 +24,8 @@ from lowmem.train.observer import Observer
 Found = tuple[Checkpoint, Path, dict[Path, str]]
 
 
-def device_only(changes: Settings | Mapping[str, object] | None) -> Config:
-    """What joining the other processes takes, where the run's own settings are not at hand yet."""
-    given = flatten(changes.config) if isinstance(changes, Settings) else dict(changes or {})
+def device_only(given: Mapping[str, object]) -> Config:
+    """What joining the other processes takes, of the settings given: the run's own are not at hand yet."""
     wanted: dict[str, object] = {
         key: given[key] for key in ("train.device", "train.peer_timeout_minutes") if key in given
     }

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -30,8 +30,6 @@ from lowmem.settings import Settings
 from lowmem.train.observer import Observer
 from lowmem.train.state import config_hash
 
-T = TypeVar("T")
-
 
 def launched(observer: Observer | None, device: str = "auto") -> tuple[Launch | None, Observer]:
     """How this process was started, with its CUDA device taken if it may want one, and whom it talks to: rank 0 alone
@@ -43,8 +41,6 @@ def launched(observer: Observer | None, device: str = "auto") -> tuple[Launch | 
         return None, observer or Observer()
     if device != "cpu":
         launch.take_device()
-    if launch.rank > 0 and launch.local_rank == 0:  # the first on a machine that would say nothing at all
-        print(f"process {launch.rank} of {launch.size}: process 0 tells how it goes", flush=True)
     return launch, observer or Observer() if launch.rank == 0 else Observer()
 
 
@@ -135,7 +131,7 @@ def begun_before(group: Group, path: Path, config: Config) -> bool:
         if group.restarts == 0 or not (path / "config.yaml").is_file() or not environment.is_file():
             return False
         known = read_json(environment, PLAN_LIMIT_BYTES)
-        mine = {"asked": asked_hash(config), "launcher": launcher()}
+        mine = {"asked": config_hash(config), "launcher": launcher()}
         if not isinstance(known, dict) or {key: known.get(key) for key in mine} != mine or never_began(path):
             return False
         _refuse_stopped(path)
@@ -150,11 +146,6 @@ def _refuse_stopped(path: Path) -> None:
     last = json.loads(lines[-1]) if lines else {}
     if last.get("event") == "diverged" or (last.get("event") == "stuck" and last.get("stopped")):
         raise Diverged(f"{path} was stopped before this restart, as asked: {last.get('why') or 'it learns nothing'}")
-
-
-def asked_hash(config: Config) -> str:
-    """Of the settings as they were asked for, before anything was planned."""
-    return config_hash(config)
 
 
 def launcher() -> int | None:

@@ -115,6 +115,10 @@ class LiveObserver(Observer):
 def observer() -> Iterator[Observer]:
     """The observer that fits standard output."""
     if is_led():  # another process of the run talks
+        if os.environ.get("LOCAL_RANK") == "0":  # the first on a machine that would say nothing at all
+            print(
+                f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: process 0 tells how it goes", flush=True
+            )
         yield Observer()
         return
     shown: Observer = LiveObserver() if sys.stdout.isatty() else PlainObserver()

@@ -63,10 +63,6 @@ class Group:
         """The greatest of every process's values, one by one."""
         return list(values)
 
-    def sums(self, values: Sequence[float]) -> list[float]:
-        """The sums over the processes, one by one, float64."""
-        return list(values)
-
     def gather(self, value: Any) -> list[Any]:
         """Every process's value (JSON), in the order of the ranks."""
         return [value]
@@ -126,12 +122,6 @@ class _Processes(Group):
         tensor = torch.tensor(values, dtype=torch.int64)
         with _peers():
             dist.all_reduce(tensor, dist.ReduceOp.MAX, self._small)
-        return tensor.tolist()
-
-    def sums(self, values: Sequence[float]) -> list[float]:
-        tensor = torch.tensor(values, dtype=torch.float64)
-        with _peers():
-            dist.all_reduce(tensor, dist.ReduceOp.SUM, self._small)
         return tensor.tolist()
 
     def gather(self, value: Any) -> list[Any]:

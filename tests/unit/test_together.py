@@ -12,7 +12,8 @@ from lowmem.config import Config
 from lowmem.distributed.group import Group
 from lowmem.errors import Diverged, UsageError
 from lowmem.runs.setup import never_began
-from lowmem.together import asked_hash, begun_before, launcher, require_pictures
+from lowmem.together import begun_before, launcher, require_pictures
+from lowmem.train.state import config_hash
 
 CONFIG = Config()
 
@@ -33,7 +34,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _environment(path: Path, **changes: object) -> None:
-    known = {"asked": asked_hash(CONFIG), "launcher": os.getppid(), **changes}
+    known = {"asked": config_hash(CONFIG), "launcher": os.getppid(), **changes}
     (path / "env.json").write_text(json.dumps(known))
 
 
