@@ -30,6 +30,7 @@ from tests.distributed import small
 from tests.distributed.troubles import (
     a_loss_that_breaks_in_one_process,
     memory_that_runs_short_in_one_process,
+    no_room_to_evaluate_in_one_process,
     out_of_memory,
     out_of_memory_without_a_smaller_plan,
     simulated_memory_is_what_a_step_takes,
@@ -251,6 +252,7 @@ CHECKS: dict[str, Check] = {
         out_of_memory_without_a_smaller_plan,
         memory_that_runs_short_in_one_process,
         a_loss_that_breaks_in_one_process,
+        no_room_to_evaluate_in_one_process,
     )
 }
 

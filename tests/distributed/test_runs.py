@@ -116,6 +116,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 VRAM = "2400K"
 
 
+@pytest.mark.slow
 def test_a_planned_run_has_everybodys_plan_and_memory(planned: Path) -> None:
     plans = [Plan.from_json(json.loads((planned / name).read_text())) for name in ("plan.json", "plan-1.json")]
     assert [plan.shares for plan in plans] == [(16, 16), (16, 16)]
@@ -238,3 +239,32 @@ def test_what_all_did_wrong_is_said_once(whole: Path, tmp_path: Path) -> None:
     assert code == 1
     assert output[: output.index("lowmem FAILED")].count("is never overwritten") == 1
     assert "exitcode  : 2" in output
+
+
+@pytest.mark.slow
+def test_unlike_cards_with_a_batch_that_they_choose(tmp_path: Path) -> None:
+    """The faster card takes more of every batch; a resume replays that; four processes go on with what two began."""
+    cards = ("--card", "gtx1050ti,gtx1070", "--batch", "auto", "--precision", "fp32")
+    run = tmp_path / "run"
+    whole = tmp_path / "whole"
+    arguments = tuple(one for one in TRAIN if one not in ("--batch", "32"))
+    code, output = torchrun(tmp_path, 2, *arguments, *cards, "--out", str(whole))
+    assert code == 0, output
+    code, output = torchrun(tmp_path, 2, *arguments, *cards, "--out", str(run), "--set", "train.max_steps=3")
+    assert code == 0, output
+    plans = [Plan.from_json(json.loads((run / name).read_text())) for name in ("plan.json", "plan-1.json")]
+    small, large = plans[0].shares
+    assert [plan.batch for plan in plans] == [small, large]
+    assert 0 < small < large
+    shutil.copytree(run, tmp_path / "four")
+    code, output = torchrun(tmp_path, 2, *RESUME, str(run), "--set", "train.max_steps=1000")
+    assert code == 0, output
+    assert_same_run(run, whole)
+    four = tmp_path / "four"
+    more = ("--set", "train.max_steps=1000", "--set", "memory.card=gtx1070")
+    code, output = torchrun(tmp_path, 4, *RESUME, str(four), *more)
+    assert code == 0, output
+    assert "saved by 2 processes, going on with 4 processes" in output
+    assert len(losses(four)) == len(losses(whole))
+    assert losses(four)[:3] == losses(whole)[:3]
+    assert (four / "plan-3.json").is_file()

@@ -39,10 +39,9 @@ def test_half_of_it_is_refused(change: dict[str, str], said: str) -> None:
     [(None, "1"), ("4,7", "7"), ("GPU-aa, GPU-bb", "GPU-bb"), ("", "")],
 )
 def test_each_process_has_a_device_of_its_own(visible: str | None, taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")  # so that it is as before afterwards
     if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     Launch(rank=1, size=2, local_rank=1).take_device()
     import os
 
