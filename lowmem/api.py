@@ -31,6 +31,7 @@ from lowmem.distributed.group import Group
 from lowmem.environment import describe
 from lowmem.errors import OutOfMemory, PreflightError, UsageError
 from lowmem.measure.cap import cap_allocator
+from lowmem.measure.out_of_memory import classify
 from lowmem.models import build
 from lowmem.preflight import preflight
 from lowmem.reading import shorten
@@ -65,7 +66,6 @@ from lowmem.train.observer import Observer
 from lowmem.train.schedule import starts_low
 from lowmem.train.state import check_position, config_hash, restore
 from lowmem.train.step import Execution
-from lowmem.train.survive import classify
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,10 @@ class PeerLost(LowmemError):
     dismissed: bool = False
 
 
+class PeerFailed(RuntimeError):
+    """Not the user's: the step has to be undone, because another process could not make it."""
+
+
 class Interrupted(LowmemError):
     """A signal asked the run to stop, and it was saved."""
 

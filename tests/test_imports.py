@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "remat": LEAVES | {"plan"},
     "simulate": {"units", "errors"},
     # Like remat it is executed in a run and simulated before one: the planner sees what reduction takes by running it.
-    "distributed": {"units", "errors", "plan"},
+    "distributed": {"units", "errors", "plan", "measure"},
     "measure": {"units", "errors"},
     "data": LEAVES | {"config"},
     "runs": LEAVES | {"config"},

@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lowmem.cards import load_card
 from lowmem.choose.planning import REFERENCE_CARD
 from lowmem.choose.request import card_rates
 from lowmem.choose.simulated import StepShape, simulate_step
+from lowmem.measure.out_of_memory import Failure, attempt
 from lowmem.models import skeleton
 from lowmem.units import MIB
 
@@ -58,9 +60,8 @@ def check(task: Task, place: Place, **_: Any) -> dict[str, Any]:
     one byte below it; on CUDA as much as the budget cannot be allocated."""
     if task.device == "cuda":
         with place:
-            try:
-                torch.empty(task.budget_bytes, dtype=torch.uint8, device="cuda")
-            except torch.OutOfMemoryError:
+            asked = partial(torch.empty, task.budget_bytes, dtype=torch.uint8, device="cuda")
+            if isinstance(attempt(asked, lambda: "the check"), Failure):
                 return {"holds": True, "words": "the allocator, capped, refuses as much as the budget"}
         return {"holds": False, "words": "the allocator gave as much as the budget"}
     free = _step_under(task, 1 << 60)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.peers.budget import Place
-from lowmem.bench.trial import says_out_of_memory
+from lowmem.measure.out_of_memory import classify, says_out_of_memory
 from lowmem.models import build
 from lowmem.models.resnet import ResNet
 
@@ -212,7 +212,8 @@ class Trials:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or says_out_of_memory(str(error))
+    """Also where a peer has put an exception of its own around the library's."""
+    return classify(error, "a step") is not None or says_out_of_memory(str(error))
 
 
 def words(error: BaseException, place: Place) -> str:

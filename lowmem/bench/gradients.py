@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowmem.choose.workspace import cap_workspace
+from lowmem.measure.out_of_memory import Failure, attempt, classify, release
 from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan
 from lowmem.train.step import Execution
-from lowmem.train.survive import release
 
 Gradients = dict[str, Tensor]
 
@@ -46,15 +47,12 @@ def answer(question: Question) -> dict[str, Any]:
     if question.device == "cuda":
         cap_workspace()
     batch = question.batch
-    while True:
-        try:
-            return _compare(question, batch)
-        except (torch.OutOfMemoryError, MemoryError):
-            if batch == 1:
-                raise
-        # Outside of the handler, which would hold on to what was allocated.
+    while isinstance(found := attempt(partial(_compare, question, batch), lambda: "gradients"), Failure):
+        if batch == 1:
+            raise MemoryError(found.words)
         batch = max(1, batch // 2)
         release()
+    return found
 
 
 def _compare(question: Question, batch: int) -> dict[str, Any]:
@@ -92,9 +90,9 @@ def _deterministic(gradients: Any, model: nn.Module, planned: nn.Module) -> dict
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.deterministic = True
         first, again, ours = gradients(model), gradients(model), gradients(planned)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if classify(error, "gradients") is not None:
+            raise
         return {"deterministic_refused": str(error).partition("\n")[0][:200]}
     finally:
         torch.use_deterministic_algorithms(False)

@@ -22,6 +22,7 @@ from lowmem.choose.workspace import cap_workspace
 from lowmem.config import Config
 from lowmem.data import Dataset, Pictures
 from lowmem.measure.cap import cap_allocator
+from lowmem.measure.out_of_memory import release
 from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.runs.store import RunFolder
@@ -29,7 +30,6 @@ from lowmem.settings import gather
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer, Progress
 from lowmem.train.step import Execution
-from lowmem.train.survive import release
 
 _STEPS = 5
 # Memory is taken until this rung of the ladder is left hardly more room than it was predicted to need: for the plan

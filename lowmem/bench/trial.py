@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from lowmem.measure.out_of_memory import says_out_of_memory
+
 OUT_OF_MEMORY = "out of memory"
 _TIMEOUT_SECONDS = 600.0
 # Signals of a process that the system ended for its memory (SIGKILL), or that a library aborted (SIGABRT) for want of
@@ -158,12 +160,6 @@ def understood(code: int, output: str, errors: str) -> dict[str, Any] | str:
     if code in _KILLED or says_out_of_memory(errors):
         return OUT_OF_MEMORY
     return f"crashed: {last[:200]}" if code else "answered nothing"
-
-
-def says_out_of_memory(text: str) -> bool:
-    """Whether an error's words are those of PyTorch, CUDA, the C++ library or Python for memory that is not there."""
-    text = text.lower()
-    return any(words in text for words in ("out of memory", "can't allocate memory", "bad_alloc", "memoryerror"))
 
 
 def main() -> None:

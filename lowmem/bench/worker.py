@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowmem.bench.trial import OUT_OF_MEMORY, Trial, says_out_of_memory
+from lowmem.bench.trial import OUT_OF_MEMORY, Trial
 from lowmem.bench.ways import PLANNED, executed
 from lowmem.choose.workspace import cap_workspace
 from lowmem.config import OptimConfig
@@ -22,12 +22,13 @@ from lowmem.data import Pictures, TrainBatches, eval_batches
 from lowmem.measure import Meter
 from lowmem.measure.cap import cap_allocator
 from lowmem.measure.flops import FlopMeter
+from lowmem.measure.out_of_memory import Failure, classify
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.train.evaluate import evaluate
 from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
-from lowmem.train.survive import Failure, Undo, classify
+from lowmem.train.survive import Undo
 
 _MEAN, _STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 _LR = 0.01
@@ -38,7 +39,7 @@ def work(trial: Trial) -> dict[str, Any]:
     try:
         return _Work(trial).run()
     except (RuntimeError, MemoryError) as error:
-        if classify(error, "trial") is None and not says_out_of_memory(str(error)):
+        if classify(error, "trial") is None:
             raise
         return {"refused": OUT_OF_MEMORY, "out_of_memory": True}
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.choose.calibration import Calibration, Mode, Seconds
+from lowmem.measure.out_of_memory import Failure, attempt
 from lowmem.measure.timing import time_calls
 from lowmem.remat import decompose
 from lowmem.remat.block import ConvBlock
@@ -114,11 +115,8 @@ class ChainClock:
         for what, job in jobs:
             if self.calibration.seconds((wanted.key, what)) is not None:
                 continue
-            try:
-                found = job()
-            except torch.OutOfMemoryError:
-                found = None
-            if found is None:
+            found = attempt(job, lambda: "timing")
+            if isinstance(found, Failure):
                 _release(self.device)
             else:
                 self.calibration.put_seconds((wanted.key, what), found)

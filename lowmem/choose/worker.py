@@ -11,7 +11,6 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ from lowmem.choose.calibration import Calibration, Identity, Seconds
 from lowmem.choose.clock import ChainClock, Wanted, real_copy
 from lowmem.choose.workspace import Workspaces, cap_workspace
 from lowmem.errors import PreflightError
+from lowmem.measure.out_of_memory import Failure, attempt
 from lowmem.measure.timing import time_calls
 from lowmem.simulate import Call
 
@@ -56,8 +56,9 @@ class Stages:
             calibration=calibration,
         )
         if self.mode_key is not None:
-            with suppress(torch.OutOfMemoryError):  # then it stays unknown
-                calibration.put_mode(self.mode_key, clock.mode())
+            mode = attempt(clock.mode, lambda: "timing")
+            if not isinstance(mode, Failure):  # else it stays unknown
+                calibration.put_mode(self.mode_key, mode)
         clock.measure(self.wanted)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lowmem.choose.calibration import Calibration
+from lowmem.measure.out_of_memory import Failure, attempt
 from lowmem.simulate import Call
 from lowmem.simulate.allocator import round_block
 from lowmem.units import MIB
@@ -62,11 +64,8 @@ class Workspaces:
     def measure(self, calls: Iterable[Call], device: str) -> None:
         """Runs each call on the card, in the dtype that autocast takes there. What does not fit stays unknown."""
         for call in calls:
-            try:
-                size = _measured(call, device, self._low)
-            except torch.OutOfMemoryError:
-                size = None
-            if size is None:
+            size = attempt(partial(_measured, call, device, self._low), lambda: "measuring a workspace")
+            if isinstance(size, Failure):
                 torch.cuda.empty_cache()
                 continue
             self._calibration.put_size(self._key(call), size)

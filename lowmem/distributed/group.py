@@ -25,6 +25,7 @@ from torch import Tensor
 from lowmem.distributed.launch import Launch
 from lowmem.distributed.reducer import Work
 from lowmem.errors import ExitCode, LowmemError, PeerLost, UsageError
+from lowmem.measure.out_of_memory import classify
 
 T = TypeVar("T")
 
@@ -217,9 +218,9 @@ def _peers() -> Iterator[None]:
     """What the library says of a connection that broke or was waited for too long."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:  # all of torch.distributed's own are
+        if classify(error, "reduction") is not None:  # NCCL's buffers, say: this process's own trouble
+            raise
         message = str(error).splitlines()[0].partition(". ")[0][:200]
         late = ", or raise train.peer_timeout_minutes if it only needs longer" if "imed out" in message else ""
         raise PeerLost(

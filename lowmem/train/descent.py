@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lowmem.errors import OutOfMemory
 from lowmem.measure import Snapshot, who_holds
+from lowmem.measure.out_of_memory import Failure, attempt, release
 from lowmem.plan.record import Plan
 from lowmem.runs.store import RunFolder
 from lowmem.train.pressure import Pressure, Reading
-from lowmem.train.survive import Failure, attempt, release
 from lowmem.units import format_size
 
 if TYPE_CHECKING:

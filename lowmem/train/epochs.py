@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowmem.data import Pictures, eval_batches
 from lowmem.errors import Interrupted, LowmemError, PeerLost
+from lowmem.measure.out_of_memory import Failure
 from lowmem.runs.saver import Save, Saver
 from lowmem.runs.store import RunFolder
 from lowmem.train.check import PlanCheck
@@ -27,7 +28,7 @@ from lowmem.train.observer import Progress
 from lowmem.train.schedule import learning_rate, next_low_start
 from lowmem.train.signals import NAMES, StopSignals
 from lowmem.train.state import Best, RunState
-from lowmem.train.survive import Failure, Undo
+from lowmem.train.survive import Undo
 from lowmem.train.timeleft import TimeLeft
 from lowmem.train.watch import Watch
 

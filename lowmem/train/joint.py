@@ -22,11 +22,8 @@ from torch import Tensor, nn
 from lowmem.distributed.group import Group
 from lowmem.distributed.reducer import Reducer
 from lowmem.distributed.split import Split
+from lowmem.errors import PeerFailed
 from lowmem.runs.checkpoint import Checkpoint
-
-
-class PeerFailed(RuntimeError):
-    """The step has to be undone, because another process could not make it."""
 
 
 @dataclass(frozen=True)

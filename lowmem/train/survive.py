@@ -1,4 +1,4 @@
-"""Surviving out-of-memory: telling it from other errors, and undoing the step that met it.
+"""Surviving out-of-memory: undoing the step that met it.
 
 A step changes nothing but gradients, batch-norm buffers and the scaler's notes until its update, and the update
 allocates nothing (see `make_optimizer`). So a step that ran out of memory is undone with copies of the buffers alone,
@@ -7,92 +7,18 @@ made before it in memory that is there from the start, and is run again, the sam
 
 from __future__ import annotations
 
-import gc
-import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lowmem.errors import PeerLost
-from lowmem.train.joint import PeerFailed
+from lowmem.measure.out_of_memory import Failure, attempt, release
 from lowmem.train.step import TrainStep
-from lowmem.units import GIB, KIB, MIB, format_size
 
 T = TypeVar("T")
-
-# What libraries say beside torch.OutOfMemoryError and MemoryError. The first two are certain: the CPU's allocator (on
-# Linux, on Windows) and the driver. The others are guesses: the convolution and matrix libraries have no word of their
-# own for memory, but these are what they say when the card is full (a handle or a workspace that cannot be made;
-# pytorch's own search over convolution kernels swallows out-of-memory of each and reports that none is left).
-_WORDS = re.compile(
-    r"DefaultCPUAllocator: (can't allocate memory|not enough memory)"
-    r"|CUDA( driver)? error: out of memory"
-    r"|CU(DNN|BLAS)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"
-    r"|unable to find an engine to execute this computation|[Uu]nable to find a valid cuDNN algorithm"
-)
-_ASKED = re.compile(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", re.IGNORECASE)
-_UNITS = {"bytes": 1, "kib": KIB, "mib": MIB, "gib": GIB}
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Out of memory: in which phase of a step or beside it, the library's message, and bytes asked for if it says.
-
-    `final`: the update had begun; then nothing was undone, and there is no way back but the last checkpoint. `peer`: it
-    was another process that ran out, and this one undid the step for it.
-    """
-
-    phase: str
-    message: str
-    asked_bytes: int | None = None
-    final: bool = False
-    peer: bool = False
-
-    @property
-    def words(self) -> str:
-        asked = "" if self.asked_bytes is None else f", asking for {format_size(self.asked_bytes)}"
-        return f"out of memory in {self.phase}{asked}"
-
-
-def classify(error: BaseException, phase: str) -> Failure | None:
-    """The one place that tells out-of-memory from other errors; None: something else."""
-    text = str(error)
-    if isinstance(error, PeerFailed):
-        return Failure(phase, text, peer=True)
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not (
-        isinstance(error, RuntimeError) and _WORDS.search(text)
-    ):
-        return None
-    asked = _ASKED.search(text)
-    # The first sentence: what follows are the allocator's figures and advice on its settings.
-    message = re.split(r"\. |\n", text or type(error).__name__, maxsplit=1)[0]
-    return Failure(phase, message, int(float(asked[1]) * _UNITS[asked[2].lower()]) if asked else None)
-
-
-def attempt(work: Callable[[], T], phase: Callable[[], str]) -> T | Failure:
-    """The result of `work`, or how it ran out of memory. Other errors go on.
-
-    The error itself is not kept: its traceback holds every tensor of the frames it came through (pytorch issues
-    27600, 18853, 82218).
-    """
-    failure: Failure | None = None
-    try:
-        return work()
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        failure = classify(error, phase())
-        if failure is None:
-            raise
-    return failure
-
-
-def release() -> None:
-    """Gives back what nobody holds any more. To be called outside of an `except`."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 class Undo:

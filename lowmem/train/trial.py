@@ -17,12 +17,13 @@ from torch import Tensor
 from lowmem.data import eval_batches
 from lowmem.distributed.group import Group
 from lowmem.errors import OutOfMemory
+from lowmem.measure.out_of_memory import Failure, release
 from lowmem.runs.store import RunFolder
 from lowmem.train.descent import Descent, words
 from lowmem.train.evaluate import Score, evaluate
 from lowmem.train.gradients import GradientNorms
 from lowmem.train.schedule import learning_rate
-from lowmem.train.survive import Failure, Undo, release
+from lowmem.train.survive import Undo
 
 if TYPE_CHECKING:
     from lowmem.train.loop import Trainer

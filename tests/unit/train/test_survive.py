@@ -1,4 +1,4 @@
-"""Telling out-of-memory from other errors; undoing a step, the gradient scaler's share of it above all."""
+"""Undoing a step that ran out of memory, the gradient scaler's share of it above all."""
 
 from __future__ import annotations
 
@@ -10,67 +10,11 @@ import torch
 from torch import Tensor
 
 from lowmem.config import OptimConfig
+from lowmem.measure.out_of_memory import Failure
 from lowmem.models import build
 from lowmem.train.step import Execution, TrainStep, make_optimizer
-from lowmem.train.survive import Failure, Undo, attempt, classify
+from lowmem.train.survive import Undo
 from tests.faults.injection import Scarce
-
-
-@pytest.mark.parametrize(
-    ("error", "asked_bytes"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total"), 20 * 2**20),
-        (torch.OutOfMemoryError("Allocation on device"), None),
-        (MemoryError(), None),
-        (
-            RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
-                "to allocate 4000000 bytes. Error code 12 (Cannot allocate memory)"
-            ),
-            4_000_000,
-        ),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 123 bytes."), 123),
-        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), None),
-        (RuntimeError("CUDA driver error: out of memory"), None),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), None),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), None),
-        (RuntimeError("GET was unable to find an engine to execute this computation"), None),
-    ],
-)
-def test_what_out_of_memory_looks_like(error: Exception, asked_bytes: int | None) -> None:
-    failure = classify(error, "forward")
-    assert failure is not None
-    assert (failure.phase, failure.asked_bytes) == ("forward", asked_bytes)
-    assert "\n" not in failure.message
-    assert failure.message
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("CUDA error: an illegal memory access was encountered"),
-        RuntimeError("CUDA error: device-side assert triggered"),
-        RuntimeError("cuDNN error: CUDNN_STATUS_BAD_PARAM"),
-        ValueError("DefaultCPUAllocator: can't allocate memory"),
-        KeyError("out of memory"),
-    ],
-)
-def test_what_it_does_not_look_like(error: Exception) -> None:
-    assert classify(error, "forward") is None
-
-
-def test_a_real_refusal_of_the_cpus_allocator() -> None:
-    failure = attempt(lambda: torch.empty(2**60, dtype=torch.uint8), lambda: "data")
-    assert isinstance(failure, Failure)
-    assert failure.asked_bytes == 2**60
-
-
-def test_another_error_goes_on() -> None:
-    def fail() -> None:
-        raise RuntimeError("something else")
-
-    with pytest.raises(RuntimeError, match="something else"):
-        attempt(fail, lambda: "forward")
 
 
 class Rig:
