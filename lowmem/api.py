@@ -9,12 +9,9 @@ from pathlib import Path
 
 from lowmem import fork
 from lowmem.choose import resolve_execution
-from lowmem.choose.budget import ASSUMED_CONTEXT_BYTES
-from lowmem.choose.device import remembered_context_bytes
-from lowmem.choose.execution import refuse_unsafe, require_device
+from lowmem.choose.execution import numerics_of, refuse_unsafe, require_device
 from lowmem.choose.explain import inexact
 from lowmem.choose.session import wants_plan
-from lowmem.choose.workspace import cap_workspace
 from lowmem.config import Config, flatten, known_keys
 from lowmem.data import Dataset
 from lowmem.decide import forked_plan
@@ -35,9 +32,11 @@ from lowmem.measure.out_of_memory import classify
 from lowmem.models import build
 from lowmem.preflight import preflight
 from lowmem.reading import shorten
+from lowmem.remat.libraries import prepare_libraries
 from lowmem.resuming import (
     changed_settings,
     device_only,
+    elsewhere,
     keeping,
     newest,
     recorded_settings,
@@ -113,6 +112,7 @@ def run_training(
 def _begin(group: Group, settings: Settings, path: Path, observer: Observer, dry_run: bool) -> RunResult:
     # The settings as they were asked for, before anything is planned: by these a restart knows its own run.
     asked = {"asked": config_hash(settings.config), "launcher": launcher()}
+    prepare_libraries(numerics_of(settings.config.train))
     require_pictures(group, settings.config)
     group.lead(lambda: _refuse_existing(path), None)
     group.together(lambda: check_board(settings.config))
@@ -167,6 +167,7 @@ def _go_on(group: Group, path: Path, changes: Settings | Mapping[str, object] | 
     recorded = share_settings(group, lambda: recorded_settings(path))
     changed = changes if isinstance(changes, Settings) else recorded.replace(changes or {}, "resume")
     settings = group.together(lambda: changed_settings(recorded, changed, path))
+    prepare_libraries(numerics_of(settings.config.train))
     require_pictures(group, settings.config)
     absent: RunFolder = AbsentFolder(path)
     with group.lead(lambda: RunFolder.open(path), absent) as folder:
@@ -192,15 +193,18 @@ def _go_on(group: Group, path: Path, changes: Settings | Mapping[str, object] | 
         for damage in damages:
             observer.warning(damage)
             folder.event("warning", what="rows lost", reason=damage)
+        environment = describe(settings.config.train.device)
         folder.event(
             "resume",
             checkpoint=where.name,
             epoch=state.epoch,
             step=state.step,
             steps_per_epoch=trainer.batches.steps_per_epoch,
-            **describe(settings.config.train.device),
+            **environment,
             processes=group.size,
         )
+        if told := group.lead(lambda: elsewhere(path, environment), None):
+            observer.note(told)
         if before != group.size:
             observer.warning(words := changed_words(before, group, settings.config))
             folder.event("warning", what=words)
@@ -239,6 +243,7 @@ def fork_run(
     settings = resolve_execution(fork.changed(recorded, changes, f"fork of {shorten(source.name)}"))
     differing = fork.check(recorded.config, settings.config)
     require_device(settings.config.train.device)
+    prepare_libraries(numerics_of(settings.config.train))
     check_board(settings.config)
     found = fork.find(source, recorded.config, at)
     _refuse_existing(path)
@@ -355,11 +360,10 @@ def _out_of_memory(path: Path) -> Iterator[None]:
 
 
 def _cap_emulated(trainer: Trainer) -> None:
-    """A larger card made to behave like one of --vram: the allocator's segments and the context stay within it."""
-    config = trainer.config
-    if config.train.device == "cuda" and config.memory.vram is not None:
-        context = trainer.meter.read().context_bytes or remembered_context_bytes() or ASSUMED_CONTEXT_BYTES
-        cap_allocator(config.memory.vram - context)
+    """A larger card made to behave like one of --vram, by the cap that the plan was made for and tried under."""
+    plan = trainer.plan
+    if trainer.config.train.device == "cuda" and plan is not None and plan.allocator_bytes is not None:
+        cap_allocator(plan.allocator_bytes)
 
 
 def _make_trainer(group: Group, decided: Decided, dataset: Dataset, observer: Observer, path: Path) -> Trainer:
@@ -368,8 +372,6 @@ def _make_trainer(group: Group, decided: Decided, dataset: Dataset, observer: Ob
 
     def make() -> Trainer:
         refuse_unsafe(config)
-        if config.train.device == "cuda":
-            cap_workspace()
         spec, classes = config.model, len(dataset.classes)
         model = build(spec.arch, spec.block, width=spec.width, num_classes=classes, seed=config.seed)
         execution = Execution(config.train.device, config.train.precision, config.train.memory_format)

@@ -137,6 +137,17 @@ class TrainConfig(_Section):
     precision: Literal["auto", "fp32", "amp"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels-last"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = Field(
+        default=True, description="CUDA: kernels that give the same bits every time, so that a resumed run has them too"
+    )
+    tf32: Literal["auto", "never"] = Field(
+        default="auto", description="fp32 convolutions on Ampere and later: as torch is set (TF32), or true fp32"
+    )
+    batch_norm: Literal["auto", "library", "native"] = Field(
+        default="auto",
+        description="kernels of a planned step on CUDA: the library's choice (the bits of plain PyTorch), or native "
+        "ones (in place, another rounding); auto: the library's",
+    )
     eval_batch: PositiveInt | None = Field(default=None, description="pictures at a time in evaluation; default: batch")
     log_every_steps: PositiveInt = 20
     grad_norms_every: PositiveInt | None = Field(

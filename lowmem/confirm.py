@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.bench.trial import Trial, TrialResult, run_trial
-from lowmem.bench.verdict import allocator_bytes, verdict
+from lowmem.bench.verdict import verdict
 from lowmem.choose.budget import Budget
 from lowmem.choose.execution import refuse_unsafe
 from lowmem.choose.planning import Choice, Request
@@ -72,6 +72,7 @@ class Tried:
             "measured_reserved_bytes": result.peak_reserved_bytes,
             "measured_eval_peak_bytes": result.eval_peak_allocated_bytes,
             "device_used_bytes": result.device_used_bytes,
+            "blas_workspace_bytes": result.blas_workspace_bytes,
             "predicted_step_seconds": predicted.step_seconds,
             "measured_step_seconds": result.step_seconds,
             "seconds_error": _off(result.step_seconds, predicted.step_seconds) if self.timed else None,
@@ -128,11 +129,13 @@ def trial_of(config: Config, plan: Plan, budget: Budget, num_classes: int, train
         precision=plan.precision,
         memory_format=plan.memory_format,
         device=config.train.device,
+        deterministic=config.train.deterministic,
+        tf32=config.train.tf32,
         way="planned",
         plan=plan.without_ladder().to_json(),
         pictures=train_pictures,
         eval_batch=config.train.eval_batch or plan.micro_batch,
-        cap_bytes=allocator_bytes(budget),
+        cap_bytes=budget.allocator_bytes,
         momentum=optim.momentum,
         weight_decay=optim.weight_decay,
         nesterov=optim.nesterov,

@@ -13,9 +13,12 @@ from lowmem.measure.cpu import processor_name
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Versions, processor, card and the git commit of a source checkout; unknown is None. No path, no user name."""
+    """Versions, processor, card and the git commit of a source checkout; unknown is None. No path, no user name. On
+    CUDA which kernels the libraries may take, as this process is set (`lowmem.remat.libraries`)."""
     import torch
     import torchvision
+
+    from lowmem.remat.libraries import convolutions_in_tf32
 
     return {
         "lowmem": lowmem.__version__,
@@ -31,6 +34,8 @@ def describe(device: str) -> dict[str, Any]:
         "card": torch.cuda.get_device_name() if device == "cuda" else None,
         "cuda": torch.version.cuda if device == "cuda" else None,
         "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
+        "deterministic": torch.backends.cudnn.deterministic if device == "cuda" else None,
+        "tf32": convolutions_in_tf32(torch.cuda.get_device_capability()) if device == "cuda" else None,
     }
 
 

@@ -11,6 +11,7 @@ from lowmem.choose.execution import require_device
 from lowmem.config import Config, known_keys
 from lowmem.distributed.group import Group
 from lowmem.errors import UsageError
+from lowmem.reading import RECORD_LIMIT_BYTES, read_json, shorten
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.setup import never_began, start_again
@@ -58,6 +59,27 @@ def newest(folder: RunFolder, config: Config, observer: Observer) -> Found:
         observer.warning(f"skipped a damaged checkpoint: {reason}")
         folder.event("warning", what="checkpoint skipped", reason=reason)
     return saved, where, skipped
+
+
+# What decides the last bits of the arithmetic, as `environment.describe` calls it.
+_ARITHMETIC = ("torch", "device", "card", "cuda", "cudnn", "tf32", "cpu_capability", "cpu_threads")
+
+
+def elsewhere(path: Path, now: Mapping[str, object]) -> str | None:
+    """What is not as it was where the run began, if that can change the last bits of its arithmetic, in words. `now`:
+    see `environment.describe`. An env.json that cannot be read tells nothing."""
+    try:
+        then = read_json(path / "env.json", RECORD_LIMIT_BYTES)
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(then, dict):
+        return None
+    on_cpu = now.get("device") == "cpu" and then.get("device") == "cpu"
+    names = [name for name in _ARITHMETIC if name in then and (on_cpu or not name.startswith("cpu_"))]
+    changed = [f"{name} {shorten(then[name])} -> {now[name]}" for name in names if then[name] != now[name]]
+    if not changed:
+        return None
+    return f"not as where the run began: {', '.join(changed)}; from here on its last bits may be others"
 
 
 def tidy(folder: RunFolder, skipped: dict[Path, str], config: Config) -> None:

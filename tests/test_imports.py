@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shipped": {"errors"},
     "places": set(),
     "reading": set(),
-    "environment": {"", "measure"},
+    "environment": {"", "measure", "remat"},
     "config": LEAVES,
     "settings": LEAVES | {"config"},
     "cards": LEAVES,

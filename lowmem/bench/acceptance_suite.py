@@ -18,7 +18,7 @@ from lowmem.bench import gradients, survival
 from lowmem.bench.acceptance import NO_TIME, Row, Setup, set_overheads
 from lowmem.bench.largest import largest
 from lowmem.bench.trial import Trial, TrialResult, answer_of, run_trial
-from lowmem.bench.verdict import allocator_bytes, verdict
+from lowmem.bench.verdict import verdict
 from lowmem.bench.ways import PER_BLOCK, PLAIN, PLANNED, SELECTIVE
 from lowmem.choose.budget import Budget
 from lowmem.choose.ladder import with_ladder
@@ -197,7 +197,7 @@ class Suite:
             plan=choice.plan.to_json() if choice is not None and way == PLANNED else None,
             pictures=setup.pictures,
             eval_batch=batch if way in (PLANNED, PLAIN) else None,
-            cap_bytes=allocator_bytes(choice.budget) if choice is not None else None,
+            cap_bytes=choice.budget.allocator_bytes if choice is not None else None,
             steps=setup.steps,
         )
 
@@ -253,7 +253,7 @@ class Suite:
         vram_bytes, batch = self.setup.vram_bytes, self.setup.batch
         self._describe(row, batch, "fp32", "contiguous", vram_bytes)
         choice = with_ladder(self._choice(vram_bytes, batch))
-        cap, plan = allocator_bytes(choice.budget), choice.plan.to_json()
+        cap, plan = choice.budget.allocator_bytes, choice.plan.to_json()
         self._ask(row, "survival", survival.Question(**self._network(), plan=plan, cap_bytes=cap, real=real))
 
     def _network(self) -> dict[str, Any]:
@@ -319,7 +319,7 @@ class Suite:
             if self._no_time():
                 return None
             trial = self._of(PLAIN, batch, precision, "contiguous")
-            cap = allocator_bytes(start.budget)
+            cap = start.budget.allocator_bytes
             result = self._trial(replace(trial, steps=2, warmup=1, cap_bytes=cap))
             refused, for_memory = verdict(result, start.budget, setup.device)
             tried.append((batch, refused or "holds"))

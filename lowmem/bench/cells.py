@@ -17,6 +17,8 @@ NO_TIME = "not run: time"
 LEAST = "least"
 # Families of methods, as tables and pictures call them.
 PLAIN_DEFAULT, PLAIN_FUSED = "plain PyTorch", "plain PyTorch, fused optimizer"
+# What the promise of equal bits costs on a card; all other rows have kernels that keep it.
+PLAIN_FREE = "plain PyTorch, nondeterministic kernels"
 CHECKPOINT_SELECTIVE, CHECKPOINT_PER_BLOCK = "checkpoint, selective", "checkpoint per block"
 ENGINE = "lowmem"
 # family -> (way, form of the optimizer). The library's ways as most people write them: the form that SGD takes if one
@@ -24,6 +26,7 @@ ENGINE = "lowmem"
 FAMILIES: dict[str, tuple[str, str]] = {
     PLAIN_DEFAULT: (PLAIN, "default"),
     PLAIN_FUSED: (PLAIN, "fused"),
+    PLAIN_FREE: (PLAIN, "default"),
     CHECKPOINT_SELECTIVE: (SELECTIVE, "default"),
     CHECKPOINT_PER_BLOCK: (PER_BLOCK, "default"),
     ENGINE: (PLANNED, "fused"),
@@ -181,15 +184,19 @@ def step_cells(setup: Setup, formats: Sequence[str]) -> list[Cell]:
         for layout in formats:
             cell = partial(Cell, kind="step", precision=precision, memory_format=layout, batch=setup.batch)
             first = (precision, layout) == FIRST_MODE
-            for family in FAMILIES:
-                if family != ENGINE and (first or family in mode_families(setup)):
-                    cells.append(cell(family=family))
+            shown = first_families(setup) if first else mode_families(setup)
+            cells += [cell(family=family) for family in shown]
             budgets = setup.budgets if first else (mode_budget(setup),)
             cells += [cell(family=ENGINE, budget=budget) for budget in budgets]
     return cells
 
 
 FIRST_MODE = ("fp32", "contiguous")  # as most people write it
+
+
+def first_families(setup: Setup) -> tuple[str, ...]:
+    """The library's ways in the first table."""
+    return tuple(one for one in FAMILIES if one != ENGINE and (one != PLAIN_FREE or setup.on_card))
 
 
 def mode_families(setup: Setup) -> tuple[str, ...]:
@@ -208,7 +215,7 @@ def mode_budget(setup: Setup) -> int | float | str:
 def largest_cells(setup: Setup) -> list[Cell]:
     """Of the second table."""
     precisions = ("fp32",) if setup.quick else ("fp32", "amp")
-    families = [family for family in FAMILIES if family != PLAIN_FUSED]
+    families = [family for family in FAMILIES if family not in (PLAIN_FUSED, PLAIN_FREE)]
     return [
         Cell(kind="largest", family=family, precision=precision, memory_format="contiguous", batch=setup.batch)
         for precision in precisions

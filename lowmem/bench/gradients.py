@@ -6,19 +6,22 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem.choose.workspace import cap_workspace
+from lowmem.bench.ways import native_norms
 from lowmem.measure.out_of_memory import Failure, attempt, classify, release
 from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan
+from lowmem.remat.libraries import Numerics, prepare_libraries
 from lowmem.train.step import Execution
 
 Gradients = dict[str, Tensor]
@@ -26,7 +29,8 @@ Gradients = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A network, and a plan for it as JSON. `deterministic`: ask for the library's deterministic kernels too."""
+    """A network, and a plan for it as JSON. `deterministic`: ask for the library's deterministic kernels too. `tf32`:
+    see `lowmem.remat.libraries`."""
 
     arch: str
     block: str
@@ -37,15 +41,16 @@ class Question:
     memory_format: str = "contiguous"
     device: str = "cpu"
     deterministic: bool = True
+    tf32: Literal["auto", "never"] = "auto"
 
 
 def answer(question: Question) -> dict[str, Any]:
-    """`bitwise`: whether planned and untouched gradients have the same bits. `difference`: the largest relative one of
-    any tensor (largest difference over the tensor's largest value); `noise`: the same of two runs of the untouched
-    model. `deterministic_*`: with deterministic kernels, or why there are none. `batch`: what fitted for the untouched
-    model, at most the question's."""
-    if question.device == "cuda":
-        cap_workspace()
+    """`bitwise`: whether loss, gradients and buffers of a planned and an untouched step have the same bits, on the same
+    kernels of batch norm (`batch_norm`: the plan's; for native ones the untouched model's norms are made native too).
+    `difference`: the largest relative one of any tensor (largest difference over the tensor's largest value); `noise`:
+    the same of two runs of the untouched model. `deterministic_*`: with deterministic kernels, or why there are none.
+    `batch`: what fitted for the untouched model, at most the question's."""
+    prepare_libraries(Numerics(deterministic=False, tf32=question.tf32))
     batch = question.batch
     while isinstance(found := attempt(partial(_compare, question, batch), lambda: "gradients"), Failure):
         if batch == 1:
@@ -60,7 +65,9 @@ def _compare(question: Question, batch: int) -> dict[str, Any]:
     model = build(question.arch, question.block, width=question.width)
     model.to(device=question.device, memory_format=execution.torch_memory_format)  # type: ignore[call-overload]
     model.train()
-    planned = apply_plan(model, Plan.from_json(question.plan))
+    plan = Plan.from_json(question.plan)
+    planned, norms = apply_plan(model, plan), nullcontext if plan.library_norm else partial(native_norms, model)
+    buffers = [(buffer, buffer.to("cpu", copy=True)) for buffer in model.buffers()]
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, 32, 32, generator=generator).to(question.device)
     images = images.contiguous(memory_format=execution.torch_memory_format)
@@ -68,28 +75,41 @@ def _compare(question: Question, batch: int) -> dict[str, Any]:
 
     def gradients(run: nn.Module) -> Gradients:
         model.zero_grad(set_to_none=True)
+        for buffer, before in buffers:
+            buffer.copy_(before)
         with execution.autocast():
             logits = run(images)
-        F.cross_entropy(logits.float(), labels).backward()
+        loss = F.cross_entropy(logits.float(), labels)
+        with torch.autograd.set_multithreading_enabled(False):
+            loss.backward()
         found = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+        found |= {name: buffer.to("cpu", copy=True) for name, buffer in model.named_buffers()}
+        found["loss"] = loss.detach().cpu()
         model.zero_grad(set_to_none=True)
         return found
 
-    first, again, ours = gradients(model), gradients(model), gradients(planned)
-    found = {"batch": batch, "difference": _difference(ours, first), "noise": _difference(again, first)}
+    def three() -> tuple[Gradients, Gradients, Gradients]:
+        """Untouched, untouched again, planned."""
+        with norms():
+            first, again = gradients(model), gradients(model)
+        return first, again, gradients(planned)
+
+    first, again, ours = three()
+    found: dict[str, Any] = {"batch": batch, "batch_norm": plan.batch_norm}
+    found |= {"difference": _difference(ours, first), "noise": _difference(again, first)}
     found["bitwise"] = _same(ours, first)
     found["noise_bitwise"] = _same(again, first)
     if question.deterministic:
-        found |= _deterministic(gradients, model, planned)
+        found |= _deterministic(three)
     return found
 
 
-def _deterministic(gradients: Any, model: nn.Module, planned: nn.Module) -> dict[str, Any]:
+def _deterministic(three: Callable[[], tuple[Gradients, Gradients, Gradients]]) -> dict[str, Any]:
     before = torch.backends.cudnn.deterministic
     try:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.deterministic = True
-        first, again, ours = gradients(model), gradients(model), gradients(planned)
+        first, again, ours = three()
     except RuntimeError as error:
         if classify(error, "gradients") is not None:
             raise
@@ -112,6 +132,8 @@ def _difference(left: Gradients, right: Gradients) -> float:
     """The largest of any tensor, relative to the tensor's largest value."""
     worst = 0.0
     for name, gradient in right.items():
+        if not gradient.is_floating_point():
+            continue
         scale = gradient.abs().max().clamp_min(torch.finfo(gradient.dtype).tiny)
         worst = max(worst, float((left[name] - gradient).abs().max() / scale))
     return worst

@@ -11,7 +11,6 @@ from torch import nn
 
 from lowmem.bench.cells import ENGINE, FAMILIES, FIRST_MODE, LEAST, PLAIN_DEFAULT, Cell, Setup
 from lowmem.bench.largest import Search, largest
-from lowmem.bench.verdict import allocator_bytes
 from lowmem.bench.ways import executed
 from lowmem.choose.budget import Budget, tensors_only
 from lowmem.choose.calibrator import Calibrator
@@ -54,7 +53,7 @@ class Predictor:
     def note_choice(self, cell: Cell, choice: Choice) -> None:
         """A plan and what it says of itself."""
         predicted, budget = choice.plan.predicted, choice.budget
-        cell.budget_bytes, cell.cap_bytes = budget.tensor_bytes, allocator_bytes(budget)
+        cell.budget_bytes, cell.cap_bytes = budget.tensor_bytes, budget.allocator_bytes
         cell.plan = choice.plan.to_json()
         cell.predicted_allocated_bytes = self._peak_bytes(choice.simulated)
         cell.predicted_flops = choice.simulated.flops
@@ -166,7 +165,7 @@ class Predictor:
         if not self.setup.on_card:
             return tensors_only(tensor_bytes)
         budget = self._request(FIRST_MODE, self.setup.batch).budget
-        beside = budget.context_bytes + budget.workspace_bytes
+        beside = budget.process_bytes
         return replace(
             budget,
             total_bytes=tensor_bytes + beside,
@@ -201,7 +200,7 @@ class Predictor:
         if self.setup.on_card:
             budget = self._request(cell.mode, cell.batch).budget
             cell.predicted_reserved_bytes = taken.peak_reserved_bytes
-            cell.predicted_device_bytes = taken.peak_reserved_bytes + budget.context_bytes + budget.workspace_bytes
+            cell.predicted_device_bytes = taken.peak_reserved_bytes + budget.process_bytes
 
     def _request(self, mode: tuple[str, str], batch: int, measured: bool = True) -> Request:
         """Made at the first use, since the card may have to be asked for it. Not `measured`: by a datasheet's rates,

@@ -8,11 +8,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from lowmem.bench.cells import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, Cell, Setup, largest_cells, step_cells
+from lowmem.bench.cells import (
+    ENGINE,
+    FAMILIES,
+    FIRST_MODE,
+    PLAIN_DEFAULT,
+    PLAIN_FREE,
+    Cell,
+    Setup,
+    largest_cells,
+    step_cells,
+)
 from lowmem.bench.predict import Predictor
 from lowmem.bench.results import Results
 from lowmem.bench.trial import Trial, TrialResult
-from lowmem.bench.verdict import allocator_bytes, verdict
+from lowmem.bench.verdict import verdict
 from lowmem.choose.execution import safe_formats
 from lowmem.errors import Infeasible
 from lowmem.plan.record import Plan
@@ -127,6 +137,7 @@ class Bench:
             precision=cell.precision,
             memory_format=cell.memory_format,
             device=setup.device,
+            deterministic=cell.family != PLAIN_FREE,
             way=way,
             optimizer=optimizer,
             plan=None if cell.plan is None else Plan.from_json(cell.plan).without_ladder().to_json(),
@@ -163,7 +174,7 @@ class Bench:
         except Infeasible as error:
             cell.prepared, cell.refused = True, str(error)
             return True
-        cell.budget_bytes, cell.cap_bytes = budget.tensor_bytes, allocator_bytes(budget)
+        cell.budget_bytes, cell.cap_bytes = budget.tensor_bytes, budget.allocator_bytes
         if search.holds is None:
             cell.prepared = True
             cell.refused = f"not even a batch of {search.fails} fits {format_size(budget.tensor_bytes)}"

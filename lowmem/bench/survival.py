@@ -13,18 +13,18 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lowmem.choose.workspace import cap_workspace
 from lowmem.config import Config
 from lowmem.data import Dataset, Pictures
 from lowmem.measure.cap import cap_allocator
 from lowmem.measure.out_of_memory import release
 from lowmem.models import build
 from lowmem.plan.record import Plan
+from lowmem.remat.libraries import Numerics, prepare_libraries
 from lowmem.runs.store import RunFolder
 from lowmem.settings import gather
 from lowmem.train.loop import Trainer
@@ -48,6 +48,8 @@ class Question:
     batch: int
     plan: dict[str, Any]
     device: str = "cpu"
+    deterministic: bool = True
+    tf32: Literal["auto", "never"] = "auto"
     cap_bytes: int | None = None
     real: bool = False
 
@@ -55,8 +57,7 @@ class Question:
 def answer(question: Question) -> dict[str, Any]:
     """`survived`, and how: events, budgets in bytes before and after, and the final weights against those of the
     undisturbed run: the same bits, or the largest relative difference. Raises OutOfMemory if it was not survived."""
-    if question.device == "cuda":
-        cap_workspace()
+    prepare_libraries(Numerics(question.deterministic, question.tf32))
     if question.cap_bytes is not None and question.device == "cuda":
         cap_allocator(question.cap_bytes)
     plan = Plan.from_json(question.plan)

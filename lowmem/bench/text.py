@@ -12,6 +12,8 @@ from typing import Any
 from lowmem.bench.cells import (
     ENGINE,
     FIRST_MODE,
+    PLAIN_DEFAULT,
+    PLAIN_FREE,
     Cell,
     Setup,
     mode_budget,
@@ -167,10 +169,24 @@ def _step_note(setup: Setup, cells: Sequence[Cell]) -> str:
     if twice is not None:
         said += f"`gradients only`: batch norm's running statistics were moved {twice} times in the step. "
     if setup.on_card:
+        said += _determinism(cells)
         return said + "The allocator of a planned cell is capped at its budget, the others' is not."
     return said + (
         "On the CPU a budget bounds the tensors of the step, and they are what is predicted; `resident` is by how much "
         "the process grew at its peak, with the library's own buffers and what the allocator of C keeps."
+    )
+
+
+def _determinism(cells: Sequence[Cell]) -> str:
+    """What kernels that give the same bits every time cost, as measured; empty where it was not."""
+    plain = next((cell for cell in cells if cell.family == PLAIN_DEFAULT), None)
+    free = next((cell for cell in cells if cell.family == PLAIN_FREE), None)
+    ratios = [] if plain is None else plain.ratios(free)
+    if not ratios:
+        return ""
+    return (
+        f"Deterministic kernels (`train.deterministic`), which all rows but one have, make plain PyTorch's step "
+        f"{statistics.median(ratios) - 1:+.1%} longer. "
     )
 
 
@@ -237,7 +253,7 @@ def conditions(environment: dict[str, Any]) -> str:
         return f"On the CPU ({environment.get('cpu')}, {environment.get('cpu_threads')} threads); {versions}."
     return (
         f"{environment.get('card')}, driver {environment.get('driver') or '?'}, CUDA {environment.get('cuda')}, cuDNN "
-        f"{environment.get('cudnn')}; {versions}."
+        f"{environment.get('cudnn')}{', fp32 convolutions in TF32' if environment.get('tf32') else ''}; {versions}."
     )
 
 

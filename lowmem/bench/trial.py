@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from lowmem.measure.out_of_memory import says_out_of_memory
 
@@ -30,7 +30,8 @@ class Trial:
 
     `pictures`: training pictures that the run holds on the device (only held on CUDA). `eval_batch`: pictures at a
     time in evaluation; None: no evaluation. `cap_bytes`: the most that the allocator may hold (CUDA only). `detailed`:
-    digest the first step's gradients (needs a warm-up) and count the operations of another step.
+    digest the first step's gradients (needs a warm-up) and count the operations of another step. `deterministic`,
+    `tf32`: see `lowmem.remat.libraries`.
     """
 
     arch: str
@@ -42,6 +43,8 @@ class Trial:
     precision: str = "fp32"
     memory_format: str = "contiguous"
     device: str = "cpu"
+    deterministic: bool = True
+    tf32: Literal["auto", "never"] = "auto"
     way: str = "plain autograd"
     optimizer: str = "fused"
     plan: dict[str, Any] | None = None
@@ -64,7 +67,8 @@ class TrialResult:
     `peak_allocated_bytes` and `peak_reserved_bytes`: of the training steps after the warm-up, without what lies on the
     device beside the step (the training pictures): the tensors that a plan predicts, and on CUDA the convolution
     library's workspace, which comes from the same allocator. On the CPU tensors are counted and nothing is reserved.
-    `eval_*`: the same of evaluation. `beside_bytes`: what was taken off. `device_used_bytes`: on CUDA all that
+    `eval_*`: the same of evaluation. `beside_bytes`: what was taken off, `blas_workspace_bytes` (cuBLAS's and
+    cublasLt's) in it. `device_used_bytes`: on CUDA all that
     this process has on the card, context and pictures included; on the CPU its peak resident memory. `step_seconds`
     (median), `least_seconds`, `most_seconds`: of a step without its batch's augmentation, nothing else measured in it.
     `alloc_retries`: how often the allocator had to give back what it had cached. `losses`: the mean loss of every step
@@ -82,6 +86,7 @@ class TrialResult:
     eval_peak_allocated_bytes: int | None = None
     eval_peak_reserved_bytes: int | None = None
     beside_bytes: int | None = None
+    blas_workspace_bytes: int | None = None
     device_used_bytes: int | None = None
     context_bytes: int | None = None
     step_seconds: float | None = None

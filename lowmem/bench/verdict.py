@@ -7,11 +7,6 @@ from lowmem.choose.budget import Budget
 from lowmem.units import format_size
 
 
-def allocator_bytes(budget: Budget) -> int | None:
-    """What the caching allocator may hold, the training pictures included; None where only tensors count."""
-    return budget.total_bytes - budget.others_bytes - budget.context_bytes if budget.on_card else None
-
-
 def verdict(result: TrialResult, budget: Budget, device: str) -> tuple[str | None, bool]:
     """(why the trial is refused, or None if it holds; whether that is a matter of memory)."""
     if result.refused is not None:
@@ -25,7 +20,7 @@ def verdict(result: TrialResult, budget: Budget, device: str) -> tuple[str | Non
         if taken is not None and taken > limit:
             over = f"{taken / limit - 1:.1%} over the budget of {format_size(limit)}"
             return f"OVER: {what} takes {format_size(taken)}, {over}", True
-    cap, reserved = allocator_bytes(budget), result.most_reserved_bytes
+    cap, reserved = budget.allocator_bytes, result.most_reserved_bytes
     if cap is not None and reserved is not None and reserved > cap - budget.pictures_bytes:
         return f"OVER: the allocator holds {format_size(reserved)}, it may hold {format_size(cap)}", True
     if not result.finite:

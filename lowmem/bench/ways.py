@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lowmem.models.resnet import ResNet
@@ -32,6 +34,31 @@ def checkpointed(model: ResNet, **options: Any) -> ResNet:
         for block in stage.children():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
     return model
+
+
+@contextmanager
+def native_norms(model: nn.Module) -> Iterator[None]:
+    """While it lasts, the model's batch norms run on torch's native kernels under autograd, where `F.batch_norm` may
+    prefer cuDNN's: what a plan on native kernels is held against."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.forward = partial(_native_norm, norm)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
+
+
+def _native_norm(norm: nn.BatchNorm2d, z: Tensor) -> Tensor:
+    """`nn.BatchNorm2d.forward` of a norm with running statistics, in training."""
+    assert norm.training
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    statistics = (norm.running_mean, norm.running_var)
+    out: Tensor = torch.native_batch_norm(z, norm.weight, norm.bias, *statistics, True, momentum, norm.eps)[0]
+    return out
 
 
 def executed(model: ResNet, way: str, plan: Plan | Schedule | None = None) -> nn.Module:

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from lowmem.bench.trial import OUT_OF_MEMORY, Trial
 from lowmem.bench.ways import PLANNED, executed
-from lowmem.choose.workspace import cap_workspace
 from lowmem.config import OptimConfig
 from lowmem.data import Pictures, TrainBatches, eval_batches
 from lowmem.measure import Meter
@@ -26,6 +25,7 @@ from lowmem.measure.out_of_memory import Failure, classify
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
 from lowmem.plan.record import Plan
+from lowmem.remat.libraries import Numerics, prepare_libraries
 from lowmem.train.evaluate import evaluate
 from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.train.survive import Undo
@@ -50,8 +50,7 @@ class _Work:
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
         self.cuda = trial.device == "cuda"
-        if self.cuda:
-            cap_workspace()
+        prepare_libraries(Numerics(trial.deterministic, trial.tf32))
         # Before CUDA is first used: what the card is fuller by since then is this process's, the context included.
         self.meter = Meter(trial.device)
         self.capped = self.cuda and trial.cap_bytes is not None and cap_allocator(trial.cap_bytes)
@@ -126,9 +125,12 @@ class _Work:
         if not self.cuda:
             return {"device_used_bytes": now.device_used_bytes}
         own = now.process_bytes
+        allocated = torch.cuda.memory_allocated()
+        torch._C._cuda_clearCublasWorkspaces()  # the next matrix product makes them again
+        blas = allocated - torch.cuda.memory_allocated()
         if own is None and now.context_bytes is not None and now.reserved_bytes is not None:
             own = now.context_bytes + now.reserved_bytes
-        return {"device_used_bytes": own, "context_bytes": now.context_bytes}
+        return {"device_used_bytes": own, "context_bytes": now.context_bytes, "blas_workspace_bytes": blas}
 
     # -- training ------------------------------------------------------------------------------------------------------
 

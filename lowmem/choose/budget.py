@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass, replace
 
 from lowmem.cards import Card, Platform
-from lowmem.choose.workspace import ASSUMED_WORKSPACE_BYTES
 from lowmem.errors import Infeasible
+from lowmem.remat.libraries import ASSUMED_WORKSPACE_BYTES, blas_workspace_bytes
 from lowmem.units import MIB
 
 # Assumed where nothing was measured, and printed as assumed with every plan; the margin is for whatever no model
@@ -25,7 +25,8 @@ class Budget:
     bounds the tensors of the step and nothing else: all other terms are 0.
 
     `workspace_bytes` is room left for the convolution library; 0 where its workspace was measured, which makes it a
-    part of the step. `emulated`: a larger card made to behave like one of `total_bytes`.
+    part of the step. `blas_workspace_bytes`: cuBLAS's and cublasLt's. `emulated`: a larger card made to behave like one
+    of `total_bytes`.
     """
 
     total_bytes: int
@@ -33,6 +34,8 @@ class Budget:
     context_bytes: int = 0
     context_measured: bool = False
     workspace_bytes: int = 0
+    blas_workspace_bytes: int = 0
+    blas_workspace_measured: bool = False
     communicator_bytes: int = 0  # of one process among several, on CUDA
     pictures_bytes: int = 0  # the data set, where it is held on the card
     margin_bytes: int = 0
@@ -56,8 +59,17 @@ class Budget:
 
     @property
     def process_bytes(self) -> int:
-        """What a process takes beside its tensors: context, workspace, communicators."""
-        return self.context_bytes + self.workspace_bytes + self.communicator_bytes
+        """What a process takes beside its tensors: context, workspaces, communicators."""
+        workspaces = self.workspace_bytes + self.blas_workspace_bytes
+        return self.context_bytes + workspaces + self.communicator_bytes
+
+    @property
+    def allocator_bytes(self) -> int | None:
+        """The most that the caching allocator may hold for all to stay on the card: tensors, workspaces, pictures and
+        the margin; None where only tensors count. The context and NCCL's communicators are not in it."""
+        if not self.on_card:
+            return None
+        return self.total_bytes - self.others_bytes - self.context_bytes - self.communicator_bytes
 
     @property
     def on_card(self) -> bool:
@@ -67,10 +79,12 @@ class Budget:
     def terms(self) -> list[tuple[str, int]]:
         """(term, bytes) of what is gone before the step's first tensor; terms that are 0 are left out."""
         how = "measured" if self.context_measured else "assumed"
+        told = "measured" if self.blas_workspace_measured else "assumed"
         named = [
             ("others: driver, desktop, processes", self.others_bytes),
             (f"CUDA context ({how})", self.context_bytes),
             ("convolution workspace (at most)", self.workspace_bytes),
+            (f"cuBLAS workspace ({told})", self.blas_workspace_bytes),
             ("NCCL communicators (assumed)", self.communicator_bytes),
             ("training pictures", self.pictures_bytes),
             (f"margin ({MARGIN_SHARE:.0%})", self.margin_bytes),
@@ -99,9 +113,15 @@ def this_platform() -> Platform:
 
 
 def of_card(
-    card: Card, vram_bytes: int | None = None, pictures_bytes: int = 0, platform: Platform | None = None
+    card: Card,
+    vram_bytes: int | None = None,
+    pictures_bytes: int = 0,
+    platform: Platform | None = None,
+    *,
+    deterministic: bool = True,
 ) -> Budget:
-    """The budget of a card's profile, or of a card like it with another memory. Raises Infeasible."""
+    """The budget of a card's profile, or of a card like it with another memory. `deterministic`: of the run. Raises
+    Infeasible."""
     total = card.memory_bytes if vram_bytes is None else vram_bytes
     usable = int(total * getattr(card.usable, platform or this_platform()))
     return Budget(
@@ -109,6 +129,7 @@ def of_card(
         others_bytes=total - usable,
         context_bytes=card.context_bytes,
         workspace_bytes=ASSUMED_WORKSPACE_BYTES,
+        blas_workspace_bytes=blas_workspace_bytes(card.capability_pair, deterministic=deterministic),
         pictures_bytes=pictures_bytes,
         margin_bytes=int(total * MARGIN_SHARE),
         source=card.name if total == card.memory_bytes else f"{card.name} with another memory",
@@ -124,11 +145,14 @@ def of_device(
     pictures_bytes: int = 0,
     context_bytes: int | None = None,
     workspace_bytes: int = ASSUMED_WORKSPACE_BYTES,
+    blas_bytes: int = 0,
+    blas_measured: bool = False,
 ) -> Budget:
     """The budget of the CUDA device at hand. Its context exists already: `free_bytes` is without it.
 
     With less `vram_bytes` than the device has the card is emulated: others count as far as they leave less than that.
-    `context_bytes`: measured, or None. `pictures_bytes`: of the data set, which is held on the card. Raises Infeasible.
+    `context_bytes`: measured, or None. `blas_bytes`: of cuBLAS's workspace, measured or not. `pictures_bytes`: of the
+    data set, which is held on the card. Raises Infeasible.
     """
     total = total_bytes if vram_bytes is None else min(vram_bytes, total_bytes)
     context = ASSUMED_CONTEXT_BYTES if context_bytes is None else context_bytes
@@ -138,6 +162,8 @@ def of_device(
         context_bytes=context,
         context_measured=context_bytes is not None,
         workspace_bytes=workspace_bytes,
+        blas_workspace_bytes=blas_bytes,
+        blas_workspace_measured=blas_measured,
         pictures_bytes=pictures_bytes,
         margin_bytes=int(total * MARGIN_SHARE),
         source=name if total == total_bytes else f"emulated card on {name}",

@@ -27,7 +27,8 @@ _LARGEST_NUMBER = 1e9  # seconds; NaN is not below it either
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What a figure is of. `device` is `cuda` or `cpu`; `threads` matter on the CPU only."""
+    """What a figure is of. `device` is `cuda` or `cpu`; `threads` matter on the CPU only, `numerics` (which kernels the
+    libraries may take) on CUDA only."""
 
     device: str
     name: str
@@ -35,6 +36,7 @@ class Identity:
     torch: str
     library: str | None  # cuDNN's version
     threads: int | None = None
+    numerics: str | None = None
 
     @property
     def file_name(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 from torch import nn
@@ -15,6 +16,7 @@ from lowmem.choose.describe import RawRates, measured_rates
 from lowmem.choose.device import DeviceFacts
 from lowmem.choose.worker import Convolutions, Job, Stages, Update, low_dtype, measure_apart, measure_here
 from lowmem.choose.workspace import Workspaces
+from lowmem.remat.libraries import Numerics
 from lowmem.simulate import Call
 from lowmem.simulate.stage import Option, StageMeasure
 
@@ -22,8 +24,8 @@ Progress = Callable[[str], None]
 
 
 def stage_key(measure_key: Hashable, precision: str) -> tuple[object, ...]:
-    """Of a stage as the simulator tells stages apart (signature, trainable, shape, strides, dtype, need_input, masked),
-    for the batch that is timed."""
+    """Of a stage as the simulator tells stages apart (signature, trainable, shape, strides, dtype, need_input, masked,
+    library_norm), for the batch that is timed."""
     assert isinstance(measure_key, tuple)
     signature, trainable, shape, *rest = measure_key
     timed = (min(shape[0], TIMED_BATCH), *shape[1:])
@@ -68,6 +70,7 @@ class Calibrator:
     """One device and what is known of it; measures what is not. `progress` hears a sentence when that takes seconds.
 
     `facts`: of a CUDA device. `apart`: measure in a process of its own, by default on CUDA.
+    `numerics`: of the runs that are predicted.
     """
 
     def __init__(
@@ -78,9 +81,12 @@ class Calibrator:
         *,
         facts: DeviceFacts | None = None,
         apart: bool | None = None,
+        numerics: Numerics = Numerics(),
     ) -> None:
         self.device, self.calibration, self.progress, self.facts = device, calibration, progress, facts
-        self._measure = measure_apart if (device == "cuda" if apart is None else apart) else measure_here
+        self._measure = measure_here
+        if device == "cuda" if apart is None else apart:
+            self._measure = partial(measure_apart, numerics=numerics)
 
     def workspaces(self, precision: str) -> Workspaces | None:
         """None on the CPU, whose kernels do not take theirs from a counted allocator."""
@@ -106,6 +112,7 @@ class Calibrator:
         precision: str,
         memory_format: str,
         momentum: bool,
+        library_norm: bool = False,
     ) -> StageTimes:
         """Measures each distinct block and policy that the calibration lacks. Takes some seconds to a minute."""
         wanted = self._wanted(measures, precision)
@@ -120,6 +127,7 @@ class Calibrator:
                     precision=precision,
                     memory_format=memory_format,
                     wanted=tuple(wanted),
+                    library_norm=library_norm,
                 )
             )
         if self.calibration.seconds(update) is None:

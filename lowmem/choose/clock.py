@@ -59,7 +59,8 @@ def plain_forward(stage: Stage, x: Tensor) -> Tensor:
 
 
 class ChainClock:
-    """Times stages of `model` on inputs of `input_shape`, [N, C, H, W]; `low`: the dtype of autocast, or None."""
+    """Times stages of `model` on inputs of `input_shape`, [N, C, H, W]; `low`: the dtype of autocast, or None;
+    `library_norm`: see `lowmem.remat.kernels`."""
 
     def __init__(
         self,
@@ -69,10 +70,12 @@ class ChainClock:
         device: str,
         memory_format: torch.memory_format,
         low: torch.dtype | None,
+        library_norm: bool = False,
         calibration: Calibration,
         rounds: int = 3,
     ) -> None:
-        self.model, self.device, self.memory_format, self.low = model, device, memory_format, low
+        self.model, self.device, self.memory_format = model, device, memory_format
+        self.low, self.library_norm = low, library_norm
         self.input_shape = (min(input_shape[0], TIMED_BATCH), *input_shape[1:])
         self.calibration = calibration
         self.rounds = rounds
@@ -146,9 +149,12 @@ class _StageClock:
     @torch.no_grad()
     def output(self) -> Tensor:
         """What the next stage gets."""
-        y, _ = self.stage.forward([self.x], None, StagePass(self.low), need_input=False)
+        y, _ = self.stage.forward([self.x], None, self._pass(), need_input=False)
         assert y is not None
         return y
+
+    def _pass(self) -> StagePass:
+        return StagePass(self.low, self.clock.library_norm)
 
     def passes_gradient(self) -> bool:
         """Whether the next stage's input needs a gradient."""
@@ -161,13 +167,13 @@ class _StageClock:
     @torch.no_grad()
     def option(self, option: Option) -> Seconds:
         """Forward, backward and restoring, as differences of what was timed together."""
-        again = StagePass(self.low)
+        again = self._pass()
         self.stage.forward([self.x], None, again, need_input=False)
 
         def forward() -> tuple[StagePass, Saved]:
             if option.fused:
                 return again, {}
-            memo = again if option.last else StagePass(self.low)
+            memo = again if option.last else self._pass()
             _, saved = self.stage.forward(
                 [self.x], option.policy, memo, need_input=self.need_input, want_output=not option.last
             )

@@ -67,20 +67,23 @@ def measure_costs(
     accumulation: int = 1,
     workspace: Callable[[Call], int] | None = None,
     options: Callable[[Any], Sequence[Option]] | None = None,
+    library_norm: bool = False,
 ) -> ChainMeasure:
     """Bytes and operations of a step of `model`, which may be on any device, `meta` included, and is not touched.
 
     `input_shape`: of one micro-batch, [N, C, H, W], float32. `low`: the dtype of autocast, or None.
     `optimizer_copies`: tensors of the parameters' size that the optimizer holds (1: momentum). With
     `accumulation` above 1 the parameters' gradients exist throughout. `workspace`: see `lowmem.simulate.Recorder`.
-    `options`: per stage, by default all that are worth having.
+    `options`: per stage, by default all that are worth having. `library_norm`: see `lowmem.remat.kernels`.
     """
     with FakeTensorMode():
         recorder = Recorder(workspace)
         copied = empty_copy(model, memory_format)
         x = torch.empty(tuple(input_shape)).contiguous(memory_format=memory_format)
         stages = decompose(copied)
-        measures = tuple(measure_chain(stages, options or _options, x, lambda: StagePass(low), recorder))
+        measures = tuple(
+            measure_chain(stages, options or _options, x, lambda: StagePass(low, library_norm), recorder, library_norm)
+        )
         return ChainMeasure(
             names=tuple(stage.name for stage in stages),
             stages=measures,

@@ -5,20 +5,25 @@ All of it is asked in a process of its own, so that the one that plans has no co
 
 from __future__ import annotations
 
+import gc
 import pickle
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from lowmem.choose.calibration import Calibration, Identity
-from lowmem.choose.worker import ask
+from lowmem.choose.calibration import Identity
+from lowmem.choose.worker import ask, low_dtype
 from lowmem.measure import Meter
 from lowmem.measure.cpu import processor_name
 from lowmem.measure.cuda import device_uuid, find_device
 from lowmem.measure.nvml import read_driver
+from lowmem.models import build
+from lowmem.plan.policy import LEAN, uniform
+from lowmem.remat import apply_plan, stage_names
+from lowmem.remat.libraries import Numerics
 from lowmem.units import MIB
 
 CONTEXT = ("context",)  # its key in a calibration
@@ -29,7 +34,8 @@ _LEAST_CONTEXT_BYTES, _MOST_CONTEXT_BYTES = 32 * MIB, 2048 * MIB
 @dataclass(frozen=True, kw_only=True)
 class DeviceFacts:
     """Bytes of the current CUDA device: `free_bytes` is what one process can have beside its context of `context_bytes`
-    (None: it could not be told). `link`: PCIe generation and lanes, the most that card and slot can do."""
+    (None: it could not be told). `blas_workspace_bytes`: what cuBLAS and cublasLt took for a matrix product. `link`:
+    PCIe generation and lanes, the most that card and slot can do."""
 
     name: str
     capability: tuple[int, int]
@@ -38,17 +44,24 @@ class DeviceFacts:
     total_bytes: int
     free_bytes: int
     context_bytes: int | None
+    blas_workspace_bytes: int | None
     link: tuple[int | None, int | None]
 
-    @property
-    def identity(self) -> Identity:
+    def identity(self, numerics: Numerics) -> Identity:
         """What figures measured on it are filed under."""
-        return Identity(device="cuda", name=self.name, driver=self.driver, torch=torch.__version__, library=self.cudnn)
+        return Identity(
+            device="cuda",
+            name=self.name,
+            driver=self.driver,
+            torch=torch.__version__,
+            library=self.cudnn,
+            numerics=repr(numerics),
+        )
 
 
-def ask_device() -> DeviceFacts:
+def ask_device(numerics: Numerics) -> DeviceFacts:
     """Of the current CUDA device, by a process of its own. Raises PreflightError if that fails."""
-    return facts_from(ask(pickle.dumps("memory")))
+    return facts_from(ask(pickle.dumps(("memory", numerics))))
 
 
 def facts_from(answer: dict[str, Any]) -> DeviceFacts:
@@ -60,6 +73,10 @@ def measure_memory() -> dict[str, Any]:
     """Here and now, making a context: to be run where CUDA was not used before."""
     with Meter("cuda") as meter:
         _warm_up()
+        gc.collect()
+        allocated = torch.cuda.memory_allocated()
+        torch._C._cuda_clearCublasWorkspaces()
+        blas = allocated - torch.cuda.memory_allocated()
         torch.cuda.empty_cache()
         seen = meter.read()
     free, total = seen.device_free_bytes, seen.device_total_bytes
@@ -81,22 +98,10 @@ def measure_memory() -> dict[str, Any]:
             total_bytes=total,
             free_bytes=free + (seen.reserved_bytes or 0),
             context_bytes=context,
+            blas_workspace_bytes=blas or None,
             link=(None, None) if link is None else (link.most_generation, link.most_lanes),
         )
     )
-
-
-def remembered_context_bytes() -> int | None:
-    """What was measured before of the current CUDA device, here where CUDA is in use already."""
-    cudnn = torch.backends.cudnn.version()
-    known = Identity(
-        device="cuda",
-        name=torch.cuda.get_device_name(),
-        driver=read_driver().driver_version,
-        torch=torch.__version__,
-        library=None if cudnn is None else str(cudnn),
-    )
-    return Calibration(known, Calibration.usual_folder()).size_bytes(CONTEXT)
 
 
 def cpu_identity() -> Identity:
@@ -112,10 +117,19 @@ def cpu_identity() -> Identity:
 
 
 def _warm_up() -> None:
-    """A small step: kernels are loaded when they are first used, and are a part of what a process takes."""
-    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
-    net = net.append(nn.Linear(16 * 64, 10)).cuda()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
-    F.cross_entropy(net(torch.randn(8, 3, 8, 8, device="cuda")), torch.zeros(8, dtype=torch.int64).cuda()).backward()
-    optimizer.step()
+    """Steps of a thin network of each block, in both precisions: kernels are loaded when they are first used, and are a
+    part of what a process takes. A full-sized network loads a few more."""
+    for block, precision in product(("basic", "bottleneck"), ("fp32", "amp")):
+        arch = "res20" if block == "basic" else "res56"
+        net = build(arch, block, width=16).cuda()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
+        low = low_dtype(precision, "cuda")
+        images, labels = torch.randn(8, 3, 32, 32, device="cuda"), torch.zeros(8, dtype=torch.int64, device="cuda")
+        planned = apply_plan(net, uniform([LEAN] * len(stage_names(net))), library_norm=True)
+        for run in (net, planned):
+            with torch.autocast("cuda", low, enabled=low is not None, cache_enabled=False):
+                logits = run(images)
+            with torch.autograd.set_multithreading_enabled(False):
+                F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
     torch.cuda.synchronize()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from lowmem.cards import has_tensor_cores
 from lowmem.config import Config, TrainConfig
 from lowmem.errors import PreflightError
+from lowmem.remat.libraries import Numerics
 from lowmem.settings import Settings
 
 
@@ -44,6 +47,20 @@ def safe_formats(device: str, width: int) -> tuple[str, ...]:
     """Memory formats that the library computes rightly in every precision."""
     unsafe = device == "cpu" and width < SAFE_WIDTH and torch.get_num_threads() > 1
     return ("contiguous",) if unsafe else ("contiguous", "channels-last")
+
+
+def numerics_of(train: TrainConfig) -> Numerics:
+    """Which kernels a run with these settings lets CUDA's libraries take."""
+    return Numerics(train.deterministic, train.tf32)
+
+
+def batch_norm_of(config: Config) -> Literal["library", "native"]:
+    """The kernels of batch norm in a planned step, `auto` resolved. On the CPU both have the same bits, and the native
+    ones work in place."""
+    chosen = config.train.batch_norm
+    if chosen != "auto":
+        return chosen
+    return "library" if config.train.device == "cuda" or config.memory.card is not None else "native"
 
 
 def require_device(device: str) -> None:

@@ -16,11 +16,17 @@ def explain(choice: Choice) -> list[str]:
     tried = [f"does not fit: {one.what} ({one.refused_because})" for one in refused]
     return [
         *tried,
-        f"plan: batch {plan.batch}{cut}, {plan.precision}, {plan.memory_format}: "
+        f"plan: batch {plan.batch}{cut}, {arithmetic(plan)}, {plan.memory_format}: "
         f"{format_size(plan.predicted.peak_allocated_bytes)} of tensors under a budget of "
         f"{format_size(plan.budget_bytes)}; plain PyTorch takes {format_size(plain.peak_allocated_bytes)}",
         f"cost: {cost(plan)}; {tally(plan)}",
     ]
+
+
+def arithmetic(plan: Plan) -> str:
+    """`fp32`, and what it may not be on a card: `fp32 (convolutions in TF32)`."""
+    beside = "convolutions in TF32" if plan.tf32 else ""
+    return f"{plan.precision} ({beside})" if beside else plan.precision
 
 
 def explain_ladder(plan: Plan) -> str:
@@ -119,7 +125,8 @@ def _why(choice: Choice) -> list[str]:
     plan = choice.plan
     flops = plan.predicted.extra_flops or 0
     head = (
-        f"Batch {plan.batch}, {plan.precision}, {plan.memory_format}: {cost(plan)}; seconds are {choice.seconds_from}."
+        f"Batch {plan.batch}, {arithmetic(plan)}, {plan.memory_format}: {cost(plan)}; seconds are "
+        f"{choice.seconds_from}."
     )
     fits = choice.plain.estimate.peak_allocated_bytes <= choice.budget.tensor_bytes
     if fits and not flops and plan.exact:

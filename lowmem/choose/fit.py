@@ -44,6 +44,9 @@ def plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
         stages=stage_names(request.model),
         schedule=solution.schedule,
         predicted=predict(budget, simulated, plain, seconds, plain_seconds),
+        batch_norm=request.batch_norm,
+        tf32=request.tf32 and precision == "fp32",
+        allocator_bytes=budget.allocator_bytes if budget.emulated else None,
     )
     return Choice(
         plan=plan,
@@ -111,6 +114,7 @@ def _chain(request: Request, shape: StepShape, rates: Rates, workspace: Workspac
             optimizer_copies=1 if request.momentum else 0,
             accumulation=shape.accumulation,
             workspace=workspace,
+            library_norm=shape.library_norm,
         ),
     )
     chain = price(measured, rates)
@@ -125,6 +129,7 @@ def _chain(request: Request, shape: StepShape, rates: Rates, workspace: Workspac
         precision=shape.precision,
         memory_format=shape.memory_format,
         momentum=request.momentum,
+        library_norm=shape.library_norm,
     )
     return price(measured, rates, times), True
 

@@ -18,6 +18,7 @@ from lowmem.choose.fit import plan_one
 from lowmem.choose.request import Choice, Request, card_rates, precision_order
 from lowmem.errors import Infeasible
 from lowmem.plan.record import Candidate, Plan
+from lowmem.remat.libraries import convolutions_in_tf32
 from lowmem.units import format_size, parse_size
 
 # The rates that time is predicted with where no card is named: the card this project is aimed at.
@@ -40,10 +41,13 @@ def make_plan(
     allow_accumulation: bool = True,
     image_shape: tuple[int, int, int] = (3, 32, 32),
     momentum: bool = True,
+    batch_norm: Literal["library", "native"] | None = None,
 ) -> Plan:
     """The plan for a training step of `model` (any device, `meta` included; it is not touched).
 
     `budget`: bytes for all tensors of the step ("4600M"), or, with a `card`, the card's memory (None: the profile's).
+    `batch_norm`: its kernels on CUDA, the library's choice, which has plain PyTorch's bits, or native ones, which work
+    in place; None: the library's for a `card` or a model on CUDA, else native (on the CPU both have the same bits).
     Raises Infeasible with the least that fits, ValueError if neither budget nor card is given.
     """
     if isinstance(budget, Budget):
@@ -55,6 +59,9 @@ def make_plan(
     else:
         raise ValueError("a plan needs a budget or a card")
     tensor_cores = card is not None and card.tensor_cores
+    if batch_norm is None:
+        on_cuda = any(parameter.is_cuda for parameter in model.parameters())
+        batch_norm = "library" if on_cuda or card is not None else "native"
     choice = choose(
         Request(
             model=model,
@@ -69,6 +76,8 @@ def make_plan(
             allow_accumulation=allow_accumulation,
             image_shape=image_shape,
             momentum=momentum,
+            batch_norm=batch_norm,
+            tf32=card is not None and convolutions_in_tf32(card.capability_pair),
         )
     )
     return choice.plan

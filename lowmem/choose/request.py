@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -38,6 +38,8 @@ class Request:
     momentum: bool = True
     joint: bool = False  # one of several processes that train the run; `batch` is its own share
     sync_bn: bool = False
+    batch_norm: Literal["library", "native"] = "native"
+    tf32: bool = False  # of convolutions in fp32, on the card that is planned for
     rates_from: str = "a card's datasheet"
     reasons: Mapping[str, str] = field(default_factory=dict)  # setting -> why it was decided so
     # What was simulated already, by shape: shared by all requests made from this one for other budgets and batches.
@@ -52,6 +54,7 @@ class Request:
             precision=precision,
             memory_format=self.formats.get(precision, self.memory_format),
             momentum=self.momentum,
+            library_norm=self.batch_norm == "library",
             joint=self.joint,
             sync_bn=self.sync_bn,
         )

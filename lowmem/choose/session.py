@@ -20,15 +20,20 @@ from lowmem.choose.calibration import Calibration
 from lowmem.choose.calibrator import Calibrator, Progress
 from lowmem.choose.describe import describe_card
 from lowmem.choose.device import CONTEXT, DeviceFacts, ask_device, cpu_identity
-from lowmem.choose.execution import calibrates
+from lowmem.choose.execution import batch_norm_of, calibrates, numerics_of
 from lowmem.choose.modes import by_kind, by_measurement
 from lowmem.choose.planning import REFERENCE_CARD, choose
 from lowmem.choose.request import Choice, Request, card_rates
-from lowmem.choose.workspace import cap_workspace, workspace_cap_bytes
 from lowmem.config import Config, for_process
 from lowmem.errors import Infeasible, UsageError
 from lowmem.models import skeleton
 from lowmem.plan.record import Candidate, Plan
+from lowmem.remat.libraries import (
+    blas_workspace_bytes,
+    convolutions_in_tf32,
+    prepare_libraries,
+    workspace_cap_bytes,
+)
 from lowmem.settings import Settings
 
 _PICTURE_BYTES = 3 * 32 * 32  # uint8
@@ -56,10 +61,15 @@ def budget_of(
     pictures_bytes = train_pictures * _PICTURE_BYTES
     if memory.card is not None:
         card = load_card(memory.card)
-        return of_card(card, memory.vram, pictures_bytes, _platform(config)), card
+        deterministic = config.train.deterministic
+        return of_card(card, memory.vram, pictures_bytes, _platform(config), deterministic=deterministic), card
     if config.train.device == "cuda" and torch.cuda.is_available():
-        cap_workspace()
-        facts = (calibrator.facts if calibrator is not None else None) or ask_device()
+        numerics = numerics_of(config.train)
+        prepare_libraries(numerics)
+        facts = (calibrator.facts if calibrator is not None else None) or ask_device(numerics)
+        blas, measured = facts.blas_workspace_bytes, facts.blas_workspace_bytes is not None
+        if blas is None:
+            blas = blas_workspace_bytes(facts.capability, deterministic=numerics.deterministic)
         budget = of_device(
             facts.free_bytes,
             facts.total_bytes,
@@ -69,6 +79,8 @@ def budget_of(
             context_bytes=facts.context_bytes,
             # Measured workspaces are a part of the simulated step.
             workspace_bytes=workspace_cap_bytes() if calibrator is None else 0,
+            blas_bytes=blas,
+            blas_measured=measured,
         )
         return budget, card_of(facts, calibrator)
     if memory.vram is None:
@@ -106,16 +118,17 @@ def calibrator_of(config: Config, progress: Progress = lambda text: None, *, fre
     device = config.train.device
     if not calibrates(config, device) or (device == "cuda" and not torch.cuda.is_available()):
         return None
+    numerics = numerics_of(config.train)
     if device == "cuda":
-        cap_workspace()
-        facts = ask_device()
-        calibration = Calibration(facts.identity, Calibration.usual_folder())
+        prepare_libraries(numerics)
+        facts = ask_device(numerics)
+        calibration = Calibration(facts.identity(numerics), Calibration.usual_folder())
         facts = _with_context(facts, calibration)
     else:
         facts, calibration = None, Calibration(cpu_identity(), Calibration.usual_folder())
     if fresh:
         calibration.clear()
-    return Calibrator(device, calibration, progress, facts=facts)
+    return Calibrator(device, calibration, progress, facts=facts, numerics=numerics)
 
 
 def _with_context(facts: DeviceFacts, calibration: Calibration) -> DeviceFacts:
@@ -165,6 +178,8 @@ def request_of(
         momentum=config.optim.momentum > 0,
         joint=joint,
         sync_bn=config.train.sync_bn,
+        batch_norm=batch_norm_of(config),
+        tf32=card is not None and convolutions_in_tf32(card.capability_pair, config.train.tf32),
     )
 
 
@@ -240,6 +255,7 @@ def replan(
             precisions=(recorded.precision,),
             formats={recorded.precision: recorded.memory_format},
             micro_batch=recorded.micro_batch,
+            batch_norm=recorded.batch_norm,
             settled=True,
         )
     )

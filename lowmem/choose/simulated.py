@@ -28,6 +28,7 @@ class StepShape:
     precision: str
     memory_format: str
     momentum: bool = True
+    library_norm: bool = False  # see lowmem.remat.kernels; of a planned step
     joint: bool = False  # one of several processes that sum their gradients
     sync_bn: bool = False
 
@@ -94,7 +95,10 @@ def _loop_builder(
     def build() -> Loop:
         model = empty_copy(shape.model, shape.torch_memory_format)
         model.train()
-        run = apply_plan(model, schedule) if schedule is not None else model if way is None else way(model)
+        if schedule is not None:
+            run: nn.Module = apply_plan(model, schedule, library_norm=shape.library_norm)
+        else:
+            run = model if way is None else way(model)
         optimizer = torch.optim.SGD(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=0.1,

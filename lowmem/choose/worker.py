@@ -19,10 +19,11 @@ from torch import nn
 
 from lowmem.choose.calibration import Calibration, Identity, Seconds
 from lowmem.choose.clock import ChainClock, Wanted, real_copy
-from lowmem.choose.workspace import Workspaces, cap_workspace
+from lowmem.choose.workspace import Workspaces
 from lowmem.errors import PreflightError
 from lowmem.measure.out_of_memory import Failure, attempt
 from lowmem.measure.timing import time_calls
+from lowmem.remat.libraries import Numerics, prepare_libraries
 from lowmem.simulate import Call
 
 _TIMEOUT_SECONDS = 1800
@@ -43,6 +44,7 @@ class Stages:
     precision: str
     memory_format: str
     wanted: tuple[Wanted, ...] = ()
+    library_norm: bool = False
     mode_key: object = None
 
     def run(self, device: str, calibration: Calibration) -> None:
@@ -53,6 +55,7 @@ class Stages:
             device=device,
             memory_format=layout,
             low=low_dtype(self.precision, device),
+            library_norm=self.library_norm,
             calibration=calibration,
         )
         if self.mode_key is not None:
@@ -106,10 +109,10 @@ def measure_here(jobs: Sequence[Job], device: str, calibration: Calibration) -> 
             torch.cuda.empty_cache()
 
 
-def measure_apart(jobs: Sequence[Job], device: str, calibration: Calibration) -> None:
+def measure_apart(jobs: Sequence[Job], device: str, calibration: Calibration, *, numerics: Numerics) -> None:
     """In a process of its own. Raises PreflightError with its last words if it fails."""
     task = (list(jobs), device, calibration.identity, calibration.figures)
-    calibration.figures.update(ask(pickle.dumps(task)))
+    calibration.figures.update(ask(pickle.dumps((task, numerics))))
 
 
 def ask(task: bytes) -> Any:
@@ -133,8 +136,8 @@ def ask(task: bytes) -> Any:
 
 def main() -> None:
     """Does the task on standard input."""
-    cap_workspace()
-    task = pickle.loads(sys.stdin.buffer.read())
+    task, numerics = pickle.loads(sys.stdin.buffer.read())
+    prepare_libraries(numerics)
     if task == "memory":
         from lowmem.choose.device import measure_memory
 

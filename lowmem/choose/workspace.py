@@ -1,13 +1,12 @@
 """What the convolution library takes beside operands and results, call by call, measured on the card.
 
 The workspace comes out of torch's own caching allocator, so it counts as allocated while the kernel runs. A measured
-one is part of the simulated step; without a measurement a budget leaves room for ASSUMED_WORKSPACE_BYTES, and on CUDA
-the library is told not to take more (`cap_workspace`).
+one is part of the simulated step; without a measurement a budget leaves room for an assumed one, and the library is
+told not to take more (`lowmem.remat.libraries`).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from functools import partial
 
@@ -16,29 +15,14 @@ from torch import Tensor
 
 from lowmem.choose.calibration import Calibration
 from lowmem.measure.out_of_memory import Failure, attempt
+from lowmem.remat.libraries import workspace_cap_bytes
 from lowmem.simulate import Call
 from lowmem.simulate.allocator import round_block
-from lowmem.units import MIB
-
-# Where nothing was measured.
-ASSUMED_WORKSPACE_BYTES = 256 * MIB
-_CAP_VARIABLE = "CUDNN_CONV_WSCAP_DBG"  # MiB
 
 _OPERATIONS = {
     str(torch.ops.aten.convolution.default): torch.ops.aten.convolution.default,
     str(torch.ops.aten.convolution_backward.default): torch.ops.aten.convolution_backward.default,
 }
-
-
-def cap_workspace() -> None:
-    """To be called before the first convolution. A cap that the user has set stays."""
-    os.environ.setdefault(_CAP_VARIABLE, str(ASSUMED_WORKSPACE_BYTES // MIB))
-
-
-def workspace_cap_bytes() -> int:
-    """The cap in force, or what is assumed where its text is no number."""
-    text = os.environ.get(_CAP_VARIABLE, "")
-    return int(text) * MIB if text.isdigit() else ASSUMED_WORKSPACE_BYTES
 
 
 class Workspaces:

@@ -14,6 +14,7 @@ from lowmem.choose.device import ask_device
 from lowmem.choose.execution import refuse_unsafe, resolve_execution
 from lowmem.environment import describe
 from lowmem.errors import PreflightError
+from lowmem.remat.libraries import Numerics
 from lowmem.runs.atomic import write_bytes_atomic, write_text_atomic
 from lowmem.settings import gather
 from lowmem.units import MIB, format_size
@@ -70,7 +71,7 @@ def show_acceptance(
 
 def _card_bytes(device: str) -> int | None:
     """Asked in a process of its own: a context here would take memory from the trials."""
-    return ask_device().total_bytes if device == "cuda" else None
+    return ask_device(Numerics()).total_bytes if device == "cuda" else None
 
 
 def _environment(device: str) -> dict[str, Any]:

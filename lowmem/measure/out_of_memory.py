@@ -1,4 +1,4 @@
-"""Telling out-of-memory from other errors, whoever raises it: torch's allocators, the driver, cuDNN, cuBLAS, NCCL, Python.
+"""Telling out-of-memory from other errors, whoever says it: torch's allocators, the driver, cuDNN, cuBLAS, NCCL.
 
 One place knows the words (`classify`), for errors in this process and for the last lines of another one
 (`says_out_of_memory`): whoever measures, tries, trains or sums may meet any of them.

@@ -69,7 +69,10 @@ class Plan:
     `budget_bytes` is for all tensors of the step; None: no budget was set. `exact`: the same gradients as the
     plain step at the full batch (false under accumulation with batch norm, invariant 4). `ladder`: the next
     smaller plans, already solved, for when memory runs out all the same; the plans in it have no ladder of
-    their own. `shares`: of a run that several processes train, the pictures that each takes of the effective batch, by
+    their own. `batch_norm`: the kernels of batch norm on CUDA, the library's choice (autograd's bits) or native ones
+    (in place, another rounding). `tf32`: whether fp32 convolutions round their operands to TF32 on the card that it was
+    made for. `allocator_bytes`: on an emulated card, the most that the caching allocator may hold; None: all there is.
+    `shares`: of a run that several processes train, the pictures that each takes of the effective batch, by
     rank; `batch` is then this process's own share. Empty: one process takes all.
 
     Raises ValueError if the numbers or the schedule do not fit each other.
@@ -88,8 +91,15 @@ class Plan:
     candidates: tuple[Candidate, ...] = ()
     ladder: tuple[Plan, ...] = ()
     shares: tuple[int, ...] = ()
+    batch_norm: Literal["library", "native"] = "native"
+    tf32: bool = False
+    allocator_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        if self.batch_norm not in ("library", "native"):
+            raise ValueError(f"batch norm {str(self.batch_norm)[:100]!r} is neither library nor native")
+        if not isinstance(self.tf32, bool) or not (self.allocator_bytes is None or _is_integer(self.allocator_bytes)):
+            raise ValueError("tf32 is true or false, allocator_bytes an integer or None")
         if not all(_is_integer(share) and share >= 0 for share in self.shares):
             raise ValueError("shares are counts of pictures")
         if self.shares and self.batch not in self.shares and 0 not in self.shares:
@@ -133,6 +143,11 @@ class Plan:
         """Of all processes together."""
         return sum(self.shares) or self.batch
 
+    @property
+    def library_norm(self) -> bool:
+        """See `lowmem.remat.kernels`."""
+        return self.batch_norm == "library"
+
     def without_ladder(self) -> Plan:
         return replace(self, ladder=())
 
@@ -150,6 +165,9 @@ class Plan:
             "accumulation": self.accumulation,
             "precision": self.precision,
             "memory_format": self.memory_format,
+            "batch_norm": self.batch_norm,
+            "tf32": self.tf32,
+            "allocator_bytes": self.allocator_bytes,
             "exact": self.exact,
             "predicted": _flat(self.predicted),
             "blocks": self.blocks(),
@@ -166,12 +184,13 @@ class Plan:
             raise ValueError(f"a plan is a dictionary, not {type(values).__name__}")
         if values.get("format") != FORMAT:
             raise ValueError(f"this plan has format {values.get('format')!r}, this version reads {FORMAT}")
-        known = {"format", "blocks"} | {field.name for field in fields(Plan)} - {"stages", "shares"}
-        if odd := set(values) - {"shares"} ^ known:
+        known = {"format", "blocks"} | {field.name for field in fields(Plan)} - {"stages"} - _LATER.keys()
+        if odd := set(values) - _LATER.keys() ^ known:
             raise ValueError(f"a plan has the keys {sorted(known)}; different here: {sorted(odd)}")
-        if not isinstance(values.get("shares", []), list):
+        if not isinstance(shares := values.get("shares", []), list):
             raise ValueError("a plan's shares are a list")
         try:
+            shares = tuple(shares)
             if not isinstance(values["blocks"], dict):
                 raise ValueError("a plan's blocks are stages with their policies")
             plan = Plan(
@@ -181,7 +200,7 @@ class Plan:
                 predicted=Predicted(**values["predicted"]),
                 candidates=tuple(Candidate(**candidate) for candidate in values["candidates"]),
                 ladder=tuple(Plan.from_json(rung) for rung in values["ladder"]),
-                shares=tuple(values.get("shares", ())),
+                **{**_LATER, **{name: values[name] for name in _LATER if name in values}, "shares": shares},
             )
         except TypeError as error:
             raise ValueError(f"this is no plan: {error}") from None
@@ -190,6 +209,8 @@ class Plan:
         return plan
 
 
+# What came later, as plans from before it have it: they ran on native kernels, and none on an emulated card.
+_LATER: dict[str, Any] = {"shares": (), "batch_norm": "native", "tf32": False, "allocator_bytes": None}
 _SCALARS = ("budget_bytes", "batch", "micro_batch", "accumulation", "precision", "memory_format", "exact")
 
 

@@ -5,9 +5,14 @@ repeated without gathering statistics: training's last step is `z * (weight * in
 weight * invstd)`, which is what evaluation does with mean, weight * invstd and a variance of one, so the
 evaluation kernel with those gives training's bits (float32 and float64 parameters; others gather again).
 
-On CUDA batch norm runs on torch's native kernels, which can work in place; `F.batch_norm` prefers cuDNN's for
-float32, and the two differ by rounding. With `library` the choice is `F.batch_norm`'s, at the price of one
-more tensor at a time, and of gathering the statistics again when a batch norm is repeated.
+On CUDA there are two batch norms that differ by rounding (pytorch/pytorch#82493). `F.batch_norm` takes cuDNN's for
+float32 and for float16 with float32 weights, torch's native one for bfloat16 (`_select_batch_norm_backend`). With
+`library` the choice is `F.batch_norm`'s, so that bits are autograd's; the price is one more tensor at a time (cuDNN
+does not work in place), and gathering the statistics again when a batch norm is repeated. Without it all are native, in
+place where that is safe. On a CPU both are the same kernel.
+
+cuDNN's forward returns a reserve tensor that its backward reads; the two belong together. Known limitation: on fake
+tensors, which live on the CPU, the reserve and cuDNN's workspace have no bytes.
 
 With a `total` (`lowmem.remat.sync`) training's statistics are those of all processes' pictures; then the first
 batch norm is computed as the repeated ones are, and `library` has no say.
@@ -29,14 +34,15 @@ _EXACT_DTYPES = (torch.float32, torch.float64)
 @dataclass(frozen=True)
 class NormStats:
     """What one batch norm used in this forward pass. `mean` and `invstd`, [C], are None in evaluation mode.
-    `implementation` and `reserve` belong to the library's choice of kernel; None: the native one. `count`, float64
-    []: values per channel over all processes; None: the statistics are this process's own."""
+    `implementation`, `reserve` and `momentum` belong to the library's choice of kernel; None: the native one. `count`,
+    float64 []: values per channel over all processes; None: the statistics are this process's own."""
 
     training: bool
     mean: Tensor | None = None
     invstd: Tensor | None = None
     implementation: int | None = None
     reserve: Tensor | None = None
+    momentum: float = 0.0
     count: Tensor | None = None
 
 
@@ -94,6 +100,8 @@ def norm_first(
     With `in_place` the result takes z's place. Raises ValueError if there is one value per channel only.
     """
     if not bn.training:
+        if library:
+            return _library_norm(bn, z, (bn.running_mean, bn.running_var), False, 0.0)
         stats = NormStats(training=False)
         return norm_again(bn, z, stats, in_place), stats
     if total is not None:
@@ -103,7 +111,7 @@ def norm_first(
         raise ValueError(f"training needs more than one value per channel, got an input of {list(z.shape)}")
     momentum = _counted(bn)
     if library:
-        return _library_norm(bn, z, bn.running_mean, bn.running_var, momentum)
+        return _library_norm(bn, z, (bn.running_mean, bn.running_var), True, momentum)
     out, mean, invstd = _norm(bn, z, in_place, bn.running_mean, bn.running_var, True, momentum)
     return out, NormStats(True, mean, invstd)
 
@@ -127,23 +135,32 @@ def _global_stats(bn: nn.BatchNorm2d, z: Tensor, total: Total) -> NormStats:
 
 
 def _library_norm(
-    bn: nn.BatchNorm2d, z: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float
+    bn: nn.BatchNorm2d, z: Tensor, running: tuple[Tensor | None, Tensor | None], training: bool, momentum: float
 ) -> tuple[Tensor, NormStats]:
-    """Training's batch norm on the kernel that `F.batch_norm` would take."""
-    out, saved_mean, invstd, reserve, implementation = _aten._batch_norm_impl_index(
-        z, bn.weight, bn.bias, mean, var, True, momentum, bn.eps, torch.backends.cudnn.enabled
+    """Batch norm on the kernel that `F.batch_norm` would take."""
+    out, mean, invstd, reserve, implementation = _aten._batch_norm_impl_index(
+        z, bn.weight, bn.bias, *running, training, momentum, bn.eps, torch.backends.cudnn.enabled
     )
-    return out, NormStats(True, saved_mean, invstd, implementation, reserve)
+    return out, NormStats(training, mean, invstd, implementation, reserve, momentum)
+
+
+def _library_again(bn: nn.BatchNorm2d, z: Tensor, stats: NormStats) -> Tensor:
+    """The same call as the first, in training with running statistics that nobody reads: cuDNN's newer batch norm looks
+    its graph up by shapes, not by momentum, eps or whether there are running statistics (pytorch/pytorch#175809)."""
+    running = (bn.running_mean, bn.running_var)
+    if stats.training and bn.running_mean is not None and bn.running_var is not None:
+        running = (torch.empty_like(bn.running_mean), torch.empty_like(bn.running_var))
+    return _library_norm(bn, z, running, stats.training, stats.momentum)[0]
 
 
 def norm_again(bn: nn.BatchNorm2d, z: Tensor, stats: NormStats, in_place: bool) -> Tensor:
     """The same bits as the first time, without moving anything or asking other processes."""
     if not z.numel():
         return z if in_place else torch.empty_like(z)
+    if stats.implementation is not None:
+        return _library_again(bn, z, stats)
     if not stats.training:
         return _norm(bn, z, in_place, bn.running_mean, bn.running_var, False, 0.0)[0]
-    if stats.implementation is not None:
-        return _library_norm(bn, z, None, None, 0.0)[0]
     assert stats.mean is not None
     assert stats.invstd is not None
     if z.is_cuda:

@@ -60,18 +60,21 @@ def stage_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(stage.name for stage in decompose(model))
 
 
-def apply_plan(model: nn.Module, plan: Plan | Schedule, *, library_norm: bool = False) -> PlannedModule:
+def apply_plan(model: nn.Module, plan: Plan | Schedule, *, library_norm: bool | None = None) -> PlannedModule:
     """The module that executes the plan on the model's own parameters.
 
-    Loss, gradients and buffers have the same bits as the model's own on CPU (invariant 1). Gradients are
+    Loss, gradients and buffers have the same bits as the model's own (invariant 1): on a CPU always, on CUDA if batch
+    norm is the library's choice and the libraries' kernels are deterministic (`lowmem.remat.libraries`). Gradients are
     added to `.grad` as they are computed; see `lowmem.remat.executor` for what does not work because of
-    that. Raises ValueError if the plan was made for other stages than the model's.
+    that. `library_norm`: see `lowmem.remat.kernels`; None: as the plan has it, for a bare schedule the native kernels.
+    Raises ValueError if the plan was made for other stages than the model's.
     """
     if isinstance(plan, Schedule):
-        return PlannedModule(model, plan, library_norm=library_norm)
+        return PlannedModule(model, plan, library_norm=bool(library_norm))
     names = stage_names(model)
     if plan.stages != names:
         wrong = next((pair for pair in zip(plan.stages, names, strict=False) if pair[0] != pair[1]), None)
         detail = f"{wrong[0]!r} where the model has {wrong[1]!r}" if wrong else "another number of them"
         raise ValueError(f"the plan has {len(plan.stages)} stages, the model {len(names)}: {detail}; plan again")
+    library_norm = plan.library_norm if library_norm is None else library_norm
     return PlannedModule(model, plan.schedule, library_norm=library_norm)

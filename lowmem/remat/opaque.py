@@ -70,7 +70,8 @@ class OpaqueStage:
         leaf, y = saved["x"], saved["y"]
         saved.clear()
         if y.requires_grad:
-            torch.autograd.backward(y, grad.pop())
+            with torch.autograd.set_multithreading_enabled(False):  # as the whole backward pass: see train.step
+                torch.autograd.backward(y, grad.pop())
         return leaf.grad
 
     def _with_graph(self, x: Tensor, memo: StagePass, need_input: bool) -> Saved:

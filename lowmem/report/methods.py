@@ -25,6 +25,7 @@ STYLES: dict[str, MethodStyle] = {
     "lowmem": MethodStyle(ENGINE_COLOUR, "o", 2.5),
     "plain PyTorch": MethodStyle("#000000", "D", 0.0),
     "plain PyTorch, fused optimizer": MethodStyle("#000000", "D", 0.0, filled=False),
+    "plain PyTorch, nondeterministic kernels": MethodStyle("#888888", "D", 0.0, filled=False),
     "checkpoint, selective": MethodStyle("#D55E00", "^", 0.0),
     "checkpoint per block": MethodStyle("#009E73", "s", 0.0),
     "one policy for all blocks": MethodStyle("#E69F00", "o"),

@@ -78,10 +78,12 @@ def measure_chain(
     x: Tensor,
     new_memo: Callable[[], Any],
     recorder: Recorder,
+    mode: Hashable = None,
 ) -> Iterator[StageMeasure]:
     """Yields a measure per stage, in order; equal stages on equal inputs are measured once.
 
-    Runs under `recorder` (and a fake mode, unless real work is wanted), with x the chain's input.
+    Runs under `recorder` (and a fake mode, unless real work is wanted), with x the chain's input. `mode`: what else
+    the costs depend on, for the keys.
     """
     known: dict[Hashable, StageMeasure] = {}
     need_input = x.requires_grad
@@ -89,7 +91,7 @@ def measure_chain(
     with recorder, torch.no_grad():
         for stage in stages:
             trainable = tuple(parameter.requires_grad for parameter in stage.parameters())
-            key = (stage.signature, trainable, x.shape, x.stride(), x.dtype, need_input, masked)
+            key = (stage.signature, trainable, x.shape, x.stride(), x.dtype, need_input, masked, mode)
             if key not in known:
                 bench = _Bench(stage, x, new_memo, need_input, masked, recorder)
                 known[key] = bench.measure(key, options(stage))

@@ -117,6 +117,10 @@ class Descent:
             return
         self.found = self._pressure.interval(step - self._interval_began, seconds)
         self._interval_began = step
+        if (count := self._pressure.retries()) is not None:
+            # An allocation that failed and was had all the same: while it fails, cuDNN passes over engines in silence.
+            self._folder.event("allocator-retries", step=step, count=count, memory=held(self._t.meter.read()))
+            self._t.observer.note(f"the allocator has emptied its cache {count} times to go on: memory is tight")
 
     @property
     def asks(self) -> bool:

@@ -41,6 +41,9 @@ class Pressure:
         self._read = read
         self._spills = spills
         self._retries: int | None = None
+        self._retries_told = 0
+        began = read()
+        self._retries_before = 0 if began is None else began.alloc_retries
         self.plan_changed()
 
     def plan_changed(self) -> None:
@@ -49,6 +52,18 @@ class Pressure:
         self._seconds: deque[float] = deque(maxlen=_REMEMBERED)
         self._usual_retries = 0.0  # a step, the most of the first intervals
         self._suspicious = 0
+
+    def retries(self) -> int | None:
+        """The allocator's retries since this was made, whenever their number has doubled since it was last told here:
+        the first is told at once, and thousands in a dozen times. None: nothing to tell."""
+        reading = self._read()
+        if reading is None:
+            return None
+        count = reading.alloc_retries - self._retries_before
+        if count < max(1, 2 * self._retries_told):
+            return None
+        self._retries_told = count
+        return count
 
     def interval(self, steps: int, seconds: float) -> str | None:
         """What is wrong, in words, after `steps` steps took `seconds` of training; None: nothing."""

@@ -65,7 +65,12 @@ class RunState:
 _STATE_FIELDS = frozenset(one.name for one in fields(RunState))
 
 
-_LATER_DEFAULTS = (("train.sync_bn", False),)
+_LATER_DEFAULTS = (
+    ("train.sync_bn", False),
+    ("train.deterministic", True),
+    ("train.tf32", "auto"),
+    ("train.batch_norm", "auto"),
+)
 
 
 def config_hash(config: Config) -> str:

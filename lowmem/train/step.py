@@ -148,7 +148,10 @@ class TrainStep:
         # In fp32 at least outside autocast, and as a sum: the last micro-batch may be smaller than the others.
         loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), y, reduction="sum")
         self.phase = "backward"
-        self.scaler.scale(loss / size).backward()
+        # In this thread: cuDNN's choice of engines and cuBLAS's handle and workspace are a thread's own, and what is
+        # computed again has to come from the engines that computed it first.
+        with torch.autograd.set_multithreading_enabled(False):
+            self.scaler.scale(loss / size).backward()
         totals[0] += loss.detach().double()
         totals[1] += (logits.detach().argmax(1) != y).sum()
 

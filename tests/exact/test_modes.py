@@ -254,3 +254,18 @@ def test_batch_norm_on_the_librarys_choice_of_kernel(schedule: str, memory_forma
     plain, planned = _twins(Bottleneck, schedule, memory_format)
     planned.library_norm = True
     assert differences(plain, planned, training(*pictures(3, memory_format))) == []
+
+
+@pytest.mark.parametrize("library_norm", [False, True], ids=["native", "library"])
+@pytest.mark.parametrize("kind", ["frozen", "cumulative"])
+@by_schedule
+def test_batch_norms_that_are_frozen_or_average_cumulatively(schedule: str, kind: str, library_norm: bool) -> None:
+    plain, planned = _twins(Bottleneck, schedule, torch.contiguous_format)
+    planned.library_norm = library_norm
+    for model in (plain, planned):
+        for number, norm in enumerate(one for one in model.modules() if isinstance(one, nn.BatchNorm2d)):
+            if kind == "cumulative":
+                norm.momentum = None
+            elif number % 2:
+                norm.eval()
+    assert differences(plain, planned, training(*pictures(3))) == []

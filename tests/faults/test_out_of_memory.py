@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from lowmem.measure.tensors import TensorMeter
 from lowmem.plan.record import Plan
 from lowmem.settings import Settings, gather
 from lowmem.train.loop import Trainer
-from lowmem.train.pressure import Pressure
+from lowmem.train.pressure import Pressure, Reading
 from tests.conftest import TINY, assert_same_run, environment
 from tests.faults.injection import Scarce, events, make_trainer, recorded_plan, run, scarce_from, scarce_step
 
@@ -282,6 +283,17 @@ def test_pressure_takes_a_rung_between_two_steps(
     assert recorded_plan(path) == below
     assert not events(path, "out-of-memory")
     assert_same_run(path, plain)
+
+
+def test_the_allocators_retries_are_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU nobody counts them: the readings are scripted, the run is real."""
+    counts = itertools.count()
+    monkeypatch.setattr("lowmem.train.descent.reading", lambda snapshot: Reading(next(counts), 2_000, 6_000))
+    path = run(tmp_path / "run", _settings("fp32"), _trainer())
+    found = events(path, "allocator-retries")
+    assert found
+    assert [event["count"] for event in found] == sorted({event["count"] for event in found})
+    assert found[0]["step"] == 1
 
 
 def test_pressure_on_the_last_rung_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

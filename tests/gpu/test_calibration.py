@@ -23,7 +23,7 @@ pytestmark = [
 def test_a_calibrated_plan_predicts_what_a_clean_process_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    """The targets of the acceptance suite: allocated within 3 %, reserved within 5 % of the prediction."""
+    """Allocated within 1 %, reserved within 5 % of the prediction."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flags = {"model.arch": "res56", "model.block": "bottleneck", "memory.vram": "3G", "train.precision": precision}
     settings = resolve_execution(gather(flags=flags, sets=["train.device=cuda"]), planned=True)
@@ -37,7 +37,7 @@ def test_a_calibrated_plan_predicts_what_a_clean_process_measures(
     result = run_trial(trial_of(config, choice.plan, request.budget, 10, 0))
     assert result.refused is None, result.refused
     predicted = choice.plan.predicted
-    assert result.peak_allocated_bytes == pytest.approx(predicted.peak_allocated_bytes, rel=0.03)
+    assert result.peak_allocated_bytes == pytest.approx(predicted.peak_allocated_bytes, rel=0.01)
     assert result.peak_reserved_bytes is not None
     assert predicted.peak_reserved_bytes is not None
     assert result.peak_reserved_bytes <= 1.05 * predicted.peak_reserved_bytes
@@ -51,7 +51,9 @@ def test_planning_leaves_no_context_in_this_process() -> None:
     probe = (
         "import torch\n"
         "from lowmem.choose.device import ask_device\n"
-        "facts = ask_device()\n"
+        "from lowmem.remat.libraries import Numerics\n"
+        "facts = ask_device(Numerics())\n"
+        "assert 0 < facts.blas_workspace_bytes <= 64 << 20\n"
         "assert facts.total_bytes >= facts.free_bytes > 0\n"
         "assert not torch.cuda.is_initialized()\n"
     )

@@ -10,6 +10,8 @@ import torch
 from lowmem.api import _make_trainer
 from lowmem.choose import resolve_execution
 from lowmem.data import load
+from lowmem.decide_shares import Decided, undivided
+from lowmem.distributed.group import Group
 from lowmem.runs.store import RunFolder
 from lowmem.settings import gather, to_yaml
 from lowmem.train.observer import Observer
@@ -28,7 +30,9 @@ def test_the_step_is_undone_to_the_last_bit(tmp_path: Path, precision: str, memo
     flags |= {"train.precision": precision, "train.memory_format": memory_format}
     settings = resolve_execution(gather(flags=flags, sets=["data.train_subset=500", "data.test_subset=100"]))
     dataset = load(settings.config.data, 0)
-    trainer = _make_trainer(settings.config, dataset, Observer(), None)
+    group = Group()
+    decided = Decided(settings, None, undivided(group, settings.config))
+    trainer = _make_trainer(group, decided, dataset, Observer(), tmp_path / "run")
     trainer.step(*trainer.batches.batch(0, 0, memory_format=trainer.execution.torch_memory_format), 0.05)
 
     def state() -> list[torch.Tensor]:

@@ -12,7 +12,6 @@ import torch
 
 from lowmem.bench import survival
 from lowmem.bench.trial import Trial, answer_of, run_trial
-from lowmem.bench.verdict import allocator_bytes
 from lowmem.bench.ways import PER_BLOCK, PLANNED
 from lowmem.choose.ladder import with_ladder
 from lowmem.choose.planning import choose
@@ -36,7 +35,7 @@ def _choice() -> Choice:
 
 def test_a_capped_trial_of_a_plan() -> None:
     choice = _choice()
-    cap = allocator_bytes(choice.budget)
+    cap = choice.budget.allocator_bytes
     trial = Trial(
         **NETWORK,  # type: ignore[arg-type]
         device="cuda",
@@ -50,6 +49,7 @@ def test_a_capped_trial_of_a_plan() -> None:
     assert found.refused is None
     assert cap is not None
     assert (found.finite, found.capped) == (True, True)
+    assert 0 < (found.blas_workspace_bytes or 0) <= 64 * MIB
     # The convolution library's workspace is in what is measured; here it was not measured for the prediction.
     predicted = choice.plan.predicted.peak_allocated_bytes or 0
     assert 0.97 * predicted < (found.peak_allocated_bytes or 0) < 1.03 * predicted + choice.budget.workspace_bytes
@@ -74,14 +74,15 @@ def test_out_of_memory_is_survived(real: bool) -> None:
         width=64,
         plan=choice.plan.to_json(),
         device="cuda",
-        cap_bytes=allocator_bytes(choice.budget),
+        cap_bytes=choice.budget.allocator_bytes,
         real=real,
     )
     found = answer_of((sys.executable, "-m", "lowmem.bench.survival"), json.dumps(asdict(question)), 300)
     assert isinstance(found, dict), found
     assert found["survived"]
     assert found["last_budget_bytes"] < found["budget_bytes"]
-    assert found["weights_difference"] < 1e-2
+    # The steps are the same ones under other plans, on deterministic kernels.
+    assert found["weights_bitwise"], found
 
 
 def test_a_run_on_the_card_is_confirmed(tmp_path: Path) -> None:

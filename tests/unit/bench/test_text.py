@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.bench.cells import ENGINE, PLAIN_DEFAULT, Setup, largest_cells, step_cells
+from lowmem.bench.cells import ENGINE, PLAIN_DEFAULT, PLAIN_FREE, Setup, largest_cells, step_cells
 from lowmem.bench.text import extra_flops, tables, to_csv, to_markdown
 from lowmem.bench.trial import TrialResult
 from lowmem.units import MIB
@@ -65,6 +65,19 @@ def test_figures() -> None:
     row = next(one for one in csv.DictReader(io.StringIO(to_csv(cells))) if one["way"] == "lowmem, 50% of plain")
     assert (row["times_plain"], row["least_times_plain"], row["extra_flops"]) == ("1.5", "0.75", "0.25")
     assert (row["peak_allocated_bytes"], row["as_plain"], row["refused"]) == (str(51 * MIB), "same bits", "")
+
+
+def test_what_deterministic_kernels_cost_is_said() -> None:
+    setup = Setup(arch="res20", block="basic", width=8, batch=32, device="cuda")
+    cells = [*step_cells(setup, ("contiguous",)), *largest_cells(setup)]
+    here = {**HERE, "device": "cuda", "tf32": True}
+    assert "Deterministic kernels" not in to_markdown(setup, here, cells, complete=True)
+    for cell in cells:
+        if cell.family in (PLAIN_DEFAULT, PLAIN_FREE):
+            cell.trials["1"] = asdict(TrialResult(step_seconds=1.1 if cell.family == PLAIN_DEFAULT else 1.0))
+    text = to_markdown(setup, here, cells, complete=True)
+    assert "make plain PyTorch's step +10.0% longer" in text
+    assert "fp32 convolutions in TF32" in text
 
 
 def test_unfinished_results_say_so() -> None:

@@ -1,11 +1,23 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lowmem.cards import Platform, load_card
-from lowmem.choose.budget import of_card, of_device, tensors_only
+from lowmem.choose.budget import (
+    ASSUMED_COMMUNICATOR_BYTES,
+    of_card,
+    of_device,
+    tensors_only,
+    with_communicators,
+)
+from lowmem.choose.planning import choose
+from lowmem.choose.session import request_of
+from lowmem.confirm import trial_of
 from lowmem.errors import Infeasible
-from lowmem.units import GIB, MIB
+from lowmem.settings import gather
+from lowmem.units import GIB, KIB, MIB
 
 
 def test_a_bare_budget_is_for_tensors_alone() -> None:
@@ -60,6 +72,41 @@ def test_a_measured_context_and_no_assumed_workspace() -> None:
     # Unless there is not even that much left.
     crowded = of_device(4 * GIB, 139 * GIB, 6 * GIB, context_bytes=500 * MIB, workspace_bytes=0)
     assert crowded.others_bytes == 2 * GIB - 500 * MIB
+
+
+def test_cublas_workspace_is_a_term_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    card = load_card("gtx1060-6g")
+    exact, free = of_card(card), of_card(card, deterministic=False)
+    assert dict(exact.terms())["cuBLAS workspace (assumed)"] == 128 * KIB + MIB
+    assert dict(free.terms())["cuBLAS workspace (assumed)"] == 8_519_680 + MIB
+    assert exact.tensor_bytes - free.tensor_bytes == 8_519_680 - 128 * KIB
+    measured = of_device(5 * GIB, 6 * GIB, blas_bytes=3 * MIB, blas_measured=True)
+    assert dict(measured.terms())["cuBLAS workspace (measured)"] == 3 * MIB
+    assert sum(size for _, size in measured.terms()) + measured.tensor_bytes == 6 * GIB
+
+
+def test_what_the_allocator_may_hold() -> None:
+    """All but what is not its own: the context, NCCL's communicators, the others."""
+    budget = with_communicators(
+        of_device(130 * GIB, 139 * GIB, 6 * GIB, context_bytes=500 * MIB, blas_bytes=MIB, pictures_bytes=150 * MIB)
+    )
+    assert budget.allocator_bytes == 6 * GIB - 500 * MIB - ASSUMED_COMMUNICATOR_BYTES
+    inside = budget.tensor_bytes + budget.workspace_bytes + budget.blas_workspace_bytes
+    assert inside + budget.pictures_bytes + budget.margin_bytes == budget.allocator_bytes
+    assert tensors_only(GIB).allocator_bytes is None
+
+
+def test_one_cap_for_the_plan_its_trial_and_the_run() -> None:
+    """Of an emulated card; a real one needs none."""
+    config = gather(flags={"model.arch": "res20", "model.width": 4, "train.batch": 8, "memory.vram": "2G"}).config
+    for total, emulated in ((139 * GIB, True), (2 * GIB, False)):
+        budget = of_device(total - GIB, total, 2 * GIB, context_bytes=500 * MIB)
+        request = replace(request_of(config), budget=budget)
+        plan = choose(request).plan
+        assert plan.allocator_bytes == (budget.allocator_bytes if emulated else None)
+        assert trial_of(config, plan, budget, 10, 0).cap_bytes == budget.allocator_bytes
+        assert all(rung.allocator_bytes == plan.allocator_bytes for rung in plan.ladder)
 
 
 @pytest.mark.parametrize("platform", ["linux", "linux_display", "windows"])

@@ -44,8 +44,8 @@ def test_a_plan_survives_json() -> None:
 def test_the_keys_of_plan_json() -> None:
     values = plan().to_json()
     assert list(values)[1:] == [
-        "budget_bytes", "batch", "micro_batch", "accumulation", "precision", "memory_format", "exact",
-        "predicted", "blocks", "schedule", "candidates", "ladder",
+        "budget_bytes", "batch", "micro_batch", "accumulation", "precision", "memory_format", "batch_norm", "tf32",
+        "allocator_bytes", "exact", "predicted", "blocks", "schedule", "candidates", "ladder",
     ]  # fmt: skip
     assert set(values["predicted"]) == {
         "peak_allocated_bytes", "peak_reserved_bytes", "device_bytes",
@@ -54,6 +54,12 @@ def test_the_keys_of_plan_json() -> None:
     assert values["predicted"]["device_bytes"] is None
     assert values["blocks"]["stem"] == "SAVE_ALL"
     assert values["blocks"]["layer2.1"] == "in segment: FUSED"
+
+
+def test_a_plan_from_before_it_said_which_batch_norm() -> None:
+    later = {"batch_norm", "tf32", "allocator_bytes"}
+    values = {name: value for name, value in plan().to_json().items() if name not in later}
+    assert Plan.from_json(values) == plan(batch_norm="native", tf32=False, allocator_bytes=None)
 
 
 def test_repeats() -> None:
@@ -68,6 +74,9 @@ def test_repeats() -> None:
         ({"batch": 0}, "at least 1"),
         ({"precision": "fp8"}, "precision"),
         ({"memory_format": "nchw"}, "memory format"),
+        ({"batch_norm": "cudnn"}, "library nor native"),
+        ({"tf32": None}, "true or false"),
+        ({"allocator_bytes": 1.5}, "an integer"),
         ({"schedule": uniform([SAVE_ALL] * 6)}, r"0\.\.5"),
         ({"stages": (*NAMES[:6], "stem")}, "same name"),
         ({"ladder": (with_ladder(),)}, "ladder of its own"),

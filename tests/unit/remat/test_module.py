@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lowmem.cards import load_card
+from lowmem.choose.planning import make_plan
 from lowmem.models.resnet import BasicBlock, Bottleneck
 from lowmem.plan import INPUT_ONLY, LEAN, SAVE_ALL, Keep, Plan, Schedule, keep
 from lowmem.remat import apply_plan, decompose, stage_names
@@ -16,6 +18,16 @@ from lowmem.remat.block import ConvBlock
 from lowmem.remat.executor import Run
 from tests.exact.compare import pictures, small_net
 from tests.exact.schedules import segments, uniform
+
+
+def test_a_plan_says_which_batch_norm_and_the_caller_may_differ() -> None:
+    model = small_net(Bottleneck)
+    plan = make_plan(model, batch=4, budget="1G", batch_norm="library")
+    assert apply_plan(model, plan).library_norm
+    assert not apply_plan(model, plan, library_norm=False).library_norm
+    assert not apply_plan(model, plan.schedule).library_norm
+    assert make_plan(model, batch=4, budget="1G").batch_norm == "native"  # on the CPU, where they are the same
+    assert make_plan(model, batch=4, card=load_card("gtx1060-6g")).batch_norm == "library"
 
 
 def test_the_chain_of_a_network() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from lowmem.models.resnet import Bottleneck, ResNet
 from lowmem.plan import Schedule
@@ -30,6 +31,7 @@ class Setup:
     accumulation: int = 1
     low: torch.dtype | None = None
     memory_format: torch.memory_format = torch.contiguous_format
+    library_norm: bool = False
 
     def model(self, *, fake: bool) -> ResNet:
         model = ResNet(self.block, self.layout, width=self.width, residual=self.residual)
@@ -40,7 +42,9 @@ class Setup:
     def build(self, *, fake: bool) -> Loop:
         """Inside a fake mode, if `fake`."""
         model = self.model(fake=fake)
-        run = model if self.schedule is None else apply_plan(model, self.schedule(decompose(model)))
+        run: nn.Module = model
+        if self.schedule is not None:
+            run = apply_plan(model, self.schedule(decompose(model)), library_norm=self.library_norm)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
         batches = [self._batch() for _ in range(self.accumulation)]
         return Loop(run, model, optimizer, batches, self.low)

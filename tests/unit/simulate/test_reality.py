@@ -53,8 +53,10 @@ def _configurations() -> list[Any]:
                         low=low,
                         memory_format=memory_format,
                         accumulation=accumulation,
+                        library_norm=bool(number % 2),
                     )
-                    label = f"{block}-{residual}-{low}-{memory_format}-{name}-x{accumulation}-{steps}steps"
+                    norm = "library" if setup.library_norm else "native"
+                    label = f"{block}-{residual}-{low}-{memory_format}-{name}-x{accumulation}-{steps}steps-{norm}"
                     found.append(pytest.param(setup, steps, id=label.replace("torch.", "")))
                 number += 1
     return found

@@ -101,6 +101,19 @@ def test_a_device_that_tells_nothing_is_never_under_pressure() -> None:
     assert [pressure.interval(10, seconds) for seconds in (1.0,) * 10 + (1000.0,) * 10] == [None] * 20
 
 
+def test_retries_are_told_when_their_number_has_doubled() -> None:
+    device = Device()
+    device.retries(7)  # of whoever used the process before
+    pressure, told = Pressure(device), []
+    for _ in range(100):
+        told.append(pressure.retries())
+        device.retries(1)
+    assert [count for count in told if count is not None] == [1, 2, 4, 8, 16, 32, 64]
+    assert told[1] == 1  # the first is told at once
+    device.reading = None
+    assert pressure.retries() is None
+
+
 def test_an_interval_of_no_steps() -> None:
     pressure = _learned(Device())
     assert pressure.interval(0, 100.0) is None

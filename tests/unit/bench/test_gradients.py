@@ -1,0 +1,59 @@
+"""The comparison of a planned step with the untouched one, on the CPU: it finds equal bits, and differences too."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowmem.bench import gradients
+from lowmem.bench.gradients import Question, answer
+from lowmem.bench.ways import native_norms
+from lowmem.choose.planning import make_plan
+from lowmem.models import build, skeleton
+
+
+def _question(batch_norm: Literal["library", "native"] = "native") -> Question:
+    plan = make_plan(skeleton("res20", width=4), batch=8, budget="3M", batch_norm=batch_norm)
+    assert plan.predicted.extra_flops  # something is computed again
+    return Question(arch="res20", block="basic", width=4, batch=8, plan=plan.to_json())
+
+
+@pytest.mark.parametrize("batch_norm", ["library", "native"])
+def test_a_planned_step_has_the_untouched_ones_bits(batch_norm: Literal["library", "native"]) -> None:
+    found = answer(_question(batch_norm))
+    assert found["batch_norm"] == batch_norm
+    assert (found["bitwise"], found["noise_bitwise"], found["deterministic_bitwise"]) == (True, True, True)
+    assert (found["difference"], found["batch"]) == (0.0, 8)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+class _Twice(nn.Module):
+    """The right output and gradients; the running statistics moved twice."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.no_grad():
+            self.model(x)
+        return self.model(x)
+
+
+def test_buffers_that_moved_twice_are_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "apply_plan", lambda model, plan: _Twice(model))
+    found = answer(_question())
+    assert found["noise_bitwise"]
+    assert not found["bitwise"]
+
+
+def test_native_norms_are_the_modules_own_on_the_cpu_and_go_again() -> None:
+    one, other, x = build("res20", width=4), build("res20", width=4), torch.randn(4, 3, 32, 32)
+    with native_norms(other):
+        assert torch.equal(one(x), other(x))
+    assert all(torch.equal(*pair) for pair in zip(one.buffers(), other.buffers(), strict=True))
+    assert torch.equal(one(x), other(x))
+    assert "forward" not in vars(other.bn1)
