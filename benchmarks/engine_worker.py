@@ -25,6 +25,7 @@ from lowmem.bench.ways import PLANNED, executed
 from lowmem.config import OptimConfig
 from lowmem.measure import Meter
 from lowmem.models import build
+from lowmem.models.memory_format import check_memory_format
 from lowmem.models.resnet import ResNet
 from lowmem.plan.policy import Schedule
 from lowmem.train.step import make_optimizer
@@ -123,6 +124,7 @@ class Worker:
         self.meter.reset()
         self.before = self.meter.read().device_used_bytes
         model = build(task.arch, task.block, width=task.width)
+        check_memory_format(model, "cpu", "fp32", task.memory_format)
         self.model = model.to(memory_format=task.torch_memory_format)  # type: ignore[call-overload]
         self.run = way_of(self.model, task)
         self.optimizer = make_optimizer(self.model, OptimConfig(lr=0.01), "cpu")

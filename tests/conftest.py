@@ -15,17 +15,31 @@ import torch
 from safetensors.numpy import load_file
 
 from lowmem.runs.columns import EXACT_METRICS
+from tests.convolutions import refuse_corrupting
+from tests.workers import pytest_handlecrashitem, pytest_sessionfinish, pytest_testnodedown
 
-# As in `environment` below; and with several threads the library's own fp32 channels-last convolutions of thin nets
-# crash now and then (see benchmarks/LOG.md), whoever calls them.
-torch.set_num_threads(1)
+__all__ = ["pytest_handlecrashitem", "pytest_sessionfinish", "pytest_testnodedown"]
+
+refuse_corrupting()
+
+# One thread, as the tests share their cores. A part of CI has two, whose sums are other bits (.ci/run).
+THREADS = os.environ.get("LOWMEM_TEST_THREADS", "1")
+torch.set_num_threads(int(THREADS))
 # Processes that are started by what is tested (trials, measurements) share the cores just the same.
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = THREADS
 # The machines that test are busy: no test may fail for being slow.
 hypothesis.settings.register_profile("lowmem", deadline=None)
 hypothesis.settings.load_profile("lowmem")
 
 WORKERS = 2
+SLOW_TIMEOUT_SECONDS = 3600
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Behind a slow test that starts processes stands a longer timeout than the usual one (pyproject.toml)."""
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_SECONDS))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -41,8 +55,8 @@ TINY = (
 
 
 def environment() -> dict[str, str]:
-    """One thread: the tests share their cores, and the arithmetic must not depend on how many are free."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
+    """With as many threads as here: the arithmetic must not depend on how many cores are free."""
+    return {**os.environ, "OMP_NUM_THREADS": THREADS, "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
 
 
 @pytest.fixture

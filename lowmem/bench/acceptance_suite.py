@@ -27,6 +27,7 @@ from lowmem.choose.request import Choice, Request
 from lowmem.choose.session import budget_of, calibrator_of, request_of
 from lowmem.choose.workspace import workspace_cap_bytes
 from lowmem.errors import Infeasible, LowmemError
+from lowmem.models.memory_format import check_memory_format
 from lowmem.plan.solver import Solver
 from lowmem.units import format_duration, format_size
 
@@ -221,6 +222,7 @@ class Suite:
         self._planned(row, vram_bytes, "fp32", "contiguous")
 
     def _format(self, precision: str, layout: str, row: Row) -> None:
+        check_memory_format(self._request(True).model, self.setup.device, precision, layout)
         self._planned(row, self.setup.vram_bytes, precision, layout)
 
     def _way(self, way: str, row: Row) -> None:

@@ -177,21 +177,21 @@ class Cell:
         return cell
 
 
-def step_cells(setup: Setup, formats: Sequence[str]) -> list[Cell]:
-    """Of the first table, and of the third where the mode is another; in fp32 and contiguous they are the same."""
+def step_cells(setup: Setup, modes: Sequence[tuple[str, str]]) -> list[Cell]:
+    """Of the first table, and of the third where the mode is another; in `FIRST_MODE` they are the same."""
     cells = []
-    for precision in ("fp32", "amp"):
-        for layout in formats:
-            cell = partial(Cell, kind="step", precision=precision, memory_format=layout, batch=setup.batch)
-            first = (precision, layout) == FIRST_MODE
-            shown = first_families(setup) if first else mode_families(setup)
-            cells += [cell(family=family) for family in shown]
-            budgets = setup.budgets if first else (mode_budget(setup),)
-            cells += [cell(family=ENGINE, budget=budget) for budget in budgets]
+    for precision, layout in modes:
+        cell = partial(Cell, kind="step", precision=precision, memory_format=layout, batch=setup.batch)
+        first = (precision, layout) == FIRST_MODE
+        shown = first_families(setup) if first else mode_families(setup)
+        cells += [cell(family=family) for family in shown]
+        budgets = setup.budgets if first else (mode_budget(setup),)
+        cells += [cell(family=ENGINE, budget=budget) for budget in budgets]
     return cells
 
 
 FIRST_MODE = ("fp32", "contiguous")  # as most people write it
+MODES = (FIRST_MODE, ("fp32", "channels-last"), ("amp", "contiguous"), ("amp", "channels-last"))
 
 
 def first_families(setup: Setup) -> tuple[str, ...]:

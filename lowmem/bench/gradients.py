@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from lowmem.bench.ways import native_norms
 from lowmem.measure.out_of_memory import Failure, attempt, classify, release
 from lowmem.models import build
+from lowmem.models.memory_format import check_memory_format
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan
 from lowmem.remat.libraries import Numerics, prepare_libraries
@@ -63,6 +64,7 @@ def answer(question: Question) -> dict[str, Any]:
 def _compare(question: Question, batch: int) -> dict[str, Any]:
     execution = Execution(question.device, question.precision, question.memory_format)
     model = build(question.arch, question.block, width=question.width)
+    check_memory_format(model, question.device, question.precision, question.memory_format)
     model.to(device=question.device, memory_format=execution.torch_memory_format)  # type: ignore[call-overload]
     model.train()
     plan = Plan.from_json(question.plan)

@@ -12,6 +12,7 @@ from lowmem.bench.cells import (
     ENGINE,
     FAMILIES,
     FIRST_MODE,
+    MODES,
     PLAIN_DEFAULT,
     PLAIN_FREE,
     Cell,
@@ -23,8 +24,9 @@ from lowmem.bench.predict import Predictor
 from lowmem.bench.results import Results
 from lowmem.bench.trial import Trial, TrialResult
 from lowmem.bench.verdict import verdict
-from lowmem.choose.execution import safe_formats
 from lowmem.errors import Infeasible
+from lowmem.models import skeleton
+from lowmem.models.memory_format import is_safe
 from lowmem.plan.record import Plan
 from lowmem.units import format_duration, format_size
 
@@ -57,7 +59,9 @@ class Bench:
         self._ends = time.monotonic() + seconds
         self._predictor = Predictor(setup, lambda text: self._tell(f"    {text}"))
         known = results.load()
-        fresh = [*step_cells(setup, safe_formats(setup.device, setup.width)), *largest_cells(setup)]
+        model = skeleton(setup.arch, setup.block, width=setup.width)
+        modes = [mode for mode in MODES if is_safe(model, setup.device, *mode)]
+        fresh = [*step_cells(setup, modes), *largest_cells(setup)]
         self.cells = [known.get(cell.key, cell) for cell in fresh]
         self._took: dict[str, list[float]] = {}
         self.done_before = sum(len(cell.trials) for cell in self.cells)

@@ -24,6 +24,7 @@ from lowmem.measure.flops import FlopMeter
 from lowmem.measure.out_of_memory import Failure, classify
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
+from lowmem.models.memory_format import check_memory_format
 from lowmem.plan.record import Plan
 from lowmem.remat.libraries import Numerics, prepare_libraries
 from lowmem.train.evaluate import evaluate
@@ -57,6 +58,7 @@ class _Work:
         self.execution = Execution(trial.device, trial.precision, trial.memory_format)
         self.resident_bytes = None if self.cuda else self._resident()
         model = build(trial.arch, trial.block, width=trial.width, num_classes=trial.num_classes, seed=trial.seed)
+        check_memory_format(model, trial.device, trial.precision, trial.memory_format)
         self.model = model.to(device=trial.device, memory_format=self.execution.torch_memory_format)  # type: ignore[call-overload]
         self.model.train()
         optim = OptimConfig(momentum=trial.momentum, weight_decay=trial.weight_decay, nesterov=trial.nesterov)

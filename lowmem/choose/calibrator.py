@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 
 from torch import nn
 
@@ -16,6 +15,7 @@ from lowmem.choose.describe import RawRates, measured_rates
 from lowmem.choose.device import DeviceFacts
 from lowmem.choose.worker import Convolutions, Job, Stages, Update, low_dtype, measure_apart, measure_here
 from lowmem.choose.workspace import Workspaces
+from lowmem.models.memory_format import check_memory_format
 from lowmem.remat.libraries import Numerics
 from lowmem.simulate import Call
 from lowmem.simulate.stage import Option, StageMeasure
@@ -144,13 +144,13 @@ class Calibrator:
         )
 
     def modes(
-        self, model: nn.Module, input_shape: Sequence[int], precisions: Sequence[str], formats: Sequence[str]
+        self, model: nn.Module, input_shape: Sequence[int], pairs: Sequence[tuple[str, str]]
     ) -> dict[tuple[str, str], Mode]:
-        """(precision, memory format) -> seconds of a plain step's distinct blocks, each times how often it occurs, and
-        whether outputs and gradients were finite."""
+        """Of each pair (precision, memory format): seconds of a plain step's distinct blocks, each times how often it
+        occurs, and whether outputs and gradients were finite."""
         shapes = tuple((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
         timed = (min(input_shape[0], TIMED_BATCH), *input_shape[1:])
-        keys = {pair: ("mode", *pair, timed, shapes) for pair in product(precisions, formats)}
+        keys = {pair: ("mode", *pair, timed, shapes) for pair in pairs}
         jobs = [
             Stages(model=model, input_shape=timed, precision=precision, memory_format=layout, mode_key=key)
             for (precision, layout), key in keys.items()
@@ -178,9 +178,13 @@ class Calibrator:
         return list(wanted.values())
 
     def _run(self, jobs: Sequence[Job], what: str) -> None:
-        """Kept at once: what was measured is not lost with the process."""
+        """Kept at once: what was measured is not lost with the process. Raises PreflightError for a network that must
+        not run so."""
         if not jobs:
             return
+        for job in jobs:
+            if isinstance(job, Stages):
+                check_memory_format(job.model, self.device, job.precision, job.memory_format)
         began = time.monotonic()
         word = "card" if self.device == "cuda" else "processor"
         self.progress(f"measuring the {word}, once: {what}")

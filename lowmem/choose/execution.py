@@ -9,6 +9,9 @@ import torch
 from lowmem.cards import has_tensor_cores
 from lowmem.config import Config, TrainConfig
 from lowmem.errors import PreflightError
+from lowmem.models import skeleton
+from lowmem.models.memory_format import check_memory_format, is_safe
+from lowmem.models.resnet import ResNet
 from lowmem.remat.libraries import Numerics
 from lowmem.settings import Settings
 
@@ -29,7 +32,7 @@ def resolve_execution(settings: Settings, *, planned: bool = False) -> Settings:
         precision, why = _precision(device)
         chosen["train.precision"] = (precision, f"auto: {why}")
     if train.memory_format == "auto" and not (planned and calibrates(settings.config, device)):
-        memory_format, why = _memory_format(device, settings.config.model.width)
+        memory_format, why = _memory_format(device, settings.config)
         chosen["train.memory_format"] = (memory_format, f"auto: {why}")
     for key, (value, why) in chosen.items():
         settings = settings.replace({key: value}, why)
@@ -41,12 +44,6 @@ def calibrates(config: Config, device: str) -> bool:
     if config.memory.card is not None or config.memory.calibrate == "never":
         return False
     return device == "cuda" or config.memory.calibrate == "always"
-
-
-def safe_formats(device: str, width: int) -> tuple[str, ...]:
-    """Memory formats that the library computes rightly in every precision."""
-    unsafe = device == "cpu" and width < SAFE_WIDTH and torch.get_num_threads() > 1
-    return ("contiguous",) if unsafe else ("contiguous", "channels-last")
 
 
 def numerics_of(train: TrainConfig) -> Numerics:
@@ -93,9 +90,9 @@ def _precision(device: str) -> tuple[str, str]:
     return "fp32", "the card has no tensor cores, halves would only save memory"
 
 
-def _memory_format(device: str, width: int) -> tuple[str, str]:
-    if device == "cpu" and width < SAFE_WIDTH:
-        return "contiguous", f"channels-last is not safe on the CPU under {SAFE_WIDTH} channels"
+def _memory_format(device: str, config: Config) -> tuple[str, str]:
+    if device == "cpu" and not is_safe(_network(config), device, "fp32", "channels-last"):
+        return "contiguous", "channels-last is not safe on the CPU in a network that is so thin"
     if device == "cpu":
         return "channels-last", "the faster one on the CPU"
     if _tensor_cores():
@@ -103,19 +100,12 @@ def _memory_format(device: str, width: int) -> tuple[str, str]:
     return "contiguous", "without tensor cores channels-last can be far slower"
 
 
-# oneDNN's backward pass of a 1x1 convolution with stride 2 writes past its buffers in channels-last and fp32 if it has
-# fewer input channels than this, several threads, and a batch that they do not divide (torch 2.15, AVX-512; the
-# process crashes or worse). Contiguous, bf16 and one thread are not affected. See benchmarks/LOG.md.
-SAFE_WIDTH = 16
-
-
 def refuse_unsafe(config: Config) -> None:
     """Raises PreflightError for settings under which the library is known to corrupt memory."""
     train = config.train
-    unsafe = train.device == "cpu" and train.memory_format == "channels-last" and train.precision == "fp32"
-    if unsafe and config.model.width < SAFE_WIDTH and torch.get_num_threads() > 1:
-        raise PreflightError(
-            f"channels-last in fp32 at width {config.model.width} corrupts memory on the CPU (a fault of the library "
-            f"under {SAFE_WIDTH} channels): use --memory-format contiguous, --precision amp, or one thread "
-            "(OMP_NUM_THREADS=1)"
-        )
+    check_memory_format(_network(config), train.device, train.precision, train.memory_format)
+
+
+def _network(config: Config) -> ResNet:
+    """Without storage, and with any number of classes: they make no difference here."""
+    return skeleton(config.model.arch, config.model.block, width=config.model.width)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 
 from torch import nn
 
 from lowmem.cards import has_tensor_cores
 from lowmem.choose.calibration import Mode
 from lowmem.choose.calibrator import Calibrator
-from lowmem.choose.execution import safe_formats
 from lowmem.choose.request import precision_order
 from lowmem.config import Config
 from lowmem.errors import PreflightError
+from lowmem.models.memory_format import is_safe
 
 # Mixed precision changes the arithmetic: it must be worth it by more than the measurement's noise.
 _WORTH_IT = 1.05
@@ -46,12 +47,13 @@ def by_measurement(config: Config, model: nn.Module, calibrator: Calibrator) -> 
     train, device = config.train, calibrator.device
     asked, layout = train.precision, train.memory_format
     precisions = ("fp32", "amp") if asked == "auto" else (asked,)
-    formats = safe_formats(device, config.model.width) if layout == "auto" else (layout,)
+    layouts = ("contiguous", "channels-last") if layout == "auto" else (layout,)
     if asked == "fp32" and layout != "auto":
         return Modes(precisions, {asked: layout})  # nothing to choose, and nothing to doubt
     batch = train.micro_batch or train.batch
-    measured = calibrator.modes(model, (batch, 3, 32, 32), precisions, formats)
-    if len(measured) < len(precisions) * len(formats):  # a block alone did not fit: nothing to compare by
+    pairs = [pair for pair in product(precisions, layouts) if is_safe(model, device, *pair)]
+    measured = calibrator.modes(model, (batch, 3, 32, 32), pairs)
+    if len(measured) < len(pairs):  # a block alone did not fit: nothing to compare by
         facts = calibrator.facts
         return by_kind(config, facts is not None and has_tensor_cores(facts.name, facts.capability))
     best = {precision: _best(precision, measured) for precision in precisions}

@@ -20,7 +20,7 @@ from lowmem.choose.calibration import Calibration
 from lowmem.choose.calibrator import Calibrator, Progress
 from lowmem.choose.describe import describe_card
 from lowmem.choose.device import CONTEXT, DeviceFacts, ask_device, cpu_identity
-from lowmem.choose.execution import batch_norm_of, calibrates, numerics_of
+from lowmem.choose.execution import batch_norm_of, calibrates, numerics_of, refuse_unsafe
 from lowmem.choose.modes import by_kind, by_measurement
 from lowmem.choose.planning import REFERENCE_CARD, choose
 from lowmem.choose.request import Choice, Request, card_rates
@@ -149,8 +149,10 @@ def request_of(
     joint: bool = False,
 ) -> Request:
     """What `choose` needs to know of a run. `joint`: of one process among several that train it. Raises as `budget_of`
-    does, and UsageError for settings at odds."""
+    does, UsageError for settings at odds, PreflightError for those that `refuse_unsafe` refuses."""
     _check_micro_batch(config)
+    if config.memory.card is None:  # else the step is another machine's
+        refuse_unsafe(config)
     if config.memory.platform != "auto" and config.memory.card is None:
         raise UsageError("memory.platform says what machine a --card is in: give the card, or leave it out")
     budget, card = budget_of(config, train_pictures, calibrator)

@@ -12,6 +12,7 @@ from lowmem.distributed.group import Group
 from lowmem.distributed.reducer import Reducer
 from lowmem.distributed.split import Split, even_shares
 from lowmem.measure import Meter
+from lowmem.models.memory_format import check_memory_format
 from lowmem.plan.policy import SAVE_ALL, uniform
 from lowmem.plan.record import Plan
 from lowmem.remat import PlannedModule, apply_plan, stage_names
@@ -53,6 +54,7 @@ class Trainer:
         self.identity = identity
         self.observer = observer
         self.dataset = dataset
+        check_memory_format(model, execution.device, execution.precision, execution.memory_format)
         self.model = model.to(device=execution.device, memory_format=execution.torch_memory_format)  # type: ignore[call-overload]
         self.model.train()
         self.optimizer = make_optimizer(self.model, config.optim, execution.device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowmem.models.memory_format import SAFE_CHANNELS
 from lowmem.models.resnet import BasicBlock, Bottleneck, ResNet
 from lowmem.plan import Schedule
 from lowmem.remat import PlannedModule, apply_plan
@@ -20,9 +21,10 @@ FORMAT_NAMES = ["contiguous", "channels-last"]
 
 
 def small_net(block: Any, residual: bool = True, layout: tuple[int, ...] = (1, 2, 1, 1)) -> ResNet:
-    """Stem, five blocks of which four have projections (basic: three), head: seven stages."""
+    """Stem, five blocks of which four have projections (basic: three), head: seven stages. As thin as it may be in
+    channels-last."""
     torch.manual_seed(0)
-    return ResNet(block, layout, width=8, residual=residual)
+    return ResNet(block, layout, width=max(8, SAFE_CHANNELS // block.expansion), residual=residual)
 
 
 def pictures(count: int = 3, memory_format: Any = torch.contiguous_format, seed: int = 1) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,10 @@ from tests.exact.compare import FORMAT_NAMES, FORMATS, differences, twins
 
 SHAPES: dict[str, Callable[[], nn.Module]] = {
     "bottleneck": lambda: Bottleneck(16, 4),
-    "bottleneck-projection": lambda: Bottleneck(8, 4, stride=2),
+    "bottleneck-projection": lambda: Bottleneck(16, 4, stride=2),
     "bottleneck-plain": lambda: Bottleneck(16, 4, residual=False),
     "basic": lambda: BasicBlock(8, 8),
-    "basic-projection": lambda: BasicBlock(6, 8, stride=2),
+    "basic-projection": lambda: BasicBlock(16, 8, stride=2),
     "basic-plain": lambda: BasicBlock(6, 8, stride=2, residual=False),
 }
 

@@ -48,7 +48,7 @@ def test_promised_flops(schedule: str, block: Any) -> None:
     chain = _chain(block)
     with FlopCounterMode(display=False) as counter:
         training(*pictures(2))(apply_plan(model, chosen))
-    setup = Setup(block=block, width=8, batch=2, schedule=SCHEDULES[schedule])
+    setup = Setup(block=block, width=model.conv1.out_channels, batch=2, schedule=SCHEDULES[schedule])
     trace = trace_steps(lambda: setup.build(fake=True), 1)
     assert counter.get_total_flops() == evaluate(chosen, chain).flops == trace.flops()
 

@@ -102,7 +102,7 @@ def _frozen(value: object) -> object:
     [
         (),
         ("optim.momentum=0.0",),
-        ("train.memory_format=channels-last", "optim.nesterov=true"),
+        ("train.memory_format=channels-last", "model.width=16", "optim.nesterov=true"),
         ("memory.vram=6M",),
         ("train.precision=amp",),
     ],

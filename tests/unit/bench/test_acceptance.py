@@ -21,7 +21,7 @@ from lowmem.environment import describe
 from lowmem.units import GIB, KIB, MIB
 
 SETUP = Setup(
-    arch="res20", block="basic", width=8, batch=16, vram_bytes=14 * MIB, device="cpu", minutes=5, steps=1, tries=2
+    arch="res20", block="basic", width=8, batch=16, vram_bytes=14 * MIB, device="cpu", minutes=600, steps=1, tries=2
 )
 
 
@@ -52,7 +52,9 @@ def _named(rows: list[Row], words: str) -> Row:
 
 
 def test_every_cell_is_run_and_saved_as_it_ends(rows: list[Row], saved: list[int]) -> None:
-    assert [row.name for row in rows if row.refused] == []
+    (refused,) = (row for row in rows if row.refused)
+    assert refused.name.startswith("fp32, channels-last"), "a net so thin"
+    assert "corrupts memory" in (refused.refused or "")
     assert saved == list(range(1, len(rows) + 1))
     assert {row.kind for row in rows} == {"memory", "time", "largest", "format", "out of memory", "gradients"}
 

@@ -12,6 +12,7 @@ from lowmem.bench.cells import (
     ENGINE,
     FAMILIES,
     LEAST,
+    MODES,
     NO_TIME,
     PLAIN_DEFAULT,
     PLAIN_FREE,
@@ -37,11 +38,11 @@ def a_cell(family: str = PLAIN_DEFAULT, budget: Any = None, **trials: dict[str, 
 
 
 def test_each_cell_is_there_once() -> None:
-    cells = [*step_cells(SETUP, ("contiguous", "channels-last")), *largest_cells(SETUP)]
+    cells = [*step_cells(SETUP, MODES), *largest_cells(SETUP)]
     assert len({cell.key for cell in cells}) == len(cells)
     first = [cell for cell in cells if cell.kind == "step" and cell.mode == ("fp32", "contiguous")]
     assert {cell.family for cell in first} == set(FAMILIES) - {PLAIN_FREE}
-    on_card = step_cells(Setup(**{**asdict(SETUP), "device": "cuda"}), ("contiguous",))
+    on_card = step_cells(Setup(**{**asdict(SETUP), "device": "cuda"}), MODES[:1])
     assert [cell.mode for cell in on_card if cell.family == PLAIN_FREE] == [("fp32", "contiguous")]
     assert [cell.budget for cell in first if cell.family == ENGINE] == list(SETUP.budgets)
     for mode in (("fp32", "channels-last"), ("amp", "contiguous"), ("amp", "channels-last")):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.bench.cells import Cell, Setup, step_cells
+from lowmem.bench.cells import MODES, Cell, Setup, step_cells
 from lowmem.bench.results import Results
 from lowmem.bench.trial import TrialResult
 from lowmem.errors import DiskError, PreflightError, UsageError
@@ -20,7 +20,7 @@ HERE: dict[str, Any] = {"lowmem": "1", "torch": "2", "device": "cpu", "cpu": "a"
 
 
 def some_cells() -> list[Cell]:
-    cells = step_cells(SETUP, ("contiguous",))
+    cells = step_cells(SETUP, MODES[::2])
     cells[0].trials["1"] = asdict(TrialResult(step_seconds=0.5, losses=(2.0, math.nan)))
     return cells
 

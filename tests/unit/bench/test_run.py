@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.bench.cells import ENGINE, FIRST_MODE, NO_TIME, PLAIN_DEFAULT, Setup
+from lowmem.bench.cells import ENGINE, FIRST_MODE, MODES, NO_TIME, PLAIN_DEFAULT, Setup
 from lowmem.bench.results import Results
 from lowmem.bench.run import Bench
 from lowmem.bench.trial import OUT_OF_MEMORY, Trial, TrialResult
@@ -39,10 +39,16 @@ def here(trial: Trial, timeout_seconds: float) -> TrialResult:
 class Told(Bench):
     """With what it said; only of the first table, unless others are wanted."""
 
-    def __init__(self, folder: Path, run: Callable[[Trial, float], TrialResult] = here, seconds: float = 1e4) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run: Callable[[Trial, float], TrialResult] = here,
+        seconds: float = 1e4,
+        setup: Setup = SETUP,
+    ) -> None:
         self.told: list[str] = []
         # Not under a lock: that is tested with the folder.
-        super().__init__(SETUP, Results(folder, SETUP, HERE), seconds=seconds, tell=self.told.append, run=run)
+        super().__init__(setup, Results(folder, setup, HERE), seconds=seconds, tell=self.told.append, run=run)
 
     def only_the_first_table(self) -> Told:
         self.cells = [cell for cell in self.cells if cell.kind == "step" and cell.mode == FIRST_MODE]
@@ -80,6 +86,12 @@ def test_every_cell_once_before_any_twice_and_plain_first_in_each_round(tmp_path
         assert families[:plains] == [PLAIN_DEFAULT] * plains
     assert sum(task.cell.kind == "largest" for task in tasks) == 4
     assert {task.cell.mode for task in tasks if task.round == 3} == {FIRST_MODE}
+
+
+def test_what_corrupts_memory_has_no_cells(tmp_path: Path) -> None:
+    thin, wide = Told(tmp_path / "thin"), Told(tmp_path / "wide", setup=replace(SETUP, width=16))
+    assert {cell.mode for cell in wide.cells} == set(MODES)
+    assert {cell.mode for cell in thin.cells} == set(MODES) - {("fp32", "channels-last")}
 
 
 def test_it_measures_everything_and_then_nothing(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.bench.cells import ENGINE, PLAIN_DEFAULT, PLAIN_FREE, Setup, largest_cells, step_cells
+from lowmem.bench.cells import ENGINE, MODES, PLAIN_DEFAULT, PLAIN_FREE, Setup, largest_cells, step_cells
 from lowmem.bench.text import extra_flops, tables, to_csv, to_markdown
 from lowmem.bench.trial import TrialResult
 from lowmem.units import MIB
@@ -21,7 +21,7 @@ HERE: dict[str, Any] = {"lowmem": "1", "torch": "2", "python": "3", "device": "c
 @pytest.mark.parametrize("measured", [False, True])
 def test_rows_are_as_wide_as_their_header(device: str, measured: bool) -> None:
     setup = Setup(arch="res20", block="basic", width=8, batch=32, device=device)
-    cells = [*step_cells(setup, ("contiguous", "channels-last")), *largest_cells(setup)]
+    cells = [*step_cells(setup, MODES), *largest_cells(setup)]
     for cell in cells if measured else []:
         cell.trials["1"] = asdict(TrialResult(step_seconds=1.0, least_seconds=1.0, most_seconds=2.0, flops=10))
     for table in tables(setup, cells):
@@ -34,7 +34,7 @@ def test_rows_are_as_wide_as_their_header(device: str, measured: bool) -> None:
 
 def test_figures() -> None:
     setup = Setup(arch="res20", block="basic", width=8, batch=32, device="cpu", budgets=(0.5,))
-    cells = step_cells(setup, ("contiguous",))
+    cells = step_cells(setup, MODES[::2])
     plain = next(cell for cell in cells if cell.family == PLAIN_DEFAULT)
     planned = next(cell for cell in cells if cell.family == ENGINE)
     plain.predicted_allocated_bytes, planned.predicted_allocated_bytes = 400 * MIB, 50 * MIB
@@ -69,7 +69,7 @@ def test_figures() -> None:
 
 def test_what_deterministic_kernels_cost_is_said() -> None:
     setup = Setup(arch="res20", block="basic", width=8, batch=32, device="cuda")
-    cells = [*step_cells(setup, ("contiguous",)), *largest_cells(setup)]
+    cells = [*step_cells(setup, MODES[:1]), *largest_cells(setup)]
     here = {**HERE, "device": "cuda", "tf32": True}
     assert "Deterministic kernels" not in to_markdown(setup, here, cells, complete=True)
     for cell in cells:
@@ -82,5 +82,5 @@ def test_what_deterministic_kernels_cost_is_said() -> None:
 
 def test_unfinished_results_say_so() -> None:
     setup = Setup(arch="res20", block="basic", width=8, batch=32, device="cpu")
-    cells = [*step_cells(setup, ("contiguous",)), *largest_cells(setup)]
+    cells = [*step_cells(setup, MODES[::2]), *largest_cells(setup)]
     assert "**Not finished" in to_markdown(setup, HERE, cells, complete=False)

@@ -134,8 +134,8 @@ class _Scripted:
         self.device, self.known = device, modes
         self.facts = None
 
-    def modes(self, model: object, shape: object, precisions: tuple[str, ...], formats: tuple[str, ...]):
-        return {pair: mode for pair, mode in self.known.items() if pair[0] in precisions and pair[1] in formats}
+    def modes(self, model: object, shape: object, pairs: list[tuple[str, str]]):
+        return {pair: mode for pair, mode in self.known.items() if pair in pairs}
 
 
 def _modes(fp32: tuple[float, float], amp: tuple[float, float], finite: bool = True) -> dict[tuple[str, str], Mode]:
@@ -175,6 +175,17 @@ def test_auto_follows_what_was_measured() -> None:
     fixed = decided("cuda", _modes((1.0, 1.2), (0.6, 0.4)), train__memory_format="contiguous")
     assert set(fixed.formats.values()) == {"contiguous"}
     assert "train.memory_format" not in fixed.reasons
+
+
+def test_what_corrupts_memory_is_not_timed() -> None:
+    """A thin net in fp32 and channels-last on the CPU, however fast it may be."""
+    scripted = _Scripted("cpu", _modes((1.0, 0.5), (0.3, 0.2)))
+    assert by_measurement(_config(), MODEL, scripted).formats == {"fp32": "contiguous", "amp": "channels-last"}  # type: ignore[arg-type]
+    wide = by_measurement(_config(), skeleton("res20", width=16), scripted)  # type: ignore[arg-type]
+    assert set(wide.formats.values()) == {"channels-last"}
+    calibrator = Calibrator("cpu", Calibration(cpu_identity(), None))
+    with pytest.raises(PreflightError, match="corrupts memory"):
+        calibrator.modes(MODEL, SHAPE, [("fp32", "channels-last")])
 
 
 def test_a_plan_by_what_this_processor_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

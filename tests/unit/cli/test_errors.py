@@ -112,11 +112,11 @@ def test_no_arguments_shows_the_help(lowmem_command: Callable[..., object]) -> N
     assert "Traceback" not in done.stderr  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
 def test_settings_that_corrupt_memory_are_refused(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, precision: str
 ) -> None:
-    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
-    asked = ["--memory-format", "channels-last", "--precision", "fp32"]
-    code, err = _leave(capsys, ["train", *SMALL, *asked, "--out", str(tmp_path / "run")])
+    asked = [*SMALL, "--memory-format", "channels-last", "--precision", precision]
+    code, err = _leave(capsys, ["train", *asked, "--out", str(tmp_path / "run")])
     assert (code, "--memory-format contiguous" in err) == (3, True)
     assert not (tmp_path / "run").exists()

@@ -11,7 +11,7 @@ from lowmem.train.state import RunState, capture, cpu_copy
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_what_was_captured_does_not_move_with_training(layout: torch.memory_format) -> None:
-    model = build("res20", width=4).to(memory_format=layout)  # type: ignore[call-overload]
+    model = build("res20", width=16).to(memory_format=layout)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     state = RunState()
 

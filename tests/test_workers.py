@@ -1,0 +1,60 @@
+"""A worker that dies ends a run of the test suite's own command: with a failure that names the test, and soon."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import environment
+
+ROOT = Path(__file__).parent.parent
+DYING = {
+    "in a test": "import os\ndef test_dies(): os.abort()\n",
+    "while it collects": "import os\nos.abort()\n",
+    "in a test that hangs": (
+        "import pytest, time\n@pytest.mark.timeout(1)\ndef test_dies():\n    while True: time.sleep(1)\n"
+    ),
+}
+HOOKS = "from tests.workers import pytest_handlecrashitem, pytest_sessionfinish, pytest_testnodedown\n"
+PASSING = "import pytest\n@pytest.mark.parametrize('number', range(4))\ndef test_passes(number): pass\n"
+# Another worker's, which takes its time: the run does not wait for it.
+LONG = "import time\ndef test_long(): time.sleep(300)\n"
+
+
+def _run(folder: Path, files: dict[str, str]) -> tuple[int, str, float]:
+    """Code, output and seconds of pytest with this project's options."""
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name, text in {"conftest.py": HOOKS, **files}.items():
+        (folder / name).write_text(text)
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", "."],
+        cwd=folder,
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    return done.returncode, done.stdout + done.stderr, time.monotonic() - began
+
+
+@pytest.mark.parametrize("how", DYING)
+def test_a_worker_that_dies_ends_the_run(tmp_path: Path, how: str) -> None:
+    dying = {"test_b_dies.py": DYING[how], "test_d_passes.py": PASSING, "test_e_passes.py": PASSING}
+    others = {"test_c_long.py": LONG} if "def test_dies" in DYING[how] else {}
+    code, said, seconds = _run(tmp_path, {"test_a_passes.py": PASSING, **dying, **others})
+    assert code == 1, said
+    assert seconds < 200, said  # of the 300 of the long one; alone it takes 15
+    if others:
+        assert "crashed while running 'test_b_dies.py::test_dies'" in said
+
+
+def test_a_run_without_deaths_passes(tmp_path: Path) -> None:
+    code, said, _ = _run(tmp_path, {f"test_{name}.py": PASSING for name in "abc"})
+    assert code == 0, said
+    assert "12 passed" in said
