@@ -3,6 +3,8 @@
 The workspace comes out of torch's own caching allocator, so it counts as allocated while the kernel runs. A measured
 one is part of the simulated step; without a measurement a budget leaves room for ASSUMED_WORKSPACE_BYTES, and on CUDA
 the library is told not to take more (`cap_workspace`).
+
+Known limitation: that the variable still bounds anything in cuDNN 9 is unproven. What was measured does not need it.
 """
 
 from __future__ import annotations
