@@ -13,10 +13,9 @@ from lowmem.choose.ladder import with_ladder
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice, Request
 from lowmem.choose.session import budget_of, calibrator_of, request_of
-from lowmem.choose.simulated import simulate_step
+from lowmem.choose.simulated import Simulated, simulate_step
 from lowmem.choose.workspace import workspace_cap_bytes
 from lowmem.errors import Infeasible
-from lowmem.plan.policy import Schedule
 from lowmem.plan.solver import Solver
 
 
@@ -28,7 +27,7 @@ class Plans:
         self.on_card = setup.device == "cuda"
         self.measuring_seconds = 0.0
         self._requests: tuple[Request, ...] = ()
-        self._choices: dict[tuple[int, int, str, str, bool], Choice] = {}
+        self._choices: dict[tuple[int, int, str, str, bool], Choice | Infeasible] = {}
 
     def request(self, measured: bool) -> Request:
         """One for all cells, so that what was simulated for one need not be again for another; made at the first use,
@@ -65,19 +64,20 @@ class Plans:
         key = (vram_bytes, batch, precision, layout, measured)
         if key not in self._choices:
             began = time.monotonic()
-            self._choices[key] = choose(
-                replace(
-                    base,
-                    batch=batch,
-                    budget=self.budget(vram_bytes, measured),
-                    precisions=(precision,),
-                    memory_format=layout,
-                    formats={},
-                )
+            budget = self.budget(vram_bytes, measured)
+            wanted = replace(
+                base, batch=batch, budget=budget, precisions=(precision,), memory_format=layout, formats={}
             )
+            try:
+                self._choices[key] = choose(wanted)
+            except Infeasible as error:
+                self._choices[key] = error
             if measured:
                 self.measuring_seconds = max(self.measuring_seconds, time.monotonic() - began)
-        return self._choices[key]
+        found = self._choices[key]
+        if isinstance(found, Infeasible):
+            raise found
+        return found
 
     @cached_property
     def laddered(self) -> Choice:
@@ -95,34 +95,52 @@ class Plans:
         """Where the search for the largest batch begins, planned or plain, and what it tells batches apart to: the unit
         or, where that is more, 3 % of them. Raises Infeasible.
 
-        What a step takes is a constant and a part that grows with the batch: two simulated steps tell both, of a plan
-        that of the least memory at the usual batch."""
+        What a step takes is a constant and a part that grows with the batch. A plan takes what it may, so for it the
+        least that it could take counts; which plan that is changes with the batch, so one is made where the first guess
+        points, and tells where the search is to begin."""
         start, limit = self._start(precision), self.budget(self.setup.vram_bytes, measured=False).tensor_bytes
-        schedule = Solver(start.chain, limit_bytes=start.budget.tensor_bytes).least().schedule if planned else None
         batch = start.plan.batch
-        first = self._taken(start, schedule, batch)
-        further = max(1, batch * limit // first)
-        if further != batch:
-            second = self._taken(start, schedule, further)
-            each = max(1, (second - first) // (further - batch))
-            further = max(1, further + (limit - second) // each)
-        return further, max(self.unit, further // 32 // self.unit * self.unit)
+        images = 4 * 3 * 32 * 32 * batch
+        fixed = start.chain.outside_peak_bytes - images  # parameters, momentum, gradients
+
+        def filled(batch: int, taken_bytes: int) -> int:
+            each = max(1, (taken_bytes - fixed) // batch)
+            return max(1, (limit - fixed) // each)
+
+        if planned:
+            guess = filled(batch, Solver(start.chain, limit_bytes=start.budget.tensor_bytes).least().peak_bytes)
+            guess = filled(guess, self._least_bytes(guess, precision))
+        else:
+            guess = filled(batch, _taken(start, start.plain))
+            shape = replace(start.shape, batch=guess, micro_batch=guess)
+            guess = filled(guess, _taken(start, simulate_step(shape, None, start.rates)))
+        return guess, max(self.unit, guess // 32 // self.unit * self.unit)
 
     def _start(self, precision: str) -> Choice:
         """A plan at the usual batch, the measured one if it is made, or at a smaller batch. Raises Infeasible."""
         batch, vram_bytes = self.setup.batch, self.setup.vram_bytes
         known = self._choices.get((vram_bytes, batch, precision, "contiguous", True))
-        while known is None:
+        if isinstance(known, Choice):
+            return known
+        while True:
             try:
-                known = self.choice(vram_bytes, batch, precision, measured=False)
+                return self.choice(vram_bytes, batch, precision, measured=False)
             except Infeasible:
                 if batch <= self.unit:
                     raise
             batch //= 2
-        return known
 
-    def _taken(self, start: Choice, schedule: Schedule | None, batch: int) -> int:
-        """Bytes of a step, on a card those that its allocator reserves."""
-        shape = replace(start.shape, batch=batch, micro_batch=batch)
-        taken = simulate_step(shape, schedule, start.rates).estimate
-        return taken.peak_reserved_bytes if start.budget.on_card else taken.peak_allocated_bytes
+    def _least_bytes(self, batch: int, precision: str) -> int:
+        """Of the plan that takes least."""
+        try:
+            choice = self.choice(self.setup.vram_bytes, batch, precision, measured=False)
+        except Infeasible as error:
+            return error.least_bytes
+        least = Solver(choice.chain, limit_bytes=choice.budget.tensor_bytes).least()
+        return _taken(choice, simulate_step(choice.shape, least.schedule, choice.rates))
+
+
+def _taken(choice: Choice, simulated: Simulated) -> int:
+    """Bytes of a step, on a card those that its allocator reserves."""
+    taken = simulated.estimate
+    return taken.peak_reserved_bytes if choice.budget.on_card else taken.peak_allocated_bytes

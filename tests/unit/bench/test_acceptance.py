@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.bench import gradients, survival
+from lowmem.bench import acceptance_plans, gradients, survival
 from lowmem.bench.acceptance import KINDS, NO_TIME, Row, Setup, set_overheads, targets
 from lowmem.bench.acceptance_suite import Suite
 from lowmem.bench.acceptance_text import to_csv, to_json, to_markdown
@@ -21,7 +21,7 @@ from lowmem.environment import describe
 from lowmem.units import GIB, KIB, MIB
 
 SETUP = Setup(
-    arch="res20", block="basic", width=8, batch=16, vram_bytes=14 * MIB, device="cpu", minutes=5, steps=1, tries=4
+    arch="res20", block="basic", width=8, batch=16, vram_bytes=14 * MIB, device="cpu", minutes=60, steps=1, tries=3
 )
 
 
@@ -90,7 +90,7 @@ def test_the_largest_batch_is_verified_and_the_next_is_refused(rows: list[Row], 
     assert planned.facts["tried"][-1] == (planned.batch, "holds")
     for row, fails in ((planned, "refused_by_the_planner"), (plain, "fails")):
         assert row.batch is not None
-        assert row.batch < row.facts[fails] <= row.batch + row.facts["unit"], "found in four tries, from a good guess"
+        assert row.batch < row.facts[fails] <= row.batch + row.facts["unit"], "found in three tries, from a good guess"
     assert (planned.allocated_bytes or 0) <= SETUP.vram_bytes
 
 
@@ -120,7 +120,7 @@ def test_only_the_cells_that_are_asked_for() -> None:
     assert [cell.kind for cell in cells] == ["time", "time", "time", "out of memory", "out of memory", "time", "time"]
     assert [cell.name for cell in cells if "batch 64" in cell.name] == [
         "save-all (plain PyTorch), batch 64, no limit",
-        "planned for 28.0 MiB, batch 64",
+        "planned for 28 MiB, batch 64",
     ]
 
 
@@ -136,7 +136,8 @@ def _larger(share: float | None) -> list[Row]:
     return suite.rows[1:]
 
 
-def test_a_card_that_waits_for_launches_is_timed_at_a_larger_batch() -> None:
+def test_a_card_that_waits_for_launches_is_timed_at_a_larger_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceptance_plans, "calibrator_of", lambda config, tell: None)  # seconds by a datasheet, quickly
     plain, planned = _larger(0.3)
     assert (plain.refused, planned.refused, plain.batch, planned.batch) == (None, None, 64, 64)
     set_overheads([plain, planned])
