@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lowmem.bench.acceptance import Row, Setup, Target, targets, vram_words
+from lowmem.bench.verdict import launch_words
 from lowmem.units import MIB, format_size
 
 Environment = dict[str, Any]
@@ -93,6 +94,8 @@ def _sections(rows: Sequence[Row]) -> list[str]:
             found = [*found[:1], *first, *found[1:]] if kind == "time" else [*first[:1], *found]
         if by_kind.get(kind):
             parts += [f"## {title}", _table(header, (cells(row) for row in found))]
+        if kind == "time":
+            parts += [bound for row in found if (bound := launch_words(row.busy_share, row.batch or 0))]
     budgets = [row for row in by_kind.get("memory", []) if row.budget]
     for row in budgets:
         terms = ((name, f"{size / MIB:,.0f}") for name, size in row.budget)

@@ -21,6 +21,7 @@ from lowmem.bench.cells import (
     plain_of,
     same_as_plain,
 )
+from lowmem.bench.verdict import launch_words
 from lowmem.units import MIB, format_size
 
 UNKNOWN = "–"
@@ -169,8 +170,10 @@ def _step_note(setup: Setup, cells: Sequence[Cell]) -> str:
     if twice is not None:
         said += f"`gradients only`: batch norm's running statistics were moved {twice} times in the step. "
     if setup.on_card:
-        said += _determinism(cells)
-        return said + "The allocator of a planned cell is capped at its budget, the others' is not."
+        said += _determinism(cells) + "The allocator of a planned cell is capped at its budget, the others' is not."
+        plain = plain_of(cells, cells[0]) if cells else None
+        bound = launch_words(None if plain is None else plain.first("busy_share"), setup.batch)
+        return said if bound is None else f"{said} {bound}"
     return said + (
         "On the CPU a budget bounds the tensors of the step, and they are what is predicted; `resident` is by how much "
         "the process grew at its peak, with the library's own buffers and what the allocator of C keeps."
@@ -295,6 +298,7 @@ def _values(cell: Cell, cells: Sequence[Cell]) -> dict[str, Any]:
         "least_times_plain": min(ratios, default=None),
         "most_times_plain": max(ratios, default=None),
         "predicted_overhead": cell.predicted_overhead,
+        "busy_share": cell.first("busy_share"),
         "flops": cell.first("flops"),
         "extra_flops": extra_flops(cell, plain),
         "norm_updates": cell.first("norm_updates"),

@@ -30,8 +30,8 @@ class Trial:
 
     `pictures`: training pictures that the run holds on the device (only held on CUDA). `eval_batch`: pictures at a
     time in evaluation; None: no evaluation. `cap_bytes`: the most that the allocator may hold (CUDA only). `detailed`:
-    digest the first step's gradients (needs a warm-up) and count the operations of another step. `deterministic`,
-    `tf32`: see `lowmem.remat.libraries`.
+    digest the first step's gradients (needs a warm-up), count the operations of another step, and of plain autograd on
+    CUDA profile a third. `deterministic`, `tf32`: see `lowmem.remat.libraries`.
     """
 
     arch: str
@@ -76,7 +76,8 @@ class TrialResult:
     `resident_growth_bytes`: on the CPU, by how much the process's resident memory grew at its peak, from before the
     network was made. `gradients`, `buffers`: SHA-256 of those of the first step, before its update; `norm_updates`: how
     often it moved batch norm's statistics. `flops`: floating-point operations of a step, counted where they are
-    dispatched.
+    dispatched. `busy_share`: of `step_seconds`, those in which the card computes (plain autograd on CUDA; None
+    where the profiler does not tell).
     """
 
     refused: str | None = None
@@ -101,6 +102,7 @@ class TrialResult:
     buffers: str | None = None
     norm_updates: int | None = None
     flops: int | None = None
+    busy_share: float | None = None
 
     @property
     def most_allocated_bytes(self) -> int | None:

@@ -1,10 +1,28 @@
-"""Whether a trial kept its budget."""
+"""Whether a trial kept its budget, and whether its time is the card's or the host's."""
 
 from __future__ import annotations
 
 from lowmem.bench.trial import TrialResult
 from lowmem.choose.budget import Budget
 from lowmem.units import format_size
+
+# Of a step's seconds: a card that computes less of them waits for the host to launch its kernels.
+BUSY_SHARE = 0.8
+
+
+def waits_for_host(busy_share: float | None) -> bool:
+    """Whether a card computes so little of a step that what is timed is launching. Unknown is not known to be."""
+    return busy_share is not None and busy_share < BUSY_SHARE
+
+
+def launch_words(busy_share: float | None, batch: int) -> str | None:
+    """What is to be said of a plain step in which the card waits for the host; None if it does not."""
+    if busy_share is None or not waits_for_host(busy_share):
+        return None
+    return (
+        f"Bound by launches: the card computes {busy_share:.0%} of a plain step at batch {batch}; compare at a larger "
+        "--batch."
+    )
 
 
 def verdict(result: TrialResult, budget: Budget, device: str) -> tuple[str | None, bool]:

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowmem.bench.trial import OUT_OF_MEMORY, Trial
-from lowmem.bench.ways import PLANNED, executed
+from lowmem.bench.ways import PLAIN, PLANNED, executed
 from lowmem.config import OptimConfig
 from lowmem.data import Pictures, TrainBatches, eval_batches
 from lowmem.measure import Meter
+from lowmem.measure.busy import busy_seconds
 from lowmem.measure.cap import cap_allocator
 from lowmem.measure.flops import FlopMeter
 from lowmem.measure.out_of_memory import Failure, classify
@@ -117,6 +118,9 @@ class _Work:
             found |= self.seen
             if self.cuda:
                 found["flops"] = self._count_operations()
+                # What others are held against; a plan at the edge of its budget has no room for a profiler.
+                if self.trial.way == PLAIN:
+                    found["busy_share"] = self._busy_share(found["step_seconds"])
         found["finite"] = all(math.isfinite(loss) for loss in self.losses)
         found["losses"] = self.losses
         return found
@@ -168,6 +172,12 @@ class _Work:
         with FlopMeter() as meter:
             self._step(images, labels)
         return meter.flops
+
+    def _busy_share(self, step_seconds: float) -> float | None:
+        """Of a step as it was timed: profiling slows the host down, not the kernels."""
+        images, labels = self._batch()
+        seconds = busy_seconds(lambda: self._step(images, labels), self.trial.device)
+        return None if seconds is None else min(1.0, seconds / step_seconds)
 
     def _timed_step(self) -> float:
         images, labels = self._batch()

@@ -20,7 +20,7 @@ from lowmem.places import user_cache_folder
 from lowmem.reading import read_json
 from lowmem.units import LARGEST
 
-FORMAT = 1
+FORMAT = 2
 _LARGEST_FILE_BYTES = 32 << 20
 _LARGEST_NUMBER = 1e9  # seconds; NaN is not below it either
 
@@ -103,7 +103,7 @@ class Calibration:
         self.figures[_name("mode", key)] = [value.seconds, float(value.finite)]
 
     def size_bytes(self, key: object) -> int | None:
-        """A workspace, a context: integers."""
+        """A workspace, a context, a number of pictures: integers."""
         found = self.figures.get(_name("bytes", key))
         return found if isinstance(found, int) and not isinstance(found, bool) and 0 <= found <= LARGEST else None
 

@@ -10,10 +10,21 @@ from functools import partial
 from torch import nn
 
 from lowmem.choose.calibration import Calibration, Mode, Seconds
-from lowmem.choose.clock import FAST, PLAIN, TIMED_BATCH, Wanted
+from lowmem.choose.clock import FAST, PLAIN, Wanted
 from lowmem.choose.describe import RawRates, measured_rates
 from lowmem.choose.device import DeviceFacts
-from lowmem.choose.worker import Convolutions, Job, Stages, Update, low_dtype, measure_apart, measure_here
+from lowmem.choose.worker import (
+    BUSY_BATCHES,
+    BusyBatch,
+    Convolutions,
+    Job,
+    Measure,
+    Stages,
+    Update,
+    low_dtype,
+    measure_apart,
+    measure_here,
+)
 from lowmem.choose.workspace import Workspaces
 from lowmem.models.memory_format import check_memory_format
 from lowmem.remat.libraries import Numerics
@@ -23,12 +34,12 @@ from lowmem.simulate.stage import Option, StageMeasure
 Progress = Callable[[str], None]
 
 
-def stage_key(measure_key: Hashable, precision: str) -> tuple[object, ...]:
+def stage_key(measure_key: Hashable, precision: str, timed_batch: int) -> tuple[object, ...]:
     """Of a stage as the simulator tells stages apart (signature, trainable, shape, strides, dtype, need_input, masked,
     library_norm), for the batch that is timed."""
     assert isinstance(measure_key, tuple)
     signature, trainable, shape, *rest = measure_key
-    timed = (min(shape[0], TIMED_BATCH), *shape[1:])
+    timed = (timed_batch, *shape[1:])
     return (precision, repr(signature), trainable, timed, *(repr(one) for one in rest))
 
 
@@ -40,10 +51,11 @@ def option_key(option: Option) -> tuple[object, ...]:
 @dataclass(frozen=True)
 class StageTimes:
     """Seconds of the stages of one chain as it was measured, None for what did not fit; scaled from the batch that was
-    timed to the chain's own."""
+    timed to the chain's own, which is `factor` times that."""
 
     calibration: Calibration
     precision: str
+    timed_batch: int
     factor: float
     outside_seconds: float
 
@@ -60,7 +72,7 @@ class StageTimes:
         return None if found is None else found.backward
 
     def _scaled(self, measure: StageMeasure, what: object) -> Seconds | None:
-        found = self.calibration.seconds((stage_key(measure.key, self.precision), what))
+        found = self.calibration.seconds((stage_key(measure.key, self.precision, self.timed_batch), what))
         if found is None:
             return None
         return Seconds(found.forward * self.factor, found.backward * self.factor, found.restore * self.factor)
@@ -69,8 +81,8 @@ class StageTimes:
 class Calibrator:
     """One device and what is known of it; measures what is not. `progress` hears a sentence when that takes seconds.
 
-    `facts`: of a CUDA device. `apart`: measure in a process of its own, by default on CUDA.
-    `numerics`: of the runs that are predicted.
+    `facts`: of a CUDA device. `measure`: what does the jobs, by default on CUDA a process of its own. `numerics`: of
+    the runs that are predicted.
     """
 
     def __init__(
@@ -80,13 +92,12 @@ class Calibrator:
         progress: Progress = lambda text: None,
         *,
         facts: DeviceFacts | None = None,
-        apart: bool | None = None,
+        measure: Measure | None = None,
         numerics: Numerics = Numerics(),
     ) -> None:
         self.device, self.calibration, self.progress, self.facts = device, calibration, progress, facts
-        self._measure = measure_here
-        if device == "cuda" if apart is None else apart:
-            self._measure = partial(measure_apart, numerics=numerics)
+        apart = partial(measure_apart, numerics=numerics)
+        self._measure = measure or (apart if device == "cuda" else measure_here)
 
     def workspaces(self, precision: str) -> Workspaces | None:
         """None on the CPU, whose kernels do not take theirs from a counted allocator."""
@@ -115,7 +126,8 @@ class Calibrator:
         library_norm: bool = False,
     ) -> StageTimes:
         """Measures each distinct block and policy that the calibration lacks. Takes some seconds to a minute."""
-        wanted = self._wanted(measures, precision)
+        timed_batch = self.timed_batch(model, input_shape, precision, memory_format)
+        wanted = self._wanted(measures, precision, timed_batch)
         shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
         update = ("optimizer", momentum, shapes)
         jobs: list[Job] = []
@@ -123,7 +135,7 @@ class Calibrator:
             jobs.append(
                 Stages(
                     model=model,
-                    input_shape=tuple(input_shape),
+                    input_shape=(timed_batch, *input_shape[1:]),
                     precision=precision,
                     memory_format=memory_format,
                     wanted=tuple(wanted),
@@ -139,7 +151,8 @@ class Calibrator:
         return StageTimes(
             calibration=self.calibration,
             precision=precision,
-            factor=max(1.0, input_shape[0] / TIMED_BATCH),
+            timed_batch=timed_batch,
+            factor=input_shape[0] / timed_batch,
             outside_seconds=0.0 if found is None else found.forward,
         )
 
@@ -148,9 +161,8 @@ class Calibrator:
     ) -> dict[tuple[str, str], Mode]:
         """Of each pair (precision, memory format): seconds of a plain step's distinct blocks, each times how often it
         occurs, and whether outputs and gradients were finite."""
-        shapes = tuple((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
-        timed = (min(input_shape[0], TIMED_BATCH), *input_shape[1:])
-        keys = {pair: ("mode", *pair, timed, shapes) for pair in pairs}
+        timed = (max(self.timed_batch(model, input_shape, *pair) for pair in pairs), *input_shape[1:])
+        keys = {pair: ("mode", *pair, timed, _shapes(model)) for pair in pairs}
         jobs = [
             Stages(model=model, input_shape=timed, precision=precision, memory_format=layout, mode_key=key)
             for (precision, layout), key in keys.items()
@@ -160,16 +172,30 @@ class Calibrator:
         found = {pair: self.calibration.mode(key) for pair, key in keys.items()}
         return {pair: mode for pair, mode in found.items() if mode is not None}
 
+    def timed_batch(self, model: nn.Module, input_shape: Sequence[int], precision: str, memory_format: str) -> int:
+        """Pictures that blocks are timed with: enough for a larger batch to take as much longer as it is larger. On a
+        fast card 128 may only keep the host busy, with launching; it is measured once how many it takes there."""
+        batch, image_shape = input_shape[0], tuple(input_shape[1:])
+        if self.device != "cuda" or batch <= BUSY_BATCHES[0]:
+            return min(batch, BUSY_BATCHES[0])
+        key = ("busy", precision, memory_format, image_shape, _shapes(model))
+        if self.calibration.size_bytes(key) is None:
+            job = BusyBatch(
+                model=model, image_shape=image_shape, precision=precision, memory_format=memory_format, key=key
+            )
+            self._run([job], f"how many pictures keep it busy in {precision} and {memory_format}")
+        return min(batch, self.calibration.size_bytes(key) or BUSY_BATCHES[0])
+
     def rates(self) -> tuple[float, float, float] | None:
         """See `lowmem.choose.describe.measured_rates`."""
         if measured_rates(self.device, self.calibration) is None:
             self._run([RawRates()], "how fast it copies and multiplies")
         return measured_rates(self.device, self.calibration)
 
-    def _wanted(self, measures: Sequence[StageMeasure], precision: str) -> list[Wanted]:
+    def _wanted(self, measures: Sequence[StageMeasure], precision: str, timed_batch: int) -> list[Wanted]:
         wanted: dict[Hashable, Wanted] = {}
         for index, measure in enumerate(measures):
-            key = stage_key(measure.key, precision)
+            key = stage_key(measure.key, precision, timed_batch)
             options = tuple((option_key(one.option), one.option) for one in measure.options)
             names = [FAST, PLAIN, *(name for name, _ in options)]
             known = (self.calibration.seconds((key, name)) is not None for name in names)
@@ -191,3 +217,7 @@ class Calibrator:
         self._measure(jobs, self.device, self.calibration)
         self.calibration.save()
         self.progress(f"measured in {time.monotonic() - began:.0f} s")
+
+
+def _shapes(model: nn.Module) -> tuple[object, ...]:
+    return tuple((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())

@@ -1,8 +1,8 @@
 """Seconds of the stages of a chain, policy by policy, on the device itself: real tensors, the real executor.
 
 Each distinct stage is timed once per policy; what a calibration has already is not timed again. The gradient that the
-chain would hand down is copied for every call, and the copy's own time taken off. Batches of more than TIMED_BATCH
-pictures are timed at that many and scaled: a card that is too small for a network is busy long before.
+chain would hand down is copied for every call, and the copy's own time taken off, and where the host is what a call
+waits for, that of autograd's engine too: it is called once a stage here and once for the whole network in a step.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lowmem.choose.calibration import Calibration, Mode, Seconds
 from lowmem.measure.out_of_memory import Failure, attempt
-from lowmem.measure.timing import time_calls
+from lowmem.measure.timing import BOUND_SHARE, Timing, time_calls
 from lowmem.remat import decompose
 from lowmem.remat.block import ConvBlock
 from lowmem.remat.opaque import OpaqueStage
 from lowmem.remat.stage import Saved, Stage, StagePass
 from lowmem.simulate.stage import Option
 
-TIMED_BATCH = 128
+_T = TypeVar("_T")
 _LEAST_SECONDS = 1e-9  # a difference of two measurements may come out below zero
 PLAIN = "plain autograd"
 FAST = "forward that keeps nothing"
@@ -60,7 +62,7 @@ def plain_forward(stage: Stage, x: Tensor) -> Tensor:
 
 class ChainClock:
     """Times stages of `model` on inputs of `input_shape`, [N, C, H, W]; `low`: the dtype of autocast, or None;
-    `library_norm`: see `lowmem.remat.kernels`."""
+    `library_norm`: see `lowmem.remat.kernels`; `time_call`: what times a call, see `lowmem.measure.timing`."""
 
     def __init__(
         self,
@@ -73,12 +75,14 @@ class ChainClock:
         library_norm: bool = False,
         calibration: Calibration,
         rounds: int = 3,
+        time_call: Callable[..., Timing] = time_calls,
     ) -> None:
         self.model, self.device, self.memory_format = model, device, memory_format
         self.low, self.library_norm = low, library_norm
-        self.input_shape = (min(input_shape[0], TIMED_BATCH), *input_shape[1:])
+        self.input_shape = tuple(input_shape)
         self.calibration = calibration
         self.rounds = rounds
+        self._time_call = time_call
 
     def measure(self, wanted: Sequence[Wanted]) -> None:
         """Puts what is wanted into the calibration. A policy that does not fit the device's memory is left out."""
@@ -91,15 +95,25 @@ class ChainClock:
 
     def mode(self) -> Mode:
         """A plain step's blocks, each distinct one timed once, and whether every result was finite."""
-        known: dict[Hashable, float] = {}
-        total, finite = 0.0, True
+        found = self._of_each(lambda timer: (timer.plain().backward, timer.finite()))
+        return Mode(sum(seconds for seconds, _ in found), all(finite for _, finite in found))
+
+    def bound_by_host(self) -> bool:
+        """Whether launching takes most of the seconds of a plain step's blocks."""
+        found = self._of_each(lambda timer: timer.plain_timing())
+        whole = sum(timing.median_seconds for timing in found)
+        return sum(timing.launch_seconds for timing in found) >= BOUND_SHARE * whole
+
+    def _of_each(self, figure: Callable[[_StageClock], _T]) -> list[_T]:
+        """A figure for every stage of the chain, taken once of those that are alike."""
+        known: dict[Hashable, _T] = {}
+        found: list[_T] = []
         for timer in self._stages():
             key = (timer.stage.signature, timer.x.shape, timer.need_input, timer.masked)
             if key not in known:
-                known[key] = timer.plain().backward
-                finite = finite and timer.finite()
-            total += known[key]
-        return Mode(total, finite)
+                known[key] = figure(timer)
+            found.append(known[key])
+        return found
 
     def _stages(self) -> Iterator[_StageClock]:
         """Every stage of the chain on its own input."""
@@ -124,13 +138,43 @@ class ChainClock:
             else:
                 self.calibration.put_seconds((wanted.key, what), found)
 
-    def seconds(self, call: Callable[[], object]) -> float:
-        """Of a call: the median on a card. A processor is shared with whoever else computes: there the least, and with
-        one thread of this process's own time, since a plan follows from differences of a few percent."""
+    @cached_property
+    def engine_seconds(self) -> float:
+        """What a plain pass of a stage pays beside its kernels: autocast is entered and autograd's engine called, here
+        for one element that nothing is done to."""
+        one = torch.zeros(1, device=self.device)
+
+        def identity() -> None:
+            leaf = one.detach().requires_grad_()
+            with self.recording():
+                y = leaf.view_as(leaf)
+            call_engine(y, one)
+
+        return self.seconds(self.timing(identity))
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """As the forward pass of a plain step."""
+        with torch.enable_grad(), torch.autocast(self.device, self.low, enabled=self.low is not None):
+            yield
+
+    def timing(self, call: Callable[[], object]) -> Timing:
+        """A processor is shared with whoever else computes: there, with one thread, this process's own time counts."""
         if self.device == "cuda":
-            return time_calls(call, "cuda", warmup=1, rounds=self.rounds, least_seconds=0.004).median_seconds
+            return self._time_call(call, "cuda", warmup=1, rounds=self.rounds, least_seconds=0.004)
         clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-        return time_calls(call, "cpu", warmup=1, rounds=self.rounds, least_seconds=0.004, clock=clock).least_seconds
+        return self._time_call(call, "cpu", warmup=1, rounds=self.rounds, least_seconds=0.004, clock=clock)
+
+    def seconds(self, timing: Timing) -> float:
+        """The median on a card; on a processor the least, since a plan follows from differences of a few percent."""
+        return timing.median_seconds if self.device == "cuda" else timing.least_seconds
+
+
+def call_engine(y: Tensor, grad: Tensor) -> None:
+    """Autograd's backward in this thread, as a training step has it: another one would have handles and workspaces of
+    the libraries of its own."""
+    with torch.autograd.set_multithreading_enabled(False):
+        y.backward(grad)
 
 
 class _StageClock:
@@ -144,7 +188,7 @@ class _StageClock:
     @cached_property
     def copying(self) -> float:
         """Seconds of making a gradient of the output's size."""
-        return self.clock.seconds(self.like.clone)
+        return self._seconds(self.like.clone)
 
     @torch.no_grad()
     def output(self) -> Tensor:
@@ -162,7 +206,7 @@ class _StageClock:
 
     def fast(self) -> Seconds:
         """The forward that keeps nothing."""
-        return Seconds(self.clock.seconds(self.output), 0.0)
+        return Seconds(self._seconds(self.output), 0.0)
 
     @torch.no_grad()
     def option(self, option: Option) -> Seconds:
@@ -188,23 +232,31 @@ class _StageClock:
         def whole() -> None:
             self._backward(*restored())
 
-        first = 0.0 if option.fused else self.clock.seconds(forward)
-        second = self.clock.seconds(restored) if option.drops_output else first
-        third = self.clock.seconds(whole) - self.copying
+        first = 0.0 if option.fused else self._seconds(forward)
+        second = self._seconds(restored) if option.drops_output else first
+        third = self._seconds(whole) - self.copying
         return Seconds(first, max(third - second, _LEAST_SECONDS), max(second - first, 0.0))
 
     def plain(self) -> Seconds:
         """Forward and backward under autograd; only their sum is meant to be used."""
+        timing = self.plain_timing()
+        seconds = self.clock.seconds(timing) - self.copying
+        if timing.bound_by_host and self.passes_gradient():
+            seconds -= self.clock.engine_seconds
+        return Seconds(0.0, max(seconds, _LEAST_SECONDS))
+
+    def plain_timing(self) -> Timing:
+        """Of forward and backward under autograd, with a copy of the gradient and a call of the engine."""
 
         def whole() -> None:
             leaf = self.x.detach().requires_grad_(self.need_input)
             self._forget()
-            with torch.enable_grad(), torch.autocast(self.x.device.type, self.low, enabled=self.low is not None):
+            with self.clock.recording():
                 y = plain_forward(self.stage, leaf)
             if y.requires_grad:
-                y.backward(self.like.to(y.dtype, copy=True))
+                call_engine(y, self.like.to(y.dtype, copy=True))
 
-        return Seconds(0.0, max(self.clock.seconds(whole) - self.copying, _LEAST_SECONDS))
+        return self.clock.timing(whole)
 
     def finite(self) -> bool:
         """Of the output and of the gradients that a plain pass left."""
@@ -216,6 +268,9 @@ class _StageClock:
         grad_x = self.stage.backward([self.like.clone()], saved, self.x, memo, need_input=self.need_input)
         if grad_x is not None and self.masked:
             torch.ops.aten.threshold_backward.grad_input(grad_x, self.x, 0, grad_input=grad_x)
+
+    def _seconds(self, call: Callable[[], object]) -> float:
+        return self.clock.seconds(self.clock.timing(call))
 
     def _forget(self) -> None:
         for parameter in self.stage.parameters():

@@ -90,11 +90,15 @@ def workspaces_of(request: Request, shape: StepShape) -> Workspaces | None:
     table = None if calibrator is None else calibrator.workspaces(shape.precision)
     if calibrator is None or table is None:
         return None
-    calls = calls_of(
-        request.model,
-        input_shape=(shape.micro_batch, *request.image_shape),
-        memory_format=shape.torch_memory_format,
-        low=shape.low_dtype,
+    calls = _once(
+        request,
+        ("calls", shape),
+        lambda: calls_of(
+            request.model,
+            input_shape=(shape.micro_batch, *request.image_shape),
+            memory_format=shape.torch_memory_format,
+            low=shape.low_dtype,
+        ),
     )
     calibrator.measure_workspaces(table, calls, shape.precision)
     return table

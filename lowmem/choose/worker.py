@@ -10,7 +10,7 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +27,8 @@ from lowmem.remat.libraries import Numerics, prepare_libraries
 from lowmem.simulate import Call
 
 _TIMEOUT_SECONDS = 1800
+# Pictures that blocks are timed with; a processor computes from the first picture on and needs no more than the least.
+BUSY_BATCHES = (128, 256, 512, 1024)
 
 
 class Job(Protocol):
@@ -48,21 +50,47 @@ class Stages:
     mode_key: object = None
 
     def run(self, device: str, calibration: Calibration) -> None:
-        layout = torch.channels_last if self.memory_format == "channels-last" else torch.contiguous_format
-        clock = ChainClock(
-            self.model,
-            input_shape=self.input_shape,
-            device=device,
-            memory_format=layout,
-            low=low_dtype(self.precision, device),
-            library_norm=self.library_norm,
-            calibration=calibration,
-        )
+        clock = _clock(self, self.input_shape, device, calibration, self.library_norm)
         if self.mode_key is not None:
             mode = attempt(clock.mode, lambda: "timing")
             if not isinstance(mode, Failure):  # else it stays unknown
                 calibration.put_mode(self.mode_key, mode)
         clock.measure(self.wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BusyBatch:
+    """How many pictures keep a card busy, see `smallest_busy`; under `key`."""
+
+    model: nn.Module
+    image_shape: tuple[int, ...]
+    precision: str
+    memory_format: str
+    key: object
+
+    def run(self, device: str, calibration: Calibration) -> None:
+        def bound_by_host(batch: int) -> bool | None:
+            shape = (batch, *self.image_shape)
+            clock = _clock(self, shape, device, calibration)
+            bound = attempt(clock.bound_by_host, lambda: "timing")
+            return None if isinstance(bound, Failure) else bound
+
+        calibration.put_size(self.key, smallest_busy(bound_by_host))
+
+
+def smallest_busy(bound_by_host: Callable[[int], bool | None]) -> int:
+    """The smallest of BUSY_BATCHES with which a plain pass of a network's blocks waits for the card rather than for the
+    launching of its kernels: from there on seconds grow with the batch. The largest that fits (for one that does not,
+    `bound_by_host` answers None) if none is enough."""
+    largest = BUSY_BATCHES[0]
+    for batch in BUSY_BATCHES:
+        bound = bound_by_host(batch)
+        if bound is None:
+            break
+        largest = batch
+        if not bound:
+            break
+    return largest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +122,32 @@ class Update:
         calibration.put_seconds(self.key, Seconds(seconds, 0.0))
 
 
+def _clock(
+    job: Stages | BusyBatch,
+    input_shape: tuple[int, ...],
+    device: str,
+    calibration: Calibration,
+    library_norm: bool = False,
+) -> ChainClock:
+    return ChainClock(
+        job.model,
+        input_shape=input_shape,
+        device=device,
+        memory_format=torch.channels_last if job.memory_format == "channels-last" else torch.contiguous_format,
+        low=low_dtype(job.precision, device),
+        library_norm=library_norm,
+        calibration=calibration,
+    )
+
+
 def low_dtype(precision: str, device: str) -> torch.dtype | None:
     """As the run's own autocast: fp16 on CUDA, bf16 on the CPU."""
     if precision != "amp":
         return None
     return torch.float16 if device == "cuda" else torch.bfloat16
+
+
+Measure = Callable[[Sequence[Job], str, Calibration], None]
 
 
 def measure_here(jobs: Sequence[Job], device: str, calibration: Calibration) -> None:

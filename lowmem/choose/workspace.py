@@ -2,7 +2,8 @@
 
 The workspace comes out of torch's own caching allocator, so it counts as allocated while the kernel runs. A measured
 one is part of the simulated step; without a measurement a budget leaves room for an assumed one, and the library is
-told not to take more (`lowmem.remat.libraries`).
+told not to take more (`lowmem.remat.libraries`; that it heeds this in cuDNN 9 is unproven, and what was measured does
+not need it).
 """
 
 from __future__ import annotations

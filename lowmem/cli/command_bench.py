@@ -48,9 +48,16 @@ def bench(
         bool, typer.Option("--quick", help="A small network and all tables, in two minutes on two CPU cores.")
     ] = False,
     suite: Annotated[Text, typer.Option(help="acceptance: all that is promised, against real steps.")] = None,
+    cells: Annotated[
+        Text,
+        typer.Option(
+            metavar="LIST",
+            help="Of the suite, only these: memory, time, gradients, out of memory, largest, format, comma-separated.",
+        ),
+    ] = None,
     minutes: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(min=0, help="Limit of time (60; quick: 2; acceptance: 9); what no longer fits is left out."),
+        typer.Option(min=0, help="Limit of time (60; quick: 2; acceptance: 6); what no longer fits is left out."),
     ] = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
@@ -66,6 +73,8 @@ def bench(
         raise UsageError("there is one batch: give --batch once")
     one_batch = batch[0] if batch else None
     if suite is None:
+        if cells is not None:
+            raise UsageError("--cells are those of a suite: give --suite acceptance, or leave --cells out")
         from lowmem.cli.show_bench import show_bench
 
         show_bench(
@@ -100,7 +109,8 @@ def bench(
         batch=one_batch or 128,
         vram=vram or "6G",
         device=device,
-        minutes=9.0 if minutes is None else minutes,
+        minutes=minutes,
         steps=steps or 10,
+        cells=cells,
         out=out,
     )

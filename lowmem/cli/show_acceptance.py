@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lowmem.bench.acceptance import Row, Setup, targets
+from lowmem.bench.acceptance import DEFAULT_MINUTES, KINDS, Row, Setup, targets
 from lowmem.bench.acceptance_suite import Suite
 from lowmem.bench.acceptance_text import to_csv, to_json, to_markdown
 from lowmem.choose.device import ask_device
 from lowmem.choose.execution import refuse_unsafe, resolve_execution
 from lowmem.environment import describe
-from lowmem.errors import PreflightError
+from lowmem.errors import PreflightError, UsageError
 from lowmem.remat.libraries import Numerics
 from lowmem.runs.atomic import write_bytes_atomic, write_text_atomic
 from lowmem.settings import gather
@@ -30,11 +30,14 @@ def show_acceptance(
     batch: int,
     vram: str,
     device: str,
-    minutes: float,
+    minutes: float | None,
     steps: int,
+    cells: str | None,
     out: Path,
 ) -> None:
-    """Raises UsageError for what cannot be meant, PreflightError if the folder cannot be written."""
+    """`cells`: the kinds of cells, with commas between them; None: all. Raises UsageError for what cannot be meant,
+    PreflightError if the folder cannot be written."""
+    kinds = _kinds(cells)
     flags = {
         "model.arch": arch,
         "model.block": block,
@@ -57,8 +60,9 @@ def show_acceptance(
         vram_bytes=config.memory.vram,
         device=config.train.device,
         card_bytes=_card_bytes(config.train.device),
-        minutes=minutes,
+        minutes=DEFAULT_MINUTES if minutes is None else minutes,
         steps=steps,
+        cells=kinds,
     )
     environment = _environment(config.train.device)
     suite = Suite(setup, save=partial(_write, out, setup, environment), tell=partial(print, flush=True))
@@ -67,6 +71,14 @@ def show_acceptance(
     write_bytes_atomic(out / "acceptance.png", _picture(setup, environment, rows))
     print("\n" + to_markdown(setup, environment, rows, finished=True))
     print(f"written: {', '.join(str(out / name) for name in NAMES)}")
+
+
+def _kinds(text: str | None) -> tuple[str, ...]:
+    given = KINDS if text is None else tuple(" ".join(word.split()) for word in text.split(","))
+    unknown = [one for one in given if one not in KINDS]
+    if unknown:
+        raise UsageError(f"--cells: the suite has no cells {unknown[0]!r}: use {', '.join(KINDS)}")
+    return given
 
 
 def _card_bytes(device: str) -> int | None:

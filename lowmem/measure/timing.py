@@ -13,22 +13,32 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 
 _MOST_INNER = 1_000_000
+_WAKING_SECONDS, _WAKING_SIDE = 0.5, 2048
+# Above this share of a call's seconds the host's launching is what takes them: the rest is the round's own wait.
+BOUND_SHARE = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds of one call: median, least and most over `rounds` rounds of `inner` calls each."""
+    """Seconds of one call: median, least and most over `rounds` rounds of `inner` calls each. `launch_seconds`: the
+    median of the host's share, from the same rounds: all of a call on the CPU, on CUDA until it is issued."""
 
     median_seconds: float
     least_seconds: float
     most_seconds: float
+    launch_seconds: float
     rounds: int
     inner: int
+
+    @property
+    def bound_by_host(self) -> bool:
+        """Whether less work for the host would make the call faster."""
+        return self.launch_seconds >= BOUND_SHARE * self.median_seconds
 
 
 def time_calls(
@@ -53,6 +63,8 @@ def time_calls(
         raise ValueError(f"no clock for the device {device!r}: cpu or cuda")
     if warmup < 0 or rounds < 1 or (inner is not None and inner < 1):
         raise ValueError(f"warmup={warmup}, rounds={rounds}, inner={inner}: at least 0, 1 and 1")
+    if device == "cuda":
+        _wake_card()
     one_round = _cuda_round if device == "cuda" else partial(_cpu_round, clock or time.perf_counter)
     for _ in range(warmup):
         call()
@@ -60,23 +72,27 @@ def time_calls(
         torch.cuda.synchronize()
     if inner is None:
         inner = _enough(call, one_round, least_seconds)
-    seconds = [one_round(call, inner) / inner for _ in range(rounds)]
+    found = [one_round(call, inner) for _ in range(rounds)]
+    seconds = [took / inner for took, _ in found]
     return Timing(
         median_seconds=statistics.median(seconds),
         least_seconds=min(seconds),
         most_seconds=max(seconds),
+        launch_seconds=statistics.median(launching / inner for _, launching in found),
         rounds=rounds,
         inner=inner,
     )
 
 
-def _enough(
-    call: Callable[[], object], one_round: Callable[[Callable[[], object], int], float], least_seconds: float
-) -> int:
+# A round of so many calls -> its seconds, and those that the host took to issue them.
+_Round = Callable[[Callable[[], object], int], tuple[float, float]]
+
+
+def _enough(call: Callable[[], object], one_round: _Round, least_seconds: float) -> int:
     """Tries growing numbers: the first call may still be a slow one, and tells little of the others."""
     inner = 1
     while inner < _MOST_INNER:
-        took = one_round(call, inner)
+        took, _ = one_round(call, inner)
         if took >= least_seconds:
             break
         growth = 1.2 * least_seconds / took if took > 0 else 10.0
@@ -84,18 +100,33 @@ def _enough(
     return inner
 
 
-def _cpu_round(clock: Callable[[], float], call: Callable[[], object], inner: int) -> float:
+def _cpu_round(clock: Callable[[], float], call: Callable[[], object], inner: int) -> tuple[float, float]:
     began = clock()
     for _ in range(inner):
         call()
-    return clock() - began
+    took = clock() - began
+    return took, took
 
 
-def _cuda_round(call: Callable[[], object], inner: int) -> float:
+def _cuda_round(call: Callable[[], object], inner: int) -> tuple[float, float]:
     began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     began.record()
+    issuing = time.perf_counter()
     for _ in range(inner):
         call()
+    launching = time.perf_counter() - issuing
     ended.record()
     ended.synchronize()
-    return began.elapsed_time(ended) / 1000  # milliseconds
+    return began.elapsed_time(ended) / 1000, launching  # milliseconds
+
+
+@cache
+def _wake_card() -> None:
+    """Half a second of matrix products, once a process: an idle card runs at low clocks and takes that long to raise
+    them, so that whatever was timed first would look slow."""
+    a = torch.zeros(_WAKING_SIDE, _WAKING_SIDE, device="cuda")
+    out = torch.empty_like(a)
+    ends = time.perf_counter() + _WAKING_SECONDS
+    while time.perf_counter() < ends:
+        torch.mm(a, a, out=out)
+        torch.cuda.synchronize()

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 
@@ -134,7 +134,7 @@ class Recorder(TorchDispatchMode):
             result = _written(func, kwargs)
         else:
             result = func(*args, **kwargs)
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        outputs = _tensors((result,))
         for tensor in outputs:
             self._see(tensor, str(func))
         if self._workspace is not None and (call := call_of(func, args)) is not None:
@@ -192,19 +192,37 @@ def _work(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor], result: Any, phase: str
 ) -> Work | None:
     """None for what launches no kernel: views and allocations."""
-    schema = func._schema
-    written = {argument.name for argument in schema.arguments if argument.is_out}
-    inputs = [leaf for leaf in tree_leaves((args, _without(kwargs, written))) if isinstance(leaf, Tensor)]
+    written, free, makes, count = _facts(func)
+    inputs = _tensors((args, [value for name, value in kwargs.items() if name not in written]))
     if func is torch.ops.aten._fused_sgd_.default:  # returns nothing: it writes parameters and momentum
         outputs = [*args[0], *args[2]]
-    if not outputs or func.is_view or (not inputs and func.overloadpacket.__name__.startswith("empty")):
+    if not outputs or free or (makes and not inputs):
         return None
-    if func.overloadpacket.__name__ in _FREE:
-        return None
-    count = flop_registry.get(func.overloadpacket)
     flops = int(count(*args, **kwargs, out_val=result)) if count is not None else 0
     moved = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
     return Work(str(func), flops, moved, phase)
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Those among an operation's arguments or results, in lists too. Called some ten thousand times a plan, for which
+    torch's own walk through any structure takes too long."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _tensors(value)
+    return found
+
+
+@cache
+def _facts(func: Any) -> tuple[frozenset[str], bool, bool, Any]:
+    """Of an operation: the arguments it writes, whether it launches no kernel, whether it allocates where it is given
+    no tensor, and what counts its floating-point operations."""
+    written = frozenset(argument.name for argument in func._schema.arguments if argument.is_out)
+    name = func.overloadpacket.__name__
+    count = flop_registry.get(func.overloadpacket)
+    return written, func.is_view or name in _FREE, name.startswith("empty"), count
 
 
 _CONVOLUTIONS = frozenset({torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default})
@@ -225,7 +243,3 @@ _FREE = frozenset(
     {"empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "_unsafe_view"}
     | {"_reshape_alias", "lift_fresh", "is_same_size", "sym_size", "sym_stride", "sym_numel"}
 )
-
-
-def _without(kwargs: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name not in names}

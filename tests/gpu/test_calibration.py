@@ -10,7 +10,9 @@ import torch
 from lowmem.bench.trial import run_trial
 from lowmem.choose.execution import resolve_execution
 from lowmem.choose.session import calibrator_of, ranked, request_of, settle
+from lowmem.choose.worker import BUSY_BATCHES
 from lowmem.confirm import trial_of
+from lowmem.models import skeleton
 from lowmem.settings import gather
 
 pytestmark = [
@@ -41,6 +43,21 @@ def test_a_calibrated_plan_predicts_what_a_clean_process_measures(
     assert result.peak_reserved_bytes is not None
     assert predicted.peak_reserved_bytes is not None
     assert result.peak_reserved_bytes <= 1.05 * predicted.peak_reserved_bytes
+
+
+def test_how_many_pictures_keep_the_card_busy_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = {"model.arch": "res20", "train.device": "cuda"}
+    told: list[str] = []
+    calibrator = calibrator_of(gather(flags=flags).config, told.append)
+    assert calibrator is not None
+    model = skeleton("res20", "basic")
+    found = calibrator.timed_batch(model, (4096, 3, 32, 32), "fp32", "contiguous")
+    assert found in BUSY_BATCHES
+    assert any("keep it busy" in line for line in told)
+    told.clear()
+    assert calibrator.timed_batch(model, (200, 3, 32, 32), "fp32", "contiguous") == min(200, found)
+    assert told == []
 
 
 def test_planning_leaves_no_context_in_this_process() -> None:

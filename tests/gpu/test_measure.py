@@ -132,3 +132,10 @@ def test_a_matrix_product_takes_time() -> None:
     assert timing.rounds == 3
     assert timing.inner >= 1
     assert time_calls(lambda: left @ left, "cuda", rounds=1, inner=3).inner == 3
+
+
+def test_what_a_call_waits_for() -> None:
+    """Hundreds of kernels of microseconds wait for the host; a product of large matrices keeps it waiting."""
+    few, many = torch.randn(1, device="cuda"), torch.randn(4096, 4096, device="cuda")
+    assert time_calls(lambda: few + few, "cuda", rounds=3).bound_by_host
+    assert not time_calls(lambda: many @ many, "cuda", rounds=3).bound_by_host

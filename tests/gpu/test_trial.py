@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 
 from lowmem.bench import survival
 from lowmem.bench.trial import Trial, answer_of, run_trial
+from lowmem.bench.verdict import BUSY_SHARE
 from lowmem.bench.ways import PER_BLOCK, PLANNED
 from lowmem.choose.ladder import with_ladder
 from lowmem.choose.planning import choose
@@ -93,3 +94,16 @@ def test_a_run_on_the_card_is_confirmed(tmp_path: Path) -> None:
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     confirmed = next(event for event in events if event["event"] == "confirmed")
     assert confirmed["trials"][0]["measured_reserved_bytes"] > 0
+
+
+def test_how_much_of_a_step_the_card_computes() -> None:
+    """A step of small kernels waits for its launches, whatever the card."""
+    small = Trial(arch="res20", block="basic", width=16, batch=4, device="cuda", detailed=True)
+    found = run_trial(small)
+    assert found.refused is None
+    if found.busy_share is None:
+        pytest.skip("the profiler does not see the card (built without, or not permitted)")
+    assert 0 < found.busy_share < BUSY_SHARE
+    large = run_trial(replace(small, width=64, batch=1024))
+    assert large.busy_share is not None
+    assert found.busy_share < large.busy_share <= 1

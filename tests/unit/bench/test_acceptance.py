@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from lowmem.bench import gradients, survival
-from lowmem.bench.acceptance import NO_TIME, Row, Setup, targets
+from lowmem.bench import acceptance_plans, gradients, survival
+from lowmem.bench.acceptance import KINDS, NO_TIME, Row, Setup, set_overheads, targets
 from lowmem.bench.acceptance_suite import Suite
 from lowmem.bench.acceptance_text import to_csv, to_json, to_markdown
 from lowmem.bench.largest import largest
@@ -21,7 +21,7 @@ from lowmem.environment import describe
 from lowmem.units import GIB, KIB, MIB
 
 SETUP = Setup(
-    arch="res20", block="basic", width=8, batch=16, vram_bytes=14 * MIB, device="cpu", minutes=600, steps=1, tries=2
+    arch="res20", block="basic", width=8, batch=16, vram_bytes=14 * MIB, device="cpu", minutes=600, steps=1, tries=3
 )
 
 
@@ -56,7 +56,7 @@ def test_every_cell_is_run_and_saved_as_it_ends(rows: list[Row], saved: list[int
     assert refused.name.startswith("fp32, channels-last"), "a net so thin"
     assert "corrupts memory" in (refused.refused or "")
     assert saved == list(range(1, len(rows) + 1))
-    assert {row.kind for row in rows} == {"memory", "time", "largest", "format", "out of memory", "gradients"}
+    assert {row.kind for row in rows} == set(KINDS)
 
 
 def test_predicted_and_measured_memory(rows: list[Row]) -> None:
@@ -90,8 +90,9 @@ def test_the_largest_batch_is_verified_and_the_next_is_refused(rows: list[Row], 
     assert plain.batch is not None
     assert planned.batch > plain.batch
     assert planned.facts["tried"][-1] == (planned.batch, "holds")
-    assert (planned.facts["refused_by_the_planner"] or 1000) > planned.batch
-    assert (plain.facts["fails"] or 1000) > plain.batch
+    for row, fails in ((planned, "refused_by_the_planner"), (plain, "fails")):
+        assert row.batch is not None
+        assert row.batch < row.facts[fails] <= row.batch + row.facts["unit"], "found in three tries, from a good guess"
     assert (planned.allocated_bytes or 0) <= SETUP.vram_bytes
 
 
@@ -113,6 +114,48 @@ def test_without_time_every_cell_says_so() -> None:
     rows = Suite(hurried, save=lambda _: None, tell=lambda _: None, run=_here, ask=_ask_here).run()
     assert {row.refused for row in rows} == {NO_TIME}
     assert NO_TIME in to_markdown(hurried, describe("cpu"), rows, finished=True)
+
+
+def test_only_the_cells_that_are_asked_for() -> None:
+    setup = Setup(**{**vars(SETUP), "device": "cuda", "cells": ("time", "out of memory")})
+    cells = Suite(setup, save=lambda _: None, tell=lambda _: None).cells()
+    assert [cell.kind for cell in cells] == ["time", "time", "time", "out of memory", "out of memory", "time", "time"]
+    assert [cell.name for cell in cells if "batch 64" in cell.name] == [
+        "save-all (plain PyTorch), batch 64, no limit",
+        "planned for 28 MiB, batch 64",
+    ]
+
+
+def _larger(share: float | None) -> list[Row]:
+    """The two cells at four times the batch, real steps on the CPU; the card is said to compute so much of a step."""
+    suite = Suite(SETUP, save=lambda _: None, tell=lambda _: None, run=_here)
+    usual = Row(kind="time", name="plain", batch=16, precision="fp32", memory_format="contiguous", step_seconds=1.0)
+    usual.facts["save_all"], usual.busy_share = True, share
+    suite.rows = [usual]
+    for cell in suite._larger_cells():
+        suite.rows.append(Row(kind=cell.kind, name=cell.name))
+        cell.run(suite.rows[-1])
+    return suite.rows[1:]
+
+
+def test_a_card_that_waits_for_launches_is_timed_at_a_larger_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceptance_plans, "calibrator_of", lambda config, tell: None)  # seconds by a datasheet, quickly
+    plain, planned = _larger(0.3)
+    assert (plain.refused, planned.refused, plain.batch, planned.batch) == (None, None, 64, 64)
+    set_overheads([plain, planned])
+    assert planned.overhead is not None
+    assert planned.vram_bytes == 2 * SETUP.vram_bytes
+    assert (planned.allocated_bytes or 0) < (plain.allocated_bytes or 0)
+
+
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.97, "not needed: the card computes 97% of a plain step at batch 16"), (None, "is not known")]
+)
+def test_a_busy_card_is_not(share: float | None, said: str) -> None:
+    plain, planned = _larger(share)
+    assert said in (plain.refused or "")
+    assert "no plain step of batch 64" in (planned.refused or "")
+    assert plain.step_seconds is planned.step_seconds is None
 
 
 def test_a_larger_card_is_called_emulated() -> None:
@@ -140,6 +183,34 @@ def test_targets_are_judged_by_all_cells() -> None:
 
     assert [target.met for target in targets([row(1029, 0.14), row(975, 0.06)])] == [True, True, True]
     assert [target.met for target in targets([row(1031, 0.14), row(975, 0.16)])] == [False, True, False]
+
+
+def _timed(kind: str, batch: int, busy_share: float, points: float) -> list[Row]:
+    """A save-all step, and a planned one whose overhead is so many points above the 10 % predicted."""
+    plain = Row(kind="time", name="plain", batch=batch, precision="fp32", memory_format="contiguous", step_seconds=1.0)
+    plain.facts["save_all"], plain.busy_share = True, busy_share
+    planned = Row(kind=kind, name="planned", batch=batch, precision="fp32", memory_format="contiguous")
+    planned.predicted_overhead, planned.step_seconds = 0.10, 1.10 + points / 100
+    return [plain, planned]
+
+
+def test_overheads_are_judged_where_the_card_is_busy() -> None:
+    def judged(*rows: list[Row]) -> tuple[bool | None, str]:
+        together = [row for some in rows for row in some]
+        set_overheads(together)
+        target = targets(together)[2]
+        return target.met, target.found
+
+    assert judged(_timed("memory", 128, 0.95, 3.0)) == (True, "+3.0 points")
+    idle = _timed("memory", 128, 0.4, 30.0)
+    assert judged(idle) == (None, "the card waits for its launches at every batch that was measured")
+    assert judged(idle, _timed("time", 512, 0.9, -2.0)) == (True, "-2.0 points")
+    assert judged(idle, _timed("time", 512, 0.9, 7.0)) == (False, "+7.0 points")
+    assert judged(idle, _timed("time", 512, 0.7, 7.0))[0] is None
+    assert judged(_timed("memory", 128, 0.95, 6.0), _timed("time", 512, 0.9, 1.0))[0] is False
+    text = to_markdown(SETUP, describe("cpu"), idle, finished=True)
+    assert "Bound by launches: the card computes 40% of a plain step at batch 128; compare at a larger --batch." in text
+    assert "Bound by launches" not in to_markdown(SETUP, describe("cpu"), _timed("memory", 128, 0.95, 3.0), True)
 
 
 @pytest.mark.parametrize(("most_that_holds", "guess"), [(37, 30), (37, 37), (37, 80), (1000, 900), (5, 90)])

@@ -80,6 +80,17 @@ def test_what_deterministic_kernels_cost_is_said() -> None:
     assert "fp32 convolutions in TF32" in text
 
 
+@pytest.mark.parametrize(("share", "said"), [(0.42, True), (0.93, False), (None, False)])
+def test_a_card_that_waits_for_launches_is_said_to(share: float | None, said: bool) -> None:
+    setup = Setup(arch="res20", block="basic", width=8, batch=32, device="cuda", budgets=(0.5,))
+    cells = step_cells(setup, MODES[:1])
+    plain = next(cell for cell in cells if cell.family == PLAIN_DEFAULT)
+    plain.trials["1"] = asdict(TrialResult(step_seconds=1.0, least_seconds=1.0, most_seconds=1.0, busy_share=share))
+    text = to_markdown(setup, HERE, [*cells, *largest_cells(setup)], complete=True)
+    assert ("the card computes 42% of a plain step at batch 32; compare at a larger --batch" in text) is said
+    assert ("Bound by launches" in text) is said
+
+
 def test_unfinished_results_say_so() -> None:
     setup = Setup(arch="res20", block="basic", width=8, batch=32, device="cpu")
     cells = [*step_cells(setup, MODES[::2]), *largest_cells(setup)]

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from lowmem.choose.calibration import Calibration, Mode, Seconds
-from lowmem.choose.calibrator import Calibrator
-from lowmem.choose.clock import FAST, ChainClock
+from lowmem.choose.calibrator import Calibrator, StageTimes, stage_key
+from lowmem.choose.clock import FAST, PLAIN, ChainClock
 from lowmem.choose.costs import ChainMeasure, measure_costs, price
 from lowmem.choose.describe import describe_card
 from lowmem.choose.device import cpu_identity
 from lowmem.choose.modes import by_measurement
 from lowmem.choose.session import calibrator_of, plan_run
+from lowmem.choose.worker import BusyBatch, Job, Stages, Update, measure_apart, smallest_busy
 from lowmem.config import Config
 from lowmem.errors import PreflightError
+from lowmem.measure.timing import Timing, time_calls
 from lowmem.models import skeleton
 from lowmem.plan.cost import Rates
+from lowmem.plan.policy import SAVE_ALL
+from lowmem.remat import decompose
 from lowmem.settings import gather
+from lowmem.simulate.stage import Option
 
 SHAPE = (4, 3, 32, 32)
 MODEL = skeleton("res20", "basic", width=4)
@@ -35,7 +41,7 @@ def measured() -> ChainMeasure:
 def calibration(measured: ChainMeasure) -> Calibration:
     """Everything that the tests below look up, measured in a process of its own as on CUDA."""
     made = Calibration(cpu_identity(), None)
-    _times(Calibrator("cpu", made, apart=True), measured)
+    _times(Calibrator("cpu", made, measure=measure_apart), measured)
     return made
 
 
@@ -89,12 +95,9 @@ def test_what_could_not_be_measured_is_scaled_like_the_rest(measured: ChainMeasu
     # Everything but the plain times is gone: what is left is the roofline in the measured proportion.
     kept = Calibration(cpu_identity(), None)
     plain = {stage.key: times.plain_seconds(stage) for stage in measured.stages}
-    from lowmem.choose.calibrator import StageTimes, stage_key
-    from lowmem.choose.clock import PLAIN
-
     for stage in measured.stages:
-        kept.put_seconds((stage_key(stage.key, "fp32"), PLAIN), Seconds(0.0, plain[stage.key] or 0.0))
-    scaled = price(measured, RATES, StageTimes(kept, "fp32", 1.0, 0.0))
+        kept.put_seconds((stage_key(stage.key, "fp32", SHAPE[0]), PLAIN), Seconds(0.0, plain[stage.key] or 0.0))
+    scaled = price(measured, RATES, StageTimes(kept, "fp32", SHAPE[0], 1.0, 0.0))
     assert whole.plain_seconds is not None
     assert guess.plain_seconds is not None
     factor = whole.plain_seconds / guess.plain_seconds
@@ -102,29 +105,116 @@ def test_what_could_not_be_measured_is_scaled_like_the_rest(measured: ChainMeasu
 
 
 def test_larger_batches_are_scaled(measured: ChainMeasure, calibration: Calibration) -> None:
-    from lowmem.choose.calibrator import StageTimes
+    once = StageTimes(calibration, "fp32", SHAPE[0], 1.0, 0.0)
+    thrice = StageTimes(calibration, "fp32", SHAPE[0], 3.0, 0.0)
+    larger = measure_costs(MODEL, input_shape=(3 * SHAPE[0], *SHAPE[1:]))
+    for small, large in zip(measured.stages, larger.stages, strict=True):
+        assert thrice.fast_seconds(large) == pytest.approx(3 * (once.fast_seconds(small) or 0))
 
-    once = StageTimes(calibration, "fp32", 1.0, 0.0)
-    thrice = StageTimes(calibration, "fp32", 3.0, 0.0)
-    stage = measured.stages[1]
-    assert thrice.fast_seconds(stage) == pytest.approx(3 * (once.fast_seconds(stage) or 0))
 
-
-def test_clock_covers_stem_blocks_and_head() -> None:
-    made = Calibration(cpu_identity(), None)
-    clock = ChainClock(
+def _clock(time_call: Callable[..., Timing] = time_calls, low: torch.dtype | None = None) -> ChainClock:
+    return ChainClock(
         MODEL,
         input_shape=SHAPE,
         device="cpu",
         memory_format=torch.contiguous_format,
-        low=torch.bfloat16,
-        calibration=made,
+        low=low,
+        calibration=Calibration(cpu_identity(), None),
         rounds=1,
+        time_call=time_call,
     )
+
+
+def test_clock_covers_stem_blocks_and_head() -> None:
+    clock = _clock(low=torch.bfloat16)
     mode = clock.mode()
     assert mode.finite
     assert mode.seconds > 0
-    assert made.seconds(("x", FAST)) is None, "a mode leaves nothing but its sum"
+    assert len(clock.calibration) == 0, "a mode leaves nothing but its sum"
+
+
+def _timed(seconds: dict[str, float], host_share: float) -> Callable[..., Timing]:
+    """Seconds by the name of what is called: the whole pass of a stage, the copy of its gradient, or nothing at all."""
+
+    def time_call(call: Callable[[], object], device: str, **settings: object) -> Timing:
+        call()
+        took = seconds[call.__name__]
+        launching = host_share * took
+        return Timing(
+            median_seconds=took,
+            least_seconds=took,
+            most_seconds=took,
+            launch_seconds=launching,
+            rounds=1,
+            inner=1,
+        )
+
+    return time_call
+
+
+@pytest.mark.parametrize(("host_share", "engine"), [(1.0, 0.25), (0.9, 0.25), (0.5, 0.0)])
+def test_the_engine_is_taken_off_where_the_host_is_what_a_stage_waits_for(host_share: float, engine: float) -> None:
+    stages = len(decompose(MODEL))
+    clock = _clock(_timed({"whole": 4.0, "clone": 1.0, "identity": 0.25}, host_share))
+    assert clock.mode().seconds == pytest.approx(stages * (4.0 - 1.0 - engine))
+    assert clock.bound_by_host() is (host_share > 0.8)
+
+
+def test_calling_the_engine_for_nothing_is_real_work() -> None:
+    clock = _clock()
+    assert clock.engine_seconds > 0
+    assert clock.engine_seconds == clock.engine_seconds, "measured once"
+
+
+@pytest.mark.parametrize(
+    ("bound", "found"),
+    [
+        ({128: False}, 128),
+        ({128: True, 256: True, 512: False}, 512),
+        ({128: True, 256: True, 512: True, 1024: True}, 1024),
+        ({128: True, 256: None}, 128),
+        ({128: None}, 128),
+    ],
+)
+def test_the_smallest_batch_that_keeps_a_card_busy(bound: dict[int, bool | None], found: int) -> None:
+    assert smallest_busy(bound.__getitem__) == found
+
+
+def test_a_fast_card_is_timed_at_a_batch_that_keeps_it_busy() -> None:
+    """What the jobs find is given: 256 pictures, a second for every pass under autograd."""
+    asked: list[Job] = []
+
+    def measure(jobs: Sequence[Job], device: str, calibration: Calibration) -> None:
+        asked.extend(jobs)
+        for job in jobs:
+            if isinstance(job, BusyBatch):
+                calibration.put_size(job.key, 256)
+            elif isinstance(job, Stages):
+                for one in job.wanted:
+                    for what in (FAST, PLAIN, *(name for name, _ in one.options)):
+                        calibration.put_seconds((one.key, what), Seconds(0.0, 1.0))
+            elif isinstance(job, Update):
+                calibration.put_seconds(job.key, Seconds(0.0, 0.0))
+
+    calibrator = Calibrator("cuda", Calibration(cpu_identity(), None), measure=measure)
+
+    def times(batch: int) -> tuple[int, float | None, list[str]]:
+        """Pictures that were timed, seconds of a block, and the jobs that it took."""
+        asked.clear()
+        shape = (batch, *SHAPE[1:])
+        stages = measure_costs(MODEL, input_shape=shape, options=lambda stage: [Option(SAVE_ALL)]).stages
+        found = calibrator.times(
+            MODEL, stages, input_shape=shape, precision="fp32", memory_format="contiguous", momentum=True
+        )
+        for job in asked:
+            assert not isinstance(job, Stages) or job.input_shape == (found.timed_batch, *SHAPE[1:])
+        return found.timed_batch, found.plain_seconds(stages[1]), [type(job).__name__ for job in asked]
+
+    assert times(512) == (256, 2.0, ["BusyBatch", "Stages", "Update"])
+    assert times(1024) == (256, 4.0, []), "the same stages, timed at the same batch"
+    assert times(192) == (192, 1.0, ["Stages"]), "never more pictures than were asked for"
+    assert calibrator.timed_batch(MODEL, (64, *SHAPE[1:]), "amp", "contiguous") == 64
+    assert Calibrator("cpu", calibrator.calibration).timed_batch(MODEL, (512, *SHAPE[1:]), "fp32", "contiguous") == 128
 
 
 class _Scripted:
