@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from lowmem.models import skeleton
 from lowmem.plan.cost import Rates
 from lowmem.plan.policy import SAVE_ALL
 from lowmem.remat import decompose
+from lowmem.remat.libraries import Numerics
 from lowmem.settings import gather
 from lowmem.simulate.stage import Option
 
@@ -41,7 +43,7 @@ def measured() -> ChainMeasure:
 def calibration(measured: ChainMeasure) -> Calibration:
     """Everything that the tests below look up, measured in a process of its own as on CUDA."""
     made = Calibration(cpu_identity(), None)
-    _times(Calibrator("cpu", made, measure=measure_apart), measured)
+    _times(Calibrator("cpu", made, measure=partial(measure_apart, numerics=Numerics())), measured)
     return made
 
 
