@@ -28,7 +28,7 @@ class Part:
 
 # The first three minutes tell the most; all of them together stay under nine.
 PARTS = (
-    Part(name="facts", seconds=45, tells="bits, bytes and seconds of the library's kernels that plans rely on"),
+    Part(name="facts", seconds=60, tells="bits, bytes and seconds of the library's kernels that plans rely on"),
     Part(
         name="gradients", seconds=60, tells="whether a planned step has autograd's bits, with ample and scarce memory"
     ),
@@ -41,7 +41,7 @@ PARTS = (
         tells="whether a step that runs out of memory is repeated, to the same weights",
     ),
     Part(name="resume", seconds=120, tells="whether 20 + 20 steps end with the weights of 40, and what they took"),
-    Part(name="acceptance", seconds=150, tells="the most telling cells of `lowmem bench --suite acceptance`"),
+    Part(name="acceptance", seconds=140, tells="the most telling cells of `lowmem bench --suite acceptance`"),
     Part(name="tests", seconds=None, tells="the tests marked gpu, those that matter most first"),
 )
 

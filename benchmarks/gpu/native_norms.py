@@ -25,7 +25,7 @@ def use_native_norms() -> None:
         finally:
             torch.backends.cudnn.enabled = enabled
 
-    nn.BatchNorm2d.forward = native  # type: ignore[method-assign]
+    nn.BatchNorm2d.forward = native  # type: ignore[assignment,method-assign]
 
 
 if __name__ == "__main__":

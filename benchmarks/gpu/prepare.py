@@ -21,7 +21,7 @@ def prepare(folder: Path, scale: Scale) -> None:
         "out-of-memory": questions.survival(scale, plans),
         "resume": questions.resume(scale, plans),
         "acceptance": {"arguments": questions.acceptance(scale, plans)},
-        "tests": {"files": questions.test_files()},
+        "tests": {"files": questions.marked_files()},
     }
     limits = {part.name: part.seconds for part in PARTS} | dict(scale.limits)
     write_job(folder, Job(device=scale.device, limits=limits, conditions=conditions()), asked)

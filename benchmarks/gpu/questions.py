@@ -47,7 +47,7 @@ def facts(scale: Scale, plans: Plans) -> list[dict[str, Any]]:
         ("batch norm: bits, bytes, seconds", "norm", {"shape": shape}, {}, True),
         ("context after a tiny and a full step", "context", {**network, "batch": scale.batch}, {}, True),
         ("launching a step against its seconds", "launch", {**step, "plan": plan}, {}, True),
-        ("TF32: switches, error, seconds", "tf32", {"channels": scale.width, "batch": scale.batch}, {}, True),
+        ("TF32: switches, error, seconds", "tf32", {"channels": scale.width, "batch": scale.batch}, {}, False),
     ]  # fmt: skip
     keys = ("name", "probe", "arguments", "environment", "alone")
     return [{**dict(zip(keys, one, strict=True)), "device": scale.device} for one in named]
@@ -161,7 +161,7 @@ def survival(scale: Scale, plans: Plans) -> list[dict[str, Any]]:
 def resume(scale: Scale, plans: Plans) -> dict[str, Any]:
     """As many pictures as make an epoch that neither run ends."""
     steps = scale.resume_steps
-    sets = {"data.train_subset": scale.batch * steps * 5 // 4, "data.test_subset": scale.batch}
+    sets: dict[str, object] = {"data.train_subset": scale.batch * steps * 5 // 4, "data.test_subset": scale.batch}
     # Planned by the datasheet alone: what measuring and trying take, other parts show.
     sets |= {"memory.calibrate": "never", "memory.confirm": "never"}
     arguments = [*_network(scale), "--vram", str(plans(scale.main, scale.budgets[0]).budget.total_bytes)]
@@ -177,12 +177,17 @@ def acceptance(scale: Scale, plans: Plans) -> list[str]:
 
 
 def _network(scale: Scale) -> list[str]:
-    named = {"arch": scale.main.arch, "block": scale.main.block, "width": scale.width, "batch": scale.batch}
-    named["device"] = scale.device
+    named: dict[str, object] = {
+        "arch": scale.main.arch,
+        "block": scale.main.block,
+        "width": scale.width,
+        "batch": scale.batch,
+        "device": scale.device,
+    }
     return [part for key, value in named.items() for part in (f"--{key}", str(value))]
 
 
-def test_files() -> Sequence[str]:
+def marked_files() -> Sequence[str]:
     folder = Path(__file__).resolve().parents[2] / "tests/gpu"
     names = sorted(path.stem for path in folder.glob("test_*.py"))
     ordered = [name for name in _TESTS if name in names] + [name for name in names if name not in _TESTS]

@@ -93,7 +93,12 @@ def _turns(out: Path, wrong: list[str]) -> list[dict[str, Any]]:
     """A network in two turns: the first is ended from outside, as a machine's limit of time does it, the second goes on
     in another place from what came back, and a third has nothing to do."""
     trained, network = out / "trained", "res20"
-    turn = {"network": network, "pictures": _archive(out / "pictures.tar.xz"), "out": trained, "device": "cpu"}
+    turn: dict[str, Any] = {
+        "network": network,
+        "pictures": make_archive(out / "pictures.tar.xz"),
+        "out": trained,
+        "device": "cpu",
+    }
     turn |= {"minutes": 10.0, "width": 4, "epochs": _EPOCHS}
     options = (f"--{name}={value}" for name, value in turn.items())
     process = subprocess.Popen([sys.executable, "-m", "benchmarks.gpu", "train", *options])
@@ -117,7 +122,7 @@ def _begun(said: Path) -> bool:
     return said.exists() and "epoch 1" in said.read_text(encoding="utf-8", errors="replace")
 
 
-def _archive(path: Path) -> Path:
+def make_archive(path: Path) -> Path:
     """A few pictures of two classes, as the real ones come: a compressed archive of JPEG files."""
     generator, place = np.random.default_rng(0), path.parent / "pictures"
     for part, count in _EACH.items():

@@ -37,7 +37,7 @@ BATCH = 128
 _SHARE = 0.85  # of the time that is planned with: an epoch's length varies
 # Beside its steps an epoch evaluates a fifth as many pictures, augments, saves and records.
 _EPOCH_OVER_STEPS = 1.25
-_START_SECONDS = 25.0  # of a run: imports, decoding, planning, trying every output
+_START_SECONDS = 45.0  # of a run: imports, decoding, planning, trying every output
 _SAVING_SECONDS = 20.0
 LARGEST_BYTES = 16 << 20  # of a file that comes back
 _HEAVY = ("checkpoints", "weights")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from benchmarks.gpu.account import NO_TIME, Account
 from lowmem.bench.trial import answer_of
 
 _LEAST_SECONDS = 5.0  # torch alone takes that long to load
-_AT_ONCE = 3
+_AT_ONCE = min(4, os.cpu_count() or 1)
 
 
 def ask(account: Account, module: str, question: Mapping[str, Any]) -> dict[str, Any] | str:

@@ -31,7 +31,8 @@ def work(questions: dict[str, Any], account: Account, artefacts: Path) -> None:
             process.kill()
             process.wait()
             code = None
-    seen = dict(match.groups() for line in said.read_text().splitlines() if (match := _LINE.match(line)))
+    lines = said.read_text(encoding="utf-8", errors="replace").splitlines()
+    seen: dict[str, str] = {match[1]: match[2] for line in lines if (match := _LINE.match(line))}
     for name, outcome in seen.items():
         account.row(
             name, {"outcome": outcome.lower()}, met={"PASSED": True, "FAILED": False, "ERROR": False}.get(outcome)

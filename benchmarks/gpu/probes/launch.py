@@ -16,7 +16,7 @@ from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
 
-_ROUNDS = 5
+_ROUNDS = 3
 
 
 def look(
