@@ -23,10 +23,12 @@ RESULTS = "results.json"  # all parts, once a run has ended
 
 
 class Account:
-    """Written by the part's own process. `device`: `cuda`, or `cpu` in a rehearsal."""
+    """Written by the part's own process. `device`: `cuda`, or `cpu` in a rehearsal. `at_once`: questions that may be
+    asked side by side."""
 
-    def __init__(self, path: Path, part: str, device: str, seconds: float) -> None:
+    def __init__(self, path: Path, part: str, device: str, seconds: float, at_once: int = 1) -> None:
         self._path = path
+        self.at_once = at_once
         self._began = self._row_began = time.monotonic()
         self._ends = self._began + seconds
         self.record: dict[str, Any] = {"part": part, "device": device, "skipped": None, "finished": False, "rows": []}
@@ -37,10 +39,11 @@ class Account:
         return max(0.0, self._ends - time.monotonic())
 
     def row(self, name: str, found: Mapping[str, Any] | str | None, *, met: bool | None = None) -> None:
-        """`found`: figures, or in words why there are none (then a promise was not kept)."""
+        """`found`: figures, or in words why there are none."""
         now = time.monotonic()
         row: dict[str, Any] = {"name": name, "seconds": round(now - self._row_began, 3)}
         if isinstance(found, str):
+            met = None if found == NO_TIME else met
             row |= {"refused": found, "found": None, "met": met}
         else:
             row |= {"refused": None, "found": dict(found or {}), "met": met}

@@ -31,7 +31,7 @@ from lowmem.reading import read_json
 from lowmem.runs.atomic import write_text_atomic
 
 _MINUTES = 30.0  # no limit to speak of: each part has its own
-_EPOCHS = 20  # many enough to be ended in the middle
+_EPOCHS = 10  # many enough to be ended in the middle
 _CLASSES, _EACH = ("circle", "square"), {"train": 160, "test": 40}
 
 

@@ -16,7 +16,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,16 +40,23 @@ from lowmem.runs.atomic import write_text_atomic
 LOG, ARTEFACTS = "log.txt", "artefacts.tar.gz"
 _PACKING_SECONDS = 5.0
 _LEAST_SECONDS = 5.0  # with less there is no use in starting a process that imports torch
+# A part's process should end by itself at its limit, and say what it had no time for.
+_GRACE_SECONDS = 3.0
+# Untouched and planned Bottleneck-110 of one question take 12 GiB at the most; the CPU has two cores.
+_BYTES_A_QUESTION = 12 << 30
+_MOST_AT_ONCE = 4
 _LARGEST_BYTES = 4 << 20  # of a file in the archive of artefacts
 NAMES = tuple(part.name for part in PARTS)
 
-# (part, its questions, its account, folder of its artefacts, seconds) -> what to start
-Command = Callable[[Part, Path, Path, Path, float], list[str]]
+# (part, its questions, its account, folder of its artefacts, seconds, questions side by side) -> what to start
+Command = Callable[[Part, Path, Path, Path, float, int], list[str]]
 
 
-def part_command(part: Part, questions: Path, account: Path, artefacts: Path, seconds: float) -> list[str]:
+def part_command(
+    part: Part, questions: Path, account: Path, artefacts: Path, seconds: float, at_once: int
+) -> list[str]:
     files = [str(questions), str(account), str(artefacts)]
-    return [sys.executable, "-m", "benchmarks.gpu.parts", part.name, *files, f"{seconds:.1f}"]
+    return [sys.executable, "-m", "benchmarks.gpu.parts", part.name, *files, f"{seconds:.1f}", str(at_once)]
 
 
 def conduct(
@@ -127,7 +134,9 @@ class Conductor:
         """How it ended. It and all that it started are gone afterwards."""
         artefacts = self._artefacts / part.name
         artefacts.mkdir(exist_ok=True)
-        command = self.command(part, questions_file(self.prepared, part.name), account, artefacts, seconds)
+        given = max(seconds / 2, seconds - _GRACE_SECONDS)
+        questions, at_once = questions_file(self.prepared, part.name), _at_once(self.environment)
+        command = self.command(part, questions, account, artefacts, given, at_once)
         said = artefacts / "said.txt"
         with open(said, "wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -167,6 +176,12 @@ def _environment(device: str) -> dict[str, Any]:
     if isinstance(found, str):
         raise PreflightError(f"the job is for {device}, and this machine does not answer for it: {found}")
     return found
+
+
+def _at_once(environment: Mapping[str, Any]) -> int:
+    """Questions side by side where their memory is there; on the CPU two."""
+    room = environment.get("card_bytes")
+    return 2 if room is None else max(1, min(_MOST_AT_ONCE, room // _BYTES_A_QUESTION))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

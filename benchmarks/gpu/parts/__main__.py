@@ -23,8 +23,8 @@ MODULES = {
 
 
 def main() -> None:
-    part, questions, path, artefacts, seconds = sys.argv[1:]
-    account = Account(Path(path), part, read_job(Path(questions).parent).device, float(seconds))
+    part, questions, path, artefacts, seconds, at_once = sys.argv[1:]
+    account = Account(Path(path), part, read_job(Path(questions).parent).device, float(seconds), int(at_once))
     module = importlib.import_module(f"benchmarks.gpu.parts.{MODULES[part]}")
     module.work(json.loads(Path(questions).read_text(encoding="utf-8")), account, Path(artefacts))
     account.finish()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,6 @@ from benchmarks.gpu.account import NO_TIME, Account
 from lowmem.bench.trial import answer_of
 
 _LEAST_SECONDS = 5.0  # torch alone takes that long to load
-_AT_ONCE = min(4, os.cpu_count() or 1)
 
 
 def ask(account: Account, module: str, question: Mapping[str, Any]) -> dict[str, Any] | str:
@@ -26,7 +24,7 @@ def ask(account: Account, module: str, question: Mapping[str, Any]) -> dict[str,
 def ask_side_by_side(
     account: Account, asked: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> Iterator[dict[str, Any] | str]:
-    """The answers in order, a few at a time: for what neither measures seconds nor how full the card is. Bits, and the
-    bytes of a process's own allocator, are the same beside others."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    """The answers in order, `account.at_once` at a time: for what measures neither seconds nor how full the card is.
+    Bits, and the bytes of a process's own allocator, are the same beside others."""
+    with ThreadPoolExecutor(account.at_once) as pool:
         yield from pool.map(lambda one: ask(account, *one), asked)

@@ -24,7 +24,7 @@ _CHILD = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 from benchmarks.gpu.account import Account
-part, questions, path, artefacts, seconds = sys.argv[1:]
+part, questions, path, artefacts, seconds, at_once = sys.argv[1:]
 asked = json.loads(Path(questions).read_text())
 with open(asked["ran"], "a") as file:
     file.write(part + "\\n")
@@ -45,8 +45,9 @@ account.finish()
 """
 
 
-def _command(part: Part, questions: Path, account: Path, artefacts: Path, seconds: float) -> list[str]:
-    return [sys.executable, "-c", _CHILD, part.name, str(questions), str(account), str(artefacts), str(seconds)]
+def _command(part: Part, questions: Path, account: Path, artefacts: Path, seconds: float, at_once: int) -> list[str]:
+    values = (questions, account, artefacts, seconds, at_once)
+    return [sys.executable, "-c", _CHILD, part.name, *map(str, values)]
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +163,11 @@ def test_a_broken_promise_is_a_shortcoming(tmp_path: Path) -> None:
     assert wrong == ["facts: second: not as promised"]
     account: dict[str, Any] = read_accounts(tmp_path / "out", NAMES)["facts"]
     assert shortcomings({**account, "rows": account["rows"][:1]}) == []
+
+
+def test_questions_side_by_side_only_where_there_is_room() -> None:
+    sizes = {None: 2, 6 << 30: 1, 24 << 30: 2, 80 << 30: 4}
+    assert {size: run._at_once({"card_bytes": size}) for size in sizes} == sizes
 
 
 def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
