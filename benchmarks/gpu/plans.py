@@ -66,7 +66,7 @@ _LIMITS = {part.name: 300.0 for part in PARTS}
 _SMALL: dict[str, Any] = {"device": "cpu", "width": 4, "batch": 16, "busy_batch": 32, "budgets": (0.8, 0.65)}
 _SMALL |= {"pictures": 0, "steps": 2}
 _RES20 = Network("Res20", "res20", "basic")
-QUICK = Scale(networks=(_RES20,), resume_steps=4, limits={**_LIMITS, "acceptance": 45.0}, brief=True, **_SMALL)
+QUICK = Scale(networks=(_RES20,), resume_steps=4, limits={**_LIMITS, "acceptance": 75.0}, brief=True, **_SMALL)
 WHOLE = Scale(networks=(_RES20, _RES56), resume_steps=8, limits={**_LIMITS, "acceptance": 120.0}, **_SMALL)
 
 

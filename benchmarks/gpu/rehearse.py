@@ -36,7 +36,10 @@ _CLASSES, _EACH = ("circle", "square"), {"train": 160, "test": 40}
 
 
 def rehearse(out: Path, quick: bool) -> list[str]:
-    """What did not go as it should, a sentence each; `summary.json` in `out`."""
+    """What did not go as it should, a sentence each; `summary.json` in `out`. Raises UsageError unless that is empty or
+    new: what an earlier rehearsal did would not be done again."""
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out} is not empty: rehearse in a new folder")
     out.mkdir(parents=True, exist_ok=True)
     os.environ["XDG_CACHE_HOME"] = str(out.resolve() / "cache")  # nothing of this is to be found by a real run
     os.environ.setdefault("OMP_NUM_THREADS", "1")
