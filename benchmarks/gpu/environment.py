@@ -1,0 +1,30 @@
+"""Where the parts run: versions, card, driver and the card's memory, as one JSON line. The question on standard input
+says which device; without it the process fails."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from lowmem.environment import describe
+from lowmem.measure import read_driver
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Of this machine. Makes a context on CUDA. Raises SystemExit if the device is not there."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device")
+    found = describe(device)
+    if device == "cuda":
+        torch.ones(1, device="cuda").add_(1).sum().item()  # a build without this card's kernels fails here
+        found["capability"] = list(torch.cuda.get_device_capability())
+        found["card_bytes"] = torch.cuda.get_device_properties(0).total_memory
+        found["driver"] = read_driver().driver_version
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(environment(json.loads(sys.stdin.read())["device"])), flush=True)
