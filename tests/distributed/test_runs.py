@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -205,14 +204,13 @@ def test_a_killed_process_takes_the_others_down_and_all_are_started_again(
 
 
 def test_a_killed_process_is_named_and_nobody_hangs(tmp_path: Path) -> None:
-    """What is left saves the run as it was before the step in which the other one died."""
+    """What is left saves the run as it was before the step in which the other one died. `wait` has the
+    limit, less than the settings' own patience."""
     path = tmp_path / "run"
     run = Torchrun(tmp_path, 2, *TRAIN, "--out", str(path))
     wait_for(path / "steps.csv", "\n8,")
-    began = time.monotonic()
     os.kill(processes_of(path)[1], signal.SIGKILL)
     assert run.wait() == 1
-    assert time.monotonic() - began < 60, "torchrun waits up to 30 s for processes to leave"
     assert "another process of the run is gone" in run.output
     cause = run.output[run.output.index("Root Cause") :]
     assert "rank      : 1 (local_rank: 1)" in cause
@@ -223,10 +221,8 @@ def test_a_killed_process_is_named_and_nobody_hangs(tmp_path: Path) -> None:
 
 def test_a_bug_in_one_process_in_the_middle_of_its_backward_pass(tmp_path: Path) -> None:
     """The others wait for its sums: nobody may wait for long, and torchrun's summary has the cause."""
-    began = time.monotonic()
     code, output = torchrun(tmp_path, 2, "tests.distributed.broken", *TRAIN[1:], "--out", str(tmp_path / "run"))
     assert code == 1
-    assert time.monotonic() - began < 100
     cause = output[output.index("Root Cause") :]
     assert "rank      : 1" in cause
     assert "stage 3 is broken" in cause

@@ -35,6 +35,16 @@ def test_json_has_the_points_of_the_picture(capsys: pytest.CaptureFixture[str], 
     assert min(cost for size, cost in points if size <= 4 << 20) <= record["predicted"]["overhead"] + 0.01
 
 
+def test_what_the_processor_must_not_run_is_planned_for_a_card_only(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--set", "train.device=cpu", "--memory-format", "channels-last", "--precision", "fp32")
+    code, out, err = _leave(capsys, *asked, "--vram", "4M")
+    assert (code, out) == (3, "")
+    assert "corrupts memory on the CPU" in err
+    code, out, _ = _leave(capsys, *asked, "--card", "gtx1060-6g")
+    assert code == 0
+    assert "channels-last" in out
+
+
 def test_what_fits_nowhere_is_one_line_and_code_4(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = _leave(capsys, "--vram", "100K")
     assert (code, out) == (4, "")
