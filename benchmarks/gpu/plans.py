@@ -40,6 +40,7 @@ class Scale:
     pictures: int
     steps: int
     resume_steps: int
+    suite_minutes: float | None = None  # of the acceptance suite; None: what its part has
     limits: Mapping[str, float | None] = field(default_factory=dict)  # part -> seconds, where they are not a card's
     brief: bool = False  # one question of each kind
 
@@ -64,10 +65,10 @@ ON_CARD = Scale(
 # No limits to speak of: a machine that rehearses may be busy.
 _LIMITS = {part.name: 300.0 for part in PARTS}
 _SMALL: dict[str, Any] = {"device": "cpu", "width": 4, "batch": 16, "busy_batch": 32, "budgets": (0.8, 0.65)}
-_SMALL |= {"pictures": 0, "steps": 2}
+_SMALL |= {"pictures": 0, "steps": 2, "limits": _LIMITS}
 _RES20 = Network("Res20", "res20", "basic")
-QUICK = Scale(networks=(_RES20,), resume_steps=4, limits={**_LIMITS, "acceptance": 75.0}, brief=True, **_SMALL)
-WHOLE = Scale(networks=(_RES20, _RES56), resume_steps=8, limits={**_LIMITS, "acceptance": 120.0}, **_SMALL)
+QUICK = Scale(networks=(_RES20,), resume_steps=4, suite_minutes=1.0, brief=True, **_SMALL)
+WHOLE = Scale(networks=(_RES20, _RES56), resume_steps=8, suite_minutes=1.5, **_SMALL)
 
 
 class Plans:

@@ -20,7 +20,7 @@ def prepare(folder: Path, scale: Scale) -> None:
         "memory": questions.memory(scale, plans),
         "out-of-memory": questions.survival(scale, plans),
         "resume": questions.resume(scale, plans),
-        "acceptance": {"arguments": questions.acceptance(scale, plans)},
+        "acceptance": questions.acceptance(scale, plans),
         "tests": {"files": questions.marked_files()},
     }
     limits = {part.name: part.seconds for part in PARTS} | dict(scale.limits)

@@ -170,10 +170,11 @@ def resume(scale: Scale, plans: Plans) -> dict[str, Any]:
     return {"arguments": arguments, "steps": steps, "stop_at": steps // 2}
 
 
-def acceptance(scale: Scale, plans: Plans) -> list[str]:
+def acceptance(scale: Scale, plans: Plans) -> dict[str, Any]:
     vram_bytes = plans(scale.main, scale.budgets[0]).budget.total_bytes
     cells = ["--cells", "memory,time,gradients"] if "cells" in inspect.signature(bench).parameters else []
-    return [*_network(scale), "--vram", str(vram_bytes), "--steps", str(scale.steps), *cells]
+    arguments = [*_network(scale), "--vram", str(vram_bytes), "--steps", str(scale.steps), *cells]
+    return {"arguments": arguments, "minutes": scale.suite_minutes}
 
 
 def _network(scale: Scale) -> list[str]:

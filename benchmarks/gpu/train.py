@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -68,7 +67,7 @@ def take(turn: Turn) -> dict[str, Any] | None:
     with tempfile.TemporaryDirectory(prefix="gpu-train-") as place, _interruptible():
         run, data = Path(place) / member.name, _pictures(turn.pictures, Path(place) / "pictures")
         if _unpacked(turn.out / f"train-{member.name}.tar.gz", run):
-            command = ["resume", str(run), "--data", f"folder:{data}"]
+            command = ["resume", str(run), "--data", f"folder:{data}", "--set", f"data.cache={place}/decoded"]
         else:
             epochs = turn.epochs or _epochs(turn, member, data, ends)
             command = _command(turn, member, data, epochs, run)
@@ -78,7 +77,8 @@ def take(turn: Turn) -> dict[str, Any] | None:
         record = _record(turn, member, run, code)
         record["left_out"] = _pack(run, turn.out / f"train-{member.name}.tar.gz")
         record["can_go_on"] = not record["finished"] and not record["left_out"]
-    write_text_atomic(_record_file(turn.out, member), json.dumps(record, indent=1) + "\n")
+        # Before the pictures are removed, which takes a while.
+        write_text_atomic(_record_file(turn.out, member), json.dumps(record, indent=1) + "\n")
     return record
 
 
@@ -151,7 +151,7 @@ def _epochs(turn: Turn, member: Member, data: Path, ends: float) -> int:
 
 
 def _command(turn: Turn, member: Member, data: Path, epochs: int, run: Path) -> list[str]:
-    sets = ["memory.calibrate=never", "memory.confirm=never", f"data.cache={data.parent / 'decoded'}"]
+    sets = ["memory.calibrate=never", "memory.confirm=never", f"data.cache={run.parent / 'decoded'}"]
     flags = {
         "arch": member.arch,
         "block": member.block,
@@ -242,5 +242,4 @@ def _pack(run: Path, archive: Path) -> list[str]:
             if path.name not in left_out:
                 packed.add(path, arcname=f"{run.name}/{path.name}")
     os.replace(aside, archive)
-    shutil.rmtree(run)
     return left_out

@@ -14,8 +14,11 @@ _LEAST_SECONDS = 20.0
 
 
 def work(questions: dict[str, Any], account: Account, artefacts: Path) -> None:
-    """A row a cell, and one a target of the suite: on a card what was judged must be met."""
+    """A row a cell, and one a target of the suite: on a card what was judged must be met. `minutes`: the suite's own
+    limit; None: what the part has."""
     seconds = account.seconds_left - _SPARE_SECONDS
+    if questions["minutes"] is not None:
+        seconds = min(seconds, 60 * questions["minutes"])
     if seconds < _LEAST_SECONDS:
         account.row("the suite", NO_TIME)
         return
