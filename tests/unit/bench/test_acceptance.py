@@ -92,7 +92,7 @@ def test_the_largest_batch_is_verified_and_the_next_is_refused(rows: list[Row], 
     assert planned.facts["tried"][-1] == (planned.batch, "holds")
     for row, fails in ((planned, "refused_by_the_planner"), (plain, "fails")):
         assert row.batch is not None
-        assert row.batch < row.facts[fails] <= row.batch + row.facts["unit"], "found in three tries, from a good guess"
+        assert row.batch < row.facts[fails] <= row.batch + row.facts["unit"], "found in at most three tries"
     assert (planned.allocated_bytes or 0) <= SETUP.vram_bytes
 
 
