@@ -10,7 +10,6 @@ from benchmarks.gpu.job import PARTS
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice
 from lowmem.choose.session import request_of
-from lowmem.config import known_keys
 from lowmem.settings import gather
 from lowmem.units import GIB, format_size
 
@@ -109,7 +108,7 @@ class Plans:
             "memory.card": CARD if scale.device == "cuda" else None,
         }
         sets = ["memory.allow_accumulation=false"]
-        if norms == NATIVE and "train.batch_norm" in known_keys():
+        if norms == NATIVE:
             sets.append("train.batch_norm=native")
         print(f"planning {network.name}, batch {batch}, {format_size(vram_bytes)}", flush=True)
         return choose(request_of(gather(flags=flags, sets=sets).config, 10, scale.pictures))

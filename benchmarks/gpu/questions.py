@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,11 +11,9 @@ from benchmarks.gpu.plans import LIBRARY, NATIVE, Network, Plans, Scale
 from lowmem.bench.gradients import Question as GradientQuestion
 from lowmem.bench.survival import Question as SurvivalQuestion
 from lowmem.bench.trial import Trial
-from lowmem.bench.verdict import allocator_bytes
 from lowmem.bench.ways import PER_BLOCK, PLAIN, PLANNED
 from lowmem.choose.ladder import with_ladder
 from lowmem.choose.request import Choice
-from lowmem.cli.command_bench import bench
 from lowmem.units import format_size
 
 # What matters most comes first; files that are not named here follow.
@@ -70,9 +67,8 @@ def gradients(scale: Scale, plans: Plans) -> list[dict[str, Any]]:
             memory_format=choice.plan.memory_format,
             device=scale.device,
         )
-        module = "benchmarks.gpu.native_norms" if norms == NATIVE else "lowmem.bench.gradients"
         name = f"{network.name}, plan for {format_size(choice.budget.total_bytes)}, {how}"
-        return {"name": name, "kind": "ample", "module": module, "question": asdict(question)}
+        return {"name": name, "kind": "ample", "question": asdict(question)}
 
     more, less = scale.budgets
     found = [
@@ -111,7 +107,7 @@ def _trial(scale: Scale, choice: Choice, way: str, **changes: Any) -> dict[str, 
         "plan": plan.without_ladder().to_json() if planned else None,
         "pictures": scale.pictures,
         "eval_batch": plan.batch if planned else None,
-        "cap_bytes": allocator_bytes(choice.budget) if planned else None,
+        "cap_bytes": choice.budget.allocator_bytes if planned else None,
         "steps": scale.steps,
     }
     return asdict(Trial(**{**values, **changes}))
@@ -151,7 +147,7 @@ def survival(scale: Scale, plans: Plans) -> list[dict[str, Any]]:
             batch=scale.batch,
             plan=choice.plan.to_json(),
             device=scale.device,
-            cap_bytes=allocator_bytes(choice.budget),
+            cap_bytes=choice.budget.allocator_bytes,
             real=real,
         )
         rows.append({"name": f"{scale.main.name}, {'real' if real else 'injected'}", "question": asdict(question)})
@@ -172,7 +168,7 @@ def resume(scale: Scale, plans: Plans) -> dict[str, Any]:
 
 def acceptance(scale: Scale, plans: Plans) -> dict[str, Any]:
     vram_bytes = plans(scale.main, scale.budgets[0]).budget.total_bytes
-    cells = ["--cells", "memory,time,gradients"] if "cells" in inspect.signature(bench).parameters else []
+    cells = ["--cells", "memory,time,gradients"]
     arguments = [*_network(scale), "--vram", str(vram_bytes), "--steps", str(scale.steps), *cells]
     return {"arguments": arguments, "minutes": scale.suite_minutes}
 

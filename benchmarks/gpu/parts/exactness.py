@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.gpu.account import Account
 from benchmarks.gpu.parts.asking import ask_side_by_side
 
-_TRIAL = "lowmem.bench.trial"
+_TRIAL, _COMPARISON = "lowmem.bench.trial", "lowmem.bench.gradients"
 
 
 def work(questions: list[dict[str, Any]], account: Account, artefacts: Path) -> None:
@@ -19,7 +19,7 @@ def work(questions: list[dict[str, Any]], account: Account, artefacts: Path) -> 
         if one["kind"] == "scarce":
             asked += [(_TRIAL, one["untouched"]), (_TRIAL, one["planned"])]
         else:
-            asked.append((one["module"], one["question"]))
+            asked.append((_COMPARISON, one["question"]))
     answers = ask_side_by_side(account, asked)
     for one in questions:
         if one["kind"] == "scarce":
