@@ -67,7 +67,7 @@ _SMALL: dict[str, Any] = {"device": "cpu", "width": 4, "batch": 16, "busy_batch"
 _SMALL |= {"pictures": 0, "steps": 2, "limits": _LIMITS}
 _RES20 = Network("Res20", "res20", "basic")
 QUICK = Scale(networks=(_RES20,), resume_steps=4, suite_minutes=1.0, brief=True, **_SMALL)
-WHOLE = Scale(networks=(_RES20, _RES56), resume_steps=8, suite_minutes=1.5, **_SMALL)
+WHOLE = Scale(networks=(_RES20, _RES56), resume_steps=8, suite_minutes=2.5, **_SMALL)
 
 
 class Plans:
