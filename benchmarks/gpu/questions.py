@@ -17,7 +17,10 @@ from lowmem.choose.request import Choice
 from lowmem.units import format_size
 
 # What matters most comes first; files that are not named here follow.
-_TESTS = ("test_norm_kernels", "test_cuda", "test_gradients_cuda", "test_trial", "test_preflight", "test_measure", "test_calibration")
+_TESTS = (
+    *("test_norm_kernels", "test_cuda", "test_gradients_cuda", "test_trial", "test_preflight", "test_measure"),
+    "test_calibration",
+)
 
 
 def facts(scale: Scale, plans: Plans) -> list[dict[str, Any]]:
