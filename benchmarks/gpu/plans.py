@@ -62,7 +62,7 @@ ON_CARD = Scale(
     resume_steps=40,
 )
 # No limits to speak of: a machine that rehearses may be busy.
-_LIMITS = {part.name: 300.0 for part in PARTS}
+_LIMITS = {part.name: 600.0 for part in PARTS}
 _SMALL: dict[str, Any] = {"device": "cpu", "width": 4, "batch": 16, "busy_batch": 32, "budgets": (0.8, 0.65)}
 _SMALL |= {"pictures": 0, "steps": 2, "limits": _LIMITS}
 _RES20 = Network("Res20", "res20", "basic")

@@ -148,8 +148,9 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
         assert "facts/said.txt" in archive.getnames()
 
 
-def test_a_run_that_was_cut_off_leaves_its_parts(tmp_path: Path) -> None:
+def test_a_run_that_was_cut_off_leaves_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever ends the conductor, each part's file is there as soon as it has begun."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     prepared = _prepared(tmp_path)
     conductor = run.Conductor(read_job(prepared), prepared, tmp_path / "out", 5, _command)
     (tmp_path / "out").mkdir()
