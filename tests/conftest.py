@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,11 +17,16 @@ from safetensors.numpy import load_file
 
 from lowmem.runs.columns import EXACT_METRICS
 from tests.convolutions import refuse_corrupting
-from tests.workers import pytest_handlecrashitem, pytest_sessionfinish, pytest_testnodedown
+from tests.workers import pytest_handlecrashitem, pytest_sessionfinish, pytest_testnodedown, pytest_testnodeready
 
-__all__ = ["pytest_handlecrashitem", "pytest_sessionfinish", "pytest_testnodedown"]
+__all__ = ["pytest_handlecrashitem", "pytest_sessionfinish", "pytest_testnodedown", "pytest_testnodeready"]
 
 refuse_corrupting()
+
+# Whoever starts the tests may ignore these (`nohup`, a background job), and what the tests start would inherit that.
+for _number in {signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}:
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 # One thread, as the tests share their cores. A part of CI has two, whose sums are other bits (.ci/run).
 THREADS = os.environ.get("LOWMEM_TEST_THREADS", "1")

@@ -15,32 +15,40 @@ from tests.conftest import environment
 ROOT = Path(__file__).parent.parent
 DYING = {
     "in a test": "import os\ndef test_dies(): os.abort()\n",
+    "and its child lives on": (
+        "import os, time\ndef test_dies():\n    if os.fork() == 0:\n        time.sleep(200)\n        os._exit(0)\n"
+        "    os.abort()\n"
+    ),
     "while it collects": "import os\nos.abort()\n",
     "in a test that hangs": (
         "import pytest, time\n@pytest.mark.timeout(1)\ndef test_dies():\n    while True: time.sleep(1)\n"
     ),
 }
-HOOKS = "from tests.workers import pytest_handlecrashitem, pytest_sessionfinish, pytest_testnodedown\n"
+HOOKS = "from tests.workers import *\n"
 PASSING = "import pytest\n@pytest.mark.parametrize('number', range(4))\ndef test_passes(number): pass\n"
 # Another worker's, which takes its time: the run does not wait for it.
 LONG = "import time\ndef test_long(): time.sleep(300)\n"
 
 
 def _run(folder: Path, files: dict[str, str]) -> tuple[int, str, float]:
-    """Code, output and seconds of pytest with this project's options."""
+    """Code, output (a file's: a pipe would be open as long as anybody holds it) and seconds of pytest with this
+    project's options."""
     shutil.copy(ROOT / "pyproject.toml", folder)
     for name, text in {"conftest.py": HOOKS, **files}.items():
         (folder / name).write_text(text)
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", "."],
-        cwd=folder,
-        env={**environment(), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    return done.returncode, done.stdout + done.stderr, time.monotonic() - began
+    with open(folder / "said.txt", "w+") as said:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", "."],
+            cwd=folder,
+            env={**environment(), "PYTHONPATH": str(ROOT)},
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            timeout=240,
+        )
+        took = time.monotonic() - began
+        said.seek(0)
+        return done.returncode, said.read(), took
 
 
 @pytest.mark.parametrize("how", DYING)
@@ -50,7 +58,9 @@ def test_a_worker_that_dies_ends_the_run(tmp_path: Path, how: str) -> None:
     code, said, seconds = _run(tmp_path, {"test_a_passes.py": PASSING, **dying, **others})
     assert code == 1, said
     assert seconds < 200, said  # of the 300 of the long one; alone it takes 15
-    if others:
+    if "child" in how:
+        assert "what it has forked lives on" in said
+    elif others:
         assert "crashed while running 'test_b_dies.py::test_dies'" in said
 
 
