@@ -43,5 +43,6 @@ def check_memory_format(model: nn.Module, device: str, precision: str, memory_fo
     raise PreflightError(
         f"channels-last in fp32 corrupts memory on the CPU: {name} is a 1x1 convolution of stride {max(conv.stride)} "
         f"with {conv.in_channels // conv.groups} input channels, and the library has a fault there under "
-        f"{SAFE_CHANNELS}, with one thread too: use --memory-format contiguous or --precision amp"
+        f"{SAFE_CHANNELS}, with one thread too: use --memory-format contiguous or --precision amp (for a run that has "
+        "begun: lowmem fork RUN --at last --set train.memory_format=contiguous)"
     )
