@@ -79,7 +79,7 @@ def elsewhere(path: Path, now: Mapping[str, object]) -> str | None:
     changed = [f"{name} {shorten(then[name])} -> {now[name]}" for name in names if then[name] != now[name]]
     if not changed:
         return None
-    return f"not as where the run began: {', '.join(changed)}; from here on its last bits may be others"
+    return f"not as where the run began ({', '.join(changed)}): from here on the last bits may differ"
 
 
 def tidy(folder: RunFolder, skipped: dict[Path, str], config: Config) -> None:

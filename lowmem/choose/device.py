@@ -21,7 +21,7 @@ from lowmem.measure.cpu import processor_name
 from lowmem.measure.cuda import device_uuid, find_device
 from lowmem.measure.nvml import read_driver
 from lowmem.models import build
-from lowmem.plan.policy import LEAN, uniform
+from lowmem.plan.policy import LEAN, SAVE_ALL, uniform
 from lowmem.remat import apply_plan, stage_names
 from lowmem.remat.libraries import Numerics
 from lowmem.units import MIB
@@ -72,7 +72,7 @@ def facts_from(answer: dict[str, Any]) -> DeviceFacts:
 def measure_memory() -> dict[str, Any]:
     """Here and now, making a context: to be run where CUDA was not used before."""
     with Meter("cuda") as meter:
-        _warm_up()
+        warm_up("cuda")
         gc.collect()
         allocated = torch.cuda.memory_allocated()
         torch._C._cuda_clearCublasWorkspaces()
@@ -116,20 +116,20 @@ def cpu_identity() -> Identity:
     )
 
 
-def _warm_up() -> None:
-    """Steps of a thin network of each block, in both precisions: kernels are loaded when they are first used, and are a
-    part of what a process takes. A full-sized network loads a few more."""
-    for block, precision in product(("basic", "bottleneck"), ("fp32", "amp")):
-        arch = "res20" if block == "basic" else "res56"
-        net = build(arch, block, width=16).cuda()
+def warm_up(device: str) -> None:
+    """Steps of a thin network of each block, plain and planned, in both precisions: kernels are loaded when they are
+    first used, and are a part of what a process takes. A full-sized network loads a few more."""
+    for (arch, block), precision in product((("res20", "basic"), ("res56", "bottleneck")), ("fp32", "amp")):
+        net = build(arch, block, width=16).to(device)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
-        low = low_dtype(precision, "cuda")
-        images, labels = torch.randn(8, 3, 32, 32, device="cuda"), torch.zeros(8, dtype=torch.int64, device="cuda")
-        planned = apply_plan(net, uniform([LEAN] * len(stage_names(net))), library_norm=True)
-        for run in (net, planned):
-            with torch.autocast("cuda", low, enabled=low is not None, cache_enabled=False):
+        low = low_dtype(precision, device)
+        images, labels = torch.randn(8, 3, 32, 32, device=device), torch.zeros(8, dtype=torch.int64, device=device)
+        policies = [LEAN] * (len(stage_names(net)) - 1) + [SAVE_ALL]  # the head is no block
+        for run in (net, apply_plan(net, uniform(policies), library_norm=True)):
+            with torch.autocast(device, low, enabled=low is not None, cache_enabled=False):
                 logits = run(images)
             with torch.autograd.set_multithreading_enabled(False):
                 F.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
-    torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
