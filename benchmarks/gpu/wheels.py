@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 _ROOT = Path(__file__).resolve().parents[2]
 # What the tests of a card need beside the package itself; linters and builders stay at home.
-_TESTS = ("pytest", "pytest-xdist", "hypothesis")
+_TESTS = ("pytest", "pytest-xdist", "pytest-timeout", "hypothesis")
 # A machine with a card that can be had for minutes, as of November 2026: what of all that is needed it has. For another
 # one give `prepare` its own list.
 PRESENT = """

@@ -10,11 +10,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from lowmem.measure.out_of_memory import says_out_of_memory
+from lowmem.remat.libraries import Numerics, environment_for
 
 OUT_OF_MEMORY = "out of memory"
 _TIMEOUT_SECONDS = 600.0
@@ -126,7 +127,8 @@ def run_trial(
     this Python's own `-m lowmem.bench.trial`.
     """
     command = list(command or (sys.executable, "-m", "lowmem.bench.trial"))
-    return result_of(answer_of(command, json.dumps(asdict(trial)), timeout_seconds))
+    environment = environment_for(Numerics(trial.deterministic, trial.tf32))
+    return result_of(answer_of(command, json.dumps(asdict(trial)), timeout_seconds, environment))
 
 
 def result_of(outcome: dict[str, Any] | str) -> TrialResult:
@@ -139,10 +141,12 @@ def result_of(outcome: dict[str, Any] | str) -> TrialResult:
     return TrialResult(**{**outcome, "losses": tuple(outcome.get("losses", ()))})
 
 
-def answer_of(command: Sequence[str], question: str, timeout_seconds: float) -> dict[str, Any] | str:
+def answer_of(
+    command: Sequence[str], question: str, timeout_seconds: float, environment: Mapping[str, str] = os.environ
+) -> dict[str, Any] | str:
     """The JSON object in the last line that a process prints, given `question` on its standard input; or in words why
     there is none."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**environment, "PYTHONUNBUFFERED": "1"}
     try:
         done = subprocess.run(
             list(command), input=question, capture_output=True, text=True, timeout=timeout_seconds, env=environment

@@ -121,6 +121,10 @@ class _Work:
                 # What others are held against; a plan at the edge of its budget has no room for a profiler.
                 if self.trial.way == PLAIN:
                     found["busy_share"] = self._busy_share(found["step_seconds"])
+        if self.cuda:  # last: whatever is computed afterwards makes them again
+            allocated = torch.cuda.memory_allocated()
+            torch._C._cuda_clearCublasWorkspaces()
+            found["blas_workspace_bytes"] = allocated - torch.cuda.memory_allocated()
         found["finite"] = all(math.isfinite(loss) for loss in self.losses)
         found["losses"] = self.losses
         return found
@@ -131,12 +135,9 @@ class _Work:
         if not self.cuda:
             return {"device_used_bytes": now.device_used_bytes}
         own = now.process_bytes
-        allocated = torch.cuda.memory_allocated()
-        torch._C._cuda_clearCublasWorkspaces()  # the next matrix product makes them again
-        blas = allocated - torch.cuda.memory_allocated()
         if own is None and now.context_bytes is not None and now.reserved_bytes is not None:
             own = now.context_bytes + now.reserved_bytes
-        return {"device_used_bytes": own, "context_bytes": now.context_bytes, "blas_workspace_bytes": blas}
+        return {"device_used_bytes": own, "context_bytes": now.context_bytes}
 
     # -- training ------------------------------------------------------------------------------------------------------
 

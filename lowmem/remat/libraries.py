@@ -38,6 +38,9 @@ _HOPPER_BLAS = ":4096:8"
 _BLAS_LT_BYTES = MIB
 
 
+_set_here: set[str] = set()  # variables of this process's environment that the user has not set
+
+
 @dataclass(frozen=True)
 class Numerics:
     """`deterministic`: kernels that give the same bits every time; without it they are chosen as torch is set. `tf32`:
@@ -54,11 +57,20 @@ def prepare_libraries(numerics: Numerics) -> None:
     if numerics.deterministic:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
-        os.environ.setdefault(_BLAS, _DETERMINISTIC_BLAS)
+        if _BLAS not in os.environ:
+            os.environ[_BLAS] = _DETERMINISTIC_BLAS
+            _set_here.add(_BLAS)
     if numerics.tf32 == "never":
         # The older of torch's two ways: it leaves both readable, the newer one alone makes the older one raise.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def environment_for(numerics: Numerics) -> dict[str, str]:
+    """This process's environment for another one with these numerics: what deterministic kernels need is the user's to
+    set, or was set here and is not handed on to a process that is to have others."""
+    dropped = set() if numerics.deterministic else _set_here
+    return {name: value for name, value in os.environ.items() if name not in dropped}
 
 
 def workspace_cap_bytes() -> int:

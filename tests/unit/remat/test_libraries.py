@@ -61,6 +61,21 @@ def test_no_tf32(before: str) -> None:
     assert (found["tf32"], found["older"]) == (False, [False, False])
 
 
+def test_what_was_set_here_is_not_handed_on_to_other_kernels() -> None:
+    """But what the user has set is."""
+    hand_on = (
+        "import os\nfrom lowmem.remat.libraries import Numerics, environment_for, prepare_libraries\n"
+        "prepare_libraries(Numerics())\n"
+        "print([environment_for(Numerics(kind)).get('CUBLAS_WORKSPACE_CONFIG') for kind in (True, False)])\n"
+    )
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("CUBLAS_")}
+    for given, wanted in (({}, "[':16:8', None]"), ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}, "[':4096:8', ':4096:8']")):
+        done = subprocess.run(
+            [sys.executable, "-c", hand_on], env={**clean, **given}, capture_output=True, text=True, timeout=120
+        )
+        assert done.stdout.strip() == wanted, done.stderr
+
+
 def test_cards_before_ampere_have_no_tf32() -> None:
     assert not convolutions_in_tf32(PASCAL)
     assert not convolutions_in_tf32(AMPERE, "never")
