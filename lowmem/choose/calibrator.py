@@ -160,8 +160,19 @@ class Calibrator:
         self, model: nn.Module, input_shape: Sequence[int], pairs: Sequence[tuple[str, str]]
     ) -> dict[tuple[str, str], Mode]:
         """Of each pair (precision, memory format): seconds of a plain step's distinct blocks, each times how often it
-        occurs, and whether outputs and gradients were finite."""
-        timed = (max(self.timed_batch(model, input_shape, *pair) for pair in pairs), *input_shape[1:])
+        occurs, and whether outputs and gradients were finite. All at one batch: the largest that any of them is timed
+        with and that all of them have room for."""
+        batches = {self.timed_batch(model, input_shape, *pair) for pair in pairs}
+        found: dict[tuple[str, str], Mode] = {}
+        for batch in sorted(batches, reverse=True):
+            found = self._modes_at((batch, *input_shape[1:]), model, pairs)
+            if len(found) == len(pairs):
+                break
+        return found
+
+    def _modes_at(
+        self, timed: tuple[int, ...], model: nn.Module, pairs: Sequence[tuple[str, str]]
+    ) -> dict[tuple[str, str], Mode]:
         keys = {pair: ("mode", *pair, timed, _shapes(model)) for pair in pairs}
         jobs = [
             Stages(model=model, input_shape=timed, precision=precision, memory_format=layout, mode_key=key)
@@ -169,8 +180,8 @@ class Calibrator:
             if self.calibration.mode(key) is None
         ]
         self._run(jobs, " and ".join(f"{job.precision} in {job.memory_format}" for job in jobs))
-        found = {pair: self.calibration.mode(key) for pair, key in keys.items()}
-        return {pair: mode for pair, mode in found.items() if mode is not None}
+        known = {pair: self.calibration.mode(key) for pair, key in keys.items()}
+        return {pair: mode for pair, mode in known.items() if mode is not None}
 
     def timed_batch(self, model: nn.Module, input_shape: Sequence[int], precision: str, memory_format: str) -> int:
         """Pictures that blocks are timed with: enough for a larger batch to take as much longer as it is larger. On a

@@ -219,6 +219,23 @@ def test_a_fast_card_is_timed_at_a_batch_that_keeps_it_busy() -> None:
     assert Calibrator("cpu", calibrator.calibration).timed_batch(MODEL, (512, *SHAPE[1:]), "fp32", "contiguous") == 128
 
 
+def test_modes_are_compared_at_the_largest_batch_that_all_have_room_for() -> None:
+    """AMP is busy with 512 pictures, fp32 with 128 and has no room for 512."""
+
+    def measure(jobs: Sequence[Job], device: str, calibration: Calibration) -> None:
+        for job in jobs:
+            if isinstance(job, BusyBatch):
+                calibration.put_size(job.key, 512 if job.precision == "amp" else 128)
+            elif isinstance(job, Stages) and (job.precision == "amp" or job.input_shape[0] == 128):
+                calibration.put_mode(job.mode_key, Mode(float(job.input_shape[0]), True))
+
+    calibrator = Calibrator("cuda", Calibration(cpu_identity(), None), measure=measure)
+    pairs = [("fp32", "contiguous"), ("amp", "contiguous")]
+    assert calibrator.modes(MODEL, (512, *SHAPE[1:]), pairs) == dict.fromkeys(pairs, Mode(128.0, True))
+    alone = calibrator.modes(MODEL, (512, *SHAPE[1:]), pairs[1:])
+    assert alone == {pairs[1]: Mode(512.0, True)}
+
+
 class _Scripted:
     """A calibrator that knows modes without measuring."""
 
