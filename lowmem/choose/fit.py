@@ -45,7 +45,7 @@ def plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
         schedule=solution.schedule,
         predicted=predict(budget, simulated, plain, seconds, plain_seconds),
         batch_norm=request.batch_norm,
-        tf32=request.tf32 and precision == "fp32",
+        tf32=request.tf32 if precision == "fp32" else False,
         allocator_bytes=budget.allocator_bytes if budget.emulated else None,
     )
     return Choice(

@@ -39,7 +39,7 @@ class Request:
     joint: bool = False  # one of several processes that train the run; `batch` is its own share
     sync_bn: bool = False
     batch_norm: Literal["library", "native"] = "native"
-    tf32: bool = False  # of convolutions in fp32, on the card that is planned for
+    tf32: bool | None = False  # of convolutions in fp32, on the card that is planned for; None: nobody tells
     rates_from: str = "a card's datasheet"
     reasons: Mapping[str, str] = field(default_factory=dict)  # setting -> why it was decided so
     # What was simulated already, by shape: shared by all requests made from this one for other budgets and batches.

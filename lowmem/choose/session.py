@@ -181,8 +181,14 @@ def request_of(
         joint=joint,
         sync_bn=config.train.sync_bn,
         batch_norm=batch_norm_of(config),
-        tf32=card is not None and convolutions_in_tf32(card.capability_pair, config.train.tf32),
+        tf32=_tf32(config, card),
     )
+
+
+def _tf32(config: Config, card: Card | None) -> bool | None:
+    if card is None:  # the processor, or a card that is neither shipped nor measured
+        return None if config.train.device == "cuda" and config.train.tf32 != "never" else False
+    return convolutions_in_tf32(card.capability_pair, config.train.tf32)
 
 
 def _check_micro_batch(config: Config) -> None:

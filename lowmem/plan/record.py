@@ -71,9 +71,9 @@ class Plan:
     smaller plans, already solved, for when memory runs out all the same; the plans in it have no ladder of
     their own. `batch_norm`: the kernels of batch norm on CUDA, the library's choice (autograd's bits) or native ones
     (in place, another rounding). `tf32`: whether fp32 convolutions round their operands to TF32 on the card that it was
-    made for. `allocator_bytes`: on an emulated card, the most that the caching allocator may hold; None: all there is.
-    `shares`: of a run that several processes train, the pictures that each takes of the effective batch, by
-    rank; `batch` is then this process's own share. Empty: one process takes all.
+    made for; None: a card of unknown kind. `allocator_bytes`: on an emulated card, the most that the caching allocator
+    may hold; None: all there is. `shares`: of a run that several processes train, the pictures that each takes of the
+    effective batch, by rank; `batch` is then this process's own share. Empty: one process takes all.
 
     Raises ValueError if the numbers or the schedule do not fit each other.
     """
@@ -92,14 +92,16 @@ class Plan:
     ladder: tuple[Plan, ...] = ()
     shares: tuple[int, ...] = ()
     batch_norm: Literal["library", "native"] = "native"
-    tf32: bool = False
+    tf32: bool | None = False
     allocator_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.batch_norm not in ("library", "native"):
             raise ValueError(f"batch norm {str(self.batch_norm)[:100]!r} is neither library nor native")
-        if not isinstance(self.tf32, bool) or not (self.allocator_bytes is None or _is_integer(self.allocator_bytes)):
-            raise ValueError("tf32 is true or false, allocator_bytes an integer or None")
+        if not isinstance(self.tf32, bool | None) or not (
+            self.allocator_bytes is None or _is_integer(self.allocator_bytes)
+        ):
+            raise ValueError("tf32 is true, false or None, allocator_bytes an integer or None")
         if not all(_is_integer(share) and share >= 0 for share in self.shares):
             raise ValueError("shares are counts of pictures")
         if self.shares and self.batch not in self.shares and 0 not in self.shares:

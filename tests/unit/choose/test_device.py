@@ -7,7 +7,10 @@ from dataclasses import asdict, replace
 
 import torch
 
+from lowmem.cards import load_card
 from lowmem.choose.device import DeviceFacts, facts_from, warm_up
+from lowmem.choose.session import _tf32
+from lowmem.config import Config
 from lowmem.remat.libraries import Numerics
 
 FACTS = DeviceFacts(
@@ -40,3 +43,12 @@ def test_figures_of_other_kernels_are_kept_apart() -> None:
     names = {FACTS.identity(kind).file_name for kind in kinds}
     assert len(names) == len(kinds)
     assert FACTS.identity(Numerics()) == replace(FACTS, free_bytes=1).identity(Numerics())
+
+
+def test_tf32_is_told_where_the_card_is_known() -> None:
+    on_cuda = Config.model_validate({"train": {"device": "cuda"}})
+    strict = Config.model_validate({"train": {"device": "cuda", "tf32": "never"}})
+    ampere, pascal = load_card("rtx3060-12g"), load_card("gtx1060-6g")
+    assert (_tf32(on_cuda, ampere), _tf32(on_cuda, pascal), _tf32(on_cuda, None)) == (True, False, None)
+    assert (_tf32(strict, ampere), _tf32(strict, None)) == (False, False)
+    assert _tf32(Config.model_validate({"train": {"device": "cpu"}}), None) is False

@@ -75,7 +75,7 @@ def test_repeats() -> None:
         ({"precision": "fp8"}, "precision"),
         ({"memory_format": "nchw"}, "memory format"),
         ({"batch_norm": "cudnn"}, "library nor native"),
-        ({"tf32": None}, "true or false"),
+        ({"tf32": "no"}, "true, false or None"),
         ({"allocator_bytes": 1.5}, "an integer"),
         ({"schedule": uniform([SAVE_ALL] * 6)}, r"0\.\.5"),
         ({"stages": (*NAMES[:6], "stem")}, "same name"),
