@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -36,6 +36,16 @@ os.environ["OMP_NUM_THREADS"] = THREADS
 # The machines that test are busy: no test may fail for being slow.
 hypothesis.settings.register_profile("lowmem", deadline=None)
 hypothesis.settings.load_profile("lowmem")
+
+_TF32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.fixture(autouse=True)
+def _libraries_as_they_were() -> Iterator[None]:
+    """`train.tf32: never` is for the process: a test that trained so would change what a later one is told."""
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = _TF32
+
 
 WORKERS = 2
 SLOW_TIMEOUT_SECONDS = 3600
