@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.conditions import RESULTS, conditions, sentence, table, write
-from lowmem.belonging import belongs_to
-from lowmem.errors import CorruptCheckpoint, OutOfMemory
+from lowmem.config.settings import from_yaml
+from lowmem.core.errors import CorruptCheckpoint, OutOfMemory
+from lowmem.core.units import format_size
+from lowmem.lifecycle.run_identity import belongs_to
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.settings import from_yaml
-from lowmem.units import format_size
 from tests.faults.damage import FILES, flip, flips, generations, judge, of_files, of_folders
 from tests.faults.fuzzing import Tried, fuzz
 from tests.faults.readers import readers

@@ -33,19 +33,19 @@ import torch
 from conditions import RESULTS, conditions, sentence, table, write
 from engine_worker import WARMUP, Task, way_of
 
-from lowmem.bench.ways import PER_BLOCK, PLAIN, SELECTIVE
-from lowmem.cards import load_card
 from lowmem.choose.budget import tensors_only
 from lowmem.choose.planning import REFERENCE_CARD, Request, card_rates, choose
 from lowmem.choose.simulated import StepShape
-from lowmem.config import OptimConfig
-from lowmem.errors import Infeasible
+from lowmem.config.cards import load_card
+from lowmem.config.schema import OptimConfig
+from lowmem.core.errors import Infeasible
+from lowmem.core.units import MIB
 from lowmem.models import skeleton
 from lowmem.models.resnet import ResNet
 from lowmem.plan.cost import Rates
 from lowmem.simulate import Loop, empty_copy, estimate, trace_steps
-from lowmem.train.step import make_optimizer
-from lowmem.units import MIB
+from lowmem.step.train_step import make_optimizer
+from lowmem.trial.ways import PER_BLOCK, PLAIN, SELECTIVE
 
 NAME = "engine_cpu"
 WORKER = Path(__file__).with_name("engine_worker.py")

@@ -21,14 +21,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowmem.bench.ways import PLANNED, executed
-from lowmem.config import OptimConfig
+from lowmem.config.schema import OptimConfig
 from lowmem.measure import Meter
 from lowmem.models import build
 from lowmem.models.memory_format import check_memory_format
 from lowmem.models.resnet import ResNet
 from lowmem.plan.policy import Schedule
-from lowmem.train.step import make_optimizer
+from lowmem.step.train_step import make_optimizer
+from lowmem.trial.ways import PLANNED, executed
 
 WARMUP = 2
 

@@ -20,17 +20,17 @@ from pathlib import Path
 
 from conditions import RESULTS, conditions, sentence, table, write
 
-from lowmem.cards import load_card
 from lowmem.choose.budget import MARGIN_SHARE, Budget, of_card, tensors_only
 from lowmem.choose.costs import chain_cost
 from lowmem.choose.fit import fit
 from lowmem.choose.planning import card_rates
 from lowmem.choose.simulated import Simulated, StepShape, simulate_step
-from lowmem.errors import Infeasible
+from lowmem.config.cards import load_card
+from lowmem.core.errors import Infeasible
+from lowmem.core.units import GIB, MIB, format_size
 from lowmem.models import skeleton
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.solver import Solver
-from lowmem.units import GIB, MIB, format_size
 
 NAME = "plan_targets"
 HEADER = (

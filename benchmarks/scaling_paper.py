@@ -4,7 +4,7 @@
 
 Each process has its own card and its part of the batch; gradients are summed by a ring all-reduce while the backward
 goes on. Bytes are simulated and times those of the card's datasheet (a roofline), as `lowmem plan --card` says them;
-links have the attainable rates that `lowmem/plan/exchange.py` gives with their sources and with what is left out there,
+links have the attainable rates that `scaling_model.py` gives with their sources and with what is left out there,
 all of which would make it slower. A step's all-reduce takes as long whatever the batch: it pays where the backward of a
 process's part of the batch takes longer than that. Compared with one process on the same card with the whole batch,
 under the plan that fits there. "On 16 lanes": a desktop, whose cards divide what its processor has and exchange through
@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from conditions import RESULTS, conditions, sentence, table, write
+from scaling_model import ETHERNET_1G, ETHERNET_10G, Link, Scaled, Scaling, desktop_link, server_link
 
-from lowmem.cards import Card, load_card
-from lowmem.choose.scaling import Scaled, Scaling
 from lowmem.choose.session import request_of
-from lowmem.plan.exchange import ETHERNET_1G, ETHERNET_10G, Link, desktop_link, server_link
-from lowmem.settings import gather
-from lowmem.units import MIB
+from lowmem.config.cards import Card, load_card
+from lowmem.config.settings import gather
+from lowmem.core.units import MIB
 
 # network, block, card, precision, batches; 128 is the recipe's, larger ones are another recipe
 CASES = (

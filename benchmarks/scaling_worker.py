@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from lowmem.cards import load_card
 from lowmem.choose.request import card_rates
 from lowmem.choose.simulated import StepShape, simulate_step
-from lowmem.config import Config
+from lowmem.config.cards import load_card
+from lowmem.config.schema import Config
 from lowmem.data import Dataset, Pictures
 from lowmem.distributed.group import Group, join
 from lowmem.distributed.launch import Launch
@@ -27,10 +27,10 @@ from lowmem.models import build, skeleton
 from lowmem.plan.policy import SAVE_ALL, uniform
 from lowmem.plan.record import Plan
 from lowmem.remat import stage_names
+from lowmem.step.train_step import Execution, make_optimizer
+from lowmem.step.undo import Undo
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
-from lowmem.train.step import Execution, make_optimizer
-from lowmem.train.survive import Undo
 
 WARM_UP = 2
 

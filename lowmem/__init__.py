@@ -16,11 +16,11 @@ _LAZY = {
     "make_plan": ("lowmem.choose.planning", "make_plan"),
     "apply_plan": ("lowmem.remat", "apply_plan"),
     "Plan": ("lowmem.plan.record", "Plan"),
-    "Config": ("lowmem.config", "Config"),
-    "run_training": ("lowmem.api", "run_training"),
-    "fork_run": ("lowmem.api", "fork_run"),
-    "extend_run": ("lowmem.api", "extend_run"),
-    "resume_training": ("lowmem.api", "resume_training"),
+    "Config": ("lowmem.config.schema", "Config"),
+    "run_training": ("lowmem.lifecycle.api", "run_training"),
+    "fork_run": ("lowmem.lifecycle.api", "fork_run"),
+    "extend_run": ("lowmem.lifecycle.api", "extend_run"),
+    "resume_training": ("lowmem.lifecycle.api", "resume_training"),
 }
 __all__ = ["__version__", *_LAZY]
 

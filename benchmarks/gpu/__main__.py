@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.gpu.job import select
-from lowmem.errors import LowmemError
+from lowmem.core.errors import LowmemError
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import UsageError
-from lowmem.reading import TABLE_LIMIT_BYTES, Unreadable, read_json
+from lowmem.core.errors import UsageError
+from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable, read_json
 from lowmem.runs.atomic import write_text_atomic
 
 DONE = "done"

@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks.gpu.account import RESULTS, plain, read_accounts
 from benchmarks.gpu.job import FORMAT, PARTS
 from benchmarks.gpu.table import page
-from lowmem.errors import UsageError
-from lowmem.reading import TABLE_LIMIT_BYTES, Unreadable, read_json
+from lowmem.core.errors import UsageError
+from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable, read_json
 from lowmem.runs.atomic import write_text_atomic
 
 RESULTS_FOLDER = Path(__file__).resolve().parents[1] / "results"

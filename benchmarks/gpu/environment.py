@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from lowmem.environment import describe
+from lowmem.calibrate.environment import describe
 from lowmem.measure import read_driver
 
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import UsageError
-from lowmem.reading import Unreadable, read_json
+from lowmem.core.errors import UsageError
+from lowmem.core.reading import Unreadable, read_json
 from lowmem.runs.atomic import write_text_atomic
 
 FORMAT = 1

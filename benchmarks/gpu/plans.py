@@ -10,8 +10,8 @@ from benchmarks.gpu.job import PARTS
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice
 from lowmem.choose.session import request_of
-from lowmem.settings import gather
-from lowmem.units import GIB, format_size
+from lowmem.config.settings import gather
+from lowmem.core.units import GIB, format_size
 
 CARD = "gtx1060-6g"  # whose memory is emulated
 LIBRARY, NATIVE = "library", "native"  # batch norm's kernels

@@ -10,11 +10,11 @@ from typing import Any
 from benchmarks.gpu.plans import LIBRARY, NATIVE, Network, Plans, Scale
 from lowmem.bench.gradients import Question as GradientQuestion
 from lowmem.bench.survival import Question as SurvivalQuestion
-from lowmem.bench.trial import Trial
-from lowmem.bench.ways import PER_BLOCK, PLAIN, PLANNED
 from lowmem.choose.ladder import with_ladder
 from lowmem.choose.request import Choice
-from lowmem.units import format_size
+from lowmem.core.units import format_size
+from lowmem.trial.trial import Trial
+from lowmem.trial.ways import PER_BLOCK, PLAIN, PLANNED
 
 # What matters most comes first; files that are not named here follow.
 _TESTS = (

@@ -26,8 +26,8 @@ from benchmarks.gpu.plans import QUICK, WHOLE
 from benchmarks.gpu.prepare import prepare
 from benchmarks.gpu.run import conduct
 from benchmarks.gpu.train import Turn, take
-from lowmem.errors import UsageError
-from lowmem.reading import read_json
+from lowmem.core.errors import UsageError
+from lowmem.core.reading import read_json
 from lowmem.runs.atomic import write_text_atomic
 
 _MINUTES = 30.0  # no limit to speak of: each part has its own

@@ -33,9 +33,9 @@ from benchmarks.gpu.account import (
     write_account,
 )
 from benchmarks.gpu.job import FORMAT, PARTS, Job, Part, questions_file, read_job
-from lowmem.bench.trial import answer_of
-from lowmem.errors import PreflightError
+from lowmem.core.errors import PreflightError
 from lowmem.runs.atomic import write_text_atomic
+from lowmem.trial.trial import answer_of
 
 LOG, ARTEFACTS = "log.txt", "artefacts.tar.gz"
 _PACKING_SECONDS = 5.0

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.gpu.account import shortcomings
 from benchmarks.gpu.job import PARTS
-from lowmem.units import MIB, format_size
+from lowmem.core.units import MIB, format_size
 
 Accounts = Mapping[str, Mapping[str, Any]]
 _KEPT = {None: "", True: "yes", False: "**no**"}

@@ -25,12 +25,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lowmem.bench.trial import Trial, run_trial
-from lowmem.errors import PreflightError, UsageError
-from lowmem.reading import read_json
+from lowmem.core.errors import PreflightError, UsageError
+from lowmem.core.reading import read_json
 from lowmem.reproduce.members import ALL, Member, select
 from lowmem.runs.atomic import write_text_atomic
 from lowmem.runs.history import read_epochs
+from lowmem.trial.trial import Trial, run_trial
 
 BATCH = 128
 _SHARE = 0.85  # of the time that is planned with: an epoch's length varies

@@ -24,7 +24,7 @@ from benchmarks.peers.task import (
     train_steps,
     words,
 )
-from lowmem.bench.ways import checkpointed
+from lowmem.trial.ways import checkpointed
 
 _FIRST = 32
 

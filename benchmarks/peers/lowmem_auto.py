@@ -1,8 +1,8 @@
 """`lowmem train`, with `--batch auto` or with the recipe's batch: what it decides before a run, and its training loop.
 
-The search is the one before every run (`lowmem.decide`): it simulates, and on CUDA it tries its choice by real steps in
-processes of their own. The training is the loop of `lowmem train` from its first step on, with evaluation, the plan's
-ladder and a checkpoint at the end of the epoch; its planning and preflight come before and are not metered.
+The search is the one before every run (`lowmem.lifecycle.decide`): it simulates, and on CUDA it tries its choice by
+real steps in processes of their own. The training is the loop of `lowmem train` from its first step on, with evaluation, the
+plan's ladder and a checkpoint at the end of the epoch; its planning and preflight come before and are not metered.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import nn
 from benchmarks.peers.budget import Place
 from benchmarks.peers.task import CLASSES, Found, Task, Trained, network, words
 from lowmem.choose.execution import resolve_execution
-from lowmem.confirm import Tried
+from lowmem.config.settings import Settings, gather, to_yaml
+from lowmem.core.units import MIB, format_size
 from lowmem.data import Dataset
 from lowmem.data.pictures import Pictures
-from lowmem.decide import decide
+from lowmem.lifecycle.decide import decide
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan
 from lowmem.runs.store import RunFolder
-from lowmem.settings import Settings, gather, to_yaml
+from lowmem.step.train_step import Execution, make_optimizer
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
-from lowmem.train.step import Execution, make_optimizer
-from lowmem.units import MIB, format_size
+from lowmem.trial.plan_trial import Tried
 
 
 class Notes(Observer):

@@ -33,9 +33,9 @@ from benchmarks.conditions import RESULTS, conditions, write
 from benchmarks.peers.table import markdown
 from benchmarks.peers.task import Task
 from benchmarks.peers.ways import INSTALL, ROWS
-from lowmem.bench.trial import answer_of
-from lowmem.config import resolve_block
-from lowmem.units import parse_size
+from lowmem.config.schema import resolve_block
+from lowmem.core.units import parse_size
+from lowmem.trial.trial import answer_of
 
 NAME = "peers"
 QUICK = {"arch": "res20", "budget": "100M", "eval_batch": 512, "rounds": 2}

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.conditions import sentence, table
 from benchmarks.peers.ways import ROWS
-from lowmem.units import MIB
+from lowmem.core.units import MIB
 
 HEADER = (
     "way",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lowmem.bench.trial import TrialResult
-from lowmem.bench.verdict import waits_for_host
 from lowmem.choose.request import Choice
-from lowmem.settings import Settings, gather
-from lowmem.units import format_size
+from lowmem.config.settings import Settings, gather
+from lowmem.core.units import format_size
+from lowmem.trial.trial import TrialResult
+from lowmem.trial.verdict import waits_for_host
 
 NO_TIME = "not run: time"
 KINDS = ("memory", "time", "gradients", "out of memory", "largest", "format")

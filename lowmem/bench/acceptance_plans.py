@@ -8,14 +8,14 @@ from dataclasses import replace
 from functools import cached_property
 
 from lowmem.bench.acceptance import Setup
+from lowmem.calibrate.workspace import workspace_cap_bytes
 from lowmem.choose.budget import Budget
 from lowmem.choose.ladder import with_ladder
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice, Request
 from lowmem.choose.session import budget_of, calibrator_of, request_of
 from lowmem.choose.simulated import Simulated, simulate_step
-from lowmem.choose.workspace import workspace_cap_bytes
-from lowmem.errors import Infeasible
+from lowmem.core.errors import Infeasible
 from lowmem.plan.solver import Solver
 
 # Of the batch whose least plan would fill the memory with tensors alone; on a card gaps between blocks take the rest.

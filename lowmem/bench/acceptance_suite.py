@@ -18,13 +18,13 @@ from lowmem.bench import gradients, survival
 from lowmem.bench.acceptance import NO_TIME, Row, Setup, plain_at, set_overheads
 from lowmem.bench.acceptance_plans import Plans
 from lowmem.bench.largest import largest
-from lowmem.bench.trial import Trial, TrialResult, answer_of, run_trial
-from lowmem.bench.verdict import verdict, waits_for_host
-from lowmem.bench.ways import PER_BLOCK, PLAIN, PLANNED, SELECTIVE
 from lowmem.choose.request import Choice
-from lowmem.errors import Infeasible, LowmemError
+from lowmem.core.errors import Infeasible, LowmemError
+from lowmem.core.units import format_duration, format_size
 from lowmem.models.memory_format import check_memory_format
-from lowmem.units import format_duration, format_size
+from lowmem.trial.trial import Trial, TrialResult, answer_of, run_trial
+from lowmem.trial.verdict import verdict, waits_for_host
+from lowmem.trial.ways import PER_BLOCK, PLAIN, PLANNED, SELECTIVE
 
 _FINISH_SECONDS = 10.0  # for the last tables and the picture
 _FIRST_GUESS_SECONDS = 20.0  # of a trial, until one was seen

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from typing import Any
 
 from lowmem.bench.acceptance import Row, Setup, Target, targets, vram_words
-from lowmem.bench.verdict import launch_words
-from lowmem.units import MIB, format_size
+from lowmem.core.units import MIB, format_size
+from lowmem.trial.verdict import launch_words
 
 Environment = dict[str, Any]
 

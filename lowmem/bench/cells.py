@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
-from lowmem.bench.trial import TrialResult
-from lowmem.bench.ways import PER_BLOCK, PLAIN, PLANNED, SELECTIVE
+from lowmem.core.units import format_size
 from lowmem.plan.record import Plan
-from lowmem.units import format_size
+from lowmem.trial.trial import TrialResult
+from lowmem.trial.ways import PER_BLOCK, PLAIN, PLANNED, SELECTIVE
 
 NO_TIME = "not run: time"
 LEAST = "least"

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem.bench.ways import native_norms
 from lowmem.measure.out_of_memory import Failure, attempt, classify, release
 from lowmem.models import build
 from lowmem.models.memory_format import check_memory_format
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan
 from lowmem.remat.libraries import Numerics, prepare_libraries
-from lowmem.train.step import Execution
+from lowmem.step.train_step import Execution
+from lowmem.trial.ways import native_norms
 
 Gradients = dict[str, Tensor]
 

@@ -11,19 +11,19 @@ from torch import nn
 
 from lowmem.bench.cells import ENGINE, FAMILIES, FIRST_MODE, LEAST, PLAIN_DEFAULT, Cell, Setup
 from lowmem.bench.largest import Search, largest
-from lowmem.bench.ways import executed
+from lowmem.calibrate.calibrator import Calibrator
+from lowmem.calibrate.workspace import workspace_cap_bytes
 from lowmem.choose.budget import Budget, tensors_only
-from lowmem.choose.calibrator import Calibrator
 from lowmem.choose.fit import workspaces_of
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice, Request
 from lowmem.choose.session import budget_of, calibrator_of, request_of
 from lowmem.choose.simulated import FUSED, Simulated, simulate_step
-from lowmem.choose.workspace import workspace_cap_bytes
-from lowmem.errors import Infeasible
+from lowmem.config.settings import Settings, gather
+from lowmem.core.errors import Infeasible
+from lowmem.core.units import format_size
 from lowmem.models.resnet import ResNet
-from lowmem.settings import Settings, gather
-from lowmem.units import format_size
+from lowmem.trial.ways import executed
 
 _SEARCH_TRIES = 8
 _LEAST_TRIES = 3

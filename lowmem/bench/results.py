@@ -14,8 +14,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lowmem.bench.cells import Cell, Setup, record
-from lowmem.errors import DiskError, PreflightError, UsageError
-from lowmem.reading import TABLE_LIMIT_BYTES, Unreadable, parse_json, read_limited, shorten
+from lowmem.core.errors import DiskError, PreflightError, UsageError
+from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable, parse_json, read_limited, shorten
 from lowmem.runs.atomic import write_bytes_atomic, write_text_atomic
 
 FORMAT = 1

@@ -22,13 +22,13 @@ from lowmem.bench.cells import (
 )
 from lowmem.bench.predict import Predictor
 from lowmem.bench.results import Results
-from lowmem.bench.trial import Trial, TrialResult
-from lowmem.bench.verdict import verdict
-from lowmem.errors import Infeasible
+from lowmem.core.errors import Infeasible
+from lowmem.core.units import format_duration, format_size
 from lowmem.models import skeleton
 from lowmem.models.memory_format import is_safe
 from lowmem.plan.record import Plan
-from lowmem.units import format_duration, format_size
+from lowmem.trial.trial import Trial, TrialResult
+from lowmem.trial.verdict import verdict
 
 _FIRST_GUESS_SECONDS = {"cpu": 6.0, "cuda": 15.0}  # of a trial, until one was seen
 _LEAST_TIMEOUT_SECONDS = 5.0

@@ -18,7 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowmem.config import Config
+from lowmem.config.schema import Config
+from lowmem.config.settings import gather
 from lowmem.data import Dataset, Pictures
 from lowmem.measure.cap import cap_allocator
 from lowmem.measure.out_of_memory import release
@@ -26,10 +27,9 @@ from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.remat.libraries import Numerics, prepare_libraries
 from lowmem.runs.store import RunFolder
-from lowmem.settings import gather
+from lowmem.step.train_step import Execution
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer, Progress
-from lowmem.train.step import Execution
 
 _STEPS = 5
 # Memory is taken until this rung of the ladder is left hardly more room than it was predicted to need: for the plan

@@ -21,8 +21,8 @@ from lowmem.bench.cells import (
     plain_of,
     same_as_plain,
 )
-from lowmem.bench.verdict import launch_words
-from lowmem.units import MIB, format_size
+from lowmem.core.units import MIB, format_size
+from lowmem.trial.verdict import launch_words
 
 UNKNOWN = "–"
 

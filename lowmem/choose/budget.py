@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 
-from lowmem.cards import Card, Platform
-from lowmem.errors import Infeasible
+from lowmem.config.cards import Card, Platform
+from lowmem.core.errors import Infeasible
+from lowmem.core.units import MIB
 from lowmem.remat.libraries import ASSUMED_WORKSPACE_BYTES, blas_workspace_bytes
-from lowmem.units import MIB
 
 # Assumed where nothing was measured, and printed as assumed with every plan; the margin is for whatever no model
 # foresees.

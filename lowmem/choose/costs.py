@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowmem.choose.calibration import Seconds
-from lowmem.choose.calibrator import StageTimes
+from lowmem.calibrate.calibration import Seconds
+from lowmem.calibrate.calibrator import StageTimes
 from lowmem.plan.cost import ChainCost, Operation, OptionCost, Rates, StageCost
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, PolicyKind
 from lowmem.remat import decompose

@@ -6,14 +6,14 @@ from typing import Literal
 
 import torch
 
-from lowmem.cards import has_tensor_cores
-from lowmem.config import Config, TrainConfig
-from lowmem.errors import PreflightError
+from lowmem.config.cards import has_tensor_cores
+from lowmem.config.schema import Config, TrainConfig
+from lowmem.config.settings import Settings
+from lowmem.core.errors import PreflightError
 from lowmem.models import skeleton
 from lowmem.models.memory_format import check_memory_format, is_safe
 from lowmem.models.resnet import ResNet
 from lowmem.remat.libraries import Numerics
-from lowmem.settings import Settings
 
 
 def resolve_execution(settings: Settings, *, planned: bool = False) -> Settings:

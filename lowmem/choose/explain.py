@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lowmem.choose.planning import Choice
+from lowmem.core.units import format_size
 from lowmem.plan import picture
 from lowmem.plan.record import Plan
-from lowmem.units import format_size
 
 
 def explain(choice: Choice) -> list[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from lowmem.calibrate.workspace import Workspaces
 from lowmem.choose.budget import Budget
 from lowmem.choose.costs import calls_of, measure_costs, price
 from lowmem.choose.request import Choice, Request
 from lowmem.choose.simulated import Simulated, StepShape, simulate_step
-from lowmem.choose.workspace import Workspaces
-from lowmem.errors import Infeasible
+from lowmem.core.errors import Infeasible
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.record import Plan, Predicted
 from lowmem.plan.solution import Solution

@@ -10,7 +10,7 @@ from math import sqrt
 from lowmem.choose.fit import predict, seconds_of
 from lowmem.choose.request import Choice
 from lowmem.choose.simulated import Simulated, simulate_step
-from lowmem.errors import Infeasible
+from lowmem.core.errors import Infeasible
 from lowmem.plan.record import Plan
 from lowmem.plan.solution import Solution
 from lowmem.plan.solver import Solver

@@ -12,14 +12,14 @@ from typing import Literal
 
 from torch import nn
 
-from lowmem.cards import Card, load_card
 from lowmem.choose.budget import Budget, of_card, tensors_only
 from lowmem.choose.fit import plan_one
 from lowmem.choose.request import Choice, Request, card_rates, precision_order
-from lowmem.errors import Infeasible
+from lowmem.config.cards import Card, load_card
+from lowmem.core.errors import Infeasible
+from lowmem.core.units import format_size, parse_size
 from lowmem.plan.record import Candidate, Plan
 from lowmem.remat.libraries import convolutions_in_tf32
-from lowmem.units import format_size, parse_size
 
 # The rates that time is predicted with where no card is named: the card this project is aimed at.
 REFERENCE_CARD = "gtx1060-6g"

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lowmem.cards import Card
+from lowmem.calibrate.calibrator import Calibrator
 from lowmem.choose.budget import Budget
-from lowmem.choose.calibrator import Calibrator
 from lowmem.choose.simulated import Simulated, StepShape
+from lowmem.config.cards import Card
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.record import Plan
 from lowmem.simulate import Call

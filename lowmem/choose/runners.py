@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lowmem.choose.planning import Choice, Request, choose
-from lowmem.errors import Infeasible
+from lowmem.core.errors import Infeasible
 
 # A runner-up that is predicted to be slower by more than this cannot win by an error of the prediction that is usual.
 _WORTH_TRYING = 1.5

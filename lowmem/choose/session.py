@@ -7,7 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from lowmem.cards import Card, Platform, find_card, load_card
+from lowmem.calibrate.calibration import Calibration
+from lowmem.calibrate.calibrator import Calibrator, Progress
+from lowmem.calibrate.card_probe import describe_card
+from lowmem.calibrate.device import CONTEXT, DeviceFacts, ask_device, cpu_identity
 from lowmem.choose.budget import (
     ASSUMED_CONTEXT_BYTES,
     Budget,
@@ -16,16 +19,14 @@ from lowmem.choose.budget import (
     tensors_only,
     with_communicators,
 )
-from lowmem.choose.calibration import Calibration
-from lowmem.choose.calibrator import Calibrator, Progress
-from lowmem.choose.describe import describe_card
-from lowmem.choose.device import CONTEXT, DeviceFacts, ask_device, cpu_identity
 from lowmem.choose.execution import batch_norm_of, calibrates, numerics_of, refuse_unsafe
-from lowmem.choose.modes import by_kind, by_measurement
 from lowmem.choose.planning import REFERENCE_CARD, choose
+from lowmem.choose.precision_choice import by_kind, by_measurement
 from lowmem.choose.request import Choice, Request, card_rates
-from lowmem.config import Config, for_process
-from lowmem.errors import Infeasible, UsageError
+from lowmem.config.cards import Card, Platform, find_card, load_card
+from lowmem.config.schema import Config, for_process
+from lowmem.config.settings import Settings
+from lowmem.core.errors import Infeasible, UsageError
 from lowmem.models import skeleton
 from lowmem.plan.record import Candidate, Plan
 from lowmem.remat.libraries import (
@@ -34,7 +35,6 @@ from lowmem.remat.libraries import (
     prepare_libraries,
     workspace_cap_bytes,
 )
-from lowmem.settings import Settings
 
 _PICTURE_BYTES = 3 * 32 * 32  # uint8
 AUTO_BATCHES = (32, 64, 128, 256, 512, 1024)

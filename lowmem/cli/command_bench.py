@@ -67,7 +67,7 @@ def bench(
     """Memory and time of a training step in every way, the largest batches, AMP, memory formats; or a suite of checks.
 
     Each measurement in a clean process. Ctrl-C keeps what was measured; the same command goes on from there."""
-    from lowmem.errors import UsageError
+    from lowmem.core.errors import UsageError
 
     if len(batch or ()) > 1:
         raise UsageError("there is one batch: give --batch once")

@@ -45,7 +45,7 @@ def reproduce(
     The same command goes on with it after Ctrl-C, a kill or a power cut, at the right run and step; what is finished is
     skipped. Settings that are left out are those the job began with.
     """
-    from lowmem.settings import gather
+    from lowmem.config.settings import gather
 
     flags = {
         "model.width": width,

@@ -11,7 +11,7 @@ from lowmem.cli.command_bench import bench
 from lowmem.distributed.launch import is_led, refuse_several
 
 if TYPE_CHECKING:
-    from lowmem.settings import Settings
+    from lowmem.config.settings import Settings
 
 app = typer.Typer(
     help="Train deep networks on cards that are too small for them, and never lose a run.",
@@ -107,7 +107,7 @@ def train(
     dry_run: DryRun = False,
 ) -> None:
     """Train a network. Ctrl-C saves and leaves; `lowmem resume` goes on exactly there."""
-    from lowmem.settings import gather
+    from lowmem.config.settings import gather
 
     flags = {
         "model.arch": arch,
@@ -132,8 +132,8 @@ def train(
         "checkpoint.keep_every": keep_every,
     }
     settings = gather(recipe=recipe, config_file=config, flags=flags, sets=set_)
-    from lowmem.api import run_training
     from lowmem.cli.show import observer
+    from lowmem.lifecycle.api import run_training
 
     with observer() as shown:
         run_training(settings, out, shown, dry_run=dry_run)
@@ -158,7 +158,7 @@ def resume(
     set_: Sets = [],  # noqa: B006
 ) -> None:
     """Go on exactly where a run stopped."""
-    from lowmem.errors import UsageError
+    from lowmem.core.errors import UsageError
 
     values = _values(set_)
     named: dict[str, object] = {
@@ -175,8 +175,8 @@ def resume(
         raise UsageError("--out is for the new run that --epochs makes: a resume goes on in the run's own folder")
     if not is_led():  # the run's folder may be on another machine
         _recorded(run).replace(values, "resume")
-    from lowmem.api import extend_run, resume_training
     from lowmem.cli.show import observer
+    from lowmem.lifecycle.api import extend_run, resume_training
 
     with observer() as shown:
         if epochs is None:
@@ -220,23 +220,23 @@ def fork(
     if keep_every is not None:
         values.setdefault("checkpoint.keep_every", keep_every)
     _recorded(run)
-    from lowmem.api import fork_run
     from lowmem.cli.show import observer
+    from lowmem.lifecycle.api import fork_run
 
     with observer() as shown:
         fork_run(run, at=at, changes=values, out=out, observer=shown, dry_run=dry_run)
 
 
 def _values(sets: list[str]) -> dict[str, object]:
-    from lowmem.settings import parse_set
+    from lowmem.config.settings import parse_set
 
     return dict(parse_set(text) for text in sets)
 
 
 def _recorded(run: Path) -> Settings:
     """The settings recorded in a run. Raises UsageError."""
+    from lowmem.config.settings import from_yaml
     from lowmem.runs.store import require_run
-    from lowmem.settings import from_yaml
 
     require_run(run)
     return from_yaml(run / "config.yaml")
@@ -302,7 +302,7 @@ def plan(
     curve: Annotated[Optional[Path], typer.Option(help="Draw memory against time to this PNG.")] = None,  # noqa: UP045
 ) -> None:
     """What would be chosen for a budget and why; needs no GPU."""
-    from lowmem.settings import gather
+    from lowmem.config.settings import gather
 
     flags = {
         "model.arch": arch,
@@ -338,7 +338,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Card, driver, torch, memory, disk, data: what is wrong, and the command that mends it."""
-    from lowmem.settings import gather
+    from lowmem.config.settings import gather
 
     flags = {
         "model.arch": arch,

@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowmem.api import recorded_settings, resume_training, run_training
 from lowmem.cli.lines import describe_epoch
 from lowmem.cli.show import observer
 from lowmem.cli.show_reproduce import table
-from lowmem.errors import Interrupted, LowmemError
+from lowmem.core.errors import Interrupted, LowmemError
+from lowmem.core.units import format_duration, format_size
+from lowmem.lifecycle.api import recorded_settings, resume_training, run_training
 from lowmem.reproduce.check import Outlook, look_ahead
-from lowmem.reproduce.clock import Pace, epoch_seconds_of, seconds_left
+from lowmem.reproduce.eta import Pace, epoch_seconds_of, seconds_left
 from lowmem.reproduce.job import Job, read_job
 from lowmem.reproduce.members import ALL, Member
-from lowmem.reproduce.standing import Standing, epoch_seconds, standing_of, standings_of
+from lowmem.reproduce.progress import Standing, epoch_seconds, standing_of, standings_of
 from lowmem.runs.history import EpochRow
 from lowmem.train.observer import Observer, Progress
-from lowmem.units import format_duration, format_size
 
 _HEADER = ("run", "state", "epoch", "time left", "on disk")
 

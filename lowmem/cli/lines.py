@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lowmem.reading import shorten
+from lowmem.core.reading import shorten
+from lowmem.core.units import format_duration, format_size
 from lowmem.runs.history import Event
-from lowmem.units import format_duration, format_size
 
 
 def describe_epoch(row: Mapping[str, Any], epochs: int | None) -> str:

@@ -1,4 +1,4 @@
-"""Entry point: `lowmem COMMAND`. Errors become one line and the exit code of `lowmem.errors`."""
+"""Entry point: `lowmem COMMAND`. Errors become one line and the exit code of `lowmem.core.errors`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typer.main import get_command
 
 from lowmem.cli import command_reproduce, command_watch  # noqa: F401 (they register their commands)
 from lowmem.cli.commands import app
+from lowmem.core.errors import ExitCode, Interrupted, LowmemError, PeerLost, UsageError
+from lowmem.core.reading import shorten
 from lowmem.distributed.launch import is_led, leave, linger, report_failure
-from lowmem.errors import ExitCode, Interrupted, LowmemError, PeerLost, UsageError
-from lowmem.reading import shorten
 
 # Before a process leaves that is not the one to speak: torchrun ends the others as soon as it sees one gone.
 _AFTER_OTHERS_SECONDS = 5.0

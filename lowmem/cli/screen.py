@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lowmem.cli.lines import clock, describe_event
-from lowmem.config import Config
-from lowmem.reading import shorten
+from lowmem.config.schema import Config
+from lowmem.core.reading import shorten
+from lowmem.core.units import format_duration, format_size
 from lowmem.runs.live import Live
-from lowmem.units import format_duration, format_size
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = "_.-=+*#@"

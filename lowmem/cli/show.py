@@ -16,13 +16,13 @@ from rich.text import Text
 
 from lowmem.cli.lines import describe_epoch
 from lowmem.cli.printed import printable
+from lowmem.core.units import format_duration, format_size
 from lowmem.distributed.launch import is_led
 from lowmem.report import ReportResult
 from lowmem.report.departures import departures
 from lowmem.report.resources import HEADER as RESOURCES
 from lowmem.report.tables import TABLE_HEADER
 from lowmem.train.observer import Observer, Progress
-from lowmem.units import format_duration, format_size
 
 _PLAIN_EVERY_SECONDS = 30.0  # progress bars flood log files; a line now and then does not
 

@@ -10,14 +10,14 @@ from typing import Any
 from lowmem.bench.acceptance import DEFAULT_MINUTES, KINDS, Row, Setup, targets
 from lowmem.bench.acceptance_suite import Suite
 from lowmem.bench.acceptance_text import to_csv, to_json, to_markdown
-from lowmem.choose.device import ask_device
+from lowmem.calibrate.device import ask_device
+from lowmem.calibrate.environment import describe
 from lowmem.choose.execution import refuse_unsafe, resolve_execution
-from lowmem.environment import describe
-from lowmem.errors import PreflightError, UsageError
+from lowmem.config.settings import gather
+from lowmem.core.errors import PreflightError, UsageError
+from lowmem.core.units import MIB, format_size
 from lowmem.remat.libraries import Numerics
 from lowmem.runs.atomic import write_bytes_atomic, write_text_atomic
-from lowmem.settings import gather
-from lowmem.units import MIB, format_size
 
 NAMES = ("acceptance.json", "acceptance.csv", "acceptance.md", "acceptance.png")
 

@@ -18,15 +18,15 @@ from rich.table import Table as ShownTable
 from rich.text import Text
 
 from lowmem.bench.cells import ENGINE, FIRST_MODE, LEAST, Cell, Setup, plain_of
-from lowmem.bench.forked import Trials
 from lowmem.bench.results import NAMES, Results
 from lowmem.bench.run import Bench
 from lowmem.bench.text import Table, conditions, tables, to_csv, to_markdown
+from lowmem.calibrate.environment import describe
 from lowmem.choose.execution import refuse_unsafe, resolve_execution
-from lowmem.environment import describe
-from lowmem.errors import ExitCode, Interrupted, UsageError
-from lowmem.settings import gather
-from lowmem.units import MIB, parse_size
+from lowmem.config.settings import gather
+from lowmem.core.errors import ExitCode, Interrupted, UsageError
+from lowmem.core.units import MIB, parse_size
+from lowmem.trial.forked import Trials
 
 _WIDE = 140  # columns of a terminal that holds all of a table's
 _NAME_WIDTH = 21

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowmem.config import Config
+from lowmem.config.schema import Config
+from lowmem.core.errors import ExitCode
 from lowmem.doctor import Facts, Finding, Status, can_start, examine, gather
-from lowmem.errors import ExitCode
 
 _STYLES = {Status.OK: "green", Status.NOTE: "cyan", Status.WARNING: "bold yellow", Status.FAIL: "bold red"}
 _STATUS_COLUMNS = max(len(status) for status in Status)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from lowmem.cli.printed import printable
+from lowmem.core.units import format_size
 from lowmem.runs.listing import Listed, list_runs
-from lowmem.units import format_size
 
 _HEADER = ("run", "state", "epoch", "last error", "best error", "on disk", "fork --at")
 _RIGHT = {2, 3, 4, 5}

@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowmem.cards import load_card
-from lowmem.choose.divide import describe, plan_cards
+from lowmem.choose.batch_split import describe, plan_cards
 from lowmem.choose.execution import resolve_execution
 from lowmem.choose.explain import in_full
 from lowmem.choose.session import plan_run
-from lowmem.config import cards_of
-from lowmem.errors import PreflightError, UsageError
+from lowmem.config.cards import load_card
+from lowmem.config.schema import cards_of
+from lowmem.config.settings import Settings
+from lowmem.core.errors import PreflightError, UsageError
 from lowmem.runs.atomic import write_bytes_atomic
-from lowmem.settings import Settings
 
 if TYPE_CHECKING:
     from lowmem.choose.curve import Points

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from lowmem.errors import ExitCode, Interrupted, LowmemError, UsageError
+from lowmem.config.settings import Settings
+from lowmem.core.errors import ExitCode, Interrupted, LowmemError, UsageError
 from lowmem.reproduce.conduct import Asked, JobStopped, ask, command, conduct, interrupted, to_report
 from lowmem.reproduce.folder import held
 from lowmem.reproduce.members import select
 from lowmem.reproduce.process import Conductor
-from lowmem.settings import Settings
 
 
 def reproduce_job(out: Path, settings: Settings, only: str | None, block: str | None, dry_run: bool) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowmem.belonging import verify
 from lowmem.cli.printed import printable
-from lowmem.errors import ExitCode
+from lowmem.core.errors import ExitCode
+from lowmem.lifecycle.run_identity import verify
 from lowmem.runs.verify import Verified, to_json
 
 

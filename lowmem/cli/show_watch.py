@@ -18,13 +18,13 @@ from rich.live import Live as Display
 
 from lowmem.cli.lines import clock, describe_epoch, describe_event
 from lowmem.cli.screen import describe_errors, describe_settings, describe_state, facts, screen
-from lowmem.errors import UsageError
-from lowmem.reading import shorten
-from lowmem.runs.guard import refuse_leads
+from lowmem.core.errors import UsageError
+from lowmem.core.reading import shorten
 from lowmem.runs.history import Event
 from lowmem.runs.listing import may_be_alive, run_folders, writer_of
 from lowmem.runs.live import Live, Watched
 from lowmem.runs.lock import read_owner
+from lowmem.runs.symlink_guard import refuse_leads
 
 _NEXT_RUN_SECONDS = 120.0  # between two runs of a job: libraries, pictures, plan
 _JOB_OWNER = "job.owner.json"  # beside the runs of `lowmem reproduce`

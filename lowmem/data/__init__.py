@@ -1,6 +1,6 @@
 """Where pictures come from, and how they reach the network: `load` a `Dataset`, draw `TrainBatches` from it.
 
-Every choice made here (subset, order, crop, flip) is a function of an address, see `lowmem.addressed`
+Every choice made here (subset, order, crop, flip) is a function of an address, see `lowmem.core.counter_rng`
 (invariant 3).
 """
 

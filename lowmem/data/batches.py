@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowmem import addressed
+from lowmem.core import counter_rng as addressed
 from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Triple
 
 PADDING = 4

@@ -16,7 +16,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lowmem.reading import read_json, read_limited
+from lowmem.core.reading import read_json, read_limited
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1

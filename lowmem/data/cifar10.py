@@ -13,8 +13,8 @@ import torch
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
+from lowmem.core.errors import DataError
 from lowmem.data.pictures import Pictures, Source
-from lowmem.errors import DataError
 
 
 def read(root: str | Path, *, download: bool) -> Source:

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torchvision.datasets import FashionMNIST
 
+from lowmem.core.errors import DataError
 from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Source
-from lowmem.errors import DataError
 
 CLASSES = (
     "t-shirt",

@@ -22,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from lowmem.core.errors import DataError
+from lowmem.core.places import user_cache_folder
 from lowmem.data import cache as cached
 from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Progress, Source
-from lowmem.errors import DataError
-from lowmem.places import user_cache_folder
 
 PARTS = ("train", "test")
 FILTER = Image.Resampling.BICUBIC

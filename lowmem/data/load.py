@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from lowmem.addressed import derive_seed
-from lowmem.config import DataConfig
+from lowmem.config.schema import DataConfig
+from lowmem.core.counter_rng import derive_seed
+from lowmem.core.errors import UsageError
 from lowmem.data import cifar10, fashion, folder, shapes, subset
 from lowmem.data.pictures import Dataset, Pictures, Progress, Source, fingerprint, statistics
-from lowmem.errors import UsageError
 
 
 def load(config: DataConfig, seed: int, *, progress: Progress | None = None) -> Dataset:

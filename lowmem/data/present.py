@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem.config import DataConfig
+from lowmem.config.schema import DataConfig
+from lowmem.core.errors import DataError
 from lowmem.data import cifar10, fashion, folder
-from lowmem.errors import DataError
 
 CIFAR10_DOWNLOAD_BYTES = 170_498_071  # cifar-10-python.tar.gz
 FASHION_DOWNLOAD_BYTES = 30_878_645  # the four .gz files together

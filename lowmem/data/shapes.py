@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lowmem import addressed
+from lowmem.core import counter_rng as addressed
 from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Source
 
 Ints = NDArray[np.int32]

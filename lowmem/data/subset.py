@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lowmem import addressed
+from lowmem.core import counter_rng as addressed
 
 
 def class_shares(class_counts: list[int], count: int) -> list[int]:

@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lowmem.core.errors import ExitCode, LowmemError, PeerLost, UsageError
 from lowmem.distributed.launch import Launch
 from lowmem.distributed.reducer import Work
-from lowmem.errors import ExitCode, LowmemError, PeerLost, UsageError
 from lowmem.measure.out_of_memory import classify
 
 T = TypeVar("T")

@@ -23,7 +23,42 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowmem.plan.exchange import arrange
+from lowmem.core.units import MIB
+
+ALONE_BYTES = 1 * MIB  # a gradient of this size is summed in place, without a copy
+PACK_BYTES = 4 * MIB
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What goes as one message: places in the order of completion. Several, and a small one alone, are `packed`."""
+
+    places: tuple[int, ...]
+    packed: bool
+
+
+def arrange(sizes_bytes: Sequence[int]) -> tuple[Parcel, ...]:
+    """The gradients, in the order in which they are complete -> messages, in the order in which they are sent: a pack
+    once its last part is there, a large gradient at once, also between the parts of a pack."""
+    parcels: list[Parcel] = []
+    pack: list[int] = []
+    filled = 0
+
+    def close() -> None:
+        if pack:
+            parcels.append(Parcel(tuple(pack), packed=True))
+            pack.clear()
+
+    for place, size in enumerate(sizes_bytes):
+        if size >= ALONE_BYTES:
+            parcels.append(Parcel((place,), packed=False))
+            continue
+        if filled + size > PACK_BYTES:
+            close()
+        filled = size + (filled if pack else 0)
+        pack.append(place)
+    close()
+    return tuple(sorted(parcels, key=lambda parcel: parcel.places[-1]))
 
 
 class Work(Protocol):

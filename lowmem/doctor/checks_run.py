@@ -6,10 +6,10 @@ import difflib
 import math
 import re
 
+from lowmem.core.units import format_size
 from lowmem.doctor.builds import version
 from lowmem.doctor.checks_card import is_small
 from lowmem.doctor.facts import Facts, Finding, Status
-from lowmem.units import format_size
 
 # What the caching allocator reads in the oldest and the newest torch that lowmem runs on.
 ALLOCATOR_KEYS = (

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from lowmem.cards import Card
+from lowmem.config.cards import Card
 from lowmem.doctor.builds import runs_on, version
 from lowmem.measure.nvml import DriverDevice, DriverReport
 

@@ -22,15 +22,15 @@ from urllib.parse import urlsplit
 from packaging.requirements import InvalidRequirement, Requirement
 
 import lowmem
-from lowmem.cards import Card, find_card
-from lowmem.config import Config, flatten
+from lowmem.config.cards import Card, find_card
+from lowmem.config.schema import Config, flatten
+from lowmem.core.errors import LowmemError
+from lowmem.core.units import format_size
 from lowmem.doctor.asking import Answers, ask
 from lowmem.doctor.facts import Facts
 from lowmem.doctor.probe import STAGES
-from lowmem.errors import LowmemError
 from lowmem.measure.nvml import DriverReport, read_driver
 from lowmem.runs.space import kept_epochs, run_bytes
-from lowmem.units import format_size
 
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",

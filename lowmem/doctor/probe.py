@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from lowmem.settings import Settings
+    from lowmem.config.settings import Settings
 
 
 def torch_build(settings: Settings) -> dict[str, Any]:
@@ -138,7 +138,7 @@ STAGES: dict[str, Callable[[Settings], dict[str, Any]]] = {
 
 def _first_line(error: BaseException) -> str:
     """The error in one line; a LowmemError is a sentence already."""
-    from lowmem.errors import LowmemError
+    from lowmem.core.errors import LowmemError
 
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else ""
@@ -149,7 +149,7 @@ def _first_line(error: BaseException) -> str:
 
 def main(stages: list[str], given: TextIO, out: TextIO) -> None:
     """Runs the stages; a failure of one is its result."""
-    from lowmem.settings import Settings, validate
+    from lowmem.config.settings import Settings, validate
 
     values = json.loads(given.read())
     settings = Settings(validate(values, {}), dict.fromkeys(values, "doctor"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from lowmem.core.units import MIB, format_size
 from lowmem.measure.meter import Snapshot
 from lowmem.measure.nvml import DeviceProcess, DriverReport
-from lowmem.units import MIB, format_size
 
 _NAMED = 5
 # The driver's sum and its list of processes differ by some MiB of its own; less than this is no holder.

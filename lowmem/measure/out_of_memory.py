@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import torch
 
-from lowmem.errors import PeerFailed
-from lowmem.units import GIB, KIB, MIB, format_size
+from lowmem.core.errors import PeerFailed
+from lowmem.core.units import GIB, KIB, MIB, format_size
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lowmem.errors import PreflightError
+from lowmem.core.errors import PreflightError
 
 SAFE_CHANNELS = 16
 

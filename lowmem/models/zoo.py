@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from lowmem.addressed import derive_seed
-from lowmem.config import ARCHITECTURES, BLOCK_LAYOUT, resolve_block
-from lowmem.errors import UsageError
+from lowmem.config.schema import ARCHITECTURES, BLOCK_LAYOUT, resolve_block
+from lowmem.core.counter_rng import derive_seed
+from lowmem.core.errors import UsageError
 from lowmem.models.resnet import BasicBlock, Bottleneck, ResNet
 
 Net = TypeVar("Net", bound=nn.Module)

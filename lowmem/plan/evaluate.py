@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lowmem.core.units import format_size
 from lowmem.plan.cost import ChainCost, OptionCost
 from lowmem.plan.policy import Item, Keep, PolicyKind, Schedule, Segment
-from lowmem.units import format_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from lowmem.errors import Infeasible
+from lowmem.core.errors import Infeasible
 from lowmem.plan.cost import ChainCost
 from lowmem.plan.evaluate import Evaluation, evaluate
 from lowmem.plan.policy import Schedule

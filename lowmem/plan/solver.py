@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lowmem.errors import Infeasible
+from lowmem.core.errors import Infeasible
 from lowmem.plan.cost import ChainCost
 from lowmem.plan.options import useful_bytes
 from lowmem.plan.solution import Solution, describe, refuse

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from lowmem.plan.policy import Keep, Schedule, Segment
 from lowmem.remat.kernels import mask_relu
 from lowmem.remat.stage import Box, Saved, Stage, StagePass
-from lowmem.remat.sync import Total
+from lowmem.remat.sync_batch_norm import Total
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Entry:
 class Run:
     """One forward pass of the chain and the backward that belongs to it.
 
-    `total`: see `lowmem.remat.sync`, for what it does and the order in which it is called.
+    `total`: see `lowmem.remat.sync_batch_norm`, for what it does and the order in which it is called.
     `stage_done` is called with a stage's number as soon as the stage's `backward` is over, once for every stage
     that a gradient reaches, from the last to the first, whatever the schedule: from then on this pass adds
     nothing to the `.grad` of its parameters (unless another stage has the same ones).

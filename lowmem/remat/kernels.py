@@ -14,8 +14,8 @@ place where that is safe. On a CPU both are the same kernel.
 cuDNN's forward returns a reserve tensor that its backward reads; the two belong together. Known limitation: on fake
 tensors, which live on the CPU, the reserve and cuDNN's workspace have no bytes.
 
-With a `total` (`lowmem.remat.sync`) training's statistics are those of all processes' pictures; then the first
-batch norm is computed as the repeated ones are, and `library` has no say.
+With a `total` (`lowmem.remat.sync_batch_norm`) training's statistics are those of all processes' pictures; then the
+first batch norm is computed as the repeated ones are, and `library` has no say.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lowmem.remat.sync import Total, global_statistics, move_running, statistics_dtype
+from lowmem.remat.sync_batch_norm import Total, global_statistics, move_running, statistics_dtype
 
 _aten = torch.ops.aten
 _EXACT_DTYPES = (torch.float32, torch.float64)

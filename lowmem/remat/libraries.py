@@ -24,7 +24,7 @@ from typing import Literal
 
 import torch
 
-from lowmem.units import KIB, MIB
+from lowmem.core.units import KIB, MIB
 
 # Of a convolution, where nothing was measured: the library is told not to take more.
 ASSUMED_WORKSPACE_BYTES = 256 * MIB

@@ -11,7 +11,7 @@ from lowmem.plan.record import Plan
 from lowmem.remat.chain import decompose
 from lowmem.remat.executor import execute
 from lowmem.remat.stage import Stage
-from lowmem.remat.sync import Total
+from lowmem.remat.sync_batch_norm import Total
 
 
 class PlannedModule(nn.Module):
@@ -20,8 +20,8 @@ class PlannedModule(nn.Module):
 
     `stages` are the chain's links, `schedule` what is executed; it may be replaced (`set_schedule`) between steps.
     Two attributes may be set at any time: `total` makes training's batch statistics those of all processes
-    (`lowmem.remat.sync`); `stage_done` is called in the backward with the number of each stage whose parameters'
-    gradients are complete (`lowmem.remat.executor.Run`).
+    (`lowmem.remat.sync_batch_norm`); `stage_done` is called in the backward with the number of each stage whose
+    parameters' gradients are complete (`lowmem.remat.executor.Run`).
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule, *, library_norm: bool = False) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowmem.plan.policy import BlockPolicy
 from lowmem.remat.kernels import NormStats
-from lowmem.remat.sync import Total
+from lowmem.remat.sync_batch_norm import Total
 
 Box: TypeAlias = list[Tensor]
 Saved: TypeAlias = dict[str, Tensor]
@@ -28,7 +28,7 @@ class StagePass:
     """What a stage remembers through one forward pass and the recomputations that belong to it.
 
     `low`: the dtype of autocast, or None. `library_norm`: see `lowmem.remat.kernels`. `total`: see
-    `lowmem.remat.sync`; None: batch statistics are this process's own. `norms`: batch
+    `lowmem.remat.sync_batch_norm`; None: batch statistics are this process's own. `norms`: batch
     statistics by convolution (`"1"`, …, `"s"`). `rng`: generator states before the first run, for stages
     that draw random numbers. `first`: nothing has run yet, so that buffers have to be moved (invariant
     2).

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from lowmem.config import resolve_block
+from lowmem.config.schema import resolve_block
 from lowmem.report.curves import LOSS, TEST_ERROR, Curve, Panel, common_classes, curves_of, find_pairs
 from lowmem.report.labels import EndLabel, place, room_for, tick_room
 from lowmem.report.palette import NEUTRAL

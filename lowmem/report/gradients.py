@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from lowmem.config import resolve_block
+from lowmem.config.schema import resolve_block
 from lowmem.report.curves import Curve, curves_of, find_pairs
 from lowmem.report.figures import Filled, Picture, lay_out
 from lowmem.report.labels import EndLabel

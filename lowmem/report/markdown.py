@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
 
+from lowmem.core.units import format_duration
 from lowmem.report.departures import departures
 from lowmem.report.figures import Picture
 from lowmem.report.naming import run_names
@@ -17,7 +18,6 @@ from lowmem.report.resources import EXPLAINED, largest, resource_rows
 from lowmem.report.resources import HEADER as RESOURCES
 from lowmem.report.tables import TABLE_HEADER, UNKNOWN, TableRow, percent, without_run
 from lowmem.runs.history import History
-from lowmem.units import format_duration
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~$&!^])")
 

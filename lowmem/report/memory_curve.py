@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from lowmem.core.units import MIB
 from lowmem.report.labels import tick_room
 from lowmem.report.methods import STYLES
 from lowmem.report.placing import Boxes, Label, along, around, from_the_middle, place
 from lowmem.report.style import AXIS_SIZE, BOTTOM_INCHES, HEIGHT_INCHES, TOP_INCHES, dress, head, new_figure, to_png
-from lowmem.units import MIB
 
 Points = Sequence[tuple[float, float]]
 

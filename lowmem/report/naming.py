@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from lowmem.reading import shorten as one_line
+from lowmem.core.reading import shorten as one_line
 from lowmem.report.palette import network_name
 from lowmem.runs.history import History
 

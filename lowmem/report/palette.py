@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowmem.config import ARCHITECTURES, ModelConfig, resolve_block
+from lowmem.config.schema import ARCHITECTURES, ModelConfig, resolve_block
 
 NEUTRAL = "#666666"  # chance levels and notes: no network has it
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-from lowmem.config import Config, resolve_block
+from lowmem.config.schema import Config, resolve_block
 from lowmem.runs.history import History
 
 PUBLISHED_ERROR_PCT: dict[str, float] = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 
+from lowmem.core.units import format_duration, format_size
 from lowmem.report.naming import run_names
 from lowmem.report.tables import UNKNOWN
 from lowmem.runs.history import EpochRow, History
-from lowmem.units import format_duration, format_size
 
 HEADER = ("Run", "Time", "Images/s", "Planned", "Allocated", "Reserved", "Device", "Resumed")
 EXPLAINED = (

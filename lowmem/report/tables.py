@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowmem.config import ModelConfig, resolve_block
+from lowmem.config.schema import ModelConfig, resolve_block
 from lowmem.report.naming import run_names
 from lowmem.report.palette import network_name, network_rank
 from lowmem.report.published import PUBLISHED_ERROR_PCT, differences, published_error_pct

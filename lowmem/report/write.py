@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem.errors import DiskError, UsageError
-from lowmem.reading import shorten
+from lowmem.core.errors import DiskError, UsageError
+from lowmem.core.reading import shorten
 from lowmem.report.figures import Picture, draw_all
 from lowmem.report.gradients import draw_gradients
 from lowmem.report.markdown import render

@@ -12,17 +12,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem.choose.execution import refuse_unsafe, resolve_execution
 from lowmem.choose.session import plan_run, wants_plan
-from lowmem.config import Config
+from lowmem.config.schema import Config
+from lowmem.core.errors import Infeasible, PreflightError, UsageError
+from lowmem.core.units import format_size
 from lowmem.data import Dataset, load
-from lowmem.errors import Infeasible, PreflightError, UsageError
 from lowmem.models import skeleton
 from lowmem.plan.record import Plan
 from lowmem.reproduce.job import Job
-from lowmem.reproduce.standing import Standing
+from lowmem.reproduce.progress import Standing
 from lowmem.runs.space import kept_epochs, rows_bytes, run_bytes
 from lowmem.train.gradients import default_every, measured_weights
 from lowmem.train.observer import Observer
-from lowmem.units import format_size
 
 
 @dataclass(frozen=True)

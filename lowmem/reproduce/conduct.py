@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lowmem.config import OPERATIONAL
-from lowmem.errors import ExitCode, Interrupted, LowmemError, PreflightError, UsageError
+from lowmem.config.schema import OPERATIONAL
+from lowmem.config.settings import Settings
+from lowmem.core.errors import ExitCode, Interrupted, LowmemError, PreflightError, UsageError
 from lowmem.reproduce.folder import begun
 from lowmem.reproduce.job import Job, asked_for, is_job, read_job, refuse_other_settings
 from lowmem.reproduce.members import ALL, REPORTED, Member
 from lowmem.reproduce.process import Conductor
-from lowmem.reproduce.standing import Standing, standing_of, standings_of, wait_for_writers
+from lowmem.reproduce.progress import Standing, standing_of, standings_of, wait_for_writers
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.history import read_history
-from lowmem.settings import Settings
 
 # What would stop every other run too. Anything else is a run's own: the others go on without it.
 _STOPS_ALL = {ExitCode.USAGE, ExitCode.PREFLIGHT, ExitCode.DISK, ExitCode.INTERRUPTED, ExitCode.TERMINATED}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lowmem.errors import PreflightError, UsageError
+from lowmem.core.errors import PreflightError, UsageError
 from lowmem.reproduce.job import FILE_NAME, is_job
 from lowmem.reproduce.members import ALL
 from lowmem.runs.atomic import PARTIAL

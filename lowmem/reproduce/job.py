@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowmem.config import OPERATIONAL, flatten, known_keys
-from lowmem.errors import DiskError, UsageError
-from lowmem.reading import SETTINGS_LIMIT_BYTES, Unreadable, read_json, shorten
+from lowmem.config.schema import OPERATIONAL, flatten, known_keys
+from lowmem.config.settings import Settings, from_yaml, validate
+from lowmem.core.errors import DiskError, UsageError
+from lowmem.core.reading import SETTINGS_LIMIT_BYTES, Unreadable, read_json, shorten
 from lowmem.reproduce.members import ALL, Member
 from lowmem.runs.atomic import write_text_atomic
 from lowmem.runs.setup import JOB as FILE_NAME
-from lowmem.settings import Settings, from_yaml, validate
 
 FORMAT = 1
 _OWN = frozenset({"model.arch", "model.block"})  # what each run has of its own

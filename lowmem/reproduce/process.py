@@ -23,8 +23,8 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from lowmem.errors import ExitCode
-from lowmem.reading import RECORD_LIMIT_BYTES, parse_json
+from lowmem.core.errors import ExitCode
+from lowmem.core.reading import RECORD_LIMIT_BYTES, parse_json
 from lowmem.train.signals import Insistence
 
 COMMAND = "reproduce-run"

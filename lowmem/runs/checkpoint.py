@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem.errors import CorruptCheckpoint, DiskError, LowmemError, OutOfMemory, UnreadableCheckpoint
-from lowmem.reading import RECORD_LIMIT_BYTES, Unreadable, parse_json, read_limited, shorten
+from lowmem.core.errors import CorruptCheckpoint, DiskError, LowmemError, OutOfMemory, UnreadableCheckpoint
+from lowmem.core.reading import RECORD_LIMIT_BYTES, Unreadable, parse_json, read_limited, shorten
+from lowmem.core.units import format_size
 from lowmem.runs.atomic import fsync_folder, replace_path, write_synced
+from lowmem.runs.checkpoint_state import Position, read_position
 from lowmem.runs.header import parse_header
-from lowmem.runs.kept import Position, read_position
 from lowmem.runs.position import is_count
-from lowmem.units import format_size
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,12 +21,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowmem.errors import PreflightError
-from lowmem.reading import shorten
+from lowmem.core.errors import PreflightError
+from lowmem.core.reading import shorten
+from lowmem.core.units import MIB
 from lowmem.runs.follow import Follower, TableFollower, count
 from lowmem.runs.gradients import FILE_NAME as GRADIENTS
 from lowmem.runs.history import parse_event
-from lowmem.units import MIB
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event

@@ -13,7 +13,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem.reading import TABLE_LIMIT_BYTES
+from lowmem.core.reading import TABLE_LIMIT_BYTES
 
 _ANCHOR_LIMIT_BYTES = 1 << 16  # of the last line, by which the file is known again
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from lowmem.errors import UsageError
-from lowmem.reading import shorten
+from lowmem.core.errors import UsageError
+from lowmem.core.reading import shorten
 
 FILE_NAME = "gradients.csv"
 _LEADING = ("step", "epoch")

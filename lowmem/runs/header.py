@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lowmem.reading import Unreadable, parse_json, shorten
+from lowmem.core.reading import Unreadable, parse_json, shorten
 
 _HEADER_LIMIT_BYTES = 4 << 20
 _ITEM_BYTES = {

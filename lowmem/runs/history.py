@@ -19,9 +19,9 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from lowmem.config import Config
-from lowmem.errors import UsageError
-from lowmem.reading import (
+from lowmem.config.schema import Config
+from lowmem.core.errors import UsageError
+from lowmem.core.reading import (
     SETTINGS_LIMIT_BYTES,
     TABLE_LIMIT_BYTES,
     Unreadable,
@@ -34,8 +34,8 @@ from lowmem.reading import (
 from lowmem.runs import gradients as gradient_rows
 from lowmem.runs.columns import INTEGER, METRICS, STEPS
 from lowmem.runs.gradients import Gradients
-from lowmem.runs.guard import refuse_leads
 from lowmem.runs.header import read_header
+from lowmem.runs.symlink_guard import refuse_leads
 
 State = Literal["finished", "stopped as planned", "unfinished"]
 

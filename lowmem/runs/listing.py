@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from lowmem.config import Config
-from lowmem.errors import CorruptCheckpoint, LowmemError, UsageError
-from lowmem.reading import shorten
+from lowmem.config.schema import Config
+from lowmem.core.errors import CorruptCheckpoint, LowmemError, UsageError
+from lowmem.core.reading import shorten
 from lowmem.runs.checkpoint import found
+from lowmem.runs.checkpoint_state import Position, read_position
 from lowmem.runs.history import EpochRow, read_epochs
-from lowmem.runs.kept import Position, read_position
 from lowmem.runs.lock import LOCK_NAME, OWNER_NAME, read_owner
 
 State = Literal["training", "finished", "stopped", "interrupted", "never started", "damaged"]

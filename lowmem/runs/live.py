@@ -19,9 +19,9 @@ from pathlib import Path
 from statistics import median
 from typing import Generic, Literal, TypeVar
 
-from lowmem.config import Config
-from lowmem.errors import UsageError
-from lowmem.reading import PLAN_LIMIT_BYTES, Unreadable, read_json
+from lowmem.config.schema import Config
+from lowmem.core.errors import UsageError
+from lowmem.core.reading import PLAN_LIMIT_BYTES, Unreadable, read_json
 from lowmem.runs.columns import INTEGER, METRICS
 from lowmem.runs.follow import Follower, TableFollower, count
 from lowmem.runs.history import EpochRow, Event, parse_event, read_settings

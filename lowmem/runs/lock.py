@@ -20,7 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lowmem.errors import UsageError
+from lowmem.core.errors import UsageError
 from lowmem.runs.atomic import write_text_atomic
 
 LOCK_NAME, OWNER_NAME = "run.lock", "run.owner.json"

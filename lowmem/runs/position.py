@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lowmem.errors import CorruptCheckpoint
+from lowmem.core.errors import CorruptCheckpoint
 
 _LARGEST = 1 << 53
 _LARGEST_LOG = 745.2  # of a positive double, either way

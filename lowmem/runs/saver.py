@@ -24,11 +24,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from lowmem.errors import CorruptCheckpoint, DiskError, OutOfMemory
+from lowmem.core.errors import CorruptCheckpoint, DiskError, OutOfMemory
+from lowmem.core.units import format_duration
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.store import RunFolder
-from lowmem.units import format_duration
 
 if TYPE_CHECKING:
     from torch import Tensor

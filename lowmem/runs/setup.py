@@ -11,7 +11,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from lowmem.errors import UsageError
+from lowmem.core.errors import UsageError
 from lowmem.runs import columns
 from lowmem.runs.atomic import PARTIAL
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from lowmem.errors import CorruptCheckpoint, DiskError, PreflightError, UsageError
-from lowmem.reading import shorten
+from lowmem.core.errors import CorruptCheckpoint, DiskError, PreflightError, UsageError
+from lowmem.core.reading import shorten
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs import columns, gradients
 from lowmem.runs.atomic import (
@@ -31,10 +31,10 @@ from lowmem.runs.atomic import (
     write_text_atomic,
 )
 from lowmem.runs.checkpoint import FULL, disk_error
-from lowmem.runs.guard import refuse_leads
 from lowmem.runs.lock import Owner, RunLock
 from lowmem.runs.rowfile import RowFile
 from lowmem.runs.setup import FORKING, JOB, clear, never_began, refuse_existing, start_again
+from lowmem.runs.symlink_guard import refuse_leads
 from lowmem.runs.table import cut
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
-from lowmem.errors import CorruptCheckpoint
+from lowmem.core.errors import CorruptCheckpoint
 from lowmem.runs.atomic import cut_file, replacing, write_text_atomic
 
 _COUNT = re.compile(rb"[0-9]{1,15}")

@@ -17,14 +17,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import CorruptCheckpoint
-from lowmem.reading import TABLE_LIMIT_BYTES, Unreadable, parse_json, read_json, read_limited, shorten
+from lowmem.core.errors import CorruptCheckpoint
+from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable, parse_json, read_json, read_limited, shorten
+from lowmem.core.units import format_size
 from lowmem.runs import columns, gradients
 from lowmem.runs.checkpoint import Checkpoint, load, named
 from lowmem.runs.header import read_header
 from lowmem.runs.lock import OWNER_NAME, read_owner
 from lowmem.runs.table import look
-from lowmem.units import format_size
 
 
 class Status(StrEnum):

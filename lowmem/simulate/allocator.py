@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 
-from lowmem.units import KIB, MIB
+from lowmem.core.units import KIB, MIB
 
 MIN_BLOCK_BYTES = 512
 SMALL_SIZE_BYTES = MIB  # the largest request that the small pool serves

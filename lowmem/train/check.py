@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem.core.units import format_size
 from lowmem.measure import Snapshot
 from lowmem.measure.tensors import TensorMeter
 from lowmem.plan.record import Plan
-from lowmem.units import format_size
 
 _STEPS = 2  # the first may hold what libraries make once
 

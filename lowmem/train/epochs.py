@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from lowmem.core.errors import Interrupted, LowmemError, PeerLost
 from lowmem.data import Pictures, eval_batches
-from lowmem.errors import Interrupted, LowmemError, PeerLost
 from lowmem.measure.out_of_memory import Failure
 from lowmem.runs.saver import Save, Saver
 from lowmem.runs.store import RunFolder
+from lowmem.step.data_parallel import Asked
+from lowmem.step.evaluate import Score, Sums, evaluate_sums
+from lowmem.step.undo import Undo
 from lowmem.train.check import PlanCheck
-from lowmem.train.descent import Descent
-from lowmem.train.evaluate import Score, Sums, evaluate_sums
-from lowmem.train.interval import SaveInterval
-from lowmem.train.joint import Asked
+from lowmem.train.checkpoint_interval import SaveInterval
+from lowmem.train.eta import TimeLeft
 from lowmem.train.observer import Progress
+from lowmem.train.oom_fallback import Descent
 from lowmem.train.schedule import learning_rate, next_low_start
 from lowmem.train.signals import NAMES, StopSignals
 from lowmem.train.state import Best, RunState
-from lowmem.train.survive import Undo
-from lowmem.train.timeleft import TimeLeft
 from lowmem.train.watch import Watch
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowmem.train.step import TrainStep
+from lowmem.step.train_step import TrainStep
 
 MOST_STEPS_APART = 100  # by default; of an epoch of fewer than 1,000 steps a tenth
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lowmem.config import Config
+from lowmem.config.schema import Config
 from lowmem.data import Dataset, Pictures, TrainBatches
 from lowmem.distributed.group import Group
 from lowmem.distributed.reducer import Reducer
@@ -18,15 +18,15 @@ from lowmem.plan.record import Plan
 from lowmem.remat import PlannedModule, apply_plan, stage_names
 from lowmem.remat.norms import norm_sums
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs.absent import AbsentFolder, AbsentSaver
+from lowmem.runs.null_writer import AbsentFolder, AbsentSaver
 from lowmem.runs.saver import Saver
 from lowmem.runs.store import RunFolder
+from lowmem.step.data_parallel import JointStep, are_alike
+from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.train.epochs import Loop, Outcome
-from lowmem.train.joint import JointStep, are_alike, share_checkpoint
 from lowmem.train.observer import Observer
 from lowmem.train.signals import StopSignals
-from lowmem.train.state import RunState, capture, restore
-from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
+from lowmem.train.state import RunState, capture, restore, share_checkpoint
 
 __all__ = ["Outcome", "Trainer"]
 

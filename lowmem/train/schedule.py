@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowmem.config import Config
+from lowmem.config.schema import Config
 
 
 def milestone_steps(config: Config, steps_per_epoch: int) -> tuple[int, ...]:

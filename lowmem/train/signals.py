@@ -15,7 +15,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from lowmem.errors import ExitCode
+from lowmem.core.errors import ExitCode
 
 # SIGHUP: the terminal was closed. SIGBREAK: Ctrl-Break on Windows. Only what this system has.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")

@@ -6,14 +6,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowmem.config import OPERATIONAL, Config, flatten
-from lowmem.errors import CorruptCheckpoint
-from lowmem.reading import shorten
+from lowmem.config.schema import OPERATIONAL, Config, flatten
+from lowmem.core.errors import CorruptCheckpoint
+from lowmem.core.reading import shorten
+from lowmem.distributed.group import Group
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.position import check_state
 
@@ -199,3 +201,16 @@ def _load_tensors(into: dict[str, Tensor], tensors: Any, what: str) -> None:
                 f"{name} is {list(tensors[name].shape)} in the checkpoint and {list(tensor.shape)} in the network"
             )
         tensor.copy_(tensors[name])
+
+
+def share_checkpoint(group: Group, found: tuple[Checkpoint, Path] | None) -> tuple[Checkpoint, Path] | None:
+    """What rank 0 has read, in every process: on other machines there may be no such files."""
+    if group.alone:
+        return found
+    head = group.share(None if found is None else [found[0].step, dict(found[0].state), str(found[1])])
+    if head is None:
+        return None
+    step, state, path = head
+    model = group.share_tensors(None if found is None else found[0].model)
+    optimizer = group.share_tensors(None if found is None else found[0].optimizer)
+    return Checkpoint(step, model, optimizer, state), Path(path)

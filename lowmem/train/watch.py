@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lowmem.errors import Stuck
+from lowmem.core.errors import Stuck
 from lowmem.runs.store import RunFolder
-from lowmem.train import stuck
-from lowmem.train.diverge import Recovery
+from lowmem.train import stall as stuck
+from lowmem.train.divergence import Recovery
 from lowmem.train.gradients import GradientNorms, default_every
 
 if TYPE_CHECKING:

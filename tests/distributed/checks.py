@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowmem.core.errors import UsageError
 from lowmem.distributed.group import Group, PeerError, join
 from lowmem.distributed.launch import Launch
 from lowmem.distributed.reducer import Work
 from lowmem.distributed.split import Split, even_shares
-from lowmem.errors import UsageError
 from lowmem.plan import exchange
-from lowmem.train.joint import are_alike
+from lowmem.step.data_parallel import are_alike
+from lowmem.step.train_step import Execution
 from lowmem.train.loop import Trainer
-from lowmem.train.step import Execution
 from tests.distributed import small
 from tests.distributed.troubles import (
     a_loss_that_breaks_in_one_process,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lowmem.config import Config
+from lowmem.config.schema import Config
 from lowmem.data import Dataset, Pictures
 from lowmem.distributed.group import Group
 from lowmem.distributed.split import Split
@@ -12,9 +12,9 @@ from lowmem.models import build
 from lowmem.plan.policy import LEAN, Keep, Schedule, Segment, keep, uniform
 from lowmem.plan.record import Plan
 from lowmem.remat import stage_names
+from lowmem.step.train_step import Execution
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
-from lowmem.train.step import Execution
 
 BATCH = 12
 FP32 = Execution("cpu", "fp32", "contiguous")

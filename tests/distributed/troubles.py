@@ -11,24 +11,24 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lowmem.cards import load_card
 from lowmem.choose.request import card_rates
 from lowmem.choose.simulated import StepShape, simulate_step
-from lowmem.config import Config, known_keys
+from lowmem.config.cards import load_card
+from lowmem.config.schema import Config, known_keys
+from lowmem.config.settings import Settings, to_yaml
+from lowmem.core.errors import OutOfMemory
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
 from lowmem.distributed.split import Split, even_shares
-from lowmem.errors import OutOfMemory
 from lowmem.measure.tensors import TensorMeter
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs.absent import AbsentFolder
+from lowmem.runs.null_writer import AbsentFolder
 from lowmem.runs.store import RunFolder
-from lowmem.settings import Settings, to_yaml
+from lowmem.step.data_parallel import are_alike
+from lowmem.step.undo import Undo
 from lowmem.train import epochs
-from lowmem.train.joint import are_alike
 from lowmem.train.loop import Trainer
-from lowmem.train.pressure import Pressure
-from lowmem.train.survive import Undo
+from lowmem.train.memory_pressure import Pressure
 from tests.distributed import small
 from tests.faults.injection import Scarce, scarce_step
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem.errors import CorruptCheckpoint
+from lowmem.core.errors import CorruptCheckpoint
 from lowmem.runs import checkpoint as checkpoints
 from tests.faults.small_run import same_checkpoint
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lowmem.errors import LowmemError
+from lowmem.core.errors import LowmemError
 
 Mutation = Callable[[random.Random, bytes], bytes]
 SECONDS_FOR_ONE = 10.0  # far above what any takes on a busy machine, far below what a hang takes

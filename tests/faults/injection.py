@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lowmem.config.settings import Settings, to_yaml
 from lowmem.data import Dataset, TrainBatches
 from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.runs.store import RunFolder
-from lowmem.settings import Settings, to_yaml
+from lowmem.step.train_step import Execution
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
 from lowmem.train.state import config_hash
-from lowmem.train.step import Execution
 
 SMALLEST_BYTES = 2048  # less is not worth a failure of its own
 UPDATE = "aten._fused_sgd_.default"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from lowmem.errors import CorruptCheckpoint, ExitCode
+from lowmem.core.errors import CorruptCheckpoint, ExitCode
 from lowmem.runs import checkpoint as checkpoints
 from tests.conftest import exact_rows
 from tests.faults.lives import Death, Life, Lives

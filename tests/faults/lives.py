@@ -96,9 +96,6 @@ def _serve() -> None:
     import matplotlib.figure  # noqa: F401
     import torch
 
-    import lowmem.api
-    import lowmem.cli.commands
-    import lowmem.cli.show  # noqa: F401
     from lowmem.data import shapes
 
     torch.set_num_threads(1)

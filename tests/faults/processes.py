@@ -17,10 +17,10 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
 import torch
 
-import lowmem.api
 import lowmem.cli.job_process
 import lowmem.cli.show
 import lowmem.cli.show_reproduce
+import lowmem.lifecycle.api
 from lowmem.cli.main import _run
 from lowmem.reproduce.process import Conductor
 

@@ -14,17 +14,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lowmem import fork
-from lowmem.api import recorded_settings, resume_training
-from lowmem.belonging import belongs_to, most_bytes, verify
-from lowmem.cards import load_card
-from lowmem.choose.calibration import Calibration, Identity, Mode, Seconds
+from lowmem.calibrate.calibration import Calibration, Identity, Mode, Seconds
 from lowmem.cli.lines import describe_epoch
 from lowmem.cli.screen import screen
 from lowmem.cli.show_watch import to_json
+from lowmem.config.cards import load_card
+from lowmem.config.settings import from_yaml, gather, parse_set
+from lowmem.config.shipped import profiles_folder
+from lowmem.core.errors import CorruptCheckpoint, Diverged, LowmemError
+from lowmem.core.units import format_size
 from lowmem.data import cache, load
-from lowmem.decide import read_plan
-from lowmem.errors import CorruptCheckpoint, Diverged, LowmemError
+from lowmem.lifecycle import fork
+from lowmem.lifecycle.api import recorded_settings, resume_training
+from lowmem.lifecycle.decide import read_plan
+from lowmem.lifecycle.run_identity import belongs_to, most_bytes, verify
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, keep, uniform
 from lowmem.plan.record import Candidate, Plan
@@ -40,13 +43,10 @@ from lowmem.runs.live import Watched
 from lowmem.runs.lock import OWNER_NAME, RunLock
 from lowmem.runs.store import RunFolder
 from lowmem.runs.table import cut
-from lowmem.settings import from_yaml, gather, parse_set
-from lowmem.shipped import profiles_folder
+from lowmem.step.train_step import Execution, make_optimizer, make_scaler
 from lowmem.train.gradients import measured_weights
 from lowmem.train.schedule import learning_rate
 from lowmem.train.state import config_hash, restore
-from lowmem.train.step import Execution, make_optimizer, make_scaler
-from lowmem.units import format_size
 from tests.faults.fuzzing import ANY, JSON, TENSORS, Mutation, Reader, rehash, replace_in_json
 from tests.faults.small_run import copy_run
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from lowmem.api import run_training
+from lowmem.config.settings import gather
+from lowmem.lifecycle.api import run_training
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.settings import gather
 from lowmem.train.observer import Observer
 
 SETTINGS = (

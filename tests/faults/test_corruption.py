@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.api import resume_training
-from lowmem.belonging import belongs_to
 from lowmem.cli.main import main
-from lowmem.errors import CorruptCheckpoint, ExitCode, LowmemError, UsageError
+from lowmem.config.settings import from_yaml
+from lowmem.core.errors import CorruptCheckpoint, ExitCode, LowmemError, UsageError
+from lowmem.lifecycle.api import resume_training
+from lowmem.lifecycle.run_identity import belongs_to
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.settings import from_yaml
 from tests.conftest import assert_same_tensors, environment, exact_rows
 from tests.faults.damage import FILES, Damage, flip, flips, generations, judge, of_files, of_folders
 from tests.faults.small_run import Heard, copy_run, make_run

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.api import resume_training, run_training
 from lowmem.cli.main import main
+from lowmem.config.settings import Settings, gather
+from lowmem.core.errors import Diverged, ExitCode
 from lowmem.data import TrainBatches, shapes
-from lowmem.errors import Diverged, ExitCode
+from lowmem.lifecycle.api import resume_training, run_training
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.settings import Settings, gather
-from lowmem.train.step import TrainStep
+from lowmem.step.train_step import TrainStep
 from tests.conftest import assert_same_run
 from tests.faults.injection import events
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from lowmem.api import resume_training
+from lowmem.config.settings import Settings, gather, to_yaml
+from lowmem.core.errors import DiskError, ExitCode, PreflightError
 from lowmem.data import Dataset, load
-from lowmem.errors import DiskError, ExitCode, PreflightError
-from lowmem.preflight import preflight
+from lowmem.lifecycle.api import resume_training
+from lowmem.lifecycle.preflight import preflight
 from lowmem.runs import checkpoint as cp
 from lowmem.runs import saver
 from lowmem.runs.store import RunFolder
-from lowmem.settings import Settings, gather, to_yaml
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
 from tests.conftest import assert_same_run

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.api import fork_run, resume_training
-from lowmem.belonging import verify
 from lowmem.cli.main import main
-from lowmem.errors import CorruptCheckpoint, LowmemError, UsageError
+from lowmem.config.settings import from_yaml, gather
+from lowmem.core.errors import CorruptCheckpoint, LowmemError, UsageError
+from lowmem.lifecycle.api import fork_run, resume_training
+from lowmem.lifecycle.run_identity import verify
 from lowmem.report import write_report
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs.guard import refuse_leads
-from lowmem.settings import from_yaml, gather
+from lowmem.runs.symlink_guard import refuse_leads
 from tests.faults.fuzzing import rehash
 from tests.faults.small_run import Heard, copy_run, make_run
 

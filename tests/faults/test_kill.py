@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.errors import ExitCode
+from lowmem.core.errors import ExitCode
 from tests.conftest import assert_same_run
 from tests.faults.kills import (
     EVERY_STEPS,

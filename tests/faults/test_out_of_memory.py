@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem.api import resume_training, run_training
 from lowmem.choose.ladder import with_ladder
 from lowmem.choose.session import plan_run
+from lowmem.config.settings import Settings, gather
+from lowmem.core.errors import ExitCode, OutOfMemory
 from lowmem.data import Dataset, load
-from lowmem.errors import ExitCode, OutOfMemory
+from lowmem.lifecycle.api import resume_training, run_training
 from lowmem.measure.tensors import TensorMeter
 from lowmem.plan.record import Plan
-from lowmem.settings import Settings, gather
 from lowmem.train.loop import Trainer
-from lowmem.train.pressure import Pressure, Reading
+from lowmem.train.memory_pressure import Pressure, Reading
 from tests.conftest import TINY, assert_same_run, environment
 from tests.faults.injection import Scarce, events, make_trainer, recorded_plan, run, scarce_from, scarce_step
 
@@ -288,7 +288,7 @@ def test_pressure_takes_a_rung_between_two_steps(
 def test_the_allocators_retries_are_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU nobody counts them: the readings are scripted, the run is real."""
     counts = itertools.count()
-    monkeypatch.setattr("lowmem.train.descent.reading", lambda snapshot: Reading(next(counts), 2_000, 6_000))
+    monkeypatch.setattr("lowmem.train.oom_fallback.reading", lambda snapshot: Reading(next(counts), 2_000, 6_000))
     path = run(tmp_path / "run", _settings("fp32"), _trainer())
     found = events(path, "allocator-retries")
     assert found

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import lowmem.preflight
-from lowmem.errors import ExitCode, Interrupted
-from lowmem.train.early import leaving_early
+import lowmem.lifecycle.preflight
+from lowmem.core.errors import ExitCode, Interrupted
+from lowmem.lifecycle.startup_signals import leaving_early
 from lowmem.train.signals import StopSignals
 from tests.faults.processes import SMALL, Forked, wait_for
 from tests.faults.small_run import make_run
@@ -26,7 +26,7 @@ def _in_preflight(tmp_path: Path) -> Callable[[], None]:
         (tmp_path / "begun").touch()
         wait_for(tmp_path / "never")
 
-    return lambda: setattr(lowmem.preflight, "_try_report", held)
+    return lambda: setattr(lowmem.lifecycle.preflight, "_try_report", held)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from lowmem.api import resume_training, run_training
-from lowmem.errors import DiskError, ExitCode, Stuck
+from lowmem.config.settings import Settings, gather
+from lowmem.core.errors import DiskError, ExitCode, Stuck
+from lowmem.lifecycle.api import resume_training, run_training
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.history import read_history
-from lowmem.settings import Settings, gather
 from lowmem.train.observer import Observer
 from tests.conftest import assert_same_run
 from tests.faults.injection import events

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem.bench.trial import run_trial
+from lowmem.calibrate.worker import BUSY_BATCHES
 from lowmem.choose.execution import resolve_execution
 from lowmem.choose.session import calibrator_of, ranked, request_of, settle
-from lowmem.choose.worker import BUSY_BATCHES
-from lowmem.confirm import trial_of
+from lowmem.config.settings import gather
 from lowmem.models import skeleton
-from lowmem.settings import gather
+from lowmem.trial.plan_trial import trial_of
+from lowmem.trial.trial import run_trial
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,7 +67,7 @@ def test_planning_leaves_no_context_in_this_process() -> None:
 
     probe = (
         "import torch\n"
-        "from lowmem.choose.device import ask_device\n"
+        "from lowmem.calibrate.device import ask_device\n"
         "from lowmem.remat.libraries import Numerics\n"
         "facts = ask_device(Numerics())\n"
         "assert 0 < facts.blas_workspace_bytes <= 64 << 20\n"

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from lowmem.bench.gradients import Question
-from lowmem.bench.trial import answer_of
 from lowmem.choose.planning import make_plan
+from lowmem.config.settings import gather
 from lowmem.models import skeleton
-from lowmem.settings import gather
+from lowmem.trial.trial import answer_of
 from tests.conftest import assert_same_run
 
 pytestmark = [
@@ -67,7 +67,7 @@ def _events(run: Path, name: str) -> list[dict[str, Any]]:
 
 
 def test_a_planned_run_stays_within_its_budget(tmp_path: Path) -> None:
-    from lowmem.api import run_training
+    from lowmem.lifecycle.api import run_training
 
     settings = gather(
         flags={"model.arch": "res56", "model.block": "bottleneck", "data.source": "shapes", "memory.vram": "2G"},
@@ -80,7 +80,7 @@ def test_a_planned_run_stays_within_its_budget(tmp_path: Path) -> None:
 
 def test_a_resumed_run_has_the_bits_of_one_left_alone(tmp_path: Path) -> None:
     """Two runs beside each other and one stopped in the middle of its epoch and resumed, in both precisions."""
-    from lowmem.api import resume_training, run_training
+    from lowmem.lifecycle.api import resume_training, run_training
 
     for precision in ("fp32", "amp"):
         sets = ["train.log_every_steps=1", "data.train_subset=1600", "data.test_subset=100"]
@@ -97,8 +97,8 @@ def test_a_resumed_run_has_the_bits_of_one_left_alone(tmp_path: Path) -> None:
 
 def test_a_run_survives_another_taking_the_cards_memory(tmp_path: Path) -> None:
     """In the middle of a run a tensor fills what is left of the share of the card that this process may have."""
-    from lowmem.api import run_training
     from lowmem.data import TrainBatches
+    from lowmem.lifecycle.api import run_training
 
     settings = gather(
         flags={"model.arch": "res56", "model.block": "bottleneck", "data.source": "shapes", "memory.vram": "3G"}

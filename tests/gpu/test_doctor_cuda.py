@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowmem.config import Config, flatten
+from lowmem.config.schema import Config, flatten
 from lowmem.doctor import Status, can_start, examine, gather
 from lowmem.doctor.asking import ask
 from lowmem.doctor.probe import largest_error

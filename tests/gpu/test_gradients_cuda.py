@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowmem.config import OptimConfig
+from lowmem.config.schema import OptimConfig
 from lowmem.models import build
+from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.train.gradients import GradientNorms
-from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from lowmem.core.units import GIB, MIB
 from lowmem.measure import Meter, read_driver, who_holds
 from lowmem.measure.cuda import context_bytes, device_uuid, find_device, free_and_total_bytes, process_bytes
 from lowmem.measure.timing import time_calls
-from lowmem.units import GIB, MIB
 
 pytestmark = [
     pytest.mark.gpu,

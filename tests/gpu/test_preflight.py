@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem.api import _make_trainer
 from lowmem.choose import resolve_execution
+from lowmem.config.settings import gather, to_yaml
 from lowmem.data import load
-from lowmem.decide_shares import Decided, undivided
 from lowmem.distributed.group import Group
+from lowmem.lifecycle.api import _make_trainer
+from lowmem.lifecycle.decide_shares import Decided, undivided
 from lowmem.runs.store import RunFolder
-from lowmem.settings import gather, to_yaml
 from lowmem.train.observer import Observer
-from lowmem.train.trial import try_step
+from lowmem.train.trial_step import try_step
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from lowmem.bench import survival
-from lowmem.bench.trial import Trial, answer_of, run_trial
-from lowmem.bench.verdict import BUSY_SHARE
-from lowmem.bench.ways import PER_BLOCK, PLANNED
 from lowmem.choose.ladder import with_ladder
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice
 from lowmem.choose.session import request_of
-from lowmem.settings import gather
-from lowmem.units import GIB, MIB
+from lowmem.config.settings import gather
+from lowmem.core.units import GIB, MIB
+from lowmem.trial.trial import Trial, answer_of, run_trial
+from lowmem.trial.verdict import BUSY_SHARE
+from lowmem.trial.ways import PER_BLOCK, PLANNED
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,7 +87,7 @@ def test_out_of_memory_is_survived(real: bool) -> None:
 
 
 def test_a_run_on_the_card_is_confirmed(tmp_path: Path) -> None:
-    from lowmem.api import run_training
+    from lowmem.lifecycle.api import run_training
 
     sets = ["train.max_steps=2", "data.train_subset=1000", "data.test_subset=100", "train.precision=fp32"]
     run_training(gather(flags={**FLAGS, "data.source": "shapes"}, sets=sets), tmp_path / "run")

@@ -15,15 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lowmem.cards import Card, load_card
-from lowmem.choose.calibration import Calibration, Identity, Mode, Seconds
-from lowmem.config import ARCHITECTURES, BLOCK_LAYOUT, Config, flatten, known_keys, nest
-from lowmem.errors import CorruptCheckpoint, LowmemError, UsageError
+from lowmem.calibrate.calibration import Calibration, Identity, Mode, Seconds
+from lowmem.config.cards import Card, load_card
+from lowmem.config.schema import ARCHITECTURES, BLOCK_LAYOUT, Config, flatten, known_keys, nest
+from lowmem.config.settings import Settings, from_yaml, gather, read_recipe, to_yaml
+from lowmem.core.errors import CorruptCheckpoint, LowmemError, UsageError
 from lowmem.plan.policy import LEAN, SAVE_ALL, Keep, Schedule, Segment, keep
 from lowmem.plan.record import Candidate, Plan, Predicted
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.position import check_state
-from lowmem.settings import Settings, from_yaml, gather, read_recipe, to_yaml
 from lowmem.train.state import Best, RunState
 
 IN_A_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.gpu.account import NO_TIME, Account
 from benchmarks.gpu.parts.commands import lowmem
-from lowmem.reading import TABLE_LIMIT_BYTES, Unreadable, read_json
+from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable, read_json
 
 _SPARE_SECONDS = 15.0  # the suite starts torch before its own clock, and draws a picture after it
 _LEAST_SECONDS = 20.0

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from benchmarks.gpu.account import NO_TIME, Account
-from lowmem.bench.trial import answer_of
+from lowmem.trial.trial import answer_of
 
 _LEAST_SECONDS = 5.0  # torch alone takes that long to load
 

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.gpu.account import Account
 from benchmarks.gpu.parts.asking import ask_side_by_side
 
-_TRIAL, _COMPARISON = "lowmem.bench.trial", "lowmem.bench.gradients"
+_TRIAL, _COMPARISON = "lowmem.trial.trial", "lowmem.bench.gradients"
 
 
 def work(questions: list[dict[str, Any]], account: Account, artefacts: Path) -> None:

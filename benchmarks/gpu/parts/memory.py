@@ -8,10 +8,10 @@ from typing import Any
 
 from benchmarks.gpu.account import Account
 from benchmarks.gpu.parts.asking import ask
-from lowmem.bench.trial import TrialResult, result_of
-from lowmem.bench.verdict import verdict
-from lowmem.bench.ways import PLAIN
 from lowmem.choose.budget import Budget
+from lowmem.trial.trial import TrialResult, result_of
+from lowmem.trial.verdict import verdict
+from lowmem.trial.ways import PLAIN
 
 
 def work(questions: list[dict[str, Any]], account: Account, artefacts: Path) -> None:
@@ -19,7 +19,7 @@ def work(questions: list[dict[str, Any]], account: Account, artefacts: Path) -> 
     plain_seconds: dict[int, float | None] = {}
     for one in questions:
         trial = one["trial"]
-        result = result_of(ask(account, "lowmem.bench.trial", trial))
+        result = result_of(ask(account, "lowmem.trial.trial", trial))
         if trial["way"] == PLAIN:
             plain_seconds[trial["batch"]] = result.step_seconds
         if result.refused is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from lowmem.choose.device import measure_memory
+from lowmem.calibrate.device import measure_memory
 from lowmem.measure import Meter, Snapshot
 from lowmem.models import build
 

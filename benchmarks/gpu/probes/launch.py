@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowmem.bench.ways import PLAIN, PLANNED, executed
-from lowmem.config import OptimConfig
+from lowmem.config.schema import OptimConfig
 from lowmem.models import build
 from lowmem.plan.record import Plan
-from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
+from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
+from lowmem.trial.ways import PLAIN, PLANNED, executed
 
 _ROUNDS = 3
 

@@ -15,10 +15,10 @@ from lowmem.bench.acceptance import KINDS, NO_TIME, Row, Setup, set_overheads, t
 from lowmem.bench.acceptance_suite import Suite
 from lowmem.bench.acceptance_text import to_csv, to_json, to_markdown
 from lowmem.bench.largest import largest
-from lowmem.bench.trial import Trial, TrialResult
-from lowmem.bench.worker import work
-from lowmem.environment import describe
-from lowmem.units import GIB, KIB, MIB
+from lowmem.calibrate.environment import describe
+from lowmem.core.units import GIB, KIB, MIB
+from lowmem.trial.trial import Trial, TrialResult
+from lowmem.trial.worker import work
 
 SETUP = Setup(
     arch="res20", block="basic", width=8, batch=16, vram_bytes=14 * MIB, device="cpu", minutes=600, steps=1, tries=3

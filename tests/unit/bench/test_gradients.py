@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lowmem.bench import gradients
 from lowmem.bench.gradients import Question, answer
-from lowmem.bench.ways import native_norms
 from lowmem.choose.planning import make_plan
 from lowmem.models import build, skeleton
+from lowmem.trial.ways import native_norms
 
 
 def _question(batch_norm: Literal["library", "native"] = "native") -> Question:

@@ -17,9 +17,9 @@ from lowmem.bench.cells import (
     Setup,
 )
 from lowmem.bench.predict import Predictor
-from lowmem.bench.trial import Trial
-from lowmem.bench.worker import work
 from lowmem.choose.budget import tensors_only
+from lowmem.trial.trial import Trial
+from lowmem.trial.worker import work
 
 NET: dict[str, Any] = {"arch": "res20", "block": "basic", "width": 4, "batch": 16, "device": "cpu"}
 

@@ -12,8 +12,8 @@ import pytest
 
 from lowmem.bench.cells import MODES, Cell, Setup, step_cells
 from lowmem.bench.results import Results
-from lowmem.bench.trial import TrialResult
-from lowmem.errors import DiskError, PreflightError, UsageError
+from lowmem.core.errors import DiskError, PreflightError, UsageError
+from lowmem.trial.trial import TrialResult
 
 SETUP = Setup(arch="res20", block="basic", width=8, batch=32, device="cpu")
 HERE: dict[str, Any] = {"lowmem": "1", "torch": "2", "device": "cpu", "cpu": "a", "cpu_threads": 2, "git_commit": "x"}

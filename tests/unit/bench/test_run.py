@@ -14,8 +14,8 @@ import pytest
 from lowmem.bench.cells import ENGINE, FIRST_MODE, MODES, NO_TIME, PLAIN_DEFAULT, Setup
 from lowmem.bench.results import Results
 from lowmem.bench.run import Bench
-from lowmem.bench.trial import OUT_OF_MEMORY, Trial, TrialResult
-from lowmem.bench.worker import work
+from lowmem.trial.trial import OUT_OF_MEMORY, Trial, TrialResult
+from lowmem.trial.worker import work
 
 SETUP = Setup(
     arch="res20",

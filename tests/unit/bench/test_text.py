@@ -11,8 +11,8 @@ import pytest
 
 from lowmem.bench.cells import ENGINE, MODES, PLAIN_DEFAULT, PLAIN_FREE, Setup, largest_cells, step_cells
 from lowmem.bench.text import extra_flops, tables, to_csv, to_markdown
-from lowmem.bench.trial import TrialResult
-from lowmem.units import MIB
+from lowmem.core.units import MIB
+from lowmem.trial.trial import TrialResult
 
 HERE: dict[str, Any] = {"lowmem": "1", "torch": "2", "python": "3", "device": "cpu", "cpu": "a", "cpu_threads": 2}
 

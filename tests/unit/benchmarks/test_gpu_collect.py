@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.gpu.account import RESULTS
 from benchmarks.gpu.collect import collect
-from lowmem.errors import UsageError
-from lowmem.units import GIB, MIB
+from lowmem.core.errors import UsageError
+from lowmem.core.units import GIB, MIB
 
 ENVIRONMENT = {
     "card": "NVIDIA GeForce GTX 1060 6GB",

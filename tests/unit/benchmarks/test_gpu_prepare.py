@@ -16,10 +16,10 @@ from benchmarks.gpu.plans import CARD, ON_CARD, Network
 from benchmarks.gpu.prepare import prepare
 from lowmem.bench.gradients import Question as GradientQuestion
 from lowmem.bench.survival import Question as SurvivalQuestion
-from lowmem.bench.trial import Trial
 from lowmem.choose.budget import Budget
+from lowmem.core.units import GIB, MIB
 from lowmem.plan.record import Plan
-from lowmem.units import GIB, MIB
+from lowmem.trial.trial import Trial
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 from benchmarks.gpu import run
 from benchmarks.gpu.account import NO_TIME, read_accounts, shortcomings
 from benchmarks.gpu.job import PARTS, Job, Part, read_job, select, write_job
-from lowmem.errors import PreflightError, UsageError
+from lowmem.core.errors import PreflightError, UsageError
 
 NAMES = tuple(part.name for part in PARTS)
 

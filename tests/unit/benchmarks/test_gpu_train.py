@@ -12,7 +12,7 @@ import pytest
 from benchmarks.gpu import train
 from benchmarks.gpu.rehearse import make_archive
 from benchmarks.gpu.train import Turn, take
-from lowmem.errors import PreflightError, UsageError
+from lowmem.core.errors import PreflightError, UsageError
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from benchmarks.peers import cell, doubling, lowmem_auto, table
 from benchmarks.peers.budget import Place, TensorBudget
 from benchmarks.peers.task import Found, Task, evaluate, loader, network, sgd, train_steps
 from benchmarks.peers.ways import INSTALL, ROWS, Row
+from lowmem.core.units import KIB, MIB
 from lowmem.measure.out_of_memory import classify
 from lowmem.models import skeleton
-from lowmem.units import KIB, MIB
 from tests.conftest import environment
 
 ROOT = Path(__file__).parents[3]

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from lowmem.cards import Platform, load_card
 from lowmem.choose.budget import (
     ASSUMED_COMMUNICATOR_BYTES,
     of_card,
@@ -14,10 +13,11 @@ from lowmem.choose.budget import (
 )
 from lowmem.choose.planning import choose
 from lowmem.choose.session import request_of
-from lowmem.confirm import trial_of
-from lowmem.errors import Infeasible
-from lowmem.settings import gather
-from lowmem.units import GIB, KIB, MIB
+from lowmem.config.cards import Platform, load_card
+from lowmem.config.settings import gather
+from lowmem.core.errors import Infeasible
+from lowmem.core.units import GIB, KIB, MIB
+from lowmem.trial.plan_trial import trial_of
 
 
 def test_a_bare_budget_is_for_tensors_alone() -> None:

@@ -7,13 +7,13 @@ from functools import cache
 
 import pytest
 
-from lowmem.cards import Card, card_names, load_card
 from lowmem.choose.budget import of_card
 from lowmem.choose.explain import in_full, memory_table
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Request, card_rates
 from lowmem.choose.session import request_of
-from lowmem.settings import gather
+from lowmem.config.cards import Card, card_names, load_card
+from lowmem.config.settings import gather
 
 NETWORKS = [("res20", "basic"), ("cnn56", "bottleneck"), ("res110", "bottleneck")]
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from lowmem.cards import load_card
 from lowmem.choose.budget import tensors_only
 from lowmem.choose.planning import Choice, Request, card_rates, choose, make_plan, precision_order
 from lowmem.choose.simulated import simulate_step
-from lowmem.config import Config
-from lowmem.errors import Infeasible, UsageError
+from lowmem.config.cards import load_card
+from lowmem.config.schema import Config
+from lowmem.core.errors import Infeasible, UsageError
+from lowmem.core.units import MIB
 from lowmem.models import skeleton
 from lowmem.plan.record import Plan
-from lowmem.units import MIB
 
 MODEL = skeleton("res20", width=8)
 
@@ -109,7 +109,7 @@ def test_a_plan_needs_something_to_fit_into() -> None:
 
 
 def test_bad_sizes_and_cards_in_settings() -> None:
-    from lowmem.settings import gather
+    from lowmem.config.settings import gather
 
     with pytest.raises(UsageError, match="write it like 6G"):
         gather(flags={"memory.vram": "six"})

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from lowmem.api import recorded_settings, resume_training, run_training
 from lowmem.choose.session import plan_run, preferred
-from lowmem.errors import Infeasible, UsageError
-from lowmem.settings import Settings, gather
-from lowmem.units import KIB, MIB
+from lowmem.config.settings import Settings, gather
+from lowmem.core.errors import Infeasible, UsageError
+from lowmem.core.units import KIB, MIB
+from lowmem.lifecycle.api import recorded_settings, resume_training, run_training
 from tests.conftest import assert_same_run
 
 SETS = ["data.train_subset=100", "data.test_subset=50", "train.log_every_steps=1", "train.batch=50"]
@@ -128,7 +128,7 @@ def test_auto_batch_needs_something_to_fit_into(tmp_path: Path) -> None:
 
 
 def test_a_damaged_plan_is_refused(tmp_path: Path) -> None:
-    from lowmem.errors import CorruptCheckpoint
+    from lowmem.core.errors import CorruptCheckpoint
 
     path = tmp_path / "run"
     run_training(_settings(("train.max_steps=1",), train__precision="fp32", memory__vram="8M"), path)

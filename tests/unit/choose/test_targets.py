@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from lowmem.choose.costs import chain_cost
+from lowmem.core.units import MIB
 from lowmem.models.resnet import Bottleneck, ResNet
 from lowmem.plan import INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, Schedule, keep
 from lowmem.plan.cost import Rates
 from lowmem.plan.solver import Solver
 from lowmem.remat import apply_plan, decompose
 from lowmem.simulate import Loop, empty_copy, estimate, trace_steps, warm_up
-from lowmem.units import MIB
 
 GTX_1060 = Rates.roofline(4.38e12, 192e9)
 TARGETS = {4600: 0.03, 3600: 0.07, 2708: 0.12, 1806: 0.20, 1500: 0.28}  # MiB: overhead

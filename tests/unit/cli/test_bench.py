@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from lowmem.cli.show_bench import _budgets, show_bench
-from lowmem.errors import UsageError
-from lowmem.units import MIB
+from lowmem.core.errors import UsageError
+from lowmem.core.units import MIB
 from tests.conftest import environment
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -16,15 +16,15 @@ import lowmem.report
 from lowmem.cli import job_process
 from lowmem.cli.job_process import JobObserver, describe, work
 from lowmem.cli.show_reproduce import reproduce_job
-from lowmem.errors import Interrupted, LowmemError
+from lowmem.config.settings import Settings, gather
+from lowmem.core.errors import Interrupted, LowmemError
 from lowmem.reproduce.check import Looked, Outlook
-from lowmem.reproduce.clock import Pace
 from lowmem.reproduce.conduct import ask, conduct
+from lowmem.reproduce.eta import Pace
 from lowmem.reproduce.job import Job
 from lowmem.reproduce.members import select
 from lowmem.reproduce.process import Conductor
-from lowmem.reproduce.standing import Standing, standing_of
-from lowmem.settings import Settings, gather
+from lowmem.reproduce.progress import Standing, standing_of
 from lowmem.train.observer import Observer, Progress
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

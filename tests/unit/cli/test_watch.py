@@ -18,9 +18,9 @@ from rich.console import Console
 
 from lowmem.cli.main import _run
 from lowmem.cli.screen import screen, sparkline
+from lowmem.config.settings import gather, to_yaml
 from lowmem.runs.live import Watched
 from lowmem.runs.store import RunFolder
-from lowmem.settings import gather, to_yaml
 
 LOWMEM = (sys.executable, "-m", "lowmem")
 SMALL = (

@@ -9,9 +9,9 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 
-from lowmem.config import DataConfig
+from lowmem.config.schema import DataConfig
+from lowmem.core.errors import DataError
 from lowmem.data import cifar10, load
-from lowmem.errors import DataError
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from lowmem.config import DataConfig
+from lowmem.config.schema import DataConfig
+from lowmem.core.errors import DataError
 from lowmem.data import fashion, load
-from lowmem.errors import DataError
 
 
 def idx(values: np.ndarray, magic: int) -> bytes:

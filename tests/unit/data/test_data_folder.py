@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lowmem.config import DataConfig
+from lowmem.config.schema import DataConfig
+from lowmem.core.errors import DataError
 from lowmem.data import Dataset, cache, folder, load
-from lowmem.errors import DataError
 
 
 def save(path: Path, seed: int, size: tuple[int, int] = (32, 32)) -> np.ndarray:

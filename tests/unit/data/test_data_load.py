@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from lowmem.config import DataConfig
+from lowmem.config.schema import DataConfig
+from lowmem.core.errors import ExitCode, UsageError
 from lowmem.data import load
 from lowmem.data import shapes as source
-from lowmem.errors import ExitCode, UsageError
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lowmem.config import DataConfig
+from lowmem.config.schema import DataConfig
+from lowmem.core.errors import DataError
 from lowmem.data import fashion
 from lowmem.data.present import find
-from lowmem.errors import DataError
 from tests.unit.data.test_data_cifar10 import cifar_root
 
 __all__ = ["cifar_root"]  # a fixture

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lowmem.api import run_training
-from lowmem.config import DataConfig
+from lowmem.config.schema import DataConfig
+from lowmem.config.settings import gather
 from lowmem.data import Dataset, load
 from lowmem.data.shapes import _colours, draw, generate
-from lowmem.settings import gather
+from lowmem.lifecycle.api import run_training
 
 
 @pytest.fixture(scope="module")

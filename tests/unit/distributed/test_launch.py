@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lowmem.cli.main import _run
+from lowmem.core.errors import PreflightError, UsageError
 from lowmem.distributed.launch import Launch, is_led
-from lowmem.errors import PreflightError, UsageError
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowmem.distributed.reducer import Reducer
+from benchmarks.scaling_model import pack
+from lowmem.distributed.reducer import ALONE_BYTES, PACK_BYTES, Reducer
 from lowmem.models import build, skeleton
-from lowmem.plan.exchange import ALONE_BYTES, PACK_BYTES, pack
 from lowmem.remat import decompose
 
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lowmem.cards import load_card
+from lowmem.config.cards import load_card
+from lowmem.core.units import GIB, MIB
 from lowmem.doctor import Facts
 from lowmem.measure.nvml import DeviceProcess, DriverDevice, DriverReport, Link
-from lowmem.units import GIB, MIB
 
 TORCH_2_15 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
 TORCH_2_7 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem.config import Config, flatten
+from lowmem.config.schema import Config, flatten
 from lowmem.doctor.asking import Answers, ask
 from lowmem.doctor.probe import largest_error, main
 from lowmem.models import build

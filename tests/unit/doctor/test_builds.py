@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowmem.cards import card_names, load_card
+from lowmem.config.cards import card_names, load_card
 from lowmem.doctor.builds import BUILDS, Capability, install_command, runs_on, same_torch
 
 PASCAL = 'pip install "torch==2.7.1" "torchvision==0.22.1"'

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from lowmem.core.units import GIB
 from lowmem.doctor import Status, examine
 from lowmem.doctor import checks_card as checks
 from lowmem.measure.nvml import DeviceProcess, DriverReport, Link
-from lowmem.units import GIB
 from tests.unit.doctor.scripted import GTX1060, GTX1660, HEALTHY, RTX3060, healthy, with_card
 
 CARD_CHECKS = (

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from lowmem.core.units import GIB, MIB
 from lowmem.doctor import Facts, Status
 from lowmem.doctor import checks_run as checks
-from lowmem.units import GIB, MIB
 from tests.unit.doctor.scripted import GTX1060, NO_CARD, RTX3060, healthy, with_card
 
 CONF = "PYTORCH_CUDA_ALLOC_CONF"

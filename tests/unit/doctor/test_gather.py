@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from lowmem.cli import show_doctor
-from lowmem.config import Config
+from lowmem.config.schema import Config
+from lowmem.core.errors import ExitCode
 from lowmem.doctor import Status, examine, gather
 from lowmem.doctor.asking import Answers
 from lowmem.doctor.gather import _answers, _cpu_share, _unmet
-from lowmem.errors import ExitCode
 from lowmem.measure.nvml import DriverReport, read_driver
 from tests.unit.doctor.scripted import TORCH_2_7, TORCH_2_15
 from tests.unit.measure.scripted import Card, ScriptedNvml

@@ -9,7 +9,7 @@ from typing import Any
 
 import pynvml
 
-from lowmem.units import MIB
+from lowmem.core.units import MIB
 
 NOT_AVAILABLE = 2**64 - 1
 

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowmem.bench.ways import PER_BLOCK, PLAIN, SELECTIVE, executed
 from lowmem.measure.flops import FlopMeter
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
+from lowmem.trial.ways import PER_BLOCK, PLAIN, SELECTIVE, executed
 
 
 def step(run: nn.Module) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
+from lowmem.core.units import MIB
 from lowmem.measure import Meter, Snapshot, read_driver, who_holds
 from lowmem.measure.nvml import DeviceProcess, DriverReport
-from lowmem.units import MIB
 from tests.unit.measure.scripted import Card, ScriptedNvml
 
 UUID = "GPU-11111111-2222-3333-4444-555555555555"

@@ -11,10 +11,10 @@ import pynvml
 import pytest
 import torch
 
+from lowmem.core.units import GIB, MIB
 from lowmem.measure import Meter, Snapshot, cpu, cuda
 from lowmem.measure.cuda import AllocatorFigures, context_by_drop, describe, find_device, free_and_total_bytes
 from lowmem.measure.nvml import DriverReport, read_driver
-from lowmem.units import GIB, MIB
 from tests.unit.measure.scripted import Card, ScriptedNvml
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -7,8 +7,8 @@ import sys
 import pynvml
 import pytest
 
+from lowmem.core.units import MIB
 from lowmem.measure.nvml import DeviceProcess, Driver, DriverDevice, Link, read_driver
-from lowmem.units import MIB
 from tests.unit.measure.scripted import NOT_AVAILABLE, Card, ScriptedNvml
 
 DESKTOP = ScriptedNvml(

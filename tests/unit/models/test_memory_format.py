@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.errors import PreflightError
+from lowmem.core.errors import PreflightError
 from lowmem.models import build, skeleton
 from lowmem.models.memory_format import check_memory_format, is_safe, unsafe_convolutions
 from lowmem.models.resnet import BasicBlock, Bottleneck

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowmem.errors import UsageError
+from lowmem.core.errors import UsageError
 from lowmem.models import build, count_parameters, default_block, layout, names
 
 TABLE = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import random
 
+from lowmem.core.units import MIB
 from lowmem.plan.cost import ChainCost, OptionCost, StageCost
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, keep
-from lowmem.units import MIB
 
 PLAIN = (SAVE_ALL, LEAN, keep("z1", "z2"), keep("z2"), INPUT_ONLY)
 DROPPING = (keep("z1", "z3", drop_output=True), keep("z2", drop_output=True))

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from lowmem.errors import Infeasible
+from lowmem.core.errors import Infeasible
 from lowmem.plan.baselines import (
     BASELINES,
     all_schedules,

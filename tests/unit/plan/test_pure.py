@@ -10,5 +10,5 @@ MODULES = ("solver", "baselines", "evaluate", "picture", "record", "table")
 
 def test_no_torch_is_imported() -> None:
     imports = ", ".join(f"lowmem.plan.{name}" for name in MODULES)
-    code = f"import sys, lowmem.cards, {imports}; sys.exit('torch' in sys.modules)"
+    code = f"import sys, lowmem.config.cards, {imports}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

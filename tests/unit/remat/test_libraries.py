@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from lowmem.core.units import KIB, MIB
 from lowmem.remat.libraries import blas_workspace_bytes, convolutions_in_tf32
-from lowmem.units import KIB, MIB
 
 PASCAL, AMPERE, HOPPER = (6, 1), (8, 6), (9, 0)
 REPORT = """

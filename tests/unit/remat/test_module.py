@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lowmem.cards import load_card
 from lowmem.choose.planning import make_plan
+from lowmem.config.cards import load_card
 from lowmem.models.resnet import BasicBlock, Bottleneck
 from lowmem.plan import INPUT_ONLY, LEAN, SAVE_ALL, Keep, Plan, Schedule, keep
 from lowmem.remat import apply_plan, decompose, stage_names

@@ -20,7 +20,7 @@ from lowmem.plan import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, Po
 from lowmem.remat import PlannedModule, apply_plan, decompose
 from lowmem.remat.kernels import norm_again, norm_backward, norm_first
 from lowmem.remat.stage import Stage
-from lowmem.remat.sync import global_statistics
+from lowmem.remat.sync_batch_norm import global_statistics
 from lowmem.simulate import Loop, empty_copy, trace_steps
 from tests.exact.compare import FORMAT_NAMES, FORMATS, small_net
 from tests.exact.processes import Processes, error_of_one_norm, relative_error, slices_of

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
-from lowmem.config import Config, nest
+from lowmem.config.schema import Config, nest
 from lowmem.runs.columns import METRICS, STEPS
 
 # arch -> final training loss, final test error, first test error

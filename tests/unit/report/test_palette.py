@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from lowmem.config import BLOCK_LAYOUT, ModelConfig
+from lowmem.config.schema import BLOCK_LAYOUT, ModelConfig
 from lowmem.report.curves import curves_of, find_pairs
 from lowmem.report.palette import NEUTRAL, network_name, style_of
 from lowmem.report.published import PUBLISHED_ERROR_PCT

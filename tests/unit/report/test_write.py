@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.errors import DiskError, UsageError
+from lowmem.core.errors import DiskError, UsageError
 from lowmem.report import TABLE_HEADER, write_report
 from tests.unit.report.fake_runs import MakeRun
 

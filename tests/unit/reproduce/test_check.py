@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from lowmem.errors import Infeasible, PreflightError, UsageError
+from lowmem.config.settings import gather
+from lowmem.core.errors import Infeasible, PreflightError, UsageError
 from lowmem.reproduce.check import look_ahead
 from lowmem.reproduce.job import Job
 from lowmem.reproduce.members import select
-from lowmem.reproduce.standing import Standing
-from lowmem.settings import gather
+from lowmem.reproduce.progress import Standing
 from lowmem.train.observer import Observer
 
 SMALL = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowmem.reproduce.clock import Pace, epoch_seconds_of, seconds_left
+from lowmem.reproduce.eta import Pace, epoch_seconds_of, seconds_left
 
 
 def test_nothing_is_known_before_something_was_measured() -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from lowmem.errors import ExitCode, Interrupted, UsageError
+from lowmem.config.settings import gather, to_yaml
+from lowmem.core.errors import ExitCode, Interrupted, UsageError
 from lowmem.reproduce.conduct import Asked, JobStopped, ask, command, conduct, to_report
 from lowmem.reproduce.members import ALL, select
 from lowmem.reproduce.process import Conductor
 from lowmem.runs.lock import RunLock
-from lowmem.settings import gather, to_yaml
 from tests.unit.report.fake_runs import write_run
 
 NAMES = [member.name for member in select(None, None)]
@@ -135,7 +135,7 @@ def test_a_signal_between_or_in_runs(tmp_path: Path) -> None:
 
 
 def test_a_signal_while_another_still_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowmem.reproduce.standing._LEAVING_SECONDS", 1e6)  # what waits for it never ends
+    monkeypatch.setattr("lowmem.reproduce.progress._LEAVING_SECONDS", 1e6)  # what waits for it never ends
     asked(tmp_path).job.write()
     put_run(tmp_path, "res20", done=3)
     lock, conductor = RunLock.acquire(tmp_path / "res20", "run"), Scripted()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.errors import UsageError
+from lowmem.core.errors import UsageError
 from lowmem.reproduce.folder import begun, held
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from lowmem.errors import UsageError
+from lowmem.config.settings import Settings, gather, to_yaml
+from lowmem.core.errors import UsageError
 from lowmem.reproduce.job import Job, asked_for, read_job, refuse_foreign, refuse_other_settings
 from lowmem.reproduce.members import ALL
-from lowmem.settings import Settings, gather, to_yaml
 
 RES110 = next(member for member in ALL if member.name == "res110-bottleneck")
 

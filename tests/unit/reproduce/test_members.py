@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lowmem.config import BLOCK_LAYOUT
-from lowmem.errors import UsageError
+from lowmem.config.schema import BLOCK_LAYOUT
+from lowmem.core.errors import UsageError
 from lowmem.reproduce.members import ALL, REPORTED, select
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem.errors import CorruptCheckpoint, DiskError
+from lowmem.core.errors import CorruptCheckpoint, DiskError
 from lowmem.runs import checkpoint as cp
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.errors import PreflightError
+from lowmem.config.settings import gather, to_yaml
+from lowmem.core.errors import PreflightError
+from lowmem.core.units import MIB
 from lowmem.runs.event_files import EventFiles, Point, read_points, require_tensorboard
 from lowmem.runs.history import read_history
 from lowmem.runs.store import RunFolder
-from lowmem.settings import gather, to_yaml
-from lowmem.units import MIB
 
 pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
 LAYERS = ("conv1.weight", "linear.weight")

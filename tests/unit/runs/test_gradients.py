@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.errors import UsageError
+from lowmem.core.errors import UsageError
 from lowmem.runs.gradients import GradientRow, Gradients, columns, line, parse
 from lowmem.runs.store import RunFolder
 

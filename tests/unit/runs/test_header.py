@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from lowmem.reading import Unreadable
+from lowmem.core.reading import Unreadable
 from lowmem.runs.header import parse_header, read_header
 
 TENSORS = st.dictionaries(

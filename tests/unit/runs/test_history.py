@@ -14,8 +14,8 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from lowmem.config import Config
-from lowmem.errors import UsageError
+from lowmem.config.schema import Config
+from lowmem.core.errors import UsageError
 from lowmem.runs.columns import METRICS, STEPS
 from lowmem.runs.history import EpochRow, StepRow, read_history
 

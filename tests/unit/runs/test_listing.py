@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from lowmem.cli.main import main
-from lowmem.errors import UsageError
+from lowmem.core.errors import UsageError
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
-from lowmem.runs.kept import read_position
+from lowmem.runs.checkpoint_state import read_position
 from lowmem.runs.listing import Listed, list_runs, look, writer_of
 from lowmem.runs.space import kept_epochs, run_bytes
 from lowmem.runs.store import RunFolder

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import lowmem.runs.live as module
+from lowmem.config.settings import gather, to_yaml
 from lowmem.runs.history import EpochRow
 from lowmem.runs.live import Watched, epoch_seconds
 from lowmem.runs.store import RunFolder
-from lowmem.settings import gather, to_yaml
 
 
 @pytest.fixture

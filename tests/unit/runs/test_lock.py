@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.errors import UsageError
+from lowmem.core.errors import UsageError
 from lowmem.runs.lock import OWNER_NAME, RunLock, read_owner
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its second process with fork")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.errors import DiskError
+from lowmem.core.errors import DiskError
 from lowmem.runs import atomic, columns
 from lowmem.runs.rowfile import RowFile
 from lowmem.runs.store import RunFolder

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowmem.errors import DiskError, OutOfMemory
+from lowmem.core.errors import DiskError, OutOfMemory
 from lowmem.runs import atomic, saver
 from lowmem.runs import checkpoint as cp
 from lowmem.runs.saver import Save, Saver

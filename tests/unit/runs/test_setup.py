@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.errors import PreflightError, UsageError
+from lowmem.core.errors import PreflightError, UsageError
 from lowmem.runs import setup
 from lowmem.runs.setup import never_began
 from lowmem.runs.store import RunFolder, leaving_no_trace, require_run

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lowmem.errors import UsageError
+from lowmem.core.errors import UsageError
 from lowmem.runs import columns
 from lowmem.runs.store import RunFolder, csv_line
 

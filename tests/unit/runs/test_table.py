@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowmem.errors import CorruptCheckpoint
-from lowmem.reading import TABLE_LIMIT_BYTES
+from lowmem.core.errors import CorruptCheckpoint
+from lowmem.core.reading import TABLE_LIMIT_BYTES
 from lowmem.runs import columns
 from lowmem.runs.store import csv_line
 from lowmem.runs.table import cut, look

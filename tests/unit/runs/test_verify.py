@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from lowmem.api import recorded_settings, resume_training
-from lowmem.belonging import verify
 from lowmem.cli.main import main
-from lowmem.errors import UsageError
-from lowmem.reading import TABLE_LIMIT_BYTES
+from lowmem.core.errors import UsageError
+from lowmem.core.reading import TABLE_LIMIT_BYTES
+from lowmem.lifecycle.api import recorded_settings, resume_training
+from lowmem.lifecycle.run_identity import verify
 from lowmem.report.write import write_report
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.history import read_history

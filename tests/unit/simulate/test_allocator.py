@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowmem.core.units import KIB, MIB
 from lowmem.simulate.allocator import Allocator, DeviceFull, round_block, segment_bytes
-from lowmem.units import KIB, MIB
 
 
 @pytest.mark.parametrize(("asked", "taken"), [(1, 512), (512, 512), (513, 1024), (MIB, MIB), (MIB + 1, MIB + 512)])

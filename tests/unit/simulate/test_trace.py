@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lowmem.core.units import MIB
 from lowmem.plan import LEAN
 from lowmem.simulate import (
     Event,
@@ -20,7 +21,6 @@ from lowmem.simulate import (
     trace_steps,
     warm_up,
 )
-from lowmem.units import MIB
 from tests.exact.schedules import uniform
 from tests.unit.simulate.loops import Setup
 

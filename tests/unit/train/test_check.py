@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lowmem.core.units import MIB
 from lowmem.train.check import Finding
-from lowmem.units import MIB
 
 
 def test_on_the_cpu_only_tensors_are_known() -> None:

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.api import resume_training, run_training
-from lowmem.config import Config, OptimConfig
-from lowmem.environment import describe
-from lowmem.errors import UsageError
+from lowmem.calibrate.environment import describe
+from lowmem.config.schema import Config, OptimConfig
+from lowmem.config.settings import gather
+from lowmem.core.errors import UsageError
+from lowmem.lifecycle.api import resume_training, run_training
+from lowmem.lifecycle.resume import elsewhere
 from lowmem.models import build
-from lowmem.resuming import elsewhere
-from lowmem.settings import gather
+from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.train.observer import Observer
 from lowmem.train.state import config_hash
-from lowmem.train.step import Execution, TrainStep, make_optimizer, make_scaler
 
 SETTINGS = gather(
     flags={"model.arch": "res20", "model.width": 4, "data.source": "shapes", "train.batch": 32, "train.epochs": 1},

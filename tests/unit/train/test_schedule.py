@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowmem.settings import gather
+from lowmem.config.settings import gather
 from lowmem.train.schedule import learning_rate, milestone_steps, next_low_start, starts_low
 
 

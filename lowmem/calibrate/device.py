@@ -1,0 +1,135 @@
+"""The CUDA device at hand: what it is called, what of its memory is free, what a process costs before its first tensor.
+
+All of it is asked in a process of its own, so that the one that plans has no context.
+"""
+
+from __future__ import annotations
+
+import gc
+import pickle
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from lowmem.calibrate.calibration import Identity
+from lowmem.calibrate.worker import ask, low_dtype
+from lowmem.core.units import MIB
+from lowmem.measure import Meter
+from lowmem.measure.cpu import processor_name
+from lowmem.measure.cuda import device_uuid, find_device
+from lowmem.measure.nvml import read_driver
+from lowmem.models import build
+from lowmem.plan.policy import LEAN, SAVE_ALL, uniform
+from lowmem.remat import apply_plan, stage_names
+from lowmem.remat.libraries import Numerics
+
+CONTEXT = ("context",)  # its key in a calibration
+# What a context can be; anything else is somebody else's memory coming or going in the same moment.
+_LEAST_CONTEXT_BYTES, _MOST_CONTEXT_BYTES = 32 * MIB, 2048 * MIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFacts:
+    """Bytes of the current CUDA device: `free_bytes` is what one process can have beside its context of `context_bytes`
+    (None: it could not be told). `blas_workspace_bytes`: what cuBLAS and cublasLt took for a matrix product. `link`:
+    PCIe generation and lanes, the most that card and slot can do."""
+
+    name: str
+    capability: tuple[int, int]
+    driver: str | None
+    cudnn: str | None
+    total_bytes: int
+    free_bytes: int
+    context_bytes: int | None
+    blas_workspace_bytes: int | None
+    link: tuple[int | None, int | None]
+
+    def identity(self, numerics: Numerics) -> Identity:
+        """What figures measured on it are filed under."""
+        return Identity(
+            device="cuda",
+            name=self.name,
+            driver=self.driver,
+            torch=torch.__version__,
+            library=self.cudnn,
+            numerics=repr(numerics),
+        )
+
+
+def ask_device(numerics: Numerics) -> DeviceFacts:
+    """Of the current CUDA device, by a process of its own. Raises PreflightError if that fails."""
+    return facts_from(ask(pickle.dumps(("memory", numerics))))
+
+
+def facts_from(answer: dict[str, Any]) -> DeviceFacts:
+    """The inverse of `measure_memory`'s way through JSON."""
+    return DeviceFacts(**{**answer, "capability": tuple(answer["capability"]), "link": tuple(answer["link"])})
+
+
+def measure_memory() -> dict[str, Any]:
+    """Here and now, making a context: to be run where CUDA was not used before."""
+    with Meter("cuda") as meter:
+        warm_up("cuda")
+        gc.collect()
+        allocated = torch.cuda.memory_allocated()
+        torch._C._cuda_clearCublasWorkspaces()
+        blas = allocated - torch.cuda.memory_allocated()
+        torch.cuda.empty_cache()
+        seen = meter.read()
+    free, total = seen.device_free_bytes, seen.device_total_bytes
+    if free is None or total is None:
+        free, total = torch.cuda.mem_get_info()
+    context = seen.context_bytes
+    if context is not None and not _LEAST_CONTEXT_BYTES <= context <= _MOST_CONTEXT_BYTES:
+        context = None
+    report = read_driver()
+    device = find_device(report, device_uuid())
+    link = None if device is None else device.link
+    cudnn = torch.backends.cudnn.version()
+    return asdict(
+        DeviceFacts(
+            name=torch.cuda.get_device_name(),
+            capability=torch.cuda.get_device_capability(),
+            driver=report.driver_version,
+            cudnn=None if cudnn is None else str(cudnn),
+            total_bytes=total,
+            free_bytes=free + (seen.reserved_bytes or 0),
+            context_bytes=context,
+            blas_workspace_bytes=blas or None,
+            link=(None, None) if link is None else (link.most_generation, link.most_lanes),
+        )
+    )
+
+
+def cpu_identity() -> Identity:
+    """What figures measured on the processor are filed under."""
+    return Identity(
+        device="cpu",
+        name=processor_name() or "processor",
+        driver=None,
+        torch=torch.__version__,
+        library=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+    )
+
+
+def warm_up(device: str) -> None:
+    """Steps of a thin network of each block, plain and planned, in both precisions: kernels are loaded when they are
+    first used, and are a part of what a process takes. A full-sized network loads a few more."""
+    for (arch, block), precision in product((("res20", "basic"), ("res56", "bottleneck")), ("fp32", "amp")):
+        net = build(arch, block, width=16).to(device)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
+        low = low_dtype(precision, device)
+        images, labels = torch.randn(8, 3, 32, 32, device=device), torch.zeros(8, dtype=torch.int64, device=device)
+        policies = [LEAN] * (len(stage_names(net)) - 1) + [SAVE_ALL]  # the head is no block
+        for run in (net, apply_plan(net, uniform(policies), library_norm=True)):
+            with torch.autocast(device, low, enabled=low is not None, cache_enabled=False):
+                logits = run(images)
+            with torch.autograd.set_multithreading_enabled(False):
+                F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,51 @@
+"""Where a run ran: versions and hardware, for env.json."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import lowmem
+from lowmem.measure.cpu import processor_name
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Versions, processor, card and the git commit of a source checkout; unknown is None. No path, no user name. On
+    CUDA which kernels the libraries may take, as this process is set (`lowmem.remat.libraries`)."""
+    import torch
+    import torchvision
+
+    from lowmem.remat.libraries import convolutions_in_tf32
+
+    return {
+        "lowmem": lowmem.__version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "platform": platform.platform(),
+        "cpu": processor_name(),
+        "cpu_threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": device,
+        "card": torch.cuda.get_device_name() if device == "cuda" else None,
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
+        "deterministic": torch.backends.cudnn.deterministic if device == "cuda" else None,
+        "tf32": convolutions_in_tf32(torch.cuda.get_device_capability()) if device == "cuda" else None,
+    }
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", os.fspath(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,114 @@
+"""The exceptions a user can meet. Each has the exit code of the command line and a message of one line that
+carries both sides and the way out."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from lowmem.core.units import format_size
+
+
+class ExitCode(IntEnum):
+    DONE = 0
+    BUG = 1
+    USAGE = 2
+    PREFLIGHT = 3
+    NO_PLAN = 4
+    OUT_OF_MEMORY = 5
+    DIVERGED = 6
+    CHECKPOINT = 7
+    DISK = 8
+    INTERRUPTED = 130  # 128 + SIGINT
+    TERMINATED = 143  # 128 + SIGTERM
+
+
+class LowmemError(Exception):
+    """Base of all errors whose message is meant for the user; `exit_code` is what the command leaves with."""
+
+    exit_code: ExitCode = ExitCode.BUG
+    told: bool = False  # another process of the run says it
+
+
+class UsageError(LowmemError):
+    """Something typed or configured wrongly; nothing was changed."""
+
+    exit_code = ExitCode.USAGE
+
+
+class PreflightError(LowmemError):
+    """Data, disk or environment are not fit to start; nothing was changed."""
+
+    exit_code = ExitCode.PREFLIGHT
+
+
+class DataError(PreflightError):
+    """The data set is missing, truncated or something else than it should be."""
+
+
+class Infeasible(LowmemError):
+    """No plan fits the budget (invariant 10): the budget, the least that would fit, and what takes it, in bytes."""
+
+    exit_code = ExitCode.NO_PLAN
+
+    def __init__(self, budget_bytes: int, least_bytes: int, what: str, way_out: str) -> None:
+        self.budget_bytes = budget_bytes
+        self.least_bytes = least_bytes
+        self.what = what
+        budget, least = format_size(budget_bytes), format_size(least_bytes)
+        if budget == least:  # rounded for humans, and no message
+            budget, least = f"{budget_bytes:,} B", f"{least_bytes:,} B"
+        super().__init__(f"no plan fits: the budget is {budget}, the least that fits is {least} ({what}): {way_out}")
+
+
+class OutOfMemory(LowmemError):
+    """Out of memory and no smaller plan left; the run was saved."""
+
+    exit_code = ExitCode.OUT_OF_MEMORY
+
+
+class Diverged(LowmemError):
+    """The loss is no number any more, or has exploded, and the run was to stop, or nothing was left to try."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class Stuck(LowmemError):
+    """The run learns nothing and was to stop; it was saved."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class CorruptCheckpoint(LowmemError):
+    """A checkpoint does not verify, or belongs to something else."""
+
+    exit_code = ExitCode.CHECKPOINT
+
+
+class UnreadableCheckpoint(CorruptCheckpoint):
+    """A checkpoint that the system does not let be read: what it holds is not known to be damaged."""
+
+
+class DiskError(LowmemError):
+    """The disk is full or refuses to write; what was saved before is intact."""
+
+    exit_code = ExitCode.DISK
+
+
+class PeerLost(LowmemError):
+    """Another process of the run is gone, or does not answer. `dismissed`: torchrun knows, and has told this one to
+    leave."""
+
+    exit_code = ExitCode.TERMINATED
+    dismissed: bool = False
+
+
+class PeerFailed(RuntimeError):
+    """Not the user's: the step has to be undone, because another process could not make it."""
+
+
+class Interrupted(LowmemError):
+    """A signal asked the run to stop, and it was saved."""
+
+    def __init__(self, message: str, exit_code: ExitCode) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,238 @@
+"""Before the first step: every output really written, read back and compared, a step and an evaluation run and undone,
+so that no run fails at hour 13 for its format; and what the run will take, in time and on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lowmem.config.settings import from_yaml
+from lowmem.core.errors import CorruptCheckpoint, DiskError, PreflightError, UsageError
+from lowmem.core.units import format_duration, format_size
+from lowmem.lifecycle.decide import read_plan
+from lowmem.runs import checkpoint as checkpoints
+from lowmem.runs import columns, gradients
+from lowmem.runs.event_files import EventFiles, read_points
+from lowmem.runs.history import read_history
+from lowmem.runs.space import kept_epochs, rows_bytes, run_bytes
+from lowmem.runs.store import RunFolder, csv_line
+from lowmem.train.gradients import default_every
+from lowmem.train.loop import Trainer
+from lowmem.train.state import cpu_tensors
+from lowmem.train.trial_step import Tried, try_step
+
+OUTPUTS = "settings, checkpoint, weights, metrics, gradients, events, plot and report"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the trial outputs took: bytes of a checkpoint, and the seconds that saving takes at the end of an epoch."""
+
+    checkpoint_bytes: int
+    saving_seconds: float
+
+
+def preflight(trainer: Trainer, folder: RunFolder) -> None:
+    """Tries every output in a folder of its own inside the run, and removes it; tries a step and undoes it; tells the
+    observer of time and disk. The trainer is as before, except perhaps for a smaller plan (see `try_step`).
+
+    Of several processes all try the step, and the one that writes tries the outputs. Raises PreflightError if anything
+    cannot be written or does not read back, or if the disk has no room for the checkpoints the run will keep;
+    OutOfMemory.
+    """
+    began = time.monotonic()
+    tried = try_step(trainer, folder)
+    trainer.group.lead(lambda: _try_all(trainer, folder, tried, began), None)
+
+
+def _try_all(trainer: Trainer, folder: RunFolder, tried: Tried, began: float) -> None:
+    trial = folder.path / ".preflight"
+    try:
+        written = _try_outputs(trainer, folder, trial, tried)
+        disk = _check_space(trainer, folder.path, written, tried.layers)
+    except OSError as error:
+        raise PreflightError(
+            f"{folder.path} cannot take the run's outputs ({error.strerror or error}): choose another folder with --out"
+        ) from None
+    except (CorruptCheckpoint, DiskError, UsageError) as error:
+        raise PreflightError(f"a trial output failed: {error}: choose another folder with --out") from None
+    except ImportError as error:
+        raise PreflightError(f"the report cannot be drawn ({error}): install what is missing with pip") from None
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+    seconds = time.monotonic() - began
+    note = trainer.observer.note
+    note(f"preflight: {OUTPUTS} written and read back, a step and an evaluation run and undone, in {seconds:.1f} s")
+    note(_time_line(trainer, tried, written.saving_seconds))
+    note(disk)
+    if not math.isfinite(tried.loss):
+        trainer.observer.warning(f"the loss of the trial step is {tried.loss}: this run would diverge at once")
+
+
+# -- outputs -----------------------------------------------------------------------------------------------------------
+
+
+def _try_outputs(trainer: Trainer, folder: RunFolder, trial: Path, tried: Tried) -> Written:
+    """All of them by the code that will write them, into a run folder like the real one."""
+    settings = folder.path / "config.yaml"
+    _same(from_yaml(settings).config == trainer.config, settings)
+    with RunFolder.create(trial, settings.read_text(encoding="utf-8"), {}) as run:
+        began = time.perf_counter()
+        checkpoint_bytes = _try_checkpoint(trainer, run)
+        _try_weights(trainer, run)
+        saving_seconds = time.perf_counter() - began
+        if trainer.plan is not None:
+            run.write_plan(trainer.plan.to_json())
+            back = read_plan(run.path, trainer.config)
+            _same(back is not None and back.to_json() == trainer.plan.to_json(), run.path / "plan.json")
+        _try_rows(trainer, run, tried)
+        if trainer.config.train.tensorboard:
+            _try_board(run)
+        _try_report(run)
+    return Written(checkpoint_bytes, saving_seconds)
+
+
+def _try_checkpoint(trainer: Trainer, run: RunFolder) -> int:
+    written = trainer.checkpoint()
+    path = checkpoints.save(run.checkpoints, written, keep=trainer.config.checkpoint.keep)
+    back = checkpoints.load(path)
+    for read, kept in ((back.model, written.model), (back.optimizer, written.optimizer)):
+        _same(read.keys() == kept.keys() and all(_equal(read[name], kept[name]) for name in kept), path)
+    _same(json.dumps(back.state) == json.dumps(written.state), path / "state.json")
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def _try_weights(trainer: Trainer, run: RunFolder) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    tensors = cpu_tensors(trainer.model)
+    # Those of the best epoch: they carry all that the others do, and are written the same way.
+    run.save_weights("best", tensors, {"epoch": "1", "step": "2", "error_pct": "12.5", "chosen_on": "test"})
+    path = run.path / "weights" / "best.safetensors"
+    try:
+        back = load(path.read_bytes())
+    except SafetensorError:
+        back = {}
+    _same(back.keys() == tensors.keys() and all(_equal(back[name], tensors[name]) for name in tensors), path)
+
+
+def _try_rows(trainer: Trainer, run: RunFolder, tried: Tried) -> None:
+    """metrics.csv, steps.csv, gradients.csv and events.jsonl by their readers."""
+    test, seen = tried.score, trainer.meter.read()
+    row: dict[str, Any] = {"epoch": 1, "step": 2, "lr": trainer.config.optim.lr, "elapsed_seconds": tried.step_seconds}
+    row |= {"train_loss": _finite(tried.loss), "train_error_pct": tried.error_pct}
+    row |= {"test_loss": _finite(test.loss), "test_error_pct": test.error_pct}
+    row |= {"images_per_second": tried.step_pictures / tried.step_seconds, "device_used_bytes": seen.device_used_bytes}
+    steps = [{"step": at, "epoch": 1, "lr": trainer.config.optim.lr, "loss": _finite(tried.loss)} for at in (1, 2)]
+    told = {"what": "größer", "seconds": tried.step_seconds, "unknown": None, "values": [1, 2.5, True]}
+    run.append_metrics(row)
+    run.append_steps(steps)
+    run.begin_gradients(tried.layers, step=0)
+    run.append_gradients([(1, 1, tried.gradient_norms)])
+    run.event("preflight", **told)
+    back = read_history(run.path)
+    line, lines = csv_line(columns.METRICS, row), [csv_line(columns.STEPS, step) for step in steps]
+    _same([csv_line(columns.METRICS, vars(read)) for read in back.epochs] == [line], run.metrics_file)
+    _same([csv_line(columns.STEPS, vars(read)) for read in back.steps] == lines, run.steps_file)
+    norms = [gradients.line(read.step, read.epoch, read.norms) for read in back.gradients.rows]
+    _same(back.gradients.layers == tried.layers, run.gradients_file)
+    _same(norms == [gradients.line(1, 1, tried.gradient_norms)], run.gradients_file)
+    _same([(event.kind, dict(event.detail)) for event in back.events] == [("preflight", told)], run.events_file)
+    _same(back.best is not None and (back.best.epoch, back.best.error_pct) == (1, 12.5), run.path / "weights")
+
+
+def _try_board(run: RunFolder) -> None:
+    """The event file of the trial rows, by TensorBoard's own reader."""
+    files = EventFiles(run.path)
+    files.update()
+    files.close()
+    _same({point.step for point in read_points(files.folder)} == {1, 2}, files.folder)
+
+
+def _try_report(run: RunFolder) -> None:
+    """The report on the trial run, with its figures."""
+    from lowmem.report.write import write_report  # matplotlib
+
+    result = write_report([run.path])
+    _same(result.markdown.read_text(encoding="utf-8") == result.text, result.markdown)
+    _same(bool(result.figures), result.folder)
+    for path, picture in zip(result.figures, result.pictures, strict=True):
+        _same(path.read_bytes() == picture.png and picture.png.startswith(b"\x89PNG"), path)
+
+
+def _same(same: bool, path: Path) -> None:
+    if not same:
+        raise PreflightError(f"{path} reads back differently from what was written: check the disk")
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    """By bits: the weights of a run that has diverged are not equal to themselves."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return left.numpy().tobytes() == right.numpy().tobytes()
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 1.0
+
+
+# -- what the run will take --------------------------------------------------------------------------------------------
+
+
+def _time_line(trainer: Trainer, tried: Tried, saving_seconds: float) -> str:
+    config, state, dataset = trainer.config.train, trainer.state, trainer.dataset
+    per_epoch = trainer.batches.steps_per_epoch
+    steps = (config.epochs - state.epoch) * per_epoch - state.step_in_epoch
+    limited = config.max_steps is not None and config.max_steps - state.step < steps
+    if limited:
+        assert config.max_steps is not None
+        steps = max(0, config.max_steps - state.step)
+    epochs = (state.step_in_epoch + steps) // per_epoch
+    # The last step of an epoch has fewer pictures: steps are weighed by them.
+    step_seconds = tried.step_seconds * len(dataset.train) / (per_epoch * tried.step_pictures)
+    scored = len(dataset.test) + (len(dataset.val) if dataset.val is not None else 0)
+    evaluation_seconds = tried.evaluation_seconds * scored / tried.score.count / trainer.group.size
+    total = steps * step_seconds + epochs * (evaluation_seconds + saving_seconds)
+    left = f"{epochs} epochs of {per_epoch} steps" if not limited else f"{steps} steps (train.max_steps)"
+    return (
+        f"time: about {format_duration(total)} for {left}: {tried.step_seconds:.3f} s a step of {tried.step_pictures} "
+        f"pictures, {evaluation_seconds:.1f} s for evaluation and {saving_seconds:.1f} s for saving an epoch"
+    )
+
+
+def _check_space(trainer: Trainer, path: Path, written: Written, layers: Sequence[str]) -> str:
+    """The line on disk. Raises PreflightError if there is too little."""
+    config = trainer.config
+    kept = kept_epochs(epochs=config.train.epochs, keep_every=config.checkpoint.keep_every)
+    needed = run_bytes(
+        checkpoint_bytes=written.checkpoint_bytes,
+        parameter_bytes=sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
+        keep=config.checkpoint.keep,
+        kept_epochs=kept,
+        rows_bytes=rows_bytes(
+            epochs=config.train.epochs,
+            steps_per_epoch=trainer.batches.steps_per_epoch,
+            log_every_steps=config.train.log_every_steps,
+            steps_between_saves=config.checkpoint.steps_between_saves,
+            layers=len(layers),
+            grad_norms_every=config.train.grad_norms_every or default_every(trainer.batches.steps_per_epoch),
+        ),
+    )
+    most = config.checkpoint.keep + 1 + kept
+    free = shutil.disk_usage(path).free
+    takes = f"{format_size(needed)} at the most ({most} checkpoints of {format_size(written.checkpoint_bytes)}"
+    if free < needed:
+        raise PreflightError(
+            f"the run needs {takes} and the weights), {path} has {format_size(free)} free: free some space, keep fewer "
+            "checkpoints, or choose another folder with --out"
+        )
+    return f"disk: {takes}, weights, rows); {format_size(free)} free in {path}"

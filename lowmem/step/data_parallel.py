@@ -1,0 +1,132 @@
+"""A training step of several processes: each its slice of the effective batch, one sum of gradients, one verdict.
+
+Every process does the same steps in the same order. Between the backward pass and the update they agree, in one small
+message, on whether the step held everywhere, and on what only one of them may know: a signal, a save that is due,
+memory that runs short. So a step is made by all or by none: where one runs out of memory, the others undo theirs too,
+and all do it again.
+
+A process that failed owes the others its part of the sums that the step has; it sends zeros, so that nobody hangs. With
+batch norm over all processes (`sync_bn`) that includes the statistics, whose sizes and order depend on the network
+only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.core.errors import PeerFailed
+from lowmem.distributed.group import Group
+from lowmem.distributed.reducer import Reducer
+from lowmem.distributed.split import Split
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a process brings into a step, or what all of them agreed on: `stop`, the number of a signal or 0; whether to
+    save; whether memory is short."""
+
+    stop: int = 0
+    save: bool = False
+    short: bool = False
+
+
+class JointStep:
+    """What `TrainStep` does with the other processes. `norm_sizes`: elements of every sum that a pass of the network
+    makes for its batch norms, forward and backward; empty with statistics of each process's own."""
+
+    def __init__(
+        self,
+        group: Group,
+        reducer: Reducer,
+        split: Split,
+        device: str,
+        norm_sizes: Sequence[int] = (),
+    ) -> None:
+        self.group, self.split = group, split
+        self._reducer, self._device = reducer, device
+        self._norm_sizes = tuple(norm_sizes)
+        self.ask: Callable[[], Asked] = Asked
+        self.agreed = Asked()
+        self.begin(0)
+
+    def begin(self, size: int) -> tuple[int, int]:
+        """A step of `size` pictures begins. Returns this process's slice of them."""
+        self._size, self._norm_calls = size, 0
+        self._reduced = self._summed = False
+        return self.split.part(size)
+
+    def cut(self, images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """This process's slice in micro-batches. With statistics over all processes as many of them everywhere, some
+        perhaps empty; else none for an empty slice."""
+        if self._norm_sizes:
+            pieces = self.split.pieces(self._size)
+            return list(zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True))
+        micro = self.split.micro_batches[self.group.rank]
+        return list(zip(images.split(micro), labels.split(micro), strict=True)) if len(labels) else []
+
+    def norm_total(self, tensor: Tensor) -> None:
+        """The executor's sum over all processes of a batch norm's figures."""
+        expected = self._norm_sizes[self._norm_calls % len(self._norm_sizes)]
+        assert tensor.numel() == expected, "batch norms are not in the network's order"
+        self._norm_calls += 1
+        self.group.total(tensor)
+
+    def last_pass(self) -> None:
+        """Before the last micro-batch, or where there is none: gradients are complete, stage by stage, from here on."""
+        self._reducer.arm()
+
+    def finish(self, totals: Tensor) -> None:
+        """Waits for the sums of the gradients, and makes `totals` (of the losses, of wrong predictions) everyone's."""
+        first, past = self.split.part(self._size)
+        self._reducer.finish((past - first) / self._size)
+        self._reduced = True
+        self.group.start_total(totals).wait()
+        self._summed = True
+
+    def agree(self) -> None:
+        """The verdict, when nothing is left to do but the update. Raises PeerFailed."""
+        if any(self._vote(failed=False)):
+            raise PeerFailed("another process could not make this step")
+
+    def fail(self) -> None:
+        """Of a process whose own step failed and was undone: what it owes the others, and its verdict."""
+        sums = len(self._norm_sizes)
+        for call in range(self._norm_calls, self.split.pieces(self._size) * sums):
+            self.group.total(self._zeros(self._norm_sizes[call % sums]))
+        if not self._reduced:
+            self._reducer.give_up()
+        if not self._summed:
+            self.group.start_total(self._zeros(2)).wait()
+        self._vote(failed=True)
+
+    def _zeros(self, elements: int) -> Tensor:
+        return torch.zeros(elements, dtype=torch.float64, device=self._device)
+
+    def _vote(self, *, failed: bool) -> list[int]:
+        asked = self.ask()
+        votes = [0] * self.group.size
+        votes[self.group.rank] = int(failed)
+        stop, save, short, *votes = self.group.most([asked.stop, int(asked.save), int(asked.short), *votes])
+        self.agreed = Asked(stop, bool(save), bool(short))
+        return votes
+
+
+def are_alike(group: Group, model: nn.Module) -> bool:
+    """Whether the processes' parameters and running statistics are the same bits: sums over them would mean nothing
+    else. Costs one pass over them."""
+    if group.alone:
+        return True
+    sums = torch.stack([_bits(tensor) for tensor in model.state_dict().values() if tensor.is_floating_point()]).tolist()
+    everyone = group.gather(sums)
+    return all(one == everyone[0] for one in everyone)
+
+
+@torch.no_grad()
+def _bits(tensor: Tensor) -> Tensor:
+    """An int64 that other values hardly have."""
+    words = tensor.contiguous().flatten().view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+    return words.sum(dtype=torch.int64)

@@ -1,0 +1,170 @@
+"""One optimizer step: micro-batches, mixed precision, the optimizer. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowmem.config.schema import OptimConfig
+from lowmem.step.data_parallel import JointStep
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the arithmetic is done: device type, `fp32` or `amp`, `contiguous` or `channels-last`, all resolved."""
+
+    device: str
+    precision: str
+    memory_format: str
+
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        """fp16 on CUDA, bf16 on the CPU (which has no fast fp16), None in fp32."""
+        if self.precision != "amp":
+            return None
+        return torch.float16 if self.device == "cuda" else torch.bfloat16
+
+    @property
+    def torch_memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.memory_format == "channels-last" else torch.contiguous_format
+
+    def autocast(self) -> torch.autocast:
+        """The autocast context of the forward pass; does nothing in fp32."""
+        dtype = self.amp_dtype
+        return torch.autocast(self.device, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig, device: str) -> torch.optim.SGD:
+    """SGD over all trainable parameters, in the library's fused form and with momentum that exists from the start:
+    its update allocates nothing, so a step that runs out of memory does so before it and can be undone."""
+    if device == "cuda":
+        # A kernel is loaded when it is first launched, and that takes memory: here, not in the middle of a full step.
+        tiny = nn.Parameter(torch.zeros(1, device=device))
+        tiny.grad = torch.zeros_like(tiny)
+        _sgd([tiny], config).step()
+    return _sgd([parameter for parameter in model.parameters() if parameter.requires_grad], config)
+
+
+def _sgd(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.SGD:
+    optimizer = torch.optim.SGD(
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov and config.momentum > 0,
+        fused=True,
+    )
+    if config.momentum > 0:
+        # Left to itself the fused step makes momentum without values and, when the scaler found an overflow (the
+        # first step often has one), leaves before it writes them. From zeros the first step is the same.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def make_scaler(execution: Execution) -> torch.amp.GradScaler:
+    """Gradient scaling for fp16; disabled (and stateless) otherwise, bf16 has the range of fp32."""
+    return torch.amp.GradScaler(execution.device, enabled=execution.amp_dtype is torch.float16)
+
+
+class TrainStep:
+    """Forward, backward and update for one effective batch, in micro-batches.
+
+    The gradient is that of the mean loss over the effective batch, however large that batch is and however it is cut
+    (invariant 4); batch-norm statistics are per micro-batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        execution: Execution,
+        micro_batch: int | None,
+        joint: JointStep | None = None,
+    ) -> None:
+        """`joint`: with whom the step is made; None: by this process alone."""
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.execution = execution
+        self.micro_batch = micro_batch
+        self.joint = joint
+        self.phase = "data"  # what a step is doing, for whoever has to say where it failed
+
+    def __call__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        lr: float,
+        look: Callable[[], None] | None = None,
+        size: int | None = None,
+    ) -> Tensor:
+        """images float [B, C, 32, 32], labels int64 [B] -> (sum of losses, wrong predictions), float64 [2] on the
+        device. Everything that allocates comes before the update, so `look` does, which may look at the gradients.
+
+        `size`: of the effective batch, if these pictures are this process's slice of it (B may be 0 then); the result
+        is of all of it."""
+        size = labels.shape[0] if size is None else size
+        totals = torch.zeros(2, dtype=torch.float64, device=images.device)
+        pieces = self._cut(images, labels, size)
+        for count, (x, y) in enumerate(pieces, start=1):
+            if self.joint is not None and count == len(pieces):
+                self.joint.last_pass()
+            self._forward_backward(x, y, size, totals)
+        if self.joint is not None:
+            self.phase = "reduction"
+            if not pieces:
+                self.joint.last_pass()
+                self.scaler.scale(torch.zeros((), device=images.device))  # its scale comes to exist with the first use
+            self.joint.finish(totals)
+        if look is not None:
+            self.phase = "gradient norms"
+            look()
+        if self.joint is not None:
+            self.joint.agree()
+        self.phase = "update"
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return totals
+
+    def _cut(self, images: Tensor, labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+        if self.joint is not None:
+            return self.joint.cut(images, labels)
+        micro = self.micro_batch or size
+        return list(zip(images.split(micro), labels.split(micro), strict=True))
+
+    def _forward_backward(self, x: Tensor, y: Tensor, size: int, totals: Tensor) -> None:
+        self.phase = "forward"
+        with self.execution.autocast():
+            logits = self.model(x)
+        # In fp32 at least outside autocast, and as a sum: the last micro-batch may be smaller than the others.
+        loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), y, reduction="sum")
+        self.phase = "backward"
+        # In this thread: cuDNN's choice of engines and cuBLAS's handle and workspace are a thread's own, and what is
+        # computed again has to come from the engines that computed it first.
+        with torch.autograd.set_multithreading_enabled(False):
+            self.scaler.scale(loss / size).backward()
+        totals[0] += loss.detach().double()
+        totals[1] += (logits.detach().argmax(1) != y).sum()
+
+    def reset_scaler(self) -> None:
+        """Forgets what the scaler noted of a step that is not finished; scale and growth count stay.
+
+        A fresh one, because between two of its own calls the library's scaler has no way back, and keeps its notes
+        on the optimizer too.
+        """
+        for note in ("grad_scale", "found_inf"):
+            if hasattr(self.optimizer, note):
+                delattr(self.optimizer, note)
+        if self.scaler.is_enabled():
+            state = self.scaler.state_dict()
+            self.scaler = torch.amp.GradScaler(self.execution.device)
+            self.scaler.load_state_dict(state)

@@ -1,0 +1,88 @@
+"""Surviving out-of-memory: undoing the step that met it.
+
+A step changes nothing but gradients, batch-norm buffers and the scaler's notes until its update, and the update
+allocates nothing (see `make_optimizer`). So a step that ran out of memory is undone with copies of the buffers alone,
+made before it in memory that is there from the start, and is run again, the same step, under a smaller plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.core.errors import PeerLost
+from lowmem.measure.out_of_memory import Failure, attempt, release
+from lowmem.step.train_step import TrainStep
+
+T = TypeVar("T")
+
+
+class Undo:
+    """Runs a step so that out-of-memory leaves everything as it was before it.
+
+    Takes the memory of its copies when it is made: the buffers', and one parameter's with its momentum, by which it
+    is seen whether the update had begun all the same (the fused update goes through the parameters in order; their
+    version counters do not move).
+    """
+
+    def __init__(self, step: TrainStep, model: nn.Module) -> None:
+        self._step = step
+        first: Tensor = step.optimizer.param_groups[0]["params"][0]
+        slots = step.optimizer.state.get(first, {})
+        self._watched = [first.detach(), *(slot for slot in slots.values() if isinstance(slot, Tensor))]
+        self._buffers = list(model.buffers())
+        self.copies = [torch.empty_like(tensor) for tensor in (*self._buffers, *self._watched)]
+
+    def attempt(self, work: Callable[[], T]) -> T | Failure:
+        """The result of `work`, which runs the step. After a Failure that is not final parameters, momentum, buffers
+        and scaler are as before, there are no gradients, and what the step held is free."""
+        _copy(self.copies, (*self._buffers, *self._watched))
+        self._step.phase = "data"
+        joint = self._step.joint
+        try:
+            result = attempt(work, lambda: self._step.phase)
+        except PeerLost:
+            # The network is as before the step, to be saved by whoever is left. On CUDA sums that nobody answers would
+            # be waited for.
+            if self._watched[0].device.type == "cpu":
+                self._undone()
+            raise
+        if isinstance(result, Failure):
+            if not self._undone():
+                return replace(result, final=True)
+            if joint is not None and not result.peer:
+                joint.fail()
+        return result
+
+    def _undone(self) -> bool:
+        self._step.optimizer.zero_grad(set_to_none=True)
+        self._step.reset_scaler()
+        copies = self.copies[len(self._buffers) :]
+        if not all(_same_bits(now, then) for now, then in zip(self._watched, copies, strict=True)):
+            return False
+        _copy(self._buffers, self.copies[: len(self._buffers)])
+        release()
+        return True
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    """Compared on the CPU, for there may be no room for even a result on the device; as bytes, for the weights of a run
+    that has diverged are not equal to themselves."""
+    one, other = (tensor.cpu().contiguous().flatten().view(torch.uint8) for tensor in (left, right))
+    return torch.equal(one, other)
+
+
+@torch.no_grad()
+def _copy(into: Iterable[Tensor], source: Iterable[Tensor]) -> None:
+    """Allocates nothing; a few launches for each dtype."""
+    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for left, right in zip(into, source, strict=True):
+        pair = groups.setdefault(left.dtype, ([], []))
+        pair[0].append(left)
+        pair[1].append(right)
+    for lefts, rights in groups.values():
+        torch._foreach_copy_(lefts, rights)

@@ -1,0 +1,271 @@
+"""Before a run: its plan and the runners-up tried by real steps in clean processes, so that what is trained with is
+known to fit and not only predicted to.
+
+A choice that takes more than its budget (training or evaluation), runs out of memory or computes something that is no
+number is replaced by the next; among those that hold, the one with the most measured pictures per second wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lowmem.choose.budget import Budget
+from lowmem.choose.execution import refuse_unsafe
+from lowmem.choose.planning import Choice, Request
+from lowmem.choose.runners import other_precision, rivals, smaller
+from lowmem.choose.session import AS_FAST
+from lowmem.config.schema import Config
+from lowmem.core.errors import Infeasible, PreflightError
+from lowmem.core.units import format_size
+from lowmem.plan.record import Candidate, Plan
+from lowmem.trial.trial import Trial, TrialResult, run_trial
+from lowmem.trial.verdict import verdict
+
+MOST_TRIALS = 4
+_RUNG = 0.92  # of the budget, for the replacement of a choice that overshoots
+
+RunTrial = Callable[[Trial], TrialResult]
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """A choice and what a trial made of it. `refused_because`: None if it holds; `for_memory`: less budget may help;
+    `timed`: whether the predicted time is of this device (on the CPU it usually is of a card)."""
+
+    choice: Choice
+    result: TrialResult
+    refused_because: str | None
+    for_memory: bool
+    timed: bool
+
+    @property
+    def images_per_second(self) -> float:
+        """Measured."""
+        return self.choice.plan.batch / (self.result.step_seconds or float("inf"))
+
+    def candidate(self, refused_because: str | None) -> Candidate:
+        """For plan.json."""
+        predicted = self.choice.plan.predicted
+        return Candidate(
+            what=words(self.choice),
+            refused_because=refused_because,
+            peak_bytes=predicted.peak_allocated_bytes,
+            step_seconds=predicted.step_seconds,
+            measured_peak_bytes=self.result.most_allocated_bytes,
+            measured_step_seconds=self.result.step_seconds,
+        )
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """For events.jsonl."""
+        predicted, result = self.choice.plan.predicted, self.result
+        return {
+            "what": words(self.choice),
+            "refused_because": self.refused_because,
+            "predicted_peak_bytes": predicted.peak_allocated_bytes,
+            "measured_peak_bytes": result.peak_allocated_bytes,
+            "peak_error": _off(result.peak_allocated_bytes, predicted.peak_allocated_bytes),
+            "predicted_reserved_bytes": predicted.peak_reserved_bytes,
+            "measured_reserved_bytes": result.peak_reserved_bytes,
+            "measured_eval_peak_bytes": result.eval_peak_allocated_bytes,
+            "device_used_bytes": result.device_used_bytes,
+            "blas_workspace_bytes": result.blas_workspace_bytes,
+            "predicted_step_seconds": predicted.step_seconds,
+            "measured_step_seconds": result.step_seconds,
+            "seconds_error": _off(result.step_seconds, predicted.step_seconds) if self.timed else None,
+            "alloc_retries": result.alloc_retries,
+        }
+
+    @property
+    def line(self) -> str:
+        """One line: predicted against measured, and the verdict."""
+        result, predicted = self.result, self.choice.plan.predicted
+        holds = self.refused_because or "holds"
+        if result.refused is not None:
+            return f"tried {words(self.choice)}: {holds}"
+        peak, seconds = result.peak_allocated_bytes, result.step_seconds
+        at_evaluation = result.eval_peak_allocated_bytes
+        against = f" (predicted {predicted.step_seconds or 0:.3f}, {_percent(seconds, predicted.step_seconds)})"
+        against = against if self.timed else ""
+        evaluation = "" if at_evaluation is None else f", {format_size(at_evaluation)} in evaluation"
+        return (
+            f"tried {words(self.choice)}: {format_size(peak)} at the peak of a step (predicted "
+            f"{format_size(predicted.peak_allocated_bytes)}, {_percent(peak, predicted.peak_allocated_bytes)})"
+            f"{evaluation}; {seconds or 0:.3f} s a step{against}: {holds}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confirmed:
+    """The choice that is trained with, its plan carrying what was measured of all of them; in order of trial."""
+
+    choice: Choice
+    trials: tuple[Tried, ...]
+
+    @property
+    def event(self) -> dict[str, Any]:
+        """The fields of the event `confirmed`."""
+        return {"chosen": words(self.choice), "trials": [tried.fields for tried in self.trials]}
+
+
+def wants_confirmation(config: Config) -> bool:
+    """By the setting `memory.confirm`; `auto` is on CUDA. The device is resolved."""
+    wish = config.memory.confirm
+    return wish == "always" or (wish == "auto" and config.train.device == "cuda")
+
+
+def trial_of(config: Config, plan: Plan, budget: Budget, num_classes: int, train_pictures: int) -> Trial:
+    """What a run with these settings and this plan does, for a few steps."""
+    model, optim = config.model, config.optim
+    return Trial(
+        arch=model.arch,
+        block=model.block,
+        width=model.width,
+        num_classes=num_classes,
+        batch=plan.batch,
+        precision=plan.precision,
+        memory_format=plan.memory_format,
+        device=config.train.device,
+        deterministic=config.train.deterministic,
+        tf32=config.train.tf32,
+        way="planned",
+        plan=plan.without_ladder().to_json(),
+        pictures=train_pictures,
+        eval_batch=config.train.eval_batch or plan.micro_batch,
+        cap_bytes=budget.allocator_bytes,
+        momentum=optim.momentum,
+        weight_decay=optim.weight_decay,
+        nesterov=optim.nesterov,
+        seed=config.seed,
+    )
+
+
+def confirm_run(
+    config: Config,
+    request: Request,
+    choices: list[Choice],
+    *,
+    num_classes: int,
+    train_pictures: int,
+    tell: Tell,
+    run: RunTrial = run_trial,
+) -> Confirmed:
+    """Tries `choices[0]` and its runners-up as a run with this configuration would do them; a line each to `tell`.
+
+    Raises Infeasible with the least that was measured if none fits, PreflightError if no trial could be run at all.
+    """
+    refuse_unsafe(config)
+    budget = request.budget
+
+    def attempt(choice: Choice) -> Tried:
+        result = run(trial_of(config, choice.plan, budget, num_classes, train_pictures))
+        tried = _judge(choice, result, budget, config.train.device)
+        tell(tried.line)
+        return tried
+
+    trials = [attempt(choice) for choice in (choices[0], *rivals(request, choices))]
+    if not any(tried.refused_because is None for tried in trials):
+        for choice in _replacements(request, trials):
+            trials.append(attempt(choice))
+            if trials[-1].refused_because is None:
+                break
+    best = _fastest(trials, budget)
+    return Confirmed(choice=_with_record(best, trials, budget, choices[0]), trials=tuple(trials))
+
+
+def _replacements(request: Request, trials: list[Tried]) -> Iterator[Choice]:
+    """What to try when nothing held, until there are MOST_TRIALS: the first choice under less and less budget, and at
+    last the other precision that `auto` leaves open."""
+    other = other_precision(request, trials[0].choice) if len(trials) == 1 else None
+    spare = 0 if other is None else 1
+    last, limit = trials[0], request.budget.tensor_bytes
+    tensor_bytes = limit
+    while last.for_memory and len(trials) + spare < MOST_TRIALS:
+        measured = last.result.most_allocated_bytes
+        over = 1.0 if measured is None else limit / max(measured, limit)
+        tensor_bytes = int(tensor_bytes * min(_RUNG, over))
+        rung = smaller(request, trials[0].choice, tensor_bytes)
+        if rung is None:
+            break
+        yield rung
+        last = trials[-1]
+    if other is not None and len(trials) < MOST_TRIALS:
+        yield other
+
+
+def _judge(choice: Choice, result: TrialResult, budget: Budget, device: str) -> Tried:
+    """The verdict on one trial."""
+    refused_because, for_memory = verdict(result, budget, device)
+    return Tried(
+        choice=choice,
+        result=result,
+        refused_because=refused_because,
+        for_memory=for_memory,
+        timed=device == "cuda" or choice.timed,
+    )
+
+
+def _fastest(trials: list[Tried], budget: Budget) -> Tried:
+    """Of those that hold. Raises Infeasible, PreflightError."""
+    best: Tried | None = None
+    for tried in trials:
+        if tried.refused_because is not None:
+            continue
+        if best is None or tried.images_per_second > AS_FAST * best.images_per_second:
+            best = tried
+    if best is not None:
+        return best
+    if not any(tried.for_memory for tried in trials):
+        raise PreflightError(
+            f"a trial of the first steps failed ({trials[0].refused_because}): mend that, or train without trials by "
+            "--set memory.confirm=never"
+        )
+    measured = [
+        peak for tried in trials if (peak := tried.result.most_allocated_bytes) is not None and tried.for_memory
+    ]
+    least = min(measured, default=None)
+    what = f"measured in {len(trials)} trials"
+    if least is None:
+        predicted = [tried.choice.plan.predicted.peak_allocated_bytes or 0 for tried in trials]
+        least, what = min(predicted), f"as predicted, and {len(trials)} trials ran out of memory even so"
+    raise Infeasible(budget.tensor_bytes, least, what, "lower --batch, give more with --vram, or free what others use")
+
+
+def _with_record(best: Tried, trials: list[Tried], budget: Budget, first: Choice) -> Choice:
+    """The choice with all trials among its candidates, held to the budget that was given and not to a rung's."""
+    plan = best.choice.plan
+    own = [one for one in plan.candidates if one.refused_because is not None]
+    if best.choice is not first:
+        known = {one.what for one in own}
+        own += [one for one in first.plan.candidates if one.refused_because is not None and one.what not in known]
+    slower = f"measured {best.images_per_second:,.0f} pictures per second of the chosen one, this one "
+    others = [
+        tried.candidate(tried.refused_because or f"{slower}{tried.images_per_second:,.0f}")
+        for tried in trials
+        if tried is not best
+    ]
+    candidates = (*own, *others, best.candidate(None))
+    return replace(best.choice, plan=replace(plan, budget_bytes=budget.tensor_bytes, candidates=candidates))
+
+
+def words(choice: Choice) -> str:
+    """A choice in a few words."""
+    plan = choice.plan
+    cut = "" if plan.accumulation == 1 else f" in micro-batches of {plan.micro_batch}"
+    return (
+        f"{plan.precision} at batch {plan.batch}{cut}, {plan.memory_format}, planned for "
+        f"{format_size(choice.budget.tensor_bytes)}"
+    )
+
+
+def _off(measured: float | None, predicted: float | None) -> float | None:
+    """The share by which what was measured is above what was predicted."""
+    return None if measured is None or not predicted else measured / predicted - 1
+
+
+def _percent(measured: float | None, predicted: float | None) -> str:
+    off = _off(measured, predicted)
+    return "unknown" if off is None else f"{off:+.1%}"

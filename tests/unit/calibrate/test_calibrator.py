@@ -1,0 +1,348 @@
+"""Stages timed for real on the CPU, and plans that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowmem.calibrate.calibration import Calibration, Mode, Seconds
+from lowmem.calibrate.calibrator import Calibrator, StageTimes, stage_key
+from lowmem.calibrate.card_probe import describe_card
+from lowmem.calibrate.device import cpu_identity
+from lowmem.calibrate.stage_timer import FAST, PLAIN, ChainClock
+from lowmem.calibrate.worker import BusyBatch, Job, Stages, Update, measure_apart, smallest_busy
+from lowmem.choose.costs import ChainMeasure, measure_costs, price
+from lowmem.choose.precision_choice import by_measurement
+from lowmem.choose.session import calibrator_of, plan_run
+from lowmem.config.schema import Config
+from lowmem.config.settings import gather
+from lowmem.core.errors import PreflightError
+from lowmem.measure.timing import Timing, time_calls
+from lowmem.models import skeleton
+from lowmem.plan.cost import Rates
+from lowmem.plan.policy import SAVE_ALL
+from lowmem.remat import decompose
+from lowmem.remat.libraries import Numerics
+from lowmem.simulate.stage import Option
+
+SHAPE = (4, 3, 32, 32)
+MODEL = skeleton("res20", "basic", width=4)
+RATES = Rates(1e9, 1e9)
+
+
+@pytest.fixture(scope="module")
+def measured() -> ChainMeasure:
+    return measure_costs(MODEL, input_shape=SHAPE)
+
+
+@pytest.fixture(scope="module")
+def calibration(measured: ChainMeasure) -> Calibration:
+    """Everything that the tests below look up, measured in a process of its own as on CUDA."""
+    made = Calibration(cpu_identity(), None)
+    _times(Calibrator("cpu", made, measure=partial(measure_apart, numerics=Numerics())), measured)
+    return made
+
+
+def _times(calibrator: Calibrator, measured: ChainMeasure):
+    return calibrator.times(
+        MODEL, measured.stages, input_shape=SHAPE, precision="fp32", memory_format="contiguous", momentum=True
+    )
+
+
+def test_every_policy_of_every_distinct_block_is_timed_once(
+    measured: ChainMeasure, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*arguments: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(ChainClock, "measure", forbidden)
+    told: list[str] = []
+    times = _times(Calibrator("cpu", calibration, told.append), measured)
+    assert told == []
+    assert times.outside_seconds > 0
+    for stage in measured.stages:
+        assert (times.fast_seconds(stage) or 0) > 0
+        assert (times.plain_seconds(stage) or 0) > 0
+        for option in stage.options:
+            found = times.option(stage, option.option)
+            assert found is not None
+            assert found.backward > 0
+            assert (found.forward == 0) == option.option.fused
+            assert (found.restore > 0) <= option.option.drops_output
+
+
+def test_prices_are_the_measured_ones(measured: ChainMeasure, calibration: Calibration) -> None:
+    times = _times(Calibrator("cpu", calibration), measured)
+    chain = price(measured, RATES, times)
+    stage, cost = measured.stages[2], chain.stages[2]
+    for option in stage.options:
+        found = times.option(stage, option.option)
+        priced = (cost.last_option if option.option.last else cost.option)(option.option.policy)
+        assert found == Seconds(priced.forward_seconds, priced.backward_seconds, priced.restore_seconds)
+    assert chain.outside_seconds == times.outside_seconds
+    assert chain.plain_seconds == pytest.approx(sum(times.plain_seconds(one) or 0 for one in measured.stages))
+    assert price(measured, RATES).plain_seconds != chain.plain_seconds
+
+
+def test_what_could_not_be_measured_is_scaled_like_the_rest(measured: ChainMeasure, calibration: Calibration) -> None:
+    partial = Calibration(cpu_identity(), None)
+    partial.figures.update(calibration.figures)
+    times = _times(Calibrator("cpu", partial), measured)
+    whole = price(measured, RATES, times)
+    guess = price(measured, RATES)
+    # Everything but the plain times is gone: what is left is the roofline in the measured proportion.
+    kept = Calibration(cpu_identity(), None)
+    plain = {stage.key: times.plain_seconds(stage) for stage in measured.stages}
+    for stage in measured.stages:
+        kept.put_seconds((stage_key(stage.key, "fp32", SHAPE[0]), PLAIN), Seconds(0.0, plain[stage.key] or 0.0))
+    scaled = price(measured, RATES, StageTimes(kept, "fp32", SHAPE[0], 1.0, 0.0))
+    assert whole.plain_seconds is not None
+    assert guess.plain_seconds is not None
+    factor = whole.plain_seconds / guess.plain_seconds
+    assert scaled.stages[1].fast_seconds == pytest.approx(factor * guess.stages[1].fast_seconds)
+
+
+def test_larger_batches_are_scaled(measured: ChainMeasure, calibration: Calibration) -> None:
+    once = StageTimes(calibration, "fp32", SHAPE[0], 1.0, 0.0)
+    thrice = StageTimes(calibration, "fp32", SHAPE[0], 3.0, 0.0)
+    larger = measure_costs(MODEL, input_shape=(3 * SHAPE[0], *SHAPE[1:]))
+    for small, large in zip(measured.stages, larger.stages, strict=True):
+        assert thrice.fast_seconds(large) == pytest.approx(3 * (once.fast_seconds(small) or 0))
+
+
+def _clock(time_call: Callable[..., Timing] = time_calls, low: torch.dtype | None = None) -> ChainClock:
+    return ChainClock(
+        MODEL,
+        input_shape=SHAPE,
+        device="cpu",
+        memory_format=torch.contiguous_format,
+        low=low,
+        calibration=Calibration(cpu_identity(), None),
+        rounds=1,
+        time_call=time_call,
+    )
+
+
+def test_clock_covers_stem_blocks_and_head() -> None:
+    clock = _clock(low=torch.bfloat16)
+    mode = clock.mode()
+    assert mode.finite
+    assert mode.seconds > 0
+    assert len(clock.calibration) == 0, "a mode leaves nothing but its sum"
+
+
+def _timed(seconds: dict[str, float], host_share: float) -> Callable[..., Timing]:
+    """Seconds by the name of what is called: the whole pass of a stage, the copy of its gradient, or nothing at all."""
+
+    def time_call(call: Callable[[], object], device: str, **settings: object) -> Timing:
+        call()
+        took = seconds[call.__name__]
+        launching = host_share * took
+        return Timing(
+            median_seconds=took,
+            least_seconds=took,
+            most_seconds=took,
+            launch_seconds=launching,
+            rounds=1,
+            inner=1,
+        )
+
+    return time_call
+
+
+@pytest.mark.parametrize(("host_share", "engine"), [(1.0, 0.25), (0.9, 0.25), (0.5, 0.0)])
+def test_the_engine_is_taken_off_where_the_host_is_what_a_stage_waits_for(host_share: float, engine: float) -> None:
+    stages = len(decompose(MODEL))
+    clock = _clock(_timed({"whole": 4.0, "clone": 1.0, "identity": 0.25}, host_share))
+    assert clock.mode().seconds == pytest.approx(stages * (4.0 - 1.0 - engine))
+    assert clock.bound_by_host() is (host_share > 0.8)
+
+
+def test_calling_the_engine_for_nothing_is_real_work() -> None:
+    clock = _clock()
+    assert clock.engine_seconds > 0
+    assert clock.engine_seconds == clock.engine_seconds, "measured once"
+
+
+@pytest.mark.parametrize(
+    ("bound", "found"),
+    [
+        ({128: False}, 128),
+        ({128: True, 256: True, 512: False}, 512),
+        ({128: True, 256: True, 512: True, 1024: True}, 1024),
+        ({128: True, 256: None}, 128),
+        ({128: None}, 128),
+    ],
+)
+def test_the_smallest_batch_that_keeps_a_card_busy(bound: dict[int, bool | None], found: int) -> None:
+    assert smallest_busy(bound.__getitem__) == found
+
+
+def test_a_fast_card_is_timed_at_a_batch_that_keeps_it_busy() -> None:
+    """What the jobs find is given: 256 pictures, a second for every pass under autograd."""
+    asked: list[Job] = []
+
+    def measure(jobs: Sequence[Job], device: str, calibration: Calibration) -> None:
+        asked.extend(jobs)
+        for job in jobs:
+            if isinstance(job, BusyBatch):
+                calibration.put_size(job.key, 256)
+            elif isinstance(job, Stages):
+                for one in job.wanted:
+                    for what in (FAST, PLAIN, *(name for name, _ in one.options)):
+                        calibration.put_seconds((one.key, what), Seconds(0.0, 1.0))
+            elif isinstance(job, Update):
+                calibration.put_seconds(job.key, Seconds(0.0, 0.0))
+
+    calibrator = Calibrator("cuda", Calibration(cpu_identity(), None), measure=measure)
+
+    def times(batch: int) -> tuple[int, float | None, list[str]]:
+        """Pictures that were timed, seconds of a block, and the jobs that it took."""
+        asked.clear()
+        shape = (batch, *SHAPE[1:])
+        stages = measure_costs(MODEL, input_shape=shape, options=lambda stage: [Option(SAVE_ALL)]).stages
+        found = calibrator.times(
+            MODEL, stages, input_shape=shape, precision="fp32", memory_format="contiguous", momentum=True
+        )
+        for job in asked:
+            assert not isinstance(job, Stages) or job.input_shape == (found.timed_batch, *SHAPE[1:])
+        return found.timed_batch, found.plain_seconds(stages[1]), [type(job).__name__ for job in asked]
+
+    assert times(512) == (256, 2.0, ["BusyBatch", "Stages", "Update"])
+    assert times(1024) == (256, 4.0, []), "the same stages, timed at the same batch"
+    assert times(192) == (192, 1.0, ["Stages"]), "never more pictures than were asked for"
+    assert calibrator.timed_batch(MODEL, (64, *SHAPE[1:]), "amp", "contiguous") == 64
+    assert Calibrator("cpu", calibrator.calibration).timed_batch(MODEL, (512, *SHAPE[1:]), "fp32", "contiguous") == 128
+
+
+def test_modes_are_compared_at_the_largest_batch_that_all_have_room_for() -> None:
+    """AMP is busy with 512 pictures, fp32 with 128 and has no room for 512."""
+
+    def measure(jobs: Sequence[Job], device: str, calibration: Calibration) -> None:
+        for job in jobs:
+            if isinstance(job, BusyBatch):
+                calibration.put_size(job.key, 512 if job.precision == "amp" else 128)
+            elif isinstance(job, Stages) and (job.precision == "amp" or job.input_shape[0] == 128):
+                calibration.put_mode(job.mode_key, Mode(float(job.input_shape[0]), True))
+
+    calibrator = Calibrator("cuda", Calibration(cpu_identity(), None), measure=measure)
+    pairs = [("fp32", "contiguous"), ("amp", "contiguous")]
+    assert calibrator.modes(MODEL, (512, *SHAPE[1:]), pairs) == dict.fromkeys(pairs, Mode(128.0, True))
+    alone = calibrator.modes(MODEL, (512, *SHAPE[1:]), pairs[1:])
+    assert alone == {pairs[1]: Mode(512.0, True)}
+
+
+class _Scripted:
+    """A calibrator that knows modes without measuring."""
+
+    def __init__(self, device: str, modes: dict[tuple[str, str], Mode]) -> None:
+        self.device, self.known = device, modes
+        self.facts = None
+
+    def modes(self, model: object, shape: object, pairs: list[tuple[str, str]]):
+        return {pair: mode for pair, mode in self.known.items() if pair in pairs}
+
+
+def _modes(fp32: tuple[float, float], amp: tuple[float, float], finite: bool = True) -> dict[tuple[str, str], Mode]:
+    return {
+        ("fp32", "contiguous"): Mode(fp32[0], True),
+        ("fp32", "channels-last"): Mode(fp32[1], True),
+        ("amp", "contiguous"): Mode(amp[0], finite),
+        ("amp", "channels-last"): Mode(amp[1], finite),
+    }
+
+
+def _config(**flags: object) -> Config:
+    return gather(flags={"model.width": 64, **{key.replace("__", "."): value for key, value in flags.items()}}).config
+
+
+def test_auto_follows_what_was_measured() -> None:
+    def decided(device: str, modes: dict[tuple[str, str], Mode], **flags: object):
+        return by_measurement(_config(**flags), MODEL, _Scripted(device, modes))  # type: ignore[arg-type]
+
+    fast = decided("cuda", _modes((1.0, 1.2), (0.6, 0.4)))
+    assert fast.precisions == ("amp", "fp32")
+    assert fast.formats == {"fp32": "contiguous", "amp": "channels-last"}
+    assert "2.50 times" in fast.reasons["train.precision"]
+    assert "1.20 times the speed in fp32" in fast.reasons["train.memory_format"]
+    # A GTX 1060: halves are no faster, they only save memory.
+    slow = decided("cuda", _modes((1.0, 1.2), (0.98, 1.4)))
+    assert slow.precisions == ("fp32", "amp")
+    # A GTX 1660: fp16 convolutions that are no numbers.
+    broken = decided("cuda", _modes((1.0, 1.2), (0.5, 0.5), finite=False))
+    assert broken.precisions == ("fp32",)
+    assert "not finite" in broken.reasons["train.precision"]
+    with pytest.raises(PreflightError, match=r"not finite.*--precision fp32"):
+        decided("cuda", _modes((1.0, 1.2), (0.5, 0.5), finite=False), train__precision="amp")
+    assert decided("cpu", _modes((1.0, 0.5), (0.1, 0.1))).precisions == ("fp32", "amp")
+    nothing = decided("cuda", {("fp32", "contiguous"): Mode(1.0, True)})
+    assert (nothing.precisions, nothing.formats["fp32"]) == (("fp32", "amp"), "contiguous"), "not even a block fitted"
+    fixed = decided("cuda", _modes((1.0, 1.2), (0.6, 0.4)), train__memory_format="contiguous")
+    assert set(fixed.formats.values()) == {"contiguous"}
+    assert "train.memory_format" not in fixed.reasons
+
+
+def test_what_corrupts_memory_is_not_timed() -> None:
+    """A thin net in fp32 and channels-last on the CPU, however fast it may be."""
+    scripted = _Scripted("cpu", _modes((1.0, 0.5), (0.3, 0.2)))
+    assert by_measurement(_config(), MODEL, scripted).formats == {"fp32": "contiguous", "amp": "channels-last"}  # type: ignore[arg-type]
+    wide = by_measurement(_config(), skeleton("res20", width=16), scripted)  # type: ignore[arg-type]
+    assert set(wide.formats.values()) == {"channels-last"}
+    calibrator = Calibrator("cpu", Calibration(cpu_identity(), None))
+    with pytest.raises(PreflightError, match="corrupts memory"):
+        calibrator.modes(MODEL, SHAPE, [("fp32", "channels-last")])
+
+
+def test_a_plan_by_what_this_processor_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = {"model.arch": "res20", "model.width": 4, "train.batch": 4, "memory.vram": "2M", "train.device": "cpu"}
+    settings = gather(flags=flags, sets=["memory.calibrate=always"])
+    told: list[str] = []
+    _, choice = plan_run(settings, progress=told.append)
+    assert choice.timed
+    assert choice.seconds_from == "measured on this device"
+    assert any(line.startswith("measuring the processor, once") for line in told)
+    assert choice.plan.predicted.step_seconds == pytest.approx(
+        choice.plain_seconds * (1 + (choice.plan.predicted.overhead or 0))
+    )
+    told.clear()
+    _, again = plan_run(settings, progress=told.append)
+    assert told == [], "kept in the cache"
+    assert again.plan == choice.plan
+    assert list(tmp_path.glob("lowmem/calibration/*.json"))
+    assert calibrator_of(gather(flags=flags).config) is None, "auto measures on CUDA only"
+    assert (
+        calibrator_of(gather(flags={**flags, "memory.card": "gtx1060-6g"}, sets=["memory.calibrate=always"]).config)
+        is None
+    )
+    fresh = calibrator_of(settings.config, fresh=True)
+    assert fresh is not None
+    assert len(fresh.calibration) == 0, "measured again when asked to"
+
+
+def test_a_card_without_a_profile_is_described() -> None:
+    card = describe_card(
+        "NVIDIA H200",
+        memory_bytes=139 << 30,
+        capability=(9, 0),
+        context_bytes=500 << 20,
+        rates=(4.0e12, 50e12, 700e12),
+        link=(5, 16),
+    )
+    assert card.tensor_cores
+    assert card.bandwidth_bytes_per_second == 4.0e12
+    assert card.pcie == "5.0x16"
+    old = describe_card(
+        "GTX 1660 Laptop",
+        memory_bytes=6 << 30,
+        capability=(7, 5),
+        context_bytes=1 << 28,
+        rates=(2e11, 4e12, 8e12),
+        link=(None, 3),
+    )
+    assert old.fp16 == "2:1"
+    assert old.pcie == "3.0x16"

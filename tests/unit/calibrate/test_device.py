@@ -1,0 +1,54 @@
+"""What is asked of a card before it is planned for, as far as a processor tells."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import torch
+
+from lowmem.calibrate.device import DeviceFacts, facts_from, warm_up
+from lowmem.choose.session import _tf32
+from lowmem.config.cards import load_card
+from lowmem.config.schema import Config
+from lowmem.remat.libraries import Numerics
+
+FACTS = DeviceFacts(
+    name="GTX 1060",
+    capability=(6, 1),
+    driver="580",
+    cudnn="90701",
+    total_bytes=6 << 30,
+    free_bytes=5 << 30,
+    context_bytes=None,
+    blas_workspace_bytes=1 << 20,
+    link=(3, 16),
+)
+
+
+def test_the_steps_that_load_the_kernels_run() -> None:
+    """On CUDA nothing can be planned if they do not."""
+    before = torch.are_deterministic_algorithms_enabled(), torch._C._is_multithreading_enabled()
+    warm_up("cpu")
+    assert (torch.are_deterministic_algorithms_enabled(), torch._C._is_multithreading_enabled()) == before
+
+
+def test_facts_come_through_json() -> None:
+    assert facts_from(json.loads(json.dumps(asdict(FACTS)))) == FACTS
+
+
+def test_figures_of_other_kernels_are_kept_apart() -> None:
+    """Deterministic kernels, and TF32, have other workspaces and other seconds."""
+    kinds = [Numerics(), Numerics(deterministic=False), Numerics(tf32="never")]
+    names = {FACTS.identity(kind).file_name for kind in kinds}
+    assert len(names) == len(kinds)
+    assert FACTS.identity(Numerics()) == replace(FACTS, free_bytes=1).identity(Numerics())
+
+
+def test_tf32_is_told_where_the_card_is_known() -> None:
+    on_cuda = Config.model_validate({"train": {"device": "cuda"}})
+    strict = Config.model_validate({"train": {"device": "cuda", "tf32": "never"}})
+    ampere, pascal = load_card("rtx3060-12g"), load_card("gtx1060-6g")
+    assert (_tf32(on_cuda, ampere), _tf32(on_cuda, pascal), _tf32(on_cuda, None)) == (True, False, None)
+    assert (_tf32(strict, ampere), _tf32(strict, None)) == (False, False)
+    assert _tf32(Config.model_validate({"train": {"device": "cpu"}}), None) is False

@@ -1,0 +1,87 @@
+"""Files of others: bounded, and wrong in one way only."""
+
+from __future__ import annotations
+
+import json
+import math
+import tracemalloc
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem.core.reading import DEEPEST_JSON, Unreadable, parse_json, parse_yaml, read_limited, shorten
+
+# PyYAML writes the control characters that end a line elsewhere (U+0085) in a way it does not read back.
+TEXT = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=20)
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    file.write_bytes(b"12345")
+    assert read_limited(file, 5) == b"12345"
+    tracemalloc.start()
+    assert read_limited(file, 1 << 30) == b"12345"
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 1 << 20, "a limit takes no memory"
+    with pytest.raises(Unreadable, match="has 5 bytes, at most 4 are read"):
+        read_limited(file, 4)
+    with pytest.raises(Unreadable, match="no regular file"):
+        read_limited(tmp_path, 4)
+    with pytest.raises(FileNotFoundError):
+        read_limited(tmp_path / "none", 4)
+
+
+@given(PLAIN)
+def test_json_and_yaml_that_we_write_are_read(value: Any) -> None:
+    assert parse_json(json.dumps(value)) == value
+    # Without indentation the writer may break a long number's line, never its value.
+    assert parse_yaml(yaml.safe_dump(value, allow_unicode=True, width=10**6)) == value
+
+
+@given(st.text() | st.sampled_from(["&a [*a]", "!!int x", "2001-02-31", "!!timestamp x", "? [a]: b", "<<: 3", "!!x 1"]))
+def test_any_text_is_a_value_or_one_exception(text: str) -> None:
+    with suppress(yaml.YAMLError):
+        parse_yaml(text)
+    with suppress(Unreadable):
+        parse_json(text)
+
+
+@given(st.binary())
+def test_any_bytes_are_a_value_or_one_exception(data: bytes) -> None:
+    with suppress(Unreadable):
+        parse_json(data)
+
+
+def test_depth_is_bounded() -> None:
+    assert parse_json("[" * DEEPEST_JSON + "]" * DEEPEST_JSON) is not None
+    for depth in (DEEPEST_JSON + 1, 10**6):
+        with pytest.raises(Unreadable):
+            parse_json("[" * depth + "]" * depth)
+    with pytest.raises(yaml.YAMLError, match="nested"):
+        parse_yaml("[" * 60 + "]" * 60)
+
+
+def test_aliases_and_endless_numbers_are_refused() -> None:
+    with pytest.raises(yaml.YAMLError, match="aliases"):
+        parse_yaml("a: &x 1\nb: *x\n")
+    with pytest.raises(yaml.YAMLError, match="too many digits"):
+        parse_yaml("9" * 61)
+    assert parse_yaml("a: &x 1") == {"a": 1}
+    assert math.isinf(parse_yaml(".inf"))
+
+
+def test_what_a_message_may_carry() -> None:
+    assert shorten("a\nb\x1b[2J\tc") == "a b?[2J c"
+    assert shorten("x" * 500) == "x" * 199 + "…"
+    assert shorten(None) == "None"

@@ -1,0 +1,234 @@
+"""Confirmation before a run: what overshoots is replaced, what is measured to be faster wins, and all is recorded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lowmem.choose.planning import Choice, Request
+from lowmem.choose.runners import other_precision, rivals, smaller
+from lowmem.choose.session import AS_FAST, ranked, request_of
+from lowmem.config.schema import Config
+from lowmem.config.settings import Settings, gather
+from lowmem.core.errors import Infeasible, PreflightError
+from lowmem.core.units import MIB
+from lowmem.lifecycle.api import run_training
+from lowmem.plan.record import Plan
+from lowmem.train.observer import Observer
+from lowmem.trial.plan_trial import MOST_TRIALS, Confirmed, confirm_run, wants_confirmation
+from lowmem.trial.trial import OUT_OF_MEMORY, Trial, TrialResult, run_trial
+from tests.conftest import assert_same_run
+
+SETS = ["data.train_subset=100", "data.test_subset=50", "train.log_every_steps=1", "train.batch=50"]
+BASE = {"model.arch": "res20", "model.width": 4, "data.source": "shapes", "train.epochs": 1}
+
+
+def _settings(*sets: str, vram: str = "8M") -> Settings:
+    return gather(flags={**BASE, "memory.vram": vram}, sets=[*SETS, "train.device=cpu", *sets])
+
+
+def _chosen(*sets: str, vram: str = "8M") -> tuple[Config, Request, list[Choice]]:
+    settings = _settings("train.memory_format=contiguous", *sets, vram=vram)
+    request = request_of(settings.config)
+    return settings.config, request, ranked(request, settings.config, 5000)
+
+
+def _measured(trial: Trial, *, times: float = 1.0, seconds: float = 1.0, **more: object) -> TrialResult:
+    """A result that is off the prediction by a factor."""
+    assert trial.plan is not None
+    predicted = Plan.from_json(trial.plan).predicted.peak_allocated_bytes
+    assert predicted is not None
+    values = {"peak_allocated_bytes": int(times * predicted), "step_seconds": seconds, "finite": True, **more}
+    return TrialResult(**values)  # type: ignore[arg-type]
+
+
+class Runner:
+    """Stands for the process, and keeps what it was asked."""
+
+    def __init__(self, *answers: object) -> None:
+        self.answers = list(answers)
+        self.asked: list[Trial] = []
+
+    def __call__(self, trial: Trial) -> TrialResult:
+        self.asked.append(trial)
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, TrialResult):
+            return answer
+        assert isinstance(answer, dict)
+        return _measured(trial, **answer)
+
+
+def _confirm(found: tuple[Config, Request, list[Choice]], run: object, lines: list[str] | None = None) -> Confirmed:
+    config, request, choices = found
+    tell = (lines if lines is not None else []).append
+    return confirm_run(config, request, choices, num_classes=10, train_pictures=100, tell=tell, run=run)  # type: ignore[arg-type]
+
+
+FP32 = "train.precision=fp32"
+
+
+def test_a_doctored_budget_is_overshot_by_real_steps_and_replaced() -> None:
+    config, request, choices = _chosen(FP32)
+    honest = choices[0].plan
+    # As if the prediction had been too low by an eighth: the same plan under a budget that it does not keep.
+    budget_bytes = int(0.875 * (honest.predicted.peak_allocated_bytes or 0))
+    budget = replace(request.budget, total_bytes=budget_bytes)
+    lines: list[str] = []
+    doctored = replace(choices[0], budget=budget)
+    confirmed = _confirm((config, replace(request, budget=budget), [doctored]), run_trial, lines)
+    first, *_, last = confirmed.trials
+    assert first.refused_because is not None
+    assert "OVER: training takes" in first.refused_because
+    assert last.refused_because is None
+    assert confirmed.choice.plan.schedule == last.choice.plan.schedule != honest.schedule
+    assert confirmed.choice.plan.budget_bytes == budget_bytes
+    assert (last.result.most_allocated_bytes or 0) <= budget_bytes
+    for tried in confirmed.trials:
+        predicted = tried.choice.plan.predicted.peak_allocated_bytes
+        # Predicted as the caching allocator counts, which rounds every tensor of this tiny net up to 512 bytes.
+        assert tried.result.peak_allocated_bytes == pytest.approx(predicted, rel=0.03)
+    assert len(lines) == len(confirmed.trials)
+    assert "OVER" in lines[0]
+    assert lines[-1].endswith("holds")
+
+
+def test_a_runner_up_that_is_measured_to_be_faster_wins_beyond_the_noise() -> None:
+    found = _chosen(FP32, "train.batch=auto", vram="40M")
+    first, second = found[2][0].plan.batch, rivals(found[1], found[2])[0].plan.batch
+    fast = {"seconds": first / 100}
+    noise = Runner(fast, {"seconds": second / 101}, {"seconds": 1e6})
+    assert _confirm(found, noise).choice.plan.batch == first
+    faster = Runner(fast, {"seconds": second / 110}, {"seconds": 1e6})
+    confirmed = _confirm(found, faster)
+    assert confirmed.choice.plan.batch == second
+    lost = next(one for one in confirmed.choice.plan.candidates if f"batch {first}," in one.what)
+    assert "of the chosen one" in (lost.refused_because or "")
+    assert lost.measured_step_seconds == fast["seconds"]
+    chosen = confirmed.choice.plan.candidates[-1]
+    assert (chosen.refused_because, chosen.measured_step_seconds) == (None, second / 110)
+    assert Plan.from_json(confirmed.choice.plan.to_json()) == confirmed.choice.plan
+
+
+def test_trials_go_by_predicted_time_and_are_few() -> None:
+    found = _chosen(FP32, "train.batch=auto", vram="40M")
+    runner = Runner({})
+    confirmed = _confirm(found, runner)
+    predicted = [tried.choice.images_per_second for tried in confirmed.trials]
+    chosen, *others = predicted
+    assert others == sorted(others, reverse=True)
+    assert chosen * AS_FAST >= max(predicted)
+    assert 1 < len(runner.asked) <= 3
+
+
+def test_out_of_memory_takes_the_next_rung_and_evaluation_counts() -> None:
+    found = _chosen(FP32)
+    out = TrialResult(refused=OUT_OF_MEMORY, out_of_memory=True)
+    runner = Runner(out, {"eval_peak_allocated_bytes": 9 * MIB}, {})
+    confirmed = _confirm(found, runner)
+    assert "evaluation takes 9" in (confirmed.trials[1].refused_because or "")
+    budgets = [tried.choice.budget.tensor_bytes for tried in confirmed.trials]
+    assert budgets[1] == int(0.92 * budgets[0])
+    assert budgets[2] < budgets[1]
+    assert confirmed.choice.plan.budget_bytes == budgets[0]
+
+
+def test_a_loss_that_is_no_number_takes_the_other_precision_and_no_smaller_plan() -> None:
+    found = _chosen("train.precision=auto")
+    runner = Runner({"finite": False}, {})
+    confirmed = _confirm(found, runner)
+    assert [trial.precision for trial in runner.asked] == ["fp32", "amp"]
+    assert confirmed.trials[0].refused_because == "the loss is not finite"
+    assert confirmed.choice.plan.precision == "amp"
+
+
+def test_mixed_precision_does_not_win_by_speed_where_auto_prefers_fp32() -> None:
+    _, request, choices = _chosen("train.precision=auto")
+    assert rivals(request, choices) == []
+    preferred = replace(request, precisions=("amp", "fp32"))
+    mixed = other_precision(request, choices[0])
+    assert mixed is not None
+    assert rivals(preferred, [mixed]) == []  # predicted to be far slower
+    near = replace(mixed, plan=replace(mixed.plan, predicted=choices[0].plan.predicted))
+    assert [one.plan.precision for one in rivals(preferred, [near])] == ["fp32"]
+
+
+def test_nothing_that_holds_is_infeasible_with_the_measured_least() -> None:
+    found = _chosen(FP32)
+    runner = Runner({"times": 2.0})
+    with pytest.raises(Infeasible) as caught:
+        _confirm(found, runner)
+    assert len(runner.asked) <= MOST_TRIALS
+    assert caught.value.least_bytes > found[1].budget.tensor_bytes
+    assert "measured" in caught.value.what
+
+
+def test_trials_that_cannot_run_are_no_matter_of_memory() -> None:
+    with pytest.raises(PreflightError, match=r"no such kernel.*memory\.confirm=never"):
+        _confirm(_chosen(FP32), Runner(TrialResult(refused="crashed: no such kernel")))
+
+
+def test_a_smaller_plan_computes_the_same_within_less() -> None:
+    _, request, choices = _chosen(FP32)
+    rung = smaller(request, choices[0], 7 * MIB)
+    assert rung is not None
+    assert rung.plan.exact
+    assert (rung.plan.predicted.peak_allocated_bytes or 0) <= 7 * MIB
+    assert smaller(request, choices[0], 100) is None
+
+
+@pytest.mark.parametrize(
+    ("wish", "device", "wanted"),
+    [("auto", "cpu", False), ("auto", "cuda", True), ("always", "cpu", True), ("never", "cuda", False)],
+)
+def test_when_a_plan_is_confirmed(wish: str, device: str, wanted: bool) -> None:
+    config = gather(sets=[f"memory.confirm={wish}", f"train.device={device}"]).config
+    assert wants_confirmation(config) == wanted
+
+
+def test_a_confirmed_run_records_it_and_has_the_same_bits(tmp_path: Path) -> None:
+    heard: list[str] = []
+
+    class Listener(Observer):
+        def note(self, text: str) -> None:
+            heard.append(text)
+
+    run_training(_settings(FP32), tmp_path / "trusted")
+    run_training(_settings(FP32, "memory.confirm=always"), tmp_path / "confirmed", Listener())
+    events = [json.loads(line) for line in (tmp_path / "confirmed/events.jsonl").read_text().splitlines()]
+    event = next(one for one in events if one["event"] == "confirmed")
+    assert len(event["trials"]) == 1
+    assert abs(event["trials"][0]["peak_error"]) < 0.03
+    plan = json.loads((tmp_path / "confirmed/plan.json").read_text())
+    chosen = [one for one in plan["candidates"] if one["refused_because"] is None]
+    assert len(chosen) == 1
+    assert chosen[0]["measured_peak_bytes"] == event["trials"][0]["measured_peak_bytes"]
+    assert chosen[0]["measured_step_seconds"] > 0
+    assert sum(line.startswith("tried ") for line in heard) == 1
+    assert_same_run(tmp_path / "confirmed", tmp_path / "trusted")
+
+
+def test_auto_batch_goes_by_what_was_measured(tmp_path: Path) -> None:
+    settings = _settings(FP32, "memory.confirm=always", "train.batch=auto", vram="8M")
+    result = run_training(settings, tmp_path / "run")
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    trials = next(one for one in events if one["event"] == "confirmed")["trials"]
+    assert len(trials) > 1
+    assert all(one["measured_step_seconds"] for one in trials)
+    assert f"batch: {plan['batch']}  # auto" in (tmp_path / "run/config.yaml").read_text()
+    assert result.outcome.finished
+
+
+def test_a_run_that_nothing_holds_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowmem.lifecycle import decide
+
+    def refuse(*args: object, **kwargs: object) -> Confirmed:
+        raise Infeasible(1, 2, "measured", "less")
+
+    monkeypatch.setattr(decide, "confirm_run", refuse)
+    with pytest.raises(Infeasible):
+        run_training(_settings(FP32, "memory.confirm=always"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
