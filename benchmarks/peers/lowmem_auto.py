@@ -2,7 +2,8 @@
 
 The search is the one before every run (`lowmem.lifecycle.decide`): it simulates, and on CUDA it tries its choice by
 real steps in processes of their own. The training is the loop of `lowmem train` from its first step on, with
-evaluation, the plan's ladder and a checkpoint at the end of the epoch; its planning and preflight come before and are not metered.
+evaluation, the plan's ladder and a checkpoint at the end of the epoch; its planning and preflight come before and are
+not metered.
 """
 
 from __future__ import annotations

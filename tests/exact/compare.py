@@ -72,8 +72,8 @@ def _unequal(plain: nn.Module, planned: nn.Module) -> Iterator[str]:
             yield f"{name}.grad"
         elif p.grad.stride() != q.grad.stride():
             yield f"{name}.grad: layout"
-    for (name, p), q in zip(plain.named_buffers(), planned.buffers(), strict=True):
-        if not torch.equal(p, q):
+    for (name, ours), theirs in zip(plain.named_buffers(), planned.buffers(), strict=True):
+        if not torch.equal(ours, theirs):
             yield name
 
 
