@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lowmem
-from lowmem.measure.cpu import processor_name
+from lowmem.measure.meter import processor_name
 
 
 def describe(device: str) -> dict[str, Any]:

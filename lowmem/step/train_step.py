@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowmem.config.schema import OptimConfig
-from lowmem.step.data_parallel import JointStep
+from lowmem.step.data_parallel import DataParallelStep
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class TrainStep:
         scaler: torch.amp.GradScaler,
         execution: Execution,
         micro_batch: int | None,
-        joint: JointStep | None = None,
+        joint: DataParallelStep | None = None,
     ) -> None:
         """`joint`: with whom the step is made; None: by this process alone."""
         self.model = model
