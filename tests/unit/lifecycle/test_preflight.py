@@ -265,7 +265,7 @@ def test_an_output_that_reads_back_differently(
 def test_a_report_that_could_not_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    with pytest.raises(PreflightError, match="no matplotlib.*with pip"):
+    with pytest.raises(PreflightError, match=r"no matplotlib.*with pip"):
         run_training(_settings(), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
