@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from lowmem.bench.cells import ENGINE, FIRST_MODE, MODES, NO_TIME, PLAIN_DEFAULT, Setup
+from lowmem.bench import tables
+from lowmem.bench.cells import ENGINE, FIRST_MODE, MODES, NO_TIME, PLAIN_DEFAULT, TableSetup, table_cells
 from lowmem.bench.results import Results
 from lowmem.bench.run import Bench
 from lowmem.isolate import OUT_OF_MEMORY, Call, Outcome
 from lowmem.trial.trial import Trial, TrialResult
 from tests.isolated import call_here
 
-SETUP = Setup(
+SETUP = TableSetup(
     arch="res20",
     block="basic",
     width=2,
@@ -30,7 +31,7 @@ SETUP = Setup(
     warmup=1,
     quick=True,
 )
-HERE: dict[str, Any] = {"lowmem": "1", "torch": "2", "device": "cpu"}
+HERE: dict[str, Any] = {"lowmem": "1", "torch": "2", "python": "3", "device": "cpu"}
 
 
 def run_as(trial_of: Callable[[Trial, float], TrialResult]) -> Call:
@@ -50,15 +51,18 @@ class Told(Bench):
         folder: Path,
         run: Callable[[Trial, float], TrialResult] | None = None,
         seconds: float = 1e4,
-        setup: Setup = SETUP,
+        setup: TableSetup = SETUP,
     ) -> None:
         self.told: list[str] = []
         # Not under a lock: that is tested with the folder.
+        results = Results(folder, setup, HERE, tables)
+        known = results.load()
         super().__init__(
             setup,
-            Results(folder, setup, HERE),
+            [known.get(cell.key, cell) for cell in table_cells(setup)],
             seconds=seconds,
             tell=self.told.append,
+            save=results.save,
             call=run_as(run) if run else call_here,
         )
 
@@ -75,7 +79,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bench.run()
     for cell in bench.cells:
         cell.trials = {}
-    Results(folder, SETUP, HERE).save(bench.cells, finished=False)
+    Results(folder, SETUP, HERE, tables).save(bench.cells, finished=False)
     return folder
 
 

@@ -16,7 +16,6 @@ def test_the_account_is_written_even_if_there_is_time_for_nothing(lowmem_command
     small = ("--device", "cpu", "--arch", "res20", "--width", "4", "--batch", "16", "--vram", "6M", "--steps", "1")
     done = lowmem_command("bench", "--suite", "acceptance", *small, "--minutes", "0", "--out", "found")
     assert done.returncode == 0, done.stderr
-    assert "[1/" in done.stdout
     assert "## Targets" in done.stdout
     record = json.loads((tmp_path / "found/acceptance.json").read_text())
     assert record["finished"]
