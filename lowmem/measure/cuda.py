@@ -45,8 +45,9 @@ def read_allocator() -> AllocatorFigures:
 
 def cap_allocator(cap_bytes: int) -> bool:
     """Makes a larger card behave like a smaller one: lets the caching allocator of the current CUDA device hold at most
-    `cap_bytes` in segments; the context and what libraries allocate on their own are not in it (pytorch/pytorch#107667).
-    Whether there was anything to cap: on the CPU, and for a cap that the card does not reach, there is not."""
+    `cap_bytes` in segments. The context and what libraries allocate on their own are not in it
+    (pytorch/pytorch#107667). Whether there was anything to cap: on the CPU, and for a cap that the card does not
+    reach, there is not."""
     if not torch.cuda.is_available():
         return False
     share = cap_bytes / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory

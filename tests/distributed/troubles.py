@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lowmem.choose.request import card_rates
-from lowmem.choose.simulated import StepShape, simulate_step
 from lowmem.config.cards import load_card
 from lowmem.config.schema import Config, known_keys
 from lowmem.config.settings import Settings, to_yaml
@@ -24,6 +23,7 @@ from lowmem.measure.tensors import TensorMeter
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.null_writer import AbsentFolder
 from lowmem.runs.store import RunFolder
+from lowmem.simulate import StepShape, simulate_step
 from lowmem.step.data_parallel import are_alike
 from lowmem.step.undo import Undo
 from lowmem.train import epochs
