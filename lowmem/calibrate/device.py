@@ -18,7 +18,7 @@ from lowmem.calibrate.calibration import Identity
 from lowmem.calibrate.worker import ask
 from lowmem.core.units import MIB
 from lowmem.measure import Meter
-from lowmem.measure.cuda import device_uuid, find_device
+from lowmem.measure.cuda import device_uuid
 from lowmem.measure.meter import processor_name
 from lowmem.measure.nvml import read_driver
 from lowmem.models import build
@@ -87,7 +87,7 @@ def measure_memory() -> dict[str, Any]:
     if context is not None and not _LEAST_CONTEXT_BYTES <= context <= _MOST_CONTEXT_BYTES:
         context = None
     report = read_driver()
-    device = find_device(report, device_uuid())
+    device = report.device(device_uuid())
     link = None if device is None else device.link
     cudnn = torch.backends.cudnn.version()
     return asdict(

@@ -98,17 +98,8 @@ class Trace:
                 kinds[event.storage] = Kind.TEMPORARY
         return kinds
 
-    def flops(self, *phases: str) -> int:
-        """Of the given phases, or of all."""
-        return sum(work.flops for work in self.work if not phases or work.phase in phases)
-
-    def peak_bytes(self) -> int:
-        """The most that existed at once."""
-        live = peak = 0
-        for event in self.events:
-            live += event.change_bytes
-            peak = max(peak, live)
-        return peak
+    def flops(self) -> int:
+        return sum(kernel.flops for kernel in self.work)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,9 +96,9 @@ def _score(trainer: Trainer, size: int) -> Score:
     test, dataset = trainer.dataset.test, trainer.dataset
     some = test.take(torch.arange(min(size, len(test))).numpy())
     place = (trainer.execution.device, trainer.execution.torch_memory_format)
-    score = evaluate(trainer.model, eval_batches(some, size, dataset.mean, dataset.std, *place), trainer.execution)
-    assert score is not None  # nobody asks it to stop
-    return score
+    sums = evaluate(trainer.model, eval_batches(some, size, dataset.mean, dataset.std, *place), trainer.execution)
+    assert sums is not None  # nobody asks it to stop
+    return sums.score()
 
 
 def _twice_if_quick(group: Group, work: Callable[[], Any]) -> Any:

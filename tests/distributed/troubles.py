@@ -139,14 +139,14 @@ def out_of_memory_without_a_smaller_plan(group: Group) -> None:
 def no_room_to_evaluate_in_one_process(group: Group) -> None:
     """Not even one picture at a time: all give up after the epoch, with its cause, and none hangs."""
     t = small.trainer(group, small.config(), small.dataset())
-    score = epochs.evaluate_sums
+    score = epochs.evaluate
 
     def scarce(*arguments: Any) -> Any:
         if group.rank == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5 MiB. There is no more.")
         return score(*arguments)
 
-    with mock.patch.object(epochs, "evaluate_sums", scarce):
+    with mock.patch.object(epochs, "evaluate", scarce):
         try:
             t.run(AbsentFolder(Path("nowhere")))
         except OutOfMemory as error:
