@@ -18,8 +18,8 @@ from lowmem.calibrate.calibration import Identity
 from lowmem.calibrate.worker import ask, low_dtype
 from lowmem.core.units import MIB
 from lowmem.measure import Meter
-from lowmem.measure.cpu import processor_name
 from lowmem.measure.cuda import device_uuid, find_device
+from lowmem.measure.meter import processor_name
 from lowmem.measure.nvml import read_driver
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, SAVE_ALL, uniform

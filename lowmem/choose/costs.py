@@ -21,7 +21,7 @@ from lowmem.remat.block import ConvBlock
 from lowmem.remat.stage import Stage, StagePass
 from lowmem.simulate.stage import Option, OptionMeasure, StageMeasure, measure_chain
 from lowmem.simulate.step import empty_copy
-from lowmem.simulate.trace import Call, Recorder, Work
+from lowmem.simulate.trace import Call, KernelWork, Recorder
 
 
 def policies(stage: Stage) -> tuple[BlockPolicy, ...]:
@@ -201,11 +201,11 @@ class _Clock:
         plain = next(option for option in stage.options if option.option.policy == SAVE_ALL)
         return self.rates.seconds(_operations((*plain.forward_work, *plain.backward_work)))
 
-    def _roofline(self, work: Iterable[Work]) -> float:
+    def _roofline(self, work: Iterable[KernelWork]) -> float:
         return self.scale * self.rates.seconds(_operations(work))
 
 
-def _operations(work: Iterable[Work]) -> Iterator[Operation]:
+def _operations(work: Iterable[KernelWork]) -> Iterator[Operation]:
     return (Operation(one.flops, one.moved_bytes) for one in work)
 
 

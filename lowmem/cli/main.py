@@ -10,7 +10,6 @@ from typing import NoReturn
 import typer
 from typer.main import get_command
 
-from lowmem.cli import command_reproduce, command_watch  # noqa: F401 (they register their commands)
 from lowmem.cli.commands import app
 from lowmem.core.errors import ExitCode, Interrupted, LowmemError, PeerError, PeerLost, UsageError
 from lowmem.core.reading import shorten

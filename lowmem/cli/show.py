@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -18,11 +18,10 @@ from lowmem.cli.lines import describe_epoch
 from lowmem.cli.printed import printable
 from lowmem.core.units import format_duration, format_size
 from lowmem.distributed.launch import is_led
-from lowmem.report import ReportResult
-from lowmem.report.departures import departures
-from lowmem.report.resources import HEADER as RESOURCES
-from lowmem.report.tables import TABLE_HEADER
 from lowmem.train.observer import Observer, Progress
+
+if TYPE_CHECKING:
+    from lowmem.report import ReportResult
 
 _PLAIN_EVERY_SECONDS = 30.0  # progress bars flood log files; a line now and then does not
 
@@ -130,6 +129,10 @@ def observer() -> Iterator[Observer]:
 
 def show_report(result: ReportResult) -> None:
     """The report's table, and where the rest is."""
+    from lowmem.report.departures import departures  # matplotlib, which a training run has no use for
+    from lowmem.report.resources import HEADER as RESOURCES
+    from lowmem.report.tables import TABLE_HEADER
+
     console = Console(highlight=False)
     for header, rows in ((TABLE_HEADER[:-1], [row.cells()[:-1] for row in result.rows]), (RESOURCES, result.resources)):
         table = Table(*header)

@@ -51,7 +51,7 @@ from lowmem.lifecycle.resume import (
     tidy,
 )
 from lowmem.lifecycle.startup_signals import leaving_early
-from lowmem.measure.cap import cap_allocator
+from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.out_of_memory import classify
 from lowmem.models import build
 from lowmem.remat.libraries import prepare_libraries

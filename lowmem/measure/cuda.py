@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lowmem.measure.meter import Snapshot
 from lowmem.measure.nvml import Driver, DriverDevice, DriverReport
+from lowmem.measure.snapshot import Snapshot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,19 @@ def read_allocator() -> AllocatorFigures:
         alloc_retries=stats.get("num_alloc_retries", 0),
         ooms=stats.get("num_ooms", 0),
     )
+
+
+def cap_allocator(cap_bytes: int) -> bool:
+    """Makes a larger card behave like a smaller one: lets the caching allocator of the current CUDA device hold at most
+    `cap_bytes` in segments; the context and what libraries allocate on their own are not in it (pytorch/pytorch#107667).
+    Whether there was anything to cap: on the CPU, and for a cap that the card does not reach, there is not."""
+    if not torch.cuda.is_available():
+        return False
+    share = cap_bytes / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    if not 0 < share < 1:
+        return False
+    torch.cuda.set_per_process_memory_fraction(share)
+    return True
 
 
 def device_uuid() -> str | None:

@@ -48,7 +48,9 @@ def build(
     Raises UsageError for a name, block or width that the family does not have.
     """
     model = skeleton(arch, block, width=width, num_classes=num_classes, in_channels=in_channels)
-    return initialise(model.to_empty(device="cpu"), seed)
+    # As `to_empty` does, whose `empty_like` imports sympy for a tensor without storage: half a second.
+    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+    return initialise(model, seed)
 
 
 def skeleton(

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowmem.simulate.trace import Recorder, Work
+from lowmem.simulate.trace import KernelWork, Recorder
 
 
 class Measurable(Protocol):
@@ -53,9 +53,9 @@ class OptionMeasure:
     backward_temp_bytes: int
     restore_temp_bytes: int
     restored_bytes: int  # beside the output, from restoring to the stage's own backward
-    forward_work: tuple[Work, ...]
-    backward_work: tuple[Work, ...]
-    restore_work: tuple[Work, ...]
+    forward_work: tuple[KernelWork, ...]
+    backward_work: tuple[KernelWork, ...]
+    restore_work: tuple[KernelWork, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class StageMeasure:
     output_bytes: int
     param_grad_bytes: int
     fast_temp_bytes: int
-    fast_work: tuple[Work, ...]
+    fast_work: tuple[KernelWork, ...]
     options: tuple[OptionMeasure, ...]
 
 
@@ -155,7 +155,7 @@ class _Bench:
         # what the backward starts from; a stage that is kept with its graph holds the output itself
         counted = kept - self._since(start)[1]
         restore_temp = restored = 0
-        restore_work: tuple[Work, ...] = ()
+        restore_work: tuple[KernelWork, ...] = ()
         held = self._mark()
         if option.drops_output:
             again = self.stage.restore(saved, self.x, memo)
@@ -176,7 +176,7 @@ class _Bench:
             restore_work=restore_work,
         )
 
-    def _backward(self, like: Tensor, saved: Any, memo: Any) -> tuple[int, tuple[Work, ...]]:
+    def _backward(self, like: Tensor, saved: Any, memo: Any) -> tuple[int, tuple[KernelWork, ...]]:
         """The peak above what is kept and the gradient of the output, and the work."""
         parameters = list(self.stage.parameters())
         for parameter in parameters:
@@ -196,7 +196,7 @@ class _Bench:
     def _mark(self) -> tuple[int, int]:
         return len(self.recorder.trace.events), len(self.recorder.trace.work)
 
-    def _since(self, mark: tuple[int, int]) -> tuple[int, int, tuple[Work, ...]]:
+    def _since(self, mark: tuple[int, int]) -> tuple[int, int, tuple[KernelWork, ...]]:
         """Peak and live bytes above those at the mark, and the work since."""
         trace = self.recorder.trace
         live = peak = 0

@@ -51,22 +51,29 @@ class Loop:
             share = len(labels) / total
             self._forward_backward(recorder, inputs, labels, share)
         if self.reduction is not None:
-            with recorder.phase("reduction"):
+            with _phase(recorder, "reduction"):
                 self.reduction.finish(1.0)
-        recorder.adopt((parameter.grad for parameter in self.model.parameters()), Kind.GRADS)
+        recorder.label((parameter.grad for parameter in self.model.parameters()), Kind.GRADS)
         if self.optimizer is not None:
-            with recorder.phase("optimizer"):
+            with _phase(recorder, "optimizer"):
                 self.optimizer.step()
-            recorder.adopt(_state(self.optimizer), Kind.OPTIMIZER)
+            recorder.label(_state(self.optimizer), Kind.OPTIMIZER)
 
     def _forward_backward(self, recorder: Recorder, inputs: Tensor, labels: Tensor, share: float) -> None:
         enabled = self.autocast is not None
-        with recorder.phase("forward"), torch.autocast(inputs.device.type, self.autocast, enabled=enabled):
+        with _phase(recorder, "forward"), torch.autocast(inputs.device.type, self.autocast, enabled=enabled):
             loss = F.cross_entropy(self.run(inputs), labels)
             if share != 1.0:
                 loss = loss * share
-        with recorder.phase("backward"):
+        with _phase(recorder, "backward"):
             loss.backward()
+
+
+@contextmanager
+def _phase(recorder: Recorder, name: str) -> Iterator[None]:
+    before, recorder.phase = recorder.phase, lambda: name
+    yield
+    recorder.phase = before
 
 
 def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
@@ -88,10 +95,10 @@ def trace_steps(
         recorder = Recorder(workspace)
         with recorder:
             loop = build()
-            recorder.adopt((*loop.model.parameters(), *loop.model.buffers()), Kind.PARAMS)
+            recorder.label((*loop.model.parameters(), *loop.model.buffers()), Kind.PARAMS)
             if loop.optimizer is not None:
-                recorder.adopt(_state(loop.optimizer), Kind.OPTIMIZER)
-            recorder.adopt((tensor for pair in loop.micro_batches for tensor in pair), Kind.ACTIVATIONS)
+                recorder.label(_state(loop.optimizer), Kind.OPTIMIZER)
+            recorder.label((tensor for pair in loop.micro_batches for tensor in pair), Kind.ACTIVATIONS)
             for _ in range(steps):
                 loop.step(recorder)
         del loop

@@ -25,7 +25,7 @@ from lowmem.distributed.split import Split
 
 
 @dataclass(frozen=True)
-class Asked:
+class StepRequest:
     """What a process brings into a step, or what all of them agreed on: `stop`, the number of a signal or 0; whether to
     save; whether memory is short."""
 
@@ -34,7 +34,7 @@ class Asked:
     short: bool = False
 
 
-class JointStep:
+class DataParallelStep:
     """What `TrainStep` does with the other processes. `norm_sizes`: elements of every sum that a pass of the network
     makes for its batch norms, forward and backward; empty with statistics of each process's own."""
 
@@ -49,8 +49,8 @@ class JointStep:
         self.group, self.split = group, split
         self._reducer, self._device = reducer, device
         self._norm_sizes = tuple(norm_sizes)
-        self.ask: Callable[[], Asked] = Asked
-        self.agreed = Asked()
+        self.ask: Callable[[], StepRequest] = StepRequest
+        self.agreed = StepRequest()
         self.begin(0)
 
     def begin(self, size: int) -> tuple[int, int]:
@@ -111,7 +111,7 @@ class JointStep:
         votes = [0] * self.group.size
         votes[self.group.rank] = int(failed)
         stop, save, short, *votes = self.group.most([asked.stop, int(asked.save), int(asked.short), *votes])
-        self.agreed = Asked(stop, bool(save), bool(short))
+        self.agreed = StepRequest(stop, bool(save), bool(short))
         return votes
 
 

@@ -19,7 +19,7 @@ from lowmem.data import Pictures, eval_batches
 from lowmem.measure.out_of_memory import Failure
 from lowmem.runs.saver import Save, Saver
 from lowmem.runs.store import RunFolder
-from lowmem.step.data_parallel import Asked
+from lowmem.step.data_parallel import StepRequest
 from lowmem.step.evaluate import Score, Sums, evaluate_sums
 from lowmem.step.undo import Undo
 from lowmem.train.check import PlanCheck
@@ -127,11 +127,11 @@ class Loop:
         with self.check.around(images, labels):
             return t.step(images, labels, lr, self.watch.look(), size), size
 
-    def _asked(self) -> Asked:
+    def _asked(self) -> StepRequest:
         """What this process brings into a step of several."""
         name, leads = self.signals.requested, self.t.group.leads
         stop = 0 if name is None else 1 + NAMES.index(name)
-        return Asked(stop, leads and self.interval.due(self.state.step + 1), self.descent.asks)
+        return StepRequest(stop, leads and self.interval.due(self.state.step + 1), self.descent.asks)
 
     def _stop_agreed(self) -> bool:
         """Whether to leave after this step. What one process heard all know by then."""

@@ -21,7 +21,7 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.null_writer import AbsentFolder, AbsentSaver
 from lowmem.runs.saver import Saver
 from lowmem.runs.store import RunFolder
-from lowmem.step.data_parallel import JointStep, are_alike
+from lowmem.step.data_parallel import DataParallelStep, are_alike
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.train.epochs import Loop, Outcome
 from lowmem.train.observer import Observer
@@ -78,7 +78,7 @@ class Trainer:
         self.state = RunState(processes=self.group.size)
         self.meter = Meter(execution.device)
 
-    def _join(self, split: Split | None) -> JointStep:
+    def _join(self, split: Split | None) -> DataParallelStep:
         """The step's dealings with the other processes. The executor runs the network, with a plan or without: it says
         when gradients are complete, and it knows batch norm over all processes."""
         group, config = self.group, self.config.train
@@ -92,7 +92,7 @@ class Trainer:
             group.start_total,
         )
         sums = norm_sums(run.stages) if config.sync_bn else ()
-        joint = JointStep(group, reducer, split, self.execution.device, sums)
+        joint = DataParallelStep(group, reducer, split, self.execution.device, sums)
         run.stage_done = reducer.stage_done
         run.total = joint.norm_total if config.sync_bn else None
         return joint

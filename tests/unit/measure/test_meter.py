@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from lowmem.core.units import GIB, MIB
-from lowmem.measure import Meter, Snapshot, cpu, cuda
+from lowmem.measure import Meter, Snapshot, cuda
+from lowmem.measure import meter as meters
 from lowmem.measure.cuda import AllocatorFigures, context_by_drop, describe, find_device, free_and_total_bytes
 from lowmem.measure.nvml import DriverReport, read_driver
 from tests.unit.measure.scripted import Card, ScriptedNvml
@@ -68,7 +69,7 @@ def test_the_machines_memory() -> None:
 
 def test_without_proc_the_peak_is_the_whole_processs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_STATUS", "_MACHINE", "_CLEAR"):
-        monkeypatch.setattr(cpu, name, tmp_path / "none" / name)
+        monkeypatch.setattr(meters, name, tmp_path / "none" / name)
     meter = Meter("cpu")
     meter.reset()
     snapshot = meter.read()
@@ -85,7 +86,7 @@ def test_without_proc_the_peak_is_the_whole_processs(tmp_path: Path, monkeypatch
 
 @linux
 def test_a_peak_that_cannot_be_restarted_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_CLEAR", tmp_path / "none" / "clear_refs")
+    monkeypatch.setattr(meters, "_CLEAR", tmp_path / "none" / "clear_refs")
     meter = Meter("cpu")
     assert meter.read().missing == ()
     meter.reset()

@@ -10,12 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowmem.core.units import MIB
 from lowmem.plan import LEAN
 from lowmem.simulate import (
-    Event,
+    KernelWork,
     Kind,
     Loop,
+    MemoryEvent,
     Recorder,
     Trace,
-    Work,
     empty_copy,
     estimate,
     trace_steps,
@@ -104,13 +104,13 @@ def test_steps_repeat_exactly_once_the_momentum_exists() -> None:
 
 def test_estimate_of_a_known_trace() -> None:
     events = [
-        Event(1, 3 * MIB, "setup", "a"),
-        Event(2, 12 * MIB, "forward", "b"),
-        Event(3, MIB, "backward", "c"),
-        Event(2, -12 * MIB, "backward", ""),
-        Event(3, -MIB, "backward", ""),
+        MemoryEvent(1, 3 * MIB, "setup", "a"),
+        MemoryEvent(2, 12 * MIB, "forward", "b"),
+        MemoryEvent(3, MIB, "backward", "c"),
+        MemoryEvent(2, -12 * MIB, "backward", ""),
+        MemoryEvent(3, -MIB, "backward", ""),
     ]
-    result = estimate(Trace(events, [Work("b", 7, 1, "forward")], {1: Kind.PARAMS}))
+    result = estimate(Trace(events, [KernelWork("b", 7, 1, "forward")], {1: Kind.PARAMS}))
     assert result.peak_tensor_bytes == 16 * MIB
     assert result.at_peak_bytes == {
         Kind.PARAMS: 3 * MIB,
