@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from lowmem.choose.planning import Choice
-from lowmem.plan.baselines import every_kth, uniform_policy
 from lowmem.plan.cost import ChainCost
 from lowmem.plan.policy import BlockPolicy, PolicyKind
-from lowmem.plan.solution import Solution
+from lowmem.plan.solution import Solution, every_kth, uniform_policy
 from lowmem.plan.solver import Solver
 
 Points = list[tuple[int, float]]  # (peak bytes, share of time more than plain autograd)

@@ -7,20 +7,18 @@ import random
 import pytest
 
 from lowmem.core.errors import Infeasible
-from lowmem.plan.baselines import (
+from lowmem.plan.policy import FUSED, LEAN, SAVE_ALL, Keep, Segment, keep
+from lowmem.plan.solution import every_kth, segments_of, uniform_policy
+from lowmem.plan.solver import solve
+from tests.unit.plan.baselines import (
     BASELINES,
     all_schedules,
     best_every_kth,
     best_uniform,
     checkpoint_all,
-    every_kth,
     save_all,
-    segments_of,
     sqrt_n,
-    uniform_policy,
 )
-from lowmem.plan.policy import FUSED, LEAN, SAVE_ALL, Keep, Segment, keep
-from lowmem.plan.solver import solve
 from tests.unit.plan.chains import random_chain, tradeoffs
 
 CHAIN = tradeoffs(9, 4)
