@@ -8,7 +8,6 @@ from __future__ import annotations
 import platform
 import sys
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol
 
 from lowmem.measure.snapshot import Snapshot
@@ -60,9 +59,7 @@ class Meter:
     def __enter__(self) -> Meter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
