@@ -12,8 +12,8 @@ from lowmem.choose.request import Choice, Request
 from lowmem.choose.simulated import Simulated, StepShape, simulate_step
 from lowmem.core.errors import Infeasible
 from lowmem.plan.cost import ChainCost, Rates
+from lowmem.plan.evaluate import Solution
 from lowmem.plan.record import Plan, Predicted
-from lowmem.plan.solution import Solution
 from lowmem.plan.solver import Solver
 from lowmem.remat import stage_names
 

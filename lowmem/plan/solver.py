@@ -14,8 +14,7 @@ import numpy as np
 
 from lowmem.core.errors import Infeasible
 from lowmem.plan.cost import ChainCost
-from lowmem.plan.options import useful_bytes
-from lowmem.plan.solution import Solution, describe, refuse
+from lowmem.plan.evaluate import Solution, evaluated, refuse
 from lowmem.plan.table import LONGEST_RUN, Table
 
 MAX_SLOTS = 8192
@@ -29,6 +28,21 @@ def choose_slot(useful: int, max_slots: int = MAX_SLOTS) -> int:
     while slot * max_slots < useful:
         slot *= 2
     return slot
+
+
+def useful_bytes(chain: ChainCost) -> int:
+    """Above this, beside `fixed_bytes`, more memory changes nothing."""
+    x, g, later = chain.boundary_bytes, chain.boundary_grad_bytes, chain.later_param_grad_bytes
+    kept = sum(max(option.kept_bytes for option in stage.options) for stage in chain.stages)
+    step = 0
+    for index, stage in enumerate(chain.stages):
+        temporary = max(
+            max(o.forward_temp_bytes, o.backward_temp_bytes, o.restore_temp_bytes) + o.restored_bytes
+            for o in (*stage.options, *stage.last_options)
+        )
+        around = x[index] + x[index + 1] + max(g) + later[0]
+        step = max(step, around + max(temporary, stage.fast_temp_bytes))
+    return kept + step
 
 
 class Solver:
@@ -64,7 +78,7 @@ class Solver:
 
     def _solution(self, m: int) -> Solution:
         if m not in self._read:
-            self._read[m] = describe(NAME, self.table.schedule(m), self.chain)
+            self._read[m] = evaluated(NAME, self.table.schedule(m), self.chain)
         return self._read[m]
 
     def solve(self, budget_bytes: int) -> Solution:

@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import MIB
-from lowmem.plan.baselines import BASELINES, all_schedules, brute_force
 from lowmem.plan.cost import ChainCost, OptionCost, StageCost
-from lowmem.plan.evaluate import evaluate
-from lowmem.plan.options import prune, useful_bytes
+from lowmem.plan.evaluate import Solution, evaluate
 from lowmem.plan.policy import FUSED, SAVE_ALL, keep
-from lowmem.plan.solution import Solution
-from lowmem.plan.solver import LONGEST_RUN, Solver, choose_slot, solve
+from lowmem.plan.solver import Solver, choose_slot, solve, useful_bytes
+from lowmem.plan.table import LONGEST_RUN, prune
 from tests.unit.plan.chains import random_chain, scaled, tradeoffs
+from tests.unit.plan.oracle import BASELINES, all_schedules, brute_force
 
 
 def _least_seconds(everything: list[tuple[int, float]], budget: int) -> float | None:
