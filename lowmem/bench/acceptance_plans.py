@@ -9,11 +9,10 @@ from functools import cached_property
 
 from lowmem.bench.acceptance import Setup
 from lowmem.calibrate.workspace import workspace_cap_bytes
-from lowmem.choose.budget import Budget
+from lowmem.choose.budget import Budget, budget_of
 from lowmem.choose.ladder import with_ladder
 from lowmem.choose.planning import choose
-from lowmem.choose.request import Choice, Request
-from lowmem.choose.session import budget_of, calibrator_of, request_of
+from lowmem.choose.request import Choice, Request, calibrator_of, request_of
 from lowmem.core.errors import Infeasible
 from lowmem.plan.solver import Solver
 from lowmem.simulate import Simulated, simulate_step

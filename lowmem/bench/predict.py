@@ -13,11 +13,10 @@ from lowmem.bench.cells import ENGINE, FAMILIES, FIRST_MODE, LEAST, PLAIN_DEFAUL
 from lowmem.bench.largest import Search, largest
 from lowmem.calibrate.calibrator import Calibrator
 from lowmem.calibrate.workspace import workspace_cap_bytes
-from lowmem.choose.budget import Budget, tensors_only
+from lowmem.choose.budget import Budget, budget_of, tensors_only
 from lowmem.choose.fit import workspaces_of
 from lowmem.choose.planning import choose
-from lowmem.choose.request import Choice, Request
-from lowmem.choose.session import budget_of, calibrator_of, request_of
+from lowmem.choose.request import Choice, Request, calibrator_of, request_of
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import format_size

@@ -5,10 +5,22 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 
-from lowmem.config.cards import Card, Platform
-from lowmem.core.errors import Infeasible
+import torch
+
+from lowmem.calibrate.calibrator import Calibrator
+from lowmem.calibrate.card_probe import describe_card
+from lowmem.calibrate.device import DeviceFacts, ask_device
+from lowmem.choose.execution import numerics_of
+from lowmem.config.cards import Card, Platform, find_card, load_card
+from lowmem.config.schema import Config, for_process
+from lowmem.core.errors import Infeasible, UsageError
 from lowmem.core.units import MIB
-from lowmem.remat.libraries import ASSUMED_WORKSPACE_BYTES, blas_workspace_bytes
+from lowmem.remat.libraries import (
+    ASSUMED_WORKSPACE_BYTES,
+    blas_workspace_bytes,
+    prepare_libraries,
+    workspace_cap_bytes,
+)
 
 # Assumed where nothing was measured, and printed as assumed with every plan; the margin is for whatever no model
 # foresees.
@@ -17,6 +29,7 @@ ASSUMED_CONTEXT_BYTES = 400 * MIB
 # about 10 MiB for each channel and connection, of which a ring has two and a tree up to three (NVIDIA/nccl#986, #1685).
 ASSUMED_COMMUNICATOR_BYTES = 200 * MIB
 MARGIN_SHARE = 0.02
+_PICTURE_BYTES = 3 * 32 * 32  # uint8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,3 +182,67 @@ def of_device(
         source=name if total == total_bytes else f"emulated card on {name}",
         emulated=total < total_bytes,
     )
+
+
+def budget_of(
+    config: Config, train_pictures: int = 0, calibrator: Calibrator | None = None
+) -> tuple[Budget, Card | None]:
+    """The budget for the step's tensors and, where it is known, the card whose rates predict time. `calibrator`: of the
+    device at hand, if predictions are to follow what is measured on it.
+
+    Raises UsageError for an unknown card or where there is nothing to fit into, Infeasible for too small a card,
+    PreflightError for a CUDA device that does not answer.
+    """
+    config = for_process(config, 0, 1)
+    memory = config.memory
+    pictures_bytes = train_pictures * _PICTURE_BYTES
+    if memory.card is not None:
+        card = load_card(memory.card)
+        deterministic = config.train.deterministic
+        return of_card(card, memory.vram, pictures_bytes, _platform(config), deterministic=deterministic), card
+    if config.train.device == "cuda" and torch.cuda.is_available():
+        numerics = numerics_of(config.train)
+        prepare_libraries(numerics)
+        facts = (calibrator.facts if calibrator is not None else None) or ask_device(numerics)
+        blas, measured = facts.blas_workspace_bytes, facts.blas_workspace_bytes is not None
+        if blas is None:
+            blas = blas_workspace_bytes(facts.capability, deterministic=numerics.deterministic)
+        budget = of_device(
+            facts.free_bytes,
+            facts.total_bytes,
+            memory.vram,
+            name=facts.name,
+            pictures_bytes=pictures_bytes,
+            context_bytes=facts.context_bytes,
+            # Measured workspaces are a part of the simulated step.
+            workspace_bytes=workspace_cap_bytes() if calibrator is None else 0,
+            blas_bytes=blas,
+            blas_measured=measured,
+        )
+        return budget, card_of(facts, calibrator)
+    if memory.vram is None:
+        raise UsageError("there is nothing to fit into: give --vram, like --vram 6G, or --card, like --card gtx1060-6g")
+    return tensors_only(memory.vram), None
+
+
+def card_of(facts: DeviceFacts, calibrator: Calibrator | None) -> Card | None:
+    """The shipped profile of a device; else one made of what its driver tells and what is measured; None without."""
+    known = find_card(facts.name, facts.total_bytes)
+    rates = None if known is not None or calibrator is None else calibrator.rates()
+    if rates is None:
+        return known
+    return describe_card(
+        facts.name,
+        memory_bytes=facts.total_bytes,
+        capability=facts.capability,
+        context_bytes=ASSUMED_CONTEXT_BYTES if facts.context_bytes is None else facts.context_bytes,
+        rates=rates,
+        link=facts.link,
+    )
+
+
+def _platform(config: Config) -> Platform | None:
+    chosen = config.memory.platform
+    if chosen == "auto":
+        return None
+    return "linux_display" if chosen == "linux-display" else chosen

@@ -26,7 +26,8 @@ def plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
     rates, budget = request.rates(precision), request.budget
     workspace = workspaces_of(request, shape)
     chain, timed = _chain(request, shape, rates, workspace)
-    solution, simulated = fit(Solver(chain, limit_bytes=budget.tensor_bytes), shape, budget, rates, workspace)
+    solver = Solver(chain, limit_bytes=budget.tensor_bytes)
+    solution, simulated = fit(solver, shape, budget, rates, workspace)
     plain = _once(request, ("plain", shape, rates), lambda: simulate_step(shape, None, rates, workspace=workspace))
     seconds = seconds_of(chain, shape, timed, solution, simulated)
     plain_seconds = plain.seconds
@@ -51,7 +52,7 @@ def plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
     return Choice(
         plan=plan,
         budget=budget,
-        chain=chain,
+        solver=solver,
         shape=shape,
         rates=rates,
         workspace=workspace,

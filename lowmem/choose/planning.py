@@ -13,16 +13,15 @@ from typing import Literal
 from torch import nn
 
 from lowmem.choose.budget import Budget, of_card, tensors_only
+from lowmem.choose.execution import precision_order
 from lowmem.choose.fit import plan_one
-from lowmem.choose.request import Choice, Request, card_rates, precision_order
+from lowmem.choose.request import REFERENCE_CARD, Choice, Request, card_rates
 from lowmem.config.cards import Card, load_card
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import format_size, parse_size
 from lowmem.plan.record import Candidate, Plan
 from lowmem.remat.libraries import convolutions_in_tf32
 
-# The rates that time is predicted with where no card is named: the card this project is aimed at.
-REFERENCE_CARD = "gtx1060-6g"
 _SMALLEST_MICRO_BATCH = 8
 
 Precision = Literal["auto", "fp32", "amp"]

@@ -17,8 +17,8 @@ from lowmem.calibrate.stage_timer import FAST, PLAIN, ChainClock
 from lowmem.calibrate.worker import BusyBatch, Job, Stages, Update, measure_apart, smallest_busy
 from lowmem.choose.costs import ChainMeasure, measure_costs, price
 from lowmem.choose.decide import Silence, decide
-from lowmem.choose.precision_choice import by_measurement
-from lowmem.choose.session import calibrator_of
+from lowmem.choose.execution import by_measurement
+from lowmem.choose.request import calibrator_of
 from lowmem.config.schema import Config
 from lowmem.config.settings import gather
 from lowmem.core.errors import PreflightError

@@ -12,7 +12,7 @@ from lowmem.choose.budget import (
     with_communicators,
 )
 from lowmem.choose.planning import choose
-from lowmem.choose.session import request_of
+from lowmem.choose.request import request_of
 from lowmem.config.cards import Platform, load_card
 from lowmem.config.settings import gather
 from lowmem.core.errors import Infeasible
