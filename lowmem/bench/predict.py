@@ -12,7 +12,6 @@ from torch import nn
 from lowmem.bench.cells import ENGINE, FAMILIES, FIRST_MODE, LEAST, PLAIN_DEFAULT, Cell, Setup
 from lowmem.bench.largest import Search, largest
 from lowmem.calibrate.calibrator import Calibrator
-from lowmem.calibrate.workspace import workspace_cap_bytes
 from lowmem.choose.budget import Budget, budget_of, tensors_only
 from lowmem.choose.fit import workspaces_of
 from lowmem.choose.planning import choose
@@ -21,6 +20,7 @@ from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import format_size
 from lowmem.models.resnet import ResNet
+from lowmem.remat.libraries import workspace_cap_bytes
 from lowmem.simulate import Simulated, simulate_step
 from lowmem.step.train_step import FUSED
 from lowmem.trial.ways import executed

@@ -1,24 +1,23 @@
 """Seconds of the stages of a chain, policy by policy, on the device itself: real tensors, the real executor.
 
-Each distinct stage is timed once per policy; what a calibration has already is not timed again. The gradient that the
-chain would hand down is copied for every call, and the copy's own time taken off, and where the host is what a call
-waits for, that of autograd's engine too: it is called once a stage here and once for the whole network in a step.
+The gradient that the chain would hand down is copied for every call, and the copy's own time taken off, and where the
+host is what a call waits for, that of autograd's engine too: it is called once a stage here and once for the whole
+network in a step.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lowmem.calibrate.calibration import Calibration, Mode, Seconds
+from lowmem.calibrate.calibration import Mode, Seconds
 from lowmem.measure.out_of_memory import Failure, attempt
 from lowmem.measure.timing import BOUND_SHARE, Timing, time_calls
 from lowmem.remat import decompose
@@ -32,13 +31,8 @@ PLAIN = "plain autograd"
 FAST = "forward that keeps nothing"
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A stage of the chain to be timed: by its place, under `key`."""
-
-    index: int
-    key: Hashable
-    options: tuple[tuple[Hashable, Option], ...]  # each with its own part of the key
+# Of one stage, names of figures with what each is of: PLAIN, FAST, or a policy.
+Wanted = Mapping[str, str | Option]
 
 
 def real_copy(model: nn.Module, device: str, memory_format: torch.memory_format) -> nn.Module:
@@ -72,25 +66,26 @@ class ChainClock:
         memory_format: torch.memory_format,
         low: torch.dtype | None,
         library_norm: bool = False,
-        calibration: Calibration,
         rounds: int = 3,
         time_call: Callable[..., Timing] = time_calls,
     ) -> None:
         self.model, self.device, self.memory_format = model, device, memory_format
         self.low, self.library_norm = low, library_norm
         self.input_shape = tuple(input_shape)
-        self.calibration = calibration
         self.rounds = rounds
         self._time_call = time_call
 
-    def measure(self, wanted: Sequence[Wanted]) -> None:
-        """Puts what is wanted into the calibration. A policy that does not fit the device's memory is left out."""
-        by_index = {one.index: one for one in wanted}
-        if not by_index:
-            return
-        for index, timer in enumerate(self._stages()):
-            if index in by_index:
-                self._one(timer, by_index[index])
+    def measure(self, wanted: Mapping[int, Wanted]) -> dict[str, Seconds]:
+        """What is wanted of stages, by their place. A policy that does not fit the device's memory is left out."""
+        found: dict[str, Seconds] = {}
+        for index, timer in enumerate(self._stages() if wanted else ()):
+            for name, what in wanted.get(index, {}).items():
+                seconds = attempt(partial(timer.of, what), lambda: "timing")
+                if isinstance(seconds, Failure):
+                    _release(self.device)
+                else:
+                    found[name] = seconds
+        return found
 
     def mode(self) -> Mode:
         """A plain step's blocks, each distinct one timed once, and whether every result was finite."""
@@ -124,18 +119,6 @@ class ChainClock:
                 timer = _StageClock(self, stage, x, need_input, masked)
             yield timer
             x, need_input, masked = timer.output(), timer.passes_gradient(), stage.relu_output
-
-    def _one(self, timer: _StageClock, wanted: Wanted) -> None:
-        jobs: list[tuple[object, Callable[[], Seconds]]] = [(FAST, timer.fast), (PLAIN, timer.plain)]
-        jobs += [(name, partial(timer.option, option)) for name, option in wanted.options]
-        for what, job in jobs:
-            if self.calibration.seconds((wanted.key, what)) is not None:
-                continue
-            found = attempt(job, lambda: "timing")
-            if isinstance(found, Failure):
-                _release(self.device)
-            else:
-                self.calibration.put_seconds((wanted.key, what), found)
 
     @cached_property
     def engine_seconds(self) -> float:
@@ -202,6 +185,11 @@ class _StageClock:
     def passes_gradient(self) -> bool:
         """Whether the next stage's input needs a gradient."""
         return self.need_input or any(parameter.requires_grad for parameter in self.stage.parameters())
+
+    def of(self, what: str | Option) -> Seconds:
+        if isinstance(what, Option):
+            return self.option(what)
+        return self.fast() if what == FAST else self.plain()
 
     def fast(self) -> Seconds:
         """The forward that keeps nothing."""

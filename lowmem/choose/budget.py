@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lowmem.calibrate.calibrator import Calibrator
-from lowmem.calibrate.card_probe import describe_card
-from lowmem.calibrate.device import DeviceFacts, ask_device
+from lowmem.calibrate.device import DeviceFacts, ask_device, describe_card
 from lowmem.choose.execution import numerics_of
 from lowmem.config.cards import Card, Platform, find_card, load_card
 from lowmem.config.schema import Config, for_process

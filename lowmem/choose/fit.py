@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from lowmem.calibrate.workspace import Workspaces
+from lowmem.calibrate.calibrator import Workspaces
 from lowmem.choose.budget import Budget
 from lowmem.choose.costs import calls_of, measure_costs, price
 from lowmem.choose.request import Choice, Request

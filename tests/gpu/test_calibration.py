@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem.calibrate.worker import BUSY_BATCHES
+from lowmem.calibrate.measuring import BUSY_BATCHES
 from lowmem.choose.execution import resolve_execution
 from lowmem.choose.planning import choose
 from lowmem.choose.request import calibrator_of, request_of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,9 @@ import torch
 
 from lowmem.calibrate.calibration import Calibration, Mode, Seconds
 from lowmem.calibrate.calibrator import Calibrator, StageTimes, stage_key
-from lowmem.calibrate.card_probe import describe_card
-from lowmem.calibrate.device import cpu_identity
-from lowmem.calibrate.stage_timer import FAST, PLAIN, ChainClock
-from lowmem.calibrate.worker import BusyBatch, Job, Stages, Update, measure_apart, smallest_busy
+from lowmem.calibrate.device import cpu_identity, describe_card
+from lowmem.calibrate.measuring import Figures, Job, ask, smallest_busy
+from lowmem.calibrate.stage_timer import PLAIN, ChainClock
 from lowmem.choose.costs import ChainMeasure, measure_costs, price
 from lowmem.choose.decide import Silence, decide
 from lowmem.choose.execution import by_measurement
@@ -27,7 +25,6 @@ from lowmem.models import skeleton
 from lowmem.plan.cost import Rates
 from lowmem.plan.policy import SAVE_ALL
 from lowmem.remat import decompose
-from lowmem.remat.libraries import Numerics
 from lowmem.simulate.stage import Option
 
 SHAPE = (4, 3, 32, 32)
@@ -44,7 +41,13 @@ def measured() -> ChainMeasure:
 def calibration(measured: ChainMeasure) -> Calibration:
     """Everything that the tests below look up, measured in a process of its own as on CUDA."""
     made = Calibration(cpu_identity(), None)
-    _times(Calibrator("cpu", made, measure=partial(measure_apart, numerics=Numerics())), measured)
+
+    def apart(jobs: Sequence[Job]) -> Figures:
+        task = {"device": "cpu", "numerics": {}, "jobs": list(jobs)}
+        figures: Figures = ask("lowmem.calibrate.measuring:perform", task)
+        return figures
+
+    _times(Calibrator("cpu", made, measure_jobs=apart), measured)
     return made
 
 
@@ -54,15 +57,12 @@ def _times(calibrator: Calibrator, measured: ChainMeasure):
     )
 
 
-def test_every_policy_of_every_distinct_block_is_timed_once(
-    measured: ChainMeasure, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def forbidden(*arguments: object) -> None:
+def test_every_policy_of_every_distinct_block_is_timed_once(measured: ChainMeasure, calibration: Calibration) -> None:
+    def forbidden(jobs: Sequence[Job]) -> Figures:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(ChainClock, "measure", forbidden)
     told: list[str] = []
-    times = _times(Calibrator("cpu", calibration, told.append), measured)
+    times = _times(Calibrator("cpu", calibration, told.append, measure_jobs=forbidden), measured)
     assert told == []
     assert times.outside_seconds > 0
     for stage in measured.stages:
@@ -122,7 +122,6 @@ def _clock(time_call: Callable[..., Timing] = time_calls, low: torch.dtype | Non
         device="cpu",
         memory_format=torch.contiguous_format,
         low=low,
-        calibration=Calibration(cpu_identity(), None),
         rounds=1,
         time_call=time_call,
     )
@@ -133,7 +132,6 @@ def test_clock_covers_stem_blocks_and_head() -> None:
     mode = clock.mode()
     assert mode.finite
     assert mode.seconds > 0
-    assert len(clock.calibration) == 0, "a mode leaves nothing but its sum"
 
 
 def _timed(seconds: dict[str, float], host_share: float) -> Callable[..., Timing]:
@@ -187,19 +185,20 @@ def test_a_fast_card_is_timed_at_a_batch_that_keeps_it_busy() -> None:
     """What the jobs find is given: 256 pictures, a second for every pass under autograd."""
     asked: list[Job] = []
 
-    def measure(jobs: Sequence[Job], device: str, calibration: Calibration) -> None:
+    def measure(jobs: Sequence[Job]) -> Figures:
         asked.extend(jobs)
+        figures = Figures()
         for job in jobs:
-            if isinstance(job, BusyBatch):
-                calibration.put_size(job.key, 256)
-            elif isinstance(job, Stages):
-                for one in job.wanted:
-                    for what in (FAST, PLAIN, *(name for name, _ in one.options)):
-                        calibration.put_seconds((one.key, what), Seconds(0.0, 1.0))
-            elif isinstance(job, Update):
-                calibration.put_seconds(job.key, Seconds(0.0, 0.0))
+            match job["kind"]:
+                case "busy":
+                    figures[job["figure"]] = 256
+                case "stages":
+                    figures |= {name: [0.0, 1.0, 0.0] for names in job["wanted"].values() for name in names}
+                case "update":
+                    figures[job["figure"]] = [0.0, 0.0, 0.0]
+        return figures
 
-    calibrator = Calibrator("cuda", Calibration(cpu_identity(), None), measure=measure)
+    calibrator = Calibrator("cuda", Calibration(cpu_identity(), None), measure_jobs=measure)
 
     def times(batch: int) -> tuple[int, float | None, list[str]]:
         """Pictures that were timed, seconds of a block, and the jobs that it took."""
@@ -210,12 +209,12 @@ def test_a_fast_card_is_timed_at_a_batch_that_keeps_it_busy() -> None:
             MODEL, stages, input_shape=shape, precision="fp32", memory_format="contiguous", momentum=True
         )
         for job in asked:
-            assert not isinstance(job, Stages) or job.input_shape == (found.timed_batch, *SHAPE[1:])
-        return found.timed_batch, found.plain_seconds(stages[1]), [type(job).__name__ for job in asked]
+            assert job["kind"] != "stages" or job["input_shape"] == [found.timed_batch, *SHAPE[1:]]
+        return found.timed_batch, found.plain_seconds(stages[1]), [job["kind"] for job in asked]
 
-    assert times(512) == (256, 2.0, ["BusyBatch", "Stages", "Update"])
+    assert times(512) == (256, 2.0, ["busy", "stages", "update"])
     assert times(1024) == (256, 4.0, []), "the same stages, timed at the same batch"
-    assert times(192) == (192, 1.0, ["Stages"]), "never more pictures than were asked for"
+    assert times(192) == (192, 1.0, ["stages"]), "never more pictures than were asked for"
     assert calibrator.timed_batch(MODEL, (64, *SHAPE[1:]), "amp", "contiguous") == 64
     assert Calibrator("cpu", calibrator.calibration).timed_batch(MODEL, (512, *SHAPE[1:]), "fp32", "contiguous") == 128
 
@@ -223,14 +222,16 @@ def test_a_fast_card_is_timed_at_a_batch_that_keeps_it_busy() -> None:
 def test_modes_are_compared_at_the_largest_batch_that_all_have_room_for() -> None:
     """AMP is busy with 512 pictures, fp32 with 128 and has no room for 512."""
 
-    def measure(jobs: Sequence[Job], device: str, calibration: Calibration) -> None:
+    def measure(jobs: Sequence[Job]) -> Figures:
+        figures = Figures()
         for job in jobs:
-            if isinstance(job, BusyBatch):
-                calibration.put_size(job.key, 512 if job.precision == "amp" else 128)
-            elif isinstance(job, Stages) and (job.precision == "amp" or job.input_shape[0] == 128):
-                calibration.put_mode(job.mode_key, Mode(float(job.input_shape[0]), True))
+            if job["kind"] == "busy":
+                figures[job["figure"]] = 512 if job["precision"] == "amp" else 128
+            elif job["precision"] == "amp" or job["input_shape"][0] == 128:
+                figures[job["figure"]] = [float(job["input_shape"][0]), 1.0]
+        return figures
 
-    calibrator = Calibrator("cuda", Calibration(cpu_identity(), None), measure=measure)
+    calibrator = Calibrator("cuda", Calibration(cpu_identity(), None), measure_jobs=measure)
     pairs = [("fp32", "contiguous"), ("amp", "contiguous")]
     assert calibrator.modes(MODEL, (512, *SHAPE[1:]), pairs) == dict.fromkeys(pairs, Mode(128.0, True))
     alone = calibrator.modes(MODEL, (512, *SHAPE[1:]), pairs[1:])
