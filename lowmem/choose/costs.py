@@ -117,28 +117,6 @@ def calls_of(
     return calls
 
 
-def chain_cost(
-    model: nn.Module,
-    *,
-    input_shape: Sequence[int],
-    rates: Rates,
-    memory_format: torch.memory_format = torch.contiguous_format,
-    low: torch.dtype | None = None,
-    optimizer_copies: int = 1,
-    accumulation: int = 1,
-) -> ChainCost:
-    """Costs of a step with seconds by a roofline. Arguments: see `measure_costs`."""
-    measured = measure_costs(
-        model,
-        input_shape=input_shape,
-        memory_format=memory_format,
-        low=low,
-        optimizer_copies=optimizer_copies,
-        accumulation=accumulation,
-    )
-    return price(measured, rates)
-
-
 def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None) -> ChainCost:
     """Seconds for what was simulated: as they were measured on the device, or by a roofline. What did not fit the
     device when it was measured gets the roofline's seconds, scaled as those of the others."""
@@ -150,10 +128,10 @@ def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None)
     fixed += measured.input_bytes * measured.accumulation + grads
     plain = [next(o for o in stage.options if o.option.policy == SAVE_ALL) for stage in measured.stages]
     work = [work for option in plain for work in (*option.forward_work, *option.backward_work)]
-    clock = _Clock(rates, times, measured.stages)
+    seconds = _StageSeconds(rates, times, measured.stages)
     return ChainCost(
         stages=tuple(
-            _stage_cost(name, stage, clock, measured.accumulation)
+            _stage_cost(name, stage, seconds, measured.accumulation)
             for name, stage in zip(measured.names, measured.stages, strict=True)
         ),
         output_bytes=measured.stages[-1].output_bytes,
@@ -161,12 +139,12 @@ def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None)
         fixed_bytes=fixed,
         outside_peak_bytes=fixed - grads + parameters,  # the fused update allocates nothing
         outside_seconds=0.0 if times is None else times.outside_seconds,
-        plain_seconds=sum(clock.plain(stage) for stage in measured.stages),
+        plain_seconds=sum(seconds.plain(stage) for stage in measured.stages),
         plain_flops=sum(one.flops for one in work),
     )
 
 
-class _Clock:
+class _StageSeconds:
     """Seconds of everything a stage can do: measured ones, else the roofline's."""
 
     def __init__(self, rates: Rates, times: StageTimes | None, stages: Sequence[StageMeasure]) -> None:
@@ -216,15 +194,15 @@ def _options(stage: Stage) -> list[Option]:
     return [*usual, *lasts]
 
 
-def _stage_cost(name: str, measure: StageMeasure, clock: _Clock, accumulation: int) -> StageCost:
-    options = [(one.option.last, _option_cost(one, clock.option(measure, one))) for one in measure.options]
+def _stage_cost(name: str, measure: StageMeasure, seconds: _StageSeconds, accumulation: int) -> StageCost:
+    options = [(one.option.last, _option_cost(one, seconds.option(measure, one))) for one in measure.options]
     return StageCost(
         name=name,
         input_bytes=measure.input_bytes,
         input_grad_bytes=measure.input_grad_bytes,
         options=tuple(cost for last, cost in options if not last),
         last_options=tuple(cost for last, cost in options if last),
-        fast_seconds=clock.fast(measure),
+        fast_seconds=seconds.fast(measure),
         fast_temp_bytes=measure.fast_temp_bytes,
         fast_flops=sum(work.flops for work in measure.fast_work),
         param_grad_bytes=measure.param_grad_bytes if accumulation == 1 else 0,

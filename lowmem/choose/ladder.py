@@ -6,9 +6,7 @@ precision, less budget."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from math import sqrt
 
 from lowmem.choose.fit import predict, seconds_of
 from lowmem.choose.planning import choose
@@ -16,12 +14,8 @@ from lowmem.choose.request import Choice, Request
 from lowmem.core.errors import Infeasible
 from lowmem.plan.evaluate import Solution
 from lowmem.plan.record import Plan
-from lowmem.plan.solver import Solver
 from lowmem.simulate import Simulated, simulate_step
 
-# Most often a little is missing (a browser, fragmentation): four small steps down, then the rest of the way in two.
-NEAR_RATIO = 0.92
-NEAR_RUNGS = 4
 # A runner-up that is predicted to be slower by more than this cannot win by an error of the prediction that is usual.
 _WORTH_TRYING = 1.5
 _MOST_RIVALS = 2
@@ -35,7 +29,7 @@ def ladder(choice: Choice) -> tuple[Plan, ...]:
     else the tensors. Takes a simulated step for each of at most seven candidates.
     """
     above, rungs = choice.simulated, list[Plan]()
-    for solution in _solutions(choice.solver, choice.simulated.estimate.peak_allocated_bytes):
+    for solution in choice.solver.ladder(choice.simulated.estimate.peak_allocated_bytes):
         simulated = simulate_step(choice.shape, solution.schedule, choice.rates, workspace=choice.workspace)
         if _size(choice, simulated) < _size(choice, above) and _peak(simulated) < _peak(above):
             rungs.append(_rung(choice, solution, simulated))
@@ -46,23 +40,6 @@ def ladder(choice: Choice) -> tuple[Plan, ...]:
 def with_ladder(choice: Choice) -> Choice:
     """The choice, its plan with its ladder."""
     return replace(choice, plan=replace(choice.plan, ladder=ladder(choice)))
-
-
-def _solutions(solver: Solver, below_bytes: int) -> Iterator[Solution]:
-    """Falling peaks under the cost model."""
-    near = solver.ladder(below_bytes, NEAR_RATIO, NEAR_RUNGS)
-    yield from near
-    least = solver.least()
-    last = near[-1].peak_bytes if near else below_bytes
-    if least.peak_bytes >= last:
-        return
-    try:
-        between = solver.solve(int(sqrt(least.peak_bytes * last)))
-    except Infeasible:  # the least is rounded to slots like everything in the table
-        between = least
-    if between.peak_bytes > least.peak_bytes:
-        yield between
-    yield least
 
 
 def _peak(simulated: Simulated) -> int:

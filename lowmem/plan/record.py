@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from lowmem.plan.policy import Schedule, Segment
+from lowmem.plan.policy import Schedule
 
 FORMAT = 1
 
@@ -136,11 +136,6 @@ class Plan:
             name: ("in segment: " if policies[index][0] else "") + policies[index][1].name
             for index, name in enumerate(self.stages)
         }
-
-    @property
-    def repeats(self) -> int:
-        """The most often that any stage runs forward in a step: 1 without segments."""
-        return 1 + max((depth + 1 for depth, item in self.schedule.walk() if isinstance(item, Segment)), default=0)
 
     @property
     def effective_batch(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.plan import LEAN, SAVE_ALL, Candidate, Plan, Predicted, uniform
+from lowmem.plan import SAVE_ALL, Candidate, Plan, Predicted, uniform
 from tests.unit.plan.test_policy import nested
 
 NAMES = ("stem", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer2.2", "head")
@@ -60,11 +60,6 @@ def test_a_plan_from_before_it_said_which_batch_norm() -> None:
     later = {"batch_norm", "tf32", "allocator_bytes"}
     values = {name: value for name, value in plan().to_json().items() if name not in later}
     assert Plan.from_json(values) == plan(batch_norm="native", tf32=False, allocator_bytes=None)
-
-
-def test_repeats() -> None:
-    assert plan(schedule=uniform([LEAN] * 7)).repeats == 1
-    assert plan().repeats == 3
 
 
 @pytest.mark.parametrize(

@@ -121,14 +121,16 @@ def test_a_coarse_table_loses_little(seed: int) -> None:
 def test_the_ladder_goes_down_to_the_least() -> None:
     solver = Solver(tradeoffs(12, 4))
     top, least = solver.curve(None)[-1], solver.least()
-    rungs = solver.ladder(top.peak_bytes, ratio=0.9, rungs=50)
+    rungs = solver.ladder(top.peak_bytes, ratio=0.9, near=50)
     peaks = [top.peak_bytes, *(rung.peak_bytes for rung in rungs)]
     assert len(rungs) > 3
     assert rungs[-1].peak_bytes == least.peak_bytes
     for higher, lower in pairwise(peaks[:-1]):
         assert lower <= 0.9 * higher
     assert [rung.seconds for rung in rungs] == sorted(rung.seconds for rung in rungs)
-    assert len(solver.ladder(top.peak_bytes, ratio=0.9, rungs=2)) == 2
+    first, second, between, last = solver.ladder(top.peak_bytes, ratio=0.9, near=2)
+    assert [first, second] == rungs[:2]
+    assert second.peak_bytes > between.peak_bytes > last.peak_bytes == least.peak_bytes
     assert solver.ladder(least.peak_bytes) == []
 
 
