@@ -165,14 +165,19 @@ _OPERATIONS = {
 def _convolutions(device: str, *, calls: Mapping[str, Sequence[Any]], precision: str) -> Figures:
     """The workspace of each call, in the dtype that autocast takes on the card, where alone it can be measured."""
     found: Figures = {}
-    for figure, (operation, tensors, rest) in calls.items():
-        call = Call(operation, _tuples(tensors), _tuples(rest))
-        size = attempt(partial(_workspace, call, device, amp_dtype(precision, device)), lambda: "measuring a workspace")
+    low = amp_dtype(precision, device)
+    for figure, fields in calls.items():
+        size = attempt(partial(_workspace, call_of(fields), device, low), lambda: "measuring a workspace")
         if isinstance(size, Failure):
             torch.cuda.empty_cache()
         else:
             found[figure] = size
     return found
+
+
+def call_of(fields: Sequence[Any]) -> Call:
+    """As JSON has its fields."""
+    return Call(*_tuples(fields))
 
 
 def _tuples(value: Any) -> Any:

@@ -148,7 +148,7 @@ def decide(
     choice = split.choices[ranks[0]]
     settled = _settled(settings, choice.plan, own.reasons, auto=auto)
     if on_paper:
-        return Decision(settled, choice.plan, _split(group, config, None), planned=split)
+        return Decision(settled, choice.plan, Split(split.shares), planned=split)
     if not group.alone:
         for line in describe_split(split, group.gather(choice.budget.source)):
             tell.note(line)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 
 from lowmem.calibrate.calibration import Calibration
 from lowmem.calibrate.calibrator import Workspaces
 from lowmem.calibrate.device import cpu_identity
+from lowmem.calibrate.measuring import call_of
 from lowmem.choose.costs import calls_of, measure_costs
 from lowmem.choose.request import card_rates
 from lowmem.config.cards import load_card
@@ -48,6 +51,12 @@ def test_the_calls_of_a_chain_are_those_of_the_plain_step() -> None:
     assert seen == _calls()
     operations = {call.operation for call in seen}
     assert operations == {"aten.convolution.default", "aten.convolution_backward.default"}
+
+
+def test_a_call_is_the_same_after_json() -> None:
+    """As a process that measures it is told."""
+    for call in _calls():
+        assert call_of(json.loads(json.dumps([call.operation, call.tensors, call.rest]))) == call
 
 
 def test_a_measured_workspace_is_part_of_the_step() -> None:
