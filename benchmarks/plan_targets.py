@@ -22,8 +22,7 @@ from conditions import RESULTS, conditions, sentence, table, write
 
 from lowmem.choose.budget import MARGIN_SHARE, Budget, of_card, tensors_only
 from lowmem.choose.costs import measure_costs, price
-from lowmem.choose.fit import fit
-from lowmem.choose.planning import card_rates
+from lowmem.choose.planning import card_rates, fit
 from lowmem.config.cards import load_card
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import GIB, MIB, format_size

@@ -13,8 +13,7 @@ from lowmem.bench.cells import ENGINE, FAMILIES, FIRST_MODE, LEAST, PLAIN_DEFAUL
 from lowmem.bench.largest import Search, largest
 from lowmem.calibrate.calibrator import Calibrator
 from lowmem.choose.budget import Budget, budget_of, tensors_only
-from lowmem.choose.fit import workspaces_of
-from lowmem.choose.planning import choose
+from lowmem.choose.planning import choose, workspaces_of
 from lowmem.choose.request import Choice, Request, calibrator_of, request_of
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Infeasible

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lowmem.choose.fit import predict, seconds_of
-from lowmem.choose.planning import choose
+from lowmem.choose.planning import choose, predict, seconds_of
 from lowmem.choose.request import Choice, Request
 from lowmem.core.errors import Infeasible
 from lowmem.plan.evaluate import Solution
@@ -21,9 +20,9 @@ _WORTH_TRYING = 1.5
 _MOST_RIVALS = 2
 
 
-def ladder(choice: Choice) -> tuple[Plan, ...]:
-    """Plans that compute the same as the choice's (precision, memory format, micro-batch) in less and less memory, down
-    to the least there is; empty if the chosen one is that.
+def with_ladder(choice: Choice) -> Choice:
+    """The choice, its plan with its ladder: plans that compute the same (precision, memory format, micro-batch) in less
+    and less memory, down to the least there is; none if the chosen one is that.
 
     Each was simulated whole. Its `budget_bytes` is what that showed to be enough: on a card the allocator's segments,
     else the tensors. Takes a simulated step for each of at most seven candidates.
@@ -34,12 +33,7 @@ def ladder(choice: Choice) -> tuple[Plan, ...]:
         if _size(choice, simulated) < _size(choice, above) and _peak(simulated) < _peak(above):
             rungs.append(_rung(choice, solution, simulated))
             above = simulated
-    return tuple(rungs)
-
-
-def with_ladder(choice: Choice) -> Choice:
-    """The choice, its plan with its ladder."""
-    return replace(choice, plan=replace(choice.plan, ladder=ladder(choice)))
+    return replace(choice, plan=replace(choice.plan, ladder=tuple(rungs)))
 
 
 def _peak(simulated: Simulated) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lowmem.plan.cost import ChainCost, StageCost
-from lowmem.plan.evaluate import Solution, evaluated
+from lowmem.plan.evaluate import Solution, evaluate
 from lowmem.plan.policy import SAVE_ALL, BlockPolicy, Item, PolicyKind, Schedule, Segment, uniform
 from lowmem.plan.solver import Solver
 
@@ -49,8 +49,8 @@ def strategies(chain: ChainCost, plain_peak_bytes: int) -> dict[str, Points]:
     """Name -> points with rising memory, under the cost model; beside them the plain step as it was simulated."""
     policies = dict.fromkeys(policy for stage in chain.stages for policy in usual_policies(stage))
     lengths = range(1, len(chain) // 2 + 1)
-    uniformly = (evaluated("one policy", kept(chain, policy), chain) for policy in policies)
-    segmented = (evaluated("segments", segments_of(chain, length), chain) for length in lengths)
+    uniformly = (evaluate(kept(chain, policy), chain) for policy in policies)
+    segmented = (evaluate(segments_of(chain, length), chain) for length in lengths)
     return {
         "lowmem": _points(Solver(chain).curve(200)),
         "one policy for all blocks": _points(uniformly),

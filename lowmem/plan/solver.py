@@ -16,7 +16,7 @@ import numpy as np
 
 from lowmem.core.errors import Infeasible
 from lowmem.plan.cost import ChainCost
-from lowmem.plan.evaluate import Solution, evaluated, refuse
+from lowmem.plan.evaluate import Solution, evaluate, refuse
 from lowmem.plan.table import LONGEST_RUN, Table
 
 MAX_SLOTS = 8192
@@ -83,7 +83,7 @@ class Solver:
 
     def _solution(self, m: int) -> Solution:
         if m not in self._read:
-            self._read[m] = evaluated(NAME, self.table.schedule(m), self.chain)
+            self._read[m] = evaluate(self.table.schedule(m), self.chain, NAME)
         return self._read[m]
 
     def solve(self, budget_bytes: int) -> Solution:

@@ -9,9 +9,9 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem.choose.costs import measure_costs, price
-from lowmem.plan import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, Keep, Schedule, Segment, keep
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.evaluate import evaluate
+from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, Keep, Schedule, Segment, keep
 from lowmem.remat import apply_plan, decompose
 from lowmem.simulate import trace_steps
 from tests.exact.compare import BLOCKS, pictures, small_net, training

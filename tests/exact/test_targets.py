@@ -6,8 +6,7 @@ import pytest
 
 from lowmem.choose.budget import Budget, of_card, tensors_only
 from lowmem.choose.costs import measure_costs, price
-from lowmem.choose.fit import fit
-from lowmem.choose.planning import Request, card_rates, choose
+from lowmem.choose.planning import Request, card_rates, choose, fit
 from lowmem.config.cards import load_card
 from lowmem.core.units import GIB, MIB
 from lowmem.models import skeleton

@@ -14,8 +14,8 @@ import torch
 from lowmem.choose.costs import measure_costs, price
 from lowmem.core.units import MIB
 from lowmem.models.resnet import Bottleneck, ResNet
-from lowmem.plan import INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, Schedule, keep
 from lowmem.plan.cost import Rates
+from lowmem.plan.policy import INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, Schedule, keep
 from lowmem.plan.solver import Solver
 from lowmem.remat import decompose
 from lowmem.simulate import StepShape, simulate_step

@@ -12,7 +12,7 @@ from math import isqrt
 
 from lowmem.plan.baselines import kept, segments_of, usual_policies
 from lowmem.plan.cost import ChainCost
-from lowmem.plan.evaluate import Solution, evaluate, evaluated, refuse
+from lowmem.plan.evaluate import Solution, evaluate, refuse
 from lowmem.plan.policy import FUSED, SAVE_ALL, Item, Keep, PolicyKind, Schedule, Segment
 
 Strategy = Callable[[ChainCost, int], Solution]
@@ -21,7 +21,7 @@ WAY_OUT = "let the solver choose"
 
 def _fitting(name: str, schedules: Iterable[Schedule], chain: ChainCost, budget_bytes: int) -> Solution:
     """The fastest of the schedules within the budget."""
-    found = [evaluated(name, schedule, chain) for schedule in schedules]
+    found = [evaluate(schedule, chain, name) for schedule in schedules]
     fitting = [solution for solution in found if solution.peak_bytes <= budget_bytes]
     if not fitting:
         raise refuse(min(found, key=lambda solution: solution.peak_bytes), budget_bytes, WAY_OUT)
@@ -98,8 +98,8 @@ def brute_force(chain: ChainCost, budget_bytes: int) -> Solution:
             best = (result.seconds, result.peak_bytes, schedule)
     assert least is not None
     if best is None:
-        raise refuse(evaluated("brute force", least[1], chain), budget_bytes, WAY_OUT)
-    return evaluated("brute force", best[2], chain)
+        raise refuse(evaluate(least[1], chain, "brute force"), budget_bytes, WAY_OUT)
+    return evaluate(best[2], chain, "brute force")
 
 
 BASELINES: dict[str, Strategy] = {

@@ -10,7 +10,7 @@ import pytest
 
 from lowmem.core.errors import Infeasible
 from lowmem.plan.baselines import kept, segments_of, strategies
-from lowmem.plan.evaluate import evaluated
+from lowmem.plan.evaluate import evaluate
 from lowmem.plan.policy import FUSED, LEAN, SAVE_ALL, Keep, Segment, keep
 from lowmem.plan.solver import solve
 from tests.unit.plan.chains import random_chain, tradeoffs
@@ -48,7 +48,7 @@ def test_names_and_numbers() -> None:
     assert checkpoint_all(CHAIN, PLENTY).schedule == segments_of(CHAIN, 1)
     assert sqrt_n(CHAIN, PLENTY).strategy == "checkpoint every 3 (sqrt n) blocks"
     one = best_uniform(CHAIN, PLENTY)
-    assert one.seconds == min(evaluated("", kept(CHAIN, o.policy), CHAIN).seconds for o in CHAIN.stages[0].options)
+    assert one.seconds == min(evaluate(kept(CHAIN, o.policy), CHAIN).seconds for o in CHAIN.stages[0].options)
     tight = checkpoint_all(CHAIN, PLENTY).peak_bytes
     assert best_every_kth(CHAIN, tight).peak_bytes <= tight
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from lowmem.plan import SAVE_ALL, Candidate, Plan, Predicted, uniform
+from lowmem.plan.policy import SAVE_ALL, uniform
+from lowmem.plan.record import Candidate, Plan, Predicted
 from tests.unit.plan.test_policy import nested
 
 NAMES = ("stem", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer2.2", "head")

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from lowmem.choose.costs import measure_costs, policies, price
 from lowmem.models.resnet import BasicBlock, Bottleneck
-from lowmem.plan import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, Schedule, Segment
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.evaluate import evaluate
+from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, Schedule, Segment
 from lowmem.remat import decompose
 from lowmem.simulate import Trace, estimate, trace_steps
 from tests.unit.simulate.loops import Setup
