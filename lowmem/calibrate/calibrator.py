@@ -53,19 +53,8 @@ class StageTimes:
     factor: float
     outside_seconds: float
 
-    def option(self, measure: StageMeasure, option: Option) -> Seconds | None:
-        return self._scaled(measure, option)
-
-    def fast_seconds(self, measure: StageMeasure) -> float | None:
-        found = self._scaled(measure, FAST)
-        return None if found is None else found.forward
-
-    def plain_seconds(self, measure: StageMeasure) -> float | None:
-        """Forward and backward under autograd."""
-        found = self._scaled(measure, PLAIN)
-        return None if found is None else found.backward
-
-    def _scaled(self, measure: StageMeasure, what: str | Option) -> Seconds | None:
+    def seconds(self, measure: StageMeasure, what: str | Option) -> Seconds | None:
+        """Of a policy, FAST (its `forward`) or PLAIN (forward and backward under autograd: its `backward`)."""
         found = self.calibration.seconds(_timing(stage_key(measure.key, self.precision, self.timed_batch), what))
         if found is None:
             return None

@@ -82,14 +82,7 @@ def _clock(
     library_norm: bool = False,
 ) -> ChainClock:
     execution = Execution(device, precision, memory_format)
-    return ChainClock(
-        skeleton(**network),
-        input_shape=input_shape,
-        device=device,
-        memory_format=execution.torch_memory_format,
-        low=execution.amp_dtype,
-        library_norm=library_norm,
-    )
+    return ChainClock(skeleton(**network), input_shape=input_shape, execution=execution, library_norm=library_norm)
 
 
 def _stages(device: str, *, wanted: Mapping[str, Mapping[str, Any]], **chain: Any) -> Figures:

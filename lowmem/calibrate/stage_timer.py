@@ -24,6 +24,7 @@ from lowmem.remat import decompose
 from lowmem.remat.block import ConvBlock
 from lowmem.remat.stage import OpaqueStage, Saved, Stage, StagePass
 from lowmem.simulate.stage import Option
+from lowmem.step.train_step import Execution
 
 _T = TypeVar("_T")
 _LEAST_SECONDS = 1e-9  # a difference of two measurements may come out below zero
@@ -54,23 +55,21 @@ def plain_forward(stage: Stage, x: Tensor) -> Tensor:
 
 
 class ChainClock:
-    """Times stages of `model` on inputs of `input_shape`, [N, C, H, W]; `low`: the dtype of autocast, or None;
-    `library_norm`: see `lowmem.remat.kernels`; `time_call`: what times a call, see `lowmem.measure.timing`."""
+    """Times stages of `model` on inputs of `input_shape`, [N, C, H, W]. `library_norm`: see `lowmem.remat.kernels`;
+    `time_call`: what times a call, see `lowmem.measure.timing`."""
 
     def __init__(
         self,
         model: nn.Module,
         *,
         input_shape: Sequence[int],
-        device: str,
-        memory_format: torch.memory_format,
-        low: torch.dtype | None,
+        execution: Execution,
         library_norm: bool = False,
         rounds: int = 3,
         time_call: Callable[..., Timing] = time_calls,
     ) -> None:
-        self.model, self.device, self.memory_format = model, device, memory_format
-        self.low, self.library_norm = low, library_norm
+        self.model, self.library_norm = model, library_norm
+        self.execution, self.device = execution, execution.device
         self.input_shape = tuple(input_shape)
         self.rounds = rounds
         self._time_call = time_call
@@ -111,8 +110,10 @@ class ChainClock:
 
     def _stages(self) -> Iterator[_StageClock]:
         """Every stage of the chain on its own input."""
-        stages = decompose(real_copy(self.model, self.device, self.memory_format))
-        x = torch.randn(self.input_shape, device=self.device).contiguous(memory_format=self.memory_format)
+        stages = decompose(real_copy(self.model, self.device, self.execution.torch_memory_format))
+        x = torch.randn(self.input_shape, device=self.device).contiguous(
+            memory_format=self.execution.torch_memory_format
+        )
         need_input = masked = False
         for stage in stages:
             with torch.no_grad():
@@ -137,7 +138,7 @@ class ChainClock:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """As the forward pass of a plain step."""
-        with torch.enable_grad(), torch.autocast(self.device, self.low, enabled=self.low is not None):
+        with torch.enable_grad(), self.execution.autocast():
             yield
 
     def timing(self, call: Callable[[], object]) -> Timing:
@@ -163,7 +164,7 @@ class _StageClock:
     """One stage on its input."""
 
     def __init__(self, clock: ChainClock, stage: Stage, x: Tensor, need_input: bool, masked: bool) -> None:
-        self.clock, self.stage, self.x, self.low = clock, stage, x, clock.low
+        self.clock, self.stage, self.x = clock, stage, x
         self.need_input, self.masked = need_input, masked
         self.like = torch.randn_like(self.output())
 
@@ -180,7 +181,7 @@ class _StageClock:
         return y
 
     def _pass(self) -> StagePass:
-        return StagePass(self.low, self.clock.library_norm)
+        return StagePass(self.clock.execution.amp_dtype, self.clock.library_norm)
 
     def passes_gradient(self) -> bool:
         """Whether the next stage's input needs a gradient."""

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from lowmem.calibrate.calibration import Calibration, Mode, Seconds
 from lowmem.calibrate.calibrator import Calibrator, StageTimes, stage_key
 from lowmem.calibrate.device import cpu_identity, describe_card
 from lowmem.calibrate.measuring import Figures, Job, ask, smallest_busy
-from lowmem.calibrate.stage_timer import PLAIN, ChainClock
+from lowmem.calibrate.stage_timer import FAST, PLAIN, ChainClock
 from lowmem.choose.costs import ChainMeasure, measure_costs, price
 from lowmem.choose.decide import Silence, decide
 from lowmem.choose.execution import by_measurement
@@ -25,7 +24,8 @@ from lowmem.models import skeleton
 from lowmem.plan.cost import Rates
 from lowmem.plan.policy import SAVE_ALL
 from lowmem.remat import decompose
-from lowmem.simulate.stage import Option
+from lowmem.simulate.stage import Option, StageMeasure
+from lowmem.step.train_step import Execution
 
 SHAPE = (4, 3, 32, 32)
 MODEL = skeleton("res20", "basic", width=4)
@@ -57,6 +57,12 @@ def _times(calibrator: Calibrator, measured: ChainMeasure):
     )
 
 
+def _of(times: StageTimes, stage: StageMeasure, what: str) -> float:
+    found = times.seconds(stage, what)
+    assert found is not None
+    return found.forward if what == FAST else found.backward
+
+
 def test_every_policy_of_every_distinct_block_is_timed_once(measured: ChainMeasure, calibration: Calibration) -> None:
     def forbidden(jobs: Sequence[Job]) -> Figures:
         raise AssertionError("measured again")
@@ -66,10 +72,10 @@ def test_every_policy_of_every_distinct_block_is_timed_once(measured: ChainMeasu
     assert told == []
     assert times.outside_seconds > 0
     for stage in measured.stages:
-        assert (times.fast_seconds(stage) or 0) > 0
-        assert (times.plain_seconds(stage) or 0) > 0
+        assert _of(times, stage, FAST) > 0
+        assert _of(times, stage, PLAIN) > 0
         for option in stage.options:
-            found = times.option(stage, option.option)
+            found = times.seconds(stage, option.option)
             assert found is not None
             assert found.backward > 0
             assert (found.forward == 0) == option.option.fused
@@ -81,11 +87,11 @@ def test_prices_are_the_measured_ones(measured: ChainMeasure, calibration: Calib
     chain = price(measured, RATES, times)
     stage, cost = measured.stages[2], chain.stages[2]
     for option in stage.options:
-        found = times.option(stage, option.option)
+        found = times.seconds(stage, option.option)
         priced = (cost.last_option if option.option.last else cost.option)(option.option.policy)
         assert found == Seconds(priced.forward_seconds, priced.backward_seconds, priced.restore_seconds)
     assert chain.outside_seconds == times.outside_seconds
-    assert chain.plain_seconds == pytest.approx(sum(times.plain_seconds(one) or 0 for one in measured.stages))
+    assert chain.plain_seconds == pytest.approx(sum(_of(times, one, PLAIN) for one in measured.stages))
     assert price(measured, RATES).plain_seconds != chain.plain_seconds
 
 
@@ -97,9 +103,9 @@ def test_what_could_not_be_measured_is_scaled_like_the_rest(measured: ChainMeasu
     guess = price(measured, RATES)
     # Everything but the plain times is gone: what is left is the roofline in the measured proportion.
     kept = Calibration(cpu_identity(), None)
-    plain = {stage.key: times.plain_seconds(stage) for stage in measured.stages}
+    plain = {stage.key: _of(times, stage, PLAIN) for stage in measured.stages}
     for stage in measured.stages:
-        kept.put_seconds((stage_key(stage.key, "fp32", SHAPE[0]), PLAIN), Seconds(0.0, plain[stage.key] or 0.0))
+        kept.put_seconds((stage_key(stage.key, "fp32", SHAPE[0]), PLAIN), Seconds(0.0, plain[stage.key]))
     scaled = price(measured, RATES, StageTimes(kept, "fp32", SHAPE[0], 1.0, 0.0))
     assert whole.plain_seconds is not None
     assert guess.plain_seconds is not None
@@ -112,23 +118,21 @@ def test_larger_batches_are_scaled(measured: ChainMeasure, calibration: Calibrat
     thrice = StageTimes(calibration, "fp32", SHAPE[0], 3.0, 0.0)
     larger = measure_costs(MODEL, input_shape=(3 * SHAPE[0], *SHAPE[1:]))
     for small, large in zip(measured.stages, larger.stages, strict=True):
-        assert thrice.fast_seconds(large) == pytest.approx(3 * (once.fast_seconds(small) or 0))
+        assert _of(thrice, large, FAST) == pytest.approx(3 * _of(once, small, FAST))
 
 
-def _clock(time_call: Callable[..., Timing] = time_calls, low: torch.dtype | None = None) -> ChainClock:
+def _clock(time_call: Callable[..., Timing] = time_calls, precision: str = "fp32") -> ChainClock:
     return ChainClock(
         MODEL,
         input_shape=SHAPE,
-        device="cpu",
-        memory_format=torch.contiguous_format,
-        low=low,
+        execution=Execution("cpu", precision, "contiguous"),
         rounds=1,
         time_call=time_call,
     )
 
 
 def test_clock_covers_stem_blocks_and_head() -> None:
-    clock = _clock(low=torch.bfloat16)
+    clock = _clock(precision="amp")
     mode = clock.mode()
     assert mode.finite
     assert mode.seconds > 0
@@ -200,7 +204,7 @@ def test_a_fast_card_is_timed_at_a_batch_that_keeps_it_busy() -> None:
 
     calibrator = Calibrator("cuda", Calibration(cpu_identity(), None), measure_jobs=measure)
 
-    def times(batch: int) -> tuple[int, float | None, list[str]]:
+    def times(batch: int) -> tuple[int, float, list[str]]:
         """Pictures that were timed, seconds of a block, and the jobs that it took."""
         asked.clear()
         shape = (batch, *SHAPE[1:])
@@ -210,7 +214,7 @@ def test_a_fast_card_is_timed_at_a_batch_that_keeps_it_busy() -> None:
         )
         for job in asked:
             assert job["kind"] != "stages" or job["input_shape"] == [found.timed_batch, *SHAPE[1:]]
-        return found.timed_batch, found.plain_seconds(stages[1]), [job["kind"] for job in asked]
+        return found.timed_batch, _of(found, stages[1], PLAIN), [job["kind"] for job in asked]
 
     assert times(512) == (256, 2.0, ["busy", "stages", "update"])
     assert times(1024) == (256, 4.0, []), "the same stages, timed at the same batch"

@@ -68,11 +68,11 @@ def test_a_plan_from_before_it_said_which_batch_norm() -> None:
     [
         ({"micro_batch": 64}, "2 of them"),
         ({"batch": 0}, "at least 1"),
-        ({"precision": "fp8"}, "precision"),
-        ({"memory_format": "nchw"}, "memory format"),
-        ({"batch_norm": "cudnn"}, "library nor native"),
-        ({"tf32": "no"}, "true, false or None"),
-        ({"allocator_bytes": 1.5}, "an integer"),
+        ({"precision": "fp8"}, "precision is 'fp8', not fp32 or amp"),
+        ({"memory_format": "nchw"}, "memory_format"),
+        ({"batch_norm": "cudnn"}, "not library or native"),
+        ({"tf32": "no"}, "tf32 is 'no', not bool or None"),
+        ({"allocator_bytes": 1.5}, "not int or None"),
         ({"schedule": uniform([SAVE_ALL] * 6)}, r"0\.\.5"),
         ({"stages": (*NAMES[:6], "stem")}, "same name"),
         ({"ladder": (with_ladder(),)}, "ladder of its own"),
@@ -84,7 +84,7 @@ def test_inconsistent_plans_are_refused(changes: dict[str, Any], why: str) -> No
 
 
 def test_bytes_are_integers() -> None:
-    with pytest.raises(ValueError, match="integer"):
+    with pytest.raises(ValueError, match=r"1\.5, not int"):
         Predicted(peak_allocated_bytes=1.5)  # type: ignore[arg-type]
 
 
