@@ -144,32 +144,25 @@ def warm_up(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def describe_card(
-    name: str,
-    *,
-    memory_bytes: int,
-    capability: tuple[int, int],
-    context_bytes: int,
-    rates: tuple[float, float, float],
-    link: tuple[int | None, int | None] = (None, None),
-) -> Card:
-    """A profile of a card that has none. `rates`: see `Calibrator.rates`; `link`: PCIe generation and lanes.
+def describe_card(facts: DeviceFacts, rates: tuple[float, float, float], usual_context_bytes: int) -> Card:
+    """A profile of a card that has none. `rates`: see `Calibrator.rates`; `usual_context_bytes`: where its own
+    could not be told.
 
     The kind of its fp16 follows from the measured rates, the share that is usable is that of other cards.
     """
     bandwidth, fp32, low = rates
-    generation, lanes = link
+    generation, lanes = facts.link
     speed = f"{min(max(generation or 3, 3), 5)}.0"
     width = lanes if lanes in (1, 2, 4, 8, 16) else 16
-    fp16 = "tensor-cores" if has_tensor_cores(name, capability) else ("2:1" if low > 1.2 * fp32 else "1/64")
+    tensor_cores = has_tensor_cores(facts.name, facts.capability)
     return Card(
-        name=name,
-        memory=memory_bytes,
-        capability=f"{capability[0]}.{min(capability[1], 9)}",
+        name=facts.name,
+        memory=facts.total_bytes,
+        capability=f"{facts.capability[0]}.{min(facts.capability[1], 9)}",
         bandwidth_gb_per_second=bandwidth / 1e9,
         fp32_tflops=fp32 / 1e12,
-        fp16=fp16,
+        fp16="tensor-cores" if tensor_cores else ("2:1" if low > 1.2 * fp32 else "1/64"),
         pcie=f"{speed}x{width}",
-        context=context_bytes,
+        context=usual_context_bytes if facts.context_bytes is None else facts.context_bytes,
         usable=UsableShare(linux=0.98, linux_display=0.92, windows=0.81),
     )

@@ -149,37 +149,34 @@ def of_card(
 
 
 def of_device(
-    free_bytes: int,
-    total_bytes: int,
+    facts: DeviceFacts,
     vram_bytes: int | None = None,
-    *,
-    name: str = "the card",
     pictures_bytes: int = 0,
-    context_bytes: int | None = None,
+    *,
     workspace_bytes: int = ASSUMED_WORKSPACE_BYTES,
-    blas_bytes: int = 0,
-    blas_measured: bool = False,
+    deterministic: bool = True,
 ) -> Budget:
-    """The budget of the CUDA device at hand. Its context exists already: `free_bytes` is without it.
+    """The budget of the CUDA device at hand. Its context exists already: what is free is without it.
 
     With less `vram_bytes` than the device has the card is emulated: others count as far as they leave less than that.
-    `context_bytes`: measured, or None. `blas_bytes`: of cuBLAS's workspace, measured or not. `pictures_bytes`: of the
-    data set, which is held on the card. Raises Infeasible.
+    `pictures_bytes`: of the data set, which is held on the card. `deterministic`: of the run. Raises Infeasible.
     """
-    total = total_bytes if vram_bytes is None else min(vram_bytes, total_bytes)
-    context = ASSUMED_CONTEXT_BYTES if context_bytes is None else context_bytes
+    total = facts.total_bytes if vram_bytes is None else min(vram_bytes, facts.total_bytes)
+    context = ASSUMED_CONTEXT_BYTES if facts.context_bytes is None else facts.context_bytes
+    blas = facts.blas_workspace_bytes
+    assumed = blas_workspace_bytes(facts.capability, deterministic=deterministic)
     return Budget(
         total_bytes=total,
-        others_bytes=max(0, total - free_bytes - context),
+        others_bytes=max(0, total - facts.free_bytes - context),
         context_bytes=context,
-        context_measured=context_bytes is not None,
+        context_measured=facts.context_bytes is not None,
         workspace_bytes=workspace_bytes,
-        blas_workspace_bytes=blas_bytes,
-        blas_workspace_measured=blas_measured,
+        blas_workspace_bytes=assumed if blas is None else blas,
+        blas_workspace_measured=blas is not None,
         pictures_bytes=pictures_bytes,
         margin_bytes=int(total * MARGIN_SHARE),
-        source=name if total == total_bytes else f"emulated card on {name}",
-        emulated=total < total_bytes,
+        source=facts.name if total == facts.total_bytes else f"emulated card on {facts.name}",
+        emulated=total < facts.total_bytes,
     )
 
 
@@ -203,21 +200,10 @@ def budget_of(
         numerics = numerics_of(config.train)
         prepare_libraries(numerics)
         facts = (calibrator.facts if calibrator is not None else None) or ask_device(numerics)
-        blas, measured = facts.blas_workspace_bytes, facts.blas_workspace_bytes is not None
-        if blas is None:
-            blas = blas_workspace_bytes(facts.capability, deterministic=numerics.deterministic)
-        budget = of_device(
-            facts.free_bytes,
-            facts.total_bytes,
-            memory.vram,
-            name=facts.name,
-            pictures_bytes=pictures_bytes,
-            context_bytes=facts.context_bytes,
-            # Measured workspaces are a part of the simulated step.
-            workspace_bytes=workspace_cap_bytes() if calibrator is None else 0,
-            blas_bytes=blas,
-            blas_measured=measured,
-        )
+        # Measured workspaces are a part of the simulated step.
+        workspace = workspace_cap_bytes() if calibrator is None else 0
+        deterministic = numerics.deterministic
+        budget = of_device(facts, memory.vram, pictures_bytes, workspace_bytes=workspace, deterministic=deterministic)
         return budget, card_of(facts, calibrator)
     if memory.vram is None:
         raise UsageError("there is nothing to fit into: give --vram, like --vram 6G, or --card, like --card gtx1060-6g")
@@ -230,14 +216,7 @@ def card_of(facts: DeviceFacts, calibrator: Calibrator | None) -> Card | None:
     rates = None if known is not None or calibrator is None else calibrator.rates()
     if rates is None:
         return known
-    return describe_card(
-        facts.name,
-        memory_bytes=facts.total_bytes,
-        capability=facts.capability,
-        context_bytes=ASSUMED_CONTEXT_BYTES if facts.context_bytes is None else facts.context_bytes,
-        rates=rates,
-        link=facts.link,
-    )
+    return describe_card(facts, rates, ASSUMED_CONTEXT_BYTES)
 
 
 def _platform(config: Config) -> Platform | None:

@@ -9,7 +9,7 @@ import pytest
 
 from lowmem.calibrate.calibration import Calibration, Mode, Seconds
 from lowmem.calibrate.calibrator import Calibrator, StageTimes, stage_key
-from lowmem.calibrate.device import cpu_identity, describe_card
+from lowmem.calibrate.device import cpu_identity
 from lowmem.calibrate.measuring import Figures, Job, ask, smallest_busy
 from lowmem.calibrate.stage_timer import FAST, PLAIN, ChainClock
 from lowmem.choose.costs import ChainMeasure, measure_costs, price
@@ -333,27 +333,3 @@ def test_a_plan_by_what_this_processor_does(tmp_path: Path, monkeypatch: pytest.
     fresh = calibrator_of(settings.config, fresh=True)
     assert fresh is not None
     assert len(fresh.calibration) == 0, "measured again when asked to"
-
-
-def test_a_card_without_a_profile_is_described() -> None:
-    card = describe_card(
-        "NVIDIA H200",
-        memory_bytes=139 << 30,
-        capability=(9, 0),
-        context_bytes=500 << 20,
-        rates=(4.0e12, 50e12, 700e12),
-        link=(5, 16),
-    )
-    assert card.tensor_cores
-    assert card.bandwidth_bytes_per_second == 4.0e12
-    assert card.pcie == "5.0x16"
-    old = describe_card(
-        "GTX 1660 Laptop",
-        memory_bytes=6 << 30,
-        capability=(7, 5),
-        context_bytes=1 << 28,
-        rates=(2e11, 4e12, 8e12),
-        link=(None, 3),
-    )
-    assert old.fp16 == "2:1"
-    assert old.pcie == "3.0x16"
