@@ -19,8 +19,8 @@ from lowmem.core.errors import PreflightError, UsageError
 from lowmem.runs.atomic import write_bytes_atomic
 
 if TYPE_CHECKING:
-    from lowmem.choose.curve import Points
     from lowmem.choose.request import Choice
+    from lowmem.plan.baselines import Points
 
 
 def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate: bool = False) -> None:
@@ -78,10 +78,10 @@ def _show_shares(settings: Settings, as_json: bool, curve: Path | None) -> None:
 
 def _draw(choice: Choice, title: str, path: Path) -> Mapping[str, Points]:
     """The picture; returns what is in it. Raises PreflightError."""
-    from lowmem.choose.curve import strategies
+    from lowmem.plan.baselines import strategies
     from lowmem.report.memory_curve import draw_memory_curve  # matplotlib: only if there is something to draw
 
-    plan, curves = choice.plan, strategies(choice)
+    plan, curves = choice.plan, strategies(choice.chain, choice.plain.estimate.peak_allocated_bytes)
     words = f"{title}, batch {plan.batch}, {plan.precision}, {plan.memory_format}"
     try:
         write_bytes_atomic(path, draw_memory_curve(words, curves, choice.budget.tensor_bytes))

@@ -11,9 +11,8 @@ from pathlib import Path
 from lowmem.calibrate.environment import describe
 from lowmem.choose import resolve_execution
 from lowmem.choose.decide import DataSize, Decision, batch_chosen, decide
-from lowmem.choose.execution import numerics_of, refuse_unsafe, require_device
+from lowmem.choose.execution import numerics_of, refuse_unsafe, require_device, wants_plan
 from lowmem.choose.explain import inexact
-from lowmem.choose.session import wants_plan
 from lowmem.config.schema import Config, flatten, known_keys
 from lowmem.config.settings import Settings, to_yaml
 from lowmem.core.errors import OutOfMemory, PreflightError, UsageError

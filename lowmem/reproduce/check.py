@@ -11,8 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem.choose.decide import DataSize, decide
-from lowmem.choose.execution import refuse_unsafe, resolve_execution
-from lowmem.choose.session import wants_plan
+from lowmem.choose.execution import refuse_unsafe, resolve_execution, wants_plan
 from lowmem.config.schema import Config, for_process
 from lowmem.core.errors import Infeasible, PreflightError, UsageError
 from lowmem.core.units import format_size

@@ -1,64 +1,59 @@
-"""What the solver is held against: what others do, and what is certainly right; each (chain, budget in bytes) -> Solution,
-or Infeasible. `sqrt_n`: Chen et al., "Training deep nets with sublinear memory cost" (2016)."""
+"""Other strategies than the solver's, and brute force, which is certainly right: what the solver is held against.
+(chain, budget in bytes) -> Solution, or Infeasible.
+
+`sqrt_n` is Chen et al., "Training deep nets with sublinear memory cost" (2016).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from math import isqrt
 
+from lowmem.plan.baselines import kept, segments_of, usual_policies
 from lowmem.plan.cost import ChainCost
-from lowmem.plan.evaluate import evaluate
+from lowmem.plan.evaluate import Solution, evaluate, refuse
 from lowmem.plan.policy import FUSED, SAVE_ALL, Item, Keep, PolicyKind, Schedule, Segment
-from lowmem.plan.solution import (
-    Solution,
-    Strategy,
-    describe,
-    fastest_fitting,
-    plain_policies,
-    refuse,
-    segments_of,
-    without_segments,
-)
 
-_WAY_OUT = "none: this is a test"
+Strategy = Callable[[ChainCost, int], Solution]
+WAY_OUT = "let the solver choose"
+
+
+def _fitting(name: str, schedules: Iterable[Schedule], chain: ChainCost, budget_bytes: int) -> Solution:
+    """The fastest of the schedules within the budget."""
+    found = [evaluate(schedule, chain, name) for schedule in schedules]
+    fitting = [solution for solution in found if solution.peak_bytes <= budget_bytes]
+    if not fitting:
+        raise refuse(min(found, key=lambda solution: solution.peak_bytes), budget_bytes, WAY_OUT)
+    return min(fitting, key=lambda solution: (solution.seconds, solution.peak_bytes))
 
 
 def save_all(chain: ChainCost, budget_bytes: int) -> Solution:
     """Everything autograd would keep: the step without any plan."""
-    return fastest_fitting("save all", [without_segments(chain, 0, len(chain) - 1, SAVE_ALL)], chain, budget_bytes)
+    return _fitting("save all", [kept(chain, SAVE_ALL)], chain, budget_bytes)
 
 
 def best_uniform(chain: ChainCost, budget_bytes: int) -> Solution:
     """The fastest single policy."""
-    policies = {
-        option.policy: None
-        for stage in chain.stages
-        for option in stage.options
-        if option.policy.kind is not PolicyKind.FUSED and not option.policy.drop_output
-    }
-    schedules = [without_segments(chain, 0, len(chain) - 1, policy) for policy in policies]
-    return fastest_fitting("one policy everywhere", schedules, chain, budget_bytes)
+    policies = dict.fromkeys(policy for stage in chain.stages for policy in usual_policies(stage))
+    return _fitting("one policy everywhere", [kept(chain, policy) for policy in policies], chain, budget_bytes)
 
 
 def checkpoint_all(chain: ChainCost, budget_bytes: int) -> Solution:
-    """Every stage is its own checkpoint, the last one excepted, as with the library's per-block
-    checkpointing."""
-    return fastest_fitting("checkpoint every block", [segments_of(chain, 1)], chain, budget_bytes)
+    """Every stage is its own checkpoint, the last one excepted, as with the library's per-block checkpointing."""
+    return _fitting("checkpoint every block", [segments_of(chain, 1)], chain, budget_bytes)
 
 
 def best_every_kth(chain: ChainCost, budget_bytes: int) -> Solution:
     """The fastest of all lengths of segments."""
     schedules = [segments_of(chain, length) for length in range(1, len(chain) + 1)]
-    return fastest_fitting("checkpoint every k-th block", schedules, chain, budget_bytes)
+    return _fitting("checkpoint every k-th block", schedules, chain, budget_bytes)
 
 
 def sqrt_n(chain: ChainCost, budget_bytes: int) -> Solution:
     """Segments of about the square root of the number of stages."""
     length = isqrt(len(chain) - 1) + 1
-    return fastest_fitting(
-        f"checkpoint every {length} (sqrt n) blocks", [segments_of(chain, length)], chain, budget_bytes
-    )
+    return _fitting(f"checkpoint every {length} (sqrt n) blocks", [segments_of(chain, length)], chain, budget_bytes)
 
 
 def all_schedules(chain: ChainCost) -> Iterator[Schedule]:
@@ -74,7 +69,7 @@ def _all_items(
     """`inside` a segment the last stage has its own policies, and FUSED, but not after a `dropped` output."""
     stage = chain.stages[start]
     if start == end:
-        policies = list(stage.last_policies()) if inside else plain_policies(stage)
+        policies = list(stage.last_policies()) if inside else usual_policies(stage)
         if inside and not dropped and any(option.policy == FUSED for option in stage.options):
             policies.append(FUSED)
         yield from ((Keep(start, policy),) for policy in policies)
@@ -103,8 +98,8 @@ def brute_force(chain: ChainCost, budget_bytes: int) -> Solution:
             best = (result.seconds, result.peak_bytes, schedule)
     assert least is not None
     if best is None:
-        raise refuse(describe("brute force", least[1], chain), budget_bytes, _WAY_OUT)
-    return describe("brute force", best[2], chain)
+        raise refuse(evaluate(least[1], chain, "brute force"), budget_bytes, WAY_OUT)
+    return evaluate(best[2], chain, "brute force")
 
 
 BASELINES: dict[str, Strategy] = {
