@@ -19,9 +19,6 @@ from lowmem.cli.printed import printable
 from lowmem.core.units import format_duration, format_size
 from lowmem.distributed.launch import is_led
 from lowmem.report import ReportResult
-from lowmem.report.departures import departures
-from lowmem.report.resources import HEADER as RESOURCES
-from lowmem.report.tables import TABLE_HEADER
 from lowmem.train.observer import Observer, Progress
 
 _PLAIN_EVERY_SECONDS = 30.0  # progress bars flood log files; a line now and then does not
@@ -131,15 +128,15 @@ def observer() -> Iterator[Observer]:
 def show_report(result: ReportResult) -> None:
     """The report's table, and where the rest is."""
     console = Console(highlight=False)
-    for header, rows in ((TABLE_HEADER[:-1], [row.cells()[:-1] for row in result.rows]), (RESOURCES, result.resources)):
-        table = Table(*header)
+    for written in result.tables:
+        table = Table(*written.header)
         for column in table.columns[:2]:
             column.overflow = "fold"  # a name that is cut off names no run
-        for cells_ in rows:
+        for cells_ in written.rows:
             table.add_row(*(Text(cell) for cell in cells_))
         console.print(table)
     print("against the published setting:")
-    for runs, differs in departures(result.rows):
+    for runs, differs in result.departures:
         console.print(Text(f"{runs}: {differs}"))
     page = "" if result.page is None else f", and all of it in {result.page}"
     print(printable(f"written: {result.markdown} and {len(result.figures)} figures beside it{page}"))
