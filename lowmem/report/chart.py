@@ -17,19 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
+from lowmem.report import style
 from lowmem.report.labels import figure_of, room_for_ends, room_for_ticks, write_labels
-from lowmem.report.style import (
-    AXIS_SIZE,
-    DPI,
-    HEIGHT_INCHES,
-    LABEL_SIZE,
-    LEAST_SIZE,
-    NEUTRAL,
-    TICK_SIZE,
-    TITLE_SIZE,
-    WIDTH_INCHES,
-    Series,
-)
+from lowmem.report.style import Series
 
 _TOP_INCHES, _BOTTOM_INCHES = 0.62, 0.58  # what title and vertical axis' words take above the axes, and below them
 _REMARK_INCHES = 0.22
@@ -59,7 +49,7 @@ def log_limits(values: Iterable[float]) -> tuple[float, float]:
     return low / spare, high * spare
 
 
-def draw_charts(charts: Sequence[Chart], height_inches: float = HEIGHT_INCHES, remark: str = "") -> Figure:
+def draw_charts(charts: Sequence[Chart], height_inches: float = style.HEIGHT_INCHES, remark: str = "") -> Figure:
     """The charts above each other, as wide as their labels leave room for; `remark` stands under the last."""
     figure, canvas = new_figure(height_inches)
     panels = [(chart, figure.add_subplot(len(charts), 1, row)) for row, chart in enumerate(charts, start=1)]
@@ -79,25 +69,26 @@ def draw_charts(charts: Sequence[Chart], height_inches: float = HEIGHT_INCHES, r
         _head(axes, chart.title, chart.y_title)
         write_labels(axes, chart.series, canvas)
     if remark:
-        below = figure.text(left, 0.06 / height_inches, remark, fontsize=LABEL_SIZE, color=NEUTRAL, va="bottom")
+        below = figure.text(left, 0.06 / height_inches, remark, va="bottom")
+        below.set(fontsize=style.LABEL_SIZE, color=style.NEUTRAL)
         fit(below, (1 - left) * figure.bbox.width)
     return figure
 
 
 def _draw_lines(axes: Axes, series: Sequence[Series]) -> None:
     for order, one in enumerate(series):
-        style = one.style
+        look = one.style
         axes.plot(
             [x for x, _ in one.points],
             [y for _, y in one.points],
-            color=style.colour,
-            linestyle=style.dashes if style.width else "none",
-            linewidth=style.width,
+            color=look.colour,
+            linestyle=look.dashes if look.width else "none",
+            linewidth=look.width,
             # A line of one point would not be seen.
-            marker=style.marker or ("o" if style.width and len(one.points) == 1 else ""),
-            markersize=style.marker_size,
-            markerfacecolor=style.face or style.colour,
-            alpha=style.opacity,
+            marker=look.marker or ("o" if look.width and len(one.points) == 1 else ""),
+            markersize=look.marker_size,
+            markerfacecolor=look.face or look.colour,
+            alpha=look.opacity,
             zorder=_LINES_ORDER + order / len(series),
             solid_capstyle="round",
         )
@@ -107,7 +98,7 @@ def _set_axes(axes: Axes, chart: Chart) -> None:
     axes.set_xlim(0, chart.x_limit)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 2.5, 4, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set_xlabel(chart.x_title, fontsize=AXIS_SIZE)
+    axes.set_xlabel(chart.x_title, fontsize=style.AXIS_SIZE)
     if chart.log:
         axes.set_yscale("log")
         decades = math.log10(chart.y_limits[1] / chart.y_limits[0])
@@ -126,9 +117,9 @@ def _set_axes(axes: Axes, chart: Chart) -> None:
 def _head(axes: Axes, title: str, y_title: str) -> None:
     """The title, and under it what the vertical axis shows: along the side it would take the curves' room and have to
     be read with the head on the shoulder. The axes must be in their place."""
-    _above(axes, y_title, 6).set(fontsize=AXIS_SIZE, color="#555555")
+    _above(axes, y_title, 6).set(fontsize=style.AXIS_SIZE, color="#555555")
     drawn = _above(axes, title, 22)
-    drawn.set(fontsize=TITLE_SIZE, fontweight="bold")
+    drawn.set(fontsize=style.TITLE_SIZE, fontweight="bold")
     fit(drawn, figure_of(axes).bbox.x1 - axes.get_window_extent().x0)
 
 
@@ -143,13 +134,13 @@ def _above(axes: Axes, text: str, points: float) -> Annotation:
 
 def new_figure(height_inches: float) -> tuple[Figure, FigureCanvasAgg]:
     """A white figure of the common width, with its canvas."""
-    figure = Figure(figsize=(WIDTH_INCHES, height_inches), dpi=DPI, facecolor="white")
+    figure = Figure(figsize=(style.WIDTH_INCHES, height_inches), dpi=style.DPI, facecolor="white")
     return figure, FigureCanvasAgg(figure)
 
 
 def dress(axes: Axes, *, grid: Literal["both", "x"] = "both") -> None:
     """Faint grid behind the data, no frame on the sides where no axis is, legible numbers."""
-    axes.tick_params(labelsize=TICK_SIZE, colors=_INK)
+    axes.tick_params(labelsize=style.TICK_SIZE, colors=_INK)
     axes.grid(True, which="major", axis=grid, color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", *(("left",) if grid == "x" else ())):
@@ -165,7 +156,7 @@ def fit(drawn: Text, room: float) -> None:
     room -= _MARGIN_POINTS * figure.dpi / 72
     size, shown = float(drawn.get_fontsize()), words
     while drawn.get_window_extent(renderer).width > room and len(shown) > 1:
-        if size > LEAST_SIZE:
+        if size > style.LEAST_SIZE:
             size -= 0.5
             drawn.set_fontsize(size)
         else:

@@ -15,22 +15,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from lowmem.core.units import MIB
+from lowmem.report import style
 from lowmem.report.chart import Chart, draw_charts, dress, fit, new_figure, to_png
-from lowmem.report.style import (
-    AXIS_SIZE,
-    DOTTED,
-    HEIGHT_INCHES,
-    LABEL_SIZE,
-    LEAST_SIZE,
-    MEASURED,
-    METHOD_STYLES,
-    NEUTRAL,
-    PREDICTED,
-    TITLE_SIZE,
-    WIDTH_INCHES,
-    LineStyle,
-    Series,
-)
+from lowmem.report.style import LineStyle, Series
 
 # -- memory against time, as planned -----------------------------------------------------------------------------------
 
@@ -68,14 +55,14 @@ def memory_figure(title: str, curves: Mapping[str, Sequence[tuple[int, float]]],
         x_limit=right,
         y_limits=(low, high),
     )
-    return draw_charts([chart], HEIGHT_INCHES)
+    return draw_charts([chart], style.HEIGHT_INCHES)
 
 
 def _method(name: str, points: Sequence[tuple[float, float]], marker_size: float) -> Series:
     """`marker_size` 0: the line alone."""
-    style = METHOD_STYLES[name]
-    style = replace(style, marker=style.marker if marker_size else "", marker_size=marker_size)
-    return Series(points=points, style=style, label=name, inside=True)
+    look = style.METHOD_STYLES[name]
+    look = replace(look, marker=look.marker if marker_size else "", marker_size=marker_size)
+    return Series(points=points, style=look, label=name, inside=True)
 
 
 # -- memory against time, as measured ----------------------------------------------------------------------------------
@@ -83,6 +70,7 @@ def _method(name: str, points: Sequence[tuple[float, float]], marker_size: float
 _BENCH_HEIGHT_INCHES = 4.9  # more than most: up to seven ways, some close together
 _RING = LineStyle("", width=0.0, marker="o", marker_size=15.0, face="none")
 _RANGE = LineStyle("", width=1.2, marker="_", marker_size=6.0, opacity=0.6)
+_NOTE_SIZE = style.LEAST_SIZE + 1
 _BENCH_REMARK = "Bars: fastest and slowest of the rounds. Rings: the memory as predicted."
 
 
@@ -100,7 +88,7 @@ class MeasuredPoint:
 
 
 def draw_bench(title: str, curves: Mapping[str, Sequence[MeasuredPoint]], memory: str) -> bytes:
-    """A PNG. `curves`: way (see METHOD_STYLES) -> its points; `memory`: what is measured, for the axis."""
+    """A PNG. `curves`: way (see style.METHOD_STYLES) -> its points; `memory`: what is measured, for the axis."""
     return to_png(bench_figure(title, curves, memory))
 
 
@@ -113,7 +101,7 @@ def bench_figure(title: str, curves: Mapping[str, Sequence[MeasuredPoint]], memo
     spare = max(0.06, 0.18 * (high - low))
     ranges, rings, lines, notes = [], [], [], []
     for name, of_one in shown.items():
-        colour = METHOD_STYLES[name].colour
+        colour = style.METHOD_STYLES[name].colour
         lines.append(_method(name, [(point.mib, point.ratio) for point in of_one], 8.0))
         for point in of_one:
             bar = [(point.mib, point.low), (point.mib, point.high)]
@@ -122,21 +110,16 @@ def bench_figure(title: str, curves: Mapping[str, Sequence[MeasuredPoint]], memo
                 at = [(point.predicted_mib, point.ratio)]
                 rings.append(Series(points=at, style=replace(_RING, colour=colour), of=name))
             if point.note:
-                at, style = [(point.mib, point.ratio)], LineStyle(colour, width=0.0)
+                at, look = [(point.mib, point.ratio)], LineStyle(colour, width=0.0)
                 notes.append(
-                    Series(points=at, style=style, label=point.note, inside=True, of=name, label_size=LEAST_SIZE + 1)
+                    Series(points=at, style=look, label=point.note, inside=True, of=name, label_size=_NOTE_SIZE)
                 )
+    plain = Series(points=[(0, 1.0), (right, 1.0)], style=LineStyle(style.NEUTRAL, style.DOTTED, 1.0), of="as plain")
     chart = Chart(
         title=title,
         x_title=f"{memory}, MiB",
         y_title="time of a step, times plain PyTorch",
-        series=[
-            Series(points=[(0, 1.0), (right, 1.0)], style=LineStyle(NEUTRAL, DOTTED, 1.0), of="as plain"),
-            *ranges,
-            *rings,
-            *lines,
-            *notes,
-        ],
+        series=[plain, *ranges, *rings, *lines, *notes],
         x_limit=right,
         y_limits=(low - spare, high + spare),
     )
@@ -168,10 +151,10 @@ def draw_acceptance(title: str, memory: Sequence[Bar], seconds: Sequence[Bar]) -
     heights = [_ROW_INCHES * len(bars) for bars, _ in panels]
     height = _TITLE_INCHES + sum(heights) + _AXIS_INCHES * len(panels) + _LEGEND_INCHES
     figure, _ = new_figure(height)
-    side = _SIDE_INCHES / WIDTH_INCHES
+    side = _SIDE_INCHES / style.WIDTH_INCHES
     for number, line in enumerate(title.split("\n")):
         drawn = figure.text(side, 1 - (0.1 + 0.25 * number) / height, line, va="top", parse_math=False)
-        drawn.set(fontsize=AXIS_SIZE) if number else drawn.set(fontsize=TITLE_SIZE, fontweight="bold")
+        drawn.set(fontsize=style.AXIS_SIZE) if number else drawn.set(fontsize=style.TITLE_SIZE, fontweight="bold")
         fit(drawn, figure.bbox.width * (1 - side))
     top = height - _TITLE_INCHES
     for (bars, name), rows in zip(panels, heights, strict=True):
@@ -191,23 +174,23 @@ def _fill_bars(axes: Axes, bars: Sequence[Bar], name: str) -> None:
     for row, bar in enumerate(bars):
         ends = [value for value in (bar.measured, bar.predicted) if value is not None]
         if bar.measured is not None:
-            axes.barh(row, bar.measured, height=0.44, color=MEASURED, zorder=2)
+            axes.barh(row, bar.measured, height=0.44, color=style.MEASURED, zorder=2)
         if bar.predicted is not None:
-            axes.plot(bar.predicted, row, "D", color=PREDICTED, markeredgecolor="black", markersize=7, zorder=4)
+            axes.plot(bar.predicted, row, "D", color=style.PREDICTED, markeredgecolor="black", markersize=7, zorder=4)
         if bar.limit is not None and bar.limit < 1.2 * most:
             axes.plot([bar.limit, bar.limit], [row - 0.3, row + 0.3], color="black", linewidth=1.6, zorder=3)
             # The number beyond a mark that stands close to the bar's end, or the text would lie on it.
             if ends and max(ends) < bar.limit:
                 ends.append(bar.limit)
         beside = axes.annotate(_number(bar), (max(ends, default=0.0), row), xytext=(8, 0), textcoords="offset points")
-        beside.set(va="center", fontsize=LABEL_SIZE, color="#333333")
+        beside.set(va="center", fontsize=style.LABEL_SIZE, color="#333333")
         label = " ".join(f"{bar.label}: {bar.note}".split()) if bar.note else ", ".join(bar.label.split("\n"))
-        above = axes.annotate(label, (0, row - 0.27), fontsize=LABEL_SIZE, va="bottom", parse_math=False)
+        above = axes.annotate(label, (0, row - 0.27), fontsize=style.LABEL_SIZE, va="bottom", parse_math=False)
         fit(above, axes.get_window_extent().width)
     axes.set_yticks([])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if most > 20 else "{x:,g}"))
-    axes.set_xlabel(name, fontsize=AXIS_SIZE)
+    axes.set_xlabel(name, fontsize=style.AXIS_SIZE)
     dress(axes, grid="x")
 
 
@@ -221,9 +204,10 @@ def _number(bar: Bar) -> str:
 def _bar_legend(figure: Figure, with_limits: bool) -> None:
     """Bar and diamond repeat what the colours say."""
     handles: list[Patch | Line2D] = [
-        Patch(color=MEASURED, label="measured"),
-        Line2D([], [], marker="D", color=PREDICTED, markeredgecolor="black", linestyle="", label="predicted"),
+        Patch(color=style.MEASURED, label="measured"),
+        Line2D([], [], marker="D", color=style.PREDICTED, markeredgecolor="black", linestyle="", label="predicted"),
     ]
     if with_limits:
         handles.append(Line2D([], [], color="black", linewidth=1.6, label="budget"))
-    figure.legend(handles=handles, loc="lower center", ncols=3, fontsize=LABEL_SIZE, frameon=False, labelcolor=NEUTRAL)
+    look = {"fontsize": style.LABEL_SIZE, "frameon": False, "labelcolor": style.NEUTRAL}
+    figure.legend(handles=handles, loc="lower center", ncols=3, **look)

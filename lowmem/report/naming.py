@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowmem.config.schema import ARCHITECTURES, ModelConfig, resolve_block
-from lowmem.core.reading import shorten as one_line
+from lowmem.core.reading import shorten
 from lowmem.report.style import LineStyle, network_style
 from lowmem.runs.history import History
 
@@ -55,7 +55,7 @@ def name_runs(histories: Sequence[History]) -> list[NamedRun]:
     where that is the same too. A label is the network's name, and the run's where a network has several runs."""
     names = [history.name for history in histories]
     names = [
-        f"{one_line(history.path.resolve().parent.name)}/{name}" if names.count(name) > 1 else name
+        f"{shorten(history.path.resolve().parent.name)}/{name}" if names.count(name) > 1 else name
         for name, history in zip(names, histories, strict=True)
     ]
     networks = [network_name(history.config.model) for history in histories]
@@ -67,7 +67,9 @@ def name_runs(histories: Sequence[History]) -> list[NamedRun]:
         slug = re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "run"
         same_file[slug.lower()] += 1
         file_name = slug if same_file[slug.lower()] == 1 else f"{slug}-{same_file[slug.lower()]}"
-        label = f"{network} {shorten(_without(network, name))}".rstrip() if networks.count(network) > 1 else network
+        label = network
+        if networks.count(network) > 1:
+            label = f"{network} {shorten_middle(_without(network, name))}".rstrip()
         style = network_style(history.config.model, same_network[network])
         same_network[network] += 1
         runs.append(NamedRun(history, name, label, file_name, style))
@@ -80,7 +82,7 @@ def _without(network: str, name: str) -> str:
     return rest if name.lower().startswith(network.lower()) and not rest[:1].isdigit() else name
 
 
-def shorten(name: str, longest: int = LONGEST_NAME) -> str:
+def shorten_middle(name: str, longest: int = LONGEST_NAME) -> str:
     """Take out the middle: the ends of run names are what differs (`res20-…-seed3`)."""
     if len(name) <= longest:
         return name

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lowmem.config.schema import ModelConfig
-from lowmem.report.naming import LONGEST_NAME, find_pairs, in_order, network_name, shorten
+from lowmem.report.naming import LONGEST_NAME, find_pairs, in_order, network_name, shorten_middle
 from tests.unit.report.fake_runs import MakeRun, named, write_run
 
 
@@ -37,8 +37,8 @@ def test_same_folder_names(tmp_path: Path) -> None:
 
 
 def test_shorten_keeps_both_ends() -> None:
-    assert shorten("short") == "short"
-    long = shorten("width16-jpeg-subset-seed12")
+    assert shorten_middle("short") == "short"
+    long = shorten_middle("width16-jpeg-subset-seed12")
     assert len(long) == LONGEST_NAME
     assert long.startswith("width16")
     assert long.endswith("seed12")
