@@ -93,7 +93,7 @@ def _write(out: Path, setup: Setup, environment: dict[str, Any], rows: Sequence[
 
 
 def _picture(setup: Setup, environment: dict[str, Any], rows: Sequence[Row]) -> bytes:
-    from lowmem.report.acceptance import Bar, draw_acceptance  # matplotlib: only now that there is something to draw
+    from lowmem.report.method_figures import Bar, draw_acceptance  # matplotlib: only if there is something to draw
 
     memory, seconds = [], []
     for row in (row for row in rows if row.kind in ("memory", "time", "format", "largest")):

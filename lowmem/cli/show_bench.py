@@ -196,9 +196,9 @@ def _picture(setup: Setup, environment: dict[str, Any], cells: list[Cell]) -> by
     """None if there is nothing to draw."""
     import statistics
 
-    from lowmem.report.bench_curve import Point, draw_bench  # matplotlib: only now that there is something to draw
+    from lowmem.report.method_figures import MeasuredPoint, draw_bench  # matplotlib: only if there is a picture
 
-    curves: dict[str, list[Point]] = {}
+    curves: dict[str, list[MeasuredPoint]] = {}
     for cell in cells:
         if cell.kind != "step" or cell.mode != FIRST_MODE:
             continue
@@ -207,7 +207,7 @@ def _picture(setup: Setup, environment: dict[str, Any], cells: list[Cell]) -> by
             continue
         predicted = cell.predicted_allocated_bytes
         curves.setdefault(cell.family, []).append(
-            Point(
+            MeasuredPoint(
                 mib=peak / MIB,
                 predicted_mib=None if predicted is None else predicted / MIB,
                 ratio=statistics.median(ratios),

@@ -79,7 +79,7 @@ def _show_shares(settings: Settings, as_json: bool, curve: Path | None) -> None:
 def _draw(choice: Choice, title: str, path: Path) -> Mapping[str, Points]:
     """The picture; returns what is in it. Raises PreflightError."""
     from lowmem.plan.baselines import strategies
-    from lowmem.report.memory_curve import draw_memory_curve  # matplotlib: only if there is something to draw
+    from lowmem.report.method_figures import draw_memory_curve  # matplotlib: only if there is something to draw
 
     plan, curves = choice.plan, strategies(choice.chain, choice.plain.estimate.peak_allocated_bytes)
     words = f"{title}, batch {plan.batch}, {plan.precision}, {plan.memory_format}"

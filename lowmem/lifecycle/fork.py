@@ -316,7 +316,7 @@ def write(source: Source, carried: Checkpoint, settings: Settings, out: RunFolde
 
 def _draw(source: Source, both: Rates, fork_at: float, out: RunFolder) -> None:
     """report/learning_rate.png; `fork_at`: epochs done."""
-    from lowmem.report.rate_curve import draw_rate_curve  # matplotlib
+    from lowmem.report.figures import draw_rate_curve  # matplotlib
 
     past: list[tuple[float, float]] = []
     try:
