@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowmem.choose.decide import DataSize, decide
 from lowmem.choose.execution import refuse_unsafe, resolve_execution
-from lowmem.choose.session import plan_run, wants_plan
+from lowmem.choose.session import wants_plan
+from lowmem.config.schema import for_process
 from lowmem.core.errors import Infeasible, PreflightError, UsageError
 from lowmem.core.units import format_size
 from lowmem.data import Dataset, load
@@ -69,6 +71,7 @@ def _plans(job: Job, standings: Sequence[Standing], dataset: Dataset, observer: 
     """A plan for each run that is to begin and will have one. Raises Infeasible naming all for which there is none."""
     plans: dict[str, Plan] = {}
     refused: dict[str, Infeasible] = {}
+    data = DataSize(len(dataset.classes), len(dataset.train))
     for standing in standings:
         if standing.begun:
             continue
@@ -78,13 +81,15 @@ def _plans(job: Job, standings: Sequence[Standing], dataset: Dataset, observer: 
         refuse_unsafe(settings.config)
         if not planned:
             continue
+        for_process(settings.config, 0, 1)  # refuses several cards: a job's runs are trained by one process each
         try:
-            _, choice = plan_run(settings, len(dataset.classes), len(dataset.train), progress=observer.note)
+            plan = decide(settings, data, tell=observer, on_paper=True).plan
         except Infeasible as error:
             refused[name] = error
-        else:
-            plans[name] = choice.plan
-            observer.note(f"{name}: {_in_a_line(choice.plan)}")
+            continue
+        assert plan is not None
+        plans[name] = plan
+        observer.note(f"{name}: {_in_a_line(plan)}")
     if refused:
         raise _of_all(refused)
     return plans

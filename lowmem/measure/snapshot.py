@@ -1,4 +1,4 @@
-"""Who holds a card's memory, in lines for people: for out-of-memory messages and `lowmem doctor`."""
+"""What a device's memory looked like at one moment, in bytes, and who holds it, in lines for people."""
 
 from __future__ import annotations
 
@@ -6,12 +6,48 @@ import os
 from dataclasses import dataclass
 
 from lowmem.core.units import MIB, format_size
-from lowmem.measure.meter import Snapshot
 from lowmem.measure.nvml import DeviceProcess, DriverReport
 
 _NAMED = 5
 # The driver's sum and its list of processes differ by some MiB of its own; less than this is no holder.
 _TOO_SMALL_BYTES = 32 * MIB
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Memory of a device now, and its peaks since the last `Meter.reset`, in bytes. None: nobody tells.
+
+    `peak_allocated_bytes`: tensors; `peak_reserved_bytes`: the caching allocator's segments; `device_used_bytes`: on
+    CUDA all that is in use on the card, whoever uses it; on the CPU this process's peak resident memory.
+
+    `process_bytes`: this process on the card, by the driver; on the CPU its resident memory now. `context_bytes`: what
+    of it is no segment of the allocator (CUDA context, loaded kernels, libraries). `others_bytes`: other processes.
+    `alloc_retries`: how often the allocator had to empty its cache to go on; `ooms`: how often that did not help.
+
+    `device_total_bytes` and `driver_reserved_bytes`: by NVML the card's whole memory, and what of it no program gets;
+    by the CUDA runtime the former is without the latter, which is unknown then. On the CPU the machine's memory, and
+    `device_free_bytes` what it can give without swapping; a container's own limit is not looked at.
+    `processes`: as the driver lists them, this one included; empty as well where it does not.
+    `device_source`: who told the figures of the device: "nvml", "cuda runtime", "process" (CPU) or "none".
+    `missing`: a sentence for each source that could not be read, and what stands in its place.
+    """
+
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    device_used_bytes: int | None = None
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    alloc_retries: int | None = None
+    ooms: int | None = None
+    process_bytes: int | None = None
+    context_bytes: int | None = None
+    others_bytes: int | None = None
+    device_total_bytes: int | None = None
+    device_free_bytes: int | None = None
+    driver_reserved_bytes: int | None = None
+    processes: tuple[DeviceProcess, ...] = ()
+    device_source: str = "none"
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,10 +92,7 @@ def _of_snapshot(snapshot: Snapshot) -> _Account:
 
 
 def _of_report(report: DriverReport, uuid: str | None) -> _Account:
-    if uuid is not None:
-        device = report.device(uuid)
-    else:
-        device = report.devices[0] if len(report.devices) == 1 else None
+    device = report.device(uuid)
     return _Account() if device is None else _Account(device.processes or (), device.used_bytes)
 
 
