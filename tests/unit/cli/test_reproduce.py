@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 
 import lowmem.report
 from lowmem.cli.job import describe, reproduce_job, work
+from lowmem.cli.main import _run
 from lowmem.cli.terminal import describe_epoch
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Interrupted, LowmemError
@@ -24,8 +24,6 @@ from lowmem.reproduce.conduct import Conductor, ask, conduct
 from lowmem.reproduce.job import Job, select
 from lowmem.reproduce.progress import JobObserver, Standing, standing_of
 from lowmem.train.observer import Observer, Progress
-
-Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 class Heard(Observer):
@@ -141,26 +139,25 @@ def test_the_table_before_the_first_run(job: Job) -> None:
     assert "known after the first epoch" in unknown[-1]
 
 
-def test_refusals_are_one_line_and_leave_nothing(lowmem_command: Command, tmp_path: Path) -> None:
+def test_refusals_are_one_line_and_leave_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for arguments, words in (
         (("--only", "res21"), "the job has no run 'res21'"),
         (("--set", "model.arch=res20"), "leave it out, and choose among them with --only"),
         (("--block", "wide"), "there are no 'wide' blocks"),
         (("--epochs", "0"), "train.epochs"),
     ):
-        done = lowmem_command("reproduce", "--out", "job", *arguments)
-        assert done.returncode == 2
-        assert words in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
+        assert _run(["reproduce", "--out", str(tmp_path / "job"), *arguments]) == 2
+        said = capsys.readouterr().err
+        assert words in said
+        assert len(said.strip().splitlines()) == 1
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_jobs_folder_is_no_run(lowmem_command: Command, tmp_path: Path, job: Job) -> None:
+def test_a_jobs_folder_is_no_run(capsys: pytest.CaptureFixture[str], job: Job) -> None:
     job.path.mkdir()
     job.write()
-    done = lowmem_command("resume", str(job.path))
-    assert done.returncode == 2
-    assert f"go on with `lowmem reproduce --out {job.path}`" in done.stderr
+    assert _run(["resume", str(job.path)]) == 2
+    assert f"go on with `lowmem reproduce --out {job.path}`" in capsys.readouterr().err
 
 
 # -- real runs, from one call to the next ------------------------------------------------------------------------------
