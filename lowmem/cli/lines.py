@@ -7,7 +7,7 @@ from typing import Any
 
 from lowmem.core.reading import shorten
 from lowmem.core.units import format_duration, format_size
-from lowmem.runs.history import Event
+from lowmem.runs.rows import Event
 
 
 def describe_epoch(row: Mapping[str, Any], epochs: int | None) -> str:

@@ -17,7 +17,7 @@ from lowmem.cli.lines import clock, describe_event
 from lowmem.config.schema import Config
 from lowmem.core.reading import shorten
 from lowmem.core.units import format_duration, format_size
-from lowmem.runs.live import Live
+from lowmem.runs.watch import Live
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = "_.-=+*#@"

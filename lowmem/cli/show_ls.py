@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lowmem.cli.printed import printable
 from lowmem.core.units import format_size
-from lowmem.runs.listing import Listed, list_runs
+from lowmem.runs.listing import RunSummary, list_runs
 
 _HEADER = ("run", "state", "epoch", "last error", "best error", "on disk", "fork --at")
 _RIGHT = {2, 3, 4, 5}
@@ -36,7 +36,7 @@ def show_ls(folder: Path, as_json: bool) -> None:
             print(f"{printable(_name(run, folder))}: {printable(words)}")
 
 
-def _cells(run: Listed, folder: Path) -> tuple[str, ...]:
+def _cells(run: RunSummary, folder: Path) -> tuple[str, ...]:
     epochs = run.config.train.epochs if run.config else "?"
     state = run.state if run.writer is None else f"{run.state} ({run.writer})"
     best = "" if run.best_error_pct is None else f"{_percent(run.best_error_pct)} (epoch {run.best_epoch})"
@@ -51,14 +51,14 @@ def _cells(run: Listed, folder: Path) -> tuple[str, ...]:
     )
 
 
-def _places(run: Listed) -> str:
+def _places(run: RunSummary) -> str:
     """The newest checkpoints, as `fork --at` takes them. The one before the first step is nothing to fork from."""
     places = [kept.at for kept in run.checkpoints if kept.step > 0]
     more = len(places) - _MOST_SHOWN
     return ", ".join(([f"{more} more"] if more > 0 else []) + places[-_MOST_SHOWN:])
 
 
-def _name(run: Listed, folder: Path) -> str:
+def _name(run: RunSummary, folder: Path) -> str:
     return run.path.name or str(run.path) if run.path == folder else str(run.path.relative_to(folder))
 
 
