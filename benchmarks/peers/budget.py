@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lowmem.choose.budget import ASSUMED_CONTEXT_BYTES
 from lowmem.measure import Meter
-from lowmem.measure.cap import cap_allocator
+from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.tensors import TensorMeter
 
 
@@ -56,7 +56,7 @@ class TensorBudget(TensorMeter):
         def gone(_: object) -> None:
             self._known.pop(address, None)
 
-        self._known[address] = weakref.ref(storage, gone)
+        self._known[address] = 0, weakref.ref(storage, gone)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -72,10 +72,10 @@ class TensorBudget(TensorMeter):
             self._refuse(asked)
         return result
 
-    def _see(self, tensor: Tensor) -> None:
+    def _see(self, tensor: Tensor, operation: str) -> int:
         """Without those that have no memory of their own: a simulation may run under this."""
-        if tensor.device.type != "meta" and not isinstance(tensor, FakeTensor):
-            super()._see(tensor)
+        own = tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+        return super()._see(tensor, operation) if own else 0
 
     def _over(self, before_bytes: int) -> bool:
         return self.limit_bytes is not None and self.live_bytes > max(self.limit_bytes, before_bytes)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lowmem.config.schema import Config
 from lowmem.config.settings import gather
 from lowmem.data import Dataset, Pictures
-from lowmem.measure.cap import cap_allocator
+from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.out_of_memory import release
 from lowmem.models import build
 from lowmem.plan.record import Plan

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import lowmem
-from lowmem.measure.cpu import processor_name
+from lowmem.measure.meter import processor_name
 
 
 def describe(device: str) -> dict[str, Any]:
     """Versions, processor, card and the git commit of a source checkout; unknown is None. No path, no user name. On
     CUDA which kernels the libraries may take, as this process is set (`lowmem.remat.libraries`)."""
     import torch
-    import torchvision
 
     from lowmem.remat.libraries import convolutions_in_tf32
 
@@ -25,7 +25,7 @@ def describe(device: str) -> dict[str, Any]:
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": _version("torchvision"),
         "platform": platform.platform(),
         "cpu": processor_name(),
         "cpu_threads": torch.get_num_threads(),
@@ -37,6 +37,14 @@ def describe(device: str) -> dict[str, Any]:
         "deterministic": torch.backends.cudnn.deterministic if device == "cuda" else None,
         "tf32": convolutions_in_tf32(torch.cuda.get_device_capability()) if device == "cuda" else None,
     }
+
+
+def _version(package: str) -> str | None:
+    """Without importing it, which takes seconds for some."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _git_commit() -> str | None:

@@ -21,7 +21,7 @@ from lowmem.remat.block import ConvBlock
 from lowmem.remat.stage import Stage, StagePass
 from lowmem.simulate.stage import Option, OptionMeasure, StageMeasure, measure_chain
 from lowmem.simulate.step import empty_copy
-from lowmem.simulate.trace import Call, Recorder, Work
+from lowmem.simulate.trace import Call, KernelWork, Recorder
 
 
 def policies(stage: Stage) -> tuple[BlockPolicy, ...]:
@@ -201,16 +201,16 @@ class _Clock:
         plain = next(option for option in stage.options if option.option.policy == SAVE_ALL)
         return self.rates.seconds(_operations((*plain.forward_work, *plain.backward_work)))
 
-    def _roofline(self, work: Iterable[Work]) -> float:
+    def _roofline(self, work: Iterable[KernelWork]) -> float:
         return self.scale * self.rates.seconds(_operations(work))
 
 
-def _operations(work: Iterable[Work]) -> Iterator[Operation]:
+def _operations(work: Iterable[KernelWork]) -> Iterator[Operation]:
     return (Operation(one.flops, one.moved_bytes) for one in work)
 
 
-def _options(stage: Any) -> list[Option]:
-    usual = [Option(policy, policy.drop_output, policy.kind is PolicyKind.FUSED) for policy in policies(stage)]
+def _options(stage: Stage) -> list[Option]:
+    usual = [Option(policy) for policy in policies(stage)]
     # A segment's last stage is best FUSED; the other ways are for the baselines.
     lasts = [Option(policy, last=True) for policy in (SAVE_ALL, LEAN, INPUT_ONLY) if policy in policies(stage)]
     return [*usual, *lasts]

@@ -1,17 +1,15 @@
-"""The commands and their flags. Bodies import what they need when they run."""
+"""The commands: what each takes beside the flags of the table, and what it calls. Bodies import what they need when
+they run, so that `--help` is there at once."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from lowmem.cli.command_bench import bench
+from lowmem.cli.flags import Given, takes_flags
 from lowmem.distributed.launch import is_led, refuse_several
-
-if TYPE_CHECKING:
-    from lowmem.config.settings import Settings
 
 app = typer.Typer(
     help="Train deep networks on cards that are too small for them, and never lose a run.",
@@ -23,24 +21,12 @@ app = typer.Typer(
 
 JOINT = ("train", "resume")  # what several processes do together
 
-Text = Optional[str]  # noqa: UP045 (typer reads these at run time)
-Number = Optional[int]  # noqa: UP045
-Sets = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any setting by its dotted name.")]
-Device = Annotated[Text, typer.Option(help="auto, cuda or cpu.")]
-KeepEvery = Annotated[
-    Number, typer.Option(metavar="N", help="Keep the checkpoint of every N-th epoch too, to fork from.")
-]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Plan, try every output and a step, say time and disk; leave nothing behind."),
 ]
-OnStuck = Annotated[Text, typer.Option(help="When a run learns nothing: warn, or stop with code 6.")]
-OnNan = Annotated[Text, typer.Option(help="When the loss breaks: rollback to half the rate, or stop with code 6.")]
-Board = Annotated[
-    Optional[bool],  # noqa: UP045
-    typer.Option("--tensorboard/--no-tensorboard", help="Write TensorBoard event files to RUN/tensorboard."),
-]
-DataRoot = Annotated[Text, typer.Option(help="Folder that holds, or receives, cifar10 and fashion-mnist.")]
+NewRun = Annotated[Path | None, typer.Option(help="Run folder; default runs/ARCH.")]
+Forked = Annotated[Path | None, typer.Option(help="Run folder; default RUN-fork.")]
 
 
 def _version(wanted: bool) -> None:
@@ -49,11 +35,6 @@ def _version(wanted: bool) -> None:
 
         print(f"lowmem {__version__}")
         raise typer.Exit
-
-
-def _batch(text: str | None) -> int | str | None:
-    """A number, or what else was typed (`auto`) for the settings to judge."""
-    return int(text) if text is not None and text.lstrip("-").isdigit() else text
 
 
 @app.callback()
@@ -67,72 +48,15 @@ def _top(
         refuse_several(f"lowmem {context.invoked_subcommand}")
 
 
-@app.command()
-def train(
-    arch: Annotated[
-        Text, typer.Option(help="res20 res34 res50 res56 res101 res110, or cnn… without shortcuts.")
-    ] = None,
-    block: Annotated[Text, typer.Option(help="basic or bottleneck; default: what the report used.")] = None,
-    width: Annotated[Number, typer.Option(help="Channels of the stem (64).")] = None,
-    data: Annotated[Text, typer.Option(help="cifar10, fashion-mnist, shapes or folder:PATH.")] = None,
-    data_root: DataRoot = None,
-    val_split: Annotated[
-        Number, typer.Option(help="Hold back this many training pictures to choose weights on.")
-    ] = None,
-    batch: Annotated[Text, typer.Option(help="Effective batch (128), or auto: the fastest that fits.")] = None,
-    micro_batch: Annotated[Number, typer.Option(help="Pictures at a time; gradients accumulate to the batch.")] = None,
-    sync_bn: Annotated[
-        Optional[bool],  # noqa: UP045
-        typer.Option("--sync-bn", help="Started by torchrun: batch norm over the whole batch, as in one process."),
-    ] = None,
-    epochs: Annotated[Number, typer.Option(help="Epochs; the schedule is scaled to them.")] = None,
-    recipe: Annotated[Text, typer.Option(help="A shipped recipe (report) or the path of a .yaml file.")] = None,
-    precision: Annotated[Text, typer.Option(help="auto, fp32 or amp (fp16 on CUDA, bf16 on the CPU).")] = None,
-    memory_format: Annotated[Text, typer.Option(help="auto, contiguous or channels-last.")] = None,
-    vram: Annotated[
-        Text, typer.Option(help="Memory to fit into, like 6G; on the CPU it bounds the step's tensors.")
-    ] = None,
-    card: Annotated[
-        Text, typer.Option(help="Plan for this card's profile, like gtx1060-6g; A,B: for processes of torchrun.")
-    ] = None,
-    device: Device = None,
-    seed: Annotated[Number, typer.Option(help="Seed of initial weights, order and augmentation.")] = None,
-    keep_every: KeepEvery = None,
-    out: Annotated[Optional[Path], typer.Option(help="Run folder; default runs/ARCH.")] = None,  # noqa: UP045
-    on_stuck: OnStuck = None,
-    on_nan: OnNan = None,
-    tensorboard: Board = None,
-    config: Annotated[Optional[Path], typer.Option(help="YAML file of settings.")] = None,  # noqa: UP045
-    set_: Sets = [],  # noqa: B006
-    dry_run: DryRun = False,
-) -> None:
-    """Train a network. Ctrl-C saves and leaves; `lowmem resume` goes on exactly there."""
-    from lowmem.config.settings import gather
+# -- runs --------------------------------------------------------------------------------------------------------------
 
-    flags = {
-        "model.arch": arch,
-        "model.block": block,
-        "model.width": width,
-        "data.source": data,
-        "data.root": data_root,
-        "data.val_split": val_split,
-        "train.batch": _batch(batch),
-        "train.micro_batch": micro_batch,
-        "train.sync_bn": sync_bn,
-        "train.epochs": epochs,
-        "train.precision": precision,
-        "train.memory_format": memory_format,
-        "train.device": device,
-        "memory.vram": vram,
-        "memory.card": card,
-        "train.on_stuck": on_stuck,
-        "train.on_nan": on_nan,
-        "train.tensorboard": tensorboard,
-        "seed": seed,
-        "checkpoint.keep_every": keep_every,
-    }
-    settings = gather(recipe=recipe, config_file=config, flags=flags, sets=set_)
-    from lowmem.cli.show import observer
+
+@app.command()
+@takes_flags
+def train(given: Given, out: NewRun = None, dry_run: DryRun = False) -> None:
+    """Train a network. Ctrl-C saves and leaves; `lowmem resume` goes on exactly there."""
+    settings = given.settings()
+    from lowmem.cli.terminal import observer
     from lowmem.lifecycle.api import run_training
 
     with observer() as shown:
@@ -140,64 +64,38 @@ def train(
 
 
 @app.command()
+@takes_flags
 def resume(
+    given: Given,
     run: Annotated[Path, typer.Argument(help="The run folder, like runs/res110.")],
     epochs: Annotated[
-        Number,
+        int | None,
         typer.Option(min=1, help="Go on to this many epochs in a new run: a fork, with the schedule where it was."),
     ] = None,
-    out: Annotated[Optional[Path], typer.Option(help="With --epochs: the new run's folder; default RUN-fork.")] = None,  # noqa: UP045
-    device: Device = None,
-    vram: Annotated[Text, typer.Option(help="Another memory to fit into: plans again, for the same gradients.")] = None,
-    data: Annotated[Text, typer.Option(help="Where the same pictures are now, like folder:PATH.")] = None,
-    data_root: DataRoot = None,
-    keep_every: KeepEvery = None,
-    on_stuck: OnStuck = None,
-    on_nan: OnNan = None,
-    tensorboard: Board = None,
-    set_: Sets = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="With --epochs: the new run's folder; default RUN-fork.")] = None,
 ) -> None:
     """Go on exactly where a run stopped."""
-    from lowmem.core.errors import UsageError
-
-    values = _values(set_)
-    named: dict[str, object] = {
-        "train.device": device,
-        "memory.vram": vram,
-        "data.source": data,
-        "data.root": data_root,
-    }
-    named |= {"train.on_stuck": on_stuck, "train.on_nan": on_nan, "train.tensorboard": tensorboard}
-    values |= {key: value for key, value in named.items() if value is not None and key not in values}
-    if keep_every is not None:
-        values.setdefault("checkpoint.keep_every", keep_every)
+    changes = given.changes()
     if out is not None and epochs is None:
+        from lowmem.core.errors import UsageError
+
         raise UsageError("--out is for the new run that --epochs makes: a resume goes on in the run's own folder")
     if not is_led():  # the run's folder may be on another machine
-        _recorded(run).replace(values, "resume")
-    from lowmem.cli.show import observer
+        _refuse_at_once(run, changes)
+    from lowmem.cli.terminal import observer
     from lowmem.lifecycle.api import extend_run, resume_training
 
     with observer() as shown:
         if epochs is None:
-            resume_training(run, values, shown)
+            resume_training(run, changes, shown)
         else:
-            extend_run(run, epochs=epochs, changes=values, out=out, observer=shown)
+            extend_run(run, epochs=epochs, changes=changes, out=out, observer=shown)
 
 
 @app.command()
-def verify(
-    run: Annotated[Path, typer.Argument(help="The run folder, like runs/res110; it is only read.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
-) -> None:
-    """Check a run folder: its checkpoints, settings, plan, rows and weights, and where a resume would go on."""
-    from lowmem.cli.show_verify import show_verify
-
-    raise typer.Exit(show_verify(run, as_json))
-
-
-@app.command()
+@takes_flags
 def fork(
+    given: Given,
     run: Annotated[Path, typer.Argument(help="The run to start from; it is only read.")],
     at: Annotated[
         str,
@@ -207,39 +105,32 @@ def fork(
             "stay). last: the newest checkpoint. `lowmem ls` lists what there is.",
         ),
     ],
-    set_: Sets = [],  # noqa: B006
-    out: Annotated[Optional[Path], typer.Option(help="Run folder; default RUN-fork.")] = None,  # noqa: UP045
-    keep_every: KeepEvery = None,
+    out: Forked = None,
     dry_run: DryRun = False,
 ) -> None:
     """A new run from an old checkpoint with changed settings; says what changes and the learning rate before and after.
 
     With --set train.epochs=N the schedule's milestones stay at the epochs where they were; with --set
     schedule.reference_epochs=… too, they are scaled to the new length."""
-    values = _values(set_)
-    if keep_every is not None:
-        values.setdefault("checkpoint.keep_every", keep_every)
-    _recorded(run)
-    from lowmem.cli.show import observer
+    changes = given.changes()
+    _refuse_at_once(run, {})
+    from lowmem.cli.terminal import observer
     from lowmem.lifecycle.api import fork_run
 
     with observer() as shown:
-        fork_run(run, at=at, changes=values, out=out, observer=shown, dry_run=dry_run)
+        fork_run(run, at=at, changes=changes, out=out, observer=shown, dry_run=dry_run)
 
 
-def _values(sets: list[str]) -> dict[str, object]:
-    from lowmem.config.settings import parse_set
-
-    return dict(parse_set(text) for text in sets)
-
-
-def _recorded(run: Path) -> Settings:
-    """The settings recorded in a run. Raises UsageError."""
+def _refuse_at_once(run: Path, changes: dict[str, object]) -> None:
+    """Before torch is imported. Raises UsageError for what is no run, or for settings that cannot be."""
     from lowmem.config.settings import from_yaml
-    from lowmem.runs.store import require_run
+    from lowmem.runs.setup import require_run
 
     require_run(run)
-    return from_yaml(run / "config.yaml")
+    from_yaml(run / "config.yaml").replace(changes, "resume")
+
+
+# -- what is there -----------------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -248,16 +139,40 @@ def ls(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything known as JSON.")] = False,
 ) -> None:
     """The runs in a folder: state, epoch, error, size, and the checkpoints that can be forked from."""
-    from lowmem.cli.show_ls import show_ls
+    from lowmem.cli.show import show_ls
 
     show_ls(folder, as_json)
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="The run folder, like runs/res110; it is only read.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Check a run folder: its checkpoints, settings, plan, rows and weights, and where a resume would go on."""
+    from lowmem.cli.show import show_verify
+
+    raise typer.Exit(show_verify(run, as_json))
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="A run folder, or one that holds runs: then whichever is being trained.")],
+    interval: Annotated[float, typer.Option(min=0.05, max=3600.0, help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Say how it stands, and leave.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --once: as JSON.")] = False,
+) -> None:
+    """Follow a running job from another terminal; it is only read. Leaves when the run ends, or with Ctrl-C."""
+    from lowmem.cli.watch import show_watch
+
+    show_watch(run, interval=interval, once=once, as_json=as_json)
 
 
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Folder for the report; default RUN/report for one run, report/ for several."),
     ] = None,
     html: Annotated[
@@ -275,82 +190,136 @@ def report(
     show_report(write_report(runs, out, html=html, tensorboard=tensorboard))
 
 
-app.command()(bench)
+# -- before a run ------------------------------------------------------------------------------------------------------
 
 
 @app.command()
+@takes_flags
 def plan(
-    arch: Annotated[Text, typer.Option(help="A network of the family.")] = None,
-    block: Annotated[Text, typer.Option(help="basic or bottleneck.")] = None,
-    width: Annotated[Number, typer.Option(help="Channels of the stem (64).")] = None,
-    batch: Annotated[Text, typer.Option(help="Effective batch (128), or auto.")] = None,
-    micro_batch: Annotated[Number, typer.Option(help="Pictures at a time.")] = None,
-    vram: Annotated[
-        Text, typer.Option(help="Memory, like 6G: of the card, or for the step's tensors without --card.")
-    ] = None,
-    card: Annotated[
-        Text,
-        typer.Option(help="A card profile, like gtx1060-6g, or the path of a .yaml file; A,B: one process on each."),
-    ] = None,
-    precision: Annotated[Text, typer.Option(help="auto, fp32 or amp.")] = None,
-    memory_format: Annotated[Text, typer.Option(help="auto, contiguous or channels-last.")] = None,
-    config: Annotated[Optional[Path], typer.Option(help="YAML file of settings.")] = None,  # noqa: UP045
-    set_: Sets = [],  # noqa: B006
-    device: Device = None,
+    given: Given,
     recalibrate: Annotated[bool, typer.Option(help="Measure this machine's card again, and plan by that.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
-    curve: Annotated[Optional[Path], typer.Option(help="Draw memory against time to this PNG.")] = None,  # noqa: UP045
+    curve: Annotated[Path | None, typer.Option(help="Draw memory against time to this PNG.")] = None,
 ) -> None:
     """What would be chosen for a budget and why; needs no GPU."""
-    from lowmem.config.settings import gather
-
-    flags = {
-        "model.arch": arch,
-        "model.block": block,
-        "model.width": width,
-        "train.batch": _batch(batch),
-        "train.micro_batch": micro_batch,
-        "train.precision": precision,
-        "train.memory_format": memory_format,
-        "train.device": device,
-        "memory.vram": vram,
-        "memory.card": card,
-    }
-    settings = gather(config_file=config, flags=flags, sets=set_)
+    settings = given.settings()
     from lowmem.cli.show_plan import show_plan
 
     show_plan(settings, as_json, curve, recalibrate)
 
 
 @app.command()
+@takes_flags
 def doctor(
-    arch: Annotated[Text, typer.Option(help="The network of the run, for the room it takes on disk.")] = None,
-    block: Annotated[Text, typer.Option(help="basic or bottleneck.")] = None,
-    width: Annotated[Number, typer.Option(help="Channels of the stem (64).")] = None,
-    data: Annotated[Text, typer.Option(help="cifar10, fashion-mnist, shapes or folder:PATH.")] = None,
-    data_root: DataRoot = None,
-    precision: Annotated[Text, typer.Option(help="auto, fp32 or amp.")] = None,
-    memory_format: Annotated[Text, typer.Option(help="auto, contiguous or channels-last.")] = None,
-    device: Device = None,
-    out: Annotated[Optional[Path], typer.Option(help="Run folder; default runs/ARCH.")] = None,  # noqa: UP045
-    config: Annotated[Optional[Path], typer.Option(help="YAML file of settings.")] = None,  # noqa: UP045
-    set_: Sets = [],  # noqa: B006
+    given: Given,
+    out: NewRun = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Card, driver, torch, memory, disk, data: what is wrong, and the command that mends it."""
-    from lowmem.config.settings import gather
-
-    flags = {
-        "model.arch": arch,
-        "model.block": block,
-        "model.width": width,
-        "data.source": data,
-        "data.root": data_root,
-        "train.precision": precision,
-        "train.memory_format": memory_format,
-        "train.device": device,
-    }
-    settings = gather(config_file=config, flags=flags, sets=set_)
-    from lowmem.cli.show_doctor import show_doctor
+    settings = given.settings()
+    from lowmem.cli.show import show_doctor
 
     raise typer.Exit(show_doctor(settings.config, out, as_json))
+
+
+@app.command()
+@takes_flags
+def bench(
+    given: Given,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Measured steps of each trial (5; quick: 3; acceptance: 10).")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="How often each cell is measured, in turns (3).")] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Memory of the engine's rows: sizes, shares of plain's peak, or least, like 1200M,0.5,least.",
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A small network and all tables, in two minutes on two CPU cores.")
+    ] = False,
+    suite: Annotated[str | None, typer.Option(help="acceptance: all that is promised, against real steps.")] = None,
+    cells: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Of the suite, only these: memory, time, gradients, out of memory, largest, format, comma-separated.",
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="Limit of time (60; quick: 2; acceptance: 6); what no longer fits is left out."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the results (bench/NETWORK); what is in it already is not measured again."),
+    ] = None,
+) -> None:
+    """Memory and time of a training step in every way, the largest batches, AMP, memory formats; or a suite of checks.
+
+    Each measurement in a clean process. Ctrl-C keeps what was measured; the same command goes on from there."""
+    from lowmem.core.errors import UsageError
+
+    batch: list[int] = given.flags.get("train.batch", [])
+    if len(batch) > 1:
+        raise UsageError("there is one batch: give --batch once")
+    flags = {**given.flags, "train.batch": batch[0] if batch else None}
+    if suite is None and cells is not None:
+        raise UsageError("--cells are those of a suite: give --suite acceptance, or leave --cells out")
+    if suite is None:
+        from lowmem.cli.show_bench import show_bench
+
+        show_bench(flags, steps=steps, rounds=rounds, budgets=budgets, quick=quick, minutes=minutes, out=out)
+        return
+    if suite != "acceptance":
+        raise UsageError(f"there is no suite {suite!r}: use --suite acceptance")
+    not_of_it = {"--rounds": rounds, "--budgets": budgets, "--quick": quick or None}
+    if ignored := [name for name, value in not_of_it.items() if value is not None]:
+        raise UsageError(f"{', '.join(ignored)}: not of the suite; leave it out, or leave --suite out")
+    if out is None:
+        raise UsageError("a suite writes its results: give --out a folder, like --out acceptance")
+    from lowmem.cli.show_acceptance import show_acceptance
+
+    show_acceptance(flags, steps=steps or 10, cells=cells, minutes=minutes, out=out)
+
+
+# -- the report's runs as a job ----------------------------------------------------------------------------------------
+
+
+@app.command()
+@takes_flags
+def reproduce(
+    given: Given,
+    out: Annotated[Path, typer.Option(help="Folder of the job; each run and the report are folders in it.")] = Path(
+        "runs/reproduce"
+    ),
+    only: Annotated[
+        str | None, typer.Option(metavar="RUN,RUN", help="Only these runs this time, like res20,cnn110.")
+    ] = None,
+    block: Annotated[
+        str | None, typer.Option(help="bottleneck adds res56-bottleneck and res110-bottleneck to the six runs.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """The report's six runs (Res and CNN of 20, 56 and 110 layers) as one job, then the report.
+
+    The same command goes on with it after Ctrl-C, a kill or a power cut, at the right run and step; what is finished is
+    skipped. Settings that are left out are those the job began with.
+    """
+    settings = given.settings()
+    from lowmem.cli.show_reproduce import reproduce_job
+
+    raise typer.Exit(reproduce_job(out, settings, only, block, dry_run))
+
+
+@app.command("reproduce-run", hidden=True)
+def reproduce_run() -> None:
+    """A process of a job: what it is to do comes over standard input."""
+    from lowmem.reproduce.process import read_request
+
+    request = read_request()
+    from lowmem.cli.job_process import work
+
+    raise typer.Exit(work(request))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,40 +23,23 @@ NAMES = ("acceptance.json", "acceptance.csv", "acceptance.md", "acceptance.png")
 
 
 def show_acceptance(
-    *,
-    arch: str,
-    block: str | None,
-    width: int,
-    batch: int,
-    vram: str,
-    device: str,
-    minutes: float | None,
-    steps: int,
-    cells: str | None,
-    out: Path,
+    flags: Mapping[str, Any], *, steps: int, cells: str | None, minutes: float | None, out: Path
 ) -> None:
-    """`cells`: the kinds of cells, with commas between them; None: all. Raises UsageError for what cannot be meant,
-    PreflightError if the folder cannot be written."""
+    """`flags`: by dotted setting; `cells`: the kinds of cells, with commas between them; None: all. Raises UsageError
+    for what cannot be meant, PreflightError if the folder cannot be written."""
     kinds = _kinds(cells)
-    flags = {
-        "model.arch": arch,
-        "model.block": block,
-        "model.width": width,
-        "train.batch": batch,
-        "train.device": device,
-        "train.precision": "fp32",
-        "train.memory_format": "contiguous",
-        "memory.vram": vram,
-    }
-    config = resolve_execution(gather(flags=flags)).config
+    given = {key: value for key, value in flags.items() if value is not None}
+    usual = {} if "model.arch" in given else {"model.arch": "res110", "model.block": "bottleneck"}
+    usual |= {"memory.vram": "6G", "train.precision": "fp32", "train.memory_format": "contiguous"}
+    config = resolve_execution(gather(flags={**usual, **given})).config
     refuse_unsafe(config)
     _try_writing(out)
     assert config.memory.vram is not None
     setup = Setup(
-        arch=arch,
+        arch=config.model.arch,
         block=config.model.block,
-        width=width,
-        batch=batch,
+        width=config.model.width,
+        batch=config.train.batch,
         vram_bytes=config.memory.vram,
         device=config.train.device,
         card_bytes=_card_bytes(config.train.device),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -35,23 +35,18 @@ _QUICK_BUDGETS: tuple[int | float | str, ...] = (0.75, 0.5, LEAST)
 
 
 def show_bench(
+    flags: Mapping[str, Any],
     *,
-    arch: str | None,
-    block: str | None,
-    width: int | None,
-    batch: int | None,
-    steps: int | None,
-    rounds: int | None,
-    budgets: str | None,
-    vram: str | None,
-    device: str,
-    quick: bool,
-    minutes: float | None,
-    out: Path | None,
+    steps: int | None = None,
+    rounds: int | None = None,
+    budgets: str | None = None,
+    quick: bool = False,
+    minutes: float | None = None,
+    out: Path | None = None,
 ) -> None:
-    """Raises UsageError for what cannot be meant and for a folder with other results, PreflightError if the folder
-    cannot be written, Interrupted."""
-    setup = _setup(arch, block, width, batch, steps, rounds, budgets, vram, device, quick)
+    """`flags`: by dotted setting. Raises UsageError for what cannot be meant and for a folder with other results,
+    PreflightError if the folder cannot be written, Interrupted."""
+    setup = _setup(flags, steps, rounds, budgets, quick)
     folder = out or Path("bench") / f"{setup.arch}-{setup.block}-w{setup.width}-b{setup.batch}-{setup.device}"
     environment = _environment(setup.device)
     limit = (2.0 if quick else 60.0) if minutes is None else minutes
@@ -80,35 +75,18 @@ def _measure(bench: Bench, folder: Path) -> bool:
         raise Interrupted(words, code) from None
 
 
-def _setup(
-    arch: str | None,
-    block: str | None,
-    width: int | None,
-    batch: int | None,
-    steps: int | None,
-    rounds: int | None,
-    budgets: str | None,
-    vram: str | None,
-    device: str,
-    quick: bool,
-) -> Setup:
+def _setup(flags: Mapping[str, Any], steps: int | None, rounds: int | None, budgets: str | None, quick: bool) -> Setup:
     """What was not said is chosen so that it is bounded on what is there. Raises UsageError, PreflightError."""
-    found = resolve_execution(gather(flags={"train.device": device})).config.train.device
-    on_card = found == "cuda"
-    usual = "res56" if quick else "res110" if on_card else "res20"
-    width = width or (16 if quick else 64)
-    batch = batch or (16 if quick else 128 if on_card else 32)
-    flags = {
-        "model.arch": arch or usual,
-        "model.block": block or (None if arch or usual == "res20" else "bottleneck"),
-        "model.width": width,
-        "train.batch": batch,
-        "train.device": found,
-        "train.precision": "fp32",
-        "train.memory_format": "contiguous",
-        "memory.vram": vram,
-    }
-    config = gather(flags=flags).config
+    given = {key: value for key, value in flags.items() if value is not None}
+    device = resolve_execution(gather(flags={"train.device": given.get("train.device")})).config.train.device
+    on_card = device == "cuda"
+    usual: dict[str, object] = {"model.width": 16 if quick else 64, "train.batch": 128 if on_card else 32}
+    usual |= {"train.precision": "fp32", "train.memory_format": "contiguous"}
+    usual |= {"train.batch": 16} if quick else {}
+    if "model.arch" not in given:
+        usual["model.arch"] = "res56" if quick else "res110" if on_card else "res20"
+        usual |= {"model.block": "bottleneck"} if usual["model.arch"] != "res20" else {}
+    config = gather(flags={**usual, **given, "train.device": device}).config
     refuse_unsafe(config)
     chosen: dict[str, Any] = {"mode_rounds": 1 if quick else min(rounds or 3, 2)}
     if budgets is not None or quick:
@@ -116,9 +94,9 @@ def _setup(
     return Setup(
         arch=config.model.arch,
         block=config.model.block,
-        width=width,
-        batch=batch,
-        device=found,
+        width=config.model.width,
+        batch=config.train.batch,
+        device=device,
         vram_bytes=config.memory.vram,
         rounds=rounds or 3,
         steps=steps or (3 if quick else 5),

@@ -6,15 +6,27 @@ has the MD5 that torchvision knows for it; a file that does not is refused unrea
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_integrity
 
 from lowmem.core.errors import DataError
 from lowmem.data.pictures import Pictures, Source
+
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
+
+DOWNLOAD_BYTES = 170_498_071  # cifar-10-python.tar.gz
+
+
+def library() -> type[CIFAR10]:
+    """torchvision's reader, imported when it is needed."""
+    from torchvision.datasets import CIFAR10
+
+    return CIFAR10
 
 
 def read(root: str | Path, *, download: bool) -> Source:
@@ -27,9 +39,9 @@ def read(root: str | Path, *, download: bool) -> Source:
         _download(folder, _missing(folder))
         _verify(folder)
     try:
-        train, test = (CIFAR10(str(folder), train=part, download=False) for part in (True, False))
+        train, test = (library()(str(folder), train=part, download=False) for part in (True, False))
     except (OSError, RuntimeError) as error:
-        raise DataError(f"CIFAR-10 in {folder / CIFAR10.base_folder} cannot be read: {error}") from error
+        raise DataError(f"CIFAR-10 in {folder / library().base_folder} cannot be read: {error}") from error
     return Source("cifar10", tuple(train.classes), _pictures(train), _pictures(test))
 
 
@@ -49,21 +61,22 @@ def complete(folder: Path, *, download: bool) -> bool:
     return not missing
 
 
-def _files() -> list[tuple[str, str]]:
-    """(name, MD5) of every file that is read."""
-    known: list[tuple[str, str]] = [(name, md5) for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list]]
-    return [*known, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
+def _files(folder: Path) -> dict[Path, str]:
+    """Every file that is read, and its MD5."""
+    known = library()
+    listed = [*known.train_list, *known.test_list, (known.meta["filename"], known.meta["md5"])]
+    return {folder / known.base_folder / name: md5 for name, md5 in listed}
 
 
 def _missing(folder: Path) -> list[Path]:
-    paths = [folder / CIFAR10.base_folder / name for name, _ in _files()]
-    return [path for path in paths if not path.is_file()]
+    return [path for path in _files(folder) if not path.is_file()]
 
 
 def _verify(folder: Path) -> None:
-    for name, md5 in _files():
-        path = folder / CIFAR10.base_folder / name
-        if not check_integrity(str(path), md5):
+    for path, md5 in _files(folder).items():
+        with open(path, "rb") as file:
+            same = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == md5
+        if not same:
             raise DataError(
                 f"{path} ({path.stat().st_size:,} bytes) does not have CIFAR-10's MD5 and was not unpickled: "
                 "delete it, and it is fetched again, or unpack cifar-10-python.tar.gz anew"
@@ -73,7 +86,7 @@ def _verify(folder: Path) -> None:
 def _download(folder: Path, missing: list[Path]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        CIFAR10(str(folder), train=True, download=True)
+        library()(str(folder), train=True, download=True)
     except (OSError, RuntimeError, EOFError) as error:
         raise DataError(
             f"CIFAR-10 is not in {folder} ({missing[0].name} is missing) and cannot be downloaded "

@@ -10,27 +10,22 @@ import gzip
 import struct
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torchvision.datasets import FashionMNIST
 
 from lowmem.core.errors import DataError
 from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Source
 
+if TYPE_CHECKING:
+    from torchvision.datasets import FashionMNIST
+
 CLASSES = (
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle-boot",
-)
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot",
+)  # fmt: skip
+DOWNLOAD_BYTES = 30_878_645  # the four .gz files together
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts them
 
 _GREY_SIDE = 28
@@ -39,6 +34,13 @@ _NAMES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+
+
+def library() -> type[FashionMNIST]:
+    """torchvision's, which knows where to fetch it, imported when it is needed."""
+    from torchvision.datasets import FashionMNIST
+
+    return FashionMNIST
 
 
 def read(root: str | Path, *, download: bool) -> Source:
@@ -70,7 +72,7 @@ def place(base: Path, *, download: bool) -> Path | None:
 def _fetch(base: Path) -> Path:
     try:
         base.mkdir(parents=True, exist_ok=True)
-        FashionMNIST(str(base), download=True)
+        library()(str(base), download=True)
         return base / "FashionMNIST" / "raw"
     except (OSError, RuntimeError, EOFError) as error:
         raise _absent(base, f"it cannot be downloaded: {' '.join(str(error).split())}") from error

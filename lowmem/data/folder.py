@@ -1,8 +1,10 @@
 """Pictures in folders: `train/<class>/*` and `test/<class>/*`, of any size, as 32x32 RGB.
 
 They are decoded with Pillow, resized with its BICUBIC filter (which widens with the scale, so shrinking does
-not alias) unless they are 32x32 already, and kept decoded in a verified cache, see `lowmem.data.cache`. The
-cache is rebuilt when a name, a size or a modification time changes.
+not alias) unless they are 32x32 already, and kept decoded in a cache: one safetensors file and a manifest with its
+SHA-256. The manifest is written last and is the commit record (invariant 9): what it does not name does not exist. A
+cache that is missing, of another state of the folder (a name, a size, a modification time), or does not verify is never
+an error, it is rebuilt.
 
 Known limitations: proportions are not kept; transparency is dropped; one frame of an animation is read.
 """
@@ -10,7 +12,9 @@ Known limitations: proportions are not kept; transparency is dropped; one frame 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -18,27 +22,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
 
 from lowmem.core.errors import DataError
 from lowmem.core.places import user_cache_folder
-from lowmem.data import cache as cached
+from lowmem.core.reading import read_json, read_limited
 from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Progress, Source
 
 PARTS = ("train", "test")
 FILTER = Image.Resampling.BICUBIC
 _DECODER = "pillow bicubic 32x32 rgb 1"  # part of the cache's signature: raise the number when pixels change
-_IGNORED = {
-    "thumbs.db",
-    "desktop.ini",
-}  # files that a file manager leaves behind; hidden ones are ignored too
+_IGNORED = {"thumbs.db", "desktop.ini"}  # files that a file manager leaves behind; hidden ones are ignored too
+_MANIFEST = "manifest.json"
+_FORMAT = 1  # of the cache
 _CHUNK = 256  # pictures a task: few enough for a smooth progress, many enough that tasks cost nothing
 
 
 @dataclass(frozen=True)
-class Entry:
+class PictureFile:
     """A picture file; `size_bytes` and `modified_ns` tell whether it changed."""
 
     path: str
@@ -63,7 +69,7 @@ def read(path: str | Path, *, cache: str | Path | None, progress: Progress | Non
         pictures = _decode_parts(parts, progress)
         tensors = {f"{part}.{name}": getattr(pictures[part], name) for part in PARTS for name in ("images", "labels")}
         try:
-            cached.write(keep, signature, tensors)
+            write_cache(keep, signature, tensors)
         except OSError as error:
             warnings.warn(
                 f"the decoded pictures could not be kept in {keep} ({error}): next time they are decoded "
@@ -73,7 +79,7 @@ def read(path: str | Path, *, cache: str | Path | None, progress: Progress | Non
     return Source(f"folder:{root.name}", classes, pictures["train"], pictures["test"])
 
 
-def scan(root: Path) -> tuple[tuple[str, ...], dict[str, list[Entry]]]:
+def scan(root: Path) -> tuple[tuple[str, ...], dict[str, list[PictureFile]]]:
     """Class names (sorted) and the files of each part, by class and name. Raises DataError."""
     for part in PARTS:
         if not (root / part).is_dir():
@@ -105,7 +111,7 @@ def _class_names(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not _ignored(entry.name))
 
 
-def _files(folder: Path, label: int) -> list[Entry]:
+def _files(folder: Path, label: int) -> list[PictureFile]:
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -116,7 +122,7 @@ def _files(folder: Path, label: int) -> list[Entry]:
             stat = entry.stat()
             if stat.st_size == 0:
                 raise DataError(f"{entry.path} is empty: delete it or put the picture back")
-            found.append(Entry(entry.path, label, stat.st_size, stat.st_mtime_ns))
+            found.append(PictureFile(entry.path, label, stat.st_size, stat.st_mtime_ns))
     if not found:
         raise DataError(f"{folder} has no pictures: fill it or take the class out of both parts")
     return sorted(found, key=lambda entry: entry.path)
@@ -126,7 +132,7 @@ def _cache_name(root: Path) -> str:
     return f"folder-{hashlib.sha256(str(root).encode()).hexdigest()[:16]}"
 
 
-def _signature(root: Path, classes: tuple[str, ...], parts: dict[str, list[Entry]]) -> str:
+def _signature(root: Path, classes: tuple[str, ...], parts: dict[str, list[PictureFile]]) -> str:
     digest = hashlib.sha256("\0".join((_DECODER, *classes)).encode())
     for part in PARTS:
         for entry in parts[part]:
@@ -135,8 +141,8 @@ def _signature(root: Path, classes: tuple[str, ...], parts: dict[str, list[Entry
     return digest.hexdigest()
 
 
-def _from_cache(folder: Path, signature: str, parts: dict[str, list[Entry]]) -> dict[str, Pictures] | None:
-    tensors = cached.read(folder, signature)
+def _from_cache(folder: Path, signature: str, parts: dict[str, list[PictureFile]]) -> dict[str, Pictures] | None:
+    tensors = read_cache(folder, signature)
     if tensors is None:
         return None
     try:
@@ -146,7 +152,7 @@ def _from_cache(folder: Path, signature: str, parts: dict[str, list[Entry]]) -> 
     return found if all(len(found[part]) == len(parts[part]) for part in PARTS) else None
 
 
-def _decode_parts(parts: dict[str, list[Entry]], progress: Progress | None) -> dict[str, Pictures]:
+def _decode_parts(parts: dict[str, list[PictureFile]], progress: Progress | None) -> dict[str, Pictures]:
     """Every file decoded, in threads: Pillow lets others run while it decodes."""
     images = {part: np.empty((len(parts[part]), CHANNELS, SIDE, SIDE), dtype=np.uint8) for part in PARTS}
     total = sum(len(entries) for entries in parts.values())
@@ -168,14 +174,14 @@ def _decode_parts(parts: dict[str, list[Entry]], progress: Progress | None) -> d
 
 
 def _chunks(
-    parts: dict[str, list[Entry]], images: dict[str, NDArray[np.uint8]]
-) -> Iterator[tuple[list[Entry], NDArray[np.uint8]]]:
+    parts: dict[str, list[PictureFile]], images: dict[str, NDArray[np.uint8]]
+) -> Iterator[tuple[list[PictureFile], NDArray[np.uint8]]]:
     for part in PARTS:
         for start in range(0, len(parts[part]), _CHUNK):
             yield parts[part][start : start + _CHUNK], images[part][start : start + _CHUNK]
 
 
-def _decode_chunk(entries: list[Entry], out: NDArray[np.uint8]) -> int:
+def _decode_chunk(entries: list[PictureFile], out: NDArray[np.uint8]) -> int:
     for entry, place in zip(entries, out, strict=True):
         place[:] = decode(entry.path).transpose(2, 0, 1)
     return len(entries)
@@ -194,3 +200,62 @@ def decode(path: str) -> NDArray[np.uint8]:
             return np.asarray(rgb)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} is no picture or is damaged ({error}): replace it or take it out") from error
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+
+def read_cache(folder: Path, signature: str) -> dict[str, Tensor] | None:
+    """The tensors kept in `folder` for `signature`, or None if there are none that verify."""
+    try:
+        manifest = read_json(folder / _MANIFEST)
+        if manifest["format"] != _FORMAT or manifest["signature"] != signature:
+            return None
+        path = folder / _data_name(signature)
+        # The size first: a foreign file of any length is not read into memory.
+        if path.stat().st_size != manifest["size_bytes"]:
+            return None
+        data = read_limited(path, manifest["size_bytes"])
+        if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
+            return None
+        return safetensors.torch.load(data)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
+
+
+def write_cache(folder: Path, signature: str, tensors: dict[str, Tensor]) -> None:
+    """Keeps `tensors` in `folder` for `signature`, in place of what was there.
+
+    Raises OSError if that is not possible; what was there before is then intact.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data = safetensors.torch.save(tensors)
+    manifest = {
+        "format": _FORMAT,
+        "signature": signature,
+        "size_bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    _write_atomically(folder / _data_name(signature), data)
+    _write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
+    for old in folder.glob("pictures-*.safetensors"):
+        if old.name != _data_name(signature):
+            old.unlink(missing_ok=True)
+
+
+def _data_name(signature: str) -> str:
+    # Named by its content's signature: two processes that build different states do not overwrite each other.
+    return f"pictures-{signature[:16]}.safetensors"
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 SIDE = 32
@@ -42,10 +44,21 @@ class Pictures:
     def __len__(self) -> int:
         return self.images.shape[0]
 
-    def take(self, indices: np.ndarray) -> Pictures:
-        """The pictures at `indices` (int64 [K]), in that order; a copy."""
+    def take(self, indices: NDArray[np.int64] | None) -> Pictures:
+        """The pictures at `indices` (int64 [K]), in that order, as a copy; None: these themselves."""
+        if indices is None:
+            return self
         chosen = torch.from_numpy(np.ascontiguousarray(indices, dtype=np.int64))
         return Pictures(self.images.index_select(0, chosen), self.labels.index_select(0, chosen))
+
+
+class Selectable(Protocol):
+    """Pictures, or what can make those that are taken of it."""
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    def take(self, indices: NDArray[np.int64] | None) -> Pictures: ...
 
 
 @dataclass(frozen=True)
@@ -54,8 +67,8 @@ class Source:
 
     name: str
     classes: tuple[str, ...]
-    train: Pictures
-    test: Pictures
+    train: Selectable
+    test: Selectable
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowmem.core.errors import ExitCode, LowmemError, PeerLost, UsageError
+from lowmem.core.errors import ExitCode, LowmemError, PeerError, PeerLost, UsageError
 from lowmem.distributed.launch import Launch
 from lowmem.distributed.reducer import Work
 from lowmem.measure.out_of_memory import classify
@@ -31,14 +31,6 @@ T = TypeVar("T")
 
 _MEETING_PAUSE_SECONDS = 0.02
 _PATIENCE = 6  # times the timeout
-
-
-class PeerError(LowmemError):
-    """What another process of the run failed with; leaves with that one's code."""
-
-    def __init__(self, rank: int, message: str, exit_code: int) -> None:
-        super().__init__(f"process {rank}: {message}")
-        self.exit_code = ExitCode(exit_code)
 
 
 class _Done:
@@ -85,8 +77,8 @@ class Group:
         return _Done()
 
     def together(self, work: Callable[[], T]) -> T:
-        """Does `work` in every process. If it fails in any it fails in all: there with its own error, in the others
-        with the first one's as PeerError. Errors that every process has heard of have `told` set."""
+        """Does `work` in every process. If it fails in any it fails in all: in the first of them with its own error,
+        in the others with that as PeerError."""
         return work()
 
     def lead(self, work: Callable[[], T], default: T) -> T:
@@ -95,14 +87,15 @@ class Group:
 
     @contextmanager
     def alike(self) -> Iterator[None]:
-        """Around what all processes decide alike: they fail together, and rank 0 says it."""
+        """Around what all processes decide alike: they fail together. Rank 0 says it, the others raise PeerError."""
         try:
             yield
-        except PeerLost:
+        except (PeerLost, PeerError):
             raise
         except LowmemError as error:
-            error.told = error.told or not self.leads
-            raise
+            if self.leads:
+                raise
+            raise PeerError(0, str(error), error.exit_code) from error
 
 
 class _Processes(Group):
@@ -181,11 +174,8 @@ class _Processes(Group):
         if first is None:
             done: T = result
             return done
-        if failure is None:
-            failure = PeerError(first, *failures[first])
-        failure.told = self.rank != first  # type: ignore[attr-defined]
-        if all(one == failures[0] for one in failures):
-            failure.told = not self.leads  # type: ignore[attr-defined]
+        if failure is None or self.rank != first:
+            raise PeerError(first, *failures[first]) from failure
         raise failure
 
     def lead(self, work: Callable[[], T], default: T) -> T:

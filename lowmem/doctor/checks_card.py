@@ -5,7 +5,7 @@ from __future__ import annotations
 from lowmem.core.units import GIB, format_size
 from lowmem.doctor.builds import version
 from lowmem.doctor.facts import Facts, Finding, Status
-from lowmem.measure.holders import who_holds
+from lowmem.measure import who_holds
 
 _NARROW_LANES = 4  # a riser or a wrong slot; x8 costs nothing that can be measured here
 

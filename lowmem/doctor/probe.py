@@ -91,9 +91,9 @@ def torchvision(settings: Settings) -> dict[str, Any]:
 
 def data(settings: Settings) -> dict[str, Any]:
     """Whether the pictures are there, without reading them all."""
-    from lowmem.data.present import find
+    from lowmem.data.load import find_pictures
 
-    return asdict(find(settings.config.data))
+    return asdict(find_pictures(settings.config.data))
 
 
 def kernel(settings: Settings) -> dict[str, Any]:

@@ -7,11 +7,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 from lowmem.core.errors import ExitCode, Interrupted
-from lowmem.train.signals import NAMES, StopSignals
+from lowmem.train.signals import NAMES, BeforeTraining
 
 
 class _Leave(BaseException):
@@ -31,10 +30,7 @@ def leaving_early() -> Iterator[None]:
         return
     previous: dict[int, Any] = {}
 
-    def leave(number: int, frame: FrameType | None) -> None:
-        if StopSignals.trained:
-            signal.signal(number, signal.SIG_DFL)
-            return
+    def leave(number: int) -> None:
         for one in previous:  # several of them may be sent at once, and must not cut the cleaning up off
             signal.signal(one, signal.SIG_DFL if one == signal.SIGINT else signal.SIG_IGN)
         raise _Leave(signal.Signals(number).name)
@@ -44,14 +40,14 @@ def leaving_early() -> Iterator[None]:
         # Under nohup a hang-up is ignored, and stays so.
         if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
             previous[number] = signal.getsignal(number)
-    StopSignals.trained = False
+    handler = BeforeTraining(leave)
     try:
         for number in previous:
-            signal.signal(number, leave)
+            signal.signal(number, handler)
         yield
     except _Leave as left:
         code = ExitCode.INTERRUPTED if str(left) == "SIGINT" else ExitCode.TERMINATED
         raise Interrupted(f"{left}: stopped, there was nothing to save", code) from None
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)

@@ -1,53 +1,26 @@
-"""One `Snapshot` type in bytes for every device, and the `Meter` that takes it."""
+"""The `Meter` that takes a `Snapshot` of any device, and what it reads on the CPU.
+
+The C allocator keeps no count of tensors, so on the CPU those figures are None.
+"""
 
 from __future__ import annotations
 
+import platform
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from lowmem.measure.nvml import DeviceProcess, DriverReport
+from lowmem.measure.nvml import DriverReport
+from lowmem.measure.snapshot import Snapshot
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_MACHINE = Path("/proc/meminfo")
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """Memory of a device now, and its peaks since the last `Meter.reset`, in bytes. None: nobody tells.
-
-    `peak_allocated_bytes`: tensors; `peak_reserved_bytes`: the caching allocator's segments; `device_used_bytes`: on
-    CUDA all that is in use on the card, whoever uses it; on the CPU this process's peak resident memory.
-
-    `process_bytes`: this process on the card, by the driver; on the CPU its resident memory now. `context_bytes`: what
-    of it is no segment of the allocator (CUDA context, loaded kernels, libraries). `others_bytes`: other processes.
-    `alloc_retries`: how often the allocator had to empty its cache to go on; `ooms`: how often that did not help.
-
-    `device_total_bytes` and `driver_reserved_bytes`: by NVML the card's whole memory, and what of it no program gets;
-    by the CUDA runtime the former is without the latter, which is unknown then. On the CPU the machine's memory, and
-    `device_free_bytes` what it can give without swapping; a container's own limit is not looked at.
-    `processes`: as the driver lists them, this one included; empty as well where it does not.
-    `device_source`: who told the figures of the device: "nvml", "cuda runtime", "process" (CPU) or "none".
-    `missing`: a sentence for each source that could not be read, and what stands in its place.
-    """
-
-    peak_allocated_bytes: int | None = None
-    peak_reserved_bytes: int | None = None
-    device_used_bytes: int | None = None
-    allocated_bytes: int | None = None
-    reserved_bytes: int | None = None
-    alloc_retries: int | None = None
-    ooms: int | None = None
-    process_bytes: int | None = None
-    context_bytes: int | None = None
-    others_bytes: int | None = None
-    device_total_bytes: int | None = None
-    device_free_bytes: int | None = None
-    driver_reserved_bytes: int | None = None
-    processes: tuple[DeviceProcess, ...] = ()
-    device_source: str = "none"
-    missing: tuple[str, ...] = ()
-
-
-class Source(Protocol):
+class MemorySource(Protocol):
     """What a device's module gives the meter."""
 
     def reset(self) -> None: ...
@@ -68,14 +41,12 @@ class Meter:
     """
 
     def __init__(self, device: str, read_driver: Callable[[], DriverReport] | None = None) -> None:
-        self._source: Source
+        self._source: MemorySource
         if device == "cuda":
             from lowmem.measure.cuda import CudaSource
 
             self._source = CudaSource(read_driver)
         else:
-            from lowmem.measure.cpu import CpuSource
-
             self._source = CpuSource()
 
     def reset(self) -> None:
@@ -97,3 +68,74 @@ class Meter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class CpuSource:
+    """Resident memory of this process and memory of the machine."""
+
+    def __init__(self) -> None:
+        self._peak_restarts = True
+
+    def reset(self) -> None:
+        """Starts a new resident peak where the system can (Linux); elsewhere the peak is of the whole process."""
+        try:
+            _CLEAR.write_text("5", encoding="ascii")
+        except OSError:
+            self._peak_restarts = False
+
+    def read(self) -> Snapshot:
+        process, machine = _kernel_table(_STATUS), _kernel_table(_MACHINE)
+        missing = []
+        if "VmRSS" not in process:
+            missing.append("this system has no /proc: what the process and the machine hold now is unknown")
+        peak = process.get("VmHWM", _peak_of_the_process())
+        if peak is None:
+            missing.append("this system does not tell the resident peak")
+        elif "VmHWM" not in process or not self._peak_restarts:
+            missing.append("the resident peak is the whole process's, not since the last reset")
+        return Snapshot(
+            device_used_bytes=peak,
+            process_bytes=process.get("VmRSS"),
+            device_total_bytes=machine.get("MemTotal"),
+            device_free_bytes=machine.get("MemAvailable"),
+            device_source="none" if peak is None else "process",
+            missing=tuple(missing),
+        )
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _kernel_table(path: Path) -> dict[str, int]:
+    """The lines `Name:   123 kB` of one of Linux's files, in bytes; empty where there is no such file."""
+    figures = {}
+    try:
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        words = value.split()
+        if len(words) == 2 and words[1] == "kB" and words[0].isdigit():
+            figures[name] = int(words[0]) * 1024
+    return figures
+
+
+def _peak_of_the_process() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def processor_name() -> str | None:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or None

@@ -1,54 +1,98 @@
-"""The peak of real tensors on any device, counted where they are made: what the CPU's allocator does not tell.
+"""Tensors and operations of code as it runs, on any device, counted where they are dispatched.
 
-Storages are counted once, from their first appearance to their end, views for nothing. Buffers inside a kernel are not
-seen (the convolution library's workspace). It costs a Python call per operation, so it is for a few steps only.
+Storages are counted once, from their first appearance to their end, views for nothing: what the CPU's allocator does
+not tell. Buffers inside a kernel are not seen (the convolution library's workspace). Operations are counted by the
+library's own formulas; its counter follows modules with hooks, and these keep tensors alive (a step under per-block
+checkpointing takes nearly twice its memory under it). This one holds nothing. It costs a Python call per operation, so
+it is for a few steps only.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 
 class TensorMeter(TorchDispatchMode):
-    """Context manager; may be entered several times. `peak_bytes`: the most that existed at once."""
+    """Context manager; may be entered several times. `live_bytes`: of the storages that exist; `peak_bytes`: the most
+    that existed at once; `flops`: floating-point operations of all that ran inside it, recomputation included, a
+    multiplication and its addition being two."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live_bytes = 0
-        self.peak_bytes = 0
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.live_bytes = self.peak_bytes = self.flops = 0
+        self._known: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}  # by address: its number
+        self._count = 0
 
     def adopt(self, tensors: Iterable[Tensor]) -> None:
         """Counts tensors that were there before."""
         for tensor in tensors:
-            self._see(tensor)
+            self._see(tensor, "adopt")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._see(leaf)
+        kwargs = kwargs or {}
+        result = self._run(func, args, kwargs)
+        outputs = tensors_among((result,))
+        for tensor in outputs:
+            self._see(tensor, str(func))
+        formula = _flop_formula(func)
+        flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+        self.flops += flops
+        self._ran(func, args, kwargs, outputs, flops)
         return result
 
-    def _see(self, tensor: Tensor) -> None:
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+    def _ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor], flops: int) -> None:
+        """Called after each operation."""
+
+    def _see(self, tensor: Tensor, operation: str) -> int:
+        """The number of the tensor's storage; a new one counts from now on."""
         storage = tensor.untyped_storage()
         address, size = storage._cdata, storage.nbytes()
-        if address in self._known:
-            return
-        self.live_bytes += size
+        if address not in self._known:
+            number = self._new_number()
+
+            def gone(_: object) -> None:
+                self._known.pop(address, None)
+                self._change(number, -size, "")
+
+            self._known[address] = number, weakref.ref(storage, gone)
+            self._change(number, size, operation)
+        return self._known[address][0]
+
+    def _new_number(self) -> int:
+        self._count += 1
+        return self._count
+
+    def _change(self, storage: int, change_bytes: int, operation: str) -> None:
+        """A storage came to exist (by that operation) or ceased to."""
+        self.live_bytes += change_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
-        def gone(_: object) -> None:
-            self._known.pop(address, None)
-            self.live_bytes -= size
 
-        self._known[address] = weakref.ref(storage, gone)
+def tensors_among(values: Iterable[Any]) -> list[Tensor]:
+    """Those among an operation's arguments or results, in lists too. Called some ten thousand times a plan, for which
+    torch's own walk through any structure takes too long."""
+    tensors: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, (tuple, list)):
+            tensors += tensors_among(value)
+    return tensors
+
+
+@cache
+def _flop_formula(func: Any) -> Any:
+    return flop_registry.get(func.overloadpacket)

@@ -3,7 +3,7 @@
 A round is `inner` calls back to back and one wait at its end, so that the wait and the clock's grain weigh little. On
 CUDA a pair of events marks its two ends. They tell the card's time only as long as the host is ahead of the card: calls
 of kernels so small that launching them takes longer than running them are timed with their launches, which is what
-they cost in a training step too.
+they cost in a training step too. How long the card computes in them, the library's profiler tells (`busy_seconds`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 _MOST_INNER = 1_000_000
 _WAKING_SECONDS, _WAKING_SIDE = 0.5, 2048
@@ -130,3 +133,34 @@ def _wake_card() -> None:
     while time.perf_counter() < ends:
         torch.mm(a, a, out=out)
         torch.cuda.synchronize()
+
+
+def busy_seconds(call: Callable[[], object], device: str) -> float | None:
+    """Seconds of `call` in which the device (`cpu` or `cuda`) runs operations or kernels; overlapping ones count once.
+
+    None where the profiler tells of none: it is built without the card's part, or not permitted to see the card."""
+    on_card = device == "cuda"
+    activity = ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU
+    try:
+        with profile(activities=[activity]) as seen:
+            call()
+            if on_card:
+                torch.cuda.synchronize()
+    except (RuntimeError, AssertionError):  # the latter: nothing of what was asked for can be profiled
+        return None
+    return covered_seconds(seen.events() or (), DeviceType.CUDA if on_card else DeviceType.CPU)
+
+
+def covered_seconds(events: Iterable[Any], kind: DeviceType) -> float | None:
+    """Seconds that the events of a kind of device cover (the profiler's have microseconds); None if there are none.
+    Names that the user or an optimizer gives to a stretch of time (annotations) are no work."""
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type == kind and not event.is_user_annotation
+    )
+    covered = end = 0.0
+    for begins, ends in spans:
+        covered += max(0.0, ends - max(begins, end))
+        end = max(end, ends)
+    return covered / 1e6 if spans else None

@@ -1,23 +1,24 @@
 """Predicts bytes without a GPU, by running the real code on fake tensors."""
 
 from lowmem.simulate.allocator import Allocator, DeviceFull
-from lowmem.simulate.estimate import Estimate, estimate
-from lowmem.simulate.step import Loop, empty_copy, trace_steps, warm_up
-from lowmem.simulate.trace import Call, Event, Kind, Recorder, Trace, Work
+from lowmem.simulate.step import Simulated, StepRun, StepShape, empty_copy, simulate_step, trace_steps
+from lowmem.simulate.trace import Call, Estimate, KernelWork, Kind, MemoryEvent, Recorder, Trace, estimate
 
 __all__ = [
     "Allocator",
     "Call",
     "DeviceFull",
     "Estimate",
-    "Event",
+    "KernelWork",
     "Kind",
-    "Loop",
+    "MemoryEvent",
     "Recorder",
+    "Simulated",
+    "StepRun",
+    "StepShape",
     "Trace",
-    "Work",
     "empty_copy",
     "estimate",
+    "simulate_step",
     "trace_steps",
-    "warm_up",
 ]

@@ -1,4 +1,4 @@
-"""A stream of allocations and frees, and of operations, from code that runs on tensors, real or fake.
+"""A stream of allocations and frees, and of operations, from code that runs on tensors, real or fake; and its peaks.
 
 On fake tensors (`torch._subclasses.FakeTensorMode`) nothing is computed and nothing allocated, but the code,
 the sizes and the lifetimes are the real ones: the executor is its own model of memory (invariant 5). Sizes
@@ -8,9 +8,7 @@ workspace is counted if the recorder is told how large it is for a call (it was 
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -19,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+
+from lowmem.measure.tensors import TensorMeter, tensors_among
+from lowmem.simulate.allocator import Allocator
 
 
 class Kind(StrEnum):
-    """What a storage is for. Buffers count as parameters, the batch as an activation."""
+    """What a storage is for. Buffers count as parameters, and what undoes a step too; the batch as an activation."""
 
     PARAMS = "params"
     GRADS = "grads"
@@ -35,7 +34,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class MemoryEvent:
     """A storage comes to exist (`change_bytes` > 0) or is freed (< 0), in a phase, by an operation."""
 
     storage: int
@@ -45,7 +44,7 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class KernelWork:
     """One kernel: floating-point operations, and bytes with each operand read once, each result written
     once."""
 
@@ -76,15 +75,15 @@ def call_of(func: Any, args: tuple[Any, ...]) -> Call | None:
     tensors = tuple(None if t is None else (tuple(t.shape), tuple(t.stride()), str(t.dtype)) for t in args[:3])
     # The sizes of the backward's bias: autograd and the executor write "none" differently.
     rest = args[4:] if func is torch.ops.aten.convolution_backward.default else args[3:]
-    return Call(str(func), tensors, tuple(tuple(one) if isinstance(one, (list, tuple)) else one for one in rest))
+    return Call(str(func), tensors, tuple(tuple(part) if isinstance(part, (list, tuple)) else part for part in rest))
 
 
 @dataclass
 class Trace:
     """What happened, in order. `kinds` has the storages whose kind is known from outside; see `kind`."""
 
-    events: list[Event] = field(default_factory=list)
-    work: list[Work] = field(default_factory=list)
+    events: list[MemoryEvent] = field(default_factory=list)
+    work: list[KernelWork] = field(default_factory=list)
     kinds: dict[int, Kind] = field(default_factory=dict)
 
     def all_kinds(self) -> dict[int, Kind]:
@@ -99,130 +98,114 @@ class Trace:
                 kinds[event.storage] = Kind.TEMPORARY
         return kinds
 
-    def flops(self, *phases: str) -> int:
-        """Of the given phases, or of all."""
-        return sum(work.flops for work in self.work if not phases or work.phase in phases)
-
-    def peak_bytes(self) -> int:
-        """The most that existed at once."""
-        live = peak = 0
-        for event in self.events:
-            live += event.change_bytes
-            peak = max(peak, live)
-        return peak
+    def flops(self) -> int:
+        return sum(kernel.flops for kernel in self.work)
 
 
-class Recorder(TorchDispatchMode):
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """All figures are bytes.
+
+    `peak_tensor_bytes`: the most that storages took at once. `peak_allocated_bytes`,
+    `peak_reserved_bytes`: what `torch.cuda.max_memory_allocated` and `max_memory_reserved` would say.
+    `at_peak_bytes`: the first by kind, at the moment of the first peak; `peak_phase` and `peak_operation`
+    say when that is.
+    """
+
+    peak_tensor_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    at_peak_bytes: dict[Kind, int]
+    peak_phase: str
+    peak_operation: str
+
+
+def estimate(trace: Trace, capacity_bytes: int | None = None) -> Estimate:
+    """Plays the trace through the allocator's model. Raises `allocator.DeviceFull` if it does not fit a
+    capacity."""
+    kinds = trace.all_kinds()
+    allocator = Allocator(capacity_bytes)
+    live = dict.fromkeys(Kind, 0)
+    peak, at_peak, phase, operation = 0, dict(live), "", ""
+    for event in trace.events:
+        live[kinds[event.storage]] += event.change_bytes
+        if event.change_bytes < 0:
+            allocator.free(event.storage)
+            continue
+        allocator.allocate(event.storage, event.change_bytes)
+        if (total := sum(live.values())) > peak:
+            peak, at_peak, phase, operation = total, dict(live), event.phase, event.operation
+    return Estimate(
+        peak_tensor_bytes=peak,
+        peak_allocated_bytes=allocator.peak_allocated_bytes,
+        peak_reserved_bytes=allocator.peak_reserved_bytes,
+        at_peak_bytes=at_peak,
+        peak_phase=phase,
+        peak_operation=operation,
+    )
+
+
+class Recorder(TensorMeter):
     """Records what runs inside it. Enter it inside the fake mode, if there is one, and before the tensors are
-    made; those made earlier are only seen if `adopt`ed. `workspace`: bytes that a convolution takes beside its
-    operands and results while it runs."""
+    made; those made earlier are only seen if `adopt`ed or `label`led. `workspace`: bytes that a convolution takes
+    beside its operands and results while it runs. `phase`: what the code that runs is doing (`forward`, `backward`,
+    …); may be replaced."""
 
     def __init__(self, workspace: Callable[[Call], int] | None = None) -> None:
         super().__init__()
         self.trace = Trace()
+        self.phase: Callable[[], str] = lambda: "setup"
         self._workspace = workspace
-        self.phase_name = "setup"
-        self._numbers: dict[int, int] = {}  # address of a living storage -> its number in the trace
-        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._count = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _IN_PLACE and isinstance(args[0], FakeTensor):
-            result = _written(func, kwargs)
-        else:
-            result = func(*args, **kwargs)
-        outputs = _tensors((result,))
-        for tensor in outputs:
-            self._see(tensor, str(func))
-        if self._workspace is not None and (call := call_of(func, args)) is not None:
-            self._take(self._workspace(call), str(func))
-        work = _work(func, args, kwargs, outputs, result, self.phase_name)
-        if work is not None:
-            self.trace.work.append(work)
-        return result
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Names what happens inside: `forward`, `backward`, `optimizer`, …."""
-        before, self.phase_name = self.phase_name, name
-        try:
-            yield
-        finally:
-            self.phase_name = before
-
-    def adopt(self, tensors: Iterable[Tensor | None], kind: Kind) -> None:
+    def label(self, tensors: Iterable[Tensor | None], kind: Kind) -> None:
         """Says what these tensors are for; those not seen before count from now on."""
         for tensor in tensors:
             if tensor is not None:
                 self.trace.kinds[self._see(tensor, "adopt")] = kind
 
-    def _take(self, size: int, operation: str) -> None:
-        """A buffer inside a kernel: there when all results are, and gone with it."""
-        if size:
-            self._count += 1
-            self.trace.kinds[self._count] = Kind.WORKSPACE
-            self.trace.events.append(Event(self._count, size, self.phase_name, operation))
-            self.trace.events.append(Event(self._count, -size, self.phase_name, ""))
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args and isinstance(args[0], FakeTensor):
+            if func in _IN_PLACE:
+                return _written(func, kwargs)
+            if func is torch.ops.aten.native_batch_norm.default:
+                return _empty_norm(*args)
+        return func(*args, **kwargs)
 
-    def _see(self, tensor: Tensor, operation: str) -> int:
-        storage = tensor.untyped_storage()
-        address, size = storage._cdata, storage.nbytes()
-        number = self._numbers.get(address)
-        if number is not None:
-            return number
-        self._count += 1
-        number = self._count
-        self._numbers[address] = number
-        if size:
-            self.trace.events.append(Event(number, size, self.phase_name, operation))
+    def _ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor], flops: int) -> None:
+        if self._workspace is not None and (call := call_of(func, args)) is not None:
+            # A buffer inside a kernel: there when all results are, and gone with it.
+            number, size = self._new_number(), self._workspace(call)
+            self.trace.kinds[number] = Kind.WORKSPACE
+            self._change(number, size, str(func))
+            self._change(number, -size, "")
+        moved = _moved_bytes(func, args, kwargs, outputs)
+        if moved is not None:
+            self.trace.work.append(KernelWork(str(func), flops, moved, self.phase()))
 
-        def gone(_: object) -> None:
-            del self._numbers[address], self._references[number]
-            if size:
-                self.trace.events.append(Event(number, -size, self.phase_name, ""))
-
-        self._references[number] = weakref.ref(storage, gone)
-        return number
+    def _change(self, storage: int, change_bytes: int, operation: str) -> None:
+        super()._change(storage, change_bytes, operation)
+        if change_bytes:
+            self.trace.events.append(MemoryEvent(storage, change_bytes, self.phase(), operation))
 
 
-def _work(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor], result: Any, phase: str
-) -> Work | None:
+def _moved_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> int | None:
     """None for what launches no kernel: views and allocations."""
-    written, free, makes, count = _facts(func)
-    inputs = _tensors((args, [value for name, value in kwargs.items() if name not in written]))
+    written, free, makes = _facts(func)
+    inputs = tensors_among((args, [value for name, value in kwargs.items() if name not in written]))
     if func is torch.ops.aten._fused_sgd_.default:  # returns nothing: it writes parameters and momentum
         outputs = [*args[0], *args[2]]
     if not outputs or free or (makes and not inputs):
         return None
-    flops = int(count(*args, **kwargs, out_val=result)) if count is not None else 0
-    moved = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
-    return Work(str(func), flops, moved, phase)
-
-
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """Those among an operation's arguments or results, in lists too. Called some ten thousand times a plan, for which
-    torch's own walk through any structure takes too long."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (tuple, list)):
-            found += _tensors(value)
-    return found
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
 
 
 @cache
-def _facts(func: Any) -> tuple[frozenset[str], bool, bool, Any]:
-    """Of an operation: the arguments it writes, whether it launches no kernel, whether it allocates where it is given
-    no tensor, and what counts its floating-point operations."""
+def _facts(func: Any) -> tuple[frozenset[str], bool, bool]:
+    """Of an operation: the arguments it writes, whether it launches no kernel, and whether it allocates where it is
+    given no tensor."""
     written = frozenset(argument.name for argument in func._schema.arguments if argument.is_out)
     name = func.overloadpacket.__name__
-    count = flop_registry.get(func.overloadpacket)
-    return written, func.is_view or name in _FREE, name.startswith("empty"), count
+    return written, func.is_view or name in _FREE, name.startswith("empty")
 
 
 _CONVOLUTIONS = frozenset({torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default})
@@ -232,6 +215,13 @@ _IN_PLACE = frozenset(
     {torch.ops.aten.native_batch_norm.out, torch.ops.aten.threshold_backward.grad_input}
     | {torch.ops.aten.batch_norm_elemt.out}
 )
+
+
+def _empty_norm(z: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of a batch norm. Fake tensors' own has statistics in the input's dtype; kernels have the weight's."""
+    dtype = z.dtype if weight is None else weight.dtype
+    size = z.shape[1] if rest[3] else 0  # in training
+    return torch.empty_like(z), z.new_empty(size, dtype=dtype), z.new_empty(size, dtype=dtype)
 
 
 def _written(func: Any, kwargs: dict[str, Any]) -> Any:

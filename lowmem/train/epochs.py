@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from lowmem.core.errors import Interrupted, LowmemError, PeerLost
+from lowmem.core.errors import Interrupted, PeerLost
 from lowmem.data import Pictures, eval_batches
 from lowmem.measure.out_of_memory import Failure
 from lowmem.runs.checkpoint_state import Best, RunState
 from lowmem.runs.saver import Save, Saver
 from lowmem.runs.store import RunFolder
-from lowmem.step.data_parallel import Asked
-from lowmem.step.evaluate import Score, Sums, evaluate_sums
+from lowmem.step.data_parallel import StepRequest
+from lowmem.step.evaluate import Score, Sums, evaluate
 from lowmem.step.undo import Undo
 from lowmem.train.check import PlanCheck
 from lowmem.train.checkpoint_interval import SaveInterval
@@ -79,13 +79,10 @@ class Loop:
     def run(self) -> Outcome:
         """Trains to the end. Raises Interrupted after a signal, with everything saved; PeerLost."""
         try:
-            return self._train()
+            with self.t.group.alike():
+                return self._train()
         except PeerLost as lost:
             self._left_alone(lost)
-        except LowmemError as error:
-            if not self.t.group.leads:
-                error.told = True  # by rank 0, which raises the same
-            raise
 
     def _train(self) -> Outcome:
         config = self.t.config.train
@@ -130,11 +127,11 @@ class Loop:
         with self.check.around(images, labels):
             return t.step(images, labels, lr, self.watch.look(), size), size
 
-    def _asked(self) -> Asked:
+    def _asked(self) -> StepRequest:
         """What this process brings into a step of several."""
         name, leads = self.signals.requested, self.t.group.leads
         stop = 0 if name is None else 1 + NAMES.index(name)
-        return Asked(stop, leads and self.interval.due(self.state.step + 1), self.descent.asks)
+        return StepRequest(stop, leads and self.interval.due(self.state.step + 1), self.descent.asks)
 
     def _stop_agreed(self) -> bool:
         """Whether to leave after this step. What one process heard all know by then."""
@@ -280,7 +277,7 @@ class Loop:
 
         def summed(size: int) -> Sums | None:
             batches = eval_batches(part, size, t.dataset.mean, t.dataset.std, *place)
-            return evaluate_sums(t.model, batches, t.execution, lambda: self.signals.requested is not None)
+            return evaluate(t.model, batches, t.execution, lambda: self.signals.requested is not None)
 
         mine = self.descent.evaluated(summed)
         if isinstance(mine, Failure) and t.group.alone:
@@ -377,9 +374,8 @@ class Loop:
                 self.folder.event("peer-lost", what=str(lost), epoch=self.state.epoch, step=self.state.step)
                 self.saver.finish(lambda: True)
                 stands = f"saved at epoch {self.state.epoch + 1}, step {self.state.step}"
-        said = PeerLost(f"{lost}; {stands}: `lowmem resume {self.folder.path}` goes on from there")
-        said.dismissed = self.signals.requested is not None
-        raise said from None
+        words = f"{lost}; {stands}: `lowmem resume {self.folder.path}` goes on from there"
+        raise PeerLost(words, dismissed=self.signals.requested is not None) from None
 
     def _leave(self) -> None:
         name = self.signals.requested

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -38,13 +39,27 @@ class Insistence:
         return now - self._came[name] >= _INSISTS_AFTER.get(name, math.inf)
 
 
+class BeforeTraining:
+    """A handler of signals around a whole command: `leave` is called with a signal's number while there is nothing to
+    save. After training a signal changes nothing any more, for the process is leaving with what training ended with;
+    a second one of its kind ends it."""
+
+    def __init__(self, leave: Callable[[int], None]) -> None:
+        self.trained = False  # whether a `StopSignals` took over: a step may have been taken
+        self._leave = leave
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.trained:
+            signal.signal(number, signal.SIG_DFL)
+        else:
+            self._leave(number)
+
+
 class StopSignals:
     """Context manager that catches the signals; `requested` is the name of the first one, or None.
 
     Outside the main thread Python cannot catch signals; there it does nothing.
     """
-
-    trained = False  # whether any has been entered: training has begun, and a step may have been taken
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -57,14 +72,15 @@ class StopSignals:
         return ExitCode.INTERRUPTED if self.requested == "SIGINT" else ExitCode.TERMINATED
 
     def __enter__(self) -> StopSignals:
-        StopSignals.trained = True
         if threading.current_thread() is threading.main_thread():
             for name in NAMES:
                 number = getattr(signal, name, None)
                 # Under nohup a hang-up is ignored, and stays so.
                 ignored = name == "SIGHUP" and number is not None and signal.getsignal(number) == signal.SIG_IGN
                 if number is not None and not ignored:
-                    self._previous[number] = signal.signal(number, self._handle)
+                    previous = self._previous[number] = signal.signal(number, self._handle)
+                    if isinstance(previous, BeforeTraining):
+                        previous.trained = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

@@ -17,11 +17,10 @@ from torch.nn import functional as F
 from lowmem.config.schema import OptimConfig
 from lowmem.data import Pictures, TrainBatches, eval_batches
 from lowmem.measure import Meter
-from lowmem.measure.busy import busy_seconds
-from lowmem.measure.cap import cap_allocator
-from lowmem.measure.flops import FlopMeter
+from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.out_of_memory import Failure, classify
 from lowmem.measure.tensors import TensorMeter
+from lowmem.measure.timing import busy_seconds
 from lowmem.models import build
 from lowmem.models.memory_format import check_memory_format
 from lowmem.plan.record import Plan
@@ -170,7 +169,7 @@ class _Work:
     def _count_operations(self) -> int:
         """In a step of its own: on a card nothing else may slow the timed ones down."""
         images, labels = self._batch()
-        with FlopMeter() as meter:
+        with TensorMeter() as meter:
             self._step(images, labels)
         return meter.flops
 
@@ -208,12 +207,12 @@ class _Work:
         peak = self.meter.read().device_used_bytes
         grown = None if peak is None or self.resident_bytes is None else peak - self.resident_bytes
         images, labels = self._batch()
-        meter, counter = TensorMeter(), FlopMeter()
+        meter = TensorMeter()
         meter.adopt((*self._standing(), images, labels))
-        with counter, meter:
+        with meter:
             self._step(images, labels)
         if self.trial.detailed:
-            timed["flops"] = counter.flops
+            timed["flops"] = meter.flops
         return {**timed, "peak_allocated_bytes": meter.peak_bytes, "resident_growth_bytes": grown}
 
     def _train_on_cuda(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ Linux only.
 
 from __future__ import annotations
 
-import functools
 import json
 import mmap
 import os
@@ -96,12 +95,7 @@ def _serve() -> None:
     import matplotlib.figure  # noqa: F401
     import torch
 
-    from lowmem.data import shapes
-
     torch.set_num_threads(1)
-    # Drawing all of the pictures takes longer than the rest of a life.
-    shapes.generate = functools.cache(shapes.generate)  # type: ignore[assignment]
-    shapes.generate()
     answers, sys.stdout = os.dup(1), sys.stderr
     os.dup2(2, 1)
     for line in sys.stdin:

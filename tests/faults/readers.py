@@ -15,18 +15,18 @@ from pathlib import Path
 from rich.console import Console
 
 from lowmem.calibrate.calibration import Calibration, Identity, Mode, Seconds
-from lowmem.cli.lines import describe_epoch
-from lowmem.cli.screen import screen
-from lowmem.cli.show_watch import to_json
+from lowmem.cli.terminal import describe_epoch
+from lowmem.cli.watch_screen import screen, to_json
 from lowmem.config.cards import load_card
 from lowmem.config.settings import from_yaml, gather, parse_set
 from lowmem.config.shipped import profiles_folder
 from lowmem.core.errors import CorruptCheckpoint, Diverged, LowmemError
 from lowmem.core.units import format_size
-from lowmem.data import cache, load
+from lowmem.data import folder as pictures_folder
+from lowmem.data import load
 from lowmem.lifecycle import fork
 from lowmem.lifecycle.api import recorded_settings, resume_training
-from lowmem.lifecycle.decide import read_plan
+from lowmem.lifecycle.recorded_plans import read_plan
 from lowmem.lifecycle.run_identity import belongs_to, most_bytes, verify
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, keep, uniform
@@ -222,15 +222,19 @@ def _others(run: Path, work: Path) -> list[Reader]:
 
     import torch
 
-    cache.write(pictures, "x", {"a": torch.zeros(3)})
+    pictures_folder.write_cache(pictures, "x", {"a": torch.zeros(3)})
     manifest = pictures / "manifest.json"
+
+    def decoded(_: Path) -> object:
+        return pictures_folder.read_cache(pictures, "x")
+
     return [
         Reader(
             "plan.json", json.dumps(small_plan(run).to_json(), indent=1).encode(),
             _file(planned / "plan.json", lambda path: read_plan(planned, config)), JSON,
         ),
         Reader("calibration", calibration.path.read_bytes(), _file(calibration.path, measured), JSON),
-        Reader("decoded pictures", manifest.read_bytes(), _file(manifest, lambda _: cache.read(pictures, "x")), JSON),
+        Reader("decoded pictures", manifest.read_bytes(), _file(manifest, decoded), JSON),
     ]  # fmt: skip
 
 

@@ -6,7 +6,6 @@ import csv
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from lowmem.cli.main import main
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Diverged, ExitCode
-from lowmem.data import TrainBatches, shapes
+from lowmem.data import TrainBatches
 from lowmem.lifecycle.api import resume_training, run_training
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.step.train_step import TrainStep
@@ -66,15 +65,6 @@ def killed(at: tuple[int, int]) -> Iterator[None]:
         yield
     finally:
         TrainBatches.batch = fetch  # type: ignore[method-assign]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def generated_once() -> Iterator[None]:
-    """The pictures are the same in all these runs, and drawing them takes longer than most of them."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(shapes, "generate", cache(shapes.generate))
-    yield
-    patch.undo()
 
 
 def rows(path: Path, name: str) -> list[dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +88,23 @@ def test_after_training_a_signal_changes_nothing() -> None:
     with pytest.raises(Interrupted, match="saved") as raised:
         _saved_and_left()
     assert raised.value.exit_code == ExitCode.TERMINATED
+
+
+def _signalled_while_another_thread_trained() -> None:
+    def train() -> None:
+        with StopSignals():
+            pass
+
+    with leaving_early():
+        other = threading.Thread(target=train)
+        other.start()
+        other.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_training_elsewhere_in_the_process_changes_nothing() -> None:
+    with pytest.raises(Interrupted, match="nothing to save"):
+        _signalled_while_another_thread_trained()
 
 
 def _cleans_up(done: Path) -> None:

@@ -26,9 +26,10 @@ TINY = (
     "bench", "--quick", "--device", "cpu", "--arch", "res20", "--width", "2", "--batch", "8", "--rounds", "1",
     "--steps", "1", "--budgets", "0.75,100K", "--minutes", "600", "--out", "found",
 )  # fmt: skip
+FLAGS = {"model.arch": "res20", "model.width": 2, "train.batch": 8, "train.device": "cpu"}
 SAME: dict[str, Any] = {
-    "arch": "res20", "block": None, "width": 2, "batch": 8, "steps": 1, "rounds": 1, "budgets": "0.75,100K",
-    "vram": None, "device": "cpu", "quick": True, "minutes": 600.0, "out": Path("found"),
+    "flags": FLAGS, "steps": 1, "rounds": 1, "budgets": "0.75,100K", "quick": True, "minutes": 600.0,
+    "out": Path("found"),
 }  # fmt: skip
 
 
@@ -160,12 +161,20 @@ def test_given_once_more_nothing_is_measured(
     assert killed.trials() == killed.after
 
 
-@pytest.mark.parametrize("other", [{"steps": 2}, {"batch": 16}, {"budgets": "0.6"}, {"quick": False}])
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("steps", {"steps": 2}),
+        ("batch", {"flags": {**FLAGS, "train.batch": 16}}),
+        ("budgets", {"budgets": "0.6"}),
+        ("quick", {"quick": False}),
+    ],
+)
 def test_other_settings_in_the_same_folder_are_refused(
-    killed: Killed, other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    killed: Killed, name: str, other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(killed.folder.parent)
-    with pytest.raises(UsageError, match=rf"{next(iter(other))}: .* there, .* here.*give another --out"):
+    with pytest.raises(UsageError, match=rf"{name}: .* there, .* here.*give another --out"):
         show_bench(**{**SAME, **other})
     assert killed.trials() == killed.after
 

@@ -8,10 +8,11 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+from torchvision.datasets import CIFAR10
 
 from lowmem.config.schema import DataConfig
 from lowmem.core.errors import DataError
-from lowmem.data import cifar10, load
+from lowmem.data import load
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -28,7 +29,7 @@ def cifar_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small CIFAR-10 in the usual folder; only the table of MD5s is made to fit it."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    for number, (name, _) in enumerate([*cifar10.CIFAR10.train_list, *cifar10.CIFAR10.test_list]):
+    for number, (name, _) in enumerate([*CIFAR10.train_list, *CIFAR10.test_list]):
         write_batch(folder / name, number)
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": CLASSES}))
 
@@ -36,9 +37,9 @@ def cifar_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return hashlib.md5((folder / name).read_bytes()).hexdigest()
 
     for table in ("train_list", "test_list"):
-        known = [[name, md5(name)] for name, _ in getattr(cifar10.CIFAR10, table)]
-        monkeypatch.setattr(cifar10.CIFAR10, table, known)
-    monkeypatch.setattr(cifar10.CIFAR10, "meta", {**cifar10.CIFAR10.meta, "md5": md5("batches.meta")})
+        known = [[name, md5(name)] for name, _ in getattr(CIFAR10, table)]
+        monkeypatch.setattr(CIFAR10, table, known)
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": md5("batches.meta")})
     return tmp_path
 
 
@@ -86,7 +87,7 @@ def test_missing_and_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def offline(self: object) -> None:
         raise URLError("[Errno -3] Temporary failure in\nname resolution")
 
-    monkeypatch.setattr(cifar10.CIFAR10, "download", offline)
+    monkeypatch.setattr(CIFAR10, "download", offline)
     with pytest.raises(DataError, match=r"cannot be downloaded .*name resolution.* --data shapes") as caught:
         load(config(tmp_path / "new"), 0)
     assert "\n" not in str(caught.value)
@@ -96,12 +97,12 @@ def test_missing_and_downloaded(cifar_root: Path, monkeypatch: pytest.MonkeyPatc
     path = cifar_root / "cifar-10-batches-py" / "data_batch_5"
     content = path.read_bytes()
     path.unlink()
-    monkeypatch.setattr(cifar10.CIFAR10, "download", lambda self: path.write_bytes(content))
+    monkeypatch.setattr(CIFAR10, "download", lambda self: path.write_bytes(content))
     assert len(load(config(cifar_root), 0).train) == 100
 
 
 def test_an_interrupted_download_leaves_a_clear_error(cifar_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cifar_root / "cifar-10-batches-py" / "data_batch_5").unlink()
-    monkeypatch.setattr(cifar10.CIFAR10, "download", lambda self: None)
+    monkeypatch.setattr(CIFAR10, "download", lambda self: None)
     with pytest.raises(DataError, match="data_batch_5"):
         load(config(cifar_root), 0)

@@ -9,6 +9,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from torchvision.datasets import FashionMNIST
 
 from lowmem.config.schema import DataConfig
 from lowmem.core.errors import DataError
@@ -108,7 +109,7 @@ def test_one_file_missing(tmp_path: Path) -> None:
 def test_one_file_missing_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, compressed=True)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
-    monkeypatch.setattr(fashion.FashionMNIST, "download", lambda self: write(Path(self.raw_folder), compressed=False))
+    monkeypatch.setattr(FashionMNIST, "download", lambda self: write(Path(self.raw_folder), compressed=False))
     assert len(load(config(tmp_path, download=True), 0).test) == 10
 
 
@@ -121,13 +122,13 @@ def test_missing_and_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def offline(self: object) -> None:
         raise URLError("no route\nto host")
 
-    monkeypatch.setattr(fashion.FashionMNIST, "download", offline)
+    monkeypatch.setattr(FashionMNIST, "download", offline)
     with pytest.raises(DataError, match=r"cannot be downloaded: .*no route to host"):
         load(config(tmp_path, download=True), 0)
 
 
 def test_missing_and_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fashion.FashionMNIST, "download", lambda self: write(Path(self.raw_folder), compressed=False))
+    monkeypatch.setattr(FashionMNIST, "download", lambda self: write(Path(self.raw_folder), compressed=False))
     # torchvision reads what it fetched with its own reader, which must accept the same files
     data = load(config(tmp_path, download=True), 0)
     assert len(data.train) == 30

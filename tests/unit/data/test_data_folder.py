@@ -11,7 +11,7 @@ from PIL import Image
 
 from lowmem.config.schema import DataConfig
 from lowmem.core.errors import DataError
-from lowmem.data import Dataset, cache, folder, load
+from lowmem.data import Dataset, folder, load
 
 
 def save(path: Path, seed: int, size: tuple[int, int] = (32, 32)) -> np.ndarray:
@@ -120,7 +120,7 @@ def test_a_verified_cache_of_other_contents_is_rebuilt(tree: Path) -> None:
     (manifest,) = (tree.parent / "cache").glob("*/manifest.json")
     classes, parts = folder.scan(tree.resolve())
     signature = folder._signature(tree.resolve(), classes, parts)
-    cache.write(manifest.parent, signature, {"train.images": torch.zeros(1)})
+    folder.write_cache(manifest.parent, signature, {"train.images": torch.zeros(1)})
     assert read(tree).fingerprint == first.fingerprint
 
 

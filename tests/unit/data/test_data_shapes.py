@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lowmem.config.schema import DataConfig
 from lowmem.config.settings import gather
 from lowmem.data import Dataset, load
-from lowmem.data.shapes import _colours, draw, generate
+from lowmem.data.shapes import _colours, generate
 from lowmem.lifecycle.api import run_training
 
 
@@ -31,7 +31,7 @@ def test_sizes_and_balance(shapes: Dataset) -> None:
 
 def test_pixels_are_the_known_ones() -> None:
     """Bit-identical on every platform: this hash was taken once."""
-    digest = hashlib.sha256(draw("train", 40).images.numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(generate(train=40).train.take(None).images.numpy().tobytes()).hexdigest()
     assert digest == KNOWN_PIXELS
 
 
@@ -40,8 +40,11 @@ KNOWN_PIXELS = "870baa14371e47038471754da0658fb205f238b7c3072b486bfeec8ef2cee93e
 
 def test_a_picture_does_not_depend_on_how_many_there_are(shapes: Dataset) -> None:
     few = generate(train=1013, test=11)
-    assert torch.equal(few.train.images, shapes.train.images[:1013])
-    assert torch.equal(few.test.images, shapes.test.images[:11])
+    assert torch.equal(few.train.take(None).images, shapes.train.images[:1013])
+    assert torch.equal(few.test.take(None).images, shapes.test.images[:11])
+    some = few.train.take(np.array([1012, 3]))
+    assert torch.equal(some.images, shapes.train.images[[1012, 3]])
+    assert some.labels.tolist() == [2, 3]
 
 
 def test_train_and_test_share_no_picture(shapes: Dataset) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem.data.subset import choose, class_shares
+from lowmem.data.load import choose_balanced, class_shares
 
 
 def test_the_largest_remainders_get_the_rest() -> None:
@@ -28,16 +28,16 @@ def test_shares_add_up_and_are_within_one_of_the_quota(counts: list[int], data: 
 @given(st.integers(0, 2**63 - 1), st.integers(1, 200))
 def test_a_choice_is_rising_balanced_and_repeatable(key: int, count: int) -> None:
     labels = np.arange(200) % 4
-    chosen = choose(labels, 4, count, key)
+    chosen = choose_balanced(labels, 4, count, key)
     assert len(chosen) == count
     assert (np.diff(chosen) > 0).all()
     assert np.ptp(np.bincount(labels[chosen], minlength=4)) <= 1
-    assert (chosen == choose(labels, 4, count, key)).all()
+    assert (chosen == choose_balanced(labels, 4, count, key)).all()
 
 
 def test_another_key_chooses_others() -> None:
     labels = np.zeros(1000, dtype=np.int64)
-    assert len(np.intersect1d(choose(labels, 1, 100, 1), choose(labels, 1, 100, 2))) < 40
+    assert len(np.intersect1d(choose_balanced(labels, 1, 100, 1), choose_balanced(labels, 1, 100, 2))) < 40
 
 
 def test_more_than_there_are_is_refused() -> None:

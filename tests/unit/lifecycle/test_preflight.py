@@ -3,9 +3,12 @@ run leaves nothing at all."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.choose.ladder import with_ladder
-from lowmem.choose.session import plan_run
+from lowmem.choose.decide import DataSize, decide
 from lowmem.cli.main import main
 from lowmem.config.settings import Settings, gather, to_yaml
 from lowmem.core.errors import ExitCode, OutOfMemory, PreflightError
@@ -33,7 +35,7 @@ from lowmem.step.evaluate import Score
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
 from lowmem.train.trial_step import Tried, try_step
-from tests.conftest import assert_same_run
+from tests.conftest import assert_same_run, environment
 from tests.faults.injection import Scarce, events, make_trainer, recorded_plan, run
 
 SETS = ("data.train_subset=120", "data.test_subset=50", "train.log_every_steps=1")
@@ -63,7 +65,8 @@ def _trainer(settings: Settings, plan: Plan | None = None) -> Trainer:
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     """With at least two smaller ones below it."""
-    plan = with_ladder(plan_run(_settings("memory.vram=6M"), 10, 120)[1]).plan
+    plan = decide(_settings("memory.vram=6M"), DataSize(10, 120)).plan
+    assert plan is not None
     assert len(plan.ladder) >= 2
     return plan
 
@@ -246,8 +249,6 @@ def _halve(path: Path) -> None:
         ("events.jsonl", _halve),
         ("best.safetensors", _flip),
         ("best.safetensors", _halve),
-        ("loss.png", _halve),
-        ("test_error.png", _halve),
         ("report.md", _halve),
         ("step-00000000", lambda path: _flip(path / "optimizer.safetensors")),
     ],
@@ -259,6 +260,30 @@ def test_an_output_that_reads_back_differently(
     with pytest.raises(PreflightError, match=name.partition(".")[0]):
         run_training(_settings(), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_that_could_not_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    with pytest.raises(PreflightError, match=r"no matplotlib.*with pip"):
+        run_training(_settings(), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_is_spared_what_it_does_not_need(tmp_path: Path) -> None:
+    """Two seconds of import each (torch 2.14)."""
+    probe = (
+        "import sys\n"
+        "from lowmem.cli.main import main\n"
+        "try:\n"
+        f"    main({[*ARGUMENTS, '--out', str(tmp_path / 'run'), '--dry-run']!r})\n"
+        "except SystemExit as leaving:\n"
+        "    assert not leaving.code, leaving.code\n"
+        "heavy = {'matplotlib', 'torchvision', 'torch._dynamo', 'sympy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_plan_that_reads_back_differently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:

@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from lowmem.core.units import GIB, MIB
-from lowmem.measure import Meter, Snapshot, cpu, cuda
-from lowmem.measure.cuda import AllocatorFigures, context_by_drop, describe, find_device, free_and_total_bytes
+from lowmem.measure import Meter, Snapshot, cuda
+from lowmem.measure import meter as meters
+from lowmem.measure.cuda import context_by_drop, describe, free_and_total_bytes
 from lowmem.measure.nvml import DriverReport, read_driver
 from tests.unit.measure.scripted import Card, ScriptedNvml
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 UUID = Card().uuid
 ME = 4711
-ALLOCATOR = AllocatorFigures(
+ALLOCATOR = Snapshot(
     peak_allocated_bytes=1900 * MIB,
     peak_reserved_bytes=2000 * MIB,
     allocated_bytes=1500 * MIB,
@@ -68,7 +69,7 @@ def test_the_machines_memory() -> None:
 
 def test_without_proc_the_peak_is_the_whole_processs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_STATUS", "_MACHINE", "_CLEAR"):
-        monkeypatch.setattr(cpu, name, tmp_path / "none" / name)
+        monkeypatch.setattr(meters, name, tmp_path / "none" / name)
     meter = Meter("cpu")
     meter.reset()
     snapshot = meter.read()
@@ -85,7 +86,7 @@ def test_without_proc_the_peak_is_the_whole_processs(tmp_path: Path, monkeypatch
 
 @linux
 def test_a_peak_that_cannot_be_restarted_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_CLEAR", tmp_path / "none" / "clear_refs")
+    monkeypatch.setattr(meters, "_CLEAR", tmp_path / "none" / "clear_refs")
     meter = Meter("cpu")
     assert meter.read().missing == ()
     meter.reset()
@@ -235,7 +236,7 @@ def test_the_right_one_of_two_cards_whatever_their_order() -> None:
     report = read_driver(library)
     assert _describe(report, uuid="GPU-BB").device_total_bytes == 12 * GIB
     assert _describe(report, uuid="aa").device_total_bytes == 8 * GIB
-    assert find_device(report, None) is None
+    assert report.device(None) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -1,0 +1,180 @@
+"""The flags that are settings, in one table: whoever adds one adds a row, and the commands that it names have it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lowmem.config.settings import Settings
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One row. `helps`: the commands that have the flag, one or several by name, and what their --help says of it.
+    `setting`: its dotted name. `name`: as it is typed; `--a/--no-a` for a switch that is also turned off."""
+
+    name: str
+    setting: str
+    kind: type
+    helps: Mapping[str, str]
+    metavar: str | None = None
+    least: int | None = None
+    default: object = None
+
+    @property
+    def parameter(self) -> str:
+        """The name of it in Python: `--data-root` is `data_root`."""
+        return self.name.partition("/")[0].removeprefix("--").replace("-", "_")
+
+    def help_of(self, command: str) -> str | None:
+        """None if the command has no such flag."""
+        return next((text for names, text in self.helps.items() if command in names.split()), None)
+
+
+_BLOCK = "basic or bottleneck"
+_WIDTH = "Channels of the stem (64"
+_FORMATS = "auto, contiguous or channels-last."
+_SOURCES = "cifar10, fashion-mnist, shapes or folder:PATH."
+_STARTS = "train plan doctor reproduce"  # what begins from settings alone
+
+FLAGS = (
+    Flag("--arch", "model.arch", str, {
+        "train": "res20 res34 res50 res56 res101 res110, or cnn… without shortcuts.",
+        "plan": "A network of the family.",
+        "doctor": "The network of the run, for the room it takes on disk.",
+        "bench": "A network of the family (on the CPU res20, quick: res56; on a card res110).",
+    }),
+    Flag("--block", "model.block", str, {
+        "train": f"{_BLOCK}; default: what the report used.",
+        "plan doctor": f"{_BLOCK}.",
+        "bench": f"{_BLOCK}; default: the report's, for the default res56 and res110 bottleneck.",
+    }),
+    Flag("--width", "model.width", int, {_STARTS: f"{_WIDTH})."}),
+    Flag("--width", "model.width", int, {"bench": f"{_WIDTH}; quick: 16)."}, least=1),
+    Flag("--data", "data.source", str, {
+        "train doctor reproduce": _SOURCES,
+        "resume": "Where the same pictures are now, like folder:PATH.",
+    }),
+    Flag("--data-root", "data.root", str, {
+        "train resume doctor reproduce": "Folder that holds, or receives, cifar10 and fashion-mnist.",
+    }),
+    Flag("--val-split", "data.val_split", int, {
+        "train": "Hold back this many training pictures to choose weights on.",
+    }),
+    Flag("--batch", "train.batch", str, {
+        "train reproduce": "Effective batch (128), or auto: the fastest that fits.",
+        "plan": "Effective batch (128), or auto.",
+    }),
+    # A list, so that a second one is refused and not taken for the first.
+    Flag("--batch", "train.batch", list[int], {"bench": "Batch size (128; on the CPU 32; quick: 16)."}, least=1),
+    Flag("--micro-batch", "train.micro_batch", int, {
+        "train": "Pictures at a time; gradients accumulate to the batch.",
+        "plan": "Pictures at a time.",
+    }),
+    Flag("--sync-bn", "train.sync_bn", bool, {
+        "train": "Started by torchrun: batch norm over the whole batch, as in one process.",
+    }),
+    Flag("--epochs", "train.epochs", int, {
+        "train": "Epochs; the schedule is scaled to them.",
+        "reproduce": "Epochs of each run; the schedule is scaled to them.",
+    }),
+    Flag("--recipe", "recipe", str, {"train reproduce": "A shipped recipe (report) or the path of a .yaml file."}),
+    Flag("--precision", "train.precision", str, {
+        "train reproduce": "auto, fp32 or amp (fp16 on CUDA, bf16 on the CPU).",
+        "plan doctor": "auto, fp32 or amp.",
+    }),
+    Flag("--memory-format", "train.memory_format", str, {_STARTS: _FORMATS}),
+    Flag("--vram", "memory.vram", str, {
+        "train reproduce": "Memory to fit into, like 6G; on the CPU it bounds the step's tensors.",
+        "resume": "Another memory to fit into: plans again, for the same gradients.",
+        "plan": "Memory, like 6G: of the card, or for the step's tensors without --card.",
+        "bench": "Memory that the largest batches are to fit (the card's; on the CPU half of plain's; acceptance: 6G).",
+    }),
+    Flag("--card", "memory.card", str, {
+        "train": "Plan for this card's profile, like gtx1060-6g; A,B: for processes of torchrun.",
+        "reproduce": "Plan for this card's profile, like gtx1060-6g.",
+        "plan": "A card profile, like gtx1060-6g, or the path of a .yaml file; A,B: one process on each.",
+    }),
+    Flag("--device", "train.device", str, {f"{_STARTS} resume": "auto, cuda or cpu."}),
+    Flag("--device", "train.device", str, {"bench": "auto, cuda or cpu."}, default="auto"),
+    Flag("--seed", "seed", int, {"train reproduce": "Seed of initial weights, order and augmentation."}),
+    Flag("--keep-every", "checkpoint.keep_every", int, {
+        "train resume fork": "Keep the checkpoint of every N-th epoch too, to fork from.",
+    }, metavar="N"),
+    Flag("--on-stuck", "train.on_stuck", str, {
+        "train resume reproduce": "When a run learns nothing: warn, or stop with code 6.",
+    }),
+    Flag("--on-nan", "train.on_nan", str, {
+        "train resume reproduce": "When the loss breaks: rollback to half the rate, or stop with code 6.",
+    }),
+    Flag("--tensorboard/--no-tensorboard", "train.tensorboard", bool, {
+        "train resume": "Write TensorBoard event files to RUN/tensorboard.",
+    }),
+    # Not settings, but where more of them are.
+    Flag("--config", "", Path, {_STARTS: "YAML file of settings."}),
+    Flag("--set", "", list[str], {
+        f"{_STARTS} resume fork": "Any setting by its dotted name.",
+    }, metavar="KEY=VALUE", default=()),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Given:
+    """What was typed: `flags` by dotted setting, without those that were not."""
+
+    flags: Mapping[str, Any]
+    config_file: Path | None
+    sets: list[str]
+
+    def settings(self) -> Settings:
+        """Of something new. Raises UsageError."""
+        from lowmem.config.settings import gather
+
+        flags = {key: value for key, value in self.flags.items() if key != "recipe"}
+        return gather(recipe=self.flags.get("recipe"), config_file=self.config_file, flags=flags, sets=self.sets)
+
+    def changes(self) -> dict[str, object]:
+        """To the settings of a run that is there. Raises UsageError."""
+        from lowmem.config.settings import parse_set
+
+        return {**self.flags, **dict(parse_set(text) for text in self.sets)}
+
+
+def takes_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives the command, whose first parameter is `given`, the flags that the table has for its name; its other
+    parameters are flags of its own."""
+    name = command.__name__
+    rows = {flag.parameter: (flag, text) for flag in FLAGS if (text := flag.help_of(name)) is not None}
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+
+    @functools.wraps(command)
+    def parsed(**typed: Any) -> None:
+        values = {parameter: typed.pop(parameter) for parameter in rows}
+        config_file, sets = values.pop("config", None), values.pop("set", None)
+        flags = {rows[parameter][0].setting: value for parameter, value in values.items() if value not in (None, [])}
+        batch = flags.get("train.batch")
+        if isinstance(batch, str) and batch.lstrip("-").isdigit():  # else `auto`, or for the settings to judge
+            flags["train.batch"] = int(batch)
+        command(Given(flags, config_file, list(sets or ())), **typed)
+
+    made = [_option(flag, text) for flag, text in rows.values()]
+    # What typer reads a command's parameters off.
+    parsed.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
+    parsed.__annotations__ = {one.name: one.annotation for one in (*own, *made)}
+    return parsed
+
+
+def _option(flag: Flag, text: str) -> inspect.Parameter:
+    option = typer.Option(flag.name, metavar=flag.metavar, min=flag.least, help=text)
+    default = list(flag.default) if isinstance(flag.default, tuple) else flag.default
+    kind = flag.kind if default is not None else flag.kind | None
+    return inspect.Parameter(
+        flag.parameter, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+    )

@@ -1,0 +1,67 @@
+"""A run that lowmem at commit 8033727 planned, began and stopped in the middle of its second epoch goes on, and whatever
+reads a run reads it. `fixtures/planned-8033727` was made there by
+
+    lowmem train --arch res20 --width 2 --data shapes --epochs 2 --batch 32 --vram 2400K --set data.train_subset=320 \\
+        --set data.test_subset=64 --set train.log_every_steps=1 --set checkpoint.every_steps=5 --set train.max_steps=13
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import lowmem
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+STEPS_PER_EPOCH = 10
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(Path(__file__).with_name("fixtures") / "planned-8033727", tmp_path / "older"))
+
+
+def epochs_of(run: Path) -> list[str]:
+    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
+        return [row["epoch"] for row in csv.DictReader(file)]
+
+
+def plan_of(run: Path) -> dict[str, object]:
+    plan: dict[str, object] = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+    return plan
+
+
+def test_it_goes_on_to_its_end_under_its_own_plan(older: Path) -> None:
+    planned = plan_of(older)
+    outcome = lowmem.resume_training(older, {"train.max_steps": None}).outcome
+    assert outcome.finished
+    assert outcome.state.step == 2 * STEPS_PER_EPOCH
+    assert epochs_of(older) == ["1", "2"]
+    assert plan_of(older) == planned
+    events = [json.loads(line) for line in (older / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert next(event for event in events if event["event"] == "resume")["step"] == 13
+
+
+def test_a_fork_of_it_keeps_its_plan(older: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in older.rglob("*") if path.is_file()}
+    lowmem.fork_run(older, at="step:13", changes={"optim.lr": 0.01, "train.max_steps": None}, out=tmp_path / "fork")
+    assert epochs_of(tmp_path / "fork") == ["1", "2"]
+    assert plan_of(tmp_path / "fork")["schedule"] == plan_of(older)["schedule"]
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_whatever_reads_a_run_reads_it(older: Path, lowmem_command: Command) -> None:
+    said = {}
+    for command in (["verify", "older"], ["ls", "."], ["report", "older"]):
+        done = lowmem_command(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said[command[0]] = done.stdout
+    assert "step-00000013" in said["verify"]
+    assert "older" in said["ls"]
+    assert "older" in (older / "report" / "report.md").read_text(encoding="utf-8")
