@@ -124,7 +124,7 @@ def fork(
 def _refuse_at_once(run: Path, changes: dict[str, object]) -> None:
     """Before torch is imported. Raises UsageError for what is no run, or for settings that cannot be."""
     from lowmem.config.settings import from_yaml
-    from lowmem.runs.store import require_run
+    from lowmem.runs.setup import require_run
 
     require_run(run)
     from_yaml(run / "config.yaml").replace(changes, "resume")

@@ -32,7 +32,7 @@ from lowmem.core.reading import RECORD_LIMIT_BYTES, parse_json
 from lowmem.reproduce.job import ALL, REPORTED, Job, Member, asked_for, begun, is_job, read_job, refuse_other_settings
 from lowmem.reproduce.progress import Standing, standing_of, standings_of, wait_for_writers
 from lowmem.runs.atomic import write_bytes_atomic
-from lowmem.runs.history import read_history
+from lowmem.runs.view import read_run
 from lowmem.train.signals import StopSignals
 
 COMMAND = "reproduce-run"
@@ -192,7 +192,7 @@ def to_report(path: Path) -> tuple[list[Path], list[str]]:
         try:
             standing = standing_of(job, member)
             if standing.begun:
-                read_history(standing.path)
+                read_run(standing.path)
                 runs.append(standing.path)
         except (UsageError, PreflightError) as error:
             left_out.append(str(error))

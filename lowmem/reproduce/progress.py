@@ -13,10 +13,12 @@ from typing import Any, Literal
 from lowmem.core.errors import LowmemError
 from lowmem.core.units import format_duration
 from lowmem.reproduce.job import ALL, Job, Member, reading, refuse_foreign
-from lowmem.runs.history import EpochRow, read_epochs
-from lowmem.runs.listing import look, writer_of
-from lowmem.runs.live import epoch_seconds
+from lowmem.runs.listing import summarize
+from lowmem.runs.lock import writer_of
+from lowmem.runs.rows import EpochRow
 from lowmem.runs.setup import never_began, refuse_existing
+from lowmem.runs.view import RunView
+from lowmem.runs.watch import epoch_seconds
 from lowmem.train.observer import Observer, Progress
 
 _LEAVING_SECONDS = 120.0
@@ -68,10 +70,10 @@ def standing_of(job: Job, member: Member, max_steps: int | None = None) -> Stand
             refuse_existing(path)
             return standing
         refuse_foreign(job, member)
-        run = look(path)
+        run = summarize(path)
         seconds = None
         with suppress(LowmemError, OSError):
-            seconds = epoch_seconds(read_epochs(path)[1])
+            seconds = epoch_seconds(RunView(path).epochs)
     step, done = run.step or 0, run.epoch or 0
     standing = replace(standing, epochs_done=done, step=step, size_bytes=run.size_bytes, epoch_seconds=seconds)
     if run.state == "finished":
