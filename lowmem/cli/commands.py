@@ -124,7 +124,7 @@ def fork(
 def _refuse_at_once(run: Path, changes: dict[str, object]) -> None:
     """Before torch is imported. Raises UsageError for what is no run, or for settings that cannot be."""
     from lowmem.config.settings import from_yaml
-    from lowmem.runs.store import require_run
+    from lowmem.runs.setup import require_run
 
     require_run(run)
     from_yaml(run / "config.yaml").replace(changes, "resume")
@@ -309,7 +309,7 @@ def reproduce(
     skipped. Settings that are left out are those the job began with.
     """
     settings = given.settings()
-    from lowmem.cli.show_reproduce import reproduce_job
+    from lowmem.cli.job import reproduce_job
 
     raise typer.Exit(reproduce_job(out, settings, only, block, dry_run))
 
@@ -317,9 +317,9 @@ def reproduce(
 @app.command("reproduce-run", hidden=True)
 def reproduce_run() -> None:
     """A process of a job: what it is to do comes over standard input."""
-    from lowmem.reproduce.process import read_request
+    from lowmem.reproduce.conduct import read_request
 
     request = read_request()
-    from lowmem.cli.job_process import work
+    from lowmem.cli.job import work
 
     raise typer.Exit(work(request))

@@ -50,9 +50,8 @@ from lowmem.measure.out_of_memory import classify
 from lowmem.models import build
 from lowmem.remat.libraries import prepare_libraries
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs.null_writer import AbsentFolder
 from lowmem.runs.setup import refuse_existing
-from lowmem.runs.store import RunFolder
+from lowmem.runs.store import NullFolder, RunFolder
 from lowmem.step.train_step import Execution
 from lowmem.train.loop import Outcome, Trainer
 from lowmem.train.observer import Observer
@@ -168,7 +167,7 @@ def _go_on(group: Group, path: Path, changes: Settings | Mapping[str, object] | 
     settings = group.together(lambda: changed_settings(recorded, changed, path))
     prepare_libraries(numerics_of(settings.config.train))
     require_pictures(group, settings.config)
-    absent: RunFolder = AbsentFolder(path)
+    absent: RunFolder = NullFolder(path)
     with group.lead(lambda: RunFolder.open(path), absent) as folder:
         found = group.lead(lambda: newest(folder, settings.config, observer), None)
         saved, where = shared_checkpoint(group, found)

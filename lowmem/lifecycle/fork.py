@@ -22,9 +22,9 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.checkpoint import Checkpoint, disk_error
 from lowmem.runs.checkpoint_state import Position, read_position
-from lowmem.runs.history import read_epochs
 from lowmem.runs.setup import FORKING
 from lowmem.runs.store import RunFolder
+from lowmem.runs.view import RunView
 from lowmem.train.lr_preview import RateCurve, rate_curve, side_by_side
 from lowmem.train.schedule import starts_low
 from lowmem.train.state import config_hash
@@ -100,7 +100,7 @@ def _parse(at: int | str) -> int | str | None:
 def _positions(run: Path) -> tuple[list[Position], list[str]]:
     """Newest first; the one before the first step is nothing to fork from."""
     positions, damaged = [], []
-    for path in checkpoints.found(run / "checkpoints"):
+    for path in checkpoints.checkpoint_folders(run / "checkpoints"):
         try:
             positions.append(read_position(path))
         except CorruptCheckpoint as error:
@@ -320,7 +320,7 @@ def _draw(source: Source, both: Rates, fork_at: float, out: RunFolder) -> None:
 
     past: list[tuple[float, float]] = []
     try:
-        rows = read_epochs(source.run)[1]
+        rows = RunView(source.run).epochs
     except LowmemError:
         rows = ()  # the rows of the fork itself have been read by now; this is only the picture
     for row in rows:

@@ -6,7 +6,6 @@ read by every process. In one process alone all of this is what it was.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -20,14 +19,14 @@ import lowmem
 from lowmem.config.schema import Config, flatten, nest
 from lowmem.config.settings import Settings
 from lowmem.core.errors import Diverged, PreflightError, UsageError
-from lowmem.core.reading import PLAN_LIMIT_BYTES, read_json
+from lowmem.core.reading import shorten
 from lowmem.data import Dataset, load
 from lowmem.distributed.group import Group, join
 from lowmem.distributed.launch import Launch
 from lowmem.distributed.split import Split
-from lowmem.runs.null_writer import AbsentFolder
-from lowmem.runs.setup import never_began
-from lowmem.runs.store import RunFolder, leaving_no_trace
+from lowmem.runs.setup import leaving_no_trace, never_began
+from lowmem.runs.store import NullFolder, RunFolder
+from lowmem.runs.view import RunView
 from lowmem.train.observer import Observer
 from lowmem.train.state import config_hash
 
@@ -118,7 +117,7 @@ def load_data(group: Group, config: Config, observer: Observer) -> Dataset:
 def new_folder(group: Group, path: Path, config_yaml: str, environment: Mapping[str, Any]) -> Iterator[RunFolder]:
     """The folder of a new run, for the process that writes it."""
     with leaving_no_trace(path) if group.leads else nullcontext():
-        absent: RunFolder = AbsentFolder(path)
+        absent: RunFolder = NullFolder(path)
         with group.lead(lambda: RunFolder.create(path, config_yaml, environment), absent) as folder:
             yield folder
 
@@ -128,12 +127,11 @@ def begun_before(group: Group, path: Path, config: Config) -> bool:
     these settings. Raises Diverged if the run then stopped as it was asked to: starting again does not undo that."""
 
     def look() -> bool:
-        environment = path / "env.json"
-        if group.restarts == 0 or not (path / "config.yaml").is_file() or not environment.is_file():
+        if group.restarts == 0 or not (path / "config.yaml").is_file():
             return False
-        known = read_json(environment, PLAN_LIMIT_BYTES)
+        known = RunView(path).env
         mine = {"asked": config_hash(config), "launcher": launcher()}
-        if not isinstance(known, dict) or {key: known.get(key) for key in mine} != mine or never_began(path):
+        if {key: known.get(key) for key in mine} != mine or never_began(path):
             return False
         _refuse_stopped(path)
         return True
@@ -142,11 +140,10 @@ def begun_before(group: Group, path: Path, config: Config) -> bool:
 
 
 def _refuse_stopped(path: Path) -> None:
-    events = path / "events.jsonl"
-    lines = events.read_text(encoding="utf-8").splitlines() if events.is_file() else []
-    last = json.loads(lines[-1]) if lines else {}
-    if last.get("event") == "diverged" or (last.get("event") == "stuck" and last.get("stopped")):
-        raise Diverged(f"{path} was stopped before this restart, as asked: {last.get('why') or 'it learns nothing'}")
+    for last in RunView(path).events[-1:]:
+        if last.kind == "diverged" or (last.kind == "stuck" and last.detail.get("stopped")):
+            why = shorten(last.detail.get("why") or "it learns nothing", 500)
+            raise Diverged(f"{path} was stopped before this restart, as asked: {why}")
 
 
 def launcher() -> int | None:

@@ -15,8 +15,8 @@ from lowmem.distributed.group import Group
 from lowmem.lifecycle.run_identity import belongs_to, most_bytes
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
-from lowmem.runs.setup import never_began, start_again
-from lowmem.runs.store import RunFolder, require_run
+from lowmem.runs.setup import never_began, require_run, start_again
+from lowmem.runs.store import RunFolder
 from lowmem.train.observer import Observer
 from lowmem.train.state import share_checkpoint
 from lowmem.train.tensorboard import check_board

@@ -17,7 +17,8 @@ from lowmem.lifecycle.recorded_plans import read_plan
 from lowmem.models import skeleton
 from lowmem.plan.record import Plan
 from lowmem.runs.checkpoint import Checkpoint
-from lowmem.runs.store import plan_file, require_run
+from lowmem.runs.setup import require_run
+from lowmem.runs.store import plan_file
 from lowmem.runs.verify import Belonging, Verified, verify_run
 from lowmem.train.gradients import measured_weights
 from lowmem.train.state import check_belongs, config_hash
