@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import lowmem
+from lowmem.core.reading import RECORD_LIMIT_BYTES, read_json, shorten
 from lowmem.measure.meter import processor_name
 
 
@@ -57,3 +59,24 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
+
+
+# What decides the last bits of the arithmetic, as `describe` calls it.
+_ARITHMETIC = ("torch", "device", "card", "cuda", "cudnn", "tf32", "cpu_capability", "cpu_threads")
+
+
+def elsewhere(path: Path, now: Mapping[str, object]) -> str | None:
+    """What is not as it was where the run began, if that can change the last bits of its arithmetic, in words. `now`:
+    see `describe`. An env.json that cannot be read tells nothing."""
+    try:
+        then = read_json(path / "env.json", RECORD_LIMIT_BYTES)
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(then, dict):
+        return None
+    on_cpu = now.get("device") == "cpu" and then.get("device") == "cpu"
+    names = [name for name in _ARITHMETIC if name in then and (on_cpu or not name.startswith("cpu_"))]
+    changed = [f"{name} {shorten(then[name])} -> {now[name]}" for name in names if then[name] != now[name]]
+    if not changed:
+        return None
+    return f"not as where the run began ({', '.join(changed)}): from here on the last bits may differ"

@@ -327,6 +327,11 @@ def _read_env(path: Path, notes: list[str]) -> dict[str, object]:
     return values
 
 
+def read_events(run: Path) -> tuple[Event, ...]:
+    """Whole lines of events.jsonl; what is none, or half written, is left out."""
+    return _read_events(run / "events.jsonl", [])
+
+
 def _read_events(path: Path, notes: list[str]) -> tuple[Event, ...]:
     if not path.exists():
         return ()

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from lowmem.config.settings import Settings, from_yaml
 from lowmem.core.errors import CorruptCheckpoint, DiskError, PreflightError, UsageError
 from lowmem.core.reading import shorten
 from lowmem.runs import checkpoint as checkpoints
@@ -353,6 +354,12 @@ def require_run(path: Path) -> None:
     except OSError as error:
         raise UsageError(f"{path} cannot be looked into ({error.strerror or error}): check its permissions") from None
     refuse_leads(path)
+
+
+def recorded_settings(path: Path) -> Settings:
+    """The settings of an existing run. Raises UsageError if it is none."""
+    require_run(path)
+    return from_yaml(path / "config.yaml")
 
 
 def csv_line(names: Sequence[str], row: Mapping[str, Any]) -> str:
