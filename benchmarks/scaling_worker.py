@@ -73,7 +73,7 @@ def lowmem_steps(group: Group, job: dict[str, Any], data: Dataset) -> dict[str, 
     plan = Plan(
         budget_bytes=None, batch=share, micro_batch=share, accumulation=1, precision="fp32",
         memory_format="contiguous", exact=True, stages=stage_names(skeleton(**_named(job))), schedule=schedule,
-        shares=shares if group.size > 1 else (),
+        shares=shares,
     )  # fmt: skip
     net = build(**_named(job), num_classes=10, seed=0)
     execution = Execution("cpu", "fp32", "contiguous")
