@@ -1,7 +1,7 @@
 """A run from its beginning to its end. The route of `lowmem train`, each room entered once, downward only:
 
 `cli` turns flags into settings; `lifecycle.execute` takes them the rest of the way, as it takes a resume and a fork:
-1. `distributed`: the processes that torchrun has started join, and from then on are one group; one process is one of one.
+1. `distributed`: the processes that torchrun has started join, and are one group from now on; one process is one, too.
 2. `begin` (here) makes one value of new, resume or fork: the settings as they are asked for, resolved with `config`,
    what the run has recorded, read from `runs`, and a checkpoint that belongs to it.
 3. `data` gives the pictures.

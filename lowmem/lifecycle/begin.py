@@ -32,7 +32,6 @@ from lowmem.lifecycle.run_identity import (
     most_bytes,
     record_plans,
     recorded_run,
-    recorded_settings,
     source_run,
 )
 from lowmem.runs import checkpoint as checkpoints
@@ -40,7 +39,7 @@ from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.history import read_events
 from lowmem.runs.null_writer import AbsentFolder
 from lowmem.runs.setup import never_began, refuse_existing, start_again
-from lowmem.runs.store import RunFolder, leaving_no_trace
+from lowmem.runs.store import RunFolder, leaving_no_trace, recorded_settings
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
 from lowmem.train.state import check_position, config_hash, share_checkpoint
@@ -173,7 +172,7 @@ class Resume:
     def __init__(self, path: Path, given: Mapping[str, object] | None = None, recorded: Settings | None = None) -> None:
         self.path = path
         self.given = given or {}
-        self._recorded = recorded
+        self._known = recorded
 
     def after_restart(self, group: Group, observer: Observer) -> Resume:
         return self
@@ -181,7 +180,8 @@ class Resume:
     def open(self, group: Group, observer: Observer, stack: ExitStack) -> Start:
         """Locks the folder. Raises UsageError if it is no run or if what is given is not operational, CorruptCheckpoint
         if nothing can be resumed."""
-        recorded = self._recorded = share_settings(group, lambda: self._recorded or recorded_settings(self.path))
+        known = self._known
+        recorded = self._recorded = share_settings(group, lambda: known or recorded_settings(self.path))
 
         def changed() -> Settings:
             settings = resolve_execution(recorded.replace(self.given, "resume"))
@@ -347,7 +347,8 @@ def _headline(trainer: Trainer, path: Path) -> str:
 def _describe_processes(before: int, group: Group, config: Config) -> str:
     """What a resume on another number of processes must say."""
     saved, now = (f"{size} process{'es' if size > 1 else ''}" for size in (before, group.size))
-    head = f"saved by {saved}, going on with {now}: the same pictures in the same order, the same batch and learning rates"
+    stays = "the same pictures in the same order, the same batch and learning rates"
+    head = f"saved by {saved}, going on with {now}: {stays}"
     if config.train.sync_bn:
         return f"{head}; sums have another rounding, so that from here on it is not bit for bit the run that it was"
     sees = "the whole batch at once" if group.alone else "each process's own pictures"

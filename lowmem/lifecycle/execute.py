@@ -23,7 +23,7 @@ from lowmem.distributed.launch import Launch
 from lowmem.distributed.split import Split
 from lowmem.lifecycle.begin import Fork, New, Resume
 from lowmem.lifecycle.startup_signals import leaving_early
-from lowmem.measure.cap import cap_allocator
+from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.out_of_memory import classify
 from lowmem.models import build
 from lowmem.remat.libraries import prepare_libraries
@@ -56,7 +56,7 @@ def execute(begin: New | Resume | Fork, observer: Observer | None = None) -> Run
         begin = begin.after_restart(group, observer)
         start = begin.open(group, observer, stack)
         config = start.settings.config
-        group.together(lambda: _require(group, config))
+        group.together(lambda: refuse_unfit(group, config))
         dataset = _load_data(group, config, observer)
         size = DataSize(len(dataset.classes), len(dataset.train))
         confirm = _confirm(config, size, observer) if start.recorded is None else None
@@ -75,7 +75,7 @@ def execute(begin: New | Resume | Fork, observer: Observer | None = None) -> Run
             return RunResult(begin.path, trainer.run(folder))
 
 
-# -- one process, or several ---------------------------------------------------------------------------------------------
+# -- one process, or several -------------------------------------------------------------------------------------------
 
 
 def _launched(observer: Observer | None, device: str) -> tuple[Launch | None, Observer]:
@@ -111,7 +111,7 @@ def _require_alike(group: Group, what: str, value: str, way_out: str) -> None:
         raise UsageError(f"the processes have different {what} ({different}): {way_out}")
 
 
-def _require(group: Group, config: Config) -> None:
+def refuse_unfit(group: Group, config: Config) -> None:
     """What takes no time to refuse. Raises PreflightError, UsageError. The libraries are set for all that follows."""
     require_device(config.train.device)
     check_board(config)
@@ -141,7 +141,7 @@ def _load_data(group: Group, config: Config, observer: Observer) -> Dataset:
     return dataset
 
 
-# -- the trainer ---------------------------------------------------------------------------------------------------------
+# -- the trainer -------------------------------------------------------------------------------------------------------
 
 
 def _confirm(config: Config, size: DataSize, observer: Observer) -> Confirm | None:

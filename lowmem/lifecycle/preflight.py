@@ -160,7 +160,7 @@ def _try_board(run: RunFolder) -> None:
 
 def _try_report(run: RunFolder) -> None:
     """That the report can be written: its folder takes a file, its library is there, and (see `_try_rows`) its rows
-    read back. It is not drawn: matplotlib takes two seconds of every start, and a figure that fails costs nothing, since
+    read back. It is not drawn: matplotlib takes two seconds of every start, and a figure that fails costs nothing, as
     `lowmem report` draws it from the rows whenever it is asked to."""
     if importlib.util.find_spec("matplotlib") is None:
         raise PreflightError("the report cannot be drawn (no matplotlib): install what is missing with pip")

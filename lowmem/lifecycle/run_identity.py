@@ -171,5 +171,7 @@ def _describe_plans(run: Path, config: Config) -> str | None:
             f"{run / missing} is missing, the plan of one of the {size} processes that train this run: restore it, or "
             "go on with another number of them"
         )
-    described = f"batch {first.batch} in micro-batches of {first.micro_batch}, {len(first.ladder)} smaller plans in reserve"
+    described = (
+        f"batch {first.batch} in micro-batches of {first.micro_batch}, {len(first.ladder)} smaller plans in reserve"
+    )
     return described if size == 1 else f"{size} processes, of which this takes {described}"

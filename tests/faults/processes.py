@@ -20,7 +20,7 @@ import torch
 import lowmem.cli.job_process
 import lowmem.cli.show
 import lowmem.cli.show_reproduce
-import lowmem.lifecycle.api
+import lowmem.lifecycle.execute
 from lowmem.cli.main import _run
 from lowmem.reproduce.process import Conductor
 

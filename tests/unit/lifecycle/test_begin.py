@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from lowmem.choose import resolve_execution
 from lowmem.config.schema import Config
+from lowmem.config.settings import Settings
 from lowmem.core.errors import Diverged, UsageError
 from lowmem.distributed.group import Group
-from lowmem.lifecycle.processes import begun_before, launcher, require_pictures
+from lowmem.lifecycle.begin import begun_before, launcher
+from lowmem.lifecycle.execute import refuse_unfit
 from lowmem.runs.setup import never_began
 from lowmem.train.state import config_hash
 
@@ -95,4 +98,4 @@ def test_a_batch_for_all() -> None:
     group = Group()
     group.size = 129
     with pytest.raises(UsageError, match="a batch of 128 cannot be split over 129 processes"):
-        require_pictures(group, CONFIG)
+        refuse_unfit(group, resolve_execution(Settings(CONFIG, {})).config)
