@@ -89,6 +89,15 @@ def test_what_was_to_stop_stays_stopped(run: Path, last: dict[str, object]) -> N
         begun_before(restarted(), run, CONFIG)
 
 
+@pytest.mark.parametrize("line", ['{"event": "che', "5", "\\xff", "[]", '{"event": 5}'])
+def test_what_a_death_leaves_of_a_line_stops_no_restart(run: Path, line: str) -> None:
+    (run / "events.jsonl").write_bytes(b'{"event": "start"}\n' + line.encode("latin-1"))
+    assert begun_before(restarted(), run, CONFIG)
+    (run / "events.jsonl").write_bytes(line.encode("latin-1") + b'\n{"event": "diverged"}\n{"event": "ha')
+    with pytest.raises(Diverged, match="it learns nothing"):
+        begun_before(restarted(), run, CONFIG)
+
+
 def test_a_warning_that_it_learns_nothing_is_none(run: Path) -> None:
     _event(run, event="stuck", stopped=False)
     assert begun_before(restarted(), run, CONFIG)
