@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from lowmem.choose.request import card_rates
-from lowmem.choose.simulated import StepShape, simulate_step
 from lowmem.config.cards import load_card
 from lowmem.config.schema import Config
 from lowmem.data import Dataset, Pictures
@@ -27,6 +26,7 @@ from lowmem.models import build, skeleton
 from lowmem.plan.policy import SAVE_ALL, uniform
 from lowmem.plan.record import Plan
 from lowmem.remat import stage_names
+from lowmem.simulate import StepShape, simulate_step
 from lowmem.step.train_step import Execution, make_optimizer
 from lowmem.step.undo import Undo
 from lowmem.train.loop import Trainer

@@ -20,7 +20,7 @@ from lowmem.measure.out_of_memory import Failure
 from lowmem.runs.saver import Save, Saver
 from lowmem.runs.store import RunFolder
 from lowmem.step.data_parallel import StepRequest
-from lowmem.step.evaluate import Score, Sums, evaluate_sums
+from lowmem.step.evaluate import Score, Sums, evaluate
 from lowmem.step.undo import Undo
 from lowmem.train.check import PlanCheck
 from lowmem.train.checkpoint_interval import SaveInterval
@@ -277,7 +277,7 @@ class Loop:
 
         def summed(size: int) -> Sums | None:
             batches = eval_batches(part, size, t.dataset.mean, t.dataset.std, *place)
-            return evaluate_sums(t.model, batches, t.execution, lambda: self.signals.requested is not None)
+            return evaluate(t.model, batches, t.execution, lambda: self.signals.requested is not None)
 
         mine = self.descent.evaluated(summed)
         if isinstance(mine, Failure) and t.group.alone:

@@ -15,9 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from lowmem.calibrate.calibration import Calibration, Identity, Mode, Seconds
-from lowmem.cli.lines import describe_epoch
-from lowmem.cli.screen import screen
-from lowmem.cli.show_watch import to_json
+from lowmem.cli.terminal import describe_epoch
+from lowmem.cli.watch_screen import screen, to_json
 from lowmem.config.cards import load_card
 from lowmem.config.settings import from_yaml, gather, parse_set
 from lowmem.config.shipped import profiles_folder
