@@ -8,6 +8,7 @@ to come: so nothing may change which those are.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from lowmem.train.lr_preview import RateCurve, rate_curve, side_by_side
 from lowmem.train.schedule import starts_low
 from lowmem.train.state import config_hash
 
+_AT = re.compile(r"([0-9]{1,15})|step:([0-9]{1,15})|last")
 Changes = Mapping[str, tuple[object, object]]
 _SCHEDULE = ("schedule.milestones", "schedule.reference_epochs")
 # What decides which picture comes when.
@@ -57,13 +59,18 @@ def find(run: Path, config: Config, at: int | str) -> ForkPoint:
 
     Raises UsageError naming those there are, and CorruptCheckpoint if it is there and cannot be used.
     """
+    asked = _AT.fullmatch(str(at))
+    if asked is None:
+        raise UsageError(
+            f"--at {at} is no place in a run: give an epoch (its end) like 12, a step like step:4692, or last"
+        )
+    epoch, step = (None if number is None else int(number) for number in asked.groups())
     check, limit_bytes = belongs_to(config), most_bytes(config)
-    wanted = _parse(at)
     positions, elsewhere = _positions(run)
     others = f"there are {', '.join(position.at for position in reversed(positions))}" if positions else "there is none"
     damaged: list[str] = []
     for position in positions:
-        if wanted is not None and wanted != (position.step if _is_step(at) else position.at):
+        if step not in (None, position.step) or (epoch is not None and position.at != str(epoch)):
             continue
         try:
             saved = checkpoints.load(position.path, limit_bytes)
@@ -71,30 +78,14 @@ def find(run: Path, config: Config, at: int | str) -> ForkPoint:
         except CorruptCheckpoint as error:
             damaged.append(str(error))
             continue
-        return ForkPoint(run, config, saved, position, others, (*elsewhere, *damaged) if wanted is None else ())
-    what = "" if wanted is None else f" of step {wanted}" if _is_step(at) else f" of the end of epoch {wanted}"
-    skipped = f" (damaged: {'; '.join((*damaged, *elsewhere))})" if damaged or elsewhere else ""
-    text = f"{run} has no usable checkpoint{what}: {others}{skipped}; "
+        skipped = (*elsewhere, *damaged) if at == "last" else ()
+        return ForkPoint(run, config, saved, position, others, skipped)
+    what = f" of step {step}" if step is not None else f" of the end of epoch {epoch}" if epoch is not None else ""
+    reasons = f" (damaged: {'; '.join((*damaged, *elsewhere))})" if damaged or elsewhere else ""
+    text = f"{run} has no usable checkpoint{what}: {others}{reasons}; "
     if damaged:
         raise CorruptCheckpoint(f"{text}fork from another place, or restore the run's own files")
     raise UsageError(f"{text}keep more with --keep-every")
-
-
-def _is_step(at: int | str) -> bool:
-    return isinstance(at, str) and at.startswith("step:")
-
-
-def _parse(at: int | str) -> int | str | None:
-    """An epoch as text, a step as a number, None for the last. Raises UsageError."""
-    text = str(at)
-    if text == "last":
-        return None
-    number = text.removeprefix("step:")
-    if not (number.isascii() and number.isdigit() and len(number) < 16):
-        raise UsageError(
-            f"--at {text} is no place in a run: give an epoch (its end) like 12, a step like step:4692, or last"
-        )
-    return int(number) if _is_step(at) else str(int(number))
 
 
 def _positions(run: Path) -> tuple[list[Position], list[str]]:
