@@ -174,9 +174,6 @@ class Resume:
         self.given = given or {}
         self._known = recorded
 
-    def after_restart(self, group: Group, observer: Observer) -> Resume:
-        return self
-
     def open(self, group: Group, observer: Observer, stack: ExitStack) -> Start:
         """Locks the folder. Raises UsageError if it is no run or if what is given is not operational, CorruptCheckpoint
         if nothing can be resumed."""
@@ -223,7 +220,8 @@ class Resume:
         group, observer, state, settings = trainer.group, trainer.observer, trainer.state, decision.settings
         config = settings.config
         group.together(lambda: check_position(state, trainer.batches.steps_per_epoch))
-        group.lead(lambda: self._tidy(folder, config), None)
+        group.lead(lambda: checkpoints.set_aside(self._skipped), None)
+        folder.tidy(keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
         if decision.changed and decision.plan is not None:
             record_plans(group, decision.plan, folder)
             group.lead(lambda: folder.write_config(to_yaml(settings)), None)
@@ -250,10 +248,6 @@ class Resume:
             place = f"epoch {state.epoch + 1}, step {state.step_in_epoch}"
             observer.note(f"resuming {self.path} from {self._where.name}: {place}")
         return True
-
-    def _tidy(self, folder: RunFolder, config: Config) -> None:
-        checkpoints.set_aside(self._skipped)
-        folder.tidy(keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ def execute(begin: New | Resume | Fork, observer: Observer | None = None) -> Run
     """
     launch, observer = _launched(observer, str(begin.given.get("train.device", "auto")))
     with _joined(launch, begin.given) as group, ExitStack() as stack:
-        begin = begin.after_restart(group, observer)
+        if isinstance(begin, New):
+            begin = begin.after_restart(group, observer)
         start = begin.open(group, observer, stack)
         config = start.settings.config
         group.together(lambda: refuse_unfit(group, config))

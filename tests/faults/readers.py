@@ -19,8 +19,8 @@ from lowmem.cli.terminal import describe_epoch
 from lowmem.cli.watch_screen import screen, to_json
 from lowmem.config.cards import load_card
 from lowmem.config.settings import from_yaml, gather, parse_set
-from lowmem.config.shipped import profiles_folder
 from lowmem.core.errors import CorruptCheckpoint, Diverged, LowmemError
+from lowmem.core.places import profiles_folder
 from lowmem.core.units import format_size
 from lowmem.data import folder as pictures_folder
 from lowmem.data import load
