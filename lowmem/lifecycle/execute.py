@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import lowmem
 from lowmem.choose import resolve_execution
-from lowmem.choose.decide import Confirm, DataSize, Decision, decide
+from lowmem.choose.decide import DataSize, Decision, decide
 from lowmem.choose.execution import numerics_of, refuse_unsafe, require_device
-from lowmem.choose.request import Choice, Request
 from lowmem.config.schema import Config, known_keys
 from lowmem.config.settings import Settings
 from lowmem.core.errors import OutOfMemory, PreflightError, UsageError
@@ -33,7 +33,7 @@ from lowmem.train.observer import Observer
 from lowmem.train.schedule import starts_low
 from lowmem.train.state import config_hash, restore
 from lowmem.train.tensorboard import check_board, exporting
-from lowmem.trial.plan_trial import Confirmed, confirm_run, wants_confirmation
+from lowmem.trial.plan_trial import confirm_run, wants_confirmation
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ def execute(begin: New | Resume | Fork, observer: Observer | None = None) -> Run
         group.together(lambda: refuse_unfit(group, config))
         dataset = _load_data(group, config, observer)
         size = DataSize(len(dataset.classes), len(dataset.train))
-        confirm = _confirm(config, size, observer) if start.recorded is None else None
-        decision = decide(start.settings, size, group, recorded=start.recorded, confirm=confirm, tell=observer)
+        confirm = partial(confirm_run, num_classes=size.classes, train_pictures=len(dataset.train), tell=observer.note)
+        wanted = confirm if start.recorded is None and wants_confirmation(config) else None
+        decision = decide(start.settings, size, group, recorded=start.recorded, confirm=wanted, tell=observer)
         checkpoint = begin.checkpoint(start, decision.settings, dataset, observer)
         stack.enter_context(_out_of_memory(begin.path))
         folder = begin.folder(group, start, decision.settings, stack)
@@ -69,7 +70,6 @@ def execute(begin: New | Resume | Fork, observer: Observer | None = None) -> Run
         if checkpoint is not None:
             parts = (trainer.model, trainer.optimizer, trainer.step.scaler, trainer.identity)
             trainer.state = group.together(lambda: restore(checkpoint, *parts))
-        _cap_emulated(trainer)
         if not begin.commit(decision, trainer, folder):
             return RunResult(begin.path, Outcome(False, trainer.state))
         with exporting(trainer, begin.path) if group.leads else nullcontext():
@@ -145,20 +145,6 @@ def _load_data(group: Group, config: Config, observer: Observer) -> Dataset:
 # -- the trainer -------------------------------------------------------------------------------------------------------
 
 
-def _confirm(config: Config, size: DataSize, observer: Observer) -> Confirm | None:
-    """Tries a new run's plan by real steps, if that is wanted."""
-    if not wants_confirmation(config):
-        return None
-
-    def confirm(config: Config, request: Request, choices: list[Choice]) -> Confirmed:
-        pictures = size.train_pictures or 0
-        return confirm_run(
-            config, request, choices, num_classes=size.classes, train_pictures=pictures, tell=observer.note
-        )
-
-    return confirm
-
-
 def make_trainer(group: Group, decision: Decision, dataset: Dataset, observer: Observer, path: Path) -> Trainer:
     """Raises OutOfMemory, PreflightError; in all processes."""
     config = decision.settings.config
@@ -172,8 +158,11 @@ def make_trainer(group: Group, decision: Decision, dataset: Dataset, observer: O
         with _out_of_memory(path):
             return Trainer(config, model, dataset, execution, identity, observer, decision.plan, group, decision.split)
 
-    trainer = group.together(make)
+    trainer, plan = group.together(make), decision.plan
     trainer.state.low_start = starts_low(config)
+    if config.train.device == "cuda" and plan is not None and plan.allocator_bytes is not None:
+        # A larger card made to behave like one of --vram, by the cap that the plan was made for and tried under.
+        cap_allocator(plan.allocator_bytes)
     if not group.alone:
         observer.note(_describe_batch_norm(group, config, decision.split))
     return trainer
@@ -205,10 +194,3 @@ def _describe_batch_norm(group: Group, config: Config, split: Split) -> str:
     if config.train.sync_bn:
         return f"{head}; batch norm is over all of them (train.sync_bn), as in one process"
     return f"{head}; each one's batch norm sees its own only, as is usual (--sync-bn: all of them, as in one process)"
-
-
-def _cap_emulated(trainer: Trainer) -> None:
-    """A larger card made to behave like one of --vram, by the cap that the plan was made for and tried under."""
-    plan = trainer.plan
-    if trainer.config.train.device == "cuda" and plan is not None and plan.allocator_bytes is not None:
-        cap_allocator(plan.allocator_bytes)
