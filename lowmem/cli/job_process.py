@@ -17,7 +17,7 @@ from lowmem.reproduce.eta import Pace, epoch_seconds_of, seconds_left
 from lowmem.reproduce.job import Job, read_job
 from lowmem.reproduce.members import ALL, Member
 from lowmem.reproduce.progress import Standing, epoch_seconds, standing_of, standings_of
-from lowmem.runs.history import EpochRow
+from lowmem.runs.rows import EpochRow
 from lowmem.train.observer import Observer, Progress
 
 _HEADER = ("run", "state", "epoch", "time left", "on disk")

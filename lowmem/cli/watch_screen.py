@@ -17,8 +17,8 @@ from rich.text import Text
 from lowmem.config.schema import Config
 from lowmem.core.reading import shorten
 from lowmem.core.units import format_duration, format_size
-from lowmem.runs.history import EpochRow, Event
-from lowmem.runs.live import Live
+from lowmem.runs.rows import EpochRow, Event
+from lowmem.runs.watch import Live
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = "_.-=+*#@"

@@ -224,7 +224,8 @@ def from_yaml(path: Path) -> Settings:
         sources: dict[str, str] = dict.fromkeys(flat, str(path))
         return Settings(validate(flat, sources), _recorded_sources(path, text))
     except LowmemError as error:
-        raise UsageError(f"the run's settings cannot be used: {error}") from None
+        where = "" if str(path) in str(error) else f"{path}: "
+        raise UsageError(f"the run's settings cannot be used: {where}{shorten(error, 500)}") from None
 
 
 def _recorded_sources(path: Path, text: str) -> dict[str, str]:

@@ -30,7 +30,7 @@ from lowmem.doctor.asking import Answers, ask
 from lowmem.doctor.facts import Facts
 from lowmem.doctor.probe import STAGES
 from lowmem.measure.nvml import DriverReport, read_driver
-from lowmem.runs.space import kept_epochs, run_bytes
+from lowmem.runs.setup import kept_epochs, run_bytes
 
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",

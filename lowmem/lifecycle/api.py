@@ -14,7 +14,7 @@ from lowmem.config.schema import Config, flatten, known_keys
 from lowmem.config.settings import Settings
 from lowmem.core.errors import UsageError
 from lowmem.distributed.launch import Launch, is_led
-from lowmem.runs.store import recorded_settings
+from lowmem.runs.view import recorded_settings
 from lowmem.train.observer import Observer
 
 if TYPE_CHECKING:

@@ -36,10 +36,9 @@ from lowmem.lifecycle.run_identity import (
 )
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
-from lowmem.runs.history import read_events
-from lowmem.runs.null_writer import AbsentFolder
-from lowmem.runs.setup import never_began, refuse_existing, start_again
-from lowmem.runs.store import RunFolder, leaving_no_trace, recorded_settings
+from lowmem.runs.setup import leaving_no_trace, never_began, refuse_existing, start_again
+from lowmem.runs.store import NullFolder, RunFolder
+from lowmem.runs.view import RunView, recorded_settings
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
 from lowmem.train.state import check_position, config_hash, share_checkpoint
@@ -87,7 +86,7 @@ class New:
         self._environment = describe(settings.config.train.device) | {"processes": group.size}
         asked = {"asked": config_hash(start.settings.config), "launcher": launcher()}
         stack.enter_context(leaving_no_trace(self.path) if group.leads else nullcontext())
-        absent: RunFolder = AbsentFolder(self.path)
+        absent: RunFolder = NullFolder(self.path)
         made = group.lead(lambda: RunFolder.create(self.path, to_yaml(settings), self._environment | asked), absent)
         return stack.enter_context(self._discarding(stack.enter_context(made)))
 
@@ -186,7 +185,7 @@ class Resume:
             return settings
 
         settings = group.together(changed)
-        absent: RunFolder = AbsentFolder(self.path)
+        absent: RunFolder = NullFolder(self.path)
         self._folder = stack.enter_context(group.lead(lambda: RunFolder.open(self.path), absent))
         self._skipped: Mapping[Path, str] = {}
         newest = group.lead(lambda: self._newest(settings.config, observer), None)
@@ -314,7 +313,7 @@ def begun_before(group: Group, path: Path, config: Config) -> bool:
         mine = {"asked": config_hash(config), "launcher": launcher()}
         if not isinstance(known, dict) or {key: known.get(key) for key in mine} != mine or never_began(path):
             return False
-        for last in read_events(path)[-1:]:
+        for last in RunView(path).events[-1:]:
             if last.kind == "diverged" or (last.kind == "stuck" and last.detail.get("stopped")):
                 why = shorten(last.detail.get("why") or "it learns nothing", 500)
                 raise Diverged(f"{path} was stopped before this restart, as asked: {why}")

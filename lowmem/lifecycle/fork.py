@@ -22,10 +22,10 @@ from lowmem.lifecycle.run_identity import belongs_to, most_bytes
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.checkpoint import Checkpoint, disk_error
-from lowmem.runs.checkpoint_state import Position, read_position
-from lowmem.runs.history import read_epochs
+from lowmem.runs.checkpoint_state import Position
 from lowmem.runs.setup import FORKING
 from lowmem.runs.store import RunFolder
+from lowmem.runs.view import RunView
 from lowmem.train.lr_preview import RateCurve, rate_curve, side_by_side
 from lowmem.train.schedule import starts_low
 from lowmem.train.state import config_hash
@@ -66,7 +66,11 @@ def find(run: Path, config: Config, at: int | str) -> ForkPoint:
         )
     epoch, step = (None if number is None else int(number) for number in asked.groups())
     check, limit_bytes = belongs_to(config), most_bytes(config)
-    positions, elsewhere = _positions(run)
+    view = RunView(run)
+    positions = [
+        position for position in view.checkpoints if position.step > 0
+    ]  # before, there is nothing to fork from
+    elsewhere = [reason.removeprefix("a checkpoint is damaged: ") for reason in view.damaged_checkpoints]
     others = f"there are {', '.join(position.at for position in reversed(positions))}" if positions else "there is none"
     damaged: list[str] = []
     for position in positions:
@@ -86,17 +90,6 @@ def find(run: Path, config: Config, at: int | str) -> ForkPoint:
     if damaged:
         raise CorruptCheckpoint(f"{text}fork from another place, or restore the run's own files")
     raise UsageError(f"{text}keep more with --keep-every")
-
-
-def _positions(run: Path) -> tuple[list[Position], list[str]]:
-    """Newest first; the one before the first step is nothing to fork from."""
-    positions, damaged = [], []
-    for path in checkpoints.found(run / "checkpoints"):
-        try:
-            positions.append(read_position(path))
-        except CorruptCheckpoint as error:
-            damaged.append(str(error))
-    return [position for position in positions if position.step > 0], damaged
 
 
 # -- what changes ------------------------------------------------------------------------------------------------------
@@ -305,7 +298,7 @@ def _draw(source: ForkPoint, curves: tuple[RateCurve, RateCurve], fork_at: float
 
     past: list[tuple[float, float]] = []
     try:
-        rows = read_epochs(source.run)[1]
+        rows = RunView(source.run).epochs
     except LowmemError:
         rows = ()  # the rows of the fork itself have been read by now; this is only the picture
     for row in rows:

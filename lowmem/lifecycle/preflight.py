@@ -19,12 +19,12 @@ from lowmem.core.errors import CorruptCheckpoint, DiskError, PreflightError, Usa
 from lowmem.core.units import format_duration, format_size
 from lowmem.lifecycle.run_identity import read_plan
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs import columns, gradients
 from lowmem.runs.atomic import write_text_atomic
 from lowmem.runs.event_files import EventFiles, read_points
-from lowmem.runs.history import read_history
-from lowmem.runs.space import kept_epochs, rows_bytes, run_bytes
-from lowmem.runs.store import RunFolder, csv_line
+from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, csv_line, gradient_line
+from lowmem.runs.setup import kept_epochs, rows_bytes, run_bytes
+from lowmem.runs.store import RunFolder
+from lowmem.runs.view import read_run
 from lowmem.train.gradients import default_every
 from lowmem.train.loop import Trainer
 from lowmem.train.trial_step import Tried, try_step
@@ -124,13 +124,13 @@ def _try_rows(trainer: Trainer, run: RunFolder, tried: Tried) -> None:
     run.begin_gradients(tried.layers, step=0)
     run.append_gradients([(1, 1, tried.gradient_norms)])
     run.event("preflight", **told)
-    back = read_history(run.path)
-    line, lines = csv_line(columns.METRICS, row), [csv_line(columns.STEPS, step) for step in steps]
-    _same([csv_line(columns.METRICS, vars(read)) for read in back.epochs] == [line], run.metrics_file)
-    _same([csv_line(columns.STEPS, vars(read)) for read in back.steps] == lines, run.steps_file)
-    norms = [gradients.line(read.step, read.epoch, read.norms) for read in back.gradients.rows]
+    back = read_run(run.path)
+    line, lines = csv_line(EPOCH_TABLE.names, row), [csv_line(STEP_TABLE.names, step) for step in steps]
+    _same([csv_line(EPOCH_TABLE.names, vars(read)) for read in back.epochs] == [line], run.metrics_file)
+    _same([csv_line(STEP_TABLE.names, vars(read)) for read in back.steps] == lines, run.steps_file)
+    norms = [gradient_line(read.step, read.epoch, read.norms) for read in back.gradients.rows]
     _same(back.gradients.layers == tried.layers, run.gradients_file)
-    _same(norms == [gradients.line(1, 1, tried.gradient_norms)], run.gradients_file)
+    _same(norms == [gradient_line(1, 1, tried.gradient_norms)], run.gradients_file)
     _same([(event.kind, dict(event.detail)) for event in back.events] == [("preflight", told)], run.events_file)
     _same(back.best is not None and (back.best.epoch, back.best.error_pct) == (1, 12.5), run.path / "weights")
 

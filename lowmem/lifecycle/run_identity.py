@@ -19,7 +19,8 @@ from lowmem.models.resnet import ResNet
 from lowmem.plan.record import Plan
 from lowmem.remat import stage_names
 from lowmem.runs.checkpoint import Checkpoint
-from lowmem.runs.store import PLAN, RunFolder, plan_file, require_run
+from lowmem.runs.setup import require_run
+from lowmem.runs.store import PLAN, RunFolder, plan_file
 from lowmem.runs.verify import Belonging, Verified, verify_run
 from lowmem.train.gradients import measured_weights
 from lowmem.train.observer import Observer

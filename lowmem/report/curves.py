@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from lowmem.report.naming import curve_labels
 from lowmem.report.palette import style_of
-from lowmem.runs.history import EpochRow, History
+from lowmem.runs.rows import EpochRow
+from lowmem.runs.view import RunView
 
 LINE_WIDTHS = (1.9, 1.3, 0.9)  # the runs of one network, which share its colour
 
@@ -50,7 +51,7 @@ TEST_ERROR = Panel(
 class Curve:
     """One run in one figure."""
 
-    history: History
+    history: RunView
     label: str
     colour: str
     dashes: str | tuple[int, tuple[float, ...]]
@@ -73,9 +74,9 @@ class Curve:
         ]
 
 
-def find_pairs(histories: Sequence[History]) -> dict[tuple[int, str], list[History]]:
+def find_pairs(histories: Sequence[RunView]) -> dict[tuple[int, str], list[RunView]]:
     """Runs by (depth, block), where both a residual and a plain net have a curve."""
-    groups: dict[tuple[int, str], list[History]] = {}
+    groups: dict[tuple[int, str], list[RunView]] = {}
     for history in histories:
         model = history.config.model
         if not history.epochs:
@@ -88,7 +89,7 @@ def find_pairs(histories: Sequence[History]) -> dict[tuple[int, str], list[Histo
     }
 
 
-def curves_of(histories: Sequence[History]) -> list[Curve]:
+def curves_of(histories: Sequence[RunView]) -> list[Curve]:
     """Label, colour and line of every run; the runs of one network get thinner in turn."""
     seen: dict[tuple[str, str], int] = {}
     curves = []
@@ -102,7 +103,7 @@ def curves_of(histories: Sequence[History]) -> list[Curve]:
     return curves
 
 
-def common_classes(histories: Sequence[History]) -> int | None:
+def common_classes(histories: Sequence[RunView]) -> int | None:
     """The number of classes if all runs that know it agree: there is one chance level or none."""
     known = {history.classes for history in histories if history.classes is not None}
     return known.pop() if len(known) == 1 else None

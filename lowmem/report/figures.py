@@ -27,7 +27,7 @@ from lowmem.report.style import (
     new_figure,
     to_png,
 )
-from lowmem.runs.history import History
+from lowmem.runs.view import RunView
 
 FEW_EPOCHS = 25  # up to here each epoch is marked
 FEW_STEPS = 1_000  # up to here single steps can be told apart, and are drawn a little stronger
@@ -44,7 +44,7 @@ class Picture:
     remark: str
 
 
-def draw_all(histories: Sequence[History]) -> list[Picture]:
+def draw_all(histories: Sequence[RunView]) -> list[Picture]:
     """loss.png, test_error.png and the pairs, as far as there is anything to draw."""
     pictures = []
     for panel, file_name in ((LOSS, "loss.png"), (TEST_ERROR, "test_error.png")):
@@ -63,7 +63,7 @@ def draw_all(histories: Sequence[History]) -> list[Picture]:
 
 
 def _draw(
-    histories: Sequence[History], panels: tuple[Panel, ...], file_name: str, title: str, height: float
+    histories: Sequence[RunView], panels: tuple[Panel, ...], file_name: str, title: str, height: float
 ) -> Picture | None:
     curves = curves_of(histories)
     drawn = [[curve for curve in curves if curve.points(panel)] for panel in panels]

@@ -19,8 +19,8 @@ from lowmem.report.figures import Filled, Picture, lay_out
 from lowmem.report.labels import EndLabel
 from lowmem.report.naming import file_names
 from lowmem.report.style import AXIS_SIZE, PAIR_HEIGHT_INCHES, dress, new_figure, to_png
-from lowmem.runs.gradients import GradientRow, Gradients
-from lowmem.runs.history import History
+from lowmem.runs.rows import GradientRow, Gradients
+from lowmem.runs.view import RunView
 
 MOMENTS = 4  # of one run; of each run of a pair only the first and the last
 _FAINTEST = 0.4  # opacity of the first moment
@@ -43,7 +43,7 @@ class Line:
     opacity: float
 
 
-def draw_gradients(histories: Sequence[History]) -> list[Picture]:
+def draw_gradients(histories: Sequence[RunView]) -> list[Picture]:
     """A figure for each run with a gradients.csv, and one for each pair with and without shortcuts."""
     curves = curves_of(histories)
     recorded = [curve for curve in curves if curve.history.gradients.rows]
@@ -75,7 +75,7 @@ def by_depth(gradients: Gradients, row: GradientRow) -> list[tuple[float, float]
     return _drawable((float(place), norm) for place, norm in enumerate(reversed(main), start=1))
 
 
-def over_time(history: History, layer: int) -> list[tuple[float, float]]:
+def over_time(history: RunView, layer: int) -> list[tuple[float, float]]:
     """(epochs done, norm) of one layer of `gradients.layers`; of a run without a whole epoch (steps done, norm)."""
     last = history.last
     scale = last.epoch / last.step if last is not None and last.step > 0 else 1.0

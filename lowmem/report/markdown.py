@@ -17,7 +17,7 @@ from lowmem.report.published import ASSUMED, describe_source
 from lowmem.report.resources import EXPLAINED, largest, resource_rows
 from lowmem.report.resources import HEADER as RESOURCES
 from lowmem.report.tables import TABLE_HEADER, UNKNOWN, TableRow, percent, without_run
-from lowmem.runs.history import History
+from lowmem.runs.view import RunView
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~$&!^])")
 
@@ -27,7 +27,7 @@ def escape(text: object) -> str:
     return _SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
 
 
-def render(histories: Sequence[History], rows: Sequence[TableRow], pictures: Sequence[Picture]) -> str:
+def render(histories: Sequence[RunView], rows: Sequence[TableRow], pictures: Sequence[Picture]) -> str:
     """The whole document. `histories` and `rows` are in the same order."""
     parts = ["# Training report", "## Final test errors", *_table(rows), *_explain_table(histories)]
     parts += ["## What differs from the published setting", _departures(rows)]
@@ -61,13 +61,13 @@ def _departures(rows: Sequence[TableRow]) -> str:
     return "\n".join(f"- {escape(runs)}: {escape(text)}" for runs, text in departures(rows))
 
 
-def _resources(histories: Sequence[History]) -> str:
+def _resources(histories: Sequence[RunView]) -> str:
     lines = ["| " + " | ".join(RESOURCES) + " |", "|---|" + "---:|" * (len(RESOURCES) - 1)]
     lines += ["| " + " | ".join(escape(cell) for cell in row) + " |" for row in resource_rows(histories)]
     return "\n".join(lines)
 
 
-def _explain_table(histories: Sequence[History]) -> list[str]:
+def _explain_table(histories: Sequence[RunView]) -> list[str]:
     parts = [
         "Final is the error after the last completed epoch, not the lowest on the way. *Published* are the "
         "final test errors of the report that these networks come from. It states SGD, momentum 0.9, weight "
@@ -85,7 +85,7 @@ def _explain_table(histories: Sequence[History]) -> list[str]:
 # --- one run --------------------------------------------------------------------------------------
 
 
-def _run_section(history: History, name: str) -> list[str]:
+def _run_section(history: RunView, name: str) -> list[str]:
     lines = [
         ("State", _state(history)),
         ("Settings", _settings(history)),
@@ -104,7 +104,7 @@ def _run_section(history: History, name: str) -> list[str]:
     return [heading, "\n".join(f"- {title}: {text}" for title, text in lines)]
 
 
-def _state(history: History) -> str:
+def _state(history: RunView) -> str:
     done, asked, last = history.epochs_done, history.config.train.epochs, history.last
     if history.state == "finished":
         text = f"finished, {asked} epochs"
@@ -114,10 +114,10 @@ def _state(history: History) -> str:
         text += f"; newest logged step {logged[-1].step:,} with loss {logged[-1].loss:.4g}" if logged else ""
     else:
         text = f"at epoch {done} of {asked}"
-    if history.state == "stopped as planned":
+    if history.state == "stopped":
         most = history.config.train.max_steps
         text += ", stopped as planned" + (f" (train.max\\_steps {most:,})" if most else "")
-    elif history.state == "unfinished":
+    elif history.state != "finished":
         text += ", not finished (interrupted, or still running)"
     resumed = history.times_resumed
     if resumed:
@@ -128,7 +128,7 @@ def _state(history: History) -> str:
     return text
 
 
-def _trouble(history: History) -> str:
+def _trouble(history: RunView) -> str:
     """What the run itself noticed: going back from a broken loss, learning nothing, stopping for either."""
     kinds = [event.kind for event in history.events]
     text = ""
@@ -144,7 +144,7 @@ def _trouble(history: History) -> str:
     return text
 
 
-def _settings(history: History) -> str:
+def _settings(history: RunView) -> str:
     config = history.config
     model, data, train = config.model, config.data, config.train
     optim, schedule = config.optim, config.schedule
@@ -173,7 +173,7 @@ def _settings(history: History) -> str:
     return escape("; ".join(said))
 
 
-def _best(history: History) -> str:
+def _best(history: RunView) -> str:
     best = history.best
     if best is None:
         return f"{UNKNOWN} (none saved)"
@@ -191,7 +191,7 @@ def _best(history: History) -> str:
     return f"{text}; on what they were chosen is not recorded"
 
 
-def _lowest(history: History) -> str:
+def _lowest(history: RunView) -> str:
     known = [(row.test_error_pct, row.epoch) for row in history.epochs if row.test_error_pct is not None]
     if not known:
         return UNKNOWN
@@ -199,14 +199,14 @@ def _lowest(history: History) -> str:
     return f"{percent(error)} at epoch {epoch} (seen afterwards, so optimistic)"
 
 
-def _time(history: History) -> str:
+def _time(history: RunView) -> str:
     elapsed = None if history.last is None else history.last.elapsed_seconds
     rates = [row.images_per_second for row in history.epochs if row.images_per_second is not None]
     rate = f"{median(rates):,.0f} images/s in training (median over epochs)" if rates else f"{UNKNOWN} images/s"
     return f"{UNKNOWN if elapsed is None else format_duration(elapsed)} in all; {rate}"
 
 
-def _memory(history: History) -> str:
+def _memory(history: RunView) -> str:
     return (
         f"{largest(history.epochs, lambda row: row.peak_allocated_bytes)} allocated, "
         f"{largest(history.epochs, lambda row: row.peak_reserved_bytes)} reserved, "
@@ -214,7 +214,7 @@ def _memory(history: History) -> str:
     )
 
 
-def _from_env(history: History, keys: Sequence[str]) -> str:
+def _from_env(history: RunView, keys: Sequence[str]) -> str:
     """What env.json says, and what a resume found changed since."""
     resumes = [event.detail for event in history.events if event.kind == "resume"]
     said = []

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from lowmem.core.reading import shorten as one_line
 from lowmem.report.palette import network_name
-from lowmem.runs.history import History
+from lowmem.runs.view import RunView
 
 LONGEST_NAME = 18  # characters at the end of a curve; longer names would take the room of the curves
 
 
-def run_names(histories: Sequence[History]) -> list[str]:
+def run_names(histories: Sequence[RunView]) -> list[str]:
     """The folders' names; with the folder above where two runs have the same, with a count where that is the
     same too.
     """
@@ -30,7 +30,7 @@ def run_names(histories: Sequence[History]) -> list[str]:
     return found
 
 
-def curve_labels(histories: Sequence[History]) -> list[str]:
+def curve_labels(histories: Sequence[RunView]) -> list[str]:
     """The network's name, and the run's where a network has several runs (seeds, widths)."""
     networks = [network_name(history.config.model) for history in histories]
     return [
@@ -39,7 +39,7 @@ def curve_labels(histories: Sequence[History]) -> list[str]:
     ]
 
 
-def file_names(histories: Sequence[History]) -> list[str]:
+def file_names(histories: Sequence[RunView]) -> list[str]:
     """The runs' names as parts of file names, no two the same on any system."""
     slugs = [re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "run" for name in run_names(histories)]
     seen: Counter[str] = Counter()

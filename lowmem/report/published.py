@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import PurePath
 
 from lowmem.config.schema import Config, resolve_block
-from lowmem.runs.history import History
+from lowmem.runs.view import RunView
 
 PUBLISHED_ERROR_PCT: dict[str, float] = {
     "res20": 8.08,
@@ -41,7 +41,7 @@ def describe_source(source: str) -> str:
     return f"pictures of folder {PurePath(path).name or path}"
 
 
-def differences(history: History) -> tuple[str, ...]:
+def differences(history: RunView) -> tuple[str, ...]:
     """In words, all that is known to set the run apart from the published setting; empty if nothing is."""
     config = history.config
     return (
@@ -53,7 +53,7 @@ def differences(history: History) -> tuple[str, ...]:
     )
 
 
-def _progress(history: History) -> list[str]:
+def _progress(history: RunView) -> list[str]:
     done, asked = history.epochs_done, history.config.train.epochs
     if done >= asked:
         return []
@@ -108,7 +108,7 @@ def _step(config: Config) -> list[str]:
     return found
 
 
-def _rescued(history: History) -> list[str]:
+def _rescued(history: RunView) -> list[str]:
     """What was done to a run whose loss broke."""
     back = [event.detail.get("lr_scale") for event in history.events if event.kind == "rollback"]
     scales = [scale for scale in back if isinstance(scale, int | float)]

@@ -8,7 +8,8 @@ from statistics import median
 from lowmem.core.units import format_duration, format_size
 from lowmem.report.naming import run_names
 from lowmem.report.tables import UNKNOWN
-from lowmem.runs.history import EpochRow, History
+from lowmem.runs.rows import EpochRow
+from lowmem.runs.view import RunView
 
 HEADER = ("Run", "Time", "Images/s", "Planned", "Allocated", "Reserved", "Device", "Resumed")
 EXPLAINED = (
@@ -19,12 +20,12 @@ EXPLAINED = (
 )
 
 
-def resource_rows(histories: Sequence[History]) -> list[tuple[str, ...]]:
+def resource_rows(histories: Sequence[RunView]) -> list[tuple[str, ...]]:
     """The texts under HEADER, a row a run, in the order given."""
     return [_row(history, name) for history, name in zip(histories, run_names(histories), strict=True)]
 
 
-def _row(history: History, name: str) -> tuple[str, ...]:
+def _row(history: RunView, name: str) -> tuple[str, ...]:
     rates = [row.images_per_second for row in history.epochs if row.images_per_second is not None]
     elapsed = None if history.last is None else history.last.elapsed_seconds
     resumed = history.times_resumed
@@ -49,7 +50,7 @@ def largest(rows: Iterable[EpochRow], value: Callable[[EpochRow], int | None]) -
     return format_size(max(known)) if known else UNKNOWN
 
 
-def _checked(history: History, name: str) -> str:
+def _checked(history: RunView, name: str) -> str:
     """Of the plan in force at last: its first steps are held against the prediction."""
     found = [event.detail.get(name) for event in history.events if event.kind == "measured"]
     known = [size for size in found if isinstance(size, int) and not isinstance(size, bool) and 0 < size < 1 << 60]

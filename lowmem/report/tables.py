@@ -11,7 +11,7 @@ from lowmem.config.schema import ModelConfig, resolve_block
 from lowmem.report.naming import run_names
 from lowmem.report.palette import network_name, network_rank
 from lowmem.report.published import PUBLISHED_ERROR_PCT, differences, published_error_pct
-from lowmem.runs.history import History
+from lowmem.runs.view import RunView
 
 UNKNOWN = "–"
 TABLE_HEADER = (
@@ -59,17 +59,17 @@ def percent(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:.2f} %"
 
 
-def in_order(histories: Sequence[History]) -> list[History]:
+def in_order(histories: Sequence[RunView]) -> list[RunView]:
     """Residual nets by depth, then plain nets; runs of one network by name."""
     return sorted(histories, key=lambda history: (*network_rank(history.config.model), history.name, str(history.path)))
 
 
-def build_rows(histories: Sequence[History]) -> tuple[TableRow, ...]:
+def build_rows(histories: Sequence[RunView]) -> tuple[TableRow, ...]:
     """A row for each run, in the order given."""
     return tuple(_row(history, name) for history, name in zip(histories, run_names(histories), strict=True))
 
 
-def _row(history: History, name: str) -> TableRow:
+def _row(history: RunView, name: str) -> TableRow:
     config = history.config
     return TableRow(
         network=network_name(config.model),
@@ -82,7 +82,7 @@ def _row(history: History, name: str) -> TableRow:
     )
 
 
-def without_run(histories: Sequence[History]) -> dict[str, float]:
+def without_run(histories: Sequence[RunView]) -> dict[str, float]:
     """The published networks that no run here is of, with their errors."""
     present = {history.config.model.arch for history in histories if published_error_pct(history.config) is not None}
     return {

@@ -17,7 +17,7 @@ from lowmem.report.resources import resource_rows
 from lowmem.report.tables import TableRow, build_rows, in_order
 from lowmem.runs.atomic import write_bytes_atomic, write_text_atomic
 from lowmem.runs.event_files import EventFiles, require_tensorboard
-from lowmem.runs.history import History, read_history
+from lowmem.runs.view import RunView, read_run
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def write_report(
     )
 
 
-def _export(history: History, folder: Path) -> None:
+def _export(history: RunView, folder: Path) -> None:
     # Not where a run that is still trained keeps its own: the two would take each other's away.
     files = EventFiles(history.path, folder)
     files.update()
@@ -88,9 +88,9 @@ def _title(rows: Sequence[TableRow]) -> str:
     return f"lowmem: {shorten(names, 80)}"
 
 
-def _read_all(runs: Sequence[Path]) -> list[History]:
+def _read_all(runs: Sequence[Path]) -> list[RunView]:
     """The runs in the table's order; one that is given twice counts once."""
     if not runs:
         raise UsageError("no run given: lowmem report runs/res20 [runs/cnn20 ...]")
     once = {Path(run).resolve(): Path(run) for run in runs}
-    return in_order([read_history(run) for run in once.values()])
+    return in_order([read_run(run) for run in once.values()])

@@ -17,7 +17,7 @@ from lowmem.reproduce.members import ALL, REPORTED, Member
 from lowmem.reproduce.process import Conductor
 from lowmem.reproduce.progress import Standing, standing_of, standings_of, wait_for_writers
 from lowmem.runs.atomic import write_bytes_atomic
-from lowmem.runs.history import read_history
+from lowmem.runs.view import read_run
 
 # What would stop every other run too. Anything else is a run's own: the others go on without it.
 _STOPS_ALL = {ExitCode.USAGE, ExitCode.PREFLIGHT, ExitCode.DISK, ExitCode.INTERRUPTED, ExitCode.TERMINATED}
@@ -194,7 +194,7 @@ def to_report(path: Path) -> tuple[list[Path], list[str]]:
         try:
             standing = standing_of(job, member)
             if standing.begun:
-                read_history(standing.path)
+                read_run(standing.path)
                 runs.append(standing.path)
         except (UsageError, PreflightError) as error:
             left_out.append(str(error))

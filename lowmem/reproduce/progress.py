@@ -13,9 +13,11 @@ from typing import Literal
 from lowmem.core.errors import LowmemError, PreflightError
 from lowmem.reproduce.job import Job, refuse_foreign
 from lowmem.reproduce.members import Member
-from lowmem.runs.history import EpochRow, read_epochs
-from lowmem.runs.listing import look, writer_of
+from lowmem.runs.listing import summarize
+from lowmem.runs.lock import writer_of
+from lowmem.runs.rows import EpochRow
 from lowmem.runs.setup import never_began, refuse_existing
+from lowmem.runs.view import RunView
 
 State = Literal["to begin", "to go on", "finished", "stopped", "damaged"]
 _RECENT_EPOCHS = 5  # a machine's speed changes, over days too
@@ -63,7 +65,7 @@ def _standing_of(job: Job, member: Member, max_steps: int | None) -> Standing:
         refuse_existing(path)
         return Standing(member, path, "to begin", epochs)
     refuse_foreign(job, member)
-    found = look(path)
+    found = summarize(path)
     step = found.step or 0
     state: State = "to go on"
     if found.state in ("finished", "damaged"):
@@ -89,7 +91,7 @@ def epoch_seconds(rows: Sequence[EpochRow]) -> float | None:
 
 def _epoch_seconds(path: Path) -> float | None:
     try:
-        return epoch_seconds(read_epochs(path)[1])
+        return epoch_seconds(RunView(path).epochs)
     except (LowmemError, OSError):
         return None
 

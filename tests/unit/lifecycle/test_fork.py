@@ -16,7 +16,7 @@ from lowmem.core.errors import CorruptCheckpoint, PreflightError, UsageError
 from lowmem.lifecycle import fork
 from lowmem.lifecycle.api import extend_run, fork_run, recorded_settings, run_training
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs.history import read_history
+from lowmem.runs.view import read_run
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import milestone_steps
 from tests.conftest import assert_same_tensors, exact_rows
@@ -144,7 +144,7 @@ def test_refusals(parent: Path, tmp_path: Path, at: int | str, values: dict[str,
 def test_another_batch_keeps_the_place_in_the_schedule(parent: Path, tmp_path: Path) -> None:
     result = fork_run(parent, at=1, changes={"train.batch": 20}, out=tmp_path / "fork")
     assert result.outcome.state.step == 3 * 10
-    history = read_history(result.path)
+    history = read_run(result.path)
     assert [(row.epoch, row.step, row.lr) for row in history.epochs] == [(1, 4, 0.1), (2, 20, 0.01), (3, 30, 0.01)]
     # Its own steps only: the old ones are counted otherwise. The rate falls after one and a half epochs, as it did.
     assert [row.step for row in history.steps] == list(range(11, 31))

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from lowmem.report.departures import departures
 from lowmem.report.tables import build_rows
-from lowmem.runs.history import read_history
+from lowmem.runs.view import read_run
 from tests.unit.report.fake_runs import MakeRun
 
 
 def found(*runs: Path) -> list[tuple[str, str]]:
-    return departures(build_rows([read_history(run) for run in runs]))
+    return departures(build_rows([read_run(run) for run in runs]))
 
 
 def test_the_published_setting(make_run: MakeRun) -> None:

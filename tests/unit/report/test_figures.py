@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from lowmem.report.figures import Picture, draw_all
-from lowmem.runs.history import read_history
+from lowmem.runs.view import read_run
 from tests.unit.report.fake_runs import MakeRun
 
 
@@ -28,7 +28,7 @@ def assert_margins_are_white(picture: Picture) -> None:
 
 
 def draw(*runs: Path) -> dict[str, Picture]:
-    return {picture.file_name: picture for picture in draw_all([read_history(run) for run in runs])}
+    return {picture.file_name: picture for picture in draw_all([read_run(run) for run in runs])}
 
 
 def test_six_runs(six_runs: list[Path]) -> None:

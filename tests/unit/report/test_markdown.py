@@ -8,12 +8,12 @@ from pathlib import Path
 from lowmem.report.figures import draw_all
 from lowmem.report.markdown import escape, render
 from lowmem.report.tables import build_rows
-from lowmem.runs.history import read_history
+from lowmem.runs.view import read_run
 from tests.unit.report.fake_runs import MakeRun
 
 
 def document(*runs: Path) -> str:
-    histories = [read_history(run) for run in runs]
+    histories = [read_run(run) for run in runs]
     return render(histories, build_rows(histories), draw_all(histories))
 
 

@@ -13,7 +13,7 @@ from lowmem.config.schema import BLOCK_LAYOUT, ModelConfig
 from lowmem.report.curves import curves_of, find_pairs
 from lowmem.report.palette import NEUTRAL, network_name, style_of
 from lowmem.report.published import PUBLISHED_ERROR_PCT
-from lowmem.runs.history import read_history
+from lowmem.runs.view import read_run
 
 # Machado, Oliveira, Fernandes (2009), severity 1, on linear RGB.
 VISION = {
@@ -73,7 +73,7 @@ def test_names() -> None:
 
 
 def test_same_colour_in_every_figure_and_subset(six_runs: list[Path]) -> None:
-    histories = [read_history(run) for run in six_runs]
+    histories = [read_run(run) for run in six_runs]
     everywhere = {curve.history.name: curve.colour for curve in curves_of(histories)}
     assert len(set(everywhere.values())) == 6
     for shown in (*find_pairs(histories).values(), histories[2:3], histories[::-1]):

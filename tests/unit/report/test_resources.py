@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 from lowmem.report.resources import HEADER, resource_rows
-from lowmem.runs.history import read_history
+from lowmem.runs.view import read_run
 from tests.unit.report.fake_runs import MakeRun
 
 
 def row(run: Path) -> dict[str, str]:
-    (cells,) = resource_rows([read_history(run)])
+    (cells,) = resource_rows([read_run(run)])
     return dict(zip(HEADER, cells, strict=True))
 
 

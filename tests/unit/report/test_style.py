@@ -15,7 +15,7 @@ from lowmem.report.acceptance import Bar, draw_acceptance
 from lowmem.report.figures import draw_all
 from lowmem.report.memory_curve import draw_memory_curve
 from lowmem.report.rate_curve import draw_rate_curve
-from lowmem.runs.history import read_history
+from lowmem.runs.view import read_run
 from tests.unit.report.fake_runs import MakeRun
 
 LONG = "a title that nobody would think of but a run folder may be called so, $x_1$, and it goes on and on and on"
@@ -54,7 +54,7 @@ def test_the_same_bytes_and_nothing_beyond_the_edge(draw: Callable[[], bytes]) -
 
 def test_a_reports_figures_are_the_same_bytes(make_run: MakeRun) -> None:
     run = make_run("res20", done=2)
-    first, second = (draw_all([read_history(run)]) for _ in range(2))
+    first, second = (draw_all([read_run(run)]) for _ in range(2))
     assert [picture.png for picture in first] == [picture.png for picture in second]
     assert not [picture for picture in first if b"Software" in picture.png]
 

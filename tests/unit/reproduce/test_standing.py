@@ -13,7 +13,7 @@ from lowmem.lifecycle.api import run_training
 from lowmem.reproduce.job import Job
 from lowmem.reproduce.members import Member
 from lowmem.reproduce.progress import epoch_seconds, standing_of
-from lowmem.runs.history import EpochRow
+from lowmem.runs.rows import EpochRow
 from lowmem.train.observer import Observer
 
 RES20, CNN20 = Member("res20", "res20", "basic"), Member("cnn20", "cnn20", "basic")

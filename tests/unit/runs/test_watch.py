@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-import lowmem.runs.live as module
+import lowmem.runs.watch as module
 from lowmem.config.settings import gather, to_yaml
-from lowmem.runs.history import EpochRow
-from lowmem.runs.live import Watched, epoch_seconds
+from lowmem.runs.rows import EpochRow
 from lowmem.runs.store import RunFolder
+from lowmem.runs.watch import Watched, epoch_seconds
 
 
 @pytest.fixture
