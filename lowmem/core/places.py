@@ -25,8 +25,8 @@ def user_cache_folder() -> Path:
 
 
 def profiles_folder(kind: str) -> Path:
-    """The folder `profiles/<kind>`: beside the package in a checkout, inside it when installed. Raises PreflightError if
-    the installation lacks it."""
+    """The folder `profiles/<kind>`: beside the package in a checkout, inside it when installed. Raises PreflightError
+    if the installation lacks it."""
     for folder in (_PACKAGE / "profiles" / kind, _PACKAGE.parent / "profiles" / kind):
         if folder.is_dir():
             return folder

@@ -67,9 +67,7 @@ def find(run: Path, config: Config, at: int | str) -> ForkPoint:
     epoch, step = (None if number is None else int(number) for number in asked.groups())
     check, limit_bytes = belongs_to(config), most_bytes(config)
     view = RunView(run)
-    positions = [
-        position for position in view.checkpoints if position.step > 0
-    ]  # before, there is nothing to fork from
+    positions = [position for position in view.checkpoints if position.step > 0]
     elsewhere = [reason.removeprefix("a checkpoint is damaged: ") for reason in view.damaged_checkpoints]
     others = f"there are {', '.join(position.at for position in reversed(positions))}" if positions else "there is none"
     damaged: list[str] = []
