@@ -22,6 +22,7 @@ def describe(device: str) -> dict[str, Any]:
 
     from lowmem.remat.libraries import convolutions_in_tf32
 
+    on_cuda = device == "cuda"
     return {
         "lowmem": lowmem.__version__,
         "git_commit": _git_commit(),
@@ -33,11 +34,11 @@ def describe(device: str) -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "device": device,
-        "card": torch.cuda.get_device_name() if device == "cuda" else None,
-        "cuda": torch.version.cuda if device == "cuda" else None,
-        "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
-        "deterministic": torch.backends.cudnn.deterministic if device == "cuda" else None,
-        "tf32": convolutions_in_tf32(torch.cuda.get_device_capability()) if device == "cuda" else None,
+        "card": torch.cuda.get_device_name() if on_cuda else None,
+        "cuda": torch.version.cuda if on_cuda else None,
+        "cudnn": torch.backends.cudnn.version() if on_cuda else None,
+        "deterministic": torch.backends.cudnn.deterministic if on_cuda else None,
+        "tf32": convolutions_in_tf32(torch.cuda.get_device_capability()) if on_cuda else None,
     }
 
 
@@ -66,17 +67,16 @@ _ARITHMETIC = ("torch", "device", "card", "cuda", "cudnn", "tf32", "cpu_capabili
 
 
 def elsewhere(path: Path, now: Mapping[str, object]) -> str | None:
-    """What is not as it was where the run began, if that can change the last bits of its arithmetic, in words. `now`:
-    see `describe`. An env.json that cannot be read tells nothing."""
+    """What is not as it was where the run in `path` began, if that can change the last bits of its arithmetic, in
+    words. `now`: see `describe`. An env.json that cannot be read tells nothing."""
     try:
         then = read_json(path / "env.json", RECORD_LIMIT_BYTES)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None
     if not isinstance(then, dict):
         return None
     on_cpu = now.get("device") == "cpu" and then.get("device") == "cpu"
     names = [name for name in _ARITHMETIC if name in then and (on_cpu or not name.startswith("cpu_"))]
     changed = [f"{name} {shorten(then[name])} -> {now[name]}" for name in names if then[name] != now[name]]
-    if not changed:
-        return None
-    return f"not as where the run began ({', '.join(changed)}): from here on the last bits may differ"
+    where = f"not as where the run began ({', '.join(changed)}): from here on the last bits may differ"
+    return where if changed else None

@@ -57,10 +57,10 @@ def resume_training(
     can be resumed, PeerLost.
     """
     recorded = None if is_led() else recorded_settings(Path(path))  # the folder may be on another machine
-    before = {} if recorded is None else flatten(recorded.config)
-    given = dict(changes or {}) if not isinstance(changes, Settings) else flatten(changes.config)
-    given = {key: value for key, value in given.items() if key not in before or before[key] != value}
+    given = flatten(changes.config) if isinstance(changes, Settings) else dict(changes or {})
     if recorded is not None:
+        before = flatten(recorded.config)
+        given = {key: value for key, value in given.items() if key not in before or before[key] != value}
         recorded.replace(given, "resume")
 
     from lowmem.lifecycle.begin import Resume
@@ -91,17 +91,7 @@ def fork_run(
             f"a fork is made by one process: begin `lowmem fork {source} …`, stop it with Ctrl-C, then go on "
             "with several, `torchrun … -m lowmem resume` the new run"
         )
-    source, path = _fork_paths(Path(source), out)
-    recorded = recorded_settings(source)
-
-    from lowmem.lifecycle.begin import Fork
-    from lowmem.lifecycle.execute import execute
-
-    return execute(Fork(source, recorded, at, changes, path, dry_run=dry_run), observer)
-
-
-def _fork_paths(source: Path, out: Path | str | None) -> tuple[Path, Path]:
-    """The old run's folder and the new one's. Raises UsageError for one inside of the other."""
+    source = Path(source)
     if source.name in ("", ".."):
         source = source.resolve()
     path = Path(out) if out is not None else source.with_name(f"{source.name}-fork")
@@ -109,7 +99,12 @@ def _fork_paths(source: Path, out: Path | str | None) -> tuple[Path, Path]:
         raise UsageError(
             f"{path} lies inside of {source}, which a fork leaves as it is: choose another folder with --out"
         )
-    return source, path
+    recorded = recorded_settings(source)
+
+    from lowmem.lifecycle.begin import Fork
+    from lowmem.lifecycle.execute import execute
+
+    return execute(Fork(source, recorded, at, changes, path, dry_run=dry_run), observer)
 
 
 def extend_run(
