@@ -24,7 +24,7 @@ from lowmem.runs.checkpoint import checkpoint_folders
 from lowmem.runs.checkpoint_state import Position, read_header, read_position
 from lowmem.runs.lock import OWNER_NAME
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, EpochRow, Event, Gradients, Row, StepRow, Table
-from lowmem.runs.setup import refuse_links
+from lowmem.runs.setup import refuse_links, require_run
 from lowmem.runs.tables import read_events, read_table
 
 State = Literal["starting", "training", "finished", "stopped", "interrupted", "diverged", "stuck", "ended", "died"]
@@ -224,6 +224,12 @@ def state_of(config: Config | None, epoch: int, step: int, events: Sequence[Even
     if max_steps is not None and step >= max_steps:
         return "stopped"
     return "died" if left_owner else "ended"
+
+
+def recorded_settings(path: Path) -> Settings:
+    """The settings of an existing run. Raises UsageError if it is none."""
+    require_run(path)
+    return from_yaml(path / "config.yaml")
 
 
 def read_run(path: Path) -> RunView:

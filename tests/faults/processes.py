@@ -18,7 +18,8 @@ import matplotlib.figure  # noqa: F401
 import torch
 
 import lowmem.cli.job
-import lowmem.lifecycle.api
+import lowmem.cli.terminal
+import lowmem.lifecycle.execute
 import lowmem.reproduce.check
 from lowmem.cli.main import _run
 from lowmem.reproduce.conduct import Conductor

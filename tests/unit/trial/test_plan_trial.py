@@ -229,12 +229,12 @@ def test_auto_batch_goes_by_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_a_run_that_nothing_holds_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowmem.lifecycle import api
+    from lowmem.lifecycle import execute
 
     def refuse(*args: object, **kwargs: object) -> Confirmed:
         raise Infeasible(1, 2, "measured", "less")
 
-    monkeypatch.setattr(api, "confirm_run", refuse)
+    monkeypatch.setattr(execute, "confirm_run", refuse)
     with pytest.raises(Infeasible):
         run_training(_settings(FP32, "memory.confirm=always"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
