@@ -194,7 +194,7 @@ def _as_older_versions_recorded(run: Path) -> None:
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("auto_batch: false", "auto_batch: true"))
     identity = {"settings": config_hash(recorded_settings(run).config)}
-    for found in checkpoints.found(run / "checkpoints"):
+    for found in checkpoints.checkpoint_folders(run / "checkpoints"):
         saved = checkpoints.load(found)
         state = {**saved.state, "identity": {**saved.state["identity"], **identity}}
         shutil.rmtree(found)
