@@ -24,7 +24,7 @@ STANDS_ON: dict[str, set[str]] = {
     "remat": {"plan"},
     "step": {"remat", "distributed", "config"},
     "simulate": {"step"},
-    "calibrate": {"simulate", "models"},
+    "calibrate": {"simulate", "models", "isolate"},
     "choose": {"calibrate"},
     "isolate": {"measure"},
     "trial": {"choose", "data", "isolate"},

@@ -66,7 +66,7 @@ def cuda(settings: Settings) -> dict[str, Any]:
 def network(settings: Settings) -> dict[str, Any]:
     """Bytes on disk that a run of the network takes; without making it."""
     from lowmem.models import skeleton
-    from lowmem.runs.space import kept_epochs, run_bytes
+    from lowmem.runs.setup import kept_epochs, run_bytes
 
     config = settings.config
     net = skeleton(config.model.arch, config.model.block, width=config.model.width)

@@ -22,7 +22,8 @@ from lowmem.report.style import (
     Points,
     Series,
 )
-from lowmem.runs.history import EpochRow, History
+from lowmem.runs.rows import EpochRow
+from lowmem.runs.view import RunView
 
 FEW_EPOCHS = 25  # up to here each epoch is marked
 FEW_STEPS = 1_000  # up to here single steps can be told apart, and are drawn a little stronger
@@ -72,13 +73,13 @@ def draw_training(runs: Sequence[NamedRun]) -> list[Picture]:
     return [picture for picture in pictures if picture is not None]
 
 
-def epoch_points(history: History, panel: Panel) -> list[tuple[float, float]]:
+def epoch_points(history: RunView, panel: Panel) -> list[tuple[float, float]]:
     """(epoch, value) of every epoch with a finite value."""
     values = ((row.epoch, panel.value(row)) for row in history.epochs)
     return [(epoch, value) for epoch, value in values if value is not None and math.isfinite(value)]
 
 
-def step_losses(history: History) -> list[tuple[float, float]]:
+def step_losses(history: RunView) -> list[tuple[float, float]]:
     """(epoch, loss) of logged steps; an epoch's mean stands at its end, so a step at its share of it."""
     last = history.last
     if last is None or last.step <= 0:

@@ -13,8 +13,8 @@ from dataclasses import replace
 from lowmem.report.chart import Chart, draw_charts, log_limits, to_png
 from lowmem.report.naming import NamedRun, find_pairs
 from lowmem.report.style import PAIR_HEIGHT_INCHES, Picture, Series
-from lowmem.runs.gradients import GradientRow, Gradients
-from lowmem.runs.history import History
+from lowmem.runs.rows import GradientRow, Gradients
+from lowmem.runs.view import RunView
 
 MOMENTS = 4  # of one run; of each run of a pair only the first and the last
 _FAINTEST = 0.4  # opacity of the first moment
@@ -51,7 +51,7 @@ def by_depth(gradients: Gradients, row: GradientRow) -> list[tuple[float, float]
     return _drawable((float(place), norm) for place, norm in enumerate(reversed(main), start=1))
 
 
-def over_time(history: History, layer: int) -> list[tuple[float, float]]:
+def over_time(history: RunView, layer: int) -> list[tuple[float, float]]:
     """(epochs done, norm) of one layer of `gradients.layers`; of a run without a whole epoch (steps done, norm)."""
     last = history.last
     scale = last.epoch / last.step if last is not None and last.step > 0 else 1.0

@@ -21,7 +21,7 @@ from lowmem.report.tables import (
     resource_table,
     times,
 )
-from lowmem.runs.history import History
+from lowmem.runs.view import RunView
 
 
 def render(runs: Sequence[NamedRun], pictures: Sequence[Picture]) -> str:
@@ -85,7 +85,7 @@ def _run_section(run: NamedRun) -> list[str]:
     ]
 
 
-def _state(history: History) -> str:
+def _state(history: RunView) -> str:
     done, asked, last = history.epochs_done, history.config.train.epochs, history.last
     if history.state == "finished":
         text = f"finished, {asked} epochs"
@@ -95,10 +95,10 @@ def _state(history: History) -> str:
         text += f"; newest logged step {logged[-1].step:,} with loss {logged[-1].loss:.4g}" if logged else ""
     else:
         text = f"at epoch {done} of {asked}"
-    if history.state == "stopped as planned":
+    if history.state == "stopped":
         most = history.config.train.max_steps
         text += ", stopped as planned" + (f" (train.max\\_steps {most:,})" if most else "")
-    elif history.state == "unfinished":
+    elif history.state != "finished":
         text += ", not finished (interrupted, or still running)"
     if history.times_resumed:
         text += ", interrupted and resumed " + times(history.times_resumed)
@@ -108,7 +108,7 @@ def _state(history: History) -> str:
     return text
 
 
-def _trouble(history: History) -> str:
+def _trouble(history: RunView) -> str:
     """What the run itself noticed: going back from a broken loss, learning nothing, stopping for either."""
     kinds = [event.kind for event in history.events]
     text = ""
@@ -124,7 +124,7 @@ def _trouble(history: History) -> str:
     return text
 
 
-def _settings(history: History) -> str:
+def _settings(history: RunView) -> str:
     config = history.config
     model, data, train = config.model, config.data, config.train
     optim, schedule = config.optim, config.schedule
@@ -153,7 +153,7 @@ def _settings(history: History) -> str:
     return escape("; ".join(said))
 
 
-def _best(history: History) -> str:
+def _best(history: RunView) -> str:
     best = history.best
     if best is None:
         return f"{UNKNOWN} (none saved)"
@@ -171,7 +171,7 @@ def _best(history: History) -> str:
     return f"{text}; on what they were chosen is not recorded"
 
 
-def _lowest(history: History) -> str:
+def _lowest(history: RunView) -> str:
     known = [(row.test_error_pct, row.epoch) for row in history.epochs if row.test_error_pct is not None]
     if not known:
         return UNKNOWN
@@ -179,14 +179,14 @@ def _lowest(history: History) -> str:
     return f"{percent(error)} at epoch {epoch} (seen afterwards, so optimistic)"
 
 
-def _time(history: History) -> str:
+def _time(history: RunView) -> str:
     rate = image_rate(history)
     return f"{elapsed(history)} in all; {rate} images/s" + (
         "" if rate == UNKNOWN else " in training (median over epochs)"
     )
 
 
-def _memory(history: History) -> str:
+def _memory(history: RunView) -> str:
     return (
         f"{largest(history.epochs, lambda row: row.peak_allocated_bytes)} allocated, "
         f"{largest(history.epochs, lambda row: row.peak_reserved_bytes)} reserved, "
@@ -194,7 +194,7 @@ def _memory(history: History) -> str:
     )
 
 
-def _from_env(history: History, keys: Sequence[str]) -> str:
+def _from_env(history: RunView, keys: Sequence[str]) -> str:
     """What env.json says, and what a resume found changed since."""
     resumes = [event.detail for event in history.events if event.kind == "resume"]
     said = []

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from lowmem.config.schema import ARCHITECTURES, ModelConfig, resolve_block
 from lowmem.core.reading import shorten
 from lowmem.report.style import LineStyle, network_style
-from lowmem.runs.history import History
+from lowmem.runs.view import RunView
 
 LONGEST_NAME = 18  # characters at the end of a curve; longer names would take the room of the curves
 
@@ -23,7 +23,7 @@ class NamedRun:
     names, no two the same on any system; `style`: the network's, the runs of one network getting thinner in turn.
     """
 
-    history: History
+    history: RunView
     name: str
     label: str
     file_name: str
@@ -40,17 +40,17 @@ def network_name(model: ModelConfig) -> str:
     return name if model.block == resolve_block(model.arch, None) else f"{name}-{model.block}"
 
 
-def in_order(histories: Sequence[History]) -> list[History]:
+def in_order(histories: Sequence[RunView]) -> list[RunView]:
     """As the published table: residual nets by depth, then plain nets; runs of one network by name."""
 
-    def rank(history: History) -> tuple[int, str, str, str]:
+    def rank(history: RunView) -> tuple[int, str, str, str]:
         model = history.config.model
         return ARCHITECTURES.index(model.arch), model.block, history.name, str(history.path)
 
     return sorted(histories, key=rank)
 
 
-def name_runs(histories: Sequence[History]) -> list[NamedRun]:
+def name_runs(histories: Sequence[RunView]) -> list[NamedRun]:
     """In the order given. A name is the folder's; with the folder above where two runs have the same, with a count
     where that is the same too. A label is the network's name, and the run's where a network has several runs."""
     names = [history.name for history in histories]

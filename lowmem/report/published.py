@@ -13,7 +13,7 @@ from pathlib import PurePath
 
 from lowmem.config.schema import Config, ModelConfig, resolve_block
 from lowmem.report.naming import NamedRun, network_name
-from lowmem.runs.history import History
+from lowmem.runs.view import RunView
 
 PUBLISHED_ERROR_PCT: dict[str, float] = {
     "res20": 8.08,
@@ -58,7 +58,7 @@ def describe_source(source: str) -> str:
     return f"pictures of folder {PurePath(path).name or path}"
 
 
-def differences(history: History) -> tuple[str, ...]:
+def differences(history: RunView) -> tuple[str, ...]:
     """In words, all that is known to set the run apart from the published setting; empty if nothing is."""
     config, usual = history.config, Config()
     model, data, optim, train = config.model, config.data, config.optim, config.train

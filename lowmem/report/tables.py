@@ -10,7 +10,8 @@ from statistics import median
 from lowmem.core.units import format_duration, format_size
 from lowmem.report.naming import NamedRun
 from lowmem.report.published import published_error_pct
-from lowmem.runs.history import EpochRow, History
+from lowmem.runs.rows import EpochRow
+from lowmem.runs.view import RunView
 
 UNKNOWN = "–"
 RESOURCES_EXPLAINED = (
@@ -74,7 +75,7 @@ def resource_table(runs: Sequence[NamedRun]) -> ReportTable:
     return ReportTable(header, tuple(_resource_row(run.name, run.history) for run in runs), 1)
 
 
-def _resource_row(name: str, history: History) -> tuple[str, ...]:
+def _resource_row(name: str, history: RunView) -> tuple[str, ...]:
     allocated = largest(history.epochs, lambda row: row.peak_allocated_bytes)
     if allocated == UNKNOWN:  # on the CPU nobody counts but the check of the plan
         allocated = _checked(history, "measured_peak_bytes")
@@ -90,12 +91,12 @@ def _resource_row(name: str, history: History) -> tuple[str, ...]:
     )
 
 
-def elapsed(history: History) -> str:
+def elapsed(history: RunView) -> str:
     seconds = None if history.last is None else history.last.elapsed_seconds
     return UNKNOWN if seconds is None else format_duration(seconds)
 
 
-def image_rate(history: History) -> str:
+def image_rate(history: RunView) -> str:
     """Pictures a second in training, the median over epochs."""
     rates = [row.images_per_second for row in history.epochs if row.images_per_second is not None]
     return f"{median(rates):,.0f}" if rates else UNKNOWN
@@ -107,7 +108,7 @@ def largest(rows: Iterable[EpochRow], value: Callable[[EpochRow], int | None]) -
     return format_size(max(known)) if known else UNKNOWN
 
 
-def _checked(history: History, name: str) -> str:
+def _checked(history: RunView, name: str) -> str:
     """Of the plan in force at last: its first steps are held against the prediction."""
     sizes = [event.detail.get(name) for event in history.events if event.kind == "measured"]
     known = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool) and 0 < size < 1 << 60]

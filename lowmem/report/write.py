@@ -15,7 +15,7 @@ from lowmem.report.style import Picture
 from lowmem.report.tables import ReportTable, error_table, resource_table
 from lowmem.runs.atomic import write_bytes_atomic, write_text_atomic
 from lowmem.runs.event_files import EventFiles, require_tensorboard
-from lowmem.runs.history import read_history
+from lowmem.runs.view import read_run
 
 
 @dataclass(frozen=True)
@@ -91,4 +91,4 @@ def _read_all(runs: Sequence[Path]) -> list[NamedRun]:
     if not runs:
         raise UsageError("no run given: lowmem report runs/res20 [runs/cnn20 ...]")
     once = {Path(run).resolve(): Path(run) for run in runs}
-    return name_runs(in_order([read_history(run) for run in once.values()]))
+    return name_runs(in_order([read_run(run) for run in once.values()]))

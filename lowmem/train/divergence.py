@@ -126,7 +126,7 @@ class Recovery:
     def _newest_sound(self) -> tuple[tuple[Checkpoint, Path] | None, list[Path]]:
         """The newest sound checkpoint, and the newer ones that verify but are not sound."""
         unsound: list[Path] = []
-        for path in checkpoints.found(self._folder.checkpoints):
+        for path in checkpoints.checkpoint_folders(self._folder.checkpoints):
             try:
                 saved = checkpoints.load(path)
             except CorruptCheckpoint:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lowmem.core.errors import Interrupted, PeerLost
 from lowmem.data import Pictures, eval_batches
 from lowmem.measure.out_of_memory import Failure
+from lowmem.runs.checkpoint_state import Best, RunState
 from lowmem.runs.saver import Save, Saver
 from lowmem.runs.store import RunFolder
 from lowmem.step.data_parallel import StepRequest
@@ -29,7 +30,6 @@ from lowmem.train.observer import Progress
 from lowmem.train.oom_fallback import Descent
 from lowmem.train.schedule import learning_rate, next_low_start
 from lowmem.train.signals import NAMES, StopSignals
-from lowmem.train.state import Best, RunState
 from lowmem.train.watch import Watch
 
 if TYPE_CHECKING:

@@ -16,15 +16,15 @@ from lowmem.plan.policy import SAVE_ALL, uniform
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan, stage_names
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs.null_writer import AbsentFolder, AbsentSaver
-from lowmem.runs.saver import Saver
-from lowmem.runs.store import RunFolder
+from lowmem.runs.checkpoint_state import RunState
+from lowmem.runs.saver import NullSaver, Saver
+from lowmem.runs.store import NullFolder, RunFolder
 from lowmem.step.data_parallel import DataParallelStep, are_alike
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.train.epochs import Loop, Outcome
 from lowmem.train.observer import Observer
 from lowmem.train.signals import StopSignals
-from lowmem.train.state import RunState, capture, restore, share_checkpoint
+from lowmem.train.state import capture, restore, share_checkpoint
 
 __all__ = ["Outcome", "Trainer"]
 
@@ -134,8 +134,8 @@ class Trainer:
     def run(self, folder: RunFolder) -> Outcome:
         """Trains until the last epoch or train.max_steps. Raises Interrupted after a signal, with everything saved."""
         kept, told = self.config.checkpoint, self.observer
-        saver: Saver = AbsentSaver()
-        if not isinstance(folder, AbsentFolder):
+        saver: Saver = NullSaver()
+        if not isinstance(folder, NullFolder):
             saver = Saver(folder, keep=kept.keep, keep_every=kept.keep_every, warn=told.warning, note=told.note)
         with StopSignals() as signals, saver:
             return Loop(self, folder, signals, saver).run()

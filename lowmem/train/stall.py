@@ -41,7 +41,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from lowmem.train.state import RunState
+from lowmem.runs.checkpoint_state import RunState
 
 STANDARD_ERRORS = 3.0
 VANISHED_SHARE = 1e-3

@@ -10,8 +10,8 @@ import pytest
 
 from lowmem.report.gradients import by_depth, draw_gradients, moments, over_time
 from lowmem.report.write import write_report
-from lowmem.runs.gradients import GradientRow, Gradients, columns, line
-from lowmem.runs.history import read_history
+from lowmem.runs.rows import GRADIENT_TABLE, GradientRow, Gradients, gradient_line
+from lowmem.runs.view import read_run
 from tests.unit.report.fake_runs import MakeRun, named
 from tests.unit.report.test_figures import assert_margins_are_white, pixels
 
@@ -20,10 +20,10 @@ LAYERS = ("conv1.weight", "layer1.0.conv1.weight", "layer2.0.shortcut.0.weight",
 
 def with_gradients(run: Path, start: float, layers: tuple[str, ...] = LAYERS, rows: int = 40) -> Path:
     """The first layer's norm begins at `start` and falls by a tenth a row; the last layer's is 0.5."""
-    lines = [",".join(columns(layers))]
+    lines = [GRADIENT_TABLE.of_layers(layers).header]
     for index in range(rows):
         norms = [start * 0.9**index, 0.2, 7.0, 0.5]
-        lines.append(line(1 + 48 * index, 1 + 48 * index // 391, norms))
+        lines.append(gradient_line(1 + 48 * index, 1 + 48 * index // 391, norms))
     (run / "gradients.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return run
 
@@ -44,12 +44,12 @@ def test_moments_are_spread_from_the_first_to_the_last() -> None:
 
 
 def test_over_time_is_in_epochs(make_run: MakeRun) -> None:
-    history = read_history(with_gradients(make_run("res20"), 100.0))
+    history = read_run(with_gradients(make_run("res20"), 100.0))
     points = over_time(history, 0)
     assert points[0] == (pytest.approx(1 / 391), 100.0)
     assert points[10] == (pytest.approx(481 / 391), pytest.approx(100 * 0.9**10, rel=1e-5))
     assert over_time(history, -1)[5][1] == 0.5
-    early = read_history(with_gradients(make_run("res20", name="early", done=0), 100.0))
+    early = read_run(with_gradients(make_run("res20", name="early", done=0), 100.0))
     assert [x for x, _ in over_time(early, 0)][:2] == [1.0, 49.0]  # in steps
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lowmem.report.published import departures, describe_source, differences, published_error_pct
-from lowmem.runs.history import read_history
+from lowmem.runs.view import read_run
 from tests.unit.report.fake_runs import MakeRun, named, write_run
 
 
@@ -26,13 +26,13 @@ from tests.unit.report.fake_runs import MakeRun, named, write_run
     ],
 )
 def test_matches_by_architecture_and_block(tmp_path: Path, arch: str, block: str, error: float | None) -> None:
-    history = read_history(write_run(tmp_path / "run", arch, model__block=block))
+    history = read_run(write_run(tmp_path / "run", arch, model__block=block))
     assert published_error_pct(history.config) == error
 
 
 def test_the_published_setting_differs_in_nothing(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", done=164, epochs=164, seed=3, data__root="elsewhere")
-    assert differences(read_history(run)) == ()
+    assert differences(read_run(run)) == ()
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,14 @@ def test_the_published_setting_differs_in_nothing(tmp_path: Path) -> None:
 )
 def test_each_difference_is_said(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
     run = write_run(tmp_path / "run", done=164, epochs=164, **settings)
-    assert differences(read_history(run)) == (said,)
+    assert differences(read_run(run)) == (said,)
 
 
 def test_length(tmp_path: Path) -> None:
-    assert differences(read_history(write_run(tmp_path / "a", done=8, epochs=8))) == ("8 epochs instead of 164*",)
-    unfinished = differences(read_history(write_run(tmp_path / "b", done=9, epochs=164)))
+    assert differences(read_run(write_run(tmp_path / "a", done=8, epochs=8))) == ("8 epochs instead of 164*",)
+    unfinished = differences(read_run(write_run(tmp_path / "b", done=9, epochs=164)))
     assert unfinished == ("only 9 of its 164 epochs done",)
-    assert differences(read_history(write_run(tmp_path / "c", done=0, epochs=164))) == ("no epoch done yet",)
+    assert differences(read_run(write_run(tmp_path / "c", done=0, epochs=164))) == ("no epoch done yet",)
 
 
 def test_a_folder_is_named_without_its_place() -> None:

@@ -10,9 +10,9 @@ from typing import Any, cast
 import pytest
 
 from lowmem.config.schema import Config, TrainConfig
+from lowmem.runs.checkpoint_state import RunState
 from lowmem.runs.store import RunFolder
 from lowmem.train.divergence import Recovery
-from lowmem.train.state import RunState
 
 
 @pytest.fixture

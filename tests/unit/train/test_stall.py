@@ -8,9 +8,9 @@ import random
 import pytest
 import torch
 
+from lowmem.runs.checkpoint_state import RunState
 from lowmem.train import stall as stuck
 from lowmem.train.stall import Chance, Evidence
-from lowmem.train.state import RunState
 
 TEN = Chance(math.log(10), 90.0, 50_000)
 VANISHED, FLOWING = 1e-6, 0.1

@@ -12,34 +12,22 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Generic, Literal, TypeVar
 
 from lowmem.config.schema import Config
-from lowmem.core.errors import UsageError
-from lowmem.core.reading import PLAN_LIMIT_BYTES, Unreadable, read_json
-from lowmem.runs.columns import INTEGER, METRICS
-from lowmem.runs.follow import Follower, TableFollower, count
-from lowmem.runs.history import EpochRow, Event, parse_event, read_settings
-from lowmem.runs.listing import may_be_alive, writer_of
-from lowmem.runs.lock import Owner, read_owner
+from lowmem.core.errors import LowmemError
+from lowmem.runs.lock import OWNER_NAME, Owner, may_be_alive, read_owner, writer_of
+from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, EpochRow, Event, StepRow
+from lowmem.runs.tables import TableFollower, follow_events
+from lowmem.runs.view import RunView, State, state_of
 
-State = Literal["starting", "training", "finished", "stopped", "interrupted", "diverged", "stuck", "ended", "died"]
 RUNNING: frozenset[State] = frozenset({"starting", "training"})
-_OWNER = "run.owner.json"
 _QUIET_SECONDS = 15.0  # without news, before the lock is tried again
-_LONGEST_SECONDS = 1e10
 _KEPT_LOSSES, _KEPT_EVENTS, _KEPT_MARKS = 4_000, 200, 30
-_ENDS: dict[str, State] = {
-    "done": "finished",
-    "stop": "stopped",
-    "signal": "interrupted",
-    "diverged": "diverged",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +79,14 @@ class Watched:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._metrics, self._steps = TableFollower(path / "metrics.csv"), TableFollower(path / "steps.csv")
-        self._event_lines = Follower(path / "events.jsonl")
-        self._config = _Cached(path / "config.yaml", lambda _: read_settings(path))
-        self._budget = _Cached(path / "plan.json", _budget_bytes)
+        self._metrics = TableFollower(path / EPOCH_TABLE.file_name, EPOCH_TABLE)
+        self._step_rows = TableFollower(path / STEP_TABLE.file_name, STEP_TABLE)
+        self._event_lines = follow_events(path / "events.jsonl")
+        self._view = RunView(path)
+        self._config: Config | None = None
+        self._read_marks: tuple[object, object] = (None, None)  # of config.yaml and plan.json, as they were read
         self._rows: list[EpochRow] = []
-        self._losses: deque[tuple[int, float, float | None]] = deque(maxlen=_KEPT_LOSSES)  # step, loss, lr
+        self._logged: deque[StepRow] = deque(maxlen=_KEPT_LOSSES)
         self._events: deque[Event] = deque(maxlen=_KEPT_EVENTS)
         self._marks: deque[tuple[float, int]] = deque(maxlen=_KEPT_MARKS)  # when a step was seen first
         self._looked = False
@@ -107,12 +97,12 @@ class Watched:
     def look(self) -> Live:
         """Everything that is known now."""
         now = time.monotonic()
-        config, grew = self._config.get(), self._read(now)
+        self._read_settings()
+        config, grew = self._config, self._read_rows(now)
         owner = self._writer(now, grew)
         state = self._state(owner)
         last = self._rows[-1] if self._rows else EpochRow(epoch=0, step=0)
-        epoch, step = last.epoch, self._step()
-        per_epoch = self._steps_per_epoch(last)
+        step, per_epoch = self._step(), self._steps_per_epoch(last)
         rate = self._steps_per_second() if state == "training" else None
         speed = last.images_per_second if rate is None or config is None else rate * config.train.batch
         left = None
@@ -123,16 +113,16 @@ class Watched:
             state=state,
             config=config,
             writer=owner if state in RUNNING else None,
-            epoch=epoch,
+            epoch=last.epoch,
             step=step,
             steps_per_epoch=per_epoch,
-            lr=self._losses[-1][2] if self._losses else last.lr,
-            losses=tuple(loss for _, loss, _ in self._losses),
+            lr=self._logged[-1].lr if self._logged else last.lr,
+            losses=tuple(row.loss for row in self._logged if row.loss is not None),
             rows=tuple(self._rows),
             images_per_second=speed,
-            peak_bytes=last.peak_allocated_bytes or _size(self._newest("measured"), "measured_peak_bytes"),
+            peak_bytes=last.peak_allocated_bytes or self._told("measured", "measured_peak_bytes"),
             device_bytes=last.device_used_bytes,
-            budget_bytes=self._budget.get(),
+            budget_bytes=self._view.budget_bytes,
             elapsed_seconds=last.elapsed_seconds,
             seconds_left=left,
             checkpoint=self._newest("checkpoint"),
@@ -142,22 +132,32 @@ class Watched:
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    def _read(self, now: float) -> bool:
+    def _read_settings(self) -> None:
+        """Again only where a file was replaced. What vanished is as it was: it may be being replaced."""
+        old = self._read_marks
+        config, plan = (_mark(self.path / name) for name in ("config.yaml", "plan.json"))
+        self._read_marks = (config or old[0], plan or old[1])
+        if self._read_marks == old:
+            return
+        self._view = RunView(self.path)
+        try:
+            self._config = self._view.config
+        except (LowmemError, OSError):
+            self._config = None
+
+    def _read_rows(self, now: float) -> bool:
         """Whether anything came."""
-        metrics, steps, events = self._metrics.look(), self._steps.look(), self._event_lines.look()
+        metrics, steps, events = self._metrics.look(), self._step_rows.look(), self._event_lines.look()
         if metrics.anew:
             self._rows.clear()
-        self._rows += [row for values in metrics.rows if (row := _epoch_row(values)) is not None]
+        self._rows += metrics.items
         if steps.anew:
-            self._losses.clear()
+            self._logged.clear()
             self._marks.clear()
-        for values in steps.rows:
-            step, loss = count(values.get("step")), values.get("loss")
-            if step is not None and loss is not None:
-                self._losses.append((step, loss, values.get("lr")))
+        self._logged.extend(row for row in steps.items if row.loss is not None)
         if events.anew:
             self._events.clear()
-        self._events.extend(event for line in events.lines if (event := parse_event(line)) is not None)
+        self._events.extend(events.items)
         if metrics:
             self._marks.clear()  # an evaluation lies between
         elif steps and self._looked and (not self._marks or self._step() > self._marks[-1][1]):
@@ -166,23 +166,28 @@ class Watched:
         return bool(metrics or steps or events)
 
     def _step(self) -> int:
-        logged = self._losses[-1][0] if self._losses else 0
+        logged = self._logged[-1].step if self._logged else 0
         return max(logged, self._rows[-1].step) if self._rows else logged
 
     def _newest(self, kind: str) -> Event | None:
         return next((event for event in reversed(self._events) if event.kind == kind), None)
 
+    def _told(self, kind: str, name: str) -> int | None:
+        """A number of the newest event of that kind."""
+        event = self._newest(kind)
+        value = None if event is None else event.detail.get(name)
+        return value if type(value) is int and value > 0 else None
+
     def _quiet_seconds(self) -> float | None:
         """By the files' own times."""
-        newest = [
-            moment for file in ("steps.csv", "metrics.csv", "events.jsonl") if (moment := _mtime(self.path / file))
-        ]
-        return max(0.0, time.time() - max(newest)) if newest else None
+        marks = [_mark(self.path / name) for name in (STEP_TABLE.file_name, EPOCH_TABLE.file_name, "events.jsonl")]
+        newest = max((mark[1] for mark in marks if mark is not None), default=None)
+        return None if newest is None else max(0.0, time.time() - newest / 1e9)
 
     # -- who trains it ---------------------------------------------------------------------------------------------
 
     def _writer(self, now: float, grew: bool) -> Owner | None:
-        owner = read_owner(self.path / _OWNER)
+        owner = read_owner(self.path / OWNER_NAME)
         if owner is None or owner == self._gone:
             return None
         if owner.host != socket.gethostname():
@@ -202,26 +207,19 @@ class Watched:
     def _state(self, writer: Owner | None) -> State:
         if writer is not None:
             begun = any(event.kind in {"start", "resume"} for event in self._events)
-            return "training" if begun or self._losses else "starting"
-        for event in reversed(self._events):
-            if event.kind in _ENDS:
-                return _ENDS[event.kind]
-            if event.kind == "stuck" and event.detail.get("stopped") is True:
-                return "stuck"
-            if event.kind in {"start", "resume"}:
-                break
-        return "died" if (self.path / _OWNER).exists() else "ended"
+            return "training" if begun or self._logged else "starting"
+        left_owner = (self.path / OWNER_NAME).exists()
+        epoch, step = (self._rows[-1].epoch, self._rows[-1].step) if self._rows else (0, 0)
+        for newest in RunView(self.path).checkpoints[:1]:
+            epoch, step = newest.epoch, newest.step
+        return state_of(self._config, epoch, step, tuple(self._events), left_owner=left_owner)
 
     # -- what follows from it --------------------------------------------------------------------------------------
 
     def _steps_per_epoch(self, last: EpochRow) -> int | None:
         if last.epoch and last.step:
             return max(1, last.step // last.epoch)
-        for kind in ("resume", "start"):
-            event = self._newest(kind)
-            if event is not None and (size := _size(event, "steps_per_epoch")):
-                return size
-        return None
+        return self._told("resume", "steps_per_epoch") or self._told("start", "steps_per_epoch")
 
     def _steps_per_second(self) -> float | None:
         """As seen from here; None until some rows came one after the other."""
@@ -238,66 +236,22 @@ class Watched:
 
 
 def epoch_seconds(rows: Sequence[EpochRow]) -> float | None:
-    """Of an epoch: the median of the last few. None if nothing is known."""
+    """Of an epoch: the median of the last few, by the run's own clock, which stands still while nobody trains it. None
+    if nothing is known: a first row tells only if it is of the first epoch, and not after a fork."""
     marks = [(row.epoch, row.elapsed_seconds) for row in rows[-6:] if row.elapsed_seconds is not None]
     each = [
         (after[1] - before[1]) / (after[0] - before[0]) for before, after in pairwise(marks) if after[0] > before[0]
     ]
-    if not each and marks and marks[-1][0] > 0:
-        each = [marks[-1][1] / marks[-1][0]]
-    found = median(each) if each else None
-    return found if found is not None and math.isfinite(found) and found > 0 else None
+    if not each and marks and marks[-1][0] == 1:
+        each = [marks[-1][1]]
+    seconds = [one for one in each if math.isfinite(one) and one > 0]
+    return median(seconds) if seconds else None
 
 
-def _epoch_row(values: dict[str, float | None]) -> EpochRow | None:
-    known = {name: count(value) if name in INTEGER else value for name, value in values.items() if name in METRICS}
-    if known.get("epoch") is None or known.get("step") is None:
-        return None
-    elapsed = known.get("elapsed_seconds")
-    if elapsed is not None and not 0 <= elapsed < _LONGEST_SECONDS:  # a loss may be infinite, no run is
-        known["elapsed_seconds"] = None
-    return EpochRow(**known)  # type: ignore[arg-type]
-
-
-def _size(event: Event | None, name: str) -> int | None:
-    value = None if event is None else event.detail.get(name)
-    return value if type(value) is int and value > 0 else None
-
-
-T = TypeVar("T")
-
-
-class _Cached(Generic[T]):
-    """What is made of a file, made again only when the file was replaced; None where nothing can be made of it."""
-
-    def __init__(self, path: Path, make: Callable[[Path], T | None]) -> None:
-        self._path, self._make = path, make
-        self._mark: tuple[int, int] | None = None
-        self._value: T | None = None
-
-    def get(self) -> T | None:
-        try:
-            status = os.stat(self._path)
-        except OSError:
-            return self._value  # vanished, or being replaced
-        mark = (status.st_ino, status.st_mtime_ns)
-        if mark != self._mark:
-            self._mark = mark
-            try:
-                self._value = self._make(self._path)
-            except (OSError, Unreadable, UsageError):
-                self._value = None
-        return self._value
-
-
-def _budget_bytes(plan: Path) -> int | None:
-    values = read_json(plan, PLAN_LIMIT_BYTES)
-    size = values.get("budget_bytes") if isinstance(values, dict) else None
-    return size if type(size) is int and 0 < size < 1 << 62 else None
-
-
-def _mtime(path: Path) -> float | None:
+def _mark(path: Path) -> tuple[int, int] | None:
+    """By which a file that was replaced is known: its number and its time. None if it is not there."""
     try:
-        return path.stat().st_mtime
+        status = os.stat(path)
     except OSError:
         return None
+    return status.st_ino, status.st_mtime_ns

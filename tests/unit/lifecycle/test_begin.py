@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from lowmem.choose import resolve_execution
 from lowmem.config.schema import Config
+from lowmem.config.settings import Settings
 from lowmem.core.errors import Diverged, UsageError
 from lowmem.distributed.group import Group
-from lowmem.lifecycle.processes import begun_before, launcher, require_pictures
+from lowmem.lifecycle.begin import begun_before, launcher
+from lowmem.lifecycle.execute import refuse_unfit
 from lowmem.runs.setup import never_began
 from lowmem.train.state import config_hash
 
@@ -76,6 +79,23 @@ def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew(run: Path) ->
     assert not begun_before(restarted(), run, CONFIG)
 
 
+@pytest.mark.parametrize("left", ['{"time": "2026-11-', "5\n", "[]\n", '{"event": 7}\n', "\xff\x00\n"])
+def test_what_a_death_leaves_in_the_events_is_no_obstacle(run: Path, left: str) -> None:
+    """Torchrun starts again exactly after one."""
+    with open(run / "events.jsonl", "a", encoding="latin-1") as file:
+        file.write('{"event": "start"}\n' + left)
+    assert begun_before(restarted(), run, CONFIG)
+    with open(run / "events.jsonl", "a", encoding="latin-1") as file:
+        file.write('\n{"event": "diverged", "why": "as asked"}\n' + left)
+    with pytest.raises(Diverged, match="as asked"):
+        begun_before(restarted(), run, CONFIG)
+
+
+def test_a_damaged_record_of_the_machine_is_another_start(run: Path) -> None:
+    (run / "env.json").write_text("{", encoding="utf-8")
+    assert not begun_before(restarted(), run, CONFIG)
+
+
 STOPPED: list[dict[str, object]] = [{"event": "diverged", "why": "as asked"}, {"event": "stuck", "stopped": True}]
 
 
@@ -83,6 +103,15 @@ STOPPED: list[dict[str, object]] = [{"event": "diverged", "why": "as asked"}, {"
 def test_what_was_to_stop_stays_stopped(run: Path, last: dict[str, object]) -> None:
     _event(run, **last)
     with pytest.raises(Diverged, match="stopped before this restart, as asked"):
+        begun_before(restarted(), run, CONFIG)
+
+
+@pytest.mark.parametrize("line", ['{"event": "che', "5", "\\xff", "[]", '{"event": 5}'])
+def test_what_a_death_leaves_of_a_line_stops_no_restart(run: Path, line: str) -> None:
+    (run / "events.jsonl").write_bytes(b'{"event": "start"}\n' + line.encode("latin-1"))
+    assert begun_before(restarted(), run, CONFIG)
+    (run / "events.jsonl").write_bytes(line.encode("latin-1") + b'\n{"event": "diverged"}\n{"event": "ha')
+    with pytest.raises(Diverged, match="it learns nothing"):
         begun_before(restarted(), run, CONFIG)
 
 
@@ -95,4 +124,4 @@ def test_a_batch_for_all() -> None:
     group = Group()
     group.size = 129
     with pytest.raises(UsageError, match="a batch of 128 cannot be split over 129 processes"):
-        require_pictures(group, CONFIG)
+        refuse_unfit(group, resolve_execution(Settings(CONFIG, {})).config)

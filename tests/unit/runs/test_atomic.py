@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from lowmem.core.errors import DiskError
-from lowmem.runs import atomic, columns
-from lowmem.runs.rowfile import RowFile
+from lowmem.runs import atomic
+from lowmem.runs.atomic import RowFile
+from lowmem.runs.rows import EPOCH_TABLE
 from lowmem.runs.store import RunFolder
 from tests.faults.disk import FailingDisk
 
@@ -103,7 +104,7 @@ def test_half_a_line_of_a_dead_process_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_a_run_folder_keeps_its_rows_and_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {**dict.fromkeys(columns.METRICS), "epoch": 1, "step": 4}
+    row = {**dict.fromkeys(EPOCH_TABLE.names), "epoch": 1, "step": 4}
     step = {"step": 4, "epoch": 1, "lr": 0.1, "loss": 2.3}
     with RunFolder.create(tmp_path / "run", "", {}) as run:
         run.append_steps([step])
@@ -112,7 +113,7 @@ def test_a_run_folder_keeps_its_rows_and_its_plan(tmp_path: Path, monkeypatch: p
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         with monkeypatch.context() as patch:
-            patch.setattr("lowmem.runs.rowfile.append_lines", fail)
+            patch.setattr("lowmem.runs.atomic.append_lines", fail)
             patch.setattr("lowmem.runs.atomic.write_synced", fail)
             run.event("replan", budget_bytes=1)
             run.update_plan({"budget_bytes": 1})
