@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,10 +61,10 @@ from lowmem.runs.setup import refuse_existing
 from lowmem.runs.store import RunFolder
 from lowmem.step.train_step import Execution
 from lowmem.train.loop import Outcome, Trainer
+from lowmem.train.metrics import check_tensorboard
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import starts_low
 from lowmem.train.state import check_position, config_hash, restore
-from lowmem.train.tensorboard import check_board, exporting
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _begin(group: Group, settings: Settings, path: Path, observer: Observer, dry
     prepare_libraries(numerics_of(settings.config.train))
     require_pictures(group, settings.config)
     group.lead(lambda: _refuse_existing(path), None)
-    group.together(lambda: check_board(settings.config))
+    group.together(lambda: check_tensorboard(settings.config))
     dataset = load_data(group, settings.config, observer)
     decided = decide_jointly(group, settings, dataset, observer)
     settings, plan, confirmed = decided.settings, decided.plan, decided.confirmed
@@ -244,7 +244,7 @@ def fork_run(
     differing = fork.check(recorded.config, settings.config)
     require_device(settings.config.train.device)
     prepare_libraries(numerics_of(settings.config.train))
-    check_board(settings.config)
+    check_tensorboard(settings.config)
     found = fork.find(source, recorded.config, at)
     _refuse_existing(path)
     group = Group()
@@ -336,8 +336,7 @@ def _refuse_existing(path: Path) -> None:
 def _go(trainer: Trainer, folder: RunFolder) -> RunResult:
     """Trains. Raises OutOfMemory with the way out where no smaller plan is left; the run is then saved."""
     _cap_emulated(trainer)
-    board = exporting(trainer, folder.path) if trainer.group.leads else nullcontext()
-    with _out_of_memory(folder.path), board:
+    with _out_of_memory(folder.path):
         return RunResult(folder.path, trainer.run(folder))
 
 

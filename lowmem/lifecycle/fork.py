@@ -25,8 +25,7 @@ from lowmem.runs.checkpoint_state import Position, read_position
 from lowmem.runs.history import read_epochs
 from lowmem.runs.setup import FORKING
 from lowmem.runs.store import RunFolder
-from lowmem.train.lr_preview import RateCurve, rate_curve, side_by_side
-from lowmem.train.schedule import starts_low
+from lowmem.train.schedule import RateCurve, rate_curve, side_by_side, starts_low
 from lowmem.train.state import config_hash
 
 Changes = Mapping[str, tuple[object, object]]

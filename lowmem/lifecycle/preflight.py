@@ -26,10 +26,10 @@ from lowmem.runs.event_files import EventFiles, read_points
 from lowmem.runs.history import read_history
 from lowmem.runs.space import kept_epochs, rows_bytes, run_bytes
 from lowmem.runs.store import RunFolder, csv_line
-from lowmem.train.gradients import default_every
 from lowmem.train.loop import Trainer
+from lowmem.train.stall import default_every
 from lowmem.train.state import cpu_tensors
-from lowmem.train.trial_step import Tried, try_step
+from lowmem.train.trial_step import StepTrial, try_step
 
 OUTPUTS = "settings, checkpoint, weights, metrics, gradients, events and report"
 
@@ -55,7 +55,7 @@ def preflight(trainer: Trainer, folder: RunFolder) -> None:
     trainer.group.lead(lambda: _try_all(trainer, folder, tried, began), None)
 
 
-def _try_all(trainer: Trainer, folder: RunFolder, tried: Tried, began: float) -> None:
+def _try_all(trainer: Trainer, folder: RunFolder, tried: StepTrial, began: float) -> None:
     trial = folder.path / ".preflight"
     try:
         written = _try_outputs(trainer, folder, trial, tried)
@@ -80,7 +80,7 @@ def _try_all(trainer: Trainer, folder: RunFolder, tried: Tried, began: float) ->
 # -- outputs -----------------------------------------------------------------------------------------------------------
 
 
-def _try_outputs(trainer: Trainer, folder: RunFolder, trial: Path, tried: Tried) -> Written:
+def _try_outputs(trainer: Trainer, folder: RunFolder, trial: Path, tried: StepTrial) -> Written:
     """All of them by the code that will write them, into a run folder like the real one."""
     settings = folder.path / "config.yaml"
     _same(from_yaml(settings).config == trainer.config, settings)
@@ -125,7 +125,7 @@ def _try_weights(trainer: Trainer, run: RunFolder) -> None:
     _same(back.keys() == tensors.keys() and all(_equal(back[name], tensors[name]) for name in tensors), path)
 
 
-def _try_rows(trainer: Trainer, run: RunFolder, tried: Tried) -> None:
+def _try_rows(trainer: Trainer, run: RunFolder, tried: StepTrial) -> None:
     """metrics.csv, steps.csv, gradients.csv and events.jsonl by their readers."""
     test, seen = tried.score, trainer.meter.read()
     row: dict[str, Any] = {"epoch": 1, "step": 2, "lr": trainer.config.optim.lr, "elapsed_seconds": tried.step_seconds}
@@ -189,7 +189,7 @@ def _finite(value: float) -> float:
 # -- what the run will take --------------------------------------------------------------------------------------------
 
 
-def _time_line(trainer: Trainer, tried: Tried, saving_seconds: float) -> str:
+def _time_line(trainer: Trainer, tried: StepTrial, saving_seconds: float) -> str:
     config, state, dataset = trainer.config.train, trainer.state, trainer.dataset
     per_epoch = trainer.batches.steps_per_epoch
     steps = (config.epochs - state.epoch) * per_epoch - state.step_in_epoch

@@ -17,9 +17,9 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.setup import never_began, start_again
 from lowmem.runs.store import RunFolder, require_run
+from lowmem.train.metrics import check_tensorboard
 from lowmem.train.observer import Observer
 from lowmem.train.state import share_checkpoint
-from lowmem.train.tensorboard import check_board
 
 # The checkpoint, where it lies, and those that were skipped: why.
 Found = tuple[Checkpoint, Path, dict[Path, str]]
@@ -44,7 +44,7 @@ def changed_settings(recorded: Settings, changed: Settings, path: Path) -> Setti
     settings = resolve_execution(changed)
     refuse_changes(recorded.config, settings.config, str(path))
     require_device(settings.config.train.device)
-    check_board(settings.config)
+    check_tensorboard(settings.config)
     return settings
 
 

@@ -19,7 +19,7 @@ from lowmem.plan.record import Plan
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.store import plan_file, require_run
 from lowmem.runs.verify import Belonging, Verified, verify_run
-from lowmem.train.gradients import measured_weights
+from lowmem.train.stall import measured_weights
 from lowmem.train.state import check_belongs, config_hash
 
 Shape = tuple[int | None, ...]

@@ -1,61 +1,71 @@
-"""Going down the plan's ladder while a run goes on, in words, events and files."""
+"""The memory of a run while it goes on: what its first steps take against the plan's prediction, and going down the
+plan's ladder when memory runs out or short."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from lowmem.core.errors import OutOfMemory
 from lowmem.core.units import format_size
 from lowmem.measure import Snapshot, who_holds
 from lowmem.measure.out_of_memory import Failure, attempt, release
+from lowmem.measure.tensors import TensorMeter
 from lowmem.plan.record import Plan
 from lowmem.runs.store import RunFolder
-from lowmem.train.memory_pressure import Pressure, Reading
-
-if TYPE_CHECKING:
-    from lowmem.train.loop import Trainer
+from lowmem.train.replica import Replica
+from lowmem.train.watchers import MemoryPressure, Verdict
 
 T = TypeVar("T")
 
+_CHECKED_STEPS = 2  # the first may hold what libraries make once
 
-class Descent:
-    """What is done about memory that runs out. The loop asks; steps are undone elsewhere (`survive.Undo`)."""
 
-    def __init__(self, trainer: Trainer, folder: RunFolder) -> None:
-        self._t = trainer
+class OomFallback:
+    """What is done about memory that runs out. The loop asks; steps are undone elsewhere (`step.undo`)."""
+
+    def __init__(self, replica: Replica, folder: RunFolder) -> None:
+        self._t = replica
         self._folder = folder
         # What the plan can afford in training it can in evaluation; the whole batch it perhaps cannot.
-        config, plan = trainer.config.train, trainer.plan
+        config, plan = replica.config.train, replica.plan
         self.eval_batch = config.eval_batch or (plan.micro_batch if plan else config.batch)
-        self._pressure = Pressure(lambda: reading(trainer.meter.read()))
-        self._told_of_pressure = False
-        self._interval_began = trainer.state.step
-        self.found: str | None = None  # memory that runs short, in words
+        self._pressure = MemoryPressure(replica.meter.read())
+        self._short = Verdict()  # of the last interval of steps
+        self._said_none_left = False
+        self._interval_began = replica.state.step
         self._cause: Failure | None = None  # of the last step that failed, wherever
+
+    # -- memory that ran out -------------------------------------------------------------------------------------------
 
     def after(self, failure: Failure) -> bool:
         """Takes the next plan for a step that ran out of memory and was undone; False if there is none, or it was
         not. Of several processes all do, if those that failed can."""
-        rung = self._t.plan.next_rung() if self._t.plan else None
         if failure.final:
             return False
-        group, before = self._t.group, self._t.plan.budget_bytes if self._t.plan else None
-        sizes = {"old_budget_bytes": before, "new_budget_bytes": rung.budget_bytes if rung else None}
-        mine = None if failure.peer else {"failure": asdict(failure), "can": rung is not None, "sizes": sizes}
-        everyone = group.gather(mine and {**mine, "memory": held(self._t.meter.read())})
-        failed = [(rank, one) for rank, one in enumerate(everyone) if one is not None]
+        group, rung, sizes = self._t.group, self._rung, self._sizes
+        mine = None
+        if not failure.peer:
+            memory = memory_fields(self._t.meter.read())
+            mine = {"failure": asdict(failure), "can": rung is not None, "sizes": sizes, "memory": memory}
+        failed = [(rank, theirs) for rank, theirs in enumerate(group.gather(mine)) if theirs is not None]
         rank, first = failed[0]
-        self._cause = Failure(**first["failure"]) if rank == group.rank else _of_process(rank, first["failure"])
-        if not all(one["can"] for _, one in failed):
+        self._cause = Failure(**first["failure"])
+        if rank != group.rank:
+            self._cause = replace(self._cause, phase=f"{self._cause.phase} of process {rank}", peer=True)
+        if not all(theirs["can"] for _, theirs in failed):
             return False
-        for rank, one in failed:
+        for rank, theirs in failed:
             who = {} if group.alone else {"process": rank}
-            self.tell(Failure(**one["failure"]), memory=one["memory"], **one["sizes"], **who)
+            self.record(Failure(**theirs["failure"]), memory=theirs["memory"], **theirs["sizes"], **who)
         if rung is not None:
             self._take(rung, f"{self._cause.words} ({self._cause.message})")
-        self._record()
+        self._record_plans()
         return True
 
     def cause(self, failure: Failure) -> Failure:
@@ -70,7 +80,7 @@ class Descent:
             if self.eval_batch == 1:
                 return result
             self.eval_batch //= 2
-            self.tell(result, evaluation_batch=self.eval_batch)
+            self.record(result, evaluation_batch=self.eval_batch)
             self._t.observer.warning(f"{result.words}: evaluating {self.eval_batch} pictures at a time from here on")
         return result
 
@@ -79,82 +89,86 @@ class Descent:
         done = attempt(work, lambda: "saving")
         if isinstance(done, Failure):
             release()
-            self.tell(done)
+            self.record(done)
             done = attempt(work, lambda: "saving")
         if isinstance(done, Failure):
             raise OutOfMemory(f"{done.words} twice ({done.message}); the last checkpoint stands: {self._way_out()}")
         return done
 
-    def tell(self, failure: Failure, *, memory: dict[str, Any] | None = None, **fields: Any) -> None:
+    def record(self, failure: Failure, *, memory: dict[str, Any] | None = None, **fields: Any) -> None:
         """The event, with what holds the memory as far as the device tells (`memory`: of another process)."""
-        state = self._t.state
         self._folder.event(
             "out-of-memory",
             phase=failure.phase,
             message=failure.message,
             asked_bytes=failure.asked_bytes,
-            epoch=state.epoch,
-            step=state.step,
+            epoch=self._t.state.epoch,
+            step=self._t.state.step,
             **fields,
-            memory=held(self._t.meter.read()) if memory is None else memory,
+            memory=memory_fields(self._t.meter.read()) if memory is None else memory,
         )
 
     def at_the_end(self, failure: Failure) -> OutOfMemory:
         """The error that ends the run, which has just been saved if there was anything to save."""
-        self.tell(failure, old_budget_bytes=self._t.plan.budget_bytes if self._t.plan else None, new_budget_bytes=None)
+        self.record(failure, old_budget_bytes=self._sizes["old_budget_bytes"], new_budget_bytes=None)
         state = self._t.state
         if failure.final:
             why = "when the update had begun, so that the step cannot be undone"
             stands = "the last checkpoint stands"
         else:
             why, stands = "and there is no smaller plan left", f"saved at epoch {state.epoch + 1}, step {state.step}"
-        memory = "" if failure.peer else words(self._t.meter.read())
+        memory = "" if failure.peer else memory_words(self._t.meter.read())
         return OutOfMemory(f"{failure.words} ({failure.message}), {why}{memory}; {stands}: {self._way_out()}")
 
-    def interval(self, step: int, seconds: float) -> None:
+    # -- memory that runs short ----------------------------------------------------------------------------------------
+
+    def trained(self, step: int, seconds: float) -> None:
         """Told of each stretch of training: `seconds` up to the count of steps `step`."""
         if step == self._interval_began:
             return
-        self.found = self._pressure.interval(step - self._interval_began, seconds)
+        device = self._t.meter.read()
+        self._short = self._pressure.look(step - self._interval_began, seconds, device)
         self._interval_began = step
-        if (count := self._pressure.retries()) is not None:
+        if (count := self._pressure.retries(device)) is not None:
             # An allocation that failed and was had all the same: while it fails, cuDNN passes over engines in silence.
-            self._folder.event("allocator-retries", step=step, count=count, memory=held(self._t.meter.read()))
+            self._folder.event("allocator-retries", step=step, count=count, memory=memory_fields(device))
             self._t.observer.note(f"the allocator has emptied its cache {count} times to go on: memory is tight")
 
-    @property
-    def asks(self) -> bool:
-        """Whether memory runs short here, and that was not said in vain before."""
-        return self.found is not None and not (self._told_of_pressure and not (self._t.plan and self._t.plan.ladder))
+    def verdict(self) -> Verdict:
+        """REPLAN while memory runs short here, unless that was said in vain before."""
+        return Verdict() if self._rung is None and self._said_none_left else self._short
 
-    def under_pressure(self) -> bool:
-        """Between two steps: takes the next plan if the last interval looked like it. True if it did. Of several
-        processes all do, wherever it was seen."""
-        found, self.found = self.found, None
-        if found is None and self._t.group.alone:
-            return False
-        found = found or "another process is short of it"
-        rung = self._t.plan.next_rung() if self._t.plan else None
-        before = self._t.plan.budget_bytes if self._t.plan else None
-        if rung is None and self._told_of_pressure:
-            self._record()
-            return False
-        self._told_of_pressure = rung is None
-        self._folder.event(
-            "pressure",
-            what=found,
-            step=self._t.state.step,
-            old_budget_bytes=before,
-            new_budget_bytes=rung.budget_bytes if rung else None,
-            memory=held(self._t.meter.read()),
-        )
-        if rung is not None:
-            self._take(rung, f"memory is short: {found}")
-            release()
-        else:
-            self._t.observer.warning(f"memory is short: {found}; there is no smaller plan left")
-        self._record()
+    def replan(self, why: str) -> bool:
+        """Between two steps: takes the next plan, wherever memory runs short. False if this process has none."""
+        self._short = Verdict()
+        rung = self._rung
+        if rung is not None or not self._said_none_left:
+            self._said_none_left = rung is None
+            memory = memory_fields(self._t.meter.read())
+            self._folder.event("pressure", what=why, step=self._t.state.step, **self._sizes, memory=memory)
+            if rung is None:
+                self._t.observer.warning(f"memory is short: {why}; there is no smaller plan left")
+            else:
+                self._take(rung, f"memory is short: {why}")
+                release()
+        self._record_plans()
         return rung is not None
+
+    # -- the ladder ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _rung(self) -> Plan | None:
+        """The next smaller plan."""
+        return self._t.plan.next_rung() if self._t.plan else None
+
+    @property
+    def _sizes(self) -> dict[str, int | None]:
+        """Of this plan and the next smaller one, for events."""
+        plan, rung = self._t.plan, self._rung
+        return {
+            "old_budget_bytes": plan.budget_bytes if plan else None,
+            "new_budget_bytes": rung.budget_bytes if rung else None,
+        }
 
     def _take(self, rung: Plan, why: str) -> None:
         before = self._t.plan
@@ -168,12 +182,12 @@ class Descent:
             "are left"
         )
 
-    def _record(self) -> None:
+    def _record_plans(self) -> None:
         """Every process's plan as it is now, for a resume."""
         plan = self._t.plan
-        for rank, one in enumerate(self._t.group.gather(None if plan is None else plan.to_json())):
-            if one is not None:
-                self._folder.update_plan(one, rank)
+        for rank, theirs in enumerate(self._t.group.gather(None if plan is None else plan.to_json())):
+            if theirs is not None:
+                self._folder.update_plan(theirs, rank)
 
     def _way_out(self) -> str:
         path = self._folder.path
@@ -182,27 +196,13 @@ class Descent:
         return f"free what others use and go on with `lowmem resume {path}`"
 
 
-def _of_process(rank: int, values: dict[str, Any]) -> Failure:
-    """Another one's, in its words."""
-    failure = Failure(**values)
-    return replace(failure, phase=f"{failure.phase} of process {rank}", peer=True)
-
-
-def reading(snapshot: Snapshot) -> Reading | None:
-    """What is watched for pressure; None where the device does not tell."""
-    retries, free, total = snapshot.alloc_retries, snapshot.device_free_bytes, snapshot.device_total_bytes
-    if retries is None or free is None or total is None:
-        return None
-    return Reading(retries, free, total)
-
-
-def held(snapshot: Snapshot) -> dict[str, Any]:
+def memory_fields(snapshot: Snapshot) -> dict[str, Any]:
     """What the device tells, for an event: bytes and counts, and who holds it in lines."""
     figures = {name: value for name, value in vars(snapshot).items() if isinstance(value, int)}
     return {**figures, "held_by": who_holds(snapshot)}
 
 
-def words(snapshot: Snapshot) -> str:
+def memory_words(snapshot: Snapshot) -> str:
     """The same for an error message, beginning with its own punctuation; empty where nobody tells."""
     parts = []
     if snapshot.allocated_bytes is not None:
@@ -216,3 +216,102 @@ def words(snapshot: Snapshot) -> str:
     if lines := who_holds(snapshot):
         parts.append(f"held by {', '.join(lines)}")
     return f" ({'; '.join(parts)})" if parts else ""
+
+
+# -- the prediction ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MeasuredPeak:
+    """Predicted and measured peak of a step's tensors, bytes, as the event `measured` has them. On CUDA also the
+    allocator's segments (`reserved`) and all that is in use on the card (`device`), as far as known."""
+
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    budget_bytes: int | None
+    predicted_reserved_bytes: int | None = None
+    measured_reserved_bytes: int | None = None
+    predicted_device_bytes: int | None = None
+    measured_device_bytes: int | None = None
+
+    @property
+    def within(self) -> bool:
+        """Whether the peak is within the budget."""
+        return self.budget_bytes is None or self.measured_peak_bytes <= self.budget_bytes
+
+    def line(self, others: Sequence[Mapping[str, Any]] = ()) -> str:
+        """For people, with those of other processes by their fields."""
+        parts = [
+            (self.measured_peak_bytes, self.predicted_peak_bytes, "of tensors at the peak of a step"),
+            (self.measured_reserved_bytes, self.predicted_reserved_bytes, "held by the allocator"),
+            (self.measured_device_bytes, self.predicted_device_bytes, "in use on the card by this process"),
+        ]
+        said = []
+        for measured, predicted, what in parts:
+            if measured is not None:
+                off = f" (predicted {format_size(predicted)}, {measured / predicted - 1:+.1%})" if predicted else ""
+                said.append(f"{format_size(measured)} {what}{off}")
+        verdict = "within" if self.within else "OVER"
+        lines = [f"measured: {', '.join(said)}", f"{verdict} the budget of {format_size(self.budget_bytes)}"]
+        lines += [
+            f"process {rank}: {format_size(theirs['measured_peak_bytes'])}"
+            f" (predicted {format_size(theirs['predicted_peak_bytes'])}, budget {format_size(theirs['budget_bytes'])})"
+            for rank, theirs in enumerate(others, start=1)
+        ]
+        return "; ".join(lines)
+
+
+class PlanCheck:
+    """Measures the first steps under a plan: on the CPU by counting tensors, on CUDA by the allocator. `known`: tensors
+    that are there between two steps, those kept to undo one included; the prediction has them."""
+
+    def __init__(
+        self, plan: Plan | None, device: str, known: Callable[[], Iterable[Tensor]], read: Callable[[], Snapshot]
+    ) -> None:
+        """`read`: the device's figures."""
+        self._plan = plan if plan is not None and plan.predicted.peak_allocated_bytes is not None else None
+        self._device, self._known, self._read = device, known, read
+        self._left = 0 if self._plan is None else _CHECKED_STEPS
+        self._meter = TensorMeter()
+        self._beside = 0  # bytes that the allocator holds beside the step's own tensors: the data set, above all
+
+    @contextmanager
+    def around(self, images: Tensor, labels: Tensor) -> Iterator[None]:
+        """The context to run a step in."""
+        if not self._left:
+            yield
+            return
+        self._left -= 1
+        known = (*self._known(), images, labels)
+        if self._device == "cuda":
+            own = sum(tensor.numel() * tensor.element_size() for tensor in known)
+            self._beside = max(0, torch.cuda.memory_allocated() - own)
+            yield
+            return
+        self._meter.adopt(known)
+        with self._meter:
+            yield
+
+    def result(self) -> MeasuredPeak | None:
+        """Once, after the last measured step."""
+        if self._left or self._plan is None:
+            return None
+        plan, self._plan = self._plan, None
+        predicted = plan.predicted
+        assert predicted.peak_allocated_bytes is not None
+        if self._device != "cuda":
+            return MeasuredPeak(predicted.peak_allocated_bytes, self._meter.peak_bytes, plan.budget_bytes)
+        device = self._read()
+        in_use = None
+        if device.reserved_bytes is not None and device.context_bytes is not None:
+            in_use = device.reserved_bytes + device.context_bytes - self._beside
+        held = device.peak_reserved_bytes
+        return MeasuredPeak(
+            predicted_peak_bytes=predicted.peak_allocated_bytes,
+            measured_peak_bytes=torch.cuda.max_memory_allocated() - self._beside,
+            budget_bytes=plan.budget_bytes,
+            predicted_reserved_bytes=predicted.peak_reserved_bytes,
+            measured_reserved_bytes=None if held is None else held - self._beside,
+            predicted_device_bytes=predicted.device_bytes,
+            measured_device_bytes=in_use,
+        )

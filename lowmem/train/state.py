@@ -47,15 +47,20 @@ class RunState:
     elapsed_seconds: float = 0.0
     train_seconds: float = 0.0  # of this epoch, evaluation and saving not counted
     scaler: dict[str, Any] = field(default_factory=dict)
-    share_log_sum: float = 0.0  # of the gradient shares recorded in this epoch (see train.stuck)
+    share_log_sum: float = 0.0  # of the gradient shares recorded in this epoch (see `stall`)
     share_count: int = 0
     gradient_share: float | None = None  # of the last epoch that has any
     chance_epochs: int = 0  # at chance, up to the last one
     told_stuck: bool = False
-    exploded_losses: int = 0  # logged ones far above chance, one after the other, up to the last (see train.diverge)
+    exploded_losses: int = 0  # logged ones far above chance, one after the other, up to the last (see `divergence`)
     rollbacks: int = 0
     lr_scale: float = 1.0  # what rollbacks made of the learning rate
     processes: int = 1  # that took the last step
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Of training, in this epoch so far."""
+        return self.seen / self.train_seconds if self.train_seconds > 0 else None
 
     def start_epoch(self) -> None:
         """Clears what belongs to one epoch."""

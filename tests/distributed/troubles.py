@@ -26,9 +26,9 @@ from lowmem.runs.null_writer import AbsentFolder
 from lowmem.runs.store import RunFolder
 from lowmem.step.data_parallel import are_alike
 from lowmem.step.undo import Undo
-from lowmem.train import epochs
+from lowmem.train import loop
 from lowmem.train.loop import Trainer
-from lowmem.train.memory_pressure import Pressure
+from lowmem.train.watchers import Act, MemoryPressure, Verdict
 from tests.distributed import small
 from tests.faults.injection import Scarce, scarce_step
 
@@ -55,12 +55,12 @@ def memory_that_runs_short_in_one_process(group: Group) -> None:
     reference = _trained(group, small.config(), data, set(), ())
     told = 0
 
-    def interval(self: Pressure, steps: int, seconds: float) -> str | None:
+    def look(*given: object) -> Verdict:
         nonlocal told
         told += 1
-        return "it is made up" if told == 1 and group.rank == 1 else None
+        return Verdict(Act.REPLAN, "it is made up") if told == 1 and group.rank == 1 else Verdict()
 
-    with mock.patch.object(Pressure, "interval", interval):
+    with mock.patch.object(MemoryPressure, "look", look):
         t = _trained(group, small.config(), data, set(), ())
     assert t.plan is not None
     assert len(t.plan.ladder) == 1
@@ -140,14 +140,14 @@ def out_of_memory_without_a_smaller_plan(group: Group) -> None:
 def no_room_to_evaluate_in_one_process(group: Group) -> None:
     """Not even one picture at a time: all give up after the epoch, with its cause, and none hangs."""
     t = small.trainer(group, small.config(), small.dataset())
-    score = epochs.evaluate_sums
+    score = loop.evaluate_sums
 
     def scarce(*arguments: Any) -> Any:
         if group.rank == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5 MiB. There is no more.")
         return score(*arguments)
 
-    with mock.patch.object(epochs, "evaluate_sums", scarce):
+    with mock.patch.object(loop, "evaluate_sums", scarce):
         try:
             t.run(AbsentFolder(Path("nowhere")))
         except LowmemError as error:
