@@ -147,8 +147,8 @@ class Loop:
         self.interval.hold(state.step)
         lr = self.metrics.lr()
         while isinstance(result := self.undo.attempt(lambda: self._try_step(lr)), Failure):
-            if not self.memory.after(result):
-                self._give_up(self.memory.cause(result))
+            if (failure := self.memory.after(result)) is not None:
+                self._give_up(failure)
             self._plan_changed()  # and the same step again
         self.metrics.count(*result, lr)
         self.saver.poll()
@@ -229,9 +229,11 @@ class Loop:
         self.export()
         self.metrics.begin_epoch()
         verdict = strongest(stalled, self._agree()) if state.epoch < t.config.train.epochs else Verdict()
-        if self.stall.is_new and verdict.why != STALLED:
-            words = self._record_stall(stopped=False)
-            t.observer.warning(f"{words}: {way_out(t.config.model.arch)}, or end such runs with --on-stuck stop")
+        evidence = self.stall.evidence
+        if evidence is not None and self.stall.is_new and verdict.why != STALLED:
+            self.folder.event("stuck", **vars(evidence), layers=self.metrics.norms.ends(), stopped=False)
+            instead = f"{way_out(t.config.model.arch)}, or end such runs with --on-stuck stop"
+            t.observer.warning(f"{evidence.words}: {instead}")
         return verdict
 
     def _score(self, pictures: Pictures) -> Score | Verdict:
@@ -241,7 +243,7 @@ class Loop:
 
         def summed(size: int) -> Sums | None:
             batches = eval_batches(part, size, t.dataset.mean, t.dataset.std, *place)
-            return evaluate_sums(t.model, batches, t.execution, lambda: self.signals.requested is not None)
+            return evaluate_sums(t.model, batches, t.execution, self.signals.came)
 
         mine = self.memory.evaluated(summed)
         if isinstance(mine, Failure) and t.group.alone:
@@ -265,12 +267,6 @@ class Loop:
             state.best = Best(state.epoch, state.step, score.error_pct, chosen_on)
             self.exports["best"] = {**metadata, "chosen_on": chosen_on}
         self.exports["last"] = metadata
-
-    def _record_stall(self, *, stopped: bool) -> str:
-        evidence = self.stall.evidence
-        assert evidence is not None
-        self.folder.event("stuck", **evidence.fields, layers=self.metrics.norms.ends(), stopped=stopped)
-        return evidence.words
 
     # -- acts ----------------------------------------------------------------------------------------------------------
 
@@ -309,13 +305,11 @@ class Loop:
         """With everything saved. Raises Interrupted after a signal, Stuck."""
         state, run = self.state, self.folder.path
         if why == STALLED:
-            self._finish()
-            words = self._record_stall(stopped=True)
-            self._finish()
-            raise Stuck(
-                f"{words}; stopped as asked, saved at epoch {state.epoch}: {way_out(self.t.config.model.arch)}, or go "
-                f"on with `lowmem resume {run} --on-stuck warn`"
-            )
+            evidence = self.stall.evidence
+            assert evidence is not None
+            self._conclude("stuck", **vars(evidence), layers=self.metrics.norms.ends(), stopped=True)
+            instead = f"{way_out(self.t.config.model.arch)}, or go on with `lowmem resume {run} --on-stuck warn`"
+            raise Stuck(f"{evidence.words}; stopped as asked, saved at epoch {state.epoch}: {instead}")
         if why == MAX_STEPS:
             self._save()
             self._conclude("stop", reason=MAX_STEPS, step=state.step)
@@ -332,24 +326,20 @@ class Loop:
 
     def _conclude(self, event: str, **fields: object) -> None:
         """The last words of a run, once everything before them is on disk. Raises DiskError if it cannot be."""
-        self.saver.finish(self._hurried)
+        self.saver.finish(self.signals.came)
         self.folder.event(event, **fields)
         self._finish()
 
     def _finish(self) -> None:
         """Until everything is on disk. Nobody leaves before that: a process that ends takes the others down."""
-        self.saver.finish(self._hurried)
+        self.saver.finish(self.signals.came)
         self.t.group.most([0])
-
-    def _hurried(self) -> bool:
-        """Whether somebody waits for this process to leave."""
-        return self.signals.requested is not None
 
     def _give_up(self, failure: Failure) -> NoReturn:
         """The end of the ladder. What failed is undone: the run is saved as it was before it."""
         if failure.final:
             error = self.memory.at_the_end(failure)
-            self.saver.finish(self._hurried)
+            self.saver.finish(self.signals.came)
             raise error if self.t.group.leads else RuntimeError(str(error))  # of this process alone
         broken = self._unless_broken(Verdict())
         if broken.act is Act.ROLLBACK:
@@ -371,4 +361,4 @@ class Loop:
                 self.saver.finish(lambda: True)
                 stands = f"saved at epoch {state.epoch + 1}, step {state.step}"
         words = f"{lost}; {stands}: `lowmem resume {self.folder.path}` goes on from there"
-        return PeerLost(words, dismissed=self.signals.requested is not None)
+        return PeerLost(words, dismissed=self.signals.came())

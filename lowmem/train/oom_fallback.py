@@ -39,15 +39,14 @@ class OomFallback:
         self._short = Verdict()  # of the last interval of steps
         self._said_none_left = False
         self._interval_began = replica.state.step
-        self._cause: Failure | None = None  # of the last step that failed, wherever
 
     # -- memory that ran out -------------------------------------------------------------------------------------------
 
-    def after(self, failure: Failure) -> bool:
-        """Takes the next plan for a step that ran out of memory and was undone; False if there is none, or it was
-        not. Of several processes all do, if those that failed can."""
+    def after(self, failure: Failure) -> Failure | None:
+        """Takes the next plan for a step that ran out of memory and was undone. Of several processes all do, if those
+        that failed can. If there is none, or it was not undone, the failure of the process which had it."""
         if failure.final:
-            return False
+            return failure
         group, rung, sizes = self._t.group, self._rung, self._sizes
         mine = None
         if not failure.peer:
@@ -55,22 +54,18 @@ class OomFallback:
             mine = {"failure": asdict(failure), "can": rung is not None, "sizes": sizes, "memory": memory}
         failed = [(rank, theirs) for rank, theirs in enumerate(group.gather(mine)) if theirs is not None]
         rank, first = failed[0]
-        self._cause = Failure(**first["failure"])
+        cause = Failure(**first["failure"])
         if rank != group.rank:
-            self._cause = replace(self._cause, phase=f"{self._cause.phase} of process {rank}", peer=True)
+            cause = replace(cause, phase=f"{cause.phase} of process {rank}", peer=True)
         if not all(theirs["can"] for _, theirs in failed):
-            return False
+            return cause if failure.peer else failure
         for rank, theirs in failed:
             who = {} if group.alone else {"process": rank}
             self.record(Failure(**theirs["failure"]), memory=theirs["memory"], **theirs["sizes"], **who)
         if rung is not None:
-            self._take(rung, f"{self._cause.words} ({self._cause.message})")
+            self._take(rung, f"{cause.words} ({cause.message})")
         self._record_plans()
-        return True
-
-    def cause(self, failure: Failure) -> Failure:
-        """Of a step that could not be made anywhere: the failure, or that of the process which had it."""
-        return self._cause if failure.peer and self._cause is not None else failure
+        return None
 
     def evaluated(self, score: Callable[[int], T]) -> T | Failure:
         """`score(batch)` with the evaluation's batch, which out-of-memory halves for the rest of this process; a

@@ -66,6 +66,10 @@ class StopSignals:
         self._insistence = Insistence()
         self._previous: dict[int, Any] = {}
 
+    def came(self) -> bool:
+        """Whether a signal has come: somebody waits for this process to leave."""
+        return self.requested is not None
+
     @property
     def exit_code(self) -> ExitCode:
         """130 after Ctrl-C, 143 after any other signal."""

@@ -5,31 +5,24 @@ Three things must hold over whole epochs: the loss is not below chance, the trai
 a gradient reaches the first layers. What makes each of them certain:
 
 **Loss.** A net that does not look at its pictures gives every picture the same logits. If they never moved, its mean
-loss over an epoch, in which every picture comes once, would be at least H, the entropy of the labels (ln 10 = 2.3026
-for ten equal classes), without any noise. They do move (the last layer's weights and biases follow the last few
-batches). Let d be by how much its loss is above H on average; the loss of a picture, -log p of its class, then has a
-variance of nearly 2d (to second order both come from the same wandering logits), and the mean of N pictures a
-standard error of sqrt(2d/N). Below H by more than
-
-    min over d of (d - z sqrt(2d/N)) = -z²/(2N)
-
-it does not come at z standard errors, however its logits wander: 0.00009 nats for 50,000 pictures and z = 3. What is
-below that has learned something. Above H everything counts as chance: a net whose last layer wanders, at a large
-rate, is above it. Nets that learn slowly are caught by this where their error is not: the plain 56-layer net at
-width 16 had an error of 89.7 % of 10,000 pictures in its second epoch (one standard error from chance), but a loss
-of 2.3002, five times this bound below H.
+loss over an epoch would be at least H, the entropy of the labels (ln 10 = 2.3026 for ten equal classes). They do move,
+after the last few batches. Let d be by how much its loss is above H on average; the loss of a picture, -log p of its
+class, then has a variance of nearly 2d (to second order both come from the same wandering logits), and the mean of N
+pictures a standard error of sqrt(2d/N). Below H by more than the minimum over d of d - z sqrt(2d/N), which is
+-z²/(2N), it does not come at z standard errors: 0.00009 nats for 50,000 pictures and z = 3. What is below that has
+learned something; above H everything counts as chance. Nets that learn slowly are caught by this where their error is
+not: the plain 56-layer net at width 16 had an error of 89.7 % of 10,000 pictures in its second epoch (one standard
+error from chance), but a loss of 2.3002, five times this bound below H.
 
 **Training error.** Of a guesser it is binomial around the chance error e: a standard error of sqrt(e (1-e) / N),
 0.13 % for 50,000 pictures and ten classes.
 
 **Gradients.** A net can be at chance and about to leave it: a residual net of 110 layers at the low start's rate
-(0.01) spent its first two small epochs there. What tells it from the plain net is whether a gradient reaches its
-first layers: the norm over the first tenth of the layers (median) as a share of the last tenth's. Over an epoch
-(geometric mean, for single records spread over five decades) it was 0.2 to 0.3 in the residual net and 4e-6 to 7e-6
-in the plain one (benchmarks/results/gradients). In nets with batch norm it explodes before it vanishes: in the plain
-net's first step the gradient of the first layer is five million times that of the last, and that one step makes its
-weights so large that nothing moves them afterwards; batch norm hides their size from the layers behind. So the first
-epoch is not judged.
+(0.01) spent its first two small epochs there. What tells it from the plain net is the gradient norm over the first
+tenth of the layers (median) as a share of the last tenth's: over an epoch (geometric mean, for single records spread
+over five decades) 0.2 to 0.3 in the residual net and 4e-6 to 7e-6 in the plain one (benchmarks/results/gradients). In
+nets with batch norm it explodes before it vanishes: in the plain net's first step it is five million, and that one step
+makes the first weights so large that nothing moves them afterwards. So the first epoch is not judged.
 """
 
 from __future__ import annotations
@@ -112,38 +105,27 @@ def note_share(state: RunState, norms: Sequence[float]) -> None:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The evidence, of the newest epoch; `epochs` of them were like it."""
+    """Of the newest epoch, as the event `stuck` has it; `epochs_at_chance` up to it were alike."""
 
-    epochs: int
     epoch: int
-    loss: float
-    error_pct: float
-    share: float
-    chance: Chance
-
-    @property
-    def fields(self) -> dict[str, float]:
-        """For events.jsonl."""
-        return {
-            "epoch": self.epoch,
-            "epochs_at_chance": self.epochs,
-            "train_loss": self.loss,
-            "chance_loss": self.chance.loss,
-            "chance_loss_noise": self.chance.loss_noise,
-            "train_error_pct": self.error_pct,
-            "chance_error_pct": self.chance.error_pct,
-            "chance_error_noise_pct": self.chance.error_noise_pct,
-            "first_to_last_gradient": self.share,
-        }
+    epochs_at_chance: int
+    train_loss: float
+    chance_loss: float
+    chance_loss_noise: float
+    train_error_pct: float
+    chance_error_pct: float
+    chance_error_noise_pct: float
+    first_to_last_gradient: float
 
     @property
     def words(self) -> str:
-        chance = self.chance
+        """For people."""
         return (
-            f"this run learns nothing: {self.epochs} epochs up to epoch {self.epoch} were at chance, the last with a "
-            f"loss of {self.loss:.4f} (guessing: {chance.loss:.4f}, noise {chance.loss_noise:.1g}) and a training "
-            f"error of {self.error_pct:.2f} % (guessing: {chance.error_pct:.2f}, noise {chance.error_noise_pct:.2f}), "
-            f"and the gradient of the first layers is {self.share:.1e} of the last ones', so that they stay as they are"
+            f"this run learns nothing: {self.epochs_at_chance} epochs up to epoch {self.epoch} were at chance, the "
+            f"last with a loss of {self.train_loss:.4f} (guessing: {self.chance_loss:.4f}, noise "
+            f"{self.chance_loss_noise:.1g}) and a training error of {self.train_error_pct:.2f} % (guessing: "
+            f"{self.chance_error_pct:.2f}, noise {self.chance_error_noise_pct:.2f}), and the gradient of the first "
+            f"layers is {self.first_to_last_gradient:.1e} of the last ones', so that they stay as they are"
         )
 
 
@@ -165,14 +147,15 @@ class Stall:
     def _judge(self, state: RunState, epoch: int, loss: float, error_pct: float) -> Evidence | None:
         if state.share_count:
             state.gradient_share = math.exp(state.share_log_sum / state.share_count)
-        share = state.gradient_share
-        if epoch == 1 or share is None or share >= VANISHED_SHARE or not self._chance.covers(loss, error_pct):
+        share, chance = state.gradient_share, self._chance
+        if epoch == 1 or share is None or share >= VANISHED_SHARE or not chance.covers(loss, error_pct):
             state.chance_epochs = 0
             return None
         state.chance_epochs += 1
         if state.chance_epochs < EPOCHS or state.chance_epochs * self._steps_per_epoch < LEAST_STEPS:
             return None
-        return Evidence(state.chance_epochs, epoch, loss, error_pct, share, self._chance)
+        losses, errors = (loss, chance.loss, chance.loss_noise), (error_pct, chance.error_pct, chance.error_noise_pct)
+        return Evidence(epoch, state.chance_epochs, *losses, *errors, share)
 
 
 def way_out(arch: str) -> str:

@@ -104,8 +104,7 @@ def try_step(replica: Replica, folder: RunFolder) -> StepTrial:
                 raise _out_of_memory(replica, done)  # the others wait for what this process does not do
             before.restore()  # even where the update had begun
             release()
-            if not fallback.after(replace(done, final=False)):
-                cause = fallback.cause(done)
+            if (cause := fallback.after(replace(done, final=False))) is not None:
                 fallback.record(cause)
                 with replica.group.alike():
                     raise _out_of_memory(replica, cause)

@@ -57,9 +57,9 @@ def test_the_evidence() -> None:
     assert found[:2] == [None, None]  # the first epoch is not judged, one alone is not enough
     assert found[2] is not None
     assert found[3] is not None
-    assert (found[2].epochs, found[3].epochs) == (2, 3)
-    assert found[2].share == pytest.approx(VANISHED)
-    assert found[2].fields["chance_loss"] == math.log(10)
+    assert (found[2].epochs_at_chance, found[3].epochs_at_chance) == (2, 3)
+    assert found[2].first_to_last_gradient == pytest.approx(VANISHED)
+    assert found[2].chance_loss == math.log(10)
     for said in ("2.3104", "2.3026", "90.10 %", "1.0e-06", "9e-05", "0.40"):
         assert said in found[2].words
 
