@@ -24,13 +24,13 @@ from lowmem.choose.budget import MARGIN_SHARE, Budget, of_card, tensors_only
 from lowmem.choose.costs import chain_cost
 from lowmem.choose.fit import fit
 from lowmem.choose.planning import card_rates
-from lowmem.choose.simulated import Simulated, StepShape, simulate_step
 from lowmem.config.cards import load_card
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import GIB, MIB, format_size
 from lowmem.models import skeleton
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.solver import Solver
+from lowmem.simulate import Simulated, StepShape, simulate_step
 
 NAME = "plan_targets"
 HEADER = (
@@ -153,7 +153,7 @@ def prepare(scenario: Scenario, card_name: str, width: int) -> Bench:
     rates = card_rates(load_card(card_name))(scenario.precision)
     plain = simulate_step(shape, None, rates)
     began = time.perf_counter()
-    chain = chain_cost(model, input_shape=(scenario.batch, 3, 32, 32), rates=rates, low=shape.low_dtype)
+    chain = chain_cost(model, input_shape=(scenario.batch, 3, 32, 32), rates=rates, low=shape.execution.amp_dtype)
     return Bench(shape, rates, plain, chain, time.perf_counter() - began)
 
 

@@ -14,9 +14,9 @@ from lowmem.choose.ladder import with_ladder
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice, Request
 from lowmem.choose.session import budget_of, calibrator_of, request_of
-from lowmem.choose.simulated import Simulated, simulate_step
 from lowmem.core.errors import Infeasible
 from lowmem.plan.solver import Solver
+from lowmem.simulate import Simulated, simulate_step
 
 # Of the batch whose least plan would fill the memory with tensors alone; on a card gaps between blocks take the rest.
 # For Bottleneck-110 in 6 GiB it is 0.89 by the allocator's model, in fp32 and in AMP.

@@ -18,11 +18,12 @@ from lowmem.choose.fit import workspaces_of
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice, Request
 from lowmem.choose.session import budget_of, calibrator_of, request_of
-from lowmem.choose.simulated import FUSED, Simulated, simulate_step
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import format_size
 from lowmem.models.resnet import ResNet
+from lowmem.simulate import Simulated, simulate_step
+from lowmem.step.train_step import FUSED
 from lowmem.trial.ways import executed
 
 _SEARCH_TRIES = 8

@@ -21,7 +21,6 @@ from lowmem.calibrate.worker import (
     Measure,
     Stages,
     Update,
-    low_dtype,
     measure_apart,
     measure_here,
 )
@@ -30,6 +29,7 @@ from lowmem.models.memory_format import check_memory_format
 from lowmem.remat.libraries import Numerics
 from lowmem.simulate import Call
 from lowmem.simulate.stage import Option, StageMeasure
+from lowmem.step.train_step import amp_dtype
 
 Progress = Callable[[str], None]
 
@@ -101,7 +101,7 @@ class Calibrator:
 
     def workspaces(self, precision: str) -> Workspaces | None:
         """None on the CPU, whose kernels do not take theirs from a counted allocator."""
-        return Workspaces(self.calibration, low_dtype(precision, self.device)) if self.device == "cuda" else None
+        return Workspaces(self.calibration, amp_dtype(precision, self.device)) if self.device == "cuda" else None
 
     def measure_workspaces(self, table: Workspaces, calls: set[Call], precision: str) -> None:
         """Fills the table with what it lacks of the calls."""

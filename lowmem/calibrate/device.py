@@ -15,16 +15,17 @@ import torch
 from torch.nn import functional as F
 
 from lowmem.calibrate.calibration import Identity
-from lowmem.calibrate.worker import ask, low_dtype
+from lowmem.calibrate.worker import ask
 from lowmem.core.units import MIB
 from lowmem.measure import Meter
-from lowmem.measure.cuda import device_uuid, find_device
+from lowmem.measure.cuda import device_uuid
 from lowmem.measure.meter import processor_name
 from lowmem.measure.nvml import read_driver
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, SAVE_ALL, uniform
 from lowmem.remat import apply_plan, stage_names
 from lowmem.remat.libraries import Numerics
+from lowmem.step.train_step import amp_dtype
 
 CONTEXT = ("context",)  # its key in a calibration
 # What a context can be; anything else is somebody else's memory coming or going in the same moment.
@@ -86,7 +87,7 @@ def measure_memory() -> dict[str, Any]:
     if context is not None and not _LEAST_CONTEXT_BYTES <= context <= _MOST_CONTEXT_BYTES:
         context = None
     report = read_driver()
-    device = find_device(report, device_uuid())
+    device = report.device(device_uuid())
     link = None if device is None else device.link
     cudnn = torch.backends.cudnn.version()
     return asdict(
@@ -122,7 +123,7 @@ def warm_up(device: str) -> None:
     for (arch, block), precision in product((("res20", "basic"), ("res56", "bottleneck")), ("fp32", "amp")):
         net = build(arch, block, width=16).to(device)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
-        low = low_dtype(precision, device)
+        low = amp_dtype(precision, device)
         images, labels = torch.randn(8, 3, 32, 32, device=device), torch.zeros(8, dtype=torch.int64, device=device)
         policies = [LEAN] * (len(stage_names(net)) - 1) + [SAVE_ALL]  # the head is no block
         for run in (net, apply_plan(net, uniform(policies), library_norm=True)):

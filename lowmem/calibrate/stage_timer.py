@@ -23,8 +23,7 @@ from lowmem.measure.out_of_memory import Failure, attempt
 from lowmem.measure.timing import BOUND_SHARE, Timing, time_calls
 from lowmem.remat import decompose
 from lowmem.remat.block import ConvBlock
-from lowmem.remat.opaque import OpaqueStage
-from lowmem.remat.stage import Saved, Stage, StagePass
+from lowmem.remat.stage import OpaqueStage, Saved, Stage, StagePass
 from lowmem.simulate.stage import Option
 
 _T = TypeVar("_T")

@@ -25,6 +25,7 @@ from lowmem.measure.out_of_memory import Failure, attempt
 from lowmem.measure.timing import time_calls
 from lowmem.remat.libraries import Numerics, prepare_libraries
 from lowmem.simulate import Call
+from lowmem.step.train_step import amp_dtype
 
 _TIMEOUT_SECONDS = 1800
 # Pictures that blocks are timed with; a processor computes from the first picture on and needs no more than the least.
@@ -101,7 +102,7 @@ class Convolutions:
     precision: str
 
     def run(self, device: str, calibration: Calibration) -> None:
-        Workspaces(calibration, low_dtype(self.precision, device)).measure(self.calls, device)
+        Workspaces(calibration, amp_dtype(self.precision, device)).measure(self.calls, device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,17 +135,10 @@ def _clock(
         input_shape=input_shape,
         device=device,
         memory_format=torch.channels_last if job.memory_format == "channels-last" else torch.contiguous_format,
-        low=low_dtype(job.precision, device),
+        low=amp_dtype(job.precision, device),
         library_norm=library_norm,
         calibration=calibration,
     )
-
-
-def low_dtype(precision: str, device: str) -> torch.dtype | None:
-    """As the run's own autocast: fp16 on CUDA, bf16 on the CPU."""
-    if precision != "amp":
-        return None
-    return torch.float16 if device == "cuda" else torch.bfloat16
 
 
 Measure = Callable[[Sequence[Job], str, Calibration], None]

@@ -209,8 +209,8 @@ def _operations(work: Iterable[KernelWork]) -> Iterator[Operation]:
     return (Operation(one.flops, one.moved_bytes) for one in work)
 
 
-def _options(stage: Any) -> list[Option]:
-    usual = [Option(policy, policy.drop_output, policy.kind is PolicyKind.FUSED) for policy in policies(stage)]
+def _options(stage: Stage) -> list[Option]:
+    usual = [Option(policy) for policy in policies(stage)]
     # A segment's last stage is best FUSED; the other ways are for the baselines.
     lasts = [Option(policy, last=True) for policy in (SAVE_ALL, LEAN, INPUT_ONLY) if policy in policies(stage)]
     return [*usual, *lasts]

@@ -9,13 +9,13 @@ from lowmem.calibrate.workspace import Workspaces
 from lowmem.choose.budget import Budget
 from lowmem.choose.costs import calls_of, measure_costs, price
 from lowmem.choose.request import Choice, Request
-from lowmem.choose.simulated import Simulated, StepShape, simulate_step
 from lowmem.core.errors import Infeasible
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.record import Plan, Predicted
 from lowmem.plan.solution import Solution
 from lowmem.plan.solver import Solver
 from lowmem.remat import stage_names
+from lowmem.simulate import Simulated, StepShape, simulate_step
 
 _T = TypeVar("_T")
 _TRIES = 12  # of the solver against the whole simulated step
@@ -96,8 +96,8 @@ def workspaces_of(request: Request, shape: StepShape) -> Workspaces | None:
         lambda: calls_of(
             request.model,
             input_shape=(shape.micro_batch, *request.image_shape),
-            memory_format=shape.torch_memory_format,
-            low=shape.low_dtype,
+            memory_format=shape.execution.torch_memory_format,
+            low=shape.execution.amp_dtype,
         ),
     )
     calibrator.measure_workspaces(table, calls, shape.precision)
@@ -113,8 +113,8 @@ def _chain(request: Request, shape: StepShape, rates: Rates, workspace: Workspac
         lambda: measure_costs(
             request.model,
             input_shape=input_shape,
-            memory_format=shape.torch_memory_format,
-            low=shape.low_dtype,
+            memory_format=shape.execution.torch_memory_format,
+            low=shape.execution.amp_dtype,
             optimizer_copies=1 if request.momentum else 0,
             accumulation=shape.accumulation,
             workspace=workspace,

@@ -9,11 +9,11 @@ from math import sqrt
 
 from lowmem.choose.fit import predict, seconds_of
 from lowmem.choose.request import Choice
-from lowmem.choose.simulated import Simulated, simulate_step
 from lowmem.core.errors import Infeasible
 from lowmem.plan.record import Plan
 from lowmem.plan.solution import Solution
 from lowmem.plan.solver import Solver
+from lowmem.simulate import Simulated, simulate_step
 
 # Most often a little is missing (a browser, fragmentation): four small steps down, then the rest of the way in two.
 NEAR_RATIO = 0.92

@@ -10,11 +10,10 @@ from torch import nn
 
 from lowmem.calibrate.calibrator import Calibrator
 from lowmem.choose.budget import Budget
-from lowmem.choose.simulated import Simulated, StepShape
 from lowmem.config.cards import Card
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.record import Plan
-from lowmem.simulate import Call
+from lowmem.simulate import Call, Simulated, StepShape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,7 @@
-"""From a run's settings to its plan: which budget, which rates, which batch."""
+"""From a run's settings to what is to be planned: which budget, which rates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,15 +19,13 @@ from lowmem.choose.budget import (
     with_communicators,
 )
 from lowmem.choose.execution import batch_norm_of, calibrates, numerics_of, refuse_unsafe
-from lowmem.choose.planning import REFERENCE_CARD, choose
+from lowmem.choose.planning import REFERENCE_CARD
 from lowmem.choose.precision_choice import by_kind, by_measurement
-from lowmem.choose.request import Choice, Request, card_rates
+from lowmem.choose.request import Request, card_rates
 from lowmem.config.cards import Card, Platform, find_card, load_card
 from lowmem.config.schema import Config, for_process
-from lowmem.config.settings import Settings
-from lowmem.core.errors import Infeasible, UsageError
+from lowmem.core.errors import UsageError
 from lowmem.models import skeleton
-from lowmem.plan.record import Candidate, Plan
 from lowmem.remat.libraries import (
     blas_workspace_bytes,
     convolutions_in_tf32,
@@ -37,8 +34,6 @@ from lowmem.remat.libraries import (
 )
 
 _PICTURE_BYTES = 3 * 32 * 32  # uint8
-AUTO_BATCHES = (32, 64, 128, 256, 512, 1024)
-AS_FAST = 1.02  # what is faster by less than this, by prediction or by a few real steps, is not known to be faster
 
 
 def wants_plan(config: Config) -> bool:
@@ -200,126 +195,3 @@ def _check_micro_batch(config: Config) -> None:
             f"--micro-batch {micro_batch} accumulates up to the batch of {config.train.batch}, and "
             "memory.allow_accumulation=false forbids it: leave one of them out"
         )
-
-
-def plan_run(
-    settings: Settings,
-    num_classes: int = 10,
-    train_pictures: int | None = None,
-    *,
-    progress: Progress = lambda text: None,
-    recalibrate: bool = False,
-) -> tuple[Settings, Choice]:
-    """The settings with what the plan decided (precision, memory format, and with `--batch auto` batch and learning
-    rate), and the choice. `progress` hears what takes seconds; `recalibrate`: measure the device again.
-
-    Raises Infeasible, UsageError, PreflightError."""
-    calibrator = calibrator_of(settings.config, progress, fresh=recalibrate)
-    request = request_of(settings.config, num_classes, train_pictures or 0, calibrator)
-    choice = ranked(request, settings.config, train_pictures)[0]
-    return settle(settings, choice, request.reasons), choice
-
-
-def ranked(request: Request, config: Config, train_pictures: int | None) -> list[Choice]:
-    """The choice, and with `--batch auto` the other batches that fit, those with more pictures per second first.
-
-    Raises Infeasible, UsageError."""
-    return _batches(request, train_pictures) if config.memory.auto_batch else [choose(request)]
-
-
-def settle(settings: Settings, choice: Choice, reasons: Mapping[str, str]) -> Settings:
-    """The settings with what the choice decided; `reasons`: setting -> why."""
-    if settings.config.memory.auto_batch:
-        settings = follow_batch(settings, choice.plan.batch)
-    return settle_modes(settings, choice.plan, reasons)
-
-
-def settle_modes(settings: Settings, plan: Plan, reasons: Mapping[str, str]) -> Settings:
-    """The settings with the plan's precision and memory format."""
-    train = settings.config.train
-    before: dict[str, object] = {"train.precision": train.precision, "train.memory_format": train.memory_format}
-    after: dict[str, object] = {"train.precision": plan.precision, "train.memory_format": plan.memory_format}
-    for key, value in after.items():
-        if before[key] != value:
-            settings = settings.replace({key: value}, reasons.get(key, "auto: the plan"))
-    return settings
-
-
-def replan(
-    config: Config,
-    recorded: Plan,
-    num_classes: int = 10,
-    train_pictures: int = 0,
-    progress: Progress = lambda text: None,
-) -> Choice:
-    """A plan for another budget that computes what the recorded one does: same precision, format and micro-batch.
-
-    Raises Infeasible."""
-    request = request_of(config, num_classes, train_pictures, calibrator_of(config, progress))
-    return choose(
-        replace(
-            request,
-            batch=recorded.batch,
-            precisions=(recorded.precision,),
-            formats={recorded.precision: recorded.memory_format},
-            micro_batch=recorded.micro_batch,
-            batch_norm=recorded.batch_norm,
-            settled=True,
-        )
-    )
-
-
-def _batches(request: Request, train_pictures: int | None) -> list[Choice]:
-    """The batches that fit without accumulation, the preferred one first, with why the others were not chosen. Raises
-    Infeasible if none does."""
-    fitting: list[Choice] = []
-    refused: list[Candidate] = []
-    least: Infeasible | None = None
-    for batch in AUTO_BATCHES:
-        if train_pictures is not None and batch > train_pictures:
-            continue
-        try:
-            fitting.append(choose(replace(request, batch=batch, micro_batch=None, allow_accumulation=False)))
-        except Infeasible as error:
-            least = least or error
-            refused.append(
-                Candidate(what=f"batch {batch}", refused_because="does not fit", peak_bytes=error.least_bytes)
-            )
-            break  # nothing larger fits either
-    if not fitting:
-        raise least or UsageError("there are too few pictures for --batch auto: give a batch")
-    best = preferred(fitting, request.batch)
-    others = sorted((one for one in fitting if one is not best), key=lambda choice: -choice.images_per_second)
-    candidates = (*(_less(choice, best) for choice in others), *refused, *best.plan.candidates)
-    return [replace(best, plan=replace(best.plan, candidates=candidates)), *others]
-
-
-def preferred(fitting: Sequence[Choice], recipe_batch: int) -> Choice:
-    """The one with the most pictures per second. Of those that are as fast, within what predictions can tell apart, the
-    recipe's own batch, for which its learning rate was meant; else the largest."""
-    most = max(choice.images_per_second for choice in fitting)
-    alike = [choice for choice in fitting if choice.images_per_second * AS_FAST >= most]
-    return max(alike, key=lambda choice: (choice.plan.batch == recipe_batch, choice.plan.batch))
-
-
-def _less(choice: Choice, best: Choice) -> Candidate:
-    faster = choice.images_per_second >= best.images_per_second
-    why = "hardly more pictures per second" if faster else "fewer pictures per second"
-    return Candidate(
-        what=f"batch {choice.plan.batch}",
-        refused_because=f"{why} ({choice.images_per_second:.0f})",
-        peak_bytes=choice.plan.predicted.peak_allocated_bytes,
-        step_seconds=choice.plan.predicted.step_seconds,
-    )
-
-
-def follow_batch(settings: Settings, batch: int) -> Settings:
-    """The linear rule (Goyal et al., "Accurate, large minibatch SGD", 2017): the learning rate follows the batch."""
-    config = settings.config
-    before = config.train.batch
-    settings = settings.replace({"train.batch": batch}, "auto: the most pictures per second that fit")
-    if batch == before:
-        return settings
-    factor = batch / before
-    rates = {"optim.lr": config.optim.lr * factor, "schedule.low_start_lr": config.schedule.low_start_lr * factor}
-    return settings.replace(rates, f"linear rule: batch {before} -> {batch}")

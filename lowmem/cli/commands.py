@@ -56,7 +56,7 @@ def _top(
 def train(given: Given, out: NewRun = None, dry_run: DryRun = False) -> None:
     """Train a network. Ctrl-C saves and leaves; `lowmem resume` goes on exactly there."""
     settings = given.settings()
-    from lowmem.cli.show import observer
+    from lowmem.cli.terminal import observer
     from lowmem.lifecycle.api import run_training
 
     with observer() as shown:
@@ -82,7 +82,7 @@ def resume(
         raise UsageError("--out is for the new run that --epochs makes: a resume goes on in the run's own folder")
     if not is_led():  # the run's folder may be on another machine
         _refuse_at_once(run, changes)
-    from lowmem.cli.show import observer
+    from lowmem.cli.terminal import observer
     from lowmem.lifecycle.api import extend_run, resume_training
 
     with observer() as shown:
@@ -114,7 +114,7 @@ def fork(
     schedule.reference_epochs=… too, they are scaled to the new length."""
     changes = given.changes()
     _refuse_at_once(run, {})
-    from lowmem.cli.show import observer
+    from lowmem.cli.terminal import observer
     from lowmem.lifecycle.api import fork_run
 
     with observer() as shown:
@@ -139,7 +139,7 @@ def ls(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything known as JSON.")] = False,
 ) -> None:
     """The runs in a folder: state, epoch, error, size, and the checkpoints that can be forked from."""
-    from lowmem.cli.show_ls import show_ls
+    from lowmem.cli.show import show_ls
 
     show_ls(folder, as_json)
 
@@ -150,7 +150,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check a run folder: its checkpoints, settings, plan, rows and weights, and where a resume would go on."""
-    from lowmem.cli.show_verify import show_verify
+    from lowmem.cli.show import show_verify
 
     raise typer.Exit(show_verify(run, as_json))
 
@@ -163,7 +163,7 @@ def watch(
     as_json: Annotated[bool, typer.Option("--json", help="With --once: as JSON.")] = False,
 ) -> None:
     """Follow a running job from another terminal; it is only read. Leaves when the run ends, or with Ctrl-C."""
-    from lowmem.cli.show_watch import show_watch
+    from lowmem.cli.watch import show_watch
 
     show_watch(run, interval=interval, once=once, as_json=as_json)
 
@@ -217,7 +217,7 @@ def doctor(
 ) -> None:
     """Card, driver, torch, memory, disk, data: what is wrong, and the command that mends it."""
     settings = given.settings()
-    from lowmem.cli.show_doctor import show_doctor
+    from lowmem.cli.show import show_doctor
 
     raise typer.Exit(show_doctor(settings.config, out, as_json))
 

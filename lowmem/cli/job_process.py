@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowmem.cli.lines import describe_epoch
-from lowmem.cli.show import observer
-from lowmem.cli.show_reproduce import table
+from lowmem.cli.terminal import aligned, describe_epoch, observer
 from lowmem.core.errors import Interrupted, LowmemError
 from lowmem.core.units import format_duration, format_size
 from lowmem.lifecycle.api import recorded_settings, resume_training, run_training
@@ -100,7 +98,7 @@ def describe(outlook: Outlook, measured: Sequence[Pace] = ()) -> list[str]:
                 ("at most " if standing.left else "") + format_size(looked.disk_bytes),
             )
         )
-    lines += table(rows, right={2, 3, 4})
+    lines += aligned(rows, right={2, 3, 4})
     time = "known after the first epoch" if total != total else f"about {format_duration(total)}"
     lines.append(
         f"time left in all: {time}; disk: at most {format_size(outlook.needed_bytes)} more, "

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowmem.choose.batch_split import describe, plan_cards
+from lowmem.choose.batch_split import describe_split
+from lowmem.choose.decide import Silence, decide
 from lowmem.choose.execution import resolve_execution
 from lowmem.choose.explain import in_full
-from lowmem.choose.session import plan_run
 from lowmem.config.cards import load_card
 from lowmem.config.schema import cards_of
 from lowmem.config.settings import Settings
@@ -35,8 +35,9 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
     if settings.config.memory.card is None:
         # Without a named card it is about this machine: what `lowmem train` would do here.
         settings = resolve_execution(settings, planned=True)
-    settings, choice = plan_run(settings, progress=_tell, recalibrate=recalibrate)
-    config = settings.config
+    auto = settings.config.memory.auto_batch
+    decided = decide(settings, tell=_Beside(), on_paper=True, recalibrate=recalibrate)
+    config, sources, choice = decided.settings.config, decided.settings.sources, decided.choice
     title = f"{config.model.arch} ({config.model.block}, width {config.model.width})"
     curves = None if curve is None else _draw(choice, title, curve)
     if as_json:
@@ -46,8 +47,8 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
         return
     print(f"{title}\n")
     print(in_full(choice))
-    if config.memory.auto_batch:
-        print(f"\nLearning rate {config.optim.lr:g} ({settings.sources['optim.lr']}).")
+    if auto:
+        print(f"\nLearning rate {config.optim.lr:g} ({sources['optim.lr']}).")
     if curve is not None:
         print(f"\ndrawn: {curve}")
 
@@ -57,20 +58,22 @@ def _show_shares(settings: Settings, as_json: bool, curve: Path | None) -> None:
     if curve is not None:
         raise UsageError("--curve draws one card's plans: name one with --card")
     cards = [load_card(name) for name in cards_of(settings.config)]
-    settings, divided = plan_cards(settings)
-    config, shared = settings.config, divided.shared
-    plans = [divided.choices[rank].plan for rank in range(len(cards))]
+    auto = settings.config.memory.auto_batch
+    decided = decide(settings, tell=_Beside(), on_paper=True)
+    config, sources, split = decided.settings.config, decided.settings.sources, decided.planned
+    assert split is not None
+    plans = [split.choices[rank].plan for rank in range(len(cards))]
     if as_json:
-        record = {"shares": shared.shares, "step_seconds": shared.step_seconds}
+        record = {"shares": split.shares, "step_seconds": split.step_seconds}
         print(json.dumps({**record, "processes": [plan.to_json() for plan in plans]}, indent=1))
         return
     print(f"{config.model.arch} ({config.model.block}, width {config.model.width})\n")
-    print("\n".join(describe(shared, [card.name for card in cards])))
-    if config.memory.auto_batch:
-        print(f"Learning rate {config.optim.lr:g} ({settings.sources['optim.lr']}).")
+    print("\n".join(describe_split(split, [card.name for card in cards])))
+    if auto:
+        print(f"Learning rate {config.optim.lr:g} ({sources['optim.lr']}).")
     for rank, card in enumerate(cards):
         print(f"\nProcess {rank}, {card.name}\n")
-        print(in_full(divided.choices[rank]))
+        print(in_full(split.choices[rank]))
 
 
 def _draw(choice: Choice, title: str, path: Path) -> Mapping[str, Points]:
@@ -97,6 +100,8 @@ def _measured_here(settings: Settings) -> Settings:
     return settings.replace({"memory.calibrate": "always"}, "--recalibrate")
 
 
-def _tell(text: str) -> None:
+class _Beside(Silence):
     """Beside the plan, which may be piped into something."""
-    print(text, file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)

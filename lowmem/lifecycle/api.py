@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lowmem.calibrate.environment import describe
 from lowmem.choose import resolve_execution
+from lowmem.choose.decide import DataSize, Decision, batch_chosen, decide
 from lowmem.choose.execution import numerics_of, refuse_unsafe, require_device
 from lowmem.choose.explain import inexact
 from lowmem.choose.session import wants_plan
@@ -19,27 +21,20 @@ from lowmem.core.reading import shorten
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
 from lowmem.lifecycle import fork
-from lowmem.lifecycle.decide import forked_plan
-from lowmem.lifecycle.decide_shares import (
-    Decided,
-    changed_words,
-    decide_jointly,
-    norm_words,
-    plan_again,
-    record_plans,
-    undivided,
-)
 from lowmem.lifecycle.preflight import preflight
 from lowmem.lifecycle.processes import (
     begun_before,
+    changed_words,
     joined,
     launched,
     launcher,
     load_data,
     new_folder,
+    norm_words,
     require_pictures,
     share_settings,
 )
+from lowmem.lifecycle.recorded_plans import forked_run, record_plans, recorded_run
 from lowmem.lifecycle.resume import (
     changed_settings,
     device_only,
@@ -65,6 +60,7 @@ from lowmem.train.metrics import check_tensorboard
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import starts_low
 from lowmem.train.state import check_position, config_hash, restore
+from lowmem.trial.plan_trial import confirm_run, wants_confirmation
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,11 @@ def _begin(group: Group, settings: Settings, path: Path, observer: Observer, dry
     group.lead(lambda: _refuse_existing(path), None)
     group.together(lambda: check_tensorboard(settings.config))
     dataset = load_data(group, settings.config, observer)
-    decided = decide_jointly(group, settings, dataset, observer)
+    data = _size(dataset)
+    pictures = len(dataset.train.labels)
+    confirm = partial(confirm_run, num_classes=data.classes, train_pictures=pictures, tell=observer.note)
+    wanted = wants_confirmation(settings.config)
+    decided = decide(settings, data, group, confirm=confirm if wanted else None, tell=observer)
     settings, plan, confirmed = decided.settings, decided.plan, decided.confirmed
     environment = describe(settings.config.train.device) | {"processes": group.size}
     with new_folder(group, path, to_yaml(settings), {**environment, **asked}) as folder:
@@ -174,7 +174,8 @@ def _go_on(group: Group, path: Path, changes: Settings | Mapping[str, object] | 
         found = group.lead(lambda: newest(folder, settings.config, observer), None)
         saved, where = shared_checkpoint(group, found)
         dataset = load_data(group, settings.config, observer)
-        decided, replanned = plan_again(group, folder, recorded.config, settings, dataset, observer)
+        run = recorded_run(group, path, recorded.config)
+        decided = decide(settings, _size(dataset), group, recorded=run, tell=observer)
         trainer = _make_trainer(group, decided, dataset, observer, path)
         trainer.state = group.together(
             lambda: restore(saved, trainer.model, trainer.optimizer, trainer.step.scaler, trainer.identity)
@@ -183,7 +184,7 @@ def _go_on(group: Group, path: Path, changes: Settings | Mapping[str, object] | 
         group.together(lambda: check_position(state, trainer.batches.steps_per_epoch))
         # Only now is it certain that this run goes on from here: nothing was written before.
         group.lead(lambda: tidy(folder, found[2] if found else {}, settings.config), None)
-        if replanned and decided.plan is not None:
+        if decided.changed and decided.plan is not None:
             record_plans(group, decided.plan, folder)
             group.lead(lambda: folder.write_config(to_yaml(settings)), None)
             folder.event("replan", budget_bytes=decided.plan.budget_bytes)
@@ -240,8 +241,9 @@ def fork_run(
         )
     source, path = _fork_paths(Path(source), out)
     recorded = recorded_settings(source)
-    settings = resolve_execution(fork.changed(recorded, changes, f"fork of {shorten(source.name)}"))
-    differing = fork.check(recorded.config, settings.config)
+    begun = batch_chosen(recorded)
+    settings = resolve_execution(fork.changed(begun, changes, f"fork of {shorten(source.name)}"))
+    differing = fork.check(begun.config, settings.config)
     require_device(settings.config.train.device)
     prepare_libraries(numerics_of(settings.config.train))
     check_tensorboard(settings.config)
@@ -254,8 +256,9 @@ def fork_run(
         observer.note(line)
     for line in fork.warnings(found, differing, dataset):
         observer.warning(line)
-    settings, plan = forked_plan(source, recorded.config, settings, dataset, observer)
-    decided = Decided(settings, plan, undivided(group, settings.config))
+    run = forked_run(source, recorded.config, observer)
+    decided = decide(settings, _size(dataset), group, recorded=run, tell=observer)
+    settings = decided.settings
     environment = describe(settings.config.train.device)
     with new_folder(group, path, to_yaml(settings), environment) as folder:
         try:
@@ -365,7 +368,7 @@ def _cap_emulated(trainer: Trainer) -> None:
         cap_allocator(plan.allocator_bytes)
 
 
-def _make_trainer(group: Group, decided: Decided, dataset: Dataset, observer: Observer, path: Path) -> Trainer:
+def _make_trainer(group: Group, decided: Decision, dataset: Dataset, observer: Observer, path: Path) -> Trainer:
     """Raises OutOfMemory, PreflightError; in all processes."""
     config = decided.settings.config
 
@@ -382,6 +385,10 @@ def _make_trainer(group: Group, decided: Decided, dataset: Dataset, observer: Ob
     if not group.alone:
         observer.note(norm_words(group, config, decided.split))
     return trainer
+
+
+def _size(dataset: Dataset) -> DataSize:
+    return DataSize(len(dataset.classes), len(dataset.train.labels))
 
 
 def _headline(config: Config, dataset: Dataset, path: Path) -> str:

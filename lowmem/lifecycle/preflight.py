@@ -18,7 +18,7 @@ from torch import Tensor
 from lowmem.config.settings import from_yaml
 from lowmem.core.errors import CorruptCheckpoint, DiskError, PreflightError, UsageError
 from lowmem.core.units import format_duration, format_size
-from lowmem.lifecycle.decide import read_plan
+from lowmem.lifecycle.recorded_plans import read_plan
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs import columns, gradients
 from lowmem.runs.atomic import write_text_atomic

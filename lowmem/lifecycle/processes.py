@@ -24,6 +24,7 @@ from lowmem.core.reading import PLAN_LIMIT_BYTES, read_json
 from lowmem.data import Dataset, load
 from lowmem.distributed.group import Group, join
 from lowmem.distributed.launch import Launch
+from lowmem.distributed.split import Split
 from lowmem.runs.null_writer import AbsentFolder
 from lowmem.runs.setup import never_began
 from lowmem.runs.store import RunFolder, leaving_no_trace
@@ -151,3 +152,29 @@ def _refuse_stopped(path: Path) -> None:
 def launcher() -> int | None:
     """The process that started this one, if that is torchrun: it outlives those that it starts again."""
     return None if Launch.of_environment() is None else os.getppid()
+
+
+def norm_words(group: Group, config: Config, split: Split) -> str:
+    """What batch norm sees, which several processes must say."""
+    shares = " + ".join(map(str, split.shares))
+    head = f"{group.size} processes: a batch of {split.batch} is {shares} pictures"
+    if config.train.sync_bn:
+        return f"{head}; batch norm is over all of them (train.sync_bn), as in one process"
+    return f"{head}; each one's batch norm sees its own only, as is usual (--sync-bn: all of them, as in one process)"
+
+
+def changed_words(before: int, group: Group, config: Config) -> str:
+    """What a resume on another number of processes must say."""
+    stays = "the same pictures in the same order, the same batch and learning rates"
+    told = f"saved by {_count(before)}, going on with {_count(group.size)}: {stays}"
+    if config.train.sync_bn:
+        return f"{told}; sums have another rounding, so that from here on it is not bit for bit the run that it was"
+    sees = "the whole batch at once" if group.alone else "each process's own pictures"
+    return (
+        f"{told}; but batch norm now sees {sees}, so that from here on gradients are not those that the run would have "
+        "had"
+    )
+
+
+def _count(size: int) -> str:
+    return "1 process" if size == 1 else f"{size} processes"

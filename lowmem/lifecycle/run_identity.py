@@ -13,7 +13,7 @@ from lowmem.config.schema import Config
 from lowmem.config.settings import from_yaml
 from lowmem.core.errors import CorruptCheckpoint
 from lowmem.core.reading import shorten
-from lowmem.lifecycle.decide import read_plan
+from lowmem.lifecycle.recorded_plans import read_plan
 from lowmem.models import skeleton
 from lowmem.plan.record import Plan
 from lowmem.runs.checkpoint import Checkpoint
@@ -106,7 +106,7 @@ def _plan_in_words(run: Path, config: Config) -> str | None:
                 f"{run / name} is missing, the plan of one of the {len(plan.shares)} processes that train this run: "
                 "restore it, or go on with another number of them"
             )
-    if plan.shares:
+    if len(plan.shares) > 1:
         return f"{len(plan.shares)} processes, of which this takes {_words(plan)}"
     return _words(plan)
 

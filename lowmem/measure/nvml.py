@@ -66,9 +66,12 @@ class DriverReport:
     devices: tuple[DriverDevice, ...] = ()
     missing: str | None = None
 
-    def device(self, uuid: str) -> DriverDevice | None:
-        """By its UUID, with or without the leading `GPU-`; None if the driver does not list it."""
-        return next((one for one in self.devices if one.uuid is not None and _same_card(one.uuid, uuid)), None)
+    def device(self, uuid: str | None) -> DriverDevice | None:
+        """By its UUID, with or without the leading `GPU-`, since NVML's order is not CUDA's; without one only if there
+        is but one card to be meant. None if the driver does not list it."""
+        if uuid is None:
+            return self.devices[0] if len(self.devices) == 1 else None
+        return next((card for card in self.devices if card.uuid is not None and _same_card(card.uuid, uuid)), None)
 
 
 def _same_card(left: str, right: str) -> bool:

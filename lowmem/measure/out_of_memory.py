@@ -1,7 +1,8 @@
 """Telling out-of-memory from other errors, whoever says it: torch's allocators, the driver, cuDNN, cuBLAS, NCCL.
 
 One place knows the words (`classify`), for errors in this process and for the last lines of another one
-(`says_out_of_memory`): whoever measures, tries, trains or sums may meet any of them.
+(`says_out_of_memory`): whoever measures, tries, trains or sums may meet any of them. The words alone need no torch:
+the doctor asks for them where it cannot be imported.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
-
-import torch
 
 from lowmem.core.errors import PeerFailed
 from lowmem.core.units import GIB, KIB, MIB, format_size
@@ -60,6 +59,8 @@ class Failure:
 
 def classify(error: BaseException, phase: str) -> Failure | None:
     """The one place that tells out-of-memory from other errors; None: something else."""
+    import torch
+
     text = str(error)
     if isinstance(error, PeerFailed):
         return Failure(phase, text, peer=True)
@@ -96,6 +97,8 @@ def attempt(work: Callable[[], T], phase: Callable[[], str]) -> T | Failure:
 
 def release() -> None:
     """Gives back what nobody holds any more. To be called outside of an `except`."""
+    import torch
+
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

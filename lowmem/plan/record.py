@@ -72,8 +72,8 @@ class Plan:
     their own. `batch_norm`: the kernels of batch norm on CUDA, the library's choice (autograd's bits) or native ones
     (in place, another rounding). `tf32`: whether fp32 convolutions round their operands to TF32 on the card that it was
     made for; None: a card of unknown kind. `allocator_bytes`: on an emulated card, the most that the caching allocator
-    may hold; None: all there is. `shares`: of a run that several processes train, the pictures that each takes of the
-    effective batch, by rank; `batch` is then this process's own share. Empty: one process takes all.
+    may hold; None: all there is. `shares`: the pictures that each of the processes that train the run takes of the
+    effective batch, by rank; `batch` is this process's own share. Left out: one process takes all.
 
     Raises ValueError if the numbers or the schedule do not fit each other.
     """
@@ -96,6 +96,10 @@ class Plan:
     allocator_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        if not all(map(_is_integer, (self.batch, self.micro_batch, self.accumulation))):
+            raise ValueError("batch, micro_batch and accumulation are integers")
+        if not self.shares:
+            object.__setattr__(self, "shares", (self.batch,))
         if self.batch_norm not in ("library", "native"):
             raise ValueError(f"batch norm {str(self.batch_norm)[:100]!r} is neither library nor native")
         if not isinstance(self.tf32, bool | None) or not (
@@ -104,10 +108,8 @@ class Plan:
             raise ValueError("tf32 is true, false or None, allocator_bytes an integer or None")
         if not all(_is_integer(share) and share >= 0 for share in self.shares):
             raise ValueError("shares are counts of pictures")
-        if self.shares and self.batch not in self.shares and 0 not in self.shares:
+        if self.batch not in self.shares and 0 not in self.shares:
             raise ValueError(f"the batch of {self.batch} is none of the shares {list(self.shares)}")
-        if not all(map(_is_integer, (self.batch, self.micro_batch, self.accumulation))):
-            raise ValueError("batch, micro_batch and accumulation are integers")
         if not (self.budget_bytes is None or _is_integer(self.budget_bytes)) or not isinstance(self.exact, bool):
             raise ValueError("budget_bytes is an integer or None, exact is true or false")
         if min(self.batch, self.micro_batch, self.accumulation) < 1:
@@ -143,7 +145,7 @@ class Plan:
     @property
     def effective_batch(self) -> int:
         """Of all processes together."""
-        return sum(self.shares) or self.batch
+        return sum(self.shares)
 
     @property
     def library_norm(self) -> bool:
@@ -176,7 +178,7 @@ class Plan:
             "schedule": self.schedule.to_json(),
             "candidates": [_flat(candidate) for candidate in self.candidates],
             "ladder": [rung.to_json() for rung in self.ladder],
-            **({"shares": list(self.shares)} if self.shares else {}),
+            **({"shares": list(self.shares)} if len(self.shares) > 1 else {}),
         }
 
     @staticmethod

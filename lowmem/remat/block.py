@@ -53,8 +53,16 @@ class ConvBlock:
         pairs = (*self.pairs, self.projection)
         return self.identity, tuple(pair and (*_numbers(pair.conv), pair.bn.training) for pair in pairs)
 
+    @property
+    def norms(self) -> tuple[nn.BatchNorm2d, ...]:
+        return tuple(pair.bn for pair in self._all_pairs)
+
+    @property
+    def _all_pairs(self) -> tuple[Pair, ...]:
+        return (*self.pairs, self.projection) if self.projection else self.pairs
+
     def parameters(self) -> Iterator[Tensor]:
-        for pair in (*self.pairs, *([self.projection] if self.projection else [])):
+        for pair in self._all_pairs:
             yield from pair.parameters()
 
     @property

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowmem.choose.decide import DataSize, decide
 from lowmem.choose.execution import refuse_unsafe, resolve_execution
-from lowmem.choose.session import plan_run, wants_plan
-from lowmem.config.schema import Config
+from lowmem.choose.session import wants_plan
+from lowmem.config.schema import Config, for_process
 from lowmem.core.errors import Infeasible, PreflightError, UsageError
 from lowmem.core.units import format_size
 from lowmem.data import Dataset, load
@@ -107,8 +108,9 @@ def _plan(job: Job, standing: Standing, dataset: Dataset, observer: Observer) ->
     refuse_unsafe(settings.config)
     if not planned:
         return None
-    _, choice = plan_run(settings, len(dataset.classes), len(dataset.train), progress=observer.note)
-    return choice.plan
+    for_process(settings.config, 0, 1)
+    data = DataSize(len(dataset.classes), len(dataset.train))
+    return decide(settings, data, tell=observer, on_paper=True).plan
 
 
 def _words(plan: Plan) -> str:

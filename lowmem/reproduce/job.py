@@ -20,7 +20,7 @@ FORMAT = 1
 _OWN = frozenset({"model.arch", "model.block"})  # what each run has of its own
 # What a run decides for itself where the job says `auto`.
 _DECIDED = ("train.precision", "train.memory_format")
-_BY_AUTO_BATCH = frozenset({"train.batch", "optim.lr", "schedule.low_start_lr"})
+_BY_AUTO_BATCH = frozenset({"memory.auto_batch", "train.batch", "optim.lr", "schedule.low_start_lr"})
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,23 +21,23 @@ from lowmem.core.errors import PeerFailed
 from lowmem.distributed.group import Group
 from lowmem.distributed.reducer import Reducer
 from lowmem.distributed.split import Split
+from lowmem.remat import PlannedModule
+from lowmem.remat.sync_batch_norm import sum_sizes
 
 
 class DataParallelStep:
-    """What `TrainStep` does with the other processes. `norm_sizes`: elements of every sum that a pass of the network
-    makes for its batch norms, forward and backward; empty with statistics of each process's own."""
+    """What `TrainStep` does with the other processes. The executor runs the network: it says when gradients are
+    complete, and it knows batch norm over all processes (`sync_bn`)."""
 
-    def __init__(
-        self,
-        group: Group,
-        reducer: Reducer,
-        split: Split,
-        device: str,
-        norm_sizes: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, run: PlannedModule, group: Group, split: Split, device: str, *, sync_bn: bool) -> None:
         self.group, self.split = group, split
-        self._reducer, self._device = reducer, device
-        self._norm_sizes = tuple(norm_sizes)
+        self._device = device
+        stages = [list(stage.parameters()) for stage in run.stages]
+        self._reducer = Reducer(stages, [] if sync_bn else list(run.buffers()), group.start_total)
+        # Elements of every sum that a pass makes for its batch norms; empty with statistics of each process's own.
+        self._norm_sizes = sum_sizes(stage.norms for stage in run.stages) if sync_bn else ()
+        run.stage_done = self._reducer.stage_done
+        run.total = self.norm_total if sync_bn else None
         self.verdict: Callable[[], int] = int  # of this process on the run, a greater number for a stronger one
         self.agreed = 0  # the strongest verdict of all processes in the last step
         self.begin(0)

@@ -20,7 +20,7 @@ from lowmem.measure.out_of_memory import Failure
 from lowmem.runs.null_writer import AbsentFolder, AbsentSaver
 from lowmem.runs.saver import Save, Saver
 from lowmem.runs.store import RunFolder
-from lowmem.step.evaluate import Score, Sums, evaluate_sums
+from lowmem.step.evaluate import Score, Sums, evaluate
 from lowmem.step.undo import Undo
 from lowmem.train.divergence import Divergence, roll_back
 from lowmem.train.metrics import Metrics, exporting
@@ -243,7 +243,7 @@ class Loop:
 
         def summed(size: int) -> Sums | None:
             batches = eval_batches(part, size, t.dataset.mean, t.dataset.std, *place)
-            return evaluate_sums(t.model, batches, t.execution, self.signals.came)
+            return evaluate(t.model, batches, t.execution, self.signals.came)
 
         mine = self.memory.evaluated(summed)
         if isinstance(mine, Failure) and t.group.alone:

@@ -10,14 +10,12 @@ from torch import Tensor, nn
 from lowmem.config.schema import Config
 from lowmem.data import Dataset, Pictures, TrainBatches
 from lowmem.distributed.group import Group
-from lowmem.distributed.reducer import Reducer
 from lowmem.distributed.split import Split, even_shares
 from lowmem.measure import Meter
 from lowmem.models.memory_format import check_memory_format
 from lowmem.plan.policy import SAVE_ALL, uniform
 from lowmem.plan.record import Plan
-from lowmem.remat import PlannedModule, apply_plan, stage_names
-from lowmem.remat.norms import norm_sums
+from lowmem.remat import apply_plan, stage_names
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.store import RunFolder
 from lowmem.step.data_parallel import DataParallelStep, are_alike
@@ -75,23 +73,12 @@ class Replica:
         self.meter = Meter(execution.device)
 
     def _join(self, split: Split | None) -> DataParallelStep:
-        """The step's dealings with the other processes. The executor runs the network, with a plan or without: it says
-        when gradients are complete, and it knows batch norm over all processes."""
+        """The step's dealings with the other processes; the executor runs the network then, with a plan or without."""
         group, config = self.group, self.config.train
         split = split or Split(even_shares(config.batch, group.size), group.rank)
         if self.planned is None:
             self.planned = apply_plan(self.model, uniform([SAVE_ALL] * len(stage_names(self.model))))
-        run: PlannedModule = self.planned
-        reducer = Reducer(
-            [list(stage.parameters()) for stage in run.stages],
-            [] if config.sync_bn else list(self.model.buffers()),
-            group.start_total,
-        )
-        sums = norm_sums(run.stages) if config.sync_bn else ()
-        joint = DataParallelStep(group, reducer, split, self.execution.device, sums)
-        run.stage_done = reducer.stage_done
-        run.total = joint.norm_total if config.sync_bn else None
-        return joint
+        return DataParallelStep(self.planned, group, split, self.execution.device, sync_bn=config.sync_bn)
 
     def next_batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, int]:
         """Images and labels of this process for a step, on the device, and the size of the whole effective batch."""

@@ -1,7 +1,6 @@
 """One real step and one evaluation batch before a run, timed and undone to the last bit.
 
-Unlike the undoing of a failed step (`survive.Undo`), the update is made here too: so parameters, momentum and buffers
-are copied to host memory first, where there is room before a run and the card's own is not touched.
+Unlike with a failed step (`step.undo.Undo`), the update is made here too: so everything is copied first (`Before`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from lowmem.distributed.group import Group
 from lowmem.measure.out_of_memory import Failure, release
 from lowmem.runs.store import RunFolder
 from lowmem.step.evaluate import Score, evaluate
-from lowmem.step.undo import Undo
+from lowmem.step.undo import Before, Undo
 from lowmem.train.oom_fallback import OomFallback, memory_words
 from lowmem.train.replica import Replica
 from lowmem.train.schedule import learning_rate
@@ -44,58 +43,13 @@ class StepTrial:
     gradient_norms: tuple[float, ...]
 
 
-class Before:
-    """Everything a step and its update change, as it was when this was made."""
-
-    def __init__(self, replica: Replica) -> None:
-        self._t = replica
-        self._tensors = [(tensor, _host_copy(tensor)) for tensor in replica.model.state_dict().values()]
-        self._slots = {
-            parameter: {slot: _host_copy(value) if isinstance(value, Tensor) else value for slot, value in own.items()}
-            for parameter, own in replica.optimizer.state.items()
-        }
-        self._rates = [group["lr"] for group in replica.optimizer.param_groups]
-        self._scaler = replica.step.scaler.state_dict()
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Puts it all back, in place: same tensors, same memory formats, no gradients."""
-        optimizer, step = self._t.optimizer, self._t.step
-        optimizer.zero_grad(set_to_none=True)
-        for tensor, saved in self._tensors:
-            tensor.copy_(saved)
-        for parameter in list(optimizer.state):
-            self._restore_slots(optimizer.state[parameter], self._slots.get(parameter, {}))
-            if parameter not in self._slots:
-                del optimizer.state[parameter]
-        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate
-        step.reset_scaler()
-        if self._scaler:
-            step.scaler.load_state_dict(self._scaler)
-
-    @staticmethod
-    def _restore_slots(now: dict[str, Any], then: dict[str, Any]) -> None:
-        for slot in list(now):
-            if slot not in then:
-                del now[slot]
-            elif isinstance(then[slot], Tensor):
-                now[slot].copy_(then[slot])
-            else:
-                now[slot] = then[slot]
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
 def try_step(replica: Replica, folder: RunFolder) -> StepTrial:
     """Runs the next step of the run and evaluates its first test pictures, and leaves the trainer as it was.
 
     Out-of-memory takes the next smaller plan, as it does later in the run; the folder's events tell it. Raises
     OutOfMemory if there is none.
     """
-    before = Before(replica)
+    before = Before(replica.step)
     fallback, undo = OomFallback(replica, folder), Undo(replica.step, replica.model)
     norms = GradientNorms(replica.model, replica.step, every=1)
     try:
@@ -139,9 +93,9 @@ def _score(replica: Replica, size: int) -> Score:
     test, dataset = replica.dataset.test, replica.dataset
     some = test.take(torch.arange(min(size, len(test))).numpy())
     place = (replica.execution.device, replica.execution.torch_memory_format)
-    score = evaluate(replica.model, eval_batches(some, size, dataset.mean, dataset.std, *place), replica.execution)
-    assert score is not None  # nobody asks it to stop
-    return score
+    sums = evaluate(replica.model, eval_batches(some, size, dataset.mean, dataset.std, *place), replica.execution)
+    assert sums is not None  # nobody asks it to stop
+    return sums.score()
 
 
 def _twice_if_quick(group: Group, work: Callable[[], Any]) -> Any:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lowmem.choose.request import card_rates
-from lowmem.choose.simulated import StepShape, simulate_step
 from lowmem.config.cards import load_card
 from lowmem.config.schema import Config, known_keys
 from lowmem.config.settings import Settings, to_yaml
@@ -24,6 +23,7 @@ from lowmem.measure.tensors import TensorMeter
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.null_writer import AbsentFolder
 from lowmem.runs.store import RunFolder
+from lowmem.simulate import StepShape, simulate_step
 from lowmem.step.data_parallel import are_alike
 from lowmem.step.undo import Undo
 from lowmem.train import loop
@@ -140,14 +140,14 @@ def out_of_memory_without_a_smaller_plan(group: Group) -> None:
 def no_room_to_evaluate_in_one_process(group: Group) -> None:
     """Not even one picture at a time: all give up after the epoch, with its cause, and none hangs."""
     t = small.trainer(group, small.config(), small.dataset())
-    score = loop.evaluate_sums
+    score = loop.evaluate
 
     def scarce(*arguments: Any) -> Any:
         if group.rank == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5 MiB. There is no more.")
         return score(*arguments)
 
-    with mock.patch.object(loop, "evaluate_sums", scarce):
+    with mock.patch.object(loop, "evaluate", scarce):
         try:
             t.run(AbsentFolder(Path("nowhere")))
         except LowmemError as error:

@@ -8,12 +8,12 @@ from lowmem.choose.budget import Budget, of_card, tensors_only
 from lowmem.choose.costs import chain_cost
 from lowmem.choose.fit import fit
 from lowmem.choose.planning import Request, card_rates, choose
-from lowmem.choose.simulated import Simulated, StepShape, simulate_step
 from lowmem.config.cards import load_card
 from lowmem.core.units import GIB, MIB
 from lowmem.models import skeleton
 from lowmem.plan.cost import Rates
 from lowmem.plan.solver import Solver
+from lowmem.simulate import Simulated, StepShape, simulate_step
 
 pytestmark = pytest.mark.slow
 

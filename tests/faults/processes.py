@@ -18,8 +18,8 @@ import matplotlib.figure  # noqa: F401
 import torch
 
 import lowmem.cli.job_process
-import lowmem.cli.show
 import lowmem.cli.show_reproduce
+import lowmem.cli.terminal
 import lowmem.lifecycle.api
 from lowmem.cli.main import _run
 from lowmem.reproduce.process import Conductor

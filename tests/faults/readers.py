@@ -15,9 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from lowmem.calibrate.calibration import Calibration, Identity, Mode, Seconds
-from lowmem.cli.lines import describe_epoch
-from lowmem.cli.screen import screen
-from lowmem.cli.show_watch import to_json
+from lowmem.cli.terminal import describe_epoch
+from lowmem.cli.watch_screen import screen, to_json
 from lowmem.config.cards import load_card
 from lowmem.config.settings import from_yaml, gather, parse_set
 from lowmem.config.shipped import profiles_folder
@@ -27,7 +26,7 @@ from lowmem.data import folder as pictures_folder
 from lowmem.data import load
 from lowmem.lifecycle import fork
 from lowmem.lifecycle.api import recorded_settings, resume_training
-from lowmem.lifecycle.decide import read_plan
+from lowmem.lifecycle.recorded_plans import read_plan
 from lowmem.lifecycle.run_identity import belongs_to, most_bytes, verify
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, keep, uniform

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem.choose.ladder import with_ladder
-from lowmem.choose.session import plan_run
+from lowmem.choose.decide import decide
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import ExitCode, OutOfMemory
 from lowmem.data import Dataset, load
@@ -53,7 +52,8 @@ def _dataset() -> Dataset:
 
 @cache
 def _plan(mode: str) -> Plan:
-    plan = with_ladder(plan_run(_settings(mode))[1]).plan
+    plan = decide(_settings(mode)).plan
+    assert plan is not None
     assert plan.exact is (mode != "micro-batches")
     return plan
 

@@ -16,8 +16,9 @@ from lowmem.calibrate.device import cpu_identity
 from lowmem.calibrate.stage_timer import FAST, PLAIN, ChainClock
 from lowmem.calibrate.worker import BusyBatch, Job, Stages, Update, measure_apart, smallest_busy
 from lowmem.choose.costs import ChainMeasure, measure_costs, price
+from lowmem.choose.decide import Silence, decide
 from lowmem.choose.precision_choice import by_measurement
-from lowmem.choose.session import calibrator_of, plan_run
+from lowmem.choose.session import calibrator_of
 from lowmem.config.schema import Config
 from lowmem.config.settings import gather
 from lowmem.core.errors import PreflightError
@@ -302,7 +303,12 @@ def test_a_plan_by_what_this_processor_does(tmp_path: Path, monkeypatch: pytest.
     flags = {"model.arch": "res20", "model.width": 4, "train.batch": 4, "memory.vram": "2M", "train.device": "cpu"}
     settings = gather(flags=flags, sets=["memory.calibrate=always"])
     told: list[str] = []
-    _, choice = plan_run(settings, progress=told.append)
+
+    class Progress(Silence):
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    choice = decide(settings, tell=Progress(), on_paper=True).choice
     assert choice.timed
     assert choice.seconds_from == "measured on this device"
     assert any(line.startswith("measuring the processor, once") for line in told)
@@ -310,7 +316,7 @@ def test_a_plan_by_what_this_processor_does(tmp_path: Path, monkeypatch: pytest.
         choice.plain_seconds * (1 + (choice.plan.predicted.overhead or 0))
     )
     told.clear()
-    _, again = plan_run(settings, progress=told.append)
+    again = decide(settings, tell=Progress(), on_paper=True).choice
     assert told == [], "kept in the cache"
     assert again.plan == choice.plan
     assert list(tmp_path.glob("lowmem/calibration/*.json"))

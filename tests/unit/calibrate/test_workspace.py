@@ -9,12 +9,11 @@ from lowmem.calibrate.device import cpu_identity
 from lowmem.calibrate.workspace import Workspaces
 from lowmem.choose.costs import calls_of, measure_costs
 from lowmem.choose.request import card_rates
-from lowmem.choose.simulated import StepShape, simulate_step
 from lowmem.config.cards import load_card
 from lowmem.core.units import MIB
 from lowmem.models import skeleton
 from lowmem.plan.policy import SAVE_ALL
-from lowmem.simulate import Call, Kind
+from lowmem.simulate import Call, Kind, StepShape, simulate_step
 
 MODEL = skeleton("res20", "basic", width=4)
 SHAPE = (8, 3, 32, 32)

@@ -6,13 +6,13 @@ import pytest
 
 from lowmem.choose.budget import tensors_only
 from lowmem.choose.planning import Choice, Request, card_rates, choose, make_plan, precision_order
-from lowmem.choose.simulated import simulate_step
 from lowmem.config.cards import load_card
 from lowmem.config.schema import Config
 from lowmem.core.errors import Infeasible, UsageError
 from lowmem.core.units import MIB
 from lowmem.models import skeleton
 from lowmem.plan.record import Plan
+from lowmem.simulate import simulate_step
 
 MODEL = skeleton("res20", width=8)
 

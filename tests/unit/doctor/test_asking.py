@@ -145,6 +145,6 @@ def test_a_device_that_cannot_compute_is_an_error() -> None:
 
 
 def test_the_doctor_imports_no_torch() -> None:
-    probe = "import sys, lowmem.cli.show_doctor; assert not {'torch', 'torchvision'} & set(sys.modules)"
+    probe = "import sys, lowmem.cli.show, lowmem.doctor; assert not {'torch', 'torchvision'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

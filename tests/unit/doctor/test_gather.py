@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from lowmem.cli import show_doctor
+from lowmem import doctor
+from lowmem.cli.show import show_doctor
 from lowmem.config.schema import Config
 from lowmem.core.errors import ExitCode
 from lowmem.doctor import Status, examine, gather
@@ -65,8 +66,8 @@ def test_a_gtx_1060_with_torch_2_15(
         return gather(wanted, out, driver=gtx1060(), asker=asker, environment={})
 
     monkeypatch.setattr("platform.system", lambda: "Linux")
-    monkeypatch.setattr(show_doctor, "gather", scripted)
-    code = show_doctor.show_doctor(config(), tmp_path / "run", True)
+    monkeypatch.setattr(doctor, "gather", scripted)
+    code = show_doctor(config(), tmp_path / "run", True)
     assert code == ExitCode.PREFLIGHT == 3
     shown = json.loads(capsys.readouterr().out)
     assert shown["can_start"] is False
@@ -77,7 +78,7 @@ def test_a_gtx_1060_with_torch_2_15(
     kernel = next(finding for finding in shown["findings"] if finding["name"] == "kernel")
     assert (kernel["status"], kernel["mend"]) == ("fail", build["mend"])
     # The same for people, and the command in one piece.
-    assert show_doctor.show_doctor(config(), tmp_path / "run", False) == 3
+    assert show_doctor(config(), tmp_path / "run", False) == 3
     text = capsys.readouterr().out
     assert '> pip install "torch==2.7.1" "torchvision==0.22.1"\n' in text
     assert text.splitlines()[-1].startswith("training cannot start: 2 failures")

@@ -19,8 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.choose.ladder import with_ladder
-from lowmem.choose.session import plan_run
+from lowmem.choose.decide import DataSize, decide
 from lowmem.cli.main import main
 from lowmem.config.settings import Settings, gather, to_yaml
 from lowmem.core.errors import ExitCode, OutOfMemory, PreflightError
@@ -66,7 +65,8 @@ def _trainer(settings: Settings, plan: Plan | None = None) -> Trainer:
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     """With at least two smaller ones below it."""
-    plan = with_ladder(plan_run(_settings("memory.vram=6M"), 10, 120)[1]).plan
+    plan = decide(_settings("memory.vram=6M"), DataSize(10, 120)).plan
+    assert plan is not None
     assert len(plan.ladder) >= 2
     return plan
 

@@ -37,7 +37,7 @@ def test_plain_cost_is_that_of_plain_autograd() -> None:
     for block in (BasicBlock, Bottleneck):
         setup = Setup(block=block)
         chain = _chain(setup)
-        trace = trace_steps(lambda setup=setup: setup.build(fake=True), 2)
+        trace = trace_steps(setup.build, 2)
         assert chain.plain_seconds == pytest.approx(_seconds(trace, 2), rel=0.005)
         assert chain.plain_flops == trace.flops() // 2
 
@@ -74,7 +74,7 @@ def test_the_sum_is_the_whole(low: torch.dtype | None, data: st.DataObject) -> N
     stages = decompose(setup.model(fake=False))
     schedule = data.draw(_schedules([list(policies(stage)) for stage in stages], 0, len(stages) - 1))
     whole = Setup(low=low, schedule=lambda _: schedule)
-    trace = trace_steps(lambda: whole.build(fake=True), 2)
+    trace = trace_steps(whole.build, 2)
     expected = evaluate(schedule, chain)
     assert expected.flops == trace.flops() // 2
     assert expected.seconds == pytest.approx(_seconds(trace, 2), rel=0.01)

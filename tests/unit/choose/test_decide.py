@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import shutil
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from lowmem.choose.session import plan_run, preferred
+from lowmem.choose.batch_split import BatchSplit, preferred
+from lowmem.choose.decide import DataSize, decide
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Infeasible, UsageError
 from lowmem.core.units import KIB, MIB
-from lowmem.lifecycle.api import recorded_settings, resume_training, run_training
+from lowmem.lifecycle.api import fork_run, recorded_settings, resume_training, run_training
+from lowmem.runs import checkpoint as checkpoints
+from lowmem.train.state import config_hash
 from tests.conftest import assert_same_run
 
 SETS = ["data.train_subset=100", "data.test_subset=50", "train.log_every_steps=1", "train.batch=50"]
@@ -92,8 +95,10 @@ def test_nothing_is_left_behind_when_nothing_fits(tmp_path: Path) -> None:
 
 
 def test_the_batch_with_the_most_pictures_per_second_and_its_learning_rate() -> None:
-    settings, choice = plan_run(_settings(("train.batch=auto",), memory__vram="20M"), train_pictures=5000)
-    batch = settings.config.train.batch
+    asked = _settings(("train.batch=auto",), memory__vram="20M")
+    decided = decide(asked, DataSize(train_pictures=5000), on_paper=True)
+    settings, choice, batch = decided.settings, decided.choice, decided.settings.config.train.batch
+    assert not settings.config.memory.auto_batch
     assert choice.plan.batch == batch
     assert choice.plan.exact
     assert settings.config.optim.lr == pytest.approx(0.1 * batch / 128)
@@ -113,13 +118,8 @@ def test_the_batch_with_the_most_pictures_per_second_and_its_learning_rate() -> 
     ],
 )
 def test_of_batches_that_are_as_fast_the_recipes_own_or_the_largest(rates: dict[int, float], chosen: int) -> None:
-    @dataclass
-    class Fitting:
-        plan: SimpleNamespace
-        images_per_second: float
-
-    fitting = [Fitting(SimpleNamespace(batch=batch), rate) for batch, rate in rates.items()]
-    assert preferred(fitting, 128).plan.batch == chosen  # type: ignore[type-var, arg-type]
+    fitting = [BatchSplit((batch,), (batch / rate,)) for batch, rate in rates.items()]
+    assert preferred(fitting, 128).batch == chosen
 
 
 def test_auto_batch_needs_something_to_fit_into(tmp_path: Path) -> None:
@@ -151,3 +151,40 @@ def test_what_would_be_ignored_is_refused(
     with pytest.raises(UsageError, match=says):
         run_training(_settings(sets, **flags), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def _auto(path: Path) -> None:
+    """A run of which the plan chose the batch, stopped after its first epoch."""
+    sets = ("train.batch=auto", "data.train_subset=400", "checkpoint.keep_every=1", "train.epochs=2")
+    run_training(_settings(sets, train__precision="fp32", memory__vram="12M"), path)
+
+
+def _as_older_versions_recorded(run: Path) -> None:
+    """As they left `auto_batch` in config.yaml, with which the checkpoints' identity was made."""
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("auto_batch: false", "auto_batch: true"))
+    identity = {"settings": config_hash(recorded_settings(run).config)}
+    for found in checkpoints.found(run / "checkpoints"):
+        saved = checkpoints.load(found)
+        state = {**saved.state, "identity": {**saved.state["identity"], **identity}}
+        shutil.rmtree(found)
+        checkpoints.save(run / "checkpoints", replace(saved, state=state), keep=9)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_batch_that_was_chosen_is_not_chosen_again(older: bool, tmp_path: Path) -> None:
+    source = tmp_path / "run"
+    _auto(source)
+    if older:
+        _as_older_versions_recorded(source)
+    decided = recorded_settings(source).config
+    resume_training(source, {"memory.vram": "11M"})
+    assert "replan" in _events(source)
+    assert json.loads((source / "plan.json").read_text())["batch"] == decided.train.batch
+    batch = 32 if decided.train.batch != 32 else 64
+    fork = fork_run(source, at=1, changes={"train.batch": batch}, out=tmp_path / "fork").path
+    assert json.loads((fork / "plan.json").read_text())["batch"] == batch
+    settings = recorded_settings(fork).config
+    assert (settings.train.batch, settings.memory.auto_batch, settings.optim.lr) == (batch, False, decided.optim.lr)
+    with pytest.raises(UsageError, match="auto_batch"):
+        fork_run(source, at=1, changes={"memory.auto_batch": True}, out=tmp_path / "another")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import socket
 import sys
 import time
@@ -11,13 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.live import Live as Display
+from rich.live import Live as Redrawn
 
-from lowmem.cli.lines import clock, describe_epoch, describe_event
-from lowmem.cli.screen import describe_errors, describe_settings, describe_state, facts, screen
+from lowmem.cli.terminal import describe_epoch
+from lowmem.cli.watch_screen import clock, describe_errors, describe_event, describe_state, facts, screen, to_json
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import shorten
 from lowmem.runs.history import Event
@@ -47,7 +45,7 @@ def show_watch(path: Path, *, interval: float, once: bool, as_json: bool) -> Non
         assert run is not None
         refuse_leads(run)
         live = Watched(run).look()
-        print(json.dumps(to_json(live), indent=1) if as_json else "\n".join(_summary(live)))
+        print(json.dumps(to_json(live), indent=1) if as_json else _summary(live))
         return
     try:
         _follow_all(path, run, interval, alone=folders == [path])
@@ -61,7 +59,7 @@ def _follow_all(path: Path, run: Path | None, interval: float, *, alone: bool) -
     while following is not None:
         refuse_leads(following)
         ended = _follow(following, interval)
-        print("\n".join(_closing(ended)), flush=True)
+        print(_closing(ended), flush=True)
         if alone or not (_conducted(path) or ended.state in {"finished", "stopped", "diverged", "stuck"}):
             return
         following = _next(path, interval)
@@ -89,6 +87,19 @@ def _conducted(folder: Path) -> bool:
     return owner is not None and (owner.host != socket.gethostname() or may_be_alive(owner.pid))
 
 
+def _trained(folders: list[Path]) -> Path | None:
+    """The first that a process holds."""
+    return next((run for run in folders if writer_of(run) is not None), None)
+
+
+def _last_touched(run: Path) -> float:
+    files = [run / name for name in ("events.jsonl", "steps.csv", "config.yaml")]
+    try:
+        return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+    except OSError:
+        return 0.0
+
+
 def _follow(run: Path, interval: float) -> Live:
     """Shows one run until nobody trains it. The last state."""
     watched, without = Watched(run), 0
@@ -106,14 +117,14 @@ def _follow(run: Path, interval: float) -> Live:
 @contextmanager
 def _shown() -> Iterator[Show]:
     if not sys.stdout.isatty():
-        yield _Plain().show
+        yield _PlainLines().show
         return
     console = Console(highlight=False)
-    with Display(console=console, auto_refresh=False, vertical_overflow="crop") as display:
+    with Redrawn(console=console, auto_refresh=False, vertical_overflow="crop") as display:
         yield lambda live: display.update(screen(live, console), refresh=True)
 
 
-class _Plain:
+class _PlainLines:
     """A line for each epoch and event, for log files and pipes. What was there before is summed up in the first."""
 
     def __init__(self) -> None:
@@ -122,7 +133,7 @@ class _Plain:
 
     def show(self, live: Live) -> None:
         if self._epoch is None:
-            print("\n".join(_summary(live)), flush=True)
+            print(_summary(live), flush=True)
         else:
             for row in live.rows:
                 if row.epoch > min(self._epoch, live.epoch):
@@ -136,71 +147,21 @@ class _Plain:
 
 def _after(events: tuple[Event, ...], last: Event | None) -> tuple[Event, ...]:
     """What comes after `last`; everything if it is not there."""
-    for index in range(len(events) - 1, -1, -1):
-        if events[index] is last:
-            return events[index + 1 :]
-    return events
+    at = next((index for index, event in enumerate(events) if event is last), -1)
+    return events[at + 1 :]
 
 
-def _trained(folders: list[Path]) -> Path | None:
-    """The first that a process holds."""
-    return next((run for run in folders if writer_of(run) is not None), None)
+def _summary(live: Live) -> str:
+    return "\n".join([shorten(live.path), *(f"  {label:8}{text}" for label, text in facts(live))])
 
 
-def _last_touched(run: Path) -> float:
-    def modified(path: Path) -> float:
-        try:
-            return path.stat().st_mtime
-        except OSError:
-            return 0.0
-
-    return max(modified(run / name) for name in ("events.jsonl", "steps.csv", "config.yaml"))
-
-
-def _summary(live: Live) -> list[str]:
-    return [shorten(live.path), *(f"  {label:8}{text}" for label, text in facts(live))]
-
-
-def _closing(live: Live) -> list[str]:
+def _closing(live: Live) -> str:
     """The last words on a run."""
     if not live.path.exists():
-        return [f"{shorten(live.path)} is gone: a run that takes no step leaves nothing behind"]
+        return f"{shorten(live.path)} is gone: a run that takes no step leaves nothing behind"
     words = f"{shorten(live.path)}: {describe_state(live)}"
     if errors := describe_errors(live):
         words += f"; epoch {live.epoch}: {errors}"
     if live.state in {"interrupted", "died", "ended"} and live.config is not None:
-        return [words, f"go on with `lowmem resume {shorten(live.path)}`"]
-    return [words]
-
-
-def to_json(live: Live) -> dict[str, Any]:
-    """Plain values; unknown is None, and so is what is no finite number, which JSON has none for."""
-    last = asdict(live.rows[-1]) if live.rows else None
-    return {
-        "path": str(live.path),
-        "state": live.state,
-        "running": live.running,
-        "writer": None if live.writer is None else asdict(live.writer),
-        "settings": None if live.config is None else describe_settings(live.config),
-        "epoch": live.epoch,
-        "epochs": live.epochs,
-        "step": live.step,
-        "step_in_epoch": live.step_in_epoch,
-        "steps_per_epoch": live.steps_per_epoch,
-        "lr": _finite(live.lr),
-        "loss": _finite(live.losses[-1] if live.losses else None),
-        "last_epoch": None if last is None else {name: _finite(value) for name, value in last.items()},
-        "images_per_second": _finite(live.images_per_second),
-        "peak_bytes": live.peak_bytes,
-        "device_bytes": live.device_bytes,
-        "budget_bytes": live.budget_bytes,
-        "elapsed_seconds": _finite(live.elapsed_seconds),
-        "seconds_left": _finite(live.seconds_left),
-        "quiet_seconds": _finite(live.quiet_seconds),
-        "checkpoint_step": None if live.checkpoint is None else live.checkpoint.detail.get("step"),
-        "events": [{"time": event.time, "event": event.kind, "says": describe_event(event)} for event in live.events],
-    }
-
-
-def _finite(value: Any) -> Any:
-    return value if not isinstance(value, float) or math.isfinite(value) else None
+        words += f"\ngo on with `lowmem resume {shorten(live.path)}`"
+    return words

@@ -1,0 +1,300 @@
+"""A function in a clean child process: JSON in, JSON out, a limit of time, and a verdict of how it ended.
+
+`run` starts a Python of its own for one call: nothing of the caller is imported, cached or allocated there, and
+whatever happens in it, up to the death of the process, is an `Outcome` here and never an exception. The child imports
+the caller's own `lowmem`, and everything else as `python -P` does, then where the caller looks. It ends when the caller
+does.
+
+What the function prints, in Python or in C, goes to the child's standard error: the answer has a pipe of its own that
+nothing else writes to. A function that yields hands on each value when it is made, so that what was known before a
+crash is known (`Outcome.parts`); what it returns is the answer.
+
+`Forks` does the same from a process that has imported what the functions need and done nothing else. Importing torch
+takes seconds, a small network's step a tenth of one. Only on Linux (elsewhere a fork is not safe, or is none), and
+never for CUDA, which does not survive a fork; elsewhere each call is a `run`. Known limitation: a forked call that is
+under way when the caller is killed is finished first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal
+
+OUT_OF_MEMORY = "out of memory"
+# Of a process that the system ended for its memory, as the exit codes of the two shells' conventions.
+_KILLED = (-9, 137)
+_TAIL_BYTES = 100_000
+_LONGEST_WORDS = 200
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# This `lowmem`, wherever it lies; what is not found as usual is looked for where the caller would find it.
+_START = (
+    "import sys; sys.path.insert(0, {root!r}); import lowmem; del sys.path[0]; "
+    "sys.path += [one for one in {path!r} if one not in sys.path]; from lowmem.isolate import serve; serve()"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a call ended. `answer`: what the function returned; `parts`: what it yielded before, whatever the end.
+
+    `words`: where it did not answer, the exception's type and first line, else the last line that the process wrote.
+    `code`: the exit code of a process that crashed, of one that was ended by a signal minus its number.
+    """
+
+    ended: Literal["answered", "out of memory", "crashed", "too long", "not started"]
+    answer: Any = None
+    parts: tuple[Any, ...] = ()
+    words: str = ""
+    code: int | None = None
+
+    @property
+    def refused(self) -> str | None:
+        """Why there is no answer, in words; None if there is one."""
+        if self.ended == "answered":
+            return None
+        if self.ended == "crashed":
+            return f"crashed: {self.words or f'ended with code {self.code}'}" if self.code else "answered nothing"
+        return OUT_OF_MEMORY if self.ended == "out of memory" else self.words
+
+    @property
+    def answer_or_refusal(self) -> Any:
+        """For those whose answers are no texts."""
+        return self.answer if self.refused is None else self.refused
+
+
+def run(
+    function: str, argument: Any = None, *, timeout_seconds: float, environment: Mapping[str, str] | None = None
+) -> Outcome:
+    """`module:function` called with `argument`, which is a JSON value, in a process of its own. `environment`: the
+    whole of it, None: this process's."""
+    try:
+        with _Child(environment) as child:
+            return child.call(function, argument, timeout_seconds)
+    except OSError as error:
+        return Outcome(ended="not started", words=f"could not be started ({error.strerror or error})")
+
+
+class Forks:
+    """Context manager; called as `run` is, one call after the other, in this process's environment. `prepare`: a
+    `module:function` without arguments that imports what is needed. It must compute nothing: threads that exist before
+    a fork are gone after it."""
+
+    def __init__(self, prepare: str) -> None:
+        self._prepare = prepare
+        self._server: _Child | None = None
+
+    def __enter__(self) -> Forks:
+        if sys.platform == "linux":
+            with suppress(OSError):  # what is wrong shows at the first call
+                self._started()  # it takes seconds, in which the caller can do something else
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._server is not None:
+            self._server.end()
+            self._server = None
+
+    def __call__(self, function: str, argument: Any = None, *, timeout_seconds: float) -> Outcome:
+        if sys.platform != "linux":
+            return run(function, argument, timeout_seconds=timeout_seconds)
+        try:
+            return self._started().call(function, argument, timeout_seconds)
+        except OSError as error:
+            return Outcome(ended="not started", words=f"could not be started ({error.strerror or error})")
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that forks."""
+        return None if self._server is None else self._server.process.pid
+
+    def _started(self) -> _Child:
+        if self._server is not None and self._server.process.poll() is not None:
+            self._server.end()
+            self._server = None
+        if self._server is None:
+            self._server = _Child(None, self._prepare)
+        return self._server
+
+
+class _Child:
+    """The caller's side of a process that answers one call or, given what to prepare, forks for every one."""
+
+    def __init__(self, environment: Mapping[str, str] | None, prepare: str | None = None) -> None:
+        start = _START.format(root=str(Path(__file__).resolve().parents[1]), path=sys.path)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", start, *([] if prepare is None else [prepare])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+            start_new_session=True,  # so that it and what it forked are ended together; Windows has none of this
+        )
+
+    def __enter__(self) -> _Child:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def end(self) -> None:
+        self._kill()
+        for stream in (self.process.stdin, self.process.stdout, self._errors):
+            if stream is not None:
+                with suppress(OSError):
+                    stream.close()
+        self.process.wait()
+
+    def _kill(self) -> None:
+        if self.process.returncode is not None:
+            return  # its number may be another's by now
+        if os.name == "nt":
+            self.process.kill()
+        else:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def call(self, function: str, argument: Any, timeout_seconds: float) -> Outcome:
+        request = json.dumps({"function": function, "argument": argument}) + "\n"
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            self._kill()
+
+        timer = threading.Timer(timeout_seconds, end)
+        timer.start()
+        try:
+            with suppress(OSError):  # it is gone already: its end says how
+                assert self.process.stdin is not None
+                self.process.stdin.write(request.encode())
+                self.process.stdin.flush()
+            parts, said = self._read()
+        finally:
+            timer.cancel()
+        code = said["ended"] if "ended" in said else self.process.wait()
+        if "answer" in said:
+            return Outcome(ended="answered", answer=said["answer"], parts=parts)
+        if late.is_set():
+            return Outcome(ended="too long", parts=parts, words=f"took longer than {timeout_seconds:,.0f} s")
+        errors = said["errors"] if "ended" in said else _tail(self._errors)
+        return Outcome(parts=parts, code=code, **_crash(code, errors, said.get("error", "")))
+
+    def _read(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What was yielded, and the rest of what the child says until a call is over, or it is gone."""
+        parts: list[Any] = []
+        said: dict[str, Any] = {}
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with suppress(ValueError):  # cut off
+                message = json.loads(line)
+                if "part" in message:
+                    parts.append(message["part"])
+                else:
+                    said |= message
+            if "ended" in said:
+                break
+        return tuple(parts), said
+
+
+def _crash(code: int, errors: str, error: str) -> dict[str, Any]:
+    """How a process ended that did not answer, and its last words. `errors`: what it wrote, `error`: its exception."""
+    from lowmem.measure.out_of_memory import says_out_of_memory
+
+    lines = errors.strip().splitlines()
+    words = (error or (lines[-1] if lines else ""))[:_LONGEST_WORDS]
+    full = code in _KILLED or (code != 0 and says_out_of_memory(f"{errors}\n{error}"))
+    return {"ended": "out of memory" if full else "crashed", "words": words}
+
+
+def _tail(file: IO[bytes]) -> str:
+    file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+    return file.read().decode("utf-8", errors="replace")
+
+
+# -- in the child ------------------------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Answers one call on standard input and ends; with what to prepare as argument, forks for every call until there
+    are no more."""
+    requests = os.fdopen(os.dup(0), "rb")
+    replies = os.dup(1)
+    with open(os.devnull, "rb") as nothing:  # what the function starts must not read of the pipe
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
+
+    def reply(**message: Any) -> None:
+        line = json.dumps(message).encode() + b"\n"
+        while line:
+            line = line[os.write(replies, line) :]
+
+    if len(sys.argv) < 2:
+        line = requests.readline()
+        threading.Thread(target=_end_with_caller, args=(requests,), daemon=True).start()
+        _answer(line, reply)
+    _function(sys.argv[1])()
+    for line in requests:
+        with tempfile.TemporaryFile() as errors:
+            child = os.fork()
+            if child == 0:
+                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # not longer than the process that forks
+                os.dup2(errors.fileno(), 1)
+                os.dup2(errors.fileno(), 2)
+                _answer(line, reply)
+            _, status = os.waitpid(child, 0)
+            reply(ended=os.waitstatus_to_exitcode(status), errors=_tail(errors))
+
+
+def _answer(line: bytes, reply: Callable[..., None]) -> None:
+    """Does what is asked, and ends the process: at once, so that nothing at its end can undo an answer."""
+    code = 1
+    try:
+        request = json.loads(line)
+        answer = _function(request["function"])(request["argument"])
+        while isinstance(answer, Iterator):
+            try:
+                reply(part=next(answer))
+            except StopIteration as stop:
+                answer = stop.value
+        reply(answer=answer)
+        code = 0
+    except BaseException as error:
+        traceback.print_exc()
+        first = (str(error).splitlines() or [""])[0]
+        with suppress(OSError):
+            reply(error=f"{type(error).__name__}: {first}" if first else type(error).__name__)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        os._exit(code)
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), attribute)
+    return function
+
+
+def _end_with_caller(requests: IO[bytes]) -> None:
+    requests.read()  # until the other end is closed, or gone with its process
+    os._exit(1)
