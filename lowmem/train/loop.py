@@ -15,24 +15,22 @@ from typing import NoReturn
 from torch import Tensor
 
 from lowmem.core.errors import Interrupted, PeerLost, Stuck
-from lowmem.data import Pictures, eval_batches
+from lowmem.data import Pictures
 from lowmem.measure.out_of_memory import Failure
 from lowmem.runs.null_writer import AbsentFolder, AbsentSaver
 from lowmem.runs.saver import Save, Saver
 from lowmem.runs.store import RunFolder
-from lowmem.step.evaluate import Score, Sums, evaluate
+from lowmem.step.evaluate import Score, Sums
 from lowmem.step.undo import Undo
 from lowmem.train.divergence import Divergence, roll_back
 from lowmem.train.metrics import Metrics, exporting
-from lowmem.train.oom_fallback import OomFallback, PlanCheck
+from lowmem.train.oom_fallback import OomFallback
 from lowmem.train.replica import Replica
 from lowmem.train.schedule import next_low_start
 from lowmem.train.signals import StopSignals
 from lowmem.train.stall import Chance, Stall, way_out
-from lowmem.train.state import Best, RunState
-from lowmem.train.watchers import MAX_STEPS, STALLED, Act, CheckpointInterval, Verdict, strongest
-
-__all__ = ["Outcome", "Trainer"]
+from lowmem.train.state import RunState
+from lowmem.train.watchers import MAX_STEPS, STALLED, Act, CheckpointInterval, PlanCheck, Verdict, strongest
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,8 @@ class Loop:
     def _plan_changed(self) -> None:
         t = self.t
         t.meter.reset()  # the peaks of an epoch are those of the plan in force at its end
-        known = lambda: (*t.standing_tensors(), *self.undo.copies)  # noqa: E731
-        self.check = PlanCheck(t.plan, t.execution.device, known, t.meter.read)
+        device, read = t.execution.device, t.meter.read
+        self.check = PlanCheck(t.plan, device, lambda: (*t.standing_tensors(), *self.undo.copies), read)
 
     def run(self) -> Outcome:
         """As `Trainer.run`."""
@@ -203,11 +201,10 @@ class Loop:
         test = self._score(t.dataset.test)
         val = self._score(t.dataset.val) if t.dataset.val is not None and isinstance(test, Score) else None
         self.metrics.tick()
-        for score in (test, val):
-            if isinstance(score, Verdict):
-                return score  # the state is that of the last step: a resume begins with this evaluation
-        assert isinstance(test, Score)
-        assert not isinstance(val, Verdict)
+        if isinstance(test, Verdict):
+            return test  # the state is that of the last step: a resume begins with this evaluation
+        if isinstance(val, Verdict):
+            return val
         eta.evaluated(time.monotonic() - began)
         broken = self.divergence.look_at_evaluation(test.loss, t.model.state_dict().values())
         if broken.act is Act.ROLLBACK:
@@ -222,15 +219,15 @@ class Loop:
         stalled = self.stall.look(state, epoch=row["epoch"], loss=row["train_loss"], error_pct=error_pct)
         state.low_start = next_low_start(t.config, state.low_start, error_pct)
         state.epoch += 1
-        self._choose_exports(*(("test", test) if val is None else ("val", val)))
+        chosen_on, score = ("test", test) if val is None else ("val", val)
+        self.exports |= state.note_score(score.error_pct, chosen_on, t.config.model.arch)
         self.metrics.end_epoch(row)
         self._save()
         t.observer.epoch(row, t.config.train.epochs)
         self.export()
         self.metrics.begin_epoch()
         verdict = strongest(stalled, self._agree()) if state.epoch < t.config.train.epochs else Verdict()
-        evidence = self.stall.evidence
-        if evidence is not None and self.stall.is_new and verdict.why != STALLED:
+        if (evidence := self.stall.evidence) is not None and self.stall.is_new and verdict.why != STALLED:
             self.folder.event("stuck", **vars(evidence), layers=self.metrics.norms.ends(), stopped=False)
             instead = f"{way_out(t.config.model.arch)}, or end such runs with --on-stuck stop"
             t.observer.warning(f"{evidence.words}: {instead}")
@@ -238,14 +235,8 @@ class Loop:
 
     def _score(self, pictures: Pictures) -> Score | Verdict:
         """Of all processes together: each scores its part of the pictures. LEAVE if a signal came to any."""
-        t, place = self.t, (self.t.execution.device, self.t.execution.torch_memory_format)
-        part = t.part_of(pictures)
-
-        def summed(size: int) -> Sums | None:
-            batches = eval_batches(part, size, t.dataset.mean, t.dataset.std, *place)
-            return evaluate(t.model, batches, t.execution, self.signals.came)
-
-        mine = self.memory.evaluated(summed)
+        t, part = self.t, self.t.part_of(pictures)
+        mine = self.memory.evaluated(lambda size: t.evaluate(part, size, self.signals.came))
         if isinstance(mine, Failure) and t.group.alone:
             self._give_up(mine)
         failed = mine.message if isinstance(mine, Failure) else None
@@ -258,15 +249,6 @@ class Loop:
             return Verdict.of(max(code for _, _, code in everyone), self._look(self.state.step))
         loss, wrong, count = (sum(theirs[index] for _, theirs, _ in everyone) for index in range(3))
         return Sums(loss, wrong, count).score()
-
-    def _choose_exports(self, chosen_on: str, score: Score) -> None:
-        state = self.state
-        metadata = {"arch": self.t.config.model.arch, "epoch": str(state.epoch), "step": str(state.step)}
-        metadata |= {"error_pct": repr(score.error_pct), "error_on": chosen_on}
-        if state.best is None or score.error_pct < state.best.error_pct:
-            state.best = Best(state.epoch, state.step, score.error_pct, chosen_on)
-            self.exports["best"] = {**metadata, "chosen_on": chosen_on}
-        self.exports["last"] = metadata
 
     # -- acts ----------------------------------------------------------------------------------------------------------
 
@@ -319,10 +301,8 @@ class Loop:
         name = self.signals.requested = self.signals.requested or why
         self._save()
         self._conclude("signal", signal=name, epoch=state.epoch, step=state.step)
-        raise Interrupted(
-            f"{name}: saved at epoch {state.epoch + 1}, step {state.step}; go on with `lowmem resume {run}`",
-            self.signals.exit_code,
-        )
+        saved = f"saved at epoch {state.epoch + 1}, step {state.step}; go on with `lowmem resume {run}`"
+        raise Interrupted(f"{name}: {saved}", self.signals.exit_code)
 
     def _conclude(self, event: str, **fields: object) -> None:
         """The last words of a run, once everything before them is on disk. Raises DiskError if it cannot be."""

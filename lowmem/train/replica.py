@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from lowmem.config.schema import Config
-from lowmem.data import Dataset, Pictures, TrainBatches
+from lowmem.data import Dataset, Pictures, TrainBatches, eval_batches
 from lowmem.distributed.group import Group
 from lowmem.distributed.split import Split, even_shares
 from lowmem.measure import Meter
@@ -19,6 +19,7 @@ from lowmem.remat import apply_plan, stage_names
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.store import RunFolder
 from lowmem.step.data_parallel import DataParallelStep, are_alike
+from lowmem.step.evaluate import Sums, evaluate
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.train.observer import Observer
 from lowmem.train.state import RunState, capture, restore, share_checkpoint
@@ -94,6 +95,13 @@ class Replica:
             return pictures
         first, past = self.step.joint.split.part(len(pictures))
         return Pictures(pictures.images[first:past], pictures.labels[first:past])
+
+    def evaluate(self, pictures: Pictures, size: int, should_stop: Callable[[], bool] = lambda: False) -> Sums | None:
+        """`size` pictures at a time. None if `should_stop` said so in between."""
+        data, execution = self.dataset, self.execution
+        layout = execution.torch_memory_format
+        batches = eval_batches(pictures, size, data.mean, data.std, execution.device, layout)
+        return evaluate(self.model, batches, execution, should_stop)
 
     def standing_tensors(self) -> Iterator[Tensor]:
         """Parameters, buffers and momentum: what is there between two steps."""

@@ -62,6 +62,15 @@ class RunState:
         """Of training, in this epoch so far."""
         return self.seen / self.train_seconds if self.train_seconds > 0 else None
 
+    def note_score(self, error_pct: float, chosen_on: str, arch: str) -> dict[str, dict[str, str]]:
+        """The epoch just completed has this error. What its weights are exported as: name -> metadata."""
+        metadata = {"arch": arch, "epoch": str(self.epoch), "step": str(self.step)}
+        metadata |= {"error_pct": repr(error_pct), "error_on": chosen_on}
+        if self.best is not None and not error_pct < self.best.error_pct:
+            return {"last": metadata}
+        self.best = Best(self.epoch, self.step, error_pct, chosen_on)
+        return {"best": {**metadata, "chosen_on": chosen_on}, "last": metadata}
+
     def start_epoch(self) -> None:
         """Clears what belongs to one epoch."""
         self.step_in_epoch = self.seen = 0

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from lowmem.core.errors import OutOfMemory
-from lowmem.data import eval_batches
 from lowmem.distributed.group import Group
 from lowmem.measure.out_of_memory import Failure, release
 from lowmem.runs.store import RunFolder
-from lowmem.step.evaluate import Score, evaluate
+from lowmem.step.evaluate import Score
 from lowmem.step.undo import Before, Undo
 from lowmem.train.oom_fallback import OomFallback, memory_words
 from lowmem.train.replica import Replica
@@ -90,10 +89,8 @@ def _step(replica: Replica, undo: Undo, norms: GradientNorms) -> tuple[list[floa
 
 
 def _score(replica: Replica, size: int) -> Score:
-    test, dataset = replica.dataset.test, replica.dataset
-    some = test.take(torch.arange(min(size, len(test))).numpy())
-    place = (replica.execution.device, replica.execution.torch_memory_format)
-    sums = evaluate(replica.model, eval_batches(some, size, dataset.mean, dataset.std, *place), replica.execution)
+    test = replica.dataset.test
+    sums = replica.evaluate(test.take(torch.arange(min(size, len(test))).numpy()), size)
     assert sums is not None  # nobody asks it to stop
     return sums.score()
 

@@ -1,7 +1,8 @@
 """Watchers: they look at a step or an epoch of a run and say what they want done. One `match` in the loop acts.
 
 A watcher sees values and changes nothing but its own counts. What must survive a kill it keeps in the `RunState` that
-it is given. Here: the verdict, the checkpoint interval, memory pressure; beside it `stall`, `divergence`, `signals`.
+it is given. Here: the verdict, the checkpoint interval, memory pressure, and the plan's prediction against the first
+steps, which is only said; beside it `stall` and `divergence`.
 """
 
 from __future__ import annotations
@@ -9,13 +10,21 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from lowmem.config.schema import CheckpointConfig
+from lowmem.core.units import format_size
 from lowmem.measure import Snapshot
+from lowmem.measure.tensors import TensorMeter
+from lowmem.plan.record import Plan
 from lowmem.runs.saver import Saver
 from lowmem.train.signals import NAMES
 
@@ -197,3 +206,104 @@ class MemoryPressure:
             return Verdict()
         self._suspicious += 1
         return Verdict(Act.REPLAN, why) if self._suspicious >= IN_A_ROW else Verdict()
+
+
+# -- the plan's prediction ---------------------------------------------------------------------------------------------
+
+_CHECKED_STEPS = 2  # the first may hold what libraries make once
+
+
+@dataclass(frozen=True)
+class MeasuredPeak:
+    """Predicted and measured peak of a step's tensors, bytes, as the event `measured` has them. On CUDA also the
+    allocator's segments (`reserved`) and all that is in use on the card (`device`), as far as known."""
+
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    budget_bytes: int | None
+    predicted_reserved_bytes: int | None = None
+    measured_reserved_bytes: int | None = None
+    predicted_device_bytes: int | None = None
+    measured_device_bytes: int | None = None
+
+    @property
+    def within(self) -> bool:
+        """Whether the peak is within the budget."""
+        return self.budget_bytes is None or self.measured_peak_bytes <= self.budget_bytes
+
+    def line(self, others: Sequence[Mapping[str, Any]] = ()) -> str:
+        """For people, with those of other processes by their fields."""
+        parts = [
+            (self.measured_peak_bytes, self.predicted_peak_bytes, "of tensors at the peak of a step"),
+            (self.measured_reserved_bytes, self.predicted_reserved_bytes, "held by the allocator"),
+            (self.measured_device_bytes, self.predicted_device_bytes, "in use on the card by this process"),
+        ]
+        said = []
+        for measured, predicted, what in parts:
+            if measured is not None:
+                off = f" (predicted {format_size(predicted)}, {measured / predicted - 1:+.1%})" if predicted else ""
+                said.append(f"{format_size(measured)} {what}{off}")
+        verdict = "within" if self.within else "OVER"
+        lines = [f"measured: {', '.join(said)}", f"{verdict} the budget of {format_size(self.budget_bytes)}"]
+        lines += [
+            f"process {rank}: {format_size(theirs['measured_peak_bytes'])}"
+            f" (predicted {format_size(theirs['predicted_peak_bytes'])}, budget {format_size(theirs['budget_bytes'])})"
+            for rank, theirs in enumerate(others, start=1)
+        ]
+        return "; ".join(lines)
+
+
+class PlanCheck:
+    """Measures the first steps under a plan: on the CPU by counting tensors, on CUDA by the allocator. `known`: tensors
+    that are there between two steps, those kept to undo one included; the prediction has them."""
+
+    def __init__(
+        self, plan: Plan | None, device: str, known: Callable[[], Iterable[Tensor]], read: Callable[[], Snapshot]
+    ) -> None:
+        """`read`: the device's figures."""
+        self._plan = plan if plan is not None and plan.predicted.peak_allocated_bytes is not None else None
+        self._device, self._known, self._read = device, known, read
+        self._left = 0 if self._plan is None else _CHECKED_STEPS
+        self._meter = TensorMeter()
+        self._beside = 0  # bytes that the allocator holds beside the step's own tensors: the data set, above all
+
+    @contextmanager
+    def around(self, images: Tensor, labels: Tensor) -> Iterator[None]:
+        """The context to run a step in."""
+        if not self._left:
+            yield
+            return
+        self._left -= 1
+        known = (*self._known(), images, labels)
+        if self._device == "cuda":
+            own = sum(tensor.numel() * tensor.element_size() for tensor in known)
+            self._beside = max(0, torch.cuda.memory_allocated() - own)
+            yield
+            return
+        self._meter.adopt(known)
+        with self._meter:
+            yield
+
+    def result(self) -> MeasuredPeak | None:
+        """Once, after the last measured step."""
+        if self._left or self._plan is None:
+            return None
+        plan, self._plan = self._plan, None
+        predicted = plan.predicted
+        assert predicted.peak_allocated_bytes is not None
+        if self._device != "cuda":
+            return MeasuredPeak(predicted.peak_allocated_bytes, self._meter.peak_bytes, plan.budget_bytes)
+        device = self._read()
+        in_use = None
+        if device.reserved_bytes is not None and device.context_bytes is not None:
+            in_use = device.reserved_bytes + device.context_bytes - self._beside
+        held = device.peak_reserved_bytes
+        return MeasuredPeak(
+            predicted_peak_bytes=predicted.peak_allocated_bytes,
+            measured_peak_bytes=torch.cuda.max_memory_allocated() - self._beside,
+            budget_bytes=plan.budget_bytes,
+            predicted_reserved_bytes=predicted.peak_reserved_bytes,
+            measured_reserved_bytes=None if held is None else held - self._beside,
+            predicted_device_bytes=predicted.device_bytes,
+            measured_device_bytes=in_use,
+        )

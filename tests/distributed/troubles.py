@@ -26,7 +26,7 @@ from lowmem.runs.store import RunFolder
 from lowmem.simulate import StepShape, simulate_step
 from lowmem.step.data_parallel import are_alike
 from lowmem.step.undo import Undo
-from lowmem.train import loop
+from lowmem.train import replica
 from lowmem.train.loop import Trainer
 from lowmem.train.watchers import Act, MemoryPressure, Verdict
 from tests.distributed import small
@@ -140,14 +140,14 @@ def out_of_memory_without_a_smaller_plan(group: Group) -> None:
 def no_room_to_evaluate_in_one_process(group: Group) -> None:
     """Not even one picture at a time: all give up after the epoch, with its cause, and none hangs."""
     t = small.trainer(group, small.config(), small.dataset())
-    score = loop.evaluate
+    score = replica.evaluate
 
     def scarce(*arguments: Any) -> Any:
         if group.rank == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5 MiB. There is no more.")
         return score(*arguments)
 
-    with mock.patch.object(loop, "evaluate", scarce):
+    with mock.patch.object(replica, "evaluate", scarce):
         try:
             t.run(AbsentFolder(Path("nowhere")))
         except LowmemError as error:

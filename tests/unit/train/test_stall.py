@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ VANISHED, FLOWING = 1e-6, 0.1
 
 
 def judge(
-    epochs: list[tuple[float, float, float | None]], chance: Chance = TEN, steps: int = 391
+    epochs: Sequence[tuple[float, float, float | None]], chance: Chance = TEN, steps: int = 391
 ) -> list[Evidence | None]:
     """(loss, error, gradient share) of each epoch -> what was found at its end."""
     state, stall, found = RunState(), Stall(chance, steps, stop=False), []
@@ -30,7 +31,7 @@ def judge(
     return found
 
 
-def first_found(epochs: list[tuple[float, float, float | None]], **conditions: object) -> int | None:
+def first_found(epochs: Sequence[tuple[float, float, float | None]], **conditions: object) -> int | None:
     """The epoch, from 1."""
     return next((n for n, one in enumerate(judge(epochs, **conditions), start=1) if one), None)  # type: ignore[arg-type]
 

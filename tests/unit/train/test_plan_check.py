@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lowmem.core.units import MIB
-from lowmem.train.oom_fallback import MeasuredPeak
+from lowmem.train.watchers import MeasuredPeak
 
 
 def test_on_the_cpu_only_tensors_are_known() -> None:
