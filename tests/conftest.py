@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from lowmem.runs.columns import EXACT_METRICS
+from lowmem.runs.rows import EXACT_METRICS
 from tests.convolutions import refuse_corrupting
 from tests.workers import pytest_handlecrashitem, pytest_sessionfinish, pytest_testnodedown, pytest_testnodeready
 

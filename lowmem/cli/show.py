@@ -15,7 +15,7 @@ from lowmem.cli.terminal import aligned, printable
 from lowmem.config.schema import Config
 from lowmem.core.errors import ExitCode
 from lowmem.core.units import format_size
-from lowmem.runs.listing import Listed, list_runs
+from lowmem.runs.listing import RunSummary, list_runs
 
 if TYPE_CHECKING:
     from lowmem.doctor import Facts, Finding
@@ -46,7 +46,7 @@ def show_ls(folder: Path, as_json: bool) -> None:
             print(f"{printable(_name(run, folder))}: {printable(words)}")
 
 
-def _cells(run: Listed, folder: Path) -> tuple[str, ...]:
+def _cells(run: RunSummary, folder: Path) -> tuple[str, ...]:
     epochs = run.config.train.epochs if run.config else "?"
     state = run.state if run.writer is None else f"{run.state} ({run.writer})"
     best = "" if run.best_error_pct is None else f"{_percent(run.best_error_pct)} (epoch {run.best_epoch})"
@@ -64,7 +64,7 @@ def _cells(run: Listed, folder: Path) -> tuple[str, ...]:
     )
 
 
-def _name(run: Listed, folder: Path) -> str:
+def _name(run: RunSummary, folder: Path) -> str:
     return run.path.name or str(run.path) if run.path == folder else str(run.path.relative_to(folder))
 
 
@@ -170,20 +170,16 @@ def _print_findings(findings: list[Finding], last: str) -> None:
 
 def show_report(result: ReportResult) -> None:
     """The report's tables, and where the rest is."""
-    from lowmem.report.departures import departures
-    from lowmem.report.resources import HEADER as RESOURCES
-    from lowmem.report.tables import TABLE_HEADER
-
     console = Console(highlight=False)
-    for header, rows in ((TABLE_HEADER[:-1], [row.cells()[:-1] for row in result.rows]), (RESOURCES, result.resources)):
-        table = Table(*header)
+    for written in result.tables:
+        table = Table(*written.header)
         for column in table.columns[:2]:
             column.overflow = "fold"  # a name that is cut off names no run
-        for cells in rows:
+        for cells in written.rows:
             table.add_row(*(Text(cell) for cell in cells))
         console.print(table)
     print("against the published setting:")
-    for runs, differs in departures(result.rows):
+    for runs, differs in result.departures:
         console.print(Text(f"{runs}: {differs}"))
     page = "" if result.page is None else f", and all of it in {result.page}"
     print(printable(f"written: {result.markdown} and {len(result.figures)} figures beside it{page}"))

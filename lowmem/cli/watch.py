@@ -18,11 +18,11 @@ from lowmem.cli.terminal import describe_epoch
 from lowmem.cli.watch_screen import clock, describe_errors, describe_event, describe_state, facts, screen, to_json
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import shorten
-from lowmem.runs.history import Event
-from lowmem.runs.listing import may_be_alive, run_folders, writer_of
-from lowmem.runs.live import Live, Watched
-from lowmem.runs.lock import read_owner
-from lowmem.runs.symlink_guard import refuse_leads
+from lowmem.runs.listing import run_folders
+from lowmem.runs.lock import may_be_alive, read_owner, writer_of
+from lowmem.runs.rows import Event
+from lowmem.runs.setup import refuse_links
+from lowmem.runs.watch import Live, Watched
 
 _NEXT_RUN_SECONDS = 120.0  # between two runs of a job: libraries, pictures, plan
 _JOB_OWNER = "job.owner.json"  # beside the runs of `lowmem reproduce`
@@ -43,7 +43,7 @@ def show_watch(path: Path, *, interval: float, once: bool, as_json: bool) -> Non
     run = _trained(folders) or max(folders, key=_last_touched, default=None)
     if once:
         assert run is not None
-        refuse_leads(run)
+        refuse_links(run)
         live = Watched(run).look()
         print(json.dumps(to_json(live), indent=1) if as_json else _summary(live))
         return
@@ -57,7 +57,7 @@ def _follow_all(path: Path, run: Path | None, interval: float, *, alone: bool) -
     """One run; in a folder of runs, then the next one that is trained."""
     following = run if run is not None else _next(path, interval)
     while following is not None:
-        refuse_leads(following)
+        refuse_links(following)
         ended = _follow(following, interval)
         print(_closing(ended), flush=True)
         if alone or not (_conducted(path) or ended.state in {"finished", "stopped", "diverged", "stuck"}):

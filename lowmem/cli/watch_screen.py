@@ -1,4 +1,4 @@
-"""What `lowmem watch` says of a run: a picture of a few lines that fit a narrow terminal, lines, JSON. No torch here."""
+"""What `lowmem watch` says of a run: a picture that fits a narrow terminal, lines, JSON. No torch here."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rich.text import Text
 from lowmem.config.schema import Config
 from lowmem.core.reading import shorten
 from lowmem.core.units import format_duration, format_size
-from lowmem.runs.history import EpochRow, Event
-from lowmem.runs.live import Live
+from lowmem.runs.rows import EpochRow, Event
+from lowmem.runs.watch import Live
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = "_.-=+*#@"

@@ -23,9 +23,7 @@ from lowmem.core.errors import CorruptCheckpoint, DiskError, LowmemError, OutOfM
 from lowmem.core.reading import RECORD_LIMIT_BYTES, Unreadable, parse_json, read_limited, shorten
 from lowmem.core.units import format_size
 from lowmem.runs.atomic import fsync_folder, replace_path, write_synced
-from lowmem.runs.checkpoint_state import Position, read_position
-from lowmem.runs.header import parse_header
-from lowmem.runs.position import is_count
+from lowmem.runs.checkpoint_state import Position, parse_header, read_position
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +52,7 @@ def folder_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint that `found` gave."""
+    """The step in the name of a checkpoint that `checkpoint_folders` gave."""
     match = _NAME.fullmatch(path.name)
     assert match is not None, path
     return int(match[1])
@@ -129,7 +127,7 @@ def _prune(folder: Path, keep: int, keep_every: int | None) -> None:
     """Deletes what is older than the `keep` newest and not kept for its epoch. While a loss explodes the newest from
     before it stays too: it is what a run can go back to. A folder loses its commit record first, so that a half-deleted
     one is never taken for a checkpoint. Failing to delete is no reason to stop a run."""
-    paths = found(folder)
+    paths = checkpoint_folders(folder)
     sound = next((path for path in paths if (at := _position(path)) is not None and at.sound), None)
     for path in paths[max(keep, 2) :]:
         at = _position(path)
@@ -159,7 +157,7 @@ def _position(path: Path) -> Position | None:
         return None
 
 
-def found(folder: Path) -> list[Path]:
+def checkpoint_folders(folder: Path) -> list[Path]:
     """The checkpoints by name, newest first, verified or not. Links and files are no checkpoints.
 
     Raises CorruptCheckpoint if the folder cannot be looked into.
@@ -200,7 +198,7 @@ def _verified(path: Path, expected_step: int | None, most_bytes: int | None) -> 
     manifest, written = _read_manifest(path)
     match = _NAME.fullmatch(path.name.removeprefix(_ASIDE))
     step = expected_step if expected_step is not None else int(match[1]) if match else None
-    if not is_count(manifest.get("step")) or manifest["step"] != step:
+    if type(manifest.get("step")) is not int or manifest["step"] != step:
         raise CorruptCheckpoint(
             f"{path}: the commit record is of step {shorten(manifest.get('step'))}, the folder of step {step}"
         )

@@ -28,7 +28,7 @@ from lowmem.core.errors import CorruptCheckpoint, DiskError, OutOfMemory
 from lowmem.core.units import format_duration
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
-from lowmem.runs.store import RunFolder
+from lowmem.runs.store import RunFolder, writes_nothing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +85,7 @@ class Saver:
     ) -> None:
         self._folder, self._keep, self._keep_every = folder, keep, keep_every
         self._warn, self._note = warn, note
-        newest = checkpoints.found(folder.checkpoints)[:1]
+        newest = checkpoints.checkpoint_folders(folder.checkpoints)[:1]
         self._saved = Saved(newest[0], checkpoints.step_of(newest[0])) if newest else None
         self._longest_write_seconds = 0.0
         # Shared with the thread, under the condition's lock.
@@ -299,3 +299,18 @@ class Saver:
 
 def _reason(failure: Exception) -> str:
     return "out of memory" if isinstance(failure, MemoryError) else str(failure)
+
+
+@writes_nothing(Saver)
+class NullSaver(Saver):
+    """Saves nothing, waits for nothing: of a process of a run that another one writes."""
+
+    def __init__(self) -> None:
+        self._saved, self._longest_write_seconds = None, 0.0
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None: ...

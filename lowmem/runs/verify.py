@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.core.errors import CorruptCheckpoint
-from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable, parse_json, read_json, read_limited, shorten
+from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable, read_json, read_limited, shorten
 from lowmem.core.units import format_size
-from lowmem.runs import columns, gradients
 from lowmem.runs.checkpoint import Checkpoint, load, named
-from lowmem.runs.header import read_header
+from lowmem.runs.checkpoint_state import read_header
 from lowmem.runs.lock import OWNER_NAME, read_owner
-from lowmem.runs.table import look
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, Columns, parse_event
+from lowmem.runs.tables import scan_table
 
 
 class Status(StrEnum):
@@ -82,14 +82,11 @@ def verify_run(run: Path, belonging: Belonging) -> Verified:
     good, newest = _checkpoints(run / "checkpoints", belonging, findings)
     obstacles = [_plan(belonging, findings)]
     state = good[newest].state["run"] if newest is not None else None
-    for name, names, key, at in (
-        ("metrics.csv", columns.METRICS, "epoch", "epoch"),
-        ("steps.csv", columns.STEPS, "step", "step"),
-    ):
-        obstacles.append(_rows(run / name, names, key, None if state is None else state[at], findings))
+    for name, columns in ((EPOCH_TABLE.file_name, EPOCH_TABLE.columns), (STEP_TABLE.file_name, STEP_TABLE.columns)):
+        obstacles.append(_rows(run / name, columns, None if state is None else state[columns.key], findings))
     for name in ("last", "best"):
         _weights(run / "weights" / f"{name}.safetensors", belonging, good, findings)
-    _gradients(run / gradients.FILE_NAME, belonging.layers, None if state is None else state["step"], findings)
+    _gradients(run / GRADIENT_TABLE.file_name, belonging.layers, None if state is None else state["step"], findings)
     _records(run, findings)
     obstacle = next((one for one in obstacles if one is not None), None)
     if state is None:
@@ -140,10 +137,11 @@ def _plan(belonging: Belonging, findings: list[Finding]) -> str | None:
     return None
 
 
-def _rows(path: Path, names: tuple[str, ...], key: str, last: int | None, findings: list[Finding]) -> str | None:
+def _rows(path: Path, columns: Columns, last: int | None, findings: list[Finding]) -> str | None:
     """Against the checkpoint at `last`, if there is one. Returns why a resume could not go on, None if it could."""
+    an_epoch = columns.key == "epoch"
     try:
-        rows = look(path, names, key, 1 << 53 if last is None else last, every=key == "epoch" and last is not None)
+        rows = scan_table(path, columns, 1 << 53 if last is None else last, every=an_epoch and last is not None)
     except (CorruptCheckpoint, OSError) as error:
         findings.append(Finding(Status.DAMAGED, path.name, shorten(error, 500)))
         return f"{path.name} cannot be used"
@@ -152,7 +150,7 @@ def _rows(path: Path, names: tuple[str, ...], key: str, last: int | None, findin
         words += ", the last line was cut off"
     if rows.damage is not None:
         findings.append(Finding(Status.DAMAGED, path.name, f"{rows.damage}; {words}"))
-    elif key == "epoch" and rows.beyond > 1:
+    elif an_epoch and rows.beyond > 1:
         # A checkpoint follows every row of an epoch.
         findings.append(Finding(Status.DAMAGED, path.name, f"newer checkpoints than there are were saved: {words}"))
     else:
@@ -163,10 +161,9 @@ def _rows(path: Path, names: tuple[str, ...], key: str, last: int | None, findin
 
 def _gradients(path: Path, layers: tuple[str, ...], last: int | None, findings: list[Finding]) -> None:
     """Nothing is computed from them: whatever they are, a resume goes on, setting aside what it cannot use."""
-    names = gradients.columns(layers)
     try:
         path.stat()
-        rows = look(path, names, "step", 1 << 53 if last is None else last)
+        rows = scan_table(path, GRADIENT_TABLE.of_layers(layers), 1 << 53 if last is None else last)
     except FileNotFoundError:
         findings.append(Finding(Status.NOTE, path.name, "is not there"))
     except (CorruptCheckpoint, OSError) as error:
@@ -181,8 +178,7 @@ def _weights(path: Path, belonging: Belonging, good: Mapping[str, Checkpoint], f
     where = f"weights/{path.name}"
     try:
         header = read_header(path)
-        shapes = {name: info.shape for name, info in header.tensors.items()}
-        belonging.tensors(shapes, where)
+        belonging.tensors(header.shapes, where)
         step = header.metadata.get("step", "")
         same = next((saved for saved in good.values() if str(saved.step) == step), None)
         if same is not None and not _equal(read_limited(path, belonging.most_bytes), same):
@@ -213,7 +209,7 @@ def _records(run: Path, findings: list[Finding]) -> None:
     """What only colours a report."""
     try:
         lines = read_limited(run / "events.jsonl", TABLE_LIMIT_BYTES).splitlines()
-        bad = sum(not _is_event(line) for line in lines)
+        bad = sum(parse_event(line) is None for line in lines)
         status = Status.NOTE if bad else Status.OK
         findings.append(Finding(status, "events.jsonl", f"{len(lines)} lines" + f", {bad} unreadable" * bool(bad)))
     except (Unreadable, OSError) as error:
@@ -222,14 +218,6 @@ def _records(run: Path, findings: list[Finding]) -> None:
         read_json(run / "env.json")
     except (Unreadable, OSError) as error:
         findings.append(Finding(Status.NOTE, "env.json", shorten(error)))
-
-
-def _is_event(line: bytes) -> bool:
-    try:
-        values = parse_json(line)
-    except Unreadable:
-        return False
-    return isinstance(values, dict) and isinstance(values.get("event"), str)
 
 
 def _lock(run: Path) -> Finding:

@@ -26,9 +26,10 @@ from torch import Tensor
 from lowmem.core.errors import CorruptCheckpoint, Diverged
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
+from lowmem.runs.checkpoint_state import RunState
 from lowmem.runs.store import RunFolder
 from lowmem.train.replica import Replica
-from lowmem.train.state import RunState, share_checkpoint
+from lowmem.train.state import share_checkpoint
 from lowmem.train.watchers import Act, Verdict
 
 MOST_ROLLBACKS = 3
@@ -128,7 +129,7 @@ def _way_out(broken: RunState, lr: float, folder: RunFolder, saved: Checkpoint, 
 def _newest_sound(folder: RunFolder) -> tuple[tuple[Checkpoint, Path] | None, list[Path]]:
     """The newest sound checkpoint, and the newer ones that verify but are not sound."""
     unsound: list[Path] = []
-    for path in checkpoints.found(folder.checkpoints):
+    for path in checkpoints.checkpoint_folders(folder.checkpoints):
         try:
             saved = checkpoints.load(path)
         except CorruptCheckpoint:

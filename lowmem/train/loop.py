@@ -17,9 +17,9 @@ from torch import Tensor
 from lowmem.core.errors import Interrupted, PeerLost, Stuck
 from lowmem.data import Pictures
 from lowmem.measure.out_of_memory import Failure
-from lowmem.runs.null_writer import AbsentFolder, AbsentSaver
-from lowmem.runs.saver import Save, Saver
-from lowmem.runs.store import RunFolder
+from lowmem.runs.checkpoint_state import RunState
+from lowmem.runs.saver import NullSaver, Save, Saver
+from lowmem.runs.store import NullFolder, RunFolder
 from lowmem.step.evaluate import Score, Sums
 from lowmem.step.undo import Undo
 from lowmem.train.divergence import Divergence, roll_back
@@ -29,7 +29,6 @@ from lowmem.train.replica import Replica
 from lowmem.train.schedule import next_low_start
 from lowmem.train.signals import StopSignals
 from lowmem.train.stall import Chance, Stall, way_out
-from lowmem.train.state import RunState
 from lowmem.train.watchers import MAX_STEPS, STALLED, Act, CheckpointInterval, PlanCheck, Verdict, strongest
 
 
@@ -48,8 +47,8 @@ class Trainer(Replica):
         """Trains until the last epoch or train.max_steps. Raises Interrupted after a signal, with everything saved;
         OutOfMemory, Diverged, Stuck, DiskError, PeerLost."""
         kept, observer = self.config.checkpoint, self.observer
-        saver: Saver = AbsentSaver()
-        if not isinstance(folder, AbsentFolder):
+        saver: Saver = NullSaver()
+        if not isinstance(folder, NullFolder):
             saver = Saver(folder, keep=kept.keep, keep_every=kept.keep_every, warn=observer.warning, note=observer.note)
         with StopSignals() as signals, exporting(self, folder) as export, saver:
             return Loop(self, folder, signals, saver, export).run()
@@ -220,7 +219,7 @@ class Loop:
         state.low_start = next_low_start(t.config, state.low_start, error_pct)
         state.epoch += 1
         chosen_on, score = ("test", test) if val is None else ("val", val)
-        self.exports |= state.note_score(score.error_pct, chosen_on, t.config.model.arch)
+        self.exports |= self.metrics.note_score(score.error_pct, chosen_on)
         self.metrics.end_epoch(row)
         self._save()
         t.observer.epoch(row, t.config.train.epochs)

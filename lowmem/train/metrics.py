@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lowmem.config.schema import Config
+from lowmem.runs.checkpoint_state import Best
 from lowmem.runs.event_files import EventFiles, require_tensorboard
-from lowmem.runs.null_writer import AbsentFolder
-from lowmem.runs.store import RunFolder
+from lowmem.runs.store import NullFolder, RunFolder
 from lowmem.step.evaluate import Score
 from lowmem.train.observer import Progress
 from lowmem.train.replica import Replica
@@ -145,10 +145,16 @@ class Metrics:
             lr=self._lr(state.step - 1),
             loss=state.loss_sum / seen,
             error_pct=100 * state.wrong / seen,
-            images_per_second=state.images_per_second,
+            images_per_second=self._images_per_second,
             memory_bytes=device.peak_allocated_bytes or device.device_used_bytes,
             seconds_left=self.eta.seconds(state.epoch, state.step),
         )
+
+    @property
+    def _images_per_second(self) -> float | None:
+        """Of training, in this epoch so far."""
+        state = self._t.state
+        return state.seen / state.train_seconds if state.train_seconds > 0 else None
 
     def row(self, test: Score, val: Score | None) -> dict[str, Any]:
         """Of metrics.csv, for the epoch whose steps are done."""
@@ -161,7 +167,7 @@ class Metrics:
             "train_error_pct": 100 * state.wrong / state.seen,
             "test_loss": test.loss,
             "test_error_pct": test.error_pct,
-            "images_per_second": state.images_per_second,
+            "images_per_second": self._images_per_second,
             "peak_allocated_bytes": device.peak_allocated_bytes,
             "peak_reserved_bytes": device.peak_reserved_bytes,
             "device_used_bytes": device.device_used_bytes,
@@ -169,6 +175,16 @@ class Metrics:
             "val_loss": val.loss if val else None,
             "val_error_pct": val.error_pct if val else None,
         }
+
+    def note_score(self, error_pct: float, chosen_on: str) -> dict[str, dict[str, str]]:
+        """The epoch just completed has this error. What its weights are exported as: name -> metadata."""
+        state = self._t.state
+        metadata = {"arch": self._t.config.model.arch, "epoch": str(state.epoch), "step": str(state.step)}
+        metadata |= {"error_pct": repr(error_pct), "error_on": chosen_on}
+        if state.best is not None and not error_pct < state.best.error_pct:
+            return {"last": metadata}
+        state.best = Best(state.epoch, state.step, error_pct, chosen_on)
+        return {"best": {**metadata, "chosen_on": chosen_on}, "last": metadata}
 
     def end_epoch(self, row: dict[str, Any]) -> None:
         """The epoch is evaluated and judged: its row is written, the next one's sums begin."""
@@ -213,7 +229,7 @@ class TensorBoardExport:
 def exporting(replica: Replica, folder: RunFolder) -> Iterator[Callable[[], None]]:
     """What to call whenever rows have come: exports them to TensorBoard, in the process that writes them and if that is
     wanted. At the end with the last rows."""
-    if not replica.config.train.tensorboard or isinstance(folder, AbsentFolder):
+    if not replica.config.train.tensorboard or isinstance(folder, NullFolder):
         yield lambda: None
         return
     files = EventFiles(folder.path)

@@ -17,12 +17,13 @@ from lowmem.plan.policy import SAVE_ALL, uniform
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan, stage_names
 from lowmem.runs.checkpoint import Checkpoint
+from lowmem.runs.checkpoint_state import RunState
 from lowmem.runs.store import RunFolder
 from lowmem.step.data_parallel import DataParallelStep, are_alike
 from lowmem.step.evaluate import Sums, evaluate
-from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
+from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.train.observer import Observer
-from lowmem.train.state import RunState, capture, restore, share_checkpoint
+from lowmem.train.state import capture, restore, share_checkpoint
 
 
 class Replica:
@@ -107,8 +108,7 @@ class Replica:
         """Parameters, buffers and momentum: what is there between two steps."""
         yield from self.model.parameters()
         yield from self.model.buffers()
-        for slots in self.optimizer.state.values():
-            yield from (value for value in slots.values() if isinstance(value, Tensor))
+        yield from optimizer_tensors(self.optimizer)
 
     def keep_alike(self, folder: RunFolder) -> None:
         """Before weights are saved: that all processes have the same. Cards of different kinds may round differently;

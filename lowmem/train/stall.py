@@ -35,8 +35,8 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from lowmem.runs.checkpoint_state import RunState
 from lowmem.step.train_step import TrainStep
-from lowmem.train.state import RunState
 from lowmem.train.watchers import STALLED, Act, Verdict
 
 STANDARD_ERRORS = 3.0

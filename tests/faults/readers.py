@@ -19,30 +19,27 @@ from lowmem.cli.terminal import describe_epoch
 from lowmem.cli.watch_screen import screen, to_json
 from lowmem.config.cards import load_card
 from lowmem.config.settings import from_yaml, gather, parse_set
-from lowmem.config.shipped import profiles_folder
 from lowmem.core.errors import CorruptCheckpoint, Diverged, LowmemError
+from lowmem.core.places import profiles_folder
 from lowmem.core.units import format_size
 from lowmem.data import folder as pictures_folder
 from lowmem.data import load
 from lowmem.lifecycle import fork
 from lowmem.lifecycle.api import recorded_settings, resume_training
-from lowmem.lifecycle.recorded_plans import read_plan
-from lowmem.lifecycle.run_identity import belongs_to, most_bytes, verify
+from lowmem.lifecycle.run_identity import belongs_to, most_bytes, read_plan, verify
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, keep, uniform
 from lowmem.plan.record import Candidate, Plan
 from lowmem.remat import stage_names
-from lowmem.reproduce.job import Job, read_job
-from lowmem.reproduce.members import ALL
+from lowmem.reproduce.job import ALL, Job, read_job
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs import columns
-from lowmem.runs.gradients import FILE_NAME
-from lowmem.runs.history import read_history
-from lowmem.runs.listing import list_runs, writer_of
-from lowmem.runs.live import Watched
-from lowmem.runs.lock import OWNER_NAME, RunLock
+from lowmem.runs.listing import list_runs
+from lowmem.runs.lock import OWNER_NAME, RunLock, writer_of
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, Columns
 from lowmem.runs.store import RunFolder
-from lowmem.runs.table import cut
+from lowmem.runs.tables import cut_table
+from lowmem.runs.view import read_run
+from lowmem.runs.watch import Watched
 from lowmem.step.train_step import Execution, make_optimizer, make_scaler
 from lowmem.train.schedule import learning_rate
 from lowmem.train.stall import measured_weights
@@ -100,9 +97,9 @@ def _file(path: Path, read: Callable[[Path], object]) -> Callable[[bytes], objec
 def _checkpoints(run: Path, work: Path) -> list[Reader]:
     """The last three with a commit record that fits: made to be read."""
     copy = copy_run(run, work / "checkpoints-run")
-    for path in checkpoints.found(copy / "checkpoints")[1:]:
+    for path in checkpoints.checkpoint_folders(copy / "checkpoints")[1:]:
         shutil.rmtree(path)
-    newest = checkpoints.found(copy / "checkpoints")[0]
+    newest = checkpoints.checkpoint_folders(copy / "checkpoints")[0]
     config = from_yaml(run / "config.yaml").config
     accept, most = belongs_to(config), most_bytes(config)
     execution = Execution("cpu", "fp32", "contiguous")
@@ -134,10 +131,10 @@ def _checkpoints(run: Path, work: Path) -> list[Reader]:
 
 
 def _rows(run: Path, work: Path) -> list[Reader]:
-    def table(name: str, names: tuple[str, ...], key: str) -> Reader:
+    def table(name: str, columns: Columns) -> Reader:
         path = work / name
         return Reader(
-            f"{name}, cut back", (run / name).read_bytes(), _file(path, lambda p: cut(p, names, key, 5, every=True))
+            f"{name}, cut back", (run / name).read_bytes(), _file(path, lambda p: cut_table(p, columns, 5, every=True))
         )
 
     copy = copy_run(run, work / "history-run")
@@ -148,16 +145,16 @@ def _rows(run: Path, work: Path) -> list[Reader]:
         def read(data: bytes) -> object:
             (copy / name).write_bytes(data)
             try:
-                return read_history(copy)
+                return read_run(copy)
             finally:
                 (copy / name).write_bytes(seed)
 
         return Reader(f"{name}, for a report", seed, read, mutations)
 
     return [
-        table("metrics.csv", columns.METRICS, "epoch"),
-        table("steps.csv", columns.STEPS, "step"),
-        *map(of_history, ("config.yaml", "metrics.csv", "steps.csv", "events.jsonl", FILE_NAME)),
+        table("metrics.csv", EPOCH_TABLE.columns),
+        table("steps.csv", STEP_TABLE.columns),
+        *map(of_history, ("config.yaml", "metrics.csv", "steps.csv", "events.jsonl", GRADIENT_TABLE.file_name)),
         of_history("env.json", JSON),
         of_history("weights/best.safetensors", TENSORS),
     ]
@@ -261,9 +258,9 @@ def _whole(run: Path, work: Path) -> list[Reader]:
 def _goes_on(run: Path, work: Path) -> list[Reader]:
     """What is accepted takes a real step, and `verify` has said the same as the resume does."""
     made = copy_run(run, work / "steps-run")
-    for path in checkpoints.found(made / "checkpoints")[2:]:
+    for path in checkpoints.checkpoint_folders(made / "checkpoints")[2:]:
         shutil.rmtree(path)
-    newest = checkpoints.found(made / "checkpoints")[0].name
+    newest = checkpoints.checkpoint_folders(made / "checkpoints")[0].name
 
     def read(data: bytes) -> object:
         copy = copy_run(made, work / "steps-copy")
@@ -315,7 +312,7 @@ def plausible(rng: random.Random, data: bytes) -> bytes:
 def _listed(run: Path, work: Path) -> list[Reader]:
     """`lowmem ls` refuses nothing: it tells what is wrong."""
     copy = copy_run(run, work / "listed-run")
-    newest = checkpoints.found(copy / "checkpoints")[0]
+    newest = checkpoints.checkpoint_folders(copy / "checkpoints")[0]
 
     def reader(file: Path, mutations: tuple[Mutation, ...] = JSON) -> Reader:
         seed = file.read_bytes()
@@ -341,7 +338,7 @@ def _forked(run: Path, work: Path) -> list[Reader]:
     settings = from_yaml(run / "config.yaml")
     new = fork.changed(settings, {"optim.lr": 0.05, "train.max_steps": None}, "test")
     differing, dataset = fork.check(settings.config, new.config), load(settings.config.data, settings.config.seed)
-    newest = checkpoints.found(copy / "checkpoints")[0]
+    newest = checkpoints.checkpoint_folders(copy / "checkpoints")[0]
     seed = (newest / "state.json").read_bytes()
 
     def read(data: bytes) -> object:
@@ -388,17 +385,17 @@ def _gradients(run: Path, work: Path) -> list[Reader]:
     def read(data: bytes) -> object:
         for aside in copy.glob("damaged-*"):
             aside.unlink()
-        (copy / FILE_NAME).write_bytes(data)
+        (copy / GRADIENT_TABLE.file_name).write_bytes(data)
         with RunFolder.open(copy) as folder:
             try:
                 folder.begin_gradients(layers, step=5)
                 folder.append_gradients([(6, 2, [0.5] * len(layers))])
             except LowmemError as error:
                 raise AssertionError(f"it stopped the run: {error}") from error
-        assert read_history(copy).gradients.rows[-1].step == 6
+        assert read_run(copy).gradients.rows[-1].step == 6
         return None
 
-    return [Reader("gradients.csv, to go on with", (run / FILE_NAME).read_bytes(), read)]
+    return [Reader("gradients.csv, to go on with", (run / GRADIENT_TABLE.file_name).read_bytes(), read)]
 
 
 def any_bytes(rng: random.Random, data: bytes) -> bytes:

@@ -76,7 +76,7 @@ def rows(path: Path, name: str) -> list[dict[str, str]]:
 
 
 def assert_all_finite(path: Path) -> None:
-    for one in checkpoints.found(path / "checkpoints"):
+    for one in checkpoints.checkpoint_folders(path / "checkpoints"):
         saved = checkpoints.load(one)
         assert all(bool(torch.isfinite(t).all()) for t in (*saved.model.values(), *saved.optimizer.values()))
     assert all(math.isfinite(float(row["loss"])) for row in rows(path, "steps.csv"))
@@ -123,7 +123,7 @@ def test_killed_right_after_it(rolled_back: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     with poisoned((1, 3)), killed((1, 5)), pytest.raises(ConnectionAbortedError):
         run_training(settings(), path)
-    assert checkpoints.found(path / "checkpoints")[0].name == "step-00000010"
+    assert checkpoints.checkpoint_folders(path / "checkpoints")[0].name == "step-00000010"
     resume_training(path, settings())
     assert_same_run(path, rolled_back)
 
@@ -149,10 +149,10 @@ def test_stopping_leaves_the_last_finite_state(every: int, clean: Path, tmp_path
         run_training(asked, path)
     assert raised.value.exit_code is ExitCode.DIVERGED
     assert ExitCode.DIVERGED == 6
-    assert checkpoints.found(path / "checkpoints")[0].name == "step-00000013"
+    assert checkpoints.checkpoint_folders(path / "checkpoints")[0].name == "step-00000013"
     assert [event["step"] for event in events(path, "diverged")] == [14]
     resume_training(path, settings("checkpoint.every_steps=1", "train.log_every_steps=1"))
-    last = [checkpoints.load(checkpoints.found(one / "checkpoints")[0]) for one in (path, clean)]
+    last = [checkpoints.load(checkpoints.checkpoint_folders(one / "checkpoints")[0]) for one in (path, clean)]
     assert all(torch.equal(last[0].model[name], tensor) for name, tensor in last[1].model.items())
     assert all(torch.equal(last[0].optimizer[name], tensor) for name, tensor in last[1].optimizer.items())
 
@@ -161,7 +161,7 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over(tmp_path: Path) -> None:
     """The weights broke in an update whose loss was finite, and were saved: found at the next step's loss."""
     path = tmp_path / "run"
     run_training(settings("train.max_steps=12"), path)
-    newest = checkpoints.load(checkpoints.found(path / "checkpoints")[0])
+    newest = checkpoints.load(checkpoints.checkpoint_folders(path / "checkpoints")[0])
     tensors = {**newest.model, "conv1.weight": newest.model["conv1.weight"] * math.inf}
     checkpoints.save(path / "checkpoints", checkpoints.Checkpoint(12, tensors, newest.optimizer, newest.state), keep=2)
     resume_training(path, settings())
@@ -198,7 +198,7 @@ def test_poison_that_stays_ends_the_run(tmp_path: Path) -> None:
     with poisoned((1, 3), times=9), pytest.raises(Diverged, match="going back 3 times did not help"):
         run_training(settings(), path)
     assert [event["lr_scale"] for event in events(path, "rollback")] == [0.5, 0.25, 0.125]
-    assert checkpoints.load(checkpoints.found(path / "checkpoints")[0]).state["run"]["lr_scale"] == 0.125
+    assert checkpoints.load(checkpoints.checkpoint_folders(path / "checkpoints")[0]).state["run"]["lr_scale"] == 0.125
     # What is saved is sound; the rows after it are what happened, and a resume cuts them off.
     assert rows(path, "steps.csv")[-1]["loss"] == "nan"
 
@@ -208,12 +208,12 @@ def test_a_loss_far_above_chance_for_long(tmp_path: Path) -> None:
     path, sets = tmp_path / "run", ("train.log_every_steps=10", "data.train_subset=480")
     flags = {"train.batch": 4, "train.epochs": 2}
     run_training(settings("train.max_steps=5", *sets, **flags), path)
-    newest = checkpoints.load(checkpoints.found(path / "checkpoints")[0])
+    newest = checkpoints.load(checkpoints.checkpoint_folders(path / "checkpoints")[0])
     tensors = {**newest.model, "linear.bias": torch.tensor([1e5, *[0.0] * 9])}
     checkpoints.save(path / "checkpoints", checkpoints.Checkpoint(5, tensors, newest.optimizer, newest.state), keep=2)
     with pytest.raises(Diverged, match=r"the training loss has been above 11\.5 for 100 steps at step 100"):
         resume_training(path, settings("train.on_nan=stop", *sets, **flags))
-    assert checkpoints.found(path / "checkpoints")[0].name == "step-00000005"
+    assert checkpoints.checkpoint_folders(path / "checkpoints")[0].name == "step-00000005"
     assert all(float(row["loss"]) > 1000 for row in rows(path, "steps.csv"))
 
 
@@ -244,7 +244,7 @@ def test_a_rate_that_breaks_the_net(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"training loss is nan .* going back 3 times did not help"):
         run_training(settings("optim.lr=1e6"), path)
     assert [event["lr_scale"] for event in events(path, "rollback")] == [0.5, 0.25, 0.125]
-    (first,) = checkpoints.found(path / "checkpoints")
+    (first,) = checkpoints.checkpoint_folders(path / "checkpoints")
     assert first.name == "step-00000000"
     assert checkpoints.load(first).state["run"]["lr_scale"] == 0.125
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lowmem.choose.batch_split import BatchSplit, preferred
-from lowmem.choose.decide import DataSize, decide
+from lowmem.choose.decide import DataSize, RecordedRun, decide
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Infeasible, UsageError
 from lowmem.core.units import KIB, MIB
@@ -21,6 +21,9 @@ from tests.conftest import assert_same_run
 
 SETS = ["data.train_subset=100", "data.test_subset=50", "train.log_every_steps=1", "train.batch=50"]
 BASE = {"model.arch": "res20", "model.width": 4, "data.source": "shapes", "train.epochs": 1}
+
+
+FIXED = {"train__precision": "fp32", "train__memory_format": "contiguous", "train__device": "cpu"}
 
 
 def _settings(sets: tuple[str, ...] = (), **flags: object) -> Settings:
@@ -122,6 +125,33 @@ def test_of_batches_that_are_as_fast_the_recipes_own_or_the_largest(rates: dict[
     assert preferred(fitting, 128).batch == chosen
 
 
+def test_what_is_kept_of_recorded_plans() -> None:
+    """Of a run whose batch was chosen by an older version, which left it to be chosen: it never is again."""
+    settings = _settings(("train.batch=64", "memory.auto_batch=true"), **FIXED, memory__vram="20M")
+    plan = decide(_settings(("train.batch=64",), **FIXED, memory__vram="20M"), on_paper=True).plan
+    assert plan is not None
+    run = RecordedRun(settings.config, [plan])
+    kept = decide(settings, recorded=run)
+    assert (kept.plan, kept.settings, kept.changed) == (plan, settings, False)
+    less = settings.replace({"memory.vram": "9M"}, "resume")
+    again = decide(less, recorded=run)
+    assert again.plan is not None
+    assert (again.plan.batch, again.plan.micro_batch, again.plan.budget_bytes) == (64, 64, 9 * MIB)
+    assert (again.settings, again.changed, again.split.shares) == (less, True, (64,))
+    with pytest.raises(Infeasible):
+        decide(settings.replace({"memory.vram": "4M"}, "resume"), recorded=run)
+    half = replace(plan, batch=32, micro_batch=32, shares=(32, 32))
+    alone = decide(settings, recorded=RecordedRun(settings.config, [half, half]))
+    assert alone.plan is not None
+    assert (alone.plan.batch, alone.settings, alone.changed) == (64, settings, True)
+    fork = decide(less, recorded=replace(run, fork=True)).plan
+    assert fork is not None
+    assert (fork.batch, fork.budget_bytes) == (64, 9 * MIB)
+    unplanned = settings.replace({"memory.vram": None}, "resume")
+    assert decide(unplanned, recorded=run).plan == plan, "it goes on as it was planned"
+    assert decide(unplanned, recorded=replace(run, fork=True)).plan is None
+
+
 def test_auto_batch_needs_something_to_fit_into(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--vram"):
         run_training(_settings(("train.batch=auto",)), tmp_path / "run")
@@ -164,7 +194,7 @@ def _as_older_versions_recorded(run: Path) -> None:
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("auto_batch: false", "auto_batch: true"))
     identity = {"settings": config_hash(recorded_settings(run).config)}
-    for found in checkpoints.found(run / "checkpoints"):
+    for found in checkpoints.checkpoint_folders(run / "checkpoints"):
         saved = checkpoints.load(found)
         state = {**saved.state, "identity": {**saved.state["identity"], **identity}}
         shutil.rmtree(found)

@@ -19,8 +19,8 @@ from rich.console import Console
 from lowmem.cli.main import _run
 from lowmem.cli.watch_screen import screen, sparkline
 from lowmem.config.settings import gather, to_yaml
-from lowmem.runs.live import Watched
 from lowmem.runs.store import RunFolder
+from lowmem.runs.watch import Watched
 
 LOWMEM = (sys.executable, "-m", "lowmem")
 SMALL = (

@@ -24,13 +24,13 @@ from lowmem.cli.main import main
 from lowmem.config.settings import Settings, gather, to_yaml
 from lowmem.core.errors import ExitCode, OutOfMemory, PreflightError
 from lowmem.data import load
-from lowmem.lifecycle import api
+from lowmem.lifecycle import execute as pipe
 from lowmem.lifecycle import preflight as preflight_module
 from lowmem.lifecycle.api import run_training
 from lowmem.lifecycle.preflight import _time_line, preflight
 from lowmem.plan.record import Plan
-from lowmem.runs.history import History
 from lowmem.runs.store import RunFolder
+from lowmem.runs.view import RunView
 from lowmem.step.evaluate import Score
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
@@ -174,14 +174,14 @@ def test_out_of_memory_takes_the_next_plan(tmp_path: Path, plan: Plan, in_update
 
 
 def test_out_of_memory_without_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make, scarce = api._make_trainer, Scarce({30})
+    make, scarce = pipe.make_trainer, Scarce({30})
 
     def scarce_trainer(*args: Any) -> Trainer:
         trainer = make(*args)
         _scarce(trainer, scarce, failures=1)
         return trainer
 
-    monkeypatch.setattr(api, "_make_trainer", scarce_trainer)
+    monkeypatch.setattr(pipe, "make_trainer", scarce_trainer)
     with pytest.raises(OutOfMemory, match=r"trial before the first step.*nothing was started.*--vram"), scarce:
         run_training(_settings(), tmp_path / "runs" / "run")
     assert list(tmp_path.iterdir()) == []
@@ -208,20 +208,20 @@ def test_an_evaluation_that_does_not_fit_is_tried_with_half_the_batch(tmp_path: 
 
 def _harm(monkeypatch: pytest.MonkeyPatch, name: str, harm: Callable[[Path], None]) -> None:
     """A disk that gives back something else of one file, once it is in its place or is about to be read."""
-    replace, read = os.replace, preflight_module.read_history
+    replace, read = os.replace, preflight_module.read_run
 
     def replacing(source: Any, target: Any) -> None:
         replace(source, target)
         if ".preflight" in str(target) and Path(target).name == name:
             harm(Path(target))
 
-    def reading(path: Path) -> History:
+    def reading(path: Path) -> RunView:
         if name.endswith(("csv", "jsonl")):
             harm(path / name)
         return read(path)
 
     monkeypatch.setattr(os, "replace", replacing)
-    monkeypatch.setattr(preflight_module, "read_history", reading)
+    monkeypatch.setattr(preflight_module, "read_run", reading)
 
 
 def _other_digit(path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from lowmem.core.errors import PreflightError, UsageError
 from lowmem.runs import setup
-from lowmem.runs.setup import never_began
-from lowmem.runs.store import RunFolder, leaving_no_trace, require_run
+from lowmem.runs.setup import leaving_no_trace, never_began, require_run
+from lowmem.runs.store import RunFolder
 from tests.faults.disk import tiny_disk
 
 Spoil = Callable[[RunFolder], object]

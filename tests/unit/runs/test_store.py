@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 
 from lowmem.core.errors import UsageError
-from lowmem.runs import columns
-from lowmem.runs.store import RunFolder, csv_line
+from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, csv_line
+from lowmem.runs.store import RunFolder
 
 
 def _row(epoch: int, step: int) -> dict[str, object]:
-    return {**dict.fromkeys(columns.METRICS), "epoch": epoch, "step": step, "train_loss": 0.1 + 0.2}
+    return {**dict.fromkeys(EPOCH_TABLE.names), "epoch": epoch, "step": step, "train_loss": 0.1 + 0.2}
 
 
 def test_a_run_folder_is_never_overwritten(tmp_path: Path) -> None:
@@ -62,15 +62,15 @@ def test_rows_are_cut_back_and_half_lines_dropped(tmp_path: Path) -> None:
         assert run.metrics_file.read_text().splitlines() == whole[:3]
         assert [line.split(",")[0] for line in run.steps_file.read_text().splitlines()] == ["step", "10", "20"]
         run.cut_back(epoch=0, step=0)
-        assert run.metrics_file.read_text().splitlines() == [",".join(columns.METRICS)]
+        assert run.metrics_file.read_text().splitlines() == [",".join(EPOCH_TABLE.names)]
 
 
 def test_floats_keep_every_digit_and_unknown_is_empty() -> None:
-    line = csv_line(columns.METRICS, _row(1, 10)).split(",")
-    assert float(line[columns.METRICS.index("train_loss")]) == 0.1 + 0.2
-    assert line[columns.METRICS.index("peak_allocated_bytes")] == ""
+    line = csv_line(EPOCH_TABLE.names, _row(1, 10)).split(",")
+    assert float(line[EPOCH_TABLE.names.index("train_loss")]) == 0.1 + 0.2
+    assert line[EPOCH_TABLE.names.index("peak_allocated_bytes")] == ""
     with pytest.raises(KeyError, match="no such column"):
-        csv_line(columns.STEPS, {"los": 1})
+        csv_line(STEP_TABLE.names, {"los": 1})
 
 
 def test_events_and_weights(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_a_run_on_a_slow_disk_is_never_further_than_its_interval(
         return save(*args, **kwargs)
 
     def batch(*args: Any, **kwargs: Any) -> Any:
-        on_disk = checkpoints.found(tmp_path / "run" / "checkpoints")
+        on_disk = checkpoints.checkpoint_folders(tmp_path / "run" / "checkpoints")
         seen.append((trainer.state.step + 1, checkpoints.step_of(on_disk[0])))
         return fetch(*args, **kwargs)
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from lowmem.runs.checkpoint_state import RunState
 from lowmem.train.divergence import Divergence
-from lowmem.train.state import RunState
 from lowmem.train.watchers import Act, Verdict
 
 

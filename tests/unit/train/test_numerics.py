@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.calibrate.environment import describe
+from lowmem.calibrate.environment import describe, elsewhere
 from lowmem.config.schema import Config, OptimConfig
 from lowmem.config.settings import gather
 from lowmem.core.errors import UsageError
 from lowmem.lifecycle.api import resume_training, run_training
-from lowmem.lifecycle.resume import elsewhere
 from lowmem.models import build
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.train.observer import Observer
