@@ -1,7 +1,7 @@
 """The loop over steps and epochs: each step, and each end of an epoch, gives the watchers' verdict; one `match` acts.
 
 Of several processes each runs this loop, step by step the same way; rank 0 alone has a folder and a saver. What only
-one of them may know (its clock, a signal, its memory) becomes common knowledge before anybody acts on it (`agree`).
+one of them may know (its clock, a signal, its memory) becomes common knowledge before anybody acts on it (`_agree`).
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Loop:
         if config.max_steps is not None and state.step >= config.max_steps:
             return self._unless_broken(Verdict(Act.LEAVE, MAX_STEPS))
         self.interval.hold(state.step)
-        lr = self.metrics.lr()
+        lr = self.t.lr(state.step)
         while isinstance(result := self.undo.attempt(lambda: self._try_step(lr)), Failure):
             if (failure := self.memory.after(result)) is not None:
                 self._give_up(failure)

@@ -17,7 +17,6 @@ from lowmem.runs.store import NullFolder, RunFolder
 from lowmem.step.evaluate import Score
 from lowmem.train.observer import Progress
 from lowmem.train.replica import Replica
-from lowmem.train.schedule import learning_rate
 from lowmem.train.stall import GradientNorms, default_every, note_share
 
 
@@ -85,14 +84,6 @@ class Metrics:
         self._t.meter.reset()
         self.eta.trained(self._t.state.step, time.monotonic())
 
-    def lr(self) -> float:
-        """The learning rate of the next step."""
-        return self._lr(self._t.state.step)
-
-    def _lr(self, step: int) -> float:
-        state = self._t.state
-        return learning_rate(self._t.config, self._per_epoch, step, low_start=state.low_start) * state.lr_scale
-
     def count(self, totals: Tensor, size: int, lr: float) -> None:
         """A step of `size` pictures is done; waits for nothing. `totals`: as `TrainStep` returns them."""
         state = self._t.state
@@ -142,7 +133,7 @@ class Metrics:
             epochs=t.config.train.epochs,
             step_in_epoch=state.step_in_epoch,
             steps_per_epoch=self._per_epoch,
-            lr=self._lr(state.step - 1),
+            lr=t.lr(state.step - 1),
             loss=state.loss_sum / seen,
             error_pct=100 * state.wrong / seen,
             images_per_second=self._images_per_second,
@@ -162,7 +153,7 @@ class Metrics:
         return {
             "epoch": state.epoch + 1,
             "step": state.step,
-            "lr": self._lr(state.step - 1),
+            "lr": self._t.lr(state.step - 1),
             "train_loss": state.loss_sum / state.seen,
             "train_error_pct": 100 * state.wrong / state.seen,
             "test_loss": test.loss,

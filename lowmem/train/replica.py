@@ -23,6 +23,7 @@ from lowmem.step.data_parallel import DataParallelStep, are_alike
 from lowmem.step.evaluate import Sums, evaluate
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.train.observer import Observer
+from lowmem.train.schedule import learning_rate
 from lowmem.train.state import capture, restore, share_checkpoint
 
 
@@ -81,6 +82,11 @@ class Replica:
         if self.planned is None:
             self.planned = apply_plan(self.model, uniform([SAVE_ALL] * len(stage_names(self.model))))
         return DataParallelStep(self.planned, group, split, self.execution.device, sync_bn=config.sync_bn)
+
+    def lr(self, step: int) -> float:
+        """The learning rate of the 0-based `step` of the run."""
+        scheduled = learning_rate(self.config, self.batches.steps_per_epoch, step, low_start=self.state.low_start)
+        return scheduled * self.state.lr_scale
 
     def next_batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, int]:
         """Images and labels of this process for a step, on the device, and the size of the whole effective batch."""

@@ -21,7 +21,6 @@ from lowmem.step.evaluate import Score
 from lowmem.step.undo import Before, Undo
 from lowmem.train.oom_fallback import OomFallback, memory_words
 from lowmem.train.replica import Replica
-from lowmem.train.schedule import learning_rate
 from lowmem.train.stall import GradientNorms
 
 _QUICK_SECONDS = 10.0  # what takes longer is not run a second time for a better measurement
@@ -77,11 +76,10 @@ def _step(replica: Replica, undo: Undo, norms: GradientNorms) -> tuple[list[floa
     state = replica.state
     # A checkpoint may be of the end of an epoch whose evaluation was still to come.
     at = min(state.step_in_epoch, replica.batches.steps_per_epoch - 1)
-    rate = learning_rate(replica.config, replica.batches.steps_per_epoch, state.step, low_start=state.low_start)
 
     def work() -> tuple[Tensor, int]:
         images, labels, size = replica.next_batch(state.epoch, at)
-        return replica.step(images, labels, rate, norms.measure, size), size
+        return replica.step(images, labels, replica.lr(state.step), norms.measure, size), size
 
     done = undo.attempt(work)
     # Reading the sums waits for the device: the time is that of the work, not of its launch.
