@@ -22,8 +22,8 @@ from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.setup import require_run
 from lowmem.runs.store import PLAN, RunFolder, plan_file
 from lowmem.runs.verify import Belonging, Verified, verify_run
-from lowmem.train.gradients import measured_weights
 from lowmem.train.observer import Observer
+from lowmem.train.stall import measured_weights
 from lowmem.train.state import check_belongs, config_hash
 
 Shape = tuple[int | None, ...]
