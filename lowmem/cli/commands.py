@@ -297,7 +297,7 @@ def reproduce(
     skipped. Settings that are left out are those the job began with.
     """
     settings = given.settings()
-    from lowmem.cli.show_reproduce import reproduce_job
+    from lowmem.cli.job import reproduce_job
 
     raise typer.Exit(reproduce_job(out, settings, only, block, dry_run))
 
@@ -305,9 +305,9 @@ def reproduce(
 @app.command("reproduce-run", hidden=True)
 def reproduce_run() -> None:
     """A process of a job: what it is to do comes over standard input."""
-    from lowmem.reproduce.process import read_request
+    from lowmem.reproduce.conduct import read_request
 
     request = read_request()
-    from lowmem.cli.job_process import work
+    from lowmem.cli.job import work
 
     raise typer.Exit(work(request))

@@ -292,7 +292,7 @@ def write(source: ForkPoint, carried: Checkpoint, settings: Settings, out: RunFo
 
 def _draw(source: ForkPoint, curves: tuple[RateCurve, RateCurve], fork_at: float, out: RunFolder) -> None:
     """report/learning_rate.png; `fork_at`: epochs done."""
-    from lowmem.report.rate_curve import draw_rate_curve  # matplotlib
+    from lowmem.report.figures import draw_rate_curve  # matplotlib
 
     past: list[tuple[float, float]] = []
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.choose.decide import RecordedRun
-from lowmem.choose.session import wants_plan
+from lowmem.choose.execution import wants_plan
 from lowmem.config.schema import Config
 from lowmem.config.settings import from_yaml
 from lowmem.core.errors import CorruptCheckpoint

@@ -31,8 +31,7 @@ from lowmem.models import build
 from lowmem.plan.policy import LEAN, keep, uniform
 from lowmem.plan.record import Candidate, Plan
 from lowmem.remat import stage_names
-from lowmem.reproduce.job import Job, read_job
-from lowmem.reproduce.members import ALL
+from lowmem.reproduce.job import ALL, Job, read_job
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.listing import list_runs
 from lowmem.runs.lock import OWNER_NAME, RunLock, writer_of

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from lowmem.choose.batch_split import ALIKE, Planner
+from lowmem.choose.ladder import other_precision, rivals, smaller
 from lowmem.choose.planning import Choice, Request
-from lowmem.choose.runners import other_precision, rivals, smaller
-from lowmem.choose.session import request_of
+from lowmem.choose.request import request_of
 from lowmem.config.schema import Config
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Infeasible, PreflightError
