@@ -16,8 +16,8 @@ from pathlib import Path
 from lowmem.calibrate.environment import describe, elsewhere
 from lowmem.choose import resolve_execution
 from lowmem.choose.decide import Decision, RecordedRun, batch_chosen
-from lowmem.choose.explain import inexact
 from lowmem.choose.execution import wants_plan
+from lowmem.choose.explain import inexact
 from lowmem.config.schema import Config, flatten, nest
 from lowmem.config.settings import Settings, refuse_changes, to_yaml
 from lowmem.core.errors import Diverged, PreflightError, UsageError
