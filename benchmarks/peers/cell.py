@@ -1,11 +1,8 @@
-"""One cell of the table in a process of its own: `python -m benchmarks.peers.cell`, the question as JSON on standard
-input, one JSON line out. What a way meets is an answer (`died`), never a crash of the table."""
+"""One cell of the table in a process of its own. What a way meets is an answer (`died`), never a crash of the table."""
 
 from __future__ import annotations
 
-import json
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -122,7 +119,3 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
         return {"impossible": str(error)}
     except Exception as error:
         return {"died": words(error, place)}
-
-
-if __name__ == "__main__":
-    print(json.dumps(answer(json.loads(sys.stdin.read()))), flush=True)

@@ -27,7 +27,7 @@ from lowmem.cli.terminal import say
 from lowmem.config.settings import gather
 from lowmem.core.errors import ExitCode, Interrupted, UsageError
 from lowmem.core.units import MIB, parse_size
-from lowmem.trial.forked import Trials
+from lowmem.trial.trial import calls_on
 
 _WIDE = 140  # columns of a terminal that holds all of a table's
 _NAME_WIDTH = 21
@@ -52,8 +52,8 @@ def show_bench(
     environment = environment_of(setup.device)
     limit = (2.0 if quick else 60.0) if minutes is None else minutes
     seconds = 60 * limit - _FINISH_SECONDS - time.process_time()  # importing took its time too
-    with Results(folder, setup, environment) as results, _teller() as tell, Trials(setup.device) as trials:
-        bench = Bench(setup, results, seconds=seconds, tell=tell, run=trials)
+    with Results(folder, setup, environment) as results, _teller() as tell, calls_on(setup.device) as call:
+        bench = Bench(setup, results, seconds=seconds, tell=tell, call=call)
         tell(f"{setup.name}, batch {setup.batch}, on {environment.get('card') or 'the CPU'}; results in {folder}")
         if bench.done_before:
             tell(f"{bench.done_before} measurements are there from before and are not made again")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lowmem.config.schema import OptimConfig
 from lowmem.data import Pictures, TrainBatches, eval_batches
+from lowmem.isolate import OUT_OF_MEMORY
 from lowmem.measure import Meter
 from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.out_of_memory import Failure, classify
@@ -28,11 +29,22 @@ from lowmem.remat.libraries import Numerics, prepare_libraries
 from lowmem.step.evaluate import evaluate
 from lowmem.step.train_step import FUSED, Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
-from lowmem.trial.trial import OUT_OF_MEMORY, Trial
+from lowmem.trial.trial import Trial
 from lowmem.trial.ways import PLAIN, PLANNED, executed
 
 _MEAN, _STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 _LR = 0.01
+
+
+def prepare() -> None:
+    """Before trials are forked: this module is imported, and what the library itself imports when its first optimizer
+    is made. Nothing is computed."""
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+
+
+def work_apart(values: dict[str, Any]) -> dict[str, Any]:
+    """In a process of its own: `work` of a trial's fields."""
+    return work(Trial(**values))
 
 
 def work(trial: Trial) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import matplotlib.figure  # noqa: F401
 import torch
 
 import lowmem.cli.job
+import lowmem.cli.terminal
 import lowmem.lifecycle.execute
 import lowmem.reproduce.check
 from lowmem.cli.main import _run

@@ -16,11 +16,12 @@ from lowmem.config.schema import Config
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Infeasible, PreflightError
 from lowmem.core.units import MIB
+from lowmem.isolate import OUT_OF_MEMORY
 from lowmem.lifecycle.api import run_training
 from lowmem.plan.record import Plan
 from lowmem.train.observer import Observer
 from lowmem.trial.plan_trial import MOST_TRIALS, Confirmed, confirm_run, wants_confirmation
-from lowmem.trial.trial import OUT_OF_MEMORY, Trial, TrialResult, run_trial
+from lowmem.trial.trial import Trial, TrialResult, run_trial
 from tests.conftest import assert_same_run
 
 SETS = ["data.train_subset=100", "data.test_subset=50", "train.log_every_steps=1", "train.batch=50"]
