@@ -245,19 +245,19 @@ def _recorded_sources(path: Path, text: str) -> dict[str, str]:
 
 def refuse_changes(recorded: Config, wanted: Config, run: str) -> None:
     """Raises UsageError naming the first setting that differs and is not operational (see `config.OPERATIONAL`)."""
-    old, new = flatten(recorded), flatten(wanted)
-    for key, value in new.items():
-        if value != old[key] and key.startswith("model."):
-            raise UsageError(
-                f"{key} is {old[key]!r} in {run} and cannot become {value!r}: train another network with `lowmem train`"
-            )
-        if value != old[key] and key == "train.epochs":
+    old = flatten(recorded)
+    for key, value in flatten(wanted).items():
+        if value == old[key] or key in OPERATIONAL:
+            continue
+        if key == "train.epochs":
             raise UsageError(
                 f"{run} is a run of {old[key]} epochs and stays one: `lowmem resume {run} --epochs {value}` goes on "
                 "from it in a new run"
             )
-        if value != old[key] and key not in OPERATIONAL:
-            raise UsageError(
-                f"{key} is {old[key]!r} in {run} and cannot become {value!r} on resume, which repeats the run exactly: "
-                f"start another with `lowmem fork {run} --at EPOCH --set {key}={value}`"
-            )
+        refused = f"{key} is {old[key]!r} in {run} and cannot become {value!r}"
+        if key.startswith("model."):
+            raise UsageError(f"{refused}: train another network with `lowmem train`")
+        raise UsageError(
+            f"{refused} on resume, which repeats the run exactly: start another with "
+            f"`lowmem fork {run} --at EPOCH --set {key}={value}`"
+        )

@@ -109,8 +109,8 @@ class _Processes(Group):
         self.local_rank = launch.local_rank
         with _peers():
             # Where processes wait for one that reads pictures or saves; one that is dead is known by its connection.
-            self._small = _new_group("gloo", _PATIENCE * timeout)
-            self._norms = _new_group(None, timeout)
+            self._small: Any = dist.new_group(backend="gloo", timeout=_PATIENCE * timeout)
+            self._norms: Any = dist.new_group(timeout=timeout)
 
     def most(self, values: Sequence[int]) -> list[int]:
         tensor = torch.tensor(values, dtype=torch.int64)
@@ -180,13 +180,6 @@ class _Processes(Group):
 
     def lead(self, work: Callable[[], T], default: T) -> T:
         return self.together(work if self.leads else lambda: default)
-
-
-def _new_group(backend: str | None, timeout: timedelta) -> dist.ProcessGroup:
-    """Of all processes."""
-    group = dist.new_group(backend=backend, timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
 
 
 class _Watched:
