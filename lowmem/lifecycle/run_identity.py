@@ -78,7 +78,7 @@ def belongs_to(config: Config) -> Callable[[Checkpoint], None]:
     return check
 
 
-# -- a run that torchrun starts again -----------------------------------------------------------------------------------
+# -- a run that torchrun starts again ----------------------------------------------------------------------------------
 
 
 def begun_before(group: Group, path: Path, config: Config) -> bool:
