@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lowmem.config.schema import Config, flatten, known_keys
 from lowmem.config.settings import Settings
 from lowmem.core.errors import UsageError
-from lowmem.distributed.launch import is_led, refuse_several
+from lowmem.distributed.launch import Launch, refuse_several
 from lowmem.runs.view import recorded_settings
 from lowmem.train.observer import Observer
 
@@ -56,7 +56,8 @@ def resume_training(
     settings with them. Raises UsageError if the folder is no run or anything else differs, CorruptCheckpoint if nothing
     can be resumed, PeerLost.
     """
-    recorded = None if is_led() else recorded_settings(Path(path))  # the folder may be on another machine
+    # Of several processes one has the folder, perhaps on another machine: they look together.
+    recorded = recorded_settings(Path(path)) if Launch.of_environment() is None else None
     given = flatten(changes.config) if isinstance(changes, Settings) else dict(changes or {})
     if recorded is not None:
         before = flatten(recorded.config)

@@ -177,7 +177,7 @@ class Resume:
         """Locks the folder. Raises UsageError if it is no run or if what is given is not operational, CorruptCheckpoint
         if nothing can be resumed."""
         known = self._known
-        recorded = self._recorded = share_settings(group, lambda: known or recorded_settings(self.path))
+        recorded = self._recorded = share_settings(group, lambda: known or _recorded_here(self.path, group))
 
         def changed() -> Settings:
             settings = resolve_execution(recorded.replace(self.given, "resume"))
@@ -266,7 +266,7 @@ def _resolved(settings: Settings) -> Settings:
 
 def share_settings(group: Group, read: Callable[[], Settings]) -> Settings:
     """What `read` gives in rank 0, in every process."""
-    mine = group.lead(lambda: _read_here(group, read), None)
+    mine = group.lead(read, None)
     shared = group.share(None if mine is None else [flatten(mine.config), dict(mine.sources)])
     if mine is not None:
         return mine
@@ -274,9 +274,10 @@ def share_settings(group: Group, read: Callable[[], Settings]) -> Settings:
     return Settings(Config.model_validate(nest(values)), sources)
 
 
-def _read_here(group: Group, read: Callable[[], Settings]) -> Settings:
+def _recorded_here(path: Path, group: Group) -> Settings:
+    """`recorded_settings`, in the process that has to have the run."""
     try:
-        return read()
+        return recorded_settings(path)
     except UsageError as error:
         if group.alone:
             raise
