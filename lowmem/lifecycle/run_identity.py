@@ -11,7 +11,6 @@ from typing import Any
 from lowmem.choose.decide import RecordedRun
 from lowmem.choose.execution import wants_plan
 from lowmem.config.schema import Config
-from lowmem.config.settings import from_yaml
 from lowmem.core.errors import CorruptCheckpoint, Diverged
 from lowmem.core.reading import PLAN_LIMIT_BYTES, read_json, shorten
 from lowmem.distributed.group import Group
@@ -21,10 +20,10 @@ from lowmem.models.resnet import ResNet
 from lowmem.plan.record import Plan
 from lowmem.remat import stage_names
 from lowmem.runs.checkpoint import Checkpoint
-from lowmem.runs.setup import never_began, require_run
+from lowmem.runs.setup import never_began
 from lowmem.runs.store import PLAN, RunFolder, plan_file
 from lowmem.runs.verify import Belonging, Verified, verify_run
-from lowmem.runs.view import RunView
+from lowmem.runs.view import RunView, recorded_settings
 from lowmem.train.gradients import measured_weights
 from lowmem.train.observer import Observer
 from lowmem.train.state import check_belongs, config_hash
@@ -86,14 +85,12 @@ def begun_before(group: Group, path: Path, config: Config) -> bool:
     these settings. Raises Diverged if the run then stopped as it was asked to: starting again does not undo that."""
 
     def begun() -> bool:
-        environment = path / "env.json"
-        if group.restarts == 0 or not (path / "config.yaml").is_file() or not environment.is_file():
+        if group.restarts == 0 or not (path / "config.yaml").is_file() or never_began(path):
             return False
-        known = read_json(environment, PLAN_LIMIT_BYTES)
-        mine = {"asked": config_hash(config), "launcher": launcher()}
-        if not isinstance(known, dict) or {key: known.get(key) for key in mine} != mine or never_began(path):
+        run, mine = RunView(path), {"asked": config_hash(config), "launcher": launcher()}
+        if {key: run.env.get(key) for key in mine} != mine:
             return False
-        for last in RunView(path).events[-1:]:
+        for last in run.events[-1:]:
             if last.kind == "diverged" or (last.kind == "stuck" and last.detail.get("stopped")):
                 why = shorten(last.detail.get("why") or "it learns nothing", 500)
                 raise Diverged(f"{path} was stopped before this restart, as asked: {why}")
@@ -176,8 +173,7 @@ def verify(run: Path) -> Verified:
 
     Raises UsageError if it is no run or its config.yaml cannot be used.
     """
-    require_run(run)
-    config = from_yaml(run / "config.yaml").config
+    config = recorded_settings(run).config
     shapes = network_shapes(config)
     return verify_run(
         run,
