@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,11 +28,11 @@ from lowmem.models import build
 from lowmem.remat.libraries import prepare_libraries
 from lowmem.step.train_step import Execution
 from lowmem.train.loop import Outcome, Trainer
+from lowmem.train.metrics import check_tensorboard
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import starts_low
 from lowmem.train.signals import StartupSignals
-from lowmem.train.state import config_hash, restore
-from lowmem.train.tensorboard import check_board, exporting
+from lowmem.train.state import config_hash
 from lowmem.trial.plan_trial import confirm_run, wants_confirmation
 
 
@@ -67,12 +67,10 @@ def execute(begin: New | Resume | Fork, observer: Observer | None = None) -> Run
         folder = begin.folder(group, start, decision.settings, stack)
         trainer = make_trainer(group, decision, dataset, observer, begin.path)
         if checkpoint is not None:
-            parts = (trainer.model, trainer.optimizer, trainer.step.scaler, trainer.identity)
-            trainer.state = group.together(lambda: restore(checkpoint, *parts))
+            trainer.state = group.together(lambda: trainer.restore(checkpoint))
         if not begin.commit(decision, trainer, folder):
             return RunResult(begin.path, Outcome(False, trainer.state))
-        with exporting(trainer, begin.path) if group.leads else nullcontext():
-            return RunResult(begin.path, trainer.run(folder))
+        return RunResult(begin.path, trainer.run(folder))
 
 
 # -- one process, or several -------------------------------------------------------------------------------------------
@@ -114,7 +112,7 @@ def _require_alike(group: Group, what: str, value: str, way_out: str) -> None:
 def refuse_unfit(group: Group, config: Config) -> None:
     """What takes no time to refuse. Raises PreflightError, UsageError. The libraries are set for all that follows."""
     require_device(config.train.device)
-    check_board(config)
+    check_tensorboard(config)
     if group.size > config.train.batch:
         raise UsageError(
             f"a batch of {config.train.batch} cannot be split over {group.size} processes: raise --batch, or start "

@@ -24,8 +24,8 @@ from lowmem.runs.setup import never_began
 from lowmem.runs.store import PLAN, RunFolder, plan_file
 from lowmem.runs.verify import Belonging, Verified, verify_run
 from lowmem.runs.view import RunView, recorded_settings
-from lowmem.train.gradients import measured_weights
 from lowmem.train.observer import Observer
+from lowmem.train.stall import measured_weights
 from lowmem.train.state import check_belongs, config_hash
 
 Shape = tuple[int | None, ...]

@@ -23,21 +23,6 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 _INSISTS_AFTER = {"SIGINT": 0.0, "SIGBREAK": 0.0, "SIGTERM": 2.0}
 
 
-class Insistence:
-    """Told of every signal by its name: whether it means at once."""
-
-    def __init__(self) -> None:
-        self._came: dict[str, float] = {}  # when each came first
-
-    def insists(self, name: str) -> bool:
-        """Whether this one, which has come now, is the second that insists."""
-        now = time.monotonic()
-        if name not in self._came:
-            self._came[name] = now
-            return False
-        return now - self._came[name] >= _INSISTS_AFTER.get(name, math.inf)
-
-
 class _Leave(BaseException):
     """No Exception: nothing that makes the best of a failure may take a signal for one."""
 
@@ -88,8 +73,12 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        self._insistence = Insistence()
+        self._first: dict[str, float] = {}  # when each came first
         self._previous: dict[int, Any] = {}
+
+    def came(self) -> bool:
+        """Whether a signal has come: somebody waits for this process to leave."""
+        return self.requested is not None
 
     @property
     def exit_code(self) -> ExitCode:
@@ -112,9 +101,17 @@ class StopSignals:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
 
+    def _insists(self, name: str) -> bool:
+        """Whether this signal, which has come now, is the second that means at once."""
+        now = time.monotonic()
+        if name not in self._first:
+            self._first[name] = now
+            return False
+        return now - self._first[name] >= _INSISTS_AFTER.get(name, math.inf)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self._insistence.insists(name):
+        if self._insists(name):
             # At once means without unwinding: a checkpoint being written is not committed, the one before it stands.
             try:
                 sys.stderr.write("\nstopped at once; the last checkpoint stands\n")

@@ -41,8 +41,8 @@ from lowmem.runs.tables import cut_table
 from lowmem.runs.view import read_run
 from lowmem.runs.watch import Watched
 from lowmem.step.train_step import Execution, make_optimizer, make_scaler
-from lowmem.train.gradients import measured_weights
 from lowmem.train.schedule import learning_rate
+from lowmem.train.stall import measured_weights
 from lowmem.train.state import config_hash, restore
 from tests.faults.fuzzing import ANY, JSON, TENSORS, Mutation, Reader, rehash, replace_in_json
 from tests.faults.small_run import copy_run
