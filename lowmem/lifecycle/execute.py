@@ -22,7 +22,6 @@ from lowmem.distributed.group import Group, join
 from lowmem.distributed.launch import Launch
 from lowmem.distributed.split import Split
 from lowmem.lifecycle.begin import Fork, New, Resume
-from lowmem.lifecycle.startup_signals import leaving_early
 from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.out_of_memory import classify
 from lowmem.models import build
@@ -32,6 +31,7 @@ from lowmem.train.loop import Outcome, Trainer
 from lowmem.train.metrics import check_tensorboard
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import starts_low
+from lowmem.train.signals import StartupSignals
 from lowmem.train.state import config_hash
 from lowmem.trial.plan_trial import confirm_run, wants_confirmation
 
@@ -44,7 +44,6 @@ class RunResult:
     outcome: Outcome
 
 
-@leaving_early()
 def execute(begin: New | Resume | Fork, observer: Observer | None = None) -> RunResult:
     """A run from its beginning, whichever that is, to its end: by this process, or by all that torchrun has started.
 
@@ -52,7 +51,7 @@ def execute(begin: New | Resume | Fork, observer: Observer | None = None) -> Run
     OutOfMemory, Diverged, DiskError, PeerLost, and Interrupted after a signal, with everything saved.
     """
     launch, observer = _launched(observer, str(begin.given.get("train.device", "auto")))
-    with _joined(launch, begin.given) as group, ExitStack() as stack:
+    with StartupSignals(), _joined(launch, begin.given) as group, ExitStack() as stack:
         if isinstance(begin, New):
             begin = begin.after_restart(group, observer)
         start = begin.open(group, observer, stack)

@@ -13,8 +13,8 @@ from lowmem.config.schema import Config
 from lowmem.config.settings import Settings
 from lowmem.core.errors import Diverged, UsageError
 from lowmem.distributed.group import Group
-from lowmem.lifecycle.begin import begun_before, launcher
 from lowmem.lifecycle.execute import refuse_unfit
+from lowmem.lifecycle.run_identity import begun_before, launcher
 from lowmem.runs.setup import never_began
 from lowmem.train.state import config_hash
 
