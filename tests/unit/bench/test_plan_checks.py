@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from lowmem.choose.session import request_of
 from torch import Tensor, nn
 
 from lowmem.bench import plan_checks
