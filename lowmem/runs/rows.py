@@ -137,7 +137,7 @@ class Columns:
 Row = TypeVar("Row")
 
 
-class Table(Generic[Row]):
+class RowTable(Generic[Row]):
     """One of a run's tables: the name of its file, its key, and what a line of it becomes."""
 
     def __init__(self, file_name: str, key: str, row: Callable[..., Row]) -> None:
@@ -169,7 +169,7 @@ class Table(Generic[Row]):
         return self._row(**columns.parse(line))
 
 
-class _GradientTable(Table[GradientRow]):
+class _GradientTable(RowTable[GradientRow]):
     """Its columns are the network's own layers, in the order of the forward pass."""
 
     def of_layers(self, layers: Sequence[str]) -> Columns:
@@ -189,15 +189,9 @@ class _GradientTable(Table[GradientRow]):
         return GradientRow(int(step or 0), int(epoch or 0), tuple(norm for norm in norms if norm is not None))
 
 
-EPOCH_TABLE = Table("metrics.csv", "epoch", EpochRow)
-STEP_TABLE = Table("steps.csv", "step", StepRow)
+EPOCH_TABLE = RowTable("metrics.csv", "epoch", EpochRow)
+STEP_TABLE = RowTable("steps.csv", "step", StepRow)
 GRADIENT_TABLE = _GradientTable("gradients.csv", "step", GradientRow)
-# What a resumed run repeats bit for bit; the others are measurements.
-EXACT_METRICS = tuple(
-    name
-    for name in EPOCH_TABLE.names
-    if not name.endswith("_bytes") and name not in {"images_per_second", "elapsed_seconds"}
-)
 
 
 def csv_line(names: Sequence[str], row: Mapping[str, Any]) -> str:

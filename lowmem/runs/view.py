@@ -23,7 +23,7 @@ from lowmem.core.reading import PLAN_LIMIT_BYTES, TABLE_LIMIT_BYTES, Unreadable,
 from lowmem.runs.checkpoint import checkpoint_folders
 from lowmem.runs.checkpoint_state import Position, read_header, read_position
 from lowmem.runs.lock import OWNER_NAME
-from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, EpochRow, Event, Gradients, Row, StepRow, Table
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, EpochRow, Event, Gradients, Row, RowTable, StepRow
 from lowmem.runs.setup import refuse_links
 from lowmem.runs.tables import read_events, read_table
 
@@ -112,10 +112,10 @@ class RunView:
     def events(self) -> tuple[Event, ...]:
         return read_events(self.path / "events.jsonl", self._notes)
 
-    def _rows(self, table: Table[Row]) -> tuple[Row, ...]:
+    def _rows(self, table: RowTable[Row]) -> tuple[Row, ...]:
         return read_table(self.path / table.file_name, table, self._notes)[1]
 
-    def _is_too_large(self, table: Table[Any]) -> bool:
+    def _is_too_large(self, table: RowTable[Any]) -> bool:
         """A run that records every step of small batches may write more than there is room for: not its fault."""
         path = self.path / table.file_name
         size = path.stat().st_size if path.is_file() else 0
