@@ -35,7 +35,8 @@ from conditions import RESULTS, conditions, sentence, table, write
 from engine_worker import WARMUP, Task, way_of
 
 from lowmem.choose.budget import tensors_only
-from lowmem.choose.planning import REFERENCE_CARD, Request, card_rates, choose
+from lowmem.choose.planning import Request, card_rates, choose
+from lowmem.choose.request import REFERENCE_CARD
 from lowmem.config.cards import load_card
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import MIB

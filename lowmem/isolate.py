@@ -47,6 +47,9 @@ _START = (
 )
 
 
+Call = Callable[..., "Outcome"]  # as `run` is called
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How a call ended. `answer`: what the function returned; `parts`: what it yielded before, whatever the end.
@@ -89,9 +92,9 @@ def run(
 
 
 class Forks:
-    """Context manager; called as `run` is, one call after the other, in this process's environment. `prepare`: a
-    `module:function` without arguments that imports what is needed. It must compute nothing: threads that exist before
-    a fork are gone after it."""
+    """Context manager; called as `run` is, one call after the other. `prepare`: a `module:function` without arguments
+    that imports what is needed. It must compute nothing: threads that exist before a fork are gone after it. What reads
+    the environment when it is imported reads the caller's."""
 
     def __init__(self, prepare: str) -> None:
         self._prepare = prepare
@@ -110,11 +113,18 @@ class Forks:
             self._server.end()
             self._server = None
 
-    def __call__(self, function: str, argument: Any = None, *, timeout_seconds: float) -> Outcome:
+    def __call__(
+        self,
+        function: str,
+        argument: Any = None,
+        *,
+        timeout_seconds: float,
+        environment: Mapping[str, str] | None = None,
+    ) -> Outcome:
         if sys.platform != "linux":
-            return run(function, argument, timeout_seconds=timeout_seconds)
+            return run(function, argument, timeout_seconds=timeout_seconds, environment=environment)
         try:
-            return self._started().call(function, argument, timeout_seconds)
+            return self._started().call(function, argument, timeout_seconds, environment)
         except OSError as error:
             return Outcome(ended="not started", words=f"could not be started ({error.strerror or error})")
 
@@ -172,8 +182,11 @@ class _Child:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
-    def call(self, function: str, argument: Any, timeout_seconds: float) -> Outcome:
-        request = json.dumps({"function": function, "argument": argument}) + "\n"
+    def call(
+        self, function: str, argument: Any, timeout_seconds: float, environment: Mapping[str, str] | None = None
+    ) -> Outcome:
+        asked = {"function": function, "argument": argument, "environment": environment and dict(environment)}
+        request = json.dumps(asked) + "\n"
         late = threading.Event()
 
         def end() -> None:
@@ -269,6 +282,9 @@ def _answer(line: bytes, reply: Callable[..., None]) -> None:
     code = 1
     try:
         request = json.loads(line)
+        if request["environment"] is not None:
+            os.environ.clear()
+            os.environ.update(request["environment"])
         answer = _function(request["function"])(request["argument"])
         while isinstance(answer, Iterator):
             try:

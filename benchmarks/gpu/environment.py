@@ -1,10 +1,7 @@
-"""Where the parts run: versions, card, driver and the card's memory, as one JSON line. The question on standard input
-says which device; without it the process fails."""
+"""Where the parts run: versions, card, driver and the card's memory."""
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 from lowmem.calibrate.environment import describe
@@ -12,11 +9,11 @@ from lowmem.measure import read_driver
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Of this machine. Makes a context on CUDA. Raises SystemExit if the device is not there."""
+    """Of this machine. Makes a context on CUDA. Raises RuntimeError if the device is not there."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device")
+        raise RuntimeError("torch sees no CUDA device")
     found = describe(device)
     if device == "cuda":
         torch.ones(1, device="cuda").add_(1).sum().item()  # a build without this card's kernels fails here
@@ -24,7 +21,3 @@ def environment(device: str) -> dict[str, Any]:
         found["card_bytes"] = torch.cuda.get_device_properties(0).total_memory
         found["driver"] = read_driver().driver_version
     return found
-
-
-if __name__ == "__main__":
-    print(json.dumps(environment(json.loads(sys.stdin.read())["device"])), flush=True)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.plans import LIBRARY, NATIVE, Network, Plans, Scale
-from lowmem.bench.gradients import Question as GradientQuestion
-from lowmem.bench.survival import Question as SurvivalQuestion
+from lowmem.bench.plan_checks import PlanQuestion
 from lowmem.choose.ladder import with_ladder
 from lowmem.choose.request import Choice
 from lowmem.core.units import format_size
@@ -60,14 +59,12 @@ def gradients(scale: Scale, plans: Plans) -> list[dict[str, Any]]:
         choice = plans(network, budget, norms=norms, amp=amp)
         kernels = "native" if norms == NATIVE else "the library's"
         how = f"{'AMP channels-last' if amp else 'fp32'}, {kernels} batch norm"
-        question = GradientQuestion(
+        question = PlanQuestion(
             arch=network.arch,
             block=network.block,
             width=scale.width,
             batch=scale.batch,
             plan=choice.plan.without_ladder().to_json(),
-            precision=choice.plan.precision,
-            memory_format=choice.plan.memory_format,
             device=scale.device,
         )
         name = f"{network.name}, plan for {format_size(choice.budget.total_bytes)}, {how}"
@@ -143,7 +140,7 @@ def survival(scale: Scale, plans: Plans) -> list[dict[str, Any]]:
     choice = with_ladder(plans(scale.main, scale.budgets[0]))
     rows = []
     for real in (False, True):
-        question = SurvivalQuestion(
+        question = PlanQuestion(
             arch=scale.main.arch,
             block=scale.main.block,
             width=scale.width,

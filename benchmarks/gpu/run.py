@@ -34,8 +34,8 @@ from benchmarks.gpu.account import (
 )
 from benchmarks.gpu.job import FORMAT, PARTS, Job, Part, questions_file, read_job
 from lowmem.core.errors import PreflightError
+from lowmem.isolate import run
 from lowmem.runs.atomic import write_text_atomic
-from lowmem.trial.trial import answer_of
 
 LOG, ARTEFACTS = "log.txt", "artefacts.tar.gz"
 _PACKING_SECONDS = 5.0
@@ -172,9 +172,10 @@ class Conductor:
 
 def _environment(device: str) -> dict[str, Any]:
     """Of this machine, by a process of its own. Raises PreflightError if the device is not there."""
-    found = answer_of((sys.executable, "-m", "benchmarks.gpu.environment"), json.dumps({"device": device}), 120)
-    if isinstance(found, str):
-        raise PreflightError(f"the job is for {device}, and this machine does not answer for it: {found}")
+    outcome = run("benchmarks.gpu.environment:environment", device, timeout_seconds=120)
+    if outcome.refused is not None:
+        raise PreflightError(f"the job is for {device}, and this machine does not answer for it: {outcome.refused}")
+    found: dict[str, Any] = outcome.answer
     return found
 
 

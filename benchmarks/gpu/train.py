@@ -27,7 +27,7 @@ from typing import Any
 
 from lowmem.core.errors import PreflightError, UsageError
 from lowmem.core.reading import read_json
-from lowmem.reproduce.members import ALL, Member, select
+from lowmem.reproduce.job import ALL, Member, select
 from lowmem.runs.atomic import write_text_atomic
 from lowmem.runs.view import RunView
 from lowmem.trial.trial import Trial, run_trial

@@ -1,11 +1,8 @@
-"""One cell of the table in a process of its own: `python -m benchmarks.peers.cell`, the question as JSON on standard
-input, one JSON line out. What a way meets is an answer (`died`), never a crash of the table."""
+"""One cell of the table in a process of its own. What a way meets is an answer (`died`), never a crash of the table."""
 
 from __future__ import annotations
 
-import json
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -18,8 +15,7 @@ from benchmarks.peers.budget import Place
 from benchmarks.peers.task import Found, Impossible, Stepper, Task, loader, network, out_of_memory, sgd, words
 from benchmarks.peers.task import train_steps as run_steps
 from benchmarks.peers.ways import ROWS
-from lowmem.choose.planning import REFERENCE_CARD
-from lowmem.choose.request import card_rates
+from lowmem.choose.request import REFERENCE_CARD, card_rates
 from lowmem.config.cards import load_card
 from lowmem.core.units import MIB
 from lowmem.measure.out_of_memory import Failure, attempt
@@ -123,7 +119,3 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
         return {"impossible": str(error)}
     except Exception as error:
         return {"died": words(error, place)}
-
-
-if __name__ == "__main__":
-    print(json.dumps(answer(json.loads(sys.stdin.read()))), flush=True)

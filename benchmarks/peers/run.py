@@ -35,7 +35,7 @@ from benchmarks.peers.task import Task
 from benchmarks.peers.ways import INSTALL, ROWS
 from lowmem.config.schema import resolve_block
 from lowmem.core.units import parse_size
-from lowmem.trial.trial import answer_of
+from lowmem.isolate import run
 
 NAME = "peers"
 QUICK = {"arch": "res20", "budget": "100M", "eval_batch": 512, "rounds": 2}
@@ -108,9 +108,8 @@ class Table:
         if self._now != self.record["conditions"] and self._now not in self.record.setdefault("resumed", []):
             self.record["resumed"].append(self._now)
         full = {"action": action, "task": asdict(self._task), "threads": self._options.threads, **question}
-        command = [sys.executable, "-m", "benchmarks.peers.cell"]
         began = time.monotonic()
-        answer = answer_of(command, json.dumps(full), self._options.timeout)
+        answer = run("benchmarks.peers.cell:answer", full, timeout_seconds=self._options.timeout).answer_or_refusal
         cell = {"version": version, **(answer if isinstance(answer, dict) else {"failed": answer})}
         cell["wall_seconds"] = round(time.monotonic() - began, 1)
         self.keep(name, cell)

@@ -8,8 +8,7 @@ from typing import Any
 from lowmem.choose.request import Choice
 from lowmem.config.settings import Settings, gather
 from lowmem.core.units import format_size
-from lowmem.trial.trial import TrialResult
-from lowmem.trial.verdict import waits_for_host
+from lowmem.trial.trial import TrialResult, waits_for_host
 
 NO_TIME = "not run: time"
 KINDS = ("memory", "time", "gradients", "out of memory", "largest", "format")

@@ -6,24 +6,23 @@ fits into it is said to be not run. After each cell the account so far is handed
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from lowmem.bench import gradients, survival
 from lowmem.bench.acceptance import NO_TIME, Row, Setup, plain_at, set_overheads
 from lowmem.bench.acceptance_plans import Plans
 from lowmem.bench.largest import largest
+from lowmem.bench.plan_checks import GRADIENTS, SURVIVAL, PlanQuestion
 from lowmem.choose.request import Choice
 from lowmem.core.errors import Infeasible, LowmemError
 from lowmem.core.units import format_duration, format_size
+from lowmem.isolate import Call
+from lowmem.isolate import run as run_apart
 from lowmem.models.memory_format import check_memory_format
-from lowmem.trial.trial import Trial, TrialResult, answer_of, run_trial
-from lowmem.trial.verdict import verdict, waits_for_host
+from lowmem.trial.trial import Trial, TrialResult, run_trial, verdict, waits_for_host
 from lowmem.trial.ways import PER_BLOCK, PLAIN, PLANNED, SELECTIVE
 
 _FINISH_SECONDS = 10.0  # for the last tables and the picture
@@ -35,14 +34,6 @@ _LARGER = 4
 
 Tell = Callable[[str], None]
 Save = Callable[[list[Row]], None]
-RunTrial = Callable[[Trial, float], TrialResult]
-# (module of lowmem.bench, question as JSON, seconds) -> its answer, or in words why there is none
-Ask = Callable[[str, str, float], "dict[str, Any] | str"]
-
-
-def ask_process(module: str, question: str, timeout_seconds: float) -> dict[str, Any] | str:
-    """In a clean process."""
-    return answer_of((sys.executable, "-m", f"lowmem.bench.{module}"), question, timeout_seconds)
 
 
 @dataclass(frozen=True)
@@ -58,15 +49,13 @@ class Cell:
 
 
 class Suite:
-    """One run of the suite. `save` gets all rows after each cell; `tell` a line before each. `run` and `ask` do the
-    work of a cell within so many seconds."""
+    """One run of the suite. `save` gets all rows after each cell; `tell` a line before each. `call`: how the
+    work of a cell is run in a process of its own."""
 
-    def __init__(
-        self, setup: Setup, *, save: Save, tell: Tell, run: RunTrial = run_trial, ask: Ask = ask_process
-    ) -> None:
+    def __init__(self, setup: Setup, *, save: Save, tell: Tell, call: Call = run_apart) -> None:
         self.setup = setup
         self.on_card = setup.device == "cuda"
-        self._save, self._tell, self._run_trial, self._ask_module = save, tell, run, ask
+        self._save, self._tell, self._call = save, tell, call
         self._ends = time.monotonic() + 60 * setup.minutes - _FINISH_SECONDS
         self._trial_seconds = 0.0
         self._plans = Plans(setup, tell)
@@ -143,7 +132,7 @@ class Suite:
 
     def _trial(self, trial: Trial) -> TrialResult:
         began = time.monotonic()
-        result = self._run_trial(trial, max(1.0, self.seconds_left))
+        result = run_trial(trial, max(1.0, self.seconds_left), self._call)
         self._trial_seconds = max(self._trial_seconds, time.monotonic() - began)
         return result
 
@@ -238,7 +227,7 @@ class Suite:
             choice = self._plans.choice(self.setup.vram_bytes // 2, self.setup.batch)
         except Infeasible:
             choice = self._plans.choice(self.setup.vram_bytes, self.setup.batch)
-        self._ask(row, "gradients", gradients.Question(**self._network(), plan=choice.plan.to_json()))
+        self._ask(row, GRADIENTS, PlanQuestion(**self._network(), plan=choice.plan.to_json()))
         row.batch = row.facts.pop("batch", row.batch)
 
     def _survival(self, real: bool, row: Row) -> None:
@@ -246,7 +235,7 @@ class Suite:
         self._describe(row, batch, "fp32", "contiguous", vram_bytes)
         choice = self._plans.laddered
         cap, plan = choice.budget.allocator_bytes, choice.plan.to_json()
-        self._ask(row, "survival", survival.Question(**self._network(), plan=plan, cap_bytes=cap, real=real))
+        self._ask(row, SURVIVAL, PlanQuestion(**self._network(), plan=plan, cap_bytes=cap, real=real))
 
     def _network(self) -> dict[str, Any]:
         setup = self.setup
@@ -258,9 +247,10 @@ class Suite:
             "device": setup.device,
         }
 
-    def _ask(self, row: Row, module: str, question: gradients.Question | survival.Question) -> None:
-        """The answer of a module's process becomes the row's facts."""
-        found = self._ask_module(module, json.dumps(asdict(question)), max(1.0, self.seconds_left))
+    def _ask(self, row: Row, check: str, question: PlanQuestion) -> None:
+        """The answer of a check becomes the row's facts."""
+        outcome = self._call(check, asdict(question), timeout_seconds=max(1.0, self.seconds_left))
+        found = outcome.answer_or_refusal
         if isinstance(found, str):
             row.refused = found
         else:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lowmem.bench.acceptance import Row, Setup, Target, targets, vram_words
 from lowmem.core.units import MIB, format_size
-from lowmem.trial.verdict import launch_words
+from lowmem.trial.trial import launch_note
 
 Environment = dict[str, Any]
 
@@ -95,7 +95,7 @@ def _sections(rows: Sequence[Row]) -> list[str]:
         if by_kind.get(kind):
             parts += [f"## {title}", _table(header, (cells(row) for row in found))]
         if kind == "time":
-            parts += [bound for row in found if (bound := launch_words(row.busy_share, row.batch or 0))]
+            parts += [bound for row in found if (bound := launch_note(row.busy_share, row.batch or 0))]
     budgets = [row for row in by_kind.get("memory", []) if row.budget]
     for row in budgets:
         terms = ((name, f"{size / MIB:,.0f}") for name, size in row.budget)

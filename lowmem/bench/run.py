@@ -24,18 +24,16 @@ from lowmem.bench.predict import Predictor
 from lowmem.bench.results import Results
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import format_duration, format_size
+from lowmem.isolate import Call
 from lowmem.models import skeleton
 from lowmem.models.memory_format import is_safe
 from lowmem.plan.record import Plan
-from lowmem.trial.trial import Trial, TrialResult
-from lowmem.trial.verdict import verdict
+from lowmem.trial.trial import Trial, TrialResult, run_trial, verdict
 
 _FIRST_GUESS_SECONDS = {"cpu": 6.0, "cuda": 15.0}  # of a trial, until one was seen
 _LEAST_TIMEOUT_SECONDS = 5.0
 _MOST_TIMEOUT_SECONDS = 1800.0
 _TRIES = 3  # of a largest batch that real steps do not bear out
-
-RunTrial = Callable[[Trial, float], TrialResult]
 
 
 @dataclass(frozen=True)
@@ -47,15 +45,15 @@ class Task:
 
 
 class Bench:
-    """One run. `tell` gets a line before each measurement, `run` does a trial within so many seconds.
+    """One run. `tell` gets a line before each measurement, `call`: how a trial is run in a process of its own.
 
     `seconds`: how long it may take in all; what no longer fits into it is left out, and the same command measures it.
     """
 
     def __init__(
-        self, setup: Setup, results: Results, *, seconds: float, tell: Callable[[str], None], run: RunTrial
+        self, setup: Setup, results: Results, *, seconds: float, tell: Callable[[str], None], call: Call
     ) -> None:
-        self.setup, self._results, self._tell, self._run_trial = setup, results, tell, run
+        self.setup, self._results, self._tell, self._call = setup, results, tell, call
         self._ends = time.monotonic() + seconds
         self._predictor = Predictor(setup, lambda text: self._tell(f"    {text}"))
         known = results.load()
@@ -124,7 +122,7 @@ class Bench:
         """None: it was ended because the time is over, which says nothing about it."""
         limit = min(_MOST_TIMEOUT_SECONDS, max(_LEAST_TIMEOUT_SECONDS, self._left()))
         began = time.monotonic()
-        result = self._run_trial(trial, limit)
+        result = run_trial(trial, limit, self._call)
         over = result.refused is not None and time.monotonic() - began >= limit < _MOST_TIMEOUT_SECONDS
         return None if over else result
 

@@ -22,7 +22,7 @@ from lowmem.bench.cells import (
     same_as_plain,
 )
 from lowmem.core.units import MIB, format_size
-from lowmem.trial.verdict import launch_words
+from lowmem.trial.trial import launch_note
 
 UNKNOWN = "–"
 
@@ -172,7 +172,7 @@ def _step_note(setup: Setup, cells: Sequence[Cell]) -> str:
     if setup.on_card:
         said += _determinism(cells) + "The allocator of a planned cell is capped at its budget, the others' is not."
         plain = plain_of(cells, cells[0]) if cells else None
-        bound = launch_words(None if plain is None else plain.first("busy_share"), setup.batch)
+        bound = launch_note(None if plain is None else plain.first("busy_share"), setup.batch)
         return said if bound is None else f"{said} {bound}"
     return said + (
         "On the CPU a budget bounds the tensors of the step, and they are what is predicted; `resident` is by how much "

@@ -14,12 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from lowmem.choose.batch_split import BatchSplit, Planner, describe_split
-from lowmem.choose.execution import batch_norm_of
+from lowmem.choose.execution import batch_norm_of, wants_plan
 from lowmem.choose.explain import explain, explain_ladder, inexact, memory_lines
 from lowmem.choose.ladder import with_ladder
 from lowmem.choose.planning import choose
-from lowmem.choose.request import Choice, Request
-from lowmem.choose.session import calibrator_of, request_of, wants_plan
+from lowmem.choose.request import Choice, Request, calibrator_of, request_of
 from lowmem.config.schema import Config, cards_of, for_process
 from lowmem.config.settings import Settings
 from lowmem.distributed.group import Group
@@ -78,8 +77,8 @@ class Silence:
 @dataclass(frozen=True)
 class Decision:
     """The settings with what was decided, this process's plan with its ladder (None: unplanned), and everybody's part
-    of the batch. `changed`: not as it was recorded. `planned`: what was planned now, with the choices behind the plans;
-    None for what was recorded or is unplanned. `confirmed`: the trials of the plan."""
+    of the batch. `changed`: not as it was recorded. `planned`: the choices behind plans on paper (they hold much that a
+    run does not need). `confirmed`: the trials of the plan."""
 
     settings: Settings
     plan: Plan | None
@@ -149,7 +148,7 @@ def decide(
     choice = split.choices[ranks[0]]
     settled = _settled(settings, choice.plan, own.reasons, auto=auto)
     if on_paper:
-        return Decision(settled, choice.plan, _split(group, config, None), planned=split)
+        return Decision(settled, choice.plan, Split(split.shares), planned=split)
     if not group.alone:
         for line in describe_split(split, group.gather(choice.budget.source)):
             tell.note(line)
@@ -174,7 +173,6 @@ def decide(
         plan=choice.plan,
         split=_split(group, config, choice.plan),
         changed=recorded is not None,
-        planned=replace(split, choices={group.rank: choice}),
         confirmed=confirmed,
     )
 

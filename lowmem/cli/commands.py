@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lowmem.cli.flags import Given, takes_flags
-from lowmem.distributed.launch import is_led, refuse_several
+from lowmem.distributed.launch import refuse_several
 
 app = typer.Typer(
     help="Train deep networks on cards that are too small for them, and never lose a run.",
@@ -80,8 +80,6 @@ def resume(
         from lowmem.core.errors import UsageError
 
         raise UsageError("--out is for the new run that --epochs makes: a resume goes on in the run's own folder")
-    if not is_led():  # the run's folder may be on another machine
-        _refuse_at_once(run, changes)
     from lowmem.cli.terminal import observer
     from lowmem.lifecycle.api import extend_run, resume_training
 
@@ -113,21 +111,11 @@ def fork(
     With --set train.epochs=N the schedule's milestones stay at the epochs where they were; with --set
     schedule.reference_epochs=… too, they are scaled to the new length."""
     changes = given.changes()
-    _refuse_at_once(run, {})
     from lowmem.cli.terminal import observer
     from lowmem.lifecycle.api import fork_run
 
     with observer() as shown:
         fork_run(run, at=at, changes=changes, out=out, observer=shown, dry_run=dry_run)
-
-
-def _refuse_at_once(run: Path, changes: dict[str, object]) -> None:
-    """Before torch is imported. Raises UsageError for what is no run, or for settings that cannot be."""
-    from lowmem.config.settings import from_yaml
-    from lowmem.runs.setup import require_run
-
-    require_run(run)
-    from_yaml(run / "config.yaml").replace(changes, "resume")
 
 
 # -- what is there -----------------------------------------------------------------------------------------------------
@@ -309,7 +297,7 @@ def reproduce(
     skipped. Settings that are left out are those the job began with.
     """
     settings = given.settings()
-    from lowmem.cli.show_reproduce import reproduce_job
+    from lowmem.cli.job import reproduce_job
 
     raise typer.Exit(reproduce_job(out, settings, only, block, dry_run))
 
@@ -317,9 +305,9 @@ def reproduce(
 @app.command("reproduce-run", hidden=True)
 def reproduce_run() -> None:
     """A process of a job: what it is to do comes over standard input."""
-    from lowmem.reproduce.process import read_request
+    from lowmem.reproduce.conduct import read_request
 
     request = read_request()
-    from lowmem.cli.job_process import work
+    from lowmem.cli.job import work
 
     raise typer.Exit(work(request))

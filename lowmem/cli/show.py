@@ -170,20 +170,16 @@ def _print_findings(findings: list[Finding], last: str) -> None:
 
 def show_report(result: ReportResult) -> None:
     """The report's tables, and where the rest is."""
-    from lowmem.report.departures import departures
-    from lowmem.report.resources import HEADER as RESOURCES
-    from lowmem.report.tables import TABLE_HEADER
-
     console = Console(highlight=False)
-    for header, rows in ((TABLE_HEADER[:-1], [row.cells()[:-1] for row in result.rows]), (RESOURCES, result.resources)):
-        table = Table(*header)
+    for written in result.tables:
+        table = Table(*written.header)
         for column in table.columns[:2]:
             column.overflow = "fold"  # a name that is cut off names no run
-        for cells in rows:
+        for cells in written.rows:
             table.add_row(*(Text(cell) for cell in cells))
         console.print(table)
     print("against the published setting:")
-    for runs, differs in departures(result.rows):
+    for runs, differs in result.departures:
         console.print(Text(f"{runs}: {differs}"))
     page = "" if result.page is None else f", and all of it in {result.page}"
     print(printable(f"written: {result.markdown} and {len(result.figures)} figures beside it{page}"))

@@ -11,8 +11,8 @@ from lowmem.bench.acceptance import DEFAULT_MINUTES, KINDS, Row, Setup, targets
 from lowmem.bench.acceptance_suite import Suite
 from lowmem.bench.acceptance_text import to_csv, to_json, to_markdown
 from lowmem.calibrate.device import ask_device
-from lowmem.calibrate.environment import describe
 from lowmem.choose.execution import refuse_unsafe, resolve_execution
+from lowmem.cli.show_bench import environment_of
 from lowmem.config.settings import gather
 from lowmem.core.errors import PreflightError, UsageError
 from lowmem.core.units import MIB, format_size
@@ -47,7 +47,7 @@ def show_acceptance(
         steps=steps,
         cells=kinds,
     )
-    environment = _environment(config.train.device)
+    environment = environment_of(config.train.device)
     suite = Suite(setup, save=partial(_write, out, setup, environment), tell=partial(print, flush=True))
     rows = suite.run()
     _write(out, setup, environment, rows, finished=True)
@@ -69,12 +69,6 @@ def _card_bytes(device: str) -> int | None:
     return ask_device(Numerics()).total_bytes if device == "cuda" else None
 
 
-def _environment(device: str) -> dict[str, Any]:
-    from lowmem.measure import read_driver
-
-    return {**describe(device), "driver": read_driver().driver_version if device == "cuda" else None}
-
-
 def _try_writing(out: Path) -> None:
     """Before minutes of measuring, not after."""
     try:
@@ -93,7 +87,7 @@ def _write(out: Path, setup: Setup, environment: dict[str, Any], rows: Sequence[
 
 
 def _picture(setup: Setup, environment: dict[str, Any], rows: Sequence[Row]) -> bytes:
-    from lowmem.report.acceptance import Bar, draw_acceptance  # matplotlib: only now that there is something to draw
+    from lowmem.report.method_figures import Bar, draw_acceptance  # matplotlib: only if there is something to draw
 
     memory, seconds = [], []
     for row in (row for row in rows if row.kind in ("memory", "time", "format", "largest")):

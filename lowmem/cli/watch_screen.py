@@ -1,4 +1,4 @@
-"""What `lowmem watch` says of a run: a picture of a few lines that fit a narrow terminal, lines, JSON. No torch here."""
+"""What `lowmem watch` says of a run: a picture that fits a narrow terminal, lines, JSON. No torch here."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ import yaml
 from pydantic import ValidationError
 
 from lowmem.config.schema import OPERATIONAL, Config, flatten, known_keys, nest
-from lowmem.config.shipped import profile_names, profiles_folder
 from lowmem.core.errors import LowmemError, UsageError
+from lowmem.core.places import profile_names, profiles_folder
 from lowmem.core.reading import SETTINGS_LIMIT_BYTES, Unreadable, parse_yaml, read_limited, shorten
 
 
@@ -142,8 +142,12 @@ def _check_key(key: str, source: str) -> None:
 
 def read_settings_file(path: Path) -> dict[str, object]:
     """A YAML file of nested (or dotted) settings -> dotted names. Raises UsageError."""
+    return _parse(path, _read(path))
+
+
+def _read(path: Path) -> str:
     try:
-        loaded = parse_yaml(read_limited(path, SETTINGS_LIMIT_BYTES).decode("utf-8"))
+        return read_limited(path, SETTINGS_LIMIT_BYTES).decode("utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist: give --config the path of a YAML file of settings") from None
     except Unreadable as error:
@@ -152,6 +156,11 @@ def read_settings_file(path: Path) -> dict[str, object]:
         raise UsageError(
             f"{path} cannot be read ({error.__class__.__name__}): check the path given to --config"
         ) from None
+
+
+def _parse(path: Path, text: str) -> dict[str, object]:
+    try:
+        loaded = parse_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -206,25 +215,26 @@ _ALWAYS_RECORDED = ("seed", "model.arch", "optim.lr", "train.epochs", "train.pre
 def from_yaml(path: Path) -> Settings:
     """The settings a run recorded. Raises UsageError if the file is missing or does not validate."""
     try:
-        flat = read_settings_file(path)
+        text = _read(path)
+        flat = _parse(path, text)
         for key in flat:
             _check_key(key, str(path))
         if missing := [key for key in _ALWAYS_RECORDED if key not in flat]:
             raise UsageError(f"{path} lacks {missing[0]}, which every run records: it was cut off, restore the file")
         sources: dict[str, str] = dict.fromkeys(flat, str(path))
-        return Settings(validate(flat, sources), _recorded_sources(path))
+        return Settings(validate(flat, sources), _recorded_sources(path, text))
     except LowmemError as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise UsageError(f"the run's settings cannot be used: {where}{shorten(error, 500)}") from None
 
 
-def _recorded_sources(path: Path) -> dict[str, str]:
+def _recorded_sources(path: Path, text: str) -> dict[str, str]:
     """The trailing comments of `to_yaml`: lost only for lines that somebody wrote by hand."""
     sources = dict.fromkeys(known_keys(), str(path))
     section = ""
-    for line in read_limited(path, SETTINGS_LIMIT_BYTES).decode("utf-8").splitlines():
-        text, _, source = line.rpartition("  # ")
-        key = text.partition(":")[0]
+    for line in text.splitlines():
+        setting, _, source = line.rpartition("  # ")
+        key = setting.partition(":")[0]
         if line.endswith(":") and not line.startswith(" "):
             section = line[:-1]
         name = f"{section}.{key.strip()}" if key.startswith(" ") else key

@@ -8,8 +8,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from lowmem.config.settings import from_yaml
 from lowmem.core.errors import CorruptCheckpoint, DiskError, PreflightError, UsageError
 from lowmem.core.units import format_duration, format_size
-from lowmem.lifecycle.recorded_plans import read_plan
+from lowmem.lifecycle.run_identity import read_plan
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import write_text_atomic
 from lowmem.runs.event_files import EventFiles, read_points
@@ -28,18 +27,9 @@ from lowmem.runs.store import RunFolder
 from lowmem.runs.view import read_run
 from lowmem.train.gradients import default_every
 from lowmem.train.loop import Trainer
-from lowmem.train.state import cpu_tensors
 from lowmem.train.trial_step import Tried, try_step
 
 OUTPUTS = "settings, checkpoint, weights, metrics, gradients, events and report"
-
-
-@dataclass(frozen=True)
-class Written:
-    """What the trial outputs took: bytes of a checkpoint, and the seconds that saving takes at the end of an epoch."""
-
-    checkpoint_bytes: int
-    saving_seconds: float
 
 
 def preflight(trainer: Trainer, folder: RunFolder) -> None:
@@ -58,8 +48,8 @@ def preflight(trainer: Trainer, folder: RunFolder) -> None:
 def _try_all(trainer: Trainer, folder: RunFolder, tried: Tried, began: float) -> None:
     trial = folder.path / ".preflight"
     try:
-        written = _try_outputs(trainer, folder, trial, tried)
-        disk = _check_space(trainer, folder.path, written, tried.layers)
+        checkpoint_bytes, saving_seconds = _try_outputs(trainer, folder, trial, tried)
+        disk = _check_space(trainer, folder.path, checkpoint_bytes, len(tried.layers))
     except OSError as error:
         raise PreflightError(
             f"{folder.path} cannot take the run's outputs ({error.strerror or error}): choose another folder with --out"
@@ -71,7 +61,7 @@ def _try_all(trainer: Trainer, folder: RunFolder, tried: Tried, began: float) ->
     seconds = time.monotonic() - began
     note = trainer.observer.note
     note(f"preflight: {OUTPUTS} written and read back, a step and an evaluation run and undone, in {seconds:.1f} s")
-    note(_time_line(trainer, tried, written.saving_seconds))
+    note(_time_line(trainer, tried, saving_seconds))
     note(disk)
     if not math.isfinite(tried.loss):
         trainer.observer.warning(f"the loss of the trial step is {tried.loss}: this run would diverge at once")
@@ -80,14 +70,14 @@ def _try_all(trainer: Trainer, folder: RunFolder, tried: Tried, began: float) ->
 # -- outputs -----------------------------------------------------------------------------------------------------------
 
 
-def _try_outputs(trainer: Trainer, folder: RunFolder, trial: Path, tried: Tried) -> Written:
-    """All of them by the code that will write them, into a run folder like the real one."""
+def _try_outputs(trainer: Trainer, folder: RunFolder, trial: Path, tried: Tried) -> tuple[int, float]:
+    """All of them by the code that will write them, into a run folder like the real one. Returns the bytes of a
+    checkpoint, and the seconds that saving takes at the end of an epoch."""
     settings = folder.path / "config.yaml"
     _same(from_yaml(settings).config == trainer.config, settings)
     with RunFolder.create(trial, settings.read_text(encoding="utf-8"), {}) as run:
         began = time.perf_counter()
         checkpoint_bytes = _try_checkpoint(trainer, run)
-        _try_weights(trainer, run)
         saving_seconds = time.perf_counter() - began
         if trainer.plan is not None:
             run.write_plan(trainer.plan.to_json())
@@ -97,32 +87,27 @@ def _try_outputs(trainer: Trainer, folder: RunFolder, trial: Path, tried: Tried)
         if trainer.config.train.tensorboard:
             _try_board(run)
         _try_report(run)
-    return Written(checkpoint_bytes, saving_seconds)
+    return checkpoint_bytes, saving_seconds
 
 
 def _try_checkpoint(trainer: Trainer, run: RunFolder) -> int:
-    written = trainer.checkpoint()
-    path = checkpoints.save(run.checkpoints, written, keep=trainer.config.checkpoint.keep)
-    back = checkpoints.load(path)
-    for read, kept in ((back.model, written.model), (back.optimizer, written.optimizer)):
-        _same(read.keys() == kept.keys() and all(_equal(read[name], kept[name]) for name in kept), path)
-    _same(json.dumps(back.state) == json.dumps(written.state), path / "state.json")
-    return sum(file.stat().st_size for file in path.iterdir())
-
-
-def _try_weights(trainer: Trainer, run: RunFolder) -> None:
+    """And the weights of the best epoch: they carry all that others do, and are written the same way. Returns the
+    checkpoint's bytes."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    tensors = cpu_tensors(trainer.model)
-    # Those of the best epoch: they carry all that the others do, and are written the same way.
-    run.save_weights("best", tensors, {"epoch": "1", "step": "2", "error_pct": "12.5", "chosen_on": "test"})
-    path = run.path / "weights" / "best.safetensors"
+    written = trainer.checkpoint()
+    path = checkpoints.save(run.checkpoints, written, keep=trainer.config.checkpoint.keep)
+    back = checkpoints.load(path)
+    _same(_equal(back.model, written.model) and _equal(back.optimizer, written.optimizer), path)
+    _same(json.dumps(back.state) == json.dumps(written.state), path / "state.json")
+    run.save_weights("best", written.model, {"epoch": "1", "step": "2", "error_pct": "12.5", "chosen_on": "test"})
+    weights = run.path / "weights" / "best.safetensors"
     try:
-        back = load(path.read_bytes())
+        _same(_equal(load(weights.read_bytes()), written.model), weights)
     except SafetensorError:
-        back = {}
-    _same(back.keys() == tensors.keys() and all(_equal(back[name], tensors[name]) for name in tensors), path)
+        _same(False, weights)
+    return sum(file.stat().st_size for file in path.iterdir())
 
 
 def _try_rows(trainer: Trainer, run: RunFolder, tried: Tried) -> None:
@@ -160,7 +145,7 @@ def _try_board(run: RunFolder) -> None:
 
 def _try_report(run: RunFolder) -> None:
     """That the report can be written: its folder takes a file, its library is there, and (see `_try_rows`) its rows
-    read back. It is not drawn: matplotlib takes two seconds of every start, and a figure that fails costs nothing, since
+    read back. It is not drawn: matplotlib takes two seconds of every start, and a figure that fails costs nothing, as
     `lowmem report` draws it from the rows whenever it is asked to."""
     if importlib.util.find_spec("matplotlib") is None:
         raise PreflightError("the report cannot be drawn (no matplotlib): install what is missing with pip")
@@ -175,11 +160,13 @@ def _same(same: bool, path: Path) -> None:
         raise PreflightError(f"{path} reads back differently from what was written: check the disk")
 
 
-def _equal(left: Tensor, right: Tensor) -> bool:
+def _equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     """By bits: the weights of a run that has diverged are not equal to themselves."""
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    return left.numpy().tobytes() == right.numpy().tobytes()
+
+    def bits(tensor: Tensor) -> tuple[object, ...]:
+        return tensor.shape, tensor.dtype, tensor.numpy().tobytes()
+
+    return left.keys() == right.keys() and all(bits(left[name]) == bits(right[name]) for name in right)
 
 
 def _finite(value: float) -> float:
@@ -210,27 +197,27 @@ def _time_line(trainer: Trainer, tried: Tried, saving_seconds: float) -> str:
     )
 
 
-def _check_space(trainer: Trainer, path: Path, written: Written, layers: Sequence[str]) -> str:
+def _check_space(trainer: Trainer, path: Path, checkpoint_bytes: int, layers: int) -> str:
     """The line on disk. Raises PreflightError if there is too little."""
-    config = trainer.config
+    config, per_epoch = trainer.config, trainer.batches.steps_per_epoch
     kept = kept_epochs(epochs=config.train.epochs, keep_every=config.checkpoint.keep_every)
     needed = run_bytes(
-        checkpoint_bytes=written.checkpoint_bytes,
+        checkpoint_bytes=checkpoint_bytes,
         parameter_bytes=sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
         keep=config.checkpoint.keep,
         kept_epochs=kept,
         rows_bytes=rows_bytes(
             epochs=config.train.epochs,
-            steps_per_epoch=trainer.batches.steps_per_epoch,
+            steps_per_epoch=per_epoch,
             log_every_steps=config.train.log_every_steps,
             steps_between_saves=config.checkpoint.steps_between_saves,
-            layers=len(layers),
-            grad_norms_every=config.train.grad_norms_every or default_every(trainer.batches.steps_per_epoch),
+            layers=layers,
+            grad_norms_every=config.train.grad_norms_every or default_every(per_epoch),
         ),
     )
-    most = config.checkpoint.keep + 1 + kept
     free = shutil.disk_usage(path).free
-    takes = f"{format_size(needed)} at the most ({most} checkpoints of {format_size(written.checkpoint_bytes)}"
+    most = f"{config.checkpoint.keep + 1 + kept} checkpoints of {format_size(checkpoint_bytes)}"
+    takes = f"{format_size(needed)} at the most ({most}"
     if free < needed:
         raise PreflightError(
             f"the run needs {takes} and the weights), {path} has {format_size(free)} free: free some space, keep fewer "

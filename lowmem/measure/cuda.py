@@ -83,17 +83,10 @@ def _rest(whole: int | None, part: int) -> int | None:
 class CudaSource:
     """The current device, asked again and again; the driver's library stays open."""
 
-    def __init__(self, read_driver: Callable[[], DriverReport] | None = None) -> None:
-        self._driver = Driver() if read_driver is None else None
-        self._read_driver = read_driver
+    def __init__(self) -> None:
+        self._driver = Driver()
         # Only a report from before the context can tell its size where the driver does not name processes.
-        self._before = None if torch.cuda.is_initialized() else self._report(None)
-
-    def _report(self, uuid: str | None) -> DriverReport:
-        if self._driver is not None:
-            return self._driver.read(uuid)
-        assert self._read_driver is not None
-        return self._read_driver()
+        self._before = None if torch.cuda.is_initialized() else self._driver.read()
 
     def reset(self) -> None:
         """Starts new peaks."""
@@ -103,7 +96,7 @@ class CudaSource:
         uuid = device_uuid()
         return describe(
             read_allocator(),
-            self._report(uuid),
+            self._driver.read(uuid),
             uuid=uuid,
             pid=os.getpid(),
             before=self._before,
@@ -112,8 +105,7 @@ class CudaSource:
 
     def close(self) -> None:
         """Lets go of the driver's library."""
-        if self._driver is not None:
-            self._driver.close()
+        self._driver.close()
 
 
 def describe(

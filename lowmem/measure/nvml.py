@@ -10,9 +10,9 @@ its lists; on Windows (WDDM) it lists them without their bytes; a MIG slice has 
 from __future__ import annotations
 
 import weakref
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import PureWindowsPath
-from types import TracebackType
 from typing import Any
 
 
@@ -83,14 +83,14 @@ def read_driver(library: Any | None = None) -> DriverReport:
 
     `library`: the `pynvml` module, or a stand-in with its functions; None imports it.
     """
-    with Driver(library) as driver:
+    with closing(Driver(library)) as driver:
         return driver.read()
 
 
 class Driver:
     """The driver's library kept open, for repeated reading; opening takes tens of milliseconds, reading a few.
 
-    Never raises. Closed by `close`, at the end of a `with`, or at the latest when the interpreter leaves.
+    Never raises. Closed by `close`, or at the latest when the interpreter leaves.
     """
 
     def __init__(self, library: Any | None = None) -> None:
@@ -112,14 +112,6 @@ class Driver:
         if self.missing is None:
             self._closing()
             self.missing = "the driver is no longer asked: its meter was closed"
-
-    def __enter__(self) -> Driver:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def read(self, uuid: str | None = None) -> DriverReport:
         """The cards as they are now: all of them, or only that of `uuid` (and those that do not tell theirs), which

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +82,11 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Stem of `width` channels, four stages of width*(1, 2, 4, 8) planes, 4x4 average pool, linear.
 
-    Takes float [N, in_channels, 32, 32]; returns logits, float [N, num_classes].
+    Takes float [N, in_channels, 32, 32]; returns logits, float [N, num_classes]. `recipe`: the arguments of `skeleton`
+    that make it again, for another process; None: made by hand.
     """
+
+    recipe: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -165,7 +168,7 @@ def skeleton(
     # Without storage also in `build`: the layers' own initialisation would draw from the global generator, only to
     # be replaced.
     with torch.device("meta"):
-        return ResNet(
+        model = ResNet(
             BasicBlock if resolve_block(arch, block) == "basic" else Bottleneck,
             blocks_per_stage,
             width=width,
@@ -173,6 +176,9 @@ def skeleton(
             num_classes=num_classes,
             in_channels=in_channels,
         )
+    sizes = {"width": width, "num_classes": num_classes, "in_channels": in_channels}
+    model.recipe = {"arch": arch, "block": block, **sizes}
+    return model
 
 
 @torch.no_grad()

@@ -207,7 +207,7 @@ def gradient_line(step: int, epoch: int, norms: Sequence[float]) -> str:
     return ",".join([str(step), str(epoch), *(f"{norm:.6g}" for norm in norms)])
 
 
-def parse_event(line: str | bytes) -> Event | None:
+def parse_event(line: str) -> Event | None:
     """A line of events.jsonl; None if it is none (a killed process leaves half a line, a bad disk anything)."""
     try:
         values = parse_json(line)

@@ -5,8 +5,8 @@ exported weights, the checkpoint with its commit record (invariant 9), then the 
 
 One save at a time, each try in a thread of its own. A second save waits for one that is being written, so that there
 is one copy in host memory; one that the disk refused it supersedes, taking over the exported weights it does not have
-itself. So a kill loses what was done since the save before the latest, at most. What the disk refuses `poll` tries again
-after growing pauses, a bounded number of times until the next save is handed over. The checkpoint before stands
+itself. So a kill loses what was done since the save before the latest, at most. What the disk refuses `poll` tries
+again after growing pauses, a bounded number of times until the next save is handed over. The checkpoint before stands
 meanwhile, and training goes on. `finish` waits for the end of it and raises if there is none.
 
 Known limitation: a disk that neither writes nor refuses (a network folder whose server is gone) holds up training at

@@ -110,7 +110,8 @@ def require_run(path: Path) -> None:
     """Raises UsageError unless `path` looks like a run folder."""
     try:
         if not path.is_dir():
-            raise UsageError(f"{path} does not exist: give the folder of a run, like runs/res110")
+            what = "is no folder" if path.exists() else "does not exist"
+            raise UsageError(f"{path} {what}: give the folder of a run, like runs/res110")
         if not (path / "config.yaml").is_file():
             if never_began(path):
                 raise UsageError(start_again(path))

@@ -17,13 +17,14 @@ from enum import StrEnum
 from pathlib import Path
 
 from lowmem.core.errors import CorruptCheckpoint
-from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable, read_json, read_limited, shorten
+from lowmem.core.reading import Unreadable, read_limited, shorten
 from lowmem.core.units import format_size
 from lowmem.runs.checkpoint import Checkpoint, load, named
 from lowmem.runs.checkpoint_state import read_header
 from lowmem.runs.lock import LOCK_NAME, OWNER_NAME, read_owner
-from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, Columns, parse_event
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, Columns
 from lowmem.runs.tables import scan_table
+from lowmem.runs.view import RunView
 
 
 class FileStatus(StrEnum):
@@ -200,17 +201,12 @@ class _Verification:
 
     def _check_records(self) -> None:
         """What only colours a report."""
-        try:
-            lines = read_limited(self._run / "events.jsonl", TABLE_LIMIT_BYTES).splitlines()
-            bad = sum(parse_event(line) is None for line in lines)
-            words = f"{len(lines)} lines" + f", {bad} unreadable" * bool(bad)
-            self._add(FileStatus.NOTE if bad else FileStatus.OK, "events.jsonl", words)
-        except (Unreadable, OSError) as error:
-            self._add(FileStatus.NOTE, "events.jsonl", error)
-        try:
-            read_json(self._run / "env.json")
-        except (Unreadable, OSError) as error:
-            self._add(FileStatus.NOTE, "env.json", error)
+        view = RunView(self._run)
+        words = f"{len(view.events)} lines" if (self._run / "events.jsonl").exists() else "is not there"
+        told = view.notes
+        self._add(FileStatus.NOTE if told else FileStatus.OK, "events.jsonl", "; ".join((words, *told)))
+        if not view.env:
+            self._add(FileStatus.NOTE, "env.json", "; ".join(view.notes[len(told) :]) or "is not there")
 
     def _check_lock(self) -> None:
         """Whether somebody writes. The lock is not tried, which could be in the way of who wants it: Linux lists locks,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from lowmem.remat import PlannedModule, apply_plan
 from lowmem.simulate.allocator import DeviceFull
 from lowmem.simulate.trace import Call, Estimate, Kind, Recorder, Trace, estimate
 from lowmem.step.data_parallel import DataParallelStep
-from lowmem.step.train_step import FUSED, Execution, TrainStep, make_optimizer, make_scaler
+from lowmem.step.train_step import FUSED, Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
 
 _LR = 0.1  # any: it takes no memory
@@ -150,16 +150,11 @@ def _run_recorded(recorder: Recorder, run: StepRun, steps: int) -> None:
     step, network = run.step, run.step.model
     copies = run.undo.copies if run.undo is not None else ()
     recorder.label((*network.parameters(), *network.buffers(), *copies), Kind.PARAMS)
-    recorder.label(_state(step.optimizer), Kind.OPTIMIZER)
+    recorder.label(optimizer_tensors(step.optimizer), Kind.OPTIMIZER)
     recorder.label((run.images, run.labels), Kind.ACTIVATIONS)
     recorder.phase = lambda: step.phase
     for _ in range(steps):
         run.run(lambda: recorder.label((parameter.grad for parameter in network.parameters()), Kind.GRADS))
-
-
-def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    for state in optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 def empty_copy(model: nn.Module, memory_format: torch.memory_format = torch.preserve_format) -> nn.Module:

@@ -85,6 +85,11 @@ def _sgd(parameters: list[nn.Parameter], config: OptimConfig, form: Mapping[str,
     return optimizer
 
 
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What the optimizer keeps between steps: momentum."""
+    return [value for slots in optimizer.state.values() for value in slots.values() if isinstance(value, Tensor)]
+
+
 def make_scaler(execution: Execution) -> torch.amp.GradScaler:
     """Gradient scaling for fp16; disabled (and stateless) otherwise, bf16 has the range of fp32."""
     return torch.amp.GradScaler(execution.device, enabled=execution.amp_dtype is torch.float16)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowmem.core.errors import PeerLost
 from lowmem.measure.out_of_memory import Failure, attempt, release
-from lowmem.step.train_step import TrainStep
+from lowmem.step.train_step import TrainStep, optimizer_tensors
 
 T = TypeVar("T")
 
@@ -76,8 +76,7 @@ class Before:
     def __init__(self, step: TrainStep) -> None:
         self._step = step
         self._slots = {parameter: dict(slots) for parameter, slots in step.optimizer.state.items()}
-        state = [value for slots in self._slots.values() for value in slots.values() if isinstance(value, Tensor)]
-        tensors = (*step.model.state_dict().values(), *state)
+        tensors = (*step.model.state_dict().values(), *optimizer_tensors(step.optimizer))
         self._copies = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]
         self._rates = [group["lr"] for group in step.optimizer.param_groups]
         self._scaler = step.scaler.state_dict()

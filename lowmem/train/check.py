@@ -14,6 +14,7 @@ from lowmem.core.units import format_size
 from lowmem.measure import Snapshot
 from lowmem.measure.tensors import TensorMeter
 from lowmem.plan.record import Plan
+from lowmem.step.train_step import optimizer_tensors
 
 _STEPS = 2  # the first may hold what libraries make once
 
@@ -106,7 +107,7 @@ class PlanCheck:
     @contextmanager
     def _measured(self, images: Tensor, labels: Tensor) -> Iterator[None]:
         self._left -= 1
-        state = [v for slots in self._optimizer.state.values() for v in slots.values() if isinstance(v, Tensor)]
+        state = optimizer_tensors(self._optimizer)
         known = (*self._model.parameters(), *self._model.buffers(), *state, *self._copies, images, labels)
         if self._device == "cuda":
             # What the allocator holds beside the step's own tensors: the data set, above all.

@@ -14,14 +14,13 @@ from typing import Any
 from lowmem.choose.batch_split import ALIKE
 from lowmem.choose.budget import Budget
 from lowmem.choose.execution import refuse_unsafe
+from lowmem.choose.ladder import other_precision, rivals, smaller
 from lowmem.choose.planning import Choice, Request
-from lowmem.choose.runners import other_precision, rivals, smaller
 from lowmem.config.schema import Config
 from lowmem.core.errors import Infeasible, PreflightError
 from lowmem.core.units import format_size
 from lowmem.plan.record import Candidate, Plan
-from lowmem.trial.trial import Trial, TrialResult, run_trial
-from lowmem.trial.verdict import verdict
+from lowmem.trial.trial import Trial, TrialResult, excess, run_trial, verdict
 
 MOST_TRIALS = 4
 _RUNG = 0.92  # of the budget, for the replacement of a choice that overshoots
@@ -50,7 +49,7 @@ class Tried:
         """For plan.json."""
         predicted = self.choice.plan.predicted
         return Candidate(
-            what=words(self.choice),
+            what=describe_choice(self.choice),
             refused_because=refused_because,
             peak_bytes=predicted.peak_allocated_bytes,
             step_seconds=predicted.step_seconds,
@@ -63,11 +62,11 @@ class Tried:
         """For events.jsonl."""
         predicted, result = self.choice.plan.predicted, self.result
         return {
-            "what": words(self.choice),
+            "what": describe_choice(self.choice),
             "refused_because": self.refused_because,
             "predicted_peak_bytes": predicted.peak_allocated_bytes,
             "measured_peak_bytes": result.peak_allocated_bytes,
-            "peak_error": _off(result.peak_allocated_bytes, predicted.peak_allocated_bytes),
+            "peak_error": excess(result.peak_allocated_bytes, predicted.peak_allocated_bytes),
             "predicted_reserved_bytes": predicted.peak_reserved_bytes,
             "measured_reserved_bytes": result.peak_reserved_bytes,
             "measured_eval_peak_bytes": result.eval_peak_allocated_bytes,
@@ -75,7 +74,7 @@ class Tried:
             "blas_workspace_bytes": result.blas_workspace_bytes,
             "predicted_step_seconds": predicted.step_seconds,
             "measured_step_seconds": result.step_seconds,
-            "seconds_error": _off(result.step_seconds, predicted.step_seconds) if self.timed else None,
+            "seconds_error": excess(result.step_seconds, predicted.step_seconds) if self.timed else None,
             "alloc_retries": result.alloc_retries,
         }
 
@@ -85,14 +84,14 @@ class Tried:
         result, predicted = self.result, self.choice.plan.predicted
         holds = self.refused_because or "holds"
         if result.refused is not None:
-            return f"tried {words(self.choice)}: {holds}"
+            return f"tried {describe_choice(self.choice)}: {holds}"
         peak, seconds = result.peak_allocated_bytes, result.step_seconds
         at_evaluation = result.eval_peak_allocated_bytes
         against = f" (predicted {predicted.step_seconds or 0:.3f}, {_percent(seconds, predicted.step_seconds)})"
         against = against if self.timed else ""
         evaluation = "" if at_evaluation is None else f", {format_size(at_evaluation)} in evaluation"
         return (
-            f"tried {words(self.choice)}: {format_size(peak)} at the peak of a step (predicted "
+            f"tried {describe_choice(self.choice)}: {format_size(peak)} at the peak of a step (predicted "
             f"{format_size(predicted.peak_allocated_bytes)}, {_percent(peak, predicted.peak_allocated_bytes)})"
             f"{evaluation}; {seconds or 0:.3f} s a step{against}: {holds}"
         )
@@ -108,7 +107,7 @@ class Confirmed:
     @property
     def event(self) -> dict[str, Any]:
         """The fields of the event `confirmed`."""
-        return {"chosen": words(self.choice), "trials": [tried.fields for tried in self.trials]}
+        return {"chosen": describe_choice(self.choice), "trials": [tried.fields for tried in self.trials]}
 
 
 def wants_confirmation(config: Config) -> bool:
@@ -158,11 +157,18 @@ def confirm_run(
     Raises Infeasible with the least that was measured if none fits, PreflightError if no trial could be run at all.
     """
     refuse_unsafe(config)
-    budget = request.budget
+    budget, device = request.budget, config.train.device
 
     def attempt(choice: Choice) -> Tried:
         result = run(trial_of(config, choice.plan, budget, num_classes, train_pictures))
-        tried = _judge(choice, result, budget, config.train.device)
+        refused_because, for_memory = verdict(result, budget, device)
+        tried = Tried(
+            choice=choice,
+            result=result,
+            refused_because=refused_because,
+            for_memory=for_memory,
+            timed=device == "cuda" or choice.timed,
+        )
         tell(tried.line)
         return tried
 
@@ -194,18 +200,6 @@ def _replacements(request: Request, trials: list[Tried]) -> Iterator[Choice]:
         last = trials[-1]
     if other is not None and len(trials) < MOST_TRIALS:
         yield other
-
-
-def _judge(choice: Choice, result: TrialResult, budget: Budget, device: str) -> Tried:
-    """The verdict on one trial."""
-    refused_because, for_memory = verdict(result, budget, device)
-    return Tried(
-        choice=choice,
-        result=result,
-        refused_because=refused_because,
-        for_memory=for_memory,
-        timed=device == "cuda" or choice.timed,
-    )
 
 
 def _fastest(trials: list[Tried], budget: Budget) -> Tried:
@@ -251,7 +245,7 @@ def _with_record(best: Tried, trials: list[Tried], budget: Budget, first: Choice
     return replace(best.choice, plan=replace(plan, budget_bytes=budget.tensor_bytes, candidates=candidates))
 
 
-def words(choice: Choice) -> str:
+def describe_choice(choice: Choice) -> str:
     """A choice in a few words."""
     plan = choice.plan
     cut = "" if plan.accumulation == 1 else f" in micro-batches of {plan.micro_batch}"
@@ -261,11 +255,6 @@ def words(choice: Choice) -> str:
     )
 
 
-def _off(measured: float | None, predicted: float | None) -> float | None:
-    """The share by which what was measured is above what was predicted."""
-    return None if measured is None or not predicted else measured / predicted - 1
-
-
 def _percent(measured: float | None, predicted: float | None) -> str:
-    off = _off(measured, predicted)
+    off = excess(measured, predicted)
     return "unknown" if off is None else f"{off:+.1%}"

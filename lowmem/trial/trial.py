@@ -1,27 +1,25 @@
-"""A trial: what a run does, for a few steps, in a clean process of its own.
-
-`run_trial` starts `python -m lowmem.trial.trial`, which reads one JSON object from its standard input, does the work
-(`lowmem.trial.worker`) and prints one JSON line. Whatever goes wrong in it is a refusal, never an exception here.
+"""A trial: what a run does, for a few steps, in a clean process of its own (`lowmem.isolate`); and whether it kept its
+budget. The process does the work of `lowmem.trial.worker`. Whatever goes wrong in it is a refusal, never an exception
+here.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from lowmem.measure.out_of_memory import says_out_of_memory
+from lowmem.choose.budget import Budget
+from lowmem.core.units import format_size
+from lowmem.isolate import OUT_OF_MEMORY, Call, Forks, run
 from lowmem.remat.libraries import Numerics, environment_for
 
-OUT_OF_MEMORY = "out of memory"
+WORK = "lowmem.trial.worker:work_apart"
+_PREPARE = "lowmem.trial.worker:prepare"
 _TIMEOUT_SECONDS = 600.0
-# Signals of a process that the system ended for its memory (SIGKILL), or that a library aborted (SIGABRT) for want of
-# it, as the exit codes of the two shells' conventions.
-_KILLED = (-9, 137)
+# Of a step's seconds: a card that computes less of them waits for the host to launch its kernels.
+BUSY_SHARE = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,67 +116,72 @@ class TrialResult:
         return max(known, default=None)
 
 
-def run_trial(
-    trial: Trial, timeout_seconds: float = _TIMEOUT_SECONDS, command: Sequence[str] | None = None
-) -> TrialResult:
+def run_trial(trial: Trial, timeout_seconds: float = _TIMEOUT_SECONDS, call: Call = run) -> TrialResult:
     """The trial in a process of its own: nothing of another is cached, fragmented or still allocated.
 
-    Out of memory, a crash, or taking longer than `timeout_seconds` is a refusal. `command`: what to start instead of
-    this Python's own `-m lowmem.trial.trial`.
+    Out of memory, a crash, or taking longer than `timeout_seconds` is a refusal.
     """
-    command = list(command or (sys.executable, "-m", "lowmem.trial.trial"))
     environment = environment_for(Numerics(trial.deterministic, trial.tf32))
-    return result_of(answer_of(command, json.dumps(asdict(trial)), timeout_seconds, environment))
+    outcome = call(WORK, asdict(trial), timeout_seconds=timeout_seconds, environment=environment)
+    return result_of(outcome.answer_or_refusal)
 
 
-def result_of(outcome: dict[str, Any] | str) -> TrialResult:
-    """Of a trial process's answer (see `answer_of`)."""
-    if isinstance(outcome, str):
-        return TrialResult(refused=outcome, out_of_memory=outcome == OUT_OF_MEMORY)
+@contextmanager
+def calls_on(device: str) -> Iterator[Call]:
+    """For many trials on a device, one after the other: on the CPU in less time each, see `lowmem.isolate.Forks`."""
+    if device != "cpu":
+        yield run
+        return
+    with Forks(_PREPARE) as forks:
+        yield forks
+
+
+def result_of(answer: dict[str, Any] | str) -> TrialResult:
+    """Of a trial process's answer, or in words why there is none."""
+    if isinstance(answer, str):
+        return TrialResult(refused=answer, out_of_memory=answer == OUT_OF_MEMORY)
     known = {field.name for field in fields(TrialResult)}
-    if not set(outcome) <= known:
-        return TrialResult(refused=f"answered with unknown keys: {', '.join(sorted(set(outcome) - known))}")
-    return TrialResult(**{**outcome, "losses": tuple(outcome.get("losses", ()))})
+    if not set(answer) <= known:
+        return TrialResult(refused=f"answered with unknown keys: {', '.join(sorted(set(answer) - known))}")
+    return TrialResult(**{**answer, "losses": tuple(answer.get("losses", ()))})
 
 
-def answer_of(
-    command: Sequence[str], question: str, timeout_seconds: float, environment: Mapping[str, str] = os.environ
-) -> dict[str, Any] | str:
-    """The JSON object in the last line that a process prints, given `question` on its standard input; or in words why
-    there is none."""
-    environment = {**environment, "PYTHONUNBUFFERED": "1"}
-    try:
-        done = subprocess.run(
-            list(command), input=question, capture_output=True, text=True, timeout=timeout_seconds, env=environment
-        )
-    except subprocess.TimeoutExpired:
-        return f"took longer than {timeout_seconds:,.0f} s"
-    except OSError as error:
-        return f"could not be started ({error.strerror or error})"
-    return understood(done.returncode, done.stdout, done.stderr)
+# -- what is to be said of one ---------------------------------------------------------------------------------------
 
 
-def understood(code: int, output: str, errors: str) -> dict[str, Any] | str:
-    """The same of a process that has ended, by its code and what it wrote."""
-    lines = output.strip().splitlines()
-    if code == 0 and lines:
-        try:
-            answer = json.loads(lines[-1])
-        except ValueError:
-            answer = None
-        return answer if isinstance(answer, dict) else f"answered with {lines[-1][:80]!r}"
-    last = (errors.strip().splitlines() or [f"ended with code {code}"])[-1]
-    if code in _KILLED or says_out_of_memory(errors):
-        return OUT_OF_MEMORY
-    return f"crashed: {last[:200]}" if code else "answered nothing"
+def verdict(result: TrialResult, budget: Budget, device: str) -> tuple[str | None, bool]:
+    """(why the trial is refused, or None if it holds; whether that is a matter of memory)."""
+    if result.refused is not None:
+        return result.refused, result.out_of_memory
+    # On a card the convolution library's workspace comes from the same allocator as the tensors.
+    limit = budget.tensor_bytes + (budget.workspace_bytes if device == "cuda" else 0)
+    for what, taken in (("training", result.peak_allocated_bytes), ("evaluation", result.eval_peak_allocated_bytes)):
+        if taken is not None and taken > limit:
+            over = f"{taken / limit - 1:.1%} over the budget of {format_size(limit)}"
+            return f"OVER: {what} takes {format_size(taken)}, {over}", True
+    cap, reserved = budget.allocator_bytes, result.most_reserved_bytes
+    if cap is not None and reserved is not None and reserved > cap - budget.pictures_bytes:
+        return f"OVER: the allocator holds {format_size(reserved)}, it may hold {format_size(cap)}", True
+    if not result.finite:
+        return "the loss is not finite", False
+    return None, False
 
 
-def main() -> None:
-    """The child."""
-    from lowmem.trial.worker import work
-
-    print(json.dumps(work(Trial(**json.loads(sys.stdin.read())))), flush=True)
+def waits_for_host(busy_share: float | None) -> bool:
+    """Whether a card computes so little of a step that what is timed is launching. Unknown is not known to be."""
+    return busy_share is not None and busy_share < BUSY_SHARE
 
 
-if __name__ == "__main__":
-    main()
+def launch_note(busy_share: float | None, batch: int) -> str | None:
+    """What is to be said of a plain step in which the card waits for the host; None if it does not."""
+    if busy_share is None or not waits_for_host(busy_share):
+        return None
+    return (
+        f"Bound by launches: the card computes {busy_share:.0%} of a plain step at batch {batch}; compare at a larger "
+        "--batch."
+    )
+
+
+def excess(measured: float | None, predicted: float | None) -> float | None:
+    """The share by which what was measured is above what was predicted; None if either is not known."""
+    return None if measured is None or not predicted else measured / predicted - 1

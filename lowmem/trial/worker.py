@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lowmem.config.schema import OptimConfig
 from lowmem.data import Pictures, TrainBatches, eval_batches
+from lowmem.isolate import OUT_OF_MEMORY
 from lowmem.measure import Meter
 from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.out_of_memory import Failure, classify
@@ -26,13 +27,24 @@ from lowmem.models.memory_format import check_memory_format
 from lowmem.plan.record import Plan
 from lowmem.remat.libraries import Numerics, prepare_libraries
 from lowmem.step.evaluate import evaluate
-from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
+from lowmem.step.train_step import FUSED, Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
-from lowmem.trial.trial import OUT_OF_MEMORY, Trial
+from lowmem.trial.trial import Trial
 from lowmem.trial.ways import PLAIN, PLANNED, executed
 
 _MEAN, _STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 _LR = 0.01
+
+
+def prepare() -> None:
+    """Before trials are forked: this module is imported, and what the library itself imports when its first optimizer
+    is made. Nothing is computed."""
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+
+
+def work_apart(values: dict[str, Any]) -> dict[str, Any]:
+    """In a process of its own: `work` of a trial's fields."""
+    return work(Trial(**values))
 
 
 def work(trial: Trial) -> dict[str, Any]:
@@ -88,15 +100,7 @@ class _Work:
         return self.meter.read().process_bytes
 
     def _optimizer(self, optim: OptimConfig) -> torch.optim.SGD:
-        if self.trial.optimizer == "fused":
-            return make_optimizer(self.model, optim, self.trial.device)
-        return torch.optim.SGD(
-            self.model.parameters(),
-            lr=optim.lr,
-            momentum=optim.momentum,
-            weight_decay=optim.weight_decay,
-            nesterov=optim.nesterov and optim.momentum > 0,
-        )
+        return make_optimizer(self.model, optim, self.trial.device, FUSED if self.trial.optimizer == "fused" else {})
 
     def _pictures(self) -> Pictures:
         """Random, as many as the run holds on the device; on the CPU, where they count for nothing, a batch."""
@@ -232,10 +236,8 @@ class _Work:
 
     def _standing(self) -> list[Tensor]:
         """What exists all through a steady step."""
-        momentum = [value for state in self.optimizer.state.values() for value in state.values()]
         copies = self.undo.copies if self.undo is not None else []
-        kept = (*self.model.parameters(), *self.model.buffers(), *momentum, *copies)
-        return [tensor for tensor in kept if isinstance(tensor, Tensor)]
+        return [*self.model.parameters(), *self.model.buffers(), *optimizer_tensors(self.optimizer), *copies]
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 

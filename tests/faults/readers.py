@@ -19,23 +19,21 @@ from lowmem.cli.terminal import describe_epoch
 from lowmem.cli.watch_screen import screen, to_json
 from lowmem.config.cards import load_card
 from lowmem.config.settings import from_yaml, gather, parse_set
-from lowmem.config.shipped import profiles_folder
 from lowmem.core.errors import CorruptCheckpoint, Diverged, LowmemError
+from lowmem.core.places import profiles_folder
 from lowmem.core.units import format_size
 from lowmem.data import folder as pictures_folder
 from lowmem.data import load
 from lowmem.distributed.group import Group
 from lowmem.lifecycle import fork
 from lowmem.lifecycle.api import recorded_settings, resume_training
-from lowmem.lifecycle.processes import begun_before, launcher
-from lowmem.lifecycle.recorded_plans import read_plan
-from lowmem.lifecycle.run_identity import belongs_to, most_bytes, verify
+from lowmem.lifecycle.begin import begun_before, launcher
+from lowmem.lifecycle.run_identity import belongs_to, most_bytes, read_plan, verify
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, keep, uniform
 from lowmem.plan.record import Candidate, Plan
 from lowmem.remat import stage_names
-from lowmem.reproduce.job import Job, read_job
-from lowmem.reproduce.members import ALL
+from lowmem.reproduce.job import ALL, Job, read_job
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.listing import list_runs
 from lowmem.runs.lock import OWNER_NAME, RunLock, writer_of

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem.calibrate.worker import BUSY_BATCHES
+from lowmem.calibrate.measuring import BUSY_BATCHES
 from lowmem.choose.execution import resolve_execution
 from lowmem.choose.planning import choose
-from lowmem.choose.session import calibrator_of, request_of
+from lowmem.choose.request import calibrator_of, request_of
 from lowmem.config.settings import gather
 from lowmem.models import skeleton
 from lowmem.trial.plan_trial import trial_of

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +11,11 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from lowmem.bench.gradients import Question
+from lowmem.bench.plan_checks import GRADIENTS, PlanQuestion
 from lowmem.choose.planning import make_plan
 from lowmem.config.settings import gather
+from lowmem.isolate import run
 from lowmem.models import skeleton
-from lowmem.trial.trial import answer_of
 from tests.conftest import assert_same_run
 
 pytestmark = [
@@ -43,18 +42,17 @@ def test_a_planned_step_has_autograds_bits(
         model, batch=64, budget=budget, precision=precision, memory_format=memory_format, batch_norm=batch_norm
     )
     assert plan.predicted.extra_flops, "nothing is computed again: the budget is too large to tell anything"
-    question = Question(
+    question = PlanQuestion(
         arch=arch,
         block=block,
         width=16,
         batch=64,
         plan=plan.to_json(),
-        precision=precision,
-        memory_format=memory_format,
         device="cuda",
     )
-    found = answer_of((sys.executable, "-m", "lowmem.bench.gradients"), json.dumps(asdict(question)), 300)
-    assert isinstance(found, dict), found
+    outcome = run(GRADIENTS, asdict(question), timeout_seconds=300)
+    assert outcome.refused is None, outcome
+    found = outcome.answer
     assert found["batch_norm"] == batch_norm
     assert found.get("deterministic_refused") is None
     assert found["deterministic_noise_bitwise"], "the library itself does not compute the same twice"

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from lowmem.bench import survival
+from lowmem.bench.plan_checks import SURVIVAL, PlanQuestion
 from lowmem.choose.ladder import with_ladder
 from lowmem.choose.planning import choose
-from lowmem.choose.request import Choice
-from lowmem.choose.session import request_of
+from lowmem.choose.request import Choice, request_of
 from lowmem.config.settings import gather
 from lowmem.core.units import GIB, MIB
-from lowmem.trial.trial import Trial, answer_of, run_trial
-from lowmem.trial.verdict import BUSY_SHARE
+from lowmem.isolate import run
+from lowmem.trial.trial import BUSY_SHARE, Trial, run_trial
 from lowmem.trial.ways import PER_BLOCK, PLANNED
 
 pytestmark = [
@@ -70,7 +68,7 @@ def test_the_librarys_checkpointing() -> None:
 @pytest.mark.parametrize("real", [False, True])
 def test_out_of_memory_is_survived(real: bool) -> None:
     choice = with_ladder(_choice())
-    question = survival.Question(
+    question = PlanQuestion(
         **NETWORK,  # type: ignore[arg-type]
         width=64,
         plan=choice.plan.to_json(),
@@ -78,8 +76,9 @@ def test_out_of_memory_is_survived(real: bool) -> None:
         cap_bytes=choice.budget.allocator_bytes,
         real=real,
     )
-    found = answer_of((sys.executable, "-m", "lowmem.bench.survival"), json.dumps(asdict(question)), 300)
-    assert isinstance(found, dict), found
+    outcome = run(SURVIVAL, asdict(question), timeout_seconds=300)
+    assert outcome.refused is None, outcome
+    found = outcome.answer
     assert found["survived"]
     assert found["last_budget_bytes"] < found["budget_bytes"]
     # The steps are the same ones under other plans, on deterministic kernels.

@@ -8,19 +8,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lowmem.core.units import MIB
-from lowmem.isolate import OUT_OF_MEMORY, Forks, Outcome, run
+from lowmem.isolate import OUT_OF_MEMORY, Call, Forks, run
 
 HERE = "tests.isolated"
 
 
 @pytest.fixture(scope="module", params=["of its own", "forked"])
-def call(request: pytest.FixtureRequest) -> Iterator[Callable[..., Outcome]]:
+def call(request: pytest.FixtureRequest) -> Iterator[Call]:
     if request.param == "of its own":
         yield run
         return
@@ -28,18 +28,18 @@ def call(request: pytest.FixtureRequest) -> Iterator[Callable[..., Outcome]]:
         yield forks
 
 
-def test_an_answer(call: Callable[..., Outcome]) -> None:
+def test_an_answer(call: Call) -> None:
     outcome = call(f"{HERE}:double", 21, timeout_seconds=60)
     assert (outcome.ended, outcome.refused) == ("answered", None)
     assert outcome.answer["number"] == 42
     assert outcome.answer["pid"] != os.getpid()
 
 
-def test_what_is_printed_spoils_no_answer(call: Callable[..., Outcome]) -> None:
+def test_what_is_printed_spoils_no_answer(call: Call) -> None:
     assert call(f"{HERE}:chatter", timeout_seconds=60).answer == "returned"
 
 
-def test_there_is_nothing_to_read(call: Callable[..., Outcome]) -> None:
+def test_there_is_nothing_to_read(call: Call) -> None:
     assert call(f"{HERE}:read_input", timeout_seconds=60).answer == ""
 
 
@@ -56,7 +56,7 @@ def test_there_is_nothing_to_read(call: Callable[..., Outcome]) -> None:
     ],
 )
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_a_call_that_goes_wrong(call: Callable[..., Outcome], how: str, refused: str, code: int) -> None:
+def test_a_call_that_goes_wrong(call: Call, how: str, refused: str, code: int) -> None:
     outcome = call(f"{HERE}:crash", how, timeout_seconds=60)
     assert (outcome.refused, outcome.code) == (refused, code)
     assert outcome.ended == ("out of memory" if refused == OUT_OF_MEMORY else "crashed")
@@ -64,12 +64,12 @@ def test_a_call_that_goes_wrong(call: Callable[..., Outcome], how: str, refused:
     assert call(f"{HERE}:double", 1, timeout_seconds=60).answer["number"] == 2
 
 
-def test_a_function_that_is_not_there(call: Callable[..., Outcome]) -> None:
+def test_a_function_that_is_not_there(call: Call) -> None:
     assert "no attribute 'nobody'" in (call(f"{HERE}:nobody", timeout_seconds=60).refused or "")
     assert "No module named" in (call("no_such_module:f", timeout_seconds=60).refused or "")
 
 
-def test_a_limit_of_time(call: Callable[..., Outcome]) -> None:
+def test_a_limit_of_time(call: Call) -> None:
     began = time.monotonic()
     outcome = call(f"{HERE}:sleep", 600, timeout_seconds=2)
     assert time.monotonic() - began < 60
@@ -78,7 +78,7 @@ def test_a_limit_of_time(call: Callable[..., Outcome]) -> None:
     assert call(f"{HERE}:double", 1, timeout_seconds=60).answer["number"] == 2
 
 
-def test_what_was_yielded_before_a_crash_is_known(call: Callable[..., Outcome]) -> None:
+def test_what_was_yielded_before_a_crash_is_known(call: Call) -> None:
     whole = call(f"{HERE}:steps", 2, timeout_seconds=60)
     assert (whole.answer, whole.parts) == ("done", (0, 1))
     broken = call(f"{HERE}:steps", 5, timeout_seconds=60)
@@ -86,7 +86,7 @@ def test_what_was_yielded_before_a_crash_is_known(call: Callable[..., Outcome]) 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space by /proc")
-def test_out_of_memory(call: Callable[..., Outcome]) -> None:
+def test_out_of_memory(call: Call) -> None:
     assert call(f"{HERE}:allocate", 100 * MIB, timeout_seconds=60).ended == "out of memory"
 
 
@@ -104,10 +104,10 @@ def test_the_current_folder_is_not_imported_from(tmp_path: Path, monkeypatch: py
     assert run(f"{HERE}:double", 1, timeout_seconds=60).refused is None
 
 
-def test_the_environment_is_what_is_given() -> None:
+def test_the_environment_is_what_is_given(call: Call) -> None:
     given = {**os.environ, "LOWMEM_SOMETHING": "there"}
-    assert run(f"{HERE}:environment", "LOWMEM_SOMETHING", timeout_seconds=60, environment=given).answer == "there"
-    assert run(f"{HERE}:environment", "LOWMEM_SOMETHING", timeout_seconds=60).answer is None
+    assert call(f"{HERE}:environment", "LOWMEM_SOMETHING", timeout_seconds=60, environment=given).answer == "there"
+    assert call(f"{HERE}:environment", "LOWMEM_SOMETHING", timeout_seconds=60).answer is None
 
 
 def test_a_python_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from benchmarks.gpu.account import NO_TIME, Account
-from lowmem.trial.trial import answer_of
+from lowmem.isolate import run
 
 _LEAST_SECONDS = 5.0  # torch alone takes that long to load
 
 
-def ask(account: Account, module: str, question: Mapping[str, Any]) -> dict[str, Any] | str:
-    """The answer of `python -m MODULE` within what is left of the part's time; or in words why there is none."""
+def ask(account: Account, function: str, question: Mapping[str, Any]) -> dict[str, Any] | str:
+    """The answer of a `module:function` in a clean process within what is left of the part's time; or in words why
+    there is none."""
     if account.seconds_left < _LEAST_SECONDS:
         return NO_TIME
-    return answer_of((sys.executable, "-m", module), json.dumps(question), account.seconds_left)
+    found: dict[str, Any] | str = run(function, question, timeout_seconds=account.seconds_left).answer_or_refusal
+    return found
 
 
 def ask_side_by_side(

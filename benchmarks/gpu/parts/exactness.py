@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.gpu.account import Account
 from benchmarks.gpu.parts.asking import ask_side_by_side
-
-_TRIAL, _COMPARISON = "lowmem.trial.trial", "lowmem.bench.gradients"
+from lowmem.bench.plan_checks import GRADIENTS
+from lowmem.trial.trial import WORK
 
 
 def work(questions: list[dict[str, Any]], account: Account, artefacts: Path) -> None:
@@ -17,9 +17,9 @@ def work(questions: list[dict[str, Any]], account: Account, artefacts: Path) -> 
     asked: list[tuple[str, Mapping[str, Any]]] = []
     for one in questions:
         if one["kind"] == "scarce":
-            asked += [(_TRIAL, one["untouched"]), (_TRIAL, one["planned"])]
+            asked += [(WORK, one["untouched"]), (WORK, one["planned"])]
         else:
-            asked.append((_COMPARISON, one["question"]))
+            asked.append((GRADIENTS, one["question"]))
     answers = ask_side_by_side(account, asked)
     for one in questions:
         if one["kind"] == "scarce":

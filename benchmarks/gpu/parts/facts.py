@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.gpu.account import Account
 from benchmarks.gpu.parts.asking import ask, ask_side_by_side
 
-_PROBES = "benchmarks.gpu.probes"
+_PROBES = "benchmarks.gpu.probes:answer"
 
 
 def work(questions: list[dict[str, Any]], account: Account, artefacts: Path) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 from benchmarks.gpu.account import Account
 from benchmarks.gpu.parts.asking import ask
 from lowmem.choose.budget import Budget
-from lowmem.trial.trial import TrialResult, result_of
-from lowmem.trial.verdict import verdict
+from lowmem.trial.trial import WORK, TrialResult, excess, result_of, verdict
 from lowmem.trial.ways import PLAIN
 
 
@@ -19,7 +18,7 @@ def work(questions: list[dict[str, Any]], account: Account, artefacts: Path) -> 
     plain_seconds: dict[int, float | None] = {}
     for one in questions:
         trial = one["trial"]
-        result = result_of(ask(account, "lowmem.trial.trial", trial))
+        result = result_of(ask(account, WORK, trial))
         if trial["way"] == PLAIN:
             plain_seconds[trial["batch"]] = result.step_seconds
         if result.refused is not None:
@@ -44,13 +43,9 @@ def _found(one: dict[str, Any], result: TrialResult, plain_seconds: float | None
         "vram_bytes": one["vram_bytes"],
         "predicted": predicted,
         "measured": {name: value for name, value in asdict(result).items() if name != "losses"},
-        "allocated_error": _off(result.peak_allocated_bytes, predicted.get("peak_allocated_bytes")),
-        "reserved_error": _off(result.peak_reserved_bytes, predicted.get("peak_reserved_bytes")),
-        "overhead": _off(seconds, plain_seconds),
+        "allocated_error": excess(result.peak_allocated_bytes, predicted.get("peak_allocated_bytes")),
+        "reserved_error": excess(result.peak_reserved_bytes, predicted.get("peak_reserved_bytes")),
+        "overhead": excess(seconds, plain_seconds),
         "within_budget": within,
         "over": over,
     }
-
-
-def _off(measured: float | None, against: float | None) -> float | None:
-    return None if measured is None or not against else measured / against - 1

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.gpu.account import Account
 from benchmarks.gpu.parts.asking import ask
+from lowmem.bench.plan_checks import SURVIVAL
 
 
 def work(questions: list[dict[str, Any]], account: Account, artefacts: Path) -> None:
@@ -15,7 +16,7 @@ def work(questions: list[dict[str, Any]], account: Account, artefacts: Path) -> 
         if question["real"] and account.record["device"] != "cuda":
             account.skip("memory can be taken away on a card only: the injected case alone ran")
             continue
-        answer = ask(account, "lowmem.bench.survival", question)
+        answer = ask(account, SURVIVAL, question)
         if isinstance(answer, str):
             account.row(one["name"], answer, met=False)
         else:

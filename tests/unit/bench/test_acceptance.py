@@ -6,34 +6,21 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from lowmem.bench import acceptance_plans, gradients, survival
+from lowmem.bench import acceptance_plans
 from lowmem.bench.acceptance import KINDS, NO_TIME, Row, Setup, set_overheads, targets
 from lowmem.bench.acceptance_suite import Suite
 from lowmem.bench.acceptance_text import to_csv, to_json, to_markdown
 from lowmem.bench.largest import largest
 from lowmem.calibrate.environment import describe
 from lowmem.core.units import GIB, KIB, MIB
-from lowmem.trial.trial import Trial, TrialResult
-from lowmem.trial.worker import work
+from tests.isolated import call_here
 
 SETUP = Setup(
     arch="res20", block="basic", width=8, batch=16, vram_bytes=14 * MIB, device="cpu", minutes=600, steps=1, tries=3
 )
-
-
-def _here(trial: Trial, _: float) -> TrialResult:
-    return TrialResult(**work(trial))
-
-
-def _ask_here(module: str, question: str, _: float) -> dict[str, Any] | str:
-    values = json.loads(question)
-    if module == "gradients":
-        return gradients.answer(gradients.Question(**values))
-    return survival.answer(survival.Question(**values))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +30,7 @@ def saved() -> list[int]:
 
 @pytest.fixture(scope="module")
 def rows(saved: list[int]) -> list[Row]:
-    suite = Suite(SETUP, save=lambda rows: saved.append(len(rows)), tell=lambda _: None, run=_here, ask=_ask_here)
+    suite = Suite(SETUP, save=lambda rows: saved.append(len(rows)), tell=lambda _: None, call=call_here)
     return suite.run()
 
 
@@ -111,7 +98,7 @@ def test_the_account_is_written_in_all_its_forms(rows: list[Row]) -> None:
 
 def test_without_time_every_cell_says_so() -> None:
     hurried = Setup(**{**vars(SETUP), "minutes": 0.0})
-    rows = Suite(hurried, save=lambda _: None, tell=lambda _: None, run=_here, ask=_ask_here).run()
+    rows = Suite(hurried, save=lambda _: None, tell=lambda _: None, call=call_here).run()
     assert {row.refused for row in rows} == {NO_TIME}
     assert NO_TIME in to_markdown(hurried, describe("cpu"), rows, finished=True)
 
@@ -128,7 +115,7 @@ def test_only_the_cells_that_are_asked_for() -> None:
 
 def _larger(share: float | None) -> list[Row]:
     """The two cells at four times the batch, real steps on the CPU; the card is said to compute so much of a step."""
-    suite = Suite(SETUP, save=lambda _: None, tell=lambda _: None, run=_here)
+    suite = Suite(SETUP, save=lambda _: None, tell=lambda _: None, call=call_here)
     usual = Row(kind="time", name="plain", batch=16, precision="fp32", memory_format="contiguous", step_seconds=1.0)
     usual.facts["save_all"], usual.busy_share = True, share
     suite.rows = [usual]

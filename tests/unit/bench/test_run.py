@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import pytest
 from lowmem.bench.cells import ENGINE, FIRST_MODE, MODES, NO_TIME, PLAIN_DEFAULT, Setup
 from lowmem.bench.results import Results
 from lowmem.bench.run import Bench
-from lowmem.trial.trial import OUT_OF_MEMORY, Trial, TrialResult
-from lowmem.trial.worker import work
+from lowmem.isolate import OUT_OF_MEMORY, Call, Outcome
+from lowmem.trial.trial import Trial, TrialResult
+from tests.isolated import call_here
 
 SETUP = Setup(
     arch="res20",
@@ -32,8 +33,13 @@ SETUP = Setup(
 HERE: dict[str, Any] = {"lowmem": "1", "torch": "2", "device": "cpu"}
 
 
-def here(trial: Trial, timeout_seconds: float) -> TrialResult:
-    return TrialResult(**{**work(trial), "losses": ()})
+def run_as(trial_of: Callable[[Trial, float], TrialResult]) -> Call:
+    """In place of a process."""
+
+    def call(_: str, values: dict[str, Any], timeout_seconds: float, **__: object) -> Outcome:
+        return Outcome(ended="answered", answer=asdict(trial_of(Trial(**values), timeout_seconds)))
+
+    return call
 
 
 class Told(Bench):
@@ -42,13 +48,19 @@ class Told(Bench):
     def __init__(
         self,
         folder: Path,
-        run: Callable[[Trial, float], TrialResult] = here,
+        run: Callable[[Trial, float], TrialResult] | None = None,
         seconds: float = 1e4,
         setup: Setup = SETUP,
     ) -> None:
         self.told: list[str] = []
         # Not under a lock: that is tested with the folder.
-        super().__init__(setup, Results(folder, setup, HERE), seconds=seconds, tell=self.told.append, run=run)
+        super().__init__(
+            setup,
+            Results(folder, setup, HERE),
+            seconds=seconds,
+            tell=self.told.append,
+            call=run_as(run) if run else call_here,
+        )
 
     def only_the_first_table(self) -> Told:
         self.cells = [cell for cell in self.cells if cell.kind == "step" and cell.mode == FIRST_MODE]

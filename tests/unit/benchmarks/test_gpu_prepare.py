@@ -14,8 +14,7 @@ from benchmarks.gpu.job import PARTS, questions_file, read_job
 from benchmarks.gpu.parts.__main__ import MODULES
 from benchmarks.gpu.plans import CARD, ON_CARD, Network
 from benchmarks.gpu.prepare import prepare
-from lowmem.bench.gradients import Question as GradientQuestion
-from lowmem.bench.survival import Question as SurvivalQuestion
+from lowmem.bench.plan_checks import PlanQuestion
 from lowmem.choose.budget import Budget
 from lowmem.core.units import GIB, MIB
 from lowmem.plan.record import Plan
@@ -60,9 +59,9 @@ def test_plans_and_trials_are_whole(job: Path) -> None:
             assert Trial(**one["planned"]).detailed
             assert Trial(**one["untouched"]).plan is None
         else:
-            assert Plan.from_json(GradientQuestion(**one["question"]).plan).ladder == ()
+            assert Plan.from_json(PlanQuestion(**one["question"]).plan).ladder == ()
     for one in _asked(job, "out-of-memory"):
-        assert Plan.from_json(SurvivalQuestion(**one["question"]).plan).stages
+        assert Plan.from_json(PlanQuestion(**one["question"]).plan).stages
 
 
 def test_the_first_minutes_tell_the_most_and_all_fit_into_nine() -> None:

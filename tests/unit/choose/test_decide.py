@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lowmem.choose.batch_split import BatchSplit, preferred
-from lowmem.choose.decide import DataSize, decide
+from lowmem.choose.decide import DataSize, RecordedRun, decide
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Infeasible, UsageError
 from lowmem.core.units import KIB, MIB
@@ -21,6 +21,9 @@ from tests.conftest import assert_same_run
 
 SETS = ["data.train_subset=100", "data.test_subset=50", "train.log_every_steps=1", "train.batch=50"]
 BASE = {"model.arch": "res20", "model.width": 4, "data.source": "shapes", "train.epochs": 1}
+
+
+FIXED = {"train__precision": "fp32", "train__memory_format": "contiguous", "train__device": "cpu"}
 
 
 def _settings(sets: tuple[str, ...] = (), **flags: object) -> Settings:
@@ -120,6 +123,33 @@ def test_the_batch_with_the_most_pictures_per_second_and_its_learning_rate() -> 
 def test_of_batches_that_are_as_fast_the_recipes_own_or_the_largest(rates: dict[int, float], chosen: int) -> None:
     fitting = [BatchSplit((batch,), (batch / rate,)) for batch, rate in rates.items()]
     assert preferred(fitting, 128).batch == chosen
+
+
+def test_what_is_kept_of_recorded_plans() -> None:
+    """Of a run whose batch was chosen by an older version, which left it to be chosen: it never is again."""
+    settings = _settings(("train.batch=64", "memory.auto_batch=true"), **FIXED, memory__vram="20M")
+    plan = decide(_settings(("train.batch=64",), **FIXED, memory__vram="20M"), on_paper=True).plan
+    assert plan is not None
+    run = RecordedRun(settings.config, [plan])
+    kept = decide(settings, recorded=run)
+    assert (kept.plan, kept.settings, kept.changed) == (plan, settings, False)
+    less = settings.replace({"memory.vram": "9M"}, "resume")
+    again = decide(less, recorded=run)
+    assert again.plan is not None
+    assert (again.plan.batch, again.plan.micro_batch, again.plan.budget_bytes) == (64, 64, 9 * MIB)
+    assert (again.settings, again.changed, again.split.shares) == (less, True, (64,))
+    with pytest.raises(Infeasible):
+        decide(settings.replace({"memory.vram": "4M"}, "resume"), recorded=run)
+    half = replace(plan, batch=32, micro_batch=32, shares=(32, 32))
+    alone = decide(settings, recorded=RecordedRun(settings.config, [half, half]))
+    assert alone.plan is not None
+    assert (alone.plan.batch, alone.settings, alone.changed) == (64, settings, True)
+    fork = decide(less, recorded=replace(run, fork=True)).plan
+    assert fork is not None
+    assert (fork.batch, fork.budget_bytes) == (64, 9 * MIB)
+    unplanned = settings.replace({"memory.vram": None}, "resume")
+    assert decide(unplanned, recorded=run).plan == plan, "it goes on as it was planned"
+    assert decide(unplanned, recorded=replace(run, fork=True)).plan is None
 
 
 def test_auto_batch_needs_something_to_fit_into(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from functools import cache
 import pytest
 import torch
 
-from lowmem.choose.costs import chain_cost
+from lowmem.choose.costs import measure_costs, price
 from lowmem.core.units import MIB
 from lowmem.models.resnet import Bottleneck, ResNet
-from lowmem.plan import INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, Schedule, keep
 from lowmem.plan.cost import Rates
+from lowmem.plan.policy import INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, Schedule, keep
 from lowmem.plan.solver import Solver
 from lowmem.remat import decompose
 from lowmem.simulate import StepShape, simulate_step
@@ -33,7 +33,7 @@ def _model() -> ResNet:
 
 @cache
 def _solver(batch: int = 128, low: torch.dtype | None = None) -> Solver:
-    return Solver(chain_cost(_model(), input_shape=(batch, 3, 32, 32), rates=GTX_1060, low=low))
+    return Solver(price(measure_costs(_model(), input_shape=(batch, 3, 32, 32), low=low), GTX_1060))
 
 
 def _overhead(solver: Solver, budget_bytes: int) -> float:

@@ -151,6 +151,14 @@ def test_another_batch_keeps_the_place_in_the_schedule(parent: Path, tmp_path: P
     assert [row.step for row in history.steps if row.lr == 0.1] == list(range(11, 16))
 
 
+def test_a_batch_that_was_chosen_can_be_changed(tmp_path: Path) -> None:
+    """What is carried over belongs to the settings as they were decided."""
+    run = run_training(_settings(train__batch="auto", memory__vram="8M", train__epochs=1), tmp_path / "run").path
+    assert recorded_settings(run).config.train.batch == 32
+    result = fork_run(run, at=1, changes={"train.batch": 64, "train.epochs": 2}, out=tmp_path / "fork")
+    assert (result.outcome.state.step, recorded_settings(result.path).config.train.batch) == (8, 64)
+
+
 def test_a_dry_run_says_it_all_and_leaves_nothing(parent: Path, tmp_path: Path) -> None:
     heard = Listener()
     # Evaluation may change in the middle of an epoch.

@@ -24,7 +24,7 @@ from lowmem.cli.main import main
 from lowmem.config.settings import Settings, gather, to_yaml
 from lowmem.core.errors import ExitCode, OutOfMemory, PreflightError
 from lowmem.data import load
-from lowmem.lifecycle import api
+from lowmem.lifecycle import execute as pipe
 from lowmem.lifecycle import preflight as preflight_module
 from lowmem.lifecycle.api import run_training
 from lowmem.lifecycle.preflight import _time_line, preflight
@@ -174,14 +174,14 @@ def test_out_of_memory_takes_the_next_plan(tmp_path: Path, plan: Plan, in_update
 
 
 def test_out_of_memory_without_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make, scarce = api._make_trainer, Scarce({30})
+    make, scarce = pipe.make_trainer, Scarce({30})
 
     def scarce_trainer(*args: Any) -> Trainer:
         trainer = make(*args)
         _scarce(trainer, scarce, failures=1)
         return trainer
 
-    monkeypatch.setattr(api, "_make_trainer", scarce_trainer)
+    monkeypatch.setattr(pipe, "make_trainer", scarce_trainer)
     with pytest.raises(OutOfMemory, match=r"trial before the first step.*nothing was started.*--vram"), scarce:
         run_training(_settings(), tmp_path / "runs" / "run")
     assert list(tmp_path.iterdir()) == []

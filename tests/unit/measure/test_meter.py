@@ -172,7 +172,7 @@ def test_the_source_opens_the_driver_once_and_asks_it_before_cuda_starts(monkeyp
     assert library.closed == 1
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     library.cards = [_gtx_1060(700)]
-    late = Meter("cuda", read_driver=lambda: read_driver(library))
+    late = Meter("cuda")
     library.cards = [_gtx_1060(700 + 280 + 1800)]
     assert late.read().context_bytes is None
 

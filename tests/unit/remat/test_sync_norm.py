@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from lowmem.models import build
 from lowmem.models.resnet import BasicBlock, Bottleneck
-from lowmem.plan import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, PolicyKind, Schedule, Segment, keep
 from lowmem.plan.cost import Rates
+from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, PolicyKind, Schedule, Segment, keep
 from lowmem.remat import PlannedModule, apply_plan, decompose
 from lowmem.remat.kernels import norm_again, norm_backward, norm_first
 from lowmem.remat.stage import Stage

@@ -14,7 +14,9 @@ import yaml
 from safetensors.numpy import save_file
 
 from lowmem.config.schema import Config, nest
+from lowmem.report.naming import NamedRun, name_runs
 from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE
+from lowmem.runs.view import read_run
 
 # arch -> final training loss, final test error, first test error
 PLAUSIBLE = {
@@ -26,6 +28,11 @@ PLAUSIBLE = {
     "cnn110": (2.3028, 89.66, 90.0),
 }
 MakeRun = Callable[..., Path]
+
+
+def named(*folders: Path) -> list[NamedRun]:
+    """The runs as a report reads and calls them, in this order."""
+    return name_runs([read_run(folder) for folder in folders])
 
 
 def write_run(

@@ -12,7 +12,7 @@ from lowmem.report.gradients import by_depth, draw_gradients, moments, over_time
 from lowmem.report.write import write_report
 from lowmem.runs.rows import GRADIENT_TABLE, GradientRow, Gradients, gradient_line
 from lowmem.runs.view import read_run
-from tests.unit.report.fake_runs import MakeRun
+from tests.unit.report.fake_runs import MakeRun, named
 from tests.unit.report.test_figures import assert_margins_are_white, pixels
 
 LAYERS = ("conv1.weight", "layer1.0.conv1.weight", "layer2.0.shortcut.0.weight", "linear.weight")
@@ -54,10 +54,10 @@ def test_over_time_is_in_epochs(make_run: MakeRun) -> None:
 
 
 def test_one_run_has_one_figure(make_run: MakeRun) -> None:
-    (picture,) = draw_gradients([read_run(with_gradients(make_run("cnn110"), 1e6))])
+    (picture,) = draw_gradients(named(with_gradients(make_run("cnn110"), 1e6)))
     assert (picture.file_name, picture.title) == ("gradients.png", "Gradients of CNN110")
-    assert_margins_are_white(picture)
-    image = pixels(picture)[..., :3]
+    assert_margins_are_white(picture.png)
+    image = pixels(picture.png)
     pink = np.abs(image - np.array([0xC9, 0x4F, 0x9C]) / 255).max(axis=2) < 0.02  # the colour of cnn110
     top, bottom = pink[: len(pink) // 2], pink[len(pink) // 2 :]
     assert top.sum() > 500
@@ -66,26 +66,26 @@ def test_one_run_has_one_figure(make_run: MakeRun) -> None:
 
 def test_a_pair_has_one_more(make_run: MakeRun) -> None:
     runs = [with_gradients(make_run(arch), start) for arch, start in (("res110", 10.0), ("cnn110", 1e6))]
-    pictures = {one.file_name: one for one in draw_gradients([read_run(run) for run in runs])}
+    pictures = {one.file_name: one for one in draw_gradients(named(*runs))}
     assert list(pictures) == ["gradients_res110.png", "gradients_cnn110.png", "gradients_pair_110.png"]
     assert pictures["gradients_pair_110.png"].title == "Gradients of Res110 and CNN110"
     for picture in pictures.values():
-        assert_margins_are_white(picture)
+        assert_margins_are_white(picture.png)
 
 
 def test_without_records_there_is_no_figure(make_run: MakeRun) -> None:
     old, empty, zero = make_run("res20"), make_run("cnn20"), make_run("res56")
     with_gradients(empty, 1.0, rows=0)
     (zero / "gradients.csv").write_text("step,epoch,a,b\n1,1,0,0\n", encoding="utf-8")
-    assert draw_gradients([read_run(run) for run in (old, empty, zero)]) == []
+    assert draw_gradients(named(old, empty, zero)) == []
 
 
 def test_strange_names_and_one_row(make_run: MakeRun) -> None:
     runs = [with_gradients(make_run("res20", name=name), 1.0, rows=1) for name in ("a b/$x$", "ünd so")]
-    pictures = draw_gradients([read_run(run) for run in runs])
+    pictures = draw_gradients(named(*runs))
     assert [one.file_name for one in pictures] == ["gradients_x.png", "gradients_nd-so.png"]
     for picture in pictures:
-        assert_margins_are_white(picture)
+        assert_margins_are_white(picture.png)
 
 
 def test_the_report_has_the_figures_and_says_what_went_wrong(make_run: MakeRun, tmp_path: Path) -> None:

@@ -195,11 +195,15 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_seconds_of_an_epoch() -> None:
-    def rows(*elapsed: float | None) -> list[EpochRow]:
-        return [EpochRow(epoch=n, step=n, elapsed_seconds=value) for n, value in enumerate(elapsed, start=1)]
+    def rows(*elapsed: float | None, first: int = 1) -> list[EpochRow]:
+        return [EpochRow(epoch=n, step=n, elapsed_seconds=value) for n, value in enumerate(elapsed, start=first)]
 
     assert epoch_seconds([]) is None
     assert epoch_seconds(rows(None)) is None
     assert epoch_seconds(rows(5.0)) == 5.0
     assert epoch_seconds(rows(5.0, 7.0, 10.0, 12.0)) == 2.0  # not the slow one
+    # An epoch in which the machine did something else does not count for much, and what is long ago not at all.
+    assert epoch_seconds(rows(100, 200, 205, 210, 260, 265, 270)) == 5.0
+    assert epoch_seconds(rows(30.0, first=4)) is None  # of a fork, or after a resume
+    assert epoch_seconds(rows(None, 5.0)) is None
     assert epoch_seconds(rows(float("nan"), float("inf"))) is None

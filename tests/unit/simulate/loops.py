@@ -11,7 +11,7 @@ from torch import nn
 
 from lowmem.config.schema import OptimConfig
 from lowmem.models.resnet import Bottleneck, ResNet
-from lowmem.plan import Schedule
+from lowmem.plan.policy import Schedule
 from lowmem.remat import apply_plan, decompose
 from lowmem.remat.stage import Stage
 from lowmem.simulate import StepRun, empty_copy

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowmem.models.resnet import BasicBlock, Bottleneck
-from lowmem.plan import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, Keep, Schedule, Segment, keep
+from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, Keep, Schedule, Segment, keep
 from lowmem.simulate import estimate, trace_steps
 from tests.exact.schedules import alternating, segments, uniform
 from tests.unit.simulate.loops import MakeSchedule, Setup

@@ -11,10 +11,10 @@ from lowmem.config.schema import OptimConfig
 from lowmem.measure.out_of_memory import Failure
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
-from lowmem.plan import LEAN, SAVE_ALL, Schedule, uniform
+from lowmem.plan.policy import LEAN, SAVE_ALL, Schedule, uniform
 from lowmem.remat import apply_plan, stage_names
 from lowmem.simulate import StepShape, simulate_step
-from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
+from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
 
 BATCH = 16
@@ -48,10 +48,9 @@ def _measured(model: torch.nn.Module, schedule: Schedule | None, execution: Exec
     images = torch.randn(BATCH, 3, 32, 32).contiguous(memory_format=execution.torch_memory_format)
     labels = torch.randint(10, (BATCH,))
     undo = Undo(step, model) if schedule is not None else None
-    momentum = (slots["momentum_buffer"] for slots in optimizer.state.values())
     copies = () if undo is None else undo.copies
     with TensorMeter() as meter:
-        meter.adopt((*model.parameters(), *model.buffers(), *momentum, *copies, images, labels))
+        meter.adopt((*model.parameters(), *model.buffers(), *optimizer_tensors(optimizer), *copies, images, labels))
         if undo is None:
             step(images, labels, 0.1)
         else:

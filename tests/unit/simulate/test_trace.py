@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.core.units import MIB
-from lowmem.plan import LEAN
+from lowmem.plan.policy import LEAN
 from lowmem.simulate import (
     KernelWork,
     Kind,

@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 
 from lowmem.choose.batch_split import ALIKE, Planner
+from lowmem.choose.ladder import other_precision, rivals, smaller
 from lowmem.choose.planning import Choice, Request
-from lowmem.choose.runners import other_precision, rivals, smaller
-from lowmem.choose.session import request_of
+from lowmem.choose.request import request_of
 from lowmem.config.schema import Config
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Infeasible, PreflightError
 from lowmem.core.units import MIB
+from lowmem.isolate import OUT_OF_MEMORY
 from lowmem.lifecycle.api import run_training
 from lowmem.plan.record import Plan
 from lowmem.train.observer import Observer
 from lowmem.trial.plan_trial import MOST_TRIALS, Confirmed, confirm_run, wants_confirmation
-from lowmem.trial.trial import OUT_OF_MEMORY, Trial, TrialResult, run_trial
+from lowmem.trial.trial import Trial, TrialResult, run_trial
 from tests.conftest import assert_same_run
 
 SETS = ["data.train_subset=100", "data.test_subset=50", "train.log_every_steps=1", "train.batch=50"]
@@ -229,12 +230,12 @@ def test_auto_batch_goes_by_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_a_run_that_nothing_holds_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowmem.lifecycle import api
+    from lowmem.lifecycle import execute
 
     def refuse(*args: object, **kwargs: object) -> Confirmed:
         raise Infeasible(1, 2, "measured", "less")
 
-    monkeypatch.setattr(api, "confirm_run", refuse)
+    monkeypatch.setattr(execute, "confirm_run", refuse)
     with pytest.raises(Infeasible):
         run_training(_settings(FP32, "memory.confirm=always"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

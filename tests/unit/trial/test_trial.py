@@ -6,13 +6,15 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from lowmem.choose.planning import make_plan
-from lowmem.core.units import MIB
+from lowmem.isolate import OUT_OF_MEMORY, Outcome, run
 from lowmem.models import skeleton
-from lowmem.trial.trial import OUT_OF_MEMORY, Trial, TrialResult, run_trial
+from lowmem.step.train_step import TrainStep
+from lowmem.trial.trial import Trial, TrialResult, calls_on, run_trial
 from lowmem.trial.ways import PER_BLOCK, PLANNED
-from lowmem.trial.worker import work
+from lowmem.trial.worker import work, work_apart
 
 TINY: dict[str, Any] = {"arch": "res20", "block": "basic", "width": 8, "batch": 32, "steps": 1, "warmup": 1}
 
@@ -48,43 +50,45 @@ def test_the_librarys_checkpointing_is_tried_likewise(plain: TrialResult) -> Non
     assert found["peak_allocated_bytes"] < plain.peak_allocated_bytes
 
 
-_LIMITED = """
-import resource, runpy, torch
-import lowmem.trial.worker
-in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (in_use + {spare}, -1))
-runpy.run_module("lowmem.trial.trial", run_name="__main__")
-"""
+def _refused(trial: Trial, outcome: Outcome) -> TrialResult:
+    """What a trial is said to have come to whose process ended so."""
+    return run_trial(trial, call=lambda *_, **__: outcome)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space by /proc")
-def test_out_of_memory_is_a_refusal() -> None:
-    command = [sys.executable, "-c", _LIMITED.format(spare=300 * MIB)]
-    result = run_trial(Trial(**{**TINY, "batch": 8192}), command=command)
+def test_a_process_that_goes_wrong_is_a_refusal() -> None:
+    trial = Trial(**TINY)
+    crashed = _refused(trial, Outcome(ended="crashed", words="ValueError: no such kernel", code=1))
+    assert (crashed.refused, crashed.out_of_memory) == ("crashed: ValueError: no such kernel", False)
+    full = _refused(trial, Outcome(ended="out of memory", code=-9))
+    assert (full.refused, full.out_of_memory) == (OUT_OF_MEMORY, True)
+    strange = _refused(trial, Outcome(ended="answered", answer={"surprise": 1}))
+    assert strange.refused == "answered with unknown keys: surprise"
+
+
+def test_out_of_memory_in_a_trial_is_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(TrainStep, "__call__", full)
+    result = run_trial(Trial(**TINY), call=lambda _, values, **__: Outcome(ended="answered", answer=work_apart(values)))
     assert (result.refused, result.out_of_memory) == (OUT_OF_MEMORY, True)
-
-
-@pytest.mark.parametrize(
-    ("code", "refused"),
-    [
-        ("raise SystemExit('no such kernel')", "crashed: no such kernel"),
-        ("raise RuntimeError('CUDA error: out of memory')", OUT_OF_MEMORY),
-        ("import os; os.abort()", "crashed"),
-        ("pass", "answered nothing"),
-        ("print('hello')", "answered with 'hello'"),
-        ("print('{\"surprise\": 1}')", "unknown keys: surprise"),
-        ("import time; time.sleep(60)", "took longer than 3 s"),
-    ],
-)
-def test_a_child_that_goes_wrong_is_a_refusal(code: str, refused: str) -> None:
-    result = run_trial(Trial(**TINY), timeout_seconds=3, command=[sys.executable, "-c", code])
-    assert refused in (result.refused or "")
-    assert result.out_of_memory == (refused == OUT_OF_MEMORY)
-
-
-def test_a_command_that_is_not_there_is_a_refusal() -> None:
-    assert "could not be started" in (run_trial(Trial(**TINY), command=["no-such-command-here"]).refused or "")
 
 
 def test_a_wrong_trial_is_a_refusal() -> None:
     assert "no way of doing a step" in (run_trial(Trial(**TINY, way="by hand")).refused or "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
+def test_a_forked_trial_finds_what_one_in_a_process_of_its_own_finds() -> None:
+    """And one leaves nothing to the next."""
+    tiny = {**TINY, "width": 4, "batch": 16}
+    with calls_on("cpu") as call:
+        forked, apart = (run_trial(Trial(**tiny, detailed=True), call=one) for one in (call, run))
+        large = run_trial(Trial(**{**tiny, "batch": 256}), call=call)
+        again = run_trial(Trial(**tiny), call=call)
+    assert forked.refused is None
+    for name in ("losses", "peak_allocated_bytes", "gradients", "buffers", "flops", "norm_updates"):
+        assert getattr(forked, name) == getattr(apart, name) is not None
+    assert (again.losses, again.peak_allocated_bytes) == (forked.losses, forked.peak_allocated_bytes)
+    assert (forked.resident_growth_bytes or 0) > 0
+    assert (again.resident_growth_bytes or 0) < (large.resident_growth_bytes or 0) / 2

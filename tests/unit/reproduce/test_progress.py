@@ -1,4 +1,4 @@
-"""How far a run is, from its folder."""
+"""How far a run is, from its folder, and the time left of a job, from what was measured."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import pytest
 from lowmem.config.settings import gather
 from lowmem.core.errors import UsageError
 from lowmem.lifecycle.api import run_training
-from lowmem.reproduce.job import Job
-from lowmem.reproduce.members import Member
-from lowmem.reproduce.progress import epoch_seconds, standing_of
-from lowmem.runs.rows import EpochRow
+from lowmem.reproduce.job import Job, Member
+from lowmem.reproduce.progress import Standing, epoch_seconds_of, seconds_left, standing_of
 from lowmem.train.observer import Observer
 
 RES20, CNN20 = Member("res20", "res20", "basic"), Member("cnn20", "cnn20", "basic")
@@ -78,15 +76,31 @@ def test_something_else_in_its_place(job: Job, tmp_path: Path, name: str) -> Non
         standing_of(Job(tmp_path, job.settings), RES20)
 
 
-def rows(*elapsed: float | None, first: int = 1) -> list[EpochRow]:
-    return [EpochRow(epoch=n, step=n, elapsed_seconds=seconds) for n, seconds in enumerate(elapsed, start=first)]
+# -- the time left -----------------------------------------------------------------------------------------------------
 
 
-def test_seconds_of_an_epoch() -> None:
-    assert epoch_seconds([]) is None
-    assert epoch_seconds(rows(8.0)) == 8.0
-    assert epoch_seconds(rows(8.0, 13.0)) == 5.0
-    # An epoch in which the machine did something else does not count for much, and what is long ago not at all.
-    assert epoch_seconds(rows(100, 200, 205, 210, 260, 265, 270)) == 5.0
-    assert epoch_seconds(rows(30.0, first=4)) is None  # of a fork, or after a resume
-    assert epoch_seconds(rows(None, 5.0)) is None
+def pace(weight: float, epochs_left: float, epoch_seconds: float | None = None) -> Standing:
+    done = {"epochs_done": 10 - epochs_left, "epoch_seconds": epoch_seconds}
+    return Standing(RES20, Path("res20"), "to go on", 10, weight=weight, **done)  # type: ignore[arg-type]
+
+
+def test_nothing_is_known_before_something_was_measured() -> None:
+    assert seconds_left([pace(1.0, 10), pace(3.0, 10)]) is None
+    assert epoch_seconds_of(pace(1.0, 10), []) is None
+
+
+def test_a_measured_run_counts_as_measured() -> None:
+    assert seconds_left([pace(1.0, 10, 7.0), pace(3.0, 2, 20.0)]) == 70 + 40
+
+
+def test_others_are_scaled_from_the_nearest() -> None:
+    small, large = pace(1.0, 0, 10.0), pace(6.0, 0, 90.0)
+    assert epoch_seconds_of(pace(1.2, 5), [small, large]) == 12.0
+    assert epoch_seconds_of(pace(5.0, 5), [small, large]) == 75.0
+    # What is finished takes no time, and still tells of the others.
+    assert seconds_left([small, large, pace(3.0, 2)]) == 2 * 45.0
+
+
+def test_nothing_is_left_and_nothing_is_negative() -> None:
+    assert seconds_left([pace(1.0, 0), pace(2.0, 0, 5.0)]) == 0
+    assert seconds_left([pace(1.0, -1, 5.0)]) == 0

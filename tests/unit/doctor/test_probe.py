@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -15,8 +14,9 @@ import pytest
 import torch
 
 from lowmem.config.schema import Config, flatten
-from lowmem.doctor.asking import Answers, ask
-from lowmem.doctor.probe import largest_error, main
+from lowmem.doctor import probe as stages
+from lowmem.doctor.gather import Answers, ask
+from lowmem.doctor.probe import host_answers, largest_error, probe
 from lowmem.models import build
 
 TINY = Config.model_validate({"model": {"width": 4}, "data": {"source": "shapes"}})
@@ -43,15 +43,19 @@ def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     answers = ask(flatten(TINY), ["torch", "allocator", "network", "torchvision", "data", "cuda", "execution"])
     assert answers.troubles == {}
-    assert answers.results["torch"]["version"] == torch.__version__
-    assert answers.results["torch"]["cuda"] == torch.version.cuda
-    assert answers.results["allocator"] == {"refused": None}
-    assert answers.results["cuda"]["available"] == torch.cuda.is_available()
-    assert answers.results["data"]["there"] is True
+    assert answers.results["torch"]["torch_version"] == torch.__version__
+    assert answers.results["torch"]["torch_cuda"] == torch.version.cuda
+    assert answers.results["allocator"] == {}
+    assert answers.results["cuda"]["cuda_available"] == torch.cuda.is_available()
+    assert answers.results["data"]["data_there"] is True
+
+
+def test_what_a_run_takes_on_disk() -> None:
     net = build("res20", width=4)
     parameters = sum(p.numel() * p.element_size() for p in net.parameters())
     state = sum(t.numel() * t.element_size() for t in net.state_dict().values())
-    assert answers.results["network"] == {"state_bytes": state, "parameter_bytes": parameters}
+    # Two kept and one being written, each with parameters and momentum; weights three times.
+    assert answered(TINY, "network") == {"disk_needed_bytes": 3 * (state + parameters) + 3 * parameters}
 
 
 def test_a_torchvision_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,43 +99,63 @@ def test_a_probe_that_cannot_even_begin(monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA and reads no allocator settings")
 def test_allocator_settings_are_judged_by_torch_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "nonsense:1")
-    refused = ask(flatten(TINY), ["allocator"]).results["allocator"]["refused"]
-    assert "nonsense" in refused
+    assert "nonsense" in ask(flatten(TINY), ["allocator"]).results["allocator"]["allocator_trouble"]
 
 
-def answered(config: Config, stage: str) -> dict[str, Any]:
-    """A stage's last line, from this process."""
-    out = io.StringIO()
+def answered(config: Config, stage: str) -> Any:
+    """What a stage finds, or its trouble, in this process."""
     with warnings.catch_warnings():
-        main([stage], io.StringIO(json.dumps(flatten(config))), out)
-    return json.loads(out.getvalue().splitlines()[-1])
+        begins, found = probe({"values": flatten(config), "stages": [stage]})
+    assert begins == {"begins": stage}
+    return found["results"][stage] if "results" in found else found["troubles"][stage]
 
 
 def test_what_train_would_refuse_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     train = {"device": "cpu", "memory_format": "channels-last", "precision": "fp32"}
     thin = Config.model_validate({"model": {"width": 8}, "train": train})
-    trouble = answered(thin, "execution")["trouble"]
+    trouble = answered(thin, "execution")
     assert trouble.startswith("channels-last in fp32 corrupts memory on the CPU")
     assert "--memory-format contiguous" in trouble
     wide = Config.model_validate({"train": train})
-    assert answered(wide, "execution")["result"] == train
+    assert answered(wide, "execution") == {"execution": train}
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    trouble = answered(Config.model_validate({"train": {"device": "cuda"}}), "execution")["trouble"]
+    trouble = answered(Config.model_validate({"train": {"device": "cuda"}}), "execution")
     assert trouble.startswith("device cuda was asked for")
 
 
 def test_libraries_that_print_do_not_disturb_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = 'print(\'{"stage": "torch", "result": {}}\')\nraise ImportError(\'noisy\')'
+    code = 'print(\'{"part": {"results": {"torch": {}}}}\')\nraise ImportError(\'noisy\')'
     stub(tmp_path, "torch", code, monkeypatch)
     assert ask(flatten(TINY), ["torch"]) == Answers({}, {"torch": "ImportError: noisy"})
 
 
 def test_every_stage_is_announced_before_it_runs() -> None:
-    out = io.StringIO()
     with warnings.catch_warnings():
-        main(["torch", "network"], io.StringIO(json.dumps(flatten(TINY))), out)
-    lines = [json.loads(line) for line in out.getvalue().splitlines()]
-    assert [line.get("begin") or line["stage"] for line in lines] == ["torch", "torch", "network", "network"]
+        said = list(probe({"values": flatten(TINY), "stages": ["torch", "network"]}))
+    assert [list(part) for part in said] == [["begins"], ["results"]] * 2
+
+
+@pytest.mark.parametrize("error", [1.0, float("nan")])
+def test_a_card_that_computes_wrongly(monkeypatch: pytest.MonkeyPatch, error: float) -> None:
+    monkeypatch.setattr(stages, "largest_error", lambda device: error)
+    assert answered(TINY, "kernel") == f"wrong results, off by up to {error:g}"
+
+
+def test_the_download_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy:3128"})
+    found = answered(Config.model_validate({"data": {"root": str(tmp_path)}}), "data")
+    words = f"CIFAR-10 is not in {tmp_path}: 163 MiB would be downloaded from www.cs.toronto.edu"
+    assert found == {"data_there": False, "data_words": words, "data_host_answers": None}
+
+
+def test_whether_a_host_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert host_answers("127.0.0.1", port) is True
+    assert host_answers("127.0.0.1", port) is False
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy:3128"})
+    assert host_answers("127.0.0.1", port) is None
 
 
 def test_the_kernels_agree_with_themselves_on_the_cpu() -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from lowmem.choose import resolve_execution
 from lowmem.config.schema import Config
+from lowmem.config.settings import Settings
 from lowmem.core.errors import Diverged, UsageError
 from lowmem.distributed.group import Group
-from lowmem.lifecycle.processes import begun_before, launcher, require_pictures
+from lowmem.lifecycle.begin import begun_before, launcher
+from lowmem.lifecycle.execute import refuse_unfit
 from lowmem.runs.setup import never_began
 from lowmem.train.state import config_hash
 
@@ -103,6 +106,15 @@ def test_what_was_to_stop_stays_stopped(run: Path, last: dict[str, object]) -> N
         begun_before(restarted(), run, CONFIG)
 
 
+@pytest.mark.parametrize("line", ['{"event": "che', "5", "\\xff", "[]", '{"event": 5}'])
+def test_what_a_death_leaves_of_a_line_stops_no_restart(run: Path, line: str) -> None:
+    (run / "events.jsonl").write_bytes(b'{"event": "start"}\n' + line.encode("latin-1"))
+    assert begun_before(restarted(), run, CONFIG)
+    (run / "events.jsonl").write_bytes(line.encode("latin-1") + b'\n{"event": "diverged"}\n{"event": "ha')
+    with pytest.raises(Diverged, match="it learns nothing"):
+        begun_before(restarted(), run, CONFIG)
+
+
 def test_a_warning_that_it_learns_nothing_is_none(run: Path) -> None:
     _event(run, event="stuck", stopped=False)
     assert begun_before(restarted(), run, CONFIG)
@@ -112,4 +124,4 @@ def test_a_batch_for_all() -> None:
     group = Group()
     group.size = 129
     with pytest.raises(UsageError, match="a batch of 128 cannot be split over 129 processes"):
-        require_pictures(group, CONFIG)
+        refuse_unfit(group, resolve_execution(Settings(CONFIG, {})).config)

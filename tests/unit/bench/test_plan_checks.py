@@ -6,24 +6,27 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from lowmem.choose.session import request_of
 from torch import Tensor, nn
 
-from lowmem.bench import gradients
-from lowmem.bench.gradients import Question, answer
-from lowmem.choose.planning import make_plan
+from lowmem.bench import plan_checks
+from lowmem.bench.plan_checks import PlanQuestion, compare_gradients, survive
+from lowmem.choose.ladder import with_ladder
+from lowmem.choose.planning import choose, make_plan
+from lowmem.config.settings import gather
 from lowmem.models import build, skeleton
 from lowmem.trial.ways import native_norms
 
 
-def _question(batch_norm: Literal["library", "native"] = "native") -> Question:
+def _question(batch_norm: Literal["library", "native"] = "native") -> PlanQuestion:
     plan = make_plan(skeleton("res20", width=4), batch=8, budget="3M", batch_norm=batch_norm)
     assert plan.predicted.extra_flops  # something is computed again
-    return Question(arch="res20", block="basic", width=4, batch=8, plan=plan.to_json())
+    return PlanQuestion(arch="res20", block="basic", width=4, batch=8, plan=plan.to_json())
 
 
 @pytest.mark.parametrize("batch_norm", ["library", "native"])
 def test_a_planned_step_has_the_untouched_ones_bits(batch_norm: Literal["library", "native"]) -> None:
-    found = answer(_question(batch_norm))
+    found = compare_gradients(_question(batch_norm))
     assert found["batch_norm"] == batch_norm
     assert (found["bitwise"], found["noise_bitwise"], found["deterministic_bitwise"]) == (True, True, True)
     assert (found["difference"], found["batch"]) == (0.0, 8)
@@ -44,8 +47,8 @@ class _Twice(nn.Module):
 
 
 def test_buffers_that_moved_twice_are_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "apply_plan", lambda model, plan: _Twice(model))
-    found = answer(_question())
+    monkeypatch.setattr(plan_checks, "apply_plan", lambda model, plan: _Twice(model))
+    found = compare_gradients(_question())
     assert found["noise_bitwise"]
     assert not found["bitwise"]
 
@@ -57,3 +60,12 @@ def test_native_norms_are_the_modules_own_on_the_cpu_and_go_again() -> None:
     assert all(torch.equal(*pair) for pair in zip(one.buffers(), other.buffers(), strict=True))
     assert torch.equal(one(x), other(x))
     assert "forward" not in vars(other.bn1)
+
+
+def test_injected_out_of_memory_is_survived() -> None:
+    flags = {"model.arch": "res20", "model.width": 4, "train.batch": 8, "train.device": "cpu", "memory.vram": "4M"}
+    choice = with_ladder(choose(request_of(gather(flags=flags, sets=["train.precision=fp32"]).config)))
+    plan = choice.plan.to_json()
+    found = survive(PlanQuestion(arch="res20", block="basic", width=4, batch=8, plan=plan))
+    assert (found["survived"], found["times_out_of_memory"], found["weights_bitwise"]) == (True, 2, True)
+    assert found["last_budget_bytes"] < found["budget_bytes"]
