@@ -19,8 +19,9 @@ from typing import Any, Generic, TypeVar
 from lowmem.core.reading import parse_json, shorten
 
 _COUNT = r"[0-9]{1,15}"  # curves are drawn with floats, which hold these exactly
-# As many digits as a float can have: without a bound, a line of nothing but digits takes a time of its square.
-_NUMBER = r"[-+]?(?:[0-9]{0,30}\.?[0-9]{1,30}(?:[eE][-+]?[0-9]{1,9})?|[0-9]{1,30}\.|nan|inf)"
+# As many digits as a float can have: without a bound, a line of nothing but digits takes a time of its square. And to be
+# matched in one way only: with two ways a field, a line of n fields of which the last is bad takes a time of 2^n.
+_NUMBER = r"[-+]?(?:(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][-+]?[0-9]{1,9})?|nan|inf)"
 _LONGEST_SECONDS = 1e10
 
 

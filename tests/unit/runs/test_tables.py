@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lowmem.core.errors import CorruptCheckpoint
 from lowmem.core.reading import TABLE_LIMIT_BYTES
 from lowmem.runs.atomic import RowFile, write_text_atomic
-from lowmem.runs.rows import STEP_TABLE, StepRow, csv_line
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, BadLine, StepRow, csv_line
 from lowmem.runs.tables import Follower, News, TableFollower, cut_table, scan_table
 
 COLUMNS = STEP_TABLE.columns
@@ -117,6 +117,15 @@ def test_a_line_that_is_no_line_costs_one_line_and_no_time(tmp_path: Path) -> No
     for text in ("9" * 100_000, "x" * (3 << 20), "1," * 200_000):
         path = _write(tmp_path / "steps.csv", [_row(1, 2.5), text, _row(3, 2.5)])
         assert (scan_table(path, COLUMNS, 4).kept, scan_table(path, COLUMNS, 4).lost) == (2, 1)
+
+
+def test_many_digits_before_a_bad_field_take_no_time() -> None:
+    """With 30 ways to match each field this took hours."""
+    digits = "1" * 30
+    for columns in (EPOCH_TABLE.columns, GRADIENT_TABLE.of_layers([f"layer{n}" for n in range(1200)])):
+        fields = ["1", "1", *[digits] * (len(columns.names) - 3), "x"]
+        with pytest.raises(BadLine, match="is '[1x]+', which is no number"):
+            columns.key_of(",".join(fields))
 
 
 def test_what_is_cut_off_needs_no_room(tmp_path: Path) -> None:
