@@ -19,8 +19,8 @@ from typing import Any, Generic, TypeVar
 from lowmem.core.reading import parse_json, shorten
 
 _COUNT = r"[0-9]{1,15}"  # curves are drawn with floats, which hold these exactly
-# As many digits as a float can have: without a bound, a line of nothing but digits takes a time of its square. And to be
-# matched in one way only: with two ways a field, a line of n fields of which the last is bad takes a time of 2^n.
+# As many digits as a float can have: without a bound, a line of nothing but digits takes a time of its square. Matched
+# in one way only: with two ways a field, a line of n fields of which the last is bad takes a time of 2^n.
 _NUMBER = r"[-+]?(?:(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][-+]?[0-9]{1,9})?|nan|inf)"
 _LONGEST_SECONDS = 1e10
 
@@ -178,12 +178,11 @@ class _GradientTable(RowTable[GradientRow]):
         return Columns(names, "step", ("step", "epoch"), frozenset(names))
 
     def read_header(self, line: str) -> Columns:
-        first, second, *layers = [*line.split(","), ""]
-        layers = layers[:-1]
-        names = (first, second, *layers)
-        if names[:2] != ("step", "epoch") or not layers or len(set(names)) != len(names) or not line.isprintable():
+        names = line.split(",")
+        each_once = len(set(names)) == len(names) > 2
+        if names[:2] != ["step", "epoch"] or not each_once or not line.isprintable():
             raise BadLine("the columns must be step, epoch and a layer each, every one once")
-        return self.of_layers(layers)
+        return self.of_layers(names[2:])
 
     def read_row(self, columns: Columns, line: str) -> GradientRow:
         step, epoch, *norms = columns.parse(line).values()
