@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lowmem
-from lowmem.core.reading import RECORD_LIMIT_BYTES, read_json, shorten
+from lowmem.core.reading import shorten
 from lowmem.measure.meter import processor_name
 
 
@@ -66,15 +66,9 @@ def _git_commit() -> str | None:
 _ARITHMETIC = ("torch", "device", "card", "cuda", "cudnn", "tf32", "cpu_capability", "cpu_threads")
 
 
-def elsewhere(path: Path, now: Mapping[str, object]) -> str | None:
-    """What is not as it was where the run in `path` began, if that can change the last bits of its arithmetic, in
-    words. `now`: see `describe`. An env.json that cannot be read tells nothing."""
-    try:
-        then = read_json(path / "env.json", RECORD_LIMIT_BYTES)
-    except (OSError, ValueError):
-        return None
-    if not isinstance(then, dict):
-        return None
+def elsewhere(then: Mapping[str, object], now: Mapping[str, object]) -> str | None:
+    """What is not as it was where a run began, if that can change the last bits of its arithmetic, in words. Both: see
+    `describe`; what is not known of `then` tells nothing."""
     on_cpu = now.get("device") == "cpu" and then.get("device") == "cpu"
     names = [name for name in _ARITHMETIC if name in then and (on_cpu or not name.startswith("cpu_"))]
     changed = [f"{name} {shorten(then[name])} -> {now[name]}" for name in names if then[name] != now[name]]

@@ -94,25 +94,19 @@ def cut_file(path: Path, size_bytes: int) -> None:
         os.fsync(file.fileno())
 
 
-def append_lines(path: Path, lines: list[str], *, after_bytes: int | None = None) -> int:
-    """Appends whole lines and waits until they are on the disk. Returns the size of the file then.
+def append_lines(path: Path, lines: Sequence[str], *, after_bytes: int) -> int:
+    """Appends whole lines after the first `after_bytes` and waits until they are on the disk; what is there beyond
+    these (half a line of an earlier failure) is cut off. Returns the size of the file then.
 
-    `after_bytes`: append after this many bytes; what is there beyond them (half a line of an earlier failure) is cut
-    off. Without it only half a line at the end is, which a killed process or a full disk left: the new one must not be
-    glued to it. Raises OSError; the file then ends where it did, unless not even that could be done.
+    Raises OSError; the file then ends after `after_bytes`, unless not even that could be done.
     """
-    new = bool(lines) and not path.exists()
-    if after_bytes is None and lines and not new and (whole := whole_lines_bytes(path)) < path.stat().st_size:
-        cut_file(path, whole)
+    new = not path.exists()
     # Unbuffered: a buffer would keep what the disk refused and write it when the file is closed.
     with open(path, "ab", buffering=0) as file:
-        begin = file.tell() if after_bytes is None else after_bytes
-        if file.tell() > begin:
-            file.truncate(begin)
-        if not lines:
-            return begin
+        if file.tell() > after_bytes:
+            file.truncate(after_bytes)
         rest = memoryview("".join(f"{line}\n" for line in lines).encode("utf-8"))
-        end = begin + len(rest)
+        end_bytes = after_bytes + len(rest)
         try:
             while rest:
                 rest = rest[file.write(rest) :]
@@ -120,11 +114,11 @@ def append_lines(path: Path, lines: list[str], *, after_bytes: int | None = None
             os.fsync(file.fileno())
         except OSError:
             with suppress(OSError):
-                file.truncate(begin)
+                file.truncate(after_bytes)
             raise
     if new:
         fsync_folder(path.parent)
-    return end
+    return end_bytes
 
 
 def whole_lines_bytes(path: Path) -> int:

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictStr, T
 from pydantic.dataclasses import dataclass as validated
 
 from lowmem.core.errors import CorruptCheckpoint
-from lowmem.core.reading import Unreadable, parse_json, read_json, shorten
+from lowmem.core.reading import RECORD_LIMIT_BYTES, Unreadable, parse_json, read_json, read_limited, shorten
 
 # -- state.json --------------------------------------------------------------------------------------------------------
 
@@ -160,12 +160,16 @@ def read_position(path: Path) -> Position:
 
     Raises CorruptCheckpoint.
     """
-    files = _read_record(path / "manifest.json").get("files")
-    if not isinstance(files, dict) or not files:
-        raise CorruptCheckpoint(f"{path}: the commit record lists no files")
-    for name, entry in files.items():
-        _check_size(path, name, entry.get("bytes") if isinstance(entry, dict) else None)
-    run = _read_record(path / "state.json").get("run")
+    try:
+        manifest, _ = read_manifest(path)
+        for name in FILES:
+            check_size(path / name, manifest["files"][name])
+        state = read_json(path / "state.json")
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path} cannot be read ({error.strerror or error})") from None
+    except Unreadable as error:
+        raise CorruptCheckpoint(f"{path / 'state.json'} is damaged: it {error}") from None
+    run = state.get("run") if isinstance(state, dict) else None
     run = run if isinstance(run, dict) else {}
     match [run.get(name) for name in ("epoch", "step", "step_in_epoch")]:
         case [int(epoch), int(step), int(step_in_epoch)] as counts if all(type(n) is int and n >= 0 for n in counts):
@@ -173,30 +177,49 @@ def read_position(path: Path) -> Position:
     raise CorruptCheckpoint(f"{path}: state.json holds no position")
 
 
-def _check_size(path: Path, name: str, expected: object) -> None:
-    if Path(name).name != name:  # a name of somebody else's making must not lead out of the folder
-        raise CorruptCheckpoint(f"{path}: the commit record names a file outside of the checkpoint")
-    try:
-        size = (path / name).lstat().st_size
-    except (OSError, ValueError):
-        raise CorruptCheckpoint(f"{path}: {shorten(name)} is missing") from None
-    if size != expected:
-        said = shorten(expected, 40)
-        raise CorruptCheckpoint(f"{path}: {shorten(name)} has {size} bytes, the commit record says {said}")
+# -- the commit record -------------------------------------------------------------------------------------------------
+
+FORMAT, VERSION = "lowmem-checkpoint", 1
+TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
+FILES = (*TENSOR_FILES, "state.json")
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Of the checkpoint `path`, with an entry for each of `FILES`, and the bytes that it is written in. Raises
+    CorruptCheckpoint, OSError."""
+    file = path / "manifest.json"
     try:
-        if path.is_symlink():
-            raise CorruptCheckpoint(f"{path} is no file of a checkpoint")
-        values = read_json(path)
-    except OSError as error:
-        raise CorruptCheckpoint(f"{path} cannot be read ({error.strerror or error})") from None
-    except Unreadable:
-        values = None
-    if not isinstance(values, dict):
-        raise CorruptCheckpoint(f"{path} is damaged")
-    return values
+        if file.is_symlink():
+            raise CorruptCheckpoint(f"{file} is no commit record")
+        data = read_limited(file, RECORD_LIMIT_BYTES)
+        manifest = parse_json(data)
+    except FileNotFoundError:
+        raise CorruptCheckpoint(f"{path} has no commit record (manifest.json): its writing was cut off") from None
+    except Unreadable as error:
+        raise CorruptCheckpoint(f"{file} is damaged: it {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CorruptCheckpoint(f"{file} is no commit record of lowmem")
+    if manifest.get("version") != VERSION:
+        raise CorruptCheckpoint(
+            f"{file} is of format version {shorten(manifest.get('version'))}, this lowmem reads {VERSION}: "
+            "use the lowmem that wrote it"
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict) or set(files) != set(FILES):
+        raise CorruptCheckpoint(f"{path}: the commit record does not list exactly {', '.join(FILES)}")
+    if not all(isinstance(entry, dict) for entry in files.values()):
+        raise CorruptCheckpoint(f"{file} is damaged: it does not say what the files are")
+    return manifest, data
+
+
+def check_size(file: Path, entry: Mapping[str, Any]) -> int:
+    """Bytes of one of `FILES`. Raises CorruptCheckpoint unless it is there, with the size of its entry; OSError."""
+    if file.is_symlink() or not file.is_file():
+        raise CorruptCheckpoint(f"{file} is missing")
+    size = file.stat().st_size
+    if size != entry.get("bytes"):
+        raise CorruptCheckpoint(f"{file} has {size} bytes, the commit record says {shorten(entry.get('bytes'), 40)}")
+    return size
 
 
 # -- what a safetensors file holds -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import io
 import re
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from lowmem.core.errors import PreflightError
 from lowmem.core.reading import shorten
 from lowmem.core.units import MIB
-from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, EpochRow, GradientRow, StepRow, Table
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, EpochRow, GradientRow, RowTable, StepRow
 from lowmem.runs.tables import TableFollower, follow_events
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ _EPOCH_TAGS = {
     "peak_reserved_bytes": ("memory_mib/peak_reserved", 1.0 / MIB),
     "device_used_bytes": ("memory_mib/device_used", 1.0 / MIB),
 }
-_TABLES: tuple[Table[Any], ...] = (STEP_TABLE, GRADIENT_TABLE, EPOCH_TABLE)
+_TABLES: tuple[RowTable[Any], ...] = (STEP_TABLE, GRADIENT_TABLE, EPOCH_TABLE)
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,14 @@ class EventFiles:
         if all(fresh is not None for fresh in looked):
             points = [point for fresh in looked if fresh is not None for point in fresh]
             if points:
-                self._write(_encode(points, _WallClock.now()))
+                self._write(_encode(points, _now))
             return
         before = [table.marks[:size] for table, size in zip(self._tables, written, strict=True)]
         points = self._read_all()
         deviations = [_deviation(old, table.marks) for old, table in zip(before, self._tables, strict=True)]
         first = min((step for step in deviations if step is not None), default=None)
         if first is not None:
-            self._write(_encode([p for p in points if p.step >= first], _WallClock.now(), start=first))
+            self._write(_encode([p for p in points if p.step >= first], _now, start=first))
 
     def close(self) -> None:
         """Lets go of the file."""
@@ -127,7 +127,7 @@ class EventFiles:
         number = max([int(time.time()), *(known + 1 for known in older)])  # read in the order of their names
         # Without the machine's name, which others put there: a run folder is shown to strangers.
         self._file = open(self.folder / f"events.out.tfevents.{number:010d}.lowmem", "wb", buffering=0)  # noqa: SIM115
-        self._write(_encode(points, _WallClock.of(self._run), start=0, version=True))
+        self._write(_encode(points, _wall_times(self._run), start=0, version=True))
         for path in older.values():
             with suppress(OSError):  # open in a TensorBoard on Windows; the session start outdates it all the same
                 path.unlink()
@@ -149,7 +149,7 @@ class EventFiles:
 class _FollowedTable:
     """One of the run's tables, and which of its rows were read."""
 
-    def __init__(self, run: Path, table: Table[Any]) -> None:
+    def __init__(self, run: Path, table: RowTable[Any]) -> None:
         self._follower = TableFollower(run / table.file_name, table)
         self.marks: list[tuple[int, int]] = []  # step and hash of each row
 
@@ -181,32 +181,25 @@ def _deviation(before: Sequence[tuple[int, int]], now: Sequence[tuple[int, int]]
     return min((step for step, _ in (*before[same:], *now[same:])), default=None)
 
 
-class _WallClock:
-    """When a row was written: now, or worked out from when the run started and its own count of seconds."""
+def _wall_times(run: Path) -> Callable[[int], float]:
+    """When the row of a step was written, in seconds since 1970: worked out from when the run started and its own count
+    of seconds, between two epochs in proportion."""
+    moments = (_moment(event.time) for event in follow_events(run / "events.jsonl").look().items)
+    start = next((moment for moment in moments if moment is not None), time.time())
+    rows = TableFollower(run / EPOCH_TABLE.file_name, EPOCH_TABLE).look().items
+    marks = [(0, 0.0), *((row.step, row.elapsed_seconds) for row in rows if row.elapsed_seconds is not None)]
 
-    def __init__(self, start: float, marks: Sequence[tuple[int, float]]) -> None:
-        self._start, self._marks = start, marks
-
-    @classmethod
-    def now(cls) -> _WallClock:
-        return cls(time.time(), [])
-
-    @classmethod
-    def of(cls, run: Path) -> _WallClock:
-        moments = (_moment(event.time) for event in follow_events(run / "events.jsonl").look().items)
-        start = next((moment for moment in moments if moment is not None), time.time())
-        rows = TableFollower(run / EPOCH_TABLE.file_name, EPOCH_TABLE).look().items
-        marks = [(row.step, row.elapsed_seconds) for row in rows if row.elapsed_seconds is not None]
-        return cls(start, [(0, 0.0), *marks])
-
-    def at(self, step: int) -> float:
-        """Between two epochs in proportion; seconds since 1970."""
-        if len(self._marks) < 2:
-            return self._start
-        index = min(max(bisect_right(self._marks, (step, float("inf"))), 1), len(self._marks) - 1)
-        (before, began), (after, ended) = self._marks[index - 1], self._marks[index]
+    def at(step: int) -> float:
+        index = min(max(bisect_right(marks, (step, float("inf"))), 1), len(marks) - 1)
+        (before, began), (after, ended) = marks[index - 1], marks[index]
         share = (step - before) / (after - before) if after > before else 1.0
-        return self._start + began + share * (ended - began)
+        return start + began + share * (ended - began)
+
+    return at if len(marks) > 1 else lambda step: start
+
+
+def _now(step: int) -> float:
+    return time.time()
 
 
 def _moment(text: object) -> float | None:
@@ -217,7 +210,7 @@ def _moment(text: object) -> float | None:
 
 
 def _encode(
-    points: Iterable[ScalarPoint], clock: _WallClock, *, start: int | None = None, version: bool = False
+    points: Iterable[ScalarPoint], clock: Callable[[int], float], *, start: int | None = None, version: bool = False
 ) -> bytes:
     """Records: the format's version if it is a new file, a session start that outdates what was written of step
     `start` and later, then the points, one event a step."""
@@ -230,12 +223,12 @@ def _encode(
         by_step.setdefault(point.step, []).append(point)
     events: list[Event] = []
     if version:
-        events.append(Event(wall_time=clock.at(0), file_version="brain.Event:2"))
+        events.append(Event(wall_time=clock(0), file_version="brain.Event:2"))
     if start is not None:
-        events.append(Event(wall_time=clock.at(start), step=start, session_log=SessionLog(status=SessionLog.START)))
+        events.append(Event(wall_time=clock(start), step=start, session_log=SessionLog(status=SessionLog.START)))
     for step, together in sorted(by_step.items()):
         values = [Summary.Value(tag=point.tag, simple_value=point.value) for point in together]
-        events.append(Event(wall_time=clock.at(step), step=step, summary=Summary(value=values)))
+        events.append(Event(wall_time=clock(step), step=step, summary=Summary(value=values)))
     buffer = io.BytesIO()
     records = RecordWriter(buffer)
     for event in events:

@@ -19,8 +19,9 @@ from typing import Any, Generic, TypeVar
 from lowmem.core.reading import parse_json, shorten
 
 _COUNT = r"[0-9]{1,15}"  # curves are drawn with floats, which hold these exactly
-# As many digits as a float can have: without a bound, a line of nothing but digits takes a time of its square.
-_NUMBER = r"[-+]?(?:[0-9]{0,30}\.?[0-9]{1,30}(?:[eE][-+]?[0-9]{1,9})?|[0-9]{1,30}\.|nan|inf)"
+# As many digits as a float can have: without a bound, a line of nothing but digits takes a time of its square. Matched
+# in one way only: with two ways a field, a line of n fields of which the last is bad takes a time of 2^n.
+_NUMBER = r"[-+]?(?:(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][-+]?[0-9]{1,9})?|nan|inf)"
 _LONGEST_SECONDS = 1e10
 
 
@@ -137,7 +138,7 @@ class Columns:
 Row = TypeVar("Row")
 
 
-class Table(Generic[Row]):
+class RowTable(Generic[Row]):
     """One of a run's tables: the name of its file, its key, and what a line of it becomes."""
 
     def __init__(self, file_name: str, key: str, row: Callable[..., Row]) -> None:
@@ -169,7 +170,7 @@ class Table(Generic[Row]):
         return self._row(**columns.parse(line))
 
 
-class _GradientTable(Table[GradientRow]):
+class _GradientTable(RowTable[GradientRow]):
     """Its columns are the network's own layers, in the order of the forward pass."""
 
     def of_layers(self, layers: Sequence[str]) -> Columns:
@@ -177,27 +178,20 @@ class _GradientTable(Table[GradientRow]):
         return Columns(names, "step", ("step", "epoch"), frozenset(names))
 
     def read_header(self, line: str) -> Columns:
-        first, second, *layers = [*line.split(","), ""]
-        layers = layers[:-1]
-        names = (first, second, *layers)
-        if names[:2] != ("step", "epoch") or not layers or len(set(names)) != len(names) or not line.isprintable():
+        names = line.split(",")
+        each_once = len(set(names)) == len(names) > 2
+        if names[:2] != ["step", "epoch"] or not each_once or not line.isprintable():
             raise BadLine("the columns must be step, epoch and a layer each, every one once")
-        return self.of_layers(layers)
+        return self.of_layers(names[2:])
 
     def read_row(self, columns: Columns, line: str) -> GradientRow:
         step, epoch, *norms = columns.parse(line).values()
         return GradientRow(int(step or 0), int(epoch or 0), tuple(norm for norm in norms if norm is not None))
 
 
-EPOCH_TABLE = Table("metrics.csv", "epoch", EpochRow)
-STEP_TABLE = Table("steps.csv", "step", StepRow)
+EPOCH_TABLE = RowTable("metrics.csv", "epoch", EpochRow)
+STEP_TABLE = RowTable("steps.csv", "step", StepRow)
 GRADIENT_TABLE = _GradientTable("gradients.csv", "step", GradientRow)
-# What a resumed run repeats bit for bit; the others are measurements.
-EXACT_METRICS = tuple(
-    name
-    for name in EPOCH_TABLE.names
-    if not name.endswith("_bytes") and name not in {"images_per_second", "elapsed_seconds"}
-)
 
 
 def csv_line(names: Sequence[str], row: Mapping[str, Any]) -> str:
@@ -213,7 +207,7 @@ def gradient_line(step: int, epoch: int, norms: Sequence[float]) -> str:
     return ",".join([str(step), str(epoch), *(f"{norm:.6g}" for norm in norms)])
 
 
-def parse_event(line: str | bytes) -> Event | None:
+def parse_event(line: str) -> Event | None:
     """A line of events.jsonl; None if it is none (a killed process leaves half a line, a bad disk anything)."""
     try:
         values = parse_json(line)

@@ -110,7 +110,8 @@ def require_run(path: Path) -> None:
     """Raises UsageError unless `path` looks like a run folder."""
     try:
         if not path.is_dir():
-            raise UsageError(f"{path} does not exist: give the folder of a run, like runs/res110")
+            what = "is no folder" if path.exists() else "does not exist"
+            raise UsageError(f"{path} {what}: give the folder of a run, like runs/res110")
         if not (path / "config.yaml").is_file():
             if never_began(path):
                 raise UsageError(start_again(path))
@@ -132,40 +133,36 @@ _MOST_ENTRIES = 100_000
 def refuse_links(run: Path) -> None:
     """Raises UsageError naming the first thing under `run` that is neither a file nor a folder of its own.
 
-    `run` itself may be a link: that is the user's. What cannot be looked at cannot be followed either, and is left
-    to its reader."""
+    Everything lowmem writes goes to a fixed name below the run folder. A symbolic link of that name (`metrics.csv`,
+    `weights/last.safetensors.partial`) would make it write, truncate or delete somewhere else; a pipe or a device would
+    make it wait for ever. `run` itself may be a link: that is the user's. What cannot be looked at cannot be followed
+    either, and is left to its reader.
+
+    Known limitation: the folder is looked at once, when it is opened. Who can change it at the same time has this
+    user's rights already.
+    """
     folders, seen = [run], 0
     while folders:
-        for entry in _entries(folders.pop()):
-            seen += 1
-            if seen > _MOST_ENTRIES:
-                raise UsageError(f"{run} holds more than {_MOST_ENTRIES:,} files: that is no run folder")
-            try:
-                status = entry.stat(follow_symlinks=False)
-            except OSError:
-                continue
-            if _is_link(status):
-                raise UsageError(
-                    f"{shorten(entry.path)} is a link, and a run folder holds its own files only: "
-                    "put what it leads to in its place"
-                )
-            if stat.S_ISDIR(status.st_mode):
-                folders.append(Path(entry.path))
-            elif not stat.S_ISREG(status.st_mode):
-                raise UsageError(f"{shorten(entry.path)} is neither a file nor a folder: take it out of the run folder")
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    found: list[os.DirEntry[str]] = []
-    try:
-        with os.scandir(folder) as entries:
+        with suppress(OSError), os.scandir(folders.pop()) as entries:
             for entry in entries:
-                found.append(entry)
-                if len(found) > _MOST_ENTRIES:
-                    break
-    except OSError:
-        pass
-    return found
+                seen += 1
+                if seen > _MOST_ENTRIES:
+                    raise UsageError(f"{run} holds more than {_MOST_ENTRIES:,} files: that is no run folder")
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except OSError:
+                    continue
+                if _is_link(status):
+                    raise UsageError(
+                        f"{shorten(entry.path)} is a link, and a run folder holds its own files only: "
+                        "put what it leads to in its place"
+                    )
+                if stat.S_ISDIR(status.st_mode):
+                    folders.append(Path(entry.path))
+                elif not stat.S_ISREG(status.st_mode):
+                    raise UsageError(
+                        f"{shorten(entry.path)} is neither a file nor a folder: take it out of the run folder"
+                    )
 
 
 def _is_link(status: os.stat_result) -> bool:

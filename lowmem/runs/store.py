@@ -21,7 +21,6 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import (
     PARTIAL,
     RowFile,
-    append_lines,
     fsync_folder,
     replace_path,
     replacing,
@@ -102,8 +101,8 @@ class RunFolder:
         (self.path / "weights").mkdir()
         write_text_atomic(self.path / "config.yaml", config_yaml)
         write_text_atomic(self.path / "env.json", json.dumps(environment, indent=1) + "\n")
-        append_lines(self.metrics_file, [EPOCH_TABLE.columns.header])
-        append_lines(self.steps_file, [STEP_TABLE.columns.header])
+        write_text_atomic(self.metrics_file, f"{EPOCH_TABLE.columns.header}\n")
+        write_text_atomic(self.steps_file, f"{STEP_TABLE.columns.header}\n")
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:

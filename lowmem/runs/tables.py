@@ -18,7 +18,7 @@ from typing import BinaryIO, Generic, TypeVar
 from lowmem.core.errors import CorruptCheckpoint, UsageError
 from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable, read_limited, shorten
 from lowmem.runs.atomic import cut_file, replacing, write_text_atomic
-from lowmem.runs.rows import BadLine, Columns, Event, Row, Table, parse_event
+from lowmem.runs.rows import BadLine, Columns, Event, Row, RowTable, parse_event
 
 _LONGEST_LINE_BYTES = 1 << 20  # a row of 1,200 layers has 16 KiB
 # Far above any run (a row for each of 164 epochs of single pictures: 0.5 GiB), and soon read where it is one hole.
@@ -58,7 +58,7 @@ def _lines(file: BinaryIO, end: int = 0) -> Iterator[_Line]:
 # -- whole -------------------------------------------------------------------------------------------------------------
 
 
-def read_table(path: Path, table: Table[Row], notes: list[str]) -> tuple[Columns, tuple[Row, ...]]:
+def read_table(path: Path, table: RowTable[Row], notes: list[str]) -> tuple[Columns, tuple[Row, ...]]:
     """Every row of the file; none if it is not there yet. A half-written last line is left out and noted.
 
     Raises UsageError naming the file and the line for any other damage: a curve with silent holes is worse than none.
@@ -191,7 +191,7 @@ class TableFollower(Follower[Row]):
     """The rows that come. A line that is none is left out: whoever only looks on has nothing to refuse. `columns`: None
     before the first line, or where that is no header of this table."""
 
-    def __init__(self, path: Path, table: Table[Row]) -> None:
+    def __init__(self, path: Path, table: RowTable[Row]) -> None:
         super().__init__(path, self._rows)
         self.columns: Columns | None = None
         self._table = table

@@ -18,13 +18,13 @@ from typing import Any, Literal
 
 from lowmem.config.schema import Config
 from lowmem.config.settings import Settings, from_yaml
-from lowmem.core.errors import CorruptCheckpoint, UsageError
+from lowmem.core.errors import CorruptCheckpoint
 from lowmem.core.reading import PLAN_LIMIT_BYTES, TABLE_LIMIT_BYTES, Unreadable, read_json, shorten
 from lowmem.runs.checkpoint import checkpoint_folders
 from lowmem.runs.checkpoint_state import Position, read_header, read_position
 from lowmem.runs.lock import OWNER_NAME
-from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, EpochRow, Event, Gradients, Row, StepRow, Table
-from lowmem.runs.setup import refuse_links, require_run
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, EpochRow, Event, Gradients, Row, RowTable, StepRow
+from lowmem.runs.setup import require_run
 from lowmem.runs.tables import read_events, read_table
 
 State = Literal["starting", "training", "finished", "stopped", "interrupted", "diverged", "stuck", "ended", "died"]
@@ -112,10 +112,10 @@ class RunView:
     def events(self) -> tuple[Event, ...]:
         return read_events(self.path / "events.jsonl", self._notes)
 
-    def _rows(self, table: Table[Row]) -> tuple[Row, ...]:
+    def _rows(self, table: RowTable[Row]) -> tuple[Row, ...]:
         return read_table(self.path / table.file_name, table, self._notes)[1]
 
-    def _is_too_large(self, table: Table[Any]) -> bool:
+    def _is_too_large(self, table: RowTable[Any]) -> bool:
         """A run that records every step of small batches may write more than there is room for: not its fault."""
         path = self.path / table.file_name
         size = path.stat().st_size if path.is_file() else 0
@@ -235,18 +235,8 @@ def recorded_settings(path: Path) -> Settings:
 def read_run(path: Path) -> RunView:
     """Everything in a run folder. Raises UsageError if there is none at `path`, or if it is damaged (see the module's
     text)."""
-    run = Path(path)
-    try:
-        if not run.exists():
-            raise UsageError(f"{run} does not exist: give the folder of a run, as in runs/res20")
-        if not run.is_dir() or not (run / "config.yaml").is_file():
-            raise UsageError(
-                f"{run} is not a run folder (no config.yaml in it): give the folder of a run, as in runs/res20"
-            )
-    except OSError as error:
-        raise UsageError(f"{run} cannot be looked into ({error.strerror or error}): check its permissions") from None
-    refuse_links(run)
-    view = RunView(run)
+    require_run(Path(path))
+    view = RunView(path)
     for part in ("config", "env", "epochs", "steps", "events", "best", "classes", "gradients"):
         getattr(view, part)
     return view

@@ -24,8 +24,10 @@ from lowmem.core.places import profiles_folder
 from lowmem.core.units import format_size
 from lowmem.data import folder as pictures_folder
 from lowmem.data import load
+from lowmem.distributed.group import Group
 from lowmem.lifecycle import fork
 from lowmem.lifecycle.api import recorded_settings, resume_training
+from lowmem.lifecycle.begin import begun_before, launcher
 from lowmem.lifecycle.run_identity import belongs_to, most_bytes, read_plan, verify
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, keep, uniform
@@ -51,8 +53,20 @@ from tests.faults.small_run import copy_run
 def readers(run: Path, work: Path) -> list[Reader]:
     """`run`: an undamaged one, which is copied; `work`: a folder to write to."""
     work.mkdir()
-    parts = (_settings, _checkpoints, _rows, _looking_on, _others, _whole, _goes_on, _listed, _forked, _owner)
-    return [reader for part in (*parts, _gradients) for reader in part(run, work)]
+    parts = (
+        _settings,
+        _checkpoints,
+        _rows,
+        _looking_on,
+        _others,
+        _whole,
+        _goes_on,
+        _listed,
+        _forked,
+        _restarted,
+        _owner,
+    )
+    return [reader for part in (*parts, _owner, _gradients) for reader in part(run, work)]
 
 
 def _settings(run: Path, work: Path) -> list[Reader]:
@@ -94,6 +108,26 @@ def _file(path: Path, read: Callable[[Path], object]) -> Callable[[bytes], objec
     return reading
 
 
+def _instead(file: Path, read: Callable[[], object], *, fits: bool = False) -> Callable[[bytes], object]:
+    """Reads with other bytes in the file, which is then as it was. `fits`: the checkpoint that it is of has a commit
+    record that fits."""
+    seed = file.read_bytes()
+
+    def write(data: bytes) -> None:
+        file.write_bytes(data)
+        if fits:
+            rehash(file.parent)
+
+    def reading(data: bytes) -> object:
+        write(data)
+        try:
+            return read()
+        finally:
+            write(seed)
+
+    return reading
+
+
 def _checkpoints(run: Path, work: Path) -> list[Reader]:
     """The last three with a commit record that fits: made to be read."""
     copy = copy_run(run, work / "checkpoints-run")
@@ -112,19 +146,9 @@ def _checkpoints(run: Path, work: Path) -> list[Reader]:
         return restore(saved, model, optimizer, make_scaler(execution), identity)
 
     def reader(name: str, mutations: tuple[Mutation, ...]) -> Reader:
-        seed = (newest / name).read_bytes()
-
-        def read(data: bytes) -> object:
-            (newest / name).write_bytes(data)
-            if name != "manifest.json":
-                rehash(newest)
-            try:
-                return into_a_network()
-            finally:
-                (newest / name).write_bytes(seed)
-                rehash(newest)
-
-        return Reader(name if name == "manifest.json" else f"{name}, hash made to fit", seed, read, mutations)
+        file, fits = newest / name, name != "manifest.json"
+        reading = _instead(file, into_a_network, fits=fits)
+        return Reader(f"{name}, hash made to fit" if fits else name, file.read_bytes(), reading, mutations)
 
     tensors = [reader(f"{name}.safetensors", TENSORS) for name in ("model", "optimizer")]
     return [reader("manifest.json", JSON), reader("state.json", JSON), *tensors]
@@ -140,16 +164,8 @@ def _rows(run: Path, work: Path) -> list[Reader]:
     copy = copy_run(run, work / "history-run")
 
     def of_history(name: str, mutations: tuple[Mutation, ...] = ANY) -> Reader:
-        seed = (copy / name).read_bytes()
-
-        def read(data: bytes) -> object:
-            (copy / name).write_bytes(data)
-            try:
-                return read_run(copy)
-            finally:
-                (copy / name).write_bytes(seed)
-
-        return Reader(f"{name}, for a report", seed, read, mutations)
+        file = copy / name
+        return Reader(f"{name}, for a report", file.read_bytes(), _instead(file, lambda: read_run(copy)), mutations)
 
     return [
         table("metrics.csv", EPOCH_TABLE.columns),
@@ -165,23 +181,23 @@ def _looking_on(run: Path, work: Path) -> list[Reader]:
     copy = copy_run(run, work / "watched-run")
     (copy / "plan.json").write_text(json.dumps(small_plan(run).to_json()), encoding="utf-8")
 
-    def reader(name: str) -> Reader:
-        seed = (copy / name).read_bytes()
+    def read(watched: Watched) -> object:
+        live = watched.look()
+        console = Console(file=io.StringIO(), width=40)
+        console.print(screen(live, console))
+        epochs = [describe_epoch(asdict(row), live.epochs) for row in live.rows]
+        return epochs, json.dumps(to_json(live), allow_nan=False)
 
-        def read(data: bytes) -> object:
+    def reader(name: str) -> Reader:
+        file = copy / name
+
+        def read_twice(data: bytes) -> object:
             watched = Watched(copy)
             watched.look()
-            (copy / name).write_bytes(data)
-            try:
-                live = watched.look()
-            finally:
-                (copy / name).write_bytes(seed)
-            console = Console(file=io.StringIO(), width=40)
-            console.print(screen(live, console))
-            epochs = [describe_epoch(asdict(row), live.epochs) for row in live.rows]
-            return epochs, json.dumps(to_json(live), allow_nan=False)
+            return _instead(file, lambda: read(watched))(data)
 
-        return Reader(f"{name}, by watch", seed, read, JSON if name == "plan.json" else ANY)
+        mutations = JSON if name == "plan.json" else ANY
+        return Reader(f"{name}, by watch", file.read_bytes(), read_twice, mutations)
 
     return [reader(name) for name in ("config.yaml", "plan.json", "metrics.csv", "steps.csv", "events.jsonl")]
 
@@ -314,19 +330,13 @@ def _listed(run: Path, work: Path) -> list[Reader]:
     copy = copy_run(run, work / "listed-run")
     newest = checkpoints.checkpoint_folders(copy / "checkpoints")[0]
 
+    def read() -> object:
+        (listed,) = list_runs(copy)
+        assert all(len(words) < 2000 for words in listed.trouble), listed
+        return json.dumps(listed.to_json())
+
     def reader(file: Path, mutations: tuple[Mutation, ...] = JSON) -> Reader:
-        seed = file.read_bytes()
-
-        def read(data: bytes) -> object:
-            file.write_bytes(data)
-            try:
-                (found,) = list_runs(copy)
-            finally:
-                file.write_bytes(seed)
-            assert all(len(words) < 2000 for words in found.trouble), found
-            return json.dumps(found.to_json())
-
-        return Reader(f"{file.name}, by ls", seed, read, mutations)
+        return Reader(f"{file.name}, by ls", file.read_bytes(), _instead(file, read), mutations)
 
     names = ("manifest.json", "state.json")
     return [*(reader(newest / name) for name in names), reader(copy / "config.yaml"), reader(copy / "metrics.csv", ANY)]
@@ -339,22 +349,31 @@ def _forked(run: Path, work: Path) -> list[Reader]:
     new = fork.changed(settings, {"optim.lr": 0.05, "train.max_steps": None}, "test")
     differing, dataset = fork.check(settings.config, new.config), load(settings.config.data, settings.config.seed)
     newest = checkpoints.checkpoint_folders(copy / "checkpoints")[0]
-    seed = (newest / "state.json").read_bytes()
+    file = newest / "state.json"
 
-    def read(data: bytes) -> object:
-        (newest / "state.json").write_bytes(data)
-        rehash(newest)
-        try:
-            found = fork.find(copy, settings.config, "step:7")
-            carried = fork.carry_over(found, new.config, differing, dataset)
-            return fork.explain(found, new.config, differing, carried, dataset), fork.warnings(
-                found, differing, dataset
-            )
-        finally:
-            (newest / "state.json").write_bytes(seed)
-            rehash(newest)
+    def read() -> object:
+        found = fork.find(copy, settings.config, "step:7")
+        carried = fork.carry_over(found, new.config, differing, dataset)
+        words = fork.explain(found, new.config, differing, carried, dataset)
+        return words, fork.warnings(found, differing, dataset)
 
-    return [Reader("state.json, for a fork", seed, read, JSON)]
+    return [Reader("state.json, for a fork", file.read_bytes(), _instead(file, read, fits=True), JSON)]
+
+
+def _restarted(run: Path, work: Path) -> list[Reader]:
+    """Whether torchrun has started this run's processes again, told from its folder right after a death."""
+    copy, group = copy_run(run, work / "restarted-run"), Group()
+    group.restarts = 1
+    config = from_yaml(run / "config.yaml").config
+    known = {"asked": config_hash(config), "launcher": launcher()}
+    (copy / "env.json").write_text(json.dumps(known), encoding="utf-8")
+
+    def reader(name: str) -> Reader:
+        file = copy / name
+        reading = _instead(file, lambda: begun_before(group, copy, config))
+        return Reader(f"{name}, by a restart", file.read_bytes(), reading, JSON)
+
+    return [reader("env.json"), reader("events.jsonl")]
 
 
 def _owner(run: Path, work: Path) -> list[Reader]:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from lowmem.core.errors import UsageError
 from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, csv_line
-from lowmem.runs.store import RunFolder
+from lowmem.runs.store import NullFolder, RunFolder
 
 
 def _row(epoch: int, step: int) -> dict[str, object]:
@@ -76,3 +76,19 @@ def test_events_and_weights(tmp_path: Path) -> None:
         with safe_open(run.path / "weights/best.safetensors", framework="pt") as file:
             assert file.metadata() == {"chosen_on": "val"}
             assert torch.equal(file.get_tensor("w"), torch.ones(2))
+
+
+def test_a_process_that_does_not_write(tmp_path: Path) -> None:
+    """The same methods, and nothing happens: not even the folder is there."""
+    with NullFolder(tmp_path / "nowhere") as run:
+        run.event("start")
+        run.append_metrics(_row(1, 10))
+        run.write_plan({"budget": 1})
+        run.save_weights("best", {}, {})
+        assert run.cut_back(epoch=1, step=10) == []
+        assert run.begin_gradients(["conv1.weight"], step=0) is None
+        run.flush()
+        run.tidy(keep=2)
+        assert (run.rows_waiting, run.taken_over) == (0, None)
+        run.discard()
+    assert not (tmp_path / "nowhere").exists()

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from lowmem.core.errors import CorruptCheckpoint
 from lowmem.core.reading import TABLE_LIMIT_BYTES
-from lowmem.runs.atomic import append_lines, write_text_atomic
-from lowmem.runs.rows import STEP_TABLE, StepRow, csv_line
+from lowmem.runs.atomic import RowFile, write_text_atomic
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, BadLine, StepRow, csv_line
 from lowmem.runs.tables import Follower, News, TableFollower, cut_table, scan_table
 
 COLUMNS = STEP_TABLE.columns
@@ -119,6 +119,15 @@ def test_a_line_that_is_no_line_costs_one_line_and_no_time(tmp_path: Path) -> No
         assert (scan_table(path, COLUMNS, 4).kept, scan_table(path, COLUMNS, 4).lost) == (2, 1)
 
 
+def test_many_digits_before_a_bad_field_take_no_time() -> None:
+    """With 30 ways to match each field this took hours."""
+    digits = "1" * 30
+    for columns in (EPOCH_TABLE.columns, GRADIENT_TABLE.of_layers([f"layer{n}" for n in range(1200)])):
+        fields = ["1", "1", *[digits] * (len(columns.names) - 3), "x"]
+        with pytest.raises(BadLine, match=r"is '[1x]+', which is no number"):
+            columns.key_of(",".join(fields))
+
+
 def test_what_is_cut_off_needs_no_room(tmp_path: Path) -> None:
     """On a full disk a run can still go on from its checkpoint."""
     path = _write(tmp_path / "steps.csv", [_row(step, 2.5) for step in range(1, 9)])
@@ -144,23 +153,23 @@ def test_only_whole_new_lines(tmp_path: Path) -> None:
     with path.open("ab") as file:
         file.write(b"f\r\n")
     assert follower.look() == News(("half",))
-    append_lines(path, ["c", "d"])
+    RowFile(path).append(["c", "d"])
     assert follower.look() == News(("c", "d"))
 
 
 def test_cut_back_and_grown_past_it_again(tmp_path: Path) -> None:
     """A resume replaces the table; that it is longer than before by the next look must not hide it."""
     path = tmp_path / "rows"
-    append_lines(path, ["1", "2", "3"])
+    RowFile(path).append(["1", "2", "3"])
     follower = lines_of(path)
     follower.look()
     write_text_atomic(path, "1\n")
-    append_lines(path, ["2", "9", "10", "11"])
+    RowFile(path).append(["2", "9", "10", "11"])
     assert follower.look() == News(("1", "2", "9", "10", "11"), anew=True)
     assert not follower.look()
     write_text_atomic(path, "")
     assert follower.look() == News((), anew=True)
-    append_lines(path, ["1"])
+    RowFile(path).append(["1"])
     assert follower.look() == News(("1",))
 
 
@@ -180,12 +189,12 @@ def test_rewritten_in_place(tmp_path: Path) -> None:
 
 def test_vanishing_is_no_news(tmp_path: Path) -> None:
     path = tmp_path / "rows"
-    append_lines(path, ["1"])
+    RowFile(path).append(["1"])
     follower = lines_of(path)
     follower.look()
     path.unlink()
     assert not follower.look()
-    append_lines(path, ["2"])
+    RowFile(path).append(["2"])
     assert follower.look() == News(("2",), anew=True)
 
 
@@ -198,9 +207,9 @@ def test_a_pipe_does_not_hold_it_up(tmp_path: Path) -> None:
 def test_rows_come_as_they_are_written_and_damaged_ones_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "steps.csv"
     table = TableFollower(path, STEP_TABLE)
-    append_lines(path, [COLUMNS.header])
+    RowFile(path).append([COLUMNS.header])
     assert not table.look()
-    append_lines(path, ["1,1,0.1,", "2,1,x,3", "3,1", "4,1,0.1,nan"])
+    RowFile(path).append(["1,1,0.1,", "2,1,x,3", "3,1", "4,1,0.1,nan"])
     rows = table.look().items
     assert rows[0] == StepRow(step=1, epoch=1, lr=0.1)
     assert [row.step for row in rows] == [1, 4]

@@ -132,9 +132,9 @@ def test_files_that_are_not_there_yet(run: Path) -> None:
 def test_no_run(tmp_path: Path, run: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         read_run(tmp_path / "nowhere")
-    with pytest.raises(UsageError, match="not a run folder"):
+    with pytest.raises(UsageError, match="no run folder"):
         read_run(tmp_path)
-    with pytest.raises(UsageError, match="not a run folder"):
+    with pytest.raises(UsageError, match="is no folder"):
         read_run(run / "metrics.csv")
 
 
