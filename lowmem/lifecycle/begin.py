@@ -38,7 +38,7 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.setup import leaving_no_trace, never_began, refuse_existing, start_again
 from lowmem.runs.store import NullFolder, RunFolder
-from lowmem.runs.view import recorded_settings
+from lowmem.runs.view import RunView, recorded_settings
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
 from lowmem.train.state import check_position, config_hash, share_checkpoint
@@ -235,7 +235,7 @@ class Resume:
         environment = describe(config.train.device) | {"processes": group.size}
         steps = {"epoch": state.epoch, "step": state.step, "steps_per_epoch": trainer.batches.steps_per_epoch}
         folder.event("resume", checkpoint=self._where.name, **steps, **environment)
-        if different := group.lead(lambda: elsewhere(self.path, environment), None):
+        if different := group.lead(lambda: elsewhere(RunView(self.path).env, environment), None):
             observer.note(different)
         if state.processes != group.size:
             warning = _describe_processes(state.processes, group, config)
