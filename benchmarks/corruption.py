@@ -46,11 +46,11 @@ _SPARE_BYTES = (0, 1 << 20, 2 << 20, 4 << 20, 8 << 20, 12 << 20, 16 << 20, 24 <<
 def damage_whole_files(made: Path, foreign: Path, work: Path) -> dict[str, Any]:
     """Each way to damage a file or the folder of a checkpoint, once."""
     good, accept = generations(made), belongs_to(from_yaml(made / "config.yaml").config)
-    newest_foreign = checkpoints.found(foreign / "checkpoints")[0]
+    newest_foreign = checkpoints.checkpoint_folders(foreign / "checkpoints")[0]
     wrong, tried = {}, 0
     for damage in (*of_files(newest_foreign), *of_folders(newest_foreign)):
         copy = copy_run(made, work)
-        damage.inflict(checkpoints.found(copy / "checkpoints")[0])
+        damage.inflict(checkpoints.checkpoint_folders(copy / "checkpoints")[0])
         tried += 1
         if (verdict := judge(copy, accept, good, at_most=6)) is not None:
             wrong[damage.name] = verdict
@@ -61,7 +61,7 @@ def flip_bits(made: Path, work: Path, count: int, seed: int) -> dict[str, Any]:
     """Every bit of the manifest, and `count` random ones over all four files."""
     good, accept = generations(made), belongs_to(from_yaml(made / "config.yaml").config)
     copy = copy_run(made, work)
-    newest = checkpoints.found(copy / "checkpoints")[0]
+    newest = checkpoints.checkpoint_folders(copy / "checkpoints")[0]
     manifest_bytes = (newest / "manifest.json").stat().st_size
     positions = [("manifest.json", byte, bit) for byte in range(manifest_bytes) for bit in range(8)]
     positions += list(flips(copy, count, seed))
@@ -97,7 +97,7 @@ def load_in_little_memory(made: Path) -> dict[str, Any]:
     # In a child: what training has taken and freed would be there to load into.
     _in_child(lambda: {"run": str(make_run(made, "model.width=32", "train.max_steps=1"))})
     accept = belongs_to(from_yaml(made / "config.yaml").config)
-    newest = checkpoints.found(made / "checkpoints")[0]
+    newest = checkpoints.checkpoint_folders(made / "checkpoints")[0]
 
     def load() -> dict[str, Any]:
         # What is large comes from the system each time, and not from what was freed before: it counts.

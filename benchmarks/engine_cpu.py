@@ -26,6 +26,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,14 @@ from conditions import RESULTS, conditions, sentence, table, write
 from engine_worker import WARMUP, Task, way_of
 
 from lowmem.choose.budget import tensors_only
-from lowmem.choose.planning import REFERENCE_CARD, Request, card_rates, choose
-from lowmem.choose.simulated import StepShape
+from lowmem.choose.planning import Request, card_rates, choose
+from lowmem.choose.request import REFERENCE_CARD
 from lowmem.config.cards import load_card
-from lowmem.config.schema import OptimConfig
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import MIB
 from lowmem.models import skeleton
-from lowmem.models.resnet import ResNet
 from lowmem.plan.cost import Rates
-from lowmem.simulate import Loop, empty_copy, estimate, trace_steps
-from lowmem.step.train_step import make_optimizer
+from lowmem.simulate import StepShape, simulate_step
 from lowmem.trial.ways import PER_BLOCK, PLAIN, SELECTIVE
 
 NAME = "engine_cpu"
@@ -133,19 +131,10 @@ def shape_of(task: Task) -> StepShape:
     )
 
 
-def simulated_peak(task: Task) -> int:
+def simulated_peak(task: Task, rates: Callable[[str], Rates]) -> int:
     """Of a way that is not the engine, on fake tensors."""
-    shape = shape_of(task)
-
-    def loop() -> Loop:
-        model = empty_copy(shape.model, shape.torch_memory_format)
-        model.train()
-        assert isinstance(model, ResNet)
-        optimizer = make_optimizer(model, OptimConfig(lr=0.01), "cpu")
-        images = torch.empty(task.batch, 3, 32, 32).contiguous(memory_format=shape.torch_memory_format)
-        return Loop(way_of(model, task), model, optimizer, [(images, torch.zeros(task.batch, dtype=torch.int64))])
-
-    return estimate(trace_steps(loop)).peak_tensor_bytes
+    way = partial(way_of, task=task)
+    return simulate_step(shape_of(task), None, rates("fp32"), way=way).estimate.peak_tensor_bytes
 
 
 def planned(task: Task, budget_bytes: int, rates: Callable[[str], Rates]) -> tuple[Task, int]:
@@ -165,20 +154,19 @@ def planned(task: Task, budget_bytes: int, rates: Callable[[str], Rates]) -> tup
     return Task(**fields), choice.simulated.estimate.peak_tensor_bytes
 
 
-def library_cells(options: argparse.Namespace) -> list[Cell]:
+def library_cells(options: argparse.Namespace, rates: Callable[[str], Rates]) -> list[Cell]:
     """Plain autograd and the library's two."""
     common = {key: getattr(options, key) for key in ("arch", "block", "width", "batch", "memory_format")}
     cells = []
     for way in (PLAIN, SELECTIVE, PER_BLOCK):
         cell = start(way, Task(way=way, **common), options.threads)
-        cell.simulated_bytes = simulated_peak(cell.task)
+        cell.simulated_bytes = simulated_peak(cell.task, rates)
         cells.append(cell)
     return cells
 
 
-def engine_cells(options: argparse.Namespace, library: list[Cell]) -> list[Cell]:
+def engine_cells(options: argparse.Namespace, library: list[Cell], rates: Callable[[str], Rates]) -> list[Cell]:
     """The engine at the others' measured peaks and at a third of plain's, or the least that fits."""
-    rates = card_rates(load_card(options.card))
     budgets = [(f"engine, memory of {cell.name}", cell.peak_bytes) for cell in library]
     budgets.append(("engine, a third of plain", library[0].peak_bytes // 3))
     cells = []
@@ -289,8 +277,9 @@ def main() -> None:
     options = parse()
     found = conditions()
     torch.set_num_threads(options.threads)
-    library = library_cells(options)
-    engine = engine_cells(options, library)
+    rates = card_rates(load_card(options.card))
+    library = library_cells(options, rates)
+    engine = engine_cells(options, library, rates)
     cells = [*library, *engine]
     run_rounds(cells, options.rounds)
     for cell in cells:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,19 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lowmem.config.schema import OptimConfig
 from lowmem.measure import Meter
+from lowmem.measure.out_of_memory import Failure
+from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
 from lowmem.models.memory_format import check_memory_format
 from lowmem.models.resnet import ResNet
 from lowmem.plan.policy import Schedule
-from lowmem.step.train_step import make_optimizer
+from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
+from lowmem.step.undo import Undo
 from lowmem.trial.ways import PLANNED, executed
 
 WARMUP = 2
+_LR = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,38 +56,6 @@ def way_of(model: ResNet, task: Task) -> nn.Module:
     if task.schedule is not None:
         return executed(model, PLANNED, Schedule.from_json(task.schedule))
     return executed(model, task.way)
-
-
-class Tracker(TorchDispatchMode):
-    """The most bytes that storages took at once, from those given at first and the results of all operations."""
-
-    def __init__(self, existing: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.live_bytes = self.peak_bytes = 0
-        self._known: set[int] = set()
-        for tensor in existing:
-            self._add(tensor)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._add(leaf)
-        return result
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        address, size = storage.data_ptr(), storage.nbytes()
-        if size == 0 or address in self._known:
-            return
-        self._known.add(address)
-        self.live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._remove, address, size).atexit = False
-
-    def _remove(self, address: int, size: int) -> None:
-        self._known.discard(address)
-        self.live_bytes -= size
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -126,8 +95,12 @@ class Worker:
         model = build(task.arch, task.block, width=task.width)
         check_memory_format(model, "cpu", "fp32", task.memory_format)
         self.model = model.to(memory_format=task.torch_memory_format)  # type: ignore[call-overload]
-        self.run = way_of(self.model, task)
-        self.optimizer = make_optimizer(self.model, OptimConfig(lr=0.01), "cpu")
+        execution = Execution("cpu", "fp32", task.memory_format)
+        self.optimizer = make_optimizer(self.model, OptimConfig(), "cpu")
+        run = way_of(self.model, task)
+        self.train_step = TrainStep(run, self.optimizer, make_scaler(execution), execution, None)
+        # As in a run: what undoes a planned step is in the prediction.
+        self.undo = None if task.schedule is None else Undo(self.train_step, self.model)
         images = torch.randn(task.batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         self.images = images.contiguous(memory_format=task.torch_memory_format)
         self.labels = torch.arange(task.batch) % 10
@@ -135,24 +108,27 @@ class Worker:
 
     def step(self) -> None:
         """One training step."""
-        self.model.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(self.run(self.images), self.labels)
-        loss.backward()
-        self.loss = loss.item()
-        self.optimizer.step()
+
+        def work() -> Tensor:
+            return self.train_step(self.images, self.labels, _LR)
+
+        totals = work() if self.undo is None else self.undo.attempt(work)
+        if isinstance(totals, Failure):
+            raise MemoryError(totals.message)
+        self.loss = totals[0].item() / len(self.labels)
 
     def standing(self) -> list[Tensor]:
         """What exists all through a steady step."""
-        momentum = [value for state in self.optimizer.state.values() for value in state.values()]
-        kept = (*self.model.parameters(), *self.model.buffers(), *momentum, self.images, self.labels)
-        return [tensor for tensor in kept if isinstance(tensor, Tensor)]
+        copies = self.undo.copies if self.undo is not None else []
+        network = (*self.model.parameters(), *self.model.buffers())
+        return [*network, *optimizer_tensors(self.optimizer), *copies, self.images, self.labels]
 
     def memory(self) -> dict[str, int | None]:
         """Resident growth over the steps so far, then one step under both trackers."""
         after = self.meter.read().device_used_bytes
-        self.model.zero_grad(set_to_none=True)  # the profiler does not see the end of what was there before it
         standing = bytes_of(self.standing())
-        tracker = Tracker(self.standing())
+        tracker = TensorMeter()
+        tracker.adopt(self.standing())
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording, tracker:
             self.step()
         return {

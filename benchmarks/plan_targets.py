@@ -21,16 +21,15 @@ from pathlib import Path
 from conditions import RESULTS, conditions, sentence, table, write
 
 from lowmem.choose.budget import MARGIN_SHARE, Budget, of_card, tensors_only
-from lowmem.choose.costs import chain_cost
-from lowmem.choose.fit import fit
-from lowmem.choose.planning import card_rates
-from lowmem.choose.simulated import Simulated, StepShape, simulate_step
+from lowmem.choose.costs import measure_costs, price
+from lowmem.choose.planning import card_rates, fit
 from lowmem.config.cards import load_card
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import GIB, MIB, format_size
 from lowmem.models import skeleton
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.solver import Solver
+from lowmem.simulate import Simulated, StepShape, simulate_step
 
 NAME = "plan_targets"
 HEADER = (
@@ -153,7 +152,8 @@ def prepare(scenario: Scenario, card_name: str, width: int) -> Bench:
     rates = card_rates(load_card(card_name))(scenario.precision)
     plain = simulate_step(shape, None, rates)
     began = time.perf_counter()
-    chain = chain_cost(model, input_shape=(scenario.batch, 3, 32, 32), rates=rates, low=shape.low_dtype)
+    costs = measure_costs(model, input_shape=(scenario.batch, 3, 32, 32), low=shape.execution.amp_dtype)
+    chain = price(costs, rates)
     return Bench(shape, rates, plain, chain, time.perf_counter() - began)
 
 

@@ -25,9 +25,10 @@ from conditions import RESULTS, conditions, sentence
 
 from lowmem.models import build
 from lowmem.runs import checkpoint as checkpoints
+from lowmem.runs.checkpoint_state import RunState
 from lowmem.runs.saver import Save, Saver
 from lowmem.runs.store import RunFolder
-from lowmem.train.state import RunState, capture
+from lowmem.train.state import capture
 
 METADATA = {"arch": "benchmark"}
 
@@ -102,7 +103,7 @@ def main() -> None:
     try:
         with RunFolder.create(place / "run", "", {}) as folder:
             found = measure(net, folder, asked.steps, asked.rounds)
-            newest = checkpoints.found(folder.checkpoints)[0]
+            newest = checkpoints.checkpoint_folders(folder.checkpoints)[0]
             checkpoint_bytes = sum(file.stat().st_size for file in newest.iterdir())
     finally:
         shutil.rmtree(place, ignore_errors=True)

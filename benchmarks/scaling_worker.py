@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from lowmem.choose.request import card_rates
-from lowmem.choose.simulated import StepShape, simulate_step
 from lowmem.config.cards import load_card
 from lowmem.config.schema import Config
 from lowmem.data import Dataset, Pictures
@@ -27,6 +26,7 @@ from lowmem.models import build, skeleton
 from lowmem.plan.policy import SAVE_ALL, uniform
 from lowmem.plan.record import Plan
 from lowmem.remat import stage_names
+from lowmem.simulate import StepShape, simulate_step
 from lowmem.step.train_step import Execution, make_optimizer
 from lowmem.step.undo import Undo
 from lowmem.train.loop import Trainer
@@ -73,7 +73,7 @@ def lowmem_steps(group: Group, job: dict[str, Any], data: Dataset) -> dict[str, 
     plan = Plan(
         budget_bytes=None, batch=share, micro_batch=share, accumulation=1, precision="fp32",
         memory_format="contiguous", exact=True, stages=stage_names(skeleton(**_named(job))), schedule=schedule,
-        shares=shares if group.size > 1 else (),
+        shares=shares,
     )  # fmt: skip
     net = build(**_named(job), num_classes=10, seed=0)
     execution = Execution("cpu", "fp32", "contiguous")

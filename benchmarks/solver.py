@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 
 from lowmem.plan.cost import ChainCost
-from lowmem.plan.options import useful_bytes
 from lowmem.plan.policy import keep
-from lowmem.plan.solver import Solver
+from lowmem.plan.solver import Solver, useful_bytes
 from tests.unit.plan.chains import tradeoffs
 
 RESULTS = Path(__file__).resolve().parent / "results"

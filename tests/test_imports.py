@@ -24,7 +24,7 @@ STANDS_ON: dict[str, set[str]] = {
     "remat": {"plan"},
     "step": {"remat", "distributed", "config"},
     "simulate": {"step"},
-    "calibrate": {"simulate", "models"},
+    "calibrate": {"simulate", "models", "isolate"},
     "choose": {"calibrate"},
     "isolate": {"measure"},
     "trial": {"choose", "data", "isolate"},
@@ -34,7 +34,7 @@ STANDS_ON: dict[str, set[str]] = {
     "report": {"runs"},
     "bench": {"trial", "train"},
     "reproduce": {"choose", "train", "report"},
-    "doctor": {"choose", "data", "runs"},
+    "doctor": {"choose", "data", "runs", "isolate"},
     "cli": {"lifecycle", "bench", "reproduce", "doctor"},
 }
 EXEMPT = {"lifecycle", "cli"}

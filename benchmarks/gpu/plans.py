@@ -8,8 +8,7 @@ from typing import Any
 
 from benchmarks.gpu.job import PARTS
 from lowmem.choose.planning import choose
-from lowmem.choose.request import Choice
-from lowmem.choose.session import request_of
+from lowmem.choose.request import Choice, request_of
 from lowmem.config.settings import gather
 from lowmem.core.units import GIB, format_size
 

@@ -27,9 +27,9 @@ from typing import Any
 
 from lowmem.core.errors import PreflightError, UsageError
 from lowmem.core.reading import read_json
-from lowmem.reproduce.members import ALL, Member, select
+from lowmem.reproduce.job import ALL, Member, select
 from lowmem.runs.atomic import write_text_atomic
-from lowmem.runs.history import read_epochs
+from lowmem.runs.view import RunView
 from lowmem.trial.trial import Trial, run_trial
 
 BATCH = 128
@@ -201,7 +201,8 @@ def _interruptible() -> Iterator[None]:
 
 def _record(turn: Turn, member: Member, run: Path, code: int) -> dict[str, Any]:
     """The run's own figures; errors in %."""
-    config, rows, _ = read_epochs(run)
+    view = RunView(run)
+    config, rows = view.config, view.epochs
     errors = [row.test_error_pct for row in rows if row.test_error_pct is not None]
     epochs = config.train.epochs
     return {

@@ -15,13 +15,12 @@ from benchmarks.peers.budget import Place
 from benchmarks.peers.task import Found, Impossible, Stepper, Task, loader, network, out_of_memory, sgd, words
 from benchmarks.peers.task import train_steps as run_steps
 from benchmarks.peers.ways import ROWS
-from lowmem.choose.planning import REFERENCE_CARD
-from lowmem.choose.request import card_rates
-from lowmem.choose.simulated import StepShape, simulate_step
+from lowmem.choose.request import REFERENCE_CARD, card_rates
 from lowmem.config.cards import load_card
 from lowmem.core.units import MIB
 from lowmem.measure.out_of_memory import Failure, attempt
 from lowmem.models import skeleton
+from lowmem.simulate import StepShape, simulate_step
 
 _CHECKED_BATCH = 16
 

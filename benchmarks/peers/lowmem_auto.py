@@ -1,6 +1,6 @@
 """`lowmem train`, with `--batch auto` or with the recipe's batch: what it decides before a run, and its training loop.
 
-The search is the one before every run (`lowmem.lifecycle.decide`): it simulates, and on CUDA it tries its choice by
+The search is the one before every run (`lowmem.choose.decide`): it simulates, and on CUDA it tries its choice by
 real steps in processes of their own. The training is the loop of `lowmem train` from its first step on, with
 evaluation, the plan's ladder and a checkpoint at the end of the epoch; its planning and preflight come before and are
 not metered.
@@ -19,19 +19,21 @@ from torch import nn
 
 from benchmarks.peers.budget import Place
 from benchmarks.peers.task import CLASSES, Found, Task, Trained, network, words
+from lowmem.choose.decide import DataSize, decide
 from lowmem.choose.execution import resolve_execution
+from lowmem.choose.request import Choice, Request
+from lowmem.config.schema import Config
 from lowmem.config.settings import Settings, gather, to_yaml
 from lowmem.core.units import MIB, format_size
 from lowmem.data import Dataset
 from lowmem.data.pictures import Pictures
-from lowmem.lifecycle.decide import decide
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan
 from lowmem.runs.store import RunFolder
 from lowmem.step.train_step import Execution, make_optimizer
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
-from lowmem.trial.plan_trial import Tried
+from lowmem.trial.plan_trial import Confirmed, Tried, confirm_run, wants_confirmation
 
 
 class Notes(Observer):
@@ -80,7 +82,20 @@ def find(task: Task, place: Place, batch: int | str = "auto") -> Found:
     settings = resolve_execution(settings_of(task, batch), planned=True)
     dataset = random_data(place, task.pictures, task.eval_pictures)
     began = time.perf_counter()
-    settings, plan, confirmed = decide(settings, dataset, Observer())
+    data = DataSize(len(dataset.classes), len(dataset.train.labels))
+    trials: list[Tried] = []
+
+    def confirm(config: Config, request: Request, choices: list[Choice]) -> Confirmed:
+        pictures = len(dataset.train.labels)
+        confirmed = confirm_run(
+            config, request, choices, num_classes=data.classes, train_pictures=pictures, tell=Observer().note
+        )
+        trials.extend(confirmed.trials)
+        return confirmed
+
+    decided = decide(settings, data, confirm=confirm if wants_confirmation(settings.config) else None)
+    settings, plan = decided.settings, decided.plan
+    assert plan is not None
     seconds = time.perf_counter() - began
     predicted = plan.predicted
     time_more = f"{predicted.overhead or 0:+.1%} time against plain autograd at the same batch"
@@ -91,7 +106,7 @@ def find(task: Task, place: Place, batch: int | str = "auto") -> Found:
     if batch == "auto":
         others = [f"{one.what}: {one.refused_because}" for one in plan.candidates if one.refused_because]
         notes.append(f"not chosen: {', '.join(others)}")
-    tried = [] if confirmed is None else [_trial(one) for one in confirmed.trials]
+    tried = [_trial(one) for one in trials]
     return Found(
         batch=plan.batch,
         lr=settings.config.optim.lr,

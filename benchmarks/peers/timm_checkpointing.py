@@ -31,7 +31,7 @@ from benchmarks.peers.task import (
     train_steps,
     words,
 )
-from lowmem.models.zoo import layout
+from lowmem.models import layout
 
 _FIRST = 256  # what timm's benchmark script begins with unless it is told
 

@@ -11,13 +11,10 @@ from torch import nn
 
 from lowmem.bench.cells import ENGINE, FAMILIES, FIRST_MODE, LEAST, PLAIN_DEFAULT, Cell, Setup
 from lowmem.calibrate.calibrator import Calibrator
-from lowmem.choose.budget import Budget, tensors_only
-from lowmem.choose.fit import workspaces_of
+from lowmem.choose.budget import Budget, budget_of, tensors_only
 from lowmem.choose.ladder import with_ladder
-from lowmem.choose.planning import choose
-from lowmem.choose.request import Choice, Request
-from lowmem.choose.session import budget_of, calibrator_of, request_of
-from lowmem.choose.simulated import FUSED, Simulated, simulate_step
+from lowmem.choose.planning import choose, workspaces_of
+from lowmem.choose.request import Choice, Request, calibrator_of, request_of
 from lowmem.config.schema import Config
 from lowmem.config.settings import gather
 from lowmem.core.errors import Infeasible
@@ -25,6 +22,8 @@ from lowmem.core.units import format_size
 from lowmem.models.memory_format import check_memory_format
 from lowmem.models.resnet import ResNet
 from lowmem.remat.libraries import workspace_cap_bytes
+from lowmem.simulate import Simulated, simulate_step
+from lowmem.step.train_step import FUSED
 from lowmem.trial.ways import executed
 
 _LEAST_TRIES = 3

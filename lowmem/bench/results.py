@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from types import ModuleType, TracebackType
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -20,26 +20,14 @@ FORMAT = 1
 # What a figure depends on beside the settings. Not the commit, which is recorded: most change something else.
 _SAME = ("lowmem", "torch", "device", "card", "driver", "cudnn", "cpu", "cpu_threads")
 Environment = dict[str, Any]
-AnySetup = TypeVar("AnySetup", bound=Setup, contravariant=True)
-
-
-class Forms(Protocol[AnySetup]):
-    """Cells as texts: `lowmem.bench.tables`, `lowmem.bench.acceptance`. `STEM`: of the files' names."""
-
-    STEM: str
-
-    def to_json(self, setup: AnySetup, environment: Environment, cells: Sequence[Cell], finished: bool) -> str: ...
-
-    def to_csv(self, setup: AnySetup, cells: Sequence[Cell]) -> str: ...
-
-    def to_markdown(self, setup: AnySetup, environment: Environment, cells: Sequence[Cell], finished: bool) -> str: ...
 
 
 class Results:
-    """Context manager: the folder, held against a second writer. Raises PreflightError if it cannot be written,
+    """Context manager: the folder, held against a second writer. `forms`: what makes texts of cells and names the files
+    (`lowmem.bench.tables`, `lowmem.bench.acceptance_tables`). Raises PreflightError if the folder cannot be written,
     UsageError if somebody else writes it."""
 
-    def __init__(self, folder: Path, setup: Setup, environment: Environment, forms: Forms[Any]) -> None:
+    def __init__(self, folder: Path, setup: Setup, environment: Environment, forms: ModuleType) -> None:
         self.folder, self._setup, self._environment, self._forms = folder, setup, environment, forms
         self.files = [folder / f"{forms.STEM}.{suffix}" for suffix in ("json", "csv", "md", "png")]
         self._lock = FileLock(folder / f"{forms.STEM}.lock", timeout=0)

@@ -187,19 +187,19 @@ class Bench:
 
     def _largest(self, cell: Cell) -> bool:
         """Where the prediction points, tried by real steps and an evaluation, and a little less should they not bear it
-        out; or by real steps alone, from where the prediction points."""
+        out; or by real steps alone, which begin there."""
         budget = self._predictor.budget(self.setup.vram_bytes, measured=False)
         cell.budget_bytes, cell.cap_bytes = budget.tensor_bytes, budget.allocator_bytes
         guess = self._predictor.guess(cell, budget)
         unit = self.setup.unit(guess)
         cell.facts = {"unit": unit, "tried": []}
-        if cell.by_trials:
-            return self._largest_by_trials(cell, budget, guess)
 
         def fits(batch: int) -> bool | None:
             return self._predictor.fits(cell, batch, budget) if self._left() else None
 
-        search = largest(fits, max(unit, guess), unit, self.setup.tries)
+        search = largest(fits, guess, unit, self.setup.tries)
+        if cell.by_trials:
+            return self._largest_by_trials(cell, budget, search.holds or unit)
         cell.facts |= {"fails": search.fails, "predicted": search.tried}
         batch = search.holds
         for _ in range(_VERIFIED if batch is not None else 0):

@@ -1,7 +1,8 @@
 """What was measured on one device, kept in a file per card, driver and torch version.
 
 A calibration only makes predictions better: one that is missing, damaged or of another format is never an error, it is
-measured again. Keys are texts that say everything a figure depends on; the file has their hashes.
+measured again. Keys say everything a figure depends on; a figure's name has the hash of their text, and is what the
+file has, and what a process that measures is told (`lowmem.calibrate.measuring`).
 """
 
 from __future__ import annotations
@@ -93,22 +94,22 @@ class Calibration:
         return None if found is None else Seconds(*found)
 
     def put_seconds(self, key: object, value: Seconds) -> None:
-        self.figures[_name("seconds", key)] = [value.forward, value.backward, value.restore]
+        self.figures[figure_name("seconds", key)] = [value.forward, value.backward, value.restore]
 
     def mode(self, key: object) -> Mode | None:
         found = self._numbers("mode", key, 2)
         return None if found is None else Mode(found[0], bool(found[1]))
 
     def put_mode(self, key: object, value: Mode) -> None:
-        self.figures[_name("mode", key)] = [value.seconds, float(value.finite)]
+        self.figures[figure_name("mode", key)] = [value.seconds, float(value.finite)]
 
     def size_bytes(self, key: object) -> int | None:
         """A workspace, a context, a number of pictures: integers."""
-        found = self.figures.get(_name("bytes", key))
+        found = self.figures.get(figure_name("bytes", key))
         return found if isinstance(found, int) and not isinstance(found, bool) and 0 <= found <= LARGEST else None
 
     def put_size(self, key: object, size_bytes: int) -> None:
-        self.figures[_name("bytes", key)] = size_bytes
+        self.figures[figure_name("bytes", key)] = size_bytes
 
     def save(self) -> None:
         """Replaces the file whole. A disk that refuses costs only that it is measured again next time."""
@@ -127,7 +128,7 @@ class Calibration:
                 raise
 
     def _numbers(self, kind: str, key: object, count: int) -> list[float] | None:
-        found = self.figures.get(_name(kind, key))
+        found = self.figures.get(figure_name(kind, key))
         if not isinstance(found, list) or len(found) != count:
             return None
         good = all(isinstance(one, (int, float)) and 0 <= one <= _LARGEST_NUMBER for one in found)
@@ -138,7 +139,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _name(kind: str, key: object) -> str:
+def figure_name(kind: str, key: object) -> str:
+    """`kind` is `seconds`, `mode` or `bytes`."""
     return f"{kind}:{_digest(repr(key))[:24]}"
 
 

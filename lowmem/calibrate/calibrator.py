@@ -1,37 +1,29 @@
-"""Measures on the device at hand what a plan's predictions need, once per card, driver and torch version."""
+"""What a plan's predictions need to know of the device at hand, measured once per card, driver and torch version."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 
-from lowmem.calibrate.calibration import Calibration, Mode, Seconds
-from lowmem.calibrate.card_probe import RawRates, measured_rates
+from lowmem.calibrate.calibration import Calibration, Mode, Seconds, figure_name
 from lowmem.calibrate.device import DeviceFacts
+from lowmem.calibrate.measuring import BUSY_BATCHES, Figures, Job, described, measure, rates_of
 from lowmem.calibrate.stage_timer import FAST, PLAIN, Wanted
-from lowmem.calibrate.worker import (
-    BUSY_BATCHES,
-    BusyBatch,
-    Convolutions,
-    Job,
-    Measure,
-    Stages,
-    Update,
-    low_dtype,
-    measure_apart,
-    measure_here,
-)
-from lowmem.calibrate.workspace import Workspaces
 from lowmem.models.memory_format import check_memory_format
-from lowmem.remat.libraries import Numerics
+from lowmem.models.resnet import ResNet
+from lowmem.remat.libraries import Numerics, workspace_cap_bytes
 from lowmem.simulate import Call
 from lowmem.simulate.stage import Option, StageMeasure
+from lowmem.step.train_step import amp_dtype
 
 Progress = Callable[[str], None]
+Measure = Callable[[Sequence[Job]], Figures]
 
 
 def stage_key(measure_key: Hashable, precision: str, timed_batch: int) -> tuple[object, ...]:
@@ -43,9 +35,11 @@ def stage_key(measure_key: Hashable, precision: str, timed_batch: int) -> tuple[
     return (precision, repr(signature), trainable, timed, *(repr(one) for one in rest))
 
 
-def option_key(option: Option) -> tuple[object, ...]:
-    """The same text in every process (sets have no order of their own)."""
-    return (option.policy.name, option.drops_output, option.fused, option.last)
+def _timing(key: object, what: str | Option) -> tuple[object, object]:
+    """The key of seconds of a stage: the same text in every process (sets have no order of their own)."""
+    if isinstance(what, Option):
+        return key, (what.policy.name, what.drops_output, what.fused, what.last)
+    return key, what
 
 
 @dataclass(frozen=True)
@@ -59,30 +53,48 @@ class StageTimes:
     factor: float
     outside_seconds: float
 
-    def option(self, measure: StageMeasure, option: Option) -> Seconds | None:
-        return self._scaled(measure, option_key(option))
-
-    def fast_seconds(self, measure: StageMeasure) -> float | None:
-        found = self._scaled(measure, FAST)
-        return None if found is None else found.forward
-
-    def plain_seconds(self, measure: StageMeasure) -> float | None:
-        """Forward and backward under autograd."""
-        found = self._scaled(measure, PLAIN)
-        return None if found is None else found.backward
-
-    def _scaled(self, measure: StageMeasure, what: object) -> Seconds | None:
-        found = self.calibration.seconds((stage_key(measure.key, self.precision, self.timed_batch), what))
+    def seconds(self, measure: StageMeasure, what: str | Option) -> Seconds | None:
+        """Of a policy, FAST (its `forward`) or PLAIN (forward and backward under autograd: its `backward`)."""
+        found = self.calibration.seconds(_timing(stage_key(measure.key, self.precision, self.timed_batch), what))
         if found is None:
             return None
         return Seconds(found.forward * self.factor, found.backward * self.factor, found.restore * self.factor)
 
 
+class Workspaces:
+    """What the convolution library takes beside operands and results: call -> bytes, out of a calibration. A call that
+    was never measured counts as the largest of its kind that was; `missing` has those.
+
+    A measured workspace is part of the simulated step; without a measurement a budget leaves room for an assumed one,
+    and the library is told not to take more (`lowmem.remat.libraries`; that it heeds this in cuDNN 9 is unproven, and
+    what was measured does not need it).
+    """
+
+    def __init__(self, calibration: Calibration, low: torch.dtype | None) -> None:
+        self._calibration = calibration
+        self._low = low
+        self._known: dict[Call, int] = {}
+        self.missing: set[Call] = set()
+
+    def __call__(self, call: Call) -> int:
+        if call in self._known:
+            return self._known[call]
+        found = self._calibration.size_bytes(self.key(call))
+        if found is None:
+            self.missing.add(call)
+            return max((size for one, size in self._known.items() if one.operation == call.operation), default=0)
+        self._known[call] = found
+        return found
+
+    def key(self, call: Call) -> object:
+        return ("workspace", workspace_cap_bytes(), str(self._low), call)
+
+
 class Calibrator:
     """One device and what is known of it; measures what is not. `progress` hears a sentence when that takes seconds.
 
-    `facts`: of a CUDA device. `measure`: what does the jobs, by default on CUDA a process of its own. `numerics`: of
-    the runs that are predicted.
+    `facts`: of a CUDA device. `measure`: what does the jobs, by default `measuring.measure`. `numerics`: of the runs
+    that are predicted.
     """
 
     def __init__(
@@ -92,26 +104,27 @@ class Calibrator:
         progress: Progress = lambda text: None,
         *,
         facts: DeviceFacts | None = None,
-        measure: Measure | None = None,
+        measure_jobs: Measure | None = None,
         numerics: Numerics = Numerics(),
     ) -> None:
         self.device, self.calibration, self.progress, self.facts = device, calibration, progress, facts
-        apart = partial(measure_apart, numerics=numerics)
-        self._measure = measure or (apart if device == "cuda" else measure_here)
+        self._measure = measure_jobs or partial(measure, device=device, numerics=numerics)
 
     def workspaces(self, precision: str) -> Workspaces | None:
         """None on the CPU, whose kernels do not take theirs from a counted allocator."""
-        return Workspaces(self.calibration, low_dtype(precision, self.device)) if self.device == "cuda" else None
+        return Workspaces(self.calibration, amp_dtype(precision, self.device)) if self.device == "cuda" else None
 
     def measure_workspaces(self, table: Workspaces, calls: set[Call], precision: str) -> None:
         """Fills the table with what it lacks of the calls."""
         for call in calls:
             table(call)
-        missing = tuple(sorted(table.missing & calls, key=repr))
+        missing = sorted(table.missing & calls, key=repr)
         if missing:
-            self._run(
-                [Convolutions(calls=missing, precision=precision)], f"the workspace of {len(missing)} convolutions"
-            )
+            named = {
+                figure_name("bytes", table.key(call)): [call.operation, call.tensors, call.rest] for call in missing
+            }
+            job: Job = {"kind": "convolutions", "calls": named, "precision": precision}
+            self._run([job], f"the workspace of {len(missing)} convolutions")
             table.missing.clear()
 
     def times(
@@ -131,22 +144,17 @@ class Calibrator:
         shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
         update = ("optimizer", momentum, shapes)
         jobs: list[Job] = []
+        what = "the update of the parameters"
         if wanted:
-            jobs.append(
-                Stages(
-                    model=model,
-                    input_shape=(timed_batch, *input_shape[1:]),
-                    precision=precision,
-                    memory_format=memory_format,
-                    wanted=tuple(wanted),
-                    library_norm=library_norm,
-                )
-            )
+            chain = self._chain(model, (timed_batch, *input_shape[1:]), precision, memory_format)
+            named = {str(index): described(names) for index, names in wanted.items()}
+            jobs.append({"kind": "stages", "wanted": named, "library_norm": library_norm, **chain})
+            ways = sum(isinstance(one, Option) for names in wanted.values() for one in names.values())
+            what = f"{len(wanted)} blocks, {ways} ways to run them, in {precision} and {memory_format}"
         if self.calibration.seconds(update) is None:
-            jobs.append(Update(model=model, momentum=momentum, key=update))
-        ways = sum(len(one.options) for one in wanted)
-        blocks = f"{len(wanted)} blocks, {ways} ways to run them, in {precision} and {memory_format}"
-        self._run(jobs, blocks if wanted else "the update of the parameters")
+            figure = figure_name("seconds", update)
+            jobs.append({"kind": "update", "figure": figure, "network": _recipe(model), "momentum": momentum})
+        self._run(jobs, what)
         found = self.calibration.seconds(update)
         return StageTimes(
             calibration=self.calibration,
@@ -174,12 +182,12 @@ class Calibrator:
         self, timed: tuple[int, ...], model: nn.Module, pairs: Sequence[tuple[str, str]]
     ) -> dict[tuple[str, str], Mode]:
         keys = {pair: ("mode", *pair, timed, _shapes(model)) for pair in pairs}
+        missing = [pair for pair, key in keys.items() if self.calibration.mode(key) is None]
         jobs = [
-            Stages(model=model, input_shape=timed, precision=precision, memory_format=layout, mode_key=key)
-            for (precision, layout), key in keys.items()
-            if self.calibration.mode(key) is None
+            {"kind": "mode", "figure": figure_name("mode", keys[pair]), **self._chain(model, timed, *pair)}
+            for pair in missing
         ]
-        self._run(jobs, " and ".join(f"{job.precision} in {job.memory_format}" for job in jobs))
+        self._run(jobs, " and ".join(f"{precision} in {layout}" for precision, layout in missing))
         known = {pair: self.calibration.mode(key) for pair, key in keys.items()}
         return {pair: mode for pair, mode in known.items() if mode is not None}
 
@@ -191,43 +199,61 @@ class Calibrator:
             return min(batch, BUSY_BATCHES[0])
         key = ("busy", precision, memory_format, image_shape, _shapes(model))
         if self.calibration.size_bytes(key) is None:
-            job = BusyBatch(
-                model=model, image_shape=image_shape, precision=precision, memory_format=memory_format, key=key
-            )
+            way = {"network": _recipe(model), "precision": precision, "memory_format": memory_format}
+            job = {"kind": "busy", "figure": figure_name("bytes", key), "image_shape": image_shape, **way}
             self._run([job], f"how many pictures keep it busy in {precision} and {memory_format}")
         return min(batch, self.calibration.size_bytes(key) or BUSY_BATCHES[0])
 
     def rates(self) -> tuple[float, float, float] | None:
-        """See `lowmem.calibrate.card_probe.measured_rates`."""
-        if measured_rates(self.device, self.calibration) is None:
-            self._run([RawRates()], "how fast it copies and multiplies")
-        return measured_rates(self.device, self.calibration)
+        """(bytes, fp32 operations, operations in the low dtype of autocast) per second; None if they are not to be
+        had."""
+        keys = {what: ("rate", what) for what in ("copy", "fp32", "low")}
+        if not all(self.calibration.seconds(key) for key in keys.values()):
+            figures = {what: figure_name("seconds", key) for what, key in keys.items()}
+            self._run([{"kind": "rates", **figures}], "how fast it copies and multiplies")
+        found = {what: self.calibration.seconds(key) for what, key in keys.items()}
+        seconds = {what: one.forward for what, one in found.items() if one is not None and one.forward}
+        return rates_of(self.device, **seconds) if len(seconds) == len(keys) else None
 
-    def _wanted(self, measures: Sequence[StageMeasure], precision: str, timed_batch: int) -> list[Wanted]:
-        wanted: dict[Hashable, Wanted] = {}
-        for index, measure in enumerate(measures):
-            key = stage_key(measure.key, precision, timed_batch)
-            options = tuple((option_key(one.option), one.option) for one in measure.options)
-            names = [FAST, PLAIN, *(name for name, _ in options)]
-            known = (self.calibration.seconds((key, name)) is not None for name in names)
-            if key not in wanted and not all(known):
-                wanted[key] = Wanted(index, key, options)
-        return list(wanted.values())
+    def _wanted(self, measures: Sequence[StageMeasure], precision: str, timed_batch: int) -> dict[int, Wanted]:
+        """What the calibration lacks of each distinct stage, by its first place in the chain."""
+        wanted: dict[int, Wanted] = {}
+        looked: set[Hashable] = set()
+        for index, one in enumerate(measures):
+            key = stage_key(one.key, precision, timed_batch)
+            options: list[str | Option] = [FAST, PLAIN, *(option.option for option in one.options)]
+            lacking = [what for what in options if self.calibration.seconds(_timing(key, what)) is None]
+            if lacking and key not in looked:
+                wanted[index] = {figure_name("seconds", _timing(key, what)): what for what in lacking}
+            looked.add(key)
+        return wanted
+
+    def _chain(
+        self, model: nn.Module, input_shape: Sequence[int], precision: str, memory_format: str
+    ) -> Mapping[str, Any]:
+        """Of a job, which stages to run how. Raises PreflightError for a network that must not run so."""
+        check_memory_format(model, self.device, precision, memory_format)
+        shape = list(input_shape)
+        way = {"precision": precision, "memory_format": memory_format}
+        return {"network": _recipe(model), "input_shape": shape, **way}
 
     def _run(self, jobs: Sequence[Job], what: str) -> None:
-        """Kept at once: what was measured is not lost with the process. Raises PreflightError for a network that must
-        not run so."""
+        """Kept at once: what was measured is not lost with the process."""
         if not jobs:
             return
-        for job in jobs:
-            if isinstance(job, Stages):
-                check_memory_format(job.model, self.device, job.precision, job.memory_format)
         began = time.monotonic()
         word = "card" if self.device == "cuda" else "processor"
         self.progress(f"measuring the {word}, once: {what}")
-        self._measure(jobs, self.device, self.calibration)
+        self.calibration.figures.update(self._measure(jobs))
         self.calibration.save()
         self.progress(f"measured in {time.monotonic() - began:.0f} s")
+
+
+def _recipe(model: nn.Module) -> dict[str, Any]:
+    """By which another process makes it: only networks of the family can be measured."""
+    assert isinstance(model, ResNet)
+    assert model.recipe is not None
+    return model.recipe
 
 
 def _shapes(model: nn.Module) -> tuple[object, ...]:

@@ -1,12 +1,13 @@
 """The CUDA device at hand: what it is called, what of its memory is free, what a process costs before its first tensor.
 
-All of it is asked in a process of its own, so that the one that plans has no context.
+All of it is asked in a process of its own, so that the one that plans has no context. A card for which there is no
+profile is described by its driver and by two short measurements.
 """
 
 from __future__ import annotations
 
 import gc
-import pickle
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -15,16 +16,18 @@ import torch
 from torch.nn import functional as F
 
 from lowmem.calibrate.calibration import Identity
-from lowmem.calibrate.worker import ask, low_dtype
+from lowmem.calibrate.measuring import ask
+from lowmem.config.cards import Card, UsableShare, has_tensor_cores
 from lowmem.core.units import MIB
 from lowmem.measure import Meter
-from lowmem.measure.cuda import device_uuid, find_device
+from lowmem.measure.cuda import device_uuid
 from lowmem.measure.meter import processor_name
 from lowmem.measure.nvml import read_driver
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, SAVE_ALL, uniform
 from lowmem.remat import apply_plan, stage_names
-from lowmem.remat.libraries import Numerics
+from lowmem.remat.libraries import Numerics, prepare_libraries
+from lowmem.step.train_step import amp_dtype
 
 CONTEXT = ("context",)  # its key in a calibration
 # What a context can be; anything else is somebody else's memory coming or going in the same moment.
@@ -61,7 +64,13 @@ class DeviceFacts:
 
 def ask_device(numerics: Numerics) -> DeviceFacts:
     """Of the current CUDA device, by a process of its own. Raises PreflightError if that fails."""
-    return facts_from(ask(pickle.dumps(("memory", numerics))))
+    return facts_from(ask(f"{__name__}:answer_memory", asdict(numerics)))
+
+
+def answer_memory(numerics: Mapping[str, Any]) -> dict[str, Any]:
+    """`measure_memory` under the kernels of a run."""
+    prepare_libraries(Numerics(**numerics))
+    return measure_memory()
 
 
 def facts_from(answer: dict[str, Any]) -> DeviceFacts:
@@ -86,7 +95,7 @@ def measure_memory() -> dict[str, Any]:
     if context is not None and not _LEAST_CONTEXT_BYTES <= context <= _MOST_CONTEXT_BYTES:
         context = None
     report = read_driver()
-    device = find_device(report, device_uuid())
+    device = report.device(device_uuid())
     link = None if device is None else device.link
     cudnn = torch.backends.cudnn.version()
     return asdict(
@@ -122,7 +131,7 @@ def warm_up(device: str) -> None:
     for (arch, block), precision in product((("res20", "basic"), ("res56", "bottleneck")), ("fp32", "amp")):
         net = build(arch, block, width=16).to(device)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
-        low = low_dtype(precision, device)
+        low = amp_dtype(precision, device)
         images, labels = torch.randn(8, 3, 32, 32, device=device), torch.zeros(8, dtype=torch.int64, device=device)
         policies = [LEAN] * (len(stage_names(net)) - 1) + [SAVE_ALL]  # the head is no block
         for run in (net, apply_plan(net, uniform(policies), library_norm=True)):
@@ -133,3 +142,27 @@ def warm_up(device: str) -> None:
         optimizer.step()
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def describe_card(facts: DeviceFacts, rates: tuple[float, float, float], usual_context_bytes: int) -> Card:
+    """A profile of a card that has none. `rates`: see `Calibrator.rates`; `usual_context_bytes`: where its own
+    could not be told.
+
+    The kind of its fp16 follows from the measured rates, the share that is usable is that of other cards.
+    """
+    bandwidth, fp32, low = rates
+    generation, lanes = facts.link
+    speed = f"{min(max(generation or 3, 3), 5)}.0"
+    width = lanes if lanes in (1, 2, 4, 8, 16) else 16
+    tensor_cores = has_tensor_cores(facts.name, facts.capability)
+    return Card(
+        name=facts.name,
+        memory=facts.total_bytes,
+        capability=f"{facts.capability[0]}.{min(facts.capability[1], 9)}",
+        bandwidth_gb_per_second=bandwidth / 1e9,
+        fp32_tflops=fp32 / 1e12,
+        fp16="tensor-cores" if tensor_cores else ("2:1" if low > 1.2 * fp32 else "1/64"),
+        pcie=f"{speed}x{width}",
+        context=usual_context_bytes if facts.context_bytes is None else facts.context_bytes,
+        usable=UsableShare(linux=0.98, linux_display=0.92, windows=0.81),
+    )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import lowmem
+from lowmem.core.reading import shorten
 from lowmem.measure.meter import processor_name
 
 
@@ -20,6 +22,7 @@ def describe(device: str) -> dict[str, Any]:
 
     from lowmem.remat.libraries import convolutions_in_tf32
 
+    on_cuda = device == "cuda"
     return {
         "lowmem": lowmem.__version__,
         "git_commit": _git_commit(),
@@ -31,11 +34,11 @@ def describe(device: str) -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "device": device,
-        "card": torch.cuda.get_device_name() if device == "cuda" else None,
-        "cuda": torch.version.cuda if device == "cuda" else None,
-        "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
-        "deterministic": torch.backends.cudnn.deterministic if device == "cuda" else None,
-        "tf32": convolutions_in_tf32(torch.cuda.get_device_capability()) if device == "cuda" else None,
+        "card": torch.cuda.get_device_name() if on_cuda else None,
+        "cuda": torch.version.cuda if on_cuda else None,
+        "cudnn": torch.backends.cudnn.version() if on_cuda else None,
+        "deterministic": torch.backends.cudnn.deterministic if on_cuda else None,
+        "tf32": convolutions_in_tf32(torch.cuda.get_device_capability()) if on_cuda else None,
     }
 
 
@@ -57,3 +60,17 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
+
+
+# What decides the last bits of the arithmetic, as `describe` calls it.
+_ARITHMETIC = ("torch", "device", "card", "cuda", "cudnn", "tf32", "cpu_capability", "cpu_threads")
+
+
+def elsewhere(then: Mapping[str, object], now: Mapping[str, object]) -> str | None:
+    """What is not as it was where a run began, if that can change the last bits of its arithmetic, in words. Both: see
+    `describe`; what is not known of `then` tells nothing."""
+    on_cpu = now.get("device") == "cpu" and then.get("device") == "cpu"
+    names = [name for name in _ARITHMETIC if name in then and (on_cpu or not name.startswith("cpu_"))]
+    changed = [f"{name} {shorten(then[name])} -> {now[name]}" for name in names if then[name] != now[name]]
+    where = f"not as where the run began ({', '.join(changed)}): from here on the last bits may differ"
+    return where if changed else None

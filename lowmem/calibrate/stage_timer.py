@@ -1,31 +1,30 @@
 """Seconds of the stages of a chain, policy by policy, on the device itself: real tensors, the real executor.
 
-Each distinct stage is timed once per policy; what a calibration has already is not timed again. The gradient that the
-chain would hand down is copied for every call, and the copy's own time taken off, and where the host is what a call
-waits for, that of autograd's engine too: it is called once a stage here and once for the whole network in a step.
+The gradient that the chain would hand down is copied for every call, and the copy's own time taken off, and where the
+host is what a call waits for, that of autograd's engine too: it is called once a stage here and once for the whole
+network in a step.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lowmem.calibrate.calibration import Calibration, Mode, Seconds
+from lowmem.calibrate.calibration import Mode, Seconds
 from lowmem.measure.out_of_memory import Failure, attempt
 from lowmem.measure.timing import BOUND_SHARE, Timing, time_calls
 from lowmem.remat import decompose
 from lowmem.remat.block import ConvBlock
-from lowmem.remat.opaque import OpaqueStage
-from lowmem.remat.stage import Saved, Stage, StagePass
+from lowmem.remat.stage import OpaqueStage, Saved, Stage, StagePass
 from lowmem.simulate.stage import Option
+from lowmem.step.train_step import Execution
 
 _T = TypeVar("_T")
 _LEAST_SECONDS = 1e-9  # a difference of two measurements may come out below zero
@@ -33,13 +32,8 @@ PLAIN = "plain autograd"
 FAST = "forward that keeps nothing"
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A stage of the chain to be timed: by its place, under `key`."""
-
-    index: int
-    key: Hashable
-    options: tuple[tuple[Hashable, Option], ...]  # each with its own part of the key
+# Of one stage, names of figures with what each is of: PLAIN, FAST, or a policy.
+Wanted = Mapping[str, str | Option]
 
 
 def real_copy(model: nn.Module, device: str, memory_format: torch.memory_format) -> nn.Module:
@@ -61,37 +55,36 @@ def plain_forward(stage: Stage, x: Tensor) -> Tensor:
 
 
 class ChainClock:
-    """Times stages of `model` on inputs of `input_shape`, [N, C, H, W]; `low`: the dtype of autocast, or None;
-    `library_norm`: see `lowmem.remat.kernels`; `time_call`: what times a call, see `lowmem.measure.timing`."""
+    """Times stages of `model` on inputs of `input_shape`, [N, C, H, W]. `library_norm`: see `lowmem.remat.kernels`;
+    `time_call`: what times a call, see `lowmem.measure.timing`."""
 
     def __init__(
         self,
         model: nn.Module,
         *,
         input_shape: Sequence[int],
-        device: str,
-        memory_format: torch.memory_format,
-        low: torch.dtype | None,
+        execution: Execution,
         library_norm: bool = False,
-        calibration: Calibration,
         rounds: int = 3,
         time_call: Callable[..., Timing] = time_calls,
     ) -> None:
-        self.model, self.device, self.memory_format = model, device, memory_format
-        self.low, self.library_norm = low, library_norm
+        self.model, self.library_norm = model, library_norm
+        self.execution, self.device = execution, execution.device
         self.input_shape = tuple(input_shape)
-        self.calibration = calibration
         self.rounds = rounds
         self._time_call = time_call
 
-    def measure(self, wanted: Sequence[Wanted]) -> None:
-        """Puts what is wanted into the calibration. A policy that does not fit the device's memory is left out."""
-        by_index = {one.index: one for one in wanted}
-        if not by_index:
-            return
-        for index, timer in enumerate(self._stages()):
-            if index in by_index:
-                self._one(timer, by_index[index])
+    def measure(self, wanted: Mapping[int, Wanted]) -> dict[str, Seconds]:
+        """What is wanted of stages, by their place. A policy that does not fit the device's memory is left out."""
+        found: dict[str, Seconds] = {}
+        for index, timer in enumerate(self._stages() if wanted else ()):
+            for name, what in wanted.get(index, {}).items():
+                seconds = attempt(partial(timer.of, what), lambda: "timing")
+                if isinstance(seconds, Failure):
+                    _release(self.device)
+                else:
+                    found[name] = seconds
+        return found
 
     def mode(self) -> Mode:
         """A plain step's blocks, each distinct one timed once, and whether every result was finite."""
@@ -117,26 +110,16 @@ class ChainClock:
 
     def _stages(self) -> Iterator[_StageClock]:
         """Every stage of the chain on its own input."""
-        stages = decompose(real_copy(self.model, self.device, self.memory_format))
-        x = torch.randn(self.input_shape, device=self.device).contiguous(memory_format=self.memory_format)
+        stages = decompose(real_copy(self.model, self.device, self.execution.torch_memory_format))
+        x = torch.randn(self.input_shape, device=self.device).contiguous(
+            memory_format=self.execution.torch_memory_format
+        )
         need_input = masked = False
         for stage in stages:
             with torch.no_grad():
                 timer = _StageClock(self, stage, x, need_input, masked)
             yield timer
             x, need_input, masked = timer.output(), timer.passes_gradient(), stage.relu_output
-
-    def _one(self, timer: _StageClock, wanted: Wanted) -> None:
-        jobs: list[tuple[object, Callable[[], Seconds]]] = [(FAST, timer.fast), (PLAIN, timer.plain)]
-        jobs += [(name, partial(timer.option, option)) for name, option in wanted.options]
-        for what, job in jobs:
-            if self.calibration.seconds((wanted.key, what)) is not None:
-                continue
-            found = attempt(job, lambda: "timing")
-            if isinstance(found, Failure):
-                _release(self.device)
-            else:
-                self.calibration.put_seconds((wanted.key, what), found)
 
     @cached_property
     def engine_seconds(self) -> float:
@@ -155,7 +138,7 @@ class ChainClock:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """As the forward pass of a plain step."""
-        with torch.enable_grad(), torch.autocast(self.device, self.low, enabled=self.low is not None):
+        with torch.enable_grad(), self.execution.autocast():
             yield
 
     def timing(self, call: Callable[[], object]) -> Timing:
@@ -181,7 +164,7 @@ class _StageClock:
     """One stage on its input."""
 
     def __init__(self, clock: ChainClock, stage: Stage, x: Tensor, need_input: bool, masked: bool) -> None:
-        self.clock, self.stage, self.x, self.low = clock, stage, x, clock.low
+        self.clock, self.stage, self.x = clock, stage, x
         self.need_input, self.masked = need_input, masked
         self.like = torch.randn_like(self.output())
 
@@ -198,11 +181,16 @@ class _StageClock:
         return y
 
     def _pass(self) -> StagePass:
-        return StagePass(self.low, self.clock.library_norm)
+        return StagePass(self.clock.execution.amp_dtype, self.clock.library_norm)
 
     def passes_gradient(self) -> bool:
         """Whether the next stage's input needs a gradient."""
         return self.need_input or any(parameter.requires_grad for parameter in self.stage.parameters())
+
+    def of(self, what: str | Option) -> Seconds:
+        if isinstance(what, Option):
+            return self.option(what)
+        return self.fast() if what == FAST else self.plain()
 
     def fast(self) -> Seconds:
         """The forward that keeps nothing."""

@@ -1,39 +1,63 @@
-"""Plans for several processes, each on its own card, and the shares of the batch that go with them.
+"""Plans for the processes of a run, each on its own card, and the shares of the batch that go with them.
 
 Every process plans for itself alone; predicted seconds, precision and memory format are told to all, and all come to
-the same shares. For looking at it without any process (`lowmem plan --card A,B`) one plays all of them.
+the same shares. One process is a group of one (invariant 12).
+
+The step ends when the slowest process does. How long one takes for its share depends on its card's speed and on what
+fits it: with a smaller share a small card computes less again. So shares and plans are found together: plan for a
+share, take the predicted speed, share anew, until nothing is gained (like cards keep even shares after one round).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import ceil
 from typing import Any
 
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice, Request
-from lowmem.choose.session import AS_FAST, AUTO_BATCHES, follow_batch, request_of, settle_modes
-from lowmem.choose.shares import Shared, balance
-from lowmem.config.schema import cards_of, for_process
-from lowmem.config.settings import Settings
 from lowmem.core.errors import Infeasible, UsageError
-from lowmem.distributed.split import even_shares
+from lowmem.distributed.split import even_shares, weighted_shares
+from lowmem.plan.record import Candidate
 
 Mode = tuple[str, str]  # precision, memory format
 # Values (JSON) by rank, those that this process knows -> all of them, in the order of the ranks.
 Gather = Callable[[Mapping[int, Any]], Sequence[Any]]
+Predict = Callable[[tuple[int, ...]], Sequence[float | None]]
+
+AUTO_BATCHES = (32, 64, 128, 256, 512, 1024)
+ROUNDS = 8
+_MOST_LOOKS = 40
+# What differs by less than this, by prediction or by a few real steps, is not known to differ.
+ALIKE = 1.02
 
 
 @dataclass(frozen=True)
-class Divided:
-    """The choices that this process has made, by rank, with the shares in their plans; the predicted step of all."""
+class BatchSplit:
+    """Pictures and predicted seconds of a step, by process; the choices that this process has made, by rank, with the
+    shares in their plans."""
 
-    choices: Mapping[int, Choice]
-    shared: Shared
+    shares: tuple[int, ...]
+    seconds: tuple[float, ...]
+    choices: Mapping[int, Choice] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        return sum(self.shares)
+
+    @property
+    def step_seconds(self) -> float:
+        """Without communication."""
+        return max(self.seconds)
+
+    @property
+    def images_per_second(self) -> float:
+        return self.batch / self.step_seconds
 
 
 class Planner:
-    """Plans for the processes in `requests` (`joint` ones), by rank, of `size` in all; what was planned is kept."""
+    """Plans for the processes in `requests`, by rank, of `size` in all; what was planned is kept."""
 
     def __init__(self, requests: Mapping[int, Request], size: int, gather: Gather) -> None:
         self.requests = dict(requests)
@@ -41,15 +65,55 @@ class Planner:
         self._gather = gather
         self._known: dict[tuple[object, ...], Choice | Infeasible] = {}
 
-    @property
-    def may_accumulate(self) -> bool:
-        return any(request.allow_accumulation for request in self.requests.values())
-
     def everyone(self, mine: Callable[[int], Any]) -> list[Any]:
         """`mine(rank)` of all processes."""
         return list(self._gather({rank: mine(rank) for rank in self.requests}))
 
-    def plan(self, rank: int, share: int, mode: Mode | None, *, accumulate: bool) -> Choice | Infeasible:
+    def divide(self, batch: int, *, may_accumulate: bool) -> BatchSplit:
+        """Shares and plans for `batch` pictures: without accumulation if there is any such way.
+
+        Precision and memory format are the same everywhere: as the slowest process wants them, if they are open and
+        not all want the same. Raises Infeasible.
+        """
+        # Of one process a plan without accumulation comes first anyway (see `choose`).
+        for accumulate in (False, True) if may_accumulate and self.size > 1 else (may_accumulate,):
+            split = self._balance(batch, None, accumulate)
+            if split is None:
+                continue
+            for mode in self._modes(split, accumulate):
+                agreed = split if mode is None else self._balance(batch, mode, accumulate)
+                if agreed is not None:
+                    choices = {rank: self._chosen(rank, agreed, mode, accumulate) for rank in self.requests}
+                    return replace(agreed, choices=choices)
+        raise self._why_not(batch, may_accumulate)
+
+    def divide_auto(self, recipe_batch: int, pictures: int | None) -> list[BatchSplit]:
+        """The batches that fit without accumulation: the preferred one, with why the others were not chosen, then those
+        with more pictures per second first. Raises Infeasible, UsageError."""
+        fitting: list[BatchSplit] = []
+        refused: list[Candidate] = []
+        least: Infeasible | None = None
+        for batch in AUTO_BATCHES:
+            if batch < self.size or (pictures is not None and batch > pictures):
+                continue
+            try:
+                fitting.append(self.divide(batch, may_accumulate=False))
+            except Infeasible as error:
+                least = error
+                reason = "does not fit"
+                refused.append(Candidate(what=f"batch {batch}", refused_because=reason, peak_bytes=error.least_bytes))
+                break  # nothing larger fits either
+        if not fitting:
+            raise least or UsageError("there are too few pictures for --batch auto: give a batch")
+        best = preferred(fitting, recipe_batch)
+        others = sorted((split for split in fitting if split is not best), key=lambda split: -split.images_per_second)
+        choices = {
+            rank: _with_candidates(choice, (*(_slower(rank, other, best) for other in others), *refused))
+            for rank, choice in best.choices.items()
+        }
+        return [replace(best, choices=choices), *others]
+
+    def _plan(self, rank: int, share: int, mode: Mode | None, accumulate: bool) -> Choice | Infeasible:
         """For `share` pictures (a process without any has a plan for one), in a precision and memory format if they are
         settled."""
         share = max(1, share)
@@ -66,18 +130,18 @@ class Planner:
                 self._known[key] = error
         return self._known[key]
 
-    def chosen(self, rank: int, share: int, mode: Mode | None, *, accumulate: bool) -> Choice:
-        """A plan that is known to fit."""
-        choice = self.plan(rank, share, mode, accumulate=accumulate)
+    def _chosen(self, rank: int, split: BatchSplit, mode: Mode | None, accumulate: bool) -> Choice:
+        """Of a split that is known to fit."""
+        choice = self._plan(rank, split.shares[rank], mode, accumulate)
         assert isinstance(choice, Choice)
-        return choice
+        return replace(choice, plan=replace(choice.plan, shares=split.shares))
 
-    def balance(self, batch: int, mode: Mode | None, *, accumulate: bool) -> Shared | None:
-        """See `shares.balance`."""
+    def _balance(self, batch: int, mode: Mode | None, accumulate: bool) -> BatchSplit | None:
+        """See `balance`."""
 
         def predict(shares: tuple[int, ...]) -> Sequence[float | None]:
             def seconds(rank: int) -> float | None:
-                choice = self.plan(rank, shares[rank], mode, accumulate=accumulate)
+                choice = self._plan(rank, shares[rank], mode, accumulate)
                 if isinstance(choice, Infeasible):
                     return None
                 return choice.plan.predicted.step_seconds if shares[rank] else 0.0
@@ -86,116 +150,149 @@ class Planner:
 
         return balance(batch, self.size, predict)
 
-    def why_not(self, batch: int) -> Infeasible:
+    def _modes(self, split: BatchSplit, accumulate: bool) -> Iterator[Mode | None]:
+        """None if all processes want the same; else what the slowest wants, then what others do."""
+
+        def wants(rank: int) -> list[str]:
+            plan = self._chosen(rank, split, None, accumulate).plan
+            return [plan.precision, plan.memory_format]
+
+        wanted: list[Mode] = [(precision, layout) for precision, layout in self.everyone(wants)]
+        if len(set(wanted)) == 1:
+            yield None
+            return
+        slowest = sorted(range(self.size), key=lambda rank: -split.seconds[rank])
+        yield from dict.fromkeys(wanted[rank] for rank in slowest)
+
+    def _why_not(self, batch: int, may_accumulate: bool) -> Infeasible:
         """What the first process that could not met at an even share, where nothing fits."""
         even = even_shares(batch, self.size)
 
-        def words(rank: int) -> list[Any] | None:
-            request = self.requests[rank]
-            error = self.plan(rank, even[rank], None, accumulate=request.allow_accumulation)
+        def refusal(rank: int) -> list[Any] | None:
+            error = self._plan(rank, even[rank], None, may_accumulate)
             return [error.budget_bytes, error.least_bytes, error.what] if isinstance(error, Infeasible) else None
 
-        failed = [(rank, one) for rank, one in enumerate(self.everyone(words)) if one is not None]
+        failed = [(rank, reason) for rank, reason in enumerate(self.everyone(refusal)) if reason is not None]
         if not failed:
             budget = min(self.everyone(lambda rank: self.requests[rank].budget.tensor_bytes))
             what = "every card for itself, but none in a precision and memory format that all of them take"
             return Infeasible(budget, budget + 1, what, "give --precision and --memory-format")
+        own = self._plan(0, batch, None, may_accumulate) if self.size == 1 else None
+        if isinstance(own, Infeasible):
+            return own
         rank, (budget, least, what) = failed[0]
         return Infeasible(budget, least, f"process {rank} with {even[rank]} pictures: {what}", "lower --batch")
 
 
-def divide(planner: Planner, batch: int) -> Divided:
-    """Shares and plans for `batch` pictures: without accumulation if there is any such way.
+def preferred(fitting: Sequence[BatchSplit], recipe_batch: int) -> BatchSplit:
+    """The one with the most pictures per second. Of those that are as fast, within what predictions can tell apart, the
+    recipe's own batch, for which its learning rate was meant; else the largest."""
+    most = max(split.images_per_second for split in fitting)
+    alike = [split for split in fitting if split.images_per_second * ALIKE >= most]
+    return max(alike, key=lambda split: (split.batch == recipe_batch, split.batch))
 
-    Precision and memory format are the same everywhere: as the slowest process wants them, if they are open and not all
-    want the same. Raises Infeasible.
+
+def _slower(rank: int, split: BatchSplit, best: BatchSplit) -> Candidate:
+    faster = split.images_per_second >= best.images_per_second
+    why = "hardly more pictures per second" if faster else "fewer pictures per second"
+    predicted = split.choices[rank].plan.predicted
+    return Candidate(
+        what=f"batch {split.batch}",
+        refused_because=f"{why} ({split.images_per_second:.0f})",
+        peak_bytes=predicted.peak_allocated_bytes,
+        step_seconds=predicted.step_seconds,
+    )
+
+
+def _with_candidates(choice: Choice, before: Sequence[Candidate]) -> Choice:
+    return replace(choice, plan=replace(choice.plan, candidates=(*before, *choice.plan.candidates)))
+
+
+# -- shares by speed ---------------------------------------------------------------------------------------------------
+
+
+def balance(batch: int, size: int, predict: Predict) -> BatchSplit | None:
+    """The shares with the least predicted time. `predict`: seconds of every process for its share, None for one that it
+    does not fit (0 pictures take 0 s). Looks up to `ROUNDS` times at shares that fit, and at others to find what
+    fits. None: nothing does.
     """
-    for accumulate in (False, True) if planner.may_accumulate else (False,):
-        shared = planner.balance(batch, None, accumulate=accumulate)
-        if shared is None:
-            continue
-        for mode in _modes(planner, shared, accumulate):
-            found = shared if mode is None else planner.balance(batch, mode, accumulate=accumulate)
-            if found is not None:
-                return _divided(planner, found, mode, accumulate)
-    raise planner.why_not(batch)
+    rooms = [_Room(batch) for _ in range(size)]
+    shares: tuple[int, ...] | None = even_shares(batch, size)
+    best: BatchSplit | None = None
+    seen: set[tuple[int, ...]] = set()
+    rounds = 0
+    while shares is not None and shares not in seen and len(seen) < _MOST_LOOKS:
+        seen.add(shares)
+        seconds = predict(shares)
+        for room, share, taken in zip(rooms, shares, seconds, strict=True):
+            room.learn(share, taken is not None)
+        known = [taken for taken in seconds if taken is not None]
+        if len(known) == size:
+            rounds += 1
+            split = BatchSplit(shares, tuple(known))
+            if best is not None and split.step_seconds * ALIKE >= best.step_seconds:
+                return min(best, split, key=lambda one: one.step_seconds)
+            best = split
+            busy = [taken for share, taken in zip(shares, known, strict=True) if share]
+            if max(busy) <= ALIKE * min(busy) or rounds >= ROUNDS:
+                return best
+        shares = _again(batch, shares, seconds, rooms)
+    return best
 
 
-def _modes(planner: Planner, shared: Shared, accumulate: bool) -> Iterator[Mode | None]:
-    """None if all processes want the same; else what the slowest wants, then what others do."""
-
-    def wants(rank: int) -> list[str]:
-        plan = planner.chosen(rank, shared.shares[rank], None, accumulate=accumulate).plan
-        return [plan.precision, plan.memory_format]
-
-    wanted: list[Mode] = [(precision, layout) for precision, layout in planner.everyone(wants)]
-    if len(set(wanted)) == 1:
-        yield None
-        return
-    slowest = sorted(range(planner.size), key=lambda rank: -shared.seconds[rank])
-    yield from dict.fromkeys(wanted[rank] for rank in slowest)
-
-
-def _divided(planner: Planner, shared: Shared, mode: Mode | None, accumulate: bool) -> Divided:
-    choices = {}
-    for rank in planner.requests:
-        choice = planner.chosen(rank, shared.shares[rank], mode, accumulate=accumulate)
-        choices[rank] = replace(choice, plan=replace(choice.plan, shares=shared.shares))
-    return Divided(choices, shared)
+def _again(
+    batch: int, shares: tuple[int, ...], seconds: Sequence[float | None], rooms: Sequence[_Room]
+) -> tuple[int, ...] | None:
+    """The next shares to look at, by the speeds seen and the room there is; None if there is too little."""
+    speeds = [share / taken if taken and share else None for share, taken in zip(shares, seconds, strict=True)]
+    known = [speed for speed in speeds if speed is not None]
+    usual = sum(known) / len(known) if known else 1.0
+    wanted = [usual if speed is None else speed for speed in speeds]
+    for hope in (0.5, 0.75, 0.875, 1.0):  # of what is not known to fit and not known not to
+        limits = [room.limit(hope) for room in rooms]
+        if sum(limits) >= batch:
+            return _limited(batch, wanted, limits)
+    return None
 
 
-def divide_auto(planner: Planner, recipe_batch: int, pictures: int | None) -> Divided:
-    """The batch with the most pictures per second (`--batch auto`), as `session.preferred` has it, without
-    accumulation. Raises Infeasible, UsageError."""
-    exact = {rank: replace(request, allow_accumulation=False) for rank, request in planner.requests.items()}
-    planner.requests = exact
-    fitting: list[Divided] = []
-    least: Infeasible | None = None
-    for batch in AUTO_BATCHES:
-        if batch < planner.size or (pictures is not None and batch > pictures):
-            continue
-        try:
-            fitting.append(divide(planner, batch))
-        except Infeasible as error:
-            least = least or error
-            break  # nothing larger fits either
-    if not fitting:
-        raise least or UsageError("there are too few pictures for --batch auto: give a batch")
+class _Room:
+    """What is known of the pictures that fit one process."""
 
-    def speed(one: Divided) -> float:
-        return sum(one.shared.shares) / one.shared.step_seconds
+    def __init__(self, batch: int) -> None:
+        self._fits = 0
+        self._most, self._bounded = batch, False  # bounded: one more is known not to fit
 
-    most = max(map(speed, fitting))
-    alike = [one for one in fitting if speed(one) * AS_FAST >= most]
-    return max(alike, key=lambda one: (sum(one.shared.shares) == recipe_batch, sum(one.shared.shares)))
+    def learn(self, share: int, fits: bool) -> None:
+        if fits:
+            self._fits = max(self._fits, share)
+        else:
+            self._most = min(self._most, share - 1)
+            self._bounded = True
+
+    def limit(self, hope: float) -> int:
+        """The largest share worth asking for."""
+        return self._fits + ceil((self._most - self._fits) * hope) if self._bounded else self._most
 
 
-def plan_cards(settings: Settings, num_classes: int = 10, train_pictures: int = 0) -> tuple[Settings, Divided]:
-    """Plans for one process on each of the cards named in `memory.card`, here, and the settings with what they decided.
-
-    Raises Infeasible, UsageError."""
-    config = settings.config
-    size = len(cards_of(config))
-    requests = {
-        rank: request_of(for_process(config, rank, size), num_classes, train_pictures, joint=True)
-        for rank in range(size)
-    }
-    planner = Planner(requests, size, lambda values: [values[rank] for rank in range(size)])
-    if config.memory.auto_batch:
-        divided = divide_auto(planner, config.train.batch, None)
-        settings = follow_batch(settings, sum(divided.shared.shares))
-    else:
-        divided = divide(planner, config.train.batch)
-    return settle_modes(settings, divided.choices[0].plan, requests[0].reasons), divided
+def _limited(batch: int, speeds: Sequence[float], limits: Sequence[int]) -> tuple[int, ...]:
+    """Shares in proportion to speeds, none above its limit; all limits together are enough."""
+    fixed: dict[int, int] = {}
+    while True:
+        free = [rank for rank in range(len(speeds)) if rank not in fixed]
+        left = batch - sum(fixed.values())
+        shares = dict(zip(free, weighted_shares(left, tuple(speeds[rank] for rank in free)), strict=True))
+        over = [rank for rank in free if shares[rank] > limits[rank]]
+        if not over:
+            return tuple({**fixed, **shares}[rank] for rank in range(len(speeds)))
+        fixed |= {rank: limits[rank] for rank in over}
 
 
-def describe(shared: Shared, cards: Sequence[str]) -> list[str]:
+def describe_split(split: BatchSplit, cards: Sequence[str]) -> list[str]:
     """The shares in words, a line for each process. `cards`: what each has, in words."""
-    total, step = sum(shared.shares), shared.step_seconds
-    lines = [
-        f"batch {total} over {len(shared.shares)} processes, {step:.3f} s a step without communication (predicted):"
-    ]
-    for rank, (share, seconds) in enumerate(zip(shared.shares, shared.seconds, strict=True)):
+    step = split.step_seconds
+    head = f"batch {split.batch} over {len(split.shares)} processes, {step:.3f} s a step without communication"
+    lines = [f"{head} (predicted):"]
+    for rank, (share, seconds) in enumerate(zip(split.shares, split.seconds, strict=True)):
         waits = f", waits {1 - seconds / step:.0%} of it" if seconds < 0.98 * step else ""
         lines.append(f"  process {rank}  {cards[rank]:<24} {share:>5} pictures  {seconds:.3f} s{waits}")
     return lines

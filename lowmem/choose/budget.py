@@ -5,10 +5,21 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 
-from lowmem.config.cards import Card, Platform
-from lowmem.core.errors import Infeasible
+import torch
+
+from lowmem.calibrate.calibrator import Calibrator
+from lowmem.calibrate.device import DeviceFacts, ask_device, describe_card
+from lowmem.choose.execution import numerics_of
+from lowmem.config.cards import Card, Platform, find_card, load_card
+from lowmem.config.schema import Config, for_process
+from lowmem.core.errors import Infeasible, UsageError
 from lowmem.core.units import MIB
-from lowmem.remat.libraries import ASSUMED_WORKSPACE_BYTES, blas_workspace_bytes
+from lowmem.remat.libraries import (
+    ASSUMED_WORKSPACE_BYTES,
+    blas_workspace_bytes,
+    prepare_libraries,
+    workspace_cap_bytes,
+)
 
 # Assumed where nothing was measured, and printed as assumed with every plan; the margin is for whatever no model
 # foresees.
@@ -17,6 +28,7 @@ ASSUMED_CONTEXT_BYTES = 400 * MIB
 # about 10 MiB for each channel and connection, of which a ring has two and a tree up to three (NVIDIA/nccl#986, #1685).
 ASSUMED_COMMUNICATOR_BYTES = 200 * MIB
 MARGIN_SHARE = 0.02
+_PICTURE_BYTES = 3 * 32 * 32  # uint8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,35 +149,78 @@ def of_card(
 
 
 def of_device(
-    free_bytes: int,
-    total_bytes: int,
+    facts: DeviceFacts,
     vram_bytes: int | None = None,
-    *,
-    name: str = "the card",
     pictures_bytes: int = 0,
-    context_bytes: int | None = None,
+    *,
     workspace_bytes: int = ASSUMED_WORKSPACE_BYTES,
-    blas_bytes: int = 0,
-    blas_measured: bool = False,
+    deterministic: bool = True,
 ) -> Budget:
-    """The budget of the CUDA device at hand. Its context exists already: `free_bytes` is without it.
+    """The budget of the CUDA device at hand. Its context exists already: what is free is without it.
 
     With less `vram_bytes` than the device has the card is emulated: others count as far as they leave less than that.
-    `context_bytes`: measured, or None. `blas_bytes`: of cuBLAS's workspace, measured or not. `pictures_bytes`: of the
-    data set, which is held on the card. Raises Infeasible.
+    `pictures_bytes`: of the data set, which is held on the card. `deterministic`: of the run. Raises Infeasible.
     """
-    total = total_bytes if vram_bytes is None else min(vram_bytes, total_bytes)
-    context = ASSUMED_CONTEXT_BYTES if context_bytes is None else context_bytes
+    total = facts.total_bytes if vram_bytes is None else min(vram_bytes, facts.total_bytes)
+    context = ASSUMED_CONTEXT_BYTES if facts.context_bytes is None else facts.context_bytes
+    blas = facts.blas_workspace_bytes
+    assumed = blas_workspace_bytes(facts.capability, deterministic=deterministic)
     return Budget(
         total_bytes=total,
-        others_bytes=max(0, total - free_bytes - context),
+        others_bytes=max(0, total - facts.free_bytes - context),
         context_bytes=context,
-        context_measured=context_bytes is not None,
+        context_measured=facts.context_bytes is not None,
         workspace_bytes=workspace_bytes,
-        blas_workspace_bytes=blas_bytes,
-        blas_workspace_measured=blas_measured,
+        blas_workspace_bytes=assumed if blas is None else blas,
+        blas_workspace_measured=blas is not None,
         pictures_bytes=pictures_bytes,
         margin_bytes=int(total * MARGIN_SHARE),
-        source=name if total == total_bytes else f"emulated card on {name}",
-        emulated=total < total_bytes,
+        source=facts.name if total == facts.total_bytes else f"emulated card on {facts.name}",
+        emulated=total < facts.total_bytes,
     )
+
+
+def budget_of(
+    config: Config, train_pictures: int = 0, calibrator: Calibrator | None = None
+) -> tuple[Budget, Card | None]:
+    """The budget for the step's tensors and, where it is known, the card whose rates predict time. `calibrator`: of the
+    device at hand, if predictions are to follow what is measured on it.
+
+    Raises UsageError for an unknown card or where there is nothing to fit into, Infeasible for too small a card,
+    PreflightError for a CUDA device that does not answer.
+    """
+    config = for_process(config, 0, 1)
+    memory = config.memory
+    pictures_bytes = train_pictures * _PICTURE_BYTES
+    if memory.card is not None:
+        card = load_card(memory.card)
+        deterministic = config.train.deterministic
+        return of_card(card, memory.vram, pictures_bytes, _platform(config), deterministic=deterministic), card
+    if config.train.device == "cuda" and torch.cuda.is_available():
+        numerics = numerics_of(config.train)
+        prepare_libraries(numerics)
+        facts = (calibrator.facts if calibrator is not None else None) or ask_device(numerics)
+        # Measured workspaces are a part of the simulated step.
+        workspace = workspace_cap_bytes() if calibrator is None else 0
+        deterministic = numerics.deterministic
+        budget = of_device(facts, memory.vram, pictures_bytes, workspace_bytes=workspace, deterministic=deterministic)
+        return budget, card_of(facts, calibrator)
+    if memory.vram is None:
+        raise UsageError("there is nothing to fit into: give --vram, like --vram 6G, or --card, like --card gtx1060-6g")
+    return tensors_only(memory.vram), None
+
+
+def card_of(facts: DeviceFacts, calibrator: Calibrator | None) -> Card | None:
+    """The shipped profile of a device; else one made of what its driver tells and what is measured; None without."""
+    known = find_card(facts.name, facts.total_bytes)
+    rates = None if known is not None or calibrator is None else calibrator.rates()
+    if rates is None:
+        return known
+    return describe_card(facts, rates, ASSUMED_CONTEXT_BYTES)
+
+
+def _platform(config: Config) -> Platform | None:
+    chosen = config.memory.platform
+    if chosen == "auto":
+        return None
+    return "linux_display" if chosen == "linux-display" else chosen

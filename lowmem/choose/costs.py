@@ -3,7 +3,7 @@ roofline, or as they were measured on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.calibrate.calibration import Seconds
 from lowmem.calibrate.calibrator import StageTimes
+from lowmem.calibrate.stage_timer import FAST, PLAIN
 from lowmem.plan.cost import ChainCost, Operation, OptionCost, Rates, StageCost
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, PolicyKind
 from lowmem.remat import decompose
@@ -117,28 +118,6 @@ def calls_of(
     return calls
 
 
-def chain_cost(
-    model: nn.Module,
-    *,
-    input_shape: Sequence[int],
-    rates: Rates,
-    memory_format: torch.memory_format = torch.contiguous_format,
-    low: torch.dtype | None = None,
-    optimizer_copies: int = 1,
-    accumulation: int = 1,
-) -> ChainCost:
-    """Costs of a step with seconds by a roofline. Arguments: see `measure_costs`."""
-    measured = measure_costs(
-        model,
-        input_shape=input_shape,
-        memory_format=memory_format,
-        low=low,
-        optimizer_copies=optimizer_copies,
-        accumulation=accumulation,
-    )
-    return price(measured, rates)
-
-
 def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None) -> ChainCost:
     """Seconds for what was simulated: as they were measured on the device, or by a roofline. What did not fit the
     device when it was measured gets the roofline's seconds, scaled as those of the others."""
@@ -148,12 +127,10 @@ def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None)
     undo = measured.buffer_bytes + measured.parameter_bytes[0] * (1 + measured.optimizer_copies)
     fixed = parameters * (1 + measured.optimizer_copies) + measured.buffer_bytes + undo
     fixed += measured.input_bytes * measured.accumulation + grads
-    plain = [next(o for o in stage.options if o.option.policy == SAVE_ALL) for stage in measured.stages]
-    work = [work for option in plain for work in (*option.forward_work, *option.backward_work)]
-    clock = _Clock(rates, times, measured.stages)
+    seconds = _StageSeconds(rates, times, measured.stages)
     return ChainCost(
         stages=tuple(
-            _stage_cost(name, stage, clock, measured.accumulation)
+            _stage_cost(name, stage, seconds, measured.accumulation)
             for name, stage in zip(measured.names, measured.stages, strict=True)
         ),
         output_bytes=measured.stages[-1].output_bytes,
@@ -161,70 +138,62 @@ def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None)
         fixed_bytes=fixed,
         outside_peak_bytes=fixed - grads + parameters,  # the fused update allocates nothing
         outside_seconds=0.0 if times is None else times.outside_seconds,
-        plain_seconds=sum(clock.plain(stage) for stage in measured.stages),
-        plain_flops=sum(one.flops for one in work),
+        plain_seconds=sum(seconds.plain(stage) for stage in measured.stages),
+        plain_flops=sum(one.flops for stage in measured.stages for one in _plain_work(stage)),
     )
 
 
-class _Clock:
+class _StageSeconds:
     """Seconds of everything a stage can do: measured ones, else the roofline's."""
 
     def __init__(self, rates: Rates, times: StageTimes | None, stages: Sequence[StageMeasure]) -> None:
         self.rates, self.times = rates, times
         self.scale = 1.0
-        if times is not None:
-            pairs = [(times.plain_seconds(stage), self._roofline_plain(stage)) for stage in stages]
-            known = [(seconds, guess) for seconds, guess in pairs if seconds is not None]
-            if known:
-                self.scale = sum(seconds for seconds, _ in known) / sum(guess for _, guess in known)
+        measured = [(one, self._roofline(_plain_work(stage))) for stage in stages if (one := self._timed(stage, PLAIN))]
+        if measured:
+            self.scale = sum(seconds.backward for seconds, _ in measured) / sum(guess for _, guess in measured)
 
     def option(self, stage: StageMeasure, option: OptionMeasure) -> Seconds:
-        found = None if self.times is None else self.times.option(stage, option.option)
-        if found is not None:
-            return found
-        return Seconds(
-            self._roofline(option.forward_work),
-            self._roofline(option.backward_work),
-            self._roofline(option.restore_work),
-        )
+        works = (option.forward_work, option.backward_work, option.restore_work)
+        return self._timed(stage, option.option) or Seconds(*map(self._roofline, works))
 
     def fast(self, stage: StageMeasure) -> float:
-        found = None if self.times is None else self.times.fast_seconds(stage)
-        return self._roofline(stage.fast_work) if found is None else found
+        found = self._timed(stage, FAST)
+        return self._roofline(stage.fast_work) if found is None else found.forward
 
     def plain(self, stage: StageMeasure) -> float:
         """Under autograd."""
-        found = None if self.times is None else self.times.plain_seconds(stage)
-        return self.scale * self._roofline_plain(stage) if found is None else found
+        found = self._timed(stage, PLAIN)
+        return self._roofline(_plain_work(stage)) if found is None else found.backward
 
-    def _roofline_plain(self, stage: StageMeasure) -> float:
-        plain = next(option for option in stage.options if option.option.policy == SAVE_ALL)
-        return self.rates.seconds(_operations((*plain.forward_work, *plain.backward_work)))
+    def _timed(self, stage: StageMeasure, what: str | Option) -> Seconds | None:
+        return None if self.times is None else self.times.seconds(stage, what)
 
     def _roofline(self, work: Iterable[KernelWork]) -> float:
-        return self.scale * self.rates.seconds(_operations(work))
+        return self.scale * self.rates.seconds(Operation(one.flops, one.moved_bytes) for one in work)
 
 
-def _operations(work: Iterable[KernelWork]) -> Iterator[Operation]:
-    return (Operation(one.flops, one.moved_bytes) for one in work)
+def _plain_work(stage: StageMeasure) -> tuple[KernelWork, ...]:
+    plain = next(option for option in stage.options if option.option.policy == SAVE_ALL)
+    return (*plain.forward_work, *plain.backward_work)
 
 
-def _options(stage: Any) -> list[Option]:
-    usual = [Option(policy, policy.drop_output, policy.kind is PolicyKind.FUSED) for policy in policies(stage)]
+def _options(stage: Stage) -> list[Option]:
+    usual = [Option(policy) for policy in policies(stage)]
     # A segment's last stage is best FUSED; the other ways are for the baselines.
     lasts = [Option(policy, last=True) for policy in (SAVE_ALL, LEAN, INPUT_ONLY) if policy in policies(stage)]
     return [*usual, *lasts]
 
 
-def _stage_cost(name: str, measure: StageMeasure, clock: _Clock, accumulation: int) -> StageCost:
-    options = [(one.option.last, _option_cost(one, clock.option(measure, one))) for one in measure.options]
+def _stage_cost(name: str, measure: StageMeasure, seconds: _StageSeconds, accumulation: int) -> StageCost:
+    options = [(one.option.last, _option_cost(one, seconds.option(measure, one))) for one in measure.options]
     return StageCost(
         name=name,
         input_bytes=measure.input_bytes,
         input_grad_bytes=measure.input_grad_bytes,
         options=tuple(cost for last, cost in options if not last),
         last_options=tuple(cost for last, cost in options if last),
-        fast_seconds=clock.fast(measure),
+        fast_seconds=seconds.fast(measure),
         fast_temp_bytes=measure.fast_temp_bytes,
         fast_flops=sum(work.flops for work in measure.fast_work),
         param_grad_bytes=measure.param_grad_bytes if accumulation == 1 else 0,

@@ -1,62 +1,39 @@
-"""The next smaller plans, solved and simulated before the run starts: out of memory is then a step down, and the
-training loop needs no solver."""
+"""What could be taken instead of a choice.
+
+The ladder: the next smaller plans, solved and simulated before the run starts; out of memory is then a step down, and
+the training loop needs no solver. And runners-up, should real steps not bear a choice out: other batches, another
+precision, less budget."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from math import sqrt
 
-from lowmem.choose.fit import predict, seconds_of
-from lowmem.choose.request import Choice
-from lowmem.choose.simulated import Simulated, simulate_step
+from lowmem.choose.planning import choose, predict, seconds_of
+from lowmem.choose.request import Choice, Request
 from lowmem.core.errors import Infeasible
+from lowmem.plan.evaluate import Solution
 from lowmem.plan.record import Plan
-from lowmem.plan.solution import Solution
-from lowmem.plan.solver import Solver
+from lowmem.simulate import Simulated, simulate_step
 
-# Most often a little is missing (a browser, fragmentation): four small steps down, then the rest of the way in two.
-NEAR_RATIO = 0.92
-NEAR_RUNGS = 4
+# A runner-up that is predicted to be slower by more than this cannot win by an error of the prediction that is usual.
+_WORTH_TRYING = 1.5
+_MOST_RIVALS = 2
 
 
-def ladder(choice: Choice) -> tuple[Plan, ...]:
-    """Plans that compute the same as the choice's (precision, memory format, micro-batch) in less and less memory, down
-    to the least there is; empty if the chosen one is that.
+def with_ladder(choice: Choice) -> Choice:
+    """The choice, its plan with its ladder: plans that compute the same (precision, memory format, micro-batch) in less
+    and less memory, down to the least there is; none if the chosen one is that.
 
     Each was simulated whole. Its `budget_bytes` is what that showed to be enough: on a card the allocator's segments,
     else the tensors. Takes a simulated step for each of at most seven candidates.
     """
-    solver = Solver(choice.chain, limit_bytes=choice.budget.tensor_bytes)
     above, rungs = choice.simulated, list[Plan]()
-    for solution in _solutions(solver, choice.simulated.estimate.peak_allocated_bytes):
+    for solution in choice.solver.ladder(choice.simulated.estimate.peak_allocated_bytes):
         simulated = simulate_step(choice.shape, solution.schedule, choice.rates, workspace=choice.workspace)
         if _size(choice, simulated) < _size(choice, above) and _peak(simulated) < _peak(above):
             rungs.append(_rung(choice, solution, simulated))
             above = simulated
-    return tuple(rungs)
-
-
-def with_ladder(choice: Choice) -> Choice:
-    """The choice, its plan with its ladder."""
-    return replace(choice, plan=replace(choice.plan, ladder=ladder(choice)))
-
-
-def _solutions(solver: Solver, below_bytes: int) -> Iterator[Solution]:
-    """Falling peaks under the cost model."""
-    near = solver.ladder(below_bytes, NEAR_RATIO, NEAR_RUNGS)
-    yield from near
-    least = solver.least()
-    last = near[-1].peak_bytes if near else below_bytes
-    if least.peak_bytes >= last:
-        return
-    try:
-        between = solver.solve(int(sqrt(least.peak_bytes * last)))
-    except Infeasible:  # the least is rounded to slots like everything in the table
-        between = least
-    if between.peak_bytes > least.peak_bytes:
-        yield between
-    yield least
+    return replace(choice, plan=replace(choice.plan, ladder=tuple(rungs)))
 
 
 def _peak(simulated: Simulated) -> int:
@@ -79,3 +56,52 @@ def _rung(choice: Choice, solution: Solution, simulated: Simulated) -> Plan:
         candidates=(),
         ladder=(),
     )
+
+
+# -- runners-up --------------------------------------------------------------------------------------------------------
+
+
+def rivals(request: Request, choices: list[Choice]) -> list[Choice]:
+    """The runners-up that may be faster than the choice, `choices[0]`, though predicted otherwise: the fastest of its
+    other batches and of the other precision, by predicted pictures per second.
+
+    Another precision is one only on tensor cores, where `auto` prefers the mixed one for its speed; elsewhere mixed
+    precision is for what does not fit in fp32 (see `other_precision`).
+    """
+    chosen, *others = choices
+    if request.precisions[0] == "amp" and chosen.plan.precision == "amp":
+        other = other_precision(request, chosen)
+        others = others if other is None else [*others, other]
+    near = [one for one in others if one.images_per_second * _WORTH_TRYING >= chosen.images_per_second]
+    return sorted(near, key=lambda choice: -choice.images_per_second)[:_MOST_RIVALS]
+
+
+def other_precision(request: Request, choice: Choice) -> Choice | None:
+    """The same batch in the next precision that `auto` leaves open; None if there is none or it does not fit."""
+    left = request.precisions[request.precisions.index(choice.plan.precision) + 1 :]
+    if request.settled or not left:
+        return None
+    return _planned_as(request, choice, left, request.budget.tensor_bytes)
+
+
+def smaller(request: Request, choice: Choice, tensor_bytes: int) -> Choice | None:
+    """The same computation planned for fewer bytes of tensors; None if it does not fit into them. What the budget has
+    more than that is its margin."""
+    return _planned_as(request, choice, (choice.plan.precision,), tensor_bytes)
+
+
+def _planned_as(request: Request, choice: Choice, precisions: tuple[str, ...], tensor_bytes: int) -> Choice | None:
+    cut = request.budget.tensor_bytes - tensor_bytes
+    try:
+        return choose(
+            replace(
+                request,
+                batch=choice.plan.batch,
+                micro_batch=choice.plan.micro_batch,
+                precisions=precisions,
+                allow_accumulation=choice.plan.accumulation > 1,
+                budget=replace(request.budget, margin_bytes=request.budget.margin_bytes + cut),
+            )
+        )
+    except Infeasible:
+        return None

@@ -1,20 +1,31 @@
-"""What is to be planned, and what comes of it."""
+"""What is to be planned, from a run's settings, and what comes of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from lowmem.calibrate.calibrator import Calibrator
-from lowmem.choose.budget import Budget
-from lowmem.choose.simulated import Simulated, StepShape
-from lowmem.config.cards import Card
+from lowmem.calibrate.calibration import Calibration
+from lowmem.calibrate.calibrator import Calibrator, Progress
+from lowmem.calibrate.device import CONTEXT, DeviceFacts, ask_device, cpu_identity
+from lowmem.choose.budget import Budget, budget_of, with_communicators
+from lowmem.choose.execution import batch_norm_of, by_kind, by_measurement, calibrates, numerics_of, refuse_unsafe
+from lowmem.config.cards import Card, load_card
+from lowmem.config.schema import Config
+from lowmem.core.errors import UsageError
+from lowmem.models import skeleton
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.record import Plan
-from lowmem.simulate import Call
+from lowmem.plan.solver import Solver
+from lowmem.remat.libraries import convolutions_in_tf32, prepare_libraries
+from lowmem.simulate import Call, Simulated, StepShape
+
+# The rates that time is predicted with where no card is named: the card this project is aimed at.
+REFERENCE_CARD = "gtx1060-6g"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +78,7 @@ class Choice:
 
     plan: Plan
     budget: Budget
-    chain: ChainCost
+    solver: Solver  # of all smaller budgets too
     shape: StepShape
     rates: Rates
     workspace: Callable[[Call], int] | None
@@ -76,6 +87,10 @@ class Choice:
     seconds_from: str
     timed: bool  # seconds were measured on this device
     plain_seconds: float
+
+    @property
+    def chain(self) -> ChainCost:
+        return self.solver.chain
 
     @property
     def images_per_second(self) -> float:
@@ -95,8 +110,92 @@ def card_rates(card: Card) -> Callable[[str], Rates]:
     return rates
 
 
-def precision_order(precision: str, tensor_cores: bool) -> tuple[str, ...]:
-    """`auto`: mixed precision first on tensor cores; elsewhere fp32, and mixed only where nothing else fits."""
-    if precision != "auto":
-        return (precision,)
-    return ("amp", "fp32") if tensor_cores else ("fp32", "amp")
+def calibrator_of(config: Config, progress: Progress = lambda text: None, *, fresh: bool = False) -> Calibrator | None:
+    """What measures the device at hand, if predictions are to follow it. `fresh`: measure everything again.
+
+    Raises PreflightError for a CUDA device that does not answer."""
+    device = config.train.device
+    if not calibrates(config, device) or (device == "cuda" and not torch.cuda.is_available()):
+        return None
+    numerics = numerics_of(config.train)
+    if device == "cuda":
+        prepare_libraries(numerics)
+        facts = ask_device(numerics)
+        calibration = Calibration(facts.identity(numerics), Calibration.usual_folder())
+        facts = _with_context(facts, calibration)
+    else:
+        facts, calibration = None, Calibration(cpu_identity(), Calibration.usual_folder())
+    if fresh:
+        calibration.clear()
+    return Calibrator(device, calibration, progress, facts=facts, numerics=numerics)
+
+
+def _with_context(facts: DeviceFacts, calibration: Calibration) -> DeviceFacts:
+    """What could not be told now was perhaps told before."""
+    if facts.context_bytes is None:
+        return replace(facts, context_bytes=calibration.size_bytes(CONTEXT))
+    calibration.put_size(CONTEXT, facts.context_bytes)
+    calibration.save()
+    return facts
+
+
+def request_of(
+    config: Config,
+    num_classes: int = 10,
+    train_pictures: int = 0,
+    calibrator: Calibrator | None = None,
+    *,
+    joint: bool = False,
+) -> Request:
+    """What `choose` needs to know of a run. `joint`: of one process among several that train it. Raises as `budget_of`
+    does, UsageError for settings at odds, PreflightError for those that `refuse_unsafe` refuses."""
+    _check_micro_batch(config)
+    if config.memory.card is None:  # else the step is another machine's
+        refuse_unsafe(config)
+    if config.memory.platform != "auto" and config.memory.card is None:
+        raise UsageError("memory.platform says what machine a --card is in: give the card, or leave it out")
+    budget, card = budget_of(config, train_pictures, calibrator)
+    if joint:  # batch norm over all of them has a communicator of its own
+        budget = with_communicators(budget, 1 + config.train.sync_bn)
+    spec = config.model
+    model = skeleton(spec.arch, spec.block, width=spec.width, num_classes=num_classes)
+    if calibrator is not None:
+        modes = by_measurement(config, model, calibrator)
+    else:
+        modes = by_kind(config, card is not None and card.tensor_cores)
+    rated = card or load_card(REFERENCE_CARD)
+    return Request(
+        model=model,
+        batch=config.train.batch,
+        budget=budget,
+        rates=card_rates(rated),
+        rates_from=f"by the datasheet of a {rated.name}",
+        precisions=modes.precisions,
+        formats=modes.formats,
+        reasons=modes.reasons,
+        calibrator=calibrator,
+        micro_batch=config.train.micro_batch,
+        allow_accumulation=config.memory.allow_accumulation,
+        momentum=config.optim.momentum > 0,
+        joint=joint,
+        sync_bn=config.train.sync_bn,
+        batch_norm=batch_norm_of(config),
+        tf32=_tf32(config, card),
+    )
+
+
+def _tf32(config: Config, card: Card | None) -> bool | None:
+    if card is None:  # the processor, or a card that is neither shipped nor measured
+        return None if config.train.device == "cuda" and config.train.tf32 != "never" else False
+    return convolutions_in_tf32(card.capability_pair, config.train.tf32)
+
+
+def _check_micro_batch(config: Config) -> None:
+    micro_batch = config.train.micro_batch
+    if micro_batch is not None and config.memory.auto_batch:
+        raise UsageError("--batch auto chooses a batch that fits in one piece: leave --micro-batch out")
+    if micro_batch is not None and micro_batch < config.train.batch and not config.memory.allow_accumulation:
+        raise UsageError(
+            f"--micro-batch {micro_batch} accumulates up to the batch of {config.train.batch}, and "
+            "memory.allow_accumulation=false forbids it: leave one of them out"
+        )

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lowmem.cli.flags import Given, takes_flags
-from lowmem.distributed.launch import is_led, refuse_several
+from lowmem.distributed.launch import refuse_several
 
 app = typer.Typer(
     help="Train deep networks on cards that are too small for them, and never lose a run.",
@@ -56,7 +56,7 @@ def _top(
 def train(given: Given, out: NewRun = None, dry_run: DryRun = False) -> None:
     """Train a network. Ctrl-C saves and leaves; `lowmem resume` goes on exactly there."""
     settings = given.settings()
-    from lowmem.cli.show import observer
+    from lowmem.cli.terminal import observer
     from lowmem.lifecycle.api import run_training
 
     with observer() as shown:
@@ -80,9 +80,7 @@ def resume(
         from lowmem.core.errors import UsageError
 
         raise UsageError("--out is for the new run that --epochs makes: a resume goes on in the run's own folder")
-    if not is_led():  # the run's folder may be on another machine
-        _refuse_at_once(run, changes)
-    from lowmem.cli.show import observer
+    from lowmem.cli.terminal import observer
     from lowmem.lifecycle.api import extend_run, resume_training
 
     with observer() as shown:
@@ -113,21 +111,11 @@ def fork(
     With --set train.epochs=N the schedule's milestones stay at the epochs where they were; with --set
     schedule.reference_epochs=… too, they are scaled to the new length."""
     changes = given.changes()
-    _refuse_at_once(run, {})
-    from lowmem.cli.show import observer
+    from lowmem.cli.terminal import observer
     from lowmem.lifecycle.api import fork_run
 
     with observer() as shown:
         fork_run(run, at=at, changes=changes, out=out, observer=shown, dry_run=dry_run)
-
-
-def _refuse_at_once(run: Path, changes: dict[str, object]) -> None:
-    """Before torch is imported. Raises UsageError for what is no run, or for settings that cannot be."""
-    from lowmem.config.settings import from_yaml
-    from lowmem.runs.store import require_run
-
-    require_run(run)
-    from_yaml(run / "config.yaml").replace(changes, "resume")
 
 
 # -- what is there -----------------------------------------------------------------------------------------------------
@@ -139,7 +127,7 @@ def ls(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything known as JSON.")] = False,
 ) -> None:
     """The runs in a folder: state, epoch, error, size, and the checkpoints that can be forked from."""
-    from lowmem.cli.show_ls import show_ls
+    from lowmem.cli.show import show_ls
 
     show_ls(folder, as_json)
 
@@ -150,7 +138,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check a run folder: its checkpoints, settings, plan, rows and weights, and where a resume would go on."""
-    from lowmem.cli.show_verify import show_verify
+    from lowmem.cli.show import show_verify
 
     raise typer.Exit(show_verify(run, as_json))
 
@@ -163,7 +151,7 @@ def watch(
     as_json: Annotated[bool, typer.Option("--json", help="With --once: as JSON.")] = False,
 ) -> None:
     """Follow a running job from another terminal; it is only read. Leaves when the run ends, or with Ctrl-C."""
-    from lowmem.cli.show_watch import show_watch
+    from lowmem.cli.watch import show_watch
 
     show_watch(run, interval=interval, once=once, as_json=as_json)
 
@@ -217,7 +205,7 @@ def doctor(
 ) -> None:
     """Card, driver, torch, memory, disk, data: what is wrong, and the command that mends it."""
     settings = given.settings()
-    from lowmem.cli.show_doctor import show_doctor
+    from lowmem.cli.show import show_doctor
 
     raise typer.Exit(show_doctor(settings.config, out, as_json))
 
@@ -309,7 +297,7 @@ def reproduce(
     skipped. Settings that are left out are those the job began with.
     """
     settings = given.settings()
-    from lowmem.cli.show_reproduce import reproduce_job
+    from lowmem.cli.job import reproduce_job
 
     raise typer.Exit(reproduce_job(out, settings, only, block, dry_run))
 
@@ -317,9 +305,9 @@ def reproduce(
 @app.command("reproduce-run", hidden=True)
 def reproduce_run() -> None:
     """A process of a job: what it is to do comes over standard input."""
-    from lowmem.reproduce.process import read_request
+    from lowmem.reproduce.conduct import read_request
 
     request = read_request()
-    from lowmem.cli.job_process import work
+    from lowmem.cli.job import work
 
     raise typer.Exit(work(request))

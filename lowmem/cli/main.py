@@ -11,7 +11,7 @@ import typer
 from typer.main import get_command
 
 from lowmem.cli.commands import app
-from lowmem.core.errors import ExitCode, Interrupted, LowmemError, PeerLost, UsageError
+from lowmem.core.errors import ExitCode, Interrupted, LowmemError, PeerError, PeerLost, UsageError
 from lowmem.core.reading import shorten
 from lowmem.distributed.launch import is_led, leave, linger, report_failure
 
@@ -62,8 +62,9 @@ def _run(arguments: list[str] | None) -> int:
 
 def _lowmem_error(error: LowmemError) -> int:
     """Of several processes of a run, one says what all of them met; one that failed by itself says which it is."""
-    if is_led() and (error.told or isinstance(error, UsageError)):  # all were typed alike
-        linger(_AFTER_SIGNAL_SECONDS if isinstance(error, Interrupted) else _AFTER_OTHERS_SECONDS)
+    if is_led() and isinstance(error, PeerError | UsageError):  # all were typed alike
+        signalled = error.exit_code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
+        linger(_AFTER_SIGNAL_SECONDS if signalled else _AFTER_OTHERS_SECONDS)
         return int(error.exit_code)
     if not isinstance(error, Interrupted | PeerLost):  # nobody's failure, or another's
         report_failure(error.with_traceback(None))  # the message is all a user needs

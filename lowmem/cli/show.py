@@ -1,148 +1,185 @@
-"""What a run looks like in a terminal: a live line there, plain lines anywhere else."""
+"""What is there, as a screen of lines or as JSON: runs, a verified run, a report, the doctor's findings. No torch."""
 
 from __future__ import annotations
 
-import os
+import json
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lowmem.cli.lines import describe_epoch
-from lowmem.cli.printed import printable
-from lowmem.core.units import format_duration, format_size
-from lowmem.distributed.launch import is_led
-from lowmem.train.observer import Observer, Progress
+from lowmem.cli.terminal import aligned, printable
+from lowmem.config.schema import Config
+from lowmem.core.errors import ExitCode
+from lowmem.core.units import format_size
+from lowmem.runs.listing import RunSummary, list_runs
 
 if TYPE_CHECKING:
+    from lowmem.doctor import Facts, Finding
     from lowmem.report import ReportResult
+    from lowmem.runs.verify import Verified
 
-_PLAIN_EVERY_SECONDS = 30.0  # progress bars flood log files; a line now and then does not
-
-
-def describe_progress(progress: Progress) -> str:
-    """`epoch 3/164 [120/391] loss 1.234 error 45.6 % 184 images/s 1,200 MiB 1:02:03 left`."""
-    parts = [f"epoch {progress.epoch}/{progress.epochs} [{progress.step_in_epoch}/{progress.steps_per_epoch}]"]
-    if progress.loss is not None:
-        parts.append(f"loss {progress.loss:.4f}")
-    if progress.error_pct is not None:
-        parts.append(f"error {progress.error_pct:.2f} %")
-    parts.append(f"lr {progress.lr:g}")
-    if progress.images_per_second is not None:
-        parts.append(f"{progress.images_per_second:,.0f} images/s")
-    if progress.memory_bytes is not None:
-        parts.append(format_size(progress.memory_bytes))
-    if progress.seconds_left is not None:
-        parts.append(f"{format_duration(progress.seconds_left)} left")
-    if progress.job is not None:
-        parts.append(progress.job)
-    return "  ".join(parts)
+_LIST_HEADER = ("run", "state", "epoch", "last error", "best error", "on disk", "fork --at")
+_MOST_SHOWN = 6  # checkpoints; all of them are in --json
+_STATUS_STYLES = {"ok": "green", "note": "cyan", "warning": "bold yellow", "fail": "bold red"}
+_STATUS_COLUMNS = max(map(len, _STATUS_STYLES))
 
 
-class PlainObserver(Observer):
-    """Whole lines, no cursor movement."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def note(self, text: str) -> None:
-        try:
-            print(printable(text), flush=True)
-        except OSError:
-            # Whoever read this left (`| head`, a closed terminal): no reason to stop a run.
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-
-    def warning(self, text: str) -> None:
-        try:
-            print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
-        except OSError:
-            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-
-    def progress(self, progress: Progress) -> None:
-        if time.monotonic() - self._last >= _PLAIN_EVERY_SECONDS:
-            self._last = time.monotonic()
-            self.note(describe_progress(progress))
-
-    def data_progress(self, what: str, done: int, total: int) -> None:
-        if done == total or time.monotonic() - self._last >= _PLAIN_EVERY_SECONDS:
-            self._last = time.monotonic()
-            self.note(f"{what}: {done:,} of {total:,}")
-
-    def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
-        self._last = time.monotonic()
-        self.note(describe_epoch(row, epochs))
+# -- lowmem ls ---------------------------------------------------------------------------------------------------------
 
 
-class LiveObserver(Observer):
-    """One line that is redrawn, with finished epochs above it."""
-
-    def __init__(self) -> None:
-        self._console = Console(highlight=False)
-        self._live = Live(console=self._console, refresh_per_second=4, transient=True)
-        self._live.start()
-
-    def note(self, text: str) -> None:
-        with suppress(OSError):  # the terminal may be gone
-            self._console.print(Text(printable(text)))
-
-    def warning(self, text: str) -> None:
-        with suppress(OSError):
-            self._console.print(Text(printable(f"warning: {text}"), style="bold yellow"))
-
-    def progress(self, progress: Progress) -> None:
-        with suppress(OSError):
-            self._live.update(Text(describe_progress(progress)))
-
-    def data_progress(self, what: str, done: int, total: int) -> None:
-        self._live.update(Text(f"{what}: {done:,} of {total:,}"))
-
-    def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
-        self.note(describe_epoch(row, epochs))
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._live.stop()
-
-
-@contextmanager
-def observer() -> Iterator[Observer]:
-    """The observer that fits standard output."""
-    if is_led():  # another process of the run talks
-        if os.environ.get("LOCAL_RANK") == "0":  # the first on a machine that would say nothing at all
-            print(
-                f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: process 0 tells how it goes", flush=True
-            )
-        yield Observer()
+def show_ls(folder: Path, as_json: bool) -> None:
+    """Prints the runs in `folder`, a line each. Raises UsageError if it does not exist."""
+    runs = list_runs(folder)
+    if as_json:
+        print(json.dumps([run.to_json() for run in runs], indent=1))
         return
-    shown: Observer = LiveObserver() if sys.stdout.isatty() else PlainObserver()
-    try:
-        yield shown
-    finally:
-        shown.close()
+    if not runs:
+        print(f"there are no runs in {printable(str(folder))}: start one with `lowmem train`")
+        return
+    print("\n".join(aligned([_LIST_HEADER, *(_cells(run, folder) for run in runs)], right={2, 3, 4, 5})))
+    for run in runs:
+        for words in run.trouble:
+            print(f"{printable(_name(run, folder))}: {printable(words)}")
+
+
+def _cells(run: RunSummary, folder: Path) -> tuple[str, ...]:
+    epochs = run.config.train.epochs if run.config else "?"
+    state = run.state if run.writer is None else f"{run.state} ({run.writer})"
+    best = "" if run.best_error_pct is None else f"{_percent(run.best_error_pct)} (epoch {run.best_epoch})"
+    # The newest, as `fork --at` takes them. The one before the first step is nothing to fork from.
+    places = [kept.at for kept in run.checkpoints if kept.step > 0]
+    more = [f"{len(places) - _MOST_SHOWN} more"] if len(places) > _MOST_SHOWN else []
+    return (
+        printable(_name(run, folder)),
+        printable(state),
+        f"{'?' if run.epoch is None else run.epoch}/{epochs}",
+        _percent(run.last_error_pct),
+        best,
+        format_size(run.size_bytes),
+        ", ".join(more + places[-_MOST_SHOWN:]),
+    )
+
+
+def _name(run: RunSummary, folder: Path) -> str:
+    return run.path.name or str(run.path) if run.path == folder else str(run.path.relative_to(folder))
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} %"
+
+
+# -- lowmem verify -----------------------------------------------------------------------------------------------------
+
+
+def show_verify(run: Path, as_json: bool) -> ExitCode:
+    """Looks, prints a line a finding. CHECKPOINT if the run cannot be resumed, DONE otherwise."""
+    from lowmem.lifecycle.run_identity import verify
+    from lowmem.runs.verify import to_json
+
+    verified = verify(run)
+    if as_json:
+        print(to_json(verified))
+    else:
+        width = max(len(finding.where) for finding in verified.findings)
+        for finding in verified.findings:
+            print(printable(f"{finding.status:8} {finding.where:{width}}  {finding.what}"))
+        print(printable(_outcome(verified)))
+    return ExitCode.DONE if verified.can_resume else ExitCode.CHECKPOINT
+
+
+def _outcome(verified: Verified) -> str:
+    if not verified.can_resume:
+        return f"{verified.run} cannot be resumed: {verified.obstacle}"
+    assert verified.epoch is not None
+    if verified.finished:
+        return f"{verified.run} is finished: all {verified.epoch} epochs are in {verified.resumes_from}"
+    return (
+        f"{verified.run} can be resumed exactly, from {verified.resumes_from}: epoch {verified.epoch + 1}, "
+        f"step {verified.step_in_epoch} of it"
+    )
+
+
+# -- lowmem doctor -----------------------------------------------------------------------------------------------------
+
+
+def show_doctor(config: Config, out: Path | None, as_json: bool) -> ExitCode:
+    """Gathers, examines, prints one screen. PREFLIGHT if training cannot start, DONE otherwise."""
+    from lowmem import doctor
+
+    facts = doctor.gather(config, out)
+    findings = doctor.examine(facts)
+    can_start = doctor.can_start(findings)
+    if as_json:
+        print(json.dumps({"can_start": can_start, "findings": [one.to_json() for one in findings]}, indent=1))
+    elif sys.stdout.isatty():
+        _print_findings(findings, summary(facts, findings))
+    else:
+        print("\n".join([*finding_lines(findings), summary(facts, findings)]))
+    return ExitCode.DONE if can_start else ExitCode.PREFLIGHT
+
+
+def summary(facts: Facts, findings: list[Finding]) -> str:
+    """The last line: whether training can start, where, and how much there is to mend."""
+
+    def count(status: str, what: str) -> str:
+        number = sum(finding.status == status for finding in findings)
+        return f"{number} {what}{'s' * (number != 1)}" if number else ""
+
+    warned = f", with {warnings}" if (warnings := count("warning", "warning")) else ""
+    if failures := count("fail", "failure"):
+        return f"training cannot start: {failures}{warned}"
+    device = (facts.execution or {}).get("device")
+    where = {"cpu": " on the CPU", "cuda": " on the card"}.get(device or "", "")
+    return f"training can start{where}{warned}"
+
+
+def finding_lines(findings: list[Finding]) -> list[str]:
+    """Plain text: a line a finding, its mend on a line of its own."""
+    width = max((len(finding.name) for finding in findings), default=0)
+    shown = []
+    for finding in findings:
+        shown.append(f"{finding.status:{_STATUS_COLUMNS}}  {finding.name:{width}}  {finding.finding}")
+        if finding.mend is not None:
+            shown.append(f"{'':{_STATUS_COLUMNS}}  {'':{width}}  > {finding.mend}")
+    return shown
+
+
+def _print_findings(findings: list[Finding], last: str) -> None:
+    console = Console(highlight=False)
+    width = max((len(finding.name) for finding in findings), default=0)
+    for finding in findings:
+        row = Table.grid(padding=(0, 2, 0, 0))
+        row.add_column(width=_STATUS_COLUMNS)
+        row.add_column(width=width)
+        row.add_column()
+        row.add_row(Text(finding.status, style=_STATUS_STYLES[finding.status]), finding.name, Text(finding.finding))
+        console.print(row)
+        if finding.mend is not None:
+            # Not wrapped by us: a command must be copied in one piece.
+            indent = " " * (_STATUS_COLUMNS + width + 4)
+            console.print(Text(f"{indent}> {finding.mend}", style="bold"), soft_wrap=True)
+    console.print(Text(last, style="bold"))
+
+
+# -- lowmem report -----------------------------------------------------------------------------------------------------
 
 
 def show_report(result: ReportResult) -> None:
-    """The report's table, and where the rest is."""
-    from lowmem.report.departures import departures  # matplotlib, which a training run has no use for
-    from lowmem.report.resources import HEADER as RESOURCES
-    from lowmem.report.tables import TABLE_HEADER
-
+    """The report's tables, and where the rest is."""
     console = Console(highlight=False)
-    for header, rows in ((TABLE_HEADER[:-1], [row.cells()[:-1] for row in result.rows]), (RESOURCES, result.resources)):
-        table = Table(*header)
+    for written in result.tables:
+        table = Table(*written.header)
         for column in table.columns[:2]:
             column.overflow = "fold"  # a name that is cut off names no run
-        for cells_ in rows:
-            table.add_row(*(Text(cell) for cell in cells_))
+        for cells in written.rows:
+            table.add_row(*(Text(cell) for cell in cells))
         console.print(table)
     print("against the published setting:")
-    for runs, differs in departures(result.rows):
+    for runs, differs in result.departures:
         console.print(Text(f"{runs}: {differs}"))
     page = "" if result.page is None else f", and all of it in {result.page}"
     print(printable(f"written: {result.markdown} and {len(result.figures)} figures beside it{page}"))

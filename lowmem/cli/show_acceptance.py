@@ -21,8 +21,8 @@ from lowmem.bench.acceptance import (
 from lowmem.bench.results import Results
 from lowmem.bench.run import Bench
 from lowmem.calibrate.device import ask_device
-from lowmem.calibrate.environment import describe
 from lowmem.choose.execution import refuse_unsafe, resolve_execution
+from lowmem.cli.show_bench import environment_of
 from lowmem.config.settings import gather
 from lowmem.core.errors import UsageError
 from lowmem.core.units import MIB, format_size
@@ -53,7 +53,7 @@ def show_acceptance(
         steps=steps,
         cells=kinds,
     )
-    environment = _environment(config.train.device)
+    environment = environment_of(config.train.device)
     with Results(out, setup, environment, forms) as results:
         seconds = 60 * setup.minutes - FINISH_SECONDS
         tell = partial(print, flush=True)
@@ -78,14 +78,8 @@ def _card_bytes(device: str) -> int | None:
     return ask_device(Numerics()).total_bytes if device == "cuda" else None
 
 
-def _environment(device: str) -> dict[str, Any]:
-    from lowmem.measure import read_driver
-
-    return {**describe(device), "driver": read_driver().driver_version if device == "cuda" else None}
-
-
 def _picture(setup: AcceptanceSetup, environment: dict[str, Any], rows: Sequence[Record]) -> bytes:
-    from lowmem.report.acceptance import Bar, draw_acceptance  # matplotlib: only now that there is something to draw
+    from lowmem.report.method_figures import Bar, draw_acceptance  # matplotlib: only if there is something to draw
 
     memory, seconds = [], []
     for row in (row for row in rows if row["kind"] in ("memory", "time", "format", "largest")):

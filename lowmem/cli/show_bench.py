@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from lowmem.bench.run import Bench
 from lowmem.bench.tables import ResultTable, conditions, tables
 from lowmem.calibrate.environment import describe
 from lowmem.choose.execution import refuse_unsafe, resolve_execution
+from lowmem.cli.terminal import say
 from lowmem.config.settings import gather
 from lowmem.core.errors import ExitCode, Interrupted, UsageError
 from lowmem.core.units import MIB, parse_size
@@ -49,7 +50,7 @@ def show_bench(
     PreflightError if the folder cannot be written, Interrupted."""
     setup = _setup(flags, steps, rounds, budgets, quick)
     folder = out or Path("bench") / f"{setup.arch}-{setup.block}-w{setup.width}-b{setup.batch}-{setup.device}"
-    environment = _environment(setup.device)
+    environment = environment_of(setup.device)
     limit = (2.0 if quick else 60.0) if minutes is None else minutes
     seconds = 60 * limit - _FINISH_SECONDS - time.process_time()  # importing took its time too
     with Results(folder, setup, environment, forms) as results, _teller() as tell, calls_on(setup.device) as call:
@@ -133,7 +134,8 @@ def _budgets(text: str) -> tuple[int | float | str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _environment(device: str) -> dict[str, Any]:
+def environment_of(device: str) -> dict[str, Any]:
+    """What figures are told with: versions, processor, card, driver."""
     from lowmem.measure import read_driver
 
     return {**describe(device), "driver": read_driver().driver_version if device == "cuda" else None}
@@ -160,28 +162,14 @@ def _terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Teller:
-    """Lines on standard error; in a terminal the measurement at hand is a line that is redrawn."""
-
-    def __init__(self, live: Live | None) -> None:
-        self._live = live
-
-    def __call__(self, text: str) -> None:
-        if self._live is not None and text.startswith("["):
-            self._live.update(Text(text))
-        elif self._live is not None:
-            self._live.console.print(Text(text))
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-
 @contextmanager
-def _teller() -> Iterator[_Teller]:
+def _teller() -> Iterator[Callable[[str], None]]:
+    """Lines on standard error; in a terminal the measurement at hand is a line that is redrawn."""
     if not sys.stderr.isatty():
-        yield _Teller(None)
+        yield lambda text: say(text, "stderr")
         return
     with Live(console=Console(stderr=True, highlight=False), refresh_per_second=4, transient=True) as live:
-        yield _Teller(live)
+        yield lambda text: live.update(Text(text)) if text.startswith("[") else live.console.print(Text(text))
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -191,9 +179,9 @@ def _picture(setup: TableSetup, environment: dict[str, Any], cells: list[Cell]) 
     """None if there is nothing to draw."""
     import statistics
 
-    from lowmem.report.bench_curve import Point, draw_bench  # matplotlib: only now that there is something to draw
+    from lowmem.report.method_figures import MeasuredPoint, draw_bench  # matplotlib: only if there is a picture
 
-    curves: dict[str, list[Point]] = {}
+    curves: dict[str, list[MeasuredPoint]] = {}
     for cell in cells:
         if cell.kind != "step" or cell.mode != FIRST_MODE:
             continue
@@ -202,7 +190,7 @@ def _picture(setup: TableSetup, environment: dict[str, Any], cells: list[Cell]) 
             continue
         predicted = cell.predicted_allocated_bytes
         curves.setdefault(cell.family, []).append(
-            Point(
+            MeasuredPoint(
                 mib=peak / MIB,
                 predicted_mib=None if predicted is None else predicted / MIB,
                 ratio=statistics.median(ratios),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowmem.choose.batch_split import describe, plan_cards
+from lowmem.choose.batch_split import describe_split
+from lowmem.choose.decide import Silence, decide
 from lowmem.choose.execution import resolve_execution
 from lowmem.choose.explain import in_full
-from lowmem.choose.session import plan_run
+from lowmem.cli.terminal import say
 from lowmem.config.cards import load_card
 from lowmem.config.schema import cards_of
 from lowmem.config.settings import Settings
@@ -19,66 +19,65 @@ from lowmem.core.errors import PreflightError, UsageError
 from lowmem.runs.atomic import write_bytes_atomic
 
 if TYPE_CHECKING:
-    from lowmem.choose.curve import Points
     from lowmem.choose.request import Choice
+    from lowmem.plan.baselines import Points
 
 
 def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate: bool = False) -> None:
-    """Plans, prints, draws. With `recalibrate` the device at hand is measured first.
+    """Plans, prints, draws. With `recalibrate` the device at hand is measured first. For several cards, one process on
+    each: who takes how much of the batch, and each one's plan.
 
     Raises Infeasible, UsageError, PreflightError."""
+    card, names = settings.config.memory.card, cards_of(settings.config)
     if recalibrate:
-        settings = _measured_here(settings)
-    if len(cards_of(settings.config)) > 1:
-        _show_shares(settings, as_json, curve)
-        return
-    if settings.config.memory.card is None:
+        if card is not None:
+            raise UsageError(
+                f"--recalibrate measures the device at hand, and --card {card} asks for another: leave one out"
+            )
+        settings = settings.replace({"memory.calibrate": "always"}, "--recalibrate")
+    if curve is not None and len(names) > 1:
+        raise UsageError("--curve draws one card's plans: name one with --card")
+    if card is None:
         # Without a named card it is about this machine: what `lowmem train` would do here.
         settings = resolve_execution(settings, planned=True)
-    settings, choice = plan_run(settings, progress=_tell, recalibrate=recalibrate)
-    config = settings.config
+    cards = [load_card(name) for name in names] if len(names) > 1 else []
+    auto = settings.config.memory.auto_batch
+    decided = decide(settings, tell=_Beside(), on_paper=True, recalibrate=recalibrate)
+    config, split, choice = decided.settings.config, decided.planned, decided.choice
+    assert split is not None
     title = f"{config.model.arch} ({config.model.block}, width {config.model.width})"
+    rate = f"Learning rate {config.optim.lr:g} ({decided.settings.sources['optim.lr']})."
     curves = None if curve is None else _draw(choice, title, curve)
     if as_json:
-        # The points of the picture with it, as [bytes, share of time more than plain].
         record = choice.plan.to_json()
-        print(json.dumps(record if curves is None else {**record, "curve": curves}, indent=1))
+        if cards:
+            processes = [split.choices[rank].plan.to_json() for rank in range(len(cards))]
+            record = {"shares": split.shares, "step_seconds": split.step_seconds, "processes": processes}
+        elif curves is not None:
+            record["curve"] = curves  # the points of the picture, as [bytes, share of time more than plain]
+        print(json.dumps(record, indent=1))
         return
     print(f"{title}\n")
+    if cards:
+        print("\n".join(describe_split(split, [each.name for each in cards])))
+        if auto:
+            print(rate)
+        for rank, each in enumerate(cards):
+            print(f"\nProcess {rank}, {each.name}\n\n{in_full(split.choices[rank])}")
+        return
     print(in_full(choice))
-    if config.memory.auto_batch:
-        print(f"\nLearning rate {config.optim.lr:g} ({settings.sources['optim.lr']}).")
+    if auto:
+        print(f"\n{rate}")
     if curve is not None:
         print(f"\ndrawn: {curve}")
 
 
-def _show_shares(settings: Settings, as_json: bool, curve: Path | None) -> None:
-    """One process on each of several cards: who takes how much of the batch, and each one's plan."""
-    if curve is not None:
-        raise UsageError("--curve draws one card's plans: name one with --card")
-    cards = [load_card(name) for name in cards_of(settings.config)]
-    settings, divided = plan_cards(settings)
-    config, shared = settings.config, divided.shared
-    plans = [divided.choices[rank].plan for rank in range(len(cards))]
-    if as_json:
-        record = {"shares": shared.shares, "step_seconds": shared.step_seconds}
-        print(json.dumps({**record, "processes": [plan.to_json() for plan in plans]}, indent=1))
-        return
-    print(f"{config.model.arch} ({config.model.block}, width {config.model.width})\n")
-    print("\n".join(describe(shared, [card.name for card in cards])))
-    if config.memory.auto_batch:
-        print(f"Learning rate {config.optim.lr:g} ({settings.sources['optim.lr']}).")
-    for rank, card in enumerate(cards):
-        print(f"\nProcess {rank}, {card.name}\n")
-        print(in_full(divided.choices[rank]))
-
-
 def _draw(choice: Choice, title: str, path: Path) -> Mapping[str, Points]:
     """The picture; returns what is in it. Raises PreflightError."""
-    from lowmem.choose.curve import strategies
-    from lowmem.report.memory_curve import draw_memory_curve  # matplotlib: only if there is something to draw
+    from lowmem.plan.baselines import strategies
+    from lowmem.report.method_figures import draw_memory_curve  # matplotlib: only if there is something to draw
 
-    plan, curves = choice.plan, strategies(choice)
+    plan, curves = choice.plan, strategies(choice.chain, choice.plain.estimate.peak_allocated_bytes)
     words = f"{title}, batch {plan.batch}, {plan.precision}, {plan.memory_format}"
     try:
         write_bytes_atomic(path, draw_memory_curve(words, curves, choice.budget.tensor_bytes))
@@ -87,16 +86,8 @@ def _draw(choice: Choice, title: str, path: Path) -> Mapping[str, Points]:
     return curves
 
 
-def _measured_here(settings: Settings) -> Settings:
-    """Raises UsageError if it is about another card than the one at hand."""
-    card = settings.config.memory.card
-    if card is not None:
-        raise UsageError(
-            f"--recalibrate measures the device at hand, and --card {card} asks for another: leave one out"
-        )
-    return settings.replace({"memory.calibrate": "always"}, "--recalibrate")
-
-
-def _tell(text: str) -> None:
+class _Beside(Silence):
     """Beside the plan, which may be piped into something."""
-    print(text, file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        say(text, "stderr")

@@ -16,17 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
-from lowmem.config.shipped import profile_names, profiles_folder
+from lowmem.config.schema import Section
 from lowmem.core.errors import UsageError
+from lowmem.core.places import profile_names, profiles_folder
 from lowmem.core.reading import SETTINGS_LIMIT_BYTES, Unreadable, parse_yaml, read_limited, shorten
 from lowmem.core.units import parse_size
 
@@ -55,11 +49,7 @@ Size = Annotated[int, BeforeValidator(_size)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class UsableShare(_Section):
+class UsableShare(Section):
     """Share of the card's memory that one process can have, the context included."""
 
     linux: Share
@@ -67,7 +57,7 @@ class UsableShare(_Section):
     windows: Share
 
 
-class Card(_Section):
+class Card(Section):
     """A card. The fields are those of its file; what the code uses are the properties with units."""
 
     name: Annotated[str, Field(min_length=1)]

@@ -6,6 +6,7 @@ cannot change what is computed. How settings are gathered (recipe, file, flags, 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -59,11 +60,13 @@ def _check_source(source: str) -> str:
     raise ValueError(f"{source!r} is no data source: use cifar10, fashion-mnist, shapes or folder:PATH")
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Values of a file: frozen, and nothing that is not known."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The network: a name of the family, its block (`basic`, `bottleneck`) and the stem's channels."""
 
     arch: str = "res20"
@@ -81,7 +84,7 @@ class ModelConfig(_Section):
         return values
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where pictures come from. `root`: folder that holds (or receives) cifar10 and fashion-mnist files."""
 
     source: Annotated[str, AfterValidator(_check_source)] = "cifar10"
@@ -96,7 +99,7 @@ class DataConfig(_Section):
     augment: bool = Field(default=True, description="random crop with padding 4 and random horizontal flip")
 
 
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """SGD (Sutskever et al. form as in torch.optim.SGD); weight decay on every parameter."""
 
     lr: PositiveFloat = 0.1
@@ -105,7 +108,7 @@ class OptimConfig(_Section):
     nesterov: bool = False
 
 
-class ScheduleConfig(_Section):
+class ScheduleConfig(Section):
     """Step schedule. Milestones are epochs of a run of `reference_epochs`; a run of another length scales them.
 
     `low_start`: He et al. (2016, section 4.2) start the 110-layer net at lr 0.01 until its training error is under
@@ -127,7 +130,7 @@ class ScheduleConfig(_Section):
         return self
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The step. `batch` is the effective batch; `micro_batch` pictures at a time go through the network."""
 
     epochs: Annotated[int, Field(gt=0, le=1_000_000)] = 164
@@ -159,7 +162,6 @@ class TrainConfig(_Section):
     on_nan: Literal["rollback", "stop"] = Field(
         default="rollback", description="what a run does whose loss is no number any more, or has exploded"
     )
-
     sync_bn: bool = Field(
         default=False,
         description="several processes: batch norm over the whole batch, as in one process, not over each one's part",
@@ -183,7 +185,7 @@ def _size(value: object) -> object:
     return parse_size(value) if isinstance(value, str) else value
 
 
-class MemoryConfig(_Section):
+class MemoryConfig(Section):
     """What the step must fit into. Without any of these the CPU trains unplanned, and a CUDA device has what is free.
 
     `vram`: bytes, or text like `6G`; on the CPU it bounds the step's tensors, with a card or on CUDA it is the memory
@@ -204,7 +206,7 @@ class MemoryConfig(_Section):
     confirm: Literal["auto", "always", "never"] = "auto"
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When to save: after every epoch, and so often that a kill loses no more than N minutes and N steps if set.
     `keep` good generations stay."""
 
@@ -215,11 +217,11 @@ class CheckpointConfig(_Section):
 
     @property
     def steps_between_saves(self) -> int | None:
-        """Half of `every_steps`: the other half is for writing one, while training goes on (see train.interval)."""
+        """Half of `every_steps`: the other half is for writing one, while training goes on (`train.watchers`)."""
         return None if self.every_steps is None else max(1, self.every_steps // 2)
 
 
-class Config(_Section):
+class Config(Section):
     """Everything that defines a run."""
 
     recipe: str = "report"
@@ -296,6 +298,7 @@ def flatten(config: Config) -> dict[str, object]:
     return flat
 
 
+@cache
 def known_keys() -> tuple[str, ...]:
     """Every dotted name."""
     return tuple(flatten(Config()))

@@ -15,8 +15,8 @@ import yaml
 from pydantic import ValidationError
 
 from lowmem.config.schema import OPERATIONAL, Config, flatten, known_keys, nest
-from lowmem.config.shipped import profile_names, profiles_folder
 from lowmem.core.errors import LowmemError, UsageError
+from lowmem.core.places import profile_names, profiles_folder
 from lowmem.core.reading import SETTINGS_LIMIT_BYTES, Unreadable, parse_yaml, read_limited, shorten
 
 
@@ -56,7 +56,8 @@ def gather(
 
     flat: dict[str, object] = {}
     sources: dict[str, str] = {}
-    for source, values in layers:
+    layer: dict[str, int] = {}
+    for number, (source, values) in enumerate(layers):
         for key, value in values.items():
             _check_key(key, source)
             if key == "train.batch" and value == "auto":
@@ -64,25 +65,12 @@ def gather(
                 key, value = "memory.auto_batch", True
             elif key == "train.batch":
                 flat.pop("memory.auto_batch", None)
-            flat[key] = value
-            sources[key] = source
+            flat[key], sources[key], layer[key] = value, source, number
     flat["recipe"] = chosen
     sources["recipe"] = "flag" if recipe else (str(config_file) if "recipe" in from_file else "default")
-    config = validate(_drop_stale_block(flat, sources), sources)
-    return Settings(config, {key: sources.get(key, "default") for key in known_keys()})
-
-
-def _drop_stale_block(flat: dict[str, object], sources: Mapping[str, str]) -> dict[str, object]:
-    """A block that a file chose for its own architecture must not be forced on one given by a flag."""
-    order = ("default", "recipe", "file", "flag", "--set")
-
-    def rank(key: str) -> int:
-        source = sources.get(key, "default")
-        return order.index(source) if source in order else (1 if source.startswith("recipe ") else 2)
-
-    if "model.block" in flat and rank("model.block") < rank("model.arch"):
-        return {key: value for key, value in flat.items() if key != "model.block"}
-    return flat
+    if layer.get("model.block", -1) < layer.get("model.arch", -1):
+        flat.pop("model.block", None)  # one that a file chose for its own architecture is not forced on another
+    return Settings(validate(flat, sources), {key: sources.get(key, "default") for key in known_keys()})
 
 
 def validate(flat: Mapping[str, object], sources: Mapping[str, str]) -> Config:
@@ -142,8 +130,12 @@ def _check_key(key: str, source: str) -> None:
 
 def read_settings_file(path: Path) -> dict[str, object]:
     """A YAML file of nested (or dotted) settings -> dotted names. Raises UsageError."""
+    return _parse(path, _read(path))
+
+
+def _read(path: Path) -> str:
     try:
-        loaded = parse_yaml(read_limited(path, SETTINGS_LIMIT_BYTES).decode("utf-8"))
+        return read_limited(path, SETTINGS_LIMIT_BYTES).decode("utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist: give --config the path of a YAML file of settings") from None
     except Unreadable as error:
@@ -152,6 +144,11 @@ def read_settings_file(path: Path) -> dict[str, object]:
         raise UsageError(
             f"{path} cannot be read ({error.__class__.__name__}): check the path given to --config"
         ) from None
+
+
+def _parse(path: Path, text: str) -> dict[str, object]:
+    try:
+        loaded = parse_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -206,24 +203,26 @@ _ALWAYS_RECORDED = ("seed", "model.arch", "optim.lr", "train.epochs", "train.pre
 def from_yaml(path: Path) -> Settings:
     """The settings a run recorded. Raises UsageError if the file is missing or does not validate."""
     try:
-        flat = read_settings_file(path)
+        text = _read(path)
+        flat = _parse(path, text)
         for key in flat:
             _check_key(key, str(path))
         if missing := [key for key in _ALWAYS_RECORDED if key not in flat]:
             raise UsageError(f"{path} lacks {missing[0]}, which every run records: it was cut off, restore the file")
         sources: dict[str, str] = dict.fromkeys(flat, str(path))
-        return Settings(validate(flat, sources), _recorded_sources(path))
+        return Settings(validate(flat, sources), _recorded_sources(path, text))
     except LowmemError as error:
-        raise UsageError(f"the run's settings cannot be used: {error}") from None
+        where = "" if str(path) in str(error) else f"{path}: "
+        raise UsageError(f"the run's settings cannot be used: {where}{shorten(error, 500)}") from None
 
 
-def _recorded_sources(path: Path) -> dict[str, str]:
+def _recorded_sources(path: Path, text: str) -> dict[str, str]:
     """The trailing comments of `to_yaml`: lost only for lines that somebody wrote by hand."""
     sources = dict.fromkeys(known_keys(), str(path))
     section = ""
-    for line in read_limited(path, SETTINGS_LIMIT_BYTES).decode("utf-8").splitlines():
-        text, _, source = line.rpartition("  # ")
-        key = text.partition(":")[0]
+    for line in text.splitlines():
+        setting, _, source = line.rpartition("  # ")
+        key = setting.partition(":")[0]
         if line.endswith(":") and not line.startswith(" "):
             section = line[:-1]
         name = f"{section}.{key.strip()}" if key.startswith(" ") else key
@@ -234,19 +233,19 @@ def _recorded_sources(path: Path) -> dict[str, str]:
 
 def refuse_changes(recorded: Config, wanted: Config, run: str) -> None:
     """Raises UsageError naming the first setting that differs and is not operational (see `config.OPERATIONAL`)."""
-    old, new = flatten(recorded), flatten(wanted)
-    for key, value in new.items():
-        if value != old[key] and key.startswith("model."):
-            raise UsageError(
-                f"{key} is {old[key]!r} in {run} and cannot become {value!r}: train another network with `lowmem train`"
-            )
-        if value != old[key] and key == "train.epochs":
+    old = flatten(recorded)
+    for key, value in flatten(wanted).items():
+        if value == old[key] or key in OPERATIONAL:
+            continue
+        if key == "train.epochs":
             raise UsageError(
                 f"{run} is a run of {old[key]} epochs and stays one: `lowmem resume {run} --epochs {value}` goes on "
                 "from it in a new run"
             )
-        if value != old[key] and key not in OPERATIONAL:
-            raise UsageError(
-                f"{key} is {old[key]!r} in {run} and cannot become {value!r} on resume, which repeats the run exactly: "
-                f"start another with `lowmem fork {run} --at EPOCH --set {key}={value}`"
-            )
+        refused = f"{key} is {old[key]!r} in {run} and cannot become {value!r}"
+        if key.startswith("model."):
+            raise UsageError(f"{refused}: train another network with `lowmem train`")
+        raise UsageError(
+            f"{refused} on resume, which repeats the run exactly: start another with "
+            f"`lowmem fork {run} --at EPOCH --set {key}={value}`"
+        )

@@ -26,7 +26,6 @@ class LowmemError(Exception):
     """Base of all errors whose message is meant for the user; `exit_code` is what the command leaves with."""
 
     exit_code: ExitCode = ExitCode.BUG
-    told: bool = False  # another process of the run says it
 
 
 class UsageError(LowmemError):
@@ -99,7 +98,18 @@ class PeerLost(LowmemError):
     leave."""
 
     exit_code = ExitCode.TERMINATED
-    dismissed: bool = False
+
+    def __init__(self, message: str, *, dismissed: bool = False) -> None:
+        super().__init__(message)
+        self.dismissed = dismissed
+
+
+class PeerError(LowmemError):
+    """What another process of the run failed with, and says; this one leaves with the same code."""
+
+    def __init__(self, rank: int, message: str, exit_code: int) -> None:
+        super().__init__(f"process {rank}: {message}")
+        self.exit_code = ExitCode(exit_code)
 
 
 class PeerFailed(RuntimeError):

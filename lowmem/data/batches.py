@@ -12,7 +12,6 @@ Known limitation: pictures are 32x32, the crop offset is 0..8.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,28 +27,20 @@ _PADDED = SIDE + 2 * PADDING
 _OFFSETS = 2 * PADDING + 1
 
 
-@dataclass(frozen=True)
-class Draws:
-    """The augmentation of some samples in one epoch: int64 [K] each; offsets 0..8, flip 0 or 1."""
-
-    top: NDArray[np.int64]
-    left: NDArray[np.int64]
-    flip: NDArray[np.int64]
-
-
 def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     """The order in which an epoch visits its n pictures, int64 [n]; every index once."""
     return addressed.permutation(addressed.derive_seed(seed, "order", epoch), n)
 
 
-def augmentation(seed: int, epoch: int, samples: NDArray[np.integer]) -> Draws:
-    """Crop offsets and flip of `samples` (indices into the training pictures), of (seed, epoch, index) alone."""
+def augmentation(seed: int, epoch: int, samples: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Crop offsets from the top and the left (0..8) and flip (0 or 1) of `samples` (indices into the training
+    pictures, [K]), of (seed, epoch, index) alone: int64 [3, K]."""
     words = addressed.draw_uint64(addressed.derive_seed(seed, "augment", epoch), samples)
     # 24 bits for each offset: the bias of the remainder is below 1e-6.
     top = (words >> np.uint64(40)) % np.uint64(_OFFSETS)
     left = (words >> np.uint64(16)) % np.uint64(1 << 24) % np.uint64(_OFFSETS)
     flip = words & np.uint64(1)
-    return Draws(top.astype(np.int64), left.astype(np.int64), flip.astype(np.int64))
+    return np.stack([top, left, flip]).astype(np.int64)
 
 
 class Normalizer:
@@ -138,8 +129,7 @@ class TrainBatches:
         """int64 [4, N] on the device: sample, top, left, flip in the epoch's order; one transfer an epoch."""
         if epoch != self._planned_epoch:
             order = epoch_order(self._seed, epoch, self._images.shape[0])
-            draws = augmentation(self._seed, epoch, order)
-            plan = np.stack([order, draws.top, draws.left, draws.flip])
+            plan = np.stack([order, *augmentation(self._seed, epoch, order)])
             self._plan, self._planned_epoch = torch.from_numpy(plan).to(self._device), epoch
         return self._plan
 

@@ -30,10 +30,7 @@ DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where the package d
 
 _GREY_SIDE = 28
 _IMAGES_MAGIC, _LABELS_MAGIC = 2051, 2049
-_NAMES = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
+_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
 def library() -> type[FashionMNIST]:
@@ -60,10 +57,10 @@ def place(base: Path, *, download: bool) -> Path | None:
     Raises DataError if they are missing without `download`.
     """
     places = [base, base / "fashion-mnist", base / "FashionMNIST" / "raw", DEBIAN_FOLDER]
-    full = next((folder for folder in places if _held(folder) == 4), None)
+    full = next((folder for folder in places if len(_files(folder)) == 4), None)
     if full is not None or download:
         return full
-    if partly := next((folder for folder in places if _held(folder)), None):
+    if partly := next((folder for folder in places if _files(folder)), None):
         # With some of the files there, naming the missing one helps more than saying that there is nothing.
         _require_all(partly)
     raise _absent(base, "data.download is off")
@@ -85,24 +82,17 @@ def _absent(base: Path, why: str) -> DataError:
     )
 
 
+def _files(folder: Path) -> dict[str, Path]:
+    """Those of the four that are there, plain ones before compressed ones."""
+    return {name: path for name in _NAMES for path in (folder / f"{name}.gz", folder / name) if path.is_file()}
+
+
 def _require_all(folder: Path) -> list[Path]:
     """The four files in the order of `_NAMES`. Raises DataError for the first that is missing."""
-    paths = []
-    for name in (name for pair in _NAMES.values() for name in pair):
-        path = _find(folder, name)
-        if path is None:
-            raise DataError(f"{folder / name} (or .gz) is missing: Fashion-MNIST needs all four files in one folder")
-        paths.append(path)
-    return paths
-
-
-def _find(folder: Path, name: str) -> Path | None:
-    candidates = (folder / name, folder / f"{name}.gz")
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def _held(folder: Path) -> int:
-    return sum(_find(folder, name) is not None for pair in _NAMES.values() for name in pair)
+    files = _files(folder)
+    if missing := [name for name in _NAMES if name not in files]:
+        raise DataError(f"{folder / missing[0]} (or .gz) is missing: Fashion-MNIST needs all four files in one folder")
+    return list(files.values())
 
 
 def _part(images_path: Path, labels_path: Path) -> Pictures:

@@ -16,8 +16,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,38 +152,20 @@ def _from_cache(folder: Path, signature: str, parts: dict[str, list[PictureFile]
 
 
 def _decode_parts(parts: dict[str, list[PictureFile]], progress: Progress | None) -> dict[str, Pictures]:
-    """Every file decoded, in threads: Pillow lets others run while it decodes."""
-    images = {part: np.empty((len(parts[part]), CHANNELS, SIDE, SIDE), dtype=np.uint8) for part in PARTS}
-    total = sum(len(entries) for entries in parts.values())
-    done = 0
+    """Every file decoded, in threads: Pillow lets others run while it decodes. After a damaged one the rest is left."""
+    files = [file for part in PARTS for file in parts[part]]
+    images = np.empty((len(files), CHANNELS, SIDE, SIDE), dtype=np.uint8)
+    starts = range(0, len(files), _CHUNK)
     with ThreadPoolExecutor(max_workers=min(32, (os.cpu_count() or 1) + 1)) as pool:
-        tasks = [pool.submit(_decode_chunk, *chunk) for chunk in _chunks(parts, images)]
-        try:
-            for task in as_completed(tasks):
-                done += task.result()
-                if progress is not None:
-                    progress("decoding pictures", done, total)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # one damaged file: the rest need not be decoded
-            raise
-    return {
-        part: Pictures(torch.from_numpy(images[part]), torch.tensor([e.label for e in parts[part]], dtype=torch.int64))
-        for part in PARTS
-    }
-
-
-def _chunks(
-    parts: dict[str, list[PictureFile]], images: dict[str, NDArray[np.uint8]]
-) -> Iterator[tuple[list[PictureFile], NDArray[np.uint8]]]:
-    for part in PARTS:
-        for start in range(0, len(parts[part]), _CHUNK):
-            yield parts[part][start : start + _CHUNK], images[part][start : start + _CHUNK]
-
-
-def _decode_chunk(entries: list[PictureFile], out: NDArray[np.uint8]) -> int:
-    for entry, place in zip(entries, out, strict=True):
-        place[:] = decode(entry.path).transpose(2, 0, 1)
-    return len(entries)
+        decoded = pool.map(lambda start: [decode(file.path) for file in files[start : start + _CHUNK]], starts)
+        for start, chunk in zip(starts, decoded, strict=True):
+            images[start : start + len(chunk)] = np.stack(chunk).transpose(0, 3, 1, 2)
+            if progress is not None:
+                progress("decoding pictures", start + len(chunk), len(files))
+    labels = torch.tensor([file.label for file in files], dtype=torch.int64)
+    sizes = [len(parts[part]) for part in PARTS]
+    split = zip(PARTS, torch.from_numpy(images).split(sizes), labels.split(sizes), strict=True)
+    return {part: Pictures(some, their) for part, some, their in split}
 
 
 def decode(path: str) -> NDArray[np.uint8]:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowmem.core.errors import ExitCode, LowmemError, PeerLost, UsageError
+from lowmem.core.errors import ExitCode, LowmemError, PeerError, PeerLost, UsageError
 from lowmem.distributed.launch import Launch
 from lowmem.distributed.reducer import Work
 from lowmem.measure.out_of_memory import classify
@@ -31,14 +31,6 @@ T = TypeVar("T")
 
 _MEETING_PAUSE_SECONDS = 0.02
 _PATIENCE = 6  # times the timeout
-
-
-class PeerError(LowmemError):
-    """What another process of the run failed with; leaves with that one's code."""
-
-    def __init__(self, rank: int, message: str, exit_code: int) -> None:
-        super().__init__(f"process {rank}: {message}")
-        self.exit_code = ExitCode(exit_code)
 
 
 class _Done:
@@ -85,8 +77,8 @@ class Group:
         return _Done()
 
     def together(self, work: Callable[[], T]) -> T:
-        """Does `work` in every process. If it fails in any it fails in all: there with its own error, in the others
-        with the first one's as PeerError. Errors that every process has heard of have `told` set."""
+        """Does `work` in every process. If it fails in any it fails in all: in the first of them with its own error,
+        in the others with that as PeerError."""
         return work()
 
     def lead(self, work: Callable[[], T], default: T) -> T:
@@ -95,14 +87,15 @@ class Group:
 
     @contextmanager
     def alike(self) -> Iterator[None]:
-        """Around what all processes decide alike: they fail together, and rank 0 says it."""
+        """Around what all processes decide alike: they fail together. Rank 0 says it, the others raise PeerError."""
         try:
             yield
-        except PeerLost:
+        except (PeerLost, PeerError):
             raise
         except LowmemError as error:
-            error.told = error.told or not self.leads
-            raise
+            if self.leads:
+                raise
+            raise PeerError(0, str(error), error.exit_code) from error
 
 
 class _Processes(Group):
@@ -116,8 +109,8 @@ class _Processes(Group):
         self.local_rank = launch.local_rank
         with _peers():
             # Where processes wait for one that reads pictures or saves; one that is dead is known by its connection.
-            self._small = _new_group("gloo", _PATIENCE * timeout)
-            self._norms = _new_group(None, timeout)
+            self._small: Any = dist.new_group(backend="gloo", timeout=_PATIENCE * timeout)
+            self._norms: Any = dist.new_group(timeout=timeout)
 
     def most(self, values: Sequence[int]) -> list[int]:
         tensor = torch.tensor(values, dtype=torch.int64)
@@ -128,13 +121,11 @@ class _Processes(Group):
     def gather(self, value: Any) -> list[Any]:
         text = json.dumps(value).encode()
         (longest,) = self.most([len(text)])
-        mine = torch.zeros(longest + 8, dtype=torch.uint8)
-        framed = len(text).to_bytes(8, "big") + text
-        mine[: len(framed)] = torch.frombuffer(bytearray(framed), dtype=torch.uint8)
-        all_of_them = [torch.empty_like(mine) for _ in range(self.size)]
+        mine = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)  # blanks after JSON mean nothing
+        everyones = [torch.empty_like(mine) for _ in range(self.size)]
         with _peers():
-            dist.all_gather(all_of_them, mine, self._small)
-        return [_unframed(one) for one in all_of_them]
+            dist.all_gather(everyones, mine, self._small)
+        return [json.loads(bytes(each.tolist())) for each in everyones]
 
     def share(self, value: Any) -> Any:
         text = bytearray(json.dumps(value).encode()) if self.leads else bytearray()
@@ -181,22 +172,12 @@ class _Processes(Group):
         if first is None:
             done: T = result
             return done
-        if failure is None:
-            failure = PeerError(first, *failures[first])
-        failure.told = self.rank != first  # type: ignore[attr-defined]
-        if all(one == failures[0] for one in failures):
-            failure.told = not self.leads  # type: ignore[attr-defined]
+        if failure is None or self.rank != first:
+            raise PeerError(first, *failures[first]) from failure
         raise failure
 
     def lead(self, work: Callable[[], T], default: T) -> T:
         return self.together(work if self.leads else lambda: default)
-
-
-def _new_group(backend: str | None, timeout: timedelta) -> dist.ProcessGroup:
-    """Of all processes."""
-    group = dist.new_group(backend=backend, timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
 
 
 class _Watched:
@@ -206,11 +187,6 @@ class _Watched:
     def wait(self) -> None:
         with _peers():
             self._work.wait()
-
-
-def _unframed(tensor: Tensor) -> Any:
-    data = bytes(tensor.tolist())
-    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "big")])
 
 
 @contextmanager

@@ -1,11 +1,50 @@
 """What is wrong with this machine for a training run, and the command that mends it.
 
-`gather` collects `Facts` once; the checks are pure functions of them. What may crash (torch, torchvision, the card) is
+`gather` collects `Facts` once; a check is a pure function of them. What may crash (torch, torchvision, the card) is
 asked in a process of its own, so that the doctor outlives its patient. Nothing here imports torch.
 """
 
-from lowmem.doctor.checks import can_start, examine
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from lowmem.doctor import checks_card, checks_install, checks_run
 from lowmem.doctor.facts import Facts, Finding, Status
 from lowmem.doctor.gather import gather
 
-__all__ = ["Facts", "Finding", "Status", "can_start", "examine", "gather"]
+__all__ = ["CHECKS", "Facts", "Finding", "Status", "can_start", "examine", "gather"]
+
+# In the order they are shown: what is installed, the card, the run. None: it does not apply here, or what it needs is
+# unknown.
+CHECKS: tuple[Callable[[Facts], Finding | None], ...] = (
+    checks_install.python,
+    checks_install.torch,
+    checks_install.torchvision,
+    checks_install.driver,
+    checks_card.card,
+    checks_install.build,
+    checks_card.visible,
+    checks_install.kernel,
+    checks_card.memory,
+    checks_card.display,
+    checks_card.link,
+    checks_card.halves,
+    checks_card.channels_last,
+    checks_card.spill,
+    checks_run.allocator,
+    checks_run.variables,
+    checks_run.processor,
+    checks_run.refusal,
+    checks_run.disk,
+    checks_run.data,
+)
+
+
+def examine(facts: Facts) -> list[Finding]:
+    """What every check that applies has to say."""
+    return [finding for check in CHECKS if (finding := check(facts)) is not None]
+
+
+def can_start(findings: Iterable[Finding]) -> bool:
+    """Whether training can start: nothing failed."""
+    return all(finding.status != Status.FAIL for finding in findings)

@@ -1,13 +1,93 @@
-"""Checks of what is installed: Python, torch and its pair, torch's build against the card, the driver, one kernel."""
+"""Checks of what is installed: Python, torch and its pair, torch's build against the card, the driver, one kernel.
+
+First which build of torch runs on which card, and the command that installs it. The builds are those of the package
+index (releases, CUDA versions and architectures as read off the packages, November 2026). On Windows the index holds
+torch without CUDA; the CUDA builds come from PyTorch's own index, as older ones do.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from lowmem.doctor.builds import install_command, same_torch, version
-from lowmem.doctor.facts import Facts, Finding, Status
+from lowmem.doctor.facts import Facts, Finding, Status, version
+
+_ARCH = re.compile(r"(sm|compute)_(\d+)(\d)")  # a suffix (`90a`) is for one chip only and does not match
+
+Capability = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Build:
+    """A release that ran on cards later ones no longer do. `index`: the folder of PyTorch's own index."""
+
+    packages: str
+    cuda_major: int
+    archs: tuple[str, ...]
+    index: str
+
+
+# Newest first. 2.10 is the last with CUDA 12.8, so with sm_70; 2.7.1 the last with sm_50 and sm_60.
+BUILDS = (
+    Build("torch torchvision", 13, ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"), "cu130"),
+    Build(
+        '"torch==2.10.0" "torchvision==0.25.0"',
+        12,
+        ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"),
+        "cu128",
+    ),
+    Build(
+        '"torch==2.7.1" "torchvision==0.22.1"',
+        12,
+        ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"),
+        "cu126",
+    ),
+)
+
+
+def runs_on(archs: Iterable[str], capability: Capability) -> bool:
+    """Whether a build has kernels for a card: binaries of the same major and no later minor number (`sm_60` runs on
+    6.1), or PTX no later than the card (`compute_XY`)."""
+    for arch in archs:
+        if match := _ARCH.fullmatch(arch):
+            made_for = (int(match[2]), int(match[3]))
+            same_major = made_for[0] == capability[0]
+            if made_for <= capability and (match[1] == "compute" or same_major):
+                return True
+    return False
+
+
+def install_command(
+    capability: Capability | None, *, system: str | None, driver_cuda: Capability | None = None, again: bool = False
+) -> str | None:
+    """The pip command for the newest torch that runs on the card and under the driver; None if no release does.
+
+    `capability` unknown: the newest release is assumed to do. `again`: the right version may be installed already, as
+    a build without CUDA.
+    """
+    for build in BUILDS:
+        fits_card = capability is None or runs_on(build.archs, capability)
+        if fits_card and (driver_cuda is None or driver_cuda[0] >= build.cuda_major):
+            newest = "--upgrade " if build is BUILDS[0] else ""
+            index = f" --index-url https://download.pytorch.org/whl/{build.index}" if system == "Windows" else ""
+            return f"pip install {'--force-reinstall ' if again else newest}{build.packages}{index}"
+    return None
+
+
+def same_torch(torch_version: str) -> str:
+    """The pip command that keeps torch as it is and lets pip find the torchvision that belongs to it.
+
+    Builds of PyTorch's own index carry where they are from: `2.7.1+cu126`.
+    """
+    public, _, local = torch_version.partition("+")
+    index = f" --index-url https://download.pytorch.org/whl/{local}" if re.fullmatch(r"cu\d+|cpu", local) else ""
+    return f'pip install "torch=={public}" torchvision{index}'
+
+
+# -- the checks --------------------------------------------------------------------------------------------------------
 
 _PASCAL = (6, 9)
 # The oldest driver branch for a CUDA major version (NVIDIA's compatibility table; within it minor versions fit).
@@ -53,7 +133,7 @@ def torchvision(facts: Facts) -> Finding | None:
     if facts.torch_works is False:  # nothing can be said of it before torch works
         return None
     # One command for both, where torch has to be replaced anyway.
-    keep = facts.torch_version is not None and not facts.lacks_kernels and not facts.driver_too_old
+    keep = facts.torch_version is not None and not _lacks_kernels(facts) and not facts.driver_too_old
     mend = same_torch(facts.torch_version) if keep and facts.torch_version else _fitting(facts)
     if facts.torchvision_version is None:
         if facts.torchvision_works is False:
@@ -86,16 +166,16 @@ def _belong_together(facts: Facts) -> bool | None:
 
 def build(facts: Facts) -> Finding | None:
     """Whether torch has kernels for the card."""
-    if facts.card is None or facts.device_asked == "cpu" or not facts.torch_works:
+    if facts.used_card is None or not facts.torch_works:
         return None
-    name = facts.card.name or "the card"
+    name = facts.used_card.name or "the card"
     if facts.torch_cuda is None:
         words = f"torch {facts.torch_version or ''} is built without CUDA and cannot use the {name}"
         return Finding("build", facts.without_card, " ".join(words.split()), _fitting(facts, again=True))
     if facts.capability is None or not facts.arch_list:
         return None
     dotted = ".".join(map(str, facts.capability))
-    if not facts.lacks_kernels:
+    if not _lacks_kernels(facts):
         return Finding("build", Status.OK, f"has kernels for the {name} (compute capability {dotted})")
     words = (
         f"torch {facts.torch_version or '?'} has no kernels for the {name} (compute capability {dotted}): "
@@ -105,6 +185,13 @@ def build(facts: Facts) -> Finding | None:
     if mend is None:
         return Finding("build", facts.on_card, f"{words}; {_no_release(facts)}", "lowmem train --device cpu")
     return Finding("build", facts.on_card, words, mend)
+
+
+def _lacks_kernels(facts: Facts) -> bool:
+    """Whether torch's build is known not to run on the card."""
+    if facts.capability is None or not facts.arch_list:
+        return False
+    return not runs_on(facts.arch_list, facts.capability)
 
 
 def _no_release(facts: Facts) -> str:
@@ -120,9 +207,7 @@ def _fitting(facts: Facts, *, again: bool = False) -> str | None:
 
 def driver(facts: Facts) -> Finding | None:
     """Whether there is a driver, and whether it is new enough for torch's CUDA."""
-    if facts.driver is None:
-        return None
-    if facts.device_asked == "cpu":
+    if facts.driver is None or facts.device_asked == "cpu":
         return None
     if facts.driver.missing is not None:
         what, way_out = _apart(facts.driver.missing)

@@ -6,10 +6,10 @@ import difflib
 import math
 import re
 
-from lowmem.core.units import format_size
-from lowmem.doctor.builds import version
-from lowmem.doctor.checks_card import is_small
-from lowmem.doctor.facts import Facts, Finding, Status
+from lowmem.core.units import GIB, format_size
+from lowmem.doctor.facts import Facts, Finding, Status, version
+
+_SMALL_BYTES = 12 * GIB  # a card on which fragmentation decides what fits
 
 # What the caching allocator reads in the oldest and the newest torch that lowmem runs on.
 ALLOCATOR_KEYS = (
@@ -48,14 +48,14 @@ def allocator(facts: Facts) -> Finding | None:
         return _no_allocator_settings(facts)
     words = f"{name}={given}"
     pairs = parse_allocator(given)
-    unset = _set(facts, name, None)
+    unset = facts.set_command(name, None)
     if facts.allocator_trouble is not None or any(not value for value in pairs.values()):
         why = facts.allocator_trouble or "a key has no value"
         return Finding("allocator", facts.on_card, f"{words} is refused by torch: {why}", _nearest(facts, name, pairs))
     since, here = version(_NEW_NAME_SINCE), version(facts.torch_version)
     if name == _NEW_NAME and since is not None and here is not None and here < since:
         words += f" is not read by torch {facts.torch_version}"
-        return Finding("allocator", Status.WARNING, words, _set(facts, _OLD_NAME, given))
+        return Finding("allocator", Status.WARNING, words, facts.set_command(_OLD_NAME, given))
     if pairs.get("backend") == "cudaMallocAsync":
         words += ": another allocator than the one that plans are made for: predictions do not hold"
         return Finding("allocator", Status.WARNING, words, unset)
@@ -70,9 +70,9 @@ def allocator(facts: Facts) -> Finding | None:
 def _no_allocator_settings(facts: Facts) -> Finding | None:
     if facts.card is None:
         return None
-    if facts.system == "Linux" and is_small(facts):
+    if facts.system == "Linux" and (facts.card.total_bytes or 0) <= _SMALL_BYTES:
         words = "default settings; expandable segments waste less of a small card to fragmentation"
-        return Finding("allocator", Status.NOTE, words, _set(facts, _OLD_NAME, "expandable_segments:True"))
+        return Finding("allocator", Status.NOTE, words, facts.set_command(_OLD_NAME, "expandable_segments:True"))
     return Finding("allocator", Status.OK, "default settings")
 
 
@@ -84,79 +84,50 @@ def _nearest(facts: Facts, name: str, pairs: dict[str, str]) -> str:
         if close and value:
             meant[close[0]] = value.capitalize() if value.lower() in {"true", "false"} else value
     if not meant or meant == pairs:
-        return _set(facts, name, None)
-    return _set(facts, name, ",".join(f"{key}:{value}" for key, value in meant.items()))
-
-
-def _set(facts: Facts, name: str, value: str | None) -> str:
-    """The shell's command that sets a variable, or unsets it."""
-    if facts.system == "Windows":
-        return f"set {name}={value or ''}"
-    return f"unset {name}" if value is None else f"export {name}={value}"
+        return facts.set_command(name, None)
+    return facts.set_command(name, ",".join(f"{key}:{value}" for key, value in meant.items()))
 
 
 def variables(facts: Facts) -> Finding | None:
     """Other variables that change memory or speed; the gravest is told."""
     if facts.environment is None or not facts.wants_card:
         return None
-    found = [finding for check in (_no_cache, _blocking, _workspace, _eager, _plans) if (finding := check(facts))]
-    if not found:
+    said = []
+    for name, given in facts.environment.items():
+        if (effect := _effect(name, given)) is not None:
+            said.append(Finding("environment", effect[0], effect[1], facts.set_command(name, effect[2])))
+    if not said:
         return None
-    gravest = max(found, key=lambda finding: finding.status == Status.WARNING)
-    more = [finding.finding.partition(":")[0] for finding in found if finding is not gravest]
+    gravest = max(said, key=lambda finding: finding.status == Status.WARNING)
+    more = [finding.finding.partition(":")[0] for finding in said if finding is not gravest]
     words = gravest.finding + (f" (also: {', '.join(more)})" if more else "")
     return Finding(gravest.name, gravest.status, words, gravest.mend)
 
 
-def _no_cache(facts: Facts) -> Finding | None:
-    name = "PYTORCH_NO_CUDA_MEMORY_CACHING"  # any value counts, an empty one too
-    if facts.variable(name) is None:
-        return None
-    words = f"{name}: no caching allocator, every tensor waits for the driver, and no budget holds"
-    return Finding("environment", Status.WARNING, words, _set(facts, name, None))
-
-
-def _blocking(facts: Facts) -> Finding | None:
-    name = "CUDA_LAUNCH_BLOCKING"
-    if facts.variable(name) in {None, "", "0"}:
-        return None
-    words = f"{name}={facts.variable(name)}: every kernel is waited for, training is slower"
-    return Finding("environment", Status.WARNING, words, _set(facts, name, None))
-
-
-def _workspace(facts: Facts) -> Finding | None:
-    name = "CUDNN_CONV_WSCAP_DBG"
-    given = facts.variable(name)
-    if given is None:
-        return None
-    if not given.strip().isdigit():
-        words = f"{name}={given}: is no number of MiB"
-        return Finding("environment", Status.WARNING, words, _set(facts, name, None))
-    words = f"{name}={given}: convolutions get at most {given.strip()} MiB of workspace, some will be slower"
-    return Finding("environment", Status.NOTE, words, _set(facts, name, None))
-
-
-def _eager(facts: Facts) -> Finding | None:
-    name = "CUDA_MODULE_LOADING"
-    if (facts.variable(name) or "").upper() != "EAGER":
-        return None
-    words = f"{name}=EAGER: every kernel is loaded at the start, which takes some hundred MiB more of the card"
-    return Finding("environment", Status.WARNING, words, _set(facts, name, "LAZY"))
-
-
-def _plans(facts: Facts) -> Finding | None:
-    name = "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT"
-    given = (facts.variable(name) or "").strip()
-    if not re.fullmatch(r"[+-]?\d+", given):
-        return None
-    limit = int(given)
-    if 0 < limit < 10_000:
-        return None
-    if limit < 0:
-        words = f"{name}={given}: convolutions are planned anew at every call, training is far slower"
-        return Finding("environment", Status.WARNING, words, _set(facts, name, "1000"))
-    words = f"{name}={given}: the plans of convolutions may take 2 GiB of host memory or more"
-    return Finding("environment", Status.NOTE, words, _set(facts, name, "1000"))
+def _effect(name: str, given: str) -> tuple[Status, str, str | None] | None:
+    """How grave it is that a variable is set so, what that does, and the value that mends it (None: unset)."""
+    number = int(given) if re.fullmatch(r"\s*[+-]?\d+\s*", given) else None
+    shown = f"{name}={given}"
+    match name:
+        case "PYTORCH_NO_CUDA_MEMORY_CACHING":  # any value counts, an empty one too
+            words = f"{name}: no caching allocator, every tensor waits for the driver, and no budget holds"
+            return Status.WARNING, words, None
+        case "CUDA_LAUNCH_BLOCKING" if given not in {"", "0"}:
+            return Status.WARNING, f"{shown}: every kernel is waited for, training is slower", None
+        case "CUDNN_CONV_WSCAP_DBG" if not given.strip().isdigit():
+            return Status.WARNING, f"{shown}: is no number of MiB", None
+        case "CUDNN_CONV_WSCAP_DBG":
+            words = f"{shown}: convolutions get at most {given.strip()} MiB of workspace, some will be slower"
+            return Status.NOTE, words, None
+        case "CUDA_MODULE_LOADING" if given.upper() == "EAGER":
+            words = f"{name}=EAGER: every kernel is loaded at the start, which takes some hundred MiB more of the card"
+            return Status.WARNING, words, "LAZY"
+        case "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT" if number is not None and number < 0:
+            words = f"{shown}: convolutions are planned anew at every call, training is far slower"
+            return Status.WARNING, words, "1000"
+        case "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT" if number is not None and not 0 < number < 10_000:
+            return Status.NOTE, f"{shown}: the plans of convolutions may take 2 GiB of host memory or more", "1000"
+    return None
 
 
 def processor(facts: Facts) -> Finding | None:
@@ -172,10 +143,10 @@ def processor(facts: Facts) -> Finding | None:
         return Finding("processor", Status.OK, there)
     words = f"{there}, torch uses {facts.threads} thread{'s' * (facts.threads != 1)}"
     if facts.threads > usable:
-        return Finding("processor", Status.WARNING, words, _set(facts, "OMP_NUM_THREADS", str(usable)))
+        return Finding("processor", Status.WARNING, words, facts.set_command("OMP_NUM_THREADS", str(usable)))
     on_cpu = (facts.execution or {}).get("device") == "cpu"
     if on_cpu and facts.threads == 1 and usable > 1 and facts.variable("OMP_NUM_THREADS") is not None:
-        return Finding("processor", Status.NOTE, words, _set(facts, "OMP_NUM_THREADS", str(usable)))
+        return Finding("processor", Status.NOTE, words, facts.set_command("OMP_NUM_THREADS", str(usable)))
     return Finding("processor", Status.OK, words)
 
 

@@ -5,13 +5,14 @@ Every fact may be unknown: None. A check that lacks its facts says so or says no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from packaging.version import InvalidVersion, Version
+
 from lowmem.config.cards import Card
-from lowmem.doctor.builds import runs_on, version
 from lowmem.measure.nvml import DriverDevice, DriverReport
 
 
@@ -45,7 +46,6 @@ class Facts:
     device_asked: str | None = None  # auto, cpu, cuda
     precision_asked: str | None = None
     network: str | None = None  # in words
-    data_asked: str | None = None
     out: Path | None = None
 
     # the machine
@@ -66,7 +66,7 @@ class Facts:
     # torch, asked in a process of its own
     torch_works: bool | None = None
     torch_cuda: str | None = None  # the CUDA it is built for; None with torch_works: built without
-    arch_list: tuple[str, ...] | None = None
+    arch_list: Sequence[str] | None = None
     threads: int | None = None
     cuda_available: bool | None = None
     allocator_trouble: str | None = None  # torch's own words about the allocator settings in the environment
@@ -88,8 +88,7 @@ class Facts:
     out_taken: bool | None = None  # `out` exists and is not empty
     data_there: bool | None = None
     data_words: str | None = None
-    data_host: str | None = None  # where it would be downloaded from
-    data_host_answers: bool | None = None
+    data_host_answers: bool | None = None  # the host from which it would be downloaded
 
     def trouble(self, stage: str) -> str | None:
         """Why a stage of the probe failed; None if it did not, or was not asked."""
@@ -97,6 +96,12 @@ class Facts:
 
     def variable(self, name: str) -> str | None:
         return (self.environment or {}).get(name)
+
+    def set_command(self, name: str, value: str | None) -> str:
+        """The shell's command that sets a variable, or with None unsets it."""
+        if self.system == "Windows":
+            return f"set {name}={value or ''}"
+        return f"unset {name}" if value is None else f"export {name}={value}"
 
     @property
     def card(self) -> DriverDevice | None:
@@ -108,6 +113,11 @@ class Facts:
         return self.driver.devices[0]
 
     @property
+    def used_card(self) -> DriverDevice | None:
+        """The same; None where the run is asked to be on the CPU."""
+        return None if self.device_asked == "cpu" else self.card
+
+    @property
     def capability(self) -> tuple[int, int] | None:
         return self.card.capability if self.card is not None else None
 
@@ -116,13 +126,6 @@ class Facts:
         """Whether the driver runs an older major version of CUDA than torch is built for (minor ones fit together)."""
         runs, built = self.driver.cuda_version if self.driver is not None else None, version(self.torch_cuda)
         return runs is not None and built is not None and runs[0] < built.major
-
-    @property
-    def lacks_kernels(self) -> bool:
-        """Whether torch's build is known not to run on the card."""
-        if self.capability is None or not self.arch_list:
-            return False
-        return not runs_on(self.arch_list, self.capability)
 
     @property
     def hidden(self) -> bool:
@@ -150,3 +153,11 @@ class Facts:
     def on_card(self) -> Status:
         """How bad a fault is that torch itself does not notice until the first kernel."""
         return self.without_card if self.cuda_available is False else Status.FAIL
+
+
+def version(text: str | None) -> Version | None:
+    """None for an unknown version and for text that is none."""
+    try:
+        return Version(text) if text is not None else None
+    except InvalidVersion:
+        return None

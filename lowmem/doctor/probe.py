@@ -1,21 +1,27 @@
-"""Runs in a process of its own (`lowmem.doctor.asking`): stages as arguments, settings as JSON on standard input.
+"""What may crash or hang, asked stage by stage in a process of its own (`lowmem.isolate`): torch, the card, the data.
 
-Each stage prints one line before it begins and one with its result, both JSON, so that whoever reads them knows in
-which stage the process died. Nothing else may write to standard output: libraries that do are sent to standard error.
+A stage is a function of the settings; it returns facts under the names of `Facts`, and whatever it raises is why they
+are not known. The only network traffic is one connection, opened and closed, to the host of a download.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
+import socket
+import threading
+import urllib.request
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from lowmem.core.errors import LowmemError, PreflightError
+from lowmem.core.units import format_size
 
 if TYPE_CHECKING:
     from lowmem.config.settings import Settings
+
+_CONNECT_SECONDS = 3.0
+_MOST_ERROR = 1e-3
 
 
 def torch_build(settings: Settings) -> dict[str, Any]:
@@ -25,9 +31,9 @@ def torch_build(settings: Settings) -> dict[str, Any]:
     # get_arch_list() is empty on older releases where no card is found; the build itself is asked then.
     flags = getattr(torch._C, "_cuda_getArchFlags", lambda: None)() or ""
     return {
-        "version": torch.__version__,
-        "cuda": torch.version.cuda,
-        "archs": torch.cuda.get_arch_list() or flags.split(),
+        "torch_version": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "arch_list": torch.cuda.get_arch_list() or flags.split(),
         "threads": torch.get_num_threads(),
     }
 
@@ -42,9 +48,9 @@ def allocator(settings: Settings) -> dict[str, Any]:
             try:
                 getattr(torch._C, name)("")
             except Exception as error:
-                return {"refused": _first_line(error)}
+                return {"allocator_trouble": first_line(error)}
             break
-    return {"refused": None}
+    return {}
 
 
 def cuda(settings: Settings) -> dict[str, Any]:
@@ -52,21 +58,28 @@ def cuda(settings: Settings) -> dict[str, Any]:
     import torch
 
     if not torch.cuda.is_available():
-        return {"available": False, "uuid": None}
+        return {"cuda_available": False}
     uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)
-    return {"available": True, "uuid": None if uuid is None else str(uuid)}
+    return {"cuda_available": True, "device_uuid": None if uuid is None else str(uuid)}
 
 
 def network(settings: Settings) -> dict[str, Any]:
-    """Bytes of the network in a checkpoint, and of its parameters; without making it."""
+    """Bytes on disk that a run of the network takes; without making it."""
     from lowmem.models import skeleton
+    from lowmem.runs.setup import kept_epochs, run_bytes
 
-    model = settings.config.model
-    net = skeleton(model.arch, model.block, width=model.width)
-    return {
-        "state_bytes": sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values()),
-        "parameter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in net.parameters()),
-    }
+    config = settings.config
+    net = skeleton(config.model.arch, config.model.block, width=config.model.width)
+    state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
+    parameter_bytes = sum(tensor.numel() * tensor.element_size() for tensor in net.parameters())
+    needed_bytes = run_bytes(
+        # Parameters and buffers, and momentum, which is as large as the parameters.
+        checkpoint_bytes=state_bytes + parameter_bytes,
+        parameter_bytes=parameter_bytes,
+        keep=config.checkpoint.keep,
+        kept_epochs=kept_epochs(epochs=config.train.epochs, keep_every=config.checkpoint.keep_every),
+    )
+    return {"disk_needed_bytes": needed_bytes}
 
 
 def execution(settings: Settings) -> dict[str, Any]:
@@ -76,7 +89,8 @@ def execution(settings: Settings) -> dict[str, Any]:
     resolved = resolve_execution(settings).config
     refuse_unsafe(resolved)
     train = resolved.train
-    return {"device": train.device, "precision": train.precision, "memory_format": train.memory_format}
+    resolved_as = {"device": train.device, "precision": train.precision, "memory_format": train.memory_format}
+    return {"execution": resolved_as}
 
 
 def torchvision(settings: Settings) -> dict[str, Any]:
@@ -86,20 +100,52 @@ def torchvision(settings: Settings) -> dict[str, Any]:
 
     boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     torchvision.ops.nms(boxes, torch.ones(1), 0.5)
-    return {"version": torchvision.__version__}
+    return {"torchvision_version": torchvision.__version__}
 
 
 def data(settings: Settings) -> dict[str, Any]:
-    """Whether the pictures are there, without reading them all."""
+    """Whether the pictures are there, without reading them all, or can be had."""
     from lowmem.data.load import find_pictures
 
-    return asdict(find_pictures(settings.config.data))
+    known = find_pictures(settings.config.data)
+    if known.url is None:
+        return {"data_there": known.there, "data_words": known.words}
+    parts = urlsplit(known.url)
+    host, port = parts.hostname or "", parts.port or {"http": 80}.get(parts.scheme, 443)
+    size = format_size(known.download_bytes or 0)
+    return {
+        "data_there": known.there,
+        "data_words": f"{known.words}: {size} would be downloaded from {host}",
+        "data_host_answers": host_answers(host, port),
+    }
+
+
+def host_answers(host: str, port: int) -> bool | None:
+    """Whether a connection can be opened; None behind a proxy, and if the answer takes too long."""
+    if urllib.request.getproxies():
+        return None
+    answer: list[bool] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+            answer.append(True)
+        except OSError:
+            answer.append(False)
+
+    # Looking up the name knows no time limit of its own.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(_CONNECT_SECONDS)
+    return answer[0] if answer else None
 
 
 def kernel(settings: Settings) -> dict[str, Any]:
     """Real kernels on the card, see `largest_error`."""
     error = largest_error("cuda")
-    return {"right": error < 1e-3, "largest_error": error}
+    if not error < _MOST_ERROR:  # nor NaN
+        raise PreflightError(f"wrong results, off by up to {error:g}")
+    return {}
 
 
 def largest_error(device: str) -> float:
@@ -136,10 +182,8 @@ STAGES: dict[str, Callable[[Settings], dict[str, Any]]] = {
 }
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The error in one line; a LowmemError is a sentence already."""
-    from lowmem.core.errors import LowmemError
-
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else ""
     if isinstance(error, LowmemError):
@@ -147,28 +191,19 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def main(stages: list[str], given: TextIO, out: TextIO) -> None:
-    """Runs the stages; a failure of one is its result."""
+def probe(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The stages `asked["stages"]` with the settings `asked["values"]`, by dotted name.
+
+    Yields what begins, so that whoever reads it knows in which stage the process died, and then its results or its
+    trouble by its name.
+    """
     from lowmem.config.settings import Settings, validate
 
-    values = json.loads(given.read())
-    settings = Settings(validate(values, {}), dict.fromkeys(values, "doctor"))
+    settings = Settings(validate(asked["values"], {}), dict.fromkeys(asked["values"], "doctor"))
     warnings.simplefilter("ignore")  # torch's own warning about an unfit build has no command that mends it
-
-    def say(line: dict[str, Any]) -> None:
-        print(json.dumps(line), file=out, flush=True)
-
-    for stage in stages:
-        say({"begin": stage})
+    for stage in asked["stages"]:
+        yield {"begins": stage}
         try:
-            say({"stage": stage, "result": STAGES[stage](settings)})
+            yield {"results": {stage: STAGES[stage](settings)}}
         except Exception as error:
-            say({"stage": stage, "trouble": _first_line(error)})
-
-
-def run() -> None:
-    """`main` on the process's own arguments and streams."""
-    # A copy of standard output for the report alone; whatever else is printed goes to standard error.
-    report = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    main(sys.argv[1:], sys.stdin, report)
+            yield {"troubles": {stage: first_line(error)}}

@@ -8,6 +8,7 @@ to come: so nothing may change which those are.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,14 +22,14 @@ from lowmem.lifecycle.run_identity import belongs_to, most_bytes
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.checkpoint import Checkpoint, disk_error
-from lowmem.runs.checkpoint_state import Position, read_position
-from lowmem.runs.history import read_epochs
+from lowmem.runs.checkpoint_state import Position
 from lowmem.runs.setup import FORKING
 from lowmem.runs.store import RunFolder
-from lowmem.train.lr_preview import RateCurve, rate_curve, side_by_side
-from lowmem.train.schedule import starts_low
+from lowmem.runs.view import RunView
+from lowmem.train.schedule import RateCurve, rate_curve, side_by_side, starts_low
 from lowmem.train.state import config_hash
 
+_AT = re.compile(r"([0-9]{1,15})|step:([0-9]{1,15})|last")
 Changes = Mapping[str, tuple[object, object]]
 _SCHEDULE = ("schedule.milestones", "schedule.reference_epochs")
 # What decides which picture comes when.
@@ -37,7 +38,7 @@ _PICTURES = ("seed", "data.source", "data.root", "data.train_subset", "data.val_
 
 
 @dataclass(frozen=True)
-class Source:
+class ForkPoint:
     """The checkpoint a fork begins from, verified, and where in its run it is."""
 
     run: Path
@@ -52,18 +53,25 @@ class Source:
         return self.position.step_in_epoch != 0
 
 
-def find(run: Path, config: Config, at: int | str) -> Source:
+def find(run: Path, config: Config, at: int | str) -> ForkPoint:
     """The checkpoint `at`: an epoch (its end), `step:4692`, or `last`: the newest that verifies and belongs to the run.
 
     Raises UsageError naming those there are, and CorruptCheckpoint if it is there and cannot be used.
     """
+    asked = _AT.fullmatch(str(at))
+    if asked is None:
+        raise UsageError(
+            f"--at {at} is no place in a run: give an epoch (its end) like 12, a step like step:4692, or last"
+        )
+    epoch, step = (None if number is None else int(number) for number in asked.groups())
     check, limit_bytes = belongs_to(config), most_bytes(config)
-    wanted = _parse(at)
-    positions, elsewhere = _positions(run)
-    words = f"there are {', '.join(position.at for position in reversed(positions))}" if positions else "there is none"
+    view = RunView(run)
+    positions = [position for position in view.checkpoints if position.step > 0]
+    elsewhere = [reason.removeprefix("a checkpoint is damaged: ") for reason in view.damaged_checkpoints]
+    others = f"there are {', '.join(position.at for position in reversed(positions))}" if positions else "there is none"
     damaged: list[str] = []
     for position in positions:
-        if wanted is not None and wanted != (position.step if _is_step(at) else position.at):
+        if step not in (None, position.step) or (epoch is not None and position.at != str(epoch)):
             continue
         try:
             saved = checkpoints.load(position.path, limit_bytes)
@@ -71,47 +79,20 @@ def find(run: Path, config: Config, at: int | str) -> Source:
         except CorruptCheckpoint as error:
             damaged.append(str(error))
             continue
-        return Source(run, config, saved, position, words, (*elsewhere, *damaged) if wanted is None else ())
-    what = "" if wanted is None else f" of step {wanted}" if _is_step(at) else f" of the end of epoch {wanted}"
-    skipped = f" (damaged: {'; '.join((*damaged, *elsewhere))})" if damaged or elsewhere else ""
-    text = f"{run} has no usable checkpoint{what}: {words}{skipped}; "
+        skipped = (*elsewhere, *damaged) if at == "last" else ()
+        return ForkPoint(run, config, saved, position, others, skipped)
+    what = f" of step {step}" if step is not None else f" of the end of epoch {epoch}" if epoch is not None else ""
+    reasons = f" (damaged: {'; '.join((*damaged, *elsewhere))})" if damaged or elsewhere else ""
+    text = f"{run} has no usable checkpoint{what}: {others}{reasons}; "
     if damaged:
         raise CorruptCheckpoint(f"{text}fork from another place, or restore the run's own files")
     raise UsageError(f"{text}keep more with --keep-every")
 
 
-def _is_step(at: int | str) -> bool:
-    return isinstance(at, str) and at.startswith("step:")
-
-
-def _parse(at: int | str) -> int | str | None:
-    """An epoch as text, a step as a number, None for the last. Raises UsageError."""
-    text = str(at)
-    if text == "last":
-        return None
-    number = text.removeprefix("step:")
-    if not (number.isascii() and number.isdigit() and len(number) < 16):
-        raise UsageError(
-            f"--at {text} is no place in a run: give an epoch (its end) like 12, a step like step:4692, or last"
-        )
-    return int(number) if _is_step(at) else str(int(number))
-
-
-def _positions(run: Path) -> tuple[list[Position], list[str]]:
-    """Newest first; the one before the first step is nothing to fork from."""
-    positions, damaged = [], []
-    for path in checkpoints.found(run / "checkpoints"):
-        try:
-            positions.append(read_position(path))
-        except CorruptCheckpoint as error:
-            damaged.append(str(error))
-    return [position for position in positions if position.step > 0], damaged
-
-
 # -- what changes ------------------------------------------------------------------------------------------------------
 
 
-def changed(recorded: Settings, values: Mapping[str, object], words: str) -> Settings:
+def changed(recorded: Settings, values: Mapping[str, object], why: str) -> Settings:
     """The settings of the fork. With another number of epochs the milestones stay at the epochs where they were,
     unless the schedule's own are among `values`. Raises UsageError."""
     epochs, old = values.get("train.epochs"), recorded.config
@@ -120,8 +101,8 @@ def changed(recorded: Settings, values: Mapping[str, object], words: str) -> Set
         # The products are those of `milestone_steps`: not a step is off.
         scale = old.train.epochs / old.schedule.reference_epochs
         milestones = [milestone * scale for milestone in old.schedule.milestones]
-        recorded = recorded.replace(dict(zip(_SCHEDULE, (milestones, epochs), strict=True)), f"{words}, as it was")
-    return recorded.replace(values, words)
+        recorded = recorded.replace(dict(zip(_SCHEDULE, (milestones, epochs), strict=True)), f"{why}, as it was")
+    return recorded.replace(values, why)
 
 
 def check(old: Config, new: Config) -> Changes:
@@ -146,25 +127,10 @@ def check(old: Config, new: Config) -> Changes:
     return changes
 
 
-def _check_order(source: Source, changes: Changes, same_pictures: bool) -> None:
-    """Raises UsageError for what would make the rest of an epoch other pictures than were still to come."""
-    other = [key for key in _ORDER if key in changes]
-    if not same_pictures and ("data.test_subset" not in changes or "data.source" in changes):
-        other.append("data.source")
-    if source.mid_epoch and other:
-        raise UsageError(
-            f"{other[0]} changes which picture comes when, and step {source.position.step} is in the middle of epoch "
-            f"{source.position.epoch + 1}: fork at the end of an epoch ({source.others})"
-        )
-
-
-def carry_over(source: Source, new: Config, changes: Changes, dataset: Dataset) -> Checkpoint:
-    """The checkpoint as the new run's own: its identity, and its step counted in the new run's batches.
-
-    Raises UsageError if the new run would already be over, its data has another number of classes, or (in the middle of
-    an epoch) other pictures would come.
-    """
-    saved, run = source.saved, dict(source.saved.state["run"])
+def refuse_place(source: ForkPoint, new: Config, changes: Changes, *, same_pictures: bool = True) -> None:
+    """Raises UsageError if the new run would already be over, or if, in the middle of an epoch, other pictures would
+    come than were still to come."""
+    run = source.saved.state["run"]
     if run["epoch"] >= new.train.epochs:
         raise UsageError(
             f"the fork is at epoch {run['epoch']} and would end at {new.train.epochs}: ask for more with "
@@ -176,12 +142,29 @@ def carry_over(source: Source, new: Config, changes: Changes, dataset: Dataset) 
             f"the fork is at step {run['step']} and would stop at train.max_steps = {stop}: add --set "
             "train.max_steps=null"
         )
+    other = [key for key in _ORDER if key in changes]
+    if not same_pictures and ("data.test_subset" not in changes or "data.source" in changes):
+        other.append("data.source")
+    if source.mid_epoch and other:
+        raise UsageError(
+            f"{other[0]} changes which picture comes when, and step {source.position.step} is in the middle of epoch "
+            f"{source.position.epoch + 1}: fork at the end of an epoch ({source.others})"
+        )
+
+
+def carry_over(source: ForkPoint, new: Config, changes: Changes, dataset: Dataset) -> Checkpoint:
+    """The checkpoint as the new run's own: its identity, and its step counted in the new run's batches. `new`: as they
+    were decided, since by these the new run knows its checkpoints.
+
+    Raises UsageError as `refuse_place` does, and for data with another number of classes.
+    """
+    refuse_place(source, new, changes, same_pictures=_same_pictures(source, dataset))
+    saved, run = source.saved, dict(source.saved.state["run"])
     classes = saved.model["linear.bias"].shape[0]
     if classes != len(dataset.classes):
         raise UsageError(
             f"{dataset.name} has {len(dataset.classes)} classes, the network tells {classes} apart: a fork keeps them"
         )
-    _check_order(source, changes, _same_pictures(source, dataset))
     if not source.mid_epoch:
         # The learning rate follows the step: with another batch or subset an epoch has another number of them.
         run["step"] = run["epoch"] * steps_per_epoch(new, dataset)
@@ -197,7 +180,7 @@ def carry_over(source: Source, new: Config, changes: Changes, dataset: Dataset) 
     return replace(saved, step=run["step"], state={"run": run, "identity": identity})
 
 
-def _same_pictures(source: Source, dataset: Dataset) -> bool:
+def _same_pictures(source: ForkPoint, dataset: Dataset) -> bool:
     return bool(source.saved.state["identity"].get("data") == dataset.fingerprint)
 
 
@@ -209,19 +192,12 @@ def steps_per_epoch(config: Config, dataset: Dataset) -> int:
 # -- in words ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Rates:
-    """The learning rate from the fork on, as it would have been and as it is."""
-
-    before: RateCurve
-    after: RateCurve
-
-
-def rates(source: Source, new: Config, carried: Checkpoint, steps: int) -> Rates:
-    """`steps`: of an epoch of the new run. Those of the old one follow from where its checkpoint is."""
+def _rates(source: ForkPoint, new: Config, carried: Checkpoint, steps: int) -> tuple[RateCurve, RateCurve]:
+    """The learning rate from the fork on, as it would have been and as it is. `steps`: of an epoch of the new run.
+    Those of the old one follow from where its checkpoint is."""
     at, low_start = source.position, bool(source.saved.state["run"].get("low_start"))
     old_steps = (at.step - at.step_in_epoch) // at.epoch if at.epoch else steps
-    return Rates(
+    return (
         rate_curve(source.config, old_steps, at.step, low_start=low_start, scale=_scale(source.saved)),
         rate_curve(new, steps, carried.step, low_start=carried.state["run"]["low_start"], scale=_scale(carried)),
     )
@@ -232,7 +208,7 @@ def _scale(saved: Checkpoint) -> float:
     return float(saved.state["run"].get("lr_scale", 1.0))
 
 
-def explain(source: Source, new: Config, changes: Changes, carried: Checkpoint, dataset: Dataset) -> list[str]:
+def explain(source: ForkPoint, new: Config, changes: Changes, carried: Checkpoint, dataset: Dataset) -> list[str]:
     """What changes, what does not, and the learning rate before and after, in lines."""
     at, old, steps = source.position, source.config, steps_per_epoch(new, dataset)
     place = f"step {at.step}, in epoch {at.epoch + 1}" if source.mid_epoch else f"the end of epoch {at.epoch}"
@@ -243,7 +219,7 @@ def explain(source: Source, new: Config, changes: Changes, carried: Checkpoint, 
             lines.append(f"{key}: {before!r} -> {after!r}")
     if stays:
         lines.append(
-            f"the schedule stays where it was, milestones at {_words(_milestones(old))}: for one scaled to "
+            f"the schedule stays where it was, milestones at {_list_epochs(_milestones(old))}: for one scaled to "
             f"{new.train.epochs} epochs, `lowmem fork` with --set schedule.reference_epochs="
             f"{old.schedule.reference_epochs} too"
         )
@@ -253,8 +229,7 @@ def explain(source: Source, new: Config, changes: Changes, carried: Checkpoint, 
             "still to come; its row will be of both settings"
         )
     lines.append("best weights are chosen anew, from here on")
-    both = rates(source, new, carried, steps)
-    lines += side_by_side(both.before, both.after)
+    lines += side_by_side(*_rates(source, new, carried, steps))
     if (scale := _scale(source.saved)) != 1.0:
         stays_words = "so is the fork (--set optim.lr=… begins with a rate of its own)"
         now = stays_words if _scale(carried) == scale else f"the fork begins with {new.optim.lr:g}"
@@ -266,7 +241,7 @@ def explain(source: Source, new: Config, changes: Changes, carried: Checkpoint, 
     return lines
 
 
-def warnings(source: Source, changes: Changes, dataset: Dataset) -> list[str]:
+def warnings(source: ForkPoint, changes: Changes, dataset: Dataset) -> list[str]:
     """What may be meant otherwise."""
     found = [f"skipped a damaged checkpoint: {reason}" for reason in source.skipped]
     asked = [key for key in _PICTURES if key in changes]
@@ -285,7 +260,7 @@ def _milestones(config: Config) -> list[float]:
     return [milestone * scale for milestone in config.schedule.milestones]
 
 
-def _words(milestones: list[float]) -> str:
+def _list_epochs(milestones: list[float]) -> str:
     listed = [f"{milestone:.5g}" for milestone in milestones]
     return f"epoch {listed[0]}" if len(listed) == 1 else f"epochs {' and '.join(listed)}" if listed else "none"
 
@@ -293,7 +268,7 @@ def _words(milestones: list[float]) -> str:
 # -- on disk -----------------------------------------------------------------------------------------------------------
 
 
-def write(source: Source, carried: Checkpoint, settings: Settings, out: RunFolder, dataset: Dataset) -> None:
+def write(source: ForkPoint, carried: Checkpoint, settings: Settings, out: RunFolder, dataset: Dataset) -> None:
     """Puts rows, picture and checkpoint into the new folder, the checkpoint last. The old run's files are only read.
 
     Raises DiskError.
@@ -308,25 +283,25 @@ def write(source: Source, carried: Checkpoint, settings: Settings, out: RunFolde
         except OSError as error:
             raise disk_error(error, out.steps_file) from error
         out.cut_back(epoch=at.epoch, step=at.step)
-    _draw(source, rates(source, settings.config, carried, steps), carried.step / steps, out)
+    _draw(source, _rates(source, settings.config, carried, steps), carried.step / steps, out)
     checkpoints.save(out.checkpoints, carried, keep=settings.config.checkpoint.keep)
     (out.path / FORKING).unlink()
     out.event("fork", source=source.run.name, checkpoint=at.path.name, epoch=at.epoch, step=carried.step)
 
 
-def _draw(source: Source, both: Rates, fork_at: float, out: RunFolder) -> None:
+def _draw(source: ForkPoint, curves: tuple[RateCurve, RateCurve], fork_at: float, out: RunFolder) -> None:
     """report/learning_rate.png; `fork_at`: epochs done."""
-    from lowmem.report.rate_curve import draw_rate_curve  # matplotlib
+    from lowmem.report.figures import draw_rate_curve  # matplotlib
 
     past: list[tuple[float, float]] = []
     try:
-        rows = read_epochs(source.run)[1]
+        rows = RunView(source.run).epochs
     except LowmemError:
         rows = ()  # the rows of the fork itself have been read by now; this is only the picture
     for row in rows:
         if row.lr is not None and row.epoch <= source.position.epoch:
             past.append((row.epoch - 1, row.lr))
-    before, after = (_to_the_end(curve.points, curve.end) for curve in (both.before, both.after))
+    before, after = (_to_the_end(curve.points, curve.end) for curve in curves)
     title = f"Learning rate of {out.path.name}, a fork of {source.run.name}"
     png = draw_rate_curve(title, _to_the_end(past, fork_at), before, after, fork_at)
     path = out.path / "report" / "learning_rate.png"

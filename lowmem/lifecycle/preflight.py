@@ -8,8 +8,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,19 @@ from torch import Tensor
 from lowmem.config.settings import from_yaml
 from lowmem.core.errors import CorruptCheckpoint, DiskError, PreflightError, UsageError
 from lowmem.core.units import format_duration, format_size
-from lowmem.lifecycle.decide import read_plan
+from lowmem.lifecycle.run_identity import read_plan
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs import columns, gradients
 from lowmem.runs.atomic import write_text_atomic
 from lowmem.runs.event_files import EventFiles, read_points
-from lowmem.runs.history import read_history
-from lowmem.runs.space import kept_epochs, rows_bytes, run_bytes
-from lowmem.runs.store import RunFolder, csv_line
-from lowmem.train.gradients import default_every
+from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, csv_line, gradient_line
+from lowmem.runs.setup import kept_epochs, rows_bytes, run_bytes
+from lowmem.runs.store import RunFolder
+from lowmem.runs.view import read_run
 from lowmem.train.loop import Trainer
-from lowmem.train.state import cpu_tensors
-from lowmem.train.trial_step import Tried, try_step
+from lowmem.train.stall import default_every
+from lowmem.train.trial_step import StepTrial, try_step
 
 OUTPUTS = "settings, checkpoint, weights, metrics, gradients, events and report"
-
-
-@dataclass(frozen=True)
-class Written:
-    """What the trial outputs took: bytes of a checkpoint, and the seconds that saving takes at the end of an epoch."""
-
-    checkpoint_bytes: int
-    saving_seconds: float
 
 
 def preflight(trainer: Trainer, folder: RunFolder) -> None:
@@ -55,11 +45,11 @@ def preflight(trainer: Trainer, folder: RunFolder) -> None:
     trainer.group.lead(lambda: _try_all(trainer, folder, tried, began), None)
 
 
-def _try_all(trainer: Trainer, folder: RunFolder, tried: Tried, began: float) -> None:
+def _try_all(trainer: Trainer, folder: RunFolder, tried: StepTrial, began: float) -> None:
     trial = folder.path / ".preflight"
     try:
-        written = _try_outputs(trainer, folder, trial, tried)
-        disk = _check_space(trainer, folder.path, written, tried.layers)
+        checkpoint_bytes, saving_seconds = _try_outputs(trainer, folder, trial, tried)
+        disk = _check_space(trainer, folder.path, checkpoint_bytes, len(tried.layers))
     except OSError as error:
         raise PreflightError(
             f"{folder.path} cannot take the run's outputs ({error.strerror or error}): choose another folder with --out"
@@ -71,7 +61,7 @@ def _try_all(trainer: Trainer, folder: RunFolder, tried: Tried, began: float) ->
     seconds = time.monotonic() - began
     note = trainer.observer.note
     note(f"preflight: {OUTPUTS} written and read back, a step and an evaluation run and undone, in {seconds:.1f} s")
-    note(_time_line(trainer, tried, written.saving_seconds))
+    note(_time_line(trainer, tried, saving_seconds))
     note(disk)
     if not math.isfinite(tried.loss):
         trainer.observer.warning(f"the loss of the trial step is {tried.loss}: this run would diverge at once")
@@ -80,14 +70,14 @@ def _try_all(trainer: Trainer, folder: RunFolder, tried: Tried, began: float) ->
 # -- outputs -----------------------------------------------------------------------------------------------------------
 
 
-def _try_outputs(trainer: Trainer, folder: RunFolder, trial: Path, tried: Tried) -> Written:
-    """All of them by the code that will write them, into a run folder like the real one."""
+def _try_outputs(trainer: Trainer, folder: RunFolder, trial: Path, tried: StepTrial) -> tuple[int, float]:
+    """All of them by the code that will write them, into a run folder like the real one. Returns the bytes of a
+    checkpoint, and the seconds that saving takes at the end of an epoch."""
     settings = folder.path / "config.yaml"
     _same(from_yaml(settings).config == trainer.config, settings)
     with RunFolder.create(trial, settings.read_text(encoding="utf-8"), {}) as run:
         began = time.perf_counter()
         checkpoint_bytes = _try_checkpoint(trainer, run)
-        _try_weights(trainer, run)
         saving_seconds = time.perf_counter() - began
         if trainer.plan is not None:
             run.write_plan(trainer.plan.to_json())
@@ -97,35 +87,30 @@ def _try_outputs(trainer: Trainer, folder: RunFolder, trial: Path, tried: Tried)
         if trainer.config.train.tensorboard:
             _try_board(run)
         _try_report(run)
-    return Written(checkpoint_bytes, saving_seconds)
+    return checkpoint_bytes, saving_seconds
 
 
 def _try_checkpoint(trainer: Trainer, run: RunFolder) -> int:
-    written = trainer.checkpoint()
-    path = checkpoints.save(run.checkpoints, written, keep=trainer.config.checkpoint.keep)
-    back = checkpoints.load(path)
-    for read, kept in ((back.model, written.model), (back.optimizer, written.optimizer)):
-        _same(read.keys() == kept.keys() and all(_equal(read[name], kept[name]) for name in kept), path)
-    _same(json.dumps(back.state) == json.dumps(written.state), path / "state.json")
-    return sum(file.stat().st_size for file in path.iterdir())
-
-
-def _try_weights(trainer: Trainer, run: RunFolder) -> None:
+    """And the weights of the best epoch: they carry all that others do, and are written the same way. Returns the
+    checkpoint's bytes."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    tensors = cpu_tensors(trainer.model)
-    # Those of the best epoch: they carry all that the others do, and are written the same way.
-    run.save_weights("best", tensors, {"epoch": "1", "step": "2", "error_pct": "12.5", "chosen_on": "test"})
-    path = run.path / "weights" / "best.safetensors"
+    written = trainer.checkpoint()
+    path = checkpoints.save(run.checkpoints, written, keep=trainer.config.checkpoint.keep)
+    back = checkpoints.load(path)
+    _same(_equal(back.model, written.model) and _equal(back.optimizer, written.optimizer), path)
+    _same(json.dumps(back.state) == json.dumps(written.state), path / "state.json")
+    run.save_weights("best", written.model, {"epoch": "1", "step": "2", "error_pct": "12.5", "chosen_on": "test"})
+    weights = run.path / "weights" / "best.safetensors"
     try:
-        back = load(path.read_bytes())
+        _same(_equal(load(weights.read_bytes()), written.model), weights)
     except SafetensorError:
-        back = {}
-    _same(back.keys() == tensors.keys() and all(_equal(back[name], tensors[name]) for name in tensors), path)
+        _same(False, weights)
+    return sum(file.stat().st_size for file in path.iterdir())
 
 
-def _try_rows(trainer: Trainer, run: RunFolder, tried: Tried) -> None:
+def _try_rows(trainer: Trainer, run: RunFolder, tried: StepTrial) -> None:
     """metrics.csv, steps.csv, gradients.csv and events.jsonl by their readers."""
     test, seen = tried.score, trainer.meter.read()
     row: dict[str, Any] = {"epoch": 1, "step": 2, "lr": trainer.config.optim.lr, "elapsed_seconds": tried.step_seconds}
@@ -139,13 +124,13 @@ def _try_rows(trainer: Trainer, run: RunFolder, tried: Tried) -> None:
     run.begin_gradients(tried.layers, step=0)
     run.append_gradients([(1, 1, tried.gradient_norms)])
     run.event("preflight", **told)
-    back = read_history(run.path)
-    line, lines = csv_line(columns.METRICS, row), [csv_line(columns.STEPS, step) for step in steps]
-    _same([csv_line(columns.METRICS, vars(read)) for read in back.epochs] == [line], run.metrics_file)
-    _same([csv_line(columns.STEPS, vars(read)) for read in back.steps] == lines, run.steps_file)
-    norms = [gradients.line(read.step, read.epoch, read.norms) for read in back.gradients.rows]
+    back = read_run(run.path)
+    line, lines = csv_line(EPOCH_TABLE.names, row), [csv_line(STEP_TABLE.names, step) for step in steps]
+    _same([csv_line(EPOCH_TABLE.names, vars(read)) for read in back.epochs] == [line], run.metrics_file)
+    _same([csv_line(STEP_TABLE.names, vars(read)) for read in back.steps] == lines, run.steps_file)
+    norms = [gradient_line(read.step, read.epoch, read.norms) for read in back.gradients.rows]
     _same(back.gradients.layers == tried.layers, run.gradients_file)
-    _same(norms == [gradients.line(1, 1, tried.gradient_norms)], run.gradients_file)
+    _same(norms == [gradient_line(1, 1, tried.gradient_norms)], run.gradients_file)
     _same([(event.kind, dict(event.detail)) for event in back.events] == [("preflight", told)], run.events_file)
     _same(back.best is not None and (back.best.epoch, back.best.error_pct) == (1, 12.5), run.path / "weights")
 
@@ -160,7 +145,7 @@ def _try_board(run: RunFolder) -> None:
 
 def _try_report(run: RunFolder) -> None:
     """That the report can be written: its folder takes a file, its library is there, and (see `_try_rows`) its rows
-    read back. It is not drawn: matplotlib takes two seconds of every start, and a figure that fails costs nothing, since
+    read back. It is not drawn: matplotlib takes two seconds of every start, and a figure that fails costs nothing, as
     `lowmem report` draws it from the rows whenever it is asked to."""
     if importlib.util.find_spec("matplotlib") is None:
         raise PreflightError("the report cannot be drawn (no matplotlib): install what is missing with pip")
@@ -175,11 +160,13 @@ def _same(same: bool, path: Path) -> None:
         raise PreflightError(f"{path} reads back differently from what was written: check the disk")
 
 
-def _equal(left: Tensor, right: Tensor) -> bool:
+def _equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     """By bits: the weights of a run that has diverged are not equal to themselves."""
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    return left.numpy().tobytes() == right.numpy().tobytes()
+
+    def bits(tensor: Tensor) -> tuple[object, ...]:
+        return tensor.shape, tensor.dtype, tensor.numpy().tobytes()
+
+    return left.keys() == right.keys() and all(bits(left[name]) == bits(right[name]) for name in right)
 
 
 def _finite(value: float) -> float:
@@ -189,7 +176,7 @@ def _finite(value: float) -> float:
 # -- what the run will take --------------------------------------------------------------------------------------------
 
 
-def _time_line(trainer: Trainer, tried: Tried, saving_seconds: float) -> str:
+def _time_line(trainer: Trainer, tried: StepTrial, saving_seconds: float) -> str:
     config, state, dataset = trainer.config.train, trainer.state, trainer.dataset
     per_epoch = trainer.batches.steps_per_epoch
     steps = (config.epochs - state.epoch) * per_epoch - state.step_in_epoch
@@ -210,27 +197,27 @@ def _time_line(trainer: Trainer, tried: Tried, saving_seconds: float) -> str:
     )
 
 
-def _check_space(trainer: Trainer, path: Path, written: Written, layers: Sequence[str]) -> str:
+def _check_space(trainer: Trainer, path: Path, checkpoint_bytes: int, layers: int) -> str:
     """The line on disk. Raises PreflightError if there is too little."""
-    config = trainer.config
+    config, per_epoch = trainer.config, trainer.batches.steps_per_epoch
     kept = kept_epochs(epochs=config.train.epochs, keep_every=config.checkpoint.keep_every)
     needed = run_bytes(
-        checkpoint_bytes=written.checkpoint_bytes,
+        checkpoint_bytes=checkpoint_bytes,
         parameter_bytes=sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
         keep=config.checkpoint.keep,
         kept_epochs=kept,
         rows_bytes=rows_bytes(
             epochs=config.train.epochs,
-            steps_per_epoch=trainer.batches.steps_per_epoch,
+            steps_per_epoch=per_epoch,
             log_every_steps=config.train.log_every_steps,
             steps_between_saves=config.checkpoint.steps_between_saves,
-            layers=len(layers),
-            grad_norms_every=config.train.grad_norms_every or default_every(trainer.batches.steps_per_epoch),
+            layers=layers,
+            grad_norms_every=config.train.grad_norms_every or default_every(per_epoch),
         ),
     )
-    most = config.checkpoint.keep + 1 + kept
     free = shutil.disk_usage(path).free
-    takes = f"{format_size(needed)} at the most ({most} checkpoints of {format_size(written.checkpoint_bytes)}"
+    most = f"{config.checkpoint.keep + 1 + kept} checkpoints of {format_size(checkpoint_bytes)}"
+    takes = f"{format_size(needed)} at the most ({most}"
     if free < needed:
         raise PreflightError(
             f"the run needs {takes} and the weights), {path} has {format_size(free)} free: free some space, keep fewer "

@@ -1,25 +1,31 @@
-"""Whether what lies in a run folder is that run's: its checkpoints' tensors, settings and plan."""
+"""Whether what lies in a run folder is that run's: its checkpoints' tensors and settings, and its plans."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
-from torch import nn
-
-from lowmem.choose.session import wants_plan
+from lowmem.choose.decide import RecordedRun
+from lowmem.choose.execution import wants_plan
 from lowmem.config.schema import Config
-from lowmem.config.settings import from_yaml
-from lowmem.core.errors import CorruptCheckpoint
-from lowmem.core.reading import shorten
-from lowmem.lifecycle.decide import read_plan
+from lowmem.core.errors import CorruptCheckpoint, Diverged
+from lowmem.core.reading import PLAN_LIMIT_BYTES, read_json, shorten
+from lowmem.distributed.group import Group
+from lowmem.distributed.launch import Launch
 from lowmem.models import skeleton
+from lowmem.models.resnet import ResNet
 from lowmem.plan.record import Plan
+from lowmem.remat import stage_names
 from lowmem.runs.checkpoint import Checkpoint
-from lowmem.runs.store import plan_file, require_run
+from lowmem.runs.setup import never_began
+from lowmem.runs.store import PLAN, RunFolder, plan_file
 from lowmem.runs.verify import Belonging, Verified, verify_run
-from lowmem.train.gradients import measured_weights
+from lowmem.runs.view import RunView, recorded_settings
+from lowmem.train.observer import Observer
+from lowmem.train.stall import measured_weights
 from lowmem.train.state import check_belongs, config_hash
 
 Shape = tuple[int | None, ...]
@@ -31,13 +37,12 @@ def network_shapes(config: Config) -> dict[str, Shape]:
     data tells."""
     return {
         name: (None, *tensor.shape[1:]) if name in _CLASSES else tuple(tensor.shape)
-        for name, tensor in _skeleton(config).state_dict().items()
+        for name, tensor in _network(config).state_dict().items()
     }
 
 
-def _skeleton(config: Config) -> nn.Module:
-    model = config.model
-    return skeleton(model.arch, model.block, width=model.width)
+def _network(config: Config) -> ResNet:
+    return skeleton(config.model.arch, config.model.block, width=config.model.width)
 
 
 def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, tuple[int, ...]], what: str) -> None:
@@ -72,44 +77,130 @@ def belongs_to(config: Config) -> Callable[[Checkpoint], None]:
     return check
 
 
+# -- a run that torchrun starts again ----------------------------------------------------------------------------------
+
+
+def begun_before(group: Group, path: Path, config: Config) -> bool:
+    """Whether torchrun has started these processes again after a failure, and it was they who began this run, with
+    these settings. Raises Diverged if the run then stopped as it was asked to: starting again does not undo that."""
+
+    def begun() -> bool:
+        if group.restarts == 0 or not (path / "config.yaml").is_file() or never_began(path):
+            return False
+        run, mine = RunView(path), {"asked": config_hash(config), "launcher": launcher()}
+        if {key: run.env.get(key) for key in mine} != mine:
+            return False
+        for last in run.events[-1:]:
+            if last.kind == "diverged" or (last.kind == "stuck" and last.detail.get("stopped")):
+                why = shorten(last.detail.get("why") or "it learns nothing", 500)
+                raise Diverged(f"{path} was stopped before this restart, as asked: {why}")
+        return True
+
+    return bool(group.share(group.lead(begun, False)))
+
+
+def launcher() -> int | None:
+    """The process that started this one, if that is torchrun: it outlives those that it starts again."""
+    return None if Launch.of_environment() is None else os.getppid()
+
+
+# -- plans: plan.json, and one for each further process that trains the run --------------------------------------------
+
+
+def read_plan(run: Path, config: Config, name: str = PLAN) -> Plan | None:
+    """The plan in a run's plan.json, or in that of another of its processes; None if there is none. Raises
+    CorruptCheckpoint if it is damaged or does not belong to these settings."""
+    path = run / name
+    if not path.is_file():
+        return None
+    try:
+        plan = Plan.from_json(read_json(path, PLAN_LIMIT_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{path} holds no plan ({shorten(error)}): restore it, or start another run") from None
+    train = config.train
+    ours = (stage_names(_network(config)), train.batch, train.precision, train.memory_format)
+    if (plan.stages, plan.effective_batch, plan.precision, plan.memory_format) != ours:
+        raise CorruptCheckpoint(f"{path} is the plan of another run: restore this run's own, or start another run")
+    return plan
+
+
+def read_plans(run: Path, config: Config) -> list[Plan]:
+    """Of all processes that last trained the run of these recorded settings, as far as they are there; none for a run
+    without plans. Raises CorruptCheckpoint."""
+    first = read_plan(run, config)
+    if first is None:
+        if wants_plan(config):
+            raise CorruptCheckpoint(f"{run / PLAN} is missing, which this run was planned by: restore it")
+        return []
+    others = (read_plan(run, config, plan_file(rank)) for rank in range(1, len(first.shares)))
+    return [first, *(plan for plan in others if plan is not None)]
+
+
+def recorded_run(group: Group, run: Path, config: Config) -> RecordedRun:
+    """What is recorded of a run that is resumed, read by rank 0, in all processes. Raises CorruptCheckpoint."""
+    plans: list[Any] = group.lead(lambda: [plan.to_json() for plan in read_plans(run, config)], [])
+    return RecordedRun(config, group.together(lambda: [Plan.from_json(plan) for plan in group.share(plans)]))
+
+
+def source_run(run: Path, config: Config, observer: Observer) -> RecordedRun:
+    """What is recorded of a run that another forks off from, which can do without its plans."""
+    try:
+        return RecordedRun(config, read_plans(run, config), fork=True)
+    except CorruptCheckpoint as error:
+        observer.warning(f"{error}; the fork is planned anew")
+        return RecordedRun(config, fork=True)
+
+
+def record_plans(group: Group, plan: Plan | None, folder: RunFolder) -> None:
+    """Writes every process's plan into the run's folder. Raises DiskError."""
+    if plan is None:
+        return
+    plans = group.gather(plan.to_json())
+
+    def write() -> None:
+        for rank, each in enumerate(plans):
+            folder.write_plan(each, rank)
+        folder.forget_plans(after=group.size)
+
+    group.lead(write, None)
+
+
+# -- what `lowmem verify` asks -----------------------------------------------------------------------------------------
+
+
 def verify(run: Path) -> Verified:
     """What `lowmem verify` does: looks at everything a resume of `run` would rely on, and changes nothing.
 
     Raises UsageError if it is no run or its config.yaml cannot be used.
     """
-    require_run(run)
-    config = from_yaml(run / "config.yaml").config
+    config = recorded_settings(run).config
     shapes = network_shapes(config)
     return verify_run(
         run,
         Belonging(
             checkpoint=belongs_to(config),
             tensors=lambda found, what: check_shapes(shapes, found, what),
-            plan=lambda: _plan_in_words(run, config),
+            plan=lambda: _describe_plans(run, config),
             most_bytes=most_bytes(config),
             epochs=config.train.epochs,
-            layers=tuple(measured_weights(_skeleton(config))),
+            layers=tuple(measured_weights(_network(config))),
         ),
     )
 
 
-def _plan_in_words(run: Path, config: Config) -> str | None:
+def _describe_plans(run: Path, config: Config) -> str | None:
     """None for a run without a plan. Raises CorruptCheckpoint."""
-    plan = read_plan(run, config)
-    if plan is None and wants_plan(config):
-        raise CorruptCheckpoint(f"{run / 'plan.json'} is missing, which this run was planned by: restore it")
-    if plan is None:
+    plans = read_plans(run, config)
+    if not plans:
         return None
-    for name in map(plan_file, range(1, len(plan.shares))):
-        if read_plan(run, config, name) is None:
-            raise CorruptCheckpoint(
-                f"{run / name} is missing, the plan of one of the {len(plan.shares)} processes that train this run: "
-                "restore it, or go on with another number of them"
-            )
-    if plan.shares:
-        return f"{len(plan.shares)} processes, of which this takes {_words(plan)}"
-    return _words(plan)
-
-
-def _words(plan: Plan) -> str:
-    return f"batch {plan.batch} in micro-batches of {plan.micro_batch}, {len(plan.ladder)} smaller plans in reserve"
+    first, size = plans[0], max(1, len(plans[0].shares))
+    if len(plans) < size:
+        missing = next(name for name in map(plan_file, range(size)) if not (run / name).is_file())
+        raise CorruptCheckpoint(
+            f"{run / missing} is missing, the plan of one of the {size} processes that train this run: restore it, or "
+            "go on with another number of them"
+        )
+    described = (
+        f"batch {first.batch} in micro-batches of {first.micro_batch}, {len(first.ladder)} smaller plans in reserve"
+    )
+    return described if size == 1 else f"{size} processes, of which this takes {described}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -18,22 +18,11 @@ from lowmem.measure.nvml import Driver, DriverDevice, DriverReport
 from lowmem.measure.snapshot import Snapshot
 
 
-@dataclass(frozen=True, kw_only=True)
-class AllocatorFigures:
-    """torch's caching allocator on one device, bytes; the counts are since the start of the process."""
-
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    allocated_bytes: int
-    reserved_bytes: int
-    alloc_retries: int
-    ooms: int
-
-
-def read_allocator() -> AllocatorFigures:
-    """The current device's figures; all zero as long as CUDA was not used."""
+def read_allocator() -> Snapshot:
+    """torch's caching allocator on the current device, and nothing else; the counts are since the start of the process.
+    All zero as long as CUDA was not used."""
     stats = torch.cuda.memory_stats()
-    return AllocatorFigures(
+    return Snapshot(
         peak_allocated_bytes=stats.get("allocated_bytes.all.peak", 0),
         peak_reserved_bytes=stats.get("reserved_bytes.all.peak", 0),
         allocated_bytes=stats.get("allocated_bytes.all.current", 0),
@@ -45,8 +34,9 @@ def read_allocator() -> AllocatorFigures:
 
 def cap_allocator(cap_bytes: int) -> bool:
     """Makes a larger card behave like a smaller one: lets the caching allocator of the current CUDA device hold at most
-    `cap_bytes` in segments; the context and what libraries allocate on their own are not in it (pytorch/pytorch#107667).
-    Whether there was anything to cap: on the CPU, and for a cap that the card does not reach, there is not."""
+    `cap_bytes` in segments. The context and what libraries allocate on their own are not in it
+    (pytorch/pytorch#107667). Whether there was anything to cap: on the CPU, and for a cap that the card does not
+    reach, there is not."""
     if not torch.cuda.is_available():
         return False
     share = cap_bytes / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
@@ -70,30 +60,17 @@ def free_and_total_bytes() -> tuple[int, int] | None:
         return None
 
 
-def find_device(report: DriverReport, uuid: str | None) -> DriverDevice | None:
-    """By UUID, since NVML's order is not CUDA's; without one only if there is but one card to be meant."""
-    if uuid is not None:
-        return report.device(uuid)
-    return report.devices[0] if len(report.devices) == 1 else None
-
-
 def process_bytes(device: DriverDevice | None, pid: int) -> int | None:
     """What the driver says this process holds on the card; None where it does not."""
     processes = (device.processes if device is not None else None) or ()
     return next((process.used_bytes for process in processes if process.pid == pid), None)
 
 
-def context_bytes(report: DriverReport) -> int | None:
-    """This process on the current device by NVML, less the allocator's segments; None where NVML does not tell."""
-    own = process_bytes(find_device(report, device_uuid()), os.getpid())
-    return _rest(own, read_allocator().reserved_bytes)
-
-
 def context_by_drop(before: DriverReport, after: DriverReport, uuid: str | None, reserved_bytes: int) -> int | None:
     """How much fuller the card got from a report made before CUDA was first used to one made now, less the allocator's
     segments now (`reserved_bytes`). What other processes took or gave back in between is counted in. None if a figure
     is missing or others gave back more."""
-    was, now = find_device(before, uuid), find_device(after, uuid)
+    was, now = before.device(uuid), after.device(uuid)
     if was is None or now is None or was.used_bytes is None or now.used_bytes is None:
         return None
     return _rest(now.used_bytes - was.used_bytes, reserved_bytes)
@@ -106,17 +83,10 @@ def _rest(whole: int | None, part: int) -> int | None:
 class CudaSource:
     """The current device, asked again and again; the driver's library stays open."""
 
-    def __init__(self, read_driver: Callable[[], DriverReport] | None = None) -> None:
-        self._driver = Driver() if read_driver is None else None
-        self._read_driver = read_driver
+    def __init__(self) -> None:
+        self._driver = Driver()
         # Only a report from before the context can tell its size where the driver does not name processes.
-        self._before = None if torch.cuda.is_initialized() else self._report(None)
-
-    def _report(self, uuid: str | None) -> DriverReport:
-        if self._driver is not None:
-            return self._driver.read(uuid)
-        assert self._read_driver is not None
-        return self._read_driver()
+        self._before = None if torch.cuda.is_initialized() else self._driver.read()
 
     def reset(self) -> None:
         """Starts new peaks."""
@@ -126,7 +96,7 @@ class CudaSource:
         uuid = device_uuid()
         return describe(
             read_allocator(),
-            self._report(uuid),
+            self._driver.read(uuid),
             uuid=uuid,
             pid=os.getpid(),
             before=self._before,
@@ -135,12 +105,11 @@ class CudaSource:
 
     def close(self) -> None:
         """Lets go of the driver's library."""
-        if self._driver is not None:
-            self._driver.close()
+        self._driver.close()
 
 
 def describe(
-    allocator: AllocatorFigures,
+    allocator: Snapshot,
     report: DriverReport,
     *,
     uuid: str | None,
@@ -148,45 +117,31 @@ def describe(
     before: DriverReport | None,
     runtime: Callable[[], tuple[int, int] | None],
 ) -> Snapshot:
-    """Puts the sources together. `before`: the driver's report from before CUDA was first used, if there is one;
-    `runtime`: (free, total) in bytes by the CUDA runtime, called only where NVML fails."""
-    known = Snapshot(
-        peak_allocated_bytes=allocator.peak_allocated_bytes,
-        peak_reserved_bytes=allocator.peak_reserved_bytes,
-        allocated_bytes=allocator.allocated_bytes,
-        reserved_bytes=allocator.reserved_bytes,
-        alloc_retries=allocator.alloc_retries,
-        ooms=allocator.ooms,
-    )
-    device = find_device(report, uuid)
+    """Puts the sources together. `allocator`: see `read_allocator`; `before`: the driver's report from before CUDA was
+    first used, if there is one; `runtime`: (free, total) in bytes by the CUDA runtime, called only where NVML fails."""
+    device = report.device(uuid)
     if device is None or device.used_bytes is None:
-        return _without_driver(known, _why_not(report, device, uuid), runtime())
-    drop = context_by_drop(before, report, uuid, allocator.reserved_bytes) if before is not None else None
-    return _with_driver(known, device, allocator.reserved_bytes, pid, drop)
-
-
-def _with_driver(
-    known: Snapshot, device: DriverDevice, reserved_bytes: int, pid: int, drop_bytes: int | None
-) -> Snapshot:
-    assert device.used_bytes is not None
+        return _without_driver(allocator, _why_not(report, device, uuid), runtime())
+    reserved = allocator.reserved_bytes or 0
     process = process_bytes(device, pid)
     missing: tuple[str, ...] = ()
     if process is not None:
-        context, own = _rest(process, reserved_bytes), process
+        context, own = _rest(process, reserved), process
     else:
-        context = drop_bytes
-        own = reserved_bytes + (drop_bytes or 0)
+        context = context_by_drop(before, report, uuid, reserved) if before is not None else None
+        own = reserved + (context or 0)
         silent = "NVML does not tell what this process holds (as on Windows and in containers)"
-        if drop_bytes is None:
+        if context is None:
             missing = (f"{silent}: the context and the other processes' share are unknown",)
         else:
             missing = (f"{silent}: the context is how much fuller the card got since before CUDA was used",)
+    others_known = process is not None or context is not None
     return replace(
-        known,
+        allocator,
         device_used_bytes=device.used_bytes,
         process_bytes=process,
         context_bytes=context,
-        others_bytes=max(0, device.used_bytes - own) if process is not None or drop_bytes is not None else None,
+        others_bytes=max(0, device.used_bytes - own) if others_known else None,
         device_total_bytes=device.total_bytes,
         device_free_bytes=device.free_bytes,
         driver_reserved_bytes=device.reserved_bytes,

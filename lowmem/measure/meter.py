@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol
 
-from lowmem.measure.nvml import DriverReport
 from lowmem.measure.snapshot import Snapshot
 
 _STATUS = Path("/proc/self/status")
@@ -36,16 +33,14 @@ class Meter:
     The driver's library is opened once and read in a few milliseconds: cheap enough for every line of a log, not for
     every step. Where the driver does not tell what a process holds, a meter made before CUDA is first used still knows
     this process's context, from how the card filled up.
-
-    `read_driver`: another account of the cards than this machine's driver gives.
     """
 
-    def __init__(self, device: str, read_driver: Callable[[], DriverReport] | None = None) -> None:
+    def __init__(self, device: str) -> None:
         self._source: MemorySource
         if device == "cuda":
             from lowmem.measure.cuda import CudaSource
 
-            self._source = CudaSource(read_driver)
+            self._source = CudaSource()
         else:
             self._source = CpuSource()
 
@@ -64,9 +59,7 @@ class Meter:
     def __enter__(self) -> Meter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

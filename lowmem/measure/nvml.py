@@ -10,9 +10,9 @@ its lists; on Windows (WDDM) it lists them without their bytes; a MIG slice has 
 from __future__ import annotations
 
 import weakref
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import PureWindowsPath
-from types import TracebackType
 from typing import Any
 
 
@@ -66,9 +66,12 @@ class DriverReport:
     devices: tuple[DriverDevice, ...] = ()
     missing: str | None = None
 
-    def device(self, uuid: str) -> DriverDevice | None:
-        """By its UUID, with or without the leading `GPU-`; None if the driver does not list it."""
-        return next((one for one in self.devices if one.uuid is not None and _same_card(one.uuid, uuid)), None)
+    def device(self, uuid: str | None) -> DriverDevice | None:
+        """By its UUID, with or without the leading `GPU-`, since NVML's order is not CUDA's; without one only if there
+        is but one card to be meant. None if the driver does not list it."""
+        if uuid is None:
+            return self.devices[0] if len(self.devices) == 1 else None
+        return next((card for card in self.devices if card.uuid is not None and _same_card(card.uuid, uuid)), None)
 
 
 def _same_card(left: str, right: str) -> bool:
@@ -80,14 +83,14 @@ def read_driver(library: Any | None = None) -> DriverReport:
 
     `library`: the `pynvml` module, or a stand-in with its functions; None imports it.
     """
-    with Driver(library) as driver:
+    with closing(Driver(library)) as driver:
         return driver.read()
 
 
 class Driver:
     """The driver's library kept open, for repeated reading; opening takes tens of milliseconds, reading a few.
 
-    Never raises. Closed by `close`, at the end of a `with`, or at the latest when the interpreter leaves.
+    Never raises. Closed by `close`, or at the latest when the interpreter leaves.
     """
 
     def __init__(self, library: Any | None = None) -> None:
@@ -109,14 +112,6 @@ class Driver:
         if self.missing is None:
             self._closing()
             self.missing = "the driver is no longer asked: its meter was closed"
-
-    def __enter__(self) -> Driver:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def read(self, uuid: str | None = None) -> DriverReport:
         """The cards as they are now: all of them, or only that of `uuid` (and those that do not tell theirs), which

@@ -92,10 +92,7 @@ def _of_snapshot(snapshot: Snapshot) -> _Account:
 
 
 def _of_report(report: DriverReport, uuid: str | None) -> _Account:
-    if uuid is not None:
-        device = report.device(uuid)
-    else:
-        device = report.devices[0] if len(report.devices) == 1 else None
+    device = report.device(uuid)
     return _Account() if device is None else _Account(device.processes or (), device.used_bytes)
 
 

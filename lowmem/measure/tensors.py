@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 
 class TensorMeter(TorchDispatchMode):
@@ -95,4 +94,6 @@ def tensors_among(values: Iterable[Any]) -> list[Tensor]:
 
 @cache
 def _flop_formula(func: Any) -> Any:
+    from torch.utils.flop_counter import flop_registry  # a quarter of a second, of a start that counts nothing
+
     return flop_registry.get(func.overloadpacket)

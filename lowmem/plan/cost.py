@@ -167,9 +167,6 @@ class StageCost:
         return self.option(policy)
 
 
-BlockCost = StageCost  # the design's name for it
-
-
 @dataclass(frozen=True, kw_only=True)
 class ChainCost:
     """Stages in forward order, and what is there beside them.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lowmem.core.errors import Infeasible
 from lowmem.core.units import format_size
 from lowmem.plan.cost import ChainCost, OptionCost
 from lowmem.plan.policy import Item, Keep, PolicyKind, Schedule, Segment
@@ -37,20 +38,25 @@ class Moment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """`seconds` and `flops` of forward and backward, without what no schedule changes; `peak_bytes` of the
-    whole step."""
+class Solution:
+    """A schedule and what it takes under the cost model: `peak` of the step's tensors, `seconds` and `flops` of the
+    whole step. `overhead` and `extra_flops` are over plain autograd, None if that was not measured. The one result of
+    every solver and baseline, so that they swap places."""
 
+    strategy: str
+    schedule: Schedule
+    peak: Moment
     seconds: float
     flops: int
-    peak: Moment
+    overhead: float | None
+    extra_flops: int | None
 
     @property
     def peak_bytes(self) -> int:
         return self.peak.total_bytes
 
 
-def evaluate(schedule: Schedule, chain: ChainCost) -> Evaluation:
+def evaluate(schedule: Schedule, chain: ChainCost, strategy: str = "") -> Solution:
     """Runs the schedule on the cost model. Raises ValueError if it is not a schedule of this chain, KeyError
     if a stage has not got the policy."""
     schedule.check_covers(len(chain))
@@ -58,7 +64,22 @@ def evaluate(schedule: Schedule, chain: ChainCost) -> Evaluation:
     run.items(schedule.items)
     run.outside()
     assert run.held == chain.boundary_grad_bytes[0], "everything kept is freed again"
-    return Evaluation(seconds=run.seconds, flops=run.flops, peak=run.worst())
+    plain, outside = chain.plain_seconds, chain.outside_seconds
+    return Solution(
+        strategy=strategy,
+        schedule=schedule,
+        peak=run.worst(),
+        seconds=run.seconds + outside,
+        flops=run.flops,
+        overhead=None if plain is None else (run.seconds - plain) / (plain + outside),
+        extra_flops=None if chain.plain_flops is None else run.flops - chain.plain_flops,
+    )
+
+
+def refuse(least: Solution, budget_bytes: int, way_out: str) -> Infeasible:
+    """The exception (invariant 10) for a budget under which even the smallest solution does not fit."""
+    what = f"{least.strategy}; at its peak, {least.peak}"
+    return Infeasible(budget_bytes, least.peak_bytes, what, way_out)
 
 
 class Walk:

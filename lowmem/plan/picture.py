@@ -26,7 +26,7 @@ EXPLAINED = {
 
 
 @dataclass(frozen=True)
-class Line:
+class PictureLine:
     """One line of the picture: `stages` in words, how many, what is done with them."""
 
     stages: str
@@ -34,10 +34,10 @@ class Line:
     action: str
 
 
-def lines(schedule: Schedule, names: Sequence[str]) -> list[Line]:
+def lines(schedule: Schedule, names: Sequence[str]) -> list[PictureLine]:
     """The picture; `names` are the stages' names in order. Within a group of stages (`layer1`, …) items that
     look alike, or turns of up to `LONGEST_TURN` items, share a line."""
-    found: list[Line] = []
+    found: list[PictureLine] = []
     items = schedule.items
     at = 0
     while at < len(items):
@@ -97,14 +97,14 @@ def _in_one_group(items: Sequence[Item], names: Sequence[str]) -> Sequence[Item]
     return items
 
 
-def _line(run: Sequence[Item], length: int, turns: int, names: Sequence[str]) -> Line:
+def _line(run: Sequence[Item], length: int, turns: int, names: Sequence[str]) -> PictureLine:
     count = run[-1].end - run[0].start + 1
     action = _counted(run[:length])
     if turns > 1 and length > 1:
         action = f"{turns} x ({action})"
     elif turns > 1 and isinstance(run[0], Segment):
         action = f"{turns} x {action}"
-    return Line(_range(names, run[0].start, run[-1].end), count, action)
+    return PictureLine(_range(names, run[0].start, run[-1].end), count, action)
 
 
 def _group(name: str) -> str | None:

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lowmem.plan.policy import Schedule, Segment
+from lowmem.core.reading import shorten
+from lowmem.plan.policy import Schedule
 
 FORMAT = 1
 
@@ -24,13 +26,7 @@ class Predicted:
     extra_flops: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "extra_flops"):
-            value = getattr(self, name)
-            if value is not None and not _is_integer(value):
-                raise ValueError(f"{name} is an integer or None, not {str(value)[:100]}")
-        for name in ("step_seconds", "overhead"):
-            if not _is_number_or_none(getattr(self, name)):
-                raise ValueError(f"{name} is a number or None, not {str(getattr(self, name))[:100]}")
+        _check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +42,27 @@ class Candidate:
     measured_step_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.what, str) or not isinstance(self.refused_because, str | None):
-            raise ValueError("a candidate is described in words")
-        for name in ("peak_bytes", "step_seconds", "measured_peak_bytes", "measured_step_seconds"):
-            if not _is_number_or_none(getattr(self, name)):
-                raise ValueError(f"a candidate's {name} is a number or None, not {str(getattr(self, name))[:100]}")
+        _check_types(self)
 
 
-def _is_integer(value: object) -> bool:
-    """Truth is none, although Python counts with it; and what is larger than 2**62 is no size or count of anything."""
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 62
+def _check_types(value: Any) -> None:
+    """Raises ValueError for a field that is not what its annotation says: what was recorded is read without trust."""
+    for name, hint in get_type_hints(type(value)).items():
+        allowed = get_args(hint) if get_origin(hint) in (Literal, UnionType) else (hint,)
+        found = getattr(value, name)
+        if not any(_is_a(found, one) for one in allowed):
+            *most, last = (getattr(one, "__name__", one) for one in allowed)
+            wanted = f"{', '.join(map(str, most))} or {last}" if most else last
+            raise ValueError(f"{name} is {shorten(repr(found), 100)}, not {wanted}".replace("NoneType", "None"))
 
 
-def _is_number_or_none(value: object) -> bool:
-    return value is None or _is_integer(value) or isinstance(value, float)
+def _is_a(value: object, kind: Any) -> bool:
+    """Truth is no number, although Python counts with it; a whole number is a float too; and what is larger than 2**62
+    is no size or count of anything."""
+    if kind in (int, float) and isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 1 << 62
+    kind = get_origin(kind) or kind
+    return isinstance(value, kind) if isinstance(kind, type) else value == kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +75,8 @@ class Plan:
     their own. `batch_norm`: the kernels of batch norm on CUDA, the library's choice (autograd's bits) or native ones
     (in place, another rounding). `tf32`: whether fp32 convolutions round their operands to TF32 on the card that it was
     made for; None: a card of unknown kind. `allocator_bytes`: on an emulated card, the most that the caching allocator
-    may hold; None: all there is. `shares`: of a run that several processes train, the pictures that each takes of the
-    effective batch, by rank; `batch` is then this process's own share. Empty: one process takes all.
+    may hold; None: all there is. `shares`: the pictures that each of the processes that train the run takes of the
+    effective batch, by rank; `batch` is this process's own share. Left out: one process takes all.
 
     Raises ValueError if the numbers or the schedule do not fit each other.
     """
@@ -96,20 +99,13 @@ class Plan:
     allocator_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_norm not in ("library", "native"):
-            raise ValueError(f"batch norm {str(self.batch_norm)[:100]!r} is neither library nor native")
-        if not isinstance(self.tf32, bool | None) or not (
-            self.allocator_bytes is None or _is_integer(self.allocator_bytes)
-        ):
-            raise ValueError("tf32 is true, false or None, allocator_bytes an integer or None")
-        if not all(_is_integer(share) and share >= 0 for share in self.shares):
+        if not self.shares:
+            object.__setattr__(self, "shares", (self.batch,))
+        _check_types(self)
+        if not all(_is_a(share, int) and share >= 0 for share in self.shares):
             raise ValueError("shares are counts of pictures")
-        if self.shares and self.batch not in self.shares and 0 not in self.shares:
+        if self.batch not in self.shares and 0 not in self.shares:
             raise ValueError(f"the batch of {self.batch} is none of the shares {list(self.shares)}")
-        if not all(map(_is_integer, (self.batch, self.micro_batch, self.accumulation))):
-            raise ValueError("batch, micro_batch and accumulation are integers")
-        if not (self.budget_bytes is None or _is_integer(self.budget_bytes)) or not isinstance(self.exact, bool):
-            raise ValueError("budget_bytes is an integer or None, exact is true or false")
         if min(self.batch, self.micro_batch, self.accumulation) < 1:
             raise ValueError("batch, micro_batch and accumulation are at least 1")
         if -(-self.batch // self.micro_batch) != self.accumulation:
@@ -117,10 +113,6 @@ class Plan:
                 f"batch {self.batch} in micro-batches of {self.micro_batch} is "
                 f"{-(-self.batch // self.micro_batch)} of them, not {self.accumulation}"
             )
-        if self.precision not in ("fp32", "amp"):
-            raise ValueError(f"precision {self.precision!r} is neither fp32 nor amp")
-        if self.memory_format not in ("contiguous", "channels-last"):
-            raise ValueError(f"memory format {self.memory_format!r} is neither contiguous nor channels-last")
         if len(set(self.stages)) != len(self.stages):
             raise ValueError("two stages have the same name")
         self.schedule.check_covers(len(self.stages))
@@ -136,14 +128,9 @@ class Plan:
         }
 
     @property
-    def repeats(self) -> int:
-        """The most often that any stage runs forward in a step: 1 without segments."""
-        return 1 + max((depth + 1 for depth, item in self.schedule.walk() if isinstance(item, Segment)), default=0)
-
-    @property
     def effective_batch(self) -> int:
         """Of all processes together."""
-        return sum(self.shares) or self.batch
+        return sum(self.shares)
 
     @property
     def library_norm(self) -> bool:
@@ -176,7 +163,7 @@ class Plan:
             "schedule": self.schedule.to_json(),
             "candidates": [_flat(candidate) for candidate in self.candidates],
             "ladder": [rung.to_json() for rung in self.ladder],
-            **({"shares": list(self.shares)} if self.shares else {}),
+            **({"shares": list(self.shares)} if len(self.shares) > 1 else {}),
         }
 
     @staticmethod

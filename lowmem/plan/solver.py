@@ -9,17 +9,21 @@ budget; the fastest of those that fit is taken, so more budget is never slower.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from math import sqrt
 
 import numpy as np
 
 from lowmem.core.errors import Infeasible
 from lowmem.plan.cost import ChainCost
-from lowmem.plan.options import useful_bytes
-from lowmem.plan.solution import Solution, describe, refuse
+from lowmem.plan.evaluate import Solution, evaluate, refuse
 from lowmem.plan.table import LONGEST_RUN, Table
 
 MAX_SLOTS = 8192
 NAME = "optimal"
+# Most often a little is missing (a browser, fragmentation): four small steps down, then the rest of the way in two.
+NEAR_RATIO = 0.92
+NEAR_RUNGS = 4
 
 
 def choose_slot(useful: int, max_slots: int = MAX_SLOTS) -> int:
@@ -29,6 +33,21 @@ def choose_slot(useful: int, max_slots: int = MAX_SLOTS) -> int:
     while slot * max_slots < useful:
         slot *= 2
     return slot
+
+
+def useful_bytes(chain: ChainCost) -> int:
+    """Above this, beside `fixed_bytes`, more memory changes nothing."""
+    x, g, later = chain.boundary_bytes, chain.boundary_grad_bytes, chain.later_param_grad_bytes
+    kept = sum(max(option.kept_bytes for option in stage.options) for stage in chain.stages)
+    step = 0
+    for index, stage in enumerate(chain.stages):
+        temporary = max(
+            max(o.forward_temp_bytes, o.backward_temp_bytes, o.restore_temp_bytes) + o.restored_bytes
+            for o in (*stage.options, *stage.last_options)
+        )
+        around = x[index] + x[index + 1] + max(g) + later[0]
+        step = max(step, around + max(temporary, stage.fast_temp_bytes))
+    return kept + step
 
 
 class Solver:
@@ -64,7 +83,7 @@ class Solver:
 
     def _solution(self, m: int) -> Solution:
         if m not in self._read:
-            self._read[m] = describe(NAME, self.table.schedule(m), self.chain)
+            self._read[m] = evaluate(self.table.schedule(m), self.chain, NAME)
         return self._read[m]
 
     def solve(self, budget_bytes: int) -> Solution:
@@ -90,23 +109,29 @@ class Solver:
         near = [self._solution(m) for m in self._steps if m <= first + self._margin]
         return min(near, key=lambda solution: (solution.peak_bytes, solution.seconds))
 
-    def ladder(self, below_bytes: int, ratio: float = 0.92, rungs: int = 8) -> list[Solution]:
-        """The next smaller solutions, for stepping down when memory runs out all the same: each peak is at
-        most `ratio` of the one before, the first's of `below_bytes`; the last one may be the least feasible,
-        by whatever it is smaller. Empty if nothing is."""
+    def ladder(self, below_bytes: int, ratio: float = NEAR_RATIO, near: int = NEAR_RUNGS) -> list[Solution]:
+        """The next smaller solutions, for stepping down when memory runs out all the same, with falling peaks: `near`
+        of them each at most `ratio` of the one before, the first of `below_bytes`; then the rest of the way to the
+        least feasible in two steps. Empty if nothing is smaller."""
         found: list[Solution] = []
         bound = int(below_bytes * ratio)
-        while len(found) < rungs:
+        while len(found) < near:
             try:
                 solution = self.solve(bound)
             except Infeasible:
                 break
             found.append(solution)
             bound = int(min(bound, solution.peak_bytes) * ratio)
-        least = self.least()
-        if len(found) < rungs and least.peak_bytes < (found[-1].peak_bytes if found else below_bytes):
-            found.append(least)
-        return found
+        least, last = self.least(), found[-1].peak_bytes if found else below_bytes
+        if least.peak_bytes >= last:
+            return found
+        if len(found) == near:
+            # The least is rounded to slots like everything in the table: there may be nothing in between.
+            with suppress(Infeasible):
+                between = self.solve(int(sqrt(least.peak_bytes * last)))
+                if between.peak_bytes > least.peak_bytes:
+                    found.append(between)
+        return [*found, least]
 
     def curve(self, points: int | None = 200) -> list[Solution]:
         """Time against memory for the whole range of budgets: solutions with rising peak and falling time,

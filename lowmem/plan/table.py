@@ -27,19 +27,93 @@ Known limitations: at most `longest_run` neighbours drop their outputs; a segmen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lowmem.plan.cost import ChainCost, OptionCost
-from lowmem.plan.options import Restore, restore_of, sort_out
-from lowmem.plan.policy import Item, Keep, Schedule, Segment
+from lowmem.plan.cost import ChainCost, OptionCost, StageCost
+from lowmem.plan.policy import Item, Keep, PolicyKind, Schedule, Segment
 
 Row = NDArray[np.float64]
 
 LONGEST_RUN = 2
+
+
+class Restore(NamedTuple):
+    """What restoring a dropped output takes, in bytes: at its peak, and beside the output afterwards."""
+
+    peak: int
+    left: int
+
+    def then(self, following: Restore, size: int) -> Restore:
+        """Restoring first this output, of `size` bytes, and from it the next stage's."""
+        left = size + self.left
+        return Restore(max(self.peak, left + following.peak), left + following.left)
+
+
+def restore_of(option: OptionCost) -> Restore:
+    """Of an option that drops its output."""
+    return Restore(option.restore_temp_bytes, option.restored_bytes)
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """A stage's options after pruning, by how they can be used."""
+
+    plain: tuple[OptionCost, ...]
+    dropping: tuple[OptionCost, ...]
+    last: tuple[OptionCost, ...]  # as the last stage of a segment, without FUSED
+    fused: OptionCost | None
+    restores: tuple[Restore, ...]  # the different ones of `dropping`
+
+
+def _dominates(better: OptionCost, worse: OptionCost) -> bool:
+    """Whether `worse` is never needed. An option that drops its output never replaces one that does not: what
+    comes after it is restricted."""
+    if better.policy.drop_output and not worse.policy.drop_output:
+        return False
+    mine, its = better.kept_bytes, worse.kept_bytes
+    return (
+        better.seconds <= worse.seconds
+        and mine <= its
+        and mine + better.forward_temp_bytes <= its + worse.forward_temp_bytes
+        and mine + better.backward_temp_bytes <= its + worse.backward_temp_bytes
+        and (
+            not better.policy.drop_output
+            or (
+                mine + better.restore_temp_bytes <= its + worse.restore_temp_bytes
+                and mine + better.restored_bytes <= its + worse.restored_bytes
+            )
+        )
+    )
+
+
+def prune(options: Iterable[OptionCost]) -> tuple[OptionCost, ...]:
+    """The options that no other one beats or equals in time and in every peak."""
+    kept: list[OptionCost] = []
+    for option in options:
+        if any(_dominates(other, option) for other in kept):
+            continue
+        kept = [other for other in kept if not _dominates(option, other)]
+        kept.append(option)
+    return tuple(kept)
+
+
+def sort_out(stage: StageCost) -> StageOptions:
+    """Pruned, by use."""
+    usual = [option for option in stage.options if option.policy.kind is not PolicyKind.FUSED]
+    pruned = prune(usual)
+    dropping = tuple(option for option in pruned if option.policy.drop_output)
+    return StageOptions(
+        plain=tuple(option for option in pruned if not option.policy.drop_output),
+        dropping=dropping,
+        last=prune(map(stage.last_option, stage.last_policies())),
+        fused=next((option for option in stage.options if option.policy.kind is PolicyKind.FUSED), None),
+        restores=tuple(dict.fromkeys(restore_of(option) for option in dropping)),
+    )
 
 
 class _Part(NamedTuple):

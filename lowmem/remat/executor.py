@@ -5,9 +5,8 @@ activation dies. Between forward and backward there is one entry per item of the
 the input of its first stage and what its stage keeps; the output is held by the next entry, as its input.
 The gradient that travels down the chain belongs to the executor and is changed in place.
 
-Known limitations: gradients are added to `.grad` directly, so that `torch.autograd.grad` with respect to
-parameters, hooks on parameters and a second backward through the same output do not work; outputs have no
-second derivative.
+Known limitations: gradients are added to `.grad` directly, so that `torch.autograd.grad` with respect to parameters,
+hooks on parameters and a second backward through the same output do not work; outputs have no second derivative.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from lowmem.remat.sync_batch_norm import Total
 
 
 @dataclass
-class Entry:
+class Held:
     """What one item of the schedule holds. `x` None: the entry before dropped it and can restore it."""
 
     item: Keep | Segment
@@ -65,7 +64,7 @@ class Run:
             self.need_input.append(needs)
             needs = needs or any(parameter.requires_grad for parameter in stage.parameters())
             self.active.append(needs)
-        self.entries: list[Entry] = []
+        self.entries: list[Held] = []
         self.output: Tensor | None = None
 
     def fast(self, box: Box, start: int, end: int) -> Tensor:
@@ -77,17 +76,17 @@ class Run:
             del y
         return box.pop()
 
-    def forward(self, schedule: Schedule, box: Box, *, want_output: bool = True) -> tuple[Tensor | None, list[Entry]]:
+    def forward(self, schedule: Schedule, box: Box, *, want_output: bool = True) -> tuple[Tensor | None, list[Held]]:
         """Runs the schedule from the tensor in the box -> output and entries; without `want_output` the
         last stage computes only what it keeps."""
-        entries: list[Entry] = []
+        entries: list[Held] = []
         dropped = False
         for item in schedule.items:
             if not self.active[item.end]:
                 box.append(self.fast(box, item.start, item.end))
                 continue
             last = item.end == schedule.end and not want_output
-            entry = Entry(item, None if dropped else box[0], {})
+            entry = Held(item, None if dropped else box[0], {})
             y: Tensor | None
             if isinstance(item, Segment):
                 y = None if last else self.fast(box, item.start, item.end)
@@ -107,7 +106,7 @@ class Run:
             del y
         return (box.pop() if box else None), entries
 
-    def backward(self, entries: list[Entry], grad: Box) -> Tensor | None:
+    def backward(self, entries: list[Held], grad: Box) -> Tensor | None:
         """The gradient of the chain's input, or None if it is not asked for; empties `entries`."""
         while entries:
             x = self._input(entries)
@@ -131,7 +130,7 @@ class Run:
             del grad_x
         return grad.pop()
 
-    def _input(self, entries: list[Entry]) -> Tensor:
+    def _input(self, entries: list[Held]) -> Tensor:
         """Of the last entry's first stage, restored if it was dropped."""
         entry = entries[-1]
         if entry.x is None:
@@ -146,21 +145,11 @@ class _Chain(torch.autograd.Function):
     backward runs even if the input needs none."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: Tensor,
-        x: Tensor,
-        stages: Sequence[Stage],
-        schedule: Schedule,
-        library_norm: bool,
-        total: Total | None,
-        stage_done: Callable[[int], None] | None,
-    ) -> Tensor:
-        run = Run(stages, autocast_dtype(x), ctx.needs_input_grad[1], library_norm, total, stage_done)
+    def forward(ctx: Any, anchor: Tensor, x: Tensor, run: Run, schedule: Schedule) -> Tensor:
         with _autocast_off(x, run.low):
             y, run.entries = run.forward(schedule, [x])
         assert y is not None
-        if stages[-1].relu_output:
+        if run.stages[-1].relu_output:
             run.output = y.detach()  # an alias: the output itself refers to this run
         ctx.run = run
         return y
@@ -177,7 +166,7 @@ class _Chain(torch.autograd.Function):
         box = [grad]
         with _autocast_off(grad, run.low):
             del grad
-            return None, run.backward(run.entries, box), None, None, None, None, None
+            return None, run.backward(run.entries, box), None, None
 
 
 def execute(
@@ -194,10 +183,11 @@ def execute(
     `total`, `stage_done`: see `Run`.
     """
     trainable = any(parameter.requires_grad for stage in stages for parameter in stage.parameters())
-    if torch.is_grad_enabled() and (trainable or x.requires_grad):
+    differentiable = torch.is_grad_enabled() and (trainable or x.requires_grad)
+    run = Run(stages, autocast_dtype(x), differentiable and x.requires_grad, library_norm, total, stage_done)
+    if differentiable:
         anchor = torch.empty(0, device=x.device, requires_grad=True)
-        return _Chain.apply(anchor, x, stages, schedule, library_norm, total, stage_done)
-    run = Run(stages, autocast_dtype(x), False, library_norm, total)
+        return _Chain.apply(anchor, x, run, schedule)
     with torch.no_grad(), _autocast_off(x, run.low):
         return run.fast([x], 0, len(stages) - 1)
 

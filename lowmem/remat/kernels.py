@@ -57,8 +57,7 @@ def convolve(conv: nn.Conv2d, x: Tensor, low: torch.dtype | None) -> Tensor:
 def convolve_backward(
     conv: nn.Conv2d, grad: Tensor, x: Tensor, low: torch.dtype | None, need_input: bool
 ) -> Tensor | None:
-    """Adds the weight's gradient to `.grad`; returns the input's, in the input's dtype, or None if not
-    needed."""
+    """Adds the weight's gradient to `.grad`; returns the input's, in the input's dtype, or None if not needed."""
     weight, dtype = conv.weight, x.dtype
     mask = [need_input, weight.requires_grad, False]
     if not any(mask):
@@ -99,9 +98,10 @@ def norm_first(
 
     With `in_place` the result takes z's place. Raises ValueError if there is one value per channel only.
     """
+    running = (bn.running_mean, bn.running_var)
     if not bn.training:
         if library:
-            return _library_norm(bn, z, (bn.running_mean, bn.running_var), False, 0.0)
+            return _library_norm(bn, z, running, False, 0.0)
         stats = NormStats(training=False)
         return norm_again(bn, z, stats, in_place), stats
     if total is not None:
@@ -111,8 +111,8 @@ def norm_first(
         raise ValueError(f"training needs more than one value per channel, got an input of {list(z.shape)}")
     momentum = _counted(bn)
     if library:
-        return _library_norm(bn, z, (bn.running_mean, bn.running_var), True, momentum)
-    out, mean, invstd = _norm(bn, z, in_place, bn.running_mean, bn.running_var, True, momentum)
+        return _library_norm(bn, z, running, True, momentum)
+    out, mean, invstd = _run_norm(z, bn.weight, bn.bias, *running, True, momentum, bn.eps, in_place)
     return out, NormStats(True, mean, invstd)
 
 
@@ -160,7 +160,8 @@ def norm_again(bn: nn.BatchNorm2d, z: Tensor, stats: NormStats, in_place: bool) 
     if stats.implementation is not None:
         return _library_again(bn, z, stats)
     if not stats.training:
-        return _norm(bn, z, in_place, bn.running_mean, bn.running_var, False, 0.0)[0]
+        running = (bn.running_mean, bn.running_var)
+        return _run_norm(z, bn.weight, bn.bias, *running, False, 0.0, bn.eps, in_place)[0]
     assert stats.mean is not None
     assert stats.invstd is not None
     if z.is_cuda:
@@ -168,7 +169,7 @@ def norm_again(bn: nn.BatchNorm2d, z: Tensor, stats: NormStats, in_place: bool) 
         _aten.batch_norm_elemt.out(z, bn.weight, bn.bias, stats.mean, stats.invstd, bn.eps, out=out)
         return out
     if stats.count is None and bn.weight.dtype not in _EXACT_DTYPES:
-        return _norm(bn, z, in_place, None, None, True, 0.0)[0]
+        return _run_norm(z, bn.weight, bn.bias, None, None, True, 0.0, bn.eps, in_place)[0]
     return _affine(z, bn.weight * stats.invstd, bn.bias, stats.mean, in_place)
 
 
@@ -270,18 +271,6 @@ def mask_relu(grad: Tensor, result: Tensor, *, owned: bool = True) -> Tensor:
     return _aten.threshold_backward(grad, result, 0)
 
 
-def _norm(
-    bn: nn.BatchNorm2d,
-    z: Tensor,
-    in_place: bool,
-    mean: Tensor | None,
-    var: Tensor | None,
-    training: bool,
-    momentum: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _run_norm(z, bn.weight, bn.bias, mean, var, training, momentum, bn.eps, in_place)
-
-
 def _run_norm(
     z: Tensor,
     weight: Tensor,
@@ -293,8 +282,7 @@ def _run_norm(
     eps: float,
     in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`native_batch_norm` of a new tensor or in z's place -> result, mean, invstd (both empty in
-    evaluation)."""
+    """`native_batch_norm` of a new tensor or in z's place -> result, mean, invstd (both empty in evaluation)."""
     if not in_place or z.device.type not in ("cpu", "cuda"):
         return _aten.native_batch_norm(z, weight, bias, mean, var, training, momentum, eps)
     dtype = torch.float32 if z.is_cuda and z.dtype != torch.float64 else weight.dtype

@@ -1,4 +1,4 @@
-"""What the executor asks of a stage of the chain.
+"""What the executor asks of a stage of the chain, and the stage that any module makes.
 
 Tensors are handed over in a one-element list ("box") wherever the callee should be able to free them: it
 pops the tensor, and nobody else holds it. Activations are [N, C, H, W]; a gradient handed to `backward`
@@ -8,14 +8,18 @@ result, the next stage's input, is at hand there and need not be kept for this s
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import get_device_states, set_device_states
 
-from lowmem.plan.policy import BlockPolicy
+from lowmem.plan.policy import BlockPolicy, PolicyKind
 from lowmem.remat.kernels import NormStats
 from lowmem.remat.sync_batch_norm import Total
 
@@ -28,10 +32,9 @@ class StagePass:
     """What a stage remembers through one forward pass and the recomputations that belong to it.
 
     `low`: the dtype of autocast, or None. `library_norm`: see `lowmem.remat.kernels`. `total`: see
-    `lowmem.remat.sync_batch_norm`; None: batch statistics are this process's own. `norms`: batch
-    statistics by convolution (`"1"`, …, `"s"`). `rng`: generator states before the first run, for stages
-    that draw random numbers. `first`: nothing has run yet, so that buffers have to be moved (invariant
-    2).
+    `lowmem.remat.sync_batch_norm`; None: batch statistics are this process's own. `norms`: batch statistics by
+    convolution (`"1"`, …, `"s"`). `rng`: generator states before the first run, for stages that draw random numbers.
+    `first`: nothing has run yet, so that buffers have to be moved (invariant 2).
     """
 
     low: torch.dtype | None
@@ -57,6 +60,10 @@ class Stage(Protocol):
     def signature(self) -> Hashable:
         """Stages of equal signature cost the same on equal inputs."""
 
+    @property
+    def norms(self) -> Sequence[nn.BatchNorm2d]:
+        """Those whose statistics may be all processes', in the order in which the forward needs them."""
+
     def parameters(self) -> Iterator[Tensor]: ...
 
     def check(self, policy: BlockPolicy) -> None:
@@ -71,12 +78,130 @@ class Stage(Protocol):
         need_input: bool,
         want_output: bool = True,
     ) -> tuple[Tensor | None, Saved]:
-        """Output and kept tensors; policy None saves nothing. Without `want_output` only what is kept is
-        computed."""
+        """Output and kept tensors; policy None saves nothing. Without `want_output` only what is kept is computed."""
 
     def restore(self, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:
-        """The output again, from the input and the kept tensors; may add to `saved` what the backward
-        needs too."""
+        """The output again, from the input and the kept tensors; may add to `saved` what the backward needs too."""
 
     def backward(self, grad: Box, saved: Saved, x: Tensor, memo: StagePass, *, need_input: bool) -> Tensor | None:
         """Adds the parameters' gradients to `.grad`; returns the input's (a tensor of its own), or None."""
+
+
+@dataclass(frozen=True)
+class OpaqueStage:
+    """A stage that is not of the family. It can be kept whole, with the graph autograd makes of it, or be run again
+    from its input.
+
+    `function` maps one tensor to one tensor and uses the parameters and buffers of `module` only.
+
+    Repeating it draws the same random numbers and moves no buffer. It must not change its input in place.
+    Policies: SAVE_ALL, KEEP{} (run again from the input) and FUSED. Batch norm inside it knows nothing of other
+    processes: where statistics are to be theirs too, running it raises ValueError.
+    """
+
+    name: str
+    module: nn.Module
+    function: Callable[[Tensor], Tensor]
+    relu_output = False
+    norms: tuple[nn.BatchNorm2d, ...] = ()
+
+    @property
+    def signature(self) -> Hashable:
+        return "opaque", self.name
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield from self.module.parameters()
+
+    def check(self, policy: BlockPolicy) -> None:
+        plain = policy.kind in (PolicyKind.SAVE_ALL, PolicyKind.FUSED, PolicyKind.KEEP)
+        if not plain or policy.kept or policy.drop_output:
+            raise ValueError(f"stage {self.name} is not a block of the family: SAVE_ALL or KEEP{{}}, not {policy}")
+
+    def forward(
+        self,
+        box: Box,
+        policy: BlockPolicy | None,
+        memo: StagePass,
+        *,
+        need_input: bool,
+        want_output: bool = True,
+    ) -> tuple[Tensor | None, Saved]:
+        x = box.pop()
+        if policy is not None and policy.kind is PolicyKind.SAVE_ALL:
+            saved = self._with_graph(x, memo, need_input)
+            return saved["y"].detach(), saved
+        if not want_output:
+            return None, {}
+        with torch.no_grad():
+            return self._run(x, memo), {}
+
+    def restore(self, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:
+        raise ValueError(f"stage {self.name} cannot drop its output")
+
+    def backward(self, grad: Box, saved: Saved, x: Tensor, memo: StagePass, *, need_input: bool) -> Tensor | None:
+        if not saved:
+            saved = self._with_graph(x, memo, need_input)
+        leaf, y = saved["x"], saved["y"]
+        saved.clear()
+        if y.requires_grad:
+            with torch.autograd.set_multithreading_enabled(False):  # as the whole backward pass: see `TrainStep`
+                torch.autograd.backward(y, grad.pop())
+        return leaf.grad
+
+    def _with_graph(self, x: Tensor, memo: StagePass, need_input: bool) -> Saved:
+        leaf = x.detach().requires_grad_(need_input)
+        with torch.enable_grad():
+            return {"x": leaf, "y": self._run(leaf, memo)}
+
+    def _run(self, x: Tensor, memo: StagePass) -> Tensor:
+        version = x._version
+        # Without the cache: it would hold the cast parameters for as long as the outer autocast lasts.
+        with torch.autocast(x.device.type, memo.low, enabled=memo.low is not None, cache_enabled=False):
+            if memo.first:
+                memo.first = False
+                if memo.total is not None:
+                    self._check_no_statistics()
+                memo.rng = None if isinstance(x, FakeTensor) else [torch.get_rng_state(), *get_device_states(x)]
+                y = self.function(x)
+            else:
+                with _same_randomness(memo), _buffers_kept(self.module):
+                    y = self.function(x)
+        if x._version != version:
+            raise ValueError(f"stage {self.name} changes its input in place: the input is needed again; make it a copy")
+        return y
+
+    def _check_no_statistics(self) -> None:
+        for name, module in self.module.named_modules():
+            if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+                raise ValueError(
+                    f"batch norm {name or self.name} in stage {self.name} is not part of a block of the family: its "
+                    "statistics cannot be those of all processes; put it into evaluation mode or leave out --sync-bn"
+                )
+
+
+@contextmanager
+def _same_randomness(memo: StagePass) -> Iterator[None]:
+    """The generators as they were before the stage first ran."""
+    if memo.rng is None:
+        yield
+        return
+    cpu, devices, states = memo.rng
+    with torch.random.fork_rng(devices):
+        torch.set_rng_state(cpu)
+        set_device_states(devices, states)
+        yield
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Whatever moves the buffers moves copies. Restoring their values instead would upset autograd, which
+    has saved them."""
+    owners = [(child._buffers, name) for child in module.modules() for name in child._buffers]
+    originals = [(buffers, name, buffers[name]) for buffers, name in owners]
+    for buffers, name, tensor in originals:
+        buffers[name] = None if tensor is None else tensor.clone()
+    try:
+        yield
+    finally:
+        for buffers, name, tensor in originals:
+            buffers[name] = tensor

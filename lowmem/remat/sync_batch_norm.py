@@ -15,15 +15,22 @@ Method: Ioffe and Szegedy, "Batch Normalization", ICML 2015, with the sums of `t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 Total: TypeAlias = Callable[[Tensor], None]
 """Sums a contiguous float64 vector over all processes, in place; returns when the tensor may be used."""
+
+
+def sum_sizes(norms: Iterable[Sequence[nn.BatchNorm2d]]) -> tuple[int, ...]:
+    """Elements of every sum of one pass over a chain whose stages have these batch norms, forward then backward:
+    2C + 1 (sum, sum of squares, count) and 2C (of the gradient, and of it with the normalised input) for C channels."""
+    channels = [norm.num_features for stage in norms for norm in stage]
+    return (*(2 * count + 1 for count in channels), *(2 * count for count in reversed(channels)))
 
 
 def global_statistics(z: Tensor, total: Total) -> tuple[Tensor, Tensor, Tensor]:

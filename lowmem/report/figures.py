@@ -1,205 +1,203 @@
-"""The report's figures as PNG bytes: training loss, test error, and a figure for each pair Res-n / CNN-n."""
+"""The figures of runs: training loss, test error, one for each pair Res-n / CNN-n, and a fork's learning rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from lowmem.config.schema import resolve_block
-from lowmem.report.curves import LOSS, TEST_ERROR, Curve, Panel, common_classes, curves_of, find_pairs
-from lowmem.report.labels import EndLabel, place, room_for, tick_room
-from lowmem.report.palette import NEUTRAL
+from lowmem.report.chart import Chart, draw_charts, log_limits, to_png
+from lowmem.report.naming import NamedRun, find_pairs
 from lowmem.report.style import (
-    AXIS_SIZE,
-    BOTTOM_INCHES,
+    DOTTED,
     HEIGHT_INCHES,
+    MEASURED,
+    NEUTRAL,
     PAIR_HEIGHT_INCHES,
-    TOP_INCHES,
-    dress,
-    head,
-    new_figure,
-    to_png,
+    LineStyle,
+    Picture,
+    Points,
+    Series,
 )
-from lowmem.runs.history import History
+from lowmem.runs.rows import EpochRow
+from lowmem.runs.view import RunView
 
 FEW_EPOCHS = 25  # up to here each epoch is marked
 FEW_STEPS = 1_000  # up to here single steps can be told apart, and are drawn a little stronger
 LOG_FROM_RATIO = 4.0  # a linear axis hides what differs by less than a quarter of the largest value
+_RATE_HEIGHT_INCHES = 3.6
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A PNG with its file name and the words that go with it."""
+class Panel:
+    """What a chart shows: which column of metrics.csv, in what words and numbers."""
 
-    file_name: str
-    png: bytes
     title: str
-    remark: str
+    y_title: str
+    value: Callable[[EpochRow], float | None]
+    chance: Callable[[int], float]  # by the number of classes
+    chance_text: Callable[[int], str]
+    number: Callable[[float], str]  # of the value at a label
 
 
-def draw_all(histories: Sequence[History]) -> list[Picture]:
+LOSS = Panel(
+    title="Training loss",
+    y_title="cross-entropy (nats)",
+    value=lambda row: row.train_loss,
+    chance=lambda classes: math.log(classes),
+    chance_text=lambda classes: f"chance  {math.log(classes):.3f}",
+    number=lambda value: f"{value:.2f}" if value >= 0.1 else f"{value:#.2g}",
+)
+TEST_ERROR = Panel(
+    title="Test error",
+    y_title="% of the test pictures",
+    value=lambda row: row.test_error_pct,
+    chance=lambda classes: 100 * (1 - 1 / classes),
+    chance_text=lambda classes: f"chance  {100 * (1 - 1 / classes):.4g} %",
+    number=lambda value: f"{value:.2f} %",
+)
+
+
+def draw_training(runs: Sequence[NamedRun]) -> list[Picture]:
     """loss.png, test_error.png and the pairs, as far as there is anything to draw."""
-    pictures = []
-    for panel, file_name in ((LOSS, "loss.png"), (TEST_ERROR, "test_error.png")):
-        picture = _draw(histories, (panel,), file_name, panel.title, HEIGHT_INCHES)
-        if picture is not None:
-            pictures.append(picture)
-    for (depth, block), pair in find_pairs(histories).items():
-        usual = block == resolve_block(f"res{depth}", None)
-        name = f"{depth}" if usual else f"{depth}-{block}"
-        picture = _draw(
-            pair, (LOSS, TEST_ERROR), f"pair_{name}.png", f"Res{name} against CNN{name}", PAIR_HEIGHT_INCHES
-        )
-        if picture is not None:
-            pictures.append(picture)
-    return pictures
+    pictures = [
+        _draw(runs, (LOSS,), "loss.png", LOSS.title, HEIGHT_INCHES),
+        _draw(runs, (TEST_ERROR,), "test_error.png", TEST_ERROR.title, HEIGHT_INCHES),
+    ]
+    for name, pair in find_pairs(runs).items():
+        title = f"Res{name} against CNN{name}"
+        pictures.append(_draw(pair, (LOSS, TEST_ERROR), f"pair_{name}.png", title, PAIR_HEIGHT_INCHES))
+    return [picture for picture in pictures if picture is not None]
+
+
+def epoch_points(history: RunView, panel: Panel) -> list[tuple[float, float]]:
+    """(epoch, value) of every epoch with a finite value."""
+    values = ((row.epoch, panel.value(row)) for row in history.epochs)
+    return [(epoch, value) for epoch, value in values if value is not None and math.isfinite(value)]
+
+
+def step_losses(history: RunView) -> list[tuple[float, float]]:
+    """(epoch, loss) of logged steps; an epoch's mean stands at its end, so a step at its share of it."""
+    last = history.last
+    if last is None or last.step <= 0:
+        return []
+    return [
+        (row.step * last.epoch / last.step, row.loss)
+        for row in history.steps
+        if row.loss is not None and math.isfinite(row.loss) and row.step <= last.step
+    ]
+
+
+def common_classes(runs: Sequence[NamedRun]) -> int | None:
+    """The number of classes if all runs that know it agree: there is one chance level or none."""
+    known = {run.history.classes for run in runs if run.history.classes is not None}
+    return known.pop() if len(known) == 1 else None
 
 
 def _draw(
-    histories: Sequence[History], panels: tuple[Panel, ...], file_name: str, title: str, height: float
+    runs: Sequence[NamedRun], panels: Sequence[Panel], file_name: str, title: str, height: float
 ) -> Picture | None:
-    curves = curves_of(histories)
-    drawn = [[curve for curve in curves if curve.points(panel)] for panel in panels]
-    if not any(drawn):
+    shown = [[run for run in runs if epoch_points(run.history, panel)] for panel in panels]
+    if not any(shown):
         return None
-    most = max(len(shown) for shown in drawn)
-    height = max(height, len(panels) * (1.3 + 0.22 * most))  # taller instead of crowded labels
-    figure, canvas = new_figure(height)
-    classes = common_classes(histories)
-    everything: list[Filled] = []
-    last_epoch = max(history.epochs_done for history in histories)
-    logs = []
-    for row, (panel, shown) in enumerate(zip(panels, drawn, strict=True)):
-        axes = figure.add_subplot(len(panels), 1, row + 1)
-        log, labels = _fill(axes, panel, shown, classes)
-        logs.append(log)
+    height = max(height, len(panels) * (1.3 + 0.22 * max(map(len, shown))))  # taller instead of crowded labels
+    last_epoch, classes = max(run.history.epochs_done for run in runs), common_classes(runs)
+    charts = []
+    for panel, those in zip(panels, shown, strict=True):
         heading = panel.title if title == panel.title else f"{title}: {panel.title.lower()}"
-        axes.set_xlim(0, max(last_epoch, 1) * 1.01)  # from 0: the steps of the first epoch lie there
-        everything.append(Filled(axes, labels, heading, panel.y_title + (", log scale" if log else "")))
-    lay_out(figure, canvas, everything)
-    return Picture(file_name, to_png(figure), title, _remark(panels, logs))
+        charts.append(_chart(panel, those, classes, heading, max(last_epoch, 1) * 1.01))
+    return Picture(file_name, to_png(draw_charts(charts, height)), title, _remark(panels, charts))
 
 
-@dataclass(frozen=True)
-class Filled:
-    """Axes with their curves, and the words that are still to be written around them."""
-
-    axes: Axes
-    labels: list[EndLabel]
-    title: str
-    y_title: str
-
-
-def lay_out(figure: Figure, canvas: FigureCanvasAgg, panels: Sequence[Filled]) -> None:
-    """Panels above each other, as wide as their labels leave room for; then titles and labels."""
-    width, height = figure.get_size_inches()
-    room = max(room_for(panel.labels, canvas) for panel in panels) / (width * figure.dpi)
-    ticks = max(tick_room(panel.axes, canvas) for panel in panels) / (width * figure.dpi)
-    between = (TOP_INCHES + BOTTOM_INCHES) / (height / len(panels) - TOP_INCHES - BOTTOM_INCHES)
-    figure.subplots_adjust(
-        left=ticks, right=1 - room, bottom=BOTTOM_INCHES / height, top=1 - TOP_INCHES / height, hspace=between
-    )
-    for panel in panels:
-        head(panel.axes, panel.title, panel.y_title)
-        place(panel.axes, panel.labels)
-
-
-def _fill(axes: Axes, panel: Panel, curves: list[Curve], classes: int | None) -> tuple[bool, list[EndLabel]]:
-    """Draw the curves and set the axes. Whether the vertical axis is logarithmic, and what to write beside it."""
+def _chart(panel: Panel, runs: Sequence[NamedRun], classes: int | None, title: str, x_limit: float) -> Chart:
     top_of_view = 4 * panel.chance(classes or 10)  # a diverging run must not flatten all others
-    values = [min(value, top_of_view) for curve in curves for _, value in curve.points(panel)] or [0.0, 1.0]
+    curves = [(run, epoch_points(run.history, panel)) for run in runs]
+    values = [min(value, top_of_view) for _, points in curves for _, value in points] or [0.0, 1.0]
     log = min(values) > 0 and max(values) > LOG_FROM_RATIO * min(values)
-    if panel.with_steps:
-        losses = [loss for curve in curves for _, loss in curve.step_losses()]
+    series = []
+    if panel is LOSS:
+        steps = [(run, step_losses(run.history)) for run in runs]
+        losses = [loss for _, points in steps for _, loss in points]
+        width, opacity = (0.8, 0.35) if len(losses) <= FEW_STEPS else (0.4, 0.16)
+        for run, points in (those for those in steps if len(those[1]) > 1):  # of one step there is no line
+            series.append(Series(points=points, style=LineStyle(run.style.colour, width=width, opacity=opacity)))
         if losses:
-            spread = (float(np.quantile(losses, share)) for share in (0.02, 0.98))  # not the odd spike
-            values += [min(value, top_of_view) for value in spread if value > 0]
-        for curve in curves:
-            _draw_steps(axes, curve, few=len(losses) <= FEW_STEPS)
-    for curve in curves:
-        _draw_curve(axes, curve, panel)
-    labels = [_end_label(curve, panel) for curve in curves]
+            shares = (float(np.quantile(losses, share)) for share in (0.02, 0.98))  # not the odd spike
+            values += [min(value, top_of_view) for value in shares if value > 0]
     if classes is not None and max(values) > 0.5 * panel.chance(classes):
         level = panel.chance(classes)
-        axes.axhline(level, color=NEUTRAL, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
-        # Beside the axes with the others: inside, some curve always runs through it.
-        labels.append(EndLabel(panel.chance_text(classes), None, level, NEUTRAL))
+        across = LineStyle(NEUTRAL, DOTTED, 1.0)
+        # Its text beside the axes with the others: inside, some curve always runs through it.
+        series.append(Series(points=[(0, level), (x_limit, level)], style=across, label=panel.chance_text(classes)))
         values.append(level)
-    _set_vertical(axes, min(values), max(values), log)
-    axes.set_xlabel("epoch", fontsize=AXIS_SIZE)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 2.5, 4, 5, 10]))
-    dress(axes)
-    return log, labels
-
-
-def _draw_curve(axes: Axes, curve: Curve, panel: Panel) -> None:
-    points = curve.points(panel)
-    epochs, values = [epoch for epoch, _ in points], [value for _, value in points]
-    few = curve.history.epochs_done <= FEW_EPOCHS
-    axes.plot(
-        epochs,
-        values,
-        color=curve.colour,
-        linestyle=curve.dashes,
-        linewidth=curve.line_width,
-        marker="o" if few else None,
-        markersize=4.5,
-        zorder=3,
-        solid_capstyle="round",
-    )
-    axes.plot(epochs[-1:], values[-1:], color=curve.colour, marker="o", markersize=4.5, zorder=4)
-
-
-def _draw_steps(axes: Axes, curve: Curve, few: bool) -> None:
-    points = curve.step_losses()
-    axes.plot(
-        [epoch for epoch, _ in points],
-        [loss for _, loss in points],
-        color=curve.colour,
-        linewidth=0.8 if few else 0.4,
-        alpha=0.35 if few else 0.16,
-        zorder=2,
+    for run, points in curves:
+        marker = "o" if run.history.epochs_done <= FEW_EPOCHS else ""
+        label = _label(run, points[-1][1], panel)
+        series.append(Series(points=points, style=replace(run.style, marker=marker), label=label))
+    series += [Series(points=points[-1:], style=replace(run.style, width=0.0, marker="o")) for run, points in curves]
+    return Chart(
+        title=title,
+        x_title="epoch",
+        y_title=panel.y_title + (", log scale" if log else ""),
+        series=[one for one in series if one.points],
+        x_limit=x_limit,  # and from 0: the steps of the first epoch lie there
+        y_limits=log_limits(values) if log else (0, max(values) * 1.15 or 1.0),
+        log=log,
     )
 
 
-def _set_vertical(axes: Axes, lowest: float, highest: float, log: bool) -> None:
-    if not log:
-        axes.set_ylim(0, highest * 1.15 or 1.0)
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
-        return
-    axes.set_yscale("log")
-    spare = (highest / lowest) ** 0.08
-    axes.set_ylim(lowest / spare, highest * spare**1.5)
-    decades = math.log10(highest / lowest)
-    subs = (1.0,) if decades > 4.5 else (1.0, 2.0, 5.0) if decades > 0.9 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=subs))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _end_label(curve: Curve, panel: Panel) -> EndLabel:
-    epoch, value = curve.points(panel)[-1]
-    newest = curve.history.last
+def _label(run: NamedRun, value: float, panel: Panel) -> str:
+    newest = run.history.last
     assert newest is not None
     value_now = panel.value(newest)
     broken = value_now is not None and not math.isfinite(value_now)
-    text = f"{curve.label}  {panel.number(value)}" + (" then diverged" if broken else "")
-    return EndLabel(text, epoch, value, curve.colour)
+    return f"{run.label}  {panel.number(value)}" + (" then diverged" if broken else "")
 
 
-def _remark(panels: tuple[Panel, ...], logs: list[bool]) -> str:
+def _remark(panels: Sequence[Panel], charts: Sequence[Chart]) -> str:
     """How to read the figure, with the reason for its scales."""
     said = []
     if LOSS in panels:
         said.append("Loss: the mean of each epoch, over the faint loss of single steps.")
-    for panel, log in zip(panels, logs, strict=True):
-        why = "log, or the lowest curves would lie on each other" if log else "linear, from zero"
+    for panel, chart in zip(panels, charts, strict=True):
+        why = "log, or the lowest curves would lie on each other" if chart.log else "linear, from zero"
         said.append(f"Scale of the {panel.title.lower()}: {why}.")
     return " ".join(said)
+
+
+def draw_rate_curve(title: str, past: Points, before: Points, after: Points, fork_at: float) -> bytes:
+    """The learning rate of a fork as it was, as it would have gone on, and as it goes on: a PNG.
+
+    Each curve: (epochs done, rate from there on), its last point repeating the rate at the end; any may be empty.
+    `fork_at`: epochs done at the fork.
+    """
+    limits = log_limits([rate for points in (past, before, after) for _, rate in points if rate > 0] or [1.0])
+    series = [Series(points=[(fork_at, rate) for rate in limits], style=LineStyle(NEUTRAL, DOTTED, 1.0))]
+    for points, look, words, inside in (
+        (past, LineStyle("#000000", width=2.0), "until the fork", True),  # it ends in the middle
+        (before, LineStyle("#B87400", (0, (2.0, 1.0)), 3.0), "as before", False),
+        (after, LineStyle(MEASURED, width=2.0), "after the fork", False),
+    ):
+        label = words if inside or not points else f"{words}  {points[-1][1]:.3g}"
+        series.append(Series(points=stairs(points), style=look, label=label, inside=inside))
+    chart = Chart(
+        title=title,
+        x_title="epochs done",
+        y_title="learning rate, log scale",
+        series=[one for one in series if one.points],
+        x_limit=1.02 * max(fork_at, 1.0, *(at for points in (past, before, after) for at, _ in points)),
+        y_limits=limits,
+        log=True,
+    )
+    return to_png(draw_charts([chart], _RATE_HEIGHT_INCHES))
+
+
+def stairs(points: Points) -> list[tuple[float, float]]:
+    """The corners of a line that keeps each value up to the next point."""
+    corners = list(points[:1])
+    for (_, before), (at, value) in pairwise(points):
+        corners += [(at, before), (at, value)]
+    return corners

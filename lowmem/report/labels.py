@@ -1,30 +1,96 @@
-"""Labels at the ends of curves, beside the axes: no legend to look up, and none on top of another."""
+"""Labels at what they name: no legend to look up, and none on top of another.
+
+Beside the axes, at the ends of lines, in their order; or inside, on no line, no marker and no other label.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import product
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
 
-from lowmem.report.style import LABEL_SIZE
+from lowmem.report.style import LABEL_SIZE, Points, Series
 
-FONT_SIZE = LABEL_SIZE
-LEADER_POINTS = 14.0  # from the axes to the text
-PAD_POINTS = 5.0
+Boxes = NDArray[np.float64]
+"""(boxes, 4): x0, y0, x1, y1 in points of the page."""
+
+_LEADER_POINTS = 14.0  # from the axes to the text
+_PAD_POINTS = 5.0
 _TICK_POINTS = 8.0  # tick marks and the gap to their numbers
+_NO_LABELS = 0.04  # of the figure's width, to the right of axes without labels
+_LEAST_CONTRAST = 4.0
+
+# Inside. Of a text from its place, in points: its near edge sideways (0: its middle), its middle upwards.
+_SIDEWAYS, _UPWARDS = (10, -10, 0, -20, 20), (0, 12, -12, 18, -18, 26, -26, 36, -36, 48, -48, 64, -64)
+_OFFSETS = np.array([offset for offset in product(_SIDEWAYS, _UPWARDS) if offset != (0, 0)], dtype=float)
+_FAR_POINTS = 2e3  # beyond any page
+_STEP_POINTS = 4.0  # between the boxes that stand for a line
+_AIR_POINTS = 2.0  # around a text and a line
+_BOLD_FROM_POINTS = 2.0  # the text of a line that is wider: the subject of the chart
+# What is bad, in points of distance: a square point covered, one outside the axes, the last of the places named, and
+# each point by which something else is nearer than what the label names.
+_COVERED, _OUTSIDE, _LAST_PLACE, _MISTAKEN = 10.0, 40.0, 15.0, 3.0
 
 
-@dataclass(frozen=True)
-class EndLabel:
-    """A text for the curve that ends at (x, y) in data units; x is None for a line across."""
+def ink(colour: str) -> str:
+    """The colour, darker if need be, so that words in it are legible on white (and in grey)."""
+    parts = np.array(to_rgb(colour))
+    while _contrast(parts) < _LEAST_CONTRAST:
+        parts = 0.97 * parts
+    return to_hex((float(parts[0]), float(parts[1]), float(parts[2])))
 
-    text: str
-    x: float | None
-    y: float
-    colour: str
+
+def _contrast(parts: NDArray[np.float64]) -> float:
+    """Of a colour on white, as WCAG 2 defines it."""
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05))
+
+
+def figure_of(axes: Axes) -> Figure:
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return figure
+
+
+def room_for_ends(series: Sequence[Series], canvas: FigureCanvasAgg) -> float:
+    """The width in pixels that the labels take to the right of the axes."""
+    figure, renderer, widest = canvas.figure, canvas.get_renderer(), 0.0
+    for one in _at_ends(series):
+        text = figure.text(0, 0, one.label, fontsize=LABEL_SIZE, parse_math=False)
+        widest = max(widest, text.get_window_extent(renderer).width)
+        text.remove()
+    if not widest:
+        return float(_NO_LABELS * figure.bbox.width)
+    return widest + (_LEADER_POINTS + _PAD_POINTS) * figure.dpi / 72
+
+
+def room_for_ticks(axes: Axes, canvas: FigureCanvasAgg) -> float:
+    """The width in pixels that the vertical axis' numbers take to the left of the axes."""
+    renderer = canvas.get_renderer()
+    texts = [text for text in axes.get_yticklabels() if text.get_text()]
+    widest = max((text.get_window_extent(renderer).width for text in texts), default=0.0)
+    return widest + (_TICK_POINTS + _PAD_POINTS) * figure_of(axes).dpi / 72
+
+
+def write_labels(axes: Axes, series: Sequence[Series], canvas: FigureCanvasAgg) -> None:
+    """Writes them all. Limits and position of the axes must be final."""
+    _write_at_ends(axes, _at_ends(series))
+    _write_inside(axes, series, canvas)
+
+
+# -- beside the axes ---------------------------------------------------------------------------------------------------
+
+
+def _at_ends(series: Sequence[Series]) -> list[Series]:
+    return [one for one in series if one.label and not one.inside]
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -52,60 +118,124 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     return placed
 
 
-def room_for(labels: Sequence[EndLabel], canvas: FigureCanvasAgg) -> float:
-    """The width in pixels that the labels take to the right of the axes."""
-    figure = canvas.figure
-    renderer = canvas.get_renderer()
-    widest = 0.0
-    for label in labels:
-        text = figure.text(0, 0, label.text, fontsize=FONT_SIZE, parse_math=False)
-        widest = max(widest, text.get_window_extent(renderer).width)
-        text.remove()
-    return widest + (LEADER_POINTS + PAD_POINTS) * figure.dpi / 72
-
-
-def tick_room(axes: Axes, canvas: FigureCanvasAgg) -> float:
-    """The width in pixels that the vertical axis' numbers take to the left of the axes."""
-    renderer = canvas.get_renderer()
-    texts = [text for text in axes.get_yticklabels() if text.get_text()]
-    widest = max((text.get_window_extent(renderer).width for text in texts), default=0.0)
-    return widest + (_TICK_POINTS + PAD_POINTS) * axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]
-
-
-def place(axes: Axes, labels: Sequence[EndLabel]) -> None:
-    """Write the labels beside the axes. Limits and position of the axes must be final."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    if not labels:
+def _write_at_ends(axes: Axes, series: Sequence[Series]) -> None:
+    if not series:
         return
+    figure, box = figure_of(axes), axes.get_window_extent()
     point = figure.dpi / 72
-    box = axes.get_window_extent()
-    right = axes.get_xlim()[1]
-    data = [(right if label.x is None else label.x, label.y) for label in labels]
-    ends = [(min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)) for x, y in axes.transData.transform(data)]
-    line_height = FONT_SIZE * 1.28 * point
-    middles = spread([y for _, y in ends], line_height, box.y0 + line_height / 4, box.y1 - line_height / 4)
+    ends = axes.transData.transform([one.points[-1] for one in series])
+    ends = ends.clip([box.x0, box.y0], [box.x1, box.y1])
+    line_height = LABEL_SIZE * 1.28 * point
+    middles = spread([float(y) for _, y in ends], line_height, box.y0 + line_height / 4, box.y1 - line_height / 4)
     to_figure = figure.transFigure.inverted()
-    for label, (x, y), middle in zip(labels, ends, middles, strict=True):
-        text_x = box.x1 + LEADER_POINTS * point
+    for one, (x, y), middle in zip(series, ends, middles, strict=True):
+        text_x = box.x1 + _LEADER_POINTS * point
         knee = max(x + 3 * point, box.x1 + 2 * point)  # level up to the axes' edge, then to the text
         corners = to_figure.transform([(x, y), (knee, y), (text_x - 3 * point, middle)])
-        leader = Line2D(
-            corners[:, 0],
-            corners[:, 1],
-            color=label.colour,
-            linewidth=0.8,
-            linestyle=(0, (1, 1.5)),
-            alpha=0.8,
-        )
+        leader = Line2D(corners[:, 0], corners[:, 1], color=one.style.colour, linewidth=0.8, alpha=0.8)
+        leader.set_linestyle((0, (1, 1.5)))
         figure.add_artist(leader)
         left, height = to_figure.transform((text_x, middle))
-        figure.text(
-            left,
-            height,
-            label.text,
-            color=label.colour,
-            fontsize=FONT_SIZE,
-            va="center_baseline",
-            parse_math=False,
-        )  # no mathematics: a run may be called $x$
+        text = figure.text(left, height, one.label, fontsize=LABEL_SIZE, va="center_baseline")
+        text.set(color=ink(one.style.colour), parse_math=False)  # no mathematics: a run may be called $x$
+
+
+# -- inside the axes ---------------------------------------------------------------------------------------------------
+
+
+def _write_inside(axes: Axes, series: Sequence[Series], canvas: FigureCanvasAgg) -> None:
+    """Each where it covers least and is near what it names. Names choose before notes, least choice first."""
+    point = figure_of(axes).dpi / 72
+    frame = np.array([axes.get_window_extent().extents]) / point
+    drawn = [(one.of or one.label, _covered(axes, one)) for one in series]
+    texts: list[Boxes] = []
+    wanted = [(one, _places(axes, one)) for one in series if one.label and one.inside]
+    for one, places in sorted(wanted, key=lambda pair: (-pair[0].label_size, len(pair[1]))):
+        text = axes.annotate(one.label, one.points[0], xytext=(0, 0), textcoords="offset points")
+        text.set(color=ink(one.style.colour), fontsize=one.label_size, ha="center", va="center", parse_math=False)
+        text.set(fontweight="bold" if one.style.width > _BOLD_FROM_POINTS else "normal", zorder=6)
+        text.set_path_effects([withStroke(linewidth=3, foreground="white")])
+        text.set_in_layout(False)
+        extent = text.get_window_extent(canvas.get_renderer())
+        half = np.array([extent.width, extent.height]) / point / 2
+        name, empty = one.of or one.label, np.empty((0, 4))
+        own = np.concatenate([empty, *(boxes for of, boxes in drawn if of == name)])
+        others = np.concatenate([empty, *(boxes for of, boxes in drawn if of != name), *texts])
+        # All places times all offsets: the text's middle from the place, and its box on the page.
+        middles = np.column_stack([_OFFSETS[:, 0] + np.sign(_OFFSETS[:, 0]) * half[0], _OFFSETS[:, 1]])
+        centres = (places[:, None] + middles).reshape(-1, 2)
+        boxes = np.concatenate([centres - half - _AIR_POINTS, centres + half + _AIR_POINTS], axis=1)
+        away = 0.5 * np.abs(_OFFSETS).sum(axis=1) + _LAST_PLACE * np.arange(len(places))[:, None] / len(places)
+        best = int(np.argmin(_costs(boxes, own, others, frame) + away.reshape(-1)))
+        place, middle = places[best // len(_OFFSETS)], middles[best % len(_OFFSETS)]
+        x, y = axes.transData.inverted().transform(place * point)
+        text.xy = (float(x), float(y))
+        text.set_position((float(middle[0]), float(middle[1])))
+        texts.append(boxes[best : best + 1])
+        if len(own) and _gaps(texts[-1], own)[0] > _LEADER_POINTS:
+            _lead(axes, text.xy, np.clip(0.0, middle - half, middle + half), one.style.colour)
+
+
+def _costs(boxes: Boxes, own: Boxes, others: Boxes, frame: Boxes) -> NDArray[np.float64]:
+    """(boxes,): how bad each is."""
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    costs = _COVERED * (_overlaps(boxes, own) + _overlaps(boxes, others))
+    costs += _OUTSIDE * (area - _overlaps(boxes, frame))
+    if len(own) and len(others):
+        costs += _MISTAKEN * np.clip(_gaps(boxes, own) + _AIR_POINTS - _gaps(boxes, others), 0, None)
+    return costs
+
+
+def _overlaps(boxes: Boxes, others: Boxes) -> NDArray[np.float64]:
+    """(boxes,): square points of each that the others cover."""
+    sides = np.minimum(boxes[:, None, 2:], others[:, 2:]) - np.maximum(boxes[:, None, :2], others[:, :2])
+    return np.asarray(np.clip(sides, 0, None).prod(axis=2).sum(axis=1))
+
+
+def _gaps(boxes: Boxes, others: Boxes) -> NDArray[np.float64]:
+    """(boxes,): points from each to the nearest of the others."""
+    apart = np.maximum(others[:, :2] - boxes[:, None, 2:], boxes[:, None, :2] - others[:, 2:])
+    return np.asarray(np.hypot(*np.moveaxis(np.clip(apart, 0, None), 2, 0)).min(axis=1))
+
+
+def _lead(axes: Axes, at: tuple[float, float], edge: NDArray[np.float64], colour: str) -> None:
+    """A thin line from the nearest point of the text's edge to its place."""
+    arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4}
+    start = (float(edge[0]), float(edge[1]))
+    axes.annotate("", at, xytext=start, textcoords="offset points", arrowprops=arrow, zorder=4.5)
+
+
+def _covered(axes: Axes, series: Series) -> Boxes:
+    """Boxes along a line and around its markers."""
+    style, boxes = series.style, [np.empty((0, 4))]
+    if style.width:
+        boxes.append(_around(_sampled(axes, series.points, _STEP_POINTS), style.width / 2 + _AIR_POINTS / 2))
+    if style.marker:
+        boxes.append(_around(_on_page(axes, series.points), style.marker_size / 2 + _AIR_POINTS / 2))
+    return np.concatenate(boxes)
+
+
+def _around(middles: NDArray[np.float64], half_width: float) -> Boxes:
+    return np.concatenate([middles - half_width, middles + half_width], axis=1)
+
+
+def _places(axes: Axes, series: Series) -> NDArray[np.float64]:
+    """Where the label may stand, the best first: on a line outwards from its middle, else the points in their order."""
+    if not series.style.width:
+        return _on_page(axes, series.points)
+    places = _sampled(axes, series.points, 3 * _STEP_POINTS)
+    return places[sorted(range(len(places)), key=lambda index: abs(2 * index - len(places) + 1))]
+
+
+def _sampled(axes: Axes, points: Points, step: float) -> NDArray[np.float64]:
+    corners = _on_page(axes, points)
+    lengths = np.concatenate([[0.0], np.hypot(*np.diff(corners, axis=0).T).cumsum()])
+    at = np.linspace(0, lengths[-1], 2 + int(lengths[-1] / step)) if lengths[-1] else np.zeros(1)
+    return np.column_stack([np.interp(at, lengths, corners[:, axis]) for axis in (0, 1)])
+
+
+def _on_page(axes: Axes, points: Points) -> NDArray[np.float64]:
+    """(points, 2): in points of the page."""
+    pixels = axes.transData.transform(np.asarray(points, dtype=float).reshape(-1, 2))
+    on_page = np.asarray(pixels) * 72 / figure_of(axes).dpi
+    return np.clip(on_page, -_FAR_POINTS, _FAR_POINTS)  # a zero on a log axis lies a thousand decades down

@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from itertools import pairwise
-from statistics import median
 
-from lowmem.core.units import format_duration
-from lowmem.report.departures import departures
-from lowmem.report.figures import Picture
-from lowmem.report.naming import run_names
-from lowmem.report.palette import network_name
-from lowmem.report.published import ASSUMED, describe_source
-from lowmem.report.resources import EXPLAINED, largest, resource_rows
-from lowmem.report.resources import HEADER as RESOURCES
-from lowmem.report.tables import TABLE_HEADER, UNKNOWN, TableRow, percent, without_run
-from lowmem.runs.history import History
-
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~$&!^])")
-
-
-def escape(text: object) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    return _SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
+from lowmem.report.naming import NamedRun
+from lowmem.report.published import ASSUMED, departures, describe_source, without_run
+from lowmem.report.style import Picture
+from lowmem.report.tables import (
+    RESOURCES_EXPLAINED,
+    UNKNOWN,
+    elapsed,
+    error_table,
+    escape,
+    image_rate,
+    largest,
+    percent,
+    resource_table,
+    times,
+)
+from lowmem.runs.view import RunView
 
 
-def render(histories: Sequence[History], rows: Sequence[TableRow], pictures: Sequence[Picture]) -> str:
-    """The whole document. `histories` and `rows` are in the same order."""
-    parts = ["# Training report", "## Final test errors", *_table(rows), *_explain_table(histories)]
-    parts += ["## What differs from the published setting", _departures(rows)]
-    parts += ["## Time and memory", _resources(histories), EXPLAINED]
+def render(runs: Sequence[NamedRun], pictures: Sequence[Picture]) -> str:
+    """The whole document."""
+    parts = ["# Training report", "## Final test errors", error_table(runs).to_markdown(), *_explain_errors(runs)]
+    parts.append("## What differs from the published setting")
+    parts.append("\n".join(f"- {escape(whose)}: {escape(text)}" for whose, text in departures(runs)))
+    parts += ["## Time and memory", resource_table(runs).to_markdown(), RESOURCES_EXPLAINED]
     parts.append("## Figures")
     if not pictures:
         parts.append("No run here has completed an epoch: there is nothing to draw yet.")
-    empty = [escape(row.run) for row in rows if row.epochs_done == 0]
+    empty = [escape(run.name) for run in runs if run.history.epochs_done == 0]
     if pictures and empty:
         parts.append(f"Without a curve, having completed no epoch yet: {', '.join(empty)}.")
     if pictures:
@@ -45,29 +43,12 @@ def render(histories: Sequence[History], rows: Sequence[TableRow], pictures: Seq
     for picture in pictures:
         parts += [f"### {picture.title}", f"![{picture.title}]({picture.file_name})", picture.remark]
     parts.append("## Runs")
-    for history, name in zip(histories, run_names(histories), strict=True):
-        parts += _run_section(history, name)
+    for run in runs:
+        parts += _run_section(run)
     return "\n\n".join(parts) + "\n"
 
 
-def _table(rows: Sequence[TableRow]) -> list[str]:
-    *header, _ = TABLE_HEADER  # what differs is long, and mostly the same for all runs: it has a section
-    lines = ["| " + " | ".join(header) + " |", "|---|---|---:|---:|---:|"]
-    lines += ["| " + " | ".join(escape(cell) for cell in row.cells()[:-1]) + " |" for row in rows]
-    return ["\n".join(lines)]
-
-
-def _departures(rows: Sequence[TableRow]) -> str:
-    return "\n".join(f"- {escape(runs)}: {escape(text)}" for runs, text in departures(rows))
-
-
-def _resources(histories: Sequence[History]) -> str:
-    lines = ["| " + " | ".join(RESOURCES) + " |", "|---|" + "---:|" * (len(RESOURCES) - 1)]
-    lines += ["| " + " | ".join(escape(cell) for cell in row) + " |" for row in resource_rows(histories)]
-    return "\n".join(lines)
-
-
-def _explain_table(histories: Sequence[History]) -> list[str]:
+def _explain_errors(runs: Sequence[NamedRun]) -> list[str]:
     parts = [
         "Final is the error after the last completed epoch, not the lowest on the way. *Published* are the "
         "final test errors of the report that these networks come from. It states SGD, momentum 0.9, weight "
@@ -75,7 +56,7 @@ def _explain_table(histories: Sequence[History]) -> list[str]:
         "does not state. For those the usual setting is assumed, and what departs from it is marked "
         f"{escape(ASSUMED)}. Only a run of which nothing differs compares with the published figure."
     ]
-    missing = without_run(histories)
+    missing = without_run(runs)
     if missing:
         listed = ", ".join(f"{name} {percent(error)}" for name, error in missing.items())
         parts.append(f"Published networks without a run here: {listed}.")
@@ -85,7 +66,8 @@ def _explain_table(histories: Sequence[History]) -> list[str]:
 # --- one run --------------------------------------------------------------------------------------
 
 
-def _run_section(history: History, name: str) -> list[str]:
+def _run_section(run: NamedRun) -> list[str]:
+    history = run.history
     lines = [
         ("State", _state(history)),
         ("Settings", _settings(history)),
@@ -94,17 +76,16 @@ def _run_section(history: History, name: str) -> list[str]:
         ("Time", _time(history)),
         ("Peak memory", _memory(history)),
         ("Hardware", _from_env(history, ("device", "gpu", "card", "driver", "cpu", "cpu_threads", "platform"))),
-        (
-            "Versions",
-            _from_env(history, ("lowmem", "git_commit", "python", "torch", "torchvision", "cuda", "cudnn")),
-        ),
+        ("Versions", _from_env(history, ("lowmem", "git_commit", "python", "torch", "torchvision", "cuda", "cudnn"))),
         *(("Note", escape(note)) for note in history.notes),
     ]
-    heading = f"### {escape(name)} ({escape(network_name(history.config.model))})"
-    return [heading, "\n".join(f"- {title}: {text}" for title, text in lines)]
+    return [
+        f"### {escape(run.name)} ({escape(run.network)})",
+        "\n".join(f"- {title}: {text}" for title, text in lines),
+    ]
 
 
-def _state(history: History) -> str:
+def _state(history: RunView) -> str:
     done, asked, last = history.epochs_done, history.config.train.epochs, history.last
     if history.state == "finished":
         text = f"finished, {asked} epochs"
@@ -114,29 +95,28 @@ def _state(history: History) -> str:
         text += f"; newest logged step {logged[-1].step:,} with loss {logged[-1].loss:.4g}" if logged else ""
     else:
         text = f"at epoch {done} of {asked}"
-    if history.state == "stopped as planned":
+    if history.state == "stopped":
         most = history.config.train.max_steps
         text += ", stopped as planned" + (f" (train.max\\_steps {most:,})" if most else "")
-    elif history.state == "unfinished":
+    elif history.state != "finished":
         text += ", not finished (interrupted, or still running)"
-    resumed = history.times_resumed
-    if resumed:
-        text += ", interrupted and resumed " + ("once" if resumed == 1 else f"{resumed} times")
+    if history.times_resumed:
+        text += ", interrupted and resumed " + times(history.times_resumed)
     text += _trouble(history)
     if last is not None and last.train_loss is not None and not math.isfinite(last.train_loss):
         text += "; **diverged: the training loss is no number any more**"
     return text
 
 
-def _trouble(history: History) -> str:
+def _trouble(history: RunView) -> str:
     """What the run itself noticed: going back from a broken loss, learning nothing, stopping for either."""
     kinds = [event.kind for event in history.events]
     text = ""
     if back := [event for event in history.events if event.kind == "rollback"]:
         scale = back[-1].detail.get("lr_scale")
         rate = f", at last with {scale:g} of the learning rate" if isinstance(scale, int | float) else ""
-        often = "once" if len(back) == 1 else f"{len(back)} times"
-        text += f"; **went back to a checkpoint {often}{rate}** ({escape(back[-1].detail.get('what', ''))})"
+        why = escape(back[-1].detail.get("what", ""))
+        text += f"; **went back to a checkpoint {times(len(back))}{rate}** ({why})"
     if "diverged" in kinds:
         text += "; **stopped because it diverged**"
     if found := [event for event in history.events if event.kind == "stuck"]:
@@ -144,7 +124,7 @@ def _trouble(history: History) -> str:
     return text
 
 
-def _settings(history: History) -> str:
+def _settings(history: RunView) -> str:
     config = history.config
     model, data, train = config.model, config.data, config.train
     optim, schedule = config.optim, config.schedule
@@ -173,7 +153,7 @@ def _settings(history: History) -> str:
     return escape("; ".join(said))
 
 
-def _best(history: History) -> str:
+def _best(history: RunView) -> str:
     best = history.best
     if best is None:
         return f"{UNKNOWN} (none saved)"
@@ -191,7 +171,7 @@ def _best(history: History) -> str:
     return f"{text}; on what they were chosen is not recorded"
 
 
-def _lowest(history: History) -> str:
+def _lowest(history: RunView) -> str:
     known = [(row.test_error_pct, row.epoch) for row in history.epochs if row.test_error_pct is not None]
     if not known:
         return UNKNOWN
@@ -199,14 +179,14 @@ def _lowest(history: History) -> str:
     return f"{percent(error)} at epoch {epoch} (seen afterwards, so optimistic)"
 
 
-def _time(history: History) -> str:
-    elapsed = None if history.last is None else history.last.elapsed_seconds
-    rates = [row.images_per_second for row in history.epochs if row.images_per_second is not None]
-    rate = f"{median(rates):,.0f} images/s in training (median over epochs)" if rates else f"{UNKNOWN} images/s"
-    return f"{UNKNOWN if elapsed is None else format_duration(elapsed)} in all; {rate}"
+def _time(history: RunView) -> str:
+    rate = image_rate(history)
+    return f"{elapsed(history)} in all; {rate} images/s" + (
+        "" if rate == UNKNOWN else " in training (median over epochs)"
+    )
 
 
-def _memory(history: History) -> str:
+def _memory(history: RunView) -> str:
     return (
         f"{largest(history.epochs, lambda row: row.peak_allocated_bytes)} allocated, "
         f"{largest(history.epochs, lambda row: row.peak_reserved_bytes)} reserved, "
@@ -214,7 +194,7 @@ def _memory(history: History) -> str:
     )
 
 
-def _from_env(history: History, keys: Sequence[str]) -> str:
+def _from_env(history: RunView, keys: Sequence[str]) -> str:
     """What env.json says, and what a resume found changed since."""
     resumes = [event.detail for event in history.events if event.kind == "resume"]
     said = []

@@ -1,53 +1,79 @@
-"""Names by which runs are told apart: in the table, and short ones at the ends of curves."""
+"""What the runs of a report are called: in tables, at the ends of curves, in file names; and which belong together."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from lowmem.core.reading import shorten as one_line
-from lowmem.report.palette import network_name
-from lowmem.runs.history import History
+from lowmem.config.schema import ARCHITECTURES, ModelConfig, resolve_block
+from lowmem.core.reading import shorten
+from lowmem.report.style import LineStyle, network_style
+from lowmem.runs.view import RunView
 
 LONGEST_NAME = 18  # characters at the end of a curve; longer names would take the room of the curves
 
 
-def run_names(histories: Sequence[History]) -> list[str]:
-    """The folders' names; with the folder above where two runs have the same, with a count where that is the
-    same too.
+@dataclass(frozen=True)
+class NamedRun:
+    """A run, and how it is told from the others of its report.
+
+    `name`: the folder's, in tables and headings; `label`: short, at the end of a curve; `file_name`: a part of file
+    names, no two the same on any system; `style`: the network's, the runs of one network getting thinner in turn.
     """
+
+    history: RunView
+    name: str
+    label: str
+    file_name: str
+    style: LineStyle
+
+    @property
+    def network(self) -> str:
+        return network_name(self.history.config.model)
+
+
+def network_name(model: ModelConfig) -> str:
+    """`Res110`, `CNN56`; with the block if it is not the published one: `Res110-bottleneck`."""
+    name = model.arch.replace("res", "Res").replace("cnn", "CNN")
+    return name if model.block == resolve_block(model.arch, None) else f"{name}-{model.block}"
+
+
+def in_order(histories: Sequence[RunView]) -> list[RunView]:
+    """As the published table: residual nets by depth, then plain nets; runs of one network by name."""
+
+    def rank(history: RunView) -> tuple[int, str, str, str]:
+        model = history.config.model
+        return ARCHITECTURES.index(model.arch), model.block, history.name, str(history.path)
+
+    return sorted(histories, key=rank)
+
+
+def name_runs(histories: Sequence[RunView]) -> list[NamedRun]:
+    """In the order given. A name is the folder's; with the folder above where two runs have the same, with a count
+    where that is the same too. A label is the network's name, and the run's where a network has several runs."""
     names = [history.name for history in histories]
     names = [
-        f"{one_line(history.path.resolve().parent.name)}/{name}" if names.count(name) > 1 else name
+        f"{shorten(history.path.resolve().parent.name)}/{name}" if names.count(name) > 1 else name
         for name, history in zip(names, histories, strict=True)
     ]
-    seen: Counter[str] = Counter()
-    found = []
-    for name in names:
-        seen[name] += 1
-        found.append(f"{name} ({seen[name]})" if names.count(name) > 1 else name)
-    return found
-
-
-def curve_labels(histories: Sequence[History]) -> list[str]:
-    """The network's name, and the run's where a network has several runs (seeds, widths)."""
     networks = [network_name(history.config.model) for history in histories]
-    return [
-        f"{network} {shorten(_without(network, name))}".rstrip() if networks.count(network) > 1 else network
-        for network, name in zip(networks, run_names(histories), strict=True)
-    ]
-
-
-def file_names(histories: Sequence[History]) -> list[str]:
-    """The runs' names as parts of file names, no two the same on any system."""
-    slugs = [re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "run" for name in run_names(histories)]
-    seen: Counter[str] = Counter()
-    found = []
-    for slug in slugs:
-        seen[slug.lower()] += 1
-        found.append(slug if seen[slug.lower()] == 1 else f"{slug}-{seen[slug.lower()]}")
-    return found
+    same_name, same_file, same_network = Counter[str](), Counter[str](), Counter[str]()
+    runs = []
+    for history, folder, network in zip(histories, names, networks, strict=True):
+        same_name[folder] += 1
+        name = f"{folder} ({same_name[folder]})" if names.count(folder) > 1 else folder
+        slug = re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "run"
+        same_file[slug.lower()] += 1
+        file_name = slug if same_file[slug.lower()] == 1 else f"{slug}-{same_file[slug.lower()]}"
+        label = network
+        if networks.count(network) > 1:
+            label = f"{network} {shorten_middle(_without(network, name))}".rstrip()
+        style = network_style(history.config.model, same_network[network])
+        same_network[network] += 1
+        runs.append(NamedRun(history, name, label, file_name, style))
+    return runs
 
 
 def _without(network: str, name: str) -> str:
@@ -56,9 +82,24 @@ def _without(network: str, name: str) -> str:
     return rest if name.lower().startswith(network.lower()) and not rest[:1].isdigit() else name
 
 
-def shorten(name: str, longest: int = LONGEST_NAME) -> str:
+def shorten_middle(name: str, longest: int = LONGEST_NAME) -> str:
     """Take out the middle: the ends of run names are what differs (`res20-…-seed3`)."""
     if len(name) <= longest:
         return name
     tail = (longest - 1) // 2
     return f"{name[: longest - 1 - tail]}…{name[-tail:]}"
+
+
+def find_pairs(runs: Sequence[NamedRun]) -> dict[str, list[NamedRun]]:
+    """Runs with a curve by depth, `110`, and block where it is not the usual one, `110-bottleneck`; only where both a
+    residual and a plain net have one."""
+    groups: dict[tuple[int, str], list[NamedRun]] = {}
+    for run in runs:
+        model = run.history.config.model
+        if run.history.epochs:
+            groups.setdefault((int(model.arch[3:]), model.block), []).append(run)
+    return {
+        f"{depth}" if block == resolve_block(f"res{depth}", None) else f"{depth}-{block}": group
+        for (depth, block), group in sorted(groups.items())
+        if {run.history.config.model.arch[:3] for run in group} == {"res", "cnn"}
+    }

@@ -20,7 +20,7 @@ from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 from markdown_it.utils import OptionsDict
 
-from lowmem.report.figures import Picture
+from lowmem.report.style import Picture
 
 Env = MutableMapping[str, Any]  # what the parser hands through: {"pictures": {file name: PNG}}
 

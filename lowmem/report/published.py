@@ -8,10 +8,12 @@ these nets stands in, which is what the default settings are, and a difference f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import PurePath
 
-from lowmem.config.schema import Config, resolve_block
-from lowmem.runs.history import History
+from lowmem.config.schema import Config, ModelConfig, resolve_block
+from lowmem.report.naming import NamedRun, network_name
+from lowmem.runs.view import RunView
 
 PUBLISHED_ERROR_PCT: dict[str, float] = {
     "res20": 8.08,
@@ -23,6 +25,10 @@ PUBLISHED_ERROR_PCT: dict[str, float] = {
 }
 ASSUMED = "*"
 _SOURCES = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST", "shapes": "generated shapes"}
+_NOT_PUBLISHED = "not among the published networks"
+_NEVER_TRAINED = "named in the report, whose author could not train it: there is no figure to hold it against"
+_NAMED = {"Res56-bottleneck", "Res110-bottleneck"}
+_NOTHING = "nothing that the settings show"
 
 
 def published_error_pct(config: Config) -> float | None:
@@ -33,6 +39,17 @@ def published_error_pct(config: Config) -> float | None:
     return PUBLISHED_ERROR_PCT[arch]
 
 
+def without_run(runs: Sequence[NamedRun]) -> dict[str, float]:
+    """The published networks that no run here is of, with their errors."""
+    configs = [run.history.config for run in runs]
+    present = {config.model.arch for config in configs if published_error_pct(config) is not None}
+    return {
+        network_name(ModelConfig(arch=arch, block=resolve_block(arch, None))): error
+        for arch, error in PUBLISHED_ERROR_PCT.items()
+        if arch not in present
+    }
+
+
 def describe_source(source: str) -> str:
     """The data set in words; of a folder only its own name, since where it lies is nobody's business."""
     if source in _SOURCES:
@@ -41,75 +58,58 @@ def describe_source(source: str) -> str:
     return f"pictures of folder {PurePath(path).name or path}"
 
 
-def differences(history: History) -> tuple[str, ...]:
+def differences(history: RunView) -> tuple[str, ...]:
     """In words, all that is known to set the run apart from the published setting; empty if nothing is."""
-    config = history.config
-    return (
-        *_progress(history),
-        *_model_and_data(config),
-        *_optimizer(config),
-        *_step(config),
-        *_rescued(history),
-    )
-
-
-def _progress(history: History) -> list[str]:
-    done, asked = history.epochs_done, history.config.train.epochs
-    if done >= asked:
-        return []
-    return [f"only {done} of its {asked} epochs done" if done else "no epoch done yet"]
-
-
-def _model_and_data(config: Config) -> list[str]:
-    found = []
-    if config.model.width != 64:
-        found.append(f"width {config.model.width} instead of 64")
-    if config.data.source != "cifar10":
-        found.append(f"{describe_source(config.data.source)} instead of the original CIFAR-10")
-    if config.data.train_subset is not None:
-        found.append(f"trained on {config.data.train_subset:,} pictures instead of 50,000")
-    if config.data.test_subset is not None:
-        found.append(f"tested on {config.data.test_subset:,} pictures instead of 10,000")
-    if config.data.val_split:
-        found.append(f"{config.data.val_split:,} training pictures held back")
-    if not config.data.augment:
-        found.append(f"no augmentation instead of crop and flip{ASSUMED}")
-    return found
-
-
-def _optimizer(config: Config) -> list[str]:
-    usual = Config()
-    found = []
-    if config.optim.momentum != usual.optim.momentum:
-        found.append(f"momentum {config.optim.momentum:g} instead of {usual.optim.momentum:g}")
-    if config.optim.weight_decay != usual.optim.weight_decay:
-        found.append(f"weight decay {config.optim.weight_decay:g} instead of {usual.optim.weight_decay:g}")
-    if config.optim.nesterov:
-        found.append("Nesterov momentum")
-    if config.optim.lr != usual.optim.lr:
-        found.append(f"lr {config.optim.lr:g} instead of {usual.optim.lr:g}{ASSUMED}")
-    if config.schedule != usual.schedule:
-        found.append(f"another learning-rate schedule{ASSUMED}")
-    return found
-
-
-def _step(config: Config) -> list[str]:
-    usual = Config().train
-    train = config.train
-    found = []
-    if train.epochs != usual.epochs:
-        found.append(f"{train.epochs} epochs instead of {usual.epochs}{ASSUMED}")
-    if train.batch != usual.batch:
-        found.append(f"batch {train.batch} instead of {usual.batch}{ASSUMED}")
-    if train.micro_batch is not None and train.micro_batch < train.batch:
-        found.append(f"batch norm over micro-batches of {train.micro_batch}")
-    if train.precision == "amp":
-        found.append(f"mixed precision instead of fp32{ASSUMED}")
-    return found
-
-
-def _rescued(history: History) -> list[str]:
-    """What was done to a run whose loss broke."""
+    config, usual = history.config, Config()
+    model, data, optim, train = config.model, config.data, config.optim, config.train
+    done = history.epochs_done
+    # What was done to a run whose loss broke.
     back = [event.detail.get("lr_scale") for event in history.events if event.kind == "rollback"]
     scales = [scale for scale in back if isinstance(scale, int | float)]
-    return [f"{scales[-1]:g} of the learning rate after its loss broke"] if scales else []
+    said = [
+        (0 < done < train.epochs, f"only {done} of its {train.epochs} epochs done"),
+        (done == 0, "no epoch done yet"),
+        (model.width != 64, f"width {model.width} instead of 64"),
+        (data.source != "cifar10", f"{describe_source(data.source)} instead of the original CIFAR-10"),
+        (data.train_subset is not None, f"trained on {data.train_subset or 0:,} pictures instead of 50,000"),
+        (data.test_subset is not None, f"tested on {data.test_subset or 0:,} pictures instead of 10,000"),
+        (data.val_split, f"{data.val_split:,} training pictures held back"),
+        (not data.augment, f"no augmentation instead of crop and flip{ASSUMED}"),
+        (optim.momentum != usual.optim.momentum, f"momentum {optim.momentum:g} instead of {usual.optim.momentum:g}"),
+        (
+            optim.weight_decay != usual.optim.weight_decay,
+            f"weight decay {optim.weight_decay:g} instead of {usual.optim.weight_decay:g}",
+        ),
+        (optim.nesterov, "Nesterov momentum"),
+        (optim.lr != usual.optim.lr, f"lr {optim.lr:g} instead of {usual.optim.lr:g}{ASSUMED}"),
+        (config.schedule != usual.schedule, f"another learning-rate schedule{ASSUMED}"),
+        (train.epochs != usual.train.epochs, f"{train.epochs} epochs instead of {usual.train.epochs}{ASSUMED}"),
+        (train.batch != usual.train.batch, f"batch {train.batch} instead of {usual.train.batch}{ASSUMED}"),
+        (
+            train.micro_batch is not None and train.micro_batch < train.batch,
+            f"batch norm over micro-batches of {train.micro_batch}",
+        ),
+        (train.precision == "amp", f"mixed precision instead of fp32{ASSUMED}"),
+    ]
+    rescued = [f"{scales[-1]:g} of the learning rate after its loss broke"] if scales else []
+    return (*(text for differs, text in said if differs), *rescued)
+
+
+def departures(runs: Sequence[NamedRun]) -> tuple[tuple[str, str], ...]:
+    """(which runs, what differs): what all have in common once, then what is one run's own; a pair for each text."""
+    if not runs:
+        return ()
+    differs = [differences(run.history) for run in runs]
+    shared = [text for text in differs[0] if all(text in texts for texts in differs)] if len(runs) > 1 else []
+    pairs: list[tuple[str, str]] = []
+    if shared:
+        pairs.append(("both runs" if len(runs) == 2 else f"all {len(runs)} runs", "; ".join(shared)))
+    groups: dict[str, list[str]] = {}
+    for run, texts in zip(runs, differs, strict=True):
+        own = [text for text in texts if text not in shared]
+        if published_error_pct(run.history.config) is None:
+            own.append(_NEVER_TRAINED if run.network in _NAMED else _NOT_PUBLISHED)
+        if own or not shared:
+            groups.setdefault("; ".join(own) or _NOTHING, []).append(run.name)
+    also = " also" if shared else ""
+    return (*pairs, *((f"{', '.join(names)}{also}", text) for text, names in groups.items()))

@@ -1,57 +1,45 @@
-"""The table of final test errors: the published report's networks first, in its order, each beside its
-figure.
-"""
+"""The tables of a report: final test errors beside the published ones, and what each run took."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
-from lowmem.config.schema import ModelConfig, resolve_block
-from lowmem.report.naming import run_names
-from lowmem.report.palette import network_name, network_rank
-from lowmem.report.published import PUBLISHED_ERROR_PCT, differences, published_error_pct
-from lowmem.runs.history import History
+from lowmem.core.units import format_duration, format_size
+from lowmem.report.naming import NamedRun
+from lowmem.report.published import published_error_pct
+from lowmem.runs.rows import EpochRow
+from lowmem.runs.view import RunView
 
 UNKNOWN = "–"
-TABLE_HEADER = (
-    "Network",
-    "Run",
-    "Epochs",
-    "Final test error",
-    "Published",
-    "What differs from the published setting",
+RESOURCES_EXPLAINED = (
+    "Time is that in which the run was worked on, evaluation and saving included. Images/s: in training, median over "
+    "epochs. Memory is the peak. Planned: of a step's tensors, as the plan predicts it, if the run has one. Allocated: "
+    "what tensors took. Reserved: what the allocator held for them. Device: the card with everything on it, or without "
+    "a card the process. Resumed: how often the run was interrupted and gone on with."
 )
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~$&!^])")
 
 
 @dataclass(frozen=True)
-class TableRow:
-    """A run's line. Errors in per cent, None if unknown or not published."""
+class ReportTable:
+    """Texts under texts, a row a run. The first `names` columns are words, the others numbers."""
 
-    network: str
-    run: str
-    epochs_done: int
-    epochs_asked: int
-    final_error_pct: float | None
-    published_error_pct: float | None
-    differs: tuple[str, ...]
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    names: int
 
-    def cells(self) -> tuple[str, ...]:
-        """The texts under TABLE_HEADER."""
-        complete = self.epochs_done >= self.epochs_asked
-        return (
-            self.network,
-            self.run,
-            f"{self.epochs_done}" if complete else f"{self.epochs_done} of {self.epochs_asked}",
-            percent(self.final_error_pct),
-            percent(self.published_error_pct),
-            self._differs_text(),
-        )
+    def to_markdown(self) -> str:
+        rule = "|" + "---|" * self.names + "---:|" * (len(self.header) - self.names)
+        rows = [" | ".join(escape(cell) for cell in row) for row in self.rows]
+        return "\n".join(["| " + " | ".join(self.header) + " |", rule, *(f"| {row} |" for row in rows)])
 
-    def _differs_text(self) -> str:
-        if self.published_error_pct is None:
-            return "not among the published networks"
-        return "; ".join(self.differs) or "nothing that the settings show"
+
+def escape(text: object) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return _SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
 
 
 def percent(value: float | None) -> str:
@@ -59,34 +47,69 @@ def percent(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:.2f} %"
 
 
-def in_order(histories: Sequence[History]) -> list[History]:
-    """Residual nets by depth, then plain nets; runs of one network by name."""
-    return sorted(histories, key=lambda history: (*network_rank(history.config.model), history.name, str(history.path)))
+def times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
-def build_rows(histories: Sequence[History]) -> tuple[TableRow, ...]:
-    """A row for each run, in the order given."""
-    return tuple(_row(history, name) for history, name in zip(histories, run_names(histories), strict=True))
-
-
-def _row(history: History, name: str) -> TableRow:
-    config = history.config
-    return TableRow(
-        network=network_name(config.model),
-        run=name,
-        epochs_done=history.epochs_done,
-        epochs_asked=config.train.epochs,
-        final_error_pct=None if history.last is None else history.last.test_error_pct,
-        published_error_pct=published_error_pct(config),
-        differs=differences(history),
+def error_table(runs: Sequence[NamedRun]) -> ReportTable:
+    """Of final test errors, each beside its published figure; what differs is said by `published.departures`."""
+    return ReportTable(
+        ("Network", "Run", "Epochs", "Final test error", "Published"), tuple(_error_row(run) for run in runs), 2
     )
 
 
-def without_run(histories: Sequence[History]) -> dict[str, float]:
-    """The published networks that no run here is of, with their errors."""
-    present = {history.config.model.arch for history in histories if published_error_pct(history.config) is not None}
-    return {
-        network_name(ModelConfig(arch=arch, block=resolve_block(arch, None))): error
-        for arch, error in PUBLISHED_ERROR_PCT.items()
-        if arch not in present
-    }
+def _error_row(run: NamedRun) -> tuple[str, ...]:
+    done, asked, last = run.history.epochs_done, run.history.config.train.epochs, run.history.last
+    return (
+        run.network,
+        run.name,
+        f"{done}" if done >= asked else f"{done} of {asked}",
+        percent(None if last is None else last.test_error_pct),
+        percent(published_error_pct(run.history.config)),
+    )
+
+
+def resource_table(runs: Sequence[NamedRun]) -> ReportTable:
+    """Of time, speed, memory, and how often each run was interrupted."""
+    header = ("Run", "Time", "Images/s", "Planned", "Allocated", "Reserved", "Device", "Resumed")
+    return ReportTable(header, tuple(_resource_row(run.name, run.history) for run in runs), 1)
+
+
+def _resource_row(name: str, history: RunView) -> tuple[str, ...]:
+    allocated = largest(history.epochs, lambda row: row.peak_allocated_bytes)
+    if allocated == UNKNOWN:  # on the CPU nobody counts but the check of the plan
+        allocated = _checked(history, "measured_peak_bytes")
+    return (
+        name,
+        elapsed(history),
+        image_rate(history),
+        _checked(history, "predicted_peak_bytes"),
+        allocated,
+        largest(history.epochs, lambda row: row.peak_reserved_bytes),
+        largest(history.epochs, lambda row: row.device_used_bytes),
+        times(history.times_resumed) if history.times_resumed else "no",
+    )
+
+
+def elapsed(history: RunView) -> str:
+    seconds = None if history.last is None else history.last.elapsed_seconds
+    return UNKNOWN if seconds is None else format_duration(seconds)
+
+
+def image_rate(history: RunView) -> str:
+    """Pictures a second in training, the median over epochs."""
+    rates = [row.images_per_second for row in history.epochs if row.images_per_second is not None]
+    return f"{median(rates):,.0f}" if rates else UNKNOWN
+
+
+def largest(rows: Iterable[EpochRow], value: Callable[[EpochRow], int | None]) -> str:
+    """Of all epochs, for humans; a dash if it is not known of any."""
+    known = [size for row in rows if (size := value(row)) is not None]
+    return format_size(max(known)) if known else UNKNOWN
+
+
+def _checked(history: RunView, name: str) -> str:
+    """Of the plan in force at last: its first steps are held against the prediction."""
+    sizes = [event.detail.get(name) for event in history.events if event.kind == "measured"]
+    known = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool) and 0 < size < 1 << 60]
+    return format_size(known[-1]) if known else UNKNOWN

@@ -8,31 +8,29 @@ from pathlib import Path
 
 from lowmem.core.errors import DiskError, UsageError
 from lowmem.core.reading import shorten
-from lowmem.report.figures import Picture, draw_all
-from lowmem.report.gradients import draw_gradients
 from lowmem.report.markdown import render
-from lowmem.report.naming import file_names
-from lowmem.report.page import to_page
-from lowmem.report.resources import resource_rows
-from lowmem.report.tables import TableRow, build_rows, in_order
+from lowmem.report.naming import NamedRun, in_order, name_runs
+from lowmem.report.published import departures
+from lowmem.report.style import Picture
+from lowmem.report.tables import ReportTable, error_table, resource_table
 from lowmem.runs.atomic import write_bytes_atomic, write_text_atomic
 from lowmem.runs.event_files import EventFiles, require_tensorboard
-from lowmem.runs.history import History, read_history
+from lowmem.runs.view import read_run
 
 
 @dataclass(frozen=True)
 class ReportResult:
-    """What was written and where, and the table for the terminal (`TABLE_HEADER` over each row's `cells()`)."""
+    """What was written and where, and the tables for the terminal."""
 
     folder: Path
     markdown: Path
-    figures: tuple[Path, ...]
-    rows: tuple[TableRow, ...]
     text: str
+    figures: tuple[Path, ...]
     pictures: tuple[Picture, ...]  # in the order of `figures`
-    resources: tuple[tuple[str, ...], ...]  # see `resources.HEADER`
-    page: Path | None = None  # report.html, if it was asked for
-    event_files: Path | None = None  # for `tensorboard --logdir`, if they were
+    tables: tuple[ReportTable, ...]  # of errors and of resources, a row a run
+    departures: tuple[tuple[str, str], ...]  # which runs, and what differs from the published setting
+    page: Path | None  # report.html, if it was asked for
+    event_files: Path | None  # for `tensorboard --logdir`, if they were
 
 
 def write_report(
@@ -46,51 +44,51 @@ def write_report(
     write, and DiskError if the folder refuses. Figures of an earlier report of the same name are replaced,
     others left alone.
     """
-    histories = _read_all(runs)
+    from lowmem.report.figures import draw_training  # matplotlib takes a second, and not all who import this draw
+    from lowmem.report.gradients import draw_gradients
+    from lowmem.report.page import to_page
+
+    named = _read_all(runs)
     if out is None:
-        if len(histories) != 1:
-            raise UsageError(f"a report on {len(histories)} runs needs a folder to go to: give --out report")
-        out = histories[0].path / "report"
+        if len(named) != 1:
+            raise UsageError(f"a report on {len(named)} runs needs a folder to go to: give --out report")
+        out = named[0].history.path / "report"
     if tensorboard:
         require_tensorboard()
-    pictures = [*draw_all(histories), *draw_gradients(histories)]
-    rows = build_rows(histories)
-    text = render(histories, rows, pictures)
+    pictures = (*draw_training(named), *draw_gradients(named))
+    result = ReportResult(
+        folder=out,
+        markdown=out / "report.md",
+        text=render(named, pictures),
+        figures=tuple(out / picture.file_name for picture in pictures),
+        pictures=pictures,
+        tables=(error_table(named), resource_table(named)),
+        departures=departures(named),
+        page=out / "report.html" if html else None,
+        event_files=out / "tensorboard" if tensorboard else None,
+    )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for picture in pictures:
-            write_bytes_atomic(out / picture.file_name, picture.png)
-        write_text_atomic(out / "report.md", text)  # last: it names only figures that are there
-        if html:
-            write_text_atomic(out / "report.html", to_page(text, pictures, _title(rows)))
-        if tensorboard:
-            for history, name in zip(histories, file_names(histories), strict=True):
-                _export(history, out / "tensorboard" / name)
+        for path, picture in zip(result.figures, pictures, strict=True):
+            write_bytes_atomic(path, picture.png)
+        write_text_atomic(result.markdown, result.text)  # last: it names only figures that are there
+        if result.page is not None:
+            title = f"lowmem: {shorten(', '.join(run.name for run in named), 80)}"
+            write_text_atomic(result.page, to_page(result.text, pictures, title))
+        if result.event_files is not None:
+            for run in named:
+                # Not where a run that is still trained keeps its own: the two would take each other's away.
+                files = EventFiles(run.history.path, result.event_files / run.file_name)
+                files.update()
+                files.close()
     except OSError as error:
         raise DiskError(f"cannot write the report to {out}: {error.strerror or error}: give another --out") from error
-    figures = tuple(out / picture.file_name for picture in pictures)
-    page = out / "report.html" if html else None
-    board = out / "tensorboard" if tensorboard else None
-    return ReportResult(
-        out, out / "report.md", figures, rows, text, tuple(pictures), tuple(resource_rows(histories)), page, board
-    )
+    return result
 
 
-def _export(history: History, folder: Path) -> None:
-    # Not where a run that is still trained keeps its own: the two would take each other's away.
-    files = EventFiles(history.path, folder)
-    files.update()
-    files.close()
-
-
-def _title(rows: Sequence[TableRow]) -> str:
-    names = ", ".join(row.run for row in rows)
-    return f"lowmem: {shorten(names, 80)}"
-
-
-def _read_all(runs: Sequence[Path]) -> list[History]:
+def _read_all(runs: Sequence[Path]) -> list[NamedRun]:
     """The runs in the table's order; one that is given twice counts once."""
     if not runs:
         raise UsageError("no run given: lowmem report runs/res20 [runs/cnn20 ...]")
     once = {Path(run).resolve(): Path(run) for run in runs}
-    return in_order([read_history(run) for run in once.values()])
+    return name_runs(in_order([read_run(run) for run in once.values()]))

@@ -1,24 +1,41 @@
-"""The job: what is finished is skipped, what was begun goes on, what is missing is trained, a process for each."""
+"""Conducting a job: what is finished is skipped, what was begun goes on, what is missing is trained in its own process.
+
+The process of a run reads its request, one line of JSON, from the pipe that is its standard input. Each byte after that
+asks it to stop, as Ctrl-C does: the first saves and leaves, the second leaves at once. The end of the pipe means that
+whoever conducts the job is gone, by whatever death: then it saves and leaves, too. So nothing depends on signals
+between processes, which Windows has not, and no run is trained on without its job.
+
+The process is in a group of its own, or a Ctrl-C in the terminal would reach it twice. What stops and continues a job
+of the shell (Ctrl-Z, `fg`) is handed on for that reason.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+import _thread
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, BinaryIO
 
 from lowmem.config.schema import OPERATIONAL
 from lowmem.config.settings import Settings
 from lowmem.core.errors import ExitCode, Interrupted, LowmemError, PreflightError, UsageError
-from lowmem.reproduce.folder import begun
-from lowmem.reproduce.job import Job, asked_for, is_job, read_job, refuse_other_settings
-from lowmem.reproduce.members import ALL, REPORTED, Member
-from lowmem.reproduce.process import Conductor
+from lowmem.core.reading import RECORD_LIMIT_BYTES, parse_json
+from lowmem.reproduce.job import ALL, REPORTED, Job, Member, asked_for, begun, is_job, read_job, refuse_other_settings
 from lowmem.reproduce.progress import Standing, standing_of, standings_of, wait_for_writers
 from lowmem.runs.atomic import write_bytes_atomic
-from lowmem.runs.history import read_history
+from lowmem.runs.view import read_run
+from lowmem.train.signals import StopSignals
 
+COMMAND = "reproduce-run"
 # What would stop every other run too. Anything else is a run's own: the others go on without it.
 _STOPS_ALL = {ExitCode.USAGE, ExitCode.PREFLIGHT, ExitCode.DISK, ExitCode.INTERRUPTED, ExitCode.TERMINATED}
 _REASONS: dict[int, str] = {
@@ -28,6 +45,7 @@ _REASONS: dict[int, str] = {
     ExitCode.DIVERGED: "diverged, or learned nothing",
     ExitCode.CHECKPOINT: "no usable checkpoint",
 }
+_SLICE_SECONDS = 0.2  # on Windows a wait without end cannot be interrupted by Ctrl-C
 
 
 class JobStopped(LowmemError):
@@ -51,20 +69,22 @@ class Asked:
     max_steps: int | None = None
 
 
-def ask(path: Path, settings: Settings, members: Sequence[Member], again: str) -> Asked:
+def ask(path: Path, settings: Settings, members: Sequence[Member]) -> Asked:
     """The job in `path` with what is asked for this time, or a new one if no run of it has begun.
 
     Raises UsageError if its settings would not be those that its runs were begun with."""
     max_steps, settings = settings.config.train.max_steps, _to_the_end(settings)
     given = asked_for(settings)
-    if not is_job(path) or not begun(path):
-        return Asked(Job(path, settings), tuple(members), _operational(given), again, max_steps)
-    job = read_job(path)
-    refuse_other_settings(job, given)
-    settled = _to_the_end(job.settings)
-    for key, value in _operational(given).items():
-        settled = settled.replace({key: value}, settings.sources[key])
-    return Asked(replace(job, settings=settled), tuple(members), _operational(asked_for(settled)), again, max_steps)
+    job = Job(path, settings)
+    if is_job(path) and begun(path):
+        job = read_job(path)
+        refuse_other_settings(job, given)
+        settled = _to_the_end(job.settings)
+        for key in OPERATIONAL & given.keys():
+            settled = settled.replace({key: given[key]}, settings.sources[key])
+        job, given = replace(job, settings=settled), asked_for(settled)
+    operational = {key: value for key, value in given.items() if key in OPERATIONAL}
+    return Asked(job, tuple(members), operational, command(path, members), max_steps)
 
 
 def _to_the_end(settings: Settings) -> Settings:
@@ -72,96 +92,74 @@ def _to_the_end(settings: Settings) -> Settings:
     return settings.replace({"train.max_steps": None}, "default")
 
 
-def _operational(given: Mapping[str, object]) -> dict[str, object]:
-    return {key: value for key, value in given.items() if key in OPERATIONAL}
+def command(path: Path, members: Sequence[Member]) -> str:
+    """What to type to go on: the settings are recorded, which runs were asked for is not."""
+    words = ["lowmem reproduce"] + ([] if path == Path("runs/reproduce") else [f"--out {path}"])
+    if tuple(members) == ALL:
+        words.append("--block bottleneck")
+    elif tuple(members) != REPORTED:
+        words.append(f"--only {','.join(member.name for member in members)}")
+    return " ".join(words)
 
 
-@dataclass
-class _Failed:
-    runs: list[str] = field(default_factory=list)
-    code: int | None = None
-
-    def add(self, name: str, code: int) -> None:
-        why = _REASONS.get(code, f"its process died of signal {-code}" if code < 0 else f"code {code}")
-        self.runs.append(f"{name} ({why})")
-        self.code = self.code if self.code is not None else code
+# -- the loop over the runs --------------------------------------------------------------------------------------------
 
 
 def conduct(asked: Asked, conductor: Conductor, say: Callable[[str], None], *, dry_run: bool = False) -> int:
     """Trains what is left to train of the runs asked for. The caller holds the job's folder.
 
-    Returns the exit code: of the check before the first run, which has said what is wrong, else 0. Raises Interrupted
-    after a signal, with everything saved; JobStopped if a run did not end.
+    Returns the exit code: of the look ahead, which has said what is wrong, else 0. Raises Interrupted after a signal,
+    with everything saved; JobStopped if a run did not end.
     """
     job, members = asked.job, asked.members
     wait_for_writers([job.folder_of(member) for member in ALL], say, lambda: conductor.requested is not None)
-    if conductor.requested is not None:
-        raise interrupted(conductor, "stopped before the first run", asked)
+    refuse_interrupted(asked, conductor, "stopped before the first run")
     standings = standings_of(job, members, asked.max_steps)
-    request: dict[str, Any] = {
-        "out": str(job.path),
-        "names": [member.name for member in members],
-        "max_steps": asked.max_steps,
-    }
-    with _recorded(job) as keep:
+    names = [member.name for member in members]
+    request = {"out": str(job.path), "names": names, "max_steps": asked.max_steps}
+    before = job.file.read_bytes() if job.file.is_file() else None
+    job.write()  # from which the processes read what they are to do
+    settled = False
+    try:
         if any(standing.left for standing in standings):
             code = conductor.run(request)
-            if conductor.requested is not None:
-                raise interrupted(conductor, "stopped before the first run", asked)
+            refuse_interrupted(asked, conductor, "stopped before the first run")
             if code != ExitCode.DONE:
                 return code if code > 0 else ExitCode.BUG
-        if not dry_run:
-            keep()
-        _each(asked, standings, request, conductor, say, dry_run)
-    return ExitCode.DONE
-
-
-@contextmanager
-def _recorded(job: Job) -> Iterator[Callable[[], None]]:
-    """Writes job.json, from which the processes read what they are to do; what was in it before is there again
-    afterwards unless `keep()` is called."""
-    before = job.file.read_bytes() if job.file.is_file() else None
-    settled: list[bool] = []
-    job.write()
-    try:
-        yield lambda: settled.append(True)
+        settled = not dry_run
+        failed: dict[str, int] = {}
+        for number, standing in enumerate(standings, start=1):
+            name, which = standing.member.name, f"run {number} of {len(standings)}"
+            if not standing.left or (dry_run and standing.begun):
+                say(f"{which}: {name} {_why_skipped(standing)}")
+                continue
+            say(f"{which}: {name} {'goes on' if standing.begun else 'begins'}{' (dry run)' if dry_run else ''}")
+            code = conductor.run({**request, "given": dict(asked.given), "name": name, "dry_run": dry_run})
+            refuse_interrupted(asked, conductor, _where(asked, standing.member))
+            if code in _STOPS_ALL:
+                raise JobStopped(f"stopped at {name}; what was done is kept, go on with `{asked.again}`", code)
+            if code != ExitCode.DONE:
+                failed[name] = code
+                say(f"{which}: {name} did not end; what it saved stands")
     finally:
         if not settled and before is not None:
             with suppress(OSError):
                 write_bytes_atomic(job.file, before)
+    if failed:
+        runs = ", ".join(f"{name} ({_reason(code)})" for name, code in failed.items())
+        again = f"give `{asked.again}` to try again, the rest is done"
+        raise JobStopped(f"did not end: {runs}; {again}", next(iter(failed.values())))
+    return ExitCode.DONE
 
 
-def _each(
-    asked: Asked,
-    standings: Sequence[Standing],
-    request: Mapping[str, Any],
-    conductor: Conductor,
-    say: Callable[[str], None],
-    dry_run: bool,
-) -> None:
-    failed = _Failed()
-    for number, standing in enumerate(standings, start=1):
-        name, which = standing.member.name, f"run {number} of {len(standings)}"
-        if not standing.left or (dry_run and standing.begun):
-            say(f"{which}: {name} {_why_skipped(standing)}")
-            continue
-        say(f"{which}: {name} {'goes on' if standing.begun else 'begins'}{' (dry run)' if dry_run else ''}")
-        code = conductor.run({**request, "given": dict(asked.given), "name": name, "dry_run": dry_run})
-        if conductor.requested is not None:
-            raise interrupted(conductor, _where(asked, standing.member), asked)
-        if code in _STOPS_ALL:
-            raise JobStopped(f"stopped at {name}; what was done is kept, go on with `{asked.again}`", code)
-        if code != ExitCode.DONE:
-            failed.add(name, code)
-            say(f"{which}: {name} did not end; what it saved stands")
-    if failed.code is not None:
-        raise JobStopped(
-            f"did not end: {', '.join(failed.runs)}; give `{asked.again}` to try again, the rest is done", failed.code
-        )
+def refuse_interrupted(asked: Asked, conductor: Conductor, where: str) -> None:
+    """Raises Interrupted if a signal came: what was saved, and the command that goes on."""
+    if conductor.requested is not None:
+        raise Interrupted(f"{conductor.requested}: {where}; go on with `{asked.again}`", conductor.exit_code)
 
 
-def interrupted(conductor: Conductor, where: str, asked: Asked) -> Interrupted:
-    return Interrupted(f"{conductor.requested}: {where}; go on with `{asked.again}`", conductor.exit_code)
+def _reason(code: int) -> str:
+    return _REASONS.get(code, f"its process died of signal {-code}" if code < 0 else f"code {code}")
 
 
 def _where(asked: Asked, member: Member) -> str:
@@ -194,18 +192,112 @@ def to_report(path: Path) -> tuple[list[Path], list[str]]:
         try:
             standing = standing_of(job, member)
             if standing.begun:
-                read_history(standing.path)
+                read_run(standing.path)
                 runs.append(standing.path)
         except (UsageError, PreflightError) as error:
             left_out.append(str(error))
     return runs, left_out
 
 
-def command(path: Path, members: Sequence[Member]) -> str:
-    """What to type to go on: the settings are recorded, which runs were asked for is not."""
-    out = "" if path == Path("runs/reproduce") else f" --out {path}"
-    if tuple(members) == REPORTED:
-        return f"lowmem reproduce{out}"
-    if tuple(members) == ALL:
-        return f"lowmem reproduce{out} --block bottleneck"
-    return f"lowmem reproduce{out} --only {','.join(member.name for member in members)}"
+# -- the processes -----------------------------------------------------------------------------------------------------
+
+
+class Conductor(StopSignals):
+    """Starts one process after the other, and hands on to it what signals ask for meanwhile."""
+
+    def __init__(self, start: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen) -> None:
+        super().__init__()
+        self._start = start
+        self._process: subprocess.Popen[bytes] | None = None
+        self._asked = 0
+
+    def run(self, request: Mapping[str, Any]) -> int:
+        """The exit code of a process that does what is requested; of a killed one minus the signal's number."""
+        command = [sys.executable, "-m", "lowmem", COMMAND]
+        apart: dict[str, Any] = {"process_group": 0} if os.name != "nt" else {"creationflags": _new_group()}
+        with self._start(command, stdin=subprocess.PIPE, **apart) as process:
+            assert process.stdin is not None
+            with suppress(OSError):  # it is gone already: its code says how
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+            # In this order: a signal may come between any two of these lines, and twice asked means at once.
+            self._asked = 0
+            self._process = process
+            if self.requested is not None and not self._asked:  # in the meantime
+                self._ask()
+            try:
+                while True:
+                    with suppress(subprocess.TimeoutExpired):
+                        return process.wait(_SLICE_SECONDS if os.name == "nt" else None)
+            finally:
+                self._process = None
+
+    def _ask(self) -> None:
+        """Asks the process to stop; a third time it is not asked any more."""
+        process = self._process
+        if process is None or process.stdin is None:
+            return
+        self._asked += 1
+        if self._asked > 2:
+            process.kill()
+        with suppress(OSError, ValueError):
+            os.write(process.stdin.fileno(), b"!")
+
+    def __enter__(self) -> Conductor:
+        super().__enter__()
+        if hasattr(signal, "SIGTSTP") and signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
+            self._previous[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._pause)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name, first = signal.Signals(number).name, self.requested is None
+        self.requested = self.requested or name
+        if (self._insists(name) or first) and name != "SIGBREAK":  # which reaches the process by itself
+            self._ask()
+
+    def _pause(self, number: int, frame: FrameType | None) -> None:
+        process = self._process
+        if process is not None:
+            with suppress(OSError):
+                os.killpg(process.pid, signal.SIGSTOP)
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # goes on from here when the shell continues it
+        signal.signal(signal.SIGTSTP, self._pause)
+        if process is not None:
+            with suppress(OSError):
+                os.killpg(process.pid, signal.SIGCONT)
+
+
+def _new_group() -> int:
+    return int(getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0))
+
+
+def read_request() -> dict[str, Any]:
+    """In the process: the request on standard input; from then on whoever conducts the job is listened to. Raises
+    ValueError."""
+    # Not buffered: what comes after the line is for the thread that listens.
+    pipe = open(os.dup(sys.stdin.fileno()), "rb", buffering=0)  # noqa: SIM115
+    with open(os.devnull, "rb") as nothing:  # what this process starts must not read of the pipe
+        os.dup2(nothing.fileno(), sys.stdin.fileno())
+    if hasattr(signal, "SIGTTOU"):  # a terminal with `tostop` would stop a process of another group that writes to it
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    request = parse_json(pipe.readline(RECORD_LIMIT_BYTES))
+    if not isinstance(request, dict):
+        raise ValueError("the request on standard input is none")
+    threading.Thread(target=_listen, args=(pipe,), name="lowmem-conductor", daemon=True).start()
+    return request
+
+
+def _listen(pipe: BinaryIO) -> None:
+    """Each byte is a Ctrl-C, from within, and so is the end. To the main thread, so that what it waits for in the
+    system ends, too."""
+    main, byte = threading.main_thread().ident, b"!"
+    while byte:
+        try:
+            byte = pipe.read(1)
+        except OSError:
+            byte = b""
+        if hasattr(signal, "pthread_kill") and main is not None:
+            signal.pthread_kill(main, signal.SIGINT)
+        else:
+            _thread.interrupt_main()

@@ -1,26 +1,68 @@
-"""`job.json`: what all runs of a job have in common, and what may differ from one call to the next."""
+"""A job on disk: a folder with `job.json` (the settings that all runs share), a lock while somebody conducts it, and
+the folder of each run. Which runs there are, what may differ from one call to the next, what is refused."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lowmem.config.schema import OPERATIONAL, flatten, known_keys
 from lowmem.config.settings import Settings, from_yaml, validate
-from lowmem.core.errors import DiskError, UsageError
+from lowmem.core.errors import DiskError, PreflightError, UsageError
 from lowmem.core.reading import SETTINGS_LIMIT_BYTES, Unreadable, read_json, shorten
-from lowmem.reproduce.members import ALL, Member
-from lowmem.runs.atomic import write_text_atomic
+from lowmem.runs.atomic import PARTIAL, write_text_atomic
+from lowmem.runs.lock import RunLock
 from lowmem.runs.setup import JOB as FILE_NAME
+from lowmem.runs.setup import never_began
 
 FORMAT = 1
-_OWN = frozenset({"model.arch", "model.block"})  # what each run has of its own
+_LOCK = ("job.lock", "job.owner.json")
+_PER_RUN = frozenset({"model.arch", "model.block"})  # what each run has of its own
 # What a run decides for itself where the job says `auto`.
 _DECIDED = ("train.precision", "train.memory_format")
-_BY_AUTO_BATCH = frozenset({"train.batch", "optim.lr", "schedule.low_start_lr"})
+_BY_AUTO_BATCH = frozenset({"memory.auto_batch", "train.batch", "optim.lr", "schedule.low_start_lr"})
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run of the job. `name` is that of its folder."""
+
+    name: str
+    arch: str
+    block: str
+
+
+# The cheapest first: what is wrong with the machine or the settings shows within the first hours.
+REPORTED = tuple(Member(name, name, "basic") for name in ("res20", "cnn20", "res56", "cnn56", "res110", "cnn110"))
+# Those that the report names and its author's card was too small for.
+BOTTLENECK = tuple(Member(f"{arch}-bottleneck", arch, "bottleneck") for arch in ("res56", "res110"))
+ALL = REPORTED + BOTTLENECK
+
+
+def select(only: str | None, block: str | None) -> tuple[Member, ...]:
+    """The runs asked for, in the job's order. `only`: names with commas between; `block`: `bottleneck` adds two.
+
+    Raises UsageError for a name or a block that there is not.
+    """
+    if block not in (None, "basic", "bottleneck"):
+        raise UsageError(f"there are no {block!r} blocks: --block bottleneck adds {_names(BOTTLENECK)} to the six runs")
+    more = BOTTLENECK if block == "bottleneck" else ()
+    if only is None:
+        return REPORTED + more
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    unknown = [name for name in names if name not in {member.name for member in ALL}]
+    if unknown or not names:
+        wrong = f"the job has no run {unknown[0]!r}" if unknown else "--only names no run"
+        raise UsageError(f"{wrong}: its runs are {_names(ALL)}, like --only res20,cnn20")
+    return tuple(member for member in ALL if member.name in names or member in more)
+
+
+def _names(members: Sequence[Member]) -> str:
+    return ", ".join(member.name for member in members)
 
 
 @dataclass(frozen=True)
@@ -47,7 +89,7 @@ class Job:
 
     def write(self) -> None:
         """Raises DiskError."""
-        flat = {key: value for key, value in flatten(self.settings.config).items() if key not in _OWN}
+        flat = {key: value for key, value in flatten(self.settings.config).items() if key not in _PER_RUN}
         sources = {key: source for key, source in self.settings.sources.items() if key in flat}
         values = {"format": FORMAT, "settings": flat, "sources": sources, "data": self.data, "weights": self.weights}
         try:
@@ -81,7 +123,7 @@ def _parse(path: Path, values: Any) -> Job:
             pass
         case _:
             raise Unreadable("holds no job of this version")
-    expected = set(known_keys()) - _OWN
+    expected = set(known_keys()) - _PER_RUN
     if strange := sorted(set(flat) ^ expected):
         raise Unreadable(f"{'has' if strange[0] in flat else 'lacks'} the setting {shorten(strange[0])}")
     if not all(isinstance(key, str) and isinstance(text, str) for key, text in sources.items()):
@@ -94,7 +136,7 @@ def _parse(path: Path, values: Any) -> Job:
     return Job(path, settings, values["data"], {name: float(value) for name, value in w.items()})
 
 
-# -- what was asked for this time ------------------------------------------------------------------------------------
+# -- what was asked for this time --------------------------------------------------------------------------------------
 
 
 def asked_for(settings: Settings) -> dict[str, object]:
@@ -104,7 +146,7 @@ def asked_for(settings: Settings) -> dict[str, object]:
     sources, flat = settings.sources, flatten(settings.config)
     quiet = ("default",) if sources["recipe"] != "default" else ("default", f"recipe {settings.config.recipe}")
     given = {key: flat[key] for key, source in sources.items() if source not in quiet}
-    if own := sorted(_OWN & set(given)):
+    if own := sorted(_PER_RUN & set(given)):
         raise UsageError(
             f"{own[0]} = {given[own[0]]} (from {sources[own[0]]}): the job trains its own networks: leave it out, and "
             "choose among them with --only"
@@ -143,3 +185,64 @@ def refuse_foreign(job: Job, member: Member) -> None:
 
 def _shown(value: object) -> str:
     return shorten("none" if value is None else str(value), 60)
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def held(path: Path) -> Iterator[RunLock]:
+    """The job's folder, made and under its lock. If no run was begun in it when this is left, nothing of it stays.
+
+    Raises UsageError if it is another's, PreflightError if it cannot be read or written."""
+    with reading(path):
+        _refuse_other_folder(path)
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = RunLock.acquire(path, "job")
+    except OSError as error:
+        raise PreflightError(
+            f"{path} cannot be written ({error.strerror or error}): choose another folder with --out"
+        ) from None
+    try:
+        yield lock
+    finally:
+        empty = False
+        with suppress(PreflightError):
+            empty = not begun(path)
+        lock.release()
+        if empty:
+            with suppress(OSError):
+                for name in (FILE_NAME, f"{FILE_NAME}{PARTIAL}", *_LOCK):
+                    (path / name).unlink(missing_ok=True)
+                for folder in made:
+                    folder.rmdir()  # only if it is empty
+
+
+def _refuse_other_folder(path: Path) -> None:
+    """Raises UsageError unless `path` is a job's folder, empty, or not there."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file: choose another folder with --out")
+    if not path.exists() or is_job(path):
+        return
+    if any(entry.name.removesuffix(PARTIAL) not in {FILE_NAME, *_LOCK} for entry in path.iterdir()):
+        raise UsageError(f"{path} exists and is not the folder of a job: choose another with --out")
+
+
+def begun(path: Path) -> bool:
+    """Whether any run of the job was begun: from then on its settings are settled. Raises PreflightError."""
+    for folder in (path / member.name for member in ALL):
+        with reading(folder):
+            if folder.is_dir() and any(folder.iterdir()) and not never_began(folder):
+                return True
+    return False
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raises PreflightError where `path` cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise PreflightError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from None

@@ -1,40 +1,50 @@
-"""How far each run of a job is, read off its folder. No torch."""
+"""How far each run of a job is, read off its folder, and the time that is left of all. No torch."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
-from lowmem.core.errors import LowmemError, PreflightError
-from lowmem.reproduce.job import Job, refuse_foreign
-from lowmem.reproduce.members import Member
-from lowmem.runs.history import EpochRow, read_epochs
-from lowmem.runs.listing import look, writer_of
+from lowmem.core.errors import LowmemError
+from lowmem.core.units import format_duration
+from lowmem.reproduce.job import ALL, Job, Member, reading, refuse_foreign
+from lowmem.runs.listing import summarize
+from lowmem.runs.lock import writer_of
+from lowmem.runs.rows import EpochRow
 from lowmem.runs.setup import never_began, refuse_existing
+from lowmem.runs.view import RunView
+from lowmem.runs.watch import epoch_seconds
+from lowmem.train.observer import Observer, Progress
 
-State = Literal["to begin", "to go on", "finished", "stopped", "damaged"]
-_RECENT_EPOCHS = 5  # a machine's speed changes, over days too
 _LEAVING_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
 class Standing:
-    """`epochs_done` counts whole epochs; `epoch_seconds` is what the latest ones took, evaluation and saving included,
-    None before the first. `stopped`: by train.max_steps, as asked."""
+    """A run of the job as it stands. `stopped`: by train.max_steps, as asked. `epochs_done` counts whole epochs, those
+    of a run in progress in part; `epoch_seconds` is what the latest ones took, evaluation and saving included, None
+    before the first. `weight`: what a picture costs in training, in a unit that is the same for all runs, whose epochs
+    have as many pictures.
+
+    Of a look ahead: `disk_bytes` that it will take at its fullest, `planned_seconds` by the plan of the card that is
+    there, None if nothing is planned for one."""
 
     member: Member
     path: Path
-    state: State
+    state: Literal["to begin", "to go on", "finished", "stopped", "damaged"]
     epochs: int
-    epochs_done: int = 0
+    epochs_done: float = 0
     step: int = 0
     size_bytes: int = 0
     epoch_seconds: float | None = None
+    weight: float = 1.0
+    disk_bytes: int = 0
+    planned_seconds: float | None = None
 
     @property
     def begun(self) -> bool:
@@ -45,53 +55,37 @@ class Standing:
         """Whether there is anything to do for it."""
         return self.state not in ("finished", "stopped")
 
+    @property
+    def epochs_left(self) -> float:
+        return self.epochs - self.epochs_done if self.left else 0.0
+
 
 def standing_of(job: Job, member: Member, max_steps: int | None = None) -> Standing:
     """`max_steps`: the limit that holds this time. Raises UsageError if something else is in the run's place,
     PreflightError if it cannot be read."""
-    try:
-        return _standing_of(job, member, max_steps)
-    except OSError as error:
-        raise PreflightError(
-            f"{job.folder_of(member)} cannot be read ({error.strerror or error}): check its permissions"
-        ) from None
-
-
-def _standing_of(job: Job, member: Member, max_steps: int | None) -> Standing:
-    path, epochs = job.folder_of(member), job.settings.config.train.epochs
-    if not path.exists() or not path.is_dir() or not (path / "config.yaml").is_file() or never_began(path):
-        refuse_existing(path)
-        return Standing(member, path, "to begin", epochs)
-    refuse_foreign(job, member)
-    found = look(path)
-    step = found.step or 0
-    state: State = "to go on"
-    if found.state in ("finished", "damaged"):
-        state = "finished" if found.state == "finished" else "damaged"
-    elif max_steps is not None and step >= max_steps:
-        state = "stopped"
-    return Standing(member, path, state, epochs, found.epoch or 0, step, found.size_bytes, _epoch_seconds(path))
+    path, weight = job.folder_of(member), job.weights.get(member.name, 1.0)
+    standing = Standing(member, path, "to begin", job.settings.config.train.epochs, weight=weight)
+    with reading(path):
+        if not path.is_dir() or not (path / "config.yaml").is_file() or never_began(path):
+            refuse_existing(path)
+            return standing
+        refuse_foreign(job, member)
+        run = summarize(path)
+        seconds = None
+        with suppress(LowmemError, OSError):
+            seconds = epoch_seconds(RunView(path).epochs)
+    step, done = run.step or 0, run.epoch or 0
+    standing = replace(standing, epochs_done=done, step=step, size_bytes=run.size_bytes, epoch_seconds=seconds)
+    if run.state == "finished":
+        return replace(standing, state="finished")
+    if run.state == "damaged":
+        return replace(standing, state="damaged")
+    return replace(standing, state="stopped" if max_steps is not None and step >= max_steps else "to go on")
 
 
 def standings_of(job: Job, members: Sequence[Member], max_steps: int | None = None) -> list[Standing]:
     """Of each, in the same order. Raises as `standing_of` does."""
     return [standing_of(job, member, max_steps) for member in members]
-
-
-def epoch_seconds(rows: Sequence[EpochRow]) -> float | None:
-    """The median of the latest epochs, by the run's own clock, which stands still while nobody trains it."""
-    told = [row.elapsed_seconds for row in rows[-_RECENT_EPOCHS - 1 :] if row.elapsed_seconds is not None]
-    if len(told) == 1 and len(rows) == 1:
-        return told[0] if rows[0].epoch == 1 and told[0] > 0 else None
-    lengths = [after - before for before, after in pairwise(told) if after > before]
-    return median(lengths) if lengths else None
-
-
-def _epoch_seconds(path: Path) -> float | None:
-    try:
-        return epoch_seconds(read_epochs(path)[1])
-    except (LowmemError, OSError):
-        return None
 
 
 def wait_for_writers(paths: Sequence[Path], say: Callable[[str], None], stop: Callable[[], bool]) -> None:
@@ -104,3 +98,88 @@ def wait_for_writers(paths: Sequence[Path], say: Callable[[str], None], stop: Ca
         say(f"{path} is still being written by {who}: waiting for it to leave")
         while not stop() and writer_of(path) is not None and time.monotonic() < deadline:
             time.sleep(0.2)
+
+
+# -- the time left -----------------------------------------------------------------------------------------------------
+
+
+def measured_before(job: Job, members: Sequence[Member]) -> list[Standing]:
+    """The job's other runs: not to be trained this time, but they tell how fast the machine is."""
+    measured = []
+    for member in ALL:
+        if member not in members and member.name in job.weights:
+            with suppress(LowmemError):
+                measured.append(replace(standing_of(job, member), state="finished"))
+    return [standing for standing in measured if standing.epoch_seconds is not None]
+
+
+def epoch_seconds_of(standing: Standing, others: Sequence[Standing]) -> float | None:
+    """Its own, else scaled by weight from the measured run nearest to it: how far a machine is from its rates depends
+    on the network's size. None if nothing was measured."""
+    if standing.epoch_seconds is not None:
+        return standing.epoch_seconds
+    known = [(other, other.epoch_seconds) for other in others if other.epoch_seconds is not None]
+    if not known:
+        return None
+    nearest, seconds = min(known, key=lambda each: abs(math.log(each[0].weight / standing.weight)))
+    return seconds * standing.weight / nearest.weight
+
+
+def seconds_left(standings: Sequence[Standing]) -> float | None:
+    """Of all of them together; None until something was measured."""
+    total = 0.0
+    for standing in standings:
+        if standing.epochs_left <= 0:
+            continue
+        seconds = epoch_seconds_of(standing, standings)
+        if seconds is None:
+            return None
+        total += standing.epochs_left * seconds
+    return total
+
+
+class JobObserver(Observer):
+    """Passes on what the run `number` (from 0) tells, with where in the job that is: `run 2 of 6, about 3:10:00 left in
+    all`. `measured`: runs that are not among the job's `standings`."""
+
+    def __init__(
+        self, shown: Observer, standings: Sequence[Standing], number: int, measured: Sequence[Standing] = ()
+    ) -> None:
+        self._number, self._count = number, len(standings)
+        self._run = standings[number]
+        self._others = [*standings[:number], *standings[number + 1 :], *measured]
+        self._measured = measured
+        self._shown = shown
+        self._rows: list[EpochRow] = []
+
+    def note(self, text: str) -> None:
+        self._shown.note(text)
+
+    def warning(self, text: str) -> None:
+        self._shown.warning(text)
+
+    def data_progress(self, what: str, done: int, total: int) -> None:
+        self._shown.data_progress(what, done, total)
+
+    def progress(self, progress: Progress) -> None:
+        done = progress.epoch - 1 + progress.step_in_epoch / progress.steps_per_epoch
+        run = replace(self._run, epochs=progress.epochs, epochs_done=done)
+        if run.epoch_seconds is None and progress.seconds_left is not None and run.epochs_left > 0:
+            run = replace(run, epoch_seconds=progress.seconds_left / run.epochs_left)
+        self._shown.progress(replace(progress, job=self._where(run, progress.seconds_left)))
+
+    def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
+        self._rows.append(EpochRow(epoch=row["epoch"], step=row["step"], elapsed_seconds=row["elapsed_seconds"]))
+        # What this process measures itself goes before what an earlier one did, perhaps on another device.
+        seconds = epoch_seconds(self._rows) or self._run.epoch_seconds
+        self._run = replace(self._run, epochs=epochs, epochs_done=row["epoch"], epoch_seconds=seconds)
+        self._shown.epoch({**row, "job": self._where(self._run, None)}, epochs)
+
+    def _where(self, run: Standing, own: float | None) -> str:
+        """`own`: seconds left of this run, where that is known better than by its pace."""
+        where = f"run {self._number + 1} of {self._count}"
+        rest = seconds_left([*self._others, replace(run, epochs_done=run.epochs)])
+        mine = own if own is not None else seconds_left([run, *self._measured])
+        if rest is None or mine is None:
+            return where
+        return f"{where}, about {format_duration(mine + rest)} left in all"

@@ -1,10 +1,12 @@
-"""Files that are there whole or not at all (invariant 9): write aside, flush, fsync, replace, fsync the folder."""
+"""Files that are there whole or not at all (invariant 9): write aside, flush, fsync, replace, fsync the folder. And
+lines that are appended to a file, each once and in order, however long the disk refuses them."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -92,25 +94,19 @@ def cut_file(path: Path, size_bytes: int) -> None:
         os.fsync(file.fileno())
 
 
-def append_lines(path: Path, lines: list[str], *, after_bytes: int | None = None) -> int:
-    """Appends whole lines and waits until they are on the disk. Returns the size of the file then.
+def append_lines(path: Path, lines: Sequence[str], *, after_bytes: int) -> int:
+    """Appends whole lines after the first `after_bytes` and waits until they are on the disk; what is there beyond
+    these (half a line of an earlier failure) is cut off. Returns the size of the file then.
 
-    `after_bytes`: append after this many bytes; what is there beyond them (half a line of an earlier failure) is cut
-    off. Without it only half a line at the end is, which a killed process or a full disk left: the new one must not be
-    glued to it. Raises OSError; the file then ends where it did, unless not even that could be done.
+    Raises OSError; the file then ends after `after_bytes`, unless not even that could be done.
     """
-    new = bool(lines) and not path.exists()
-    if after_bytes is None and lines and not new and (whole := whole_lines_bytes(path)) < path.stat().st_size:
-        cut_file(path, whole)
+    new = not path.exists()
     # Unbuffered: a buffer would keep what the disk refused and write it when the file is closed.
     with open(path, "ab", buffering=0) as file:
-        begin = file.tell() if after_bytes is None else after_bytes
-        if file.tell() > begin:
-            file.truncate(begin)
-        if not lines:
-            return begin
+        if file.tell() > after_bytes:
+            file.truncate(after_bytes)
         rest = memoryview("".join(f"{line}\n" for line in lines).encode("utf-8"))
-        end = begin + len(rest)
+        end_bytes = after_bytes + len(rest)
         try:
             while rest:
                 rest = rest[file.write(rest) :]
@@ -118,11 +114,11 @@ def append_lines(path: Path, lines: list[str], *, after_bytes: int | None = None
             os.fsync(file.fileno())
         except OSError:
             with suppress(OSError):
-                file.truncate(begin)
+                file.truncate(after_bytes)
             raise
     if new:
         fsync_folder(path.parent)
-    return end
+    return end_bytes
 
 
 def whole_lines_bytes(path: Path) -> int:
@@ -136,3 +132,52 @@ def whole_lines_bytes(path: Path) -> int:
                 return begin + found + 1
             end = begin
     return 0
+
+
+class RowFile:
+    """One append-only text file with the lines that are still to be written to it. Threads may share it.
+
+    A failed write leaves nothing behind: the file is cut back to its last whole line, at once or before the next
+    write. The same is done to half a line that a process that died has left.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[str] = []
+        self._refused = False
+        self._good_bytes: int | None = None  # up to here the file is known to hold whole lines
+        self._lock = threading.Lock()
+
+    @property
+    def waiting(self) -> int:
+        """Lines that the disk refused and that are in memory only."""
+        return len(self._waiting) if self._refused else 0
+
+    def append(self, lines: Sequence[str]) -> None:
+        """Writes the lines after those that wait. Raises OSError; then they wait, too."""
+        with self._lock:
+            self._waiting += lines
+            self._write()
+
+    def flush(self) -> None:
+        """Writes what waits. Raises OSError; then it goes on waiting."""
+        with self._lock:
+            self._write()
+
+    def replaced(self) -> None:
+        """To be told after the file was replaced by other means."""
+        with self._lock:
+            self._good_bytes = None
+
+    def _write(self) -> None:
+        if not self._waiting:
+            return
+        try:
+            size = self.path.stat().st_size if self.path.exists() else 0
+            if self._good_bytes is None or size < self._good_bytes:  # shorter: others have been at it
+                self._good_bytes = whole_lines_bytes(self.path) if size else 0
+            self._good_bytes = append_lines(self.path, self._waiting, after_bytes=self._good_bytes)
+        except OSError:
+            self._refused = True
+            raise
+        self._waiting, self._refused = [], False

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,17 +24,20 @@ from lowmem.core.errors import CorruptCheckpoint, DiskError, LowmemError, OutOfM
 from lowmem.core.reading import RECORD_LIMIT_BYTES, Unreadable, parse_json, read_limited, shorten
 from lowmem.core.units import format_size
 from lowmem.runs.atomic import fsync_folder, replace_path, write_synced
-from lowmem.runs.checkpoint_state import Position, read_position
-from lowmem.runs.header import parse_header
-from lowmem.runs.position import is_count
+from lowmem.runs.checkpoint_state import (
+    FILES,
+    FORMAT,
+    TENSOR_FILES,
+    VERSION,
+    check_size,
+    parse_header,
+    read_manifest,
+    read_position,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = "lowmem-checkpoint"
-VERSION = 1
-_TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
-_FILES = (*_TENSOR_FILES, "state.json")
 _NAME = re.compile(r"step-([0-9]{8,})(\.old)?")
 _ASIDE = ".aside-"
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -54,7 +58,7 @@ def folder_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint that `found` gave."""
+    """The step in the name of a checkpoint that `checkpoint_folders` gave."""
     match = _NAME.fullmatch(path.name)
     assert match is not None, path
     return int(match[1])
@@ -129,17 +133,18 @@ def _prune(folder: Path, keep: int, keep_every: int | None) -> None:
     """Deletes what is older than the `keep` newest and not kept for its epoch. While a loss explodes the newest from
     before it stays too: it is what a run can go back to. A folder loses its commit record first, so that a half-deleted
     one is never taken for a checkpoint. Failing to delete is no reason to stop a run."""
-    paths = found(folder)
-    sound = next((path for path in paths if (at := _position(path)) is not None and at.sound), None)
+    positions = {}
+    paths = checkpoint_folders(folder)
+    for path in paths:
+        with suppress(CorruptCheckpoint):
+            positions[path] = read_position(path)
+    sound = next((path for path, at in positions.items() if at.sound), None)
     for path in paths[max(keep, 2) :]:
-        at = _position(path)
-        if path == sound or (at is not None and at.is_every(keep_every)):
+        if path == sound or (path in positions and positions[path].is_every(keep_every)):
             continue
-        try:
+        with suppress(OSError):
             (path / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(path)
-        except OSError:
-            continue
 
 
 def tidy(folder: Path, *, keep: int, keep_every: int | None = None) -> None:
@@ -152,14 +157,7 @@ def tidy(folder: Path, *, keep: int, keep_every: int | None = None) -> None:
     _prune(folder, keep, keep_every)
 
 
-def _position(path: Path) -> Position | None:
-    try:
-        return read_position(path)
-    except CorruptCheckpoint:
-        return None
-
-
-def found(folder: Path) -> list[Path]:
+def checkpoint_folders(folder: Path) -> list[Path]:
     """The checkpoints by name, newest first, verified or not. Links and files are no checkpoints.
 
     Raises CorruptCheckpoint if the folder cannot be looked into.
@@ -191,37 +189,24 @@ def verify(path: Path, *, expected_step: int | None = None, most_bytes: int | No
     be wrong with them.
     """
     try:
-        return _verified(path, expected_step, most_bytes)
+        manifest, written = read_manifest(path)
+        match = _NAME.fullmatch(path.name.removeprefix(_ASIDE))
+        step = expected_step if expected_step is not None else int(match[1]) if match else None
+        if type(manifest.get("step")) is not int or manifest["step"] != step:
+            raise CorruptCheckpoint(
+                f"{path}: the commit record is of step {shorten(manifest.get('step'))}, the folder of step {step}"
+            )
+        contents = {name: _verified_file(path / name, manifest["files"][name], most_bytes) for name in FILES}
+        # The record has no hash of its own; what it must be, byte for byte, is known all the same.
+        if written != _manifest_bytes(manifest):
+            raise CorruptCheckpoint(f"{path / 'manifest.json'} is damaged: it is not as it was written")
+        return contents
     except OSError as error:
         raise UnreadableCheckpoint(f"{path} cannot be read ({error.strerror or error})") from None
 
 
-def _verified(path: Path, expected_step: int | None, most_bytes: int | None) -> dict[str, bytes]:
-    manifest, written = _read_manifest(path)
-    match = _NAME.fullmatch(path.name.removeprefix(_ASIDE))
-    step = expected_step if expected_step is not None else int(match[1]) if match else None
-    if not is_count(manifest.get("step")) or manifest["step"] != step:
-        raise CorruptCheckpoint(
-            f"{path}: the commit record is of step {shorten(manifest.get('step'))}, the folder of step {step}"
-        )
-    files = manifest.get("files")
-    if not isinstance(files, dict) or set(files) != set(_FILES):
-        raise CorruptCheckpoint(f"{path}: the commit record does not list exactly {', '.join(_FILES)}")
-    contents = {name: _verified_file(path / name, files[name], most_bytes) for name in _FILES}
-    # The record has no hash of its own; what it must be, byte for byte, is known all the same.
-    if written != _manifest_bytes(manifest):
-        raise CorruptCheckpoint(f"{path / 'manifest.json'} is damaged: it is not as it was written")
-    return contents
-
-
-def _verified_file(file: Path, entry: object, most_bytes: int | None) -> bytes:
-    if not isinstance(entry, dict):
-        raise CorruptCheckpoint(f"{file}: its commit record is damaged")
-    if file.is_symlink() or not file.is_file():
-        raise CorruptCheckpoint(f"{file} is missing")
-    size = file.stat().st_size
-    if size != entry.get("bytes"):
-        raise CorruptCheckpoint(f"{file} has {size} bytes, the commit record says {shorten(entry.get('bytes'))}")
+def _verified_file(file: Path, entry: Mapping[str, Any], most_bytes: int | None) -> bytes:
+    size = check_size(file, entry)
     try:
         limit = RECORD_LIMIT_BYTES if file.suffix == ".json" else most_bytes
         data = read_limited(file, size if limit is None else limit)
@@ -241,27 +226,6 @@ def _no_memory(path: Path, size: int) -> OutOfMemory:
     )
 
 
-def _read_manifest(path: Path) -> tuple[dict[str, Any], bytes]:
-    file = path / "manifest.json"
-    try:
-        if file.is_symlink():
-            raise CorruptCheckpoint(f"{file} is no commit record")
-        data = read_limited(file, RECORD_LIMIT_BYTES)
-        manifest = parse_json(data)
-    except FileNotFoundError:
-        raise CorruptCheckpoint(f"{path} has no commit record (manifest.json): its writing was cut off") from None
-    except Unreadable as error:
-        raise CorruptCheckpoint(f"{file} is damaged: it {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CorruptCheckpoint(f"{file} is no commit record of lowmem")
-    if manifest.get("version") != VERSION:
-        raise CorruptCheckpoint(
-            f"{file} is of format version {shorten(manifest.get('version'))}, this lowmem reads {VERSION}: "
-            "use the lowmem that wrote it"
-        )
-    return manifest, data
-
-
 def load(path: Path, most_bytes: int | None = None) -> Checkpoint:
     """Reads a checkpoint that verifies, of files of at most `most_bytes`. Raises as `verify` does; never unpickles
     (invariant 8)."""
@@ -270,9 +234,9 @@ def load(path: Path, most_bytes: int | None = None) -> Checkpoint:
 
     contents = verify(path, most_bytes=most_bytes)
     try:
-        for name in _TENSOR_FILES:
+        for name in TENSOR_FILES:
             parse_header(contents[name], len(contents[name]))
-        model, optimizer = (decode(contents[name]) for name in _TENSOR_FILES)
+        model, optimizer = (decode(contents[name]) for name in TENSOR_FILES)
         state = parse_json(contents["state.json"])
     except MemoryError:
         raise _no_memory(path, sum(map(len, contents.values()))) from None

@@ -1,19 +1,136 @@
-"""Where in a run a checkpoint is, from its JSON alone: for lists, for choosing one and for keeping every n-th.
+"""What a checkpoint says of itself, without torch and without reading its tensors: the state of the run, where in it
+the checkpoint is, and the names, types and shapes of what a safetensors file holds.
 
-The tensors' hashes are not checked here (that reads hundreds of MiB); whoever goes on from a checkpoint verifies it.
+Everything is checked before anything is made of it. Only what a run could not go on from is refused.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import math
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictStr, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated
 
 from lowmem.core.errors import CorruptCheckpoint
-from lowmem.core.reading import shorten
+from lowmem.core.reading import RECORD_LIMIT_BYTES, Unreadable, parse_json, read_json, read_limited, shorten
 
-_LIMIT_BYTES = 1 << 20
+# -- state.json --------------------------------------------------------------------------------------------------------
+
+_LARGEST_LOG = 745.2  # of a positive double, either way
+
+
+def _sane(value: float) -> float:
+    if math.isfinite(value) and abs(value) >= 1e300:
+        raise ValueError("too large")
+    return value
+
+
+Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 53)]  # a float holds it exactly
+Number = Annotated[float, Field(strict=True), AfterValidator(_sane)]  # a loss is not finite once a run has diverged
+Amount = Annotated[float, Field(strict=True, ge=0, lt=1e300, allow_inf_nan=False)]
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Best:
+    """The best epoch so far, by error on the validation pictures if there are any, else on the test pictures."""
+
+    epoch: Count
+    step: Count
+    error_pct: Number
+    chosen_on: StrictStr
+
+
+@validated(config=ConfigDict(extra="forbid"))
+class RunState:
+    """A run between two steps, as state.json holds it: position and running sums. Checked when it is made, not when it
+    is changed. Floats go through JSON unchanged (shortest round-trip form)."""
+
+    epoch: Count = 0  # completed
+    step: Count = 0
+    step_in_epoch: Count = 0
+    loss_sum: Number = 0.0  # over the epoch so far
+    wrong: Amount = 0.0
+    seen: Count = 0
+    low_start: StrictBool = False
+    best: Best | None = None
+    elapsed_seconds: Amount = 0.0
+    train_seconds: Amount = 0.0  # of this epoch, evaluation and saving not counted
+    scaler: dict[str, Any] = field(default_factory=dict)  # empty where nothing is scaled
+    # Older versions did not keep track of what follows.
+    share_log_sum: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 0.0  # of the gradient shares recorded
+    share_count: Count = 0  # in this epoch (see train.stall)
+    gradient_share: Amount | None = None  # of the last epoch that has any
+    chance_epochs: Count = 0  # at chance, up to the last one
+    told_stuck: StrictBool = False
+    exploded_losses: Count = 0  # logged ones far above chance, one after the other, to the last (see train.divergence)
+    rollbacks: Count = 0
+    lr_scale: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0  # what rollbacks made of the learning rate
+    processes: Annotated[int, Field(strict=True, gt=0, lt=1 << 53)] = 1  # that took the last step
+
+    def start_epoch(self) -> None:
+        """Clears what belongs to one epoch."""
+        self.step_in_epoch = self.seen = 0
+        self.loss_sum = self.wrong = self.train_seconds = self.share_log_sum = 0.0
+        self.share_count = 0
+
+
+_ALWAYS_RECORDED = [one.name for one in fields(RunState)][:11]
+_SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+_RUN_STATE, _SCALED = TypeAdapter(RunState), TypeAdapter(Amount)
+
+
+def read_state(state: Mapping[str, Any], step: int) -> RunState:
+    """What a run goes on with, of the state.json of the checkpoint of `step`. Raises CorruptCheckpoint naming the first
+    field that cannot be: of another type, out of its range, not of this step, or of a version that is not this one."""
+    run, lacks = state.get("run"), f"state.json of step {step} lacks what a run needs"
+    if not isinstance(run, dict) or not isinstance(state.get("identity"), dict):
+        raise CorruptCheckpoint(f"{lacks}: its position and its identity")
+    wrong = [name for name in _ALWAYS_RECORDED if name not in run]
+    unknown: list[str] = []
+    try:
+        read = _RUN_STATE.validate_python(run)
+        wrong += _contradictions(read, step)
+    except ValidationError as error:
+        for one in error.errors(include_url=False, include_input=False):
+            places = unknown if one["type"] == "unexpected_keyword_argument" and len(one["loc"]) == 1 else wrong
+            places.append(str(one["loc"][0]))
+    if wrong:
+        raise CorruptCheckpoint(f"{lacks}: {wrong[0]!r} is missing or impossible")
+    if unknown:
+        raise CorruptCheckpoint(
+            f"state.json of step {step} holds {shorten(sorted(unknown)[0])!r}, which this lowmem does not know: "
+            "use the one that wrote it"
+        )
+    return read
+
+
+def _contradictions(state: RunState, step: int) -> list[str]:
+    """Fields that cannot be beside the others."""
+    sound = {
+        "step": state.step == step and state.step_in_epoch <= step,
+        "seen": (state.seen > 0) == (state.step_in_epoch > 0),
+        "share_log_sum": abs(state.share_log_sum) <= _LARGEST_LOG * state.share_count,
+        "scaler": not state.scaler or all(_is_amount(state.scaler.get(name)) for name in _SCALER),
+    }
+    return [name for name, good in sound.items() if not good]
+
+
+def _is_amount(value: object) -> bool:
+    try:
+        _SCALED.validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+# -- where in the run --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -38,45 +155,137 @@ class Position:
 
 
 def read_position(path: Path) -> Position:
-    """The position of the checkpoint `path`, if its commit record is there and all files have the recorded size.
+    """The position of the checkpoint `path`, if its commit record is there and all files have the recorded size. Its
+    hashes are not checked (that reads hundreds of MiB); whoever goes on from it verifies it.
 
     Raises CorruptCheckpoint.
     """
-    files = _read_json(path / "manifest.json").get("files")
-    if not isinstance(files, dict) or not files:
-        raise CorruptCheckpoint(f"{path}: the commit record lists no files")
-    for name, entry in files.items():
-        _check_size(path, name, entry.get("bytes") if isinstance(entry, dict) else None)
-    run = _read_json(path / "state.json").get("run")
-    values = [run.get(name) if isinstance(run, dict) else None for name in ("epoch", "step", "step_in_epoch")]
-    epoch, step, step_in_epoch = (value if type(value) is int and value >= 0 else -1 for value in values)
-    if min(epoch, step, step_in_epoch) < 0:
-        raise CorruptCheckpoint(f"{path}: state.json holds no position")
-    assert isinstance(run, dict)
-    return Position(path, epoch, step, step_in_epoch, not run.get("exploded_losses"))
-
-
-def _check_size(path: Path, name: str, expected: object) -> None:
-    if Path(name).name != name:  # a name of somebody else's making must not lead out of the folder
-        raise CorruptCheckpoint(f"{path}: the commit record names a file outside of the checkpoint")
     try:
-        size = (path / name).lstat().st_size
-    except (OSError, ValueError):
-        raise CorruptCheckpoint(f"{path}: {shorten(name)} is missing") from None
-    if size != expected:
-        said = shorten(expected, 40)
-        raise CorruptCheckpoint(f"{path}: {shorten(name)} has {size} bytes, the commit record says {said}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.is_symlink() or path.stat().st_size > _LIMIT_BYTES:
-            raise CorruptCheckpoint(f"{path} is no file of a checkpoint")
-        values = json.loads(path.read_bytes())
+        manifest, _ = read_manifest(path)
+        for name in FILES:
+            check_size(path / name, manifest["files"][name])
+        state = read_json(path / "state.json")
     except OSError as error:
         raise CorruptCheckpoint(f"{path} cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError):
-        raise CorruptCheckpoint(f"{path} is damaged") from None
+    except Unreadable as error:
+        raise CorruptCheckpoint(f"{path / 'state.json'} is damaged: it {error}") from None
+    run = state.get("run") if isinstance(state, dict) else None
+    run = run if isinstance(run, dict) else {}
+    match [run.get(name) for name in ("epoch", "step", "step_in_epoch")]:
+        case [int(epoch), int(step), int(step_in_epoch)] as counts if all(type(n) is int and n >= 0 for n in counts):
+            return Position(path, epoch, step, step_in_epoch, not run.get("exploded_losses"))
+    raise CorruptCheckpoint(f"{path}: state.json holds no position")
+
+
+# -- the commit record -------------------------------------------------------------------------------------------------
+
+FORMAT, VERSION = "lowmem-checkpoint", 1
+TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
+FILES = (*TENSOR_FILES, "state.json")
+
+
+def read_manifest(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Of the checkpoint `path`, with an entry for each of `FILES`, and the bytes that it is written in. Raises
+    CorruptCheckpoint, OSError."""
+    file = path / "manifest.json"
+    try:
+        if file.is_symlink():
+            raise CorruptCheckpoint(f"{file} is no commit record")
+        data = read_limited(file, RECORD_LIMIT_BYTES)
+        manifest = parse_json(data)
+    except FileNotFoundError:
+        raise CorruptCheckpoint(f"{path} has no commit record (manifest.json): its writing was cut off") from None
+    except Unreadable as error:
+        raise CorruptCheckpoint(f"{file} is damaged: it {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CorruptCheckpoint(f"{file} is no commit record of lowmem")
+    if manifest.get("version") != VERSION:
+        raise CorruptCheckpoint(
+            f"{file} is of format version {shorten(manifest.get('version'))}, this lowmem reads {VERSION}: "
+            "use the lowmem that wrote it"
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict) or set(files) != set(FILES):
+        raise CorruptCheckpoint(f"{path}: the commit record does not list exactly {', '.join(FILES)}")
+    if not all(isinstance(entry, dict) for entry in files.values()):
+        raise CorruptCheckpoint(f"{file} is damaged: it does not say what the files are")
+    return manifest, data
+
+
+def check_size(file: Path, entry: Mapping[str, Any]) -> int:
+    """Bytes of one of `FILES`. Raises CorruptCheckpoint unless it is there, with the size of its entry; OSError."""
+    if file.is_symlink() or not file.is_file():
+        raise CorruptCheckpoint(f"{file} is missing")
+    size = file.stat().st_size
+    if size != entry.get("bytes"):
+        raise CorruptCheckpoint(f"{file} has {size} bytes, the commit record says {shorten(entry.get('bytes'), 40)}")
+    return size
+
+
+# -- what a safetensors file holds -------------------------------------------------------------------------------------
+
+_HEADER_LIMIT_BYTES = 4 << 20
+_ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "F64": 8,
+    "I64": 8, "U64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorsHeader:
+    """What a file says it holds. `shapes` by name; `metadata`: what its writer added, text to text."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> TensorsHeader:
+    """Of a safetensors file on disk; reads no more than the header. Raises Unreadable, OSError."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise Unreadable("is no regular file")
+    with open(path, "rb") as file:
+        first = file.read(8)
+        return parse_header(first + file.read(_header_bytes(first, status.st_size)), status.st_size)
+
+
+def parse_header(data: bytes, file_bytes: int) -> TensorsHeader:
+    """`data`: at least the first eight bytes and the header of a file of `file_bytes`. Raises Unreadable.
+
+    The format (huggingface/safetensors, README): eight bytes with the header's length, the header as JSON, the tensors
+    one after the other without holes. Stricter than the library, and before it, so that what it is handed is sane.
+    """
+    length = _header_bytes(data[:8], file_bytes)
+    values = parse_json(data[8 : 8 + length])
     if not isinstance(values, dict):
-        raise CorruptCheckpoint(f"{path} is damaged")
-    return values
+        raise Unreadable("has no header of names")
+    metadata = values.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise Unreadable("has metadata that is no text")
+    tensors = {name: _shape_and_span(name, entry) for name, entry in values.items()}
+    end = 0
+    for begin, following in sorted(span for _, span in tensors.values()):
+        if begin != end:
+            raise Unreadable("has tensors that overlap or leave holes")
+        end = following
+    if 8 + length + end != file_bytes:
+        raise Unreadable(f"has {file_bytes:,} bytes, its header says {8 + length + end:,}")
+    return TensorsHeader({name: shape for name, (shape, _) in tensors.items()}, metadata)
+
+
+def _header_bytes(first: bytes, file_bytes: int) -> int:
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or length > min(_HEADER_LIMIT_BYTES, file_bytes - 8):
+        raise Unreadable("has no header of a safetensors file")
+    return length
+
+
+def _shape_and_span(name: str, entry: Any) -> tuple[tuple[int, ...], tuple[int, int]]:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end], **rest} if not rest:
+            sizes = all(type(size) is int and 0 <= size < 1 << 48 for size in [*shape, begin, end])
+            if dtype in _ITEM_BYTES and len(shape) <= 8 and sizes:
+                if end - begin != prod(shape) * _ITEM_BYTES[dtype]:
+                    raise Unreadable(f"gives {shorten(name)} another size than its shape has")
+                return tuple(shape), (begin, end)
+    raise Unreadable(f"describes {shorten(name)} in a way that is no tensor's")

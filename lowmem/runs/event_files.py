@@ -14,26 +14,24 @@ import io
 import re
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem.core.errors import PreflightError
 from lowmem.core.reading import shorten
 from lowmem.core.units import MIB
-from lowmem.runs.follow import Follower, TableFollower, count
-from lowmem.runs.gradients import FILE_NAME as GRADIENTS
-from lowmem.runs.history import parse_event
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, EpochRow, GradientRow, RowTable, StepRow
+from lowmem.runs.tables import TableFollower, follow_events
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
 
 FOLDER = "tensorboard"
 _NAME = re.compile(r"events\.out\.tfevents\.([0-9]{1,15})\.lowmem")
-_LEADING = ("step", "epoch")  # of gradients.csv; all other columns are layers
 
 # column -> tag, and what a value is multiplied by: people look at MiB
 _STEP_TAGS = {"loss": ("loss/step", 1.0), "lr": ("lr", 1.0)}
@@ -50,11 +48,11 @@ _EPOCH_TAGS = {
     "peak_reserved_bytes": ("memory_mib/peak_reserved", 1.0 / MIB),
     "device_used_bytes": ("memory_mib/device_used", 1.0 / MIB),
 }
-_TABLES = (("steps.csv", _STEP_TAGS), (GRADIENTS, None), ("metrics.csv", _EPOCH_TAGS))
+_TABLES: tuple[RowTable[Any], ...] = (STEP_TABLE, GRADIENT_TABLE, EPOCH_TABLE)
 
 
 @dataclass(frozen=True)
-class Point:
+class ScalarPoint:
     """A scalar of a curve. `step`: optimizer steps done, for epochs as well."""
 
     tag: str
@@ -89,7 +87,7 @@ class EventFiles:
         self.folder = folder if folder is not None else run / FOLDER
         self._run = run
         self._file: io.FileIO | None = None
-        self._tables: list[_Table] = []
+        self._tables: list[_FollowedTable] = []
 
     def update(self) -> None:
         """Writes what the tables have and the file has not. Raises OSError; the next call makes the file anew."""
@@ -101,14 +99,14 @@ class EventFiles:
         if all(fresh is not None for fresh in looked):
             points = [point for fresh in looked if fresh is not None for point in fresh]
             if points:
-                self._write(_encode(points, _Clock.now()))
+                self._write(_encode(points, _now))
             return
         before = [table.marks[:size] for table, size in zip(self._tables, written, strict=True)]
         points = self._read_all()
         deviations = [_deviation(old, table.marks) for old, table in zip(before, self._tables, strict=True)]
         first = min((step for step in deviations if step is not None), default=None)
         if first is not None:
-            self._write(_encode([p for p in points if p.step >= first], _Clock.now(), start=first))
+            self._write(_encode([p for p in points if p.step >= first], _now, start=first))
 
     def close(self) -> None:
         """Lets go of the file."""
@@ -117,8 +115,8 @@ class EventFiles:
                 self._file.close()
             self._file = None
 
-    def _read_all(self) -> list[Point]:
-        self._tables = [_Table(self._run / name, tags) for name, tags in _TABLES]
+    def _read_all(self) -> list[ScalarPoint]:
+        self._tables = [_FollowedTable(self._run, table) for table in _TABLES]
         return [point for table in self._tables for point in table.look() or ()]
 
     def _begin(self) -> None:
@@ -129,7 +127,7 @@ class EventFiles:
         number = max([int(time.time()), *(known + 1 for known in older)])  # read in the order of their names
         # Without the machine's name, which others put there: a run folder is shown to strangers.
         self._file = open(self.folder / f"events.out.tfevents.{number:010d}.lowmem", "wb", buffering=0)  # noqa: SIM115
-        self._write(_encode(points, _Clock.of(self._run), start=0, version=True))
+        self._write(_encode(points, _wall_times(self._run), start=0, version=True))
         for path in older.values():
             with suppress(OSError):  # open in a TensorBoard on Windows; the session start outdates it all the same
                 path.unlink()
@@ -148,34 +146,31 @@ class EventFiles:
             raise
 
 
-class _Table:
+class _FollowedTable:
     """One of the run's tables, and which of its rows were read."""
 
-    def __init__(self, path: Path, tags: dict[str, tuple[str, float]] | None) -> None:
-        self._follower, self._tags = TableFollower(path), tags
+    def __init__(self, run: Path, table: RowTable[Any]) -> None:
+        self._follower = TableFollower(run / table.file_name, table)
         self.marks: list[tuple[int, int]] = []  # step and hash of each row
 
-    def look(self) -> list[Point] | None:
+    def look(self) -> list[ScalarPoint] | None:
         """The points of the rows that came; None if what was read no longer holds."""
         news = self._follower.look()
         if news.anew:
             return None
-        points = []
-        for row in news.rows:
-            step = count(row.get("step"))
-            if step is not None:
-                self.marks.append((step, hash(str(row))))  # as text: no number is not equal to itself
-                points += list(self._points(row, step))
-        return points
+        # As text: no number is not equal to itself.
+        self.marks += [(row.step, hash(str(row))) for row in news.items]
+        return [point for row in news.items for point in self._points(row)]
 
-    def _points(self, row: dict[str, float | None], step: int) -> Iterable[Point]:
-        tags = self._tags
-        if tags is None:
-            layers = (name for name in row if name not in _LEADING)
-            tags = {name: (f"gradient_norm/{name.removesuffix('.weight')}", 1.0) for name in layers}
-        for name, (tag, factor) in tags.items():
-            if (value := row.get(name)) is not None:
-                yield Point(tag, step, value * factor)
+    def _points(self, row: EpochRow | StepRow | GradientRow) -> Iterable[ScalarPoint]:
+        if isinstance(row, GradientRow):
+            columns = self._follower.columns
+            for layer, norm in zip(columns.names[2:] if columns is not None else (), row.norms, strict=True):
+                yield ScalarPoint(f"gradient_norm/{layer.removesuffix('.weight')}", row.step, norm)
+            return
+        for name, (tag, factor) in (_STEP_TAGS if isinstance(row, StepRow) else _EPOCH_TAGS).items():
+            if (value := getattr(row, name)) is not None:
+                yield ScalarPoint(tag, row.step, value * factor)
 
 
 def _deviation(before: Sequence[tuple[int, int]], now: Sequence[tuple[int, int]]) -> int | None:
@@ -186,33 +181,25 @@ def _deviation(before: Sequence[tuple[int, int]], now: Sequence[tuple[int, int]]
     return min((step for step, _ in (*before[same:], *now[same:])), default=None)
 
 
-class _Clock:
-    """When a row was written: now, or worked out from when the run started and its own count of seconds."""
+def _wall_times(run: Path) -> Callable[[int], float]:
+    """When the row of a step was written, in seconds since 1970: worked out from when the run started and its own count
+    of seconds, between two epochs in proportion."""
+    moments = (_moment(event.time) for event in follow_events(run / "events.jsonl").look().items)
+    start = next((moment for moment in moments if moment is not None), time.time())
+    rows = TableFollower(run / EPOCH_TABLE.file_name, EPOCH_TABLE).look().items
+    marks = [(0, 0.0), *((row.step, row.elapsed_seconds) for row in rows if row.elapsed_seconds is not None)]
 
-    def __init__(self, start: float, marks: Sequence[tuple[int, float]]) -> None:
-        self._start, self._marks = start, marks
-
-    @classmethod
-    def now(cls) -> _Clock:
-        return cls(time.time(), [])
-
-    @classmethod
-    def of(cls, run: Path) -> _Clock:
-        events = (parse_event(line) for line in Follower(run / "events.jsonl").look().lines)
-        moments = (_moment(event.time) for event in events if event is not None)
-        start = next((moment for moment in moments if moment is not None), time.time())
-        rows = TableFollower(run / "metrics.csv").look().rows
-        marks = [(count(row.get("step")), row.get("elapsed_seconds")) for row in rows]
-        return cls(start, [(0, 0.0), *((step, at) for step, at in marks if step is not None and at is not None)])
-
-    def at(self, step: int) -> float:
-        """Between two epochs in proportion; seconds since 1970."""
-        if len(self._marks) < 2:
-            return self._start
-        index = min(max(bisect_right(self._marks, (step, float("inf"))), 1), len(self._marks) - 1)
-        (before, began), (after, ended) = self._marks[index - 1], self._marks[index]
+    def at(step: int) -> float:
+        index = min(max(bisect_right(marks, (step, float("inf"))), 1), len(marks) - 1)
+        (before, began), (after, ended) = marks[index - 1], marks[index]
         share = (step - before) / (after - before) if after > before else 1.0
-        return self._start + began + share * (ended - began)
+        return start + began + share * (ended - began)
+
+    return at if len(marks) > 1 else lambda step: start
+
+
+def _now(step: int) -> float:
+    return time.time()
 
 
 def _moment(text: object) -> float | None:
@@ -222,24 +209,26 @@ def _moment(text: object) -> float | None:
         return None
 
 
-def _encode(points: Iterable[Point], clock: _Clock, *, start: int | None = None, version: bool = False) -> bytes:
+def _encode(
+    points: Iterable[ScalarPoint], clock: Callable[[int], float], *, start: int | None = None, version: bool = False
+) -> bytes:
     """Records: the format's version if it is a new file, a session start that outdates what was written of step
     `start` and later, then the points, one event a step."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    by_step: dict[int, list[Point]] = {}
+    by_step: dict[int, list[ScalarPoint]] = {}
     for point in points:
         by_step.setdefault(point.step, []).append(point)
     events: list[Event] = []
     if version:
-        events.append(Event(wall_time=clock.at(0), file_version="brain.Event:2"))
+        events.append(Event(wall_time=clock(0), file_version="brain.Event:2"))
     if start is not None:
-        events.append(Event(wall_time=clock.at(start), step=start, session_log=SessionLog(status=SessionLog.START)))
+        events.append(Event(wall_time=clock(start), step=start, session_log=SessionLog(status=SessionLog.START)))
     for step, together in sorted(by_step.items()):
         values = [Summary.Value(tag=point.tag, simple_value=point.value) for point in together]
-        events.append(Event(wall_time=clock.at(step), step=step, summary=Summary(value=values)))
+        events.append(Event(wall_time=clock(step), step=step, summary=Summary(value=values)))
     buffer = io.BytesIO()
     records = RecordWriter(buffer)
     for event in events:
@@ -247,15 +236,15 @@ def _encode(points: Iterable[Point], clock: _Clock, *, start: int | None = None,
     return buffer.getvalue()
 
 
-def read_points(folder: Path) -> list[Point]:
+def read_points(folder: Path) -> list[ScalarPoint]:
     """What TensorBoard would show of the event files in `folder`: without the points that a session start outdates."""
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
     from tensorboard.compat.proto.event_pb2 import SessionLog
 
-    points: list[Point] = []
+    points: list[ScalarPoint] = []
     for path in sorted(path for path in folder.iterdir() if "tfevents" in path.name):
         for event in LegacyEventFileLoader(str(path)).Load():
             if event.session_log.status == SessionLog.START:
                 points = [point for point in points if point.step < event.step]
-            points += [Point(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            points += [ScalarPoint(value.tag, event.step, value.simple_value) for value in event.summary.value]
     return points

@@ -121,6 +121,43 @@ def read_owner(file: Path) -> Owner | None:
         return None
 
 
+def writer_of(run: Path) -> str | None:
+    """Who holds the run's lock: `pid 1234`, `pid 1234 on HOST` for another machine; None if nobody does.
+
+    The lock itself is tried only if its last owner may be alive: trying it holds it for an instant, in which the run
+    could not be resumed.
+    """
+    lock, owner = run / LOCK_NAME, run / OWNER_NAME
+    if not os.path.isfile(lock) or os.path.islink(lock) or not os.path.isfile(owner):
+        return None
+    known = read_owner(owner)
+    pid, host = (known.pid, known.host) if known is not None and known.pid > 0 else (None, None)
+    here = host is None or host == socket.gethostname()
+    if pid is not None and here and not may_be_alive(pid):
+        return None
+    try:
+        with FileLock(lock, timeout=0):
+            return None
+    except Timeout:
+        words = "another process" if pid is None else f"pid {pid}"
+        return words if here else f"{words} on {host}"
+    except OSError:
+        return None  # a medium that cannot be written to: nobody trains there
+
+
+def may_be_alive(pid: int) -> bool:
+    """Whether a process of this number is there, as far as that can be asked without touching it."""
+    if os.name == "nt":
+        return True  # there os.kill ends the process, whatever the signal
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _printable(text: object) -> str:
     """A stranger's folder must not write to the terminal what is no name."""
     if not isinstance(text, str):

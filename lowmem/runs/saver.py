@@ -3,11 +3,11 @@
 The order on disk is that of a save in the foreground, at any moment of a kill: the rows up to the checkpoint, the
 exported weights, the checkpoint with its commit record (invariant 9), then the event that says so.
 
-One save at a time. A second save waits for one that is being written, so that there is one copy in host memory; one
-that the disk refused it supersedes, taking over the exported weights it does not have itself. So a kill loses what was
-done since the save before the latest, at most. What the disk refuses is
-tried again after growing pauses, a bounded number of times until the next save is handed over. The checkpoint before
-stands meanwhile, and training goes on. `finish` waits for the end of it and raises if there is none.
+One save at a time, each try in a thread of its own. A second save waits for one that is being written, so that there
+is one copy in host memory; one that the disk refused it supersedes, taking over the exported weights it does not have
+itself. So a kill loses what was done since the save before the latest, at most. What the disk refuses `poll` tries
+again after growing pauses, a bounded number of times until the next save is handed over. The checkpoint before stands
+meanwhile, and training goes on. `finish` waits for the end of it and raises if there is none.
 
 Known limitation: a disk that neither writes nor refuses (a network folder whose server is gone) holds up training at
 the next save.
@@ -28,7 +28,7 @@ from lowmem.core.errors import CorruptCheckpoint, DiskError, OutOfMemory
 from lowmem.core.units import format_duration
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
-from lowmem.runs.store import RunFolder
+from lowmem.runs.store import RunFolder, writes_nothing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,8 @@ class Saved:
 class Saver:
     """Writes the saves of one run. A context manager; its methods are for one thread, the one that trains.
 
-    `warn` and `note` are called in that thread, by `poll` and by whatever waits.
+    `warn` and `note` are called in that thread, by `poll` and by whatever waits. All of them raise what ended the
+    writing thread otherwise than by a refusal, which is a bug.
     """
 
     def __init__(
@@ -85,40 +86,28 @@ class Saver:
     ) -> None:
         self._folder, self._keep, self._keep_every = folder, keep, keep_every
         self._warn, self._note = warn, note
-        newest = checkpoints.found(folder.checkpoints)[:1]
-        self._saved = Saved(newest[0], checkpoints.step_of(newest[0])) if newest else None
-        self._longest_write_seconds = 0.0
-        # Shared with the thread, under the condition's lock.
-        self._changed = threading.Condition()
-        self._job: Save | None = None
-        self._failure: Exception | None = None  # of the last try, while `_job` waits for another
+        newest = checkpoints.checkpoint_folders(folder.checkpoints)[:1]
+        self._save: Save | None = None  # that is not on disk
+        self._thread: threading.Thread | None = None  # that writes it
         self._tries = 0  # since the last save was handed over
         self._due: float | None = None  # of the next try; None: not before the next save
         self._troubled = self._told = False  # since the last checkpoint; told of since the last save handed over
-        self._words: list[tuple[Callable[[str], None], str]] = []
+        # What the thread leaves behind.
+        self._saved = Saved(newest[0], checkpoints.step_of(newest[0])) if newest else None
+        self._longest_write_seconds = 0.0
+        self._failure: Exception | None = None  # of the last try
         self._bug: BaseException | None = None
-        self._closing = False
-        self._thread = threading.Thread(target=self._work, name="lowmem-saver", daemon=True)
 
     def __enter__(self) -> Saver:
-        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Lets a write that has begun end; what the disk refused is dropped (`finish` is there to insist)."""
-        with self._changed:
-            while self._busy():
-                self._changed.wait(_SLICE_SECONDS)
-            self._closing = True
-            self._changed.notify_all()
-        self._thread.join()
         if error is None:
-            self.poll()
+            self._settle()
         else:
             with suppress(Exception):  # the error that is under way says more
-                self._speak()
-
-    # -- for the thread that trains --------------------------------------------------------------------------------
+                self._settle()
 
     @property
     def longest_write_seconds(self) -> float:
@@ -131,39 +120,32 @@ class Saver:
         return self._saved
 
     def poll(self) -> None:
-        """Says what happened meanwhile. Raises what ended the thread, which is a bug. Costs nothing otherwise."""
-        if self._bug is not None:
-            raise self._bug
+        """Says what happened meanwhile and begins another try that is due. Costs nothing otherwise."""
+        self._collect()
         if self._folder.rows_waiting and not self._troubled:
             self._trouble(f"the disk refuses rows of {self._folder.path}: they are kept in memory and written later")
-        self._speak()
+        if self._thread is None and self._due is not None and self._due <= time.monotonic():
+            self._begin()
 
     def wait(self) -> None:
         """Until nothing is being written: all is saved, or was refused and waits for another try."""
-        with self._changed:
-            while self._busy():
-                self._changed.wait(_SLICE_SECONDS)
+        self._settle()
         self.poll()
 
     def submit(self, save: Save) -> None:
         """Hands a save over and returns, after `wait`; best called before that is copied which is to be saved."""
-        with self._changed:
-            while self._busy():
-                self._changed.wait(_SLICE_SECONDS)
-            if self._job is not None:
-                save = replace(save, weights={**self._job.weights, **save.weights})
-            if self._job is None or self._due is None:
-                self._tries, self._due, self._failure, self._told = 0, time.monotonic(), None, False
-            self._job = save  # if a pause goes on, the next try is of this one
-            self._changed.notify_all()
+        self._settle()
+        if self._save is not None:
+            save = replace(save, weights={**self._save.weights, **save.weights})
+        if self._save is None or self._due is None:
+            self._tries, self._due, self._told = 0, time.monotonic(), False
+        self._save = save  # if a pause goes on, the next try is of this one
         self.poll()
 
     def drop(self) -> None:
         """Forgets a save that the disk refused, after `wait`: for a run that goes back to the last checkpoint."""
-        with self._changed:
-            while self._busy():
-                self._changed.wait(_SLICE_SECONDS)
-            self._job = self._due = self._failure = None
+        self._settle()
+        self._save = self._due = self._failure = None
         self.poll()
 
     def finish(self, hurried: Callable[[], bool] = lambda: False) -> None:
@@ -185,10 +167,6 @@ class Saver:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _busy(self) -> bool:
-        """To be asked under the lock."""
-        return self._job is not None and self._failure is None and self._bug is None
-
     def _rest(self, seconds: float, hurried: Callable[[], bool]) -> None:
         began = time.monotonic()
         while (passed := time.monotonic() - began) < (min(seconds, _HURRIED_PAUSE_SECONDS) if hurried() else seconds):
@@ -197,21 +175,65 @@ class Saver:
 
     def _try_now(self) -> Exception | None:
         """One try of all that is not on disk; why it failed, if it did."""
-        with self._changed:
-            if self._job is not None and self._failure is not None:
-                self._failure, self._due = None, time.monotonic()
-                self._changed.notify_all()
-            while self._busy():
-                self._changed.wait(_SLICE_SECONDS)
-            failure = self._failure  # within the lock: the next try may begin right after it
+        if self._save is not None and self._thread is None:
+            self._begin()
+        self._settle()
+        failure = self._failure
         self.poll()
-        if failure is not None:
-            return failure
         try:
-            self._folder.flush()
+            if failure is None:
+                self._folder.flush()
         except DiskError as error:
             return error
-        return None
+        return failure
+
+    def _begin(self) -> None:
+        assert self._save is not None
+        self._failure, self._due = None, None
+        self._thread = threading.Thread(target=self._write, args=(self._save,), name="lowmem-saver", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system gives no other thread: in this one, then
+            self._write(self._save)
+
+    def _settle(self) -> None:
+        """Until nothing is being written."""
+        self._collect()
+        while self._thread is not None:
+            self._thread.join(_SLICE_SECONDS)
+            self._collect()
+
+    def _collect(self) -> None:
+        """What came of a try that has ended."""
+        if self._thread is not None and not self._thread.is_alive():
+            self._thread = None
+            if self._bug is None:
+                self._conclude()
+        if self._bug is not None:
+            raise self._bug
+
+    def _conclude(self) -> None:
+        assert self._save is not None
+        step = self._save.checkpoint.step
+        if self._failure is None:
+            self._save = None
+            if self._troubled:
+                self._troubled = False
+                self._note(f"saved again: step {step} is on disk")
+            return
+        pause = PAUSES_SECONDS[self._tries] if self._tries < len(PAUSES_SECONDS) else None
+        self._tries += 1
+        self._due = None if pause is None else time.monotonic() + pause
+        if not self._told:
+            stands = f"{self._saved} stands" if self._saved else "there is none before it"
+            again = "with the next save" if pause is None else f"in {pause:g} s"
+            self._trouble(f"step {step} was not saved ({_reason(self._failure)}); {stands}; trying again {again}")
+
+    def _trouble(self, text: str) -> None:
+        """Once for each stretch of trouble, to the user and into the run's own record."""
+        self._troubled = self._told = True
+        self._folder.event("warning", what=text)
+        self._warn(text)
 
     def _final_error(self, failure: Exception) -> Exception:
         path = self._folder.path
@@ -219,83 +241,40 @@ class Saver:
         text = f"the last save failed: {_reason(failure)}; {last}; then go on from there with `lowmem resume {path}`"
         return OutOfMemory(text) if isinstance(failure, MemoryError | OutOfMemory) else DiskError(text)
 
-    def _trouble(self, text: str) -> None:
-        """Once for each stretch of trouble, to the user and into the run's own record."""
-        self._troubled = self._told = True
-        self._words.append((self._warn, text))
-        self._folder.event("warning", what=text)
-
-    def _speak(self) -> None:
-        while self._words:
-            tell, text = self._words.pop(0)
-            tell(text)
-
     # -- the thread ------------------------------------------------------------------------------------------------
 
-    def _work(self) -> None:
-        try:
-            while self._one_try():
-                pass
-        except BaseException as error:
-            with self._changed:
-                self._bug = error
-                self._changed.notify_all()
-
-    def _one_try(self) -> bool:
-        """Waits for a save and tries to write it; False at the end. Nothing of it is held when this returns: neither
-        the copies, nor by the frames of a traceback what was made of them."""
-        save = self._next()
-        if save is None:
-            return False
-        failure: Exception | None = None
-        try:
-            self._write(save)
-        except (DiskError, CorruptCheckpoint, OutOfMemory, OSError, MemoryError) as error:
-            failure = error.with_traceback(None)
-            failure.__cause__ = failure.__context__ = None
-        self._done(save, failure)
-        return True
-
-    def _next(self) -> Save | None:
-        with self._changed:
-            while not self._closing:
-                now = time.monotonic()
-                if self._job is not None and self._due is not None and self._due <= now:
-                    self._failure = None
-                    return self._job
-                self._changed.wait(None if self._job is None or self._due is None else self._due - now)
-            return None
-
     def _write(self, save: Save) -> None:
+        """One try. Nothing of it is held when this returns: neither the copies, nor by the frames of a traceback what
+        was made of them."""
         began = time.monotonic()
-        self._folder.flush()
-        for name, (tensors, metadata) in save.weights.items():
-            self._folder.save_weights(name, tensors, metadata)
-        path = checkpoints.save(self._folder.checkpoints, save.checkpoint, keep=self._keep, keep_every=self._keep_every)
-        now = time.monotonic()
-        self._saved = Saved(path, save.checkpoint.step, now, save.taken_at)
-        self._longest_write_seconds = max(self._longest_write_seconds, now - began)
-        self._folder.event("checkpoint", epoch=save.epoch, step=save.checkpoint.step)
-
-    def _done(self, save: Save, failure: Exception | None) -> None:
-        step = save.checkpoint.step
-        with self._changed:
-            if failure is None:
-                if self._troubled:
-                    self._troubled = False
-                    self._words.append((self._note, f"saved again: step {step} is on disk"))
-                self._job = self._due = self._failure = None
-            else:
-                pause = PAUSES_SECONDS[self._tries] if self._tries < len(PAUSES_SECONDS) else None
-                self._tries += 1
-                self._due = None if pause is None else time.monotonic() + pause
-                self._failure = failure
-                if not self._told:
-                    stands = f"{self._saved} stands" if self._saved else "there is none before it"
-                    again = "with the next save" if pause is None else f"in {pause:g} s"
-                    self._trouble(f"step {step} was not saved ({_reason(failure)}); {stands}; trying again {again}")
-            self._changed.notify_all()
+        try:
+            self._folder.flush()
+            for name, (tensors, metadata) in save.weights.items():
+                self._folder.save_weights(name, tensors, metadata)
+            folder, keep, every = self._folder.checkpoints, self._keep, self._keep_every
+            path = checkpoints.save(folder, save.checkpoint, keep=keep, keep_every=every)
+            now = time.monotonic()
+            self._saved = Saved(path, save.checkpoint.step, now, save.taken_at)
+            self._longest_write_seconds = max(self._longest_write_seconds, now - began)
+            self._folder.event("checkpoint", epoch=save.epoch, step=save.checkpoint.step)
+        except (DiskError, CorruptCheckpoint, OutOfMemory, OSError, MemoryError) as error:
+            self._failure = error.with_traceback(None)
+            self._failure.__cause__ = self._failure.__context__ = None
+        except BaseException as error:
+            self._bug = error
 
 
 def _reason(failure: Exception) -> str:
     return "out of memory" if isinstance(failure, MemoryError) else str(failure)
+
+
+@writes_nothing(Saver)
+class NullSaver(Saver):
+    """Saves nothing, waits for nothing: of a process of a run that another one writes."""
+
+    def __init__(self) -> None:
+        self._saved, self._longest_write_seconds = None, 0.0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None: ...

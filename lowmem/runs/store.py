@@ -1,29 +1,26 @@
 """The run folder while it is written: made once, locked, appended to, cut back on resume.
 
-Reading a run without writing to it is `lowmem.runs.history`.
+Reading a run without writing to it is `lowmem.runs.view`.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from types import FunctionType, TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lowmem.core.errors import CorruptCheckpoint, DiskError, PreflightError, UsageError
 from lowmem.core.reading import shorten
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs import columns, gradients
 from lowmem.runs.atomic import (
     PARTIAL,
-    append_lines,
+    RowFile,
     fsync_folder,
     replace_path,
     replacing,
@@ -32,10 +29,9 @@ from lowmem.runs.atomic import (
 )
 from lowmem.runs.checkpoint import FULL, disk_error
 from lowmem.runs.lock import Owner, RunLock
-from lowmem.runs.rowfile import RowFile
-from lowmem.runs.setup import FORKING, JOB, clear, never_began, refuse_existing, start_again
-from lowmem.runs.symlink_guard import refuse_leads
-from lowmem.runs.table import cut
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, csv_line, gradient_line
+from lowmem.runs.setup import FORKING, clear, refuse_existing
+from lowmem.runs.tables import cut_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,24 +52,22 @@ class RunFolder:
     Threads may share it.
     """
 
-    def __init__(self, path: Path, lock: RunLock) -> None:
+    def __init__(self, path: Path, lock: RunLock | None) -> None:
         self.path = path
         self._lock = lock
+        self.checkpoints = path / "checkpoints"
+        self.metrics_file, self.steps_file = path / EPOCH_TABLE.file_name, path / STEP_TABLE.file_name
+        self.gradients_file, self.events_file = path / GRADIENT_TABLE.file_name, path / "events.jsonl"
         self._metrics, self._steps = RowFile(self.metrics_file), RowFile(self.steps_file)
         self._events, self._gradients = RowFile(self.events_file), RowFile(self.gradients_file)
+        self._row_files = (self._metrics, self._steps, self._gradients, self._events)
         self._plans_waiting: dict[int, Mapping[str, Any]] = {}
         self._plan_lock = threading.Lock()
-
-    checkpoints = property(lambda self: self.path / "checkpoints")
-    metrics_file = property(lambda self: self.path / "metrics.csv")
-    steps_file = property(lambda self: self.path / "steps.csv")
-    gradients_file = property(lambda self: self.path / gradients.FILE_NAME)
-    events_file = property(lambda self: self.path / "events.jsonl")
 
     @property
     def taken_over(self) -> Owner | None:
         """The writer before this one, if it ended without leaving (killed, or the machine went down)."""
-        return self._lock.taken_over
+        return None if self._lock is None else self._lock.taken_over
 
     @classmethod
     def create(cls, path: Path, config_yaml: str, environment: Mapping[str, Any]) -> RunFolder:
@@ -83,11 +77,12 @@ class RunFolder:
         """
         refuse_existing(path)
         try:
-            run = cls(path, _lock_new(path))
+            lock = _lock_new(path)
+            run = cls(path, lock)
             try:
                 refuse_existing(path)  # another process may have begun a run in the meantime
             except UsageError:
-                run._lock.release()
+                lock.release()
                 raise
             try:
                 run._set_up(config_yaml, environment)
@@ -106,14 +101,13 @@ class RunFolder:
         (self.path / "weights").mkdir()
         write_text_atomic(self.path / "config.yaml", config_yaml)
         write_text_atomic(self.path / "env.json", json.dumps(environment, indent=1) + "\n")
-        append_lines(self.metrics_file, [",".join(columns.METRICS)])
-        append_lines(self.steps_file, [",".join(columns.STEPS)])
+        write_text_atomic(self.metrics_file, f"{EPOCH_TABLE.columns.header}\n")
+        write_text_atomic(self.steps_file, f"{STEP_TABLE.columns.header}\n")
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """Opens an existing run for writing. Raises UsageError if it is none or another process writes it, DiskError if
-        there is no room, PreflightError if it cannot be written otherwise."""
-        require_run(path)
+        """Opens an existing run for writing, which the caller has looked at (`setup.require_run`). Raises UsageError if
+        another process writes it, DiskError if there is no room, PreflightError if it cannot be written otherwise."""
         try:
             return cls(path, RunLock.acquire(path))
         except OSError as error:
@@ -133,7 +127,8 @@ class RunFolder:
         """Writes what rows still wait, if the disk takes them, and releases the lock."""
         with suppress(DiskError):
             self.flush()
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def tidy(self, *, keep: int, keep_every: int | None = None) -> None:
         """Deletes what a killed writer left half done. Failing to delete is no reason to stop a run."""
@@ -148,7 +143,7 @@ class RunFolder:
 
     def discard(self) -> None:
         """Removes a run folder that never took a step, while it is still locked: nobody else begins in it meanwhile."""
-        if not self._lock.held:
+        if self._lock is None or not self._lock.held:
             return  # done before: what is there by now is somebody else's
         with suppress(OSError):
             clear(self.path, ignore_errors=True)
@@ -156,11 +151,8 @@ class RunFolder:
 
     def write_plan(self, plan: Mapping[str, Any], rank: int = 0) -> None:
         """Writes plan.json, or the plan of another process of the run, atomically. Raises DiskError."""
-        path = self.path / plan_file(rank)
-        try:
+        with _disk_errors(self.path / plan_file(rank)) as path:
             write_text_atomic(path, json.dumps(plan, indent=1) + "\n")
-        except OSError as error:
-            raise disk_error(error, path) from error
 
     def forget_plans(self, after: int) -> None:
         """Of processes that the run has no longer: rank `after` and above."""
@@ -184,12 +176,12 @@ class RunFolder:
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Appends a row to metrics.csv; None becomes an empty field."""
-        self._append(self._metrics, [csv_line(columns.METRICS, row)])
+        self._append(self._metrics, [csv_line(EPOCH_TABLE.names, row)])
 
     def append_steps(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends rows to steps.csv."""
         if rows:
-            self._append(self._steps, [csv_line(columns.STEPS, row) for row in rows])
+            self._append(self._steps, [csv_line(STEP_TABLE.names, row) for row in rows])
 
     def _append(self, file: RowFile, lines: list[str]) -> None:
         with suppress(OSError):  # they wait; whoever saves or ends the run asks `flush`
@@ -198,7 +190,7 @@ class RunFolder:
     @property
     def rows_waiting(self) -> int:
         """Lines of all files that are in memory only, because the disk refused them."""
-        return sum(file.waiting for file in (self._metrics, self._steps, self._gradients, self._events))
+        return sum(file.waiting for file in self._row_files)
 
     def flush(self) -> None:
         """Writes everything that waits. Raises DiskError if the disk still refuses; nothing of it is lost then.
@@ -206,11 +198,9 @@ class RunFolder:
         A checkpoint may be committed only after this: a resume cuts the rows back to it and cannot make up for rows
         that are missing before it.
         """
-        for file in (self._metrics, self._steps, self._gradients, self._events):
-            try:
+        for file in self._row_files:
+            with _disk_errors(file.path):
                 file.flush()
-            except OSError as error:
-                raise disk_error(error, file.path) from error
         self._write_waiting_plan()
 
     def _write_waiting_plan(self) -> None:
@@ -225,39 +215,34 @@ class RunFolder:
         Nothing is computed from it, so that nothing in it can stop a run: one that is no table of these layers is set
         aside as `damaged-gradients.csv`. Returns a sentence if anything was wrong. Raises DiskError.
         """
-        file, names = self.gradients_file, gradients.columns(layers)
-        damage = None
-        try:
+        columns, damage = GRADIENT_TABLE.of_layers(layers), None
+        with _disk_errors(self.gradients_file) as file:
             if file.is_file() and file.stat().st_size == 0:
                 file.unlink()
             if file.exists():
                 try:
-                    damage = cut(file, names, "step", step)
+                    damage = cut_table(file, columns, step)
                 except (CorruptCheckpoint, PermissionError) as error:
                     aside = _free(file.with_name(f"damaged-{file.name}"))
                     replace_path(file, aside)
                     damage = f"{shorten(error)}; the run goes on with a new one, the file as it was is {aside.name}"
                 self._gradients.replaced()
             if not file.exists() and not self._gradients.waiting:
-                self._append(self._gradients, [",".join(names)])
-        except OSError as error:
-            raise disk_error(error, file) from error
+                self._append(self._gradients, [columns.header])
         return damage
 
     def append_gradients(self, rows: Sequence[tuple[int, int, Sequence[float]]]) -> None:
         """Appends (step, epoch, norms) to gradients.csv."""
         if rows:
-            self._append(self._gradients, [gradients.line(*row) for row in rows])
+            self._append(self._gradients, [gradient_line(*row) for row in rows])
 
     def copy_metrics(self, source: Path, *, epoch: int) -> None:
         """Takes over the rows of another run's metrics.csv up to `epoch`. Raises DiskError."""
-        try:
-            with open(source / "metrics.csv", "rb") as old, replacing(self.metrics_file) as new:
+        with _disk_errors(self.metrics_file):
+            with open(source / EPOCH_TABLE.file_name, "rb") as old, replacing(self.metrics_file) as new:
                 shutil.copyfileobj(old, new)
-            cut(self.metrics_file, columns.METRICS, "epoch", epoch)
+            cut_table(self.metrics_file, EPOCH_TABLE.columns, epoch)
             self._metrics.replaced()
-        except OSError as error:
-            raise disk_error(error, self.metrics_file) from error
 
     def cut_back(self, *, epoch: int, step: int) -> list[str]:
         """Drops rows after `epoch` from metrics.csv and after `step` from steps.csv: what a resume will repeat.
@@ -266,51 +251,64 @@ class RunFolder:
         that is no table of these columns, DiskError.
         """
         self.flush()  # rows that still wait are to be dropped, too, if they are of later steps
-        try:
+        with _disk_errors(self.path):
             damages = (
-                cut(self.metrics_file, columns.METRICS, "epoch", epoch, every=True),
-                cut(self.steps_file, columns.STEPS, "step", step),
+                cut_table(self.metrics_file, EPOCH_TABLE.columns, epoch, every=True),
+                cut_table(self.steps_file, STEP_TABLE.columns, step),
             )
             self._metrics.replaced()
             self._steps.replaced()
-        except OSError as error:
-            raise disk_error(error, self.path) from error
         return [damage for damage in damages if damage is not None]
 
     def write_config(self, text: str) -> None:
         """Replaces config.yaml, after an operational setting changed. Raises DiskError."""
-        try:
-            write_text_atomic(self.path / "config.yaml", text)
-        except OSError as error:
-            raise disk_error(error, self.path / "config.yaml") from error
+        with _disk_errors(self.path / "config.yaml") as path:
+            write_text_atomic(path, text)
 
     def save_weights(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Writes weights/<name>.safetensors atomically, with string metadata. Raises DiskError."""
         from safetensors.torch import save as encode
 
-        path = self.path / "weights" / f"{name}.safetensors"
-        try:
+        with _disk_errors(self.path / "weights" / f"{name}.safetensors") as path:
             write_bytes_atomic(path, encode(dict(tensors), metadata=dict(metadata)))
-        except OSError as error:
-            raise disk_error(error, path) from error
+
+
+Writer = TypeVar("Writer", bound=type)
+
+
+def writes_nothing(of: type) -> Callable[[Writer], Writer]:
+    """A decorator of a subclass of `of`: every public method of `of` that it does not define does nothing and returns
+    None. For a process of a run that another one writes: of several that train together rank 0 alone holds the folder
+    and saves."""
+
+    def silenced(writer: Writer) -> Writer:
+        for name, member in vars(of).items():
+            if isinstance(member, FunctionType) and not name.startswith("_") and name not in vars(writer):
+                setattr(writer, name, lambda self, *_, **__: None)
+        return writer
+
+    return silenced
+
+
+@writes_nothing(RunFolder)
+class NullFolder(RunFolder):
+    """The same methods, and nothing happens. `path` is where the run is for the process that writes it; here there may
+    be nothing."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, None)
+
+    def cut_back(self, *, epoch: int, step: int) -> list[str]:
+        return []
 
 
 @contextmanager
-def leaving_no_trace(path: Path) -> Iterator[None]:
-    """Around the making of a run folder: if it was discarded, the folders made on the way to it go too, and an empty
-    one that was there before is there again."""
-    was_there = path.is_dir()
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+def _disk_errors(path: Path) -> Iterator[Path]:
+    """Around writing `path`: an OSError becomes the one-line DiskError."""
     try:
-        yield
-    finally:
-        if not path.exists():
-            for folder in made[1:]:
-                with suppress(OSError):
-                    folder.rmdir()  # only if it is empty
-            if was_there:
-                with suppress(OSError):
-                    path.mkdir()
+        yield path
+    except OSError as error:
+        raise disk_error(error, path) from error
 
 
 def _lock_new(path: Path) -> RunLock:
@@ -333,32 +331,3 @@ def _free(path: Path) -> Path:
     """`path`, or if there is something of that name already, the first of it with a number that is free."""
     names = (path, *(path.with_stem(f"{path.stem}-{number}") for number in range(2, 1000)))
     return next((one for one in names if not one.exists()), path)
-
-
-def require_run(path: Path) -> None:
-    """Raises UsageError unless `path` looks like a run folder."""
-    try:
-        if not path.is_dir():
-            raise UsageError(f"{path} does not exist: give the folder of a run, like runs/res110")
-        if not (path / "config.yaml").is_file():
-            if never_began(path):
-                raise UsageError(start_again(path))
-            if (path / JOB).is_file():
-                raise UsageError(
-                    f"{path} is the folder of a job of several runs: go on with `lowmem reproduce --out {path}`"
-                )
-            raise UsageError(
-                f"{path} is no run folder (it has no config.yaml): give the folder of a run, like runs/res110"
-            )
-    except OSError as error:
-        raise UsageError(f"{path} cannot be looked into ({error.strerror or error}): check its permissions") from None
-    refuse_leads(path)
-
-
-def csv_line(names: Sequence[str], row: Mapping[str, Any]) -> str:
-    """One CSV line without its end. Floats keep every digit; None is empty. Raises KeyError for a foreign name."""
-    if foreign := set(row) - set(names):
-        raise KeyError(f"no such column: {', '.join(sorted(foreign))}")
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="").writerow(["" if row.get(name) is None else row[name] for name in names])
-    return buffer.getvalue()

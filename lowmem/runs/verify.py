@@ -12,32 +12,32 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from lowmem.core.errors import CorruptCheckpoint
-from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable, parse_json, read_json, read_limited, shorten
+from lowmem.core.reading import Unreadable, read_limited, shorten
 from lowmem.core.units import format_size
-from lowmem.runs import columns, gradients
 from lowmem.runs.checkpoint import Checkpoint, load, named
-from lowmem.runs.header import read_header
-from lowmem.runs.lock import OWNER_NAME, read_owner
-from lowmem.runs.table import look
+from lowmem.runs.checkpoint_state import read_header
+from lowmem.runs.lock import LOCK_NAME, OWNER_NAME, read_owner
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, Columns
+from lowmem.runs.tables import scan_table
+from lowmem.runs.view import RunView
 
 
-class Status(StrEnum):
+class FileStatus(StrEnum):
     OK = "ok"
     NOTE = "note"
     DAMAGED = "damaged"
 
 
 @dataclass(frozen=True)
-class Finding:
+class FileFinding:
     """`where`: the file or folder, as it is called inside the run folder."""
 
-    status: Status
+    status: FileStatus
     where: str
     what: str
 
@@ -48,7 +48,7 @@ class Verified:
     after `epoch`; None if it would take none. `obstacle`: why it could not go on all the same."""
 
     run: Path
-    findings: tuple[Finding, ...]
+    findings: tuple[FileFinding, ...]
     resumes_from: str | None = None
     epoch: int | None = None
     step: int | None = None
@@ -77,125 +77,159 @@ class Belonging:
 
 def verify_run(run: Path, belonging: Belonging) -> Verified:
     """Everything that is found. What damages a resume is in the result, not raised."""
-    findings = [Finding(Status.OK, "config.yaml", "every setting is known and valid")]
-    findings.append(_lock(run))
-    good, newest = _checkpoints(run / "checkpoints", belonging, findings)
-    obstacles = [_plan(belonging, findings)]
-    state = good[newest].state["run"] if newest is not None else None
-    for name, names, key, at in (
-        ("metrics.csv", columns.METRICS, "epoch", "epoch"),
-        ("steps.csv", columns.STEPS, "step", "step"),
-    ):
-        obstacles.append(_rows(run / name, names, key, None if state is None else state[at], findings))
-    for name in ("last", "best"):
-        _weights(run / "weights" / f"{name}.safetensors", belonging, good, findings)
-    _gradients(run / gradients.FILE_NAME, belonging.layers, None if state is None else state["step"], findings)
-    _records(run, findings)
-    obstacle = next((one for one in obstacles if one is not None), None)
-    if state is None:
-        return Verified(run, tuple(findings), obstacle="no checkpoint verifies")
-    position = (state["epoch"], state["step"], state["step_in_epoch"])
-    return Verified(run, tuple(findings), newest, *position, obstacle, state["epoch"] >= belonging.epochs)
+    return _Verification(run, belonging).result()
 
 
-def _checkpoints(
-    folder: Path, belonging: Belonging, findings: list[Finding]
-) -> tuple[dict[str, Checkpoint], str | None]:
-    """Those that verify, by name, newest first, and the name of the first."""
-    good: dict[str, Checkpoint] = {}
-    try:
-        paths = named(folder)
-    except CorruptCheckpoint as error:
-        findings.append(Finding(Status.DAMAGED, "checkpoints", shorten(error)))
-        return good, None
-    if not paths:
-        findings.append(Finding(Status.DAMAGED, "checkpoints", "there are none"))
-    for path, is_folder in paths:
-        where = f"checkpoints/{path.name}"
+class _Verification:
+    """What was found so far. A check that returns words says why a resume could not go on."""
+
+    def __init__(self, run: Path, belonging: Belonging) -> None:
+        self._run, self._of = run, belonging
+        self._findings: list[FileFinding] = []
+        self._good: dict[str, Checkpoint] = {}  # those that verify, by name, newest first
+
+    def result(self) -> Verified:
+        self._add(FileStatus.OK, "config.yaml", "every setting is known and valid")
+        self._check_lock()
+        self._check_checkpoints()
+        newest = next(iter(self._good), None)
+        state = None if newest is None else self._good[newest].state["run"]
+        obstacles = [self._check_plan()]
+        for table in (EPOCH_TABLE, STEP_TABLE):
+            last = None if state is None else state[table.key]
+            obstacles.append(self._check_rows(self._run / table.file_name, table.columns, last))
+        for name in ("last", "best"):
+            self._check_weights(self._run / "weights" / f"{name}.safetensors")
+        self._check_gradients(self._run / GRADIENT_TABLE.file_name, None if state is None else state["step"])
+        self._check_records()
+        findings = tuple(self._findings)
+        if state is None:
+            return Verified(self._run, findings, obstacle="no checkpoint verifies")
+        position = (state["epoch"], state["step"], state["step_in_epoch"])
+        obstacle = next((words for words in obstacles if words is not None), None)
+        return Verified(self._run, findings, newest, *position, obstacle, state["epoch"] >= self._of.epochs)
+
+    def _add(self, status: FileStatus, where: str, what: object) -> None:
+        self._findings.append(FileFinding(status, where, shorten(what, 500)))
+
+    def _check_checkpoints(self) -> None:
         try:
-            if not is_folder:
-                raise CorruptCheckpoint(f"{path} is no folder")
-            saved = load(path, belonging.most_bytes)
-            belonging.checkpoint(saved)
+            paths = named(self._run / "checkpoints")
         except CorruptCheckpoint as error:
-            findings.append(Finding(Status.DAMAGED, where, shorten(error, 500)))
-            continue
-        good[path.name] = saved
-        at = saved.state["run"]
-        size = format_size(sum(file.stat().st_size for file in path.iterdir()))
-        words = f"epoch {at['epoch'] + 1}, step {at['step_in_epoch']} of it; sizes and hashes are right, {size}"
-        findings.append(Finding(Status.OK, where, words))
-    return good, next(iter(good), None)
+            self._add(FileStatus.DAMAGED, "checkpoints", error)
+            return
+        if not paths:
+            self._add(FileStatus.DAMAGED, "checkpoints", "there are none")
+        for path, is_folder in paths:
+            where = f"checkpoints/{path.name}"
+            try:
+                if not is_folder:
+                    raise CorruptCheckpoint(f"{path} is no folder")
+                saved = load(path, self._of.most_bytes)
+                self._of.checkpoint(saved)
+            except CorruptCheckpoint as error:
+                self._add(FileStatus.DAMAGED, where, error)
+                continue
+            self._good[path.name] = saved
+            at = saved.state["run"]
+            size = format_size(sum(file.stat().st_size for file in path.iterdir()))
+            words = f"epoch {at['epoch'] + 1}, step {at['step_in_epoch']} of it; sizes and hashes are right, {size}"
+            self._add(FileStatus.OK, where, words)
 
+    def _check_plan(self) -> str | None:
+        try:
+            words = self._of.plan()
+        except CorruptCheckpoint as error:
+            self._add(FileStatus.DAMAGED, "plan.json", error)
+            return "its plan cannot be used"
+        if words is not None:
+            self._add(FileStatus.OK, "plan.json", words)
+        return None
 
-def _plan(belonging: Belonging, findings: list[Finding]) -> str | None:
-    """Why a resume could not go on, None if it could."""
-    try:
-        words = belonging.plan()
-    except CorruptCheckpoint as error:
-        findings.append(Finding(Status.DAMAGED, "plan.json", shorten(error, 500)))
-        return "its plan cannot be used"
-    if words is not None:
-        findings.append(Finding(Status.OK, "plan.json", words))
-    return None
+    def _check_rows(self, path: Path, columns: Columns, last: int | None) -> str | None:
+        """Against the checkpoint at `last`, if there is one."""
+        epochs = columns.key == "epoch"
+        try:
+            rows = scan_table(path, columns, 1 << 53 if last is None else last, every=epochs and last is not None)
+        except (CorruptCheckpoint, OSError) as error:
+            self._add(FileStatus.DAMAGED, path.name, error)
+            return f"{path.name} cannot be used"
+        words = f"{rows.kept} rows" + (f" up to the checkpoint, {rows.beyond} after it" if rows.beyond else "")
+        if rows.cut_off:
+            words += ", the last line was cut off"
+        if rows.damage is not None:
+            self._add(FileStatus.DAMAGED, path.name, f"{rows.damage}; {words}")
+        elif epochs and rows.beyond > 1:
+            # A checkpoint follows every row of an epoch.
+            self._add(FileStatus.DAMAGED, path.name, f"newer checkpoints than there are were saved: {words}")
+        else:
+            self._add(FileStatus.NOTE if rows.beyond or rows.cut_off else FileStatus.OK, path.name, words)
+        return None
 
+    def _check_gradients(self, path: Path, last: int | None) -> None:
+        """Nothing is computed from them: whatever they are, a resume goes on, setting aside what it cannot use."""
+        layers = self._of.layers
+        try:
+            path.stat()
+            rows = scan_table(path, GRADIENT_TABLE.of_layers(layers), 1 << 53 if last is None else last)
+        except FileNotFoundError:
+            self._add(FileStatus.NOTE, path.name, "is not there")
+        except (CorruptCheckpoint, OSError) as error:
+            words = f"{shorten(error, 300)}; a resume goes on all the same, with a new one"
+            self._add(FileStatus.NOTE, path.name, words)
+        else:
+            words = f"{rows.kept} rows of {len(layers)} layers" + (f", {rows.damage}" if rows.damage else "")
+            self._add(FileStatus.NOTE if rows.damage else FileStatus.OK, path.name, words)
 
-def _rows(path: Path, names: tuple[str, ...], key: str, last: int | None, findings: list[Finding]) -> str | None:
-    """Against the checkpoint at `last`, if there is one. Returns why a resume could not go on, None if it could."""
-    try:
-        rows = look(path, names, key, 1 << 53 if last is None else last, every=key == "epoch" and last is not None)
-    except (CorruptCheckpoint, OSError) as error:
-        findings.append(Finding(Status.DAMAGED, path.name, shorten(error, 500)))
-        return f"{path.name} cannot be used"
-    words = f"{rows.kept} rows" + (f" up to the checkpoint, {rows.beyond} after it" if rows.beyond else "")
-    if rows.cut_off:
-        words += ", the last line was cut off"
-    if rows.damage is not None:
-        findings.append(Finding(Status.DAMAGED, path.name, f"{rows.damage}; {words}"))
-    elif key == "epoch" and rows.beyond > 1:
-        # A checkpoint follows every row of an epoch.
-        findings.append(Finding(Status.DAMAGED, path.name, f"newer checkpoints than there are were saved: {words}"))
-    else:
-        repeated = rows.beyond or rows.cut_off
-        findings.append(Finding(Status.NOTE if repeated else Status.OK, path.name, words))
-    return None
+    def _check_weights(self, path: Path) -> None:
+        where = f"weights/{path.name}"
+        try:
+            header = read_header(path)
+            self._of.tensors(header.shapes, where)
+            step = header.metadata.get("step", "")
+            same = next((saved for saved in self._good.values() if str(saved.step) == step), None)
+            if same is not None and not _equal(read_limited(path, self._of.most_bytes), same):
+                raise CorruptCheckpoint(f"is not what the checkpoint of step {step} holds")
+        except FileNotFoundError:
+            self._add(FileStatus.NOTE, where, "is not there")
+        except (Unreadable, CorruptCheckpoint, OSError) as error:
+            self._add(FileStatus.DAMAGED, where, error)
+        else:
+            compared = "its checkpoint is gone to compare with"
+            compared = compared if same is None else "equal to its checkpoint, bit for bit"
+            self._add(FileStatus.OK, where, f"of step {shorten(step)}; {compared}")
 
+    def _check_records(self) -> None:
+        """What only colours a report."""
+        view = RunView(self._run)
+        words = f"{len(view.events)} lines" if (self._run / "events.jsonl").exists() else "is not there"
+        told = view.notes
+        self._add(FileStatus.NOTE if told else FileStatus.OK, "events.jsonl", "; ".join((words, *told)))
+        if not view.env:
+            self._add(FileStatus.NOTE, "env.json", "; ".join(view.notes[len(told) :]) or "is not there")
 
-def _gradients(path: Path, layers: tuple[str, ...], last: int | None, findings: list[Finding]) -> None:
-    """Nothing is computed from them: whatever they are, a resume goes on, setting aside what it cannot use."""
-    names = gradients.columns(layers)
-    try:
-        path.stat()
-        rows = look(path, names, "step", 1 << 53 if last is None else last)
-    except FileNotFoundError:
-        findings.append(Finding(Status.NOTE, path.name, "is not there"))
-    except (CorruptCheckpoint, OSError) as error:
-        words = f"{shorten(error, 300)}; a resume goes on all the same, with a new one"
-        findings.append(Finding(Status.NOTE, path.name, words))
-    else:
-        words = f"{rows.kept} rows of {len(layers)} layers" + (f", {rows.damage}" if rows.damage else "")
-        findings.append(Finding(Status.NOTE if rows.damage else Status.OK, path.name, words))
-
-
-def _weights(path: Path, belonging: Belonging, good: Mapping[str, Checkpoint], findings: list[Finding]) -> None:
-    where = f"weights/{path.name}"
-    try:
-        header = read_header(path)
-        shapes = {name: info.shape for name, info in header.tensors.items()}
-        belonging.tensors(shapes, where)
-        step = header.metadata.get("step", "")
-        same = next((saved for saved in good.values() if str(saved.step) == step), None)
-        if same is not None and not _equal(read_limited(path, belonging.most_bytes), same):
-            raise CorruptCheckpoint(f"is not what the checkpoint of step {step} holds")
-    except FileNotFoundError:
-        findings.append(Finding(Status.NOTE, where, "is not there"))
-    except (Unreadable, CorruptCheckpoint, OSError) as error:
-        findings.append(Finding(Status.DAMAGED, where, shorten(error, 500)))
-    else:
-        compared = (
-            "equal to its checkpoint, bit for bit" if same is not None else "its checkpoint is gone to compare with"
-        )
-        findings.append(Finding(Status.OK, where, f"of step {shorten(step)}; {compared}"))
+    def _check_lock(self) -> None:
+        """Whether somebody writes. The lock is not tried, which could be in the way of who wants it: Linux lists locks,
+        elsewhere it stays unknown."""
+        owner = read_owner(self._run / OWNER_NAME)
+        try:
+            status = (self._run / LOCK_NAME).stat()
+            with open("/proc/locks", encoding="ascii") as file:
+                held = [fields for line in file if len(fields := line.split()) > 5]
+        except (OSError, ValueError):
+            last = "" if owner is None else f"; last opened by process {owner.pid} on {owner.host}"
+            self._add(FileStatus.NOTE, LOCK_NAME, f"whether a process writes it is not known{last}")
+            return
+        # The number of a file is one of its file system only. Some (btrfs) tell another device than is listed here:
+        # there the owner's word is taken that it is this file.
+        device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:"
+        same = [(fields[4], fields[5]) for fields in held if fields[5].endswith(f":{status.st_ino}")]
+        for pid, at in same:
+            if at.startswith(device) or (owner is not None and pid == str(owner.pid)):
+                words = f"process {pid} writes this run now: what is found may change"
+                self._add(FileStatus.NOTE, LOCK_NAME, words)
+                return
+        self._add(FileStatus.OK, LOCK_NAME, "no process on this machine writes this run")
 
 
 def _equal(data: bytes, saved: Checkpoint) -> bool:
@@ -209,72 +243,8 @@ def _equal(data: bytes, saved: Checkpoint) -> bool:
     )
 
 
-def _records(run: Path, findings: list[Finding]) -> None:
-    """What only colours a report."""
-    try:
-        lines = read_limited(run / "events.jsonl", TABLE_LIMIT_BYTES).splitlines()
-        bad = sum(not _is_event(line) for line in lines)
-        status = Status.NOTE if bad else Status.OK
-        findings.append(Finding(status, "events.jsonl", f"{len(lines)} lines" + f", {bad} unreadable" * bool(bad)))
-    except (Unreadable, OSError) as error:
-        findings.append(Finding(Status.NOTE, "events.jsonl", shorten(error)))
-    try:
-        read_json(run / "env.json")
-    except (Unreadable, OSError) as error:
-        findings.append(Finding(Status.NOTE, "env.json", shorten(error)))
-
-
-def _is_event(line: bytes) -> bool:
-    try:
-        values = parse_json(line)
-    except Unreadable:
-        return False
-    return isinstance(values, dict) and isinstance(values.get("event"), str)
-
-
-def _lock(run: Path) -> Finding:
-    """Whether somebody writes. The lock is not tried, which could be in the way of who wants it: Linux lists locks,
-    elsewhere it stays unknown."""
-    try:
-        status = (run / "run.lock").stat()
-        with open("/proc/locks", encoding="ascii") as file:
-            held = [line.split() for line in file]
-        owner = read_owner(run / OWNER_NAME)
-        # The number of a file is one of its file system only. Some (btrfs) tell another device than is listed here:
-        # there the owner's word is taken that it is this file.
-        device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-        same = [
-            (fields[4], fields[5]) for fields in held if len(fields) > 5 and fields[5].endswith(f":{status.st_ino}")
-        ]
-        writers = [pid for pid, at in same if at.startswith(f"{device}:") or (owner and pid == str(owner.pid))]
-    except FileNotFoundError:
-        return Finding(Status.NOTE, "run.lock", f"whether a process writes it is not known; {_owner(run)}")
-    except (OSError, ValueError):
-        return Finding(Status.NOTE, "run.lock", "whether a process writes it is not known")
-    if writers:
-        return Finding(Status.NOTE, "run.lock", f"process {writers[0]} writes this run now: what is found may change")
-    return Finding(Status.OK, "run.lock", "no process on this machine writes this run")
-
-
-def _owner(run: Path) -> str:
-    try:
-        owner: Any = read_json(run / "run.owner.json")
-        return f"last opened by process {int(owner['pid'])} on {shorten(owner['host'], 60)}"
-    except (Unreadable, OSError, LookupError, TypeError, ValueError):
-        return "nor who last did"
-
-
-def to_json(found: Verified) -> str:
+def to_json(verified: Verified) -> str:
     """For `lowmem verify --json`."""
-    values = {
-        "run": os.fspath(found.run),
-        "can_resume": found.can_resume,
-        "resumes_from": found.resumes_from,
-        "epoch": found.epoch,
-        "step": found.step,
-        "step_in_epoch": found.step_in_epoch,
-        "finished": found.finished,
-        "obstacle": found.obstacle,
-        "findings": [{"status": one.status, "where": one.where, "what": one.what} for one in found.findings],
-    }
-    return json.dumps(values, indent=1)
+    values = {"run": os.fspath(verified.run), "can_resume": verified.can_resume}
+    values |= {name: value for name, value in asdict(verified).items() if name not in ("run", "findings")}
+    return json.dumps(values | {"findings": [asdict(finding) for finding in verified.findings]}, indent=1)

@@ -1,7 +1,7 @@
 """Predicts bytes without a GPU, by running the real code on fake tensors."""
 
 from lowmem.simulate.allocator import Allocator, DeviceFull
-from lowmem.simulate.step import Loop, empty_copy, trace_steps, warm_up
+from lowmem.simulate.step import Simulated, StepRun, StepShape, empty_copy, simulate_step, trace_steps
 from lowmem.simulate.trace import Call, Estimate, KernelWork, Kind, MemoryEvent, Recorder, Trace, estimate
 
 __all__ = [
@@ -11,12 +11,14 @@ __all__ = [
     "Estimate",
     "KernelWork",
     "Kind",
-    "Loop",
     "MemoryEvent",
     "Recorder",
+    "Simulated",
+    "StepRun",
+    "StepShape",
     "Trace",
     "empty_copy",
     "estimate",
+    "simulate_step",
     "trace_steps",
-    "warm_up",
 ]

@@ -7,45 +7,38 @@ policy that does not drop it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lowmem.plan.policy import BlockPolicy, PolicyKind
+from lowmem.remat.kernels import mask_relu
+from lowmem.remat.stage import Saved, Stage, StagePass
 from lowmem.simulate.trace import KernelWork, Recorder
-
-
-class Measurable(Protocol):
-    """The executor's stage, as far as it is needed here."""
-
-    @property
-    def relu_output(self) -> bool: ...
-    @property
-    def signature(self) -> Hashable: ...
-    def parameters(self) -> Iterable[Tensor]: ...
-    def forward(
-        self, box: list[Tensor], policy: Any, memo: Any, *, need_input: bool, want_output: bool = True
-    ) -> tuple[Tensor | None, Any]: ...
-    def restore(self, saved: Any, x: Tensor, memo: Any) -> Tensor: ...
-    def backward(self, grad: list[Tensor], saved: Any, x: Tensor, memo: Any, *, need_input: bool) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
 class Option:
-    """A policy to be measured; only the stage looks into it."""
+    """A policy to be measured. `last`: of a segment's last stage, whose output is not made."""
 
-    policy: Any
-    drops_output: bool = False
-    fused: bool = False  # no forward of its own; all work in the backward
-    last: bool = False  # as a segment's last stage, whose output is not made
+    policy: BlockPolicy
+    last: bool = False
+
+    @property
+    def drops_output(self) -> bool:
+        return self.policy.drop_output
+
+    @property
+    def fused(self) -> bool:
+        """No forward of its own; all work in the backward."""
+        return self.policy.kind is PolicyKind.FUSED
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptionMeasure:
-    """Bytes above the chain's; the fields of `lowmem.plan.cost.OptionCost` have the same names and
-    meaning."""
+    """Bytes above the chain's; the fields of `lowmem.plan.cost.OptionCost` have the same names and meaning."""
 
     option: Option
     kept_bytes: int
@@ -73,10 +66,10 @@ class StageMeasure:
 
 
 def measure_chain(
-    stages: Sequence[Measurable],
-    options: Callable[[Measurable], Sequence[Option]],
+    stages: Sequence[Stage],
+    options: Callable[[Stage], Sequence[Option]],
     x: Tensor,
-    new_memo: Callable[[], Any],
+    new_memo: Callable[[], StagePass],
     recorder: Recorder,
     mode: Hashable = None,
 ) -> Iterator[StageMeasure]:
@@ -93,7 +86,7 @@ def measure_chain(
             trainable = tuple(parameter.requires_grad for parameter in stage.parameters())
             key = (stage.signature, trainable, x.shape, x.stride(), x.dtype, need_input, masked, mode)
             if key not in known:
-                bench = _Bench(stage, x, new_memo, need_input, masked, recorder)
+                bench = _StageBench(stage, x, new_memo, need_input, masked, recorder)
                 known[key] = bench.measure(key, options(stage))
             yield known[key]
             y, _ = stage.forward([x], None, new_memo(), need_input=False)
@@ -102,20 +95,16 @@ def measure_chain(
             need_input, masked = need_input or any(trainable), stage.relu_output
 
 
-class _Bench:
+@dataclass(frozen=True)
+class _StageBench:
     """One stage on its input."""
 
-    def __init__(
-        self,
-        stage: Measurable,
-        x: Tensor,
-        new_memo: Callable[[], Any],
-        need_input: bool,
-        masked: bool,
-        recorder: Recorder,
-    ) -> None:
-        self.stage, self.x, self.new_memo = stage, x, new_memo
-        self.need_input, self.masked, self.recorder = need_input, masked, recorder
+    stage: Stage
+    x: Tensor
+    new_memo: Callable[[], StagePass]
+    need_input: bool
+    masked: bool
+    recorder: Recorder
 
     def measure(self, key: Hashable, options: Sequence[Option]) -> StageMeasure:
         start = self._mark()
@@ -137,13 +126,12 @@ class _Bench:
         )
 
     def _option(self, option: Option, like: Tensor, output: int) -> OptionMeasure:
-        memo: Any = self.new_memo()
-        y: Tensor | None
-        saved: Any
+        memo = self.new_memo()
+        y: Tensor | None = None
+        saved: Saved = {}
         if option.fused or option.last:  # statistics come from a run before, which is not its own
             self.stage.forward([self.x], None, memo, need_input=False)
         start = self._mark()
-        y, saved = None, {}
         if not option.fused:
             y, saved = self.stage.forward(
                 [self.x], option.policy, memo, need_input=self.need_input, want_output=not option.last
@@ -176,7 +164,7 @@ class _Bench:
             restore_work=restore_work,
         )
 
-    def _backward(self, like: Tensor, saved: Any, memo: Any) -> tuple[int, tuple[KernelWork, ...]]:
+    def _backward(self, like: Tensor, saved: Saved, memo: StagePass) -> tuple[int, tuple[KernelWork, ...]]:
         """The peak above what is kept and the gradient of the output, and the work."""
         parameters = list(self.stage.parameters())
         for parameter in parameters:
@@ -186,7 +174,7 @@ class _Bench:
         size = _size(grad[0])
         grad_x = self.stage.backward(grad, saved, self.x, memo, need_input=self.need_input)
         if grad_x is not None and self.masked:
-            torch.ops.aten.threshold_backward.grad_input(grad_x, self.x, 0, grad_input=grad_x)
+            mask_relu(grad_x, self.x)
         peak, _, work = self._since(start)
         del grad_x, grad
         for parameter in parameters:

@@ -1,128 +1,160 @@
-"""One training loop on fake tensors: build, then forward, loss, backward and optimizer step, a few times."""
+"""One whole training step, simulated: the code of `lowmem.step` on tensors that have no values (invariant 5)."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 
-from lowmem.simulate.trace import Call, Kind, Recorder, Trace
+from lowmem.config.schema import OptimConfig
+from lowmem.distributed.group import Group
+from lowmem.distributed.split import Split
+from lowmem.measure.out_of_memory import Failure
+from lowmem.plan.cost import Operation, Rates
+from lowmem.plan.policy import Schedule
+from lowmem.remat import PlannedModule, apply_plan
+from lowmem.simulate.allocator import DeviceFull
+from lowmem.simulate.trace import Call, Estimate, Kind, Recorder, Trace, estimate
+from lowmem.step.data_parallel import DataParallelStep
+from lowmem.step.train_step import FUSED, Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
+from lowmem.step.undo import Undo
+
+_LR = 0.1  # any: it takes no memory
 
 
-class Reduction(Protocol):
-    """What sums gradients over processes during the last micro-batch's backward (`lowmem.distributed.Reducer`)."""
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """What a step works on: `batch` in micro-batches of `micro_batch`. `model` may be on any device, `meta` too."""
 
-    def arm(self) -> None: ...
+    model: nn.Module
+    image_shape: tuple[int, int, int]
+    batch: int
+    micro_batch: int
+    precision: str
+    memory_format: str
+    momentum: bool = True
+    library_norm: bool = False  # see lowmem.remat.kernels; of a planned step
+    joint: bool = False  # one of several processes that sum their gradients
+    sync_bn: bool = False
 
-    def finish(self, weight: float) -> None: ...
+    @property
+    def execution(self) -> Execution:
+        """On the CPU, where fake tensors live: its half precision, bf16, has two bytes like any other."""
+        return Execution("cpu", self.precision, self.memory_format)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches a step, the last, smaller one included."""
+        return -(-self.batch // self.micro_batch)
 
 
-@dataclass
-class Loop:
-    """The real loop's step, for whatever executes the model.
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """A steady step (momentum exists): bytes, seconds by the roofline, floating-point operations.
 
-    `run` maps a micro-batch to logits, `model` owns parameters and buffers, `micro_batches` are (inputs,
-    labels). Gradients are set to None before the forward and the loss of each micro-batch is weighted by
-    its share. `beside`: what the real loop holds all the time for its own purposes. `reduction`: of one process
-    among several.
+    `fits`: whether the caching allocator gets by with the capacity that was given. Its estimate is then of that
+    allocator, which returns what it has cached when the card is full (at the price of waiting for the card); where it
+    does not fit, or no capacity was given, of one on a card without limit.
     """
 
-    run: Callable[[Tensor], Tensor]
-    model: nn.Module
-    optimizer: torch.optim.Optimizer | None
-    micro_batches: list[tuple[Tensor, Tensor]]
-    autocast: torch.dtype | None = None
-    beside: tuple[Tensor, ...] = ()
-    reduction: Reduction | None = None
-
-    def step(self, recorder: Recorder) -> None:
-        self.model.zero_grad(set_to_none=True)
-        total = sum(len(labels) for _, labels in self.micro_batches)
-        for count, (inputs, labels) in enumerate(self.micro_batches, start=1):
-            if self.reduction is not None and count == len(self.micro_batches):
-                self.reduction.arm()
-            share = len(labels) / total
-            self._forward_backward(recorder, inputs, labels, share)
-        if self.reduction is not None:
-            with _phase(recorder, "reduction"):
-                self.reduction.finish(1.0)
-        recorder.label((parameter.grad for parameter in self.model.parameters()), Kind.GRADS)
-        if self.optimizer is not None:
-            with _phase(recorder, "optimizer"):
-                self.optimizer.step()
-            recorder.label(_state(self.optimizer), Kind.OPTIMIZER)
-
-    def _forward_backward(self, recorder: Recorder, inputs: Tensor, labels: Tensor, share: float) -> None:
-        enabled = self.autocast is not None
-        with _phase(recorder, "forward"), torch.autocast(inputs.device.type, self.autocast, enabled=enabled):
-            loss = F.cross_entropy(self.run(inputs), labels)
-            if share != 1.0:
-                loss = loss * share
-        with _phase(recorder, "backward"):
-            loss.backward()
+    estimate: Estimate
+    seconds: float
+    flops: int
+    fits: bool = True
 
 
-@contextmanager
-def _phase(recorder: Recorder, name: str) -> Iterator[None]:
-    before, recorder.phase = recorder.phase, lambda: name
-    yield
-    recorder.phase = before
+def simulate_step(
+    shape: StepShape,
+    schedule: Schedule | None,
+    rates: Rates,
+    capacity_bytes: int | None = None,
+    workspace: Callable[[Call], int] | None = None,
+    *,
+    way: Callable[[nn.Module], nn.Module] | None = None,
+    optimizer: Mapping[str, bool] = FUSED,
+) -> Simulated:
+    """Runs the training step with the real executor (or, for None, the untouched model under autograd) on fake tensors.
+
+    `capacity_bytes`: of the allocator; None: no limit. `workspace`: see `lowmem.simulate.Recorder`. `way`: another way
+    to execute the model, where there is no schedule. `optimizer`: the form of SGD, as its own keywords say it.
+    """
+
+    def build() -> StepRun:
+        model = empty_copy(shape.model, shape.execution.torch_memory_format)
+        model.train()
+        if schedule is not None:
+            return _step_of(shape, apply_plan(model, schedule, library_norm=shape.library_norm), optimizer)
+        return _step_of(shape, model if way is None else way(model), optimizer)
+
+    trace = trace_steps(build, steps=1, workspace=workspace)
+    work = (Operation(kernel.flops, kernel.moved_bytes) for kernel in trace.work if kernel.phase != "setup")
+    try:
+        taken, fits = estimate(trace, capacity_bytes), True
+    except DeviceFull:
+        taken, fits = estimate(trace), False
+    return Simulated(estimate=taken, seconds=rates.seconds(work), flops=trace.flops(), fits=fits)
 
 
-def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    for state in optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, Tensor))
+@dataclass(frozen=True, kw_only=True)
+class StepRun:
+    """A training step and what it is given. `undo`: None for a step that is not undone."""
+
+    step: TrainStep
+    images: Tensor
+    labels: Tensor
+    undo: Undo | None = None
+
+    def run(self, look: Callable[[], None] | None = None) -> None:
+        """Makes the step; `look`: see `TrainStep`. Raises MemoryError where the host has none left."""
+        if self.undo is None:
+            self.step(self.images, self.labels, _LR, look)
+        elif isinstance(failure := self.undo.attempt(lambda: self.step(self.images, self.labels, _LR, look)), Failure):
+            raise MemoryError(failure.message)
+
+
+def _step_of(shape: StepShape, run: nn.Module, form: Mapping[str, bool]) -> StepRun:
+    """What the trainer puts together for a run, alone or as one of several processes."""
+    execution, joint, undone = shape.execution, None, False
+    optimizer = make_optimizer(run, OptimConfig(momentum=0.9 if shape.momentum else 0.0), execution.device, form)
+    # The plain step, which others are compared with, is the library's: nobody sums its gradients or undoes it.
+    if isinstance(run, PlannedModule):
+        undone = True
+        if shape.joint:
+            split = Split((shape.batch,), micro_batches=(shape.micro_batch,))
+            joint = DataParallelStep(run, Group(), split, execution.device, sync_bn=shape.sync_bn)
+            joint.begin(shape.batch)
+    step = TrainStep(run, optimizer, make_scaler(execution), execution, shape.micro_batch, joint)
+    images = torch.empty(shape.batch, *shape.image_shape).contiguous(memory_format=execution.torch_memory_format)
+    labels = torch.zeros(shape.batch, dtype=torch.int64)
+    return StepRun(step=step, images=images, labels=labels, undo=Undo(step, run) if undone else None)
 
 
 def trace_steps(
-    build: Callable[[], Loop], steps: int = 2, *, fake: bool = True, workspace: Callable[[Call], int] | None = None
+    build: Callable[[], StepRun], steps: int = 1, *, workspace: Callable[[Call], int] | None = None
 ) -> Trace:
-    """Builds the loop and runs it -> everything that was allocated and freed, in phases `setup`, `forward`,
-    `backward` and `optimizer`.
-
-    Two steps are the least that shows the peak, because momentum comes to exist in the first (see
-    `warm_up`). With `fake` nothing is allocated for real; without, the same is recorded of real tensors.
-    `workspace`: see `Recorder`.
-    """
-    with _fake_mode(fake):
+    """Builds a step on fake tensors and runs it -> everything that was allocated and freed, in the phase `setup` and in
+    those of the step (see `TrainStep.phase`). `workspace`: see `Recorder`."""
+    with FakeTensorMode():
         recorder = Recorder(workspace)
         with recorder:
-            loop = build()
-            recorder.label((*loop.model.parameters(), *loop.model.buffers()), Kind.PARAMS)
-            if loop.optimizer is not None:
-                recorder.label(_state(loop.optimizer), Kind.OPTIMIZER)
-            recorder.label((tensor for pair in loop.micro_batches for tensor in pair), Kind.ACTIVATIONS)
-            for _ in range(steps):
-                loop.step(recorder)
-        del loop
+            _run_recorded(recorder, build(), steps)
+        recorder.phase = lambda: "end"  # and with it the step goes
     return recorder.trace
 
 
-def warm_up(optimizer: torch.optim.SGD) -> None:
-    """Gives SGD the momentum that its first step would make: then one step is enough to show the peak.
-
-    To be called in `build`, after the optimizer is made; parameters that are frozen get none."""
-    for group in optimizer.param_groups:
-        if group["momentum"]:
-            for parameter in group["params"]:
-                if parameter.requires_grad:
-                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-@contextmanager
-def _fake_mode(fake: bool) -> Iterator[None]:
-    if not fake:
-        yield
-        return
-    with FakeTensorMode():
-        yield
+def _run_recorded(recorder: Recorder, run: StepRun, steps: int) -> None:
+    step, network = run.step, run.step.model
+    copies = run.undo.copies if run.undo is not None else ()
+    recorder.label((*network.parameters(), *network.buffers(), *copies), Kind.PARAMS)
+    recorder.label(optimizer_tensors(step.optimizer), Kind.OPTIMIZER)
+    recorder.label((run.images, run.labels), Kind.ACTIVATIONS)
+    recorder.phase = lambda: step.phase
+    for _ in range(steps):
+        run.run(lambda: recorder.label((parameter.grad for parameter in network.parameters()), Kind.GRADS))
 
 
 def empty_copy(model: nn.Module, memory_format: torch.memory_format = torch.preserve_format) -> nn.Module:

@@ -23,7 +23,7 @@ from lowmem.simulate.allocator import Allocator
 
 
 class Kind(StrEnum):
-    """What a storage is for. Buffers count as parameters, the batch as an activation."""
+    """What a storage is for. Buffers count as parameters, and what undoes a step too; the batch as an activation."""
 
     PARAMS = "params"
     GRADS = "grads"
@@ -45,8 +45,7 @@ class MemoryEvent:
 
 @dataclass(frozen=True, slots=True)
 class KernelWork:
-    """One kernel: floating-point operations, and bytes with each operand read once, each result written
-    once."""
+    """One kernel: floating-point operations, and bytes with each operand read once, each result written once."""
 
     operation: str
     flops: int
@@ -98,17 +97,8 @@ class Trace:
                 kinds[event.storage] = Kind.TEMPORARY
         return kinds
 
-    def flops(self, *phases: str) -> int:
-        """Of the given phases, or of all."""
-        return sum(work.flops for work in self.work if not phases or work.phase in phases)
-
-    def peak_bytes(self) -> int:
-        """The most that existed at once."""
-        live = peak = 0
-        for event in self.events:
-            live += event.change_bytes
-            peak = max(peak, live)
-        return peak
+    def flops(self) -> int:
+        return sum(kernel.flops for kernel in self.work)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +120,7 @@ class Estimate:
 
 
 def estimate(trace: Trace, capacity_bytes: int | None = None) -> Estimate:
-    """Plays the trace through the allocator's model. Raises `allocator.DeviceFull` if it does not fit a
-    capacity."""
+    """Plays the trace through the allocator's model. Raises `allocator.DeviceFull` if it does not fit a capacity."""
     kinds = trace.all_kinds()
     allocator = Allocator(capacity_bytes)
     live = dict.fromkeys(Kind, 0)
@@ -173,8 +162,11 @@ class Recorder(TensorMeter):
                 self.trace.kinds[self._see(tensor, "adopt")] = kind
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func in _IN_PLACE and isinstance(args[0], FakeTensor):
-            return _written(func, kwargs)
+        if args and isinstance(args[0], FakeTensor):
+            if func in _IN_PLACE:
+                return _written(func, kwargs)
+            if func is torch.ops.aten.native_batch_norm.default:
+                return _empty_norm(*args)
         return func(*args, **kwargs)
 
     def _ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor], flops: int) -> None:
@@ -221,6 +213,13 @@ _IN_PLACE = frozenset(
     {torch.ops.aten.native_batch_norm.out, torch.ops.aten.threshold_backward.grad_input}
     | {torch.ops.aten.batch_norm_elemt.out}
 )
+
+
+def _empty_norm(z: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of a batch norm. Fake tensors' own has statistics in the input's dtype; kernels have the weight's."""
+    dtype = z.dtype if weight is None else weight.dtype
+    size = z.shape[1] if rest[3] else 0  # in training
+    return torch.empty_like(z), z.new_empty(size, dtype=dtype), z.new_empty(size, dtype=dtype)
 
 
 def _written(func: Any, kwargs: dict[str, Any]) -> Any:

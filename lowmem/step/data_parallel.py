@@ -12,8 +12,7 @@ only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,35 +21,25 @@ from lowmem.core.errors import PeerFailed
 from lowmem.distributed.group import Group
 from lowmem.distributed.reducer import Reducer
 from lowmem.distributed.split import Split
-
-
-@dataclass(frozen=True)
-class StepRequest:
-    """What a process brings into a step, or what all of them agreed on: `stop`, the number of a signal or 0; whether to
-    save; whether memory is short."""
-
-    stop: int = 0
-    save: bool = False
-    short: bool = False
+from lowmem.remat import PlannedModule
+from lowmem.remat.sync_batch_norm import sum_sizes
 
 
 class DataParallelStep:
-    """What `TrainStep` does with the other processes. `norm_sizes`: elements of every sum that a pass of the network
-    makes for its batch norms, forward and backward; empty with statistics of each process's own."""
+    """What `TrainStep` does with the other processes. The executor runs the network: it says when gradients are
+    complete, and it knows batch norm over all processes (`sync_bn`)."""
 
-    def __init__(
-        self,
-        group: Group,
-        reducer: Reducer,
-        split: Split,
-        device: str,
-        norm_sizes: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, run: PlannedModule, group: Group, split: Split, device: str, *, sync_bn: bool) -> None:
         self.group, self.split = group, split
-        self._reducer, self._device = reducer, device
-        self._norm_sizes = tuple(norm_sizes)
-        self.ask: Callable[[], StepRequest] = StepRequest
-        self.agreed = StepRequest()
+        self._device = device
+        stages = [list(stage.parameters()) for stage in run.stages]
+        self._reducer = Reducer(stages, [] if sync_bn else list(run.buffers()), group.start_total)
+        # Elements of every sum that a pass makes for its batch norms; empty with statistics of each process's own.
+        self._norm_sizes = sum_sizes(stage.norms for stage in run.stages) if sync_bn else ()
+        run.stage_done = self._reducer.stage_done
+        run.total = self.norm_total if sync_bn else None
+        self.verdict: Callable[[], int] = int  # of this process on the run, a greater number for a stronger one
+        self.agreed = 0  # the strongest verdict of all processes in the last step
         self.begin(0)
 
     def begin(self, size: int) -> tuple[int, int]:
@@ -88,12 +77,12 @@ class DataParallelStep:
         self._summed = True
 
     def agree(self) -> None:
-        """The verdict, when nothing is left to do but the update. Raises PeerFailed."""
+        """Whether all have made it, when nothing is left to do but the update. Raises PeerFailed."""
         if any(self._vote(failed=False)):
             raise PeerFailed("another process could not make this step")
 
     def fail(self) -> None:
-        """Of a process whose own step failed and was undone: what it owes the others, and its verdict."""
+        """Of a process whose own step failed and was undone: what it owes the others, and its vote."""
         sums = len(self._norm_sizes)
         for call in range(self._norm_calls, self.split.pieces(self._size) * sums):
             self.group.total(self._zeros(self._norm_sizes[call % sums]))
@@ -107,11 +96,9 @@ class DataParallelStep:
         return torch.zeros(elements, dtype=torch.float64, device=self._device)
 
     def _vote(self, *, failed: bool) -> list[int]:
-        asked = self.ask()
         votes = [0] * self.group.size
         votes[self.group.rank] = int(failed)
-        stop, save, short, *votes = self.group.most([asked.stop, int(asked.save), int(asked.short), *votes])
-        self.agreed = StepRequest(stop, bool(save), bool(short))
+        self.agreed, *votes = self.group.most([self.verdict(), *votes])
         return votes
 
 

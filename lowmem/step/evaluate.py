@@ -37,28 +37,17 @@ class Sums:
         return Score(self.loss / self.count, 100.0 * self.wrong / self.count, self.count)
 
 
+@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     execution: Execution,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Score | None:
+) -> Sums | None:
     """Scores the model in eval mode, and puts it back as it was. None if `should_stop` said so in between.
 
     Changes no parameter and no buffer, so that an evaluation that was cut off can simply be done again.
     """
-    sums = evaluate_sums(model, batches, execution, should_stop)
-    return None if sums is None else sums.score()
-
-
-@torch.inference_mode()
-def evaluate_sums(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    execution: Execution,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Sums | None:
-    """As `evaluate`, before the division; of no pictures, too."""
     was_training = model.training
     model.eval()
     loss_sum: Tensor | float = 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,15 @@ from torch.nn import functional as F
 
 from lowmem.config.schema import OptimConfig
 from lowmem.step.data_parallel import DataParallelStep
+
+FUSED: Mapping[str, bool] = {"fused": True}
+
+
+def amp_dtype(precision: str, device: str) -> torch.dtype | None:
+    """Of autocast: fp16 on CUDA, bf16 on the CPU (which has no fast fp16), None in fp32."""
+    if precision != "amp":
+        return None
+    return torch.float16 if device == "cuda" else torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -24,10 +33,7 @@ class Execution:
 
     @property
     def amp_dtype(self) -> torch.dtype | None:
-        """fp16 on CUDA, bf16 on the CPU (which has no fast fp16), None in fp32."""
-        if self.precision != "amp":
-            return None
-        return torch.float16 if self.device == "cuda" else torch.bfloat16
+        return amp_dtype(self.precision, self.device)
 
     @property
     def torch_memory_format(self) -> torch.memory_format:
@@ -48,25 +54,28 @@ class _UncompiledSGD(torch.optim.SGD):
     step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig, device: str) -> torch.optim.SGD:
+def make_optimizer(
+    model: nn.Module, config: OptimConfig, device: str, form: Mapping[str, bool] = FUSED
+) -> torch.optim.SGD:
     """SGD over all trainable parameters, in the library's fused form and with momentum that exists from the start:
-    its update allocates nothing, so a step that runs out of memory does so before it and can be undone."""
+    its update allocates nothing, so a step that runs out of memory does so before it and can be undone. `form`: another
+    one, as SGD's own keywords say it."""
     if device == "cuda":
         # A kernel is loaded when it is first launched, and that takes memory: here, not in the middle of a full step.
         tiny = nn.Parameter(torch.zeros(1, device=device))
         tiny.grad = torch.zeros_like(tiny)
-        _sgd([tiny], config).step()
-    return _sgd([parameter for parameter in model.parameters() if parameter.requires_grad], config)
+        _sgd([tiny], config, form).step()
+    return _sgd([parameter for parameter in model.parameters() if parameter.requires_grad], config, form)
 
 
-def _sgd(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.SGD:
+def _sgd(parameters: list[nn.Parameter], config: OptimConfig, form: Mapping[str, bool]) -> torch.optim.SGD:
     optimizer = _UncompiledSGD(
         parameters,
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         nesterov=config.nesterov and config.momentum > 0,
-        fused=True,
+        **form,
     )
     if config.momentum > 0:
         # Left to itself the fused step makes momentum without values and, when the scaler found an overflow (the
@@ -74,6 +83,11 @@ def _sgd(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.SGD
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What the optimizer keeps between steps: momentum."""
+    return [value for slots in optimizer.state.values() for value in slots.values() if isinstance(value, Tensor)]
 
 
 def make_scaler(execution: Execution) -> torch.amp.GradScaler:
@@ -104,7 +118,9 @@ class TrainStep:
         self.execution = execution
         self.micro_batch = micro_batch
         self.joint = joint
-        self.phase = "data"  # what a step is doing, for whoever has to say where it failed
+        # What a step is doing, for whoever has to say where it failed: `data`, `forward`, `backward`, `reduction`,
+        # `gradient norms`, `update`.
+        self.phase = "data"
 
     def __call__(
         self,

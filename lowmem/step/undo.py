@@ -1,8 +1,9 @@
-"""Surviving out-of-memory: undoing the step that met it.
+"""Undoing steps: one that met out-of-memory, and one that was made on trial.
 
 A step changes nothing but gradients, batch-norm buffers and the scaler's notes until its update, and the update
 allocates nothing (see `make_optimizer`). So a step that ran out of memory is undone with copies of the buffers alone,
-made before it in memory that is there from the start, and is run again, the same step, under a smaller plan.
+made before it in memory that is there from the start, and is run again, the same step, under a smaller plan. Where
+the update is made too, everything is copied, to host memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from lowmem.core.errors import PeerLost
 from lowmem.measure.out_of_memory import Failure, attempt, release
-from lowmem.step.train_step import TrainStep
+from lowmem.step.train_step import TrainStep, optimizer_tensors
 
 T = TypeVar("T")
 
@@ -59,14 +60,46 @@ class Undo:
         return result
 
     def _undone(self) -> bool:
-        self._step.optimizer.zero_grad(set_to_none=True)
-        self._step.reset_scaler()
+        _forget(self._step)
         copies = self.copies[len(self._buffers) :]
         if not all(_same_bits(now, then) for now, then in zip(self._watched, copies, strict=True)):
             return False
         _copy(self._buffers, self.copies[: len(self._buffers)])
         release()
         return True
+
+
+class Before:
+    """Everything a step and its update change, in host memory, as it was when this was made: where there is room before
+    a run, and the card's own is not touched."""
+
+    def __init__(self, step: TrainStep) -> None:
+        self._step = step
+        self._slots = {parameter: dict(slots) for parameter, slots in step.optimizer.state.items()}
+        tensors = (*step.model.state_dict().values(), *optimizer_tensors(step.optimizer))
+        self._copies = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]
+        self._rates = [group["lr"] for group in step.optimizer.param_groups]
+        self._scaler = step.scaler.state_dict()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts it all back, in place: same tensors, same memory formats, no gradients."""
+        optimizer = self._step.optimizer
+        _forget(self._step)
+        for tensor, saved in self._copies:
+            tensor.copy_(saved)
+        optimizer.state.clear()
+        optimizer.state.update({parameter: dict(slots) for parameter, slots in self._slots.items()})
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
+        if self._scaler:
+            self._step.scaler.load_state_dict(self._scaler)
+
+
+def _forget(step: TrainStep) -> None:
+    """What a step that is not finished leaves beside buffers."""
+    step.optimizer.zero_grad(set_to_none=True)
+    step.reset_scaler()
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,54 +17,9 @@ from lowmem.core.errors import CorruptCheckpoint
 from lowmem.core.reading import shorten
 from lowmem.distributed.group import Group
 from lowmem.runs.checkpoint import Checkpoint
-from lowmem.runs.position import check_state
+from lowmem.runs.checkpoint_state import RunState, read_state
 
 _SLOT = "momentum_buffer"  # all that SGD keeps of a parameter
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best epoch so far, by error on the validation pictures if there are any, else on the test pictures."""
-
-    epoch: int
-    step: int
-    error_pct: float
-    chosen_on: str
-
-
-@dataclass
-class RunState:
-    """Position and running sums. Floats go through JSON unchanged (shortest round-trip form)."""
-
-    epoch: int = 0  # completed
-    step: int = 0
-    step_in_epoch: int = 0
-    loss_sum: float = 0.0  # over the epoch so far
-    wrong: float = 0.0
-    seen: int = 0
-    low_start: bool = False
-    best: Best | None = None
-    elapsed_seconds: float = 0.0
-    train_seconds: float = 0.0  # of this epoch, evaluation and saving not counted
-    scaler: dict[str, Any] = field(default_factory=dict)
-    share_log_sum: float = 0.0  # of the gradient shares recorded in this epoch (see train.stuck)
-    share_count: int = 0
-    gradient_share: float | None = None  # of the last epoch that has any
-    chance_epochs: int = 0  # at chance, up to the last one
-    told_stuck: bool = False
-    exploded_losses: int = 0  # logged ones far above chance, one after the other, up to the last (see train.diverge)
-    rollbacks: int = 0
-    lr_scale: float = 1.0  # what rollbacks made of the learning rate
-    processes: int = 1  # that took the last step
-
-    def start_epoch(self) -> None:
-        """Clears what belongs to one epoch."""
-        self.step_in_epoch = self.seen = 0
-        self.loss_sum = self.wrong = self.train_seconds = self.share_log_sum = 0.0
-        self.share_count = 0
-
-
-_STATE_FIELDS = frozenset(one.name for one in fields(RunState))
 
 
 _LATER_DEFAULTS = (
@@ -95,14 +50,10 @@ def cpu_copy(tensor: Tensor) -> Tensor:
     return tensor.cpu().contiguous()  # the memory format is changed on the host, where there is room
 
 
-def check_belongs(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
-    """Raises CorruptCheckpoint unless its state is a run's, of just these settings and data (what `identity` names)."""
-    check_state(checkpoint.state, checkpoint.step)
-    if odd := checkpoint.state["run"].keys() - _STATE_FIELDS:
-        raise CorruptCheckpoint(
-            f"state.json of step {checkpoint.step} holds {shorten(sorted(odd)[0])!r}, which this lowmem does not know: "
-            "use the one that wrote it"
-        )
+def check_belongs(checkpoint: Checkpoint, identity: Mapping[str, str]) -> RunState:
+    """Its state. Raises CorruptCheckpoint unless that is a run's, of just these settings and data (what `identity`
+    names)."""
+    state = read_state(checkpoint.state, checkpoint.step)
     recorded = checkpoint.state["identity"]
     for key, value in identity.items():
         if recorded.get(key) != value:
@@ -110,6 +61,7 @@ def check_belongs(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
                 f"the checkpoint of step {checkpoint.step} was made with other {key} than this run has now: "
                 f"restore the run's own files, or start another run"
             )
+    return state
 
 
 def check_position(state: RunState, steps_per_epoch: int) -> None:
@@ -160,7 +112,7 @@ def restore(
 
     Raises CorruptCheckpoint if it is of other settings, other data or another network.
     """
-    check_belongs(checkpoint, identity)
+    state = check_belongs(checkpoint, identity)
     _load_tensors(dict(model.state_dict()), checkpoint.model, "model")
     parameters = dict(model.named_parameters())
     if checkpoint.optimizer and len(checkpoint.optimizer) != len(parameters):
@@ -175,14 +127,6 @@ def restore(
         mirror = torch.empty_like(parameters[name])  # the parameter's device and memory format
         mirror.copy_(tensor)
         optimizer.state[parameters[name]][slot] = mirror
-    try:
-        fields = dict(checkpoint.state["run"])
-        best = fields.pop("best")
-        state = RunState(**fields, best=None if best is None else Best(**best))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptCheckpoint(
-            f"state.json of step {checkpoint.step} lacks what a run needs: {shorten(error)}"
-        ) from None
     if scaler.is_enabled() and state.scaler:
         scaler.load_state_dict(state.scaler)
     return state

@@ -1,7 +1,6 @@
 """One real step and one evaluation batch before a run, timed and undone to the last bit.
 
-Unlike the undoing of a failed step (`survive.Undo`), the update is made here too: so parameters, momentum and buffers
-are copied to host memory first, where there is room before a run and the card's own is not touched.
+Unlike with a failed step (`step.undo.Undo`), the update is made here too: so everything is copied first (`Before`).
 """
 
 from __future__ import annotations
@@ -9,30 +8,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowmem.core.errors import OutOfMemory
-from lowmem.data import eval_batches
 from lowmem.distributed.group import Group
 from lowmem.measure.out_of_memory import Failure, release
 from lowmem.runs.store import RunFolder
-from lowmem.step.evaluate import Score, evaluate
-from lowmem.step.undo import Undo
-from lowmem.train.gradients import GradientNorms
-from lowmem.train.oom_fallback import Descent, words
-from lowmem.train.schedule import learning_rate
-
-if TYPE_CHECKING:
-    from lowmem.train.loop import Trainer
+from lowmem.step.evaluate import Score
+from lowmem.step.undo import Before, Undo
+from lowmem.train.oom_fallback import OomFallback, memory_words
+from lowmem.train.replica import Replica
+from lowmem.train.stall import GradientNorms
 
 _QUICK_SECONDS = 10.0  # what takes longer is not run a second time for a better measurement
 
 
 @dataclass(frozen=True)
-class Tried:
+class StepTrial:
     """Seconds of a step and of an evaluation batch with their pictures, warmed up where that was quick; the mean loss
     and the error of that step, the norm of every layer's gradient in it, and the evaluation's score."""
 
@@ -46,105 +41,56 @@ class Tried:
     gradient_norms: tuple[float, ...]
 
 
-class Before:
-    """Everything a step and its update change, as it was when this was made."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._t = trainer
-        self._tensors = [(tensor, _host_copy(tensor)) for tensor in trainer.model.state_dict().values()]
-        self._slots = {
-            parameter: {slot: _host_copy(value) if isinstance(value, Tensor) else value for slot, value in own.items()}
-            for parameter, own in trainer.optimizer.state.items()
-        }
-        self._rates = [group["lr"] for group in trainer.optimizer.param_groups]
-        self._scaler = trainer.step.scaler.state_dict()
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Puts it all back, in place: same tensors, same memory formats, no gradients."""
-        optimizer, step = self._t.optimizer, self._t.step
-        optimizer.zero_grad(set_to_none=True)
-        for tensor, saved in self._tensors:
-            tensor.copy_(saved)
-        for parameter in list(optimizer.state):
-            self._restore_slots(optimizer.state[parameter], self._slots.get(parameter, {}))
-            if parameter not in self._slots:
-                del optimizer.state[parameter]
-        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate
-        step.reset_scaler()
-        if self._scaler:
-            step.scaler.load_state_dict(self._scaler)
-
-    @staticmethod
-    def _restore_slots(now: dict[str, Any], then: dict[str, Any]) -> None:
-        for slot in list(now):
-            if slot not in then:
-                del now[slot]
-            elif isinstance(then[slot], Tensor):
-                now[slot].copy_(then[slot])
-            else:
-                now[slot] = then[slot]
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
-def try_step(trainer: Trainer, folder: RunFolder) -> Tried:
+def try_step(replica: Replica, folder: RunFolder) -> StepTrial:
     """Runs the next step of the run and evaluates its first test pictures, and leaves the trainer as it was.
 
     Out-of-memory takes the next smaller plan, as it does later in the run; the folder's events tell it. Raises
     OutOfMemory if there is none.
     """
-    before = Before(trainer)
-    descent, undo = Descent(trainer, folder), Undo(trainer.step, trainer.model)
-    norms = GradientNorms(trainer.model, trainer.step, every=1)
+    before = Before(replica.step)
+    fallback, undo = OomFallback(replica, folder), Undo(replica.step, replica.model)
+    norms = GradientNorms(replica.model, replica.step, every=1)
     try:
-        while isinstance(done := _twice_if_quick(trainer.group, lambda: _step(trainer, undo, norms)), Failure):
-            if done.final and not trainer.group.alone:
-                raise _out_of_memory(trainer, done)  # the others wait for what this process does not do
+        while isinstance(done := _twice_if_quick(replica.group, lambda: _step(replica, undo, norms)), Failure):
+            if done.final and not replica.group.alone:
+                raise _out_of_memory(replica, done)  # the others wait for what this process does not do
             before.restore()  # even where the update had begun
             release()
-            if not descent.after(replace(done, final=False)):
-                cause = descent.cause(done)
-                descent.tell(cause)
-                with trainer.group.alike():
-                    raise _out_of_memory(trainer, cause)
+            if (cause := fallback.after(replace(done, final=False))) is not None:
+                fallback.record(cause)
+                with replica.group.alike():
+                    raise _out_of_memory(replica, cause)
         seconds, (totals, pictures) = done
-        scored = _twice_if_quick(Group(), lambda: descent.evaluated(lambda size: _score(trainer, size)))
+        scored = _twice_if_quick(Group(), lambda: fallback.evaluated(lambda size: _score(replica, size)))
         if isinstance(scored, Failure):
-            raise _out_of_memory(trainer, scored)
+            raise _out_of_memory(replica, scored)
     finally:
         before.restore()
     loss, wrong = (total / pictures for total in totals)
     norms.keep(1, 1)
     measured = tuple(norms.fetch()[0][2])
-    return Tried(seconds, pictures, scored[0], scored[1], loss, 100 * wrong, norms.names, measured)
+    return StepTrial(seconds, pictures, scored[0], scored[1], loss, 100 * wrong, norms.names, measured)
 
 
-def _step(trainer: Trainer, undo: Undo, norms: GradientNorms) -> tuple[list[float], int] | Failure:
-    state = trainer.state
+def _step(replica: Replica, undo: Undo, norms: GradientNorms) -> tuple[list[float], int] | Failure:
+    state = replica.state
     # A checkpoint may be of the end of an epoch whose evaluation was still to come.
-    at = min(state.step_in_epoch, trainer.batches.steps_per_epoch - 1)
-    rate = learning_rate(trainer.config, trainer.batches.steps_per_epoch, state.step, low_start=state.low_start)
+    at = min(state.step_in_epoch, replica.batches.steps_per_epoch - 1)
 
     def work() -> tuple[Tensor, int]:
-        images, labels, size = trainer.next_batch(state.epoch, at)
-        return trainer.step(images, labels, rate, norms.measure, size), size
+        images, labels, size = replica.next_batch(state.epoch, at)
+        return replica.step(images, labels, replica.lr(state.step), norms.measure, size), size
 
     done = undo.attempt(work)
     # Reading the sums waits for the device: the time is that of the work, not of its launch.
     return done if isinstance(done, Failure) else (done[0].tolist(), done[1])
 
 
-def _score(trainer: Trainer, size: int) -> Score:
-    test, dataset = trainer.dataset.test, trainer.dataset
-    some = test.take(torch.arange(min(size, len(test))).numpy())
-    place = (trainer.execution.device, trainer.execution.torch_memory_format)
-    score = evaluate(trainer.model, eval_batches(some, size, dataset.mean, dataset.std, *place), trainer.execution)
-    assert score is not None  # nobody asks it to stop
-    return score
+def _score(replica: Replica, size: int) -> Score:
+    test = replica.dataset.test
+    sums = replica.evaluate(test.take(torch.arange(min(size, len(test))).numpy()), size)
+    assert sums is not None  # nobody asks it to stop
+    return sums.score()
 
 
 def _twice_if_quick(group: Group, work: Callable[[], Any]) -> Any:
@@ -161,9 +107,9 @@ def _twice_if_quick(group: Group, work: Callable[[], Any]) -> Any:
     return seconds, result
 
 
-def _out_of_memory(trainer: Trainer, failure: Failure) -> OutOfMemory:
-    memory = words(trainer.meter.read())
-    less = "a smaller --vram" if trainer.plan else "a plan with --vram, like --vram 4G"
+def _out_of_memory(replica: Replica, failure: Failure) -> OutOfMemory:
+    memory = memory_words(replica.meter.read())
+    less = "a smaller --vram" if replica.plan else "a plan with --vram, like --vram 4G"
     return OutOfMemory(
         f"{failure.words} ({failure.message}) in the trial before the first step, and no smaller plan is left{memory}; "
         f"nothing was started: free what others use, or give the run {less}"

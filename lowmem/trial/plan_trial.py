@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lowmem.choose.batch_split import ALIKE
 from lowmem.choose.budget import Budget
 from lowmem.choose.execution import refuse_unsafe
+from lowmem.choose.ladder import other_precision, rivals, smaller
 from lowmem.choose.planning import Choice, Request
-from lowmem.choose.runners import other_precision, rivals, smaller
-from lowmem.choose.session import AS_FAST
 from lowmem.config.schema import Config
 from lowmem.core.errors import Infeasible, PreflightError
 from lowmem.core.units import format_size
@@ -208,7 +208,7 @@ def _fastest(trials: list[Tried], budget: Budget) -> Tried:
     for tried in trials:
         if tried.refused_because is not None:
             continue
-        if best is None or tried.images_per_second > AS_FAST * best.images_per_second:
+        if best is None or tried.images_per_second > ALIKE * best.images_per_second:
             best = tried
     if best is not None:
         return best

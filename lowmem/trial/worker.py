@@ -27,7 +27,7 @@ from lowmem.models.memory_format import check_memory_format
 from lowmem.plan.record import Plan
 from lowmem.remat.libraries import Numerics, prepare_libraries
 from lowmem.step.evaluate import evaluate
-from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
+from lowmem.step.train_step import FUSED, Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
 from lowmem.trial.trial import Trial
 from lowmem.trial.ways import PLAIN, PLANNED, executed
@@ -100,15 +100,7 @@ class _Work:
         return self.meter.read().process_bytes
 
     def _optimizer(self, optim: OptimConfig) -> torch.optim.SGD:
-        if self.trial.optimizer == "fused":
-            return make_optimizer(self.model, optim, self.trial.device)
-        return torch.optim.SGD(
-            self.model.parameters(),
-            lr=optim.lr,
-            momentum=optim.momentum,
-            weight_decay=optim.weight_decay,
-            nesterov=optim.nesterov and optim.momentum > 0,
-        )
+        return make_optimizer(self.model, optim, self.trial.device, FUSED if self.trial.optimizer == "fused" else {})
 
     def _pictures(self) -> Pictures:
         """Random, as many as the run holds on the device; on the CPU, where they count for nothing, a batch."""
@@ -244,10 +236,8 @@ class _Work:
 
     def _standing(self) -> list[Tensor]:
         """What exists all through a steady step."""
-        momentum = [value for state in self.optimizer.state.values() for value in state.values()]
         copies = self.undo.copies if self.undo is not None else []
-        kept = (*self.model.parameters(), *self.model.buffers(), *momentum, *copies)
-        return [tensor for tensor in kept if isinstance(tensor, Tensor)]
+        return [*self.model.parameters(), *self.model.buffers(), *optimizer_tensors(self.optimizer), *copies]
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 

@@ -152,7 +152,7 @@ def test_a_planned_run_of_two_goes_on_as_one(planned: Path, tmp_path: Path) -> N
     run, output = resumed(planned, tmp_path, 1, "--set", "train.max_steps=6")
     assert "saved by 2 processes, going on with 1 process: the same pictures in the same order" in output
     plan = Plan.from_json(json.loads((run / "plan.json").read_text()))
-    assert (plan.batch, plan.shares) == (32, ())
+    assert (plan.batch, plan.shares) == (32, (32,))
     assert not (run / "plan-1.json").exists()
     assert len(losses(run)) == 6
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lowmem.models.memory_format import SAFE_CHANNELS
 from lowmem.models.resnet import BasicBlock, Bottleneck, ResNet
-from lowmem.plan import Schedule
+from lowmem.plan.policy import Schedule
 from lowmem.remat import PlannedModule, apply_plan
 
 FORMATS = [torch.contiguous_format, torch.channels_last]

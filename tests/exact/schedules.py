@@ -6,18 +6,7 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from lowmem.plan import (
-    FUSED,
-    INPUT_ONLY,
-    LEAN,
-    SAVE_ALL,
-    BlockPolicy,
-    Keep,
-    PolicyKind,
-    Schedule,
-    Segment,
-    keep,
-)
+from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, PolicyKind, Schedule, Segment, keep
 from lowmem.remat.block import ConvBlock
 from lowmem.remat.stage import Stage
 

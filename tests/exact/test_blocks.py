@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.models.resnet import BasicBlock, Bottleneck
-from lowmem.plan import LEAN, SAVE_ALL, BlockPolicy, Keep, PolicyKind, Schedule
+from lowmem.plan.policy import LEAN, SAVE_ALL, BlockPolicy, Keep, PolicyKind, Schedule
 from lowmem.remat import decompose
 from lowmem.remat.block import ConvBlock
 from tests.exact.compare import FORMAT_NAMES, FORMATS, differences, twins

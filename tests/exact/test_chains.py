@@ -10,18 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowmem.plan import (
-    FUSED,
-    INPUT_ONLY,
-    LEAN,
-    SAVE_ALL,
-    BlockPolicy,
-    Keep,
-    PolicyKind,
-    Schedule,
-    Segment,
-    keep,
-)
+from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, PolicyKind, Schedule, Segment, keep
 from lowmem.remat import decompose
 from tests.exact.compare import (
     BLOCKS,

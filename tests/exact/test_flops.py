@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowmem.choose.costs import chain_cost
-from lowmem.plan import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, Keep, Schedule, Segment, keep
+from lowmem.choose.costs import measure_costs, price
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.evaluate import evaluate
+from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, Keep, Schedule, Segment, keep
 from lowmem.remat import apply_plan, decompose
 from lowmem.simulate import trace_steps
 from tests.exact.compare import BLOCKS, pictures, small_net, training
@@ -37,7 +37,7 @@ SCHEDULES = {
 
 @cache
 def _chain(block: Any) -> ChainCost:
-    return chain_cost(small_net(block), input_shape=(2, 3, 32, 32), rates=Rates(1.0, 1.0))
+    return price(measure_costs(small_net(block), input_shape=(2, 3, 32, 32)), Rates(1.0, 1.0))
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -49,7 +49,7 @@ def test_promised_flops(schedule: str, block: Any) -> None:
     with FlopCounterMode(display=False) as counter:
         training(*pictures(2))(apply_plan(model, chosen))
     setup = Setup(block=block, width=model.conv1.out_channels, batch=2, schedule=SCHEDULES[schedule])
-    trace = trace_steps(lambda: setup.build(fake=True), 1)
+    trace = trace_steps(setup.build)
     assert counter.get_total_flops() == evaluate(chosen, chain).flops == trace.flops()
 
 

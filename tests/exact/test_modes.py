@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowmem.models.resnet import Bottleneck
-from lowmem.plan import INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, PolicyKind, keep
+from lowmem.plan.policy import INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, PolicyKind, keep
 from lowmem.remat import apply_plan, decompose
 from tests.exact.compare import (
     BLOCKS,

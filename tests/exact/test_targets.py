@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 
 from lowmem.choose.budget import Budget, of_card, tensors_only
-from lowmem.choose.costs import chain_cost
-from lowmem.choose.fit import fit
-from lowmem.choose.planning import Request, card_rates, choose
-from lowmem.choose.simulated import Simulated, StepShape, simulate_step
+from lowmem.choose.costs import measure_costs, price
+from lowmem.choose.planning import Request, card_rates, choose, fit
 from lowmem.config.cards import load_card
 from lowmem.core.units import GIB, MIB
 from lowmem.models import skeleton
 from lowmem.plan.cost import Rates
 from lowmem.plan.solver import Solver
+from lowmem.simulate import Simulated, StepShape, simulate_step
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +28,7 @@ def bottleneck_110() -> tuple[Solver, StepShape, Rates, Simulated]:
     shape = StepShape(
         model=model, image_shape=(3, 32, 32), batch=128, micro_batch=128, precision="fp32", memory_format="contiguous"
     )
-    chain = chain_cost(model, input_shape=(128, 3, 32, 32), rates=rates)
+    chain = price(measure_costs(model, input_shape=(128, 3, 32, 32)), rates)
     return Solver(chain), shape, rates, simulate_step(shape, None, rates)
 
 

@@ -43,7 +43,7 @@ def _replace(name: str, make: Callable[[Path, bytes], object]) -> Callable[[Path
 
 
 def _before(newest: Path) -> Path:
-    return checkpoints.found(newest.parent)[1]
+    return checkpoints.checkpoint_folders(newest.parent)[1]
 
 
 def of_files(foreign: Path) -> Iterator[Damage]:
@@ -95,7 +95,7 @@ def of_folders(foreign: Path) -> Iterator[Damage]:
 
 
 def _first(path: Path) -> Path:
-    return checkpoints.found(path.parent)[0]
+    return checkpoints.checkpoint_folders(path.parent)[0]
 
 
 def _later(newest: Path) -> None:
@@ -107,7 +107,7 @@ def flips(run: Path, count: int, seed: int) -> Iterator[tuple[str, int, int]]:
     """(file of the newest checkpoint, byte, bit) at random; each file has the same share, so that the small ones,
     which steer the reading, are flipped often."""
     rng = random.Random(seed)
-    newest = checkpoints.found(run / "checkpoints")[0]
+    newest = checkpoints.checkpoint_folders(run / "checkpoints")[0]
     for number in range(count):
         name = FILES[number % len(FILES)]
         yield name, rng.randrange((newest / name).stat().st_size), rng.randrange(8)
@@ -124,7 +124,7 @@ def flip(file: Path, byte: int, bit: int) -> None:
 
 def generations(run: Path) -> dict[int, checkpoints.Checkpoint]:
     """All checkpoints of an undamaged run, by step."""
-    return {saved.step: saved for saved in map(checkpoints.load, checkpoints.found(run / "checkpoints"))}
+    return {saved.step: saved for saved in map(checkpoints.load, checkpoints.checkpoint_folders(run / "checkpoints"))}
 
 
 def judge(

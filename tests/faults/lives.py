@@ -161,7 +161,7 @@ def _child(order: dict[str, Any], shared: mmap.mmap) -> None:
 
 def _watch_steps(shared: mmap.mmap) -> None:
     """Leaves the last step done where the parent finds it, whenever the process dies."""
-    from lowmem.train.state import RunState
+    from lowmem.runs.checkpoint_state import RunState
 
     def note(state: RunState, name: str, value: Any) -> None:
         object.__setattr__(state, name, value)

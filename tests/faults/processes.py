@@ -17,12 +17,12 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
 import torch
 
-import lowmem.cli.job_process
-import lowmem.cli.show
-import lowmem.cli.show_reproduce
-import lowmem.lifecycle.api
+import lowmem.cli.job
+import lowmem.cli.terminal
+import lowmem.lifecycle.execute
+import lowmem.reproduce.check
 from lowmem.cli.main import _run
-from lowmem.reproduce.process import Conductor
+from lowmem.reproduce.conduct import Conductor
 
 SMALL = (
     "--arch", "res20", "--width", "4", "--data", "shapes", "--epochs", "3", "--batch", "32",
@@ -89,7 +89,7 @@ def wait_for(path: Path) -> None:
 
 
 class ForkedProcess:
-    """What `lowmem.reproduce.process.Conductor` needs of a `subprocess.Popen`, of a process that is forked."""
+    """What `lowmem.reproduce.conduct.Conductor` needs of a `subprocess.Popen`, of a process that is forked."""
 
     def __init__(self, command: list[str], **options: object) -> None:
         assert command[1:3] == ["-m", "lowmem"]
@@ -167,7 +167,7 @@ class Served:
 
 def _serve(log: Path, arguments: list[str]) -> NoReturn:
     torch.set_num_threads(1)
-    lowmem.cli.show_reproduce.Conductor = lambda: Conductor(start=ForkedProcess)  # type: ignore[assignment]
+    lowmem.cli.job.Conductor = lambda: Conductor(start=ForkedProcess)  # type: ignore[assignment]
     code = 99
     try:
         with open(log, "w", encoding="utf-8", buffering=1) as file:

@@ -15,38 +15,36 @@ from pathlib import Path
 from rich.console import Console
 
 from lowmem.calibrate.calibration import Calibration, Identity, Mode, Seconds
-from lowmem.cli.lines import describe_epoch
-from lowmem.cli.screen import screen
-from lowmem.cli.show_watch import to_json
+from lowmem.cli.terminal import describe_epoch
+from lowmem.cli.watch_screen import screen, to_json
 from lowmem.config.cards import load_card
 from lowmem.config.settings import from_yaml, gather, parse_set
-from lowmem.config.shipped import profiles_folder
 from lowmem.core.errors import CorruptCheckpoint, Diverged, LowmemError
+from lowmem.core.places import profiles_folder
 from lowmem.core.units import format_size
 from lowmem.data import folder as pictures_folder
 from lowmem.data import load
+from lowmem.distributed.group import Group
 from lowmem.lifecycle import fork
 from lowmem.lifecycle.api import recorded_settings, resume_training
-from lowmem.lifecycle.decide import read_plan
-from lowmem.lifecycle.run_identity import belongs_to, most_bytes, verify
+from lowmem.lifecycle.begin import begun_before, launcher
+from lowmem.lifecycle.run_identity import belongs_to, most_bytes, read_plan, verify
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, keep, uniform
 from lowmem.plan.record import Candidate, Plan
 from lowmem.remat import stage_names
-from lowmem.reproduce.job import Job, read_job
-from lowmem.reproduce.members import ALL
+from lowmem.reproduce.job import ALL, Job, read_job
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs import columns
-from lowmem.runs.gradients import FILE_NAME
-from lowmem.runs.history import read_history
-from lowmem.runs.listing import list_runs, writer_of
-from lowmem.runs.live import Watched
-from lowmem.runs.lock import OWNER_NAME, RunLock
+from lowmem.runs.listing import list_runs
+from lowmem.runs.lock import OWNER_NAME, RunLock, writer_of
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, Columns
 from lowmem.runs.store import RunFolder
-from lowmem.runs.table import cut
+from lowmem.runs.tables import cut_table
+from lowmem.runs.view import read_run
+from lowmem.runs.watch import Watched
 from lowmem.step.train_step import Execution, make_optimizer, make_scaler
-from lowmem.train.gradients import measured_weights
 from lowmem.train.schedule import learning_rate
+from lowmem.train.stall import measured_weights
 from lowmem.train.state import config_hash, restore
 from tests.faults.fuzzing import ANY, JSON, TENSORS, Mutation, Reader, rehash, replace_in_json
 from tests.faults.small_run import copy_run
@@ -55,8 +53,20 @@ from tests.faults.small_run import copy_run
 def readers(run: Path, work: Path) -> list[Reader]:
     """`run`: an undamaged one, which is copied; `work`: a folder to write to."""
     work.mkdir()
-    parts = (_settings, _checkpoints, _rows, _looking_on, _others, _whole, _goes_on, _listed, _forked, _owner)
-    return [reader for part in (*parts, _gradients) for reader in part(run, work)]
+    parts = (
+        _settings,
+        _checkpoints,
+        _rows,
+        _looking_on,
+        _others,
+        _whole,
+        _goes_on,
+        _listed,
+        _forked,
+        _restarted,
+        _owner,
+    )
+    return [reader for part in (*parts, _owner, _gradients) for reader in part(run, work)]
 
 
 def _settings(run: Path, work: Path) -> list[Reader]:
@@ -98,12 +108,32 @@ def _file(path: Path, read: Callable[[Path], object]) -> Callable[[bytes], objec
     return reading
 
 
+def _instead(file: Path, read: Callable[[], object], *, fits: bool = False) -> Callable[[bytes], object]:
+    """Reads with other bytes in the file, which is then as it was. `fits`: the checkpoint that it is of has a commit
+    record that fits."""
+    seed = file.read_bytes()
+
+    def write(data: bytes) -> None:
+        file.write_bytes(data)
+        if fits:
+            rehash(file.parent)
+
+    def reading(data: bytes) -> object:
+        write(data)
+        try:
+            return read()
+        finally:
+            write(seed)
+
+    return reading
+
+
 def _checkpoints(run: Path, work: Path) -> list[Reader]:
     """The last three with a commit record that fits: made to be read."""
     copy = copy_run(run, work / "checkpoints-run")
-    for path in checkpoints.found(copy / "checkpoints")[1:]:
+    for path in checkpoints.checkpoint_folders(copy / "checkpoints")[1:]:
         shutil.rmtree(path)
-    newest = checkpoints.found(copy / "checkpoints")[0]
+    newest = checkpoints.checkpoint_folders(copy / "checkpoints")[0]
     config = from_yaml(run / "config.yaml").config
     accept, most = belongs_to(config), most_bytes(config)
     execution = Execution("cpu", "fp32", "contiguous")
@@ -116,49 +146,31 @@ def _checkpoints(run: Path, work: Path) -> list[Reader]:
         return restore(saved, model, optimizer, make_scaler(execution), identity)
 
     def reader(name: str, mutations: tuple[Mutation, ...]) -> Reader:
-        seed = (newest / name).read_bytes()
-
-        def read(data: bytes) -> object:
-            (newest / name).write_bytes(data)
-            if name != "manifest.json":
-                rehash(newest)
-            try:
-                return into_a_network()
-            finally:
-                (newest / name).write_bytes(seed)
-                rehash(newest)
-
-        return Reader(name if name == "manifest.json" else f"{name}, hash made to fit", seed, read, mutations)
+        file, fits = newest / name, name != "manifest.json"
+        reading = _instead(file, into_a_network, fits=fits)
+        return Reader(f"{name}, hash made to fit" if fits else name, file.read_bytes(), reading, mutations)
 
     tensors = [reader(f"{name}.safetensors", TENSORS) for name in ("model", "optimizer")]
     return [reader("manifest.json", JSON), reader("state.json", JSON), *tensors]
 
 
 def _rows(run: Path, work: Path) -> list[Reader]:
-    def table(name: str, names: tuple[str, ...], key: str) -> Reader:
+    def table(name: str, columns: Columns) -> Reader:
         path = work / name
         return Reader(
-            f"{name}, cut back", (run / name).read_bytes(), _file(path, lambda p: cut(p, names, key, 5, every=True))
+            f"{name}, cut back", (run / name).read_bytes(), _file(path, lambda p: cut_table(p, columns, 5, every=True))
         )
 
     copy = copy_run(run, work / "history-run")
 
     def of_history(name: str, mutations: tuple[Mutation, ...] = ANY) -> Reader:
-        seed = (copy / name).read_bytes()
-
-        def read(data: bytes) -> object:
-            (copy / name).write_bytes(data)
-            try:
-                return read_history(copy)
-            finally:
-                (copy / name).write_bytes(seed)
-
-        return Reader(f"{name}, for a report", seed, read, mutations)
+        file = copy / name
+        return Reader(f"{name}, for a report", file.read_bytes(), _instead(file, lambda: read_run(copy)), mutations)
 
     return [
-        table("metrics.csv", columns.METRICS, "epoch"),
-        table("steps.csv", columns.STEPS, "step"),
-        *map(of_history, ("config.yaml", "metrics.csv", "steps.csv", "events.jsonl", FILE_NAME)),
+        table("metrics.csv", EPOCH_TABLE.columns),
+        table("steps.csv", STEP_TABLE.columns),
+        *map(of_history, ("config.yaml", "metrics.csv", "steps.csv", "events.jsonl", GRADIENT_TABLE.file_name)),
         of_history("env.json", JSON),
         of_history("weights/best.safetensors", TENSORS),
     ]
@@ -169,23 +181,23 @@ def _looking_on(run: Path, work: Path) -> list[Reader]:
     copy = copy_run(run, work / "watched-run")
     (copy / "plan.json").write_text(json.dumps(small_plan(run).to_json()), encoding="utf-8")
 
-    def reader(name: str) -> Reader:
-        seed = (copy / name).read_bytes()
+    def read(watched: Watched) -> object:
+        live = watched.look()
+        console = Console(file=io.StringIO(), width=40)
+        console.print(screen(live, console))
+        epochs = [describe_epoch(asdict(row), live.epochs) for row in live.rows]
+        return epochs, json.dumps(to_json(live), allow_nan=False)
 
-        def read(data: bytes) -> object:
+    def reader(name: str) -> Reader:
+        file = copy / name
+
+        def read_twice(data: bytes) -> object:
             watched = Watched(copy)
             watched.look()
-            (copy / name).write_bytes(data)
-            try:
-                live = watched.look()
-            finally:
-                (copy / name).write_bytes(seed)
-            console = Console(file=io.StringIO(), width=40)
-            console.print(screen(live, console))
-            epochs = [describe_epoch(asdict(row), live.epochs) for row in live.rows]
-            return epochs, json.dumps(to_json(live), allow_nan=False)
+            return _instead(file, lambda: read(watched))(data)
 
-        return Reader(f"{name}, by watch", seed, read, JSON if name == "plan.json" else ANY)
+        mutations = JSON if name == "plan.json" else ANY
+        return Reader(f"{name}, by watch", file.read_bytes(), read_twice, mutations)
 
     return [reader(name) for name in ("config.yaml", "plan.json", "metrics.csv", "steps.csv", "events.jsonl")]
 
@@ -262,9 +274,9 @@ def _whole(run: Path, work: Path) -> list[Reader]:
 def _goes_on(run: Path, work: Path) -> list[Reader]:
     """What is accepted takes a real step, and `verify` has said the same as the resume does."""
     made = copy_run(run, work / "steps-run")
-    for path in checkpoints.found(made / "checkpoints")[2:]:
+    for path in checkpoints.checkpoint_folders(made / "checkpoints")[2:]:
         shutil.rmtree(path)
-    newest = checkpoints.found(made / "checkpoints")[0].name
+    newest = checkpoints.checkpoint_folders(made / "checkpoints")[0].name
 
     def read(data: bytes) -> object:
         copy = copy_run(made, work / "steps-copy")
@@ -316,21 +328,15 @@ def plausible(rng: random.Random, data: bytes) -> bytes:
 def _listed(run: Path, work: Path) -> list[Reader]:
     """`lowmem ls` refuses nothing: it tells what is wrong."""
     copy = copy_run(run, work / "listed-run")
-    newest = checkpoints.found(copy / "checkpoints")[0]
+    newest = checkpoints.checkpoint_folders(copy / "checkpoints")[0]
+
+    def read() -> object:
+        (listed,) = list_runs(copy)
+        assert all(len(words) < 2000 for words in listed.trouble), listed
+        return json.dumps(listed.to_json())
 
     def reader(file: Path, mutations: tuple[Mutation, ...] = JSON) -> Reader:
-        seed = file.read_bytes()
-
-        def read(data: bytes) -> object:
-            file.write_bytes(data)
-            try:
-                (found,) = list_runs(copy)
-            finally:
-                file.write_bytes(seed)
-            assert all(len(words) < 2000 for words in found.trouble), found
-            return json.dumps(found.to_json())
-
-        return Reader(f"{file.name}, by ls", seed, read, mutations)
+        return Reader(f"{file.name}, by ls", file.read_bytes(), _instead(file, read), mutations)
 
     names = ("manifest.json", "state.json")
     return [*(reader(newest / name) for name in names), reader(copy / "config.yaml"), reader(copy / "metrics.csv", ANY)]
@@ -342,23 +348,32 @@ def _forked(run: Path, work: Path) -> list[Reader]:
     settings = from_yaml(run / "config.yaml")
     new = fork.changed(settings, {"optim.lr": 0.05, "train.max_steps": None}, "test")
     differing, dataset = fork.check(settings.config, new.config), load(settings.config.data, settings.config.seed)
-    newest = checkpoints.found(copy / "checkpoints")[0]
-    seed = (newest / "state.json").read_bytes()
+    newest = checkpoints.checkpoint_folders(copy / "checkpoints")[0]
+    file = newest / "state.json"
 
-    def read(data: bytes) -> object:
-        (newest / "state.json").write_bytes(data)
-        rehash(newest)
-        try:
-            found = fork.find(copy, settings.config, "step:7")
-            carried = fork.carry_over(found, new.config, differing, dataset)
-            return fork.explain(found, new.config, differing, carried, dataset), fork.warnings(
-                found, differing, dataset
-            )
-        finally:
-            (newest / "state.json").write_bytes(seed)
-            rehash(newest)
+    def read() -> object:
+        found = fork.find(copy, settings.config, "step:7")
+        carried = fork.carry_over(found, new.config, differing, dataset)
+        words = fork.explain(found, new.config, differing, carried, dataset)
+        return words, fork.warnings(found, differing, dataset)
 
-    return [Reader("state.json, for a fork", seed, read, JSON)]
+    return [Reader("state.json, for a fork", file.read_bytes(), _instead(file, read, fits=True), JSON)]
+
+
+def _restarted(run: Path, work: Path) -> list[Reader]:
+    """Whether torchrun has started this run's processes again, told from its folder right after a death."""
+    copy, group = copy_run(run, work / "restarted-run"), Group()
+    group.restarts = 1
+    config = from_yaml(run / "config.yaml").config
+    known = {"asked": config_hash(config), "launcher": launcher()}
+    (copy / "env.json").write_text(json.dumps(known), encoding="utf-8")
+
+    def reader(name: str) -> Reader:
+        file = copy / name
+        reading = _instead(file, lambda: begun_before(group, copy, config))
+        return Reader(f"{name}, by a restart", file.read_bytes(), reading, JSON)
+
+    return [reader("env.json"), reader("events.jsonl")]
 
 
 def _owner(run: Path, work: Path) -> list[Reader]:
@@ -389,17 +404,17 @@ def _gradients(run: Path, work: Path) -> list[Reader]:
     def read(data: bytes) -> object:
         for aside in copy.glob("damaged-*"):
             aside.unlink()
-        (copy / FILE_NAME).write_bytes(data)
+        (copy / GRADIENT_TABLE.file_name).write_bytes(data)
         with RunFolder.open(copy) as folder:
             try:
                 folder.begin_gradients(layers, step=5)
                 folder.append_gradients([(6, 2, [0.5] * len(layers))])
             except LowmemError as error:
                 raise AssertionError(f"it stopped the run: {error}") from error
-        assert read_history(copy).gradients.rows[-1].step == 6
+        assert read_run(copy).gradients.rows[-1].step == 6
         return None
 
-    return [Reader("gradients.csv, to go on with", (run / FILE_NAME).read_bytes(), read)]
+    return [Reader("gradients.csv, to go on with", (run / GRADIENT_TABLE.file_name).read_bytes(), read)]
 
 
 def any_bytes(rng: random.Random, data: bytes) -> bytes:

@@ -44,7 +44,7 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 
 def _newest(run: Path) -> Path:
-    return checkpoints.found(run / "checkpoints")[0]
+    return checkpoints.checkpoint_folders(run / "checkpoints")[0]
 
 
 def _resume_ends_as_it_was(run: Path, made: Path) -> Heard:
@@ -83,7 +83,7 @@ def test_no_flipped_bit_is_trained_on(made: Path, tmp_path: Path) -> None:
 
 def test_all_generations_damaged_is_code_7_and_says_each(run: Path) -> None:
     before = _state_of(run)
-    damaged = checkpoints.found(run / "checkpoints")
+    damaged = checkpoints.checkpoint_folders(run / "checkpoints")
     for path, name in zip(damaged, FILES, strict=True):
         flip(path / name, 40, 3)
     before = _state_of(run)
@@ -140,13 +140,13 @@ def _bound_by_permissions(run: Path) -> Iterator[Path]:
 @pytest.mark.skipif(os.name == "nt", reason="permissions are others there")
 def test_what_cannot_be_read_is_skipped_or_said(run: Path) -> None:
     with _bound_by_permissions(run) as copy:
-        newest, second, third = checkpoints.found(copy / "checkpoints")[:3]
+        newest, second, third = checkpoints.checkpoint_folders(copy / "checkpoints")[:3]
         (newest / "state.json").chmod(0)
         second.chmod(0)
         _, where, skipped = checkpoints.load_newest(copy / "checkpoints")
         assert (where, set(skipped)) == (third, {newest, second})
         checkpoints.set_aside(skipped)
-        assert checkpoints.found(copy / "checkpoints")[0] == third
+        assert checkpoints.checkpoint_folders(copy / "checkpoints")[0] == third
         for path in (newest, second):
             assert path.with_name(f"unreadable-{path.name}").is_dir(), "it may be whole"
         (copy / "checkpoints").chmod(0)
@@ -239,7 +239,7 @@ def test_as_a_process(run: Path) -> None:
 
 
 def test_as_a_command_that_cannot(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for path in checkpoints.found(run / "checkpoints"):
+    for path in checkpoints.checkpoint_folders(run / "checkpoints"):
         flip(path / "manifest.json", 30, 2)
     with pytest.raises(SystemExit) as leaving:
         main(["resume", str(run)])

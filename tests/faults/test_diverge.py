@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from lowmem.cli.main import main
 from lowmem.config.settings import Settings, gather
-from lowmem.core.errors import Diverged, ExitCode
+from lowmem.core.errors import Diverged, ExitCode, Interrupted
 from lowmem.data import TrainBatches
 from lowmem.lifecycle.api import resume_training, run_training
 from lowmem.runs import checkpoint as checkpoints
@@ -32,8 +34,8 @@ def settings(*sets: str, **flags: Any) -> Settings:
 
 
 @contextmanager
-def poisoned(at: tuple[int, int], times: int = 1) -> Iterator[None]:
-    """The pictures of one (epoch, step) are no numbers, the first `times` times that they are asked for."""
+def poisoned(at: tuple[int, int], times: int = 1, then: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """The pictures of one (epoch, step) are no numbers, the first `times` times that they are asked for; and `then`."""
     fetch, left = TrainBatches.batch, [times]
 
     def batch(self: TrainBatches, epoch: int, step: int, **formats: Any) -> tuple[Tensor, Tensor]:
@@ -41,6 +43,7 @@ def poisoned(at: tuple[int, int], times: int = 1) -> Iterator[None]:
         if (epoch, step) == at and left[0]:
             left[0] -= 1
             images = images * math.nan
+            then()
         return images, labels
 
     TrainBatches.batch = batch  # type: ignore[method-assign]
@@ -73,7 +76,7 @@ def rows(path: Path, name: str) -> list[dict[str, str]]:
 
 
 def assert_all_finite(path: Path) -> None:
-    for one in checkpoints.found(path / "checkpoints"):
+    for one in checkpoints.checkpoint_folders(path / "checkpoints"):
         saved = checkpoints.load(one)
         assert all(bool(torch.isfinite(t).all()) for t in (*saved.model.values(), *saved.optimizer.values()))
     assert all(math.isfinite(float(row["loss"])) for row in rows(path, "steps.csv"))
@@ -120,7 +123,7 @@ def test_killed_right_after_it(rolled_back: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     with poisoned((1, 3)), killed((1, 5)), pytest.raises(ConnectionAbortedError):
         run_training(settings(), path)
-    assert checkpoints.found(path / "checkpoints")[0].name == "step-00000010"
+    assert checkpoints.checkpoint_folders(path / "checkpoints")[0].name == "step-00000010"
     resume_training(path, settings())
     assert_same_run(path, rolled_back)
 
@@ -146,10 +149,10 @@ def test_stopping_leaves_the_last_finite_state(every: int, clean: Path, tmp_path
         run_training(asked, path)
     assert raised.value.exit_code is ExitCode.DIVERGED
     assert ExitCode.DIVERGED == 6
-    assert checkpoints.found(path / "checkpoints")[0].name == "step-00000013"
+    assert checkpoints.checkpoint_folders(path / "checkpoints")[0].name == "step-00000013"
     assert [event["step"] for event in events(path, "diverged")] == [14]
     resume_training(path, settings("checkpoint.every_steps=1", "train.log_every_steps=1"))
-    last = [checkpoints.load(checkpoints.found(one / "checkpoints")[0]) for one in (path, clean)]
+    last = [checkpoints.load(checkpoints.checkpoint_folders(one / "checkpoints")[0]) for one in (path, clean)]
     assert all(torch.equal(last[0].model[name], tensor) for name, tensor in last[1].model.items())
     assert all(torch.equal(last[0].optimizer[name], tensor) for name, tensor in last[1].optimizer.items())
 
@@ -158,7 +161,7 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over(tmp_path: Path) -> None:
     """The weights broke in an update whose loss was finite, and were saved: found at the next step's loss."""
     path = tmp_path / "run"
     run_training(settings("train.max_steps=12"), path)
-    newest = checkpoints.load(checkpoints.found(path / "checkpoints")[0])
+    newest = checkpoints.load(checkpoints.checkpoint_folders(path / "checkpoints")[0])
     tensors = {**newest.model, "conv1.weight": newest.model["conv1.weight"] * math.inf}
     checkpoints.save(path / "checkpoints", checkpoints.Checkpoint(12, tensors, newest.optimizer, newest.state), keep=2)
     resume_training(path, settings())
@@ -195,7 +198,7 @@ def test_poison_that_stays_ends_the_run(tmp_path: Path) -> None:
     with poisoned((1, 3), times=9), pytest.raises(Diverged, match="going back 3 times did not help"):
         run_training(settings(), path)
     assert [event["lr_scale"] for event in events(path, "rollback")] == [0.5, 0.25, 0.125]
-    assert checkpoints.load(checkpoints.found(path / "checkpoints")[0]).state["run"]["lr_scale"] == 0.125
+    assert checkpoints.load(checkpoints.checkpoint_folders(path / "checkpoints")[0]).state["run"]["lr_scale"] == 0.125
     # What is saved is sound; the rows after it are what happened, and a resume cuts them off.
     assert rows(path, "steps.csv")[-1]["loss"] == "nan"
 
@@ -205,13 +208,34 @@ def test_a_loss_far_above_chance_for_long(tmp_path: Path) -> None:
     path, sets = tmp_path / "run", ("train.log_every_steps=10", "data.train_subset=480")
     flags = {"train.batch": 4, "train.epochs": 2}
     run_training(settings("train.max_steps=5", *sets, **flags), path)
-    newest = checkpoints.load(checkpoints.found(path / "checkpoints")[0])
+    newest = checkpoints.load(checkpoints.checkpoint_folders(path / "checkpoints")[0])
     tensors = {**newest.model, "linear.bias": torch.tensor([1e5, *[0.0] * 9])}
     checkpoints.save(path / "checkpoints", checkpoints.Checkpoint(5, tensors, newest.optimizer, newest.state), keep=2)
     with pytest.raises(Diverged, match=r"the training loss has been above 11\.5 for 100 steps at step 100"):
         resume_training(path, settings("train.on_nan=stop", *sets, **flags))
-    assert checkpoints.found(path / "checkpoints")[0].name == "step-00000005"
+    assert checkpoints.checkpoint_folders(path / "checkpoints")[0].name == "step-00000005"
     assert all(float(row["loss"]) > 1000 for row in rows(path, "steps.csv"))
+
+
+def test_a_broken_loss_is_undone_before_the_run_is_left(tmp_path: Path) -> None:
+    """By train.max_steps, and by a signal in the very step that breaks it, in steps whose losses nobody has fetched."""
+    path, sets = tmp_path / "asked", ("train.log_every_steps=5", "checkpoint.every_steps=4")
+    with poisoned((1, 2)):
+        run_training(settings("train.max_steps=13", *sets), path)
+    (event,) = events(path, "rollback")
+    assert (event["step"], event["checkpoint"]) == (13, "step-00000012")
+    assert [event["step"] for event in events(path, "stop")] == [13]
+    assert_all_finite(path)
+    path = tmp_path / "signalled"
+    with (
+        poisoned((1, 2), then=lambda: os.kill(os.getpid(), signal.SIGTERM)),
+        pytest.raises(Interrupted, match="SIGTERM"),
+    ):
+        run_training(settings(*sets), path)
+    (event,) = events(path, "rollback")
+    assert (event["step"], event["checkpoint"]) == (13, "step-00000012")
+    assert [event["step"] for event in events(path, "signal")] == [13]
+    assert_all_finite(path)
 
 
 def test_a_rate_that_breaks_the_net(tmp_path: Path) -> None:
@@ -220,7 +244,7 @@ def test_a_rate_that_breaks_the_net(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"training loss is nan .* going back 3 times did not help"):
         run_training(settings("optim.lr=1e6"), path)
     assert [event["lr_scale"] for event in events(path, "rollback")] == [0.5, 0.25, 0.125]
-    (first,) = checkpoints.found(path / "checkpoints")
+    (first,) = checkpoints.checkpoint_folders(path / "checkpoints")
     assert first.name == "step-00000000"
     assert checkpoints.load(first).state["run"]["lr_scale"] == 0.125
 

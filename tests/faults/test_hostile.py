@@ -18,7 +18,7 @@ from lowmem.lifecycle.api import fork_run, resume_training
 from lowmem.lifecycle.run_identity import verify
 from lowmem.report import write_report
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs.symlink_guard import refuse_leads
+from lowmem.runs.setup import refuse_links
 from tests.faults.fuzzing import rehash
 from tests.faults.small_run import Heard, copy_run, make_run
 
@@ -36,7 +36,7 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 
 def _newest(run: Path) -> Path:
-    return checkpoints.found(run / "checkpoints")[0]
+    return checkpoints.checkpoint_folders(run / "checkpoints")[0]
 
 
 # -- leading out of the folder -----------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_the_run_itself_may_be_reached_by_a_link(run: Path, tmp_path: Path) -> N
     if os.name == "nt":
         pytest.skip("symbolic links need a right there that few have")
     (tmp_path / "there").symlink_to(run)
-    refuse_leads(tmp_path / "there")
+    refuse_links(tmp_path / "there")
     assert verify(tmp_path / "there").can_resume
 
 
@@ -186,7 +186,7 @@ def _wide(run: Path) -> None:
 
 def _sparse(name: str, size_bytes: int) -> Callable[[Path], None]:
     def make(run: Path) -> None:
-        for path in checkpoints.found(run / "checkpoints"):
+        for path in checkpoints.checkpoint_folders(run / "checkpoints"):
             manifest = json.loads((path / "manifest.json").read_text())
             with open(path / name, "r+b") as file:
                 file.truncate(size_bytes)
@@ -199,7 +199,7 @@ def _sparse(name: str, size_bytes: int) -> Callable[[Path], None]:
 
 def _header(length: int, text: str) -> Callable[[Path], None]:
     def make(run: Path) -> None:
-        for path in checkpoints.found(run / "checkpoints"):
+        for path in checkpoints.checkpoint_folders(run / "checkpoints"):
             (path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + text.encode())
             rehash(path)
 
@@ -207,7 +207,7 @@ def _header(length: int, text: str) -> Callable[[Path], None]:
 
 
 def _deep(run: Path) -> None:
-    for path in checkpoints.found(run / "checkpoints"):
+    for path in checkpoints.checkpoint_folders(run / "checkpoints"):
         (path / "state.json").write_text('{"run":' * 100_000 + "1" + "}" * 100_000)
         rehash(path)
 
@@ -283,7 +283,7 @@ def test_a_position_that_no_run_comes_to_is_refused(run: Path) -> None:
         {"unheard_of": 1},
     ):
         copy = copy_run(run, run.with_name("changed"))
-        for path in checkpoints.found(copy / "checkpoints"):
+        for path in checkpoints.checkpoint_folders(copy / "checkpoints"):
             state = json.loads((path / "state.json").read_text())
             state["run"] |= {"step_in_epoch": 1} | change
             (path / "state.json").write_text(json.dumps(state))

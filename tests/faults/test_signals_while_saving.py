@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.runs import atomic, rowfile
+from lowmem.runs import atomic
 from lowmem.runs import checkpoint as cp
 from tests.conftest import assert_same_run
 from tests.faults.processes import resume, train, wait_for
@@ -126,7 +126,7 @@ def test_a_signal_while_the_disk_takes_nothing(tmp_path: Path, uninterrupted: Pa
             return append(path, lines, after_bytes=after_bytes)
 
         cp.write_synced = refuse  # type: ignore[attr-defined]
-        rowfile.append_lines = refuse_rows  # type: ignore[attr-defined]
+        atomic.append_lines = refuse_rows  # type: ignore[attr-defined]
 
     child = train(run, tmp_path / "log", *EVERY, before=full)
     wait_for(tmp_path / "begun")

@@ -12,7 +12,7 @@ from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import DiskError, ExitCode, Stuck
 from lowmem.lifecycle.api import resume_training, run_training
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs.history import read_history
+from lowmem.runs.view import read_run
 from lowmem.train.observer import Observer
 from tests.conftest import assert_same_run
 from tests.faults.injection import events
@@ -62,7 +62,7 @@ def test_it_warns_once_with_the_evidence(warned: tuple[Path, Listener]) -> None:
 
 
 def test_its_gradients_explode_first_and_vanish_then(warned: tuple[Path, Listener]) -> None:
-    gradients = read_history(warned[0]).gradients
+    gradients = read_run(warned[0]).gradients
     first = gradients.rows[0]
     assert (first.step, first.epoch) == (1, 1)
     assert first.norms[0] > 1e3 * first.norms[-1]
@@ -92,7 +92,7 @@ def test_asked_to_stop_it_stops_saved_and_goes_on_as_the_same_run(
     monkeypatch.undo()
     assert refused
     assert raised.value.exit_code is ExitCode.DIVERGED
-    assert checkpoints.found(path / "checkpoints")[0].name == "step-00000075"
+    assert checkpoints.checkpoint_folders(path / "checkpoints")[0].name == "step-00000075"
     (event,) = events(path, "stuck")
     (other,) = events(warned[0], "stuck")
     assert event["stopped"]

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem.calibrate.worker import BUSY_BATCHES
+from lowmem.calibrate.measuring import BUSY_BATCHES
 from lowmem.choose.execution import resolve_execution
-from lowmem.choose.session import calibrator_of, ranked, request_of, settle
+from lowmem.choose.planning import choose
+from lowmem.choose.request import calibrator_of, request_of
 from lowmem.config.settings import gather
 from lowmem.models import skeleton
 from lowmem.trial.plan_trial import trial_of
@@ -33,10 +34,9 @@ def test_a_calibrated_plan_predicts_what_a_clean_process_measures(
     assert calibrator is not None
     assert calibrator.facts is not None
     request = request_of(settings.config, 10, 0, calibrator)
-    choice = ranked(request, settings.config, None)[0]
+    choice = choose(request)
     assert choice.timed
-    config = settle(settings, choice, request.reasons).config
-    result = run_trial(trial_of(config, choice.plan, request.budget, 10, 0))
+    result = run_trial(trial_of(settings.config, choice.plan, request.budget, 10, 0))
     assert result.refused is None, result.refused
     predicted = choice.plan.predicted
     assert result.peak_allocated_bytes == pytest.approx(predicted.peak_allocated_bytes, rel=0.01)

@@ -7,7 +7,7 @@ import torch
 
 from lowmem.config.schema import Config, flatten
 from lowmem.doctor import Status, can_start, examine, gather
-from lowmem.doctor.asking import ask
+from lowmem.doctor.gather import ask
 from lowmem.doctor.probe import largest_error
 
 pytestmark = [
@@ -40,4 +40,4 @@ def test_a_hidden_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_refused_allocator_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "nonsense:1")
-    assert "nonsense" in ask(flatten(CONFIG), ["allocator"]).results["allocator"]["refused"]
+    assert "nonsense" in ask(flatten(CONFIG), ["allocator"]).results["allocator"]["allocator_trouble"]

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from lowmem.choose import resolve_execution
+from lowmem.choose.decide import Decision
 from lowmem.config.settings import gather, to_yaml
 from lowmem.data import load
 from lowmem.distributed.group import Group
-from lowmem.lifecycle.api import _make_trainer
-from lowmem.lifecycle.decide_shares import Decided, undivided
+from lowmem.distributed.split import Split
+from lowmem.lifecycle.execute import make_trainer
 from lowmem.runs.store import RunFolder
 from lowmem.train.observer import Observer
 from lowmem.train.trial_step import try_step
@@ -31,8 +32,8 @@ def test_the_step_is_undone_to_the_last_bit(tmp_path: Path, precision: str, memo
     settings = resolve_execution(gather(flags=flags, sets=["data.train_subset=500", "data.test_subset=100"]))
     dataset = load(settings.config.data, 0)
     group = Group()
-    decided = Decided(settings, None, undivided(group, settings.config))
-    trainer = _make_trainer(group, decided, dataset, Observer(), tmp_path / "run")
+    decided = Decision(settings, None, Split((settings.config.train.batch,)))
+    trainer = make_trainer(group, decided, dataset, Observer(), tmp_path / "run")
     trainer.step(*trainer.batches.batch(0, 0, memory_format=trainer.execution.torch_memory_format), 0.05)
 
     def state() -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowmem.models.resnet import BasicBlock, Bottleneck
-from lowmem.plan import LEAN, SAVE_ALL, keep
+from lowmem.plan.policy import LEAN, SAVE_ALL, keep
 from lowmem.remat import decompose
 from lowmem.remat.executor import Run
 from lowmem.remat.kernels import norm_again, norm_first

@@ -1,4 +1,4 @@
-"""A run that lowmem at commit 8033727 planned, began and stopped in the middle of its second epoch goes on, and whatever
+"""A run that lowmem at commit 8033727 planned, began and stopped in the middle of its second epoch goes on, and what
 reads a run reads it. `fixtures/planned-8033727` was made there by
 
     lowmem train --arch res20 --width 2 --data shapes --epochs 2 --batch 32 --vram 2400K --set data.train_subset=320 \\

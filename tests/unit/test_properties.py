@@ -23,8 +23,7 @@ from lowmem.core.errors import CorruptCheckpoint, LowmemError, UsageError
 from lowmem.plan.policy import LEAN, SAVE_ALL, Keep, Schedule, Segment, keep
 from lowmem.plan.record import Candidate, Plan, Predicted
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs.position import check_state
-from lowmem.train.state import Best, RunState
+from lowmem.runs.checkpoint_state import Best, RunState, read_state
 
 IN_A_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 TEXT = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1, max_size=12)
@@ -229,7 +228,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path, run: RunState, shap
     assert {name: tensor.numpy().tobytes() for name, tensor in back.model.items()} == {
         name: tensor.numpy().tobytes() for name, tensor in model.items()
     }
-    check_state(back.state, run.step)
+    read_state(back.state, run.step)
     assert RunState(**{**back.state["run"], "best": run.best}) == run
 
 
@@ -237,7 +236,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path, run: RunState, shap
 def test_any_state_is_a_state_or_refused(run: RunState, name: str, value: Any) -> None:
     values = asdict(run) | {name: value}
     try:
-        check_state({"run": values, "identity": {}}, run.step)
+        read_state({"run": values, "identity": {}}, run.step)
     except CorruptCheckpoint as error:
         _one_line(error)
     else:

@@ -15,7 +15,7 @@ from lowmem.bench import tables
 from lowmem.bench.cells import ENGINE, FIRST_MODE, MODES, NO_TIME, PLAIN_DEFAULT, TableSetup, table_cells
 from lowmem.bench.results import Results
 from lowmem.bench.run import Bench
-from lowmem.isolate import OUT_OF_MEMORY, Call, Outcome
+from lowmem.isolate import OUT_OF_MEMORY, Call, CallResult
 from lowmem.trial.trial import Trial, TrialResult
 from tests.isolated import call_here
 
@@ -37,8 +37,8 @@ HERE: dict[str, Any] = {"lowmem": "1", "torch": "2", "python": "3", "device": "c
 def run_as(trial_of: Callable[[Trial, float], TrialResult]) -> Call:
     """In place of a process."""
 
-    def call(_: str, values: dict[str, Any], timeout_seconds: float, **__: object) -> Outcome:
-        return Outcome(ended="answered", answer=asdict(trial_of(Trial(**values), timeout_seconds)))
+    def call(_: str, values: dict[str, Any], timeout_seconds: float, **__: object) -> CallResult:
+        return CallResult(ended="answered", answer=asdict(trial_of(Trial(**values), timeout_seconds)))
 
     return call
 

@@ -39,7 +39,7 @@ def test_another_chains_schedule() -> None:
 
 @dataclass
 class Entry:
-    """As `lowmem.remat.executor.Entry`."""
+    """As `lowmem.remat.executor.Held`."""
 
     item: Item
     there: bool

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 from lowmem.calibrate.calibration import Calibration, Mode, Seconds
 from lowmem.calibrate.calibrator import Calibrator, StageTimes, stage_key
-from lowmem.calibrate.card_probe import describe_card
 from lowmem.calibrate.device import cpu_identity
+from lowmem.calibrate.measuring import Figures, Job, ask, smallest_busy
 from lowmem.calibrate.stage_timer import FAST, PLAIN, ChainClock
-from lowmem.calibrate.worker import BusyBatch, Job, Stages, Update, measure_apart, smallest_busy
 from lowmem.choose.costs import ChainMeasure, measure_costs, price
-from lowmem.choose.precision_choice import by_measurement
-from lowmem.choose.session import calibrator_of, plan_run
+from lowmem.choose.decide import Silence, decide
+from lowmem.choose.execution import by_measurement
+from lowmem.choose.request import calibrator_of
 from lowmem.config.schema import Config
 from lowmem.config.settings import gather
 from lowmem.core.errors import PreflightError
@@ -26,8 +24,8 @@ from lowmem.models import skeleton
 from lowmem.plan.cost import Rates
 from lowmem.plan.policy import SAVE_ALL
 from lowmem.remat import decompose
-from lowmem.remat.libraries import Numerics
-from lowmem.simulate.stage import Option
+from lowmem.simulate.stage import Option, StageMeasure
+from lowmem.step.train_step import Execution
 
 SHAPE = (4, 3, 32, 32)
 MODEL = skeleton("res20", "basic", width=4)
@@ -43,7 +41,13 @@ def measured() -> ChainMeasure:
 def calibration(measured: ChainMeasure) -> Calibration:
     """Everything that the tests below look up, measured in a process of its own as on CUDA."""
     made = Calibration(cpu_identity(), None)
-    _times(Calibrator("cpu", made, measure=partial(measure_apart, numerics=Numerics())), measured)
+
+    def apart(jobs: Sequence[Job]) -> Figures:
+        task = {"device": "cpu", "numerics": {}, "jobs": list(jobs)}
+        figures: Figures = ask("lowmem.calibrate.measuring:perform", task)
+        return figures
+
+    _times(Calibrator("cpu", made, measure_jobs=apart), measured)
     return made
 
 
@@ -53,22 +57,25 @@ def _times(calibrator: Calibrator, measured: ChainMeasure):
     )
 
 
-def test_every_policy_of_every_distinct_block_is_timed_once(
-    measured: ChainMeasure, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def forbidden(*arguments: object) -> None:
+def _of(times: StageTimes, stage: StageMeasure, what: str) -> float:
+    found = times.seconds(stage, what)
+    assert found is not None
+    return found.forward if what == FAST else found.backward
+
+
+def test_every_policy_of_every_distinct_block_is_timed_once(measured: ChainMeasure, calibration: Calibration) -> None:
+    def forbidden(jobs: Sequence[Job]) -> Figures:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(ChainClock, "measure", forbidden)
     told: list[str] = []
-    times = _times(Calibrator("cpu", calibration, told.append), measured)
+    times = _times(Calibrator("cpu", calibration, told.append, measure_jobs=forbidden), measured)
     assert told == []
     assert times.outside_seconds > 0
     for stage in measured.stages:
-        assert (times.fast_seconds(stage) or 0) > 0
-        assert (times.plain_seconds(stage) or 0) > 0
+        assert _of(times, stage, FAST) > 0
+        assert _of(times, stage, PLAIN) > 0
         for option in stage.options:
-            found = times.option(stage, option.option)
+            found = times.seconds(stage, option.option)
             assert found is not None
             assert found.backward > 0
             assert (found.forward == 0) == option.option.fused
@@ -80,11 +87,11 @@ def test_prices_are_the_measured_ones(measured: ChainMeasure, calibration: Calib
     chain = price(measured, RATES, times)
     stage, cost = measured.stages[2], chain.stages[2]
     for option in stage.options:
-        found = times.option(stage, option.option)
+        found = times.seconds(stage, option.option)
         priced = (cost.last_option if option.option.last else cost.option)(option.option.policy)
         assert found == Seconds(priced.forward_seconds, priced.backward_seconds, priced.restore_seconds)
     assert chain.outside_seconds == times.outside_seconds
-    assert chain.plain_seconds == pytest.approx(sum(times.plain_seconds(one) or 0 for one in measured.stages))
+    assert chain.plain_seconds == pytest.approx(sum(_of(times, one, PLAIN) for one in measured.stages))
     assert price(measured, RATES).plain_seconds != chain.plain_seconds
 
 
@@ -96,9 +103,9 @@ def test_what_could_not_be_measured_is_scaled_like_the_rest(measured: ChainMeasu
     guess = price(measured, RATES)
     # Everything but the plain times is gone: what is left is the roofline in the measured proportion.
     kept = Calibration(cpu_identity(), None)
-    plain = {stage.key: times.plain_seconds(stage) for stage in measured.stages}
+    plain = {stage.key: _of(times, stage, PLAIN) for stage in measured.stages}
     for stage in measured.stages:
-        kept.put_seconds((stage_key(stage.key, "fp32", SHAPE[0]), PLAIN), Seconds(0.0, plain[stage.key] or 0.0))
+        kept.put_seconds((stage_key(stage.key, "fp32", SHAPE[0]), PLAIN), Seconds(0.0, plain[stage.key]))
     scaled = price(measured, RATES, StageTimes(kept, "fp32", SHAPE[0], 1.0, 0.0))
     assert whole.plain_seconds is not None
     assert guess.plain_seconds is not None
@@ -111,28 +118,24 @@ def test_larger_batches_are_scaled(measured: ChainMeasure, calibration: Calibrat
     thrice = StageTimes(calibration, "fp32", SHAPE[0], 3.0, 0.0)
     larger = measure_costs(MODEL, input_shape=(3 * SHAPE[0], *SHAPE[1:]))
     for small, large in zip(measured.stages, larger.stages, strict=True):
-        assert thrice.fast_seconds(large) == pytest.approx(3 * (once.fast_seconds(small) or 0))
+        assert _of(thrice, large, FAST) == pytest.approx(3 * _of(once, small, FAST))
 
 
-def _clock(time_call: Callable[..., Timing] = time_calls, low: torch.dtype | None = None) -> ChainClock:
+def _clock(time_call: Callable[..., Timing] = time_calls, precision: str = "fp32") -> ChainClock:
     return ChainClock(
         MODEL,
         input_shape=SHAPE,
-        device="cpu",
-        memory_format=torch.contiguous_format,
-        low=low,
-        calibration=Calibration(cpu_identity(), None),
+        execution=Execution("cpu", precision, "contiguous"),
         rounds=1,
         time_call=time_call,
     )
 
 
 def test_clock_covers_stem_blocks_and_head() -> None:
-    clock = _clock(low=torch.bfloat16)
+    clock = _clock(precision="amp")
     mode = clock.mode()
     assert mode.finite
     assert mode.seconds > 0
-    assert len(clock.calibration) == 0, "a mode leaves nothing but its sum"
 
 
 def _timed(seconds: dict[str, float], host_share: float) -> Callable[..., Timing]:
@@ -186,21 +189,22 @@ def test_a_fast_card_is_timed_at_a_batch_that_keeps_it_busy() -> None:
     """What the jobs find is given: 256 pictures, a second for every pass under autograd."""
     asked: list[Job] = []
 
-    def measure(jobs: Sequence[Job], device: str, calibration: Calibration) -> None:
+    def measure(jobs: Sequence[Job]) -> Figures:
         asked.extend(jobs)
+        figures = Figures()
         for job in jobs:
-            if isinstance(job, BusyBatch):
-                calibration.put_size(job.key, 256)
-            elif isinstance(job, Stages):
-                for one in job.wanted:
-                    for what in (FAST, PLAIN, *(name for name, _ in one.options)):
-                        calibration.put_seconds((one.key, what), Seconds(0.0, 1.0))
-            elif isinstance(job, Update):
-                calibration.put_seconds(job.key, Seconds(0.0, 0.0))
+            match job["kind"]:
+                case "busy":
+                    figures[job["figure"]] = 256
+                case "stages":
+                    figures |= {name: [0.0, 1.0, 0.0] for names in job["wanted"].values() for name in names}
+                case "update":
+                    figures[job["figure"]] = [0.0, 0.0, 0.0]
+        return figures
 
-    calibrator = Calibrator("cuda", Calibration(cpu_identity(), None), measure=measure)
+    calibrator = Calibrator("cuda", Calibration(cpu_identity(), None), measure_jobs=measure)
 
-    def times(batch: int) -> tuple[int, float | None, list[str]]:
+    def times(batch: int) -> tuple[int, float, list[str]]:
         """Pictures that were timed, seconds of a block, and the jobs that it took."""
         asked.clear()
         shape = (batch, *SHAPE[1:])
@@ -209,12 +213,12 @@ def test_a_fast_card_is_timed_at_a_batch_that_keeps_it_busy() -> None:
             MODEL, stages, input_shape=shape, precision="fp32", memory_format="contiguous", momentum=True
         )
         for job in asked:
-            assert not isinstance(job, Stages) or job.input_shape == (found.timed_batch, *SHAPE[1:])
-        return found.timed_batch, found.plain_seconds(stages[1]), [type(job).__name__ for job in asked]
+            assert job["kind"] != "stages" or job["input_shape"] == [found.timed_batch, *SHAPE[1:]]
+        return found.timed_batch, _of(found, stages[1], PLAIN), [job["kind"] for job in asked]
 
-    assert times(512) == (256, 2.0, ["BusyBatch", "Stages", "Update"])
+    assert times(512) == (256, 2.0, ["busy", "stages", "update"])
     assert times(1024) == (256, 4.0, []), "the same stages, timed at the same batch"
-    assert times(192) == (192, 1.0, ["Stages"]), "never more pictures than were asked for"
+    assert times(192) == (192, 1.0, ["stages"]), "never more pictures than were asked for"
     assert calibrator.timed_batch(MODEL, (64, *SHAPE[1:]), "amp", "contiguous") == 64
     assert Calibrator("cpu", calibrator.calibration).timed_batch(MODEL, (512, *SHAPE[1:]), "fp32", "contiguous") == 128
 
@@ -222,14 +226,16 @@ def test_a_fast_card_is_timed_at_a_batch_that_keeps_it_busy() -> None:
 def test_modes_are_compared_at_the_largest_batch_that_all_have_room_for() -> None:
     """AMP is busy with 512 pictures, fp32 with 128 and has no room for 512."""
 
-    def measure(jobs: Sequence[Job], device: str, calibration: Calibration) -> None:
+    def measure(jobs: Sequence[Job]) -> Figures:
+        figures = Figures()
         for job in jobs:
-            if isinstance(job, BusyBatch):
-                calibration.put_size(job.key, 512 if job.precision == "amp" else 128)
-            elif isinstance(job, Stages) and (job.precision == "amp" or job.input_shape[0] == 128):
-                calibration.put_mode(job.mode_key, Mode(float(job.input_shape[0]), True))
+            if job["kind"] == "busy":
+                figures[job["figure"]] = 512 if job["precision"] == "amp" else 128
+            elif job["precision"] == "amp" or job["input_shape"][0] == 128:
+                figures[job["figure"]] = [float(job["input_shape"][0]), 1.0]
+        return figures
 
-    calibrator = Calibrator("cuda", Calibration(cpu_identity(), None), measure=measure)
+    calibrator = Calibrator("cuda", Calibration(cpu_identity(), None), measure_jobs=measure)
     pairs = [("fp32", "contiguous"), ("amp", "contiguous")]
     assert calibrator.modes(MODEL, (512, *SHAPE[1:]), pairs) == dict.fromkeys(pairs, Mode(128.0, True))
     alone = calibrator.modes(MODEL, (512, *SHAPE[1:]), pairs[1:])
@@ -302,7 +308,12 @@ def test_a_plan_by_what_this_processor_does(tmp_path: Path, monkeypatch: pytest.
     flags = {"model.arch": "res20", "model.width": 4, "train.batch": 4, "memory.vram": "2M", "train.device": "cpu"}
     settings = gather(flags=flags, sets=["memory.calibrate=always"])
     told: list[str] = []
-    _, choice = plan_run(settings, progress=told.append)
+
+    class Progress(Silence):
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    choice = decide(settings, tell=Progress(), on_paper=True).choice
     assert choice.timed
     assert choice.seconds_from == "measured on this device"
     assert any(line.startswith("measuring the processor, once") for line in told)
@@ -310,7 +321,7 @@ def test_a_plan_by_what_this_processor_does(tmp_path: Path, monkeypatch: pytest.
         choice.plain_seconds * (1 + (choice.plan.predicted.overhead or 0))
     )
     told.clear()
-    _, again = plan_run(settings, progress=told.append)
+    again = decide(settings, tell=Progress(), on_paper=True).choice
     assert told == [], "kept in the cache"
     assert again.plan == choice.plan
     assert list(tmp_path.glob("lowmem/calibration/*.json"))
@@ -322,27 +333,3 @@ def test_a_plan_by_what_this_processor_does(tmp_path: Path, monkeypatch: pytest.
     fresh = calibrator_of(settings.config, fresh=True)
     assert fresh is not None
     assert len(fresh.calibration) == 0, "measured again when asked to"
-
-
-def test_a_card_without_a_profile_is_described() -> None:
-    card = describe_card(
-        "NVIDIA H200",
-        memory_bytes=139 << 30,
-        capability=(9, 0),
-        context_bytes=500 << 20,
-        rates=(4.0e12, 50e12, 700e12),
-        link=(5, 16),
-    )
-    assert card.tensor_cores
-    assert card.bandwidth_bytes_per_second == 4.0e12
-    assert card.pcie == "5.0x16"
-    old = describe_card(
-        "GTX 1660 Laptop",
-        memory_bytes=6 << 30,
-        capability=(7, 5),
-        context_bytes=1 << 28,
-        rates=(2e11, 4e12, 8e12),
-        link=(None, 3),
-    )
-    assert old.fp16 == "2:1"
-    assert old.pcie == "3.0x16"

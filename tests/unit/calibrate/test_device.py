@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 
 import torch
 
-from lowmem.calibrate.device import DeviceFacts, facts_from, warm_up
-from lowmem.choose.session import _tf32
+from lowmem.calibrate.device import DeviceFacts, describe_card, facts_from, warm_up
+from lowmem.choose.request import _tf32
 from lowmem.config.cards import load_card
 from lowmem.config.schema import Config
 from lowmem.remat.libraries import Numerics
@@ -52,3 +52,14 @@ def test_tf32_is_told_where_the_card_is_known() -> None:
     assert (_tf32(on_cuda, ampere), _tf32(on_cuda, pascal), _tf32(on_cuda, None)) == (True, False, None)
     assert (_tf32(strict, ampere), _tf32(strict, None)) == (False, False)
     assert _tf32(Config.model_validate({"train": {"device": "cpu"}}), None) is False
+
+
+def test_a_card_without_a_profile_is_described() -> None:
+    h200 = replace(FACTS, name="NVIDIA H200", total_bytes=139 << 30, capability=(9, 0), link=(5, 16))
+    card = describe_card(replace(h200, context_bytes=500 << 20), (4.0e12, 50e12, 700e12), 1 << 28)
+    assert card.tensor_cores
+    assert card.bandwidth_bytes_per_second == 4.0e12
+    assert (card.pcie, card.context_bytes) == ("5.0x16", 500 << 20)
+    laptop = replace(FACTS, name="GTX 1660 Laptop", capability=(7, 5), link=(None, 3))
+    old = describe_card(laptop, (2e11, 4e12, 8e12), 1 << 28)
+    assert (old.fp16, old.pcie, old.context_bytes) == ("2:1", "3.0x16", 1 << 28)

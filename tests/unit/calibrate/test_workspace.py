@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 
 from lowmem.calibrate.calibration import Calibration
+from lowmem.calibrate.calibrator import Workspaces
 from lowmem.calibrate.device import cpu_identity
-from lowmem.calibrate.workspace import Workspaces
+from lowmem.calibrate.measuring import call_of
 from lowmem.choose.costs import calls_of, measure_costs
 from lowmem.choose.request import card_rates
-from lowmem.choose.simulated import StepShape, simulate_step
 from lowmem.config.cards import load_card
 from lowmem.core.units import MIB
 from lowmem.models import skeleton
 from lowmem.plan.policy import SAVE_ALL
-from lowmem.simulate import Call, Kind
+from lowmem.simulate import Call, Kind, StepShape, simulate_step
 
 MODEL = skeleton("res20", "basic", width=4)
 SHAPE = (8, 3, 32, 32)
@@ -51,13 +53,19 @@ def test_the_calls_of_a_chain_are_those_of_the_plain_step() -> None:
     assert operations == {"aten.convolution.default", "aten.convolution_backward.default"}
 
 
+def test_a_call_is_the_same_after_json() -> None:
+    """As a process that measures it is told."""
+    for call in _calls():
+        assert call_of(json.loads(json.dumps([call.operation, call.tensors, call.rest]))) == call
+
+
 def test_a_measured_workspace_is_part_of_the_step() -> None:
     table = Workspaces(Calibration(cpu_identity(), None), None)
     plain = _step(table).estimate
     assert plain.at_peak_bytes[Kind.WORKSPACE] == 0
     known = Calibration(cpu_identity(), None)
     for call in _calls():
-        known.put_size(Workspaces(known, None)._key(call), 5 * MIB)
+        known.put_size(Workspaces(known, None).key(call), 5 * MIB)
     counted = _step(Workspaces(known, None)).estimate
     assert counted.at_peak_bytes[Kind.WORKSPACE] == 5 * MIB
     assert plain.peak_tensor_bytes < counted.peak_tensor_bytes <= plain.peak_tensor_bytes + 5 * MIB
@@ -74,7 +82,7 @@ def test_an_unknown_call_counts_as_the_largest_of_its_kind() -> None:
     first, second, *_ = sorted((c for c in _calls() if "backward" in c.operation), key=repr)
     forward = next(c for c in _calls() if "backward" not in c.operation)
     known = Calibration(cpu_identity(), None)
-    known.put_size(Workspaces(known, None)._key(first), 7 * MIB)
+    known.put_size(Workspaces(known, None).key(first), 7 * MIB)
     table = Workspaces(known, None)
     assert table(second) == 0
     assert table(first) == 7 * MIB

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from lowmem.calibrate.device import DeviceFacts
 from lowmem.choose.budget import (
     ASSUMED_COMMUNICATOR_BYTES,
     of_card,
@@ -12,12 +14,25 @@ from lowmem.choose.budget import (
     with_communicators,
 )
 from lowmem.choose.planning import choose
-from lowmem.choose.session import request_of
+from lowmem.choose.request import request_of
 from lowmem.config.cards import Platform, load_card
 from lowmem.config.settings import gather
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import GIB, KIB, MIB
 from lowmem.trial.plan_trial import trial_of
+
+
+def _facts(free_bytes: int, total_bytes: int, **known: Any) -> DeviceFacts:
+    """Of a card with no need of cuBLAS's workspace, unless it is among what is `known`."""
+    card: dict[str, Any] = {
+        "name": "GTX 1060",
+        "capability": (6, 1),
+        "driver": None,
+        "cudnn": None,
+        "link": (None, None),
+    }
+    unknown = {"context_bytes": None, "blas_workspace_bytes": 0}
+    return DeviceFacts(free_bytes=free_bytes, total_bytes=total_bytes, **{**card, **unknown, **known})
 
 
 def test_a_bare_budget_is_for_tensors_alone() -> None:
@@ -38,16 +53,16 @@ def test_the_terms_of_a_card_add_up(vram: int | None) -> None:
 
 
 def test_what_others_use_on_a_device_is_not_ours() -> None:
-    budget = of_device(free_bytes=4 * GIB, total_bytes=6 * GIB)
+    budget = of_device(_facts(4 * GIB, 6 * GIB))
     # The context is there already: what is free is left but for workspace and margin.
     assert budget.tensor_bytes == 4 * GIB - 256 * MIB - int(6 * GIB * 0.02)
-    assert of_device(4 * GIB, 6 * GIB, pictures_bytes=MIB).tensor_bytes == budget.tensor_bytes - MIB
-    emulated = of_device(free_bytes=138 * GIB, total_bytes=139 * GIB, vram_bytes=6 * GIB)
+    assert of_device(_facts(4 * GIB, 6 * GIB), pictures_bytes=MIB).tensor_bytes == budget.tensor_bytes - MIB
+    emulated = of_device(_facts(138 * GIB, 139 * GIB), 6 * GIB)
     assert emulated.total_bytes == 6 * GIB
     assert "emulated" in emulated.source
     # The same memory by name is no emulation, and does not make what others use disappear.
-    assert of_device(4 * GIB, 6 * GIB, vram_bytes=6 * GIB) == budget
-    assert of_device(4 * GIB, 6 * GIB, vram_bytes=8 * GIB) == budget
+    assert of_device(_facts(4 * GIB, 6 * GIB), 6 * GIB) == budget
+    assert of_device(_facts(4 * GIB, 6 * GIB), 8 * GIB) == budget
 
 
 def test_a_card_too_small_for_anything() -> None:
@@ -56,7 +71,7 @@ def test_a_card_too_small_for_anything() -> None:
 
 
 def test_a_measured_context_and_no_assumed_workspace() -> None:
-    budget = of_device(5 * GIB, 6 * GIB, name="GTX 1060", context_bytes=300 * MIB, workspace_bytes=0)
+    budget = of_device(_facts(5 * GIB, 6 * GIB, context_bytes=300 * MIB), workspace_bytes=0)
     assert budget.others_bytes == GIB - 300 * MIB
     assert [name for name, _ in budget.terms()] == [
         "others: driver, desktop, processes",
@@ -65,12 +80,12 @@ def test_a_measured_context_and_no_assumed_workspace() -> None:
     ]
     assert not budget.emulated
     # What the large card's driver keeps to itself is not taken from the small one that it stands for.
-    emulated = of_device(130 * GIB, 139 * GIB, 6 * GIB, name="H200", context_bytes=500 * MIB, workspace_bytes=0)
+    emulated = of_device(_facts(130 * GIB, 139 * GIB, name="H200", context_bytes=500 * MIB), 6 * GIB, workspace_bytes=0)
     assert emulated.emulated
     assert emulated.others_bytes == 0
     assert emulated.source == "emulated card on H200"
     # Unless there is not even that much left.
-    crowded = of_device(4 * GIB, 139 * GIB, 6 * GIB, context_bytes=500 * MIB, workspace_bytes=0)
+    crowded = of_device(_facts(4 * GIB, 139 * GIB, context_bytes=500 * MIB), 6 * GIB, workspace_bytes=0)
     assert crowded.others_bytes == 2 * GIB - 500 * MIB
 
 
@@ -81,7 +96,7 @@ def test_cublas_workspace_is_a_term_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     assert dict(exact.terms())["cuBLAS workspace (assumed)"] == 128 * KIB + MIB
     assert dict(free.terms())["cuBLAS workspace (assumed)"] == 8_519_680 + MIB
     assert exact.tensor_bytes - free.tensor_bytes == 8_519_680 - 128 * KIB
-    measured = of_device(5 * GIB, 6 * GIB, blas_bytes=3 * MIB, blas_measured=True)
+    measured = of_device(_facts(5 * GIB, 6 * GIB, blas_workspace_bytes=3 * MIB))
     assert dict(measured.terms())["cuBLAS workspace (measured)"] == 3 * MIB
     assert sum(size for _, size in measured.terms()) + measured.tensor_bytes == 6 * GIB
 
@@ -89,7 +104,7 @@ def test_cublas_workspace_is_a_term_of_its_own(monkeypatch: pytest.MonkeyPatch) 
 def test_what_the_allocator_may_hold() -> None:
     """All but what is not its own: the context, NCCL's communicators, the others."""
     budget = with_communicators(
-        of_device(130 * GIB, 139 * GIB, 6 * GIB, context_bytes=500 * MIB, blas_bytes=MIB, pictures_bytes=150 * MIB)
+        of_device(_facts(130 * GIB, 139 * GIB, context_bytes=500 * MIB, blas_workspace_bytes=MIB), 6 * GIB, 150 * MIB)
     )
     assert budget.allocator_bytes == 6 * GIB - 500 * MIB - ASSUMED_COMMUNICATOR_BYTES
     inside = budget.tensor_bytes + budget.workspace_bytes + budget.blas_workspace_bytes
@@ -101,7 +116,7 @@ def test_one_cap_for_the_plan_its_trial_and_the_run() -> None:
     """Of an emulated card; a real one needs none."""
     config = gather(flags={"model.arch": "res20", "model.width": 4, "train.batch": 8, "memory.vram": "2G"}).config
     for total, emulated in ((139 * GIB, True), (2 * GIB, False)):
-        budget = of_device(total - GIB, total, 2 * GIB, context_bytes=500 * MIB)
+        budget = of_device(_facts(total - GIB, total, context_bytes=500 * MIB), 2 * GIB)
         request = replace(request_of(config), budget=budget)
         plan = choose(request).plan
         assert plan.allocator_bytes == (budget.allocator_bytes if emulated else None)

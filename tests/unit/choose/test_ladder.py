@@ -10,13 +10,13 @@ import pytest
 from lowmem.choose.budget import Budget, of_card, tensors_only
 from lowmem.choose.ladder import with_ladder
 from lowmem.choose.planning import Choice, Request, card_rates, choose
-from lowmem.choose.simulated import simulate_step
 from lowmem.config.cards import load_card
 from lowmem.config.settings import gather
 from lowmem.core.units import MIB
 from lowmem.lifecycle.api import recorded_settings, resume_training, run_training
 from lowmem.models import skeleton
 from lowmem.plan.record import Plan
+from lowmem.simulate import simulate_step
 
 CARD = load_card("gtx1060-6g")
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 
 from lowmem.choose.budget import tensors_only
-from lowmem.choose.planning import Choice, Request, card_rates, choose, make_plan, precision_order
-from lowmem.choose.simulated import simulate_step
+from lowmem.choose.execution import precision_order
+from lowmem.choose.planning import Choice, Request, card_rates, choose, make_plan
 from lowmem.config.cards import load_card
 from lowmem.config.schema import Config
 from lowmem.core.errors import Infeasible, UsageError
 from lowmem.core.units import MIB
 from lowmem.models import skeleton
 from lowmem.plan.record import Plan
+from lowmem.simulate import simulate_step
 
 MODEL = skeleton("res20", width=8)
 
@@ -100,7 +101,7 @@ def test_precision_order() -> None:
 
 
 def test_a_plan_needs_something_to_fit_into() -> None:
-    from lowmem.choose.session import budget_of
+    from lowmem.choose.budget import budget_of
 
     with pytest.raises(ValueError, match="budget or a card"):
         make_plan(MODEL, batch=8)
@@ -113,7 +114,7 @@ def test_bad_sizes_and_cards_in_settings() -> None:
 
     with pytest.raises(UsageError, match="write it like 6G"):
         gather(flags={"memory.vram": "six"})
-    from lowmem.choose.session import request_of
+    from lowmem.choose.request import request_of
 
     with pytest.raises(UsageError, match="did you mean gtx1060-6g"):
         request_of(gather(flags={"memory.card": "gtx1060"}).config)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem.choose.shares import ROUNDS, balance
+from lowmem.choose.batch_split import ROUNDS, balance
 
 
 def seconds(*costs: tuple[float, float, int]) -> Callable[[tuple[int, ...]], Sequence[float | None]]:

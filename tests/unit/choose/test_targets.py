@@ -11,14 +11,14 @@ from functools import cache
 import pytest
 import torch
 
-from lowmem.choose.costs import chain_cost
+from lowmem.choose.costs import measure_costs, price
 from lowmem.core.units import MIB
 from lowmem.models.resnet import Bottleneck, ResNet
-from lowmem.plan import INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, Schedule, keep
 from lowmem.plan.cost import Rates
+from lowmem.plan.policy import INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, Schedule, keep
 from lowmem.plan.solver import Solver
-from lowmem.remat import apply_plan, decompose
-from lowmem.simulate import Loop, empty_copy, estimate, trace_steps, warm_up
+from lowmem.remat import decompose
+from lowmem.simulate import StepShape, simulate_step
 
 GTX_1060 = Rates.roofline(4.38e12, 192e9)
 TARGETS = {4600: 0.03, 3600: 0.07, 2708: 0.12, 1806: 0.20, 1500: 0.28}  # MiB: overhead
@@ -33,7 +33,7 @@ def _model() -> ResNet:
 
 @cache
 def _solver(batch: int = 128, low: torch.dtype | None = None) -> Solver:
-    return Solver(chain_cost(_model(), input_shape=(batch, 3, 32, 32), rates=GTX_1060, low=low))
+    return Solver(price(measure_costs(_model(), input_shape=(batch, 3, 32, 32), low=low), GTX_1060))
 
 
 def _overhead(solver: Solver, budget_bytes: int) -> float:
@@ -44,16 +44,15 @@ def _overhead(solver: Solver, budget_bytes: int) -> float:
 
 
 def _simulated_peak(schedule: Schedule | None, batch: int = 128, low: torch.dtype | None = None) -> int:
-    original = _model()
-
-    def build() -> Loop:
-        model = empty_copy(original)
-        run = model if schedule is None else apply_plan(model, schedule)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
-        warm_up(optimizer)
-        return Loop(run, model, optimizer, [(torch.empty(batch, 3, 32, 32), torch.zeros(batch).long())], low)
-
-    return estimate(trace_steps(build, 1)).peak_tensor_bytes
+    shape = StepShape(
+        model=_model(),
+        image_shape=(3, 32, 32),
+        batch=batch,
+        micro_batch=batch,
+        precision="fp32" if low is None else "amp",
+        memory_format="contiguous",
+    )
+    return simulate_step(shape, schedule, GTX_1060).estimate.peak_tensor_bytes
 
 
 def test_overheads() -> None:

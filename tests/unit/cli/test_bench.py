@@ -1,4 +1,4 @@
-"""`lowmem bench` as a command: a tiny one as a whole, killed in the middle and given again."""
+"""`lowmem bench` as a command: a tiny one as a whole, killed in the middle and given again; its suite of checks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from lowmem.cli.main import _run
 from lowmem.cli.show_bench import _budgets, show_bench
 from lowmem.core.errors import UsageError
 from lowmem.core.units import MIB
@@ -25,6 +26,10 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 TINY = (
     "bench", "--quick", "--device", "cpu", "--arch", "res20", "--width", "2", "--batch", "8", "--rounds", "1",
     "--steps", "1", "--budgets", "0.75,100K", "--minutes", "600", "--out", "found",
+)  # fmt: skip
+SUITE = (
+    "bench", "--suite", "acceptance", "--device", "cpu", "--arch", "res20", "--width", "4", "--batch", "16",
+    "--vram", "6M", "--steps", "1",
 )  # fmt: skip
 FLAGS = {"model.arch": "res20", "model.width": 2, "train.batch": 8, "train.device": "cpu"}
 SAME: dict[str, Any] = {
@@ -203,10 +208,36 @@ def test_no_time_is_said_in_every_row(
     assert not (tmp_path / "found/bench.png").exists()
 
 
+def test_the_account_is_written_even_if_there_is_time_for_nothing(lowmem_command: Command, tmp_path: Path) -> None:
+    done = lowmem_command(*SUITE, "--minutes", "0", "--out", "found")
+    assert done.returncode == 0, done.stderr
+    assert "## Targets" in done.stdout
+    record = json.loads((tmp_path / "found/acceptance.json").read_text())
+    assert record["finished"]
+    assert {cell["refused"] for cell in record["cells"]} == {"not run: time"}
+    assert record["environment"]["torch"]
+    for name in ("acceptance.csv", "acceptance.md", "acceptance.png"):
+        assert (tmp_path / "found" / name).stat().st_size > 0
+
+
+def test_some_of_the_cells(lowmem_command: Command, tmp_path: Path) -> None:
+    cells = ("--cells", "memory, out  of memory", "--minutes", "0", "--out", "found")
+    done = lowmem_command(*SUITE, *cells)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "found/acceptance.json").read_text())
+    assert [cell["kind"] for cell in record["cells"]] == ["memory", "memory", "out of memory"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("--batch", "8", "--batch", "16"), "--batch once"),
+        (("--cells", "memory"), "--suite acceptance"),
+        (("--suite", "acceptance", "--out", "x", "--cells", "memory,speed"), "'speed'"),
+        (("--suite", "acceptance", "--out", "x", "--cells", ""), "memory, time, gradients, out of memory"),
+        (("--suite", "acceptance"), "--out"),
+        (("--suite", "everything", "--out", "x"), "everything"),
+        (("--suite", "acceptance", "--out", "x", "--batch", "8", "--batch", "16"), "--batch once"),
         (("--suite", "acceptance", "--out", "x", "--quick"), "--quick"),
         (("--suite", "acceptance", "--out", "x", "--rounds", "2", "--budgets", "0.5"), "--rounds, --budgets"),
         (("--budgets", "much"), "much"),
@@ -214,10 +245,17 @@ def test_no_time_is_said_in_every_row(
         (("--vram", "-1"), "memory.vram"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(lowmem_command: Command, arguments: tuple[str, ...], said: str) -> None:
-    done = lowmem_command("bench", *arguments)
-    assert done.returncode == 2
-    assert said in done.stderr
+def test_what_cannot_be_meant_is_refused(
+    arguments: tuple[str, ...],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _run(["bench", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_budgets() -> None:

@@ -5,29 +5,25 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lowmem.report
-from lowmem.cli import job_process
-from lowmem.cli.job_process import JobObserver, describe, work
-from lowmem.cli.show_reproduce import reproduce_job
+from lowmem.cli.job import describe, reproduce_job, work
+from lowmem.cli.main import _run
+from lowmem.cli.terminal import describe_epoch
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Interrupted, LowmemError
-from lowmem.reproduce.check import Looked, Outlook
-from lowmem.reproduce.conduct import ask, conduct
-from lowmem.reproduce.eta import Pace
-from lowmem.reproduce.job import Job
-from lowmem.reproduce.members import select
-from lowmem.reproduce.process import Conductor
-from lowmem.reproduce.progress import Standing, standing_of
+from lowmem.lifecycle import api
+from lowmem.reproduce.check import Outlook
+from lowmem.reproduce.conduct import Conductor, ask, conduct
+from lowmem.reproduce.job import Job, select
+from lowmem.reproduce.progress import JobObserver, Standing, standing_of
 from lowmem.train.observer import Observer, Progress
-
-Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 class Heard(Observer):
@@ -41,6 +37,9 @@ class Heard(Observer):
     def progress(self, progress: Progress) -> None:
         self.told.append(progress)
 
+    def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
+        self.notes.append(describe_epoch(row, epochs))
+
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
@@ -53,6 +52,7 @@ def standings(job: Job, **known: dict[str, Any]) -> list[Standing]:
     found: list[Standing] = []
     for member in select(None, None):
         values: dict[str, Any] = {"state": "to begin", "epochs": 10, **known.get(member.name, {})}
+        values["weight"] = job.weights[member.name]
         found.append(Standing(member=member, path=job.folder_of(member), **values))
     return found
 
@@ -70,7 +70,7 @@ def row(epoch: int, elapsed: float) -> dict[str, Any]:
 
 def test_the_first_run_tells_of_all(job: Job) -> None:
     heard = Heard()
-    told = JobObserver(heard, job, standings(job), 0)
+    told = JobObserver(heard, standings(job), 0)
     told.progress(progress(1, 10, None))
     assert heard.told[-1].job == "run 1 of 6"
     told.progress(progress(1, 50, 95.0))  # 10 s an epoch, by its own clock
@@ -85,7 +85,7 @@ def test_the_first_run_tells_of_all(job: Job) -> None:
 def test_what_is_finished_counts_no_more_and_tells_of_the_rest(job: Job) -> None:
     done = {"state": "finished", "epochs_done": 10, "epoch_seconds": 10.0}
     heard = Heard()
-    told = JobObserver(heard, job, standings(job, res20=done, cnn20=done), 2)
+    told = JobObserver(heard, standings(job, res20=done, cnn20=done), 2)
     told.progress(progress(1, 50, 285.0))
     assert heard.told[-1].job == "run 3 of 6, about 29:45 left in all"  # 285 and 300 of cnn56 and 2 * 600
 
@@ -94,7 +94,7 @@ def test_after_a_resume_it_is_neither_negative_nor_of_the_whole_run(job: Job) ->
     """FACTS: "ETA negative after resume" (Lightning #13493)."""
     half = {"state": "to go on", "epochs_done": 9, "step": 950, "epoch_seconds": 10.0}
     heard = Heard()
-    told = JobObserver(heard, job, standings(job, res20=half)[:1], 0)
+    told = JobObserver(heard, standings(job, res20=half)[:1], 0)
     told.progress(progress(10, 60, None))
     assert heard.told[-1].job == "run 1 of 1, about 0:04 left in all"
     told.progress(progress(10, 100, 1.5))
@@ -107,7 +107,7 @@ def test_another_machine_than_before(job: Job) -> None:
     """What this process measures goes before what an earlier one did."""
     slow = {"state": "to go on", "epochs_done": 4, "epoch_seconds": 100.0}
     heard = Heard()
-    told = JobObserver(heard, job, standings(job, res20=slow)[:2], 0)
+    told = JobObserver(heard, standings(job, res20=slow)[:2], 0)
     told.epoch(row(5, 450.0), 10)
     told.epoch(row(6, 452.0), 10)
     assert heard.notes[-1].endswith("run 1 of 2, about 0:28 left in all")  # 4 * 2 and 10 * 2
@@ -115,17 +115,18 @@ def test_another_machine_than_before(job: Job) -> None:
 
 def test_runs_that_are_left_out_tell_of_the_rest(job: Job) -> None:
     runs = standings(job)[4:5]  # res110
-    lines = describe(Outlook(job, (Looked(runs[0], 1),), "", 6, 7), [Pace(3.0, 0, 10.0)])
+    done = [replace(standings(job)[3], state="finished", epoch_seconds=10.0)]  # cnn56
+    lines = describe(Outlook(job, tuple(runs), "", 6, 7), done)
     assert "about 3:20" in lines[2]
     heard = Heard()
-    JobObserver(heard, job, runs, 0, [Pace(3.0, 0, 10.0)]).progress(progress(1, 0, None))
+    JobObserver(heard, runs, 0, done).progress(progress(1, 0, None))
     assert heard.told[-1].job == "run 1 of 1, about 3:20 left in all"
 
 
 def test_the_table_before_the_first_run(job: Job) -> None:
     done = {"state": "finished", "epochs_done": 10, "epoch_seconds": 60.0, "size_bytes": 5 << 20}
     begun = {"state": "to go on", "epochs_done": 4, "epoch_seconds": 60.0}
-    runs = tuple(Looked(one, 5 << 20) for one in standings(job, res20=done, cnn20=begun)[:3])
+    runs = tuple(replace(run, disk_bytes=5 << 20) for run in standings(job, res20=done, cnn20=begun)[:3])
     lines = describe(Outlook(job, runs, "some pictures", 10 << 20, 1 << 30))
     assert lines[0].startswith(f"job {job.path}: 3 runs of 10 epochs at width 64, some pictures")
     assert [" ".join(line.split()) for line in lines[2:]] == [
@@ -134,30 +135,29 @@ def test_the_table_before_the_first_run(job: Job) -> None:
         "res56 to begin 0/10 about 30:00 at most 5 MiB",
         "time left in all: about 36:00; disk: at most 10 MiB more, 1,024 MiB free",
     ]
-    unknown = describe(Outlook(job, tuple(Looked(one, 1) for one in standings(job)), "", 6, 7))
+    unknown = describe(Outlook(job, tuple(standings(job)), "", 6, 7))
     assert "known after the first epoch" in unknown[-1]
 
 
-def test_refusals_are_one_line_and_leave_nothing(lowmem_command: Command, tmp_path: Path) -> None:
+def test_refusals_are_one_line_and_leave_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for arguments, words in (
         (("--only", "res21"), "the job has no run 'res21'"),
         (("--set", "model.arch=res20"), "leave it out, and choose among them with --only"),
         (("--block", "wide"), "there are no 'wide' blocks"),
         (("--epochs", "0"), "train.epochs"),
     ):
-        done = lowmem_command("reproduce", "--out", "job", *arguments)
-        assert done.returncode == 2
-        assert words in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
+        assert _run(["reproduce", "--out", str(tmp_path / "job"), *arguments]) == 2
+        said = capsys.readouterr().err
+        assert words in said
+        assert len(said.strip().splitlines()) == 1
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_jobs_folder_is_no_run(lowmem_command: Command, tmp_path: Path, job: Job) -> None:
+def test_a_jobs_folder_is_no_run(capsys: pytest.CaptureFixture[str], job: Job) -> None:
     job.path.mkdir()
     job.write()
-    done = lowmem_command("resume", str(job.path))
-    assert done.returncode == 2
-    assert f"go on with `lowmem reproduce --out {job.path}`" in done.stderr
+    assert _run(["resume", str(job.path)]) == 2
+    assert f"go on with `lowmem reproduce --out {job.path}`" in capsys.readouterr().err
 
 
 # -- real runs, from one call to the next ------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class Here(Conductor):
 
 def call(out: Path, *sets: str, interrupts: bool = False) -> Job:
     out.mkdir(exist_ok=True)
-    asked, conductor = ask(out, gather(sets=sets), RES20, "again"), Here()
+    asked, conductor = ask(out, gather(sets=sets), RES20), Here()
     conductor.interrupts = interrupts
     assert conduct(asked, conductor, lambda text: None) == 0
     return asked.job
@@ -206,20 +206,20 @@ def test_what_an_interrupted_call_asked_for_holds(trial: Path, monkeypatch: pyte
     with pytest.raises(Interrupted):
         call(trial, "train.max_steps=null", "train.on_stuck=stop", interrupts=True)
     resumed: list[Settings] = []
-    real = job_process.resume_training
+    real = api.resume_training
 
     def resume(path: Path, changes: Settings, observer: Observer) -> object:
         resumed.append(changes)
         return real(path, changes, observer)
 
-    monkeypatch.setattr(job_process, "resume_training", resume)
+    monkeypatch.setattr(api, "resume_training", resume)
     job = call(trial)
     assert [changes.config.train.on_stuck for changes in resumed] == ["stop"]
     assert standing_of(job, RES20[0]).state == "finished"
 
 
 def test_a_run_that_leaves_unfinished_is_a_failure(trial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_process, "resume_training", lambda *given: None)
+    monkeypatch.setattr(api, "resume_training", lambda *given: None)
     with pytest.raises(LowmemError, match="was left at step 2, epoch 1 of 2"):
         call(trial)
 

@@ -9,13 +9,15 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
+import typer
 from pydantic import BaseModel
 from typer.main import get_command
 
 from lowmem.cli import main
-from lowmem.config.schema import OPERATIONAL, Config
+from lowmem.cli.flags import FLAGS, Given, takes_flags
+from lowmem.config.schema import OPERATIONAL, Config, known_keys
 
 FILE = Path(__file__).with_name("surface.txt")
 
@@ -80,6 +82,29 @@ def _settings(section: type[BaseModel], prefix: str) -> Iterator[str]:
 def test_the_surface_is_the_frozen_one() -> None:
     differing = difflib.unified_diff(FILE.read_text("utf-8").splitlines(), surface().splitlines(), lineterm="", n=1)
     assert not (lines := list(differing)), "\n".join(lines)
+
+
+def test_the_table_of_flags_knows_only_settings_and_commands_that_there_are() -> None:
+    commands = set(get_command(main.app).commands)  # type: ignore[attr-defined]
+    for flag in FLAGS:
+        assert flag.setting in ("", *known_keys())
+        assert set(" ".join(flag.helps).split()) <= commands
+
+
+def test_what_was_typed_goes_to_its_setting() -> None:
+    seen: list[tuple[Given, str]] = []
+
+    def train(given: Given, out: Annotated[str, typer.Option()] = "x") -> None:
+        seen.append((given, out))
+
+    app = typer.Typer()
+    app.command()(takes_flags(train))
+    get_command(app).main(["--arch", "res20", "--batch", "64", "--no-tensorboard", "--set", "seed=3"], "x", None, False)
+    ((given, out),) = seen
+    assert given.flags == {"model.arch": "res20", "train.batch": 64, "train.tensorboard": False}
+    assert (given.config_file, given.sets, out) == (None, ["seed=3"], "x")
+    assert given.changes() == {**given.flags, "seed": 3}
+    assert given.settings().sources["seed"] == "--set"
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lowmem.config.cards import load_card
 from lowmem.core.units import GIB, MIB
-from lowmem.doctor import Facts
+from lowmem.doctor import Facts, Finding
 from lowmem.measure.nvml import DeviceProcess, DriverDevice, DriverReport, Link
 
 TORCH_2_15 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
@@ -40,7 +41,6 @@ HEALTHY = Facts(
     device_asked="auto",
     precision_asked="auto",
     network="res20 (basic, width 64)",
-    data_asked="shapes",
     out=Path("runs/res20"),
     system="Linux",
     wsl=False,
@@ -94,3 +94,10 @@ def with_card(card: DriverDevice, profile: str | None = None, **changes: Any) ->
     assert HEALTHY.driver is not None
     driver = replace(HEALTHY.driver, devices=(card,), **report)
     return replace(HEALTHY, driver=driver, profile=load_card(profile) if profile else None, **changes)
+
+
+def said(check: Callable[[Facts], Finding | None], facts: Facts) -> Finding:
+    """What a check that must have something to say says."""
+    finding = check(facts)
+    assert finding is not None
+    return finding

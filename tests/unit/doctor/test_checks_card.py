@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from lowmem.core.units import GIB
-from lowmem.doctor import Status, examine
+from lowmem.doctor import Status
 from lowmem.doctor import checks_card as checks
 from lowmem.measure.nvml import DeviceProcess, DriverReport, Link
-from tests.unit.doctor.scripted import GTX1060, GTX1660, HEALTHY, RTX3060, healthy, with_card
+from tests.unit.doctor.scripted import GTX1060, GTX1660, HEALTHY, RTX3060, healthy, said, with_card
 
 CARD_CHECKS = (
     checks.visible,
@@ -34,11 +34,9 @@ def test_on_the_cpu_nothing_is_said_of_cards() -> None:
 def test_hidden_cards(value: str) -> None:
     for asked, status in (("auto", Status.WARNING), ("cuda", Status.FAIL)):
         facts = healthy(environment={"CUDA_VISIBLE_DEVICES": value}, cuda_available=False, device_asked=asked)
-        found = checks.visible(facts)
-        assert found is not None
+        found = said(checks.visible, facts)
         assert (found.status, found.mend) == (status, "unset CUDA_VISIBLE_DEVICES")
-    found = checks.visible(replace(facts, system="Windows"))
-    assert found is not None
+    found = said(checks.visible, replace(facts, system="Windows"))
     assert found.mend == "set CUDA_VISIBLE_DEVICES="
 
 
@@ -49,8 +47,7 @@ def test_cards_that_are_not_hidden(value: str | None) -> None:
 
 
 def test_a_card_that_torch_does_not_find() -> None:
-    found = checks.visible(healthy(cuda_available=False, environment={"CUDA_VISIBLE_DEVICES": "7"}))
-    assert found is not None
+    found = said(checks.visible, healthy(cuda_available=False, environment={"CUDA_VISIBLE_DEVICES": "7"}))
     assert found.status == Status.WARNING
     assert "CUDA_VISIBLE_DEVICES=7" in found.finding
     # Other checks say why.
@@ -59,17 +56,14 @@ def test_a_card_that_torch_does_not_find() -> None:
 
 
 def test_a_torch_that_dies_looking_for_cards() -> None:
-    found = checks.visible(healthy(cuda_available=None, troubles={"cuda": "the process was killed by signal 11"}))
-    assert found is not None
+    found = said(checks.visible, healthy(cuda_available=None, troubles={"cuda": "the process was killed by signal 11"}))
     assert "signal 11" in found.finding
 
 
 def test_the_profile() -> None:
-    found = checks.card(healthy())
-    assert found is not None
+    found = said(checks.card, healthy())
     assert (found.status, "profile RTX 3060 12G" in found.finding) == (Status.OK, True)
-    found = checks.card(with_card(replace(RTX3060, name="NVIDIA H200")))
-    assert found is not None
+    found = said(checks.card, with_card(replace(RTX3060, name="NVIDIA H200")))
     assert (found.status, "no profile" in found.finding) == (Status.NOTE, True)
     assert "--card FILE.yaml" in (found.mend or "")
 
@@ -79,8 +73,7 @@ def test_torchs_card_is_found_by_its_uuid() -> None:
     report = DriverReport(driver_version="580.1", cuda_version=(13, 0), devices=(RTX3060, second))
     facts = healthy(driver=report, device_uuid="BBBB", profile=None)
     assert facts.card == second
-    found = checks.card(facts)
-    assert found is not None
+    found = said(checks.card, facts)
     assert "GTX 1060 6GB, 6,144 MiB (1 more not used)" in found.finding
     assert replace(facts, device_uuid="cccc").card is None
 
@@ -97,18 +90,17 @@ def test_torchs_card_is_found_by_its_uuid() -> None:
 )
 def test_free_memory(free: int, status: Status) -> None:
     holder = DeviceProcess(pid=4242, name="python3", used_bytes=12 * GIB - free)
-    found = checks.memory(
-        with_card(replace(RTX3060, free_bytes=free, used_bytes=12 * GIB - free, reserved_bytes=0, processes=(holder,)))
+    found = said(
+        checks.memory,
+        with_card(replace(RTX3060, free_bytes=free, used_bytes=12 * GIB - free, reserved_bytes=0, processes=(holder,))),
     )
-    assert found is not None
     assert (found.status, "12.0 GiB free" in found.finding) == (status, True)
     assert "python3 (pid 4242)" in found.finding
     assert (found.mend is not None) == (status != Status.OK)
 
 
 def test_a_display_takes_memory() -> None:
-    found = checks.display(with_card(replace(GTX1060, display_active=True)))
-    assert found is not None
+    found = said(checks.display, with_card(replace(GTX1060, display_active=True)))
     assert found.status == Status.NOTE
     for active in (False, None):
         assert checks.display(with_card(replace(GTX1060, display_active=active))) is None
@@ -142,8 +134,7 @@ def test_a_display_takes_memory() -> None:
     ],
 )
 def test_the_link(link: Link, profile: str | None, status: Status, says: str) -> None:
-    found = checks.link(with_card(replace(GTX1060, link=link), profile))
-    assert found is not None
+    found = said(checks.link, with_card(replace(GTX1060, link=link), profile))
     assert (found.status, says in found.finding) == (status, True), found.finding
     assert (found.mend is not None) == (status == Status.NOTE)
 
@@ -154,34 +145,29 @@ def test_a_link_that_is_not_told() -> None:
 
 
 def test_halves_on_a_pascal_card_save_memory_only() -> None:
-    found = checks.halves(with_card(GTX1060))
-    assert found is not None
+    found = said(checks.halves, with_card(GTX1060))
     assert found.status == Status.NOTE
     assert "saves memory, not time" in found.finding
 
 
 def test_halves_on_a_gtx_16_give_nan() -> None:
-    found = checks.halves(with_card(GTX1660))
-    assert found is not None
+    found = said(checks.halves, with_card(GTX1660))
     assert (found.status, found.mend) == (Status.NOTE, None)
-    found = checks.halves(with_card(GTX1660, precision_asked="amp"))
-    assert found is not None
+    found = said(checks.halves, with_card(GTX1660, precision_asked="amp"))
     assert (found.status, found.mend) == (Status.WARNING, "--precision fp32")
 
 
 def test_halves_on_tensor_cores() -> None:
     turing = replace(GTX1660, name="NVIDIA GeForce RTX 2060")  # of the same capability as the 16xx
     for card, says in ((turing, "bf16 would be emulated"), (RTX3060, "fp16 and bf16")):
-        found = checks.halves(with_card(card))
-        assert found is not None
+        found = said(checks.halves, with_card(card))
         assert (found.status, says in found.finding) == (Status.OK, True)
 
 
 def test_channels_last_needs_tensor_cores() -> None:
     assert checks.channels_last(healthy()) is None
     for card in (GTX1060, GTX1660):
-        found = checks.channels_last(with_card(card))
-        assert found is not None
+        found = said(checks.channels_last, with_card(card))
         assert (found.status, found.mend) == (Status.WARNING, "--memory-format contiguous")
     execution = {**(HEALTHY.execution or {}), "memory_format": "contiguous"}
     assert checks.channels_last(with_card(GTX1060, execution=execution)) is None
@@ -189,20 +175,12 @@ def test_channels_last_needs_tensor_cores() -> None:
 
 @pytest.mark.parametrize(("driver", "spills"), [("536.40", True), ("560.94", True), ("531.79", False), (None, True)])
 def test_windows_spills_to_host_memory(driver: str | None, spills: bool) -> None:
-    found = checks.spill(with_card(GTX1060, system="Windows", driver_version=driver))
-    assert found is not None
+    found = said(checks.spill, with_card(GTX1060, system="Windows", driver_version=driver))
     assert (found.status, "81 %" in found.finding) == (Status.NOTE, True)
     assert ("Prefer No Sysmem Fallback" in (found.mend or "")) == spills
 
 
 def test_wsl_and_plain_linux() -> None:
-    found = checks.spill(healthy(wsl=True))
-    assert found is not None
+    found = said(checks.spill, healthy(wsl=True))
     assert (found.name, "pinned" in found.finding) == ("wsl", True)
     assert checks.spill(healthy()) is None
-
-
-def test_small_cards() -> None:
-    assert checks.is_small(with_card(GTX1060))
-    assert not checks.is_small(with_card(replace(RTX3060, total_bytes=24 * GIB)))
-    assert [finding.name for finding in examine(with_card(GTX1060))].count("allocator") == 1

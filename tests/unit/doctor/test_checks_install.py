@@ -4,12 +4,16 @@ from dataclasses import replace
 
 import pytest
 
+from lowmem.config.cards import card_names, load_card
 from lowmem.doctor import Status, can_start, examine
 from lowmem.doctor import checks_install as checks
+from lowmem.doctor.checks_install import BUILDS, Capability, install_command, runs_on, same_torch
 from lowmem.measure.nvml import DriverReport
-from tests.unit.doctor.scripted import GTX1060, NO_CARD, RTX3060, TORCH_2_7, healthy, with_card
+from tests.unit.doctor.scripted import GTX1060, NO_CARD, RTX3060, TORCH_2_7, healthy, said, with_card
 
 PASCAL = 'pip install "torch==2.7.1" "torchvision==0.22.1"'
+VOLTA = 'pip install "torch==2.10.0" "torchvision==0.25.0"'
+NEWEST = "pip install --upgrade torch torchvision"
 
 
 def test_a_healthy_machine_is_all_ok_but_for_hints() -> None:
@@ -24,37 +28,30 @@ def test_a_healthy_machine_is_all_ok_but_for_hints() -> None:
 
 
 def test_python_and_what_lowmem_requires() -> None:
-    found = checks.python(healthy())
-    assert found is not None
+    found = said(checks.python, healthy())
     assert (found.status, found.finding) == (Status.OK, "Python 3.11.7, lowmem 0.1.0")
-    found = checks.python(healthy(unmet=("rich>=13.7", "torch>=2.7.1")))
-    assert found is not None
+    found = said(checks.python, healthy(unmet=("rich>=13.7", "torch>=2.7.1")))
     assert (found.status, found.mend) == (Status.FAIL, 'pip install "rich>=13.7"')
 
 
 def test_torch_that_cannot_be_imported() -> None:
-    found = checks.torch(healthy(torch_works=False, troubles={"torch": "ImportError: libcudart.so.13"}))
-    assert found is not None
+    found = said(checks.torch, healthy(torch_works=False, troubles={"torch": "ImportError: libcudart.so.13"}))
     assert found.status == Status.FAIL
     assert "ImportError: libcudart.so.13" in found.finding
     assert found.mend == 'pip install --force-reinstall "torch==2.15.0"'
 
 
 def test_torch_that_is_not_there() -> None:
-    found = checks.torch(healthy(torch_version=None, torch_works=False))
-    assert found is not None
-    assert (found.status, found.mend) == (Status.FAIL, "pip install --upgrade torch torchvision")
-    found = checks.torch(with_card(GTX1060, torch_version=None, torch_works=False))
-    assert found is not None
+    found = said(checks.torch, healthy(torch_version=None, torch_works=False))
+    assert (found.status, found.mend) == (Status.FAIL, NEWEST)
+    found = said(checks.torch, with_card(GTX1060, torch_version=None, torch_works=False))
     assert found.mend == PASCAL
 
 
 def test_torch_older_than_lowmem_supports() -> None:
-    found = checks.torch(healthy(torch_version="2.6.0", torch_cuda="12.4"))
-    assert found is not None
+    found = said(checks.torch, healthy(torch_version="2.6.0", torch_cuda="12.4"))
     assert found.status == Status.WARNING
-    found = checks.torch(healthy(torch_version="2.7.1+cu126", torch_cuda="12.6"))
-    assert found is not None
+    found = said(checks.torch, healthy(torch_version="2.7.1+cu126", torch_cuda="12.6"))
     assert (found.status, found.finding) == (Status.OK, "2.7.1+cu126, built for CUDA 12.6")
 
 
@@ -71,8 +68,7 @@ def test_torch_older_than_lowmem_supports() -> None:
     ],
 )
 def test_the_pair(torch: str, wants: str | None, works: bool, status: Status) -> None:
-    found = checks.torchvision(healthy(torch_version=torch, torchvision_wants=wants, torchvision_works=works))
-    assert found is not None
+    found = said(checks.torchvision, healthy(torch_version=torch, torchvision_wants=wants, torchvision_works=works))
     assert found.status == status
     if status != Status.OK:
         public = torch.partition("+")[0]
@@ -82,15 +78,13 @@ def test_the_pair(torch: str, wants: str | None, works: bool, status: Status) ->
 
 def test_a_fitting_torchvision_that_fails_all_the_same() -> None:
     why = "RuntimeError: operator torchvision::nms does not exist"
-    found = checks.torchvision(healthy(torchvision_works=False, troubles={"torchvision": why}))
-    assert found is not None
+    found = said(checks.torchvision, healthy(torchvision_works=False, troubles={"torchvision": why}))
     assert (found.status, why in found.finding) == (Status.FAIL, True)
     assert found.mend == 'pip install --force-reinstall --no-deps "torchvision==0.29.2"'
 
 
 def test_no_torchvision() -> None:
-    found = checks.torchvision(healthy(torchvision_version=None, torchvision_works=False))
-    assert found is not None
+    found = said(checks.torchvision, healthy(torchvision_version=None, torchvision_works=False))
     assert (found.status, found.mend) == (Status.FAIL, 'pip install "torch==2.15.0" torchvision')
 
 
@@ -101,17 +95,14 @@ def test_torchvision_is_not_judged_without_torch() -> None:
 def test_one_command_where_torch_has_to_be_replaced_anyway() -> None:
     facts = with_card(GTX1060, torchvision_wants="torch==2.7.1", torchvision_works=False)
     for check in (checks.build, checks.torchvision):
-        found = check(facts)
-        assert found is not None
+        found = said(check, facts)
         assert (found.status, found.mend) == (Status.FAIL, PASCAL)
 
 
 def test_a_build_with_kernels() -> None:
-    found = checks.build(healthy())
-    assert found is not None
+    found = said(checks.build, healthy())
     assert found.status == Status.OK
-    found = checks.build(with_card(GTX1060, arch_list=TORCH_2_7))
-    assert found is not None
+    found = said(checks.build, with_card(GTX1060, arch_list=TORCH_2_7))
     assert (found.status, "6.1" in found.finding) == (Status.OK, True)
 
 
@@ -120,16 +111,15 @@ def test_a_build_with_kernels() -> None:
     [
         ((6, 1), None, PASCAL),
         ((5, 0), None, PASCAL),
-        ((7, 0), None, 'pip install "torch==2.10.0" "torchvision==0.25.0"'),
-        ((12, 0), TORCH_2_7, "pip install --upgrade torch torchvision"),
+        ((7, 0), None, VOLTA),
+        ((12, 0), TORCH_2_7, NEWEST),
         ((3, 7), None, "lowmem train --device cpu"),
     ],
 )
 def test_a_build_without_kernels(capability: tuple[int, int], arch_list: tuple[str, ...] | None, mend: str) -> None:
     facts = with_card(replace(RTX3060, capability=capability))
     facts = facts if arch_list is None else replace(facts, arch_list=arch_list)
-    found = checks.build(facts)
-    assert found is not None
+    found = said(checks.build, facts)
     assert (found.status, found.mend) == (Status.FAIL, mend)
     assert f"compute capability {capability[0]}.{capability[1]}" in found.finding
 
@@ -137,24 +127,21 @@ def test_a_build_without_kernels(capability: tuple[int, int], arch_list: tuple[s
 def test_a_build_without_kernels_that_torch_itself_turns_down() -> None:
     """Nothing fails then: `--device auto` trains on the CPU."""
     for asked, status in (("auto", Status.WARNING), ("cuda", Status.FAIL)):
-        found = checks.build(with_card(GTX1060, cuda_available=False, device_asked=asked))
-        assert found is not None
+        found = said(checks.build, with_card(GTX1060, cuda_available=False, device_asked=asked))
         assert (found.status, found.mend) == (status, PASCAL)
 
 
 def test_a_build_without_cuda_is_a_failure_only_if_cuda_is_asked_for() -> None:
     for asked, status in (("auto", Status.WARNING), ("cuda", Status.FAIL)):
         facts = with_card(GTX1060, torch_cuda=None, arch_list=(), cuda_available=False, device_asked=asked)
-        found = checks.build(facts)
-        assert found is not None
+        found = said(checks.build, facts)
         assert (found.status, found.mend) == (status, f"pip install --force-reinstall {PASCAL[len('pip install ') :]}")
     assert checks.build(replace(facts, device_asked="cpu")) is None
 
 
 def test_no_driver() -> None:
     for asked, status in (("auto", Status.NOTE), ("cuda", Status.FAIL)):
-        found = checks.driver(replace(NO_CARD, device_asked=asked))
-        assert found is not None
+        found = said(checks.driver, replace(NO_CARD, device_asked=asked))
         assert (found.status, "no NVIDIA driver" in found.finding) == (status, True)
         assert "install the driver" in (found.mend or "")
     assert checks.driver(replace(NO_CARD, device_asked="cpu")) is None
@@ -164,7 +151,7 @@ def test_no_driver() -> None:
     ("card", "cuda", "torch_cuda", "mend"),
     [
         # A driver for CUDA 12 under torch for 13: another torch costs less than another driver.
-        (RTX3060, (12, 4), "13.2", 'pip install "torch==2.10.0" "torchvision==0.25.0"'),
+        (RTX3060, (12, 4), "13.2", VOLTA),
         (GTX1060, (12, 2), "13.2", PASCAL),
         (RTX3060, (11, 4), "12.6", "install NVIDIA's driver of branch R525"),
         (RTX3060, (11, 4), "13.0", "install NVIDIA's driver of branch R580"),
@@ -172,11 +159,9 @@ def test_no_driver() -> None:
 )
 def test_a_driver_too_old(card: object, cuda: tuple[int, int], torch_cuda: str, mend: str) -> None:
     facts = with_card(card, cuda_version=cuda, torch_cuda=torch_cuda, cuda_available=False)  # type: ignore[arg-type]
-    found = checks.driver(facts)
-    assert found is not None
+    found = said(checks.driver, facts)
     assert (found.status, found.mend) == (Status.WARNING, mend)
-    found = checks.driver(replace(facts, device_asked="cuda"))
-    assert found is not None
+    found = said(checks.driver, replace(facts, device_asked="cuda"))
     assert found.status == Status.FAIL
 
 
@@ -185,31 +170,26 @@ def test_a_driver_too_old(card: object, cuda: tuple[int, int], torch_cuda: str, 
 )
 def test_a_driver_new_enough(cuda: tuple[int, int] | None, torch_cuda: str) -> None:
     """Within a major version of CUDA any driver will do."""
-    found = checks.driver(with_card(RTX3060, cuda_version=cuda, torch_cuda=torch_cuda))
-    assert found is not None
+    found = said(checks.driver, with_card(RTX3060, cuda_version=cuda, torch_cuda=torch_cuda))
     assert (found.status, found.mend) == (Status.OK, None)
 
 
 def test_the_last_driver_branch_of_a_pascal_card() -> None:
-    found = checks.driver(with_card(GTX1060, driver_version="580.65.06"))
-    assert found is not None
+    found = said(checks.driver, with_card(GTX1060, driver_version="580.65.06"))
     assert "R580 is the last branch" in found.finding
     for facts in (with_card(RTX3060), with_card(GTX1060, driver_version="535.183.01")):
-        found = checks.driver(facts)
-        assert found is not None
+        found = said(checks.driver, facts)
         assert "R580" not in found.finding
 
 
 def test_a_card_that_fell_off_the_bus() -> None:
-    found = checks.driver(with_card(replace(RTX3060, trouble="GPU is lost", uuid=None), device_uuid=None))
-    assert found is not None
+    found = said(checks.driver, with_card(replace(RTX3060, trouble="GPU is lost", uuid=None), device_uuid=None))
     assert "GPU is lost" in found.finding
     assert found.status == Status.WARNING
 
 
 def test_kernels() -> None:
-    found = checks.kernel(healthy())
-    assert found is not None
+    found = said(checks.kernel, healthy())
     assert found.status == Status.OK
     assert checks.kernel(healthy(kernel_works=None)) is None
 
@@ -223,14 +203,89 @@ def test_kernels() -> None:
     ],
 )
 def test_a_kernel_that_fails(why: str, mend: str) -> None:
-    found = checks.kernel(with_card(GTX1060, kernel_works=False, troubles={"kernel": why}))
-    assert found is not None
+    found = said(checks.kernel, with_card(GTX1060, kernel_works=False, troubles={"kernel": why}))
     assert (found.status, why in found.finding) == (Status.FAIL, True)
     assert (found.mend or "").startswith(mend)
 
 
 def test_a_driver_that_lists_no_card() -> None:
     report = DriverReport(driver_version="580.65", missing="the NVIDIA driver answers, but lists no card")
-    found = checks.driver(replace(NO_CARD, driver=report))
-    assert found is not None
+    found = said(checks.driver, replace(NO_CARD, driver=report))
     assert (found.status, found.mend) == (Status.NOTE, None)
+
+
+# -- which build runs where --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "expected"),
+    [
+        (["sm_60"], (6, 1), True),  # binaries of the same major, no later minor
+        (["sm_61"], (6, 0), False),
+        (["sm_60"], (7, 0), False),
+        (["sm_75"], (7, 0), False),
+        (["sm_86"], (8, 9), True),
+        (["sm_90a"], (9, 0), False),  # for one chip only
+        (["sm_100"], (10, 3), True),
+        (["sm_120"], (12, 0), True),
+        (["sm_120"], (10, 0), False),
+        (["compute_60"], (8, 6), True),  # PTX is compiled on the machine
+        (["compute_90"], (8, 6), False),
+        (["compute_90a"], (10, 0), False),
+        ([], (8, 6), False),
+        (["gfx906"], (9, 0), False),
+    ],
+)
+def test_runs_on(archs: list[str], capability: Capability, expected: bool) -> None:
+    assert runs_on(archs, capability) is expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver_cuda", "expected"),
+    [
+        ((6, 1), (13, 0), PASCAL),
+        ((6, 1), (12, 2), PASCAL),
+        ((5, 0), None, PASCAL),
+        ((7, 0), (13, 0), VOLTA),
+        ((7, 5), (13, 0), NEWEST),
+        ((7, 5), (12, 4), VOLTA),  # a driver for CUDA 12 only
+        ((12, 0), (13, 0), NEWEST),
+        ((12, 0), (12, 8), VOLTA),
+        ((8, 6), None, NEWEST),
+        (None, None, NEWEST),
+        ((3, 5), (13, 0), None),  # Kepler
+        ((6, 1), (11, 4), None),
+    ],
+)
+def test_install_command(capability: Capability | None, driver_cuda: Capability | None, expected: str | None) -> None:
+    assert install_command(capability, system="Linux", driver_cuda=driver_cuda) == expected
+
+
+def test_on_windows_the_cuda_builds_come_from_pytorchs_own_index() -> None:
+    command = install_command((6, 1), system="Windows")
+    assert command == f"{PASCAL} --index-url https://download.pytorch.org/whl/cu126"
+
+
+def test_the_same_version_without_cuda_has_to_be_replaced() -> None:
+    command = install_command((8, 6), system="Linux", again=True)
+    assert command == "pip install --force-reinstall torch torchvision"
+
+
+def test_every_card_of_the_profiles_has_a_build() -> None:
+    assert card_names()
+    for name in card_names():
+        assert install_command(load_card(name).capability_pair, system="Linux") is not None, name
+    assert [build.cuda_major for build in BUILDS] == sorted((build.cuda_major for build in BUILDS), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("2.9.1", 'pip install "torch==2.9.1" torchvision'),
+        ("2.9.1+cu126", 'pip install "torch==2.9.1" torchvision --index-url https://download.pytorch.org/whl/cu126'),
+        ("2.9.1+cpu", 'pip install "torch==2.9.1" torchvision --index-url https://download.pytorch.org/whl/cpu'),
+        ("2.9.1+local.build", 'pip install "torch==2.9.1" torchvision'),
+    ],
+)
+def test_the_pair_of_an_installed_torch(version: str, expected: str) -> None:
+    assert same_torch(version) == expected

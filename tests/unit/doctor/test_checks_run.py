@@ -8,7 +8,7 @@ import pytest
 from lowmem.core.units import GIB, MIB
 from lowmem.doctor import Facts, Status
 from lowmem.doctor import checks_run as checks
-from tests.unit.doctor.scripted import GTX1060, NO_CARD, RTX3060, healthy, with_card
+from tests.unit.doctor.scripted import GTX1060, NO_CARD, RTX3060, healthy, said, with_card
 
 CONF = "PYTORCH_CUDA_ALLOC_CONF"
 
@@ -28,19 +28,16 @@ def test_parsing_of_allocator_settings() -> None:
 
 
 def test_default_allocator_settings() -> None:
-    found = checks.allocator(with_card(GTX1060))
-    assert found is not None
+    found = said(checks.allocator, with_card(GTX1060))
     assert (found.status, found.mend) == (Status.NOTE, "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
     for facts in (with_card(GTX1060, system="Windows"), with_card(replace(RTX3060, total_bytes=24 * GIB))):
-        found = checks.allocator(facts)
-        assert found is not None
+        found = said(checks.allocator, facts)
         assert (found.status, found.mend) == (Status.OK, None)
 
 
 def test_good_allocator_settings() -> None:
     for text in ("expandable_segments:True", "max_split_size_mb:128,backend:native"):
-        found = checks.allocator(with_conf(text))
-        assert found is not None
+        found = said(checks.allocator, with_conf(text))
         assert (found.status, text in found.finding) == (Status.OK, True)
 
 
@@ -55,41 +52,33 @@ def test_good_allocator_settings() -> None:
     ],
 )
 def test_allocator_settings_that_torch_refuses(text: str, mend: str) -> None:
-    found = checks.allocator(with_conf(text, allocator_trouble="ValueError: Unrecognized key"))
-    assert found is not None
+    found = said(checks.allocator, with_conf(text, allocator_trouble="ValueError: Unrecognized key"))
     assert (found.status, found.mend) == (Status.FAIL, mend)
     assert "ValueError: Unrecognized key" in found.finding
 
 
 def test_a_key_without_a_value_and_an_unknown_key_without_torch_to_ask() -> None:
-    found = checks.allocator(with_conf("max_split_size_mb"))
-    assert found is not None
+    found = said(checks.allocator, with_conf("max_split_size_mb"))
     assert found.status == Status.FAIL
-    found = checks.allocator(with_conf("expandable_segment:True", torch_works=None))
-    assert found is not None
+    found = said(checks.allocator, with_conf("expandable_segment:True", torch_works=None))
     assert found.status == Status.WARNING
     # torch took it: it may know a key that this lowmem does not
-    found = checks.allocator(with_conf("brand_new_key:1"))
-    assert found is not None
+    found = said(checks.allocator, with_conf("brand_new_key:1"))
     assert found.status == Status.OK
 
 
 def test_the_new_name_is_not_read_by_old_releases() -> None:
     name = "PYTORCH_ALLOC_CONF"
-    found = checks.allocator(with_conf("expandable_segments:True", name, torch_version="2.7.1"))
-    assert found is not None
+    found = said(checks.allocator, with_conf("expandable_segments:True", name, torch_version="2.7.1"))
     assert (found.status, found.mend) == (Status.WARNING, f"export {CONF}=expandable_segments:True")
-    found = checks.allocator(with_conf("expandable_segments:True", name))
-    assert found is not None
+    found = said(checks.allocator, with_conf("expandable_segments:True", name))
     assert found.status == Status.OK
 
 
 def test_other_allocators_and_windows() -> None:
-    found = checks.allocator(with_conf("backend:cudaMallocAsync"))
-    assert found is not None
+    found = said(checks.allocator, with_conf("backend:cudaMallocAsync"))
     assert (found.status, found.mend) == (Status.WARNING, f"unset {CONF}")
-    found = checks.allocator(with_conf("expandable_segments:True", system="Windows"))
-    assert found is not None
+    found = said(checks.allocator, with_conf("expandable_segments:True", system="Windows"))
     assert (found.status, found.mend) == (Status.NOTE, f"set {CONF}=")
 
 
@@ -126,8 +115,7 @@ def test_variables(name: str, value: str, status: Status | None, mend: str | Non
 
 
 def test_the_gravest_variable_is_told_and_the_others_named() -> None:
-    found = checks.variables(healthy(environment={"CUDNN_CONV_WSCAP_DBG": "64", "CUDA_LAUNCH_BLOCKING": "1"}))
-    assert found is not None
+    found = said(checks.variables, healthy(environment={"CUDNN_CONV_WSCAP_DBG": "64", "CUDA_LAUNCH_BLOCKING": "1"}))
     assert (found.status, found.mend) == (Status.WARNING, "unset CUDA_LAUNCH_BLOCKING")
     assert found.finding.endswith("(also: CUDNN_CONV_WSCAP_DBG=64)")
 
@@ -148,20 +136,17 @@ def test_the_gravest_variable_is_told_and_the_others_named() -> None:
 def test_threads_and_cores(
     cores: int, share: float | None, threads: int | None, status: Status, mend: str | None
 ) -> None:
-    found = checks.processor(healthy(cores=cores, cpu_share=share, threads=threads))
-    assert found is not None
+    found = said(checks.processor, healthy(cores=cores, cpu_share=share, threads=threads))
     assert (found.status, found.mend) == (status, mend)
 
 
 def test_a_containers_limit_is_told() -> None:
-    found = checks.processor(healthy(cpu_share=2.5, threads=2))
-    assert found is not None
+    found = said(checks.processor, healthy(cpu_share=2.5, threads=2))
     assert found.finding == "8 cores, limited to 2.5 by the container, torch uses 2 threads"
 
 
 def test_one_thread_asked_for_on_the_cpu() -> None:
-    found = checks.processor(replace(NO_CARD, threads=1, environment={"OMP_NUM_THREADS": "1"}))
-    assert found is not None
+    found = said(checks.processor, replace(NO_CARD, threads=1, environment={"OMP_NUM_THREADS": "1"}))
     assert (found.status, found.mend) == (Status.NOTE, "export OMP_NUM_THREADS=8")
     found = checks.processor(healthy(threads=1, environment={"OMP_NUM_THREADS": "1"}))  # on a card it hardly matters
     assert found is not None
@@ -169,61 +154,49 @@ def test_one_thread_asked_for_on_the_cpu() -> None:
 
 
 def test_room_on_disk() -> None:
-    found = checks.disk(healthy())
-    assert found is not None
+    found = said(checks.disk, healthy())
     assert (found.status, "takes 400 MiB" in found.finding) == (Status.OK, True)
-    found = checks.disk(healthy(disk_free_bytes=400 * MIB - 1))
-    assert found is not None
+    found = said(checks.disk, healthy(disk_free_bytes=400 * MIB - 1))
     assert (found.status, "--out" in (found.mend or "")) == (Status.FAIL, True)
-    found = checks.disk(healthy(disk_free_bytes=400 * MIB))
-    assert found is not None
+    found = said(checks.disk, healthy(disk_free_bytes=400 * MIB))
     assert found.status == Status.OK
 
 
 def test_a_folder_that_cannot_be_written_or_is_taken() -> None:
-    found = checks.disk(healthy(disk_trouble="Read-only file system"))
-    assert found is not None
+    found = said(checks.disk, healthy(disk_trouble="Read-only file system"))
     assert (found.status, "Read-only file system" in found.finding) == (Status.FAIL, True)
-    found = checks.disk(healthy(out_taken=True))
-    assert found is not None
+    found = said(checks.disk, healthy(out_taken=True))
     assert (found.status, found.mend) == (Status.NOTE, f"lowmem resume {Path('runs/res20')}")
 
 
 def test_data() -> None:
-    found = checks.data(healthy())
-    assert found is not None
+    found = said(checks.data, healthy())
     assert found.status == Status.OK
     words = "CIFAR-10 is not in data: 163 MiB would be downloaded from www.cs.toronto.edu"
     for answers, status in ((True, Status.NOTE), (None, Status.NOTE), (False, Status.FAIL)):
-        found = checks.data(healthy(data_there=False, data_words=words, data_host_answers=answers))
-        assert found is not None
+        found = said(checks.data, healthy(data_there=False, data_words=words, data_host_answers=answers))
         assert (found.status, "163 MiB" in found.finding) == (status, True)
         assert ("--data shapes" in (found.mend or "")) == (answers is False)
 
 
 def test_data_that_is_missing_or_damaged() -> None:
-    said = "x/test/cat has no pictures: fill it or take the class out of both parts"
-    found = checks.data(healthy(data_there=None, data_words=None, troubles={"data": said}))
-    assert found is not None
+    trouble = "x/test/cat has no pictures: fill it or take the class out of both parts"
+    found = said(checks.data, healthy(data_there=None, data_words=None, troubles={"data": trouble}))
     assert (found.status, found.mend) == (Status.FAIL, "fill it or take the class out of both parts")
-    said = "KeyError: nothing of ours: at all"
-    found = checks.data(healthy(data_there=None, data_words=None, troubles={"data": said}))
-    assert found is not None
-    assert (found.status, found.finding, found.mend) == (Status.FAIL, said, None)
-    found = checks.data(healthy(torchvision_works=False, data_words=None, troubles={"data": said}))
-    assert found is not None
+    trouble = "KeyError: nothing of ours: at all"
+    found = said(checks.data, healthy(data_there=None, data_words=None, troubles={"data": trouble}))
+    assert (found.status, found.finding, found.mend) == (Status.FAIL, trouble, None)
+    found = said(checks.data, healthy(torchvision_works=False, data_words=None, troubles={"data": trouble}))
     assert found.status == Status.NOTE
 
 
 def test_what_train_refuses() -> None:
     assert checks.refusal(healthy()) is None
-    said = "channels-last in fp32 at width 4 corrupts memory on the CPU: use --memory-format contiguous"
-    found = checks.refusal(replace(NO_CARD, execution=None, troubles={"execution": said}))
-    assert found is not None
+    trouble = "channels-last in fp32 at width 4 corrupts memory on the CPU: use --memory-format contiguous"
+    found = said(checks.refusal, replace(NO_CARD, execution=None, troubles={"execution": trouble}))
     assert (found.status, found.mend) == (Status.FAIL, "use --memory-format contiguous")
     # The driver's check says it better.
-    said = "device cuda was asked for: use --device cpu"
-    assert checks.refusal(replace(NO_CARD, device_asked="cuda", troubles={"execution": said})) is None
-    found = checks.refusal(replace(NO_CARD, device_asked="cuda", driver=None, troubles={"execution": said}))
-    assert found is not None
+    trouble = "device cuda was asked for: use --device cpu"
+    assert checks.refusal(replace(NO_CARD, device_asked="cuda", troubles={"execution": trouble})) is None
+    found = said(checks.refusal, replace(NO_CARD, device_asked="cuda", driver=None, troubles={"execution": trouble}))
     assert found.status == Status.FAIL

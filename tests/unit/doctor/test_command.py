@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem.cli.show_doctor import lines, summary
+from lowmem.cli.show import finding_lines, summary
 from lowmem.doctor import Finding, Status
 from tests.unit.doctor.scripted import NO_CARD, healthy
 
@@ -55,7 +55,7 @@ def test_lines_are_aligned_and_commands_whole() -> None:
         Finding("build", Status.FAIL, "no kernels", 'pip install "torch==2.7.1" "torchvision==0.22.1"'),
         Finding("memory format", Status.WARNING, "slow"),
     ]
-    assert lines(findings) == [
+    assert finding_lines(findings) == [
         "ok       torch          2.15.0",
         "fail     build          no kernels",
         '                        > pip install "torch==2.7.1" "torchvision==0.22.1"',

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lowmem.cli.main import main
 from lowmem.config.schema import Config
@@ -16,7 +18,7 @@ from lowmem.core.errors import CorruptCheckpoint, PreflightError, UsageError
 from lowmem.lifecycle import fork
 from lowmem.lifecycle.api import extend_run, fork_run, recorded_settings, run_training
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs.history import read_history
+from lowmem.runs.view import read_run
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import milestone_steps
 from tests.conftest import assert_same_tensors, exact_rows
@@ -144,11 +146,19 @@ def test_refusals(parent: Path, tmp_path: Path, at: int | str, values: dict[str,
 def test_another_batch_keeps_the_place_in_the_schedule(parent: Path, tmp_path: Path) -> None:
     result = fork_run(parent, at=1, changes={"train.batch": 20}, out=tmp_path / "fork")
     assert result.outcome.state.step == 3 * 10
-    history = read_history(result.path)
+    history = read_run(result.path)
     assert [(row.epoch, row.step, row.lr) for row in history.epochs] == [(1, 4, 0.1), (2, 20, 0.01), (3, 30, 0.01)]
     # Its own steps only: the old ones are counted otherwise. The rate falls after one and a half epochs, as it did.
     assert [row.step for row in history.steps] == list(range(11, 31))
     assert [row.step for row in history.steps if row.lr == 0.1] == list(range(11, 16))
+
+
+def test_a_batch_that_was_chosen_can_be_changed(tmp_path: Path) -> None:
+    """What is carried over belongs to the settings as they were decided."""
+    run = run_training(_settings(train__batch="auto", memory__vram="8M", train__epochs=1), tmp_path / "run").path
+    assert recorded_settings(run).config.train.batch == 32
+    result = fork_run(run, at=1, changes={"train.batch": 64, "train.epochs": 2}, out=tmp_path / "fork")
+    assert (result.outcome.state.step, recorded_settings(result.path).config.train.batch) == (8, 64)
 
 
 def test_a_dry_run_says_it_all_and_leaves_nothing(parent: Path, tmp_path: Path) -> None:
@@ -257,6 +267,17 @@ def test_resume_with_the_same_epochs_is_a_resume(copied: Path, capsys: pytest.Ca
     assert f"lowmem resume {copied} --epochs 5" in capsys.readouterr().err
     assert _leave(["resume", str(copied), "--epochs", "2"]) == 2
     assert "ask for more" in capsys.readouterr().err
+
+
+def test_a_resume_reads_its_settings_and_walks_its_folder_once(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copied / "notes").mkdir()  # which nobody has a reason to look into but to see that there are no links
+    calls: list[str] = []
+    load, scan = yaml.load, os.scandir
+    monkeypatch.setattr(yaml, "load", lambda *given, **more: calls.append("yaml") or load(*given, **more))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(os, "scandir", lambda path=".": calls.append(str(path)) or scan(path))  # type: ignore[func-returns-value]
+    assert _leave(["resume", str(copied)]) == 0
+    assert calls.count("yaml") == 1
+    assert calls.count(str(copied / "notes")) == 1
 
 
 def test_a_run_that_was_stopped_is_extended_from_where_it_was(parent: Path, tmp_path: Path) -> None:

@@ -19,23 +19,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.choose.ladder import with_ladder
-from lowmem.choose.session import plan_run
+from lowmem.choose.decide import DataSize, decide
 from lowmem.cli.main import main
 from lowmem.config.settings import Settings, gather, to_yaml
 from lowmem.core.errors import ExitCode, OutOfMemory, PreflightError
 from lowmem.data import load
-from lowmem.lifecycle import api
+from lowmem.lifecycle import execute as pipe
 from lowmem.lifecycle import preflight as preflight_module
 from lowmem.lifecycle.api import run_training
 from lowmem.lifecycle.preflight import _time_line, preflight
 from lowmem.plan.record import Plan
-from lowmem.runs.history import History
 from lowmem.runs.store import RunFolder
+from lowmem.runs.view import RunView
 from lowmem.step.evaluate import Score
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
-from lowmem.train.trial_step import Tried, try_step
+from lowmem.train.trial_step import StepTrial, try_step
 from tests.conftest import assert_same_run, environment
 from tests.faults.injection import Scarce, events, make_trainer, recorded_plan, run
 
@@ -66,7 +65,8 @@ def _trainer(settings: Settings, plan: Plan | None = None) -> Trainer:
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     """With at least two smaller ones below it."""
-    plan = with_ladder(plan_run(_settings("memory.vram=6M"), 10, 120)[1]).plan
+    plan = decide(_settings("memory.vram=6M"), DataSize(10, 120)).plan
+    assert plan is not None
     assert len(plan.ladder) >= 2
     return plan
 
@@ -174,14 +174,14 @@ def test_out_of_memory_takes_the_next_plan(tmp_path: Path, plan: Plan, in_update
 
 
 def test_out_of_memory_without_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make, scarce = api._make_trainer, Scarce({30})
+    make, scarce = pipe.make_trainer, Scarce({30})
 
     def scarce_trainer(*args: Any) -> Trainer:
         trainer = make(*args)
         _scarce(trainer, scarce, failures=1)
         return trainer
 
-    monkeypatch.setattr(api, "_make_trainer", scarce_trainer)
+    monkeypatch.setattr(pipe, "make_trainer", scarce_trainer)
     with pytest.raises(OutOfMemory, match=r"trial before the first step.*nothing was started.*--vram"), scarce:
         run_training(_settings(), tmp_path / "runs" / "run")
     assert list(tmp_path.iterdir()) == []
@@ -208,20 +208,20 @@ def test_an_evaluation_that_does_not_fit_is_tried_with_half_the_batch(tmp_path: 
 
 def _harm(monkeypatch: pytest.MonkeyPatch, name: str, harm: Callable[[Path], None]) -> None:
     """A disk that gives back something else of one file, once it is in its place or is about to be read."""
-    replace, read = os.replace, preflight_module.read_history
+    replace, read = os.replace, preflight_module.read_run
 
     def replacing(source: Any, target: Any) -> None:
         replace(source, target)
         if ".preflight" in str(target) and Path(target).name == name:
             harm(Path(target))
 
-    def reading(path: Path) -> History:
+    def reading(path: Path) -> RunView:
         if name.endswith(("csv", "jsonl")):
             harm(path / name)
         return read(path)
 
     monkeypatch.setattr(os, "replace", replacing)
-    monkeypatch.setattr(preflight_module, "read_history", reading)
+    monkeypatch.setattr(preflight_module, "read_run", reading)
 
 
 def _other_digit(path: Path) -> None:
@@ -298,7 +298,7 @@ def test_a_plan_that_reads_back_differently(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_time_is_steps_evaluations_and_saves() -> None:
     trainer = _trainer(_settings("train.epochs=100", "data.val_split=20"))  # 100 pictures: 2 steps of 50 an epoch
-    tried = Tried(6.0, 50, 3.0, Score(1.0, 50.0, 10), 2.0, 80.0, ("w",), (1.0,))
+    tried = StepTrial(6.0, 50, 3.0, Score(1.0, 50.0, 10), 2.0, 80.0, ("w",), (1.0,))
     # Evaluation: 3 s for 10 pictures, there are 50 and 20 held back: 21 s.
     assert _time_line(trainer, tried, 3.0).startswith("time: about 1:00:00 for 100 epochs of 2 steps: 6.000 s")
     trainer.state.epoch, trainer.state.step, trainer.state.step_in_epoch = 98, 197, 1
@@ -307,7 +307,7 @@ def test_the_time_is_steps_evaluations_and_saves() -> None:
 
 def test_the_time_until_max_steps() -> None:
     trainer = _trainer(_settings("train.max_steps=3"))
-    tried = Tried(10.0, 50, 5.0, Score(1.0, 50.0, 50), 2.0, 80.0, ("w",), (1.0,))
+    tried = StepTrial(10.0, 50, 5.0, Score(1.0, 50.0, 50), 2.0, 80.0, ("w",), (1.0,))
     # 120 pictures at 0.2 s are the three steps of the first epoch, which is evaluated and saved.
     assert _time_line(trainer, tried, 1.0).startswith("time: about 0:30 for 3 steps (train.max_steps)")
 

@@ -14,14 +14,14 @@ import torch
 from lowmem.core.units import GIB, MIB
 from lowmem.measure import Meter, Snapshot, cuda
 from lowmem.measure import meter as meters
-from lowmem.measure.cuda import AllocatorFigures, context_by_drop, describe, find_device, free_and_total_bytes
+from lowmem.measure.cuda import context_by_drop, describe, free_and_total_bytes
 from lowmem.measure.nvml import DriverReport, read_driver
 from tests.unit.measure.scripted import Card, ScriptedNvml
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 UUID = Card().uuid
 ME = 4711
-ALLOCATOR = AllocatorFigures(
+ALLOCATOR = Snapshot(
     peak_allocated_bytes=1900 * MIB,
     peak_reserved_bytes=2000 * MIB,
     allocated_bytes=1500 * MIB,
@@ -172,7 +172,7 @@ def test_the_source_opens_the_driver_once_and_asks_it_before_cuda_starts(monkeyp
     assert library.closed == 1
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     library.cards = [_gtx_1060(700)]
-    late = Meter("cuda", read_driver=lambda: read_driver(library))
+    late = Meter("cuda")
     library.cards = [_gtx_1060(700 + 280 + 1800)]
     assert late.read().context_bytes is None
 
@@ -236,7 +236,7 @@ def test_the_right_one_of_two_cards_whatever_their_order() -> None:
     report = read_driver(library)
     assert _describe(report, uuid="GPU-BB").device_total_bytes == 12 * GIB
     assert _describe(report, uuid="aa").device_total_bytes == 8 * GIB
-    assert find_device(report, None) is None
+    assert report.device(None) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

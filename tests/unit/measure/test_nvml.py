@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 
 import pynvml
 import pytest
@@ -142,7 +143,7 @@ def test_the_library_stays_open_between_readings() -> None:
 
 def test_one_card_alone_is_asked_when_only_one_is_wanted() -> None:
     library = ScriptedNvml(cards=[Card(uuid="GPU-aa"), Card(uuid="GPU-bb"), Card(handle=pynvml.NVMLError_GpuIsLost())])
-    with Driver(library) as driver:
+    with closing(Driver(library)) as driver:
         assert driver.read("BB").devices == (driver.read().devices[1], DriverDevice(index=2, trouble="GPU is lost"))
         assert len(driver.read("GPU-cc").devices) == 1
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from lowmem.config.schema import OptimConfig
 from lowmem.core.errors import PreflightError
 from lowmem.models import build, skeleton
 from lowmem.models.memory_format import check_memory_format, is_safe, unsafe_convolutions
 from lowmem.models.resnet import BasicBlock, Bottleneck
 from lowmem.remat import apply_plan, decompose
-from lowmem.simulate import Loop, empty_copy, trace_steps
+from lowmem.simulate import StepRun, empty_copy, trace_steps
+from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 from tests.exact.compare import small_net
 from tests.exact.schedules import LEAN, uniform
 
@@ -90,10 +92,11 @@ def test_a_test_may_predict_one() -> None:
     """On fake tensors nothing is computed."""
     thin = skeleton("res20", width=4)
 
-    def loop() -> Loop:
+    def build() -> StepRun:
+        execution = Execution("cpu", "fp32", "channels-last")
         model = empty_copy(thin, torch.channels_last)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
-        x = torch.empty(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-        return Loop(model, model, optimizer, [(x, torch.zeros(2, dtype=torch.int64))])
+        step = TrainStep(model, make_optimizer(model, OptimConfig(), "cpu"), make_scaler(execution), execution, None)
+        images = torch.empty(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+        return StepRun(step=step, images=images, labels=torch.zeros(2, dtype=torch.int64))
 
-    assert trace_steps(loop, 1).flops() > 0
+    assert trace_steps(build).flops() > 0

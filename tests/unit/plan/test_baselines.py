@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from itertools import pairwise
 
 import pytest
 
 from lowmem.core.errors import Infeasible
-from lowmem.plan.baselines import (
+from lowmem.plan.baselines import kept, segments_of, strategies
+from lowmem.plan.evaluate import evaluate
+from lowmem.plan.policy import FUSED, LEAN, SAVE_ALL, Keep, Segment, keep
+from lowmem.plan.solver import solve
+from tests.unit.plan.chains import random_chain, tradeoffs
+from tests.unit.plan.oracle import (
     BASELINES,
     all_schedules,
     best_every_kth,
     best_uniform,
     checkpoint_all,
-    every_kth,
     save_all,
-    segments_of,
     sqrt_n,
-    uniform_policy,
 )
-from lowmem.plan.policy import FUSED, LEAN, SAVE_ALL, Keep, Segment, keep
-from lowmem.plan.solver import solve
-from tests.unit.plan.chains import random_chain, tradeoffs
 
 CHAIN = tradeoffs(9, 4)
 PLENTY = 10**12
@@ -39,15 +40,15 @@ def test_segments_leave_the_last_stages_alone() -> None:
 def test_a_missing_policy_is_replaced() -> None:
     """These stages have no SAVE_ALL and no LEAN, so the first of their options is taken."""
     assert {item.policy for item in save_all(CHAIN, PLENTY).schedule.items if isinstance(item, Keep)} == {keep()}
-    assert uniform_policy(keep("z1"))(CHAIN, PLENTY).schedule.items[3] == Keep(3, keep("z1"))
-    assert LEAN not in {policy for _, policy in uniform_policy(LEAN)(CHAIN, PLENTY).schedule.policies().values()}
+    assert kept(CHAIN, keep("z1")).items[3] == Keep(3, keep("z1"))
+    assert LEAN not in {policy for _, policy in kept(CHAIN, LEAN).policies().values()}
 
 
 def test_names_and_numbers() -> None:
-    assert checkpoint_all(CHAIN, PLENTY).schedule == every_kth(1)(CHAIN, PLENTY).schedule
+    assert checkpoint_all(CHAIN, PLENTY).schedule == segments_of(CHAIN, 1)
     assert sqrt_n(CHAIN, PLENTY).strategy == "checkpoint every 3 (sqrt n) blocks"
     one = best_uniform(CHAIN, PLENTY)
-    assert one.seconds == min(uniform_policy(o.policy)(CHAIN, PLENTY).seconds for o in CHAIN.stages[0].options)
+    assert one.seconds == min(evaluate(kept(CHAIN, o.policy), CHAIN).seconds for o in CHAIN.stages[0].options)
     tight = checkpoint_all(CHAIN, PLENTY).peak_bytes
     assert best_every_kth(CHAIN, tight).peak_bytes <= tight
 
@@ -72,3 +73,13 @@ def test_all_schedules_are_different_and_valid() -> None:
     kinds = {policy for schedule in schedules for _, policy in schedule.policies().values()}
     assert FUSED in kinds
     assert SAVE_ALL in kinds or LEAN in kinds
+
+
+def test_points_fall_and_the_solvers_are_below_all_others() -> None:
+    points = strategies(dataclasses.replace(CHAIN, plain_seconds=36.0), 123)
+    assert points.pop("plain PyTorch") == [(123, 0.0)]
+    for line in points.values():
+        assert line == sorted(line, key=lambda point: (point[0], -point[1]))
+        assert all(more[1] < less[1] for less, more in pairwise(line))
+    for peak, overhead in points["one policy for all blocks"] + points["checkpoint every k-th block"]:
+        assert min(time for size, time in points["lowmem"] if size <= peak) <= overhead

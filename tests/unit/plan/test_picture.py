@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from lowmem.plan import FUSED, LEAN, SAVE_ALL, Item, Keep, Schedule, Segment, keep
 from lowmem.plan.picture import legend, lines, tally, text
+from lowmem.plan.policy import FUSED, LEAN, SAVE_ALL, Item, Keep, Schedule, Segment, keep
 from tests.unit.plan.test_policy import random_schedule
 
 NAMES = ("stem", *(f"layer1.{i}" for i in range(3)), *(f"layer2.{i}" for i in range(12)), "head")

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from lowmem.plan import (
+from lowmem.plan.policy import (
     FUSED,
     INPUT_ONLY,
     LEAN,

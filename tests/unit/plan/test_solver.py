@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import MIB
-from lowmem.plan.baselines import BASELINES, all_schedules, brute_force
 from lowmem.plan.cost import ChainCost, OptionCost, StageCost
-from lowmem.plan.evaluate import evaluate
-from lowmem.plan.options import prune, useful_bytes
+from lowmem.plan.evaluate import Solution, evaluate
 from lowmem.plan.policy import FUSED, SAVE_ALL, keep
-from lowmem.plan.solution import Solution
-from lowmem.plan.solver import LONGEST_RUN, Solver, choose_slot, solve
+from lowmem.plan.solver import Solver, choose_slot, solve, useful_bytes
+from lowmem.plan.table import LONGEST_RUN, prune
 from tests.unit.plan.chains import random_chain, scaled, tradeoffs
+from tests.unit.plan.oracle import BASELINES, all_schedules, brute_force
 
 
 def _least_seconds(everything: list[tuple[int, float]], budget: int) -> float | None:
@@ -122,14 +121,16 @@ def test_a_coarse_table_loses_little(seed: int) -> None:
 def test_the_ladder_goes_down_to_the_least() -> None:
     solver = Solver(tradeoffs(12, 4))
     top, least = solver.curve(None)[-1], solver.least()
-    rungs = solver.ladder(top.peak_bytes, ratio=0.9, rungs=50)
+    rungs = solver.ladder(top.peak_bytes, ratio=0.9, near=50)
     peaks = [top.peak_bytes, *(rung.peak_bytes for rung in rungs)]
     assert len(rungs) > 3
     assert rungs[-1].peak_bytes == least.peak_bytes
     for higher, lower in pairwise(peaks[:-1]):
         assert lower <= 0.9 * higher
     assert [rung.seconds for rung in rungs] == sorted(rung.seconds for rung in rungs)
-    assert len(solver.ladder(top.peak_bytes, ratio=0.9, rungs=2)) == 2
+    first, second, between, last = solver.ladder(top.peak_bytes, ratio=0.9, near=2)
+    assert [first, second] == rungs[:2]
+    assert second.peak_bytes > between.peak_bytes > last.peak_bytes == least.peak_bytes
     assert solver.ladder(least.peak_bytes) == []
 
 

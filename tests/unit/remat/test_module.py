@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from lowmem.choose.planning import make_plan
 from lowmem.config.cards import load_card
 from lowmem.models.resnet import BasicBlock, Bottleneck
-from lowmem.plan import INPUT_ONLY, LEAN, SAVE_ALL, Keep, Plan, Schedule, keep
+from lowmem.plan.policy import INPUT_ONLY, LEAN, SAVE_ALL, Keep, Schedule, keep
+from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan, decompose, stage_names
 from lowmem.remat.block import ConvBlock
 from lowmem.remat.executor import Run

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.models.resnet import BasicBlock
-from lowmem.plan import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, Keep, Schedule, Segment, keep
+from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, Keep, Schedule, Segment, keep
 from lowmem.remat import apply_plan, decompose
 from lowmem.remat.block import ConvBlock
-from lowmem.remat.opaque import OpaqueStage
+from lowmem.remat.stage import OpaqueStage
 from tests.exact.compare import differences, twins
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,12 +17,13 @@ from torch.nn import functional as F
 
 from lowmem.models import build
 from lowmem.models.resnet import BasicBlock, Bottleneck
-from lowmem.plan import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, PolicyKind, Schedule, Segment, keep
+from lowmem.plan.cost import Rates
+from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, PolicyKind, Schedule, Segment, keep
 from lowmem.remat import PlannedModule, apply_plan, decompose
 from lowmem.remat.kernels import norm_again, norm_backward, norm_first
 from lowmem.remat.stage import Stage
 from lowmem.remat.sync_batch_norm import global_statistics
-from lowmem.simulate import Loop, empty_copy, trace_steps
+from lowmem.simulate import StepShape, simulate_step
 from tests.exact.compare import FORMAT_NAMES, FORMATS, small_net
 from tests.exact.processes import Processes, error_of_one_norm, relative_error, slices_of
 from tests.exact.schedules import alternating, segments, uniform
@@ -335,17 +337,21 @@ def test_batch_norm_that_cannot_be_synchronised_is_refused() -> None:
 def test_it_takes_no_more_memory(schedule: str, low: torch.dtype | None) -> None:
     """Predicted peaks: [C] vectors apart the same as without."""
     model = small_net(Bottleneck)
-    peaks = []
-    for total in (None, lambda values: None):
-
-        def build_loop(total: Any = total) -> Loop:
-            net = empty_copy(model)
-            planned = apply_plan(net, SCHEDULES[schedule](decompose(net)))
-            planned.total = total
-            batch = torch.empty(64, 3, 32, 32), torch.zeros(64, dtype=torch.long)
-            return Loop(planned, net, None, [batch], low)
-
-        peaks.append(trace_steps(build_loop, 1).peak_bytes())
+    shape = StepShape(
+        model=model,
+        image_shape=(3, 32, 32),
+        batch=64,
+        micro_batch=64,
+        precision="fp32" if low is None else "amp",
+        memory_format="contiguous",
+        joint=True,
+    )
+    rates = Rates(1.0, 1.0)
+    chosen = SCHEDULES[schedule](decompose(model))
+    peaks = [
+        simulate_step(replace(shape, sync_bn=sync_bn), chosen, rates).estimate.peak_tensor_bytes
+        for sync_bn in (False, True)
+    ]
     few_vectors = 24 * 1024
     assert peaks[0] > 100 * few_vectors
     assert peaks[1] <= peaks[0] + few_vectors

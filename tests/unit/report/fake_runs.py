@@ -14,7 +14,9 @@ import yaml
 from safetensors.numpy import save_file
 
 from lowmem.config.schema import Config, nest
-from lowmem.runs.columns import METRICS, STEPS
+from lowmem.report.naming import NamedRun, name_runs
+from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE
+from lowmem.runs.view import read_run
 
 # arch -> final training loss, final test error, first test error
 PLAUSIBLE = {
@@ -26,6 +28,11 @@ PLAUSIBLE = {
     "cnn110": (2.3028, 89.66, 90.0),
 }
 MakeRun = Callable[..., Path]
+
+
+def named(*folders: Path) -> list[NamedRun]:
+    """The runs as a report reads and calls them, in this order."""
+    return name_runs([read_run(folder) for folder in folders])
 
 
 def write_run(
@@ -63,7 +70,7 @@ def write_run(
 def _write_curves(folder: Path, arch: str, seed: int, done: int, epochs: int) -> None:
     final_loss, final_error, first_error = PLAUSIBLE.get(arch, PLAUSIBLE["res20"])
     rng = random.Random(f"{arch}-{seed}")
-    metrics, steps = [",".join(METRICS)], [",".join(STEPS)]
+    metrics, steps = [EPOCH_TABLE.columns.header], [STEP_TABLE.columns.header]
     for epoch in range(1, done + 1):
         share = epoch / epochs
         phase = 0.75 * min(1.0, 9 * share) ** 0.5 * 0.6 + 0.3 * (share > 0.5) + 0.25 * (share > 0.74)
@@ -74,7 +81,7 @@ def _write_curves(folder: Path, arch: str, seed: int, done: int, epochs: int) ->
         error = final_error + (first_error - final_error) * falling**1.5 * rng.uniform(0.6, 1.4)
         error = min(error, 90.5) if epoch < epochs else final_error
         lr = 0.1 * 0.1 ** ((share > 0.5) + (share > 0.74))
-        row: dict[str, object] = dict.fromkeys(METRICS, "")
+        row: dict[str, object] = dict.fromkeys(EPOCH_TABLE.names, "")
         row |= {
             "epoch": epoch,
             "step": 391 * epoch,

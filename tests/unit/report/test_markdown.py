@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lowmem.report.figures import draw_all
-from lowmem.report.markdown import escape, render
-from lowmem.report.tables import build_rows
-from lowmem.runs.history import read_history
-from tests.unit.report.fake_runs import MakeRun
+from lowmem.report.figures import draw_training
+from lowmem.report.markdown import render
+from lowmem.report.tables import escape
+from tests.unit.report.fake_runs import MakeRun, named
 
 
 def document(*runs: Path) -> str:
-    histories = [read_history(run) for run in runs]
-    return render(histories, build_rows(histories), draw_all(histories))
+    return render(named(*runs), draw_training(named(*runs)))
 
 
 def line(text: str, title: str) -> str:

@@ -1,15 +1,16 @@
-"""A run is held against a published figure only as what it is."""
+"""A run is held against a published figure only as what it is, and what differs is said once for all runs."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lowmem.report.published import describe_source, differences, published_error_pct
-from lowmem.runs.history import read_history
-from tests.unit.report.fake_runs import write_run
+from lowmem.report.published import departures, describe_source, differences, published_error_pct
+from lowmem.runs.view import read_run
+from tests.unit.report.fake_runs import MakeRun, named, write_run
 
 
 @pytest.mark.parametrize(
@@ -25,13 +26,13 @@ from tests.unit.report.fake_runs import write_run
     ],
 )
 def test_matches_by_architecture_and_block(tmp_path: Path, arch: str, block: str, error: float | None) -> None:
-    history = read_history(write_run(tmp_path / "run", arch, model__block=block))
+    history = read_run(write_run(tmp_path / "run", arch, model__block=block))
     assert published_error_pct(history.config) == error
 
 
 def test_the_published_setting_differs_in_nothing(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", done=164, epochs=164, seed=3, data__root="elsewhere")
-    assert differences(read_history(run)) == ()
+    assert differences(read_run(run)) == ()
 
 
 @pytest.mark.parametrize(
@@ -56,16 +57,58 @@ def test_the_published_setting_differs_in_nothing(tmp_path: Path) -> None:
 )
 def test_each_difference_is_said(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
     run = write_run(tmp_path / "run", done=164, epochs=164, **settings)
-    assert differences(read_history(run)) == (said,)
+    assert differences(read_run(run)) == (said,)
 
 
 def test_length(tmp_path: Path) -> None:
-    assert differences(read_history(write_run(tmp_path / "a", done=8, epochs=8))) == ("8 epochs instead of 164*",)
-    unfinished = differences(read_history(write_run(tmp_path / "b", done=9, epochs=164)))
+    assert differences(read_run(write_run(tmp_path / "a", done=8, epochs=8))) == ("8 epochs instead of 164*",)
+    unfinished = differences(read_run(write_run(tmp_path / "b", done=9, epochs=164)))
     assert unfinished == ("only 9 of its 164 epochs done",)
-    assert differences(read_history(write_run(tmp_path / "c", done=0, epochs=164))) == ("no epoch done yet",)
+    assert differences(read_run(write_run(tmp_path / "c", done=0, epochs=164))) == ("no epoch done yet",)
 
 
 def test_a_folder_is_named_without_its_place() -> None:
     assert describe_source("folder:/home/me/pets") == "pictures of folder pets"
     assert describe_source("folder:C:\\Users\\me\\pets") == "pictures of folder pets"
+
+
+def said_of(*runs: Path) -> list[tuple[str, str]]:
+    return list(departures(named(*runs)))
+
+
+def test_the_published_setting(make_run: MakeRun) -> None:
+    run = make_run("res20", done=164, epochs=164)
+    assert said_of(run) == [("res20", "nothing that the settings show")]
+    assert departures([]) == ()
+
+
+def test_what_all_have_in_common_is_said_once(make_run: MakeRun) -> None:
+    thin = {"model__width": 16, "train__batch": 64}
+    runs = [
+        make_run("res20", **thin),
+        make_run("cnn20", done=3, **thin),
+        make_run("res56", model__block="bottleneck", **thin),
+    ]
+    assert said_of(*runs) == [
+        ("all 3 runs", "width 16 instead of 64; 5 epochs instead of 164*; batch 64 instead of 128*"),
+        ("cnn20 also", "only 3 of its 5 epochs done"),
+        ("res56 also", "named in the report, whose author could not train it: there is no figure to hold it against"),
+    ]
+    assert said_of(*runs[:2])[0][0] == "both runs"
+
+
+def test_runs_that_share_nothing(make_run: MakeRun) -> None:
+    right, wrong = make_run("res20", done=164, epochs=164), make_run("cnn20", done=164, epochs=164, optim__lr=0.2)
+    other = make_run("res50", done=164, epochs=164)
+    assert said_of(right, wrong, other) == [
+        ("res20", "nothing that the settings show"),
+        ("cnn20", "lr 0.2 instead of 0.1*"),
+        ("res50", "not among the published networks"),
+    ]
+
+
+def test_a_run_that_was_rescued(make_run: MakeRun) -> None:
+    run = make_run("res20", done=164, epochs=164)
+    with (run / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"event": "rollback", "lr_scale": scale}) + "\n" for scale in (0.5, 0.25))
+    assert said_of(run) == [("res20", "0.25 of the learning rate after its loss broke")]

@@ -1,62 +1,76 @@
-"""What every figure shares: the same bytes again, legible on a phone, nothing beyond its edge."""
+"""One look a network and a method, apart for everybody."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
-from pathlib import Path
+from itertools import combinations
 
 import numpy as np
 import pytest
-from matplotlib.image import imread
+from matplotlib.colors import to_rgb
 
+from lowmem.bench.cells import FAMILIES
+from lowmem.config.schema import BLOCK_LAYOUT, ModelConfig
 from lowmem.report import style
-from lowmem.report.acceptance import Bar, draw_acceptance
-from lowmem.report.figures import draw_all
-from lowmem.report.memory_curve import draw_memory_curve
-from lowmem.report.rate_curve import draw_rate_curve
-from lowmem.runs.history import read_history
-from tests.unit.report.fake_runs import MakeRun
+from lowmem.report.naming import network_name
+from lowmem.report.published import PUBLISHED_ERROR_PCT
+from lowmem.report.style import METHOD_STYLES, NEUTRAL, network_style
 
-LONG = "a title that nobody would think of but a run folder may be called so, $x_1$, and it goes on and on and on"
+# Machado, Oliveira, Fernandes (2009), severity 1, on linear RGB.
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deuteranopia": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "tritanopia": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
+    ),
+}
+TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 PHONE_POINTS = 360.0
+FAMILY = [
+    ModelConfig.model_validate({"arch": f"{kind}{depth}", "block": block})
+    for depth, block in BLOCK_LAYOUT
+    for kind in ("res", "cnn")
+]
 
 
-def rate() -> bytes:
-    past, before = [(0.0, 0.1), (2.0, 0.1)], [(2.0, 0.1), (4.0, 0.01), (5.0, 0.01)]
-    return draw_rate_curve(LONG, past, before, [(2.0, 0.02), (5.0, 0.002)], 2.0)
+def linear(colour: str) -> np.ndarray:
+    rgb = np.array(to_rgb(colour))
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
 
 
-def memory() -> bytes:
-    curves = {"lowmem": [(10 << 20, 0.4), (50 << 20, 0.0)], "plain PyTorch": [(51 << 20, 0.0)]}
-    return draw_memory_curve(LONG, curves, 30 << 20)
+def lab(rgb: np.ndarray) -> np.ndarray:
+    xyz = TO_XYZ @ np.clip(rgb, 0, 1) / np.array([0.9505, 1, 1.089])
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
-def acceptance() -> bytes:
-    bars = [
-        Bar(f"{LONG}\ntensors", 4890.0, 4902.0, 5240.0),
-        Bar("refused", None, None, None, LONG),
-        Bar("over", 100.0, 12345.0),
-    ]
-    return draw_acceptance(f"{LONG}\n{LONG}", bars, [Bar("plain", 0.431)])
+@pytest.mark.parametrize("vision", VISION)
+def test_published_networks_stay_apart(vision: str) -> None:
+    colours = [network_style(ModelConfig(arch=arch)).colour for arch in PUBLISHED_ERROR_PCT]
+    seen = [lab(VISION[vision] @ linear(colour)) for colour in colours]
+    assert min(np.linalg.norm(one - other) for one, other in combinations(seen, 2)) >= 15
 
 
-@pytest.mark.parametrize("draw", [rate, memory, acceptance])
-def test_the_same_bytes_and_nothing_beyond_the_edge(draw: Callable[[], bytes]) -> None:
-    png = draw()
-    assert png == draw()
-    assert b"Software" not in png
-    image: np.ndarray = imread(io.BytesIO(png))[..., :3]
-    assert image.shape[1] == style.WIDTH_INCHES * style.DPI
-    for edge in (image[:4], image[-4:], image[:, :4], image[:, -4:]):
-        assert edge.min() == 1.0
+def test_every_network_has_its_own_colour() -> None:
+    colours = [network_style(model).colour for model in FAMILY]
+    assert len({*colours, NEUTRAL}) == len(FAMILY) + 1
 
 
-def test_a_reports_figures_are_the_same_bytes(make_run: MakeRun) -> None:
-    run = make_run("res20", done=2)
-    first, second = (draw_all([read_history(run)]) for _ in range(2))
-    assert [picture.png for picture in first] == [picture.png for picture in second]
-    assert not [picture for picture in first if b"Software" in picture.png]
+@pytest.mark.parametrize("model", FAMILY, ids=network_name)
+def test_readable_on_white_and_solid_or_dashed(model: ModelConfig) -> None:
+    look = network_style(model)
+    luminance = float((TO_XYZ @ linear(look.colour))[1])
+    assert 1.05 / (luminance + 0.05) >= 2.7
+    assert (look.dashes == "-") == model.arch.startswith("res")
+
+
+def test_two_methods_never_look_the_same() -> None:
+    looks = [(METHOD_STYLES[name].colour, METHOD_STYLES[name].marker, METHOD_STYLES[name].face) for name in FAMILIES]
+    assert len(set(looks)) == len(looks)
 
 
 def test_text_on_a_phone() -> None:
@@ -64,10 +78,3 @@ def test_text_on_a_phone() -> None:
     shrunk = PHONE_POINTS / (72 * style.WIDTH_INCHES)
     assert min(style.AXIS_SIZE, style.TICK_SIZE, style.LABEL_SIZE) * shrunk > 9
     assert style.LEAST_SIZE * shrunk > 7.5
-
-
-def test_nobody_sets_up_figures_alone() -> None:
-    """Size and file format are decided once."""
-    folder = Path(style.__file__).parent
-    alone = [path.name for path in folder.glob("*.py") if path.name != "style.py" and "savefig" in path.read_text()]
-    assert not alone

@@ -1,35 +1,71 @@
-"""The table of final test errors."""
+"""The tables of final test errors, and of what each run took."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from lowmem.report.tables import TABLE_HEADER, build_rows, in_order, without_run
-from lowmem.runs.history import read_history
-from tests.unit.report.fake_runs import MakeRun
+from lowmem.report.published import without_run
+from lowmem.report.tables import error_table, resource_table
+from tests.unit.report.fake_runs import MakeRun, named
 
 
-def test_six_runs_in_the_published_order(six_runs: list[Path]) -> None:
-    rows = build_rows(in_order([read_history(run) for run in reversed(six_runs)]))
-    assert [row.network for row in rows] == ["Res20", "Res56", "Res110", "CNN20", "CNN56", "CNN110"]
-    assert [row.final_error_pct for row in rows] == [8.1, 7.8, 7.5, 9.0, 39.0, 89.66]
-    assert [row.published_error_pct for row in rows] == [8.08, 7.74, 7.46, 8.92, 39.03, 89.66]
+def test_six_runs(six_runs: list[Path]) -> None:
+    table = error_table(named(*six_runs))
+    assert [row[0] for row in table.rows] == ["Res20", "Res56", "Res110", "CNN20", "CNN56", "CNN110"]
+    assert [row[3] for row in table.rows] == ["8.10 %", "7.80 %", "7.50 %", "9.00 %", "39.00 %", "89.66 %"]
+    assert [row[4] for row in table.rows] == ["8.08 %", "7.74 %", "7.46 %", "8.92 %", "39.03 %", "89.66 %"]
 
 
 def test_cells(make_run: MakeRun) -> None:
     runs = [make_run("res20"), make_run("cnn56", done=2), make_run("cnn110", done=0)]
-    runs += [make_run("res110", model__block="bottleneck"), make_run("res56", done=164, epochs=164)]
-    cells = [row.cells() for row in build_rows([read_history(run) for run in runs])]
-    assert all(len(line) == len(TABLE_HEADER) for line in cells)
-    assert cells[0] == ("Res20", "res20", "5", "8.10 %", "8.08 %", "5 epochs instead of 164*")
-    assert cells[1][2] == "2 of 5"
-    assert cells[1][5].startswith("only 2 of its 5 epochs done; ")
-    assert cells[2][2:5] == ("0 of 5", "–", "89.66 %")
-    assert cells[3][0] == "Res110-bottleneck"
-    assert cells[3][4:] == ("–", "not among the published networks")
-    assert cells[4][5] == "nothing that the settings show"
+    table = error_table(named(*runs, make_run("res110", model__block="bottleneck")))
+    assert all(len(row) == len(table.header) for row in table.rows)
+    assert table.rows[0] == ("Res20", "res20", "5", "8.10 %", "8.08 %")
+    assert table.rows[1][2] == "2 of 5"
+    assert table.rows[2][2:] == ("0 of 5", "–", "89.66 %")
+    assert (table.rows[3][0], table.rows[3][4]) == ("Res110-bottleneck", "–")
 
 
 def test_published_networks_without_run(make_run: MakeRun) -> None:
-    histories = [read_history(make_run("res20")), read_history(make_run("res110", model__block="bottleneck"))]
-    assert without_run(histories) == {"Res56": 7.74, "Res110": 7.46, "CNN20": 8.92, "CNN56": 39.03, "CNN110": 89.66}
+    runs = named(make_run("res20"), make_run("res110", model__block="bottleneck"))
+    assert without_run(runs) == {"Res56": 7.74, "Res110": 7.46, "CNN20": 8.92, "CNN56": 39.03, "CNN110": 89.66}
+
+
+def row(run: Path) -> dict[str, str]:
+    table = resource_table(named(run))
+    return dict(zip(table.header, table.rows[0], strict=True))
+
+
+def add_events(run: Path, *events: dict[str, object]) -> None:
+    with (run / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(event) + "\n" for event in events)
+
+
+def test_a_run_on_a_card(make_run: MakeRun) -> None:
+    run = make_run("res20")
+    add_events(run, {"event": "resume"}, {"event": "resume"})
+    found = row(run)
+    assert (found["Run"], found["Time"], found["Allocated"], found["Reserved"]) == ("res20", "7:20", "1,712 MiB", "–")
+    assert 560 <= int(found["Images/s"]) <= 580
+    assert found["Resumed"] == "2 times"
+    assert found["Planned"] == "–"
+
+
+def test_a_planned_run_on_the_cpu(make_run: MakeRun) -> None:
+    """Allocations are counted there only while the plan is checked, after each change of it."""
+    run = make_run("res20")
+    text = (run / "metrics.csv").read_text().replace("1795162112", "")
+    (run / "metrics.csv").write_text(text)
+    add_events(
+        run,
+        {"event": "measured", "predicted_peak_bytes": 70 << 20, "measured_peak_bytes": 75 << 20},
+        {"event": "measured", "predicted_peak_bytes": 60 << 20, "measured_peak_bytes": 59 << 20},
+        {"event": "measured", "predicted_peak_bytes": "much", "measured_peak_bytes": True},
+    )
+    assert (row(run)["Planned"], row(run)["Allocated"]) == ("60 MiB", "59 MiB")
+
+
+def test_before_the_first_epoch(make_run: MakeRun) -> None:
+    found = row(make_run("res110", done=0))
+    assert list(found.values())[1:] == ["–"] * 6 + ["no"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowmem.core.errors import DiskError, UsageError
-from lowmem.report import TABLE_HEADER, write_report
+from lowmem.report import write_report
 from tests.unit.report.fake_runs import MakeRun
 
 
@@ -23,9 +23,8 @@ def test_one_run_goes_into_its_folder(make_run: MakeRun) -> None:
 def test_six_runs(six_runs: list[Path], tmp_path: Path) -> None:
     before = {path: path.read_bytes() for run in six_runs for path in run.rglob("*") if path.is_file()}
     result = write_report(six_runs, tmp_path / "deep" / "report")
-    assert len(result.rows) == 6
+    assert [len(table.rows) for table in result.tables] == [6, 6]
     assert len(result.figures) == 5
-    assert all(len(row.cells()) == len(TABLE_HEADER) for row in result.rows)
     named = re.findall(r"\]\(([^)]+\.png)\)", result.markdown.read_text(encoding="utf-8"))
     assert named == [path.name for path in result.figures]  # relative: the folder can be moved
     assert all(path.is_file() for path in result.figures)
@@ -40,7 +39,7 @@ def test_again_over_the_old_one(make_run: MakeRun) -> None:
 
 def test_a_run_given_twice_counts_once(make_run: MakeRun) -> None:
     run = make_run("res20")
-    assert len(write_report([run, run / ".." / "res20"]).rows) == 1
+    assert len(write_report([run, run / ".." / "res20"]).tables[0].rows) == 1
 
 
 def test_several_runs_need_a_folder(six_runs: list[Path]) -> None:
@@ -59,7 +58,7 @@ def test_nothing_is_written_if_a_run_is_missing(make_run: MakeRun, tmp_path: Pat
 def test_no_rows(make_run: MakeRun) -> None:
     result = write_report([make_run("res20", done=0)])
     assert result.figures == ()
-    assert result.rows[0].final_error_pct is None
+    assert result.tables[0].rows[0][3] == "–"
 
 
 def test_a_folder_that_cannot_be_made(make_run: MakeRun, tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ import pytest
 from lowmem.config.settings import gather
 from lowmem.core.errors import Infeasible, PreflightError, UsageError
 from lowmem.reproduce.check import look_ahead
-from lowmem.reproduce.job import Job
-from lowmem.reproduce.members import select
+from lowmem.reproduce.job import Job, select
 from lowmem.reproduce.progress import Standing
 from lowmem.train.observer import Observer
 
@@ -47,7 +46,7 @@ def test_pictures_weights_and_disk(tmp_path: Path) -> None:
     assert "40 pictures of shapes" in outlook.pictures
     # 24.17 and 3.78 GFLOP a picture in training.
     assert outlook.job.weights["res110"] / outlook.job.weights["res20"] == pytest.approx(6.39, abs=0.05)
-    assert outlook.needed_bytes == sum(looked.disk_bytes for looked in outlook.runs)
+    assert outlook.needed_bytes == sum(run.disk_bytes for run in outlook.runs)
     assert outlook.runs[1].disk_bytes > 4 * outlook.runs[0].disk_bytes
     assert list(tmp_path.iterdir()) == []
 

@@ -12,9 +12,8 @@ import pytest
 
 from lowmem.config.settings import gather, to_yaml
 from lowmem.core.errors import ExitCode, Interrupted, UsageError
-from lowmem.reproduce.conduct import Asked, JobStopped, ask, command, conduct, to_report
-from lowmem.reproduce.members import ALL, select
-from lowmem.reproduce.process import Conductor
+from lowmem.reproduce.conduct import Asked, Conductor, JobStopped, ask, command, conduct, to_report
+from lowmem.reproduce.job import ALL, select
 from lowmem.runs.lock import RunLock
 from tests.unit.report.fake_runs import write_run
 
@@ -46,7 +45,7 @@ def asked(out: Path, *sets: str, only: str | None = None, block: str | None = No
     members = select(only, block)
     out.mkdir(exist_ok=True)
     named = {key.replace("__", "."): value for key, value in flags.items()}
-    return ask(out, gather(flags=named, sets=sets), members, command(out, members))
+    return ask(out, gather(flags=named, sets=sets), members)
 
 
 def put_run(out: Path, name: str, *, done: int, epochs: int = 164) -> None:

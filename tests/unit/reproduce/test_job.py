@@ -1,4 +1,4 @@
-"""job.json: what is recorded, what may differ, what is refused."""
+"""Which runs a job has, job.json (what is recorded, what may differ, what is refused), and the job's folder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,21 @@ from typing import Any
 
 import pytest
 
+from lowmem.config.schema import BLOCK_LAYOUT
 from lowmem.config.settings import Settings, gather, to_yaml
 from lowmem.core.errors import UsageError
-from lowmem.reproduce.job import Job, asked_for, read_job, refuse_foreign, refuse_other_settings
-from lowmem.reproduce.members import ALL
+from lowmem.reproduce.job import (
+    ALL,
+    REPORTED,
+    Job,
+    asked_for,
+    begun,
+    held,
+    read_job,
+    refuse_foreign,
+    refuse_other_settings,
+    select,
+)
 
 RES110 = next(member for member in ALL if member.name == "res110-bottleneck")
 
@@ -156,3 +167,89 @@ def test_a_batch_that_each_run_chose(tmp_path: Path) -> None:
     chosen: dict[str, object] = {"train.batch": 512, "optim.lr": 0.4, "schedule.low_start_lr": 0.04}
     put(job, job.settings_of(RES110).replace(chosen, "auto"))
     refuse_foreign(job, RES110)
+
+
+# -- which runs --------------------------------------------------------------------------------------------------------
+
+
+def names(only: str | None = None, block: str | None = None) -> list[str]:
+    return [member.name for member in select(only, block)]
+
+
+def test_the_six_and_the_two() -> None:
+    assert names() == names(block="basic") == ["res20", "cnn20", "res56", "cnn56", "res110", "cnn110"]
+    assert names(block="bottleneck") == [*names(), "res56-bottleneck", "res110-bottleneck"]
+    assert len(REPORTED) == 6
+    for member in ALL:
+        assert (int(member.arch[3:]), member.block) in BLOCK_LAYOUT
+
+
+def test_only_these_in_the_jobs_order() -> None:
+    assert names("cnn110, res20") == ["res20", "cnn110"]
+    assert names("res20,res20,") == ["res20"]
+    assert names("res56-bottleneck") == ["res56-bottleneck"]
+    assert names("res20", "bottleneck") == ["res20", "res56-bottleneck", "res110-bottleneck"]
+
+
+@pytest.mark.parametrize(("only", "block"), [("res21", None), ("", None), (",", None), (None, "wide"), ("RES20", None)])
+def test_what_there_is_not(only: str | None, block: str | None) -> None:
+    with pytest.raises(UsageError, match="res56-bottleneck"):
+        select(only, block)
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_stays_where_nothing_was_begun(tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "job"
+    with held(out):
+        (out / "job.json").write_text("{}")
+        assert (out / "job.lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
+    with held(tmp_path):
+        pass
+    assert tmp_path.is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_begun_job_stays(tmp_path: Path) -> None:
+    out = tmp_path / "job"
+    with held(out):
+        (out / "job.json").write_text("{}")
+        (out / "res20").mkdir()
+        assert not begun(out)  # an empty folder is no run
+        (out / "res20" / "metrics.csv").write_text("epoch\n1\n")
+        assert begun(out)
+    assert (out / "job.json").exists()
+    assert not (out / "job.owner.json").exists()
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    out = tmp_path / "job"
+    with held(out), pytest.raises(UsageError, match="is being written by process"), held(out):
+        pass
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "notes.txt", "res20"])
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match=r"is not the folder of a job.*--out"), held(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "job").write_text("mine")
+    with pytest.raises(UsageError, match="is a file"), held(tmp_path / "job"):
+        pass
+
+
+def test_what_a_killed_one_left_is_taken_over(tmp_path: Path) -> None:
+    for name in ("job.lock", "job.json.partial"):
+        (tmp_path / name).touch()
+    with held(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []

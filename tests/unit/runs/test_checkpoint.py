@@ -40,9 +40,13 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_the_newest_are_kept_and_never_fewer_than_two(tmp_path: Path) -> None:
     for step in range(1, 6):
         cp.save(tmp_path, _make(step), keep=3)
-    assert [path.name for path in cp.found(tmp_path)] == ["step-00000005", "step-00000004", "step-00000003"]
+    assert [path.name for path in cp.checkpoint_folders(tmp_path)] == [
+        "step-00000005",
+        "step-00000004",
+        "step-00000003",
+    ]
     cp.save(tmp_path, _make(6), keep=1)
-    assert len(cp.found(tmp_path)) == 2
+    assert len(cp.checkpoint_folders(tmp_path)) == 2
 
 
 def test_what_a_run_can_go_back_to_is_kept_while_its_loss_explodes(tmp_path: Path) -> None:
@@ -50,7 +54,7 @@ def test_what_a_run_can_go_back_to_is_kept_while_its_loss_explodes(tmp_path: Pat
         made = _make(step)
         run = {"epoch": 0, "step": step, "step_in_epoch": step, "exploded_losses": exploded}
         cp.save(tmp_path, cp.Checkpoint(step, made.model, made.optimizer, {"run": run}), keep=2)
-        return [cp.step_of(path) for path in cp.found(tmp_path)]
+        return [cp.step_of(path) for path in cp.checkpoint_folders(tmp_path)]
 
     assert [save(1, 0), save(2, 0), save(3, 1)] == [[1], [2, 1], [3, 2]]
     assert [save(4, 2), save(5, 3)] == [[4, 3, 2], [5, 4, 2]]

@@ -12,9 +12,9 @@ import pytest
 from lowmem.config.settings import gather, to_yaml
 from lowmem.core.errors import PreflightError
 from lowmem.core.units import MIB
-from lowmem.runs.event_files import EventFiles, Point, read_points, require_tensorboard
-from lowmem.runs.history import read_history
+from lowmem.runs.event_files import EventFiles, ScalarPoint, read_points, require_tensorboard
 from lowmem.runs.store import RunFolder
+from lowmem.runs.view import read_run
 
 pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
 LAYERS = ("conv1.weight", "linear.weight")
@@ -32,7 +32,7 @@ def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def same(curves: dict[str, list[tuple[int, float]]], run: Path) -> bool:
     """Whether the curves are those of the run's tables: every point once, in the order of steps."""
-    history = read_history(run)
+    history = read_run(run)
     wanted: dict[str, list[tuple[int, float]]] = {
         "loss/step": [(row.step, row.loss) for row in history.steps if row.loss is not None],
         "lr": [(row.step, row.lr) for row in history.steps if row.lr is not None],
@@ -223,7 +223,7 @@ def test_rows_of_a_stranger(folder: RunFolder) -> None:
     files = EventFiles(folder.path)
     files.update()
     points = read_points(files.folder)
-    assert Point("loss/step", 3, 0.5) in points
+    assert ScalarPoint("loss/step", 3, 0.5) in points
     assert {point.step for point in points} == {1, 3}
 
 

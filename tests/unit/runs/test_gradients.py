@@ -9,14 +9,22 @@ from pathlib import Path
 import pytest
 
 from lowmem.core.errors import UsageError
-from lowmem.runs.gradients import GradientRow, Gradients, columns, line, parse
+from lowmem.runs.rows import GRADIENT_TABLE, GradientRow, Gradients, gradient_line
 from lowmem.runs.store import RunFolder
+from lowmem.runs.view import RunView
 
 LAYERS = ("conv1.weight", "linear.weight")
 
 
 def read(path: Path) -> Gradients:
-    return parse(path, path.read_text().splitlines())
+    view = RunView(path.parent)
+    assert view.notes == ()
+    return view.gradients
+
+
+def write(folder: Path, *lines: str) -> Path:
+    (folder / "gradients.csv").write_text("".join(f"{line}\n" for line in lines), newline="")
+    return folder / "gradients.csv"
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -90,18 +98,18 @@ def test_damaged_lines_are_said(tmp_path: Path) -> None:
         (["step,epoch,a", "2,1,0.5", "2,1,0.5"], "line 3: step 2 follows step 2"),
     ],
 )
-def test_what_is_damaged_is_refused(lines: list[str], said: str) -> None:
+def test_what_is_damaged_is_refused(lines: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=said):
-        parse(Path("gradients.csv"), lines)
+        read(write(tmp_path, *lines))
 
 
-def test_a_message_does_not_carry_the_whole_file() -> None:
+def test_a_message_does_not_carry_the_whole_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as raised:
-        parse(Path("gradients.csv"), ["step,epoch,a", f"1,1,{'x' * 70_000}"])
-    assert len(str(raised.value)) < 300
+        read(write(tmp_path, "step,epoch,a", f"1,1,{'x' * 70_000}"))
+    assert len(str(raised.value)) < 400
 
 
-def test_an_empty_file_is_none() -> None:
-    assert parse(Path("gradients.csv"), []) == Gradients()
-    assert line(1, 2, [0.5]) == "1,2,0.5"
-    assert columns(LAYERS) == ("step", "epoch", *LAYERS)
+def test_an_empty_file_is_none(tmp_path: Path) -> None:
+    assert read(write(tmp_path)) == Gradients()
+    assert gradient_line(1, 2, [0.5]) == "1,2,0.5"
+    assert GRADIENT_TABLE.of_layers(LAYERS).names == ("step", "epoch", *LAYERS)

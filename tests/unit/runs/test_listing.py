@@ -17,8 +17,9 @@ from lowmem.core.errors import UsageError
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.checkpoint_state import read_position
-from lowmem.runs.listing import Listed, list_runs, look, writer_of
-from lowmem.runs.space import kept_epochs, run_bytes
+from lowmem.runs.listing import RunSummary, list_runs, summarize
+from lowmem.runs.lock import writer_of
+from lowmem.runs.setup import kept_epochs, run_bytes
 from lowmem.runs.store import RunFolder
 from tests.unit.report.fake_runs import write_run
 
@@ -93,7 +94,7 @@ def test_every_state(runs: Path) -> None:
 
 
 def test_errors_and_size(runs: Path) -> None:
-    run = look(runs / "finished")
+    run = summarize(runs / "finished")
     with open(runs / "finished/metrics.csv") as file:
         header, *lines = (line.split(",") for line in file.read().splitlines())
     errors = [float(line[header.index("test_error_pct")]) for line in lines]
@@ -105,7 +106,7 @@ def test_errors_and_size(runs: Path) -> None:
 
 def test_a_run_that_is_being_trained(runs: Path) -> None:
     with RunFolder.open(runs / "interrupted"):
-        held = look(runs / "interrupted")
+        held = summarize(runs / "interrupted")
         # As seen from another machine, by the name of the owner's host.
         owner = runs / "interrupted/run.owner.json"
         owner.write_text(json.dumps({"pid": 7, "host": "elsewhere"}))
@@ -113,12 +114,12 @@ def test_a_run_that_is_being_trained(runs: Path) -> None:
         owner.write_text("garbage")
         assert writer_of(runs / "interrupted") == "another process"
     assert (held.state, held.writer) == ("training", f"pid {os.getpid()}")
-    assert look(runs / "interrupted").state == "interrupted"
+    assert summarize(runs / "interrupted").state == "interrupted"
 
 
 def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_counts(runs: Path) -> None:
     _truncate(runs / "interrupted/checkpoints/step-00000800/optimizer.safetensors")
-    run = look(runs / "interrupted")
+    run = summarize(runs / "interrupted")
     assert (run.state, run.step) == ("interrupted", 782)
     assert "optimizer.safetensors" in run.trouble[0]
 
@@ -126,7 +127,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_counts(runs: Pat
 @pytest.mark.parametrize("text", ["[]", "{}", '{"files": {}}', '{"files": {"../../config.yaml": {"bytes": 1}}}', "{"])
 def test_a_commit_record_of_somebody_elses_making(runs: Path, text: str) -> None:
     (runs / "interrupted/checkpoints/step-00000800/manifest.json").write_text(text)
-    assert look(runs / "interrupted").step == 782
+    assert summarize(runs / "interrupted").step == 782
 
 
 def test_positions_that_are_none(tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_every_second_epoch_is_kept_beside_the_newest(tmp_path: Path) -> None:
     for epoch in range(8):
         _save(tmp_path, epoch=epoch, step=10 * epoch, keep_every=2)
         _save(tmp_path, epoch=epoch, step=10 * epoch + 5, step_in_epoch=5, keep_every=2)
-    kept = [read_position(path).at for path in reversed(checkpoints.found(tmp_path / "checkpoints"))]
+    kept = [read_position(path).at for path in reversed(checkpoints.checkpoint_folders(tmp_path / "checkpoints"))]
     assert kept == ["2", "4", "6", "7", "step:75"]
     # While one is written there is one more: the disk must have room for that many.
     most = kept_epochs(epochs=8, keep_every=2)
@@ -205,7 +206,7 @@ def test_no_torch(runs: Path) -> None:
 
 
 def test_listed_without_anything_known_is_still_json(tmp_path: Path) -> None:
-    assert json.loads(json.dumps(Listed(path=tmp_path, state="damaged").to_json()))["epoch"] is None
+    assert json.loads(json.dumps(RunSummary(path=tmp_path, state="damaged").to_json()))["epoch"] is None
 
 
 # The system's owner reads everything: what a mode forbids is only seen without that right.
@@ -258,4 +259,4 @@ def test_a_strangers_text_is_told_in_a_line(runs: Path) -> None:
         assert str(raised.value).isprintable()
     config = runs / "interrupted/config.yaml"
     config.write_text(config.read_text().replace("block: ", f"block: {'x' * 5000}"))
-    assert len(look(runs / "interrupted").trouble[0]) < 1000
+    assert len(summarize(runs / "interrupted").trouble[0]) < 1000

@@ -101,7 +101,7 @@ def test_refused_once_at_each_operation(code: int, run: RunFolder, monkeypatch: 
             writer.finish()
         loaded, _, skipped = cp.load_newest(run.checkpoints)
         assert (loaded.step, skipped) == (step, {}), disk.operations
-        assert len(cp.found(run.checkpoints)) == 2
+        assert len(cp.checkpoint_folders(run.checkpoints)) == 2
         assert load_file(run.path / "weights/last.safetensors")["w"][0] == step
         assert not [*run.path.rglob("*.partial"), *run.checkpoints.glob(".aside*")]
     assert _steps(run) == [2, *range(10, 10 * count + 10, 10)]
@@ -158,7 +158,7 @@ def test_a_refused_save_is_superseded_and_its_weights_are_not_lost(
             assert "step 10 was not saved (the disk is full" in warnings[0]
             assert "step 1 (" in warnings[0]
         writer.finish()
-    assert [cp.load(path).step for path in cp.found(run.checkpoints)] == [11, 1]
+    assert [cp.load(path).step for path in cp.checkpoint_folders(run.checkpoints)] == [11, 1]
     assert load_file(run.path / "weights/best.safetensors")["w"][0] == 10
     assert load_file(run.path / "weights/last.safetensors")["w"][0] == 11
     assert notes == ["saved again: step 11 is on disk"]
@@ -196,7 +196,8 @@ def test_tries_between_two_saves_are_bounded(run: RunFolder, monkeypatch: pytest
         for step in (10, 20):
             exhausted = threading.Event()
             writer.submit(_save(step))
-            assert exhausted.wait(30)
+            while not exhausted.is_set():
+                writer.poll()
             writer.wait()
             assert writer._due is None  # nothing more until the next save
     assert tries == [6]
@@ -211,7 +212,7 @@ def test_no_checkpoint_without_the_rows_before_it(run: RunFolder, monkeypatch: p
             def refuse(*_: object, **__: object) -> int:
                 raise OSError(errno.ENOSPC, "full")
 
-            patch.setattr("lowmem.runs.rowfile.append_lines", refuse)
+            patch.setattr("lowmem.runs.atomic.append_lines", refuse)
             run.append_steps([_row(9)])
             writer.submit(_save(10))
             with pytest.raises(DiskError):
@@ -268,6 +269,18 @@ def test_an_error_of_the_loop_waits_for_the_write_that_has_begun(
 
     with pytest.raises(ZeroDivisionError):
         fail()
+    assert cp.load_newest(run.checkpoints)[0].step == 10
+
+
+def test_no_room_for_a_thread_is_a_save_in_this_one(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with Saver(run, keep=2) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            writer.submit(_save(10))
+        writer.finish()
     assert cp.load_newest(run.checkpoints)[0].step == 10
 
 

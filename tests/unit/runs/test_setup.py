@@ -1,7 +1,9 @@
-"""A folder of a run that was killed before its first checkpoint is taken over; one with anything to lose never is."""
+"""A folder of a run that was killed before its first checkpoint is taken over; one with anything to lose never is. And
+what a run takes on disk is at least what a run writes."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +11,9 @@ import pytest
 
 from lowmem.core.errors import PreflightError, UsageError
 from lowmem.runs import setup
-from lowmem.runs.setup import never_began
-from lowmem.runs.store import RunFolder, leaving_no_trace, require_run
+from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, csv_line, gradient_line
+from lowmem.runs.setup import leaving_no_trace, never_began, require_run, rows_bytes, run_bytes
+from lowmem.runs.store import RunFolder
 from tests.faults.disk import tiny_disk
 
 Spoil = Callable[[RunFolder], object]
@@ -73,6 +76,13 @@ def test_who_resumes_it_is_told_to_start_again(tmp_path: Path) -> None:
     (tmp_path / "run/config.yaml").unlink()
     with pytest.raises(UsageError, match="nothing is lost: give the command that started it once more"):
         require_run(tmp_path / "run")
+
+
+def test_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        require_run(tmp_path / "none")
+    with pytest.raises(UsageError, match="no run folder"):
+        require_run(tmp_path)
 
 
 def test_a_half_line_is_cut_off_before_the_next(tmp_path: Path) -> None:
@@ -148,3 +158,35 @@ def test_nobody_begins_in_a_folder_that_is_being_removed(tmp_path: Path, monkeyp
             run.close()
             assert (other.path / "run.owner.json").exists()
             assert (other.path / "config.yaml").read_text() == "seed: 1\n"
+
+
+# -- room on the disk --------------------------------------------------------------------------------------------------
+
+NONE = {"layers": 0, "grad_norms_every": 10**9}
+LONGEST = 1e-300 / 3  # a float of as many digits as there are
+
+
+def test_rows_fit_into_what_is_counted_for_them() -> None:
+    one_epoch = rows_bytes(epochs=1, steps_per_epoch=0, log_every_steps=1, steps_between_saves=None, **NONE)
+    event = json.dumps({"time": "2026-11-23T10:00:00+0000", "event": "checkpoint", "epoch": 10**6, "step": 10**9})
+    whole = dict.fromkeys(EPOCH_TABLE.names, -LONGEST)
+    assert len(csv_line(EPOCH_TABLE.names, whole)) + len(event) + 2 <= one_epoch
+    row = csv_line(STEP_TABLE.names, {"step": 10**7, "epoch": 10**4, "lr": 0.1, "loss": LONGEST})
+    assert (
+        rows_bytes(epochs=1, steps_per_epoch=40, log_every_steps=20, steps_between_saves=None, **NONE) - one_epoch
+        >= 2 * len(row) + 2
+    )
+    often = rows_bytes(epochs=1, steps_per_epoch=40, log_every_steps=100, steps_between_saves=10, **NONE)
+    assert often - one_epoch >= 4 * (len(event) + 1)
+
+
+def test_gradient_norms_fit_too() -> None:
+    """The 110-layer net, every step of 164 epochs: its gradients.csv is larger than all that was counted before."""
+    figures = {"epochs": 164, "steps_per_epoch": 391, "log_every_steps": 10, "steps_between_saves": None, "layers": 110}
+    row = gradient_line(64_124, 164, [LONGEST] * 110)
+    every = rows_bytes(**figures, grad_norms_every=1)  # type: ignore[arg-type]
+    assert every - rows_bytes(**figures, grad_norms_every=10**9) >= 64_124 * (len(row) + 1)  # type: ignore[arg-type]
+
+
+def test_one_generation_more_than_are_kept() -> None:
+    assert run_bytes(checkpoint_bytes=100, parameter_bytes=10, keep=2, rows_bytes=7) == 3 * 100 + 3 * 10 + 7

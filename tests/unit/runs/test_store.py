@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 
 from lowmem.core.errors import UsageError
-from lowmem.runs import columns
-from lowmem.runs.store import RunFolder, csv_line
+from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, csv_line
+from lowmem.runs.store import NullFolder, RunFolder
 
 
 def _row(epoch: int, step: int) -> dict[str, object]:
-    return {**dict.fromkeys(columns.METRICS), "epoch": epoch, "step": step, "train_loss": 0.1 + 0.2}
+    return {**dict.fromkeys(EPOCH_TABLE.names), "epoch": epoch, "step": step, "train_loss": 0.1 + 0.2}
 
 
 def test_a_run_folder_is_never_overwritten(tmp_path: Path) -> None:
@@ -43,13 +43,6 @@ def test_a_second_writer_is_told_who_writes(tmp_path: Path) -> None:
     RunFolder.open(tmp_path / "run").close()
 
 
-def test_what_is_no_run_cannot_be_opened(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="does not exist"):
-        RunFolder.open(tmp_path / "none")
-    with pytest.raises(UsageError, match="no run folder"):
-        RunFolder.open(tmp_path)
-
-
 def test_rows_are_cut_back_and_half_lines_dropped(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", "", {}) as run:
         for epoch in (1, 2, 3):
@@ -62,15 +55,15 @@ def test_rows_are_cut_back_and_half_lines_dropped(tmp_path: Path) -> None:
         assert run.metrics_file.read_text().splitlines() == whole[:3]
         assert [line.split(",")[0] for line in run.steps_file.read_text().splitlines()] == ["step", "10", "20"]
         run.cut_back(epoch=0, step=0)
-        assert run.metrics_file.read_text().splitlines() == [",".join(columns.METRICS)]
+        assert run.metrics_file.read_text().splitlines() == [",".join(EPOCH_TABLE.names)]
 
 
 def test_floats_keep_every_digit_and_unknown_is_empty() -> None:
-    line = csv_line(columns.METRICS, _row(1, 10)).split(",")
-    assert float(line[columns.METRICS.index("train_loss")]) == 0.1 + 0.2
-    assert line[columns.METRICS.index("peak_allocated_bytes")] == ""
+    line = csv_line(EPOCH_TABLE.names, _row(1, 10)).split(",")
+    assert float(line[EPOCH_TABLE.names.index("train_loss")]) == 0.1 + 0.2
+    assert line[EPOCH_TABLE.names.index("peak_allocated_bytes")] == ""
     with pytest.raises(KeyError, match="no such column"):
-        csv_line(columns.STEPS, {"los": 1})
+        csv_line(STEP_TABLE.names, {"los": 1})
 
 
 def test_events_and_weights(tmp_path: Path) -> None:
@@ -83,3 +76,19 @@ def test_events_and_weights(tmp_path: Path) -> None:
         with safe_open(run.path / "weights/best.safetensors", framework="pt") as file:
             assert file.metadata() == {"chosen_on": "val"}
             assert torch.equal(file.get_tensor("w"), torch.ones(2))
+
+
+def test_a_process_that_does_not_write(tmp_path: Path) -> None:
+    """The same methods, and nothing happens: not even the folder is there."""
+    with NullFolder(tmp_path / "nowhere") as run:
+        run.event("start")
+        run.append_metrics(_row(1, 10))
+        run.write_plan({"budget": 1})
+        run.save_weights("best", {}, {})
+        assert run.cut_back(epoch=1, step=10) == []
+        assert run.begin_gradients(["conv1.weight"], step=0) is None
+        run.flush()
+        run.tidy(keep=2)
+        assert (run.rows_waiting, run.taken_over) == (0, None)
+        run.discard()
+    assert not (tmp_path / "nowhere").exists()

@@ -19,8 +19,8 @@ from lowmem.lifecycle.api import recorded_settings, resume_training
 from lowmem.lifecycle.run_identity import verify
 from lowmem.report.write import write_report
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs.history import read_history
-from lowmem.runs.verify import Finding, Status
+from lowmem.runs.verify import FileFinding, FileStatus
+from lowmem.runs.view import read_run
 from tests.faults.damage import flip
 from tests.faults.disk import tiny_disk
 from tests.faults.fuzzing import rehash
@@ -50,8 +50,8 @@ def _content(run: Path) -> dict[str, tuple[bytes, int]]:
     return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in run.rglob("*") if p.is_file()}
 
 
-def _bad(run: Path) -> list[Finding]:
-    return [finding for finding in verify(run).findings if finding.status is Status.DAMAGED]
+def _bad(run: Path) -> list[FileFinding]:
+    return [finding for finding in verify(run).findings if finding.status is FileStatus.DAMAGED]
 
 
 def test_an_intact_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +72,7 @@ def test_an_intact_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flip(checkpoints.found(run / "checkpoints")[0] / "state.json", 9, 1)
+    flip(checkpoints.checkpoint_folders(run / "checkpoints")[0] / "state.json", 9, 1)
     code, out, _ = _command(capsys, str(run), "--json")
     values = json.loads(out)
     assert code == 0
@@ -81,7 +81,7 @@ def test_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_no_checkpoint_is_code_7(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for path in checkpoints.found(run / "checkpoints"):
+    for path in checkpoints.checkpoint_folders(run / "checkpoints"):
         (path / "manifest.json").unlink()
     code, out, _ = _command(capsys, str(run))
     assert code == 7
@@ -157,9 +157,9 @@ def test_a_writer_is_seen(run: Path) -> None:
     with FileLock(run / "run.lock"):
         held = [finding for finding in verify(run).findings if finding.where == "run.lock"]
     free = [finding for finding in verify(run).findings if finding.where == "run.lock"]
-    assert held[0].status is Status.NOTE
+    assert held[0].status is FileStatus.NOTE
     assert "writes this run now" in held[0].what
-    assert free[0].status is Status.OK
+    assert free[0].status is FileStatus.OK
 
 
 @pytest.mark.parametrize("how", ["header", "size", "line", "gone"])
@@ -175,7 +175,7 @@ def test_gradient_norms_never_stop_a_resume(how: str, run: Path, capsys: pytest.
         file.unlink()
     found = verify(run)
     assert found.can_resume
-    assert [one.status for one in found.findings if one.where == "gradients.csv"] == [Status.NOTE]
+    assert [one.status for one in found.findings if one.where == "gradients.csv"] == [FileStatus.NOTE]
     heard = Heard()
     resume_training(run, recorded_settings(run).replace({"train.max_steps": 8}, "test"), heard)
     said = [text for text in heard.warnings if "gradients.csv" in text]
@@ -183,8 +183,8 @@ def test_gradient_norms_never_stop_a_resume(how: str, run: Path, capsys: pytest.
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [event["reason"] for event in events if event.get("what") == "gradient norms lost"] == said
     assert (run / "damaged-gradients.csv").exists() == (how != "gone")
-    assert all(one.status is Status.OK for one in verify(run).findings if one.where == "gradients.csv")
-    assert [row.step for row in read_history(run).gradients.rows][-1] == 8
+    assert all(one.status is FileStatus.OK for one in verify(run).findings if one.where == "gradients.csv")
+    assert [row.step for row in read_run(run).gradients.rows][-1] == 8
 
 
 def test_a_file_of_the_same_number_on_another_disk_is_another_file(run: Path, tmp_path: Path) -> None:
@@ -200,10 +200,10 @@ def test_a_file_of_the_same_number_on_another_disk_is_another_file(run: Path, tm
             shutil.copytree(run / name, ours / name) if name == "checkpoints" else shutil.copy(run / name, ours)
         with FileLock(other / "some.lock"):
             (found,) = [finding for finding in verify(ours).findings if finding.where == "run.lock"]
-        assert found.status is Status.OK
+        assert found.status is FileStatus.OK
         with FileLock(ours / "run.lock"):
             (found,) = [finding for finding in verify(ours).findings if finding.where == "run.lock"]
-        assert found.status is Status.NOTE
+        assert found.status is FileStatus.NOTE
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names that are no text")
@@ -224,7 +224,7 @@ def test_a_name_that_is_no_text(run: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_a_field_that_this_version_does_not_know(run: Path) -> None:
     """Of a later one, or damage: a resume could not carry it on, and verify says so."""
-    newest = checkpoints.found(run / "checkpoints")[0]
+    newest = checkpoints.checkpoint_folders(run / "checkpoints")[0]
     state = json.loads((newest / "state.json").read_text())
     state["run"]["momentum_of_tomorrow"] = 1
     (newest / "state.json").write_text(json.dumps(state))
@@ -239,9 +239,9 @@ def test_a_field_that_this_version_does_not_know(run: Path) -> None:
 @pytest.mark.parametrize("name", ["gradients.csv", "steps.csv"])
 def test_rows_too_many_for_a_report_are_left_out_of_it_and_nothing_else(name: str, run: Path) -> None:
     os.truncate(run / name, TABLE_LIMIT_BYTES + 1)
-    found = read_history(run)
+    found = read_run(run)
     assert any(name in note and "left out" in note for note in found.notes)
     assert len(found.epochs) == 2
     assert verify(run).can_resume
     resume_training(run, recorded_settings(run).replace({"train.max_steps": 8}, "test"))
-    assert read_history(run).steps[-1].step == 8
+    assert read_run(run).steps[-1].step == 8

@@ -1,4 +1,4 @@
-"""Training loops of small networks, real and fake, for tests of the simulator."""
+"""Training steps of small networks, real and fake, for tests of the simulator."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem.config.schema import OptimConfig
 from lowmem.models.resnet import Bottleneck, ResNet
-from lowmem.plan import Schedule
+from lowmem.plan.policy import Schedule
 from lowmem.remat import apply_plan, decompose
 from lowmem.remat.stage import Stage
-from lowmem.simulate import Loop, empty_copy
+from lowmem.simulate import StepRun, empty_copy
+from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 
 MakeSchedule = Callable[[Sequence[Stage]], Schedule]
 
@@ -39,16 +41,16 @@ class Setup:
             return empty_copy(model, self.memory_format)  # type: ignore[return-value]
         return model.to(memory_format=self.memory_format)
 
-    def build(self, *, fake: bool) -> Loop:
+    def build(self, *, fake: bool = True) -> StepRun:
         """Inside a fake mode, if `fake`."""
         model = self.model(fake=fake)
         run: nn.Module = model
         if self.schedule is not None:
             run = apply_plan(model, self.schedule(decompose(model)), library_norm=self.library_norm)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
-        batches = [self._batch() for _ in range(self.accumulation)]
-        return Loop(run, model, optimizer, batches, self.low)
-
-    def _batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        x = torch.randn(self.batch, 3, 32, 32).contiguous(memory_format=self.memory_format)
-        return x, torch.zeros(self.batch, dtype=torch.long)
+        layout = "channels-last" if self.memory_format is torch.channels_last else "contiguous"
+        execution = Execution("cpu", "fp32" if self.low is None else "amp", layout)
+        step = TrainStep(
+            run, make_optimizer(model, OptimConfig(), "cpu"), make_scaler(execution), execution, self.batch
+        )
+        images = torch.randn(self.batch * self.accumulation, 3, 32, 32).contiguous(memory_format=self.memory_format)
+        return StepRun(step=step, images=images, labels=torch.zeros(len(images), dtype=torch.long))

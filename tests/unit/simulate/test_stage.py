@@ -9,11 +9,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowmem.choose.costs import chain_cost, policies
+from lowmem.choose.costs import measure_costs, policies, price
 from lowmem.models.resnet import BasicBlock, Bottleneck
-from lowmem.plan import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, Schedule, Segment
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.evaluate import evaluate
+from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, Schedule, Segment
 from lowmem.remat import decompose
 from lowmem.simulate import Trace, estimate, trace_steps
 from tests.unit.simulate.loops import Setup
@@ -25,7 +25,7 @@ RATES = Rates(3e12, 150e9)
 def _chain(setup: Setup) -> ChainCost:
     shape = (setup.batch, 3, 32, 32)
     model = setup.model(fake=False)
-    return chain_cost(model, input_shape=shape, rates=RATES, memory_format=setup.memory_format, low=setup.low)
+    return price(measure_costs(model, input_shape=shape, memory_format=setup.memory_format, low=setup.low), RATES)
 
 
 def _seconds(trace: Trace, steps: int) -> float:
@@ -37,7 +37,7 @@ def test_plain_cost_is_that_of_plain_autograd() -> None:
     for block in (BasicBlock, Bottleneck):
         setup = Setup(block=block)
         chain = _chain(setup)
-        trace = trace_steps(lambda setup=setup: setup.build(fake=True), 2)
+        trace = trace_steps(setup.build, 2)
         assert chain.plain_seconds == pytest.approx(_seconds(trace, 2), rel=0.005)
         assert chain.plain_flops == trace.flops() // 2
 
@@ -74,7 +74,7 @@ def test_the_sum_is_the_whole(low: torch.dtype | None, data: st.DataObject) -> N
     stages = decompose(setup.model(fake=False))
     schedule = data.draw(_schedules([list(policies(stage)) for stage in stages], 0, len(stages) - 1))
     whole = Setup(low=low, schedule=lambda _: schedule)
-    trace = trace_steps(lambda: whole.build(fake=True), 2)
+    trace = trace_steps(whole.build, 2)
     expected = evaluate(schedule, chain)
     assert expected.flops == trace.flops() // 2
     assert expected.seconds == pytest.approx(_seconds(trace, 2), rel=0.01)

@@ -8,18 +8,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.core.units import MIB
-from lowmem.plan import LEAN
+from lowmem.plan.policy import LEAN
 from lowmem.simulate import (
     KernelWork,
     Kind,
-    Loop,
     MemoryEvent,
     Recorder,
     Trace,
     empty_copy,
     estimate,
     trace_steps,
-    warm_up,
 )
 from tests.exact.schedules import uniform
 from tests.unit.simulate.loops import Setup
@@ -38,7 +36,7 @@ def test_allocations_and_frees(fake: bool) -> None:
         del view
         del b
     assert [event.change_bytes for event in recorder.trace.events] == [4000, 4000, -4000, -4000]
-    assert recorder.trace.peak_bytes() == 8000
+    assert recorder.peak_bytes == 8000
 
 
 def test_in_place_work_allocates_nothing_and_is_counted() -> None:
@@ -54,13 +52,11 @@ def test_in_place_work_allocates_nothing_and_is_counted() -> None:
 
 
 def test_the_fused_update_is_counted_though_it_returns_nothing() -> None:
-    """Parameters, gradients and momentum are read, parameters and momentum written."""
-    trace = trace_steps(lambda: Setup().build(fake=True), 2)
+    """Parameters, gradients and momentum are read, parameters and momentum written; nothing is allocated."""
+    trace = trace_steps(Setup().build)
     parameters = sum(p.numel() * 4 for p in Setup().model(fake=False).parameters())
-    assert [work.moved_bytes for work in trace.work if work.phase == "optimizer"][1:] == [5 * parameters]
-    made = [event for event in trace.events if event.phase == "optimizer"]
-    assert sum(event.change_bytes for event in made) == parameters  # the first step's momentum, and nothing else
-    assert len(made) == len(list(Setup().model(fake=False).parameters()))
+    assert [work.moved_bytes for work in trace.work if work.phase == "update"] == [5 * parameters]
+    assert not [event for event in trace.events if event.phase == "update" and event.change_bytes > 0]
 
 
 def test_flops_are_those_of_the_flop_counter() -> None:
@@ -74,14 +70,14 @@ def test_flops_are_those_of_the_flop_counter() -> None:
 
 
 def test_kinds() -> None:
-    trace = trace_steps(lambda: Setup(schedule=lambda stages: uniform(stages, LEAN)).build(fake=True), 2)
+    trace = trace_steps(Setup(schedule=lambda stages: uniform(stages, LEAN)).build, 2)
     result = estimate(trace)
     model = Setup().model(fake=False)
     sizes = sum(p.numel() * 4 for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     assert result.at_peak_bytes[Kind.PARAMS] == sizes + buffers
     assert result.at_peak_bytes[Kind.OPTIMIZER] == sizes
-    assert sum(result.at_peak_bytes.values()) == result.peak_tensor_bytes == trace.peak_bytes()
+    assert sum(result.at_peak_bytes.values()) == result.peak_tensor_bytes
     kinds = trace.all_kinds()
     grads = sum(e.change_bytes for e in trace.events if e.change_bytes > 0 and kinds[e.storage] is Kind.GRADS)
     assert grads == 2 * sizes  # once a step
@@ -89,17 +85,15 @@ def test_kinds() -> None:
 
 
 def test_nothing_survives_the_loop() -> None:
-    trace = trace_steps(lambda: Setup(schedule=lambda stages: uniform(stages, LEAN)).build(fake=True), 1)
+    trace = trace_steps(Setup(schedule=lambda stages: uniform(stages, LEAN)).build, 1)
     assert sum(event.change_bytes for event in trace.events) == 0
 
 
-def test_steps_repeat_exactly_once_the_momentum_exists() -> None:
-    """No leak: the third step's peak is the second's."""
-    peaks = [
-        trace_steps(lambda: Setup(schedule=lambda s: uniform(s, LEAN)).build(fake=True), steps).peak_bytes()
-        for steps in (2, 3)
-    ]
-    assert peaks[0] == peaks[1]
+def test_steps_repeat_exactly() -> None:
+    """No leak: momentum exists from the start, and every step's peak is the first's."""
+    build = Setup(schedule=lambda stages: uniform(stages, LEAN)).build
+    peaks = [estimate(trace_steps(build, steps)).peak_tensor_bytes for steps in (1, 2, 3)]
+    assert len(set(peaks)) == 1
 
 
 def test_estimate_of_a_known_trace() -> None:
@@ -135,18 +129,3 @@ def test_empty_copy_is_the_same_model_without_values() -> None:
         assert isinstance(copied.conv1.weight, nn.Parameter)
         assert copied.layer2[0].conv2.weight.is_contiguous(memory_format=torch.channels_last)
     assert model.conv1.weight.device.type == "cpu"
-
-
-def test_one_warm_step_shows_what_two_show() -> None:
-    setup = Setup(schedule=lambda stages: uniform(stages, LEAN))
-
-    def build() -> Loop:
-        loop = setup.build(fake=True)
-        assert isinstance(loop.optimizer, torch.optim.SGD)
-        warm_up(loop.optimizer)
-        return loop
-
-    warm = estimate(trace_steps(build, 1))
-    cold = estimate(trace_steps(lambda: setup.build(fake=True), 2))
-    assert warm.peak_tensor_bytes == cold.peak_tensor_bytes
-    assert warm.at_peak_bytes == cold.at_peak_bytes

@@ -11,11 +11,12 @@ from lowmem.config.schema import OptimConfig
 from lowmem.measure.out_of_memory import Failure
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
-from lowmem.plan import LEAN, SAVE_ALL, uniform
+from lowmem.plan.policy import LEAN, SAVE_ALL, uniform
 from lowmem.remat import apply_plan, stage_names
+from lowmem.runs.checkpoint_state import RunState
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.step.undo import Undo
-from lowmem.train.state import RunState, capture
+from lowmem.train.state import capture
 
 
 def _without_batch_norm() -> nn.Module:

@@ -13,7 +13,7 @@ from lowmem.config.schema import OptimConfig
 from lowmem.measure.out_of_memory import Failure
 from lowmem.models import build
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer
-from lowmem.step.undo import Undo
+from lowmem.step.undo import Before, Undo
 from tests.faults.injection import Scarce
 
 
@@ -129,3 +129,19 @@ def test_a_run_that_has_diverged_can_be_undone_like_any_other() -> None:
         failure = rig.go()
     assert isinstance(failure, Failure)
     assert not failure.final
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_a_step_made_on_trial_is_undone_with_its_update(steps_before: int) -> None:
+    rig = Rig()
+    for _ in range(steps_before):
+        rig.go()
+    kept, tensors = rig.state(), list(rig.model.parameters())
+    before = Before(rig.step)
+    assert not isinstance(rig.undo.attempt(lambda: rig.step(rig.images, rig.labels, 0.7)), Failure)
+    assert not torch.equal(rig.model.conv1.weight, kept["model"]["conv1.weight"])
+    before.restore()
+    _assert_same(rig.state(), kept)
+    assert all(now is then for now, then in zip(rig.model.parameters(), tensors, strict=True))
+    assert rig.step.optimizer.param_groups[0]["lr"] == 0.1
+    assert all(parameter.grad is None for parameter in rig.model.parameters())

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.calibrate.environment import describe
+from lowmem.calibrate.environment import describe, elsewhere
 from lowmem.config.schema import Config, OptimConfig
 from lowmem.config.settings import gather
 from lowmem.core.errors import UsageError
 from lowmem.lifecycle.api import resume_training, run_training
-from lowmem.lifecycle.resume import elsewhere
 from lowmem.models import build
+from lowmem.runs.view import RunView
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.train.observer import Observer
 from lowmem.train.state import config_hash
@@ -74,6 +74,6 @@ def test_a_resume_keeps_the_kernels_and_says_what_else_is_not_as_it_was(tmp_path
 @pytest.mark.parametrize("text", ["", "5", "[1]", '{"torch": ', '{"card": "\\u0007"}'])
 def test_an_account_that_tells_nothing_stops_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / "env.json").write_text(text, encoding="utf-8")
-    told = elsewhere(tmp_path, describe("cpu"))
+    told = elsewhere(RunView(tmp_path).env, describe("cpu"))
     assert told is None or (told.isprintable() and "card ? -> None" in told)
-    assert elsewhere(tmp_path / "nowhere", describe("cpu")) is None
+    assert elsewhere(RunView(tmp_path / "nowhere").env, describe("cpu")) is None

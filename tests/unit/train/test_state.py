@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lowmem.models import build
-from lowmem.train.state import RunState, capture, cpu_copy
+from lowmem.runs.checkpoint_state import RunState
+from lowmem.train.state import capture, cpu_copy
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

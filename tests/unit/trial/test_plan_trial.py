@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from lowmem.choose.batch_split import ALIKE, Planner
+from lowmem.choose.ladder import other_precision, rivals, smaller
 from lowmem.choose.planning import Choice, Request
-from lowmem.choose.runners import other_precision, rivals, smaller
-from lowmem.choose.session import AS_FAST, ranked, request_of
+from lowmem.choose.request import request_of
 from lowmem.config.schema import Config
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Infeasible, PreflightError
@@ -34,7 +35,12 @@ def _settings(*sets: str, vram: str = "8M") -> Settings:
 def _chosen(*sets: str, vram: str = "8M") -> tuple[Config, Request, list[Choice]]:
     settings = _settings("train.memory_format=contiguous", *sets, vram=vram)
     request = request_of(settings.config)
-    return settings.config, request, ranked(request, settings.config, 5000)
+    planner = Planner({0: request}, 1, lambda values: [values[0]])
+    if settings.config.memory.auto_batch:
+        splits = planner.divide_auto(settings.config.train.batch, 5000)
+    else:
+        splits = [planner.divide(settings.config.train.batch, may_accumulate=True)]
+    return settings.config, request, [split.choices[0] for split in splits]
 
 
 def _measured(trial: Trial, *, times: float = 1.0, seconds: float = 1.0, **more: object) -> TrialResult:
@@ -120,7 +126,7 @@ def test_trials_go_by_predicted_time_and_are_few() -> None:
     predicted = [tried.choice.images_per_second for tried in confirmed.trials]
     chosen, *others = predicted
     assert others == sorted(others, reverse=True)
-    assert chosen * AS_FAST >= max(predicted)
+    assert chosen * ALIKE >= max(predicted)
     assert 1 < len(runner.asked) <= 3
 
 
@@ -224,12 +230,12 @@ def test_auto_batch_goes_by_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_a_run_that_nothing_holds_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowmem.lifecycle import decide
+    from lowmem.lifecycle import execute
 
     def refuse(*args: object, **kwargs: object) -> Confirmed:
         raise Infeasible(1, 2, "measured", "less")
 
-    monkeypatch.setattr(decide, "confirm_run", refuse)
+    monkeypatch.setattr(execute, "confirm_run", refuse)
     with pytest.raises(Infeasible):
         run_training(_settings(FP32, "memory.confirm=always"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,242 @@
+"""What is measured on a device, in a process of its own (`lowmem.isolate`): whoever plans keeps no CUDA context, which
+would take some hundred MiB of a small card from the trial that confirms the plan. On the CPU it is done where it is
+asked for.
+
+A task is a JSON object: `device`, `numerics` and a list of jobs. A job has its `kind`, what that function takes, and
+the names that its figures have in a calibration. The answer is figures by name; what did not fit is not among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem import isolate
+from lowmem.calibrate.calibration import Seconds
+from lowmem.calibrate.stage_timer import ChainClock, Wanted, real_copy
+from lowmem.core.errors import PreflightError
+from lowmem.core.units import MIB
+from lowmem.measure.out_of_memory import Failure, attempt
+from lowmem.measure.timing import time_calls
+from lowmem.models import skeleton
+from lowmem.plan.policy import BlockPolicy
+from lowmem.remat.libraries import Numerics, prepare_libraries
+from lowmem.simulate import Call
+from lowmem.simulate.allocator import round_block
+from lowmem.simulate.stage import Option
+from lowmem.step.train_step import Execution, amp_dtype
+
+Job = Mapping[str, Any]
+Figures = dict[str, Any]
+_TIMEOUT_SECONDS = 1800
+# Pictures that blocks are timed with; a processor computes from the first picture on and needs no more than the least.
+BUSY_BATCHES = (128, 256, 512, 1024)
+
+
+def ask(function: str, argument: Any) -> Any:
+    """What `module:function` answers in a process of its own. Raises PreflightError."""
+    outcome = isolate.run(function, argument, timeout_seconds=_TIMEOUT_SECONDS)
+    if outcome.ended == "answered":
+        return outcome.answer
+    if outcome.ended == "too long":
+        raise PreflightError(f"measuring the device {outcome.words}: plan without by --set memory.calibrate=never")
+    raise PreflightError(
+        f"measuring the device failed ({outcome.refused}): `lowmem doctor` looks for the cause; --set "
+        "memory.calibrate=never plans without"
+    )
+
+
+def measure(jobs: Sequence[Job], device: str, numerics: Numerics) -> Figures:
+    """Does the jobs, on a card in a process of its own. Raises PreflightError if that fails."""
+    task = {"device": device, "numerics": asdict(numerics), "jobs": list(jobs)}
+    if device != "cuda":
+        return perform(task)
+    figures: Figures = ask(f"{__name__}:perform", task)
+    return figures
+
+
+def perform(task: Mapping[str, Any]) -> Figures:
+    """Here and now."""
+    device, figures = task["device"], Figures()
+    if device == "cuda":
+        prepare_libraries(Numerics(**task["numerics"]))
+    for job in task["jobs"]:
+        arguments = {name: value for name, value in job.items() if name != "kind"}
+        figures |= _KINDS[job["kind"]](device, **arguments)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return figures
+
+
+def _clock(
+    network: Mapping[str, Any],
+    device: str,
+    input_shape: Sequence[int],
+    precision: str,
+    memory_format: str,
+    library_norm: bool = False,
+) -> ChainClock:
+    execution = Execution(device, precision, memory_format)
+    return ChainClock(skeleton(**network), input_shape=input_shape, execution=execution, library_norm=library_norm)
+
+
+def _stages(device: str, *, wanted: Mapping[str, Mapping[str, Any]], **chain: Any) -> Figures:
+    """Stages of a chain under policies. `wanted`: see `described`."""
+    found = _clock(device=device, **chain).measure({int(index): _options(names) for index, names in wanted.items()})
+    return {name: [one.forward, one.backward, one.restore] for name, one in found.items()}
+
+
+def described(wanted: Wanted) -> dict[str, Any]:
+    """As JSON has it: an option is its policy's name and whether it is of a segment's last stage."""
+    return {name: [what.policy.name, what.last] if isinstance(what, Option) else what for name, what in wanted.items()}
+
+
+def _options(names: Mapping[str, Any]) -> Wanted:
+    """The inverse of `described`."""
+    return {
+        name: what if isinstance(what, str) else Option(BlockPolicy.parse(what[0]), last=what[1])
+        for name, what in names.items()
+    }
+
+
+def _mode(device: str, *, figure: str, **chain: Any) -> Figures:
+    """One plain pass of all stages of a chain: seconds, and whether every result was finite."""
+    mode = attempt(_clock(device=device, **chain).mode, lambda: "timing")
+    return {} if isinstance(mode, Failure) else {figure: [mode.seconds, float(mode.finite)]}
+
+
+def _busy(device: str, *, figure: str, image_shape: Sequence[int], **chain: Any) -> Figures:
+    """How many pictures keep a card busy, see `smallest_busy`."""
+
+    def bound_by_host(batch: int) -> bool | None:
+        clock = _clock(device=device, input_shape=(batch, *image_shape), **chain)
+        bound = attempt(clock.bound_by_host, lambda: "timing")
+        return None if isinstance(bound, Failure) else bound
+
+    return {figure: smallest_busy(bound_by_host)}
+
+
+def smallest_busy(bound_by_host: Callable[[int], bool | None]) -> int:
+    """The smallest of BUSY_BATCHES with which a plain pass of a network's blocks waits for the card rather than for the
+    launching of its kernels: from there on seconds grow with the batch. The largest that fits (for one that does not,
+    `bound_by_host` answers None) if none is enough."""
+    largest = BUSY_BATCHES[0]
+    for batch in BUSY_BATCHES:
+        bound = bound_by_host(batch)
+        if bound is None:
+            break
+        largest = batch
+        if not bound:
+            break
+    return largest
+
+
+def _update(device: str, *, figure: str, network: Mapping[str, Any], momentum: bool) -> Figures:
+    """The optimizer's step over all parameters."""
+    parameters = list(real_copy(skeleton(**network), device, torch.contiguous_format).parameters())
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    rate = 0.9 if momentum else 0.0
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=rate, weight_decay=1e-4, fused=True)
+    seconds = Seconds(time_calls(optimizer.step, device, warmup=2, rounds=3).median_seconds, 0.0)
+    return {figure: [seconds.forward, seconds.backward, seconds.restore]}
+
+
+# -- convolutions ------------------------------------------------------------------------------------------------------
+
+_OPERATIONS = {
+    str(torch.ops.aten.convolution.default): torch.ops.aten.convolution.default,
+    str(torch.ops.aten.convolution_backward.default): torch.ops.aten.convolution_backward.default,
+}
+
+
+def _convolutions(device: str, *, calls: Mapping[str, Sequence[Any]], precision: str) -> Figures:
+    """The workspace of each call, in the dtype that autocast takes on the card, where alone it can be measured."""
+    found: Figures = {}
+    low = amp_dtype(precision, device)
+    for figure, fields in calls.items():
+        size = attempt(partial(_workspace, call_of(fields), device, low), lambda: "measuring a workspace")
+        if isinstance(size, Failure):
+            torch.cuda.empty_cache()
+        else:
+            found[figure] = size
+    return found
+
+
+def call_of(fields: Sequence[Any]) -> Call:
+    """As JSON has its fields."""
+    return Call(*_tuples(fields))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _workspace(call: Call, device: str, low: torch.dtype | None) -> int:
+    """It comes out of torch's own caching allocator, so it counts as allocated while the kernel runs."""
+    operation = _OPERATIONS[call.operation]
+    tensors = [None if spec is None else _tensor(spec, device, low) for spec in call.tensors]
+    # no bias: its sizes are "none"
+    backward = operation is torch.ops.aten.convolution_backward.default
+    arguments = (*tensors, None, *call.rest) if backward else (*tensors, *call.rest)
+    operation(*arguments)  # chooses the algorithm
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = operation(*arguments)
+    torch.cuda.synchronize()
+    made = [results] if isinstance(results, Tensor) else [one for one in results if one is not None]
+    held = sum(round_block(one.untyped_storage().nbytes()) for one in made)
+    return max(0, torch.cuda.max_memory_allocated() - before - held)
+
+
+def _tensor(spec: tuple[tuple[int, ...], tuple[int, ...], str], device: str, low: torch.dtype | None) -> Tensor:
+    """Fake tensors live on the CPU, whose low dtype is bf16; the card's own takes its place."""
+    shape, strides, name = spec
+    dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
+    if low is not None and dtype is torch.bfloat16:
+        dtype = low
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device).normal_()
+
+
+# -- raw rates ---------------------------------------------------------------------------------------------------------
+
+
+def _sizes(device: str) -> tuple[int, int]:
+    """Bytes of a copy, and the side of square matrices (on a card 0.14 TFLOP a product)."""
+    return (256 * MIB, 4096) if device == "cuda" else (64 * MIB, 1024)
+
+
+def _rates(device: str, *, copy: str, fp32: str, low: str) -> Figures:
+    """Per second: bytes of a copy, which reads and writes; operations of a product of n x n matrices (2 n^3), in fp32
+    and in the low dtype of autocast."""
+    size, side = _sizes(device)
+    source = torch.zeros(size // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = {copy: time_calls(lambda: target.copy_(source), device).median_seconds}
+    for figure, dtype in ((fp32, torch.float32), (low, amp_dtype("amp", device))):
+        a = torch.randn(side, side, device=device).to(dtype)
+        seconds[figure] = time_calls(partial(torch.mm, a, a, out=torch.empty_like(a)), device).median_seconds
+    return {figure: [taken, 0.0, 0.0] for figure, taken in seconds.items()}
+
+
+def rates_of(device: str, copy: float, fp32: float, low: float) -> tuple[float, float, float]:
+    """(bytes, fp32 operations, low operations) per second, from the seconds of `_rates`."""
+    size, side = _sizes(device)
+    operations = 2.0 * side**3
+    return 2.0 * size / copy, operations / fp32, operations / low
+
+
+_KINDS: Mapping[str, Callable[..., Figures]] = {
+    "stages": _stages,
+    "mode": _mode,
+    "busy": _busy,
+    "update": _update,
+    "convolutions": _convolutions,
+    "rates": _rates,
+}

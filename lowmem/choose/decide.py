@@ -1,0 +1,294 @@
+"""`decide`: the one way from the settings of a run to what it is trained with, for new runs, resumes and forks, for
+`lowmem plan` and for looking ahead, by one process or by several (invariants 7 and 12).
+
+What a run has recorded is kept if nothing that it depends on has changed and as many processes go on. With another
+budget a resume keeps what is computed: shares, micro-batches, precision and memory format. Everything else is planned
+anew. A batch is chosen (`--batch auto`) when a run begins, and never again: the settings that come out of here say
+which, and no longer that it is to be chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from lowmem.choose.batch_split import BatchSplit, Planner, describe_split
+from lowmem.choose.execution import batch_norm_of, wants_plan
+from lowmem.choose.explain import explain, explain_ladder, inexact, memory_lines
+from lowmem.choose.ladder import with_ladder
+from lowmem.choose.planning import choose
+from lowmem.choose.request import Choice, Request, calibrator_of, request_of
+from lowmem.config.schema import Config, cards_of, for_process
+from lowmem.config.settings import Settings
+from lowmem.distributed.group import Group
+from lowmem.distributed.split import Split, even_shares
+from lowmem.plan.record import Plan
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """What a plan needs to know of the pictures. `train_pictures` None: not known."""
+
+    classes: int = 10
+    train_pictures: int | None = None
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What a run has recorded: its settings, and the plans of all processes that trained it last, by rank (none for a
+    run without plans). `fork`: another run goes on from it, which may compute something else."""
+
+    config: Config
+    plans: Sequence[Plan] = ()
+    fork: bool = False
+
+
+class Confirmation(Protocol):
+    """What came of trying choices by real steps (`lowmem.trial`): the one that is taken, and an event's fields."""
+
+    @property
+    def choice(self) -> Choice: ...
+
+    @property
+    def event(self) -> dict[str, Any]: ...
+
+
+# Tries what was planned, the first one preferred. Raises Infeasible, PreflightError.
+Confirm = Callable[[Config, Request, list[Choice]], Confirmation]
+
+
+class Listener(Protocol):
+    """Who is told what is decided, a line at a time."""
+
+    def note(self, text: str) -> None: ...
+
+    def warning(self, text: str) -> None: ...
+
+
+class Silence:
+    """Nobody."""
+
+    def note(self, text: str) -> None: ...
+
+    def warning(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The settings with what was decided, this process's plan with its ladder (None: unplanned), and everybody's part
+    of the batch. `changed`: not as it was recorded. `planned`: the choices behind plans on paper (they hold much that a
+    run does not need). `confirmed`: the trials of the plan."""
+
+    settings: Settings
+    plan: Plan | None
+    split: Split
+    changed: bool = False
+    planned: BatchSplit | None = None
+    confirmed: Confirmation | None = None
+
+    @property
+    def choice(self) -> Choice:
+        """Behind the plan of the first process that was planned for here."""
+        assert self.planned is not None
+        return next(iter(self.planned.choices.values()))
+
+
+def decide(
+    settings: Settings,
+    data: DataSize = DataSize(),
+    group: Group | None = None,
+    *,
+    recorded: RecordedRun | None = None,
+    confirm: Confirm | None = None,
+    tell: Listener = Silence(),
+    on_paper: bool = False,
+    recalibrate: bool = False,
+) -> Decision:
+    """What a run with these settings is trained with.
+
+    `group`: the processes that train it, all of which call this; by default one. `recorded`: of a run that has begun.
+    `confirm`: tries the plan of a new run. `on_paper`: nothing is trained; plans are made here for one process on each
+    of the cards in `memory.card`, without ladders, and only what takes long is told. `recalibrate`: measure the device
+    again.
+
+    Raises Infeasible, UsageError, PreflightError; in all processes alike.
+    """
+    group, config = group or Group(), settings.config
+    plans = () if recorded is None else _plans_of_as_many(recorded, group.size, tell)
+    if recorded is not None and plans and _still_holds(recorded, config):
+        return Decision(settings, plans[group.rank], _split(group, config, plans[group.rank]))
+    if not (wants_plan(config) or on_paper):
+        return Decision(settings, None, _split(group, config, None), changed=recorded is not None)
+
+    size = max(1, len(cards_of(config))) if on_paper else group.size
+    ranks = range(size) if on_paper else (group.rank,)
+
+    def request(rank: int) -> Request:
+        local = for_process(config, rank, size)
+        calibrator = calibrator_of(local, tell.note, fresh=recalibrate)
+        return request_of(local, data.classes, data.train_pictures or 0, calibrator, joint=size > 1)
+
+    def gather(values: Mapping[int, Any]) -> Sequence[Any]:
+        return [values[rank] for rank in ranks] if on_paper else group.gather(values[group.rank])
+
+    requests = group.together(lambda: {rank: request(rank) for rank in ranks})
+    auto = config.memory.auto_batch and recorded is None
+    if recorded is not None and plans and not recorded.fork:
+        splits = [_same_computation(config, plans[group.rank], requests[group.rank], group)]
+    else:
+        planner = Planner(requests, size, gather)
+        with group.alike():
+            if auto:
+                splits = planner.divide_auto(config.train.batch, data.train_pictures)
+            else:
+                splits = [planner.divide(config.train.batch, may_accumulate=config.memory.allow_accumulation)]
+
+    split, own = splits[0], requests[ranks[0]]
+    choice = split.choices[ranks[0]]
+    settled = _settled(settings, choice.plan, own.reasons, auto=auto)
+    if on_paper:
+        return Decision(settled, choice.plan, Split(split.shares), planned=split)
+    if not group.alone:
+        for line in describe_split(split, group.gather(choice.budget.source)):
+            tell.note(line)
+    _say(choice, group, tell)
+    confirmed = None
+    if confirm is not None:
+        candidates = [each.choices[group.rank] for each in splits] if group.alone else [choice]
+        limited = own if group.alone else _limited_to(choice.plan, own)
+        confirmed = group.together(lambda: confirm(settled.config, limited, candidates))
+        taken = confirmed.choice
+        if not group.alone:
+            taken = replace(taken, plan=replace(taken.plan, shares=split.shares))
+        other = (taken.plan.schedule, taken.plan.batch) != (choice.plan.schedule, choice.plan.batch)
+        choice = taken
+        if any(group.gather(other)):
+            tell.note("another plan is taken, by what was measured:")
+            _say(choice, group, tell)
+    choice = group.together(lambda: with_ladder(choice))
+    tell.note(explain_ladder(choice.plan))
+    return Decision(
+        settings=_settled(settings, choice.plan, own.reasons, auto=auto),
+        plan=choice.plan,
+        split=_split(group, config, choice.plan),
+        changed=recorded is not None,
+        confirmed=confirmed,
+    )
+
+
+# -- what was recorded -------------------------------------------------------------------------------------------------
+
+
+def _plans_of_as_many(recorded: RecordedRun, size: int, tell: Listener) -> Sequence[Plan | None]:
+    """The recorded plans if they are of `size` processes (None each for a run without plans); else nothing."""
+    plans = recorded.plans
+    if not plans:
+        return (None,) * size
+    shares = plans[0].shares
+    if len(shares) != size:
+        return ()
+    # A kill may have come between writing two of them.
+    together = len(plans) == size and all(
+        plan.shares == shares and plan.batch == max(1, share) for plan, share in zip(plans, shares, strict=True)
+    )
+    if not together:
+        tell.warning("the plans of the processes do not belong together: they are made anew")
+    return plans if together else ()
+
+
+def _still_holds(recorded: RecordedRun, config: Config) -> bool:
+    """Whether nothing has changed that the recorded plans depend on. On resume only the budget can, and without any a
+    run goes on as it was planned."""
+    if recorded.fork:
+        known = bool(recorded.plans) or not wants_plan(config)
+        return known and _basis(recorded.config) == _basis(config)
+    return not wants_plan(config) or _budget(recorded.config) == _budget(config)
+
+
+def _budget(config: Config) -> tuple[object, ...]:
+    return config.memory.vram, config.memory.card, config.memory.platform
+
+
+def _basis(config: Config) -> tuple[object, ...]:
+    train = config.train
+    computed = (train.batch, train.micro_batch, train.precision, train.memory_format, config.optim.momentum > 0)
+    kernels = (train.device, train.batch_norm, train.tf32)
+    return *_budget(config), config.memory.allow_accumulation, *computed, *kernels
+
+
+def _same_computation(config: Config, plan: Plan | None, request: Request, group: Group) -> BatchSplit:
+    """For another budget what the recorded plan, or the plain step of a run without one, computes: shares,
+    micro-batches, precision, memory format. Raises Infeasible."""
+    train = config.train
+    shares = even_shares(train.batch, group.size) if plan is None else plan.shares
+    share = max(1, shares[group.rank])
+    request = replace(
+        request,
+        batch=share,
+        micro_batch=min(share, train.micro_batch or share) if plan is None else plan.micro_batch,
+        precisions=(train.precision,),
+        formats={train.precision: train.memory_format},
+        batch_norm=batch_norm_of(config) if plan is None else plan.batch_norm,
+        settled=True,
+    )
+    choice = group.together(lambda: choose(request))
+    choice = replace(choice, plan=replace(choice.plan, shares=shares))
+    seconds = group.gather(choice.plan.predicted.step_seconds if shares[group.rank] else 0.0)
+    return BatchSplit(shares, tuple(seconds), {group.rank: choice})
+
+
+# -- what comes of it --------------------------------------------------------------------------------------------------
+
+
+def _split(group: Group, config: Config, plan: Plan | None) -> Split:
+    """By the shares in the plans of all processes; even shares without a plan."""
+    if plan is not None:
+        return Split(plan.shares, group.rank, tuple(group.gather(plan.micro_batch)))
+    shares, micro = even_shares(config.train.batch, group.size), config.train.micro_batch
+    return Split(shares, group.rank, tuple(min(share, micro or share) for share in shares))
+
+
+def _limited_to(plan: Plan, request: Request) -> Request:
+    """Of one process among several: what all have agreed on stays."""
+    formats: dict[str, str] = {plan.precision: plan.memory_format}
+    return replace(request, batch=plan.batch, precisions=(plan.precision,), formats=formats)
+
+
+def _settled(settings: Settings, plan: Plan, reasons: Mapping[str, str], *, auto: bool) -> Settings:
+    """The settings with what was decided; `reasons`: setting -> why."""
+    if auto:
+        settings = _with_batch(settings, plan.effective_batch)
+    train = settings.config.train
+    before: dict[str, object] = {"train.precision": train.precision, "train.memory_format": train.memory_format}
+    after: dict[str, object] = {"train.precision": plan.precision, "train.memory_format": plan.memory_format}
+    for key, value in after.items():
+        if before[key] != value:
+            settings = settings.replace({key: value}, reasons.get(key, "auto: the plan"))
+    return settings
+
+
+def batch_chosen(settings: Settings) -> Settings:
+    """Of a run that has begun. Older versions recorded that the batch is to be chosen beside the one that was."""
+    if not settings.config.memory.auto_batch:
+        return settings
+    return settings.replace({"memory.auto_batch": False}, "train.batch is chosen")
+
+
+def _with_batch(settings: Settings, batch: int) -> Settings:
+    """The linear rule (Goyal et al., "Accurate, large minibatch SGD", 2017): the learning rate follows the batch."""
+    config = settings.config
+    before = config.train.batch
+    settings = batch_chosen(settings.replace({"train.batch": batch}, "auto: the most pictures per second that fit"))
+    if batch == before:
+        return settings
+    factor = batch / before
+    rates = {"optim.lr": config.optim.lr * factor, "schedule.low_start_lr": config.schedule.low_start_lr * factor}
+    return settings.replace(rates, f"linear rule: batch {before} -> {batch}")
+
+
+def _say(choice: Choice, group: Group, tell: Listener) -> None:
+    for line in (*memory_lines(choice), *explain(choice)):
+        tell.note(line)
+    if any(group.gather(not choice.plan.exact)):
+        tell.warning(inexact(choice.plan) if not choice.plan.exact else "another process accumulates gradients")

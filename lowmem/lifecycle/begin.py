@@ -1,0 +1,326 @@
+"""New, resume and fork: three ways to make one value, `Start`, and to make durable what comes of it.
+
+Of several processes rank 0 reads and writes the run's folder, and tells the others what they need: they need not see
+its disk.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowmem.calibrate.environment import describe, elsewhere
+from lowmem.choose import resolve_execution
+from lowmem.choose.decide import Decision, RecordedRun, batch_chosen
+from lowmem.choose.execution import wants_plan
+from lowmem.choose.explain import inexact
+from lowmem.config.schema import Config, flatten, nest
+from lowmem.config.settings import Settings, refuse_changes, to_yaml
+from lowmem.core.errors import PreflightError, UsageError
+from lowmem.core.reading import shorten
+from lowmem.data import Dataset
+from lowmem.distributed.group import Group
+from lowmem.lifecycle import fork
+from lowmem.lifecycle.preflight import preflight
+from lowmem.lifecycle.run_identity import (
+    begun_before,
+    belongs_to,
+    launcher,
+    most_bytes,
+    record_plans,
+    recorded_run,
+    source_run,
+)
+from lowmem.runs import checkpoint as checkpoints
+from lowmem.runs.checkpoint import Checkpoint
+from lowmem.runs.setup import leaving_no_trace, never_began, refuse_existing, start_again
+from lowmem.runs.store import NullFolder, RunFolder
+from lowmem.runs.view import RunView, recorded_settings
+from lowmem.train.loop import Trainer
+from lowmem.train.observer import Observer
+from lowmem.train.state import check_position, config_hash, share_checkpoint
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: its settings as they are asked for, resolved, before anything is planned; and what is
+    recorded of the run that goes on, or that it forks off from (None for a new one)."""
+
+    settings: Settings
+    recorded: RecordedRun | None = None
+
+
+class New:
+    """A run that begins with its first step, in a folder that is not there yet. `given`: the settings that decide how
+    processes join."""
+
+    def __init__(self, wanted: Settings, path: Path, *, dry_run: bool = False) -> None:
+        self.path, self.dry_run = path, dry_run
+        self.given: Mapping[str, object] = flatten(wanted.config)
+        self._wanted = wanted
+        self._resumable = False  # from then on nothing is taken back
+
+    def after_restart(self, group: Group, observer: Observer) -> New | Resume:
+        """What this is: torchrun starts the processes of a run that failed again with the command that began it."""
+        self._wanted = share_settings(group, lambda: _resolved(self._wanted))
+        if not begun_before(group, self.path, self._wanted.config):
+            return self
+        observer.note(f"started again after a failure (restart {group.restarts}): going on with {self.path}")
+        return Resume(self.path)
+
+    def open(self, group: Group, observer: Observer, stack: ExitStack) -> Start:
+        """Raises UsageError, PreflightError for a folder in the way, before minutes are spent on decoding pictures."""
+        group.lead(lambda: _refuse_existing(self.path), None)
+        return Start(self._wanted)
+
+    def checkpoint(self, start: Start, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint | None:
+        """What the trainer goes on from, under the settings that were decided."""
+        return None
+
+    def folder(self, group: Group, start: Start, settings: Settings, stack: ExitStack) -> RunFolder:
+        """The run's folder, for as long as the stack lasts; here a new one, of which nothing stays unless it comes to
+        its first checkpoint. What was asked for is recorded too: by this a restart knows its own run."""
+        self._environment = describe(settings.config.train.device) | {"processes": group.size}
+        asked = {"asked": config_hash(start.settings.config), "launcher": launcher()}
+        stack.enter_context(leaving_no_trace(self.path) if group.leads else nullcontext())
+        absent: RunFolder = NullFolder(self.path)
+        made = group.lead(lambda: RunFolder.create(self.path, to_yaml(settings), self._environment | asked), absent)
+        return stack.enter_context(self._discarding(stack.enter_context(made)))
+
+    @contextmanager
+    def _discarding(self, folder: RunFolder) -> Iterator[RunFolder]:
+        try:
+            yield folder
+        finally:
+            if not self._resumable:
+                folder.discard()
+
+    def commit(self, decision: Decision, trainer: Trainer, folder: RunFolder) -> bool:
+        """Tries everything, then writes plans and first checkpoint: now the run can be resumed, however early it is
+        killed. False after a dry run. Raises PreflightError, OutOfMemory, DiskError."""
+        preflight(trainer, folder)
+        trainer.observer.note(_headline(trainer, self.path))
+        if self.dry_run:
+            trainer.observer.note("dry run: everything is fit to start, and nothing was left behind")
+            return False
+        record_plans(trainer.group, trainer.plan, folder)
+        trainer.group.lead(lambda: self._write_first(decision.settings, trainer, folder), None)
+        self._resumable = True
+        folder.event("start", steps_per_epoch=trainer.batches.steps_per_epoch, **self._environment)
+        if decision.confirmed is not None:
+            folder.event("confirmed", **decision.confirmed.event)
+        if decision.plan is not None and not decision.plan.exact:
+            folder.event("warning", what=inexact(decision.plan))
+        return True
+
+    def _write_first(self, settings: Settings, trainer: Trainer, folder: RunFolder) -> None:
+        checkpoints.save(folder.checkpoints, trainer.checkpoint(), keep=settings.config.checkpoint.keep)
+
+
+class Fork(New):
+    """A new run that begins with an old one's checkpoint; see `lowmem.lifecycle.fork`. `recorded`: the old one's
+    settings."""
+
+    def __init__(
+        self,
+        source: Path,
+        recorded: Settings,
+        at: int | str,
+        changes: Mapping[str, object],
+        path: Path,
+        *,
+        dry_run: bool = False,
+    ) -> None:
+        super().__init__(recorded, path, dry_run=dry_run)
+        self.given = changes
+        self._source, self._recorded, self._at = source, recorded, at
+        self._begun = batch_chosen(recorded)
+
+    def after_restart(self, group: Group, observer: Observer) -> Fork:
+        return self
+
+    def open(self, group: Group, observer: Observer, stack: ExitStack) -> Start:
+        """Raises UsageError if nothing changes, the network would, or there is no such checkpoint."""
+        settings = resolve_execution(fork.changed(self._begun, self.given, f"fork of {shorten(self._source.name)}"))
+        changes = fork.check(self._begun.config, settings.config)
+        self._point = fork.find(self._source, self._recorded.config, self._at)
+        fork.refuse_place(self._point, settings.config, changes)
+        _refuse_existing(self.path)
+        return Start(settings, source_run(self._source, self._recorded.config, observer))
+
+    def checkpoint(self, start: Start, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
+        changes = fork.check(self._begun.config, settings.config)
+        self._carried = fork.carry_over(self._point, settings.config, changes, dataset)
+        for line in fork.explain(self._point, settings.config, changes, self._carried, dataset):
+            observer.note(line)
+        for line in fork.warnings(self._point, changes, dataset):
+            observer.warning(line)
+        return self._carried
+
+    def _write_first(self, settings: Settings, trainer: Trainer, folder: RunFolder) -> None:
+        fork.write(self._point, self._carried, settings, folder, trainer.dataset)
+
+
+class Resume:
+    """A run that goes on from its newest checkpoint that verifies. `given`: operational settings that are replaced;
+    `recorded`: its settings, if they have been read."""
+
+    def __init__(self, path: Path, given: Mapping[str, object] | None = None, recorded: Settings | None = None) -> None:
+        self.path = path
+        self.given = given or {}
+        self._known = recorded
+
+    def open(self, group: Group, observer: Observer, stack: ExitStack) -> Start:
+        """Locks the folder. Raises UsageError if it is no run or if what is given is not operational, CorruptCheckpoint
+        if nothing can be resumed."""
+        known = self._known
+        recorded = self._recorded = share_settings(group, lambda: known or _recorded_here(self.path, group))
+
+        def changed() -> Settings:
+            settings = resolve_execution(recorded.replace(self.given, "resume"))
+            refuse_changes(recorded.config, settings.config, str(self.path))
+            return settings
+
+        settings = group.together(changed)
+        absent: RunFolder = NullFolder(self.path)
+        self._folder = stack.enter_context(group.lead(lambda: RunFolder.open(self.path), absent))
+        self._skipped: Mapping[Path, str] = {}
+        newest = group.lead(lambda: self._newest(settings.config, observer), None)
+        shared = share_checkpoint(group, newest)
+        assert shared is not None
+        self._saved, self._where = shared
+        return Start(settings, recorded_run(group, self.path, recorded.config))
+
+    def _newest(self, config: Config, observer: Observer) -> tuple[Checkpoint, Path]:
+        if never_began(self.path):
+            raise UsageError(start_again(self.path))
+        folder = self._folder
+        if folder.taken_over is not None:
+            observer.note(f"{self.path} is taken over from {folder.taken_over}, which ended without leaving it")
+        saved, where, self._skipped = checkpoints.load_newest(
+            folder.checkpoints, belongs_to(config), most_bytes(config)
+        )
+        for reason in self._skipped.values():
+            observer.warning(f"skipped a damaged checkpoint: {reason}")
+            folder.event("warning", what="checkpoint skipped", reason=reason)
+        return saved, where
+
+    def checkpoint(self, start: Start, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
+        return self._saved
+
+    def folder(self, group: Group, start: Start, settings: Settings, stack: ExitStack) -> RunFolder:
+        return self._folder
+
+    def commit(self, decision: Decision, trainer: Trainer, folder: RunFolder) -> bool:
+        """Cuts rows back to the checkpoint and writes what has changed: only now it is certain that the run goes on."""
+        group, observer, state, settings = trainer.group, trainer.observer, trainer.state, decision.settings
+        config = settings.config
+        group.together(lambda: check_position(state, trainer.batches.steps_per_epoch))
+        group.lead(lambda: checkpoints.set_aside(self._skipped), None)
+        folder.tidy(keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
+        if decision.changed and decision.plan is not None:
+            record_plans(group, decision.plan, folder)
+            group.lead(lambda: folder.write_config(to_yaml(settings)), None)
+            folder.event("replan", budget_bytes=decision.plan.budget_bytes)
+        elif config.checkpoint != self._recorded.config.checkpoint:
+            # The next resume would delete what this one was told to keep; nothing else of what is given stays.
+            kept = {"checkpoint.keep": config.checkpoint.keep, "checkpoint.keep_every": config.checkpoint.keep_every}
+            group.lead(lambda: folder.write_config(to_yaml(self._recorded.replace(kept, "resume"))), None)
+        for damage in group.lead(lambda: folder.cut_back(epoch=state.epoch, step=state.step), list[str]()):
+            observer.warning(damage)
+            folder.event("warning", what="rows lost", reason=damage)
+        environment = describe(config.train.device) | {"processes": group.size}
+        steps = {"epoch": state.epoch, "step": state.step, "steps_per_epoch": trainer.batches.steps_per_epoch}
+        folder.event("resume", checkpoint=self._where.name, **steps, **environment)
+        if different := group.lead(lambda: elsewhere(RunView(self.path).env, environment), None):
+            observer.note(different)
+        if state.processes != group.size:
+            warning = _describe_processes(state.processes, group, config)
+            observer.warning(warning)
+            folder.event("warning", what=warning)
+        if state.epoch >= config.train.epochs:
+            observer.note(f"{self.path} is finished: all {state.epoch} epochs are done")
+        else:
+            place = f"epoch {state.epoch + 1}, step {state.step_in_epoch}"
+            observer.note(f"resuming {self.path} from {self._where.name}: {place}")
+        return True
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def _resolved(settings: Settings) -> Settings:
+    """Of a new run. Raises UsageError for what needs something to fit into, PreflightError without the device."""
+    planned = wants_plan(resolve_execution(settings).config)
+    settings = resolve_execution(settings, planned=planned)
+    memory = settings.config.memory
+    asked = [f"memory.{name}=always" for name in ("calibrate", "confirm") if getattr(memory, name) == "always"]
+    asked += ["--batch auto"] if memory.auto_batch else []
+    if asked and not planned:
+        raise UsageError(f"{asked[0]} needs something to fit into: give --vram, like --vram 6G")
+    return settings
+
+
+def share_settings(group: Group, read: Callable[[], Settings]) -> Settings:
+    """What `read` gives in rank 0, in every process."""
+    mine = group.lead(read, None)
+    shared = group.share(None if mine is None else [flatten(mine.config), dict(mine.sources)])
+    if mine is not None:
+        return mine
+    values, sources = shared
+    return Settings(Config.model_validate(nest(values)), sources)
+
+
+def _recorded_here(path: Path, group: Group) -> Settings:
+    """`recorded_settings`, in the process that has to have the run."""
+    try:
+        return recorded_settings(path)
+    except UsageError as error:
+        if group.alone:
+            raise
+        raise UsageError(
+            f"{error} (looked for by process 0, on {socket.gethostname()}: with several machines the one that has the "
+            "run must be rank 0, by `torchrun --node-rank=0 --master-addr=HOST`, or the folder must be a shared one)"
+        ) from None
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+
+def _refuse_existing(path: Path) -> None:
+    """The same refusal as `RunFolder.create`, before minutes are spent on decoding pictures."""
+    try:
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file: choose another folder with --out")
+        refuse_existing(path)
+    except OSError as error:
+        raise PreflightError(
+            f"{path} cannot be looked at ({error.strerror or error}): choose another folder with --out"
+        ) from None
+
+
+def _headline(trainer: Trainer, path: Path) -> str:
+    model, train, dataset = trainer.config.model, trainer.config.train, trainer.dataset
+    held = f", {len(dataset.val):,} held back" if dataset.val is not None else ""
+    return (
+        f"{model.arch} ({model.block}, width {model.width}) on {dataset.name}: {len(dataset.train):,} pictures "
+        f"to train on{held}, {len(dataset.test):,} to test; {train.epochs} epochs, batch {train.batch}, "
+        f"{train.precision}, {train.memory_format}, {train.device}; run folder {path}"
+    )
+
+
+def _describe_processes(before: int, group: Group, config: Config) -> str:
+    """What a resume on another number of processes must say."""
+    saved, now = (f"{size} process{'es' if size > 1 else ''}" for size in (before, group.size))
+    stays = "the same pictures in the same order, the same batch and learning rates"
+    head = f"saved by {saved}, going on with {now}: {stays}"
+    if config.train.sync_bn:
+        return f"{head}; sums have another rounding, so that from here on it is not bit for bit the run that it was"
+    sees = "the whole batch at once" if group.alone else "each process's own pictures"
+    return (
+        f"{head}; but batch norm now sees {sees}, so that from here on gradients are not those that the run would have "
+        "had"
+    )

@@ -1,0 +1,193 @@
+"""`execute`: the one pipe that every run goes through, however it begins (the package's text says which way)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import lowmem
+from lowmem.choose import resolve_execution
+from lowmem.choose.decide import DataSize, Decision, decide
+from lowmem.choose.execution import numerics_of, refuse_unsafe, require_device
+from lowmem.config.schema import Config, known_keys
+from lowmem.config.settings import Settings
+from lowmem.core.errors import OutOfMemory, PreflightError, UsageError
+from lowmem.data import Dataset, load
+from lowmem.distributed.group import Group, join
+from lowmem.distributed.launch import Launch
+from lowmem.distributed.split import Split
+from lowmem.lifecycle.begin import Fork, New, Resume
+from lowmem.measure.cuda import cap_allocator
+from lowmem.measure.out_of_memory import classify
+from lowmem.models import build
+from lowmem.remat.libraries import prepare_libraries
+from lowmem.step.train_step import Execution
+from lowmem.train.loop import Outcome, Trainer
+from lowmem.train.metrics import check_tensorboard
+from lowmem.train.observer import Observer
+from lowmem.train.schedule import starts_low
+from lowmem.train.signals import StartupSignals
+from lowmem.train.state import config_hash
+from lowmem.trial.plan_trial import confirm_run, wants_confirmation
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The folder of a run and how it ended."""
+
+    path: Path
+    outcome: Outcome
+
+
+def execute(begin: New | Resume | Fork, observer: Observer | None = None) -> RunResult:
+    """A run from its beginning, whichever that is, to its end: by this process, or by all that torchrun has started.
+
+    Raises LowmemError: UsageError and PreflightError before anything is changed, Infeasible, CorruptCheckpoint,
+    OutOfMemory, Diverged, DiskError, PeerLost, and Interrupted after a signal, with everything saved.
+    """
+    launch, observer = _launched(observer, str(begin.given.get("train.device", "auto")))
+    with StartupSignals(), _joined(launch, begin.given) as group, ExitStack() as stack:
+        if isinstance(begin, New):
+            begin = begin.after_restart(group, observer)
+        start = begin.open(group, observer, stack)
+        config = start.settings.config
+        group.together(lambda: refuse_unfit(group, config))
+        dataset = _load_data(group, config, observer)
+        size = DataSize(len(dataset.classes), len(dataset.train))
+        confirm = partial(confirm_run, num_classes=size.classes, train_pictures=len(dataset.train), tell=observer.note)
+        wanted = confirm if start.recorded is None and wants_confirmation(config) else None
+        decision = decide(start.settings, size, group, recorded=start.recorded, confirm=wanted, tell=observer)
+        checkpoint = begin.checkpoint(start, decision.settings, dataset, observer)
+        stack.enter_context(_out_of_memory(begin.path))
+        folder = begin.folder(group, start, decision.settings, stack)
+        trainer = make_trainer(group, decision, dataset, observer, begin.path)
+        if checkpoint is not None:
+            trainer.state = group.together(lambda: trainer.restore(checkpoint))
+        if not begin.commit(decision, trainer, folder):
+            return RunResult(begin.path, Outcome(False, trainer.state))
+        return RunResult(begin.path, trainer.run(folder))
+
+
+# -- one process, or several -------------------------------------------------------------------------------------------
+
+
+def _launched(observer: Observer | None, device: str) -> tuple[Launch | None, Observer]:
+    """How this process was started, with its CUDA device taken if it may want one, and whom it talks to: rank 0 alone
+    talks to the user. To be called before CUDA is used. Raises UsageError, PreflightError."""
+    launch = Launch.of_environment()
+    if launch is None:
+        return None, observer or Observer()
+    if device != "cpu":
+        launch.take_device()
+    return launch, observer or Observer() if launch.rank == 0 else Observer()
+
+
+@contextmanager
+def _joined(launch: Launch | None, given: Mapping[str, object]) -> Iterator[Group]:
+    """The group of this process, by those of the `given` settings that joining takes: a run's own are not at hand yet.
+    Raises PeerLost, UsageError if the processes are not alike: on other types of devices, or with other versions."""
+    wanted = {key: given[key] for key in ("train.device", "train.peer_timeout_minutes") if key in given}
+    alone = Settings(Config(), dict.fromkeys(known_keys(), "default"))
+    train = resolve_execution(alone.replace(wanted, "given")).config.train
+    with join(launch, train.device, 60 * train.peer_timeout_minutes) as group:
+        versions = f"lowmem {lowmem.__version__}, torch {torch.__version__}"
+        with group.alike():
+            _require_alike(group, "devices", train.device, "give all of them --device cpu, or each a card")
+            _require_alike(group, "versions", versions, "install the same everywhere")
+        yield group
+
+
+def _require_alike(group: Group, what: str, value: str, way_out: str) -> None:
+    values = group.gather(value)
+    if len(set(values)) > 1:
+        different = "; ".join(f"process {rank}: {each}" for rank, each in enumerate(values))
+        raise UsageError(f"the processes have different {what} ({different}): {way_out}")
+
+
+def refuse_unfit(group: Group, config: Config) -> None:
+    """What takes no time to refuse. Raises PreflightError, UsageError. The libraries are set for all that follows."""
+    require_device(config.train.device)
+    check_tensorboard(config)
+    if group.size > config.train.batch:
+        raise UsageError(
+            f"a batch of {config.train.batch} cannot be split over {group.size} processes: raise --batch, or start "
+            "fewer"
+        )
+    prepare_libraries(numerics_of(config.train))
+
+
+def _load_data(group: Group, config: Config, observer: Observer) -> Dataset:
+    """The data set, read by one process of each machine and then by the others, which find it decoded.
+
+    Raises DataError, PreflightError if machines have different pictures."""
+
+    def read(turn: bool) -> Dataset | None:
+        return load(config.data, config.seed, progress=observer.data_progress) if turn else None
+
+    first = group.together(lambda: read(group.local_rank == 0))
+    others = group.together(lambda: read(group.local_rank != 0))
+    dataset = first or others
+    assert dataset is not None
+    with group.alike():
+        if len(set(group.gather(dataset.fingerprint))) > 1:
+            raise PreflightError("the processes have different pictures: give all machines the same data")
+    return dataset
+
+
+# -- the trainer -------------------------------------------------------------------------------------------------------
+
+
+def make_trainer(group: Group, decision: Decision, dataset: Dataset, observer: Observer, path: Path) -> Trainer:
+    """Raises OutOfMemory, PreflightError; in all processes."""
+    config = decision.settings.config
+
+    def make() -> Trainer:
+        refuse_unsafe(config)
+        spec, classes = config.model, len(dataset.classes)
+        model = build(spec.arch, spec.block, width=spec.width, num_classes=classes, seed=config.seed)
+        execution = Execution(config.train.device, config.train.precision, config.train.memory_format)
+        identity = {"settings": config_hash(config), "data": dataset.fingerprint}
+        with _out_of_memory(path):
+            return Trainer(config, model, dataset, execution, identity, observer, decision.plan, group, decision.split)
+
+    trainer, plan = group.together(make), decision.plan
+    trainer.state.low_start = starts_low(config)
+    if config.train.device == "cuda" and plan is not None and plan.allocator_bytes is not None:
+        # A larger card made to behave like one of --vram, by the cap that the plan was made for and tried under.
+        cap_allocator(plan.allocator_bytes)
+    if not group.alone:
+        observer.note(_describe_batch_norm(group, config, decision.split))
+    return trainer
+
+
+@contextmanager
+def _out_of_memory(path: Path) -> Iterator[None]:
+    """Turns the library's exception into ours, with the way out, wherever there is no step to undo: while a run is set
+    up, and where no smaller plan is left; the run is then saved."""
+    failure = None
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        failure = classify(error, "setting up")
+        if failure is None:
+            raise
+    # Outside of the handler, which would hold on to the tensors.
+    if failure is not None:
+        raise OutOfMemory(
+            f"{failure.words} ({failure.message}); the last checkpoint, if there is one, stands: free what others use, "
+            f"or give less to plan for, like `lowmem resume {path} --vram 4G`"
+        )
+
+
+def _describe_batch_norm(group: Group, config: Config, split: Split) -> str:
+    """What batch norm sees, which several processes must say."""
+    shares = " + ".join(map(str, split.shares))
+    head = f"{group.size} processes: a batch of {split.batch} is {shares} pictures"
+    if config.train.sync_bn:
+        return f"{head}; batch norm is over all of them (train.sync_bn), as in one process"
+    return f"{head}; each one's batch norm sees its own only, as is usual (--sync-bn: all of them, as in one process)"

@@ -1,0 +1,171 @@
+"""Line charts, one above another: every line with its name at it, as PNG bytes.
+
+Drawn with matplotlib's objects on an Agg canvas, never through pyplot: no window, no global state.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+from lowmem.report import style
+from lowmem.report.labels import figure_of, room_for_ends, room_for_ticks, write_labels
+from lowmem.report.style import Series
+
+_TOP_INCHES, _BOTTOM_INCHES = 0.62, 0.58  # what title and vertical axis' words take above the axes, and below them
+_REMARK_INCHES = 0.22
+_MARGIN_POINTS = 3.0
+_INK, _GRID = "#333333", "#e3e3e3"
+_LINES_ORDER = 3.0  # above the grid, under the labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """Lines over axes of which the horizontal one begins at 0. Later lines lie on earlier ones."""
+
+    title: str
+    x_title: str
+    y_title: str
+    series: Sequence[Series]
+    x_limit: float
+    y_limits: tuple[float, float]
+    log: bool = False
+
+
+def log_limits(values: Iterable[float]) -> tuple[float, float]:
+    """Limits of a log axis with some room above and below the values, which must be positive."""
+    known = list(values)
+    low, high = min(known), max(known)
+    spare = max(high / low, 2.0) ** 0.08
+    return low / spare, high * spare
+
+
+def draw_charts(charts: Sequence[Chart], height_inches: float = style.HEIGHT_INCHES, remark: str = "") -> Figure:
+    """The charts above each other, as wide as their labels leave room for; `remark` stands under the last."""
+    figure, canvas = new_figure(height_inches)
+    panels = [(chart, figure.add_subplot(len(charts), 1, row)) for row, chart in enumerate(charts, start=1)]
+    for chart, axes in panels:
+        _draw_lines(axes, chart.series)
+        _set_axes(axes, chart)
+    left = max(room_for_ticks(axes, canvas) for _, axes in panels) / figure.bbox.width
+    right = max(room_for_ends(chart.series, canvas) for chart in charts) / figure.bbox.width
+    figure.subplots_adjust(
+        left=left,
+        right=1 - right,
+        bottom=(_BOTTOM_INCHES + _REMARK_INCHES * bool(remark)) / height_inches,
+        top=1 - _TOP_INCHES / height_inches,
+        hspace=(_TOP_INCHES + _BOTTOM_INCHES) / (height_inches / len(charts) - _TOP_INCHES - _BOTTOM_INCHES),
+    )
+    for chart, axes in panels:
+        _head(axes, chart.title, chart.y_title)
+        write_labels(axes, chart.series, canvas)
+    if remark:
+        below = figure.text(left, 0.06 / height_inches, remark, va="bottom")
+        below.set(fontsize=style.LABEL_SIZE, color=style.NEUTRAL)
+        fit(below, (1 - left) * figure.bbox.width)
+    return figure
+
+
+def _draw_lines(axes: Axes, series: Sequence[Series]) -> None:
+    for order, one in enumerate(series):
+        look = one.style
+        axes.plot(
+            [x for x, _ in one.points],
+            [y for _, y in one.points],
+            color=look.colour,
+            linestyle=look.dashes if look.width else "none",
+            linewidth=look.width,
+            # A line of one point would not be seen.
+            marker=look.marker or ("o" if look.width and len(one.points) == 1 else ""),
+            markersize=look.marker_size,
+            markerfacecolor=look.face or look.colour,
+            alpha=look.opacity,
+            zorder=_LINES_ORDER + order / len(series),
+            solid_capstyle="round",
+        )
+
+
+def _set_axes(axes: Axes, chart: Chart) -> None:
+    axes.set_xlim(0, chart.x_limit)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 2.5, 4, 5, 10]))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlabel(chart.x_title, fontsize=style.AXIS_SIZE)
+    if chart.log:
+        axes.set_yscale("log")
+        decades = math.log10(chart.y_limits[1] / chart.y_limits[0])
+        subs = (1.0,) if decades > 5 else (1.0, 2.0, 5.0) if decades > 1 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+        axes.yaxis.set_major_locator(LogLocator(base=10, subs=subs, numticks=9))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        decades = 0.0
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]))
+    if decades <= 5:  # beyond, powers of ten
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.set_ylim(*chart.y_limits)
+    dress(axes)
+
+
+def _head(axes: Axes, title: str, y_title: str) -> None:
+    """The title, and under it what the vertical axis shows: along the side it would take the curves' room and have to
+    be read with the head on the shoulder. The axes must be in their place."""
+    _above(axes, y_title, 6).set(fontsize=style.AXIS_SIZE, color="#555555")
+    drawn = _above(axes, title, 22)
+    drawn.set(fontsize=style.TITLE_SIZE, fontweight="bold")
+    fit(drawn, figure_of(axes).bbox.x1 - axes.get_window_extent().x0)
+
+
+def _above(axes: Axes, text: str, points: float) -> Annotation:
+    """No mathematics in it: a run may be called $x$."""
+    place = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    return axes.annotate(text, (0, 1), xytext=(0, points), parse_math=False, **place)  # type: ignore[arg-type]
+
+
+# -- what other figures share with the charts --------------------------------------------------------------------------
+
+
+def new_figure(height_inches: float) -> tuple[Figure, FigureCanvasAgg]:
+    """A white figure of the common width, with its canvas."""
+    figure = Figure(figsize=(style.WIDTH_INCHES, height_inches), dpi=style.DPI, facecolor="white")
+    return figure, FigureCanvasAgg(figure)
+
+
+def dress(axes: Axes, *, grid: Literal["both", "x"] = "both") -> None:
+    """Faint grid behind the data, no frame on the sides where no axis is, legible numbers."""
+    axes.tick_params(labelsize=style.TICK_SIZE, colors=_INK)
+    axes.grid(True, which="major", axis=grid, color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", *(("left",) if grid == "x" else ())):
+        axes.spines[side].set_visible(False)
+
+
+def fit(drawn: Text, room: float) -> None:
+    """Makes a text smaller, and then shorter, until it takes `room` pixels at the most."""
+    figure = drawn.get_figure(root=True)
+    assert figure is not None
+    assert isinstance(figure.canvas, FigureCanvasAgg)
+    renderer, words = figure.canvas.get_renderer(), drawn.get_text()
+    room -= _MARGIN_POINTS * figure.dpi / 72
+    size, shown = float(drawn.get_fontsize()), words
+    while drawn.get_window_extent(renderer).width > room and len(shown) > 1:
+        if size > style.LEAST_SIZE:
+            size -= 0.5
+            drawn.set_fontsize(size)
+        else:
+            shown = shown[:-1]
+            drawn.set_text(f"{shown.rstrip()}…")
+
+
+def to_png(figure: Figure) -> bytes:
+    """The same bytes for the same figure: without the drawing library's name and version."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

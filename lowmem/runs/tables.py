@@ -1,0 +1,314 @@
+"""Reading the files of rows: whole, line after line while a run still writes them, and up to a checkpoint.
+
+A run may have died at any moment, so the last line of a file may be half written. A file is read line by line: with
+every step recorded, small batches and many layers it grows beyond what there is room for in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Generic, TypeVar
+
+from lowmem.core.errors import CorruptCheckpoint, UsageError
+from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable, read_limited, shorten
+from lowmem.runs.atomic import cut_file, replacing, write_text_atomic
+from lowmem.runs.rows import BadLine, Columns, Event, Row, RowTable, parse_event
+
+_LONGEST_LINE_BYTES = 1 << 20  # a row of 1,200 layers has 16 KiB
+# Far above any run (a row for each of 164 epochs of single pictures: 0.5 GiB), and soon read where it is one hole.
+_MOST_BYTES = 4 << 30
+_ANCHOR_LIMIT_BYTES = 1 << 16  # of the last line, by which a file is known again
+
+
+@dataclass(frozen=True)
+class _Line:
+    """`data`: without its end, None for one that is longer than any can be; `ends`: whether it has one."""
+
+    data: bytes | None
+    ends: bool
+    end_bytes: int
+
+    @property
+    def text(self) -> str:
+        """A bad byte then fails as a number."""
+        return "?" if self.data is None else self.data.decode("utf-8", errors="replace")
+
+
+def _lines(file: BinaryIO, end: int = 0) -> Iterator[_Line]:
+    """From where the file stands, `end` bytes after its beginning."""
+    long = False
+    while piece := file.readline(_LONGEST_LINE_BYTES):
+        end += len(piece)
+        ends = piece.endswith(b"\n")
+        if not ends and len(piece) == _LONGEST_LINE_BYTES:
+            long = True
+            continue
+        yield _Line(None if long else piece.removesuffix(b"\n").removesuffix(b"\r"), ends, end)
+        long = False
+    if long:
+        yield _Line(None, False, end)
+
+
+# -- whole -------------------------------------------------------------------------------------------------------------
+
+
+def read_table(path: Path, table: RowTable[Row], notes: list[str]) -> tuple[Columns, tuple[Row, ...]]:
+    """Every row of the file; none if it is not there yet. A half-written last line is left out and noted.
+
+    Raises UsageError naming the file and the line for any other damage: a curve with silent holes is worse than none.
+    """
+    lines = _whole_lines(path, notes)
+    rows: list[Row] = []
+    number = 1
+    try:
+        columns = table.read_header(lines[0]) if lines else table.columns
+        for line in lines[1:]:
+            number += 1
+            row = table.read_row(columns, line)
+            at, before = getattr(row, table.key), getattr(rows[-1], table.key) if rows else -1
+            if at <= before:
+                key = table.key
+                raise BadLine(f"{key} {at} follows {key} {before}: lines are doubled or out of order")
+            rows.append(row)
+    except BadLine as error:
+        raise UsageError(f"{path} line {number}: {error}") from None
+    return columns, tuple(rows)
+
+
+def read_events(path: Path, notes: list[str]) -> tuple[Event, ...]:
+    """Of events.jsonl what can be read; what cannot is left out and noted."""
+    events = []
+    try:
+        lines = _whole_lines(path, notes)
+    except UsageError as error:
+        notes.append(f"{shorten(error, 500)}; what it holds is left out")
+        return ()
+    for number, line in enumerate(lines, start=1):
+        event = parse_event(line)
+        if event is None:
+            notes.append(f"{path.name} line {number} cannot be read and is left out")
+        else:
+            events.append(event)
+    return tuple(events)
+
+
+def _whole_lines(path: Path, notes: list[str]) -> list[str]:
+    """The lines that have their line end. A run killed while writing leaves one without; a power cut leaves NULs."""
+    try:
+        text = read_limited(path, TABLE_LIMIT_BYTES).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    except Unreadable as error:
+        raise UsageError(f"{path} {error}: restore the file") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from None
+    whole, _, rest = text.rpartition("\n")
+    if rest:
+        notes.append(f"the last line of {path.name} was half written and is left out")
+    return [line.removesuffix("\r") for line in whole.split("\n")] if whole else []
+
+
+# -- while it grows ----------------------------------------------------------------------------------------------------
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class News(Generic[Item]):
+    """What came. `anew`: what was read before no longer holds, and `items` are all there are."""
+
+    items: tuple[Item, ...] = ()
+    anew: bool = False
+
+    def __bool__(self) -> bool:
+        return self.anew or bool(self.items)
+
+
+class Follower(Generic[Item]):
+    """A growing text file: only what is new, and noticing when what was read no longer holds.
+
+    A run appends whole lines, and a resume (or going back from a broken loss) replaces a table by a shorter one. Each
+    look opens the file, reads from the last known line on, and closes it: on Windows an open file is in the way of the
+    trainer's `os.replace`. A line without its end is being written, or was cut off by a crash: it waits for the next
+    look. A file that is missing, or refuses to be read for a moment, has no news.
+
+    Known limitation: a file rewritten in place, in the same length, with the same last line is not noticed; lowmem
+    replaces files.
+    """
+
+    def __init__(self, path: Path, parse: Callable[[list[str], bool], Iterable[Item]]) -> None:
+        """`parse(lines, from_the_beginning)`: the items of whole lines, without their ends."""
+        self._path, self._parse = path, parse
+        self._mark: tuple[int, int, int] | None = None  # inode, size, time of change
+        self._anchor = b""  # the end of what was read
+        self._read_bytes = 0
+
+    def look(self) -> News[Item]:
+        """What came since the last look."""
+        try:
+            if not stat.S_ISREG(os.stat(self._path).st_mode):  # a pipe would never end
+                return News()
+            with open(self._path, "rb") as file:
+                status = os.fstat(file.fileno())
+                mark = (status.st_ino, status.st_size, status.st_mtime_ns)
+                if mark == self._mark:
+                    return News()
+                known = self._goes_on(file, status)
+                begin = self._read_bytes if known else 0
+                file.seek(begin)
+                data = file.read(TABLE_LIMIT_BYTES)
+        except OSError:
+            return News()
+        anew, self._mark = not known and self._read_bytes > 0, mark
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read_bytes = begin + len(whole)
+        if whole or not known:
+            self._anchor = whole[whole.rfind(b"\n", 0, -1) + 1 :][-_ANCHOR_LIMIT_BYTES:]
+        lines = [line.removesuffix("\r") for line in whole.decode("utf-8", errors="replace").split("\n")[:-1]]
+        return News(tuple(self._parse(lines, begin == 0)), anew)
+
+    def _goes_on(self, file: BinaryIO, status: os.stat_result) -> bool:
+        """Whether the file begins with what was read. The number of a file that is gone is given to another: it tells
+        that a file is another, not that it is the same."""
+        if self._mark is None or status.st_ino != self._mark[0] or status.st_size < self._read_bytes:
+            return False
+        file.seek(self._read_bytes - len(self._anchor))
+        return file.read(len(self._anchor)) == self._anchor
+
+
+def follow_events(path: Path) -> Follower[Event]:
+    """The events that come; a line that is none is left out."""
+    return Follower(path, lambda lines, begins: [event for line in lines if (event := parse_event(line)) is not None])
+
+
+class TableFollower(Follower[Row]):
+    """The rows that come. A line that is none is left out: whoever only looks on has nothing to refuse. `columns`: None
+    before the first line, or where that is no header of this table."""
+
+    def __init__(self, path: Path, table: RowTable[Row]) -> None:
+        super().__init__(path, self._rows)
+        self.columns: Columns | None = None
+        self._table = table
+
+    def _rows(self, lines: list[str], from_the_beginning: bool) -> Iterator[Row]:
+        if from_the_beginning:
+            self.columns = None
+            with suppress(BadLine):
+                self.columns = self._table.read_header(lines.pop(0)) if lines else None
+        for line in lines:
+            with suppress(BadLine):
+                if self.columns is not None:
+                    yield self._table.read_row(self.columns, line)
+
+
+# -- up to a checkpoint ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A table's lines, counted. `kept`: whole, rising, at most the last that is asked for; `lost`: lines nothing can
+    be made of; `missing`: rows that ought to be there; `beyond`: after the last asked for; `cut_off`: the last one has
+    no line end. `kept_bytes`: up to the end of the last kept one; None without a whole header."""
+
+    kept: int
+    lost: int
+    missing: int
+    beyond: int
+    cut_off: bool
+    kept_bytes: int | None = None
+
+    @property
+    def damage(self) -> str | None:
+        """In words, None if there is none. What a crash cuts off, or what comes after a checkpoint, is none."""
+        words = [f"{self.lost} damaged lines"] if self.lost else []
+        words += [f"{self.missing} of {self.kept + self.missing} rows are missing"] if self.missing else []
+        return ", ".join(words) or None
+
+
+def scan_table(
+    path: Path,
+    columns: Columns,
+    last: int,
+    *,
+    every: bool = False,
+    take: Callable[[bytes], object] = lambda line: None,
+) -> Scan:
+    """The table at `path` up to the row whose key is `last`. `every`: there must be one for each of 1 … `last`.
+    `take` is given each row that is kept, without its line end. A missing file has no rows.
+
+    Raises CorruptCheckpoint for a file that is no table of these columns, OSError.
+    """
+    kept = lost = beyond = before = 0
+    kept_bytes: int | None = None
+    try:
+        file = _open(path)
+    except FileNotFoundError:
+        return Scan(0, 0, last if every else 0, 0, False)
+    with file:
+        lines, header = _lines(file), columns.header.encode()
+        first = next(lines, _Line(header, False, 0))
+        begun = first.data is not None and not first.ends and header.startswith(first.data)
+        if first.data != header and not begun:
+            raise CorruptCheckpoint(
+                f"{path} has other columns than this lowmem writes: restore its first line or use the lowmem that "
+                "wrote it, or move the file away to go on without its rows"
+            )
+        cut_off = first.end_bytes > 0 and not first.ends  # while it was made
+        if first.ends:
+            kept_bytes = first.end_bytes
+        for line in lines:
+            if not line.ends:  # cut off by a crash, and will be repeated
+                cut_off = True
+                break
+            try:
+                at = columns.key_of(line.text)
+            except BadLine:
+                at = 0
+            if at <= before:
+                lost += 1
+            elif at > last:
+                beyond += 1
+            else:
+                take(line.data or b"")
+                # A line that only seems to be after `last`, since others follow it, is a damaged one.
+                kept, lost, beyond, before = kept + 1, lost + beyond, 0, at
+                kept_bytes = line.end_bytes
+    return Scan(kept, lost, last - kept if every else 0, beyond, cut_off, kept_bytes)
+
+
+def cut_table(path: Path, columns: Columns, last: int, *, every: bool = False) -> str | None:
+    """Cuts the table to the rows that `scan_table` keeps. Returns None, or a sentence if it is damaged; the file as it
+    was is then kept beside it as `damaged-<name>`. Raises what `scan_table` raises."""
+    rows = scan_table(path, columns, last, every=every)
+    aside = path.with_name(f"damaged-{path.name}")
+    if rows.damage is not None and path.exists() and not aside.exists():
+        with open(path, "rb") as old, replacing(aside) as copy:
+            shutil.copyfileobj(old, copy)
+    if rows.kept_bytes is None:
+        write_text_atomic(path, f"{columns.header}\n")
+    elif not rows.lost:
+        cut_file(path, rows.kept_bytes)
+    else:
+        with replacing(path) as new:
+            new.write(f"{columns.header}\n".encode())
+            scan_table(path, columns, last, take=lambda line: new.write(line + b"\n"))
+    if rows.damage is None:
+        return None
+    return f"{path}: {rows.damage}; the run goes on without them, the file as it was is kept as {aside.name}"
+
+
+def _open(path: Path) -> BinaryIO:
+    """Raises CorruptCheckpoint for what is no table of any run, OSError."""
+    status = os.stat(path)
+    way_out = "restore it, or move it away to go on without its rows"
+    if not stat.S_ISREG(status.st_mode):
+        raise CorruptCheckpoint(f"{path} is no regular file: {way_out}")
+    if status.st_size > _MOST_BYTES:
+        raise CorruptCheckpoint(f"{path} has {status.st_size:,} bytes, at most {_MOST_BYTES:,} are read: {way_out}")
+    return open(path, "rb")

@@ -1,0 +1,209 @@
+"""A run as it is at this moment: what trains it, where it is, what it is against its budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lowmem.runs.watch as module
+from lowmem.config.settings import gather, to_yaml
+from lowmem.runs.rows import EpochRow
+from lowmem.runs.store import RunFolder
+from lowmem.runs.watch import Watched, epoch_seconds
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    settings = gather(sets=["train.epochs=4", "train.batch=32", "model.width=2"])
+    return RunFolder.create(tmp_path / "run", to_yaml(settings), {})
+
+
+def steps(folder: RunFolder, *numbers: int, epoch: int = 1) -> None:
+    folder.append_steps([{"step": n, "epoch": epoch, "lr": 0.1, "loss": 2 - n / 100} for n in numbers])
+
+
+def epoch(folder: RunFolder, number: int, per_epoch: int = 10, **more: object) -> None:
+    row = {
+        "epoch": number,
+        "step": number * per_epoch,
+        "lr": 0.1,
+        "test_error_pct": 50.0,
+        "elapsed_seconds": 7.0 * number,
+    }
+    folder.append_metrics(row | more)
+
+
+def test_from_getting_ready_to_finished(folder: RunFolder) -> None:
+    watched = Watched(folder.path)
+    assert watched.look().state == "starting"
+    folder.event("start", steps_per_epoch=10)
+    steps(folder, 2, 4)
+    live = watched.look()
+    assert (live.state, live.running, live.epoch, live.step) == ("training", True, 0, 4)
+    assert live.writer is not None
+    assert live.writer.pid == os.getpid()
+    assert (live.step_in_epoch, live.steps_per_epoch, live.lr, live.losses) == (4, 10, 0.1, (1.98, 1.96))
+    steps(folder, 6, 8, 10)
+    epoch(folder, 1, device_used_bytes=5000)
+    folder.event("checkpoint", epoch=1, step=10)
+    live = watched.look()
+    assert (live.epoch, live.step, live.step_in_epoch, live.device_bytes) == (1, 10, 0, 5000)
+    assert live.seconds_left == pytest.approx(21.0)
+    assert live.checkpoint is not None
+    assert live.checkpoint.detail["step"] == 10
+    folder.event("done", epoch=4, step=40)
+    folder.close()
+    live = watched.look()
+    assert (live.state, live.running, live.writer, live.seconds_left) == ("finished", False, None, None)
+
+
+@pytest.mark.parametrize(
+    ("event", "fields", "state"),
+    [
+        ("stop", {"reason": "train.max_steps"}, "stopped"),
+        ("signal", {"signal": "SIGINT"}, "interrupted"),
+        ("diverged", {}, "diverged"),
+        ("stuck", {"stopped": True}, "stuck"),
+        ("stuck", {"stopped": False}, "ended"),
+        ("out-of-memory", {}, "ended"),
+    ],
+)
+def test_how_it_ended(folder: RunFolder, event: str, fields: dict[str, object], state: str) -> None:
+    folder.event("start")
+    folder.event(event, **fields)
+    assert Watched(folder.path).look().state == "training"
+    folder.close()
+    assert Watched(folder.path).look().state == state
+
+
+def test_what_an_earlier_life_ended_with_does_not_count(folder: RunFolder) -> None:
+    folder.event("signal", signal="SIGINT")
+    folder.event("resume", step=3)
+    folder.close()
+    assert Watched(folder.path).look().state == "ended"
+
+
+def test_a_dead_writer(folder: RunFolder) -> None:
+    folder.event("start")
+    folder.close()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    owner = {"pid": gone.pid, "host": socket.gethostname(), "since": "2026-11-25T08:00:00+0000"}
+    (folder.path / "run.owner.json").write_text(json.dumps(owner), encoding="utf-8")
+    assert Watched(folder.path).look().state == "died"
+
+
+def test_a_number_that_another_process_has_now(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner file was left and its number given to somebody else: only the lock tells, and it is tried once."""
+    folder.event("start")
+    folder.close()
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": "2026-11-25T08:00:00+0000"}
+    (folder.path / "run.owner.json").write_text(json.dumps(owner), encoding="utf-8")
+    tried: list[Path] = []
+    monkeypatch.setattr(module, "writer_of", lambda run: tried.append(run))
+    watched = Watched(folder.path)
+    assert [watched.look().state for _ in range(3)] == ["died"] * 3
+    assert len(tried) == 1
+
+
+def test_a_lock_that_is_held_is_left_alone(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried at the first look, and again only when nothing has come for a while."""
+    real, tried = module.writer_of, []
+
+    def counted(run: Path) -> str | None:
+        tried.append(run)
+        return real(run)
+
+    monkeypatch.setattr(module, "writer_of", counted)
+    watched = Watched(folder.path)
+    for number in range(1, 5):
+        steps(folder, number)
+        assert watched.look().running
+    assert len(tried) == 1
+    monkeypatch.setattr(module, "_QUIET_SECONDS", -1.0)
+    assert watched.look().running
+    assert len(tried) == 2
+
+
+def test_on_another_machine(folder: RunFolder) -> None:
+    folder.close()
+    owner = {"pid": 1, "host": "elsewhere", "since": "2026-11-25T08:00:00+0000"}
+    (folder.path / "run.owner.json").write_text(json.dumps(owner), encoding="utf-8")
+    assert Watched(folder.path).look().running
+
+
+def test_cut_back_by_a_resume(folder: RunFolder) -> None:
+    watched = Watched(folder.path)
+    folder.event("start", steps_per_epoch=10)
+    steps(folder, 5, 10, 15, 20)
+    epoch(folder, 1)
+    epoch(folder, 2)
+    assert watched.look().step == 20
+    folder.cut_back(epoch=1, step=12)
+    steps(folder, 15, epoch=2)
+    live = watched.look()
+    assert (live.epoch, live.step, len(live.losses), len(live.rows)) == (1, 15, 3, 1)
+
+
+def test_half_a_line_waits(folder: RunFolder) -> None:
+    watched = Watched(folder.path)
+    with folder.steps_file.open("ab") as file:
+        file.write(b"1,1,0.1,2.5\n2,1,0.")
+    assert watched.look().step == 1
+    with folder.steps_file.open("ab") as file:
+        file.write(b"1,2.4\n")
+    assert watched.look().losses == (2.5, 2.4)
+
+
+def test_budget_and_what_was_measured(folder: RunFolder) -> None:
+    watched = Watched(folder.path)
+    assert watched.look().budget_bytes is None
+    folder.write_plan({"budget_bytes": 1000})
+    folder.event("measured", measured_peak_bytes=900)
+    live = watched.look()
+    assert (live.budget_bytes, live.peak_bytes) == (1000, 900)
+    folder.update_plan({"budget_bytes": 800})  # a rung down the ladder
+    epoch(folder, 1, peak_allocated_bytes=700)
+    live = watched.look()
+    assert (live.budget_bytes, live.peak_bytes) == (800, 700)
+    folder.update_plan({"budget_bytes": 10**400})  # no size of anything
+    assert watched.look().budget_bytes is None
+
+
+def test_damaged_files_hide_only_themselves(folder: RunFolder) -> None:
+    folder.event("start")
+    for name in ("config.yaml", "plan.json"):
+        (folder.path / name).write_bytes(b"\xff{[")
+    folder.metrics_file.write_bytes(b"what,is,this\n1,2,3\n" + b"\x00" * 20)
+    with folder.events_file.open("ab") as file:
+        file.write(b'\xfe\n[1]\n{"event": 3}\n')
+    steps(folder, 7)
+    live = Watched(folder.path).look()
+    assert (live.config, live.budget_bytes, live.rows, live.step) == (None, None, (), 7)
+    assert [event.kind for event in live.events] == ["start"]
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    live = Watched(tmp_path / "nowhere").look()
+    assert (live.state, live.config, live.step, live.quiet_seconds) == ("ended", None, 0, None)
+
+
+def test_seconds_of_an_epoch() -> None:
+    def rows(*elapsed: float | None, first: int = 1) -> list[EpochRow]:
+        return [EpochRow(epoch=n, step=n, elapsed_seconds=value) for n, value in enumerate(elapsed, start=first)]
+
+    assert epoch_seconds([]) is None
+    assert epoch_seconds(rows(None)) is None
+    assert epoch_seconds(rows(5.0)) == 5.0
+    assert epoch_seconds(rows(5.0, 7.0, 10.0, 12.0)) == 2.0  # not the slow one
+    # An epoch in which the machine did something else does not count for much, and what is long ago not at all.
+    assert epoch_seconds(rows(100, 200, 205, 210, 260, 265, 270)) == 5.0
+    assert epoch_seconds(rows(30.0, first=4)) is None  # of a fork, or after a resume
+    assert epoch_seconds(rows(None, 5.0)) is None
+    assert epoch_seconds(rows(float("nan"), float("inf"))) is None

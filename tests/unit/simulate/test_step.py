@@ -1,0 +1,58 @@
+"""The simulated step is the real one: its peak is what a step of `lowmem.step` takes, to the byte (invariant 5)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowmem.choose.request import card_rates
+from lowmem.config.cards import load_card
+from lowmem.config.schema import OptimConfig
+from lowmem.measure.out_of_memory import Failure
+from lowmem.measure.tensors import TensorMeter
+from lowmem.models import build
+from lowmem.plan.policy import LEAN, SAVE_ALL, Schedule, uniform
+from lowmem.remat import apply_plan, stage_names
+from lowmem.simulate import StepShape, simulate_step
+from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
+from lowmem.step.undo import Undo
+
+BATCH = 16
+
+
+@pytest.mark.parametrize("undone", [False, True], ids=["plain", "undone"])
+@pytest.mark.parametrize("micro_batch", [16, 6])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("precision", ["fp32", "amp"])
+def test_peak(precision: str, memory_format: str, micro_batch: int, undone: bool) -> None:
+    """Under autograd, and under a plan with what undoes the step."""
+    execution = Execution("cpu", precision, memory_format)
+    model = build("res20", width=16).to(memory_format=execution.torch_memory_format)  # type: ignore[call-overload]
+    schedule = uniform([LEAN] * (len(stage_names(model)) - 1) + [SAVE_ALL]) if undone else None
+    shape = StepShape(
+        model=model,
+        image_shape=(3, 32, 32),
+        batch=BATCH,
+        micro_batch=micro_batch,
+        precision=precision,
+        memory_format=memory_format,
+    )
+    simulated = simulate_step(shape, schedule, card_rates(load_card("gtx1060-6g"))("fp32"))
+    assert simulated.estimate.peak_tensor_bytes == _measured(model, schedule, execution, micro_batch)
+
+
+def _measured(model: torch.nn.Module, schedule: Schedule | None, execution: Execution, micro_batch: int) -> int:
+    run = model if schedule is None else apply_plan(model, schedule)
+    optimizer = make_optimizer(model, OptimConfig(), "cpu")
+    step = TrainStep(run, optimizer, make_scaler(execution), execution, micro_batch)
+    images = torch.randn(BATCH, 3, 32, 32).contiguous(memory_format=execution.torch_memory_format)
+    labels = torch.randint(10, (BATCH,))
+    undo = Undo(step, model) if schedule is not None else None
+    copies = () if undo is None else undo.copies
+    with TensorMeter() as meter:
+        meter.adopt((*model.parameters(), *model.buffers(), *optimizer_tensors(optimizer), *copies, images, labels))
+        if undo is None:
+            step(images, labels, 0.1)
+        else:
+            assert not isinstance(undo.attempt(lambda: step(images, labels, 0.1)), Failure)
+    return meter.peak_bytes
