@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from lowmem.core.units import format_size
@@ -302,11 +302,14 @@ def largest_cells(setup: TableSetup) -> list[Cell]:
     ]
 
 
-def table_cells(setup: TableSetup) -> list[Cell]:
-    """Of all tables, but for the modes that corrupt memory (see `lowmem.models.memory_format`)."""
+def table_cells(setup: TableSetup, known: Mapping[str, Cell] | None = None) -> list[Cell]:
+    """Of all tables, but for the modes that corrupt memory (see `lowmem.models.memory_format`); `known`: by their keys,
+    with what a results file has of them."""
     model = skeleton(setup.arch, setup.block, width=setup.width)
     modes = [mode for mode in MODES if is_safe(model, setup.device, *mode)]
-    return [*step_cells(setup, modes), *largest_cells(setup)]
+    cells = [*step_cells(setup, modes), *largest_cells(setup)]
+    there = known or {}
+    return [replace(there.get(cell.key, cell), rounds=cell.rounds, weight=cell.weight) for cell in cells]
 
 
 def plain_of(cells: Iterable[Cell], cell: Cell) -> Cell | None:

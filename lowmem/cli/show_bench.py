@@ -54,8 +54,7 @@ def show_bench(
     limit = (2.0 if quick else 60.0) if minutes is None else minutes
     seconds = 60 * limit - _FINISH_SECONDS - time.process_time()  # importing took its time too
     with Results(folder, setup, environment, forms) as results, _teller() as tell, calls_on(setup.device) as call:
-        known = results.load()
-        cells = [known.get(cell.key, cell) for cell in table_cells(setup)]
+        cells = table_cells(setup, results.load())
         bench = Bench(setup, cells, seconds=seconds, tell=tell, save=results.save, call=call)
         tell(f"{setup.name}, batch {setup.batch}, on {environment.get('card') or 'the CPU'}; results in {folder}")
         if bench.done_before:

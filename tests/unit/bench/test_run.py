@@ -56,10 +56,9 @@ class Told(Bench):
         self.told: list[str] = []
         # Not under a lock: that is tested with the folder.
         results = Results(folder, setup, HERE, tables)
-        known = results.load()
         super().__init__(
             setup,
-            [known.get(cell.key, cell) for cell in table_cells(setup)],
+            table_cells(setup, results.load()),
             seconds=seconds,
             tell=self.told.append,
             save=results.save,
