@@ -217,7 +217,7 @@ class CheckpointConfig(Section):
 
     @property
     def steps_between_saves(self) -> int | None:
-        """Half of `every_steps`: the other half is for writing one, while training goes on (see train.interval)."""
+        """Half of `every_steps`: the other half is for writing one, while training goes on (`train.watchers`)."""
         return None if self.every_steps is None else max(1, self.every_steps // 2)
 
 

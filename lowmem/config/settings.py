@@ -56,7 +56,8 @@ def gather(
 
     flat: dict[str, object] = {}
     sources: dict[str, str] = {}
-    for source, values in layers:
+    layer: dict[str, int] = {}
+    for number, (source, values) in enumerate(layers):
         for key, value in values.items():
             _check_key(key, source)
             if key == "train.batch" and value == "auto":
@@ -64,25 +65,12 @@ def gather(
                 key, value = "memory.auto_batch", True
             elif key == "train.batch":
                 flat.pop("memory.auto_batch", None)
-            flat[key] = value
-            sources[key] = source
+            flat[key], sources[key], layer[key] = value, source, number
     flat["recipe"] = chosen
     sources["recipe"] = "flag" if recipe else (str(config_file) if "recipe" in from_file else "default")
-    config = validate(_drop_stale_block(flat, sources), sources)
-    return Settings(config, {key: sources.get(key, "default") for key in known_keys()})
-
-
-def _drop_stale_block(flat: dict[str, object], sources: Mapping[str, str]) -> dict[str, object]:
-    """A block that a file chose for its own architecture must not be forced on one given by a flag."""
-    order = ("default", "recipe", "file", "flag", "--set")
-
-    def rank(key: str) -> int:
-        source = sources.get(key, "default")
-        return order.index(source) if source in order else (1 if source.startswith("recipe ") else 2)
-
-    if "model.block" in flat and rank("model.block") < rank("model.arch"):
-        return {key: value for key, value in flat.items() if key != "model.block"}
-    return flat
+    if layer.get("model.block", -1) < layer.get("model.arch", -1):
+        flat.pop("model.block", None)  # one that a file chose for its own architecture is not forced on another
+    return Settings(validate(flat, sources), {key: sources.get(key, "default") for key in known_keys()})
 
 
 def validate(flat: Mapping[str, object], sources: Mapping[str, str]) -> Config:
@@ -245,19 +233,19 @@ def _recorded_sources(path: Path, text: str) -> dict[str, str]:
 
 def refuse_changes(recorded: Config, wanted: Config, run: str) -> None:
     """Raises UsageError naming the first setting that differs and is not operational (see `config.OPERATIONAL`)."""
-    old, new = flatten(recorded), flatten(wanted)
-    for key, value in new.items():
-        if value != old[key] and key.startswith("model."):
-            raise UsageError(
-                f"{key} is {old[key]!r} in {run} and cannot become {value!r}: train another network with `lowmem train`"
-            )
-        if value != old[key] and key == "train.epochs":
+    old = flatten(recorded)
+    for key, value in flatten(wanted).items():
+        if value == old[key] or key in OPERATIONAL:
+            continue
+        if key == "train.epochs":
             raise UsageError(
                 f"{run} is a run of {old[key]} epochs and stays one: `lowmem resume {run} --epochs {value}` goes on "
                 "from it in a new run"
             )
-        if value != old[key] and key not in OPERATIONAL:
-            raise UsageError(
-                f"{key} is {old[key]!r} in {run} and cannot become {value!r} on resume, which repeats the run exactly: "
-                f"start another with `lowmem fork {run} --at EPOCH --set {key}={value}`"
-            )
+        refused = f"{key} is {old[key]!r} in {run} and cannot become {value!r}"
+        if key.startswith("model."):
+            raise UsageError(f"{refused}: train another network with `lowmem train`")
+        raise UsageError(
+            f"{refused} on resume, which repeats the run exactly: start another with "
+            f"`lowmem fork {run} --at EPOCH --set {key}={value}`"
+        )

@@ -109,8 +109,8 @@ class _Processes(Group):
         self.local_rank = launch.local_rank
         with _peers():
             # Where processes wait for one that reads pictures or saves; one that is dead is known by its connection.
-            self._small = _new_group("gloo", _PATIENCE * timeout)
-            self._norms = _new_group(None, timeout)
+            self._small: Any = dist.new_group(backend="gloo", timeout=_PATIENCE * timeout)
+            self._norms: Any = dist.new_group(timeout=timeout)
 
     def most(self, values: Sequence[int]) -> list[int]:
         tensor = torch.tensor(values, dtype=torch.int64)
@@ -121,13 +121,11 @@ class _Processes(Group):
     def gather(self, value: Any) -> list[Any]:
         text = json.dumps(value).encode()
         (longest,) = self.most([len(text)])
-        mine = torch.zeros(longest + 8, dtype=torch.uint8)
-        framed = len(text).to_bytes(8, "big") + text
-        mine[: len(framed)] = torch.frombuffer(bytearray(framed), dtype=torch.uint8)
-        all_of_them = [torch.empty_like(mine) for _ in range(self.size)]
+        mine = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)  # blanks after JSON mean nothing
+        everyones = [torch.empty_like(mine) for _ in range(self.size)]
         with _peers():
-            dist.all_gather(all_of_them, mine, self._small)
-        return [_unframed(one) for one in all_of_them]
+            dist.all_gather(everyones, mine, self._small)
+        return [json.loads(bytes(each.tolist())) for each in everyones]
 
     def share(self, value: Any) -> Any:
         text = bytearray(json.dumps(value).encode()) if self.leads else bytearray()
@@ -182,13 +180,6 @@ class _Processes(Group):
         return self.together(work if self.leads else lambda: default)
 
 
-def _new_group(backend: str | None, timeout: timedelta) -> dist.ProcessGroup:
-    """Of all processes."""
-    group = dist.new_group(backend=backend, timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
-
-
 class _Watched:
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -196,11 +187,6 @@ class _Watched:
     def wait(self) -> None:
         with _peers():
             self._work.wait()
-
-
-def _unframed(tensor: Tensor) -> Any:
-    data = bytes(tensor.tolist())
-    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "big")])
 
 
 @contextmanager

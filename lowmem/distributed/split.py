@@ -47,14 +47,10 @@ class Split:
         batch, and of a smaller one (the last of an epoch, the test pictures) as nearly as can be."""
         rank = self.rank if rank is None else rank
         ends = (0, *accumulate(self.shares))
-        first, past = (_rounded(size * end, self.batch) for end in ends[rank : rank + 2])
+        first, past = ((2 * size * end + self.batch) // (2 * self.batch) for end in ends[rank : rank + 2])  # rounded
         return first, past
 
     def pieces(self, size: int) -> int:
         """Micro-batches that the process with the most of them makes of its part of `size` pictures."""
         parts = (self.part(size, rank) for rank in range(len(self.shares)))
         return max(-(-(past - first) // max(1, m)) for (first, past), m in zip(parts, self.micro_batches, strict=True))
-
-
-def _rounded(numerator: int, denominator: int) -> int:
-    return (2 * numerator + denominator) // (2 * denominator)

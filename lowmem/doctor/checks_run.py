@@ -24,13 +24,6 @@ ALLOCATOR_KEYS = (
     "release_lock_on_cudamalloc",
     "roundup_power2_divisions",
 )
-_OTHER_VARIABLES = (
-    "PYTORCH_NO_CUDA_MEMORY_CACHING",
-    "CUDA_LAUNCH_BLOCKING",
-    "CUDNN_CONV_WSCAP_DBG",
-    "CUDA_MODULE_LOADING",
-    "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT",
-)
 _OLD_NAME, _NEW_NAME = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
 _NEW_NAME_SINCE = "2.9"
 
@@ -100,8 +93,8 @@ def variables(facts: Facts) -> Finding | None:
     if facts.environment is None or not facts.wants_card:
         return None
     said = []
-    for name in _OTHER_VARIABLES:
-        if (given := facts.variable(name)) is not None and (effect := _effect(name, given)) is not None:
+    for name, given in facts.environment.items():
+        if (effect := _effect(name, given)) is not None:
             said.append(Finding("environment", effect[0], effect[1], facts.set_command(name, effect[2])))
     if not said:
         return None

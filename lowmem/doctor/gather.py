@@ -24,16 +24,16 @@ from lowmem.doctor.facts import Facts
 from lowmem.doctor.probe import STAGES
 from lowmem.measure.nvml import DriverReport, read_driver
 
-VARIABLES = (
-    "CUDA_VISIBLE_DEVICES",
+VARIABLES = (  # in the order in which they are told
+    "PYTORCH_NO_CUDA_MEMORY_CACHING",
     "CUDA_LAUNCH_BLOCKING",
-    "CUDA_MODULE_LOADING",
     "CUDNN_CONV_WSCAP_DBG",
+    "CUDA_MODULE_LOADING",
+    "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT",
+    "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
-    "PYTORCH_NO_CUDA_MEMORY_CACHING",
-    "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT",
 )
 _PROBE_SECONDS = 120.0  # the first use of a card by a new build may compile for a minute
 

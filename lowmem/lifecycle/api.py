@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lowmem.config.schema import Config, flatten, known_keys
 from lowmem.config.settings import Settings
 from lowmem.core.errors import UsageError
-from lowmem.distributed.launch import Launch, is_led
+from lowmem.distributed.launch import Launch, refuse_several
 from lowmem.runs.view import recorded_settings
 from lowmem.train.observer import Observer
 
@@ -56,7 +56,8 @@ def resume_training(
     settings with them. Raises UsageError if the folder is no run or anything else differs, CorruptCheckpoint if nothing
     can be resumed, PeerLost.
     """
-    recorded = None if is_led() else recorded_settings(Path(path))  # the folder may be on another machine
+    # Of several processes one has the folder, perhaps on another machine: they look together.
+    recorded = recorded_settings(Path(path)) if Launch.of_environment() is None else None
     given = flatten(changes.config) if isinstance(changes, Settings) else dict(changes or {})
     if recorded is not None:
         before = flatten(recorded.config)
@@ -85,12 +86,7 @@ def fork_run(
     first step, and then nothing of it stays. Raises UsageError if nothing changes, the network would, or there is no
     such checkpoint; the old run is only read.
     """
-    launch = Launch.of_environment()
-    if launch is not None and launch.size > 1:
-        raise UsageError(
-            f"a fork is made by one process: begin `lowmem fork {source} …`, stop it with Ctrl-C, then go on "
-            "with several, `torchrun … -m lowmem resume` the new run"
-        )
+    refuse_several("lowmem fork")
     source = Path(source)
     if source.name in ("", ".."):
         source = source.resolve()

@@ -6,7 +6,6 @@ its disk.
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -20,15 +19,16 @@ from lowmem.choose.execution import wants_plan
 from lowmem.choose.explain import inexact
 from lowmem.config.schema import Config, flatten, nest
 from lowmem.config.settings import Settings, refuse_changes, to_yaml
-from lowmem.core.errors import Diverged, PreflightError, UsageError
+from lowmem.core.errors import PreflightError, UsageError
 from lowmem.core.reading import shorten
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
-from lowmem.distributed.launch import Launch
 from lowmem.lifecycle import fork
 from lowmem.lifecycle.preflight import preflight
 from lowmem.lifecycle.run_identity import (
+    begun_before,
     belongs_to,
+    launcher,
     most_bytes,
     record_plans,
     recorded_run,
@@ -177,7 +177,7 @@ class Resume:
         """Locks the folder. Raises UsageError if it is no run or if what is given is not operational, CorruptCheckpoint
         if nothing can be resumed."""
         known = self._known
-        recorded = self._recorded = share_settings(group, lambda: known or recorded_settings(self.path))
+        recorded = self._recorded = share_settings(group, lambda: known or _recorded_here(self.path, group))
 
         def changed() -> Settings:
             settings = resolve_execution(recorded.replace(self.given, "resume"))
@@ -266,7 +266,7 @@ def _resolved(settings: Settings) -> Settings:
 
 def share_settings(group: Group, read: Callable[[], Settings]) -> Settings:
     """What `read` gives in rank 0, in every process."""
-    mine = group.lead(lambda: _read_here(group, read), None)
+    mine = group.lead(read, None)
     shared = group.share(None if mine is None else [flatten(mine.config), dict(mine.sources)])
     if mine is not None:
         return mine
@@ -274,9 +274,10 @@ def share_settings(group: Group, read: Callable[[], Settings]) -> Settings:
     return Settings(Config.model_validate(nest(values)), sources)
 
 
-def _read_here(group: Group, read: Callable[[], Settings]) -> Settings:
+def _recorded_here(path: Path, group: Group) -> Settings:
+    """`recorded_settings`, in the process that has to have the run."""
     try:
-        return read()
+        return recorded_settings(path)
     except UsageError as error:
         if group.alone:
             raise
@@ -299,31 +300,6 @@ def _refuse_existing(path: Path) -> None:
         raise PreflightError(
             f"{path} cannot be looked at ({error.strerror or error}): choose another folder with --out"
         ) from None
-
-
-def begun_before(group: Group, path: Path, config: Config) -> bool:
-    """Whether torchrun has started these processes again after a failure, and it was they who began this run, with
-    these settings. Raises Diverged if the run then stopped as it was asked to: starting again does not undo that."""
-
-    def begun() -> bool:
-        if group.restarts == 0 or not (path / "config.yaml").is_file():
-            return False
-        known = RunView(path).env
-        mine = {"asked": config_hash(config), "launcher": launcher()}
-        if {key: known.get(key) for key in mine} != mine or never_began(path):
-            return False
-        for last in RunView(path).events[-1:]:
-            if last.kind == "diverged" or (last.kind == "stuck" and last.detail.get("stopped")):
-                why = shorten(last.detail.get("why") or "it learns nothing", 500)
-                raise Diverged(f"{path} was stopped before this restart, as asked: {why}")
-        return True
-
-    return bool(group.share(group.lead(begun, False)))
-
-
-def launcher() -> int | None:
-    """The process that started this one, if that is torchrun: it outlives those that it starts again."""
-    return None if Launch.of_environment() is None else os.getppid()
 
 
 def _headline(trainer: Trainer, path: Path) -> str:

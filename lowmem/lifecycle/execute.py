@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,17 +22,17 @@ from lowmem.distributed.group import Group, join
 from lowmem.distributed.launch import Launch
 from lowmem.distributed.split import Split
 from lowmem.lifecycle.begin import Fork, New, Resume
-from lowmem.lifecycle.startup_signals import leaving_early
 from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.out_of_memory import classify
 from lowmem.models import build
 from lowmem.remat.libraries import prepare_libraries
 from lowmem.step.train_step import Execution
 from lowmem.train.loop import Outcome, Trainer
+from lowmem.train.metrics import check_tensorboard
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import starts_low
-from lowmem.train.state import config_hash, restore
-from lowmem.train.tensorboard import check_board, exporting
+from lowmem.train.signals import StartupSignals
+from lowmem.train.state import config_hash
 from lowmem.trial.plan_trial import confirm_run, wants_confirmation
 
 
@@ -44,7 +44,6 @@ class RunResult:
     outcome: Outcome
 
 
-@leaving_early()
 def execute(begin: New | Resume | Fork, observer: Observer | None = None) -> RunResult:
     """A run from its beginning, whichever that is, to its end: by this process, or by all that torchrun has started.
 
@@ -52,7 +51,7 @@ def execute(begin: New | Resume | Fork, observer: Observer | None = None) -> Run
     OutOfMemory, Diverged, DiskError, PeerLost, and Interrupted after a signal, with everything saved.
     """
     launch, observer = _launched(observer, str(begin.given.get("train.device", "auto")))
-    with _joined(launch, begin.given) as group, ExitStack() as stack:
+    with StartupSignals(), _joined(launch, begin.given) as group, ExitStack() as stack:
         if isinstance(begin, New):
             begin = begin.after_restart(group, observer)
         start = begin.open(group, observer, stack)
@@ -68,12 +67,10 @@ def execute(begin: New | Resume | Fork, observer: Observer | None = None) -> Run
         folder = begin.folder(group, start, decision.settings, stack)
         trainer = make_trainer(group, decision, dataset, observer, begin.path)
         if checkpoint is not None:
-            parts = (trainer.model, trainer.optimizer, trainer.step.scaler, trainer.identity)
-            trainer.state = group.together(lambda: restore(checkpoint, *parts))
+            trainer.state = group.together(lambda: trainer.restore(checkpoint))
         if not begin.commit(decision, trainer, folder):
             return RunResult(begin.path, Outcome(False, trainer.state))
-        with exporting(trainer, begin.path) if group.leads else nullcontext():
-            return RunResult(begin.path, trainer.run(folder))
+        return RunResult(begin.path, trainer.run(folder))
 
 
 # -- one process, or several -------------------------------------------------------------------------------------------
@@ -115,7 +112,7 @@ def _require_alike(group: Group, what: str, value: str, way_out: str) -> None:
 def refuse_unfit(group: Group, config: Config) -> None:
     """What takes no time to refuse. Raises PreflightError, UsageError. The libraries are set for all that follows."""
     require_device(config.train.device)
-    check_board(config)
+    check_tensorboard(config)
     if group.size > config.train.batch:
         raise UsageError(
             f"a batch of {config.train.batch} cannot be split over {group.size} processes: raise --batch, or start "

@@ -26,8 +26,7 @@ from lowmem.runs.checkpoint_state import Position
 from lowmem.runs.setup import FORKING
 from lowmem.runs.store import RunFolder
 from lowmem.runs.view import RunView
-from lowmem.train.lr_preview import RateCurve, rate_curve, side_by_side
-from lowmem.train.schedule import starts_low
+from lowmem.train.schedule import RateCurve, rate_curve, side_by_side, starts_low
 from lowmem.train.state import config_hash
 
 _AT = re.compile(r"([0-9]{1,15})|step:([0-9]{1,15})|last")

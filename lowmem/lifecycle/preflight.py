@@ -25,9 +25,9 @@ from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, csv_line, gradient_line
 from lowmem.runs.setup import kept_epochs, rows_bytes, run_bytes
 from lowmem.runs.store import RunFolder
 from lowmem.runs.view import read_run
-from lowmem.train.gradients import default_every
 from lowmem.train.loop import Trainer
-from lowmem.train.trial_step import Tried, try_step
+from lowmem.train.stall import default_every
+from lowmem.train.trial_step import StepTrial, try_step
 
 OUTPUTS = "settings, checkpoint, weights, metrics, gradients, events and report"
 
@@ -45,7 +45,7 @@ def preflight(trainer: Trainer, folder: RunFolder) -> None:
     trainer.group.lead(lambda: _try_all(trainer, folder, tried, began), None)
 
 
-def _try_all(trainer: Trainer, folder: RunFolder, tried: Tried, began: float) -> None:
+def _try_all(trainer: Trainer, folder: RunFolder, tried: StepTrial, began: float) -> None:
     trial = folder.path / ".preflight"
     try:
         checkpoint_bytes, saving_seconds = _try_outputs(trainer, folder, trial, tried)
@@ -70,7 +70,7 @@ def _try_all(trainer: Trainer, folder: RunFolder, tried: Tried, began: float) ->
 # -- outputs -----------------------------------------------------------------------------------------------------------
 
 
-def _try_outputs(trainer: Trainer, folder: RunFolder, trial: Path, tried: Tried) -> tuple[int, float]:
+def _try_outputs(trainer: Trainer, folder: RunFolder, trial: Path, tried: StepTrial) -> tuple[int, float]:
     """All of them by the code that will write them, into a run folder like the real one. Returns the bytes of a
     checkpoint, and the seconds that saving takes at the end of an epoch."""
     settings = folder.path / "config.yaml"
@@ -110,7 +110,7 @@ def _try_checkpoint(trainer: Trainer, run: RunFolder) -> int:
     return sum(file.stat().st_size for file in path.iterdir())
 
 
-def _try_rows(trainer: Trainer, run: RunFolder, tried: Tried) -> None:
+def _try_rows(trainer: Trainer, run: RunFolder, tried: StepTrial) -> None:
     """metrics.csv, steps.csv, gradients.csv and events.jsonl by their readers."""
     test, seen = tried.score, trainer.meter.read()
     row: dict[str, Any] = {"epoch": 1, "step": 2, "lr": trainer.config.optim.lr, "elapsed_seconds": tried.step_seconds}
@@ -176,7 +176,7 @@ def _finite(value: float) -> float:
 # -- what the run will take --------------------------------------------------------------------------------------------
 
 
-def _time_line(trainer: Trainer, tried: Tried, saving_seconds: float) -> str:
+def _time_line(trainer: Trainer, tried: StepTrial, saving_seconds: float) -> str:
     config, state, dataset = trainer.config.train, trainer.state, trainer.dataset
     per_epoch = trainer.batches.steps_per_epoch
     steps = (config.epochs - state.epoch) * per_epoch - state.step_in_epoch

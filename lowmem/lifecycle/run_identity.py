@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -10,20 +11,21 @@ from typing import Any
 from lowmem.choose.decide import RecordedRun
 from lowmem.choose.execution import wants_plan
 from lowmem.config.schema import Config
-from lowmem.config.settings import from_yaml
-from lowmem.core.errors import CorruptCheckpoint
+from lowmem.core.errors import CorruptCheckpoint, Diverged
 from lowmem.core.reading import PLAN_LIMIT_BYTES, read_json, shorten
 from lowmem.distributed.group import Group
+from lowmem.distributed.launch import Launch
 from lowmem.models import skeleton
 from lowmem.models.resnet import ResNet
 from lowmem.plan.record import Plan
 from lowmem.remat import stage_names
 from lowmem.runs.checkpoint import Checkpoint
-from lowmem.runs.setup import require_run
+from lowmem.runs.setup import never_began
 from lowmem.runs.store import PLAN, RunFolder, plan_file
 from lowmem.runs.verify import Belonging, Verified, verify_run
-from lowmem.train.gradients import measured_weights
+from lowmem.runs.view import RunView, recorded_settings
 from lowmem.train.observer import Observer
+from lowmem.train.stall import measured_weights
 from lowmem.train.state import check_belongs, config_hash
 
 Shape = tuple[int | None, ...]
@@ -73,6 +75,33 @@ def belongs_to(config: Config) -> Callable[[Checkpoint], None]:
             raise CorruptCheckpoint(f"step {saved.step} is of an epoch after the run's last, {config.train.epochs}")
 
     return check
+
+
+# -- a run that torchrun starts again ----------------------------------------------------------------------------------
+
+
+def begun_before(group: Group, path: Path, config: Config) -> bool:
+    """Whether torchrun has started these processes again after a failure, and it was they who began this run, with
+    these settings. Raises Diverged if the run then stopped as it was asked to: starting again does not undo that."""
+
+    def begun() -> bool:
+        if group.restarts == 0 or not (path / "config.yaml").is_file() or never_began(path):
+            return False
+        run, mine = RunView(path), {"asked": config_hash(config), "launcher": launcher()}
+        if {key: run.env.get(key) for key in mine} != mine:
+            return False
+        for last in run.events[-1:]:
+            if last.kind == "diverged" or (last.kind == "stuck" and last.detail.get("stopped")):
+                why = shorten(last.detail.get("why") or "it learns nothing", 500)
+                raise Diverged(f"{path} was stopped before this restart, as asked: {why}")
+        return True
+
+    return bool(group.share(group.lead(begun, False)))
+
+
+def launcher() -> int | None:
+    """The process that started this one, if that is torchrun: it outlives those that it starts again."""
+    return None if Launch.of_environment() is None else os.getppid()
 
 
 # -- plans: plan.json, and one for each further process that trains the run --------------------------------------------
@@ -144,8 +173,7 @@ def verify(run: Path) -> Verified:
 
     Raises UsageError if it is no run or its config.yaml cannot be used.
     """
-    require_run(run)
-    config = from_yaml(run / "config.yaml").config
+    config = recorded_settings(run).config
     shapes = network_shapes(config)
     return verify_run(
         run,

@@ -2,10 +2,9 @@
 
     z1 = conv1(x)   a1 = relu(bn1(z1))   …   y = relu(bn_n(z_n) + shortcut(x))
 
-Bottleneck, basic and plain blocks and the stem (one pair, no shortcut) are all of this form. Between
-forward and backward any subset of the z's and a's can be kept; the backward computes the others again,
-each only when it is needed, from the nearest kept tensor, and frees every tensor once it is dead. The
-shortcut's z is called zs.
+Bottleneck, basic and plain blocks and the stem (one pair, no shortcut) are all of this form. Between forward and
+backward any subset of the z's and a's can be kept; the backward computes the others again, each only when it is needed,
+from the nearest kept tensor, and frees every tensor once it is dead. The shortcut's z is called zs.
 """
 
 from __future__ import annotations

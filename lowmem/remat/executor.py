@@ -5,9 +5,8 @@ activation dies. Between forward and backward there is one entry per item of the
 the input of its first stage and what its stage keeps; the output is held by the next entry, as its input.
 The gradient that travels down the chain belongs to the executor and is changed in place.
 
-Known limitations: gradients are added to `.grad` directly, so that `torch.autograd.grad` with respect to
-parameters, hooks on parameters and a second backward through the same output do not work; outputs have no
-second derivative.
+Known limitations: gradients are added to `.grad` directly, so that `torch.autograd.grad` with respect to parameters,
+hooks on parameters and a second backward through the same output do not work; outputs have no second derivative.
 """
 
 from __future__ import annotations

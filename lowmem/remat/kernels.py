@@ -57,8 +57,7 @@ def convolve(conv: nn.Conv2d, x: Tensor, low: torch.dtype | None) -> Tensor:
 def convolve_backward(
     conv: nn.Conv2d, grad: Tensor, x: Tensor, low: torch.dtype | None, need_input: bool
 ) -> Tensor | None:
-    """Adds the weight's gradient to `.grad`; returns the input's, in the input's dtype, or None if not
-    needed."""
+    """Adds the weight's gradient to `.grad`; returns the input's, in the input's dtype, or None if not needed."""
     weight, dtype = conv.weight, x.dtype
     mask = [need_input, weight.requires_grad, False]
     if not any(mask):
@@ -283,8 +282,7 @@ def _run_norm(
     eps: float,
     in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`native_batch_norm` of a new tensor or in z's place -> result, mean, invstd (both empty in
-    evaluation)."""
+    """`native_batch_norm` of a new tensor or in z's place -> result, mean, invstd (both empty in evaluation)."""
     if not in_place or z.device.type not in ("cpu", "cuda"):
         return _aten.native_batch_norm(z, weight, bias, mean, var, training, momentum, eps)
     dtype = torch.float32 if z.is_cuda and z.dtype != torch.float64 else weight.dtype

@@ -1,7 +1,6 @@
 """A model as a chain of stages, and `apply_plan`: a module that trains like the model, and executes a plan.
 
-The family is recognised by its structure (names and types of children), so that this room knows no model
-of its own:
+The family is recognised by its structure (names and types of children), so that this room knows no model of its own:
 
 - a network has exactly the children `conv1`, `bn1`, `layer1`, `layer2`, … (sequences) and `linear`; its
   head averages over 4x4 and flattens;
@@ -153,8 +152,7 @@ def _block(name: str, module: nn.Module) -> ConvBlock | None:
 
 
 def _pair(conv: nn.Module | None, bn: nn.Module | None) -> Pair | None:
-    """None unless both are exactly what the kernels cover: no bias, zero padding, affine, running
-    statistics."""
+    """None unless both are exactly what the kernels cover: no bias, zero padding, affine, running statistics."""
     if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
         return None
     if conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):

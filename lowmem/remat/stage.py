@@ -32,10 +32,9 @@ class StagePass:
     """What a stage remembers through one forward pass and the recomputations that belong to it.
 
     `low`: the dtype of autocast, or None. `library_norm`: see `lowmem.remat.kernels`. `total`: see
-    `lowmem.remat.sync_batch_norm`; None: batch statistics are this process's own. `norms`: batch
-    statistics by convolution (`"1"`, …, `"s"`). `rng`: generator states before the first run, for stages
-    that draw random numbers. `first`: nothing has run yet, so that buffers have to be moved (invariant
-    2).
+    `lowmem.remat.sync_batch_norm`; None: batch statistics are this process's own. `norms`: batch statistics by
+    convolution (`"1"`, …, `"s"`). `rng`: generator states before the first run, for stages that draw random numbers.
+    `first`: nothing has run yet, so that buffers have to be moved (invariant 2).
     """
 
     low: torch.dtype | None
@@ -79,12 +78,10 @@ class Stage(Protocol):
         need_input: bool,
         want_output: bool = True,
     ) -> tuple[Tensor | None, Saved]:
-        """Output and kept tensors; policy None saves nothing. Without `want_output` only what is kept is
-        computed."""
+        """Output and kept tensors; policy None saves nothing. Without `want_output` only what is kept is computed."""
 
     def restore(self, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:
-        """The output again, from the input and the kept tensors; may add to `saved` what the backward
-        needs too."""
+        """The output again, from the input and the kept tensors; may add to `saved` what the backward needs too."""
 
     def backward(self, grad: Box, saved: Saved, x: Tensor, memo: StagePass, *, need_input: bool) -> Tensor | None:
         """Adds the parameters' gradients to `.grad`; returns the input's (a tensor of its own), or None."""

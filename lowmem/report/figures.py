@@ -122,7 +122,7 @@ def _chart(panel: Panel, runs: Sequence[NamedRun], classes: int | None, title: s
         steps = [(run, step_losses(run.history)) for run in runs]
         losses = [loss for _, points in steps for _, loss in points]
         width, opacity = (0.8, 0.35) if len(losses) <= FEW_STEPS else (0.4, 0.16)
-        for run, points in steps:
+        for run, points in (those for those in steps if len(those[1]) > 1):  # of one step there is no line
             series.append(Series(points=points, style=LineStyle(run.style.colour, width=width, opacity=opacity)))
         if losses:
             shares = (float(np.quantile(losses, share)) for share in (0.02, 0.98))  # not the odd spike
@@ -174,27 +174,21 @@ def draw_rate_curve(title: str, past: Points, before: Points, after: Points, for
     Each curve: (epochs done, rate from there on), its last point repeating the rate at the end; any may be empty.
     `fork_at`: epochs done at the fork.
     """
-    curves = [(points, stairs(points)) for points in (past, before, after)]
-    rates = [rate for points, _ in curves for _, rate in points if rate > 0] or [1.0]
-    limits = log_limits(rates)
-    (_, until), (_, as_before), (_, as_now) = curves
-    series = [
-        Series(points=[(fork_at, rate) for rate in limits], style=LineStyle(NEUTRAL, DOTTED, 1.0)),
-        # It ends in the middle: its words stand on it.
-        Series(points=until, style=LineStyle("#000000", width=2.0), label="until the fork", inside=True),
-    ]
-    for points, style, words in (
-        (as_before, LineStyle("#B87400", (0, (2.0, 1.0)), 3.0), "as before"),
-        (as_now, LineStyle(MEASURED, width=2.0), "after the fork"),
+    limits = log_limits([rate for points in (past, before, after) for _, rate in points if rate > 0] or [1.0])
+    series = [Series(points=[(fork_at, rate) for rate in limits], style=LineStyle(NEUTRAL, DOTTED, 1.0))]
+    for points, look, words, inside in (
+        (past, LineStyle("#000000", width=2.0), "until the fork", True),  # it ends in the middle
+        (before, LineStyle("#B87400", (0, (2.0, 1.0)), 3.0), "as before", False),
+        (after, LineStyle(MEASURED, width=2.0), "after the fork", False),
     ):
-        if points:
-            series.append(Series(points=points, style=style, label=f"{words}  {points[-1][1]:.3g}"))
+        label = words if inside or not points else f"{words}  {points[-1][1]:.3g}"
+        series.append(Series(points=stairs(points), style=look, label=label, inside=inside))
     chart = Chart(
         title=title,
         x_title="epochs done",
         y_title="learning rate, log scale",
         series=[one for one in series if one.points],
-        x_limit=1.02 * max([fork_at, 1.0, *(at for points, _ in curves for at, _ in points)]),
+        x_limit=1.02 * max(fork_at, 1.0, *(at for points in (past, before, after) for at, _ in points)),
         y_limits=limits,
         log=True,
     )

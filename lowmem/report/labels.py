@@ -31,6 +31,7 @@ _LEAST_CONTRAST = 4.0
 # Inside. Of a text from its place, in points: its near edge sideways (0: its middle), its middle upwards.
 _SIDEWAYS, _UPWARDS = (10, -10, 0, -20, 20), (0, 12, -12, 18, -18, 26, -26, 36, -36, 48, -48, 64, -64)
 _OFFSETS = np.array([offset for offset in product(_SIDEWAYS, _UPWARDS) if offset != (0, 0)], dtype=float)
+_FAR_POINTS = 2e3  # beyond any page
 _STEP_POINTS = 4.0  # between the boxes that stand for a line
 _AIR_POINTS = 2.0  # around a text and a line
 _BOLD_FROM_POINTS = 2.0  # the text of a line that is wider: the subject of the chart
@@ -236,4 +237,5 @@ def _sampled(axes: Axes, points: Points, step: float) -> NDArray[np.float64]:
 def _on_page(axes: Axes, points: Points) -> NDArray[np.float64]:
     """(points, 2): in points of the page."""
     pixels = axes.transData.transform(np.asarray(points, dtype=float).reshape(-1, 2))
-    return np.asarray(pixels) * 72 / figure_of(axes).dpi
+    on_page = np.asarray(pixels) * 72 / figure_of(axes).dpi
+    return np.clip(on_page, -_FAR_POINTS, _FAR_POINTS)  # a zero on a log axis lies a thousand decades down

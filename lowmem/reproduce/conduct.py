@@ -252,7 +252,7 @@ class Conductor(StopSignals):
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name, first = signal.Signals(number).name, self.requested is None
         self.requested = self.requested or name
-        if (self._insistence.insists(name) or first) and name != "SIGBREAK":  # which reaches the process by itself
+        if (self._insists(name) or first) and name != "SIGBREAK":  # which reaches the process by itself
             self._ask()
 
     def _pause(self, number: int, frame: FrameType | None) -> None:

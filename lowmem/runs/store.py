@@ -30,7 +30,7 @@ from lowmem.runs.atomic import (
 from lowmem.runs.checkpoint import FULL, disk_error
 from lowmem.runs.lock import Owner, RunLock
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, csv_line, gradient_line
-from lowmem.runs.setup import FORKING, clear, refuse_existing, require_run
+from lowmem.runs.setup import FORKING, clear, refuse_existing
 from lowmem.runs.tables import cut_table
 
 if TYPE_CHECKING:
@@ -106,9 +106,8 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """Opens an existing run for writing. Raises UsageError if it is none or another process writes it, DiskError if
-        there is no room, PreflightError if it cannot be written otherwise."""
-        require_run(path)
+        """Opens an existing run for writing, which the caller has looked at (`setup.require_run`). Raises UsageError if
+        another process writes it, DiskError if there is no room, PreflightError if it cannot be written otherwise."""
         try:
             return cls(path, RunLock.acquire(path))
         except OSError as error:

@@ -38,8 +38,7 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class OptionMeasure:
-    """Bytes above the chain's; the fields of `lowmem.plan.cost.OptionCost` have the same names and
-    meaning."""
+    """Bytes above the chain's; the fields of `lowmem.plan.cost.OptionCost` have the same names and meaning."""
 
     option: Option
     kept_bytes: int
@@ -87,7 +86,7 @@ def measure_chain(
             trainable = tuple(parameter.requires_grad for parameter in stage.parameters())
             key = (stage.signature, trainable, x.shape, x.stride(), x.dtype, need_input, masked, mode)
             if key not in known:
-                bench = _Bench(stage, x, new_memo, need_input, masked, recorder)
+                bench = _StageBench(stage, x, new_memo, need_input, masked, recorder)
                 known[key] = bench.measure(key, options(stage))
             yield known[key]
             y, _ = stage.forward([x], None, new_memo(), need_input=False)
@@ -96,20 +95,16 @@ def measure_chain(
             need_input, masked = need_input or any(trainable), stage.relu_output
 
 
-class _Bench:
+@dataclass(frozen=True)
+class _StageBench:
     """One stage on its input."""
 
-    def __init__(
-        self,
-        stage: Stage,
-        x: Tensor,
-        new_memo: Callable[[], StagePass],
-        need_input: bool,
-        masked: bool,
-        recorder: Recorder,
-    ) -> None:
-        self.stage, self.x, self.new_memo = stage, x, new_memo
-        self.need_input, self.masked, self.recorder = need_input, masked, recorder
+    stage: Stage
+    x: Tensor
+    new_memo: Callable[[], StagePass]
+    need_input: bool
+    masked: bool
+    recorder: Recorder
 
     def measure(self, key: Hashable, options: Sequence[Option]) -> StageMeasure:
         start = self._mark()

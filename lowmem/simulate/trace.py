@@ -45,8 +45,7 @@ class MemoryEvent:
 
 @dataclass(frozen=True, slots=True)
 class KernelWork:
-    """One kernel: floating-point operations, and bytes with each operand read once, each result written
-    once."""
+    """One kernel: floating-point operations, and bytes with each operand read once, each result written once."""
 
     operation: str
     flops: int
@@ -121,8 +120,7 @@ class Estimate:
 
 
 def estimate(trace: Trace, capacity_bytes: int | None = None) -> Estimate:
-    """Plays the trace through the allocator's model. Raises `allocator.DeviceFull` if it does not fit a
-    capacity."""
+    """Plays the trace through the allocator's model. Raises `allocator.DeviceFull` if it does not fit a capacity."""
     kinds = trace.all_kinds()
     allocator = Allocator(capacity_bytes)
     live = dict.fromkeys(Kind, 0)

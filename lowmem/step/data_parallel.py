@@ -13,7 +13,6 @@ only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +23,6 @@ from lowmem.distributed.reducer import Reducer
 from lowmem.distributed.split import Split
 from lowmem.remat import PlannedModule
 from lowmem.remat.sync_batch_norm import sum_sizes
-
-
-@dataclass(frozen=True)
-class StepRequest:
-    """What a process brings into a step, or what all of them agreed on: `stop`, the number of a signal or 0; whether to
-    save; whether memory is short."""
-
-    stop: int = 0
-    save: bool = False
-    short: bool = False
 
 
 class DataParallelStep:
@@ -49,8 +38,8 @@ class DataParallelStep:
         self._norm_sizes = sum_sizes(stage.norms for stage in run.stages) if sync_bn else ()
         run.stage_done = self._reducer.stage_done
         run.total = self.norm_total if sync_bn else None
-        self.ask: Callable[[], StepRequest] = StepRequest
-        self.agreed = StepRequest()
+        self.verdict: Callable[[], int] = int  # of this process on the run, a greater number for a stronger one
+        self.agreed = 0  # the strongest verdict of all processes in the last step
         self.begin(0)
 
     def begin(self, size: int) -> tuple[int, int]:
@@ -88,12 +77,12 @@ class DataParallelStep:
         self._summed = True
 
     def agree(self) -> None:
-        """The verdict, when nothing is left to do but the update. Raises PeerFailed."""
+        """Whether all have made it, when nothing is left to do but the update. Raises PeerFailed."""
         if any(self._vote(failed=False)):
             raise PeerFailed("another process could not make this step")
 
     def fail(self) -> None:
-        """Of a process whose own step failed and was undone: what it owes the others, and its verdict."""
+        """Of a process whose own step failed and was undone: what it owes the others, and its vote."""
         sums = len(self._norm_sizes)
         for call in range(self._norm_calls, self.split.pieces(self._size) * sums):
             self.group.total(self._zeros(self._norm_sizes[call % sums]))
@@ -107,11 +96,9 @@ class DataParallelStep:
         return torch.zeros(elements, dtype=torch.float64, device=self._device)
 
     def _vote(self, *, failed: bool) -> list[int]:
-        asked = self.ask()
         votes = [0] * self.group.size
         votes[self.group.rank] = int(failed)
-        stop, save, short, *votes = self.group.most([asked.stop, int(asked.save), int(asked.short), *votes])
-        self.agreed = StepRequest(stop, bool(save), bool(short))
+        self.agreed, *votes = self.group.most([self.verdict(), *votes])
         return votes
 
 

@@ -1,141 +1,343 @@
-"""`Trainer`: one run in this process, put together: network, optimizer, step, batches, state."""
+"""The loop over steps and epochs: each step, and each end of an epoch, gives the watchers' verdict; one `match` acts.
+
+Of several processes each runs this loop, step by step the same way; rank 0 alone has a folder and a saver. What only
+one of them may know (its clock, a signal, its memory) becomes common knowledge before anybody acts on it (`_agree`).
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NoReturn
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from lowmem.config.schema import Config
-from lowmem.data import Dataset, Pictures, TrainBatches
-from lowmem.distributed.group import Group
-from lowmem.distributed.split import Split, even_shares
-from lowmem.measure import Meter
-from lowmem.models.memory_format import check_memory_format
-from lowmem.plan.policy import SAVE_ALL, uniform
-from lowmem.plan.record import Plan
-from lowmem.remat import apply_plan, stage_names
-from lowmem.runs import checkpoint as checkpoints
+from lowmem.core.errors import Interrupted, PeerLost, Stuck
+from lowmem.data import Pictures
+from lowmem.measure.out_of_memory import Failure
 from lowmem.runs.checkpoint_state import RunState
-from lowmem.runs.saver import NullSaver, Saver
+from lowmem.runs.saver import NullSaver, Save, Saver
 from lowmem.runs.store import NullFolder, RunFolder
-from lowmem.step.data_parallel import DataParallelStep, are_alike
-from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
-from lowmem.train.epochs import Loop, Outcome
-from lowmem.train.observer import Observer
+from lowmem.step.evaluate import Score, Sums
+from lowmem.step.undo import Undo
+from lowmem.train.divergence import Divergence, roll_back
+from lowmem.train.metrics import Metrics, exporting
+from lowmem.train.oom_fallback import OomFallback
+from lowmem.train.replica import Replica
+from lowmem.train.schedule import next_low_start
 from lowmem.train.signals import StopSignals
-from lowmem.train.state import capture, restore, share_checkpoint
+from lowmem.train.stall import Chance, Stall, way_out
+from lowmem.train.watchers import MAX_STEPS, STALLED, Act, CheckpointInterval, PlanCheck, Verdict, strongest
 
-__all__ = ["Outcome", "Trainer"]
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: finished, or stopped early by train.max_steps."""
+
+    finished: bool
+    state: RunState
 
 
-class Trainer:
-    """One run in this process. `restore` may be called before `run`; `run` may be called once."""
-
-    def __init__(
-        self,
-        config: Config,
-        model: nn.Module,
-        dataset: Dataset,
-        execution: Execution,
-        identity: dict[str, str],
-        observer: Observer,
-        plan: Plan | None = None,
-        group: Group | None = None,
-        split: Split | None = None,
-    ) -> None:
-        """`plan`: for this process's share of the batch. `group`: the processes that train the run; `split`: of the
-        batch among them (None: even)."""
-        self.config = config
-        self.plan = plan
-        self.execution = execution
-        self.identity = identity
-        self.observer = observer
-        self.dataset = dataset
-        check_memory_format(model, execution.device, execution.precision, execution.memory_format)
-        self.model = model.to(device=execution.device, memory_format=execution.torch_memory_format)  # type: ignore[call-overload]
-        self.model.train()
-        self.optimizer = make_optimizer(self.model, config.optim, execution.device)
-        # Shares every parameter and buffer with the model, which evaluation runs as it is: without gradients there is
-        # nothing to keep.
-        self.planned = None if plan is None else apply_plan(self.model, plan)
-        micro_batch = config.train.micro_batch if plan is None else plan.micro_batch
-        self.group = group or Group()
-        joint = None if self.group.alone else self._join(split)
-        run = self.planned or self.model
-        self.step = TrainStep(run, self.optimizer, make_scaler(execution), execution, micro_batch, joint)
-        self.batches = TrainBatches(
-            dataset.train,
-            seed=config.seed,
-            batch=config.train.batch,
-            augment=config.data.augment,
-            mean=dataset.mean,
-            std=dataset.std,
-            device=execution.device,
-        )
-        self.state = RunState(processes=self.group.size)
-        self.meter = Meter(execution.device)
-
-    def _join(self, split: Split | None) -> DataParallelStep:
-        """The step's dealings with the other processes; the executor runs the network then, with a plan or without."""
-        group, config = self.group, self.config.train
-        split = split or Split(even_shares(config.batch, group.size), group.rank)
-        if self.planned is None:
-            self.planned = apply_plan(self.model, uniform([SAVE_ALL] * len(stage_names(self.model))))
-        return DataParallelStep(self.planned, group, split, self.execution.device, sync_bn=config.sync_bn)
-
-    def next_batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, int]:
-        """Images and labels of this process for a step, on the device, and the size of the whole effective batch."""
-        size = self.batches.size(step)
-        part = None if self.step.joint is None else self.step.joint.begin(size)
-        layout = self.execution.torch_memory_format
-        images, labels = self.batches.batch(epoch, step, memory_format=layout, part=part)
-        return images, labels, size
-
-    def part_of(self, pictures: Pictures) -> Pictures:
-        """Those that this process evaluates."""
-        if self.step.joint is None:
-            return pictures
-        first, past = self.step.joint.split.part(len(pictures))
-        return Pictures(pictures.images[first:past], pictures.labels[first:past])
-
-    def keep_alike(self, folder: RunFolder) -> None:
-        """Before weights are saved: that all processes have the same. Cards of different kinds may round differently;
-        then all go on with rank 0's. Raises RuntimeError on the CPU, where that is a fault."""
-        if are_alike(self.group, self.model):
-            return
-        if self.execution.device == "cpu":
-            raise RuntimeError(
-                "the processes' weights have come apart, which is a fault of lowmem or of a machine; nothing of this "
-                f"epoch was saved: go on from before it with `lowmem resume {folder.path}`"
-            )
-        self.take_over_from_rank_0()
-        folder.event("warning", what="weights of the processes differed", step=self.state.step)
-        self.observer.warning("the processes' weights differed by rounding: all go on with those of process 0")
-
-    def take_over_from_rank_0(self) -> None:
-        """Weights, statistics and momentum of all processes become rank 0's."""
-        found = (self.checkpoint(), Path()) if self.group.leads else None
-        shared = share_checkpoint(self.group, found)
-        assert shared is not None
-        if not self.group.leads:
-            restore(shared[0], self.model, self.optimizer, self.step.scaler, self.identity)
-
-    def take(self, plan: Plan) -> None:
-        """Goes on under another plan that computes the same (the ladder's: same micro-batch, precision, format)."""
-        assert self.planned is not None
-        self.planned.set_schedule(plan.schedule)
-        self.plan = plan
-
-    def checkpoint(self) -> checkpoints.Checkpoint:
-        """The run as it is now, on the CPU."""
-        return capture(self.state, self.model, self.optimizer, self.step.scaler, self.identity)
+class Trainer(Replica):
+    """One run in this process. It goes on from `state`, and from the weights that are there; `run` is called once."""
 
     def run(self, folder: RunFolder) -> Outcome:
-        """Trains until the last epoch or train.max_steps. Raises Interrupted after a signal, with everything saved."""
-        kept, told = self.config.checkpoint, self.observer
+        """Trains until the last epoch or train.max_steps. Raises Interrupted after a signal, with everything saved;
+        OutOfMemory, Diverged, Stuck, DiskError, PeerLost."""
+        kept, observer = self.config.checkpoint, self.observer
         saver: Saver = NullSaver()
         if not isinstance(folder, NullFolder):
-            saver = Saver(folder, keep=kept.keep, keep_every=kept.keep_every, warn=told.warning, note=told.note)
-        with StopSignals() as signals, saver:
-            return Loop(self, folder, signals, saver).run()
+            saver = Saver(folder, keep=kept.keep, keep_every=kept.keep_every, warn=observer.warning, note=observer.note)
+        with StopSignals() as signals, exporting(self, folder) as export, saver:
+            return Loop(self, folder, signals, saver, export).run()
+
+
+class Loop:
+    """One call of `Trainer.run`: what lives only as long as this process."""
+
+    def __init__(
+        self, replica: Replica, folder: RunFolder, signals: StopSignals, saver: Saver, export: Callable[[], None]
+    ) -> None:
+        config = replica.config.train
+        self.t, self.folder, self.signals, self.saver = replica, folder, signals, saver
+        self.export = export
+        self.exports: dict[str, dict[str, str]] = {}  # weights to be written with the next save: name -> metadata
+        chance = Chance.of(replica.dataset.train.labels)
+        self.stall = Stall(chance, replica.batches.steps_per_epoch, stop=config.on_stuck == "stop")
+        self.divergence = Divergence(chance.loss, config.log_every_steps)
+        self.memory = OomFallback(replica, folder)
+        self.interval = CheckpointInterval(replica.config.checkpoint, saver, replica.state.step)
+        self.metrics = Metrics(replica, folder)
+        self._take_state()
+        if replica.step.joint is not None:
+            replica.step.joint.verdict = lambda: self._look(self.state.step + 1).code
+
+    def _take_state(self) -> None:
+        """Begins with the replica's state: at the start, and after going back to a checkpoint."""
+        self.state = self.t.state
+        self.state.processes = self.t.group.size
+        self.saved_at: tuple[int, int] | None = None
+        self.undo = Undo(self.t.step, self.t.model)
+        self._plan_changed()
+
+    def _plan_changed(self) -> None:
+        t = self.t
+        t.meter.reset()  # the peaks of an epoch are those of the plan in force at its end
+        device, read = t.execution.device, t.meter.read
+        self.check = PlanCheck(t.plan, device, lambda: (*t.standing_tensors(), *self.undo.copies), read)
+
+    def run(self) -> Outcome:
+        """As `Trainer.run`."""
+        try:
+            with self.t.group.alike():
+                return self.train()
+        except PeerLost as lost:
+            raise self._left_alone(lost) from None
+
+    def train(self) -> Outcome:
+        """The loop. An epoch whose steps are done is evaluated, also by the process that goes on from there."""
+        while self.state.epoch < self.t.config.train.epochs:
+            done = self.state.step_in_epoch == self.t.batches.steps_per_epoch
+            verdict = self.end_epoch() if done else self.step()
+            match verdict.act:
+                case Act.SAVE:
+                    self._save()
+                case Act.REPLAN:
+                    self._replan(verdict.why)
+                case Act.ROLLBACK:
+                    self._roll_back(verdict.why)
+                case Act.LEAVE:
+                    return self._leave(verdict.why)
+        self._conclude("done", epoch=self.state.epoch, step=self.state.step)
+        return Outcome(True, self.state)
+
+    # -- verdicts ------------------------------------------------------------------------------------------------------
+
+    def _look(self, step: int) -> Verdict:
+        """What this process may be the only one to know, after `step` steps."""
+        signal, leads = self.signals.requested, self.t.group.leads
+        return strongest(
+            Verdict() if signal is None else Verdict(Act.LEAVE, signal),
+            self.memory.verdict(),
+            self.interval.look(step) if leads else Verdict(),
+        )
+
+    def _agree(self, code: int | None = None) -> Verdict:
+        """The strongest verdict of all processes, which they have sent with the step (`code`), or send now."""
+        mine = self._look(self.state.step)
+        return Verdict.of(self.t.group.most([mine.code])[0] if code is None else code, mine)
+
+    def _unless_broken(self, verdict: Verdict) -> Verdict:
+        """`verdict`, unless the loss so far is broken, which all processes see alike."""
+        self._settle()
+        return strongest(verdict, self.divergence.look(self.state))
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def step(self) -> Verdict:
+        """Does a step, under smaller plans if it does not fit, and asks the watchers."""
+        state, config = self.state, self.t.config.train
+        if config.max_steps is not None and state.step >= config.max_steps:
+            return self._unless_broken(Verdict(Act.LEAVE, MAX_STEPS))
+        self.interval.hold(state.step)
+        lr = self.t.lr(state.step)
+        while isinstance(result := self.undo.attempt(lambda: self._try_step(lr)), Failure):
+            if (failure := self.memory.after(result)) is not None:
+                self._give_up(failure)
+            self._plan_changed()  # and the same step again
+        self.metrics.count(*result, lr)
+        self.saver.poll()
+        self._check_plan()
+        epoch_done = state.step_in_epoch == self.t.batches.steps_per_epoch
+        logged = epoch_done or state.step % config.log_every_steps == 0
+        if logged:
+            self._settle()
+        joint = self.t.step.joint
+        verdict = self._agree(None if joint is None else joint.agreed)
+        if epoch_done and verdict.act is Act.SAVE:
+            verdict = Verdict()  # after the evaluation
+        if logged or verdict.act is not Act.CONTINUE:
+            verdict = self._unless_broken(verdict)
+        if logged and verdict.act < Act.LEAVE:
+            self.t.observer.progress(self.metrics.progress())
+            self.export()
+        return verdict
+
+    def _try_step(self, lr: float) -> tuple[Tensor, int]:
+        t, state, norms = self.t, self.state, self.metrics.norms
+        images, labels, size = t.next_batch(state.epoch, state.step_in_epoch)
+        with self.check.around(images, labels):
+            return t.step(images, labels, lr, norms.measure if norms.due(state.step + 1) else None, size), size
+
+    def _settle(self) -> None:
+        if (settled := self.metrics.settle()) is not None:
+            losses, seconds = settled
+            self.divergence.logged(self.state, losses)
+            self.memory.trained(self.state.step, seconds)
+
+    def _check_plan(self) -> None:
+        """Says once what the first steps under a plan took, in all processes."""
+        if (peak := self.check.result()) is None:
+            return
+        everyone = self.t.group.gather({**vars(peak), "within": peak.within})
+        others = {} if self.t.group.alone else {"processes": everyone}
+        self.folder.event("measured", **vars(peak), **others)
+        within = all(theirs["within"] for theirs in everyone)
+        (self.t.observer.note if within else self.t.observer.warning)(peak.line(everyone[1:]))
+
+    # -- an epoch ------------------------------------------------------------------------------------------------------
+
+    def end_epoch(self) -> Verdict:
+        """Evaluates, saves, and asks the watchers of whole epochs."""
+        state, t, eta = self.state, self.t, self.metrics.eta
+        self.saver.wait()
+        if t.group.share(self.interval.due_before(eta.evaluation_seconds)):
+            self._save()  # the evaluation would be lost beyond the interval; a resume begins with it
+        self.interval.hold(state.step)
+        began = time.monotonic()
+        test = self._score(t.dataset.test)
+        val = self._score(t.dataset.val) if t.dataset.val is not None and isinstance(test, Score) else None
+        self.metrics.tick()
+        if isinstance(test, Verdict):
+            return test  # the state is that of the last step: a resume begins with this evaluation
+        if isinstance(val, Verdict):
+            return val
+        eta.evaluated(time.monotonic() - began)
+        broken = self.divergence.look_at_evaluation(test.loss, t.model.state_dict().values())
+        if broken.act is Act.ROLLBACK:
+            return broken
+        row = self.metrics.row(test, val)
+        t.keep_alike(self.folder)
+        # Of several processes all judge by what rank 0 has measured.
+        state.share_log_sum, state.share_count, state.gradient_share = t.group.share(
+            [state.share_log_sum, state.share_count, state.gradient_share]
+        )
+        error_pct = row["train_error_pct"]
+        stalled = self.stall.look(state, epoch=row["epoch"], loss=row["train_loss"], error_pct=error_pct)
+        state.low_start = next_low_start(t.config, state.low_start, error_pct)
+        state.epoch += 1
+        chosen_on, score = ("test", test) if val is None else ("val", val)
+        self.exports |= self.metrics.note_score(score.error_pct, chosen_on)
+        self.metrics.end_epoch(row)
+        self._save()
+        t.observer.epoch(row, t.config.train.epochs)
+        self.export()
+        self.metrics.begin_epoch()
+        verdict = strongest(stalled, self._agree()) if state.epoch < t.config.train.epochs else Verdict()
+        if (evidence := self.stall.evidence) is not None and self.stall.is_new and verdict.why != STALLED:
+            self.folder.event("stuck", **vars(evidence), layers=self.metrics.norms.ends(), stopped=False)
+            instead = f"{way_out(t.config.model.arch)}, or end such runs with --on-stuck stop"
+            t.observer.warning(f"{evidence.words}: {instead}")
+        return verdict
+
+    def _score(self, pictures: Pictures) -> Score | Verdict:
+        """Of all processes together: each scores its part of the pictures. LEAVE if a signal came to any."""
+        t, part = self.t, self.t.part_of(pictures)
+        mine = self.memory.evaluated(lambda size: t.evaluate(part, size, self.signals.came))
+        if isinstance(mine, Failure) and t.group.alone:
+            self._give_up(mine)
+        failed = mine.message if isinstance(mine, Failure) else None
+        sums = [mine.loss, mine.wrong, mine.count] if isinstance(mine, Sums) else None
+        everyone = t.group.gather([failed, sums, self._look(self.state.step).code])
+        for rank, (message, _, _) in enumerate(everyone):
+            if message is not None:
+                self._give_up(Failure(f"evaluation of process {rank}", message, peer=rank != t.group.rank))
+        if any(theirs is None for _, theirs, _ in everyone):
+            return Verdict.of(max(code for _, _, code in everyone), self._look(self.state.step))
+        loss, wrong, count = (sum(theirs[index] for _, theirs, _ in everyone) for index in range(3))
+        return Sums(loss, wrong, count).score()
+
+    # -- acts ----------------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Hands over what the run is now, whose loss is sound; `_conclude` waits until it is on disk."""
+        position = (self.state.epoch, self.state.step)
+        if self.saved_at == position:
+            return
+        self._settle()
+        if self.t.group.leads:
+            self.saver.wait()
+            taken = self.memory.saved(self.t.checkpoint)
+            weights = {name: (taken.model, metadata) for name, metadata in self.exports.items()}
+            self.saver.submit(Save(taken, self.state.epoch, weights))
+        self.exports.clear()
+        self.saved_at = position
+        self.interval.submitted(self.state.step)
+        self.metrics.tick()
+
+    def _replan(self, why: str) -> None:
+        """All take their next smaller plan, and if anybody has one, measure together again."""
+        taken = self.memory.replan(why)
+        if self.t.group.most([int(taken)])[0]:
+            self._plan_changed()
+
+    def _roll_back(self, why: str) -> None:
+        """From a loss that broke to the last sound checkpoint. Raises Diverged if that is not to be."""
+        self.saver.drop()
+        self.exports.clear()  # of what is undone
+        roll_back(self.t, self.folder, why)
+        self.metrics.begin()
+        self._take_state()
+        self._save()  # with the rate that it goes on with: killed here, a resume does the same
+
+    def _leave(self, why: str) -> Outcome:
+        """With everything saved. Raises Interrupted after a signal, Stuck."""
+        state, run = self.state, self.folder.path
+        if why == STALLED:
+            evidence = self.stall.evidence
+            assert evidence is not None
+            self._conclude("stuck", **vars(evidence), layers=self.metrics.norms.ends(), stopped=True)
+            instead = f"{way_out(self.t.config.model.arch)}, or go on with `lowmem resume {run} --on-stuck warn`"
+            raise Stuck(f"{evidence.words}; stopped as asked, saved at epoch {state.epoch}: {instead}")
+        if why == MAX_STEPS:
+            self._save()
+            self._conclude("stop", reason=MAX_STEPS, step=state.step)
+            asked = f"{MAX_STEPS} = {self.t.config.train.max_steps}"
+            self.t.observer.note(f"stopped after {state.step} steps as asked ({asked})")
+            return Outcome(False, state)
+        name = self.signals.requested = self.signals.requested or why
+        self._save()
+        self._conclude("signal", signal=name, epoch=state.epoch, step=state.step)
+        saved = f"saved at epoch {state.epoch + 1}, step {state.step}; go on with `lowmem resume {run}`"
+        raise Interrupted(f"{name}: {saved}", self.signals.exit_code)
+
+    def _conclude(self, event: str, **fields: object) -> None:
+        """The last words of a run, once everything before them is on disk. Raises DiskError if it cannot be."""
+        self.saver.finish(self.signals.came)
+        self.folder.event(event, **fields)
+        self._finish()
+
+    def _finish(self) -> None:
+        """Until everything is on disk. Nobody leaves before that: a process that ends takes the others down."""
+        self.saver.finish(self.signals.came)
+        self.t.group.most([0])
+
+    def _give_up(self, failure: Failure) -> NoReturn:
+        """The end of the ladder. What failed is undone: the run is saved as it was before it."""
+        if failure.final:
+            error = self.memory.at_the_end(failure)
+            self.saver.finish(self.signals.came)
+            raise error if self.t.group.leads else RuntimeError(str(error))  # of this process alone
+        broken = self._unless_broken(Verdict())
+        if broken.act is Act.ROLLBACK:
+            self._roll_back(broken.why)
+        else:
+            self._save()
+        error = self.memory.at_the_end(failure)
+        self._finish()
+        raise error
+
+    def _left_alone(self, lost: PeerLost) -> PeerLost:
+        """Another process is gone. What failed with it is undone: whoever writes the run saves it as it is."""
+        stands, state = "the last checkpoint stands", self.state
+        saves = self.t.group.leads and self.t.execution.device == "cpu"
+        with suppress(PeerLost):
+            if saves and self._unless_broken(Verdict()).act is not Act.ROLLBACK:
+                self._save()
+                self.folder.event("peer-lost", what=str(lost), epoch=state.epoch, step=state.step)
+                self.saver.finish(lambda: True)
+                stands = f"saved at epoch {state.epoch + 1}, step {state.step}"
+        words = f"{lost}; {stands}: `lowmem resume {self.folder.path}` goes on from there"
+        return PeerLost(words, dismissed=self.signals.came())

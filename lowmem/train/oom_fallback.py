@@ -1,10 +1,10 @@
-"""Going down the plan's ladder while a run goes on, in words, events and files."""
+"""OOM fallback: going down the plan's ladder when memory runs out or short while a run goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from lowmem.core.errors import OutOfMemory
 from lowmem.core.units import format_size
@@ -12,55 +12,52 @@ from lowmem.measure import Snapshot, who_holds
 from lowmem.measure.out_of_memory import Failure, attempt, release
 from lowmem.plan.record import Plan
 from lowmem.runs.store import RunFolder
-from lowmem.train.memory_pressure import Pressure, Reading
-
-if TYPE_CHECKING:
-    from lowmem.train.loop import Trainer
+from lowmem.train.replica import Replica
+from lowmem.train.watchers import MemoryPressure, Verdict
 
 T = TypeVar("T")
 
 
-class Descent:
-    """What is done about memory that runs out. The loop asks; steps are undone elsewhere (`survive.Undo`)."""
+class OomFallback:
+    """What is done about memory that runs out. The loop asks; steps are undone elsewhere (`step.undo`)."""
 
-    def __init__(self, trainer: Trainer, folder: RunFolder) -> None:
-        self._t = trainer
+    def __init__(self, replica: Replica, folder: RunFolder) -> None:
+        self._t = replica
         self._folder = folder
         # What the plan can afford in training it can in evaluation; the whole batch it perhaps cannot.
-        config, plan = trainer.config.train, trainer.plan
+        config, plan = replica.config.train, replica.plan
         self.eval_batch = config.eval_batch or (plan.micro_batch if plan else config.batch)
-        self._pressure = Pressure(lambda: reading(trainer.meter.read()))
-        self._told_of_pressure = False
-        self._interval_began = trainer.state.step
-        self.found: str | None = None  # memory that runs short, in words
-        self._cause: Failure | None = None  # of the last step that failed, wherever
+        self._pressure = MemoryPressure(replica.meter.read())
+        self._short = Verdict()  # of the last interval of steps
+        self._said_none_left = False
+        self._interval_began = replica.state.step
 
-    def after(self, failure: Failure) -> bool:
-        """Takes the next plan for a step that ran out of memory and was undone; False if there is none, or it was
-        not. Of several processes all do, if those that failed can."""
-        rung = self._t.plan.next_rung() if self._t.plan else None
+    # -- memory that ran out -------------------------------------------------------------------------------------------
+
+    def after(self, failure: Failure) -> Failure | None:
+        """Takes the next plan for a step that ran out of memory and was undone. Of several processes all do, if those
+        that failed can. If there is none, or it was not undone, the failure of the process which had it."""
         if failure.final:
-            return False
-        group, before = self._t.group, self._t.plan.budget_bytes if self._t.plan else None
-        sizes = {"old_budget_bytes": before, "new_budget_bytes": rung.budget_bytes if rung else None}
-        mine = None if failure.peer else {"failure": asdict(failure), "can": rung is not None, "sizes": sizes}
-        everyone = group.gather(mine and {**mine, "memory": held(self._t.meter.read())})
-        failed = [(rank, one) for rank, one in enumerate(everyone) if one is not None]
+            return failure
+        group, rung, sizes = self._t.group, self._rung, self._sizes
+        mine = None
+        if not failure.peer:
+            memory = memory_fields(self._t.meter.read())
+            mine = {"failure": asdict(failure), "can": rung is not None, "sizes": sizes, "memory": memory}
+        failed = [(rank, theirs) for rank, theirs in enumerate(group.gather(mine)) if theirs is not None]
         rank, first = failed[0]
-        self._cause = Failure(**first["failure"]) if rank == group.rank else _of_process(rank, first["failure"])
-        if not all(one["can"] for _, one in failed):
-            return False
-        for rank, one in failed:
+        cause = Failure(**first["failure"])
+        if rank != group.rank:
+            cause = replace(cause, phase=f"{cause.phase} of process {rank}", peer=True)
+        if not all(theirs["can"] for _, theirs in failed):
+            return cause if failure.peer else failure
+        for rank, theirs in failed:
             who = {} if group.alone else {"process": rank}
-            self.tell(Failure(**one["failure"]), memory=one["memory"], **one["sizes"], **who)
+            self.record(Failure(**theirs["failure"]), memory=theirs["memory"], **theirs["sizes"], **who)
         if rung is not None:
-            self._take(rung, f"{self._cause.words} ({self._cause.message})")
-        self._record()
-        return True
-
-    def cause(self, failure: Failure) -> Failure:
-        """Of a step that could not be made anywhere: the failure, or that of the process which had it."""
-        return self._cause if failure.peer and self._cause is not None else failure
+            self._take(rung, f"{cause.words} ({cause.message})")
+        self._record_plans()
+        return None
 
     def evaluated(self, score: Callable[[int], T]) -> T | Failure:
         """`score(batch)` with the evaluation's batch, which out-of-memory halves for the rest of this process; a
@@ -70,7 +67,7 @@ class Descent:
             if self.eval_batch == 1:
                 return result
             self.eval_batch //= 2
-            self.tell(result, evaluation_batch=self.eval_batch)
+            self.record(result, evaluation_batch=self.eval_batch)
             self._t.observer.warning(f"{result.words}: evaluating {self.eval_batch} pictures at a time from here on")
         return result
 
@@ -79,82 +76,86 @@ class Descent:
         done = attempt(work, lambda: "saving")
         if isinstance(done, Failure):
             release()
-            self.tell(done)
+            self.record(done)
             done = attempt(work, lambda: "saving")
         if isinstance(done, Failure):
             raise OutOfMemory(f"{done.words} twice ({done.message}); the last checkpoint stands: {self._way_out()}")
         return done
 
-    def tell(self, failure: Failure, *, memory: dict[str, Any] | None = None, **fields: Any) -> None:
+    def record(self, failure: Failure, *, memory: dict[str, Any] | None = None, **fields: Any) -> None:
         """The event, with what holds the memory as far as the device tells (`memory`: of another process)."""
-        state = self._t.state
         self._folder.event(
             "out-of-memory",
             phase=failure.phase,
             message=failure.message,
             asked_bytes=failure.asked_bytes,
-            epoch=state.epoch,
-            step=state.step,
+            epoch=self._t.state.epoch,
+            step=self._t.state.step,
             **fields,
-            memory=held(self._t.meter.read()) if memory is None else memory,
+            memory=memory_fields(self._t.meter.read()) if memory is None else memory,
         )
 
     def at_the_end(self, failure: Failure) -> OutOfMemory:
         """The error that ends the run, which has just been saved if there was anything to save."""
-        self.tell(failure, old_budget_bytes=self._t.plan.budget_bytes if self._t.plan else None, new_budget_bytes=None)
+        self.record(failure, old_budget_bytes=self._sizes["old_budget_bytes"], new_budget_bytes=None)
         state = self._t.state
         if failure.final:
             why = "when the update had begun, so that the step cannot be undone"
             stands = "the last checkpoint stands"
         else:
             why, stands = "and there is no smaller plan left", f"saved at epoch {state.epoch + 1}, step {state.step}"
-        memory = "" if failure.peer else words(self._t.meter.read())
+        memory = "" if failure.peer else memory_words(self._t.meter.read())
         return OutOfMemory(f"{failure.words} ({failure.message}), {why}{memory}; {stands}: {self._way_out()}")
 
-    def interval(self, step: int, seconds: float) -> None:
+    # -- memory that runs short ----------------------------------------------------------------------------------------
+
+    def trained(self, step: int, seconds: float) -> None:
         """Told of each stretch of training: `seconds` up to the count of steps `step`."""
         if step == self._interval_began:
             return
-        self.found = self._pressure.interval(step - self._interval_began, seconds)
+        device = self._t.meter.read()
+        self._short = self._pressure.look(step - self._interval_began, seconds, device)
         self._interval_began = step
-        if (count := self._pressure.retries()) is not None:
+        if (count := self._pressure.retries(device)) is not None:
             # An allocation that failed and was had all the same: while it fails, cuDNN passes over engines in silence.
-            self._folder.event("allocator-retries", step=step, count=count, memory=held(self._t.meter.read()))
+            self._folder.event("allocator-retries", step=step, count=count, memory=memory_fields(device))
             self._t.observer.note(f"the allocator has emptied its cache {count} times to go on: memory is tight")
 
-    @property
-    def asks(self) -> bool:
-        """Whether memory runs short here, and that was not said in vain before."""
-        return self.found is not None and not (self._told_of_pressure and not (self._t.plan and self._t.plan.ladder))
+    def verdict(self) -> Verdict:
+        """REPLAN while memory runs short here, unless that was said in vain before."""
+        return Verdict() if self._rung is None and self._said_none_left else self._short
 
-    def under_pressure(self) -> bool:
-        """Between two steps: takes the next plan if the last interval looked like it. True if it did. Of several
-        processes all do, wherever it was seen."""
-        found, self.found = self.found, None
-        if found is None and self._t.group.alone:
-            return False
-        found = found or "another process is short of it"
-        rung = self._t.plan.next_rung() if self._t.plan else None
-        before = self._t.plan.budget_bytes if self._t.plan else None
-        if rung is None and self._told_of_pressure:
-            self._record()
-            return False
-        self._told_of_pressure = rung is None
-        self._folder.event(
-            "pressure",
-            what=found,
-            step=self._t.state.step,
-            old_budget_bytes=before,
-            new_budget_bytes=rung.budget_bytes if rung else None,
-            memory=held(self._t.meter.read()),
-        )
-        if rung is not None:
-            self._take(rung, f"memory is short: {found}")
-            release()
-        else:
-            self._t.observer.warning(f"memory is short: {found}; there is no smaller plan left")
-        self._record()
+    def replan(self, why: str) -> bool:
+        """Between two steps: takes the next plan, wherever memory runs short. False if this process has none."""
+        self._short = Verdict()
+        rung = self._rung
+        if rung is not None or not self._said_none_left:
+            self._said_none_left = rung is None
+            memory = memory_fields(self._t.meter.read())
+            self._folder.event("pressure", what=why, step=self._t.state.step, **self._sizes, memory=memory)
+            if rung is None:
+                self._t.observer.warning(f"memory is short: {why}; there is no smaller plan left")
+            else:
+                self._take(rung, f"memory is short: {why}")
+                release()
+        self._record_plans()
         return rung is not None
+
+    # -- the ladder ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _rung(self) -> Plan | None:
+        """The next smaller plan."""
+        return self._t.plan.next_rung() if self._t.plan else None
+
+    @property
+    def _sizes(self) -> dict[str, int | None]:
+        """Of this plan and the next smaller one, for events."""
+        plan, rung = self._t.plan, self._rung
+        return {
+            "old_budget_bytes": plan.budget_bytes if plan else None,
+            "new_budget_bytes": rung.budget_bytes if rung else None,
+        }
 
     def _take(self, rung: Plan, why: str) -> None:
         before = self._t.plan
@@ -168,12 +169,12 @@ class Descent:
             "are left"
         )
 
-    def _record(self) -> None:
+    def _record_plans(self) -> None:
         """Every process's plan as it is now, for a resume."""
         plan = self._t.plan
-        for rank, one in enumerate(self._t.group.gather(None if plan is None else plan.to_json())):
-            if one is not None:
-                self._folder.update_plan(one, rank)
+        for rank, theirs in enumerate(self._t.group.gather(None if plan is None else plan.to_json())):
+            if theirs is not None:
+                self._folder.update_plan(theirs, rank)
 
     def _way_out(self) -> str:
         path = self._folder.path
@@ -182,27 +183,13 @@ class Descent:
         return f"free what others use and go on with `lowmem resume {path}`"
 
 
-def _of_process(rank: int, values: dict[str, Any]) -> Failure:
-    """Another one's, in its words."""
-    failure = Failure(**values)
-    return replace(failure, phase=f"{failure.phase} of process {rank}", peer=True)
-
-
-def reading(snapshot: Snapshot) -> Reading | None:
-    """What is watched for pressure; None where the device does not tell."""
-    retries, free, total = snapshot.alloc_retries, snapshot.device_free_bytes, snapshot.device_total_bytes
-    if retries is None or free is None or total is None:
-        return None
-    return Reading(retries, free, total)
-
-
-def held(snapshot: Snapshot) -> dict[str, Any]:
+def memory_fields(snapshot: Snapshot) -> dict[str, Any]:
     """What the device tells, for an event: bytes and counts, and who holds it in lines."""
     figures = {name: value for name, value in vars(snapshot).items() if isinstance(value, int)}
     return {**figures, "held_by": who_holds(snapshot)}
 
 
-def words(snapshot: Snapshot) -> str:
+def memory_words(snapshot: Snapshot) -> str:
     """The same for an error message, beginning with its own punctuation; empty where nobody tells."""
     parts = []
     if snapshot.allocated_bytes is not None:

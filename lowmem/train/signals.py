@@ -12,11 +12,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-from lowmem.core.errors import ExitCode
+from lowmem.core.errors import ExitCode, Interrupted
 
 # SIGHUP: the terminal was closed. SIGBREAK: Ctrl-Break on Windows. Only what this system has.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
@@ -24,35 +23,46 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 _INSISTS_AFTER = {"SIGINT": 0.0, "SIGBREAK": 0.0, "SIGTERM": 2.0}
 
 
-class Insistence:
-    """Told of every signal by its name: whether it means at once."""
+class _Leave(BaseException):
+    """No Exception: nothing that makes the best of a failure may take a signal for one."""
+
+
+class StartupSignals:
+    """Context manager around all that a run does. While there is nothing to save, a signal leaves by way of everything
+    that cleans up, and raises Interrupted; a second Ctrl-C ends the process on the spot. What catches signals itself
+    inside of this, like training, comes first. After training a signal changes nothing any more, for the process is
+    leaving with what training ended with; a second one of its kind ends it.
+
+    Outside the main thread Python cannot catch signals; there it does nothing.
+    """
 
     def __init__(self) -> None:
-        self._came: dict[str, float] = {}  # when each came first
-
-    def insists(self, name: str) -> bool:
-        """Whether this one, which has come now, is the second that insists."""
-        now = time.monotonic()
-        if name not in self._came:
-            self._came[name] = now
-            return False
-        return now - self._came[name] >= _INSISTS_AFTER.get(name, math.inf)
-
-
-class BeforeTraining:
-    """A handler of signals around a whole command: `leave` is called with a signal's number while there is nothing to
-    save. After training a signal changes nothing any more, for the process is leaving with what training ended with;
-    a second one of its kind ends it."""
-
-    def __init__(self, leave: Callable[[int], None]) -> None:
         self.trained = False  # whether a `StopSignals` took over: a step may have been taken
-        self._leave = leave
+        self._previous: dict[int, Any] = {}
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
+    def __enter__(self) -> StartupSignals:
+        numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+        if threading.current_thread() is threading.main_thread():
+            for number in numbers:
+                # Under nohup a hang-up is ignored, and stays so.
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        if isinstance(error, _Leave):
+            code = ExitCode.INTERRUPTED if str(error) == "SIGINT" else ExitCode.TERMINATED
+            raise Interrupted(f"{error}: stopped, there was nothing to save", code) from None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.trained:
             signal.signal(number, signal.SIG_DFL)
-        else:
-            self._leave(number)
+            return
+        for each in self._previous:  # several of them may be sent at once, and must not cut the cleaning up off
+            signal.signal(each, signal.SIG_DFL if each == signal.SIGINT else signal.SIG_IGN)
+        raise _Leave(signal.Signals(number).name)
 
 
 class StopSignals:
@@ -63,8 +73,12 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        self._insistence = Insistence()
+        self._first: dict[str, float] = {}  # when each came first
         self._previous: dict[int, Any] = {}
+
+    def came(self) -> bool:
+        """Whether a signal has come: somebody waits for this process to leave."""
+        return self.requested is not None
 
     @property
     def exit_code(self) -> ExitCode:
@@ -79,17 +93,25 @@ class StopSignals:
                 ignored = name == "SIGHUP" and number is not None and signal.getsignal(number) == signal.SIG_IGN
                 if number is not None and not ignored:
                     previous = self._previous[number] = signal.signal(number, self._handle)
-                    if isinstance(previous, BeforeTraining):
-                        previous.trained = True
+                    if isinstance(startup := getattr(previous, "__self__", None), StartupSignals):
+                        startup.trained = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
 
+    def _insists(self, name: str) -> bool:
+        """Whether this signal, which has come now, is the second that means at once."""
+        now = time.monotonic()
+        if name not in self._first:
+            self._first[name] = now
+            return False
+        return now - self._first[name] >= _INSISTS_AFTER.get(name, math.inf)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self._insistence.insists(name):
+        if self._insists(name):
             # At once means without unwinding: a checkpoint being written is not committed, the one before it stands.
             try:
                 sys.stderr.write("\nstopped at once; the last checkpoint stands\n")

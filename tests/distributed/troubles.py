@@ -25,9 +25,9 @@ from lowmem.runs.store import NullFolder, RunFolder
 from lowmem.simulate import StepShape, simulate_step
 from lowmem.step.data_parallel import are_alike
 from lowmem.step.undo import Undo
-from lowmem.train import epochs
+from lowmem.train import replica
 from lowmem.train.loop import Trainer
-from lowmem.train.memory_pressure import Pressure
+from lowmem.train.watchers import Act, MemoryPressure, Verdict
 from tests.distributed import small
 from tests.faults.injection import Scarce, scarce_step
 
@@ -54,12 +54,12 @@ def memory_that_runs_short_in_one_process(group: Group) -> None:
     reference = _trained(group, small.config(), data, set(), ())
     told = 0
 
-    def interval(self: Pressure, steps: int, seconds: float) -> str | None:
+    def look(*given: object) -> Verdict:
         nonlocal told
         told += 1
-        return "it is made up" if told == 1 and group.rank == 1 else None
+        return Verdict(Act.REPLAN, "it is made up") if told == 1 and group.rank == 1 else Verdict()
 
-    with mock.patch.object(Pressure, "interval", interval):
+    with mock.patch.object(MemoryPressure, "look", look):
         t = _trained(group, small.config(), data, set(), ())
     assert t.plan is not None
     assert len(t.plan.ladder) == 1
@@ -139,14 +139,14 @@ def out_of_memory_without_a_smaller_plan(group: Group) -> None:
 def no_room_to_evaluate_in_one_process(group: Group) -> None:
     """Not even one picture at a time: all give up after the epoch, with its cause, and none hangs."""
     t = small.trainer(group, small.config(), small.dataset())
-    score = epochs.evaluate
+    score = replica.evaluate
 
     def scarce(*arguments: Any) -> Any:
         if group.rank == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5 MiB. There is no more.")
         return score(*arguments)
 
-    with mock.patch.object(epochs, "evaluate", scarce):
+    with mock.patch.object(replica, "evaluate", scarce):
         try:
             t.run(NullFolder(Path("nowhere")))
         except LowmemError as error:

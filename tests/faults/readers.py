@@ -27,8 +27,7 @@ from lowmem.data import load
 from lowmem.distributed.group import Group
 from lowmem.lifecycle import fork
 from lowmem.lifecycle.api import recorded_settings, resume_training
-from lowmem.lifecycle.begin import begun_before, launcher
-from lowmem.lifecycle.run_identity import belongs_to, most_bytes, read_plan, verify
+from lowmem.lifecycle.run_identity import begun_before, belongs_to, launcher, most_bytes, read_plan, verify
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, keep, uniform
 from lowmem.plan.record import Candidate, Plan
@@ -43,8 +42,8 @@ from lowmem.runs.tables import cut_table
 from lowmem.runs.view import read_run
 from lowmem.runs.watch import Watched
 from lowmem.step.train_step import Execution, make_optimizer, make_scaler
-from lowmem.train.gradients import measured_weights
 from lowmem.train.schedule import learning_rate
+from lowmem.train.stall import measured_weights
 from lowmem.train.state import config_hash, restore
 from tests.faults.fuzzing import ANY, JSON, TENSORS, Mutation, Reader, rehash, replace_in_json
 from tests.faults.small_run import copy_run

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from lowmem.cli.main import main
 from lowmem.config.settings import Settings, gather
-from lowmem.core.errors import Diverged, ExitCode
+from lowmem.core.errors import Diverged, ExitCode, Interrupted
 from lowmem.data import TrainBatches
 from lowmem.lifecycle.api import resume_training, run_training
 from lowmem.runs import checkpoint as checkpoints
@@ -32,8 +34,8 @@ def settings(*sets: str, **flags: Any) -> Settings:
 
 
 @contextmanager
-def poisoned(at: tuple[int, int], times: int = 1) -> Iterator[None]:
-    """The pictures of one (epoch, step) are no numbers, the first `times` times that they are asked for."""
+def poisoned(at: tuple[int, int], times: int = 1, then: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """The pictures of one (epoch, step) are no numbers, the first `times` times that they are asked for; and `then`."""
     fetch, left = TrainBatches.batch, [times]
 
     def batch(self: TrainBatches, epoch: int, step: int, **formats: Any) -> tuple[Tensor, Tensor]:
@@ -41,6 +43,7 @@ def poisoned(at: tuple[int, int], times: int = 1) -> Iterator[None]:
         if (epoch, step) == at and left[0]:
             left[0] -= 1
             images = images * math.nan
+            then()
         return images, labels
 
     TrainBatches.batch = batch  # type: ignore[method-assign]
@@ -212,6 +215,27 @@ def test_a_loss_far_above_chance_for_long(tmp_path: Path) -> None:
         resume_training(path, settings("train.on_nan=stop", *sets, **flags))
     assert checkpoints.checkpoint_folders(path / "checkpoints")[0].name == "step-00000005"
     assert all(float(row["loss"]) > 1000 for row in rows(path, "steps.csv"))
+
+
+def test_a_broken_loss_is_undone_before_the_run_is_left(tmp_path: Path) -> None:
+    """By train.max_steps, and by a signal in the very step that breaks it, in steps whose losses nobody has fetched."""
+    path, sets = tmp_path / "asked", ("train.log_every_steps=5", "checkpoint.every_steps=4")
+    with poisoned((1, 2)):
+        run_training(settings("train.max_steps=13", *sets), path)
+    (event,) = events(path, "rollback")
+    assert (event["step"], event["checkpoint"]) == (13, "step-00000012")
+    assert [event["step"] for event in events(path, "stop")] == [13]
+    assert_all_finite(path)
+    path = tmp_path / "signalled"
+    with (
+        poisoned((1, 2), then=lambda: os.kill(os.getpid(), signal.SIGTERM)),
+        pytest.raises(Interrupted, match="SIGTERM"),
+    ):
+        run_training(settings(*sets), path)
+    (event,) = events(path, "rollback")
+    assert (event["step"], event["checkpoint"]) == (13, "step-00000012")
+    assert [event["step"] for event in events(path, "signal")] == [13]
+    assert_all_finite(path)
 
 
 def test_a_rate_that_breaks_the_net(tmp_path: Path) -> None:

@@ -20,16 +20,18 @@ from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import ExitCode, OutOfMemory
 from lowmem.data import Dataset, load
 from lowmem.lifecycle.api import resume_training, run_training
+from lowmem.measure import Snapshot
 from lowmem.measure.tensors import TensorMeter
 from lowmem.plan.record import Plan
 from lowmem.train.loop import Trainer
-from lowmem.train.memory_pressure import Pressure, Reading
+from lowmem.train.watchers import Act, MemoryPressure, Verdict
 from tests.conftest import TINY, assert_same_run, environment
 from tests.faults.injection import Scarce, events, make_trainer, recorded_plan, run, scarce_from, scarce_step
 
 BASE = {"model.arch": "res20", "model.width": 4, "data.source": "shapes", "train.epochs": 1, "train.batch": 16}
 SETS = ["data.train_subset=40", "data.test_subset=12", "train.log_every_steps=1", "train.memory_format=contiguous"]
 FAILING = 1  # the step, of three
+THRASHING = Verdict(Act.REPLAN, "thrashing")
 MODES: dict[str, dict[str, Any]] = {
     "fp32": {"train.precision": "fp32", "memory.vram": "3200K"},
     "bf16": {"train.precision": "amp", "memory.vram": "2200K"},
@@ -273,7 +275,7 @@ def test_pressure_takes_a_rung_between_two_steps(
     """What pressure is, is tested on scripted readings elsewhere; here it is after the first step."""
     plain, _ = untroubled("fp32")
     script = [False, False, False, True]
-    monkeypatch.setattr(Pressure, "interval", lambda *given: "thrashing" if script.pop() else None)
+    monkeypatch.setattr(MemoryPressure, "look", lambda *given: THRASHING if script.pop() else Verdict())
     path = run(tmp_path / "run", _settings("fp32"), _trainer())
     (event,) = events(path, "pressure")
     below = _plan("fp32").next_rung()
@@ -285,11 +287,16 @@ def test_pressure_takes_a_rung_between_two_steps(
     assert_same_run(path, plain)
 
 
-def test_the_allocators_retries_are_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_allocators_retries_are_an_event(tmp_path: Path) -> None:
     """On the CPU nobody counts them: the readings are scripted, the run is real."""
     counts = itertools.count()
-    monkeypatch.setattr("lowmem.train.oom_fallback.reading", lambda snapshot: Reading(next(counts), 2_000, 6_000))
-    path = run(tmp_path / "run", _settings("fp32"), _trainer())
+    trainer = _trainer()
+
+    def read() -> Snapshot:
+        return Snapshot(alloc_retries=next(counts), device_free_bytes=2_000, device_total_bytes=6_000)
+
+    trainer.meter.read = read  # type: ignore[method-assign]
+    path = run(tmp_path / "run", _settings("fp32"), trainer)
     found = events(path, "allocator-retries")
     assert found
     assert [event["count"] for event in found] == sorted({event["count"] for event in found})
@@ -297,7 +304,7 @@ def test_the_allocators_retries_are_an_event(tmp_path: Path, monkeypatch: pytest
 
 
 def test_pressure_on_the_last_rung_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pressure, "interval", lambda *given: "thrashing")
+    monkeypatch.setattr(MemoryPressure, "look", lambda *given: THRASHING)
     last = _plan("fp32").ladder[-1]
     path = run(tmp_path / "run", _settings("fp32"), _trainer(plan=last))
     assert [event["new_budget_bytes"] for event in events(path, "pressure")] == [None]

@@ -12,8 +12,7 @@ import pytest
 
 import lowmem.lifecycle.preflight
 from lowmem.core.errors import ExitCode, Interrupted
-from lowmem.lifecycle.startup_signals import leaving_early
-from lowmem.train.signals import StopSignals
+from lowmem.train.signals import StartupSignals, StopSignals
 from tests.faults.processes import SMALL, Forked, wait_for
 from tests.faults.small_run import make_run
 
@@ -60,9 +59,9 @@ def test_handlers_come_back_and_an_ignored_hang_up_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     term = signal.getsignal(signal.SIGTERM)
     try:
-        with leaving_early():
+        with StartupSignals():
             os.kill(os.getpid(), signal.SIGHUP)
-        with pytest.raises(Interrupted) as raised, leaving_early():
+        with pytest.raises(Interrupted) as raised, StartupSignals():
             os.kill(os.getpid(), signal.SIGTERM)
         assert raised.value.exit_code == ExitCode.TERMINATED
         assert signal.getsignal(signal.SIGTERM) == term
@@ -72,7 +71,7 @@ def test_handlers_come_back_and_an_ignored_hang_up_stays_ignored() -> None:
 
 
 def _saved_and_left() -> None:
-    with leaving_early():
+    with StartupSignals():
         with StopSignals() as signals:
             os.kill(os.getpid(), signal.SIGTERM)
             assert signals.requested == "SIGTERM"
@@ -81,7 +80,7 @@ def _saved_and_left() -> None:
 
 
 def test_after_training_a_signal_changes_nothing() -> None:
-    with leaving_early():
+    with StartupSignals():
         with StopSignals():
             pass
         os.kill(os.getpid(), signal.SIGTERM)
@@ -95,7 +94,7 @@ def _signalled_while_another_thread_trained() -> None:
         with StopSignals():
             pass
 
-    with leaving_early():
+    with StartupSignals():
         other = threading.Thread(target=train)
         other.start()
         other.join()
@@ -108,7 +107,7 @@ def test_training_elsewhere_in_the_process_changes_nothing() -> None:
 
 
 def _cleans_up(done: Path) -> None:
-    with leaving_early():
+    with StartupSignals():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         finally:

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from lowmem.choose.session import request_of
 from torch import Tensor, nn
 
 from lowmem.bench import plan_checks
 from lowmem.bench.plan_checks import PlanQuestion, compare_gradients, survive
 from lowmem.choose.ladder import with_ladder
 from lowmem.choose.planning import choose, make_plan
+from lowmem.choose.request import request_of
 from lowmem.config.settings import gather
 from lowmem.models import build, skeleton
 from lowmem.trial.ways import native_norms

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.config import cards, shipped
+from lowmem.config import cards
 from lowmem.config.cards import Card, card_names, find_card, load_card
+from lowmem.core import places
 from lowmem.core.errors import UsageError
 from lowmem.core.units import GIB, MIB
 
@@ -130,6 +131,6 @@ def test_profiles_are_found_inside_an_installed_package(tmp_path: Path, monkeypa
     inside = tmp_path / "lowmem" / "profiles" / "cards"
     inside.mkdir(parents=True)
     (inside / "mine.yaml").write_text(MINE, encoding="utf-8")
-    monkeypatch.setattr(shipped, "_PACKAGE", tmp_path / "lowmem")
+    monkeypatch.setattr(places, "_PACKAGE", tmp_path / "lowmem")
     assert card_names() == ("mine",)
     assert load_card("mine").name == "Mine"

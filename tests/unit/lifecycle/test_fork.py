@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lowmem.cli.main import main
 from lowmem.config.schema import Config
@@ -265,6 +267,17 @@ def test_resume_with_the_same_epochs_is_a_resume(copied: Path, capsys: pytest.Ca
     assert f"lowmem resume {copied} --epochs 5" in capsys.readouterr().err
     assert _leave(["resume", str(copied), "--epochs", "2"]) == 2
     assert "ask for more" in capsys.readouterr().err
+
+
+def test_a_resume_reads_its_settings_and_walks_its_folder_once(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copied / "notes").mkdir()  # which nobody has a reason to look into but to see that there are no links
+    calls: list[str] = []
+    load, scan = yaml.load, os.scandir
+    monkeypatch.setattr(yaml, "load", lambda *given, **more: calls.append("yaml") or load(*given, **more))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(os, "scandir", lambda path=".": calls.append(str(path)) or scan(path))  # type: ignore[func-returns-value]
+    assert _leave(["resume", str(copied)]) == 0
+    assert calls.count("yaml") == 1
+    assert calls.count(str(copied / "notes")) == 1
 
 
 def test_a_run_that_was_stopped_is_extended_from_where_it_was(parent: Path, tmp_path: Path) -> None:

@@ -91,8 +91,8 @@ def test_a_segment_at_the_end_of_a_segment_runs_its_forward_once() -> None:
     innermost = Schedule((Keep(1, SAVE_ALL),))
     nested = Schedule((Keep(0, SAVE_ALL), Segment(1, 1, innermost)))
     flat = Schedule((Keep(0, SAVE_ALL), *innermost.items))
-    results = [evaluate(Schedule((Segment(0, 1, inside), Keep(2, LEAN))), CHAIN) for inside in (nested, flat)]
-    assert results[0] == results[1]
+    first, second = (evaluate(Schedule((Segment(0, 1, inside), Keep(2, LEAN))), CHAIN) for inside in (nested, flat))
+    assert first == dataclasses.replace(second, schedule=first.schedule)
 
 
 def test_a_dropped_output() -> None:

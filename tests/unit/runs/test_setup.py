@@ -78,6 +78,13 @@ def test_who_resumes_it_is_told_to_start_again(tmp_path: Path) -> None:
         require_run(tmp_path / "run")
 
 
+def test_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        require_run(tmp_path / "none")
+    with pytest.raises(UsageError, match="no run folder"):
+        require_run(tmp_path)
+
+
 def test_a_half_line_is_cut_off_before_the_next(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", "", {}) as run:
         run.event("start")

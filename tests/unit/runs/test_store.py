@@ -43,13 +43,6 @@ def test_a_second_writer_is_told_who_writes(tmp_path: Path) -> None:
     RunFolder.open(tmp_path / "run").close()
 
 
-def test_what_is_no_run_cannot_be_opened(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="does not exist"):
-        RunFolder.open(tmp_path / "none")
-    with pytest.raises(UsageError, match="no run folder"):
-        RunFolder.open(tmp_path)
-
-
 def test_rows_are_cut_back_and_half_lines_dropped(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", "", {}) as run:
         for epoch in (1, 2, 3):

@@ -15,7 +15,7 @@ from lowmem.data import load
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.saver import Saved, Saver
 from lowmem.runs.store import RunFolder
-from lowmem.train.checkpoint_interval import SaveInterval
+from lowmem.train.watchers import Act, CheckpointInterval, Verdict
 from tests.faults.injection import events, make_trainer, run
 
 STEPS = 20  # of one epoch
@@ -36,37 +36,53 @@ class Disk:
         self.last_saved, self.writing = self.writing or self.last_saved, None
 
 
-def _interval(disk: Disk, **settings: Any) -> SaveInterval:
+def _interval(disk: Disk, **settings: Any) -> CheckpointInterval:
     config = CheckpointConfig(**{"every_minutes": None, **settings})
-    return SaveInterval(config, disk, lambda: disk.now)  # type: ignore[arg-type]
+    return CheckpointInterval(config, disk, 0, lambda: disk.now)  # type: ignore[arg-type]
+
+
+def _due(interval: CheckpointInterval, step: int) -> bool:
+    return interval.look(step).act is Act.SAVE
 
 
 @pytest.mark.parametrize(
     ("most", "places"), [(1, [1, 2, 3, 4, 5, 6]), (2, [1, 2, 3, 4, 5, 6]), (5, [2, 4, 6]), (6, [3, 6])]
 )
 def test_by_steps_it_saves_at_every_half(most: int, places: list[int]) -> None:
-    interval = _interval(Disk(), every_steps=most)
-    assert [step for step in range(1, 7) if interval.due(step)] == places
+    interval, seen = _interval(Disk(), every_steps=most), []
+    for step in range(1, 7):
+        if _due(interval, step):
+            interval.submitted(step)
+            seen.append(step)
+    assert seen == places
+
+
+def test_what_something_stronger_came_before_is_due_after_it() -> None:
+    interval = _interval(Disk(), every_steps=6)
+    assert interval.look(2) == Verdict()
+    assert [_due(interval, step) for step in (3, 4)] == [True, True]
+    interval.submitted(4)
+    assert [_due(interval, step) for step in (4, 5, 6)] == [False, False, True]
 
 
 def test_by_the_clock_it_saves_before_the_end() -> None:
     disk = Disk(longest_write_seconds=20.0)
     interval = _interval(disk, every_minutes=2.0)
     disk.now += 99
-    assert not interval.due(7)
+    assert not _due(interval, 7)
     assert interval.due_before(5.0)
     assert not interval.due_before(0.5)
     assert interval.due_before(None)  # nobody knows how long: half of the interval is allowed for
     assert not _interval(disk, every_minutes=6.0).due_before(None)
     disk.now += 2
-    assert interval.due(7)
-    interval.submitted()
-    assert not interval.due(8)
+    assert _due(interval, 7)
+    interval.submitted(7)
+    assert not _due(interval, 8)
     disk.longest_write_seconds = 500.0  # never earlier than half
     disk.now += 59
-    assert not interval.due(9)
+    assert not _due(interval, 9)
     disk.now += 2
-    assert interval.due(9)
+    assert _due(interval, 9)
 
 
 def test_it_waits_only_for_what_would_be_lost() -> None:
@@ -91,7 +107,7 @@ def test_without_an_interval_it_never_waits() -> None:
     interval = _interval(disk)
     disk.now += 1e6
     interval.hold(100_000)
-    assert not interval.due(100_000)
+    assert not _due(interval, 100_000)
     assert disk.waits == 0
 
 

@@ -3,51 +3,46 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
+import torch
 
-from lowmem.config.schema import Config, TrainConfig
 from lowmem.runs.checkpoint_state import RunState
-from lowmem.runs.store import RunFolder
-from lowmem.train.divergence import Recovery
+from lowmem.train.divergence import Divergence
+from lowmem.train.watchers import Act, Verdict
 
 
-@pytest.fixture
-def make(tmp_path: Path) -> Any:
-    def recovery(log_every_steps: int) -> Recovery:
-        config = Config(train=TrainConfig(log_every_steps=log_every_steps))
-        trainer = SimpleNamespace(state=RunState(), config=config)
-        return Recovery(cast(Any, trainer), cast(RunFolder, None), math.log(10))
-
-    return recovery
-
-
-def first_wrong(recovery: Recovery, losses: list[float]) -> int | None:
-    """After how many logged losses something was said."""
+def first_wrong(every: int, losses: list[float]) -> int | None:
+    """After how many logged losses it is to go back."""
+    state, divergence = RunState(), Divergence(math.log(10), every)
     for count, loss in enumerate(losses, start=1):
-        recovery.logged([loss])
-        if recovery.wrong() is not None:
+        divergence.logged(state, [loss])
+        if divergence.look(state).act is Act.ROLLBACK:
             return count
     return None
 
 
 @pytest.mark.parametrize(("every", "losses"), [(1, 100), (20, 5), (40, 3), (100, 3), (1000, 3)])
-def test_far_above_chance_for_a_hundred_steps_and_three_losses(every: int, losses: int, make: Any) -> None:
-    assert first_wrong(make(every), [12.0] * 200) == losses
+def test_far_above_chance_for_a_hundred_steps_and_three_losses(every: int, losses: int) -> None:
+    assert first_wrong(every, [12.0] * 200) == losses
 
 
-def test_spikes_are_none_of_it(make: Any) -> None:
-    assert first_wrong(make(20), [1e13, 2.3] * 200) is None
-    assert first_wrong(make(20), [12.0, 12.0, 12.0, 12.0, 3.0] * 40) is None
-    assert first_wrong(make(20), [11.5] * 200) is None  # five times chance is 11.513
+def test_spikes_are_none_of_it() -> None:
+    assert first_wrong(20, [1e13, 2.3] * 200) is None
+    assert first_wrong(20, [12.0, 12.0, 12.0, 12.0, 3.0] * 40) is None
+    assert first_wrong(20, [11.5] * 200) is None  # five times chance is 11.513
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_no_number_is_wrong_at_once(value: float, make: Any) -> None:
-    recovery = make(20)
-    assert recovery.wrong() is None
-    recovery._t.state.loss_sum = value
-    assert recovery.wrong() == f"the training loss is {value}"
+def test_no_number_is_wrong_at_once(value: float) -> None:
+    state, divergence = RunState(), Divergence(math.log(10), 20)
+    assert divergence.look(state) == Verdict()
+    state.loss_sum = value
+    assert divergence.look(state) == Verdict(Act.ROLLBACK, f"the training loss is {value}")
+
+
+def test_an_evaluation_without_a_number_proves_nothing_by_itself() -> None:
+    divergence, sound, broken = Divergence(math.log(10), 20), torch.ones(3), torch.tensor([1.0, math.nan])
+    assert divergence.look_at_evaluation(2.3, [broken]) == Verdict()
+    assert divergence.look_at_evaluation(math.nan, [sound, torch.tensor(5)]) == Verdict()
+    assert divergence.look_at_evaluation(math.inf, [sound, broken]).act is Act.ROLLBACK

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from lowmem.runs.checkpoint_state import RunState
-from lowmem.train import stall as stuck
-from lowmem.train.stall import Chance, Evidence
+from lowmem.train.stall import Chance, Evidence, Stall, gradient_share, note_share
+from lowmem.train.watchers import STALLED, Act, Verdict
 
 TEN = Chance(math.log(10), 90.0, 50_000)
 VANISHED, FLOWING = 1e-6, 0.1
 
 
 def judge(
-    epochs: list[tuple[float, float, float | None]], chance: Chance = TEN, steps: int = 391
+    epochs: Sequence[tuple[float, float, float | None]], chance: Chance = TEN, steps: int = 391
 ) -> list[Evidence | None]:
     """(loss, error, gradient share) of each epoch -> what was found at its end."""
-    state, found = RunState(), []
+    state, stall, found = RunState(), Stall(chance, steps, stop=False), []
     for number, (loss, error_pct, share) in enumerate(epochs, start=1):
         if share is not None:
-            stuck.note_share(state, [share, *[1.0] * 9])
-        found.append(
-            stuck.end_epoch(state, chance, epoch=number, loss=loss, error_pct=error_pct, steps_per_epoch=steps)
-        )
+            note_share(state, [share, *[1.0] * 9])
+        stall.look(state, epoch=number, loss=loss, error_pct=error_pct)
+        found.append(stall.evidence)
         state.start_epoch()
     return found
 
 
-def first_found(epochs: list[tuple[float, float, float | None]], **conditions: object) -> int | None:
+def first_found(epochs: Sequence[tuple[float, float, float | None]], **conditions: object) -> int | None:
     """The epoch, from 1."""
     return next((n for n, one in enumerate(judge(epochs, **conditions), start=1) if one), None)  # type: ignore[arg-type]
 
@@ -58,9 +58,9 @@ def test_the_evidence() -> None:
     assert found[:2] == [None, None]  # the first epoch is not judged, one alone is not enough
     assert found[2] is not None
     assert found[3] is not None
-    assert (found[2].epochs, found[3].epochs) == (2, 3)
-    assert found[2].share == pytest.approx(VANISHED)
-    assert found[2].fields["chance_loss"] == math.log(10)
+    assert (found[2].epochs_at_chance, found[3].epochs_at_chance) == (2, 3)
+    assert found[2].first_to_last_gradient == pytest.approx(VANISHED)
+    assert found[2].chance_loss == math.log(10)
     for said in ("2.3104", "2.3026", "90.10 %", "1.0e-06", "9e-05", "0.40"):
         assert said in found[2].words
 
@@ -125,19 +125,19 @@ def test_without_any_gradient_recorded_nothing_is_said() -> None:
 
 
 def test_the_share_is_of_the_first_and_last_tenth() -> None:
-    assert stuck.gradient_share([2.0, *[9.0] * 8, 4.0]) == 0.5
-    assert stuck.gradient_share([1.0, 3.0, *[9.0] * 16, 4.0, 6.0]) == 0.4
-    assert stuck.gradient_share([0.0, *[9.0] * 8, 4.0]) == 0.0
-    assert stuck.gradient_share([0.0] * 10) == 0.0
-    assert stuck.gradient_share([1.0, *[9.0] * 8, 0.0]) == math.inf
-    assert stuck.gradient_share([math.inf, *[9.0] * 8, 4.0]) is None  # a step that the scaler skipped
-    assert stuck.gradient_share([1.0, *[9.0] * 8, math.nan]) is None
+    assert gradient_share([2.0, *[9.0] * 8, 4.0]) == 0.5
+    assert gradient_share([1.0, 3.0, *[9.0] * 16, 4.0, 6.0]) == 0.4
+    assert gradient_share([0.0, *[9.0] * 8, 4.0]) == 0.0
+    assert gradient_share([0.0] * 10) == 0.0
+    assert gradient_share([1.0, *[9.0] * 8, 0.0]) == math.inf
+    assert gradient_share([math.inf, *[9.0] * 8, 4.0]) is None  # a step that the scaler skipped
+    assert gradient_share([1.0, *[9.0] * 8, math.nan]) is None
 
 
 def test_a_spike_does_not_hide_what_vanished() -> None:
     state = RunState()
     for share in [1e-7] * 9 + [math.inf, 0.01]:
-        stuck.note_share(state, [share, *[1.0] * 9])
+        note_share(state, [share, *[1.0] * 9])
     assert state.share_count == 10
     assert math.exp(state.share_log_sum / 10) == pytest.approx(1e-7**0.9 * 0.01**0.1)
 
@@ -151,3 +151,17 @@ def test_chance_is_that_of_the_labels() -> None:
     odd = Chance.of(torch.tensor([0] * 75 + [2] * 25))  # a class without pictures counts for nothing
     assert odd.error_pct == pytest.approx(25)
     assert odd.loss == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_it_is_new_once_and_asks_to_leave_only_if_asked(stop: bool) -> None:
+    state, stall, seen = RunState(), Stall(TEN, 391, stop=stop), []
+    for epoch in range(1, 5):
+        note_share(state, [VANISHED, *[1.0] * 9])
+        seen.append((stall.look(state, epoch=epoch, loss=2.31, error_pct=90.0), stall.is_new))
+        state.start_epoch()
+    asked = Verdict(Act.LEAVE, STALLED) if stop else Verdict()
+    assert seen == [(Verdict(), False), (Verdict(), False), (asked, True), (asked, False)]
+    resumed = Stall(TEN, 391, stop=stop)
+    resumed.look(state, epoch=5, loss=2.31, error_pct=90.0)
+    assert not resumed.is_new  # it was said by the process before

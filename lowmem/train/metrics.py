@@ -1,0 +1,233 @@
+"""The figures of a run: fetched from the device now and then, written as rows, and what of them a user is told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.config.schema import Config
+from lowmem.runs.checkpoint_state import Best
+from lowmem.runs.event_files import EventFiles, require_tensorboard
+from lowmem.runs.store import NullFolder, RunFolder
+from lowmem.step.evaluate import Score
+from lowmem.train.observer import Progress
+from lowmem.train.replica import Replica
+from lowmem.train.stall import GradientNorms, default_every, note_share
+
+
+class Eta:
+    """The time left, from what this process measured itself: after a resume nothing of an earlier process is divided
+    in. Steps and evaluations are timed apart. Seconds are monotonic-clock seconds."""
+
+    def __init__(self, epochs: int, steps_per_epoch: int) -> None:
+        self._epochs = epochs
+        self._per_epoch = steps_per_epoch
+        self._mark: tuple[int, float] | None = None
+        self._step_seconds: float | None = None
+        self.evaluation_seconds: float | None = None  # of the last evaluation
+
+    def trained(self, step: int, now: float) -> None:
+        """Called after steps, with the count of steps done."""
+        if self._mark is not None and step > self._mark[0]:
+            latest = (now - self._mark[1]) / (step - self._mark[0])
+            # A slow average follows a machine whose speed drifts and forgets the warm-up.
+            self._step_seconds = latest if self._step_seconds is None else 0.8 * self._step_seconds + 0.2 * latest
+        self._mark = (step, now)
+
+    def evaluated(self, seconds: float) -> None:
+        """Called after an epoch's evaluation, which is then not counted as the time of steps."""
+        self.evaluation_seconds = seconds
+        self._mark = None
+
+    def seconds(self, epochs_done: int, steps_done: int) -> float | None:
+        """Seconds until the end of the run; None until something was measured."""
+        if self._step_seconds is None:
+            return None
+        steps = max(0, self._epochs * self._per_epoch - steps_done)
+        evaluations = max(0, self._epochs - epochs_done)
+        return steps * self._step_seconds + evaluations * (self.evaluation_seconds or 0.0)
+
+
+class Metrics:
+    """Counts the steps of one process's part in a run. `folder` takes the rows."""
+
+    def __init__(self, replica: Replica, folder: RunFolder) -> None:
+        self._t, self._folder = replica, folder
+        config, self._per_epoch = replica.config.train, replica.batches.steps_per_epoch
+        every = config.grad_norms_every or default_every(self._per_epoch)
+        self.norms = GradientNorms(replica.model, replica.step, every)
+        self._last_tick = time.monotonic()
+        self._pending: list[tuple[int, float, int, Tensor]] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """With the replica's state: at the start of the process, and after going back."""
+        t, state = self._t, self._t.state
+        self._sums = torch.tensor([state.loss_sum, state.wrong], dtype=torch.float64, device=t.execution.device)
+        self._settled = state.step
+        self._pending.clear()
+        self.norms.forget()
+        damage = self._folder.begin_gradients(self.norms.names, step=state.step)  # ends with the state's step
+        if damage is not None:
+            t.observer.warning(damage)
+            self._folder.event("warning", what="gradient norms lost", reason=damage)
+        self.eta = Eta(t.config.train.epochs, self._per_epoch)
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        """The state's sums are those of the epoch as it begins, or goes on."""
+        self._t.meter.reset()
+        self.eta.trained(self._t.state.step, time.monotonic())
+
+    def count(self, totals: Tensor, size: int, lr: float) -> None:
+        """A step of `size` pictures is done; waits for nothing. `totals`: as `TrainStep` returns them."""
+        state = self._t.state
+        self._sums += totals
+        state.step += 1
+        state.step_in_epoch += 1
+        state.seen += size
+        if state.step % self._t.config.train.log_every_steps == 0:
+            self._pending.append((state.step, lr, size, totals[0]))
+        self.norms.keep(state.step, state.epoch + 1)
+
+    def settle(self) -> tuple[list[float], float] | None:
+        """Fetches what the steps left on the device: the only place that waits for it, once per `log_every_steps`.
+        The logged losses of single steps, and seconds of training, since the last call; None: there was no step."""
+        state = self._t.state
+        if self._settled == state.step:
+            return None
+        self._settled = state.step
+        state.loss_sum, state.wrong = self._sums.tolist()
+        rows: list[dict[str, Any]] = [
+            {"step": step, "epoch": state.epoch + 1, "lr": lr, "loss": float(loss) / size}
+            for step, lr, size, loss in self._pending
+        ]
+        self._pending.clear()
+        self._folder.append_steps(rows)
+        norms = self.norms.fetch()
+        for _, _, values in norms:
+            note_share(state, values)
+        self._folder.append_gradients(norms)
+        seconds = self.tick()
+        state.train_seconds += seconds
+        self.eta.trained(state.step, self._last_tick)
+        return [row["loss"] for row in rows], seconds
+
+    def tick(self) -> float:
+        """Counts the seconds since the last call, which it returns, as elapsed: by itself not as training."""
+        last, self._last_tick = self._last_tick, time.monotonic()
+        self._t.state.elapsed_seconds += self._last_tick - last
+        return self._last_tick - last
+
+    def progress(self) -> Progress:
+        """Where the run is."""
+        t, state = self._t, self._t.state
+        device, seen = t.meter.read(), max(state.seen, 1)
+        return Progress(
+            epoch=state.epoch + 1,
+            epochs=t.config.train.epochs,
+            step_in_epoch=state.step_in_epoch,
+            steps_per_epoch=self._per_epoch,
+            lr=t.lr(state.step - 1),
+            loss=state.loss_sum / seen,
+            error_pct=100 * state.wrong / seen,
+            images_per_second=self._images_per_second,
+            memory_bytes=device.peak_allocated_bytes or device.device_used_bytes,
+            seconds_left=self.eta.seconds(state.epoch, state.step),
+        )
+
+    @property
+    def _images_per_second(self) -> float | None:
+        """Of training, in this epoch so far."""
+        state = self._t.state
+        return state.seen / state.train_seconds if state.train_seconds > 0 else None
+
+    def row(self, test: Score, val: Score | None) -> dict[str, Any]:
+        """Of metrics.csv, for the epoch whose steps are done."""
+        state, device = self._t.state, self._t.meter.read()
+        return {
+            "epoch": state.epoch + 1,
+            "step": state.step,
+            "lr": self._t.lr(state.step - 1),
+            "train_loss": state.loss_sum / state.seen,
+            "train_error_pct": 100 * state.wrong / state.seen,
+            "test_loss": test.loss,
+            "test_error_pct": test.error_pct,
+            "images_per_second": self._images_per_second,
+            "peak_allocated_bytes": device.peak_allocated_bytes,
+            "peak_reserved_bytes": device.peak_reserved_bytes,
+            "device_used_bytes": device.device_used_bytes,
+            "elapsed_seconds": state.elapsed_seconds,
+            "val_loss": val.loss if val else None,
+            "val_error_pct": val.error_pct if val else None,
+        }
+
+    def note_score(self, error_pct: float, chosen_on: str) -> dict[str, dict[str, str]]:
+        """The epoch just completed has this error. What its weights are exported as: name -> metadata."""
+        state = self._t.state
+        metadata = {"arch": self._t.config.model.arch, "epoch": str(state.epoch), "step": str(state.step)}
+        metadata |= {"error_pct": repr(error_pct), "error_on": chosen_on}
+        if state.best is not None and not error_pct < state.best.error_pct:
+            return {"last": metadata}
+        state.best = Best(state.epoch, state.step, error_pct, chosen_on)
+        return {"best": {**metadata, "chosen_on": chosen_on}, "last": metadata}
+
+    def end_epoch(self, row: dict[str, Any]) -> None:
+        """The epoch is evaluated and judged: its row is written, the next one's sums begin."""
+        self._t.state.start_epoch()
+        self._sums.zero_()
+        self._folder.append_metrics(row)
+
+
+# -- TensorBoard -------------------------------------------------------------------------------------------------------
+
+
+def check_tensorboard(config: Config) -> None:
+    """Raises PreflightError if event files are wanted and cannot be written here."""
+    if config.train.tensorboard:
+        require_tensorboard()
+
+
+class TensorBoardExport:
+    """Keeps a run's event files up to date with its rows while it is trained (see `runs.event_files`). Nothing of it
+    can stop or change the run: what goes wrong is said once, to `warn`, and the tables have everything all the same."""
+
+    def __init__(self, files: EventFiles, warn: Callable[[str], None]) -> None:
+        self._files, self._warn = files, warn
+        self._warned = False
+
+    def update(self) -> None:
+        """Never raises an Exception: a full disk, or a file that somebody else holds, is no reason to stop a run."""
+        try:
+            self._files.update()
+        except Exception as error:
+            self._files.close()
+            if not self._warned:
+                self._warned = True
+                reason = getattr(error, "strerror", None) or error
+                self._warn(
+                    f"{self._files.folder} cannot be written ({reason}): training goes on, and TensorBoard's curves "
+                    "are made up for as soon as it can"
+                )
+
+
+@contextmanager
+def exporting(replica: Replica, folder: RunFolder) -> Iterator[Callable[[], None]]:
+    """What to call whenever rows have come: exports them to TensorBoard, in the process that writes them and if that is
+    wanted. At the end with the last rows."""
+    if not replica.config.train.tensorboard or isinstance(folder, NullFolder):
+        yield lambda: None
+        return
+    files = EventFiles(folder.path)
+    export = TensorBoardExport(files, replica.observer.warning)
+    export.update()
+    try:
+        yield export.update
+    finally:
+        export.update()
+        files.close()
