@@ -27,8 +27,7 @@ from lowmem.data import load
 from lowmem.distributed.group import Group
 from lowmem.lifecycle import fork
 from lowmem.lifecycle.api import recorded_settings, resume_training
-from lowmem.lifecycle.begin import begun_before, launcher
-from lowmem.lifecycle.run_identity import belongs_to, most_bytes, read_plan, verify
+from lowmem.lifecycle.run_identity import begun_before, belongs_to, launcher, most_bytes, read_plan, verify
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, keep, uniform
 from lowmem.plan.record import Candidate, Plan
