@@ -171,7 +171,10 @@ class RowTable(Generic[Row]):
 
 
 class _GradientTable(RowTable[GradientRow]):
-    """Its columns are the network's own layers, in the order of the forward pass."""
+    """Its columns are the network's own layers, in the order of the forward pass; `columns` has none."""
+
+    def _columns(self, names: Sequence[str]) -> Columns:
+        return self.of_layers(())
 
     def of_layers(self, layers: Sequence[str]) -> Columns:
         names = ("step", "epoch", *layers)

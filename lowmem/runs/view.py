@@ -106,7 +106,7 @@ class RunView:
         if self._is_too_large(GRADIENT_TABLE):
             return Gradients()
         columns, rows = read_table(self.path / GRADIENT_TABLE.file_name, GRADIENT_TABLE, self._notes)
-        return Gradients(columns.names[2:] if columns is not GRADIENT_TABLE.columns else (), rows)
+        return Gradients(columns.names[2:], rows)
 
     @cached_property
     def events(self) -> tuple[Event, ...]:

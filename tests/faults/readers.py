@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lowmem.calibrate.calibration import Calibration, Identity, Mode, Seconds
+from lowmem.calibrate.calibration import Calibration, Identity
 from lowmem.cli.terminal import describe_epoch
 from lowmem.cli.watch_screen import screen, to_json
 from lowmem.config.cards import load_card
@@ -27,8 +27,7 @@ from lowmem.data import load
 from lowmem.distributed.group import Group
 from lowmem.lifecycle import fork
 from lowmem.lifecycle.api import recorded_settings, resume_training
-from lowmem.lifecycle.begin import begun_before, launcher
-from lowmem.lifecycle.run_identity import belongs_to, most_bytes, read_plan, verify
+from lowmem.lifecycle.run_identity import begun_before, belongs_to, launcher, most_bytes, read_plan, verify
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, keep, uniform
 from lowmem.plan.record import Candidate, Plan
@@ -224,9 +223,9 @@ def _others(run: Path, work: Path) -> list[Reader]:
 
     identity = Identity(device="cpu", name="c", driver=None, torch="2", library=None, threads=1)
     calibration = Calibration(identity, kept)
-    calibration.put_seconds("a", Seconds(1.0, 2.0))
-    calibration.put_mode("b", Mode(1.0, True))
-    calibration.put_size("c", 5)
+    calibration.put("seconds", "a", [1.0, 2.0, 0.0])
+    calibration.put("mode", "b", [1.0, 1.0])
+    calibration.put("bytes", "c", 5)
     calibration.save()
     assert calibration.path is not None
 

@@ -79,18 +79,6 @@ def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew(run: Path) ->
     assert not begun_before(restarted(), run, CONFIG)
 
 
-@pytest.mark.parametrize("left", ['{"time": "2026-11-', "5\n", "[]\n", '{"event": 7}\n', "\xff\x00\n"])
-def test_what_a_death_leaves_in_the_events_is_no_obstacle(run: Path, left: str) -> None:
-    """Torchrun starts again exactly after one."""
-    with open(run / "events.jsonl", "a", encoding="latin-1") as file:
-        file.write('{"event": "start"}\n' + left)
-    assert begun_before(restarted(), run, CONFIG)
-    with open(run / "events.jsonl", "a", encoding="latin-1") as file:
-        file.write('\n{"event": "diverged", "why": "as asked"}\n' + left)
-    with pytest.raises(Diverged, match="as asked"):
-        begun_before(restarted(), run, CONFIG)
-
-
 def test_a_damaged_record_of_the_machine_is_another_start(run: Path) -> None:
     (run / "env.json").write_text("{", encoding="utf-8")
     assert not begun_before(restarted(), run, CONFIG)
