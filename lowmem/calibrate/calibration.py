@@ -93,23 +93,18 @@ class Calibration:
         found = self._numbers("seconds", key, 3)
         return None if found is None else Seconds(*found)
 
-    def put_seconds(self, key: object, value: Seconds) -> None:
-        self.figures[figure_name("seconds", key)] = [value.forward, value.backward, value.restore]
-
     def mode(self, key: object) -> Mode | None:
         found = self._numbers("mode", key, 2)
         return None if found is None else Mode(found[0], bool(found[1]))
-
-    def put_mode(self, key: object, value: Mode) -> None:
-        self.figures[figure_name("mode", key)] = [value.seconds, float(value.finite)]
 
     def size_bytes(self, key: object) -> int | None:
         """A workspace, a context, a number of pictures: integers."""
         found = self.figures.get(figure_name("bytes", key))
         return found if isinstance(found, int) and not isinstance(found, bool) and 0 <= found <= LARGEST else None
 
-    def put_size(self, key: object, size_bytes: int) -> None:
-        self.figures[figure_name("bytes", key)] = size_bytes
+    def put(self, kind: str, key: object, figure: Any) -> None:
+        """As a file has it: `seconds` and `mode` are lists of their fields, `bytes` a number."""
+        self.figures[figure_name(kind, key)] = figure
 
     def save(self) -> None:
         """Replaces the file whole. A disk that refuses costs only that it is measured again next time."""

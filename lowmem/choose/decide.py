@@ -155,17 +155,7 @@ def decide(
     _say(choice, group, tell)
     confirmed = None
     if confirm is not None:
-        candidates = [each.choices[group.rank] for each in splits] if group.alone else [choice]
-        limited = own if group.alone else _limited_to(choice.plan, own)
-        confirmed = group.together(lambda: confirm(settled.config, limited, candidates))
-        taken = confirmed.choice
-        if not group.alone:
-            taken = replace(taken, plan=replace(taken.plan, shares=split.shares))
-        other = (taken.plan.schedule, taken.plan.batch) != (choice.plan.schedule, choice.plan.batch)
-        choice = taken
-        if any(group.gather(other)):
-            tell.note("another plan is taken, by what was measured:")
-            _say(choice, group, tell)
+        choice, confirmed = _confirmed(confirm, settled.config, splits, own, group, tell)
     choice = group.together(lambda: with_ladder(choice))
     tell.note(explain_ladder(choice.plan))
     return Decision(
@@ -175,6 +165,28 @@ def decide(
         changed=recorded is not None,
         confirmed=confirmed,
     )
+
+
+def _confirmed(
+    confirm: Confirm, config: Config, splits: Sequence[BatchSplit], request: Request, group: Group, tell: Listener
+) -> tuple[Choice, Confirmation]:
+    """What is taken of what was planned, by real steps. Of one process among several only its own part is tried: what
+    all have agreed on stays."""
+    choices = [split.choices[group.rank] for split in splits]
+    if not group.alone:
+        del choices[1:]
+        plan = choices[0].plan
+        formats: dict[str, str] = {plan.precision: plan.memory_format}
+        request = replace(request, batch=plan.batch, precisions=(plan.precision,), formats=formats)
+    confirmed = group.together(lambda: confirm(config, request, choices))
+    first, taken = choices[0].plan, confirmed.choice.plan
+    if not group.alone:
+        taken = replace(taken, shares=first.shares)
+    choice = replace(confirmed.choice, plan=taken)
+    if any(group.gather((taken.schedule, taken.batch) != (first.schedule, first.batch))):
+        tell.note("another plan is taken, by what was measured:")
+        _say(choice, group, tell)
+    return choice, confirmed
 
 
 # -- what was recorded -------------------------------------------------------------------------------------------------
@@ -247,12 +259,6 @@ def _split(group: Group, config: Config, plan: Plan | None) -> Split:
         return Split(plan.shares, group.rank, tuple(group.gather(plan.micro_batch)))
     shares, micro = even_shares(config.train.batch, group.size), config.train.micro_batch
     return Split(shares, group.rank, tuple(min(share, micro or share) for share in shares))
-
-
-def _limited_to(plan: Plan, request: Request) -> Request:
-    """Of one process among several: what all have agreed on stays."""
-    formats: dict[str, str] = {plan.precision: plan.memory_format}
-    return replace(request, batch=plan.batch, precisions=(plan.precision,), formats=formats)
 
 
 def _settled(settings: Settings, plan: Plan, reasons: Mapping[str, str], *, auto: bool) -> Settings:

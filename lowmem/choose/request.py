@@ -134,7 +134,7 @@ def _with_context(facts: DeviceFacts, calibration: Calibration) -> DeviceFacts:
     """What could not be told now was perhaps told before."""
     if facts.context_bytes is None:
         return replace(facts, context_bytes=calibration.size_bytes(CONTEXT))
-    calibration.put_size(CONTEXT, facts.context_bytes)
+    calibration.put("bytes", CONTEXT, facts.context_bytes)
     calibration.save()
     return facts
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lowmem.calibrate.calibration import Calibration, Identity, Mode, Seconds
+from lowmem.calibrate.calibration import Calibration, Identity
 from lowmem.cli.terminal import describe_epoch
 from lowmem.cli.watch_screen import screen, to_json
 from lowmem.config.cards import load_card
@@ -223,9 +223,9 @@ def _others(run: Path, work: Path) -> list[Reader]:
 
     identity = Identity(device="cpu", name="c", driver=None, torch="2", library=None, threads=1)
     calibration = Calibration(identity, kept)
-    calibration.put_seconds("a", Seconds(1.0, 2.0))
-    calibration.put_mode("b", Mode(1.0, True))
-    calibration.put_size("c", 5)
+    calibration.put("seconds", "a", [1.0, 2.0, 0.0])
+    calibration.put("mode", "b", [1.0, 1.0])
+    calibration.put("bytes", "c", 5)
     calibration.save()
     assert calibration.path is not None
 

@@ -273,9 +273,9 @@ def test_a_calibration_comes_back(
     kept = Calibration(IDENTITY, tmp_path)
     kept.clear()
     for key, values in times.items():
-        kept.put_seconds(key, Seconds(*values))
-    kept.put_mode("m", Mode(span, finite))
-    kept.put_size("s", size)
+        kept.put("seconds", key, list(values))
+    kept.put("mode", "m", [span, float(finite)])
+    kept.put("bytes", "s", size)
     kept.save()
     back = Calibration(IDENTITY, tmp_path)
     assert {key: back.seconds(key) for key in times} == {key: Seconds(*values) for key, values in times.items()}
@@ -286,8 +286,8 @@ def test_a_calibration_comes_back(
 @IN_A_FOLDER
 def test_any_figures_are_figures_or_not_there(tmp_path: Path, figure: Any, whole: Any) -> None:
     kept = Calibration(IDENTITY, tmp_path)
-    kept.put_seconds("a", Seconds(1, 2))
-    kept.put_size("b", 3)
+    kept.put("seconds", "a", [1, 2, 0])
+    kept.put("bytes", "b", 3)
     kept.figures = dict.fromkeys(kept.figures, figure)
     kept.save()
     back = Calibration(IDENTITY, tmp_path)

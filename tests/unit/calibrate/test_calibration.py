@@ -17,9 +17,9 @@ HERE = Identity(device="cuda", name="GTX 1060 6GB", driver="580.95", torch="2.7.
 
 def _filled(folder: Path) -> Calibration:
     made = Calibration(HERE, folder)
-    made.put_seconds(("a", 1), Seconds(0.1, 0.2, 0.3))
-    made.put_mode(("m",), Mode(2.0, False))
-    made.put_size(("w",), 12345)
+    made.put("seconds", ("a", 1), [0.1, 0.2, 0.3])
+    made.put("mode", ("m",), [2.0, 0.0])
+    made.put("bytes", ("w",), 12345)
     made.save()
     return made
 
@@ -46,7 +46,7 @@ def test_another_card_driver_or_version_is_measured_anew(tmp_path: Path, change:
 
 def test_nothing_is_kept_without_a_folder() -> None:
     made = Calibration(HERE, None)
-    made.put_size("w", 1)
+    made.put("bytes", "w", 1)
     made.save()
     assert made.size_bytes("w") == 1
 
@@ -54,7 +54,7 @@ def test_nothing_is_kept_without_a_folder() -> None:
 def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     made = Calibration(HERE, tmp_path / "file" / "folder")
-    made.put_size("w", 1)
+    made.put("bytes", "w", 1)
     made.save()
     assert not list(tmp_path.glob("**/*.json"))
 
@@ -82,6 +82,6 @@ def test_a_damaged_file_is_measured_again(tmp_path: Path, junk: bytes, where: fl
     found = Calibration(HERE, tmp_path)
     for read in (found.seconds, found.mode, found.size_bytes):
         read(("a", 1))
-    found.put_size("w", 3)
+    found.put("bytes", "w", 3)
     found.save()
     assert Calibration(HERE, tmp_path).size_bytes("w") == 3

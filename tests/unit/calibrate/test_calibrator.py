@@ -105,7 +105,7 @@ def test_what_could_not_be_measured_is_scaled_like_the_rest(measured: ChainMeasu
     kept = Calibration(cpu_identity(), None)
     plain = {stage.key: _of(times, stage, PLAIN) for stage in measured.stages}
     for stage in measured.stages:
-        kept.put_seconds((stage_key(stage.key, "fp32", SHAPE[0]), PLAIN), Seconds(0.0, plain[stage.key]))
+        kept.put("seconds", (stage_key(stage.key, "fp32", SHAPE[0]), PLAIN), [0.0, plain[stage.key], 0.0])
     scaled = price(measured, RATES, StageTimes(kept, "fp32", SHAPE[0], 1.0, 0.0))
     assert whole.plain_seconds is not None
     assert guess.plain_seconds is not None

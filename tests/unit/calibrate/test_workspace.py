@@ -65,7 +65,7 @@ def test_a_measured_workspace_is_part_of_the_step() -> None:
     assert plain.at_peak_bytes[Kind.WORKSPACE] == 0
     known = Calibration(cpu_identity(), None)
     for call in _calls():
-        known.put_size(Workspaces(known, None).key(call), 5 * MIB)
+        known.put("bytes", Workspaces(known, None).key(call), 5 * MIB)
     counted = _step(Workspaces(known, None)).estimate
     assert counted.at_peak_bytes[Kind.WORKSPACE] == 5 * MIB
     assert plain.peak_tensor_bytes < counted.peak_tensor_bytes <= plain.peak_tensor_bytes + 5 * MIB
@@ -82,7 +82,7 @@ def test_an_unknown_call_counts_as_the_largest_of_its_kind() -> None:
     first, second, *_ = sorted((c for c in _calls() if "backward" in c.operation), key=repr)
     forward = next(c for c in _calls() if "backward" not in c.operation)
     known = Calibration(cpu_identity(), None)
-    known.put_size(Workspaces(known, None).key(first), 7 * MIB)
+    known.put("bytes", Workspaces(known, None).key(first), 7 * MIB)
     table = Workspaces(known, None)
     assert table(second) == 0
     assert table(first) == 7 * MIB
