@@ -45,8 +45,11 @@ def ask(function: str, argument: Any) -> Any:
         return outcome.answer
     if outcome.ended == "too long":
         raise PreflightError(f"measuring the device {outcome.words}: plan without by --set memory.calibrate=never")
+    why = outcome.refused
+    if outcome.ended == "out of memory" and outcome.words:
+        why = f"{why}: {outcome.words}"  # which says who has the card's memory
     raise PreflightError(
-        f"measuring the device failed ({outcome.refused}): `lowmem doctor` looks for the cause; --set "
+        f"measuring the device failed ({why}): `lowmem doctor` looks for the cause; --set "
         "memory.calibrate=never plans without"
     )
 

@@ -22,8 +22,9 @@ from lowmem.distributed.split import even_shares, weighted_shares
 from lowmem.plan.record import Candidate
 
 Mode = tuple[str, str]  # precision, memory format
-# Values (JSON) by rank, those that this process knows -> all of them, in the order of the ranks.
-Gather = Callable[[Mapping[int, Any]], Sequence[Any]]
+# A function of the rank, called for those that this process plans for -> the values (JSON) of all ranks, in order. What
+# it raises in one process is raised in all.
+Everyone = Callable[[Callable[[int], Any]], Sequence[Any]]
 Predict = Callable[[tuple[int, ...]], Sequence[float | None]]
 
 AUTO_BATCHES = (32, 64, 128, 256, 512, 1024)
@@ -59,15 +60,11 @@ class BatchSplit:
 class Planner:
     """Plans for the processes in `requests`, by rank, of `size` in all; what was planned is kept."""
 
-    def __init__(self, requests: Mapping[int, Request], size: int, gather: Gather) -> None:
+    def __init__(self, requests: Mapping[int, Request], size: int, everyone: Everyone) -> None:
         self.requests = dict(requests)
         self.size = size
-        self._gather = gather
+        self._everyone = everyone
         self._known: dict[tuple[object, ...], Choice | Infeasible] = {}
-
-    def everyone(self, mine: Callable[[int], Any]) -> list[Any]:
-        """`mine(rank)` of all processes."""
-        return list(self._gather({rank: mine(rank) for rank in self.requests}))
 
     def divide(self, batch: int, *, may_accumulate: bool) -> BatchSplit:
         """Shares and plans for `batch` pictures: without accumulation if there is any such way.
@@ -146,7 +143,7 @@ class Planner:
                     return None
                 return choice.plan.predicted.step_seconds if shares[rank] else 0.0
 
-            return self.everyone(seconds)
+            return self._everyone(seconds)
 
         return balance(batch, self.size, predict)
 
@@ -157,7 +154,7 @@ class Planner:
             plan = self._chosen(rank, split, None, accumulate).plan
             return [plan.precision, plan.memory_format]
 
-        wanted: list[Mode] = [(precision, layout) for precision, layout in self.everyone(wants)]
+        wanted: list[Mode] = [(precision, layout) for precision, layout in self._everyone(wants)]
         if len(set(wanted)) == 1:
             yield None
             return
@@ -172,9 +169,9 @@ class Planner:
             error = self._plan(rank, even[rank], None, may_accumulate)
             return [error.budget_bytes, error.least_bytes, error.what] if isinstance(error, Infeasible) else None
 
-        failed = [(rank, reason) for rank, reason in enumerate(self.everyone(refusal)) if reason is not None]
+        failed = [(rank, reason) for rank, reason in enumerate(self._everyone(refusal)) if reason is not None]
         if not failed:
-            budget = min(self.everyone(lambda rank: self.requests[rank].budget.tensor_bytes))
+            budget = min(self._everyone(lambda rank: self.requests[rank].budget.tensor_bytes))
             what = "every card for itself, but none in a precision and memory format that all of them take"
             return Infeasible(budget, budget + 1, what, "give --precision and --memory-format")
         own = self._plan(0, batch, None, may_accumulate) if self.size == 1 else None

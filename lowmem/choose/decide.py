@@ -78,14 +78,14 @@ class Silence:
 class Decision:
     """The settings with what was decided, this process's plan with its ladder (None: unplanned), and everybody's part
     of the batch. `changed`: not as it was recorded. `planned`: the choices behind plans on paper (they hold much that a
-    run does not need). `confirmed`: the trials of the plan."""
+    run does not need). `confirmed`: the trials of the plan, as an event's fields."""
 
     settings: Settings
     plan: Plan | None
     split: Split
     changed: bool = False
     planned: BatchSplit | None = None
-    confirmed: Confirmation | None = None
+    confirmed: Mapping[str, Any] | None = None
 
     @property
     def choice(self) -> Choice:
@@ -108,9 +108,9 @@ def decide(
     """What a run with these settings is trained with.
 
     `group`: the processes that train it, all of which call this; by default one. `recorded`: of a run that has begun.
-    `confirm`: tries the plan of a new run. `on_paper`: nothing is trained; plans are made here for one process on each
-    of the cards in `memory.card`, without ladders, and only what takes long is told. `recalibrate`: measure the device
-    again.
+    `confirm`: tries the plan of a new run, or of one that goes on with another number of processes. `on_paper`: nothing
+    is trained; plans are made here for one process on each of the cards in `memory.card`, without ladders, and only
+    what takes long is told. `recalibrate`: measure the device again.
 
     Raises Infeasible, UsageError, PreflightError; in all processes alike.
     """
@@ -129,15 +129,16 @@ def decide(
         calibrator = calibrator_of(local, tell.note, fresh=recalibrate)
         return request_of(local, data.classes, data.train_pictures or 0, calibrator, joint=size > 1)
 
-    def gather(values: Mapping[int, Any]) -> Sequence[Any]:
-        return [values[rank] for rank in ranks] if on_paper else group.gather(values[group.rank])
+    def everyone(value: Callable[[int], Any]) -> Sequence[Any]:
+        return [value(rank) for rank in ranks] if on_paper else group.gather(group.together(lambda: value(group.rank)))
 
     requests = group.together(lambda: {rank: request(rank) for rank in ranks})
     auto = config.memory.auto_batch and recorded is None
-    if recorded is not None and plans and not recorded.fork:
+    anew = recorded is None or recorded.fork or not plans
+    if not anew:
         splits = [_same_computation(config, plans[group.rank], requests[group.rank], group)]
     else:
-        planner = Planner(requests, size, gather)
+        planner = Planner(requests, size, everyone)
         with group.alike():
             if auto:
                 splits = planner.divide_auto(config.train.batch, data.train_pictures)
@@ -154,7 +155,8 @@ def decide(
             tell.note(line)
     _say(choice, group, tell)
     confirmed = None
-    if confirm is not None:
+    # A run that goes on keeps what it computes; its parts on other processes are new to their cards.
+    if confirm is not None and (recorded is None or (anew and not recorded.fork and not group.alone)):
         choice, confirmed = _confirmed(confirm, settled.config, splits, own, group, tell)
     choice = group.together(lambda: with_ladder(choice))
     tell.note(explain_ladder(choice.plan))
@@ -163,7 +165,7 @@ def decide(
         plan=choice.plan,
         split=_split(group, config, choice.plan),
         changed=recorded is not None,
-        confirmed=confirmed,
+        confirmed=None if confirmed is None else confirmed.event,
     )
 
 
@@ -219,14 +221,17 @@ def _still_holds(recorded: RecordedRun, config: Config) -> bool:
 
 
 def _budget(config: Config) -> tuple[object, ...]:
-    return config.memory.vram, config.memory.card, config.memory.platform
+    return config.memory.vram, config.memory.card, config.memory.platform if config.memory.card else None
 
 
 def _basis(config: Config) -> tuple[object, ...]:
     train = config.train
     computed = (train.batch, train.micro_batch, train.precision, train.memory_format, config.optim.momentum > 0)
-    kernels = (train.device, train.batch_norm, train.tf32)
-    return *_budget(config), config.memory.allow_accumulation, *computed, *kernels
+    kernels = (train.device, train.batch_norm, train.tf32, train.deterministic)
+    # The pictures lie on the card beside the step.
+    on_card = train.device == "cuda" or config.memory.card is not None
+    pictures = (config.data.source, config.data.train_subset, config.data.val_split) if on_card else ()
+    return *_budget(config), config.memory.allow_accumulation, *computed, *kernels, *pictures
 
 
 def _same_computation(config: Config, plan: Plan | None, request: Request, group: Group) -> BatchSplit:

@@ -112,7 +112,7 @@ class New:
         self._resumable = True
         folder.event("start", steps_per_epoch=trainer.batches.steps_per_epoch, **self._environment)
         if decision.confirmed is not None:
-            folder.event("confirmed", **decision.confirmed.event)
+            folder.event("confirmed", **decision.confirmed)
         if decision.plan is not None and not decision.plan.exact:
             folder.event("warning", what=inexact(decision.plan))
         return True

@@ -60,7 +60,7 @@ def execute(begin: New | Resume | Fork, observer: Observer | None = None) -> Run
         dataset = _load_data(group, config, observer)
         size = DataSize(len(dataset.classes), len(dataset.train))
         confirm = partial(confirm_run, num_classes=size.classes, train_pictures=len(dataset.train), tell=observer.note)
-        wanted = confirm if start.recorded is None and wants_confirmation(config) else None
+        wanted = confirm if wants_confirmation(config) else None
         decision = decide(start.settings, size, group, recorded=start.recorded, confirm=wanted, tell=observer)
         checkpoint = begin.checkpoint(start, decision.settings, dataset, observer)
         stack.enter_context(_out_of_memory(begin.path))

@@ -133,6 +133,8 @@ def test_what_is_kept_of_recorded_plans() -> None:
     run = RecordedRun(settings.config, [plan])
     kept = decide(settings, recorded=run)
     assert (kept.plan, kept.settings, kept.changed) == (plan, settings, False)
+    # The machine of a card that is planned for, which is none here.
+    assert decide(settings.replace({"memory.platform": "linux"}, "resume"), recorded=run).plan == plan
     less = settings.replace({"memory.vram": "9M"}, "resume")
     again = decide(less, recorded=run)
     assert again.plan is not None
@@ -150,6 +152,8 @@ def test_what_is_kept_of_recorded_plans() -> None:
     unplanned = settings.replace({"memory.vram": None}, "resume")
     assert decide(unplanned, recorded=run).plan == plan, "it goes on as it was planned"
     assert decide(unplanned, recorded=replace(run, fork=True)).plan is None
+    other_kernels = settings.replace({"train.deterministic": False}, "fork")
+    assert decide(other_kernels, recorded=replace(run, fork=True)).changed, "they have workspaces of their own"
 
 
 def test_auto_batch_needs_something_to_fit_into(tmp_path: Path) -> None:

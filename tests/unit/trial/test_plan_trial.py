@@ -35,7 +35,7 @@ def _settings(*sets: str, vram: str = "8M") -> Settings:
 def _chosen(*sets: str, vram: str = "8M") -> tuple[Config, Request, list[Choice]]:
     settings = _settings("train.memory_format=contiguous", *sets, vram=vram)
     request = request_of(settings.config)
-    planner = Planner({0: request}, 1, lambda values: [values[0]])
+    planner = Planner({0: request}, 1, lambda value: [value(0)])
     if settings.config.memory.auto_batch:
         splits = planner.divide_auto(settings.config.train.batch, 5000)
     else:
