@@ -20,7 +20,7 @@ from lowmem.report import write_report
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.setup import refuse_links
 from tests.faults.fuzzing import rehash
-from tests.faults.small_run import Heard, copy_run, make_run
+from tests.tiny import Heard, copy_run, make_run
 
 GIB = 1 << 30
 
