@@ -1,13 +1,13 @@
 """A function in a clean child process: JSON in, JSON out, a limit of time, and a verdict of how it ended.
 
 `run` starts a Python of its own for one call: nothing of the caller is imported, cached or allocated there, and
-whatever happens in it, up to the death of the process, is an `Outcome` here and never an exception. The child imports
-the caller's own `lowmem`, and everything else as `python -P` does, then where the caller looks. It ends when the caller
-does.
+whatever happens in it, up to the death of the process, is a `CallResult` here and never an exception. The child
+imports what the caller would: this `lowmem`, and the rest from where PYTHONPATH says and the caller looks. It ends when
+the caller does.
 
 What the function prints, in Python or in C, goes to the child's standard error: the answer has a pipe of its own that
 nothing else writes to. A function that yields hands on each value when it is made, so that what was known before a
-crash is known (`Outcome.parts`); what it returns is the answer.
+crash is known (`CallResult.parts`); what it returns is the answer.
 
 `Forks` does the same from a process that has imported what the functions need and done nothing else. Importing torch
 takes seconds, a small network's step a tenth of one. Only on Linux (elsewhere a fork is not safe, or is none), and
@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -40,18 +40,18 @@ _KILLED = (-9, 137)
 _TAIL_BYTES = 100_000
 _LONGEST_WORDS = 200
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# This `lowmem`, wherever it lies; what is not found as usual is looked for where the caller would find it.
+# This `lowmem`, wherever it lies.
 _START = (
     "import sys; sys.path.insert(0, {root!r}); import lowmem; del sys.path[0]; "
-    "sys.path += [one for one in {path!r} if one not in sys.path]; from lowmem.isolate import serve; serve()"
+    "from lowmem.isolate import serve; serve({path!r})"
 )
 
 
-Call = Callable[..., "Outcome"]  # as `run` is called
+Call = Callable[..., "CallResult"]  # as `run` is called
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class CallResult:
     """How a call ended. `answer`: what the function returned; `parts`: what it yielded before, whatever the end.
 
     `words`: where it did not answer, the exception's type and first line, else the last line that the process wrote.
@@ -81,14 +81,14 @@ class Outcome:
 
 def run(
     function: str, argument: Any = None, *, timeout_seconds: float, environment: Mapping[str, str] | None = None
-) -> Outcome:
+) -> CallResult:
     """`module:function` called with `argument`, which is a JSON value, in a process of its own. `environment`: the
     whole of it, None: this process's."""
     try:
         with _Child(environment) as child:
             return child.call(function, argument, timeout_seconds)
     except OSError as error:
-        return Outcome(ended="not started", words=f"could not be started ({error.strerror or error})")
+        return CallResult(ended="not started", words=f"could not be started ({error.strerror or error})")
 
 
 class Forks:
@@ -120,13 +120,13 @@ class Forks:
         *,
         timeout_seconds: float,
         environment: Mapping[str, str] | None = None,
-    ) -> Outcome:
+    ) -> CallResult:
         if sys.platform != "linux":
             return run(function, argument, timeout_seconds=timeout_seconds, environment=environment)
         try:
             return self._started().call(function, argument, timeout_seconds, environment)
         except OSError as error:
-            return Outcome(ended="not started", words=f"could not be started ({error.strerror or error})")
+            return CallResult(ended="not started", words=f"could not be started ({error.strerror or error})")
 
     @property
     def pid(self) -> int | None:
@@ -184,7 +184,7 @@ class _Child:
 
     def call(
         self, function: str, argument: Any, timeout_seconds: float, environment: Mapping[str, str] | None = None
-    ) -> Outcome:
+    ) -> CallResult:
         asked = {"function": function, "argument": argument, "environment": environment and dict(environment)}
         request = json.dumps(asked) + "\n"
         late = threading.Event()
@@ -205,11 +205,11 @@ class _Child:
             timer.cancel()
         code = said["ended"] if "ended" in said else self.process.wait()
         if "answer" in said:
-            return Outcome(ended="answered", answer=said["answer"], parts=parts)
+            return CallResult(ended="answered", answer=said["answer"], parts=parts)
         if late.is_set():
-            return Outcome(ended="too long", parts=parts, words=f"took longer than {timeout_seconds:,.0f} s")
+            return CallResult(ended="too long", parts=parts, words=f"took longer than {timeout_seconds:,.0f} s")
         errors = said["errors"] if "ended" in said else _tail(self._errors)
-        return Outcome(parts=parts, code=code, **_crash(code, errors, said.get("error", "")))
+        return CallResult(parts=parts, code=code, **_crash(code, errors, said.get("error", "")))
 
     def _read(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What was yielded, and the rest of what the child says until a call is over, or it is gone."""
@@ -246,9 +246,11 @@ def _tail(file: IO[bytes]) -> str:
 # -- in the child ------------------------------------------------------------------------------------------------------
 
 
-def serve() -> None:
+def serve(path: Sequence[str]) -> None:
     """Answers one call on standard input and ends; with what to prepare as argument, forks for every call until there
-    are no more."""
+    are no more. `path`: where the caller looks for modules."""
+    given = [one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
+    sys.path[:] = dict.fromkeys((*given, *path, *sys.path))
     requests = os.fdopen(os.dup(0), "rb")
     replies = os.dup(1)
     with open(os.devnull, "rb") as nothing:  # what the function starts must not read of the pipe

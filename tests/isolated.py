@@ -13,14 +13,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lowmem.isolate import Outcome
+from lowmem.isolate import CallResult
 
 
-def call_here(function: str, argument: Any, **_: object) -> Outcome:
+def call_here(function: str, argument: Any, **_: object) -> CallResult:
     """As `lowmem.isolate.run`, in this process: what is done is tested, not where."""
     module, _colon, name = function.partition(":")
     answer = getattr(import_module(module), name)(json.loads(json.dumps(argument)))
-    return Outcome(ended="answered", answer=json.loads(json.dumps(answer)))
+    return CallResult(ended="answered", answer=json.loads(json.dumps(answer)))
 
 
 def nothing_to_prepare() -> None:

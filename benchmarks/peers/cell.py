@@ -12,15 +12,16 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.peers.budget import Place
-from benchmarks.peers.task import Found, Impossible, Stepper, Task, loader, network, out_of_memory, sgd, words
-from benchmarks.peers.task import train_steps as run_steps
+from benchmarks.peers.task import Found, Impossible, Stepper, Task, loader, network, out_of_memory, words
 from benchmarks.peers.ways import ROWS
 from lowmem.choose.request import REFERENCE_CARD, card_rates
 from lowmem.config.cards import load_card
+from lowmem.config.schema import OptimConfig
 from lowmem.core.units import MIB
 from lowmem.measure.out_of_memory import Failure, attempt
 from lowmem.models import skeleton
 from lowmem.simulate import StepShape, simulate_step
+from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 
 _CHECKED_BATCH = 16
 
@@ -78,12 +79,16 @@ def check(task: Task, place: Place, **_: Any) -> dict[str, Any]:
 
 
 def _step_under(task: Task, budget_bytes: int) -> dict[str, Any]:
-    """Two steps of plain autograd: the second has momentum, as all that follow."""
+    """The training step that the simulation predicts, under plain autograd."""
+    execution = Execution("cpu", "fp32", "contiguous")
     with Place("cpu", budget_bytes) as place:
         try:
             net = network(task)
-            batches = [next(iter(loader(place, _CHECKED_BATCH, _CHECKED_BATCH)))] * 2
-            run_steps(net, sgd(net, task), place, batches, 2)
+            net.train()
+            optimizer = make_optimizer(net, OptimConfig(), "cpu")
+            step = TrainStep(net, optimizer, make_scaler(execution), execution, None)
+            images, labels = place.put(*next(iter(loader(place, _CHECKED_BATCH, _CHECKED_BATCH))))
+            step(images, labels, task.lr)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise

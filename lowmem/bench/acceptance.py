@@ -1,34 +1,48 @@
-"""The acceptance suite's account: what is set up, what each cell found, and how that stands to what was predicted."""
+"""The acceptance suite: a network planned for a card, and everything that was promised of it held against real steps.
+Its cells are measured as those of the tables are (`lowmem.bench.run`); here are which there are, what each found, and
+the targets that they are held to. The account is written by `lowmem.bench.acceptance_tables`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
 
-from lowmem.choose.request import Choice
-from lowmem.config.settings import Settings, gather
+from lowmem.bench.cells import (
+    CHECKPOINT_PER_BLOCK,
+    CHECKPOINT_SELECTIVE,
+    ENGINE,
+    PLAIN_DEFAULT,
+    Cell,
+    Setup,
+    plain_of,
+)
 from lowmem.core.units import format_size
-from lowmem.trial.trial import TrialResult, waits_for_host
+from lowmem.trial.trial import excess, waits_for_host
 
-NO_TIME = "not run: time"
 KINDS = ("memory", "time", "gradients", "out of memory", "largest", "format")
 DEFAULT_MINUTES = 6.0
+FINISH_SECONDS = 10.0  # for the last tables and the picture
 # What is to be reached on a card, as shares of the prediction and as points of overhead.
 ALLOCATED_TARGET, RESERVED_TARGET, OVERHEAD_TARGET_POINTS = 0.03, 0.05, 5.0
+# Times the usual batch: where a fast card waits for its launches at the usual one, times are compared there, under
+# twice the memory, which leaves as much room for it as half the memory does for the usual one.
+_LARGER = 4
+Record = dict[str, Any]  # of a cell, as the account has it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What the suite is run on. `card_bytes`: of the card at hand, None on the CPU, where `vram_bytes` bounds the
-    tensors of the step and nothing is emulated. `pictures`: training pictures held on the card.
-    `tries`: plans, or trials, in the search for a largest batch. `cells`: the kinds that are run, of KINDS."""
+class AcceptanceSetup(Setup):
+    """Of the suite. `vram_bytes`: of the card that is planned for; on the CPU it bounds the tensors of the step, and
+    nothing is emulated. `card_bytes`: of the card at hand, None on the CPU. `minutes`: the limit of time. `cells`: the
+    kinds that are run, of KINDS."""
 
-    arch: str
-    block: str
-    width: int
-    batch: int
-    vram_bytes: int
-    device: str
+    fused: ClassVar[bool] = True
+    timed: ClassVar[bool] = True
+    unrecorded: ClassVar[tuple[str, ...]] = ("warmup",)
+
     card_bytes: int | None = None
     minutes: float = DEFAULT_MINUTES
     steps: int = 10
@@ -36,120 +50,154 @@ class Setup:
     tries: int = 5
     cells: tuple[str, ...] = KINDS
 
-    @property
-    def name(self) -> str:
-        return f"{self.arch} ({self.block}, width {self.width})"
+    def unit(self, batch: int) -> int:
+        """Or, where that is more, 3 % of them."""
+        unit = super().unit(batch)
+        return max(unit, batch // 32 // unit * unit)
 
-    def emulates(self, vram_bytes: int) -> bool:
+    def emulates(self, vram_bytes: int | None) -> bool:
         """Whether the card is larger than what is planned for (a card's own memory reads a little under its name)."""
-        return self.card_bytes is not None and self.card_bytes > 1.02 * vram_bytes
-
-    def settings(self, vram_bytes: int, batch: int, precision: str, memory_format: str) -> Settings:
-        """Those of a run that would be planned like this."""
-        flags = {
-            "model.arch": self.arch,
-            "model.block": self.block,
-            "model.width": self.width,
-            "train.batch": batch,
-            "train.precision": precision,
-            "train.memory_format": memory_format,
-            "train.device": self.device,
-            "memory.vram": vram_bytes,
-        }
-        # On the CPU too: without its own times nothing would be predicted of them.
-        return gather(flags=flags, sets=["memory.allow_accumulation=false", "memory.calibrate=always"])
+        return None not in (self.card_bytes, vram_bytes) and (self.card_bytes or 0) > 1.02 * (vram_bytes or 0)
 
 
-@dataclass(kw_only=True)
-class Row:
-    """A cell: what was done, predicted and measured; bytes and seconds, None where it is not known.
+def acceptance_cells(setup: AcceptanceSetup) -> list[Cell]:
+    """Those of the kinds that are asked for, the ones that tell most for their time first: a short limit leaves out the
+    last."""
+    assert setup.vram_bytes is not None
+    full, half, batch, larger = setup.vram_bytes, setup.vram_bytes // 2, setup.batch, _LARGER * setup.batch
+    size = format_size(full)
 
-    `overhead`: time beyond the save-all step of the same batch, precision and format, as a share. `busy_share`: how
-    much of a plain step the card computes, `plain_busy_share`: of that save-all step. `facts`: what only this kind of
-    cell has.
-    """
+    def cell(kind: str, title: str, family: str = ENGINE, batch: int = batch, **more: Any) -> Cell:
+        return Cell(kind=kind, title=title, family=family, batch=batch, **more)
 
-    kind: str  # of KINDS
-    name: str
-    batch: int | None = None
-    precision: str | None = None
-    memory_format: str | None = None
-    vram_bytes: int | None = None
-    emulated: bool = False
-    refused: str | None = None
-    predicted_allocated_bytes: int | None = None
-    allocated_bytes: int | None = None
-    predicted_reserved_bytes: int | None = None
-    reserved_bytes: int | None = None
-    predicted_device_bytes: int | None = None
-    device_bytes: int | None = None
-    context_bytes: int | None = None
-    eval_allocated_bytes: int | None = None
-    predicted_step_seconds: float | None = None
-    step_seconds: float | None = None
-    least_seconds: float | None = None
-    most_seconds: float | None = None
-    predicted_overhead: float | None = None
-    overhead: float | None = None
-    busy_share: float | None = None
-    plain_busy_share: float | None = None
-    alloc_retries: int | None = None
-    budget: list[tuple[str, int]] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-    cell_seconds: float | None = None
+    def planned(kind: str, vram_bytes: int, how: str = "", batch: int = batch, **more: Any) -> Cell:
+        title = f"{how}planned for {format_size(vram_bytes)}{f', batch {batch}' if batch != setup.batch else ''}"
+        return cell(kind, title, batch=batch, vram_bytes=vram_bytes, **more)
 
-    def predict(self, choice: Choice, on_card: bool) -> None:
-        """What the plan says; of time only what was measured on this device, not what a datasheet says of another."""
-        predicted = choice.plan.predicted
-        self.budget = choice.budget.rows()
-        self.predicted_allocated_bytes = predicted.peak_allocated_bytes
-        if on_card:
-            self.predicted_reserved_bytes = predicted.peak_reserved_bytes
-            if predicted.device_bytes is not None:
-                self.predicted_device_bytes = predicted.device_bytes + choice.budget.pictures_bytes
-        if on_card or choice.timed:
-            self.predicted_step_seconds = predicted.step_seconds
-            self.predicted_overhead = predicted.overhead
+    def form(precision: str, layout: str) -> Cell:
+        how = f"{'AMP' if precision == 'amp' else precision}, {layout}, "
+        return planned("format", full, how, precision=precision, memory_format=layout)
 
-    def measure(self, result: TrialResult, on_card: bool) -> None:
-        """What the trial says."""
-        self.allocated_bytes = result.peak_allocated_bytes
-        self.reserved_bytes = result.peak_reserved_bytes
-        self.eval_allocated_bytes = result.eval_peak_allocated_bytes
-        self.device_bytes = result.device_used_bytes if on_card else None
-        self.context_bytes = result.context_bytes
-        self.step_seconds = result.step_seconds
-        self.least_seconds, self.most_seconds = result.least_seconds, result.most_seconds
-        self.alloc_retries = result.alloc_retries
-        self.busy_share = result.busy_share
+    def largest(precision: str, family: str) -> Cell:
+        who = "planned" if family == ENGINE else "plain"
+        title = f"largest batch in {size}, {'AMP' if precision == 'amp' else precision}, {who}"
+        plain = family != ENGINE
+        more = {"weight": 3 if plain else 1, "by_trials": plain, "vram_bytes": full}
+        return cell("largest", title, family, precision=precision, **more)
 
-    @property
-    def allocated_error(self) -> float | None:
-        return _off(self.allocated_bytes, self.predicted_allocated_bytes)
+    where_busy = [
+        cell(
+            "time",
+            f"save-all (plain PyTorch), batch {larger}, no limit",
+            PLAIN_DEFAULT,
+            larger,
+            unless=partial(_not_needed, setup),
+        ),
+        planned("time", 2 * full, batch=larger, unless=partial(_without_plain, larger)),
+    ]
+    real = [cell("out of memory", "out of memory, real, survived", weight=2, real=True, vram_bytes=full)]
+    cells = [
+        planned("memory", full),
+        planned("memory", half),
+        cell("time", "save-all (plain PyTorch), no limit", PLAIN_DEFAULT),
+        *(where_busy if setup.on_card else []),
+        cell("gradients", "gradients, planned against untouched"),
+        cell("out of memory", "out of memory, injected, survived", weight=2, vram_bytes=full),
+        *(real if setup.on_card else []),
+        cell("time", "the library's checkpointing per block, no limit", CHECKPOINT_PER_BLOCK),
+        cell("time", "the library's selective checkpointing, no limit", CHECKPOINT_SELECTIVE),
+        largest("fp32", ENGINE),
+        largest("fp32", PLAIN_DEFAULT),
+        form("amp", "channels-last"),
+        form("fp32", "channels-last"),
+        form("amp", "contiguous"),
+        largest("amp", ENGINE),
+        largest("amp", PLAIN_DEFAULT),
+    ]
+    return [one for one in cells if one.kind in setup.cells]
 
-    @property
-    def reserved_error(self) -> float | None:
-        return _off(self.reserved_bytes, self.predicted_reserved_bytes)
 
-    @property
-    def device_error(self) -> float | None:
-        return _off(self.device_bytes, self.predicted_device_bytes)
+def _not_needed(setup: AcceptanceSetup, cells: Sequence[Cell]) -> str | None:
+    """Why plain PyTorch is not timed at a larger batch: the card does not wait for its launches at the usual one."""
+    usual = plain_of(cells, Cell(kind="time", family=PLAIN_DEFAULT, batch=setup.batch))
+    share = None if usual is None else usual.first("busy_share")
+    if share is None:
+        return f"not run: how much of a step the card computes at batch {setup.batch} is not known"
+    if waits_for_host(share):
+        return None
+    return f"not needed: the card computes {share:.0%} of a plain step at batch {setup.batch}"
 
-    @property
-    def seconds_error(self) -> float | None:
-        return _off(self.step_seconds, self.predicted_step_seconds)
 
-    @property
-    def overhead_points(self) -> float | None:
-        """Measured less predicted, in percentage points."""
-        if self.overhead is None or self.predicted_overhead is None:
-            return None
-        return 100 * (self.overhead - self.predicted_overhead)
+def _without_plain(batch: int, cells: Sequence[Cell]) -> str | None:
+    plain = plain_of(cells, Cell(kind="time", family=PLAIN_DEFAULT, batch=batch))
+    if plain is not None and plain.step_seconds:
+        return None
+    return f"not run: there is no plain step of batch {batch} to hold it against"
 
-    def record(self) -> dict[str, Any]:
-        """Plain values, the errors among them."""
-        errors = ("allocated_error", "reserved_error", "device_error", "seconds_error", "overhead_points")
-        return {**asdict(self), **{name: getattr(self, name) for name in errors}}
+
+# -- against what was predicted ----------------------------------------------------------------------------------------
+
+
+def _record(setup: AcceptanceSetup, cell: Cell, cells: Sequence[Cell]) -> Record:
+    """Plain values, the errors among them. `overhead`: time beyond plain PyTorch's step of the same batch, precision
+    and format, as a share; `busy_share`: how much of a plain step the card computes, `plain_busy_share`: of that
+    step."""
+    plain = plain_of(cells, cell)
+    plain = None if plain is cell or cell.kind == "largest" else plain
+    ratios = cell.ratios(plain)
+    overhead = ratios[0] - 1 if ratios else None
+    # What was refused is shown as it was measured.
+    trial = next(iter(cell.trials.values()), {})
+    figures = {
+        "predicted_allocated_bytes": cell.predicted_allocated_bytes,
+        "allocated_bytes": trial.get("peak_allocated_bytes"),
+        "predicted_reserved_bytes": cell.predicted_reserved_bytes,
+        "reserved_bytes": trial.get("peak_reserved_bytes"),
+        "predicted_device_bytes": cell.predicted_device_bytes,
+        "device_bytes": trial.get("device_used_bytes") if setup.on_card else None,
+        "context_bytes": trial.get("context_bytes"),
+        "eval_allocated_bytes": trial.get("eval_peak_allocated_bytes"),
+        "predicted_step_seconds": cell.predicted_step_seconds,
+        "step_seconds": trial.get("step_seconds"),
+        "least_seconds": trial.get("least_seconds"),
+        "most_seconds": trial.get("most_seconds"),
+        "predicted_overhead": cell.predicted_overhead,
+        "overhead": overhead,
+        "busy_share": trial.get("busy_share"),
+        "plain_busy_share": plain.first("busy_share") if plain is not None and ratios else None,
+        "alloc_retries": trial.get("alloc_retries"),
+    }
+    facts = cell.facts
+    if cell.kind == "largest" and cell.family == ENGINE:
+        names = {"predicted": "planned", "fails": "refused_by_the_planner"}
+        facts = {names.get(name, name): value for name, value in facts.items()}
+    if cell.kind == "time" and cell.family == PLAIN_DEFAULT and cell.prepared:
+        facts = {"save_all": True, **facts}
+    points = None if overhead is None or cell.predicted_overhead is None else 100 * (overhead - cell.predicted_overhead)
+    return {
+        "kind": cell.kind,
+        "name": cell.title,
+        "batch": cell.batch,
+        "precision": cell.precision,
+        "memory_format": cell.memory_format,
+        "vram_bytes": cell.vram_bytes,
+        "emulated": setup.emulates(cell.vram_bytes),
+        "refused": cell.refusal,
+        **figures,
+        "budget": cell.terms,
+        "facts": facts,
+        "cell_seconds": cell.seconds,
+        "allocated_error": excess(figures["allocated_bytes"], figures["predicted_allocated_bytes"]),
+        "reserved_error": excess(figures["reserved_bytes"], figures["predicted_reserved_bytes"]),
+        "device_error": excess(figures["device_bytes"], figures["predicted_device_bytes"]),
+        "seconds_error": excess(figures["step_seconds"], figures["predicted_step_seconds"]),
+        "overhead_points": points,
+    }
+
+
+def records(setup: AcceptanceSetup, cells: Sequence[Cell], finished: bool = True) -> list[Record]:
+    """Of all cells; before the end, of those that were measured."""
+    return [_record(setup, cell, cells) for cell in cells if finished or cell.seconds is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,60 +210,34 @@ class Target:
     met: bool | None
 
 
-def plain_at(rows: list[Row], batch: int, precision: str = "fp32", memory_format: str = "contiguous") -> Row | None:
-    """The save-all step that was timed there."""
-    mode = (batch, precision, memory_format)
-    timed = (row for row in rows if row.facts.get("save_all") and row.step_seconds)
-    return next((row for row in timed if (row.batch, row.precision, row.memory_format) == mode), None)
-
-
-def set_overheads(rows: list[Row]) -> None:
-    """Of everything that was timed like a save-all step."""
-    for row in rows:
-        if row.batch is None or row.precision is None or row.memory_format is None or not row.step_seconds:
-            continue
-        plain = plain_at(rows, row.batch, row.precision, row.memory_format)
-        if plain is not None and plain is not row and plain.step_seconds:
-            row.overhead = row.step_seconds / plain.step_seconds - 1
-            row.plain_busy_share = plain.busy_share
-
-
-def targets(rows: list[Row]) -> list[Target]:
+def targets(rows: Sequence[Record]) -> list[Target]:
     """The three of the suite, each over all cells of the network under its two budgets. Overheads are judged where the
     card is not known to wait for its launches: at the usual batch, or at the larger one."""
-    planned = [row for row in rows if row.kind == "memory"]
-    larger = [row for row in rows if row.kind == "time" and row.overhead_points is not None]
-    overheads = [row.overhead_points for row in (*planned, *larger) if not waits_for_host(row.plain_busy_share)]
-    wanted = "overhead measured less predicted"
+    planned = [row for row in rows if row["kind"] == "memory"]
+    larger = [row for row in rows if row["kind"] == "time" and row["overhead_points"] is not None]
+    overheads = [row["overhead_points"] for row in (*planned, *larger) if not waits_for_host(row["plain_busy_share"])]
+    idle = "the card waits for its launches at every batch that was measured" if planned and not overheads else ""
+    points = OVERHEAD_TARGET_POINTS
     return [
-        _target("allocated against predicted", [row.allocated_error for row in planned], ALLOCATED_TARGET, "{:.0%}"),
-        _target("reserved against predicted", [row.reserved_error for row in planned], RESERVED_TARGET, "{:.0%}"),
-        _target(wanted, overheads, OVERHEAD_TARGET_POINTS, "{:.0f} points", _NOT_BUSY if planned else ""),
+        _target("allocated against predicted", [row["allocated_error"] for row in planned], ALLOCATED_TARGET),
+        _target("reserved against predicted", [row["reserved_error"] for row in planned], RESERVED_TARGET),
+        _target("overhead measured less predicted", overheads, points, "{:.0f} points", "{:+.1f} points", idle),
     ]
 
 
-_NOT_BUSY = "the card waits for its launches at every batch that was measured"
-
-
-def _target(what: str, found: list[float | None], most: float, form: str, nothing: str = "") -> Target:
-    """`nothing`: what to say if there is none to judge."""
+def _target(
+    what: str,
+    found: Sequence[float | None],
+    most: float,
+    wanted: str = "{:.0%}",
+    shown: str = "{:+.1%}",
+    nothing: str = "",
+) -> Target:
     known = [one for one in found if one is not None]
-    shown = ", ".join(f"{one:+.1f} points" if "points" in form else f"{one:+.1%}" for one in known)
-    met = None if len(known) < len(found) or not known else all(abs(one) <= most for one in known)
-    if any(abs(one) > most for one in known):
-        met = False  # whatever the others would be
+    off = any(abs(one) > most for one in known)  # whatever the others would be
     return Target(
         what=what,
-        wanted=f"within {form.format(most)}",
-        found=shown or (nothing if not found else "") or "not measured",
-        met=met,
+        wanted=f"within {wanted.format(most)}",
+        found=", ".join(map(shown.format, known)) or nothing or "not measured",
+        met=False if off else True if known and len(known) == len(found) else None,
     )
-
-
-def _off(measured: float | None, predicted: float | None) -> float | None:
-    return None if measured is None or not predicted else measured / predicted - 1
-
-
-def vram_words(row: Row) -> str:
-    """`6.0 GiB (emulated)`."""
-    return f"{format_size(row.vram_bytes)}{' (emulated)' if row.emulated else ''}" if row.vram_bytes else "no limit"

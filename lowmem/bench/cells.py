@@ -1,14 +1,17 @@
-"""What `lowmem bench` compares: the ways of doing a step, the cells of its tables, and what was found of each."""
+"""What `lowmem bench` measures: the ways of doing a step, the cells of its tables, and what was found of each. The
+cells of the acceptance suite are in `lowmem.bench.acceptance`."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar
 
 from lowmem.core.units import format_size
+from lowmem.models import skeleton
+from lowmem.models.memory_format import is_safe
 from lowmem.plan.record import Plan
 from lowmem.trial.trial import TrialResult
 from lowmem.trial.ways import PER_BLOCK, PLAIN, PLANNED, SELECTIVE
@@ -31,27 +34,31 @@ FAMILIES: dict[str, tuple[str, str]] = {
     CHECKPOINT_PER_BLOCK: (PER_BLOCK, "default"),
     ENGINE: (PLANNED, "fused"),
 }
+FIRST_MODE = ("fp32", "contiguous")  # as most people write it
+MODES = (FIRST_MODE, ("fp32", "channels-last"), ("amp", "contiguous"), ("amp", "channels-last"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What is measured. `budgets`: of the engine, each bytes (int), a share of plain's predicted peak (float), or the
-    least that can be planned (`LEAST`). `vram_bytes`: the memory of the table of largest batches, None: the card's
-    own, on the CPU half of plain's predicted peak. `rounds`, `mode_rounds`: how often each cell of the first and of
-    the third table is measured, in turns. `steps` of each trial, after `warmup`."""
+    """What is measured: a network, a batch, a device, the memory that largest batches are to fit, and the `steps` of
+    each trial after `warmup`. `pictures`: training pictures held on the card; `tries`: in the search for a largest
+    batch. `fused`: the library's ways have the fused optimizer, as the engine has it. `timed`: the CPU is timed, too;
+    without that nothing is predicted of time there."""
+
+    fused: ClassVar[bool] = False
+    timed: ClassVar[bool] = False
+    unrecorded: ClassVar[tuple[str, ...]] = ()
 
     arch: str
     block: str
     width: int
     batch: int
     device: str
-    budgets: tuple[int | float | str, ...] = (0.95, 0.7, 0.5, 0.35, LEAST)
     vram_bytes: int | None = None
-    rounds: int = 3
-    mode_rounds: int = 2
     steps: int = 5
     warmup: int = 2
-    quick: bool = False
+    pictures: int = 0
+    tries: int = 8
 
     @property
     def name(self) -> str:
@@ -61,20 +68,64 @@ class Setup:
     def on_card(self) -> bool:
         return self.device == "cuda"
 
+    @property
+    def network(self) -> dict[str, Any]:
+        return {"arch": self.arch, "block": self.block, "width": self.width, "device": self.device}
+
+    @property
+    def largest_steps(self) -> int:
+        """Of a trial of a largest batch."""
+        return 2
+
+    def unit(self, batch: int) -> int:
+        """Largest batches, of about this size, are told apart to so many pictures."""
+        return max(1, self.batch // 16)
+
+    def record(self) -> dict[str, Any]:
+        """For a results file."""
+        return {name: value for name, value in asdict(self).items() if name not in self.unrecorded}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSetup(Setup):
+    """Of the tables. `budgets`: of the engine, each bytes (int), a share of plain's predicted peak (float), or the
+    least that can be planned (`LEAST`). `vram_bytes` None: the card's own, on the CPU half of plain's predicted peak.
+    `rounds`, `mode_rounds`: how often each cell of the first and of the third table is measured, in turns."""
+
+    unrecorded: ClassVar[tuple[str, ...]] = ("pictures", "tries")
+
+    budgets: tuple[int | float | str, ...] = (0.95, 0.7, 0.5, 0.35, LEAST)
+    rounds: int = 3
+    mode_rounds: int = 2
+    quick: bool = False
+
+    @property
+    def largest_steps(self) -> int:
+        return max(1, self.steps // 2)
+
+    def unit(self, batch: int) -> int:
+        return max(1, self.batch // (8 if self.quick else 16))
+
 
 @dataclass(kw_only=True)
 class Cell:
     """One row of a table; bytes and seconds, None where it is not known.
 
-    `kind`: `step` (the same batch in every way) or `largest` (the largest batch in `budget_bytes`). `budget`: of the
-    engine, see `Setup`. `prepared`: prediction and plan are made. `trials`: round -> `TrialResult` as a dictionary.
-    `cap_bytes`: what the allocator was allowed to hold. `facts`: of a search for the largest batch.
+    `kind`: `step` (the same batch in every way), `largest` (the largest batch in `budget_bytes`), or one of the
+    acceptance suite. `budget`: of the engine in the tables, see `TableSetup`; `vram_bytes`: of the card that the suite
+    plans for. `prepared`: prediction and plan are made. `trials`: round -> `TrialResult` as a dictionary. `cap_bytes`:
+    what the allocator was allowed to hold. `facts`: of a search for the largest batch, of a check.
+
+    What follows `facts` is not in the results file of the tables. `title`: in place of the family. `weight`: about how
+    many trials it takes. `unless`: why it need not or cannot be measured, by the cells before it. `by_trials`: its
+    largest batch is searched by real steps. `real`: memory is taken away, see `PlanQuestion`. `terms`: of its budget.
+    `seconds`: what it took in all.
     """
 
     kind: str
     family: str
-    precision: str
-    memory_format: str
+    precision: str = "fp32"
+    memory_format: str = "contiguous"
     batch: int
     budget: int | float | str | None = None
     budget_bytes: int | None = None
@@ -89,6 +140,16 @@ class Cell:
     plan: dict[str, Any] | None = None
     trials: dict[str, dict[str, Any]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    title: str = ""
+    vram_bytes: int | None = None
+    rounds: int = 1
+    weight: int = 1
+    unless: Callable[[Sequence[Cell]], str | None] | None = None
+    by_trials: bool = False
+    real: bool = False
+    predicted_step_seconds: float | None = None
+    terms: list[tuple[str, int]] = field(default_factory=list)
+    seconds: float | None = None
 
     @property
     def key(self) -> str:
@@ -102,8 +163,8 @@ class Cell:
     @property
     def label(self) -> str:
         """`lowmem, 50% of plain` (of its memory)."""
-        if self.budget is None:
-            return self.family
+        if self.title or self.budget is None:
+            return self.title or self.family
         if self.budget == LEAST:
             return f"{self.family}, the least"
         if isinstance(self.budget, float):
@@ -123,7 +184,7 @@ class Cell:
         if self.refused is not None or self.results:
             return self.refused
         tried = [trial["refused"] for _, trial in sorted(self.trials.items())]
-        return tried[-1] if tried else NO_TIME
+        return tried[-1] if tried else None if self.facts else NO_TIME
 
     def most(self, name: str) -> int | None:
         """The largest over the rounds."""
@@ -161,11 +222,17 @@ class Cell:
             if (theirs := plain.trials.get(number)) and mine.get("step_seconds") and theirs.get("step_seconds")
         ]
 
+    # -- its file ------------------------------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        """Plain values; of a cell that could not be prepared no refusal, so that the same command tries it again."""
+        values = {name: getattr(self, name) for name in _RECORDED}
+        return values if self.prepared else {**values, "refused": None}
+
     @staticmethod
     def from_record(values: dict[str, Any]) -> Cell:
-        """The inverse of `asdict`. Raises ValueError or TypeError for anything else."""
-        known = {one.name for one in fields(Cell)}
-        if not isinstance(values, dict) or set(values) != known:
+        """The inverse of `record`. Raises ValueError or TypeError for anything else."""
+        if not isinstance(values, dict) or set(values) != set(_RECORDED):
             raise ValueError("a cell has other keys")
         if not all(isinstance(values[name], dict) for name in ("trials", "facts")):
             raise ValueError("a cell's trials and facts are dictionaries")
@@ -177,60 +244,78 @@ class Cell:
         return cell
 
 
-def step_cells(setup: Setup, modes: Sequence[tuple[str, str]]) -> list[Cell]:
+_RECORDED = tuple(itertools.takewhile(lambda name: name != "title", (one.name for one in fields(Cell))))
+
+
+# -- the cells of the tables -------------------------------------------------------------------------------------------
+
+
+def step_cells(setup: TableSetup, modes: Sequence[tuple[str, str]]) -> list[Cell]:
     """Of the first table, and of the third where the mode is another; in `FIRST_MODE` they are the same."""
     cells = []
-    for precision, layout in modes:
-        cell = partial(Cell, kind="step", precision=precision, memory_format=layout, batch=setup.batch)
-        first = (precision, layout) == FIRST_MODE
+    for mode in modes:
+        first = mode == FIRST_MODE
         shown = first_families(setup) if first else mode_families(setup)
-        cells += [cell(family=family) for family in shown]
         budgets = setup.budgets if first else (mode_budget(setup),)
-        cells += [cell(family=ENGINE, budget=budget) for budget in budgets]
+        rounds = setup.rounds if first else setup.mode_rounds
+        for family, budget in (*((one, None) for one in shown), *((ENGINE, one) for one in budgets)):
+            cells.append(
+                Cell(
+                    kind="step",
+                    family=family,
+                    precision=mode[0],
+                    memory_format=mode[1],
+                    batch=setup.batch,
+                    budget=budget,
+                    rounds=rounds,
+                )
+            )
     return cells
 
 
-FIRST_MODE = ("fp32", "contiguous")  # as most people write it
-MODES = (FIRST_MODE, ("fp32", "channels-last"), ("amp", "contiguous"), ("amp", "channels-last"))
-
-
-def first_families(setup: Setup) -> tuple[str, ...]:
+def first_families(setup: TableSetup) -> tuple[str, ...]:
     """The library's ways in the first table."""
     return tuple(one for one in FAMILIES if one != ENGINE and (one != PLAIN_FREE or setup.on_card))
 
 
-def mode_families(setup: Setup) -> tuple[str, ...]:
+def mode_families(setup: TableSetup) -> tuple[str, ...]:
     """The library's ways in the table of modes."""
     rest = (CHECKPOINT_PER_BLOCK,) if setup.quick else (CHECKPOINT_SELECTIVE, CHECKPOINT_PER_BLOCK)
     return (PLAIN_DEFAULT, *rest)
 
 
-def mode_budget(setup: Setup) -> int | float | str:
+def mode_budget(setup: TableSetup) -> int | float | str:
     """The engine's in the table of modes: of its budgets that nearest to half of plain's memory, which is measured for
     the first table anyway."""
     shares = [one for one in setup.budgets if isinstance(one, float)]
     return min(shares, key=lambda share: abs(share - 0.5)) if shares else setup.budgets[len(setup.budgets) // 2]
 
 
-def largest_cells(setup: Setup) -> list[Cell]:
+def largest_cells(setup: TableSetup) -> list[Cell]:
     """Of the second table."""
     precisions = ("fp32",) if setup.quick else ("fp32", "amp")
     families = [family for family in FAMILIES if family not in (PLAIN_FUSED, PLAIN_FREE)]
     return [
-        Cell(kind="largest", family=family, precision=precision, memory_format="contiguous", batch=setup.batch)
+        Cell(kind="largest", family=family, precision=precision, batch=setup.batch, weight=3)
         for precision in precisions
         for family in families
     ]
 
 
+def table_cells(setup: TableSetup, known: Mapping[str, Cell] | None = None) -> list[Cell]:
+    """Of all tables, but for the modes that corrupt memory (see `lowmem.models.memory_format`); `known`: by their keys,
+    with what a results file has of them."""
+    model = skeleton(setup.arch, setup.block, width=setup.width)
+    modes = [mode for mode in MODES if is_safe(model, setup.device, *mode)]
+    cells = [*step_cells(setup, modes), *largest_cells(setup)]
+    there = known or {}
+    return [replace(there.get(cell.key, cell), rounds=cell.rounds, weight=cell.weight) for cell in cells]
+
+
 def plain_of(cells: Iterable[Cell], cell: Cell) -> Cell | None:
-    """Plain PyTorch in the same precision and memory format."""
-    return next((one for one in cells if (one.kind, one.family, one.mode) == ("step", PLAIN_DEFAULT, cell.mode)), None)
-
-
-def record(cell: Cell) -> dict[str, Any]:
-    """Plain values."""
-    return asdict(cell)
+    """Plain PyTorch's step of the same batch, in the same precision and memory format."""
+    plain = (one for one in cells if one.kind in ("step", "time") and one.family == PLAIN_DEFAULT)
+    return next((one for one in plain if (one.mode, one.batch) == (cell.mode, cell.batch)), None)
 
 
 def same_as_plain(cell: Cell, plain: Cell | None) -> str | None:
@@ -245,11 +330,6 @@ def same_as_plain(cell: Cell, plain: Cell | None) -> str | None:
     if not mine or not theirs:
         return None
     if mine == theirs and len(mine) == 1:
-        if {one["buffers"] for one in cell.results if one.get("buffers")} == {
-            one["buffers"] for one in plain.results if one.get("buffers")
-        }:
-            return "same bits"
-        return "gradients only"
-    if len(theirs) > 1:
-        return "as plain's own runs"
-    return "no"
+        moved, expected = ({one["buffers"] for one in which.results if one.get("buffers")} for which in (cell, plain))
+        return "same bits" if moved == expected else "gradients only"
+    return "as plain's own runs" if len(theirs) > 1 else "no"

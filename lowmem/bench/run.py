@@ -1,4 +1,7 @@
-"""The measuring of `lowmem bench`: cell by cell, in rounds, within a limit of time, resumable."""
+"""The measuring of `lowmem bench`, tables and acceptance suite alike: cell by cell, in rounds, within a limit of time.
+
+Each measurement is made in a clean process. After each one the cells so far are handed on, so that a kill keeps them.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +11,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from lowmem.bench.cells import (
-    ENGINE,
-    FAMILIES,
-    FIRST_MODE,
-    MODES,
-    PLAIN_DEFAULT,
-    PLAIN_FREE,
-    Cell,
-    Setup,
-    largest_cells,
-    step_cells,
-)
-from lowmem.bench.predict import Predictor
-from lowmem.bench.results import Results
-from lowmem.core.errors import Infeasible
+from lowmem.bench.cells import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, PLAIN_FREE, Cell, Setup
+from lowmem.bench.plan_checks import GRADIENTS, SURVIVAL, PlanQuestion
+from lowmem.bench.predict import Predictor, Search, largest
+from lowmem.choose.budget import Budget
+from lowmem.core.errors import Infeasible, LowmemError
 from lowmem.core.units import format_duration, format_size
 from lowmem.isolate import Call
-from lowmem.models import skeleton
-from lowmem.models.memory_format import is_safe
+from lowmem.isolate import run as run_apart
 from lowmem.plan.record import Plan
 from lowmem.trial.trial import Trial, TrialResult, run_trial, verdict
+from lowmem.trial.ways import PLAIN, PLANNED
 
 _FIRST_GUESS_SECONDS = {"cpu": 6.0, "cuda": 15.0}  # of a trial, until one was seen
 _LEAST_TIMEOUT_SECONDS = 5.0
 _MOST_TIMEOUT_SECONDS = 1800.0
-_TRIES = 3  # of a largest batch that real steps do not bear out
+_VERIFIED = 3  # tries to bear a predicted largest batch out by real steps
 
 
 @dataclass(frozen=True)
@@ -45,23 +38,28 @@ class Task:
 
 
 class Bench:
-    """One run. `tell` gets a line before each measurement, `call`: how a trial is run in a process of its own.
+    """One run over cells; those of them that are measured already are not measured again. `tell` gets a line before
+    each measurement, `save` hears after each, and at last, whether everything is measured. `call`: how a function is
+    run in a process of its own.
 
-    `seconds`: how long it may take in all; what no longer fits into it is left out, and the same command measures it.
+    `seconds`: how long it may take in all; what no longer fits into it is left out, and its cell says so.
     """
 
     def __init__(
-        self, setup: Setup, results: Results, *, seconds: float, tell: Callable[[str], None], call: Call
+        self,
+        setup: Setup,
+        cells: Sequence[Cell],
+        *,
+        seconds: float,
+        tell: Callable[[str], None],
+        save: Callable[[Sequence[Cell], bool], None],
+        call: Call = run_apart,
     ) -> None:
-        self.setup, self._results, self._tell, self._call = setup, results, tell, call
+        self.setup, self.cells, self._tell, self._save, self._call = setup, list(cells), tell, save, call
         self._ends = time.monotonic() + seconds
-        self._predictor = Predictor(setup, lambda text: self._tell(f"    {text}"))
-        known = results.load()
-        model = skeleton(setup.arch, setup.block, width=setup.width)
-        modes = [mode for mode in MODES if is_safe(model, setup.device, *mode)]
-        fresh = [*step_cells(setup, modes), *largest_cells(setup)]
-        self.cells = [known.get(cell.key, cell) for cell in fresh]
-        self._took: dict[str, list[float]] = {}
+        self._predictor = Predictor(setup, lambda text: tell(f"    {text}"))
+        self._took: dict[str, float] = {}
+        self._trials_took: list[float] = []
         self.done_before = sum(len(cell.trials) for cell in self.cells)
 
     def run(self) -> bool:
@@ -71,31 +69,31 @@ class Bench:
         for number, task in enumerate(tasks, start=1):
             if _done(task):  # refused in an earlier round of this run
                 continue
-            left = self._seconds_of(tasks[number - 1 :])
-            what = f"[{number}/{len(tasks)}] {_words(task, self.setup)}"
+            cell, left = task.cell, min(self._seconds_of(tasks[number - 1 :]), self._left())
+            began = time.monotonic()
             if self._seconds_of([task]) > self._left():
                 complete = False
                 continue
-            self._tell(f"{what} ({format_duration(min(left, self._left()))} left)")
-            began = time.monotonic()
-            complete &= self._largest(task.cell) if task.cell.kind == "largest" else self._step(task)
-            self._took.setdefault(task.cell.key, []).append(time.monotonic() - began)
-            self._results.save(self.cells, finished=False)
-        self._results.save(self.cells, finished=complete)
+            self._tell(f"[{number}/{len(tasks)}] {_describe(task)} ({format_duration(left)} left)")
+            try:
+                complete &= self._measure(task)
+            except Infeasible as error:
+                cell.prepared, cell.refused = True, f"no plan fits: the least takes {format_size(error.least_bytes)}"
+            except LowmemError as error:
+                cell.refused = str(error)
+            cell.seconds = time.monotonic() - began
+            self._took[cell.key] = cell.seconds
+            self._save(self.cells, False)
+        self._save(self.cells, complete)
         return complete
 
     def tasks(self) -> list[Task]:
         """The most important first: every cell once, then further rounds. In a round plain is first, for the others are
         held against it, and the order of these is the round's own, so that whatever else the machine does hits all
         alike."""
-        steps = [cell for cell in self.cells if cell.kind == "step"]
-        first = [cell for cell in steps if cell.mode == FIRST_MODE]
-        modes = [cell for cell in steps if cell.mode != FIRST_MODE]
-        tasks = [Task(cell, 1) for cell in (*first, *modes)]
-        tasks += [Task(cell, 1) for cell in self.cells if cell.kind == "largest"]
-        for number in range(2, max(self.setup.rounds, self.setup.mode_rounds) + 1):
-            again = first if number <= self.setup.rounds else []
-            again = again + modes if number <= self.setup.mode_rounds else again
+        tasks = [Task(cell, 1) for cell in self.cells]
+        for number in range(2, max((cell.rounds for cell in self.cells), default=0) + 1):
+            again = [cell for cell in self.cells if cell.rounds >= number]
             again = sorted(random.Random(number).sample(again, len(again)), key=lambda one: one.family != PLAIN_DEFAULT)
             tasks += [Task(cell, number) for cell in again]
         return tasks
@@ -103,108 +101,187 @@ class Bench:
     # -- time ----------------------------------------------------------------------------------------------------------
 
     def _left(self) -> float:
-        return self._ends - time.monotonic()
+        return max(0.0, self._ends - time.monotonic())
+
+    def _limit(self) -> float:
+        return min(_MOST_TIMEOUT_SECONDS, max(_LEAST_TIMEOUT_SECONDS, self._left()))
 
     def _seconds_of(self, tasks: Sequence[Task]) -> float:
-        """An estimate: as long as the same cell took, else the others of its kind."""
+        """An estimate: as long as the same cell took, of a largest batch as long as the others, else by the number of
+        trials alone: timing a card for the first plan takes minutes, and is done once."""
+        guess = statistics.fmean(self._trials_took or [_FIRST_GUESS_SECONDS[self.setup.device]])
         seconds = 0.0
-        for task in tasks:
-            own = self._took.get(task.cell.key)
-            alike = [one for key, took in self._took.items() for one in took if key.startswith(task.cell.kind)]
-            others = [one for took in self._took.values() for one in took]
-            guess = statistics.fmean(alike or others) if others else _FIRST_GUESS_SECONDS[self.setup.device]
-            if not alike and task.cell.kind == "largest":
-                guess *= 3
-            seconds += own[-1] if own else guess
+        for cell in (task.cell for task in tasks):
+            alike = [took for key, took in self._took.items() if key.startswith("largest")]
+            usual = statistics.fmean(alike) if alike and cell.kind == "largest" else cell.weight * guess
+            seconds += self._took.get(cell.key, usual)
         return seconds
 
     def _trial(self, trial: Trial) -> TrialResult | None:
         """None: it was ended because the time is over, which says nothing about it."""
-        limit = min(_MOST_TIMEOUT_SECONDS, max(_LEAST_TIMEOUT_SECONDS, self._left()))
-        began = time.monotonic()
+        began, limit = time.monotonic(), self._limit()
         result = run_trial(trial, limit, self._call)
-        over = result.refused is not None and time.monotonic() - began >= limit < _MOST_TIMEOUT_SECONDS
-        return None if over else result
+        took = time.monotonic() - began
+        if result.refused is not None and took >= limit < _MOST_TIMEOUT_SECONDS:
+            return None
+        self._trials_took.append(took)
+        return result
 
     # -- cells ---------------------------------------------------------------------------------------------------------
 
-    def _of(self, cell: Cell) -> Trial:
-        way, optimizer = FAMILIES[cell.family]
-        setup = self.setup
-        return Trial(
-            arch=setup.arch,
-            block=setup.block,
-            width=setup.width,
-            batch=cell.batch,
-            precision=cell.precision,
-            memory_format=cell.memory_format,
-            device=setup.device,
-            deterministic=cell.family != PLAIN_FREE,
-            way=way,
-            optimizer=optimizer,
-            plan=None if cell.plan is None else Plan.from_json(cell.plan).without_ladder().to_json(),
-            cap_bytes=cell.cap_bytes,
-            steps=setup.steps,
-            warmup=setup.warmup,
-        )
-
-    def _step(self, task: Task) -> bool:
+    def _measure(self, task: Task) -> bool:
         """Whether there was time for it."""
         cell = task.cell
+        if cell.unless is not None and (why := cell.unless(self.cells)) is not None:
+            cell.refused = why
+            return True
+        if cell.kind == "largest":
+            return self._largest(cell)
+        if cell.kind in ("gradients", "out of memory"):
+            return self._check(cell)
         if not cell.prepared:
             self._predictor.prepare(cell)
         if cell.refused is not None:
             return True
-        # On the CPU operations and bits are the same every time; on a card plain itself may differ from run to run.
-        result = self._trial(replace(self._of(cell), detailed=self.setup.on_card or task.round == 1))
-        if result is None:
-            return False
-        found = asdict(result)
-        over = _over(cell, result)
-        if over is not None:
-            found["refused"] = over
-        cell.trials[str(task.round)] = found
-        return True
+        trial = self._trial_of(cell)
+        if cell.kind == "step":
+            # On the CPU operations and bits are the same every time; on a card plain itself may differ from run to run.
+            trial = replace(trial, detailed=self.setup.on_card or task.round == 1)
+        elif trial.way in (PLAIN, PLANNED):
+            # How much of a plain step the card computes is told in detail.
+            trial = replace(trial, eval_batch=cell.batch, detailed=self.setup.on_card and trial.way == PLAIN)
+        result = self._trial(trial)
+        if result is not None:
+            over = self._over(cell, result)
+            cell.trials[str(task.round)] = {**asdict(result), "refused": over}
+        return result is not None
+
+    def _trial_of(self, cell: Cell) -> Trial:
+        way, form = FAMILIES[cell.family]
+        return Trial(
+            **self.setup.network,
+            batch=cell.batch,
+            precision=cell.precision,
+            memory_format=cell.memory_format,
+            deterministic=cell.family != PLAIN_FREE,
+            way=way,
+            optimizer="fused" if self.setup.fused else form,
+            plan=None if cell.plan is None else Plan.from_json(cell.plan).without_ladder().to_json(),
+            pictures=self.setup.pictures,
+            cap_bytes=cell.cap_bytes,
+            steps=self.setup.steps,
+            warmup=self.setup.warmup,
+        )
+
+    def _over(self, cell: Cell, result: TrialResult) -> str | None:
+        """Why a trial is refused. What is not planned has no limit here; on the CPU a plan's tensors are its promise,
+        on a card the allocator was capped at it."""
+        if cell.family != ENGINE or result.refused is not None:
+            return result.refused
+        if cell.vram_bytes is not None:
+            return verdict(result, self._predictor.budget(cell.vram_bytes), self.setup.device)[0]
+        taken = result.peak_allocated_bytes
+        if taken is None or cell.budget_bytes is None or taken <= max(cell.budget_bytes, cell.cap_bytes or 0):
+            return None
+        return f"OVER: takes {format_size(taken)}, the budget is {format_size(cell.budget_bytes)}"
 
     def _largest(self, cell: Cell) -> bool:
         """Where the prediction points, tried by real steps and an evaluation, and a little less should they not bear it
-        out."""
-        unit = max(1, self.setup.batch // (8 if self.setup.quick else 16))
-        try:
-            budget = self._predictor.memory()
-            search, choice = self._predictor.largest_batch(cell, budget, unit)
-        except Infeasible as error:
-            cell.prepared, cell.refused = True, str(error)
-            return True
+        out; or by real steps alone, which begin there."""
+        budget = self._predictor.budget(self.setup.vram_bytes, measured=False)
         cell.budget_bytes, cell.cap_bytes = budget.tensor_bytes, budget.allocator_bytes
-        if search.holds is None:
-            cell.prepared = True
-            cell.refused = f"not even a batch of {search.fails} fits {format_size(budget.tensor_bytes)}"
-            return True
-        tried: list[tuple[int, str]] = []
-        batch, result = search.holds, None
-        for _ in range(_TRIES):
-            cell.batch = batch
-            if cell.family == ENGINE:
-                if choice is None or choice.plan.batch != batch:
-                    choice = self._predictor.plan(cell.mode, batch, budget, measured=False)
-                self._predictor.note_choice(cell, choice)
-            else:
-                self._predictor.note_way(cell, self._predictor.way(cell, batch, measured=False))
-            steps = max(1, self.setup.steps // 2)
-            result = self._trial(replace(self._of(cell), steps=steps, warmup=1, eval_batch=batch))
-            if result is None:
-                cell.plan = None
+        guess = self._predictor.guess(cell, budget)
+        unit = self.setup.unit(guess)
+        cell.facts = {"unit": unit, "tried": []}
+
+        def fits(batch: int) -> bool | None:
+            return self._predictor.fits(cell, batch, budget) if self._left() else None
+
+        search = largest(fits, guess, unit, self.setup.tries)
+        if cell.by_trials:
+            return self._largest_by_trials(cell, budget, search.holds or unit)
+        cell.facts |= {"fails": search.fails, "predicted": search.tried}
+        batch = search.holds
+        for _ in range(_VERIFIED if batch is not None else 0):
+            assert batch is not None
+            self._predict(cell, batch, budget)
+            tried = self._try(cell, batch, budget)
+            if tried is None:
+                cell.plan, cell.facts = None, {}
                 return False
-            refused, for_memory = verdict(result, budget, self.setup.device)
-            tried.append((batch, refused or "holds"))
-            if not for_memory or batch == unit:
+            held, for_memory = tried
+            if held or not for_memory or batch <= unit:
                 break
             batch = max(unit, min(batch - unit, int(0.95 * batch) // unit * unit))
-        assert result is not None
+        return self._found(cell, search, budget)
+
+    def _largest_by_trials(self, cell: Cell, budget: Budget, guess: int) -> bool:
+        best: list[Cell] = []
+
+        def holds(batch: int) -> bool | None:
+            tried = self._try(cell, batch, budget) if self._left() else None
+            if tried is None:
+                return None
+            held, for_memory = tried
+            if held and batch >= (best[-1].batch if best else 0):
+                best.append(replace(cell, batch=batch))
+            return held if held or for_memory else None
+
+        search = largest(holds, guess, cell.facts["unit"], self.setup.tries)
+        cell.facts |= {"holds": search.holds, "fails": search.fails}
+        if best:
+            cell.batch, cell.trials = best[-1].batch, best[-1].trials
+        return self._found(cell, search, budget)
+
+    def _found(self, cell: Cell, search: Search, budget: Budget) -> bool:
+        """Says why there is none; whether there was time to look."""
+        if search.holds is None and not self._left():
+            cell.facts = {}
+            return False
         cell.prepared = True
-        cell.facts = {"fails": search.fails, "predicted": search.tried, "tried": tried, "unit": unit}
-        cell.trials["1"] = {**asdict(result), "refused": refused}
+        if search.holds is None:
+            cell.refused = f"not even a batch of {search.fails} fits {format_size(budget.tensor_bytes)}"
+        return True
+
+    def _predict(self, cell: Cell, batch: int, budget: Budget) -> None:
+        cell.batch = batch
+        if cell.family == ENGINE:
+            self._predictor.note_choice(cell, self._predictor.plan(cell.mode, batch, budget, measured=False))
+        else:
+            self._predictor.note_way(cell, self._predictor.way(cell, batch, measured=False))
+
+    def _try(self, cell: Cell, batch: int, budget: Budget) -> tuple[bool, bool] | None:
+        """Whether real steps hold; whether, if not, for memory. None: there was no time."""
+        steps = self.setup.largest_steps
+        trial = replace(self._trial_of(cell), batch=batch, steps=steps, warmup=1, eval_batch=batch)
+        result = self._trial(trial)
+        if result is None:
+            return None
+        refused, for_memory = verdict(result, budget, self.setup.device)
+        cell.facts["tried"].append((batch, refused or "holds"))
+        cell.trials = {"1": {**asdict(result), "refused": refused}}
+        return refused is None, for_memory
+
+    def _check(self, cell: Cell) -> bool:
+        """Of a plan: of gradients the one for half the memory, which differs most from the untouched model, or that for
+        all of it; of survival the latter, with its ladder."""
+        setup, predictor = self.setup, self._predictor
+        assert setup.vram_bytes is not None
+        question = PlanQuestion(**setup.network, batch=setup.batch, plan={})
+        if cell.kind == "gradients":
+            try:
+                choice = predictor.plan(FIRST_MODE, setup.batch, predictor.budget(setup.vram_bytes // 2))
+            except Infeasible:
+                choice = predictor.plan(FIRST_MODE, setup.batch, predictor.budget(setup.vram_bytes))
+        else:
+            choice = predictor.laddered()
+            question = replace(question, cap_bytes=choice.budget.allocator_bytes, real=cell.real)
+        asked = asdict(replace(question, plan=choice.plan.to_json()))
+        outcome = self._call(GRADIENTS if cell.kind == "gradients" else SURVIVAL, asked, timeout_seconds=self._limit())
+        if outcome.ended == "too long" and not self._left():
+            return False
+        cell.prepared, cell.refused, cell.facts = True, outcome.refused, outcome.answer or {}
+        cell.batch = cell.facts.pop("batch", cell.batch)
         return True
 
 
@@ -212,20 +289,11 @@ def _done(task: Task) -> bool:
     return str(task.round) in task.cell.trials or task.cell.refused is not None
 
 
-def _words(task: Task, setup: Setup) -> str:
+def _describe(task: Task) -> str:
     cell = task.cell
     mode = f"{cell.precision}, {cell.memory_format}"
+    if cell.title:
+        return cell.title
     if cell.kind == "largest":
         return f"largest batch, {mode}: {cell.label}"
-    rounds = setup.rounds if cell.mode == FIRST_MODE else setup.mode_rounds
-    return f"round {task.round} of {rounds}, {mode}: {cell.label}"
-
-
-def _over(cell: Cell, result: TrialResult) -> str | None:
-    """On the CPU a plan's tensors are its promise; on a card the allocator was capped at it."""
-    taken = result.peak_allocated_bytes
-    if cell.family != ENGINE or taken is None or cell.budget_bytes is None or taken <= cell.budget_bytes:
-        return None
-    if cell.cap_bytes is not None and taken <= cell.cap_bytes:
-        return None
-    return f"OVER: takes {format_size(taken)}, the budget is {format_size(cell.budget_bytes)}"
+    return f"round {task.round} of {cell.rounds}, {mode}: {cell.label}"

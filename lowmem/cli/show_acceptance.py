@@ -7,19 +7,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lowmem.bench.acceptance import DEFAULT_MINUTES, KINDS, Row, Setup, targets
-from lowmem.bench.acceptance_suite import Suite
-from lowmem.bench.acceptance_text import to_csv, to_json, to_markdown
+from lowmem.bench import acceptance_tables as forms
+from lowmem.bench.acceptance import (
+    DEFAULT_MINUTES,
+    FINISH_SECONDS,
+    KINDS,
+    AcceptanceSetup,
+    Record,
+    acceptance_cells,
+    records,
+    targets,
+)
+from lowmem.bench.results import Results
+from lowmem.bench.run import Bench
 from lowmem.calibrate.device import ask_device
 from lowmem.choose.execution import refuse_unsafe, resolve_execution
 from lowmem.cli.show_bench import environment_of
 from lowmem.config.settings import gather
-from lowmem.core.errors import PreflightError, UsageError
+from lowmem.core.errors import UsageError
 from lowmem.core.units import MIB, format_size
 from lowmem.remat.libraries import Numerics
-from lowmem.runs.atomic import write_bytes_atomic, write_text_atomic
-
-NAMES = ("acceptance.json", "acceptance.csv", "acceptance.md", "acceptance.png")
 
 
 def show_acceptance(
@@ -33,9 +40,8 @@ def show_acceptance(
     usual |= {"memory.vram": "6G", "train.precision": "fp32", "train.memory_format": "contiguous"}
     config = resolve_execution(gather(flags={**usual, **given})).config
     refuse_unsafe(config)
-    _try_writing(out)
     assert config.memory.vram is not None
-    setup = Setup(
+    setup = AcceptanceSetup(
         arch=config.model.arch,
         block=config.model.block,
         width=config.model.width,
@@ -48,12 +54,15 @@ def show_acceptance(
         cells=kinds,
     )
     environment = environment_of(config.train.device)
-    suite = Suite(setup, save=partial(_write, out, setup, environment), tell=partial(print, flush=True))
-    rows = suite.run()
-    _write(out, setup, environment, rows, finished=True)
-    write_bytes_atomic(out / "acceptance.png", _picture(setup, environment, rows))
-    print("\n" + to_markdown(setup, environment, rows, finished=True))
-    print(f"written: {', '.join(str(out / name) for name in NAMES)}")
+    with Results(out, setup, environment, forms) as results:
+        seconds = 60 * setup.minutes - FINISH_SECONDS
+        tell = partial(print, flush=True)
+        bench = Bench(setup, acceptance_cells(setup), seconds=seconds, tell=tell, save=results.save)
+        bench.run()
+        results.save(bench.cells, finished=True)
+        results.save_picture(_picture(setup, environment, records(setup, bench.cells)))
+    print("\n" + forms.to_markdown(setup, environment, bench.cells, finished=True))
+    print(f"written: {', '.join(map(str, results.files))}")
 
 
 def _kinds(text: str | None) -> tuple[str, ...]:
@@ -69,41 +78,26 @@ def _card_bytes(device: str) -> int | None:
     return ask_device(Numerics()).total_bytes if device == "cuda" else None
 
 
-def _try_writing(out: Path) -> None:
-    """Before minutes of measuring, not after."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in NAMES:
-            with open(out / name, "ab"):
-                pass
-    except OSError as error:
-        raise PreflightError(f"{out} cannot be written ({error.strerror}): choose another with --out") from None
-
-
-def _write(out: Path, setup: Setup, environment: dict[str, Any], rows: Sequence[Row], finished: bool = False) -> None:
-    write_text_atomic(out / "acceptance.json", to_json(setup, environment, rows, finished))
-    write_text_atomic(out / "acceptance.csv", to_csv(rows))
-    write_text_atomic(out / "acceptance.md", to_markdown(setup, environment, rows, finished))
-
-
-def _picture(setup: Setup, environment: dict[str, Any], rows: Sequence[Row]) -> bytes:
+def _picture(setup: AcceptanceSetup, environment: dict[str, Any], rows: Sequence[Record]) -> bytes:
     from lowmem.report.method_figures import Bar, draw_acceptance  # matplotlib: only if there is something to draw
 
     memory, seconds = [], []
-    for row in (row for row in rows if row.kind in ("memory", "time", "format", "largest")):
-        label = row.name + (f": {row.batch}" if row.kind == "largest" and row.allocated_bytes else "")
-        label += " (emulated)" if row.emulated else ""
-        limit = row.budget[-1][1] / MIB if row.budget and row.kind != "time" else None
-        note = row.refused or ""
-        what = "allocated" if row.predicted_reserved_bytes is not None else "tensors"
-        taken, predicted = _mib(row.allocated_bytes), _mib(row.predicted_allocated_bytes)
-        memory.append(Bar(f"{label}\n{what}" if row.kind == "memory" else label, taken, predicted, limit, _short(note)))
-        if row.kind == "memory" and row.reserved_bytes is not None:
-            memory.append(Bar("reserved", _mib(row.reserved_bytes), _mib(row.predicted_reserved_bytes)))
-            memory.append(Bar("on the card", _mib(row.device_bytes), _mib(row.predicted_device_bytes)))
-        if row.kind != "largest":
-            over = "" if row.overhead is None else f"{row.overhead:+.1%} time"
-            seconds.append(Bar(label, row.step_seconds, row.predicted_step_seconds, None, over or _short(note)))
+    for row in (row for row in rows if row["kind"] in ("memory", "time", "format", "largest")):
+        label = row["name"] + (f": {row['batch']}" if row["kind"] == "largest" and row["allocated_bytes"] else "")
+        label += " (emulated)" if row["emulated"] else ""
+        limit = row["budget"][-1][1] / MIB if row["budget"] and row["kind"] != "time" else None
+        note = row["refused"] or ""
+        what = "allocated" if row["predicted_reserved_bytes"] is not None else "tensors"
+        taken, predicted = _mib(row["allocated_bytes"]), _mib(row["predicted_allocated_bytes"])
+        memory.append(
+            Bar(f"{label}\n{what}" if row["kind"] == "memory" else label, taken, predicted, limit, _short(note))
+        )
+        if row["kind"] == "memory" and row["reserved_bytes"] is not None:
+            memory.append(Bar("reserved", _mib(row["reserved_bytes"]), _mib(row["predicted_reserved_bytes"])))
+            memory.append(Bar("on the card", _mib(row["device_bytes"]), _mib(row["predicted_device_bytes"])))
+        if row["kind"] != "largest":
+            over = "" if row["overhead"] is None else f"{row['overhead']:+.1%} time"
+            seconds.append(Bar(label, row["step_seconds"], row["predicted_step_seconds"], None, over or _short(note)))
     where = environment.get("card") or "CPU"
     met = [target for target in targets(list(rows)) if target.met is not None]
     said = f": {sum(bool(target.met) for target in met)} of {len(met)} judged targets met" if met else ""

@@ -17,10 +17,11 @@ from rich.live import Live
 from rich.table import Table as ShownTable
 from rich.text import Text
 
-from lowmem.bench.cells import ENGINE, FIRST_MODE, LEAST, Cell, Setup, plain_of
-from lowmem.bench.results import NAMES, Results
+from lowmem.bench import tables as forms
+from lowmem.bench.cells import ENGINE, FIRST_MODE, LEAST, Cell, TableSetup, plain_of, table_cells
+from lowmem.bench.results import Results
 from lowmem.bench.run import Bench
-from lowmem.bench.text import Table, conditions, tables, to_csv, to_markdown
+from lowmem.bench.tables import ResultTable, conditions, tables
 from lowmem.calibrate.environment import describe
 from lowmem.choose.execution import refuse_unsafe, resolve_execution
 from lowmem.cli.terminal import say
@@ -52,13 +53,16 @@ def show_bench(
     environment = environment_of(setup.device)
     limit = (2.0 if quick else 60.0) if minutes is None else minutes
     seconds = 60 * limit - _FINISH_SECONDS - time.process_time()  # importing took its time too
-    with Results(folder, setup, environment) as results, _teller() as tell, calls_on(setup.device) as call:
-        bench = Bench(setup, results, seconds=seconds, tell=tell, call=call)
+    with Results(folder, setup, environment, forms) as results, _teller() as tell, calls_on(setup.device) as call:
+        cells = table_cells(setup, results.load())
+        bench = Bench(setup, cells, seconds=seconds, tell=tell, save=results.save, call=call)
         tell(f"{setup.name}, batch {setup.batch}, on {environment.get('card') or 'the CPU'}; results in {folder}")
         if bench.done_before:
             tell(f"{bench.done_before} measurements are there from before and are not made again")
         complete = _measure(bench, folder)
-        written = _write(results, setup, environment, bench.cells, complete)
+        if (picture := _picture(setup, environment, bench.cells)) is not None:
+            results.save_picture(picture)
+        written = [file for file in results.files if file.stat().st_size]
     _print(setup, environment, bench.cells)
     if not complete:
         print(f"not finished within {limit:g} minutes: the same command goes on (--minutes for a longer limit)")
@@ -76,7 +80,9 @@ def _measure(bench: Bench, folder: Path) -> bool:
         raise Interrupted(words, code) from None
 
 
-def _setup(flags: Mapping[str, Any], steps: int | None, rounds: int | None, budgets: str | None, quick: bool) -> Setup:
+def _setup(
+    flags: Mapping[str, Any], steps: int | None, rounds: int | None, budgets: str | None, quick: bool
+) -> TableSetup:
     """What was not said is chosen so that it is bounded on what is there. Raises UsageError, PreflightError."""
     given = {key: value for key, value in flags.items() if value is not None}
     device = resolve_execution(gather(flags={"train.device": given.get("train.device")})).config.train.device
@@ -92,7 +98,7 @@ def _setup(flags: Mapping[str, Any], steps: int | None, rounds: int | None, budg
     chosen: dict[str, Any] = {"mode_rounds": 1 if quick else min(rounds or 3, 2)}
     if budgets is not None or quick:
         chosen["budgets"] = _QUICK_BUDGETS if budgets is None else _budgets(budgets)
-    return Setup(
+    return TableSetup(
         arch=config.model.arch,
         block=config.model.block,
         width=config.model.width,
@@ -168,19 +174,7 @@ def _teller() -> Iterator[Callable[[str], None]]:
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
-def _write(
-    results: Results, setup: Setup, environment: dict[str, Any], cells: list[Cell], complete: bool
-) -> list[Path]:
-    written = [
-        results.folder / NAMES[0],
-        results.write(NAMES[1], to_csv(cells)),
-        results.write(NAMES[2], to_markdown(setup, environment, cells, complete)),
-    ]
-    picture = _picture(setup, environment, cells)
-    return written if picture is None else [*written, results.write(NAMES[3], picture)]
-
-
-def _picture(setup: Setup, environment: dict[str, Any], cells: list[Cell]) -> bytes | None:
+def _picture(setup: TableSetup, environment: dict[str, Any], cells: list[Cell]) -> bytes | None:
     """None if there is nothing to draw."""
     import statistics
 
@@ -217,7 +211,7 @@ def _note(cell: Cell) -> str:
     return f"{cell.budget:.0%}" if isinstance(cell.budget, float) else "least" if cell.budget == LEAST else ""
 
 
-def _print(setup: Setup, environment: dict[str, Any], cells: list[Cell]) -> None:
+def _print(setup: TableSetup, environment: dict[str, Any], cells: list[Cell]) -> None:
     console = Console(highlight=False)
     console.print(Text(f"\n{setup.name}. {conditions(environment)}"))
     for table in tables(setup, cells):
@@ -227,7 +221,7 @@ def _print(setup: Setup, environment: dict[str, Any], cells: list[Cell]) -> None
             console.print(Text(table.note, style="dim"))
 
 
-def _shown(table: Table, columns: Sequence[int], room: int) -> ShownTable:
+def _shown(table: ResultTable, columns: Sequence[int], room: int) -> ShownTable:
     """Figures whole, ranges below their medians, names in two lines where they are long; the last column, which has
     the refusals, takes the room that is left."""
     shown = ShownTable(

@@ -74,7 +74,7 @@ def ask(values: Mapping[str, object], stages: Sequence[str], *, timeout_seconds:
     return Answers(results, troubles)
 
 
-def _how_it_ended(outcome: isolate.Outcome, timeout_seconds: float) -> str:
+def _how_it_ended(outcome: isolate.CallResult, timeout_seconds: float) -> str:
     if outcome.ended == "too long":
         return f"no answer within {timeout_seconds:g} seconds"
     if outcome.code is None:

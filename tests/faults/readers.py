@@ -65,7 +65,7 @@ def readers(run: Path, work: Path) -> list[Reader]:
         _restarted,
         _owner,
     )
-    return [reader for part in (*parts, _owner, _gradients) for reader in part(run, work)]
+    return [reader for part in (*parts, _gradients) for reader in part(run, work)]
 
 
 def _settings(run: Path, work: Path) -> list[Reader]:

@@ -104,6 +104,17 @@ def test_the_current_folder_is_not_imported_from(tmp_path: Path, monkeypatch: py
     assert run(f"{HERE}:double", 1, timeout_seconds=60).refused is None
 
 
+def test_modules_are_the_callers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else is installed by the same name, and where PYTHONPATH says before all."""
+    (tmp_path / "json_of_mine.py").write_text("def where(_): return 'the caller'")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run("json_of_mine:where", timeout_seconds=60).answer == "the caller"
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first/json_of_mine.py").write_text("def where(_): return 'PYTHONPATH'")
+    given = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "first"), os.environ.get("PYTHONPATH", "")])}
+    assert run("json_of_mine:where", timeout_seconds=60, environment=given).answer == "PYTHONPATH"
+
+
 def test_the_environment_is_what_is_given(call: Call) -> None:
     given = {**os.environ, "LOWMEM_SOMETHING": "there"}
     assert call(f"{HERE}:environment", "LOWMEM_SOMETHING", timeout_seconds=60, environment=given).answer == "there"

@@ -18,7 +18,7 @@ from lowmem.bench.cells import (
     PLAIN_FREE,
     PLAIN_FUSED,
     Cell,
-    Setup,
+    TableSetup,
     largest_cells,
     mode_budget,
     plain_of,
@@ -27,7 +27,7 @@ from lowmem.bench.cells import (
 )
 from lowmem.trial.trial import TrialResult
 
-SETUP = Setup(arch="res20", block="basic", width=8, batch=32, device="cpu")
+SETUP = TableSetup(arch="res20", block="basic", width=8, batch=32, device="cpu")
 
 
 def a_cell(family: str = PLAIN_DEFAULT, budget: Any = None, **trials: dict[str, Any]) -> Cell:
@@ -42,7 +42,7 @@ def test_each_cell_is_there_once() -> None:
     assert len({cell.key for cell in cells}) == len(cells)
     first = [cell for cell in cells if cell.kind == "step" and cell.mode == ("fp32", "contiguous")]
     assert {cell.family for cell in first} == set(FAMILIES) - {PLAIN_FREE}
-    on_card = step_cells(Setup(**{**asdict(SETUP), "device": "cuda"}), MODES[:1])
+    on_card = step_cells(TableSetup(**{**asdict(SETUP), "device": "cuda"}), MODES[:1])
     assert [cell.mode for cell in on_card if cell.family == PLAIN_FREE] == [("fp32", "contiguous")]
     assert [cell.budget for cell in first if cell.family == ENGINE] == list(SETUP.budgets)
     for mode in (("fp32", "channels-last"), ("amp", "contiguous"), ("amp", "channels-last")):
@@ -56,7 +56,7 @@ def test_each_cell_is_there_once() -> None:
     ("budgets", "middle"), [((0.9, 0.4, LEAST), 0.4), ((300, 200, 100), 200), ((LEAST,), LEAST), ((0.9, 7), 0.9)]
 )
 def test_the_modes_are_compared_in_about_half_of_plains_memory(budgets: tuple[Any, ...], middle: Any) -> None:
-    assert mode_budget(Setup(**{**asdict(SETUP), "budgets": budgets})) == middle
+    assert mode_budget(TableSetup(**{**asdict(SETUP), "budgets": budgets})) == middle
 
 
 def test_labels() -> None:
@@ -101,12 +101,20 @@ def test_what_the_digests_say(plain: list[dict[str, Any]], other: list[dict[str,
 
 def test_a_cell_survives_its_file() -> None:
     cell = a_cell(ENGINE, 0.5, _1={"step_seconds": 1.0, "losses": (1.5,)})
-    again = Cell.from_record(json.loads(json.dumps(asdict(cell))))
+    again = Cell.from_record(json.loads(json.dumps(cell.record())))
     assert again.key == cell.key
     assert again.step_seconds == 1.0
+
+
+def test_a_cell_that_could_not_be_prepared_is_tried_again() -> None:
+    cell = a_cell()
+    cell.refused = "the device does not answer"
+    assert Cell.from_record(cell.record()).refusal == NO_TIME
+    cell.prepared = True
+    assert Cell.from_record(cell.record()).refusal == "the device does not answer"
 
 
 @pytest.mark.parametrize("change", [{"surprise": 1}, {"trials": []}, {"trials": {"1": {"what": 2}}}, {"plan": {}}])
 def test_something_else_is_no_cell(change: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError)):
-        Cell.from_record({**asdict(a_cell()), **change})
+        Cell.from_record({**a_cell().record(), **change})

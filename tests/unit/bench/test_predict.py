@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ from lowmem.bench.cells import (
     LEAST,
     PLAIN_DEFAULT,
     Cell,
-    Setup,
+    TableSetup,
 )
-from lowmem.bench.predict import Predictor
+from lowmem.bench.predict import Predictor, largest
 from lowmem.choose.budget import tensors_only
 from lowmem.trial.trial import Trial
 from lowmem.trial.worker import work
@@ -26,7 +27,7 @@ NET: dict[str, Any] = {"arch": "res20", "block": "basic", "width": 4, "batch": 1
 
 @pytest.fixture(scope="module")
 def predictor() -> Predictor:
-    return Predictor(Setup(**NET), print)
+    return Predictor(TableSetup(**NET), print)
 
 
 def a_cell(family: str, budget: Any = None, precision: str = "fp32", kind: str = "step") -> Cell:
@@ -76,15 +77,16 @@ def test_less_than_the_least_is_refused(predictor: Predictor) -> None:
 
 @pytest.mark.parametrize("family", [PLAIN_DEFAULT, CHECKPOINT_PER_BLOCK, ENGINE])
 def test_the_largest_batch_fits_and_the_next_does_not(predictor: Predictor, family: str) -> None:
-    budget = predictor.memory()
-    search, choice = predictor.largest_batch(a_cell(family, kind="largest"), budget, 1)
+    budget = predictor.budget(None)
+    cell = a_cell(family, kind="largest")
+    guess = predictor.guess(cell, budget)
+    search = largest(lambda batch: predictor.fits(cell, batch, budget), guess, 1, 8)
     assert search.holds is not None
     assert search.fails == search.holds + 1
     assert len(search.tried) <= 4  # the first guess is near
-    cell = a_cell(family, kind="largest")
     cell.batch = search.holds
-    if choice is not None:
-        predictor.note_choice(cell, choice)
+    if family == ENGINE:
+        predictor.note_choice(cell, predictor.plan(cell.mode, cell.batch, budget, measured=False))
     way, optimizer = FAMILIES[family]
     trial = Trial(**{**NET, "batch": search.holds}, way=way, optimizer=optimizer, plan=cell.plan, steps=1, warmup=1)
     assert work(trial)["peak_allocated_bytes"] <= budget.tensor_bytes
@@ -92,5 +94,21 @@ def test_the_largest_batch_fits_and_the_next_does_not(predictor: Predictor, fami
 
 def test_nothing_fits_into_next_to_nothing(predictor: Predictor) -> None:
     for family in (PLAIN_DEFAULT, ENGINE):
-        search, choice = predictor.largest_batch(a_cell(family, kind="largest"), tensors_only(1000), 1)
-        assert (search.holds, search.fails, choice) == (None, 1, None)
+        fits = partial(predictor.fits, a_cell(family, kind="largest"), budget=tensors_only(1000))
+        search = largest(fits, 1, 1, 8)
+        assert (search.holds, search.fails) == (None, 1)
+
+
+@pytest.mark.parametrize(("most_that_holds", "guess"), [(37, 30), (37, 37), (37, 80), (1000, 900), (5, 90)])
+def test_the_search_finds_the_largest(most_that_holds: int, guess: int) -> None:
+    found = largest(lambda batch: batch <= most_that_holds, guess, 1, 20)
+    assert (found.holds, found.fails) == (most_that_holds, most_that_holds + 1)
+
+
+def test_the_search_is_bounded() -> None:
+    asked: list[int] = []
+    found = largest(lambda batch: bool(asked.append(batch)) or batch <= 999, 100, 8, 4)
+    assert len(asked) == 4
+    assert found.holds == max(asked)
+    assert largest(lambda _: False, 100, 8, 50).holds is None
+    assert largest(lambda _: None, 100, 8, 50).tried == []

@@ -10,30 +10,39 @@ from typing import Any
 
 import pytest
 
-from lowmem.bench.cells import MODES, Cell, Setup, step_cells
+from lowmem.bench import tables
+from lowmem.bench.cells import MODES, Cell, TableSetup, largest_cells, step_cells
 from lowmem.bench.results import Results
 from lowmem.core.errors import DiskError, PreflightError, UsageError
 from lowmem.trial.trial import TrialResult
 
-SETUP = Setup(arch="res20", block="basic", width=8, batch=32, device="cpu")
-HERE: dict[str, Any] = {"lowmem": "1", "torch": "2", "device": "cpu", "cpu": "a", "cpu_threads": 2, "git_commit": "x"}
+SETUP = TableSetup(arch="res20", block="basic", width=8, batch=32, device="cpu")
+HERE: dict[str, Any] = {
+    "lowmem": "1",
+    "torch": "2",
+    "python": "3",
+    "device": "cpu",
+    "cpu": "a",
+    "cpu_threads": 2,
+    "git_commit": "x",
+}
 
 
 def some_cells() -> list[Cell]:
-    cells = step_cells(SETUP, MODES[::2])
+    cells = [*step_cells(SETUP, MODES[::2]), *largest_cells(SETUP)]
     cells[0].trials["1"] = asdict(TrialResult(step_seconds=0.5, losses=(2.0, math.nan)))
     return cells
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    with Results(tmp_path / "found", SETUP, HERE) as results:
+    with Results(tmp_path / "found", SETUP, HERE, tables) as results:
         results.save(some_cells(), finished=False)
     return tmp_path / "found"
 
 
 def test_what_was_saved_is_there(folder: Path) -> None:
-    with Results(folder, SETUP, {**HERE, "git_commit": "another"}) as results:
+    with Results(folder, SETUP, {**HERE, "git_commit": "another"}, tables) as results:
         cells = results.load()
     assert len(cells) == len(some_cells())
     first = cells[some_cells()[0].key]
@@ -42,7 +51,7 @@ def test_what_was_saved_is_there(folder: Path) -> None:
 
 
 def test_an_empty_folder_has_nothing_and_keeps_nothing(tmp_path: Path) -> None:
-    with Results(tmp_path / "new", SETUP, HERE) as results:
+    with Results(tmp_path / "new", SETUP, HERE, tables) as results:
         assert results.load() == {}
     assert not list((tmp_path / "new").glob("bench.[jcmp]*"))
 
@@ -57,10 +66,10 @@ def test_an_empty_folder_has_nothing_and_keeps_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_results_of_something_else_are_refused(
-    folder: Path, setup: Setup, environment: dict[str, Any], said: str
+    folder: Path, setup: TableSetup, environment: dict[str, Any], said: str
 ) -> None:
     before = (folder / "bench.json").read_bytes()
-    with Results(folder, setup, environment) as results, pytest.raises(UsageError, match=said):
+    with Results(folder, setup, environment, tables) as results, pytest.raises(UsageError, match=said):
         results.load()
     assert (folder / "bench.json").read_bytes() == before
 
@@ -71,7 +80,10 @@ def test_results_of_something_else_are_refused(
 )
 def test_what_is_no_result_is_refused(folder: Path, text: str) -> None:
     (folder / "bench.json").write_text(text)
-    with Results(folder, SETUP, HERE) as results, pytest.raises(UsageError, match="give another --out, or delete it"):
+    with (
+        Results(folder, SETUP, HERE, tables) as results,
+        pytest.raises(UsageError, match="give another --out, or delete it"),
+    ):
         results.load()
     assert (folder / "bench.json").read_text() == text
 
@@ -80,18 +92,18 @@ def test_a_cell_that_was_changed_by_hand_is_refused(folder: Path) -> None:
     found = json.loads((folder / "bench.json").read_text())
     found["cells"][0]["trials"]["1"]["surprise"] = 1
     (folder / "bench.json").write_text(json.dumps(found))
-    with Results(folder, SETUP, HERE) as results, pytest.raises(UsageError, match="surprise"):
+    with Results(folder, SETUP, HERE, tables) as results, pytest.raises(UsageError, match="surprise"):
         results.load()
 
 
 def test_a_second_writer_is_refused(folder: Path) -> None:
     with (
-        Results(folder, SETUP, HERE),
+        Results(folder, SETUP, HERE, tables),
         pytest.raises(UsageError, match="another `lowmem bench` is writing"),
-        Results(folder, SETUP, HERE),
+        Results(folder, SETUP, HERE, tables),
     ):
         pass
-    with Results(folder, SETUP, HERE) as results:
+    with Results(folder, SETUP, HERE, tables) as results:
         assert results.load()
 
 
@@ -99,7 +111,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(PreflightError, match="choose another with --out"),
-        Results(tmp_path / "file" / "x", SETUP, HERE),
+        Results(tmp_path / "file" / "x", SETUP, HERE, tables),
     ):
         pass
 
@@ -108,7 +120,7 @@ def test_a_disk_that_refuses_says_what_stands(folder: Path, monkeypatch: pytest.
     def full(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device")
 
-    with Results(folder, SETUP, HERE) as results:
+    with Results(folder, SETUP, HERE, tables) as results:
         monkeypatch.setattr("lowmem.bench.results.write_text_atomic", full)
         with pytest.raises(DiskError, match="what was measured before is there"):
             results.save(some_cells(), finished=True)

@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from lowmem.bench.cells import ENGINE, FIRST_MODE, MODES, NO_TIME, PLAIN_DEFAULT, Setup
+from lowmem.bench import tables
+from lowmem.bench.cells import ENGINE, FIRST_MODE, MODES, NO_TIME, PLAIN_DEFAULT, TableSetup, table_cells
 from lowmem.bench.results import Results
 from lowmem.bench.run import Bench
-from lowmem.isolate import OUT_OF_MEMORY, Call, Outcome
+from lowmem.isolate import OUT_OF_MEMORY, Call, CallResult
 from lowmem.trial.trial import Trial, TrialResult
 from tests.isolated import call_here
 
-SETUP = Setup(
+SETUP = TableSetup(
     arch="res20",
     block="basic",
     width=2,
@@ -30,14 +31,14 @@ SETUP = Setup(
     warmup=1,
     quick=True,
 )
-HERE: dict[str, Any] = {"lowmem": "1", "torch": "2", "device": "cpu"}
+HERE: dict[str, Any] = {"lowmem": "1", "torch": "2", "python": "3", "device": "cpu"}
 
 
 def run_as(trial_of: Callable[[Trial, float], TrialResult]) -> Call:
     """In place of a process."""
 
-    def call(_: str, values: dict[str, Any], timeout_seconds: float, **__: object) -> Outcome:
-        return Outcome(ended="answered", answer=asdict(trial_of(Trial(**values), timeout_seconds)))
+    def call(_: str, values: dict[str, Any], timeout_seconds: float, **__: object) -> CallResult:
+        return CallResult(ended="answered", answer=asdict(trial_of(Trial(**values), timeout_seconds)))
 
     return call
 
@@ -50,15 +51,17 @@ class Told(Bench):
         folder: Path,
         run: Callable[[Trial, float], TrialResult] | None = None,
         seconds: float = 1e4,
-        setup: Setup = SETUP,
+        setup: TableSetup = SETUP,
     ) -> None:
         self.told: list[str] = []
         # Not under a lock: that is tested with the folder.
+        results = Results(folder, setup, HERE, tables)
         super().__init__(
             setup,
-            Results(folder, setup, HERE),
+            table_cells(setup, results.load()),
             seconds=seconds,
             tell=self.told.append,
+            save=results.save,
             call=run_as(run) if run else call_here,
         )
 
@@ -75,7 +78,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bench.run()
     for cell in bench.cells:
         cell.trials = {}
-    Results(folder, SETUP, HERE).save(bench.cells, finished=False)
+    Results(folder, SETUP, HERE, tables).save(bench.cells, finished=False)
     return folder
 
 

@@ -211,7 +211,6 @@ def test_no_time_is_said_in_every_row(
 def test_the_account_is_written_even_if_there_is_time_for_nothing(lowmem_command: Command, tmp_path: Path) -> None:
     done = lowmem_command(*SUITE, "--minutes", "0", "--out", "found")
     assert done.returncode == 0, done.stderr
-    assert "[1/" in done.stdout
     assert "## Targets" in done.stdout
     record = json.loads((tmp_path / "found/acceptance.json").read_text())
     assert record["finished"]

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from lowmem.choose.planning import make_plan
-from lowmem.isolate import OUT_OF_MEMORY, Outcome, run
+from lowmem.isolate import OUT_OF_MEMORY, CallResult, run
 from lowmem.models import skeleton
 from lowmem.step.train_step import TrainStep
 from lowmem.trial.trial import Trial, TrialResult, calls_on, run_trial
 from lowmem.trial.ways import PER_BLOCK, PLANNED
-from lowmem.trial.worker import work, work_apart
+from lowmem.trial.worker import work
+from tests.isolated import call_here
 
 TINY: dict[str, Any] = {"arch": "res20", "block": "basic", "width": 8, "batch": 32, "steps": 1, "warmup": 1}
 
@@ -50,18 +51,18 @@ def test_the_librarys_checkpointing_is_tried_likewise(plain: TrialResult) -> Non
     assert found["peak_allocated_bytes"] < plain.peak_allocated_bytes
 
 
-def _refused(trial: Trial, outcome: Outcome) -> TrialResult:
+def _refused(trial: Trial, outcome: CallResult) -> TrialResult:
     """What a trial is said to have come to whose process ended so."""
     return run_trial(trial, call=lambda *_, **__: outcome)
 
 
 def test_a_process_that_goes_wrong_is_a_refusal() -> None:
     trial = Trial(**TINY)
-    crashed = _refused(trial, Outcome(ended="crashed", words="ValueError: no such kernel", code=1))
+    crashed = _refused(trial, CallResult(ended="crashed", words="ValueError: no such kernel", code=1))
     assert (crashed.refused, crashed.out_of_memory) == ("crashed: ValueError: no such kernel", False)
-    full = _refused(trial, Outcome(ended="out of memory", code=-9))
+    full = _refused(trial, CallResult(ended="out of memory", code=-9))
     assert (full.refused, full.out_of_memory) == (OUT_OF_MEMORY, True)
-    strange = _refused(trial, Outcome(ended="answered", answer={"surprise": 1}))
+    strange = _refused(trial, CallResult(ended="answered", answer={"surprise": 1}))
     assert strange.refused == "answered with unknown keys: surprise"
 
 
@@ -70,7 +71,7 @@ def test_out_of_memory_in_a_trial_is_its_answer(monkeypatch: pytest.MonkeyPatch)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(TrainStep, "__call__", full)
-    result = run_trial(Trial(**TINY), call=lambda _, values, **__: Outcome(ended="answered", answer=work_apart(values)))
+    result = run_trial(Trial(**TINY), call=call_here)
     assert (result.refused, result.out_of_memory) == (OUT_OF_MEMORY, True)
 
 

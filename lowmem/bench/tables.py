@@ -1,11 +1,12 @@
-"""The tables of `lowmem bench`: as texts for the terminal and Markdown, as values for CSV."""
+"""The tables of `lowmem bench`: as texts for the terminal and Markdown, as values for CSV and JSON."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +16,22 @@ from lowmem.bench.cells import (
     PLAIN_DEFAULT,
     PLAIN_FREE,
     Cell,
-    Setup,
+    TableSetup,
     mode_budget,
     mode_families,
     plain_of,
     same_as_plain,
 )
+from lowmem.bench.results import FORMAT, Environment, plain_values
 from lowmem.core.units import MIB, format_size
 from lowmem.trial.trial import launch_note
 
+STEM = "bench"
 UNKNOWN = "–"
 
 
 @dataclass(frozen=True)
-class Table:
+class ResultTable:
     """Texts under texts. `brief`: the columns that a narrow terminal shows."""
 
     title: str
@@ -38,43 +41,45 @@ class Table:
     note: str = ""
 
 
-def tables(setup: Setup, cells: Sequence[Cell]) -> list[Table]:
+def tables(setup: TableSetup, cells: Sequence[Cell]) -> list[ResultTable]:
     """The three tables."""
     steps = [cell for cell in cells if cell.kind == "step"]
     first = [cell for cell in steps if cell.mode == FIRST_MODE]
     largest = [cell for cell in cells if cell.kind == "largest"]
     size = next((format_size(cell.budget_bytes) for cell in largest if cell.budget_bytes), "the memory")
+    unit = next((cell.facts["unit"] for cell in largest if cell.facts), UNKNOWN)
+    plain = plain_of(cells, Cell(kind="step", family=PLAIN_DEFAULT, batch=setup.batch))
     header = _step_header(setup)
     last = len(header) - 1
     return [
-        Table(
+        ResultTable(
             f"A batch of {setup.batch} in every way, fp32, contiguous",
             header,
             tuple(_step_row(setup, cell, cells) for cell in first),
             (0, 1, 2, last - 4, last - 2, last - 1, last),
             _step_note(setup, first),
         ),
-        Table(
+        ResultTable(
             f"The largest batch in {size}{'' if setup.on_card else ' of tensors'}",
             ("way", "precision", "largest batch", "does not fit", *_memory_header(setup)[:2], "images/s"),
             tuple(_largest_row(cell) for cell in largest),
             tuple(range(7)),
-            f"In steps of {largest[0].facts.get('unit', UNKNOWN)}: where the prediction points, then tried by real "
+            f"In steps of {unit}: where the prediction points, then tried by real "
             "training steps and an evaluation. `does not fit` is a prediction.",
         ),
-        Table(
+        ResultTable(
             f"Precision, memory format and way, a batch of {setup.batch}",
             (
                 *("way", "precision, memory format", *_memory_header(setup)[:2], "images/s"),
                 *("times plain in this mode", "times plain in fp32, contiguous", "as plain in this mode"),
             ),
-            tuple(_mode_row(cell, cells, plain_of(cells, first[0])) for cell in _mode_cells(setup, steps)),
+            tuple(_mode_row(cell, cells, plain) for cell in _mode_cells(setup, steps)),
             (0, 1, 3, 4, 5, 7),
         ),
     ]
 
 
-def _mode_cells(setup: Setup, steps: Sequence[Cell]) -> list[Cell]:
+def _mode_cells(setup: TableSetup, steps: Sequence[Cell]) -> list[Cell]:
     """Way by way, so that a column compares the modes."""
     shown = (*mode_families(setup), ENGINE)
     wanted = [
@@ -86,7 +91,7 @@ def _mode_cells(setup: Setup, steps: Sequence[Cell]) -> list[Cell]:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def _memory_header(setup: Setup) -> tuple[str, ...]:
+def _memory_header(setup: TableSetup) -> tuple[str, ...]:
     if not setup.on_card:
         return ("MiB of tensors, predicted", "measured", "resident, grown by")
     return (
@@ -96,12 +101,12 @@ def _memory_header(setup: Setup) -> tuple[str, ...]:
     )
 
 
-def _step_header(setup: Setup) -> tuple[str, ...]:
+def _step_header(setup: TableSetup) -> tuple[str, ...]:
     time = ("images/s", "step, s (fastest to slowest)", "times plain")
     return ("way", *_memory_header(setup), *time, "extra FLOPs", "as plain")
 
 
-def _step_row(setup: Setup, cell: Cell, cells: Sequence[Cell]) -> tuple[str, ...]:
+def _step_row(setup: TableSetup, cell: Cell, cells: Sequence[Cell]) -> tuple[str, ...]:
     plain = plain_of(cells, cell)
     memory = [cell.predicted_allocated_bytes, cell.most("peak_allocated_bytes")]
     if setup.on_card:
@@ -111,9 +116,9 @@ def _step_row(setup: Setup, cell: Cell, cells: Sequence[Cell]) -> tuple[str, ...
         memory.append(cell.most("resident_growth_bytes"))
     return (
         cell.label,
-        *(_mib(size) for size in memory),
+        *(show_mib(size) for size in memory),
         _rate(cell),
-        _seconds(cell),
+        show_seconds(cell),
         _ratio(cell.ratios(plain)) if cell is not plain else "1",
         _extra(cell, plain),
         _verdict(cell, plain),
@@ -125,8 +130,8 @@ def _mode_row(cell: Cell, cells: Sequence[Cell], first: Cell | None) -> tuple[st
     return (
         cell.label,
         ", ".join(cell.mode),
-        _mib(cell.predicted_allocated_bytes),
-        _mib(cell.most("peak_allocated_bytes")),
+        show_mib(cell.predicted_allocated_bytes),
+        show_mib(cell.most("peak_allocated_bytes")),
         _rate(cell),
         _ratio(cell.ratios(plain)) if cell is not plain else "1",
         _ratio(cell.ratios(first)) if cell is not first else "1",
@@ -142,8 +147,8 @@ def _largest_row(cell: Cell) -> tuple[str, ...]:
         cell.precision,
         refusal or str(cell.batch),
         str(fails) if fails else UNKNOWN,
-        _mib(cell.predicted_allocated_bytes),
-        _mib(cell.most("peak_allocated_bytes")),
+        show_mib(cell.predicted_allocated_bytes),
+        show_mib(cell.most("peak_allocated_bytes")),
         _rate(cell),
     )
 
@@ -157,7 +162,7 @@ def _verdict(cell: Cell, plain: Cell | None) -> str:
     return same_as_plain(cell, plain) or UNKNOWN
 
 
-def _step_note(setup: Setup, cells: Sequence[Cell]) -> str:
+def _step_note(setup: TableSetup, cells: Sequence[Cell]) -> str:
     said = (
         f"Each measurement is a process of its own; a step is the median of {setup.steps} after {setup.warmup} of "
         f"warm-up, in {setup.rounds} rounds in which all ways take turns. `times plain` is to plain's step of the same "
@@ -196,10 +201,11 @@ def _determinism(cells: Sequence[Cell]) -> str:
 # -- texts -------------------------------------------------------------------------------------------------------------
 
 
-def _mib(size_bytes: int | None) -> str:
+def show_mib(size_bytes: int | None, digits: int = 1) -> str:
+    """`digits` behind the point of what is small."""
     if size_bytes is None:
         return UNKNOWN
-    return f"{size_bytes / MIB:,.1f}" if size_bytes < 100 * MIB else f"{size_bytes / MIB:,.0f}"
+    return f"{size_bytes / MIB:,.{digits if size_bytes < 100 * MIB else 0}f}"
 
 
 def _rate(cell: Cell) -> str:
@@ -207,11 +213,11 @@ def _rate(cell: Cell) -> str:
     return UNKNOWN if rate is None else f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
 
 
-def _seconds(cell: Cell) -> str:
+def show_seconds(cell: Cell, digits: int = 3) -> str:
     if cell.step_seconds is None or cell.step_range is None:
         return UNKNOWN
-    low, high = cell.step_range
-    return f"{cell.step_seconds:.3f} ({low:.3f} to {high:.3f})"
+    middle, low, high = (f"{one:.{digits}f}" for one in (cell.step_seconds, *cell.step_range))
+    return f"{middle} ({low} to {high})"
 
 
 def _ratio(ratios: Sequence[float]) -> str:
@@ -235,18 +241,34 @@ def extra_flops(cell: Cell, plain: Cell | None) -> float | None:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def to_markdown(setup: Setup, environment: dict[str, Any], cells: Sequence[Cell], complete: bool) -> str:
+def to_json(setup: TableSetup, environment: Environment, cells: Sequence[Cell], finished: bool) -> str:
+    """Everything: what `Results.load` goes on from."""
+    found = {
+        "bench": FORMAT,
+        "finished": finished,
+        "settings": setup.record(),
+        "environment": environment,
+        "cells": [cell.record() for cell in cells],
+    }
+    return json.dumps(plain_values(found), indent=1) + "\n"
+
+
+def to_markdown(setup: TableSetup, environment: Environment, cells: Sequence[Cell], finished: bool) -> str:
     """Readable tables, conditions first."""
     parts = [f"# {setup.name}, batch {setup.batch}", conditions(environment)]
-    if not complete:
+    if not finished:
         parts.append("**Not finished: what is marked as not run is measured by the same command, given again.**")
     for table in tables(setup, cells):
-        lines = [f"| {' | '.join(table.header)} |", "|---" * len(table.header) + "|"]
-        lines += [f"| {' | '.join(row)} |" for row in table.rows]
-        parts += [f"## {table.title}", "\n".join(lines)]
+        parts += [f"## {table.title}", markdown_table(table.header, table.rows)]
         if table.note:
             parts.append(table.note)
     return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    return "\n".join(lines)
 
 
 def conditions(environment: dict[str, Any]) -> str:
@@ -260,10 +282,13 @@ def conditions(environment: dict[str, Any]) -> str:
     )
 
 
-def to_csv(cells: Sequence[Cell]) -> str:
+def to_csv(setup: TableSetup, cells: Sequence[Cell]) -> str:
     """A row a cell; bytes, seconds and shares as they are, unknown is empty."""
+    return csv_text([_values(cell, cells) for cell in cells])
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     out = io.StringIO()
-    rows = [_values(cell, cells) for cell in cells]
     writer = csv.DictWriter(out, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lowmem.bench.cells import ENGINE, MODES, PLAIN_DEFAULT, PLAIN_FREE, Setup, largest_cells, step_cells
-from lowmem.bench.text import extra_flops, tables, to_csv, to_markdown
+from lowmem.bench.cells import ENGINE, MODES, PLAIN_DEFAULT, PLAIN_FREE, TableSetup, largest_cells, step_cells
+from lowmem.bench.tables import extra_flops, tables, to_csv, to_markdown
 from lowmem.core.units import MIB
 from lowmem.trial.trial import TrialResult
 
@@ -20,7 +20,7 @@ HERE: dict[str, Any] = {"lowmem": "1", "torch": "2", "python": "3", "device": "c
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("measured", [False, True])
 def test_rows_are_as_wide_as_their_header(device: str, measured: bool) -> None:
-    setup = Setup(arch="res20", block="basic", width=8, batch=32, device=device)
+    setup = TableSetup(arch="res20", block="basic", width=8, batch=32, device=device)
     cells = [*step_cells(setup, MODES), *largest_cells(setup)]
     for cell in cells if measured else []:
         cell.trials["1"] = asdict(TrialResult(step_seconds=1.0, least_seconds=1.0, most_seconds=2.0, flops=10))
@@ -29,11 +29,11 @@ def test_rows_are_as_wide_as_their_header(device: str, measured: bool) -> None:
         assert {len(row) for row in table.rows} == {len(table.header)}
         assert max(table.brief) < len(table.header)
         assert any("not run: time" in row for row in table.rows) != measured
-    assert len(list(csv.DictReader(io.StringIO(to_csv(cells))))) == len(cells)
+    assert len(list(csv.DictReader(io.StringIO(to_csv(setup, cells))))) == len(cells)
 
 
 def test_figures() -> None:
-    setup = Setup(arch="res20", block="basic", width=8, batch=32, device="cpu", budgets=(0.5,))
+    setup = TableSetup(arch="res20", block="basic", width=8, batch=32, device="cpu", budgets=(0.5,))
     cells = step_cells(setup, MODES[::2])
     plain = next(cell for cell in cells if cell.family == PLAIN_DEFAULT)
     planned = next(cell for cell in cells if cell.family == ENGINE)
@@ -55,43 +55,43 @@ def test_figures() -> None:
             | {"flops": 1250}
         )
     assert extra_flops(planned, plain) == 0.25
-    text = to_markdown(setup, HERE, [*cells, *largest_cells(setup)], complete=True)
+    text = to_markdown(setup, HERE, [*cells, *largest_cells(setup)], finished=True)
     assert (
         "| lowmem, 50% of plain | 50.0 | 51.0 | – | 21 | 1.500 (1.400 to 1.600) | 1.50 (0.75–1.50) | +25.0% "
         "| same bits |"
     ) in text
     assert "| plain PyTorch | 400 | 401 | – | 32 | 1.000 (1.000 to 3.000) | 1 | none | – |" in text
     assert "Not finished" not in text
-    row = next(one for one in csv.DictReader(io.StringIO(to_csv(cells))) if one["way"] == "lowmem, 50% of plain")
+    row = next(one for one in csv.DictReader(io.StringIO(to_csv(setup, cells))) if one["way"] == "lowmem, 50% of plain")
     assert (row["times_plain"], row["least_times_plain"], row["extra_flops"]) == ("1.5", "0.75", "0.25")
     assert (row["peak_allocated_bytes"], row["as_plain"], row["refused"]) == (str(51 * MIB), "same bits", "")
 
 
 def test_what_deterministic_kernels_cost_is_said() -> None:
-    setup = Setup(arch="res20", block="basic", width=8, batch=32, device="cuda")
+    setup = TableSetup(arch="res20", block="basic", width=8, batch=32, device="cuda")
     cells = [*step_cells(setup, MODES[:1]), *largest_cells(setup)]
     here = {**HERE, "device": "cuda", "tf32": True}
-    assert "Deterministic kernels" not in to_markdown(setup, here, cells, complete=True)
+    assert "Deterministic kernels" not in to_markdown(setup, here, cells, finished=True)
     for cell in cells:
         if cell.family in (PLAIN_DEFAULT, PLAIN_FREE):
             cell.trials["1"] = asdict(TrialResult(step_seconds=1.1 if cell.family == PLAIN_DEFAULT else 1.0))
-    text = to_markdown(setup, here, cells, complete=True)
+    text = to_markdown(setup, here, cells, finished=True)
     assert "make plain PyTorch's step +10.0% longer" in text
     assert "fp32 convolutions in TF32" in text
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.42, True), (0.93, False), (None, False)])
 def test_a_card_that_waits_for_launches_is_said_to(share: float | None, said: bool) -> None:
-    setup = Setup(arch="res20", block="basic", width=8, batch=32, device="cuda", budgets=(0.5,))
+    setup = TableSetup(arch="res20", block="basic", width=8, batch=32, device="cuda", budgets=(0.5,))
     cells = step_cells(setup, MODES[:1])
     plain = next(cell for cell in cells if cell.family == PLAIN_DEFAULT)
     plain.trials["1"] = asdict(TrialResult(step_seconds=1.0, least_seconds=1.0, most_seconds=1.0, busy_share=share))
-    text = to_markdown(setup, HERE, [*cells, *largest_cells(setup)], complete=True)
+    text = to_markdown(setup, HERE, [*cells, *largest_cells(setup)], finished=True)
     assert ("the card computes 42% of a plain step at batch 32; compare at a larger --batch" in text) is said
     assert ("Bound by launches" in text) is said
 
 
 def test_unfinished_results_say_so() -> None:
-    setup = Setup(arch="res20", block="basic", width=8, batch=32, device="cpu")
+    setup = TableSetup(arch="res20", block="basic", width=8, batch=32, device="cpu")
     cells = [*step_cells(setup, MODES[::2]), *largest_cells(setup)]
-    assert "**Not finished" in to_markdown(setup, HERE, cells, complete=False)
+    assert "**Not finished" in to_markdown(setup, HERE, cells, finished=False)
