@@ -14,7 +14,6 @@ from lowmem.config.schema import Config, cards_of, for_process
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Infeasible, UsageError
 
-
 FIXED = ("train.precision=fp32", "train.memory_format=contiguous")  # a decision is planned for each pair of these
 
 
