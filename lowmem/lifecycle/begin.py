@@ -60,6 +60,7 @@ class New:
     def __init__(self, wanted: Settings, path: Path, *, dry_run: bool = False) -> None:
         self.path, self.dry_run = path, dry_run
         self.given: Mapping[str, object] = flatten(wanted.config)
+        self.source = "given"  # where these come from, for errors
         self._wanted = wanted
         self._resumable = False  # from then on nothing is taken back
 
@@ -135,7 +136,7 @@ class Fork(New):
         dry_run: bool = False,
     ) -> None:
         super().__init__(recorded, path, dry_run=dry_run)
-        self.given = changes
+        self.given, self.source = changes, f"fork of {shorten(source.name)}"
         self._source, self._recorded, self._at = source, recorded, at
         self._begun = batch_chosen(recorded)
 
@@ -144,7 +145,7 @@ class Fork(New):
 
     def open(self, group: Group, observer: Observer, stack: ExitStack) -> Start:
         """Raises UsageError if nothing changes, the network would, or there is no such checkpoint."""
-        settings = resolve_execution(fork.changed(self._begun, self.given, f"fork of {shorten(self._source.name)}"))
+        settings = resolve_execution(fork.changed(self._begun, self.given, self.source))
         changes = fork.check(self._begun.config, settings.config)
         self._point = fork.find(self._source, self._recorded.config, self._at)
         fork.refuse_place(self._point, settings.config, changes)
@@ -169,7 +170,7 @@ class Resume:
     `recorded`: its settings, if they have been read."""
 
     def __init__(self, path: Path, given: Mapping[str, object] | None = None, recorded: Settings | None = None) -> None:
-        self.path = path
+        self.path, self.source = path, "resume"
         self.given = given or {}
         self._known = recorded
 
@@ -180,7 +181,7 @@ class Resume:
         recorded = self._recorded = share_settings(group, lambda: known or _recorded_here(self.path, group))
 
         def changed() -> Settings:
-            settings = resolve_execution(recorded.replace(self.given, "resume"))
+            settings = resolve_execution(recorded.replace(self.given, self.source))
             refuse_changes(recorded.config, settings.config, str(self.path))
             return settings
 
@@ -220,15 +221,16 @@ class Resume:
         config = settings.config
         group.together(lambda: check_position(state, trainer.batches.steps_per_epoch))
         group.lead(lambda: checkpoints.set_aside(self._skipped), None)
-        folder.tidy(keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
+        kept = config.checkpoint
+        group.lead(lambda: folder.tidy(keep=kept.keep, keep_every=kept.keep_every), None)
         if decision.changed and decision.plan is not None:
             record_plans(group, decision.plan, folder)
             group.lead(lambda: folder.write_config(to_yaml(settings)), None)
             folder.event("replan", budget_bytes=decision.plan.budget_bytes)
-        elif config.checkpoint != self._recorded.config.checkpoint:
+        elif kept != self._recorded.config.checkpoint:
             # The next resume would delete what this one was told to keep; nothing else of what is given stays.
-            kept = {"checkpoint.keep": config.checkpoint.keep, "checkpoint.keep_every": config.checkpoint.keep_every}
-            group.lead(lambda: folder.write_config(to_yaml(self._recorded.replace(kept, "resume"))), None)
+            keeping = {"checkpoint.keep": kept.keep, "checkpoint.keep_every": kept.keep_every}
+            group.lead(lambda: folder.write_config(to_yaml(self._recorded.replace(keeping, "resume"))), None)
         for damage in group.lead(lambda: folder.cut_back(epoch=state.epoch, step=state.step), list[str]()):
             observer.warning(damage)
             folder.event("warning", what="rows lost", reason=damage)

@@ -51,7 +51,7 @@ def execute(begin: New | Resume | Fork, observer: Observer | None = None) -> Run
     OutOfMemory, Diverged, DiskError, PeerLost, and Interrupted after a signal, with everything saved.
     """
     launch, observer = _launched(observer, str(begin.given.get("train.device", "auto")))
-    with StartupSignals(), _joined(launch, begin.given) as group, ExitStack() as stack:
+    with StartupSignals(), _joined(launch, begin.given, begin.source) as group, ExitStack() as stack:
         if isinstance(begin, New):
             begin = begin.after_restart(group, observer)
         start = begin.open(group, observer, stack)
@@ -88,12 +88,12 @@ def _launched(observer: Observer | None, device: str) -> tuple[Launch | None, Ob
 
 
 @contextmanager
-def _joined(launch: Launch | None, given: Mapping[str, object]) -> Iterator[Group]:
+def _joined(launch: Launch | None, given: Mapping[str, object], source: str) -> Iterator[Group]:
     """The group of this process, by those of the `given` settings that joining takes: a run's own are not at hand yet.
     Raises PeerLost, UsageError if the processes are not alike: on other types of devices, or with other versions."""
     wanted = {key: given[key] for key in ("train.device", "train.peer_timeout_minutes") if key in given}
     alone = Settings(Config(), dict.fromkeys(known_keys(), "default"))
-    train = resolve_execution(alone.replace(wanted, "given")).config.train
+    train = resolve_execution(alone.replace(wanted, source)).config.train
     with join(launch, train.device, 60 * train.peer_timeout_minutes) as group:
         versions = f"lowmem {lowmem.__version__}, torch {torch.__version__}"
         with group.alike():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lowmem.config.schema import Config, flatten
 from lowmem.config.settings import Settings
-from lowmem.core.errors import CorruptCheckpoint, LowmemError, UsageError
+from lowmem.core.errors import CorruptCheckpoint, LowmemError, PreflightError, UsageError
 from lowmem.data import Dataset
 from lowmem.lifecycle.run_identity import belongs_to, most_bytes
 from lowmem.runs import checkpoint as checkpoints
@@ -291,8 +291,10 @@ def write(source: ForkPoint, carried: Checkpoint, settings: Settings, out: RunFo
 
 def _draw(source: ForkPoint, curves: tuple[RateCurve, RateCurve], fork_at: float, out: RunFolder) -> None:
     """report/learning_rate.png; `fork_at`: epochs done."""
-    from lowmem.report.figures import draw_rate_curve  # matplotlib
-
+    try:
+        from lowmem.report.figures import draw_rate_curve  # matplotlib
+    except ImportError as error:
+        raise PreflightError(f"the fork's picture cannot be drawn ({error}): install matplotlib with pip") from None
     past: list[tuple[float, float]] = []
     try:
         rows = RunView(source.run).epochs

@@ -9,6 +9,7 @@ it is for a few steps only.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Iterable
 from functools import cache
@@ -78,6 +79,11 @@ class TensorMeter(TorchDispatchMode):
         """A storage came to exist (by that operation) or ceased to."""
         self.live_bytes += change_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+
+# Without what the library wraps it in for torch.compile: with the first operation that imports torch._dynamo, two
+# seconds in the middle of a step.
+TensorMeter.__torch_dispatch__ = inspect.unwrap(TensorMeter.__torch_dispatch__)  # type: ignore[method-assign]
 
 
 def tensors_among(values: Iterable[Any]) -> list[Tensor]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -47,13 +48,18 @@ class Candidate:
 
 def _check_types(value: Any) -> None:
     """Raises ValueError for a field that is not what its annotation says: what was recorded is read without trust."""
-    for name, hint in get_type_hints(type(value)).items():
-        allowed = get_args(hint) if get_origin(hint) in (Literal, UnionType) else (hint,)
+    for name, allowed in _allowed_types(value.__class__).items():
         found = getattr(value, name)
         if not any(_is_a(found, one) for one in allowed):
             *most, last = (getattr(one, "__name__", one) for one in allowed)
             wanted = f"{', '.join(map(str, most))} or {last}" if most else last
             raise ValueError(f"{name} is {shorten(repr(found), 100)}, not {wanted}".replace("NoneType", "None"))
+
+
+@cache
+def _allowed_types(kind: Any) -> dict[str, tuple[Any, ...]]:
+    hints = get_type_hints(kind).items()
+    return {name: get_args(hint) if get_origin(hint) in (Literal, UnionType) else (hint,) for name, hint in hints}
 
 
 def _is_a(value: object, kind: Any) -> bool:

@@ -85,8 +85,8 @@ class Loop:
     def _plan_changed(self) -> None:
         t = self.t
         t.meter.reset()  # the peaks of an epoch are those of the plan in force at its end
-        device, read = t.execution.device, t.meter.read
-        self.check = PlanCheck(t.plan, device, lambda: (*t.standing_tensors(), *self.undo.copies), read)
+        undo = self.undo  # not this loop: network and optimizer would live on in a circle of references after the run
+        self.check = PlanCheck(t.plan, t.execution.device, lambda: (*t.standing_tensors(), *undo.copies), t.meter.read)
 
     def run(self) -> Outcome:
         """As `Trainer.run`."""
@@ -95,6 +95,9 @@ class Loop:
                 return self.train()
         except PeerLost as lost:
             raise self._left_alone(lost) from None
+        finally:
+            if self.t.step.joint is not None:
+                self.t.step.joint.verdict = int
 
     def train(self) -> Outcome:
         """The loop. An epoch whose steps are done is evaluated, also by the process that goes on from there."""
@@ -232,10 +235,15 @@ class Loop:
             t.observer.warning(f"{evidence.words}: {instead}")
         return verdict
 
+    def _leaves_evaluation(self) -> bool:
+        """Asked between two of its batches, where saves that the disk has refused are tried again, too."""
+        self.saver.poll()
+        return self.signals.came()
+
     def _score(self, pictures: Pictures) -> Score | Verdict:
         """Of all processes together: each scores its part of the pictures. LEAVE if a signal came to any."""
         t, part = self.t, self.t.part_of(pictures)
-        mine = self.memory.evaluated(lambda size: t.evaluate(part, size, self.signals.came))
+        mine = self.memory.evaluated(lambda size: t.evaluate(part, size, self._leaves_evaluation))
         if isinstance(mine, Failure) and t.group.alone:
             self._give_up(mine)
         failed = mine.message if isinstance(mine, Failure) else None

@@ -123,7 +123,8 @@ class OomFallback:
 
     def verdict(self) -> Verdict:
         """REPLAN while memory runs short here, unless that was said in vain before."""
-        return Verdict() if self._rung is None and self._said_none_left else self._short
+        in_vain = self._said_none_left and not (self._t.plan and self._t.plan.ladder)
+        return Verdict() if in_vain else self._short
 
     def replan(self, why: str) -> bool:
         """Between two steps: takes the next plan, wherever memory runs short. False if this process has none."""

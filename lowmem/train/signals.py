@@ -41,12 +41,16 @@ class StartupSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StartupSignals:
-        numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
         if threading.current_thread() is threading.main_thread():
-            for number in numbers:
-                # Under nohup a hang-up is ignored, and stays so.
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self._previous[number] = signal.signal(number, self._handle)
+            numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+            before = {number: signal.getsignal(number) for number in numbers}
+            # Under nohup a hang-up is ignored, and stays so.
+            self._previous = {key: each for key, each in before.items() if each not in (signal.SIG_IGN, None)}
+            try:
+                for number in self._previous:
+                    signal.signal(number, self._handle)
+            except _Leave as leaving:  # one came before the last was caught: nobody calls `__exit__` then
+                self.__exit__(_Leave, leaving, None)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,23 @@ def test_handlers_come_back_and_an_ignored_hang_up_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_between_two_handlers_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    install, installed = signal.signal, []
+
+    def interrupted(number: int, handler: Any) -> Any:
+        found = install(number, handler)
+        installed.append(number)
+        if len(installed) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(signal, "signal", interrupted)
+    with pytest.raises(Interrupted), StartupSignals():
+        pass
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def _saved_and_left() -> None:

@@ -8,15 +8,21 @@ reads a run reads it. `fixtures/planned-8033727` was made there by
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import shutil
 import subprocess
+import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import lowmem
+from lowmem.lifecycle import execute
+from tests.conftest import environment
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 STEPS_PER_EPOCH = 10
@@ -46,6 +52,36 @@ def test_it_goes_on_to_its_end_under_its_own_plan(older: Path) -> None:
     assert plan_of(older) == planned
     events = [json.loads(line) for line in (older / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     assert next(event for event in events if event["event"] == "resume")["step"] == 13
+
+
+def test_a_resume_imports_nothing_in_the_middle_of_a_step(older: Path) -> None:
+    """torch._dynamo takes two seconds, which would count as training (torch 2.14)."""
+    probe = (
+        "import sys, lowmem\n"
+        f"lowmem.resume_training({str(older)!r}, {{'train.max_steps': 15}})\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_of_a_run_is_left_when_it_has_ended(older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its card's memory is free for another one at once, not with the next collection of garbage."""
+    networks: list[weakref.ref[nn.Module]] = []
+    build = execute.build
+    monkeypatch.setattr(execute, "build", lambda *given, **named: _remembered(build(*given, **named), networks))
+    gc.collect()
+    gc.disable()
+    try:
+        lowmem.resume_training(older, {"train.max_steps": 15})
+        assert [network() for network in networks] == [None]
+    finally:
+        gc.enable()
+
+
+def _remembered(network: nn.Module, networks: list[weakref.ref[nn.Module]]) -> nn.Module:
+    networks.append(weakref.ref(network))
+    return network
 
 
 def test_a_fork_of_it_keeps_its_plan(older: Path, tmp_path: Path) -> None:
