@@ -35,7 +35,7 @@ from lowmem.runs import checkpoint as checkpoints
 from tests.faults.damage import FILES, flip, flips, generations, judge, of_files, of_folders
 from tests.faults.fuzzing import Tried, fuzz
 from tests.faults.readers import readers
-from tests.faults.small_run import copy_run, make_run
+from tests.tiny import copy_run, make_run
 
 _MEMORY_BYTES = 3 << 30
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h

@@ -48,7 +48,7 @@ RARELY_STEPS = 8
 RARELY = (*SMALL, "--set", f"checkpoint.every_steps={RARELY_STEPS}")
 # Six steps, for all that is done to files once a run has begun; two, for all before that.
 BRIEF = (*SMALL, "--set", "data.train_subset=20")
-BRIEFEST = (*SMALL, "--epochs", "1", "--set", "data.train_subset=10")
+BRIEFEST = (*SMALL, "--set", "train.epochs=1", "--set", "data.train_subset=10")
 SOME_MOMENTS = 4  # deaths at most that are drawn for one run
 
 

@@ -64,12 +64,6 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if "gpu" in wanted and "not gpu" not in wanted else WORKERS
 
 
-TINY = (
-    "--arch", "res20", "--width", "4", "--data", "shapes", "--epochs", "3", "--batch", "64",
-    "--set", "data.train_subset=600", "--set", "data.test_subset=100", "--set", "train.log_every_steps=1",
-)  # fmt: skip
-
-
 def environment() -> dict[str, str]:
     """With as many threads as here: the arithmetic must not depend on how many cores are free."""
     return {**os.environ, "OMP_NUM_THREADS": THREADS, "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}

@@ -24,7 +24,8 @@ DYING = {
         "import pytest, time\n@pytest.mark.timeout(1)\ndef test_dies():\n    while True: time.sleep(1)\n"
     ),
 }
-HOOKS = "from tests.workers import *\n"
+HOOKS = "from tests import workers\nfrom tests.workers import *\n"
+IMPATIENT = HOOKS + "workers.PATIENCE_SECONDS = 2.0\n"
 PASSING = "import pytest\n@pytest.mark.parametrize('number', range(4))\ndef test_passes(number): pass\n"
 # Another worker's, which takes its time: the run does not wait for it.
 LONG = "import time\ndef test_long(): time.sleep(300)\n"
@@ -55,6 +56,8 @@ def _run(folder: Path, files: dict[str, str]) -> tuple[int, str, float]:
 def test_a_worker_that_dies_ends_the_run(tmp_path: Path, how: str) -> None:
     dying = {"test_b_dies.py": DYING[how], "test_d_passes.py": PASSING, "test_e_passes.py": PASSING}
     others = {"test_c_long.py": LONG} if "def test_dies" in DYING[how] else {}
+    if "child" in how:
+        others["conftest.py"] = IMPATIENT
     code, said, seconds = _run(tmp_path, {"test_a_passes.py": PASSING, **dying, **others})
     assert code == 1, said
     assert seconds < 200, said  # of the 300 of the long one; alone it takes 15

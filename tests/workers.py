@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 _DIED = pytest.StashKey[bool]()
-_PATIENCE_SECONDS = 30.0  # for the pipe to tell; at the end of a run workers are ended, and the run is over by then
+PATIENCE_SECONDS = 30.0  # for the pipe to tell; at the end of a run workers are ended, and the run is over by then
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -29,7 +29,7 @@ def _watch(node: Any) -> None:
     code = node.gateway._io.popen.wait()
     if code == 0:
         return
-    time.sleep(_PATIENCE_SECONDS)
+    time.sleep(PATIENCE_SECONDS)
     print(f"\nworker {node.gateway.id} died ({code}), and what it has forked lives on", file=sys.stderr, flush=True)
     os._exit(pytest.ExitCode.TESTS_FAILED)
 

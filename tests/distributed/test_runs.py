@@ -18,14 +18,14 @@ from lowmem.cli.main import _run
 from lowmem.plan.record import Plan
 from tests.conftest import assert_same_run
 from tests.distributed.torchrun import Torchrun, torchrun, wait_for
+from tests.tiny import arguments
 
 # An epoch of 6 steps, the last of 10 pictures.
 SMALL = (
-    "--arch", "res20", "--width", "4", "--data", "shapes", "--epochs", "3", "--batch", "32",
-    "--set", "data.train_subset=170", "--set", "data.test_subset=40", "--set", "train.log_every_steps=1",
-    "--set", "checkpoint.every_steps=4", "--memory-format", "contiguous",
+    "model.width=4", "train.batch=32", "data.train_subset=170", "data.test_subset=40", "checkpoint.every_steps=4",
+    "train.memory_format=contiguous", "train.precision=auto",
 )  # fmt: skip
-TRAIN = ("lowmem", "train", *SMALL)
+TRAIN = ("lowmem", "train", *arguments(*SMALL))
 STEPS = 18
 RESUME = ("lowmem", "resume")
 
@@ -105,7 +105,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two processes under a budget that their parts do not fit into as they are, half of an epoch."""
     folder = tmp_path_factory.mktemp("planned")
     code, output = torchrun(
-        folder, 2, *TRAIN, "--precision", "fp32", "--vram", VRAM, "--set", "train.max_steps=3", "--out", "run"
+        folder, 2, *TRAIN, "--set", "train.precision=fp32", "--vram", VRAM, "--set", "train.max_steps=3", "--out", "run"
     )
     assert code == 0, output
     assert "batch 32 over 2 processes" in output
@@ -240,13 +240,13 @@ def test_what_all_did_wrong_is_said_once(whole: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_unlike_cards_with_a_batch_that_they_choose(tmp_path: Path) -> None:
     """The faster card takes more of every batch; a resume replays that; four processes go on with what two began."""
-    cards = ("--card", "gtx1050ti,gtx1070", "--batch", "auto", "--precision", "fp32")
     run = tmp_path / "run"
     whole = tmp_path / "whole"
-    arguments = tuple(one for one in TRAIN if one not in ("--batch", "32"))
-    code, output = torchrun(tmp_path, 2, *arguments, *cards, "--out", str(whole))
+    asked = arguments(*SMALL, "train.batch=auto", "train.precision=fp32", "memory.card=gtx1050ti,gtx1070")
+    train = ("lowmem", "train", *asked)
+    code, output = torchrun(tmp_path, 2, *train, "--out", str(whole))
     assert code == 0, output
-    code, output = torchrun(tmp_path, 2, *arguments, *cards, "--out", str(run), "--set", "train.max_steps=3")
+    code, output = torchrun(tmp_path, 2, *train, "--out", str(run), "--set", "train.max_steps=3")
     assert code == 0, output
     plans = [Plan.from_json(json.loads((run / name).read_text())) for name in ("plan.json", "plan-1.json")]
     small, large = plans[0].shares

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from lowmem.core.errors import CorruptCheckpoint
 from lowmem.runs import checkpoint as checkpoints
-from tests.faults.small_run import same_checkpoint
 
 FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
 
@@ -142,3 +143,23 @@ def judge(
     if {path.name for path in skipped} != names or not all(path.name in why for path, why in skipped.items()):
         return f"skipped {names}, but what was said is {skipped}"
     return None
+
+
+def same_checkpoint(left: checkpoints.Checkpoint, right: checkpoints.Checkpoint) -> bool:
+    """To the last bit, dtypes and names included."""
+    return (
+        (left.step, left.state) == (right.step, right.state)
+        and _same(dict(left.model), dict(right.model))
+        and _same(dict(left.optimizer), dict(right.optimizer))
+    )
+
+
+def _same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(
+        tensor.dtype == right[name].dtype and tensor.shape == right[name].shape and _bits(tensor) == _bits(right[name])
+        for name, tensor in left.items()
+    )
+
+
+def _bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().numpy().tobytes()

@@ -17,13 +17,15 @@ from lowmem.core.errors import CorruptCheckpoint, ExitCode
 from lowmem.runs import checkpoint as checkpoints
 from tests.conftest import exact_rows
 from tests.faults.lives import Death, Life, Lives
+from tests.tiny import arguments
 
 EVERY_STEPS = 4  # a kill may lose; there is a checkpoint every two steps then, and epochs have five
 SMALL = (
-    "train", "--arch", "res20", "--width", "2", "--data", "shapes", "--epochs", "2", "--batch", "8", "--device", "cpu",
-    "--memory-format", "contiguous", "--set", "data.train_subset=40", "--set", "data.test_subset=10",
-    "--set", "train.log_every_steps=1", "--set", "checkpoint.every_minutes=null",
-    "--set", f"checkpoint.every_steps={EVERY_STEPS}",
+    "train",
+    *arguments(
+        "train.epochs=2", "train.batch=8", "data.train_subset=40", "data.test_subset=10", "train.precision=auto",
+        "train.memory_format=contiguous", "checkpoint.every_minutes=null", f"checkpoint.every_steps={EVERY_STEPS}",
+    ),
 )  # fmt: skip
 STEPS = 10
 _ASIDE = re.compile(r"\.aside-step-(\d+)")

@@ -23,11 +23,10 @@ import lowmem.lifecycle.execute
 import lowmem.reproduce.check
 from lowmem.cli.main import _run
 from lowmem.reproduce.conduct import Conductor
+from tests.tiny import arguments
 
-SMALL = (
-    "--arch", "res20", "--width", "4", "--data", "shapes", "--epochs", "3", "--batch", "32",
-    "--set", "data.train_subset=192", "--set", "data.test_subset=32", "--set", "train.log_every_steps=1",
-)  # fmt: skip
+# Six steps an epoch.
+SMALL = arguments("model.width=4", "train.batch=32", "data.train_subset=192", "data.test_subset=32")
 
 
 class Forked:

@@ -46,7 +46,7 @@ from lowmem.train.schedule import learning_rate
 from lowmem.train.stall import measured_weights
 from lowmem.train.state import config_hash, restore
 from tests.faults.fuzzing import ANY, JSON, TENSORS, Mutation, Reader, rehash, replace_in_json
-from tests.faults.small_run import copy_run
+from tests.tiny import copy_run
 
 
 def readers(run: Path, work: Path) -> list[Reader]:

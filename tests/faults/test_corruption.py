@@ -22,7 +22,7 @@ from lowmem.lifecycle.run_identity import belongs_to
 from lowmem.runs import checkpoint as checkpoints
 from tests.conftest import assert_same_tensors, environment, exact_rows
 from tests.faults.damage import FILES, Damage, flip, flips, generations, judge, of_files, of_folders
-from tests.faults.small_run import Heard, copy_run, make_run
+from tests.tiny import Heard, copy_run, make_run
 
 NOBODY = 65534
 FOREIGN = "optim.lr=0.05"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowmem.cli.main import main
-from lowmem.config.settings import Settings, gather
+from lowmem.config.settings import Settings
 from lowmem.core.errors import Diverged, ExitCode, Interrupted
 from lowmem.data import TrainBatches
 from lowmem.lifecycle.api import resume_training, run_training
@@ -24,13 +24,13 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.step.train_step import TrainStep
 from tests.conftest import assert_same_run
 from tests.faults.injection import events
+from tests.tiny import arguments, tiny
 
-FLAGS = {"model.arch": "res20", "model.width": 4, "data.source": "shapes", "train.epochs": 3, "train.batch": 16}
-SETS = ("data.train_subset=160", "data.test_subset=20", "train.log_every_steps=1")  # ten steps an epoch
+OWN = ("model.width=4", "train.batch=16", "data.train_subset=160")  # ten steps an epoch
 
 
-def settings(*sets: str, **flags: Any) -> Settings:
-    return gather(flags={**FLAGS, **flags}, sets=[*SETS, *sets])
+def settings(*sets: str) -> Settings:
+    return tiny(*OWN, *sets)
 
 
 @contextmanager
@@ -205,14 +205,14 @@ def test_poison_that_stays_ends_the_run(tmp_path: Path) -> None:
 
 def test_a_loss_far_above_chance_for_long(tmp_path: Path) -> None:
     """Finite, but in the thousands: a bias that has exploded, which does not come back at this rate."""
-    path, sets = tmp_path / "run", ("train.log_every_steps=10", "data.train_subset=480")
-    flags = {"train.batch": 4, "train.epochs": 2}
-    run_training(settings("train.max_steps=5", *sets, **flags), path)
+    path = tmp_path / "run"
+    sets = ("train.log_every_steps=10", "data.train_subset=480", "train.batch=4", "train.epochs=2")
+    run_training(settings("train.max_steps=5", *sets), path)
     newest = checkpoints.load(checkpoints.checkpoint_folders(path / "checkpoints")[0])
     tensors = {**newest.model, "linear.bias": torch.tensor([1e5, *[0.0] * 9])}
     checkpoints.save(path / "checkpoints", checkpoints.Checkpoint(5, tensors, newest.optimizer, newest.state), keep=2)
     with pytest.raises(Diverged, match=r"the training loss has been above 11\.5 for 100 steps at step 100"):
-        resume_training(path, settings("train.on_nan=stop", *sets, **flags))
+        resume_training(path, settings("train.on_nan=stop", *sets))
     assert checkpoints.checkpoint_folders(path / "checkpoints")[0].name == "step-00000005"
     assert all(float(row["loss"]) > 1000 for row in rows(path, "steps.csv"))
 
@@ -250,10 +250,8 @@ def test_a_rate_that_breaks_the_net(tmp_path: Path) -> None:
 
 
 def test_the_command_leaves_with_code_6(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--arch", "res20", "--width", "4", "--data", "shapes", "--batch", "16", "--on-nan", "stop"]
-    sets = [word for one in (*SETS, "optim.lr=1e6") for word in ("--set", one)]
     with pytest.raises(SystemExit) as left:
-        main(["train", *flags, *sets, "--out", str(tmp_path / "run")])
+        main(["train", *arguments(*OWN, "optim.lr=1e6"), "--on-nan", "stop", "--out", str(tmp_path / "run")])
     assert left.value.code == 6
     said = capsys.readouterr().err
     assert "the training loss is nan" in said

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.config.settings import Settings, gather, to_yaml
+from lowmem.config.settings import Settings, to_yaml
 from lowmem.core.errors import DiskError, ExitCode, PreflightError
 from lowmem.data import Dataset, load
 from lowmem.lifecycle.api import resume_training
@@ -25,15 +25,17 @@ from lowmem.train.observer import Observer
 from tests.conftest import assert_same_run
 from tests.faults.disk import FailingDisk, fill, tiny_disk
 from tests.faults.injection import events, make_trainer, run
+from tests.tiny import Heard, tiny
 
-BASE = {"model.arch": "res20", "model.width": 4, "data.source": "shapes", "train.epochs": 3, "train.batch": 16}
-SETS = ["data.train_subset=64", "data.test_subset=12", "train.log_every_steps=1", "train.memory_format=contiguous"]
 DISK_BYTES = 3 << 20  # a checkpoint of this net takes a quarter of it
 
 
 @cache
 def _settings() -> Settings:
-    return gather(flags={**BASE, "train.precision": "fp32"}, sets=[*SETS, "checkpoint.every_steps=4"])
+    return tiny(
+        "model.width=4", "data.train_subset=64", "data.test_subset=12", "train.batch=16",
+        "train.memory_format=contiguous", "checkpoint.every_steps=4",
+    )  # fmt: skip
 
 
 @cache
@@ -42,19 +44,15 @@ def _dataset() -> Dataset:
     return load(config.data, config.seed)
 
 
-class Watch(Observer):
-    """Calls `at_epoch[n]` after epoch n, in the thread that trains; keeps what it is told."""
+class Acting(Heard):
+    """Calls `at_epoch[n]` after epoch n, in the thread that trains."""
 
     def __init__(self, at_epoch: Mapping[int, Callable[[], Any]]) -> None:
-        self.at_epoch, self.warnings, self.notes = at_epoch, [], []  # type: ignore[var-annotated]
-
-    def warning(self, text: str) -> None:
-        self.warnings.append(text)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+        super().__init__()
+        self.at_epoch = at_epoch
 
     def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
+        super().epoch(row, epochs)
         self.at_epoch.get(row["epoch"], lambda: None)()
 
 
@@ -71,7 +69,7 @@ def untroubled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     with tiny_disk(tmp_path, DISK_BYTES) as point:
         yield point
 
@@ -96,43 +94,43 @@ def savers(monkeypatch: pytest.MonkeyPatch) -> list[saver.Saver]:
 
 
 def test_a_real_disk_that_is_full_for_two_epochs(
-    tiny: Path, untroubled: Path, savers: list[saver.Saver], monkeypatch: pytest.MonkeyPatch
+    small_disk: Path, untroubled: Path, savers: list[saver.Saver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saver, "PAUSES_SECONDS", (0.0,))
     inside: list[int] = []
 
     def full() -> None:
         _wait(savers)
-        fill(tiny)
+        fill(small_disk)
 
     def room() -> None:
         # The epoch in between was trained and evaluated, and nothing of it could be written.
         _wait(savers)
-        inside.append(cp.load_newest(tiny / "run/checkpoints")[0].step)
-        (tiny / "filler").unlink()
+        inside.append(cp.load_newest(small_disk / "run/checkpoints")[0].step)
+        (small_disk / "filler").unlink()
 
-    watch = Watch({1: full, 2: room})
-    path = run(tiny / "run", _settings(), _trainer(watch))
+    heard = Acting({1: full, 2: room})
+    path = run(small_disk / "run", _settings(), _trainer(heard))
     assert inside == [4]
     assert_same_run(path, untroubled)
-    assert len([text for text in watch.warnings if "the disk is full" in text or "refuses rows" in text]) >= 1
-    assert "saved again" in watch.notes[-1]
+    assert len([text for text in heard.warnings if "the disk is full" in text or "refuses rows" in text]) >= 1
+    assert "saved again" in heard.notes[-1]
     assert [event["event"] for event in events(path, "done")] == ["done"]
     assert not [*path.rglob("*.partial"), *path.rglob(".aside*")]
 
 
 def test_a_real_disk_that_stays_full(
-    tiny: Path, untroubled: Path, savers: list[saver.Saver], monkeypatch: pytest.MonkeyPatch
+    small_disk: Path, untroubled: Path, savers: list[saver.Saver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saver, "FINAL_PAUSES_SECONDS", (0.0, 0.0))
 
     def full() -> None:
         _wait(savers)
-        fill(tiny)
+        fill(small_disk)
 
-    path = tiny / "run"
+    path = small_disk / "run"
     with pytest.raises(DiskError) as caught:
-        run(path, _settings(), _trainer(Watch({1: full})))
+        run(path, _settings(), _trainer(Acting({1: full})))
     assert caught.value.exit_code == ExitCode.DISK
     for said in (
         "the disk is full",
@@ -145,7 +143,7 @@ def test_a_real_disk_that_stays_full(
     with pytest.raises(DiskError, match="the disk is full"):
         resume_training(path)
     assert cp.load_newest(path / "checkpoints")[0].step == 4
-    (tiny / "filler").unlink()
+    (small_disk / "filler").unlink()
     assert resume_training(path).outcome.finished
     assert_same_run(path, untroubled)
 
@@ -173,17 +171,17 @@ def test_every_so_many_operations_fail(
     assert [event["step"] for event in events(path, "checkpoint")][-1] == 12
 
 
-def test_space_is_checked_before_the_run_and_told(tiny: Path) -> None:
-    watch = Watch({})
-    with RunFolder.create(tiny / "run", to_yaml(_settings()), {}) as folder:
-        preflight(_trainer(watch), folder)
-        (line,) = [text for text in watch.notes if text.startswith("disk: ")]
+def test_space_is_checked_before_the_run_and_told(small_disk: Path) -> None:
+    heard = Heard()
+    with RunFolder.create(small_disk / "run", to_yaml(_settings()), {}) as folder:
+        preflight(_trainer(heard), folder)
+        (line,) = [text for text in heard.notes if text.startswith("disk: ")]
         assert "3 checkpoints" in line
         assert "free" in line
-        fill(tiny, leave_bytes=2 << 20)
+        fill(small_disk, leave_bytes=2 << 20)
         with pytest.raises(PreflightError, match=r"the run needs .* free: free some space, keep fewer checkpoints"):
             preflight(_trainer(), folder)
-        fill(tiny)
+        fill(small_disk)
         with pytest.raises(PreflightError, match="choose another with --out"):
             preflight(_trainer(), folder)
-    assert json.loads((untouched := tiny / "run" / "env.json").read_text()) == {}, untouched
+    assert json.loads((untouched := small_disk / "run" / "env.json").read_text()) == {}, untouched

@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.fuzzing import Reader, fuzz
 from tests.faults.readers import readers
-from tests.faults.small_run import make_run
+from tests.tiny import make_run
 
 INPUTS = 25
 

@@ -13,15 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY, assert_same_run, environment
+from tests.conftest import assert_same_run, environment
+from tests.tiny import arguments
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+
+# Steps that are long enough to be met by a signal, ten an epoch.
+TRAINED = arguments("model.width=4", "train.batch=64", "data.train_subset=600", "data.test_subset=100")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
-    _finish(_start("train", *TINY, "--out", str(out)))
+    _finish(_start("train", *TRAINED, "--out", str(out)))
     return out
 
 
@@ -63,7 +67,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(
     name: str, code: int, steps: int, uninterrupted: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    process = _start("train", *TINY, "--out", str(out))
+    process = _start("train", *TRAINED, "--out", str(out))
     _wait_for_steps(out, steps)
     process.send_signal(getattr(signal, name))
     _, err = process.communicate(timeout=120)
@@ -81,7 +85,7 @@ def test_sigkill_loses_no_more_than_since_the_checkpoint_before_the_one_being_wr
     uninterrupted: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    process = _start("train", *TINY, "--out", str(out), "--set", "checkpoint.every_steps=8")
+    process = _start("train", *TRAINED, "--out", str(out), "--set", "checkpoint.every_steps=8")
     _wait_for_steps(out, 17)
     process.kill()
     process.communicate()
@@ -94,7 +98,7 @@ def test_sigkill_loses_no_more_than_since_the_checkpoint_before_the_one_being_wr
 
 def test_a_second_signal_leaves_at_once_and_nothing_is_lost(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = _start("train", *TINY, "--out", str(out), "--set", "checkpoint.every_steps=1")
+    process = _start("train", *TRAINED, "--out", str(out), "--set", "checkpoint.every_steps=1")
     _wait_for_steps(out, 5)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
@@ -107,7 +111,7 @@ def test_a_second_signal_leaves_at_once_and_nothing_is_lost(uninterrupted: Path,
 @pytest.mark.slow  # the quick ones are in tests/unit/runs/test_lock.py
 def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = _start("train", *TINY, "--epochs", "50", "--out", str(out))
+    process = _start("train", *TRAINED, "--set", "train.epochs=50", "--out", str(out))
     _wait_for_steps(out, 1)
     second = _start("resume", str(out))
     _, err = second.communicate(timeout=120)

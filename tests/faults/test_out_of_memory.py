@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lowmem.choose.decide import decide
-from lowmem.config.settings import Settings, gather
+from lowmem.config.settings import Settings
 from lowmem.core.errors import ExitCode, OutOfMemory
 from lowmem.data import Dataset, load
 from lowmem.lifecycle.api import resume_training, run_training
@@ -25,23 +25,25 @@ from lowmem.measure.tensors import TensorMeter
 from lowmem.plan.record import Plan
 from lowmem.train.loop import Trainer
 from lowmem.train.watchers import Act, MemoryPressure, Verdict
-from tests.conftest import TINY, assert_same_run, environment
+from tests.conftest import assert_same_run, environment
 from tests.faults.injection import Scarce, events, make_trainer, recorded_plan, run, scarce_from, scarce_step
+from tests.tiny import arguments, tiny
 
-BASE = {"model.arch": "res20", "model.width": 4, "data.source": "shapes", "train.epochs": 1, "train.batch": 16}
-SETS = ["data.train_subset=40", "data.test_subset=12", "train.log_every_steps=1", "train.memory_format=contiguous"]
 FAILING = 1  # the step, of three
 THRASHING = Verdict(Act.REPLAN, "thrashing")
-MODES: dict[str, dict[str, Any]] = {
-    "fp32": {"train.precision": "fp32", "memory.vram": "3200K"},
-    "bf16": {"train.precision": "amp", "memory.vram": "2200K"},
-    "micro-batches": {"train.precision": "fp32", "memory.vram": "2200K", "train.micro_batch": 8},
+MODES = {
+    "fp32": ["memory.vram=3200K"],
+    "bf16": ["memory.vram=2200K", "train.precision=amp"],
+    "micro-batches": ["memory.vram=2200K", "train.micro_batch=8"],
 }
 
 
 @cache
 def _settings(mode: str) -> Settings:
-    return gather(flags={**BASE, **MODES[mode]}, sets=SETS)
+    return tiny(
+        "model.width=4", "data.train_subset=40", "data.test_subset=12", "train.batch=16", "train.epochs=1",
+        "train.memory_format=contiguous", *MODES[mode],
+    )  # fmt: skip
 
 
 @cache
@@ -323,7 +325,7 @@ def test_other_errors_are_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "run/events.jsonl").exists()
 
 
-SHORT = (*TINY, "--set", "train.epochs=2", "--set", "data.train_subset=200")  # four steps an epoch
+SHORT = ("model.width=4", "data.train_subset=80", "train.epochs=2")  # four steps an epoch
 
 DRIVER = """
 import sys
@@ -338,19 +340,13 @@ with scarce_from(5, Scarce({50})):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("whole") / "run"
-    run_training(_tiny(), path)
+    run_training(tiny(*SHORT), path)
     return path
-
-
-def _tiny() -> Settings:
-    """As the command reads SHORT."""
-    flags = {"model.arch": "res20", "model.width": 4, "data.source": "shapes", "train.batch": 64}
-    return gather(flags=flags, sets=[text for text in SHORT if "=" in text])
 
 
 def test_without_a_smaller_plan_the_run_is_saved_and_can_be_resumed(whole: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
-    command = [sys.executable, "-c", DRIVER, "train", *SHORT, "--vram", "8M", "--out", str(path)]
+    command = [sys.executable, "-c", DRIVER, "train", *arguments(*SHORT), "--vram", "3M", "--out", str(path)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == ExitCode.OUT_OF_MEMORY, done.stderr
     error = done.stderr.strip().splitlines()[-1]
@@ -368,6 +364,6 @@ def test_without_a_smaller_plan_the_run_is_saved_and_can_be_resumed(whole: Path,
 def test_an_unplanned_run_is_saved_too(whole: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     with scarce_from(5, Scarce({50})), pytest.raises(OutOfMemory, match=r"saved at epoch 2, step 5.*--vram 4G"):
-        run_training(_tiny(), path)
+        run_training(tiny(*SHORT), path)
     resume_training(path)
     assert_same_run(path, whole)

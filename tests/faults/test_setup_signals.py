@@ -15,7 +15,7 @@ import lowmem.lifecycle.preflight
 from lowmem.core.errors import ExitCode, Interrupted
 from lowmem.train.signals import StartupSignals, StopSignals
 from tests.faults.processes import SMALL, Forked, wait_for
-from tests.faults.small_run import make_run
+from tests.tiny import make_run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its processes with fork")
 

@@ -2,55 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from lowmem.config.settings import Settings, gather
+from lowmem.config.settings import Settings
 from lowmem.core.errors import DiskError, ExitCode, Stuck
 from lowmem.lifecycle.api import resume_training, run_training
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.view import read_run
-from lowmem.train.observer import Observer
 from tests.conftest import assert_same_run
 from tests.faults.injection import events
-
-FLAGS = {
-    "model.arch": "cnn110", "model.block": "basic", "model.width": 2, "data.source": "shapes",
-    "train.epochs": 4, "train.batch": 8,
-}  # fmt: skip
-SETS = ("data.train_subset=200", "data.test_subset=10", "train.log_every_steps=5")  # 25 steps an epoch
-
-
-class Listener(Observer):
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-        self.epochs: list[int] = []
-
-    def warning(self, text: str) -> None:
-        self.warnings.append(text)
-
-    def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
-        self.epochs.append(row["epoch"])
+from tests.tiny import Heard, tiny
 
 
 def settings(*sets: str) -> Settings:
-    return gather(flags=FLAGS, sets=[*SETS, *sets])
+    """25 steps an epoch."""
+    return tiny(
+        "model.arch=cnn110", "data.train_subset=200", "data.test_subset=10", "train.batch=8", "train.epochs=4",
+        "train.log_every_steps=5", *sets,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def warned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Listener]:
-    path, listener = tmp_path_factory.mktemp("warned") / "run", Listener()
-    run_training(settings(), path, listener)
-    return path, listener
+def warned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Heard]:
+    path, heard = tmp_path_factory.mktemp("warned") / "run", Heard()
+    run_training(settings(), path, heard)
+    return path, heard
 
 
-def test_it_warns_once_with_the_evidence(warned: tuple[Path, Listener]) -> None:
-    path, listener = warned
-    assert listener.epochs == [1, 2, 3, 4]
-    (warning,) = [text for text in listener.warnings if "learns nothing" in text]
+def test_it_warns_once_with_the_evidence(warned: tuple[Path, Heard]) -> None:
+    path, heard = warned
+    assert [row["epoch"] for row in heard.rows] == [1, 2, 3, 4]
+    (warning,) = [text for text in heard.warnings if "learns nothing" in text]
     assert "--arch res110" in warning
     assert "--on-stuck stop" in warning
     (event,) = events(path, "stuck")
@@ -61,7 +45,7 @@ def test_it_warns_once_with_the_evidence(warned: tuple[Path, Listener]) -> None:
     assert (event["layers"]["first"][0], event["layers"]["last"][-1]) == ("conv1.weight", "linear.weight")
 
 
-def test_its_gradients_explode_first_and_vanish_then(warned: tuple[Path, Listener]) -> None:
+def test_its_gradients_explode_first_and_vanish_then(warned: tuple[Path, Heard]) -> None:
     gradients = read_run(warned[0]).gradients
     first = gradients.rows[0]
     assert (first.step, first.epoch) == (1, 1)
@@ -71,7 +55,7 @@ def test_its_gradients_explode_first_and_vanish_then(warned: tuple[Path, Listene
 
 
 def test_asked_to_stop_it_stops_saved_and_goes_on_as_the_same_run(
-    warned: tuple[Path, Listener], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    warned: tuple[Path, Heard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted in the epoch in which it is found: what was counted so far is part of the state. The disk refuses
     the last save once: it says that it is saved only when it is."""
@@ -97,7 +81,7 @@ def test_asked_to_stop_it_stops_saved_and_goes_on_as_the_same_run(
     (other,) = events(warned[0], "stuck")
     assert event["stopped"]
     assert {**event, "stopped": False, "time": ""} == {**other, "time": ""}
-    listener = Listener()
-    resume_training(path, settings(), listener)
-    assert not [text for text in listener.warnings if "learns nothing" in text]  # it was said
+    heard = Heard()
+    resume_training(path, settings(), heard)
+    assert not [text for text in heard.warnings if "learns nothing" in text]  # it was said
     assert_same_run(path, warned[0])

@@ -14,16 +14,18 @@ from lowmem.config.schema import Config, cards_of, for_process
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Infeasible, UsageError
 
+FIXED = ("train.precision=fp32", "train.memory_format=contiguous")  # a decision is planned for each pair of these
 
-def plan_cards(card: str, **flags: object) -> tuple[Settings, BatchSplit]:
-    net = {"model.arch": "res20", "model.width": 16, "train.device": "cpu", "memory.card": card}
-    decided = decide(gather(flags={**net, **flags}), on_paper=True)
+
+def plan_cards(card: str, *sets: str) -> tuple[Settings, BatchSplit]:
+    net = ("model.arch=res20", "model.width=16", "train.device=cpu", f"memory.card={card}")
+    decided = decide(gather(sets=[*net, *sets]), on_paper=True)
     assert decided.planned is not None
     return decided.settings, decided.planned
 
 
 def test_unlike_cards_take_unlike_shares() -> None:
-    found, divided = plan_cards("gtx1050ti,gtx1070", **{"train.precision": "fp32"})
+    found, divided = plan_cards("gtx1050ti,gtx1070", *FIXED)
     small, large = divided.shares
     assert small + large == 128
     assert 2.2 < large / small < 3.6, "a GTX 1070 has 2.3 times the bandwidth and 3 times the rate"
@@ -46,7 +48,7 @@ def test_one_precision_and_format_for_all() -> None:
 
 
 def test_communicators_have_their_part_of_the_card() -> None:
-    _, divided = plan_cards("gtx1060-6g,gtx1060-6g")
+    _, divided = plan_cards("gtx1060-6g,gtx1060-6g", *FIXED)
     budget = divided.choices[0].budget
     assert ("NCCL communicators (assumed)", budget.communicator_bytes) in budget.terms()
     assert sum(size for _, size in budget.rows()[:-1]) == budget.tensor_bytes
@@ -55,7 +57,7 @@ def test_communicators_have_their_part_of_the_card() -> None:
 
 def test_a_batch_that_fits_nowhere() -> None:
     with pytest.raises(Infeasible, match="process 0 with 64 pictures"):
-        plan_cards("gtx1060-6g,gtx1060-6g", **{"memory.vram": "1200M", "model.width": 256})
+        plan_cards("gtx1060-6g,gtx1060-6g", *FIXED, "memory.vram=1200M", "model.width=256")
 
 
 def test_cards_by_rank() -> None:

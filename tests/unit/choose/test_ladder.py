@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -11,9 +10,7 @@ from lowmem.choose.budget import Budget, of_card, tensors_only
 from lowmem.choose.ladder import with_ladder
 from lowmem.choose.planning import Choice, Request, card_rates, choose
 from lowmem.config.cards import load_card
-from lowmem.config.settings import gather
 from lowmem.core.units import MIB
-from lowmem.lifecycle.api import recorded_settings, resume_training, run_training
 from lowmem.models import skeleton
 from lowmem.plan.record import Plan
 from lowmem.simulate import simulate_step
@@ -78,18 +75,3 @@ def test_going_down_rung_by_rung(choice: Choice) -> None:
         plan = below
     assert plan.without_ladder() == choice.plan.ladder[-1]
     assert plan.next_rung() is None
-
-
-def test_runs_are_planned_with_their_ladder(tmp_path: Path) -> None:
-    settings = gather(
-        flags={"model.arch": "res20", "model.width": 4, "data.source": "shapes", "memory.vram": "8M"},
-        sets=["data.train_subset=100", "data.test_subset=50", "train.batch=50", "train.max_steps=1"],
-    )
-    path = tmp_path / "run"
-    run_training(settings, path)
-    first = json.loads((path / "plan.json").read_text())
-    assert len(first["ladder"]) > 1
-    resume_training(path, recorded_settings(path).replace({"memory.vram": "6500K"}, "resume"))
-    second = json.loads((path / "plan.json").read_text())
-    assert second["ladder"]
-    assert second["ladder"][0]["budget_bytes"] < second["budget_bytes"] < first["budget_bytes"]

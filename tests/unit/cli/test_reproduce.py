@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import lowmem.report
-from lowmem.cli.job import describe, reproduce_job, work
+from lowmem.cli.job import describe
 from lowmem.cli.main import _run
 from lowmem.cli.terminal import describe_epoch
-from lowmem.config.settings import Settings, gather
-from lowmem.core.errors import Interrupted, LowmemError
-from lowmem.lifecycle import api
+from lowmem.config.settings import gather
 from lowmem.reproduce.check import Outlook
-from lowmem.reproduce.conduct import Conductor, ask, conduct
 from lowmem.reproduce.job import Job, select
-from lowmem.reproduce.progress import JobObserver, Standing, standing_of
-from lowmem.train.observer import Observer, Progress
-
-
-class Heard(Observer):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.told: list[Progress] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def progress(self, progress: Progress) -> None:
-        self.told.append(progress)
-
-    def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
-        self.notes.append(describe_epoch(row, epochs))
+from lowmem.reproduce.progress import JobObserver, Standing
+from lowmem.train.observer import Progress
+from tests.tiny import Heard
 
 
 @pytest.fixture
@@ -68,18 +46,23 @@ def row(epoch: int, elapsed: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def last(heard: Heard) -> str:
+    """The line of the last epoch."""
+    return describe_epoch(heard.rows[-1], 10)
+
+
 def test_the_first_run_tells_of_all(job: Job) -> None:
     heard = Heard()
     told = JobObserver(heard, standings(job), 0)
     told.progress(progress(1, 10, None))
-    assert heard.told[-1].job == "run 1 of 6"
+    assert heard.progresses[-1].job == "run 1 of 6"
     told.progress(progress(1, 50, 95.0))  # 10 s an epoch, by its own clock
-    assert heard.told[-1].job == "run 1 of 6, about 33:15 left in all"  # 95 s and 100 * (1 + 3 + 3 + 6 + 6)
+    assert heard.progresses[-1].job == "run 1 of 6, about 33:15 left in all"  # 95 s and 100 * (1 + 3 + 3 + 6 + 6)
     told.epoch(row(1, 12.0), 10)
-    assert heard.notes[-1].startswith("epoch 1/10")
-    assert heard.notes[-1].endswith("run 1 of 6, about 39:48 left in all")  # 9 * 12 and 10 * 12 * 19
+    assert last(heard).startswith("epoch 1/10")
+    assert last(heard).endswith("run 1 of 6, about 39:48 left in all")  # 9 * 12 and 10 * 12 * 19
     told.epoch(row(2, 22.0), 10)
-    assert heard.notes[-1].endswith("run 1 of 6, about 33:00 left in all")  # 8 * 10 and 10 * 10 * 19
+    assert last(heard).endswith("run 1 of 6, about 33:00 left in all")  # 8 * 10 and 10 * 10 * 19
 
 
 def test_what_is_finished_counts_no_more_and_tells_of_the_rest(job: Job) -> None:
@@ -87,7 +70,7 @@ def test_what_is_finished_counts_no_more_and_tells_of_the_rest(job: Job) -> None
     heard = Heard()
     told = JobObserver(heard, standings(job, res20=done, cnn20=done), 2)
     told.progress(progress(1, 50, 285.0))
-    assert heard.told[-1].job == "run 3 of 6, about 29:45 left in all"  # 285 and 300 of cnn56 and 2 * 600
+    assert heard.progresses[-1].job == "run 3 of 6, about 29:45 left in all"  # 285 and 300 of cnn56 and 2 * 600
 
 
 def test_after_a_resume_it_is_neither_negative_nor_of_the_whole_run(job: Job) -> None:
@@ -96,11 +79,11 @@ def test_after_a_resume_it_is_neither_negative_nor_of_the_whole_run(job: Job) ->
     heard = Heard()
     told = JobObserver(heard, standings(job, res20=half)[:1], 0)
     told.progress(progress(10, 60, None))
-    assert heard.told[-1].job == "run 1 of 1, about 0:04 left in all"
+    assert heard.progresses[-1].job == "run 1 of 1, about 0:04 left in all"
     told.progress(progress(10, 100, 1.5))
-    assert heard.told[-1].job == "run 1 of 1, about 0:02 left in all"
+    assert heard.progresses[-1].job == "run 1 of 1, about 0:02 left in all"
     told.epoch(row(10, 130.0), 10)
-    assert heard.notes[-1].endswith("run 1 of 1, about 0:00 left in all")
+    assert last(heard).endswith("run 1 of 1, about 0:00 left in all")
 
 
 def test_another_machine_than_before(job: Job) -> None:
@@ -110,7 +93,7 @@ def test_another_machine_than_before(job: Job) -> None:
     told = JobObserver(heard, standings(job, res20=slow)[:2], 0)
     told.epoch(row(5, 450.0), 10)
     told.epoch(row(6, 452.0), 10)
-    assert heard.notes[-1].endswith("run 1 of 2, about 0:28 left in all")  # 4 * 2 and 10 * 2
+    assert last(heard).endswith("run 1 of 2, about 0:28 left in all")  # 4 * 2 and 10 * 2
 
 
 def test_runs_that_are_left_out_tell_of_the_rest(job: Job) -> None:
@@ -120,7 +103,7 @@ def test_runs_that_are_left_out_tell_of_the_rest(job: Job) -> None:
     assert "about 3:20" in lines[2]
     heard = Heard()
     JobObserver(heard, runs, 0, done).progress(progress(1, 0, None))
-    assert heard.told[-1].job == "run 1 of 1, about 3:20 left in all"
+    assert heard.progresses[-1].job == "run 1 of 1, about 3:20 left in all"
 
 
 def test_the_table_before_the_first_run(job: Job) -> None:
@@ -158,76 +141,3 @@ def test_a_jobs_folder_is_no_run(capsys: pytest.CaptureFixture[str], job: Job) -
     job.write()
     assert _run(["resume", str(job.path)]) == 2
     assert f"go on with `lowmem reproduce --out {job.path}`" in capsys.readouterr().err
-
-
-# -- real runs, from one call to the next ------------------------------------------------------------------------------
-
-SMALL = (
-    "model.width=2", "data.source=shapes", "data.train_subset=40", "data.test_subset=20", "train.batch=20",
-    "train.epochs=2", "train.device=cpu",
-)  # fmt: skip
-RES20 = select("res20", None)
-
-
-class Here(Conductor):
-    """Does in this process what is requested."""
-
-    interrupts = False  # before the run gets anywhere
-
-    def run(self, request: Mapping[str, Any]) -> int:
-        if self.interrupts and "name" in request:
-            self.requested = "SIGINT"
-            return 130
-        return work(json.loads(json.dumps(request)))
-
-
-def call(out: Path, *sets: str, interrupts: bool = False) -> Job:
-    out.mkdir(exist_ok=True)
-    asked, conductor = ask(out, gather(sets=sets), RES20), Here()
-    conductor.interrupts = interrupts
-    assert conduct(asked, conductor, lambda text: None) == 0
-    return asked.job
-
-
-@pytest.fixture
-def trial(tmp_path: Path) -> Path:
-    """A job whose only run was stopped after two of its four steps, as asked."""
-    job = call(tmp_path / "job", *SMALL, "train.max_steps=2")
-    assert standing_of(job, RES20[0]).step == 2
-    return job.path
-
-
-def test_a_trial_goes_on_to_its_end_with_the_plain_command(trial: Path) -> None:
-    job = call(trial)
-    assert standing_of(job, RES20[0]).state == "finished"
-
-
-def test_what_an_interrupted_call_asked_for_holds(trial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Interrupted):
-        call(trial, "train.max_steps=null", "train.on_stuck=stop", interrupts=True)
-    resumed: list[Settings] = []
-    real = api.resume_training
-
-    def resume(path: Path, changes: Settings, observer: Observer) -> object:
-        resumed.append(changes)
-        return real(path, changes, observer)
-
-    monkeypatch.setattr(api, "resume_training", resume)
-    job = call(trial)
-    assert [changes.config.train.on_stuck for changes in resumed] == ["stop"]
-    assert standing_of(job, RES20[0]).state == "finished"
-
-
-def test_a_run_that_leaves_unfinished_is_a_failure(trial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "resume_training", lambda *given: None)
-    with pytest.raises(LowmemError, match="was left at step 2, epoch 1 of 2"):
-        call(trial)
-
-
-def test_ctrl_c_in_the_report(trial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    call(trial)
-    monkeypatch.setattr(lowmem.report, "write_report", lambda *given, **named: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(Interrupted, match="stopped in the report, all runs are saved; go on with") as caught:
-        reproduce_job(trial, gather(), "res20", None, dry_run=False)
-    assert caught.value.exit_code == 130
-    assert not (trial / "job.owner.json").exists()

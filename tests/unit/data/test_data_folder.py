@@ -137,13 +137,14 @@ def test_a_moved_folder_has_the_same_fingerprint(tree: Path) -> None:
     assert read(tree.with_name("moved")).fingerprint == first.fingerprint
 
 
-def test_progress_reaches_the_total(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "_CHUNK", 2)
+def test_progress_reaches_the_total(tree: Path) -> None:
+    for number in range(600):
+        shutil.copy(tree / "train" / "cat" / "0.png", tree / "train" / "cat" / f"copy-{number}.png")
     calls: list[tuple[str, int, int]] = []
     folder.read(tree, cache=tree.parent / "cache", progress=lambda *call: calls.append(call))
     assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
-    assert calls[-1] == ("decoding pictures", 8, 8)
-    assert len(calls) == 4  # chunks of two: three of train, one of test
+    assert calls[-1] == ("decoding pictures", 608, 608)
+    assert len(calls) == 3  # of 256 pictures each, and the rest
 
 
 def test_what_file_managers_leave_is_ignored(tree: Path) -> None:

@@ -1,16 +1,9 @@
-"""Before the first step: outputs that read back differently stop a run, the trial step leaves no bit changed, and a dry
-run leaves nothing at all."""
+"""The trial step before the first one: it leaves no bit changed, takes a smaller plan if it must, and says what the run
+will take."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import shutil
-import subprocess
-import sys
-from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,42 +13,23 @@ import torch
 from torch import Tensor
 
 from lowmem.choose.decide import DataSize, decide
-from lowmem.cli.main import main
-from lowmem.config.settings import Settings, gather, to_yaml
-from lowmem.core.errors import ExitCode, OutOfMemory, PreflightError
+from lowmem.config.settings import Settings, to_yaml
 from lowmem.data import load
-from lowmem.lifecycle import execute as pipe
-from lowmem.lifecycle import preflight as preflight_module
-from lowmem.lifecycle.api import run_training
-from lowmem.lifecycle.preflight import _time_line, preflight
+from lowmem.lifecycle.preflight import _time_line
 from lowmem.plan.record import Plan
 from lowmem.runs.store import RunFolder
-from lowmem.runs.view import RunView
 from lowmem.step.evaluate import Score
 from lowmem.train.loop import Trainer
-from lowmem.train.observer import Observer
 from lowmem.train.trial_step import StepTrial, try_step
-from tests.conftest import assert_same_run, environment
-from tests.faults.injection import Scarce, events, make_trainer, recorded_plan, run
-
-SETS = ("data.train_subset=120", "data.test_subset=50", "train.log_every_steps=1")
-FLAGS = {
-    "model.arch": "res20",
-    "model.width": 2,
-    "data.source": "shapes",
-    "train.batch": 50,
-    "train.epochs": 2,
-    "train.memory_format": "contiguous",
-    "train.precision": "fp32",
-}
-ARGUMENTS = [
-    *("train", "--arch", "res20", "--width", "2", "--data", "shapes", "--batch", "50", "--epochs", "2"),
-    *(argument for text in SETS for argument in ("--set", text)),
-]
+from tests.faults.injection import Scarce, events, make_trainer, recorded_plan
+from tests.tiny import tiny
 
 
-def _settings(*sets: str, **flags: object) -> Settings:
-    return gather(flags={**FLAGS, **{key.replace("__", "."): v for key, v in flags.items()}}, sets=(*SETS, *sets))
+def _settings(*sets: str) -> Settings:
+    return tiny(
+        "data.train_subset=120", "data.test_subset=50", "train.batch=50", "train.epochs=2",
+        "train.memory_format=contiguous", *sets,
+    )  # fmt: skip
 
 
 def _trainer(settings: Settings, plan: Plan | None = None) -> Trainer:
@@ -130,14 +104,6 @@ def test_the_step_is_undone_to_the_last_bit(
     assert tried.step_seconds > 0 < tried.evaluation_seconds
 
 
-def test_a_run_with_preflight_is_the_run_without(tmp_path: Path) -> None:
-    settings = _settings()
-    with_it = run_training(settings, tmp_path / "with").path
-    without = run(tmp_path / "without", settings, _trainer(settings))
-    assert_same_run(with_it, without)
-    assert not (with_it / ".preflight").exists()
-
-
 # -- out of memory -----------------------------------------------------------------------------------------------------
 
 
@@ -173,20 +139,6 @@ def test_out_of_memory_takes_the_next_plan(tmp_path: Path, plan: Plan, in_update
     ] * 2
 
 
-def test_out_of_memory_without_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make, scarce = pipe.make_trainer, Scarce({30})
-
-    def scarce_trainer(*args: Any) -> Trainer:
-        trainer = make(*args)
-        _scarce(trainer, scarce, failures=1)
-        return trainer
-
-    monkeypatch.setattr(pipe, "make_trainer", scarce_trainer)
-    with pytest.raises(OutOfMemory, match=r"trial before the first step.*nothing was started.*--vram"), scarce:
-        run_training(_settings(), tmp_path / "runs" / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_an_evaluation_that_does_not_fit_is_tried_with_half_the_batch(tmp_path: Path) -> None:
     settings = _settings()
     trainer = _trainer(settings)
@@ -201,96 +153,6 @@ def test_an_evaluation_that_does_not_fit_is_tried_with_half_the_batch(tmp_path: 
     with _folder(tmp_path / "run", settings) as folder, scarce:
         tried = try_step(trainer, folder)
     assert (scarce.failures, tried.score.count) == (1, 25)
-
-
-# -- outputs -----------------------------------------------------------------------------------------------------------
-
-
-def _harm(monkeypatch: pytest.MonkeyPatch, name: str, harm: Callable[[Path], None]) -> None:
-    """A disk that gives back something else of one file, once it is in its place or is about to be read."""
-    replace, read = os.replace, preflight_module.read_run
-
-    def replacing(source: Any, target: Any) -> None:
-        replace(source, target)
-        if ".preflight" in str(target) and Path(target).name == name and not name.endswith(("csv", "jsonl")):
-            harm(Path(target))
-
-    def reading(path: Path) -> RunView:
-        if name.endswith(("csv", "jsonl")):
-            harm(path / name)
-        return read(path)
-
-    monkeypatch.setattr(os, "replace", replacing)
-    monkeypatch.setattr(preflight_module, "read_run", reading)
-
-
-def _other_digit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[data.rindex(b"\n", 0, -1) + 1] ^= 1  # the first of the last line; the last ones of a float may mean nothing
-    path.write_bytes(bytes(data))
-
-
-def _flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 1
-    path.write_bytes(bytes(data))
-
-
-def _halve(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.mark.parametrize(
-    ("name", "harm"),
-    [
-        ("metrics.csv", _other_digit),
-        ("steps.csv", _other_digit),
-        ("gradients.csv", _other_digit),
-        ("events.jsonl", _halve),
-        ("best.safetensors", _flip),
-        ("best.safetensors", _halve),
-        ("report.md", _halve),
-        ("step-00000000", lambda path: _flip(path / "optimizer.safetensors")),
-    ],
-)
-def test_an_output_that_reads_back_differently(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, harm: Callable[[Path], None]
-) -> None:
-    _harm(monkeypatch, name, harm)
-    with pytest.raises(PreflightError, match=name.partition(".")[0]):
-        run_training(_settings(), tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_report_that_could_not_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    with pytest.raises(PreflightError, match=r"no matplotlib.*with pip"):
-        run_training(_settings(), tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_start_is_spared_what_it_does_not_need(tmp_path: Path) -> None:
-    """Two seconds of import each (torch 2.14)."""
-    probe = (
-        "import sys\n"
-        "from lowmem.cli.main import main\n"
-        "try:\n"
-        f"    main({[*ARGUMENTS, '--out', str(tmp_path / 'run'), '--dry-run']!r})\n"
-        "except SystemExit as leaving:\n"
-        "    assert not leaving.code, leaving.code\n"
-        "heavy = {'matplotlib', 'torchvision', 'torch._dynamo', 'sympy'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=environment(), timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_plan_that_reads_back_differently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
-    settings = _settings("memory.vram=6M")
-    _harm(monkeypatch, "plan.json", _halve)
-    with _folder(tmp_path / "run", settings) as folder, pytest.raises(PreflightError, match=r"plan\.json"):
-        preflight(_trainer(settings, plan), folder)
 
 
 # -- what it takes -----------------------------------------------------------------------------------------------------
@@ -310,64 +172,3 @@ def test_the_time_until_max_steps() -> None:
     tried = StepTrial(10.0, 50, 5.0, Score(1.0, 50.0, 50), 2.0, 80.0, ("w",), (1.0,))
     # 120 pictures at 0.2 s are the three steps of the first epoch, which is evaluated and saved.
     assert _time_line(trainer, tried, 1.0).startswith("time: about 0:30 for 3 steps (train.max_steps)")
-
-
-class Listener(Observer):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
-def test_the_disk_must_have_room_for_the_kept_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")
-    listener = Listener()
-    settings = _settings("train.epochs=400", "train.max_steps=1")
-    run_training(settings, tmp_path / "roomy", listener)
-    assert any(line.startswith("disk: ") and "3 checkpoints of " in line for line in listener.notes)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 2 * 2**20))
-    run_training(settings, tmp_path / "tight")
-    with pytest.raises(PreflightError, match=r"42 checkpoints of .*2 MiB free: .*keep fewer"):
-        run_training(_settings("train.epochs=400", "checkpoint.keep_every=10"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-# -- the dry run -------------------------------------------------------------------------------------------------------
-
-
-def _leave(arguments: list[str]) -> int:
-    with pytest.raises(SystemExit) as leaving:
-        main(arguments)
-    assert isinstance(leaving.value.code, int)
-    return leaving.value.code
-
-
-@pytest.mark.parametrize("there", [(), ("runs",), ("runs", "runs/deep", "runs/deep/run")])
-def test_a_dry_run_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], there: tuple[str, ...]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in there:
-        (tmp_path / name).mkdir()
-    planned = [] if there else ["--vram", "6M"]
-    assert _leave([*ARGUMENTS, *planned, "--out", "runs/deep/run", "--dry-run"]) == ExitCode.DONE
-    out = capsys.readouterr().out
-    for begins in ("preflight: ", "time: about ", "disk: ", "dry run: "):
-        assert sum(line.startswith(begins) for line in out.splitlines()) == 1, out
-    assert ("smaller plans" in out) == bool(planned)
-    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == sorted(there)
-
-
-def test_a_dry_run_refuses_what_a_run_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.yaml").write_text("seed: 0\n")
-    assert _leave([*ARGUMENTS, "--out", str(tmp_path / "run"), "--dry-run"]) == ExitCode.USAGE
-    assert (tmp_path / "run/config.yaml").read_text() == "seed: 0\n"
-
-
-def test_rows_of_the_trial_are_not_in_the_run(tmp_path: Path) -> None:
-    path = run_training(_settings("train.max_steps=1"), tmp_path / "run").path
-    assert len((path / "metrics.csv").read_text().splitlines()) == 1
-    kinds = [json.loads(line)["event"] for line in (path / "events.jsonl").read_text().splitlines()]
-    assert kinds == ["start", "checkpoint", "stop"]

@@ -10,33 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from lowmem.config.settings import gather
 from lowmem.core.errors import Infeasible, PreflightError, UsageError
 from lowmem.reproduce.check import look_ahead
 from lowmem.reproduce.job import Job, select
 from lowmem.reproduce.progress import Standing
 from lowmem.train.observer import Observer
-
-SMALL = (
-    "model.width=4", "data.source=shapes", "data.train_subset=40", "data.test_subset=20", "train.batch=20",
-    "train.epochs=2", "train.device=cpu",
-)  # fmt: skip
+from tests.tiny import Heard, tiny
 
 
 def job(path: Path, *sets: str) -> Job:
-    return Job(path, gather(sets=(*SMALL, *sets)))
+    return Job(path, tiny("model.width=4", "data.train_subset=40", "train.epochs=2", *sets))
 
 
 def to_begin(job: Job, only: str) -> list[Standing]:
     return [Standing(member, job.folder_of(member), "to begin", 2) for member in select(only, None)]
-
-
-class Heard(Observer):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def test_pictures_weights_and_disk(tmp_path: Path) -> None:

@@ -7,24 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.config.settings import gather
 from lowmem.core.errors import UsageError
 from lowmem.lifecycle.api import run_training
 from lowmem.reproduce.job import Job, Member
 from lowmem.reproduce.progress import Standing, epoch_seconds_of, seconds_left, standing_of
 from lowmem.train.observer import Observer
+from tests.tiny import tiny
 
 RES20, CNN20 = Member("res20", "res20", "basic"), Member("cnn20", "cnn20", "basic")
-SMALL = (
-    "model.width=2", "data.source=shapes", "data.train_subset=40", "data.test_subset=20", "train.batch=20",
-    "train.epochs=2", "train.device=cpu",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """res20 is stopped after three of its four steps."""
-    job = Job(tmp_path_factory.mktemp("job"), gather(sets=SMALL))
+    job = Job(tmp_path_factory.mktemp("job"), tiny("data.train_subset=40", "train.epochs=2"))
     run_training(job.settings_of(RES20).replace({"train.max_steps": 3}, "test"), job.path / "res20", Observer())
     return job
 

@@ -346,16 +346,16 @@ def test_nothing_of_a_save_is_held_longer_than_it_must(
 ) -> None:
     """Neither after it was written, nor what was made of it after it was refused."""
     encoded: list[weakref.ref[_Bytes]] = []
-    write_files = cp._write_files
+    write_synced = cp.write_synced
 
-    def write(aside: Path, checkpoint: cp.Checkpoint) -> None:
+    def write(path: Path, data: bytes) -> None:
         payload = _Bytes()
         encoded.append(weakref.ref(payload))
         if len(encoded) == 1:
             raise OSError(errno.ENOSPC, "full")
-        write_files(aside, checkpoint)
+        write_synced(path, data)
 
-    monkeypatch.setattr(cp, "_write_files", write)
+    monkeypatch.setattr(cp, "write_synced", write)
     with Saver(run, keep=2) as writer:
         save = _save(10)
         kept = weakref.ref(save)

@@ -25,7 +25,7 @@ from tests.faults.damage import flip
 from tests.faults.disk import tiny_disk
 from tests.faults.fuzzing import rehash
 from tests.faults.readers import small_plan
-from tests.faults.small_run import Heard, copy_run, make_run
+from tests.tiny import Heard, copy_run, make_run
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from lowmem.config.schema import CheckpointConfig
-from lowmem.config.settings import gather
 from lowmem.data import load
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.saver import Saved, Saver
 from lowmem.runs.store import RunFolder
 from lowmem.train.watchers import Act, CheckpointInterval, Verdict
 from tests.faults.injection import events, make_trainer, run
+from tests.tiny import tiny
 
 STEPS = 20  # of one epoch
 
@@ -132,10 +132,10 @@ def test_a_run_on_a_slow_disk_is_never_further_than_its_interval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, saves: list[int]
 ) -> None:
     """Before every step, with what is on disk then: what a kill at the end of that step would lose."""
-    settings = gather(
-        flags={"model.arch": "res20", "model.width": 2, "data.source": "shapes", "train.epochs": 1, "train.batch": 4},
-        sets=[f"data.train_subset={4 * STEPS}", "data.test_subset=8", f"checkpoint.every_steps={most}"],
-    )
+    settings = tiny(
+        f"data.train_subset={4 * STEPS}", "data.test_subset=8", "train.epochs=1", "train.batch=4",
+        f"checkpoint.every_steps={most}",
+    )  # fmt: skip
     trainer = make_trainer(settings, load(settings.config.data, settings.config.seed), None)
     save, fetch, seen = checkpoints.save, trainer.batches.batch, list[tuple[int, int]]()
 

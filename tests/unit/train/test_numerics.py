@@ -11,19 +11,13 @@ from torch import Tensor
 
 from lowmem.calibrate.environment import describe, elsewhere
 from lowmem.config.schema import Config, OptimConfig
-from lowmem.config.settings import gather
 from lowmem.core.errors import UsageError
 from lowmem.lifecycle.api import resume_training, run_training
 from lowmem.models import build
 from lowmem.runs.view import RunView
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
-from lowmem.train.observer import Observer
 from lowmem.train.state import config_hash
-
-SETTINGS = gather(
-    flags={"model.arch": "res20", "model.width": 4, "data.source": "shapes", "train.batch": 32, "train.epochs": 1},
-    sets=["data.train_subset=128", "data.test_subset=50", "train.max_steps=2", "train.device=cpu"],
-)
+from tests.tiny import Heard, tiny
 
 
 def test_runs_from_before_these_settings_stay_the_same_runs() -> None:
@@ -48,20 +42,12 @@ def test_the_backward_pass_is_in_the_callers_thread() -> None:
     assert torch._C._is_multithreading_enabled()
 
 
-class _Heard(Observer):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def test_a_resume_keeps_the_kernels_and_says_what_else_is_not_as_it_was(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run_training(SETTINGS, run)
+    run_training(tiny("train.max_steps=2"), run)
     with pytest.raises(UsageError, match=r"train\.deterministic"):
         resume_training(run, {"train.deterministic": False})
-    same, other = _Heard(), _Heard()
+    same, other = Heard(), Heard()
     resume_training(run, {"train.max_steps": 3}, same)
     assert not [note for note in same.notes if "last bits" in note]
     environment = json.loads((run / "env.json").read_text(encoding="utf-8"))

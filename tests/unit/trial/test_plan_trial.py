@@ -1,10 +1,8 @@
-"""Confirmation before a run: what overshoots is replaced, what is measured to be faster wins, and all is recorded."""
+"""Confirmation before a run: what overshoots is replaced, and what is measured to be faster wins."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -17,19 +15,17 @@ from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Infeasible, PreflightError
 from lowmem.core.units import MIB
 from lowmem.isolate import OUT_OF_MEMORY
-from lowmem.lifecycle.api import run_training
 from lowmem.plan.record import Plan
-from lowmem.train.observer import Observer
 from lowmem.trial.plan_trial import MOST_TRIALS, Confirmed, confirm_run, wants_confirmation
 from lowmem.trial.trial import Trial, TrialResult, run_trial
-from tests.conftest import assert_same_run
-
-SETS = ["data.train_subset=100", "data.test_subset=50", "train.log_every_steps=1", "train.batch=50"]
-BASE = {"model.arch": "res20", "model.width": 4, "data.source": "shapes", "train.epochs": 1}
+from tests.tiny import tiny
 
 
 def _settings(*sets: str, vram: str = "8M") -> Settings:
-    return gather(flags={**BASE, "memory.vram": vram}, sets=[*SETS, "train.device=cpu", *sets])
+    return tiny(
+        "model.width=4", "data.train_subset=100", "data.test_subset=50", "train.batch=50", "train.epochs=1",
+        f"memory.vram={vram}", *sets,
+    )  # fmt: skip
 
 
 def _chosen(*sets: str, vram: str = "8M") -> tuple[Config, Request, list[Choice]]:
@@ -74,11 +70,8 @@ def _confirm(found: tuple[Config, Request, list[Choice]], run: object, lines: li
     return confirm_run(config, request, choices, num_classes=10, train_pictures=100, tell=tell, run=run)  # type: ignore[arg-type]
 
 
-FP32 = "train.precision=fp32"
-
-
 def test_a_doctored_budget_is_overshot_by_real_steps_and_replaced() -> None:
-    config, request, choices = _chosen(FP32)
+    config, request, choices = _chosen()
     honest = choices[0].plan
     # As if the prediction had been too low by an eighth: the same plan under a budget that it does not keep.
     budget_bytes = int(0.875 * (honest.predicted.peak_allocated_bytes or 0))
@@ -103,7 +96,7 @@ def test_a_doctored_budget_is_overshot_by_real_steps_and_replaced() -> None:
 
 
 def test_a_runner_up_that_is_measured_to_be_faster_wins_beyond_the_noise() -> None:
-    found = _chosen(FP32, "train.batch=auto", vram="40M")
+    found = _chosen("train.batch=auto", vram="40M")
     first, second = found[2][0].plan.batch, rivals(found[1], found[2])[0].plan.batch
     fast = {"seconds": first / 100}
     noise = Runner(fast, {"seconds": second / 101}, {"seconds": 1e6})
@@ -120,7 +113,7 @@ def test_a_runner_up_that_is_measured_to_be_faster_wins_beyond_the_noise() -> No
 
 
 def test_trials_go_by_predicted_time_and_are_few() -> None:
-    found = _chosen(FP32, "train.batch=auto", vram="40M")
+    found = _chosen("train.batch=auto", vram="40M")
     runner = Runner({})
     confirmed = _confirm(found, runner)
     predicted = [tried.choice.images_per_second for tried in confirmed.trials]
@@ -131,7 +124,7 @@ def test_trials_go_by_predicted_time_and_are_few() -> None:
 
 
 def test_out_of_memory_takes_the_next_rung_and_evaluation_counts() -> None:
-    found = _chosen(FP32)
+    found = _chosen()
     out = TrialResult(refused=OUT_OF_MEMORY, out_of_memory=True)
     runner = Runner(out, {"eval_peak_allocated_bytes": 9 * MIB}, {})
     confirmed = _confirm(found, runner)
@@ -163,7 +156,7 @@ def test_mixed_precision_does_not_win_by_speed_where_auto_prefers_fp32() -> None
 
 
 def test_nothing_that_holds_is_infeasible_with_the_measured_least() -> None:
-    found = _chosen(FP32)
+    found = _chosen()
     runner = Runner({"times": 2.0})
     with pytest.raises(Infeasible) as caught:
         _confirm(found, runner)
@@ -174,11 +167,11 @@ def test_nothing_that_holds_is_infeasible_with_the_measured_least() -> None:
 
 def test_trials_that_cannot_run_are_no_matter_of_memory() -> None:
     with pytest.raises(PreflightError, match=r"no such kernel.*memory\.confirm=never"):
-        _confirm(_chosen(FP32), Runner(TrialResult(refused="crashed: no such kernel")))
+        _confirm(_chosen(), Runner(TrialResult(refused="crashed: no such kernel")))
 
 
 def test_a_smaller_plan_computes_the_same_within_less() -> None:
-    _, request, choices = _chosen(FP32)
+    _, request, choices = _chosen()
     rung = smaller(request, choices[0], 7 * MIB)
     assert rung is not None
     assert rung.plan.exact
@@ -193,49 +186,3 @@ def test_a_smaller_plan_computes_the_same_within_less() -> None:
 def test_when_a_plan_is_confirmed(wish: str, device: str, wanted: bool) -> None:
     config = gather(sets=[f"memory.confirm={wish}", f"train.device={device}"]).config
     assert wants_confirmation(config) == wanted
-
-
-def test_a_confirmed_run_records_it_and_has_the_same_bits(tmp_path: Path) -> None:
-    heard: list[str] = []
-
-    class Listener(Observer):
-        def note(self, text: str) -> None:
-            heard.append(text)
-
-    run_training(_settings(FP32), tmp_path / "trusted")
-    run_training(_settings(FP32, "memory.confirm=always"), tmp_path / "confirmed", Listener())
-    events = [json.loads(line) for line in (tmp_path / "confirmed/events.jsonl").read_text().splitlines()]
-    event = next(one for one in events if one["event"] == "confirmed")
-    assert len(event["trials"]) == 1
-    assert abs(event["trials"][0]["peak_error"]) < 0.03
-    plan = json.loads((tmp_path / "confirmed/plan.json").read_text())
-    chosen = [one for one in plan["candidates"] if one["refused_because"] is None]
-    assert len(chosen) == 1
-    assert chosen[0]["measured_peak_bytes"] == event["trials"][0]["measured_peak_bytes"]
-    assert chosen[0]["measured_step_seconds"] > 0
-    assert sum(line.startswith("tried ") for line in heard) == 1
-    assert_same_run(tmp_path / "confirmed", tmp_path / "trusted")
-
-
-def test_auto_batch_goes_by_what_was_measured(tmp_path: Path) -> None:
-    settings = _settings(FP32, "memory.confirm=always", "train.batch=auto", vram="8M")
-    result = run_training(settings, tmp_path / "run")
-    plan = json.loads((tmp_path / "run/plan.json").read_text())
-    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
-    trials = next(one for one in events if one["event"] == "confirmed")["trials"]
-    assert len(trials) > 1
-    assert all(one["measured_step_seconds"] for one in trials)
-    assert f"batch: {plan['batch']}  # auto" in (tmp_path / "run/config.yaml").read_text()
-    assert result.outcome.finished
-
-
-def test_a_run_that_nothing_holds_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowmem.lifecycle import execute
-
-    def refuse(*args: object, **kwargs: object) -> Confirmed:
-        raise Infeasible(1, 2, "measured", "less")
-
-    monkeypatch.setattr(execute, "confirm_run", refuse)
-    with pytest.raises(Infeasible):
-        run_training(_settings(FP32, "memory.confirm=always"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ from lowmem.lifecycle.api import resume_training
 from lowmem.runs.event_files import EventFiles, read_points
 from lowmem.runs.store import RunFolder
 from lowmem.train.metrics import TensorBoardExport
-from tests.faults.small_run import Heard, make_run
+from tests.tiny import Heard, make_run
 from tests.unit.runs.test_event_files import same, shown
 
 pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
