@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,33 @@ def test_imports_go_downward(path: Path) -> None:
     assert room in STANDS_ON, f"lowmem/{room} is no room of the design: add it to the table with its reason"
     odd = _imported_rooms(path) - _below(room) - {room, ""}
     assert not odd, f"{path.relative_to(PACKAGE)} imports {odd}"
+
+
+def _imported_files(path: Path) -> set[Path]:
+    """Also those that only types or functions import; a package's own text may name what is in it."""
+    found: set[Path] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            place = PACKAGE.parent / name.replace(".", "/")
+            found |= {file for file in (place.with_suffix(".py"), place / "__init__.py") if file in FILES}
+    return found - {path, path.parent / "__init__.py"}
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graphlib.TopologicalSorter({path: _imported_files(path) for path in FILES}).prepare()
+
+
+def test_no_two_classes_share_a_name() -> None:
+    places: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(path.relative_to(PACKAGE).as_posix())
+    assert not {name: files for name, files in places.items() if len(files) > 1}
 
 
 def _imported_modules(path: Path) -> set[str]:
