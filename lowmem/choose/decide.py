@@ -121,32 +121,16 @@ def decide(
     if not (wants_plan(config) or on_paper):
         return Decision(settings, None, _split(group, config, None), changed=recorded is not None)
 
-    size = max(1, len(cards_of(config))) if on_paper else group.size
-    ranks = range(size) if on_paper else (group.rank,)
-
-    def request(rank: int) -> Request:
-        local = for_process(config, rank, size)
-        calibrator = calibrator_of(local, tell.note, fresh=recalibrate)
-        return request_of(local, data.classes, data.train_pictures or 0, calibrator, joint=size > 1)
-
-    def everyone(value: Callable[[int], Any]) -> Sequence[Any]:
-        return [value(rank) for rank in ranks] if on_paper else group.gather(group.together(lambda: value(group.rank)))
-
-    requests = group.together(lambda: {rank: request(rank) for rank in ranks})
     auto = config.memory.auto_batch and recorded is None
     anew = recorded is None or recorded.fork or not plans
-    if not anew:
-        splits = [_same_computation(config, plans[group.rank], requests[group.rank], group)]
+    requests = _requests(config, data, group, tell, on_paper=on_paper, recalibrate=recalibrate)
+    if anew:
+        splits = _divided(config, data, group, requests, auto=auto, on_paper=on_paper)
     else:
-        planner = Planner(requests, size, everyone)
-        with group.alike():
-            if auto:
-                splits = planner.divide_auto(config.train.batch, data.train_pictures)
-            else:
-                splits = [planner.divide(config.train.batch, may_accumulate=config.memory.allow_accumulation)]
-
-    split, own = splits[0], requests[ranks[0]]
-    choice = split.choices[ranks[0]]
+        splits = [_same_computation(config, plans[group.rank], requests[group.rank], group)]
+    first = min(requests)
+    split, own = splits[0], requests[first]
+    choice = split.choices[first]
     settled = _settled(settings, choice.plan, own.reasons, auto=auto)
     if on_paper:
         return Decision(settled, choice.plan, Split(split.shares), planned=split)
@@ -167,6 +151,37 @@ def decide(
         changed=recorded is not None,
         confirmed=None if confirmed is None else confirmed.event,
     )
+
+
+def _requests(
+    config: Config, data: DataSize, group: Group, tell: Listener, *, on_paper: bool, recalibrate: bool
+) -> dict[int, Request]:
+    """By rank: of this process; on paper of one process on each of the cards."""
+    size = max(1, len(cards_of(config))) if on_paper else group.size
+
+    def request(rank: int) -> Request:
+        local = for_process(config, rank, size)
+        calibrator = calibrator_of(local, tell.note, fresh=recalibrate)
+        return request_of(local, data.classes, data.train_pictures or 0, calibrator, joint=size > 1)
+
+    return group.together(lambda: {rank: request(rank) for rank in (range(size) if on_paper else (group.rank,))})
+
+
+def _divided(
+    config: Config, data: DataSize, group: Group, requests: Mapping[int, Request], *, auto: bool, on_paper: bool
+) -> list[BatchSplit]:
+    """Shares and plans made anew; with `auto` of every batch that fits, the preferred one first."""
+
+    def everyone(value: Callable[[int], Any]) -> Sequence[Any]:
+        if on_paper:
+            return [value(rank) for rank in requests]
+        return group.gather(group.together(lambda: value(group.rank)))
+
+    planner = Planner(requests, len(requests) if on_paper else group.size, everyone)
+    with group.alike():
+        if auto:
+            return planner.divide_auto(config.train.batch, data.train_pictures)
+        return [planner.divide(config.train.batch, may_accumulate=config.memory.allow_accumulation)]
 
 
 def _confirmed(

@@ -81,8 +81,8 @@ class TensorMeter(TorchDispatchMode):
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
 
-# Without what the library wraps it in for torch.compile: with the first operation that imports torch._dynamo, two
-# seconds in the middle of a step.
+# Without what the library wraps it in for torch.compile: with the first operation that imports torch._dynamo, over a
+# second in the middle of a step.
 TensorMeter.__torch_dispatch__ = inspect.unwrap(TensorMeter.__torch_dispatch__)  # type: ignore[method-assign]
 
 

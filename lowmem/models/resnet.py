@@ -153,7 +153,7 @@ def build(
     Raises UsageError for a name, block or width that the family does not have.
     """
     model = skeleton(arch, block, width=width, num_classes=num_classes, in_channels=in_channels)
-    # As `to_empty` does, whose `empty_like` imports sympy for a tensor without storage: half a second.
+    # As `to_empty` does, whose `empty_like` imports sympy for a tensor without storage: a third of a second.
     model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
     return initialise(model, seed)
 

@@ -46,8 +46,8 @@ class Execution:
 
 
 class _UncompiledSGD(torch.optim.SGD):
-    """The library's, without what its decorators do for torch.compile: they import torch._dynamo, which took 2.1 s of
-    every start (torch 2.14)."""
+    """The library's, without what its decorators do for torch.compile: they import torch._dynamo, over a second of
+    every start (benchmarks/LOG.md, 2026-11-27)."""
 
     add_param_group = inspect.unwrap(torch.optim.SGD.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.SGD.zero_grad)

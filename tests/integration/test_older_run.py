@@ -55,7 +55,7 @@ def test_it_goes_on_to_its_end_under_its_own_plan(older: Path) -> None:
 
 
 def test_a_resume_imports_nothing_in_the_middle_of_a_step(older: Path) -> None:
-    """torch._dynamo takes two seconds, which would count as training (torch 2.14)."""
+    """torch._dynamo takes over a second, which would count as training (torch 2.14)."""
     probe = (
         "import sys, lowmem\n"
         f"lowmem.resume_training({str(older)!r}, {{'train.max_steps': 15}})\n"

@@ -120,7 +120,7 @@ def test_a_report_that_could_not_be_drawn(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_start_is_spared_what_it_does_not_need(tmp_path: Path) -> None:
-    """Two seconds of import each (torch 2.14)."""
+    """Import of each takes 0.3 to 1.5 s (benchmarks/LOG.md, 2026-11-27)."""
     probe = (
         "import sys\n"
         "from lowmem.cli.main import main\n"
