@@ -38,7 +38,7 @@ def stage_key(measure_key: Hashable, precision: str, timed_batch: int) -> tuple[
 def _timing(key: object, what: str | Option) -> tuple[object, object]:
     """The key of seconds of a stage: the same text in every process (sets have no order of their own)."""
     if isinstance(what, Option):
-        return key, (what.policy.name, what.drops_output, what.fused, what.last)
+        return key, (what.policy.name, what.policy.drop_output, what.policy.fused, what.last)
     return key, what
 
 

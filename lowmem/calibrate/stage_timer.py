@@ -203,7 +203,7 @@ class _StageClock:
         self.stage.forward([self.x], None, again, need_input=False)
 
         def forward() -> tuple[StagePass, Saved]:
-            if option.fused:
+            if option.policy.fused:
                 return again, {}
             memo = again if option.last else self._pass()
             _, saved = self.stage.forward(
@@ -213,15 +213,15 @@ class _StageClock:
 
         def restored() -> tuple[StagePass, Saved]:
             memo, saved = forward()
-            if option.drops_output:
+            if option.policy.drop_output:
                 self.stage.restore(saved, self.x, memo)
             return memo, saved
 
         def whole() -> None:
             self._backward(*restored())
 
-        first = 0.0 if option.fused else self._seconds(forward)
-        second = self._seconds(restored) if option.drops_output else first
+        first = 0.0 if option.policy.fused else self._seconds(forward)
+        second = self._seconds(restored) if option.policy.drop_output else first
         third = self._seconds(whole) - self.copying
         return Seconds(first, max(third - second, _LEAST_SECONDS), max(second - first, 0.0))
 

@@ -1,9 +1,8 @@
-"""`Plan`: the decision that is written to a run's plan.json and replayed when the run is resumed (invariant
-7)."""
+"""`Plan`: the decision that is written to a run's plan.json and replayed when the run is resumed (invariant 7)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -93,16 +92,16 @@ class Plan:
     accumulation: int
     precision: Literal["fp32", "amp"]
     memory_format: Literal["contiguous", "channels-last"]
-    exact: bool
-    stages: tuple[str, ...]
-    schedule: Schedule
-    predicted: Predicted = Predicted()
-    candidates: tuple[Candidate, ...] = ()
-    ladder: tuple[Plan, ...] = ()
-    shares: tuple[int, ...] = ()
     batch_norm: Literal["library", "native"] = "native"
     tf32: bool | None = False
     allocator_bytes: int | None = None
+    exact: bool
+    predicted: Predicted = Predicted()
+    stages: tuple[str, ...]
+    schedule: Schedule
+    candidates: tuple[Candidate, ...] = ()
+    ladder: tuple[Plan, ...] = ()
+    shares: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.shares:
@@ -151,26 +150,20 @@ class Plan:
         return replace(self.ladder[0], ladder=self.ladder[1:]) if self.ladder else None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for `json`; the keys are those of `lowmem plan --json`."""
-        return {
-            "format": FORMAT,
-            "budget_bytes": self.budget_bytes,
-            "batch": self.batch,
-            "micro_batch": self.micro_batch,
-            "accumulation": self.accumulation,
-            "precision": self.precision,
-            "memory_format": self.memory_format,
-            "batch_norm": self.batch_norm,
-            "tf32": self.tf32,
-            "allocator_bytes": self.allocator_bytes,
-            "exact": self.exact,
-            "predicted": _flat(self.predicted),
+        """Plain values for `json`; the keys are those of `lowmem plan --json`, in the order of the fields; `blocks` are
+        the stages and the schedule in words, `shares` only those of several processes."""
+        written = {
+            "predicted": asdict(self.predicted),
             "blocks": self.blocks(),
             "schedule": self.schedule.to_json(),
-            "candidates": [_flat(candidate) for candidate in self.candidates],
+            "candidates": [asdict(candidate) for candidate in self.candidates],
             "ladder": [rung.to_json() for rung in self.ladder],
-            **({"shares": list(self.shares)} if len(self.shares) > 1 else {}),
+            "shares": list(self.shares),
         }
+        names = ["blocks" if field.name == "stages" else field.name for field in fields(self)]
+        if len(self.shares) == 1:
+            names.remove("shares")
+        return {"format": FORMAT, **{name: written.get(name, getattr(self, name)) for name in names}}
 
     @staticmethod
     def from_json(values: object) -> Plan:
@@ -179,35 +172,30 @@ class Plan:
             raise ValueError(f"a plan is a dictionary, not {type(values).__name__}")
         if values.get("format") != FORMAT:
             raise ValueError(f"this plan has format {values.get('format')!r}, this version reads {FORMAT}")
-        known = {"format", "blocks"} | {field.name for field in fields(Plan)} - {"stages"} - _LATER.keys()
-        if odd := set(values) - _LATER.keys() ^ known:
+        known = {"format", "blocks"} | {field.name for field in fields(Plan)} - {"stages"} - _LATER
+        if odd := set(values) - _LATER ^ known:
             raise ValueError(f"a plan has the keys {sorted(known)}; different here: {sorted(odd)}")
         if not isinstance(shares := values.get("shares", []), list):
             raise ValueError("a plan's shares are a list")
+        if not isinstance(blocks := values["blocks"], dict):
+            raise ValueError("a plan's blocks are stages with their policies")
         try:
-            shares = tuple(shares)
-            if not isinstance(values["blocks"], dict):
-                raise ValueError("a plan's blocks are stages with their policies")
-            plan = Plan(
-                **{name: values[name] for name in _SCALARS},
-                stages=tuple(values["blocks"]),
-                schedule=Schedule.from_json(values["schedule"]),
-                predicted=Predicted(**values["predicted"]),
-                candidates=tuple(Candidate(**candidate) for candidate in values["candidates"]),
-                ladder=tuple(Plan.from_json(rung) for rung in values["ladder"]),
-                **{**_LATER, **{name: values[name] for name in _LATER if name in values}, "shares": shares},
-            )
+            changed = {
+                "predicted": Predicted(**values["predicted"]),
+                "stages": tuple(blocks),
+                "schedule": Schedule.from_json(values["schedule"]),
+                "candidates": tuple(Candidate(**candidate) for candidate in values["candidates"]),
+                "ladder": tuple(Plan.from_json(rung) for rung in values["ladder"]),
+                "shares": tuple(shares),
+            }
+            same = {name: value for name, value in values.items() if name not in ("format", "blocks")}
+            plan = Plan(**{**same, **changed})
         except TypeError as error:
             raise ValueError(f"this is no plan: {error}") from None
-        if plan.blocks() != values["blocks"]:
+        if plan.blocks() != blocks:
             raise ValueError("the plan's blocks and its schedule say different things: was it edited by hand?")
         return plan
 
 
-# What came later, as plans from before it have it: they ran on native kernels, and none on an emulated card.
-_LATER: dict[str, Any] = {"shares": (), "batch_norm": "native", "tf32": False, "allocator_bytes": None}
-_SCALARS = ("budget_bytes", "batch", "micro_batch", "accumulation", "precision", "memory_format", "exact")
-
-
-def _flat(value: Predicted | Candidate) -> dict[str, Any]:
-    return {field.name: getattr(value, field.name) for field in fields(value)}
+# What came later: plans from before it ran on native kernels, and none on an emulated card.
+_LATER = {"shares", "batch_norm", "tf32", "allocator_bytes"}

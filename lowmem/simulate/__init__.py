@@ -2,14 +2,13 @@
 
 from lowmem.simulate.allocator import Allocator, DeviceFull
 from lowmem.simulate.step import Simulated, StepRun, StepShape, empty_copy, simulate_step, trace_steps
-from lowmem.simulate.trace import Call, Estimate, KernelWork, Kind, MemoryEvent, Recorder, Trace, estimate
+from lowmem.simulate.trace import Call, Estimate, Kind, MemoryEvent, Recorder, Trace, estimate
 
 __all__ = [
     "Allocator",
     "Call",
     "DeviceFull",
     "Estimate",
-    "KernelWork",
     "Kind",
     "MemoryEvent",
     "Recorder",

@@ -14,7 +14,7 @@ from lowmem.config.schema import OptimConfig
 from lowmem.distributed.group import Group
 from lowmem.distributed.split import Split
 from lowmem.measure.out_of_memory import Failure
-from lowmem.plan.cost import Operation, Rates
+from lowmem.plan.cost import Rates
 from lowmem.plan.policy import Schedule
 from lowmem.remat import PlannedModule, apply_plan
 from lowmem.simulate.allocator import DeviceFull
@@ -91,12 +91,12 @@ def simulate_step(
         return _step_of(shape, model if way is None else way(model), optimizer)
 
     trace = trace_steps(build, steps=1, workspace=workspace)
-    work = (Operation(kernel.flops, kernel.moved_bytes) for kernel in trace.work if kernel.phase != "setup")
+    seconds = rates.seconds(kernel for kernel in trace.work if kernel.phase != "setup")
     try:
         taken, fits = estimate(trace, capacity_bytes), True
     except DeviceFull:
         taken, fits = estimate(trace), False
-    return Simulated(estimate=taken, seconds=rates.seconds(work), flops=trace.flops(), fits=fits)
+    return Simulated(estimate=taken, seconds=seconds, flops=trace.flops(), fits=fits)
 
 
 @dataclass(frozen=True, kw_only=True)

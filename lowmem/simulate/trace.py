@@ -1,9 +1,9 @@
 """A stream of allocations and frees, and of operations, from code that runs on tensors, real or fake; and its peaks.
 
-On fake tensors (`torch._subclasses.FakeTensorMode`) nothing is computed and nothing allocated, but the code,
-the sizes and the lifetimes are the real ones: the executor is its own model of memory (invariant 5). Sizes
-are those of storages, so views cost nothing. Buffers inside a kernel are not seen; the convolution library's
-workspace is counted if the recorder is told how large it is for a call (it was measured on a card).
+On fake tensors (`torch._subclasses.FakeTensorMode`) nothing is computed and nothing allocated, but the code, the sizes
+and the lifetimes are the real ones: the executor is its own model of memory (invariant 5). Sizes are those of storages,
+so views cost nothing. Buffers inside a kernel are not seen; the convolution library's workspace is counted if the
+recorder is told how large it is for a call (it was measured on a card).
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lowmem.measure.tensors import TensorMeter, tensors_among
+from lowmem.plan.cost import KernelWork
 from lowmem.simulate.allocator import Allocator
+
+_aten = torch.ops.aten
 
 
 class Kind(StrEnum):
@@ -44,23 +47,10 @@ class MemoryEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class KernelWork:
-    """One kernel: floating-point operations, and bytes with each operand read once, each result written once."""
-
-    operation: str
-    flops: int
-    moved_bytes: int
-    phase: str
-
-
-@dataclass(frozen=True, slots=True)
 class Call:
     """A convolution (forward: input, weight, bias; backward: gradient, input, weight), told apart by all that the
-    library chooses its algorithm by.
-
-    `tensors`: (shape, strides, dtype) of these three, None for one that is not given; `rest`: stride and all that
-    follows it. Hashable, and the same from fake and real tensors.
-    """
+    library chooses its algorithm by; hashable, and the same from fake and real tensors. `tensors`: (shape, strides,
+    dtype) of these three, None for one that is not given; `rest`: stride and all that follows it."""
 
     operation: str
     tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], str] | None, ...]
@@ -73,7 +63,7 @@ def call_of(func: Any, args: tuple[Any, ...]) -> Call | None:
         return None
     tensors = tuple(None if t is None else (tuple(t.shape), tuple(t.stride()), str(t.dtype)) for t in args[:3])
     # The sizes of the backward's bias: autograd and the executor write "none" differently.
-    rest = args[4:] if func is torch.ops.aten.convolution_backward.default else args[3:]
+    rest = args[4:] if func is _aten.convolution_backward.default else args[3:]
     return Call(str(func), tensors, tuple(tuple(part) if isinstance(part, (list, tuple)) else part for part in rest))
 
 
@@ -103,13 +93,9 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """All figures are bytes.
-
-    `peak_tensor_bytes`: the most that storages took at once. `peak_allocated_bytes`,
-    `peak_reserved_bytes`: what `torch.cuda.max_memory_allocated` and `max_memory_reserved` would say.
-    `at_peak_bytes`: the first by kind, at the moment of the first peak; `peak_phase` and `peak_operation`
-    say when that is.
-    """
+    """`peak_tensor_bytes`: the most that storages took at once. `peak_allocated_bytes`, `peak_reserved_bytes`: what
+    `torch.cuda.max_memory_allocated` and `max_memory_reserved` would say. `at_peak_bytes`: the first by kind, at the
+    moment of the first peak; `peak_phase` and `peak_operation` say when that is."""
 
     peak_tensor_bytes: int
     peak_allocated_bytes: int
@@ -164,8 +150,9 @@ class Recorder(TensorMeter):
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args and isinstance(args[0], FakeTensor):
             if func in _IN_PLACE:
-                return _written(func, kwargs)
-            if func is torch.ops.aten.native_batch_norm.default:
+                written = tuple(kwargs[name] for name in _written(func))
+                return written if len(written) > 1 else written[0]
+            if func is _aten.native_batch_norm.default:
                 return _empty_norm(*args)
         return func(*args, **kwargs)
 
@@ -178,7 +165,7 @@ class Recorder(TensorMeter):
             self._change(number, -size, "")
         moved = _moved_bytes(func, args, kwargs, outputs)
         if moved is not None:
-            self.trace.work.append(KernelWork(str(func), flops, moved, self.phase()))
+            self.trace.work.append(KernelWork(flops, moved, str(func), self.phase()))
 
     def _change(self, storage: int, change_bytes: int, operation: str) -> None:
         super()._change(storage, change_bytes, operation)
@@ -188,31 +175,32 @@ class Recorder(TensorMeter):
 
 def _moved_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> int | None:
     """None for what launches no kernel: views and allocations."""
-    written, free, makes = _facts(func)
-    inputs = tensors_among((args, [value for name, value in kwargs.items() if name not in written]))
-    if func is torch.ops.aten._fused_sgd_.default:  # returns nothing: it writes parameters and momentum
+    free, makes = _facts(func)
+    inputs = tensors_among((args, [value for name, value in kwargs.items() if name not in _written(func)]))
+    if func is _aten._fused_sgd_.default:  # returns nothing: it writes parameters and momentum
         outputs = [*args[0], *args[2]]
     if not outputs or free or (makes and not inputs):
         return None
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
+    return sum(tensor.nbytes for tensor in (*inputs, *outputs))
 
 
 @cache
-def _facts(func: Any) -> tuple[frozenset[str], bool, bool]:
-    """Of an operation: the arguments it writes, whether it launches no kernel, and whether it allocates where it is
-    given no tensor."""
-    written = frozenset(argument.name for argument in func._schema.arguments if argument.is_out)
+def _written(func: Any) -> tuple[str, ...]:
+    """The arguments that an operation writes."""
+    return tuple(argument.name for argument in func._schema.arguments if argument.is_out)
+
+
+@cache
+def _facts(func: Any) -> tuple[bool, bool]:
+    """Of an operation: whether it launches no kernel, and whether it allocates where it is given no tensor."""
     name = func.overloadpacket.__name__
-    return written, func.is_view or name in _FREE, name.startswith("empty")
+    return func.is_view or name in _FREE, name.startswith("empty")
 
 
-_CONVOLUTIONS = frozenset({torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default})
+_CONVOLUTIONS = frozenset({_aten.convolution.default, _aten.convolution_backward.default})
 
 # Fake tensors take milliseconds over these, to find that results given in the right size stay as they are.
-_IN_PLACE = frozenset(
-    {torch.ops.aten.native_batch_norm.out, torch.ops.aten.threshold_backward.grad_input}
-    | {torch.ops.aten.batch_norm_elemt.out}
-)
+_IN_PLACE = frozenset({_aten.native_batch_norm.out, _aten.threshold_backward.grad_input, _aten.batch_norm_elemt.out})
 
 
 def _empty_norm(z: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,11 +208,6 @@ def _empty_norm(z: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, T
     dtype = z.dtype if weight is None else weight.dtype
     size = z.shape[1] if rest[3] else 0  # in training
     return torch.empty_like(z), z.new_empty(size, dtype=dtype), z.new_empty(size, dtype=dtype)
-
-
-def _written(func: Any, kwargs: dict[str, Any]) -> Any:
-    written = tuple(kwargs[argument.name] for argument in func._schema.arguments if argument.is_out)
-    return written if len(written) > 1 else written[0]
 
 
 _FREE = frozenset(
