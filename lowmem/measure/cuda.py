@@ -34,9 +34,8 @@ def read_allocator() -> Snapshot:
 
 def cap_allocator(cap_bytes: int) -> bool:
     """Makes a larger card behave like a smaller one: lets the caching allocator of the current CUDA device hold at most
-    `cap_bytes` in segments. The context and what libraries allocate on their own are not in it
-    (pytorch/pytorch#107667). Whether there was anything to cap: on the CPU, and for a cap that the card does not
-    reach, there is not."""
+    `cap_bytes` in segments, without the context and what libraries allocate on their own (pytorch/pytorch#107667).
+    Whether there was anything to cap: on the CPU, and for a cap that the card does not reach, there is not."""
     if not torch.cuda.is_available():
         return False
     share = cap_bytes / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
@@ -76,15 +75,16 @@ def context_by_drop(before: DriverReport, after: DriverReport, uuid: str | None,
     return _rest(now.used_bytes - was.used_bytes, reserved_bytes)
 
 
-def _rest(whole: int | None, part: int) -> int | None:
-    return whole - part if whole is not None and whole >= part else None
+def _rest(whole: int, part: int) -> int | None:
+    return whole - part if whole >= part else None
 
 
 class CudaSource:
-    """The current device, asked again and again; the driver's library stays open."""
+    """The current device, asked again and again; the driver's library stays open until `close`."""
 
     def __init__(self) -> None:
         self._driver = Driver()
+        self.close = self._driver.close
         # Only a report from before the context can tell its size where the driver does not name processes.
         self._before = None if torch.cuda.is_initialized() else self._driver.read()
 
@@ -103,10 +103,6 @@ class CudaSource:
             runtime=free_and_total_bytes,
         )
 
-    def close(self) -> None:
-        """Lets go of the driver's library."""
-        self._driver.close()
-
 
 def describe(
     allocator: Snapshot,
@@ -123,25 +119,25 @@ def describe(
     if device is None or device.used_bytes is None:
         return _without_driver(allocator, _why_not(report, device, uuid), runtime())
     reserved = allocator.reserved_bytes or 0
-    process = process_bytes(device, pid)
+    process = own = process_bytes(device, pid)
     missing: tuple[str, ...] = ()
     if process is not None:
-        context, own = _rest(process, reserved), process
+        context = _rest(process, reserved)
     else:
         context = context_by_drop(before, report, uuid, reserved) if before is not None else None
-        own = reserved + (context or 0)
-        silent = "NVML does not tell what this process holds (as on Windows and in containers)"
-        if context is None:
-            missing = (f"{silent}: the context and the other processes' share are unknown",)
-        else:
-            missing = (f"{silent}: the context is how much fuller the card got since before CUDA was used",)
-    others_known = process is not None or context is not None
+        own = None if context is None else reserved + context
+        instead = (
+            "the context and the other processes' share are unknown"
+            if context is None
+            else "the context is how much fuller the card got since before CUDA was used"
+        )
+        missing = (f"NVML does not tell what this process holds (as on Windows and in containers): {instead}",)
     return replace(
         allocator,
         device_used_bytes=device.used_bytes,
         process_bytes=process,
         context_bytes=context,
-        others_bytes=max(0, device.used_bytes - own) if others_known else None,
+        others_bytes=None if own is None else max(0, device.used_bytes - own),
         device_total_bytes=device.total_bytes,
         device_free_bytes=device.free_bytes,
         driver_reserved_bytes=device.reserved_bytes,
@@ -156,14 +152,13 @@ def _without_driver(known: Snapshot, why: str, runtime: tuple[int, int] | None) 
         silent = "the CUDA runtime does not answer either: how full the card is, is unknown"
         return replace(known, missing=(why, silent))
     free, total = runtime
-    instead = "the CUDA runtime tells how full the card is, but not who fills it"
     return replace(
         known,
         device_used_bytes=total - free,
         device_total_bytes=total,
         device_free_bytes=free,
         device_source="cuda runtime",
-        missing=(f"{why}; {instead}",),
+        missing=(f"{why}; the CUDA runtime tells how full the card is, but not who fills it",),
     )
 
 

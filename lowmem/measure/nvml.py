@@ -1,7 +1,6 @@
 """The driver's own account of the cards: memory, who holds it, the link in use. The only module that imports `pynvml`.
 
-Every figure may be missing (no driver, no permission, a laptop that does not tell): unknown is None, and why nothing is
-known at all stands in `DriverReport.missing`. Nothing here makes a CUDA context.
+Every figure may be missing (no driver, no permission, a laptop that does not tell). Nothing here makes a CUDA context.
 
 Known limits: inside a container the driver counts processes as the host does, so that this process may not be found in
 its lists; on Windows (WDDM) it lists them without their bytes; a MIG slice has no entry of its own.
@@ -102,8 +101,12 @@ class Driver:
 
                 self._library = pynvml
             self._library.nvmlInit()  # type: ignore[union-attr]
+        except ImportError:
+            self.missing = (
+                "the driver cannot be asked without the package nvidia-ml-py (module pynvml): pip install nvidia-ml-py"
+            )
         except Exception as error:
-            self.missing = _why_missing(error)
+            self.missing = _REASONS.get(type(error).__name__, f"the NVIDIA driver does not answer (NVML: {error})")
         else:
             self._closing = weakref.finalize(self, _ask, self._library, "nvmlShutdown")
 
@@ -119,14 +122,13 @@ class Driver:
         if self.missing is not None:
             return DriverReport(missing=self.missing)
         library = self._library
-        count = _ask(library, "nvmlDeviceGetCount")
+        count = _ask(library, "nvmlDeviceGetCount") or 0
         newest = _ask(library, "nvmlSystemGetCudaDriverVersion")
+        devices = (_device(library, index, uuid) for index in range(count))
         return DriverReport(
             driver_version=_text(_ask(library, "nvmlSystemGetDriverVersion")),
             cuda_version=(newest // 1000, newest % 1000 // 10) if newest else None,
-            devices=tuple(
-                device for index in range(count or 0) if (device := _device(library, index, uuid)) is not None
-            ),
+            devices=tuple(device for device in devices if device is not None),
             missing=None if count else "the NVIDIA driver answers, but lists no card",
         )
 
@@ -141,12 +143,6 @@ _REASONS = {
     "NVMLError_LibRmVersionMismatch": "the NVIDIA driver was updated while the old one is still running: restart the "
     "machine",
 }
-
-
-def _why_missing(error: Exception) -> str:
-    if isinstance(error, ImportError):
-        return "the driver cannot be asked without the package nvidia-ml-py (module pynvml): pip install nvidia-ml-py"
-    return _REASONS.get(type(error).__name__) or f"the NVIDIA driver does not answer (NVML: {error})"
 
 
 def _ask(library: Any, function: str, *arguments: Any, **named: Any) -> Any:
@@ -174,53 +170,45 @@ def _device(library: Any, index: int, wanted: str | None) -> DriverDevice | None
     uuid = _text(_ask(library, "nvmlDeviceGetUUID", handle))
     if wanted is not None and uuid is not None and not _same_card(uuid, wanted):
         return None
-    total, free, used, reserved = _memory(library, handle)
+    memory = _memory(library, handle)
     capability = _ask(library, "nvmlDeviceGetCudaComputeCapability", handle)
     display = _ask(library, "nvmlDeviceGetDisplayActive", handle)
+    link = {name: _ask(library, function, handle) or None for name, function in _LINK.items()}
     return DriverDevice(
         index=index,
         uuid=uuid,
         name=_text(_ask(library, "nvmlDeviceGetName", handle)),
         capability=(int(capability[0]), int(capability[1])) if capability else None,
-        total_bytes=total,
-        free_bytes=free,
-        used_bytes=used,
-        reserved_bytes=reserved,
-        processes=_processes(library, handle, total),
-        link=_link(library, handle),
+        processes=_processes(library, handle, memory.get("total_bytes")),
+        link=Link(**link) if any(link.values()) else None,
         display_active=None if display is None else bool(display),
+        **memory,
     )
 
 
-def _memory(library: Any, handle: Any) -> tuple[int | None, int | None, int | None, int | None]:
-    """(total, free, used without reserved, reserved) in bytes.
+_LINK = {
+    "generation": "nvmlDeviceGetCurrPcieLinkGeneration",
+    "lanes": "nvmlDeviceGetCurrPcieLinkWidth",
+    "most_generation": "nvmlDeviceGetMaxPcieLinkGeneration",
+    "most_lanes": "nvmlDeviceGetMaxPcieLinkWidth",
+}
+
+
+def _memory(library: Any, handle: Any) -> dict[str, Any]:
+    """The card's figures in bytes; those that are not told are left out.
 
     What is used is taken by difference: NVIDIA's manual says that version 2 counts the reserved memory as used, the
     drivers seen in the field do not (rust-nvml/nvml-wrapper#57: 912 MB by version 1, 7.8 MB by version 2).
     """
     version = getattr(library, "nvmlMemory_v2", None)
     figures = _ask(library, "nvmlDeviceGetMemoryInfo", handle, version=version) if version else None
-    if figures is not None:
-        reserved = int(figures.reserved)
-    else:  # a driver or package without version 2
-        figures, reserved = _ask(library, "nvmlDeviceGetMemoryInfo", handle), None
-        if figures is None:
-            return None, None, None, None
+    reserved = {} if figures is None else {"reserved_bytes": int(figures.reserved)}
+    figures = figures or _ask(library, "nvmlDeviceGetMemoryInfo", handle)  # a driver or package without version 2
+    if figures is None:
+        return {}
     total, free = int(figures.total), int(figures.free)
-    return total, free, max(0, total - free - (reserved or 0)), reserved
-
-
-def _link(library: Any, handle: Any) -> Link | None:
-    def figure(function: str) -> int | None:
-        return _ask(library, function, handle) or None
-
-    link = Link(
-        generation=figure("nvmlDeviceGetCurrPcieLinkGeneration"),
-        lanes=figure("nvmlDeviceGetCurrPcieLinkWidth"),
-        most_generation=figure("nvmlDeviceGetMaxPcieLinkGeneration"),
-        most_lanes=figure("nvmlDeviceGetMaxPcieLinkWidth"),
-    )
-    return None if link == Link() else link
+    used = max(0, total - free - sum(reserved.values()))
+    return {"total_bytes": total, "free_bytes": free, "used_bytes": used, **reserved}
 
 
 def _processes(library: Any, handle: Any, total_bytes: int | None) -> tuple[DeviceProcess, ...] | None:
@@ -234,13 +222,9 @@ def _processes(library: Any, handle: Any, total_bytes: int | None) -> tuple[Devi
             pid, used = int(entry.pid), entry.usedGpuMemory
             if used is not None and used > (total_bytes or 2**62):  # "not available" is the largest 64-bit number
                 used = None
-            known = found.get(pid)
-            if known is None:
-                name = _base_name(_text(_ask(library, "nvmlSystemGetProcessName", pid)))
-                found[pid] = DeviceProcess(pid=pid, name=name, used_bytes=used, graphics=kind == "Graphics")
-            else:
-                most = max((bytes_ for bytes_ in (known.used_bytes, used) if bytes_ is not None), default=None)
-                found[pid] = replace(known, used_bytes=most, graphics=kind == "Graphics")
+            known = found.get(pid) or DeviceProcess(pid=pid, name=_program(library, pid))
+            most = max((size for size in (known.used_bytes, used) if size is not None), default=None)
+            found[pid] = replace(known, used_bytes=most, graphics=kind == "Graphics")
     return tuple(sorted(found.values(), key=lambda process: (-(process.used_bytes or 0), process.pid)))
 
 
@@ -253,6 +237,7 @@ def _running(library: Any, kind: str, handle: Any) -> list[Any] | None:
     return None
 
 
-def _base_name(path: str | None) -> str | None:
+def _program(library: Any, pid: int) -> str | None:
     """The program alone: no folders (they name users) and no arguments."""
+    path = _text(_ask(library, "nvmlSystemGetProcessName", pid))
     return PureWindowsPath(path.partition(" -")[0]).name or None if path else None
