@@ -15,8 +15,7 @@ from lowmem.calibrate.calibration import Calibration, Mode, Seconds, figure_name
 from lowmem.calibrate.device import DeviceFacts
 from lowmem.calibrate.measuring import BUSY_BATCHES, Figures, Job, described, measure, rates_of
 from lowmem.calibrate.stage_timer import FAST, PLAIN, Wanted
-from lowmem.models.memory_format import check_memory_format
-from lowmem.models.resnet import ResNet
+from lowmem.models.resnet import ResNet, check_memory_format
 from lowmem.remat.libraries import Numerics, workspace_cap_bytes
 from lowmem.simulate import Call
 from lowmem.simulate.stage import Option, StageMeasure

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -83,7 +84,7 @@ def measure_costs(
         x = torch.empty(tuple(input_shape)).contiguous(memory_format=memory_format)
         stages = decompose(copied)
         measures = tuple(
-            measure_chain(stages, options or _options, x, lambda: StagePass(low, library_norm), recorder, library_norm)
+            measure_chain(stages, options or _options, x, partial(StagePass, low, library_norm), recorder, library_norm)
         )
         return ChainMeasure(
             names=tuple(stage.name for stage in stages),

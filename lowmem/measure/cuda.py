@@ -3,7 +3,7 @@
 The figures of the card come from NVML where it answers, else from `torch.cuda.mem_get_info`, else from nobody; a
 `Snapshot` says which. The context's size is this process's share by NVML less the allocator's segments. Windows and
 containers do not tell that share; then it is how much fuller the card got since before CUDA was first used, others'
-changes counted in. The CUDA runtime alone cannot tell it: asking for the free memory is what makes the context.
+changes counted in. The CUDA runtime cannot tell it: asking it for the free memory is what makes the context.
 """
 
 from __future__ import annotations
@@ -65,20 +65,6 @@ def process_bytes(device: DriverDevice | None, pid: int) -> int | None:
     return next((process.used_bytes for process in processes if process.pid == pid), None)
 
 
-def context_by_drop(before: DriverReport, after: DriverReport, uuid: str | None, reserved_bytes: int) -> int | None:
-    """How much fuller the card got from a report made before CUDA was first used to one made now, less the allocator's
-    segments now (`reserved_bytes`). What other processes took or gave back in between is counted in. None if a figure
-    is missing or others gave back more."""
-    was, now = before.device(uuid), after.device(uuid)
-    if was is None or now is None or was.used_bytes is None or now.used_bytes is None:
-        return None
-    return _rest(now.used_bytes - was.used_bytes, reserved_bytes)
-
-
-def _rest(whole: int, part: int) -> int | None:
-    return whole - part if whole >= part else None
-
-
 class CudaSource:
     """The current device, asked again and again; the driver's library stays open until `close`."""
 
@@ -119,18 +105,17 @@ def describe(
     if device is None or device.used_bytes is None:
         return _without_driver(allocator, _why_not(report, device, uuid), runtime())
     reserved = allocator.reserved_bytes or 0
-    process = own = process_bytes(device, pid)
+    whole = process = process_bytes(device, pid)
+    was = before.device(uuid) if before is not None else None
+    if process is None and was is not None and was.used_bytes is not None:
+        whole = device.used_bytes - was.used_bytes  # what others took or gave back in between is counted in
+    context = whole - reserved if whole is not None and whole >= reserved else None
+    own = process if process is not None or context is None else reserved + context
     missing: tuple[str, ...] = ()
-    if process is not None:
-        context = _rest(process, reserved)
-    else:
-        context = context_by_drop(before, report, uuid, reserved) if before is not None else None
-        own = None if context is None else reserved + context
-        instead = (
-            "the context and the other processes' share are unknown"
-            if context is None
-            else "the context is how much fuller the card got since before CUDA was used"
-        )
+    if process is None:
+        instead = "the context is how much fuller the card got since before CUDA was used"
+        if context is None:
+            instead = "the context and the other processes' share are unknown"
         missing = (f"NVML does not tell what this process holds (as on Windows and in containers): {instead}",)
     return replace(
         allocator,

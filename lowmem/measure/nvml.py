@@ -70,7 +70,7 @@ class DriverReport:
         is but one card to be meant. None if the driver does not list it."""
         if uuid is None:
             return self.devices[0] if len(self.devices) == 1 else None
-        return next((card for card in self.devices if card.uuid is not None and _same_card(card.uuid, uuid)), None)
+        return next((card for card in self.devices if card.uuid and _same_card(card.uuid, uuid)), None)
 
 
 def _same_card(left: str, right: str) -> bool:
@@ -78,18 +78,14 @@ def _same_card(left: str, right: str) -> bool:
 
 
 def read_driver(library: Any | None = None) -> DriverReport:
-    """Asks the driver once and lets go of it. Never raises: what failed is None, and `missing` says why all is.
-
-    `library`: the `pynvml` module, or a stand-in with its functions; None imports it.
-    """
+    """Asks the driver once and lets go of it. `library`: as of `Driver`."""
     with closing(Driver(library)) as driver:
         return driver.read()
 
 
 class Driver:
-    """The driver's library kept open, for repeated reading; opening takes tens of milliseconds, reading a few.
-
-    Never raises. Closed by `close`, or at the latest when the interpreter leaves.
+    """The driver's library kept open, for repeated reading; opening takes tens of milliseconds, reading a few. Never
+    raises. `library`: the `pynvml` module, or a stand-in with its functions; None imports it.
     """
 
     def __init__(self, library: Any | None = None) -> None:
@@ -102,16 +98,14 @@ class Driver:
                 self._library = pynvml
             self._library.nvmlInit()  # type: ignore[union-attr]
         except ImportError:
-            self.missing = (
-                "the driver cannot be asked without the package nvidia-ml-py (module pynvml): pip install nvidia-ml-py"
-            )
+            self.missing = _NO_PACKAGE
         except Exception as error:
             self.missing = _REASONS.get(type(error).__name__, f"the NVIDIA driver does not answer (NVML: {error})")
         else:
             self._closing = weakref.finalize(self, _ask, self._library, "nvmlShutdown")
 
     def close(self) -> None:
-        """Lets go of the library; a later `read` says so in `missing`."""
+        """Lets go of the library, as Python does when it is forgotten; a later `read` says so in `missing`."""
         if self.missing is None:
             self._closing()
             self.missing = "the driver is no longer asked: its meter was closed"
@@ -133,6 +127,7 @@ class Driver:
         )
 
 
+_NO_PACKAGE = "the driver cannot be asked without the package nvidia-ml-py (module pynvml): pip install nvidia-ml-py"
 _REASONS = {
     "NVMLError_LibraryNotFound": "no NVIDIA driver here (its library NVML was not found): install the driver; in a "
     "container, start it with access to the card",

@@ -1,9 +1,9 @@
 """Seconds of a call on a device: warmed up, several rounds, their median and least.
 
 A round is `inner` calls back to back and one wait at its end, so that the wait and the clock's grain weigh little. On
-CUDA a pair of events marks its two ends. They tell the card's time only as long as the host is ahead of the card: calls
-of kernels so small that launching them takes longer than running them are timed with their launches, which is what
-they cost in a training step too. How long the card computes in them, the library's profiler tells (`busy_seconds`).
+CUDA a pair of events marks its two ends. Kernels so small that launching them takes longer than running them are timed
+with their launches, which is what they cost in a training step too. How long the card computes in them, the library's
+profiler tells (`busy_seconds`).
 """
 
 from __future__ import annotations

@@ -17,8 +17,6 @@ _TENSOR = re.compile(r"z(?:[1-9][0-9]*|s)|a[1-9][0-9]*")
 
 
 class PolicyKind(StrEnum):
-    """The stage's own family of choices."""
-
     SAVE_ALL = "SAVE_ALL"  # what autograd keeps: inputs of batch norms and of convolutions
     LEAN = "LEAN"  # every convolution output; batch norm and ReLU are computed again
     KEEP = "KEEP"  # some of the tensors SAVE_ALL keeps; others are computed again from the nearest kept one
@@ -27,7 +25,7 @@ class PolicyKind(StrEnum):
 
 @dataclass(frozen=True)
 class BlockPolicy:
-    """What one stage keeps between its forward and its backward, beside its input (which the stage before holds).
+    """What one stage keeps from its forward for its backward, beside its input (which the stage before holds).
 
     `kept`, only with KEEP: convolution outputs `z1`, `z2`, … in order, `zs` for the projection's, and `a1`, `a2`, …:
     what the next convolution reads, relu(bn(z1)), …. `KEEP{}` keeps the stage's output only.
@@ -212,7 +210,7 @@ class Schedule:
         """The inverse of `to_json`; raises ValueError on anything else."""
         if not isinstance(items, list):
             raise ValueError(f"a schedule is a list of items, not {type(items).__name__}")
-        return Schedule(tuple(_item_from_json(item) for item in items))
+        return Schedule(tuple(map(_item_from_json, items)))
 
 
 def _item_from_json(item: object) -> Item:

@@ -13,46 +13,17 @@ from lowmem.plan.policy import Schedule
 FORMAT = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Predicted:
-    """What the plan is expected to take; None where it is not known. `overhead` is a share: 0.12 is 12 % more
-    time than plain autograd; `extra_flops` is repeated work per step, in floating-point operations."""
-
-    peak_allocated_bytes: int | None = None
-    peak_reserved_bytes: int | None = None
-    device_bytes: int | None = None
-    step_seconds: float | None = None
-    overhead: float | None = None
-    extra_flops: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A choice that was looked at: in words, with what it would have taken, and why it was refused (None:
-    chosen). `measured_*`: of real steps in a trial, None where there was none."""
-
-    what: str
-    refused_because: str | None = None
-    peak_bytes: int | None = None
-    step_seconds: float | None = None
-    measured_peak_bytes: int | None = None
-    measured_step_seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-
-
-def _check_types(value: Any) -> None:
+class _Checked:
     """Raises ValueError for a field that is not what its annotation says: what was recorded is read without trust."""
-    for name, allowed in _allowed_types(value.__class__).items():
-        found = getattr(value, name)
-        if not any(_is_a(found, one) for one in allowed):
-            *most, last = (getattr(one, "__name__", one) for one in allowed)
-            wanted = f"{', '.join(map(str, most))} or {last}" if most else last
-            raise ValueError(f"{name} is {shorten(repr(found), 100)}, not {wanted}".replace("NoneType", "None"))
+
+    def __post_init__(self) -> None:
+        kind: Any = self.__class__
+        for name, allowed in _allowed_types(kind).items():
+            found = getattr(self, name)
+            if not any(_is_a(found, one) for one in allowed):
+                *most, last = (getattr(one, "__name__", one) for one in allowed)
+                wanted = f"{', '.join(map(str, most))} or {last}" if most else last
+                raise ValueError(f"{name} is {shorten(repr(found), 100)}, not {wanted}".replace("NoneType", "None"))
 
 
 @cache
@@ -71,7 +42,33 @@ def _is_a(value: object, kind: Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Predicted(_Checked):
+    """What the plan is expected to take; None where it is not known. `overhead` is a share: 0.12 is 12 % more
+    time than plain autograd; `extra_flops` is repeated work per step, in floating-point operations."""
+
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    device_bytes: int | None = None
+    step_seconds: float | None = None
+    overhead: float | None = None
+    extra_flops: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate(_Checked):
+    """A choice that was looked at: in words, with what it would have taken, and why it was refused (None: chosen).
+    `measured_*`: of real steps in a trial, None where there was none."""
+
+    what: str
+    refused_because: str | None = None
+    peak_bytes: int | None = None
+    step_seconds: float | None = None
+    measured_peak_bytes: int | None = None
+    measured_step_seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(_Checked):
     """How a training step is run under a budget.
 
     `budget_bytes` is for all tensors of the step; None: no budget was set. `exact`: the same gradients as the
@@ -106,7 +103,7 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.shares:
             object.__setattr__(self, "shares", (self.batch,))
-        _check_types(self)
+        super().__post_init__()
         if not all(_is_a(share, int) and share >= 0 for share in self.shares):
             raise ValueError("shares are counts of pictures")
         if self.batch not in self.shares and 0 not in self.shares:

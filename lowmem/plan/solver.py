@@ -31,14 +31,13 @@ def useful_bytes(chain: ChainCost) -> int:
     x, g, later = chain.boundary_bytes, chain.boundary_grad_bytes, chain.later_param_grad_bytes
     kept = sum(max(option.kept_bytes for option in stage.options) for stage in chain.stages)
     step = 0
-    for index, stage in enumerate(chain.stages):
-        temporary = max(
-            max(o.forward_temp_bytes, o.backward_temp_bytes, o.restore_temp_bytes) + o.restored_bytes
-            for o in (*stage.options, *stage.last_options)
-        )
-        around = x[index] + x[index + 1] + max(g) + later[0]
-        step = max(step, around + max(temporary, stage.fast_temp_bytes))
-    return kept + step
+    for here, ahead, stage in zip(x, x[1:], chain.stages, strict=False):
+        temporary = stage.fast_temp_bytes
+        for o in (*stage.options, *stage.last_options):
+            most = max(o.forward_temp_bytes, o.backward_temp_bytes, o.restore_temp_bytes)
+            temporary = max(temporary, most + o.restored_bytes)
+        step = max(step, here + ahead + temporary)
+    return kept + step + max(g) + later[0]
 
 
 class Solver:

@@ -95,9 +95,7 @@ def _configured_bytes(text: str) -> int | None:
 
 def convolutions_in_tf32(capability: tuple[int, int], tf32: str = "auto") -> bool:
     """Whether convolutions in fp32 use TF32 on a card of this capability, as this process is set."""
-    return capability >= (8, 0) and tf32 != "never" and _tf32_allowed()
-
-
-def _tf32_allowed() -> bool:
+    if capability < (8, 0) or tf32 == "never":
+        return False
     newer = getattr(torch.backends.cudnn, "conv", None)  # since torch 2.9; readable whichever way it was set
     return bool(newer.fp32_precision == "tf32" if newer is not None else torch.backends.cudnn.allow_tf32)

@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from lowmem.plan.policy import Keep, Schedule
 from lowmem.plan.record import Plan
 from lowmem.remat.block import ConvBlock, Pair
-from lowmem.remat.executor import execute
+from lowmem.remat.executor import Run, autocast_dtype
+from lowmem.remat.kernels import Total
 from lowmem.remat.stage import OpaqueStage, Stage
-from lowmem.remat.sync_batch_norm import Total
 
 _LAYER = re.compile(r"layer\d+")
 
@@ -33,8 +33,7 @@ _LAYER = re.compile(r"layer\d+")
 def decompose(model: nn.Module) -> tuple[Stage, ...]:
     """A network of the family -> stem, blocks, head. An `nn.Sequential` -> its children, blocks of the family
     recognised. Anything else is one stage."""
-    family = _family(model)
-    if family is not None:
+    if (family := _family(model)) is not None:
         return family
     if isinstance(model, nn.Sequential) and len(model):
         return tuple(_stage(name, child) for name, child in model.named_children())
@@ -52,7 +51,7 @@ class PlannedModule(nn.Module):
 
     `stages` are the chain's links, `schedule` what is executed; it may be replaced (`set_schedule`) between steps.
     Two attributes may be set at any time: `total` makes training's batch statistics those of all processes
-    (`lowmem.remat.sync_batch_norm`); `stage_done` is called in the backward with the number of each stage whose
+    (`lowmem.remat.kernels.Total`); `stage_done` is called in the backward with the number of each stage whose
     parameters' gradients are complete (`lowmem.remat.executor.Run`).
     """
 
@@ -77,14 +76,8 @@ class PlannedModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's output for x: [N, 3, 32, 32] float -> [N, classes] for the family."""
-        return execute(
-            self.stages,
-            self.schedule,
-            x,
-            library_norm=self.library_norm,
-            total=self.total,
-            stage_done=self.stage_done,
-        )
+        run = Run(self.stages, autocast_dtype(x), x.requires_grad, self.library_norm, self.total, self.stage_done)
+        return run.execute(self.schedule, x)
 
 
 def apply_plan(model: nn.Module, plan: Plan | Schedule, *, library_norm: bool | None = None) -> PlannedModule:
@@ -116,19 +109,13 @@ def _family(model: nn.Module) -> tuple[Stage, ...] | None:
     linear = children["linear"]
     if stem is None or not isinstance(linear, nn.Linear) or list(model.parameters(recurse=False)):
         return None
-    stages: list[Stage] = [ConvBlock("stem", (stem,))]
-    for layer in layers:
-        stages += [_stage(f"{layer}.{name}", child) for name, child in children[layer].named_children()]
-
-    def head(x: Tensor) -> Tensor:
-        return linear(F.avg_pool2d(x, 4).flatten(1))
-
-    return (*stages, OpaqueStage("head", linear, head))
+    blocks = [_stage(f"{layer}.{name}", child) for layer in layers for name, child in children[layer].named_children()]
+    head = OpaqueStage("head", linear, lambda x: linear(F.avg_pool2d(x, 4).flatten(1)))
+    return (ConvBlock("stem", (stem,)), *blocks, head)
 
 
 def _stage(name: str, module: nn.Module) -> Stage:
-    block = _block(name, module)
-    return OpaqueStage(name, module, module) if block is None else block
+    return _block(name, module) or OpaqueStage(name, module, module)
 
 
 def _block(name: str, module: nn.Module) -> ConvBlock | None:
@@ -138,17 +125,17 @@ def _block(name: str, module: nn.Module) -> ConvBlock | None:
     if not count or set(children) != {f"{kind}{k}" for k in range(1, count + 1) for kind in ("conv", "bn")}:
         return None
     pairs = [_pair(children[f"conv{k}"], children[f"bn{k}"]) for k in range(1, count + 1)]
-    if any(pair is None for pair in pairs) or list(module.parameters(recurse=False)):
-        return None
     known = tuple(pair for pair in pairs if pair is not None)
+    if len(known) < count or list(module.parameters(recurse=False)):
+        return None
     if shortcut is None:
         return ConvBlock(name, known)
-    if not isinstance(shortcut, nn.Sequential):
+    if not isinstance(shortcut, nn.Sequential) or len(shortcut) not in (0, 2):
         return None
-    if len(shortcut) == 0:
-        return ConvBlock(name, known, identity=True)
-    projection = _pair(shortcut[0], shortcut[1]) if len(shortcut) == 2 else None
-    return None if projection is None else ConvBlock(name, known, projection=projection)
+    projection = _pair(*shortcut) if len(shortcut) else None
+    if len(shortcut) and projection is None:
+        return None
+    return ConvBlock(name, known, projection, identity=not len(shortcut))
 
 
 def _pair(conv: nn.Module | None, bn: nn.Module | None) -> Pair | None:

@@ -60,14 +60,14 @@ def measure_chain(
     stages: Sequence[Stage],
     options: Callable[[Stage], Sequence[Option]],
     x: Tensor,
-    new_memo: Callable[[], StagePass],
+    new_memo: Callable[..., StagePass],
     recorder: Recorder,
     mode: Hashable = None,
 ) -> Iterator[StageMeasure]:
     """Yields a measure per stage, in order; equal stages on equal inputs are measured once.
 
-    Runs under `recorder` (and a fake mode, unless real work is wanted), with x the chain's input. `mode`: what else
-    the costs depend on, for the keys.
+    Runs under `recorder` (and a fake mode, unless real work is wanted), with x the chain's input. `new_memo`
+    takes `need_input`. `mode`: what else the costs depend on, for the keys.
     """
     known: dict[Hashable, StageMeasure] = {}
     need_input = x.requires_grad
@@ -80,7 +80,7 @@ def measure_chain(
                 bench = _StageBench(stage, x, new_memo, need_input, masked, recorder)
                 known[key] = bench.measure(key, options(stage))
             yield known[key]
-            y, _ = stage.forward([x], None, new_memo(), need_input=False)
+            y, _ = stage.forward([x], None, new_memo())
             assert y is not None
             x = y
             need_input, masked = need_input or any(trainable), stage.relu_output
@@ -92,14 +92,14 @@ class _StageBench:
 
     stage: Stage
     x: Tensor
-    new_memo: Callable[[], StagePass]
+    new_memo: Callable[..., StagePass]
     need_input: bool
     masked: bool
     recorder: Recorder
 
     def measure(self, key: Hashable, options: Sequence[Option]) -> StageMeasure:
         start = self._mark()
-        y = self.stage.forward([self.x], None, self.new_memo(), need_input=False)[0]
+        y = self.stage.forward([self.x], None, self.new_memo())[0]
         assert y is not None
         peak, _, work = self._since(start)
         return StageMeasure(
@@ -115,16 +115,14 @@ class _StageBench:
 
     def _option(self, option: Option, like: Tensor) -> OptionMeasure:
         """`like`: a tensor as the stage's output is."""
-        memo = self.new_memo()
+        memo = self.new_memo(need_input=self.need_input)
         y: Tensor | None = None
         saved: Saved = {}
         if option.policy.fused or option.last:  # statistics come from a run before, which is not its own
-            self.stage.forward([self.x], None, memo, need_input=False)
+            self.stage.forward([self.x], None, memo)
         start = self._mark()
         if not option.policy.fused:
-            y, saved = self.stage.forward(
-                [self.x], option.policy, memo, need_input=self.need_input, want_output=not option.last
-            )
+            y, saved = self.stage.forward([self.x], option.policy, memo, not option.last)
         peak, kept, forward_work = self._since(start)
         if option.policy.drop_output:
             kept -= like.nbytes
@@ -157,7 +155,7 @@ class _StageBench:
         self._forget_grads()
         start = self._mark()
         grad = [torch.empty_like(like)]
-        grad_x = self.stage.backward(grad, saved, self.x, memo, need_input=self.need_input)
+        grad_x = self.stage.backward(grad, saved, self.x, memo)
         if grad_x is not None and self.masked:
             mask_relu(grad_x, self.x)
         peak, _, work = self._since(start)

@@ -84,11 +84,10 @@ def simulate_step(
     """
 
     def build() -> StepRun:
-        model = empty_copy(shape.model, shape.execution.torch_memory_format)
-        model.train()
+        run = empty_copy(shape.model, shape.execution.torch_memory_format).train()
         if schedule is not None:
-            return _step_of(shape, apply_plan(model, schedule, library_norm=shape.library_norm), optimizer)
-        return _step_of(shape, model if way is None else way(model), optimizer)
+            run = apply_plan(run, schedule, library_norm=shape.library_norm)
+        return _step_of(shape, run if way is None else way(run), optimizer)
 
     trace = trace_steps(build, steps=1, workspace=workspace)
     seconds = rates.seconds(kernel for kernel in trace.work if kernel.phase != "setup")
@@ -118,19 +117,19 @@ class StepRun:
 
 def _step_of(shape: StepShape, run: nn.Module, form: Mapping[str, bool]) -> StepRun:
     """What the trainer puts together for a run, alone or as one of several processes."""
-    execution, joint, undone = shape.execution, None, False
+    execution, joint = shape.execution, None
     optimizer = make_optimizer(run, OptimConfig(momentum=0.9 if shape.momentum else 0.0), execution.device, form)
     # The plain step, which others are compared with, is the library's: nobody sums its gradients or undoes it.
-    if isinstance(run, PlannedModule):
-        undone = True
-        if shape.joint:
-            split = Split((shape.batch,), micro_batches=(shape.micro_batch,))
-            joint = DataParallelStep(run, Group(), split, execution.device, sync_bn=shape.sync_bn)
-            joint.begin(shape.batch)
+    if isinstance(run, PlannedModule) and shape.joint:
+        split = Split((shape.batch,), micro_batches=(shape.micro_batch,))
+        joint = DataParallelStep(run, Group(), split, execution.device, sync_bn=shape.sync_bn)
+        joint.begin(shape.batch)
     step = TrainStep(run, optimizer, make_scaler(execution), execution, shape.micro_batch, joint)
     images = torch.empty(shape.batch, *shape.image_shape).contiguous(memory_format=execution.torch_memory_format)
     labels = torch.zeros(shape.batch, dtype=torch.int64)
-    return StepRun(step=step, images=images, labels=labels, undo=Undo(step, run) if undone else None)
+    return StepRun(
+        step=step, images=images, labels=labels, undo=Undo(step, run) if isinstance(run, PlannedModule) else None
+    )
 
 
 def trace_steps(

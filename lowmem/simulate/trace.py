@@ -159,7 +159,7 @@ class Recorder(TensorMeter):
     def _ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor], flops: int) -> None:
         if self._workspace is not None and (call := call_of(func, args)) is not None:
             # A buffer inside a kernel: there when all results are, and gone with it.
-            number, size = self._new_number(), self._workspace(call)
+            number, size = next(self._numbers), self._workspace(call)
             self.trace.kinds[number] = Kind.WORKSPACE
             self._change(number, size, str(func))
             self._change(number, -size, "")

@@ -22,7 +22,6 @@ from lowmem.distributed.group import Group
 from lowmem.distributed.reducer import Reducer
 from lowmem.distributed.split import Split
 from lowmem.remat import PlannedModule
-from lowmem.remat.sync_batch_norm import sum_sizes
 
 
 class DataParallelStep:
@@ -34,8 +33,10 @@ class DataParallelStep:
         self._device = device
         stages = [list(stage.parameters()) for stage in run.stages]
         self._reducer = Reducer(stages, [] if sync_bn else list(run.buffers()), group.start_total)
-        # Elements of every sum that a pass makes for its batch norms; empty with statistics of each process's own.
-        self._norm_sizes = sum_sizes(stage.norms for stage in run.stages) if sync_bn else ()
+        # Elements of every sum that a pass makes for its batch norms, forward and backward: sum, sum of squares, count;
+        # of the gradient, and of it with the normalised input. Empty with statistics of each process's own.
+        channels = [norm.num_features for stage in run.stages for norm in stage.norms] if sync_bn else []
+        self._norm_sizes = [*(2 * count + 1 for count in channels), *(2 * count for count in reversed(channels))]
         run.stage_done = self._reducer.stage_done
         run.total = self.norm_total if sync_bn else None
         self.verdict: Callable[[], int] = int  # of this process on the run, a greater number for a stronger one

@@ -1,9 +1,10 @@
-"""One optimizer step: micro-batches, mixed precision, the optimizer. Nothing here waits for the device."""
+"""One optimizer step: micro-batches, mixed precision, the optimizer; nothing of it waits for the device. And loss and
+error on pictures the network is not trained on."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -137,7 +138,11 @@ class TrainStep:
         is of all of it."""
         size = labels.shape[0] if size is None else size
         totals = torch.zeros(2, dtype=torch.float64, device=images.device)
-        pieces = self._cut(images, labels, size)
+        if self.joint is not None:
+            pieces = self.joint.cut(images, labels)
+        else:
+            micro = self.micro_batch or size
+            pieces = list(zip(images.split(micro), labels.split(micro), strict=True))
         for count, (x, y) in enumerate(pieces, start=1):
             if self.joint is not None and count == len(pieces):
                 self.joint.last_pass()
@@ -160,12 +165,6 @@ class TrainStep:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return totals
-
-    def _cut(self, images: Tensor, labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-        if self.joint is not None:
-            return self.joint.cut(images, labels)
-        micro = self.micro_batch or size
-        return list(zip(images.split(micro), labels.split(micro), strict=True))
 
     def _forward_backward(self, x: Tensor, y: Tensor, size: int, totals: Tensor) -> None:
         self.phase = "forward"
@@ -194,3 +193,58 @@ class TrainStep:
             state = self.scaler.state_dict()
             self.scaler = torch.amp.GradScaler(self.execution.device)
             self.scaler.load_state_dict(state)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean cross-entropy (nats) and error in percent over `count` pictures."""
+
+    loss: float
+    error_pct: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Of the losses (nats) and of wrong predictions over `count` pictures: of several sets, or the parts of one, they
+    add up."""
+
+    loss: float
+    wrong: float
+    count: int
+
+    def score(self) -> Score:
+        """Raises ValueError if there are no pictures."""
+        if self.count == 0:
+            raise ValueError("there are no pictures to evaluate on")
+        return Score(self.loss / self.count, 100.0 * self.wrong / self.count, self.count)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    execution: Execution,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Sums | None:
+    """Scores the model in eval mode, and puts it back as it was. None if `should_stop` said so in between.
+
+    Changes no parameter and no buffer, so that an evaluation that was cut off can simply be done again.
+    """
+    was_training = model.training
+    model.eval()
+    loss_sum: Tensor | float = 0.0
+    wrong: Tensor | float = 0.0
+    count = 0
+    try:
+        for images, labels in batches:
+            if should_stop():
+                return None
+            with execution.autocast():
+                logits = model(images)
+            loss_sum = loss_sum + F.cross_entropy(logits.float(), labels, reduction="sum").double()
+            wrong = wrong + (logits.argmax(1) != labels).sum()
+            count += labels.shape[0]
+    finally:
+        model.train(was_training)
+    return Sums(float(loss_sum), float(wrong), count)
