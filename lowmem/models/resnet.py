@@ -40,9 +40,10 @@ class _Block(nn.Module):
         for k, kernel in enumerate(self.kernels, start=1):
             self.add_module(f"conv{k}", _conv(sizes[k - 1], sizes[k], kernel, stride if k == self.strided else 1))
             self.add_module(f"bn{k}", nn.BatchNorm2d(sizes[k]))
-        self.shortcut = nn.Sequential() if residual else None
-        if self.shortcut is not None and (stride, in_planes) != (1, sizes[-1]):
-            self.shortcut.extend([_conv(in_planes, sizes[-1], 1, stride), nn.BatchNorm2d(sizes[-1])])
+        layers: list[nn.Module] = []
+        if residual and (stride, in_planes) != (1, sizes[-1]):
+            layers = [_conv(in_planes, sizes[-1], 1, stride), nn.BatchNorm2d(sizes[-1])]
+        self.shortcut = nn.Sequential(*layers) if residual else None
 
     def forward(self, x: Tensor) -> Tensor:
         out = x

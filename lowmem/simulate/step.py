@@ -87,7 +87,9 @@ def simulate_step(
         run = empty_copy(shape.model, shape.execution.torch_memory_format).train()
         if schedule is not None:
             run = apply_plan(run, schedule, library_norm=shape.library_norm)
-        return _step_of(shape, run if way is None else way(run), optimizer)
+        elif way is not None:
+            run = way(run)
+        return _step_of(shape, run, optimizer)
 
     trace = trace_steps(build, steps=1, workspace=workspace)
     seconds = rates.seconds(kernel for kernel in trace.work if kernel.phase != "setup")
@@ -127,9 +129,8 @@ def _step_of(shape: StepShape, run: nn.Module, form: Mapping[str, bool]) -> Step
     step = TrainStep(run, optimizer, make_scaler(execution), execution, shape.micro_batch, joint)
     images = torch.empty(shape.batch, *shape.image_shape).contiguous(memory_format=execution.torch_memory_format)
     labels = torch.zeros(shape.batch, dtype=torch.int64)
-    return StepRun(
-        step=step, images=images, labels=labels, undo=Undo(step, run) if isinstance(run, PlannedModule) else None
-    )
+    undo = Undo(step, run) if isinstance(run, PlannedModule) else None
+    return StepRun(step=step, images=images, labels=labels, undo=undo)
 
 
 def trace_steps(
