@@ -209,10 +209,12 @@ def _memory(library: Any, handle: Any) -> dict[str, Any]:
 def _processes(library: Any, handle: Any, total_bytes: int | None) -> tuple[DeviceProcess, ...] | None:
     """One entry a process, though a program that computes and draws is in both lists with the same bytes."""
     found: dict[int, DeviceProcess] = {}
-    lists = {kind: _running(library, kind, handle) for kind in ("Compute", "Graphics")}
-    if all(entries is None for entries in lists.values()):
-        return None
-    for kind, entries in lists.items():
+    told = False
+    for kind in ("Compute", "Graphics"):
+        entries = _ask(library, f"nvmlDeviceGet{kind}RunningProcesses", handle)
+        if entries is None:  # the plain name asks for the newest form, which an old driver refuses
+            entries = _ask(library, f"nvmlDeviceGet{kind}RunningProcesses_v2", handle)
+        told = told or entries is not None
         for entry in entries or ():
             pid, used = int(entry.pid), entry.usedGpuMemory
             if used is not None and used > (total_bytes or 2**62):  # "not available" is the largest 64-bit number
@@ -220,16 +222,8 @@ def _processes(library: Any, handle: Any, total_bytes: int | None) -> tuple[Devi
             known = found.get(pid) or DeviceProcess(pid=pid, name=_program(library, pid))
             most = max((size for size in (known.used_bytes, used) if size is not None), default=None)
             found[pid] = replace(known, used_bytes=most, graphics=kind == "Graphics")
-    return tuple(sorted(found.values(), key=lambda process: (-(process.used_bytes or 0), process.pid)))
-
-
-def _running(library: Any, kind: str, handle: Any) -> list[Any] | None:
-    """The plain name asks for the newest form, which an old driver refuses; the named older one may still do."""
-    for suffix in ("", "_v2"):
-        entries = _ask(library, f"nvmlDeviceGet{kind}RunningProcesses{suffix}", handle)
-        if entries is not None:
-            return list(entries)
-    return None
+    ordered = tuple(sorted(found.values(), key=lambda process: (-(process.used_bytes or 0), process.pid)))
+    return ordered if told else None
 
 
 def _program(library: Any, pid: int) -> str | None:

@@ -104,13 +104,10 @@ class Solver:
         least feasible in two steps. Empty if nothing is smaller."""
         found: list[Solution] = []
         bound = int(below_bytes * ratio)
-        while len(found) < near:
-            try:
-                solution = self.solve(bound)
-            except Infeasible:
-                break
-            found.append(solution)
-            bound = int(min(bound, solution.peak_bytes) * ratio)
+        with suppress(Infeasible):
+            while len(found) < near:
+                found.append(self.solve(bound))
+                bound = int(found[-1].peak_bytes * ratio)
         least, last = self.least(), found[-1].peak_bytes if found else below_bytes
         if least.peak_bytes >= last:
             return found

@@ -141,7 +141,7 @@ class Table:
         self._fast = list(accumulate((stage.fast_seconds for stage in chain.stages), initial=0.0))
         self._rows: list[list[Row]] = [[] for _ in range(count)]  # [a][e - a]
         self._first: list[list[int]] = [[] for _ in range(count)]  # the least m that is finite
-        self._known: dict[tuple[_Part, int], float] = {}  # values of T' that were read
+        self._known: dict[tuple[_Part, int], tuple[float, _Choice]] = {}  # what was read, see `_best`
         transient: dict[Restore, list[Row]] = {}  # T' of a + 1, [e - a - 1]
         for a in reversed(range(count)):
             transient = self._fill(a, transient)
@@ -241,7 +241,7 @@ class Table:
 
     def _items(self, part: _Part, m: int) -> Iterator[Item]:
         while part.a <= part.e:
-            choice = self._best(part, m)
+            _, choice = self._best(part, m)
             if isinstance(choice.what, int):
                 rest, inside = choice.parts
                 yield Segment(part.a, choice.what - 1, Schedule(tuple(self._items(inside, m - inside.shift))))
@@ -252,14 +252,18 @@ class Table:
                 rest = choice.parts[0]
             part, m = rest, m - rest.shift
 
-    def _best(self, part: _Part, m: int) -> _Choice:
-        best, found = np.inf, None
-        for choice in self._choices(part.a, part.e, part.restore):
-            value = self._value(choice, m, best)
-            if found is None or value < best:
-                best, found = value, choice
-        assert found is not None
-        return found
+    def _best(self, part: _Part, m: int) -> tuple[float, _Choice]:
+        """The first of the fastest choices, and its seconds. T' is not stored: what was read of it is remembered."""
+        key = part._replace(shift=0), m
+        if key not in self._known:
+            best: tuple[float, _Choice] | None = None
+            for choice in self._choices(part.a, part.e, part.restore):
+                value = self._value(choice, m, best[0] if best else np.inf)
+                if best is None or value < best[0]:
+                    best = value, choice
+            assert best is not None
+            self._known[key] = best
+        return self._known[key]
 
     def _value(self, choice: _Choice, m: int, enough: float) -> float:
         """Seconds of the choice with m slots, or something at least `enough`, if it takes that long."""
@@ -271,16 +275,7 @@ class Table:
             if left < 0:
                 return np.inf
             known = float(self.row(part.a, part.e)[left])
-            if part.restore is not None and total + known < enough:  # T' is not stored, and never below T
-                known = self._transient_value(part, left)
+            if part.restore is not None and total + known < enough:  # T' is never below T
+                known, _ = self._best(part, left)
             total += known
         return total
-
-    def _transient_value(self, part: _Part, m: int) -> float:
-        key = part._replace(shift=0), m
-        if key not in self._known:
-            best = np.inf
-            for choice in self._choices(part.a, part.e, part.restore):
-                best = min(best, self._value(choice, m, best))
-            self._known[key] = best
-        return self._known[key]

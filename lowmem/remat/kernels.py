@@ -88,18 +88,13 @@ def convolve_backward(
 def accumulate(parameter: Tensor, grad: Tensor) -> None:
     """Adds to `.grad` in place, or becomes it, in the parameter's dtype and memory layout."""
     grad = grad.to(parameter.dtype)
+    dims = zip(grad.shape, grad.stride(), parameter.stride(), strict=True)
     if parameter.grad is not None:
         parameter.grad.add_(grad)
-    elif _laid_out_alike(grad, parameter):
+    elif all(mine == other for size, mine, other in dims if size > 1):  # autograd's own rule for taking it as it is
         parameter.grad = grad
     else:
         parameter.grad = torch.empty_like(parameter).copy_(grad)
-
-
-def _laid_out_alike(grad: Tensor, parameter: Tensor) -> bool:
-    """Autograd's own rule for taking a gradient as it is: strides agree wherever there is more than one."""
-    dims = zip(grad.shape, grad.stride(), parameter.stride(), strict=True)
-    return all(mine == other for size, mine, other in dims if size > 1)
 
 
 def norm_first(

@@ -74,7 +74,9 @@ class Allocator:
         if size_bytes == 0:
             return
         size = round_block(size_bytes)
-        block = self._best_fit(size) or self._new_segment(size)
+        cached = self._cached[size <= SMALL_SIZE_BYTES]
+        fit = bisect_left(cached, (size, -1))
+        block = self._uncache(self._by_address[cached[fit][1]]) if fit < len(cached) else self._new_segment(size)
         self._split(block, size)
         block.free = False
         self._live[key] = block
@@ -99,14 +101,6 @@ class Allocator:
             if block.before is None and block.after is None:
                 self._uncache(block)
                 self.reserved_bytes -= block.size_bytes
-
-    def _best_fit(self, size: int) -> _Block | None:
-        small = size <= SMALL_SIZE_BYTES
-        cached = self._cached[small]
-        at = bisect_left(cached, (size, -1))
-        if at == len(cached):
-            return None
-        return self._uncache(self._by_address[cached[at][1]])
 
     def _new_segment(self, size: int) -> _Block:
         wanted = segment_bytes(size)

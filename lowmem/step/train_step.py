@@ -96,32 +96,23 @@ def make_scaler(execution: Execution) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(execution.device, enabled=execution.amp_dtype is torch.float16)
 
 
+@dataclass(eq=False)
 class TrainStep:
     """Forward, backward and update for one effective batch, in micro-batches.
 
     The gradient is that of the mean loss over the effective batch, however large that batch is and however it is cut
-    (invariant 4); batch-norm statistics are per micro-batch.
+    (invariant 4); batch-norm statistics are per micro-batch. `joint`: with whom the step is made; None: by this process
+    alone. `phase`: what it is doing, for whoever has to say where it failed: `data`, `forward`, `backward`,
+    `reduction`, `gradient norms`, `update`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        execution: Execution,
-        micro_batch: int | None,
-        joint: DataParallelStep | None = None,
-    ) -> None:
-        """`joint`: with whom the step is made; None: by this process alone."""
-        self.model = model
-        self.optimizer = optimizer
-        self.scaler = scaler
-        self.execution = execution
-        self.micro_batch = micro_batch
-        self.joint = joint
-        # What a step is doing, for whoever has to say where it failed: `data`, `forward`, `backward`, `reduction`,
-        # `gradient norms`, `update`.
-        self.phase = "data"
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    execution: Execution
+    micro_batch: int | None
+    joint: DataParallelStep | None = None
+    phase: str = "data"
 
     def __call__(
         self,
