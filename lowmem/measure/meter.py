@@ -20,12 +20,11 @@ _MACHINE = Path("/proc/meminfo")
 
 class Meter:
     """Reads the memory of a device: `cpu` or `cuda` (torch's current one). `reset` starts new peaks, where the device
-    has any to reset; `read` gives the figures now and since the last reset.
+    has any to reset; `read` gives the figures now and since the last reset, in a few milliseconds: cheap enough for
+    every line of a log, not for every step; `close` lets go of the driver's library.
 
-    The driver's library is opened once and read in a few milliseconds: cheap enough for every line of a log, not for
-    every step. `close` lets go of it, as Python does when the meter is forgotten. Where the driver does not tell what a
-    process holds, a meter made before CUDA is first used still knows this process's context, from how the card filled
-    up.
+    Where the driver does not tell what a process holds, a meter made before CUDA is first used still knows this
+    process's context, from how the card filled up.
     """
 
     reset: Callable[[], None]

@@ -132,35 +132,34 @@ class Walk:
             item, dropped = items[index], before[index]
             if isinstance(item, Segment) and item is not last:
                 self.held -= x[item.end + 1]
-            self.restore(items, before, there, index)
+            first = next(at for at in range(index, -1, -1) if there[at])
+            for at in range(first + 1, index + 1):
+                self.restore(items[at].start, before[at])
+                there[at] = True
             self.backward(item, item is last)
             if dropped is not None:
                 # what restoring left is part of the temporaries of the backward that comes next
                 self.held -= x[item.start] + dropped.restored_bytes
 
-    def restore(self, items: tuple[Item, ...], before: list[OptionCost | None], there: list[bool], index: int) -> None:
-        """Makes the input of an item again if it is not there, and what that needs."""
-        option = before[index]
-        if there[index] or option is None:
-            return
-        self.restore(items, before, there, index - 1)
-        self.touch("restoring the input", items[index].start, option.restore_temp_bytes)
+    def restore(self, start: int, option: OptionCost | None) -> None:
+        """Makes the input of a stage again, which the stage before dropped."""
+        assert option is not None
+        self.touch("restoring the input", start, option.restore_temp_bytes)
         self.spend(option.restore_seconds, option.restore_flops)
-        self.held += self.chain.boundary_bytes[items[index].start] + option.restored_bytes
-        there[index] = True
+        self.held += self.chain.boundary_bytes[start] + option.restored_bytes
 
     def forward(self, item: Item, free_input: bool, last: bool) -> OptionCost | None:
         """Returns the option if it drops its output, which is then still held."""
         x = self.chain.boundary_bytes
         if isinstance(item, Keep):
             option = self.chain.stages[item.stage].option(item.policy, last)
-            if not item.fused:
+            if not item.policy.fused:
                 temporary = option.kept_bytes + option.forward_temp_bytes
                 self.touch("forward", item.stage, temporary, f" under {item.policy}")
             self.spend(option.forward_seconds, option.forward_flops)
-            self.held += option.kept_bytes + (x[item.end + 1] if item.drops_output else 0)
-            self.held -= x[item.start] if free_input else 0
-            return option if item.drops_output else None
+            drops = item.policy.drop_output
+            self.held += option.kept_bytes + (x[item.end + 1] if drops else 0) - (x[item.start] if free_input else 0)
+            return option if drops else None
         if last:  # its forward runs in its backward only
             self.held -= x[item.start] if free_input else 0
             return None

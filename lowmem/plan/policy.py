@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar, TypeAlias
+from itertools import pairwise
+from typing import Any, TypeAlias
 
 _NAME = re.compile(r"(?P<kind>[A-Z_]+)(?:\{(?P<kept>[^{}]*)\})?(?P<drop>-out)?")
 _TENSOR = re.compile(r"z(?:[1-9][0-9]*|s)|a[1-9][0-9]*")
@@ -118,14 +119,6 @@ class Keep:
         """Inclusive."""
         return self.stage
 
-    @property
-    def drops_output(self) -> bool:
-        return self.policy.drop_output
-
-    @property
-    def fused(self) -> bool:
-        return self.policy.fused
-
 
 @dataclass(frozen=True)
 class Segment:
@@ -135,8 +128,6 @@ class Segment:
     start: int
     end: int  # inclusive
     inner: Schedule
-    drops_output: ClassVar[bool] = False
-    fused: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if (self.inner.start, self.inner.end) != (self.start, self.end):
@@ -159,14 +150,16 @@ class Schedule:
     def __post_init__(self) -> None:
         if not self.items:
             raise ValueError("a schedule needs at least one item")
-        for item, following in zip(self.items, self.items[1:], strict=False):
+        # What a segment keeps is its input and its output.
+        policies = [item.policy if isinstance(item, Keep) else INPUT_ONLY for item in self.items]
+        for index, (item, following) in enumerate(pairwise(self.items)):
             if following.start != item.end + 1:
                 raise ValueError(f"stage {item.end} is followed by {following.start}: items must be consecutive")
-            if item.fused:
+            if policies[index].fused:
                 raise ValueError(f"stage {item.end} is FUSED but not the last of its segment")
-            if item.drops_output and following.fused:
+            if policies[index].drop_output and policies[index + 1].fused:
                 raise ValueError(f"stage {item.end} drops its output: stage {following.start} cannot be FUSED")
-        if self.items[-1].drops_output:
+        if policies[-1].drop_output:
             raise ValueError(f"stage {self.end} is the last of its schedule: nothing would restore its dropped output")
 
     @property
@@ -182,7 +175,8 @@ class Schedule:
         """Raises ValueError unless this is a schedule for the whole chain of `stages` stages."""
         if (self.start, self.end) != (0, stages - 1):
             raise ValueError(f"the schedule covers stages {self.start}..{self.end}, the chain has 0..{stages - 1}")
-        if self.items[-1].fused:
+        last = self.items[-1]
+        if isinstance(last, Keep) and last.policy.fused:
             raise ValueError(f"stage {self.end} is the last of the chain: it must run forward, so it cannot be FUSED")
 
     def walk(self, depth: int = 0) -> Iterator[tuple[int, Item]]:

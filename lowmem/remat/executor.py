@@ -99,7 +99,7 @@ class Run:
             else:
                 y, entry.saved = self.stages[item.stage].forward(box, item.policy, self.memos[item.stage], not last)
             entries.append(entry)
-            dropped = item.drops_output
+            dropped = isinstance(item, Keep) and item.policy.drop_output
             box.clear()
             if y is not None:
                 box.append(y)

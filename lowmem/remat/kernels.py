@@ -100,11 +100,9 @@ def accumulate(parameter: Tensor, grad: Tensor) -> None:
 def norm_first(
     bn: nn.BatchNorm2d, z: Tensor, in_place: bool, library: bool = False, total: Total | None = None
 ) -> tuple[Tensor, NormStats]:
-    """The pass's first batch norm of z, [N, C, H, W]: moves the running statistics if it is training
-    (invariant 2). With `total`, which training calls once, z may be empty.
-
-    With `in_place` the result takes z's place. Raises ValueError if there is one value per channel only.
-    """
+    """The pass's first batch norm of z, [N, C, H, W], in z's place if `in_place`: moves the running statistics if it is
+    training (invariant 2). With `total`, which training calls once, z may be empty. Raises ValueError if there is one
+    value per channel only."""
     stats: NormStats | None = None
     if bn.training and total is not None:
         stats = _global_stats(bn, z, total)
@@ -143,12 +141,9 @@ def _global_stats(bn: nn.BatchNorm2d, z: Tensor, total: Total) -> NormStats:
 
 
 def global_statistics(z: Tensor, total: Total) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance, [C], and values per channel, [], of all processes' z, [N, C, H, W]; float64 on
-    z's device. N may be 0.
-
-    One call of `total`, on 2C + 1 values. Sums of squares lose digits where the mean is large beside the standard
-    deviation, but they are float64, and each process's share is made of its own mean and variance.
-    """
+    """Mean and biased variance, [C], and values per channel, [], of all processes' z, [N, C, H, W]; float64 on z's
+    device. N may be 0. Sums of squares lose digits where the mean is large beside the standard deviation, but they are
+    float64, and each process's share is made of its own mean and variance."""
     channels = z.shape[1]
     sums = z.new_zeros(2 * channels + 1, dtype=torch.float64)
     if z.numel():
@@ -222,8 +217,8 @@ def norm_backward(
 ) -> Tensor | None:
     """Adds the gradients of weight and bias to `.grad`; returns z's, or None if not needed. z is used up.
 
-    With statistics of all processes `total`, the forward's, is called once if z's gradient is needed. The gradients
-    of weight and bias are this process's own: like those of all parameters they remain to be summed.
+    With statistics of all processes `total` is called once if z's gradient is needed. The gradients of weight and bias
+    are this process's own: like those of all parameters they remain to be summed.
     """
     mask = [need_input, bn.weight.requires_grad, bn.bias.requires_grad]
     if not any(mask):
@@ -296,11 +291,8 @@ def _input_grad(bn: nn.BatchNorm2d, grad: Tensor, z: Tensor, stats: NormStats, s
 
 
 def mask_relu(grad: Tensor, result: Tensor, *, owned: bool = True) -> Tensor:
-    """The gradient before a ReLU, from the one after it and the ReLU's result; in place if `grad` is `owned`.
-
-    Never a product with a mask: that changes the memory layout in channels-last, and with it the kernels
-    and the last digits of what follows.
-    """
+    """The gradient before a ReLU, from the one after it and the ReLU's result; in place if `grad` is `owned`. Never a
+    product with a mask: that changes the memory layout in channels-last, and so the last digits of what follows."""
     if owned and grad.stride() == result.stride():
         _aten.threshold_backward.grad_input(grad, result, 0, grad_input=grad)
         return grad

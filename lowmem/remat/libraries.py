@@ -1,10 +1,9 @@
 """What CUDA's libraries are told before their first kernel: which kernels they may take, and how much memory beside.
 
-Two steps on one card have the same bits only if nothing is chosen by trial and nothing is summed in the order in which
-threads happen to finish. `cudnn.benchmark` chooses by trial; `cudnn.deterministic` rules out the algorithms that sum by
-chance (backward filter ALGO_0 and 3, backward data ALGO_0); cuBLAS needs a workspace of a fixed kind
-(https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility). Bits are those of one card, driver and
-library: cuDNN promises none across architectures.
+Two steps on one card have the same bits only if nothing is chosen by trial (`cudnn.benchmark`) and nothing is summed in
+the order in which threads happen to finish: `cudnn.deterministic` rules out the algorithms that do (backward filter
+ALGO_0 and 3, backward data ALGO_0); cuBLAS needs a workspace of a fixed kind
+(https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility). cuDNN promises no bits across architectures.
 
 TF32 rounds the operands of a product to 10 bits of mantissa. From capability 8.0 on torch lets convolutions in fp32 use
 it, and matrix products not; older cards have none.
@@ -12,8 +11,7 @@ it, and matrix products not; older cards have none.
 Workspaces come out of torch's caching allocator: the convolutions' for the time of a call, cuBLAS's and cublasLt's from
 the first matrix product on (one handle: lowmem's backward pass runs in the thread of the forward).
 
-Known limitations: a process that has used cuBLAS before keeps the workspace it has. That cuDNN 9 heeds the cap of its
-convolutions' workspace is unproven.
+Known limitations: a process that has used cuBLAS keeps the workspace it has. That cuDNN 9 heeds the cap is unproven.
 """
 
 from __future__ import annotations

@@ -2,11 +2,10 @@
 
 The family is recognised by its structure (names and types of children), so that this room knows no model of its own:
 
-- a network has exactly the children `conv1`, `bn1`, `layer1`, `layer2`, … (sequences) and `linear`; its
-  head averages over 4x4 and flattens;
-- a block has exactly `conv1`, `bn1`, `conv2`, `bn2`, … and `shortcut`, which is None, an empty sequence
-  (identity) or a sequence of convolution and batch norm, and ReLUs after every batch norm but the last,
-  and after the sum.
+- a network has exactly the children `conv1`, `bn1`, `layer1`, `layer2`, … (sequences) and `linear`; its head averages
+  over 4x4 and flattens;
+- a block has exactly `conv1`, `bn1`, `conv2`, `bn2`, … and `shortcut`, which is None, an empty sequence (identity) or a
+  sequence of convolution and batch norm, and ReLUs after every batch norm but the last, and after the sum.
 
 A module whose children look like this but whose forward does something else must not be given to `decompose`.
 """
@@ -49,10 +48,9 @@ class PlannedModule(nn.Module):
     """Shares children, parameters and buffers with the model: state dict, `to`, `train` and optimizers see no
     difference, and changes show in both.
 
-    `stages` are the chain's links, `schedule` what is executed; it may be replaced (`set_schedule`) between steps.
-    Two attributes may be set at any time: `total` makes training's batch statistics those of all processes
-    (`lowmem.remat.kernels.Total`); `stage_done` is called in the backward with the number of each stage whose
-    parameters' gradients are complete (`lowmem.remat.executor.Run`).
+    `stages` are the chain's links, `schedule` what is executed; it may be replaced between steps (`set_schedule`), and
+    so may `total`, which makes training's batch statistics those of all processes (`lowmem.remat.kernels`), and
+    `stage_done`, called when a stage's gradients are complete (`lowmem.remat.executor.Run`).
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule, *, library_norm: bool = False) -> None:
@@ -84,10 +82,9 @@ def apply_plan(model: nn.Module, plan: Plan | Schedule, *, library_norm: bool | 
     """The module that executes the plan on the model's own parameters.
 
     Loss, gradients and buffers have the same bits as the model's own (invariant 1): on a CPU always, on CUDA if batch
-    norm is the library's choice and the libraries' kernels are deterministic (`lowmem.remat.libraries`). Gradients are
-    added to `.grad` as they are computed; see `lowmem.remat.executor` for what does not work because of
-    that. `library_norm`: see `lowmem.remat.kernels`; None: as the plan has it, for a bare schedule the native kernels.
-    Raises ValueError if the plan was made for other stages than the model's.
+    norm is the library's choice and the libraries' kernels are deterministic (`lowmem.remat.libraries`). What does not
+    work: see `lowmem.remat.executor`. `library_norm`: see `lowmem.remat.kernels`; None: as the plan has it, for a bare
+    schedule the native kernels. Raises ValueError if the plan was made for other stages than the model's.
     """
     if isinstance(plan, Schedule):
         return PlannedModule(model, plan, library_norm=bool(library_norm))

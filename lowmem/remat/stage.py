@@ -2,8 +2,7 @@
 
 Tensors are handed over in a one-element list ("box") wherever the callee should be able to free them: it pops the
 tensor, and nobody else holds it. Activations are [N, C, H, W]; a gradient handed to `backward` has already gone through
-the stage's final ReLU, if there is one (`relu_output`), because the ReLU's result, the next stage's input, is at hand
-there and need not be kept for this stage.
+the stage's final ReLU, if there is one: the ReLU's result is at hand as the next stage's input.
 """
 
 from __future__ import annotations

@@ -54,10 +54,8 @@ class _Block:
 
 @dataclass
 class Allocator:
-    """One device, one stream. `capacity_bytes` None: the device never says no.
-
-    `allocated_bytes` counts rounded requests, `reserved_bytes` segments, both as `torch.cuda` does.
-    """
+    """One device, one stream; with `capacity_bytes` None it never says no. `allocated_bytes` counts rounded requests,
+    `reserved_bytes` segments, both as `torch.cuda` does."""
 
     capacity_bytes: int | None = None
     allocated_bytes: int = 0

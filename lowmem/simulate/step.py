@@ -158,9 +158,8 @@ def _run_recorded(recorder: Recorder, run: StepRun, steps: int) -> None:
 
 
 def empty_copy(model: nn.Module, memory_format: torch.memory_format = torch.preserve_format) -> nn.Module:
-    """The model with parameters and buffers of the same kind but no values, on the CPU: inside a fake mode, a
-    copy that takes no memory. The model may be on the `meta` device. (`Module.to` does not work on fake
-    parameters, so the memory format is given here.)"""
+    """The model with parameters and buffers of the same kind but no values, on the CPU: inside a fake mode, a copy that
+    takes no memory. The model may be on the `meta` device. (`Module.to` does not work on fake parameters.)"""
     memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if memory_format is torch.preserve_format or tensor.dim() != 4:

@@ -69,7 +69,7 @@ def call_of(func: Any, args: tuple[Any, ...]) -> Call | None:
 
 @dataclass
 class Trace:
-    """What happened, in order. `kinds` has the storages whose kind is known from outside; see `kind`."""
+    """What happened, in order. `kinds` has the storages whose kind is known from outside."""
 
     events: list[MemoryEvent] = field(default_factory=list)
     work: list[KernelWork] = field(default_factory=list)
@@ -110,7 +110,7 @@ def estimate(trace: Trace, capacity_bytes: int | None = None) -> Estimate:
     kinds = trace.all_kinds()
     allocator = Allocator(capacity_bytes)
     live = dict.fromkeys(Kind, 0)
-    peak, at_peak, phase, operation = 0, dict(live), "", ""
+    peak, at_peak, at = 0, dict(live), MemoryEvent(0, 0, "", "")
     for event in trace.events:
         live[kinds[event.storage]] += event.change_bytes
         if event.change_bytes < 0:
@@ -118,14 +118,14 @@ def estimate(trace: Trace, capacity_bytes: int | None = None) -> Estimate:
             continue
         allocator.allocate(event.storage, event.change_bytes)
         if (total := sum(live.values())) > peak:
-            peak, at_peak, phase, operation = total, dict(live), event.phase, event.operation
+            peak, at_peak, at = total, dict(live), event
     return Estimate(
         peak_tensor_bytes=peak,
         peak_allocated_bytes=allocator.peak_allocated_bytes,
         peak_reserved_bytes=allocator.peak_reserved_bytes,
         at_peak_bytes=at_peak,
-        peak_phase=phase,
-        peak_operation=operation,
+        peak_phase=at.phase,
+        peak_operation=at.operation,
     )
 
 

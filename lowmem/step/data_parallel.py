@@ -1,13 +1,11 @@
 """A training step of several processes: each its slice of the effective batch, one sum of gradients, one verdict.
 
-Every process does the same steps in the same order. Between the backward pass and the update they agree, in one small
-message, on whether the step held everywhere, and on what only one of them may know: a signal, a save that is due,
-memory that runs short. So a step is made by all or by none: where one runs out of memory, the others undo theirs too,
-and all do it again.
+Between the backward pass and the update the processes agree, in one small message, on whether the step held everywhere,
+and on what only one of them may know: a signal, a save that is due, memory that runs short. So a step is made by all or
+by none: where one runs out of memory, the others undo theirs too, and all do it again.
 
 A process that failed owes the others its part of the sums that the step has; it sends zeros, so that nobody hangs. With
-batch norm over all processes (`sync_bn`) that includes the statistics, whose sizes and order depend on the network
-only.
+batch norm over all processes (`sync_bn`) that includes the statistics, whose sizes and order depend on the network.
 """
 
 from __future__ import annotations

@@ -172,11 +172,8 @@ class TrainStep:
         totals[1] += (logits.detach().argmax(1) != y).sum()
 
     def reset_scaler(self) -> None:
-        """Forgets what the scaler noted of a step that is not finished; scale and growth count stay.
-
-        A fresh one, because between two of its own calls the library's scaler has no way back, and keeps its notes
-        on the optimizer too.
-        """
+        """Forgets what the scaler noted of a step that is not finished; scale and growth count stay. A fresh one: the
+        library's scaler has no way back between two of its own calls, and keeps its notes on the optimizer too."""
         for note in ("grad_scale", "found_inf"):
             if hasattr(self.optimizer, note):
                 delattr(self.optimizer, note)
@@ -218,10 +215,8 @@ def evaluate(
     execution: Execution,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Sums | None:
-    """Scores the model in eval mode, and puts it back as it was. None if `should_stop` said so in between.
-
-    Changes no parameter and no buffer, so that an evaluation that was cut off can simply be done again.
-    """
+    """Scores the model in eval mode, and puts it back as it was. None if `should_stop` said so in between. Changes no
+    parameter and no buffer, so that an evaluation that was cut off can simply be done again."""
     was_training = model.training
     model.eval()
     loss_sum: Tensor | float = 0.0
