@@ -79,7 +79,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: type[_Block],
         blocks_per_stage: Sequence[int],
         *,
         width: int = 64,

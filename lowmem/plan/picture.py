@@ -43,8 +43,14 @@ def lines(schedule: Schedule, names: Sequence[str]) -> list[PictureLine]:
     items = schedule.items
     while items:
         length, turns = _best_turn(items, names)
-        found.append(_line(items[: length * turns], length, turns, names))
-        items = items[length * turns :]
+        run, items = items[: length * turns], items[length * turns :]
+        action = _counted(run[:length])
+        if turns > 1 and length > 1:
+            action = f"{turns} x ({action})"
+        elif turns > 1 and isinstance(run[0], Segment):
+            action = f"{turns} x {action}"
+        first, last = run[0].start, run[-1].end
+        found.append(PictureLine(_range(names, first, last), last - first + 1, action))
     return found
 
 
@@ -85,16 +91,6 @@ def _best_turn(items: Sequence[Item], names: Sequence[str]) -> tuple[int, int]:
         if turns > 1 and turns * length > best[0] * best[1]:
             best = (length, turns)
     return best
-
-
-def _line(run: Sequence[Item], length: int, turns: int, names: Sequence[str]) -> PictureLine:
-    count = run[-1].end - run[0].start + 1
-    action = _counted(run[:length])
-    if turns > 1 and length > 1:
-        action = f"{turns} x ({action})"
-    elif turns > 1 and isinstance(run[0], Segment):
-        action = f"{turns} x {action}"
-    return PictureLine(_range(names, run[0].start, run[-1].end), count, action)
 
 
 def _group(name: str) -> str | None:

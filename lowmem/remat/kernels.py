@@ -223,8 +223,15 @@ def norm_backward(
     mask = [need_input, bn.weight.requires_grad, bn.bias.requires_grad]
     if not any(mask):
         return None
+    grad_z: Tensor | None = None
     if stats.count is not None or not z.numel():
-        grad_z, grad_weight, grad_bias = _global_backward(bn, grad, z, stats, need_input, total)
+        grad_weight, grad_bias = _parameter_grads(bn, grad, z, stats)
+        if need_input:
+            sums = torch.cat((grad_bias, grad_weight)).double()
+            if stats.count is not None:
+                assert total is not None
+                total(sums)
+            grad_z = _input_grad(bn, grad, z, stats, sums) if z.numel() else torch.empty_like(z)
     else:
         running = (None, None) if stats.training else (bn.running_mean, bn.running_var)
         saved = (*running, stats.mean, stats.invstd, stats.training, bn.eps, mask)
@@ -239,20 +246,6 @@ def norm_backward(
     if mask[2]:
         accumulate(bn.bias, grad_bias)
     return grad_z if need_input else None
-
-
-def _global_backward(
-    bn: nn.BatchNorm2d, grad: Tensor, z: Tensor, stats: NormStats, need_input: bool, total: Total | None
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    grad_weight, grad_bias = _parameter_grads(bn, grad, z, stats)
-    if not need_input:
-        return None, grad_weight, grad_bias
-    sums = torch.cat((grad_bias, grad_weight)).double()
-    if stats.count is not None:
-        assert total is not None
-        total(sums)
-    grad_z = torch.empty_like(z) if not z.numel() else _input_grad(bn, grad, z, stats, sums)
-    return grad_z, grad_weight, grad_bias
 
 
 def _parameter_grads(bn: nn.BatchNorm2d, grad: Tensor, z: Tensor, stats: NormStats) -> tuple[Tensor, Tensor]:

@@ -101,18 +101,13 @@ class DataParallelStep:
         return votes
 
 
+@torch.no_grad()
 def are_alike(group: Group, model: nn.Module) -> bool:
     """Whether the processes' parameters and running statistics are the same bits: sums over them would mean nothing
     else. Costs one pass over them."""
     if group.alone:
         return True
-    sums = torch.stack([_bits(tensor) for tensor in model.state_dict().values() if tensor.is_floating_point()]).tolist()
-    everyone = group.gather(sums)
+    flat = (tensor.contiguous().flatten() for tensor in model.state_dict().values() if tensor.is_floating_point())
+    words = (one.view(torch.int32 if one.element_size() == 4 else torch.int16) for one in flat)
+    everyone = group.gather(torch.stack([one.sum(dtype=torch.int64) for one in words]).tolist())
     return all(one == everyone[0] for one in everyone)
-
-
-@torch.no_grad()
-def _bits(tensor: Tensor) -> Tensor:
-    """An int64 that other values hardly have."""
-    words = tensor.contiguous().flatten().view(torch.int32 if tensor.element_size() == 4 else torch.int16)
-    return words.sum(dtype=torch.int64)
