@@ -17,11 +17,11 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceProcess:
-    """A process that holds memory of a card. `used_bytes` is None where the driver does not tell (Windows)."""
+    """A process that holds memory of a card."""
 
     pid: int
     name: str | None = None
-    used_bytes: int | None = None
+    used_bytes: int | None = None  # None where the driver does not tell (Windows)
     graphics: bool = False
 
 
@@ -37,23 +37,20 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class DriverDevice:
-    """A card as the driver sees it. `used_bytes` is without `reserved_bytes`, what driver and firmware keep to
-    themselves; total = free + used + reserved (where an old driver does not tell `reserved_bytes`, it is part of
-    `used_bytes`). `uuid` is what torch calls it too (`GPU-…`): NVML's indices ignore CUDA_VISIBLE_DEVICES. `trouble`:
-    why the driver says nothing of this card ("GPU is lost")."""
+    """A card as the driver sees it; total = free + used + reserved."""
 
     index: int
-    uuid: str | None = None
+    uuid: str | None = None  # `GPU-…`, what torch calls it too: NVML's indices ignore CUDA_VISIBLE_DEVICES
     name: str | None = None
     capability: tuple[int, int] | None = None
     total_bytes: int | None = None
     free_bytes: int | None = None
     used_bytes: int | None = None
-    reserved_bytes: int | None = None
+    reserved_bytes: int | None = None  # what driver and firmware keep; part of `used_bytes` where an old one is silent
     processes: tuple[DeviceProcess, ...] | None = None
     link: Link | None = None
     display_active: bool | None = None
-    trouble: str | None = None
+    trouble: str | None = None  # why the driver says nothing of this card ("GPU is lost")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,17 +37,13 @@ _UNITS = {"bytes": 1, "kib": KIB, "mib": MIB, "gib": GIB}
 
 @dataclass(frozen=True)
 class Failure:
-    """Out of memory: in which phase of a step or beside it, the library's message, and bytes asked for if it says.
+    """Out of memory."""
 
-    `final`: the update had begun; then nothing was undone, and there is no way back but the last checkpoint. `peer`: it
-    was another process that ran out, and this one undid the step for it.
-    """
-
-    phase: str
-    message: str
-    asked_bytes: int | None = None
-    final: bool = False
-    peer: bool = False
+    phase: str  # of a step, or beside it
+    message: str  # the library's
+    asked_bytes: int | None = None  # if it says
+    final: bool = False  # the update had begun: nothing was undone, and the last checkpoint is the only way back
+    peer: bool = False  # it was another process that ran out, and this one undid the step for it
 
     @property
     def words(self) -> str:

@@ -17,37 +17,27 @@ _TOO_SMALL_BYTES = 32 * MIB
 class Snapshot:
     """Memory of a device now, and its peaks since the last `Meter.reset`, in bytes. None: nobody tells.
 
-    `peak_allocated_bytes`: tensors; `peak_reserved_bytes`: the caching allocator's segments; `device_used_bytes`: on
-    CUDA all that is in use on the card, whoever uses it; on the CPU this process's peak resident memory.
-
-    `process_bytes`: this process on the card, by the driver; on the CPU its resident memory now. `context_bytes`: what
-    of it is no segment of the allocator (CUDA context, loaded kernels, libraries). `others_bytes`: other processes.
-    `alloc_retries`: how often the allocator had to empty its cache to go on; `ooms`: how often that did not help.
-
     `device_total_bytes` and `driver_reserved_bytes`: by NVML the card's whole memory, and what of it no program gets;
     by the CUDA runtime the former is without the latter, which is unknown then. On the CPU the machine's memory, and
     `device_free_bytes` what it can give without swapping; a container's own limit is not looked at.
-    `processes`: as the driver lists them, this one included; empty as well where it does not.
-    `device_source`: who told the figures of the device: "nvml", "cuda runtime", "process" (CPU) or "none".
-    `missing`: a sentence for each source that could not be read, and what stands in its place.
     """
 
-    peak_allocated_bytes: int | None = None
-    peak_reserved_bytes: int | None = None
-    device_used_bytes: int | None = None
+    peak_allocated_bytes: int | None = None  # tensors
+    peak_reserved_bytes: int | None = None  # the caching allocator's segments
+    device_used_bytes: int | None = None  # on the card, whoever uses it; on the CPU this process's peak resident memory
     allocated_bytes: int | None = None
     reserved_bytes: int | None = None
-    alloc_retries: int | None = None
-    ooms: int | None = None
-    process_bytes: int | None = None
-    context_bytes: int | None = None
-    others_bytes: int | None = None
+    alloc_retries: int | None = None  # how often the allocator had to empty its cache to go on
+    ooms: int | None = None  # how often that did not help
+    process_bytes: int | None = None  # this process on the card, by the driver; on the CPU its resident memory now
+    context_bytes: int | None = None  # what of it is no segment: CUDA context, loaded kernels, libraries
+    others_bytes: int | None = None  # other processes
     device_total_bytes: int | None = None
     device_free_bytes: int | None = None
     driver_reserved_bytes: int | None = None
-    processes: tuple[DeviceProcess, ...] = ()
-    device_source: str = "none"
-    missing: tuple[str, ...] = ()
+    processes: tuple[DeviceProcess, ...] = ()  # as the driver lists them, this one included; empty where it does not
+    device_source: str = "none"  # who told the figures of the device: "nvml", "cuda runtime", "process" (CPU), "none"
+    missing: tuple[str, ...] = ()  # a sentence for each source that could not be read, and what stands in its place
 
 
 def who_holds(source: Snapshot | DriverReport, uuid: str | None = None) -> list[str]:

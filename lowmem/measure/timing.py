@@ -28,13 +28,12 @@ BOUND_SHARE = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds of one call: median and least over the rounds of `inner` calls each. `launch_seconds`: the median of the
-    host's share, from the same rounds: all of a call on the CPU, on CUDA until it is issued."""
+    """Seconds of one call, over the rounds."""
 
     median_seconds: float
     least_seconds: float
-    launch_seconds: float
-    inner: int
+    launch_seconds: float  # the median of the host's share: all of a call on the CPU, on CUDA until it is issued
+    inner: int  # calls a round
 
     @property
     def bound_by_host(self) -> bool:

@@ -69,13 +69,10 @@ class Bottleneck(_Block):
 
 
 class ResNet(nn.Module):
-    """Stem of `width` channels, four stages of width*(1, 2, 4, 8) planes, 4x4 average pool, linear.
+    """Stem of `width` channels, four stages of width*(1, 2, 4, 8) planes, 4x4 average pool, linear. Takes float
+    [N, in_channels, 32, 32]; returns logits, float [N, num_classes]."""
 
-    Takes float [N, in_channels, 32, 32]; returns logits, float [N, num_classes]. `recipe`: the arguments of `skeleton`
-    that make it again, for another process; None: made by hand.
-    """
-
-    recipe: dict[str, Any] | None = None
+    recipe: dict[str, Any] | None = None  # the arguments of `skeleton` that make it again; None: made by hand
 
     def __init__(
         self,
@@ -118,11 +115,8 @@ def layout(arch: str, block: str | None = None) -> tuple[int, int, int, int]:
 
 
 def build(arch: str, block: str | None = None, *, seed: int = 0, **sizes: int) -> ResNet:
-    """A network of the family as a plain `nn.Module` in fp32 on the CPU, initialised as `initialise` says.
-
-    `res*` have shortcuts, `cnn*` are the same nets without any; `sizes` are `skeleton`'s. Takes [N, in_channels, 32,
-    32]. Raises UsageError for a name, block or width that the family does not have.
-    """
+    """A network of the family in fp32 on the CPU, initialised by `initialise`; `sizes` are `skeleton`'s. `res*` have
+    shortcuts, `cnn*` are the same nets without any. Raises UsageError for what the family does not have."""
     model = skeleton(arch, block, **sizes)
     # As `to_empty` does, whose `empty_like` imports sympy for a tensor without storage: a third of a second.
     model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))

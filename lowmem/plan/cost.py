@@ -70,8 +70,6 @@ class OptionCost:
     runs, and `restore_*` is what making it again takes, with a peak of `restore_temp_bytes`, output included, above
     `kept_bytes`. `restored_bytes` is what restoring leaves beside the output until the stage's own backward (z_n, if it
     was not kept), so it exists during the next stage's backward; the stage's `backward_temp_bytes` includes it.
-
-    FUSED: forward figures and `kept_bytes` are zero, the whole work is in the backward.
     """
 
     policy: BlockPolicy
@@ -102,9 +100,9 @@ class OptionCost:
 class StageCost:
     """One stage: a stem, a block, a head. `options` hold each policy at most once, at least one that is not FUSED.
 
-    `last_options`: what policies cost for the last stage of a segment, whose output is for nobody and is not computed:
-    `kept_bytes` is without it. If there are any, solvers use only these and FUSED there; a schedule with another policy
-    is taken to cost what `options` say, which is too much.
+    `last_options`: for the last stage of a segment, whose output is for nobody and is not computed: `kept_bytes` is
+    without it. If there are any, solvers use only these and FUSED there; a schedule with another policy is taken to
+    cost what `options` say, which is too much.
     """
 
     name: str

@@ -39,17 +39,15 @@ class Moment:
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """A schedule and what it takes under the cost model: `peak` of the step's tensors, `seconds` and `flops` of the
-    whole step. `overhead` and `extra_flops` are over plain autograd, None if that was not measured. The one result of
-    every solver and baseline, so that they swap places."""
+    """A schedule and what a step takes with it under the cost model: the one result of every solver and baseline."""
 
     strategy: str
     schedule: Schedule
     peak: Moment
     seconds: float
     flops: int
-    overhead: float | None
-    extra_flops: int | None
+    overhead: float | None  # over plain autograd, as a share; None if that was not measured
+    extra_flops: int | None  # likewise
 
     @property
     def peak_bytes(self) -> int:
@@ -57,8 +55,8 @@ class Solution:
 
 
 def evaluate(schedule: Schedule, chain: ChainCost, strategy: str = "") -> Solution:
-    """Runs the schedule on the cost model. Raises ValueError if it is not a schedule of this chain, KeyError
-    if a stage has not got the policy."""
+    """Runs the schedule on the cost model. Raises ValueError if it is not one of this chain, KeyError if a stage has no
+    such policy."""
     schedule.check_covers(len(chain))
     run = Walk(chain)
     run.items(schedule.items)

@@ -43,62 +43,49 @@ def _is_a(value: object, kind: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Predicted(_Checked):
-    """What the plan is expected to take; None where it is not known. `overhead` is a share: 0.12 is 12 % more
-    time than plain autograd; `extra_flops` is repeated work per step, in floating-point operations."""
+    """What the plan is expected to take; None where it is not known."""
 
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     device_bytes: int | None = None
     step_seconds: float | None = None
-    overhead: float | None = None
-    extra_flops: int | None = None
+    overhead: float | None = None  # a share: 0.12 is 12 % more time than plain autograd
+    extra_flops: int | None = None  # repeated work per step, in floating-point operations
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate(_Checked):
-    """A choice that was looked at: in words, with what it would have taken, and why it was refused (None: chosen).
-    `measured_*`: of real steps in a trial, None where there was none."""
+    """A choice that was looked at: in words, with what it would have taken."""
 
     what: str
-    refused_because: str | None = None
+    refused_because: str | None = None  # None: chosen
     peak_bytes: int | None = None
     step_seconds: float | None = None
-    measured_peak_bytes: int | None = None
+    measured_peak_bytes: int | None = None  # of real steps in a trial, if there was one
     measured_step_seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(_Checked):
-    """How a training step is run under a budget.
+    """How a training step is run under a budget. Raises ValueError if the numbers or the schedule do not fit each
+    other."""
 
-    `budget_bytes` is for all tensors of the step; None: no budget was set. `exact`: the same gradients as the
-    plain step at the full batch (false under accumulation with batch norm, invariant 4). `ladder`: the next
-    smaller plans, already solved, for when memory runs out all the same; the plans in it have no ladder of
-    their own. `batch_norm`: the kernels of batch norm on CUDA, the library's choice (autograd's bits) or native ones
-    (in place, another rounding). `tf32`: whether fp32 convolutions round their operands to TF32 on the card that it was
-    made for; None: a card of unknown kind. `allocator_bytes`: on an emulated card, the most that the caching allocator
-    may hold; None: all there is. `shares`: the pictures that each of the processes that train the run takes of the
-    effective batch, by rank; `batch` is this process's own share. Left out: one process takes all.
-
-    Raises ValueError if the numbers or the schedule do not fit each other.
-    """
-
-    budget_bytes: int | None
-    batch: int
+    budget_bytes: int | None  # for all tensors of the step; None: no budget was set
+    batch: int  # this process's own share of the effective batch
     micro_batch: int
     accumulation: int
     precision: Literal["fp32", "amp"]
     memory_format: Literal["contiguous", "channels-last"]
-    batch_norm: Literal["library", "native"] = "native"
-    tf32: bool | None = False
-    allocator_bytes: int | None = None
-    exact: bool
+    batch_norm: Literal["library", "native"] = "native"  # kernels on CUDA, see `lowmem.remat.kernels`
+    tf32: bool | None = False  # whether fp32 convolutions round to TF32 on its card; None: a card of unknown kind
+    allocator_bytes: int | None = None  # on an emulated card the caching allocator's limit; None: all there is
+    exact: bool  # the plain step's gradients at the full batch; not under accumulation with batch norm (invariant 4)
     predicted: Predicted = Predicted()
     stages: tuple[str, ...]
     schedule: Schedule
     candidates: tuple[Candidate, ...] = ()
-    ladder: tuple[Plan, ...] = ()
-    shares: tuple[int, ...] = ()
+    ladder: tuple[Plan, ...] = ()  # the next smaller plans, already solved, for when memory runs out all the same
+    shares: tuple[int, ...] = ()  # pictures of the effective batch by rank; left out: one process takes all
 
     def __post_init__(self) -> None:
         if not self.shares:

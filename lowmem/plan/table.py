@@ -107,22 +107,20 @@ class _Part(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """A line of the recurrence: allowed from `least` slots on, `seconds` plus its parts. `what`: the option
-    of the first stage, or j if a..j-1 is checkpointed."""
+    """A line of the recurrence: `seconds` plus its parts."""
 
     seconds: float
-    least: int
+    least: int  # slots from which on it is allowed
     parts: tuple[_Part, ...]
-    what: OptionCost | int
+    what: OptionCost | int  # the option of the first stage, or j if a..j-1 is checkpointed
 
 
 class Table:
     """All of T for one chain, from which the schedule for any budget is read.
 
-    `slot_bytes` is the unit of m: sizes are rounded to the nearest slot, so a schedule that is read from the table is
-    off by up to half a slot per stage either way, and has to be evaluated before it is used. `slots`: the largest m.
-    `longest_run`: the most neighbours that drop their outputs; each more about doubles the work for chains that have
-    such options.
+    `slot_bytes` is the unit of m: sizes are rounded to the nearest slot, so a schedule that is read is off by up to
+    half a slot per stage either way, and has to be evaluated before it is used. `slots`: the largest m. `longest_run`:
+    the most neighbours that drop their outputs; each more about doubles the work for chains that have such options.
     """
 
     def __init__(self, chain: ChainCost, slot_bytes: int, slots: int, longest_run: int = LONGEST_RUN) -> None:

@@ -45,17 +45,15 @@ _EXACT_DTYPES = (torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class NormStats:
-    """What one batch norm used in this forward pass. `mean` and `invstd`, [C], are None in evaluation mode.
-    `implementation`, `reserve` and `momentum` belong to the library's choice of kernel; None: the native one. `count`,
-    float64 []: values per channel over all processes; None: the statistics are this process's own."""
+    """What one batch norm used in this forward pass."""
 
     training: bool
-    mean: Tensor | None = None
-    invstd: Tensor | None = None
-    implementation: int | None = None
+    mean: Tensor | None = None  # [C]; None in evaluation mode
+    invstd: Tensor | None = None  # likewise
+    implementation: int | None = None  # the library's choice of kernel; None: the native one
     reserve: Tensor | None = None
     momentum: float = 0.0
-    count: Tensor | None = None
+    count: Tensor | None = None  # float64 []: values per channel over all processes; None: statistics are its own
 
 
 def convolve(conv: nn.Conv2d, x: Tensor, low: torch.dtype | None) -> Tensor:

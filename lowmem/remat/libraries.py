@@ -41,11 +41,10 @@ _set_here: set[str] = set()  # variables of this process's environment that the 
 
 @dataclass(frozen=True)
 class Numerics:
-    """`deterministic`: kernels that give the same bits every time; without it they are chosen as torch is set. `tf32`:
-    `auto` leaves it as torch is set, `never` computes fp32 as fp32."""
+    """What is asked of kernels; otherwise they are chosen as torch is set."""
 
-    deterministic: bool = True
-    tf32: Literal["auto", "never"] = "auto"
+    deterministic: bool = True  # the same bits every time
+    tf32: Literal["auto", "never"] = "auto"  # `never` computes fp32 as fp32
 
 
 def prepare_libraries(numerics: Numerics) -> None:

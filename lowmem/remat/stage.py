@@ -28,21 +28,15 @@ Forwarded: TypeAlias = tuple[Tensor | None, Saved]
 
 @dataclass
 class StagePass:
-    """What a stage remembers through one forward pass and the recomputations that belong to it.
+    """What a stage remembers through one forward pass and the recomputations that belong to it."""
 
-    `low`: the dtype of autocast, or None. `library_norm`, `total`: see `lowmem.remat.kernels`; without `total` batch
-    statistics are this process's own. `need_input`: the gradient of the input is asked for. `first`: nothing has run
-    yet, so that buffers have to be moved (invariant 2). `norms`: batch statistics by convolution (1, 2, …, 0 for the
-    projection's). `rng`: generator states before the first run, for stages that draw random numbers.
-    """
-
-    low: torch.dtype | None
-    library_norm: bool = False
-    total: Total | None = None
-    need_input: bool = False
-    first: bool = True
-    norms: dict[int, NormStats] = field(default_factory=dict)
-    rng: list[Any] | None = None
+    low: torch.dtype | None  # of autocast
+    library_norm: bool = False  # see `lowmem.remat.kernels`
+    total: Total | None = None  # likewise; None: batch statistics are this process's own
+    need_input: bool = False  # the gradient of the input is asked for
+    first: bool = True  # nothing has run yet, so that buffers have to be moved (invariant 2)
+    norms: dict[int, NormStats] = field(default_factory=dict)  # by convolution: 1, 2, …, 0 for the projection's
+    rng: list[Any] | None = None  # generator states before the first run, for stages that draw random numbers
 
 
 class Stage(Protocol):

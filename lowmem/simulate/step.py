@@ -54,17 +54,13 @@ class StepShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """A steady step (momentum exists): bytes, seconds by the roofline, floating-point operations.
-
-    `fits`: whether the caching allocator gets by with the capacity that was given. Its estimate is then of that
-    allocator, which returns what it has cached when the card is full (at the price of waiting for the card); where it
-    does not fit, or no capacity was given, of one on a card without limit.
-    """
+    """A steady step (momentum exists). `estimate` is of an allocator with the capacity that was given, which returns
+    what it has cached when that is full; where it does not fit, or none was given, of one on a card without limit."""
 
     estimate: Estimate
-    seconds: float
+    seconds: float  # by the roofline
     flops: int
-    fits: bool = True
+    fits: bool = True  # whether the allocator gets by with the capacity
 
 
 def simulate_step(
@@ -102,12 +98,12 @@ def simulate_step(
 
 @dataclass(frozen=True, kw_only=True)
 class StepRun:
-    """A training step and what it is given. `undo`: None for a step that is not undone."""
+    """A training step and what it is given."""
 
     step: TrainStep
     images: Tensor
     labels: Tensor
-    undo: Undo | None = None
+    undo: Undo | None = None  # None: it is not undone
 
     def run(self, look: Callable[[], None] | None = None) -> None:
         """Makes the step; `look`: see `TrainStep`. Raises MemoryError where the host has none left."""

@@ -49,12 +49,11 @@ class MemoryEvent:
 @dataclass(frozen=True, slots=True)
 class Call:
     """A convolution (forward: input, weight, bias; backward: gradient, input, weight), told apart by all that the
-    library chooses its algorithm by; hashable, and the same from fake and real tensors. `tensors`: (shape, strides,
-    dtype) of these three, None for one that is not given; `rest`: stride and all that follows it."""
+    library chooses its algorithm by; hashable, and the same from fake and real tensors."""
 
     operation: str
-    tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], str] | None, ...]
-    rest: tuple[object, ...]
+    tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], str] | None, ...]  # shape, strides, dtype of these three
+    rest: tuple[object, ...]  # stride and all that follows it
 
 
 def call_of(func: Any, args: tuple[Any, ...]) -> Call | None:
@@ -93,14 +92,12 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """`peak_tensor_bytes`: the most that storages took at once. `peak_allocated_bytes`, `peak_reserved_bytes`: what
-    `torch.cuda.max_memory_allocated` and `max_memory_reserved` would say. `at_peak_bytes`: the first by kind, at the
-    moment of the first peak; `peak_phase` and `peak_operation` say when that is."""
+    """Peaks of a trace; `torch.cuda` would say the same."""
 
-    peak_tensor_bytes: int
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    at_peak_bytes: dict[Kind, int]
+    peak_tensor_bytes: int  # the most that storages took at once
+    peak_allocated_bytes: int  # `max_memory_allocated`
+    peak_reserved_bytes: int  # `max_memory_reserved`
+    at_peak_bytes: dict[Kind, int]  # of the storages, when they first took the most
     peak_phase: str
     peak_operation: str
 

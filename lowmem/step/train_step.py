@@ -101,9 +101,7 @@ class TrainStep:
     """Forward, backward and update for one effective batch, in micro-batches.
 
     The gradient is that of the mean loss over the effective batch, however large that batch is and however it is cut
-    (invariant 4); batch-norm statistics are per micro-batch. `joint`: with whom the step is made; None: by this process
-    alone. `phase`: what it is doing, for whoever has to say where it failed: `data`, `forward`, `backward`,
-    `reduction`, `gradient norms`, `update`.
+    (invariant 4); batch-norm statistics are per micro-batch.
     """
 
     model: nn.Module
@@ -111,8 +109,8 @@ class TrainStep:
     scaler: torch.amp.GradScaler
     execution: Execution
     micro_batch: int | None
-    joint: DataParallelStep | None = None
-    phase: str = "data"
+    joint: DataParallelStep | None = None  # with whom the step is made; None: by this process alone
+    phase: str = "data"  # or forward, backward, reduction, gradient norms, update: for who has to say where it failed
 
     def __call__(
         self,
@@ -161,7 +159,7 @@ class TrainStep:
         self.phase = "forward"
         with self.execution.autocast():
             logits = self.model(x)
-        # In fp32 at least outside autocast, and as a sum: the last micro-batch may be smaller than the others.
+        # In fp32 at least, and as a sum: the last micro-batch may be smaller than the others.
         loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), y, reduction="sum")
         self.phase = "backward"
         # In this thread: cuDNN's choice of engines and cuBLAS's handle and workspace are a thread's own, and what is
@@ -194,8 +192,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Sums:
-    """Of the losses (nats) and of wrong predictions over `count` pictures: of several sets, or the parts of one, they
-    add up."""
+    """Of the losses (nats) and of wrong predictions over `count` pictures; those of several sets add up."""
 
     loss: float
     wrong: float
