@@ -70,13 +70,9 @@ class CudaSource:
 
     def __init__(self) -> None:
         self._driver = Driver()
-        self.close = self._driver.close
+        self.reset, self.close = torch.cuda.reset_peak_memory_stats, self._driver.close
         # Only a report from before the context can tell its size where the driver does not name processes.
         self._before = None if torch.cuda.is_initialized() else self._driver.read()
-
-    def reset(self) -> None:
-        """Starts new peaks."""
-        torch.cuda.reset_peak_memory_stats()
 
     def read(self) -> Snapshot:
         uuid = device_uuid()

@@ -82,8 +82,7 @@ def read_driver(library: Any | None = None) -> DriverReport:
 
 class Driver:
     """The driver's library kept open, for repeated reading; opening takes tens of milliseconds, reading a few. Never
-    raises. `library`: the `pynvml` module, or a stand-in with its functions; None imports it.
-    """
+    raises. `library`: the `pynvml` module, or a stand-in with its functions; None imports it."""
 
     def __init__(self, library: Any | None = None) -> None:
         self._library = library
@@ -187,11 +186,9 @@ _LINK = {
 
 
 def _memory(library: Any, handle: Any) -> dict[str, Any]:
-    """The card's figures in bytes; those that are not told are left out.
-
-    What is used is taken by difference: NVIDIA's manual says that version 2 counts the reserved memory as used, the
-    drivers seen in the field do not (rust-nvml/nvml-wrapper#57: 912 MB by version 1, 7.8 MB by version 2).
-    """
+    """The card's figures in bytes that are told. What is used is taken by difference: NVIDIA's manual says that version
+    2 counts the reserved memory as used, the drivers seen in the field do not (rust-nvml/nvml-wrapper#57: 912 MB by
+    version 1, 7.8 MB by version 2)."""
     version = getattr(library, "nvmlMemory_v2", None)
     figures = _ask(library, "nvmlDeviceGetMemoryInfo", handle, version=version) if version else None
     reserved = {} if figures is None else {"reserved_bytes": int(figures.reserved)}

@@ -74,11 +74,8 @@ def says_out_of_memory(text: str) -> bool:
 
 
 def attempt(work: Callable[[], T], phase: Callable[[], str]) -> T | Failure:
-    """The result of `work`, or how it ran out of memory. Other errors go on.
-
-    The error itself is not kept: its traceback holds every tensor of the frames it came through (pytorch issues
-    27600, 18853, 82218).
-    """
+    """The result of `work`, or how it ran out of memory; other errors go on. The error is not kept: its traceback holds
+    every tensor of the frames it came through (pytorch issues 27600, 18853, 82218)."""
     try:
         return work()
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError

@@ -41,10 +41,8 @@ class Snapshot:
 
 
 def who_holds(source: Snapshot | DriverReport, uuid: str | None = None) -> list[str]:
-    """Readable lines, the biggest holder first and what cannot be told last; empty if nothing is held or known.
-
-    `uuid`: which card of a report (a snapshot is of one); None is the only card there is.
-    """
+    """Readable lines, the biggest holder first and what cannot be told last; empty if nothing is held or known. `uuid`:
+    which card of a report (a snapshot is of one); None is the only card there is."""
     if isinstance(source, DriverReport):
         device = source.device(uuid) or DriverDevice(index=0)
         source = Snapshot(processes=device.processes or (), device_used_bytes=device.used_bytes)

@@ -26,7 +26,7 @@ def _conv(in_planes: int, planes: int, kernel: int, stride: int = 1) -> nn.Conv2
     return nn.Conv2d(in_planes, planes, kernel, stride=stride, padding=kernel // 2, bias=False)
 
 
-class _Block(nn.Module):
+class _ResNetBlock(nn.Module):
     """Convolutions with batch norms and ReLUs. The shortcut is a 1x1 convolution and a batch norm where the shape
     changes, else an empty sequence; None in a plain net, which then has none of its parameters."""
 
@@ -56,13 +56,13 @@ class _Block(nn.Module):
         return F.relu(out)
 
 
-class BasicBlock(_Block):
+class BasicBlock(_ResNetBlock):
     """Two 3x3 convolutions."""
 
     kernels, strided = (3, 3), 1
 
 
-class Bottleneck(_Block):
+class Bottleneck(_ResNetBlock):
     """1x1, 3x3 (with the stride), 1x1 to four times the planes."""
 
     kernels, strided, expansion = (1, 3, 1), 2, 4
@@ -76,7 +76,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[_Block],
+        block: type[_ResNetBlock],
         blocks_per_stage: Sequence[int],
         *,
         width: int = 64,
@@ -132,16 +132,10 @@ def skeleton(
         raise UsageError(f"width {width} is not a positive number of channels: the usual width is 64")
     # Without storage also in `build`: the layers' own initialisation would draw from the global generator, only to
     # be replaced.
-    with torch.device("meta"):
-        model = ResNet(
-            BasicBlock if resolve_block(arch, block) == "basic" else Bottleneck,
-            blocks_per_stage,
-            width=width,
-            residual=arch.startswith("res"),
-            num_classes=num_classes,
-            in_channels=in_channels,
-        )
+    kind = BasicBlock if resolve_block(arch, block) == "basic" else Bottleneck
     sizes = {"width": width, "num_classes": num_classes, "in_channels": in_channels}
+    with torch.device("meta"):
+        model = ResNet(kind, blocks_per_stage, residual=arch.startswith("res"), **sizes)
     model.recipe = {"arch": arch, "block": block, **sizes}
     return model
 

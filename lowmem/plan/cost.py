@@ -6,8 +6,8 @@ a roofline. Every figure of a stage is counted above what the rest of the chain 
 - The stage's input (`input_bytes`) is held by whoever made it; no field includes it, except where said.
 - During a stage's forward nothing of it exists at first; at its end `kept_bytes` do.
 - At the start of its backward its input, `kept_bytes`, the gradient of its output (the next stage's `input_grad_bytes`)
-and the parameter gradients of all later stages exist; at its end its input, `input_grad_bytes` and, in addition to the
-later stages' parameter gradients, its own `param_grad_bytes`.
+and the later stages' parameter gradients exist; at its end its input, `input_grad_bytes` and, beside the later stages',
+its own `param_grad_bytes`.
 
 The names x, g, f0, t0, S, f, b, tf, tb of the recurrence (Beaumont et al., "Optimal checkpointing for heterogeneous
 chains", 2019) are given with each field.

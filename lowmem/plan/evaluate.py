@@ -28,12 +28,8 @@ class Moment:
         return self.fixed_bytes + self.param_grad_bytes + self.kept_bytes + self.temporary_bytes
 
     def __str__(self) -> str:
-        parts = (
-            ("fixed", self.fixed_bytes),
-            ("parameter gradients", self.param_grad_bytes),
-            ("kept", self.kept_bytes),
-            ("temporary", self.temporary_bytes),
-        )
+        sizes = (self.fixed_bytes, self.param_grad_bytes, self.kept_bytes, self.temporary_bytes)
+        parts = zip(("fixed", "parameter gradients", "kept", "temporary"), sizes, strict=True)
         return f"{self.what}: " + ", ".join(f"{name} {format_size(size)}" for name, size in parts if size)
 
 

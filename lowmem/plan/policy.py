@@ -35,9 +35,8 @@ class BlockPolicy:
     the stage's input and kept tensors just before the next item's backward, after that input if it was dropped too;
     what is restored stays until the backward of the stage that reads it.
 
-    FUSED is only for the last stage of a segment, whose backward follows at once: its forward is not run at all.
-
-    Raises ValueError on an inconsistent choice.
+    FUSED is only for the last stage of a segment, whose backward follows at once: its forward is not run at all. Raises
+    ValueError on an inconsistent choice.
     """
 
     kind: PolicyKind
@@ -140,10 +139,8 @@ Item: TypeAlias = Keep | Segment
 
 @dataclass(frozen=True)
 class Schedule:
-    """Items over consecutive stages, in forward order; the backward takes them in reverse.
-
-    Raises ValueError if it is empty, has a gap or an overlap, or drops an output that cannot be restored.
-    """
+    """Items over consecutive stages, in forward order; the backward takes them in reverse. Raises ValueError if it is
+    empty, has a gap or an overlap, or drops an output that cannot be restored."""
 
     items: tuple[Item, ...]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from math import sqrt
 
 import numpy as np
@@ -64,22 +65,15 @@ class Solver:
         if limit_bytes is not None:
             slots = min(slots, max(0, limit_bytes - chain.fixed_bytes) // slot + self._margin)
         self.limit_bytes = limit_bytes
-        self.table = Table(chain, slot, slots, longest_run)
+        table = self.table = Table(chain, slot, slots, longest_run)
+        self._solution = cache(lambda m: evaluate(table.schedule(m), chain, NAME))
         # where the time changes: the least m of each distinct time, falling times
-        times = self.table.times
+        times = table.times
         self._steps = np.flatnonzero(np.isfinite(times) & (times != np.concatenate(([np.inf], times[:-1])))).tolist()
-        self._read: dict[int, Solution] = {}
-
-    def _solution(self, m: int) -> Solution:
-        if m not in self._read:
-            self._read[m] = evaluate(self.table.schedule(m), self.chain, NAME)
-        return self._read[m]
 
     def solve(self, budget_bytes: int) -> Solution:
-        """The fastest schedule whose peak is at most the budget.
-
-        Raises Infeasible with the least budget that has one; ValueError above the table's own limit.
-        """
+        """The fastest schedule whose peak is at most the budget. Raises Infeasible with the least budget that has one;
+        ValueError above the table's own limit."""
         if self.limit_bytes is not None and budget_bytes > self.limit_bytes:
             raise ValueError(f"a budget of {budget_bytes} B is above this table's limit of {self.limit_bytes} B")
         most = (budget_bytes - self.chain.fixed_bytes) // self.table.slot_bytes + self._margin

@@ -146,7 +146,8 @@ class ConvBlock:
         pair = self._pair(k)
         self._z(k, saved, x, memo)
         needed = below or pair.conv.weight.requires_grad
-        grad_z = kernels.norm_backward(pair.bn, grad.pop(), saved.pop(_z_name(k)), memo.norms[k], needed, memo.total)
+        name, stats = f"z{k or 's'}", memo.norms[k]
+        grad_z = kernels.norm_backward(pair.bn, grad.pop(), saved.pop(name), stats, needed, memo.total)
         if grad_z is None:
             return None
         source = self._a(k - 1, saved, x, memo)
@@ -199,7 +200,7 @@ class ConvBlock:
 
     def _z(self, k: int, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:
         """z_k from `saved`, or computed again and put there."""
-        name = _z_name(k)
+        name = f"z{k or 's'}"
         if name not in saved:
             saved[name] = kernels.convolve(self._pair(k).conv, self._a(k - 1, saved, x, memo), memo.low)
         return saved[name]
@@ -212,10 +213,6 @@ class ConvBlock:
             z = self._z(k, saved, x, memo)
             saved[f"a{k}"] = self._norm(k, z, memo, in_place=False).relu_()
         return saved[f"a{k}"]
-
-
-def _z_name(k: int) -> str:
-    return f"z{k}" if k else "zs"
 
 
 def _numbers(conv: nn.Conv2d) -> tuple[Hashable, ...]:

@@ -83,8 +83,8 @@ class Run:
         return box.pop()
 
     def forward(self, schedule: Schedule, box: Box, *, want_output: bool = True) -> tuple[Tensor | None, list[Held]]:
-        """Runs the schedule from the tensor in the box -> output and entries; without `want_output` the
-        last stage computes only what it keeps."""
+        """From the tensor in the box -> output and entries; without `want_output` the last stage computes only what it
+        keeps."""
         entries: list[Held] = []
         dropped = False
         for item in schedule.items:

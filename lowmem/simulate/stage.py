@@ -64,11 +64,9 @@ def measure_chain(
     recorder: Recorder,
     mode: Hashable = None,
 ) -> Iterator[StageMeasure]:
-    """Yields a measure per stage, in order; equal stages on equal inputs are measured once.
-
-    Runs under `recorder` (and a fake mode, unless real work is wanted), with x the chain's input. `new_memo`
-    takes `need_input`. `mode`: what else the costs depend on, for the keys.
-    """
+    """Yields a measure per stage, in order; equal stages on equal inputs are measured once. Runs under `recorder` (and
+    a fake mode, unless real work is wanted), with x the chain's input. `new_memo` takes `need_input`. `mode`: what else
+    the costs depend on, for the keys."""
     known: dict[Hashable, StageMeasure] = {}
     need_input = x.requires_grad
     masked = False

@@ -74,10 +74,8 @@ def simulate_step(
     optimizer: Mapping[str, bool] = FUSED,
 ) -> Simulated:
     """Runs the training step with the real executor (or, for None, the untouched model under autograd) on fake tensors.
-
     `capacity_bytes`: of the allocator; None: no limit. `workspace`: see `lowmem.simulate.Recorder`. `way`: another way
-    to execute the model, where there is no schedule. `optimizer`: the form of SGD, as its own keywords say it.
-    """
+    to execute the model, where there is no schedule. `optimizer`: the form of SGD, as its own keywords say it."""
 
     def build() -> StepRun:
         run = empty_copy(shape.model, shape.execution.torch_memory_format).train()

@@ -108,10 +108,8 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
 @torch.no_grad()
 def _copy(into: Iterable[Tensor], source: Iterable[Tensor]) -> None:
     """Allocates nothing; a few launches for each dtype."""
-    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    groups: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
     for left, right in zip(into, source, strict=True):
-        pair = groups.setdefault(left.dtype, ([], []))
-        pair[0].append(left)
-        pair[1].append(right)
-    for lefts, rights in groups.values():
-        torch._foreach_copy_(lefts, rights)
+        groups.setdefault(left.dtype, []).append((left, right))
+    for pairs in groups.values():
+        torch._foreach_copy_([left for left, _ in pairs], [right for _, right in pairs])
