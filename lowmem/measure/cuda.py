@@ -99,7 +99,19 @@ def describe(
     first used, if there is one; `runtime`: (free, total) in bytes by the CUDA runtime, called only where NVML fails."""
     device = report.device(uuid)
     if device is None or device.used_bytes is None:
-        return _without_driver(allocator, _why_not(report, device, uuid), runtime())
+        why, told = _why_not(report, device, uuid), runtime()
+        if told is None:
+            silent = "the CUDA runtime does not answer either: how full the card is, is unknown"
+            return replace(allocator, missing=(why, silent))
+        free, total = told
+        return replace(
+            allocator,
+            device_used_bytes=total - free,
+            device_total_bytes=total,
+            device_free_bytes=free,
+            device_source="cuda runtime",
+            missing=(f"{why}; the CUDA runtime tells how full the card is, but not who fills it",),
+        )
     reserved = allocator.reserved_bytes or 0
     whole = process = process_bytes(device, pid)
     was = before.device(uuid) if before is not None else None
@@ -125,21 +137,6 @@ def describe(
         processes=device.processes or (),
         device_source="nvml",
         missing=missing,
-    )
-
-
-def _without_driver(known: Snapshot, why: str, runtime: tuple[int, int] | None) -> Snapshot:
-    if runtime is None:
-        silent = "the CUDA runtime does not answer either: how full the card is, is unknown"
-        return replace(known, missing=(why, silent))
-    free, total = runtime
-    return replace(
-        known,
-        device_used_bytes=total - free,
-        device_total_bytes=total,
-        device_free_bytes=free,
-        device_source="cuda runtime",
-        missing=(f"{why}; the CUDA runtime tells how full the card is, but not who fills it",),
     )
 
 

@@ -102,9 +102,8 @@ def _peak_of_the_process() -> int | None:
 def processor_name() -> str | None:
     """The processor's name as the system gives it."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        pass
-    return platform.processor() or None
+        text = ""
+    found = re.search(r"^model name[^:\n]*:(.*)", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or None

@@ -22,8 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 class TensorMeter(TorchDispatchMode):
     """Context manager; may be entered several times. `live_bytes`: of the storages that exist; `peak_bytes`: the most
-    that existed at once; `flops`: floating-point operations of all that ran inside it, recomputation included, a
-    multiplication and its addition being two."""
+    at once; `flops`: of all that ran inside it, recomputation included, a multiplication and its addition being two."""
 
     def __init__(self) -> None:
         super().__init__()

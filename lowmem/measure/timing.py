@@ -104,8 +104,7 @@ def _cuda_round(call: Callable[[], object], inner: int) -> tuple[float, float]:
 
 @cache
 def _wake_card() -> None:
-    """Half a second of matrix products, once a process: an idle card runs at low clocks and takes that long to raise
-    them, so that whatever was timed first would look slow."""
+    """Half a second of matrix products, once a process: an idle card takes that long to raise its clocks."""
     a = torch.zeros(_WAKING_SIDE, _WAKING_SIDE, device="cuda")
     out = torch.empty_like(a)
     ends = time.perf_counter() + _WAKING_SECONDS

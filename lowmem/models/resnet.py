@@ -130,8 +130,7 @@ def skeleton(
     blocks_per_stage = layout(arch, block)
     if width < 1:
         raise UsageError(f"width {width} is not a positive number of channels: the usual width is 64")
-    # Without storage also in `build`: the layers' own initialisation would draw from the global generator, only to
-    # be replaced.
+    # Also in `build`: the layers' own initialisation would draw from the global generator, only to be replaced.
     kind = BasicBlock if resolve_block(arch, block) == "basic" else Bottleneck
     sizes = {"width": width, "num_classes": num_classes, "in_channels": in_channels}
     with torch.device("meta"):

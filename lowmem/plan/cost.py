@@ -28,11 +28,10 @@ BANDWIDTH_SHARE = 0.80  # of the card's bandwidth: what elementwise kernels reac
 
 @dataclass(frozen=True, slots=True)
 class KernelWork:
-    """One kernel: floating-point operations, and bytes with each operand read once, each result written once; which
-    operation launched it, in which phase of a step."""
+    """One kernel, which an operation launched in a phase of a step."""
 
     flops: int
-    moved_bytes: int
+    moved_bytes: int  # each operand read once, each result written once
     operation: str = ""
     phase: str = ""
 

@@ -79,15 +79,14 @@ def refuse(least: Solution, budget_bytes: int, way_out: str) -> Infeasible:
 
 
 class Walk:
-    """Counters of one step. `held`: what is kept; the gradient of the chain's output is charged from the
-    beginning. `forward_seconds`: before the backward; `ended`: per stage, `seconds` when its backward is done."""
+    """Counters of one step."""
 
     def __init__(self, chain: ChainCost) -> None:
         self.chain = chain
-        self.held = chain.boundary_grad_bytes[len(chain)]
+        self.held = chain.boundary_grad_bytes[len(chain)]  # the gradient of the output is charged from the beginning
         self.param_grads = self.flops = 0
-        self.seconds = self.forward_seconds = 0.0
-        self.ended: dict[int, float] = {}
+        self.seconds = self.forward_seconds = 0.0  # the latter: before the backward
+        self.ended: dict[int, float] = {}  # per stage, `seconds` when its backward is done
         self._most = -1
         self.peak = self.moment("", 0)
 
@@ -112,8 +111,8 @@ class Walk:
         self.flops += flops
 
     def items(self, items: tuple[Item, ...], inside: bool = False) -> None:
-        """Forward and then backward; the gradient of the last one's output is held on entry, that of the
-        first one's input on return. `inside` a segment the last one's output is not made: nobody needs it."""
+        """Forward, then backward; the gradient of the last one's output is held on entry, that of the first one's input
+        on return. `inside` a segment the last one's output is not made: nobody needs it."""
         before: list[OptionCost | None] = [None]  # per item: the option of the item before, if that drops its output
         last = items[-1] if inside else None
         for item in items:

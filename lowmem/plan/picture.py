@@ -37,8 +37,8 @@ class PictureLine:
 
 
 def lines(schedule: Schedule, names: Sequence[str]) -> list[PictureLine]:
-    """The picture; `names` are the stages' names in order. Within a group of stages (`layer1`, …) items that
-    look alike, or turns of up to `LONGEST_TURN` items, share a line."""
+    """The picture; `names` are the stages' in order. Within a group of stages (`layer1`, …) items that look alike, or
+    turns of up to `LONGEST_TURN` items, share a line."""
     found: list[PictureLine] = []
     items = schedule.items
     while items:

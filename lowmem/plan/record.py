@@ -67,8 +67,7 @@ class Candidate(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(_Checked):
-    """How a training step is run under a budget. Raises ValueError if the numbers or the schedule do not fit each
-    other."""
+    """How a training step is run under a budget. Raises ValueError if numbers and schedule do not fit each other."""
 
     budget_bytes: int | None  # for all tensors of the step; None: no budget was set
     batch: int  # this process's own share of the effective batch

@@ -93,9 +93,8 @@ class Solver:
         return min(near, key=lambda solution: (solution.peak_bytes, solution.seconds))
 
     def ladder(self, below_bytes: int, ratio: float = NEAR_RATIO, near: int = NEAR_RUNGS) -> list[Solution]:
-        """The next smaller solutions, for stepping down when memory runs out all the same, with falling peaks: `near`
-        of them each at most `ratio` of the one before, the first of `below_bytes`; then the rest of the way to the
-        least feasible in two steps. Empty if nothing is smaller."""
+        """The next smaller solutions, for when memory runs out all the same: `near` of them each at most `ratio` of the
+        one before, the first of `below_bytes`; then the rest of the way to the least feasible in two steps."""
         found: list[Solution] = []
         bound = int(below_bytes * ratio)
         with suppress(Infeasible):

@@ -139,8 +139,7 @@ class Run:
 
 
 class _Chain(torch.autograd.Function):
-    """Anchor, input -> output. The anchor is an empty tensor that asks for a gradient, so that the
-    backward runs even if the input needs none."""
+    """Anchor, input -> output. The anchor, empty, wants a gradient: backward runs even if the input needs none."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, x: Tensor, run: Run, schedule: Schedule) -> Tensor:

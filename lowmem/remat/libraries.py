@@ -48,8 +48,8 @@ class Numerics:
 
 
 def prepare_libraries(numerics: Numerics) -> None:
-    """For this process, before it uses CUDA; on the CPU it changes nothing that is computed. Caps and workspaces that
-    the user has set stay."""
+    """For this process, before it uses CUDA; on the CPU it changes nothing that is computed. What the user has set of
+    caps and workspaces stays."""
     os.environ.setdefault(_CONVOLUTIONS, str(ASSUMED_WORKSPACE_BYTES // MIB))
     if numerics.deterministic:
         torch.backends.cudnn.deterministic = True

@@ -127,10 +127,9 @@ def estimate(trace: Trace, capacity_bytes: int | None = None) -> Estimate:
 
 
 class Recorder(TensorMeter):
-    """Records what runs inside it. Enter it inside the fake mode, if there is one, and before the tensors are
-    made; those made earlier are only seen if `adopt`ed or `label`led. `workspace`: bytes that a convolution takes
-    beside its operands and results while it runs. `phase`: what the code that runs is doing (`forward`, `backward`,
-    …); may be replaced."""
+    """Records what runs inside it. Enter it inside the fake mode, if there is one, and before the tensors are made;
+    those made earlier are only seen if `adopt`ed or `label`led. `workspace`: bytes that a convolution takes beside its
+    operands and results while it runs. `phase`: what the code that runs is doing; may be replaced."""
 
     def __init__(self, workspace: Callable[[Call], int] | None = None) -> None:
         super().__init__()
@@ -160,8 +159,7 @@ class Recorder(TensorMeter):
             self.trace.kinds[number] = Kind.WORKSPACE
             self._change(number, size, str(func))
             self._change(number, -size, "")
-        moved = _moved_bytes(func, args, kwargs, outputs)
-        if moved is not None:
+        if (moved := _moved_bytes(func, args, kwargs, outputs)) is not None:
             self.trace.work.append(KernelWork(flops, moved, str(func), self.phase()))
 
     def _change(self, storage: int, change_bytes: int, operation: str) -> None:

@@ -23,8 +23,7 @@ from lowmem.remat import PlannedModule
 
 
 class DataParallelStep:
-    """What `TrainStep` does with the other processes. The executor runs the network: it says when gradients are
-    complete, and it knows batch norm over all processes (`sync_bn`)."""
+    """What `TrainStep` does with the other processes, for a network that the executor runs."""
 
     def __init__(self, run: PlannedModule, group: Group, split: Split, device: str, *, sync_bn: bool) -> None:
         self.group, self.split = group, split

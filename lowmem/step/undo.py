@@ -66,8 +66,7 @@ class Undo:
 
 
 class Before:
-    """Everything a step and its update change, in host memory, as it was when this was made: where there is room before
-    a run, and the card's own is not touched."""
+    """Everything a step and its update change, as it was when this was made, in host memory."""
 
     def __init__(self, step: TrainStep) -> None:
         self._step = step
