@@ -2,8 +2,7 @@
 
 A round is `inner` calls back to back and one wait at its end, so that the wait and the clock's grain weigh little. On
 CUDA a pair of events marks its two ends. Kernels so small that launching them takes longer than running them are timed
-with their launches, which is what they cost in a training step too. How long the card computes in them, the library's
-profiler tells (`busy_seconds`).
+with their launches, which is what they cost in a training step too; `busy_seconds` is what the card computes.
 """
 
 from __future__ import annotations

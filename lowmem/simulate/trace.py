@@ -2,8 +2,7 @@
 
 On fake tensors (`torch._subclasses.FakeTensorMode`) nothing is computed and nothing allocated, but the code, the sizes
 and the lifetimes are the real ones: the executor is its own model of memory (invariant 5). Sizes are those of storages,
-so views cost nothing. Buffers inside a kernel are not seen; the convolution library's workspace is counted if the
-recorder is told how large it is for a call (it was measured on a card).
+so views cost nothing. Buffers inside a kernel are not seen, but for a convolution's if the recorder is told its size.
 """
 
 from __future__ import annotations
