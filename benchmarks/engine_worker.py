@@ -23,8 +23,7 @@ from lowmem.measure import Meter
 from lowmem.measure.out_of_memory import Failure
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
-from lowmem.models.memory_format import check_memory_format
-from lowmem.models.resnet import ResNet
+from lowmem.models.resnet import ResNet, check_memory_format
 from lowmem.plan.policy import Schedule
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch._subclasses import FakeTensor
 
-from lowmem.models.memory_format import unsafe_convolutions
+from lowmem.models.resnet import unsafe_convolutions
 from lowmem.remat import kernels
 
 

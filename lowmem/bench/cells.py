@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from lowmem.core.units import format_size
 from lowmem.models import skeleton
-from lowmem.models.memory_format import is_safe
+from lowmem.models.resnet import is_safe
 from lowmem.plan.record import Plan
 from lowmem.trial.trial import TrialResult
 from lowmem.trial.ways import PER_BLOCK, PLAIN, PLANNED, SELECTIVE
@@ -303,7 +303,7 @@ def largest_cells(setup: TableSetup) -> list[Cell]:
 
 
 def table_cells(setup: TableSetup, known: Mapping[str, Cell] | None = None) -> list[Cell]:
-    """Of all tables, but for the modes that corrupt memory (see `lowmem.models.memory_format`); `known`: by their keys,
+    """Of all tables, but for the modes that corrupt memory (see `lowmem.models.resnet`); `known`: by their keys,
     with what a results file has of them."""
     model = skeleton(setup.arch, setup.block, width=setup.width)
     modes = [mode for mode in MODES if is_safe(model, setup.device, *mode)]

@@ -27,7 +27,7 @@ from lowmem.data import Dataset, Pictures
 from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.out_of_memory import Failure, attempt, classify, release
 from lowmem.models import build
-from lowmem.models.memory_format import check_memory_format
+from lowmem.models.resnet import check_memory_format
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan
 from lowmem.remat.libraries import Numerics, prepare_libraries

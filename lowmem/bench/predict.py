@@ -19,8 +19,7 @@ from lowmem.config.schema import Config
 from lowmem.config.settings import gather
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import format_size
-from lowmem.models.memory_format import check_memory_format
-from lowmem.models.resnet import ResNet
+from lowmem.models.resnet import ResNet, check_memory_format
 from lowmem.remat.libraries import workspace_cap_bytes
 from lowmem.simulate import Simulated, simulate_step
 from lowmem.step.train_step import FUSED

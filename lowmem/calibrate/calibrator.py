@@ -15,8 +15,7 @@ from lowmem.calibrate.calibration import Calibration, Mode, Seconds, figure_name
 from lowmem.calibrate.device import DeviceFacts
 from lowmem.calibrate.measuring import BUSY_BATCHES, Figures, Job, described, measure, rates_of
 from lowmem.calibrate.stage_timer import FAST, PLAIN, Wanted
-from lowmem.models.memory_format import check_memory_format
-from lowmem.models.resnet import ResNet
+from lowmem.models.resnet import ResNet, check_memory_format
 from lowmem.remat.libraries import Numerics, workspace_cap_bytes
 from lowmem.simulate import Call
 from lowmem.simulate.stage import Option, StageMeasure
@@ -38,7 +37,7 @@ def stage_key(measure_key: Hashable, precision: str, timed_batch: int) -> tuple[
 def _timing(key: object, what: str | Option) -> tuple[object, object]:
     """The key of seconds of a stage: the same text in every process (sets have no order of their own)."""
     if isinstance(what, Option):
-        return key, (what.policy.name, what.drops_output, what.fused, what.last)
+        return key, (what.policy.name, what.policy.drop_output, what.policy.fused, what.last)
     return key, what
 
 

@@ -176,12 +176,12 @@ class _StageClock:
     @torch.no_grad()
     def output(self) -> Tensor:
         """What the next stage gets."""
-        y, _ = self.stage.forward([self.x], None, self._pass(), need_input=False)
+        y, _ = self.stage.forward([self.x], None, self._pass())
         assert y is not None
         return y
 
     def _pass(self) -> StagePass:
-        return StagePass(self.clock.execution.amp_dtype, self.clock.library_norm)
+        return StagePass(self.clock.execution.amp_dtype, self.clock.library_norm, need_input=self.need_input)
 
     def passes_gradient(self) -> bool:
         """Whether the next stage's input needs a gradient."""
@@ -200,28 +200,26 @@ class _StageClock:
     def option(self, option: Option) -> Seconds:
         """Forward, backward and restoring, as differences of what was timed together."""
         again = self._pass()
-        self.stage.forward([self.x], None, again, need_input=False)
+        self.stage.forward([self.x], None, again)
 
         def forward() -> tuple[StagePass, Saved]:
-            if option.fused:
+            if option.policy.fused:
                 return again, {}
             memo = again if option.last else self._pass()
-            _, saved = self.stage.forward(
-                [self.x], option.policy, memo, need_input=self.need_input, want_output=not option.last
-            )
+            _, saved = self.stage.forward([self.x], option.policy, memo, not option.last)
             return memo, saved
 
         def restored() -> tuple[StagePass, Saved]:
             memo, saved = forward()
-            if option.drops_output:
+            if option.policy.drop_output:
                 self.stage.restore(saved, self.x, memo)
             return memo, saved
 
         def whole() -> None:
             self._backward(*restored())
 
-        first = 0.0 if option.fused else self._seconds(forward)
-        second = self._seconds(restored) if option.drops_output else first
+        first = 0.0 if option.policy.fused else self._seconds(forward)
+        second = self._seconds(restored) if option.policy.drop_output else first
         third = self._seconds(whole) - self.copying
         return Seconds(first, max(third - second, _LEAST_SECONDS), max(second - first, 0.0))
 
@@ -253,7 +251,7 @@ class _StageClock:
 
     def _backward(self, memo: StagePass, saved: Saved) -> None:
         self._forget()
-        grad_x = self.stage.backward([self.like.clone()], saved, self.x, memo, need_input=self.need_input)
+        grad_x = self.stage.backward([self.like.clone()], saved, self.x, memo)
         if grad_x is not None and self.masked:
             torch.ops.aten.threshold_backward.grad_input(grad_x, self.x, 0, grad_input=grad_x)
 

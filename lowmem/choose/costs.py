@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -15,14 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowmem.calibrate.calibration import Seconds
 from lowmem.calibrate.calibrator import StageTimes
 from lowmem.calibrate.stage_timer import FAST, PLAIN
-from lowmem.plan.cost import ChainCost, Operation, OptionCost, Rates, StageCost
+from lowmem.plan.cost import ChainCost, KernelWork, OptionCost, Rates, StageCost
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, PolicyKind
 from lowmem.remat import decompose
 from lowmem.remat.block import ConvBlock
 from lowmem.remat.stage import Stage, StagePass
 from lowmem.simulate.stage import Option, OptionMeasure, StageMeasure, measure_chain
 from lowmem.simulate.step import empty_copy
-from lowmem.simulate.trace import Call, KernelWork, Recorder
+from lowmem.simulate.trace import Call, Recorder
 
 
 def policies(stage: Stage) -> tuple[BlockPolicy, ...]:
@@ -83,7 +84,7 @@ def measure_costs(
         x = torch.empty(tuple(input_shape)).contiguous(memory_format=memory_format)
         stages = decompose(copied)
         measures = tuple(
-            measure_chain(stages, options or _options, x, lambda: StagePass(low, library_norm), recorder, library_norm)
+            measure_chain(stages, options or _options, x, partial(StagePass, low, library_norm), recorder, library_norm)
         )
         return ChainMeasure(
             names=tuple(stage.name for stage in stages),
@@ -170,7 +171,7 @@ class _StageSeconds:
         return None if self.times is None else self.times.seconds(stage, what)
 
     def _roofline(self, work: Iterable[KernelWork]) -> float:
-        return self.scale * self.rates.seconds(Operation(one.flops, one.moved_bytes) for one in work)
+        return self.scale * self.rates.seconds(work)
 
 
 def _plain_work(stage: StageMeasure) -> tuple[KernelWork, ...]:

@@ -18,8 +18,7 @@ from lowmem.config.schema import Config, TrainConfig
 from lowmem.config.settings import Settings
 from lowmem.core.errors import PreflightError
 from lowmem.models import skeleton
-from lowmem.models.memory_format import check_memory_format, is_safe
-from lowmem.models.resnet import ResNet
+from lowmem.models.resnet import ResNet, check_memory_format, is_safe
 from lowmem.remat.libraries import Numerics
 
 # Mixed precision changes the arithmetic: it must be worth it by more than the measurement's noise.

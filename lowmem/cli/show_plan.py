@@ -20,7 +20,7 @@ from lowmem.runs.atomic import write_bytes_atomic
 
 if TYPE_CHECKING:
     from lowmem.choose.request import Choice
-    from lowmem.plan.baselines import Points
+    from lowmem.plan.solver import Points
 
 
 def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate: bool = False) -> None:
@@ -74,7 +74,7 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
 
 def _draw(choice: Choice, title: str, path: Path) -> Mapping[str, Points]:
     """The picture; returns what is in it. Raises PreflightError."""
-    from lowmem.plan.baselines import strategies
+    from lowmem.plan.solver import strategies
     from lowmem.report.method_figures import draw_memory_curve  # matplotlib: only if there is something to draw
 
     plan, curves = choice.plan, strategies(choice.chain, choice.plain.estimate.peak_allocated_bytes)

@@ -3,7 +3,7 @@
 The figures of the card come from NVML where it answers, else from `torch.cuda.mem_get_info`, else from nobody; a
 `Snapshot` says which. The context's size is this process's share by NVML less the allocator's segments. Windows and
 containers do not tell that share; then it is how much fuller the card got since before CUDA was first used, others'
-changes counted in. The CUDA runtime alone cannot tell it: asking for the free memory is what makes the context.
+changes counted in. The CUDA runtime cannot tell it: asking it for the free memory is what makes the context.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ def read_allocator() -> Snapshot:
 
 def cap_allocator(cap_bytes: int) -> bool:
     """Makes a larger card behave like a smaller one: lets the caching allocator of the current CUDA device hold at most
-    `cap_bytes` in segments. The context and what libraries allocate on their own are not in it
-    (pytorch/pytorch#107667). Whether there was anything to cap: on the CPU, and for a cap that the card does not
-    reach, there is not."""
+    `cap_bytes` in segments, without the context and what libraries allocate on their own (pytorch/pytorch#107667).
+    Whether there was anything to cap: on the CPU, and for a cap that the card does not reach, there is not."""
     if not torch.cuda.is_available():
         return False
     share = cap_bytes / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
@@ -66,31 +65,14 @@ def process_bytes(device: DriverDevice | None, pid: int) -> int | None:
     return next((process.used_bytes for process in processes if process.pid == pid), None)
 
 
-def context_by_drop(before: DriverReport, after: DriverReport, uuid: str | None, reserved_bytes: int) -> int | None:
-    """How much fuller the card got from a report made before CUDA was first used to one made now, less the allocator's
-    segments now (`reserved_bytes`). What other processes took or gave back in between is counted in. None if a figure
-    is missing or others gave back more."""
-    was, now = before.device(uuid), after.device(uuid)
-    if was is None or now is None or was.used_bytes is None or now.used_bytes is None:
-        return None
-    return _rest(now.used_bytes - was.used_bytes, reserved_bytes)
-
-
-def _rest(whole: int | None, part: int) -> int | None:
-    return whole - part if whole is not None and whole >= part else None
-
-
 class CudaSource:
-    """The current device, asked again and again; the driver's library stays open."""
+    """The current device, asked again and again; the driver's library stays open until `close`."""
 
     def __init__(self) -> None:
         self._driver = Driver()
+        self.reset, self.close = torch.cuda.reset_peak_memory_stats, self._driver.close
         # Only a report from before the context can tell its size where the driver does not name processes.
         self._before = None if torch.cuda.is_initialized() else self._driver.read()
-
-    def reset(self) -> None:
-        """Starts new peaks."""
-        torch.cuda.reset_peak_memory_stats()
 
     def read(self) -> Snapshot:
         uuid = device_uuid()
@@ -102,10 +84,6 @@ class CudaSource:
             before=self._before,
             runtime=free_and_total_bytes,
         )
-
-    def close(self) -> None:
-        """Lets go of the driver's library."""
-        self._driver.close()
 
 
 def describe(
@@ -121,49 +99,44 @@ def describe(
     first used, if there is one; `runtime`: (free, total) in bytes by the CUDA runtime, called only where NVML fails."""
     device = report.device(uuid)
     if device is None or device.used_bytes is None:
-        return _without_driver(allocator, _why_not(report, device, uuid), runtime())
+        why, told = _why_not(report, device, uuid), runtime()
+        if told is None:
+            silent = "the CUDA runtime does not answer either: how full the card is, is unknown"
+            return replace(allocator, missing=(why, silent))
+        free, total = told
+        return replace(
+            allocator,
+            device_used_bytes=total - free,
+            device_total_bytes=total,
+            device_free_bytes=free,
+            device_source="cuda runtime",
+            missing=(f"{why}; the CUDA runtime tells how full the card is, but not who fills it",),
+        )
     reserved = allocator.reserved_bytes or 0
-    process = process_bytes(device, pid)
+    whole = process = process_bytes(device, pid)
+    was = before.device(uuid) if before is not None else None
+    if process is None and was is not None and was.used_bytes is not None:
+        whole = device.used_bytes - was.used_bytes  # what others took or gave back in between is counted in
+    context = whole - reserved if whole is not None and whole >= reserved else None
+    own = process if process is not None or context is None else reserved + context
     missing: tuple[str, ...] = ()
-    if process is not None:
-        context, own = _rest(process, reserved), process
-    else:
-        context = context_by_drop(before, report, uuid, reserved) if before is not None else None
-        own = reserved + (context or 0)
-        silent = "NVML does not tell what this process holds (as on Windows and in containers)"
+    if process is None:
+        instead = "the context is how much fuller the card got since before CUDA was used"
         if context is None:
-            missing = (f"{silent}: the context and the other processes' share are unknown",)
-        else:
-            missing = (f"{silent}: the context is how much fuller the card got since before CUDA was used",)
-    others_known = process is not None or context is not None
+            instead = "the context and the other processes' share are unknown"
+        missing = (f"NVML does not tell what this process holds (as on Windows and in containers): {instead}",)
     return replace(
         allocator,
         device_used_bytes=device.used_bytes,
         process_bytes=process,
         context_bytes=context,
-        others_bytes=max(0, device.used_bytes - own) if others_known else None,
+        others_bytes=None if own is None else max(0, device.used_bytes - own),
         device_total_bytes=device.total_bytes,
         device_free_bytes=device.free_bytes,
         driver_reserved_bytes=device.reserved_bytes,
         processes=device.processes or (),
         device_source="nvml",
         missing=missing,
-    )
-
-
-def _without_driver(known: Snapshot, why: str, runtime: tuple[int, int] | None) -> Snapshot:
-    if runtime is None:
-        silent = "the CUDA runtime does not answer either: how full the card is, is unknown"
-        return replace(known, missing=(why, silent))
-    free, total = runtime
-    instead = "the CUDA runtime tells how full the card is, but not who fills it"
-    return replace(
-        known,
-        device_used_bytes=total - free,
-        device_total_bytes=total,
-        device_free_bytes=free,
-        device_source="cuda runtime",
-        missing=(f"{why}; {instead}",),
     )
 
 

@@ -6,9 +6,10 @@ The C allocator keeps no count of tensors, so on the CPU those figures are None.
 from __future__ import annotations
 
 import platform
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from lowmem.measure.snapshot import Snapshot
 
@@ -17,44 +18,28 @@ _CLEAR = Path("/proc/self/clear_refs")
 _MACHINE = Path("/proc/meminfo")
 
 
-class MemorySource(Protocol):
-    """What a device's module gives the meter."""
-
-    def reset(self) -> None: ...
-
-    def read(self) -> Snapshot: ...
-
-    def close(self) -> None: ...
-
-
 class Meter:
-    """Reads the memory of a device: `cpu` or `cuda` (torch's current one).
+    """Reads the memory of a device: `cpu` or `cuda` (torch's current one). `reset` starts new peaks, where the device
+    has any to reset; `read` gives the figures now and since the last reset, in a few milliseconds: cheap enough for
+    every line of a log, not for every step; `close` lets go of the driver's library.
 
-    The driver's library is opened once and read in a few milliseconds: cheap enough for every line of a log, not for
-    every step. Where the driver does not tell what a process holds, a meter made before CUDA is first used still knows
-    this process's context, from how the card filled up.
+    Where the driver does not tell what a process holds, a meter made before CUDA is first used still knows this
+    process's context, from how the card filled up.
     """
 
+    reset: Callable[[], None]
+    read: Callable[[], Snapshot]
+    close: Callable[[], None]
+
     def __init__(self, device: str) -> None:
-        self._source: MemorySource
         if device == "cuda":
             from lowmem.measure.cuda import CudaSource
 
-            self._source = CudaSource()
+            card = CudaSource()
+            self.reset, self.read, self.close = card.reset, card.read, card.close
         else:
-            self._source = CpuSource()
-
-    def reset(self) -> None:
-        """Starts new peaks, where the device has any to reset."""
-        self._source.reset()
-
-    def read(self) -> Snapshot:
-        """The figures now and since the last reset."""
-        return self._source.read()
-
-    def close(self) -> None:
-        """Lets go of the driver's library. Happens by itself when the meter is forgotten or Python leaves."""
-        self._source.close()
+            processor = CpuSource()
+            self.reset, self.read, self.close = processor.reset, processor.read, lambda: None
 
     def __enter__(self) -> Meter:
         return self
@@ -95,23 +80,14 @@ class CpuSource:
             missing=tuple(missing),
         )
 
-    def close(self) -> None:
-        """Nothing is open."""
-
 
 def _kernel_table(path: Path) -> dict[str, int]:
     """The lines `Name:   123 kB` of one of Linux's files, in bytes; empty where there is no such file."""
-    figures = {}
     try:
-        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+        text = path.read_text(encoding="ascii", errors="replace")
     except OSError:
         return {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        words = value.split()
-        if len(words) == 2 and words[1] == "kB" and words[0].isdigit():
-            figures[name] = int(words[0]) * 1024
-    return figures
+    return {name: int(size) * 1024 for name, size in re.findall(r"^([^:\n]*):[ \t]*([0-9]+) kB$", text, re.MULTILINE)}
 
 
 def _peak_of_the_process() -> int | None:
@@ -126,9 +102,8 @@ def _peak_of_the_process() -> int | None:
 def processor_name() -> str | None:
     """The processor's name as the system gives it."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        pass
-    return platform.processor() or None
+        text = ""
+    found = re.search(r"^model name[^:\n]*:(.*)", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or None

@@ -1,7 +1,6 @@
 """The driver's own account of the cards: memory, who holds it, the link in use. The only module that imports `pynvml`.
 
-Every figure may be missing (no driver, no permission, a laptop that does not tell): unknown is None, and why nothing is
-known at all stands in `DriverReport.missing`. Nothing here makes a CUDA context.
+Every figure may be missing (no driver, no permission, a laptop that does not tell). Nothing here makes a CUDA context.
 
 Known limits: inside a container the driver counts processes as the host does, so that this process may not be found in
 its lists; on Windows (WDDM) it lists them without their bytes; a MIG slice has no entry of its own.
@@ -18,11 +17,11 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceProcess:
-    """A process that holds memory of a card. `used_bytes` is None where the driver does not tell (Windows)."""
+    """A process that holds memory of a card."""
 
     pid: int
     name: str | None = None
-    used_bytes: int | None = None
+    used_bytes: int | None = None  # None where the driver does not tell (Windows)
     graphics: bool = False
 
 
@@ -38,23 +37,20 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class DriverDevice:
-    """A card as the driver sees it. `used_bytes` is without `reserved_bytes`, what driver and firmware keep to
-    themselves; total = free + used + reserved (where an old driver does not tell `reserved_bytes`, it is part of
-    `used_bytes`). `uuid` is what torch calls it too (`GPU-…`): NVML's indices ignore CUDA_VISIBLE_DEVICES. `trouble`:
-    why the driver says nothing of this card ("GPU is lost")."""
+    """A card as the driver sees it; total = free + used + reserved."""
 
     index: int
-    uuid: str | None = None
+    uuid: str | None = None  # `GPU-…`, what torch calls it too: NVML's indices ignore CUDA_VISIBLE_DEVICES
     name: str | None = None
     capability: tuple[int, int] | None = None
     total_bytes: int | None = None
     free_bytes: int | None = None
     used_bytes: int | None = None
-    reserved_bytes: int | None = None
+    reserved_bytes: int | None = None  # what driver and firmware keep; part of `used_bytes` where an old one is silent
     processes: tuple[DeviceProcess, ...] | None = None
     link: Link | None = None
     display_active: bool | None = None
-    trouble: str | None = None
+    trouble: str | None = None  # why the driver says nothing of this card ("GPU is lost")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +67,7 @@ class DriverReport:
         is but one card to be meant. None if the driver does not list it."""
         if uuid is None:
             return self.devices[0] if len(self.devices) == 1 else None
-        return next((card for card in self.devices if card.uuid is not None and _same_card(card.uuid, uuid)), None)
+        return next((card for card in self.devices if card.uuid and _same_card(card.uuid, uuid)), None)
 
 
 def _same_card(left: str, right: str) -> bool:
@@ -79,19 +75,14 @@ def _same_card(left: str, right: str) -> bool:
 
 
 def read_driver(library: Any | None = None) -> DriverReport:
-    """Asks the driver once and lets go of it. Never raises: what failed is None, and `missing` says why all is.
-
-    `library`: the `pynvml` module, or a stand-in with its functions; None imports it.
-    """
+    """Asks the driver once and lets go of it. `library`: as of `Driver`."""
     with closing(Driver(library)) as driver:
         return driver.read()
 
 
 class Driver:
-    """The driver's library kept open, for repeated reading; opening takes tens of milliseconds, reading a few.
-
-    Never raises. Closed by `close`, or at the latest when the interpreter leaves.
-    """
+    """The driver's library kept open, for repeated reading; opening takes tens of milliseconds, reading a few. Never
+    raises. `library`: the `pynvml` module, or a stand-in with its functions; None imports it."""
 
     def __init__(self, library: Any | None = None) -> None:
         self._library = library
@@ -102,13 +93,15 @@ class Driver:
 
                 self._library = pynvml
             self._library.nvmlInit()  # type: ignore[union-attr]
+        except ImportError:
+            self.missing = _NO_PACKAGE
         except Exception as error:
-            self.missing = _why_missing(error)
+            self.missing = _REASONS.get(type(error).__name__, f"the NVIDIA driver does not answer (NVML: {error})")
         else:
             self._closing = weakref.finalize(self, _ask, self._library, "nvmlShutdown")
 
     def close(self) -> None:
-        """Lets go of the library; a later `read` says so in `missing`."""
+        """Lets go of the library, as Python does when it is forgotten; a later `read` says so in `missing`."""
         if self.missing is None:
             self._closing()
             self.missing = "the driver is no longer asked: its meter was closed"
@@ -119,18 +112,18 @@ class Driver:
         if self.missing is not None:
             return DriverReport(missing=self.missing)
         library = self._library
-        count = _ask(library, "nvmlDeviceGetCount")
+        count = _ask(library, "nvmlDeviceGetCount") or 0
         newest = _ask(library, "nvmlSystemGetCudaDriverVersion")
+        devices = (_device(library, index, uuid) for index in range(count))
         return DriverReport(
             driver_version=_text(_ask(library, "nvmlSystemGetDriverVersion")),
             cuda_version=(newest // 1000, newest % 1000 // 10) if newest else None,
-            devices=tuple(
-                device for index in range(count or 0) if (device := _device(library, index, uuid)) is not None
-            ),
+            devices=tuple(device for device in devices if device is not None),
             missing=None if count else "the NVIDIA driver answers, but lists no card",
         )
 
 
+_NO_PACKAGE = "the driver cannot be asked without the package nvidia-ml-py (module pynvml): pip install nvidia-ml-py"
 _REASONS = {
     "NVMLError_LibraryNotFound": "no NVIDIA driver here (its library NVML was not found): install the driver; in a "
     "container, start it with access to the card",
@@ -141,12 +134,6 @@ _REASONS = {
     "NVMLError_LibRmVersionMismatch": "the NVIDIA driver was updated while the old one is still running: restart the "
     "machine",
 }
-
-
-def _why_missing(error: Exception) -> str:
-    if isinstance(error, ImportError):
-        return "the driver cannot be asked without the package nvidia-ml-py (module pynvml): pip install nvidia-ml-py"
-    return _REASONS.get(type(error).__name__) or f"the NVIDIA driver does not answer (NVML: {error})"
 
 
 def _ask(library: Any, function: str, *arguments: Any, **named: Any) -> Any:
@@ -174,85 +161,66 @@ def _device(library: Any, index: int, wanted: str | None) -> DriverDevice | None
     uuid = _text(_ask(library, "nvmlDeviceGetUUID", handle))
     if wanted is not None and uuid is not None and not _same_card(uuid, wanted):
         return None
-    total, free, used, reserved = _memory(library, handle)
+    memory = _memory(library, handle)
     capability = _ask(library, "nvmlDeviceGetCudaComputeCapability", handle)
     display = _ask(library, "nvmlDeviceGetDisplayActive", handle)
+    link = {name: _ask(library, function, handle) or None for name, function in _LINK.items()}
     return DriverDevice(
         index=index,
         uuid=uuid,
         name=_text(_ask(library, "nvmlDeviceGetName", handle)),
         capability=(int(capability[0]), int(capability[1])) if capability else None,
-        total_bytes=total,
-        free_bytes=free,
-        used_bytes=used,
-        reserved_bytes=reserved,
-        processes=_processes(library, handle, total),
-        link=_link(library, handle),
+        processes=_processes(library, handle, memory.get("total_bytes")),
+        link=Link(**link) if any(link.values()) else None,
         display_active=None if display is None else bool(display),
+        **memory,
     )
 
 
-def _memory(library: Any, handle: Any) -> tuple[int | None, int | None, int | None, int | None]:
-    """(total, free, used without reserved, reserved) in bytes.
+_LINK = {
+    "generation": "nvmlDeviceGetCurrPcieLinkGeneration",
+    "lanes": "nvmlDeviceGetCurrPcieLinkWidth",
+    "most_generation": "nvmlDeviceGetMaxPcieLinkGeneration",
+    "most_lanes": "nvmlDeviceGetMaxPcieLinkWidth",
+}
 
-    What is used is taken by difference: NVIDIA's manual says that version 2 counts the reserved memory as used, the
-    drivers seen in the field do not (rust-nvml/nvml-wrapper#57: 912 MB by version 1, 7.8 MB by version 2).
-    """
+
+def _memory(library: Any, handle: Any) -> dict[str, Any]:
+    """The card's figures in bytes that are told. What is used is taken by difference: NVIDIA's manual says that version
+    2 counts the reserved memory as used, the drivers seen in the field do not (rust-nvml/nvml-wrapper#57: 912 MB by
+    version 1, 7.8 MB by version 2)."""
     version = getattr(library, "nvmlMemory_v2", None)
     figures = _ask(library, "nvmlDeviceGetMemoryInfo", handle, version=version) if version else None
-    if figures is not None:
-        reserved = int(figures.reserved)
-    else:  # a driver or package without version 2
-        figures, reserved = _ask(library, "nvmlDeviceGetMemoryInfo", handle), None
-        if figures is None:
-            return None, None, None, None
+    reserved = {} if figures is None else {"reserved_bytes": int(figures.reserved)}
+    figures = figures or _ask(library, "nvmlDeviceGetMemoryInfo", handle)  # a driver or package without version 2
+    if figures is None:
+        return {}
     total, free = int(figures.total), int(figures.free)
-    return total, free, max(0, total - free - (reserved or 0)), reserved
-
-
-def _link(library: Any, handle: Any) -> Link | None:
-    def figure(function: str) -> int | None:
-        return _ask(library, function, handle) or None
-
-    link = Link(
-        generation=figure("nvmlDeviceGetCurrPcieLinkGeneration"),
-        lanes=figure("nvmlDeviceGetCurrPcieLinkWidth"),
-        most_generation=figure("nvmlDeviceGetMaxPcieLinkGeneration"),
-        most_lanes=figure("nvmlDeviceGetMaxPcieLinkWidth"),
-    )
-    return None if link == Link() else link
+    used = max(0, total - free - sum(reserved.values()))
+    return {"total_bytes": total, "free_bytes": free, "used_bytes": used, **reserved}
 
 
 def _processes(library: Any, handle: Any, total_bytes: int | None) -> tuple[DeviceProcess, ...] | None:
     """One entry a process, though a program that computes and draws is in both lists with the same bytes."""
     found: dict[int, DeviceProcess] = {}
-    lists = {kind: _running(library, kind, handle) for kind in ("Compute", "Graphics")}
-    if all(entries is None for entries in lists.values()):
-        return None
-    for kind, entries in lists.items():
+    told = False
+    for kind in ("Compute", "Graphics"):
+        entries = _ask(library, f"nvmlDeviceGet{kind}RunningProcesses", handle)
+        if entries is None:  # the plain name asks for the newest form, which an old driver refuses
+            entries = _ask(library, f"nvmlDeviceGet{kind}RunningProcesses_v2", handle)
+        told = told or entries is not None
         for entry in entries or ():
             pid, used = int(entry.pid), entry.usedGpuMemory
             if used is not None and used > (total_bytes or 2**62):  # "not available" is the largest 64-bit number
                 used = None
-            known = found.get(pid)
-            if known is None:
-                name = _base_name(_text(_ask(library, "nvmlSystemGetProcessName", pid)))
-                found[pid] = DeviceProcess(pid=pid, name=name, used_bytes=used, graphics=kind == "Graphics")
-            else:
-                most = max((bytes_ for bytes_ in (known.used_bytes, used) if bytes_ is not None), default=None)
-                found[pid] = replace(known, used_bytes=most, graphics=kind == "Graphics")
-    return tuple(sorted(found.values(), key=lambda process: (-(process.used_bytes or 0), process.pid)))
+            known = found.get(pid) or DeviceProcess(pid=pid, name=_program(library, pid))
+            most = max((size for size in (known.used_bytes, used) if size is not None), default=None)
+            found[pid] = replace(known, used_bytes=most, graphics=kind == "Graphics")
+    ordered = tuple(sorted(found.values(), key=lambda process: (-(process.used_bytes or 0), process.pid)))
+    return ordered if told else None
 
 
-def _running(library: Any, kind: str, handle: Any) -> list[Any] | None:
-    """The plain name asks for the newest form, which an old driver refuses; the named older one may still do."""
-    for suffix in ("", "_v2"):
-        entries = _ask(library, f"nvmlDeviceGet{kind}RunningProcesses{suffix}", handle)
-        if entries is not None:
-            return list(entries)
-    return None
-
-
-def _base_name(path: str | None) -> str | None:
+def _program(library: Any, pid: int) -> str | None:
     """The program alone: no folders (they name users) and no arguments."""
+    path = _text(_ask(library, "nvmlSystemGetProcessName", pid))
     return PureWindowsPath(path.partition(" -")[0]).name or None if path else None

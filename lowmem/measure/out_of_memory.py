@@ -1,8 +1,7 @@
 """Telling out-of-memory from other errors, whoever says it: torch's allocators, the driver, cuDNN, cuBLAS, NCCL.
 
-One place knows the words (`classify`), for errors in this process and for the last lines of another one
-(`says_out_of_memory`): whoever measures, tries, trains or sums may meet any of them. The words alone need no torch:
-the doctor asks for them where it cannot be imported.
+One place knows the words, for errors in this process and for the last lines of another one. The words alone need no
+torch: the doctor asks for them where it cannot be imported.
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ from lowmem.core.units import GIB, KIB, MIB, format_size
 T = TypeVar("T")
 
 # What libraries say beside torch.OutOfMemoryError and MemoryError. Certain are the CPU's allocator (on Linux, on
-# Windows), the driver, NCCL (it passes the driver's words on) and cuDNN 9's own code for memory. The others are
-# guesses: older convolution and matrix libraries have no word of their own, but these are what they say when the card
-# is full (a handle or a workspace that cannot be made; pytorch's own search over convolution kernels swallows
-# out-of-memory of each and reports that none is left).
+# Windows), the driver, NCCL (it passes the driver's words on) and cuDNN 9's own code for memory. The others are what
+# older convolution and matrix libraries say when the card is full (a handle or a workspace that cannot be made;
+# pytorch's search over convolution kernels swallows out-of-memory of each and reports that none is left).
 _WORDS = re.compile(
     r"DefaultCPUAllocator: (can't allocate memory|not enough memory)"
     r"|CUDA( driver)? error: out of memory|std::bad_alloc"
@@ -39,17 +37,13 @@ _UNITS = {"bytes": 1, "kib": KIB, "mib": MIB, "gib": GIB}
 
 @dataclass(frozen=True)
 class Failure:
-    """Out of memory: in which phase of a step or beside it, the library's message, and bytes asked for if it says.
+    """Out of memory."""
 
-    `final`: the update had begun; then nothing was undone, and there is no way back but the last checkpoint. `peer`: it
-    was another process that ran out, and this one undid the step for it.
-    """
-
-    phase: str
-    message: str
-    asked_bytes: int | None = None
-    final: bool = False
-    peer: bool = False
+    phase: str  # of a step, or beside it
+    message: str  # the library's
+    asked_bytes: int | None = None  # if it says
+    final: bool = False  # the update had begun: nothing was undone, and the last checkpoint is the only way back
+    peer: bool = False  # it was another process that ran out, and this one undid the step for it
 
     @property
     def words(self) -> str:
@@ -58,7 +52,7 @@ class Failure:
 
 
 def classify(error: BaseException, phase: str) -> Failure | None:
-    """The one place that tells out-of-memory from other errors; None: something else."""
+    """None: it is something else than out-of-memory."""
     import torch
 
     text = str(error)
@@ -80,17 +74,12 @@ def says_out_of_memory(text: str) -> bool:
 
 
 def attempt(work: Callable[[], T], phase: Callable[[], str]) -> T | Failure:
-    """The result of `work`, or how it ran out of memory. Other errors go on.
-
-    The error itself is not kept: its traceback holds every tensor of the frames it came through (pytorch issues
-    27600, 18853, 82218).
-    """
-    failure: Failure | None = None
+    """The result of `work`, or how it ran out of memory; other errors go on. The error is not kept: its traceback holds
+    every tensor of the frames it came through (pytorch issues 27600, 18853, 82218)."""
     try:
         return work()
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        failure = classify(error, phase())
-        if failure is None:
+        if (failure := classify(error, phase())) is None:
             raise
     return failure
 

@@ -1,10 +1,9 @@
 """Tensors and operations of code as it runs, on any device, counted where they are dispatched.
 
-Storages are counted once, from their first appearance to their end, views for nothing: what the CPU's allocator does
-not tell. Buffers inside a kernel are not seen (the convolution library's workspace). Operations are counted by the
-library's own formulas; its counter follows modules with hooks, and these keep tensors alive (a step under per-block
-checkpointing takes nearly twice its memory under it). This one holds nothing. It costs a Python call per operation, so
-it is for a few steps only.
+Storages are counted once, from their first appearance to their end, views for nothing. Buffers inside a kernel are not
+seen (the convolution library's workspace). Operations are counted by the library's own formulas; its own counter
+follows modules with hooks, which keep tensors alive (a step under per-block checkpointing takes nearly twice its
+memory). It costs a Python call per operation, so it is for a few steps only.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import inspect
 import weakref
 from collections.abc import Iterable
 from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -22,14 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 class TensorMeter(TorchDispatchMode):
     """Context manager; may be entered several times. `live_bytes`: of the storages that exist; `peak_bytes`: the most
-    that existed at once; `flops`: floating-point operations of all that ran inside it, recomputation included, a
-    multiplication and its addition being two."""
+    at once; `flops`: of all that ran inside it, recomputation included, a multiplication and its addition being two."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live_bytes = self.peak_bytes = self.flops = 0
         self._known: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}  # by address: its number
-        self._count = 0
+        self._numbers = count(1)
 
     def adopt(self, tensors: Iterable[Tensor]) -> None:
         """Counts tensors that were there before."""
@@ -61,7 +60,7 @@ class TensorMeter(TorchDispatchMode):
         storage = tensor.untyped_storage()
         address, size = storage._cdata, storage.nbytes()
         if address not in self._known:
-            number = self._new_number()
+            number = next(self._numbers)
 
             def gone(_: object) -> None:
                 self._known.pop(address, None)
@@ -70,10 +69,6 @@ class TensorMeter(TorchDispatchMode):
             self._known[address] = number, weakref.ref(storage, gone)
             self._change(number, size, operation)
         return self._known[address][0]
-
-    def _new_number(self) -> int:
-        self._count += 1
-        return self._count
 
     def _change(self, storage: int, change_bytes: int, operation: str) -> None:
         """A storage came to exist (by that operation) or ceased to."""

@@ -1,9 +1,8 @@
-"""Seconds of a call on a device: warmed up, several rounds, their median and spread.
+"""Seconds of a call on a device: warmed up, several rounds, their median and least.
 
 A round is `inner` calls back to back and one wait at its end, so that the wait and the clock's grain weigh little. On
-CUDA a pair of events marks its two ends. They tell the card's time only as long as the host is ahead of the card: calls
-of kernels so small that launching them takes longer than running them are timed with their launches, which is what
-they cost in a training step too. How long the card computes in them, the library's profiler tells (`busy_seconds`).
+CUDA a pair of events marks its two ends. Kernels so small that launching them takes longer than running them are timed
+with their launches, which is what they cost in a training step too; `busy_seconds` is what the card computes.
 """
 
 from __future__ import annotations
@@ -28,15 +27,12 @@ BOUND_SHARE = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds of one call: median, least and most over `rounds` rounds of `inner` calls each. `launch_seconds`: the
-    median of the host's share, from the same rounds: all of a call on the CPU, on CUDA until it is issued."""
+    """Seconds of one call, over the rounds."""
 
     median_seconds: float
     least_seconds: float
-    most_seconds: float
-    launch_seconds: float
-    rounds: int
-    inner: int
+    launch_seconds: float  # the median of the host's share: all of a call on the CPU, on CUDA until it is issued
+    inner: int  # calls a round
 
     @property
     def bound_by_host(self) -> bool:
@@ -50,22 +46,19 @@ def time_calls(
     *,
     warmup: int = 2,
     rounds: int = 5,
-    inner: int | None = None,
     least_seconds: float = 0.01,
     clock: Callable[[], float] | None = None,
 ) -> Timing:
-    """Times `call` on `cpu` or `cuda` (torch's current device and stream), after `warmup` calls that do not count.
+    """Times `call` on `cpu` or `cuda` (torch's current device and stream), after `warmup` calls that do not count, in
+    rounds of as many calls as take at least `least_seconds` (at most a million).
 
     `clock`: on the CPU; None is `time.perf_counter`. `time.process_time` does not count what other processes take, but
-    counts every thread.
-
-    `inner`: calls a round; None finds the number with which a round takes at least `least_seconds` (at most a million
-    calls). Raises ValueError for numbers below one (warmup: zero) and other devices, and whatever `call` raises.
+    counts every thread. Raises ValueError for senseless numbers and other devices, and whatever `call` raises.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"no clock for the device {device!r}: cpu or cuda")
-    if warmup < 0 or rounds < 1 or (inner is not None and inner < 1):
-        raise ValueError(f"warmup={warmup}, rounds={rounds}, inner={inner}: at least 0, 1 and 1")
+    if warmup < 0 or rounds < 1:
+        raise ValueError(f"warmup={warmup}, rounds={rounds}: at least 0 and 1")
     if device == "cuda":
         _wake_card()
     one_round = _cuda_round if device == "cuda" else partial(_cpu_round, clock or time.perf_counter)
@@ -73,37 +66,22 @@ def time_calls(
         call()
     if device == "cuda":
         torch.cuda.synchronize()
-    if inner is None:
-        inner = _enough(call, one_round, least_seconds)
+    inner = 1
+    # Growing numbers: the first call may still be a slow one, and tells little of the others.
+    while inner < _MOST_INNER and (took := one_round(call, inner)[0]) < least_seconds:
+        growth = 1.2 * least_seconds / took if took > 0 else 10.0
+        inner = min(_MOST_INNER, math.ceil(inner * min(10.0, max(1.2, growth))))
     found = [one_round(call, inner) for _ in range(rounds)]
-    seconds = [took / inner for took, _ in found]
     return Timing(
-        median_seconds=statistics.median(seconds),
-        least_seconds=min(seconds),
-        most_seconds=max(seconds),
+        median_seconds=statistics.median(took / inner for took, _ in found),
+        least_seconds=min(took / inner for took, _ in found),
         launch_seconds=statistics.median(launching / inner for _, launching in found),
-        rounds=rounds,
         inner=inner,
     )
 
 
-# A round of so many calls -> its seconds, and those that the host took to issue them.
-_Round = Callable[[Callable[[], object], int], tuple[float, float]]
-
-
-def _enough(call: Callable[[], object], one_round: _Round, least_seconds: float) -> int:
-    """Tries growing numbers: the first call may still be a slow one, and tells little of the others."""
-    inner = 1
-    while inner < _MOST_INNER:
-        took, _ = one_round(call, inner)
-        if took >= least_seconds:
-            break
-        growth = 1.2 * least_seconds / took if took > 0 else 10.0
-        inner = min(_MOST_INNER, math.ceil(inner * min(10.0, max(1.2, growth))))
-    return inner
-
-
 def _cpu_round(clock: Callable[[], float], call: Callable[[], object], inner: int) -> tuple[float, float]:
+    """Seconds of `inner` calls, and those that the host took to issue them."""
     began = clock()
     for _ in range(inner):
         call()
@@ -125,8 +103,7 @@ def _cuda_round(call: Callable[[], object], inner: int) -> tuple[float, float]:
 
 @cache
 def _wake_card() -> None:
-    """Half a second of matrix products, once a process: an idle card runs at low clocks and takes that long to raise
-    them, so that whatever was timed first would look slow."""
+    """Half a second of matrix products, once a process: an idle card takes that long to raise its clocks."""
     a = torch.zeros(_WAKING_SIDE, _WAKING_SIDE, device="cuda")
     out = torch.empty_like(a)
     ends = time.perf_counter() + _WAKING_SECONDS

@@ -1,4 +1,5 @@
 """ResNet for 3x32x32 pictures, residual or plain, with Basic or Bottleneck blocks; by name, and initialised by address.
+And which networks may not run in channels-last on a CPU: the convolution library corrupts memory in some.
 
 He, Zhang, Ren, Sun: "Deep Residual Learning for Image Recognition", CVPR 2016, in the four-stage CIFAR form that is
 usual in PyTorch code; parameter names are the usual ones, so that state dicts can be exchanged.
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem.config.schema import ARCHITECTURES, BLOCK_LAYOUT, resolve_block
+from lowmem.config.schema import BLOCK_LAYOUT, resolve_block
 from lowmem.core.counter_rng import derive_seed
-from lowmem.core.errors import UsageError
+from lowmem.core.errors import PreflightError, UsageError
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -25,72 +26,57 @@ def _conv(in_planes: int, planes: int, kernel: int, stride: int = 1) -> nn.Conv2
     return nn.Conv2d(in_planes, planes, kernel, stride=stride, padding=kernel // 2, bias=False)
 
 
-def _projection(in_planes: int, planes: int, stride: int, residual: bool) -> nn.Sequential | None:
-    """1x1 convolution + batch norm where the shape changes, else an empty sequence; None without shortcuts."""
-    if not residual:
-        return None
-    if stride == 1 and in_planes == planes:
-        return nn.Sequential()
-    return nn.Sequential(_conv(in_planes, planes, 1, stride), nn.BatchNorm2d(planes))
+class _ResNetBlock(nn.Module):
+    """Convolutions with batch norms and ReLUs. The shortcut is a 1x1 convolution and a batch norm where the shape
+    changes, else an empty sequence; None in a plain net, which then has none of its parameters."""
 
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions. `shortcut` is None in a plain net, which then has none of its parameters."""
-
+    kernels: tuple[int, ...]
+    strided: int  # the convolution that has the stride, from 1
     expansion = 1
 
     def __init__(self, in_planes: int, planes: int, stride: int = 1, residual: bool = True) -> None:
         super().__init__()
-        self.conv1 = _conv(in_planes, planes, 3, stride)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = _conv(planes, planes, 3)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.shortcut = _projection(in_planes, planes * self.expansion, stride, residual)
+        sizes = [in_planes, *(planes for _ in self.kernels[1:]), planes * self.expansion]
+        for k, kernel in enumerate(self.kernels, start=1):
+            self.add_module(f"conv{k}", _conv(sizes[k - 1], sizes[k], kernel, stride if k == self.strided else 1))
+            self.add_module(f"bn{k}", nn.BatchNorm2d(sizes[k]))
+        layers: list[nn.Module] = []
+        if residual and (stride, in_planes) != (1, sizes[-1]):
+            layers = [_conv(in_planes, sizes[-1], 1, stride), nn.BatchNorm2d(sizes[-1])]
+        self.shortcut = nn.Sequential(*layers) if residual else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
+        out = x
+        for k in range(1, len(self.kernels) + 1):
+            out = self.get_submodule(f"bn{k}")(self.get_submodule(f"conv{k}")(out))
+            if k < len(self.kernels):
+                out = F.relu(out)
         if self.shortcut is not None:
             out = out + self.shortcut(x)
         return F.relu(out)
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride), 1x1 to four times the planes. `shortcut` is None in a plain net."""
+class BasicBlock(_ResNetBlock):
+    """Two 3x3 convolutions."""
 
-    expansion = 4
+    kernels, strided = (3, 3), 1
 
-    def __init__(self, in_planes: int, planes: int, stride: int = 1, residual: bool = True) -> None:
-        super().__init__()
-        self.conv1 = _conv(in_planes, planes, 1)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = _conv(planes, planes, 3, stride)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = _conv(planes, planes * self.expansion, 1)
-        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
-        self.shortcut = _projection(in_planes, planes * self.expansion, stride, residual)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        if self.shortcut is not None:
-            out = out + self.shortcut(x)
-        return F.relu(out)
+class Bottleneck(_ResNetBlock):
+    """1x1, 3x3 (with the stride), 1x1 to four times the planes."""
+
+    kernels, strided, expansion = (1, 3, 1), 2, 4
 
 
 class ResNet(nn.Module):
-    """Stem of `width` channels, four stages of width*(1, 2, 4, 8) planes, 4x4 average pool, linear.
+    """Stem of `width` channels, four stages of width*(1, 2, 4, 8) planes, 4x4 average pool, linear. Takes float
+    [N, in_channels, 32, 32]; returns logits, float [N, num_classes]."""
 
-    Takes float [N, in_channels, 32, 32]; returns logits, float [N, num_classes]. `recipe`: the arguments of `skeleton`
-    that make it again, for another process; None: made by hand.
-    """
-
-    recipe: dict[str, Any] | None = None
+    recipe: dict[str, Any] | None = None  # the arguments of `skeleton` that make it again; None: made by hand
 
     def __init__(
         self,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: type[_ResNetBlock],
         blocks_per_stage: Sequence[int],
         *,
         width: int = 64,
@@ -123,36 +109,15 @@ class ResNet(nn.Module):
         return self.linear(out.flatten(1))
 
 
-def names() -> tuple[str, ...]:
-    """All architecture names, `res20` ... `cnn110`."""
-    return ARCHITECTURES
-
-
-def default_block(arch: str) -> str:
-    """`basic` or `bottleneck`: what the report used for that depth (raises UsageError for an unknown name)."""
-    return resolve_block(arch, None)
-
-
 def layout(arch: str, block: str | None = None) -> tuple[int, int, int, int]:
     """Blocks per stage. Raises UsageError for an unknown name or a block the family does not have at that depth."""
     return BLOCK_LAYOUT[int(arch[3:]), resolve_block(arch, block)]
 
 
-def build(
-    arch: str,
-    block: str | None = None,
-    *,
-    width: int = 64,
-    num_classes: int = 10,
-    in_channels: int = 3,
-    seed: int = 0,
-) -> ResNet:
-    """A network of the family as a plain `nn.Module` in fp32 on the CPU, initialised as `initialise` says.
-
-    `res*` have shortcuts, `cnn*` are the same nets without any. Takes [N, in_channels, 32, 32].
-    Raises UsageError for a name, block or width that the family does not have.
-    """
-    model = skeleton(arch, block, width=width, num_classes=num_classes, in_channels=in_channels)
+def build(arch: str, block: str | None = None, *, seed: int = 0, **sizes: int) -> ResNet:
+    """A network of the family in fp32 on the CPU, initialised by `initialise`; `sizes` are `skeleton`'s. `res*` have
+    shortcuts, `cnn*` are the same nets without any. Raises UsageError for what the family does not have."""
+    model = skeleton(arch, block, **sizes)
     # As `to_empty` does, whose `empty_like` imports sympy for a tensor without storage: a third of a second.
     model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
     return initialise(model, seed)
@@ -165,18 +130,11 @@ def skeleton(
     blocks_per_stage = layout(arch, block)
     if width < 1:
         raise UsageError(f"width {width} is not a positive number of channels: the usual width is 64")
-    # Without storage also in `build`: the layers' own initialisation would draw from the global generator, only to
-    # be replaced.
-    with torch.device("meta"):
-        model = ResNet(
-            BasicBlock if resolve_block(arch, block) == "basic" else Bottleneck,
-            blocks_per_stage,
-            width=width,
-            residual=arch.startswith("res"),
-            num_classes=num_classes,
-            in_channels=in_channels,
-        )
+    # Also in `build`: the layers' own initialisation would draw from the global generator, only to be replaced.
+    kind = BasicBlock if resolve_block(arch, block) == "basic" else Bottleneck
     sizes = {"width": width, "num_classes": num_classes, "in_channels": in_channels}
+    with torch.device("meta"):
+        model = ResNet(kind, blocks_per_stage, residual=arch.startswith("res"), **sizes)
     model.recipe = {"arch": arch, "block": block, **sizes}
     return model
 
@@ -205,6 +163,40 @@ def initialise(model: Net, seed: int) -> Net:
     return model
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Number of scalar parameters, trainable or not."""
-    return sum(parameter.numel() for parameter in model.parameters())
+# Channels-last on a CPU: oneDNN's backward pass of a 1x1 convolution with a stride writes past its buffers in fp32 if
+# there are few input channels: under 8 on processors with AVX2, with one thread too; under 16 with AVX-512, with
+# several threads and a batch that they do not divide (torch 2.14 and 2.15; the process crashes or worse). Contiguous,
+# bf16, larger kernels and stride 1 are not affected. The scans are in benchmarks/LOG.md. The rule is the same for every
+# processor and number of threads: what a run computes shall not depend on the machine it was begun on.
+
+SAFE_CHANNELS = 16
+
+
+def unsafe_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """Name -> convolution, of those that must not run in channels-last and fp32 on a CPU."""
+
+    def unsafe(conv: nn.Conv2d) -> bool:
+        few = conv.in_channels // conv.groups < SAFE_CHANNELS
+        return few and tuple(conv.kernel_size) == (1, 1) and max(conv.stride) > 1
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and unsafe(module)}
+
+
+def is_safe(model: nn.Module, device: str, precision: str, memory_format: str) -> bool:
+    """Whether the library computes the network so without corrupting memory. A precision that is still open counts as
+    fp32; on the CPU `amp` is bf16."""
+    exposed = device == "cpu" and memory_format == "channels-last" and precision != "amp"
+    return not (exposed and unsafe_convolutions(model))
+
+
+def check_memory_format(model: nn.Module, device: str, precision: str, memory_format: str) -> None:
+    """Raises PreflightError unless `is_safe`."""
+    if is_safe(model, device, precision, memory_format):
+        return
+    name, conv = next(iter(unsafe_convolutions(model).items()))
+    raise PreflightError(
+        f"channels-last in fp32 corrupts memory on the CPU: {name} is a 1x1 convolution of stride {max(conv.stride)} "
+        f"with {conv.in_channels // conv.groups} input channels, and the library has a fault there under "
+        f"{SAFE_CHANNELS}, with one thread too: use --memory-format contiguous or --precision amp (for a run that has "
+        "begun: lowmem fork RUN --at last --set train.memory_format=contiguous)"
+    )

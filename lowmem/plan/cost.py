@@ -1,38 +1,39 @@
 """What a chain of stages costs, in bytes and seconds, per policy: the solver's only input.
 
-Bytes come from the simulator's traces of the real executor, stage by stage; seconds from the card or, without
-one, from a roofline. Every figure of a stage is counted above what the rest of the chain holds at that
-moment:
+Bytes come from the simulator's traces of the real executor, stage by stage; seconds from the card or, without one, from
+a roofline. Every figure of a stage is counted above what the rest of the chain holds at that moment:
 
-- The stage's input (`input_bytes`) is held by whoever made it; no field of the stage includes it, except
-where said.
+- The stage's input (`input_bytes`) is held by whoever made it; no field includes it, except where said.
 - During a stage's forward nothing of it exists at first; at its end `kept_bytes` do.
-- At the start of its backward its input, `kept_bytes`, the gradient of its output (the next stage's
-`input_grad_bytes`) and the parameter gradients of all later stages exist; at its end its input,
-`input_grad_bytes` and, in addition to the later stages' parameter gradients, its own `param_grad_bytes`.
+- At the start of its backward its input, `kept_bytes`, the gradient of its output (the next stage's `input_grad_bytes`)
+and the later stages' parameter gradients exist; at its end its input, `input_grad_bytes` and, beside the later stages',
+its own `param_grad_bytes`.
 
-The names x, g, f0, t0, S, f, b, tf, tb of the recurrence (Beaumont et al., "Optimal checkpointing for
-heterogeneous chains", 2019) are given with each field.
+The names x, g, f0, t0, S, f, b, tf, tb of the recurrence (Beaumont et al., "Optimal checkpointing for heterogeneous
+chains", 2019) are given with each field.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from itertools import accumulate
+from typing import Any
 
-from lowmem.plan.policy import BlockPolicy, PolicyKind
+from lowmem.plan.policy import BlockPolicy
 
 RATE_SHARE = 0.65  # of the card's fp32 rate: what convolutions of this family reach
 BANDWIDTH_SHARE = 0.80  # of the card's bandwidth: what elementwise kernels reach
 
 
-@dataclass(frozen=True)
-class Operation:
-    """One kernel: floating-point operations, and bytes with each operand read once and each result written
-    once."""
+@dataclass(frozen=True, slots=True)
+class KernelWork:
+    """One kernel, which an operation launched in a phase of a step."""
 
     flops: int
-    moved_bytes: int
+    moved_bytes: int  # each operand read once, each result written once
+    operation: str = ""
+    phase: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,39 +48,27 @@ class Rates:
             raise ValueError("rates are positive")
 
     @staticmethod
-    def roofline(
-        peak_flops_per_second: float,
-        peak_bytes_per_second: float,
-        rate_share: float = RATE_SHARE,
-        bandwidth_share: float = BANDWIDTH_SHARE,
-    ) -> Rates:
+    def roofline(peak_flops_per_second: float, peak_bytes_per_second: float) -> Rates:
         """Datasheet figures of a card -> what is attained."""
-        return Rates(peak_flops_per_second * rate_share, peak_bytes_per_second * bandwidth_share)
+        return Rates(peak_flops_per_second * RATE_SHARE, peak_bytes_per_second * BANDWIDTH_SHARE)
 
-    def operation_seconds(self, operation: Operation) -> float:
-        """The larger of computing and moving."""
-        return max(operation.flops / self.flops_per_second, operation.moved_bytes / self.bytes_per_second)
-
-    def seconds(self, operations: Iterable[Operation]) -> float:
-        """One after the other."""
-        return sum(self.operation_seconds(operation) for operation in operations)
+    def seconds(self, work: Iterable[KernelWork]) -> float:
+        """One kernel after the other, each as long as the larger of computing and moving."""
+        return sum(max(one.flops / self.flops_per_second, one.moved_bytes / self.bytes_per_second) for one in work)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptionCost:
     """One policy of one stage.
 
-    The peak above everything else held (see the module) is `kept_bytes + forward_temp_bytes` in the forward
-    and `kept_bytes + backward_temp_bytes` in the backward. `backward_temp_bytes` includes the new gradient of
-    the input and the stage's own parameter gradients as they come to exist.
+    The peak above everything else held (see the module) is `kept_bytes + forward_temp_bytes` in the forward and
+    `kept_bytes + backward_temp_bytes` in the backward, which includes the new gradient of the input and the stage's
+    own parameter gradients as they come to exist.
 
-    A policy that drops its output: `kept_bytes` is without the output, `forward_temp_bytes` covers it while
-    the stage runs, and `restore_*` is what making it again takes; the peak of that, above `kept_bytes`, is
-    `restore_temp_bytes`, which includes the output itself. `restored_bytes` is what restoring leaves beside
-    the output until the stage's own backward (z_n, if it was not kept: the backward needs it anyway), so it
-    exists during the next stage's backward; `backward_temp_bytes` of the stage includes it.
-
-    FUSED: forward figures and `kept_bytes` are zero, the whole work is in the backward.
+    A policy that drops its output: `kept_bytes` is without the output, `forward_temp_bytes` covers it while the stage
+    runs, and `restore_*` is what making it again takes, with a peak of `restore_temp_bytes`, output included, above
+    `kept_bytes`. `restored_bytes` is what restoring leaves beside the output until the stage's own backward (z_n, if it
+    was not kept), so it exists during the next stage's backward; the stage's `backward_temp_bytes` includes it.
     """
 
     policy: BlockPolicy
@@ -96,12 +85,8 @@ class OptionCost:
     restored_bytes: int = 0
 
     def __post_init__(self) -> None:
-        _check_not_negative(self, "forward_seconds", "backward_seconds", "restore_seconds")
-        _check_bytes(self, "kept_bytes", "forward_temp_bytes", "backward_temp_bytes")
-        _check_bytes(self, "restore_temp_bytes", "restored_bytes")
-        if self.policy.kind is PolicyKind.FUSED and (
-            self.forward_seconds or self.kept_bytes or self.forward_temp_bytes
-        ):
+        _check_figures(self)
+        if self.policy.fused and (self.forward_seconds or self.kept_bytes or self.forward_temp_bytes):
             raise ValueError("FUSED has no forward and keeps nothing: its whole work is in the backward")
 
     @property
@@ -112,12 +97,11 @@ class OptionCost:
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """One stage: a stem, a block, a head. `options` hold each policy at most once, at least one that is not
-    FUSED.
+    """One stage: a stem, a block, a head. `options` hold each policy at most once, at least one that is not FUSED.
 
-    `last_options`: what policies cost for the last stage of a segment, whose output is for nobody and is not
-    computed: `kept_bytes` is without it. If there are any, solvers use only these and FUSED there; a schedule
-    with another policy is taken to cost what `options` say, which is too much.
+    `last_options`: for the last stage of a segment, whose output is for nobody and is not computed: `kept_bytes` is
+    without it. If there are any, solvers use only these and FUSED there; a schedule with another policy is taken to
+    cost what `options` say, which is too much.
     """
 
     name: str
@@ -131,51 +115,43 @@ class StageCost:
     last_options: tuple[OptionCost, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_not_negative(self, "fast_seconds")
-        _check_bytes(self, "input_bytes", "input_grad_bytes", "fast_temp_bytes", "param_grad_bytes")
+        _check_figures(self)
         policies = [option.policy for option in self.options]
         if len(set(policies)) != len(policies):
             raise ValueError(f"stage {self.name!r} has a policy twice")
-        if all(policy.kind is PolicyKind.FUSED or policy.drop_output for policy in policies):
+        usable = {option.policy for option in self.anywhere}
+        if not usable:
             raise ValueError(f"stage {self.name!r} has no policy that can be used anywhere in a chain")
-        usable = {policy for policy in policies if policy.kind is not PolicyKind.FUSED and not policy.drop_output}
         last = [option.policy for option in self.last_options]
         if len(set(last)) != len(last) or not usable.issuperset(last):
             raise ValueError(f"stage {self.name!r}: last_options are some of the options' policies, each once")
 
-    def option(self, policy: BlockPolicy) -> OptionCost:
-        """Raises KeyError if the stage has no such policy."""
-        for option in self.options:
+    @property
+    def anywhere(self) -> tuple[OptionCost, ...]:
+        """Those that can be used at any place of a chain: not fused, output kept."""
+        return tuple(option for option in self.options if option.policy.anywhere)
+
+    @property
+    def ending(self) -> tuple[OptionCost, ...]:
+        """What a solver considers for the last stage of a segment, beside FUSED."""
+        return self.last_options or self.anywhere
+
+    def option(self, policy: BlockPolicy, last: bool = False) -> OptionCost:
+        """`last`: as the last stage of a segment. Raises KeyError if the stage has no such policy."""
+        for option in (*self.last_options, *self.options) if last else self.options:
             if option.policy == policy:
                 return option
         raise KeyError(f"stage {self.name!r} has no option {policy}")
-
-    def last_policies(self) -> tuple[BlockPolicy, ...]:
-        """What a solver considers for the last stage of a segment, beside FUSED."""
-        usual = self.last_options or self.options
-        return tuple(
-            option.policy
-            for option in usual
-            if option.policy.kind is not PolicyKind.FUSED and not option.policy.drop_output
-        )
-
-    def last_option(self, policy: BlockPolicy) -> OptionCost:
-        """As the last stage of a segment. Raises KeyError if the stage has no such policy."""
-        for option in self.last_options:
-            if option.policy == policy:
-                return option
-        return self.option(policy)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChainCost:
     """Stages in forward order, and what is there beside them.
 
-    `fixed_bytes` exist all through the step: parameters, momentum, buffers, the input batch and whatever else
-    the caller holds (with accumulation also the parameter gradients: then every `param_grad_bytes` is 0).
-    `outside_peak_bytes` is the step's peak outside of forward and backward (the optimizer's), in all, for
-    comparison with a budget. `plain_*` is the untouched step under autograd, forward and backward, to which
-    overhead is relative.
+    `fixed_bytes` exist all through the step: parameters, momentum, buffers, the input batch and whatever else the
+    caller holds (with accumulation also the parameter gradients: then every `param_grad_bytes` is 0).
+    `outside_peak_bytes` is the step's peak outside of forward and backward (the optimizer's), in all. `plain_*` is the
+    untouched step under autograd, forward and backward, to which overhead is relative.
     """
 
     stages: tuple[StageCost, ...]
@@ -186,7 +162,7 @@ class ChainCost:
     outside_seconds: float = 0.0  # the optimizer's step and whatever no schedule changes
     plain_seconds: float | None = None  # without outside_seconds
     plain_flops: int | None = None
-    # g and x of all boundaries 0..n, derived
+    # x and g of all boundaries 0..n, and the parameter gradients of the stages behind them, derived
     boundary_bytes: tuple[int, ...] = field(init=False, repr=False, compare=False)
     boundary_grad_bytes: tuple[int, ...] = field(init=False, repr=False, compare=False)
     later_param_grad_bytes: tuple[int, ...] = field(init=False, repr=False, compare=False)
@@ -194,31 +170,26 @@ class ChainCost:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("a chain needs at least one stage")
-        _check_bytes(self, "output_bytes", "output_grad_bytes", "fixed_bytes", "outside_peak_bytes")
-        _check_not_negative(self, "outside_seconds")
-        boundary = (*(stage.input_bytes for stage in self.stages), self.output_bytes)
-        gradients = (*(stage.input_grad_bytes for stage in self.stages), self.output_grad_bytes)
-        later = [0]
-        for stage in reversed(self.stages):
-            later.append(later[-1] + stage.param_grad_bytes)
-        object.__setattr__(self, "boundary_bytes", boundary)
-        object.__setattr__(self, "boundary_grad_bytes", gradients)
-        object.__setattr__(self, "later_param_grad_bytes", tuple(reversed(later)))
+        _check_figures(self)
+        later = accumulate((stage.param_grad_bytes for stage in reversed(self.stages)), initial=0)
+        derived = {
+            "boundary_bytes": (*(stage.input_bytes for stage in self.stages), self.output_bytes),
+            "boundary_grad_bytes": (*(stage.input_grad_bytes for stage in self.stages), self.output_grad_bytes),
+            "later_param_grad_bytes": tuple(later)[::-1],
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
         return len(self.stages)
 
 
-def _check_bytes(cost: object, *names: str) -> None:
-    """Bytes are integers (invariant 6)."""
-    for name in names:
-        value = getattr(cost, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{name} is a count of bytes, not {value!r}")
-
-
-def _check_not_negative(cost: object, *names: str) -> None:
-    for name in names:
-        value = getattr(cost, name)
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} is a number of seconds, not {value!r}")
+def _check_figures(cost: Any) -> None:
+    """Bytes are integers (invariant 6), as operations are; seconds are finite."""
+    for figure in fields(cost):
+        value: Any = getattr(cost, figure.name, None)
+        unit = figure.name.rpartition("_")[2]
+        if figure.type == "int" and (type(value) is not int or value < 0):
+            raise ValueError(f"{figure.name} is a count of {unit}, not {value!r}")
+        if figure.type == "float" and not 0 <= value < float("inf"):
+            raise ValueError(f"{figure.name} is a number of seconds, not {value!r}")

@@ -5,12 +5,12 @@ It knows nothing of recurrences: it walks the schedule as the executor does and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import format_size
 from lowmem.plan.cost import ChainCost, OptionCost
-from lowmem.plan.policy import Item, Keep, PolicyKind, Schedule, Segment
+from lowmem.plan.policy import Item, Keep, Schedule, Segment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,28 +28,22 @@ class Moment:
         return self.fixed_bytes + self.param_grad_bytes + self.kept_bytes + self.temporary_bytes
 
     def __str__(self) -> str:
-        parts = (
-            ("fixed", self.fixed_bytes),
-            ("parameter gradients", self.param_grad_bytes),
-            ("kept", self.kept_bytes),
-            ("temporary", self.temporary_bytes),
-        )
+        sizes = (self.fixed_bytes, self.param_grad_bytes, self.kept_bytes, self.temporary_bytes)
+        parts = zip(("fixed", "parameter gradients", "kept", "temporary"), sizes, strict=True)
         return f"{self.what}: " + ", ".join(f"{name} {format_size(size)}" for name, size in parts if size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """A schedule and what it takes under the cost model: `peak` of the step's tensors, `seconds` and `flops` of the
-    whole step. `overhead` and `extra_flops` are over plain autograd, None if that was not measured. The one result of
-    every solver and baseline, so that they swap places."""
+    """A schedule and what a step takes with it under the cost model: the one result of every solver and baseline."""
 
     strategy: str
     schedule: Schedule
     peak: Moment
     seconds: float
     flops: int
-    overhead: float | None
-    extra_flops: int | None
+    overhead: float | None  # over plain autograd, as a share; None if that was not measured
+    extra_flops: int | None  # likewise
 
     @property
     def peak_bytes(self) -> int:
@@ -57,18 +51,20 @@ class Solution:
 
 
 def evaluate(schedule: Schedule, chain: ChainCost, strategy: str = "") -> Solution:
-    """Runs the schedule on the cost model. Raises ValueError if it is not a schedule of this chain, KeyError
-    if a stage has not got the policy."""
+    """Runs the schedule on the cost model. Raises ValueError if it is not one of this chain, KeyError if a stage has no
+    such policy."""
     schedule.check_covers(len(chain))
     run = Walk(chain)
     run.items(schedule.items)
-    run.outside()
     assert run.held == chain.boundary_grad_bytes[0], "everything kept is freed again"
-    plain, outside = chain.plain_seconds, chain.outside_seconds
+    peak, plain, outside = run.peak, chain.plain_seconds, chain.outside_seconds
+    if chain.outside_peak_bytes > peak.total_bytes:
+        peak = run.moment("step of the optimizer", chain.outside_peak_bytes - chain.fixed_bytes - run.param_grads)
+        peak = replace(peak, kept_bytes=0)
     return Solution(
         strategy=strategy,
         schedule=schedule,
-        peak=run.worst(),
+        peak=peak,
         seconds=run.seconds + outside,
         flops=run.flops,
         overhead=None if plain is None else (run.seconds - plain) / (plain + outside),
@@ -83,47 +79,40 @@ def refuse(least: Solution, budget_bytes: int, way_out: str) -> Infeasible:
 
 
 class Walk:
-    """Counters of one step. `held`: what is kept; the gradient of the chain's output is charged from the
-    beginning. `forward_seconds`: before the backward; `ended`: per stage, `seconds` when its backward is done."""
+    """Counters of one step."""
 
     def __init__(self, chain: ChainCost) -> None:
         self.chain = chain
-        self.held = chain.boundary_grad_bytes[len(chain)]
-        self.param_grads = 0
-        self.seconds = 0.0
-        self.forward_seconds = 0.0
-        self.ended: dict[int, float] = {}
-        self.flops = 0
-        self.peak = -1
-        self.at: tuple[str, int, str, int, int, int] = ("", 0, "", 0, 0, 0)
+        self.held = chain.boundary_grad_bytes[len(chain)]  # the gradient of the output is charged from the beginning
+        self.param_grads = self.flops = 0
+        self.seconds = self.forward_seconds = 0.0  # the latter: before the backward
+        self.ended: dict[int, float] = {}  # per stage, `seconds` when its backward is done
+        self._most = -1
+        self.peak = self.moment("", 0)
 
-    def touch(self, what: str, stage: int, policy: str, temporary: int) -> None:
-        """A moment at which `temporary` bytes exist beside what is held."""
-        total = self.held + self.param_grads + temporary
-        if total > self.peak:
-            self.peak = total
-            self.at = (what, stage, policy, self.param_grads, self.held, temporary)
-
-    def outside(self) -> None:
-        """The optimizer's step, if that is the peak."""
-        if self.chain.outside_peak_bytes > self.peak + self.chain.fixed_bytes:
-            rest = self.chain.outside_peak_bytes - self.chain.fixed_bytes - self.param_grads
-            self.at = ("step of the optimizer", -1, "", self.param_grads, 0, rest)
-
-    def worst(self) -> Moment:
-        what, stage, policy, param_grads, held, temporary = self.at
-        where = "" if stage < 0 else f" of {self.chain.stages[stage].name}" + (f" under {policy}" if policy else "")
+    def moment(self, what: str, temporary: int) -> Moment:
+        """Now, with `temporary` bytes beside what is held."""
         return Moment(
-            what=what + where,
+            what=what,
             fixed_bytes=self.chain.fixed_bytes,
-            param_grad_bytes=param_grads,
-            kept_bytes=held,
+            param_grad_bytes=self.param_grads,
+            kept_bytes=self.held,
             temporary_bytes=temporary,
         )
 
+    def touch(self, what: str, stage: int, temporary: int, policy: str = "") -> None:
+        """A moment at which `temporary` bytes exist beside what is held."""
+        if (total := self.held + self.param_grads + temporary) > self._most:
+            self._most = total
+            self.peak = self.moment(f"{what} of {self.chain.stages[stage].name}{policy}", temporary)
+
+    def spend(self, seconds: float, flops: int) -> None:
+        self.seconds += seconds
+        self.flops += flops
+
     def items(self, items: tuple[Item, ...], inside: bool = False) -> None:
-        """Forward and then backward; the gradient of the last one's output is held on entry, that of the
-        first one's input on return. `inside` a segment the last one's output is not made: nobody needs it."""
+        """Forward, then backward; the gradient of the last one's output is held on entry, that of the first one's input
+        on return. `inside` a segment the last one's output is not made: nobody needs it."""
         before: list[OptionCost | None] = [None]  # per item: the option of the item before, if that drops its output
         last = items[-1] if inside else None
         for item in items:
@@ -136,69 +125,53 @@ class Walk:
             item, dropped = items[index], before[index]
             if isinstance(item, Segment) and item is not last:
                 self.held -= x[item.end + 1]
-            self.restore(items, before, there, index)
+            first = next(at for at in range(index, -1, -1) if there[at])
+            for at in range(first + 1, index + 1):
+                self.restore(items[at].start, before[at])
+                there[at] = True
             self.backward(item, item is last)
             if dropped is not None:
                 # what restoring left is part of the temporaries of the backward that comes next
                 self.held -= x[item.start] + dropped.restored_bytes
 
-    def restore(self, items: tuple[Item, ...], before: list[OptionCost | None], there: list[bool], index: int) -> None:
-        """Makes the input of an item again if it is not there, and what that needs."""
-        option = before[index]
-        if there[index] or option is None:
-            return
-        self.restore(items, before, there, index - 1)
-        self.touch("restoring the input", items[index].start, "", option.restore_temp_bytes)
-        self.seconds += option.restore_seconds
-        self.flops += option.restore_flops
-        self.held += self.chain.boundary_bytes[items[index].start] + option.restored_bytes
-        there[index] = True
-
-    def option(self, item: Keep, last: bool) -> OptionCost:
-        stage = self.chain.stages[item.stage]
-        return stage.last_option(item.policy) if last else stage.option(item.policy)
+    def restore(self, start: int, option: OptionCost | None) -> None:
+        """Makes the input of a stage again, which the stage before dropped."""
+        assert option is not None
+        self.touch("restoring the input", start, option.restore_temp_bytes)
+        self.spend(option.restore_seconds, option.restore_flops)
+        self.held += self.chain.boundary_bytes[start] + option.restored_bytes
 
     def forward(self, item: Item, free_input: bool, last: bool) -> OptionCost | None:
         """Returns the option if it drops its output, which is then still held."""
         x = self.chain.boundary_bytes
-        option: OptionCost | None = None
         if isinstance(item, Keep):
-            option = self.option(item, last)
-            self.seconds += option.forward_seconds
-            self.flops += option.forward_flops
-            if item.policy.kind is not PolicyKind.FUSED:
-                self.touch("forward", item.stage, str(item.policy), option.kept_bytes + option.forward_temp_bytes)
-            self.held += option.kept_bytes
-        elif not last:
-            self.fast_forward(item, free_input)
+            option = self.chain.stages[item.stage].option(item.policy, last)
+            if not item.policy.fused:
+                temporary = option.kept_bytes + option.forward_temp_bytes
+                self.touch("forward", item.stage, temporary, f" under {item.policy}")
+            self.spend(option.forward_seconds, option.forward_flops)
+            drops = item.policy.drop_output
+            self.held += option.kept_bytes + (x[item.end + 1] if drops else 0) - (x[item.start] if free_input else 0)
+            return option if drops else None
+        if last:  # its forward runs in its backward only
+            self.held -= x[item.start] if free_input else 0
             return None
-        if free_input:
-            self.held -= x[item.start]
-        if option is None or not option.policy.drop_output:
-            return None
-        self.held += x[item.end + 1]
-        return option
-
-    def fast_forward(self, item: Segment, free_input: bool) -> None:
-        x = self.chain.boundary_bytes
         for index in range(item.start, item.end + 1):
             stage = self.chain.stages[index]
-            self.touch("fast forward", index, "", x[index + 1] + stage.fast_temp_bytes)
-            self.seconds += stage.fast_seconds
-            self.flops += stage.fast_flops
-            self.held += x[index + 1]
-            if index > item.start or free_input:
-                self.held -= x[index]
+            self.touch("fast forward", index, x[index + 1] + stage.fast_temp_bytes)
+            self.spend(stage.fast_seconds, stage.fast_flops)
+            self.held += x[index + 1] - (x[index] if index > item.start or free_input else 0)
+        return None
 
     def backward(self, item: Item, last: bool) -> None:
         g = self.chain.boundary_grad_bytes
         if isinstance(item, Segment):
             self.items(item.inner.items, inside=True)
             return
-        option = self.option(item, last)
-        self.touch("backward", item.stage, item.policy.name, option.backward_temp_bytes)
-        self.seconds += option.backward_seconds
-        self.flops += option.backward_flops
+        stage = self.chain.stages[item.stage]
+        option = stage.option(item.policy, last)
+        self.touch("backward", item.stage, option.backward_temp_bytes, f" under {item.policy}")
+        self.spend(option.backward_seconds, option.backward_flops)
         self.ended[item.stage] = self.seconds
         self.held += g[item.stage] - g[item.stage + 1] - option.kept_bytes
-        self.param_grads += self.chain.stages[item.stage].param_grad_bytes
+        self.param_grads += stage.param_grad_bytes

@@ -9,8 +9,10 @@ head          1 stage   SAVE_ALL
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby, takewhile
 
 from lowmem.plan.policy import BlockPolicy, Item, Keep, PolicyKind, Schedule, Segment
 
@@ -35,16 +37,20 @@ class PictureLine:
 
 
 def lines(schedule: Schedule, names: Sequence[str]) -> list[PictureLine]:
-    """The picture; `names` are the stages' names in order. Within a group of stages (`layer1`, …) items that
-    look alike, or turns of up to `LONGEST_TURN` items, share a line."""
+    """The picture; `names` are the stages' in order. Within a group of stages (`layer1`, …) items that look alike, or
+    turns of up to `LONGEST_TURN` items, share a line."""
     found: list[PictureLine] = []
     items = schedule.items
-    at = 0
-    while at < len(items):
-        length, turns = _best_turn(items[at:], names)
-        run = items[at : at + length * turns]
-        found.append(_line(run, length, turns, names))
-        at += len(run)
+    while items:
+        length, turns = _best_turn(items, names)
+        run, items = items[: length * turns], items[length * turns :]
+        action = _counted(run[:length])
+        if turns > 1 and length > 1:
+            action = f"{turns} x ({action})"
+        elif turns > 1 and isinstance(run[0], Segment):
+            action = f"{turns} x {action}"
+        first, last = run[0].start, run[-1].end
+        found.append(PictureLine(_range(names, first, last), last - first + 1, action))
     return found
 
 
@@ -72,39 +78,19 @@ def legend(schedule: Schedule) -> list[str]:
 
 
 def _best_turn(items: Sequence[Item], names: Sequence[str]) -> tuple[int, int]:
-    """(length, times) of the turn at the beginning that covers the most items; the shortest of those. Turns
-    of several items count only if they come at least twice."""
-    within = _in_one_group(items, names)
+    """(length, times) of the turn at the beginning that covers the most items, within one group of stages; the shortest
+    of those. Turns of several items count only if they come at least twice."""
+    group = _group(names[items[0].start])
+    within = takewhile(lambda item: {_group(name) for name in names[item.start : item.end + 1]} == {group}, items)
+    actions = [] if group is None else list(map(_action, within))
     best = (1, 1)
-    for length in range(1, min(LONGEST_TURN, len(within) // 2) + 1):
-        actions = [_action(item) for item in within]
+    for length in range(1, min(LONGEST_TURN, len(actions) // 2) + 1):
         turns = 1
         while actions[turns * length : (turns + 1) * length] == actions[:length]:
             turns += 1
         if turns > 1 and turns * length > best[0] * best[1]:
             best = (length, turns)
     return best
-
-
-def _in_one_group(items: Sequence[Item], names: Sequence[str]) -> Sequence[Item]:
-    """The first items whose stages are all of one group."""
-    group = _group(names[items[0].start])
-    if group is None:
-        return items[:1]
-    for index, item in enumerate(items):
-        if any(_group(name) != group for name in names[item.start : item.end + 1]):
-            return items[: max(1, index)]
-    return items
-
-
-def _line(run: Sequence[Item], length: int, turns: int, names: Sequence[str]) -> PictureLine:
-    count = run[-1].end - run[0].start + 1
-    action = _counted(run[:length])
-    if turns > 1 and length > 1:
-        action = f"{turns} x ({action})"
-    elif turns > 1 and isinstance(run[0], Segment):
-        action = f"{turns} x {action}"
-    return PictureLine(_range(names, run[0].start, run[-1].end), count, action)
 
 
 def _group(name: str) -> str | None:
@@ -129,21 +115,13 @@ def _action(item: Item) -> str:
     return f"checkpoint{f' of {size}' if size > 1 else ''} [{_counted(item.inner.items)}]"
 
 
-def _counted(items: Sequence[Item]) -> str:
+def _counted(items: Iterable[Item]) -> str:
     """`KEEP{z2} x3, FUSED`: repetitions counted."""
-    counted: list[tuple[str, int]] = []
-    for item in items:
-        action = _action(item)
-        if counted and counted[-1][0] == action:
-            counted[-1] = (action, counted[-1][1] + 1)
-        else:
-            counted.append((action, 1))
+    counted = [(action, len(list(same))) for action, same in groupby(map(_action, items))]
     return ", ".join(action if count == 1 else f"{action} x{count}" for action, count in counted)
 
 
 def tally(schedule: Schedule) -> dict[BlockPolicy, int]:
     """How many stages are under which policy, most first."""
-    counts: dict[BlockPolicy, int] = {}
-    for _, policy in schedule.policies().values():
-        counts[policy] = counts.get(policy, 0) + 1
+    counts = Counter(policy for _, policy in schedule.policies().values())
     return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0].name)))

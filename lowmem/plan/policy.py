@@ -1,8 +1,7 @@
 """What a stage keeps between forward and backward, and in which order a chain of stages is run.
 
-`BlockPolicy` is the choice for one stage, `Schedule` the choice for a chain of them. Both are plain values:
-the solver makes them, the executor (`lowmem.remat`) obeys them, the run folder stores them. The whole
-decision is a `Plan` (`lowmem.plan.record`).
+`BlockPolicy` is the choice for one stage, `Schedule` for a chain of them: plain values that the solver makes, the
+executor (`lowmem.remat`) obeys and the run folder stores.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 _NAME = re.compile(r"(?P<kind>[A-Z_]+)(?:\{(?P<kept>[^{}]*)\})?(?P<drop>-out)?")
@@ -18,8 +18,6 @@ _TENSOR = re.compile(r"z(?:[1-9][0-9]*|s)|a[1-9][0-9]*")
 
 
 class PolicyKind(StrEnum):
-    """The stage's own family of choices."""
-
     SAVE_ALL = "SAVE_ALL"  # what autograd keeps: inputs of batch norms and of convolutions
     LEAN = "LEAN"  # every convolution output; batch norm and ReLU are computed again
     KEEP = "KEEP"  # some of the tensors SAVE_ALL keeps; others are computed again from the nearest kept one
@@ -28,22 +26,17 @@ class PolicyKind(StrEnum):
 
 @dataclass(frozen=True)
 class BlockPolicy:
-    """What one stage keeps between its forward and its backward, beside its input (which the stage before
-    holds).
+    """What one stage keeps from its forward for its backward, beside its input (which the stage before holds).
 
-    `kept` names tensors, only with KEEP: convolution outputs `z1`, `z2`, … in the order of the stage's
-    convolutions, `zs` for the projection's, and `a1`, `a2`, …: what the next convolution reads, that is
-    relu(bn(z1)), …. `KEEP{}` keeps the stage's output only. `LEAN` is every z, `SAVE_ALL` every z and a.
+    `kept`, only with KEEP: convolution outputs `z1`, `z2`, … in order, `zs` for the projection's, and `a1`, `a2`, …:
+    what the next convolution reads, relu(bn(z1)), …. `KEEP{}` keeps the stage's output only.
 
-    `drop_output`: the stage's output is freed as soon as the next stage has run forward, and is computed
-    again ("restored") from the stage's input and its kept tensors just before the next item's backward. If
-    that input was dropped too, it is restored first; what is restored stays until the backward of the stage
-    that reads it.
+    `drop_output`: the output is freed as soon as the next stage has run forward, and computed again ("restored") from
+    the stage's input and kept tensors just before the next item's backward, after that input if it was dropped too;
+    what is restored stays until the backward of the stage that reads it.
 
-    FUSED is only for the last stage of a segment, whose backward follows at once: its forward is not run at
-    all (no output is needed), its backward computes what it needs from the input as it goes.
-
-    Raises ValueError on an inconsistent choice.
+    FUSED is only for the last stage of a segment, whose backward follows at once: its forward is not run at all. Raises
+    ValueError on an inconsistent choice.
     """
 
     kind: PolicyKind
@@ -61,6 +54,15 @@ class BlockPolicy:
             )
         if self.drop_output and self.kind in (PolicyKind.FUSED, PolicyKind.SAVE_ALL):
             raise ValueError(f"{self.kind} cannot drop its output: only LEAN and KEEP know how to restore it")
+
+    @property
+    def fused(self) -> bool:
+        return self.kind is PolicyKind.FUSED
+
+    @property
+    def anywhere(self) -> bool:
+        """Whether it can be used at any place of a chain."""
+        return not (self.fused or self.drop_output)
 
     @property
     def name(self) -> str:
@@ -102,8 +104,7 @@ def keep(*names: str, drop_output: bool = False) -> BlockPolicy:
 
 @dataclass(frozen=True)
 class Keep:
-    """Run the stage forward under the policy; in the backward run its backward. The stage runs forward once
-    here."""
+    """Run the stage forward, once, under the policy; in the backward run its backward."""
 
     stage: int
     policy: BlockPolicy
@@ -120,9 +121,8 @@ class Keep:
 
 @dataclass(frozen=True)
 class Segment:
-    """A checkpoint: in the forward, stages start..end run without saving, and only the input of `start` stays
-    (its holder is whoever made it) and the output of `end`. In the backward the output of `end` is freed, and
-    `inner` runs over exactly start..end, forward from that input and then backward."""
+    """A checkpoint: stages start..end run forward without saving; the input of `start` stays (with whoever made it) and
+    the output of `end`. In the backward that is freed, and `inner` runs over start..end, forward and then backward."""
 
     start: int
     end: int  # inclusive
@@ -139,24 +139,24 @@ Item: TypeAlias = Keep | Segment
 
 @dataclass(frozen=True)
 class Schedule:
-    """Items over consecutive stages, in forward order; the backward takes them in reverse.
-
-    Raises ValueError if it is empty, has a gap or an overlap, or drops an output that cannot be restored.
-    """
+    """Items over consecutive stages, in forward order; the backward takes them in reverse. Raises ValueError if it is
+    empty, has a gap or an overlap, or drops an output that cannot be restored."""
 
     items: tuple[Item, ...]
 
     def __post_init__(self) -> None:
         if not self.items:
             raise ValueError("a schedule needs at least one item")
-        for item, following in zip(self.items, self.items[1:], strict=False):
+        # What a segment keeps is its input and its output.
+        policies = [item.policy if isinstance(item, Keep) else INPUT_ONLY for item in self.items]
+        for index, (item, following) in enumerate(pairwise(self.items)):
             if following.start != item.end + 1:
                 raise ValueError(f"stage {item.end} is followed by {following.start}: items must be consecutive")
-            if isinstance(item, Keep) and item.policy.kind is PolicyKind.FUSED:
-                raise ValueError(f"stage {item.stage} is FUSED but not the last of its segment")
-            if _drops(item) and isinstance(following, Keep) and following.policy.kind is PolicyKind.FUSED:
+            if policies[index].fused:
+                raise ValueError(f"stage {item.end} is FUSED but not the last of its segment")
+            if policies[index].drop_output and policies[index + 1].fused:
                 raise ValueError(f"stage {item.end} drops its output: stage {following.start} cannot be FUSED")
-        if _drops(self.items[-1]):
+        if policies[-1].drop_output:
             raise ValueError(f"stage {self.end} is the last of its schedule: nothing would restore its dropped output")
 
     @property
@@ -173,8 +173,8 @@ class Schedule:
         if (self.start, self.end) != (0, stages - 1):
             raise ValueError(f"the schedule covers stages {self.start}..{self.end}, the chain has 0..{stages - 1}")
         last = self.items[-1]
-        if isinstance(last, Keep) and last.policy.kind is PolicyKind.FUSED:
-            raise ValueError(f"stage {last.stage} is the last of the chain: it must run forward, so it cannot be FUSED")
+        if isinstance(last, Keep) and last.policy.fused:
+            raise ValueError(f"stage {self.end} is the last of the chain: it must run forward, so it cannot be FUSED")
 
     def walk(self, depth: int = 0) -> Iterator[tuple[int, Item]]:
         """(depth, item) in forward order, a segment before its inside."""
@@ -184,13 +184,11 @@ class Schedule:
                 yield from item.inner.walk(depth + 1)
 
     def policies(self) -> dict[int, tuple[int, BlockPolicy]]:
-        """stage -> (in how many nested segments, policy of the one forward that is followed by its
-        backward)."""
+        """stage -> (in how many nested segments, policy of the one forward that its backward follows)."""
         return {item.stage: (depth, item.policy) for depth, item in self.walk() if isinstance(item, Keep)}
 
     def to_json(self) -> list[Any]:
-        """Lists and dictionaries for `json`: `{"keep": 3, "policy": "LEAN"}`, `{"segment": [4, 9], "inner":
-        [...]}`."""
+        """For `json`: a list of `{"keep": 3, "policy": "LEAN"}` and `{"segment": [4, 9], "inner": [...]}`."""
         return [
             {"keep": item.stage, "policy": item.policy.name}
             if isinstance(item, Keep)
@@ -203,11 +201,7 @@ class Schedule:
         """The inverse of `to_json`; raises ValueError on anything else."""
         if not isinstance(items, list):
             raise ValueError(f"a schedule is a list of items, not {type(items).__name__}")
-        return Schedule(tuple(_item_from_json(item) for item in items))
-
-
-def _drops(item: Item) -> bool:
-    return isinstance(item, Keep) and item.policy.drop_output
+        return Schedule(tuple(map(_item_from_json, items)))
 
 
 def _item_from_json(item: object) -> Item:

@@ -1,9 +1,8 @@
-"""`Plan`: the decision that is written to a run's plan.json and replayed when the run is resumed (invariant
-7)."""
+"""`Plan`: the decision that is written to a run's plan.json and replayed when the run is resumed (invariant 7)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -14,46 +13,17 @@ from lowmem.plan.policy import Schedule
 FORMAT = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Predicted:
-    """What the plan is expected to take; None where it is not known. `overhead` is a share: 0.12 is 12 % more
-    time than plain autograd; `extra_flops` is repeated work per step, in floating-point operations."""
-
-    peak_allocated_bytes: int | None = None
-    peak_reserved_bytes: int | None = None
-    device_bytes: int | None = None
-    step_seconds: float | None = None
-    overhead: float | None = None
-    extra_flops: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A choice that was looked at: in words, with what it would have taken, and why it was refused (None:
-    chosen). `measured_*`: of real steps in a trial, None where there was none."""
-
-    what: str
-    refused_because: str | None = None
-    peak_bytes: int | None = None
-    step_seconds: float | None = None
-    measured_peak_bytes: int | None = None
-    measured_step_seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-
-
-def _check_types(value: Any) -> None:
+class _Checked:
     """Raises ValueError for a field that is not what its annotation says: what was recorded is read without trust."""
-    for name, allowed in _allowed_types(value.__class__).items():
-        found = getattr(value, name)
-        if not any(_is_a(found, one) for one in allowed):
-            *most, last = (getattr(one, "__name__", one) for one in allowed)
-            wanted = f"{', '.join(map(str, most))} or {last}" if most else last
-            raise ValueError(f"{name} is {shorten(repr(found), 100)}, not {wanted}".replace("NoneType", "None"))
+
+    def __post_init__(self) -> None:
+        kind: Any = self.__class__
+        for name, allowed in _allowed_types(kind).items():
+            found = getattr(self, name)
+            if not any(_is_a(found, one) for one in allowed):
+                *most, last = (getattr(one, "__name__", one) for one in allowed)
+                wanted = f"{', '.join(map(str, most))} or {last}" if most else last
+                raise ValueError(f"{name} is {shorten(repr(found), 100)}, not {wanted}".replace("NoneType", "None"))
 
 
 @cache
@@ -72,42 +42,54 @@ def _is_a(value: object, kind: Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a training step is run under a budget.
+class Predicted(_Checked):
+    """What the plan is expected to take; None where it is not known."""
 
-    `budget_bytes` is for all tensors of the step; None: no budget was set. `exact`: the same gradients as the
-    plain step at the full batch (false under accumulation with batch norm, invariant 4). `ladder`: the next
-    smaller plans, already solved, for when memory runs out all the same; the plans in it have no ladder of
-    their own. `batch_norm`: the kernels of batch norm on CUDA, the library's choice (autograd's bits) or native ones
-    (in place, another rounding). `tf32`: whether fp32 convolutions round their operands to TF32 on the card that it was
-    made for; None: a card of unknown kind. `allocator_bytes`: on an emulated card, the most that the caching allocator
-    may hold; None: all there is. `shares`: the pictures that each of the processes that train the run takes of the
-    effective batch, by rank; `batch` is this process's own share. Left out: one process takes all.
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    device_bytes: int | None = None
+    step_seconds: float | None = None
+    overhead: float | None = None  # a share: 0.12 is 12 % more time than plain autograd
+    extra_flops: int | None = None  # repeated work per step, in floating-point operations
 
-    Raises ValueError if the numbers or the schedule do not fit each other.
-    """
 
-    budget_bytes: int | None
-    batch: int
+@dataclass(frozen=True, kw_only=True)
+class Candidate(_Checked):
+    """A choice that was looked at: in words, with what it would have taken."""
+
+    what: str
+    refused_because: str | None = None  # None: chosen
+    peak_bytes: int | None = None
+    step_seconds: float | None = None
+    measured_peak_bytes: int | None = None  # of real steps in a trial, if there was one
+    measured_step_seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(_Checked):
+    """How a training step is run under a budget. Raises ValueError if numbers and schedule do not fit each other."""
+
+    budget_bytes: int | None  # for all tensors of the step; None: no budget was set
+    batch: int  # this process's own share of the effective batch
     micro_batch: int
     accumulation: int
     precision: Literal["fp32", "amp"]
     memory_format: Literal["contiguous", "channels-last"]
-    exact: bool
+    batch_norm: Literal["library", "native"] = "native"  # kernels on CUDA, see `lowmem.remat.kernels`
+    tf32: bool | None = False  # whether fp32 convolutions round to TF32 on its card; None: a card of unknown kind
+    allocator_bytes: int | None = None  # on an emulated card the caching allocator's limit; None: all there is
+    exact: bool  # the plain step's gradients at the full batch; not under accumulation with batch norm (invariant 4)
+    predicted: Predicted = Predicted()
     stages: tuple[str, ...]
     schedule: Schedule
-    predicted: Predicted = Predicted()
     candidates: tuple[Candidate, ...] = ()
-    ladder: tuple[Plan, ...] = ()
-    shares: tuple[int, ...] = ()
-    batch_norm: Literal["library", "native"] = "native"
-    tf32: bool | None = False
-    allocator_bytes: int | None = None
+    ladder: tuple[Plan, ...] = ()  # the next smaller plans, already solved, for when memory runs out all the same
+    shares: tuple[int, ...] = ()  # pictures of the effective batch by rank; left out: one process takes all
 
     def __post_init__(self) -> None:
         if not self.shares:
             object.__setattr__(self, "shares", (self.batch,))
-        _check_types(self)
+        super().__post_init__()
         if not all(_is_a(share, int) and share >= 0 for share in self.shares):
             raise ValueError("shares are counts of pictures")
         if self.batch not in self.shares and 0 not in self.shares:
@@ -151,26 +133,20 @@ class Plan:
         return replace(self.ladder[0], ladder=self.ladder[1:]) if self.ladder else None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for `json`; the keys are those of `lowmem plan --json`."""
-        return {
-            "format": FORMAT,
-            "budget_bytes": self.budget_bytes,
-            "batch": self.batch,
-            "micro_batch": self.micro_batch,
-            "accumulation": self.accumulation,
-            "precision": self.precision,
-            "memory_format": self.memory_format,
-            "batch_norm": self.batch_norm,
-            "tf32": self.tf32,
-            "allocator_bytes": self.allocator_bytes,
-            "exact": self.exact,
-            "predicted": _flat(self.predicted),
+        """Plain values for `json`; the keys are those of `lowmem plan --json`, in the order of the fields; `blocks` are
+        the stages and the schedule in words, `shares` only those of several processes."""
+        written = {
+            "predicted": asdict(self.predicted),
             "blocks": self.blocks(),
             "schedule": self.schedule.to_json(),
-            "candidates": [_flat(candidate) for candidate in self.candidates],
+            "candidates": [asdict(candidate) for candidate in self.candidates],
             "ladder": [rung.to_json() for rung in self.ladder],
-            **({"shares": list(self.shares)} if len(self.shares) > 1 else {}),
+            "shares": list(self.shares),
         }
+        names = ["blocks" if field.name == "stages" else field.name for field in fields(self)]
+        if len(self.shares) == 1:
+            names.remove("shares")
+        return {"format": FORMAT, **{name: written.get(name, getattr(self, name)) for name in names}}
 
     @staticmethod
     def from_json(values: object) -> Plan:
@@ -179,35 +155,30 @@ class Plan:
             raise ValueError(f"a plan is a dictionary, not {type(values).__name__}")
         if values.get("format") != FORMAT:
             raise ValueError(f"this plan has format {values.get('format')!r}, this version reads {FORMAT}")
-        known = {"format", "blocks"} | {field.name for field in fields(Plan)} - {"stages"} - _LATER.keys()
-        if odd := set(values) - _LATER.keys() ^ known:
+        known = {"format", "blocks"} | {field.name for field in fields(Plan)} - {"stages"} - _LATER
+        if odd := set(values) - _LATER ^ known:
             raise ValueError(f"a plan has the keys {sorted(known)}; different here: {sorted(odd)}")
         if not isinstance(shares := values.get("shares", []), list):
             raise ValueError("a plan's shares are a list")
+        if not isinstance(blocks := values["blocks"], dict):
+            raise ValueError("a plan's blocks are stages with their policies")
         try:
-            shares = tuple(shares)
-            if not isinstance(values["blocks"], dict):
-                raise ValueError("a plan's blocks are stages with their policies")
-            plan = Plan(
-                **{name: values[name] for name in _SCALARS},
-                stages=tuple(values["blocks"]),
-                schedule=Schedule.from_json(values["schedule"]),
-                predicted=Predicted(**values["predicted"]),
-                candidates=tuple(Candidate(**candidate) for candidate in values["candidates"]),
-                ladder=tuple(Plan.from_json(rung) for rung in values["ladder"]),
-                **{**_LATER, **{name: values[name] for name in _LATER if name in values}, "shares": shares},
-            )
+            changed = {
+                "predicted": Predicted(**values["predicted"]),
+                "stages": tuple(blocks),
+                "schedule": Schedule.from_json(values["schedule"]),
+                "candidates": tuple(Candidate(**candidate) for candidate in values["candidates"]),
+                "ladder": tuple(Plan.from_json(rung) for rung in values["ladder"]),
+                "shares": tuple(shares),
+            }
+            same = {name: value for name, value in values.items() if name not in ("format", "blocks")}
+            plan = Plan(**{**same, **changed})
         except TypeError as error:
             raise ValueError(f"this is no plan: {error}") from None
-        if plan.blocks() != values["blocks"]:
+        if plan.blocks() != blocks:
             raise ValueError("the plan's blocks and its schedule say different things: was it edited by hand?")
         return plan
 
 
-# What came later, as plans from before it have it: they ran on native kernels, and none on an emulated card.
-_LATER: dict[str, Any] = {"shares": (), "batch_norm": "native", "tf32": False, "allocator_bytes": None}
-_SCALARS = ("budget_bytes", "batch", "micro_batch", "accumulation", "precision", "memory_format", "exact")
-
-
-def _flat(value: Predicted | Candidate) -> dict[str, Any]:
-    return {field.name: getattr(value, field.name) for field in fields(value)}
+# What came later: plans from before it ran on native kernels, and none on an emulated card.
+_LATER = {"shares", "batch_norm", "tf32", "allocator_bytes"}

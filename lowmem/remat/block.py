@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowmem.plan.policy import BlockPolicy, PolicyKind
 from lowmem.remat import kernels
-from lowmem.remat.stage import Box, Saved, StagePass
+from lowmem.remat.stage import Box, Forwarded, Saved, StagePass
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class ConvBlock:
         return self.identity, tuple(pair and (*_numbers(pair.conv), pair.bn.training) for pair in pairs)
 
     @property
-    def norms(self) -> tuple[nn.BatchNorm2d, ...]:
-        return tuple(pair.bn for pair in self._all_pairs)
-
-    @property
     def _all_pairs(self) -> tuple[Pair, ...]:
         return (*self.pairs, self.projection) if self.projection else self.pairs
+
+    @property
+    def norms(self) -> tuple[nn.BatchNorm2d, ...]:
+        return tuple(pair.bn for pair in self._all_pairs)
 
     def parameters(self) -> Iterator[Tensor]:
         for pair in self._all_pairs:
@@ -76,11 +76,11 @@ class ConvBlock:
 
     def kept(self, policy: BlockPolicy | None) -> frozenset[str]:
         """Names of the tensors that a policy keeps."""
-        if policy is None or policy.kind is PolicyKind.FUSED:
+        if policy is None:
             return frozenset()
-        if policy.kind is PolicyKind.KEEP:
-            return policy.kept
-        return self.tensors if policy.kind is PolicyKind.SAVE_ALL else self._outputs
+        if policy.kind is PolicyKind.SAVE_ALL:
+            return self.tensors
+        return self._outputs if policy.kind is PolicyKind.LEAN else policy.kept
 
     def check(self, policy: BlockPolicy) -> None:
         unknown = sorted(self.kept(policy) - self.tensors)
@@ -100,15 +100,7 @@ class ConvBlock:
             y = y + x
         return torch.relu(y)
 
-    def forward(
-        self,
-        box: Box,
-        policy: BlockPolicy | None,
-        memo: StagePass,
-        *,
-        need_input: bool,
-        want_output: bool = True,
-    ) -> tuple[Tensor | None, Saved]:
+    def forward(self, box: Box, policy: BlockPolicy | None, memo: StagePass, want_output: bool = True) -> Forwarded:
         kept, saved = self.kept(policy), Saved()
         if not want_output:
             return None, self._only_kept(box, kept, memo)
@@ -118,7 +110,7 @@ class ConvBlock:
         for k, pair in enumerate(self.pairs, start=1):
             z = kernels.convolve(pair.conv, hold[0], memo.low)
             hold.clear()
-            hold.append(self._norm(str(k), z, memo, in_place=f"z{k}" not in kept))
+            hold.append(self._norm(k, z, memo, in_place=f"z{k}" not in kept))
             if f"z{k}" in kept:
                 saved[f"z{k}"] = z
             del z
@@ -130,35 +122,39 @@ class ConvBlock:
 
     def restore(self, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:
         n = len(self.pairs)
-        hold = [self._norm(str(n), self._z(n, saved, x, memo), memo, in_place=False)]
+        hold = [self._norm(n, self._z(n, saved, x, memo), memo, in_place=False)]
         return self._finish(hold, x, saved, self._outputs, memo)
 
-    def backward(self, grad: Box, saved: Saved, x: Tensor, memo: StagePass, *, need_input: bool) -> Tensor | None:
-        grad_x = self._shortcut_backward(grad[0], saved, x, memo, need_input) if self.projection else None
-        shortcut = grad[0] if self.identity and need_input else None
+    def backward(self, grad: Box, saved: Saved, x: Tensor, memo: StagePass) -> Tensor | None:
+        shortcut = grad[0] if self.identity and memo.need_input else None
+        if self.projection and (memo.need_input or self.projection.trainable()):
+            shortcut = self._pair_backward(0, [grad[0]], saved, x, memo, memo.need_input)
         for k in range(len(self.pairs), 0, -1):
-            pair = self.pairs[k - 1]
-            below = need_input or any(lower.trainable() for lower in self.pairs[: k - 1])
-            if not (below or pair.trainable()):
-                return grad_x
-            self._z(k, saved, x, memo)
-            needed = below or pair.conv.weight.requires_grad
-            grad_z = kernels.norm_backward(
-                pair.bn, grad.pop(), saved.pop(f"z{k}"), memo.norms[str(k)], needed, memo.total
-            )
-            if grad_z is None:
-                return grad_x
-            source = self._a(k - 1, saved, x, memo)
-            saved.pop(f"a{k - 1}", None)
-            grad_a = kernels.convolve_backward(pair.conv, grad_z, source, memo.low, below if k > 1 else need_input)
-            del grad_z
+            below = memo.need_input or any(lower.trainable() for lower in self.pairs[: k - 1])
+            if not (below or self.pairs[k - 1].trainable()):
+                return shortcut
+            grad_a = self._pair_backward(k, grad, saved, x, memo, below)
             if grad_a is None:
-                return grad_x
-            grad.append(kernels.mask_relu(grad_a, source) if k > 1 else grad_a)
-            del grad_a, source
+                return shortcut
+            grad.append(grad_a)
+            del grad_a
         branch = grad.pop()
-        other = shortcut if shortcut is not None else grad_x
-        return branch if other is None else branch.add_(other)
+        return branch if shortcut is None else branch.add_(shortcut)
+
+    def _pair_backward(self, k: int, grad: Box, saved: Saved, x: Tensor, memo: StagePass, below: bool) -> Tensor | None:
+        """The gradient of what the pair's convolution reads, before its ReLU, or None if `below` nobody needs it."""
+        pair = self._pair(k)
+        self._z(k, saved, x, memo)
+        needed = below or pair.conv.weight.requires_grad
+        name, stats = f"z{k or 's'}", memo.norms[k]
+        grad_z = kernels.norm_backward(pair.bn, grad.pop(), saved.pop(name), stats, needed, memo.total)
+        if grad_z is None:
+            return None
+        source = self._a(k - 1, saved, x, memo)
+        saved.pop(f"a{k - 1}", None)
+        grad_a = kernels.convolve_backward(pair.conv, grad_z, source, memo.low, below)
+        del grad_z
+        return kernels.mask_relu(grad_a, source) if k > 1 and grad_a is not None else grad_a
 
     def _only_kept(self, box: Box, kept: frozenset[str], memo: StagePass) -> Saved:
         """What a segment's last stage keeps; its output would be for nobody."""
@@ -171,8 +167,8 @@ class ConvBlock:
             for name in (f"z{k - 1}", f"a{k - 1}"):
                 if name not in kept:
                     saved.pop(name, None)
-        if "zs" in kept and self.projection:
-            saved["zs"] = kernels.convolve(self.projection.conv, x, memo.low)
+        if "zs" in kept:
+            self._z(0, saved, x, memo)
         return {name: tensor for name, tensor in saved.items() if name in kept}
 
     def _finish(self, hold: Box, x: Tensor | None, saved: Saved, kept: frozenset[str], memo: StagePass) -> Tensor:
@@ -180,49 +176,42 @@ class ConvBlock:
         y = hold.pop()
         if self.projection:
             assert x is not None
-            zs = saved["zs"] if "zs" in saved else kernels.convolve(self.projection.conv, x, memo.low)
-            if "zs" in kept:
-                saved["zs"] = zs
-            y.add_(self._norm("s", zs, memo, in_place="zs" not in kept))
+            zs = self._z(0, saved, x, memo)
+            if "zs" not in kept:
+                del saved["zs"]
+            y.add_(self._norm(0, zs, memo, in_place="zs" not in kept))
         elif self.identity:
             assert x is not None
             y = y.add_(x) if y.dtype == torch.result_type(y, x) else y + x
         return y.relu_()
 
-    def _shortcut_backward(
-        self, grad: Tensor, saved: Saved, x: Tensor, memo: StagePass, need_input: bool
-    ) -> Tensor | None:
-        assert self.projection is not None
-        conv, bn = self.projection.conv, self.projection.bn
-        if not (need_input or self.projection.trainable()):
-            return None
-        if "zs" not in saved:
-            saved["zs"] = kernels.convolve(conv, x, memo.low)
-        needed = need_input or conv.weight.requires_grad
-        grad_z = kernels.norm_backward(bn, grad, saved.pop("zs"), memo.norms["s"], needed, memo.total)
-        return None if grad_z is None else kernels.convolve_backward(conv, grad_z, x, memo.low, need_input)
-
-    def _norm(self, key: str, z: Tensor, memo: StagePass, *, in_place: bool) -> Tensor:
-        pair = self.projection if key == "s" else self.pairs[int(key) - 1]
+    def _pair(self, k: int) -> Pair:
+        """The k-th; 0 is the projection."""
+        pair = self.pairs[k - 1] if k else self.projection
         assert pair is not None
-        if key in memo.norms:
-            return kernels.norm_again(pair.bn, z, memo.norms[key], in_place)
-        out, memo.norms[key] = kernels.norm_first(pair.bn, z, in_place, memo.library_norm, memo.total)
+        return pair
+
+    def _norm(self, k: int, z: Tensor, memo: StagePass, *, in_place: bool) -> Tensor:
+        bn = self._pair(k).bn
+        if k in memo.norms:
+            return kernels.norm_again(bn, z, memo.norms[k], in_place)
+        out, memo.norms[k] = kernels.norm_first(bn, z, in_place, memo.library_norm, memo.total)
         return out
 
     def _z(self, k: int, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:
         """z_k from `saved`, or computed again and put there."""
-        if f"z{k}" not in saved:
-            saved[f"z{k}"] = kernels.convolve(self.pairs[k - 1].conv, self._a(k - 1, saved, x, memo), memo.low)
-        return saved[f"z{k}"]
+        name = f"z{k or 's'}"
+        if name not in saved:
+            saved[name] = kernels.convolve(self._pair(k).conv, self._a(k - 1, saved, x, memo), memo.low)
+        return saved[name]
 
     def _a(self, k: int, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:
-        """a_k likewise; a_0 is the input."""
-        if k == 0:
+        """a_k likewise; below a_1 it is the input."""
+        if k < 1:
             return x
         if f"a{k}" not in saved:
             z = self._z(k, saved, x, memo)
-            saved[f"a{k}"] = self._norm(str(k), z, memo, in_place=False).relu_()
+            saved[f"a{k}"] = self._norm(k, z, memo, in_place=False).relu_()
         return saved[f"a{k}"]
 
 

@@ -1,9 +1,9 @@
 """Runs a chain of stages forward and backward under a schedule.
 
-One autograd function covers the whole chain, so that this file, and not a graph, decides when each
-activation dies. Between forward and backward there is one entry per item of the schedule. An entry holds
-the input of its first stage and what its stage keeps; the output is held by the next entry, as its input.
-The gradient that travels down the chain belongs to the executor and is changed in place.
+One autograd function covers the whole chain, so that this file, and not a graph, decides when each activation dies.
+Between forward and backward there is one entry per item of the schedule: the input of its first stage and what its
+stage keeps; the output is held by the next entry, as its input. The gradient that travels down the chain belongs to the
+executor and is changed in place.
 
 Known limitations: gradients are added to `.grad` directly, so that `torch.autograd.grad` with respect to parameters,
 hooks on parameters and a second backward through the same output do not work; outputs have no second derivative.
@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowmem.plan.policy import Keep, Schedule, Segment
-from lowmem.remat.kernels import mask_relu
+from lowmem.remat.kernels import Total, mask_relu
 from lowmem.remat.stage import Box, Saved, Stage, StagePass
-from lowmem.remat.sync_batch_norm import Total
 
 
 @dataclass
@@ -38,10 +37,10 @@ class Held:
 class Run:
     """One forward pass of the chain and the backward that belongs to it.
 
-    `total`: see `lowmem.remat.sync_batch_norm`, for what it does and the order in which it is called.
-    `stage_done` is called with a stage's number as soon as the stage's `backward` is over, once for every stage
-    that a gradient reaches, from the last to the first, whatever the schedule: from then on this pass adds
-    nothing to the `.grad` of its parameters (unless another stage has the same ones).
+    `low`: what autocast casts to, or None. `total`: see `lowmem.remat.kernels.Total`. `stage_done` is called with a
+    stage's number as soon as its `backward` is over, once for every stage that a gradient reaches, from the last to the
+    first, whatever the schedule: from then on this pass adds nothing to the `.grad` of its parameters (unless another
+    stage has the same ones).
     """
 
     def __init__(
@@ -55,30 +54,37 @@ class Run:
     ) -> None:
         self.stages = stages
         self.stage_done = stage_done
-        self.memos = [StagePass(low, library_norm, total) for _ in stages]
         self.low = low
         needs = input_needs_grad
-        self.need_input: list[bool] = []  # per stage: is the gradient of its input asked for
+        self.memos: list[StagePass] = []
         self.active: list[bool] = []  # per stage: does it take part in the backward
         for stage in stages:
-            self.need_input.append(needs)
+            self.memos.append(StagePass(low, library_norm, total, needs))
             needs = needs or any(parameter.requires_grad for parameter in stage.parameters())
             self.active.append(needs)
         self.entries: list[Held] = []
         self.output: Tensor | None = None
 
+    def execute(self, schedule: Schedule, x: Tensor) -> Tensor:
+        """The chain's output for x, [N, ...]; differentiable if gradients are enabled and anything wants one."""
+        if torch.is_grad_enabled() and self.active[-1]:
+            anchor = torch.empty(0, device=x.device, requires_grad=True)
+            return _Chain.apply(anchor, x, self, schedule)
+        with torch.no_grad(), _autocast_off(x, self.low):
+            return self.fast([x], 0, len(self.stages) - 1)
+
     def fast(self, box: Box, start: int, end: int) -> Tensor:
         """Stages start..end, saving nothing."""
         for index in range(start, end + 1):
-            y, _ = self.stages[index].forward(box, None, self.memos[index], need_input=False)
+            y, _ = self.stages[index].forward(box, None, self.memos[index])
             assert y is not None
             box.append(y)
             del y
         return box.pop()
 
     def forward(self, schedule: Schedule, box: Box, *, want_output: bool = True) -> tuple[Tensor | None, list[Held]]:
-        """Runs the schedule from the tensor in the box -> output and entries; without `want_output` the
-        last stage computes only what it keeps."""
+        """From the tensor in the box -> output and entries; without `want_output` the last stage computes only what it
+        keeps."""
         entries: list[Held] = []
         dropped = False
         for item in schedule.items:
@@ -91,13 +97,7 @@ class Run:
             if isinstance(item, Segment):
                 y = None if last else self.fast(box, item.start, item.end)
             else:
-                y, entry.saved = self.stages[item.stage].forward(
-                    box,
-                    item.policy,
-                    self.memos[item.stage],
-                    need_input=self.need_input[item.stage],
-                    want_output=not last,
-                )
+                y, entry.saved = self.stages[item.stage].forward(box, item.policy, self.memos[item.stage], not last)
             entries.append(entry)
             dropped = isinstance(item, Keep) and item.policy.drop_output
             box.clear()
@@ -116,9 +116,7 @@ class Run:
                 _, inner = self.forward(entry.item.inner, [x], want_output=False)
                 grad_x = self.backward(inner, grad)
             else:
-                grad_x = self.stages[start].backward(
-                    grad, entry.saved, x, self.memos[start], need_input=self.need_input[start]
-                )
+                grad_x = self.stages[start].backward(grad, entry.saved, x, self.memos[start])
                 if self.stage_done is not None:
                     self.stage_done(start)
                 if grad_x is not None and start > 0 and self.stages[start - 1].relu_output:
@@ -141,8 +139,7 @@ class Run:
 
 
 class _Chain(torch.autograd.Function):
-    """Anchor, input -> output. The anchor is an empty tensor that asks for a gradient, so that the
-    backward runs even if the input needs none."""
+    """Anchor, input -> output. The anchor, empty, wants a gradient: backward runs even if the input needs none."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, x: Tensor, run: Run, schedule: Schedule) -> Tensor:
@@ -167,29 +164,6 @@ class _Chain(torch.autograd.Function):
         with _autocast_off(grad, run.low):
             del grad
             return None, run.backward(run.entries, box), None, None
-
-
-def execute(
-    stages: Sequence[Stage],
-    schedule: Schedule,
-    x: Tensor,
-    *,
-    library_norm: bool = False,
-    total: Total | None = None,
-    stage_done: Callable[[int], None] | None = None,
-) -> Tensor:
-    """The chain's output for x, [N, ...]; differentiable if gradients are enabled and anything wants one.
-
-    `total`, `stage_done`: see `Run`.
-    """
-    trainable = any(parameter.requires_grad for stage in stages for parameter in stage.parameters())
-    differentiable = torch.is_grad_enabled() and (trainable or x.requires_grad)
-    run = Run(stages, autocast_dtype(x), differentiable and x.requires_grad, library_norm, total, stage_done)
-    if differentiable:
-        anchor = torch.empty(0, device=x.device, requires_grad=True)
-        return _Chain.apply(anchor, x, run, schedule)
-    with torch.no_grad(), _autocast_off(x, run.low):
-        return run.fast([x], 0, len(stages) - 1)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -1,10 +1,9 @@
 """What CUDA's libraries are told before their first kernel: which kernels they may take, and how much memory beside.
 
-Two steps on one card have the same bits only if nothing is chosen by trial and nothing is summed in the order in which
-threads happen to finish. `cudnn.benchmark` chooses by trial; `cudnn.deterministic` rules out the algorithms that sum by
-chance (backward filter ALGO_0 and 3, backward data ALGO_0); cuBLAS needs a workspace of a fixed kind
-(https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility). Bits are those of one card, driver and
-library: cuDNN promises none across architectures.
+Two steps on one card have the same bits only if nothing is chosen by trial (`cudnn.benchmark`) and nothing is summed in
+the order in which threads happen to finish: `cudnn.deterministic` rules out the algorithms that do (backward filter
+ALGO_0 and 3, backward data ALGO_0); cuBLAS needs a workspace of a fixed kind
+(https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility). cuDNN promises no bits across architectures.
 
 TF32 rounds the operands of a product to 10 bits of mantissa. From capability 8.0 on torch lets convolutions in fp32 use
 it, and matrix products not; older cards have none.
@@ -12,8 +11,7 @@ it, and matrix products not; older cards have none.
 Workspaces come out of torch's caching allocator: the convolutions' for the time of a call, cuBLAS's and cublasLt's from
 the first matrix product on (one handle: lowmem's backward pass runs in the thread of the forward).
 
-Known limitations: a process that has used cuBLAS before keeps the workspace it has. That cuDNN 9 heeds the cap of its
-convolutions' workspace is unproven.
+Known limitations: a process that has used cuBLAS keeps the workspace it has. That cuDNN 9 heeds the cap is unproven.
 """
 
 from __future__ import annotations
@@ -43,16 +41,15 @@ _set_here: set[str] = set()  # variables of this process's environment that the 
 
 @dataclass(frozen=True)
 class Numerics:
-    """`deterministic`: kernels that give the same bits every time; without it they are chosen as torch is set. `tf32`:
-    `auto` leaves it as torch is set, `never` computes fp32 as fp32."""
+    """What is asked of kernels; otherwise they are chosen as torch is set."""
 
-    deterministic: bool = True
-    tf32: Literal["auto", "never"] = "auto"
+    deterministic: bool = True  # the same bits every time
+    tf32: Literal["auto", "never"] = "auto"  # `never` computes fp32 as fp32
 
 
 def prepare_libraries(numerics: Numerics) -> None:
-    """For this process, before it uses CUDA; on the CPU it changes nothing that is computed. Caps and workspaces that
-    the user has set stay."""
+    """For this process, before it uses CUDA; on the CPU it changes nothing that is computed. What the user has set of
+    caps and workspaces stays."""
     os.environ.setdefault(_CONVOLUTIONS, str(ASSUMED_WORKSPACE_BYTES // MIB))
     if numerics.deterministic:
         torch.backends.cudnn.deterministic = True
@@ -95,9 +92,7 @@ def _configured_bytes(text: str) -> int | None:
 
 def convolutions_in_tf32(capability: tuple[int, int], tf32: str = "auto") -> bool:
     """Whether convolutions in fp32 use TF32 on a card of this capability, as this process is set."""
-    return capability >= (8, 0) and tf32 != "never" and _tf32_allowed()
-
-
-def _tf32_allowed() -> bool:
+    if capability < (8, 0) or tf32 == "never":
+        return False
     newer = getattr(torch.backends.cudnn, "conv", None)  # since torch 2.9; readable whichever way it was set
     return bool(newer.fp32_precision == "tf32" if newer is not None else torch.backends.cudnn.allow_tf32)

@@ -2,11 +2,10 @@
 
 The family is recognised by its structure (names and types of children), so that this room knows no model of its own:
 
-- a network has exactly the children `conv1`, `bn1`, `layer1`, `layer2`, … (sequences) and `linear`; its
-  head averages over 4x4 and flattens;
-- a block has exactly `conv1`, `bn1`, `conv2`, `bn2`, … and `shortcut`, which is None, an empty sequence
-  (identity) or a sequence of convolution and batch norm, and ReLUs after every batch norm but the last,
-  and after the sum.
+- a network has exactly the children `conv1`, `bn1`, `layer1`, `layer2`, … (sequences) and `linear`; its head averages
+  over 4x4 and flattens;
+- a block has exactly `conv1`, `bn1`, `conv2`, `bn2`, … and `shortcut`, which is None, an empty sequence (identity) or a
+  sequence of convolution and batch norm, and ReLUs after every batch norm but the last, and after the sum.
 
 A module whose children look like this but whose forward does something else must not be given to `decompose`.
 """
@@ -23,9 +22,9 @@ from torch.nn import functional as F
 from lowmem.plan.policy import Keep, Schedule
 from lowmem.plan.record import Plan
 from lowmem.remat.block import ConvBlock, Pair
-from lowmem.remat.executor import execute
+from lowmem.remat.executor import Run, autocast_dtype
+from lowmem.remat.kernels import Total
 from lowmem.remat.stage import OpaqueStage, Stage
-from lowmem.remat.sync_batch_norm import Total
 
 _LAYER = re.compile(r"layer\d+")
 
@@ -33,8 +32,7 @@ _LAYER = re.compile(r"layer\d+")
 def decompose(model: nn.Module) -> tuple[Stage, ...]:
     """A network of the family -> stem, blocks, head. An `nn.Sequential` -> its children, blocks of the family
     recognised. Anything else is one stage."""
-    family = _family(model)
-    if family is not None:
+    if (family := _family(model)) is not None:
         return family
     if isinstance(model, nn.Sequential) and len(model):
         return tuple(_stage(name, child) for name, child in model.named_children())
@@ -50,10 +48,9 @@ class PlannedModule(nn.Module):
     """Shares children, parameters and buffers with the model: state dict, `to`, `train` and optimizers see no
     difference, and changes show in both.
 
-    `stages` are the chain's links, `schedule` what is executed; it may be replaced (`set_schedule`) between steps.
-    Two attributes may be set at any time: `total` makes training's batch statistics those of all processes
-    (`lowmem.remat.sync_batch_norm`); `stage_done` is called in the backward with the number of each stage whose
-    parameters' gradients are complete (`lowmem.remat.executor.Run`).
+    `stages` are the chain's links, `schedule` what is executed; it may be replaced between steps (`set_schedule`), and
+    so may `total`, which makes training's batch statistics those of all processes (`lowmem.remat.kernels`), and
+    `stage_done`, called when a stage's gradients are complete (`lowmem.remat.executor.Run`).
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule, *, library_norm: bool = False) -> None:
@@ -77,24 +74,17 @@ class PlannedModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's output for x: [N, 3, 32, 32] float -> [N, classes] for the family."""
-        return execute(
-            self.stages,
-            self.schedule,
-            x,
-            library_norm=self.library_norm,
-            total=self.total,
-            stage_done=self.stage_done,
-        )
+        run = Run(self.stages, autocast_dtype(x), x.requires_grad, self.library_norm, self.total, self.stage_done)
+        return run.execute(self.schedule, x)
 
 
 def apply_plan(model: nn.Module, plan: Plan | Schedule, *, library_norm: bool | None = None) -> PlannedModule:
     """The module that executes the plan on the model's own parameters.
 
     Loss, gradients and buffers have the same bits as the model's own (invariant 1): on a CPU always, on CUDA if batch
-    norm is the library's choice and the libraries' kernels are deterministic (`lowmem.remat.libraries`). Gradients are
-    added to `.grad` as they are computed; see `lowmem.remat.executor` for what does not work because of
-    that. `library_norm`: see `lowmem.remat.kernels`; None: as the plan has it, for a bare schedule the native kernels.
-    Raises ValueError if the plan was made for other stages than the model's.
+    norm is the library's choice and the libraries' kernels are deterministic (`lowmem.remat.libraries`). What does not
+    work: see `lowmem.remat.executor`. `library_norm`: see `lowmem.remat.kernels`; None: as the plan has it, for a bare
+    schedule the native kernels. Raises ValueError if the plan was made for other stages than the model's.
     """
     if isinstance(plan, Schedule):
         return PlannedModule(model, plan, library_norm=bool(library_norm))
@@ -116,19 +106,13 @@ def _family(model: nn.Module) -> tuple[Stage, ...] | None:
     linear = children["linear"]
     if stem is None or not isinstance(linear, nn.Linear) or list(model.parameters(recurse=False)):
         return None
-    stages: list[Stage] = [ConvBlock("stem", (stem,))]
-    for layer in layers:
-        stages += [_stage(f"{layer}.{name}", child) for name, child in children[layer].named_children()]
-
-    def head(x: Tensor) -> Tensor:
-        return linear(F.avg_pool2d(x, 4).flatten(1))
-
-    return (*stages, OpaqueStage("head", linear, head))
+    blocks = [_stage(f"{layer}.{name}", child) for layer in layers for name, child in children[layer].named_children()]
+    head = OpaqueStage("head", linear, lambda x: linear(F.avg_pool2d(x, 4).flatten(1)))
+    return (ConvBlock("stem", (stem,)), *blocks, head)
 
 
 def _stage(name: str, module: nn.Module) -> Stage:
-    block = _block(name, module)
-    return OpaqueStage(name, module, module) if block is None else block
+    return _block(name, module) or OpaqueStage(name, module, module)
 
 
 def _block(name: str, module: nn.Module) -> ConvBlock | None:
@@ -138,17 +122,17 @@ def _block(name: str, module: nn.Module) -> ConvBlock | None:
     if not count or set(children) != {f"{kind}{k}" for k in range(1, count + 1) for kind in ("conv", "bn")}:
         return None
     pairs = [_pair(children[f"conv{k}"], children[f"bn{k}"]) for k in range(1, count + 1)]
-    if any(pair is None for pair in pairs) or list(module.parameters(recurse=False)):
-        return None
     known = tuple(pair for pair in pairs if pair is not None)
+    if len(known) < count or list(module.parameters(recurse=False)):
+        return None
     if shortcut is None:
         return ConvBlock(name, known)
-    if not isinstance(shortcut, nn.Sequential):
+    if not isinstance(shortcut, nn.Sequential) or len(shortcut) not in (0, 2):
         return None
-    if len(shortcut) == 0:
-        return ConvBlock(name, known, identity=True)
-    projection = _pair(shortcut[0], shortcut[1]) if len(shortcut) == 2 else None
-    return None if projection is None else ConvBlock(name, known, projection=projection)
+    projection = _pair(*shortcut) if len(shortcut) else None
+    if len(shortcut) and projection is None:
+        return None
+    return ConvBlock(name, known, projection, identity=not len(shortcut))
 
 
 def _pair(conv: nn.Module | None, bn: nn.Module | None) -> Pair | None:

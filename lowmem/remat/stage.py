@@ -1,9 +1,8 @@
 """What the executor asks of a stage of the chain, and the stage that any module makes.
 
-Tensors are handed over in a one-element list ("box") wherever the callee should be able to free them: it
-pops the tensor, and nobody else holds it. Activations are [N, C, H, W]; a gradient handed to `backward`
-has already gone through the stage's final ReLU, if there is one (`relu_output`), because the ReLU's
-result, the next stage's input, is at hand there and need not be kept for this stage.
+Tensors are handed over in a one-element list ("box") wherever the callee should be able to free them: it pops the
+tensor, and nobody else holds it. Activations are [N, C, H, W]; a gradient handed to `backward` has already gone through
+the stage's final ReLU, if there is one: the ReLU's result is at hand as the next stage's input.
 """
 
 from __future__ import annotations
@@ -20,29 +19,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from lowmem.plan.policy import BlockPolicy, PolicyKind
-from lowmem.remat.kernels import NormStats
-from lowmem.remat.sync_batch_norm import Total
+from lowmem.remat.kernels import NormStats, Total
 
 Box: TypeAlias = list[Tensor]
 Saved: TypeAlias = dict[str, Tensor]
+Forwarded: TypeAlias = tuple[Tensor | None, Saved]
 
 
 @dataclass
 class StagePass:
-    """What a stage remembers through one forward pass and the recomputations that belong to it.
+    """What a stage remembers through one forward pass and the recomputations that belong to it."""
 
-    `low`: the dtype of autocast, or None. `library_norm`: see `lowmem.remat.kernels`. `total`: see
-    `lowmem.remat.sync_batch_norm`; None: batch statistics are this process's own. `norms`: batch statistics by
-    convolution (`"1"`, …, `"s"`). `rng`: generator states before the first run, for stages that draw random numbers.
-    `first`: nothing has run yet, so that buffers have to be moved (invariant 2).
-    """
-
-    low: torch.dtype | None
-    library_norm: bool = False
-    total: Total | None = None
-    first: bool = True
-    norms: dict[str, NormStats] = field(default_factory=dict)
-    rng: list[Any] | None = None
+    low: torch.dtype | None  # of autocast
+    library_norm: bool = False  # see `lowmem.remat.kernels`
+    total: Total | None = None  # likewise; None: batch statistics are this process's own
+    need_input: bool = False  # the gradient of the input is asked for
+    first: bool = True  # nothing has run yet, so that buffers have to be moved (invariant 2)
+    norms: dict[int, NormStats] = field(default_factory=dict)  # by convolution: 1, 2, …, 0 for the projection's
+    rng: list[Any] | None = None  # generator states before the first run, for stages that draw random numbers
 
 
 class Stage(Protocol):
@@ -69,34 +63,24 @@ class Stage(Protocol):
     def check(self, policy: BlockPolicy) -> None:
         """Raises ValueError if the stage does not know the policy."""
 
-    def forward(
-        self,
-        box: Box,
-        policy: BlockPolicy | None,
-        memo: StagePass,
-        *,
-        need_input: bool,
-        want_output: bool = True,
-    ) -> tuple[Tensor | None, Saved]:
+    def forward(self, box: Box, policy: BlockPolicy | None, memo: StagePass, want_output: bool = True) -> Forwarded:
         """Output and kept tensors; policy None saves nothing. Without `want_output` only what is kept is computed."""
 
     def restore(self, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:
         """The output again, from the input and the kept tensors; may add to `saved` what the backward needs too."""
 
-    def backward(self, grad: Box, saved: Saved, x: Tensor, memo: StagePass, *, need_input: bool) -> Tensor | None:
+    def backward(self, grad: Box, saved: Saved, x: Tensor, memo: StagePass) -> Tensor | None:
         """Adds the parameters' gradients to `.grad`; returns the input's (a tensor of its own), or None."""
 
 
 @dataclass(frozen=True)
 class OpaqueStage:
-    """A stage that is not of the family. It can be kept whole, with the graph autograd makes of it, or be run again
-    from its input.
+    """A stage that is not of the family: kept whole, with the graph autograd makes of it (SAVE_ALL), or run again from
+    its input (KEEP{}, FUSED), with the same random numbers and no buffer moved.
 
-    `function` maps one tensor to one tensor and uses the parameters and buffers of `module` only.
-
-    Repeating it draws the same random numbers and moves no buffer. It must not change its input in place.
-    Policies: SAVE_ALL, KEEP{} (run again from the input) and FUSED. Batch norm inside it knows nothing of other
-    processes: where statistics are to be theirs too, running it raises ValueError.
+    `function` maps one tensor to one tensor, which it must not change in place, and uses the parameters and buffers of
+    `module` only. Batch norm inside it knows nothing of other processes: where statistics are to be theirs too, running
+    it raises ValueError.
     """
 
     name: str
@@ -113,22 +97,13 @@ class OpaqueStage:
         yield from self.module.parameters()
 
     def check(self, policy: BlockPolicy) -> None:
-        plain = policy.kind in (PolicyKind.SAVE_ALL, PolicyKind.FUSED, PolicyKind.KEEP)
-        if not plain or policy.kept or policy.drop_output:
+        if policy.kind is PolicyKind.LEAN or policy.kept or policy.drop_output:
             raise ValueError(f"stage {self.name} is not a block of the family: SAVE_ALL or KEEP{{}}, not {policy}")
 
-    def forward(
-        self,
-        box: Box,
-        policy: BlockPolicy | None,
-        memo: StagePass,
-        *,
-        need_input: bool,
-        want_output: bool = True,
-    ) -> tuple[Tensor | None, Saved]:
+    def forward(self, box: Box, policy: BlockPolicy | None, memo: StagePass, want_output: bool = True) -> Forwarded:
         x = box.pop()
         if policy is not None and policy.kind is PolicyKind.SAVE_ALL:
-            saved = self._with_graph(x, memo, need_input)
+            saved = self._with_graph(x, memo)
             return saved["y"].detach(), saved
         if not want_output:
             return None, {}
@@ -138,9 +113,9 @@ class OpaqueStage:
     def restore(self, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:
         raise ValueError(f"stage {self.name} cannot drop its output")
 
-    def backward(self, grad: Box, saved: Saved, x: Tensor, memo: StagePass, *, need_input: bool) -> Tensor | None:
+    def backward(self, grad: Box, saved: Saved, x: Tensor, memo: StagePass) -> Tensor | None:
         if not saved:
-            saved = self._with_graph(x, memo, need_input)
+            saved = self._with_graph(x, memo)
         leaf, y = saved["x"], saved["y"]
         saved.clear()
         if y.requires_grad:
@@ -148,8 +123,8 @@ class OpaqueStage:
                 torch.autograd.backward(y, grad.pop())
         return leaf.grad
 
-    def _with_graph(self, x: Tensor, memo: StagePass, need_input: bool) -> Saved:
-        leaf = x.detach().requires_grad_(need_input)
+    def _with_graph(self, x: Tensor, memo: StagePass) -> Saved:
+        leaf = x.detach().requires_grad_(memo.need_input)
         with torch.enable_grad():
             return {"x": leaf, "y": self._run(leaf, memo)}
 
@@ -164,7 +139,11 @@ class OpaqueStage:
                 memo.rng = None if isinstance(x, FakeTensor) else [torch.get_rng_state(), *get_device_states(x)]
                 y = self.function(x)
             else:
-                with _same_randomness(memo), _buffers_kept(self.module):
+                cpu, devices, states = memo.rng or (None, [], [])
+                with torch.random.fork_rng(devices, enabled=cpu is not None), _buffers_kept(self.module):
+                    if cpu is not None:  # the generators as they were before the stage first ran
+                        torch.set_rng_state(cpu)
+                        set_device_states(devices, states)
                     y = self.function(x)
         if x._version != version:
             raise ValueError(f"stage {self.name} changes its input in place: the input is needed again; make it a copy")
@@ -180,24 +159,10 @@ class OpaqueStage:
 
 
 @contextmanager
-def _same_randomness(memo: StagePass) -> Iterator[None]:
-    """The generators as they were before the stage first ran."""
-    if memo.rng is None:
-        yield
-        return
-    cpu, devices, states = memo.rng
-    with torch.random.fork_rng(devices):
-        torch.set_rng_state(cpu)
-        set_device_states(devices, states)
-        yield
-
-
-@contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
     """Whatever moves the buffers moves copies. Restoring their values instead would upset autograd, which
     has saved them."""
-    owners = [(child._buffers, name) for child in module.modules() for name in child._buffers]
-    originals = [(buffers, name, buffers[name]) for buffers, name in owners]
+    originals = [(child._buffers, *item) for child in module.modules() for item in child._buffers.items()]
     for buffers, name, tensor in originals:
         buffers[name] = None if tensor is None else tensor.clone()
     try:

@@ -1,24 +1,7 @@
 """Predicts bytes without a GPU, by running the real code on fake tensors."""
 
-from lowmem.simulate.allocator import Allocator, DeviceFull
 from lowmem.simulate.step import Simulated, StepRun, StepShape, empty_copy, simulate_step, trace_steps
-from lowmem.simulate.trace import Call, Estimate, KernelWork, Kind, MemoryEvent, Recorder, Trace, estimate
+from lowmem.simulate.trace import Call, Kind, MemoryEvent, Recorder, Trace, estimate
 
-__all__ = [
-    "Allocator",
-    "Call",
-    "DeviceFull",
-    "Estimate",
-    "KernelWork",
-    "Kind",
-    "MemoryEvent",
-    "Recorder",
-    "Simulated",
-    "StepRun",
-    "StepShape",
-    "Trace",
-    "empty_copy",
-    "estimate",
-    "simulate_step",
-    "trace_steps",
-]
+__all__ = ["Call", "Kind", "MemoryEvent", "Recorder", "Simulated", "StepRun", "StepShape", "Trace"]
+__all__ += ["empty_copy", "estimate", "simulate_step", "trace_steps"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 
-from lowmem.core.units import KIB, MIB
+from lowmem.core.units import MIB
 
 MIN_BLOCK_BYTES = 512
 SMALL_SIZE_BYTES = MIB  # the largest request that the small pool serves
@@ -20,7 +20,6 @@ SMALL_SEGMENT_BYTES = 2 * MIB
 LARGE_SEGMENT_BYTES = 20 * MIB
 MIN_LARGE_BYTES = 10 * MIB  # from here on a request has a segment of its own
 ROUND_LARGE_BYTES = 2 * MIB
-assert MIN_BLOCK_BYTES * 2 == KIB
 
 
 def round_block(size_bytes: int) -> int:
@@ -55,10 +54,8 @@ class _Block:
 
 @dataclass
 class Allocator:
-    """One device, one stream. `capacity_bytes` None: the device never says no.
-
-    `allocated_bytes` counts rounded requests, `reserved_bytes` segments, both as `torch.cuda` does.
-    """
+    """One device, one stream; with `capacity_bytes` None it never says no. `allocated_bytes` counts rounded requests,
+    `reserved_bytes` segments, both as `torch.cuda` does."""
 
     capacity_bytes: int | None = None
     allocated_bytes: int = 0
@@ -75,7 +72,9 @@ class Allocator:
         if size_bytes == 0:
             return
         size = round_block(size_bytes)
-        block = self._best_fit(size) or self._new_segment(size)
+        cached = self._cached[size <= SMALL_SIZE_BYTES]
+        fit = bisect_left(cached, (size, -1))
+        block = self._uncache(self._by_address[cached[fit][1]]) if fit < len(cached) else self._new_segment(size)
         self._split(block, size)
         block.free = False
         self._live[key] = block
@@ -89,12 +88,9 @@ class Allocator:
             return
         self.allocated_bytes -= block.size_bytes
         if block.after is not None and block.after.free:
-            self._absorb(block, block.after)
+            self._join(block, self._uncache(block.after))
         if block.before is not None and block.before.free:
-            before = block.before
-            self._uncache(before)
-            self._join(before, block)
-            block = before
+            block = self._join(self._uncache(block.before), block)
         self._cache(block)
 
     def empty_cache(self) -> None:
@@ -103,16 +99,6 @@ class Allocator:
             if block.before is None and block.after is None:
                 self._uncache(block)
                 self.reserved_bytes -= block.size_bytes
-
-    def _best_fit(self, size: int) -> _Block | None:
-        small = size <= SMALL_SIZE_BYTES
-        cached = self._cached[small]
-        at = bisect_left(cached, (size, -1))
-        if at == len(cached):
-            return None
-        block = self._by_address[cached[at][1]]
-        self._uncache(block)
-        return block
 
     def _new_segment(self, size: int) -> _Block:
         wanted = segment_bytes(size)
@@ -141,19 +127,17 @@ class Allocator:
         insort(self._cached[block.small], (block.size_bytes, block.address))
         self._by_address[block.address] = block
 
-    def _uncache(self, block: _Block) -> None:
+    def _uncache(self, block: _Block) -> _Block:
         block.free = False
         cached = self._cached[block.small]
         del cached[bisect_left(cached, (block.size_bytes, block.address))]
         del self._by_address[block.address]
-
-    def _absorb(self, block: _Block, after: _Block) -> None:
-        self._uncache(after)
-        self._join(block, after)
+        return block
 
     @staticmethod
-    def _join(block: _Block, after: _Block) -> None:
+    def _join(block: _Block, after: _Block) -> _Block:
         block.size_bytes += after.size_bytes
         block.after = after.after
         if block.after is not None:
             block.after.before = block
+        return block

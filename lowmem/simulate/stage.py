@@ -1,8 +1,7 @@
 """Bytes and operations of one stage of a chain, measured on fake tensors for each of its policies.
 
-What a stage takes is counted above what the chain holds anyway, as the solver's recurrence has it: the input
-throughout, in the backward also the gradient of the output and, as if it still existed, the output of every
-policy that does not drop it.
+Counted above what the chain holds anyway, as the solver's recurrence has it: the input throughout, in the backward also
+the gradient of the output and, as if it still existed, the output of every policy that does not drop it.
 """
 
 from __future__ import annotations
@@ -13,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem.plan.policy import BlockPolicy, PolicyKind
+from lowmem.plan.cost import KernelWork
+from lowmem.plan.policy import BlockPolicy
 from lowmem.remat.kernels import mask_relu
 from lowmem.remat.stage import Saved, Stage, StagePass
-from lowmem.simulate.trace import KernelWork, Recorder
+from lowmem.simulate.trace import Recorder
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,6 @@ class Option:
 
     policy: BlockPolicy
     last: bool = False
-
-    @property
-    def drops_output(self) -> bool:
-        return self.policy.drop_output
-
-    @property
-    def fused(self) -> bool:
-        """No forward of its own; all work in the backward."""
-        return self.policy.kind is PolicyKind.FUSED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +60,13 @@ def measure_chain(
     stages: Sequence[Stage],
     options: Callable[[Stage], Sequence[Option]],
     x: Tensor,
-    new_memo: Callable[[], StagePass],
+    new_memo: Callable[..., StagePass],
     recorder: Recorder,
     mode: Hashable = None,
 ) -> Iterator[StageMeasure]:
-    """Yields a measure per stage, in order; equal stages on equal inputs are measured once.
-
-    Runs under `recorder` (and a fake mode, unless real work is wanted), with x the chain's input. `mode`: what else
-    the costs depend on, for the keys.
-    """
+    """Yields a measure per stage, in order; equal stages on equal inputs are measured once. Runs under `recorder` (and
+    a fake mode, unless real work is wanted), with x the chain's input. `new_memo` takes `need_input`. `mode`: what else
+    the costs depend on, for the keys."""
     known: dict[Hashable, StageMeasure] = {}
     need_input = x.requires_grad
     masked = False
@@ -89,7 +78,7 @@ def measure_chain(
                 bench = _StageBench(stage, x, new_memo, need_input, masked, recorder)
                 known[key] = bench.measure(key, options(stage))
             yield known[key]
-            y, _ = stage.forward([x], None, new_memo(), need_input=False)
+            y, _ = stage.forward([x], None, new_memo())
             assert y is not None
             x = y
             need_input, masked = need_input or any(trainable), stage.relu_output
@@ -101,62 +90,57 @@ class _StageBench:
 
     stage: Stage
     x: Tensor
-    new_memo: Callable[[], StagePass]
+    new_memo: Callable[..., StagePass]
     need_input: bool
     masked: bool
     recorder: Recorder
 
     def measure(self, key: Hashable, options: Sequence[Option]) -> StageMeasure:
         start = self._mark()
-        y = self.stage.forward([self.x], None, self.new_memo(), need_input=False)[0]
+        y = self.stage.forward([self.x], None, self.new_memo())[0]
         assert y is not None
-        output = _size(y)
         peak, _, work = self._since(start)
-        measured = [self._option(option, y.detach(), output) for option in options]
-        parameters = sum(_size(parameter) for parameter in self.stage.parameters() if parameter.requires_grad)
         return StageMeasure(
             key=key,
-            input_bytes=_size(self.x),
-            input_grad_bytes=_size(self.x) if self.need_input else 0,
-            output_bytes=output,
-            param_grad_bytes=parameters,
-            fast_temp_bytes=max(0, peak - output),
+            input_bytes=self.x.nbytes,
+            input_grad_bytes=self.x.nbytes if self.need_input else 0,
+            output_bytes=y.nbytes,
+            param_grad_bytes=sum(parameter.nbytes for parameter in self.stage.parameters() if parameter.requires_grad),
+            fast_temp_bytes=max(0, peak - y.nbytes),
             fast_work=work,
-            options=tuple(measured),
+            options=tuple([self._option(option, y.detach()) for option in options]),
         )
 
-    def _option(self, option: Option, like: Tensor, output: int) -> OptionMeasure:
-        memo = self.new_memo()
+    def _option(self, option: Option, like: Tensor) -> OptionMeasure:
+        """`like`: a tensor as the stage's output is."""
+        memo = self.new_memo(need_input=self.need_input)
         y: Tensor | None = None
         saved: Saved = {}
-        if option.fused or option.last:  # statistics come from a run before, which is not its own
-            self.stage.forward([self.x], None, memo, need_input=False)
+        if option.policy.fused or option.last:  # statistics come from a run before, which is not its own
+            self.stage.forward([self.x], None, memo)
         start = self._mark()
-        if not option.fused:
-            y, saved = self.stage.forward(
-                [self.x], option.policy, memo, need_input=self.need_input, want_output=not option.last
-            )
+        if not option.policy.fused:
+            y, saved = self.stage.forward([self.x], option.policy, memo, not option.last)
         peak, kept, forward_work = self._since(start)
-        if option.drops_output:
-            kept -= output
+        if option.policy.drop_output:
+            kept -= like.nbytes
         del y
         # what the backward starts from; a stage that is kept with its graph holds the output itself
         counted = kept - self._since(start)[1]
         restore_temp = restored = 0
         restore_work: tuple[KernelWork, ...] = ()
-        held = self._mark()
-        if option.drops_output:
+        if option.policy.drop_output:
+            held = self._mark()
             again = self.stage.restore(saved, self.x, memo)
             restore_temp, left, restore_work = self._since(held)
-            restored = left - output
+            restored = left - like.nbytes
             del again
         tb, backward_work = self._backward(like, saved, memo)
-        tb += restored
         return OptionMeasure(
             option=option,
             kept_bytes=kept,
             forward_temp_bytes=max(0, peak - kept),
-            backward_temp_bytes=max(0, tb - counted),
+            backward_temp_bytes=max(0, tb + restored - counted),
             restore_temp_bytes=restore_temp,
             restored_bytes=restored,
             forward_work=forward_work,
@@ -166,20 +150,20 @@ class _StageBench:
 
     def _backward(self, like: Tensor, saved: Saved, memo: StagePass) -> tuple[int, tuple[KernelWork, ...]]:
         """The peak above what is kept and the gradient of the output, and the work."""
-        parameters = list(self.stage.parameters())
-        for parameter in parameters:
-            parameter.grad = None
+        self._forget_grads()
         start = self._mark()
         grad = [torch.empty_like(like)]
-        size = _size(grad[0])
-        grad_x = self.stage.backward(grad, saved, self.x, memo, need_input=self.need_input)
+        grad_x = self.stage.backward(grad, saved, self.x, memo)
         if grad_x is not None and self.masked:
             mask_relu(grad_x, self.x)
         peak, _, work = self._since(start)
         del grad_x, grad
-        for parameter in parameters:
+        self._forget_grads()
+        return peak - like.nbytes, work
+
+    def _forget_grads(self) -> None:
+        for parameter in self.stage.parameters():
             parameter.grad = None
-        return peak - size, work
 
     def _mark(self) -> tuple[int, int]:
         return len(self.recorder.trace.events), len(self.recorder.trace.work)
@@ -192,7 +176,3 @@ class _StageBench:
             live += event.change_bytes
             peak = max(peak, live)
         return peak, live, tuple(trace.work[mark[1] :])
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

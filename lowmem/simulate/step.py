@@ -14,7 +14,7 @@ from lowmem.config.schema import OptimConfig
 from lowmem.distributed.group import Group
 from lowmem.distributed.split import Split
 from lowmem.measure.out_of_memory import Failure
-from lowmem.plan.cost import Operation, Rates
+from lowmem.plan.cost import Rates
 from lowmem.plan.policy import Schedule
 from lowmem.remat import PlannedModule, apply_plan
 from lowmem.simulate.allocator import DeviceFull
@@ -54,17 +54,13 @@ class StepShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """A steady step (momentum exists): bytes, seconds by the roofline, floating-point operations.
-
-    `fits`: whether the caching allocator gets by with the capacity that was given. Its estimate is then of that
-    allocator, which returns what it has cached when the card is full (at the price of waiting for the card); where it
-    does not fit, or no capacity was given, of one on a card without limit.
-    """
+    """A steady step (momentum exists). `estimate` is of an allocator with the capacity that was given, which returns
+    what it has cached when that is full; where it does not fit, or none was given, of one on a card without limit."""
 
     estimate: Estimate
-    seconds: float
+    seconds: float  # by the roofline
     flops: int
-    fits: bool = True
+    fits: bool = True  # whether the allocator gets by with the capacity
 
 
 def simulate_step(
@@ -78,35 +74,34 @@ def simulate_step(
     optimizer: Mapping[str, bool] = FUSED,
 ) -> Simulated:
     """Runs the training step with the real executor (or, for None, the untouched model under autograd) on fake tensors.
-
     `capacity_bytes`: of the allocator; None: no limit. `workspace`: see `lowmem.simulate.Recorder`. `way`: another way
-    to execute the model, where there is no schedule. `optimizer`: the form of SGD, as its own keywords say it.
-    """
+    to execute the model, where there is no schedule. `optimizer`: the form of SGD, as its own keywords say it."""
 
     def build() -> StepRun:
-        model = empty_copy(shape.model, shape.execution.torch_memory_format)
-        model.train()
+        run = empty_copy(shape.model, shape.execution.torch_memory_format).train()
         if schedule is not None:
-            return _step_of(shape, apply_plan(model, schedule, library_norm=shape.library_norm), optimizer)
-        return _step_of(shape, model if way is None else way(model), optimizer)
+            run = apply_plan(run, schedule, library_norm=shape.library_norm)
+        elif way is not None:
+            run = way(run)
+        return _step_of(shape, run, optimizer)
 
     trace = trace_steps(build, steps=1, workspace=workspace)
-    work = (Operation(kernel.flops, kernel.moved_bytes) for kernel in trace.work if kernel.phase != "setup")
+    seconds = rates.seconds(kernel for kernel in trace.work if kernel.phase != "setup")
     try:
         taken, fits = estimate(trace, capacity_bytes), True
     except DeviceFull:
         taken, fits = estimate(trace), False
-    return Simulated(estimate=taken, seconds=rates.seconds(work), flops=trace.flops(), fits=fits)
+    return Simulated(estimate=taken, seconds=seconds, flops=trace.flops(), fits=fits)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRun:
-    """A training step and what it is given. `undo`: None for a step that is not undone."""
+    """A training step and what it is given."""
 
     step: TrainStep
     images: Tensor
     labels: Tensor
-    undo: Undo | None = None
+    undo: Undo | None = None  # None: it is not undone
 
     def run(self, look: Callable[[], None] | None = None) -> None:
         """Makes the step; `look`: see `TrainStep`. Raises MemoryError where the host has none left."""
@@ -118,19 +113,18 @@ class StepRun:
 
 def _step_of(shape: StepShape, run: nn.Module, form: Mapping[str, bool]) -> StepRun:
     """What the trainer puts together for a run, alone or as one of several processes."""
-    execution, joint, undone = shape.execution, None, False
+    execution, joint = shape.execution, None
     optimizer = make_optimizer(run, OptimConfig(momentum=0.9 if shape.momentum else 0.0), execution.device, form)
     # The plain step, which others are compared with, is the library's: nobody sums its gradients or undoes it.
-    if isinstance(run, PlannedModule):
-        undone = True
-        if shape.joint:
-            split = Split((shape.batch,), micro_batches=(shape.micro_batch,))
-            joint = DataParallelStep(run, Group(), split, execution.device, sync_bn=shape.sync_bn)
-            joint.begin(shape.batch)
+    if isinstance(run, PlannedModule) and shape.joint:
+        split = Split((shape.batch,), micro_batches=(shape.micro_batch,))
+        joint = DataParallelStep(run, Group(), split, execution.device, sync_bn=shape.sync_bn)
+        joint.begin(shape.batch)
     step = TrainStep(run, optimizer, make_scaler(execution), execution, shape.micro_batch, joint)
     images = torch.empty(shape.batch, *shape.image_shape).contiguous(memory_format=execution.torch_memory_format)
     labels = torch.zeros(shape.batch, dtype=torch.int64)
-    return StepRun(step=step, images=images, labels=labels, undo=Undo(step, run) if undone else None)
+    undo = Undo(step, run) if isinstance(run, PlannedModule) else None
+    return StepRun(step=step, images=images, labels=labels, undo=undo)
 
 
 def trace_steps(
@@ -158,9 +152,8 @@ def _run_recorded(recorder: Recorder, run: StepRun, steps: int) -> None:
 
 
 def empty_copy(model: nn.Module, memory_format: torch.memory_format = torch.preserve_format) -> nn.Module:
-    """The model with parameters and buffers of the same kind but no values, on the CPU: inside a fake mode, a
-    copy that takes no memory. The model may be on the `meta` device. (`Module.to` does not work on fake
-    parameters, so the memory format is given here.)"""
+    """The model with parameters and buffers of the same kind but no values, on the CPU: inside a fake mode, a copy that
+    takes no memory. The model may be on the `meta` device. (`Module.to` does not work on fake parameters.)"""
     memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if memory_format is torch.preserve_format or tensor.dim() != 4:

@@ -1,9 +1,8 @@
 """A stream of allocations and frees, and of operations, from code that runs on tensors, real or fake; and its peaks.
 
-On fake tensors (`torch._subclasses.FakeTensorMode`) nothing is computed and nothing allocated, but the code,
-the sizes and the lifetimes are the real ones: the executor is its own model of memory (invariant 5). Sizes
-are those of storages, so views cost nothing. Buffers inside a kernel are not seen; the convolution library's
-workspace is counted if the recorder is told how large it is for a call (it was measured on a card).
+On fake tensors (`torch._subclasses.FakeTensorMode`) nothing is computed and nothing allocated, but the code, the sizes
+and the lifetimes are the real ones: the executor is its own model of memory (invariant 5). Sizes are those of storages,
+so views cost nothing. Buffers inside a kernel are not seen, but for a convolution's if the recorder is told its size.
 """
 
 from __future__ import annotations
@@ -19,7 +18,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lowmem.measure.tensors import TensorMeter, tensors_among
+from lowmem.plan.cost import KernelWork
 from lowmem.simulate.allocator import Allocator
+
+_aten = torch.ops.aten
 
 
 class Kind(StrEnum):
@@ -44,27 +46,13 @@ class MemoryEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class KernelWork:
-    """One kernel: floating-point operations, and bytes with each operand read once, each result written once."""
-
-    operation: str
-    flops: int
-    moved_bytes: int
-    phase: str
-
-
-@dataclass(frozen=True, slots=True)
 class Call:
     """A convolution (forward: input, weight, bias; backward: gradient, input, weight), told apart by all that the
-    library chooses its algorithm by.
-
-    `tensors`: (shape, strides, dtype) of these three, None for one that is not given; `rest`: stride and all that
-    follows it. Hashable, and the same from fake and real tensors.
-    """
+    library chooses its algorithm by; hashable, and the same from fake and real tensors."""
 
     operation: str
-    tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], str] | None, ...]
-    rest: tuple[object, ...]
+    tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], str] | None, ...]  # shape, strides, dtype of these three
+    rest: tuple[object, ...]  # stride and all that follows it
 
 
 def call_of(func: Any, args: tuple[Any, ...]) -> Call | None:
@@ -73,13 +61,13 @@ def call_of(func: Any, args: tuple[Any, ...]) -> Call | None:
         return None
     tensors = tuple(None if t is None else (tuple(t.shape), tuple(t.stride()), str(t.dtype)) for t in args[:3])
     # The sizes of the backward's bias: autograd and the executor write "none" differently.
-    rest = args[4:] if func is torch.ops.aten.convolution_backward.default else args[3:]
+    rest = args[4:] if func is _aten.convolution_backward.default else args[3:]
     return Call(str(func), tensors, tuple(tuple(part) if isinstance(part, (list, tuple)) else part for part in rest))
 
 
 @dataclass
 class Trace:
-    """What happened, in order. `kinds` has the storages whose kind is known from outside; see `kind`."""
+    """What happened, in order. `kinds` has the storages whose kind is known from outside."""
 
     events: list[MemoryEvent] = field(default_factory=list)
     work: list[KernelWork] = field(default_factory=list)
@@ -103,18 +91,12 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """All figures are bytes.
+    """Peaks of a trace; `torch.cuda` would say the same."""
 
-    `peak_tensor_bytes`: the most that storages took at once. `peak_allocated_bytes`,
-    `peak_reserved_bytes`: what `torch.cuda.max_memory_allocated` and `max_memory_reserved` would say.
-    `at_peak_bytes`: the first by kind, at the moment of the first peak; `peak_phase` and `peak_operation`
-    say when that is.
-    """
-
-    peak_tensor_bytes: int
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    at_peak_bytes: dict[Kind, int]
+    peak_tensor_bytes: int  # the most that storages took at once
+    peak_allocated_bytes: int  # `max_memory_allocated`
+    peak_reserved_bytes: int  # `max_memory_reserved`
+    at_peak_bytes: dict[Kind, int]  # of the storages, when they first took the most
     peak_phase: str
     peak_operation: str
 
@@ -124,7 +106,7 @@ def estimate(trace: Trace, capacity_bytes: int | None = None) -> Estimate:
     kinds = trace.all_kinds()
     allocator = Allocator(capacity_bytes)
     live = dict.fromkeys(Kind, 0)
-    peak, at_peak, phase, operation = 0, dict(live), "", ""
+    peak, at_peak, at = 0, dict(live), MemoryEvent(0, 0, "", "")
     for event in trace.events:
         live[kinds[event.storage]] += event.change_bytes
         if event.change_bytes < 0:
@@ -132,22 +114,21 @@ def estimate(trace: Trace, capacity_bytes: int | None = None) -> Estimate:
             continue
         allocator.allocate(event.storage, event.change_bytes)
         if (total := sum(live.values())) > peak:
-            peak, at_peak, phase, operation = total, dict(live), event.phase, event.operation
+            peak, at_peak, at = total, dict(live), event
     return Estimate(
         peak_tensor_bytes=peak,
         peak_allocated_bytes=allocator.peak_allocated_bytes,
         peak_reserved_bytes=allocator.peak_reserved_bytes,
         at_peak_bytes=at_peak,
-        peak_phase=phase,
-        peak_operation=operation,
+        peak_phase=at.phase,
+        peak_operation=at.operation,
     )
 
 
 class Recorder(TensorMeter):
-    """Records what runs inside it. Enter it inside the fake mode, if there is one, and before the tensors are
-    made; those made earlier are only seen if `adopt`ed or `label`led. `workspace`: bytes that a convolution takes
-    beside its operands and results while it runs. `phase`: what the code that runs is doing (`forward`, `backward`,
-    …); may be replaced."""
+    """Records what runs inside it. Enter it inside the fake mode, if there is one, and before the tensors are made;
+    those made earlier are only seen if `adopt`ed or `label`led. `workspace`: bytes that a convolution takes beside its
+    operands and results while it runs. `phase`: what the code that runs is doing; may be replaced."""
 
     def __init__(self, workspace: Callable[[Call], int] | None = None) -> None:
         super().__init__()
@@ -164,21 +145,21 @@ class Recorder(TensorMeter):
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args and isinstance(args[0], FakeTensor):
             if func in _IN_PLACE:
-                return _written(func, kwargs)
-            if func is torch.ops.aten.native_batch_norm.default:
+                written = tuple(kwargs[name] for name in _written(func))
+                return written if len(written) > 1 else written[0]
+            if func is _aten.native_batch_norm.default:
                 return _empty_norm(*args)
         return func(*args, **kwargs)
 
     def _ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor], flops: int) -> None:
         if self._workspace is not None and (call := call_of(func, args)) is not None:
             # A buffer inside a kernel: there when all results are, and gone with it.
-            number, size = self._new_number(), self._workspace(call)
+            number, size = next(self._numbers), self._workspace(call)
             self.trace.kinds[number] = Kind.WORKSPACE
             self._change(number, size, str(func))
             self._change(number, -size, "")
-        moved = _moved_bytes(func, args, kwargs, outputs)
-        if moved is not None:
-            self.trace.work.append(KernelWork(str(func), flops, moved, self.phase()))
+        if (moved := _moved_bytes(func, args, kwargs, outputs)) is not None:
+            self.trace.work.append(KernelWork(flops, moved, str(func), self.phase()))
 
     def _change(self, storage: int, change_bytes: int, operation: str) -> None:
         super()._change(storage, change_bytes, operation)
@@ -188,31 +169,32 @@ class Recorder(TensorMeter):
 
 def _moved_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> int | None:
     """None for what launches no kernel: views and allocations."""
-    written, free, makes = _facts(func)
-    inputs = tensors_among((args, [value for name, value in kwargs.items() if name not in written]))
-    if func is torch.ops.aten._fused_sgd_.default:  # returns nothing: it writes parameters and momentum
+    free, makes = _facts(func)
+    inputs = tensors_among((args, [value for name, value in kwargs.items() if name not in _written(func)]))
+    if func is _aten._fused_sgd_.default:  # returns nothing: it writes parameters and momentum
         outputs = [*args[0], *args[2]]
     if not outputs or free or (makes and not inputs):
         return None
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
+    return sum(tensor.nbytes for tensor in (*inputs, *outputs))
 
 
 @cache
-def _facts(func: Any) -> tuple[frozenset[str], bool, bool]:
-    """Of an operation: the arguments it writes, whether it launches no kernel, and whether it allocates where it is
-    given no tensor."""
-    written = frozenset(argument.name for argument in func._schema.arguments if argument.is_out)
+def _written(func: Any) -> tuple[str, ...]:
+    """The arguments that an operation writes."""
+    return tuple(argument.name for argument in func._schema.arguments if argument.is_out)
+
+
+@cache
+def _facts(func: Any) -> tuple[bool, bool]:
+    """Of an operation: whether it launches no kernel, and whether it allocates where it is given no tensor."""
     name = func.overloadpacket.__name__
-    return written, func.is_view or name in _FREE, name.startswith("empty")
+    return func.is_view or name in _FREE, name.startswith("empty")
 
 
-_CONVOLUTIONS = frozenset({torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default})
+_CONVOLUTIONS = frozenset({_aten.convolution.default, _aten.convolution_backward.default})
 
 # Fake tensors take milliseconds over these, to find that results given in the right size stay as they are.
-_IN_PLACE = frozenset(
-    {torch.ops.aten.native_batch_norm.out, torch.ops.aten.threshold_backward.grad_input}
-    | {torch.ops.aten.batch_norm_elemt.out}
-)
+_IN_PLACE = frozenset({_aten.native_batch_norm.out, _aten.threshold_backward.grad_input, _aten.batch_norm_elemt.out})
 
 
 def _empty_norm(z: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,11 +202,6 @@ def _empty_norm(z: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, T
     dtype = z.dtype if weight is None else weight.dtype
     size = z.shape[1] if rest[3] else 0  # in training
     return torch.empty_like(z), z.new_empty(size, dtype=dtype), z.new_empty(size, dtype=dtype)
-
-
-def _written(func: Any, kwargs: dict[str, Any]) -> Any:
-    written = tuple(kwargs[argument.name] for argument in func._schema.arguments if argument.is_out)
-    return written if len(written) > 1 else written[0]
 
 
 _FREE = frozenset(

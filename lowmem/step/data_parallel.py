@@ -1,13 +1,11 @@
 """A training step of several processes: each its slice of the effective batch, one sum of gradients, one verdict.
 
-Every process does the same steps in the same order. Between the backward pass and the update they agree, in one small
-message, on whether the step held everywhere, and on what only one of them may know: a signal, a save that is due,
-memory that runs short. So a step is made by all or by none: where one runs out of memory, the others undo theirs too,
-and all do it again.
+Between the backward pass and the update the processes agree, in one small message, on whether the step held everywhere,
+and on what only one of them may know: a signal, a save that is due, memory that runs short. So a step is made by all or
+by none: where one runs out of memory, the others undo theirs too, and all do it again.
 
 A process that failed owes the others its part of the sums that the step has; it sends zeros, so that nobody hangs. With
-batch norm over all processes (`sync_bn`) that includes the statistics, whose sizes and order depend on the network
-only.
+batch norm over all processes (`sync_bn`) that includes the statistics, whose sizes and order depend on the network.
 """
 
 from __future__ import annotations
@@ -22,20 +20,20 @@ from lowmem.distributed.group import Group
 from lowmem.distributed.reducer import Reducer
 from lowmem.distributed.split import Split
 from lowmem.remat import PlannedModule
-from lowmem.remat.sync_batch_norm import sum_sizes
 
 
 class DataParallelStep:
-    """What `TrainStep` does with the other processes. The executor runs the network: it says when gradients are
-    complete, and it knows batch norm over all processes (`sync_bn`)."""
+    """What `TrainStep` does with the other processes, for a network that the executor runs."""
 
     def __init__(self, run: PlannedModule, group: Group, split: Split, device: str, *, sync_bn: bool) -> None:
         self.group, self.split = group, split
         self._device = device
         stages = [list(stage.parameters()) for stage in run.stages]
         self._reducer = Reducer(stages, [] if sync_bn else list(run.buffers()), group.start_total)
-        # Elements of every sum that a pass makes for its batch norms; empty with statistics of each process's own.
-        self._norm_sizes = sum_sizes(stage.norms for stage in run.stages) if sync_bn else ()
+        # Elements of every sum that a pass makes for its batch norms, forward and backward: sum, sum of squares, count;
+        # of the gradient, and of it with the normalised input. Empty with statistics of each process's own.
+        channels = [norm.num_features for stage in run.stages for norm in stage.norms] if sync_bn else []
+        self._norm_sizes = [*(2 * count + 1 for count in channels), *(2 * count for count in reversed(channels))]
         run.stage_done = self._reducer.stage_done
         run.total = self.norm_total if sync_bn else None
         self.verdict: Callable[[], int] = int  # of this process on the run, a greater number for a stronger one
@@ -102,18 +100,13 @@ class DataParallelStep:
         return votes
 
 
+@torch.no_grad()
 def are_alike(group: Group, model: nn.Module) -> bool:
     """Whether the processes' parameters and running statistics are the same bits: sums over them would mean nothing
     else. Costs one pass over them."""
     if group.alone:
         return True
-    sums = torch.stack([_bits(tensor) for tensor in model.state_dict().values() if tensor.is_floating_point()]).tolist()
-    everyone = group.gather(sums)
+    flat = (tensor.contiguous().flatten() for tensor in model.state_dict().values() if tensor.is_floating_point())
+    words = (one.view(torch.int32 if one.element_size() == 4 else torch.int16) for one in flat)
+    everyone = group.gather(torch.stack([one.sum(dtype=torch.int64) for one in words]).tolist())
     return all(one == everyone[0] for one in everyone)
-
-
-@torch.no_grad()
-def _bits(tensor: Tensor) -> Tensor:
-    """An int64 that other values hardly have."""
-    words = tensor.contiguous().flatten().view(torch.int32 if tensor.element_size() == 4 else torch.int16)
-    return words.sum(dtype=torch.int64)

@@ -1,9 +1,10 @@
-"""One optimizer step: micro-batches, mixed precision, the optimizer. Nothing here waits for the device."""
+"""One optimizer step: micro-batches, mixed precision, the optimizer; nothing of it waits for the device. And loss and
+error on pictures the network is not trained on."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,7 @@ def make_scaler(execution: Execution) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(execution.device, enabled=execution.amp_dtype is torch.float16)
 
 
+@dataclass(eq=False)
 class TrainStep:
     """Forward, backward and update for one effective batch, in micro-batches.
 
@@ -102,25 +104,13 @@ class TrainStep:
     (invariant 4); batch-norm statistics are per micro-batch.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        execution: Execution,
-        micro_batch: int | None,
-        joint: DataParallelStep | None = None,
-    ) -> None:
-        """`joint`: with whom the step is made; None: by this process alone."""
-        self.model = model
-        self.optimizer = optimizer
-        self.scaler = scaler
-        self.execution = execution
-        self.micro_batch = micro_batch
-        self.joint = joint
-        # What a step is doing, for whoever has to say where it failed: `data`, `forward`, `backward`, `reduction`,
-        # `gradient norms`, `update`.
-        self.phase = "data"
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    execution: Execution
+    micro_batch: int | None
+    joint: DataParallelStep | None = None  # with whom the step is made; None: by this process alone
+    phase: str = "data"  # or forward, backward, reduction, gradient norms, update: for who has to say where it failed
 
     def __call__(
         self,
@@ -137,7 +127,11 @@ class TrainStep:
         is of all of it."""
         size = labels.shape[0] if size is None else size
         totals = torch.zeros(2, dtype=torch.float64, device=images.device)
-        pieces = self._cut(images, labels, size)
+        if self.joint is not None:
+            pieces = self.joint.cut(images, labels)
+        else:
+            micro = self.micro_batch or size
+            pieces = list(zip(images.split(micro), labels.split(micro), strict=True))
         for count, (x, y) in enumerate(pieces, start=1):
             if self.joint is not None and count == len(pieces):
                 self.joint.last_pass()
@@ -161,17 +155,11 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         return totals
 
-    def _cut(self, images: Tensor, labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-        if self.joint is not None:
-            return self.joint.cut(images, labels)
-        micro = self.micro_batch or size
-        return list(zip(images.split(micro), labels.split(micro), strict=True))
-
     def _forward_backward(self, x: Tensor, y: Tensor, size: int, totals: Tensor) -> None:
         self.phase = "forward"
         with self.execution.autocast():
             logits = self.model(x)
-        # In fp32 at least outside autocast, and as a sum: the last micro-batch may be smaller than the others.
+        # In fp32 at least, and as a sum: the last micro-batch may be smaller than the others.
         loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), y, reduction="sum")
         self.phase = "backward"
         # In this thread: cuDNN's choice of engines and cuBLAS's handle and workspace are a thread's own, and what is
@@ -182,11 +170,8 @@ class TrainStep:
         totals[1] += (logits.detach().argmax(1) != y).sum()
 
     def reset_scaler(self) -> None:
-        """Forgets what the scaler noted of a step that is not finished; scale and growth count stay.
-
-        A fresh one, because between two of its own calls the library's scaler has no way back, and keeps its notes
-        on the optimizer too.
-        """
+        """Forgets what the scaler noted of a step that is not finished; scale and growth count stay. A fresh one: the
+        library's scaler has no way back between two of its own calls, and keeps its notes on the optimizer too."""
         for note in ("grad_scale", "found_inf"):
             if hasattr(self.optimizer, note):
                 delattr(self.optimizer, note)
@@ -194,3 +179,55 @@ class TrainStep:
             state = self.scaler.state_dict()
             self.scaler = torch.amp.GradScaler(self.execution.device)
             self.scaler.load_state_dict(state)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean cross-entropy (nats) and error in percent over `count` pictures."""
+
+    loss: float
+    error_pct: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Of the losses (nats) and of wrong predictions over `count` pictures; those of several sets add up."""
+
+    loss: float
+    wrong: float
+    count: int
+
+    def score(self) -> Score:
+        """Raises ValueError if there are no pictures."""
+        if self.count == 0:
+            raise ValueError("there are no pictures to evaluate on")
+        return Score(self.loss / self.count, 100.0 * self.wrong / self.count, self.count)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    execution: Execution,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Sums | None:
+    """Scores the model in eval mode, and puts it back as it was. None if `should_stop` said so in between. Changes no
+    parameter and no buffer, so that an evaluation that was cut off can simply be done again."""
+    was_training = model.training
+    model.eval()
+    loss_sum: Tensor | float = 0.0
+    wrong: Tensor | float = 0.0
+    count = 0
+    try:
+        for images, labels in batches:
+            if should_stop():
+                return None
+            with execution.autocast():
+                logits = model(images)
+            loss_sum = loss_sum + F.cross_entropy(logits.float(), labels, reduction="sum").double()
+            wrong = wrong + (logits.argmax(1) != labels).sum()
+            count += labels.shape[0]
+    finally:
+        model.train(was_training)
+    return Sums(float(loss_sum), float(wrong), count)

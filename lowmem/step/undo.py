@@ -2,8 +2,7 @@
 
 A step changes nothing but gradients, batch-norm buffers and the scaler's notes until its update, and the update
 allocates nothing (see `make_optimizer`). So a step that ran out of memory is undone with copies of the buffers alone,
-made before it in memory that is there from the start, and is run again, the same step, under a smaller plan. Where
-the update is made too, everything is copied, to host memory.
+in memory that is there from the start. Where the update is made too, everything is copied, to host memory.
 """
 
 from __future__ import annotations
@@ -23,12 +22,9 @@ T = TypeVar("T")
 
 
 class Undo:
-    """Runs a step so that out-of-memory leaves everything as it was before it.
-
-    Takes the memory of its copies when it is made: the buffers', and one parameter's with its momentum, by which it
-    is seen whether the update had begun all the same (the fused update goes through the parameters in order; their
-    version counters do not move).
-    """
+    """Runs a step so that out-of-memory leaves everything as it was before it. Takes the memory of its copies at once:
+    the buffers', and one parameter's with its momentum, by which it is seen whether the update had begun all the same
+    (the fused update goes through the parameters in order; their version counters do not move)."""
 
     def __init__(self, step: TrainStep, model: nn.Module) -> None:
         self._step = step
@@ -70,8 +66,7 @@ class Undo:
 
 
 class Before:
-    """Everything a step and its update change, in host memory, as it was when this was made: where there is room before
-    a run, and the card's own is not touched."""
+    """Everything a step and its update change, as it was when this was made, in host memory."""
 
     def __init__(self, step: TrainStep) -> None:
         self._step = step
@@ -112,10 +107,8 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
 @torch.no_grad()
 def _copy(into: Iterable[Tensor], source: Iterable[Tensor]) -> None:
     """Allocates nothing; a few launches for each dtype."""
-    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    groups: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
     for left, right in zip(into, source, strict=True):
-        pair = groups.setdefault(left.dtype, ([], []))
-        pair[0].append(left)
-        pair[1].append(right)
-    for lefts, rights in groups.values():
-        torch._foreach_copy_(lefts, rights)
+        groups.setdefault(left.dtype, []).append((left, right))
+    for pairs in groups.values():
+        torch._foreach_copy_([left for left, _ in pairs], [right for _, right in pairs])

@@ -20,7 +20,7 @@ from lowmem.measure.out_of_memory import Failure
 from lowmem.runs.checkpoint_state import RunState
 from lowmem.runs.saver import NullSaver, Save, Saver
 from lowmem.runs.store import NullFolder, RunFolder
-from lowmem.step.evaluate import Score, Sums
+from lowmem.step.train_step import Score, Sums
 from lowmem.step.undo import Undo
 from lowmem.train.divergence import Divergence, roll_back
 from lowmem.train.metrics import Metrics, exporting

@@ -14,7 +14,7 @@ from lowmem.config.schema import Config
 from lowmem.runs.checkpoint_state import Best
 from lowmem.runs.event_files import EventFiles, require_tensorboard
 from lowmem.runs.store import NullFolder, RunFolder
-from lowmem.step.evaluate import Score
+from lowmem.step.train_step import Score
 from lowmem.train.observer import Progress
 from lowmem.train.replica import Replica
 from lowmem.train.stall import GradientNorms, default_every, note_share

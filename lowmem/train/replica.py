@@ -12,7 +12,7 @@ from lowmem.data import Dataset, Pictures, TrainBatches, eval_batches
 from lowmem.distributed.group import Group
 from lowmem.distributed.split import Split, even_shares
 from lowmem.measure import Meter
-from lowmem.models.memory_format import check_memory_format
+from lowmem.models.resnet import check_memory_format
 from lowmem.plan.policy import SAVE_ALL, uniform
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan, stage_names
@@ -20,8 +20,7 @@ from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.checkpoint_state import RunState
 from lowmem.runs.store import RunFolder
 from lowmem.step.data_parallel import DataParallelStep, are_alike
-from lowmem.step.evaluate import Sums, evaluate
-from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
+from lowmem.step.train_step import Execution, Sums, TrainStep, evaluate, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import learning_rate
 from lowmem.train.state import capture, restore, share_checkpoint

@@ -17,7 +17,7 @@ from lowmem.core.errors import OutOfMemory
 from lowmem.distributed.group import Group
 from lowmem.measure.out_of_memory import Failure, release
 from lowmem.runs.store import RunFolder
-from lowmem.step.evaluate import Score
+from lowmem.step.train_step import Score
 from lowmem.step.undo import Before, Undo
 from lowmem.train.oom_fallback import OomFallback, memory_words
 from lowmem.train.replica import Replica

@@ -23,11 +23,10 @@ from lowmem.measure.out_of_memory import Failure, classify
 from lowmem.measure.tensors import TensorMeter
 from lowmem.measure.timing import busy_seconds
 from lowmem.models import build
-from lowmem.models.memory_format import check_memory_format
+from lowmem.models.resnet import check_memory_format
 from lowmem.plan.record import Plan
 from lowmem.remat.libraries import Numerics, prepare_libraries
-from lowmem.step.evaluate import evaluate
-from lowmem.step.train_step import FUSED, Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
+from lowmem.step.train_step import FUSED, Execution, TrainStep, evaluate, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
 from lowmem.trial.trial import Trial
 from lowmem.trial.ways import PLAIN, PLANNED, executed

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem.models.memory_format import SAFE_CHANNELS
-from lowmem.models.resnet import BasicBlock, Bottleneck, ResNet
+from lowmem.models.resnet import SAFE_CHANNELS, BasicBlock, Bottleneck, ResNet
 from lowmem.plan.policy import Schedule
 from lowmem.remat import PlannedModule, apply_plan
 

@@ -62,7 +62,7 @@ class Executor:
             option = None
             if isinstance(item, Keep):
                 stage = self.chain.stages[item.stage]
-                option = stage.last_option(item.policy) if last else stage.option(item.policy)
+                option = stage.option(item.policy, last)
                 self.clock += option.forward_seconds
             elif not last:
                 self.clock += sum(self.chain.stages[index].fast_seconds for index in range(item.start, item.end + 1))

@@ -78,8 +78,8 @@ def test_every_policy_of_every_distinct_block_is_timed_once(measured: ChainMeasu
             found = times.seconds(stage, option.option)
             assert found is not None
             assert found.backward > 0
-            assert (found.forward == 0) == option.option.fused
-            assert (found.restore > 0) <= option.option.drops_output
+            assert (found.forward == 0) == option.option.policy.fused
+            assert (found.restore > 0) <= option.option.policy.drop_output
 
 
 def test_prices_are_the_measured_ones(measured: ChainMeasure, calibration: Calibration) -> None:
@@ -88,7 +88,7 @@ def test_prices_are_the_measured_ones(measured: ChainMeasure, calibration: Calib
     stage, cost = measured.stages[2], chain.stages[2]
     for option in stage.options:
         found = times.seconds(stage, option.option)
-        priced = (cost.last_option if option.option.last else cost.option)(option.option.policy)
+        priced = cost.option(option.option.policy, option.option.last)
         assert found == Seconds(priced.forward_seconds, priced.backward_seconds, priced.restore_seconds)
     assert chain.outside_seconds == times.outside_seconds
     assert chain.plain_seconds == pytest.approx(sum(_of(times, one, PLAIN) for one in measured.stages))
@@ -148,9 +148,7 @@ def _timed(seconds: dict[str, float], host_share: float) -> Callable[..., Timing
         return Timing(
             median_seconds=took,
             least_seconds=took,
-            most_seconds=took,
             launch_seconds=launching,
-            rounds=1,
             inner=1,
         )
 

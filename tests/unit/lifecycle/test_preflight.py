@@ -18,7 +18,7 @@ from lowmem.data import load
 from lowmem.lifecycle.preflight import _time_line
 from lowmem.plan.record import Plan
 from lowmem.runs.store import RunFolder
-from lowmem.step.evaluate import Score
+from lowmem.step.train_step import Score
 from lowmem.train.loop import Trainer
 from lowmem.train.trial_step import StepTrial, try_step
 from tests.faults.injection import Scarce, events, make_trainer, recorded_plan

@@ -36,11 +36,11 @@ def clock(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Cl
     return made
 
 
-@pytest.mark.parametrize("clock", [(9.0, 9.0, 0.5, 0.5, 0.1, 0.3, 0.2, 0.2)], indirect=True)
-def test_the_median_and_the_spread_of_a_call_without_its_warm_up(clock: Clock) -> None:
-    result = time_calls(clock.call, "cpu", warmup=2, rounds=3, inner=2)
-    assert (result.median_seconds, result.least_seconds, result.most_seconds) == pytest.approx((0.2, 0.2, 0.5))
-    assert (result.rounds, result.inner, clock.calls) == (3, 2, 2 + 3 * 2)
+@pytest.mark.parametrize("clock", [(9.0, 9.0, 0.6, 0.6, 0.6, 0.5, 0.5, 0.1, 0.25, 0.2, 0.2)], indirect=True)
+def test_the_median_and_the_least_of_a_call_without_its_warm_up(clock: Clock) -> None:
+    result = time_calls(clock.call, "cpu", warmup=2, rounds=3, least_seconds=1.0)
+    assert (result.median_seconds, result.least_seconds) == pytest.approx((0.2, 0.175))
+    assert (result.inner, clock.calls) == (2, 2 + 3 + 3 * 2)
     assert result.launch_seconds == result.median_seconds, "a processor computes in the call itself"
     assert result.bound_by_host
 
@@ -71,18 +71,16 @@ def test_a_long_call_is_made_no_more_often_than_needed(clock: Clock) -> None:
 
 def test_on_the_real_clock() -> None:
     result = time_calls(lambda: sum(range(1000)), "cpu", rounds=3, least_seconds=0.001)
-    assert 0 < result.least_seconds <= result.median_seconds <= result.most_seconds
+    assert 0 < result.least_seconds <= result.median_seconds
 
 
 @pytest.mark.parametrize(("launching", "bound"), [(0.0, False), (0.7, False), (0.9, True), (1.0, True)])
 def test_a_call_waits_for_the_host_or_for_the_card(launching: float, bound: bool) -> None:
-    timing = Timing(
-        median_seconds=1.0, least_seconds=1.0, most_seconds=1.0, launch_seconds=launching, rounds=1, inner=1
-    )
+    timing = Timing(median_seconds=1.0, least_seconds=1.0, launch_seconds=launching, inner=1)
     assert timing.bound_by_host is bound
 
 
-@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"warmup": -1}, {"inner": 0}])
+@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"warmup": -1}])
 def test_senseless_numbers_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least"):
         time_calls(lambda: None, "cpu", **wrong)  # type: ignore[arg-type]

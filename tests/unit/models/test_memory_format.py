@@ -9,8 +9,7 @@ from torch import nn
 from lowmem.config.schema import OptimConfig
 from lowmem.core.errors import PreflightError
 from lowmem.models import build, skeleton
-from lowmem.models.memory_format import check_memory_format, is_safe, unsafe_convolutions
-from lowmem.models.resnet import BasicBlock, Bottleneck
+from lowmem.models.resnet import BasicBlock, Bottleneck, check_memory_format, is_safe, unsafe_convolutions
 from lowmem.remat import apply_plan, decompose
 from lowmem.simulate import StepRun, empty_copy, trace_steps
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler

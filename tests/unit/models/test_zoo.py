@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lowmem.config.schema import ARCHITECTURES, resolve_block
 from lowmem.core.errors import UsageError
-from lowmem.models import build, count_parameters, default_block, layout, names
+from lowmem.models import build, layout
 
 TABLE = [
     ("20", "basic", (2, 2, 3, 2), 20),
@@ -48,7 +49,7 @@ def test_parameter_counts(arch: str, block: str, count: int) -> None:
 
         kinds: dict[str, type[BasicBlock] | type[Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
         model = ResNet(kinds[block], layout(arch, block))
-    assert count_parameters(model) == count
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
@@ -141,8 +142,8 @@ def test_initialisation_is_addressed() -> None:
 
 
 def test_names_and_default_blocks() -> None:
-    assert set(names()) == {f"{kind}{depth}" for kind in ("res", "cnn") for depth in (20, 34, 50, 56, 101, 110)}
-    assert {name: default_block(name) for name in ("res20", "res50", "cnn56", "res101", "res110")} == {
+    assert set(ARCHITECTURES) == {f"{kind}{depth}" for kind in ("res", "cnn") for depth in (20, 34, 50, 56, 101, 110)}
+    assert {name: resolve_block(name, None) for name in ("res20", "res50", "cnn56", "res101", "res110")} == {
         "res20": "basic", "res50": "bottleneck", "cnn56": "basic", "res101": "bottleneck", "res110": "basic"
     }  # fmt: skip
 

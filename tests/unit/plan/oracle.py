@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from math import isqrt
 
-from lowmem.plan.baselines import kept, segments_of, usual_policies
 from lowmem.plan.cost import ChainCost
 from lowmem.plan.evaluate import Solution, evaluate, refuse
-from lowmem.plan.policy import FUSED, SAVE_ALL, Item, Keep, PolicyKind, Schedule, Segment
+from lowmem.plan.policy import FUSED, SAVE_ALL, Item, Keep, Schedule, Segment
+from lowmem.plan.solver import Solver, kept, segments_of
 
 Strategy = Callable[[ChainCost, int], Solution]
 WAY_OUT = "let the solver choose"
@@ -35,7 +35,7 @@ def save_all(chain: ChainCost, budget_bytes: int) -> Solution:
 
 def best_uniform(chain: ChainCost, budget_bytes: int) -> Solution:
     """The fastest single policy."""
-    policies = dict.fromkeys(policy for stage in chain.stages for policy in usual_policies(stage))
+    policies = dict.fromkeys(option.policy for stage in chain.stages for option in stage.anywhere)
     return _fitting("one policy everywhere", [kept(chain, policy) for policy in policies], chain, budget_bytes)
 
 
@@ -69,14 +69,14 @@ def _all_items(
     """`inside` a segment the last stage has its own policies, and FUSED, but not after a `dropped` output."""
     stage = chain.stages[start]
     if start == end:
-        policies = list(stage.last_policies()) if inside else usual_policies(stage)
+        policies = [option.policy for option in (stage.ending if inside else stage.anywhere)]
         if inside and not dropped and any(option.policy == FUSED for option in stage.options):
             policies.append(FUSED)
         yield from ((Keep(start, policy),) for policy in policies)
         return
     for option in stage.options:
         policy = option.policy
-        if policy.kind is not PolicyKind.FUSED:
+        if not policy.fused:
             for rest in _all_items(chain, start + 1, end, inside, policy.drop_output):
                 yield (Keep(start, policy), *rest)
     for split in range(start, end):
@@ -84,6 +84,11 @@ def _all_items(
         rests = list(_all_items(chain, split + 1, end, inside))
         for schedule, rest in product(inner, rests):
             yield (Segment(start, split, schedule), *rest)
+
+
+def solve(chain: ChainCost, budget_bytes: int) -> Solution:
+    """The solver, with a table for this budget alone."""
+    return Solver(chain, limit_bytes=budget_bytes).solve(budget_bytes)
 
 
 def brute_force(chain: ChainCost, budget_bytes: int) -> Solution:

@@ -9,10 +9,9 @@ from itertools import pairwise
 import pytest
 
 from lowmem.core.errors import Infeasible
-from lowmem.plan.baselines import kept, segments_of, strategies
 from lowmem.plan.evaluate import evaluate
 from lowmem.plan.policy import FUSED, LEAN, SAVE_ALL, Keep, Segment, keep
-from lowmem.plan.solver import solve
+from lowmem.plan.solver import kept, segments_of, strategies
 from tests.unit.plan.chains import random_chain, tradeoffs
 from tests.unit.plan.oracle import (
     BASELINES,
@@ -21,6 +20,7 @@ from tests.unit.plan.oracle import (
     best_uniform,
     checkpoint_all,
     save_all,
+    solve,
     sqrt_n,
 )
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from lowmem.plan.cost import ChainCost, Operation, OptionCost, Rates, StageCost
+from lowmem.plan.cost import ChainCost, KernelWork, OptionCost, Rates, StageCost
 from lowmem.plan.policy import FUSED, LEAN, SAVE_ALL, keep
 
 OPTION = OptionCost(
@@ -32,12 +32,10 @@ def test_the_roofline_takes_the_larger_of_computing_and_moving() -> None:
     rates = Rates.roofline(4.38e12, 192e9)
     assert rates.flops_per_second == pytest.approx(0.65 * 4.38e12)
     assert rates.bytes_per_second == pytest.approx(0.80 * 192e9)
-    computing, moving = Operation(flops=10**12, moved_bytes=1), Operation(flops=1, moved_bytes=10**10)
-    assert rates.operation_seconds(computing) == 10**12 / rates.flops_per_second
-    assert rates.operation_seconds(moving) == 10**10 / rates.bytes_per_second
-    assert rates.seconds([computing, moving]) == pytest.approx(
-        rates.operation_seconds(computing) + rates.operation_seconds(moving)
-    )
+    computing, moving = KernelWork(flops=10**12, moved_bytes=1), KernelWork(flops=1, moved_bytes=10**10)
+    assert rates.seconds([computing]) == 10**12 / rates.flops_per_second
+    assert rates.seconds([moving]) == 10**10 / rates.bytes_per_second
+    assert rates.seconds([computing, moving]) == pytest.approx(rates.seconds([computing]) + rates.seconds([moving]))
     with pytest.raises(ValueError, match="positive"):
         Rates(0.0, 1.0)
 
@@ -81,8 +79,8 @@ def test_a_stage_has_each_policy_once_and_one_that_can_always_be_used() -> None:
 def test_last_options_are_some_of_the_options() -> None:
     cheaper = dataclasses.replace(OPTION, kept_bytes=1)
     stage = dataclasses.replace(STAGE, last_options=(cheaper,))
-    assert stage.last_option(SAVE_ALL) is cheaper
-    assert STAGE.last_option(SAVE_ALL) is OPTION
+    assert stage.option(SAVE_ALL, last=True) is cheaper
+    assert STAGE.option(SAVE_ALL, last=True) is OPTION
     with pytest.raises(ValueError, match="last_options"):
         dataclasses.replace(STAGE, last_options=(dataclasses.replace(OPTION, policy=LEAN),))
     with pytest.raises(ValueError, match="last_options"):

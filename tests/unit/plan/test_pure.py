@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-MODULES = ("solver", "baselines", "evaluate", "picture", "record", "table")
+MODULES = ("solver", "evaluate", "picture", "record", "table")
 
 
 def test_no_torch_is_imported() -> None:

@@ -18,10 +18,10 @@ from lowmem.core.units import MIB
 from lowmem.plan.cost import ChainCost, OptionCost, StageCost
 from lowmem.plan.evaluate import Solution, evaluate
 from lowmem.plan.policy import FUSED, SAVE_ALL, keep
-from lowmem.plan.solver import Solver, choose_slot, solve, useful_bytes
+from lowmem.plan.solver import MAX_SLOTS, Solver, useful_bytes
 from lowmem.plan.table import LONGEST_RUN, prune
 from tests.unit.plan.chains import random_chain, scaled, tradeoffs
-from tests.unit.plan.oracle import BASELINES, all_schedules, brute_force
+from tests.unit.plan.oracle import BASELINES, all_schedules, brute_force, solve
 
 
 def _least_seconds(everything: list[tuple[int, float]], budget: int) -> float | None:
@@ -220,9 +220,10 @@ def test_dominated_options_are_pruned() -> None:
 
 
 def test_slots_are_powers_of_two_and_no_more_than_asked() -> None:
-    assert choose_slot(8192) == 1
-    assert choose_slot(8193) == 2
-    assert choose_slot(5_416 * MIB) == MIB
+    for chain in (tradeoffs(12, 4), scaled(random_chain(random.Random(1), 6, 3), random.Random(2))):
+        slot, useful = Solver(chain).table.slot_bytes, useful_bytes(chain)
+        assert slot & (slot - 1) == 0
+        assert slot // 2 * MAX_SLOTS < useful <= slot * MAX_SLOTS
 
 
 @pytest.mark.parametrize(("stages", "seconds"), [(39, 1.0), (56, 2.0)])

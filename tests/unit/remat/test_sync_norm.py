@@ -20,9 +20,8 @@ from lowmem.models.resnet import BasicBlock, Bottleneck
 from lowmem.plan.cost import Rates
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, PolicyKind, Schedule, Segment, keep
 from lowmem.remat import PlannedModule, apply_plan, decompose
-from lowmem.remat.kernels import norm_again, norm_backward, norm_first
+from lowmem.remat.kernels import global_statistics, norm_again, norm_backward, norm_first
 from lowmem.remat.stage import Stage
-from lowmem.remat.sync_batch_norm import global_statistics
 from lowmem.simulate import StepShape, simulate_step
 from tests.exact.compare import FORMAT_NAMES, FORMATS, small_net
 from tests.exact.processes import Processes, error_of_one_norm, relative_error, slices_of

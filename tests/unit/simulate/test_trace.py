@@ -8,9 +8,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.core.units import MIB
+from lowmem.plan.cost import KernelWork
 from lowmem.plan.policy import LEAN
 from lowmem.simulate import (
-    KernelWork,
     Kind,
     MemoryEvent,
     Recorder,
@@ -104,7 +104,7 @@ def test_estimate_of_a_known_trace() -> None:
         MemoryEvent(2, -12 * MIB, "backward", ""),
         MemoryEvent(3, -MIB, "backward", ""),
     ]
-    result = estimate(Trace(events, [KernelWork("b", 7, 1, "forward")], {1: Kind.PARAMS}))
+    result = estimate(Trace(events, [KernelWork(7, 1, "b", "forward")], {1: Kind.PARAMS}))
     assert result.peak_tensor_bytes == 16 * MIB
     assert result.at_peak_bytes == {
         Kind.PARAMS: 3 * MIB,
