@@ -164,8 +164,8 @@ class _FollowedTable:
 
     def _points(self, row: EpochRow | StepRow | GradientRow) -> Iterable[ScalarPoint]:
         if isinstance(row, GradientRow):
-            columns = self._follower.columns
-            for layer, norm in zip(columns.names[2:] if columns is not None else (), row.norms, strict=True):
+            table = self._follower.table
+            for layer, norm in zip(table.names[2:] if table is not None else (), row.norms, strict=True):
                 yield ScalarPoint(f"gradient_norm/{layer.removesuffix('.weight')}", row.step, norm)
             return
         for name, (tag, factor) in (_STEP_TAGS if isinstance(row, StepRow) else _EPOCH_TAGS).items():

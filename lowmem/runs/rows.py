@@ -12,8 +12,9 @@ lines by what stands here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from lowmem.core.reading import parse_json, shorten
@@ -63,8 +64,7 @@ class StepRow:
 @dataclass(frozen=True)
 class GradientRow:
     """A line of gradients.csv: the norms of one step, in the order of the layers; infinite or NaN where the step
-    overflowed. Six digits are kept: the figure is drawn over many decades, and a run of 110 layers writes some 1,600
-    rows."""
+    overflowed. Six digits are kept: a run of 110 layers writes some 1,600 rows."""
 
     step: int
     epoch: int
@@ -92,31 +92,52 @@ class BadLine(ValueError):
     """What is wrong with a line, in words that follow its file and number."""
 
 
-class Columns:
-    """The columns of a table. `key`: the one that rises from line to line; `counts`: those of whole numbers from zero;
-    `needed`: those that are never empty."""
+Row = TypeVar("Row")
 
-    def __init__(self, names: Sequence[str], key: str, counts: Container[str], needed: Container[str]) -> None:
-        self.names, self.key = tuple(names), key
-        self._counts, self._needed = counts, needed
-        self._key_index = self.names.index(key)
-        self._whole = re.compile(",".join(map(self._pattern, self.names)))
+
+@dataclass(frozen=True)
+class RowTable(Generic[Row]):
+    """A table with the columns that it has in one file. `key`: the column that rises from line to line; `row`: what a
+    line becomes; `counts`: columns of whole numbers from zero; `needed`: those that are never empty."""
+
+    file_name: str
+    key: str
+    row: Callable[..., Row]
+    names: tuple[str, ...]
+    counts: frozenset[str]
+    needed: frozenset[str]
 
     @property
     def header(self) -> str:
         """The first line."""
         return ",".join(self.names)
 
-    def parse(self, line: str) -> dict[str, float | int | None]:
-        """A line without its end, by column. Raises BadLine."""
+    def read_header(self, line: str) -> RowTable[Row]:
+        """With the columns that the first line of a file says: some of the table's, in any order; older versions had
+        fewer. Raises BadLine."""
+        names = line.split(",")
+        unknown = [name for name in names if name not in self.names]
+        missing = [name for name in self.names if name in self.needed and name not in names]
+        if unknown or missing or len(set(names)) != len(names):
+            wrong = f"no column {missing[0]!r}" if missing else "doubled column"
+            wrong = f"unknown column {shorten(unknown[0])!r}" if unknown else wrong
+            raise BadLine(f"{wrong}: the columns are {self.header}")
+        return replace(self, names=tuple(names))
+
+    def read_row(self, line: str) -> Row:
+        """A line without its end. Raises BadLine."""
         self._check(line)
-        values = zip(self.names, line.split(","), strict=True)
-        return {name: (int if name in self._counts else float)(text) if text else None for name, text in values}
+        values = {
+            name: (int if name in self.counts else float)(text) if text else None
+            for name, text in zip(self.names, line.split(","), strict=True)
+        }
+        return self.row(**values)
 
     def key_of(self, line: str) -> int:
-        """The value of `key` in a line that `parse` takes. Raises BadLine."""
+        """The value of `key` in a line that can be read. Raises BadLine."""
         self._check(line)
-        return int(line.split(",", self._key_index + 1)[self._key_index])
+        index = self.names.index(self.key)
+        return int(line.split(",", index + 1)[index])
 
     def _check(self, line: str) -> None:
         if self._whole.fullmatch(line):
@@ -125,76 +146,51 @@ class Columns:
         if len(texts) != len(self.names):
             raise BadLine(f"{len(texts)} fields where the header has {len(self.names)}")
         for name, text in zip(self.names, texts, strict=True):
-            if not text and name in self._needed:
+            if not text and name in self.needed:
                 raise BadLine(f"{name} is empty")
             if not re.fullmatch(self._pattern(name), text):
                 raise BadLine(f"{name} is {shorten(text)!r}, which is no number")
 
+    @cached_property
+    def _whole(self) -> re.Pattern[str]:
+        return re.compile(",".join(map(self._pattern, self.names)))
+
     def _pattern(self, name: str) -> str:
-        number = _COUNT if name in self._counts else _NUMBER
-        return number if name in self._needed else f"(?:{number})?"
-
-
-Row = TypeVar("Row")
-
-
-class RowTable(Generic[Row]):
-    """One of a run's tables: the name of its file, its key, and what a line of it becomes."""
-
-    def __init__(self, file_name: str, key: str, row: Callable[..., Row]) -> None:
-        self.file_name, self.key, self._row = file_name, key, row
-        of_row: Sequence[Any] = fields(row)  # type: ignore[arg-type]
-        self.names = tuple(field.name for field in of_row)
-        self._counts = frozenset(field.name for field in of_row if str(field.type).startswith("int"))
-        self._needed = frozenset(field.name for field in of_row if field.default is MISSING)
-        self.columns = self._columns(self.names)
-
-    def _columns(self, names: Sequence[str]) -> Columns:
-        return Columns(names, self.key, self._counts, self._needed)
-
-    def read_header(self, line: str) -> Columns:
-        """What the first line of a file says: some of the table's columns, in any order; older versions had fewer.
-
-        Raises BadLine."""
-        names = line.split(",")
-        unknown = [name for name in names if name not in self.names]
-        missing = [name for name in self.names if name in self._needed and name not in names]
-        if unknown or missing or len(set(names)) != len(names):
-            wrong = f"no column {missing[0]!r}" if missing else "doubled column"
-            wrong = f"unknown column {shorten(unknown[0])!r}" if unknown else wrong
-            raise BadLine(f"{wrong}: the columns are {','.join(self.names)}")
-        return self._columns(names)
-
-    def read_row(self, columns: Columns, line: str) -> Row:
-        """A line under that header. Raises BadLine."""
-        return self._row(**columns.parse(line))
+        number = _COUNT if name in self.counts else _NUMBER
+        return number if name in self.needed else f"(?:{number})?"
 
 
 class _GradientTable(RowTable[GradientRow]):
-    """Its columns are the network's own layers, in the order of the forward pass; `columns` has none."""
+    """Its further columns are the network's own layers, in the order of the forward pass."""
 
-    def _columns(self, names: Sequence[str]) -> Columns:
-        return self.of_layers(())
-
-    def of_layers(self, layers: Sequence[str]) -> Columns:
+    def of_layers(self, layers: Sequence[str]) -> RowTable[GradientRow]:
         names = ("step", "epoch", *layers)
-        return Columns(names, "step", ("step", "epoch"), frozenset(names))
+        return replace(self, names=names, needed=frozenset(names))
 
-    def read_header(self, line: str) -> Columns:
+    def read_header(self, line: str) -> RowTable[GradientRow]:
         names = line.split(",")
         each_once = len(set(names)) == len(names) > 2
         if names[:2] != ["step", "epoch"] or not each_once or not line.isprintable():
             raise BadLine("the columns must be step, epoch and a layer each, every one once")
         return self.of_layers(names[2:])
 
-    def read_row(self, columns: Columns, line: str) -> GradientRow:
-        step, epoch, *norms = columns.parse(line).values()
-        return GradientRow(int(step or 0), int(epoch or 0), tuple(norm for norm in norms if norm is not None))
+
+def _table(file_name: str, row: type[Row]) -> RowTable[Row]:
+    """Of a dataclass whose first field is the key."""
+    columns: Sequence[Any] = fields(row)  # type: ignore[arg-type]
+    names = tuple(column.name for column in columns)
+    counts = frozenset(column.name for column in columns if str(column.type).startswith("int"))
+    needed = frozenset(column.name for column in columns if column.default is MISSING)
+    return RowTable(file_name, names[0], row, names, counts, needed)
 
 
-EPOCH_TABLE = RowTable("metrics.csv", "epoch", EpochRow)
-STEP_TABLE = RowTable("steps.csv", "step", StepRow)
-GRADIENT_TABLE = _GradientTable("gradients.csv", "step", GradientRow)
+def _gradient_row(step: int, epoch: int, **norms: float) -> GradientRow:
+    return GradientRow(step, epoch, tuple(norms.values()))
+
+
+EPOCH_TABLE, STEP_TABLE = _table("metrics.csv", EpochRow), _table("steps.csv", StepRow)
+_FIXED = frozenset({"step", "epoch"})
+GRADIENT_TABLE = _GradientTable("gradients.csv", "step", _gradient_row, ("step", "epoch"), _FIXED, _FIXED)
 
 
 def csv_line(names: Sequence[str], row: Mapping[str, Any]) -> str:

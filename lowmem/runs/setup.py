@@ -43,7 +43,7 @@ def never_began(path: Path) -> bool:
     if LOCK_NAME not in names or not names - ({"report"} if FORKING in names else set()) <= _SETUP:
         return False
     steps, saved, weights = path / STEP_TABLE.file_name, path / "checkpoints", path / "weights"
-    rows = FORKING not in names and steps.is_file() and steps.stat().st_size > len(STEP_TABLE.columns.header) + 1
+    rows = FORKING not in names and steps.is_file() and steps.stat().st_size > len(STEP_TABLE.header) + 1
     kept = saved.is_dir() and any(not entry.name.startswith(".aside-") for entry in saved.iterdir())
     return not rows and not kept and not (weights.is_dir() and any(weights.iterdir()))
 

@@ -101,8 +101,8 @@ class RunFolder:
         (self.path / "weights").mkdir()
         write_text_atomic(self.path / "config.yaml", config_yaml)
         write_text_atomic(self.path / "env.json", json.dumps(environment, indent=1) + "\n")
-        write_text_atomic(self.metrics_file, f"{EPOCH_TABLE.columns.header}\n")
-        write_text_atomic(self.steps_file, f"{STEP_TABLE.columns.header}\n")
+        write_text_atomic(self.metrics_file, f"{EPOCH_TABLE.header}\n")
+        write_text_atomic(self.steps_file, f"{STEP_TABLE.header}\n")
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -200,7 +200,7 @@ class RunFolder:
         """
         for file in self._row_files:
             with _disk_errors(file.path):
-                file.flush()
+                file.append()
         self._write_waiting_plan()
 
     def _write_waiting_plan(self) -> None:
@@ -215,20 +215,20 @@ class RunFolder:
         Nothing is computed from it, so that nothing in it can stop a run: one that is no table of these layers is set
         aside as `damaged-gradients.csv`. Returns a sentence if anything was wrong. Raises DiskError.
         """
-        columns, damage = GRADIENT_TABLE.of_layers(layers), None
+        table, damage = GRADIENT_TABLE.of_layers(layers), None
         with _disk_errors(self.gradients_file) as file:
             if file.is_file() and file.stat().st_size == 0:
                 file.unlink()
             if file.exists():
                 try:
-                    damage = cut_table(file, columns, step)
+                    damage = cut_table(file, table, step)
                 except (CorruptCheckpoint, PermissionError) as error:
                     aside = _free(file.with_name(f"damaged-{file.name}"))
                     replace_path(file, aside)
                     damage = f"{shorten(error)}; the run goes on with a new one, the file as it was is {aside.name}"
                 self._gradients.replaced()
             if not file.exists() and not self._gradients.waiting:
-                self._append(self._gradients, [columns.header])
+                self._append(self._gradients, [table.header])
         return damage
 
     def append_gradients(self, rows: Sequence[tuple[int, int, Sequence[float]]]) -> None:
@@ -241,7 +241,7 @@ class RunFolder:
         with _disk_errors(self.metrics_file):
             with open(source / EPOCH_TABLE.file_name, "rb") as old, replacing(self.metrics_file) as new:
                 shutil.copyfileobj(old, new)
-            cut_table(self.metrics_file, EPOCH_TABLE.columns, epoch)
+            cut_table(self.metrics_file, EPOCH_TABLE, epoch)
             self._metrics.replaced()
 
     def cut_back(self, *, epoch: int, step: int) -> list[str]:
@@ -253,8 +253,8 @@ class RunFolder:
         self.flush()  # rows that still wait are to be dropped, too, if they are of later steps
         with _disk_errors(self.path):
             damages = (
-                cut_table(self.metrics_file, EPOCH_TABLE.columns, epoch, every=True),
-                cut_table(self.steps_file, STEP_TABLE.columns, step),
+                cut_table(self.metrics_file, EPOCH_TABLE, epoch, every=True),
+                cut_table(self.steps_file, STEP_TABLE, step),
             )
             self._metrics.replaced()
             self._steps.replaced()

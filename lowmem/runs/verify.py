@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from lowmem.core.errors import CorruptCheckpoint
 from lowmem.core.reading import Unreadable, read_limited, shorten
@@ -22,7 +23,7 @@ from lowmem.core.units import format_size
 from lowmem.runs.checkpoint import Checkpoint, load, named
 from lowmem.runs.checkpoint_state import read_header
 from lowmem.runs.lock import LOCK_NAME, OWNER_NAME, read_owner
-from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, Columns
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, RowTable
 from lowmem.runs.tables import scan_table
 from lowmem.runs.view import RunView
 
@@ -97,7 +98,7 @@ class _Verification:
         obstacles = [self._check_plan()]
         for table in (EPOCH_TABLE, STEP_TABLE):
             last = None if state is None else state[table.key]
-            obstacles.append(self._check_rows(self._run / table.file_name, table.columns, last))
+            obstacles.append(self._check_rows(self._run / table.file_name, table, last))
         for name in ("last", "best"):
             self._check_weights(self._run / "weights" / f"{name}.safetensors")
         self._check_gradients(self._run / GRADIENT_TABLE.file_name, None if state is None else state["step"])
@@ -146,11 +147,11 @@ class _Verification:
             self._add(FileStatus.OK, "plan.json", words)
         return None
 
-    def _check_rows(self, path: Path, columns: Columns, last: int | None) -> str | None:
+    def _check_rows(self, path: Path, table: RowTable[Any], last: int | None) -> str | None:
         """Against the checkpoint at `last`, if there is one."""
-        epochs = columns.key == "epoch"
+        epochs = table.key == "epoch"
         try:
-            rows = scan_table(path, columns, 1 << 53 if last is None else last, every=epochs and last is not None)
+            rows = scan_table(path, table, 1 << 53 if last is None else last, every=epochs and last is not None)
         except (CorruptCheckpoint, OSError) as error:
             self._add(FileStatus.DAMAGED, path.name, error)
             return f"{path.name} cannot be used"

@@ -105,8 +105,8 @@ class RunView:
     def gradients(self) -> Gradients:
         if self._is_too_large(GRADIENT_TABLE):
             return Gradients()
-        columns, rows = read_table(self.path / GRADIENT_TABLE.file_name, GRADIENT_TABLE, self._notes)
-        return Gradients(columns.names[2:], rows)
+        table, rows = read_table(self.path / GRADIENT_TABLE.file_name, GRADIENT_TABLE, self._notes)
+        return Gradients(table.names[2:], rows)
 
     @cached_property
     def events(self) -> tuple[Event, ...]:

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -36,7 +37,7 @@ from lowmem.reproduce.job import ALL, Job, read_job
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.listing import list_runs
 from lowmem.runs.lock import OWNER_NAME, RunLock, writer_of
-from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, Columns
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, RowTable
 from lowmem.runs.store import RunFolder
 from lowmem.runs.tables import cut_table
 from lowmem.runs.view import read_run
@@ -154,7 +155,7 @@ def _checkpoints(run: Path, work: Path) -> list[Reader]:
 
 
 def _rows(run: Path, work: Path) -> list[Reader]:
-    def table(name: str, columns: Columns) -> Reader:
+    def table(name: str, columns: RowTable[Any]) -> Reader:
         path = work / name
         return Reader(
             f"{name}, cut back", (run / name).read_bytes(), _file(path, lambda p: cut_table(p, columns, 5, every=True))
@@ -167,8 +168,8 @@ def _rows(run: Path, work: Path) -> list[Reader]:
         return Reader(f"{name}, for a report", file.read_bytes(), _instead(file, lambda: read_run(copy)), mutations)
 
     return [
-        table("metrics.csv", EPOCH_TABLE.columns),
-        table("steps.csv", STEP_TABLE.columns),
+        table("metrics.csv", EPOCH_TABLE),
+        table("steps.csv", STEP_TABLE),
         *map(of_history, ("config.yaml", "metrics.csv", "steps.csv", "events.jsonl", GRADIENT_TABLE.file_name)),
         of_history("env.json", JSON),
         of_history("weights/best.safetensors", TENSORS),

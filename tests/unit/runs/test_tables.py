@@ -18,7 +18,7 @@ from lowmem.runs.atomic import RowFile, write_text_atomic
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, BadLine, StepRow, csv_line
 from lowmem.runs.tables import Follower, News, TableFollower, cut_table, scan_table
 
-COLUMNS = STEP_TABLE.columns
+COLUMNS = STEP_TABLE
 NUMBERS = st.none() | st.floats(allow_nan=True, allow_infinity=True) | st.integers(-(10**9), 10**9)
 
 
@@ -122,7 +122,7 @@ def test_a_line_that_is_no_line_costs_one_line_and_no_time(tmp_path: Path) -> No
 def test_many_digits_before_a_bad_field_take_no_time() -> None:
     """With 30 ways to match each field this took hours."""
     digits = "1" * 30
-    for columns in (EPOCH_TABLE.columns, GRADIENT_TABLE.of_layers([f"layer{n}" for n in range(1200)])):
+    for columns in (EPOCH_TABLE, GRADIENT_TABLE.of_layers([f"layer{n}" for n in range(1200)])):
         fields = ["1", "1", *[digits] * (len(columns.names) - 3), "x"]
         with pytest.raises(BadLine, match=r"is '[1x]+', which is no number"):
             columns.key_of(",".join(fields))
@@ -217,4 +217,4 @@ def test_rows_come_as_they_are_written_and_damaged_ones_are_left_out(tmp_path: P
     assert table.look() == News((rows[0],), anew=True)
     write_text_atomic(path, "what,is,this\n1,2,3\n")
     assert table.look() == News((), anew=True)
-    assert table.columns is None
+    assert table.table is None

@@ -31,12 +31,12 @@ def run(tmp_path: Path) -> Path:
     config = Config.model_validate({"train": {"epochs": 4}}).model_dump(mode="json")
     (folder / "config.yaml").write_text(yaml.safe_dump(config) + "# lr: flag\n", encoding="utf-8")
     epochs = [
-        EPOCH_TABLE.columns.header,
+        EPOCH_TABLE.header,
         "1,10,0.1,2.0,70,1.9,60.5,500,1000,,,3.5,,",
         "2,20,0.1,nan,65,1.5,55,510,1000,,,7,,",
     ]
     (folder / "metrics.csv").write_text("\n".join(epochs) + "\n", encoding="utf-8")
-    (folder / "steps.csv").write_text(STEP_TABLE.columns.header + "\n10,1,0.1,2.1\n20,2,0.1,1.8\n", encoding="utf-8")
+    (folder / "steps.csv").write_text(STEP_TABLE.header + "\n10,1,0.1,2.1\n20,2,0.1,1.8\n", encoding="utf-8")
     events = [{"time": "2026-11-01T10:00:00", "event": "start"}, {"time": 5.0, "event": "resume", "step": 10}]
     (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events), encoding="utf-8")
     return folder
