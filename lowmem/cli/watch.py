@@ -18,11 +18,9 @@ from lowmem.cli.terminal import describe_epoch
 from lowmem.cli.watch_screen import clock, describe_errors, describe_event, describe_state, facts, screen, to_json
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import shorten
-from lowmem.runs.listing import run_folders
-from lowmem.runs.lock import may_be_alive, read_owner, writer_of
+from lowmem.runs.folder import may_be_alive, read_owner, refuse_links, run_folders, writer_of
 from lowmem.runs.rows import Event
-from lowmem.runs.setup import refuse_links
-from lowmem.runs.watch import Live, Watched
+from lowmem.runs.watch import Live
 
 _NEXT_RUN_SECONDS = 120.0  # between two runs of a job: libraries, pictures, plan
 _JOB_OWNER = "job.owner.json"  # beside the runs of `lowmem reproduce`
@@ -44,7 +42,7 @@ def show_watch(path: Path, *, interval: float, once: bool, as_json: bool) -> Non
     if once:
         assert run is not None
         refuse_links(run)
-        live = Watched(run).look()
+        live = Live(run).look()
         print(json.dumps(to_json(live), indent=1) if as_json else _summary(live))
         return
     try:
@@ -102,7 +100,7 @@ def _last_touched(run: Path) -> float:
 
 def _follow(run: Path, interval: float) -> Live:
     """Shows one run until nobody trains it. The last state."""
-    watched, without = Watched(run), 0
+    watched, without = Live(run), 0
     with _shown() as show:
         while True:
             live = watched.look()

@@ -83,7 +83,7 @@ class RunState:
 
 _ALWAYS_RECORDED = [one.name for one in fields(RunState)][:11]
 _SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
-_RUN_STATE, _SCALED = TypeAdapter(RunState), TypeAdapter(Amount)
+_RUN_STATE = TypeAdapter(RunState)
 
 
 def read_state(state: Mapping[str, Any], step: int) -> RunState:
@@ -96,7 +96,14 @@ def read_state(state: Mapping[str, Any], step: int) -> RunState:
     unknown: list[str] = []
     try:
         read = _RUN_STATE.validate_python(run)
-        wrong += _contradictions(read, step)
+        scaler: list[Any] = [read.scaler.get(name) for name in _SCALER] if read.scaler else []
+        sound = {
+            "step": read.step == step and read.step_in_epoch <= step,
+            "seen": (read.seen > 0) == (read.step_in_epoch > 0),
+            "share_log_sum": abs(read.share_log_sum) <= _LARGEST_LOG * read.share_count,
+            "scaler": all(type(value) in (int, float) and 0 <= value < 1e300 for value in scaler),
+        }
+        wrong += [name for name, good in sound.items() if not good]
     except ValidationError as error:
         for one in error.errors(include_url=False, include_input=False):
             places = unknown if one["type"] == "unexpected_keyword_argument" and len(one["loc"]) == 1 else wrong
@@ -109,25 +116,6 @@ def read_state(state: Mapping[str, Any], step: int) -> RunState:
             "use the one that wrote it"
         )
     return read
-
-
-def _contradictions(state: RunState, step: int) -> list[str]:
-    """Fields that cannot be beside the others."""
-    sound = {
-        "step": state.step == step and state.step_in_epoch <= step,
-        "seen": (state.seen > 0) == (state.step_in_epoch > 0),
-        "share_log_sum": abs(state.share_log_sum) <= _LARGEST_LOG * state.share_count,
-        "scaler": not state.scaler or all(_is_amount(state.scaler.get(name)) for name in _SCALER),
-    }
-    return [name for name, good in sound.items() if not good]
-
-
-def _is_amount(value: object) -> bool:
-    try:
-        _SCALED.validate_python(value)
-    except ValidationError:
-        return False
-    return True
 
 
 # -- where in the run --------------------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ from lowmem.cli.main import main
 from lowmem.config.settings import from_yaml, gather
 from lowmem.core.errors import CorruptCheckpoint, LowmemError, UsageError
 from lowmem.lifecycle.api import fork_run, resume_training
-from lowmem.lifecycle.run_identity import verify
+from lowmem.lifecycle.verify import verify
 from lowmem.report import write_report
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs.setup import refuse_links
+from lowmem.runs.folder import refuse_links
 from tests.faults.fuzzing import rehash
 from tests.tiny import Heard, copy_run, make_run
 

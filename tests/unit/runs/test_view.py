@@ -17,10 +17,9 @@ from safetensors.numpy import save_file
 from lowmem.config.schema import Config, flatten
 from lowmem.config.settings import from_yaml
 from lowmem.core.errors import UsageError
-from lowmem.runs.listing import summarize
 from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE
-from lowmem.runs.view import RunView, read_run
-from lowmem.runs.watch import Watched
+from lowmem.runs.view import RunView, read_run, summarize
+from lowmem.runs.watch import Live
 
 
 @pytest.fixture
@@ -175,7 +174,7 @@ def test_settings_under_dotted_names(run: Path) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(flat), encoding="utf-8")
     assert read_run(run).config.train.epochs == 4
     assert summarize(run).epoch == 2
-    assert Watched(run).look().epochs == 4
+    assert Live(run).look().epochs == 4
 
 
 def test_states(run: Path) -> None:
@@ -202,7 +201,7 @@ def test_damaged_events_and_env_are_noted(run: Path) -> None:
     said = " ".join(history.notes)
     for words in ("events.jsonl line 3", "events.jsonl line 5", "last line of events.jsonl was half", "env.json"):
         assert words in said
-    assert Watched(run).look().events == history.events
+    assert Live(run).look().events == history.events
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name here")
