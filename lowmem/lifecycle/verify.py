@@ -161,7 +161,7 @@ class _Verification:
         """Against the checkpoint at `last`, if there is one."""
         epochs = table.key == "epoch"
         try:
-            rows = scan_table(path, table, 1 << 53 if last is None else last, every=epochs and last is not None)
+            rows = scan_table(path, table, last)
         except (CorruptCheckpoint, OSError) as error:
             self._add(FileStatus.DAMAGED, path.name, error)
             return f"{path.name} cannot be used"
@@ -182,7 +182,7 @@ class _Verification:
         layers = tuple(measured_weights(network(self._config)))
         try:
             path.stat()
-            rows = scan_table(path, GRADIENT_TABLE.of_layers(layers), 1 << 53 if last is None else last)
+            rows = scan_table(path, GRADIENT_TABLE.of_layers(layers), last)
         except FileNotFoundError:
             self._add(FileStatus.NOTE, path.name, "is not there")
         except (CorruptCheckpoint, OSError) as error:

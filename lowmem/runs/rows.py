@@ -14,15 +14,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from lowmem.core.reading import parse_json, shorten
 
-_COUNT = r"[0-9]{1,15}"  # curves are drawn with floats, which hold these exactly
-# As many digits as a float can have: without a bound, a line of nothing but digits takes a time of its square. Matched
-# in one way only: with two ways a field, a line of n fields of which the last is bad takes a time of 2^n.
-_NUMBER = r"[-+]?(?:(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][-+]?[0-9]{1,9})?|nan|inf)"
+_COUNT = re.compile(r"[0-9]{1,15}")  # curves are drawn with floats, which hold these exactly
+# As many digits as a float can have: without a bound, a line of nothing but digits takes a time of its square.
+_NUMBER = re.compile(r"[-+]?(?:(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][-+]?[0-9]{1,9})?|nan|inf)")
 _LONGEST_SECONDS = 1e10
 
 
@@ -126,38 +124,26 @@ class RowTable(Generic[Row]):
 
     def read_row(self, line: str) -> Row:
         """A line without its end. Raises BadLine."""
-        self._check(line)
         values = {
             name: (int if name in self.counts else float)(text) if text else None
-            for name, text in zip(self.names, line.split(","), strict=True)
+            for name, text in zip(self.names, self._texts(line), strict=True)
         }
         return self.row(**values)
 
     def key_of(self, line: str) -> int:
         """The value of `key` in a line that can be read. Raises BadLine."""
-        self._check(line)
-        index = self.names.index(self.key)
-        return int(line.split(",", index + 1)[index])
+        return int(self._texts(line)[self.names.index(self.key)])
 
-    def _check(self, line: str) -> None:
-        if self._whole.fullmatch(line):
-            return
+    def _texts(self, line: str) -> list[str]:
         texts = line.split(",") if line else []
         if len(texts) != len(self.names):
             raise BadLine(f"{len(texts)} fields where the header has {len(self.names)}")
         for name, text in zip(self.names, texts, strict=True):
             if not text and name in self.needed:
                 raise BadLine(f"{name} is empty")
-            if not re.fullmatch(self._pattern(name), text):
+            if text and not (_COUNT if name in self.counts else _NUMBER).fullmatch(text):
                 raise BadLine(f"{name} is {shorten(text)!r}, which is no number")
-
-    @cached_property
-    def _whole(self) -> re.Pattern[str]:
-        return re.compile(",".join(map(self._pattern, self.names)))
-
-    def _pattern(self, name: str) -> str:
-        number = _COUNT if name in self.counts else _NUMBER
-        return number if name in self.needed else f"(?:{number})?"
+        return texts
 
 
 class _GradientTable(RowTable[GradientRow]):

@@ -263,7 +263,7 @@ class RunFolder:
         self.flush()  # rows that still wait are to be dropped, too, if they are of later steps
         with disk_errors(self.path):
             damages = (
-                cut_table(self.metrics_file, EPOCH_TABLE, epoch, every=True),
+                cut_table(self.metrics_file, EPOCH_TABLE, epoch),
                 cut_table(self.steps_file, STEP_TABLE, step),
             )
             self._metrics.replaced()

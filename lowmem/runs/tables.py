@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from lowmem.core.errors import CorruptCheckpoint, UsageError
 from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable, read_limited, shorten
@@ -178,15 +178,9 @@ class TableFollower(Follower[Row]):
 # -- up to a checkpoint ------------------------------------------------------------------------------------------------
 
 
-class _Line(NamedTuple):
-    """`data`: without its end, None for one that is longer than any can be; `ends`: whether it has one."""
-
-    data: bytes | None
-    ends: bool
-    end_bytes: int
-
-
-def _lines(file: BinaryIO) -> Iterator[_Line]:
+def _lines(file: BinaryIO) -> Iterator[tuple[bytes | None, bool, int]]:
+    """Each line without its end (None: it is longer than any can be), whether it has one, and how many bytes there are
+    up to its end."""
     end, long = 0, False
     while piece := file.readline(_LONGEST_LINE_BYTES):
         end += len(piece)
@@ -194,23 +188,23 @@ def _lines(file: BinaryIO) -> Iterator[_Line]:
         if not ends and len(piece) == _LONGEST_LINE_BYTES:
             long = True
             continue
-        yield _Line(None if long else piece.removesuffix(b"\n").removesuffix(b"\r"), ends, end)
+        yield None if long else piece.removesuffix(b"\n").removesuffix(b"\r"), ends, end
         long = False
     if long:
-        yield _Line(None, False, end)
+        yield None, False, end
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scan:
     """A table's lines, counted. `kept`: whole, rising, at most the last that is asked for; `lost`: lines nothing can
     be made of; `missing`: rows that ought to be there; `beyond`: after the last asked for; `cut_off`: the last one has
     no line end. `kept_bytes`: up to the end of the last kept one; None without a whole header."""
 
-    kept: int
-    lost: int
-    missing: int
-    beyond: int
-    cut_off: bool
+    kept: int = 0
+    lost: int = 0
+    missing: int = 0
+    beyond: int = 0
+    cut_off: bool = False
     kept_bytes: int | None = None
 
     @property
@@ -222,60 +216,55 @@ class Scan:
 
 
 def scan_table(
-    path: Path,
-    table: RowTable[Any],
-    last: int,
-    *,
-    every: bool = False,
-    take: Callable[[bytes], object] = lambda line: None,
+    path: Path, table: RowTable[Any], last: int | None, take: Callable[[bytes], object] = lambda line: None
 ) -> Scan:
-    """The table at `path` up to the row whose key is `last`. `every`: there must be one for each of 1 … `last`.
-    `take` is given each row that is kept, without its line end. A missing file has no rows.
+    """The table at `path` up to the row whose key is `last` (None: all); of epochs there must be each from the first to
+    that. `take` is given each row that is kept, without its line end. A missing file has no rows.
 
     Raises CorruptCheckpoint for a file that is no table of these columns, OSError.
     """
-    kept = lost = beyond = before = 0
-    kept_bytes: int | None = None
+    rows = Scan(missing=last if table.key == "epoch" and last is not None else 0)
     try:
         file = _open(path)
     except FileNotFoundError:
-        return Scan(0, 0, last if every else 0, 0, False)
+        return rows
+    before = 0
     with file:
         lines, header = _lines(file), table.header.encode()
-        first = next(lines, _Line(header, False, 0))
-        begun = first.data is not None and not first.ends and header.startswith(first.data)
-        if first.data != header and not begun:
+        first, whole, end_bytes = next(lines, (header, False, 0))
+        begun = first is not None and not whole and header.startswith(first)
+        if first != header and not begun:
             raise CorruptCheckpoint(
                 f"{path} has other columns than this lowmem writes: restore its first line or use the lowmem that "
                 "wrote it, or move the file away to go on without its rows"
             )
-        cut_off = first.end_bytes > 0 and not first.ends  # while it was made
-        if first.ends:
-            kept_bytes = first.end_bytes
-        for line in lines:
-            if not line.ends:  # cut off by a crash, and will be repeated
-                cut_off = True
+        rows.cut_off = end_bytes > 0 and not whole  # while it was made
+        rows.kept_bytes = end_bytes if whole else None
+        for line, whole, end_bytes in lines:
+            if not whole:  # cut off by a crash, and will be repeated
+                rows.cut_off = True
                 break
             try:
-                at = 0 if line.data is None else table.key_of(line.data.decode("utf-8", errors="replace"))
+                at = 0 if line is None else table.key_of(line.decode("utf-8", errors="replace"))
             except BadLine:
                 at = 0
             if at <= before:
-                lost += 1
-            elif at > last:
-                beyond += 1
+                rows.lost += 1
+            elif last is not None and at > last:
+                rows.beyond += 1
             else:
-                take(line.data or b"")
+                take(line or b"")
+                rows.kept, rows.kept_bytes, before = rows.kept + 1, end_bytes, at
                 # A line that only seems to be after `last`, since others follow it, is a damaged one.
-                kept, lost, beyond, before = kept + 1, lost + beyond, 0, at
-                kept_bytes = line.end_bytes
-    return Scan(kept, lost, last - kept if every else 0, beyond, cut_off, kept_bytes)
+                rows.lost, rows.beyond = rows.lost + rows.beyond, 0
+    rows.missing = max(0, rows.missing - rows.kept)
+    return rows
 
 
-def cut_table(path: Path, table: RowTable[Any], last: int, *, every: bool = False) -> str | None:
+def cut_table(path: Path, table: RowTable[Any], last: int) -> str | None:
     """Cuts the table to the rows that `scan_table` keeps. Returns None, or a sentence if it is damaged; the file as it
     was is then kept beside it as `damaged-<name>`. Raises what `scan_table` raises."""
-    rows = scan_table(path, table, last, every=every)
+    rows = scan_table(path, table, last)
     aside = path.with_name(f"damaged-{path.name}")
     if rows.damage is not None and path.exists() and not aside.exists():
         with open(path, "rb") as old, replacing(aside) as copy:

@@ -24,7 +24,7 @@ from lowmem.core.reading import PLAN_LIMIT_BYTES, RECORD_LIMIT_BYTES, TABLE_LIMI
 from lowmem.runs.checkpoint import checkpoint_folders
 from lowmem.runs.checkpoint_state import Position, read_header, read_position
 from lowmem.runs.folder import OWNER_NAME, require_run, run_folders, writer_of
-from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, EpochRow, Event, Gradients, RowTable, StepRow
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, EpochRow, Event, Gradients, Row, RowTable, StepRow
 from lowmem.runs.tables import read_events, read_table
 
 State = Literal["starting", "training", "finished", "stopped", "interrupted", "diverged", "stuck", "ended", "died"]
@@ -92,32 +92,28 @@ class RunView:
 
     @cached_property
     def epochs(self) -> tuple[EpochRow, ...]:
-        return read_table(self.path / EPOCH_TABLE.file_name, EPOCH_TABLE, self._notes)[1]
+        return self._rows(EPOCH_TABLE)[1]
 
     @cached_property
     def steps(self) -> tuple[StepRow, ...]:
-        if self._is_too_large(STEP_TABLE):
-            return ()
-        return read_table(self.path / STEP_TABLE.file_name, STEP_TABLE, self._notes)[1]
+        return self._rows(STEP_TABLE)[1]
 
     @cached_property
     def gradients(self) -> Gradients:
-        if self._is_too_large(GRADIENT_TABLE):
-            return Gradients()
-        table, rows = read_table(self.path / GRADIENT_TABLE.file_name, GRADIENT_TABLE, self._notes)
+        table, rows = self._rows(GRADIENT_TABLE)
         return Gradients(table.names[2:], rows)
 
     @cached_property
     def events(self) -> tuple[Event, ...]:
         return read_events(self.path / "events.jsonl", self._notes)
 
-    def _is_too_large(self, table: RowTable[Any]) -> bool:
+    def _rows(self, table: RowTable[Row]) -> tuple[RowTable[Row], tuple[Row, ...]]:
         """A run that records every step of small batches may write more than there is room for: not its fault."""
         path = self.path / table.file_name
-        size = path.stat().st_size if path.is_file() else 0
-        if size > TABLE_LIMIT_BYTES:
+        if table.key == "step" and path.is_file() and (size := path.stat().st_size) > TABLE_LIMIT_BYTES:
             self._notes.append(f"{path.name} has {size:,} bytes, more than are read: what it holds is left out")
-        return size > TABLE_LIMIT_BYTES
+            return table, ()
+        return read_table(path, table, self._notes)
 
     @property
     def last(self) -> EpochRow | None:

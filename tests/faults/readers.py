@@ -157,9 +157,7 @@ def _checkpoints(run: Path, work: Path) -> list[Reader]:
 def _rows(run: Path, work: Path) -> list[Reader]:
     def table(name: str, columns: RowTable[Any]) -> Reader:
         path = work / name
-        return Reader(
-            f"{name}, cut back", (run / name).read_bytes(), _file(path, lambda p: cut_table(p, columns, 5, every=True))
-        )
+        return Reader(f"{name}, cut back", (run / name).read_bytes(), _file(path, lambda p: cut_table(p, columns, 5)))
 
     copy = copy_run(run, work / "history-run")
 
