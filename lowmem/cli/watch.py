@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from lowmem.cli.terminal import describe_epoch
 from lowmem.cli.watch_screen import clock, describe_errors, describe_event, describe_state, facts, screen, to_json
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import shorten
-from lowmem.runs.folder import may_be_alive, read_owner, refuse_links, run_folders, writer_of
+from lowmem.runs.folder import read_owner, refuse_links, run_folders, writer_of
 from lowmem.runs.rows import Event
 from lowmem.runs.watch import Live
 
@@ -82,7 +81,7 @@ def _next(path: Path, interval: float) -> Path | None:
 def _conducted(folder: Path) -> bool:
     """Whether a process holds the folder as a job of several runs, as far as can be told from here."""
     owner = read_owner(folder / _JOB_OWNER)
-    return owner is not None and (owner.host != socket.gethostname() or may_be_alive(owner.pid))
+    return owner is not None and owner.may_be_alive
 
 
 def _trained(folders: list[Path]) -> Path | None:

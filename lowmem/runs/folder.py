@@ -1,16 +1,12 @@
 """The folder of a run as it is found: whether a run may be made there, whether it is a run's and has nothing in it that
 leads out of it, and who holds it.
 
-A run that was set up can be resumed from its first checkpoint on. A process that is killed before that leaves a folder
-with which nobody can go on. Nothing was computed in it, so the next `lowmem train` takes it over.
-
-One writer per run: a lock that the system frees when its holder ends, and a file that says who the holder is. (A job of
-several runs is locked the same way, by `job.lock`.) `run.lock` is locked with the system's file lock, which excludes
-every process on this machine (and, where the network file system passes locks on, on others). `run.owner.json` names
-the holder: process, host, since when. A holder that leaves removes it. Found without the lock being held, it is of a
-holder that died: on this host that is certain, and the run is taken over with a note. On another host nobody here can
-tell whether that process lives, for network file systems do not all pass locks on; then the run is refused, and
-removing the file is the way out.
+A run has one writer: a lock that the system frees when its holder ends, and a file that says who the holder is. (A
+job of several runs is locked the same way, by `job.lock`.) `run.lock` is locked with the system's file lock, which
+excludes every process on this machine (and, where the network file system passes locks on, on others).
+`run.owner.json` names the holder, who removes it on leaving. Found without the lock being held, it is of a holder
+that died: on this host that is certain, and the run is taken over with a note. Of another host nobody here can tell;
+then the run is refused, and removing the file is the way out.
 """
 
 from __future__ import annotations
@@ -52,9 +48,9 @@ _MOST_ENTRIES = 100_000
 
 
 def never_began(path: Path) -> bool:
-    """Whether this is a run's folder that was left before the first checkpoint: no more in it than what is made till
-    then, no row of a step, no checkpoint, whole or damaged, no weights. Nothing was computed in it: the next
-    `lowmem train` takes it over."""
+    """Whether this is a run's folder that was left before the first checkpoint, with which nobody can go on: no more
+    in it than what is made till then, no row of a step, no checkpoint, whole or damaged, no weights. Nothing was
+    computed in it, so the next `lowmem train` takes it over."""
     names = {entry.name.removesuffix(PARTIAL) for entry in path.iterdir()}
     names -= {name for name in names if _OTHER_PLAN.fullmatch(name)}
     if LOCK_NAME not in names or not names - ({"report"} if FORKING in names else set()) <= _SETUP:
@@ -133,10 +129,9 @@ def require_run(path: Path) -> None:
 def refuse_links(run: Path) -> None:
     """Raises UsageError naming the first thing under `run` that is neither a file nor a folder of its own.
 
-    Everything lowmem writes goes to a fixed name below the run folder. A symbolic link of that name (`metrics.csv`,
-    `weights/last.safetensors.partial`) would make it write, truncate or delete somewhere else; a pipe or a device would
-    make it wait for ever. `run` itself may be a link: that is the user's. What cannot be looked at cannot be followed
-    either, and is left to its reader.
+    Everything lowmem writes goes to a fixed name below the run folder. A symbolic link of that name would make it
+    write, truncate or delete somewhere else; a pipe or a device would make it wait for ever. `run` itself may be a
+    link: that is the user's. What cannot be looked at cannot be followed either, and is left to its reader.
 
     Known limitation: the folder is looked at once, when it is opened. Who can change it at the same time has this
     user's rights already.
@@ -168,8 +163,8 @@ def refuse_links(run: Path) -> None:
 
 
 def run_folders(folder: Path, deep: int = _DEEPEST) -> list[Path]:
-    """The run folders in `folder` (or itself, if it is one) by name; links are not followed. What cannot be looked into
-    may be a run, and is told with its reason."""
+    """Those in `folder` (or itself, if it is one) by name; links are not followed. What cannot be looked into may be
+    a run, and is told with its reason."""
     try:
         with os.scandir(folder) as entries:
             inside = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
@@ -201,6 +196,23 @@ class Owner:
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.since}"
 
+    @property
+    def here(self) -> bool:
+        return self.host == socket.gethostname()
+
+    @property
+    def may_be_alive(self) -> bool:
+        """As far as that can be asked from here, without touching it."""
+        if not self.here or os.name == "nt":
+            return True  # os.kill ends the process there, whatever the signal
+        try:
+            os.kill(self.pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return False
+        except OSError:
+            return True
+        return True
+
 
 class RunLock:
     """The lock of a run folder, held. `taken_over` is the owner that ended without leaving, or None."""
@@ -227,7 +239,7 @@ class RunLock:
             raise UsageError(f"{path} is being written by {who}: wait for it, or stop it first") from None
         try:
             before = read_owner(owner_file)
-            if before is not None and before.host != socket.gethostname():
+            if before is not None and not before.here:
                 raise UsageError(
                     f"{path} was being written by {before}, which cannot be checked from {socket.gethostname()}: if "
                     f"that process has ended, delete {owner_file} and try again"
@@ -255,11 +267,9 @@ class RunLock:
         self._lock.release()
 
     def remove(self) -> None:
-        """Releases the lock and removes it, and the folder if there is nothing else in it.
-
-        The lock file goes while it is locked, and last: whoever makes a new one has a folder of its own from then on,
-        and whoever has the old one open finds that it is gone.
-        """
+        """Releases the lock and removes it, and the folder if there is nothing else in it. The lock file goes while
+        it is locked, and last: whoever makes a new one has a folder of its own from then on, and whoever has the old
+        one open finds that it is gone."""
         lock_file = Path(self._lock.lock_file)
         for file in (self._owner_file, lock_file):
             with suppress(OSError):
@@ -284,17 +294,14 @@ _OWNER = TypeAdapter(Owner)
 
 
 def writer_of(run: Path) -> str | None:
-    """Who holds the run's lock: `pid 1234`, `pid 1234 on HOST` for another machine; None if nobody does.
-
-    The lock itself is tried only if its last owner may be alive: trying it holds it for an instant, in which the run
-    could not be resumed.
-    """
+    """Who holds the run's lock: `pid 1234`, `pid 1234 on HOST` for another machine; None if nobody does. The lock
+    itself is tried only if its last owner may be alive: trying it holds it for an instant, in which the run could
+    not be resumed."""
     lock, owner_file = run / LOCK_NAME, run / OWNER_NAME
     if not os.path.isfile(lock) or os.path.islink(lock) or not os.path.isfile(owner_file):
         return None
     owner = read_owner(owner_file)
-    elsewhere = owner is not None and owner.host != socket.gethostname()
-    if owner is not None and not elsewhere and not may_be_alive(owner.pid):
+    if owner is not None and not owner.may_be_alive:
         return None
     try:
         with FileLock(lock, timeout=0):
@@ -302,19 +309,6 @@ def writer_of(run: Path) -> str | None:
     except Timeout:
         if owner is None:
             return "another process"
-        return f"pid {owner.pid}" + (f" on {owner.host}" if elsewhere else "")
+        return f"pid {owner.pid}" if owner.here else f"pid {owner.pid} on {owner.host}"
     except OSError:
         return None  # a medium that cannot be written to: nobody trains there
-
-
-def may_be_alive(pid: int) -> bool:
-    """Whether a process of this number is there, as far as that can be asked without touching it."""
-    if os.name == "nt":
-        return True  # there os.kill ends the process, whatever the signal
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return True

@@ -29,7 +29,7 @@ from lowmem.runs.atomic import (
     write_text_atomic,
 )
 from lowmem.runs.checkpoint import FULL, disk_error, disk_errors
-from lowmem.runs.folder import FORKING, Owner, RunLock, clear, refuse_existing
+from lowmem.runs.folder import FORKING, RunLock, clear, refuse_existing
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, csv_line, gradient_line
 from lowmem.runs.tables import cut_table
 
@@ -46,15 +46,14 @@ def plan_file(rank: int) -> str:
 
 
 class RunFolder:
-    """A run folder held under its lock. Use as a context manager; leaving it releases the lock.
-
-    Rows and events that the disk refuses are kept in memory and written, in order, before the next ones or by `flush`.
-    Threads may share it.
-    """
+    """A run folder held under its lock, as a context manager. Rows and events that the disk refuses are kept in memory
+    and written, in order, before the next ones or by `flush`. Threads may share it."""
 
     def __init__(self, path: Path, lock: RunLock | None, made: Sequence[Path] = ()) -> None:
         self.path = path
         self._lock, self._made = lock, made
+        # The writer before this one, if it ended without leaving (killed, or the machine went down).
+        self.taken_over = None if lock is None else lock.taken_over
         self.checkpoints = path / "checkpoints"
         self.metrics_file, self.steps_file = path / EPOCH_TABLE.file_name, path / STEP_TABLE.file_name
         self.gradients_file, self.events_file = path / GRADIENT_TABLE.file_name, path / "events.jsonl"
@@ -63,11 +62,6 @@ class RunFolder:
         self._row_files = (self._metrics, self._steps, self._gradients, self._events)
         self._plans_waiting: dict[int, Mapping[str, Any]] = {}
         self._plan_lock = threading.Lock()
-
-    @property
-    def taken_over(self) -> Owner | None:
-        """The writer before this one, if it ended without leaving (killed, or the machine went down)."""
-        return None if self._lock is None else self._lock.taken_over
 
     @classmethod
     def create(cls, path: Path, config_yaml: str, environment: Mapping[str, Any]) -> RunFolder:
@@ -105,9 +99,8 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """Opens an existing run for writing, which the caller has looked at (`folder.require_run`). Raises UsageError
-        if another process writes it, DiskError if there is no room, PreflightError if it cannot be written
-        otherwise."""
+        """For writing, a run that the caller has looked at (`folder.require_run`). Raises UsageError if another process
+        writes it, DiskError if there is no room, PreflightError if it cannot be written otherwise."""
         try:
             return cls(path, RunLock.acquire(path))
         except OSError as error:
@@ -198,11 +191,8 @@ class RunFolder:
         return sum(file.waiting for file in self._row_files)
 
     def flush(self) -> None:
-        """Writes everything that waits. Raises DiskError if the disk still refuses; nothing of it is lost then.
-
-        A checkpoint may be committed only after this: a resume cuts the rows back to it and cannot make up for rows
-        that are missing before it.
-        """
+        """Writes everything that waits. Raises DiskError if the disk still refuses; nothing of it is lost then. A
+        checkpoint may be committed only after this: a resume cannot make up for rows that are missing before it."""
         for file in self._row_files:
             with disk_errors(file.path):
                 file.append()
@@ -215,11 +205,9 @@ class RunFolder:
                 del self._plans_waiting[rank]
 
     def begin_gradients(self, layers: Sequence[str], *, step: int) -> str | None:
-        """Makes gradients.csv with its header, or drops the rows after `step` from the one that is there.
-
-        Nothing is computed from it, so that nothing in it can stop a run: one that is no table of these layers is set
-        aside as `damaged-gradients.csv`. Returns a sentence if anything was wrong. Raises DiskError.
-        """
+        """Makes gradients.csv, or drops the rows after `step` from the one that is there. Nothing is computed from
+        it: one that is no table of these layers is set aside as `damaged-gradients.csv` and stops no run. Returns a
+        sentence if anything was wrong. Raises DiskError."""
         table, damage = GRADIENT_TABLE.of_layers(layers), None
         with disk_errors(self.gradients_file) as file:
             if file.is_file() and file.stat().st_size == 0:
@@ -255,11 +243,9 @@ class RunFolder:
                 file.replaced()
 
     def cut_back(self, *, epoch: int, step: int) -> list[str]:
-        """Drops rows after `epoch` from metrics.csv and after `step` from steps.csv: what a resume will repeat.
-
+        """Drops rows after `epoch` from metrics.csv and after `step` from steps.csv, which a resume will repeat.
         Returns a sentence for each file that had lines nothing could be made of. Raises CorruptCheckpoint for a file
-        that is no table of these columns, DiskError.
-        """
+        that is no table of these columns, DiskError."""
         self.flush()  # rows that still wait are to be dropped, too, if they are of later steps
         with disk_errors(self.path):
             damages = (

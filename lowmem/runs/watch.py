@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import TypeVar
 
 from lowmem.config.schema import Config
 from lowmem.core.errors import LowmemError
-from lowmem.runs.folder import OWNER_NAME, Owner, may_be_alive, read_owner, writer_of
+from lowmem.runs.folder import OWNER_NAME, Owner, read_owner, writer_of
 from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, EpochRow, Event, StepRow
 from lowmem.runs.tables import News, TableFollower, follow_events
 from lowmem.runs.view import RunView, State, position_of, state_of
@@ -214,9 +213,9 @@ class Live:
         owner = read_owner(self.path / OWNER_NAME)
         if owner is None or owner == self._gone:
             return None
-        if owner.host != socket.gethostname():
+        if not owner.here:
             return owner  # cannot be told from here
-        if not may_be_alive(owner.pid):
+        if not owner.may_be_alive:
             return None
         if grew and owner == self._holder:
             self._tried_at = now
