@@ -216,7 +216,7 @@ class _Verification:
         """What only colours a report."""
         view = RunView(self._run)
         words = f"{len(view.events)} lines" if (self._run / "events.jsonl").exists() else "is not there"
-        told = view.notes
+        told = tuple(view.notes)
         self._add(FileStatus.NOTE if told else FileStatus.OK, "events.jsonl", "; ".join((words, *told)))
         if not view.env:
             self._add(FileStatus.NOTE, "env.json", "; ".join(view.notes[len(told) :]) or "is not there")

@@ -43,36 +43,30 @@ class BestWeights:
 
 class RunView:
     """A run folder. Each part is read when it is asked for first, and kept. Raises UsageError for what is damaged.
-    `notes`: what was left out of the parts that were read, and why."""
+    `notes`: what was left out of the parts that were read, and why; `damaged_checkpoints`: why those are none that
+    are not among `checkpoints`."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self._notes: list[str] = []
+        self.notes: list[str] = []
+        self.damaged_checkpoints: list[str] = []
 
     @property
     def name(self) -> str:
         return shorten(self.path.resolve().name)  # "." and "runs/res20/" have a name as well
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return tuple(self._notes)
-
     # -- settings, machine, plan -----------------------------------------------------------------------------------
 
     @cached_property
-    def settings(self) -> Settings:
-        return from_yaml(self.path / "config.yaml")
-
-    @property
     def config(self) -> Config:
-        return self.settings.config
+        return from_yaml(self.path / "config.yaml").config
 
     @cached_property
     def env(self) -> Mapping[str, object]:
         """Hardware and versions where the run began; empty where they are not known."""
         values = self._record("env.json")
         if values is None and os.path.exists(self.path / "env.json"):
-            self._notes.append("env.json cannot be read: hardware and versions are unknown")
+            self.notes.append("env.json cannot be read: hardware and versions are unknown")
         return values or {}
 
     @cached_property
@@ -105,15 +99,15 @@ class RunView:
 
     @cached_property
     def events(self) -> tuple[Event, ...]:
-        return read_events(self.path / "events.jsonl", self._notes)
+        return read_events(self.path / "events.jsonl", self.notes)
 
     def _rows(self, table: RowTable[Row]) -> tuple[RowTable[Row], tuple[Row, ...]]:
         """A run that records every step of small batches may write more than there is room for: not its fault."""
         path = self.path / table.file_name
         if table.key == "step" and path.is_file() and (size := path.stat().st_size) > TABLE_LIMIT_BYTES:
-            self._notes.append(f"{path.name} has {size:,} bytes, more than are read: what it holds is left out")
+            self.notes.append(f"{path.name} has {size:,} bytes, more than are read: what it holds is left out")
             return table, ()
-        return read_table(path, table, self._notes)
+        return read_table(path, table, self.notes)
 
     @property
     def last(self) -> EpochRow | None:
@@ -137,7 +131,7 @@ class RunView:
         except FileNotFoundError:
             return None
         except (Unreadable, OSError):
-            self._notes.append("weights/best.safetensors cannot be read")
+            self.notes.append("weights/best.safetensors cannot be read")
             return None
         epoch, step, error_pct = (_number(metadata.get(name)) for name in ("epoch", "step", "error_pct"))
         return BestWeights(
@@ -155,30 +149,20 @@ class RunView:
                 return read_header(self.path / "weights" / name).shapes["linear.bias"][0]
         return 10 if self.config.data.source in {"cifar10", "fashion-mnist"} else None
 
-    @property
+    @cached_property
     def checkpoints(self) -> tuple[Position, ...]:
         """Those that look whole (their hashes are not computed), newest first."""
-        return self._positions[0]
-
-    @property
-    def damaged_checkpoints(self) -> tuple[str, ...]:
-        """Why the others are none."""
-        return self._positions[1]
-
-    @cached_property
-    def _positions(self) -> tuple[tuple[Position, ...], tuple[str, ...]]:
-        positions, trouble = [], []
+        positions = []
         try:
-            paths = checkpoint_folders(self.path / "checkpoints")
+            for path in checkpoint_folders(self.path / "checkpoints"):
+                try:
+                    positions.append(read_position(path))
+                except CorruptCheckpoint as error:
+                    if os.path.lexists(path):  # else it was pruned meanwhile
+                        self.damaged_checkpoints.append(f"a checkpoint is damaged: {error}")
         except CorruptCheckpoint as error:
-            return (), (shorten(error, 1000),)
-        for path in paths:
-            try:
-                positions.append(read_position(path))
-            except CorruptCheckpoint as error:
-                if os.path.lexists(path):  # else it was pruned meanwhile
-                    trouble.append(f"a checkpoint is damaged: {error}")
-        return tuple(positions), tuple(trouble)
+            self.damaged_checkpoints.append(shorten(error, 1000))
+        return tuple(positions)
 
     # -- how it stands ---------------------------------------------------------------------------------------------
 
@@ -291,10 +275,10 @@ def summarize(path: Path) -> RunSummary:
     """One run, whatever became of it: one bad folder must not hide the others."""
     run, writer = RunView(path), writer_of(path)
     known: dict[str, Any] = {"path": path, "writer": writer, "size_bytes": _size_bytes(path)}
-    known["checkpoints"], trouble = run.checkpoints[::-1], run.damaged_checkpoints
+    known["checkpoints"], trouble = run.checkpoints[::-1], tuple(run.damaged_checkpoints)
     try:
         config, (epoch, step), rows = run.config, run.position, run.epochs
-        notes, state = run.notes, run.state
+        notes, state = tuple(run.notes), run.state
         known |= {"config": config, "epoch": epoch, "step": step, **_errors(rows)}
     except (LowmemError, OSError) as error:
         # Somebody is writing it: then what was half written this moment is no damage.

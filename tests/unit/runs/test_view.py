@@ -61,7 +61,7 @@ def test_reads_typed_rows(run: Path) -> None:
     assert [row.loss for row in history.steps] == [2.1, 1.8]
     assert [event.kind for event in history.events] == ["start", "resume"]
     assert history.events[1].detail == {"step": 10}
-    assert (history.times_resumed, history.state, history.notes) == (1, "ended", ())
+    assert (history.times_resumed, history.state, history.notes) == (1, "ended", [])
     assert history.classes == 10  # known of cifar10
 
 
@@ -78,7 +78,7 @@ def test_half_written_last_line_is_left_out(run: Path, torn: str) -> None:
     append(run / "metrics.csv", torn)
     history = read_run(run)
     assert [row.epoch for row in history.epochs] == [1, 2]
-    assert history.notes == ("the last line of metrics.csv was half written and is left out",)
+    assert history.notes == ["the last line of metrics.csv was half written and is left out"]
 
 
 def test_half_written_header(run: Path) -> None:
