@@ -20,14 +20,7 @@ from lowmem.core.errors import CorruptCheckpoint
 from lowmem.core.reading import Unreadable, read_limited, shorten
 from lowmem.core.units import format_size
 from lowmem.lifecycle.preflight import equal_bits
-from lowmem.lifecycle.run_identity import (
-    belongs_to,
-    check_shapes,
-    most_bytes,
-    network,
-    network_shapes,
-    read_plans,
-)
+from lowmem.lifecycle.run_identity import belongs_to, check_shapes, most_bytes, network, network_shapes, read_plans
 from lowmem.runs.checkpoint import Checkpoint, load, named
 from lowmem.runs.checkpoint_state import read_header
 from lowmem.runs.folder import LOCK_NAME, OWNER_NAME, read_owner

@@ -78,8 +78,8 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def cut_file(path: Path, size_bytes: int) -> None:
-    """Cuts a file to its first bytes, and waits until these are on the disk: there is no state between before and
-    after. Raises OSError."""
+    """Cuts a file to its first bytes, and waits until these are on the disk: there is no state in between. Raises
+    OSError."""
     with open(path, "rb+") as file:
         if file.seek(0, os.SEEK_END) > size_bytes:
             file.truncate(size_bytes)
@@ -89,10 +89,8 @@ def cut_file(path: Path, size_bytes: int) -> None:
 
 def append_lines(path: Path, lines: Sequence[str], *, after_bytes: int) -> int:
     """Appends whole lines after the first `after_bytes` and waits until they are on the disk; what is there beyond
-    these (half a line of an earlier failure) is cut off. Returns the size of the file then.
-
-    Raises OSError; the file then ends after `after_bytes`, unless not even that could be done.
-    """
+    these (half a line of an earlier failure) is cut off. Returns the size of the file then. Raises OSError; the file
+    then ends after `after_bytes`, unless not even that could be done."""
     new = not path.exists()
     # Unbuffered: a buffer would keep what the disk refused and write it when the file is closed.
     with open(path, "ab", buffering=0) as file:
@@ -128,11 +126,9 @@ def whole_lines_bytes(path: Path) -> int:
 
 
 class RowFile:
-    """One append-only text file with the lines that are still to be written to it. Threads may share it.
-
-    A failed write leaves nothing behind: the file is cut back to its last whole line, at once or before the next
-    write. The same is done to half a line that a process that died has left.
-    """
+    """One append-only text file with the lines that are still to be written to it. Threads may share it. A failed
+    write leaves nothing behind: the file is cut back to its last whole line, at once or before the next write; so is
+    half a line that a process that died has left."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

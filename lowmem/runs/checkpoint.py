@@ -30,6 +30,7 @@ from lowmem.runs.checkpoint_state import (
     TENSOR_FILES,
     VERSION,
     check_size,
+    manifest_bytes,
     parse_header,
     read_manifest,
     read_position,
@@ -68,12 +69,9 @@ def step_of(path: Path) -> int:
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int, keep_every: int | None = None) -> Path:
-    """Writes `folder/step-N`, verifies it, then prunes all but the `keep` newest and, with `keep_every`, those of the
-    end of every so many-th epoch. Returns its path.
-
-    Raises DiskError if the disk refuses, CorruptCheckpoint if it gives back something else; what was saved before is
-    then untouched.
-    """
+    """Writes `folder/step-N`, verifies it, then prunes all but the `keep` newest and, with `keep_every`, those of
+    the end of every so many-th epoch. Returns its path. Raises DiskError if the disk refuses, CorruptCheckpoint if
+    it gives back something else; what was saved before is then untouched."""
     target = folder / folder_name(checkpoint.step)
     aside = folder / f"{_ASIDE}{target.name}"
     with disk_errors(target):
@@ -110,12 +108,8 @@ def _write_files(aside: Path, checkpoint: Checkpoint) -> None:
         write_synced(aside / name, data)
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest = {"format": FORMAT, "version": VERSION, "step": checkpoint.step, "files": files}
-    write_synced(aside / "manifest.json", _manifest_bytes(manifest))
+    write_synced(aside / "manifest.json", manifest_bytes(manifest))
     fsync_folder(aside)
-
-
-def _manifest_bytes(manifest: object) -> bytes:
-    return json.dumps(manifest, indent=1).encode()
 
 
 def _put_in_place(aside: Path, target: Path) -> None:
@@ -187,24 +181,17 @@ def _is_folder(path: Path) -> bool:
 
 def verify(path: Path, *, most_bytes: int | None = None) -> dict[str, bytes]:
     """The bytes of each file, after checking sizes and hashes against the commit record. A file of more than
-    `most_bytes` is not read: whatever its record says, it is not the run's.
-
-    Raises CorruptCheckpoint saying which file and why; UnreadableCheckpoint and OutOfMemory where nothing is known to
-    be wrong with them.
-    """
+    `most_bytes` is not read: whatever its record says, it is not the run's. Raises CorruptCheckpoint saying which
+    file and why; UnreadableCheckpoint and OutOfMemory where nothing is known to be wrong with them."""
     try:
-        manifest, written = read_manifest(path)
+        manifest = read_manifest(path)
         match = _NAME.fullmatch(path.name.removeprefix(_ASIDE))
         step = int(match[1]) if match else None
         if type(manifest.get("step")) is not int or manifest["step"] != step:
             raise CorruptCheckpoint(
                 f"{path}: the commit record is of step {shorten(manifest.get('step'))}, the folder of step {step}"
             )
-        contents = {name: _verified_file(path / name, manifest["files"][name], most_bytes) for name in FILES}
-        # The record has no hash of its own; what it must be, byte for byte, is known all the same.
-        if written != _manifest_bytes(manifest):
-            raise CorruptCheckpoint(f"{path / 'manifest.json'} is damaged: it is not as it was written")
-        return contents
+        return {name: _verified_file(path / name, manifest["files"][name], most_bytes) for name in FILES}
     except OSError as error:
         raise UnreadableCheckpoint(f"{path} cannot be read ({error.strerror or error})") from None
 
@@ -256,11 +243,9 @@ def load(path: Path, most_bytes: int | None = None) -> Checkpoint:
 def load_newest(
     folder: Path, accept: Callable[[Checkpoint], object] = lambda checkpoint: None, most_bytes: int | None = None
 ) -> tuple[Checkpoint, Path, dict[Path, CorruptCheckpoint]]:
-    """The newest checkpoint that verifies, its path, and the newer ones that were skipped with the reason.
-
-    `accept` raises CorruptCheckpoint for one that is whole but another run's; a file of more than `most_bytes` cannot
-    be this run's and is not read. Raises CorruptCheckpoint if none is left, and OutOfMemory.
-    """
+    """The newest checkpoint that verifies, its path, and the newer ones that were skipped with the reason. `accept`
+    raises CorruptCheckpoint for one that is whole but another run's; `most_bytes`: see `verify`. Raises
+    CorruptCheckpoint if none is left, and OutOfMemory."""
     skipped: dict[Path, CorruptCheckpoint] = {}
     for path in named(folder):
         try:
@@ -276,9 +261,9 @@ def load_newest(
 
 def set_aside(skipped: Mapping[Path, object]) -> None:
     """Renames checkpoints that a run does not go on from (path -> why, as `load_newest` gives them) to
-    `damaged-step-N`, and what the system did not let be read, which may be whole, to `unreadable-step-N`. Under their
-    own names they would count among the generations that are kept, and a later resume could take one that the rows
-    have been cut back from. Nothing of them is read."""
+    `damaged-step-N`, and what the system did not let be read, which may be whole, to `unreadable-step-N`. Under
+    their own names they would count among those that are kept, and a later resume could take one that the rows have
+    been cut back from."""
     for path, reason in skipped.items():
         kind = "unreadable" if isinstance(reason, UnreadableCheckpoint) else "damaged"
         target = path.with_name(f"{kind}-{path.name}")

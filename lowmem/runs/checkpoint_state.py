@@ -6,6 +6,7 @@ Everything is checked before anything is made of it. Only what a run could not g
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import stat
@@ -121,16 +122,20 @@ def read_state(state: Mapping[str, Any], step: int) -> RunState:
 # -- where in the run --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@validated(frozen=True)
 class Position:
-    """A checkpoint that looks whole: `epoch` epochs are completed, `step_in_epoch` steps of the next are done. `sound`:
-    no loss was exploding when it was made."""
+    """A checkpoint that looks whole: `epoch` epochs are completed, `step_in_epoch` steps of the next are done."""
 
     path: Path
-    epoch: int
-    step: int
-    step_in_epoch: int
-    sound: bool = True
+    epoch: Count
+    step: Count
+    step_in_epoch: Count
+    exploded_losses: Any = 0
+
+    @property
+    def sound(self) -> bool:
+        """Whether no loss was exploding when it was made."""
+        return not self.exploded_losses
 
     @property
     def at(self) -> str:
@@ -144,12 +149,10 @@ class Position:
 
 def read_position(path: Path) -> Position:
     """The position of the checkpoint `path`, if its commit record is there and all files have the recorded size. Its
-    hashes are not checked (that reads hundreds of MiB); whoever goes on from it verifies it.
-
-    Raises CorruptCheckpoint.
-    """
+    hashes are not checked (that reads hundreds of MiB); whoever goes on from it verifies it. Raises
+    CorruptCheckpoint."""
     try:
-        manifest, _ = read_manifest(path)
+        manifest = read_manifest(path)
         for name in FILES:
             check_size(path / name, manifest["files"][name])
         state = read_json(path / "state.json")
@@ -158,11 +161,13 @@ def read_position(path: Path) -> Position:
     except Unreadable as error:
         raise CorruptCheckpoint(f"{path / 'state.json'} is damaged: it {error}") from None
     run = state.get("run") if isinstance(state, dict) else None
-    run = run if isinstance(run, dict) else {}
-    match [run.get(name) for name in ("epoch", "step", "step_in_epoch")]:
-        case [int(epoch), int(step), int(step_in_epoch)] as counts if all(type(n) is int and n >= 0 for n in counts):
-            return Position(path, epoch, step, step_in_epoch, not run.get("exploded_losses"))
-    raise CorruptCheckpoint(f"{path}: state.json holds no position")
+    try:
+        return _POSITION.validate_python({**run, "path": path} if isinstance(run, dict) else None)
+    except ValidationError:
+        raise CorruptCheckpoint(f"{path}: state.json holds no position") from None
+
+
+_POSITION = TypeAdapter(Position)
 
 
 # -- the commit record -------------------------------------------------------------------------------------------------
@@ -172,9 +177,8 @@ TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
 FILES = (*TENSOR_FILES, "state.json")
 
 
-def read_manifest(path: Path) -> tuple[dict[str, Any], bytes]:
-    """Of the checkpoint `path`, with an entry for each of `FILES`, and the bytes that it is written in. Raises
-    CorruptCheckpoint, OSError."""
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Of the checkpoint `path`, with an entry for each of `FILES`. Raises CorruptCheckpoint, OSError."""
     file = path / "manifest.json"
     try:
         if file.is_symlink():
@@ -197,7 +201,15 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], bytes]:
         raise CorruptCheckpoint(f"{path}: the commit record does not list exactly {', '.join(FILES)}")
     if not all(isinstance(entry, dict) for entry in files.values()):
         raise CorruptCheckpoint(f"{file} is damaged: it does not say what the files are")
-    return manifest, data
+    # The record has no hash of its own; what it must be, byte for byte, is known all the same.
+    if data != manifest_bytes(manifest):
+        raise CorruptCheckpoint(f"{file} is damaged: it is not as it was written")
+    return manifest
+
+
+def manifest_bytes(manifest: object) -> bytes:
+    """As it is written."""
+    return json.dumps(manifest, indent=1).encode()
 
 
 def check_size(file: Path, entry: Mapping[str, Any]) -> int:
@@ -238,11 +250,9 @@ def read_header(path: Path) -> TensorsHeader:
 
 
 def parse_header(data: bytes, file_bytes: int) -> TensorsHeader:
-    """`data`: at least the first eight bytes and the header of a file of `file_bytes`. Raises Unreadable.
-
-    The format (huggingface/safetensors, README): eight bytes with the header's length, the header as JSON, the tensors
-    one after the other without holes. Stricter than the library, and before it, so that what it is handed is sane.
-    """
+    """`data`: at least the first eight bytes and the header of a file of `file_bytes`. Raises Unreadable. The format
+    (huggingface/safetensors, README): eight bytes with the header's length, the header as JSON, the tensors one
+    after the other without holes. Stricter than the library, and before it, so that what it is handed is sane."""
     length = _header_bytes(data[:8], file_bytes)
     values = parse_json(data[8 : 8 + length])
     if not isinstance(values, dict):

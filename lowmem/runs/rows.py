@@ -61,8 +61,8 @@ class StepRow:
 
 @dataclass(frozen=True)
 class GradientRow:
-    """A line of gradients.csv: the norms of one step, in the order of the layers; infinite or NaN where the step
-    overflowed. Six digits are kept: a run of 110 layers writes some 1,600 rows."""
+    """A line of gradients.csv: the norms of one step, to six digits, in the order of the layers; infinite or NaN
+    where the step overflowed."""
 
     step: int
     epoch: int

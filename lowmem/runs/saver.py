@@ -69,11 +69,9 @@ class Saved:
 
 
 class Saver:
-    """Writes the saves of one run. A context manager; its methods are for one thread, the one that trains.
-
-    `warn` and `note` are called in that thread, by `poll` and by whatever waits. All of them raise what ended the
-    writing thread otherwise than by a refusal, which is a bug.
-    """
+    """Writes the saves of one run. A context manager; its methods are for one thread, the one that trains, in which
+    `warn` and `note` are called, by `poll` and by whatever waits. All of them raise what ended the writing thread
+    otherwise than by a refusal, which is a bug."""
 
     def __init__(
         self,
@@ -140,10 +138,8 @@ class Saver:
 
     def finish(self, hurried: Callable[[], bool] = lambda: False) -> None:
         """Until everything is on disk, rows included. `hurried`: whether somebody waits for the process to leave.
-
         Raises DiskError (or OutOfMemory), saying what was saved last and where, if that cannot be done within some
-        minutes; within seconds, if hurried.
-        """
+        minutes; within seconds, if hurried."""
         failure: LowmemError | None = None
         for count, pause in enumerate((0.0, *FINAL_PAUSES_SECONDS), start=1):
             if count > HURRIED_TRIES and hurried():

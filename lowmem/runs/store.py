@@ -19,15 +19,7 @@ from lowmem.config.schema import Config
 from lowmem.core.errors import CorruptCheckpoint, DiskError, PreflightError
 from lowmem.core.reading import shorten
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs.atomic import (
-    PARTIAL,
-    RowFile,
-    fsync_folder,
-    replace_path,
-    replacing,
-    write_bytes_atomic,
-    write_text_atomic,
-)
+from lowmem.runs.atomic import PARTIAL, RowFile, fsync_folder, replace_path, replacing, write_text_atomic
 from lowmem.runs.checkpoint import FULL, disk_error, disk_errors
 from lowmem.runs.folder import FORKING, RunLock, clear, refuse_existing
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, csv_line, gradient_line
@@ -265,8 +257,8 @@ class RunFolder:
         """Writes weights/<name>.safetensors atomically, with string metadata. Raises DiskError."""
         from safetensors.torch import save as encode
 
-        with disk_errors(self.path / "weights" / f"{name}.safetensors") as path:
-            write_bytes_atomic(path, encode(dict(tensors), metadata=dict(metadata)))
+        with disk_errors(self.path / "weights" / f"{name}.safetensors") as path, replacing(path) as file:
+            file.write(encode(dict(tensors), metadata=dict(metadata)))
 
 
 class NullFolder(RunFolder):

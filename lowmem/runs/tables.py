@@ -30,11 +30,9 @@ _ANCHOR_LIMIT_BYTES = 1 << 16  # of the last line, by which a file is known agai
 
 
 def read_table(path: Path, table: RowTable[Row], notes: list[str]) -> tuple[RowTable[Row], tuple[Row, ...]]:
-    """With its columns in this file, every row; none if it is not there yet. A half-written last line is left out and
-    noted.
-
-    Raises UsageError naming the file and the line for any other damage: a curve with silent holes is worse than none.
-    """
+    """With its columns in this file, every row; none if it is not there yet. A half-written last line is left out
+    and noted. Raises UsageError naming the file and the line for any other damage: a curve with silent holes is
+    worse than none."""
     rows: list[Row] = []
     number, before = 0, -1
     try:
@@ -99,12 +97,10 @@ class News(Generic[Item]):
 
 
 class Follower(Generic[Item]):
-    """A growing text file: only what is new, and noticing when what was read no longer holds.
-
-    A run appends whole lines, and a resume (or going back from a broken loss) replaces a table by a shorter one. Each
-    look opens the file, reads from the last known line on, and closes it: on Windows an open file is in the way of the
-    trainer's `os.replace`. A line without its end is being written, or was cut off by a crash: it waits for the next
-    look. A file that is missing, or refuses to be read for a moment, has no news.
+    """A growing text file: only what is new, and noticing when what was read no longer holds. Each look opens the file,
+    reads from the last known line on, and closes it: on Windows an open file is in the way of the trainer's
+    `os.replace`. A line without its end is being written, or was cut off by a crash: it waits for the next look. A file
+    that is missing, or refuses to be read for a moment, has no news.
 
     Known limitation: a file rewritten in place, in the same length, with the same last line is not noticed; lowmem
     replaces files.
@@ -218,11 +214,9 @@ class Scan:
 def scan_table(
     path: Path, table: RowTable[Any], last: int | None, take: Callable[[bytes], object] = lambda line: None
 ) -> Scan:
-    """The table at `path` up to the row whose key is `last` (None: all); of epochs there must be each from the first to
-    that. `take` is given each row that is kept, without its line end. A missing file has no rows.
-
-    Raises CorruptCheckpoint for a file that is no table of these columns, OSError.
-    """
+    """The table at `path` up to the row whose key is `last` (None: all); of epochs there must be each from the first
+    to that. `take` is given each row that is kept, without its line end. A missing file has no rows. Raises
+    CorruptCheckpoint for a file that is no table of these columns, OSError."""
     rows = Scan(missing=last if table.key == "epoch" and last is not None else 0)
     try:
         file = _open(path)

@@ -262,10 +262,7 @@ class RunSummary:
 
 
 def list_runs(folder: Path) -> list[RunSummary]:
-    """The runs in `folder` (or `folder` itself, if it is one) by name; links are not followed.
-
-    Raises UsageError if there is no such folder.
-    """
+    """The runs in `folder` (or `folder` itself, if it is one) by name. Raises UsageError if there is no such folder."""
     if not os.path.isdir(folder):
         raise UsageError(f"{folder} does not exist: give the folder that holds the runs, like runs")
     return [summarize(path) for path in run_folders(folder)]

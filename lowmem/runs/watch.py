@@ -32,10 +32,8 @@ Item = TypeVar("Item")
 
 class Live:
     """One run folder that is looked at again and again, as it was at the last look. Raises nothing for what is not
-    there yet, or not any more; unknown is None.
-
-    `rows`: of metrics.csv; `logged`: of steps.csv, those with a loss; `writer`: who trains it.
-    """
+    there yet, or not any more; unknown is None. `rows`: of metrics.csv; `logged`: of steps.csv, those with a loss;
+    `writer`: who trains it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
