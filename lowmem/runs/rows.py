@@ -95,63 +95,61 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class RowTable(Generic[Row]):
-    """A table with the columns that it has in one file. `key`: the column that rises from line to line; `row`: what a
-    line becomes; `counts`: columns of whole numbers from zero; `needed`: those that are never empty."""
+    """A table with the columns that it has in one file: by name, of which numbers they are (int: whole ones from zero),
+    and whether they are never empty. `key`: the one that rises from line to line; `row`: what a line becomes."""
 
     file_name: str
     key: str
     row: Callable[..., Row]
-    names: tuple[str, ...]
-    counts: frozenset[str]
-    needed: frozenset[str]
+    columns: Mapping[str, tuple[type[int | float], bool]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.columns)
 
     @property
     def header(self) -> str:
         """The first line."""
-        return ",".join(self.names)
+        return ",".join(self.columns)
 
     def read_header(self, line: str) -> RowTable[Row]:
         """With the columns that the first line of a file says: some of the table's, in any order; older versions had
         fewer. Raises BadLine."""
         names = line.split(",")
-        unknown = [name for name in names if name not in self.names]
-        missing = [name for name in self.names if name in self.needed and name not in names]
+        unknown = [name for name in names if name not in self.columns]
+        missing = [name for name, (_, needed) in self.columns.items() if needed and name not in names]
         if unknown or missing or len(set(names)) != len(names):
             wrong = f"no column {missing[0]!r}" if missing else "doubled column"
             wrong = f"unknown column {shorten(unknown[0])!r}" if unknown else wrong
             raise BadLine(f"{wrong}: the columns are {self.header}")
-        return replace(self, names=tuple(names))
+        return replace(self, columns={name: self.columns[name] for name in names})
 
     def read_row(self, line: str) -> Row:
         """A line without its end. Raises BadLine."""
-        values = {
-            name: (int if name in self.counts else float)(text) if text else None
-            for name, text in zip(self.names, self._texts(line), strict=True)
-        }
+        texts, values = line.split(",") if line else [], dict[str, Any]()
+        if len(texts) != len(self.columns):
+            raise BadLine(f"{len(texts)} fields where the header has {len(self.columns)}")
+        for (name, (number, needed)), text in zip(self.columns.items(), texts, strict=True):
+            if not text and needed:
+                raise BadLine(f"{name} is empty")
+            if text and not (_COUNT if number is int else _NUMBER).fullmatch(text):
+                raise BadLine(f"{name} is {shorten(text)!r}, which is no number")
+            values[name] = number(text) if text else None
         return self.row(**values)
 
-    def key_of(self, line: str) -> int:
-        """The value of `key` in a line that can be read. Raises BadLine."""
-        return int(self._texts(line)[self.names.index(self.key)])
 
-    def _texts(self, line: str) -> list[str]:
-        texts = line.split(",") if line else []
-        if len(texts) != len(self.names):
-            raise BadLine(f"{len(texts)} fields where the header has {len(self.names)}")
-        for name, text in zip(self.names, texts, strict=True):
-            if not text and name in self.needed:
-                raise BadLine(f"{name} is empty")
-            if text and not (_COUNT if name in self.counts else _NUMBER).fullmatch(text):
-                raise BadLine(f"{name} is {shorten(text)!r}, which is no number")
-        return texts
+def _table(file_name: str, row: type[Row]) -> RowTable[Row]:
+    """Of a dataclass whose first field is the key."""
+    of_row: Sequence[Any] = fields(row)  # type: ignore[arg-type]
+    columns = {one.name: (int if one.type.startswith("int") else float, one.default is MISSING) for one in of_row}
+    return RowTable(file_name, of_row[0].name, row, columns)
 
 
 class _GradientTable(RowTable[GradientRow]):
     """Its further columns are the network's own layers, in the order of the forward pass."""
 
     def of_layers(self, layers: Sequence[str]) -> RowTable[GradientRow]:
-        names = ("step", "epoch", *layers)
-        return replace(self, names=names, needed=frozenset(names))
+        return replace(self, columns=_FIXED | dict.fromkeys(layers, (float, True)))
 
     def read_header(self, line: str) -> RowTable[GradientRow]:
         names = line.split(",")
@@ -161,22 +159,13 @@ class _GradientTable(RowTable[GradientRow]):
         return self.of_layers(names[2:])
 
 
-def _table(file_name: str, row: type[Row]) -> RowTable[Row]:
-    """Of a dataclass whose first field is the key."""
-    columns: Sequence[Any] = fields(row)  # type: ignore[arg-type]
-    names = tuple(column.name for column in columns)
-    counts = frozenset(column.name for column in columns if str(column.type).startswith("int"))
-    needed = frozenset(column.name for column in columns if column.default is MISSING)
-    return RowTable(file_name, names[0], row, names, counts, needed)
-
-
 def _gradient_row(step: int, epoch: int, **norms: float) -> GradientRow:
     return GradientRow(step, epoch, tuple(norms.values()))
 
 
+_FIXED: dict[str, tuple[type[int | float], bool]] = {"step": (int, True), "epoch": (int, True)}
 EPOCH_TABLE, STEP_TABLE = _table("metrics.csv", EpochRow), _table("steps.csv", StepRow)
-_FIXED = frozenset({"step", "epoch"})
-GRADIENT_TABLE = _GradientTable("gradients.csv", "step", _gradient_row, ("step", "epoch"), _FIXED, _FIXED)
+GRADIENT_TABLE = _GradientTable("gradients.csv", "step", _gradient_row, _FIXED)
 
 
 def csv_line(names: Sequence[str], row: Mapping[str, Any]) -> str:

@@ -1,13 +1,12 @@
-"""Checkpoints in the background: training hands over a copy of its state and goes on; a thread writes it.
+"""Checkpoints in the background: training hands over a copy of its state and goes on; a thread writes it. The order on
+disk is that of a save in the foreground, at any moment of a kill: the rows up to the checkpoint, the exported weights,
+the checkpoint with its commit record (invariant 9), then the event that says so.
 
-The order on disk is that of a save in the foreground, at any moment of a kill: the rows up to the checkpoint, the
-exported weights, the checkpoint with its commit record (invariant 9), then the event that says so.
-
-One save at a time, each try in a thread of its own. A second save waits for one that is being written, so that there
-is one copy in host memory; one that the disk refused it supersedes, taking over the exported weights it does not have
+One save at a time, each try in a thread of its own. A second save waits for one that is being written, so that there is
+one copy in host memory; one that the disk refused it supersedes, taking over the exported weights it does not have
 itself. So a kill loses what was done since the save before the latest, at most. What the disk refuses `poll` tries
 again after growing pauses, a bounded number of times until the next save is handed over. The checkpoint before stands
-meanwhile, and training goes on. `finish` waits for the end of it and raises if there is none.
+meanwhile. `finish` waits for the end of it and raises if there is none.
 
 Known limitation: a disk that neither writes nor refuses (a network folder whose server is gone) holds up training at
 the next save.

@@ -1,8 +1,6 @@
-"""Reading the files of rows: whole, line after line while a run still writes them, and up to a checkpoint.
-
-A run may have died at any moment, so the last line of a file may be half written. With every step recorded, small
-batches and many layers a file outgrows the memory: it is cut back line by line.
-"""
+"""Reading the files of rows: whole, line after line while a run still writes them, and up to a checkpoint. A run may
+have died at any moment, so the last line of a file may be half written. With every step recorded, small batches and
+many layers a file outgrows the memory: it is cut back line by line."""
 
 from __future__ import annotations
 
@@ -239,7 +237,8 @@ def scan_table(
                 rows.cut_off = True
                 break
             try:
-                at = 0 if line is None else table.key_of(line.decode("utf-8", errors="replace"))
+                text = "" if line is None else line.decode("utf-8", errors="replace")
+                at = getattr(table.read_row(text), table.key)
             except BadLine:
                 at = 0
             if at <= before:

@@ -125,7 +125,7 @@ def test_many_digits_before_a_bad_field_take_no_time() -> None:
     for columns in (EPOCH_TABLE, GRADIENT_TABLE.of_layers([f"layer{n}" for n in range(1200)])):
         fields = ["1", "1", *[digits] * (len(columns.names) - 3), "x"]
         with pytest.raises(BadLine, match=r"is '[1x]+', which is no number"):
-            columns.key_of(",".join(fields))
+            columns.read_row(",".join(fields))
 
 
 def test_what_is_cut_off_needs_no_room(tmp_path: Path) -> None:
