@@ -172,7 +172,7 @@ class RunView:
 
     @property
     def state(self) -> State:
-        """As its files tell: whether a process holds it now is another question (`lock.writer_of`)."""
+        """As its files tell: whether a process holds it now is another question (`folder.writer_of`)."""
         return state_of(self.path, self.config, self.position, self.events)
 
 
@@ -277,17 +277,16 @@ def summarize(path: Path) -> RunSummary:
         config, (epoch, step), rows = run.config, run.position, run.epochs
         notes, state = tuple(run.notes), run.state
         known |= {"config": config, "epoch": epoch, "step": step, **_errors(rows)}
-    except (LowmemError, OSError) as error:
-        # Somebody is writing it: then what was half written this moment is no damage.
-        return RunSummary(
-            state="damaged" if writer is None else "training", trouble=(shorten(error, 1000), *trouble), **known
+        words: Any = {"finished": "finished", "stopped": "stopped"}.get(
+            state, "interrupted" if step else "never started"
         )
-    lost = not run.checkpoints and (rows or trouble) and state != "finished"
-    if lost:
-        trouble = (*trouble, "no usable checkpoint to go on from")
-    words = {"finished": "finished", "stopped": "stopped"}.get(state, "interrupted" if step else "never started")
-    words = "training" if writer is not None else "damaged" if lost else words
-    return RunSummary(state=words, trouble=(*trouble, *notes), **known)  # type: ignore[arg-type]
+        if not run.checkpoints and (rows or trouble) and state != "finished":
+            words, trouble = "damaged", (*trouble, "no usable checkpoint to go on from")
+        trouble = (*trouble, *notes)
+    except (LowmemError, OSError) as error:
+        words, trouble = "damaged", (shorten(error, 1000), *trouble)
+    # While somebody writes it, what was half written this moment is no damage.
+    return RunSummary(state=words if writer is None else "training", trouble=trouble, **known)
 
 
 def _errors(rows: tuple[EpochRow, ...]) -> dict[str, Any]:
