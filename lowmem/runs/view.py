@@ -277,9 +277,7 @@ def summarize(path: Path) -> RunSummary:
         config, (epoch, step), rows = run.config, run.position, run.epochs
         notes, state = tuple(run.notes), run.state
         known |= {"config": config, "epoch": epoch, "step": step, **_errors(rows)}
-        words: Any = {"finished": "finished", "stopped": "stopped"}.get(
-            state, "interrupted" if step else "never started"
-        )
+        words: Any = state if state in ("finished", "stopped") else "interrupted" if step else "never started"
         if not run.checkpoints and (rows or trouble) and state != "finished":
             words, trouble = "damaged", (*trouble, "no usable checkpoint to go on from")
         trouble = (*trouble, *notes)
