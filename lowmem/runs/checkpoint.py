@@ -85,7 +85,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int, keep_every: int | N
         except (OSError, LowmemError):
             shutil.rmtree(aside, ignore_errors=True)
             raise
-    _prune(folder, keep, keep_every)
+    tidy(folder, keep=keep, keep_every=keep_every)
     return target
 
 
@@ -121,13 +121,17 @@ def _put_in_place(aside: Path, target: Path) -> None:
         replace_path(target, old)
     replace_path(aside, target)
     fsync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def _prune(folder: Path, keep: int, keep_every: int | None) -> None:
-    """Deletes what is older than the `keep` newest and not kept for its epoch. While a loss explodes the newest from
-    before it stays too: it is what a run can go back to. A folder loses its commit record first, so that a half-deleted
-    one is never taken for a checkpoint. Failing to delete is no reason to stop a run."""
+def tidy(folder: Path, *, keep: int, keep_every: int | None = None) -> None:
+    """Deletes what a killed process left unfinished, and what is older than the `keep` newest and not kept for its
+    epoch. While a loss explodes the newest from before it stays too: it is what a run can go back to. A folder loses
+    its commit record first, so that a half-deleted one is never taken for a checkpoint. Failing to delete is no reason
+    to stop a run. Only for the process that holds the run's lock, while nothing else is being saved."""
+    _remove_asides(folder)
+    for old in folder.glob("step-*.old"):
+        if old.with_suffix("").is_dir():
+            shutil.rmtree(old, ignore_errors=True)
     positions = {}
     paths = checkpoint_folders(folder)
     for path in paths:
@@ -140,16 +144,6 @@ def _prune(folder: Path, keep: int, keep_every: int | None) -> None:
         with suppress(OSError):
             (path / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(path)
-
-
-def tidy(folder: Path, *, keep: int, keep_every: int | None = None) -> None:
-    """Deletes what a killed process left: checkpoints that it had not finished, and generations that it had not pruned.
-    Only for the process that holds the run's lock, while nothing is being saved."""
-    _remove_asides(folder)
-    for old in folder.glob("step-*.old"):
-        if old.with_suffix("").is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-    _prune(folder, keep, keep_every)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
