@@ -112,7 +112,7 @@ def test_names_in_a_manifest_lead_nowhere(name: str, run: Path) -> None:
     file.write_text(json.dumps(manifest, indent=1))
     _, where, skipped = checkpoints.load_newest(run / "checkpoints")
     assert where.name == "step-00000006"
-    assert "does not list exactly" in next(iter(skipped.values()))
+    assert "does not list exactly" in str(next(iter(skipped.values())))
 
 
 # -- running code ------------------------------------------------------------------------------------------------------
