@@ -65,16 +65,11 @@ def require_tensorboard() -> None:
     try:
         import tensorboard.compat.proto.event_pb2
         import tensorboard.summary.writer.record_writer  # noqa: F401
-    except ImportError as error:
-        raise PreflightError(
-            f"TensorBoard event files need a package that is not there ({shorten(error)}): "
-            'pip install "lowmem[tensorboard]"'
-        ) from None
     except Exception as error:  # protobuf of another version says so in ways of its own
-        raise PreflightError(
-            f"the package tensorboard cannot be used here ({shorten(error)}): "
-            'pip install --upgrade "lowmem[tensorboard]"'
-        ) from None
+        what, options = "the package tensorboard cannot be used here", "--upgrade "
+        if isinstance(error, ImportError):
+            what, options = "TensorBoard event files need a package that is not there", ""
+        raise PreflightError(f'{what} ({shorten(error)}): pip install {options}"lowmem[tensorboard]"') from None
 
 
 class EventFiles:

@@ -170,8 +170,7 @@ class RunFolder:
 
     def append_steps(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends rows to steps.csv."""
-        if rows:
-            self._append(self._steps, [csv_line(STEP_TABLE.names, row) for row in rows])
+        self._append(self._steps, [csv_line(STEP_TABLE.names, row) for row in rows])
 
     def _append(self, file: RowFile, lines: list[str]) -> None:
         with suppress(OSError):  # they wait; whoever saves or ends the run asks `flush`
@@ -218,8 +217,7 @@ class RunFolder:
 
     def append_gradients(self, rows: Sequence[tuple[int, int, Sequence[float]]]) -> None:
         """Appends (step, epoch, norms) to gradients.csv."""
-        if rows:
-            self._append(self._gradients, [gradient_line(*row) for row in rows])
+        self._append(self._gradients, [gradient_line(*row) for row in rows])
 
     def copy_rows(self, source: Path, *, epoch: int, step: int | None) -> None:
         """Takes over the rows of another run's metrics.csv up to `epoch`, and of its steps.csv, if there is one, up to
