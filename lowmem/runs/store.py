@@ -110,9 +110,9 @@ class RunFolder:
 
     def close(self) -> None:
         """Writes what rows still wait, if the disk takes them, and releases the lock."""
-        with suppress(DiskError):
-            self.flush()
-        if self._lock is not None:
+        if self._lock is not None and self._lock.held:  # else it was discarded
+            with suppress(DiskError):
+                self.flush()
             self._lock.release()
 
     def newest_checkpoint(self) -> Path | None:
