@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -222,7 +223,7 @@ def load(path: Path, most_bytes: int | None = None) -> Checkpoint:
     contents = verify(path, most_bytes=most_bytes)
     try:
         for name in TENSOR_FILES:
-            parse_header(contents[name], len(contents[name]))
+            parse_header(io.BytesIO(contents[name]), len(contents[name]))
         model, optimizer = (decode(contents[name]) for name in TENSOR_FILES)
         state = parse_json(contents["state.json"])
     except MemoryError:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictStr, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
@@ -245,16 +245,18 @@ def read_header(path: Path) -> TensorsHeader:
     if not stat.S_ISREG(status.st_mode):
         raise Unreadable("is no regular file")
     with open(path, "rb") as file:
-        first = file.read(8)
-        return parse_header(first + file.read(_header_bytes(first, status.st_size)), status.st_size)
+        return parse_header(file, status.st_size)
 
 
-def parse_header(data: bytes, file_bytes: int) -> TensorsHeader:
-    """`data`: at least the first eight bytes and the header of a file of `file_bytes`. Raises Unreadable. The format
-    (huggingface/safetensors, README): eight bytes with the header's length, the header as JSON, the tensors one
-    after the other without holes. Stricter than the library, and before it, so that what it is handed is sane."""
-    length = _header_bytes(data[:8], file_bytes)
-    values = parse_json(data[8 : 8 + length])
+def parse_header(file: BinaryIO, file_bytes: int) -> TensorsHeader:
+    """Of a file of `file_bytes`, from its beginning. Raises Unreadable, OSError. The format (huggingface/safetensors,
+    README): eight bytes with the header's length, the header as JSON, the tensors one after the other without holes.
+    Stricter than the library, and before it, so that what it is handed is sane."""
+    first = file.read(8)
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or length > min(_HEADER_LIMIT_BYTES, file_bytes - 8):
+        raise Unreadable("has no header of a safetensors file")
+    values = parse_json(file.read(length))
     if not isinstance(values, dict):
         raise Unreadable("has no header of names")
     metadata = values.pop("__metadata__", {})
@@ -269,13 +271,6 @@ def parse_header(data: bytes, file_bytes: int) -> TensorsHeader:
     if 8 + length + end != file_bytes:
         raise Unreadable(f"has {file_bytes:,} bytes, its header says {8 + length + end:,}")
     return TensorsHeader({name: shape for name, (shape, _) in tensors.items()}, metadata)
-
-
-def _header_bytes(first: bytes, file_bytes: int) -> int:
-    length = int.from_bytes(first, "little")
-    if len(first) < 8 or length > min(_HEADER_LIMIT_BYTES, file_bytes - 8):
-        raise Unreadable("has no header of a safetensors file")
-    return length
 
 
 def _shape_and_span(name: str, entry: Any) -> tuple[tuple[int, ...], tuple[int, int]]:
