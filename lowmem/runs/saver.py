@@ -85,7 +85,7 @@ class Saver:
         self._warn, self._note = warn, note
         self._save: Save | None = None  # that is not on disk
         self._thread: threading.Thread | None = None  # that writes it
-        self._tries = 0  # since the last save was handed over
+        self._pauses = iter(PAUSES_SECONDS)  # before the next tries of what was handed over last
         self._due: float | None = None  # of the next try; None: not before the next save
         self._troubled = self._told = False  # since the last checkpoint; told of since the last save handed over
         # What the thread leaves behind.
@@ -125,7 +125,7 @@ class Saver:
         if self._save is not None:
             save = replace(save, weights={**self._save.weights, **save.weights})
         if self._save is None or self._due is None:
-            self._tries, self._due, self._told = 0, time.monotonic(), False
+            self._pauses, self._due, self._told = iter(PAUSES_SECONDS), time.monotonic(), False
         self._save = save  # if a pause goes on, the next try is of this one
         self.poll()
 
@@ -201,8 +201,7 @@ class Saver:
                 self._troubled = False
                 self._note(f"saved again: step {step} is on disk")
             return
-        pause = PAUSES_SECONDS[self._tries] if self._tries < len(PAUSES_SECONDS) else None
-        self._tries += 1
+        pause = next(self._pauses, None)
         self._due = None if pause is None else time.monotonic() + pause
         if not self._told:
             stands = f"{self.last_saved} stands" if self.last_saved else "there is none before it"
