@@ -17,10 +17,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from lowmem.core.errors import CorruptCheckpoint, DiskError, LowmemError, OutOfMemory
@@ -67,7 +66,7 @@ class Saved:
         return f"step {self.step} ({self.path}{ago})"
 
 
-class Saver:
+class Saver(AbstractContextManager["Saver"]):
     """Writes the saves of one run. A context manager; its methods are for one thread, the one that trains, in which
     `warn` and `note` are called, by `poll` and by whatever waits. All of them raise what ended the writing thread
     otherwise than by a refusal, which is a bug."""
@@ -95,10 +94,7 @@ class Saver:
         self._failure: LowmemError | None = None  # of the last try
         self._bug: BaseException | None = None
 
-    def __enter__(self) -> Saver:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Lets a write that has begun end; what the disk refused is dropped (`finish` is there to insist)."""
         if error is None:
             self._settle()

@@ -10,9 +10,9 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
-from types import FunctionType, TracebackType
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from lowmem.config.schema import Config
@@ -37,7 +37,7 @@ def plan_file(rank: int) -> str:
     return PLAN if rank == 0 else f"plan-{rank}.json"
 
 
-class RunFolder:
+class RunFolder(AbstractContextManager["RunFolder"]):
     """A run folder held under its lock, as a context manager. Rows and events that the disk refuses are kept in memory
     and written, in order, before the next ones or by `flush`. Threads may share it."""
 
@@ -102,10 +102,7 @@ class RunFolder:
                 f"{path} cannot be written ({error.strerror or error}): check its permissions"
             ) from None
 
-    def __enter__(self) -> RunFolder:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
