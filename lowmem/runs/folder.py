@@ -267,9 +267,8 @@ class RunLock:
         self._lock.release()
 
     def remove(self) -> None:
-        """Releases the lock and removes it, and the folder if there is nothing else in it. The lock file goes while
-        it is locked, and last: whoever makes a new one has a folder of its own from then on, and whoever has the old
-        one open finds that it is gone."""
+        """Releases the lock and removes it. The lock file goes while it is locked, and last: whoever makes a new one
+        has a folder of its own from then on, and whoever has the old one open finds that it is gone."""
         lock_file = Path(self._lock.lock_file)
         for file in (self._owner_file, lock_file):
             with suppress(OSError):
@@ -278,8 +277,6 @@ class RunLock:
         if os.name == "nt":  # deletes no file that is open, not even by another
             with suppress(OSError):
                 lock_file.unlink()
-        with suppress(OSError):
-            lock_file.parent.rmdir()
 
 
 def read_owner(file: Path) -> Owner | None:

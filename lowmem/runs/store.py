@@ -65,7 +65,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         try:
             with ExitStack() as undo:
                 made = [folder for folder in (path, *path.parents) if not folder.exists()]
-                undo.callback(_unmake, path, made)
+                undo.callback(_unmake, made)
                 path.mkdir(parents=True, exist_ok=True)
                 for folder in made:
                     with suppress(OSError):  # who may write to a folder may perhaps not read it
@@ -134,7 +134,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         with suppress(OSError):
             clear(self.path, ignore_errors=True)
         self._lock.remove()
-        _unmake(self.path, self._made)
+        _unmake(self._made)
 
     def write_plan(self, plan: Mapping[str, Any], rank: int = 0) -> None:
         """Writes plan.json, or the plan of another process of the run, atomically. Raises DiskError."""
@@ -273,15 +273,11 @@ for _name, _member in vars(RunFolder).items():
         setattr(NullFolder, _name, lambda self, *_, **__: None)
 
 
-def _unmake(path: Path, made: Sequence[Path]) -> None:
-    """After a run that came to nothing: the folders that were made for it go, if nothing is in them; an empty one that
-    was there before is there again."""
+def _unmake(made: Sequence[Path]) -> None:
+    """The folders that were made for a run that came to nothing go, if there is nothing in them."""
     for folder in made:
         with suppress(OSError):
             folder.rmdir()
-    if not made:
-        with suppress(OSError):
-            path.mkdir(exist_ok=True)
 
 
 def _free(path: Path) -> Path:
