@@ -111,7 +111,7 @@ def load_in_little_memory(made: Path) -> dict[str, Any]:
         except BaseException as error:  # a panic of the library under it is no Exception
             return {"came": "broke", "words": f"{type(error).__name__}: {error}"}
         whole = where == newest and not skipped and loaded.step == checkpoints.step_of(newest)
-        return {"came": "loaded" if whole else "an older one loaded", "words": str(list(skipped.values()))}
+        return {"came": "loaded" if whole else "an older one loaded", "words": str(list(map(str, skipped.values())))}
 
     tried = {}
     for size in _SPARE_BYTES:

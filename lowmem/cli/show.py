@@ -15,12 +15,12 @@ from lowmem.cli.terminal import aligned, printable
 from lowmem.config.schema import Config
 from lowmem.core.errors import ExitCode
 from lowmem.core.units import format_size
-from lowmem.runs.listing import RunSummary, list_runs
+from lowmem.runs.view import RunSummary, list_runs
 
 if TYPE_CHECKING:
     from lowmem.doctor import Facts, Finding
+    from lowmem.lifecycle.verify import Verified
     from lowmem.report import ReportResult
-    from lowmem.runs.verify import Verified
 
 _LIST_HEADER = ("run", "state", "epoch", "last error", "best error", "on disk", "fork --at")
 _MOST_SHOWN = 6  # checkpoints; all of them are in --json
@@ -77,12 +77,11 @@ def _percent(value: float | None) -> str:
 
 def show_verify(run: Path, as_json: bool) -> ExitCode:
     """Looks, prints a line a finding. CHECKPOINT if the run cannot be resumed, DONE otherwise."""
-    from lowmem.lifecycle.run_identity import verify
-    from lowmem.runs.verify import to_json
+    from lowmem.lifecycle.verify import verify
 
     verified = verify(run)
     if as_json:
-        print(to_json(verified))
+        print(verified.to_json())
     else:
         width = max(len(finding.where) for finding in verified.findings)
         for finding in verified.findings:

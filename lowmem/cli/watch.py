@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,11 +17,9 @@ from lowmem.cli.terminal import describe_epoch
 from lowmem.cli.watch_screen import clock, describe_errors, describe_event, describe_state, facts, screen, to_json
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import shorten
-from lowmem.runs.listing import run_folders
-from lowmem.runs.lock import may_be_alive, read_owner, writer_of
+from lowmem.runs.folder import read_owner, refuse_links, run_folders, writer_of
 from lowmem.runs.rows import Event
-from lowmem.runs.setup import refuse_links
-from lowmem.runs.watch import Live, Watched
+from lowmem.runs.watch import Live
 
 _NEXT_RUN_SECONDS = 120.0  # between two runs of a job: libraries, pictures, plan
 _JOB_OWNER = "job.owner.json"  # beside the runs of `lowmem reproduce`
@@ -44,7 +41,7 @@ def show_watch(path: Path, *, interval: float, once: bool, as_json: bool) -> Non
     if once:
         assert run is not None
         refuse_links(run)
-        live = Watched(run).look()
+        live = Live(run).look()
         print(json.dumps(to_json(live), indent=1) if as_json else _summary(live))
         return
     try:
@@ -84,7 +81,7 @@ def _next(path: Path, interval: float) -> Path | None:
 def _conducted(folder: Path) -> bool:
     """Whether a process holds the folder as a job of several runs, as far as can be told from here."""
     owner = read_owner(folder / _JOB_OWNER)
-    return owner is not None and (owner.host != socket.gethostname() or may_be_alive(owner.pid))
+    return owner is not None and owner.may_be_alive
 
 
 def _trained(folders: list[Path]) -> Path | None:
@@ -102,7 +99,7 @@ def _last_touched(run: Path) -> float:
 
 def _follow(run: Path, interval: float) -> Live:
     """Shows one run until nobody trains it. The last state."""
-    watched, without = Watched(run), 0
+    watched, without = Live(run), 0
     with _shown() as show:
         while True:
             live = watched.look()

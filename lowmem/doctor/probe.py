@@ -66,19 +66,15 @@ def cuda(settings: Settings) -> dict[str, Any]:
 def network(settings: Settings) -> dict[str, Any]:
     """Bytes on disk that a run of the network takes; without making it."""
     from lowmem.models import skeleton
-    from lowmem.runs.setup import kept_epochs, run_bytes
+    from lowmem.runs.store import run_bytes
 
     config = settings.config
     net = skeleton(config.model.arch, config.model.block, width=config.model.width)
     state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
     parameter_bytes = sum(tensor.numel() * tensor.element_size() for tensor in net.parameters())
-    needed_bytes = run_bytes(
-        # Parameters and buffers, and momentum, which is as large as the parameters.
-        checkpoint_bytes=state_bytes + parameter_bytes,
-        parameter_bytes=parameter_bytes,
-        keep=config.checkpoint.keep,
-        kept_epochs=kept_epochs(epochs=config.train.epochs, keep_every=config.checkpoint.keep_every),
-    )
+    # Parameters and buffers, and momentum, which is as large as the parameters.
+    saved_bytes = state_bytes + parameter_bytes
+    needed_bytes = run_bytes(config, checkpoint_bytes=saved_bytes, parameter_bytes=parameter_bytes)
     return {"disk_needed_bytes": needed_bytes}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from lowmem.choose.execution import wants_plan
 from lowmem.choose.explain import inexact
 from lowmem.config.schema import Config, flatten, nest
 from lowmem.config.settings import Settings, refuse_changes, to_yaml
-from lowmem.core.errors import PreflightError, UsageError
+from lowmem.core.errors import CorruptCheckpoint, UsageError
 from lowmem.core.reading import shorten
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
@@ -36,7 +36,7 @@ from lowmem.lifecycle.run_identity import (
 )
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
-from lowmem.runs.setup import leaving_no_trace, never_began, refuse_existing, start_again
+from lowmem.runs.folder import refuse_existing, refuse_unbegun
 from lowmem.runs.store import NullFolder, RunFolder
 from lowmem.runs.view import RunView, recorded_settings
 from lowmem.train.loop import Trainer
@@ -74,7 +74,7 @@ class New:
 
     def open(self, group: Group, observer: Observer, stack: ExitStack) -> Start:
         """Raises UsageError, PreflightError for a folder in the way, before minutes are spent on decoding pictures."""
-        group.lead(lambda: _refuse_existing(self.path), None)
+        group.lead(lambda: refuse_existing(self.path), None)
         return Start(self._wanted)
 
     def checkpoint(self, start: Start, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint | None:
@@ -86,7 +86,6 @@ class New:
         its first checkpoint. What was asked for is recorded too: by this a restart knows its own run."""
         self._environment = describe(settings.config.train.device) | {"processes": group.size}
         asked = {"asked": config_hash(start.settings.config), "launcher": launcher()}
-        stack.enter_context(leaving_no_trace(self.path) if group.leads else nullcontext())
         absent: RunFolder = NullFolder(self.path)
         made = group.lead(lambda: RunFolder.create(self.path, to_yaml(settings), self._environment | asked), absent)
         return stack.enter_context(self._discarding(stack.enter_context(made)))
@@ -149,7 +148,7 @@ class Fork(New):
         changes = fork.check(self._begun.config, settings.config)
         self._point = fork.find(self._source, self._recorded.config, self._at)
         fork.refuse_place(self._point, settings.config, changes)
-        _refuse_existing(self.path)
+        refuse_existing(self.path)
         return Start(settings, source_run(self._source, self._recorded.config, observer))
 
     def checkpoint(self, start: Start, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
@@ -188,7 +187,7 @@ class Resume:
         settings = group.together(changed)
         absent: RunFolder = NullFolder(self.path)
         self._folder = stack.enter_context(group.lead(lambda: RunFolder.open(self.path), absent))
-        self._skipped: Mapping[Path, str] = {}
+        self._skipped: Mapping[Path, CorruptCheckpoint] = {}
         newest = group.lead(lambda: self._newest(settings.config, observer), None)
         shared = share_checkpoint(group, newest)
         assert shared is not None
@@ -196,8 +195,7 @@ class Resume:
         return Start(settings, recorded_run(group, self.path, recorded.config))
 
     def _newest(self, config: Config, observer: Observer) -> tuple[Checkpoint, Path]:
-        if never_began(self.path):
-            raise UsageError(start_again(self.path))
+        refuse_unbegun(self.path)
         folder = self._folder
         if folder.taken_over is not None:
             observer.note(f"{self.path} is taken over from {folder.taken_over}, which ended without leaving it")
@@ -206,7 +204,7 @@ class Resume:
         )
         for reason in self._skipped.values():
             observer.warning(f"skipped a damaged checkpoint: {reason}")
-            folder.event("warning", what="checkpoint skipped", reason=reason)
+            folder.event("warning", what="checkpoint skipped", reason=str(reason))
         return saved, where
 
     def checkpoint(self, start: Start, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
@@ -289,19 +287,7 @@ def _recorded_here(path: Path, group: Group) -> Settings:
         ) from None
 
 
-# -- the folder --------------------------------------------------------------------------------------------------------
-
-
-def _refuse_existing(path: Path) -> None:
-    """The same refusal as `RunFolder.create`, before minutes are spent on decoding pictures."""
-    try:
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"{path} is a file: choose another folder with --out")
-        refuse_existing(path)
-    except OSError as error:
-        raise PreflightError(
-            f"{path} cannot be looked at ({error.strerror or error}): choose another folder with --out"
-        ) from None
+# -- in words ----------------------------------------------------------------------------------------------------------
 
 
 def _headline(trainer: Trainer, path: Path) -> str:

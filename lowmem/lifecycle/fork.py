@@ -9,7 +9,6 @@ to come: so nothing may change which those are.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +20,9 @@ from lowmem.data import Dataset
 from lowmem.lifecycle.run_identity import belongs_to, most_bytes
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import write_bytes_atomic
-from lowmem.runs.checkpoint import Checkpoint, disk_error
+from lowmem.runs.checkpoint import Checkpoint, disk_errors
 from lowmem.runs.checkpoint_state import Position
-from lowmem.runs.setup import FORKING
+from lowmem.runs.folder import FORKING
 from lowmem.runs.store import RunFolder
 from lowmem.runs.view import RunView
 from lowmem.train.schedule import RateCurve, rate_curve, side_by_side, starts_low
@@ -275,14 +274,8 @@ def write(source: ForkPoint, carried: Checkpoint, settings: Settings, out: RunFo
     """
     at, steps = source.position, steps_per_epoch(settings.config, dataset)
     (out.path / FORKING).touch()
-    out.copy_metrics(source.run, epoch=at.epoch)
-    if carried.step == at.step and (source.run / "steps.csv").is_file():
-        # Counted in the same steps. With others the old ones would stand among the new.
-        try:
-            shutil.copyfile(source.run / "steps.csv", out.steps_file)
-        except OSError as error:
-            raise disk_error(error, out.steps_file) from error
-        out.cut_back(epoch=at.epoch, step=at.step)
+    # Where they are counted in other steps, the old ones would stand among the new.
+    out.copy_rows(source.run, epoch=at.epoch, step=at.step if carried.step == at.step else None)
     _draw(source, _rates(source, settings.config, carried, steps), carried.step / steps, out)
     checkpoints.save(out.checkpoints, carried, keep=settings.config.checkpoint.keep)
     (out.path / FORKING).unlink()
@@ -306,12 +299,9 @@ def _draw(source: ForkPoint, curves: tuple[RateCurve, RateCurve], fork_at: float
     before, after = (_to_the_end(curve.points, curve.end) for curve in curves)
     title = f"Learning rate of {out.path.name}, a fork of {source.run.name}"
     png = draw_rate_curve(title, _to_the_end(past, fork_at), before, after, fork_at)
-    path = out.path / "report" / "learning_rate.png"
-    try:
+    with disk_errors(out.path / "report" / "learning_rate.png") as path:
         path.parent.mkdir(exist_ok=True)
         write_bytes_atomic(path, png)
-    except OSError as error:
-        raise disk_error(error, path) from error
 
 
 def _to_the_end(points: Sequence[tuple[float, float]], end: float) -> list[tuple[float, float]]:

@@ -22,8 +22,7 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import write_text_atomic
 from lowmem.runs.event_files import EventFiles, read_points
 from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, csv_line, gradient_line
-from lowmem.runs.setup import kept_epochs, rows_bytes, run_bytes
-from lowmem.runs.store import RunFolder
+from lowmem.runs.store import RunFolder, most_checkpoints, run_bytes
 from lowmem.runs.view import read_run
 from lowmem.train.loop import Trainer
 from lowmem.train.stall import default_every
@@ -99,12 +98,12 @@ def _try_checkpoint(trainer: Trainer, run: RunFolder) -> int:
     written = trainer.checkpoint()
     path = checkpoints.save(run.checkpoints, written, keep=trainer.config.checkpoint.keep)
     back = checkpoints.load(path)
-    _same(_equal(back.model, written.model) and _equal(back.optimizer, written.optimizer), path)
+    _same(equal_bits(back.model, written.model) and equal_bits(back.optimizer, written.optimizer), path)
     _same(json.dumps(back.state) == json.dumps(written.state), path / "state.json")
     run.save_weights("best", written.model, {"epoch": "1", "step": "2", "error_pct": "12.5", "chosen_on": "test"})
     weights = run.path / "weights" / "best.safetensors"
     try:
-        _same(_equal(load(weights.read_bytes()), written.model), weights)
+        _same(equal_bits(load(weights.read_bytes()), written.model), weights)
     except SafetensorError:
         _same(False, weights)
     return sum(file.stat().st_size for file in path.iterdir())
@@ -160,7 +159,7 @@ def _same(same: bool, path: Path) -> None:
         raise PreflightError(f"{path} reads back differently from what was written: check the disk")
 
 
-def _equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+def equal_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     """By bits: the weights of a run that has diverged are not equal to themselves."""
 
     def bits(tensor: Tensor) -> tuple[object, ...]:
@@ -200,23 +199,16 @@ def _time_line(trainer: Trainer, tried: StepTrial, saving_seconds: float) -> str
 def _check_space(trainer: Trainer, path: Path, checkpoint_bytes: int, layers: int) -> str:
     """The line on disk. Raises PreflightError if there is too little."""
     config, per_epoch = trainer.config, trainer.batches.steps_per_epoch
-    kept = kept_epochs(epochs=config.train.epochs, keep_every=config.checkpoint.keep_every)
     needed = run_bytes(
+        config,
         checkpoint_bytes=checkpoint_bytes,
         parameter_bytes=sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
-        keep=config.checkpoint.keep,
-        kept_epochs=kept,
-        rows_bytes=rows_bytes(
-            epochs=config.train.epochs,
-            steps_per_epoch=per_epoch,
-            log_every_steps=config.train.log_every_steps,
-            steps_between_saves=config.checkpoint.steps_between_saves,
-            layers=layers,
-            grad_norms_every=config.train.grad_norms_every or default_every(per_epoch),
-        ),
+        steps_per_epoch=per_epoch,
+        layers=layers,
+        norms_every=config.train.grad_norms_every or default_every(per_epoch),
     )
     free = shutil.disk_usage(path).free
-    most = f"{config.checkpoint.keep + 1 + kept} checkpoints of {format_size(checkpoint_bytes)}"
+    most = f"{most_checkpoints(config)} checkpoints of {format_size(checkpoint_bytes)}"
     takes = f"{format_size(needed)} at the most ({most}"
     if free < needed:
         raise PreflightError(

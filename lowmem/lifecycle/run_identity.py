@@ -20,12 +20,10 @@ from lowmem.models.resnet import ResNet
 from lowmem.plan.record import Plan
 from lowmem.remat import stage_names
 from lowmem.runs.checkpoint import Checkpoint
-from lowmem.runs.setup import never_began
+from lowmem.runs.folder import never_began
 from lowmem.runs.store import PLAN, RunFolder, plan_file
-from lowmem.runs.verify import Belonging, Verified, verify_run
-from lowmem.runs.view import RunView, recorded_settings
+from lowmem.runs.view import RunView
 from lowmem.train.observer import Observer
-from lowmem.train.stall import measured_weights
 from lowmem.train.state import check_belongs, config_hash
 
 Shape = tuple[int | None, ...]
@@ -37,11 +35,11 @@ def network_shapes(config: Config) -> dict[str, Shape]:
     data tells."""
     return {
         name: (None, *tensor.shape[1:]) if name in _CLASSES else tuple(tensor.shape)
-        for name, tensor in _network(config).state_dict().items()
+        for name, tensor in network(config).state_dict().items()
     }
 
 
-def _network(config: Config) -> ResNet:
+def network(config: Config) -> ResNet:
     return skeleton(config.model.arch, config.model.block, width=config.model.width)
 
 
@@ -118,7 +116,7 @@ def read_plan(run: Path, config: Config, name: str = PLAN) -> Plan | None:
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path} holds no plan ({shorten(error)}): restore it, or start another run") from None
     train = config.train
-    ours = (stage_names(_network(config)), train.batch, train.precision, train.memory_format)
+    ours = (stage_names(network(config)), train.batch, train.precision, train.memory_format)
     if (plan.stages, plan.effective_batch, plan.precision, plan.memory_format) != ours:
         raise CorruptCheckpoint(f"{path} is the plan of another run: restore this run's own, or start another run")
     return plan
@@ -163,44 +161,3 @@ def record_plans(group: Group, plan: Plan | None, folder: RunFolder) -> None:
         folder.forget_plans(after=group.size)
 
     group.lead(write, None)
-
-
-# -- what `lowmem verify` asks -----------------------------------------------------------------------------------------
-
-
-def verify(run: Path) -> Verified:
-    """What `lowmem verify` does: looks at everything a resume of `run` would rely on, and changes nothing.
-
-    Raises UsageError if it is no run or its config.yaml cannot be used.
-    """
-    config = recorded_settings(run).config
-    shapes = network_shapes(config)
-    return verify_run(
-        run,
-        Belonging(
-            checkpoint=belongs_to(config),
-            tensors=lambda found, what: check_shapes(shapes, found, what),
-            plan=lambda: _describe_plans(run, config),
-            most_bytes=most_bytes(config),
-            epochs=config.train.epochs,
-            layers=tuple(measured_weights(_network(config))),
-        ),
-    )
-
-
-def _describe_plans(run: Path, config: Config) -> str | None:
-    """None for a run without a plan. Raises CorruptCheckpoint."""
-    plans = read_plans(run, config)
-    if not plans:
-        return None
-    first, size = plans[0], max(1, len(plans[0].shares))
-    if len(plans) < size:
-        missing = next(name for name in map(plan_file, range(size)) if not (run / name).is_file())
-        raise CorruptCheckpoint(
-            f"{run / missing} is missing, the plan of one of the {size} processes that train this run: restore it, or "
-            "go on with another number of them"
-        )
-    described = (
-        f"batch {first.batch} in micro-batches of {first.micro_batch}, {len(first.ladder)} smaller plans in reserve"
-    )
-    return described if size == 1 else f"{size} processes, of which this takes {described}"

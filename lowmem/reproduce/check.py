@@ -20,7 +20,7 @@ from lowmem.models import skeleton
 from lowmem.plan.record import Plan
 from lowmem.reproduce.job import Job
 from lowmem.reproduce.progress import Standing
-from lowmem.runs.setup import kept_epochs, rows_bytes, run_bytes
+from lowmem.runs.store import run_bytes
 from lowmem.train.observer import Observer
 from lowmem.train.stall import default_every, measured_weights
 
@@ -127,19 +127,13 @@ def _look_at(job: Job, standing: Standing, plan: Plan | None, dataset: Dataset) 
     if standing.left:
         parameters = sum(p.numel() * p.element_size() for p in model.parameters())
         state = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-        kept, epochs, steps = config.checkpoint, standing.epochs, -(-len(dataset.train) // config.train.batch)
+        steps = -(-len(dataset.train) // config.train.batch)
         disk = run_bytes(
+            config,
             checkpoint_bytes=state + (parameters if config.optim.momentum > 0 else 0),
             parameter_bytes=parameters,
-            keep=kept.keep,
-            kept_epochs=kept_epochs(epochs=epochs, keep_every=kept.keep_every),
-            rows_bytes=rows_bytes(
-                epochs=epochs,
-                steps_per_epoch=steps,
-                log_every_steps=config.train.log_every_steps,
-                steps_between_saves=kept.steps_between_saves,
-                layers=len(measured_weights(model)),
-                grad_norms_every=config.train.grad_norms_every or default_every(steps),
-            ),
+            steps_per_epoch=steps,
+            layers=len(measured_weights(model)),
+            norms_every=config.train.grad_norms_every or default_every(steps),
         )
     return replace(standing, weight=weight, planned_seconds=seconds, disk_bytes=disk)

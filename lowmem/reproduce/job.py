@@ -15,9 +15,8 @@ from lowmem.config.settings import Settings, from_yaml, validate
 from lowmem.core.errors import DiskError, PreflightError, UsageError
 from lowmem.core.reading import SETTINGS_LIMIT_BYTES, Unreadable, read_json, shorten
 from lowmem.runs.atomic import PARTIAL, write_text_atomic
-from lowmem.runs.lock import RunLock
-from lowmem.runs.setup import JOB as FILE_NAME
-from lowmem.runs.setup import never_began
+from lowmem.runs.folder import JOB as FILE_NAME
+from lowmem.runs.folder import RunLock, never_began
 
 FORMAT = 1
 _LOCK = ("job.lock", "job.owner.json")

@@ -13,11 +13,9 @@ from typing import Any, Literal
 from lowmem.core.errors import LowmemError
 from lowmem.core.units import format_duration
 from lowmem.reproduce.job import ALL, Job, Member, reading, refuse_foreign
-from lowmem.runs.listing import summarize
-from lowmem.runs.lock import writer_of
+from lowmem.runs.folder import never_began, refuse_existing, writer_of
 from lowmem.runs.rows import EpochRow
-from lowmem.runs.setup import never_began, refuse_existing
-from lowmem.runs.view import RunView
+from lowmem.runs.view import RunView, summarize
 from lowmem.runs.watch import epoch_seconds
 from lowmem.train.observer import Observer, Progress
 

@@ -48,28 +48,10 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Replaces `path` by `data`: a reader, or a crash, sees the old or the new content. Raises OSError."""
-    aside = path.with_name(path.name + PARTIAL)
-    try:
-        write_synced(aside, data)
-        replace_path(aside, path)
-    except OSError:
-        # On a full disk half a file takes the room that a second try needs.
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """`write_bytes_atomic` for UTF-8 text."""
-    write_bytes_atomic(path, text.encode("utf-8"))
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that replaces `path` when it is whole, for what is too large to be one value. Raises OSError."""
+    """A file that replaces `path` when it is whole: a reader, or a crash, sees the old or the new content. Raises
+    OSError; half a file does not stay, which on a full disk takes the room that a second try needs."""
     aside = path.with_name(path.name + PARTIAL)
     try:
         with open(aside, "wb") as file:
@@ -84,9 +66,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     fsync_folder(path.parent)
 
 
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """`replacing` by `data`."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """`replacing` by UTF-8 text."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
 def cut_file(path: Path, size_bytes: int) -> None:
-    """Cuts a file to its first bytes, and waits until these are on the disk: there is no state between before and
-    after. Raises OSError."""
+    """Cuts a file to its first bytes, and waits until these are on the disk: there is no state in between. Raises
+    OSError."""
     with open(path, "rb+") as file:
         if file.seek(0, os.SEEK_END) > size_bytes:
             file.truncate(size_bytes)
@@ -96,10 +89,8 @@ def cut_file(path: Path, size_bytes: int) -> None:
 
 def append_lines(path: Path, lines: Sequence[str], *, after_bytes: int) -> int:
     """Appends whole lines after the first `after_bytes` and waits until they are on the disk; what is there beyond
-    these (half a line of an earlier failure) is cut off. Returns the size of the file then.
-
-    Raises OSError; the file then ends after `after_bytes`, unless not even that could be done.
-    """
+    these (half a line of an earlier failure) is cut off. Returns the size of the file then. Raises OSError; the file
+    then ends after `after_bytes`, unless not even that could be done."""
     new = not path.exists()
     # Unbuffered: a buffer would keep what the disk refused and write it when the file is closed.
     with open(path, "ab", buffering=0) as file:
@@ -135,11 +126,9 @@ def whole_lines_bytes(path: Path) -> int:
 
 
 class RowFile:
-    """One append-only text file with the lines that are still to be written to it. Threads may share it.
-
-    A failed write leaves nothing behind: the file is cut back to its last whole line, at once or before the next
-    write. The same is done to half a line that a process that died has left.
-    """
+    """One append-only text file with the lines that are still to be written to it. Threads may share it. A failed
+    write leaves nothing behind: the file is cut back to its last whole line, at once or before the next write; so is
+    half a line that a process that died has left."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -153,31 +142,23 @@ class RowFile:
         """Lines that the disk refused and that are in memory only."""
         return len(self._waiting) if self._refused else 0
 
-    def append(self, lines: Sequence[str]) -> None:
+    def append(self, lines: Sequence[str] = ()) -> None:
         """Writes the lines after those that wait. Raises OSError; then they wait, too."""
         with self._lock:
             self._waiting += lines
-            self._write()
-
-    def flush(self) -> None:
-        """Writes what waits. Raises OSError; then it goes on waiting."""
-        with self._lock:
-            self._write()
+            if not self._waiting:
+                return
+            try:
+                size = self.path.stat().st_size if self.path.exists() else 0
+                if self._good_bytes is None or size < self._good_bytes:  # shorter: others have been at it
+                    self._good_bytes = whole_lines_bytes(self.path) if size else 0
+                self._good_bytes = append_lines(self.path, self._waiting, after_bytes=self._good_bytes)
+            except OSError:
+                self._refused = True
+                raise
+            self._waiting, self._refused = [], False
 
     def replaced(self) -> None:
         """To be told after the file was replaced by other means."""
         with self._lock:
             self._good_bytes = None
-
-    def _write(self) -> None:
-        if not self._waiting:
-            return
-        try:
-            size = self.path.stat().st_size if self.path.exists() else 0
-            if self._good_bytes is None or size < self._good_bytes:  # shorter: others have been at it
-                self._good_bytes = whole_lines_bytes(self.path) if size else 0
-            self._good_bytes = append_lines(self.path, self._waiting, after_bytes=self._good_bytes)
-        except OSError:
-            self._refused = True
-            raise
-        self._waiting, self._refused = [], False

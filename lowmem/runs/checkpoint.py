@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from lowmem.runs.checkpoint_state import (
     TENSOR_FILES,
     VERSION,
     check_size,
+    manifest_bytes,
     parse_header,
     read_manifest,
     read_position,
@@ -64,29 +66,27 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, keep: int, keep_every: int | None = None) -> Path:
-    """Writes `folder/step-N`, verifies it, then prunes all but the `keep` newest and, with `keep_every`, those of the
-    end of every so-many-th epoch. Returns its path.
+# -- saving ------------------------------------------------------------------------------------------------------------
 
-    Raises DiskError if the disk refuses, CorruptCheckpoint if it gives back something else; what was saved before is
-    then untouched.
-    """
+
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int, keep_every: int | None = None) -> Path:
+    """Writes `folder/step-N`, verifies it, then prunes all but the `keep` newest and, with `keep_every`, those of
+    the end of every so many-th epoch. Returns its path. Raises DiskError if the disk refuses, CorruptCheckpoint if
+    it gives back something else; what was saved before is then untouched."""
     target = folder / folder_name(checkpoint.step)
     aside = folder / f"{_ASIDE}{target.name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_asides(folder)
-        aside.mkdir()
-        _write_files(aside, checkpoint)
-        verify(aside, expected_step=checkpoint.step)
-        _put_in_place(aside, target)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise disk_error(error, target) from error
-    except LowmemError:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    _prune(folder, keep, keep_every)
+    with disk_errors(target):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_asides(folder)
+            aside.mkdir()
+            _write_files(aside, checkpoint)
+            verify(aside)
+            _put_in_place(aside, target)
+        except (OSError, LowmemError):
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+    tidy(folder, keep=keep, keep_every=keep_every)
     return target
 
 
@@ -109,12 +109,8 @@ def _write_files(aside: Path, checkpoint: Checkpoint) -> None:
         write_synced(aside / name, data)
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest = {"format": FORMAT, "version": VERSION, "step": checkpoint.step, "files": files}
-    write_synced(aside / "manifest.json", _manifest_bytes(manifest))
+    write_synced(aside / "manifest.json", manifest_bytes(manifest))
     fsync_folder(aside)
-
-
-def _manifest_bytes(manifest: object) -> bytes:
-    return json.dumps(manifest, indent=1).encode()
 
 
 def _put_in_place(aside: Path, target: Path) -> None:
@@ -126,13 +122,17 @@ def _put_in_place(aside: Path, target: Path) -> None:
         replace_path(target, old)
     replace_path(aside, target)
     fsync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def _prune(folder: Path, keep: int, keep_every: int | None) -> None:
-    """Deletes what is older than the `keep` newest and not kept for its epoch. While a loss explodes the newest from
-    before it stays too: it is what a run can go back to. A folder loses its commit record first, so that a half-deleted
-    one is never taken for a checkpoint. Failing to delete is no reason to stop a run."""
+def tidy(folder: Path, *, keep: int, keep_every: int | None = None) -> None:
+    """Deletes what a killed process left unfinished, and what is older than the `keep` newest and not kept for its
+    epoch. While a loss explodes the newest from before it stays too: it is what a run can go back to. A folder loses
+    its commit record first, so that a half-deleted one is never taken for a checkpoint. Failing to delete is no reason
+    to stop a run. Only for the process that holds the run's lock, while nothing else is being saved."""
+    _remove_asides(folder)
+    for old in folder.glob("step-*.old"):
+        if old.with_suffix("").is_dir():
+            shutil.rmtree(old, ignore_errors=True)
     positions = {}
     paths = checkpoint_folders(folder)
     for path in paths:
@@ -147,27 +147,12 @@ def _prune(folder: Path, keep: int, keep_every: int | None) -> None:
             shutil.rmtree(path)
 
 
-def tidy(folder: Path, *, keep: int, keep_every: int | None = None) -> None:
-    """Deletes what a killed process left: checkpoints that it had not finished, and generations that it had not pruned.
-    Only for the process that holds the run's lock, while nothing is being saved."""
-    _remove_asides(folder)
-    for old in folder.glob("step-*.old"):
-        if old.with_suffix("").is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-    _prune(folder, keep, keep_every)
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_folders(folder: Path) -> list[Path]:
-    """The checkpoints by name, newest first, verified or not. Links and files are no checkpoints.
-
-    Raises CorruptCheckpoint if the folder cannot be looked into.
-    """
-    return [path for path, is_folder in named(folder) if is_folder]
-
-
-def named(folder: Path) -> list[tuple[Path, bool]]:
-    """What bears the name of a checkpoint, newest first, and whether it is a folder. A step has one name: with more
-    zeros in front it would be there twice."""
+def named(folder: Path) -> list[Path]:
+    """What bears the name of a checkpoint, newest first. A step has one name: with more zeros in front it would be
+    there twice. Raises CorruptCheckpoint if the folder cannot be looked into."""
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -176,31 +161,32 @@ def named(folder: Path) -> list[tuple[Path, bool]]:
         raise CorruptCheckpoint(f"{folder} cannot be read ({error.strerror or error})") from None
     matches = [match for name in names if (match := _NAME.fullmatch(name)) and match[1] == f"{int(match[1]):08d}"]
     matches.sort(key=lambda match: (-int(match[1]), match[2] is not None))
-    paths = [folder / match[0] for match in matches]
-    # By functions that take what may not be looked at for absent.
-    return [(path, not os.path.islink(path) and os.path.isdir(path)) for path in paths]
+    return [folder / match[0] for match in matches]
 
 
-def verify(path: Path, *, expected_step: int | None = None, most_bytes: int | None = None) -> dict[str, bytes]:
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoints by name, newest first, verified or not. Raises as `named` does."""
+    return [path for path in named(folder) if _is_folder(path)]
+
+
+def _is_folder(path: Path) -> bool:
+    """Links and files are no checkpoints. By functions that take what may not be looked at for absent."""
+    return not os.path.islink(path) and os.path.isdir(path)
+
+
+def verify(path: Path, *, most_bytes: int | None = None) -> dict[str, bytes]:
     """The bytes of each file, after checking sizes and hashes against the commit record. A file of more than
-    `most_bytes` is not read: whatever its record says, it is not the run's.
-
-    Raises CorruptCheckpoint saying which file and why; UnreadableCheckpoint and OutOfMemory where nothing is known to
-    be wrong with them.
-    """
+    `most_bytes` is not read: whatever its record says, it is not the run's. Raises CorruptCheckpoint saying which
+    file and why; UnreadableCheckpoint and OutOfMemory where nothing is known to be wrong with them."""
     try:
-        manifest, written = read_manifest(path)
+        manifest = read_manifest(path)
         match = _NAME.fullmatch(path.name.removeprefix(_ASIDE))
-        step = expected_step if expected_step is not None else int(match[1]) if match else None
+        step = int(match[1]) if match else None
         if type(manifest.get("step")) is not int or manifest["step"] != step:
             raise CorruptCheckpoint(
                 f"{path}: the commit record is of step {shorten(manifest.get('step'))}, the folder of step {step}"
             )
-        contents = {name: _verified_file(path / name, manifest["files"][name], most_bytes) for name in FILES}
-        # The record has no hash of its own; what it must be, byte for byte, is known all the same.
-        if written != _manifest_bytes(manifest):
-            raise CorruptCheckpoint(f"{path / 'manifest.json'} is damaged: it is not as it was written")
-        return contents
+        return {name: _verified_file(path / name, manifest["files"][name], most_bytes) for name in FILES}
     except OSError as error:
         raise UnreadableCheckpoint(f"{path} cannot be read ({error.strerror or error})") from None
 
@@ -232,63 +218,56 @@ def load(path: Path, most_bytes: int | None = None) -> Checkpoint:
     from safetensors import SafetensorError
     from safetensors.torch import load as decode
 
+    if not _is_folder(path):
+        raise CorruptCheckpoint(f"{path} is no folder")
     contents = verify(path, most_bytes=most_bytes)
     try:
         for name in TENSOR_FILES:
-            parse_header(contents[name], len(contents[name]))
+            parse_header(io.BytesIO(contents[name]), len(contents[name]))
         model, optimizer = (decode(contents[name]) for name in TENSOR_FILES)
         state = parse_json(contents["state.json"])
     except MemoryError:
         raise _no_memory(path, sum(map(len, contents.values()))) from None
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise CorruptCheckpoint(f"{path} cannot be decoded: {shorten(error)}") from None
-    match = _NAME.fullmatch(path.name)
-    if not isinstance(state, dict) or match is None:
+    if not isinstance(state, dict):
         raise CorruptCheckpoint(f"{path}: state.json holds no state")
-    return Checkpoint(step=int(match[1]), model=model, optimizer=optimizer, state=state)
+    return Checkpoint(step_of(path), model, optimizer, state)
 
 
 def load_newest(
-    folder: Path, accept: Callable[[Checkpoint], None] | None = None, most_bytes: int | None = None
-) -> tuple[Checkpoint, Path, dict[Path, str]]:
-    """The newest checkpoint that verifies, its path, and the newer ones that were skipped with the reason.
-
-    `accept` raises CorruptCheckpoint for one that is whole but another run's; a file of more than `most_bytes` cannot
-    be this run's and is not read. Raises CorruptCheckpoint if none is left, and OutOfMemory.
-    """
-    skipped: dict[Path, str] = {}
-    for path, is_folder in named(folder):
-        if not is_folder:
-            skipped[path] = f"{path} is no folder"
-            continue
+    folder: Path, accept: Callable[[Checkpoint], object] = lambda checkpoint: None, most_bytes: int | None = None
+) -> tuple[Checkpoint, Path, dict[Path, CorruptCheckpoint]]:
+    """The newest checkpoint that verifies, its path, and the newer ones that were skipped with the reason. `accept`
+    raises CorruptCheckpoint for one that is whole but another run's; `most_bytes`: see `verify`. Raises
+    CorruptCheckpoint if none is left, and OutOfMemory."""
+    skipped: dict[Path, CorruptCheckpoint] = {}
+    for path in named(folder):
         try:
             checkpoint = load(path, most_bytes)
-            if accept is not None:
-                accept(checkpoint)
+            accept(checkpoint)
             return checkpoint, path, skipped
         except CorruptCheckpoint as error:
-            reason = str(error) if str(path) in str(error) else f"{path}: {error}"
-            skipped[path] = _Unread(reason) if isinstance(error, UnreadableCheckpoint) else reason
-    detail = f" ({'; '.join(skipped.values())})" if skipped else ""
+            # Another one, which does not hold what was read of it by its traceback.
+            skipped[path] = type(error)(error if str(path) in str(error) else f"{path}: {error}")
+    detail = f" ({'; '.join(map(str, skipped.values()))})" if skipped else ""
     raise CorruptCheckpoint(f"{folder} holds no usable checkpoint{detail}: start the run again under another --out")
 
 
-class _Unread(str):
-    """Why a checkpoint was skipped that could not even be read."""
-
-
-def set_aside(skipped: Mapping[Path, str]) -> None:
+def set_aside(skipped: Mapping[Path, object]) -> None:
     """Renames checkpoints that a run does not go on from (path -> why, as `load_newest` gives them) to
-    `damaged-step-N`, and what the system did not let be read, which may be whole, to `unreadable-step-N`. Under their
-    own names they would count among the generations that are kept, and a later resume could take one that the rows
-    have been cut back from. Nothing of them is read."""
+    `damaged-step-N`, and what the system did not let be read, which may be whole, to `unreadable-step-N`. Under
+    their own names they would count among those that are kept, and a later resume could take one that the rows have
+    been cut back from."""
     for path, reason in skipped.items():
-        target = path.with_name(f"{'unreadable' if isinstance(reason, _Unread) else 'damaged'}-{path.name}")
-        try:
+        kind = "unreadable" if isinstance(reason, UnreadableCheckpoint) else "damaged"
+        target = path.with_name(f"{kind}-{path.name}")
+        with suppress(OSError):
             shutil.rmtree(target, ignore_errors=True)
             os.replace(path, target)
-        except OSError:
-            continue
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 def disk_error(error: OSError, path: Path) -> DiskError:
@@ -298,3 +277,12 @@ def disk_error(error: OSError, path: Path) -> DiskError:
             f"the disk is full: {path} could not be written; earlier checkpoints are intact, free some space"
         )
     return DiskError(f"{path} could not be written ({error.strerror or error}); earlier checkpoints are intact")
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[Path]:
+    """Around writing `path`: an OSError becomes the one-line DiskError."""
+    try:
+        yield path
+    except OSError as error:
+        raise disk_error(error, path) from error

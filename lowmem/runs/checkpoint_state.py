@@ -6,6 +6,7 @@ Everything is checked before anything is made of it. Only what a run could not g
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import stat
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictStr, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
@@ -83,7 +84,7 @@ class RunState:
 
 _ALWAYS_RECORDED = [one.name for one in fields(RunState)][:11]
 _SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
-_RUN_STATE, _SCALED = TypeAdapter(RunState), TypeAdapter(Amount)
+_RUN_STATE = TypeAdapter(RunState)
 
 
 def read_state(state: Mapping[str, Any], step: int) -> RunState:
@@ -96,7 +97,14 @@ def read_state(state: Mapping[str, Any], step: int) -> RunState:
     unknown: list[str] = []
     try:
         read = _RUN_STATE.validate_python(run)
-        wrong += _contradictions(read, step)
+        scaler: list[Any] = [read.scaler.get(name) for name in _SCALER] if read.scaler else []
+        sound = {
+            "step": read.step == step and read.step_in_epoch <= step,
+            "seen": (read.seen > 0) == (read.step_in_epoch > 0),
+            "share_log_sum": abs(read.share_log_sum) <= _LARGEST_LOG * read.share_count,
+            "scaler": all(type(value) in (int, float) and 0 <= value < 1e300 for value in scaler),
+        }
+        wrong += [name for name, good in sound.items() if not good]
     except ValidationError as error:
         for one in error.errors(include_url=False, include_input=False):
             places = unknown if one["type"] == "unexpected_keyword_argument" and len(one["loc"]) == 1 else wrong
@@ -111,38 +119,23 @@ def read_state(state: Mapping[str, Any], step: int) -> RunState:
     return read
 
 
-def _contradictions(state: RunState, step: int) -> list[str]:
-    """Fields that cannot be beside the others."""
-    sound = {
-        "step": state.step == step and state.step_in_epoch <= step,
-        "seen": (state.seen > 0) == (state.step_in_epoch > 0),
-        "share_log_sum": abs(state.share_log_sum) <= _LARGEST_LOG * state.share_count,
-        "scaler": not state.scaler or all(_is_amount(state.scaler.get(name)) for name in _SCALER),
-    }
-    return [name for name, good in sound.items() if not good]
-
-
-def _is_amount(value: object) -> bool:
-    try:
-        _SCALED.validate_python(value)
-    except ValidationError:
-        return False
-    return True
-
-
 # -- where in the run --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@validated(frozen=True)
 class Position:
-    """A checkpoint that looks whole: `epoch` epochs are completed, `step_in_epoch` steps of the next are done. `sound`:
-    no loss was exploding when it was made."""
+    """A checkpoint that looks whole: `epoch` epochs are completed, `step_in_epoch` steps of the next are done."""
 
     path: Path
-    epoch: int
-    step: int
-    step_in_epoch: int
-    sound: bool = True
+    epoch: Count
+    step: Count
+    step_in_epoch: Count
+    exploded_losses: Any = 0
+
+    @property
+    def sound(self) -> bool:
+        """Whether no loss was exploding when it was made."""
+        return not self.exploded_losses
 
     @property
     def at(self) -> str:
@@ -156,12 +149,10 @@ class Position:
 
 def read_position(path: Path) -> Position:
     """The position of the checkpoint `path`, if its commit record is there and all files have the recorded size. Its
-    hashes are not checked (that reads hundreds of MiB); whoever goes on from it verifies it.
-
-    Raises CorruptCheckpoint.
-    """
+    hashes are not checked (that reads hundreds of MiB); whoever goes on from it verifies it. Raises
+    CorruptCheckpoint."""
     try:
-        manifest, _ = read_manifest(path)
+        manifest = read_manifest(path)
         for name in FILES:
             check_size(path / name, manifest["files"][name])
         state = read_json(path / "state.json")
@@ -170,11 +161,13 @@ def read_position(path: Path) -> Position:
     except Unreadable as error:
         raise CorruptCheckpoint(f"{path / 'state.json'} is damaged: it {error}") from None
     run = state.get("run") if isinstance(state, dict) else None
-    run = run if isinstance(run, dict) else {}
-    match [run.get(name) for name in ("epoch", "step", "step_in_epoch")]:
-        case [int(epoch), int(step), int(step_in_epoch)] as counts if all(type(n) is int and n >= 0 for n in counts):
-            return Position(path, epoch, step, step_in_epoch, not run.get("exploded_losses"))
-    raise CorruptCheckpoint(f"{path}: state.json holds no position")
+    try:
+        return _POSITION.validate_python({**run, "path": path} if isinstance(run, dict) else None)
+    except ValidationError:
+        raise CorruptCheckpoint(f"{path}: state.json holds no position") from None
+
+
+_POSITION = TypeAdapter(Position)
 
 
 # -- the commit record -------------------------------------------------------------------------------------------------
@@ -184,9 +177,8 @@ TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
 FILES = (*TENSOR_FILES, "state.json")
 
 
-def read_manifest(path: Path) -> tuple[dict[str, Any], bytes]:
-    """Of the checkpoint `path`, with an entry for each of `FILES`, and the bytes that it is written in. Raises
-    CorruptCheckpoint, OSError."""
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Of the checkpoint `path`, with an entry for each of `FILES`. Raises CorruptCheckpoint, OSError."""
     file = path / "manifest.json"
     try:
         if file.is_symlink():
@@ -209,7 +201,15 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], bytes]:
         raise CorruptCheckpoint(f"{path}: the commit record does not list exactly {', '.join(FILES)}")
     if not all(isinstance(entry, dict) for entry in files.values()):
         raise CorruptCheckpoint(f"{file} is damaged: it does not say what the files are")
-    return manifest, data
+    # The record has no hash of its own; what it must be, byte for byte, is known all the same.
+    if data != manifest_bytes(manifest):
+        raise CorruptCheckpoint(f"{file} is damaged: it is not as it was written")
+    return manifest
+
+
+def manifest_bytes(manifest: object) -> bytes:
+    """As it is written."""
+    return json.dumps(manifest, indent=1).encode()
 
 
 def check_size(file: Path, entry: Mapping[str, Any]) -> int:
@@ -245,18 +245,18 @@ def read_header(path: Path) -> TensorsHeader:
     if not stat.S_ISREG(status.st_mode):
         raise Unreadable("is no regular file")
     with open(path, "rb") as file:
-        first = file.read(8)
-        return parse_header(first + file.read(_header_bytes(first, status.st_size)), status.st_size)
+        return parse_header(file, status.st_size)
 
 
-def parse_header(data: bytes, file_bytes: int) -> TensorsHeader:
-    """`data`: at least the first eight bytes and the header of a file of `file_bytes`. Raises Unreadable.
-
-    The format (huggingface/safetensors, README): eight bytes with the header's length, the header as JSON, the tensors
-    one after the other without holes. Stricter than the library, and before it, so that what it is handed is sane.
-    """
-    length = _header_bytes(data[:8], file_bytes)
-    values = parse_json(data[8 : 8 + length])
+def parse_header(file: BinaryIO, file_bytes: int) -> TensorsHeader:
+    """Of a file of `file_bytes`, from its beginning. Raises Unreadable, OSError. The format (huggingface/safetensors,
+    README): eight bytes with the header's length, the header as JSON, the tensors one after the other without holes.
+    Stricter than the library, and before it, so that what it is handed is sane."""
+    first = file.read(8)
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or length > min(_HEADER_LIMIT_BYTES, file_bytes - 8):
+        raise Unreadable("has no header of a safetensors file")
+    values = parse_json(file.read(length))
     if not isinstance(values, dict):
         raise Unreadable("has no header of names")
     metadata = values.pop("__metadata__", {})
@@ -271,13 +271,6 @@ def parse_header(data: bytes, file_bytes: int) -> TensorsHeader:
     if 8 + length + end != file_bytes:
         raise Unreadable(f"has {file_bytes:,} bytes, its header says {8 + length + end:,}")
     return TensorsHeader({name: shape for name, (shape, _) in tensors.items()}, metadata)
-
-
-def _header_bytes(first: bytes, file_bytes: int) -> int:
-    length = int.from_bytes(first, "little")
-    if len(first) < 8 or length > min(_HEADER_LIMIT_BYTES, file_bytes - 8):
-        raise Unreadable("has no header of a safetensors file")
-    return length
 
 
 def _shape_and_span(name: str, entry: Any) -> tuple[tuple[int, ...], tuple[int, int]]:

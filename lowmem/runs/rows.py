@@ -12,16 +12,15 @@ lines by what stands here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
 from lowmem.core.reading import parse_json, shorten
 
-_COUNT = r"[0-9]{1,15}"  # curves are drawn with floats, which hold these exactly
-# As many digits as a float can have: without a bound, a line of nothing but digits takes a time of its square. Matched
-# in one way only: with two ways a field, a line of n fields of which the last is bad takes a time of 2^n.
-_NUMBER = r"[-+]?(?:(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][-+]?[0-9]{1,9})?|nan|inf)"
+_COUNT = re.compile(r"[0-9]{1,15}")  # curves are drawn with floats, which hold these exactly
+# As many digits as a float can have: without a bound, a line of nothing but digits takes a time of its square.
+_NUMBER = re.compile(r"[-+]?(?:(?:[0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][-+]?[0-9]{1,9})?|nan|inf)")
 _LONGEST_SECONDS = 1e10
 
 
@@ -62,9 +61,8 @@ class StepRow:
 
 @dataclass(frozen=True)
 class GradientRow:
-    """A line of gradients.csv: the norms of one step, in the order of the layers; infinite or NaN where the step
-    overflowed. Six digits are kept: the figure is drawn over many decades, and a run of 110 layers writes some 1,600
-    rows."""
+    """A line of gradients.csv: the norms of one step, to six digits, in the order of the layers; infinite or NaN
+    where the step overflowed."""
 
     step: int
     epoch: int
@@ -92,109 +90,82 @@ class BadLine(ValueError):
     """What is wrong with a line, in words that follow its file and number."""
 
 
-class Columns:
-    """The columns of a table. `key`: the one that rises from line to line; `counts`: those of whole numbers from zero;
-    `needed`: those that are never empty."""
+Row = TypeVar("Row")
 
-    def __init__(self, names: Sequence[str], key: str, counts: Container[str], needed: Container[str]) -> None:
-        self.names, self.key = tuple(names), key
-        self._counts, self._needed = counts, needed
-        self._key_index = self.names.index(key)
-        self._whole = re.compile(",".join(map(self._pattern, self.names)))
+
+@dataclass(frozen=True)
+class RowTable(Generic[Row]):
+    """A table with the columns that it has in one file: by name, of which numbers they are (int: whole ones from zero),
+    and whether they are never empty. `key`: the one that rises from line to line; `row`: what a line becomes."""
+
+    file_name: str
+    key: str
+    row: Callable[..., Row]
+    columns: Mapping[str, tuple[type[int | float], bool]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.columns)
 
     @property
     def header(self) -> str:
         """The first line."""
-        return ",".join(self.names)
+        return ",".join(self.columns)
 
-    def parse(self, line: str) -> dict[str, float | int | None]:
-        """A line without its end, by column. Raises BadLine."""
-        self._check(line)
-        values = zip(self.names, line.split(","), strict=True)
-        return {name: (int if name in self._counts else float)(text) if text else None for name, text in values}
-
-    def key_of(self, line: str) -> int:
-        """The value of `key` in a line that `parse` takes. Raises BadLine."""
-        self._check(line)
-        return int(line.split(",", self._key_index + 1)[self._key_index])
-
-    def _check(self, line: str) -> None:
-        if self._whole.fullmatch(line):
-            return
-        texts = line.split(",") if line else []
-        if len(texts) != len(self.names):
-            raise BadLine(f"{len(texts)} fields where the header has {len(self.names)}")
-        for name, text in zip(self.names, texts, strict=True):
-            if not text and name in self._needed:
-                raise BadLine(f"{name} is empty")
-            if not re.fullmatch(self._pattern(name), text):
-                raise BadLine(f"{name} is {shorten(text)!r}, which is no number")
-
-    def _pattern(self, name: str) -> str:
-        number = _COUNT if name in self._counts else _NUMBER
-        return number if name in self._needed else f"(?:{number})?"
-
-
-Row = TypeVar("Row")
-
-
-class RowTable(Generic[Row]):
-    """One of a run's tables: the name of its file, its key, and what a line of it becomes."""
-
-    def __init__(self, file_name: str, key: str, row: Callable[..., Row]) -> None:
-        self.file_name, self.key, self._row = file_name, key, row
-        of_row: Sequence[Any] = fields(row)  # type: ignore[arg-type]
-        self.names = tuple(field.name for field in of_row)
-        self._counts = frozenset(field.name for field in of_row if str(field.type).startswith("int"))
-        self._needed = frozenset(field.name for field in of_row if field.default is MISSING)
-        self.columns = self._columns(self.names)
-
-    def _columns(self, names: Sequence[str]) -> Columns:
-        return Columns(names, self.key, self._counts, self._needed)
-
-    def read_header(self, line: str) -> Columns:
-        """What the first line of a file says: some of the table's columns, in any order; older versions had fewer.
-
-        Raises BadLine."""
+    def read_header(self, line: str) -> RowTable[Row]:
+        """With the columns that the first line of a file says: some of the table's, in any order; older versions had
+        fewer. Raises BadLine."""
         names = line.split(",")
-        unknown = [name for name in names if name not in self.names]
-        missing = [name for name in self.names if name in self._needed and name not in names]
+        unknown = [name for name in names if name not in self.columns]
+        missing = [name for name, (_, needed) in self.columns.items() if needed and name not in names]
         if unknown or missing or len(set(names)) != len(names):
             wrong = f"no column {missing[0]!r}" if missing else "doubled column"
             wrong = f"unknown column {shorten(unknown[0])!r}" if unknown else wrong
-            raise BadLine(f"{wrong}: the columns are {','.join(self.names)}")
-        return self._columns(names)
+            raise BadLine(f"{wrong}: the columns are {self.header}")
+        return replace(self, columns={name: self.columns[name] for name in names})
 
-    def read_row(self, columns: Columns, line: str) -> Row:
-        """A line under that header. Raises BadLine."""
-        return self._row(**columns.parse(line))
+    def read_row(self, line: str) -> Row:
+        """A line without its end. Raises BadLine."""
+        texts, values = line.split(",") if line else [], dict[str, Any]()
+        if len(texts) != len(self.columns):
+            raise BadLine(f"{len(texts)} fields where the header has {len(self.columns)}")
+        for (name, (number, needed)), text in zip(self.columns.items(), texts, strict=True):
+            if not text and needed:
+                raise BadLine(f"{name} is empty")
+            if text and not (_COUNT if number is int else _NUMBER).fullmatch(text):
+                raise BadLine(f"{name} is {shorten(text)!r}, which is no number")
+            values[name] = number(text) if text else None
+        return self.row(**values)
+
+
+def _table(file_name: str, row: type[Row]) -> RowTable[Row]:
+    """Of a dataclass whose first field is the key."""
+    of_row: Sequence[Any] = fields(row)  # type: ignore[arg-type]
+    columns = {one.name: (int if one.type.startswith("int") else float, one.default is MISSING) for one in of_row}
+    return RowTable(file_name, of_row[0].name, row, columns)
 
 
 class _GradientTable(RowTable[GradientRow]):
-    """Its columns are the network's own layers, in the order of the forward pass; `columns` has none."""
+    """Its further columns are the network's own layers, in the order of the forward pass."""
 
-    def _columns(self, names: Sequence[str]) -> Columns:
-        return self.of_layers(())
+    def of_layers(self, layers: Sequence[str]) -> RowTable[GradientRow]:
+        return replace(self, columns=_FIXED | dict.fromkeys(layers, (float, True)))
 
-    def of_layers(self, layers: Sequence[str]) -> Columns:
-        names = ("step", "epoch", *layers)
-        return Columns(names, "step", ("step", "epoch"), frozenset(names))
-
-    def read_header(self, line: str) -> Columns:
+    def read_header(self, line: str) -> RowTable[GradientRow]:
         names = line.split(",")
         each_once = len(set(names)) == len(names) > 2
         if names[:2] != ["step", "epoch"] or not each_once or not line.isprintable():
             raise BadLine("the columns must be step, epoch and a layer each, every one once")
         return self.of_layers(names[2:])
 
-    def read_row(self, columns: Columns, line: str) -> GradientRow:
-        step, epoch, *norms = columns.parse(line).values()
-        return GradientRow(int(step or 0), int(epoch or 0), tuple(norm for norm in norms if norm is not None))
+
+def _gradient_row(step: int, epoch: int, **norms: float) -> GradientRow:
+    return GradientRow(step, epoch, tuple(norms.values()))
 
 
-EPOCH_TABLE = RowTable("metrics.csv", "epoch", EpochRow)
-STEP_TABLE = RowTable("steps.csv", "step", StepRow)
-GRADIENT_TABLE = _GradientTable("gradients.csv", "step", GradientRow)
+_FIXED: dict[str, tuple[type[int | float], bool]] = {"step": (int, True), "epoch": (int, True)}
+EPOCH_TABLE, STEP_TABLE = _table("metrics.csv", EpochRow), _table("steps.csv", StepRow)
+GRADIENT_TABLE = _GradientTable("gradients.csv", "step", _gradient_row, _FIXED)
 
 
 def csv_line(names: Sequence[str], row: Mapping[str, Any]) -> str:

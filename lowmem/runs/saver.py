@@ -1,13 +1,12 @@
-"""Checkpoints in the background: training hands over a copy of its state and goes on; a thread writes it.
+"""Checkpoints in the background: training hands over a copy of its state and goes on; a thread writes it. The order on
+disk is that of a save in the foreground, at any moment of a kill: the rows up to the checkpoint, the exported weights,
+the checkpoint with its commit record (invariant 9), then the event that says so.
 
-The order on disk is that of a save in the foreground, at any moment of a kill: the rows up to the checkpoint, the
-exported weights, the checkpoint with its commit record (invariant 9), then the event that says so.
-
-One save at a time, each try in a thread of its own. A second save waits for one that is being written, so that there
-is one copy in host memory; one that the disk refused it supersedes, taking over the exported weights it does not have
+One save at a time, each try in a thread of its own. A second save waits for one that is being written, so that there is
+one copy in host memory; one that the disk refused it supersedes, taking over the exported weights it does not have
 itself. So a kill loses what was done since the save before the latest, at most. What the disk refuses `poll` tries
 again after growing pauses, a bounded number of times until the next save is handed over. The checkpoint before stands
-meanwhile, and training goes on. `finish` waits for the end of it and raises if there is none.
+meanwhile. `finish` waits for the end of it and raises if there is none.
 
 Known limitation: a disk that neither writes nor refuses (a network folder whose server is gone) holds up training at
 the next save.
@@ -18,17 +17,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-from lowmem.core.errors import CorruptCheckpoint, DiskError, OutOfMemory
+from lowmem.core.errors import CorruptCheckpoint, DiskError, LowmemError, OutOfMemory
 from lowmem.core.units import format_duration
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
-from lowmem.runs.store import RunFolder, writes_nothing
+from lowmem.runs.store import RunFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,12 +66,10 @@ class Saved:
         return f"step {self.step} ({self.path}{ago})"
 
 
-class Saver:
-    """Writes the saves of one run. A context manager; its methods are for one thread, the one that trains.
-
-    `warn` and `note` are called in that thread, by `poll` and by whatever waits. All of them raise what ended the
-    writing thread otherwise than by a refusal, which is a bug.
-    """
+class Saver(AbstractContextManager["Saver"]):
+    """Writes the saves of one run. A context manager; its methods are for one thread, the one that trains, in which
+    `warn` and `note` are called, by `poll` and by whatever waits. All of them raise what ended the writing thread
+    otherwise than by a refusal, which is a bug."""
 
     def __init__(
         self,
@@ -86,38 +82,25 @@ class Saver:
     ) -> None:
         self._folder, self._keep, self._keep_every = folder, keep, keep_every
         self._warn, self._note = warn, note
-        newest = checkpoints.checkpoint_folders(folder.checkpoints)[:1]
         self._save: Save | None = None  # that is not on disk
         self._thread: threading.Thread | None = None  # that writes it
-        self._tries = 0  # since the last save was handed over
+        self._pauses = iter(PAUSES_SECONDS)  # before the next tries of what was handed over last
         self._due: float | None = None  # of the next try; None: not before the next save
         self._troubled = self._told = False  # since the last checkpoint; told of since the last save handed over
         # What the thread leaves behind.
-        self._saved = Saved(newest[0], checkpoints.step_of(newest[0])) if newest else None
-        self._longest_write_seconds = 0.0
-        self._failure: Exception | None = None  # of the last try
+        newest = folder.newest_checkpoint()
+        self.last_saved = None if newest is None else Saved(newest, checkpoints.step_of(newest))  # that is committed
+        self.longest_write_seconds = 0.0  # of the saves of this process
+        self._failure: LowmemError | None = None  # of the last try
         self._bug: BaseException | None = None
 
-    def __enter__(self) -> Saver:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Lets a write that has begun end; what the disk refused is dropped (`finish` is there to insist)."""
         if error is None:
             self._settle()
         else:
             with suppress(Exception):  # the error that is under way says more
                 self._settle()
-
-    @property
-    def longest_write_seconds(self) -> float:
-        """Of the saves of this process; 0 before the first."""
-        return self._longest_write_seconds
-
-    @property
-    def last_saved(self) -> Saved | None:
-        """The newest committed checkpoint."""
-        return self._saved
 
     def poll(self) -> None:
         """Says what happened meanwhile and begins another try that is due. Costs nothing otherwise."""
@@ -138,7 +121,7 @@ class Saver:
         if self._save is not None:
             save = replace(save, weights={**self._save.weights, **save.weights})
         if self._save is None or self._due is None:
-            self._tries, self._due, self._told = 0, time.monotonic(), False
+            self._pauses, self._due, self._told = iter(PAUSES_SECONDS), time.monotonic(), False
         self._save = save  # if a pause goes on, the next try is of this one
         self.poll()
 
@@ -150,20 +133,27 @@ class Saver:
 
     def finish(self, hurried: Callable[[], bool] = lambda: False) -> None:
         """Until everything is on disk, rows included. `hurried`: whether somebody waits for the process to leave.
-
         Raises DiskError (or OutOfMemory), saying what was saved last and where, if that cannot be done within some
-        minutes; within seconds, if hurried.
-        """
-        failure: Exception | None = None
+        minutes; within seconds, if hurried."""
+        failure: LowmemError | None = None
         for count, pause in enumerate((0.0, *FINAL_PAUSES_SECONDS), start=1):
             if count > HURRIED_TRIES and hurried():
                 break
             self._rest(pause, hurried)
-            failure = self._try_now()
+            if self._save is not None and self._thread is None:
+                self._begin()
+            self._settle()
+            failure = self._failure
+            self.poll()
             if failure is None:
-                return
+                try:
+                    return self._folder.flush()
+                except DiskError as error:
+                    failure = error
         assert failure is not None
-        raise self._final_error(failure)
+        last = "nothing was saved before" if self.last_saved is None else f"saved last is {self.last_saved}"
+        way_out = f"then go on from there with `lowmem resume {self._folder.path}`"
+        raise type(failure)(f"the last save failed: {failure}; {last}; {way_out}")
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -172,20 +162,6 @@ class Saver:
         while (passed := time.monotonic() - began) < (min(seconds, _HURRIED_PAUSE_SECONDS) if hurried() else seconds):
             self.poll()
             time.sleep(min(seconds - passed, _SLICE_SECONDS))
-
-    def _try_now(self) -> Exception | None:
-        """One try of all that is not on disk; why it failed, if it did."""
-        if self._save is not None and self._thread is None:
-            self._begin()
-        self._settle()
-        failure = self._failure
-        self.poll()
-        try:
-            if failure is None:
-                self._folder.flush()
-        except DiskError as error:
-            return error
-        return failure
 
     def _begin(self) -> None:
         assert self._save is not None
@@ -221,25 +197,18 @@ class Saver:
                 self._troubled = False
                 self._note(f"saved again: step {step} is on disk")
             return
-        pause = PAUSES_SECONDS[self._tries] if self._tries < len(PAUSES_SECONDS) else None
-        self._tries += 1
+        pause = next(self._pauses, None)
         self._due = None if pause is None else time.monotonic() + pause
         if not self._told:
-            stands = f"{self._saved} stands" if self._saved else "there is none before it"
+            stands = f"{self.last_saved} stands" if self.last_saved else "there is none before it"
             again = "with the next save" if pause is None else f"in {pause:g} s"
-            self._trouble(f"step {step} was not saved ({_reason(self._failure)}); {stands}; trying again {again}")
+            self._trouble(f"step {step} was not saved ({self._failure}); {stands}; trying again {again}")
 
     def _trouble(self, text: str) -> None:
         """Once for each stretch of trouble, to the user and into the run's own record."""
         self._troubled = self._told = True
         self._folder.event("warning", what=text)
         self._warn(text)
-
-    def _final_error(self, failure: Exception) -> Exception:
-        path = self._folder.path
-        last = "nothing was saved before" if self._saved is None else f"saved last is {self._saved}"
-        text = f"the last save failed: {_reason(failure)}; {last}; then go on from there with `lowmem resume {path}`"
-        return OutOfMemory(text) if isinstance(failure, MemoryError | OutOfMemory) else DiskError(text)
 
     # -- the thread ------------------------------------------------------------------------------------------------
 
@@ -254,27 +223,12 @@ class Saver:
             folder, keep, every = self._folder.checkpoints, self._keep, self._keep_every
             path = checkpoints.save(folder, save.checkpoint, keep=keep, keep_every=every)
             now = time.monotonic()
-            self._saved = Saved(path, save.checkpoint.step, now, save.taken_at)
-            self._longest_write_seconds = max(self._longest_write_seconds, now - began)
+            self.last_saved = Saved(path, save.checkpoint.step, now, save.taken_at)
+            self.longest_write_seconds = max(self.longest_write_seconds, now - began)
             self._folder.event("checkpoint", epoch=save.epoch, step=save.checkpoint.step)
-        except (DiskError, CorruptCheckpoint, OutOfMemory, OSError, MemoryError) as error:
-            self._failure = error.with_traceback(None)
-            self._failure.__cause__ = self._failure.__context__ = None
+        except (DiskError, CorruptCheckpoint, OSError) as error:
+            self._failure = DiskError(str(error))
+        except (OutOfMemory, MemoryError) as error:
+            self._failure = OutOfMemory("out of memory" if isinstance(error, MemoryError) else str(error))
         except BaseException as error:
             self._bug = error
-
-
-def _reason(failure: Exception) -> str:
-    return "out of memory" if isinstance(failure, MemoryError) else str(failure)
-
-
-@writes_nothing(Saver)
-class NullSaver(Saver):
-    """Saves nothing, waits for nothing: of a process of a run that another one writes."""
-
-    def __init__(self) -> None:
-        self._saved, self._longest_write_seconds = None, 0.0
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None: ...

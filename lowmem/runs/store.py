@@ -1,4 +1,4 @@
-"""The run folder while it is written: made once, locked, appended to, cut back on resume.
+"""The run folder while it is written: made once, locked, appended to, cut back on resume; and how much room it takes.
 
 Reading a run without writing to it is `lowmem.runs.view`.
 """
@@ -9,28 +9,20 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
-from types import FunctionType, TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
 
-from lowmem.core.errors import CorruptCheckpoint, DiskError, PreflightError, UsageError
+from lowmem.config.schema import Config
+from lowmem.core.errors import CorruptCheckpoint, DiskError, PreflightError
 from lowmem.core.reading import shorten
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs.atomic import (
-    PARTIAL,
-    RowFile,
-    fsync_folder,
-    replace_path,
-    replacing,
-    write_bytes_atomic,
-    write_text_atomic,
-)
-from lowmem.runs.checkpoint import FULL, disk_error
-from lowmem.runs.lock import Owner, RunLock
+from lowmem.runs.atomic import PARTIAL, RowFile, fsync_folder, replace_path, replacing, write_text_atomic
+from lowmem.runs.checkpoint import FULL, disk_error, disk_errors
+from lowmem.runs.folder import FORKING, RunLock, clear, refuse_existing
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, csv_line, gradient_line
-from lowmem.runs.setup import FORKING, clear, refuse_existing
 from lowmem.runs.tables import cut_table
 
 if TYPE_CHECKING:
@@ -45,16 +37,15 @@ def plan_file(rank: int) -> str:
     return PLAN if rank == 0 else f"plan-{rank}.json"
 
 
-class RunFolder:
-    """A run folder held under its lock. Use as a context manager; leaving it releases the lock.
+class RunFolder(AbstractContextManager["RunFolder"]):
+    """A run folder held under its lock, as a context manager. Rows and events that the disk refuses are kept in memory
+    and written, in order, before the next ones or by `flush`. Threads may share it."""
 
-    Rows and events that the disk refuses are kept in memory and written, in order, before the next ones or by `flush`.
-    Threads may share it.
-    """
-
-    def __init__(self, path: Path, lock: RunLock | None) -> None:
+    def __init__(self, path: Path, lock: RunLock | None, made: Sequence[Path] = ()) -> None:
         self.path = path
-        self._lock = lock
+        self._lock, self._made = lock, made
+        # The writer before this one, if it ended without leaving (killed, or the machine went down).
+        self.taken_over = None if lock is None else lock.taken_over
         self.checkpoints = path / "checkpoints"
         self.metrics_file, self.steps_file = path / EPOCH_TABLE.file_name, path / STEP_TABLE.file_name
         self.gradients_file, self.events_file = path / GRADIENT_TABLE.file_name, path / "events.jsonl"
@@ -64,50 +55,44 @@ class RunFolder:
         self._plans_waiting: dict[int, Mapping[str, Any]] = {}
         self._plan_lock = threading.Lock()
 
-    @property
-    def taken_over(self) -> Owner | None:
-        """The writer before this one, if it ended without leaving (killed, or the machine went down)."""
-        return None if self._lock is None else self._lock.taken_over
-
     @classmethod
     def create(cls, path: Path, config_yaml: str, environment: Mapping[str, Any]) -> RunFolder:
-        """Makes a new run folder, or takes over one of a run that never began (see `setup.never_began`).
+        """Makes a new run folder, durably, or takes over one of a run that never began (see `folder.never_began`).
 
-        Raises UsageError if there is anything else, PreflightError if it cannot be made.
+        Raises UsageError if there is anything else, PreflightError if it cannot be made; what was made then goes.
         """
         refuse_existing(path)
         try:
-            lock = _lock_new(path)
-            run = cls(path, lock)
-            try:
+            with ExitStack() as undo:
+                made = [folder for folder in (path, *path.parents) if not folder.exists()]
+                undo.callback(_unmake, made)
+                path.mkdir(parents=True, exist_ok=True)
+                for folder in made:
+                    with suppress(OSError):  # who may write to a folder may perhaps not read it
+                        fsync_folder(folder.parent)
+                lock = RunLock.acquire(path)
+                undo.callback(lock.release)
                 refuse_existing(path)  # another process may have begun a run in the meantime
-            except UsageError:
-                lock.release()
-                raise
-            try:
-                run._set_up(config_yaml, environment)
-            except BaseException:
-                run.discard()
-                raise
+                run = cls(path, lock, made)
+                undo.callback(run.discard)
+                clear(path)
+                (path / "checkpoints").mkdir()
+                (path / "weights").mkdir()
+                write_text_atomic(path / "config.yaml", config_yaml)
+                write_text_atomic(path / "env.json", json.dumps(environment, indent=1) + "\n")
+                write_text_atomic(run.metrics_file, f"{EPOCH_TABLE.header}\n")
+                write_text_atomic(run.steps_file, f"{STEP_TABLE.header}\n")
+                undo.pop_all()
         except OSError as error:
             raise PreflightError(
                 f"the run folder {path} cannot be written ({error.strerror or error}): choose another with --out"
             ) from None
         return run
 
-    def _set_up(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
-        clear(self.path)
-        (self.path / "checkpoints").mkdir()
-        (self.path / "weights").mkdir()
-        write_text_atomic(self.path / "config.yaml", config_yaml)
-        write_text_atomic(self.path / "env.json", json.dumps(environment, indent=1) + "\n")
-        write_text_atomic(self.metrics_file, f"{EPOCH_TABLE.columns.header}\n")
-        write_text_atomic(self.steps_file, f"{STEP_TABLE.columns.header}\n")
-
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """Opens an existing run for writing, which the caller has looked at (`setup.require_run`). Raises UsageError if
-        another process writes it, DiskError if there is no room, PreflightError if it cannot be written otherwise."""
+        """For writing, a run that the caller has looked at (`folder.require_run`). Raises UsageError if another process
+        writes it, DiskError if there is no room, PreflightError if it cannot be written otherwise."""
         try:
             return cls(path, RunLock.acquire(path))
         except OSError as error:
@@ -117,18 +102,19 @@ class RunFolder:
                 f"{path} cannot be written ({error.strerror or error}): check its permissions"
             ) from None
 
-    def __enter__(self) -> RunFolder:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Writes what rows still wait, if the disk takes them, and releases the lock."""
-        with suppress(DiskError):
-            self.flush()
-        if self._lock is not None:
+        if self._lock is not None and self._lock.held:  # else it was discarded
+            with suppress(DiskError):
+                self.flush()
             self._lock.release()
+
+    def newest_checkpoint(self) -> Path | None:
+        """By its name, whole or not."""
+        return next(iter(checkpoints.checkpoint_folders(self.checkpoints)), None)
 
     def tidy(self, *, keep: int, keep_every: int | None = None) -> None:
         """Deletes what a killed writer left half done. Failing to delete is no reason to stop a run."""
@@ -148,10 +134,11 @@ class RunFolder:
         with suppress(OSError):
             clear(self.path, ignore_errors=True)
         self._lock.remove()
+        _unmake(self._made)
 
     def write_plan(self, plan: Mapping[str, Any], rank: int = 0) -> None:
         """Writes plan.json, or the plan of another process of the run, atomically. Raises DiskError."""
-        with _disk_errors(self.path / plan_file(rank)) as path:
+        with disk_errors(self.path / plan_file(rank)) as path:
             write_text_atomic(path, json.dumps(plan, indent=1) + "\n")
 
     def forget_plans(self, after: int) -> None:
@@ -180,8 +167,7 @@ class RunFolder:
 
     def append_steps(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends rows to steps.csv."""
-        if rows:
-            self._append(self._steps, [csv_line(STEP_TABLE.names, row) for row in rows])
+        self._append(self._steps, [csv_line(STEP_TABLE.names, row) for row in rows])
 
     def _append(self, file: RowFile, lines: list[str]) -> None:
         with suppress(OSError):  # they wait; whoever saves or ends the run asks `flush`
@@ -193,14 +179,11 @@ class RunFolder:
         return sum(file.waiting for file in self._row_files)
 
     def flush(self) -> None:
-        """Writes everything that waits. Raises DiskError if the disk still refuses; nothing of it is lost then.
-
-        A checkpoint may be committed only after this: a resume cuts the rows back to it and cannot make up for rows
-        that are missing before it.
-        """
+        """Writes everything that waits. Raises DiskError if the disk still refuses; nothing of it is lost then. A
+        checkpoint may be committed only after this: a resume cannot make up for rows that are missing before it."""
         for file in self._row_files:
-            with _disk_errors(file.path):
-                file.flush()
+            with disk_errors(file.path):
+                file.append()
         self._write_waiting_plan()
 
     def _write_waiting_plan(self) -> None:
@@ -210,51 +193,51 @@ class RunFolder:
                 del self._plans_waiting[rank]
 
     def begin_gradients(self, layers: Sequence[str], *, step: int) -> str | None:
-        """Makes gradients.csv with its header, or drops the rows after `step` from the one that is there.
-
-        Nothing is computed from it, so that nothing in it can stop a run: one that is no table of these layers is set
-        aside as `damaged-gradients.csv`. Returns a sentence if anything was wrong. Raises DiskError.
-        """
-        columns, damage = GRADIENT_TABLE.of_layers(layers), None
-        with _disk_errors(self.gradients_file) as file:
+        """Makes gradients.csv, or drops the rows after `step` from the one that is there. Nothing is computed from
+        it: one that is no table of these layers is set aside as `damaged-gradients.csv` and stops no run. Returns a
+        sentence if anything was wrong. Raises DiskError."""
+        table, damage = GRADIENT_TABLE.of_layers(layers), None
+        with disk_errors(self.gradients_file) as file:
             if file.is_file() and file.stat().st_size == 0:
                 file.unlink()
             if file.exists():
                 try:
-                    damage = cut_table(file, columns, step)
+                    damage = cut_table(file, table, step)
                 except (CorruptCheckpoint, PermissionError) as error:
                     aside = _free(file.with_name(f"damaged-{file.name}"))
                     replace_path(file, aside)
                     damage = f"{shorten(error)}; the run goes on with a new one, the file as it was is {aside.name}"
                 self._gradients.replaced()
             if not file.exists() and not self._gradients.waiting:
-                self._append(self._gradients, [columns.header])
+                self._append(self._gradients, [table.header])
         return damage
 
     def append_gradients(self, rows: Sequence[tuple[int, int, Sequence[float]]]) -> None:
         """Appends (step, epoch, norms) to gradients.csv."""
-        if rows:
-            self._append(self._gradients, [gradient_line(*row) for row in rows])
+        self._append(self._gradients, [gradient_line(*row) for row in rows])
 
-    def copy_metrics(self, source: Path, *, epoch: int) -> None:
-        """Takes over the rows of another run's metrics.csv up to `epoch`. Raises DiskError."""
-        with _disk_errors(self.metrics_file):
-            with open(source / EPOCH_TABLE.file_name, "rb") as old, replacing(self.metrics_file) as new:
-                shutil.copyfileobj(old, new)
-            cut_table(self.metrics_file, EPOCH_TABLE.columns, epoch)
-            self._metrics.replaced()
+    def copy_rows(self, source: Path, *, epoch: int, step: int | None) -> None:
+        """Takes over the rows of another run's metrics.csv up to `epoch`, and of its steps.csv, if there is one, up to
+        `step` (None: none). Raises DiskError."""
+        for file, table, last in ((self._metrics, EPOCH_TABLE, epoch), (self._steps, STEP_TABLE, step)):
+            theirs = source / table.file_name
+            if last is None or (table is STEP_TABLE and not theirs.is_file()):
+                continue
+            with disk_errors(file.path):
+                with open(theirs, "rb") as old, replacing(file.path) as new:
+                    shutil.copyfileobj(old, new)
+                cut_table(file.path, table, last)
+                file.replaced()
 
     def cut_back(self, *, epoch: int, step: int) -> list[str]:
-        """Drops rows after `epoch` from metrics.csv and after `step` from steps.csv: what a resume will repeat.
-
+        """Drops rows after `epoch` from metrics.csv and after `step` from steps.csv, which a resume will repeat.
         Returns a sentence for each file that had lines nothing could be made of. Raises CorruptCheckpoint for a file
-        that is no table of these columns, DiskError.
-        """
+        that is no table of these columns, DiskError."""
         self.flush()  # rows that still wait are to be dropped, too, if they are of later steps
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             damages = (
-                cut_table(self.metrics_file, EPOCH_TABLE.columns, epoch, every=True),
-                cut_table(self.steps_file, STEP_TABLE.columns, step),
+                cut_table(self.metrics_file, EPOCH_TABLE, epoch),
+                cut_table(self.steps_file, STEP_TABLE, step),
             )
             self._metrics.replaced()
             self._steps.replaced()
@@ -262,38 +245,21 @@ class RunFolder:
 
     def write_config(self, text: str) -> None:
         """Replaces config.yaml, after an operational setting changed. Raises DiskError."""
-        with _disk_errors(self.path / "config.yaml") as path:
+        with disk_errors(self.path / "config.yaml") as path:
             write_text_atomic(path, text)
 
     def save_weights(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Writes weights/<name>.safetensors atomically, with string metadata. Raises DiskError."""
         from safetensors.torch import save as encode
 
-        with _disk_errors(self.path / "weights" / f"{name}.safetensors") as path:
-            write_bytes_atomic(path, encode(dict(tensors), metadata=dict(metadata)))
+        with disk_errors(self.path / "weights" / f"{name}.safetensors") as path, replacing(path) as file:
+            file.write(encode(dict(tensors), metadata=dict(metadata)))
 
 
-Writer = TypeVar("Writer", bound=type)
-
-
-def writes_nothing(of: type) -> Callable[[Writer], Writer]:
-    """A decorator of a subclass of `of`: every public method of `of` that it does not define does nothing and returns
-    None. For a process of a run that another one writes: of several that train together rank 0 alone holds the folder
-    and saves."""
-
-    def silenced(writer: Writer) -> Writer:
-        for name, member in vars(of).items():
-            if isinstance(member, FunctionType) and not name.startswith("_") and name not in vars(writer):
-                setattr(writer, name, lambda self, *_, **__: None)
-        return writer
-
-    return silenced
-
-
-@writes_nothing(RunFolder)
 class NullFolder(RunFolder):
-    """The same methods, and nothing happens. `path` is where the run is for the process that writes it; here there may
-    be nothing."""
+    """Of a process of a run that another one writes (of several that train together rank 0 alone holds the folder and
+    saves): the same methods, and nothing happens. `path` is where the run is for the process that writes it; here there
+    may be nothing."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, None)
@@ -302,32 +268,55 @@ class NullFolder(RunFolder):
         return []
 
 
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[Path]:
-    """Around writing `path`: an OSError becomes the one-line DiskError."""
-    try:
-        yield path
-    except OSError as error:
-        raise disk_error(error, path) from error
+for _name, _member in vars(RunFolder).items():
+    if isinstance(_member, FunctionType) and not _name.startswith("_") and _name not in vars(NullFolder):
+        setattr(NullFolder, _name, lambda self, *_, **__: None)
 
 
-def _lock_new(path: Path) -> RunLock:
-    """Makes the folder, durably, and locks it. One that cannot be locked does not stay. Raises OSError, UsageError."""
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        for folder in made:
-            with suppress(OSError):  # who may write to a folder may perhaps not read it
-                fsync_folder(folder.parent)
-        return RunLock.acquire(path)
-    except BaseException:
-        if made:
-            with suppress(OSError):
-                path.rmdir()  # only if it is empty
-        raise
+def _unmake(made: Sequence[Path]) -> None:
+    """The folders that were made for a run that came to nothing go, if there is nothing in them."""
+    for folder in made:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _free(path: Path) -> Path:
     """`path`, or if there is something of that name already, the first of it with a number that is free."""
     names = (path, *(path.with_stem(f"{path.stem}-{number}") for number in range(2, 1000)))
     return next((one for one in names if not one.exists()), path)
+
+
+# -- room on the disk --------------------------------------------------------------------------------------------------
+
+# Generous: a row of metrics.csv with its `checkpoint` event, and one of steps.csv.
+_EPOCH_BYTES, _STEP_BYTES = 1024, 64
+_NORM_BYTES = 13  # of gradients.csv: six digits, an exponent, a comma
+
+
+def most_checkpoints(config: Config) -> int:
+    """That a run has at its fullest: one generation more than are kept exists while a new one is written. Those kept
+    for their epoch come to these; the last epoch's is among the newest."""
+    every = config.checkpoint.keep_every
+    return config.checkpoint.keep + 1 + (0 if every is None else (config.train.epochs - 1) // every)
+
+
+def run_bytes(
+    config: Config,
+    *,
+    checkpoint_bytes: int,
+    parameter_bytes: int,
+    steps_per_epoch: int | None = None,
+    layers: int = 0,
+    norms_every: int = 1,
+) -> int:
+    """Bytes on disk that a run needs at its fullest: checkpoints, momentum included; weights, which are exported twice
+    and replaced aside; and where it is known how many steps an epoch has, rows, those of gradients.csv with the norms
+    of so many layers each."""
+    needed = most_checkpoints(config) * checkpoint_bytes + 3 * parameter_bytes
+    if steps_per_epoch is None:
+        return needed
+    steps, saves_apart = config.train.epochs * steps_per_epoch, config.checkpoint.steps_between_saves
+    saves = steps // saves_apart if saves_apart else 0
+    logged = steps // config.train.log_every_steps * _STEP_BYTES
+    gradients = (1 + steps // norms_every) * (_STEP_BYTES + layers * _NORM_BYTES)
+    return needed + config.train.epochs * _EPOCH_BYTES + logged + saves * 2 * _STEP_BYTES + gradients

@@ -1,8 +1,6 @@
-"""Reading the files of rows: whole, line after line while a run still writes them, and up to a checkpoint.
-
-A run may have died at any moment, so the last line of a file may be half written. A file is read line by line: with
-every step recorded, small batches and many layers it grows beyond what there is room for in memory.
-"""
+"""Reading the files of rows: whole, line after line while a run still writes them, and up to a checkpoint. A run may
+have died at any moment, so the last line of a file may be half written. With every step recorded, small batches and
+many layers a file outgrows the memory: it is cut back line by line."""
 
 from __future__ import annotations
 
@@ -13,12 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from lowmem.core.errors import CorruptCheckpoint, UsageError
 from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable, read_limited, shorten
 from lowmem.runs.atomic import cut_file, replacing, write_text_atomic
-from lowmem.runs.rows import BadLine, Columns, Event, Row, RowTable, parse_event
+from lowmem.runs.rows import BadLine, Event, Row, RowTable, parse_event
 
 _LONGEST_LINE_BYTES = 1 << 20  # a row of 1,200 layers has 16 KiB
 # Far above any run (a row for each of 164 epochs of single pictures: 0.5 GiB), and soon read where it is one hole.
@@ -26,76 +24,41 @@ _MOST_BYTES = 4 << 30
 _ANCHOR_LIMIT_BYTES = 1 << 16  # of the last line, by which a file is known again
 
 
-@dataclass(frozen=True)
-class _Line:
-    """`data`: without its end, None for one that is longer than any can be; `ends`: whether it has one."""
-
-    data: bytes | None
-    ends: bool
-    end_bytes: int
-
-    @property
-    def text(self) -> str:
-        """A bad byte then fails as a number."""
-        return "?" if self.data is None else self.data.decode("utf-8", errors="replace")
-
-
-def _lines(file: BinaryIO, end: int = 0) -> Iterator[_Line]:
-    """From where the file stands, `end` bytes after its beginning."""
-    long = False
-    while piece := file.readline(_LONGEST_LINE_BYTES):
-        end += len(piece)
-        ends = piece.endswith(b"\n")
-        if not ends and len(piece) == _LONGEST_LINE_BYTES:
-            long = True
-            continue
-        yield _Line(None if long else piece.removesuffix(b"\n").removesuffix(b"\r"), ends, end)
-        long = False
-    if long:
-        yield _Line(None, False, end)
-
-
 # -- whole -------------------------------------------------------------------------------------------------------------
 
 
-def read_table(path: Path, table: RowTable[Row], notes: list[str]) -> tuple[Columns, tuple[Row, ...]]:
-    """Every row of the file; none if it is not there yet. A half-written last line is left out and noted.
-
-    Raises UsageError naming the file and the line for any other damage: a curve with silent holes is worse than none.
-    """
-    lines = _whole_lines(path, notes)
+def read_table(path: Path, table: RowTable[Row], notes: list[str]) -> tuple[RowTable[Row], tuple[Row, ...]]:
+    """With its columns in this file, every row; none if it is not there yet. A half-written last line is left out
+    and noted. Raises UsageError naming the file and the line for any other damage: a curve with silent holes is
+    worse than none."""
     rows: list[Row] = []
-    number = 1
+    number, before = 0, -1
     try:
-        columns = table.read_header(lines[0]) if lines else table.columns
-        for line in lines[1:]:
-            number += 1
-            row = table.read_row(columns, line)
-            at, before = getattr(row, table.key), getattr(rows[-1], table.key) if rows else -1
+        for number, line in enumerate(_whole_lines(path, notes), start=1):
+            if number == 1:
+                table = table.read_header(line)
+                continue
+            rows.append(table.read_row(line))
+            at = getattr(rows[-1], table.key)
             if at <= before:
-                key = table.key
-                raise BadLine(f"{key} {at} follows {key} {before}: lines are doubled or out of order")
-            rows.append(row)
+                raise BadLine(f"{table.key} {at} follows {table.key} {before}: lines are doubled or out of order")
+            before = at
     except BadLine as error:
         raise UsageError(f"{path} line {number}: {error}") from None
-    return columns, tuple(rows)
+    return table, tuple(rows)
 
 
 def read_events(path: Path, notes: list[str]) -> tuple[Event, ...]:
     """Of events.jsonl what can be read; what cannot is left out and noted."""
-    events = []
     try:
-        lines = _whole_lines(path, notes)
+        events = [parse_event(line) for line in _whole_lines(path, notes)]
     except UsageError as error:
         notes.append(f"{shorten(error, 500)}; what it holds is left out")
         return ()
-    for number, line in enumerate(lines, start=1):
-        event = parse_event(line)
+    for number, event in enumerate(events, start=1):
         if event is None:
             notes.append(f"{path.name} line {number} cannot be read and is left out")
-        else:
-            events.append(event)
-    return tuple(events)
+    return tuple(event for event in events if event is not None)
 
 
 def _whole_lines(path: Path, notes: list[str]) -> list[str]:
@@ -116,6 +79,7 @@ def _whole_lines(path: Path, notes: list[str]) -> list[str]:
 
 # -- while it grows ----------------------------------------------------------------------------------------------------
 
+
 Item = TypeVar("Item")
 
 
@@ -131,12 +95,10 @@ class News(Generic[Item]):
 
 
 class Follower(Generic[Item]):
-    """A growing text file: only what is new, and noticing when what was read no longer holds.
-
-    A run appends whole lines, and a resume (or going back from a broken loss) replaces a table by a shorter one. Each
-    look opens the file, reads from the last known line on, and closes it: on Windows an open file is in the way of the
-    trainer's `os.replace`. A line without its end is being written, or was cut off by a crash: it waits for the next
-    look. A file that is missing, or refuses to be read for a moment, has no news.
+    """A growing text file: only what is new, and noticing when what was read no longer holds. Each look opens the file,
+    reads from the last known line on, and closes it: on Windows an open file is in the way of the trainer's
+    `os.replace`. A line without its end is being written, or was cut off by a crash: it waits for the next look. A file
+    that is missing, or refuses to be read for a moment, has no news.
 
     Known limitation: a file rewritten in place, in the same length, with the same last line is not noticed; lowmem
     replaces files.
@@ -152,8 +114,8 @@ class Follower(Generic[Item]):
     def look(self) -> News[Item]:
         """What came since the last look."""
         try:
-            if not stat.S_ISREG(os.stat(self._path).st_mode):  # a pipe would never end
-                return News()
+            if not stat.S_ISREG(os.stat(self._path).st_mode):
+                return News()  # a pipe would never end
             with open(self._path, "rb") as file:
                 status = os.fstat(file.fileno())
                 mark = (status.st_ino, status.st_size, status.st_mtime_ns)
@@ -188,39 +150,55 @@ def follow_events(path: Path) -> Follower[Event]:
 
 
 class TableFollower(Follower[Row]):
-    """The rows that come. A line that is none is left out: whoever only looks on has nothing to refuse. `columns`: None
-    before the first line, or where that is no header of this table."""
+    """The rows that come. A line that is none is left out: whoever only looks on has nothing to refuse. `table`: with
+    the columns of the file; None before the first line, or where that is no header of this table."""
 
     def __init__(self, path: Path, table: RowTable[Row]) -> None:
         super().__init__(path, self._rows)
-        self.columns: Columns | None = None
-        self._table = table
+        self.table: RowTable[Row] | None = None
+        self._known = table
 
     def _rows(self, lines: list[str], from_the_beginning: bool) -> Iterator[Row]:
         if from_the_beginning:
-            self.columns = None
+            self.table = None
             with suppress(BadLine):
-                self.columns = self._table.read_header(lines.pop(0)) if lines else None
+                self.table = self._known.read_header(lines.pop(0)) if lines else None
         for line in lines:
             with suppress(BadLine):
-                if self.columns is not None:
-                    yield self._table.read_row(self.columns, line)
+                if self.table is not None:
+                    yield self.table.read_row(line)
 
 
 # -- up to a checkpoint ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+def _lines(file: BinaryIO) -> Iterator[tuple[bytes | None, bool, int]]:
+    """Each line without its end (None: it is longer than any can be), whether it has one, and how many bytes there are
+    up to its end."""
+    end, long = 0, False
+    while piece := file.readline(_LONGEST_LINE_BYTES):
+        end += len(piece)
+        ends = piece.endswith(b"\n")
+        if not ends and len(piece) == _LONGEST_LINE_BYTES:
+            long = True
+            continue
+        yield None if long else piece.removesuffix(b"\n").removesuffix(b"\r"), ends, end
+        long = False
+    if long:
+        yield None, False, end
+
+
+@dataclass
 class Scan:
     """A table's lines, counted. `kept`: whole, rising, at most the last that is asked for; `lost`: lines nothing can
     be made of; `missing`: rows that ought to be there; `beyond`: after the last asked for; `cut_off`: the last one has
     no line end. `kept_bytes`: up to the end of the last kept one; None without a whole header."""
 
-    kept: int
-    lost: int
-    missing: int
-    beyond: int
-    cut_off: bool
+    kept: int = 0
+    lost: int = 0
+    missing: int = 0
+    beyond: int = 0
+    cut_off: bool = False
     kept_bytes: int | None = None
 
     @property
@@ -232,72 +210,66 @@ class Scan:
 
 
 def scan_table(
-    path: Path,
-    columns: Columns,
-    last: int,
-    *,
-    every: bool = False,
-    take: Callable[[bytes], object] = lambda line: None,
+    path: Path, table: RowTable[Any], last: int | None, take: Callable[[bytes], object] = lambda line: None
 ) -> Scan:
-    """The table at `path` up to the row whose key is `last`. `every`: there must be one for each of 1 … `last`.
-    `take` is given each row that is kept, without its line end. A missing file has no rows.
-
-    Raises CorruptCheckpoint for a file that is no table of these columns, OSError.
-    """
-    kept = lost = beyond = before = 0
-    kept_bytes: int | None = None
+    """The table at `path` up to the row whose key is `last` (None: all); of epochs there must be each from the first
+    to that. `take` is given each row that is kept, without its line end. A missing file has no rows. Raises
+    CorruptCheckpoint for a file that is no table of these columns, OSError."""
+    rows = Scan(missing=last if table.key == "epoch" and last is not None else 0)
     try:
         file = _open(path)
     except FileNotFoundError:
-        return Scan(0, 0, last if every else 0, 0, False)
+        return rows
+    before = 0
     with file:
-        lines, header = _lines(file), columns.header.encode()
-        first = next(lines, _Line(header, False, 0))
-        begun = first.data is not None and not first.ends and header.startswith(first.data)
-        if first.data != header and not begun:
+        lines, header = _lines(file), table.header.encode()
+        first, whole, end_bytes = next(lines, (header, False, 0))
+        begun = first is not None and not whole and header.startswith(first)
+        if first != header and not begun:
             raise CorruptCheckpoint(
                 f"{path} has other columns than this lowmem writes: restore its first line or use the lowmem that "
                 "wrote it, or move the file away to go on without its rows"
             )
-        cut_off = first.end_bytes > 0 and not first.ends  # while it was made
-        if first.ends:
-            kept_bytes = first.end_bytes
-        for line in lines:
-            if not line.ends:  # cut off by a crash, and will be repeated
-                cut_off = True
+        rows.cut_off = end_bytes > 0 and not whole  # while it was made
+        rows.kept_bytes = end_bytes if whole else None
+        for line, whole, end_bytes in lines:
+            if not whole:  # cut off by a crash, and will be repeated
+                rows.cut_off = True
                 break
             try:
-                at = columns.key_of(line.text)
+                text = "" if line is None else line.decode("utf-8", errors="replace")
+                at = getattr(table.read_row(text), table.key)
             except BadLine:
                 at = 0
             if at <= before:
-                lost += 1
-            elif at > last:
-                beyond += 1
+                rows.lost += 1
+            elif last is not None and at > last:
+                rows.beyond += 1
             else:
-                take(line.data or b"")
+                take(line or b"")
+                rows.kept, rows.kept_bytes, before = rows.kept + 1, end_bytes, at
                 # A line that only seems to be after `last`, since others follow it, is a damaged one.
-                kept, lost, beyond, before = kept + 1, lost + beyond, 0, at
-                kept_bytes = line.end_bytes
-    return Scan(kept, lost, last - kept if every else 0, beyond, cut_off, kept_bytes)
+                rows.lost, rows.beyond = rows.lost + rows.beyond, 0
+    rows.missing = max(0, rows.missing - rows.kept)
+    return rows
 
 
-def cut_table(path: Path, columns: Columns, last: int, *, every: bool = False) -> str | None:
+def cut_table(path: Path, table: RowTable[Any], last: int) -> str | None:
     """Cuts the table to the rows that `scan_table` keeps. Returns None, or a sentence if it is damaged; the file as it
     was is then kept beside it as `damaged-<name>`. Raises what `scan_table` raises."""
-    rows = scan_table(path, columns, last, every=every)
+    rows = scan_table(path, table, last)
     aside = path.with_name(f"damaged-{path.name}")
     if rows.damage is not None and path.exists() and not aside.exists():
         with open(path, "rb") as old, replacing(aside) as copy:
             shutil.copyfileobj(old, copy)
     if rows.kept_bytes is None:
-        write_text_atomic(path, f"{columns.header}\n")
+        write_text_atomic(path, f"{table.header}\n")
     elif not rows.lost:
         cut_file(path, rows.kept_bytes)
     else:
         with replacing(path) as new:
-            new.write(f"{columns.header}\n".encode())
-            scan_table(path, columns, last, take=lambda line: new.write(line + b"\n"))
+            new.write(f"{table.header}\n".encode())
+            scan_table(path, table, last, take=lambda line: new.write(line + b"\n"))
     if rows.damage is None:
         return None
     return f"{path}: {rows.damage}; the run goes on without them, the file as it was is kept as {aside.name}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +19,12 @@ from typing import Any, Literal
 
 from lowmem.config.schema import Config
 from lowmem.config.settings import Settings, from_yaml
-from lowmem.core.errors import CorruptCheckpoint
-from lowmem.core.reading import PLAN_LIMIT_BYTES, TABLE_LIMIT_BYTES, Unreadable, read_json, shorten
+from lowmem.core.errors import CorruptCheckpoint, LowmemError, UsageError
+from lowmem.core.reading import PLAN_LIMIT_BYTES, RECORD_LIMIT_BYTES, TABLE_LIMIT_BYTES, Unreadable, read_json, shorten
 from lowmem.runs.checkpoint import checkpoint_folders
 from lowmem.runs.checkpoint_state import Position, read_header, read_position
-from lowmem.runs.lock import OWNER_NAME
+from lowmem.runs.folder import OWNER_NAME, require_run, run_folders, writer_of
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, EpochRow, Event, Gradients, Row, RowTable, StepRow
-from lowmem.runs.setup import require_run
 from lowmem.runs.tables import read_events, read_table
 
 State = Literal["starting", "training", "finished", "stopped", "interrupted", "diverged", "stuck", "ended", "died"]
@@ -42,86 +42,72 @@ class BestWeights:
 
 
 class RunView:
-    """A run folder. Each part is read when it is asked for first, and kept. Raises UsageError for what is damaged."""
+    """A run folder. Each part is read when it is asked for first, and kept. Raises UsageError for what is damaged.
+    `notes`: what was left out of the parts that were read, and why; `damaged_checkpoints`: why those are none that
+    are not among `checkpoints`."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self._notes: list[str] = []
+        self.notes: list[str] = []
+        self.damaged_checkpoints: list[str] = []
 
     @property
     def name(self) -> str:
         return shorten(self.path.resolve().name)  # "." and "runs/res20/" have a name as well
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What was left out of the parts that were read, and why."""
-        return tuple(self._notes)
-
     # -- settings, machine, plan -----------------------------------------------------------------------------------
 
     @cached_property
-    def settings(self) -> Settings:
-        return from_yaml(self.path / "config.yaml")
-
-    @property
     def config(self) -> Config:
-        return self.settings.config
+        return from_yaml(self.path / "config.yaml").config
 
     @cached_property
     def env(self) -> Mapping[str, object]:
         """Hardware and versions where the run began; empty where they are not known."""
-        try:
-            values = read_json(self.path / "env.json")
-        except FileNotFoundError:
-            return {}
-        except (Unreadable, OSError):
-            values = None
-        if not isinstance(values, dict):
-            self._notes.append("env.json cannot be read: hardware and versions are unknown")
-            return {}
-        return values
+        values = self._record("env.json")
+        if values is None and os.path.exists(self.path / "env.json"):
+            self.notes.append("env.json cannot be read: hardware and versions are unknown")
+        return values or {}
 
     @cached_property
     def budget_bytes(self) -> int | None:
         """Of the plan, for tensors."""
+        size = (self._record("plan.json", PLAN_LIMIT_BYTES) or {}).get("budget_bytes")
+        return size if type(size) is int and 0 < size < 1 << 62 else None
+
+    def _record(self, name: str, limit_bytes: int = RECORD_LIMIT_BYTES) -> dict[str, Any] | None:
         try:
-            values = read_json(self.path / "plan.json", PLAN_LIMIT_BYTES)
+            values = read_json(self.path / name, limit_bytes)
         except (Unreadable, OSError):
             return None
-        size = values.get("budget_bytes") if isinstance(values, dict) else None
-        return size if type(size) is int and 0 < size < 1 << 62 else None
+        return values if isinstance(values, dict) else None
 
     # -- rows ------------------------------------------------------------------------------------------------------
 
     @cached_property
     def epochs(self) -> tuple[EpochRow, ...]:
-        return self._rows(EPOCH_TABLE)
+        return self._rows(EPOCH_TABLE)[1]
 
     @cached_property
     def steps(self) -> tuple[StepRow, ...]:
-        return () if self._is_too_large(STEP_TABLE) else self._rows(STEP_TABLE)
+        return self._rows(STEP_TABLE)[1]
 
     @cached_property
     def gradients(self) -> Gradients:
-        if self._is_too_large(GRADIENT_TABLE):
-            return Gradients()
-        columns, rows = read_table(self.path / GRADIENT_TABLE.file_name, GRADIENT_TABLE, self._notes)
-        return Gradients(columns.names[2:], rows)
+        table, rows = self._rows(GRADIENT_TABLE)
+        return Gradients(table.names[2:], rows)
 
     @cached_property
     def events(self) -> tuple[Event, ...]:
-        return read_events(self.path / "events.jsonl", self._notes)
+        return read_events(self.path / "events.jsonl", self.notes)
 
-    def _rows(self, table: RowTable[Row]) -> tuple[Row, ...]:
-        return read_table(self.path / table.file_name, table, self._notes)[1]
-
-    def _is_too_large(self, table: RowTable[Any]) -> bool:
+    def _rows(self, table: RowTable[Row]) -> tuple[RowTable[Row], tuple[Row, ...]]:
         """A run that records every step of small batches may write more than there is room for: not its fault."""
         path = self.path / table.file_name
-        size = path.stat().st_size if path.is_file() else 0
-        if size > TABLE_LIMIT_BYTES:
-            self._notes.append(f"{path.name} has {size:,} bytes, more than are read: what it holds is left out")
-        return size > TABLE_LIMIT_BYTES
+        if table.key == "step" and path.is_file() and (size := path.stat().st_size) > TABLE_LIMIT_BYTES:
+            self.notes.append(f"{path.name} has {size:,} bytes, more than are read: what it holds is left out")
+            return table, ()
+        return read_table(path, table, self.notes)
 
     @property
     def last(self) -> EpochRow | None:
@@ -145,13 +131,13 @@ class RunView:
         except FileNotFoundError:
             return None
         except (Unreadable, OSError):
-            self._notes.append("weights/best.safetensors cannot be read")
+            self.notes.append("weights/best.safetensors cannot be read")
             return None
-        epoch, step = (_number(metadata.get(name)) for name in ("epoch", "step"))
+        epoch, step, error_pct = (_number(metadata.get(name)) for name in ("epoch", "step", "error_pct"))
         return BestWeights(
             epoch=None if epoch is None else int(epoch),
             step=None if step is None else int(step),
-            error_pct=_number(metadata.get("error_pct")),
+            error_pct=error_pct,
             chosen_on=metadata.get("chosen_on") or None,
         )
 
@@ -159,56 +145,48 @@ class RunView:
     def classes(self) -> int | None:
         """Outputs of the network: by the exported weights' last layer, else by what the data set is known to have."""
         for name in ("last.safetensors", "best.safetensors"):
-            try:
+            with suppress(Unreadable, OSError, LookupError):
                 return read_header(self.path / "weights" / name).shapes["linear.bias"][0]
-            except (Unreadable, OSError, LookupError):
-                continue
         return 10 if self.config.data.source in {"cifar10", "fashion-mnist"} else None
 
     @cached_property
     def checkpoints(self) -> tuple[Position, ...]:
         """Those that look whole (their hashes are not computed), newest first."""
-        return self._positions[0]
-
-    @property
-    def damaged_checkpoints(self) -> tuple[str, ...]:
-        """Why the others are none."""
-        return self._positions[1]
-
-    @cached_property
-    def _positions(self) -> tuple[tuple[Position, ...], tuple[str, ...]]:
-        positions, trouble = [], []
+        positions = []
         try:
-            paths = checkpoint_folders(self.path / "checkpoints")
-        except (CorruptCheckpoint, OSError) as error:
-            return (), (shorten(error, 1000),)
-        for path in paths:
-            try:
-                positions.append(read_position(path))
-            except CorruptCheckpoint as error:
-                if os.path.lexists(path):  # else it was pruned meanwhile
-                    trouble.append(f"a checkpoint is damaged: {error}")
-        return tuple(positions), tuple(trouble)
+            for path in checkpoint_folders(self.path / "checkpoints"):
+                try:
+                    positions.append(read_position(path))
+                except CorruptCheckpoint as error:
+                    if os.path.lexists(path):  # else it was pruned meanwhile
+                        self.damaged_checkpoints.append(f"a checkpoint is damaged: {error}")
+        except CorruptCheckpoint as error:
+            self.damaged_checkpoints.append(shorten(error, 1000))
+        return tuple(positions)
 
     # -- how it stands ---------------------------------------------------------------------------------------------
 
     @property
     def position(self) -> tuple[int, int]:
-        """Epochs and steps that a resume does not repeat: of the newest checkpoint, else (a folder that has none any
-        more) of the last row."""
-        for newest in self.checkpoints[:1]:
-            return newest.epoch, newest.step
-        return (self.epochs[-1].epoch, self.epochs[-1].step) if self.epochs else (0, 0)
+        return position_of(self.checkpoints, self.epochs)
 
     @property
     def state(self) -> State:
-        """As its files tell: whether a process holds it now is another question (`lock.writer_of`)."""
-        return state_of(self.config, *self.position, self.events, left_owner=(self.path / OWNER_NAME).exists())
+        """As its files tell: whether a process holds it now is another question (`folder.writer_of`)."""
+        return state_of(self.path, self.config, self.position, self.events)
 
 
-def state_of(config: Config | None, epoch: int, step: int, events: Sequence[Event], *, left_owner: bool) -> State:
-    """How a run stands that no process holds, with `epoch` epochs and `step` steps on disk. `left_owner`: a process
-    ended without leaving it. What an earlier process said at its end does not count once another has begun."""
+def position_of(checkpoints: Sequence[Position], rows: Sequence[EpochRow]) -> tuple[int, int]:
+    """Epochs and steps that a resume does not repeat: of the newest checkpoint, else (a folder that has none any more)
+    of the last row."""
+    newest: Sequence[Position | EpochRow] = checkpoints[:1] or rows[-1:]
+    return next(((last.epoch, last.step) for last in newest), (0, 0))
+
+
+def state_of(path: Path, config: Config | None, position: tuple[int, int], events: Sequence[Event]) -> State:
+    """How a run stands that no process holds. What an earlier process said at its end does not count once another has
+    begun; one that left its owner file has died."""
+    epoch, step = position
     epochs, max_steps = (None, None) if config is None else (config.train.epochs, config.train.max_steps)
     if epochs is not None and epoch >= epochs:
         return "finished"  # even if it was killed before it could say so
@@ -217,13 +195,11 @@ def state_of(config: Config | None, epoch: int, step: int, events: Sequence[Even
             return "finished" if epochs in (None, event.detail.get("epoch")) else "stopped"
         if event.kind in ("start", "resume"):
             break
-        if event.kind == "stuck" and event.detail.get("stopped") is not True:
-            continue
-        if event.kind in _ENDS:
+        if event.kind in _ENDS and (event.kind != "stuck" or event.detail.get("stopped") is True):
             return _ENDS[event.kind]
     if max_steps is not None and step >= max_steps:
         return "stopped"
-    return "died" if left_owner else "ended"
+    return "died" if (path / OWNER_NAME).exists() else "ended"
 
 
 def recorded_settings(path: Path) -> Settings:
@@ -248,3 +224,85 @@ def _number(text: str | None) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
+
+
+# -- the runs in a folder ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """One run in a line. `stopped`: by train.max_steps, as asked. `writer`: who trains it now, if anybody. `epoch`:
+    completed ones. `error_on`: the pictures by which the best epoch is told, `val` if any are held back, else `test`.
+    `checkpoints`: oldest first. Unknown is None."""
+
+    path: Path
+    state: Literal["training", "finished", "stopped", "interrupted", "never started", "damaged"]
+    config: Config | None = None
+    writer: str | None = None
+    epoch: int | None = None
+    step: int | None = None
+    error_on: str | None = None
+    last_error_pct: float | None = None
+    best_error_pct: float | None = None
+    best_epoch: int | None = None
+    size_bytes: int = 0
+    checkpoints: tuple[Position, ...] = ()
+    trouble: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for `--json`."""
+        model, train = (self.config.model, self.config.train) if self.config else (None, None)
+        known = {name: value for name, value in vars(self).items() if name != "config"}
+        return known | {
+            "path": str(self.path),
+            **{name: getattr(model, name, None) for name in ("arch", "block", "width")},
+            "epochs": train.epochs if train else None,
+            "checkpoints": [{"at": kept.at, "epoch": kept.epoch, "step": kept.step} for kept in self.checkpoints],
+        }
+
+
+def list_runs(folder: Path) -> list[RunSummary]:
+    """The runs in `folder` (or `folder` itself, if it is one) by name. Raises UsageError if there is no such folder."""
+    if not os.path.isdir(folder):
+        raise UsageError(f"{folder} does not exist: give the folder that holds the runs, like runs")
+    return [summarize(path) for path in run_folders(folder)]
+
+
+def summarize(path: Path) -> RunSummary:
+    """One run, whatever became of it: one bad folder must not hide the others."""
+    run, writer = RunView(path), writer_of(path)
+    known: dict[str, Any] = {"path": path, "writer": writer, "size_bytes": _size_bytes(path)}
+    known["checkpoints"], trouble = run.checkpoints[::-1], tuple(run.damaged_checkpoints)
+    try:
+        config, (epoch, step), rows = run.config, run.position, run.epochs
+        notes, state = tuple(run.notes), run.state
+        known |= {"config": config, "epoch": epoch, "step": step, **_errors(rows)}
+        words: Any = state if state in ("finished", "stopped") else "interrupted" if step else "never started"
+        if not run.checkpoints and (rows or trouble) and state != "finished":
+            words, trouble = "damaged", (*trouble, "no usable checkpoint to go on from")
+        trouble = (*trouble, *notes)
+    except (LowmemError, OSError) as error:
+        words, trouble = "damaged", (shorten(error, 1000), *trouble)
+    # While somebody writes it, what was half written this moment is no damage.
+    return RunSummary(state=words if writer is None else "training", trouble=trouble, **known)
+
+
+def _errors(rows: tuple[EpochRow, ...]) -> dict[str, Any]:
+    if not rows:
+        return {}
+    on = "val" if any(row.val_error_pct is not None for row in rows) else "test"
+    errors = [(getattr(row, f"{on}_error_pct"), row.epoch) for row in rows]
+    finite = [(error, epoch) for error, epoch in errors if error is not None and math.isfinite(error)]
+    last = finite[-1][0] if finite[-1:] == errors[-1:] else None
+    best = min(finite, default=(None, None))
+    return {"error_on": on, "last_error_pct": last, "best_error_pct": best[0], "best_epoch": best[1]}
+
+
+def _size_bytes(path: Path) -> int:
+    """Of all files below, links not followed."""
+    total = 0
+    for folder, _, files in os.walk(path):
+        for name in files:
+            with suppress(OSError):  # gone meanwhile
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total

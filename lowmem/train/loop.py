@@ -18,8 +18,8 @@ from lowmem.core.errors import Interrupted, PeerLost, Stuck
 from lowmem.data import Pictures
 from lowmem.measure.out_of_memory import Failure
 from lowmem.runs.checkpoint_state import RunState
-from lowmem.runs.saver import NullSaver, Save, Saver
-from lowmem.runs.store import NullFolder, RunFolder
+from lowmem.runs.saver import Save, Saver
+from lowmem.runs.store import RunFolder
 from lowmem.step.train_step import Score, Sums
 from lowmem.step.undo import Undo
 from lowmem.train.divergence import Divergence, roll_back
@@ -47,9 +47,7 @@ class Trainer(Replica):
         """Trains until the last epoch or train.max_steps. Raises Interrupted after a signal, with everything saved;
         OutOfMemory, Diverged, Stuck, DiskError, PeerLost."""
         kept, observer = self.config.checkpoint, self.observer
-        saver: Saver = NullSaver()
-        if not isinstance(folder, NullFolder):
-            saver = Saver(folder, keep=kept.keep, keep_every=kept.keep_every, warn=observer.warning, note=observer.note)
+        saver = Saver(folder, keep=kept.keep, keep_every=kept.keep_every, warn=observer.warning, note=observer.note)
         with StopSignals() as signals, exporting(self, folder) as export, saver:
             return Loop(self, folder, signals, saver, export).run()
 

@@ -140,7 +140,7 @@ def judge(
     if loaded.step > at_most or not same_checkpoint(loaded, good[loaded.step]):
         return f"{where.name} was loaded, which is not what was saved"
     names = {path.name for path in (run / "checkpoints").iterdir() if path.name > where.name}
-    if {path.name for path in skipped} != names or not all(path.name in why for path, why in skipped.items()):
+    if {path.name for path in skipped} != names or not all(path.name in str(why) for path, why in skipped.items()):
         return f"skipped {names}, but what was said is {skipped}"
     return None
 

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -27,20 +28,20 @@ from lowmem.data import load
 from lowmem.distributed.group import Group
 from lowmem.lifecycle import fork
 from lowmem.lifecycle.api import recorded_settings, resume_training
-from lowmem.lifecycle.run_identity import begun_before, belongs_to, launcher, most_bytes, read_plan, verify
+from lowmem.lifecycle.run_identity import begun_before, belongs_to, launcher, most_bytes, read_plan
+from lowmem.lifecycle.verify import verify
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, keep, uniform
 from lowmem.plan.record import Candidate, Plan
 from lowmem.remat import stage_names
 from lowmem.reproduce.job import ALL, Job, read_job
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs.listing import list_runs
-from lowmem.runs.lock import OWNER_NAME, RunLock, writer_of
-from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, Columns
+from lowmem.runs.folder import OWNER_NAME, RunLock, writer_of
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, RowTable
 from lowmem.runs.store import RunFolder
 from lowmem.runs.tables import cut_table
-from lowmem.runs.view import read_run
-from lowmem.runs.watch import Watched
+from lowmem.runs.view import list_runs, read_run
+from lowmem.runs.watch import Live
 from lowmem.step.train_step import Execution, make_optimizer, make_scaler
 from lowmem.train.schedule import learning_rate
 from lowmem.train.stall import measured_weights
@@ -154,11 +155,9 @@ def _checkpoints(run: Path, work: Path) -> list[Reader]:
 
 
 def _rows(run: Path, work: Path) -> list[Reader]:
-    def table(name: str, columns: Columns) -> Reader:
+    def table(name: str, columns: RowTable[Any]) -> Reader:
         path = work / name
-        return Reader(
-            f"{name}, cut back", (run / name).read_bytes(), _file(path, lambda p: cut_table(p, columns, 5, every=True))
-        )
+        return Reader(f"{name}, cut back", (run / name).read_bytes(), _file(path, lambda p: cut_table(p, columns, 5)))
 
     copy = copy_run(run, work / "history-run")
 
@@ -167,8 +166,8 @@ def _rows(run: Path, work: Path) -> list[Reader]:
         return Reader(f"{name}, for a report", file.read_bytes(), _instead(file, lambda: read_run(copy)), mutations)
 
     return [
-        table("metrics.csv", EPOCH_TABLE.columns),
-        table("steps.csv", STEP_TABLE.columns),
+        table("metrics.csv", EPOCH_TABLE),
+        table("steps.csv", STEP_TABLE),
         *map(of_history, ("config.yaml", "metrics.csv", "steps.csv", "events.jsonl", GRADIENT_TABLE.file_name)),
         of_history("env.json", JSON),
         of_history("weights/best.safetensors", TENSORS),
@@ -180,7 +179,7 @@ def _looking_on(run: Path, work: Path) -> list[Reader]:
     copy = copy_run(run, work / "watched-run")
     (copy / "plan.json").write_text(json.dumps(small_plan(run).to_json()), encoding="utf-8")
 
-    def read(watched: Watched) -> object:
+    def read(watched: Live) -> object:
         live = watched.look()
         console = Console(file=io.StringIO(), width=40)
         console.print(screen(live, console))
@@ -191,7 +190,7 @@ def _looking_on(run: Path, work: Path) -> list[Reader]:
         file = copy / name
 
         def read_twice(data: bytes) -> object:
-            watched = Watched(copy)
+            watched = Live(copy)
             watched.look()
             return _instead(file, lambda: read(watched))(data)
 

@@ -15,10 +15,10 @@ from lowmem.cli.main import main
 from lowmem.config.settings import from_yaml, gather
 from lowmem.core.errors import CorruptCheckpoint, LowmemError, UsageError
 from lowmem.lifecycle.api import fork_run, resume_training
-from lowmem.lifecycle.run_identity import verify
+from lowmem.lifecycle.verify import verify
 from lowmem.report import write_report
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs.setup import refuse_links
+from lowmem.runs.folder import refuse_links
 from tests.faults.fuzzing import rehash
 from tests.tiny import Heard, copy_run, make_run
 
@@ -112,7 +112,7 @@ def test_names_in_a_manifest_lead_nowhere(name: str, run: Path) -> None:
     file.write_text(json.dumps(manifest, indent=1))
     _, where, skipped = checkpoints.load_newest(run / "checkpoints")
     assert where.name == "step-00000006"
-    assert "does not list exactly" in next(iter(skipped.values()))
+    assert "does not list exactly" in str(next(iter(skipped.values())))
 
 
 # -- running code ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from lowmem.cli.main import _run
 from lowmem.cli.watch_screen import screen, sparkline
 from lowmem.config.settings import gather, to_yaml
 from lowmem.runs.store import RunFolder
-from lowmem.runs.watch import Watched
+from lowmem.runs.watch import Live
 
 LOWMEM = (sys.executable, "-m", "lowmem")
 
@@ -137,7 +137,7 @@ def test_a_strangers_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     with folder.events_file.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"event": "warning", "what": "x", "time": "2026-11-25T\x1b[31m!!"}) + "\n")
     console = Console(file=io.StringIO(), width=60)
-    console.print(screen(Watched(folder.path).look(), console))
+    console.print(screen(Live(folder.path).look(), console))
     assert isinstance(console.file, io.StringIO)
     assert "\x1b" not in console.file.getvalue()
     assert max(map(len, console.file.getvalue().splitlines())) <= 60

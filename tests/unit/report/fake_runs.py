@@ -70,7 +70,7 @@ def write_run(
 def _write_curves(folder: Path, arch: str, seed: int, done: int, epochs: int) -> None:
     final_loss, final_error, first_error = PLAUSIBLE.get(arch, PLAUSIBLE["res20"])
     rng = random.Random(f"{arch}-{seed}")
-    metrics, steps = [EPOCH_TABLE.columns.header], [STEP_TABLE.columns.header]
+    metrics, steps = [EPOCH_TABLE.header], [STEP_TABLE.header]
     for epoch in range(1, done + 1):
         share = epoch / epochs
         phase = 0.75 * min(1.0, 9 * share) ** 0.5 * 0.6 + 0.3 * (share > 0.5) + 0.25 * (share > 0.74)

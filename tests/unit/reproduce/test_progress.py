@@ -68,7 +68,7 @@ def test_something_else_in_its_place(job: Job, tmp_path: Path, name: str) -> Non
     else:
         (tmp_path / "res20").mkdir()
         (tmp_path / "res20" / name).touch()
-    with pytest.raises(UsageError, match="exists and is not an empty folder"):
+    with pytest.raises(UsageError, match=r"is a file|exists and is not an empty folder"):
         standing_of(Job(tmp_path, job.settings), RES20)
 
 

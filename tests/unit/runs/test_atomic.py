@@ -88,9 +88,9 @@ def test_what_could_not_be_synced_is_written_again_once(
             with pytest.raises(OSError, match=os.strerror(errno.EIO)):
                 rows.append([line])
     assert (rows.path.read_text() == "") is cut_back
-    rows.flush()
+    rows.append()
     assert rows.path.read_text() == "first\nsecond\n"
-    rows.flush()
+    rows.append()
     assert rows.path.read_text() == "first\nsecond\n"
 
 
@@ -114,7 +114,7 @@ def test_a_run_folder_keeps_its_rows_and_its_plan(tmp_path: Path, monkeypatch: p
 
         with monkeypatch.context() as patch:
             patch.setattr("lowmem.runs.atomic.append_lines", fail)
-            patch.setattr("lowmem.runs.atomic.write_synced", fail)
+            patch.setattr("lowmem.runs.atomic.replacing", fail)
             run.event("replan", budget_bytes=1)
             run.update_plan({"budget_bytes": 1})
             run.append_steps([{**step, "step": 5}])

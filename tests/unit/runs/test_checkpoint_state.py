@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +31,7 @@ TENSORS = st.dictionaries(
 )
 def test_what_the_library_writes_is_read(shapes: dict[str, list[int]], metadata: dict[str, str], dtype: str) -> None:
     data = save({name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, shape in shapes.items()}, metadata)
-    header = parse_header(data, len(data))
+    header = parse_header(io.BytesIO(data), len(data))
     assert {name: list(shape) for name, shape in header.shapes.items()} == shapes
     assert dict(header.metadata) == metadata
 
@@ -39,7 +40,7 @@ def test_what_the_library_writes_is_read(shapes: dict[str, list[int]], metadata:
 def test_any_bytes_are_a_header_or_refused(tail: bytes, length: int) -> None:
     for data in (tail, length.to_bytes(8, "little") + tail, len(tail).to_bytes(8, "little") + tail):
         with suppress(Unreadable):
-            parse_header(data, len(data))
+            parse_header(io.BytesIO(data), len(data))
 
 
 WRONG = {
@@ -79,4 +80,4 @@ def test_only_the_header_is_read(tmp_path: Path) -> None:
 def test_no_tensors_at_all() -> None:
     """What a run without momentum saves of its optimizer."""
     data = save({})
-    assert parse_header(data, len(data)).shapes == {}
+    assert parse_header(io.BytesIO(data), len(data)).shapes == {}

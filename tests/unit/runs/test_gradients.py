@@ -18,7 +18,7 @@ LAYERS = ("conv1.weight", "linear.weight")
 
 def read(path: Path) -> Gradients:
     view = RunView(path.parent)
-    assert view.notes == ()
+    assert view.notes == []
     return view.gradients
 
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from lowmem.cli.main import main
+from lowmem.config.settings import gather
 from lowmem.core.errors import UsageError
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.checkpoint_state import read_position
-from lowmem.runs.listing import RunSummary, list_runs, summarize
-from lowmem.runs.lock import writer_of
-from lowmem.runs.setup import kept_epochs, run_bytes
-from lowmem.runs.store import RunFolder
+from lowmem.runs.folder import writer_of
+from lowmem.runs.store import RunFolder, most_checkpoints, run_bytes
+from lowmem.runs.view import RunSummary, list_runs, summarize
 from tests.unit.report.fake_runs import write_run
 
 
@@ -144,10 +144,11 @@ def test_every_second_epoch_is_kept_beside_the_newest(tmp_path: Path) -> None:
     kept = [read_position(path).at for path in reversed(checkpoints.checkpoint_folders(tmp_path / "checkpoints"))]
     assert kept == ["2", "4", "6", "7", "step:75"]
     # While one is written there is one more: the disk must have room for that many.
-    most = kept_epochs(epochs=8, keep_every=2)
-    assert len(kept) == 2 + most
-    assert run_bytes(checkpoint_bytes=10, parameter_bytes=1, keep=2, kept_epochs=most) == 10 * (len(kept) + 1) + 3
-    assert kept_epochs(epochs=8, keep_every=None) == kept_epochs(epochs=8, keep_every=8) == 0
+    config = gather(sets=["train.epochs=8", "checkpoint.keep_every=2"]).config
+    assert most_checkpoints(config) == len(kept) + 1
+    assert run_bytes(config, checkpoint_bytes=10, parameter_bytes=1) == 10 * (len(kept) + 1) + 3
+    for every in ("null", "8"):
+        assert most_checkpoints(gather(sets=["train.epochs=8", f"checkpoint.keep_every={every}"]).config) == 3
 
 
 def test_the_command(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lowmem.core.errors import UsageError
-from lowmem.runs.lock import OWNER_NAME, RunLock, read_owner
+from lowmem.runs.folder import OWNER_NAME, RunLock, read_owner
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its second process with fork")
 
@@ -93,7 +93,7 @@ def test_a_strangers_owner_does_not_reach_the_terminal_as_it_is(tmp_path: Path) 
     (tmp_path / OWNER_NAME).write_text(json.dumps({"pid": 1, "host": "a\x1b[2J\nb", "since": "s" * 500}))
     owner = read_owner(tmp_path / OWNER_NAME)
     assert owner is not None
-    assert owner.host == "a?[2J?b"
+    assert owner.host == "a?[2J b"
     assert len(owner.since) == 100
 
 

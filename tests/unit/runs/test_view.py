@@ -17,10 +17,9 @@ from safetensors.numpy import save_file
 from lowmem.config.schema import Config, flatten
 from lowmem.config.settings import from_yaml
 from lowmem.core.errors import UsageError
-from lowmem.runs.listing import summarize
 from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE
-from lowmem.runs.view import RunView, read_run
-from lowmem.runs.watch import Watched
+from lowmem.runs.view import RunView, read_run, summarize
+from lowmem.runs.watch import Live
 
 
 @pytest.fixture
@@ -31,12 +30,12 @@ def run(tmp_path: Path) -> Path:
     config = Config.model_validate({"train": {"epochs": 4}}).model_dump(mode="json")
     (folder / "config.yaml").write_text(yaml.safe_dump(config) + "# lr: flag\n", encoding="utf-8")
     epochs = [
-        EPOCH_TABLE.columns.header,
+        EPOCH_TABLE.header,
         "1,10,0.1,2.0,70,1.9,60.5,500,1000,,,3.5,,",
         "2,20,0.1,nan,65,1.5,55,510,1000,,,7,,",
     ]
     (folder / "metrics.csv").write_text("\n".join(epochs) + "\n", encoding="utf-8")
-    (folder / "steps.csv").write_text(STEP_TABLE.columns.header + "\n10,1,0.1,2.1\n20,2,0.1,1.8\n", encoding="utf-8")
+    (folder / "steps.csv").write_text(STEP_TABLE.header + "\n10,1,0.1,2.1\n20,2,0.1,1.8\n", encoding="utf-8")
     events = [{"time": "2026-11-01T10:00:00", "event": "start"}, {"time": 5.0, "event": "resume", "step": 10}]
     (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events), encoding="utf-8")
     return folder
@@ -62,7 +61,7 @@ def test_reads_typed_rows(run: Path) -> None:
     assert [row.loss for row in history.steps] == [2.1, 1.8]
     assert [event.kind for event in history.events] == ["start", "resume"]
     assert history.events[1].detail == {"step": 10}
-    assert (history.times_resumed, history.state, history.notes) == (1, "ended", ())
+    assert (history.times_resumed, history.state, history.notes) == (1, "ended", [])
     assert history.classes == 10  # known of cifar10
 
 
@@ -79,7 +78,7 @@ def test_half_written_last_line_is_left_out(run: Path, torn: str) -> None:
     append(run / "metrics.csv", torn)
     history = read_run(run)
     assert [row.epoch for row in history.epochs] == [1, 2]
-    assert history.notes == ("the last line of metrics.csv was half written and is left out",)
+    assert history.notes == ["the last line of metrics.csv was half written and is left out"]
 
 
 def test_half_written_header(run: Path) -> None:
@@ -175,7 +174,7 @@ def test_settings_under_dotted_names(run: Path) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(flat), encoding="utf-8")
     assert read_run(run).config.train.epochs == 4
     assert summarize(run).epoch == 2
-    assert Watched(run).look().epochs == 4
+    assert Live(run).look().epochs == 4
 
 
 def test_states(run: Path) -> None:
@@ -202,7 +201,7 @@ def test_damaged_events_and_env_are_noted(run: Path) -> None:
     said = " ".join(history.notes)
     for words in ("events.jsonl line 3", "events.jsonl line 5", "last line of events.jsonl was half", "env.json"):
         assert words in said
-    assert Watched(run).look().events == history.events
+    assert Live(run).look().events == history.events
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name here")

@@ -15,7 +15,7 @@ import lowmem.runs.watch as module
 from lowmem.config.settings import gather, to_yaml
 from lowmem.runs.rows import EpochRow
 from lowmem.runs.store import RunFolder
-from lowmem.runs.watch import Watched, epoch_seconds
+from lowmem.runs.watch import Live, epoch_seconds
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def epoch(folder: RunFolder, number: int, per_epoch: int = 10, **more: object) -
 
 
 def test_from_getting_ready_to_finished(folder: RunFolder) -> None:
-    watched = Watched(folder.path)
+    watched = Live(folder.path)
     assert watched.look().state == "starting"
     folder.event("start", steps_per_epoch=10)
     steps(folder, 2, 4)
@@ -77,16 +77,16 @@ def test_from_getting_ready_to_finished(folder: RunFolder) -> None:
 def test_how_it_ended(folder: RunFolder, event: str, fields: dict[str, object], state: str) -> None:
     folder.event("start")
     folder.event(event, **fields)
-    assert Watched(folder.path).look().state == "training"
+    assert Live(folder.path).look().state == "training"
     folder.close()
-    assert Watched(folder.path).look().state == state
+    assert Live(folder.path).look().state == state
 
 
 def test_what_an_earlier_life_ended_with_does_not_count(folder: RunFolder) -> None:
     folder.event("signal", signal="SIGINT")
     folder.event("resume", step=3)
     folder.close()
-    assert Watched(folder.path).look().state == "ended"
+    assert Live(folder.path).look().state == "ended"
 
 
 def test_a_dead_writer(folder: RunFolder) -> None:
@@ -96,7 +96,7 @@ def test_a_dead_writer(folder: RunFolder) -> None:
     gone.wait()
     owner = {"pid": gone.pid, "host": socket.gethostname(), "since": "2026-11-25T08:00:00+0000"}
     (folder.path / "run.owner.json").write_text(json.dumps(owner), encoding="utf-8")
-    assert Watched(folder.path).look().state == "died"
+    assert Live(folder.path).look().state == "died"
 
 
 def test_a_number_that_another_process_has_now(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_a_number_that_another_process_has_now(folder: RunFolder, monkeypatch: p
     (folder.path / "run.owner.json").write_text(json.dumps(owner), encoding="utf-8")
     tried: list[Path] = []
     monkeypatch.setattr(module, "writer_of", lambda run: tried.append(run))
-    watched = Watched(folder.path)
+    watched = Live(folder.path)
     assert [watched.look().state for _ in range(3)] == ["died"] * 3
     assert len(tried) == 1
 
@@ -121,7 +121,7 @@ def test_a_lock_that_is_held_is_left_alone(folder: RunFolder, monkeypatch: pytes
         return real(run)
 
     monkeypatch.setattr(module, "writer_of", counted)
-    watched = Watched(folder.path)
+    watched = Live(folder.path)
     for number in range(1, 5):
         steps(folder, number)
         assert watched.look().running
@@ -135,11 +135,11 @@ def test_on_another_machine(folder: RunFolder) -> None:
     folder.close()
     owner = {"pid": 1, "host": "elsewhere", "since": "2026-11-25T08:00:00+0000"}
     (folder.path / "run.owner.json").write_text(json.dumps(owner), encoding="utf-8")
-    assert Watched(folder.path).look().running
+    assert Live(folder.path).look().running
 
 
 def test_cut_back_by_a_resume(folder: RunFolder) -> None:
-    watched = Watched(folder.path)
+    watched = Live(folder.path)
     folder.event("start", steps_per_epoch=10)
     steps(folder, 5, 10, 15, 20)
     epoch(folder, 1)
@@ -152,7 +152,7 @@ def test_cut_back_by_a_resume(folder: RunFolder) -> None:
 
 
 def test_half_a_line_waits(folder: RunFolder) -> None:
-    watched = Watched(folder.path)
+    watched = Live(folder.path)
     with folder.steps_file.open("ab") as file:
         file.write(b"1,1,0.1,2.5\n2,1,0.")
     assert watched.look().step == 1
@@ -162,7 +162,7 @@ def test_half_a_line_waits(folder: RunFolder) -> None:
 
 
 def test_budget_and_what_was_measured(folder: RunFolder) -> None:
-    watched = Watched(folder.path)
+    watched = Live(folder.path)
     assert watched.look().budget_bytes is None
     folder.write_plan({"budget_bytes": 1000})
     folder.event("measured", measured_peak_bytes=900)
@@ -184,13 +184,13 @@ def test_damaged_files_hide_only_themselves(folder: RunFolder) -> None:
     with folder.events_file.open("ab") as file:
         file.write(b'\xfe\n[1]\n{"event": 3}\n')
     steps(folder, 7)
-    live = Watched(folder.path).look()
+    live = Live(folder.path).look()
     assert (live.config, live.budget_bytes, live.rows, live.step) == (None, None, (), 7)
     assert [event.kind for event in live.events] == ["start"]
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    live = Watched(tmp_path / "nowhere").look()
+    live = Live(tmp_path / "nowhere").look()
     assert (live.state, live.config, live.step, live.quiet_seconds) == ("ended", None, 0, None)
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from lowmem.config.settings import gather
 from lowmem.core.errors import PreflightError, UsageError
-from lowmem.runs import setup
+from lowmem.runs import folder
+from lowmem.runs.folder import never_began, require_run
 from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, csv_line, gradient_line
-from lowmem.runs.setup import leaving_no_trace, never_began, require_run, rows_bytes, run_bytes
-from lowmem.runs.store import RunFolder
+from lowmem.runs.store import RunFolder, run_bytes
 from tests.faults.disk import tiny_disk
 
 Spoil = Callable[[RunFolder], object]
@@ -122,7 +123,6 @@ def test_a_folder_that_cannot_be_made_leaves_nothing(pages: int, entries: int, t
         path = point / "t/x/y"
         with (
             pytest.raises(PreflightError, match="choose another with --out"),
-            leaving_no_trace(path),
             RunFolder.create(path, "seed: 0\n", {}),
         ):
             raise AssertionError("the disk took everything")
@@ -132,14 +132,14 @@ def test_a_folder_that_cannot_be_made_leaves_nothing(pages: int, entries: int, t
 def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
     with tiny_disk(tmp_path, 4096) as point:
         (point / "mine").mkdir()
-        with pytest.raises(PreflightError), leaving_no_trace(point / "mine"):
+        with pytest.raises(PreflightError):
             RunFolder.create(point / "mine", "seed: 0\n", {})
         assert list(point.rglob("*")) == [point / "mine"]
 
 
 def test_nobody_begins_in_a_folder_that_is_being_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = []
-    rmtree = setup.shutil.rmtree
+    rmtree = folder.shutil.rmtree
 
     def meanwhile(path: Path, ignore_errors: bool = False) -> None:
         with pytest.raises(UsageError, match="being written"):
@@ -148,7 +148,7 @@ def test_nobody_begins_in_a_folder_that_is_being_removed(tmp_path: Path, monkeyp
         rmtree(path, ignore_errors=ignore_errors)
 
     with RunFolder.create(tmp_path / "run", "seed: 0\n", {}) as run:
-        monkeypatch.setattr(setup.shutil, "rmtree", meanwhile)
+        monkeypatch.setattr(folder.shutil, "rmtree", meanwhile)
         run.discard()
         monkeypatch.undo()
         assert len(refused) == 2  # checkpoints, weights
@@ -162,31 +162,34 @@ def test_nobody_begins_in_a_folder_that_is_being_removed(tmp_path: Path, monkeyp
 
 # -- room on the disk --------------------------------------------------------------------------------------------------
 
-NONE = {"layers": 0, "grad_norms_every": 10**9}
 LONGEST = 1e-300 / 3  # a float of as many digits as there are
 
 
+def _rows_bytes(*sets: str, steps_per_epoch: int, layers: int = 0, norms_every: int = 10**9) -> int:
+    config = gather(sets=sets).config
+    sizes = {"steps_per_epoch": steps_per_epoch, "layers": layers, "norms_every": norms_every}
+    return run_bytes(config, checkpoint_bytes=0, parameter_bytes=0, **sizes)
+
+
 def test_rows_fit_into_what_is_counted_for_them() -> None:
-    one_epoch = rows_bytes(epochs=1, steps_per_epoch=0, log_every_steps=1, steps_between_saves=None, **NONE)
+    one_epoch = _rows_bytes("train.epochs=1", steps_per_epoch=0)
     event = json.dumps({"time": "2026-11-23T10:00:00+0000", "event": "checkpoint", "epoch": 10**6, "step": 10**9})
     whole = dict.fromkeys(EPOCH_TABLE.names, -LONGEST)
     assert len(csv_line(EPOCH_TABLE.names, whole)) + len(event) + 2 <= one_epoch
     row = csv_line(STEP_TABLE.names, {"step": 10**7, "epoch": 10**4, "lr": 0.1, "loss": LONGEST})
-    assert (
-        rows_bytes(epochs=1, steps_per_epoch=40, log_every_steps=20, steps_between_saves=None, **NONE) - one_epoch
-        >= 2 * len(row) + 2
-    )
-    often = rows_bytes(epochs=1, steps_per_epoch=40, log_every_steps=100, steps_between_saves=10, **NONE)
+    logged = _rows_bytes("train.epochs=1", "train.log_every_steps=20", steps_per_epoch=40)
+    assert logged - one_epoch >= 2 * len(row) + 2
+    often = _rows_bytes("train.epochs=1", "train.log_every_steps=100", "checkpoint.every_steps=10", steps_per_epoch=40)
     assert often - one_epoch >= 4 * (len(event) + 1)
 
 
 def test_gradient_norms_fit_too() -> None:
     """The 110-layer net, every step of 164 epochs: its gradients.csv is larger than all that was counted before."""
-    figures = {"epochs": 164, "steps_per_epoch": 391, "log_every_steps": 10, "steps_between_saves": None, "layers": 110}
     row = gradient_line(64_124, 164, [LONGEST] * 110)
-    every = rows_bytes(**figures, grad_norms_every=1)  # type: ignore[arg-type]
-    assert every - rows_bytes(**figures, grad_norms_every=10**9) >= 64_124 * (len(row) + 1)  # type: ignore[arg-type]
+    every, none = (_rows_bytes(steps_per_epoch=391, layers=110, norms_every=apart) for apart in (1, 10**9))
+    assert every - none >= 64_124 * (len(row) + 1)
 
 
 def test_one_generation_more_than_are_kept() -> None:
-    assert run_bytes(checkpoint_bytes=100, parameter_bytes=10, keep=2, rows_bytes=7) == 3 * 100 + 3 * 10 + 7
+    config = gather().config
+    assert run_bytes(config, checkpoint_bytes=100, parameter_bytes=10) == 3 * 100 + 3 * 10

@@ -1,7 +1,6 @@
-"""Looks through a run folder for what a resume relies on, and changes nothing.
+"""`lowmem verify`: looks through a run folder for what a resume relies on, and changes nothing.
 
-Checkpoints and plan are checked against what the run is by its config.yaml. Knows nothing of networks: what belongs to
-a run is told by the caller (`Belonging`).
+Checkpoints and plans are checked against what the run is by its config.yaml.
 
 Known limitation: rows and weights carry no checksum of their own. A digit that became another digit in a row is not
 noticed; exported weights are compared bit for bit where the checkpoint of the same step is still there.
@@ -11,20 +10,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
+from lowmem.config.schema import Config
 from lowmem.core.errors import CorruptCheckpoint
 from lowmem.core.reading import Unreadable, read_limited, shorten
 from lowmem.core.units import format_size
+from lowmem.lifecycle.preflight import equal_bits
+from lowmem.lifecycle.run_identity import belongs_to, check_shapes, most_bytes, network, network_shapes, read_plans
 from lowmem.runs.checkpoint import Checkpoint, load, named
 from lowmem.runs.checkpoint_state import read_header
-from lowmem.runs.lock import LOCK_NAME, OWNER_NAME, read_owner
-from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, Columns
+from lowmem.runs.folder import LOCK_NAME, OWNER_NAME, read_owner
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, RowTable
+from lowmem.runs.store import plan_file
 from lowmem.runs.tables import scan_table
-from lowmem.runs.view import RunView
+from lowmem.runs.view import RunView, recorded_settings
+from lowmem.train.stall import measured_weights
 
 
 class FileStatus(StrEnum):
@@ -60,31 +64,23 @@ class Verified:
     def can_resume(self) -> bool:
         return self.resumes_from is not None and self.obstacle is None
 
-
-@dataclass(frozen=True)
-class Belonging:
-    """What is the run's own. Each raises CorruptCheckpoint for what is not. `tensors`: of shapes by name, and what to
-    call them; `plan`: the run's plan in words, None if it needs none. `most_bytes`: of a file of tensors. `epochs`: of
-    the whole run. `layers`: those of gradients.csv."""
-
-    checkpoint: Callable[[Checkpoint], None]
-    tensors: Callable[[Mapping[str, tuple[int, ...]], str], None]
-    plan: Callable[[], str | None]
-    most_bytes: int
-    epochs: int
-    layers: tuple[str, ...]
+    def to_json(self) -> str:
+        """For `--json`."""
+        return json.dumps({"can_resume": self.can_resume, **asdict(self), "run": os.fspath(self.run)}, indent=1)
 
 
-def verify_run(run: Path, belonging: Belonging) -> Verified:
-    """Everything that is found. What damages a resume is in the result, not raised."""
-    return _Verification(run, belonging).result()
+def verify(run: Path) -> Verified:
+    """What damages a resume is in the result, not raised. Raises UsageError if it is no run or its config.yaml cannot
+    be used."""
+    return _Verification(run, recorded_settings(run).config).result()
 
 
 class _Verification:
     """What was found so far. A check that returns words says why a resume could not go on."""
 
-    def __init__(self, run: Path, belonging: Belonging) -> None:
-        self._run, self._of = run, belonging
+    def __init__(self, run: Path, config: Config) -> None:
+        self._run, self._config, self._most_bytes = run, config, most_bytes(config)
+        self._shapes = network_shapes(config)
         self._findings: list[FileFinding] = []
         self._good: dict[str, Checkpoint] = {}  # those that verify, by name, newest first
 
@@ -97,7 +93,7 @@ class _Verification:
         obstacles = [self._check_plan()]
         for table in (EPOCH_TABLE, STEP_TABLE):
             last = None if state is None else state[table.key]
-            obstacles.append(self._check_rows(self._run / table.file_name, table.columns, last))
+            obstacles.append(self._check_rows(self._run / table.file_name, table, last))
         for name in ("last", "best"):
             self._check_weights(self._run / "weights" / f"{name}.safetensors")
         self._check_gradients(self._run / GRADIENT_TABLE.file_name, None if state is None else state["step"])
@@ -107,7 +103,7 @@ class _Verification:
             return Verified(self._run, findings, obstacle="no checkpoint verifies")
         position = (state["epoch"], state["step"], state["step_in_epoch"])
         obstacle = next((words for words in obstacles if words is not None), None)
-        return Verified(self._run, findings, newest, *position, obstacle, state["epoch"] >= self._of.epochs)
+        return Verified(self._run, findings, newest, *position, obstacle, state["epoch"] >= self._config.train.epochs)
 
     def _add(self, status: FileStatus, where: str, what: object) -> None:
         self._findings.append(FileFinding(status, where, shorten(what, 500)))
@@ -120,13 +116,12 @@ class _Verification:
             return
         if not paths:
             self._add(FileStatus.DAMAGED, "checkpoints", "there are none")
-        for path, is_folder in paths:
+        check = belongs_to(self._config)
+        for path in paths:
             where = f"checkpoints/{path.name}"
             try:
-                if not is_folder:
-                    raise CorruptCheckpoint(f"{path} is no folder")
-                saved = load(path, self._of.most_bytes)
-                self._of.checkpoint(saved)
+                saved = load(path, self._most_bytes)
+                check(saved)
             except CorruptCheckpoint as error:
                 self._add(FileStatus.DAMAGED, where, error)
                 continue
@@ -138,19 +133,28 @@ class _Verification:
 
     def _check_plan(self) -> str | None:
         try:
-            words = self._of.plan()
+            plans = read_plans(self._run, self._config)
+            processes = max(1, len(plans[0].shares)) if plans else 0
+            if len(plans) < processes:
+                missing = next(name for name in map(plan_file, range(processes)) if not (self._run / name).is_file())
+                raise CorruptCheckpoint(
+                    f"{self._run / missing} is missing, the plan of one of the {processes} processes that train this "
+                    "run: restore it, or go on with another number of them"
+                )
         except CorruptCheckpoint as error:
             self._add(FileStatus.DAMAGED, "plan.json", error)
             return "its plan cannot be used"
-        if words is not None:
-            self._add(FileStatus.OK, "plan.json", words)
+        for first in plans[:1]:
+            several = f"{processes} processes, of which this takes " if processes > 1 else ""
+            micro = f"batch {first.batch} in micro-batches of {first.micro_batch}"
+            self._add(FileStatus.OK, "plan.json", f"{several}{micro}, {len(first.ladder)} smaller plans in reserve")
         return None
 
-    def _check_rows(self, path: Path, columns: Columns, last: int | None) -> str | None:
+    def _check_rows(self, path: Path, table: RowTable[Any], last: int | None) -> str | None:
         """Against the checkpoint at `last`, if there is one."""
-        epochs = columns.key == "epoch"
+        epochs = table.key == "epoch"
         try:
-            rows = scan_table(path, columns, 1 << 53 if last is None else last, every=epochs and last is not None)
+            rows = scan_table(path, table, last)
         except (CorruptCheckpoint, OSError) as error:
             self._add(FileStatus.DAMAGED, path.name, error)
             return f"{path.name} cannot be used"
@@ -168,10 +172,10 @@ class _Verification:
 
     def _check_gradients(self, path: Path, last: int | None) -> None:
         """Nothing is computed from them: whatever they are, a resume goes on, setting aside what it cannot use."""
-        layers = self._of.layers
+        layers = tuple(measured_weights(network(self._config)))
         try:
             path.stat()
-            rows = scan_table(path, GRADIENT_TABLE.of_layers(layers), 1 << 53 if last is None else last)
+            rows = scan_table(path, GRADIENT_TABLE.of_layers(layers), last)
         except FileNotFoundError:
             self._add(FileStatus.NOTE, path.name, "is not there")
         except (CorruptCheckpoint, OSError) as error:
@@ -182,13 +186,15 @@ class _Verification:
             self._add(FileStatus.NOTE if rows.damage else FileStatus.OK, path.name, words)
 
     def _check_weights(self, path: Path) -> None:
+        from safetensors.torch import load as decode
+
         where = f"weights/{path.name}"
         try:
             header = read_header(path)
-            self._of.tensors(header.shapes, where)
+            check_shapes(self._shapes, header.shapes, where)
             step = header.metadata.get("step", "")
             same = next((saved for saved in self._good.values() if str(saved.step) == step), None)
-            if same is not None and not _equal(read_limited(path, self._of.most_bytes), same):
+            if same is not None and not equal_bits(decode(read_limited(path, self._most_bytes)), same.model):
                 raise CorruptCheckpoint(f"is not what the checkpoint of step {step} holds")
         except FileNotFoundError:
             self._add(FileStatus.NOTE, where, "is not there")
@@ -203,7 +209,7 @@ class _Verification:
         """What only colours a report."""
         view = RunView(self._run)
         words = f"{len(view.events)} lines" if (self._run / "events.jsonl").exists() else "is not there"
-        told = view.notes
+        told = tuple(view.notes)
         self._add(FileStatus.NOTE if told else FileStatus.OK, "events.jsonl", "; ".join((words, *told)))
         if not view.env:
             self._add(FileStatus.NOTE, "env.json", "; ".join(view.notes[len(told) :]) or "is not there")
@@ -230,21 +236,3 @@ class _Verification:
                 self._add(FileStatus.NOTE, LOCK_NAME, words)
                 return
         self._add(FileStatus.OK, LOCK_NAME, "no process on this machine writes this run")
-
-
-def _equal(data: bytes, saved: Checkpoint) -> bool:
-    from safetensors.torch import load as decode
-
-    ours = decode(data)
-    return ours.keys() == saved.model.keys() and all(
-        tensor.dtype == saved.model[name].dtype
-        and tensor.contiguous().numpy().tobytes() == saved.model[name].contiguous().numpy().tobytes()
-        for name, tensor in ours.items()
-    )
-
-
-def to_json(verified: Verified) -> str:
-    """For `lowmem verify --json`."""
-    values = {"run": os.fspath(verified.run), "can_resume": verified.can_resume}
-    values |= {name: value for name, value in asdict(verified).items() if name not in ("run", "findings")}
-    return json.dumps(values | {"findings": [asdict(finding) for finding in verified.findings]}, indent=1)

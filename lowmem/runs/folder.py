@@ -1,0 +1,311 @@
+"""The folder of a run as it is found: whether a run may be made there, whether it is a run's and has nothing in it that
+leads out of it, and who holds it.
+
+A run has one writer: a lock that the system frees when its holder ends, and a file that says who the holder is. (A
+job of several runs is locked the same way, by `job.lock`.) `run.lock` is locked with the system's file lock, which
+excludes every process on this machine (and, where the network file system passes locks on, on others).
+`run.owner.json` names the holder, who removes it on leaving. Found without the lock being held, it is of a holder
+that died: on this host that is certain, and the run is taken over with a note. Of another host nobody here can tell;
+then the run is refused, and removing the file is the way out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+from filelock import FileLock, Timeout
+from pydantic import AfterValidator, Field, TypeAdapter
+from pydantic.dataclasses import dataclass as validated
+
+from lowmem.core.errors import PreflightError, UsageError
+from lowmem.core.reading import read_json, shorten
+from lowmem.runs.atomic import PARTIAL, write_text_atomic
+from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE
+
+LOCK_NAME, OWNER_NAME = "run.lock", "run.owner.json"
+_OWNER_LIMIT_BYTES = 1 << 12
+_DEEPEST = 3  # folders of folders of runs
+_SIGNS = frozenset({"config.yaml", "metrics.csv", "checkpoints", "run.lock"})
+JOB = "job.json"  # what tells the folder of a job of several runs
+FORKING = "forking"  # there while a fork takes over rows and pictures of the old run; they are no work of this one
+_LOCK = frozenset({LOCK_NAME, OWNER_NAME})
+# What is written before the first checkpoint, and nothing else. The first event comes after it.
+_SETUP = _LOCK | {
+    "config.yaml", "env.json", "plan.json", EPOCH_TABLE.file_name, STEP_TABLE.file_name, "checkpoints", "weights",
+    ".preflight", FORKING,
+}  # fmt: skip
+_OTHER_PLAN = re.compile(r"plan-[0-9]+\.json")  # of the other processes that train a run
+_MOST_ENTRIES = 100_000
+
+
+def never_began(path: Path) -> bool:
+    """Whether this is a run's folder that was left before the first checkpoint, with which nobody can go on: no more
+    in it than what is made till then, no row of a step, no checkpoint, whole or damaged, no weights. Nothing was
+    computed in it, so the next `lowmem train` takes it over."""
+    names = {entry.name.removesuffix(PARTIAL) for entry in path.iterdir()}
+    names -= {name for name in names if _OTHER_PLAN.fullmatch(name)}
+    if LOCK_NAME not in names or not names - ({"report"} if FORKING in names else set()) <= _SETUP:
+        return False
+    steps, saved, weights = path / STEP_TABLE.file_name, path / "checkpoints", path / "weights"
+    rows = FORKING not in names and steps.is_file() and steps.stat().st_size > len(STEP_TABLE.header) + 1
+    kept = saved.is_dir() and any(not entry.name.startswith(".aside-") for entry in saved.iterdir())
+    return not rows and not kept and not (weights.is_dir() and any(weights.iterdir()))
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises UsageError unless a run may be made here: nothing, an empty folder, or one of a run that never began;
+    PreflightError if it may not be looked at."""
+    try:
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file: choose another folder with --out")
+        if not path.is_symlink() and (not path.exists() or not any(path.iterdir()) or never_began(path)):
+            return
+        if path.is_symlink() or not (path / "config.yaml").is_file():
+            raise UsageError(f"{path} exists and is not an empty folder: choose another with --out")
+    except OSError as error:
+        raise PreflightError(
+            f"{path} cannot be looked at ({error.strerror or error}): choose another folder with --out"
+        ) from None
+    raise UsageError(
+        f"{path} exists and is never overwritten: go on with `lowmem resume {path}`, change its settings with "
+        f"`lowmem fork {path}`, or choose another folder with --out"
+    )
+
+
+def clear(path: Path, *, ignore_errors: bool = False) -> None:
+    """Empties the folder of a run that never began, but for its lock, which the caller holds. Raises OSError;
+    `ignore_errors`: leaves what cannot be deleted."""
+    for entry in path.iterdir():
+        if entry.name in _LOCK:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=ignore_errors)
+        else:
+            with suppress(*[OSError] * ignore_errors):
+                entry.unlink()
+
+
+# -- a folder that somebody else may have made
+
+
+def refuse_unbegun(path: Path) -> None:
+    """Raises UsageError for a run that never began: there is nothing to resume."""
+    if never_began(path):
+        raise UsageError(
+            f"{path} was stopped before its first checkpoint, so no step was taken and nothing is lost: "
+            "give the command that started it once more, it takes the folder over"
+        )
+
+
+def require_run(path: Path) -> None:
+    """Raises UsageError unless `path` looks like a run folder."""
+    try:
+        if not path.is_dir():
+            what = "is no folder" if path.exists() else "does not exist"
+            raise UsageError(f"{path} {what}: give the folder of a run, like runs/res110")
+        if not (path / "config.yaml").is_file():
+            refuse_unbegun(path)
+            if (path / JOB).is_file():
+                raise UsageError(
+                    f"{path} is the folder of a job of several runs: go on with `lowmem reproduce --out {path}`"
+                )
+            raise UsageError(
+                f"{path} is no run folder (it has no config.yaml): give the folder of a run, like runs/res110"
+            )
+    except OSError as error:
+        raise UsageError(f"{path} cannot be looked into ({error.strerror or error}): check its permissions") from None
+    refuse_links(path)
+
+
+def refuse_links(run: Path) -> None:
+    """Raises UsageError naming the first thing under `run` that is neither a file nor a folder of its own.
+
+    Everything lowmem writes goes to a fixed name below the run folder. A symbolic link of that name would make it
+    write, truncate or delete somewhere else; a pipe or a device would make it wait for ever. `run` itself may be a
+    link: that is the user's. What cannot be looked at cannot be followed either, and is left to its reader.
+
+    Known limitation: the folder is looked at once, when it is opened. Who can change it at the same time has this
+    user's rights already.
+    """
+    folders, seen = [run], 0
+    while folders:
+        with suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                seen += 1
+                if seen > _MOST_ENTRIES:
+                    raise UsageError(f"{run} holds more than {_MOST_ENTRIES:,} files: that is no run folder")
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except OSError:
+                    continue
+                # Windows has two kinds: symbolic links, and junctions, which `S_ISLNK` does not know.
+                junction = getattr(status, "st_reparse_tag", 0) == getattr(stat, "IO_REPARSE_TAG_MOUNT_POINT", -1)
+                if stat.S_ISLNK(status.st_mode) or junction:
+                    raise UsageError(
+                        f"{shorten(entry.path)} is a link, and a run folder holds its own files only: "
+                        "put what it leads to in its place"
+                    )
+                if stat.S_ISDIR(status.st_mode):
+                    folders.append(Path(entry.path))
+                elif not stat.S_ISREG(status.st_mode):
+                    raise UsageError(
+                        f"{shorten(entry.path)} is neither a file nor a folder: take it out of the run folder"
+                    )
+
+
+def run_folders(folder: Path, deep: int = _DEEPEST) -> list[Path]:
+    """Those in `folder` (or itself, if it is one) by name; links are not followed. What cannot be looked into may be
+    a run, and is told with its reason."""
+    try:
+        with os.scandir(folder) as entries:
+            inside = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+    except FileNotFoundError:
+        return []  # gone meanwhile
+    except OSError:
+        return [folder]
+    if inside.keys() & _SIGNS:
+        return [folder]
+    names = sorted(name for name, is_folder in inside.items() if is_folder and deep)
+    return [run for name in names for run in run_folders(folder / name, deep - 1)]
+
+
+# -- one writer
+
+
+# A stranger's folder must not write to the terminal what is no name.
+Name = Annotated[str, Field(strict=True), AfterValidator(lambda text: shorten(text, 100))]
+
+
+@validated(frozen=True)
+class Owner:
+    """Who holds, or held, a run. `since` is in the holder's local time, with its offset."""
+
+    pid: Annotated[int, Field(strict=True, gt=0)]
+    host: Name
+    since: Name = "a time it does not say"
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+    @property
+    def here(self) -> bool:
+        return self.host == socket.gethostname()
+
+    @property
+    def may_be_alive(self) -> bool:
+        """As far as that can be asked from here, without touching it."""
+        if not self.here or os.name == "nt":
+            return True  # os.kill ends the process there, whatever the signal
+        try:
+            os.kill(self.pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return False
+        except OSError:
+            return True
+        return True
+
+
+class RunLock:
+    """The lock of a run folder, held. `taken_over` is the owner that ended without leaving, or None."""
+
+    def __init__(self, owner_file: Path, lock: FileLock, taken_over: Owner | None) -> None:
+        self.taken_over = taken_over
+        self._owner_file = owner_file
+        self._lock = lock
+
+    @classmethod
+    def acquire(cls, path: Path, what: str = "run") -> RunLock:
+        """Locks the folder `path` of a run (or of a job: `what`). Raises UsageError if somebody else writes it or may
+        do so, OSError."""
+        lock_file, owner_file = path / f"{what}.lock", path / f"{what}.owner.json"
+        for file in (lock_file, owner_file):
+            if file.is_symlink():
+                raise UsageError(f"{file} is a link, which no {what} of lowmem has: delete it if you trust the folder")
+        found = lock_file.exists()
+        lock = FileLock(lock_file, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            who = read_owner(owner_file) or "another process"
+            raise UsageError(f"{path} is being written by {who}: wait for it, or stop it first") from None
+        try:
+            before = read_owner(owner_file)
+            if before is not None and not before.here:
+                raise UsageError(
+                    f"{path} was being written by {before}, which cannot be checked from {socket.gethostname()}: if "
+                    f"that process has ended, delete {owner_file} and try again"
+                )
+            since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+            write_text_atomic(owner_file, json.dumps(owner) + "\n")
+        except BaseException:
+            if not found:  # a folder without a run stays one
+                with suppress(OSError):
+                    lock_file.unlink()
+            lock.release()
+            raise
+        return cls(owner_file, lock, before)
+
+    @property
+    def held(self) -> bool:
+        return self._lock.is_locked
+
+    def release(self) -> None:
+        """Leaves the run to others. May be called again."""
+        if self._lock.is_locked:
+            with suppress(OSError):  # the folder may be gone, or the disk: the next one takes it for a dead holder's
+                self._owner_file.unlink(missing_ok=True)
+        self._lock.release()
+
+    def remove(self) -> None:
+        """Releases the lock and removes it. The lock file goes while it is locked, and last: whoever makes a new one
+        has a folder of its own from then on, and whoever has the old one open finds that it is gone."""
+        lock_file = Path(self._lock.lock_file)
+        for file in (self._owner_file, lock_file):
+            with suppress(OSError):
+                file.unlink()
+        self._lock.release()
+        if os.name == "nt":  # deletes no file that is open, not even by another
+            with suppress(OSError):
+                lock_file.unlink()
+
+
+def read_owner(file: Path) -> Owner | None:
+    """What an owner file says; None if there is none, or nothing that can be used."""
+    try:
+        return None if file.is_symlink() else _OWNER.validate_python(read_json(file, _OWNER_LIMIT_BYTES))
+    except (OSError, ValueError):
+        return None
+
+
+_OWNER = TypeAdapter(Owner)
+
+
+def writer_of(run: Path) -> str | None:
+    """Who holds the run's lock: `pid 1234`, `pid 1234 on HOST` for another machine; None if nobody does. The lock
+    itself is tried only if its last owner may be alive: trying it holds it for an instant, in which the run could
+    not be resumed."""
+    lock, owner_file = run / LOCK_NAME, run / OWNER_NAME
+    if not os.path.isfile(lock) or os.path.islink(lock) or not os.path.isfile(owner_file):
+        return None
+    owner = read_owner(owner_file)
+    if owner is not None and not owner.may_be_alive:
+        return None
+    try:
+        with FileLock(lock, timeout=0):
+            return None
+    except Timeout:
+        if owner is None:
+            return "another process"
+        return f"pid {owner.pid}" if owner.here else f"pid {owner.pid} on {owner.host}"
+    except OSError:
+        return None  # a medium that cannot be written to: nobody trains there
