@@ -1,10 +1,9 @@
 """Batches: order, crop and flip as pure functions of (seed, epoch, sample index), for a whole batch at once.
 
-The crop is torchvision's `RandomCrop(32, padding=4)`: black pixels around the picture, before normalisation.
-The pictures stay uint8 and unpadded where the network is (154 MB for the 50,000 of CIFAR-10; kept padded
-they would be 240 MB of a small card). A batch is padded, its rows are chosen by `index_select` (on a CPU a
-copy of 40 bytes each) and its columns, mirrored or not, by one `gather`; what else was tried is in
-`benchmarks/augmentation.py`.
+The crop is torchvision's `RandomCrop(32, padding=4)`: black pixels around the picture, before normalisation. The
+pictures stay uint8 and unpadded where the network is (154 MB for the 50,000 of CIFAR-10, padded 240 MB). A batch is
+padded, its rows are chosen by `index_select` (on a CPU a copy of 40 bytes each) and its columns, mirrored or not, by
+one `gather`; what else was tried is in `benchmarks/augmentation.py`.
 
 Known limitation: pictures are 32x32, the crop offset is 0..8.
 """
@@ -62,9 +61,8 @@ class Normalizer:
 class TrainBatches:
     """The training batches of every epoch, by (epoch, step): no state, any step can be asked at any time.
 
-    pictures: the training pictures; they move to `device` and stay there as uint8 (no copy on the CPU).
-    batch: pictures in a step; the last step of an epoch has the rest.
-    augment: random crop with padding 4 and random horizontal flip.
+    The pictures move to `device` and stay there as uint8 (no copy on the CPU). `batch`: pictures in a step; the last
+    step of an epoch has the rest. `augment`: random crop with padding 4 and random horizontal flip.
     """
 
     def __init__(

@@ -105,7 +105,7 @@ def torchvision(settings: Settings) -> dict[str, Any]:
 
 def data(settings: Settings) -> dict[str, Any]:
     """Whether the pictures are there, without reading them all, or can be had."""
-    from lowmem.data.load import find_pictures
+    from lowmem.data import find_pictures
 
     known = find_pictures(settings.config.data)
     if known.url is None:

@@ -7,8 +7,7 @@ from PIL import Image
 
 from lowmem.config.schema import DataConfig
 from lowmem.core.errors import DataError
-from lowmem.data import fashion
-from lowmem.data.load import find_pictures
+from lowmem.data import downloaded, find_pictures
 from tests.unit.data.test_data_cifar10 import cifar_root
 
 __all__ = ["cifar_root"]  # a fixture
@@ -40,7 +39,7 @@ def test_cifar10(cifar_root: Path) -> None:
 
 
 def test_fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fashion, "DEBIAN_FOLDER", tmp_path / "debian")
+    monkeypatch.setattr(downloaded, "DEBIAN_FOLDER", tmp_path / "debian")
     found = find_pictures(config("fashion-mnist", tmp_path))
     assert (found.there, found.url is not None) == (False, True)
     with pytest.raises(DataError, match=r"data\.download is off"):
