@@ -102,9 +102,7 @@ def statistics(pictures: Pictures) -> tuple[Triple, Triple]:
             histogram[channel] += np.bincount(chunk[:, channel].ravel(), minlength=256)
     means, deviations = [], []
     for counts in histogram.tolist():
-        n = sum(counts)
-        total = sum(count * value for value, count in enumerate(counts))
-        squares = sum(count * value * value for value, count in enumerate(counts))
+        n, total, squares = (sum(count * value**power for value, count in enumerate(counts)) for power in range(3))
         means.append(total / n / 255)
         deviations.append(max((squares * n - total * total) ** 0.5 / n, 1.0) / 255)
     return (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2])
