@@ -1,4 +1,4 @@
-"""What may crash or hang, asked stage by stage in a process of its own (`lowmem.isolate`): torch, the card, the data.
+"""What may crash or hang, asked stage by stage in a process of its own: torch, the card, the data.
 
 A stage is a function of the settings; it returns facts under the names of `Facts`, and whatever it raises is why they
 are not known. The only network traffic is one connection, opened and closed, to the host of a download.
@@ -10,10 +10,12 @@ import socket
 import threading
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from lowmem import isolate
 from lowmem.core.errors import LowmemError, PreflightError
 from lowmem.core.units import format_size
 
@@ -22,9 +24,10 @@ if TYPE_CHECKING:
 
 _CONNECT_SECONDS = 3.0
 _MOST_ERROR = 1e-3
+_PROBE_SECONDS = 120.0  # the first use of a card by a new build may compile for a minute
 
 
-def torch_build(settings: Settings) -> dict[str, Any]:
+def torch(settings: Settings) -> dict[str, Any]:
     """Importing torch; what it was built for."""
     import torch
 
@@ -43,13 +46,13 @@ def allocator(settings: Settings) -> dict[str, Any]:
     allocation on a card."""
     import torch
 
-    for name in ("_accelerator_setAllocatorSettings", "_cuda_cudaCachingAllocator_set_allocator_settings"):
-        if hasattr(torch._C, name):
-            try:
-                getattr(torch._C, name)("")
-            except Exception as error:
-                return {"allocator_trouble": first_line(error)}
-            break
+    names = ("_accelerator_setAllocatorSettings", "_cuda_cudaCachingAllocator_set_allocator_settings")
+    judge = next((getattr(torch._C, name) for name in names if hasattr(torch._C, name)), None)
+    try:
+        if judge is not None:
+            judge("")
+    except Exception as error:
+        return {"allocator_trouble": first_line(error)}
     return {}
 
 
@@ -88,9 +91,7 @@ def execution(settings: Settings) -> dict[str, Any]:
 
     resolved = resolve_execution(settings).config
     refuse_unsafe(resolved)
-    train = resolved.train
-    resolved_as = {"device": train.device, "precision": train.precision, "memory_format": train.memory_format}
-    return {"execution": resolved_as}
+    return {"execution": resolved.train.model_dump(include={"device", "precision", "memory_format"})}
 
 
 def torchvision(settings: Settings) -> dict[str, Any]:
@@ -171,14 +172,7 @@ def largest_error(device: str) -> float:
 
 # In this order: what the later ones need comes first, what is likeliest to take the process down last.
 STAGES: dict[str, Callable[[Settings], dict[str, Any]]] = {
-    "torch": torch_build,
-    "allocator": allocator,
-    "network": network,
-    "torchvision": torchvision,
-    "data": data,
-    "cuda": cuda,
-    "execution": execution,
-    "kernel": kernel,
+    stage.__name__: stage for stage in (torch, allocator, network, torchvision, data, cuda, execution, kernel)
 }
 
 
@@ -207,3 +201,46 @@ def probe(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {"results": {stage: STAGES[stage](settings)}}
         except Exception as error:
             yield {"troubles": {stage: first_line(error)}}
+
+
+# -- in the process that asks ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What each stage found, and why the others did not: an exception, the end of the process, or the time."""
+
+    results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    troubles: Mapping[str, str] = field(default_factory=dict)
+
+
+def ask(values: Mapping[str, object], stages: Sequence[str], *, timeout_seconds: float = _PROBE_SECONDS) -> Answers:
+    """Runs the stages in one process; if it dies in one, the rest in another. Never raises.
+
+    `values`: dotted name -> setting. Without torch none of the later stages is tried.
+    """
+    results: dict[str, Mapping[str, Any]] = {}
+    troubles: dict[str, str] = {}
+    left = list(stages)
+    while left and "torch" not in troubles:
+        asked = {"values": values, "stages": left}
+        outcome = isolate.run("lowmem.doctor.probe:probe", asked, timeout_seconds=timeout_seconds)
+        for part in outcome.parts:
+            results |= part.get("results", {})
+            troubles |= part.get("troubles", {})
+        begun = [part["begins"] for part in outcome.parts if "begins" in part]
+        for stage in {*(begun or left[:1])} - {*results, *troubles}:
+            troubles[stage] = _how_it_ended(outcome, timeout_seconds)
+        if not begun:  # it did not even start: it will not start again either
+            break
+        left = [stage for stage in left if stage not in begun]
+    return Answers(results, troubles)
+
+
+def _how_it_ended(outcome: isolate.CallResult, timeout_seconds: float) -> str:
+    if outcome.ended == "too long":
+        return f"no answer within {timeout_seconds:g} seconds"
+    if outcome.code is None:
+        return f"the process {outcome.words}"
+    ended = f"was killed by signal {-outcome.code}" if outcome.code < 0 else f"ended with code {outcome.code}"
+    return f"the process {ended}: {outcome.words}" if outcome.words else f"the process {ended}"
