@@ -40,8 +40,8 @@ def write_report(
     Raises UsageError before anything is written if a run cannot be read or there is no telling where to write, and
     DiskError if the folder refuses. Figures of an earlier report of the same name are replaced, others left alone.
     """
-    from lowmem.report.figures import draw_training  # matplotlib takes a second, and not all who import this draw
-    from lowmem.report.gradients import draw_gradients
+    # matplotlib takes a second, and not all who import this draw
+    from lowmem.report.figures import draw_gradients, draw_training
 
     if not runs:
         raise UsageError("no run given: lowmem report runs/res20 [runs/cnn20 ...]")

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from statistics import fmean
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from lowmem.report.style import LABEL_SIZE, Points, Series
+from lowmem.report.style import DPI, LABEL_SIZE, POINT_PIXELS, Points, Series
 
 Boxes = NDArray[np.float64]
 """(boxes, 4): x0, y0, x1, y1 in points of the page."""
@@ -54,36 +54,27 @@ def _contrast(parts: NDArray[np.float64]) -> float:
     return float(1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05))
 
 
-def figure_of(axes: Axes) -> Figure:
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    return figure
-
-
-def room_for_ends(series: Sequence[Series], canvas: FigureCanvasAgg) -> float:
+def room_for_ends(figure: Figure, series: Sequence[Series]) -> float:
     """The width in pixels that the labels take to the right of the axes."""
-    figure, renderer, widest = canvas.figure, canvas.get_renderer(), 0.0
+    widest = 0.0
     for one in _at_ends(series):
         text = figure.text(0, 0, one.label, fontsize=LABEL_SIZE, parse_math=False)
-        widest = max(widest, text.get_window_extent(renderer).width)
+        widest = max(widest, text.get_window_extent().width)
         text.remove()
-    if not widest:
-        return float(_NO_LABELS * figure.bbox.width)
-    return widest + (_LEADER_POINTS + _PAD_POINTS) * figure.dpi / 72
+    return widest + (_LEADER_POINTS + _PAD_POINTS) * POINT_PIXELS if widest else _NO_LABELS * figure.bbox.width
 
 
-def room_for_ticks(axes: Axes, canvas: FigureCanvasAgg) -> float:
+def room_for_ticks(axes: Axes) -> float:
     """The width in pixels that the vertical axis' numbers take to the left of the axes."""
-    renderer = canvas.get_renderer()
-    texts = [text for text in axes.get_yticklabels() if text.get_text()]
-    widest = max((text.get_window_extent(renderer).width for text in texts), default=0.0)
-    return widest + (_TICK_POINTS + _PAD_POINTS) * figure_of(axes).dpi / 72
+    widths = (text.get_window_extent().width for text in axes.get_yticklabels() if text.get_text())
+    return max(widths, default=0.0) + (_TICK_POINTS + _PAD_POINTS) * POINT_PIXELS
 
 
-def write_labels(axes: Axes, series: Sequence[Series], canvas: FigureCanvasAgg) -> None:
+def write_labels(axes: Axes, series: Sequence[Series]) -> None:
     """Writes them all. Limits and position of the axes must be final."""
-    _write_at_ends(axes, _at_ends(series))
-    _write_inside(axes, series, canvas)
+    if ends := _at_ends(series):
+        _write_at_ends(axes, ends)
+    _write_inside(axes, series)
 
 
 # -- beside the axes ---------------------------------------------------------------------------------------------------
@@ -96,44 +87,34 @@ def _at_ends(series: Sequence[Series]) -> list[Series]:
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Positions nearest to `wanted` (least squares) in the same order, `gap` apart and within [low, high].
 
-    Pool adjacent violators: after taking off i * gap, being `gap` apart is being monotone, and the nearest
-    monotone sequence is the one of block means. If the labels cannot fit, they share the room evenly.
+    After taking off i * gap, being `gap` apart is being monotone, and the nearest monotone sequence is, at each place,
+    the greatest of the least means of the stretches around it (the min-max formula of isotonic regression). If the
+    labels cannot fit, they share the room evenly.
     """
     count = len(wanted)
-    if count > 1 and gap * (count - 1) > high - low:
-        gap = (high - low) / (count - 1)
+    if count > 1:
+        gap = min(gap, (high - low) / (count - 1))
     order = sorted(range(count), key=lambda index: wanted[index])
-    blocks: list[tuple[float, int]] = []  # mean, members
-    for rank, index in enumerate(order):
-        mean, members = wanted[index] - rank * gap, 1
-        while blocks and blocks[-1][0] >= mean:
-            before, size = blocks.pop()
-            mean, members = (before * size + mean * members) / (size + members), size + members
-        blocks.append((mean, members))
-    slack = high - low - gap * max(0, count - 1)
-    flat = [min(max(mean, low), low + max(0.0, slack)) for mean, members in blocks for _ in range(members)]
+    apart = [wanted[index] - rank * gap for rank, index in enumerate(order)]
     placed = [0.0] * count
     for rank, index in enumerate(order):
-        placed[index] = flat[rank] + rank * gap
+        mean = max(min(fmean(apart[first:past]) for past in range(rank + 1, count + 1)) for first in range(rank + 1))
+        placed[index] = min(max(mean, low), high - gap * (count - 1)) + rank * gap
     return placed
 
 
 def _write_at_ends(axes: Axes, series: Sequence[Series]) -> None:
-    if not series:
-        return
-    figure, box = figure_of(axes), axes.get_window_extent()
-    point = figure.dpi / 72
+    figure, box = axes.figure, axes.get_window_extent()
     ends = axes.transData.transform([one.points[-1] for one in series])
     ends = ends.clip([box.x0, box.y0], [box.x1, box.y1])
-    line_height = LABEL_SIZE * 1.28 * point
+    line_height = LABEL_SIZE * 1.28 * POINT_PIXELS
     middles = spread([float(y) for _, y in ends], line_height, box.y0 + line_height / 4, box.y1 - line_height / 4)
     to_figure = figure.transFigure.inverted()
+    text_x = box.x1 + _LEADER_POINTS * POINT_PIXELS
     for one, (x, y), middle in zip(series, ends, middles, strict=True):
-        text_x = box.x1 + _LEADER_POINTS * point
-        knee = max(x + 3 * point, box.x1 + 2 * point)  # level up to the axes' edge, then to the text
-        corners = to_figure.transform([(x, y), (knee, y), (text_x - 3 * point, middle)])
-        leader = Line2D(corners[:, 0], corners[:, 1], color=one.style.colour, linewidth=0.8, alpha=0.8)
-        leader.set_linestyle((0, (1, 1.5)))
+        knee = max(x + 3 * POINT_PIXELS, box.x1 + 2 * POINT_PIXELS)  # level up to the axes' edge, then to the text
+        corners = to_figure.transform([(x, y), (knee, y), (text_x - 3 * POINT_PIXELS, middle)])
+        leader = Line2D(*corners.T, color=one.style.colour, linestyle=(0, (1, 1.5)), linewidth=0.8, alpha=0.8)
         figure.add_artist(leader)
         left, height = to_figure.transform((text_x, middle))
         text = figure.text(left, height, one.label, fontsize=LABEL_SIZE, va="center_baseline")
@@ -143,10 +124,9 @@ def _write_at_ends(axes: Axes, series: Sequence[Series]) -> None:
 # -- inside the axes ---------------------------------------------------------------------------------------------------
 
 
-def _write_inside(axes: Axes, series: Sequence[Series], canvas: FigureCanvasAgg) -> None:
+def _write_inside(axes: Axes, series: Sequence[Series]) -> None:
     """Each where it covers least and is near what it names. Names choose before notes, least choice first."""
-    point = figure_of(axes).dpi / 72
-    frame = np.array([axes.get_window_extent().extents]) / point
+    frame = np.array([axes.get_window_extent().extents]) / POINT_PIXELS
     drawn = [(one.of or one.label, _covered(axes, one)) for one in series]
     texts: list[Boxes] = []
     wanted = [(one, _places(axes, one)) for one in series if one.label and one.inside]
@@ -156,8 +136,8 @@ def _write_inside(axes: Axes, series: Sequence[Series], canvas: FigureCanvasAgg)
         text.set(fontweight="bold" if one.style.width > _BOLD_FROM_POINTS else "normal", zorder=6)
         text.set_path_effects([withStroke(linewidth=3, foreground="white")])
         text.set_in_layout(False)
-        extent = text.get_window_extent(canvas.get_renderer())
-        half = np.array([extent.width, extent.height]) / point / 2
+        extent = text.get_window_extent()
+        half = np.array([extent.width, extent.height]) / POINT_PIXELS / 2
         name, empty = one.of or one.label, np.empty((0, 4))
         own = np.concatenate([empty, *(boxes for of, boxes in drawn if of == name)])
         others = np.concatenate([empty, *(boxes for of, boxes in drawn if of != name), *texts])
@@ -168,7 +148,7 @@ def _write_inside(axes: Axes, series: Sequence[Series], canvas: FigureCanvasAgg)
         away = 0.5 * np.abs(_OFFSETS).sum(axis=1) + _LAST_PLACE * np.arange(len(places))[:, None] / len(places)
         best = int(np.argmin(_costs(boxes, own, others, frame) + away.reshape(-1)))
         place, middle = places[best // len(_OFFSETS)], middles[best % len(_OFFSETS)]
-        x, y = axes.transData.inverted().transform(place * point)
+        x, y = axes.transData.inverted().transform(place * POINT_PIXELS)
         text.xy = (float(x), float(y))
         text.set_position((float(middle[0]), float(middle[1])))
         texts.append(boxes[best : best + 1])
@@ -236,6 +216,6 @@ def _sampled(axes: Axes, points: Points, step: float) -> NDArray[np.float64]:
 
 def _on_page(axes: Axes, points: Points) -> NDArray[np.float64]:
     """(points, 2): in points of the page."""
-    pixels = axes.transData.transform(np.asarray(points, dtype=float).reshape(-1, 2))
-    on_page = np.asarray(pixels) * 72 / figure_of(axes).dpi
-    return np.clip(on_page, -_FAR_POINTS, _FAR_POINTS)  # a zero on a log axis lies a thousand decades down
+    pixels = np.asarray(axes.transData.transform(np.asarray(points, dtype=float).reshape(-1, 2)))
+    # A zero on a log axis lies a thousand decades down.
+    return np.clip(pixels * 72 / DPI, -_FAR_POINTS, _FAR_POINTS)
