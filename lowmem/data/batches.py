@@ -21,9 +21,11 @@ from torch import Tensor
 from lowmem.core import counter_rng as addressed
 from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Triple
 
+Part = tuple[int, int]  # of a batch, its pictures [first, past)
 PADDING = 4
 _PADDED = SIDE + 2 * PADDING
 _OFFSETS = 2 * PADDING + 1
+_CONTIGUOUS = torch.contiguous_format
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
@@ -50,7 +52,7 @@ class Normalizer:
         self._shift = torch.tensor([255.0 * m for m in mean], dtype=torch.float32).view(shape).to(device)
         self._scale = torch.tensor([1.0 / (255.0 * s) for s in std], dtype=torch.float32).view(shape).to(device)
 
-    def __call__(self, images: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    def __call__(self, images: Tensor, memory_format: torch.memory_format = _CONTIGUOUS) -> Tensor:
         # A subtraction and a product, not one fused multiply-add: each rounds once in every kernel, so a
         # picture has the same bits wherever it stands in a batch, and on every device.
         out = images.to(torch.float32, copy=True).sub_(self._shift).mul_(self._scale)
@@ -99,22 +101,14 @@ class TrainBatches:
         return min(self.batch_size, self._images.shape[0] - step * self.batch_size)
 
     def batch(
-        self,
-        epoch: int,
-        step: int,
-        *,
-        memory_format: torch.memory_format = torch.contiguous_format,
-        part: tuple[int, int] | None = None,
+        self, epoch: int, step: int, *, memory_format: torch.memory_format = _CONTIGUOUS, part: Part | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Step `step` (from 0) of epoch `epoch`: float32 [B, 3, 32, 32] normalised, int64 [B], on the device.
-
-        `part`: only the pictures [first, past) of it, with the bits that they have in the whole batch. Raises
-        IndexError for a step that the epoch does not have.
-        """
+        """Step `step` (from 0) of epoch `epoch`: float32 [B, 3, 32, 32] normalised, int64 [B], on the device. Raises
+        IndexError. `part`: only that of it, with the bits that it has in the whole batch."""
         images, labels = self.raw_batch(epoch, step, part=part)
         return self._normalize(images, memory_format), labels
 
-    def raw_batch(self, epoch: int, step: int, *, part: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    def raw_batch(self, epoch: int, step: int, *, part: Part | None = None) -> tuple[Tensor, Tensor]:
         """As `batch`, cropped and flipped but not normalised: uint8 [B, 3, 32, 32], int64 [B]."""
         first, past = part or (0, self.size(step))
         start = step * self.batch_size
@@ -149,12 +143,10 @@ def eval_batches(
     mean: Triple,
     std: Triple,
     device: torch.device | str,
-    memory_format: torch.memory_format = torch.contiguous_format,
+    memory_format: torch.memory_format = _CONTIGUOUS,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All pictures in order, not augmented: float32 [B, 3, 32, 32] normalised, int64 [B], on the device.
-
-    Only the batch at hand is on the device: evaluation must not hold a second data set on a small card.
-    """
+    """All pictures in order, not augmented: float32 [B, 3, 32, 32] normalised, int64 [B], on the device, one batch at
+    a time: evaluation must not hold a second data set on a small card."""
     if batch < 1:
         raise ValueError(f"batch {batch}: it must be at least 1")
     place = torch.device(device)
