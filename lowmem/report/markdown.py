@@ -26,6 +26,7 @@ from lowmem.report.tables import (
     UNKNOWN,
     departures,
     describe_source,
+    details,
     elapsed,
     error_table,
     escape,
@@ -112,25 +113,18 @@ def _state(history: RunView) -> str:
         text += ", not finished (interrupted, or still running)"
     if history.times_resumed:
         text += ", interrupted and resumed " + times(history.times_resumed)
-    text += _trouble(history)
+    # What the run itself noticed: going back from a broken loss, learning nothing, stopping for either.
+    if back := details(history, "rollback"):
+        scale = back[-1].get("lr_scale")
+        rate = f", at last with {scale:g} of the learning rate" if isinstance(scale, int | float) else ""
+        why = escape(back[-1].get("what", ""))
+        text += f"; **went back to a checkpoint {times(len(back))}{rate}** ({why})"
+    if details(history, "diverged"):
+        text += "; **stopped because it diverged**"
+    if stuck := details(history, "stuck"):
+        text += f"; **learns nothing: at chance up to epoch {escape(stuck[-1].get('epoch', '?'))} and longer**"
     if last is not None and last.train_loss is not None and not math.isfinite(last.train_loss):
         text += "; **diverged: the training loss is no number any more**"
-    return text
-
-
-def _trouble(history: RunView) -> str:
-    """What the run itself noticed: going back from a broken loss, learning nothing, stopping for either."""
-    kinds = [event.kind for event in history.events]
-    text = ""
-    if back := [event for event in history.events if event.kind == "rollback"]:
-        scale = back[-1].detail.get("lr_scale")
-        rate = f", at last with {scale:g} of the learning rate" if isinstance(scale, int | float) else ""
-        why = escape(back[-1].detail.get("what", ""))
-        text += f"; **went back to a checkpoint {times(len(back))}{rate}** ({why})"
-    if "diverged" in kinds:
-        text += "; **stopped because it diverged**"
-    if found := [event for event in history.events if event.kind == "stuck"]:
-        text += f"; **learns nothing: at chance up to epoch {escape(found[-1].detail.get('epoch', '?'))} and longer**"
     return text
 
 
@@ -165,9 +159,9 @@ def _best(history: RunView) -> str:
     where = "at an unknown epoch" if best.epoch is None else f"of epoch {best.epoch}"
     text = f"{where}, error {percent(best.error_pct)}"
     if best.chosen_on == "val":
+        text += " on the held-back training pictures, on which they were chosen"
         there = next((row.test_error_pct for row in history.epochs if row.epoch == best.epoch), None)
-        beside = "" if there is None else f"; test error there {percent(there)}"
-        return f"{text} on the held-back training pictures, on which they were chosen{beside}"
+        return text if there is None else f"{text}; test error there {percent(there)}"
     if best.chosen_on == "test":
         return (
             f"{text} on the test set, **on which they were chosen: this error is optimistic** and no "
@@ -186,10 +180,9 @@ def _lowest(history: RunView) -> str:
 
 def _from_env(history: RunView, keys: Sequence[str]) -> str:
     """What env.json says, and what a resume found changed since."""
-    resumes = [event.detail for event in history.events if event.kind == "resume"]
-    said = []
+    sources, said = [history.env, *details(history, "resume")], []
     for key in keys:
-        values = [_plain(source[key]) for source in (history.env, *resumes) if source.get(key) not in (None, "")]
+        values = [_plain(source[key]) for source in sources if source.get(key) not in (None, "")]
         changes = [value for before, value in pairwise(["", *values]) if value != before]
         if changes:
             said.append(f"{key.replace('_', ' ')} {', then '.join(changes)}")

@@ -9,10 +9,11 @@ in, which is what the default settings are, and a difference from it is marked w
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from statistics import median
+from typing import Any
 
 from lowmem.config.schema import Config, ModelConfig, resolve_block
 from lowmem.core.units import format_duration, format_size
@@ -99,6 +100,11 @@ def resource_table(runs: Sequence[NamedRun]) -> ReportTable:
     return ReportTable(header, tuple(rows), 1)
 
 
+def details(history: RunView, kind: str) -> list[Mapping[str, Any]]:
+    """What the events of a kind say."""
+    return [event.detail for event in history.events if event.kind == kind]
+
+
 def elapsed(history: RunView) -> str:
     seconds = None if history.last is None else history.last.elapsed_seconds
     return UNKNOWN if seconds is None else format_duration(seconds)
@@ -119,7 +125,7 @@ def peaks(history: RunView) -> list[str]:
 
 def _checked(history: RunView, name: str) -> str:
     """Of the plan in force at last: its first steps are held against the prediction."""
-    sizes = [event.detail.get(name) for event in history.events if event.kind == "measured"]
+    sizes = [detail.get(name) for detail in details(history, "measured")]
     known = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool) and 0 < size < 1 << 60]
     return format_size(known[-1]) if known else UNKNOWN
 
@@ -160,7 +166,7 @@ def differences(history: RunView) -> tuple[str, ...]:
     model, data, optim, train = config.model, config.data, config.optim, config.train
     done = history.epochs_done
     # What was done to a run whose loss broke.
-    back = [event.detail.get("lr_scale") for event in history.events if event.kind == "rollback"]
+    back = [detail.get("lr_scale") for detail in details(history, "rollback")]
     scales = [scale for scale in back if isinstance(scale, int | float)]
     said = [
         (0 < done < train.epochs, f"only {done} of its {train.epochs} epochs done"),
