@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from packaging.version import Version
 
-from lowmem.doctor.facts import Facts, Finding, Status, requirement, version
+from lowmem.doctor.facts import Facts, Finding, Status, requirement, split_way_out, version
 
 _ARCH = re.compile(r"(sm|compute)_(\d+)(\d)")  # a suffix (`90a`) is for one chip only and does not match
 
@@ -196,7 +196,7 @@ def driver(facts: Facts) -> Finding | None:
     if facts.driver is None or facts.device_asked == "cpu":
         return None
     if facts.driver.missing is not None:
-        what, way_out = _apart(facts.driver.missing)
+        what, way_out = split_way_out(facts.driver.missing)
         if facts.device_asked == "cuda":
             cpu = "lowmem train --device cpu"
             return Finding("driver", Status.FAIL, what, f"{way_out}; or {cpu}" if way_out else cpu)
@@ -222,12 +222,6 @@ def driver(facts: Facts) -> Finding | None:
     if old_card and branch is not None and branch.major >= 580:
         return Finding("driver", Status.OK, f"{words}; R580 is the last branch for this card: do not go beyond")
     return Finding("driver", Status.OK, words)
-
-
-def _apart(sentence: str) -> tuple[str, str | None]:
-    """`what is missing (why: so): the way out` at its first colon outside of parentheses."""
-    match = re.fullmatch(r"((?:\([^)]*\)|[^:(])*): (.*)", sentence)
-    return (match[1], match[2]) if match else (sentence, None)
 
 
 def kernel(facts: Facts) -> Finding | None:

@@ -10,7 +10,7 @@ import re
 from packaging.version import Version
 
 from lowmem.core.units import GIB, format_size
-from lowmem.doctor.facts import Facts, Finding, Status, version
+from lowmem.doctor.facts import Facts, Finding, Status, split_way_out, version
 from lowmem.measure import who_holds
 
 _NARROW_LANES = 4  # a riser or a wrong slot; x8 costs nothing that can be measured here
@@ -299,7 +299,7 @@ def data(facts: Facts) -> Finding | None:
     if trouble is not None:
         if facts.torchvision_works is False:
             return Finding("data", Status.NOTE, "not checked: torchvision does not work")
-        return Finding("data", Status.FAIL, *_way_out(trouble))
+        return Finding("data", Status.FAIL, *split_way_out(trouble))
     if facts.data_words is None:
         return None
     if facts.data_there:
@@ -317,12 +317,4 @@ def refusal(facts: Facts) -> Finding | None:
         return None
     if facts.device_asked == "cuda" and facts.cuda_available is False and facts.driver is not None:
         return None  # the driver, the build or CUDA_VISIBLE_DEVICES: their checks say which
-    return Finding("settings", Status.FAIL, *_way_out(trouble))
-
-
-def _way_out(trouble: str) -> tuple[str, str | None]:
-    """(finding, mend) of a sentence of lowmem's own, `what is wrong: the way out`; another error has no way out."""
-    words, colon, way_out = trouble.rpartition(": ")
-    if not colon or re.match(r"\w*(Error|Exception|Interrupt): |the process ", trouble):
-        return trouble, None
-    return words, way_out
+    return Finding("settings", Status.FAIL, *split_way_out(trouble))

@@ -203,6 +203,15 @@ def requirement(text: str | None) -> Requirement | None:
         return None
 
 
+def split_way_out(sentence: str) -> tuple[str, str | None]:
+    """(finding, mend) of a sentence of lowmem's own, `what is wrong (why: so): the way out`, at its last colon outside
+    of parentheses; another error has no way out."""
+    match = re.fullmatch(r"((?:\([^)]*\)|[^(])*): ((?:\([^)]*\)|[^(])*)", sentence)
+    if match is None or re.match(r"\w*(Error|Exception|Interrupt): |the process ", sentence):
+        return sentence, None
+    return match[1], match[2]
+
+
 # -- gathering ---------------------------------------------------------------------------------------------------------
 
 

@@ -109,16 +109,13 @@ def data(settings: Settings) -> dict[str, Any]:
     from lowmem.data import find_pictures
 
     known = find_pictures(settings.config.data)
-    if known.url is None:
-        return {"data_there": known.there, "data_words": known.words}
-    parts = urlsplit(known.url)
-    host, port = parts.hostname or "", parts.port or {"http": 80}.get(parts.scheme, 443)
-    size = format_size(known.download_bytes or 0)
-    return {
-        "data_there": known.there,
-        "data_words": f"{known.words}: {size} would be downloaded from {host}",
-        "data_host_answers": host_answers(host, port),
-    }
+    found: dict[str, Any] = {"data_there": known.there, "data_words": known.words}
+    if known.url is not None:
+        parts = urlsplit(known.url)
+        host, port = parts.hostname or "", parts.port or {"http": 80}.get(parts.scheme, 443)
+        found["data_words"] += f": {format_size(known.download_bytes or 0)} would be downloaded from {host}"
+        found["data_host_answers"] = host_answers(host, port)
+    return found
 
 
 def host_answers(host: str, port: int) -> bool | None:
@@ -178,8 +175,7 @@ STAGES: dict[str, Callable[[Settings], dict[str, Any]]] = {
 
 def first_line(error: BaseException) -> str:
     """The error in one line; a LowmemError is a sentence already."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = lines[0] if lines else ""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, LowmemError):
         return first
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
