@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from matplotlib.axes import Axes
@@ -18,11 +18,10 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from lowmem.report import style
-from lowmem.report.labels import room_for_ends, room_for_ticks, write_labels
+from lowmem.report.labels import spread_ends, write_at_ends, write_inside
 from lowmem.report.style import Series
 
-_TOP_INCHES, _BOTTOM_INCHES = 0.62, 0.58  # what title and vertical axis' words take above the axes, and below them
-_REMARK_INCHES = 0.22
+_PAD_INCHES = 0.07
 _MARGIN_POINTS = 3.0
 _INK, _GRID = "#333333", "#e3e3e3"
 _LINES_ORDER = 3.0  # above the grid, under the labels
@@ -52,34 +51,22 @@ def log_limits(values: Iterable[float]) -> tuple[float, float]:
 def draw_charts(charts: Sequence[Chart], height_inches: float = style.HEIGHT_INCHES, remark: str = "") -> Figure:
     """The charts above each other, as wide as their labels leave room for; `remark` stands under the last."""
     figure = new_figure(height_inches)
-    charts = [replace(chart, series=[one for one in chart.series if one.points]) for chart in charts]
+    figure.set_layout_engine("constrained", w_pad=_PAD_INCHES, h_pad=_PAD_INCHES, hspace=0.05)
     panels = [(chart, figure.add_subplot(len(charts), 1, row)) for row, chart in enumerate(charts, start=1)]
+    below = figure.supxlabel(remark, ha="left", fontsize=style.LABEL_SIZE, color=style.NEUTRAL)
+    written = []
     for chart, axes in panels:
-        _draw_lines(axes, chart.series)
+        series = [one for one in chart.series if one.points]
+        _draw_lines(axes, series)
         _set_axes(axes, chart)
-    left = max(room_for_ticks(axes) for _, axes in panels) / figure.bbox.width
-    right = max(room_for_ends(figure, chart.series) for chart in charts) / figure.bbox.width
-    figure.subplots_adjust(
-        left=left,
-        right=1 - right,
-        bottom=(_BOTTOM_INCHES + _REMARK_INCHES * bool(remark)) / height_inches,
-        top=1 - _TOP_INCHES / height_inches,
-        hspace=(_TOP_INCHES + _BOTTOM_INCHES) / (height_inches / len(charts) - _TOP_INCHES - _BOTTOM_INCHES),
-    )
-    for chart, axes in panels:
-        # What the vertical axis shows stands under the title: along the side it would take the curves' room and have to
-        # be read with the head on the shoulder.
-        for text, points in ((chart.y_title, 6), (chart.title, 22)):
-            place = {"xycoords": "axes fraction", "textcoords": "offset points"}
-            drawn = axes.annotate(text, (0, 1), xytext=(0, points), parse_math=False, **place)  # type: ignore[arg-type]
-            drawn.set(fontsize=style.AXIS_SIZE, color="#555555")
-        drawn.set(fontsize=style.TITLE_SIZE, fontweight="bold", color="black")
-        fit(drawn, figure.bbox.x1 - axes.get_window_extent().x0)
-        write_labels(axes, chart.series)
-    if remark:
-        below = figure.text(left, 0.06 / height_inches, remark, va="bottom")
-        below.set(fontsize=style.LABEL_SIZE, color=style.NEUTRAL)
-        fit(below, (1 - left) * figure.bbox.width)
+        written.append((axes, series, write_at_ends(axes, series)))
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes, series, texts in written:
+        spread_ends(axes, texts)
+        write_inside(axes, series)
+        below.set_x(axes.get_position().x0)
+    fit(below, (1 - below.get_position()[0]) * figure.bbox.width)
     return figure
 
 
@@ -107,6 +94,13 @@ def _set_axes(axes: Axes, chart: Chart) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 2.5, 4, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel(chart.x_title, fontsize=style.AXIS_SIZE)
+    # What the vertical axis shows stands under the title: along the side it would take the curves' room and have to be
+    # read with the head on the shoulder.
+    look = {"fontsize": style.TITLE_SIZE, "fontweight": "bold", "parse_math": False}
+    title = axes.set_title(chart.title, look, loc="left", pad=22)
+    fit(title, 0.88 * style.WIDTH_INCHES * style.DPI)  # the rest is for the numbers to its left
+    said = axes.annotate(chart.y_title, (0, 1), xytext=(0, 6), xycoords="axes fraction", textcoords="offset points")
+    said.set(fontsize=style.AXIS_SIZE, color="#555555", in_layout=False)
     decades = math.log10(chart.y_limits[1] / chart.y_limits[0]) if chart.log else 0.0
     if chart.log:
         axes.set_yscale("log")

@@ -12,9 +12,10 @@ from statistics import fmean
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation
+from matplotlib.transforms import IdentityTransform
 from numpy.typing import NDArray
 
 from lowmem.report.style import DPI, LABEL_SIZE, POINT_PIXELS, Points, Series
@@ -23,9 +24,6 @@ Boxes = NDArray[np.float64]
 """(boxes, 4): x0, y0, x1, y1 in points of the page."""
 
 _LEADER_POINTS = 14.0  # from the axes to the text
-_PAD_POINTS = 5.0
-_TICK_POINTS = 8.0  # tick marks and the gap to their numbers
-_NO_LABELS = 0.04  # of the figure's width, to the right of axes without labels
 _LEAST_CONTRAST = 4.0
 
 # Inside. Of a text from its place, in points: its near edge sideways (0: its middle), its middle upwards.
@@ -54,34 +52,18 @@ def _contrast(parts: NDArray[np.float64]) -> float:
     return float(1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05))
 
 
-def room_for_ends(figure: Figure, series: Sequence[Series]) -> float:
-    """The width in pixels that the labels take to the right of the axes."""
-    widest = 0.0
-    for one in _at_ends(series):
-        text = figure.text(0, 0, one.label, fontsize=LABEL_SIZE, parse_math=False)
-        widest = max(widest, text.get_window_extent().width)
-        text.remove()
-    return widest + (_LEADER_POINTS + _PAD_POINTS) * POINT_PIXELS if widest else _NO_LABELS * figure.bbox.width
-
-
-def room_for_ticks(axes: Axes) -> float:
-    """The width in pixels that the vertical axis' numbers take to the left of the axes."""
-    widths = (text.get_window_extent().width for text in axes.get_yticklabels() if text.get_text())
-    return max(widths, default=0.0) + (_TICK_POINTS + _PAD_POINTS) * POINT_PIXELS
-
-
-def write_labels(axes: Axes, series: Sequence[Series]) -> None:
-    """Writes them all. Limits and position of the axes must be final."""
-    if ends := _at_ends(series):
-        _write_at_ends(axes, ends)
-    _write_inside(axes, series)
-
-
 # -- beside the axes ---------------------------------------------------------------------------------------------------
 
 
-def _at_ends(series: Sequence[Series]) -> list[Series]:
-    return [one for one in series if one.label and not one.inside]
+def write_at_ends(axes: Axes, series: Sequence[Series]) -> list[tuple[Series, Annotation]]:
+    """The labels beside the axes, where they take their room, but not yet in their places."""
+    texts = []
+    for one in (one for one in series if one.label and not one.inside):
+        place = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        text = axes.annotate(one.label, (1, 0.5), xytext=(_LEADER_POINTS, 0), va="center_baseline", **place)  # type: ignore[arg-type]
+        text.set(fontsize=LABEL_SIZE, color=ink(one.style.colour), parse_math=False)  # a run may be called $x$
+        texts.append((one, text))
+    return texts
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -103,28 +85,27 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     return placed
 
 
-def _write_at_ends(axes: Axes, series: Sequence[Series]) -> None:
-    figure, box = axes.figure, axes.get_window_extent()
-    ends = axes.transData.transform([one.points[-1] for one in series])
-    ends = ends.clip([box.x0, box.y0], [box.x1, box.y1])
-    line_height = LABEL_SIZE * 1.28 * POINT_PIXELS
-    middles = spread([float(y) for _, y in ends], line_height, box.y0 + line_height / 4, box.y1 - line_height / 4)
-    to_figure = figure.transFigure.inverted()
-    text_x = box.x1 + _LEADER_POINTS * POINT_PIXELS
-    for one, (x, y), middle in zip(series, ends, middles, strict=True):
-        knee = max(x + 3 * POINT_PIXELS, box.x1 + 2 * POINT_PIXELS)  # level up to the axes' edge, then to the text
-        corners = to_figure.transform([(x, y), (knee, y), (text_x - 3 * POINT_PIXELS, middle)])
+def spread_ends(axes: Axes, texts: Sequence[tuple[Series, Annotation]]) -> None:
+    """Puts them next to the ends of their lines, with a leader to each. The axes must be in their place."""
+    if not texts:
+        return
+    box = np.array(axes.get_window_extent().extents).reshape(2, 2) / POINT_PIXELS
+    ends = np.concatenate([_on_page(axes, one.points[-1:]) for one, _ in texts]).clip(*box)
+    line_height = LABEL_SIZE * 1.28
+    middles = spread(ends[:, 1].tolist(), line_height, box[0, 1] + line_height / 4, box[1, 1] - line_height / 4)
+    for (one, text), (x, y), middle in zip(texts, ends, middles, strict=True):
+        text.set_position((_LEADER_POINTS, middle - box[:, 1].mean()))
+        knee = max(x + 3, box[1, 0] + 2)  # level up to the axes' edge, then to the text
+        corners = np.array([(x, y), (knee, y), (box[1, 0] + _LEADER_POINTS - 3, middle)]) * POINT_PIXELS
         leader = Line2D(*corners.T, color=one.style.colour, linestyle=(0, (1, 1.5)), linewidth=0.8, alpha=0.8)
-        figure.add_artist(leader)
-        left, height = to_figure.transform((text_x, middle))
-        text = figure.text(left, height, one.label, fontsize=LABEL_SIZE, va="center_baseline")
-        text.set(color=ink(one.style.colour), parse_math=False)  # no mathematics: a run may be called $x$
+        axes.figure.add_artist(leader)
+        leader.set_transform(IdentityTransform())
 
 
 # -- inside the axes ---------------------------------------------------------------------------------------------------
 
 
-def _write_inside(axes: Axes, series: Sequence[Series]) -> None:
+def write_inside(axes: Axes, series: Sequence[Series]) -> None:
     """Each where it covers least and is near what it names. Names choose before notes, least choice first."""
     frame = np.array([axes.get_window_extent().extents]) / POINT_PIXELS
     drawn = [(one.of or one.label, _covered(axes, one)) for one in series]
