@@ -22,6 +22,7 @@ from lowmem.report.style import DPI, LABEL_SIZE, POINT_PIXELS, Points, Series
 
 Boxes = NDArray[np.float64]
 """(boxes, 4): x0, y0, x1, y1 in points of the page."""
+_NO_BOXES: Boxes = np.empty((0, 4))
 
 _LEADER_POINTS = 14.0  # from the axes to the text
 _LEAST_CONTRAST = 4.0
@@ -41,15 +42,11 @@ _COVERED, _OUTSIDE, _LAST_PLACE, _MISTAKEN = 10.0, 40.0, 15.0, 3.0
 def ink(colour: str) -> str:
     """The colour, darker if need be, so that words in it are legible on white (and in grey)."""
     parts = np.array(to_rgb(colour))
-    while _contrast(parts) < _LEAST_CONTRAST:
+    while True:  # contrast as WCAG 2 defines it
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        if 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05) >= _LEAST_CONTRAST:
+            return to_hex((float(parts[0]), float(parts[1]), float(parts[2])))
         parts = 0.97 * parts
-    return to_hex((float(parts[0]), float(parts[1]), float(parts[2])))
-
-
-def _contrast(parts: NDArray[np.float64]) -> float:
-    """Of a colour on white, as WCAG 2 defines it."""
-    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-    return float(1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05))
 
 
 # -- beside the axes ---------------------------------------------------------------------------------------------------
@@ -67,11 +64,11 @@ def write_at_ends(axes: Axes, series: Sequence[Series]) -> list[tuple[Series, An
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions nearest to `wanted` (least squares) in the same order, `gap` apart and within [low, high].
+    """Positions nearest to `wanted` (least squares) in the same order, `gap` apart and within [low, high]; what cannot
+    fit shares the room evenly.
 
-    After taking off i * gap, being `gap` apart is being monotone, and the nearest monotone sequence is, at each place,
-    the greatest of the least means of the stretches around it (the min-max formula of isotonic regression). If the
-    labels cannot fit, they share the room evenly.
+    After taking off i * gap, being `gap` apart is being monotone, and the nearest monotone sequence is that of the
+    min-max formula of isotonic regression.
     """
     count = len(wanted)
     if count > 1:
@@ -116,12 +113,11 @@ def write_inside(axes: Axes, series: Sequence[Series]) -> None:
         text.set(color=ink(one.style.colour), fontsize=one.label_size, ha="center", va="center", parse_math=False)
         text.set(fontweight="bold" if one.style.width > _BOLD_FROM_POINTS else "normal", zorder=6)
         text.set_path_effects([withStroke(linewidth=3, foreground="white")])
-        text.set_in_layout(False)
         extent = text.get_window_extent()
         half = np.array([extent.width, extent.height]) / POINT_PIXELS / 2
-        name, empty = one.of or one.label, np.empty((0, 4))
-        own = np.concatenate([empty, *(boxes for of, boxes in drawn if of == name)])
-        others = np.concatenate([empty, *(boxes for of, boxes in drawn if of != name), *texts])
+        name = one.of or one.label
+        own = np.concatenate([_NO_BOXES, *(boxes for of, boxes in drawn if of == name)])
+        others = np.concatenate([_NO_BOXES, *(boxes for of, boxes in drawn if of != name), *texts])
         # All places times all offsets: the text's middle from the place, and its box on the page.
         middles = np.column_stack([_OFFSETS[:, 0] + np.sign(_OFFSETS[:, 0]) * half[0], _OFFSETS[:, 1]])
         centres = (places[:, None] + middles).reshape(-1, 2)
@@ -134,14 +130,17 @@ def write_inside(axes: Axes, series: Sequence[Series]) -> None:
         text.set_position((float(middle[0]), float(middle[1])))
         texts.append(boxes[best : best + 1])
         if len(own) and _gaps(texts[-1], own)[0] > _LEADER_POINTS:
-            _lead(axes, text.xy, np.clip(0.0, middle - half, middle + half), one.style.colour)
+            # A thin line from the nearest point of the text's edge to its place.
+            arrow = {"arrowstyle": "-", "color": one.style.colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4}
+            across, up = np.clip(0.0, middle - half, middle + half).tolist()
+            line = axes.annotate("", text.xy, (across, up), textcoords="offset points", arrowprops=arrow)
+            line.set_zorder(4.5)
 
 
 def _costs(boxes: Boxes, own: Boxes, others: Boxes, frame: Boxes) -> NDArray[np.float64]:
     """(boxes,): how bad each is."""
     area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    costs = _COVERED * (_overlaps(boxes, own) + _overlaps(boxes, others))
-    costs += _OUTSIDE * (area - _overlaps(boxes, frame))
+    costs = _COVERED * (_overlaps(boxes, own) + _overlaps(boxes, others)) + _OUTSIDE * (area - _overlaps(boxes, frame))
     if len(own) and len(others):
         costs += _MISTAKEN * np.clip(_gaps(boxes, own) + _AIR_POINTS - _gaps(boxes, others), 0, None)
     return costs
@@ -159,25 +158,15 @@ def _gaps(boxes: Boxes, others: Boxes) -> NDArray[np.float64]:
     return np.asarray(np.hypot(*np.moveaxis(np.clip(apart, 0, None), 2, 0)).min(axis=1))
 
 
-def _lead(axes: Axes, at: tuple[float, float], edge: NDArray[np.float64], colour: str) -> None:
-    """A thin line from the nearest point of the text's edge to its place."""
-    arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4}
-    start = (float(edge[0]), float(edge[1]))
-    axes.annotate("", at, xytext=start, textcoords="offset points", arrowprops=arrow, zorder=4.5)
-
-
 def _covered(axes: Axes, series: Series) -> Boxes:
     """Boxes along a line and around its markers."""
-    style, boxes = series.style, [np.empty((0, 4))]
+    style, shapes = series.style, []
     if style.width:
-        boxes.append(_around(_sampled(axes, series.points, _STEP_POINTS), style.width / 2 + _AIR_POINTS / 2))
+        shapes.append((_sampled(axes, series.points, _STEP_POINTS), style.width))
     if style.marker:
-        boxes.append(_around(_on_page(axes, series.points), style.marker_size / 2 + _AIR_POINTS / 2))
-    return np.concatenate(boxes)
-
-
-def _around(middles: NDArray[np.float64], half_width: float) -> Boxes:
-    return np.concatenate([middles - half_width, middles + half_width], axis=1)
+        shapes.append((_on_page(axes, series.points), style.marker_size))
+    halves = [(middles, (size + _AIR_POINTS) / 2) for middles, size in shapes]
+    return np.concatenate([_NO_BOXES, *(np.hstack([middles - half, middles + half]) for middles, half in halves)])
 
 
 def _places(axes: Axes, series: Series) -> NDArray[np.float64]:
