@@ -6,7 +6,6 @@ Every choice made here (subset, order, crop, flip) is a function of an address, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from lowmem.config.schema import DataConfig
 from lowmem.core.counter_rng import derive_seed, permutation
 from lowmem.core.errors import DataError, UsageError
+from lowmem.core.units import format_size
 from lowmem.data import shapes
 from lowmem.data.batches import TrainBatches, eval_batches
 from lowmem.data.downloaded import DOWNLOADABLE
@@ -96,28 +96,20 @@ def choose_balanced(labels: NDArray[np.int64], classes: int, count: int, key: in
 # -- whether the pictures are there: what `lowmem doctor` asks ---------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Presence:
-    """`there`: complete on this disk. `url`: where it would be downloaded from, None if it need not be."""
-
-    there: bool
-    words: str
-    download_bytes: int | None = None
-    url: str | None = None
-
-
-def find_pictures(config: DataConfig) -> Presence:
-    """Looks for the files that `load` would read: names, and for CIFAR-10 the MD5s, but no picture is decoded.
+def find_pictures(config: DataConfig) -> tuple[str, str | None]:
+    """In words, what there is of the files that `load` would read (names, and for CIFAR-10 the MD5s, but no picture is
+    decoded); and where they would be downloaded from, None if they need not be.
 
     Raises DataError where `load` would for what is missing, except that it does not try to download.
     """
     if kind := DOWNLOADABLE.get(config.source):
         root = Path(config.root).expanduser()
         if (place := kind.find(root, config.download)) is not None:
-            return Presence(True, f"{kind.title} in {place}")
-        return Presence(False, f"{kind.title} is not in {root}", kind.download_bytes, kind.url())
+            return f"{kind.title} in {place}", None
+        size = format_size(kind.download_bytes)
+        return f"{kind.title} is not in {root}: {size} would be downloaded", kind.url()
     if config.source == "shapes":
-        return Presence(True, "shapes are drawn, no files needed")
+        return "shapes are drawn, no files needed", None
     from lowmem.data import folder
 
     where = Path(config.source.removeprefix("folder:")).expanduser().resolve()
@@ -126,4 +118,4 @@ def find_pictures(config: DataConfig) -> Presence:
     except OSError as error:
         raise DataError(f"{where} cannot be read ({error.strerror or error}): check --data") from None
     counts = " and ".join(f"{len(entries):,} {part}" for part, entries in parts.items())
-    return Presence(True, f"{counts} pictures of {len(classes)} classes in {where}")
+    return f"{counts} pictures of {len(classes)} classes in {where}", None

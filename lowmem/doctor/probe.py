@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 
 from lowmem import isolate
 from lowmem.core.errors import LowmemError, PreflightError
-from lowmem.core.units import format_size
 
 if TYPE_CHECKING:
     from lowmem.config.settings import Settings
@@ -108,14 +107,13 @@ def data(settings: Settings) -> dict[str, Any]:
     """Whether the pictures are there, without reading them all, or can be had."""
     from lowmem.data import find_pictures
 
-    known = find_pictures(settings.config.data)
-    found: dict[str, Any] = {"data_there": known.there, "data_words": known.words}
-    if known.url is not None:
-        parts = urlsplit(known.url)
-        host, port = parts.hostname or "", parts.port or {"http": 80}.get(parts.scheme, 443)
-        found["data_words"] += f": {format_size(known.download_bytes or 0)} would be downloaded from {host}"
-        found["data_host_answers"] = host_answers(host, port)
-    return found
+    words, url = find_pictures(settings.config.data)
+    if url is None:
+        return {"data_there": True, "data_words": words}
+    parts = urlsplit(url)
+    host, port = parts.hostname or "", parts.port or {"http": 80}.get(parts.scheme, 443)
+    answers = host_answers(host, port)
+    return {"data_there": False, "data_words": f"{words} from {host}", "data_host_answers": answers}
 
 
 def host_answers(host: str, port: int) -> bool | None:
