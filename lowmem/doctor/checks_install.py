@@ -21,29 +21,22 @@ Capability = tuple[int, int]
 
 
 class Build(NamedTuple):
-    """A release that ran on cards later ones no longer do. `folder`: of PyTorch's own index."""
+    """A release that ran on cards later ones no longer do. `folder`: of PyTorch's own index, by CUDA version."""
 
     packages: str
-    cuda_major: int
-    archs: tuple[str, ...]
     folder: str
+    archs: str
+
+    @property
+    def cuda_major(self) -> int:
+        return int(self.folder[2:4])
 
 
 # Newest first. 2.10 is the last with CUDA 12.8, so with sm_70; 2.7.1 the last with sm_50 and sm_60.
 BUILDS = (
-    Build("torch torchvision", 13, ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"), "cu130"),
-    Build(
-        '"torch==2.10.0" "torchvision==0.25.0"',
-        12,
-        ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"),
-        "cu128",
-    ),
-    Build(
-        '"torch==2.7.1" "torchvision==0.22.1"',
-        12,
-        ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"),
-        "cu126",
-    ),
+    Build("torch torchvision", "cu130", "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"),
+    Build('"torch==2.10.0" "torchvision==0.25.0"', "cu128", "sm_70 sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"),
+    Build('"torch==2.7.1" "torchvision==0.22.1"', "cu126", "sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90"),
 )
 
 
@@ -64,7 +57,7 @@ def install_command(
     a build without CUDA.
     """
     for build in BUILDS:
-        fits_card = capability is None or runs_on(build.archs, capability)
+        fits_card = capability is None or runs_on(build.archs.split(), capability)
         if fits_card and (driver_cuda is None or driver_cuda[0] >= build.cuda_major):
             newest = "--upgrade " if build is BUILDS[0] else ""
             index = f" --index-url https://download.pytorch.org/whl/{build.folder}" if system == "Windows" else ""
@@ -95,10 +88,9 @@ def python(facts: Facts) -> Finding | None:
     # torch and its pair have a check of their own, with a better answer than "upgrade".
     unmet = [text for text in facts.unmet or () if not text.lower().startswith("torch")]
     if unmet:
-        asked = " ".join(f'"{text.partition(";")[0].strip()}"' for text in unmet)
-        return Finding(
-            "python", Status.FAIL, f"{words}; missing or too old: {', '.join(unmet)}", f"pip install {asked}"
-        )
+        words += f"; missing or too old: {', '.join(unmet)}"
+        mend = " ".join(["pip install", *(f'"{text.partition(";")[0].strip()}"' for text in unmet)])
+        return Finding("python", Status.FAIL, words, mend)
     if facts.python_version is None and facts.lowmem_version is None:
         return None
     return Finding("python", Status.OK, words)
@@ -106,9 +98,9 @@ def python(facts: Facts) -> Finding | None:
 
 def torch(facts: Facts) -> Finding | None:
     """Whether torch can be imported, and what it is built for."""
+    if facts.torch_version is None and facts.torch_works is None:
+        return None
     if facts.torch_version is None and not facts.torch_works:
-        if facts.torch_works is None:
-            return None
         return Finding("torch", Status.FAIL, "torch is not installed", _fitting(facts))
     found = version(facts.torch_version)
     if facts.torch_works is False:
@@ -127,8 +119,8 @@ def torchvision(facts: Facts) -> Finding | None:
     if facts.torch_works is False:  # nothing can be said of it before torch works
         return None
     # One command for both, where torch has to be replaced anyway.
-    keep = facts.torch_version is not None and not _lacks_kernels(facts) and not facts.driver_too_old
-    mend = same_torch(facts.torch_version) if keep and facts.torch_version else _fitting(facts)
+    replaced = _lacks_kernels(facts) or facts.driver_too_old
+    mend = _fitting(facts) if replaced or facts.torch_version is None else same_torch(facts.torch_version)
     if facts.torchvision_version is None:
         if facts.torchvision_works is False:
             return Finding("torchvision", Status.FAIL, "torchvision is not installed", mend)
@@ -168,12 +160,8 @@ def build(facts: Facts) -> Finding | None:
     )
     mend = _fitting(facts)
     if mend is None:
-        newer_driver = install_command(facts.capability, system=facts.system) is not None
-        why = (
-            "a release that has them needs a newer driver"
-            if newer_driver
-            else "no release that lowmem runs on has them"
-        )
+        newer = install_command(facts.capability, system=facts.system) is not None
+        why = "a release that has them needs a newer driver" if newer else "no release that lowmem runs on has them"
         words, mend = f"{words}; {why}", "lowmem train --device cpu"
     return Finding("build", facts.on_card, words, mend)
 
@@ -187,7 +175,7 @@ def _lacks_kernels(facts: Facts) -> bool:
 
 def _fitting(facts: Facts, *, again: bool = False) -> str | None:
     """The command for the torch that runs on this card, or the newest one where there is no card."""
-    runs = facts.driver.cuda_version if facts.driver is not None else None
+    runs = facts.reported.cuda_version
     return install_command(facts.capability, system=facts.system, driver_cuda=runs, again=again)
 
 
@@ -200,9 +188,8 @@ def driver(facts: Facts) -> Finding | None:
         if facts.device_asked == "cuda":
             cpu = "lowmem train --device cpu"
             return Finding("driver", Status.FAIL, what, f"{way_out}; or {cpu}" if way_out else cpu)
-        return Finding(
-            "driver", Status.NOTE, f"{what}; training on the CPU works", way_out and f"with a card: {way_out}"
-        )
+        mend = way_out and f"with a card: {way_out}"
+        return Finding("driver", Status.NOTE, f"{what}; training on the CPU works", mend)
     runs = facts.driver.cuda_version
     words = f"{facts.driver.driver_version or 'version unknown'}" + (f", runs CUDA {runs[0]}.{runs[1]}" if runs else "")
     if facts.driver_too_old:
@@ -214,9 +201,8 @@ def driver(facts: Facts) -> Finding | None:
         mend = _fitting(facts) or f"install NVIDIA's driver of branch {needed}"
         return Finding("driver", facts.without_card, words, mend)
     if facts.card is not None and facts.card.trouble is not None:
-        return Finding(
-            "driver", facts.without_card, f"{words}; it says of the card: {facts.card.trouble}", "nvidia-smi"
-        )
+        words += f"; it says of the card: {facts.card.trouble}"
+        return Finding("driver", facts.without_card, words, "nvidia-smi")
     old_card = facts.capability is not None and facts.capability <= _PASCAL
     branch = version(facts.driver.driver_version)
     if old_card and branch is not None and branch.major >= 580:

@@ -37,7 +37,7 @@ _NEW_NAME_SINCE = Version("2.9")
 
 def visible(facts: Facts) -> Finding | None:
     """Whether torch sees the card that the driver sees."""
-    if facts.driver is None or not facts.driver.devices or facts.device_asked == "cpu":
+    if not facts.reported.devices or facts.device_asked == "cpu":
         return None
     shown = facts.variable("CUDA_VISIBLE_DEVICES")
     if facts.hidden:
@@ -61,7 +61,7 @@ def card(facts: Facts) -> Finding | None:
         return None
     which = device.name or "a card without a name"
     which += f", {format_size(device.total_bytes)}" if device.total_bytes is not None else ""
-    others = len(facts.driver.devices) - 1 if facts.driver is not None else 0
+    others = len(facts.reported.devices) - 1
     which += f" ({others} more not used)" if others > 0 else ""
     if facts.profile is not None:
         return Finding("card", Status.OK, f"{which}; profile {facts.profile.name}")
@@ -75,7 +75,7 @@ def memory(facts: Facts) -> Finding | None:
     if device is None or device.free_bytes is None or not device.total_bytes:
         return None
     words = f"{format_size(device.free_bytes)} of {format_size(device.total_bytes)} free"
-    if facts.driver is not None and device.uuid and (holders := who_holds(facts.driver, device.uuid)):
+    if device.uuid and (holders := who_holds(facts.reported, device.uuid)):
         words += f"; held by {', '.join(holders)}"
     taken = 1 - device.free_bytes / device.total_bytes
     if taken > 0.5:
@@ -144,7 +144,7 @@ def spill(facts: Facts) -> Finding | None:
     if facts.used_card is None:
         return None
     if facts.system == "Windows":
-        branch = version(facts.driver.driver_version) if facts.driver is not None else None
+        branch = version(facts.reported.driver_version)
         words = "Windows: about 81 % of the card is usable"
         if branch is not None and branch < Version("536.40"):
             return Finding("windows", Status.NOTE, words)

@@ -131,13 +131,17 @@ class Facts:
         return f"unset {name}" if value is None else f"export {name}={value}"
 
     @property
+    def reported(self) -> DriverReport:
+        """What the driver says; of a driver that was not asked nothing is known."""
+        return self.driver or DriverReport()
+
+    @property
     def card(self) -> DriverDevice | None:
         """The card a run would use, as the driver sees it: torch's by UUID, else the only one, else the first."""
-        if self.driver is None or not self.driver.devices:
-            return None
-        if self.device_uuid is not None:
-            return self.driver.device(self.device_uuid)
-        return self.driver.devices[0]
+        devices = self.reported.devices
+        if devices and self.device_uuid is not None:
+            return self.reported.device(self.device_uuid)
+        return devices[0] if devices else None
 
     @property
     def used_card(self) -> DriverDevice | None:
@@ -156,7 +160,7 @@ class Facts:
     @property
     def driver_too_old(self) -> bool:
         """Whether the driver runs an older major version of CUDA than torch is built for (minor ones fit together)."""
-        runs, built = self.driver.cuda_version if self.driver is not None else None, version(self.torch_cuda)
+        runs, built = self.reported.cuda_version, version(self.torch_cuda)
         return runs is not None and built is not None and runs[0] < built.major
 
     @property
