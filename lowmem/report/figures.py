@@ -14,19 +14,10 @@ from itertools import pairwise
 
 import numpy as np
 
+from lowmem.report import style
 from lowmem.report.chart import Chart, draw_charts, log_limits, to_png
 from lowmem.report.naming import NamedRun, find_pairs
-from lowmem.report.style import (
-    DOTTED,
-    HEIGHT_INCHES,
-    MEASURED,
-    NEUTRAL,
-    PAIR_HEIGHT_INCHES,
-    LineStyle,
-    Picture,
-    Points,
-    Series,
-)
+from lowmem.report.style import LineStyle, Picture, Points, Series
 from lowmem.runs.rows import EpochRow, GradientRow, Gradients
 from lowmem.runs.view import RunView
 
@@ -72,12 +63,12 @@ TEST_ERROR = Panel(
 def draw_training(runs: Sequence[NamedRun]) -> list[Picture]:
     """loss.png, test_error.png and the pairs, as far as there is anything to draw."""
     pictures = [
-        *_draw(runs, (LOSS,), "loss.png", LOSS.title, HEIGHT_INCHES),
-        *_draw(runs, (TEST_ERROR,), "test_error.png", TEST_ERROR.title, HEIGHT_INCHES),
+        *_draw(runs, (LOSS,), "loss.png", LOSS.title, style.HEIGHT_INCHES),
+        *_draw(runs, (TEST_ERROR,), "test_error.png", TEST_ERROR.title, style.HEIGHT_INCHES),
     ]
     for name, pair in find_pairs(runs).items():
         title = f"Res{name} against CNN{name}"
-        pictures += _draw(pair, (LOSS, TEST_ERROR), f"pair_{name}.png", title, PAIR_HEIGHT_INCHES)
+        pictures += _draw(pair, (LOSS, TEST_ERROR), f"pair_{name}.png", title, style.PAIR_HEIGHT_INCHES)
     return pictures
 
 
@@ -142,7 +133,7 @@ def _chart(panel: Panel, runs: Sequence[NamedRun], classes: int | None, title: s
     if classes is not None and max(values) > 0.5 * panel.chance(classes):
         level = panel.chance(classes)
         # Its text beside the axes with the others: inside, some curve always runs through it.
-        across = LineStyle(NEUTRAL, DOTTED, 1.0)
+        across = LineStyle(style.NEUTRAL, style.DOTTED, 1.0)
         series.append(Series([(0, level), (x_limit, level)], across, panel.chance_text(classes)))
         values.append(level)
     for run, points in curves:
@@ -248,7 +239,7 @@ def _draw_gradients(runs: Sequence[NamedRun], count: int, file_name: str, title:
             ("First and last layer over time", x_title, time),
         )
     ]
-    return [Picture(file_name, to_png(draw_charts(charts, PAIR_HEIGHT_INCHES)), title, _GRADIENTS_EXPLAINED)]
+    return [Picture(file_name, to_png(draw_charts(charts, style.PAIR_HEIGHT_INCHES)), title, _GRADIENTS_EXPLAINED)]
 
 
 # -- a fork's learning rate --------------------------------------------------------------------------------------------
@@ -261,11 +252,11 @@ def draw_rate_curve(title: str, past: Points, before: Points, after: Points, for
     `fork_at`: epochs done at the fork.
     """
     limits = log_limits([rate for points in (past, before, after) for _, rate in points if rate > 0] or [1.0])
-    series = [Series([(fork_at, rate) for rate in limits], LineStyle(NEUTRAL, DOTTED, 1.0))]
+    series = [Series([(fork_at, rate) for rate in limits], LineStyle(style.NEUTRAL, style.DOTTED, 1.0))]
     for points, look, words, inside in (
         (past, LineStyle("#000000", width=2.0), "until the fork", True),  # it ends in the middle
         (before, LineStyle("#B87400", (0, (2.0, 1.0)), 3.0), "as before", False),
-        (after, LineStyle(MEASURED, width=2.0), "after the fork", False),
+        (after, LineStyle(style.MEASURED, width=2.0), "after the fork", False),
     ):
         label = words if inside or not points else f"{words}  {points[-1][1]:.3g}"
         series.append(Series(stairs(points), look, label, inside=inside))

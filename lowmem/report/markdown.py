@@ -18,25 +18,10 @@ from itertools import pairwise
 
 from markdown_it import MarkdownIt
 
+from lowmem.report import tables
 from lowmem.report.naming import NamedRun
 from lowmem.report.style import Picture
-from lowmem.report.tables import (
-    ASSUMED,
-    RESOURCES_EXPLAINED,
-    UNKNOWN,
-    departures,
-    describe_source,
-    details,
-    elapsed,
-    error_table,
-    escape,
-    image_rate,
-    peaks,
-    percent,
-    resource_table,
-    times,
-    without_run,
-)
+from lowmem.report.tables import UNKNOWN, escape, percent, times
 from lowmem.runs.view import RunView
 
 _ERRORS_EXPLAINED = (
@@ -44,19 +29,19 @@ _ERRORS_EXPLAINED = (
     "final test errors of the report that these networks come from. It states SGD, momentum 0.9, weight "
     "decay 1e-4, cross-entropy and CIFAR-10 in colour; batch, epochs, learning rate and augmentation it "
     "does not state. For those the usual setting is assumed, and what departs from it is marked "
-    f"{escape(ASSUMED)}. Only a run of which nothing differs compares with the published figure."
+    f"{escape(tables.ASSUMED)}. Only a run of which nothing differs compares with the published figure."
 )
 
 
 def render(runs: Sequence[NamedRun], pictures: Sequence[Picture]) -> str:
     """The whole document."""
-    parts = ["# Training report", "## Final test errors", error_table(runs).to_markdown(), _ERRORS_EXPLAINED]
-    if missing := without_run(runs):
+    parts = ["# Training report", "## Final test errors", tables.error_table(runs).to_markdown(), _ERRORS_EXPLAINED]
+    if missing := tables.without_run(runs):
         listed = ", ".join(f"{name} {percent(error)}" for name, error in missing.items())
         parts.append(f"Published networks without a run here: {listed}.")
     parts.append("## What differs from the published setting")
-    parts.append("\n".join(f"- {escape(whose)}: {escape(text)}" for whose, text in departures(runs)))
-    parts += ["## Time and memory", resource_table(runs).to_markdown(), RESOURCES_EXPLAINED]
+    parts.append("\n".join(f"- {escape(whose)}: {escape(text)}" for whose, text in tables.departures(runs)))
+    parts += ["## Time and memory", tables.resource_table(runs).to_markdown(), tables.RESOURCES_EXPLAINED]
     parts.append("## Figures")
     if not pictures:
         parts.append("No run here has completed an epoch: there is nothing to draw yet.")
@@ -78,15 +63,15 @@ def render(runs: Sequence[NamedRun], pictures: Sequence[Picture]) -> str:
 
 
 def _run_section(run: NamedRun) -> list[str]:
-    history, rate = run.history, image_rate(run.history)
-    allocated, reserved, device = peaks(history)
+    history, rate = run.history, tables.image_rate(run.history)
+    allocated, reserved, device = tables.peaks(history)
     median = "" if rate == UNKNOWN else " in training (median over epochs)"
     lines = [
         ("State", _state(history)),
         ("Settings", _settings(history)),
         ("Best weights", _best(history)),
         ("Lowest test error", _lowest(history)),
-        ("Time", f"{elapsed(history)} in all; {rate} images/s{median}"),
+        ("Time", f"{tables.elapsed(history)} in all; {rate} images/s{median}"),
         ("Peak memory", f"{allocated} allocated, {reserved} reserved, {device} in use on the device"),
         ("Hardware", _from_env(history, ("device", "gpu", "card", "driver", "cpu", "cpu_threads", "platform"))),
         ("Versions", _from_env(history, ("lowmem", "git_commit", "python", "torch", "torchvision", "cuda", "cudnn"))),
@@ -114,14 +99,14 @@ def _state(history: RunView) -> str:
     if history.times_resumed:
         text += ", interrupted and resumed " + times(history.times_resumed)
     # What the run itself noticed: going back from a broken loss, learning nothing, stopping for either.
-    if back := details(history, "rollback"):
+    if back := tables.details(history, "rollback"):
         scale = back[-1].get("lr_scale")
         rate = f", at last with {scale:g} of the learning rate" if isinstance(scale, int | float) else ""
         why = escape(back[-1].get("what", ""))
         text += f"; **went back to a checkpoint {times(len(back))}{rate}** ({why})"
-    if details(history, "diverged"):
+    if tables.details(history, "diverged"):
         text += "; **stopped because it diverged**"
-    if stuck := details(history, "stuck"):
+    if stuck := tables.details(history, "stuck"):
         text += f"; **learns nothing: at chance up to epoch {escape(stuck[-1].get('epoch', '?'))} and longer**"
     if last is not None and last.train_loss is not None and not math.isfinite(last.train_loss):
         text += "; **diverged: the training loss is no number any more**"
@@ -136,7 +121,7 @@ def _settings(history: RunView) -> str:
     low_start = schedule.low_start == "always" or int(model.arch[3:]) >= 110  # `auto` concerns no shallower net
     said = [
         f"{model.block} blocks, width {model.width}",
-        describe_source(data.source) + ("" if data.augment else ", not augmented"),
+        tables.describe_source(data.source) + ("" if data.augment else ", not augmented"),
         f"{train.epochs} epochs",
         f"batch {train.batch}" + (f" in micro-batches of {train.micro_batch}" if train.micro_batch else ""),
         f"SGD, lr {optim.lr:g}" + (f", times {schedule.gamma:g} after epochs {drops}" if drops else ""),
@@ -180,7 +165,7 @@ def _lowest(history: RunView) -> str:
 
 def _from_env(history: RunView, keys: Sequence[str]) -> str:
     """What env.json says, and what a resume found changed since."""
-    sources, said = [history.env, *details(history, "resume")], []
+    sources, said = [history.env, *tables.details(history, "resume")], []
     for key in keys:
         values = [_plain(source[key]) for source in sources if source.get(key) not in (None, "")]
         changes = [value for before, value in pairwise(["", *values]) if value != before]
