@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -29,11 +28,6 @@ _BUDGET_LINE, _BUDGET_TEXT = LineStyle("#888888", "--", 1.0), LineStyle("#555555
 
 def draw_memory_curve(title: str, curves: Mapping[str, Sequence[tuple[int, float]]], budget_bytes: int) -> bytes:
     """A PNG. `curves`: name -> (peak bytes, share of time more than plain autograd), memory rising."""
-    return to_png(memory_figure(title, curves, budget_bytes))
-
-
-def memory_figure(title: str, curves: Mapping[str, Sequence[tuple[int, float]]], budget_bytes: int) -> Figure:
-    """The same, not yet a PNG."""
     shown = {name: [(size / MIB, 100 * share) for size, share in points] for name, points in curves.items() if points}
     budget = budget_bytes / MIB
     points = [point for points in shown.values() for point in points]
@@ -56,7 +50,7 @@ def memory_figure(title: str, curves: Mapping[str, Sequence[tuple[int, float]]],
         x_limit=right,
         y_limits=(low, high),
     )
-    return draw_charts([chart])
+    return to_png(draw_charts([chart]))
 
 
 def _method(name: str, points: Sequence[tuple[float, float]], marker_size: float) -> Series:
@@ -88,11 +82,6 @@ class MeasuredPoint:
 
 def draw_bench(title: str, curves: Mapping[str, Sequence[MeasuredPoint]], memory: str) -> bytes:
     """A PNG. `curves`: way (see style.METHOD_STYLES) -> its points; `memory`: what is measured, for the axis."""
-    return to_png(bench_figure(title, curves, memory))
-
-
-def bench_figure(title: str, curves: Mapping[str, Sequence[MeasuredPoint]], memory: str) -> Figure:
-    """The same, not yet a PNG."""
     points = [point for points in curves.values() for point in points]
     right = 1.12 * max((max(point.mib, point.predicted_mib or 0.0) for point in points), default=1.0)
     low, high = min((point.low for point in points), default=1.0), max((point.high for point in points), default=1.0)
@@ -120,7 +109,7 @@ def bench_figure(title: str, curves: Mapping[str, Sequence[MeasuredPoint]], memo
         x_limit=right,
         y_limits=(low - spare, high + spare),
     )
-    return draw_charts([chart], _BENCH_HEIGHT_INCHES, _BENCH_REMARK)
+    return to_png(draw_charts([chart], _BENCH_HEIGHT_INCHES, _BENCH_REMARK))
 
 
 # -- measured against predicted ----------------------------------------------------------------------------------------
