@@ -14,6 +14,7 @@ from typing import Literal
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
@@ -51,7 +52,6 @@ def log_limits(values: Iterable[float]) -> tuple[float, float]:
 def draw_charts(charts: Sequence[Chart], height_inches: float = style.HEIGHT_INCHES, remark: str = "") -> Figure:
     """The charts above each other, as wide as their labels leave room for; `remark` stands under the last."""
     figure = new_figure(height_inches)
-    figure.set_layout_engine("constrained", w_pad=_PAD_INCHES, h_pad=_PAD_INCHES, hspace=0.05)
     panels = [(chart, figure.add_subplot(len(charts), 1, row)) for row, chart in enumerate(charts, start=1)]
     below = figure.supxlabel(remark, ha="left", fontsize=style.LABEL_SIZE, color=style.NEUTRAL)
     written = []
@@ -60,8 +60,7 @@ def draw_charts(charts: Sequence[Chart], height_inches: float = style.HEIGHT_INC
         _draw_lines(axes, series)
         _set_axes(axes, chart)
         written.append((axes, series, write_at_ends(axes, series)))
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    ConstrainedLayoutEngine(w_pad=_PAD_INCHES, h_pad=_PAD_INCHES, hspace=0.05).execute(figure)
     for axes, series, texts in written:
         spread_ends(axes, texts)
         write_inside(axes, series)
