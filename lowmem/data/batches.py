@@ -1,10 +1,9 @@
 """Batches: order, crop and flip as pure functions of (seed, epoch, sample index), for a whole batch at once.
 
-The crop is torchvision's `RandomCrop(32, padding=4)`: black pixels around the picture, before normalisation.
-The pictures stay uint8 and unpadded where the network is (154 MB for the 50,000 of CIFAR-10; kept padded
-they would be 240 MB of a small card). A batch is padded, its rows are chosen by `index_select` (on a CPU a
-copy of 40 bytes each) and its columns, mirrored or not, by one `gather`; what else was tried is in
-`benchmarks/augmentation.py`.
+The crop is torchvision's `RandomCrop(32, padding=4)`: black pixels around the picture, before normalisation. The
+pictures stay uint8 and unpadded where the network is (154 MB for the 50,000 of CIFAR-10, padded 240 MB). A batch is
+padded, its rows are chosen by `index_select` (on a CPU a copy of 40 bytes each) and its columns, mirrored or not, by
+one `gather`; what else was tried is in `benchmarks/augmentation.py`.
 
 Known limitation: pictures are 32x32, the crop offset is 0..8.
 """
@@ -22,9 +21,11 @@ from torch import Tensor
 from lowmem.core import counter_rng as addressed
 from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Triple
 
+Part = tuple[int, int]  # of a batch, its pictures [first, past)
 PADDING = 4
 _PADDED = SIDE + 2 * PADDING
 _OFFSETS = 2 * PADDING + 1
+_CONTIGUOUS = torch.contiguous_format
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
@@ -51,7 +52,7 @@ class Normalizer:
         self._shift = torch.tensor([255.0 * m for m in mean], dtype=torch.float32).view(shape).to(device)
         self._scale = torch.tensor([1.0 / (255.0 * s) for s in std], dtype=torch.float32).view(shape).to(device)
 
-    def __call__(self, images: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    def __call__(self, images: Tensor, memory_format: torch.memory_format = _CONTIGUOUS) -> Tensor:
         # A subtraction and a product, not one fused multiply-add: each rounds once in every kernel, so a
         # picture has the same bits wherever it stands in a batch, and on every device.
         out = images.to(torch.float32, copy=True).sub_(self._shift).mul_(self._scale)
@@ -62,9 +63,8 @@ class Normalizer:
 class TrainBatches:
     """The training batches of every epoch, by (epoch, step): no state, any step can be asked at any time.
 
-    pictures: the training pictures; they move to `device` and stay there as uint8 (no copy on the CPU).
-    batch: pictures in a step; the last step of an epoch has the rest.
-    augment: random crop with padding 4 and random horizontal flip.
+    The pictures move to `device` and stay there as uint8 (no copy on the CPU). `batch`: pictures in a step; the last
+    step of an epoch has the rest. `augment`: random crop with padding 4 and random horizontal flip.
     """
 
     def __init__(
@@ -101,22 +101,14 @@ class TrainBatches:
         return min(self.batch_size, self._images.shape[0] - step * self.batch_size)
 
     def batch(
-        self,
-        epoch: int,
-        step: int,
-        *,
-        memory_format: torch.memory_format = torch.contiguous_format,
-        part: tuple[int, int] | None = None,
+        self, epoch: int, step: int, *, memory_format: torch.memory_format = _CONTIGUOUS, part: Part | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Step `step` (from 0) of epoch `epoch`: float32 [B, 3, 32, 32] normalised, int64 [B], on the device.
-
-        `part`: only the pictures [first, past) of it, with the bits that they have in the whole batch. Raises
-        IndexError for a step that the epoch does not have.
-        """
+        """Step `step` (from 0) of epoch `epoch`: float32 [B, 3, 32, 32] normalised, int64 [B], on the device. Raises
+        IndexError. `part`: only that of it, with the bits that it has in the whole batch."""
         images, labels = self.raw_batch(epoch, step, part=part)
         return self._normalize(images, memory_format), labels
 
-    def raw_batch(self, epoch: int, step: int, *, part: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    def raw_batch(self, epoch: int, step: int, *, part: Part | None = None) -> tuple[Tensor, Tensor]:
         """As `batch`, cropped and flipped but not normalised: uint8 [B, 3, 32, 32], int64 [B]."""
         first, past = part or (0, self.size(step))
         start = step * self.batch_size
@@ -151,12 +143,10 @@ def eval_batches(
     mean: Triple,
     std: Triple,
     device: torch.device | str,
-    memory_format: torch.memory_format = torch.contiguous_format,
+    memory_format: torch.memory_format = _CONTIGUOUS,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All pictures in order, not augmented: float32 [B, 3, 32, 32] normalised, int64 [B], on the device.
-
-    Only the batch at hand is on the device: evaluation must not hold a second data set on a small card.
-    """
+    """All pictures in order, not augmented: float32 [B, 3, 32, 32] normalised, int64 [B], on the device, one batch at
+    a time: evaluation must not hold a second data set on a small card."""
     if batch < 1:
         raise ValueError(f"batch {batch}: it must be at least 1")
     place = torch.device(device)

@@ -1,10 +1,9 @@
 """Pictures in folders: `train/<class>/*` and `test/<class>/*`, of any size, as 32x32 RGB.
 
-They are decoded with Pillow, resized with its BICUBIC filter (which widens with the scale, so shrinking does
-not alias) unless they are 32x32 already, and kept decoded in a cache: one safetensors file and a manifest with its
-SHA-256. The manifest is written last and is the commit record (invariant 9): what it does not name does not exist. A
-cache that is missing, of another state of the folder (a name, a size, a modification time), or does not verify is never
-an error, it is rebuilt.
+They are decoded with Pillow, resized with its BICUBIC filter (which widens with the scale, so shrinking does not alias)
+unless they are 32x32 already, and kept decoded in a cache: one safetensors file and a manifest with its SHA-256, which
+is written last and is the commit record (invariant 9). A cache that is missing, of another state of the folder (a name,
+a size, a modification time), or does not verify is never an error, it is rebuilt.
 
 Known limitations: proportions are not kept; transparency is dropped; one frame of an animation is read.
 """
@@ -53,15 +52,16 @@ class PictureFile:
 
 
 def read(path: str | Path, *, cache: str | Path | None, progress: Progress | None) -> Source:
-    """The pictures under `path`, from the cache if nothing has changed since.
+    """The pictures under `path`, from the cache if nothing has changed since. A cache that cannot be written is a
+    warning.
 
-    `progress("decoding pictures", done, total)` is called while decoding. Raises DataError for a missing
-    part or class and for a file that is no picture. A cache that cannot be written is a warning: the
-    pictures are there all the same.
+    `progress("decoding pictures", done, total)` is called while decoding. Raises DataError for a missing part or class
+    and for a file that is no picture.
     """
     root = Path(path).expanduser().resolve()
     classes, parts = scan(root)
-    keep = (Path(cache).expanduser() if cache else user_cache_folder()) / _cache_name(root)
+    folder_name = f"folder-{hashlib.sha256(str(root).encode()).hexdigest()[:16]}"
+    keep = (Path(cache).expanduser() if cache else user_cache_folder()) / folder_name
     signature = _signature(root, classes, parts)
     pictures = _from_cache(keep, signature, parts)
     if pictures is None:
@@ -83,7 +83,7 @@ def scan(root: Path) -> tuple[tuple[str, ...], dict[str, list[PictureFile]]]:
     for part in PARTS:
         if not (root / part).is_dir():
             raise DataError(f"{root / part} is missing: pictures belong in {root}/train/<class>/ and /test/<class>/")
-    names = {part: _class_names(root / part) for part in PARTS}
+    names = {part: [entry.name for entry in _entries(root / part) if entry.is_dir()] for part in PARTS}
     if not names["train"]:
         raise DataError(f"{root / 'train'} has no class folders: pictures belong in train/<class>/")
     for here, there in (("test", "train"), ("train", "test")):
@@ -94,41 +94,31 @@ def scan(root: Path) -> tuple[tuple[str, ...], dict[str, list[PictureFile]]]:
                 f"the same classes ({len(names['train'])} in train, {len(names['test'])} in test)"
             )
     classes = tuple(names["train"])
-    parts = {
-        part: [entry for label, name in enumerate(classes) for entry in _files(root / part / name, label)]
+    return classes, {
+        part: [file for label, name in enumerate(classes) for file in _files(root / part / name, label)]
         for part in PARTS
     }
-    return classes, parts
 
 
-def _ignored(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _IGNORED
-
-
-def _class_names(folder: Path) -> list[str]:
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """By name, without what is ignored."""
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not _ignored(entry.name))
+        kept = [one for one in entries if not one.name.startswith(".") and one.name.lower() not in _IGNORED]
+    return sorted(kept, key=lambda entry: entry.name)
 
 
 def _files(folder: Path, label: int) -> list[PictureFile]:
     found = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if _ignored(entry.name):
-                continue
-            if entry.is_dir():
-                raise DataError(f"{entry.path} is a folder inside a class: move its pictures up or take it out")
-            stat = entry.stat()
-            if stat.st_size == 0:
-                raise DataError(f"{entry.path} is empty: delete it or put the picture back")
-            found.append(PictureFile(entry.path, label, stat.st_size, stat.st_mtime_ns))
+    for entry in _entries(folder):
+        if entry.is_dir():
+            raise DataError(f"{entry.path} is a folder inside a class: move its pictures up or take it out")
+        stat = entry.stat()
+        if stat.st_size == 0:
+            raise DataError(f"{entry.path} is empty: delete it or put the picture back")
+        found.append(PictureFile(entry.path, label, stat.st_size, stat.st_mtime_ns))
     if not found:
         raise DataError(f"{folder} has no pictures: fill it or take the class out of both parts")
-    return sorted(found, key=lambda entry: entry.path)
-
-
-def _cache_name(root: Path) -> str:
-    return f"folder-{hashlib.sha256(str(root).encode()).hexdigest()[:16]}"
+    return found
 
 
 def _signature(root: Path, classes: tuple[str, ...], parts: dict[str, list[PictureFile]]) -> str:
@@ -141,9 +131,7 @@ def _signature(root: Path, classes: tuple[str, ...], parts: dict[str, list[Pictu
 
 
 def _from_cache(folder: Path, signature: str, parts: dict[str, list[PictureFile]]) -> dict[str, Pictures] | None:
-    tensors = read_cache(folder, signature)
-    if tensors is None:
-        return None
+    tensors = read_cache(folder, signature) or {}
     try:
         found = {part: Pictures(tensors[f"{part}.images"], tensors[f"{part}.labels"]) for part in PARTS}
     except (KeyError, ValueError):
@@ -164,8 +152,8 @@ def _decode_parts(parts: dict[str, list[PictureFile]], progress: Progress | None
                 progress("decoding pictures", start + len(chunk), len(files))
     labels = torch.tensor([file.label for file in files], dtype=torch.int64)
     sizes = [len(parts[part]) for part in PARTS]
-    split = zip(PARTS, torch.from_numpy(images).split(sizes), labels.split(sizes), strict=True)
-    return {part: Pictures(some, their) for part, some, their in split}
+    split = map(Pictures, torch.from_numpy(images).split(sizes), labels.split(sizes))
+    return dict(zip(PARTS, split, strict=True))
 
 
 def decode(path: str) -> NDArray[np.uint8]:
@@ -211,12 +199,8 @@ def write_cache(folder: Path, signature: str, tensors: dict[str, Tensor]) -> Non
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = safetensors.torch.save(tensors)
-    manifest = {
-        "format": _FORMAT,
-        "signature": signature,
-        "size_bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
+    manifest = {"format": _FORMAT, "signature": signature, "size_bytes": len(data)}
+    manifest["sha256"] = hashlib.sha256(data).hexdigest()
     _write_atomically(folder / _data_name(signature), data)
     _write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
     for old in folder.glob("pictures-*.safetensors"):

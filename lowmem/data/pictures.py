@@ -24,10 +24,7 @@ _CHUNK = 4096  # pictures at a time in passes over a whole set, so that temporar
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures and their classes on the CPU.
-
-    images: uint8 [N, 3, 32, 32], contiguous. labels: int64 [N]. Raises ValueError for anything else.
-    """
+    """On the CPU: images uint8 [N, 3, 32, 32], contiguous; labels int64 [N]. Raises ValueError for anything else."""
 
     images: Tensor
     labels: Tensor
@@ -73,11 +70,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set ready to train on.
-
-    mean, std: per channel, of the training pictures in [0, 1] units.
-    fingerprint: SHA-256 (hex) of all pixels and labels of train, val and test, to tell that data is the same.
-    """
+    """Ready to train on. `mean`, `std`: of the training pictures, see `statistics`; `fingerprint`: of all parts."""
 
     name: str
     classes: tuple[str, ...]
@@ -90,28 +83,24 @@ class Dataset:
 
 
 def statistics(pictures: Pictures) -> tuple[Triple, Triple]:
-    """Mean and standard deviation per channel in [0, 1] units, from exact integer histograms.
+    """Mean and standard deviation per channel in [0, 1] units.
 
-    Integers make the result independent of threads and summation order. The deviation of a channel that is
-    (nearly) constant is raised to 1/255, so that dividing by it is safe.
+    Sums of integers are independent of threads and order. The deviation of a channel that is (nearly) constant is
+    raised to 1/255, so that dividing by it is safe.
     """
-    histogram = np.zeros((CHANNELS, 256), dtype=np.int64)
+    n, total, squares = len(pictures) * SIDE * SIDE, np.zeros(CHANNELS, np.int64), np.zeros(CHANNELS, np.int64)
     for start in range(0, len(pictures), _CHUNK):
         chunk = pictures.images[start : start + _CHUNK].numpy()
-        for channel in range(CHANNELS):
-            histogram[channel] += np.bincount(chunk[:, channel].ravel(), minlength=256)
-    means, deviations = [], []
-    for counts in histogram.tolist():
-        n = sum(counts)
-        total = sum(count * value for value, count in enumerate(counts))
-        squares = sum(count * value * value for value, count in enumerate(counts))
-        means.append(total / n / 255)
-        deviations.append(max((squares * n - total * total) ** 0.5 / n, 1.0) / 255)
-    return (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2])
+        total += chunk.sum((0, 2, 3), dtype=np.int64)
+        squares += np.square(chunk, dtype=np.uint16).sum((0, 2, 3), dtype=np.int64)
+    sums = zip(total.tolist(), squares.tolist(), strict=True)
+    r, g, b = ((one / n / 255, max((square * n - one * one) ** 0.5 / n, 1.0) / 255) for one, square in sums)
+    return (r[0], g[0], b[0]), (r[1], g[1], b[1])
 
 
 def fingerprint(*parts: Pictures | None) -> str:
-    """SHA-256 (hex) over pixels and labels of every part; a missing part and an empty one differ."""
+    """SHA-256 (hex) over pixels and labels of every part, to tell that data is the same; a missing part and an empty
+    one differ."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(b"none;" if part is None else f"{len(part)};".encode())

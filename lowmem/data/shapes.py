@@ -34,64 +34,30 @@ _CHUNK = 1000  # pictures drawn at a time: temporaries stay in tens of MiB
 _NOISE = 52  # noise is uniform in -_NOISE.._NOISE grey levels
 
 
-def _disc(u: Ints, v: Ints, r: Ints) -> Mask:
-    return (u * u + v * v) * 10 < r * r * 4  # smaller than a triangle: at 0.9 nets took one for the other
-
-
-def _bar(u: Ints, v: Ints, r: Ints) -> Mask:
-    return (abs(u) * 3 < r * 4) & (abs(v) * 4 < r)
-
-
-def _triangle(u: Ints, v: Ints, r: Ints) -> Mask:
-    slanted = np.maximum(abs(u) * 222 + v * 128 >> 8, -v)  # outward normals 120 degrees apart
-    return slanted * 3 < r * 2
-
-
-def _cross(u: Ints, v: Ints, r: Ints) -> Mask:
-    small, large = np.minimum(abs(u), abs(v)), np.maximum(abs(u), abs(v))
-    return (small * 10 < r * 3) & (large < r)
-
-
-def _ring(u: Ints, v: Ints, r: Ints) -> Mask:
-    distance = u * u + v * v
-    return (distance < r * r) & (distance * 100 > r * r * 36)
-
-
-def _stripes(u: Ints, v: Ints, r: Ints) -> Mask:
-    return u // (r // 3) % 2 == 0
-
-
-def _checker(u: Ints, v: Ints, r: Ints) -> Mask:
-    return (u // (r * 3 // 5) + v // (r * 3 // 5)) % 2 == 0
-
-
 def _dots(u: Ints, v: Ints, r: Ints) -> Mask:
     pitch = r * 3 // 4
     a, b = u % pitch - pitch // 2, v % pitch - pitch // 2
     return (a * a + b * b) * 12 < pitch * pitch
 
 
-def _ripples(u: Ints, v: Ints, r: Ints) -> Mask:
-    distance = np.sqrt((u * u + v * v).astype(np.float64)).astype(np.int32)  # IEEE: correctly rounded everywhere
-    return distance // (r // 3) % 2 == 0
+def _root(square: Ints) -> Ints:
+    return np.sqrt(square.astype(np.float64)).astype(np.int32)  # IEEE: correctly rounded everywhere
 
 
-def _zigzag(u: Ints, v: Ints, r: Ints) -> Mask:
-    pitch = r * 2 // 3
-    return (v + abs(u % (2 * pitch) - pitch)) // (r // 3) % 2 == 0
-
-
+# Of the coordinates u, v and the size r of a figure; the pixels that are in it.
 _CLASSES: dict[str, Callable[[Ints, Ints, Ints], Mask]] = {
-    "disc": _disc,
-    "bar": _bar,
-    "triangle": _triangle,
-    "cross": _cross,
-    "ring": _ring,
-    "stripes": _stripes,
-    "checker": _checker,
+    # Smaller than a triangle: at 0.9 nets took one for the other.
+    "disc": lambda u, v, r: (u * u + v * v) * 10 < r * r * 4,
+    "bar": lambda u, v, r: (abs(u) * 3 < r * 4) & (abs(v) * 4 < r),
+    # Outward normals 120 degrees apart.
+    "triangle": lambda u, v, r: np.maximum(abs(u) * 222 + v * 128 >> 8, -v) * 3 < r * 2,
+    "cross": lambda u, v, r: (np.minimum(abs(u), abs(v)) * 10 < r * 3) & (np.maximum(abs(u), abs(v)) < r),
+    "ring": lambda u, v, r: (u * u + v * v < r * r) & ((u * u + v * v) * 100 > r * r * 36),
+    "stripes": lambda u, v, r: u // (r // 3) % 2 == 0,
+    "checker": lambda u, v, r: (u // (r * 3 // 5) + v // (r * 3 // 5)) % 2 == 0,
     "dots": _dots,
-    "ripples": _ripples,
-    "zigzag": _zigzag,
+    "ripples": lambda u, v, r: _root(u * u + v * v) // (r // 3) % 2 == 0,
+    "zigzag": lambda u, v, r: (v + abs(u % (r * 2 // 3 * 2) - r * 2 // 3)) // (r // 3) % 2 == 0,
 }
 
 
@@ -130,8 +96,7 @@ def _uniform(part: str, name: str, indices: NDArray[np.int64], low: int, high: i
 
 def _draw_pictures(part: str, indices: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.uint8]:
     """uint8 [K, 3, 32, 32]: a mask in two colours, a shade across it, and noise."""
-    mask = _draw_masks(part, indices, labels)
-    noise = _noise(part, indices)
+    mask, noise = _draw_masks(part, indices, labels), _noise(part, indices)
     canvas = np.empty((len(indices), CHANNELS, SIDE, SIDE), dtype=np.uint8)
     ramp = np.arange(SIDE, dtype=np.int32) * 2 - (SIDE - 1)
     for channel in range(CHANNELS):

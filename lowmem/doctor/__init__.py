@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from lowmem.doctor import checks_card, checks_install, checks_run
-from lowmem.doctor.facts import Facts, Finding, Status
-from lowmem.doctor.gather import gather
+from lowmem.doctor import checks_install, checks_run
+from lowmem.doctor.facts import Facts, Finding, Status, gather
 
 __all__ = ["CHECKS", "Facts", "Finding", "Status", "can_start", "examine", "gather"]
 
@@ -21,16 +20,16 @@ CHECKS: tuple[Callable[[Facts], Finding | None], ...] = (
     checks_install.torch,
     checks_install.torchvision,
     checks_install.driver,
-    checks_card.card,
+    checks_run.card,
     checks_install.build,
-    checks_card.visible,
+    checks_run.visible,
     checks_install.kernel,
-    checks_card.memory,
-    checks_card.display,
-    checks_card.link,
-    checks_card.halves,
-    checks_card.channels_last,
-    checks_card.spill,
+    checks_run.memory,
+    checks_run.display,
+    checks_run.link,
+    checks_run.precision,
+    checks_run.memory_format,
+    checks_run.spill,
     checks_run.allocator,
     checks_run.variables,
     checks_run.processor,

@@ -9,55 +9,43 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from packaging.requirements import InvalidRequirement, Requirement
+from packaging.version import Version
 
-from lowmem.doctor.facts import Facts, Finding, Status, version
+from lowmem.doctor.facts import Facts, Finding, Status, requirement, split_way_out, version
 
 _ARCH = re.compile(r"(sm|compute)_(\d+)(\d)")  # a suffix (`90a`) is for one chip only and does not match
 
 Capability = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Build:
-    """A release that ran on cards later ones no longer do. `index`: the folder of PyTorch's own index."""
+class Build(NamedTuple):
+    """A release that ran on cards later ones no longer do. `folder`: of PyTorch's own index, by CUDA version."""
 
     packages: str
-    cuda_major: int
-    archs: tuple[str, ...]
-    index: str
+    folder: str
+    archs: str
+
+    @property
+    def cuda_major(self) -> int:
+        return int(self.folder[2:4])
 
 
 # Newest first. 2.10 is the last with CUDA 12.8, so with sm_70; 2.7.1 the last with sm_50 and sm_60.
 BUILDS = (
-    Build("torch torchvision", 13, ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"), "cu130"),
-    Build(
-        '"torch==2.10.0" "torchvision==0.25.0"',
-        12,
-        ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"),
-        "cu128",
-    ),
-    Build(
-        '"torch==2.7.1" "torchvision==0.22.1"',
-        12,
-        ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"),
-        "cu126",
-    ),
+    Build("torch torchvision", "cu130", "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"),
+    Build('"torch==2.10.0" "torchvision==0.25.0"', "cu128", "sm_70 sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"),
+    Build('"torch==2.7.1" "torchvision==0.22.1"', "cu126", "sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90"),
 )
 
 
 def runs_on(archs: Iterable[str], capability: Capability) -> bool:
     """Whether a build has kernels for a card: binaries of the same major and no later minor number (`sm_60` runs on
     6.1), or PTX no later than the card (`compute_XY`)."""
-    for arch in archs:
-        if match := _ARCH.fullmatch(arch):
-            made_for = (int(match[2]), int(match[3]))
-            same_major = made_for[0] == capability[0]
-            if made_for <= capability and (match[1] == "compute" or same_major):
-                return True
-    return False
+    matches = [match for arch in archs if (match := _ARCH.fullmatch(arch))]
+    made_for = [(match[1], (int(match[2]), int(match[3]))) for match in matches]
+    return any(least <= capability and (kind == "compute" or least[0] == capability[0]) for kind, least in made_for)
 
 
 def install_command(
@@ -69,10 +57,10 @@ def install_command(
     a build without CUDA.
     """
     for build in BUILDS:
-        fits_card = capability is None or runs_on(build.archs, capability)
+        fits_card = capability is None or runs_on(build.archs.split(), capability)
         if fits_card and (driver_cuda is None or driver_cuda[0] >= build.cuda_major):
             newest = "--upgrade " if build is BUILDS[0] else ""
-            index = f" --index-url https://download.pytorch.org/whl/{build.index}" if system == "Windows" else ""
+            index = f" --index-url https://download.pytorch.org/whl/{build.folder}" if system == "Windows" else ""
             return f"pip install {'--force-reinstall ' if again else newest}{build.packages}{index}"
     return None
 
@@ -100,10 +88,9 @@ def python(facts: Facts) -> Finding | None:
     # torch and its pair have a check of their own, with a better answer than "upgrade".
     unmet = [text for text in facts.unmet or () if not text.lower().startswith("torch")]
     if unmet:
-        asked = " ".join(f'"{text.partition(";")[0].strip()}"' for text in unmet)
-        return Finding(
-            "python", Status.FAIL, f"{words}; missing or too old: {', '.join(unmet)}", f"pip install {asked}"
-        )
+        words += f"; missing or too old: {', '.join(unmet)}"
+        mend = " ".join(["pip install", *(f'"{text.partition(";")[0].strip()}"' for text in unmet)])
+        return Finding("python", Status.FAIL, words, mend)
     if facts.python_version is None and facts.lowmem_version is None:
         return None
     return Finding("python", Status.OK, words)
@@ -111,9 +98,9 @@ def python(facts: Facts) -> Finding | None:
 
 def torch(facts: Facts) -> Finding | None:
     """Whether torch can be imported, and what it is built for."""
+    if facts.torch_version is None and facts.torch_works is None:
+        return None
     if facts.torch_version is None and not facts.torch_works:
-        if facts.torch_works is None:
-            return None
         return Finding("torch", Status.FAIL, "torch is not installed", _fitting(facts))
     found = version(facts.torch_version)
     if facts.torch_works is False:
@@ -122,8 +109,7 @@ def torch(facts: Facts) -> Finding | None:
         return Finding("torch", Status.FAIL, f"torch {facts.torch_version} cannot be imported: {why}", mend)
     built = f"built for CUDA {facts.torch_cuda}" if facts.torch_cuda else "built without CUDA"
     words = f"{facts.torch_version or 'version unknown'}" + (f", {built}" if facts.torch_works else "")
-    oldest = version("2.7.1")
-    if found is not None and oldest is not None and found < oldest:
+    if found is not None and found < Version("2.7.1"):
         return Finding("torch", Status.WARNING, f"{words}; lowmem needs 2.7.1 or newer", _fitting(facts))
     return Finding("torch", Status.OK, words)
 
@@ -133,14 +119,16 @@ def torchvision(facts: Facts) -> Finding | None:
     if facts.torch_works is False:  # nothing can be said of it before torch works
         return None
     # One command for both, where torch has to be replaced anyway.
-    keep = facts.torch_version is not None and not _lacks_kernels(facts) and not facts.driver_too_old
-    mend = same_torch(facts.torch_version) if keep and facts.torch_version else _fitting(facts)
+    replaced = _lacks_kernels(facts) or facts.driver_too_old
+    mend = _fitting(facts) if replaced or facts.torch_version is None else same_torch(facts.torch_version)
     if facts.torchvision_version is None:
         if facts.torchvision_works is False:
             return Finding("torchvision", Status.FAIL, "torchvision is not installed", mend)
         return None
     pair = f"torchvision {facts.torchvision_version} with torch {facts.torch_version or '?'}"
-    if _belong_together(facts) is False:
+    wanted, have = requirement(facts.torchvision_wants), version(facts.torch_version)
+    # Without the local part: 2.7.1+cu126 is a 2.7.1.
+    if wanted is not None and have is not None and not wanted.specifier.contains(have.public, prereleases=True):
         # pip refuses to make such a pair, other installers do not. Some work all the same, most fail at import.
         wants = (facts.torchvision_wants or "").replace(" ", "").replace("(", "").replace(")", "")
         status = Status.WARNING if facts.torchvision_works else Status.FAIL
@@ -151,17 +139,6 @@ def torchvision(facts: Facts) -> Finding | None:
         again = f'pip install --force-reinstall --no-deps "torchvision=={found.public}"' if found else mend
         return Finding("torchvision", Status.FAIL, f"{pair} cannot be imported: {why}", again)
     return Finding("torchvision", Status.OK, f"{facts.torchvision_version}, belongs to this torch")
-
-
-def _belong_together(facts: Facts) -> bool | None:
-    found = version(facts.torch_version)
-    if found is None or facts.torchvision_wants is None:
-        return None
-    try:
-        # Without the local part: 2.7.1+cu126 is a 2.7.1.
-        return Requirement(facts.torchvision_wants).specifier.contains(found.public, prereleases=True)
-    except InvalidRequirement:
-        return None
 
 
 def build(facts: Facts) -> Finding | None:
@@ -183,7 +160,9 @@ def build(facts: Facts) -> Finding | None:
     )
     mend = _fitting(facts)
     if mend is None:
-        return Finding("build", facts.on_card, f"{words}; {_no_release(facts)}", "lowmem train --device cpu")
+        newer = install_command(facts.capability, system=facts.system) is not None
+        why = "a release that has them needs a newer driver" if newer else "no release that lowmem runs on has them"
+        words, mend = f"{words}; {why}", "lowmem train --device cpu"
     return Finding("build", facts.on_card, words, mend)
 
 
@@ -194,14 +173,9 @@ def _lacks_kernels(facts: Facts) -> bool:
     return not runs_on(facts.arch_list, facts.capability)
 
 
-def _no_release(facts: Facts) -> str:
-    newer_driver = install_command(facts.capability, system=facts.system) is not None
-    return "a release that has them needs a newer driver" if newer_driver else "no release that lowmem runs on has them"
-
-
 def _fitting(facts: Facts, *, again: bool = False) -> str | None:
     """The command for the torch that runs on this card, or the newest one where there is no card."""
-    runs = facts.driver.cuda_version if facts.driver is not None else None
+    runs = facts.reported.cuda_version
     return install_command(facts.capability, system=facts.system, driver_cuda=runs, again=again)
 
 
@@ -210,42 +184,30 @@ def driver(facts: Facts) -> Finding | None:
     if facts.driver is None or facts.device_asked == "cpu":
         return None
     if facts.driver.missing is not None:
-        what, way_out = _apart(facts.driver.missing)
+        what, way_out = split_way_out(facts.driver.missing)
         if facts.device_asked == "cuda":
             cpu = "lowmem train --device cpu"
             return Finding("driver", Status.FAIL, what, f"{way_out}; or {cpu}" if way_out else cpu)
-        return Finding(
-            "driver", Status.NOTE, f"{what}; training on the CPU works", way_out and f"with a card: {way_out}"
-        )
+        mend = way_out and f"with a card: {way_out}"
+        return Finding("driver", Status.NOTE, f"{what}; training on the CPU works", mend)
     runs = facts.driver.cuda_version
     words = f"{facts.driver.driver_version or 'version unknown'}" + (f", runs CUDA {runs[0]}.{runs[1]}" if runs else "")
     if facts.driver_too_old:
-        return Finding("driver", facts.without_card, *_too_old(facts, words))
+        # Another torch, if one runs under this driver; else a newer driver, which no command installs everywhere.
+        cuda_major = int((facts.torch_cuda or "0").partition(".")[0])
+        needed = _DRIVER_BRANCH.get(cuda_major, "newest")
+        torch_words = " ".join(f"torch {facts.torch_version or ''} needs CUDA {cuda_major}".split())
+        words += f"; {torch_words}, a driver of branch {needed} or newer"
+        mend = _fitting(facts) or f"install NVIDIA's driver of branch {needed}"
+        return Finding("driver", facts.without_card, words, mend)
     if facts.card is not None and facts.card.trouble is not None:
-        return Finding(
-            "driver", facts.without_card, f"{words}; it says of the card: {facts.card.trouble}", "nvidia-smi"
-        )
+        words += f"; it says of the card: {facts.card.trouble}"
+        return Finding("driver", facts.without_card, words, "nvidia-smi")
     old_card = facts.capability is not None and facts.capability <= _PASCAL
     branch = version(facts.driver.driver_version)
     if old_card and branch is not None and branch.major >= 580:
         return Finding("driver", Status.OK, f"{words}; R580 is the last branch for this card: do not go beyond")
     return Finding("driver", Status.OK, words)
-
-
-def _apart(sentence: str) -> tuple[str, str | None]:
-    """`what is missing (why: so): the way out` at its first colon outside of parentheses."""
-    match = re.fullmatch(r"((?:\([^)]*\)|[^:(])*): (.*)", sentence)
-    return (match[1], match[2]) if match else (sentence, None)
-
-
-def _too_old(facts: Facts, words: str) -> tuple[str, str | None]:
-    """Another torch, if one runs under this driver; else a newer driver, which no command installs everywhere."""
-    cuda_major = int((facts.torch_cuda or "0").partition(".")[0])
-    branch = _DRIVER_BRANCH.get(cuda_major, "newest")
-    finding = (
-        f"{words}; torch {facts.torch_version or ''} needs CUDA {cuda_major}, a driver of branch {branch} or newer"
-    )
-    return " ".join(finding.split()), _fitting(facts) or f"install NVIDIA's driver of branch {branch}"
 
 
 def kernel(facts: Facts) -> Finding | None:
@@ -255,9 +217,9 @@ def kernel(facts: Facts) -> Finding | None:
     if facts.kernel_works:
         return Finding("kernel", Status.OK, "a matrix product, a convolution and its gradients ran on the card")
     why = facts.trouble("kernel") or "no reason given"
-    words = f"a small convolution fails on the card: {why}"
+    mend: str | None = "nvidia-smi, then restart the machine if it shows an error"
     if "no kernel image" in why:
-        return Finding("kernel", facts.on_card, words, _fitting(facts))
-    if "out of memory" in why.lower():
-        return Finding("kernel", facts.on_card, words, "free memory of the card: nvidia-smi lists who holds it")
-    return Finding("kernel", facts.on_card, words, "nvidia-smi, then restart the machine if it shows an error")
+        mend = _fitting(facts)
+    elif "out of memory" in why.lower():
+        mend = "free memory of the card: nvidia-smi lists who holds it"
+    return Finding("kernel", facts.on_card, f"a small convolution fails on the card: {why}", mend)

@@ -1,4 +1,5 @@
-"""Checks of the run that is wanted: settings in the environment, processor, disk, data, and what `train` refuses."""
+"""Checks of the card (which one, its free memory, its link, what its kind is known to do wrong) and of the run that is
+wanted (settings in the environment, processor, disk, data, and what `train` refuses)."""
 
 from __future__ import annotations
 
@@ -6,9 +7,13 @@ import difflib
 import math
 import re
 
-from lowmem.core.units import GIB, format_size
-from lowmem.doctor.facts import Facts, Finding, Status, version
+from packaging.version import Version
 
+from lowmem.core.units import GIB, format_size
+from lowmem.doctor.facts import Facts, Finding, Status, split_way_out, version
+from lowmem.measure import who_holds
+
+_NARROW_LANES = 4  # a riser or a wrong slot; x8 costs nothing that can be measured here
 _SMALL_BYTES = 12 * GIB  # a card on which fragmentation decides what fits
 
 # What the caching allocator reads in the oldest and the newest torch that lowmem runs on.
@@ -25,17 +30,139 @@ ALLOCATOR_KEYS = (
     "roundup_power2_divisions",
 )
 _OLD_NAME, _NEW_NAME = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
-_NEW_NAME_SINCE = "2.9"
+_NEW_NAME_SINCE = Version("2.9")
+
+# -- the card ----------------------------------------------------------------------------------------------------------
+
+
+def visible(facts: Facts) -> Finding | None:
+    """Whether torch sees the card that the driver sees."""
+    if not facts.reported.devices or facts.device_asked == "cpu":
+        return None
+    shown = facts.variable("CUDA_VISIBLE_DEVICES")
+    if facts.hidden:
+        words = f"CUDA_VISIBLE_DEVICES={shown!r} hides every card"
+        words += "" if facts.device_asked == "cuda" else ": training would run on the CPU"
+        return Finding("visible", facts.without_card, words, facts.set_command("CUDA_VISIBLE_DEVICES", None))
+    # Without CUDA in it, or for a newer driver: said by the checks of build and driver.
+    if facts.cuda_available is False and facts.torch_cuda is not None and not facts.driver_too_old:
+        words = "the driver lists a card, but torch finds none"
+        words += f" (CUDA_VISIBLE_DEVICES={shown})" if shown is not None else ""
+        return Finding("visible", facts.without_card, words, 'python -c "import torch; torch.cuda.init()" says why')
+    if trouble := facts.trouble("cuda"):
+        return Finding("visible", facts.without_card, f"torch fails to look for cards: {trouble}")
+    return None
+
+
+def card(facts: Facts) -> Finding | None:
+    """Which card, and the profile that plans for it."""
+    device = facts.used_card
+    if device is None:
+        return None
+    which = device.name or "a card without a name"
+    which += f", {format_size(device.total_bytes)}" if device.total_bytes is not None else ""
+    others = len(facts.reported.devices) - 1
+    which += f" ({others} more not used)" if others > 0 else ""
+    if facts.profile is not None:
+        return Finding("card", Status.OK, f"{which}; profile {facts.profile.name}")
+    words = f"{which}; no profile of this card, its speed is measured or assumed"
+    return Finding("card", Status.NOTE, words, "give --card FILE.yaml, written like those in profiles/cards")
+
+
+def memory(facts: Facts) -> Finding | None:
+    """What is free on the card and who holds the rest."""
+    device = facts.used_card
+    if device is None or device.free_bytes is None or not device.total_bytes:
+        return None
+    words = f"{format_size(device.free_bytes)} of {format_size(device.total_bytes)} free"
+    if device.uuid and (holders := who_holds(facts.reported, device.uuid)):
+        words += f"; held by {', '.join(holders)}"
+    taken = 1 - device.free_bytes / device.total_bytes
+    if taken > 0.5:
+        return Finding("memory", Status.WARNING, words, "close what holds it: nvidia-smi lists the processes")
+    if taken > 0.15:
+        return Finding("memory", Status.NOTE, words, "close what holds it before a tight run")
+    return Finding("memory", Status.OK, words)
+
+
+def display(facts: Facts) -> Finding | None:
+    """A desktop on the card takes memory of it."""
+    if facts.used_card is None or not facts.used_card.display_active:
+        return None
+    words = "a display is attached to the card: the desktop takes some hundred MiB of it, more with a browser"
+    return Finding("display", Status.NOTE, words, "plug the screen into the board's graphics, or log out and use ssh")
+
+
+def link(facts: Facts) -> Finding | None:
+    """The PCIe link: a riser or a wrong slot narrows it."""
+    pcie = facts.used_card.link if facts.used_card is not None else None
+    if pcie is None:
+        return None
+    lanes = pcie.lanes or pcie.most_lanes
+    wanted = int(facts.profile.pcie.partition("x")[2]) if facts.profile is not None else pcie.most_lanes
+    if lanes is None or wanted is None:
+        return None
+    if lanes <= _NARROW_LANES < wanted:
+        words = f"PCIe x{lanes}, the card can x{wanted}: uploads are slow (training holds its pictures on the card)"
+        return Finding("link", Status.NOTE, words, "the full-length slot next to the processor, without a riser cable")
+    speed = f" {pcie.generation}.0" if pcie.generation else ""
+    slow = (pcie.generation or 0) < (pcie.most_generation or 0)
+    rest = "; an idle card slows its link down" if slow else ""
+    return Finding("link", Status.OK, f"PCIe{speed} x{lanes} of x{wanted}{rest}")
+
+
+def precision(facts: Facts) -> Finding | None:
+    """What mixed precision does on cards without tensor cores."""
+    if facts.used_card is None or facts.capability is None:
+        return None
+    if facts.capability[0] < 7:
+        words = "no fast fp16 (1/64 of fp32 on 10xx): --precision amp saves memory, not time; no bf16"
+        return Finding("precision", Status.NOTE, words)
+    if facts.is_16xx:
+        words = "GTX 16xx: no tensor cores, and fp16 convolutions are known to give NaN (pytorch#58123)"
+        if facts.precision_asked == "amp":
+            return Finding("precision", Status.WARNING, words, "--precision fp32")
+        return Finding("precision", Status.NOTE, words)
+    if facts.capability[0] < 8:
+        return Finding("precision", Status.OK, "fp16 on tensor cores; bf16 would be emulated and is not used")
+    return Finding("precision", Status.OK, "fp16 and bf16 on tensor cores")
+
+
+def memory_format(facts: Facts) -> Finding | None:
+    """Channels-last helps tensor cores and can be far slower without them."""
+    execution = facts.execution or {}
+    if execution.get("device") != "cuda" or execution.get("memory_format") != "channels-last":
+        return None
+    if facts.capability is None or (facts.capability >= (7, 0) and not facts.is_16xx):
+        return None
+    words = "channels-last without tensor cores can be far slower (a GTX 1650 in fp16: to a twentieth)"
+    return Finding("memory format", Status.WARNING, words, "--memory-format contiguous")
+
+
+def spill(facts: Facts) -> Finding | None:
+    """Windows and WSL2 have rules of their own for a card's memory."""
+    if facts.used_card is None:
+        return None
+    if facts.system == "Windows":
+        branch = version(facts.reported.driver_version)
+        words = "Windows: about 81 % of the card is usable"
+        if branch is not None and branch < Version("536.40"):
+            return Finding("windows", Status.NOTE, words)
+        words += ", and near the limit the driver moves memory to the host without a word: steps get far slower"
+        mend = "NVIDIA Control Panel > Manage 3D settings > CUDA - Sysmem Fallback Policy: Prefer No Sysmem Fallback"
+        return Finding("windows", Status.NOTE, words, mend)
+    if facts.wsl:
+        return Finding("wsl", Status.NOTE, "WSL2: pinned host memory may be refused; who holds the card is not told")
+    return None
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
 
 
 def parse_allocator(text: str) -> dict[str, str]:
     """`key:value,key:[a:b,c:d]` -> its pairs, a key without a value having an empty one."""
-    pairs = {}
-    for part in re.split(r",(?![^\[]*\])", text):
-        key, _, value = part.partition(":")
-        if part.strip():
-            pairs[key.strip()] = value.strip()
-    return pairs
+    parts = (part.partition(":") for part in re.split(r",(?![^\[]*\])", text) if part.strip())
+    return {key.strip(): value.strip() for key, _, value in parts}
 
 
 def allocator(facts: Facts) -> Finding | None:
@@ -45,15 +172,20 @@ def allocator(facts: Facts) -> Finding | None:
     name = _OLD_NAME if _OLD_NAME in facts.environment else _NEW_NAME
     given = facts.variable(name)
     if not given:
-        return _no_allocator_settings(facts)
+        if facts.card is None:
+            return None
+        if facts.system == "Linux" and (facts.card.total_bytes or 0) <= _SMALL_BYTES:
+            words = "default settings; expandable segments waste less of a small card to fragmentation"
+            return Finding("allocator", Status.NOTE, words, facts.set_command(_OLD_NAME, "expandable_segments:True"))
+        return Finding("allocator", Status.OK, "default settings")
     words = f"{name}={given}"
     pairs = parse_allocator(given)
     unset = facts.set_command(name, None)
     if facts.allocator_trouble is not None or any(not value for value in pairs.values()):
         why = facts.allocator_trouble or "a key has no value"
         return Finding("allocator", facts.on_card, f"{words} is refused by torch: {why}", _nearest(facts, name, pairs))
-    since, here = version(_NEW_NAME_SINCE), version(facts.torch_version)
-    if name == _NEW_NAME and since is not None and here is not None and here < since:
+    here = version(facts.torch_version)
+    if name == _NEW_NAME and here is not None and here < _NEW_NAME_SINCE:
         words += f" is not read by torch {facts.torch_version}"
         return Finding("allocator", Status.WARNING, words, facts.set_command(_OLD_NAME, given))
     if pairs.get("backend") == "cudaMallocAsync":
@@ -65,15 +197,6 @@ def allocator(facts: Facts) -> Finding | None:
     if unknown and facts.torch_works is not True:
         return Finding("allocator", Status.WARNING, f"{words}: unknown {unknown[0]!r}", _nearest(facts, name, pairs))
     return Finding("allocator", Status.OK, words)
-
-
-def _no_allocator_settings(facts: Facts) -> Finding | None:
-    if facts.card is None:
-        return None
-    if facts.system == "Linux" and (facts.card.total_bytes or 0) <= _SMALL_BYTES:
-        words = "default settings; expandable segments waste less of a small card to fragmentation"
-        return Finding("allocator", Status.NOTE, words, facts.set_command(_OLD_NAME, "expandable_segments:True"))
-    return Finding("allocator", Status.OK, "default settings")
 
 
 def _nearest(facts: Facts, name: str, pairs: dict[str, str]) -> str:
@@ -92,16 +215,14 @@ def variables(facts: Facts) -> Finding | None:
     """Other variables that change memory or speed; the gravest is told."""
     if facts.environment is None or not facts.wants_card:
         return None
-    said = []
-    for name, given in facts.environment.items():
-        if (effect := _effect(name, given)) is not None:
-            said.append(Finding("environment", effect[0], effect[1], facts.set_command(name, effect[2])))
-    if not said:
+    effects = [(name, *effect) for name, given in facts.environment.items() if (effect := _effect(name, given))]
+    if not effects:
         return None
-    gravest = max(said, key=lambda finding: finding.status == Status.WARNING)
-    more = [finding.finding.partition(":")[0] for finding in said if finding is not gravest]
-    words = gravest.finding + (f" (also: {', '.join(more)})" if more else "")
-    return Finding(gravest.name, gravest.status, words, gravest.mend)
+    gravest = max(effects, key=lambda effect: effect[1] == Status.WARNING)
+    name, status, words, mend = gravest
+    if more := [effect[2].partition(":")[0] for effect in effects if effect is not gravest]:
+        words += f" (also: {', '.join(more)})"
+    return Finding("environment", status, words, facts.set_command(name, mend))
 
 
 def _effect(name: str, given: str) -> tuple[Status, str, str | None] | None:
@@ -134,19 +255,19 @@ def processor(facts: Facts) -> Finding | None:
     """Threads against the cores there are: more of them wait for each other."""
     if facts.cores is None:
         return None
-    limited = facts.cpu_share is not None and facts.cpu_share < facts.cores
-    usable = max(1, math.floor(facts.cpu_share)) if limited and facts.cpu_share is not None else facts.cores
-    there = f"{facts.cores} core{'s' * (facts.cores != 1)}"
-    if limited:
+    usable, there = facts.cores, f"{facts.cores} core{'s' * (facts.cores != 1)}"
+    if facts.cpu_share is not None and facts.cpu_share < facts.cores:
+        usable = max(1, math.floor(facts.cpu_share))
         there += f", limited to {facts.cpu_share:g} by the container"
     if facts.threads is None:
         return Finding("processor", Status.OK, there)
     words = f"{there}, torch uses {facts.threads} thread{'s' * (facts.threads != 1)}"
+    mend = facts.set_command("OMP_NUM_THREADS", str(usable))
     if facts.threads > usable:
-        return Finding("processor", Status.WARNING, words, facts.set_command("OMP_NUM_THREADS", str(usable)))
+        return Finding("processor", Status.WARNING, words, mend)
     on_cpu = (facts.execution or {}).get("device") == "cpu"
     if on_cpu and facts.threads == 1 and usable > 1 and facts.variable("OMP_NUM_THREADS") is not None:
-        return Finding("processor", Status.NOTE, words, facts.set_command("OMP_NUM_THREADS", str(usable)))
+        return Finding("processor", Status.NOTE, words, mend)
     return Finding("processor", Status.OK, words)
 
 
@@ -178,7 +299,7 @@ def data(facts: Facts) -> Finding | None:
     if trouble is not None:
         if facts.torchvision_works is False:
             return Finding("data", Status.NOTE, "not checked: torchvision does not work")
-        return Finding("data", Status.FAIL, *_way_out(trouble))
+        return Finding("data", Status.FAIL, *split_way_out(trouble))
     if facts.data_words is None:
         return None
     if facts.data_there:
@@ -196,12 +317,4 @@ def refusal(facts: Facts) -> Finding | None:
         return None
     if facts.device_asked == "cuda" and facts.cuda_available is False and facts.driver is not None:
         return None  # the driver, the build or CUDA_VISIBLE_DEVICES: their checks say which
-    return Finding("settings", Status.FAIL, *_way_out(trouble))
-
-
-def _way_out(trouble: str) -> tuple[str, str | None]:
-    """(finding, mend) of a sentence of lowmem's own, `what is wrong: the way out`; another error has no way out."""
-    words, colon, way_out = trouble.rpartition(": ")
-    if not colon or re.match(r"\w*(Error|Exception|Interrupt): |the process ", trouble):
-        return trouble, None
-    return words, way_out
+    return Finding("settings", Status.FAIL, *split_way_out(trouble))

@@ -1,19 +1,46 @@
-"""What is known of the machine and of the run that is wanted (`Facts`), and what a check says of it (`Finding`).
+"""What is known of the machine and of the run that is wanted (`Facts`), gathered once: metadata, the driver, torch
+through the probe, the disk; and what a check says of it (`Finding`).
 
 Every fact may be unknown: None. A check that lacks its facts says so or says nothing; it never guesses and never fails.
+Gathering never raises for what it finds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import InvalidVersion, Version
 
-from lowmem.config.cards import Card
-from lowmem.measure.nvml import DriverDevice, DriverReport
+import lowmem
+from lowmem.config.cards import Card, find_card
+from lowmem.config.schema import Config, flatten
+from lowmem.core.errors import LowmemError
+from lowmem.doctor.probe import STAGES, Answers, ask
+from lowmem.measure.nvml import DriverDevice, DriverReport, read_driver
+
+VARIABLES = (  # in the order in which they are told
+    "PYTORCH_NO_CUDA_MEMORY_CACHING",
+    "CUDA_LAUNCH_BLOCKING",
+    "CUDNN_CONV_WSCAP_DBG",
+    "CUDA_MODULE_LOADING",
+    "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
 
 
 class Status(StrEnum):
@@ -40,7 +67,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Everything the checks look at, gathered once. What is asked for stands first, what was found after it."""
+    """Everything the checks look at. What is asked for stands first, what was found after it."""
 
     # the run
     device_asked: str | None = None  # auto, cpu, cuda
@@ -104,13 +131,17 @@ class Facts:
         return f"unset {name}" if value is None else f"export {name}={value}"
 
     @property
+    def reported(self) -> DriverReport:
+        """What the driver says; of a driver that was not asked nothing is known."""
+        return self.driver or DriverReport()
+
+    @property
     def card(self) -> DriverDevice | None:
         """The card a run would use, as the driver sees it: torch's by UUID, else the only one, else the first."""
-        if self.driver is None or not self.driver.devices:
-            return None
-        if self.device_uuid is not None:
-            return self.driver.device(self.device_uuid)
-        return self.driver.devices[0]
+        devices = self.reported.devices
+        if devices and self.device_uuid is not None:
+            return self.reported.device(self.device_uuid)
+        return devices[0] if devices else None
 
     @property
     def used_card(self) -> DriverDevice | None:
@@ -122,9 +153,14 @@ class Facts:
         return self.card.capability if self.card is not None else None
 
     @property
+    def is_16xx(self) -> bool:
+        """Cards without tensor cores that have the capability of the 20xx: told apart by name alone."""
+        return self.capability == (7, 5) and self.card is not None and "GTX 16" in (self.card.name or "")
+
+    @property
     def driver_too_old(self) -> bool:
         """Whether the driver runs an older major version of CUDA than torch is built for (minor ones fit together)."""
-        runs, built = self.driver.cuda_version if self.driver is not None else None, version(self.torch_cuda)
+        runs, built = self.reported.cuda_version, version(self.torch_cuda)
         return runs is not None and built is not None and runs[0] < built.major
 
     @property
@@ -161,3 +197,130 @@ def version(text: str | None) -> Version | None:
         return Version(text) if text is not None else None
     except InvalidVersion:
         return None
+
+
+def requirement(text: str | None) -> Requirement | None:
+    """None for an unknown requirement and for text that is none."""
+    try:
+        return Requirement(text) if text is not None else None
+    except InvalidRequirement:
+        return None
+
+
+def split_way_out(sentence: str) -> tuple[str, str | None]:
+    """(finding, mend) of a sentence of lowmem's own, `what is wrong (why: so): the way out`, at its last colon outside
+    of parentheses; another error has no way out."""
+    match = re.fullmatch(r"((?:\([^)]*\)|[^(])*): ((?:\([^)]*\)|[^(])*)", sentence)
+    if match is None or re.match(r"\w*(Error|Exception|Interrupt): |the process ", sentence):
+        return sentence, None
+    return match[1], match[2]
+
+
+# -- gathering ---------------------------------------------------------------------------------------------------------
+
+
+def gather(
+    config: Config,
+    out: Path | None = None,
+    *,
+    driver: Callable[[], DriverReport] = read_driver,
+    asker: Callable[[Mapping[str, object], Sequence[str]], Answers] = ask,
+    environment: Mapping[str, str] = os.environ,
+) -> Facts:
+    """The facts for a run of `config` into `out` (default `runs/<arch>`).
+
+    `driver`, `asker`, `environment`: where the driver's account, the probe's answers and the variables come from.
+    """
+    model = config.model
+    out = Path("runs") / model.arch if out is None else out
+    report = driver()  # before the probe, which takes memory of the card itself
+    skipped = {"cuda", "kernel"} if config.train.device == "cpu" else set()
+    answers = asker(flatten(config), [stage for stage in STAGES if stage not in skipped])
+    probed = {name: value for found in answers.results.values() for name, value in found.items()}
+    works = dict.fromkeys(answers.troubles, False) | dict.fromkeys(answers.results, True)
+    if probed.get("cuda_available") is False:  # there is nothing for a kernel to run on: its failure says nothing new
+        works.pop("kernel", None)
+    known: dict[str, Any] = {
+        "device_asked": config.train.device,
+        "precision_asked": config.train.precision,
+        "network": f"{model.arch} ({model.block}, width {model.width})",
+        "out": out,
+        "system": platform.system() or None,
+        "wsl": "microsoft" in platform.release().lower(),
+        "python_version": platform.python_version(),
+        "lowmem_version": lowmem.__version__,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_share": cpu_share(Path("/sys/fs/cgroup")),
+        "environment": {name: environment[name] for name in VARIABLES if name in environment},
+        "driver": report,
+        "troubles": answers.troubles,
+        **{f"{stage}_works": works.get(stage) for stage in ("torch", "torchvision", "kernel")},
+    }
+    facts = Facts(**known | _disk(out) | probed | _packages(probed))
+    return replace(facts, profile=_profile(facts.card))
+
+
+def cpu_share(root: Path) -> float | None:
+    """The CPUs that the container's limit comes to (control groups version 2, then 1)."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((root / name).read_text(encoding="ascii") for name in names).split()[:2]
+        except (OSError, ValueError):
+            continue
+        with suppress(ValueError, ZeroDivisionError):  # "max"
+            return int(quota) / int(period) if int(quota) > 0 else None
+        return None
+    return None
+
+
+def _packages(probed: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in ("torch_version", "torchvision_version"):
+        installed, imported = _installed(name.removesuffix("_version"))[0], probed.get(name)
+        # What is installed tells better where it is from (wheels of the package index call themselves `2.7.1+cu126`
+        # inside), unless another is imported: a folder of that name on the path.
+        same = imported is None or (installed or "").partition("+")[0] == imported.partition("+")[0]
+        found[name] = installed if same else imported
+    of_torch = re.compile(r"\s*torch(?![A-Za-z0-9._-])", re.IGNORECASE)
+    found["torchvision_wants"] = next((text for text in _installed("torchvision")[1] if of_torch.match(text)), None)
+    found["unmet"] = tuple(sorted(text for text in _installed("lowmem")[1] if is_unmet(text)))
+    return found
+
+
+def _installed(package: str) -> tuple[str | None, list[str]]:
+    """Version and requirements by the package's metadata."""
+    try:
+        found = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None, []
+    return found.version, found.requires or []
+
+
+def is_unmet(text: str) -> bool:
+    """Whether a requirement that holds on this machine is not met; optional extras do not count."""
+    wanted = requirement(text)
+    if wanted is None or (wanted.marker is not None and not wanted.marker.evaluate({"extra": ""})):
+        return False
+    there, _ = _installed(wanted.name)
+    return there is None or not wanted.specifier.contains(there, prereleases=True)
+
+
+def _disk(out: Path) -> dict[str, Any]:
+    folder = out.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    found: dict[str, Any] = {"disk_folder": folder, "out_taken": out.is_dir() and any(out.iterdir())}
+    try:
+        found["disk_free_bytes"] = shutil.disk_usage(folder).free
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"lowmem")
+    except OSError as error:
+        found["disk_trouble"] = error.strerror or str(error)
+    return found
+
+
+def _profile(card: DriverDevice | None) -> Card | None:
+    if card is not None and card.name is not None and card.total_bytes is not None:
+        with suppress(LowmemError):
+            return find_card(card.name, card.total_bytes)
+    return None

@@ -1,4 +1,4 @@
-"""What may crash or hang, asked stage by stage in a process of its own (`lowmem.isolate`): torch, the card, the data.
+"""What may crash or hang, asked stage by stage in a process of its own: torch, the card, the data.
 
 A stage is a function of the settings; it returns facts under the names of `Facts`, and whatever it raises is why they
 are not known. The only network traffic is one connection, opened and closed, to the host of a download.
@@ -10,21 +10,23 @@ import socket
 import threading
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from lowmem import isolate
 from lowmem.core.errors import LowmemError, PreflightError
-from lowmem.core.units import format_size
 
 if TYPE_CHECKING:
     from lowmem.config.settings import Settings
 
 _CONNECT_SECONDS = 3.0
 _MOST_ERROR = 1e-3
+_PROBE_SECONDS = 120.0  # the first use of a card by a new build may compile for a minute
 
 
-def torch_build(settings: Settings) -> dict[str, Any]:
+def torch(settings: Settings) -> dict[str, Any]:
     """Importing torch; what it was built for."""
     import torch
 
@@ -43,13 +45,13 @@ def allocator(settings: Settings) -> dict[str, Any]:
     allocation on a card."""
     import torch
 
-    for name in ("_accelerator_setAllocatorSettings", "_cuda_cudaCachingAllocator_set_allocator_settings"):
-        if hasattr(torch._C, name):
-            try:
-                getattr(torch._C, name)("")
-            except Exception as error:
-                return {"allocator_trouble": first_line(error)}
-            break
+    names = ("_accelerator_setAllocatorSettings", "_cuda_cudaCachingAllocator_set_allocator_settings")
+    judge = next((getattr(torch._C, name) for name in names if hasattr(torch._C, name)), None)
+    try:
+        if judge is not None:
+            judge("")
+    except Exception as error:
+        return {"allocator_trouble": first_line(error)}
     return {}
 
 
@@ -84,9 +86,7 @@ def execution(settings: Settings) -> dict[str, Any]:
 
     resolved = resolve_execution(settings).config
     refuse_unsafe(resolved)
-    train = resolved.train
-    resolved_as = {"device": train.device, "precision": train.precision, "memory_format": train.memory_format}
-    return {"execution": resolved_as}
+    return {"execution": resolved.train.model_dump(include={"device", "precision", "memory_format"})}
 
 
 def torchvision(settings: Settings) -> dict[str, Any]:
@@ -101,19 +101,15 @@ def torchvision(settings: Settings) -> dict[str, Any]:
 
 def data(settings: Settings) -> dict[str, Any]:
     """Whether the pictures are there, without reading them all, or can be had."""
-    from lowmem.data.load import find_pictures
+    from lowmem.data import find_pictures
 
-    known = find_pictures(settings.config.data)
-    if known.url is None:
-        return {"data_there": known.there, "data_words": known.words}
-    parts = urlsplit(known.url)
+    words, url = find_pictures(settings.config.data)
+    if url is None:
+        return {"data_there": True, "data_words": words}
+    parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port or {"http": 80}.get(parts.scheme, 443)
-    size = format_size(known.download_bytes or 0)
-    return {
-        "data_there": known.there,
-        "data_words": f"{known.words}: {size} would be downloaded from {host}",
-        "data_host_answers": host_answers(host, port),
-    }
+    answers = host_answers(host, port)
+    return {"data_there": False, "data_words": f"{words} from {host}", "data_host_answers": answers}
 
 
 def host_answers(host: str, port: int) -> bool | None:
@@ -167,21 +163,13 @@ def largest_error(device: str) -> float:
 
 # In this order: what the later ones need comes first, what is likeliest to take the process down last.
 STAGES: dict[str, Callable[[Settings], dict[str, Any]]] = {
-    "torch": torch_build,
-    "allocator": allocator,
-    "network": network,
-    "torchvision": torchvision,
-    "data": data,
-    "cuda": cuda,
-    "execution": execution,
-    "kernel": kernel,
+    stage.__name__: stage for stage in (torch, allocator, network, torchvision, data, cuda, execution, kernel)
 }
 
 
 def first_line(error: BaseException) -> str:
     """The error in one line; a LowmemError is a sentence already."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = lines[0] if lines else ""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, LowmemError):
         return first
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
@@ -203,3 +191,46 @@ def probe(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {"results": {stage: STAGES[stage](settings)}}
         except Exception as error:
             yield {"troubles": {stage: first_line(error)}}
+
+
+# -- in the process that asks ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What each stage found, and why the others did not: an exception, the end of the process, or the time."""
+
+    results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    troubles: Mapping[str, str] = field(default_factory=dict)
+
+
+def ask(values: Mapping[str, object], stages: Sequence[str], *, timeout_seconds: float = _PROBE_SECONDS) -> Answers:
+    """Runs the stages in one process; if it dies in one, the rest in another. Never raises.
+
+    `values`: dotted name -> setting. Without torch none of the later stages is tried.
+    """
+    results: dict[str, Mapping[str, Any]] = {}
+    troubles: dict[str, str] = {}
+    left = list(stages)
+    while left and "torch" not in troubles:
+        asked = {"values": values, "stages": left}
+        outcome = isolate.run("lowmem.doctor.probe:probe", asked, timeout_seconds=timeout_seconds)
+        for part in outcome.parts:
+            results |= part.get("results", {})
+            troubles |= part.get("troubles", {})
+        begun = [part["begins"] for part in outcome.parts if "begins" in part]
+        for stage in {*(begun or left[:1])} - {*results, *troubles}:
+            troubles[stage] = _how_it_ended(outcome, timeout_seconds)
+        if not begun:  # it did not even start: it will not start again either
+            break
+        left = [stage for stage in left if stage not in begun]
+    return Answers(results, troubles)
+
+
+def _how_it_ended(outcome: isolate.CallResult, timeout_seconds: float) -> str:
+    if outcome.ended == "too long":
+        return f"no answer within {timeout_seconds:g} seconds"
+    if outcome.code is None:
+        return f"the process {outcome.words}"
+    ended = f"was killed by signal {-outcome.code}" if outcome.code < 0 else f"ended with code {outcome.code}"
+    return f"the process {ended}: {outcome.words}" if outcome.words else f"the process {ended}"

@@ -14,15 +14,15 @@ from typing import Literal
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation, Text
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from lowmem.report import style
-from lowmem.report.labels import figure_of, room_for_ends, room_for_ticks, write_labels
+from lowmem.report.labels import spread_ends, write_at_ends, write_inside
 from lowmem.report.style import Series
 
-_TOP_INCHES, _BOTTOM_INCHES = 0.62, 0.58  # what title and vertical axis' words take above the axes, and below them
-_REMARK_INCHES = 0.22
+_PAD_INCHES = 0.07
 _MARGIN_POINTS = 3.0
 _INK, _GRID = "#333333", "#e3e3e3"
 _LINES_ORDER = 3.0  # above the grid, under the labels
@@ -51,27 +51,21 @@ def log_limits(values: Iterable[float]) -> tuple[float, float]:
 
 def draw_charts(charts: Sequence[Chart], height_inches: float = style.HEIGHT_INCHES, remark: str = "") -> Figure:
     """The charts above each other, as wide as their labels leave room for; `remark` stands under the last."""
-    figure, canvas = new_figure(height_inches)
+    figure = new_figure(height_inches)
     panels = [(chart, figure.add_subplot(len(charts), 1, row)) for row, chart in enumerate(charts, start=1)]
+    below = figure.supxlabel(remark, ha="left", fontsize=style.LABEL_SIZE, color=style.NEUTRAL)
+    written = []
     for chart, axes in panels:
-        _draw_lines(axes, chart.series)
+        series = [one for one in chart.series if one.points]
+        _draw_lines(axes, series)
         _set_axes(axes, chart)
-    left = max(room_for_ticks(axes, canvas) for _, axes in panels) / figure.bbox.width
-    right = max(room_for_ends(chart.series, canvas) for chart in charts) / figure.bbox.width
-    figure.subplots_adjust(
-        left=left,
-        right=1 - right,
-        bottom=(_BOTTOM_INCHES + _REMARK_INCHES * bool(remark)) / height_inches,
-        top=1 - _TOP_INCHES / height_inches,
-        hspace=(_TOP_INCHES + _BOTTOM_INCHES) / (height_inches / len(charts) - _TOP_INCHES - _BOTTOM_INCHES),
-    )
-    for chart, axes in panels:
-        _head(axes, chart.title, chart.y_title)
-        write_labels(axes, chart.series, canvas)
-    if remark:
-        below = figure.text(left, 0.06 / height_inches, remark, va="bottom")
-        below.set(fontsize=style.LABEL_SIZE, color=style.NEUTRAL)
-        fit(below, (1 - left) * figure.bbox.width)
+        written.append((axes, series, write_at_ends(axes, series)))
+    ConstrainedLayoutEngine(w_pad=_PAD_INCHES, h_pad=_PAD_INCHES, hspace=0.05).execute(figure)
+    for axes, series, texts in written:
+        spread_ends(axes, texts)
+        write_inside(axes, series)
+        below.set_x(axes.get_position().x0)
+    fit(below, (1 - below.get_position()[0]) * figure.bbox.width)
     return figure
 
 
@@ -99,14 +93,20 @@ def _set_axes(axes: Axes, chart: Chart) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 2.5, 4, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel(chart.x_title, fontsize=style.AXIS_SIZE)
+    # What the vertical axis shows stands under the title: along the side it would take the curves' room and have to be
+    # read with the head on the shoulder.
+    look = {"fontsize": style.TITLE_SIZE, "fontweight": "bold", "parse_math": False}
+    title = axes.set_title(chart.title, look, loc="left", pad=22)
+    fit(title, 0.88 * style.WIDTH_INCHES * style.DPI)  # the rest is for the numbers to its left
+    said = axes.annotate(chart.y_title, (0, 1), xytext=(0, 6), xycoords="axes fraction", textcoords="offset points")
+    said.set(fontsize=style.AXIS_SIZE, color="#555555", in_layout=False)
+    decades = math.log10(chart.y_limits[1] / chart.y_limits[0]) if chart.log else 0.0
     if chart.log:
         axes.set_yscale("log")
-        decades = math.log10(chart.y_limits[1] / chart.y_limits[0])
         subs = (1.0,) if decades > 5 else (1.0, 2.0, 5.0) if decades > 1 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
         axes.yaxis.set_major_locator(LogLocator(base=10, subs=subs, numticks=9))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        decades = 0.0
         axes.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]))
     if decades <= 5:  # beyond, powers of ten
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -114,28 +114,14 @@ def _set_axes(axes: Axes, chart: Chart) -> None:
     dress(axes)
 
 
-def _head(axes: Axes, title: str, y_title: str) -> None:
-    """The title, and under it what the vertical axis shows: along the side it would take the curves' room and have to
-    be read with the head on the shoulder. The axes must be in their place."""
-    _above(axes, y_title, 6).set(fontsize=style.AXIS_SIZE, color="#555555")
-    drawn = _above(axes, title, 22)
-    drawn.set(fontsize=style.TITLE_SIZE, fontweight="bold")
-    fit(drawn, figure_of(axes).bbox.x1 - axes.get_window_extent().x0)
-
-
-def _above(axes: Axes, text: str, points: float) -> Annotation:
-    """No mathematics in it: a run may be called $x$."""
-    place = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    return axes.annotate(text, (0, 1), xytext=(0, points), parse_math=False, **place)  # type: ignore[arg-type]
-
-
 # -- what other figures share with the charts --------------------------------------------------------------------------
 
 
-def new_figure(height_inches: float) -> tuple[Figure, FigureCanvasAgg]:
-    """A white figure of the common width, with its canvas."""
+def new_figure(height_inches: float) -> Figure:
+    """A white figure of the common width."""
     figure = Figure(figsize=(style.WIDTH_INCHES, height_inches), dpi=style.DPI, facecolor="white")
-    return figure, FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def dress(axes: Axes, *, grid: Literal["both", "x"] = "both") -> None:
@@ -149,13 +135,9 @@ def dress(axes: Axes, *, grid: Literal["both", "x"] = "both") -> None:
 
 def fit(drawn: Text, room: float) -> None:
     """Makes a text smaller, and then shorter, until it takes `room` pixels at the most."""
-    figure = drawn.get_figure(root=True)
-    assert figure is not None
-    assert isinstance(figure.canvas, FigureCanvasAgg)
-    renderer, words = figure.canvas.get_renderer(), drawn.get_text()
-    room -= _MARGIN_POINTS * figure.dpi / 72
-    size, shown = float(drawn.get_fontsize()), words
-    while drawn.get_window_extent(renderer).width > room and len(shown) > 1:
+    room -= _MARGIN_POINTS * style.POINT_PIXELS
+    size, shown = float(drawn.get_fontsize()), drawn.get_text()
+    while drawn.get_window_extent().width > room and len(shown) > 1:
         if size > style.LEAST_SIZE:
             size -= 0.5
             drawn.set_fontsize(size)

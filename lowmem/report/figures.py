@@ -1,34 +1,33 @@
-"""The figures of runs: training loss, test error, one for each pair Res-n / CNN-n, and a fork's learning rate."""
+"""The figures of runs: training loss, test error, one for each pair Res-n / CNN-n, the gradients, and a fork's learning
+rate.
+
+Gradients show why a plain net of 110 layers fails where a residual one does not. The layers are drawn in the order in
+which the gradient meets them, so that the curves of a figure part where they end, at the input, beside their labels.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
+from lowmem.report import style
 from lowmem.report.chart import Chart, draw_charts, log_limits, to_png
 from lowmem.report.naming import NamedRun, find_pairs
-from lowmem.report.style import (
-    DOTTED,
-    HEIGHT_INCHES,
-    MEASURED,
-    NEUTRAL,
-    PAIR_HEIGHT_INCHES,
-    LineStyle,
-    Picture,
-    Points,
-    Series,
-)
-from lowmem.runs.rows import EpochRow
+from lowmem.report.style import LineStyle, Picture, Points, Series
+from lowmem.runs.rows import EpochRow, GradientRow, Gradients
 from lowmem.runs.view import RunView
 
 FEW_EPOCHS = 25  # up to here each epoch is marked
 FEW_STEPS = 1_000  # up to here single steps can be told apart, and are drawn a little stronger
 LOG_FROM_RATIO = 4.0  # a linear axis hides what differs by less than a quarter of the largest value
 _RATE_HEIGHT_INCHES = 3.6
+
+
+# -- loss and error ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,13 @@ TEST_ERROR = Panel(
 def draw_training(runs: Sequence[NamedRun]) -> list[Picture]:
     """loss.png, test_error.png and the pairs, as far as there is anything to draw."""
     pictures = [
-        _draw(runs, (LOSS,), "loss.png", LOSS.title, HEIGHT_INCHES),
-        _draw(runs, (TEST_ERROR,), "test_error.png", TEST_ERROR.title, HEIGHT_INCHES),
+        *_draw(runs, (LOSS,), "loss.png", LOSS.title, style.HEIGHT_INCHES),
+        *_draw(runs, (TEST_ERROR,), "test_error.png", TEST_ERROR.title, style.HEIGHT_INCHES),
     ]
     for name, pair in find_pairs(runs).items():
         title = f"Res{name} against CNN{name}"
-        pictures.append(_draw(pair, (LOSS, TEST_ERROR), f"pair_{name}.png", title, PAIR_HEIGHT_INCHES))
-    return [picture for picture in pictures if picture is not None]
+        pictures += _draw(pair, (LOSS, TEST_ERROR), f"pair_{name}.png", title, style.PAIR_HEIGHT_INCHES)
+    return pictures
 
 
 def epoch_points(history: RunView, panel: Panel) -> list[tuple[float, float]]:
@@ -99,17 +98,21 @@ def common_classes(runs: Sequence[NamedRun]) -> int | None:
 
 def _draw(
     runs: Sequence[NamedRun], panels: Sequence[Panel], file_name: str, title: str, height: float
-) -> Picture | None:
+) -> list[Picture]:
+    """One, or none if there is nothing to draw."""
     shown = [[run for run in runs if epoch_points(run.history, panel)] for panel in panels]
     if not any(shown):
-        return None
+        return []
     height = max(height, len(panels) * (1.3 + 0.22 * max(map(len, shown))))  # taller instead of crowded labels
-    last_epoch, classes = max(run.history.epochs_done for run in runs), common_classes(runs)
+    x_limit, classes = max(1, *(run.history.epochs_done for run in runs)) * 1.01, common_classes(runs)
     charts = []
+    remark = ["Loss: the mean of each epoch, over the faint loss of single steps."] if LOSS in panels else []
     for panel, those in zip(panels, shown, strict=True):
         heading = panel.title if title == panel.title else f"{title}: {panel.title.lower()}"
-        charts.append(_chart(panel, those, classes, heading, max(last_epoch, 1) * 1.01))
-    return Picture(file_name, to_png(draw_charts(charts, height)), title, _remark(panels, charts))
+        charts.append(_chart(panel, those, classes, heading, x_limit))
+        why = "log, or the lowest curves would lie on each other" if charts[-1].log else "linear, from zero"
+        remark.append(f"Scale of the {panel.title.lower()}: {why}.")
+    return [Picture(file_name, to_png(draw_charts(charts, height)), title, " ".join(remark))]
 
 
 def _chart(panel: Panel, runs: Sequence[NamedRun], classes: int | None, title: str, x_limit: float) -> Chart:
@@ -123,49 +126,123 @@ def _chart(panel: Panel, runs: Sequence[NamedRun], classes: int | None, title: s
         losses = [loss for _, points in steps for _, loss in points]
         width, opacity = (0.8, 0.35) if len(losses) <= FEW_STEPS else (0.4, 0.16)
         for run, points in (those for those in steps if len(those[1]) > 1):  # of one step there is no line
-            series.append(Series(points=points, style=LineStyle(run.style.colour, width=width, opacity=opacity)))
+            series.append(Series(points, LineStyle(run.style.colour, width=width, opacity=opacity)))
         if losses:
             shares = (float(np.quantile(losses, share)) for share in (0.02, 0.98))  # not the odd spike
             values += [min(value, top_of_view) for value in shares if value > 0]
     if classes is not None and max(values) > 0.5 * panel.chance(classes):
         level = panel.chance(classes)
-        across = LineStyle(NEUTRAL, DOTTED, 1.0)
         # Its text beside the axes with the others: inside, some curve always runs through it.
-        series.append(Series(points=[(0, level), (x_limit, level)], style=across, label=panel.chance_text(classes)))
+        across = LineStyle(style.NEUTRAL, style.DOTTED, 1.0)
+        series.append(Series([(0, level), (x_limit, level)], across, panel.chance_text(classes)))
         values.append(level)
     for run, points in curves:
+        now = None if run.history.last is None else panel.value(run.history.last)
+        label = f"{run.label}  {panel.number(points[-1][1])}"
+        label += " then diverged" if now is not None and not math.isfinite(now) else ""
         marker = "o" if run.history.epochs_done <= FEW_EPOCHS else ""
-        label = _label(run, points[-1][1], panel)
-        series.append(Series(points=points, style=replace(run.style, marker=marker), label=label))
-    series += [Series(points=points[-1:], style=replace(run.style, width=0.0, marker="o")) for run, points in curves]
+        series.append(Series(points, replace(run.style, marker=marker), label))
+    series += [Series(points[-1:], replace(run.style, width=0.0, marker="o")) for run, points in curves]
     return Chart(
         title=title,
         x_title="epoch",
         y_title=panel.y_title + (", log scale" if log else ""),
-        series=[one for one in series if one.points],
+        series=series,
         x_limit=x_limit,  # and from 0: the steps of the first epoch lie there
         y_limits=log_limits(values) if log else (0, max(values) * 1.15 or 1.0),
         log=log,
     )
 
 
-def _label(run: NamedRun, value: float, panel: Panel) -> str:
-    newest = run.history.last
-    assert newest is not None
-    value_now = panel.value(newest)
-    broken = value_now is not None and not math.isfinite(value_now)
-    return f"{run.label}  {panel.number(value)}" + (" then diverged" if broken else "")
+# -- gradients.csv: the norm of every layer's gradient, on its way back from the output, and over time -----------------
+
+MOMENTS = 4  # of one run; of each run of a pair only the first and the last
+_FAINTEST = 0.4  # opacity of the first moment
+_GRADIENTS_EXPLAINED = (
+    "Above: L2 norm of the gradient of each convolution's and linear layer's weights (projections left out), from "
+    "the output back to the input, at a few moments. Below: of the first and the last layer over time. Scales: log, "
+    "for the norms go over many decades; a norm of zero is not drawn."
+)
 
 
-def _remark(panels: Sequence[Panel], charts: Sequence[Chart]) -> str:
-    """How to read the figure, with the reason for its scales."""
-    said = []
-    if LOSS in panels:
-        said.append("Loss: the mean of each epoch, over the faint loss of single steps.")
-    for panel, chart in zip(panels, charts, strict=True):
-        why = "log, or the lowest curves would lie on each other" if chart.log else "linear, from zero"
-        said.append(f"Scale of the {panel.title.lower()}: {why}.")
-    return " ".join(said)
+def draw_gradients(runs: Sequence[NamedRun]) -> list[Picture]:
+    """A figure for each run with a gradients.csv, and one for each pair with and without shortcuts."""
+    recorded, pictures = [run for run in runs if run.history.gradients.rows], []
+    for run in recorded:
+        file_name = "gradients.png" if len(recorded) == 1 else f"gradients_{run.file_name}.png"
+        pictures += _draw_gradients([run], MOMENTS, file_name, f"Gradients of {run.label}")
+    for name, pair in find_pairs(recorded).items():
+        pictures += _draw_gradients(pair, 2, f"gradients_pair_{name}.png", f"Gradients of Res{name} and CNN{name}")
+    return pictures
+
+
+def moments(gradients: Gradients, count: int) -> list[GradientRow]:
+    """`count` rows from the first to the last, evenly in time; fewer if there are fewer."""
+    rows = gradients.rows
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[round(index * (len(rows) - 1) / (count - 1))] for index in range(count)]
+
+
+def by_depth(gradients: Gradients, row: GradientRow) -> list[tuple[float, float]]:
+    """(layers back from the output, norm) of the layers on the main path; 1 is the last layer."""
+    main = [norm for name, norm in zip(gradients.layers, row.norms, strict=True) if ".shortcut." not in name]
+    return _drawable((float(place), norm) for place, norm in enumerate(reversed(main), start=1))
+
+
+def over_time(history: RunView, layer: int) -> list[tuple[float, float]]:
+    """(epochs done, norm) of one layer of `gradients.layers`; of a run without a whole epoch (steps done, norm)."""
+    last = history.last
+    scale = last.epoch / last.step if last is not None and last.step > 0 else 1.0
+    return _drawable((row.step * scale, row.norms[layer]) for row in history.gradients.rows)
+
+
+def _drawable(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in points if math.isfinite(y) and y > 0]
+
+
+def _draw_gradients(runs: Sequence[NamedRun], count: int, file_name: str, title: str) -> list[Picture]:
+    """One, or none if there is nothing to draw."""
+    depth: list[Series] = []
+    time: list[Series] = []
+
+    def add(lines: list[Series], run: NamedRun, words: str, points: Points, width: float, opacity: float) -> None:
+        if points:
+            label = f"{words}  {points[-1][1]:.2g}" if len(runs) == 1 else f"{run.label} {words}  {points[-1][1]:.2g}"
+            lines.append(Series(points, replace(run.style, width=width, opacity=opacity), label))
+
+    for run in runs:
+        rows = moments(run.history.gradients, count)
+        few = len({row.epoch for row in rows if row.step > 1}) < sum(row.step > 1 for row in rows)
+        for turn, row in enumerate(rows):
+            share = turn / max(1, len(rows) - 1)
+            when = "at first" if row.step == 1 else f"step {row.step:,}" if few else f"epoch {row.epoch}"
+            opacity = _FAINTEST + (1 - _FAINTEST) * share
+            add(depth, run, when, by_depth(run.history.gradients, row), 1.0 + 1.2 * share, opacity)
+        add(time, run, "first layer", over_time(run.history, 0), 2.2, 1.0)
+        add(time, run, "last layer", over_time(run.history, -1), 1.2, 0.6)
+    if not (depth and time):
+        return []
+    x_title = "epoch" if all(run.history.last is not None for run in runs) else "step"
+    charts = [
+        Chart(
+            title=heading,
+            x_title=words,
+            y_title="gradient norm, log scale",
+            series=lines,
+            x_limit=1.01 * max(x for line in lines for x, _ in line.points),
+            y_limits=log_limits(y for line in lines for _, y in line.points),
+            log=True,
+        )
+        for heading, words, lines in (
+            (f"{title}, by depth", "layers back from the output", depth),
+            ("First and last layer over time", x_title, time),
+        )
+    ]
+    return [Picture(file_name, to_png(draw_charts(charts, style.PAIR_HEIGHT_INCHES)), title, _GRADIENTS_EXPLAINED)]
+
+
+# -- a fork's learning rate --------------------------------------------------------------------------------------------
 
 
 def draw_rate_curve(title: str, past: Points, before: Points, after: Points, fork_at: float) -> bytes:
@@ -175,19 +252,19 @@ def draw_rate_curve(title: str, past: Points, before: Points, after: Points, for
     `fork_at`: epochs done at the fork.
     """
     limits = log_limits([rate for points in (past, before, after) for _, rate in points if rate > 0] or [1.0])
-    series = [Series(points=[(fork_at, rate) for rate in limits], style=LineStyle(NEUTRAL, DOTTED, 1.0))]
+    series = [Series([(fork_at, rate) for rate in limits], LineStyle(style.NEUTRAL, style.DOTTED, 1.0))]
     for points, look, words, inside in (
         (past, LineStyle("#000000", width=2.0), "until the fork", True),  # it ends in the middle
         (before, LineStyle("#B87400", (0, (2.0, 1.0)), 3.0), "as before", False),
-        (after, LineStyle(MEASURED, width=2.0), "after the fork", False),
+        (after, LineStyle(style.MEASURED, width=2.0), "after the fork", False),
     ):
         label = words if inside or not points else f"{words}  {points[-1][1]:.3g}"
-        series.append(Series(points=stairs(points), style=look, label=label, inside=inside))
+        series.append(Series(stairs(points), look, label, inside=inside))
     chart = Chart(
         title=title,
         x_title="epochs done",
         y_title="learning rate, log scale",
-        series=[one for one in series if one.points],
+        series=series,
         x_limit=1.02 * max(fork_at, 1.0, *(at for points in (past, before, after) for at, _ in points)),
         y_limits=limits,
         log=True,

@@ -7,25 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from statistics import fmean
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation
+from matplotlib.transforms import IdentityTransform
 from numpy.typing import NDArray
 
-from lowmem.report.style import LABEL_SIZE, Points, Series
+from lowmem.report.style import DPI, LABEL_SIZE, POINT_PIXELS, Points, Series
 
 Boxes = NDArray[np.float64]
 """(boxes, 4): x0, y0, x1, y1 in points of the page."""
+_NO_BOXES: Boxes = np.empty((0, 4))
 
 _LEADER_POINTS = 14.0  # from the axes to the text
-_PAD_POINTS = 5.0
-_TICK_POINTS = 8.0  # tick marks and the gap to their numbers
-_NO_LABELS = 0.04  # of the figure's width, to the right of axes without labels
 _LEAST_CONTRAST = 4.0
 
 # Inside. Of a text from its place, in points: its near edge sideways (0: its middle), its middle upwards.
@@ -43,110 +42,69 @@ _COVERED, _OUTSIDE, _LAST_PLACE, _MISTAKEN = 10.0, 40.0, 15.0, 3.0
 def ink(colour: str) -> str:
     """The colour, darker if need be, so that words in it are legible on white (and in grey)."""
     parts = np.array(to_rgb(colour))
-    while _contrast(parts) < _LEAST_CONTRAST:
+    while True:  # contrast as WCAG 2 defines it
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        if 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05) >= _LEAST_CONTRAST:
+            return to_hex((float(parts[0]), float(parts[1]), float(parts[2])))
         parts = 0.97 * parts
-    return to_hex((float(parts[0]), float(parts[1]), float(parts[2])))
-
-
-def _contrast(parts: NDArray[np.float64]) -> float:
-    """Of a colour on white, as WCAG 2 defines it."""
-    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-    return float(1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05))
-
-
-def figure_of(axes: Axes) -> Figure:
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    return figure
-
-
-def room_for_ends(series: Sequence[Series], canvas: FigureCanvasAgg) -> float:
-    """The width in pixels that the labels take to the right of the axes."""
-    figure, renderer, widest = canvas.figure, canvas.get_renderer(), 0.0
-    for one in _at_ends(series):
-        text = figure.text(0, 0, one.label, fontsize=LABEL_SIZE, parse_math=False)
-        widest = max(widest, text.get_window_extent(renderer).width)
-        text.remove()
-    if not widest:
-        return float(_NO_LABELS * figure.bbox.width)
-    return widest + (_LEADER_POINTS + _PAD_POINTS) * figure.dpi / 72
-
-
-def room_for_ticks(axes: Axes, canvas: FigureCanvasAgg) -> float:
-    """The width in pixels that the vertical axis' numbers take to the left of the axes."""
-    renderer = canvas.get_renderer()
-    texts = [text for text in axes.get_yticklabels() if text.get_text()]
-    widest = max((text.get_window_extent(renderer).width for text in texts), default=0.0)
-    return widest + (_TICK_POINTS + _PAD_POINTS) * figure_of(axes).dpi / 72
-
-
-def write_labels(axes: Axes, series: Sequence[Series], canvas: FigureCanvasAgg) -> None:
-    """Writes them all. Limits and position of the axes must be final."""
-    _write_at_ends(axes, _at_ends(series))
-    _write_inside(axes, series, canvas)
 
 
 # -- beside the axes ---------------------------------------------------------------------------------------------------
 
 
-def _at_ends(series: Sequence[Series]) -> list[Series]:
-    return [one for one in series if one.label and not one.inside]
+def write_at_ends(axes: Axes, series: Sequence[Series]) -> list[tuple[Series, Annotation]]:
+    """The labels beside the axes, where they take their room, but not yet in their places."""
+    texts = []
+    for one in (one for one in series if one.label and not one.inside):
+        place = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        text = axes.annotate(one.label, (1, 0.5), xytext=(_LEADER_POINTS, 0), va="center_baseline", **place)  # type: ignore[arg-type]
+        text.set(fontsize=LABEL_SIZE, color=ink(one.style.colour), parse_math=False)  # a run may be called $x$
+        texts.append((one, text))
+    return texts
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions nearest to `wanted` (least squares) in the same order, `gap` apart and within [low, high].
+    """Positions nearest to `wanted` (least squares) in the same order, `gap` apart and within [low, high]; what cannot
+    fit shares the room evenly.
 
-    Pool adjacent violators: after taking off i * gap, being `gap` apart is being monotone, and the nearest
-    monotone sequence is the one of block means. If the labels cannot fit, they share the room evenly.
+    After taking off i * gap, being `gap` apart is being monotone, and the nearest monotone sequence is that of the
+    min-max formula of isotonic regression.
     """
     count = len(wanted)
-    if count > 1 and gap * (count - 1) > high - low:
-        gap = (high - low) / (count - 1)
+    if count > 1:
+        gap = min(gap, (high - low) / (count - 1))
     order = sorted(range(count), key=lambda index: wanted[index])
-    blocks: list[tuple[float, int]] = []  # mean, members
-    for rank, index in enumerate(order):
-        mean, members = wanted[index] - rank * gap, 1
-        while blocks and blocks[-1][0] >= mean:
-            before, size = blocks.pop()
-            mean, members = (before * size + mean * members) / (size + members), size + members
-        blocks.append((mean, members))
-    slack = high - low - gap * max(0, count - 1)
-    flat = [min(max(mean, low), low + max(0.0, slack)) for mean, members in blocks for _ in range(members)]
+    apart = [wanted[index] - rank * gap for rank, index in enumerate(order)]
     placed = [0.0] * count
     for rank, index in enumerate(order):
-        placed[index] = flat[rank] + rank * gap
+        mean = max(min(fmean(apart[first:past]) for past in range(rank + 1, count + 1)) for first in range(rank + 1))
+        placed[index] = min(max(mean, low), high - gap * (count - 1)) + rank * gap
     return placed
 
 
-def _write_at_ends(axes: Axes, series: Sequence[Series]) -> None:
-    if not series:
+def spread_ends(axes: Axes, texts: Sequence[tuple[Series, Annotation]]) -> None:
+    """Puts them next to the ends of their lines, with a leader to each. The axes must be in their place."""
+    if not texts:
         return
-    figure, box = figure_of(axes), axes.get_window_extent()
-    point = figure.dpi / 72
-    ends = axes.transData.transform([one.points[-1] for one in series])
-    ends = ends.clip([box.x0, box.y0], [box.x1, box.y1])
-    line_height = LABEL_SIZE * 1.28 * point
-    middles = spread([float(y) for _, y in ends], line_height, box.y0 + line_height / 4, box.y1 - line_height / 4)
-    to_figure = figure.transFigure.inverted()
-    for one, (x, y), middle in zip(series, ends, middles, strict=True):
-        text_x = box.x1 + _LEADER_POINTS * point
-        knee = max(x + 3 * point, box.x1 + 2 * point)  # level up to the axes' edge, then to the text
-        corners = to_figure.transform([(x, y), (knee, y), (text_x - 3 * point, middle)])
-        leader = Line2D(corners[:, 0], corners[:, 1], color=one.style.colour, linewidth=0.8, alpha=0.8)
-        leader.set_linestyle((0, (1, 1.5)))
-        figure.add_artist(leader)
-        left, height = to_figure.transform((text_x, middle))
-        text = figure.text(left, height, one.label, fontsize=LABEL_SIZE, va="center_baseline")
-        text.set(color=ink(one.style.colour), parse_math=False)  # no mathematics: a run may be called $x$
+    box = np.array(axes.get_window_extent().extents).reshape(2, 2) / POINT_PIXELS
+    ends = np.concatenate([_on_page(axes, one.points[-1:]) for one, _ in texts]).clip(*box)
+    line_height = LABEL_SIZE * 1.28
+    middles = spread(ends[:, 1].tolist(), line_height, box[0, 1] + line_height / 4, box[1, 1] - line_height / 4)
+    for (one, text), (x, y), middle in zip(texts, ends, middles, strict=True):
+        text.set_position((_LEADER_POINTS, middle - box[:, 1].mean()))
+        knee = max(x + 3, box[1, 0] + 2)  # level up to the axes' edge, then to the text
+        corners = np.array([(x, y), (knee, y), (box[1, 0] + _LEADER_POINTS - 3, middle)]) * POINT_PIXELS
+        leader = Line2D(*corners.T, color=one.style.colour, linestyle=(0, (1, 1.5)), linewidth=0.8, alpha=0.8)
+        axes.figure.add_artist(leader)
+        leader.set_transform(IdentityTransform())
 
 
 # -- inside the axes ---------------------------------------------------------------------------------------------------
 
 
-def _write_inside(axes: Axes, series: Sequence[Series], canvas: FigureCanvasAgg) -> None:
+def write_inside(axes: Axes, series: Sequence[Series]) -> None:
     """Each where it covers least and is near what it names. Names choose before notes, least choice first."""
-    point = figure_of(axes).dpi / 72
-    frame = np.array([axes.get_window_extent().extents]) / point
+    frame = np.array([axes.get_window_extent().extents]) / POINT_PIXELS
     drawn = [(one.of or one.label, _covered(axes, one)) for one in series]
     texts: list[Boxes] = []
     wanted = [(one, _places(axes, one)) for one in series if one.label and one.inside]
@@ -155,12 +113,11 @@ def _write_inside(axes: Axes, series: Sequence[Series], canvas: FigureCanvasAgg)
         text.set(color=ink(one.style.colour), fontsize=one.label_size, ha="center", va="center", parse_math=False)
         text.set(fontweight="bold" if one.style.width > _BOLD_FROM_POINTS else "normal", zorder=6)
         text.set_path_effects([withStroke(linewidth=3, foreground="white")])
-        text.set_in_layout(False)
-        extent = text.get_window_extent(canvas.get_renderer())
-        half = np.array([extent.width, extent.height]) / point / 2
-        name, empty = one.of or one.label, np.empty((0, 4))
-        own = np.concatenate([empty, *(boxes for of, boxes in drawn if of == name)])
-        others = np.concatenate([empty, *(boxes for of, boxes in drawn if of != name), *texts])
+        extent = text.get_window_extent()
+        half = np.array([extent.width, extent.height]) / POINT_PIXELS / 2
+        name = one.of or one.label
+        own = np.concatenate([_NO_BOXES, *(boxes for of, boxes in drawn if of == name)])
+        others = np.concatenate([_NO_BOXES, *(boxes for of, boxes in drawn if of != name), *texts])
         # All places times all offsets: the text's middle from the place, and its box on the page.
         middles = np.column_stack([_OFFSETS[:, 0] + np.sign(_OFFSETS[:, 0]) * half[0], _OFFSETS[:, 1]])
         centres = (places[:, None] + middles).reshape(-1, 2)
@@ -168,19 +125,22 @@ def _write_inside(axes: Axes, series: Sequence[Series], canvas: FigureCanvasAgg)
         away = 0.5 * np.abs(_OFFSETS).sum(axis=1) + _LAST_PLACE * np.arange(len(places))[:, None] / len(places)
         best = int(np.argmin(_costs(boxes, own, others, frame) + away.reshape(-1)))
         place, middle = places[best // len(_OFFSETS)], middles[best % len(_OFFSETS)]
-        x, y = axes.transData.inverted().transform(place * point)
+        x, y = axes.transData.inverted().transform(place * POINT_PIXELS)
         text.xy = (float(x), float(y))
         text.set_position((float(middle[0]), float(middle[1])))
         texts.append(boxes[best : best + 1])
         if len(own) and _gaps(texts[-1], own)[0] > _LEADER_POINTS:
-            _lead(axes, text.xy, np.clip(0.0, middle - half, middle + half), one.style.colour)
+            # A thin line from the nearest point of the text's edge to its place.
+            arrow = {"arrowstyle": "-", "color": one.style.colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4}
+            across, up = np.clip(0.0, middle - half, middle + half).tolist()
+            line = axes.annotate("", text.xy, (across, up), textcoords="offset points", arrowprops=arrow)
+            line.set_zorder(4.5)
 
 
 def _costs(boxes: Boxes, own: Boxes, others: Boxes, frame: Boxes) -> NDArray[np.float64]:
     """(boxes,): how bad each is."""
     area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    costs = _COVERED * (_overlaps(boxes, own) + _overlaps(boxes, others))
-    costs += _OUTSIDE * (area - _overlaps(boxes, frame))
+    costs = _COVERED * (_overlaps(boxes, own) + _overlaps(boxes, others)) + _OUTSIDE * (area - _overlaps(boxes, frame))
     if len(own) and len(others):
         costs += _MISTAKEN * np.clip(_gaps(boxes, own) + _AIR_POINTS - _gaps(boxes, others), 0, None)
     return costs
@@ -198,25 +158,15 @@ def _gaps(boxes: Boxes, others: Boxes) -> NDArray[np.float64]:
     return np.asarray(np.hypot(*np.moveaxis(np.clip(apart, 0, None), 2, 0)).min(axis=1))
 
 
-def _lead(axes: Axes, at: tuple[float, float], edge: NDArray[np.float64], colour: str) -> None:
-    """A thin line from the nearest point of the text's edge to its place."""
-    arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4}
-    start = (float(edge[0]), float(edge[1]))
-    axes.annotate("", at, xytext=start, textcoords="offset points", arrowprops=arrow, zorder=4.5)
-
-
 def _covered(axes: Axes, series: Series) -> Boxes:
     """Boxes along a line and around its markers."""
-    style, boxes = series.style, [np.empty((0, 4))]
+    style, shapes = series.style, []
     if style.width:
-        boxes.append(_around(_sampled(axes, series.points, _STEP_POINTS), style.width / 2 + _AIR_POINTS / 2))
+        shapes.append((_sampled(axes, series.points, _STEP_POINTS), style.width))
     if style.marker:
-        boxes.append(_around(_on_page(axes, series.points), style.marker_size / 2 + _AIR_POINTS / 2))
-    return np.concatenate(boxes)
-
-
-def _around(middles: NDArray[np.float64], half_width: float) -> Boxes:
-    return np.concatenate([middles - half_width, middles + half_width], axis=1)
+        shapes.append((_on_page(axes, series.points), style.marker_size))
+    halves = [(middles, (size + _AIR_POINTS) / 2) for middles, size in shapes]
+    return np.concatenate([_NO_BOXES, *(np.hstack([middles - half, middles + half]) for middles, half in halves)])
 
 
 def _places(axes: Axes, series: Series) -> NDArray[np.float64]:
@@ -236,6 +186,6 @@ def _sampled(axes: Axes, points: Points, step: float) -> NDArray[np.float64]:
 
 def _on_page(axes: Axes, points: Points) -> NDArray[np.float64]:
     """(points, 2): in points of the page."""
-    pixels = axes.transData.transform(np.asarray(points, dtype=float).reshape(-1, 2))
-    on_page = np.asarray(pixels) * 72 / figure_of(axes).dpi
-    return np.clip(on_page, -_FAR_POINTS, _FAR_POINTS)  # a zero on a log axis lies a thousand decades down
+    pixels = np.asarray(axes.transData.transform(np.asarray(points, dtype=float).reshape(-1, 2)))
+    # A zero on a log axis lies a thousand decades down.
+    return np.clip(pixels * 72 / DPI, -_FAR_POINTS, _FAR_POINTS)

@@ -1,40 +1,51 @@
-"""report.md: the table, the figures by relative path, and a section for each run."""
+"""report.md: the tables, the figures by relative path, and a section for each run; and report.html, the same as one
+page that needs nothing beside it, on a screen, a phone and paper.
+
+The page is made from the Markdown, so that the two cannot drift, by the library that Rich renders Markdown with. Raw
+HTML in it stays text, and the page's own policy forbids scripts and loads of any kind: what a stranger's run folder
+says (names, settings, versions) is shown and never executed. Figures are inlined as PNG: as SVG they would be larger
+(thousands of logged steps are a path each), and their labels, placed by one font, would run into each other in another.
+"""
 
 from __future__ import annotations
 
+import base64
+import html
 import math
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 
+from markdown_it import MarkdownIt
+
+from lowmem.report import tables
 from lowmem.report.naming import NamedRun
-from lowmem.report.published import ASSUMED, departures, describe_source, without_run
 from lowmem.report.style import Picture
-from lowmem.report.tables import (
-    RESOURCES_EXPLAINED,
-    UNKNOWN,
-    elapsed,
-    error_table,
-    escape,
-    image_rate,
-    largest,
-    percent,
-    resource_table,
-    times,
-)
+from lowmem.report.tables import UNKNOWN, escape, percent, times
 from lowmem.runs.view import RunView
+
+_ERRORS_EXPLAINED = (
+    "Final is the error after the last completed epoch, not the lowest on the way. *Published* are the "
+    "final test errors of the report that these networks come from. It states SGD, momentum 0.9, weight "
+    "decay 1e-4, cross-entropy and CIFAR-10 in colour; batch, epochs, learning rate and augmentation it "
+    "does not state. For those the usual setting is assumed, and what departs from it is marked "
+    f"{escape(tables.ASSUMED)}. Only a run of which nothing differs compares with the published figure."
+)
 
 
 def render(runs: Sequence[NamedRun], pictures: Sequence[Picture]) -> str:
     """The whole document."""
-    parts = ["# Training report", "## Final test errors", error_table(runs).to_markdown(), *_explain_errors(runs)]
+    parts = ["# Training report", "## Final test errors", tables.error_table(runs).to_markdown(), _ERRORS_EXPLAINED]
+    if missing := tables.without_run(runs):
+        listed = ", ".join(f"{name} {percent(error)}" for name, error in missing.items())
+        parts.append(f"Published networks without a run here: {listed}.")
     parts.append("## What differs from the published setting")
-    parts.append("\n".join(f"- {escape(whose)}: {escape(text)}" for whose, text in departures(runs)))
-    parts += ["## Time and memory", resource_table(runs).to_markdown(), RESOURCES_EXPLAINED]
+    parts.append("\n".join(f"- {escape(whose)}: {escape(text)}" for whose, text in tables.departures(runs)))
+    parts += ["## Time and memory", tables.resource_table(runs).to_markdown(), tables.RESOURCES_EXPLAINED]
     parts.append("## Figures")
     if not pictures:
         parts.append("No run here has completed an epoch: there is nothing to draw yet.")
-    empty = [escape(run.name) for run in runs if run.history.epochs_done == 0]
-    if pictures and empty:
+    elif empty := [escape(run.name) for run in runs if run.history.epochs_done == 0]:
         parts.append(f"Without a curve, having completed no epoch yet: {', '.join(empty)}.")
     if pictures:
         parts.append(
@@ -48,41 +59,26 @@ def render(runs: Sequence[NamedRun], pictures: Sequence[Picture]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _explain_errors(runs: Sequence[NamedRun]) -> list[str]:
-    parts = [
-        "Final is the error after the last completed epoch, not the lowest on the way. *Published* are the "
-        "final test errors of the report that these networks come from. It states SGD, momentum 0.9, weight "
-        "decay 1e-4, cross-entropy and CIFAR-10 in colour; batch, epochs, learning rate and augmentation it "
-        "does not state. For those the usual setting is assumed, and what departs from it is marked "
-        f"{escape(ASSUMED)}. Only a run of which nothing differs compares with the published figure."
-    ]
-    missing = without_run(runs)
-    if missing:
-        listed = ", ".join(f"{name} {percent(error)}" for name, error in missing.items())
-        parts.append(f"Published networks without a run here: {listed}.")
-    return parts
-
-
-# --- one run --------------------------------------------------------------------------------------
+# -- one run -----------------------------------------------------------------------------------------------------------
 
 
 def _run_section(run: NamedRun) -> list[str]:
-    history = run.history
+    history, rate = run.history, tables.image_rate(run.history)
+    allocated, reserved, device = tables.peaks(history)
+    median = "" if rate == UNKNOWN else " in training (median over epochs)"
     lines = [
         ("State", _state(history)),
         ("Settings", _settings(history)),
         ("Best weights", _best(history)),
         ("Lowest test error", _lowest(history)),
-        ("Time", _time(history)),
-        ("Peak memory", _memory(history)),
+        ("Time", f"{tables.elapsed(history)} in all; {rate} images/s{median}"),
+        ("Peak memory", f"{allocated} allocated, {reserved} reserved, {device} in use on the device"),
         ("Hardware", _from_env(history, ("device", "gpu", "card", "driver", "cpu", "cpu_threads", "platform"))),
         ("Versions", _from_env(history, ("lowmem", "git_commit", "python", "torch", "torchvision", "cuda", "cudnn"))),
         *(("Note", escape(note)) for note in history.notes),
     ]
-    return [
-        f"### {escape(run.name)} ({escape(run.network)})",
-        "\n".join(f"- {title}: {text}" for title, text in lines),
-    ]
+    listed = "\n".join(f"- {title}: {text}" for title, text in lines)
+    return [f"### {escape(run.name)} ({escape(run.network)})", listed]
 
 
 def _state(history: RunView) -> str:
@@ -102,55 +98,43 @@ def _state(history: RunView) -> str:
         text += ", not finished (interrupted, or still running)"
     if history.times_resumed:
         text += ", interrupted and resumed " + times(history.times_resumed)
-    text += _trouble(history)
+    # What the run itself noticed: going back from a broken loss, learning nothing, stopping for either.
+    if back := tables.details(history, "rollback"):
+        scale = back[-1].get("lr_scale")
+        rate = f", at last with {scale:g} of the learning rate" if isinstance(scale, int | float) else ""
+        why = escape(back[-1].get("what", ""))
+        text += f"; **went back to a checkpoint {times(len(back))}{rate}** ({why})"
+    if tables.details(history, "diverged"):
+        text += "; **stopped because it diverged**"
+    if stuck := tables.details(history, "stuck"):
+        text += f"; **learns nothing: at chance up to epoch {escape(stuck[-1].get('epoch', '?'))} and longer**"
     if last is not None and last.train_loss is not None and not math.isfinite(last.train_loss):
         text += "; **diverged: the training loss is no number any more**"
     return text
 
 
-def _trouble(history: RunView) -> str:
-    """What the run itself noticed: going back from a broken loss, learning nothing, stopping for either."""
-    kinds = [event.kind for event in history.events]
-    text = ""
-    if back := [event for event in history.events if event.kind == "rollback"]:
-        scale = back[-1].detail.get("lr_scale")
-        rate = f", at last with {scale:g} of the learning rate" if isinstance(scale, int | float) else ""
-        why = escape(back[-1].detail.get("what", ""))
-        text += f"; **went back to a checkpoint {times(len(back))}{rate}** ({why})"
-    if "diverged" in kinds:
-        text += "; **stopped because it diverged**"
-    if found := [event for event in history.events if event.kind == "stuck"]:
-        text += f"; **learns nothing: at chance up to epoch {escape(found[-1].detail.get('epoch', '?'))} and longer**"
-    return text
-
-
 def _settings(history: RunView) -> str:
     config = history.config
-    model, data, train = config.model, config.data, config.train
-    optim, schedule = config.optim, config.schedule
+    model, data, train, optim, schedule = config.model, config.data, config.train, config.optim, config.schedule
     scale = train.epochs / schedule.reference_epochs
     drops = ", ".join(f"{milestone * scale:.3g}" for milestone in schedule.milestones)
+    low_start = schedule.low_start == "always" or int(model.arch[3:]) >= 110  # `auto` concerns no shallower net
     said = [
         f"{model.block} blocks, width {model.width}",
-        describe_source(data.source) + ("" if data.augment else ", not augmented"),
+        tables.describe_source(data.source) + ("" if data.augment else ", not augmented"),
         f"{train.epochs} epochs",
         f"batch {train.batch}" + (f" in micro-batches of {train.micro_batch}" if train.micro_batch else ""),
-        f"SGD, lr {optim.lr:g}, times {schedule.gamma:g} after epochs {drops}" if drops else f"SGD, lr {optim.lr:g}",
+        f"SGD, lr {optim.lr:g}" + (f", times {schedule.gamma:g} after epochs {drops}" if drops else ""),
         f"momentum {optim.momentum:g}" + (" (Nesterov)" if optim.nesterov else ""),
         f"weight decay {optim.weight_decay:g}",
         f"precision {train.precision}",
         f"seed {config.seed}",
+        f"low start {schedule.low_start}" if low_start else "",
+        "" if data.train_subset is None else f"{data.train_subset:,} training pictures",
+        "" if data.test_subset is None else f"{data.test_subset:,} test pictures",
+        f"{data.val_split:,} training pictures held back" if data.val_split else "no training pictures held back",
     ]
-    if schedule.low_start == "always" or int(model.arch[3:]) >= 110:  # `auto` concerns no shallower net
-        said.append(f"low start {schedule.low_start}")
-    if data.train_subset is not None:
-        said.append(f"{data.train_subset:,} training pictures")
-    if data.test_subset is not None:
-        said.append(f"{data.test_subset:,} test pictures")
-    said.append(
-        f"{data.val_split:,} training pictures held back" if data.val_split else "no training pictures held back"
-    )
-    return escape("; ".join(said))
+    return escape("; ".join(filter(None, said)))
 
 
 def _best(history: RunView) -> str:
@@ -160,9 +144,9 @@ def _best(history: RunView) -> str:
     where = "at an unknown epoch" if best.epoch is None else f"of epoch {best.epoch}"
     text = f"{where}, error {percent(best.error_pct)}"
     if best.chosen_on == "val":
+        text += " on the held-back training pictures, on which they were chosen"
         there = next((row.test_error_pct for row in history.epochs if row.epoch == best.epoch), None)
-        beside = "" if there is None else f"; test error there {percent(there)}"
-        return f"{text} on the held-back training pictures, on which they were chosen{beside}"
+        return text if there is None else f"{text}; test error there {percent(there)}"
     if best.chosen_on == "test":
         return (
             f"{text} on the test set, **on which they were chosen: this error is optimistic** and no "
@@ -179,27 +163,11 @@ def _lowest(history: RunView) -> str:
     return f"{percent(error)} at epoch {epoch} (seen afterwards, so optimistic)"
 
 
-def _time(history: RunView) -> str:
-    rate = image_rate(history)
-    return f"{elapsed(history)} in all; {rate} images/s" + (
-        "" if rate == UNKNOWN else " in training (median over epochs)"
-    )
-
-
-def _memory(history: RunView) -> str:
-    return (
-        f"{largest(history.epochs, lambda row: row.peak_allocated_bytes)} allocated, "
-        f"{largest(history.epochs, lambda row: row.peak_reserved_bytes)} reserved, "
-        f"{largest(history.epochs, lambda row: row.device_used_bytes)} in use on the device"
-    )
-
-
 def _from_env(history: RunView, keys: Sequence[str]) -> str:
     """What env.json says, and what a resume found changed since."""
-    resumes = [event.detail for event in history.events if event.kind == "resume"]
-    said = []
+    sources, said = [history.env, *tables.details(history, "resume")], []
     for key in keys:
-        values = [_plain(source[key]) for source in (history.env, *resumes) if source.get(key) not in (None, "")]
+        values = [_plain(source[key]) for source in sources if source.get(key) not in (None, "")]
         changes = [value for before, value in pairwise(["", *values]) if value != before]
         if changes:
             said.append(f"{key.replace('_', ' ')} {', then '.join(changes)}")
@@ -210,3 +178,67 @@ def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
     return ", ".join(map(_plain, value)) if isinstance(value, list) else str(value)
+
+
+# -- report.html -------------------------------------------------------------------------------------------------------
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1d1d1d; --soft: #555; --line: #d8d8d8; --paper: #fff; --head: #f4f4f4 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e4e4; --soft: #a8a8a8; --line: #444; --paper: #181818; --head: #242424 }
+}
+* { box-sizing: border-box }
+html { -webkit-text-size-adjust: 100% }
+body { margin: 0 auto; padding: 1rem; max-width: 54rem; color: var(--ink); background: var(--paper);
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.5rem 0 1rem }
+h2 { font-size: 1.3rem; margin: 2.2rem 0 0.6rem; padding-top: 0.6rem; border-top: 1px solid var(--line) }
+h3 { font-size: 1.05rem; margin: 1.6rem 0 0.4rem }
+p, li { max-width: 44rem }
+ul { padding-left: 1.2rem }
+figure { margin: 0.6rem 0 1.2rem }
+figure img { display: block; width: 100%; max-width: 46rem; height: auto; background: #fff; border-radius: 4px }
+.wide { overflow-x: auto; margin: 0.8rem 0 }
+table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums }
+th, td { padding: 0.35rem 0.6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
+thead th { background: var(--head) }
+td[style] { white-space: nowrap }
+@media (max-width: 30rem) {
+  table { font-size: 0.82rem }
+  th, td { padding: 0.3rem 0.3rem }
+}
+@media print {
+  :root { color-scheme: light; --ink: #000; --soft: #333; --line: #bbb; --paper: #fff; --head: #eee }
+  @page { margin: 15mm }
+  body { max-width: none; padding: 0; font-size: 10pt }
+  p, li { max-width: none }
+  h2, h3 { break-after: avoid }
+  figure, tr { break-inside: avoid }
+  figure img { max-width: 125mm }
+  .wide { overflow: visible }
+  thead { display: table-header-group }
+}
+""".strip()
+
+
+def to_page(markdown: str, pictures: Sequence[Picture], title: str) -> str:
+    """The whole page. An image of the document that is none of `pictures` becomes its words."""
+    inlined = {one.file_name: f"data:image/png;base64,{base64.b64encode(one.png).decode()}" for one in pictures}
+
+    def image(match: re.Match[str]) -> str:
+        data = inlined.get(html.unescape(match["src"]))
+        return match["alt"] if data is None else f'<img src="{data}" alt="{match["alt"]}">'
+
+    # What is a tag here was made by the library: in texts and attributes it writes no angle brackets and no quotes.
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+    body = re.sub(r"<p>(<img [^>]*>)</p>", r"<figure>\1</figure>", body)
+    body = re.sub(r'<img src="(?P<src>[^"]*)" alt="(?P<alt>[^"]*)"[^>]*>', image, body)
+    body = body.replace("<table>", '<div class="wide" tabindex="0"><table>').replace("</table>", "</table>\n</div>")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>\n{_STYLE}\n</style>\n</head>\n<body>\n<main>\n{body}</main>\n"
+        "</body>\n</html>\n"
+    )

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -28,11 +28,6 @@ _BUDGET_LINE, _BUDGET_TEXT = LineStyle("#888888", "--", 1.0), LineStyle("#555555
 
 def draw_memory_curve(title: str, curves: Mapping[str, Sequence[tuple[int, float]]], budget_bytes: int) -> bytes:
     """A PNG. `curves`: name -> (peak bytes, share of time more than plain autograd), memory rising."""
-    return to_png(memory_figure(title, curves, budget_bytes))
-
-
-def memory_figure(title: str, curves: Mapping[str, Sequence[tuple[int, float]]], budget_bytes: int) -> Figure:
-    """The same, not yet a PNG."""
     shown = {name: [(size / MIB, 100 * share) for size, share in points] for name, points in curves.items() if points}
     budget = budget_bytes / MIB
     points = [point for points in shown.values() for point in points]
@@ -45,31 +40,29 @@ def memory_figure(title: str, curves: Mapping[str, Sequence[tuple[int, float]]],
     # Beside the budget's line from its top downwards, or at the right edge.
     words = f"budget {budget:,.0f} MiB" + (" →" if budget > right else "")
     places = [(min(budget, right), high - share * (high - low)) for share in np.linspace(0.04, 0.96, 12)]
-    said = Series(points=places, style=_BUDGET_TEXT, label=words, inside=True, of="budget")
-    line = Series(points=[(budget, low), (budget, high)], style=_BUDGET_LINE, of="budget")
+    said = Series(places, _BUDGET_TEXT, words, inside=True, of="budget")
+    line = Series([(budget, low), (budget, high)] if budget <= right else [], _BUDGET_LINE, of="budget")
     chart = Chart(
         title=title,
         x_title="peak of the step's tensors, MiB",
         y_title="% more time than plain PyTorch, predicted",
-        series=[said, *([line] if budget <= right else []), *lines[::-1], *single],
+        series=[said, line, *lines[::-1], *single],
         x_limit=right,
         y_limits=(low, high),
     )
-    return draw_charts([chart], style.HEIGHT_INCHES)
+    return to_png(draw_charts([chart]))
 
 
 def _method(name: str, points: Sequence[tuple[float, float]], marker_size: float) -> Series:
     """`marker_size` 0: the line alone."""
     look = style.METHOD_STYLES[name]
     look = replace(look, marker=look.marker if marker_size else "", marker_size=marker_size)
-    return Series(points=points, style=look, label=name, inside=True)
+    return Series(points, look, name, inside=True)
 
 
 # -- memory against time, as measured ----------------------------------------------------------------------------------
 
 _BENCH_HEIGHT_INCHES = 4.9  # more than most: up to seven ways, some close together
-_RING = LineStyle("", width=0.0, marker="o", marker_size=15.0, face="none")
-_RANGE = LineStyle("", width=1.2, marker="_", marker_size=6.0, opacity=0.6)
 _NOTE_SIZE = style.LEAST_SIZE + 1
 _BENCH_REMARK = "Bars: fastest and slowest of the rounds. Rings: the memory as predicted."
 
@@ -89,41 +82,34 @@ class MeasuredPoint:
 
 def draw_bench(title: str, curves: Mapping[str, Sequence[MeasuredPoint]], memory: str) -> bytes:
     """A PNG. `curves`: way (see style.METHOD_STYLES) -> its points; `memory`: what is measured, for the axis."""
-    return to_png(bench_figure(title, curves, memory))
-
-
-def bench_figure(title: str, curves: Mapping[str, Sequence[MeasuredPoint]], memory: str) -> Figure:
-    """The same, not yet a PNG."""
-    shown = {name: sorted(points, key=lambda point: point.mib) for name, points in curves.items() if points}
-    points = [point for points in shown.values() for point in points]
+    points = [point for points in curves.values() for point in points]
     right = 1.12 * max((max(point.mib, point.predicted_mib or 0.0) for point in points), default=1.0)
     low, high = min((point.low for point in points), default=1.0), max((point.high for point in points), default=1.0)
     spare = max(0.06, 0.18 * (high - low))
-    ranges, rings, lines, notes = [], [], [], []
-    for name, of_one in shown.items():
+    plain = LineStyle(style.NEUTRAL, style.DOTTED, 1.0)
+    series = [Series([(0, 1.0), (right, 1.0)], plain, of="as plain")]
+    rings, lines, notes = [], [], []
+    for name, of_one in curves.items():
         colour = style.METHOD_STYLES[name].colour
-        lines.append(_method(name, [(point.mib, point.ratio) for point in of_one], 8.0))
-        for point in of_one:
-            bar = [(point.mib, point.low), (point.mib, point.high)]
-            ranges.append(Series(points=bar, style=replace(_RANGE, colour=colour), of=name))
+        bar = LineStyle(colour, width=1.2, marker="_", marker_size=6.0, opacity=0.6)
+        ring = LineStyle(colour, width=0.0, marker="o", marker_size=15.0, face="none")
+        ordered = sorted(of_one, key=lambda point: point.mib)
+        lines.append(_method(name, [(point.mib, point.ratio) for point in ordered], 8.0))
+        for point in ordered:
+            series.append(Series([(point.mib, point.low), (point.mib, point.high)], bar, of=name))
             if point.predicted_mib is not None:
-                at = [(point.predicted_mib, point.ratio)]
-                rings.append(Series(points=at, style=replace(_RING, colour=colour), of=name))
-            if point.note:
-                at, look = [(point.mib, point.ratio)], LineStyle(colour, width=0.0)
-                notes.append(
-                    Series(points=at, style=look, label=point.note, inside=True, of=name, label_size=_NOTE_SIZE)
-                )
-    plain = Series(points=[(0, 1.0), (right, 1.0)], style=LineStyle(style.NEUTRAL, style.DOTTED, 1.0), of="as plain")
+                rings.append(Series([(point.predicted_mib, point.ratio)], ring, of=name))
+            at, look = [(point.mib, point.ratio)], LineStyle(colour, width=0.0)
+            notes.append(Series(at if point.note else [], look, point.note, True, name, _NOTE_SIZE))
     chart = Chart(
         title=title,
         x_title=f"{memory}, MiB",
         y_title="time of a step, times plain PyTorch",
-        series=[plain, *ranges, *rings, *lines, *notes],
+        series=[*series, *rings, *lines, *notes],
         x_limit=right,
         y_limits=(low - spare, high + spare),
     )
-    return draw_charts([chart], _BENCH_HEIGHT_INCHES, _BENCH_REMARK)
+    return to_png(draw_charts([chart], _BENCH_HEIGHT_INCHES, _BENCH_REMARK))
 
 
 # -- measured against predicted ----------------------------------------------------------------------------------------
@@ -131,6 +117,7 @@ def bench_figure(title: str, curves: Mapping[str, Sequence[MeasuredPoint]], memo
 _ROW_INCHES = 0.5  # a line of words, and the bar under it: beside it they would take half of a phone's width
 _TITLE_INCHES, _AXIS_INCHES, _LEGEND_INCHES = 0.75, 0.7, 0.4
 _SIDE_INCHES = 0.12
+_DIAMOND: dict[str, Any] = {"marker": "D", "color": style.PREDICTED, "markeredgecolor": "black"}
 _NUMBERS_ROOM = 1.5  # the axis in terms of the longest bar, at whose end its number stands
 
 
@@ -148,41 +135,50 @@ class Bar:
 def draw_acceptance(title: str, memory: Sequence[Bar], seconds: Sequence[Bar]) -> bytes:
     """A PNG, memory above and time below. `memory` in MiB, `seconds` of a step."""
     panels = [(bars, name) for bars, name in ((memory, "memory, MiB"), (seconds, "a training step, seconds")) if bars]
-    heights = [_ROW_INCHES * len(bars) for bars, _ in panels]
-    height = _TITLE_INCHES + sum(heights) + _AXIS_INCHES * len(panels) + _LEGEND_INCHES
-    figure, _ = new_figure(height)
+    height = _TITLE_INCHES + _LEGEND_INCHES + sum(_ROW_INCHES * len(bars) + _AXIS_INCHES for bars, _ in panels)
+    figure = new_figure(height)
     side = _SIDE_INCHES / style.WIDTH_INCHES
     for number, line in enumerate(title.split("\n")):
         drawn = figure.text(side, 1 - (0.1 + 0.25 * number) / height, line, va="top", parse_math=False)
         drawn.set(fontsize=style.AXIS_SIZE) if number else drawn.set(fontsize=style.TITLE_SIZE, fontweight="bold")
         fit(drawn, figure.bbox.width * (1 - side))
     top = height - _TITLE_INCHES
-    for (bars, name), rows in zip(panels, heights, strict=True):
-        axes = figure.add_axes((side, (top - rows) / height, 1 - 2 * side, rows / height))
+    for bars, name in panels:
+        top -= _ROW_INCHES * len(bars)
+        axes = figure.add_axes((side, top / height, 1 - 2 * side, _ROW_INCHES * len(bars) / height))
         _fill_bars(axes, bars, name)
-        top -= rows + _AXIS_INCHES
+        top -= _AXIS_INCHES
+    # Bar and diamond repeat what the colours say.
+    handles: list[Patch | Line2D] = [
+        Patch(color=style.MEASURED, label="measured"),
+        Line2D([], [], linestyle="", label="predicted", **_DIAMOND),
+    ]
+    if any(bar.limit is not None for bars, _ in panels for bar in bars):
+        handles.append(Line2D([], [], color="black", linewidth=1.6, label="budget"))
     if panels:
-        _bar_legend(figure, any(bar.limit is not None for bars, _ in panels for bar in bars))
+        look = {"fontsize": style.LABEL_SIZE, "frameon": False, "labelcolor": style.NEUTRAL}
+        figure.legend(handles=handles, loc="lower center", ncols=3, **look)
     return to_png(figure)
 
 
 def _fill_bars(axes: Axes, bars: Sequence[Bar], name: str) -> None:
-    known = [value for bar in bars for value in (bar.measured, bar.predicted) if value is not None]
-    most = max(known, default=1.0) or 1.0
+    most = (
+        max((value for bar in bars for value in (bar.measured, bar.predicted) if value is not None), default=0) or 1.0
+    )
     axes.set_xlim(0, most * _NUMBERS_ROOM)
     axes.set_ylim(len(bars) - 0.6, -0.75)
     for row, bar in enumerate(bars):
-        ends = [value for value in (bar.measured, bar.predicted) if value is not None]
+        end = max(bar.measured or 0.0, bar.predicted or 0.0)
         if bar.measured is not None:
             axes.barh(row, bar.measured, height=0.44, color=style.MEASURED, zorder=2)
         if bar.predicted is not None:
-            axes.plot(bar.predicted, row, "D", color=style.PREDICTED, markeredgecolor="black", markersize=7, zorder=4)
+            axes.plot(bar.predicted, row, markersize=7, zorder=4, **_DIAMOND)
         if bar.limit is not None and bar.limit < 1.2 * most:
             axes.plot([bar.limit, bar.limit], [row - 0.3, row + 0.3], color="black", linewidth=1.6, zorder=3)
             # The number beyond a mark that stands close to the bar's end, or the text would lie on it.
-            if ends and max(ends) < bar.limit:
-                ends.append(bar.limit)
-        beside = axes.annotate(_number(bar), (max(ends, default=0.0), row), xytext=(8, 0), textcoords="offset points")
+            if bar.measured is not None or bar.predicted is not None:
+                end = max(end, bar.limit)
+        beside = axes.annotate(_number(bar), (end, row), xytext=(8, 0), textcoords="offset points")
         beside.set(va="center", fontsize=style.LABEL_SIZE, color="#333333")
         label = " ".join(f"{bar.label}: {bar.note}".split()) if bar.note else ", ".join(bar.label.split("\n"))
         above = axes.annotate(label, (0, row - 0.27), fontsize=style.LABEL_SIZE, va="bottom", parse_math=False)
@@ -199,15 +195,3 @@ def _number(bar: Bar) -> str:
         return "not measured"
     shown = f"{bar.measured:,.0f}" if bar.measured >= 100 else f"{bar.measured:.3g}"
     return f"{shown} ({bar.measured / bar.predicted - 1:+.1%})" if bar.predicted else shown
-
-
-def _bar_legend(figure: Figure, with_limits: bool) -> None:
-    """Bar and diamond repeat what the colours say."""
-    handles: list[Patch | Line2D] = [
-        Patch(color=style.MEASURED, label="measured"),
-        Line2D([], [], marker="D", color=style.PREDICTED, markeredgecolor="black", linestyle="", label="predicted"),
-    ]
-    if with_limits:
-        handles.append(Line2D([], [], color="black", linewidth=1.6, label="budget"))
-    look = {"fontsize": style.LABEL_SIZE, "frameon": False, "labelcolor": style.NEUTRAL}
-    figure.legend(handles=handles, loc="lower center", ncols=3, **look)

@@ -17,17 +17,13 @@ LONGEST_NAME = 18  # characters at the end of a curve; longer names would take t
 
 @dataclass(frozen=True)
 class NamedRun:
-    """A run, and how it is told from the others of its report.
-
-    `name`: the folder's, in tables and headings; `label`: short, at the end of a curve; `file_name`: a part of file
-    names, no two the same on any system; `style`: the network's, the runs of one network getting thinner in turn.
-    """
+    """A run, and how it is told from the others of its report."""
 
     history: RunView
-    name: str
-    label: str
-    file_name: str
-    style: LineStyle
+    name: str  # the folder's, in tables and headings
+    label: str  # short, at the end of a curve
+    file_name: str  # a part of file names, no two the same on any system
+    style: LineStyle  # the network's, the runs of one network getting thinner in turn
 
     @property
     def network(self) -> str:
@@ -69,25 +65,20 @@ def name_runs(histories: Sequence[RunView]) -> list[NamedRun]:
         file_name = slug if same_file[slug.lower()] == 1 else f"{slug}-{same_file[slug.lower()]}"
         label = network
         if networks.count(network) > 1:
-            label = f"{network} {shorten_middle(_without(network, name))}".rstrip()
+            # `res20-seed3` of Res20 -> `seed3`: the label says the network already.
+            rest = name[len(network) :].lstrip("-_ ")
+            said_already = name.lower().startswith(network.lower()) and not rest[:1].isdigit()
+            label = f"{network} {shorten_middle(rest if said_already else name)}".rstrip()
         style = network_style(history.config.model, same_network[network])
         same_network[network] += 1
         runs.append(NamedRun(history, name, label, file_name, style))
     return runs
 
 
-def _without(network: str, name: str) -> str:
-    """`res20-seed3` of Res20 -> `seed3`: the label says the network already."""
-    rest = name[len(network) :].lstrip("-_ ")
-    return rest if name.lower().startswith(network.lower()) and not rest[:1].isdigit() else name
-
-
-def shorten_middle(name: str, longest: int = LONGEST_NAME) -> str:
+def shorten_middle(name: str) -> str:
     """Take out the middle: the ends of run names are what differs (`res20-…-seed3`)."""
-    if len(name) <= longest:
-        return name
-    tail = (longest - 1) // 2
-    return f"{name[: longest - 1 - tail]}…{name[-tail:]}"
+    tail = (LONGEST_NAME - 1) // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1 - tail]}…{name[-tail:]}"
 
 
 def find_pairs(runs: Sequence[NamedRun]) -> dict[str, list[NamedRun]]:

@@ -1,10 +1,10 @@
 """How everything in a figure looks: sizes, the lines of a chart, one look a network and one a way of doing the step.
 
 A look is the same in every figure and whatever else is shown. A residual net is solid and dark, its plain counterpart
-dashed and of another lightness, so that a pair stays apart in grey print as well. The six networks of the published
-report stay apart in normal vision and under each simulated colour blindness by a CIELAB distance of 15 or more
-(checked in the tests); all colours have a contrast of 2.7 or more on white. Ways of doing the step have the colours of
-Okabe and Ito, told apart by the colour-blind too, and a marker that repeats what the colour says.
+dashed and of another lightness: a pair stays apart in grey print. The six networks of the published report stay apart
+in normal vision and under each simulated colour blindness by a CIELAB distance of 15 or more (checked in the tests);
+all colours have a contrast of 2.7 or more on white. Ways of doing the step have the colours of Okabe and Ito, and a
+marker that repeats what the colour says.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lowmem.config.schema import ModelConfig
 WIDTH_INCHES, HEIGHT_INCHES = 6.0, 4.2
 PAIR_HEIGHT_INCHES = 7.6  # two charts above each other: side by side they would be too narrow for a phone
 DPI = 200
+POINT_PIXELS = DPI / 72
 TITLE_SIZE, AXIS_SIZE, TICK_SIZE, LABEL_SIZE, LEAST_SIZE = 13.0, 11.5, 11.0, 11.5, 9.5  # points
 
 NEUTRAL = "#666666"  # chance levels and notes: no network has it
@@ -45,12 +46,10 @@ class LineStyle:
     opacity: float = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Series:
-    """A line of a chart, and the text at its end beside the axes, or with `inside` next to it where there is room.
-
-    `of`: what the text is about, where several series show the same thing; by default the label.
-    """
+    """A line of a chart (none without points), and the text at its end beside the axes, or with `inside` next to it
+    where there is room. `of`: what the text is about, where several series show the same; by default the label."""
 
     points: Points
     style: LineStyle

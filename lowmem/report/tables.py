@@ -1,16 +1,23 @@
-"""The tables of a report: final test errors beside the published ones, and what each run took."""
+"""The tables of a report: final test errors beside the published ones, with what a run does otherwise than the
+published report, and what each run took.
+
+That report states SGD, momentum 0.9, weight decay 1e-4, cross-entropy, colour pictures of CIFAR-10 and the blocks of
+each network. It does not state batch, schedule, epochs or augmentation: there the usual setting of these nets stands
+in, which is what the default settings are, and a difference from it is marked with `ASSUMED`.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from statistics import median
+from typing import Any
 
+from lowmem.config.schema import Config, ModelConfig, resolve_block
 from lowmem.core.units import format_duration, format_size
-from lowmem.report.naming import NamedRun
-from lowmem.report.published import published_error_pct
-from lowmem.runs.rows import EpochRow
+from lowmem.report.naming import NamedRun, network_name
 from lowmem.runs.view import RunView
 
 UNKNOWN = "–"
@@ -20,6 +27,20 @@ RESOURCES_EXPLAINED = (
     "what tensors took. Reserved: what the allocator held for them. Device: the card with everything on it, or without "
     "a card the process. Resumed: how often the run was interrupted and gone on with."
 )
+PUBLISHED_ERROR_PCT: dict[str, float] = {
+    "res20": 8.08,
+    "res56": 7.74,
+    "res110": 7.46,
+    "cnn20": 8.92,
+    "cnn56": 39.03,
+    "cnn110": 89.66,  # never left chance
+}
+ASSUMED = "*"
+_SOURCES = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST", "shapes": "generated shapes"}
+_NOT_PUBLISHED = "not among the published networks"
+_NEVER_TRAINED = "named in the report, whose author could not train it: there is no figure to hold it against"
+_NAMED = {"Res56-bottleneck", "Res110-bottleneck"}
+_NOTHING = "nothing that the settings show"
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~$&!^])")
 
 
@@ -52,43 +73,36 @@ def times(count: int) -> str:
 
 
 def error_table(runs: Sequence[NamedRun]) -> ReportTable:
-    """Of final test errors, each beside its published figure; what differs is said by `published.departures`."""
-    return ReportTable(
-        ("Network", "Run", "Epochs", "Final test error", "Published"), tuple(_error_row(run) for run in runs), 2
-    )
-
-
-def _error_row(run: NamedRun) -> tuple[str, ...]:
-    done, asked, last = run.history.epochs_done, run.history.config.train.epochs, run.history.last
-    return (
-        run.network,
-        run.name,
-        f"{done}" if done >= asked else f"{done} of {asked}",
-        percent(None if last is None else last.test_error_pct),
-        percent(published_error_pct(run.history.config)),
-    )
+    """Of final test errors, each beside its published figure; what differs is said by `departures`."""
+    header = ("Network", "Run", "Epochs", "Final test error", "Published")
+    rows = []
+    for run in runs:
+        done, asked, last = run.history.epochs_done, run.history.config.train.epochs, run.history.last
+        epochs = f"{done}" if done >= asked else f"{done} of {asked}"
+        error = percent(None if last is None else last.test_error_pct)
+        rows.append((run.network, run.name, epochs, error, percent(published_error_pct(run.history.config))))
+    return ReportTable(header, tuple(rows), 2)
 
 
 def resource_table(runs: Sequence[NamedRun]) -> ReportTable:
     """Of time, speed, memory, and how often each run was interrupted."""
     header = ("Run", "Time", "Images/s", "Planned", "Allocated", "Reserved", "Device", "Resumed")
-    return ReportTable(header, tuple(_resource_row(run.name, run.history) for run in runs), 1)
+    rows = []
+    for run in runs:
+        history = run.history
+        allocated, reserved, device = peaks(history)
+        if allocated == UNKNOWN:  # on the CPU nobody counts but the check of the plan
+            allocated = _checked(history, "measured_peak_bytes")
+        planned = _checked(history, "predicted_peak_bytes")
+        resumed = times(history.times_resumed) if history.times_resumed else "no"
+        took = (elapsed(history), image_rate(history))
+        rows.append((run.name, *took, planned, allocated, reserved, device, resumed))
+    return ReportTable(header, tuple(rows), 1)
 
 
-def _resource_row(name: str, history: RunView) -> tuple[str, ...]:
-    allocated = largest(history.epochs, lambda row: row.peak_allocated_bytes)
-    if allocated == UNKNOWN:  # on the CPU nobody counts but the check of the plan
-        allocated = _checked(history, "measured_peak_bytes")
-    return (
-        name,
-        elapsed(history),
-        image_rate(history),
-        _checked(history, "predicted_peak_bytes"),
-        allocated,
-        largest(history.epochs, lambda row: row.peak_reserved_bytes),
-        largest(history.epochs, lambda row: row.device_used_bytes),
-        times(history.times_resumed) if history.times_resumed else "no",
-    )
+def details(history: RunView, kind: str) -> list[Mapping[str, Any]]:
+    """What the events of a kind say."""
+    return [event.detail for event in history.events if event.kind == kind]
 
 
 def elapsed(history: RunView) -> str:
@@ -102,14 +116,102 @@ def image_rate(history: RunView) -> str:
     return f"{median(rates):,.0f}" if rates else UNKNOWN
 
 
-def largest(rows: Iterable[EpochRow], value: Callable[[EpochRow], int | None]) -> str:
-    """Of all epochs, for humans; a dash if it is not known of any."""
-    known = [size for row in rows if (size := value(row)) is not None]
-    return format_size(max(known)) if known else UNKNOWN
+def peaks(history: RunView) -> list[str]:
+    """The most of all epochs: allocated, reserved, in use on the device; dashes for what is not known of any."""
+    rows = [(row.peak_allocated_bytes, row.peak_reserved_bytes, row.device_used_bytes) for row in history.epochs]
+    known = [[size for size in column if size is not None] for column in zip((None,) * 3, *rows, strict=True)]
+    return [format_size(max(sizes)) if sizes else UNKNOWN for sizes in known]
 
 
 def _checked(history: RunView, name: str) -> str:
     """Of the plan in force at last: its first steps are held against the prediction."""
-    sizes = [event.detail.get(name) for event in history.events if event.kind == "measured"]
+    sizes = [detail.get(name) for detail in details(history, "measured")]
     known = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool) and 0 < size < 1 << 60]
     return format_size(known[-1]) if known else UNKNOWN
+
+
+# -- against the published report --------------------------------------------------------------------------------------
+
+
+def published_error_pct(config: Config) -> float | None:
+    """The published final test error if the report has this architecture with this block, else None."""
+    arch = config.model.arch
+    if arch not in PUBLISHED_ERROR_PCT or config.model.block != resolve_block(arch, None):
+        return None
+    return PUBLISHED_ERROR_PCT[arch]
+
+
+def without_run(runs: Sequence[NamedRun]) -> dict[str, float]:
+    """The published networks that no run here is of, with their errors."""
+    configs = [run.history.config for run in runs]
+    present = {config.model.arch for config in configs if published_error_pct(config) is not None}
+    return {
+        network_name(ModelConfig(arch=arch, block=resolve_block(arch, None))): error
+        for arch, error in PUBLISHED_ERROR_PCT.items()
+        if arch not in present
+    }
+
+
+def describe_source(source: str) -> str:
+    """The data set in words; of a folder only its own name, since where it lies is nobody's business."""
+    if source in _SOURCES:
+        return _SOURCES[source]
+    path = source.removeprefix("folder:").replace("\\", "/")
+    return f"pictures of folder {PurePath(path).name or path}"
+
+
+def differences(history: RunView) -> tuple[str, ...]:
+    """In words, all that is known to set the run apart from the published setting; empty if nothing is."""
+    config, usual = history.config, Config()
+    model, data, optim, train = config.model, config.data, config.optim, config.train
+    done = history.epochs_done
+    # What was done to a run whose loss broke.
+    back = [detail.get("lr_scale") for detail in details(history, "rollback")]
+    scales = [scale for scale in back if isinstance(scale, int | float)]
+    said = [
+        (0 < done < train.epochs, f"only {done} of its {train.epochs} epochs done"),
+        (done == 0, "no epoch done yet"),
+        (model.width != 64, f"width {model.width} instead of 64"),
+        (data.source != "cifar10", f"{describe_source(data.source)} instead of the original CIFAR-10"),
+        (data.train_subset is not None, f"trained on {data.train_subset or 0:,} pictures instead of 50,000"),
+        (data.test_subset is not None, f"tested on {data.test_subset or 0:,} pictures instead of 10,000"),
+        (data.val_split, f"{data.val_split:,} training pictures held back"),
+        (not data.augment, f"no augmentation instead of crop and flip{ASSUMED}"),
+        (optim.momentum != usual.optim.momentum, f"momentum {optim.momentum:g} instead of {usual.optim.momentum:g}"),
+        (
+            optim.weight_decay != usual.optim.weight_decay,
+            f"weight decay {optim.weight_decay:g} instead of {usual.optim.weight_decay:g}",
+        ),
+        (optim.nesterov, "Nesterov momentum"),
+        (optim.lr != usual.optim.lr, f"lr {optim.lr:g} instead of {usual.optim.lr:g}{ASSUMED}"),
+        (config.schedule != usual.schedule, f"another learning-rate schedule{ASSUMED}"),
+        (train.epochs != usual.train.epochs, f"{train.epochs} epochs instead of {usual.train.epochs}{ASSUMED}"),
+        (train.batch != usual.train.batch, f"batch {train.batch} instead of {usual.train.batch}{ASSUMED}"),
+        (
+            train.micro_batch is not None and train.micro_batch < train.batch,
+            f"batch norm over micro-batches of {train.micro_batch}",
+        ),
+        (train.precision == "amp", f"mixed precision instead of fp32{ASSUMED}"),
+    ]
+    rescued = [f"{scales[-1]:g} of the learning rate after its loss broke"] if scales else []
+    return (*(text for differs, text in said if differs), *rescued)
+
+
+def departures(runs: Sequence[NamedRun]) -> tuple[tuple[str, str], ...]:
+    """(which runs, what differs): what all have in common once, then what is one run's own; a pair for each text."""
+    if not runs:
+        return ()
+    differs = [differences(run.history) for run in runs]
+    shared = [text for text in differs[0] if all(text in texts for texts in differs)] if len(runs) > 1 else []
+    pairs: list[tuple[str, str]] = []
+    if shared:
+        pairs.append(("both runs" if len(runs) == 2 else f"all {len(runs)} runs", "; ".join(shared)))
+    groups: dict[str, list[str]] = {}
+    for run, texts in zip(runs, differs, strict=True):
+        own = [text for text in texts if text not in shared]
+        if published_error_pct(run.history.config) is None:
+            own.append(_NEVER_TRAINED if run.network in _NAMED else _NOT_PUBLISHED)
+        if own or not shared:
+            groups.setdefault("; ".join(own) or _NOTHING, []).append(run.name)
+    also = " also" if shared else ""
+    return (*pairs, *((f"{', '.join(names)}{also}", text) for text, names in groups.items()))

@@ -7,8 +7,7 @@ import torch
 
 from lowmem.config.schema import Config, flatten
 from lowmem.doctor import Status, can_start, examine, gather
-from lowmem.doctor.gather import ask
-from lowmem.doctor.probe import largest_error
+from lowmem.doctor.probe import ask, largest_error
 
 pytestmark = [
     pytest.mark.gpu,

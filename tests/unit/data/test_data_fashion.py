@@ -13,7 +13,7 @@ from torchvision.datasets import FashionMNIST
 
 from lowmem.config.schema import DataConfig
 from lowmem.core.errors import DataError
-from lowmem.data import fashion, load
+from lowmem.data import downloaded, load
 
 
 def idx(values: np.ndarray, magic: int) -> bytes:
@@ -40,7 +40,7 @@ def write(folder: Path, *, compressed: bool) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_debian_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fashion, "DEBIAN_FOLDER", tmp_path / "debian")
+    monkeypatch.setattr(downloaded, "DEBIAN_FOLDER", tmp_path / "debian")
 
 
 def config(root: Path, **settings: Any) -> DataConfig:
@@ -54,7 +54,7 @@ def test_found_in_every_usual_place(tmp_path: Path, place: str, compressed: bool
     root.mkdir()
     write(root / place, compressed=compressed)
     data = load(config(root), 0)
-    assert data.classes == fashion.CLASSES
+    assert data.classes == downloaded.FASHION_CLASSES
     assert (len(data.train), len(data.test)) == (30, 10)
     grey = np.frombuffer(files()["train-images-idx3-ubyte"][16:], dtype=np.uint8).reshape(30, 28, 28)
     for channel in range(3):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem.data.load import choose_balanced, class_shares
+from lowmem.data import choose_balanced, class_shares
 
 
 def test_the_largest_remainders_get_the_rest() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from lowmem.core.units import GIB
 from lowmem.doctor import Status
-from lowmem.doctor import checks_card as checks
+from lowmem.doctor import checks_run as checks
 from lowmem.measure.nvml import DeviceProcess, DriverReport, Link
 from tests.unit.doctor.scripted import GTX1060, GTX1660, HEALTHY, RTX3060, healthy, said, with_card
 
@@ -16,8 +16,8 @@ CARD_CHECKS = (
     checks.memory,
     checks.display,
     checks.link,
-    checks.halves,
-    checks.channels_last,
+    checks.precision,
+    checks.memory_format,
     checks.spill,
 )
 
@@ -145,32 +145,32 @@ def test_a_link_that_is_not_told() -> None:
 
 
 def test_halves_on_a_pascal_card_save_memory_only() -> None:
-    found = said(checks.halves, with_card(GTX1060))
+    found = said(checks.precision, with_card(GTX1060))
     assert found.status == Status.NOTE
     assert "saves memory, not time" in found.finding
 
 
 def test_halves_on_a_gtx_16_give_nan() -> None:
-    found = said(checks.halves, with_card(GTX1660))
+    found = said(checks.precision, with_card(GTX1660))
     assert (found.status, found.mend) == (Status.NOTE, None)
-    found = said(checks.halves, with_card(GTX1660, precision_asked="amp"))
+    found = said(checks.precision, with_card(GTX1660, precision_asked="amp"))
     assert (found.status, found.mend) == (Status.WARNING, "--precision fp32")
 
 
 def test_halves_on_tensor_cores() -> None:
     turing = replace(GTX1660, name="NVIDIA GeForce RTX 2060")  # of the same capability as the 16xx
     for card, says in ((turing, "bf16 would be emulated"), (RTX3060, "fp16 and bf16")):
-        found = said(checks.halves, with_card(card))
+        found = said(checks.precision, with_card(card))
         assert (found.status, says in found.finding) == (Status.OK, True)
 
 
 def test_channels_last_needs_tensor_cores() -> None:
-    assert checks.channels_last(healthy()) is None
+    assert checks.memory_format(healthy()) is None
     for card in (GTX1060, GTX1660):
-        found = said(checks.channels_last, with_card(card))
+        found = said(checks.memory_format, with_card(card))
         assert (found.status, found.mend) == (Status.WARNING, "--memory-format contiguous")
     execution = {**(HEALTHY.execution or {}), "memory_format": "contiguous"}
-    assert checks.channels_last(with_card(GTX1060, execution=execution)) is None
+    assert checks.memory_format(with_card(GTX1060, execution=execution)) is None
 
 
 @pytest.mark.parametrize(("driver", "spills"), [("536.40", True), ("560.94", True), ("531.79", False), (None, True)])

@@ -14,7 +14,8 @@ from lowmem.cli.show import show_doctor
 from lowmem.config.schema import Config
 from lowmem.core.errors import ExitCode
 from lowmem.doctor import Status, examine, gather
-from lowmem.doctor.gather import Answers, cpu_share, is_unmet
+from lowmem.doctor.facts import cpu_share, is_unmet
+from lowmem.doctor.probe import Answers
 from lowmem.measure.nvml import DriverReport, read_driver
 from tests.unit.doctor.scripted import TORCH_2_7, TORCH_2_15
 from tests.unit.measure.scripted import Card, ScriptedNvml

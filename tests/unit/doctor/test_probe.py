@@ -15,8 +15,7 @@ import torch
 
 from lowmem.config.schema import Config, flatten
 from lowmem.doctor import probe as stages
-from lowmem.doctor.gather import Answers, ask
-from lowmem.doctor.probe import host_answers, largest_error, probe
+from lowmem.doctor.probe import Answers, ask, host_answers, largest_error, probe
 from lowmem.models import build
 
 TINY = Config.model_validate({"model": {"width": 4}, "data": {"source": "shapes"}})

@@ -17,7 +17,7 @@ from lowmem.core.errors import UsageError
 from lowmem.core.reading import TABLE_LIMIT_BYTES
 from lowmem.lifecycle.api import recorded_settings, resume_training
 from lowmem.lifecycle.verify import FileFinding, FileStatus, verify
-from lowmem.report.write import write_report
+from lowmem.report import write_report
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.view import read_run
 from tests.faults.damage import flip

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowmem.report.gradients import by_depth, draw_gradients, moments, over_time
-from lowmem.report.write import write_report
+from lowmem.report import write_report
+from lowmem.report.figures import by_depth, draw_gradients, moments, over_time
 from lowmem.runs.rows import GRADIENT_TABLE, GradientRow, Gradients, gradient_line
 from lowmem.runs.view import read_run
 from tests.unit.report.fake_runs import MakeRun, named

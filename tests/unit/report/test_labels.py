@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations, pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from lowmem.core.units import MIB
+from lowmem.report import method_figures
 from lowmem.report.labels import ink, spread
-from lowmem.report.method_figures import MeasuredPoint, bench_figure, draw_memory_curve, memory_figure
+from lowmem.report.method_figures import MeasuredPoint, draw_bench, draw_memory_curve
 from lowmem.report.style import METHOD_STYLES
 
 
@@ -109,6 +112,15 @@ RES20: dict[str, list[tuple[int, float]]] = {
 FEW = {name: points[:: max(1, len(points) // 4)] for name, points in RES110.items()}
 
 
+def figure_of(draw: Callable[..., bytes], *given: Any) -> Figure:
+    """What is drawn, before it becomes a PNG."""
+    drawn: list[Figure] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(method_figures, "to_png", drawn.append)
+        draw(*given)
+    return drawn[0]
+
+
 def boxes_of(figure: Figure) -> dict[str, Bbox]:
     """The labels as they stand in the drawn figure; title and axis' words have another place."""
     canvas = figure.canvas
@@ -139,7 +151,7 @@ def collisions(figure: Figure) -> list[str]:
 @pytest.mark.parametrize("curves", [RES110, FEW], ids=["all", "few"])
 @pytest.mark.parametrize("budget_mib", [300, 1_400, 2_600, 5_242, 6_000, 60_000])
 def test_nothing_lies_on_anything(curves: dict[str, list[tuple[int, float]]], budget_mib: int) -> None:
-    figure = memory_figure("res110", curves, budget_mib * MIB)
+    figure = figure_of(draw_memory_curve, "res110", curves, budget_mib * MIB)
     assert {*curves} < {*boxes_of(figure)}
     assert any(text.startswith(f"budget {budget_mib:,} MiB") for text in boxes_of(figure))
     assert collisions(figure) == []
@@ -147,11 +159,11 @@ def test_nothing_lies_on_anything(curves: dict[str, list[tuple[int, float]]], bu
 
 @pytest.mark.parametrize("budget_mib", [50, 60, 5_000])
 def test_nor_where_the_curves_are_steep(budget_mib: int) -> None:
-    assert collisions(memory_figure("res20", RES20, budget_mib * MIB)) == []
+    assert collisions(figure_of(draw_memory_curve, "res20", RES20, budget_mib * MIB)) == []
 
 
 def test_without_placing_they_would() -> None:
-    figure = memory_figure("res110", RES110, 5_242 * MIB)
+    figure = figure_of(draw_memory_curve, "res110", RES110, 5_242 * MIB)
     for text in figure.axes[0].texts:
         text.set_position((0.0, 0.0))
     assert collisions(figure)
@@ -162,7 +174,7 @@ def test_measured_curves_too() -> None:
         name: [MeasuredPoint(size / MIB, size / MIB, 1 + share, 0.99 + share, 1.01 + share) for size, share in points]
         for name, points in FEW.items()
     }
-    assert collisions(bench_figure("res110", curves, "peak")) == []
+    assert collisions(figure_of(draw_bench, "res110", curves, "peak")) == []
 
 
 def test_the_same_place_each_time() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from lowmem.report import write_report
-from lowmem.report.page import to_page
+from lowmem.report.markdown import to_page
 from lowmem.report.style import Picture
 from tests.unit.report.fake_runs import MakeRun
 
@@ -62,8 +62,8 @@ def test_the_same_as_the_markdown(six_runs: list[Path], tmp_path: Path) -> None:
     assert is_harmless(page)
     seen = _Seen(page)
     inlined = [str(attributes["src"]).partition(",")[2] for tag, attributes in seen.tags if tag == "img"]
-    assert [base64.b64decode(data) for data in inlined] == [picture.png for picture in result.pictures]
-    headings = re.findall(r"^#+ (.*)$", result.text, re.MULTILINE)
+    assert [base64.b64decode(data) for data in inlined] == [path.read_bytes() for path in result.figures]
+    headings = re.findall(r"^#+ (.*)$", result.markdown.read_text(encoding="utf-8"), re.MULTILINE)
     assert re.findall(r"<h\d>(.*)</h\d>", page) == headings
     for table in result.tables:
         assert all(cell in seen.text for row in table.rows for cell in row)
@@ -72,7 +72,7 @@ def test_the_same_as_the_markdown(six_runs: list[Path], tmp_path: Path) -> None:
 def test_only_if_asked_for(make_run: MakeRun) -> None:
     result = write_report([make_run("res20")])
     assert result.page is None
-    assert not (result.folder / "report.html").exists()
+    assert not result.markdown.with_name("report.html").exists()
 
 
 def test_the_same_bytes_again(make_run: MakeRun) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.report.published import departures, describe_source, differences, published_error_pct
+from lowmem.report.tables import departures, describe_source, differences, published_error_pct
 from lowmem.runs.view import read_run
 from tests.unit.report.fake_runs import MakeRun, named, write_run
 

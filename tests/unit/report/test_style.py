@@ -12,8 +12,8 @@ from lowmem.bench.cells import FAMILIES
 from lowmem.config.schema import BLOCK_LAYOUT, ModelConfig
 from lowmem.report import style
 from lowmem.report.naming import network_name
-from lowmem.report.published import PUBLISHED_ERROR_PCT
 from lowmem.report.style import METHOD_STYLES, NEUTRAL, network_style
+from lowmem.report.tables import PUBLISHED_ERROR_PCT
 
 # Machado, Oliveira, Fernandes (2009), severity 1, on linear RGB.
 VISION = {

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lowmem.report.published import without_run
-from lowmem.report.tables import error_table, resource_table
+from lowmem.report.tables import error_table, resource_table, without_run
 from tests.unit.report.fake_runs import MakeRun, named
 
 

@@ -15,7 +15,7 @@ from tests.unit.report.fake_runs import MakeRun
 def test_one_run_goes_into_its_folder(make_run: MakeRun) -> None:
     run = make_run("res20")
     result = write_report([run])
-    assert result.folder == run / "report"
+    assert result.markdown.parent == run / "report"
     assert sorted(path.name for path in (run / "report").iterdir()) == ["loss.png", "report.md", "test_error.png"]
     assert result.markdown.read_text(encoding="utf-8").startswith("# Training report")
 
