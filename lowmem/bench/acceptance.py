@@ -20,7 +20,7 @@ from lowmem.bench.cells import (
     plain_of,
 )
 from lowmem.core.units import format_size
-from lowmem.trial.trial import excess, waits_for_host
+from lowmem.trial import excess, waits_for_host
 
 KINDS = ("memory", "time", "gradients", "out of memory", "largest", "format")
 DEFAULT_MINUTES = 6.0

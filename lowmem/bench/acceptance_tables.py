@@ -11,7 +11,7 @@ from lowmem.bench.cells import Cell
 from lowmem.bench.results import Environment, plain_values
 from lowmem.bench.tables import UNKNOWN, csv_text, markdown_table, show_mib
 from lowmem.core.units import MIB, format_size
-from lowmem.trial.trial import launch_note
+from lowmem.trial import launch_note
 
 STEM = "acceptance"
 

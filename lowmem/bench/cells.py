@@ -13,8 +13,7 @@ from lowmem.core.units import format_size
 from lowmem.models import skeleton
 from lowmem.models.memory_format import is_safe
 from lowmem.plan.record import Plan
-from lowmem.trial.trial import TrialResult
-from lowmem.trial.ways import PER_BLOCK, PLAIN, PLANNED, SELECTIVE
+from lowmem.trial import PER_BLOCK, PLAIN, PLANNED, SELECTIVE, TrialResult
 
 NO_TIME = "not run: time"
 LEAST = "least"
@@ -24,15 +23,15 @@ PLAIN_DEFAULT, PLAIN_FUSED = "plain PyTorch", "plain PyTorch, fused optimizer"
 PLAIN_FREE = "plain PyTorch, nondeterministic kernels"
 CHECKPOINT_SELECTIVE, CHECKPOINT_PER_BLOCK = "checkpoint, selective", "checkpoint per block"
 ENGINE = "lowmem"
-# family -> (way, form of the optimizer). The library's ways as most people write them: the form that SGD takes if one
-# says nothing. The fused one of the engine is there for everybody, hence the row that tells what it brings.
-FAMILIES: dict[str, tuple[str, str]] = {
-    PLAIN_DEFAULT: (PLAIN, "default"),
-    PLAIN_FUSED: (PLAIN, "fused"),
-    PLAIN_FREE: (PLAIN, "default"),
-    CHECKPOINT_SELECTIVE: (SELECTIVE, "default"),
-    CHECKPOINT_PER_BLOCK: (PER_BLOCK, "default"),
-    ENGINE: (PLANNED, "fused"),
+# family -> (way, whether the optimizer is fused). The library's ways as most people write them: the form that SGD takes
+# if one says nothing. The fused one of the engine is there for everybody, hence the row that tells what it brings.
+FAMILIES: dict[str, tuple[str, bool]] = {
+    PLAIN_DEFAULT: (PLAIN, False),
+    PLAIN_FUSED: (PLAIN, True),
+    PLAIN_FREE: (PLAIN, False),
+    CHECKPOINT_SELECTIVE: (SELECTIVE, False),
+    CHECKPOINT_PER_BLOCK: (PER_BLOCK, False),
+    ENGINE: (PLANNED, True),
 }
 FIRST_MODE = ("fp32", "contiguous")  # as most people write it
 MODES = (FIRST_MODE, ("fp32", "channels-last"), ("amp", "contiguous"), ("amp", "channels-last"))

@@ -35,7 +35,7 @@ from lowmem.runs.store import RunFolder
 from lowmem.step.train_step import Execution
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer, Progress
-from lowmem.trial.ways import native_norms
+from lowmem.trial import native_norms
 
 # For `lowmem.isolate`; each takes a question's fields.
 GRADIENTS, SURVIVAL = "lowmem.bench.plan_checks:gradients_apart", "lowmem.bench.plan_checks:survival_apart"

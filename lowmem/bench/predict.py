@@ -24,7 +24,7 @@ from lowmem.models.resnet import ResNet
 from lowmem.remat.libraries import workspace_cap_bytes
 from lowmem.simulate import Simulated, simulate_step
 from lowmem.step.train_step import FUSED
-from lowmem.trial.ways import executed
+from lowmem.trial import executed
 
 _LEAST_TRIES = 3
 _PLENTY = 1 << 50
@@ -119,7 +119,7 @@ class Predictor:
 
     def way(self, cell: Cell, batch: int, capacity_bytes: int | None = None, measured: bool = True) -> Simulated:
         """A step as the library does it."""
-        way, form = FAMILIES[cell.family]
+        way, fused = FAMILIES[cell.family]
         request = self._request(cell.mode, batch, measured)
         shape = request.shape(cell.precision, batch)
         return simulate_step(
@@ -129,7 +129,7 @@ class Predictor:
             capacity_bytes,
             workspaces_of(request, shape),
             way=partial(_executed, way=way),
-            optimizer=FUSED if form == "fused" or self.setup.fused else self._default_form,
+            optimizer=FUSED if fused or self.setup.fused else self._default_form,
         )
 
     @property

@@ -20,8 +20,7 @@ from lowmem.core.units import format_duration, format_size
 from lowmem.isolate import Call
 from lowmem.isolate import run as run_apart
 from lowmem.plan.record import Plan
-from lowmem.trial.trial import Trial, TrialResult, run_trial, verdict
-from lowmem.trial.ways import PLAIN, PLANNED
+from lowmem.trial import PLAIN, PLANNED, Trial, TrialResult, run_trial, verdict
 
 _FIRST_GUESS_SECONDS = {"cpu": 6.0, "cuda": 15.0}  # of a trial, until one was seen
 _LEAST_TIMEOUT_SECONDS = 5.0
@@ -157,7 +156,7 @@ class Bench:
         return result is not None
 
     def _trial_of(self, cell: Cell) -> Trial:
-        way, form = FAMILIES[cell.family]
+        way, fused = FAMILIES[cell.family]
         return Trial(
             **self.setup.network,
             batch=cell.batch,
@@ -165,7 +164,7 @@ class Bench:
             memory_format=cell.memory_format,
             deterministic=cell.family != PLAIN_FREE,
             way=way,
-            optimizer="fused" if self.setup.fused else form,
+            fused=fused or self.setup.fused,
             plan=None if cell.plan is None else Plan.from_json(cell.plan).without_ladder().to_json(),
             pictures=self.setup.pictures,
             cap_bytes=cell.cap_bytes,

@@ -24,7 +24,7 @@ from lowmem.bench.cells import (
 )
 from lowmem.bench.results import FORMAT, Environment, plain_values
 from lowmem.core.units import MIB, format_size
-from lowmem.trial.trial import launch_note
+from lowmem.trial import launch_note
 
 STEM = "bench"
 UNKNOWN = "–"

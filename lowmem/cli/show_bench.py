@@ -28,7 +28,7 @@ from lowmem.cli.terminal import say
 from lowmem.config.settings import gather
 from lowmem.core.errors import ExitCode, Interrupted, UsageError
 from lowmem.core.units import MIB, parse_size
-from lowmem.trial.trial import calls_on
+from lowmem.trial import calls_on
 
 _WIDE = 140  # columns of a terminal that holds all of a table's
 _NAME_WIDTH = 21

@@ -24,7 +24,7 @@ from lowmem.bench.cells import ENGINE, NO_TIME, PLAIN_DEFAULT, Cell
 from lowmem.bench.run import Bench
 from lowmem.calibrate.environment import describe
 from lowmem.core.units import GIB, KIB, MIB
-from lowmem.trial.trial import TrialResult
+from lowmem.trial import TrialResult
 from tests.isolated import call_here
 
 NET: dict[str, Any] = {"arch": "res20", "block": "basic", "width": 4, "batch": 16, "vram_bytes": 6 * MIB}

@@ -25,7 +25,7 @@ from lowmem.bench.cells import (
     same_as_plain,
     step_cells,
 )
-from lowmem.trial.trial import TrialResult
+from lowmem.trial import TrialResult
 
 SETUP = TableSetup(arch="res20", block="basic", width=8, batch=32, device="cpu")
 

@@ -15,7 +15,7 @@ from lowmem.choose.planning import choose, make_plan
 from lowmem.choose.request import request_of
 from lowmem.config.settings import gather
 from lowmem.models import build, skeleton
-from lowmem.trial.ways import native_norms
+from lowmem.trial import native_norms
 
 
 def _question(batch_norm: Literal["library", "native"] = "native") -> PlanQuestion:

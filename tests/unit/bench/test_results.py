@@ -14,7 +14,7 @@ from lowmem.bench import tables
 from lowmem.bench.cells import MODES, Cell, TableSetup, largest_cells, step_cells
 from lowmem.bench.results import Results
 from lowmem.core.errors import DiskError, PreflightError, UsageError
-from lowmem.trial.trial import TrialResult
+from lowmem.trial import TrialResult
 
 SETUP = TableSetup(arch="res20", block="basic", width=8, batch=32, device="cpu")
 HERE: dict[str, Any] = {

@@ -16,7 +16,7 @@ from lowmem.bench.cells import ENGINE, FIRST_MODE, MODES, NO_TIME, PLAIN_DEFAULT
 from lowmem.bench.results import Results
 from lowmem.bench.run import Bench
 from lowmem.isolate import OUT_OF_MEMORY, Call, CallResult
-from lowmem.trial.trial import Trial, TrialResult
+from lowmem.trial import Trial, TrialResult
 from tests.isolated import call_here
 
 SETUP = TableSetup(

@@ -12,7 +12,7 @@ import pytest
 from lowmem.bench.cells import ENGINE, MODES, PLAIN_DEFAULT, PLAIN_FREE, TableSetup, largest_cells, step_cells
 from lowmem.bench.tables import extra_flops, tables, to_csv, to_markdown
 from lowmem.core.units import MIB
-from lowmem.trial.trial import TrialResult
+from lowmem.trial import TrialResult
 
 HERE: dict[str, Any] = {"lowmem": "1", "torch": "2", "python": "3", "device": "cpu", "cpu": "a", "cpu_threads": 2}
 
