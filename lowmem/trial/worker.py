@@ -121,12 +121,15 @@ class _Work:
         if self.trial.detailed:
             found |= self.seen
             if self.cuda:  # in steps of their own: nothing else may slow the timed ones down
+                batch = self._batch()
                 with TensorMeter() as meter:
-                    self._step(*self._batch())
+                    self._step(*batch)
                 found["flops"] = meter.flops
-                # What others are held against; a plan at the edge of its budget has no room for a profiler.
+                # What others are held against; a plan at the edge of its budget has no room for a profiler. It slows
+                # the host down, not the kernels.
                 if self.trial.way == PLAIN:
-                    found["busy_share"] = self._busy_share(found["step_seconds"])
+                    busy = busy_seconds(lambda: self._step(*batch), self.trial.device)
+                    found["busy_share"] = None if busy is None else min(1.0, busy / found["step_seconds"])
         if self.cuda:  # last: whatever is computed afterwards makes them again
             allocated = torch.cuda.memory_allocated()
             torch._C._cuda_clearCublasWorkspaces()
@@ -141,16 +144,18 @@ class _Work:
         def steps() -> None:
             seconds.extend(self._timed_step() for _ in range(self.trial.steps))
 
-        batch = self._batch()
         if self.cuda:
-            self.beside_bytes = max(0, torch.cuda.memory_allocated() - _bytes_of((*self._standing(), *batch)))
-            del batch
-            retries = _retries()
+            images, labels = self._batch()
+            self.beside_bytes = max(0, torch.cuda.memory_allocated() - _bytes_of((*self._standing(), images, labels)))
+            del images, labels
+            before = torch.cuda.memory_stats().get("num_alloc_retries", 0)
             found = self._peaks("", steps)
-            found |= {"beside_bytes": self.beside_bytes, "alloc_retries": _retries() - retries}
+            retries = torch.cuda.memory_stats().get("num_alloc_retries", 0) - before
+            found |= {"beside_bytes": self.beside_bytes, "alloc_retries": int(retries)}
         else:
             steps()
             peak = self.meter.read().device_used_bytes
+            batch = self._batch()
             found = self._peaks("", lambda: self._step(*batch), batch)
             if peak is not None and self.resident_bytes is not None:
                 found["resident_growth_bytes"] = peak - self.resident_bytes
@@ -226,12 +231,6 @@ class _Work:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def _busy_share(self, step_seconds: float) -> float | None:
-        """Of a step as it was timed: profiling slows the host down, not the kernels."""
-        images, labels = self._batch()
-        seconds = busy_seconds(lambda: self._step(images, labels), self.trial.device)
-        return None if seconds is None else min(1.0, seconds / step_seconds)
-
 
 def _digest(tensors: Iterable[Tensor]) -> str:
     """The same for the same values in any memory format."""
@@ -243,7 +242,3 @@ def _digest(tensors: Iterable[Tensor]) -> str:
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _retries() -> int:
-    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.bench.cells import (
+from lowmem.bench import (
     CHECKPOINT_PER_BLOCK,
     CHECKPOINT_SELECTIVE,
     ENGINE,
@@ -16,10 +16,11 @@ from lowmem.bench.cells import (
     LEAST,
     PLAIN_DEFAULT,
     Cell,
-    TableSetup,
 )
 from lowmem.bench.predict import Predictor, largest
+from lowmem.bench.tables import TableSetup
 from lowmem.choose.budget import tensors_only
+from lowmem.core.errors import Infeasible
 from lowmem.trial import Trial
 from lowmem.trial.worker import work
 
@@ -70,9 +71,8 @@ def test_less_than_the_least_is_refused(predictor: Predictor) -> None:
     predictor.prepare(least)
     assert least.budget_bytes is not None
     below = a_cell(ENGINE, least.budget_bytes - 1024)
-    predictor.prepare(below)
-    assert below.prepared
-    assert "no plan fits: the least takes" in (below.refused or "")
+    with pytest.raises(Infeasible):
+        predictor.prepare(below)
     assert below.plan is None
 
 
@@ -86,8 +86,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(predictor: Predictor, fami
     assert search.fails == search.holds + 1
     assert len(search.tried) <= 4  # the first guess is near
     cell.batch = search.holds
-    if family == ENGINE:
-        predictor.note_choice(cell, predictor.plan(cell.mode, cell.batch, budget, measured=False))
+    predictor.prepare(cell, budget)
     way, fused = FAMILIES[family]
     trial = Trial(**{**NET, "batch": search.holds}, way=way, fused=fused, plan=cell.plan, steps=1, warmup=1)
     assert work(asdict(trial))["peak_allocated_bytes"] <= budget.tensor_bytes
