@@ -174,12 +174,8 @@ class Forks:
         if self._process is None:
             return
         self._kill()
-        for stream in (self._process.stdin, self._process.stdout, self._errors):
-            with suppress(OSError):
-                if stream is not None:
-                    stream.close()
-        self._process.wait()
-        self._process = None
+        with suppress(OSError), self._errors, self._process:
+            self._process = None
 
     def _kill(self) -> None:
         if self._process is None or self._process.returncode is not None:

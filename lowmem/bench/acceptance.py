@@ -10,27 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from lowmem.bench import (
-    CHECKPOINT_PER_BLOCK,
-    CHECKPOINT_SELECTIVE,
-    ENGINE,
-    PLAIN_DEFAULT,
-    Cell,
-    Setup,
-    plain_of,
-)
-from lowmem.bench.results import (
-    Account,
-    Column,
-    Environment,
-    ResultTable,
-    Row,
-    conditions,
-    mib,
-    rate,
-    seconds,
-    shown,
-)
+from lowmem.bench import CHECKPOINT_PER_BLOCK, CHECKPOINT_SELECTIVE, ENGINE, PLAIN_DEFAULT, Cell, Setup, plain_of
+from lowmem.bench.results import Account, Column, Environment, ResultTable, Row, conditions
 from lowmem.core.units import MIB, format_size
 from lowmem.trial import excess, launch_note, waits_for_host
 
@@ -305,28 +286,27 @@ def _fact(name: str, value: object) -> str:
 
 _CELL, _CASE = Column("cell", "name"), Column("case", lambda row: f"{row['name']}, batch {row['batch']}")
 _BUDGET, _VERDICT = Column("budget", _vram), Column("verdict", lambda row: row["refused"] or "holds")
-_PEAK = Column("peak, MiB", mib("allocated_bytes", 2)), Column("predicted", mib("predicted_allocated_bytes", 2))
+_PEAK = Column.mib("peak, MiB", "allocated_bytes", 2), Column.mib("predicted", "predicted_allocated_bytes", 2)
 _HAPPENED, _FOUND = (_CASE, Column("what happened", _facts)), (_CASE, Column("what was found", _facts))
 _MEMORY = [_CELL, _BUDGET]
 for _header, _name in (("allocated", "allocated"), ("reserved", "reserved"), ("on the card", "device")):
-    _MEMORY.append(Column(f"{_header}: predicted", mib(f"predicted_{_name}_bytes", 2)))
-    _MEMORY.append(Column("measured", mib(f"{_name}_bytes", 2)))
-    _MEMORY.append(Column("error", shown(f"{_name}_error")))
-_MEMORY += [Column("in evaluation", mib("eval_allocated_bytes", 2)), _VERDICT]
+    _MEMORY.append(Column.mib(f"{_header}: predicted", f"predicted_{_name}_bytes", 2))
+    _MEMORY.append(Column.mib("measured", f"{_name}_bytes", 2))
+    _MEMORY.append(Column.figure("error", f"{_name}_error"))
+_MEMORY += [Column.mib("in evaluation", "eval_allocated_bytes", 2), _VERDICT]
 _TIME = (
-    *(Column("way", lambda row: row["name"] + _emulated(row)), _PEAK[0], seconds(4)),
-    Column("overhead: measured", lambda row: "" if row["facts"].get("save_all") else shown("overhead")(row)),
-    Column("predicted", shown("predicted_overhead")),
-    Column("difference, points", shown("overhead_points", "{:+.1f}")),
+    *(Column("way", lambda row: row["name"] + _emulated(row)), _PEAK[0], Column.seconds(4)),
+    *(Column.figure("overhead: measured", "overhead"), Column.figure("predicted", "predicted_overhead")),
+    Column.figure("difference, points", "overhead_points", "{:+.1f}"),
     Column("", lambda row: row["refused"] or ""),
 )
 _LARGEST = (
-    *(_CELL, _BUDGET, Column("largest batch", _largest), Column("pictures a second", rate), *_PEAK),
+    *(_CELL, _BUDGET, Column("largest batch", _largest), Column.rate("pictures a second"), *_PEAK),
     Column("next", _next),
     Column("tried", lambda row: "; ".join(f"{batch}: {said}" for batch, said in row["facts"].get("tried", []))),
 )
 _MODE = Column("precision", "precision"), Column("memory format", "memory_format")
-_FORMAT = (*_MODE, _BUDGET, seconds(4), *_PEAK, _VERDICT)
+_FORMAT = (*_MODE, _BUDGET, Column.seconds(4), *_PEAK, _VERDICT)
 _TERMS = Column("term", lambda term: term[0]), Column("MiB", lambda term: f"{term[1] / MIB:,.0f}")
 _MET = {True: "met", False: "NOT met", None: "not judged"}
 _TARGETS = (

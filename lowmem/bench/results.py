@@ -39,6 +39,42 @@ class Column(NamedTuple):
     def of(self, row: Any) -> str:
         return str(row[self.text]) if isinstance(self.text, str) else self.text(row)
 
+    @staticmethod
+    def mib(header: str, name: str, digits: int = 1, brief: bool = True) -> Column:
+        """`digits` behind the point of what is small."""
+
+        def text(row: Row) -> str:
+            size = row[name]
+            return UNKNOWN if size is None else f"{size / MIB:,.{digits if size < 100 * MIB else 0}f}"
+
+        return Column(header, text, brief)
+
+    @staticmethod
+    def figure(header: str, name: str, form: str = "{:+.1%}", none: str = "") -> Column:
+        """`none`: what is said of 0, if anything else."""
+
+        def text(row: Row) -> str:
+            return UNKNOWN if row[name] is None else none if none and not row[name] else form.format(row[name])
+
+        return Column(header, text)
+
+    @staticmethod
+    def seconds(digits: int) -> Column:
+        def text(row: Row) -> str:
+            known = [row[name] for name in ("step_seconds", "least_seconds", "most_seconds")]
+            middle, low, high = (UNKNOWN if one is None else f"{one:.{digits}f}" for one in known)
+            return UNKNOWN if None in known else f"{middle} ({low} to {high})"
+
+        return Column("step, s (fastest to slowest)", text, brief=False)
+
+    @staticmethod
+    def rate(header: str) -> Column:
+        def text(row: Row) -> str:
+            rate = row["batch"] / row["step_seconds"] if row["step_seconds"] else None
+            return UNKNOWN if rate is None else f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+
+        return Column(header, text)
+
 
 @dataclass(frozen=True)
 class ResultTable:
@@ -89,42 +125,6 @@ class Account:
     def json(self) -> str:
         """Figures that are no numbers become null."""
         return json.dumps(plain_values(self.record), indent=1) + "\n"
-
-
-# -- texts of figures --------------------------------------------------------------------------------------------------
-
-
-def mib(name: str, digits: int = 1) -> Callable[[Row], str]:
-    """`digits` behind the point of what is small."""
-
-    def text(row: Row) -> str:
-        size = row[name]
-        return UNKNOWN if size is None else f"{size / MIB:,.{digits if size < 100 * MIB else 0}f}"
-
-    return text
-
-
-def shown(name: str, form: str = "{:+.1%}") -> Callable[[Row], str]:
-    return lambda row: UNKNOWN if row[name] is None else form.format(row[name])
-
-
-def seconds(digits: int) -> Column:
-    def text(row: Row) -> str:
-        known = [row[name] for name in ("step_seconds", "least_seconds", "most_seconds")]
-        if None in known:
-            return UNKNOWN
-        middle, low, high = (f"{one:.{digits}f}" for one in known)
-        return f"{middle} ({low} to {high})"
-
-    return Column("step, s (fastest to slowest)", text, brief=False)
-
-
-def rate(row: Row) -> str:
-    """Pictures per second."""
-    if not row["step_seconds"]:
-        return UNKNOWN
-    found = row["batch"] / row["step_seconds"]
-    return f"{found:,.0f}" if found >= 10 else f"{found:.1f}"
 
 
 def conditions(environment: Environment, card_bytes: int | None = None) -> str:

@@ -22,20 +22,7 @@ from lowmem.bench import (
     plain_of,
     same_as_plain,
 )
-from lowmem.bench.results import (
-    FORMAT,
-    UNKNOWN,
-    Account,
-    Column,
-    Environment,
-    ResultTable,
-    Row,
-    conditions,
-    mib,
-    rate,
-    seconds,
-    shown,
-)
+from lowmem.bench.results import FORMAT, UNKNOWN, Account, Column, Environment, ResultTable, Row, conditions
 from lowmem.core.units import format_size
 from lowmem.models import skeleton
 from lowmem.models.memory_format import is_safe
@@ -200,15 +187,15 @@ def _tables(setup: TableSetup, cells: Sequence[Cell], rows: Sequence[Row]) -> li
     largest = [row for row in rows if row["kind"] == "largest"]
     size = next((format_size(row["budget_bytes"]) for row in largest if row["budget_bytes"]), "the memory")
     unit = next((row["facts"]["unit"] for row in largest if row["facts"]), UNKNOWN)
-    way, images = Column("way", "way"), Column("images/s", rate)
+    way, images = Column("way", "way"), Column.rate("images/s")
     predicted, measured, *others = _memory_columns(setup)
     return [
         ResultTable(
             f"A batch of {setup.batch} in every way, fp32, contiguous",
             [
-                *(way, predicted, measured, *others, images, seconds(3)),
+                *(way, predicted, measured, *others, images, Column.seconds(3)),
                 Column("times plain", _ratio("ratios")),
-                Column("extra FLOPs", lambda row: "none" if row["extra_flops"] == 0 else shown("extra_flops")(row)),
+                Column.figure("extra FLOPs", "extra_flops", none="none"),
                 Column("as plain", _verdict),
             ],
             [row for cell, row in steps if cell.mode == FIRST_MODE],
@@ -246,16 +233,16 @@ def _verdict(row: Row) -> str:
 
 
 def _memory_columns(setup: TableSetup) -> list[Column]:
-    measured = Column("measured", mib("peak_allocated_bytes"))
+    measured = Column.mib("measured", "peak_allocated_bytes")
     if not setup.on_card:
-        grown = Column("resident, grown by", mib("resident_growth_bytes"), brief=False)
-        return [Column("MiB of tensors, predicted", mib("predicted_allocated_bytes")), measured, grown]
+        grown = Column.mib("resident, grown by", "resident_growth_bytes", brief=False)
+        return [Column.mib("MiB of tensors, predicted", "predicted_allocated_bytes"), measured, grown]
     return [
-        *(Column("MiB allocated, predicted", mib("predicted_allocated_bytes")), measured),
-        Column("MiB reserved, predicted", mib("predicted_reserved_bytes"), brief=False),
-        Column("measured", mib("peak_reserved_bytes"), brief=False),
-        Column("MiB on the card, predicted", mib("predicted_device_bytes"), brief=False),
-        Column("measured", mib("device_used_bytes"), brief=False),
+        *(Column.mib("MiB allocated, predicted", "predicted_allocated_bytes"), measured),
+        Column.mib("MiB reserved, predicted", "predicted_reserved_bytes", brief=False),
+        Column.mib("measured", "peak_reserved_bytes", brief=False),
+        Column.mib("MiB on the card, predicted", "predicted_device_bytes", brief=False),
+        Column.mib("measured", "device_used_bytes", brief=False),
     ]
 
 

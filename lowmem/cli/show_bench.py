@@ -150,22 +150,18 @@ def _table_setup(
 
 def _budgets(text: str) -> tuple[int | float | str, ...]:
     """`1200M,0.5,least` -> bytes, a share, `LEAST`. Raises UsageError."""
-    found: list[int | float | str] = []
-    for part in (one.strip() for one in text.split(",")):
-        share = None
+
+    def budget(part: str) -> int | float | str:
         with suppress(ValueError):
-            share = float(part)
-        if part == LEAST:
-            found.append(LEAST)
-        elif share is not None and 0 < share < 1:
-            found.append(share)
-        else:
-            try:
-                found.append(parse_size(part))
-            except ValueError as error:
-                words = f"--budgets {part!r}: {error}; or a share of plain's memory like 0.5, or {LEAST}"
-                raise UsageError(words) from None
-    return tuple(dict.fromkeys(found))
+            if 0 < (share := float(part)) < 1:
+                return share
+        try:
+            return LEAST if part == LEAST else parse_size(part)
+        except ValueError as error:
+            words = f"--budgets {part!r}: {error}; or a share of plain's memory like 0.5, or {LEAST}"
+            raise UsageError(words) from None
+
+    return tuple(dict.fromkeys(budget(part.strip()) for part in text.split(",")))
 
 
 def _environment(setup: Setup) -> Environment:

@@ -26,7 +26,7 @@ MOST_TRIALS = 4
 _RUNG = 0.92  # of the budget, for the replacement of a choice that overshoots
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Tried:
     """A choice and what a trial made of it. `refused_because`: None if it holds; `for_memory`: less budget may help;
     `timed`: whether the predicted time is of this device (on the CPU it usually is of a card)."""
@@ -162,14 +162,7 @@ def confirm_run(
 
     def attempt(choice: Choice) -> Tried:
         result = run(trial_of(config, choice.plan, budget, num_classes, train_pictures))
-        refused_because, for_memory = verdict(result, budget, device)
-        tried = Tried(
-            choice=choice,
-            result=result,
-            refused_because=refused_because,
-            for_memory=for_memory,
-            timed=device == "cuda" or choice.timed,
-        )
+        tried = Tried(choice, result, *verdict(result, budget, device), device == "cuda" or choice.timed)
         tell(tried.line)
         return tried
 
