@@ -74,15 +74,21 @@ class Predictor:
     def _choice(self, cell: Cell) -> Choice:
         """Of the engine. Raises Infeasible."""
         match cell.budget:
-            case int():
-                budget = self._tensors(cell.budget)
-            case float():
-                budget = self._tensors(int(cell.budget * self._plain_peak(cell.mode)))
             case None:
-                budget = self.budget(cell.vram_bytes)
+                return self.plan(cell.mode, cell.batch, self.budget(cell.vram_bytes))
+            case int():
+                size = cell.budget
+            case float():
+                size = int(cell.budget * self._plain_peak(cell.mode))
             case _:
-                return self._least_choice(cell.mode, cell.batch)
-        return self.plan(cell.mode, cell.batch, budget)
+                size = self._least_bytes(cell.mode, cell.batch)
+                for _ in range(_LEAST_TRIES):
+                    try:
+                        return self.plan(cell.mode, cell.batch, self._tensors(size))
+                    except Infeasible as error:
+                        # What the solver alone said; the whole step, with the allocator's segments, takes a bit more.
+                        size = max(size + 1, error.least_bytes)
+        return self.plan(cell.mode, cell.batch, self._tensors(size))
 
     # -- plans and ways ------------------------------------------------------------------------------------------------
 
@@ -118,17 +124,6 @@ class Predictor:
             way=lambda model: executed(cast(ResNet, model), way),
             optimizer=FUSED if fused or self.setup.fused else default,
         )
-
-    def _least_choice(self, mode: Mode, batch: int) -> Choice:
-        """The plan in the least memory for which there is one. Raises Infeasible if even that is not to be had."""
-        least = self._least_bytes(mode, batch)
-        for _ in range(_LEAST_TRIES):
-            try:
-                return self.plan(mode, batch, self._tensors(least))
-            except Infeasible as error:
-                # What the solver alone said; the whole step, with the allocator's segments, takes a little more.
-                least = max(least + 1, error.least_bytes)
-        return self.plan(mode, batch, self._tensors(least))
 
     def _least_bytes(self, mode: Mode, batch: int, measured: bool = True) -> int:
         try:

@@ -21,7 +21,6 @@ from lowmem.core.errors import Infeasible, LowmemError
 from lowmem.core.units import format_duration, format_size
 from lowmem.isolate import Call
 from lowmem.isolate import run as run_apart
-from lowmem.plan.record import Plan
 from lowmem.trial import PLAIN, PLANNED, Trial, TrialResult, run_trial, verdict
 
 _FIRST_GUESS_SECONDS = {"cpu": 6.0, "cuda": 15.0}  # of a trial, until one was seen
@@ -163,7 +162,7 @@ class Bench:
             deterministic=cell.family != PLAIN_FREE,
             way=way,
             fused=fused or self.setup.fused,
-            plan=None if cell.plan is None else Plan.from_json(cell.plan).without_ladder().to_json(),
+            plan=cell.plan,
             pictures=self.setup.pictures,
             cap_bytes=cell.cap_bytes,
             steps=self.setup.steps,
