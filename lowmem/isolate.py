@@ -105,11 +105,6 @@ class Forks:
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    @property
-    def pid(self) -> int | None:
-        """Of the process that forks."""
-        return None if self._process is None else self._process.pid
-
     def __call__(
         self,
         function: str,
