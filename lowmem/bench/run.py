@@ -20,7 +20,6 @@ from lowmem.choose.ladder import with_ladder
 from lowmem.core.errors import Infeasible, LowmemError
 from lowmem.core.units import format_duration, format_size
 from lowmem.isolate import Call
-from lowmem.isolate import run as run_apart
 from lowmem.trial import PLAIN, PLANNED, Trial, TrialResult, run_trial, verdict
 
 _FIRST_GUESS_SECONDS = {"cpu": 6.0, "cuda": 15.0}  # of a trial, until one was seen
@@ -53,7 +52,7 @@ class Bench:
         seconds: float,
         tell: Callable[[str], None],
         save: Callable[[Sequence[Cell], bool], object],
-        call: Call = run_apart,
+        call: Call,
     ) -> None:
         self.setup, self.cells, self._tell, self._save, self._call = setup, list(cells), tell, save, call
         self._ends = time.monotonic() + seconds

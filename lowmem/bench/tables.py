@@ -95,13 +95,13 @@ def largest_cells(setup: TableSetup) -> list[Cell]:
     ]
 
 
-def table_cells(setup: TableSetup, known: Mapping[str, Cell] | None = None) -> list[Cell]:
+def table_cells(setup: TableSetup, known: Mapping[str, Cell]) -> list[Cell]:
     """Of all tables, but for the modes that corrupt memory (see `lowmem.models.memory_format`); `known`: by their keys,
     with what a results file has of them."""
     model = skeleton(setup.arch, setup.block, width=setup.width)
     modes = [mode for mode in MODES if is_safe(model, setup.device, *mode)]
     cells = [*step_cells(setup, modes), *largest_cells(setup)]
-    return [replace((known or {}).get(cell.key, cell), rounds=cell.rounds, weight=cell.weight) for cell in cells]
+    return [replace(known.get(cell.key, cell), rounds=cell.rounds, weight=cell.weight) for cell in cells]
 
 
 # -- what is told of them ----------------------------------------------------------------------------------------------
