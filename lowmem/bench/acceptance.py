@@ -16,8 +16,8 @@ from lowmem.core.units import MIB, format_size
 from lowmem.trial import excess, launch_note, waits_for_host
 
 KINDS = ("memory", "time", "gradients", "out of memory", "largest", "format")
-# What is to be reached on a card, as shares of the prediction and as points of overhead.
-ALLOCATED_TARGET, RESERVED_TARGET, OVERHEAD_TARGET_POINTS = 0.03, 0.05, 5.0
+# What is to be reached on a card, of the prediction and of overhead.
+ALLOCATED_TARGET_PERCENT, RESERVED_TARGET_PERCENT, OVERHEAD_TARGET_POINTS = 3.0, 5.0, 5.0
 # Times the usual batch: where a fast card waits for its launches at the usual one, times are compared there, under
 # twice the memory, which leaves as much room for it as half the memory does for the usual one.
 _LARGER = 4
@@ -183,29 +183,22 @@ def targets(rows: Sequence[Row]) -> list[Row]:
     larger = [row for row in rows if row["kind"] == "time" and row["overhead_points"] is not None]
     overheads = [row["overhead_points"] for row in (*planned, *larger) if not waits_for_host(row["plain_busy_share"])]
     idle = "the card waits for its launches at every batch that was measured" if planned and not overheads else ""
+
+    def errors(name: str) -> list[float | None]:
+        return [None if row[name] is None else 100 * row[name] for row in planned]
+
     judged = []
-    for what, values, most, wanted, form, nothing in (
-        ("allocated against predicted", _all(planned, "allocated_error"), ALLOCATED_TARGET, "{:.0%}", "{:+.1%}", ""),
-        ("reserved against predicted", _all(planned, "reserved_error"), RESERVED_TARGET, "{:.0%}", "{:+.1%}", ""),
-        (
-            "overhead measured less predicted",
-            overheads,
-            OVERHEAD_TARGET_POINTS,
-            "{:.0f} points",
-            "{:+.1f} points",
-            idle,
-        ),
+    for what, values, most, unit, nothing in (
+        ("allocated against predicted", errors("allocated_error"), ALLOCATED_TARGET_PERCENT, "%", ""),
+        ("reserved against predicted", errors("reserved_error"), RESERVED_TARGET_PERCENT, "%", ""),
+        ("overhead measured less predicted", overheads, OVERHEAD_TARGET_POINTS, " points", idle),
     ):
         known = [one for one in values if one is not None]
         off = any(abs(one) > most for one in known)  # whatever the others would be
-        found = ", ".join(map(form.format, known)) or nothing or "not measured"
+        found = ", ".join(f"{one:+.1f}{unit}" for one in known) or nothing or "not measured"
         met = False if off else True if known and len(known) == len(values) else None
-        judged.append({"what": what, "wanted": f"within {wanted.format(most)}", "found": found, "met": met})
+        judged.append({"what": what, "wanted": f"within {most:.0f}{unit}", "found": found, "met": met})
     return judged
-
-
-def _all(rows: Sequence[Row], name: str) -> list[Any]:
-    return [row[name] for row in rows]
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
