@@ -43,7 +43,7 @@ from lowmem.core.units import MIB
 from lowmem.models import skeleton
 from lowmem.plan.cost import Rates
 from lowmem.simulate import StepShape, simulate_step
-from lowmem.trial.ways import PER_BLOCK, PLAIN, SELECTIVE
+from lowmem.trial import PER_BLOCK, PLAIN, SELECTIVE
 
 NAME = "engine_cpu"
 WORKER = Path(__file__).with_name("engine_worker.py")

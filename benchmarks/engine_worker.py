@@ -27,7 +27,7 @@ from lowmem.models.resnet import ResNet, check_memory_format
 from lowmem.plan.policy import Schedule
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
-from lowmem.trial.ways import PLANNED, executed
+from lowmem.trial import PLANNED, executed
 
 WARMUP = 2
 _LR = 0.01

@@ -29,9 +29,8 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from types import TracebackType
+from pkgutil import resolve_name
 from typing import IO, Any, Literal
 
 OUT_OF_MEMORY = "out of memory"
@@ -84,34 +83,27 @@ def run(
 ) -> CallResult:
     """`module:function` called with `argument`, which is a JSON value, in a process of its own. `environment`: the
     whole of it, None: this process's."""
-    try:
-        with _Child(environment) as child:
-            return child.call(function, argument, timeout_seconds)
-    except OSError as error:
-        return CallResult(ended="not started", words=f"could not be started ({error.strerror or error})")
+    with Forks(None) as once:
+        return once(function, argument, timeout_seconds=timeout_seconds, environment=environment)
 
 
 class Forks:
     """Context manager; called as `run` is, one call after the other. `prepare`: a `module:function` without arguments
-    that imports what is needed. It must compute nothing: threads that exist before a fork are gone after it. What reads
-    the environment when it is imported reads the caller's."""
+    that imports what is needed (None: each call has a process of its own). It must compute nothing: threads that exist
+    before a fork are gone after it. What reads the environment when it is imported reads the caller's."""
 
-    def __init__(self, prepare: str) -> None:
-        self._prepare = prepare
-        self._server: _Child | None = None
+    def __init__(self, prepare: str | None) -> None:
+        self._prepare = prepare if sys.platform == "linux" else None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Forks:
-        if sys.platform == "linux":
+        if self._prepare is not None:
             with suppress(OSError):  # what is wrong shows at the first call
-                self._started()  # it takes seconds, in which the caller can do something else
+                self._started(None)  # it takes seconds, in which the caller can do something else
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._server is not None:
-            self._server.end()
-            self._server = None
+    def __exit__(self, *_: object) -> None:
+        self._end()
 
     def __call__(
         self,
@@ -121,72 +113,12 @@ class Forks:
         timeout_seconds: float,
         environment: Mapping[str, str] | None = None,
     ) -> CallResult:
-        if sys.platform != "linux":
-            return run(function, argument, timeout_seconds=timeout_seconds, environment=environment)
+        asked = {"function": function, "argument": argument, "environment": environment and dict(environment)}
+        request = json.dumps(asked).encode() + b"\n"
         try:
-            return self._started().call(function, argument, timeout_seconds, environment)
+            process = self._started(environment)
         except OSError as error:
             return CallResult(ended="not started", words=f"could not be started ({error.strerror or error})")
-
-    @property
-    def pid(self) -> int | None:
-        """Of the process that forks."""
-        return None if self._server is None else self._server.process.pid
-
-    def _started(self) -> _Child:
-        if self._server is not None and self._server.process.poll() is not None:
-            self._server.end()
-            self._server = None
-        if self._server is None:
-            self._server = _Child(None, self._prepare)
-        return self._server
-
-
-class _Child:
-    """The caller's side of a process that answers one call or, given what to prepare, forks for every one."""
-
-    def __init__(self, environment: Mapping[str, str] | None, prepare: str | None = None) -> None:
-        start = _START.format(root=str(Path(__file__).resolve().parents[1]), path=sys.path)
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", start, *([] if prepare is None else [prepare])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=environment,
-            start_new_session=True,  # so that it and what it forked are ended together; Windows has none of this
-        )
-
-    def __enter__(self) -> _Child:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.end()
-
-    def end(self) -> None:
-        self._kill()
-        for stream in (self.process.stdin, self.process.stdout, self._errors):
-            if stream is not None:
-                with suppress(OSError):
-                    stream.close()
-        self.process.wait()
-
-    def _kill(self) -> None:
-        if self.process.returncode is not None:
-            return  # its number may be another's by now
-        if os.name == "nt":
-            self.process.kill()
-        else:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-
-    def call(
-        self, function: str, argument: Any, timeout_seconds: float, environment: Mapping[str, str] | None = None
-    ) -> CallResult:
-        asked = {"function": function, "argument": argument, "environment": environment and dict(environment)}
-        request = json.dumps(asked) + "\n"
         late = threading.Event()
 
         def end() -> None:
@@ -196,46 +128,75 @@ class _Child:
         timer = threading.Timer(timeout_seconds, end)
         timer.start()
         try:
+            assert process.stdin is not None
             with suppress(OSError):  # it is gone already: its end says how
-                assert self.process.stdin is not None
-                self.process.stdin.write(request.encode())
-                self.process.stdin.flush()
-            parts, said = self._read()
+                process.stdin.write(request)
+                process.stdin.flush()
+            parts, said = _read(process)
         finally:
             timer.cancel()
-        code = said["ended"] if "ended" in said else self.process.wait()
+        # Of a forked process the one that forks tells how it ended.
+        code, errors = (said["ended"], said["errors"]) if "ended" in said else (process.wait(), _tail(self._errors))
         if "answer" in said:
             return CallResult(ended="answered", answer=said["answer"], parts=parts)
         if late.is_set():
             return CallResult(ended="too long", parts=parts, words=f"took longer than {timeout_seconds:,.0f} s")
-        errors = said["errors"] if "ended" in said else _tail(self._errors)
-        return CallResult(parts=parts, code=code, **_crash(code, errors, said.get("error", "")))
+        from lowmem.measure.out_of_memory import says_out_of_memory
 
-    def _read(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What was yielded, and the rest of what the child says until a call is over, or it is gone."""
-        parts: list[Any] = []
-        said: dict[str, Any] = {}
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with suppress(ValueError):  # cut off
-                message = json.loads(line)
-                if "part" in message:
-                    parts.append(message["part"])
-                else:
-                    said |= message
-            if "ended" in said:
-                break
-        return tuple(parts), said
+        raised = said.get("error", "")
+        words = (raised or "".join(errors.strip().splitlines()[-1:]))[:_LONGEST_WORDS]
+        full = code in _KILLED or (code != 0 and says_out_of_memory(f"{errors}\n{raised}"))
+        return CallResult(ended="out of memory" if full else "crashed", parts=parts, words=words, code=code)
+
+    def _started(self, environment: Mapping[str, str] | None) -> subprocess.Popen[bytes]:
+        """The process that forks; without one, or if it is gone, a new one."""
+        if self._prepare is not None and self._process is not None and self._process.poll() is None:
+            return self._process
+        self._end()
+        start = _START.format(root=str(Path(__file__).resolve().parents[1]), path=sys.path)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", start, *([] if self._prepare is None else [self._prepare])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment if self._prepare is None else None,
+            start_new_session=True,  # so that it and what it forked are ended together; Windows has none of this
+        )
+        return self._process
+
+    def _end(self) -> None:
+        if self._process is None:
+            return
+        self._kill()
+        with suppress(OSError), self._errors, self._process:
+            self._process = None
+
+    def _kill(self) -> None:
+        if self._process is None or self._process.returncode is not None:
+            return  # its number may be another's by now
+        if os.name == "nt":
+            self._process.kill()
+        else:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def _crash(code: int, errors: str, error: str) -> dict[str, Any]:
-    """How a process ended that did not answer, and its last words. `errors`: what it wrote, `error`: its exception."""
-    from lowmem.measure.out_of_memory import says_out_of_memory
-
-    lines = errors.strip().splitlines()
-    words = (error or (lines[-1] if lines else ""))[:_LONGEST_WORDS]
-    full = code in _KILLED or (code != 0 and says_out_of_memory(f"{errors}\n{error}"))
-    return {"ended": "out of memory" if full else "crashed", "words": words}
+def _read(process: subprocess.Popen[bytes]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What was yielded, and the rest of what the child says until a call is over, or it is gone."""
+    parts: list[Any] = []
+    said: dict[str, Any] = {}
+    assert process.stdout is not None
+    for line in process.stdout:
+        with suppress(ValueError):  # cut off
+            message = json.loads(line)
+            if "part" in message:
+                parts.append(message["part"])
+            else:
+                said |= message
+        if "ended" in said:
+            break
+    return tuple(parts), said
 
 
 def _tail(file: IO[bytes]) -> str:
@@ -252,21 +213,20 @@ def serve(path: Sequence[str]) -> None:
     given = [one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
     sys.path[:] = dict.fromkeys((*given, *path, *sys.path))
     requests = os.fdopen(os.dup(0), "rb")
-    replies = os.dup(1)
+    replies = os.fdopen(os.dup(1), "wb")
     with open(os.devnull, "rb") as nothing:  # what the function starts must not read of the pipe
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)
 
     def reply(**message: Any) -> None:
-        line = json.dumps(message).encode() + b"\n"
-        while line:
-            line = line[os.write(replies, line) :]
+        replies.write(json.dumps(message).encode() + b"\n")
+        replies.flush()
 
     if len(sys.argv) < 2:
         line = requests.readline()
         threading.Thread(target=_end_with_caller, args=(requests,), daemon=True).start()
         _answer(line, reply)
-    _function(sys.argv[1])()
+    resolve_name(sys.argv[1])()
     for line in requests:
         with tempfile.TemporaryFile() as errors:
             child = os.fork()
@@ -287,7 +247,7 @@ def _answer(line: bytes, reply: Callable[..., None]) -> None:
         if request["environment"] is not None:
             os.environ.clear()
             os.environ.update(request["environment"])
-        answer = _function(request["function"])(request["argument"])
+        answer = resolve_name(request["function"])(request["argument"])
         while isinstance(answer, Iterator):
             try:
                 reply(part=next(answer))
@@ -305,12 +265,6 @@ def _answer(line: bytes, reply: Callable[..., None]) -> None:
             with suppress(Exception):
                 stream.flush()
         os._exit(code)
-
-
-def _function(name: str) -> Callable[..., Any]:
-    module, _, attribute = name.partition(":")
-    function: Callable[..., Any] = getattr(import_module(module), attribute)
-    return function
 
 
 def _end_with_caller(requests: IO[bytes]) -> None:

@@ -31,6 +31,10 @@ def double(number: int) -> dict[str, Any]:
     return {"number": 2 * number, "pid": os.getpid(), "modules": sorted({"torch", "lowmem.measure"} & set(sys.modules))}
 
 
+def parent(_: object) -> int:
+    return os.getppid()
+
+
 def chatter(_: object) -> str:
     print('{"answer": "printed"}', flush=True)
     os.write(1, b'{"answer": "written to the descriptor"}\n')

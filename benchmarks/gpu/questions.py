@@ -12,8 +12,7 @@ from lowmem.bench.plan_checks import PlanQuestion
 from lowmem.choose.ladder import with_ladder
 from lowmem.choose.request import Choice
 from lowmem.core.units import format_size
-from lowmem.trial.trial import Trial
-from lowmem.trial.ways import PER_BLOCK, PLAIN, PLANNED
+from lowmem.trial import PER_BLOCK, PLAIN, PLANNED, Trial
 
 # What matters most comes first; files that are not named here follow.
 _TESTS = (

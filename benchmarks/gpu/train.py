@@ -30,7 +30,7 @@ from lowmem.core.reading import read_json
 from lowmem.reproduce.job import ALL, Member, select
 from lowmem.runs.atomic import write_text_atomic
 from lowmem.runs.view import RunView
-from lowmem.trial.trial import Trial, run_trial
+from lowmem.trial import Trial, run_trial
 
 BATCH = 128
 _SHARE = 0.85  # of the time that is planned with: an epoch's length varies

@@ -24,7 +24,7 @@ from benchmarks.peers.task import (
     train_steps,
     words,
 )
-from lowmem.trial.ways import checkpointed
+from lowmem.trial import checkpointed
 
 _FIRST = 32
 

@@ -1,1 +1,248 @@
-"""Metered comparisons: each cell in a clean process, the median of several steps with its spread."""
+"""What `lowmem bench` measures: the ways of doing a step, a suite's setup, its cells, and what was found of each. The
+suites are in `lowmem.bench.tables` and `lowmem.bench.acceptance`."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from lowmem.core.units import format_size
+from lowmem.plan.record import Plan
+from lowmem.trial import PER_BLOCK, PLAIN, PLANNED, SELECTIVE, TrialResult
+
+NO_TIME = "not run: time"
+LEAST = "least"
+# Families of methods, as tables and pictures call them.
+PLAIN_DEFAULT, PLAIN_FUSED = "plain PyTorch", "plain PyTorch, fused optimizer"
+# What the promise of equal bits costs on a card; all other rows have kernels that keep it.
+PLAIN_FREE = "plain PyTorch, nondeterministic kernels"
+CHECKPOINT_SELECTIVE, CHECKPOINT_PER_BLOCK = "checkpoint, selective", "checkpoint per block"
+ENGINE = "lowmem"
+# family -> (way, whether the optimizer is fused). The library's ways as most people write them: the form that SGD takes
+# if one says nothing. The fused one of the engine is there for everybody, hence the row that tells what it brings.
+FAMILIES: dict[str, tuple[str, bool]] = {
+    PLAIN_DEFAULT: (PLAIN, False),
+    PLAIN_FUSED: (PLAIN, True),
+    PLAIN_FREE: (PLAIN, False),
+    CHECKPOINT_SELECTIVE: (SELECTIVE, False),
+    CHECKPOINT_PER_BLOCK: (PER_BLOCK, False),
+    ENGINE: (PLANNED, True),
+}
+FIRST_MODE = ("fp32", "contiguous")  # as most people write it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is measured: a network, a batch, a device, the memory that largest batches are to fit, and the `steps` of
+    each trial after `warmup`. `pictures`: training pictures held on the card; `tries`: in the search for a largest
+    batch. `stem`: of the names of a suite's files. `fused`: the library's ways have the fused optimizer, as the engine
+    has it. `timed`: the CPU is timed, too; without that nothing is predicted of time there."""
+
+    stem: ClassVar[str]
+    fused: ClassVar[bool] = False
+    timed: ClassVar[bool] = False
+    unrecorded: ClassVar[tuple[str, ...]] = ()
+
+    arch: str
+    block: str
+    width: int
+    batch: int
+    device: str
+    vram_bytes: int | None = None
+    steps: int = 5
+    warmup: int = 2
+    pictures: int = 0
+    tries: int = 8
+
+    @property
+    def name(self) -> str:
+        return f"{self.arch} ({self.block}, width {self.width})"
+
+    @property
+    def on_card(self) -> bool:
+        return self.device == "cuda"
+
+    @property
+    def network(self) -> dict[str, Any]:
+        return {"arch": self.arch, "block": self.block, "width": self.width, "device": self.device}
+
+    @property
+    def largest_steps(self) -> int:
+        """Of a trial of a largest batch."""
+        return 2
+
+    def unit(self, batch: int) -> int:
+        """Largest batches, of about this size, are told apart to so many pictures."""
+        return max(1, self.batch // 16)
+
+    def record(self) -> dict[str, Any]:
+        """For a results file."""
+        return {name: value for name, value in asdict(self).items() if name not in self.unrecorded}
+
+
+@dataclass(kw_only=True)
+class Cell:
+    """One row of a table; bytes and seconds, None where it is not known.
+
+    `kind`: `step` (the same batch in every way), `largest` (the largest batch in `budget_bytes`), or one of the
+    acceptance suite. `budget`: of the engine in the tables, see `TableSetup`; `vram_bytes`: of the card that the suite
+    plans for. `prepared`: prediction and plan are made. `trials`: round -> `TrialResult` as a dictionary. `cap_bytes`:
+    what the allocator was allowed to hold. `facts`: of a search for the largest batch, of a check.
+
+    What follows `facts` is not in the results file of the tables. `title`: in place of the family. `weight`: about how
+    many trials it takes. `unless`: why it need not or cannot be measured, by the cells before it. `by_trials`: its
+    largest batch is searched by real steps. `real`: memory is taken away, see `PlanQuestion`. `terms`: of its budget.
+    `seconds`: what it took in all.
+    """
+
+    kind: str
+    family: str
+    precision: str = "fp32"
+    memory_format: str = "contiguous"
+    batch: int
+    budget: int | float | str | None = None
+    budget_bytes: int | None = None
+    prepared: bool = False
+    refused: str | None = None
+    predicted_allocated_bytes: int | None = None
+    predicted_reserved_bytes: int | None = None
+    predicted_device_bytes: int | None = None
+    predicted_flops: int | None = None
+    predicted_overhead: float | None = None
+    cap_bytes: int | None = None
+    plan: dict[str, Any] | None = None
+    trials: dict[str, dict[str, Any]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    title: str = ""
+    vram_bytes: int | None = None
+    rounds: int = 1
+    weight: int = 1
+    unless: Callable[[Sequence[Cell]], str | None] | None = None
+    by_trials: bool = False
+    real: bool = False
+    predicted_step_seconds: float | None = None
+    terms: list[tuple[str, int]] = field(default_factory=list)
+    seconds: float | None = None
+
+    @property
+    def key(self) -> str:
+        """What a cell is known by in a results file."""
+        return " / ".join((self.kind, self.precision, self.memory_format, self.label))
+
+    @property
+    def mode(self) -> tuple[str, str]:
+        return self.precision, self.memory_format
+
+    @property
+    def label(self) -> str:
+        """`lowmem, 50% of plain` (of its memory)."""
+        if self.title or self.budget is None:
+            return self.title or self.family
+        if self.budget == LEAST:
+            return f"{self.family}, the least"
+        if isinstance(self.budget, float):
+            return f"{self.family}, {self.budget:.0%} of plain"
+        return f"{self.family}, {format_size(int(self.budget))}"
+
+    # -- what was measured ---------------------------------------------------------------------------------------------
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """Round by round; what was refused, too, has what was measured of it."""
+        return [trial for _, trial in sorted(self.trials.items())]
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it does not count; the last of its trials' if none held."""
+        tried = [trial.get("refused") for trial in self.results]
+        if self.refused is not None or None in tried:
+            return self.refused
+        return tried[-1] if tried else None if self.facts else NO_TIME
+
+    def known(self, name: str) -> list[Any]:
+        """A figure of every round that tells it."""
+        return [one[name] for one in self.results if one.get(name) is not None]
+
+    def most(self, name: str) -> int | None:
+        """The largest over the rounds."""
+        return max(self.known(name), default=None)
+
+    def first(self, name: str) -> Any:
+        """Of the first round that knows it."""
+        return next(iter(self.known(name)), None)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The median over the rounds of each round's median step."""
+        seconds = self.known("step_seconds")
+        return statistics.median(seconds) if seconds else None
+
+    @property
+    def least_seconds(self) -> float | None:
+        """The fastest step of all rounds."""
+        return min(self.known("least_seconds"), default=None)
+
+    @property
+    def most_seconds(self) -> float | None:
+        """The slowest step of all rounds."""
+        return max(self.known("most_seconds"), default=None)
+
+    def ratios(self, plain: Cell | None) -> list[float]:
+        """Its step's time to plain's of the same round, for the rounds that both have."""
+        if plain is None:
+            return []
+        return [
+            mine["step_seconds"] / theirs["step_seconds"]
+            for number, mine in sorted(self.trials.items())
+            if (theirs := plain.trials.get(number)) and mine.get("step_seconds") and theirs.get("step_seconds")
+        ]
+
+    # -- its file ------------------------------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        """Plain values; of a cell that could not be prepared no refusal, so that the same command tries it again."""
+        values = {name: getattr(self, name) for name in _RECORDED}
+        return values if self.prepared else {**values, "refused": None}
+
+    @staticmethod
+    def from_record(values: dict[str, Any]) -> Cell:
+        """The inverse of `record`. Raises ValueError or TypeError for anything else."""
+        if not isinstance(values, dict) or set(values) != set(_RECORDED):
+            raise ValueError("a cell has other keys")
+        if not all(isinstance(values[name], dict) for name in ("trials", "facts")):
+            raise ValueError("a cell's trials and facts are dictionaries")
+        cell = Cell(**values)
+        if cell.plan is not None:
+            Plan.from_json(cell.plan)
+        for trial in cell.trials.values():
+            TrialResult(**trial)
+        return cell
+
+
+_RECORDED = tuple(itertools.takewhile(lambda name: name != "title", (one.name for one in fields(Cell))))
+
+
+def plain_of(cells: Iterable[Cell], cell: Cell) -> Cell | None:
+    """Plain PyTorch's step of the same batch, in the same precision and memory format."""
+    plain = (one for one in cells if one.kind in ("step", "time") and one.family == PLAIN_DEFAULT)
+    return next((one for one in plain if (one.mode, one.batch) == (cell.mode, cell.batch)), None)
+
+
+def same_as_plain(cell: Cell, plain: Cell | None) -> str | None:
+    """What the digests of the first step say: `same bits` of gradients and buffers, `gradients only`, `no`, or that
+    plain itself does not compute the same twice; None if there is nothing to compare."""
+    if plain is None:
+        return None
+    mine, theirs = (
+        {(one["gradients"], one["losses"][0]) for one in which.results if one.get("gradients")}
+        for which in (cell, plain)
+    )
+    if not mine or not theirs:
+        return None
+    if mine == theirs and len(mine) == 1:
+        same = set(cell.known("buffers")) == set(plain.known("buffers"))
+        return "same bits" if same else "gradients only"
+    return "as plain's own runs" if len(theirs) > 1 else "no"

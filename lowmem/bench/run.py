@@ -10,18 +10,17 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from lowmem.bench.cells import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, PLAIN_FREE, Cell, Setup
+from lowmem.bench import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, PLAIN_FREE, Cell, Setup
 from lowmem.bench.plan_checks import GRADIENTS, SURVIVAL, PlanQuestion
-from lowmem.bench.predict import Predictor, Search, largest
+from lowmem.bench.predict import Predictor, largest
 from lowmem.choose.budget import Budget
+from lowmem.choose.ladder import with_ladder
 from lowmem.core.errors import Infeasible, LowmemError
 from lowmem.core.units import format_duration, format_size
 from lowmem.isolate import Call
-from lowmem.isolate import run as run_apart
-from lowmem.plan.record import Plan
-from lowmem.trial.trial import Trial, TrialResult, run_trial, verdict
-from lowmem.trial.ways import PLAIN, PLANNED
+from lowmem.trial import PLAIN, PLANNED, Trial, TrialResult, run_trial, verdict
 
 _FIRST_GUESS_SECONDS = {"cpu": 6.0, "cuda": 15.0}  # of a trial, until one was seen
 _LEAST_TIMEOUT_SECONDS = 5.0
@@ -52,15 +51,14 @@ class Bench:
         *,
         seconds: float,
         tell: Callable[[str], None],
-        save: Callable[[Sequence[Cell], bool], None],
-        call: Call = run_apart,
+        save: Callable[[Sequence[Cell], bool], object],
+        call: Call,
     ) -> None:
         self.setup, self.cells, self._tell, self._save, self._call = setup, list(cells), tell, save, call
         self._ends = time.monotonic() + seconds
         self._predictor = Predictor(setup, lambda text: tell(f"    {text}"))
         self._took: dict[str, float] = {}
         self._trials_took: list[float] = []
-        self.done_before = sum(len(cell.trials) for cell in self.cells)
 
     def run(self) -> bool:
         """Measures what is not there yet -> whether everything is. What goes wrong in a cell stops no other."""
@@ -110,12 +108,12 @@ class Bench:
         """An estimate: as long as the same cell took, of a largest batch as long as the others, else by the number of
         trials alone: timing a card for the first plan takes minutes, and is done once."""
         guess = statistics.fmean(self._trials_took or [_FIRST_GUESS_SECONDS[self.setup.device]])
-        seconds = 0.0
-        for cell in (task.cell for task in tasks):
-            alike = [took for key, took in self._took.items() if key.startswith("largest")]
-            usual = statistics.fmean(alike) if alike and cell.kind == "largest" else cell.weight * guess
-            seconds += self._took.get(cell.key, usual)
-        return seconds
+        alike = [took for key, took in self._took.items() if key.startswith("largest")]
+
+        def usual(cell: Cell) -> float:
+            return statistics.fmean(alike) if alike and cell.kind == "largest" else cell.weight * guess
+
+        return sum(self._took.get(task.cell.key, usual(task.cell)) for task in tasks)
 
     def _trial(self, trial: Trial) -> TrialResult | None:
         """None: it was ended because the time is over, which says nothing about it."""
@@ -131,7 +129,7 @@ class Bench:
 
     def _measure(self, task: Task) -> bool:
         """Whether there was time for it."""
-        cell = task.cell
+        cell, on_card = task.cell, self.setup.on_card
         if cell.unless is not None and (why := cell.unless(self.cells)) is not None:
             cell.refused = why
             return True
@@ -141,23 +139,20 @@ class Bench:
             return self._check(cell)
         if not cell.prepared:
             self._predictor.prepare(cell)
-        if cell.refused is not None:
-            return True
         trial = self._trial_of(cell)
         if cell.kind == "step":
             # On the CPU operations and bits are the same every time; on a card plain itself may differ from run to run.
-            trial = replace(trial, detailed=self.setup.on_card or task.round == 1)
+            trial = replace(trial, detailed=on_card or task.round == 1)
         elif trial.way in (PLAIN, PLANNED):
             # How much of a plain step the card computes is told in detail.
-            trial = replace(trial, eval_batch=cell.batch, detailed=self.setup.on_card and trial.way == PLAIN)
+            trial = replace(trial, eval_batch=cell.batch, detailed=on_card and trial.way == PLAIN)
         result = self._trial(trial)
         if result is not None:
-            over = self._over(cell, result)
-            cell.trials[str(task.round)] = {**asdict(result), "refused": over}
+            cell.trials[str(task.round)] = {**asdict(result), "refused": self._over(cell, result)}
         return result is not None
 
     def _trial_of(self, cell: Cell) -> Trial:
-        way, form = FAMILIES[cell.family]
+        way, fused = FAMILIES[cell.family]
         return Trial(
             **self.setup.network,
             batch=cell.batch,
@@ -165,8 +160,8 @@ class Bench:
             memory_format=cell.memory_format,
             deterministic=cell.family != PLAIN_FREE,
             way=way,
-            optimizer="fused" if self.setup.fused else form,
-            plan=None if cell.plan is None else Plan.from_json(cell.plan).without_ladder().to_json(),
+            fused=fused or self.setup.fused,
+            plan=cell.plan,
             pictures=self.setup.pictures,
             cap_bytes=cell.cap_bytes,
             steps=self.setup.steps,
@@ -199,85 +194,66 @@ class Bench:
 
         search = largest(fits, guess, unit, self.setup.tries)
         if cell.by_trials:
-            return self._largest_by_trials(cell, budget, search.holds or unit)
-        cell.facts |= {"fails": search.fails, "predicted": search.tried}
-        batch = search.holds
-        for _ in range(_VERIFIED if batch is not None else 0):
-            assert batch is not None
-            self._predict(cell, batch, budget)
-            tried = self._try(cell, batch, budget)
-            if tried is None:
-                cell.plan, cell.facts = None, {}
-                return False
-            held, for_memory = tried
-            if held or not for_memory or batch <= unit:
-                break
-            batch = max(unit, min(batch - unit, int(0.95 * batch) // unit * unit))
-        return self._found(cell, search, budget)
+            kept: dict[int, dict[str, Any]] = {}
 
-    def _largest_by_trials(self, cell: Cell, budget: Budget, guess: int) -> bool:
-        best: list[Cell] = []
+            def holds(batch: int) -> bool | None:
+                if held := self._try(cell, batch, budget):
+                    kept[batch] = cell.trials
+                return held
 
-        def holds(batch: int) -> bool | None:
-            tried = self._try(cell, batch, budget) if self._left() else None
-            if tried is None:
-                return None
-            held, for_memory = tried
-            if held and batch >= (best[-1].batch if best else 0):
-                best.append(replace(cell, batch=batch))
-            return held if held or for_memory else None
-
-        search = largest(holds, guess, cell.facts["unit"], self.setup.tries)
-        cell.facts |= {"holds": search.holds, "fails": search.fails}
-        if best:
-            cell.batch, cell.trials = best[-1].batch, best[-1].trials
-        return self._found(cell, search, budget)
-
-    def _found(self, cell: Cell, search: Search, budget: Budget) -> bool:
-        """Says why there is none; whether there was time to look."""
-        if search.holds is None and not self._left():
-            cell.facts = {}
+            search = largest(holds, search.holds or unit, unit, self.setup.tries)
+            cell.facts |= {"holds": search.holds, "fails": search.fails}
+            if search.holds is not None:
+                cell.batch, cell.trials = search.holds, kept[search.holds]
+        else:
+            cell.facts |= {"fails": search.fails, "predicted": search.tried}
+            batch = search.holds
+            for _ in range(_VERIFIED):
+                if batch is None:
+                    break
+                cell.batch = batch
+                self._predictor.prepare(cell, budget)
+                if self._try(cell, batch, budget) is not False or batch <= unit:
+                    break
+                batch = max(unit, min(batch - unit, int(0.95 * batch) // unit * unit))
+        if not cell.trials and not self._left():
+            cell.prepared, cell.plan, cell.facts = False, None, {}
             return False
         cell.prepared = True
-        if search.holds is None:
+        if search.holds is None and search.fails is not None:
             cell.refused = f"not even a batch of {search.fails} fits {format_size(budget.tensor_bytes)}"
         return True
 
-    def _predict(self, cell: Cell, batch: int, budget: Budget) -> None:
-        cell.batch = batch
-        if cell.family == ENGINE:
-            self._predictor.note_choice(cell, self._predictor.plan(cell.mode, batch, budget, measured=False))
-        else:
-            self._predictor.note_way(cell, self._predictor.way(cell, batch, measured=False))
-
-    def _try(self, cell: Cell, batch: int, budget: Budget) -> tuple[bool, bool] | None:
-        """Whether real steps hold; whether, if not, for memory. None: there was no time."""
+    def _try(self, cell: Cell, batch: int, budget: Budget) -> bool | None:
+        """Whether real steps hold; None if there was no time, or they failed otherwise than for memory."""
         steps = self.setup.largest_steps
         trial = replace(self._trial_of(cell), batch=batch, steps=steps, warmup=1, eval_batch=batch)
-        result = self._trial(trial)
+        result = self._trial(trial) if self._left() else None
         if result is None:
+            cell.trials = {}
             return None
         refused, for_memory = verdict(result, budget, self.setup.device)
         cell.facts["tried"].append((batch, refused or "holds"))
         cell.trials = {"1": {**asdict(result), "refused": refused}}
-        return refused is None, for_memory
+        return refused is None or (False if for_memory else None)
 
     def _check(self, cell: Cell) -> bool:
         """Of a plan: of gradients the one for half the memory, which differs most from the untouched model, or that for
         all of it; of survival the latter, with its ladder."""
         setup, predictor = self.setup, self._predictor
         assert setup.vram_bytes is not None
-        question = PlanQuestion(**setup.network, batch=setup.batch, plan={})
-        if cell.kind == "gradients":
+        full = predictor.budget(setup.vram_bytes)
+        if cell.kind == "out of memory":
+            function, choice = SURVIVAL, with_ladder(predictor.plan(FIRST_MODE, setup.batch, full))
+        else:
+            function = GRADIENTS
             try:
                 choice = predictor.plan(FIRST_MODE, setup.batch, predictor.budget(setup.vram_bytes // 2))
             except Infeasible:
-                choice = predictor.plan(FIRST_MODE, setup.batch, predictor.budget(setup.vram_bytes))
-        else:
-            choice = predictor.laddered()
-            question = replace(question, cap_bytes=choice.budget.allocator_bytes, real=cell.real)
-        asked = asdict(replace(question, plan=choice.plan.to_json()))
-        outcome = self._call(GRADIENTS if cell.kind == "gradients" else SURVIVAL, asked, timeout_seconds=self._limit())
+                choice = predictor.plan(FIRST_MODE, setup.batch, full)
+        plan, cap_bytes = choice.plan.to_json(), choice.budget.allocator_bytes
+        question = PlanQuestion(**setup.network, batch=setup.batch, plan=plan, cap_bytes=cap_bytes, real=cell.real)
+        outcome = self._call(function, asdict(question), timeout_seconds=self._limit())
         if outcome.ended == "too long" and not self._left():
             return False
         cell.prepared, cell.refused, cell.facts = True, outcome.refused, outcome.answer or {}

@@ -1,165 +1,249 @@
-"""The tables of `lowmem bench`: as texts for the terminal and Markdown, as values for CSV and JSON."""
+"""The tables of `lowmem bench`: their cells, and what is told of them."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-from lowmem.bench.cells import (
+from lowmem.bench import (
+    CHECKPOINT_PER_BLOCK,
+    CHECKPOINT_SELECTIVE,
     ENGINE,
+    FAMILIES,
     FIRST_MODE,
+    LEAST,
     PLAIN_DEFAULT,
     PLAIN_FREE,
+    PLAIN_FUSED,
     Cell,
-    TableSetup,
-    mode_budget,
-    mode_families,
+    Setup,
     plain_of,
     same_as_plain,
 )
-from lowmem.bench.results import FORMAT, Environment, plain_values
-from lowmem.core.units import MIB, format_size
-from lowmem.trial.trial import launch_note
+from lowmem.bench.results import FORMAT, UNKNOWN, Account, Column, Environment, ResultTable, Row, conditions
+from lowmem.core.units import format_size
+from lowmem.models import skeleton
+from lowmem.models.memory_format import is_safe
+from lowmem.trial import excess, launch_note
 
-STEM = "bench"
-UNKNOWN = "–"
-
-
-@dataclass(frozen=True)
-class ResultTable:
-    """Texts under texts. `brief`: the columns that a narrow terminal shows."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    brief: tuple[int, ...]
-    note: str = ""
+MODES = (FIRST_MODE, ("fp32", "channels-last"), ("amp", "contiguous"), ("amp", "channels-last"))
 
 
-def tables(setup: TableSetup, cells: Sequence[Cell]) -> list[ResultTable]:
-    """The three tables."""
-    steps = [cell for cell in cells if cell.kind == "step"]
-    first = [cell for cell in steps if cell.mode == FIRST_MODE]
-    largest = [cell for cell in cells if cell.kind == "largest"]
-    size = next((format_size(cell.budget_bytes) for cell in largest if cell.budget_bytes), "the memory")
-    unit = next((cell.facts["unit"] for cell in largest if cell.facts), UNKNOWN)
-    plain = plain_of(cells, Cell(kind="step", family=PLAIN_DEFAULT, batch=setup.batch))
-    header = _step_header(setup)
-    last = len(header) - 1
+@dataclass(frozen=True, kw_only=True)
+class TableSetup(Setup):
+    """Of the tables. `budgets`: of the engine, each bytes (int), a share of plain's predicted peak (float), or the
+    least that can be planned (`LEAST`). `vram_bytes` None: the card's own, on the CPU half of plain's predicted peak.
+    `rounds`, `mode_rounds`: how often each cell of the first and of the third table is measured, in turns."""
+
+    stem: ClassVar[str] = "bench"
+    unrecorded: ClassVar[tuple[str, ...]] = ("pictures", "tries")
+
+    budgets: tuple[int | float | str, ...] = (0.95, 0.7, 0.5, 0.35, LEAST)
+    rounds: int = 3
+    mode_rounds: int = 2
+    quick: bool = False
+
+    @property
+    def largest_steps(self) -> int:
+        return max(1, self.steps // 2)
+
+    def unit(self, batch: int) -> int:
+        return max(1, self.batch // (8 if self.quick else 16))
+
+
+# -- cells -------------------------------------------------------------------------------------------------------------
+
+
+def step_cells(setup: TableSetup, modes: Sequence[tuple[str, str]]) -> list[Cell]:
+    """Of the first table, and of the third where the mode is another; in `FIRST_MODE` they are the same."""
+    cells = []
+    for precision, layout in modes:
+        if (precision, layout) == FIRST_MODE:
+            families = tuple(one for one in FAMILIES if one != ENGINE and (one != PLAIN_FREE or setup.on_card))
+            budgets, rounds = setup.budgets, setup.rounds
+        else:
+            families, budgets, rounds = mode_families(setup), (mode_budget(setup),), setup.mode_rounds
+        for family, budget in (*((one, None) for one in families), *((ENGINE, one) for one in budgets)):
+            how: dict[str, Any] = {"precision": precision, "memory_format": layout, "budget": budget}
+            cells.append(Cell(kind="step", family=family, batch=setup.batch, rounds=rounds, **how))
+    return cells
+
+
+def mode_families(setup: TableSetup) -> tuple[str, ...]:
+    """The library's ways in the table of modes."""
+    rest = (CHECKPOINT_PER_BLOCK,) if setup.quick else (CHECKPOINT_SELECTIVE, CHECKPOINT_PER_BLOCK)
+    return (PLAIN_DEFAULT, *rest)
+
+
+def mode_budget(setup: TableSetup) -> int | float | str:
+    """The engine's in the table of modes: of its budgets that nearest to half of plain's memory, which is measured for
+    the first table anyway."""
+    shares = [one for one in setup.budgets if isinstance(one, float)]
+    return min(shares, key=lambda share: abs(share - 0.5)) if shares else setup.budgets[len(setup.budgets) // 2]
+
+
+def largest_cells(setup: TableSetup) -> list[Cell]:
+    """Of the second table."""
+    precisions = ("fp32",) if setup.quick else ("fp32", "amp")
+    families = [family for family in FAMILIES if family not in (PLAIN_FUSED, PLAIN_FREE)]
+    return [
+        Cell(kind="largest", family=family, precision=precision, batch=setup.batch, weight=3)
+        for precision in precisions
+        for family in families
+    ]
+
+
+def table_cells(setup: TableSetup, known: Mapping[str, Cell]) -> list[Cell]:
+    """Of all tables, but for the modes that corrupt memory (see `lowmem.models.memory_format`); `known`: by their keys,
+    with what a results file has of them."""
+    model = skeleton(setup.arch, setup.block, width=setup.width)
+    modes = [mode for mode in MODES if is_safe(model, setup.device, *mode)]
+    cells = [*step_cells(setup, modes), *largest_cells(setup)]
+    return [replace(known.get(cell.key, cell), rounds=cell.rounds, weight=cell.weight) for cell in cells]
+
+
+# -- what is told of them ----------------------------------------------------------------------------------------------
+
+
+def account(setup: TableSetup, environment: Environment, cells: Sequence[Cell], finished: bool) -> Account:
+    """`record` is what `Results.load` goes on from."""
+    first = plain_of(cells, Cell(kind="step", family=PLAIN_DEFAULT, batch=setup.batch))
+    rows = [_row(cell, plain_of(cells, cell), first) for cell in cells]
+    return Account(
+        title=f"{setup.name}, batch {setup.batch}",
+        conditions=conditions(environment),
+        unfinished=""
+        if finished
+        else "Not finished: what is marked as not run is measured by the same command, given again.",
+        tables=_tables(setup, cells, rows),
+        rows=rows,
+        record={
+            "bench": FORMAT,
+            "finished": finished,
+            "settings": setup.record(),
+            "environment": environment,
+            "cells": [cell.record() for cell in cells],
+        },
+    )
+
+
+def _row(cell: Cell, plain: Cell | None, first: Cell | None) -> Row:
+    """`plain`: its step in the same mode, `first`: in fp32, contiguous; `ratios`, `first_ratios`: times these, round by
+    round."""
+    plain = plain if cell.kind == "step" else None
+    ratios = cell.ratios(plain)
+    return {
+        "kind": cell.kind,
+        "way": cell.label,
+        "precision": cell.precision,
+        "memory_format": cell.memory_format,
+        "batch": cell.batch,
+        "budget_bytes": cell.budget_bytes,
+        "refused": cell.refusal,
+        "predicted_allocated_bytes": cell.predicted_allocated_bytes,
+        "peak_allocated_bytes": cell.most("peak_allocated_bytes"),
+        "predicted_reserved_bytes": cell.predicted_reserved_bytes,
+        "peak_reserved_bytes": cell.most("peak_reserved_bytes"),
+        "predicted_device_bytes": cell.predicted_device_bytes,
+        "device_used_bytes": None if cell.predicted_device_bytes is None else cell.most("device_used_bytes"),
+        "resident_growth_bytes": cell.most("resident_growth_bytes"),
+        "rounds": len(cell.known("step_seconds")),
+        "step_seconds": cell.step_seconds,
+        "least_seconds": cell.least_seconds,
+        "most_seconds": cell.most_seconds,
+        "images_per_second": cell.batch / cell.step_seconds if cell.step_seconds else None,
+        "times_plain": statistics.median(ratios) if ratios else None,
+        "least_times_plain": min(ratios, default=None),
+        "most_times_plain": max(ratios, default=None),
+        "predicted_overhead": cell.predicted_overhead,
+        "busy_share": cell.first("busy_share"),
+        "flops": cell.first("flops"),
+        "extra_flops": None if plain is None else excess(cell.first("flops"), plain.first("flops")),
+        "norm_updates": cell.first("norm_updates"),
+        "as_plain": same_as_plain(cell, plain) if cell is not plain else None,
+        "ratios": ratios,
+        "first_ratios": cell.ratios(first),
+        "facts": cell.facts,
+    }
+
+
+def _ratio(name: str) -> Callable[[Row], str]:
+    def text(row: Row) -> str:
+        ratios = row[name]
+        if not ratios or set(ratios) == {1.0}:  # nothing, or plain itself
+            return "1" if ratios else UNKNOWN
+        middle = f"{statistics.median(ratios):.2f}"
+        return middle if len(ratios) == 1 else f"{middle} ({min(ratios):.2f}–{max(ratios):.2f})"
+
+    return text
+
+
+def _tables(setup: TableSetup, cells: Sequence[Cell], rows: Sequence[Row]) -> list[ResultTable]:
+    """The three of them; of the third the rows way by way, so that a column compares the modes."""
+    steps = [(cell, row) for cell, row in zip(cells, rows, strict=True) if cell.kind == "step"]
+    ways = [*((family, None) for family in mode_families(setup)), (ENGINE, mode_budget(setup))]
+    largest = [row for row in rows if row["kind"] == "largest"]
+    size = next((format_size(row["budget_bytes"]) for row in largest if row["budget_bytes"]), "the memory")
+    unit = next((row["facts"]["unit"] for row in largest if row["facts"]), UNKNOWN)
+    way, images = Column("way", "way"), Column.rate("images/s")
+    predicted, measured, *others = _memory_columns(setup)
     return [
         ResultTable(
             f"A batch of {setup.batch} in every way, fp32, contiguous",
-            header,
-            tuple(_step_row(setup, cell, cells) for cell in first),
-            (0, 1, 2, last - 4, last - 2, last - 1, last),
-            _step_note(setup, first),
+            [
+                *(way, predicted, measured, *others, images, Column.seconds(3)),
+                Column("times plain", _ratio("ratios")),
+                Column.figure("extra FLOPs", "extra_flops", none="none"),
+                Column("as plain", _verdict),
+            ],
+            [row for cell, row in steps if cell.mode == FIRST_MODE],
+            _step_note(setup, [cell for cell, _ in steps if cell.mode == FIRST_MODE]),
         ),
         ResultTable(
             f"The largest batch in {size}{'' if setup.on_card else ' of tensors'}",
-            ("way", "precision", "largest batch", "does not fit", *_memory_header(setup)[:2], "images/s"),
-            tuple(_largest_row(cell) for cell in largest),
-            tuple(range(7)),
+            [
+                *(way, Column("precision", "precision")),
+                Column("largest batch", lambda row: row["refused"] or str(row["batch"])),
+                Column("does not fit", lambda row: str(row["facts"].get("fails") or UNKNOWN)),
+                *(predicted, measured, images),
+            ],
+            largest,
             f"In steps of {unit}: where the prediction points, then tried by real "
             "training steps and an evaluation. `does not fit` is a prediction.",
         ),
         ResultTable(
             f"Precision, memory format and way, a batch of {setup.batch}",
-            (
-                *("way", "precision, memory format", *_memory_header(setup)[:2], "images/s"),
-                *("times plain in this mode", "times plain in fp32, contiguous", "as plain in this mode"),
-            ),
-            tuple(_mode_row(cell, cells, plain) for cell in _mode_cells(setup, steps)),
-            (0, 1, 3, 4, 5, 7),
+            [
+                *(way, Column("precision, memory format", lambda row: f"{row['precision']}, {row['memory_format']}")),
+                *(predicted._replace(brief=False), measured, images),
+                Column("times plain in this mode", _ratio("ratios")),
+                Column("times plain in fp32, contiguous", _ratio("first_ratios"), brief=False),
+                Column("as plain in this mode", _verdict),
+            ],
+            [row for wanted in ways for cell, row in steps if (cell.family, cell.budget) == wanted],
         ),
     ]
 
 
-def _mode_cells(setup: TableSetup, steps: Sequence[Cell]) -> list[Cell]:
-    """Way by way, so that a column compares the modes."""
-    shown = (*mode_families(setup), ENGINE)
-    wanted = [
-        cell for cell in steps if cell.family in shown and (cell.family != ENGINE or cell.budget == mode_budget(setup))
-    ]
-    return sorted(wanted, key=lambda cell: shown.index(cell.family))
-
-
-# -- rows --------------------------------------------------------------------------------------------------------------
-
-
-def _memory_header(setup: TableSetup) -> tuple[str, ...]:
-    if not setup.on_card:
-        return ("MiB of tensors, predicted", "measured", "resident, grown by")
-    return (
-        *("MiB allocated, predicted", "measured"),
-        *("MiB reserved, predicted", "measured"),
-        *("MiB on the card, predicted", "measured"),
-    )
-
-
-def _step_header(setup: TableSetup) -> tuple[str, ...]:
-    time = ("images/s", "step, s (fastest to slowest)", "times plain")
-    return ("way", *_memory_header(setup), *time, "extra FLOPs", "as plain")
-
-
-def _step_row(setup: TableSetup, cell: Cell, cells: Sequence[Cell]) -> tuple[str, ...]:
-    plain = plain_of(cells, cell)
-    memory = [cell.predicted_allocated_bytes, cell.most("peak_allocated_bytes")]
-    if setup.on_card:
-        memory += [cell.predicted_reserved_bytes, cell.most("peak_reserved_bytes")]
-        memory += [cell.predicted_device_bytes, cell.most("device_used_bytes")]
-    else:
-        memory.append(cell.most("resident_growth_bytes"))
-    return (
-        cell.label,
-        *(show_mib(size) for size in memory),
-        _rate(cell),
-        show_seconds(cell),
-        _ratio(cell.ratios(plain)) if cell is not plain else "1",
-        _extra(cell, plain),
-        _verdict(cell, plain),
-    )
-
-
-def _mode_row(cell: Cell, cells: Sequence[Cell], first: Cell | None) -> tuple[str, ...]:
-    plain = plain_of(cells, cell)
-    return (
-        cell.label,
-        ", ".join(cell.mode),
-        show_mib(cell.predicted_allocated_bytes),
-        show_mib(cell.most("peak_allocated_bytes")),
-        _rate(cell),
-        _ratio(cell.ratios(plain)) if cell is not plain else "1",
-        _ratio(cell.ratios(first)) if cell is not first else "1",
-        _verdict(cell, plain),
-    )
-
-
-def _largest_row(cell: Cell) -> tuple[str, ...]:
-    fails = cell.facts.get("fails")
-    refusal = cell.refusal
-    return (
-        cell.label,
-        cell.precision,
-        refusal or str(cell.batch),
-        str(fails) if fails else UNKNOWN,
-        show_mib(cell.predicted_allocated_bytes),
-        show_mib(cell.most("peak_allocated_bytes")),
-        _rate(cell),
-    )
-
-
-def _verdict(cell: Cell, plain: Cell | None) -> str:
+def _verdict(row: Row) -> str:
     """A refusal, or what was found of the bits."""
-    if cell.refusal is not None:
-        return cell.refusal
-    if cell is plain:
-        return UNKNOWN
-    return same_as_plain(cell, plain) or UNKNOWN
+    return row["refused"] or row["as_plain"] or UNKNOWN
+
+
+def _memory_columns(setup: TableSetup) -> list[Column]:
+    measured = Column.mib("measured", "peak_allocated_bytes")
+    if not setup.on_card:
+        grown = Column.mib("resident, grown by", "resident_growth_bytes", brief=False)
+        return [Column.mib("MiB of tensors, predicted", "predicted_allocated_bytes"), measured, grown]
+    return [
+        *(Column.mib("MiB allocated, predicted", "predicted_allocated_bytes"), measured),
+        Column.mib("MiB reserved, predicted", "predicted_reserved_bytes", brief=False),
+        Column.mib("measured", "peak_reserved_bytes", brief=False),
+        Column.mib("MiB on the card, predicted", "predicted_device_bytes", brief=False),
+        Column.mib("measured", "device_used_bytes", brief=False),
+    ]
 
 
 def _step_note(setup: TableSetup, cells: Sequence[Cell]) -> str:
@@ -174,158 +258,18 @@ def _step_note(setup: TableSetup, cells: Sequence[Cell]) -> str:
     twice = next((times for cell in cells if (times := cell.first("norm_updates") or 1) > 1), None)
     if twice is not None:
         said += f"`gradients only`: batch norm's running statistics were moved {twice} times in the step. "
-    if setup.on_card:
-        said += _determinism(cells) + "The allocator of a planned cell is capped at its budget, the others' is not."
-        plain = plain_of(cells, cells[0]) if cells else None
-        bound = launch_note(None if plain is None else plain.first("busy_share"), setup.batch)
-        return said if bound is None else f"{said} {bound}"
-    return said + (
-        "On the CPU a budget bounds the tensors of the step, and they are what is predicted; `resident` is by how much "
-        "the process grew at its peak, with the library's own buffers and what the allocator of C keeps."
-    )
-
-
-def _determinism(cells: Sequence[Cell]) -> str:
-    """What kernels that give the same bits every time cost, as measured; empty where it was not."""
-    plain = next((cell for cell in cells if cell.family == PLAIN_DEFAULT), None)
-    free = next((cell for cell in cells if cell.family == PLAIN_FREE), None)
-    ratios = [] if plain is None else plain.ratios(free)
-    if not ratios:
-        return ""
-    return (
-        f"Deterministic kernels (`train.deterministic`), which all rows but one have, make plain PyTorch's step "
-        f"{statistics.median(ratios) - 1:+.1%} longer. "
-    )
-
-
-# -- texts -------------------------------------------------------------------------------------------------------------
-
-
-def show_mib(size_bytes: int | None, digits: int = 1) -> str:
-    """`digits` behind the point of what is small."""
-    if size_bytes is None:
-        return UNKNOWN
-    return f"{size_bytes / MIB:,.{digits if size_bytes < 100 * MIB else 0}f}"
-
-
-def _rate(cell: Cell) -> str:
-    rate = cell.images_per_second
-    return UNKNOWN if rate is None else f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
-
-
-def show_seconds(cell: Cell, digits: int = 3) -> str:
-    if cell.step_seconds is None or cell.step_range is None:
-        return UNKNOWN
-    middle, low, high = (f"{one:.{digits}f}" for one in (cell.step_seconds, *cell.step_range))
-    return f"{middle} ({low} to {high})"
-
-
-def _ratio(ratios: Sequence[float]) -> str:
-    if not ratios:
-        return UNKNOWN
-    middle = f"{statistics.median(ratios):.2f}"
-    return middle if len(ratios) == 1 else f"{middle} ({min(ratios):.2f}–{max(ratios):.2f})"
-
-
-def _extra(cell: Cell, plain: Cell | None) -> str:
-    share = extra_flops(cell, plain)
-    return UNKNOWN if share is None else f"{share:+.1%}" if share else "none"
-
-
-def extra_flops(cell: Cell, plain: Cell | None) -> float | None:
-    """Counted, as a share of plain's."""
-    mine, theirs = cell.first("flops"), None if plain is None else plain.first("flops")
-    return None if mine is None or not theirs else mine / theirs - 1
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
-def to_json(setup: TableSetup, environment: Environment, cells: Sequence[Cell], finished: bool) -> str:
-    """Everything: what `Results.load` goes on from."""
-    found = {
-        "bench": FORMAT,
-        "finished": finished,
-        "settings": setup.record(),
-        "environment": environment,
-        "cells": [cell.record() for cell in cells],
-    }
-    return json.dumps(plain_values(found), indent=1) + "\n"
-
-
-def to_markdown(setup: TableSetup, environment: Environment, cells: Sequence[Cell], finished: bool) -> str:
-    """Readable tables, conditions first."""
-    parts = [f"# {setup.name}, batch {setup.batch}", conditions(environment)]
-    if not finished:
-        parts.append("**Not finished: what is marked as not run is measured by the same command, given again.**")
-    for table in tables(setup, cells):
-        parts += [f"## {table.title}", markdown_table(table.header, table.rows)]
-        if table.note:
-            parts.append(table.note)
-    return "\n\n".join(parts) + "\n"
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    return "\n".join(lines)
-
-
-def conditions(environment: dict[str, Any]) -> str:
-    """On what, with what."""
-    versions = f"lowmem {environment['lowmem']}, torch {environment['torch']}, Python {environment['python']}"
-    if environment["device"] != "cuda":
-        return f"On the CPU ({environment.get('cpu')}, {environment.get('cpu_threads')} threads); {versions}."
-    return (
-        f"{environment.get('card')}, driver {environment.get('driver') or '?'}, CUDA {environment.get('cuda')}, cuDNN "
-        f"{environment.get('cudnn')}{', fp32 convolutions in TF32' if environment.get('tf32') else ''}; {versions}."
-    )
-
-
-def to_csv(setup: TableSetup, cells: Sequence[Cell]) -> str:
-    """A row a cell; bytes, seconds and shares as they are, unknown is empty."""
-    return csv_text([_values(cell, cells) for cell in cells])
-
-
-def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def _values(cell: Cell, cells: Sequence[Cell]) -> dict[str, Any]:
-    plain = plain_of(cells, cell) if cell.kind == "step" else None
-    ratios = cell.ratios(plain)
-    low, high = cell.step_range or (None, None)
-    return {
-        "kind": cell.kind,
-        "way": cell.label,
-        "precision": cell.precision,
-        "memory_format": cell.memory_format,
-        "batch": cell.batch,
-        "budget_bytes": cell.budget_bytes,
-        "refused": cell.refusal,
-        "predicted_allocated_bytes": cell.predicted_allocated_bytes,
-        "peak_allocated_bytes": cell.most("peak_allocated_bytes"),
-        "predicted_reserved_bytes": cell.predicted_reserved_bytes,
-        "peak_reserved_bytes": cell.most("peak_reserved_bytes"),
-        "predicted_device_bytes": cell.predicted_device_bytes,
-        "device_used_bytes": cell.most("device_used_bytes") if cell.predicted_device_bytes is not None else None,
-        "resident_growth_bytes": cell.most("resident_growth_bytes"),
-        "rounds": len(cell.results),
-        "step_seconds": cell.step_seconds,
-        "least_seconds": low,
-        "most_seconds": high,
-        "images_per_second": cell.images_per_second,
-        "times_plain": statistics.median(ratios) if ratios else None,
-        "least_times_plain": min(ratios, default=None),
-        "most_times_plain": max(ratios, default=None),
-        "predicted_overhead": cell.predicted_overhead,
-        "busy_share": cell.first("busy_share"),
-        "flops": cell.first("flops"),
-        "extra_flops": extra_flops(cell, plain),
-        "norm_updates": cell.first("norm_updates"),
-        "as_plain": same_as_plain(cell, plain) if cell is not plain else None,
-    }
+    if not setup.on_card:
+        return said + (
+            "On the CPU a budget bounds the tensors of the step, and they are what is predicted; `resident` is by how "
+            "much the process grew at its peak, with the library's own buffers and what the allocator of C keeps."
+        )
+    of = {cell.family: cell for cell in cells if cell.family in (PLAIN_DEFAULT, PLAIN_FREE)}
+    plain = of.get(PLAIN_DEFAULT)
+    if plain is not None and (ratios := plain.ratios(of.get(PLAIN_FREE))):
+        said += (
+            "Deterministic kernels (`train.deterministic`), which all rows but one have, make plain PyTorch's step "
+            f"{statistics.median(ratios) - 1:+.1%} longer. "
+        )
+    said += "The allocator of a planned cell is capped at its budget, the others' is not."
+    bound = launch_note(None if plain is None else plain.first("busy_share"), setup.batch)
+    return said if bound is None else f"{said} {bound}"

@@ -1,14 +1,14 @@
-"""`lowmem bench`: what is measured by default, progress, tables, files."""
+"""`lowmem bench`, its tables and its suite of checks: what is measured by default, progress, results, files."""
 
 from __future__ import annotations
 
-import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.box import SIMPLE
@@ -17,22 +17,26 @@ from rich.live import Live
 from rich.table import Table as ShownTable
 from rich.text import Text
 
-from lowmem.bench import tables as forms
-from lowmem.bench.cells import ENGINE, FIRST_MODE, LEAST, Cell, TableSetup, plain_of, table_cells
-from lowmem.bench.results import Results
+from lowmem.bench import FIRST_MODE, LEAST, Cell, Setup, acceptance, plain_of, tables
+from lowmem.bench.acceptance import KINDS, AcceptanceSetup, acceptance_cells
+from lowmem.bench.results import Account, Environment, Results, ResultTable, Row
 from lowmem.bench.run import Bench
-from lowmem.bench.tables import ResultTable, conditions, tables
+from lowmem.bench.tables import TableSetup, table_cells
+from lowmem.calibrate.device import ask_device
 from lowmem.calibrate.environment import describe
 from lowmem.choose.execution import refuse_unsafe, resolve_execution
 from lowmem.cli.terminal import say
 from lowmem.config.settings import gather
-from lowmem.core.errors import ExitCode, Interrupted, UsageError
-from lowmem.core.units import MIB, parse_size
-from lowmem.trial.trial import calls_on
+from lowmem.core.errors import Interrupted, UsageError
+from lowmem.core.units import MIB, format_size, parse_size
+from lowmem.measure import read_driver
+from lowmem.remat.libraries import Numerics
+from lowmem.train.signals import StartupSignals
+from lowmem.trial import calls_on
 
 _WIDE = 140  # columns of a terminal that holds all of a table's
 _NAME_WIDTH = 21
-_FINISH_SECONDS = 6.0  # for the last tables and the picture
+_FINISH_SECONDS = {"bench": 6.0, "acceptance": 10.0}  # for the last tables and the picture
 _QUICK_BUDGETS: tuple[int | float | str, ...] = (0.75, 0.5, LEAST)
 
 
@@ -48,64 +52,95 @@ def show_bench(
 ) -> None:
     """`flags`: by dotted setting. Raises UsageError for what cannot be meant and for a folder with other results,
     PreflightError if the folder cannot be written, Interrupted."""
-    setup = _setup(flags, steps, rounds, budgets, quick)
+    setup = _table_setup(flags, steps, rounds, budgets, quick)
     folder = out or Path("bench") / f"{setup.arch}-{setup.block}-w{setup.width}-b{setup.batch}-{setup.device}"
-    environment = environment_of(setup.device)
+    environment = _environment(setup)
     limit = (2.0 if quick else 60.0) if minutes is None else minutes
-    seconds = 60 * limit - _FINISH_SECONDS - time.process_time()  # importing took its time too
-    with Results(folder, setup, environment, forms) as results, _teller() as tell, calls_on(setup.device) as call:
+    seconds = 60 * limit - time.process_time()  # importing took its time too
+    with Results(folder, setup, environment, tables.account) as results, _teller() as tell:
         cells = table_cells(setup, results.load())
-        bench = Bench(setup, cells, seconds=seconds, tell=tell, save=results.save, call=call)
         tell(f"{setup.name}, batch {setup.batch}, on {environment.get('card') or 'the CPU'}; results in {folder}")
-        if bench.done_before:
-            tell(f"{bench.done_before} measurements are there from before and are not made again")
-        complete = _measure(bench, folder)
-        if (picture := _picture(setup, environment, bench.cells)) is not None:
-            results.save_picture(picture)
+        if there := sum(len(cell.trials) for cell in cells):
+            tell(f"{there} measurements are there from before and are not made again")
+        complete = _measure(setup, cells, results, tell, seconds, "the same command goes on from there")
+        account = results.save(cells, complete, _bench_picture(setup, environment, cells))
         written = [file for file in results.files if file.stat().st_size]
-    _print(setup, environment, bench.cells)
+    _print(setup, account)
     if not complete:
         print(f"not finished within {limit:g} minutes: the same command goes on (--minutes for a longer limit)")
     print(f"written: {', '.join(str(path) for path in written)}")
 
 
-def _measure(bench: Bench, folder: Path) -> bool:
+def show_acceptance(
+    flags: Mapping[str, Any], *, steps: int, cells: str | None, minutes: float | None, out: Path
+) -> None:
+    """The suite. `flags`: by dotted setting; `cells`: the kinds of cells, with commas between them; None: all. Raises
+    UsageError for what cannot be meant, PreflightError if the folder cannot be written, Interrupted."""
+    kinds = KINDS if cells is None else tuple(" ".join(word.split()) for word in cells.split(","))
+    if unknown := [one for one in kinds if one not in KINDS]:
+        raise UsageError(f"--cells: the suite has no cells {unknown[0]!r}: use {', '.join(KINDS)}")
+    usual = {} if flags.get("model.arch") is not None else {"model.arch": "res110", "model.block": "bottleneck"}
+    network = _network(flags, usual | {"memory.vram": "6G"})
+    # Asked in a process of its own: a context here would take memory from the trials.
+    card_bytes = ask_device(Numerics()).total_bytes if network["device"] == "cuda" else None
+    chosen: dict[str, Any] = {} if minutes is None else {"minutes": minutes}
+    setup = AcceptanceSetup(**network, card_bytes=card_bytes, steps=steps, cells=kinds, **chosen)
+    environment, all_cells = _environment(setup), acceptance_cells(setup)
+    with Results(out, setup, environment, acceptance.account) as results:
+        tell = partial(print, flush=True)
+        _measure(setup, all_cells, results, tell, 60 * setup.minutes)
+        account = acceptance.account(setup, environment, all_cells, finished=True)
+        results.save(all_cells, True, _acceptance_picture(setup, environment, account))
+    print("\n" + account.markdown())
+    print(f"written: {', '.join(map(str, results.files))}")
+
+
+def _measure(
+    setup: Setup, cells: Sequence[Cell], results: Results, tell: Callable[[str], None], seconds: float, then: str = ""
+) -> bool:
+    """Whether everything is. A signal ends it with what was measured on disk, and no trial left behind. Raises
+    Interrupted; `then`: what can be done after that."""
+    seconds -= _FINISH_SECONDS[setup.stem]
     try:
-        with _terminated():
-            return bench.run()
-    except KeyboardInterrupt as error:
-        code = ExitCode.TERMINATED if isinstance(error, _Terminated) else ExitCode.INTERRUPTED
-        count = sum(len(cell.trials) for cell in bench.cells)
-        words = f"interrupted: {count} measurements are in {folder}; the same command goes on from there"
-        raise Interrupted(words, code) from None
+        with StartupSignals(), calls_on(setup.device) as call:
+            return Bench(setup, cells, seconds=seconds, tell=tell, save=results.save, call=call).run()
+    except Interrupted as error:
+        count = sum(len(cell.trials) for cell in cells)
+        words = f"interrupted: {count} measurements are in {results.folder}{then and f'; {then}'}"
+        raise Interrupted(words, error.exit_code) from None
 
 
-def _setup(
+# -- what is measured --------------------------------------------------------------------------------------------------
+
+
+def _network(flags: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a `Setup`: what is given, else what is usual. Raises UsageError, PreflightError."""
+    mode = {"train.precision": "fp32", "train.memory_format": "contiguous"}
+    given = {key: value for key, value in flags.items() if value is not None}
+    config = resolve_execution(gather(flags={**mode, **usual, **given})).config
+    refuse_unsafe(config)
+    model, train = config.model, config.train
+    named = {"arch": model.arch, "block": model.block, "width": model.width, "batch": train.batch}
+    return {**named, "device": train.device, "vram_bytes": config.memory.vram}
+
+
+def _table_setup(
     flags: Mapping[str, Any], steps: int | None, rounds: int | None, budgets: str | None, quick: bool
 ) -> TableSetup:
     """What was not said is chosen so that it is bounded on what is there. Raises UsageError, PreflightError."""
-    given = {key: value for key, value in flags.items() if value is not None}
-    device = resolve_execution(gather(flags={"train.device": given.get("train.device")})).config.train.device
+    device = resolve_execution(gather(flags={"train.device": flags.get("train.device")})).config.train.device
     on_card = device == "cuda"
-    usual: dict[str, object] = {"model.width": 16 if quick else 64, "train.batch": 128 if on_card else 32}
-    usual |= {"train.precision": "fp32", "train.memory_format": "contiguous"}
-    usual |= {"train.batch": 16} if quick else {}
-    if "model.arch" not in given:
-        usual["model.arch"] = "res56" if quick else "res110" if on_card else "res20"
-        usual |= {"model.block": "bottleneck"} if usual["model.arch"] != "res20" else {}
-    config = gather(flags={**usual, **given, "train.device": device}).config
-    refuse_unsafe(config)
-    chosen: dict[str, Any] = {"mode_rounds": 1 if quick else min(rounds or 3, 2)}
-    if budgets is not None or quick:
-        chosen["budgets"] = _QUICK_BUDGETS if budgets is None else _budgets(budgets)
+    usual: dict[str, Any] = {"model.width": 16 if quick else 64, "train.batch": 16 if quick else 128 if on_card else 32}
+    if flags.get("model.arch") is None:
+        arch = "res56" if quick else "res110" if on_card else "res20"
+        usual |= {"model.arch": arch, "model.block": "basic" if arch == "res20" else "bottleneck"}
+    chosen: dict[str, Any] = {} if budgets is None else {"budgets": _budgets(budgets)}
+    if quick and budgets is None:
+        chosen = {"budgets": _QUICK_BUDGETS}
     return TableSetup(
-        arch=config.model.arch,
-        block=config.model.block,
-        width=config.model.width,
-        batch=config.train.batch,
-        device=device,
-        vram_bytes=config.memory.vram,
+        **_network(flags, usual),
         rounds=rounds or 3,
+        mode_rounds=1 if quick else min(rounds or 3, 2),
         steps=steps or (3 if quick else 5),
         warmup=1 if quick else 2,
         quick=quick,
@@ -115,50 +150,26 @@ def _setup(
 
 def _budgets(text: str) -> tuple[int | float | str, ...]:
     """`1200M,0.5,least` -> bytes, a share, `LEAST`. Raises UsageError."""
-    found: list[int | float | str] = []
-    for part in (one.strip() for one in text.split(",")):
-        share = None
+
+    def budget(part: str) -> int | float | str:
         with suppress(ValueError):
-            share = float(part)
-        if part == LEAST:
-            found.append(LEAST)
-        elif share is not None and 0 < share < 1:
-            found.append(share)
-        else:
-            try:
-                found.append(parse_size(part))
-            except ValueError as error:
-                words = f"--budgets {part!r}: {error}; or a share of plain's memory like 0.5, or {LEAST}"
-                raise UsageError(words) from None
-    return tuple(dict.fromkeys(found))
+            if 0 < (share := float(part)) < 1:
+                return share
+        try:
+            return LEAST if part == LEAST else parse_size(part)
+        except ValueError as error:
+            words = f"--budgets {part!r}: {error}; or a share of plain's memory like 0.5, or {LEAST}"
+            raise UsageError(words) from None
+
+    return tuple(dict.fromkeys(budget(part.strip()) for part in text.split(",")))
 
 
-def environment_of(device: str) -> dict[str, Any]:
+def _environment(setup: Setup) -> Environment:
     """What figures are told with: versions, processor, card, driver."""
-    from lowmem.measure import read_driver
-
-    return {**describe(device), "driver": read_driver().driver_version if device == "cuda" else None}
+    return {**describe(setup.device), "driver": read_driver().driver_version if setup.on_card else None}
 
 
-# -- progress ----------------------------------------------------------------------------------------------------------
-
-
-class _Terminated(KeyboardInterrupt):
-    """Asked to end by another signal than Ctrl-C."""
-
-
-@contextmanager
-def _terminated() -> Iterator[None]:
-    """Ends by SIGTERM as by Ctrl-C: with what was measured on disk, and no trial left behind."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+# -- what is shown -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -171,33 +182,50 @@ def _teller() -> Iterator[Callable[[str], None]]:
         yield lambda text: live.update(Text(text)) if text.startswith("[") else live.console.print(Text(text))
 
 
-# -- results -----------------------------------------------------------------------------------------------------------
+def _print(setup: Setup, account: Account) -> None:
+    console = Console(highlight=False)
+    console.print(Text(f"\n{setup.name}. {account.conditions}"))
+    for table in account.tables:
+        console.print(_shown(table, console.width))
+        if table.note:
+            console.print(Text(table.note, style="dim"))
 
 
-def _picture(setup: TableSetup, environment: dict[str, Any], cells: list[Cell]) -> bytes | None:
+def _shown(table: ResultTable, room: int) -> ShownTable:
+    """Figures whole, ranges below their medians, names in two lines where they are long; the last column, which has
+    the refusals, takes the room that is left."""
+    shown = ShownTable(
+        title=Text(f"\n{table.title}", style="bold"), title_justify="left", box=SIMPLE, padding=0, show_edge=False
+    )
+    header, *lines = table.lines(brief=room < _WIDE)
+    texts = list(zip(header, *lines, strict=True))
+    widths = [max(len(word) for text in column for word in text.split()) for column in texts]
+    widths[0] = max(widths[0], min(_NAME_WIDTH, max(map(len, texts[0]))))
+    longest = max(map(len, texts[-1]))
+    widths[-1] = max(widths[-1], min(longest, room - sum(widths[:-1]) - len(widths)))
+    for name, width in zip(header, widths, strict=True):
+        shown.add_column(Text(name), width=width)
+    for line in lines:
+        shown.add_row(*map(Text, line))
+    return shown
+
+
+# -- pictures (matplotlib is imported only if there is something to draw) ----------------------------------------------
+
+
+def _bench_picture(setup: Setup, environment: Environment, cells: Sequence[Cell]) -> bytes | None:
     """None if there is nothing to draw."""
-    import statistics
-
-    from lowmem.report.method_figures import MeasuredPoint, draw_bench  # matplotlib: only if there is a picture
+    from lowmem.report.method_figures import MeasuredPoint, draw_bench
 
     curves: dict[str, list[MeasuredPoint]] = {}
-    for cell in cells:
-        if cell.kind != "step" or cell.mode != FIRST_MODE:
-            continue
-        ratios, peak = cell.ratios(plain_of(cells, cell)), cell.most("peak_allocated_bytes")
+    for cell in (cell for cell in cells if cell.kind == "step" and cell.mode == FIRST_MODE):
+        ratios, peak = cell.ratios(plain_of(cells, cell)), _mib(cell.most("peak_allocated_bytes"))
         if not ratios or peak is None:
             continue
-        predicted = cell.predicted_allocated_bytes
-        curves.setdefault(cell.family, []).append(
-            MeasuredPoint(
-                mib=peak / MIB,
-                predicted_mib=None if predicted is None else predicted / MIB,
-                ratio=statistics.median(ratios),
-                low=min(ratios),
-                high=max(ratios),
-                note=_note(cell),
-            )
-        )
+        note = f"{cell.budget:.0%}" if isinstance(cell.budget, float) else "least" if cell.budget == LEAST else ""
+        time = {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+        point = MeasuredPoint(mib=peak, predicted_mib=_mib(cell.predicted_allocated_bytes), note=note, **time)
+        curves.setdefault(cell.family, []).append(point)
     if not curves:
         return None
     where = environment.get("card") or "CPU"
@@ -205,35 +233,36 @@ def _picture(setup: TableSetup, environment: dict[str, Any], cells: list[Cell]) 
     return draw_bench(f"{setup.name}, batch {setup.batch}, fp32, {where}", curves, memory)
 
 
-def _note(cell: Cell) -> str:
-    if cell.family != ENGINE:
-        return ""
-    return f"{cell.budget:.0%}" if isinstance(cell.budget, float) else "least" if cell.budget == LEAST else ""
+def _acceptance_picture(setup: AcceptanceSetup, environment: Environment, account: Account) -> bytes:
+    from lowmem.report.method_figures import Bar, draw_acceptance
+
+    def bar(label: str, row: Row, name: str, limit: float | None = None, note: str = "") -> Bar:
+        return Bar(label, _mib(row[f"{name}_bytes"]), _mib(row[f"predicted_{name}_bytes"]), limit, _short(note))
+
+    memory, seconds = [], []
+    for row in (row for row in account.rows if row["kind"] in ("memory", "time", "format", "largest")):
+        kind, note = row["kind"], row["refused"] or ""
+        label = row["name"] + (f": {row['batch']}" if kind == "largest" and row["allocated_bytes"] else "")
+        label += " (emulated)" if row["emulated"] else ""
+        what = "allocated" if row["predicted_reserved_bytes"] is not None else "tensors"
+        limit = row["budget"][-1][1] / MIB if row["budget"] and kind != "time" else None
+        memory.append(bar(f"{label}\n{what}" if kind == "memory" else label, row, "allocated", limit, note))
+        if kind == "memory" and row["reserved_bytes"] is not None:
+            memory += [bar("reserved", row, "reserved"), bar("on the card", row, "device")]
+        if kind != "largest":
+            over = note if row["overhead"] is None else f"{row['overhead']:+.1%} time"
+            seconds.append(Bar(label, row["step_seconds"], row["predicted_step_seconds"], None, _short(over)))
+    where = environment.get("card") or "CPU"
+    met = [target["met"] for target in account.record["targets"] if target["met"] is not None]
+    said = f": {sum(met)} of {len(met)} judged targets met" if met else ""
+    size = format_size(setup.vram_bytes) + (" (emulated)" if setup.emulates(setup.vram_bytes) else "")
+    title = f"{setup.name}, batch {setup.batch}\n{size}, {where}{said}"
+    return draw_acceptance(title, memory, seconds)
 
 
-def _print(setup: TableSetup, environment: dict[str, Any], cells: list[Cell]) -> None:
-    console = Console(highlight=False)
-    console.print(Text(f"\n{setup.name}. {conditions(environment)}"))
-    for table in tables(setup, cells):
-        columns = range(len(table.header)) if console.width >= _WIDE else table.brief
-        console.print(_shown(table, columns, console.width))
-        if table.note:
-            console.print(Text(table.note, style="dim"))
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else text[:39] + "…"
 
 
-def _shown(table: ResultTable, columns: Sequence[int], room: int) -> ShownTable:
-    """Figures whole, ranges below their medians, names in two lines where they are long; the last column, which has
-    the refusals, takes the room that is left."""
-    shown = ShownTable(
-        title=Text(f"\n{table.title}", style="bold"), title_justify="left", box=SIMPLE, padding=0, show_edge=False
-    )
-    texts = [[table.header[column], *(row[column] for row in table.rows)] for column in columns]
-    widths = [max(len(word) for text in column for word in text.split()) for column in texts]
-    widths[0] = max(widths[0], min(_NAME_WIDTH, max(map(len, texts[0]))))
-    longest = max(map(len, texts[-1]))
-    widths[-1] = max(widths[-1], min(longest, room - sum(widths[:-1]) - len(widths)))
-    for column, width in zip(texts, widths, strict=True):
-        shown.add_column(Text(column[0]), width=width)
-    for row in zip(*(column[1:] for column in texts), strict=True):
-        shown.add_row(*map(Text, row))
-    return shown
+def _mib(size_bytes: int | None) -> float | None:
+    return None if size_bytes is None else size_bytes / MIB

@@ -20,16 +20,13 @@ from lowmem.config.schema import Config
 from lowmem.core.errors import Infeasible, PreflightError
 from lowmem.core.units import format_size
 from lowmem.plan.record import Candidate, Plan
-from lowmem.trial.trial import Trial, TrialResult, excess, run_trial, verdict
+from lowmem.trial import Trial, TrialResult, excess, run_trial, verdict
 
 MOST_TRIALS = 4
 _RUNG = 0.92  # of the budget, for the replacement of a choice that overshoots
 
-RunTrial = Callable[[Trial], TrialResult]
-Tell = Callable[[str], None]
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Tried:
     """A choice and what a trial made of it. `refused_because`: None if it holds; `for_memory`: less budget may help;
     `timed`: whether the predicted time is of this device (on the CPU it usually is of a card)."""
@@ -81,20 +78,24 @@ class Tried:
     @property
     def line(self) -> str:
         """One line: predicted against measured, and the verdict."""
+
+        def against(measured: float | None, predicted: float | None, text: str) -> str:
+            off = excess(measured, predicted)
+            return f"(predicted {text}, {'unknown' if off is None else f'{off:+.1%}'})"
+
         result, predicted = self.result, self.choice.plan.predicted
-        holds = self.refused_because or "holds"
-        if result.refused is not None:
-            return f"tried {describe_choice(self.choice)}: {holds}"
-        peak, seconds = result.peak_allocated_bytes, result.step_seconds
-        at_evaluation = result.eval_peak_allocated_bytes
-        against = f" (predicted {predicted.step_seconds or 0:.3f}, {_percent(seconds, predicted.step_seconds)})"
-        against = against if self.timed else ""
-        evaluation = "" if at_evaluation is None else f", {format_size(at_evaluation)} in evaluation"
-        return (
-            f"tried {describe_choice(self.choice)}: {format_size(peak)} at the peak of a step (predicted "
-            f"{format_size(predicted.peak_allocated_bytes)}, {_percent(peak, predicted.peak_allocated_bytes)})"
-            f"{evaluation}; {seconds or 0:.3f} s a step{against}: {holds}"
-        )
+        said = f"tried {describe_choice(self.choice)}: "
+        if result.refused is None:
+            peak, seconds = result.peak_allocated_bytes, result.step_seconds
+            wanted = predicted.peak_allocated_bytes
+            said += f"{format_size(peak)} at the peak of a step {against(peak, wanted, format_size(wanted))}"
+            if result.eval_peak_allocated_bytes is not None:
+                said += f", {format_size(result.eval_peak_allocated_bytes)} in evaluation"
+            said += f"; {seconds or 0:.3f} s a step"
+            if self.timed:
+                said += f" {against(seconds, predicted.step_seconds, f'{predicted.step_seconds or 0:.3f}')}"
+            said += ": "
+        return said + (self.refused_because or "holds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +150,8 @@ def confirm_run(
     *,
     num_classes: int,
     train_pictures: int,
-    tell: Tell,
-    run: RunTrial = run_trial,
+    tell: Callable[[str], None],
+    run: Callable[[Trial], TrialResult] = run_trial,
 ) -> Confirmed:
     """Tries `choices[0]` and its runners-up as a run with this configuration would do them; a line each to `tell`.
 
@@ -161,14 +162,7 @@ def confirm_run(
 
     def attempt(choice: Choice) -> Tried:
         result = run(trial_of(config, choice.plan, budget, num_classes, train_pictures))
-        refused_because, for_memory = verdict(result, budget, device)
-        tried = Tried(
-            choice=choice,
-            result=result,
-            refused_because=refused_because,
-            for_memory=for_memory,
-            timed=device == "cuda" or choice.timed,
-        )
+        tried = Tried(choice, result, *verdict(result, budget, device), device == "cuda" or choice.timed)
         tell(tried.line)
         return tried
 
@@ -186,10 +180,9 @@ def _replacements(request: Request, trials: list[Tried]) -> Iterator[Choice]:
     """What to try when nothing held, until there are MOST_TRIALS: the first choice under less and less budget, and at
     last the other precision that `auto` leaves open."""
     other = other_precision(request, trials[0].choice) if len(trials) == 1 else None
-    spare = 0 if other is None else 1
     last, limit = trials[0], request.budget.tensor_bytes
     tensor_bytes = limit
-    while last.for_memory and len(trials) + spare < MOST_TRIALS:
+    while last.for_memory and len(trials) + (other is not None) < MOST_TRIALS:
         measured = last.result.most_allocated_bytes
         over = 1.0 if measured is None else limit / max(measured, limit)
         tensor_bytes = int(tensor_bytes * min(_RUNG, over))
@@ -206,9 +199,7 @@ def _fastest(trials: list[Tried], budget: Budget) -> Tried:
     """Of those that hold. Raises Infeasible, PreflightError."""
     best: Tried | None = None
     for tried in trials:
-        if tried.refused_because is not None:
-            continue
-        if best is None or tried.images_per_second > ALIKE * best.images_per_second:
+        if tried.refused_because is None and (best is None or tried.images_per_second > ALIKE * best.images_per_second):
             best = tried
     if best is not None:
         return best
@@ -217,10 +208,8 @@ def _fastest(trials: list[Tried], budget: Budget) -> Tried:
             f"a trial of the first steps failed ({trials[0].refused_because}): mend that, or train without trials by "
             "--set memory.confirm=never"
         )
-    measured = [
-        peak for tried in trials if (peak := tried.result.most_allocated_bytes) is not None and tried.for_memory
-    ]
-    least = min(measured, default=None)
+    sizes = [tried.result.most_allocated_bytes for tried in trials if tried.for_memory]
+    least = min((size for size in sizes if size is not None), default=None)
     what = f"measured in {len(trials)} trials"
     if least is None:
         predicted = [tried.choice.plan.predicted.peak_allocated_bytes or 0 for tried in trials]
@@ -231,17 +220,17 @@ def _fastest(trials: list[Tried], budget: Budget) -> Tried:
 def _with_record(best: Tried, trials: list[Tried], budget: Budget, first: Choice) -> Choice:
     """The choice with all trials among its candidates, held to the budget that was given and not to a rung's."""
     plan = best.choice.plan
-    own = [one for one in plan.candidates if one.refused_because is not None]
-    if best.choice is not first:
-        known = {one.what for one in own}
-        own += [one for one in first.plan.candidates if one.refused_because is not None and one.what not in known]
+    refused: dict[str, Candidate] = {}
+    for one in (*plan.candidates, *first.plan.candidates):
+        if one.refused_because is not None:
+            refused.setdefault(one.what, one)
     slower = f"measured {best.images_per_second:,.0f} pictures per second of the chosen one, this one "
     others = [
         tried.candidate(tried.refused_because or f"{slower}{tried.images_per_second:,.0f}")
         for tried in trials
         if tried is not best
     ]
-    candidates = (*own, *others, best.candidate(None))
+    candidates = (*refused.values(), *others, best.candidate(None))
     return replace(best.choice, plan=replace(plan, budget_bytes=budget.tensor_bytes, candidates=candidates))
 
 
@@ -253,8 +242,3 @@ def describe_choice(choice: Choice) -> str:
         f"{plan.precision} at batch {plan.batch}{cut}, {plan.memory_format}, planned for "
         f"{format_size(choice.budget.tensor_bytes)}"
     )
-
-
-def _percent(measured: float | None, predicted: float | None) -> str:
-    off = excess(measured, predicted)
-    return "unknown" if off is None else f"{off:+.1%}"

@@ -13,8 +13,8 @@ from lowmem.choose.planning import choose
 from lowmem.choose.request import calibrator_of, request_of
 from lowmem.config.settings import gather
 from lowmem.models import skeleton
+from lowmem.trial import run_trial
 from lowmem.trial.plan_trial import trial_of
-from lowmem.trial.trial import run_trial
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.remat.kernels import norm_again, norm_backward, norm_first
-from lowmem.trial.ways import native_norms
+from lowmem.trial import native_norms
 from tests.exact.compare import FORMAT_NAMES, FORMATS
 
 pytestmark = [

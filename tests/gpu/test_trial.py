@@ -16,8 +16,7 @@ from lowmem.choose.request import Choice, request_of
 from lowmem.config.settings import gather
 from lowmem.core.units import GIB, MIB
 from lowmem.isolate import run
-from lowmem.trial.trial import BUSY_SHARE, Trial, run_trial
-from lowmem.trial.ways import PER_BLOCK, PLANNED
+from lowmem.trial import BUSY_SHARE, PER_BLOCK, PLANNED, Trial, run_trial
 
 pytestmark = [
     pytest.mark.gpu,

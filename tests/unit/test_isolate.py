@@ -152,9 +152,7 @@ def test_ctrl_c_ends_the_call_too(tmp_path: Path) -> None:
 class TestForks:
     def test_nothing_is_left_behind(self) -> None:
         with Forks(f"{HERE}:nothing_to_prepare") as forks:
-            forks(f"{HERE}:double", 1, timeout_seconds=60)
-            assert forks.pid is not None
-            number = forks.pid
+            number = forks(f"{HERE}:parent", timeout_seconds=60).answer
         assert not Path(f"/proc/{number}").exists()
 
     def test_it_ends_with_its_caller(self) -> None:
@@ -162,7 +160,7 @@ class TestForks:
             "import os, signal\n"
             "from lowmem.isolate import Forks\n"
             f"forks = Forks('{HERE}:nothing_to_prepare').__enter__()\n"
-            "print(forks.pid, flush=True)\n"
+            f"print(forks('{HERE}:parent', timeout_seconds=60).answer, flush=True)\n"
             "os.kill(os.getpid(), signal.SIGKILL)\n"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
@@ -172,11 +170,11 @@ class TestForks:
     def test_a_process_that_forks_and_is_killed_is_taken_for_out_of_memory(self, tmp_path: Path) -> None:
         file = tmp_path / "pid"
         with Forks(f"{HERE}:nothing_to_prepare") as forks:
+            number = forks(f"{HERE}:parent", timeout_seconds=60).answer
 
             def kill() -> None:
                 _pid_in(file)
-                assert forks.pid is not None
-                os.kill(forks.pid, signal.SIGKILL)
+                os.kill(number, signal.SIGKILL)
 
             killer = threading.Thread(target=kill)
             killer.start()

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.gpu.account import Account
 from benchmarks.gpu.parts.asking import ask_side_by_side
 from lowmem.bench.plan_checks import GRADIENTS
-from lowmem.trial.trial import WORK
+from lowmem.trial import WORK
 
 
 def work(questions: list[dict[str, Any]], account: Account, artefacts: Path) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 from benchmarks.gpu.account import Account
 from benchmarks.gpu.parts.asking import ask
 from lowmem.choose.budget import Budget
-from lowmem.trial.trial import WORK, TrialResult, excess, result_of, verdict
-from lowmem.trial.ways import PLAIN
+from lowmem.trial import PLAIN, WORK, TrialResult, excess, result_of, verdict
 
 
 def work(questions: list[dict[str, Any]], account: Account, artefacts: Path) -> None:

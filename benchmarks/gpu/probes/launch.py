@@ -14,7 +14,7 @@ from lowmem.config.schema import OptimConfig
 from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
-from lowmem.trial.ways import PLAIN, PLANNED, executed
+from lowmem.trial import PLAIN, PLANNED, executed
 
 _ROUNDS = 3
 

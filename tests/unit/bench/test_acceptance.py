@@ -6,25 +6,18 @@ import csv
 import io
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lowmem.bench.acceptance import (
-    KINDS,
-    AcceptanceSetup,
-    Record,
-    acceptance_cells,
-    records,
-    targets,
-)
-from lowmem.bench.acceptance_tables import to_csv, to_json, to_markdown
-from lowmem.bench.cells import ENGINE, NO_TIME, PLAIN_DEFAULT, Cell
+from lowmem.bench import ENGINE, NO_TIME, PLAIN_DEFAULT, Cell
+from lowmem.bench.acceptance import KINDS, AcceptanceSetup, acceptance_cells, account, targets
+from lowmem.bench.results import Row
 from lowmem.bench.run import Bench
 from lowmem.calibrate.environment import describe
+from lowmem.cli.show_bench import _acceptance_picture
 from lowmem.core.units import GIB, KIB, MIB
-from lowmem.trial.trial import TrialResult
+from lowmem.trial import TrialResult
 from tests.isolated import call_here
 
 NET: dict[str, Any] = {"arch": "res20", "block": "basic", "width": 4, "batch": 16, "vram_bytes": 6 * MIB}
@@ -36,13 +29,14 @@ class Untimed(AcceptanceSetup):
     timed = False
 
 
+HERE = describe("cpu")
 SETUP = Untimed(**NET, device="cpu", steps=1, tries=4)
 
 
 def _measure(setup: AcceptanceSetup, cells: list[Cell], seconds: float = 1e4, saved: list[int] | None = None) -> None:
     def save(cells: object, finished: bool) -> None:
         if saved is not None and not finished:
-            saved.append(len(records(setup, bench.cells, finished=False)))
+            saved.append(len(account(setup, HERE, bench.cells, finished=False).rows))
 
     bench = Bench(setup, cells, seconds=seconds, tell=lambda _: None, save=save, call=call_here)
     bench.run()
@@ -66,21 +60,21 @@ def test_time_is_predicted_of_the_processor_too() -> None:
     setup = AcceptanceSetup(**NET, device="cpu", steps=1)
     (cell, *_) = acceptance_cells(setup)
     _measure(setup, [cell])
-    (row,) = records(setup, [cell])
+    (row,) = account(setup, HERE, [cell], finished=True).rows
     assert row["predicted_step_seconds"] > 0
     assert row["predicted_overhead"] is not None
 
 
 @pytest.fixture(scope="module")
-def rows(cells: list[Cell]) -> list[Record]:
-    return records(SETUP, cells)
+def rows(cells: list[Cell]) -> list[Row]:
+    return account(SETUP, HERE, cells, finished=True).rows
 
 
-def _named(rows: list[Record], words: str) -> Record:
+def _named(rows: list[Row], words: str) -> Row:
     return next(row for row in rows if words in row["name"])
 
 
-def test_every_cell_is_run_and_saved_as_it_ends(rows: list[Record], saved: list[int]) -> None:
+def test_every_cell_is_run_and_saved_as_it_ends(rows: list[Row], saved: list[int]) -> None:
     (refused,) = (row for row in rows if row["refused"])
     assert refused["name"].startswith("fp32, channels-last"), "a net so thin"
     assert "corrupts memory" in (refused["refused"] or "")
@@ -88,7 +82,7 @@ def test_every_cell_is_run_and_saved_as_it_ends(rows: list[Record], saved: list[
     assert {row["kind"] for row in rows} == set(KINDS)
 
 
-def test_predicted_and_measured_memory(rows: list[Record]) -> None:
+def test_predicted_and_measured_memory(rows: list[Row]) -> None:
     for row in rows:
         if row["predicted_allocated_bytes"] is not None:
             assert row["allocated_error"] == pytest.approx(0, abs=0.01), row["name"]
@@ -98,11 +92,11 @@ def test_predicted_and_measured_memory(rows: list[Record]) -> None:
     assert half["allocated_bytes"] < plain["allocated_bytes"]
     assert full["overhead"] is not None
     allocated = targets(rows)[0]
-    assert allocated.met is True
-    assert targets(rows)[1].met is None  # nothing is reserved on the CPU
+    assert allocated["met"] is True
+    assert targets(rows)[1]["met"] is None  # nothing is reserved on the CPU
 
 
-def test_gradients_and_survival(rows: list[Record]) -> None:
+def test_gradients_and_survival(rows: list[Row]) -> None:
     found = _named(rows, "gradients")["facts"]
     assert found["bitwise"]
     assert found["deterministic_bitwise"]
@@ -112,7 +106,7 @@ def test_gradients_and_survival(rows: list[Record]) -> None:
     assert survived["last_budget_bytes"] < survived["budget_bytes"]
 
 
-def test_the_largest_batch_is_verified_and_the_next_is_refused(rows: list[Record]) -> None:
+def test_the_largest_batch_is_verified_and_the_next_is_refused(rows: list[Row]) -> None:
     planned, plain = (_named(rows, f"fp32, {way}") for way in ("planned", "plain"))
     assert planned["batch"] is not None
     assert plain["batch"] is not None
@@ -125,24 +119,24 @@ def test_the_largest_batch_is_verified_and_the_next_is_refused(rows: list[Record
 
 
 def test_the_account_is_written_in_all_its_forms(cells: list[Cell]) -> None:
-    environment = describe("cpu")
-    record = json.loads(to_json(SETUP, environment, cells, finished=True))
+    told = account(SETUP, HERE, cells, finished=True)
+    record = json.loads(told.json())
     assert (record["finished"], record["emulated"]) == (True, False)
     assert len(record["cells"]) == len(cells)
-    assert len(list(csv.DictReader(io.StringIO(to_csv(SETUP, cells))))) == len(cells)
-    text = to_markdown(SETUP, environment, cells, finished=True)
+    assert len(list(csv.DictReader(io.StringIO(told.csv())))) == len(cells)
+    text = told.markdown()
     for heading in ("Targets", "Memory", "Step time", "largest batch", "Mixed precision", "Out of memory", "Gradients"):
         assert heading in text
     assert "emulated" not in text
-    assert "Not finished" in to_markdown(SETUP, environment, cells[:1], finished=False)
+    assert "Not finished" in account(SETUP, HERE, cells[:1], finished=False).markdown()
 
 
 def test_without_time_every_cell_says_so() -> None:
     cells = acceptance_cells(SETUP)
     _measure(SETUP, cells, seconds=0.0)
-    assert {row["refused"] for row in records(SETUP, cells)} == {NO_TIME}
-    assert NO_TIME in to_markdown(SETUP, describe("cpu"), cells, finished=True)
-    assert records(SETUP, cells, finished=False) == []
+    assert {row["refused"] for row in account(SETUP, HERE, cells, finished=True).rows} == {NO_TIME}
+    assert NO_TIME in account(SETUP, HERE, cells, finished=True).markdown()
+    assert account(SETUP, HERE, cells, finished=False).rows == []
 
 
 ON_CARD = replace(SETUP, device="cuda", card_bytes=16 * GIB)
@@ -175,7 +169,7 @@ def _larger(share: float | None) -> list[Cell]:
 def test_a_card_that_waits_for_launches_is_timed_at_a_larger_batch() -> None:
     plain, planned = _larger(0.3)
     assert (plain.refusal, planned.refusal, plain.batch, planned.batch) == (None, None, 64, 64)
-    first, second = records(SETUP, [plain, planned])
+    first, second = account(SETUP, HERE, [plain, planned], finished=True).rows
     assert first["overhead"] is None
     assert second["overhead"] is not None
     assert second["vram_bytes"] == 2 * (SETUP.vram_bytes or 0)
@@ -194,15 +188,15 @@ def test_a_busy_card_is_not(share: float | None, said: str) -> None:
 
 def test_a_larger_card_is_called_emulated() -> None:
     setup = replace(ON_CARD, vram_bytes=6 * GIB)
-    environment = {**describe("cpu"), "device": "cuda", "card": "a card"}
-    text = to_markdown(setup, environment, acceptance_cells(setup)[:1], finished=True)
+    environment = {**HERE, "device": "cuda", "card": "a card"}
+    text = account(setup, environment, acceptance_cells(setup)[:1], finished=True).markdown()
     assert "**emulated**" in text
     assert "6,144 MiB (emulated)" in text
     assert not replace(setup, card_bytes=6 * GIB - 80 * MIB).emulates(6 * GIB)
 
 
 def _judged(*cells: Cell) -> list[tuple[bool | None, str]]:
-    return [(target.met, target.found) for target in targets(records(ON_CARD, cells))]
+    return [(target["met"], target["found"]) for target in targets(account(ON_CARD, HERE, cells, finished=True).rows)]
 
 
 def test_targets_are_judged_by_all_cells() -> None:
@@ -235,14 +229,12 @@ def test_overheads_are_judged_where_the_card_is_busy() -> None:
     assert judged(idle, _timed("time", 512, 0.9, 7.0)) == (False, "+7.0 points")
     assert judged(idle, _timed("time", 512, 0.7, 7.0))[0] is None
     assert judged(_timed("memory", 128, 0.95, 6.0), _timed("time", 512, 0.9, 1.0))[0] is False
-    text = to_markdown(SETUP, describe("cpu"), idle, finished=True)
+    text = account(SETUP, HERE, idle, finished=True).markdown()
     assert "Bound by launches: the card computes 40% of a plain step at batch 128; compare at a larger --batch." in text
-    assert "Bound by launches" not in to_markdown(SETUP, describe("cpu"), _timed("memory", 128, 0.95, 3.0), True)
+    assert "Bound by launches" not in account(SETUP, HERE, _timed("memory", 128, 0.95, 3.0), True).markdown()
 
 
-def test_the_picture(rows: list[Record], tmp_path: Path) -> None:
-    from lowmem.cli.show_acceptance import _picture
-
-    png = _picture(SETUP, describe("cpu"), rows)
+def test_the_picture(cells: list[Cell]) -> None:
+    png = _acceptance_picture(SETUP, HERE, account(SETUP, HERE, cells, finished=True))
     assert png.startswith(b"\x89PNG")
     assert len(png) > 20 * KIB

@@ -8,24 +8,20 @@ from typing import Any
 
 import pytest
 
-from lowmem.bench.cells import (
+from lowmem.bench import (
     ENGINE,
     FAMILIES,
     LEAST,
-    MODES,
     NO_TIME,
     PLAIN_DEFAULT,
     PLAIN_FREE,
     PLAIN_FUSED,
     Cell,
-    TableSetup,
-    largest_cells,
-    mode_budget,
     plain_of,
     same_as_plain,
-    step_cells,
 )
-from lowmem.trial.trial import TrialResult
+from lowmem.bench.tables import MODES, TableSetup, largest_cells, mode_budget, step_cells
+from lowmem.trial import TrialResult
 
 SETUP = TableSetup(arch="res20", block="basic", width=8, batch=32, device="cpu")
 

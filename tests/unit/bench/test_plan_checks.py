@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, Literal
 
 import pytest
@@ -15,13 +16,13 @@ from lowmem.choose.planning import choose, make_plan
 from lowmem.choose.request import request_of
 from lowmem.config.settings import gather
 from lowmem.models import build, skeleton
-from lowmem.trial.ways import native_norms
+from lowmem.trial import native_norms
 
 
-def _question(batch_norm: Literal["library", "native"] = "native") -> PlanQuestion:
+def _question(batch_norm: Literal["library", "native"] = "native") -> dict[str, Any]:
     plan = make_plan(skeleton("res20", width=4), batch=8, budget="3M", batch_norm=batch_norm)
     assert plan.predicted.extra_flops  # something is computed again
-    return PlanQuestion(arch="res20", block="basic", width=4, batch=8, plan=plan.to_json())
+    return asdict(PlanQuestion(arch="res20", block="basic", width=4, batch=8, plan=plan.to_json()))
 
 
 @pytest.mark.parametrize("batch_norm", ["library", "native"])
@@ -66,6 +67,6 @@ def test_injected_out_of_memory_is_survived() -> None:
     flags = {"model.arch": "res20", "model.width": 4, "train.batch": 8, "train.device": "cpu", "memory.vram": "4M"}
     choice = with_ladder(choose(request_of(gather(flags=flags, sets=["train.precision=fp32"]).config)))
     plan = choice.plan.to_json()
-    found = survive(PlanQuestion(arch="res20", block="basic", width=4, batch=8, plan=plan))
+    found = survive(asdict(PlanQuestion(arch="res20", block="basic", width=4, batch=8, plan=plan)))
     assert (found["survived"], found["times_out_of_memory"], found["weights_bitwise"]) == (True, 2, True)
     assert found["last_budget_bytes"] < found["budget_bytes"]

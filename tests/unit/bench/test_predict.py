@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import pytest
 
-from lowmem.bench.cells import (
+from lowmem.bench import (
     CHECKPOINT_PER_BLOCK,
     CHECKPOINT_SELECTIVE,
     ENGINE,
@@ -15,11 +16,12 @@ from lowmem.bench.cells import (
     LEAST,
     PLAIN_DEFAULT,
     Cell,
-    TableSetup,
 )
 from lowmem.bench.predict import Predictor, largest
+from lowmem.bench.tables import TableSetup
 from lowmem.choose.budget import tensors_only
-from lowmem.trial.trial import Trial
+from lowmem.core.errors import Infeasible
+from lowmem.trial import Trial
 from lowmem.trial.worker import work
 
 NET: dict[str, Any] = {"arch": "res20", "block": "basic", "width": 4, "batch": 16, "device": "cpu"}
@@ -35,10 +37,10 @@ def a_cell(family: str, budget: Any = None, precision: str = "fp32", kind: str =
 
 
 def tried(cell: Cell) -> dict[str, Any]:
-    way, optimizer = FAMILIES[cell.family]
+    way, fused = FAMILIES[cell.family]
     mode = {"precision": cell.precision, "memory_format": cell.memory_format}
-    trial = Trial(**NET, **mode, way=way, optimizer=optimizer, plan=cell.plan, steps=1, warmup=1, detailed=True)
-    return work(trial)
+    trial = Trial(**NET, **mode, way=way, fused=fused, plan=cell.plan, steps=1, warmup=1, detailed=True)
+    return work(asdict(trial))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "amp"])
@@ -69,9 +71,8 @@ def test_less_than_the_least_is_refused(predictor: Predictor) -> None:
     predictor.prepare(least)
     assert least.budget_bytes is not None
     below = a_cell(ENGINE, least.budget_bytes - 1024)
-    predictor.prepare(below)
-    assert below.prepared
-    assert "no plan fits: the least takes" in (below.refused or "")
+    with pytest.raises(Infeasible):
+        predictor.prepare(below)
     assert below.plan is None
 
 
@@ -85,11 +86,10 @@ def test_the_largest_batch_fits_and_the_next_does_not(predictor: Predictor, fami
     assert search.fails == search.holds + 1
     assert len(search.tried) <= 4  # the first guess is near
     cell.batch = search.holds
-    if family == ENGINE:
-        predictor.note_choice(cell, predictor.plan(cell.mode, cell.batch, budget, measured=False))
-    way, optimizer = FAMILIES[family]
-    trial = Trial(**{**NET, "batch": search.holds}, way=way, optimizer=optimizer, plan=cell.plan, steps=1, warmup=1)
-    assert work(trial)["peak_allocated_bytes"] <= budget.tensor_bytes
+    predictor.prepare(cell, budget)
+    way, fused = FAMILIES[family]
+    trial = Trial(**{**NET, "batch": search.holds}, way=way, fused=fused, plan=cell.plan, steps=1, warmup=1)
+    assert work(asdict(trial))["peak_allocated_bytes"] <= budget.tensor_bytes
 
 
 def test_nothing_fits_into_next_to_nothing(predictor: Predictor) -> None:

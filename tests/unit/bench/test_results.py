@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from lowmem.bench import tables
-from lowmem.bench.cells import MODES, Cell, TableSetup, largest_cells, step_cells
+from lowmem.bench import Cell
 from lowmem.bench.results import Results
+from lowmem.bench.tables import MODES, TableSetup, account, largest_cells, step_cells
 from lowmem.core.errors import DiskError, PreflightError, UsageError
-from lowmem.trial.trial import TrialResult
+from lowmem.trial import TrialResult
 
 SETUP = TableSetup(arch="res20", block="basic", width=8, batch=32, device="cpu")
 HERE: dict[str, Any] = {
@@ -36,13 +36,13 @@ def some_cells() -> list[Cell]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    with Results(tmp_path / "found", SETUP, HERE, tables) as results:
+    with Results(tmp_path / "found", SETUP, HERE, account) as results:
         results.save(some_cells(), finished=False)
     return tmp_path / "found"
 
 
 def test_what_was_saved_is_there(folder: Path) -> None:
-    with Results(folder, SETUP, {**HERE, "git_commit": "another"}, tables) as results:
+    with Results(folder, SETUP, {**HERE, "git_commit": "another"}, account) as results:
         cells = results.load()
     assert len(cells) == len(some_cells())
     first = cells[some_cells()[0].key]
@@ -51,7 +51,7 @@ def test_what_was_saved_is_there(folder: Path) -> None:
 
 
 def test_an_empty_folder_has_nothing_and_keeps_nothing(tmp_path: Path) -> None:
-    with Results(tmp_path / "new", SETUP, HERE, tables) as results:
+    with Results(tmp_path / "new", SETUP, HERE, account) as results:
         assert results.load() == {}
     assert not list((tmp_path / "new").glob("bench.[jcmp]*"))
 
@@ -69,7 +69,7 @@ def test_results_of_something_else_are_refused(
     folder: Path, setup: TableSetup, environment: dict[str, Any], said: str
 ) -> None:
     before = (folder / "bench.json").read_bytes()
-    with Results(folder, setup, environment, tables) as results, pytest.raises(UsageError, match=said):
+    with Results(folder, setup, environment, account) as results, pytest.raises(UsageError, match=said):
         results.load()
     assert (folder / "bench.json").read_bytes() == before
 
@@ -81,7 +81,7 @@ def test_results_of_something_else_are_refused(
 def test_what_is_no_result_is_refused(folder: Path, text: str) -> None:
     (folder / "bench.json").write_text(text)
     with (
-        Results(folder, SETUP, HERE, tables) as results,
+        Results(folder, SETUP, HERE, account) as results,
         pytest.raises(UsageError, match="give another --out, or delete it"),
     ):
         results.load()
@@ -92,18 +92,18 @@ def test_a_cell_that_was_changed_by_hand_is_refused(folder: Path) -> None:
     found = json.loads((folder / "bench.json").read_text())
     found["cells"][0]["trials"]["1"]["surprise"] = 1
     (folder / "bench.json").write_text(json.dumps(found))
-    with Results(folder, SETUP, HERE, tables) as results, pytest.raises(UsageError, match="surprise"):
+    with Results(folder, SETUP, HERE, account) as results, pytest.raises(UsageError, match="surprise"):
         results.load()
 
 
 def test_a_second_writer_is_refused(folder: Path) -> None:
     with (
-        Results(folder, SETUP, HERE, tables),
+        Results(folder, SETUP, HERE, account),
         pytest.raises(UsageError, match="another `lowmem bench` is writing"),
-        Results(folder, SETUP, HERE, tables),
+        Results(folder, SETUP, HERE, account),
     ):
         pass
-    with Results(folder, SETUP, HERE, tables) as results:
+    with Results(folder, SETUP, HERE, account) as results:
         assert results.load()
 
 
@@ -111,17 +111,17 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(PreflightError, match="choose another with --out"),
-        Results(tmp_path / "file" / "x", SETUP, HERE, tables),
+        Results(tmp_path / "file" / "x", SETUP, HERE, account),
     ):
         pass
 
 
 def test_a_disk_that_refuses_says_what_stands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, text: str) -> None:
+    def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    with Results(folder, SETUP, HERE, tables) as results:
-        monkeypatch.setattr("lowmem.bench.results.write_text_atomic", full)
+    with Results(folder, SETUP, HERE, account) as results:
+        monkeypatch.setattr("lowmem.bench.results.write_bytes_atomic", full)
         with pytest.raises(DiskError, match="what was measured before is there"):
             results.save(some_cells(), finished=True)
         assert results.load()

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from lowmem.bench.cells import ENGINE, MODES, PLAIN_DEFAULT, PLAIN_FREE, TableSetup, largest_cells, step_cells
-from lowmem.bench.tables import extra_flops, tables, to_csv, to_markdown
+from lowmem.bench import ENGINE, PLAIN_DEFAULT, PLAIN_FREE
+from lowmem.bench.tables import MODES, TableSetup, account, largest_cells, step_cells
 from lowmem.core.units import MIB
-from lowmem.trial.trial import TrialResult
+from lowmem.trial import TrialResult
 
 HERE: dict[str, Any] = {"lowmem": "1", "torch": "2", "python": "3", "device": "cpu", "cpu": "a", "cpu_threads": 2}
 
@@ -24,12 +24,15 @@ def test_rows_are_as_wide_as_their_header(device: str, measured: bool) -> None:
     cells = [*step_cells(setup, MODES), *largest_cells(setup)]
     for cell in cells if measured else []:
         cell.trials["1"] = asdict(TrialResult(step_seconds=1.0, least_seconds=1.0, most_seconds=2.0, flops=10))
-    for table in tables(setup, cells):
-        assert table.rows
-        assert {len(row) for row in table.rows} == {len(table.header)}
-        assert max(table.brief) < len(table.header)
-        assert any("not run: time" in row for row in table.rows) != measured
-    assert len(list(csv.DictReader(io.StringIO(to_csv(setup, cells))))) == len(cells)
+    told = account(setup, HERE, cells, finished=measured)
+    for table in told.tables:
+        header, *rows = table.lines()
+        assert rows
+        assert {len(row) for row in rows} == {len(header)}
+        assert any("not run: time" in row for row in rows) != measured
+        brief, *_ = table.lines(brief=True)
+        assert set(brief) <= set(header)
+    assert len(list(csv.DictReader(io.StringIO(told.csv())))) == len(cells)
 
 
 def test_figures() -> None:
@@ -54,15 +57,18 @@ def test_figures() -> None:
             | shared
             | {"flops": 1250}
         )
-    assert extra_flops(planned, plain) == 0.25
-    text = to_markdown(setup, HERE, [*cells, *largest_cells(setup)], finished=True)
+    text = account(setup, HERE, [*cells, *largest_cells(setup)], finished=True).markdown()
     assert (
         "| lowmem, 50% of plain | 50.0 | 51.0 | – | 21 | 1.500 (1.400 to 1.600) | 1.50 (0.75–1.50) | +25.0% "
         "| same bits |"
     ) in text
     assert "| plain PyTorch | 400 | 401 | – | 32 | 1.000 (1.000 to 3.000) | 1 | none | – |" in text
     assert "Not finished" not in text
-    row = next(one for one in csv.DictReader(io.StringIO(to_csv(setup, cells))) if one["way"] == "lowmem, 50% of plain")
+    row = next(
+        one
+        for one in csv.DictReader(io.StringIO(account(setup, HERE, cells, True).csv()))
+        if one["way"] == "lowmem, 50% of plain"
+    )
     assert (row["times_plain"], row["least_times_plain"], row["extra_flops"]) == ("1.5", "0.75", "0.25")
     assert (row["peak_allocated_bytes"], row["as_plain"], row["refused"]) == (str(51 * MIB), "same bits", "")
 
@@ -71,11 +77,11 @@ def test_what_deterministic_kernels_cost_is_said() -> None:
     setup = TableSetup(arch="res20", block="basic", width=8, batch=32, device="cuda")
     cells = [*step_cells(setup, MODES[:1]), *largest_cells(setup)]
     here = {**HERE, "device": "cuda", "tf32": True}
-    assert "Deterministic kernels" not in to_markdown(setup, here, cells, finished=True)
+    assert "Deterministic kernels" not in account(setup, here, cells, finished=True).markdown()
     for cell in cells:
         if cell.family in (PLAIN_DEFAULT, PLAIN_FREE):
             cell.trials["1"] = asdict(TrialResult(step_seconds=1.1 if cell.family == PLAIN_DEFAULT else 1.0))
-    text = to_markdown(setup, here, cells, finished=True)
+    text = account(setup, here, cells, finished=True).markdown()
     assert "make plain PyTorch's step +10.0% longer" in text
     assert "fp32 convolutions in TF32" in text
 
@@ -86,7 +92,7 @@ def test_a_card_that_waits_for_launches_is_said_to(share: float | None, said: bo
     cells = step_cells(setup, MODES[:1])
     plain = next(cell for cell in cells if cell.family == PLAIN_DEFAULT)
     plain.trials["1"] = asdict(TrialResult(step_seconds=1.0, least_seconds=1.0, most_seconds=1.0, busy_share=share))
-    text = to_markdown(setup, HERE, [*cells, *largest_cells(setup)], finished=True)
+    text = account(setup, HERE, [*cells, *largest_cells(setup)], finished=True).markdown()
     assert ("the card computes 42% of a plain step at batch 32; compare at a larger --batch" in text) is said
     assert ("Bound by launches" in text) is said
 
@@ -94,4 +100,4 @@ def test_a_card_that_waits_for_launches_is_said_to(share: float | None, said: bo
 def test_unfinished_results_say_so() -> None:
     setup = TableSetup(arch="res20", block="basic", width=8, batch=32, device="cpu")
     cells = [*step_cells(setup, MODES[::2]), *largest_cells(setup)]
-    assert "**Not finished" in to_markdown(setup, HERE, cells, finished=False)
+    assert "**Not finished" in account(setup, HERE, cells, finished=False).markdown()

@@ -18,7 +18,7 @@ from lowmem.bench.plan_checks import PlanQuestion
 from lowmem.choose.budget import Budget
 from lowmem.core.units import GIB, MIB
 from lowmem.plan.record import Plan
-from lowmem.trial.trial import Trial
+from lowmem.trial import Trial
 
 
 @pytest.fixture(scope="module")

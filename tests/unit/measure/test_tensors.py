@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
-from lowmem.trial.ways import PER_BLOCK, PLAIN, SELECTIVE, executed
+from lowmem.trial import PER_BLOCK, PLAIN, SELECTIVE, executed
 
 
 def test_storages_are_counted_once_and_until_their_end() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from lowmem.bench.cells import FAMILIES
+from lowmem.bench import FAMILIES
 from lowmem.report.method_figures import MeasuredPoint, draw_bench
 from lowmem.report.style import METHOD_STYLES
 from tests.unit.report.test_figures import pixels

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from lowmem.bench.cells import FAMILIES
+from lowmem.bench import FAMILIES
 from lowmem.config.schema import BLOCK_LAYOUT, ModelConfig
 from lowmem.report import style
 from lowmem.report.naming import network_name

@@ -16,8 +16,8 @@ from lowmem.core.errors import Infeasible, PreflightError
 from lowmem.core.units import MIB
 from lowmem.isolate import OUT_OF_MEMORY
 from lowmem.plan.record import Plan
+from lowmem.trial import Trial, TrialResult, run_trial
 from lowmem.trial.plan_trial import MOST_TRIALS, Confirmed, confirm_run, wants_confirmation
-from lowmem.trial.trial import Trial, TrialResult, run_trial
 from tests.tiny import tiny
 
 

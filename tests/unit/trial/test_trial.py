@@ -12,8 +12,7 @@ from lowmem.choose.planning import make_plan
 from lowmem.isolate import OUT_OF_MEMORY, CallResult, run
 from lowmem.models import skeleton
 from lowmem.step.train_step import TrainStep
-from lowmem.trial.trial import Trial, TrialResult, calls_on, run_trial
-from lowmem.trial.ways import PER_BLOCK, PLANNED
+from lowmem.trial import PER_BLOCK, PLANNED, Trial, TrialResult, calls_on, run_trial
 from lowmem.trial.worker import work
 from tests.isolated import call_here
 
@@ -45,7 +44,7 @@ def test_a_plan_takes_what_was_predicted_and_computes_the_same(plain: TrialResul
 
 
 def test_the_librarys_checkpointing_is_tried_likewise(plain: TrialResult) -> None:
-    found = work(Trial(**TINY, way=PER_BLOCK))  # in this process: what it does, not where
+    found = work({**TINY, "way": PER_BLOCK})  # in this process: what it does, not where
     assert tuple(found["losses"]) == plain.losses
     assert plain.peak_allocated_bytes is not None
     assert found["peak_allocated_bytes"] < plain.peak_allocated_bytes
