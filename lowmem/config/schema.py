@@ -6,8 +6,9 @@ cannot change what is computed. How settings are gathered (recipe, file, flags, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -40,9 +41,7 @@ ARCHITECTURES: tuple[str, ...] = tuple(f"{kind}{depth}" for kind in ("res", "cnn
 
 def resolve_block(arch: str, block: str | None) -> str:
     """The block of an architecture: the asked one if the family has it, else what the report used for that depth.
-
-    Raises UsageError for an unknown architecture or a block that the family does not have at that depth.
-    """
+    Raises UsageError for an unknown architecture or a block that the family does not have at that depth."""
     if arch not in ARCHITECTURES:
         raise UsageError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
     depth = int(arch[3:])
@@ -58,6 +57,11 @@ def _check_source(source: str) -> str:
     if source in {"cifar10", "fashion-mnist", "shapes"} or (source.startswith("folder:") and len(source) > 7):
         return source
     raise ValueError(f"{source!r} is no data source: use cifar10, fashion-mnist, shapes or folder:PATH")
+
+
+Size = Annotated[
+    PositiveInt, BeforeValidator(lambda value: parse_size(value) if isinstance(value, int | str) else value)
+]
 
 
 class Section(BaseModel):
@@ -181,10 +185,6 @@ class TrainConfig(Section):
         return self
 
 
-def _size(value: object) -> object:
-    return parse_size(value) if isinstance(value, str) else value
-
-
 class MemoryConfig(Section):
     """What the step must fit into. Without any of these the CPU trains unplanned, and a CUDA device has what is free.
 
@@ -197,7 +197,7 @@ class MemoryConfig(Section):
     before the run (`auto`: on CUDA).
     """
 
-    vram: Annotated[PositiveInt, BeforeValidator(_size)] | None = None
+    vram: Size | None = None
     card: str | None = None
     platform: Literal["auto", "linux", "linux-display", "windows"] = "auto"
     calibrate: Literal["auto", "always", "never"] = "auto"
@@ -236,37 +236,17 @@ class Config(Section):
 
 
 # What may differ on resume: it changes where, how often and how long, not what is computed.
-OPERATIONAL: frozenset[str] = frozenset(
-    {
-        "train.device",
-        "train.max_steps",
-        "train.log_every_steps",
-        "train.grad_norms_every",
-        "train.on_stuck",
-        "train.on_nan",
-        "train.tensorboard",
-        "train.peer_timeout_minutes",
-        "data.source",  # a moved folder; the pictures themselves are checked by their fingerprint
-        "data.root",
-        "data.cache",
-        "data.download",
-        "memory.vram",
-        "memory.card",
-        "memory.platform",
-        "memory.calibrate",
-        "memory.allow_accumulation",
-        "memory.confirm",
-        "checkpoint.every_minutes",
-        "checkpoint.every_steps",
-        "checkpoint.keep",
-        "checkpoint.keep_every",
-    }
-)
+_OPERATIONAL = {
+    "train": "device max_steps log_every_steps grad_norms_every on_stuck on_nan tensorboard peer_timeout_minutes",
+    "data": "source root cache download",  # a moved folder; the pictures themselves are checked by their fingerprint
+    "memory": "vram card platform calibrate allow_accumulation confirm",
+    "checkpoint": "every_minutes every_steps keep keep_every",
+}
+OPERATIONAL = frozenset(f"{section}.{name}" for section, names in _OPERATIONAL.items() for name in names.split())
 
 
 def for_process(config: Config, rank: int, size: int) -> Config:
     """The settings of one of `size` processes: of several cards named in `memory.card` its own, by rank.
-
     Raises UsageError unless there is one card for all, or one for each."""
     cards = cards_of(config)
     if len(cards) <= 1:
@@ -289,12 +269,14 @@ def cards_of(config: Config) -> tuple[str, ...]:
 
 def flatten(config: Config) -> dict[str, object]:
     """`{"model.arch": "res20", ...}` in the order of the classes above; tuples become lists."""
+    return dotted(config.model_dump(mode="json"))
+
+
+def dotted(nested: Mapping[Any, object]) -> dict[str, object]:
+    """Nested dictionaries -> dotted names."""
     flat: dict[str, object] = {}
-    for name, value in config.model_dump(mode="json").items():
-        if isinstance(value, dict):
-            flat.update({f"{name}.{key}": inner for key, inner in value.items()})
-        else:
-            flat[name] = value
+    for name, value in nested.items():
+        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {str(name): value}
     return flat
 
 
@@ -304,15 +286,10 @@ def known_keys() -> tuple[str, ...]:
     return tuple(flatten(Config()))
 
 
-def nest(flat: dict[str, object]) -> dict[str, object]:
+def nest(flat: Mapping[str, object]) -> dict[str, Any]:
     """The inverse of `flatten` on plain values: dotted names -> nested dictionaries."""
-    nested: dict[str, object] = {}
+    nested: dict[str, Any] = {}
     for key, value in flat.items():
-        section, _, name = key.partition(".")
-        if name:
-            inner = nested.setdefault(section, {})
-            assert isinstance(inner, dict)
-            inner[name] = value
-        else:
-            nested[section] = value
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
     return nested

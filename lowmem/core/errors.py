@@ -1,5 +1,5 @@
-"""The exceptions a user can meet. Each has the exit code of the command line and a message of one line that
-carries both sides and the way out."""
+"""The exceptions a user can meet. Each has the exit code of the command line and a message of one line that carries
+both sides and the way out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ class ExitCode(IntEnum):
 class LowmemError(Exception):
     """Base of all errors whose message is meant for the user; `exit_code` is what the command leaves with."""
 
-    exit_code: ExitCode = ExitCode.BUG
+    exit_code = ExitCode.BUG
+
+    def __init__(self, message: str, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        if exit_code is not None:
+            self.exit_code = ExitCode(exit_code) if exit_code in set(ExitCode) else ExitCode.BUG
 
 
 class UsageError(LowmemError):
@@ -108,8 +113,7 @@ class PeerError(LowmemError):
     """What another process of the run failed with, and says; this one leaves with the same code."""
 
     def __init__(self, rank: int, message: str, exit_code: int) -> None:
-        super().__init__(f"process {rank}: {message}")
-        self.exit_code = ExitCode(exit_code)
+        super().__init__(f"process {rank}: {message}", exit_code)
 
 
 class PeerFailed(RuntimeError):
@@ -117,8 +121,4 @@ class PeerFailed(RuntimeError):
 
 
 class Interrupted(LowmemError):
-    """A signal asked the run to stop, and it was saved."""
-
-    def __init__(self, message: str, exit_code: ExitCode) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    """A signal asked the run to stop, and it was saved. It comes with the signal's code."""
