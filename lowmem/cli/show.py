@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from lowmem.doctor import Facts, Finding
     from lowmem.plan.baselines import Points
     from lowmem.report import ReportResult
-    from lowmem.runs.verify import Verified
 
 _LIST_HEADER = ("run", "state", "epoch", "last error", "best error", "on disk", "fork --at")
 _MOST_SHOWN = 6  # checkpoints; all of them are in --json
@@ -54,7 +53,8 @@ def show_ls(folder: Path, as_json: bool) -> None:
 def _cells(run: RunSummary, folder: Path) -> tuple[str, ...]:
     epochs = run.config.train.epochs if run.config else "?"
     state = run.state if run.writer is None else f"{run.state} ({run.writer})"
-    best = "" if run.best_error_pct is None else f"{_percent(run.best_error_pct)} (epoch {run.best_epoch})"
+    last = "" if run.last_error_pct is None else f"{run.last_error_pct:.2f} %"
+    best = "" if run.best_error_pct is None else f"{run.best_error_pct:.2f} % (epoch {run.best_epoch})"
     # The newest, as `fork --at` takes them. The one before the first step is nothing to fork from.
     places = [kept.at for kept in run.checkpoints if kept.step > 0]
     more = [f"{len(places) - _MOST_SHOWN} more"] if len(places) > _MOST_SHOWN else []
@@ -62,7 +62,7 @@ def _cells(run: RunSummary, folder: Path) -> tuple[str, ...]:
         _name(run, folder),
         state,
         f"{'?' if run.epoch is None else run.epoch}/{epochs}",
-        _percent(run.last_error_pct),
+        last,
         best,
         format_size(run.size_bytes),
         ", ".join(more + places[-_MOST_SHOWN:]),
@@ -71,10 +71,6 @@ def _cells(run: RunSummary, folder: Path) -> tuple[str, ...]:
 
 def _name(run: RunSummary, folder: Path) -> str:
     return run.path.name or str(run.path) if run.path == folder else str(run.path.relative_to(folder))
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f} %"
 
 
 # -- lowmem verify -----------------------------------------------------------------------------------------------------
@@ -88,22 +84,17 @@ def show_verify(run: Path, as_json: bool) -> ExitCode:
     verified = verify(run)
     if as_json:
         print(to_json(verified))
-    else:
-        rows = [(one.status, one.where, one.what) for one in verified.findings]
-        print("\n".join(map(printable, [*aligned(rows), _outcome(verified)])))
-    return ExitCode.DONE if verified.can_resume else ExitCode.CHECKPOINT
-
-
-def _outcome(verified: Verified) -> str:
+        return ExitCode.DONE if verified.can_resume else ExitCode.CHECKPOINT
+    epoch, newest = verified.epoch or 0, verified.resumes_from
     if not verified.can_resume:
-        return f"{verified.run} cannot be resumed: {verified.obstacle}"
-    assert verified.epoch is not None
-    if verified.finished:
-        return f"{verified.run} is finished: all {verified.epoch} epochs are in {verified.resumes_from}"
-    return (
-        f"{verified.run} can be resumed exactly, from {verified.resumes_from}: epoch {verified.epoch + 1}, "
-        f"step {verified.step_in_epoch} of it"
-    )
+        outcome = f"cannot be resumed: {verified.obstacle}"
+    elif verified.finished:
+        outcome = f"is finished: all {epoch} epochs are in {newest}"
+    else:
+        outcome = f"can be resumed exactly, from {newest}: epoch {epoch + 1}, step {verified.step_in_epoch} of it"
+    lines = aligned([(one.status, one.where, one.what) for one in verified.findings])
+    print("\n".join(map(printable, [*lines, f"{verified.run} {outcome}"])))
+    return ExitCode.DONE if verified.can_resume else ExitCode.CHECKPOINT
 
 
 # -- lowmem doctor -----------------------------------------------------------------------------------------------------
@@ -127,14 +118,10 @@ def show_doctor(config: Config, out: Path | None, as_json: bool) -> ExitCode:
 
 def summary(facts: Facts, findings: list[Finding]) -> str:
     """The last line: whether training can start, where, and how much there is to mend."""
-
-    def count(status: str, what: str) -> str:
-        number = sum(finding.status == status for finding in findings)
-        return f"{number} {what}{'s' * (number != 1)}" if number else ""
-
-    warned = f", with {warnings}" if (warnings := count("warning", "warning")) else ""
-    if failures := count("fail", "failure"):
-        return f"training cannot start: {failures}{warned}"
+    failures, warnings = (sum(finding.status == status for finding in findings) for status in ("fail", "warning"))
+    warned = f", with {warnings} warning{'s' * (warnings > 1)}" if warnings else ""
+    if failures:
+        return f"training cannot start: {failures} failure{'s' * (failures > 1)}{warned}"
     device = (facts.execution or {}).get("device")
     where = {"cpu": " on the CPU", "cuda": " on the card"}.get(device or "", "")
     return f"training can start{where}{warned}"

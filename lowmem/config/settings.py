@@ -197,21 +197,18 @@ def from_yaml(path: Path) -> Settings:
             _check_key(key, str(path))
         if missing := [key for key in _ALWAYS_RECORDED if key not in flat]:
             raise UsageError(f"{path} lacks {missing[0]}, which every run records: it was cut off, restore the file")
-        return Settings(validate(flat, dict.fromkeys(flat, str(path))), _recorded_sources(path, text))
+        config = validate(flat, dict.fromkeys(flat, str(path)))
     except LowmemError as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise UsageError(f"the run's settings cannot be used: {where}{shorten(error, 500)}") from None
-
-
-def _recorded_sources(path: Path, text: str) -> dict[str, str]:
-    """The trailing comments of `to_yaml`: lost only for lines that somebody wrote by hand."""
+    # The trailing comments of `to_yaml`: lost only for lines that somebody wrote by hand.
     sources, section = dict.fromkeys(known_keys(), str(path)), ""
     for indent, key, source in re.findall(r"^( *)(\w+):(?:.*  # (.+))?$", text, re.MULTILINE):
         if not source:
             section = key
         elif (name := f"{section}.{key}" if indent else key) in sources:
             sources[name] = source
-    return sources
+    return Settings(config, sources)
 
 
 def refuse_changes(recorded: Config, wanted: Config, run: str) -> None:

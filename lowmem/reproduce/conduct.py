@@ -15,13 +15,13 @@ import _thread
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from subprocess import PIPE, Popen, TimeoutExpired
 from types import FrameType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -213,18 +213,17 @@ def to_report(path: Path) -> tuple[list[Path], list[str]]:
 class Conductor(StopSignals):
     """Starts one process after the other, and hands on to it what signals ask for meanwhile."""
 
-    def __init__(self, start: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._start = start
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Popen[bytes] | None = None
         self._asked = 0
 
     def run(self, request: Mapping[str, Any]) -> int:
         """The exit code of a process that does what is requested; of a killed one minus the signal's number."""
         command = [sys.executable, "-m", "lowmem", "reproduce-run"]
-        # 0x200: CREATE_NEW_PROCESS_GROUP, which `subprocess` has on Windows alone
+        # 0x200: CREATE_NEW_PROCESS_GROUP, a name that there is on Windows alone
         apart: dict[str, Any] = {"process_group": 0} if os.name != "nt" else {"creationflags": 0x200}
-        with self._start(command, stdin=subprocess.PIPE, **apart) as process:
+        with Popen(command, stdin=PIPE, **apart) as process:
             assert process.stdin is not None
             with suppress(OSError):  # it is gone already: its code says how
                 process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -236,7 +235,7 @@ class Conductor(StopSignals):
                 self._ask()
             try:
                 while True:
-                    with suppress(subprocess.TimeoutExpired):
+                    with suppress(TimeoutExpired):
                         return process.wait(_SLICE_SECONDS if os.name == "nt" else None)
             finally:
                 self._process = None
