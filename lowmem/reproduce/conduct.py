@@ -128,7 +128,8 @@ def conduct(asked: Asked, conductor: Conductor, say: Callable[[str], None], *, d
         for number, standing in enumerate(standings, start=1):
             name, which = standing.member.name, f"run {number} of {len(standings)}"
             if not standing.left or (dry_run and standing.begun):
-                say(f"{which}: {name} {_why_skipped(standing)}")
+                skipped = "has begun, nothing to try" if standing.left else f"{_words(standing)}, skipped"
+                say(f"{which}: {name} {skipped}")
                 continue
             say(f"{which}: {name} {'goes on' if standing.begun else 'begins'}{' (dry run)' if dry_run else ''}")
             code = conductor.run({**request, "name": name, "dry_run": dry_run})
@@ -172,22 +173,19 @@ def refuse_interrupted(asked: Asked, conductor: Conductor, where: str) -> None:
 def _where(asked: Asked, member: Member) -> str:
     """What became of the run that was under way."""
     try:
-        standing = standing_of(asked.job, member)
+        return f"{member.name} {_words(standing_of(asked.job, member))}"
     except LowmemError:
         return f"at {member.name}"
-    if not standing.begun:
-        return f"{member.name} had not begun"
-    if standing.state == "finished":
-        return f"{member.name} is finished"
-    return f"{member.name} is saved at epoch {standing.epochs_done + 1}, step {standing.step}"
 
 
-def _why_skipped(standing: Standing) -> str:
+def _words(standing: Standing) -> str:
     if standing.state == "finished":
-        return f"is finished ({standing.epochs} epochs), skipped"
+        return f"is finished ({standing.epochs} epochs)"
     if standing.state == "stopped":
-        return f"was stopped at step {standing.step} as asked (train.max_steps), skipped"
-    return "has begun, nothing to try"
+        return f"was stopped at step {standing.step} as asked (train.max_steps)"
+    if not standing.begun:
+        return "had not begun"
+    return f"is saved at epoch {standing.epochs_done + 1}, step {standing.step}"
 
 
 def to_report(path: Path) -> tuple[list[Path], list[str]]:

@@ -123,16 +123,9 @@ class JobObserver(Observer):
         self._run = standings[number]
         self._others = [*standings[:number], *standings[number + 1 :], *measured]
         self._shown = shown
+        for name in ("note", "warning", "data_progress"):
+            setattr(self, name, getattr(shown, name))
         self._rows: list[EpochRow] = []
-
-    def note(self, text: str) -> None:
-        self._shown.note(text)
-
-    def warning(self, text: str) -> None:
-        self._shown.warning(text)
-
-    def data_progress(self, what: str, done: int, total: int) -> None:
-        self._shown.data_progress(what, done, total)
 
     def progress(self, progress: Progress) -> None:
         done = progress.epoch - 1 + progress.step_in_epoch / progress.steps_per_epoch
