@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from typing import Any
@@ -13,11 +14,31 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from lowmem.core.reading import shorten
 from lowmem.core.units import format_duration, format_size
 from lowmem.distributed.launch import is_led
+from lowmem.runs.rows import Event
 from lowmem.train.observer import Observer, Progress
 
 _PLAIN_EVERY_SECONDS = 30.0  # progress bars flood log files; a line now and then does not
+_EVENT_WORDS = {
+    "start": "started",
+    "resume": "resumed from step {step}",
+    "checkpoint": "saved at step {step}",
+    "done": "finished",
+    "stop": "stopped as asked at step {step}",
+    "signal": "{signal}: saved at step {step}",
+    "fork": "forked from {source} at step {step}",
+    "out-of-memory": "out of memory in {phase} at step {step}",
+    "replan": "another plan: {budget_bytes} for the step's tensors",
+    "pressure": "memory is short: {what}",
+    "measured": "a step takes {measured_peak_bytes}, predicted {predicted_peak_bytes}",
+    "confirmed": "the plan was confirmed by real steps",
+    "rollback": "{what} at step {step}: back to {checkpoint}, {lr_scale} of the learning rate",
+    "diverged": "diverged at step {step}: {what}",
+    "stuck": "learns nothing: at chance up to epoch {epoch}",
+    "warning": "warning: {what}",
+}
 
 
 def printable(text: str) -> str:
@@ -64,6 +85,30 @@ def describe_epoch(row: Mapping[str, Any], epochs: int | None) -> str:
         elapsed is not None and format_duration(elapsed),
         row.get("job"),
     )
+
+
+def clock(event: Event) -> str:
+    """The time of day that an event was written down, `?` if it does not say."""
+    text = event.time if isinstance(event.time, str) else ""
+    return shorten(text[11:19], 8) if text[10:11] == "T" else "?"
+
+
+def describe_event(event: Event) -> str:
+    """A line of events.jsonl in words; of a kind that is not known here, what it says."""
+    detail = event.detail
+    if event.kind not in _EVENT_WORDS:
+        said = ", ".join(f"{shorten(name, 30)} {shorten(value, 40)}" for name, value in detail.items())
+        return shorten(f"{event.kind} {said}".strip())
+    known = defaultdict(lambda: "?")
+    for name, value in detail.items():
+        known[name] = format_size(value) if type(value) is int and name.endswith("_bytes") else shorten(value, 120)
+    why = f"; {known['reason']}" if event.kind == "warning" and "reason" in detail else ""
+    return _EVENT_WORDS[event.kind].format_map(known) + why
+
+
+def event_line(event: Event) -> str:
+    """`08:34:12  saved at step 782`."""
+    return f"{clock(event)}  {describe_event(event)}"
 
 
 def joined(*parts: str | float | None, between: str = "  ") -> str:

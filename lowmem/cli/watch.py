@@ -7,7 +7,6 @@ import math
 import socket
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -21,14 +20,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lowmem.cli.terminal import describe_epoch, joined
+from lowmem.cli.terminal import clock, describe_epoch, describe_event, event_line, joined
 from lowmem.config.schema import Config
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import shorten
 from lowmem.core.units import format_duration, format_size
 from lowmem.runs.listing import run_folders
 from lowmem.runs.lock import may_be_alive, read_owner, writer_of
-from lowmem.runs.rows import Event
 from lowmem.runs.setup import refuse_links
 from lowmem.runs.watch import Live, Watched
 
@@ -50,24 +48,6 @@ _STATE_WORDS = {
     "died": "died: its process ended without leaving it (killed, or the machine went down)",
 }
 _STATE_STYLES = {"starting": "cyan", "training": "bold green", "finished": "bold blue", "stopped": "bold blue"}
-_EVENT_WORDS = {
-    "start": "started",
-    "resume": "resumed from step {step}",
-    "checkpoint": "saved at step {step}",
-    "done": "finished",
-    "stop": "stopped as asked at step {step}",
-    "signal": "{signal}: saved at step {step}",
-    "fork": "forked from {source} at step {step}",
-    "out-of-memory": "out of memory in {phase} at step {step}",
-    "replan": "another plan: {budget_bytes} for the step's tensors",
-    "pressure": "memory is short: {what}",
-    "measured": "a step takes {measured_peak_bytes}, predicted {predicted_peak_bytes}",
-    "confirmed": "the plan was confirmed by real steps",
-    "rollback": "{what} at step {step}: back to {checkpoint}, {lr_scale} of the learning rate",
-    "diverged": "diverged at step {step}: {what}",
-    "stuck": "learns nothing: at chance up to epoch {epoch}",
-    "warning": "warning: {what}",
-}
 _EVENT_STYLES = dict.fromkeys(("warning", "rollback", "out-of-memory", "stuck", "pressure"), "yellow")
 
 
@@ -170,11 +150,7 @@ def _news(before: Live, live: Live) -> list[str]:
     # What comes after the last that was there; everything if that is gone.
     at = next((index for index, event in enumerate(live.events) if before.events and event is before.events[-1]), -1)
     events = [event for event in live.events[at + 1 :] if event.kind != "checkpoint"]
-    return [*(describe_epoch(asdict(row), live.epochs) for row in rows), *map(_line, events)]
-
-
-def _line(event: Event) -> str:
-    return f"{clock(event)}  {describe_event(event)}"
+    return [*(describe_epoch(asdict(row), live.epochs) for row in rows), *map(event_line, events)]
 
 
 def _summary(live: Live) -> str:
@@ -281,25 +257,6 @@ def _errors(live: Live, on: str) -> list[tuple[float, int]]:
     return [(error, epoch) for error, epoch in errors if error is not None and math.isfinite(error)]
 
 
-def clock(event: Event) -> str:
-    """The time of day that an event was written down, `?` if it does not say."""
-    text = event.time if isinstance(event.time, str) else ""
-    return shorten(text[11:19], 8) if text[10:11] == "T" else "?"
-
-
-def describe_event(event: Event) -> str:
-    """A line of events.jsonl in words; of a kind that is not known here, what it says."""
-    detail = event.detail
-    if event.kind not in _EVENT_WORDS:
-        said = ", ".join(f"{shorten(name, 30)} {shorten(value, 40)}" for name, value in detail.items())
-        return shorten(f"{event.kind} {said}".strip())
-    known = defaultdict(lambda: "?")
-    for name, value in detail.items():
-        known[name] = format_size(value) if type(value) is int and name.endswith("_bytes") else shorten(value, 120)
-    why = f"; {known['reason']}" if event.kind == "warning" and "reason" in detail else ""
-    return _EVENT_WORDS[event.kind].format_map(known) + why
-
-
 # -- the picture -------------------------------------------------------------------------------------------------------
 
 
@@ -323,7 +280,7 @@ def screen(live: Live, console: Console) -> RenderableType:
             grid.add_row("", ProgressBar(total=total, completed=min(done, total), width=room))
     shown = [event for event in live.events if event.kind != "checkpoint"][-_EVENTS_SHOWN:]
     for index, event in enumerate(shown):
-        grid.add_row("" if index else "events", Text(_line(event), style=_EVENT_STYLES.get(event.kind, "")))
+        grid.add_row("" if index else "events", Text(event_line(event), style=_EVENT_STYLES.get(event.kind, "")))
     return Group(Text(shorten(live.path), style="bold"), grid)
 
 

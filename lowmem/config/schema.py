@@ -10,17 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from lowmem.core.errors import UsageError
 from lowmem.core.units import parse_size
@@ -64,10 +54,8 @@ Size = Annotated[
 ]
 
 
-class Section(BaseModel):
+class Section(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """Values of a file: frozen, and nothing that is not known."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -93,14 +81,14 @@ class DataConfig(Section):
 
     source: Annotated[str, AfterValidator(_check_source)] = "cifar10"
     root: str = "data"
-    cache: str | None = Field(default=None, description="folder for decoded pictures; default: the user's cache folder")
+    cache: str | None = Field(None, description="folder for decoded pictures; default: the user's cache folder")
     download: bool = True
     train_subset: PositiveInt | None = Field(
-        default=None, description="train on this many pictures, the same share of every class, chosen by the seed"
+        None, description="train on this many pictures, the same share of every class, chosen by the seed"
     )
-    test_subset: PositiveInt | None = Field(default=None, description="test on this many pictures, chosen likewise")
-    val_split: NonNegativeInt = Field(default=0, description="hold back this many training pictures")
-    augment: bool = Field(default=True, description="random crop with padding 4 and random horizontal flip")
+    test_subset: PositiveInt | None = Field(None, description="test on this many pictures, chosen likewise")
+    val_split: int = Field(default=0, ge=0, description="hold back this many training pictures")
+    augment: bool = Field(True, description="random crop with padding 4 and random horizontal flip")
 
 
 class OptimConfig(Section):
@@ -140,41 +128,39 @@ class TrainConfig(Section):
     epochs: Annotated[int, Field(gt=0, le=1_000_000)] = 164
     batch: Annotated[int, Field(gt=0, le=1 << 24)] = 128
     micro_batch: PositiveInt | None = None
-    max_steps: PositiveInt | None = Field(default=None, description="stop after this many steps (trials)")
+    max_steps: PositiveInt | None = Field(None, description="stop after this many steps (trials)")
     precision: Literal["auto", "fp32", "amp"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels-last"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = Field(
-        default=True, description="CUDA: kernels that give the same bits every time, so that a resumed run has them too"
+        True, description="CUDA: kernels that give the same bits every time, so that a resumed run has them too"
     )
     tf32: Literal["auto", "never"] = Field(
-        default="auto", description="fp32 convolutions on Ampere and later: as torch is set (TF32), or true fp32"
+        "auto", description="fp32 convolutions on Ampere and later: as torch is set (TF32), or true fp32"
     )
     batch_norm: Literal["auto", "library", "native"] = Field(
-        default="auto",
+        "auto",
         description="kernels of a planned step on CUDA: the library's choice (the bits of plain PyTorch), or native "
         "ones (in place, another rounding); auto: the library's",
     )
-    eval_batch: PositiveInt | None = Field(default=None, description="pictures at a time in evaluation; default: batch")
+    eval_batch: PositiveInt | None = Field(None, description="pictures at a time in evaluation; default: batch")
     log_every_steps: PositiveInt = 20
     grad_norms_every: PositiveInt | None = Field(
-        default=None,
-        description="steps between two records of the layers' gradient norms; default: a tenth of an "
-        "epoch, at most 100",
+        None,
+        description="steps between two records of the layers' gradient norms; default: an epoch's tenth, at most 100",
     )
-    on_stuck: Literal["warn", "stop"] = Field(default="warn", description="what a run that does not learn does")
+    on_stuck: Literal["warn", "stop"] = Field("warn", description="what a run that does not learn does")
     on_nan: Literal["rollback", "stop"] = Field(
-        default="rollback", description="what a run does whose loss is no number any more, or has exploded"
+        "rollback", description="what a run does whose loss is no number any more, or has exploded"
     )
     sync_bn: bool = Field(
-        default=False,
+        False,
         description="several processes: batch norm over the whole batch, as in one process, not over each one's part",
     )
     peer_timeout_minutes: PositiveFloat = Field(
-        default=10.0,
-        description="several processes: give up one that does not answer for so long; a resume wants it again",
+        10.0, description="several processes: give up one that does not answer for so long; a resume wants it again"
     )
-    tensorboard: bool = Field(default=False, description="write TensorBoard event files while the run is trained")
+    tensorboard: bool = Field(False, description="write TensorBoard event files while the run is trained")
 
     @model_validator(mode="after")
     def _micro_fits(self) -> TrainConfig:
@@ -213,7 +199,7 @@ class CheckpointConfig(Section):
     every_minutes: PositiveFloat | None = 10.0
     every_steps: PositiveInt | None = None
     keep: Annotated[int, Field(ge=2)] = 2
-    keep_every: PositiveInt | None = Field(default=None, description="keep those of every N-th epoch too, to fork from")
+    keep_every: PositiveInt | None = Field(None, description="keep those of every N-th epoch too, to fork from")
 
     @property
     def steps_between_saves(self) -> int | None:

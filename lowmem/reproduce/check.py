@@ -23,7 +23,7 @@ from lowmem.data import Dataset, load
 from lowmem.models import skeleton
 from lowmem.plan.record import Plan
 from lowmem.reproduce.job import ALL, Job, read_job
-from lowmem.reproduce.progress import JobObserver, Standing, epoch_seconds_of, measured_before, standing_of
+from lowmem.reproduce.progress import JobObserver, Standing, measured_before, seconds_left, seconds_left_of, standing_of
 from lowmem.runs.setup import kept_epochs, rows_bytes, run_bytes
 from lowmem.runs.view import recorded_settings
 from lowmem.train.observer import Observer
@@ -175,14 +175,11 @@ def _look_at(job: Job, standing: Standing, plan: Plan | None, dataset: Dataset) 
 def times_left(runs: Sequence[Standing], measured: Sequence[Standing] = ()) -> tuple[list[str], str]:
     """The table before the first run, a line a run, and the time of all together. `measured`: of other runs."""
     rows: list[tuple[str, ...]] = [("run", "state", "epoch", "time left", "on disk")]
-    total: float | None = 0.0
     for run in runs:
-        per_epoch = epoch_seconds_of(run, [*runs, *measured])
-        seconds = run.planned_seconds if per_epoch is None else run.epochs_left * per_epoch
-        epochs, time, size = f"{run.epochs_done}/{run.epochs}", "", format_size(run.disk_bytes)
-        if run.left:
-            total = None if total is None or seconds is None else total + seconds
-            time, size = "?" if seconds is None else f"about {format_duration(seconds)}", f"at most {size}"
-        rows.append((run.member.name, run.state, epochs, time, size))
+        seconds = seconds_left_of(run, [*runs, *measured])
+        time = "?" if seconds is None else f"about {format_duration(seconds)}"
+        what, size = (run.member.name, run.state, f"{run.epochs_done}/{run.epochs}"), format_size(run.disk_bytes)
+        rows.append((*what, time, f"at most {size}") if run.left else (*what, "", size))
+    total = seconds_left(runs, measured)
     in_all = "known after the first epoch" if total is None else f"about {format_duration(total)}"
     return aligned(rows, right={2, 3, 4}), in_all

@@ -101,15 +101,17 @@ def epoch_seconds_of(standing: Standing, others: Sequence[Standing]) -> float | 
     return seconds * standing.weight / nearest.weight
 
 
+def seconds_left_of(standing: Standing, others: Sequence[Standing]) -> float | None:
+    """As measured, else as planned; None if nothing is known."""
+    each = epoch_seconds_of(standing, others)
+    return standing.planned_seconds if each is None else standing.epochs_left * each
+
+
 def seconds_left(standings: Sequence[Standing], others: Sequence[Standing] = ()) -> float | None:
     """Of all `standings` together; None until something was measured of them or of `others`."""
-    total = 0.0
-    for standing in standings:
-        if standing.epochs_left:
-            if (seconds := epoch_seconds_of(standing, [*standings, *others])) is None:
-                return None
-            total += standing.epochs_left * seconds
-    return total
+    each = [seconds_left_of(one, [*standings, *others]) for one in standings if one.epochs_left]
+    known = [seconds for seconds in each if seconds is not None]
+    return sum(known) if len(known) == len(each) else None
 
 
 class JobObserver(Observer):
