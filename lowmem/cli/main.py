@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -32,6 +33,11 @@ app = typer.Typer(
 )
 
 
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """A command by the function's name, with the flags that the table has for it."""
+    return app.command()(takes_flags(function))
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from lowmem import __version__
@@ -51,11 +57,7 @@ def _top(
         refuse_several(f"lowmem {context.invoked_subcommand}")
 
 
-# -- runs --------------------------------------------------------------------------------------------------------------
-
-
-@app.command()
-@takes_flags
+@command
 def train(given: Given, out: Path | None, dry_run: bool) -> None:
     """Train a network. Ctrl-C saves and leaves; `lowmem resume` goes on exactly there."""
     settings = given.settings()
@@ -66,8 +68,7 @@ def train(given: Given, out: Path | None, dry_run: bool) -> None:
         run_training(settings, out, shown, dry_run=dry_run)
 
 
-@app.command()
-@takes_flags
+@command
 def resume(
     given: Given,
     run: Annotated[Path, typer.Argument(help="The run folder, like runs/res110.")],
@@ -88,8 +89,7 @@ def resume(
             extend_run(run, epochs=epochs, changes=changes, out=out, observer=shown)
 
 
-@app.command()
-@takes_flags
+@command
 def fork(
     given: Given,
     run: Annotated[Path, typer.Argument(help="The run to start from; it is only read.")],
@@ -109,11 +109,7 @@ def fork(
         fork_run(run, at=at, changes=changes, out=out, observer=shown, dry_run=dry_run)
 
 
-# -- what is there -----------------------------------------------------------------------------------------------------
-
-
-@app.command()
-@takes_flags
+@command
 def ls(
     folder: Annotated[Path, typer.Argument(help="The folder that holds the runs.")] = Path("runs"), *, json: bool
 ) -> None:
@@ -123,8 +119,7 @@ def ls(
     show_ls(folder, json)
 
 
-@app.command()
-@takes_flags
+@command
 def verify(
     run: Annotated[Path, typer.Argument(help="The run folder, like runs/res110; it is only read.")], json: bool
 ) -> None:
@@ -134,8 +129,7 @@ def verify(
     raise typer.Exit(show_verify(run, json))
 
 
-@app.command()
-@takes_flags
+@command
 def watch(
     run: Annotated[Path, typer.Argument(help="A run folder, or one that holds runs: then whichever is being trained.")],
     interval: float,
@@ -148,8 +142,7 @@ def watch(
     show_watch(run, interval=interval, once=once, as_json=json)
 
 
-@app.command()
-@takes_flags
+@command
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")], out: Path | None, html: bool, tensorboard: bool
 ) -> None:
@@ -161,11 +154,7 @@ def report(
     show_report(write_report(runs, out, html=html, tensorboard=tensorboard))
 
 
-# -- before a run ------------------------------------------------------------------------------------------------------
-
-
-@app.command()
-@takes_flags
+@command
 def plan(given: Given, recalibrate: bool, json: bool, curve: Path | None) -> None:
     """What would be chosen for a budget and why; needs no GPU."""
     settings = given.settings()
@@ -174,8 +163,7 @@ def plan(given: Given, recalibrate: bool, json: bool, curve: Path | None) -> Non
     show_plan(settings, json, curve, recalibrate)
 
 
-@app.command()
-@takes_flags
+@command
 def doctor(given: Given, out: Path | None, json: bool) -> None:
     """Card, driver, torch, memory, disk, data: what is wrong, and the command that mends it."""
     settings = given.settings()
@@ -184,8 +172,7 @@ def doctor(given: Given, out: Path | None, json: bool) -> None:
     raise typer.Exit(show_doctor(settings.config, out, json))
 
 
-@app.command()
-@takes_flags
+@command
 def bench(
     given: Given,
     steps: int | None,
@@ -223,11 +210,7 @@ def bench(
     show_acceptance(flags, steps=steps or 10, cells=cells, minutes=minutes, out=out)
 
 
-# -- the report's runs as a job ----------------------------------------------------------------------------------------
-
-
-@app.command()
-@takes_flags
+@command
 def reproduce(given: Given, out: Path, only: str | None, block: str | None, dry_run: bool) -> None:
     """The report's six runs (Res and CNN of 20, 56 and 110 layers) as one job, then the report.
 
@@ -275,9 +258,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: list[str] | None) -> int:
-    command = get_command(app)
     try:
-        code = command.main(args=arguments, prog_name="lowmem", standalone_mode=False)
+        code = get_command(app).main(args=arguments, prog_name="lowmem", standalone_mode=False)
         return int(code or ExitCode.DONE)
     except LowmemError as error:
         return _lowmem_error(error)

@@ -33,9 +33,6 @@ _MOST_SHOWN = 6  # checkpoints; all of them are in --json
 _STATUS_STYLES = {"ok": "green", "note": "cyan", "warning": "bold yellow", "fail": "bold red"}
 
 
-# -- lowmem ls ---------------------------------------------------------------------------------------------------------
-
-
 def show_ls(folder: Path, as_json: bool) -> None:
     """Prints the runs in `folder`, a line each. Raises UsageError if it does not exist."""
     runs = list_runs(folder)
@@ -73,9 +70,6 @@ def _name(run: RunSummary, folder: Path) -> str:
     return run.path.name or str(run.path) if run.path == folder else str(run.path.relative_to(folder))
 
 
-# -- lowmem verify -----------------------------------------------------------------------------------------------------
-
-
 def show_verify(run: Path, as_json: bool) -> ExitCode:
     """Looks, prints a line a finding. CHECKPOINT if the run cannot be resumed, DONE otherwise."""
     from lowmem.lifecycle.run_identity import verify
@@ -95,9 +89,6 @@ def show_verify(run: Path, as_json: bool) -> ExitCode:
     lines = aligned([(one.status, one.where, one.what) for one in verified.findings])
     print("\n".join(map(printable, [*lines, f"{verified.run} {outcome}"])))
     return ExitCode.DONE if verified.can_resume else ExitCode.CHECKPOINT
-
-
-# -- lowmem doctor -----------------------------------------------------------------------------------------------------
 
 
 def show_doctor(config: Config, out: Path | None, as_json: bool) -> ExitCode:
@@ -151,9 +142,6 @@ def _print_findings(findings: list[Finding], last: str) -> None:
     console.print(Text(last, style="bold"))
 
 
-# -- lowmem report -----------------------------------------------------------------------------------------------------
-
-
 def show_report(result: ReportResult) -> None:
     """The report's tables, and where the rest is."""
     console = Console(highlight=False)
@@ -171,9 +159,6 @@ def show_report(result: ReportResult) -> None:
     print(printable(f"written: {result.markdown} and {len(result.figures)} figures beside it{page}"))
     if result.event_files is not None:
         print(f"curves for TensorBoard: tensorboard --logdir {result.event_files}")
-
-
-# -- lowmem plan -------------------------------------------------------------------------------------------------------
 
 
 class _Beside(Observer):

@@ -176,11 +176,10 @@ class MemoryConfig(Section):
 
     `vram`: bytes, or text like `6G`; on the CPU it bounds the step's tensors, with a card or on CUDA it is the memory
     of the (then emulated) card. `card`: a profile by name or path, or for several processes one each, with commas
-    between; `platform`: the machine it is in, for the share of
-    its memory that is usable. `auto_batch`: choose the batch with the most pictures per second that fits; written
-    `train.batch: auto`. `calibrate`: predict time and workspace by what was measured on this device (`auto`: on CUDA),
-    measuring what was not measured yet. `confirm`: whether a plan is tried with real steps in a process of its own
-    before the run (`auto`: on CUDA).
+    between; `platform`: the machine it is in, for the share of its memory that is usable. `auto_batch`: choose the
+    batch with the most pictures per second that fits; written `train.batch: auto`. `calibrate`: predict time and
+    workspace by what was measured on this device (`auto`: on CUDA), measuring what was not measured yet. `confirm`:
+    whether a plan is tried with real steps in a process of its own before the run (`auto`: on CUDA).
     """
 
     vram: Size | None = None

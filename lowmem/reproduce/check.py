@@ -63,9 +63,6 @@ def work(
     return ExitCode.DONE
 
 
-# -- the look ahead ----------------------------------------------------------------------------------------------------
-
-
 def look_ahead(
     job: Job, standings: Sequence[Standing], observer: Observer, measured: Sequence[Standing] = ()
 ) -> tuple[Job, list[Standing]]:

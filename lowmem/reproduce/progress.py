@@ -86,9 +86,6 @@ def measured_before(job: Job, members: Sequence[Member]) -> list[Standing]:
     return measured
 
 
-# -- the time left -----------------------------------------------------------------------------------------------------
-
-
 def epoch_seconds_of(standing: Standing, others: Sequence[Standing]) -> float | None:
     """Its own, else scaled by weight from the measured run nearest to it: how far a machine is from its rates depends
     on the network's size. None if nothing was measured."""
