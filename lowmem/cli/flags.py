@@ -48,6 +48,55 @@ _SOURCES = "cifar10, fashion-mnist, shapes or folder:PATH."
 _STARTS = "train plan doctor reproduce"  # what begins from settings alone
 
 FLAGS = (
+    # No settings.
+    Flag("--epochs", "", int, {
+        "resume": "Go on to this many epochs in a new run: a fork, with the schedule where it was.",
+    }, least=1),
+    Flag("--at", "", str, {
+        "fork": "12: the end of epoch 12. step:4692: that step, in the middle of an epoch (then batch, seed and data "
+        "stay). last: the newest checkpoint. `lowmem ls` lists what there is.",
+    }, metavar="EPOCH|step:STEP|last", default=...),
+    Flag("--steps", "", int, {"bench": "Measured steps of each trial (5; quick: 3; acceptance: 10)."}, least=1),
+    Flag("--rounds", "", int, {"bench": "How often each cell is measured, in turns (3)."}, least=1),
+    Flag("--budgets", "", str, {
+        "bench": "Memory of the engine's rows: sizes, shares of plain's peak, or least, like 1200M,0.5,least.",
+    }, metavar="LIST"),
+    Flag("--quick", "", bool, {"bench": "A small network and all tables, in two minutes on two CPU cores."}),
+    Flag("--suite", "", str, {"bench": "acceptance: all that is promised, against real steps."}),
+    Flag("--cells", "", str, {
+        "bench": "Of the suite, only these: memory, time, gradients, out of memory, largest, format, comma-separated.",
+    }, metavar="LIST"),
+    Flag("--minutes", "", float, {
+        "bench": "Limit of time (60; quick: 2; acceptance: 6); what no longer fits is left out.",
+    }, least=0),
+    Flag("--out", "", Path, {
+        "train doctor": "Run folder; default runs/ARCH.",
+        "resume": "With --epochs: the new run's folder; default RUN-fork.",
+        "fork": "Run folder; default RUN-fork.",
+        "report": "Folder for the report; default RUN/report for one run, report/ for several.",
+        "bench": "Folder of the results (bench/NETWORK); what is in it already is not measured again.",
+    }),
+    Flag("--out", "", Path, {
+        "reproduce": "Folder of the job; each run and the report are folders in it.",
+    }, default=Path("runs/reproduce")),
+    Flag("--html", "", bool, {"report": "Also report.html: the same in one file, figures inlined."}),
+    Flag("--tensorboard", "", bool, {"report": "Also TensorBoard event files of the runs, beside the report."}),
+    Flag("--only", "", str, {"reproduce": "Only these runs this time, like res20,cnn110."}, metavar="RUN,RUN"),
+    Flag("--block", "", str, {"reproduce": "bottleneck adds res56-bottleneck and res110-bottleneck to the six runs."}),
+    Flag("--dry-run", "", bool, {
+        "train fork reproduce": "Plan, try every output and a step, say time and disk; leave nothing behind.",
+    }),
+    Flag("--recalibrate/--no-recalibrate", "", bool, {"plan": "Measure this machine's card again, and plan by that."}),
+    Flag("--interval", "", float, {"watch": "Seconds between two looks."}, least=0.05, most=3600.0, default=1.0),
+    Flag("--once", "", bool, {"watch": "Say how it stands, and leave."}),
+    Flag("--json", "", bool, {
+        "ls": "Print everything known as JSON.",
+        "verify doctor": "Print the findings as JSON.",
+        "watch": "With --once: as JSON.",
+        "plan": "Print the plan as JSON.",
+    }),
+    Flag("--curve", "", Path, {"plan": "Draw memory against time to this PNG."}),
+    # Settings.
     Flag("--arch", "model.arch", str, {
         "train": "res20 res34 res50 res56 res101 res110, or cnn… without shortcuts.",
         "plan": "A network of the family.",
@@ -125,54 +174,6 @@ FLAGS = (
     Flag("--set", "", list[str], {
         f"{_STARTS} resume fork": "Any setting by its dotted name.",
     }, metavar="KEY=VALUE", default=()),
-    # No settings.
-    Flag("--out", "", Path, {
-        "train doctor": "Run folder; default runs/ARCH.",
-        "resume": "With --epochs: the new run's folder; default RUN-fork.",
-        "fork": "Run folder; default RUN-fork.",
-        "report": "Folder for the report; default RUN/report for one run, report/ for several.",
-        "bench": "Folder of the results (bench/NETWORK); what is in it already is not measured again.",
-    }),
-    Flag("--out", "", Path, {
-        "reproduce": "Folder of the job; each run and the report are folders in it.",
-    }, default=Path("runs/reproduce")),
-    Flag("--dry-run", "", bool, {
-        "train fork reproduce": "Plan, try every output and a step, say time and disk; leave nothing behind.",
-    }),
-    Flag("--json", "", bool, {
-        "ls": "Print everything known as JSON.",
-        "verify doctor": "Print the findings as JSON.",
-        "watch": "With --once: as JSON.",
-        "plan": "Print the plan as JSON.",
-    }),
-    Flag("--epochs", "", int, {
-        "resume": "Go on to this many epochs in a new run: a fork, with the schedule where it was.",
-    }, least=1),
-    Flag("--at", "", str, {
-        "fork": "12: the end of epoch 12. step:4692: that step, in the middle of an epoch (then batch, seed and data "
-        "stay). last: the newest checkpoint. `lowmem ls` lists what there is.",
-    }, metavar="EPOCH|step:STEP|last", default=...),
-    Flag("--interval", "", float, {"watch": "Seconds between two looks."}, least=0.05, most=3600.0, default=1.0),
-    Flag("--once", "", bool, {"watch": "Say how it stands, and leave."}),
-    Flag("--html", "", bool, {"report": "Also report.html: the same in one file, figures inlined."}),
-    Flag("--tensorboard", "", bool, {"report": "Also TensorBoard event files of the runs, beside the report."}),
-    Flag("--recalibrate/--no-recalibrate", "", bool, {"plan": "Measure this machine's card again, and plan by that."}),
-    Flag("--curve", "", Path, {"plan": "Draw memory against time to this PNG."}),
-    Flag("--steps", "", int, {"bench": "Measured steps of each trial (5; quick: 3; acceptance: 10)."}, least=1),
-    Flag("--rounds", "", int, {"bench": "How often each cell is measured, in turns (3)."}, least=1),
-    Flag("--budgets", "", str, {
-        "bench": "Memory of the engine's rows: sizes, shares of plain's peak, or least, like 1200M,0.5,least.",
-    }, metavar="LIST"),
-    Flag("--quick", "", bool, {"bench": "A small network and all tables, in two minutes on two CPU cores."}),
-    Flag("--suite", "", str, {"bench": "acceptance: all that is promised, against real steps."}),
-    Flag("--cells", "", str, {
-        "bench": "Of the suite, only these: memory, time, gradients, out of memory, largest, format, comma-separated.",
-    }, metavar="LIST"),
-    Flag("--minutes", "", float, {
-        "bench": "Limit of time (60; quick: 2; acceptance: 6); what no longer fits is left out.",
-    }, least=0),
-    Flag("--only", "", str, {"reproduce": "Only these runs this time, like res20,cnn110."}, metavar="RUN,RUN"),
-    Flag("--block", "", str, {"reproduce": "bottleneck adds res56-bottleneck and res110-bottleneck to the six runs."}),
 )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def work(
     if "name" not in request:
         look_ahead(job, standings, shown, measured)[0].write()
         return ExitCode.DONE
-    number = [member.name for member in members].index(request["name"])
+    number = request["names"].index(request["name"])
     path, told = standings[number].path, JobObserver(shown, standings, number, measured)
     try:
         if standings[number].begun:
