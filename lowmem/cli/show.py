@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _LIST_HEADER = ("run", "state", "epoch", "last error", "best error", "on disk", "fork --at")
 _MOST_SHOWN = 6  # checkpoints; all of them are in --json
 _STATUS_STYLES = {"ok": "green", "note": "cyan", "warning": "bold yellow", "fail": "bold red"}
+_STATUS_COLUMNS = 7
 
 
 def show_ls(folder: Path, as_json: bool) -> None:
@@ -86,7 +87,7 @@ def show_verify(run: Path, as_json: bool) -> ExitCode:
         outcome = f"is finished: all {epoch} epochs are in {newest}"
     else:
         outcome = f"can be resumed exactly, from {newest}: epoch {epoch + 1}, step {verified.step_in_epoch} of it"
-    lines = aligned([(one.status, one.where, one.what) for one in verified.findings])
+    lines = aligned([(f"{one.status:{_STATUS_COLUMNS}}", one.where, one.what) for one in verified.findings])
     print("\n".join(map(printable, [*lines, f"{verified.run} {outcome}"])))
     return ExitCode.DONE if verified.can_resume else ExitCode.CHECKPOINT
 
@@ -122,7 +123,7 @@ def finding_lines(findings: list[Finding]) -> list[str]:
     """Plain text: a line a finding, its mend on a line of its own."""
     rows: list[tuple[str, str, str]] = []
     for finding in findings:
-        rows.append((finding.status, finding.name, finding.finding))
+        rows.append((f"{finding.status:{_STATUS_COLUMNS}}", finding.name, finding.finding))
         rows += [] if finding.mend is None else [("", "", f"> {finding.mend}")]
     return aligned(rows)
 
@@ -130,7 +131,7 @@ def finding_lines(findings: list[Finding]) -> list[str]:
 def _print_findings(findings: list[Finding], last: str) -> None:
     """In colours, wrapped at the terminal's width, all but the mends: a command must be copied in one piece."""
     console = Console(highlight=False)
-    widths = (max(map(len, _STATUS_STYLES)), max((len(finding.name) for finding in findings), default=0))
+    widths = (_STATUS_COLUMNS, max((len(finding.name) for finding in findings), default=0))
     for finding in findings:
         row = Table.grid(padding=(0, 2, 0, 0))
         for width in (*widths, None):
