@@ -12,23 +12,18 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {
-    "models": ("lowmem.models", None),
-    "make_plan": ("lowmem.choose.planning", "make_plan"),
-    "apply_plan": ("lowmem.remat", "apply_plan"),
-    "Plan": ("lowmem.plan.record", "Plan"),
-    "Config": ("lowmem.config.schema", "Config"),
-    "run_training": ("lowmem.lifecycle.api", "run_training"),
-    "fork_run": ("lowmem.lifecycle.api", "fork_run"),
-    "extend_run": ("lowmem.lifecycle.api", "extend_run"),
-    "resume_training": ("lowmem.lifecycle.api", "resume_training"),
+    "models": "lowmem.models",
+    "make_plan": "lowmem.choose.planning",
+    "apply_plan": "lowmem.remat",
+    "Plan": "lowmem.plan.record",
+    "Config": "lowmem.config.schema",
+    **dict.fromkeys(("run_training", "fork_run", "extend_run", "resume_training"), "lowmem.lifecycle.api"),
 }
 __all__ = ["__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
-    try:
-        module, attribute = _LAZY[name]
-    except KeyError:
-        raise AttributeError(f"module 'lowmem' has no attribute {name!r}") from None
-    loaded = import_module(module)
-    return loaded if attribute is None else getattr(loaded, attribute)
+    if name not in _LAZY:
+        raise AttributeError(f"module 'lowmem' has no attribute {name!r}")
+    loaded = import_module(_LAZY[name])
+    return loaded if name == "models" else getattr(loaded, name)

@@ -17,8 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.core.places import user_cache_folder
-from lowmem.core.reading import read_json
+from lowmem.core.reading import read_json, user_cache_folder
 from lowmem.core.units import LARGEST
 
 FORMAT = 2

@@ -1,4 +1,4 @@
-"""The flags that are settings, in one table: whoever adds one adds a row, and the commands that it names have it."""
+"""The flags, in one table: whoever adds one adds a row, and the commands that it names have it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Flag:
     """One row. `helps`: the commands that have the flag, one or several by name, and what their --help says of it.
-    `setting`: its dotted name. `name`: as it is typed; `--a/--no-a` for a switch that is also turned off."""
+    `setting`: its dotted name; "" if it is none: then the command has a parameter of that name. `name`: as it is typed;
+    `--a/--no-a` for a switch that is also turned off. `default`: `...` for a flag that must be given;
+    a switch that is no setting is off."""
 
     name: str
     setting: str
     kind: type
     helps: Mapping[str, str]
     metavar: str | None = None
-    least: int | None = None
+    least: float | None = None
+    most: float | None = None
     default: object = None
 
     @property
@@ -45,6 +48,55 @@ _SOURCES = "cifar10, fashion-mnist, shapes or folder:PATH."
 _STARTS = "train plan doctor reproduce"  # what begins from settings alone
 
 FLAGS = (
+    # No settings.
+    Flag("--epochs", "", int, {
+        "resume": "Go on to this many epochs in a new run: a fork, with the schedule where it was.",
+    }, least=1),
+    Flag("--at", "", str, {
+        "fork": "12: the end of epoch 12. step:4692: that step, in the middle of an epoch (then batch, seed and data "
+        "stay). last: the newest checkpoint. `lowmem ls` lists what there is.",
+    }, metavar="EPOCH|step:STEP|last", default=...),
+    Flag("--steps", "", int, {"bench": "Measured steps of each trial (5; quick: 3; acceptance: 10)."}, least=1),
+    Flag("--rounds", "", int, {"bench": "How often each cell is measured, in turns (3)."}, least=1),
+    Flag("--budgets", "", str, {
+        "bench": "Memory of the engine's rows: sizes, shares of plain's peak, or least, like 1200M,0.5,least.",
+    }, metavar="LIST"),
+    Flag("--quick", "", bool, {"bench": "A small network and all tables, in two minutes on two CPU cores."}),
+    Flag("--suite", "", str, {"bench": "acceptance: all that is promised, against real steps."}),
+    Flag("--cells", "", str, {
+        "bench": "Of the suite, only these: memory, time, gradients, out of memory, largest, format, comma-separated.",
+    }, metavar="LIST"),
+    Flag("--minutes", "", float, {
+        "bench": "Limit of time (60; quick: 2; acceptance: 6); what no longer fits is left out.",
+    }, least=0),
+    Flag("--out", "", Path, {
+        "train doctor": "Run folder; default runs/ARCH.",
+        "resume": "With --epochs: the new run's folder; default RUN-fork.",
+        "fork": "Run folder; default RUN-fork.",
+        "report": "Folder for the report; default RUN/report for one run, report/ for several.",
+        "bench": "Folder of the results (bench/NETWORK); what is in it already is not measured again.",
+    }),
+    Flag("--out", "", Path, {
+        "reproduce": "Folder of the job; each run and the report are folders in it.",
+    }, default=Path("runs/reproduce")),
+    Flag("--html", "", bool, {"report": "Also report.html: the same in one file, figures inlined."}),
+    Flag("--tensorboard", "", bool, {"report": "Also TensorBoard event files of the runs, beside the report."}),
+    Flag("--only", "", str, {"reproduce": "Only these runs this time, like res20,cnn110."}, metavar="RUN,RUN"),
+    Flag("--block", "", str, {"reproduce": "bottleneck adds res56-bottleneck and res110-bottleneck to the six runs."}),
+    Flag("--dry-run", "", bool, {
+        "train fork reproduce": "Plan, try every output and a step, say time and disk; leave nothing behind.",
+    }),
+    Flag("--recalibrate/--no-recalibrate", "", bool, {"plan": "Measure this machine's card again, and plan by that."}),
+    Flag("--interval", "", float, {"watch": "Seconds between two looks."}, least=0.05, most=3600.0, default=1.0),
+    Flag("--once", "", bool, {"watch": "Say how it stands, and leave."}),
+    Flag("--json", "", bool, {
+        "ls": "Print everything known as JSON.",
+        "verify doctor": "Print the findings as JSON.",
+        "watch": "With --once: as JSON.",
+        "plan": "Print the plan as JSON.",
+    }),
+    Flag("--curve", "", Path, {"plan": "Draw memory against time to this PNG."}),
+    # Settings.
     Flag("--arch", "model.arch", str, {
         "train": "res20 res34 res50 res56 res101 res110, or cnn… without shortcuts.",
         "plan": "A network of the family.",
@@ -117,7 +169,7 @@ FLAGS = (
     Flag("--tensorboard/--no-tensorboard", "train.tensorboard", bool, {
         "train resume": "Write TensorBoard event files to RUN/tensorboard.",
     }),
-    # Not settings, but where more of them are.
+    # Where more settings are.
     Flag("--config", "", Path, {_STARTS: "YAML file of settings."}),
     Flag("--set", "", list[str], {
         f"{_STARTS} resume fork": "Any setting by its dotted name.",
@@ -148,33 +200,37 @@ class Given:
 
 
 def takes_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives the command, whose first parameter is `given`, the flags that the table has for its name; its other
-    parameters are flags of its own."""
-    name = command.__name__
-    rows = {flag.parameter: (flag, text) for flag in FLAGS if (text := flag.help_of(name)) is not None}
-    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+    """Gives the command the flags that the table has for its name: each to the parameter of its name, settings as
+    `given`. Other parameters are its own."""
+    rows = {flag.parameter: (flag, text) for flag in FLAGS if (text := flag.help_of(command.__name__)) is not None}
+    own = inspect.signature(command, eval_str=True).parameters
 
     @functools.wraps(command)
     def parsed(**typed: Any) -> None:
-        values = {parameter: typed.pop(parameter) for parameter in rows}
+        values = {name: typed.pop(name) for name in rows if name not in own}
         config_file, sets = values.pop("config", None), values.pop("set", None)
-        flags = {rows[parameter][0].setting: value for parameter, value in values.items() if value not in (None, [])}
+        flags = {rows[name][0].setting: value for name, value in values.items() if value not in (None, [])}
         batch = flags.get("train.batch")
         if isinstance(batch, str) and batch.lstrip("-").isdigit():  # else `auto`, or for the settings to judge
             flags["train.batch"] = int(batch)
-        command(Given(flags, config_file, list(sets or ())), **typed)
+        if "given" in own:
+            typed["given"] = Given(flags, config_file, list(sets or ()))
+        command(**typed)
 
     made = [_option(flag, text) for flag, text in rows.values()]
     # What typer reads a command's parameters off.
-    parsed.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
-    parsed.__annotations__ = {one.name: one.annotation for one in (*own, *made)}
+    parameters = [*(one for name, one in own.items() if name != "given" and name not in rows), *made]
+    parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    parsed.__annotations__ = {one.name: one.annotation for one in parameters}
     return parsed
 
 
 def _option(flag: Flag, text: str) -> inspect.Parameter:
-    option = typer.Option(flag.name, metavar=flag.metavar, min=flag.least, help=text)
+    option = typer.Option(flag.name, metavar=flag.metavar, min=flag.least, max=flag.most, help=text)
     default = list(flag.default) if isinstance(flag.default, tuple) else flag.default
+    default = False if flag.kind is bool and not flag.setting else default
     kind = flag.kind if default is not None else flag.kind | None
+    default = inspect.Parameter.empty if default is ... else default
     return inspect.Parameter(
         flag.parameter, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
     )

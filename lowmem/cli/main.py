@@ -1,23 +1,246 @@
-"""Entry point: `lowmem COMMAND`. Errors become one line and the exit code of `lowmem.core.errors`."""
+"""`lowmem COMMAND`: the commands (what each takes, its flags by the table, and what it calls), and the entry point.
+Errors become one line and the exit code of `lowmem.core.errors`. Bodies import what they need when they run, so that
+`--help` is there at once."""
 
 from __future__ import annotations
 
 import os
 import sys
 import traceback
-from typing import NoReturn
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
 from typer.main import get_command
 
-from lowmem.cli.commands import app
+from lowmem.cli.flags import Given, takes_flags
 from lowmem.core.errors import ExitCode, Interrupted, LowmemError, PeerError, PeerLost, UsageError
 from lowmem.core.reading import shorten
-from lowmem.distributed.launch import is_led, leave, linger, report_failure
+from lowmem.distributed.launch import is_led, leave, linger, refuse_several, report_failure
 
 # Before a process leaves that is not the one to speak: torchrun ends the others as soon as it sees one gone.
 _AFTER_OTHERS_SECONDS = 5.0
 _AFTER_SIGNAL_SECONDS = 1.0
+_JOINT = ("train", "resume")  # what several processes do together
+
+app = typer.Typer(
+    help="Train deep networks on cards that are too small for them, and never lose a run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """A command by the function's name, with the flags that the table has for it."""
+    return app.command()(takes_flags(function))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from lowmem import __version__
+
+        print(f"lowmem {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand not in _JOINT:
+        refuse_several(f"lowmem {context.invoked_subcommand}")
+
+
+@command
+def train(given: Given, out: Path | None, dry_run: bool) -> None:
+    """Train a network. Ctrl-C saves and leaves; `lowmem resume` goes on exactly there."""
+    settings = given.settings()
+    from lowmem.cli.terminal import observer
+    from lowmem.lifecycle.api import run_training
+
+    with observer() as shown:
+        run_training(settings, out, shown, dry_run=dry_run)
+
+
+@command
+def resume(
+    given: Given,
+    run: Annotated[Path, typer.Argument(help="The run folder, like runs/res110.")],
+    epochs: int | None,
+    out: Path | None,
+) -> None:
+    """Go on exactly where a run stopped."""
+    changes = given.changes()
+    if out is not None and epochs is None:
+        raise UsageError("--out is for the new run that --epochs makes: a resume goes on in the run's own folder")
+    from lowmem.cli.terminal import observer
+    from lowmem.lifecycle.api import extend_run, resume_training
+
+    with observer() as shown:
+        if epochs is None:
+            resume_training(run, changes, shown)
+        else:
+            extend_run(run, epochs=epochs, changes=changes, out=out, observer=shown)
+
+
+@command
+def fork(
+    given: Given,
+    run: Annotated[Path, typer.Argument(help="The run to start from; it is only read.")],
+    at: str,
+    out: Path | None,
+    dry_run: bool,
+) -> None:
+    """A new run from an old checkpoint with changed settings; says what changes and the learning rate before and after.
+
+    With --set train.epochs=N the schedule's milestones stay at the epochs where they were; with --set
+    schedule.reference_epochs=… too, they are scaled to the new length."""
+    changes = given.changes()
+    from lowmem.cli.terminal import observer
+    from lowmem.lifecycle.api import fork_run
+
+    with observer() as shown:
+        fork_run(run, at=at, changes=changes, out=out, observer=shown, dry_run=dry_run)
+
+
+@command
+def ls(
+    folder: Annotated[Path, typer.Argument(help="The folder that holds the runs.")] = Path("runs"), *, json: bool
+) -> None:
+    """The runs in a folder: state, epoch, error, size, and the checkpoints that can be forked from."""
+    from lowmem.cli.show import show_ls
+
+    show_ls(folder, json)
+
+
+@command
+def verify(
+    run: Annotated[Path, typer.Argument(help="The run folder, like runs/res110; it is only read.")], json: bool
+) -> None:
+    """Check a run folder: its checkpoints, settings, plan, rows and weights, and where a resume would go on."""
+    from lowmem.cli.show import show_verify
+
+    raise typer.Exit(show_verify(run, json))
+
+
+@command
+def watch(
+    run: Annotated[Path, typer.Argument(help="A run folder, or one that holds runs: then whichever is being trained.")],
+    interval: float,
+    once: bool,
+    json: bool,
+) -> None:
+    """Follow a running job from another terminal; it is only read. Leaves when the run ends, or with Ctrl-C."""
+    from lowmem.cli.watch import show_watch
+
+    show_watch(run, interval=interval, once=once, as_json=json)
+
+
+@command
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")], out: Path | None, html: bool, tensorboard: bool
+) -> None:
+    """Final errors, loss curves, test-error curves, and pairs with and without shortcuts."""
+    from lowmem.cli.show import show_report
+    from lowmem.report import write_report
+
+    out = out if out is not None or len(runs) == 1 else Path("report")
+    show_report(write_report(runs, out, html=html, tensorboard=tensorboard))
+
+
+@command
+def plan(given: Given, recalibrate: bool, json: bool, curve: Path | None) -> None:
+    """What would be chosen for a budget and why; needs no GPU."""
+    settings = given.settings()
+    from lowmem.cli.show import show_plan
+
+    show_plan(settings, json, curve, recalibrate)
+
+
+@command
+def doctor(given: Given, out: Path | None, json: bool) -> None:
+    """Card, driver, torch, memory, disk, data: what is wrong, and the command that mends it."""
+    settings = given.settings()
+    from lowmem.cli.show import show_doctor
+
+    raise typer.Exit(show_doctor(settings.config, out, json))
+
+
+@command
+def bench(
+    given: Given,
+    steps: int | None,
+    rounds: int | None,
+    budgets: str | None,
+    quick: bool,
+    suite: str | None,
+    cells: str | None,
+    minutes: float | None,
+    out: Path | None,
+) -> None:
+    """Memory and time of a training step in every way, the largest batches, AMP, memory formats; or a suite of checks.
+
+    Each measurement in a clean process. Ctrl-C keeps what was measured; the same command goes on from there."""
+    batch: list[int] = given.flags.get("train.batch", [])
+    if len(batch) > 1:
+        raise UsageError("there is one batch: give --batch once")
+    flags = {**given.flags, "train.batch": batch[0] if batch else None}
+    if suite is None:
+        if cells is not None:
+            raise UsageError("--cells are those of a suite: give --suite acceptance, or leave --cells out")
+        from lowmem.cli.show_bench import show_bench
+
+        show_bench(flags, steps=steps, rounds=rounds, budgets=budgets, quick=quick, minutes=minutes, out=out)
+        return
+    if suite != "acceptance":
+        raise UsageError(f"there is no suite {suite!r}: use --suite acceptance")
+    not_of_it = {"--rounds": rounds, "--budgets": budgets, "--quick": quick or None}
+    if ignored := [name for name, value in not_of_it.items() if value is not None]:
+        raise UsageError(f"{', '.join(ignored)}: not of the suite; leave it out, or leave --suite out")
+    if out is None:
+        raise UsageError("a suite writes its results: give --out a folder, like --out acceptance")
+    from lowmem.cli.show_acceptance import show_acceptance
+
+    show_acceptance(flags, steps=steps or 10, cells=cells, minutes=minutes, out=out)
+
+
+@command
+def reproduce(given: Given, out: Path, only: str | None, block: str | None, dry_run: bool) -> None:
+    """The report's six runs (Res and CNN of 20, 56 and 110 layers) as one job, then the report.
+
+    The same command goes on with it after Ctrl-C, a kill or a power cut, at the right run and step; what is finished is
+    skipped. Settings that are left out are those the job began with.
+    """
+    settings = given.settings()
+    from lowmem.cli.show import show_report
+    from lowmem.cli.terminal import say
+    from lowmem.reproduce.conduct import reproduce_job
+    from lowmem.reproduce.job import select
+
+    raise typer.Exit(reproduce_job(out, settings, select(only, block), say, show_report, dry_run=dry_run))
+
+
+@app.command("reproduce-run", hidden=True)
+def reproduce_run() -> None:
+    """A process of a job: what it is to do comes over standard input."""
+    from lowmem.reproduce.conduct import read_request
+
+    request = read_request()
+    from lowmem.cli.terminal import observer
+    from lowmem.lifecycle import api
+    from lowmem.reproduce.check import work
+
+    with observer() as shown:
+        raise typer.Exit(work(request, shown, api.run_training, api.resume_training))
+
+
+# -- the entry point ---------------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -35,9 +258,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: list[str] | None) -> int:
-    command = get_command(app)
     try:
-        code = command.main(args=arguments, prog_name="lowmem", standalone_mode=False)
+        code = get_command(app).main(args=arguments, prog_name="lowmem", standalone_mode=False)
         return int(code or ExitCode.DONE)
     except LowmemError as error:
         return _lowmem_error(error)
@@ -52,10 +274,8 @@ def _run(arguments: list[str] | None) -> int:
     except Exception as error:
         # The usage errors of the library under typer: unknown options, missing arguments.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            if is_led():
-                linger(_AFTER_OTHERS_SECONDS)
-                return ExitCode.USAGE
-            return _fail(f"{error.format_message()} (see `{_path(error)} --help`)", ExitCode.USAGE)
+            command_path = getattr(getattr(error, "ctx", None), "command_path", "lowmem")
+            return _lowmem_error(UsageError(f"{error.format_message()} (see `{command_path} --help`)"))
         report_failure(error)
         raise
 
@@ -75,13 +295,7 @@ def _lowmem_error(error: LowmemError) -> int:
     return code
 
 
-def _path(error: object) -> str:
-    context = getattr(error, "ctx", None)
-    return context.command_path if context is not None else "lowmem"
-
-
 def _fail(message: str, code: int) -> int:
     # A message may quote a file that somebody else made: no control characters, and an end.
-    one_line = shorten(message, 4000)
-    print(f"lowmem: {one_line}", file=sys.stderr)
+    print(f"lowmem: {shorten(message, 4000)}", file=sys.stderr)
     return int(code)

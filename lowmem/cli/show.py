@@ -1,9 +1,11 @@
-"""What is there, as a screen of lines or as JSON: runs, a verified run, a report, the doctor's findings. No torch."""
+"""What is there, as a screen of lines or as JSON: runs, a verified run, a report, the doctor's findings; and what would
+be planned. No torch but for that."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,24 +13,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowmem.cli.terminal import aligned, printable
-from lowmem.config.schema import Config
-from lowmem.core.errors import ExitCode
-from lowmem.core.units import format_size
+from lowmem.cli.terminal import printable, say
+from lowmem.config.schema import Config, cards_of
+from lowmem.config.settings import Settings
+from lowmem.core.errors import ExitCode, PreflightError, UsageError
+from lowmem.core.units import aligned, format_size
+from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.view import RunSummary, list_runs
+from lowmem.train.observer import Observer
 
 if TYPE_CHECKING:
+    from lowmem.choose.request import Choice
     from lowmem.doctor import Facts, Finding
-    from lowmem.lifecycle.verify import Verified
+    from lowmem.plan.solver import Points
     from lowmem.report import ReportResult
 
 _LIST_HEADER = ("run", "state", "epoch", "last error", "best error", "on disk", "fork --at")
 _MOST_SHOWN = 6  # checkpoints; all of them are in --json
 _STATUS_STYLES = {"ok": "green", "note": "cyan", "warning": "bold yellow", "fail": "bold red"}
-_STATUS_COLUMNS = max(map(len, _STATUS_STYLES))
-
-
-# -- lowmem ls ---------------------------------------------------------------------------------------------------------
+_STATUS_COLUMNS = 7
 
 
 def show_ls(folder: Path, as_json: bool) -> None:
@@ -40,24 +43,24 @@ def show_ls(folder: Path, as_json: bool) -> None:
     if not runs:
         print(f"there are no runs in {printable(str(folder))}: start one with `lowmem train`")
         return
-    print("\n".join(aligned([_LIST_HEADER, *(_cells(run, folder) for run in runs)], right={2, 3, 4, 5})))
-    for run in runs:
-        for words in run.trouble:
-            print(f"{printable(_name(run, folder))}: {printable(words)}")
+    trouble = [f"{_name(run, folder)}: {words}" for run in runs for words in run.trouble]
+    lines = aligned([_LIST_HEADER, *(_cells(run, folder) for run in runs)], right={2, 3, 4, 5})
+    print("\n".join(map(printable, lines + trouble)))
 
 
 def _cells(run: RunSummary, folder: Path) -> tuple[str, ...]:
     epochs = run.config.train.epochs if run.config else "?"
     state = run.state if run.writer is None else f"{run.state} ({run.writer})"
-    best = "" if run.best_error_pct is None else f"{_percent(run.best_error_pct)} (epoch {run.best_epoch})"
+    last = "" if run.last_error_pct is None else f"{run.last_error_pct:.2f} %"
+    best = "" if run.best_error_pct is None else f"{run.best_error_pct:.2f} % (epoch {run.best_epoch})"
     # The newest, as `fork --at` takes them. The one before the first step is nothing to fork from.
     places = [kept.at for kept in run.checkpoints if kept.step > 0]
     more = [f"{len(places) - _MOST_SHOWN} more"] if len(places) > _MOST_SHOWN else []
     return (
-        printable(_name(run, folder)),
-        printable(state),
+        _name(run, folder),
+        state,
         f"{'?' if run.epoch is None else run.epoch}/{epochs}",
-        _percent(run.last_error_pct),
+        last,
         best,
         format_size(run.size_bytes),
         ", ".join(more + places[-_MOST_SHOWN:]),
@@ -68,13 +71,6 @@ def _name(run: RunSummary, folder: Path) -> str:
     return run.path.name or str(run.path) if run.path == folder else str(run.path.relative_to(folder))
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f} %"
-
-
-# -- lowmem verify -----------------------------------------------------------------------------------------------------
-
-
 def show_verify(run: Path, as_json: bool) -> ExitCode:
     """Looks, prints a line a finding. CHECKPOINT if the run cannot be resumed, DONE otherwise."""
     from lowmem.lifecycle.verify import verify
@@ -82,27 +78,17 @@ def show_verify(run: Path, as_json: bool) -> ExitCode:
     verified = verify(run)
     if as_json:
         print(verified.to_json())
-    else:
-        width = max(len(finding.where) for finding in verified.findings)
-        for finding in verified.findings:
-            print(printable(f"{finding.status:8} {finding.where:{width}}  {finding.what}"))
-        print(printable(_outcome(verified)))
-    return ExitCode.DONE if verified.can_resume else ExitCode.CHECKPOINT
-
-
-def _outcome(verified: Verified) -> str:
+        return ExitCode.DONE if verified.can_resume else ExitCode.CHECKPOINT
+    epoch, newest = verified.epoch or 0, verified.resumes_from
     if not verified.can_resume:
-        return f"{verified.run} cannot be resumed: {verified.obstacle}"
-    assert verified.epoch is not None
-    if verified.finished:
-        return f"{verified.run} is finished: all {verified.epoch} epochs are in {verified.resumes_from}"
-    return (
-        f"{verified.run} can be resumed exactly, from {verified.resumes_from}: epoch {verified.epoch + 1}, "
-        f"step {verified.step_in_epoch} of it"
-    )
-
-
-# -- lowmem doctor -----------------------------------------------------------------------------------------------------
+        outcome = f"cannot be resumed: {verified.obstacle}"
+    elif verified.finished:
+        outcome = f"is finished: all {epoch} epochs are in {newest}"
+    else:
+        outcome = f"can be resumed exactly, from {newest}: epoch {epoch + 1}, step {verified.step_in_epoch} of it"
+    lines = aligned([(f"{one.status:{_STATUS_COLUMNS}}", one.where, one.what) for one in verified.findings])
+    print("\n".join(map(printable, [*lines, f"{verified.run} {outcome}"])))
+    return ExitCode.DONE if verified.can_resume else ExitCode.CHECKPOINT
 
 
 def show_doctor(config: Config, out: Path | None, as_json: bool) -> ExitCode:
@@ -123,14 +109,10 @@ def show_doctor(config: Config, out: Path | None, as_json: bool) -> ExitCode:
 
 def summary(facts: Facts, findings: list[Finding]) -> str:
     """The last line: whether training can start, where, and how much there is to mend."""
-
-    def count(status: str, what: str) -> str:
-        number = sum(finding.status == status for finding in findings)
-        return f"{number} {what}{'s' * (number != 1)}" if number else ""
-
-    warned = f", with {warnings}" if (warnings := count("warning", "warning")) else ""
-    if failures := count("fail", "failure"):
-        return f"training cannot start: {failures}{warned}"
+    failures, warnings = (sum(finding.status == status for finding in findings) for status in ("fail", "warning"))
+    warned = f", with {warnings} warning{'s' * (warnings > 1)}" if warnings else ""
+    if failures:
+        return f"training cannot start: {failures} failure{'s' * (failures > 1)}{warned}"
     device = (facts.execution or {}).get("device")
     where = {"cpu": " on the CPU", "cuda": " on the card"}.get(device or "", "")
     return f"training can start{where}{warned}"
@@ -138,33 +120,26 @@ def summary(facts: Facts, findings: list[Finding]) -> str:
 
 def finding_lines(findings: list[Finding]) -> list[str]:
     """Plain text: a line a finding, its mend on a line of its own."""
-    width = max((len(finding.name) for finding in findings), default=0)
-    shown = []
+    rows: list[tuple[str, str, str]] = []
     for finding in findings:
-        shown.append(f"{finding.status:{_STATUS_COLUMNS}}  {finding.name:{width}}  {finding.finding}")
-        if finding.mend is not None:
-            shown.append(f"{'':{_STATUS_COLUMNS}}  {'':{width}}  > {finding.mend}")
-    return shown
+        rows.append((f"{finding.status:{_STATUS_COLUMNS}}", finding.name, finding.finding))
+        rows += [] if finding.mend is None else [("", "", f"> {finding.mend}")]
+    return aligned(rows)
 
 
 def _print_findings(findings: list[Finding], last: str) -> None:
+    """In colours, wrapped at the terminal's width, all but the mends: a command must be copied in one piece."""
     console = Console(highlight=False)
-    width = max((len(finding.name) for finding in findings), default=0)
+    widths = (_STATUS_COLUMNS, max((len(finding.name) for finding in findings), default=0))
     for finding in findings:
         row = Table.grid(padding=(0, 2, 0, 0))
-        row.add_column(width=_STATUS_COLUMNS)
-        row.add_column(width=width)
-        row.add_column()
+        for width in (*widths, None):
+            row.add_column(width=width)
         row.add_row(Text(finding.status, style=_STATUS_STYLES[finding.status]), finding.name, Text(finding.finding))
         console.print(row)
         if finding.mend is not None:
-            # Not wrapped by us: a command must be copied in one piece.
-            indent = " " * (_STATUS_COLUMNS + width + 4)
-            console.print(Text(f"{indent}> {finding.mend}", style="bold"), soft_wrap=True)
+            console.print(Text(f"{'':{sum(widths) + 4}}> {finding.mend}", style="bold"), soft_wrap=True)
     console.print(Text(last, style="bold"))
-
-
-# -- lowmem report -----------------------------------------------------------------------------------------------------
 
 
 def show_report(result: ReportResult) -> None:
@@ -184,3 +159,73 @@ def show_report(result: ReportResult) -> None:
     print(printable(f"written: {result.markdown} and {len(result.figures)} figures beside it{page}"))
     if result.event_files is not None:
         print(f"curves for TensorBoard: tensorboard --logdir {result.event_files}")
+
+
+class _Beside(Observer):
+    """Beside the plan, which may be piped into something."""
+
+    def note(self, text: str) -> None:
+        say(text, "stderr")
+
+
+def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate: bool = False) -> None:
+    """Plans, prints, draws. With `recalibrate` the device at hand is measured first. For several cards, one process on
+    each: who takes how much of the batch, and each one's plan.
+
+    Raises Infeasible, UsageError, PreflightError."""
+    from lowmem.choose.batch_split import describe_split
+    from lowmem.choose.decide import decide
+    from lowmem.choose.execution import resolve_execution
+    from lowmem.choose.explain import in_full
+    from lowmem.config.cards import load_card
+
+    card, names = settings.config.memory.card, cards_of(settings.config)
+    if recalibrate:
+        if card is not None:
+            raise UsageError(
+                f"--recalibrate measures the device at hand, and --card {card} asks for another: leave one out"
+            )
+        settings = settings.replace({"memory.calibrate": "always"}, "--recalibrate")
+    if curve is not None and len(names) > 1:
+        raise UsageError("--curve draws one card's plans: name one with --card")
+    if card is None:
+        # Without a named card it is about this machine: what `lowmem train` would do here.
+        settings = resolve_execution(settings, planned=True)
+    cards = [load_card(name).name for name in names] if len(names) > 1 else []
+    decided = decide(settings, tell=_Beside(), on_paper=True, recalibrate=recalibrate)
+    config, split, choice = decided.settings.config, decided.planned, decided.choice
+    assert split is not None
+    title = f"{config.model.arch} ({config.model.block}, width {config.model.width})"
+    curves = None if curve is None else _draw(choice, title, curve)
+    if as_json:
+        record = choice.plan.to_json()
+        if cards:
+            processes = [split.choices[rank].plan.to_json() for rank in range(len(cards))]
+            record = {"shares": split.shares, "step_seconds": split.step_seconds, "processes": processes}
+        elif curves is not None:
+            record["curve"] = curves  # the points of the picture, as [bytes, share of time more than plain]
+        print(json.dumps(record, indent=1))
+        return
+    rate = f"Learning rate {config.optim.lr:g} ({decided.settings.sources['optim.lr']})."
+    rates = [rate] if settings.config.memory.auto_batch else []
+    if cards:
+        print("\n".join([title, "", *describe_split(split, cards), *rates]))
+        for rank, name in enumerate(cards):
+            print(f"\nProcess {rank}, {name}\n\n{in_full(split.choices[rank])}")
+        return
+    drawn = [] if curve is None else [f"drawn: {curve}"]
+    print("\n\n".join([title, in_full(choice), *rates, *drawn]))
+
+
+def _draw(choice: Choice, title: str, path: Path) -> Mapping[str, Points]:
+    """The picture; returns what is in it. Raises PreflightError."""
+    from lowmem.plan.solver import strategies
+    from lowmem.report.method_figures import draw_memory_curve  # matplotlib: only if there is something to draw
+
+    plan, curves = choice.plan, strategies(choice.chain, choice.plain.estimate.peak_allocated_bytes)
+    words = f"{title}, batch {plan.batch}, {plan.precision}, {plan.memory_format}"
+    try:
+        write_bytes_atomic(path, draw_memory_curve(words, curves, choice.budget.tensor_bytes))
+    except OSError as error:
+        raise PreflightError(f"{path} cannot be written ({error.strerror}): give --curve another path") from None
+    return curves

@@ -5,22 +5,40 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
-from rich.live import Live as Redrawn
+from rich.live import Live
 from rich.text import Text
 
+from lowmem.core.reading import shorten
 from lowmem.core.units import format_duration, format_size
 from lowmem.distributed.launch import is_led
+from lowmem.runs.rows import Event
 from lowmem.train.observer import Observer, Progress
 
 _PLAIN_EVERY_SECONDS = 30.0  # progress bars flood log files; a line now and then does not
-
-
-# -- lines -------------------------------------------------------------------------------------------------------------
+_EVENT_WORDS = {
+    "start": "started",
+    "resume": "resumed from step {step}",
+    "checkpoint": "saved at step {step}",
+    "done": "finished",
+    "stop": "stopped as asked at step {step}",
+    "signal": "{signal}: saved at step {step}",
+    "fork": "forked from {source} at step {step}",
+    "out-of-memory": "out of memory in {phase} at step {step}",
+    "replan": "another plan: {budget_bytes} for the step's tensors",
+    "pressure": "memory is short: {what}",
+    "measured": "a step takes {measured_peak_bytes}, predicted {predicted_peak_bytes}",
+    "confirmed": "the plan was confirmed by real steps",
+    "rollback": "{what} at step {step}: back to {checkpoint}, {lr_scale} of the learning rate",
+    "diverged": "diverged at step {step}: {what}",
+    "stuck": "learns nothing: at chance up to epoch {epoch}",
+    "warning": "warning: {what}",
+}
 
 
 def printable(text: str) -> str:
@@ -38,116 +56,111 @@ def say(text: str, stream: str = "stdout") -> None:
         setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
-def aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
-    """Lines of aligned cells; `right`: columns that are aligned at their end. They are as wide as they are: what reads
-    them from a pipe has no width."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
 def describe_progress(progress: Progress) -> str:
-    """`epoch 3/164 [120/391] loss 1.234 error 45.6 % 184 images/s 1,200 MiB 1:02:03 left`."""
-    parts = [f"epoch {progress.epoch}/{progress.epochs} [{progress.step_in_epoch}/{progress.steps_per_epoch}]"]
-    if progress.loss is not None:
-        parts.append(f"loss {progress.loss:.4f}")
-    if progress.error_pct is not None:
-        parts.append(f"error {progress.error_pct:.2f} %")
-    parts.append(f"lr {progress.lr:g}")
-    if progress.images_per_second is not None:
-        parts.append(f"{progress.images_per_second:,.0f} images/s")
-    if progress.memory_bytes is not None:
-        parts.append(format_size(progress.memory_bytes))
-    if progress.seconds_left is not None:
-        parts.append(f"{format_duration(progress.seconds_left)} left")
-    if progress.job is not None:
-        parts.append(progress.job)
-    return "  ".join(parts)
+    """`epoch 3/164 [120/391]  loss 1.2340  error 45.60 %  lr 0.1  184 images/s  1,200 MiB  1:02:03 left`."""
+    at, left = progress, progress.seconds_left
+    return joined(
+        f"epoch {at.epoch}/{at.epochs} [{at.step_in_epoch}/{at.steps_per_epoch}]",
+        at.loss is not None and f"loss {at.loss:.4f}",
+        at.error_pct is not None and f"error {at.error_pct:.2f} %",
+        f"lr {at.lr:g}",
+        at.images_per_second is not None and f"{at.images_per_second:,.0f} images/s",
+        at.memory_bytes is not None and format_size(at.memory_bytes),
+        left is not None and f"{format_duration(left)} left",
+        at.job,
+    )
 
 
 def describe_epoch(row: Mapping[str, Any], epochs: int | None) -> str:
     """One line for a finished epoch: its row of metrics.csv, how many there will be, and under `job` where in a job of
     several runs that is."""
-    known = {name: value for name, value in row.items() if value is not None}
-    parts = [f"epoch {row['epoch']}/{'?' if epochs is None else epochs}"]
-    parts += [f"train loss {known['train_loss']:.4f}"] if "train_loss" in known else []
-    parts += [
-        f"{kind} error {known[f'{kind}_error_pct']:.2f} %"
-        for kind in ("train", "val", "test")
-        if f"{kind}_error_pct" in known
-    ]
-    parts += [f"lr {known['lr']:g}"] if "lr" in known else []
-    parts += [f"{known['images_per_second']:,.0f} images/s"] if known.get("images_per_second") else []
-    parts += [format_duration(known["elapsed_seconds"])] if "elapsed_seconds" in known else []
-    parts += [known["job"]] if "job" in known else []
-    return "  ".join(parts)
+    errors = {kind: row.get(f"{kind}_error_pct") for kind in ("train", "val", "test")}
+    loss, lr, speed, elapsed = map(row.get, ("train_loss", "lr", "images_per_second", "elapsed_seconds"))
+    return joined(
+        f"epoch {row['epoch']}/{'?' if epochs is None else epochs}",
+        loss is not None and f"train loss {loss:.4f}",
+        *(error is not None and f"{kind} error {error:.2f} %" for kind, error in errors.items()),
+        lr is not None and f"lr {lr:g}",
+        speed and f"{speed:,.0f} images/s",
+        elapsed is not None and format_duration(elapsed),
+        row.get("job"),
+    )
 
 
-# -- observers ---------------------------------------------------------------------------------------------------------
+def clock(event: Event) -> str:
+    """The time of day that an event was written down, `?` if it does not say."""
+    text = event.time if isinstance(event.time, str) else ""
+    return shorten(text[11:19], 8) if text[10:11] == "T" else "?"
 
 
-class PlainObserver(Observer):
-    """Whole lines, no cursor movement."""
+def describe_event(event: Event) -> str:
+    """A line of events.jsonl in words; of a kind that is not known here, what it says."""
+    detail = event.detail
+    if event.kind not in _EVENT_WORDS:
+        said = ", ".join(f"{shorten(name, 30)} {shorten(value, 40)}" for name, value in detail.items())
+        return shorten(f"{event.kind} {said}".strip())
+    known = defaultdict(lambda: "?")
+    for name, value in detail.items():
+        known[name] = format_size(value) if type(value) is int and name.endswith("_bytes") else shorten(value, 120)
+    why = f"; {known['reason']}" if event.kind == "warning" and "reason" in detail else ""
+    return _EVENT_WORDS[event.kind].format_map(known) + why
+
+
+def event_line(event: Event) -> str:
+    """`08:34:12  saved at step 782`."""
+    return f"{clock(event)}  {describe_event(event)}"
+
+
+def joined(*parts: str | float | None, between: str = "  ") -> str:
+    """What is known of it, in one line."""
+    return between.join(str(part) for part in parts if part)
+
+
+class TerminalObserver(Observer):
+    """Whole lines; and where a run is, as one line below them that is redrawn, or where that cannot be (a file, a pipe)
+    as a line now and then."""
 
     def __init__(self) -> None:
+        self._last, self._line = time.monotonic(), None
+        if sys.stdout.isatty():
+            self._line = Live(console=Console(highlight=False), refresh_per_second=4, transient=True)
+            self._line.start()
+
+    def note(self, text: str) -> None:
+        self._print(text)
+
+    def warning(self, text: str) -> None:
+        self._print(f"warning: {text}", "stderr", "bold yellow")
+
+    def progress(self, progress: Progress) -> None:
+        self._now(describe_progress(progress))
+
+    def data_progress(self, what: str, done: int, total: int) -> None:
+        self._now(f"{what}: {done:,} of {total:,}", always=done == total)
+
+    def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
         self._last = time.monotonic()
-
-    def note(self, text: str) -> None:
-        say(text)
-
-    def warning(self, text: str) -> None:
-        say(f"warning: {text}", "stderr")
-
-    def progress(self, progress: Progress) -> None:
-        self._now_and_then(describe_progress(progress))
-
-    def data_progress(self, what: str, done: int, total: int) -> None:
-        self._now_and_then(f"{what}: {done:,} of {total:,}", always=done == total)
-
-    def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
-        self._now_and_then(describe_epoch(row, epochs), always=True)
-
-    def _now_and_then(self, text: str, *, always: bool = False) -> None:
-        if always or time.monotonic() - self._last >= _PLAIN_EVERY_SECONDS:
-            self._last = time.monotonic()
-            say(text)
-
-
-class LiveObserver(Observer):
-    """One line that is redrawn, with finished epochs above it."""
-
-    def __init__(self) -> None:
-        self._console = Console(highlight=False)
-        self._line = Redrawn(console=self._console, refresh_per_second=4, transient=True)
-        self._line.start()
-
-    def note(self, text: str) -> None:
-        with suppress(OSError):  # the terminal may be gone
-            self._console.print(Text(printable(text)))
-
-    def warning(self, text: str) -> None:
-        with suppress(OSError):
-            self._console.print(Text(printable(f"warning: {text}"), style="bold yellow"))
-
-    def progress(self, progress: Progress) -> None:
-        with suppress(OSError):
-            self._line.update(Text(describe_progress(progress)))
-
-    def data_progress(self, what: str, done: int, total: int) -> None:
-        with suppress(OSError):
-            self._line.update(Text(f"{what}: {done:,} of {total:,}"))
-
-    def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
-        self.note(describe_epoch(row, epochs))
+        self._print(describe_epoch(row, epochs))
 
     def close(self) -> None:
-        with suppress(OSError):
-            self._line.stop()
+        if self._line is not None:
+            with suppress(OSError):
+                self._line.stop()
+
+    def _print(self, text: str, stream: str = "stdout", style: str = "") -> None:
+        if self._line is None:
+            say(text, stream)
+            return
+        with suppress(OSError):  # the terminal may be gone
+            self._line.console.print(Text(printable(text), style=style))
+
+    def _now(self, text: str, *, always: bool = False) -> None:
+        if self._line is not None:
+            with suppress(OSError):
+                self._line.update(Text(text))
+        elif always or time.monotonic() - self._last >= _PLAIN_EVERY_SECONDS:
+            self._last = time.monotonic()
+            say(text)
 
 
 @contextmanager
@@ -158,8 +171,5 @@ def observer() -> Iterator[Observer]:
             say(f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: process 0 tells how it goes")
         yield Observer()
         return
-    shown: Observer = LiveObserver() if sys.stdout.isatty() else PlainObserver()
-    try:
+    with closing(TerminalObserver()) as shown:
         yield shown
-    finally:
-        shown.close()

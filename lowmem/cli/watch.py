@@ -1,31 +1,54 @@
-"""`lowmem watch`: looks at a run every second, draws or prints, leaves when it ends. No torch here."""
+"""`lowmem watch`: looks at a run every second, draws or prints what is known of it, leaves when it ends. No torch."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live as Redrawn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
-from lowmem.cli.terminal import describe_epoch
-from lowmem.cli.watch_screen import clock, describe_errors, describe_event, describe_state, facts, screen, to_json
+from lowmem.cli.terminal import clock, describe_epoch, describe_event, event_line, joined
+from lowmem.config.schema import Config
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import shorten
+from lowmem.core.units import format_duration, format_size
 from lowmem.runs.folder import read_owner, refuse_links, run_folders, writer_of
-from lowmem.runs.rows import Event
 from lowmem.runs.watch import Live
 
 _NEXT_RUN_SECONDS = 120.0  # between two runs of a job: libraries, pictures, plan
 _JOB_OWNER = "job.owner.json"  # beside the runs of `lowmem reproduce`
 _DIED_LOOKS = 2  # a lock that is free for one look may be on its way from one process to the next
+_BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
+_LABEL_COLUMNS, _EVENTS_SHOWN = 10, 5
+_QUIET_FROM_SECONDS = 60.0
+_STATE_WORDS = {
+    "starting": "getting ready",
+    "training": "training",
+    "finished": "finished",
+    "stopped": "stopped as asked (train.max_steps)",
+    "interrupted": "interrupted, saved",
+    "diverged": "diverged, stopped",
+    "stuck": "learns nothing, stopped",
+    "ended": "nobody trains it",
+    "died": "died: its process ended without leaving it (killed, or the machine went down)",
+}
+_STATE_STYLES = {"starting": "cyan", "training": "bold green", "finished": "bold blue", "stopped": "bold blue"}
+_EVENT_STYLES = dict.fromkeys(("warning", "rollback", "out-of-memory", "stuck", "pressure"), "yellow")
 
-Show = Callable[[Live], None]
+
+# -- following a run ---------------------------------------------------------------------------------------------------
 
 
 def show_watch(path: Path, *, interval: float, once: bool, as_json: bool) -> None:
@@ -52,14 +75,13 @@ def show_watch(path: Path, *, interval: float, once: bool, as_json: bool) -> Non
 
 def _follow_all(path: Path, run: Path | None, interval: float, *, alone: bool) -> None:
     """One run; in a folder of runs, then the next one that is trained."""
-    following = run if run is not None else _next(path, interval)
-    while following is not None:
-        refuse_links(following)
-        ended = _follow(following, interval)
+    while run is not None or (run := _next(path, interval)) is not None:
+        refuse_links(run)
+        ended = _follow(run, interval)
         print(_closing(ended), flush=True)
         if alone or not (_conducted(path) or ended.state in {"finished", "stopped", "diverged", "stuck"}):
             return
-        following = _next(path, interval)
+        run = None
 
 
 def _next(path: Path, interval: float) -> Path | None:
@@ -98,54 +120,34 @@ def _last_touched(run: Path) -> float:
 
 
 def _follow(run: Path, interval: float) -> Live:
-    """Shows one run until nobody trains it. The last state."""
-    watched, without = Live(run), 0
-    with _shown() as show:
+    """Shows one run until nobody trains it: drawn on a terminal, else (log files, pipes) line by line. The last
+    state."""
+    watched, without, before = Live(run), 0, None
+    console = Console(highlight=False)
+    drawn = Redrawn(console=console, auto_refresh=False, vertical_overflow="crop")
+    with drawn if sys.stdout.isatty() else nullcontext() as display:
         while True:
             live = watched.look()
             # What it wrote last came before it let go, and may have been missed by this look.
             without = 0 if live.running else without + 1
-            show(live)
+            if display is not None:
+                display.update(screen(live, console), refresh=True)
+            else:
+                for line in [_summary(live)] if before is None else _news(before, live):
+                    print(line, flush=True)
             if without >= _DIED_LOOKS or (without and live.state == "finished"):
                 return live
+            before = live
             time.sleep(interval if live.running else min(interval, 0.5))
 
 
-@contextmanager
-def _shown() -> Iterator[Show]:
-    if not sys.stdout.isatty():
-        yield _PlainLines().show
-        return
-    console = Console(highlight=False)
-    with Redrawn(console=console, auto_refresh=False, vertical_overflow="crop") as display:
-        yield lambda live: display.update(screen(live, console), refresh=True)
-
-
-class _PlainLines:
-    """A line for each epoch and event, for log files and pipes. What was there before is summed up in the first."""
-
-    def __init__(self) -> None:
-        self._epoch: int | None = None
-        self._event: Event | None = None
-
-    def show(self, live: Live) -> None:
-        if self._epoch is None:
-            print(_summary(live), flush=True)
-        else:
-            for row in live.rows:
-                if row.epoch > min(self._epoch, live.epoch):
-                    print(describe_epoch(asdict(row), live.epochs), flush=True)
-            for event in _after(live.events, self._event):
-                if event.kind != "checkpoint":  # one an epoch, which has its line
-                    print(f"{clock(event)}  {describe_event(event)}", flush=True)
-        self._epoch = live.epoch
-        self._event = live.events[-1] if live.events else None
-
-
-def _after(events: tuple[Event, ...], last: Event | None) -> tuple[Event, ...]:
-    """What comes after `last`; everything if it is not there."""
-    at = next((index for index, event in enumerate(events) if event is last), -1)
-    return events[at + 1 :]
+def _news(before: Live, live: Live) -> list[str]:
+    """A line for each epoch and event since. Checkpoints have none: one an epoch, which has its line."""
+    rows = [row for row in live.rows if row.epoch > min(before.epoch, live.epoch)]
+    # What comes after the last that was there; everything if that is gone.
+    at = next((index for index, event in enumerate(live.events) if before.events and event is before.events[-1]), -1)
+    events = [event for event in live.events[at + 1 :] if event.kind != "checkpoint"]
+    return [*(describe_epoch(asdict(row), live.epochs) for row in rows), *map(event_line, events)]
 
 
 def _summary(live: Live) -> str:
@@ -156,9 +158,163 @@ def _closing(live: Live) -> str:
     """The last words on a run."""
     if not live.path.exists():
         return f"{shorten(live.path)} is gone: a run that takes no step leaves nothing behind"
-    words = f"{shorten(live.path)}: {describe_state(live)}"
-    if errors := describe_errors(live):
-        words += f"; epoch {live.epoch}: {errors}"
+    errors = describe_errors(live)
+    words = f"{shorten(live.path)}: {describe_state(live)}" + (f"; epoch {live.epoch}: {errors}" if errors else "")
     if live.state in {"interrupted", "died", "ended"} and live.config is not None:
         words += f"\ngo on with `lowmem resume {shorten(live.path)}`"
     return words
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def facts(live: Live) -> list[tuple[str, str]]:
+    """(label, text) of everything that is known, in the order of the screen."""
+    saved, quiet = live.checkpoint, live.quiet_seconds
+    loss = f"{live.losses[-1]:.4f}" if live.losses else f"{live.rows[-1].train_loss}" if live.rows else ""
+    known = {
+        "state": describe_state(live),
+        "run": live.config and _settings(live.config),
+        "epoch": _position(live),
+        "loss": loss and loss + ("" if live.lr is None else f"  lr {live.lr:g}"),
+        "error": describe_errors(live),
+        "speed": None if live.images_per_second is None else f"{live.images_per_second:,.0f} images/s",
+        "memory": _memory(live),
+        "saved": saved and f"step {shorten(saved.detail.get('step'), 20)} at {clock(saved)}",
+    }
+    if live.running and quiet is not None and quiet >= _QUIET_FROM_SECONDS:
+        known["quiet"] = f"nothing came for {format_duration(quiet)}"
+    return [(label, text) for label, text in known.items() if text]
+
+
+def describe_state(live: Live) -> str:
+    """`training (process 12 on host since 2026-11-25 08:34)`, or how it ended."""
+    words, who = _STATE_WORDS[live.state], live.writer
+    if who is None:
+        return words
+    return f"{words} (process {who.pid} on {who.host} since {who.since[:16].replace('T', ' ')})"
+
+
+def _settings(config: Config) -> str:
+    """What is trained on what, in one line."""
+    model, train, source = config.model, config.train, config.data.source
+    if source.startswith("folder:"):
+        source = f"folder {Path(source.removeprefix('folder:')).name}"
+    return shorten(
+        f"{model.arch} ({model.block}, width {model.width}) on {source}, batch {train.batch}, {train.precision}, "
+        f"{train.device}"
+    )
+
+
+def _position(live: Live) -> str:
+    """Epoch and step, and the time left."""
+    epochs, within = "?" if live.epochs is None else live.epochs, live.step_in_epoch
+    done = live.epochs is not None and live.epoch >= live.epochs
+    in_epoch = within is not None and not done and (live.running or within > 0)
+    elapsed, left = live.elapsed_seconds, live.seconds_left
+    return joined(
+        f"{live.epoch}/{epochs} done" if done or not live.running else f"{live.epoch + 1}/{epochs}",
+        in_epoch and f"step {within}/{live.steps_per_epoch}",
+        in_epoch and live.running and within == live.steps_per_epoch and "evaluating",
+        within is None and f"step {live.step}",
+        elapsed is not None and not live.running and f"in {format_duration(elapsed)}",
+        left is not None and f"{format_duration(left)} left",
+    )
+
+
+def _memory(live: Live) -> str:
+    """Tensors against the budget, and what is in use on the device."""
+    budget, peak = live.budget_bytes, live.peak_bytes
+    of = "" if budget is None else f" of {format_size(budget)}"
+    where = "by the process" if live.config is not None and live.config.train.device == "cpu" else "on the card"
+    return joined(
+        peak is not None and f"{format_size(peak)}{of} at the peak",
+        peak is None and budget is not None and f"budget {format_size(budget)}",
+        live.device_bytes is not None and f"{format_size(live.device_bytes)} in use {where}",
+        between=", ",
+    )
+
+
+def describe_errors(live: Live) -> str:
+    """Of the last epoch, and the best so far."""
+    if not live.rows:
+        return ""
+    last = {kind: getattr(live.rows[-1], f"{kind}_error_pct") for kind in ("train", "val", "test")}
+    on = "test" if last["val"] is None else "val"
+    best = min(_errors(live, on), default=None)
+    return joined(
+        *(error is not None and f"{kind} {error:.2f} %" for kind, error in last.items()),
+        best and f"best {on} {best[0]:.2f} % (epoch {best[1]})",
+    )
+
+
+def _errors(live: Live, on: str) -> list[tuple[float, int]]:
+    """(error, epoch) of all that are numbers, on "val" or "test" pictures."""
+    errors = [(getattr(row, f"{on}_error_pct"), row.epoch) for row in live.rows]
+    return [(error, epoch) for error, epoch in errors if error is not None and math.isfinite(error)]
+
+
+# -- the picture -------------------------------------------------------------------------------------------------------
+
+
+def screen(live: Live, console: Console) -> RenderableType:
+    """All of it, for this console's width."""
+    ascii_only = not console.encoding.lower().startswith("utf")
+    room = min(max(10, console.width - _LABEL_COLUMNS - 1), 60)
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_column(width=_LABEL_COLUMNS, style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    curves = {"loss": live.losses, "error": [error for error, _ in _errors(live, "test")]}
+    steps = live.epochs * live.steps_per_epoch if live.epochs and live.steps_per_epoch else None
+    bars = {"epoch": (live.step, steps), "memory": (live.peak_bytes, live.budget_bytes)}
+    for label, text in facts(live):
+        grid.add_row(label, Text(text, style=_STATE_STYLES.get(live.state, "bold yellow") if label == "state" else ""))
+        curve = [value for value in curves.get(label, ()) if not math.isnan(value)]
+        if len(curve) > 1:
+            grid.add_row("", Text(sparkline(curve, room, ascii_only=ascii_only), style="cyan"))
+        done, total = bars.get(label, (None, None))
+        if done is not None and total is not None:
+            grid.add_row("", ProgressBar(total=total, completed=min(done, total), width=room))
+    shown = [event for event in live.events if event.kind != "checkpoint"][-_EVENTS_SHOWN:]
+    for index, event in enumerate(shown):
+        grid.add_row("" if index else "events", Text(event_line(event), style=_EVENT_STYLES.get(event.kind, "")))
+    return Group(Text(shorten(live.path), style="bold"), grid)
+
+
+def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) -> str:
+    """The values from left to right in `width` characters at most, between their least and largest; means where there
+    are more values than characters, `!` for what is no finite number."""
+    blocks = _ASCII_BLOCKS if ascii_only else _BLOCKS
+    if not values or width < 1:
+        return ""
+    count = min(width, len(values))
+    groups = [values[len(values) * i // count : len(values) * (i + 1) // count] for i in range(count)]
+    means = [fmean(group) if all(map(math.isfinite, group)) else math.nan for group in groups]
+    finite = [mean for mean in means if math.isfinite(mean)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    scale = (len(blocks) - 1) / (high - low) if high > low else 0.0
+    return "".join(blocks[round((mean - low) * scale)] if math.isfinite(mean) else "!" for mean in means)
+
+
+# -- JSON --------------------------------------------------------------------------------------------------------------
+
+_AS_IT_IS = (
+    "state", "running", "epoch", "epochs", "step", "step_in_epoch", "steps_per_epoch", "lr", "images_per_second",
+    "peak_bytes", "device_bytes", "budget_bytes", "elapsed_seconds", "seconds_left", "quiet_seconds",
+)  # fmt: skip
+
+
+def to_json(live: Live) -> dict[str, Any]:
+    """Plain values; unknown is None, and so is what is no finite number, which JSON has none for."""
+    values = {
+        "path": str(live.path),
+        **{name: getattr(live, name) for name in _AS_IT_IS},
+        "writer": live.writer and asdict(live.writer),
+        "settings": live.config and _settings(live.config),
+        "loss": live.losses[-1] if live.losses else None,
+        "last_epoch": asdict(live.rows[-1]) if live.rows else None,
+        "checkpoint_step": live.checkpoint and live.checkpoint.detail.get("step"),
+        "events": [{"time": event.time, "event": event.kind, "says": describe_event(event)} for event in live.events],
+    }
+    known: dict[str, Any] = json.loads(json.dumps(values), parse_constant=lambda name: None)
+    return known

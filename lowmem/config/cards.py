@@ -1,10 +1,9 @@
 """Profiles of graphics cards: what a plan needs to know of a card that is not there.
 
-`profiles/cards/*.yaml` hold datasheet figures, written as people read them; `Card` holds bytes and rates per
-second. Two of the entries are experience, not datasheet: `context` (what a CUDA process takes before its
-first tensor: 250-400 MiB with kernels loaded lazily, more on old cards) and `usable` (the share of the memory
-that one process can have: on Windows the driver keeps about a fifth, on Linux a desktop takes some hundred
-MiB). On a real card both are measured instead.
+`profiles/cards/*.yaml` hold datasheet figures, written as people read them; `Card` holds bytes and rates per second.
+Two of the entries are experience, not datasheet: `context` (what a CUDA process takes before its first tensor: 250-400
+MiB with kernels loaded lazily, more on old cards) and `usable` (the share of the memory that one process can have: on
+Windows the driver keeps about a fifth, on Linux a desktop takes some hundred MiB). On a real card both are measured.
 """
 
 from __future__ import annotations
@@ -13,30 +12,19 @@ import os
 import re
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
-from lowmem.config.schema import Section
+from lowmem.config.schema import Section, Size
+from lowmem.config.settings import read_yaml
 from lowmem.core.errors import UsageError
-from lowmem.core.places import profile_names, profiles_folder
-from lowmem.core.reading import SETTINGS_LIMIT_BYTES, Unreadable, parse_yaml, read_limited, shorten
-from lowmem.core.units import parse_size
+from lowmem.core.reading import profile_names, profiles_folder, shorten
 
 # bytes per second and lane in one direction, by generation, after line coding (PCI-SIG)
 _LANE_BYTES_PER_SECOND = {"3.0": 0.985e9, "4.0": 1.969e9, "5.0": 3.938e9}
 
 Platform = Literal["linux", "linux_display", "windows"]
-
-
-def _size(value: object) -> object:
-    return parse_size(value) if isinstance(value, (int, str)) else value
-
-
-def _text(value: object) -> object:
-    """YAML reads 6.1 as a number."""
-    return str(value) if isinstance(value, float) else value
 
 
 def _known_link(value: str) -> str:
@@ -45,8 +33,8 @@ def _known_link(value: str) -> str:
     return value
 
 
-Size = Annotated[int, BeforeValidator(_size)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Rate = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class UsableShare(Section):
@@ -58,25 +46,19 @@ class UsableShare(Section):
 
 
 class Card(Section):
-    """A card. The fields are those of its file; what the code uses are the properties with units."""
+    """A card. Its file says the same in the units of datasheets."""
 
     name: Annotated[str, Field(min_length=1)]
     memory_bytes: Size = Field(alias="memory")
-    capability: Annotated[str, BeforeValidator(_text), Field(pattern=r"^[0-9]{1,3}\.[0-9]$")]
-    bandwidth_gb_per_second: Annotated[float, Field(gt=0, le=1e6)]
-    fp32_tflops: Annotated[float, Field(gt=0, le=1e6)]
+    capability: Annotated[str, Field(pattern=r"^[0-9]{1,3}\.[0-9]$", coerce_numbers_to_str=True)]  # 6.1 in YAML
+    bandwidth_bytes_per_second: Annotated[Rate, AfterValidator(lambda gb: gb * 1e9)] = Field(
+        alias="bandwidth_gb_per_second"
+    )
+    fp32_flops_per_second: Annotated[Rate, AfterValidator(lambda tera: tera * 1e12)] = Field(alias="fp32_tflops")
     fp16: Literal["1/64", "2:1", "tensor-cores"]
     pcie: Annotated[str, Field(pattern=r"^[0-9]\.0x(1|2|4|8|16)$"), AfterValidator(_known_link)]
     context_bytes: Size = Field(alias="context")
     usable: UsableShare
-
-    @property
-    def bandwidth_bytes_per_second(self) -> float:
-        return self.bandwidth_gb_per_second * 1e9
-
-    @property
-    def fp32_flops_per_second(self) -> float:
-        return self.fp32_tflops * 1e12
 
     @property
     def tensor_cores(self) -> bool:
@@ -96,12 +78,8 @@ class Card(Section):
         return self.fp16_flops_per_second if self.tensor_cores else self.fp32_flops_per_second
 
     @property
-    def pcie_bytes_per_second(self) -> float:
-        """One direction, by the datasheet."""
-        return self.pcie_lane_bytes_per_second * self.pcie_lanes
-
-    @property
     def pcie_lane_bytes_per_second(self) -> float:
+        """In one direction."""
         return _LANE_BYTES_PER_SECOND[self.pcie.partition("x")[0]]
 
     @property
@@ -112,10 +90,6 @@ class Card(Section):
     def capability_pair(self) -> tuple[int, int]:
         major, _, minor = self.capability.partition(".")
         return int(major), int(minor)
-
-    def usable_bytes(self, platform: Platform) -> int:
-        """What one process can have in all, its context included."""
-        return int(self.memory_bytes * getattr(self.usable, platform))
 
 
 def has_tensor_cores(name: str, capability: tuple[int, int]) -> bool:
@@ -129,33 +103,30 @@ def card_names() -> tuple[str, ...]:
 
 
 def load_card(name: str) -> Card:
-    """A shipped profile by name (`gtx1060-6g`; `GTX 1060 6G` is taken too) or the user's own by path
-    (`*.yaml`).
-
-    Raises UsageError for an unknown card, with the nearest names, and for a file that is no profile.
-    """
+    """A shipped profile by name (`gtx1060-6g`; `GTX 1060 6G` is taken too) or the user's own by path (`*.yaml`).
+    Raises UsageError for an unknown card, with the nearest names, and for a file that is no profile."""
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not os.path.isfile(path):
             raise UsageError(f"there is no card profile {shorten(name)}")
         return _read(path)
-    by_key = {_key(known): known for known in card_names()}
-    if _key(name) not in by_key:
-        raise UsageError(
-            f"unknown card {shorten(name)!r}: {_nearest(_key(name), by_key)}, or give the path of a .yaml file"
-        )
-    return _read(profiles_folder("cards") / f"{by_key[_key(name)]}.yaml")
+    by_key, key = {_key(known): known for known in card_names()}, _key(name)
+    if key not in by_key:
+        close = [by_key[match] for match in get_close_matches(key[:100], by_key, n=3, cutoff=0.6)]
+        hint = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(by_key.values())}"
+        raise UsageError(f"unknown card {shorten(name)!r}: {hint}, or give the path of a .yaml file")
+    return _read(profiles_folder("cards") / f"{by_key[key]}.yaml")
 
 
 def find_card(device_name: str, memory_bytes: int) -> Card | None:
-    """The profile of a card as its driver calls it (`NVIDIA GeForce GTX 1060 6GB`), by name and, where
-    several have it, by memory; None if there is none."""
-    words = re.sub(r"nvidia|geforce|\bgpu\b|\d+\s*gb?\b", " ", device_name.lower())
-    base = _key(words)
-    cards = [load_card(name) for name in card_names()]
-    alike = [card for card in cards if _key(re.sub(r" \d+G$", "", card.name)) == base]
-    near = [card for card in alike if abs(card.memory_bytes - memory_bytes) < 0.1 * card.memory_bytes]
-    return near[0] if near else None
+    """The profile of a card as its driver calls it (`NVIDIA GeForce GTX 1060 6GB`), by name and, where several have it,
+    by memory; None if there is none."""
+    base = _key(re.sub(r"nvidia|geforce|\bgpu\b|\d+\s*gb?\b", " ", device_name.lower()))
+    for card in map(load_card, card_names()):
+        near = abs(card.memory_bytes - memory_bytes) < 0.1 * card.memory_bytes
+        if near and _key(re.sub(r" \d+G$", "", card.name)) == base:
+            return card
+    return None
 
 
 def _key(name: str) -> str:
@@ -163,23 +134,9 @@ def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _nearest(key: str, by_key: dict[str, str]) -> str:
-    close = [by_key[match] for match in get_close_matches(key[:100], by_key, n=3, cutoff=0.6)]
-    if close:
-        return f"did you mean {' or '.join(close)}?"
-    return f"use one of {', '.join(by_key.values())}"
-
-
 def _read(path: Path) -> Card:
     try:
-        values: Any = parse_yaml(read_limited(path, SETTINGS_LIMIT_BYTES).decode("utf-8"))
-        return Card.model_validate(values)
-    except Unreadable as error:
-        raise UsageError(f"{path} {error}: that is no card profile") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror or error}): check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {shorten(error)}") from None
+        return Card.model_validate(read_yaml(path, "give --card the path of a card profile")[0])
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"

@@ -6,20 +6,11 @@ cannot change what is computed. How settings are gathered (recipe, file, flags, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from lowmem.core.errors import UsageError
 from lowmem.core.units import parse_size
@@ -40,9 +31,7 @@ ARCHITECTURES: tuple[str, ...] = tuple(f"{kind}{depth}" for kind in ("res", "cnn
 
 def resolve_block(arch: str, block: str | None) -> str:
     """The block of an architecture: the asked one if the family has it, else what the report used for that depth.
-
-    Raises UsageError for an unknown architecture or a block that the family does not have at that depth.
-    """
+    Raises UsageError for an unknown architecture or a block that the family does not have at that depth."""
     if arch not in ARCHITECTURES:
         raise UsageError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
     depth = int(arch[3:])
@@ -60,10 +49,13 @@ def _check_source(source: str) -> str:
     raise ValueError(f"{source!r} is no data source: use cifar10, fashion-mnist, shapes or folder:PATH")
 
 
-class Section(BaseModel):
-    """Values of a file: frozen, and nothing that is not known."""
+Size = Annotated[
+    PositiveInt, BeforeValidator(lambda value: parse_size(value) if isinstance(value, int | str) else value)
+]
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+class Section(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+    """Values of a file: frozen, and nothing that is not known."""
 
 
 class ModelConfig(Section):
@@ -89,14 +81,14 @@ class DataConfig(Section):
 
     source: Annotated[str, AfterValidator(_check_source)] = "cifar10"
     root: str = "data"
-    cache: str | None = Field(default=None, description="folder for decoded pictures; default: the user's cache folder")
+    cache: str | None = Field(None, description="folder for decoded pictures; default: the user's cache folder")
     download: bool = True
     train_subset: PositiveInt | None = Field(
-        default=None, description="train on this many pictures, the same share of every class, chosen by the seed"
+        None, description="train on this many pictures, the same share of every class, chosen by the seed"
     )
-    test_subset: PositiveInt | None = Field(default=None, description="test on this many pictures, chosen likewise")
-    val_split: NonNegativeInt = Field(default=0, description="hold back this many training pictures")
-    augment: bool = Field(default=True, description="random crop with padding 4 and random horizontal flip")
+    test_subset: PositiveInt | None = Field(None, description="test on this many pictures, chosen likewise")
+    val_split: int = Field(default=0, ge=0, description="hold back this many training pictures")
+    augment: bool = Field(True, description="random crop with padding 4 and random horizontal flip")
 
 
 class OptimConfig(Section):
@@ -136,41 +128,39 @@ class TrainConfig(Section):
     epochs: Annotated[int, Field(gt=0, le=1_000_000)] = 164
     batch: Annotated[int, Field(gt=0, le=1 << 24)] = 128
     micro_batch: PositiveInt | None = None
-    max_steps: PositiveInt | None = Field(default=None, description="stop after this many steps (trials)")
+    max_steps: PositiveInt | None = Field(None, description="stop after this many steps (trials)")
     precision: Literal["auto", "fp32", "amp"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels-last"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = Field(
-        default=True, description="CUDA: kernels that give the same bits every time, so that a resumed run has them too"
+        True, description="CUDA: kernels that give the same bits every time, so that a resumed run has them too"
     )
     tf32: Literal["auto", "never"] = Field(
-        default="auto", description="fp32 convolutions on Ampere and later: as torch is set (TF32), or true fp32"
+        "auto", description="fp32 convolutions on Ampere and later: as torch is set (TF32), or true fp32"
     )
     batch_norm: Literal["auto", "library", "native"] = Field(
-        default="auto",
+        "auto",
         description="kernels of a planned step on CUDA: the library's choice (the bits of plain PyTorch), or native "
         "ones (in place, another rounding); auto: the library's",
     )
-    eval_batch: PositiveInt | None = Field(default=None, description="pictures at a time in evaluation; default: batch")
+    eval_batch: PositiveInt | None = Field(None, description="pictures at a time in evaluation; default: batch")
     log_every_steps: PositiveInt = 20
     grad_norms_every: PositiveInt | None = Field(
-        default=None,
-        description="steps between two records of the layers' gradient norms; default: a tenth of an "
-        "epoch, at most 100",
+        None,
+        description="steps between two records of the layers' gradient norms; default: an epoch's tenth, at most 100",
     )
-    on_stuck: Literal["warn", "stop"] = Field(default="warn", description="what a run that does not learn does")
+    on_stuck: Literal["warn", "stop"] = Field("warn", description="what a run that does not learn does")
     on_nan: Literal["rollback", "stop"] = Field(
-        default="rollback", description="what a run does whose loss is no number any more, or has exploded"
+        "rollback", description="what a run does whose loss is no number any more, or has exploded"
     )
     sync_bn: bool = Field(
-        default=False,
+        False,
         description="several processes: batch norm over the whole batch, as in one process, not over each one's part",
     )
     peer_timeout_minutes: PositiveFloat = Field(
-        default=10.0,
-        description="several processes: give up one that does not answer for so long; a resume wants it again",
+        10.0, description="several processes: give up one that does not answer for so long; a resume wants it again"
     )
-    tensorboard: bool = Field(default=False, description="write TensorBoard event files while the run is trained")
+    tensorboard: bool = Field(False, description="write TensorBoard event files while the run is trained")
 
     @model_validator(mode="after")
     def _micro_fits(self) -> TrainConfig:
@@ -181,23 +171,18 @@ class TrainConfig(Section):
         return self
 
 
-def _size(value: object) -> object:
-    return parse_size(value) if isinstance(value, str) else value
-
-
 class MemoryConfig(Section):
     """What the step must fit into. Without any of these the CPU trains unplanned, and a CUDA device has what is free.
 
     `vram`: bytes, or text like `6G`; on the CPU it bounds the step's tensors, with a card or on CUDA it is the memory
     of the (then emulated) card. `card`: a profile by name or path, or for several processes one each, with commas
-    between; `platform`: the machine it is in, for the share of
-    its memory that is usable. `auto_batch`: choose the batch with the most pictures per second that fits; written
-    `train.batch: auto`. `calibrate`: predict time and workspace by what was measured on this device (`auto`: on CUDA),
-    measuring what was not measured yet. `confirm`: whether a plan is tried with real steps in a process of its own
-    before the run (`auto`: on CUDA).
+    between; `platform`: the machine it is in, for the share of its memory that is usable. `auto_batch`: choose the
+    batch with the most pictures per second that fits; written `train.batch: auto`. `calibrate`: predict time and
+    workspace by what was measured on this device (`auto`: on CUDA), measuring what was not measured yet. `confirm`:
+    whether a plan is tried with real steps in a process of its own before the run (`auto`: on CUDA).
     """
 
-    vram: Annotated[PositiveInt, BeforeValidator(_size)] | None = None
+    vram: Size | None = None
     card: str | None = None
     platform: Literal["auto", "linux", "linux-display", "windows"] = "auto"
     calibrate: Literal["auto", "always", "never"] = "auto"
@@ -213,7 +198,7 @@ class CheckpointConfig(Section):
     every_minutes: PositiveFloat | None = 10.0
     every_steps: PositiveInt | None = None
     keep: Annotated[int, Field(ge=2)] = 2
-    keep_every: PositiveInt | None = Field(default=None, description="keep those of every N-th epoch too, to fork from")
+    keep_every: PositiveInt | None = Field(None, description="keep those of every N-th epoch too, to fork from")
 
     @property
     def steps_between_saves(self) -> int | None:
@@ -236,37 +221,17 @@ class Config(Section):
 
 
 # What may differ on resume: it changes where, how often and how long, not what is computed.
-OPERATIONAL: frozenset[str] = frozenset(
-    {
-        "train.device",
-        "train.max_steps",
-        "train.log_every_steps",
-        "train.grad_norms_every",
-        "train.on_stuck",
-        "train.on_nan",
-        "train.tensorboard",
-        "train.peer_timeout_minutes",
-        "data.source",  # a moved folder; the pictures themselves are checked by their fingerprint
-        "data.root",
-        "data.cache",
-        "data.download",
-        "memory.vram",
-        "memory.card",
-        "memory.platform",
-        "memory.calibrate",
-        "memory.allow_accumulation",
-        "memory.confirm",
-        "checkpoint.every_minutes",
-        "checkpoint.every_steps",
-        "checkpoint.keep",
-        "checkpoint.keep_every",
-    }
-)
+_OPERATIONAL = {
+    "train": "device max_steps log_every_steps grad_norms_every on_stuck on_nan tensorboard peer_timeout_minutes",
+    "data": "source root cache download",  # a moved folder; the pictures themselves are checked by their fingerprint
+    "memory": "vram card platform calibrate allow_accumulation confirm",
+    "checkpoint": "every_minutes every_steps keep keep_every",
+}
+OPERATIONAL = frozenset(f"{section}.{name}" for section, names in _OPERATIONAL.items() for name in names.split())
 
 
 def for_process(config: Config, rank: int, size: int) -> Config:
     """The settings of one of `size` processes: of several cards named in `memory.card` its own, by rank.
-
     Raises UsageError unless there is one card for all, or one for each."""
     cards = cards_of(config)
     if len(cards) <= 1:
@@ -289,12 +254,14 @@ def cards_of(config: Config) -> tuple[str, ...]:
 
 def flatten(config: Config) -> dict[str, object]:
     """`{"model.arch": "res20", ...}` in the order of the classes above; tuples become lists."""
+    return dotted(config.model_dump(mode="json"))
+
+
+def dotted(nested: Mapping[Any, object]) -> dict[str, object]:
+    """Nested dictionaries -> dotted names."""
     flat: dict[str, object] = {}
-    for name, value in config.model_dump(mode="json").items():
-        if isinstance(value, dict):
-            flat.update({f"{name}.{key}": inner for key, inner in value.items()})
-        else:
-            flat[name] = value
+    for name, value in nested.items():
+        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {str(name): value}
     return flat
 
 
@@ -304,15 +271,10 @@ def known_keys() -> tuple[str, ...]:
     return tuple(flatten(Config()))
 
 
-def nest(flat: dict[str, object]) -> dict[str, object]:
+def nest(flat: Mapping[str, object]) -> dict[str, Any]:
     """The inverse of `flatten` on plain values: dotted names -> nested dictionaries."""
-    nested: dict[str, object] = {}
+    nested: dict[str, Any] = {}
     for key, value in flat.items():
-        section, _, name = key.partition(".")
-        if name:
-            inner = nested.setdefault(section, {})
-            assert isinstance(inner, dict)
-            inner[name] = value
-        else:
-            nested[section] = value
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
     return nested

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from lowmem.config.schema import OPERATIONAL, Config, flatten, known_keys, nest
+from lowmem.config.schema import OPERATIONAL, Config, dotted, flatten, known_keys, nest
 from lowmem.core.errors import LowmemError, UsageError
-from lowmem.core.places import profile_names, profiles_folder
-from lowmem.core.reading import SETTINGS_LIMIT_BYTES, Unreadable, parse_yaml, read_limited, shorten
+from lowmem.core.reading import (
+    SETTINGS_LIMIT_BYTES,
+    Unreadable,
+    parse_yaml,
+    profile_names,
+    profiles_folder,
+    read_limited,
+    shorten,
+)
 
 
 @dataclass(frozen=True)
@@ -43,17 +52,15 @@ def gather(
 ) -> Settings:
     """Settings from all places, in order of precedence. `flags`: dotted name -> value, None meaning "not given".
 
-    Raises UsageError naming the key, the value, where it was written and what would be right.
-    """
-    from_file = read_settings_file(config_file) if config_file is not None else {}
-    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    Raises UsageError naming the key, the value, where it was written and what would be right."""
+    from_file = read_settings_file(config_file)[0] if config_file is not None else {}
     chosen = recipe or str(from_file.get("recipe", "report"))
-    layers: list[tuple[str, Mapping[str, object]]] = [(f"recipe {chosen}", read_recipe(chosen))]
-    if config_file is not None:
-        layers.append((str(config_file), from_file))
-    layers.append(("flag", given))
-    layers.append(("--set", dict(parse_set(text) for text in sets)))
-
+    layers: list[tuple[str, Mapping[str, object]]] = [
+        (f"recipe {chosen}", read_recipe(chosen)),
+        (str(config_file), from_file),
+        ("flag", {key: value for key, value in (flags or {}).items() if value is not None}),
+        ("--set", dict(parse_set(text) for text in sets)),
+    ]
     flat: dict[str, object] = {}
     sources: dict[str, str] = {}
     layer: dict[str, int] = {}
@@ -80,14 +87,13 @@ def validate(flat: Mapping[str, object], sources: Mapping[str, str]) -> Config:
         if isinstance(value, bool) and key in defaults and not isinstance(defaults[key], bool):
             raise UsageError(f"{key} = {str(value).lower()} (from {sources.get(key, 'caller')}): is no yes or no")
     try:
-        return Config.model_validate(nest(dict(flat)))
+        return Config.model_validate(nest(flat))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
         message = first["msg"].removeprefix("Value error, ")
-        value = flat.get(key)
+        shown = f" = {shorten(repr(flat[key]))}" if key in flat else ""
         where = f" (from {sources[key]})" if key in sources else ""
-        shown = f" = {shorten(repr(value))}" if key in flat else ""
         raise UsageError(f"{shorten(key)}{shown}{where}: {shorten(message[0].lower() + message[1:], 500)}") from None
 
 
@@ -121,50 +127,36 @@ def _check_key(key: str, source: str) -> None:
         return
     last = key.rpartition(".")[2]
     near = [_OTHER_NAMES[last]] if last in _OTHER_NAMES else []
-    near += difflib.get_close_matches(key[:100], valid, n=1, cutoff=0.5) or [
-        name for name in valid if name.rpartition(".")[2] == last
-    ]
+    near += difflib.get_close_matches(key[:100], valid, n=1, cutoff=0.5)
+    near += [name for name in valid if name.rpartition(".")[2] == last]
     hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(valid)}"
     raise UsageError(f"unknown setting {shorten(key)!r} (from {source}): {hint}")
 
 
-def read_settings_file(path: Path) -> dict[str, object]:
-    """A YAML file of nested (or dotted) settings -> dotted names. Raises UsageError."""
-    return _parse(path, _read(path))
-
-
-def _read(path: Path) -> str:
+def read_yaml(path: Path, hint: str) -> tuple[Any, str]:
+    """The values of a YAML file, and its text. Raises UsageError; `hint`: what to do where it cannot be read."""
     try:
-        return read_limited(path, SETTINGS_LIMIT_BYTES).decode("utf-8")
+        text = read_limited(path, SETTINGS_LIMIT_BYTES).decode("utf-8")
+        return parse_yaml(text), text
     except FileNotFoundError:
-        raise UsageError(f"{path} does not exist: give --config the path of a YAML file of settings") from None
+        raise UsageError(f"{path} does not exist: {hint}") from None
     except Unreadable as error:
-        raise UsageError(f"{path} {error}: check the path given to --config") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path} cannot be read ({error.__class__.__name__}): check the path given to --config"
-        ) from None
-
-
-def _parse(path: Path, text: str) -> dict[str, object]:
-    try:
-        loaded = parse_yaml(text)
+        raise UsageError(f"{path} {error}: {hint}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = shorten(getattr(error, "problem", None) or "check it")
         raise UsageError(f"{path}{line} is no valid YAML: {problem}") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({error.__class__.__name__}): {hint}") from None
+
+
+def read_settings_file(path: Path) -> tuple[dict[str, object], str]:
+    """A YAML file of nested (or dotted) settings -> dotted names, and its text. Raises UsageError."""
+    loaded, text = read_yaml(path, "give --config the path of a YAML file of settings")
+    if not isinstance(loaded, dict | None):
         raise UsageError(f"{path} holds no settings: write `section:` lines with `key: value` under them")
-    flat: dict[str, object] = {}
-    for key, value in loaded.items():
-        if isinstance(value, dict):
-            flat.update({f"{key}.{inner}": v for inner, v in value.items()})
-        else:
-            flat[str(key)] = value
-    return flat
+    return dotted(loaded or {}), text
 
 
 def read_recipe(name: str) -> dict[str, object]:
@@ -173,10 +165,7 @@ def read_recipe(name: str) -> dict[str, object]:
     if not os.path.isfile(path):
         known = ", ".join(profile_names("recipes"))
         raise UsageError(f"unknown recipe {shorten(name)!r}: use one of {known}, or the path of a .yaml file")
-    values = read_settings_file(path)
-    values.pop("description", None)
-    values.pop("recipe", None)
-    return values
+    return {key: value for key, value in read_settings_file(path)[0].items() if key not in ("description", "recipe")}
 
 
 def to_yaml(settings: Settings) -> str:
@@ -203,32 +192,23 @@ _ALWAYS_RECORDED = ("seed", "model.arch", "optim.lr", "train.epochs", "train.pre
 def from_yaml(path: Path) -> Settings:
     """The settings a run recorded. Raises UsageError if the file is missing or does not validate."""
     try:
-        text = _read(path)
-        flat = _parse(path, text)
+        flat, text = read_settings_file(path)
         for key in flat:
             _check_key(key, str(path))
         if missing := [key for key in _ALWAYS_RECORDED if key not in flat]:
             raise UsageError(f"{path} lacks {missing[0]}, which every run records: it was cut off, restore the file")
-        sources: dict[str, str] = dict.fromkeys(flat, str(path))
-        return Settings(validate(flat, sources), _recorded_sources(path, text))
+        config = validate(flat, dict.fromkeys(flat, str(path)))
     except LowmemError as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise UsageError(f"the run's settings cannot be used: {where}{shorten(error, 500)}") from None
-
-
-def _recorded_sources(path: Path, text: str) -> dict[str, str]:
-    """The trailing comments of `to_yaml`: lost only for lines that somebody wrote by hand."""
-    sources = dict.fromkeys(known_keys(), str(path))
-    section = ""
-    for line in text.splitlines():
-        setting, _, source = line.rpartition("  # ")
-        key = setting.partition(":")[0]
-        if line.endswith(":") and not line.startswith(" "):
-            section = line[:-1]
-        name = f"{section}.{key.strip()}" if key.startswith(" ") else key
-        if source and name in sources:
+    # The trailing comments of `to_yaml`: lost only for lines that somebody wrote by hand.
+    sources, section = dict.fromkeys(known_keys(), str(path)), ""
+    for indent, key, source in re.findall(r"^( *)(\w+):(?:.*  # (.+))?$", text, re.MULTILINE):
+        if not source:
+            section = key
+        elif (name := f"{section}.{key}" if indent else key) in sources:
             sources[name] = source
-    return sources
+    return Settings(config, sources)
 
 
 def refuse_changes(recorded: Config, wanted: Config, run: str) -> None:
@@ -242,10 +222,10 @@ def refuse_changes(recorded: Config, wanted: Config, run: str) -> None:
                 f"{run} is a run of {old[key]} epochs and stays one: `lowmem resume {run} --epochs {value}` goes on "
                 "from it in a new run"
             )
-        refused = f"{key} is {old[key]!r} in {run} and cannot become {value!r}"
-        if key.startswith("model."):
-            raise UsageError(f"{refused}: train another network with `lowmem train`")
-        raise UsageError(
-            f"{refused} on resume, which repeats the run exactly: start another with "
-            f"`lowmem fork {run} --at EPOCH --set {key}={value}`"
+        way_out = (
+            ": train another network with `lowmem train`"
+            if key.startswith("model.")
+            else f" on resume, which repeats the run exactly: start another with `lowmem fork {run} --at EPOCH --set "
+            f"{key}={value}`"
         )
+        raise UsageError(f"{key} is {old[key]!r} in {run} and cannot become {value!r}{way_out}")

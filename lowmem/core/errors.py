@@ -1,5 +1,5 @@
-"""The exceptions a user can meet. Each has the exit code of the command line and a message of one line that
-carries both sides and the way out."""
+"""The exceptions a user can meet. Each has the exit code of the command line and a message of one line that carries
+both sides and the way out."""
 
 from __future__ import annotations
 
@@ -27,27 +27,29 @@ class LowmemError(Exception):
 
     exit_code: ExitCode = ExitCode.BUG
 
+    def __init_subclass__(cls, exit_code: ExitCode | None = None) -> None:
+        cls.exit_code = exit_code or cls.exit_code
 
-class UsageError(LowmemError):
+    def __init__(self, message: str, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        if exit_code is not None:
+            self.exit_code = ExitCode(exit_code) if exit_code in set(ExitCode) else ExitCode.BUG
+
+
+class UsageError(LowmemError, exit_code=ExitCode.USAGE):
     """Something typed or configured wrongly; nothing was changed."""
 
-    exit_code = ExitCode.USAGE
 
-
-class PreflightError(LowmemError):
+class PreflightError(LowmemError, exit_code=ExitCode.PREFLIGHT):
     """Data, disk or environment are not fit to start; nothing was changed."""
-
-    exit_code = ExitCode.PREFLIGHT
 
 
 class DataError(PreflightError):
     """The data set is missing, truncated or something else than it should be."""
 
 
-class Infeasible(LowmemError):
+class Infeasible(LowmemError, exit_code=ExitCode.NO_PLAN):
     """No plan fits the budget (invariant 10): the budget, the least that would fit, and what takes it, in bytes."""
-
-    exit_code = ExitCode.NO_PLAN
 
     def __init__(self, budget_bytes: int, least_bytes: int, what: str, way_out: str) -> None:
         self.budget_bytes = budget_bytes
@@ -59,45 +61,33 @@ class Infeasible(LowmemError):
         super().__init__(f"no plan fits: the budget is {budget}, the least that fits is {least} ({what}): {way_out}")
 
 
-class OutOfMemory(LowmemError):
+class OutOfMemory(LowmemError, exit_code=ExitCode.OUT_OF_MEMORY):
     """Out of memory and no smaller plan left; the run was saved."""
 
-    exit_code = ExitCode.OUT_OF_MEMORY
 
-
-class Diverged(LowmemError):
+class Diverged(LowmemError, exit_code=ExitCode.DIVERGED):
     """The loss is no number any more, or has exploded, and the run was to stop, or nothing was left to try."""
 
-    exit_code = ExitCode.DIVERGED
 
-
-class Stuck(LowmemError):
+class Stuck(LowmemError, exit_code=ExitCode.DIVERGED):
     """The run learns nothing and was to stop; it was saved."""
 
-    exit_code = ExitCode.DIVERGED
 
-
-class CorruptCheckpoint(LowmemError):
+class CorruptCheckpoint(LowmemError, exit_code=ExitCode.CHECKPOINT):
     """A checkpoint does not verify, or belongs to something else."""
-
-    exit_code = ExitCode.CHECKPOINT
 
 
 class UnreadableCheckpoint(CorruptCheckpoint):
     """A checkpoint that the system does not let be read: what it holds is not known to be damaged."""
 
 
-class DiskError(LowmemError):
+class DiskError(LowmemError, exit_code=ExitCode.DISK):
     """The disk is full or refuses to write; what was saved before is intact."""
 
-    exit_code = ExitCode.DISK
 
-
-class PeerLost(LowmemError):
+class PeerLost(LowmemError, exit_code=ExitCode.TERMINATED):
     """Another process of the run is gone, or does not answer. `dismissed`: torchrun knows, and has told this one to
     leave."""
-
-    exit_code = ExitCode.TERMINATED
 
     def __init__(self, message: str, *, dismissed: bool = False) -> None:
         super().__init__(message)
@@ -108,8 +98,7 @@ class PeerError(LowmemError):
     """What another process of the run failed with, and says; this one leaves with the same code."""
 
     def __init__(self, rank: int, message: str, exit_code: int) -> None:
-        super().__init__(f"process {rank}: {message}")
-        self.exit_code = ExitCode(exit_code)
+        super().__init__(f"process {rank}: {message}", exit_code)
 
 
 class PeerFailed(RuntimeError):
@@ -117,8 +106,4 @@ class PeerFailed(RuntimeError):
 
 
 class Interrupted(LowmemError):
-    """A signal asked the run to stop, and it was saved."""
-
-    def __init__(self, message: str, exit_code: ExitCode) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    """A signal asked the run to stop, and it was saved. It comes with the signal's code."""

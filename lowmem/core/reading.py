@@ -1,4 +1,5 @@
-"""Reading files that somebody else may have made: bounded in bytes, depth and what they may be.
+"""Reading files that somebody else may have made: bounded in bytes, depth and what they may be. And where those are
+that belong to no run.
 
 Every reader of a run folder, a settings file, a card profile or a calibration goes through here, so that no file can
 take memory or time by what it declares, and so that whatever is wrong with it is one exception.
@@ -9,10 +10,13 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from lowmem.core.errors import PreflightError
 
 SETTINGS_LIMIT_BYTES = 64 << 10  # of YAML: its reader is written in Python and takes about a second for this
 RECORD_LIMIT_BYTES = 1 << 20  # of a manifest, a state file, what is known of the machine
@@ -21,6 +25,7 @@ TABLE_LIMIT_BYTES = 128 << 20  # of rows; a hundred epochs of steps have 3 MiB
 DEEPEST_JSON = 200  # the most nested schedules of the family have some 20 levels
 _DEEPEST_YAML = 50
 _LONGEST_NUMBER = 60
+_PACKAGE = Path(__file__).resolve().parent.parent
 
 
 class Unreadable(ValueError):
@@ -48,19 +53,13 @@ def parse_json(data: bytes | str) -> Any:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"is no JSON ({shorten(str(error))})") from None
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        if depth > DEEPEST_JSON:
-            raise Unreadable(f"is nested more than {DEEPEST_JSON} deep")
-        inner: list[Any] = []
-        for one in level:
-            if isinstance(one, dict):
-                inner.extend(v for v in one.values() if isinstance(v, dict | list))
-            elif isinstance(one, list):
-                inner.extend(v for v in one if isinstance(v, dict | list))
-        level = inner
-    return value
+    level = [value]
+    for _ in range(DEEPEST_JSON + 1):
+        level = [one for one in level if isinstance(one, dict | list)]
+        if not level:
+            return value
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+    raise Unreadable(f"is nested more than {DEEPEST_JSON} deep")
 
 
 def read_json(path: Path, limit_bytes: int = RECORD_LIMIT_BYTES) -> Any:
@@ -90,7 +89,7 @@ def _refusal(words: str, at: Any) -> yaml.MarkedYAMLError:
 
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     if len(node.value) > _LONGEST_NUMBER:
-        raise yaml.MarkedYAMLError(problem="a number of too many digits", problem_mark=node.start_mark)
+        raise _refusal("a number of too many digits", node)
     return loader.construct_yaml_int(node)
 
 
@@ -113,3 +112,32 @@ def shorten(text: object, longest: int = 200) -> str:
     line = " ".join(str(text).split())
     line = "".join(one if one.isprintable() else "?" for one in line)
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
+
+
+# -- where files are ---------------------------------------------------------------------------------------------------
+
+
+def user_cache_folder() -> Path:
+    """The folder for files that can be made again, by the platform's custom, with `lowmem` at its end."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
+        return Path(base) / "lowmem" / "Cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "lowmem"
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification: a relative path is to be ignored.
+    return (named if named.is_absolute() else Path.home() / ".cache") / "lowmem"
+
+
+def profiles_folder(kind: str) -> Path:
+    """The folder `profiles/<kind>`: beside the package in a checkout, inside it when installed. Raises PreflightError
+    if the installation lacks it."""
+    for folder in (_PACKAGE / "profiles" / kind, _PACKAGE.parent / "profiles" / kind):
+        if folder.is_dir():
+            return folder
+    raise PreflightError(f"the installation lacks profiles/{kind}: install lowmem again")
+
+
+def profile_names(kind: str) -> tuple[str, ...]:
+    """Names of the shipped profiles of a kind, sorted."""
+    return tuple(sorted(path.stem for path in profiles_folder(kind).glob("*.yaml")))

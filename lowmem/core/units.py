@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
+from decimal import Decimal
 
 KIB = 1024
 MIB = 1024**2
@@ -10,28 +12,23 @@ GIB = 1024**3
 LARGEST = 1 << 60  # more bytes than anything has; what is above is a mistake, and no float holds it exactly
 
 _FACTORS = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1024**4}
-_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]?)(?:i?B)?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(?P<number>-?\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]?)(?:i?B)?\s*", re.IGNORECASE)
 
 
 def parse_size(text: str | int) -> int:
     """`"6G"`, `"1200M"`, `"1.5GiB"` or a plain count of bytes -> bytes. Units are binary: `6G` is 6 * 1024**3.
 
-    Raises ValueError on anything else, zero and negative sizes included.
-    """
-    if isinstance(text, bool):
-        raise ValueError(f"{text!r} is not a size: write it like 6G, 1200M or a number of bytes")
-    if isinstance(text, int):
-        size = text
+    Raises ValueError on anything else, zero and negative sizes included."""
+    match = _SIZE.fullmatch(str(text))
+    if match is None:
+        wrong = "not a size"
+    elif (size := min(Decimal(match["number"]) * _FACTORS[match["unit"].upper()], Decimal(2 * LARGEST))) > LARGEST:
+        wrong = "more than any memory"
+    elif size < 1:
+        wrong = "not a positive size"
     else:
-        match = _SIZE.fullmatch(text)
-        if match is None:
-            raise ValueError(f"{text!r} is not a size: write it like 6G, 1200M or a number of bytes")
-        size = int(min(float(match["number"]) * _FACTORS[match["unit"].upper()], 2.0 * LARGEST))
-    if size > LARGEST:
-        raise ValueError(f"{text!r} is more than any memory: write it like 6G, 1200M or a number of bytes")
-    if size <= 0:
-        raise ValueError(f"{text!r} is not a positive size: write it like 6G, 1200M or a number of bytes")
-    return size
+        return int(size)
+    raise ValueError(f"{text!r} is {wrong}: write it like 6G, 1200M or a number of bytes")
 
 
 def format_size(size_bytes: int | None) -> str:
@@ -55,3 +52,16 @@ def format_duration(seconds: float | None) -> str:
     hours, rest = divmod(total, 3600)
     minutes, secs = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Lines of aligned cells, as wide as they are: what reads them from a pipe has no width. `right`: columns that are
+    aligned at their end."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            f"{cell:{'>' if column in right else '<'}{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

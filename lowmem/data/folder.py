@@ -28,8 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lowmem.core.errors import DataError
-from lowmem.core.places import user_cache_folder
-from lowmem.core.reading import read_json, read_limited
+from lowmem.core.reading import read_json, read_limited, user_cache_folder
 from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Progress, Source
 
 PARTS = ("train", "test")

@@ -1,7 +1,5 @@
 """The report's runs as one job: under one folder, one after the other, each an ordinary run of `lowmem train`.
 
-The job itself is little: the settings that all runs share (`job.json`), who conducts it now (`job.lock`), and what each
-run folder says of itself. The process that conducts it starts a process for each run and imports no torch: what a run
-leaves behind in its own (CUDA's context, the allocator's cache and its fragments, an emulated card's cap) would be in
-the way of the next one's plan.
+The process that conducts it starts a process for each run and imports no torch: what a run leaves behind in its own
+(CUDA's context, the allocator's cache and its fragments, an emulated card's cap) would be in the way of the next plan.
 """

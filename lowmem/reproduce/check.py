@@ -1,44 +1,73 @@
-"""Before hours are spent: whether the pictures are there, every network has a plan that fits, and the disk has room for
-all runs. A run's plan is decided when it begins (invariant 7); here it is only seen that there is one."""
+"""What a process of a job does: train one of the runs, with the job's time left beside its own; or before hours are
+spent look whether the pictures are there, every network has a plan that fits, and the disk has room for all runs. A
+run's plan is decided when it begins (invariant 7); here it is only seen that there is one."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem.choose.decide import DataSize, decide
 from lowmem.choose.execution import refuse_unsafe, resolve_execution, wants_plan
+from lowmem.choose.explain import cost
 from lowmem.config.schema import for_process
-from lowmem.core.errors import Infeasible, PreflightError, UsageError
-from lowmem.core.units import format_size
+from lowmem.core.errors import ExitCode, Infeasible, Interrupted, LowmemError, PreflightError, UsageError
+from lowmem.core.units import aligned, format_duration, format_size
 from lowmem.data import Dataset, load
 from lowmem.models import skeleton
 from lowmem.plan.record import Plan
-from lowmem.reproduce.job import Job
-from lowmem.reproduce.progress import Standing
+from lowmem.reproduce.job import ALL, Job, read_job
+from lowmem.reproduce.progress import JobObserver, Standing, measured_before, seconds_left, seconds_left_of, standing_of
 from lowmem.runs.store import run_bytes
+from lowmem.runs.view import recorded_settings
 from lowmem.train.observer import Observer
 from lowmem.train.stall import default_every, measured_weights
 
 
-@dataclass(frozen=True)
-class Outlook:
-    """`job`: with what was learned of its pictures and networks. `needed_bytes`: more than is taken already;
-    `free_bytes`: on the disk of its folder."""
+def work(
+    request: Mapping[str, Any], shown: Observer, begin: Callable[..., object], go_on: Callable[..., object]
+) -> int:
+    """Does what is requested, with `lifecycle.api.run_training` and `resume_training`; returns the exit code. Raises
+    LowmemError."""
+    job, limit = read_job(Path(request["out"])), request["max_steps"]
+    members = [member for member in ALL if member.name in request["names"]]
+    standings, measured = [standing_of(job, member, limit) for member in members], measured_before(job, members)
+    if "name" not in request:
+        look_ahead(job, standings, shown, measured)[0].write()
+        return ExitCode.DONE
+    number = request["names"].index(request["name"])
+    path, told = standings[number].path, JobObserver(shown, standings, number, measured)
+    try:
+        if standings[number].begun:
+            # Always with the limit, be it None: the run may have been begun as a trial.
+            given = {**job.operational, "train.max_steps": limit}
+            go_on(path, recorded_settings(path).replace(given, "reproduce"), told)
+        else:
+            settings = job.settings_of(members[number])
+            settings = settings if limit is None else settings.replace({"train.max_steps": limit}, "reproduce")
+            begin(settings, path, told, dry_run=request["dry_run"])
+    except Interrupted as stopped:
+        return stopped.exit_code  # whoever conducts the job says what is next
+    if not request["dry_run"] and (standing := standing_of(job, members[number], limit)).left:
+        # A run that left without an error and is not done must not pass for one that is.
+        raise LowmemError(
+            f"{path} was left at step {standing.step}, epoch {standing.epochs_done} of {standing.epochs}, without an "
+            f"error ({standing.state}): look at it with `lowmem verify {path}`"
+        )
+    return ExitCode.DONE
 
-    job: Job
-    runs: tuple[Standing, ...]
-    pictures: str
-    needed_bytes: int
-    free_bytes: int
 
-
-def look_ahead(job: Job, standings: Sequence[Standing], observer: Observer) -> Outlook:
-    """Looks at all runs that are to be trained; nothing is written.
+def look_ahead(
+    job: Job, standings: Sequence[Standing], observer: Observer, measured: Sequence[Standing] = ()
+) -> tuple[Job, list[Standing]]:
+    """Looks at all runs that are to be trained, and tells the table before the first one; nothing is written. The job
+    with what was learned of its pictures and networks, and the runs with what they will take. `measured`: other runs.
 
     Raises what `train` would for one of them: DataError, PreflightError, Infeasible naming the network; and UsageError
     if the pictures are others than those of the runs that have begun.
@@ -59,11 +88,15 @@ def look_ahead(job: Job, standings: Sequence[Standing], observer: Observer) -> O
             f"the job needs {format_size(needed)} more at the most, {job.path} has {format_size(free)} free: free some "
             "space, keep fewer checkpoints, train fewer runs with --only, or choose another folder with --out"
         )
-    learned = replace(
-        job, data=dataset.fingerprint, weights={**job.weights, **{run.member.name: run.weight for run in runs}}
-    )
+    each = f"{'run' if len(runs) == 1 else 'runs'} of {config.train.epochs} epochs at width {config.model.width}"
     pictures = f"{len(dataset.train):,} pictures of {dataset.name} to train on, {len(dataset.test):,} to test"
-    return Outlook(learned, tuple(runs), pictures, needed, free)
+    rows, time = times_left(runs, measured)
+    disk = f"at most {format_size(needed)} more, {format_size(free)} free"
+    first, last = f"job {job.path}: {len(runs)} {each}, {pictures}", f"time left in all: {time}; disk: {disk}"
+    for line in (first, *rows, last):
+        observer.note(line)
+    weights = {**job.weights, **{run.member.name: run.weight for run in runs}}
+    return replace(job, data=dataset.fingerprint, weights=weights), runs
 
 
 def _plans(job: Job, standings: Sequence[Standing], dataset: Dataset, observer: Observer) -> dict[str, Plan]:
@@ -88,26 +121,17 @@ def _plans(job: Job, standings: Sequence[Standing], dataset: Dataset, observer: 
             continue
         assert plan is not None
         plans[name] = plan
-        observer.note(f"{name}: {_in_a_line(plan)}")
+        exact = "" if plan.exact else "; by accumulation, which under batch norm is not the same computation"
+        size = format_size(plan.predicted.peak_allocated_bytes)
+        # Its run prints all of it.
+        observer.note(f"{name}: a plan fits: {plan.precision}, {size} of tensors, {cost(plan)}{exact}")
     if refused:
-        raise _of_all(refused)
+        hardest = max(refused, key=lambda name: refused[name].least_bytes)
+        others = ", ".join(name for name in refused if name != hardest)
+        worst, which = refused[hardest], f"{hardest}, and less for {others}" if others else hardest
+        way_out = "give more memory, or train the others with --only"
+        raise Infeasible(worst.budget_bytes, worst.least_bytes, f"for {which}; {worst.what}", way_out)
     return plans
-
-
-def _of_all(refused: Mapping[str, Infeasible]) -> Infeasible:
-    hardest = max(refused, key=lambda name: refused[name].least_bytes)
-    others = ", ".join(name for name in refused if name != hardest)
-    error, which = refused[hardest], f"{hardest}, and less for {others}" if others else hardest
-    way_out = "give more memory, or train the others with --only"
-    return Infeasible(error.budget_bytes, error.least_bytes, f"for {which}; {error.what}", way_out)
-
-
-def _in_a_line(plan: Plan) -> str:
-    """Its run prints all of it."""
-    overhead = plan.predicted.overhead or 0.0
-    more = f", {overhead:.1%} more time than plain PyTorch" if overhead > 0.0005 else ""
-    exact = "" if plan.exact else "; by accumulation, which under batch norm is not the same computation"
-    return f"a plan fits: {plan.precision}, {format_size(plan.predicted.peak_allocated_bytes)} of tensors{more}{exact}"
 
 
 def _look_at(job: Job, standing: Standing, plan: Plan | None, dataset: Dataset) -> Standing:
@@ -137,3 +161,16 @@ def _look_at(job: Job, standing: Standing, plan: Plan | None, dataset: Dataset) 
             norms_every=config.train.grad_norms_every or default_every(steps),
         )
     return replace(standing, weight=weight, planned_seconds=seconds, disk_bytes=disk)
+
+
+def times_left(runs: Sequence[Standing], measured: Sequence[Standing] = ()) -> tuple[list[str], str]:
+    """The table before the first run, a line a run, and the time of all together. `measured`: of other runs."""
+    rows: list[tuple[str, ...]] = [("run", "state", "epoch", "time left", "on disk")]
+    for run in runs:
+        seconds = seconds_left_of(run, [*runs, *measured])
+        time = "?" if seconds is None else f"about {format_duration(seconds)}"
+        what, size = (run.member.name, run.state, f"{run.epochs_done}/{run.epochs}"), format_size(run.disk_bytes)
+        rows.append((*what, time, f"at most {size}") if run.left else (*what, "", size))
+    total = seconds_left(runs, measured)
+    in_all = "known after the first epoch" if total is None else f"about {format_duration(total)}"
+    return aligned(rows, right={2, 3, 4}), in_all

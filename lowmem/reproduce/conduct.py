@@ -15,27 +15,29 @@ import _thread
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
+from subprocess import PIPE, Popen, TimeoutExpired
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from lowmem.config.schema import OPERATIONAL
 from lowmem.config.settings import Settings
 from lowmem.core.errors import ExitCode, Interrupted, LowmemError, PreflightError, UsageError
 from lowmem.core.reading import RECORD_LIMIT_BYTES, parse_json
-from lowmem.reproduce.job import ALL, REPORTED, Job, Member, asked_for, begun, is_job, read_job, refuse_other_settings
-from lowmem.reproduce.progress import Standing, standing_of, standings_of, wait_for_writers
+from lowmem.reproduce.job import ALL, Asked, Job, Member, ask, held, read_job
+from lowmem.reproduce.progress import Standing, standing_of
 from lowmem.runs.atomic import write_bytes_atomic
+from lowmem.runs.lock import writer_of
 from lowmem.runs.view import read_run
 from lowmem.train.signals import StopSignals
 
-COMMAND = "reproduce-run"
+if TYPE_CHECKING:
+    from lowmem.report import ReportResult
+
 # What would stop every other run too. Anything else is a run's own: the others go on without it.
 _STOPS_ALL = {ExitCode.USAGE, ExitCode.PREFLIGHT, ExitCode.DISK, ExitCode.INTERRUPTED, ExitCode.TERMINATED}
 _REASONS: dict[int, str] = {
@@ -45,61 +47,56 @@ _REASONS: dict[int, str] = {
     ExitCode.DIVERGED: "diverged, or learned nothing",
     ExitCode.CHECKPOINT: "no usable checkpoint",
 }
+_LEAVING_SECONDS = 120.0
 _SLICE_SECONDS = 0.2  # on Windows a wait without end cannot be interrupted by Ctrl-C
 
 
 class JobStopped(LowmemError):
     """The job, or some of its runs, did not end; what was done is kept. The code is that of what went wrong first."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = ExitCode(exit_code) if exit_code in set(ExitCode) else ExitCode.BUG
 
+def reproduce_job(
+    path: Path,
+    settings: Settings,
+    members: tuple[Member, ...],
+    say: Callable[[str], None],
+    show_report: Callable[[ReportResult], None],
+    *,
+    dry_run: bool,
+) -> int:
+    """Does it, and the report of what is there; returns the exit code. Raises LowmemError."""
+    with held(path) as lock:
+        code, stopped = 0, None
+        with Conductor() as conductor:
+            asked = ask(path, settings, members)
+            if lock.taken_over is not None:
+                say(f"{path} is taken over from {lock.taken_over}, which ended without leaving it")
+            try:
+                code = conduct(asked, conductor, say, dry_run=dry_run)
+            except JobStopped as error:
+                stopped = error
+        # From here on signals end the process: the report is written again in seconds.
+        if stopped is None:
+            refuse_interrupted(asked, conductor, "stopped before the report")
+        if conductor.requested is None and not dry_run and code == 0:
+            try:
+                runs, left_out = to_report(path)
+                for words in left_out:
+                    say(f"not in the report: {words}")
+                if runs:
+                    from lowmem.report import write_report
 
-@dataclass(frozen=True)
-class Asked:
-    """What this call of the command wants. `given`: the operational settings that somebody asked the job for, now or
-    earlier, by dotted name, for runs that have begun with others; `again`: the command that goes on with it;
-    `max_steps`: of a trial, for this call alone."""
-
-    job: Job
-    members: tuple[Member, ...]
-    given: Mapping[str, object]
-    again: str
-    max_steps: int | None = None
-
-
-def ask(path: Path, settings: Settings, members: Sequence[Member]) -> Asked:
-    """The job in `path` with what is asked for this time, or a new one if no run of it has begun.
-
-    Raises UsageError if its settings would not be those that its runs were begun with."""
-    max_steps, settings = settings.config.train.max_steps, _to_the_end(settings)
-    given = asked_for(settings)
-    job = Job(path, settings)
-    if is_job(path) and begun(path):
-        job = read_job(path)
-        refuse_other_settings(job, given)
-        settled = _to_the_end(job.settings)
-        for key in OPERATIONAL & given.keys():
-            settled = settled.replace({key: given[key]}, settings.sources[key])
-        job, given = replace(job, settings=settled), asked_for(settled)
-    operational = {key: value for key, value in given.items() if key in OPERATIONAL}
-    return Asked(job, tuple(members), operational, command(path, members), max_steps)
-
-
-def _to_the_end(settings: Settings) -> Settings:
-    """Without the limit of a trial, or every later call would take the job for done there."""
-    return settings.replace({"train.max_steps": None}, "default")
-
-
-def command(path: Path, members: Sequence[Member]) -> str:
-    """What to type to go on: the settings are recorded, which runs were asked for is not."""
-    words = ["lowmem reproduce"] + ([] if path == Path("runs/reproduce") else [f"--out {path}"])
-    if tuple(members) == ALL:
-        words.append("--block bottleneck")
-    elif tuple(members) != REPORTED:
-        words.append(f"--only {','.join(member.name for member in members)}")
-    return " ".join(words)
+                    show_report(write_report(runs, path / "report", html=True))
+            except KeyboardInterrupt:
+                words = f"SIGINT: stopped in the report, all runs are saved; go on with `{asked.again}`"
+                raise Interrupted(words, ExitCode.INTERRUPTED) from None
+            except LowmemError as error:
+                if stopped is None:
+                    raise
+                say(f"there is no report: {error}")  # that the job has stopped says more
+        if stopped is not None:
+            raise stopped
+        return code
 
 
 # -- the loop over the runs --------------------------------------------------------------------------------------------
@@ -112,14 +109,15 @@ def conduct(asked: Asked, conductor: Conductor, say: Callable[[str], None], *, d
     with everything saved; JobStopped if a run did not end.
     """
     job, members = asked.job, asked.members
-    wait_for_writers([job.folder_of(member) for member in ALL], say, lambda: conductor.requested is not None)
+    _wait_for_writers(job, say, conductor)
     refuse_interrupted(asked, conductor, "stopped before the first run")
-    standings = standings_of(job, members, asked.max_steps)
+    standings = [standing_of(job, member, asked.max_steps) for member in members]
     names = [member.name for member in members]
     request = {"out": str(job.path), "names": names, "max_steps": asked.max_steps}
     before = job.file.read_bytes() if job.file.is_file() else None
     job.write()  # from which the processes read what they are to do
-    settled = False
+    settled, code_of_first = False, 0
+    failed: list[str] = []
     try:
         if any(standing.left for standing in standings):
             code = conductor.run(request)
@@ -127,29 +125,43 @@ def conduct(asked: Asked, conductor: Conductor, say: Callable[[str], None], *, d
             if code != ExitCode.DONE:
                 return code if code > 0 else ExitCode.BUG
         settled = not dry_run
-        failed: dict[str, int] = {}
         for number, standing in enumerate(standings, start=1):
             name, which = standing.member.name, f"run {number} of {len(standings)}"
             if not standing.left or (dry_run and standing.begun):
-                say(f"{which}: {name} {_why_skipped(standing)}")
+                skipped = "has begun, nothing to try" if standing.left else f"{_words(standing)}, skipped"
+                say(f"{which}: {name} {skipped}")
                 continue
             say(f"{which}: {name} {'goes on' if standing.begun else 'begins'}{' (dry run)' if dry_run else ''}")
-            code = conductor.run({**request, "given": dict(asked.given), "name": name, "dry_run": dry_run})
-            refuse_interrupted(asked, conductor, _where(asked, standing.member))
+            code = conductor.run({**request, "name": name, "dry_run": dry_run})
+            if conductor.requested is not None:
+                refuse_interrupted(asked, conductor, _where(asked, standing.member))
             if code in _STOPS_ALL:
                 raise JobStopped(f"stopped at {name}; what was done is kept, go on with `{asked.again}`", code)
             if code != ExitCode.DONE:
-                failed[name] = code
+                code_of_first = code_of_first or code
+                died = f"its process died of signal {-code}"
+                failed.append(f"{name} ({_REASONS.get(code, died if code < 0 else f'code {code}')})")
                 say(f"{which}: {name} did not end; what it saved stands")
     finally:
         if not settled and before is not None:
             with suppress(OSError):
                 write_bytes_atomic(job.file, before)
     if failed:
-        runs = ", ".join(f"{name} ({_reason(code)})" for name, code in failed.items())
         again = f"give `{asked.again}` to try again, the rest is done"
-        raise JobStopped(f"did not end: {runs}; {again}", next(iter(failed.values())))
+        raise JobStopped(f"did not end: {', '.join(failed)}; {again}", code_of_first)
     return ExitCode.DONE
+
+
+def _wait_for_writers(job: Job, say: Callable[[str], None], conductor: Conductor) -> None:
+    """A job that was killed leaves a process behind that still saves its run: until it has left, for two minutes at
+    the most, or until a signal."""
+    deadline = time.monotonic() + _LEAVING_SECONDS
+    for path in map(job.folder_of, ALL):
+        if conductor.came() or (who := writer_of(path)) is None:
+            continue
+        say(f"{path} is still being written by {who}: waiting for it to leave")
+        while not conductor.came() and writer_of(path) is not None and time.monotonic() < deadline:
+            time.sleep(0.2)
 
 
 def refuse_interrupted(asked: Asked, conductor: Conductor, where: str) -> None:
@@ -158,36 +170,30 @@ def refuse_interrupted(asked: Asked, conductor: Conductor, where: str) -> None:
         raise Interrupted(f"{conductor.requested}: {where}; go on with `{asked.again}`", conductor.exit_code)
 
 
-def _reason(code: int) -> str:
-    return _REASONS.get(code, f"its process died of signal {-code}" if code < 0 else f"code {code}")
-
-
 def _where(asked: Asked, member: Member) -> str:
     """What became of the run that was under way."""
     try:
-        standing = standing_of(asked.job, member)
+        return f"{member.name} {_words(standing_of(asked.job, member))}"
     except LowmemError:
         return f"at {member.name}"
-    if not standing.begun:
-        return f"{member.name} had not begun"
-    if standing.state == "finished":
-        return f"{member.name} is finished"
-    return f"{member.name} is saved at epoch {standing.epochs_done + 1}, step {standing.step}"
 
 
-def _why_skipped(standing: Standing) -> str:
+def _words(standing: Standing) -> str:
     if standing.state == "finished":
-        return f"is finished ({standing.epochs} epochs), skipped"
+        return f"is finished ({standing.epochs} epochs)"
     if standing.state == "stopped":
-        return f"was stopped at step {standing.step} as asked (train.max_steps), skipped"
-    return "has begun, nothing to try"
+        return f"was stopped at step {standing.step} as asked (train.max_steps)"
+    if not standing.begun:
+        return "had not begun"
+    return f"is saved at epoch {standing.epochs_done + 1}, step {standing.step}"
 
 
 def to_report(path: Path) -> tuple[list[Path], list[str]]:
     """The folders of all runs of the job that have begun, and why others are left out: one that cannot be read must not
-    hide the rest."""
-    job = read_job(path)
-    runs, left_out = [], []
+    hide the rest. Raises UsageError if the report's own folder leads elsewhere."""
+    job, runs, left_out = read_job(path), [], []
+    if (path / "report").is_symlink():
+        raise UsageError(f"{path / 'report'} is a link, which no job of lowmem has: put what it leads to in its place")
     for member in ALL:
         try:
             standing = standing_of(job, member)
@@ -205,17 +211,17 @@ def to_report(path: Path) -> tuple[list[Path], list[str]]:
 class Conductor(StopSignals):
     """Starts one process after the other, and hands on to it what signals ask for meanwhile."""
 
-    def __init__(self, start: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._start = start
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Popen[bytes] | None = None
         self._asked = 0
 
     def run(self, request: Mapping[str, Any]) -> int:
         """The exit code of a process that does what is requested; of a killed one minus the signal's number."""
-        command = [sys.executable, "-m", "lowmem", COMMAND]
-        apart: dict[str, Any] = {"process_group": 0} if os.name != "nt" else {"creationflags": _new_group()}
-        with self._start(command, stdin=subprocess.PIPE, **apart) as process:
+        command = [sys.executable, "-m", "lowmem", "reproduce-run"]
+        # 0x200: CREATE_NEW_PROCESS_GROUP, a name that there is on Windows alone
+        apart: dict[str, Any] = {"process_group": 0} if os.name != "nt" else {"creationflags": 0x200}
+        with Popen(command, stdin=PIPE, **apart) as process:
             assert process.stdin is not None
             with suppress(OSError):  # it is gone already: its code says how
                 process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -227,7 +233,7 @@ class Conductor(StopSignals):
                 self._ask()
             try:
                 while True:
-                    with suppress(subprocess.TimeoutExpired):
+                    with suppress(TimeoutExpired):
                         return process.wait(_SLICE_SECONDS if os.name == "nt" else None)
             finally:
                 self._process = None
@@ -268,10 +274,6 @@ class Conductor(StopSignals):
                 os.killpg(process.pid, signal.SIGCONT)
 
 
-def _new_group() -> int:
-    return int(getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0))
-
-
 def read_request() -> dict[str, Any]:
     """In the process: the request on standard input; from then on whoever conducts the job is listened to. Raises
     ValueError."""
@@ -281,9 +283,7 @@ def read_request() -> dict[str, Any]:
         os.dup2(nothing.fileno(), sys.stdin.fileno())
     if hasattr(signal, "SIGTTOU"):  # a terminal with `tostop` would stop a process of another group that writes to it
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-    request = parse_json(pipe.readline(RECORD_LIMIT_BYTES))
-    if not isinstance(request, dict):
-        raise ValueError("the request on standard input is none")
+    request: dict[str, Any] = parse_json(pipe.readline(RECORD_LIMIT_BYTES))
     threading.Thread(target=_listen, args=(pipe,), name="lowmem-conductor", daemon=True).start()
     return request
 

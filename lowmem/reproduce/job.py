@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from lowmem.runs.atomic import PARTIAL, write_text_atomic
 from lowmem.runs.folder import JOB as FILE_NAME
 from lowmem.runs.folder import RunLock, never_began
 
-FORMAT = 1
-_LOCK = ("job.lock", "job.owner.json")
+_FILES = frozenset({FILE_NAME, "job.lock", "job.owner.json"})  # of the job itself
 _PER_RUN = frozenset({"model.arch", "model.block"})  # what each run has of its own
 # What a run decides for itself where the job says `auto`.
 _DECIDED = ("train.precision", "train.memory_format")
@@ -44,9 +43,7 @@ ALL = REPORTED + BOTTLENECK
 
 def select(only: str | None, block: str | None) -> tuple[Member, ...]:
     """The runs asked for, in the job's order. `only`: names with commas between; `block`: `bottleneck` adds two.
-
-    Raises UsageError for a name or a block that there is not.
-    """
+    Raises UsageError for a name or a block that there is not."""
     if block not in (None, "basic", "bottleneck"):
         raise UsageError(f"there are no {block!r} blocks: --block bottleneck adds {_names(BOTTLENECK)} to the six runs")
     more = BOTTLENECK if block == "bottleneck" else ()
@@ -60,8 +57,8 @@ def select(only: str | None, block: str | None) -> tuple[Member, ...]:
     return tuple(member for member in ALL if member.name in names or member in more)
 
 
-def _names(members: Sequence[Member]) -> str:
-    return ", ".join(member.name for member in members)
+def _names(members: Sequence[Member], between: str = ", ") -> str:
+    return between.join(member.name for member in members)
 
 
 @dataclass(frozen=True)
@@ -83,6 +80,11 @@ class Job:
         return self.settings.replace({"model.arch": member.arch, "model.block": member.block}, "reproduce")
 
     @property
+    def operational(self) -> dict[str, object]:
+        """What somebody asked the job for, now or earlier, that may differ in runs that have begun with others."""
+        return {key: value for key, value in asked_for(self.settings).items() if key in OPERATIONAL}
+
+    @property
     def file(self) -> Path:
         return self.path / FILE_NAME
 
@@ -90,15 +92,11 @@ class Job:
         """Raises DiskError."""
         flat = {key: value for key, value in flatten(self.settings.config).items() if key not in _PER_RUN}
         sources = {key: source for key, source in self.settings.sources.items() if key in flat}
-        values = {"format": FORMAT, "settings": flat, "sources": sources, "data": self.data, "weights": self.weights}
+        values = {"format": 1, "settings": flat, "sources": sources, "data": self.data, "weights": self.weights}
         try:
             write_text_atomic(self.file, json.dumps(values, indent=1) + "\n")
         except OSError as error:
             raise DiskError(f"{self.file} cannot be written ({error.strerror or error}): free some space") from None
-
-
-def is_job(path: Path) -> bool:
-    return (path / FILE_NAME).is_file()
 
 
 def read_job(path: Path) -> Job:
@@ -122,12 +120,11 @@ def _parse(path: Path, values: Any) -> Job:
             pass
         case _:
             raise Unreadable("holds no job of this version")
-    expected = set(known_keys()) - _PER_RUN
+    expected, names = set(known_keys()) - _PER_RUN, {member.name for member in ALL}
     if strange := sorted(set(flat) ^ expected):
         raise Unreadable(f"{'has' if strange[0] in flat else 'lacks'} the setting {shorten(strange[0])}")
-    if not all(isinstance(key, str) and isinstance(text, str) for key, text in sources.items()):
+    if not all(isinstance(text, str) for text in sources.values()):
         raise Unreadable("has sources that are no text")
-    names = {member.name for member in ALL}
     if not all(name in names and type(value) in (int, float) and 0 < value < 1e30 for name, value in w.items()):
         raise Unreadable("has weights that are no numbers of its runs")
     known = {key: shorten(text, 80) for key, text in sources.items() if key in expected}
@@ -138,9 +135,40 @@ def _parse(path: Path, values: Any) -> Job:
 # -- what was asked for this time --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What this call of the command wants. `max_steps`: of a trial, for this call alone."""
+
+    job: Job
+    members: tuple[Member, ...]
+    max_steps: int | None = None
+
+    @property
+    def again(self) -> str:
+        """The command that goes on: the settings are recorded, which runs were asked for is not."""
+        out = "" if self.job.path == Path("runs/reproduce") else f" --out {self.job.path}"
+        which = {REPORTED: "", ALL: " --block bottleneck"}.get(self.members, f" --only {_names(self.members, ',')}")
+        return f"lowmem reproduce{out}{which}"
+
+
+def ask(path: Path, settings: Settings, members: tuple[Member, ...]) -> Asked:
+    """The job in `path` with what is asked for this time, or a new one if no run of it has begun.
+    Raises UsageError if its settings would not be those that its runs were begun with."""
+    # The limit of a trial is not recorded, or every later call would take the job for done there.
+    max_steps, settings = settings.config.train.max_steps, settings.replace({"train.max_steps": None}, "default")
+    job, given = Job(path, settings), asked_for(settings)
+    if begun(path):
+        job = read_job(path)
+        refuse_other_settings(job, given)
+        settled = job.settings.replace({"train.max_steps": None}, "default")
+        for key in OPERATIONAL & given.keys():
+            settled = settled.replace({key: given[key]}, settings.sources[key])
+        job = replace(job, settings=settled)
+    return Asked(job, members, max_steps)
+
+
 def asked_for(settings: Settings) -> dict[str, object]:
     """Of gathered settings those that somebody gave: by a flag, --set, a file, or a recipe other than by default.
-
     Raises UsageError for a setting that is each run's own."""
     sources, flat = settings.sources, flatten(settings.config)
     quiet = ("default",) if sources["recipe"] != "default" else ("default", f"recipe {settings.config.recipe}")
@@ -192,10 +220,13 @@ def _shown(value: object) -> str:
 @contextmanager
 def held(path: Path) -> Iterator[RunLock]:
     """The job's folder, made and under its lock. If no run was begun in it when this is left, nothing of it stays.
-
     Raises UsageError if it is another's, PreflightError if it cannot be read or written."""
     with reading(path):
-        _refuse_other_folder(path)
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file: choose another folder with --out")
+        inside = {entry.name.removesuffix(PARTIAL) for entry in path.iterdir()} if path.exists() else set()
+        if not (path / FILE_NAME).is_file() and inside - _FILES:
+            raise UsageError(f"{path} exists and is not the folder of a job: choose another with --out")
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -211,22 +242,11 @@ def held(path: Path) -> Iterator[RunLock]:
         with suppress(PreflightError):
             empty = not begun(path)
         lock.release()
-        if empty:
-            with suppress(OSError):
-                for name in (FILE_NAME, f"{FILE_NAME}{PARTIAL}", *_LOCK):
-                    (path / name).unlink(missing_ok=True)
-                for folder in made:
-                    folder.rmdir()  # only if it is empty
-
-
-def _refuse_other_folder(path: Path) -> None:
-    """Raises UsageError unless `path` is a job's folder, empty, or not there."""
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file: choose another folder with --out")
-    if not path.exists() or is_job(path):
-        return
-    if any(entry.name.removesuffix(PARTIAL) not in {FILE_NAME, *_LOCK} for entry in path.iterdir()):
-        raise UsageError(f"{path} exists and is not the folder of a job: choose another with --out")
+        with suppress(OSError):
+            for name in (*_FILES, f"{FILE_NAME}{PARTIAL}") if empty else ():
+                (path / name).unlink(missing_ok=True)
+            for folder in made if empty else ():
+                folder.rmdir()  # only if nothing else is in it
 
 
 def begun(path: Path) -> bool:

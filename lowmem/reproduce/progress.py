@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,21 +12,18 @@ from typing import Any, Literal
 from lowmem.core.errors import LowmemError
 from lowmem.core.units import format_duration
 from lowmem.reproduce.job import ALL, Job, Member, reading, refuse_foreign
-from lowmem.runs.folder import never_began, refuse_existing, writer_of
+from lowmem.runs.folder import never_began, refuse_existing
 from lowmem.runs.rows import EpochRow
 from lowmem.runs.view import RunView, summarize
 from lowmem.runs.watch import epoch_seconds
 from lowmem.train.observer import Observer, Progress
-
-_LEAVING_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
 class Standing:
     """A run of the job as it stands. `stopped`: by train.max_steps, as asked. `epochs_done` counts whole epochs, those
     of a run in progress in part; `epoch_seconds` is what the latest ones took, evaluation and saving included, None
-    before the first. `weight`: what a picture costs in training, in a unit that is the same for all runs, whose epochs
-    have as many pictures.
+    before the first. `weight`: as in `Job`, for as many pictures an epoch.
 
     Of a look ahead: `disk_bytes` that it will take at its fullest, `planned_seconds` by the plan of the card that is
     there, None if nothing is planned for one."""
@@ -55,7 +51,7 @@ class Standing:
 
     @property
     def epochs_left(self) -> float:
-        return self.epochs - self.epochs_done if self.left else 0.0
+        return max(0.0, self.epochs - self.epochs_done) if self.left else 0.0
 
 
 def standing_of(job: Job, member: Member, max_steps: int | None = None) -> Standing:
@@ -74,31 +70,9 @@ def standing_of(job: Job, member: Member, max_steps: int | None = None) -> Stand
             seconds = epoch_seconds(RunView(path).epochs)
     step, done = run.step or 0, run.epoch or 0
     standing = replace(standing, epochs_done=done, step=step, size_bytes=run.size_bytes, epoch_seconds=seconds)
-    if run.state == "finished":
-        return replace(standing, state="finished")
-    if run.state == "damaged":
-        return replace(standing, state="damaged")
+    if run.state in ("finished", "damaged"):
+        return replace(standing, state=run.state)
     return replace(standing, state="stopped" if max_steps is not None and step >= max_steps else "to go on")
-
-
-def standings_of(job: Job, members: Sequence[Member], max_steps: int | None = None) -> list[Standing]:
-    """Of each, in the same order. Raises as `standing_of` does."""
-    return [standing_of(job, member, max_steps) for member in members]
-
-
-def wait_for_writers(paths: Sequence[Path], say: Callable[[str], None], stop: Callable[[], bool]) -> None:
-    """A job that was killed leaves a process behind that still saves its run: until it has left, or for two minutes, or
-    until `stop()`."""
-    deadline = time.monotonic() + _LEAVING_SECONDS
-    for path in paths:
-        if stop() or (who := writer_of(path)) is None:
-            continue
-        say(f"{path} is still being written by {who}: waiting for it to leave")
-        while not stop() and writer_of(path) is not None and time.monotonic() < deadline:
-            time.sleep(0.2)
-
-
-# -- the time left -----------------------------------------------------------------------------------------------------
 
 
 def measured_before(job: Job, members: Sequence[Member]) -> list[Standing]:
@@ -108,7 +82,7 @@ def measured_before(job: Job, members: Sequence[Member]) -> list[Standing]:
         if member not in members and member.name in job.weights:
             with suppress(LowmemError):
                 measured.append(replace(standing_of(job, member), state="finished"))
-    return [standing for standing in measured if standing.epoch_seconds is not None]
+    return measured
 
 
 def epoch_seconds_of(standing: Standing, others: Sequence[Standing]) -> float | None:
@@ -123,17 +97,17 @@ def epoch_seconds_of(standing: Standing, others: Sequence[Standing]) -> float | 
     return seconds * standing.weight / nearest.weight
 
 
-def seconds_left(standings: Sequence[Standing]) -> float | None:
-    """Of all of them together; None until something was measured."""
-    total = 0.0
-    for standing in standings:
-        if standing.epochs_left <= 0:
-            continue
-        seconds = epoch_seconds_of(standing, standings)
-        if seconds is None:
-            return None
-        total += standing.epochs_left * seconds
-    return total
+def seconds_left_of(standing: Standing, others: Sequence[Standing]) -> float | None:
+    """As measured, else as planned; None if nothing is known."""
+    each = epoch_seconds_of(standing, others)
+    return standing.planned_seconds if each is None else standing.epochs_left * each
+
+
+def seconds_left(standings: Sequence[Standing], others: Sequence[Standing] = ()) -> float | None:
+    """Of all `standings` together; None until something was measured of them or of `others`."""
+    each = [seconds_left_of(one, [*standings, *others]) for one in standings if one.epochs_left]
+    known = [seconds for seconds in each if seconds is not None]
+    return sum(known) if len(known) == len(each) else None
 
 
 class JobObserver(Observer):
@@ -146,18 +120,10 @@ class JobObserver(Observer):
         self._number, self._count = number, len(standings)
         self._run = standings[number]
         self._others = [*standings[:number], *standings[number + 1 :], *measured]
-        self._measured = measured
         self._shown = shown
+        for name in ("note", "warning", "data_progress"):
+            setattr(self, name, getattr(shown, name))
         self._rows: list[EpochRow] = []
-
-    def note(self, text: str) -> None:
-        self._shown.note(text)
-
-    def warning(self, text: str) -> None:
-        self._shown.warning(text)
-
-    def data_progress(self, what: str, done: int, total: int) -> None:
-        self._shown.data_progress(what, done, total)
 
     def progress(self, progress: Progress) -> None:
         done = progress.epoch - 1 + progress.step_in_epoch / progress.steps_per_epoch
@@ -176,8 +142,6 @@ class JobObserver(Observer):
     def _where(self, run: Standing, own: float | None) -> str:
         """`own`: seconds left of this run, where that is known better than by its pace."""
         where = f"run {self._number + 1} of {self._count}"
-        rest = seconds_left([*self._others, replace(run, epochs_done=run.epochs)])
-        mine = own if own is not None else seconds_left([run, *self._measured])
-        if rest is None or mine is None:
-            return where
-        return f"{where}, about {format_duration(mine + rest)} left in all"
+        rest = seconds_left(self._others, [run])
+        mine = own if own is not None else seconds_left([run], self._others)
+        return where if rest is None or mine is None else f"{where}, about {format_duration(mine + rest)} left in all"

@@ -17,12 +17,12 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
 import torch
 
-import lowmem.cli.job
+import lowmem.cli.show
 import lowmem.cli.terminal
 import lowmem.lifecycle.execute
 import lowmem.reproduce.check
+import lowmem.reproduce.conduct
 from lowmem.cli.main import _run
-from lowmem.reproduce.conduct import Conductor
 from tests.tiny import arguments
 
 # Six steps an epoch.
@@ -166,7 +166,7 @@ class Served:
 
 def _serve(log: Path, arguments: list[str]) -> NoReturn:
     torch.set_num_threads(1)
-    lowmem.cli.job.Conductor = lambda: Conductor(start=ForkedProcess)  # type: ignore[assignment]
+    lowmem.reproduce.conduct.Popen = ForkedProcess  # type: ignore[assignment,misc]
     code = 99
     try:
         with open(log, "w", encoding="utf-8", buffering=1) as file:

@@ -17,11 +17,11 @@ from rich.console import Console
 
 from lowmem.calibrate.calibration import Calibration, Identity
 from lowmem.cli.terminal import describe_epoch
-from lowmem.cli.watch_screen import screen, to_json
+from lowmem.cli.watch import screen, to_json
 from lowmem.config.cards import load_card
 from lowmem.config.settings import from_yaml, gather, parse_set
 from lowmem.core.errors import CorruptCheckpoint, Diverged, LowmemError
-from lowmem.core.places import profiles_folder
+from lowmem.core.reading import profiles_folder
 from lowmem.core.units import format_size
 from lowmem.data import folder as pictures_folder
 from lowmem.data import load
@@ -87,7 +87,7 @@ def _settings(run: Path, work: Path) -> list[Reader]:
 
     def profile(path: Path) -> object:
         card = load_card(str(path))
-        parts = (card.usable_bytes("windows"), card.pcie_bytes_per_second, card.amp_flops_per_second)
+        parts = (card.usable.windows, card.pcie_lane_bytes_per_second * card.pcie_lanes, card.amp_flops_per_second)
         return parts, card.capability_pair, format_size(card.memory_bytes)
 
     return [

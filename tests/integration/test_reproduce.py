@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 import lowmem.report
-from lowmem.cli.job import reproduce_job, work
+from lowmem.cli.terminal import say
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Interrupted, LowmemError
 from lowmem.lifecycle import api
-from lowmem.reproduce.conduct import Conductor, ask, conduct
-from lowmem.reproduce.job import Job, select
+from lowmem.reproduce.check import work
+from lowmem.reproduce.conduct import Conductor, conduct, reproduce_job
+from lowmem.reproduce.job import Job, ask, select
 from lowmem.reproduce.progress import standing_of
 from lowmem.train.observer import Observer
 from tests.tiny import sets
@@ -36,7 +37,7 @@ class Here(Conductor):
         if self.interrupts and "name" in request:
             self.requested = "SIGINT"
             return 130
-        return work(json.loads(json.dumps(request)))
+        return work(json.loads(json.dumps(request)), Observer(), api.run_training, api.resume_training)
 
 
 def call(out: Path, *settings: str, interrupts: bool = False) -> Job:
@@ -86,6 +87,6 @@ def test_ctrl_c_in_the_report(trial: Path, monkeypatch: pytest.MonkeyPatch) -> N
     call(trial)
     monkeypatch.setattr(lowmem.report, "write_report", lambda *given, **named: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted, match="stopped in the report, all runs are saved; go on with") as caught:
-        reproduce_job(trial, gather(), "res20", None, dry_run=False)
+        reproduce_job(trial, gather(), RES20, say, lambda result: None, dry_run=False)
     assert caught.value.exit_code == 130
     assert not (trial / "job.owner.json").exists()

@@ -117,8 +117,8 @@ def test_a_card_comes_back(tmp_path: Path, name: str, memory: int, rate: float, 
     path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
     card = load_card(str(path))
     assert card == Card.model_validate(values)
-    assert (card.name, card.memory_bytes, card.fp32_tflops) == (name, memory, rate)
-    assert 0 <= card.usable_bytes("windows") <= memory
+    assert (card.name, card.memory_bytes, card.fp32_flops_per_second) == (name, memory, rate * 1e12)
+    assert 0 <= int(card.memory_bytes * card.usable.windows) <= memory
 
 
 @given(st.dictionaries(st.sampled_from([*CARD, "more"]), PLAIN, max_size=3))
@@ -127,7 +127,7 @@ def test_any_values_are_a_card_or_refused_in_a_line(tmp_path: Path, changes: dic
     path = tmp_path / "card.yaml"
     path.write_text(yaml.safe_dump(CARD | changes, allow_unicode=True), encoding="utf-8")
     try:
-        assert load_card(str(path)).usable_bytes("linux") >= 0
+        assert load_card(str(path)).usable.linux >= 0
     except UsageError as error:
         _one_line(error)
 

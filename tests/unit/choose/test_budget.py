@@ -128,4 +128,4 @@ def test_one_cap_for_the_plan_its_trial_and_the_run() -> None:
 def test_the_machine_decides_what_of_a_card_is_usable(platform: Platform) -> None:
     card = load_card("gtx1060-6g")
     budget = of_card(card, platform=platform)
-    assert budget.others_bytes == card.memory_bytes - card.usable_bytes(platform)
+    assert budget.others_bytes == card.memory_bytes - int(card.memory_bytes * getattr(card.usable, platform))

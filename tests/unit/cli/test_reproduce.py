@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from lowmem.cli.job import describe
 from lowmem.cli.main import _run
 from lowmem.cli.terminal import describe_epoch
 from lowmem.config.settings import gather
-from lowmem.reproduce.check import Outlook
+from lowmem.reproduce.check import times_left
 from lowmem.reproduce.job import Job, select
 from lowmem.reproduce.progress import JobObserver, Standing
 from lowmem.train.observer import Progress
@@ -99,8 +98,9 @@ def test_another_machine_than_before(job: Job) -> None:
 def test_runs_that_are_left_out_tell_of_the_rest(job: Job) -> None:
     runs = standings(job)[4:5]  # res110
     done = [replace(standings(job)[3], state="finished", epoch_seconds=10.0)]  # cnn56
-    lines = describe(Outlook(job, tuple(runs), "", 6, 7), done)
-    assert "about 3:20" in lines[2]
+    lines, in_all = times_left(runs, done)
+    assert "about 3:20" in lines[1]
+    assert in_all == "about 3:20"
     heard = Heard()
     JobObserver(heard, runs, 0, done).progress(progress(1, 0, None))
     assert heard.progresses[-1].job == "run 1 of 1, about 3:20 left in all"
@@ -109,17 +109,16 @@ def test_runs_that_are_left_out_tell_of_the_rest(job: Job) -> None:
 def test_the_table_before_the_first_run(job: Job) -> None:
     done = {"state": "finished", "epochs_done": 10, "epoch_seconds": 60.0, "size_bytes": 5 << 20}
     begun = {"state": "to go on", "epochs_done": 4, "epoch_seconds": 60.0}
-    runs = tuple(replace(run, disk_bytes=5 << 20) for run in standings(job, res20=done, cnn20=begun)[:3])
-    lines = describe(Outlook(job, runs, "some pictures", 10 << 20, 1 << 30))
-    assert lines[0].startswith(f"job {job.path}: 3 runs of 10 epochs at width 64, some pictures")
-    assert [" ".join(line.split()) for line in lines[2:]] == [
+    lines, in_all = times_left(
+        [replace(run, disk_bytes=5 << 20) for run in standings(job, res20=done, cnn20=begun)[:3]]
+    )
+    assert [" ".join(line.split()) for line in lines[1:]] == [
         "res20 finished 10/10 5 MiB",
         "cnn20 to go on 4/10 about 6:00 at most 5 MiB",
         "res56 to begin 0/10 about 30:00 at most 5 MiB",
-        "time left in all: about 36:00; disk: at most 10 MiB more, 1,024 MiB free",
     ]
-    unknown = describe(Outlook(job, tuple(standings(job)), "", 6, 7))
-    assert "known after the first epoch" in unknown[-1]
+    assert in_all == "about 36:00"
+    assert times_left(standings(job))[1] == "known after the first epoch"
 
 
 def test_refusals_are_one_line_and_leave_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -92,17 +92,17 @@ def test_the_table_of_flags_knows_only_settings_and_commands_that_there_are() ->
 
 
 def test_what_was_typed_goes_to_its_setting() -> None:
-    seen: list[tuple[Given, str]] = []
+    seen: list[tuple[Given, str, bool]] = []
 
-    def train(given: Given, out: Annotated[str, typer.Option()] = "x") -> None:
-        seen.append((given, out))
+    def train(given: Given, dry_run: bool, own: Annotated[str, typer.Option()] = "x") -> None:
+        seen.append((given, own, dry_run))
 
     app = typer.Typer()
     app.command()(takes_flags(train))
     get_command(app).main(["--arch", "res20", "--batch", "64", "--no-tensorboard", "--set", "seed=3"], "x", None, False)
-    ((given, out),) = seen
+    ((given, own, dry_run),) = seen
     assert given.flags == {"model.arch": "res20", "train.batch": 64, "train.tensorboard": False}
-    assert (given.config_file, given.sets, out) == (None, ["seed=3"], "x")
+    assert (given.config_file, given.sets, own, dry_run) == (None, ["seed=3"], "x", False)
     assert given.changes() == {**given.flags, "seed": 3}
     assert given.settings().sources["seed"] == "--set"
 

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from lowmem.cli.main import _run
-from lowmem.cli.watch_screen import screen, sparkline
+from lowmem.cli.watch import screen, sparkline
 from lowmem.config.settings import gather, to_yaml
 from lowmem.runs.store import RunFolder
 from lowmem.runs.watch import Live

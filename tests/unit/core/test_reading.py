@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import tracemalloc
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem.core.reading import DEEPEST_JSON, Unreadable, parse_json, parse_yaml, read_limited, shorten
+from lowmem.core.reading import (
+    DEEPEST_JSON,
+    Unreadable,
+    parse_json,
+    parse_yaml,
+    read_limited,
+    shorten,
+    user_cache_folder,
+)
 
 # PyYAML writes the control characters that end a line elsewhere (U+0085) in a way it does not read back.
 TEXT = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=20)
@@ -85,3 +94,16 @@ def test_what_a_message_may_carry() -> None:
     assert shorten("a\nb\x1b[2J\tc") == "a b?[2J c"
     assert shorten("x" * 500) == "x" * 199 + "…"
     assert shorten(None) == "None"
+
+
+def test_the_user_s_cache_folder_by_platform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert user_cache_folder() == tmp_path / "lowmem"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert user_cache_folder() == Path.home() / ".cache" / "lowmem"
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
+    assert user_cache_folder() == tmp_path / "lowmem" / "Cache"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert user_cache_folder() == Path.home() / "Library" / "Caches" / "lowmem"

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from lowmem.core.errors import Infeasible, PreflightError, UsageError
+from lowmem.core.units import format_size
 from lowmem.reproduce.check import look_ahead
 from lowmem.reproduce.job import Job, select
 from lowmem.reproduce.progress import Standing
@@ -28,13 +29,15 @@ def to_begin(job: Job, only: str) -> list[Standing]:
 
 def test_pictures_weights_and_disk(tmp_path: Path) -> None:
     unplanned = job(tmp_path, "model.width=64")
-    outlook = look_ahead(unplanned, to_begin(unplanned, "res20,res110"), Observer())
-    assert outlook.job.data is not None
-    assert "40 pictures of shapes" in outlook.pictures
+    heard = Heard()
+    learned, runs = look_ahead(unplanned, to_begin(unplanned, "res20,res110"), heard)
+    assert learned.data is not None
+    first, *_, last = heard.notes
+    assert first.startswith(f"job {tmp_path}: 2 runs of 2 epochs at width 64, 40 pictures of shapes to train on")
     # 24.17 and 3.78 GFLOP a picture in training.
-    assert outlook.job.weights["res110"] / outlook.job.weights["res20"] == pytest.approx(6.39, abs=0.05)
-    assert outlook.needed_bytes == sum(run.disk_bytes for run in outlook.runs)
-    assert outlook.runs[1].disk_bytes > 4 * outlook.runs[0].disk_bytes
+    assert learned.weights["res110"] / learned.weights["res20"] == pytest.approx(6.39, abs=0.05)
+    assert f"disk: at most {format_size(sum(run.disk_bytes for run in runs))} more, " in last
+    assert runs[1].disk_bytes > 4 * runs[0].disk_bytes
     assert list(tmp_path.iterdir()) == []
 
 
@@ -42,7 +45,7 @@ def test_a_budget_must_fit_every_network(tmp_path: Path) -> None:
     planned = job(tmp_path, "memory.vram=40M", "train.precision=fp32")
     heard = Heard()
     look_ahead(planned, to_begin(planned, "res20,cnn20"), heard)
-    assert [note.split(":")[0] for note in heard.notes] == ["res20", "cnn20"]
+    assert [note.split(":")[0] for note in heard.notes[:2]] == ["res20", "cnn20"]
     assert "of tensors" in heard.notes[0]
 
     tight = job(tmp_path, "memory.vram=1M", "train.precision=fp32", "memory.allow_accumulation=false")
@@ -55,13 +58,13 @@ def test_a_budget_must_fit_every_network(tmp_path: Path) -> None:
 def test_accumulation_is_said(tmp_path: Path) -> None:
     planned, heard = job(tmp_path, "memory.vram=2M", "train.precision=fp32"), Heard()
     look_ahead(planned, to_begin(planned, "res20"), heard)
-    assert "not the same computation" in heard.notes[-1]
+    assert "not the same computation" in heard.notes[0]
 
 
 def test_the_disk_must_take_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unplanned = job(tmp_path)
     standings = to_begin(unplanned, "res20,cnn20")
-    needed = look_ahead(unplanned, standings, Observer()).needed_bytes
+    needed = sum(run.disk_bytes for run in look_ahead(unplanned, standings, Observer())[1])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
     look_ahead(unplanned, standings, Observer())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
@@ -69,7 +72,11 @@ def test_the_disk_must_take_all_of_them(tmp_path: Path, monkeypatch: pytest.Monk
         look_ahead(unplanned, standings, Observer())
     # What is there already is not needed once more.
     half = [replace(standings[0], state="to go on", size_bytes=1000), standings[1]]
-    assert look_ahead(unplanned, half, Observer()).needed_bytes == needed - 1000
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1000))
+    look_ahead(unplanned, half, Observer())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1001))
+    with pytest.raises(PreflightError, match=r"the job needs .* more at the most"):
+        look_ahead(unplanned, half, Observer())
 
 
 def begun(standings: Sequence[Standing]) -> list[Standing]:
@@ -79,7 +86,7 @@ def begun(standings: Sequence[Standing]) -> list[Standing]:
 def test_other_pictures_are_refused_once_a_run_has_begun(tmp_path: Path) -> None:
     first = job(tmp_path)
     standings = to_begin(first, "res20,cnn20")
-    known = look_ahead(first, standings, Observer()).job
+    known, _ = look_ahead(first, standings, Observer())
     look_ahead(known, begun(standings), Observer())
     moved = replace(known, settings=known.settings.replace({"data.test_subset": 10}, "test"))
     look_ahead(moved, standings, Observer())

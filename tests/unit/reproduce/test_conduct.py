@@ -12,8 +12,8 @@ import pytest
 
 from lowmem.config.settings import gather, to_yaml
 from lowmem.core.errors import ExitCode, Interrupted, UsageError
-from lowmem.reproduce.conduct import Asked, Conductor, JobStopped, ask, command, conduct, to_report
-from lowmem.reproduce.job import ALL, select
+from lowmem.reproduce.conduct import Conductor, JobStopped, conduct, to_report
+from lowmem.reproduce.job import ALL, Asked, Job, ask, read_job, select
 from lowmem.runs.folder import RunLock
 from tests.unit.report.fake_runs import write_run
 
@@ -175,14 +175,12 @@ def test_settings_are_settled_by_the_first_run_that_begins(tmp_path: Path) -> No
 def test_what_is_operational_may_change_and_is_kept(tmp_path: Path) -> None:
     asked(tmp_path, memory__vram="6G").job.write()
     put_run(tmp_path, "res20", done=3)
-    conductor = Scripted()
-    do(asked(tmp_path, "checkpoint.keep=3", memory__vram="4G"), conductor)
-    assert conductor.requests[-1]["given"] == {"checkpoint.keep": 3, "memory.vram": 4 << 30}
+    do(asked(tmp_path, "checkpoint.keep=3", memory__vram="4G"), Scripted())
+    assert read_job(tmp_path).operational == {"checkpoint.keep": 3, "memory.vram": 4 << 30}
     assert recorded(tmp_path)["memory.vram"] == 4 << 30
     # A later call holds to it for runs that were begun before, too.
-    again = Scripted()
-    do(asked(tmp_path), again)
-    assert again.requests[-1]["given"] == {"checkpoint.keep": 3, "memory.vram": 4 << 30}
+    do(asked(tmp_path), Scripted())
+    assert read_job(tmp_path).operational == {"checkpoint.keep": 3, "memory.vram": 4 << 30}
 
 
 def test_a_trials_limit_holds_for_its_call_alone(tmp_path: Path) -> None:
@@ -195,7 +193,7 @@ def test_a_trials_limit_holds_for_its_call_alone(tmp_path: Path) -> None:
     plain = Scripted()
     do(asked(tmp_path), plain)
     assert plain.requests[-1]["max_steps"] is None
-    assert "train.max_steps" not in plain.requests[-1]["given"]
+    assert "train.max_steps" not in read_job(tmp_path).operational
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
@@ -227,9 +225,10 @@ def test_a_dry_run_tries_what_has_not_begun(tmp_path: Path) -> None:
     ],
 )
 def test_the_command_that_goes_on(only: str | None, block: str | None, words: str) -> None:
-    assert command(Path("runs/reproduce"), select(only, block)) == words
+    settings, members = gather(), select(only, block)
+    assert Asked(Job(Path("runs/reproduce"), settings), members).again == words
     first, _, rest = words.partition("reproduce")
-    assert command(Path("x"), select(only, block)) == f"{first}reproduce --out x{rest}"
+    assert Asked(Job(Path("x"), settings), members).again == f"{first}reproduce --out x{rest}"
 
 
 def names(paths: Sequence[Path]) -> list[str]:
