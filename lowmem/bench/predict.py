@@ -11,10 +11,9 @@ from torch import nn
 
 from lowmem.bench.cells import ENGINE, FAMILIES, FIRST_MODE, LEAST, PLAIN_DEFAULT, Cell, Setup
 from lowmem.calibrate.calibrator import Calibrator
-from lowmem.choose.budget import Budget, budget_of, tensors_only
-from lowmem.choose.ladder import with_ladder
-from lowmem.choose.planning import choose, workspaces_of
-from lowmem.choose.request import Choice, Request, calibrator_of, request_of
+from lowmem.choose.execution import budget_of, calibrator_of, request_of
+from lowmem.choose.planning import choose, with_ladder, workspaces_of
+from lowmem.choose.request import Budget, Choice, Request, tensors_only
 from lowmem.config.schema import Config
 from lowmem.config.settings import gather
 from lowmem.core.errors import Infeasible
@@ -198,7 +197,7 @@ class Predictor:
     def _request(self, mode: Mode, batch: int, measured: bool = True) -> Request:
         precision, layout = mode
         request = self._requests[0 if measured else 1]
-        return replace(request, batch=batch, precisions=(precision,), memory_format=layout, formats={})
+        return replace(request, batch=batch, modes={precision: layout})
 
     @cached_property
     def _requests(self) -> tuple[Request, Request]:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from lowmem.bench.cells import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, PLAIN_FREE, Cell, Setup
 from lowmem.bench.plan_checks import GRADIENTS, SURVIVAL, PlanQuestion
 from lowmem.bench.predict import Predictor, Search, largest
-from lowmem.choose.budget import Budget
+from lowmem.choose.request import Budget
 from lowmem.core.errors import Infeasible, LowmemError
 from lowmem.core.units import format_duration, format_size
 from lowmem.isolate import Call

@@ -22,7 +22,7 @@ from lowmem.bench.cells import ENGINE, FIRST_MODE, LEAST, Cell, TableSetup, plai
 from lowmem.bench.results import Results
 from lowmem.bench.run import Bench
 from lowmem.bench.tables import ResultTable, conditions, tables
-from lowmem.calibrate.environment import describe
+from lowmem.calibrate.device import describe
 from lowmem.choose.execution import refuse_unsafe, resolve_execution
 from lowmem.cli.terminal import say
 from lowmem.config.settings import gather

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem.calibrate.environment import describe, elsewhere
+from lowmem.calibrate.device import describe, elsewhere
 from lowmem.choose import resolve_execution
 from lowmem.choose.decide import Decision, RecordedRun, batch_chosen
 from lowmem.choose.execution import wants_plan

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from lowmem.choose.budget import Budget
+from lowmem.choose.request import Budget
 from lowmem.core.units import format_size
 from lowmem.isolate import OUT_OF_MEMORY, Call, Forks, run
 from lowmem.remat.libraries import Numerics, environment_for

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lowmem.calibrate.calibration import Calibration, Identity
+from lowmem.calibrate.calibrator import Calibration, Identity
 from lowmem.cli.terminal import describe_epoch
 from lowmem.cli.watch_screen import screen, to_json
 from lowmem.config.cards import load_card

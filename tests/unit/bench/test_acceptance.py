@@ -22,7 +22,7 @@ from lowmem.bench.acceptance import (
 from lowmem.bench.acceptance_tables import to_csv, to_json, to_markdown
 from lowmem.bench.cells import ENGINE, NO_TIME, PLAIN_DEFAULT, Cell
 from lowmem.bench.run import Bench
-from lowmem.calibrate.environment import describe
+from lowmem.calibrate.device import describe
 from lowmem.core.units import GIB, KIB, MIB
 from lowmem.trial.trial import TrialResult
 from tests.isolated import call_here

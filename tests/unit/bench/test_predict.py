@@ -18,7 +18,7 @@ from lowmem.bench.cells import (
     TableSetup,
 )
 from lowmem.bench.predict import Predictor, largest
-from lowmem.choose.budget import tensors_only
+from lowmem.choose.request import tensors_only
 from lowmem.trial.trial import Trial
 from lowmem.trial.worker import work
 
