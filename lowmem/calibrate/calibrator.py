@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lowmem.calibrate.device import DeviceFacts, Identity
-from lowmem.calibrate.measuring import BUSY_BATCHES, Figures, Job, measure, rates_of
+from lowmem.calibrate.measuring import BUSY_BATCHES, RATED, Figures, Job, measure
 from lowmem.calibrate.stage_timer import FAST, PLAIN, Mode, Seconds, Timed
 from lowmem.core.reading import read_json
 from lowmem.core.units import LARGEST
@@ -140,13 +140,9 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class Workspaces:
-    """What the convolution library takes beside operands and results: call -> bytes, out of a calibration. A call that
-    was never measured counts as the largest of its kind that was; `missing` has those.
-
-    A measured workspace is part of the simulated step; without a measurement a budget leaves room for an assumed one,
-    and the library is told not to take more (`lowmem.remat.libraries`; that it heeds this in cuDNN 9 is unproven, and
-    what was measured does not need it).
-    """
+    """What the convolution library takes beside operands and results: call -> bytes, out of a calibration, as a part of
+    the simulated step (without one a budget leaves room for an assumed workspace: `lowmem.remat.libraries`). A call
+    that was never measured counts as the largest of its kind that was; `missing` has those."""
 
     calibration: Calibration
     low: torch.dtype | None
@@ -169,10 +165,8 @@ class Workspaces:
 
 @dataclass(frozen=True)
 class Calibrator:
-    """One device and what is known of it; measures what is not. `progress` hears a sentence when that takes seconds.
-
-    `facts`: of a CUDA device. `numerics`: of the runs that are predicted. `measure`: what does the jobs.
-    """
+    """One device and what is known of it; measures what is not. `progress` hears a sentence when that takes seconds;
+    `facts`: of a CUDA device; `numerics`: of the runs that are predicted; `measure`: what does the jobs."""
 
     device: str
     calibration: Calibration
@@ -264,15 +258,17 @@ class Calibrator:
         return min(shape.micro_batch, self.calibration.size_bytes(key) or BUSY_BATCHES[0])
 
     def rates(self) -> tuple[float, float, float] | None:
-        """(bytes, fp32 operations, operations in the low dtype of autocast) per second; None if they are not to be
-        had."""
-        keys = {what: ("rate", what) for what in ("copy", "fp32", "low")}
+        """(bytes, fp32 operations, operations in the low dtype of autocast) per second of a card; None if they are not
+        to be had."""
+        keys = {what: ("rate", what) for what in RATED}
         if not all(self.calibration.seconds(key) for key in keys.values()):
             figures = {what: figure_name("seconds", key) for what, key in keys.items()}
             self._run([{"kind": "rates", **figures}], "how fast it copies and multiplies")
-        found = {what: self.calibration.seconds(key) for what, key in keys.items()}
-        seconds = {what: one.forward for what, one in found.items() if one is not None and one.forward}
-        return rates_of(self.device, **seconds) if len(seconds) == len(keys) else None
+        taken = [found.forward for key in keys.values() if (found := self.calibration.seconds(key))]
+        if len(taken) < len(keys) or not all(taken):
+            return None
+        copy, fp32, low = (RATED[what] / seconds for what, seconds in zip(keys, taken, strict=True))
+        return copy, fp32, low
 
     def _chain(self, shape: StepShape, batch: int) -> Job:
         """Of a job, which stages to run how. Raises PreflightError for a network that must not run so."""

@@ -174,11 +174,8 @@ def warm_up(device: str) -> None:
 
 
 def describe_card(facts: DeviceFacts, rates: tuple[float, float, float], usual_context_bytes: int) -> Card:
-    """A profile of a card that has none. `rates`: see `Calibrator.rates`; `usual_context_bytes`: where its own
-    could not be told.
-
-    The kind of its fp16 follows from the measured rates, the share that is usable is that of other cards.
-    """
+    """A profile of a card that has none: the kind of its fp16 follows from the measured `rates` (see
+    `Calibrator.rates`), the usable share is that of other cards. `usual_context_bytes`: where its own is not known."""
     bandwidth, fp32, low = rates
     generation, lanes = facts.link
     speed = f"{min(max(generation or 3, 3), 5)}.0"

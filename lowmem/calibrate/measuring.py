@@ -180,30 +180,21 @@ def _tensor(spec: tuple[tuple[int, ...], tuple[int, ...], str], device: str, low
 
 # -- raw rates ---------------------------------------------------------------------------------------------------------
 
-
-def _sizes(device: str) -> tuple[int, int]:
-    """Bytes of a copy, and the side of square matrices (on a card 0.14 TFLOP a product)."""
-    return (256 * MIB, 4096) if device == "cuda" else (64 * MIB, 1024)
+_COPIED_BYTES, _SIDE = 256 * MIB, 4096
+# Bytes of a copy, which reads and writes; operations of a product of n x n matrices (2 n^3), in fp32 and in the low
+# dtype of autocast.
+RATED = {"copy": 2.0 * _COPIED_BYTES, "fp32": 2.0 * _SIDE**3, "low": 2.0 * _SIDE**3}
 
 
 def _rates(device: str, *, copy: str, fp32: str, low: str) -> Figures:
-    """Per second: bytes of a copy, which reads and writes; operations of a product of n x n matrices (2 n^3), in fp32
-    and in the low dtype of autocast."""
-    size, side = _sizes(device)
-    source = torch.zeros(size // 4, device=device)
+    """Seconds of what is RATED."""
+    source = torch.zeros(_COPIED_BYTES // 4, device=device)
     target = torch.empty_like(source)
     seconds = {copy: time_calls(lambda: target.copy_(source), device).median_seconds}
     for figure, dtype in ((fp32, torch.float32), (low, amp_dtype("amp", device))):
-        a = torch.randn(side, side, device=device).to(dtype)
+        a = torch.randn(_SIDE, _SIDE, device=device).to(dtype)
         seconds[figure] = time_calls(partial(torch.mm, a, a, out=torch.empty_like(a)), device).median_seconds
     return {figure: [taken, 0.0, 0.0] for figure, taken in seconds.items()}
-
-
-def rates_of(device: str, copy: float, fp32: float, low: float) -> tuple[float, float, float]:
-    """(bytes, fp32 operations, low operations) per second, from the seconds of `_rates`."""
-    size, side = _sizes(device)
-    operations = 2.0 * side**3
-    return 2.0 * size / copy, operations / fp32, operations / low
 
 
 _KINDS: Mapping[str, Callable[..., Figures]] = {

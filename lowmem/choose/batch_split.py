@@ -1,11 +1,9 @@
 """Plans for the processes of a run, each on its own card, and the shares of the batch that go with them.
 
 Every process plans for itself alone; predicted seconds, precision and memory format are told to all, and all come to
-the same shares. One process is a group of one (invariant 12).
-
-A step ends with its slowest process, and a smaller share lets a small card compute less again. So shares and plans are
-found together: plan for a share, take the predicted speed, share anew, until nothing is gained (like cards keep even
-shares after one round).
+the same shares (one process is a group of one: invariant 12). A step ends with its slowest process, and a smaller share
+lets a small card compute less again. So shares and plans are found together: plan for a share, take the predicted
+speed, share anew, until nothing is gained (like cards keep even shares after one round).
 """
 
 from __future__ import annotations
@@ -75,11 +73,8 @@ class Planner:
         return [one for each in self.group.gather(own) for one in each]
 
     def divide(self, batch: int, *, may_accumulate: bool) -> BatchSplit:
-        """Shares and plans for `batch` pictures: without accumulation if there is any such way.
-
-        Precision and memory format are the same everywhere: as the slowest process wants them, if they are open and
-        not all want the same. Raises Infeasible.
-        """
+        """Shares and plans for `batch` pictures, without accumulation if there is any such way; with one precision and
+        memory format everywhere, that of the slowest process if not all want the same. Raises Infeasible."""
         # Of one process a plan without accumulation comes first anyway (see `choose`).
         for accumulate in (False, True) if may_accumulate and self.size > 1 else (may_accumulate,):
             split = self._balance(batch, None, accumulate)
@@ -207,10 +202,9 @@ def _slower(rank: int, split: BatchSplit, best: BatchSplit) -> Candidate:
 
 
 def balance(batch: int, size: int, predict: Predict) -> BatchSplit | None:
-    """The shares with the least predicted time. `predict`: seconds of every process for its share, None for one that it
-    does not fit (0 pictures take 0 s). Looks up to `ROUNDS` times at shares that fit, and at others to find what
-    fits. None: nothing does.
-    """
+    """The shares with the least predicted time; None: nothing fits. `predict`: seconds of every process for its share,
+    None for one that does not fit it (0 pictures take 0 s). Looks up to `ROUNDS` times at shares that fit, and at
+    others to find what fits."""
     fits, most = [0] * size, [batch] * size  # by process: pictures that are known to fit, and the most that may
     shares: tuple[int, ...] | None = even_shares(batch, size)
     best: BatchSplit | None = None

@@ -3,8 +3,7 @@
 
 What a run has recorded is kept if nothing that it depends on has changed and as many processes go on. With another
 budget a resume keeps what is computed: shares, micro-batches, precision and memory format. Everything else is planned
-anew. A batch is chosen (`--batch auto`) when a run begins, and never again: the settings that come out of here say
-which, and no longer that it is to be chosen.
+anew. A batch is chosen (`--batch auto`) when a run begins, and never again: the settings that come out say which.
 """
 
 from __future__ import annotations

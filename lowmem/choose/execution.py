@@ -49,11 +49,8 @@ def wants_plan(config: Config) -> bool:
 
 def resolve_execution(settings: Settings, *, planned: bool = False) -> Settings:
     """The settings with every `auto` of the train section replaced; the reason stands where the source stood.
-
-    `planned`: a plan will decide the precision and, where the device is measured, the memory format.
-
-    Raises PreflightError if CUDA is asked for and there is none.
-    """
+    `planned`: a plan will decide the precision and, where the device is measured, the memory format. Raises
+    PreflightError if CUDA is asked for and there is none."""
     config, train = settings.config, settings.config.train
     device = train.device
     if device == "auto":
@@ -145,12 +142,9 @@ def by_kind(precision: str, memory_format: str, tensor_cores: bool) -> dict[str,
 def by_measurement(
     config: Config, model: nn.Module, calibrator: Calibrator
 ) -> tuple[Mapping[str, str], Mapping[str, str]]:
-    """Precisions in the order they are to be tried, with a memory format for each, as they are measured on the device
-    and as far as settings leave them open; and why (setting -> words). Raises PreflightError if what was asked for
-    gives values that are not finite.
-
-    On the CPU `auto` stays with fp32, which trains exactly, and takes amp only where nothing else fits.
-    """
+    """As `by_kind`, by what is measured on the device; and why (setting -> words). On the CPU `auto` stays with fp32,
+    which trains exactly, and takes amp only where nothing else fits. Raises PreflightError if what was asked for gives
+    values that are not finite."""
     train, device = config.train, calibrator.device
     asked, layout = train.precision, train.memory_format
     precisions = ("fp32", "amp") if asked == "auto" else (asked,)
@@ -204,9 +198,8 @@ def _order(seconds: Mapping[str, float], device: str) -> tuple[tuple[str, ...], 
 
 
 def calibrator_of(config: Config, progress: Progress = lambda text: None, *, fresh: bool = False) -> Calibrator | None:
-    """What measures the device at hand, if predictions are to follow it. `fresh`: measure everything again.
-
-    Raises PreflightError for a CUDA device that does not answer."""
+    """What measures the device at hand, if predictions are to follow it. `fresh`: measure everything again. Raises
+    PreflightError for a CUDA device that does not answer."""
     device = config.train.device
     if not calibrates(config, device) or (device == "cuda" and not torch.cuda.is_available()):
         return None
@@ -232,12 +225,9 @@ def budget_of(
     config: Config, train_pictures: int = 0, calibrator: Calibrator | None = None
 ) -> tuple[Budget, Card | None]:
     """The budget for the step's tensors and, where it is known, the card whose rates predict time: the shipped profile
-    of a device, else one made of what its driver tells and what is measured. `calibrator`: of the device at hand, if
-    predictions are to follow what is measured on it.
-
-    Raises UsageError for an unknown card or where there is nothing to fit into, Infeasible for too small a card,
-    PreflightError for a CUDA device that does not answer.
-    """
+    of a device, else one made of what its driver tells and `calibrator` measures. Raises UsageError for an unknown card
+    or where there is nothing to fit into, Infeasible for too small a card, PreflightError for a CUDA device that does
+    not answer."""
     config = for_process(config, 0, 1)
     memory, numerics = config.memory, numerics_of(config.train)
     pictures_bytes, deterministic = train_pictures * _PICTURE_BYTES, numerics.deterministic

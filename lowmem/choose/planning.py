@@ -34,9 +34,6 @@ _TRIES = 12  # of the solver against the whole simulated step
 _WORTH_TRYING = 1.5
 _MOST_RIVALS = 2
 
-Precision = Literal["auto", "fp32", "amp"]
-Layout = Literal["auto", "contiguous", "channels-last"]
-
 
 def make_plan(
     model: nn.Module,
@@ -44,8 +41,8 @@ def make_plan(
     batch: int,
     budget: str | int | Budget | None = None,
     card: Card | None = None,
-    precision: Precision = "fp32",
-    memory_format: Layout = "contiguous",
+    precision: Literal["auto", "fp32", "amp"] = "fp32",
+    memory_format: Literal["auto", "contiguous", "channels-last"] = "contiguous",
     micro_batch: int | None = None,
     allow_accumulation: bool = True,
     image_shape: tuple[int, int, int] = (3, 32, 32),
@@ -197,13 +194,10 @@ def workspaces_of(request: Request, shape: StepShape) -> Workspaces | None:
 def fit(
     solver: Solver, shape: StepShape, budget: Budget, rates: Rates, workspace: Workspaces | None = None
 ) -> tuple[Solution, Simulated]:
-    """The fastest schedule whose whole simulated step is under the budget.
-
-    The solver knows tensors; rounding, and on a card the caching allocator's segments, come on top. Where the whole
-    step does not fit, the solver is asked again for as much less, on a card for 2 to 4 % less (how much the gaps
-    between blocks take is not known beforehand). Raises Infeasible with a budget of which the whole step is known
-    to fit.
-    """
+    """The fastest schedule whose whole simulated step is under the budget. The solver knows tensors; rounding, and on a
+    card the caching allocator's segments, come on top. Where the whole step does not fit, the solver is asked again for
+    as much less, on a card for 2 to 4 % less (how much the gaps between blocks take is not known beforehand). Raises
+    Infeasible with a budget of which the whole step is known to fit."""
     limit = budget.tensor_bytes
     capacity = limit if budget.on_card else None
     target = limit
@@ -235,12 +229,9 @@ def fit(
 
 def with_ladder(choice: Choice) -> Choice:
     """The choice, its plan with its ladder: plans that compute the same (precision, memory format, micro-batch) in less
-    and less memory, down to the least there is; none if the chosen one is that. They are solved and simulated before
-    the run starts: out of memory is then a step down, and the training loop needs no solver.
-
-    `budget_bytes` of each is what its whole simulated step showed to be enough: on a card the allocator's segments,
-    else the tensors. Takes a simulated step for each of at most seven candidates.
-    """
+    and less memory, down to the least there is; none if the chosen one is that. Out of memory is then a step down, and
+    the training loop needs no solver. `budget_bytes` of each is what its whole simulated step showed to be enough: on a
+    card the allocator's segments, else the tensors. Takes a simulated step for each of at most seven candidates."""
 
     def size(simulated: Simulated) -> int:
         """Reserved as on a card without limit: with less the allocator might still get by, by emptying its cache."""
@@ -261,11 +252,8 @@ def with_ladder(choice: Choice) -> Choice:
 
 def rivals(request: Request, choices: list[Choice]) -> list[Choice]:
     """The runners-up that may be faster than the choice, `choices[0]`, though predicted otherwise: the fastest of its
-    other batches and of the other precision, by predicted pictures per second.
-
-    Another precision is one only on tensor cores, where `auto` prefers the mixed one for its speed; elsewhere mixed
-    precision is for what does not fit in fp32 (see `other_precision`).
-    """
+    other batches and of the other precision, by predicted pictures per second. Another precision is one only on tensor
+    cores, where `auto` prefers the mixed one for its speed; elsewhere that is for what does not fit in fp32."""
     chosen, *others = choices
     if next(iter(request.modes)) == "amp" and chosen.plan.precision == "amp":
         other = other_precision(request, chosen)

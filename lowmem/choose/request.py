@@ -37,25 +37,20 @@ REFERENCE_CARD = "gtx1060-6g"
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """`total_bytes` = the other terms + `tensor_bytes`. On the CPU, and for a bare `--vram` without a card, the budget
-    bounds the tensors of the step and nothing else: all other terms are 0.
-
-    `workspace_bytes` is room left for the convolution library; 0 where its workspace was measured, which makes it a
-    part of the step. `blas_workspace_bytes`: cuBLAS's and cublasLt's. `emulated`: a larger card made to behave like one
-    of `total_bytes`.
-    """
+    bounds the tensors of the step and nothing else: all other terms are 0."""
 
     total_bytes: int
     others_bytes: int = 0  # the driver, the desktop, other processes
     context_bytes: int = 0
     context_measured: bool = False
-    workspace_bytes: int = 0
-    blas_workspace_bytes: int = 0
+    workspace_bytes: int = 0  # room for the convolution library's; 0 where that is measured, and a part of the step
+    blas_workspace_bytes: int = 0  # cuBLAS's and cublasLt's
     blas_workspace_measured: bool = False
     communicator_bytes: int = 0  # of one process among several, on CUDA
     pictures_bytes: int = 0  # the data set, where it is held on the card
     margin_bytes: int = 0
     source: str  # of the total, in words
-    emulated: bool = False
+    emulated: bool = False  # a larger card made to behave like one of `total_bytes`
 
     def __post_init__(self) -> None:
         if self.tensor_bytes <= 0:
@@ -153,11 +148,9 @@ def of_device(
     workspace_bytes: int = ASSUMED_WORKSPACE_BYTES,
     deterministic: bool = True,
 ) -> Budget:
-    """The budget of the CUDA device at hand. Its context exists already: what is free is without it.
-
-    With less `vram_bytes` than the device has the card is emulated: others count as far as they leave less than that.
-    `pictures_bytes`: of the data set, which is held on the card. `deterministic`: of the run. Raises Infeasible.
-    """
+    """The budget of the CUDA device at hand. Its context exists already: what is free is without it. With less
+    `vram_bytes` than the device has the card is emulated: others count as far as they leave less than that.
+    `pictures_bytes`: of the data set, which is held on the card. `deterministic`: of the run. Raises Infeasible."""
     total = facts.total_bytes if vram_bytes is None else min(vram_bytes, facts.total_bytes)
     context = ASSUMED_CONTEXT_BYTES if facts.context_bytes is None else facts.context_bytes
     blas = facts.blas_workspace_bytes
