@@ -227,23 +227,19 @@ class Calibrator:
         is timed with and that all of them have room for."""
         found: dict[tuple[str, str], Mode] = {}
         for batch in sorted({self.timed_batch(shape) for shape in shapes}, reverse=True):
-            found = self._modes_at(batch, shapes)
+            keys = {
+                shape: ("mode", *_way(shape), (batch, *shape.image_shape), _parameters(shape.model)) for shape in shapes
+            }
+            missing = [shape for shape, key in keys.items() if self.calibration.mode(key) is None]
+            jobs = [
+                {"kind": "mode", "figure": figure_name("mode", keys[shape]), **self._chain(shape, batch)}
+                for shape in missing
+            ]
+            self._run(jobs, " and ".join(" in ".join(_way(shape)) for shape in missing))
+            found = {_way(shape): mode for shape, key in keys.items() if (mode := self.calibration.mode(key))}
             if len(found) == len(shapes):
                 break
         return found
-
-    def _modes_at(self, batch: int, shapes: Sequence[StepShape]) -> dict[tuple[str, str], Mode]:
-        keys = {
-            shape: ("mode", *_way(shape), (batch, *shape.image_shape), _parameters(shape.model)) for shape in shapes
-        }
-        missing = [shape for shape, key in keys.items() if self.calibration.mode(key) is None]
-        jobs = [
-            {"kind": "mode", "figure": figure_name("mode", keys[shape]), **self._chain(shape, batch)}
-            for shape in missing
-        ]
-        self._run(jobs, " and ".join(" in ".join(_way(shape)) for shape in missing))
-        known = {_way(shape): self.calibration.mode(key) for shape, key in keys.items()}
-        return {way: mode for way, mode in known.items() if mode is not None}
 
     def timed_batch(self, shape: StepShape) -> int:
         """Pictures that blocks are timed with: enough for a larger batch to take as much longer as it is larger. On a

@@ -21,7 +21,6 @@ from lowmem.distributed.split import even_shares, weighted_shares
 from lowmem.plan.record import Candidate
 
 Mode = tuple[str, str]  # precision, memory format
-Predict = Callable[[tuple[int, ...]], Sequence[float | None]]
 
 AUTO_BATCHES = (32, 64, 128, 256, 512, 1024)
 ROUNDS = 8
@@ -187,12 +186,11 @@ def preferred(fitting: Sequence[BatchSplit], recipe_batch: int) -> BatchSplit:
 
 
 def _slower(rank: int, split: BatchSplit, best: BatchSplit) -> Candidate:
-    faster = split.images_per_second >= best.images_per_second
-    why = "hardly more pictures per second" if faster else "fewer pictures per second"
+    why = "hardly more" if split.images_per_second >= best.images_per_second else "fewer"
     predicted = split.choices[rank].plan.predicted
     return Candidate(
         what=f"batch {split.batch}",
-        refused_because=f"{why} ({split.images_per_second:.0f})",
+        refused_because=f"{why} pictures per second ({split.images_per_second:.0f})",
         peak_bytes=predicted.peak_allocated_bytes,
         step_seconds=predicted.step_seconds,
     )
@@ -201,7 +199,7 @@ def _slower(rank: int, split: BatchSplit, best: BatchSplit) -> Candidate:
 # -- shares by speed ---------------------------------------------------------------------------------------------------
 
 
-def balance(batch: int, size: int, predict: Predict) -> BatchSplit | None:
+def balance(batch: int, size: int, predict: Callable[[tuple[int, ...]], Sequence[float | None]]) -> BatchSplit | None:
     """The shares with the least predicted time; None: nothing fits. `predict`: seconds of every process for its share,
     None for one that does not fit it (0 pictures take 0 s). Looks up to `ROUNDS` times at shares that fit, and at
     others to find what fits."""
@@ -251,14 +249,12 @@ def _limited(batch: int, speeds: Sequence[float], limits: Sequence[int]) -> tupl
     """Shares in proportion to speeds, none above its limit; all limits together are enough."""
     full: set[int] = set()
     while True:
-        shares = list(limits)
-        free = [rank for rank in range(len(speeds)) if rank not in full]
         left = batch - sum(limits[rank] for rank in full)
-        for rank, share in zip(free, weighted_shares(left, tuple(speeds[rank] for rank in free)), strict=True):
-            shares[rank] = share
-        over = {rank for rank in free if shares[rank] > limits[rank]}
+        weighted = weighted_shares(left, tuple(0.0 if rank in full else speed for rank, speed in enumerate(speeds)))
+        shares = tuple(limits[rank] if rank in full else share for rank, share in enumerate(weighted))
+        over = {rank for rank, share in enumerate(shares) if share > limits[rank]}
         if not over:
-            return tuple(shares)
+            return shares
         full |= over
 
 
