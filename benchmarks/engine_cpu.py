@@ -34,9 +34,8 @@ import torch
 from conditions import RESULTS, conditions, sentence, table, write
 from engine_worker import WARMUP, Task, way_of
 
-from lowmem.choose.budget import tensors_only
 from lowmem.choose.planning import Request, card_rates, choose
-from lowmem.choose.request import REFERENCE_CARD
+from lowmem.choose.request import REFERENCE_CARD, tensors_only
 from lowmem.config.cards import load_card
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import MIB
@@ -145,7 +144,7 @@ def planned(task: Task, budget_bytes: int, rates: Callable[[str], Rates]) -> tup
         batch=task.batch,
         budget=tensors_only(budget_bytes),
         rates=rates,
-        memory_format=task.memory_format,
+        modes={"fp32": task.memory_format},
         allow_accumulation=False,
     )
     choice = choose(request)

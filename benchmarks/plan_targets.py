@@ -20,9 +20,9 @@ from pathlib import Path
 
 from conditions import RESULTS, conditions, sentence, table, write
 
-from lowmem.choose.budget import MARGIN_SHARE, Budget, of_card, tensors_only
 from lowmem.choose.costs import measure_costs, price
 from lowmem.choose.planning import card_rates, fit
+from lowmem.choose.request import MARGIN_SHARE, Budget, of_card, tensors_only
 from lowmem.config.cards import load_card
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import GIB, MIB, format_size
@@ -152,8 +152,7 @@ def prepare(scenario: Scenario, card_name: str, width: int) -> Bench:
     rates = card_rates(load_card(card_name))(scenario.precision)
     plain = simulate_step(shape, None, rates)
     began = time.perf_counter()
-    costs = measure_costs(model, input_shape=(scenario.batch, 3, 32, 32), low=shape.execution.amp_dtype)
-    chain = price(costs, rates)
+    chain = price(measure_costs(shape), rates)
     return Bench(shape, rates, plain, chain, time.perf_counter() - began)
 
 

@@ -48,7 +48,7 @@ Batch norm takes its statistics from the local batch, without communication, so 
 what one does with the whole batch.
 
 Known limitations: seconds by a roofline fall in proportion to the batch, although kernels of a small local batch fill a
-large card badly; the communication library's own buffers on the card are assumed (`choose.budget`).
+large card badly; the communication library's own buffers on the card are assumed (`choose.request`).
 """
 
 from __future__ import annotations
@@ -59,9 +59,8 @@ from functools import cached_property
 
 from torch import nn
 
-from lowmem.choose.budget import with_communicators
 from lowmem.choose.planning import choose
-from lowmem.choose.request import Choice, Request
+from lowmem.choose.request import Choice, Request, with_communicators
 from lowmem.core.errors import Infeasible, UsageError
 from lowmem.distributed.reducer import arrange
 from lowmem.plan.cost import ChainCost

@@ -24,7 +24,7 @@ from typing import Any
 from conditions import RESULTS, conditions, sentence, table, write
 from scaling_model import ETHERNET_1G, ETHERNET_10G, Link, Scaled, Scaling, desktop_link, server_link
 
-from lowmem.choose.request import request_of
+from lowmem.choose.execution import request_of
 from lowmem.config.cards import Card, load_card
 from lowmem.config.settings import gather
 from lowmem.core.units import MIB

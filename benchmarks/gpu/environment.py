@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowmem.calibrate.environment import describe
+from lowmem.calibrate.device import describe
 from lowmem.measure import read_driver
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.gpu.job import PARTS
+from lowmem.choose.execution import request_of
 from lowmem.choose.planning import choose
-from lowmem.choose.request import Choice, request_of
+from lowmem.choose.request import Choice
 from lowmem.config.settings import gather
 from lowmem.core.units import GIB, format_size
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.gpu.plans import LIBRARY, NATIVE, Network, Plans, Scale
 from lowmem.bench.plan_checks import PlanQuestion
-from lowmem.choose.ladder import with_ladder
+from lowmem.choose.planning import with_ladder
 from lowmem.choose.request import Choice
 from lowmem.core.units import format_size
 from lowmem.trial import PER_BLOCK, PLAIN, PLANNED, Trial

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lowmem.choose.budget import ASSUMED_CONTEXT_BYTES
+from lowmem.choose.request import ASSUMED_CONTEXT_BYTES
 from lowmem.measure import Meter
 from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.tensors import TensorMeter

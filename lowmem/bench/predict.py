@@ -10,9 +10,9 @@ from typing import cast
 
 from lowmem.bench import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, Cell, Setup
 from lowmem.calibrate.calibrator import Calibrator
-from lowmem.choose.budget import Budget, budget_of, tensors_only
+from lowmem.choose.execution import budget_of, calibrator_of, request_of
 from lowmem.choose.planning import choose, workspaces_of
-from lowmem.choose.request import Choice, Request, calibrator_of, request_of
+from lowmem.choose.request import Budget, Choice, Request, tensors_only
 from lowmem.config.schema import Config
 from lowmem.config.settings import gather
 from lowmem.core.errors import Infeasible
@@ -165,7 +165,8 @@ class Predictor:
 
     def _request(self, mode: Mode, batch: int, measured: bool = True) -> Request:
         precision, layout = mode
-        return replace(self._requests[measured], batch=batch, precisions=(precision,), memory_format=layout, formats={})
+        request = self._requests[measured]
+        return replace(request, batch=batch, modes={precision: layout})
 
     @cached_property
     def _requests(self) -> dict[bool, Request]:

@@ -15,8 +15,8 @@ from typing import Any
 from lowmem.bench import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, PLAIN_FREE, Cell, Setup
 from lowmem.bench.plan_checks import GRADIENTS, SURVIVAL, PlanQuestion
 from lowmem.bench.predict import Predictor, largest
-from lowmem.choose.budget import Budget
-from lowmem.choose.ladder import with_ladder
+from lowmem.choose.planning import with_ladder
+from lowmem.choose.request import Budget
 from lowmem.core.errors import Infeasible, LowmemError
 from lowmem.core.units import format_duration, format_size
 from lowmem.isolate import Call

@@ -25,7 +25,7 @@ from lowmem.bench import (
 from lowmem.bench.results import FORMAT, UNKNOWN, Account, Column, Environment, ResultTable, Row, conditions
 from lowmem.core.units import format_size
 from lowmem.models import skeleton
-from lowmem.models.memory_format import is_safe
+from lowmem.models.resnet import is_safe
 from lowmem.trial import excess, launch_note
 
 MODES = (FIRST_MODE, ("fp32", "channels-last"), ("amp", "contiguous"), ("amp", "channels-last"))
@@ -96,7 +96,7 @@ def largest_cells(setup: TableSetup) -> list[Cell]:
 
 
 def table_cells(setup: TableSetup, known: Mapping[str, Cell]) -> list[Cell]:
-    """Of all tables, but for the modes that corrupt memory (see `lowmem.models.memory_format`); `known`: by their keys,
+    """Of all tables, but for the modes that corrupt memory (see `lowmem.models.resnet`); `known`: by their keys,
     with what a results file has of them."""
     model = skeleton(setup.arch, setup.block, width=setup.width)
     modes = [mode for mode in MODES if is_safe(model, setup.device, *mode)]

@@ -1,84 +1,162 @@
-"""What a plan's predictions need to know of the device at hand, measured once per card, driver and torch version."""
+"""What a plan's predictions need to know of the device at hand: measured once, and kept in a file per card, driver and
+torch version.
+
+A calibration only makes predictions better: one that is missing, damaged or of another format is never an error, it is
+measured again. Keys say everything a figure depends on; a figure's name has the hash of their text, and is what the
+file has, and what a process that measures is told (`lowmem.calibrate.measuring`).
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import tempfile
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lowmem.calibrate.calibration import Calibration, Mode, Seconds, figure_name
-from lowmem.calibrate.device import DeviceFacts
-from lowmem.calibrate.measuring import BUSY_BATCHES, Figures, Job, described, measure, rates_of
-from lowmem.calibrate.stage_timer import FAST, PLAIN, Wanted
+from lowmem.calibrate.device import DeviceFacts, Identity
+from lowmem.calibrate.measuring import BUSY_BATCHES, RATED, Figures, Job, measure
+from lowmem.calibrate.stage_timer import FAST, PLAIN, Mode, Seconds, Timed
+from lowmem.core.reading import read_json
+from lowmem.core.units import LARGEST
 from lowmem.models.resnet import ResNet, check_memory_format
 from lowmem.remat.libraries import Numerics, workspace_cap_bytes
-from lowmem.simulate import Call
-from lowmem.simulate.stage import Option, StageMeasure
+from lowmem.simulate import Call, StepShape
+from lowmem.simulate.stage import StageMeasure
 from lowmem.step.train_step import amp_dtype
 
+FORMAT = 2
+_LARGEST_FILE_BYTES = 32 << 20
+_LARGEST_NUMBER = 1e9  # seconds; NaN is not below it either
+
 Progress = Callable[[str], None]
-Measure = Callable[[Sequence[Job]], Figures]
 
 
-def stage_key(measure_key: Hashable, precision: str, timed_batch: int) -> tuple[object, ...]:
-    """Of a stage as the simulator tells stages apart (signature, trainable, shape, strides, dtype, need_input, masked,
-    library_norm), for the batch that is timed."""
-    assert isinstance(measure_key, tuple)
-    signature, trainable, shape, *rest = measure_key
-    timed = (timed_batch, *shape[1:])
-    return (precision, repr(signature), trainable, timed, *(repr(one) for one in rest))
+class Calibration:
+    """Figures of one device by key. `folder` None: nothing is read or kept."""
+
+    def __init__(self, identity: Identity, folder: Path | None) -> None:
+        self.identity = identity
+        self.path = None if folder is None else folder / identity.file_name
+        self.figures: Figures = {} if self.path is None else _read(self.path, identity)
+
+    def seconds(self, key: object) -> Seconds | None:
+        found = self._numbers("seconds", key, 3)
+        return None if found is None else Seconds(*found)
+
+    def mode(self, key: object) -> Mode | None:
+        found = self._numbers("mode", key, 2)
+        return None if found is None else Mode(found[0], bool(found[1]))
+
+    def size_bytes(self, key: object) -> int | None:
+        """A workspace, a context, a number of pictures: integers."""
+        found = self.figures.get(figure_name("bytes", key))
+        return found if isinstance(found, int) and not isinstance(found, bool) and 0 <= found <= LARGEST else None
+
+    def put(self, kind: str, key: object, figure: Any) -> None:
+        """As a file has it: `seconds` and `mode` are lists of their fields, `bytes` a number."""
+        self.figures[figure_name(kind, key)] = figure
+
+    def save(self) -> None:
+        """Replaces the file whole. A disk that refuses costs only that it is measured again next time."""
+        if self.path is None:
+            return
+        content = {"format": FORMAT, "identity": asdict(self.identity), "figures": self.figures}
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".writing-") as aside:
+                written = Path(aside) / self.path.name
+                written.write_text(json.dumps(content), encoding="utf-8")
+                os.replace(written, self.path)
+
+    def _numbers(self, kind: str, key: object, count: int) -> list[float] | None:
+        found = self.figures.get(figure_name(kind, key))
+        if not isinstance(found, list) or len(found) != count:
+            return None
+        good = all(isinstance(one, (int, float)) and 0 <= one <= _LARGEST_NUMBER for one in found)
+        return [float(one) for one in found] if good else None
 
 
-def _timing(key: object, what: str | Option) -> tuple[object, object]:
-    """The key of seconds of a stage: the same text in every process (sets have no order of their own)."""
-    if isinstance(what, Option):
-        return key, (what.policy.name, what.policy.drop_output, what.policy.fused, what.last)
-    return key, what
+def figure_name(kind: str, key: object) -> str:
+    """`kind` is `seconds`, `mode` or `bytes`."""
+    return f"{kind}:{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}"
+
+
+def _read(path: Path, identity: Identity) -> Figures:
+    try:
+        content = read_json(path, _LARGEST_FILE_BYTES)
+        if content["format"] != FORMAT or content["identity"] != asdict(identity):
+            return {}
+        figures = content["figures"]
+        return dict(figures) if isinstance(figures, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Seconds of the stages of one chain as it was measured, None for what did not fit; scaled from the batch that was
-    timed to the chain's own, which is `factor` times that."""
+    """Seconds of the stages of a step's chain as they were measured, None for what did not fit; scaled from the batch
+    that was timed to the step's own micro-batch."""
 
     calibration: Calibration
-    precision: str
+    shape: StepShape
     timed_batch: int
-    factor: float
-    outside_seconds: float
 
-    def seconds(self, measure: StageMeasure, what: str | Option) -> Seconds | None:
-        """Of a policy, FAST (its `forward`) or PLAIN (forward and backward under autograd: its `backward`)."""
-        found = self.calibration.seconds(_timing(stage_key(measure.key, self.precision, self.timed_batch), what))
-        if found is None:
-            return None
-        return Seconds(found.forward * self.factor, found.backward * self.factor, found.restore * self.factor)
+    def seconds(self, stage: StageMeasure, what: Timed) -> Seconds | None:
+        found = self.calibration.seconds(self.key(stage, what))
+        factor = self.shape.micro_batch / self.timed_batch
+        return found and Seconds(found.forward * factor, found.backward * factor, found.restore * factor)
+
+    @property
+    def outside_seconds(self) -> float:
+        """Of the optimizer's step."""
+        found = self.calibration.seconds(self.update_key)
+        return 0.0 if found is None else found.forward
+
+    def key(self, stage: StageMeasure, what: Timed) -> object:
+        """Of a stage as the simulator tells stages apart (signature, trainable, shape, strides, dtype, need_input,
+        masked, library_norm), for the batch that is timed: the same text in every process (sets have no order of their
+        own)."""
+        assert isinstance(stage.key, tuple)
+        signature, trainable, shape, *rest = stage.key
+        timed = (self.timed_batch, *shape[1:])
+        alike = (self.shape.precision, repr(signature), trainable, timed, *(repr(one) for one in rest))
+        return alike, what if isinstance(what, str) else (
+            what.policy.name,
+            what.policy.drop_output,
+            what.policy.fused,
+            what.last,
+        )
+
+    @property
+    def update_key(self) -> object:
+        shapes = tuple(tuple(parameter.shape) for parameter in self.shape.model.parameters())
+        return "optimizer", self.shape.momentum, shapes
 
 
+@dataclass(frozen=True)
 class Workspaces:
-    """What the convolution library takes beside operands and results: call -> bytes, out of a calibration. A call that
-    was never measured counts as the largest of its kind that was; `missing` has those.
+    """What the convolution library takes beside operands and results: call -> bytes, out of a calibration, as a part of
+    the simulated step (without one a budget leaves room for an assumed workspace: `lowmem.remat.libraries`). A call
+    that was never measured counts as the largest of its kind that was; `missing` has those."""
 
-    A measured workspace is part of the simulated step; without a measurement a budget leaves room for an assumed one,
-    and the library is told not to take more (`lowmem.remat.libraries`; that it heeds this in cuDNN 9 is unproven, and
-    what was measured does not need it).
-    """
-
-    def __init__(self, calibration: Calibration, low: torch.dtype | None) -> None:
-        self._calibration = calibration
-        self._low = low
-        self._known: dict[Call, int] = {}
-        self.missing: set[Call] = set()
+    calibration: Calibration
+    low: torch.dtype | None
+    missing: set[Call] = field(default_factory=set)
+    _known: dict[Call, int] = field(default_factory=dict)
 
     def __call__(self, call: Call) -> int:
         if call in self._known:
             return self._known[call]
-        found = self._calibration.size_bytes(self.key(call))
+        found = self.calibration.size_bytes(self.key(call))
         if found is None:
             self.missing.add(call)
             return max((size for one, size in self._known.items() if one.operation == call.operation), default=0)
@@ -86,155 +164,116 @@ class Workspaces:
         return found
 
     def key(self, call: Call) -> object:
-        return ("workspace", workspace_cap_bytes(), str(self._low), call)
+        return ("workspace", workspace_cap_bytes(), str(self.low), call)
 
 
+@dataclass(frozen=True)
 class Calibrator:
-    """One device and what is known of it; measures what is not. `progress` hears a sentence when that takes seconds.
+    """One device and what is known of it; measures what is not. `progress` hears a sentence when that takes seconds;
+    `facts`: of a CUDA device; `numerics`: of the runs that are predicted; `measure`: what does the jobs."""
 
-    `facts`: of a CUDA device. `measure`: what does the jobs, by default `measuring.measure`. `numerics`: of the runs
-    that are predicted.
-    """
+    device: str
+    calibration: Calibration
+    progress: Progress = lambda text: None
+    facts: DeviceFacts | None = None
+    numerics: Numerics = field(default_factory=Numerics)
+    measure: Callable[[Sequence[Job], str, Numerics], Figures] = measure
 
-    def __init__(
-        self,
-        device: str,
-        calibration: Calibration,
-        progress: Progress = lambda text: None,
-        *,
-        facts: DeviceFacts | None = None,
-        measure_jobs: Measure | None = None,
-        numerics: Numerics = Numerics(),
-    ) -> None:
-        self.device, self.calibration, self.progress, self.facts = device, calibration, progress, facts
-        self._measure = measure_jobs or partial(measure, device=device, numerics=numerics)
-
-    def workspaces(self, precision: str) -> Workspaces | None:
-        """None on the CPU, whose kernels do not take theirs from a counted allocator."""
-        return Workspaces(self.calibration, amp_dtype(precision, self.device)) if self.device == "cuda" else None
-
-    def measure_workspaces(self, table: Workspaces, calls: set[Call], precision: str) -> None:
-        """Fills the table with what it lacks of the calls."""
-        for call in calls:
+    def workspaces(self, precision: str, calls: Callable[[], set[Call]]) -> Workspaces | None:
+        """Of `calls`, measured where they were not before; None on the CPU, whose kernels do not take theirs from a
+        counted allocator."""
+        if self.device != "cuda":
+            return None
+        table = Workspaces(self.calibration, amp_dtype(precision, self.device))
+        for call in calls():
             table(call)
-        missing = sorted(table.missing & calls, key=repr)
-        if missing:
+        if missing := sorted(table.missing, key=repr):
             named = {
                 figure_name("bytes", table.key(call)): [call.operation, call.tensors, call.rest] for call in missing
             }
-            job: Job = {"kind": "convolutions", "calls": named, "precision": precision}
+            job = {"kind": "convolutions", "calls": named, "precision": precision}
             self._run([job], f"the workspace of {len(missing)} convolutions")
             table.missing.clear()
+        return table
 
-    def times(
-        self,
-        model: nn.Module,
-        measures: Sequence[StageMeasure],
-        *,
-        input_shape: Sequence[int],
-        precision: str,
-        memory_format: str,
-        momentum: bool,
-        library_norm: bool = False,
-    ) -> StageTimes:
+    def times(self, shape: StepShape, stages: Sequence[StageMeasure]) -> StageTimes:
         """Measures each distinct block and policy that the calibration lacks. Takes some seconds to a minute."""
-        timed_batch = self.timed_batch(model, input_shape, precision, memory_format)
-        wanted = self._wanted(measures, precision, timed_batch)
-        shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
-        update = ("optimizer", momentum, shapes)
+        times = StageTimes(self.calibration, shape, self.timed_batch(shape))
+        first: dict[object, int] = {}  # distinct stages, by their first place in the chain
+        for index, stage in enumerate(stages):
+            first.setdefault(stage.key, index)
+        wanted: dict[str, dict[str, object]] = {}  # by place and name of the figure, see `measuring`
+        ways = 0
+        for index in first.values():
+            stage = stages[index]
+            options: list[Timed] = [option.option for option in stage.options]
+            for what in (FAST, PLAIN, *options):
+                key = times.key(stage, what)
+                if self.calibration.seconds(key) is None:
+                    told = what if isinstance(what, str) else [what.policy.name, what.last]
+                    wanted.setdefault(str(index), {})[figure_name("seconds", key)] = told
+                    ways += not isinstance(what, str)
         jobs: list[Job] = []
-        what = "the update of the parameters"
+        said = "the update of the parameters"
         if wanted:
-            chain = self._chain(model, (timed_batch, *input_shape[1:]), precision, memory_format)
-            named = {str(index): described(names) for index, names in wanted.items()}
-            jobs.append({"kind": "stages", "wanted": named, "library_norm": library_norm, **chain})
-            ways = sum(isinstance(one, Option) for names in wanted.values() for one in names.values())
-            what = f"{len(wanted)} blocks, {ways} ways to run them, in {precision} and {memory_format}"
-        if self.calibration.seconds(update) is None:
-            figure = figure_name("seconds", update)
-            jobs.append({"kind": "update", "figure": figure, "network": _recipe(model), "momentum": momentum})
-        self._run(jobs, what)
-        found = self.calibration.seconds(update)
-        return StageTimes(
-            calibration=self.calibration,
-            precision=precision,
-            timed_batch=timed_batch,
-            factor=input_shape[0] / timed_batch,
-            outside_seconds=0.0 if found is None else found.forward,
-        )
+            chain = self._chain(shape, times.timed_batch)
+            jobs.append({"kind": "stages", "wanted": wanted, "library_norm": shape.library_norm, **chain})
+            said = f"{len(wanted)} blocks, {ways} ways to run them, in {shape.precision} and {shape.memory_format}"
+        if self.calibration.seconds(times.update_key) is None:
+            update = {"network": _recipe(shape.model), "momentum": shape.momentum}
+            jobs.append({"kind": "update", "figure": figure_name("seconds", times.update_key), **update})
+        self._run(jobs, said)
+        return times
 
-    def modes(
-        self, model: nn.Module, input_shape: Sequence[int], pairs: Sequence[tuple[str, str]]
-    ) -> dict[tuple[str, str], Mode]:
-        """Of each pair (precision, memory format): seconds of a plain step's distinct blocks, each times how often it
-        occurs, and whether outputs and gradients were finite. All at one batch: the largest that any of them is timed
-        with and that all of them have room for."""
-        batches = {self.timed_batch(model, input_shape, *pair) for pair in pairs}
+    def modes(self, shapes: Sequence[StepShape]) -> dict[tuple[str, str], Mode]:
+        """(precision, memory format) of each of the shapes -> seconds of a plain step's distinct blocks, each times how
+        often it occurs, and whether outputs and gradients were finite. All at one batch: the largest that any of them
+        is timed with and that all of them have room for."""
         found: dict[tuple[str, str], Mode] = {}
-        for batch in sorted(batches, reverse=True):
-            found = self._modes_at((batch, *input_shape[1:]), model, pairs)
-            if len(found) == len(pairs):
+        for batch in sorted({self.timed_batch(shape) for shape in shapes}, reverse=True):
+            keys = {
+                shape: ("mode", *_way(shape), (batch, *shape.image_shape), _parameters(shape.model)) for shape in shapes
+            }
+            missing = [shape for shape, key in keys.items() if self.calibration.mode(key) is None]
+            jobs = [
+                {"kind": "mode", "figure": figure_name("mode", keys[shape]), **self._chain(shape, batch)}
+                for shape in missing
+            ]
+            self._run(jobs, " and ".join(" in ".join(_way(shape)) for shape in missing))
+            found = {_way(shape): mode for shape, key in keys.items() if (mode := self.calibration.mode(key))}
+            if len(found) == len(shapes):
                 break
         return found
 
-    def _modes_at(
-        self, timed: tuple[int, ...], model: nn.Module, pairs: Sequence[tuple[str, str]]
-    ) -> dict[tuple[str, str], Mode]:
-        keys = {pair: ("mode", *pair, timed, _shapes(model)) for pair in pairs}
-        missing = [pair for pair, key in keys.items() if self.calibration.mode(key) is None]
-        jobs = [
-            {"kind": "mode", "figure": figure_name("mode", keys[pair]), **self._chain(model, timed, *pair)}
-            for pair in missing
-        ]
-        self._run(jobs, " and ".join(f"{precision} in {layout}" for precision, layout in missing))
-        known = {pair: self.calibration.mode(key) for pair, key in keys.items()}
-        return {pair: mode for pair, mode in known.items() if mode is not None}
-
-    def timed_batch(self, model: nn.Module, input_shape: Sequence[int], precision: str, memory_format: str) -> int:
+    def timed_batch(self, shape: StepShape) -> int:
         """Pictures that blocks are timed with: enough for a larger batch to take as much longer as it is larger. On a
         fast card 128 may only keep the host busy, with launching; it is measured once how many it takes there."""
-        batch, image_shape = input_shape[0], tuple(input_shape[1:])
-        if self.device != "cuda" or batch <= BUSY_BATCHES[0]:
-            return min(batch, BUSY_BATCHES[0])
-        key = ("busy", precision, memory_format, image_shape, _shapes(model))
+        if self.device != "cuda" or shape.micro_batch <= BUSY_BATCHES[0]:
+            return min(shape.micro_batch, BUSY_BATCHES[0])
+        key = ("busy", *_way(shape), shape.image_shape, _parameters(shape.model))
         if self.calibration.size_bytes(key) is None:
-            way = {"network": _recipe(model), "precision": precision, "memory_format": memory_format}
-            job = {"kind": "busy", "figure": figure_name("bytes", key), "image_shape": image_shape, **way}
-            self._run([job], f"how many pictures keep it busy in {precision} and {memory_format}")
-        return min(batch, self.calibration.size_bytes(key) or BUSY_BATCHES[0])
+            job = {"kind": "busy", "figure": figure_name("bytes", key), "image_shape": shape.image_shape}
+            said = f"how many pictures keep it busy in {shape.precision} and {shape.memory_format}"
+            self._run([{**job, **_network(shape)}], said)
+        return min(shape.micro_batch, self.calibration.size_bytes(key) or BUSY_BATCHES[0])
 
     def rates(self) -> tuple[float, float, float] | None:
-        """(bytes, fp32 operations, operations in the low dtype of autocast) per second; None if they are not to be
-        had."""
-        keys = {what: ("rate", what) for what in ("copy", "fp32", "low")}
+        """(bytes, fp32 operations, operations in the low dtype of autocast) per second of a card; None if they are not
+        to be had."""
+        keys = {what: ("rate", what) for what in RATED}
         if not all(self.calibration.seconds(key) for key in keys.values()):
             figures = {what: figure_name("seconds", key) for what, key in keys.items()}
             self._run([{"kind": "rates", **figures}], "how fast it copies and multiplies")
-        found = {what: self.calibration.seconds(key) for what, key in keys.items()}
-        seconds = {what: one.forward for what, one in found.items() if one is not None and one.forward}
-        return rates_of(self.device, **seconds) if len(seconds) == len(keys) else None
+        taken = [found.forward for key in keys.values() if (found := self.calibration.seconds(key))]
+        if len(taken) < len(keys) or not all(taken):
+            return None
+        copy, fp32, low = (RATED[what] / seconds for what, seconds in zip(keys, taken, strict=True))
+        return copy, fp32, low
 
-    def _wanted(self, measures: Sequence[StageMeasure], precision: str, timed_batch: int) -> dict[int, Wanted]:
-        """What the calibration lacks of each distinct stage, by its first place in the chain."""
-        wanted: dict[int, Wanted] = {}
-        looked: set[Hashable] = set()
-        for index, one in enumerate(measures):
-            key = stage_key(one.key, precision, timed_batch)
-            options: list[str | Option] = [FAST, PLAIN, *(option.option for option in one.options)]
-            lacking = [what for what in options if self.calibration.seconds(_timing(key, what)) is None]
-            if lacking and key not in looked:
-                wanted[index] = {figure_name("seconds", _timing(key, what)): what for what in lacking}
-            looked.add(key)
-        return wanted
-
-    def _chain(
-        self, model: nn.Module, input_shape: Sequence[int], precision: str, memory_format: str
-    ) -> Mapping[str, Any]:
+    def _chain(self, shape: StepShape, batch: int) -> Job:
         """Of a job, which stages to run how. Raises PreflightError for a network that must not run so."""
-        check_memory_format(model, self.device, precision, memory_format)
-        shape = list(input_shape)
-        way = {"precision": precision, "memory_format": memory_format}
-        return {"network": _recipe(model), "input_shape": shape, **way}
+        check_memory_format(shape.model, self.device, *_way(shape))
+        return {"input_shape": [batch, *shape.image_shape], **_network(shape)}
 
     def _run(self, jobs: Sequence[Job], what: str) -> None:
         """Kept at once: what was measured is not lost with the process."""
@@ -243,9 +282,18 @@ class Calibrator:
         began = time.monotonic()
         word = "card" if self.device == "cuda" else "processor"
         self.progress(f"measuring the {word}, once: {what}")
-        self.calibration.figures.update(self._measure(jobs))
+        self.calibration.figures.update(self.measure(jobs, self.device, self.numerics))
         self.calibration.save()
         self.progress(f"measured in {time.monotonic() - began:.0f} s")
+
+
+def _way(shape: StepShape) -> tuple[str, str]:
+    return shape.precision, shape.memory_format
+
+
+def _network(shape: StepShape) -> Job:
+    """Of a job, which network runs how."""
+    return {"network": _recipe(shape.model), "precision": shape.precision, "memory_format": shape.memory_format}
 
 
 def _recipe(model: nn.Module) -> dict[str, Any]:
@@ -255,5 +303,5 @@ def _recipe(model: nn.Module) -> dict[str, Any]:
     return model.recipe
 
 
-def _shapes(model: nn.Module) -> tuple[object, ...]:
+def _parameters(model: nn.Module) -> tuple[object, ...]:
     return tuple((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())

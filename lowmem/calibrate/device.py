@@ -1,23 +1,33 @@
-"""The CUDA device at hand: what it is called, what of its memory is free, what a process costs before its first tensor.
+"""The device at hand: what it is called, what of its memory is free, what a process costs before its first tensor; and
+where a run ran, for env.json.
 
-All of it is asked in a process of its own, so that the one that plans has no context. A card for which there is no
+A CUDA device is asked in a process of its own, so that the one that plans has no context. A card for which there is no
 profile is described by its driver and by two short measurements.
 """
 
 from __future__ import annotations
 
 import gc
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from lowmem.calibrate.calibration import Identity
+import lowmem
 from lowmem.calibrate.measuring import ask
 from lowmem.config.cards import Card, UsableShare, has_tensor_cores
+from lowmem.core.reading import shorten
 from lowmem.core.units import MIB
 from lowmem.measure import Meter
 from lowmem.measure.cuda import device_uuid
@@ -26,12 +36,34 @@ from lowmem.measure.nvml import read_driver
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, SAVE_ALL, uniform
 from lowmem.remat import apply_plan, stage_names
-from lowmem.remat.libraries import Numerics, prepare_libraries
+from lowmem.remat.libraries import Numerics, convolutions_in_tf32, prepare_libraries
 from lowmem.step.train_step import amp_dtype
 
 CONTEXT = ("context",)  # its key in a calibration
 # What a context can be; anything else is somebody else's memory coming or going in the same moment.
 _LEAST_CONTEXT_BYTES, _MOST_CONTEXT_BYTES = 32 * MIB, 2048 * MIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a figure is of. `device` is `cuda` or `cpu`; `threads` matter on the CPU only, `numerics` (which kernels the
+    libraries may take) on CUDA only; `library` is cuDNN's version, on the CPU its capability."""
+
+    device: str
+    name: str
+    driver: str | None
+    torch: str
+    library: str | None
+    threads: int | None = None
+    numerics: str | None = None
+
+    @property
+    def file_name(self) -> str:
+        """Readable, and different for different identities."""
+        threads = "" if self.threads is None else f"t{self.threads}"
+        words = f"{self.name} {self.driver or ''} torch {self.torch} {threads}"
+        slug = re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-.")[:80]
+        return f"{slug}-{hashlib.sha256(repr(self).encode()).hexdigest()[:8]}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +94,21 @@ class DeviceFacts:
         )
 
 
+def cpu_identity() -> Identity:
+    """What figures measured on the processor are filed under."""
+    return Identity(
+        device="cpu",
+        name=processor_name() or "processor",
+        driver=None,
+        torch=torch.__version__,
+        library=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+    )
+
+
 def ask_device(numerics: Numerics) -> DeviceFacts:
     """Of the current CUDA device, by a process of its own. Raises PreflightError if that fails."""
-    return facts_from(ask(f"{__name__}:answer_memory", asdict(numerics)))
-
-
-def answer_memory(numerics: Mapping[str, Any]) -> dict[str, Any]:
-    """`measure_memory` under the kernels of a run."""
-    prepare_libraries(Numerics(**numerics))
-    return measure_memory()
+    return facts_from(ask(f"{__name__}:measure_memory", asdict(numerics)))
 
 
 def facts_from(answer: dict[str, Any]) -> DeviceFacts:
@@ -78,8 +116,11 @@ def facts_from(answer: dict[str, Any]) -> DeviceFacts:
     return DeviceFacts(**{**answer, "capability": tuple(answer["capability"]), "link": tuple(answer["link"])})
 
 
-def measure_memory() -> dict[str, Any]:
-    """Here and now, making a context: to be run where CUDA was not used before."""
+def measure_memory(numerics: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The fields of `DeviceFacts`, here and now, making a context: to be run where CUDA was not used before.
+    `numerics`: the fields of a run's `Numerics`, which the libraries are then set to."""
+    if numerics is not None:
+        prepare_libraries(Numerics(**numerics))
     with Meter("cuda") as meter:
         warm_up("cuda")
         gc.collect()
@@ -113,21 +154,9 @@ def measure_memory() -> dict[str, Any]:
     )
 
 
-def cpu_identity() -> Identity:
-    """What figures measured on the processor are filed under."""
-    return Identity(
-        device="cpu",
-        name=processor_name() or "processor",
-        driver=None,
-        torch=torch.__version__,
-        library=torch.backends.cpu.get_cpu_capability(),
-        threads=torch.get_num_threads(),
-    )
-
-
 def warm_up(device: str) -> None:
-    """Steps of a thin network of each block, plain and planned, in both precisions: kernels are loaded when they are
-    first used, and are a part of what a process takes. A full-sized network loads a few more."""
+    """Steps of a thin network of each block, plain and planned, in both precisions: kernels are loaded when first used,
+    and are a part of what a process takes. A full-sized network loads a few more."""
     for (arch, block), precision in product((("res20", "basic"), ("res56", "bottleneck")), ("fp32", "amp")):
         net = build(arch, block, width=16).to(device)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
@@ -145,11 +174,8 @@ def warm_up(device: str) -> None:
 
 
 def describe_card(facts: DeviceFacts, rates: tuple[float, float, float], usual_context_bytes: int) -> Card:
-    """A profile of a card that has none. `rates`: see `Calibrator.rates`; `usual_context_bytes`: where its own
-    could not be told.
-
-    The kind of its fp16 follows from the measured rates, the share that is usable is that of other cards.
-    """
+    """A profile of a card that has none: the kind of its fp16 follows from the measured `rates` (see
+    `Calibrator.rates`), the usable share is that of other cards. `usual_context_bytes`: where its own is not known."""
     bandwidth, fp32, low = rates
     generation, lanes = facts.link
     speed = f"{min(max(generation or 3, 3), 5)}.0"
@@ -166,3 +192,69 @@ def describe_card(facts: DeviceFacts, rates: tuple[float, float, float], usual_c
         context=usual_context_bytes if facts.context_bytes is None else facts.context_bytes,
         usable=UsableShare(linux=0.98, linux_display=0.92, windows=0.81),
     )
+
+
+# -- where a run ran ---------------------------------------------------------------------------------------------------
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Versions, processor, card and the git commit of a source checkout; unknown is None. No path, no user name. On
+    CUDA which kernels the libraries may take, as this process is set (`lowmem.remat.libraries`)."""
+    on_cuda = device == "cuda"
+    return {
+        "lowmem": lowmem.__version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": _version("torchvision"),
+        "platform": platform.platform(),
+        "cpu": processor_name(),
+        "cpu_threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": device,
+        "card": torch.cuda.get_device_name() if on_cuda else None,
+        "cuda": torch.version.cuda if on_cuda else None,
+        "cudnn": torch.backends.cudnn.version() if on_cuda else None,
+        "deterministic": torch.backends.cudnn.deterministic if on_cuda else None,
+        "tf32": convolutions_in_tf32(torch.cuda.get_device_capability()) if on_cuda else None,
+    }
+
+
+def _version(package: str) -> str | None:
+    """Without importing it, which takes seconds for some. With the build (`+cu130`) where the module says it: the
+    installed package's metadata have none."""
+    spec = importlib.util.find_spec(package)
+    said = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
+    text = said.read_text(encoding="utf-8") if said is not None and said.is_file() else ""
+    if match := re.search(r"^__version__ = ['\"](.+)['\"]$", text, re.MULTILINE):
+        return match[1]
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", os.fspath(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+# What decides the last bits of the arithmetic, as `describe` calls it.
+_ARITHMETIC = ("torch", "device", "card", "cuda", "cudnn", "tf32", "cpu_capability", "cpu_threads")
+
+
+def elsewhere(then: Mapping[str, object], now: Mapping[str, object]) -> str | None:
+    """What is not as it was where a run began, if that can change the last bits of its arithmetic, in words. Both: see
+    `describe`; what is not known of `then` tells nothing."""
+    on_cpu = now.get("device") == "cpu" and then.get("device") == "cpu"
+    names = [name for name in _ARITHMETIC if name in then and (on_cpu or not name.startswith("cpu_"))]
+    changed = [f"{name} {shorten(then[name])} -> {now[name]}" for name in names if then[name] != now[name]]
+    where = f"not as where the run began ({', '.join(changed)}): from here on the last bits may differ"
+    return where if changed else None

@@ -1,6 +1,5 @@
-"""What is measured on a device, in a process of its own (`lowmem.isolate`): whoever plans keeps no CUDA context, which
-would take some hundred MiB of a small card from the trial that confirms the plan. On the CPU it is done where it is
-asked for.
+"""What is measured on a device, on CUDA in a process of its own (`lowmem.isolate`): whoever plans keeps no context,
+which would take some hundred MiB of a small card from the trial that confirms the plan.
 
 A task is a JSON object: `device`, `numerics` and a list of jobs. A job has its `kind`, what that function takes, and
 the names that its figures have in a calibration. The answer is figures by name; what did not fit is not among them.
@@ -9,7 +8,7 @@ the names that its figures have in a calibration. The answer is figures by name;
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from functools import partial
 from typing import Any
 
@@ -17,11 +16,10 @@ import torch
 from torch import Tensor
 
 from lowmem import isolate
-from lowmem.calibrate.calibration import Seconds
-from lowmem.calibrate.stage_timer import ChainClock, Wanted, real_copy
+from lowmem.calibrate.stage_timer import ChainClock, if_it_fits, real_copy
+from lowmem.config.schema import OptimConfig
 from lowmem.core.errors import PreflightError
 from lowmem.core.units import MIB
-from lowmem.measure.out_of_memory import Failure, attempt
 from lowmem.measure.timing import time_calls
 from lowmem.models import skeleton
 from lowmem.plan.policy import BlockPolicy
@@ -29,7 +27,7 @@ from lowmem.remat.libraries import Numerics, prepare_libraries
 from lowmem.simulate import Call
 from lowmem.simulate.allocator import round_block
 from lowmem.simulate.stage import Option
-from lowmem.step.train_step import Execution, amp_dtype
+from lowmem.step.train_step import Execution, amp_dtype, make_optimizer
 
 Job = Mapping[str, Any]
 Figures = dict[str, Any]
@@ -76,52 +74,36 @@ def perform(task: Mapping[str, Any]) -> Figures:
     return figures
 
 
-def _clock(
-    network: Mapping[str, Any],
-    device: str,
-    input_shape: Sequence[int],
-    precision: str,
-    memory_format: str,
-    library_norm: bool = False,
-) -> ChainClock:
-    execution = Execution(device, precision, memory_format)
-    return ChainClock(skeleton(**network), input_shape=input_shape, execution=execution, library_norm=library_norm)
+def _clock(device: str, network: Mapping[str, Any], precision: str, memory_format: str, **chain: Any) -> ChainClock:
+    return ChainClock(model=skeleton(**network), execution=Execution(device, precision, memory_format), **chain)
 
 
 def _stages(device: str, *, wanted: Mapping[str, Mapping[str, Any]], **chain: Any) -> Figures:
-    """Stages of a chain under policies. `wanted`: see `described`."""
-    found = _clock(device=device, **chain).measure({int(index): _options(names) for index, names in wanted.items()})
-    return {name: [one.forward, one.backward, one.restore] for name, one in found.items()}
-
-
-def described(wanted: Wanted) -> dict[str, Any]:
-    """As JSON has it: an option is its policy's name and whether it is of a segment's last stage."""
-    return {name: [what.policy.name, what.last] if isinstance(what, Option) else what for name, what in wanted.items()}
-
-
-def _options(names: Mapping[str, Any]) -> Wanted:
-    """The inverse of `described`."""
-    return {
-        name: what if isinstance(what, str) else Option(BlockPolicy.parse(what[0]), last=what[1])
-        for name, what in names.items()
+    """Stages of a chain. `wanted`: by their place names with what is timed, a policy as its name and whether it is of a
+    segment's last stage."""
+    timed = {
+        int(index): {
+            name: what if isinstance(what, str) else Option(BlockPolicy.parse(what[0]), last=what[1])
+            for name, what in names.items()
+        }
+        for index, names in wanted.items()
     }
+    return {name: list(astuple(seconds)) for name, seconds in _clock(device, **chain).measure(timed).items()}
 
 
 def _mode(device: str, *, figure: str, **chain: Any) -> Figures:
     """One plain pass of all stages of a chain: seconds, and whether every result was finite."""
-    mode = attempt(_clock(device=device, **chain).mode, lambda: "timing")
-    return {} if isinstance(mode, Failure) else {figure: [mode.seconds, float(mode.finite)]}
+    mode = if_it_fits(_clock(device, **chain).mode)
+    return {} if mode is None else {figure: [mode.seconds, float(mode.finite)]}
 
 
 def _busy(device: str, *, figure: str, image_shape: Sequence[int], **chain: Any) -> Figures:
     """How many pictures keep a card busy, see `smallest_busy`."""
-
-    def bound_by_host(batch: int) -> bool | None:
-        clock = _clock(device=device, input_shape=(batch, *image_shape), **chain)
-        bound = attempt(clock.bound_by_host, lambda: "timing")
-        return None if isinstance(bound, Failure) else bound
-
-    return {figure: smallest_busy(bound_by_host)}
+    return {
+        figure: smallest_busy(
+            lambda batch: if_it_fits(_clock(device, input_shape=(batch, *image_shape), **chain).bound_by_host)
+        )
+    }
 
 
 def smallest_busy(bound_by_host: Callable[[int], bool | None]) -> int:
@@ -141,51 +123,40 @@ def smallest_busy(bound_by_host: Callable[[int], bool | None]) -> int:
 
 def _update(device: str, *, figure: str, network: Mapping[str, Any], momentum: bool) -> Figures:
     """The optimizer's step over all parameters."""
-    parameters = list(real_copy(skeleton(**network), device, torch.contiguous_format).parameters())
-    for parameter in parameters:
+    model = real_copy(skeleton(**network), device, torch.contiguous_format)
+    for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    rate = 0.9 if momentum else 0.0
-    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=rate, weight_decay=1e-4, fused=True)
-    seconds = Seconds(time_calls(optimizer.step, device, warmup=2, rounds=3).median_seconds, 0.0)
-    return {figure: [seconds.forward, seconds.backward, seconds.restore]}
+    optimizer = make_optimizer(model, OptimConfig(momentum=0.9 if momentum else 0.0), device)
+    return {figure: [time_calls(optimizer.step, device, warmup=2, rounds=3).median_seconds, 0.0, 0.0]}
 
 
 # -- convolutions ------------------------------------------------------------------------------------------------------
 
-_OPERATIONS = {
-    str(torch.ops.aten.convolution.default): torch.ops.aten.convolution.default,
-    str(torch.ops.aten.convolution_backward.default): torch.ops.aten.convolution_backward.default,
-}
+_FORWARD, _BACKWARD = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
 
 
 def _convolutions(device: str, *, calls: Mapping[str, Sequence[Any]], precision: str) -> Figures:
     """The workspace of each call, in the dtype that autocast takes on the card, where alone it can be measured."""
-    found: Figures = {}
     low = amp_dtype(precision, device)
-    for figure, fields in calls.items():
-        size = attempt(partial(_workspace, call_of(fields), device, low), lambda: "measuring a workspace")
-        if isinstance(size, Failure):
-            torch.cuda.empty_cache()
-        else:
-            found[figure] = size
-    return found
+    sizes = {figure: if_it_fits(partial(_workspace, call_of(fields), device, low)) for figure, fields in calls.items()}
+    return {figure: size for figure, size in sizes.items() if size is not None}
 
 
 def call_of(fields: Sequence[Any]) -> Call:
     """As JSON has its fields."""
-    return Call(*_tuples(fields))
 
+    def tuples(value: Any) -> Any:
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    return Call(*tuples(list(fields)))
 
 
 def _workspace(call: Call, device: str, low: torch.dtype | None) -> int:
     """It comes out of torch's own caching allocator, so it counts as allocated while the kernel runs."""
-    operation = _OPERATIONS[call.operation]
+    backward = call.operation == str(_BACKWARD)
+    operation = _BACKWARD if backward else _FORWARD
     tensors = [None if spec is None else _tensor(spec, device, low) for spec in call.tensors]
     # no bias: its sizes are "none"
-    backward = operation is torch.ops.aten.convolution_backward.default
     arguments = (*tensors, None, *call.rest) if backward else (*tensors, *call.rest)
     operation(*arguments)  # chooses the algorithm
     torch.cuda.synchronize()
@@ -209,30 +180,21 @@ def _tensor(spec: tuple[tuple[int, ...], tuple[int, ...], str], device: str, low
 
 # -- raw rates ---------------------------------------------------------------------------------------------------------
 
-
-def _sizes(device: str) -> tuple[int, int]:
-    """Bytes of a copy, and the side of square matrices (on a card 0.14 TFLOP a product)."""
-    return (256 * MIB, 4096) if device == "cuda" else (64 * MIB, 1024)
+_COPIED_BYTES, _SIDE = 256 * MIB, 4096
+# Bytes of a copy, which reads and writes; operations of a product of n x n matrices (2 n^3), in fp32 and in the low
+# dtype of autocast.
+RATED = {"copy": 2.0 * _COPIED_BYTES, "fp32": 2.0 * _SIDE**3, "low": 2.0 * _SIDE**3}
 
 
 def _rates(device: str, *, copy: str, fp32: str, low: str) -> Figures:
-    """Per second: bytes of a copy, which reads and writes; operations of a product of n x n matrices (2 n^3), in fp32
-    and in the low dtype of autocast."""
-    size, side = _sizes(device)
-    source = torch.zeros(size // 4, device=device)
+    """Seconds of what is RATED."""
+    source = torch.zeros(_COPIED_BYTES // 4, device=device)
     target = torch.empty_like(source)
     seconds = {copy: time_calls(lambda: target.copy_(source), device).median_seconds}
     for figure, dtype in ((fp32, torch.float32), (low, amp_dtype("amp", device))):
-        a = torch.randn(side, side, device=device).to(dtype)
+        a = torch.randn(_SIDE, _SIDE, device=device).to(dtype)
         seconds[figure] = time_calls(partial(torch.mm, a, a, out=torch.empty_like(a)), device).median_seconds
     return {figure: [taken, 0.0, 0.0] for figure, taken in seconds.items()}
-
-
-def rates_of(device: str, copy: float, fp32: float, low: float) -> tuple[float, float, float]:
-    """(bytes, fp32 operations, low operations) per second, from the seconds of `_rates`."""
-    size, side = _sizes(device)
-    operations = 2.0 * side**3
-    return 2.0 * size / copy, operations / fp32, operations / low
 
 
 _KINDS: Mapping[str, Callable[..., Figures]] = {

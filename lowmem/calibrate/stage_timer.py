@@ -1,8 +1,7 @@
 """Seconds of the stages of a chain, policy by policy, on the device itself: real tensors, the real executor.
 
-The gradient that the chain would hand down is copied for every call, and the copy's own time taken off, and where the
-host is what a call waits for, that of autograd's engine too: it is called once a stage here and once for the whole
-network in a step.
+Every call copies the gradient that the chain would hand down; the copy's time is taken off, and where the host is what
+a call waits for, that of autograd's engine too: it is called once a stage here, once for the whole network in a step.
 """
 
 from __future__ import annotations
@@ -10,18 +9,18 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lowmem.calibrate.calibration import Mode, Seconds
-from lowmem.measure.out_of_memory import Failure, attempt
+from lowmem.measure.out_of_memory import Failure, attempt, release
 from lowmem.measure.timing import BOUND_SHARE, Timing, time_calls
 from lowmem.remat import decompose
 from lowmem.remat.block import ConvBlock
+from lowmem.remat.kernels import mask_relu
 from lowmem.remat.stage import OpaqueStage, Saved, Stage, StagePass
 from lowmem.simulate.stage import Option
 from lowmem.step.train_step import Execution
@@ -30,10 +29,34 @@ _T = TypeVar("_T")
 _LEAST_SECONDS = 1e-9  # a difference of two measurements may come out below zero
 PLAIN = "plain autograd"
 FAST = "forward that keeps nothing"
+Timed = str | Option  # what is timed of a stage: PLAIN, FAST or a policy
 
 
-# Of one stage, names of figures with what each is of: PLAIN, FAST, or a policy.
-Wanted = Mapping[str, str | Option]
+@dataclass(frozen=True)
+class Seconds:
+    """Of one policy of one stage: forward, backward, and making a dropped output again. FAST has a forward only, PLAIN
+    a backward, which is both."""
+
+    forward: float
+    backward: float
+    restore: float = 0.0
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A precision in a memory format: seconds of a plain step's blocks, and whether all results were finite."""
+
+    seconds: float
+    finite: bool
+
+
+def if_it_fits(work: Callable[[], _T]) -> _T | None:
+    """The result of `work`; None if it ran out of memory."""
+    found = attempt(work, lambda: "measuring")
+    if isinstance(found, Failure):
+        release()
+        return None
+    return found
 
 
 def real_copy(model: nn.Module, device: str, memory_format: torch.memory_format) -> nn.Module:
@@ -46,111 +69,78 @@ def real_copy(model: nn.Module, device: str, memory_format: torch.memory_format)
     return made.to(memory_format=memory_format).train()
 
 
-def plain_forward(stage: Stage, x: Tensor) -> Tensor:
-    """What the untouched model computes there, recorded by autograd."""
-    if isinstance(stage, OpaqueStage):
-        return stage.function(x)
-    assert isinstance(stage, ConvBlock)
-    return stage.plain(x)
-
-
+@dataclass(frozen=True, kw_only=True)
 class ChainClock:
-    """Times stages of `model` on inputs of `input_shape`, [N, C, H, W]. `library_norm`: see `lowmem.remat.kernels`;
-    `time_call`: what times a call, see `lowmem.measure.timing`."""
+    """Times stages of `model` on inputs of `input_shape`, [N, C, H, W]. `library_norm`: see `lowmem.remat.kernels`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        input_shape: Sequence[int],
-        execution: Execution,
-        library_norm: bool = False,
-        rounds: int = 3,
-        time_call: Callable[..., Timing] = time_calls,
-    ) -> None:
-        self.model, self.library_norm = model, library_norm
-        self.execution, self.device = execution, execution.device
-        self.input_shape = tuple(input_shape)
-        self.rounds = rounds
-        self._time_call = time_call
+    model: nn.Module
+    input_shape: Sequence[int]
+    execution: Execution
+    library_norm: bool = False
 
-    def measure(self, wanted: Mapping[int, Wanted]) -> dict[str, Seconds]:
-        """What is wanted of stages, by their place. A policy that does not fit the device's memory is left out."""
+    def measure(self, wanted: Mapping[int, Mapping[str, Timed]]) -> dict[str, Seconds]:
+        """By name what is wanted of stages, by their place. What does not fit the device's memory is left out."""
         found: dict[str, Seconds] = {}
-        for index, timer in enumerate(self._stages() if wanted else ()):
+        for index, stage in enumerate(self._stages()):
             for name, what in wanted.get(index, {}).items():
-                seconds = attempt(partial(timer.of, what), lambda: "timing")
-                if isinstance(seconds, Failure):
-                    _release(self.device)
-                else:
+                if seconds := if_it_fits(partial(stage.seconds, what)):
                     found[name] = seconds
         return found
 
     def mode(self) -> Mode:
         """A plain step's blocks, each distinct one timed once, and whether every result was finite."""
-        found = self._of_each(lambda timer: (timer.plain().backward, timer.finite()))
+        found = self._of_each(lambda stage: (stage.seconds(PLAIN).backward, stage.finite()))
         return Mode(sum(seconds for seconds, _ in found), all(finite for _, finite in found))
 
     def bound_by_host(self) -> bool:
         """Whether launching takes most of the seconds of a plain step's blocks."""
-        found = self._of_each(lambda timer: timer.plain_timing())
+        found = self._of_each(lambda stage: stage.plain_timing())
         whole = sum(timing.median_seconds for timing in found)
         return sum(timing.launch_seconds for timing in found) >= BOUND_SHARE * whole
 
     def _of_each(self, figure: Callable[[_StageClock], _T]) -> list[_T]:
         """A figure for every stage of the chain, taken once of those that are alike."""
         known: dict[Hashable, _T] = {}
-        found: list[_T] = []
+        keys = []
         for timer in self._stages():
-            key = (timer.stage.signature, timer.x.shape, timer.need_input, timer.masked)
-            if key not in known:
-                known[key] = figure(timer)
-            found.append(known[key])
-        return found
+            keys.append((timer.stage.signature, timer.x.shape, timer.need_input, timer.masked))
+            if keys[-1] not in known:
+                known[keys[-1]] = figure(timer)
+        return [known[key] for key in keys]
 
     def _stages(self) -> Iterator[_StageClock]:
         """Every stage of the chain on its own input."""
-        stages = decompose(real_copy(self.model, self.device, self.execution.torch_memory_format))
-        x = torch.randn(self.input_shape, device=self.device).contiguous(
-            memory_format=self.execution.torch_memory_format
-        )
+        device, layout = self.execution.device, self.execution.torch_memory_format
+        x = torch.randn(self.input_shape, device=device).contiguous(memory_format=layout)
         need_input = masked = False
-        for stage in stages:
+        for stage in decompose(real_copy(self.model, device, layout)):
             with torch.no_grad():
                 timer = _StageClock(self, stage, x, need_input, masked)
             yield timer
-            x, need_input, masked = timer.output(), timer.passes_gradient(), stage.relu_output
+            x, need_input, masked = timer.output(), timer.next_needs_input, stage.relu_output
 
     @cached_property
     def engine_seconds(self) -> float:
         """What a plain pass of a stage pays beside its kernels: autocast is entered and autograd's engine called, here
         for one element that nothing is done to."""
-        one = torch.zeros(1, device=self.device)
+        one = torch.zeros(1, device=self.execution.device)
 
         def identity() -> None:
             leaf = one.detach().requires_grad_()
-            with self.recording():
+            with torch.enable_grad(), self.execution.autocast():
                 y = leaf.view_as(leaf)
             call_engine(y, one)
 
         return self.seconds(self.timing(identity))
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """As the forward pass of a plain step."""
-        with torch.enable_grad(), self.execution.autocast():
-            yield
-
     def timing(self, call: Callable[[], object]) -> Timing:
         """A processor is shared with whoever else computes: there, with one thread, this process's own time counts."""
-        if self.device == "cuda":
-            return self._time_call(call, "cuda", warmup=1, rounds=self.rounds, least_seconds=0.004)
-        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-        return self._time_call(call, "cpu", warmup=1, rounds=self.rounds, least_seconds=0.004, clock=clock)
+        clock = time.process_time if torch.get_num_threads() == 1 else None
+        return time_calls(call, self.execution.device, warmup=1, rounds=3, least_seconds=0.004, clock=clock)
 
     def seconds(self, timing: Timing) -> float:
         """The median on a card; on a processor the least, since a plan follows from differences of a few percent."""
-        return timing.median_seconds if self.device == "cuda" else timing.least_seconds
+        return timing.median_seconds if self.execution.device == "cuda" else timing.least_seconds
 
 
 def call_engine(y: Tensor, grad: Tensor) -> None:
@@ -167,11 +157,7 @@ class _StageClock:
         self.clock, self.stage, self.x = clock, stage, x
         self.need_input, self.masked = need_input, masked
         self.like = torch.randn_like(self.output())
-
-    @cached_property
-    def copying(self) -> float:
-        """Seconds of making a gradient of the output's size."""
-        return self._seconds(self.like.clone)
+        self.next_needs_input = need_input or any(parameter.requires_grad for parameter in stage.parameters())
 
     @torch.no_grad()
     def output(self) -> Tensor:
@@ -180,24 +166,37 @@ class _StageClock:
         assert y is not None
         return y
 
-    def _pass(self) -> StagePass:
-        return StagePass(self.clock.execution.amp_dtype, self.clock.library_norm, need_input=self.need_input)
+    def finite(self) -> bool:
+        """Of the output and of the gradients that a plain pass left."""
+        grads = [parameter.grad for parameter in self.stage.parameters() if parameter.grad is not None]
+        return all(bool(torch.isfinite(tensor).all()) for tensor in (self.output(), *grads))
 
-    def passes_gradient(self) -> bool:
-        """Whether the next stage's input needs a gradient."""
-        return self.need_input or any(parameter.requires_grad for parameter in self.stage.parameters())
-
-    def of(self, what: str | Option) -> Seconds:
+    def seconds(self, what: Timed) -> Seconds:
         if isinstance(what, Option):
-            return self.option(what)
-        return self.fast() if what == FAST else self.plain()
+            return self._option(what)
+        if what == FAST:
+            return Seconds(self._time(self.output), 0.0)
+        timing = self.plain_timing()
+        seconds = self.clock.seconds(timing) - self._copying
+        if timing.bound_by_host and self.next_needs_input:
+            seconds -= self.clock.engine_seconds
+        return Seconds(0.0, max(seconds, _LEAST_SECONDS))
 
-    def fast(self) -> Seconds:
-        """The forward that keeps nothing."""
-        return Seconds(self._seconds(self.output), 0.0)
+    def plain_timing(self) -> Timing:
+        """Of forward and backward under autograd, with a copy of the gradient and a call of the engine."""
+
+        def whole() -> None:
+            leaf = self.x.detach().requires_grad_(self.need_input)
+            self._forget()
+            with torch.enable_grad(), self.clock.execution.autocast():
+                y = _plain_forward(self.stage, leaf)
+            if y.requires_grad:
+                call_engine(y, self.like.to(y.dtype, copy=True))
+
+        return self.clock.timing(whole)
 
     @torch.no_grad()
-    def option(self, option: Option) -> Seconds:
+    def _option(self, option: Option) -> Seconds:
         """Forward, backward and restoring, as differences of what was timed together."""
         again = self._pass()
         self.stage.forward([self.x], None, again)
@@ -216,46 +215,26 @@ class _StageClock:
             return memo, saved
 
         def whole() -> None:
-            self._backward(*restored())
+            memo, saved = restored()
+            self._forget()
+            grad_x = self.stage.backward([self.like.clone()], saved, self.x, memo)
+            if grad_x is not None and self.masked:
+                mask_relu(grad_x, self.x)
 
-        first = 0.0 if option.policy.fused else self._seconds(forward)
-        second = self._seconds(restored) if option.policy.drop_output else first
-        third = self._seconds(whole) - self.copying
+        first = 0.0 if option.policy.fused else self._time(forward)
+        second = self._time(restored) if option.policy.drop_output else first
+        third = self._time(whole) - self._copying
         return Seconds(first, max(third - second, _LEAST_SECONDS), max(second - first, 0.0))
 
-    def plain(self) -> Seconds:
-        """Forward and backward under autograd; only their sum is meant to be used."""
-        timing = self.plain_timing()
-        seconds = self.clock.seconds(timing) - self.copying
-        if timing.bound_by_host and self.passes_gradient():
-            seconds -= self.clock.engine_seconds
-        return Seconds(0.0, max(seconds, _LEAST_SECONDS))
+    @cached_property
+    def _copying(self) -> float:
+        """Seconds of making a gradient of the output's size."""
+        return self._time(self.like.clone)
 
-    def plain_timing(self) -> Timing:
-        """Of forward and backward under autograd, with a copy of the gradient and a call of the engine."""
+    def _pass(self) -> StagePass:
+        return StagePass(self.clock.execution.amp_dtype, self.clock.library_norm, need_input=self.need_input)
 
-        def whole() -> None:
-            leaf = self.x.detach().requires_grad_(self.need_input)
-            self._forget()
-            with self.clock.recording():
-                y = plain_forward(self.stage, leaf)
-            if y.requires_grad:
-                call_engine(y, self.like.to(y.dtype, copy=True))
-
-        return self.clock.timing(whole)
-
-    def finite(self) -> bool:
-        """Of the output and of the gradients that a plain pass left."""
-        grads = [parameter.grad for parameter in self.stage.parameters() if parameter.grad is not None]
-        return all(bool(torch.isfinite(tensor).all()) for tensor in (self.output(), *grads))
-
-    def _backward(self, memo: StagePass, saved: Saved) -> None:
-        self._forget()
-        grad_x = self.stage.backward([self.like.clone()], saved, self.x, memo)
-        if grad_x is not None and self.masked:
-            torch.ops.aten.threshold_backward.grad_input(grad_x, self.x, 0, grad_input=grad_x)
-
-    def _seconds(self, call: Callable[[], object]) -> float:
+    def _time(self, call: Callable[[], object]) -> float:
         return self.clock.seconds(self.clock.timing(call))
 
     def _forget(self) -> None:
@@ -263,6 +242,9 @@ class _StageClock:
             parameter.grad = None
 
 
-def _release(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.empty_cache()
+def _plain_forward(stage: Stage, x: Tensor) -> Tensor:
+    """What the untouched model computes there, recorded by autograd."""
+    if isinstance(stage, OpaqueStage):
+        return stage.function(x)
+    assert isinstance(stage, ConvBlock)
+    return stage.plain(x)

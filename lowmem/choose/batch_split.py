@@ -1,31 +1,26 @@
 """Plans for the processes of a run, each on its own card, and the shares of the batch that go with them.
 
 Every process plans for itself alone; predicted seconds, precision and memory format are told to all, and all come to
-the same shares. One process is a group of one (invariant 12).
-
-The step ends when the slowest process does. How long one takes for its share depends on its card's speed and on what
-fits it: with a smaller share a small card computes less again. So shares and plans are found together: plan for a
-share, take the predicted speed, share anew, until nothing is gained (like cards keep even shares after one round).
+the same shares (one process is a group of one: invariant 12). A step ends with its slowest process, and a smaller share
+lets a small card compute less again. So shares and plans are found together: plan for a share, take the predicted
+speed, share anew, until nothing is gained (like cards keep even shares after one round).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
 
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice, Request
-from lowmem.core.errors import Infeasible, UsageError
+from lowmem.core.errors import Infeasible, LowmemError, UsageError
+from lowmem.distributed.group import Group
 from lowmem.distributed.split import even_shares, weighted_shares
 from lowmem.plan.record import Candidate
 
 Mode = tuple[str, str]  # precision, memory format
-# A function of the rank, called for those that this process plans for -> the values (JSON) of all ranks, in order. What
-# it raises in one process is raised in all.
-Everyone = Callable[[Callable[[int], Any]], Sequence[Any]]
-Predict = Callable[[tuple[int, ...]], Sequence[float | None]]
 
 AUTO_BATCHES = (32, 64, 128, 256, 512, 1024)
 ROUNDS = 8
@@ -57,31 +52,41 @@ class BatchSplit:
         return self.batch / self.step_seconds
 
 
+@dataclass(frozen=True)
 class Planner:
-    """Plans for the processes in `requests`, by rank, of `size` in all; what was planned is kept."""
+    """Plans for the processes in `requests`, by rank: this one's of a group, or on paper all of them. What was planned
+    is kept."""
 
-    def __init__(self, requests: Mapping[int, Request], size: int, everyone: Everyone) -> None:
-        self.requests = dict(requests)
-        self.size = size
-        self._everyone = everyone
-        self._known: dict[tuple[object, ...], Choice | Infeasible] = {}
+    requests: Mapping[int, Request]
+    group: Group
+    _known: dict[object, Choice | Infeasible] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return len(self.requests) * self.group.size
+
+    def everyone(self, value: Callable[[int], Any]) -> list[Any]:
+        """`value` of a rank, asked of those that this process plans for -> those of all ranks (JSON), in order. What it
+        raises in one process is raised in all."""
+        own = self.group.together(lambda: [value(rank) for rank in self.requests])
+        return [one for each in self.group.gather(own) for one in each]
 
     def divide(self, batch: int, *, may_accumulate: bool) -> BatchSplit:
-        """Shares and plans for `batch` pictures: without accumulation if there is any such way.
-
-        Precision and memory format are the same everywhere: as the slowest process wants them, if they are open and
-        not all want the same. Raises Infeasible.
-        """
+        """Shares and plans for `batch` pictures, without accumulation if there is any such way; with one precision and
+        memory format everywhere, that of the slowest process if not all want the same. Raises Infeasible."""
         # Of one process a plan without accumulation comes first anyway (see `choose`).
         for accumulate in (False, True) if may_accumulate and self.size > 1 else (may_accumulate,):
             split = self._balance(batch, None, accumulate)
             if split is None:
                 continue
-            for mode in self._modes(split, accumulate):
-                agreed = split if mode is None else self._balance(batch, mode, accumulate)
+            wanted = self._wanted(split)
+            if len(set(wanted)) == 1:
+                return split
+            slowest = sorted(range(self.size), key=lambda rank: -split.seconds[rank])
+            for mode in dict.fromkeys(wanted[rank] for rank in slowest):
+                agreed = self._balance(batch, mode, accumulate)
                 if agreed is not None:
-                    choices = {rank: self._chosen(rank, agreed, mode, accumulate) for rank in self.requests}
-                    return replace(agreed, choices=choices)
+                    return agreed
         raise self._why_not(batch, may_accumulate)
 
     def divide_auto(self, recipe_batch: int, pictures: int | None) -> list[BatchSplit]:
@@ -89,25 +94,25 @@ class Planner:
         with more pictures per second first. Raises Infeasible, UsageError."""
         fitting: list[BatchSplit] = []
         refused: list[Candidate] = []
-        least: Infeasible | None = None
+        why: LowmemError = UsageError("there are too few pictures for --batch auto: give a batch")
         for batch in AUTO_BATCHES:
             if batch < self.size or (pictures is not None and batch > pictures):
                 continue
             try:
                 fitting.append(self.divide(batch, may_accumulate=False))
             except Infeasible as error:
-                least = error
-                reason = "does not fit"
-                refused.append(Candidate(what=f"batch {batch}", refused_because=reason, peak_bytes=error.least_bytes))
+                why, what = error, f"batch {batch}"
+                refused.append(Candidate(what=what, refused_because="does not fit", peak_bytes=error.least_bytes))
                 break  # nothing larger fits either
         if not fitting:
-            raise least or UsageError("there are too few pictures for --batch auto: give a batch")
+            raise why
         best = preferred(fitting, recipe_batch)
         others = sorted((split for split in fitting if split is not best), key=lambda split: -split.images_per_second)
-        choices = {
-            rank: _with_candidates(choice, (*(_slower(rank, other, best) for other in others), *refused))
-            for rank, choice in best.choices.items()
-        }
+        choices = {}
+        for rank, choice in best.choices.items():
+            slower = [_slower(rank, other, best) for other in others]
+            plan = replace(choice.plan, candidates=(*slower, *refused, *choice.plan.candidates))
+            choices[rank] = replace(choice, plan=plan)
         return [replace(best, choices=choices), *others]
 
     def _plan(self, rank: int, share: int, mode: Mode | None, accumulate: bool) -> Choice | Infeasible:
@@ -120,46 +125,37 @@ class Planner:
             micro = None if request.micro_batch is None else min(request.micro_batch, share)
             request = replace(request, batch=share, micro_batch=micro, allow_accumulation=accumulate)
             if mode is not None:
-                request = replace(request, precisions=(mode[0],), formats={mode[0]: mode[1]})
+                request = replace(request, modes=dict([mode]))
             try:
                 self._known[key] = choose(request)
             except Infeasible as error:
                 self._known[key] = error
         return self._known[key]
 
-    def _chosen(self, rank: int, split: BatchSplit, mode: Mode | None, accumulate: bool) -> Choice:
-        """Of a split that is known to fit."""
-        choice = self._plan(rank, split.shares[rank], mode, accumulate)
-        assert isinstance(choice, Choice)
-        return replace(choice, plan=replace(choice.plan, shares=split.shares))
+    def _wanted(self, split: BatchSplit) -> list[Mode]:
+        """By rank."""
+        plans = {rank: choice.plan for rank, choice in split.choices.items()}
+        found = self.everyone(lambda rank: [plans[rank].precision, plans[rank].memory_format])
+        return [(precision, layout) for precision, layout in found]
 
     def _balance(self, batch: int, mode: Mode | None, accumulate: bool) -> BatchSplit | None:
         """See `balance`."""
 
-        def predict(shares: tuple[int, ...]) -> Sequence[float | None]:
-            def seconds(rank: int) -> float | None:
-                choice = self._plan(rank, shares[rank], mode, accumulate)
-                if isinstance(choice, Infeasible):
-                    return None
-                return choice.plan.predicted.step_seconds if shares[rank] else 0.0
+        def seconds(rank: int, share: int) -> float | None:
+            choice = self._plan(rank, share, mode, accumulate)
+            if isinstance(choice, Infeasible):
+                return None
+            return choice.plan.predicted.step_seconds if share else 0.0
 
-            return self._everyone(seconds)
-
-        return balance(batch, self.size, predict)
-
-    def _modes(self, split: BatchSplit, accumulate: bool) -> Iterator[Mode | None]:
-        """None if all processes want the same; else what the slowest wants, then what others do."""
-
-        def wants(rank: int) -> list[str]:
-            plan = self._chosen(rank, split, None, accumulate).plan
-            return [plan.precision, plan.memory_format]
-
-        wanted: list[Mode] = [(precision, layout) for precision, layout in self._everyone(wants)]
-        if len(set(wanted)) == 1:
-            yield None
-            return
-        slowest = sorted(range(self.size), key=lambda rank: -split.seconds[rank])
-        yield from dict.fromkeys(wanted[rank] for rank in slowest)
+        split = balance(batch, self.size, lambda shares: self.everyone(lambda rank: seconds(rank, shares[rank])))
+        if split is None:
+            return None
+        choices = {}
+        for rank in self.requests:
+            choice = self._plan(rank, split.shares[rank], mode, accumulate)
+            assert isinstance(choice, Choice)
+            choices[rank] = replace(choice, plan=replace(choice.plan, shares=split.shares))
+        return replace(split, choices=choices)
 
     def _why_not(self, batch: int, may_accumulate: bool) -> Infeasible:
         """What the first process that could not met at an even share, where nothing fits."""
@@ -169,9 +165,9 @@ class Planner:
             error = self._plan(rank, even[rank], None, may_accumulate)
             return [error.budget_bytes, error.least_bytes, error.what] if isinstance(error, Infeasible) else None
 
-        failed = [(rank, reason) for rank, reason in enumerate(self._everyone(refusal)) if reason is not None]
+        failed = [(rank, reason) for rank, reason in enumerate(self.everyone(refusal)) if reason is not None]
         if not failed:
-            budget = min(self._everyone(lambda rank: self.requests[rank].budget.tensor_bytes))
+            budget = min(self.everyone(lambda rank: self.requests[rank].budget.tensor_bytes))
             what = "every card for itself, but none in a precision and memory format that all of them take"
             return Infeasible(budget, budget + 1, what, "give --precision and --memory-format")
         own = self._plan(0, batch, None, may_accumulate) if self.size == 1 else None
@@ -190,30 +186,24 @@ def preferred(fitting: Sequence[BatchSplit], recipe_batch: int) -> BatchSplit:
 
 
 def _slower(rank: int, split: BatchSplit, best: BatchSplit) -> Candidate:
-    faster = split.images_per_second >= best.images_per_second
-    why = "hardly more pictures per second" if faster else "fewer pictures per second"
+    why = "hardly more" if split.images_per_second >= best.images_per_second else "fewer"
     predicted = split.choices[rank].plan.predicted
     return Candidate(
         what=f"batch {split.batch}",
-        refused_because=f"{why} ({split.images_per_second:.0f})",
+        refused_because=f"{why} pictures per second ({split.images_per_second:.0f})",
         peak_bytes=predicted.peak_allocated_bytes,
         step_seconds=predicted.step_seconds,
     )
 
 
-def _with_candidates(choice: Choice, before: Sequence[Candidate]) -> Choice:
-    return replace(choice, plan=replace(choice.plan, candidates=(*before, *choice.plan.candidates)))
-
-
 # -- shares by speed ---------------------------------------------------------------------------------------------------
 
 
-def balance(batch: int, size: int, predict: Predict) -> BatchSplit | None:
-    """The shares with the least predicted time. `predict`: seconds of every process for its share, None for one that it
-    does not fit (0 pictures take 0 s). Looks up to `ROUNDS` times at shares that fit, and at others to find what
-    fits. None: nothing does.
-    """
-    rooms = [_Room(batch) for _ in range(size)]
+def balance(batch: int, size: int, predict: Callable[[tuple[int, ...]], Sequence[float | None]]) -> BatchSplit | None:
+    """The shares with the least predicted time; None: nothing fits. `predict`: seconds of every process for its share,
+    None for one that does not fit it (0 pictures take 0 s). Looks up to `ROUNDS` times at shares that fit, and at
+    others to find what fits."""
+    fits, most = [0] * size, [batch] * size  # by process: pictures that are known to fit, and the most that may
     shares: tuple[int, ...] | None = even_shares(batch, size)
     best: BatchSplit | None = None
     seen: set[tuple[int, ...]] = set()
@@ -221,8 +211,11 @@ def balance(batch: int, size: int, predict: Predict) -> BatchSplit | None:
     while shares is not None and shares not in seen and len(seen) < _MOST_LOOKS:
         seen.add(shares)
         seconds = predict(shares)
-        for room, share, taken in zip(rooms, shares, seconds, strict=True):
-            room.learn(share, taken is not None)
+        for rank, (share, taken) in enumerate(zip(shares, seconds, strict=True)):
+            if taken is None:
+                most[rank] = min(most[rank], share - 1)
+            else:
+                fits[rank] = max(fits[rank], share)
         known = [taken for taken in seconds if taken is not None]
         if len(known) == size:
             rounds += 1
@@ -233,55 +226,36 @@ def balance(batch: int, size: int, predict: Predict) -> BatchSplit | None:
             busy = [taken for share, taken in zip(shares, known, strict=True) if share]
             if max(busy) <= ALIKE * min(busy) or rounds >= ROUNDS:
                 return best
-        shares = _again(batch, shares, seconds, rooms)
+        speeds = [share / taken if taken and share else None for share, taken in zip(shares, seconds, strict=True)]
+        shares = _next_shares(batch, speeds, fits, most)
     return best
 
 
-def _again(
-    batch: int, shares: tuple[int, ...], seconds: Sequence[float | None], rooms: Sequence[_Room]
+def _next_shares(
+    batch: int, speeds: Sequence[float | None], fits: Sequence[int], most: Sequence[int]
 ) -> tuple[int, ...] | None:
-    """The next shares to look at, by the speeds seen and the room there is; None if there is too little."""
-    speeds = [share / taken if taken and share else None for share, taken in zip(shares, seconds, strict=True)]
+    """By the speeds seen (None: not known) and the room there is; None if there is too little."""
     known = [speed for speed in speeds if speed is not None]
     usual = sum(known) / len(known) if known else 1.0
     wanted = [usual if speed is None else speed for speed in speeds]
-    for hope in (0.5, 0.75, 0.875, 1.0):  # of what is not known to fit and not known not to
-        limits = [room.limit(hope) for room in rooms]
+    for hope in (0.5, 0.75, 0.875, 1.0):  # of what is not known to fit and known to end below the whole batch
+        limits = [fit + ceil((top - fit) * hope) if top < batch else batch for fit, top in zip(fits, most, strict=True)]
         if sum(limits) >= batch:
             return _limited(batch, wanted, limits)
     return None
 
 
-class _Room:
-    """What is known of the pictures that fit one process."""
-
-    def __init__(self, batch: int) -> None:
-        self._fits = 0
-        self._most, self._bounded = batch, False  # bounded: one more is known not to fit
-
-    def learn(self, share: int, fits: bool) -> None:
-        if fits:
-            self._fits = max(self._fits, share)
-        else:
-            self._most = min(self._most, share - 1)
-            self._bounded = True
-
-    def limit(self, hope: float) -> int:
-        """The largest share worth asking for."""
-        return self._fits + ceil((self._most - self._fits) * hope) if self._bounded else self._most
-
-
 def _limited(batch: int, speeds: Sequence[float], limits: Sequence[int]) -> tuple[int, ...]:
     """Shares in proportion to speeds, none above its limit; all limits together are enough."""
-    fixed: dict[int, int] = {}
+    full: set[int] = set()
     while True:
-        free = [rank for rank in range(len(speeds)) if rank not in fixed]
-        left = batch - sum(fixed.values())
-        shares = dict(zip(free, weighted_shares(left, tuple(speeds[rank] for rank in free)), strict=True))
-        over = [rank for rank in free if shares[rank] > limits[rank]]
+        left = batch - sum(limits[rank] for rank in full)
+        weighted = weighted_shares(left, tuple(0.0 if rank in full else speed for rank, speed in enumerate(speeds)))
+        shares = tuple(limits[rank] if rank in full else share for rank, share in enumerate(weighted))
+        over = {rank for rank, share in enumerate(shares) if share > limits[rank]}
         if not over:
-            return tuple({**fixed, **shares}[rank] for rank in range(len(speeds)))
-        fixed |= {rank: limits[rank] for rank in over}
+            return shares
+        full |= over
 
 
 def describe_split(split: BatchSplit, cards: Sequence[str]) -> list[str]:

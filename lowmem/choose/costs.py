@@ -7,23 +7,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowmem.calibrate.calibration import Seconds
 from lowmem.calibrate.calibrator import StageTimes
-from lowmem.calibrate.stage_timer import FAST, PLAIN
+from lowmem.calibrate.stage_timer import FAST, PLAIN, Seconds, Timed
+from lowmem.config.schema import OptimConfig
 from lowmem.plan.cost import ChainCost, KernelWork, OptionCost, Rates, StageCost
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, PolicyKind
 from lowmem.remat import decompose
 from lowmem.remat.block import ConvBlock
 from lowmem.remat.stage import Stage, StagePass
+from lowmem.simulate import Call, Recorder, StepShape, empty_copy
 from lowmem.simulate.stage import Option, OptionMeasure, StageMeasure, measure_chain
-from lowmem.simulate.step import empty_copy
-from lowmem.simulate.trace import Call, Recorder
+from lowmem.step.train_step import TrainStep, make_optimizer, make_scaler, optimizer_tensors
+from lowmem.step.undo import Undo
 
 
 def policies(stage: Stage) -> tuple[BlockPolicy, ...]:
@@ -48,58 +47,45 @@ def policies(stage: Stage) -> tuple[BlockPolicy, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class ChainMeasure:
-    """What the simulator saw of a chain: bytes and operations, for any card."""
+    """What the simulator saw of a chain: bytes and operations, for any card. `fixed_bytes`: of parameters, buffers,
+    what the optimizer keeps, what undoes a step, and the pictures."""
 
     names: tuple[str, ...]
     stages: tuple[StageMeasure, ...]
-    parameter_bytes: tuple[int, ...]
-    buffer_bytes: int
-    input_bytes: int
-    optimizer_copies: int
-    accumulation: int
+    fixed_bytes: int
+    parameter_bytes: int
+    accumulates: bool
 
 
 def measure_costs(
-    model: nn.Module,
-    *,
-    input_shape: Sequence[int],
-    memory_format: torch.memory_format = torch.contiguous_format,
-    low: torch.dtype | None = None,
-    optimizer_copies: int = 1,
-    accumulation: int = 1,
+    shape: StepShape,
     workspace: Callable[[Call], int] | None = None,
-    options: Callable[[Any], Sequence[Option]] | None = None,
-    library_norm: bool = False,
+    options: Callable[[Stage], Sequence[Option]] | None = None,
 ) -> ChainMeasure:
-    """Bytes and operations of a step of `model`, which may be on any device, `meta` included, and is not touched.
-
-    `input_shape`: of one micro-batch, [N, C, H, W], float32. `low`: the dtype of autocast, or None.
-    `optimizer_copies`: tensors of the parameters' size that the optimizer holds (1: momentum). With
-    `accumulation` above 1 the parameters' gradients exist throughout. `workspace`: see `lowmem.simulate.Recorder`.
-    `options`: per stage, by default all that are worth having. `library_norm`: see `lowmem.remat.kernels`.
-    """
+    """Bytes and operations of a step, whose model is not touched. `workspace`: see `lowmem.simulate.Recorder`.
+    `options`: per stage, by default all that are worth having."""
+    execution, library = shape.execution, shape.library_norm
     with FakeTensorMode():
         recorder = Recorder(workspace)
-        copied = empty_copy(model, memory_format)
-        x = torch.empty(tuple(input_shape)).contiguous(memory_format=memory_format)
-        stages = decompose(copied)
-        measures = tuple(
-            measure_chain(stages, options or _options, x, partial(StagePass, low, library_norm), recorder, library_norm)
-        )
+        model = empty_copy(shape.model, execution.torch_memory_format)
+        x = torch.empty(shape.micro_batch, *shape.image_shape).contiguous(memory_format=execution.torch_memory_format)
+        stages = decompose(model)
+        memo = partial(StagePass, execution.amp_dtype, library)
+        measures = tuple(measure_chain(stages, options or _options, x, memo, recorder, library))
+        momentum = OptimConfig(momentum=0.9 if shape.momentum else 0.0)
+        optimizer = make_optimizer(model, momentum, execution.device)
+        step = TrainStep(model, optimizer, make_scaler(execution), execution, shape.micro_batch)
+        held = (*model.parameters(), *model.buffers(), *optimizer_tensors(optimizer), *Undo(step, model).copies)
         return ChainMeasure(
             names=tuple(stage.name for stage in stages),
             stages=measures,
-            parameter_bytes=tuple(p.numel() * p.element_size() for p in copied.parameters()),
-            buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in copied.buffers()),
-            input_bytes=x.numel() * x.element_size(),
-            optimizer_copies=optimizer_copies,
-            accumulation=accumulation,
+            fixed_bytes=sum(tensor.nbytes for tensor in held) + x.nbytes * shape.accumulation,
+            parameter_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+            accumulates=shape.accumulation > 1,
         )
 
 
-def calls_of(
-    model: nn.Module, *, input_shape: Sequence[int], memory_format: torch.memory_format, low: torch.dtype | None
-) -> set[Call]:
+def calls_of(shape: StepShape) -> set[Call]:
     """Every distinct convolution of a step, forward and backward."""
     calls: set[Call] = set()
 
@@ -107,71 +93,56 @@ def calls_of(
         calls.add(call)
         return 0
 
-    one: list[Option] = [Option(SAVE_ALL)]
-    measure_costs(
-        model,
-        input_shape=input_shape,
-        memory_format=memory_format,
-        low=low,
-        workspace=note,
-        options=lambda stage: one,
-    )
+    measure_costs(shape, note, lambda stage: [Option(SAVE_ALL)])
     return calls
 
 
 def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None) -> ChainCost:
     """Seconds for what was simulated: as they were measured on the device, or by a roofline. What did not fit the
     device when it was measured gets the roofline's seconds, scaled as those of the others."""
-    parameters = sum(measured.parameter_bytes)
-    grads = parameters if measured.accumulation > 1 else 0
-    # Copies that undo a step which ran out of memory: of the buffers, and of one parameter and its momentum.
-    undo = measured.buffer_bytes + measured.parameter_bytes[0] * (1 + measured.optimizer_copies)
-    fixed = parameters * (1 + measured.optimizer_copies) + measured.buffer_bytes + undo
-    fixed += measured.input_bytes * measured.accumulation + grads
-    seconds = _StageSeconds(rates, times, measured.stages)
+    scale = 1.0
+
+    def roofline(work: Iterable[KernelWork]) -> float:
+        return rates.seconds(work)
+
+    def seconds(stage: StageMeasure, what: Timed, *works: Iterable[KernelWork]) -> Seconds:
+        found = None if times is None else times.seconds(stage, what)
+        return found or Seconds(*(scale * roofline(work) for work in works))
+
+    if times is not None:
+        known = [(found.backward, stage) for stage in measured.stages if (found := times.seconds(stage, PLAIN))]
+        if known:
+            scale = sum(took for took, _ in known) / sum(roofline(_plain_work(stage)) for _, stage in known)
+
+    def cost(name: str, stage: StageMeasure) -> StageCost:
+        options = []
+        for one in stage.options:
+            took = seconds(stage, one.option, one.forward_work, one.backward_work, one.restore_work)
+            options.append((one.option.last, _option_cost(one, took)))
+        return StageCost(
+            name=name,
+            input_bytes=stage.input_bytes,
+            input_grad_bytes=stage.input_grad_bytes,
+            options=tuple(option for last, option in options if not last),
+            last_options=tuple(option for last, option in options if last),
+            fast_seconds=seconds(stage, FAST, stage.fast_work, ()).forward,
+            fast_temp_bytes=stage.fast_temp_bytes,
+            fast_flops=_flops(stage.fast_work),
+            param_grad_bytes=0 if measured.accumulates else stage.param_grad_bytes,
+        )
+
+    # The gradients of all parameters exist throughout a step that accumulates. The fused update allocates nothing.
+    grads = measured.parameter_bytes if measured.accumulates else 0
     return ChainCost(
-        stages=tuple(
-            _stage_cost(name, stage, seconds, measured.accumulation)
-            for name, stage in zip(measured.names, measured.stages, strict=True)
-        ),
+        stages=tuple(map(cost, measured.names, measured.stages)),
         output_bytes=measured.stages[-1].output_bytes,
         output_grad_bytes=measured.stages[-1].output_bytes,
-        fixed_bytes=fixed,
-        outside_peak_bytes=fixed - grads + parameters,  # the fused update allocates nothing
+        fixed_bytes=measured.fixed_bytes + grads,
+        outside_peak_bytes=measured.fixed_bytes + measured.parameter_bytes,
         outside_seconds=0.0 if times is None else times.outside_seconds,
-        plain_seconds=sum(seconds.plain(stage) for stage in measured.stages),
-        plain_flops=sum(one.flops for stage in measured.stages for one in _plain_work(stage)),
+        plain_seconds=sum(seconds(stage, PLAIN, (), _plain_work(stage)).backward for stage in measured.stages),
+        plain_flops=sum(_flops(_plain_work(stage)) for stage in measured.stages),
     )
-
-
-class _StageSeconds:
-    """Seconds of everything a stage can do: measured ones, else the roofline's."""
-
-    def __init__(self, rates: Rates, times: StageTimes | None, stages: Sequence[StageMeasure]) -> None:
-        self.rates, self.times = rates, times
-        self.scale = 1.0
-        measured = [(one, self._roofline(_plain_work(stage))) for stage in stages if (one := self._timed(stage, PLAIN))]
-        if measured:
-            self.scale = sum(seconds.backward for seconds, _ in measured) / sum(guess for _, guess in measured)
-
-    def option(self, stage: StageMeasure, option: OptionMeasure) -> Seconds:
-        works = (option.forward_work, option.backward_work, option.restore_work)
-        return self._timed(stage, option.option) or Seconds(*map(self._roofline, works))
-
-    def fast(self, stage: StageMeasure) -> float:
-        found = self._timed(stage, FAST)
-        return self._roofline(stage.fast_work) if found is None else found.forward
-
-    def plain(self, stage: StageMeasure) -> float:
-        """Under autograd."""
-        found = self._timed(stage, PLAIN)
-        return self._roofline(_plain_work(stage)) if found is None else found.backward
-
-    def _timed(self, stage: StageMeasure, what: str | Option) -> Seconds | None:
-        return None if self.times is None else self.times.seconds(stage, what)
-
-    def _roofline(self, work: Iterable[KernelWork]) -> float:
-        return self.scale * self.rates.seconds(work)
 
 
 def _plain_work(stage: StageMeasure) -> tuple[KernelWork, ...]:
@@ -179,26 +150,15 @@ def _plain_work(stage: StageMeasure) -> tuple[KernelWork, ...]:
     return (*plain.forward_work, *plain.backward_work)
 
 
+def _flops(work: Iterable[KernelWork]) -> int:
+    return sum(one.flops for one in work)
+
+
 def _options(stage: Stage) -> list[Option]:
-    usual = [Option(policy) for policy in policies(stage)]
+    usual = policies(stage)
     # A segment's last stage is best FUSED; the other ways are for the baselines.
-    lasts = [Option(policy, last=True) for policy in (SAVE_ALL, LEAN, INPUT_ONLY) if policy in policies(stage)]
-    return [*usual, *lasts]
-
-
-def _stage_cost(name: str, measure: StageMeasure, seconds: _StageSeconds, accumulation: int) -> StageCost:
-    options = [(one.option.last, _option_cost(one, seconds.option(measure, one))) for one in measure.options]
-    return StageCost(
-        name=name,
-        input_bytes=measure.input_bytes,
-        input_grad_bytes=measure.input_grad_bytes,
-        options=tuple(cost for last, cost in options if not last),
-        last_options=tuple(cost for last, cost in options if last),
-        fast_seconds=seconds.fast(measure),
-        fast_temp_bytes=measure.fast_temp_bytes,
-        fast_flops=sum(work.flops for work in measure.fast_work),
-        param_grad_bytes=measure.param_grad_bytes if accumulation == 1 else 0,
-    )
+    lasts = [Option(policy, last=True) for policy in (SAVE_ALL, LEAN, INPUT_ONLY) if policy in usual]
+    return [*map(Option, usual), *lasts]
 
 
 def _option_cost(measure: OptionMeasure, seconds: Seconds) -> OptionCost:
@@ -209,10 +169,10 @@ def _option_cost(measure: OptionMeasure, seconds: Seconds) -> OptionCost:
         kept_bytes=measure.kept_bytes,
         forward_temp_bytes=measure.forward_temp_bytes,
         backward_temp_bytes=measure.backward_temp_bytes,
-        forward_flops=sum(work.flops for work in measure.forward_work),
-        backward_flops=sum(work.flops for work in measure.backward_work),
+        forward_flops=_flops(measure.forward_work),
+        backward_flops=_flops(measure.backward_work),
         restore_seconds=seconds.restore,
         restore_temp_bytes=measure.restore_temp_bytes,
-        restore_flops=sum(work.flops for work in measure.restore_work),
+        restore_flops=_flops(measure.restore_work),
         restored_bytes=measure.restored_bytes,
     )

@@ -3,8 +3,7 @@
 
 What a run has recorded is kept if nothing that it depends on has changed and as many processes go on. With another
 budget a resume keeps what is computed: shares, micro-batches, precision and memory format. Everything else is planned
-anew. A batch is chosen (`--batch auto`) when a run begins, and never again: the settings that come out of here say
-which, and no longer that it is to be chosen.
+anew. A batch is chosen (`--batch auto`) when a run begins, and never again: the settings that come out say which.
 """
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from lowmem.choose.batch_split import BatchSplit, Planner, describe_split
-from lowmem.choose.execution import batch_norm_of, wants_plan
+from lowmem.choose.execution import batch_norm_of, calibrator_of, request_of, wants_plan
 from lowmem.choose.explain import explain, explain_ladder, inexact, memory_lines
-from lowmem.choose.ladder import with_ladder
-from lowmem.choose.planning import choose
-from lowmem.choose.request import Choice, Request, calibrator_of, request_of
+from lowmem.choose.planning import choose, with_ladder
+from lowmem.choose.request import Choice, Request
 from lowmem.config.schema import Config, cards_of, for_process
 from lowmem.config.settings import Settings
 from lowmem.distributed.group import Group
@@ -28,20 +26,19 @@ from lowmem.plan.record import Plan
 
 @dataclass(frozen=True)
 class DataSize:
-    """What a plan needs to know of the pictures. `train_pictures` None: not known."""
+    """What a plan needs to know of the pictures."""
 
     classes: int = 10
-    train_pictures: int | None = None
+    train_pictures: int | None = None  # None: not known
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What a run has recorded: its settings, and the plans of all processes that trained it last, by rank (none for a
-    run without plans). `fork`: another run goes on from it, which may compute something else."""
+    """What a run has recorded: its settings, and the plans of all processes that trained it last, by rank."""
 
     config: Config
-    plans: Sequence[Plan] = ()
-    fork: bool = False
+    plans: Sequence[Plan] = ()  # none of a run without plans
+    fork: bool = False  # another run goes on from it, which may compute something else
 
 
 class Confirmation(Protocol):
@@ -61,17 +58,15 @@ Confirm = Callable[[Config, Request, list[Choice]], Confirmation]
 class Listener(Protocol):
     """Who is told what is decided, a line at a time."""
 
-    def note(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        return
 
-    def warning(self, text: str) -> None: ...
+    def warning(self, text: str) -> None:
+        return
 
 
-class Silence:
+class Silence(Listener):
     """Nobody."""
-
-    def note(self, text: str) -> None: ...
-
-    def warning(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -124,13 +119,13 @@ def decide(
     auto = config.memory.auto_batch and recorded is None
     anew = recorded is None or recorded.fork or not plans
     requests = _requests(config, data, group, tell, on_paper=on_paper, recalibrate=recalibrate)
-    if anew:
-        splits = _divided(config, data, group, requests, auto=auto, on_paper=on_paper)
-    else:
-        splits = [_same_computation(config, plans[group.rank], requests[group.rank], group)]
     first = min(requests)
-    split, own = splits[0], requests[first]
-    choice = split.choices[first]
+    own = requests[first]
+    if anew:
+        splits = _divided(config, data, Planner(requests, group), auto=auto)
+    else:
+        splits = [_same_computation(config, plans[group.rank], own, group)]
+    split, choice = splits[0], splits[0].choices[first]
     settled = _settled(settings, choice.plan, own.reasons, auto=auto)
     if on_paper:
         return Decision(settled, choice.plan, Split(split.shares), planned=split)
@@ -138,10 +133,10 @@ def decide(
         for line in describe_split(split, group.gather(choice.budget.source)):
             tell.note(line)
     _say(choice, group, tell)
-    confirmed = None
+    event = None
     # A run that goes on keeps what it computes; its parts on other processes are new to their cards.
     if confirm is not None and (recorded is None or (anew and not recorded.fork and not group.alone)):
-        choice, confirmed = _confirmed(confirm, settled.config, splits, own, group, tell)
+        choice, event = _confirmed(confirm, settled.config, splits, own, group, tell)
     choice = group.together(lambda: with_ladder(choice))
     tell.note(explain_ladder(choice.plan))
     return Decision(
@@ -149,7 +144,7 @@ def decide(
         plan=choice.plan,
         split=_split(group, config, choice.plan),
         changed=recorded is not None,
-        confirmed=None if confirmed is None else confirmed.event,
+        confirmed=event,
     )
 
 
@@ -167,18 +162,9 @@ def _requests(
     return group.together(lambda: {rank: request(rank) for rank in (range(size) if on_paper else (group.rank,))})
 
 
-def _divided(
-    config: Config, data: DataSize, group: Group, requests: Mapping[int, Request], *, auto: bool, on_paper: bool
-) -> list[BatchSplit]:
+def _divided(config: Config, data: DataSize, planner: Planner, *, auto: bool) -> list[BatchSplit]:
     """Shares and plans made anew; with `auto` of every batch that fits, the preferred one first."""
-
-    def everyone(value: Callable[[int], Any]) -> Sequence[Any]:
-        if on_paper:
-            return [value(rank) for rank in requests]
-        return group.gather(group.together(lambda: value(group.rank)))
-
-    planner = Planner(requests, len(requests) if on_paper else group.size, everyone)
-    with group.alike():
+    with planner.group.alike():
         if auto:
             return planner.divide_auto(config.train.batch, data.train_pictures)
         return [planner.divide(config.train.batch, may_accumulate=config.memory.allow_accumulation)]
@@ -186,24 +172,22 @@ def _divided(
 
 def _confirmed(
     confirm: Confirm, config: Config, splits: Sequence[BatchSplit], request: Request, group: Group, tell: Listener
-) -> tuple[Choice, Confirmation]:
-    """What is taken of what was planned, by real steps. Of one process among several only its own part is tried: what
-    all have agreed on stays."""
+) -> tuple[Choice, Mapping[str, Any]]:
+    """What is taken of what was planned, by real steps, and an event's fields. Of one process among several only its
+    own part is tried: what all have agreed on stays."""
     choices = [split.choices[group.rank] for split in splits]
     if not group.alone:
         del choices[1:]
         plan = choices[0].plan
-        formats: dict[str, str] = {plan.precision: plan.memory_format}
-        request = replace(request, batch=plan.batch, precisions=(plan.precision,), formats=formats)
+        request = replace(request, batch=plan.batch, modes={plan.precision: plan.memory_format})
     confirmed = group.together(lambda: confirm(config, request, choices))
-    first, taken = choices[0].plan, confirmed.choice.plan
+    first, choice = choices[0].plan, confirmed.choice
     if not group.alone:
-        taken = replace(taken, shares=first.shares)
-    choice = replace(confirmed.choice, plan=taken)
-    if any(group.gather((taken.schedule, taken.batch) != (first.schedule, first.batch))):
+        choice = replace(choice, plan=replace(choice.plan, shares=first.shares))
+    if any(group.gather((choice.plan.schedule, choice.plan.batch) != (first.schedule, first.batch))):
         tell.note("another plan is taken, by what was measured:")
         _say(choice, group, tell)
-    return choice, confirmed
+    return choice, confirmed.event
 
 
 # -- what was recorded -------------------------------------------------------------------------------------------------
@@ -259,8 +243,7 @@ def _same_computation(config: Config, plan: Plan | None, request: Request, group
         request,
         batch=share,
         micro_batch=min(share, train.micro_batch or share) if plan is None else plan.micro_batch,
-        precisions=(train.precision,),
-        formats={train.precision: train.memory_format},
+        modes={train.precision: train.memory_format},
         batch_norm=batch_norm_of(config) if plan is None else plan.batch_norm,
         settled=True,
     )
@@ -285,11 +268,9 @@ def _settled(settings: Settings, plan: Plan, reasons: Mapping[str, str], *, auto
     """The settings with what was decided; `reasons`: setting -> why."""
     if auto:
         settings = _with_batch(settings, plan.effective_batch)
-    train = settings.config.train
-    before: dict[str, object] = {"train.precision": train.precision, "train.memory_format": train.memory_format}
-    after: dict[str, object] = {"train.precision": plan.precision, "train.memory_format": plan.memory_format}
-    for key, value in after.items():
-        if before[key] != value:
+    for name in ("precision", "memory_format"):
+        key, value = f"train.{name}", getattr(plan, name)
+        if getattr(settings.config.train, name) != value:
             settings = settings.replace({key: value}, reasons.get(key, "auto: the plan"))
     return settings
 

@@ -1,26 +1,41 @@
-"""What a step is executed with, `auto` resolved: device, precision and memory format, each with its reason, as measured
-on the device or by what is known of its kind."""
+"""From a run's settings: what a step is executed with, `auto` resolved (device, precision and memory format, each with
+its reason, as measured on the device or by what is known of its kind), and what is to be planned for it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Literal
 
 import torch
 from torch import nn
 
-from lowmem.calibrate.calibration import Mode
-from lowmem.calibrate.calibrator import Calibrator
-from lowmem.config.cards import has_tensor_cores
-from lowmem.config.schema import Config, TrainConfig
+from lowmem.calibrate.calibrator import Calibration, Calibrator, Progress
+from lowmem.calibrate.device import CONTEXT, ask_device, cpu_identity, describe_card
+from lowmem.choose.request import (
+    ASSUMED_CONTEXT_BYTES,
+    REFERENCE_CARD,
+    Budget,
+    Request,
+    card_rates,
+    of_card,
+    of_device,
+    tensors_only,
+    with_communicators,
+)
+from lowmem.config.cards import Card, find_card, has_tensor_cores, load_card
+from lowmem.config.schema import Config, TrainConfig, for_process
 from lowmem.config.settings import Settings
-from lowmem.core.errors import PreflightError
+from lowmem.core.errors import PreflightError, UsageError
+from lowmem.core.reading import user_cache_folder
 from lowmem.models import skeleton
 from lowmem.models.resnet import ResNet, check_memory_format, is_safe
-from lowmem.remat.libraries import Numerics
+from lowmem.remat.libraries import Numerics, convolutions_in_tf32, prepare_libraries, workspace_cap_bytes
+from lowmem.simulate import StepShape
 
+_PICTURE_BYTES = 3 * 32 * 32  # uint8
 # Mixed precision changes the arithmetic: it must be worth it by more than the measurement's noise.
 _WORTH_IT = 1.05
 
@@ -33,25 +48,39 @@ def wants_plan(config: Config) -> bool:
 
 def resolve_execution(settings: Settings, *, planned: bool = False) -> Settings:
     """The settings with every `auto` of the train section replaced; the reason stands where the source stood.
-
-    `planned`: a plan will decide the precision and, where the device is measured, the memory format.
-
-    Raises PreflightError if CUDA is asked for and there is none.
-    """
-    train = settings.config.train
-    device, why_device = _device(train)
-    chosen: dict[str, tuple[str, str]] = {}
-    if train.device == "auto":
-        chosen["train.device"] = (device, f"auto: {why_device}")
-    if train.precision == "auto" and not planned:
-        precision, why = _precision(device)
-        chosen["train.precision"] = (precision, f"auto: {why}")
-    if train.memory_format == "auto" and not (planned and calibrates(settings.config, device)):
-        memory_format, why = _memory_format(device, settings.config)
-        chosen["train.memory_format"] = (memory_format, f"auto: {why}")
-    for key, (value, why) in chosen.items():
-        settings = settings.replace({key: value}, why)
+    `planned`: a plan will decide the precision and, where the device is measured, the memory format. Raises
+    PreflightError if CUDA is asked for and there is none."""
+    config, train = settings.config, settings.config.train
+    device = train.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        why = "a CUDA device is there" if device == "cuda" else "no CUDA device"
+        settings = settings.replace({"train.device": device}, f"auto: {why}")
+    require_device(device)
+    left = {"precision": planned, "memory_format": planned and calibrates(config, device)}
+    wanted = [name for name, to_plan in left.items() if getattr(train, name) == "auto" and not to_plan]
+    unplanned = _unplanned(config, device) if wanted else {}
+    for name in wanted:
+        value, why = unplanned[name]
+        settings = settings.replace({f"train.{name}": value}, f"auto: {why}")
     return settings
+
+
+def _unplanned(config: Config, device: str) -> dict[str, tuple[str, str]]:
+    """Precision and memory format where no plan decides, and why."""
+    if device == "cpu":
+        safe = is_safe(_network(config), device, "fp32", "channels-last")
+        layout = "channels-last", "the faster one on the CPU"
+        if not safe:
+            layout = "contiguous", "channels-last is not safe on the CPU in a network that is so thin"
+        return {"precision": ("fp32", "the CPU trains exactly unless asked otherwise"), "memory_format": layout}
+    if has_tensor_cores(torch.cuda.get_device_name(), torch.cuda.get_device_capability()):
+        why = "the card has tensor cores"
+        return {"precision": ("amp", why), "memory_format": ("channels-last", why)}
+    return {
+        "precision": ("fp32", "the card has no tensor cores, halves would only save memory"),
+        "memory_format": ("contiguous", "without tensor cores channels-last can be far slower"),
+    }
 
 
 def calibrates(config: Config, device: str) -> bool:
@@ -85,36 +114,6 @@ def require_device(device: str) -> None:
         )
 
 
-def _device(train: TrainConfig) -> tuple[str, str]:
-    if train.device != "auto":
-        require_device(train.device)
-        return train.device, "asked for"
-    return ("cuda", "a CUDA device is there") if torch.cuda.is_available() else ("cpu", "no CUDA device")
-
-
-def _tensor_cores() -> bool:
-    """Of the current CUDA device."""
-    return has_tensor_cores(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
-
-
-def _precision(device: str) -> tuple[str, str]:
-    if device == "cpu":
-        return "fp32", "the CPU trains exactly unless asked otherwise"
-    if _tensor_cores():
-        return "amp", "the card has tensor cores"
-    return "fp32", "the card has no tensor cores, halves would only save memory"
-
-
-def _memory_format(device: str, config: Config) -> tuple[str, str]:
-    if device == "cpu" and not is_safe(_network(config), device, "fp32", "channels-last"):
-        return "contiguous", "channels-last is not safe on the CPU in a network that is so thin"
-    if device == "cpu":
-        return "channels-last", "the faster one on the CPU"
-    if _tensor_cores():
-        return "channels-last", "the card has tensor cores"
-    return "contiguous", "without tensor cores channels-last can be far slower"
-
-
 def refuse_unsafe(config: Config) -> None:
     """Raises PreflightError for settings under which the library is known to corrupt memory."""
     train = config.train
@@ -129,91 +128,185 @@ def _network(config: Config) -> ResNet:
 # -- before a plan -----------------------------------------------------------------------------------------------------
 
 
-def precision_order(precision: str, tensor_cores: bool) -> tuple[str, ...]:
-    """`auto`: mixed precision first on tensor cores; elsewhere fp32, and mixed only where nothing else fits."""
-    if precision != "auto":
-        return (precision,)
-    return ("amp", "fp32") if tensor_cores else ("fp32", "amp")
+def by_kind(precision: str, memory_format: str, tensor_cores: bool) -> dict[str, str]:
+    """Precisions in the order they are to be tried, with a memory format for each, `auto` resolved without
+    measurements: with tensor cores mixed precision and channels-last pay; elsewhere mixed only where nothing else
+    fits."""
+    if memory_format == "auto":
+        memory_format = "channels-last" if tensor_cores else "contiguous"
+    order = ("amp", "fp32") if tensor_cores else ("fp32", "amp")
+    return dict.fromkeys(order if precision == "auto" else (precision,), memory_format)
 
 
-@dataclass(frozen=True)
-class PrecisionChoice:
-    """Precisions in the order they are to be tried, a memory format for each, and why (setting -> words)."""
-
-    precisions: tuple[str, ...]
-    formats: Mapping[str, str]
-    reasons: Mapping[str, str] = field(default_factory=dict)
-
-
-def by_kind(config: Config, tensor_cores: bool) -> PrecisionChoice:
-    """Without measurements: mixed precision and channels-last pay with tensor cores."""
-    precisions = precision_order(config.train.precision, tensor_cores)
-    layout = config.train.memory_format
-    if layout == "auto":
-        layout = "channels-last" if tensor_cores else "contiguous"
-    return PrecisionChoice(precisions, dict.fromkeys(precisions, layout))
-
-
-def by_measurement(config: Config, model: nn.Module, calibrator: Calibrator) -> PrecisionChoice:
-    """Measured on the device, as far as settings leave it open. Raises PreflightError if what was asked for gives
-    values that are not finite.
-
-    On the CPU `auto` stays with fp32, which trains exactly, and takes amp only where nothing else fits.
-    """
+def by_measurement(
+    config: Config, model: nn.Module, calibrator: Calibrator
+) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """As `by_kind`, by what is measured on the device; and why (setting -> words). On the CPU `auto` stays with fp32,
+    which trains exactly, and takes amp only where nothing else fits. Raises PreflightError if what was asked for gives
+    values that are not finite."""
     train, device = config.train, calibrator.device
     asked, layout = train.precision, train.memory_format
     precisions = ("fp32", "amp") if asked == "auto" else (asked,)
     layouts = ("contiguous", "channels-last") if layout == "auto" else (layout,)
     if asked == "fp32" and layout != "auto":
-        return PrecisionChoice(precisions, {asked: layout})  # nothing to choose, and nothing to doubt
+        return {asked: layout}, {}  # nothing to choose, and nothing to doubt
     batch = train.micro_batch or train.batch
+    step = partial(StepShape, model=model, image_shape=(3, 32, 32), batch=batch, micro_batch=batch)
     pairs = [pair for pair in product(precisions, layouts) if is_safe(model, device, *pair)]
-    measured = calibrator.modes(model, (batch, 3, 32, 32), pairs)
+    measured = calibrator.modes([step(precision=one, memory_format=other) for one, other in pairs])
     if len(measured) < len(pairs):  # a block alone did not fit: nothing to compare by
         facts = calibrator.facts
-        return by_kind(config, facts is not None and has_tensor_cores(facts.name, facts.capability))
-    best = {precision: _best(precision, measured) for precision in precisions}
-    usable = [precision for precision in precisions if best[precision] is not None]
-    if not usable:
+        return by_kind(asked, layout, facts is not None and has_tensor_cores(facts.name, facts.capability)), {}
+    best: dict[str, tuple[float, str]] = {}  # the fastest whose results are finite
+    words = []
+    for precision in precisions:
+        of_one = {other: mode for (one, other), mode in measured.items() if one == precision}
+        if finite := [(mode.seconds, other) for other, mode in of_one.items() if mode.finite]:
+            best[precision] = seconds, chosen = min(finite)
+            others = [mode.seconds / seconds for other, mode in of_one.items() if other != chosen]
+            words += [f"{chosen} is measured at {times:.2f} times the speed in {precision}" for times in others]
+    if not best:
         raise PreflightError(
             f"{' and '.join(precisions)} give values that are not finite on this device: try --precision "
             f"{'amp' if asked == 'fp32' else 'fp32'}"
         )
-    chosen = {precision: found for precision, found in best.items() if found is not None}
-    reasons = _format_reasons(chosen, measured) if layout == "auto" else {}
-    order = tuple(usable)
+    # The plan decides later which precision it takes.
+    reasons = {"train.memory_format": f"auto: {'; '.join(words)}"} if words else {}
+    order = tuple(best)
     if asked == "auto":
-        order, reasons["train.precision"] = _order(chosen, device)
-    return PrecisionChoice(order, {precision: layout for precision, (layout, _) in chosen.items()}, reasons)
+        order, why = _order({precision: seconds for precision, (seconds, _) in best.items()}, device)
+        reasons["train.precision"] = f"auto: {why}"
+    return {precision: best[precision][1] for precision in order}, reasons
 
 
-def _best(precision: str, measured: Mapping[tuple[str, str], Mode]) -> tuple[str, float] | None:
-    """The fastest memory format whose results are finite, and its seconds."""
-    finite = [(mode.seconds, layout) for (one, layout), mode in measured.items() if one == precision and mode.finite]
-    return (min(finite)[1], min(finite)[0]) if finite else None
-
-
-def _order(chosen: Mapping[str, tuple[str, float]], device: str) -> tuple[tuple[str, ...], str]:
-    if "amp" not in chosen:
-        return ("fp32",), "auto: mixed precision gives values that are not finite on this device"
-    if "fp32" not in chosen:
-        return ("amp",), "auto: fp32 gives values that are not finite on this device"
-    factor = chosen["fp32"][1] / chosen["amp"][1]
+def _order(seconds: Mapping[str, float], device: str) -> tuple[tuple[str, ...], str]:
+    if "amp" not in seconds:
+        return ("fp32",), "mixed precision gives values that are not finite on this device"
+    if "fp32" not in seconds:
+        return ("amp",), "fp32 gives values that are not finite on this device"
+    factor = seconds["fp32"] / seconds["amp"]
     said = f"mixed precision is measured at {factor:.2f} times the speed of fp32"
     if device == "cpu":
-        return ("fp32", "amp"), f"auto: the CPU trains exactly unless asked otherwise ({said})"
+        return ("fp32", "amp"), f"the CPU trains exactly unless asked otherwise ({said})"
     if factor >= _WORTH_IT:
-        return ("amp", "fp32"), f"auto: {said}"
-    return ("fp32", "amp"), f"auto: {said}: not worth it unless only that fits"
+        return ("amp", "fp32"), said
+    return ("fp32", "amp"), f"{said}: not worth it unless only that fits"
 
 
-def _format_reasons(
-    chosen: Mapping[str, tuple[str, float]], measured: Mapping[tuple[str, str], Mode]
-) -> dict[str, str]:
-    """Per precision, joined: the plan decides later which of them it takes."""
-    words = []
-    for precision, (layout, seconds) in chosen.items():
-        others = [mode.seconds for (one, other), mode in measured.items() if one == precision and other != layout]
-        if others:
-            words.append(f"{layout} is measured at {others[0] / seconds:.2f} times the speed in {precision}")
-    return {"train.memory_format": f"auto: {'; '.join(words)}"} if words else {}
+# -- what is to be planned ---------------------------------------------------------------------------------------------
+
+
+def calibrator_of(config: Config, progress: Progress = lambda text: None, *, fresh: bool = False) -> Calibrator | None:
+    """What measures the device at hand, if predictions are to follow it. `fresh`: measure everything again. Raises
+    PreflightError for a CUDA device that does not answer."""
+    device = config.train.device
+    if not calibrates(config, device) or (device == "cuda" and not torch.cuda.is_available()):
+        return None
+    numerics = numerics_of(config.train)
+    facts, folder = None, user_cache_folder() / "calibration"
+    if device == "cuda":
+        prepare_libraries(numerics)
+        facts = ask_device(numerics)
+        calibration = Calibration(facts.identity(numerics), folder)
+        if facts.context_bytes is None:  # what could not be told now was perhaps told before
+            facts = replace(facts, context_bytes=calibration.size_bytes(CONTEXT))
+        else:
+            calibration.put("bytes", CONTEXT, facts.context_bytes)
+            calibration.save()
+    else:
+        calibration = Calibration(cpu_identity(), folder)
+    if fresh:
+        calibration.figures.clear()
+    return Calibrator(device, calibration, progress, facts=facts, numerics=numerics)
+
+
+def budget_of(
+    config: Config, train_pictures: int = 0, calibrator: Calibrator | None = None
+) -> tuple[Budget, Card | None]:
+    """The budget for the step's tensors and, where it is known, the card whose rates predict time: the shipped profile
+    of a device, else one made of what its driver tells and `calibrator` measures. Raises UsageError for an unknown card
+    or where there is nothing to fit into, Infeasible for too small a card, PreflightError for a CUDA device that does
+    not answer."""
+    config = for_process(config, 0, 1)
+    memory, numerics = config.memory, numerics_of(config.train)
+    pictures_bytes, deterministic = train_pictures * _PICTURE_BYTES, numerics.deterministic
+    if memory.card is not None:
+        card = load_card(memory.card)
+        platform = None if memory.platform == "auto" else memory.platform.replace("-", "_")
+        return of_card(card, memory.vram, pictures_bytes, platform, deterministic=deterministic), card
+    if config.train.device == "cuda" and torch.cuda.is_available():
+        prepare_libraries(numerics)
+        facts = (calibrator.facts if calibrator is not None else None) or ask_device(numerics)
+        # Measured workspaces are a part of the simulated step.
+        workspace = workspace_cap_bytes() if calibrator is None else 0
+        budget = of_device(facts, memory.vram, pictures_bytes, workspace_bytes=workspace, deterministic=deterministic)
+        known = find_card(facts.name, facts.total_bytes)
+        if known is None and calibrator is not None and (rates := calibrator.rates()) is not None:
+            known = describe_card(facts, rates, ASSUMED_CONTEXT_BYTES)
+        return budget, known
+    if memory.vram is None:
+        raise UsageError("there is nothing to fit into: give --vram, like --vram 6G, or --card, like --card gtx1060-6g")
+    return tensors_only(memory.vram), None
+
+
+def request_of(
+    config: Config,
+    num_classes: int = 10,
+    train_pictures: int = 0,
+    calibrator: Calibrator | None = None,
+    *,
+    joint: bool = False,
+) -> Request:
+    """What `choose` needs to know of a run. `joint`: of one process among several that train it. Raises as `budget_of`
+    does, UsageError for settings at odds, PreflightError for those that `refuse_unsafe` refuses."""
+    _check_micro_batch(config)
+    if config.memory.card is None:  # else the step is another machine's
+        refuse_unsafe(config)
+    if config.memory.platform != "auto" and config.memory.card is None:
+        raise UsageError("memory.platform says what machine a --card is in: give the card, or leave it out")
+    budget, card = budget_of(config, train_pictures, calibrator)
+    if joint:  # batch norm over all of them has a communicator of its own
+        budget = with_communicators(budget, 1 + config.train.sync_bn)
+    spec = config.model
+    model = skeleton(spec.arch, spec.block, width=spec.width, num_classes=num_classes)
+    modes: Mapping[str, str]
+    reasons: Mapping[str, str] = {}
+    if calibrator is not None:
+        modes, reasons = by_measurement(config, model, calibrator)
+    else:
+        modes = by_kind(config.train.precision, config.train.memory_format, card is not None and card.tensor_cores)
+    rated = card or load_card(REFERENCE_CARD)
+    return Request(
+        model=model,
+        batch=config.train.batch,
+        budget=budget,
+        rates=card_rates(rated),
+        rates_from=f"by the datasheet of a {rated.name}",
+        modes=modes,
+        reasons=reasons,
+        calibrator=calibrator,
+        micro_batch=config.train.micro_batch,
+        allow_accumulation=config.memory.allow_accumulation,
+        momentum=config.optim.momentum > 0,
+        joint=joint,
+        sync_bn=config.train.sync_bn,
+        batch_norm=batch_norm_of(config),
+        tf32=_tf32(config, card),
+    )
+
+
+def _tf32(config: Config, card: Card | None) -> bool | None:
+    if card is None:  # the processor, or a card that is neither shipped nor measured
+        return None if config.train.device == "cuda" and config.train.tf32 != "never" else False
+    return convolutions_in_tf32(card.capability_pair, config.train.tf32)
+
+
+def _check_micro_batch(config: Config) -> None:
+    micro_batch = config.train.micro_batch
+    if micro_batch is not None and config.memory.auto_batch:
+        raise UsageError("--batch auto chooses a batch that fits in one piece: leave --micro-batch out")
+    if micro_batch is not None and micro_batch < config.train.batch and not config.memory.allow_accumulation:
+        raise UsageError(
+            f"--micro-batch {micro_batch} accumulates up to the batch of {config.train.batch}, and "
+            "memory.allow_accumulation=false forbids it: leave one of them out"
+        )

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from lowmem.choose.planning import Choice
+from lowmem.choose.request import Choice
 from lowmem.core.units import format_size
 from lowmem.plan import picture
 from lowmem.plan.record import Plan
+
+_KINDS = {
+    "params": "parameters and buffers",
+    "grads": "gradients",
+    "optimizer": "momentum",
+    "activations": "activations, the batch included",
+    "temporary": "temporary tensors",
+    "workspace": "convolution workspace (measured)",
+}
+_REMATERIALIZATION = """\
+A training step keeps what every layer computed until the way back through the network has used it; that is
+what fills a card. This plan keeps a part of it and computes the rest again when it is needed
+(rematerialization: {:,.0f} GFLOP more a step). Loss and gradients stay the same."""
 
 
 def explain(choice: Choice) -> list[str]:
@@ -13,31 +26,19 @@ def explain(choice: Choice) -> list[str]:
     plan, plain = choice.plan, choice.plain.estimate
     cut = "" if plan.accumulation == 1 else f" in {plan.accumulation} micro-batches of {plan.micro_batch}"
     refused = [one for one in plan.candidates if one.refused_because and "least that fits" in one.refused_because]
-    tried = [f"does not fit: {one.what} ({one.refused_because})" for one in refused]
+    blocks = ", ".join(f"{count} x {policy}" for policy, count in picture.tally(plan.schedule).items())
     return [
-        *tried,
-        f"plan: batch {plan.batch}{cut}, {arithmetic(plan)}, {plan.memory_format}: "
+        *(f"does not fit: {one.what} ({one.refused_because})" for one in refused),
+        f"plan: batch {plan.batch}{cut}, {_arithmetic(plan)}: "
         f"{format_size(plan.predicted.peak_allocated_bytes)} of tensors under a budget of "
         f"{format_size(plan.budget_bytes)}; plain PyTorch takes {format_size(plain.peak_allocated_bytes)}",
-        f"cost: {cost(plan)}; {tally(plan)}",
+        f"cost: {cost(plan)}; {blocks}",
     ]
 
 
-def arithmetic(plan: Plan) -> str:
-    """`fp32`, and what it may not be on a card: `fp32 (convolutions in TF32)`."""
-    beside = "convolutions in TF32" if plan.tf32 else ""
-    return f"{plan.precision} ({beside})" if beside else plan.precision
-
-
-def explain_ladder(plan: Plan) -> str:
-    """What there is for when memory runs out all the same."""
-    if not plan.ladder:
-        return "if memory runs out all the same: this is the smallest plan, the run would be saved and end"
-    last = plan.ladder[-1]
-    return (
-        f"if memory runs out all the same: {len(plan.ladder)} smaller plans, down to {format_size(last.budget_bytes)} "
-        f"({cost(last)})"
-    )
+def _arithmetic(plan: Plan) -> str:
+    """Precision, what fp32 may not be on a card, and memory format: `fp32 (convolutions in TF32), contiguous`."""
+    return f"{plan.precision}{' (convolutions in TF32)' if plan.tf32 else ''}, {plan.memory_format}"
 
 
 def cost(plan: Plan) -> str:
@@ -50,10 +51,15 @@ def cost(plan: Plan) -> str:
     return f"{overhead:.1%} more time than plain PyTorch (predicted)"
 
 
-def tally(plan: Plan) -> str:
-    """How many blocks are treated how."""
-    counts = picture.tally(plan.schedule)
-    return ", ".join(f"{count} x {policy}" for policy, count in counts.items())
+def explain_ladder(plan: Plan) -> str:
+    """What there is for when memory runs out all the same."""
+    if not plan.ladder:
+        return "if memory runs out all the same: this is the smallest plan, the run would be saved and end"
+    last = plan.ladder[-1]
+    return (
+        f"if memory runs out all the same: {len(plan.ladder)} smaller plans, down to {format_size(last.budget_bytes)} "
+        f"({cost(last)})"
+    )
 
 
 def inexact(plan: Plan) -> str:
@@ -82,21 +88,11 @@ def memory_table(choice: Choice) -> list[tuple[str, int]]:
     return [*rows, ("free", budget.tensor_bytes - step)]
 
 
-_KINDS = {
-    "params": "parameters and buffers",
-    "grads": "gradients",
-    "optimizer": "momentum",
-    "activations": "activations, the batch included",
-    "temporary": "temporary tensors",
-    "workspace": "convolution workspace (measured)",
-}
-
-
 def memory_lines(choice: Choice) -> list[str]:
     """`memory_table` as text."""
     (source, total), *parts = memory_table(choice)
     lines = [f"Where {format_size(total)} go ({source})"]
-    lines += [f"  {name:<36}{format_size(size):>12}" for name, size in parts]
+    lines += [_row(name, size) for name, size in parts]
     if choice.budget.emulated:
         # The convolution library chooses by what is really free (pytorch/pytorch#69688).
         lines.append("  emulated: a real card of this size may take other algorithms, and another time")
@@ -106,14 +102,26 @@ def memory_lines(choice: Choice) -> list[str]:
 def in_full(choice: Choice) -> str:
     """The whole of `lowmem plan`: where the memory goes, what is chosen and why, the blocks, what was refused."""
     plan, plain = choice.plan, choice.plain.estimate
-    lines = [*memory_lines(choice), ""]
-    lines += [f"  {'tensors at the peak of a step':<36}{format_size(plan.predicted.peak_allocated_bytes):>12}"]
-    lines += [f"  {'plain PyTorch, for comparison':<36}{format_size(plain.peak_allocated_bytes):>12}"]
-    if plan.predicted.device_bytes is not None:
-        reserved = format_size(plan.predicted.peak_reserved_bytes)
-        lines += [f"  {'the allocator holds (reserved)':<36}{reserved:>12}"]
-        lines += [f"  {'on the card in all':<36}{format_size(plan.predicted.device_bytes):>12}"]
-    lines += ["", *_why(choice), "", picture.text(plan.schedule, plan.stages), "", "Candidates"]
+    predicted, flops = plan.predicted, plan.predicted.extra_flops or 0
+    sizes = {
+        "tensors at the peak of a step": predicted.peak_allocated_bytes,
+        "plain PyTorch, for comparison": plain.peak_allocated_bytes,
+    }
+    if predicted.device_bytes is not None:
+        sizes["the allocator holds (reserved)"] = predicted.peak_reserved_bytes
+        sizes["on the card in all"] = predicted.device_bytes
+    lines = [*memory_lines(choice), "", *map(_row, sizes, sizes.values()), ""]
+    lines.append(f"Batch {plan.batch}, {_arithmetic(plan)}: {cost(plan)}; seconds are {choice.seconds_from}.")
+    fits = plain.peak_allocated_bytes <= choice.budget.tensor_bytes
+    if fits and not flops and plan.exact:
+        lines.append("The plain step fits too: nothing has to be computed again for the memory's sake.")
+    else:
+        lines.append(_REMATERIALIZATION.format(flops / 1e9))
+        if fits:
+            lines.append("Here the plain step fits too: nothing has to be computed again for the memory's sake.")
+        if not plan.exact:
+            lines.append(f"CAUTION: {inexact(plan)}.")
+    lines += ["", picture.text(plan.schedule, plan.stages), "", "Candidates"]
     for candidate in plan.candidates:
         verdict = f"refused: {candidate.refused_because}" if candidate.refused_because else "chosen"
         seconds = f", {candidate.step_seconds:.3f} s a step" if candidate.step_seconds is not None else ""
@@ -121,24 +129,5 @@ def in_full(choice: Choice) -> str:
     return "\n".join(lines)
 
 
-def _why(choice: Choice) -> list[str]:
-    plan = choice.plan
-    flops = plan.predicted.extra_flops or 0
-    head = (
-        f"Batch {plan.batch}, {arithmetic(plan)}, {plan.memory_format}: {cost(plan)}; seconds are "
-        f"{choice.seconds_from}."
-    )
-    fits = choice.plain.estimate.peak_allocated_bytes <= choice.budget.tensor_bytes
-    if fits and not flops and plan.exact:
-        return [head, "The plain step fits too: nothing has to be computed again for the memory's sake."]
-    lines = [
-        head,
-        "A training step keeps what every layer computed until the way back through the network has used it; that is",
-        "what fills a card. This plan keeps a part of it and computes the rest again when it is needed",
-        f"(rematerialization: {flops / 1e9:,.0f} GFLOP more a step). Loss and gradients stay the same.",
-    ]
-    if fits:
-        lines.append("Here the plain step fits too: nothing has to be computed again for the memory's sake.")
-    if not plan.exact:
-        lines.append(f"CAUTION: {inexact(plan)}.")
-    return lines
+def _row(name: str, size: int | None) -> str:
+    return f"  {name:<36}{format_size(size):>12}"

@@ -6,34 +6,33 @@ In the design's order of honesty: exact at the full batch in the precision that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, TypeVar
+from itertools import product
+from typing import Literal
 
 from torch import nn
 
 from lowmem.calibrate.calibrator import Workspaces
-from lowmem.choose.budget import Budget, of_card, tensors_only
 from lowmem.choose.costs import calls_of, measure_costs, price
-from lowmem.choose.execution import precision_order
-from lowmem.choose.request import REFERENCE_CARD, Choice, Request, card_rates
+from lowmem.choose.execution import by_kind
+from lowmem.choose.request import REFERENCE_CARD, Budget, Choice, Request, card_rates, of_card, tensors_only
 from lowmem.config.cards import Card, load_card
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import format_size, parse_size
-from lowmem.plan.cost import ChainCost, Rates
+from lowmem.plan.cost import Rates
 from lowmem.plan.evaluate import Solution
-from lowmem.plan.record import Candidate, Plan, Predicted
+from lowmem.plan.record import Candidate, Plan
 from lowmem.plan.solver import Solver
 from lowmem.remat import stage_names
 from lowmem.remat.libraries import convolutions_in_tf32
 from lowmem.simulate import Simulated, StepShape, simulate_step
 
-_T = TypeVar("_T")
 _SMALLEST_MICRO_BATCH = 8
 _TRIES = 12  # of the solver against the whole simulated step
-
-Precision = Literal["auto", "fp32", "amp"]
-Layout = Literal["auto", "contiguous", "channels-last"]
+# A runner-up that is predicted to be slower by more than this cannot win by an error of the prediction that is usual.
+_WORTH_TRYING = 1.5
+_MOST_RIVALS = 2
 
 
 def make_plan(
@@ -42,8 +41,8 @@ def make_plan(
     batch: int,
     budget: str | int | Budget | None = None,
     card: Card | None = None,
-    precision: Precision = "fp32",
-    memory_format: Layout = "contiguous",
+    precision: Literal["auto", "fp32", "amp"] = "fp32",
+    memory_format: Literal["auto", "contiguous", "channels-last"] = "contiguous",
     micro_batch: int | None = None,
     allow_accumulation: bool = True,
     image_shape: tuple[int, int, int] = (3, 32, 32),
@@ -65,29 +64,23 @@ def make_plan(
         limits = tensors_only(parse_size(budget))
     else:
         raise ValueError("a plan needs a budget or a card")
-    tensor_cores = card is not None and card.tensor_cores
     if batch_norm is None:
         on_cuda = any(parameter.is_cuda for parameter in model.parameters())
         batch_norm = "library" if on_cuda or card is not None else "native"
-    choice = choose(
-        Request(
-            model=model,
-            batch=batch,
-            budget=limits,
-            rates=card_rates(card or load_card(REFERENCE_CARD)),
-            precisions=precision_order(precision, tensor_cores),
-            memory_format=("channels-last" if tensor_cores else "contiguous")
-            if memory_format == "auto"
-            else memory_format,
-            micro_batch=micro_batch,
-            allow_accumulation=allow_accumulation,
-            image_shape=image_shape,
-            momentum=momentum,
-            batch_norm=batch_norm,
-            tf32=card is not None and convolutions_in_tf32(card.capability_pair),
-        )
+    request = Request(
+        model=model,
+        batch=batch,
+        budget=limits,
+        rates=card_rates(card or load_card(REFERENCE_CARD)),
+        modes=by_kind(precision, memory_format, card is not None and card.tensor_cores),
+        micro_batch=micro_batch,
+        allow_accumulation=allow_accumulation,
+        image_shape=image_shape,
+        momentum=momentum,
+        batch_norm=batch_norm,
+        tf32=card is not None and convolutions_in_tf32(card.capability_pair),
     )
-    return choice.plan
+    return choose(request).plan
 
 
 def choose(request: Request) -> Choice:
@@ -95,17 +88,19 @@ def choose(request: Request) -> Choice:
     refused: list[Candidate] = []
     least: Infeasible | None = None
     for precision, micro_batch in _candidates(request):
+        cut = "" if micro_batch == request.batch else f" in micro-batches of {micro_batch}"
+        what = f"{precision} at batch {request.batch}{cut}"
         try:
             choice = _plan_one(request, precision, micro_batch)
         except Infeasible as error:
-            words = _words(precision, request.batch, micro_batch)
             reason = f"the least that fits is {format_size(error.least_bytes)}"
-            refused.append(Candidate(what=words, refused_because=reason, peak_bytes=error.least_bytes))
+            refused.append(Candidate(what=what, refused_because=reason, peak_bytes=error.least_bytes))
             if least is None or error.least_bytes < least.least_bytes:
                 least = error
             continue
-        candidates = (*refused, _plain(choice), _chosen(choice.plan))
-        return replace(choice, plan=replace(choice.plan, candidates=candidates))
+        taken = choice.plan.predicted
+        chosen = Candidate(what=what, peak_bytes=taken.peak_allocated_bytes, step_seconds=taken.step_seconds)
+        return replace(choice, plan=replace(choice.plan, candidates=(*refused, _plain(choice), chosen)))
     assert least is not None
     tried = "; ".join(candidate.what for candidate in refused)
     ways = ["give more with --vram"]
@@ -118,29 +113,12 @@ def choose(request: Request) -> Choice:
 
 
 def _candidates(request: Request) -> Iterator[tuple[str, int]]:
-    full = request.micro_batch or request.batch
-    for precision in request.precisions:
-        yield precision, full
-    if request.settled or not request.allow_accumulation or request.micro_batch is not None:
-        return
-    micro = -(-full // 2)
-    while micro >= _SMALLEST_MICRO_BATCH:
-        for precision in request.precisions:
-            yield precision, micro
-        micro = -(-micro // 2)
-
-
-def _words(precision: str, batch: int, micro_batch: int) -> str:
-    cut = "" if micro_batch == batch else f" in micro-batches of {micro_batch}"
-    return f"{precision} at batch {batch}{cut}"
-
-
-def _chosen(plan: Plan) -> Candidate:
-    return Candidate(
-        what=_words(plan.precision, plan.batch, plan.micro_batch),
-        peak_bytes=plan.predicted.peak_allocated_bytes,
-        step_seconds=plan.predicted.step_seconds,
-    )
+    """Precision and micro-batch."""
+    micro = request.micro_batch or request.batch
+    yield from product(request.modes, (micro,))
+    accumulates = request.allow_accumulation and request.micro_batch is None
+    while accumulates and (micro := -(-micro // 2)) >= _SMALLEST_MICRO_BATCH:
+        yield from product(request.modes, (micro,))
 
 
 def _plain(choice: Choice) -> Candidate:
@@ -165,18 +143,16 @@ def _plain(choice: Choice) -> Candidate:
 
 def _plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
     """The fastest schedule whose whole simulated step fits. Raises Infeasible."""
-    shape = request.shape(precision, micro_batch)
-    rates, budget = request.rates(precision), request.budget
-    workspace = workspaces_of(request, shape)
-    chain, timed = _chain(request, shape, rates, workspace)
+    shape, budget, calibrator = request.shape(precision, micro_batch), request.budget, request.calibrator
+    rates, workspace = request.rates(precision), workspaces_of(request, shape)
+    measured = request.once(("costs", shape), lambda: measure_costs(shape, workspace))
+    chain = price(measured, rates)
+    if calibrator is not None:
+        # Bytes need no measuring: what fits nowhere is not worth the minute on the card.
+        Solver(chain, limit_bytes=budget.tensor_bytes).solve(budget.tensor_bytes)
+        chain = price(measured, rates, calibrator.times(shape, measured.stages))
     solver = Solver(chain, limit_bytes=budget.tensor_bytes)
     solution, simulated = fit(solver, shape, budget, rates, workspace)
-    plain = _once(request, ("plain", shape, rates), lambda: simulate_step(shape, None, rates, workspace=workspace))
-    seconds = seconds_of(chain, shape, timed, solution, simulated)
-    plain_seconds = plain.seconds
-    if timed:
-        assert chain.plain_seconds is not None
-        plain_seconds = chain.plain_seconds * shape.accumulation + chain.outside_seconds
     plan = Plan(
         budget_bytes=budget.tensor_bytes,
         batch=request.batch,
@@ -187,12 +163,11 @@ def _plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
         exact=shape.accumulation == 1,
         stages=stage_names(request.model),
         schedule=solution.schedule,
-        predicted=predict(budget, simulated, plain, seconds, plain_seconds),
         batch_norm=request.batch_norm,
         tf32=request.tf32 if precision == "fp32" else False,
         allocator_bytes=budget.allocator_bytes if budget.emulated else None,
     )
-    return Choice(
+    choice = Choice(
         plan=plan,
         budget=budget,
         solver=solver,
@@ -200,106 +175,29 @@ def _plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
         rates=rates,
         workspace=workspace,
         simulated=simulated,
-        plain=plain,
-        seconds_from="measured on this device" if timed else request.rates_from,
-        timed=timed,
-        plain_seconds=plain_seconds,
+        plain=request.once(("plain", shape, rates), lambda: simulate_step(shape, None, rates, workspace=workspace)),
+        seconds_from=request.rates_from if calibrator is None else "measured on this device",
+        timed=calibrator is not None,
     )
-
-
-def seconds_of(chain: ChainCost, shape: StepShape, timed: bool, solution: Solution, simulated: Simulated) -> float:
-    """Of a step: measured seconds (`timed`) are of stages, so a step takes their sum; the roofline saw every operation
-    of the whole one."""
-    if not timed:
-        return simulated.seconds
-    return (solution.seconds - chain.outside_seconds) * shape.accumulation + chain.outside_seconds
-
-
-def predict(budget: Budget, simulated: Simulated, plain: Simulated, seconds: float, plain_seconds: float) -> Predicted:
-    """What a plan is written down to take, from its simulated step and plain autograd's."""
-    taken = simulated.estimate
-    return Predicted(
-        peak_allocated_bytes=taken.peak_allocated_bytes,
-        peak_reserved_bytes=taken.peak_reserved_bytes,
-        device_bytes=taken.peak_reserved_bytes + budget.process_bytes if budget.on_card else None,
-        step_seconds=seconds,
-        overhead=seconds / plain_seconds - 1,
-        extra_flops=simulated.flops - plain.flops,
-    )
+    return replace(choice, plan=replace(plan, predicted=choice.predicted(solution, simulated)))
 
 
 def workspaces_of(request: Request, shape: StepShape) -> Workspaces | None:
     """Of the card at hand, measured where the calibration lacks them; None where they cannot be."""
-    calibrator = request.calibrator
-    table = None if calibrator is None else calibrator.workspaces(shape.precision)
-    if calibrator is None or table is None:
-        return None
-    calls = _once(
-        request,
-        ("calls", shape),
-        lambda: calls_of(
-            request.model,
-            input_shape=(shape.micro_batch, *request.image_shape),
-            memory_format=shape.execution.torch_memory_format,
-            low=shape.execution.amp_dtype,
-        ),
-    )
-    calibrator.measure_workspaces(table, calls, shape.precision)
-    return table
-
-
-def _chain(request: Request, shape: StepShape, rates: Rates, workspace: Workspaces | None) -> tuple[ChainCost, bool]:
-    """The costs, and whether their seconds were measured."""
-    input_shape = (shape.micro_batch, *request.image_shape)
-    measured = _once(
-        request,
-        ("costs", shape),
-        lambda: measure_costs(
-            request.model,
-            input_shape=input_shape,
-            memory_format=shape.execution.torch_memory_format,
-            low=shape.execution.amp_dtype,
-            optimizer_copies=1 if request.momentum else 0,
-            accumulation=shape.accumulation,
-            workspace=workspace,
-            library_norm=shape.library_norm,
-        ),
-    )
-    chain = price(measured, rates)
     if request.calibrator is None:
-        return chain, False
-    # Bytes need no measuring: what fits nowhere is not worth the minute on the card.
-    Solver(chain, limit_bytes=request.budget.tensor_bytes).solve(request.budget.tensor_bytes)
-    times = request.calibrator.times(
-        request.model,
-        measured.stages,
-        input_shape=input_shape,
-        precision=shape.precision,
-        memory_format=shape.memory_format,
-        momentum=request.momentum,
-        library_norm=shape.library_norm,
+        return None
+    return request.calibrator.workspaces(
+        shape.precision, lambda: request.once(("calls", shape), lambda: calls_of(shape))
     )
-    return price(measured, rates, times), True
-
-
-def _once(request: Request, key: object, make: Callable[[], _T]) -> _T:
-    """What does not depend on the budget need not be simulated again for another one."""
-    if key not in request.known:
-        request.known[key] = make()
-    found: _T = request.known[key]
-    return found
 
 
 def fit(
     solver: Solver, shape: StepShape, budget: Budget, rates: Rates, workspace: Workspaces | None = None
 ) -> tuple[Solution, Simulated]:
-    """The fastest schedule whose whole simulated step is under the budget.
-
-    The solver knows tensors; rounding, and on a card the caching allocator's segments, come on top. Where the whole
-    step does not fit, the solver is asked again for as much less, on a card for 2 to 4 % less (how much the gaps
-    between blocks take is not known beforehand). Raises Infeasible with a budget of which the whole step is known
-    to fit.
-    """
+    """The fastest schedule whose whole simulated step is under the budget. The solver knows tensors; rounding, and on a
+    card the caching allocator's segments, come on top. Where the whole step does not fit, the solver is asked again for
+    as much less, on a card for 2 to 4 % less (how much the gaps between blocks take is not known beforehand). Raises
+    Infeasible with a budget of which the whole step is known to fit."""
     limit = budget.tensor_bytes
     capacity = limit if budget.on_card else None
     target = limit
@@ -324,3 +222,71 @@ def fit(
         return least, simulated
     peak = taken.peak_reserved_bytes if budget.on_card else taken.peak_allocated_bytes
     raise Infeasible(limit, peak, f"at its peak, {least.peak}", "lower --batch")
+
+
+# -- what could be taken instead ---------------------------------------------------------------------------------------
+
+
+def with_ladder(choice: Choice) -> Choice:
+    """The choice, its plan with its ladder: plans that compute the same (precision, memory format, micro-batch) in less
+    and less memory, down to the least there is; none if the chosen one is that. Out of memory is then a step down, and
+    the training loop needs no solver. `budget_bytes` of each is what its whole simulated step showed to be enough: on a
+    card the allocator's segments, else the tensors. Takes a simulated step for each of at most seven candidates."""
+
+    def size(simulated: Simulated) -> int:
+        """Reserved as on a card without limit: with less the allocator might still get by, by emptying its cache."""
+        taken = simulated.estimate
+        return taken.peak_reserved_bytes if choice.budget.on_card else taken.peak_allocated_bytes
+
+    above, rungs = choice.simulated, list[Plan]()
+    for solution in choice.solver.ladder(above.estimate.peak_allocated_bytes):
+        below = simulate_step(choice.shape, solution.schedule, choice.rates, workspace=choice.workspace)
+        less = below.estimate.peak_allocated_bytes < above.estimate.peak_allocated_bytes
+        if less and size(below) < size(above):
+            predicted = choice.predicted(solution, below)
+            rung = replace(choice.plan, budget_bytes=size(below), schedule=solution.schedule, predicted=predicted)
+            rungs.append(replace(rung, candidates=(), ladder=()))
+            above = below
+    return replace(choice, plan=replace(choice.plan, ladder=tuple(rungs)))
+
+
+def rivals(request: Request, choices: list[Choice]) -> list[Choice]:
+    """The runners-up that may be faster than the choice, `choices[0]`, though predicted otherwise: the fastest of its
+    other batches and of the other precision, by predicted pictures per second. Another precision is one only on tensor
+    cores, where `auto` prefers the mixed one for its speed; elsewhere that is for what does not fit in fp32."""
+    chosen, *others = choices
+    if next(iter(request.modes)) == "amp" and chosen.plan.precision == "amp":
+        other = other_precision(request, chosen)
+        others = others if other is None else [*others, other]
+    near = [one for one in others if one.images_per_second * _WORTH_TRYING >= chosen.images_per_second]
+    return sorted(near, key=lambda choice: -choice.images_per_second)[:_MOST_RIVALS]
+
+
+def other_precision(request: Request, choice: Choice) -> Choice | None:
+    """The same batch in the next precision that `auto` leaves open; None if there is none or it does not fit."""
+    order = list(request.modes)
+    left = order[order.index(choice.plan.precision) + 1 :]
+    return _planned_as(request, choice, left, request.budget.tensor_bytes) if left else None
+
+
+def smaller(request: Request, choice: Choice, tensor_bytes: int) -> Choice | None:
+    """The same computation planned for fewer bytes of tensors; None if it does not fit into them. What the budget has
+    more than that is its margin."""
+    return _planned_as(request, choice, [choice.plan.precision], tensor_bytes)
+
+
+def _planned_as(request: Request, choice: Choice, precisions: Sequence[str], tensor_bytes: int) -> Choice | None:
+    cut = request.budget.tensor_bytes - tensor_bytes
+    try:
+        return choose(
+            replace(
+                request,
+                batch=choice.plan.batch,
+                micro_batch=choice.plan.micro_batch,
+                modes={precision: request.modes[precision] for precision in precisions},
+                allow_accumulation=choice.plan.accumulation > 1,
+                budget=replace(request.budget, margin_bytes=request.budget.margin_bytes + cut),
+            )
+        )
+    except Infeasible:
+        return None

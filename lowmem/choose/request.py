@@ -1,46 +1,189 @@
-"""What is to be planned, from a run's settings, and what comes of it."""
+"""What is to be planned and what comes of it: where a card's memory goes before the first tensor of the step, in named
+terms of bytes; a step, and the memory, precisions and rates it is planned for; a plan with what it was chosen from."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-import torch
 from torch import nn
 
-from lowmem.calibrate.calibration import Calibration
-from lowmem.calibrate.calibrator import Calibrator, Progress
-from lowmem.calibrate.device import CONTEXT, DeviceFacts, ask_device, cpu_identity
-from lowmem.choose.budget import Budget, budget_of, with_communicators
-from lowmem.choose.execution import batch_norm_of, by_kind, by_measurement, calibrates, numerics_of, refuse_unsafe
-from lowmem.config.cards import Card, load_card
-from lowmem.config.schema import Config
-from lowmem.core.errors import UsageError
-from lowmem.models import skeleton
+from lowmem.calibrate.calibrator import Calibrator
+from lowmem.calibrate.device import DeviceFacts
+from lowmem.config.cards import Card
+from lowmem.core.errors import Infeasible
+from lowmem.core.units import MIB
 from lowmem.plan.cost import ChainCost, Rates
-from lowmem.plan.record import Plan
+from lowmem.plan.evaluate import Solution
+from lowmem.plan.record import Plan, Predicted
 from lowmem.plan.solver import Solver
-from lowmem.remat.libraries import convolutions_in_tf32, prepare_libraries
+from lowmem.remat.libraries import ASSUMED_WORKSPACE_BYTES, blas_workspace_bytes
 from lowmem.simulate import Call, Simulated, StepShape
 
+_T = TypeVar("_T")
+# Assumed where nothing was measured, and printed as assumed with every plan; the margin is for whatever no model
+# foresees.
+ASSUMED_CONTEXT_BYTES = 400 * MIB
+# Of one of NCCL's communicators, with the few channels that PCIe can use (`lowmem.distributed.group` holds it to them):
+# about 10 MiB for each channel and connection, of which a ring has two and a tree up to three (NVIDIA/nccl#986, #1685).
+ASSUMED_COMMUNICATOR_BYTES = 200 * MIB
+MARGIN_SHARE = 0.02
 # The rates that time is predicted with where no card is named: the card this project is aimed at.
 REFERENCE_CARD = "gtx1060-6g"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Budget:
+    """`total_bytes` = the other terms + `tensor_bytes`. On the CPU, and for a bare `--vram` without a card, the budget
+    bounds the tensors of the step and nothing else: all other terms are 0."""
+
+    total_bytes: int
+    others_bytes: int = 0  # the driver, the desktop, other processes
+    context_bytes: int = 0
+    context_measured: bool = False
+    workspace_bytes: int = 0  # room for the convolution library's; 0 where that is measured, and a part of the step
+    blas_workspace_bytes: int = 0  # cuBLAS's and cublasLt's
+    blas_workspace_measured: bool = False
+    communicator_bytes: int = 0  # of one process among several, on CUDA
+    pictures_bytes: int = 0  # the data set, where it is held on the card
+    margin_bytes: int = 0
+    source: str  # of the total, in words
+    emulated: bool = False  # a larger card made to behave like one of `total_bytes`
+
+    def __post_init__(self) -> None:
+        if self.tensor_bytes <= 0:
+            raise Infeasible(
+                self.total_bytes,
+                self.total_bytes - self.tensor_bytes + 1,
+                "the card's own needs before any tensor: context, workspace, margin",
+                "give more with --vram, or choose another --card",
+            )
+
+    @property
+    def tensor_bytes(self) -> int:
+        """What is left for parameters, momentum, gradients, activations and temporaries."""
+        return self.total_bytes - self.others_bytes - self.process_bytes - self.pictures_bytes - self.margin_bytes
+
+    @property
+    def process_bytes(self) -> int:
+        """What a process takes beside its tensors: context, workspaces, communicators."""
+        return self.context_bytes + self.workspace_bytes + self.blas_workspace_bytes + self.communicator_bytes
+
+    @property
+    def allocator_bytes(self) -> int | None:
+        """The most that the caching allocator may hold for all to stay on the card: tensors, workspaces, pictures and
+        the margin; None where only tensors count. The context and NCCL's communicators are not in it."""
+        if not self.on_card:
+            return None
+        return self.total_bytes - self.others_bytes - self.context_bytes - self.communicator_bytes
+
+    @property
+    def on_card(self) -> bool:
+        """Whether the caching allocator's segments count, not just the tensors in them."""
+        return self.context_bytes > 0
+
+    def terms(self) -> list[tuple[str, int]]:
+        """(term, bytes) of what is gone before the step's first tensor; terms that are 0 are left out."""
+        how = {True: "measured", False: "assumed"}
+        named = [
+            ("others: driver, desktop, processes", self.others_bytes),
+            (f"CUDA context ({how[self.context_measured]})", self.context_bytes),
+            ("convolution workspace (at most)", self.workspace_bytes),
+            (f"cuBLAS workspace ({how[self.blas_workspace_measured]})", self.blas_workspace_bytes),
+            ("NCCL communicators (assumed)", self.communicator_bytes),
+            ("training pictures", self.pictures_bytes),
+            (f"margin ({MARGIN_SHARE:.0%})", self.margin_bytes),
+        ]
+        return [row for row in named if row[1]]
+
+    def rows(self) -> list[tuple[str, int]]:
+        """(term, bytes) in the order of subtraction: the total, what is gone, what is left."""
+        gone = [(name, -size) for name, size in self.terms()]
+        return [(self.source, self.total_bytes), *gone, ("for the step's tensors", self.tensor_bytes)]
+
+
+def tensors_only(total_bytes: int, source: str = "memory budget") -> Budget:
+    """A budget for tensors alone. Raises Infeasible for nothing at all."""
+    return Budget(total_bytes=total_bytes, source=source)
+
+
+def with_communicators(budget: Budget, count: int = 1) -> Budget:
+    """Of a process that sums gradients with others: on a card NCCL takes its part. Raises Infeasible."""
+    return replace(budget, communicator_bytes=count * ASSUMED_COMMUNICATOR_BYTES) if budget.on_card else budget
+
+
+def of_card(
+    card: Card,
+    vram_bytes: int | None = None,
+    pictures_bytes: int = 0,
+    platform: str | None = None,
+    *,
+    deterministic: bool = True,
+) -> Budget:
+    """The budget of a card's profile, or of a card like it with another memory. `platform`: see
+    `lowmem.config.cards`; None: this machine without a display, as one for training is. `deterministic`: of the run.
+    Raises Infeasible."""
+    total = card.memory_bytes if vram_bytes is None else vram_bytes
+    here = "windows" if sys.platform == "win32" else "linux"
+    usable = int(total * getattr(card.usable, platform or here))
+    return Budget(
+        total_bytes=total,
+        others_bytes=total - usable,
+        context_bytes=card.context_bytes,
+        workspace_bytes=ASSUMED_WORKSPACE_BYTES,
+        blas_workspace_bytes=blas_workspace_bytes(card.capability_pair, deterministic=deterministic),
+        pictures_bytes=pictures_bytes,
+        margin_bytes=int(total * MARGIN_SHARE),
+        source=card.name if total == card.memory_bytes else f"{card.name} with another memory",
+    )
+
+
+def of_device(
+    facts: DeviceFacts,
+    vram_bytes: int | None = None,
+    pictures_bytes: int = 0,
+    *,
+    workspace_bytes: int = ASSUMED_WORKSPACE_BYTES,
+    deterministic: bool = True,
+) -> Budget:
+    """The budget of the CUDA device at hand. Its context exists already: what is free is without it. With less
+    `vram_bytes` than the device has the card is emulated: others count as far as they leave less than that.
+    `pictures_bytes`: of the data set, which is held on the card. `deterministic`: of the run. Raises Infeasible."""
+    total = facts.total_bytes if vram_bytes is None else min(vram_bytes, facts.total_bytes)
+    context = ASSUMED_CONTEXT_BYTES if facts.context_bytes is None else facts.context_bytes
+    blas = facts.blas_workspace_bytes
+    assumed = blas_workspace_bytes(facts.capability, deterministic=deterministic)
+    return Budget(
+        total_bytes=total,
+        others_bytes=max(0, total - facts.free_bytes - context),
+        context_bytes=context,
+        context_measured=facts.context_bytes is not None,
+        workspace_bytes=workspace_bytes,
+        blas_workspace_bytes=assumed if blas is None else blas,
+        blas_workspace_measured=blas is not None,
+        pictures_bytes=pictures_bytes,
+        margin_bytes=int(total * MARGIN_SHARE),
+        source=facts.name if total == facts.total_bytes else f"emulated card on {facts.name}",
+        emulated=total < facts.total_bytes,
+    )
+
+
+# -- a step to plan ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be planned. `precisions` are candidates in order of preference; `formats`: a memory format for those
-    that do not take `memory_format`. `calibrator`: the device at hand, whose measured times and workspaces are used;
-    None: seconds come from `rates` alone."""
+    """What is to be planned. `modes`: candidates in order of preference, a precision with its memory format.
+    `calibrator`: the device at hand, whose measured times and workspaces are used; None: seconds come from `rates`
+    alone."""
 
     model: nn.Module
     batch: int
     budget: Budget
     rates: Callable[[str], Rates]
-    precisions: tuple[str, ...] = ("fp32",)
-    memory_format: str = "contiguous"
-    formats: Mapping[str, str] = field(default_factory=dict)
+    modes: Mapping[str, str] = field(default_factory=lambda: {"fp32": "contiguous"})
     calibrator: Calibrator | None = None
     micro_batch: int | None = None
     allow_accumulation: bool = True
@@ -63,12 +206,19 @@ class Request:
             batch=self.batch,
             micro_batch=micro_batch,
             precision=precision,
-            memory_format=self.formats.get(precision, self.memory_format),
+            memory_format=self.modes[precision],
             momentum=self.momentum,
             library_norm=self.batch_norm == "library",
             joint=self.joint,
             sync_bn=self.sync_bn,
         )
+
+    def once(self, key: object, make: Callable[[], _T]) -> _T:
+        """What does not depend on the budget need not be simulated again for another one."""
+        if key not in self.known:
+            self.known[key] = make()
+        found: _T = self.known[key]
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +236,19 @@ class Choice:
     plain: Simulated
     seconds_from: str
     timed: bool  # seconds were measured on this device
-    plain_seconds: float
 
     @property
     def chain(self) -> ChainCost:
         return self.solver.chain
+
+    @property
+    def plain_seconds(self) -> float:
+        """Of the step under autograd. Measured seconds are of stages, so a step takes their sum; the roofline saw every
+        operation of the whole one."""
+        if not self.timed:
+            return self.plain.seconds
+        assert self.chain.plain_seconds is not None
+        return self.chain.plain_seconds * self.shape.accumulation + self.chain.outside_seconds
 
     @property
     def images_per_second(self) -> float:
@@ -98,6 +256,21 @@ class Choice:
         seconds = self.plan.predicted.step_seconds
         assert seconds is not None
         return self.plan.batch / seconds
+
+    def predicted(self, solution: Solution, simulated: Simulated) -> Predicted:
+        """What a plan of this chain is written down to take."""
+        taken, outside, seconds = simulated.estimate, self.chain.outside_seconds, simulated.seconds
+        if self.timed:
+            seconds = (solution.seconds - outside) * self.shape.accumulation + outside
+        device_bytes = taken.peak_reserved_bytes + self.budget.process_bytes
+        return Predicted(
+            peak_allocated_bytes=taken.peak_allocated_bytes,
+            peak_reserved_bytes=taken.peak_reserved_bytes,
+            device_bytes=device_bytes if self.budget.on_card else None,
+            step_seconds=seconds,
+            overhead=seconds / self.plain_seconds - 1,
+            extra_flops=simulated.flops - self.plain.flops,
+        )
 
 
 def card_rates(card: Card) -> Callable[[str], Rates]:
@@ -108,94 +281,3 @@ def card_rates(card: Card) -> Callable[[str], Rates]:
         return Rates.roofline(flops, card.bandwidth_bytes_per_second)
 
     return rates
-
-
-def calibrator_of(config: Config, progress: Progress = lambda text: None, *, fresh: bool = False) -> Calibrator | None:
-    """What measures the device at hand, if predictions are to follow it. `fresh`: measure everything again.
-
-    Raises PreflightError for a CUDA device that does not answer."""
-    device = config.train.device
-    if not calibrates(config, device) or (device == "cuda" and not torch.cuda.is_available()):
-        return None
-    numerics = numerics_of(config.train)
-    if device == "cuda":
-        prepare_libraries(numerics)
-        facts = ask_device(numerics)
-        calibration = Calibration(facts.identity(numerics), Calibration.usual_folder())
-        facts = _with_context(facts, calibration)
-    else:
-        facts, calibration = None, Calibration(cpu_identity(), Calibration.usual_folder())
-    if fresh:
-        calibration.clear()
-    return Calibrator(device, calibration, progress, facts=facts, numerics=numerics)
-
-
-def _with_context(facts: DeviceFacts, calibration: Calibration) -> DeviceFacts:
-    """What could not be told now was perhaps told before."""
-    if facts.context_bytes is None:
-        return replace(facts, context_bytes=calibration.size_bytes(CONTEXT))
-    calibration.put("bytes", CONTEXT, facts.context_bytes)
-    calibration.save()
-    return facts
-
-
-def request_of(
-    config: Config,
-    num_classes: int = 10,
-    train_pictures: int = 0,
-    calibrator: Calibrator | None = None,
-    *,
-    joint: bool = False,
-) -> Request:
-    """What `choose` needs to know of a run. `joint`: of one process among several that train it. Raises as `budget_of`
-    does, UsageError for settings at odds, PreflightError for those that `refuse_unsafe` refuses."""
-    _check_micro_batch(config)
-    if config.memory.card is None:  # else the step is another machine's
-        refuse_unsafe(config)
-    if config.memory.platform != "auto" and config.memory.card is None:
-        raise UsageError("memory.platform says what machine a --card is in: give the card, or leave it out")
-    budget, card = budget_of(config, train_pictures, calibrator)
-    if joint:  # batch norm over all of them has a communicator of its own
-        budget = with_communicators(budget, 1 + config.train.sync_bn)
-    spec = config.model
-    model = skeleton(spec.arch, spec.block, width=spec.width, num_classes=num_classes)
-    if calibrator is not None:
-        modes = by_measurement(config, model, calibrator)
-    else:
-        modes = by_kind(config, card is not None and card.tensor_cores)
-    rated = card or load_card(REFERENCE_CARD)
-    return Request(
-        model=model,
-        batch=config.train.batch,
-        budget=budget,
-        rates=card_rates(rated),
-        rates_from=f"by the datasheet of a {rated.name}",
-        precisions=modes.precisions,
-        formats=modes.formats,
-        reasons=modes.reasons,
-        calibrator=calibrator,
-        micro_batch=config.train.micro_batch,
-        allow_accumulation=config.memory.allow_accumulation,
-        momentum=config.optim.momentum > 0,
-        joint=joint,
-        sync_bn=config.train.sync_bn,
-        batch_norm=batch_norm_of(config),
-        tf32=_tf32(config, card),
-    )
-
-
-def _tf32(config: Config, card: Card | None) -> bool | None:
-    if card is None:  # the processor, or a card that is neither shipped nor measured
-        return None if config.train.device == "cuda" and config.train.tf32 != "never" else False
-    return convolutions_in_tf32(card.capability_pair, config.train.tf32)
-
-
-def _check_micro_batch(config: Config) -> None:
-    micro_batch = config.train.micro_batch
-    if micro_batch is not None and config.memory.auto_batch:
-        raise UsageError("--batch auto chooses a batch that fits in one piece: leave --micro-batch out")
-    if micro_batch is not None and micro_batch < config.train.batch and not config.memory.allow_accumulation:
-        raise UsageError(
-            f"--micro-batch {micro_batch} accumulates up to the batch of {config.train.batch}, and "
-            "memory.allow_accumulation=false forbids it: leave one of them out"
-        )

@@ -205,7 +205,7 @@ def bench(
         raise UsageError(f"{', '.join(ignored)}: not of the suite; leave it out, or leave --suite out")
     if out is None:
         raise UsageError("a suite writes its results: give --out a folder, like --out acceptance")
-    from lowmem.cli.show_acceptance import show_acceptance
+    from lowmem.cli.show_bench import show_acceptance
 
     show_acceptance(flags, steps=steps or 10, cells=cells, minutes=minutes, out=out)
 

@@ -22,8 +22,7 @@ from lowmem.bench.acceptance import KINDS, AcceptanceSetup, acceptance_cells
 from lowmem.bench.results import Account, Environment, Results, ResultTable, Row
 from lowmem.bench.run import Bench
 from lowmem.bench.tables import TableSetup, table_cells
-from lowmem.calibrate.device import ask_device
-from lowmem.calibrate.environment import describe
+from lowmem.calibrate.device import ask_device, describe
 from lowmem.choose.execution import refuse_unsafe, resolve_execution
 from lowmem.cli.terminal import say
 from lowmem.config.settings import gather

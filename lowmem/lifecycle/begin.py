@@ -12,10 +12,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem.calibrate.environment import describe, elsewhere
-from lowmem.choose import resolve_execution
+from lowmem.calibrate.device import describe, elsewhere
 from lowmem.choose.decide import Decision, RecordedRun, batch_chosen
-from lowmem.choose.execution import wants_plan
+from lowmem.choose.execution import resolve_execution, wants_plan
 from lowmem.choose.explain import inexact
 from lowmem.config.schema import Config, flatten, nest
 from lowmem.config.settings import Settings, refuse_changes, to_yaml

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 
 import lowmem
-from lowmem.choose import resolve_execution
 from lowmem.choose.decide import DataSize, Decision, decide
-from lowmem.choose.execution import numerics_of, refuse_unsafe, require_device
+from lowmem.choose.execution import numerics_of, refuse_unsafe, require_device, resolve_execution
 from lowmem.config.schema import Config, known_keys
 from lowmem.config.settings import Settings
 from lowmem.core.errors import OutOfMemory, PreflightError, UsageError

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lowmem.choose.budget import Budget
+from lowmem.choose.request import Budget
 from lowmem.core.units import format_size
 from lowmem.isolate import OUT_OF_MEMORY, Call, Forks, run
 from lowmem.models.resnet import ResNet

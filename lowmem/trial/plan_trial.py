@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.choose.batch_split import ALIKE
-from lowmem.choose.budget import Budget
 from lowmem.choose.execution import refuse_unsafe
-from lowmem.choose.ladder import other_precision, rivals, smaller
-from lowmem.choose.planning import Choice, Request
+from lowmem.choose.planning import Choice, Request, other_precision, rivals, smaller
+from lowmem.choose.request import Budget
 from lowmem.config.schema import Config
 from lowmem.core.errors import Infeasible, PreflightError
 from lowmem.core.units import format_size

@@ -16,6 +16,7 @@ from lowmem.remat import apply_plan, decompose
 from lowmem.simulate import trace_steps
 from tests.exact.compare import BLOCKS, pictures, small_net, training
 from tests.exact.schedules import alternating, uniform
+from tests.step_shapes import shape_of
 from tests.unit.simulate.loops import Setup
 
 
@@ -37,7 +38,7 @@ SCHEDULES = {
 
 @cache
 def _chain(block: Any) -> ChainCost:
-    return price(measure_costs(small_net(block), input_shape=(2, 3, 32, 32)), Rates(1.0, 1.0))
+    return price(measure_costs(shape_of(small_net(block), 2)), Rates(1.0, 1.0))
 
 
 @pytest.mark.parametrize("block", BLOCKS)

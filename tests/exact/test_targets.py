@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from lowmem.choose.budget import Budget, of_card, tensors_only
 from lowmem.choose.costs import measure_costs, price
 from lowmem.choose.planning import Request, card_rates, choose, fit
+from lowmem.choose.request import Budget, of_card, tensors_only
 from lowmem.config.cards import load_card
 from lowmem.core.units import GIB, MIB
 from lowmem.models import skeleton
 from lowmem.plan.cost import Rates
 from lowmem.plan.solver import Solver
 from lowmem.simulate import Simulated, StepShape, simulate_step
+from tests.step_shapes import shape_of
 
 pytestmark = pytest.mark.slow
 
@@ -24,11 +25,8 @@ LEAST_MIB = 1300
 @pytest.fixture(scope="module")
 def bottleneck_110() -> tuple[Solver, StepShape, Rates, Simulated]:
     rates = card_rates(load_card("gtx1060-6g"))("fp32")
-    model = skeleton("res110", "bottleneck")
-    shape = StepShape(
-        model=model, image_shape=(3, 32, 32), batch=128, micro_batch=128, precision="fp32", memory_format="contiguous"
-    )
-    chain = price(measure_costs(model, input_shape=(128, 3, 32, 32)), rates)
+    shape = shape_of(skeleton("res110", "bottleneck"), 128)
+    chain = price(measure_costs(shape), rates)
     return Solver(chain), shape, rates, simulate_step(shape, None, rates)
 
 
@@ -62,7 +60,7 @@ def test_mixed_precision_on_a_card(batch: int, vram_gib: int, most: float | None
             batch=batch,
             budget=budget,
             rates=card_rates(card),
-            precisions=("amp",),
+            modes={"amp": "contiguous"},
             allow_accumulation=False,
         )
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lowmem.calibrate.calibration import Calibration, Identity
+from lowmem.calibrate.calibrator import Calibration, Identity
 from lowmem.cli.terminal import describe_epoch
 from lowmem.cli.watch import screen, to_json
 from lowmem.config.cards import load_card

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from lowmem.calibrate.measuring import BUSY_BATCHES
-from lowmem.choose.execution import resolve_execution
+from lowmem.choose.execution import calibrator_of, request_of, resolve_execution
 from lowmem.choose.planning import choose
-from lowmem.choose.request import calibrator_of, request_of
 from lowmem.config.settings import gather
 from lowmem.models import skeleton
 from lowmem.trial import run_trial
 from lowmem.trial.plan_trial import trial_of
+from tests.step_shapes import shape_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,11 +52,11 @@ def test_how_many_pictures_keep_the_card_busy_is_measured_once(tmp_path: Path, m
     calibrator = calibrator_of(gather(flags=flags).config, told.append)
     assert calibrator is not None
     model = skeleton("res20", "basic")
-    found = calibrator.timed_batch(model, (4096, 3, 32, 32), "fp32", "contiguous")
+    found = calibrator.timed_batch(shape_of(model, 4096))
     assert found in BUSY_BATCHES
     assert any("keep it busy" in line for line in told)
     told.clear()
-    assert calibrator.timed_batch(model, (200, 3, 32, 32), "fp32", "contiguous") == min(200, found)
+    assert calibrator.timed_batch(shape_of(model, 200)) == min(200, found)
     assert told == []
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem.choose import resolve_execution
 from lowmem.choose.decide import Decision
+from lowmem.choose.execution import resolve_execution
 from lowmem.config.settings import gather, to_yaml
 from lowmem.data import load
 from lowmem.distributed.group import Group

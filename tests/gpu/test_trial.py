@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lowmem.bench.plan_checks import SURVIVAL, PlanQuestion
-from lowmem.choose.ladder import with_ladder
-from lowmem.choose.planning import choose
-from lowmem.choose.request import Choice, request_of
+from lowmem.choose.execution import request_of
+from lowmem.choose.planning import choose, with_ladder
+from lowmem.choose.request import Choice
 from lowmem.config.settings import gather
 from lowmem.core.units import GIB, MIB
 from lowmem.isolate import run

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lowmem.calibrate.calibration import Calibration, Identity, Mode, Seconds
+from lowmem.calibrate.calibrator import Calibration, Identity, Mode, Seconds
 from lowmem.config.cards import Card, load_card
 from lowmem.config.schema import ARCHITECTURES, BLOCK_LAYOUT, Config, flatten, known_keys, nest
 from lowmem.config.settings import Settings, from_yaml, gather, read_recipe, to_yaml
@@ -271,7 +271,7 @@ def test_a_calibration_comes_back(
     tmp_path: Path, times: dict[str, tuple[float, float, float]], span: float, finite: bool, size: int
 ) -> None:
     kept = Calibration(IDENTITY, tmp_path)
-    kept.clear()
+    kept.figures.clear()
     for key, values in times.items():
         kept.put("seconds", key, list(values))
     kept.put("mode", "m", [span, float(finite)])
@@ -296,7 +296,7 @@ def test_any_figures_are_figures_or_not_there(tmp_path: Path, figure: Any, whole
     assert size is None or size >= 0
     assert kept.path is not None
     kept.path.write_text(json.dumps(whole))
-    assert len(Calibration(IDENTITY, tmp_path)) == 0
+    assert Calibration(IDENTITY, tmp_path).figures == {}
 
 
 def test_bounds_are_bounds() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.gpu.account import Account
 from benchmarks.gpu.parts.asking import ask
-from lowmem.choose.budget import Budget
+from lowmem.choose.request import Budget
 from lowmem.trial import PLAIN, WORK, TrialResult, excess, result_of, verdict
 
 

@@ -14,7 +14,7 @@ from lowmem.bench import ENGINE, NO_TIME, PLAIN_DEFAULT, Cell
 from lowmem.bench.acceptance import KINDS, AcceptanceSetup, acceptance_cells, account, targets
 from lowmem.bench.results import Row
 from lowmem.bench.run import Bench
-from lowmem.calibrate.environment import describe
+from lowmem.calibrate.device import describe
 from lowmem.cli.show_bench import _acceptance_picture
 from lowmem.core.units import GIB, KIB, MIB
 from lowmem.trial import TrialResult

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from lowmem.bench import plan_checks
 from lowmem.bench.plan_checks import PlanQuestion, compare_gradients, survive
-from lowmem.choose.ladder import with_ladder
-from lowmem.choose.planning import choose, make_plan
-from lowmem.choose.request import request_of
+from lowmem.choose.execution import request_of
+from lowmem.choose.planning import choose, make_plan, with_ladder
 from lowmem.config.settings import gather
 from lowmem.models import build, skeleton
 from lowmem.trial import native_norms

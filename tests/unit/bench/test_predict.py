@@ -19,7 +19,7 @@ from lowmem.bench import (
 )
 from lowmem.bench.predict import Predictor, largest
 from lowmem.bench.tables import TableSetup
-from lowmem.choose.budget import tensors_only
+from lowmem.choose.request import tensors_only
 from lowmem.core.errors import Infeasible
 from lowmem.trial import Trial
 from lowmem.trial.worker import work

@@ -15,7 +15,7 @@ from benchmarks.gpu.parts.__main__ import MODULES
 from benchmarks.gpu.plans import CARD, ON_CARD, Network
 from benchmarks.gpu.prepare import prepare
 from lowmem.bench.plan_checks import PlanQuestion
-from lowmem.choose.budget import Budget
+from lowmem.choose.request import Budget
 from lowmem.core.units import GIB, MIB
 from lowmem.plan.record import Plan
 from lowmem.trial import Trial

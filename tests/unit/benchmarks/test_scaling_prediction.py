@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.scaling_model import ETHERNET_1G, Link, Scaling, least, messages_of, ready
-from lowmem.choose.budget import Budget, of_card, tensors_only, with_communicators
 from lowmem.choose.planning import Request, card_rates, choose
+from lowmem.choose.request import Budget, of_card, tensors_only, with_communicators
 from lowmem.config.cards import load_card
 from lowmem.core.errors import Infeasible, UsageError
 from lowmem.core.units import GIB, MIB

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowmem.calibrate.calibration import Calibration, Identity, Mode, Seconds
+from lowmem.calibrate.calibrator import Calibration, Identity, Mode, Seconds
 
 HERE = Identity(device="cuda", name="GTX 1060 6GB", driver="580.95", torch="2.7.1+cu126", library="90501")
 
@@ -40,7 +40,7 @@ def test_figures_come_back(tmp_path: Path) -> None:
 def test_another_card_driver_or_version_is_measured_anew(tmp_path: Path, change: dict[str, object]) -> None:
     _filled(tmp_path)
     other = Calibration(replace(HERE, **change), tmp_path)
-    assert len(other) == 0
+    assert other.figures == {}
     assert other.path != Calibration(HERE, tmp_path).path
 
 

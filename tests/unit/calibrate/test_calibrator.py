@@ -3,38 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from lowmem.calibrate.calibration import Calibration, Mode, Seconds
-from lowmem.calibrate.calibrator import Calibrator, StageTimes, stage_key
+from lowmem.calibrate import stage_timer
+from lowmem.calibrate.calibrator import Calibration, Calibrator, StageTimes
 from lowmem.calibrate.device import cpu_identity
 from lowmem.calibrate.measuring import Figures, Job, ask, smallest_busy
-from lowmem.calibrate.stage_timer import FAST, PLAIN, ChainClock
+from lowmem.calibrate.stage_timer import FAST, PLAIN, ChainClock, Mode, Seconds
 from lowmem.choose.costs import ChainMeasure, measure_costs, price
 from lowmem.choose.decide import Silence, decide
-from lowmem.choose.execution import by_measurement
-from lowmem.choose.request import calibrator_of
+from lowmem.choose.execution import by_measurement, calibrator_of
 from lowmem.config.schema import Config
 from lowmem.config.settings import gather
 from lowmem.core.errors import PreflightError
-from lowmem.measure.timing import Timing, time_calls
+from lowmem.measure.timing import Timing
 from lowmem.models import skeleton
 from lowmem.plan.cost import Rates
 from lowmem.plan.policy import SAVE_ALL
 from lowmem.remat import decompose
+from lowmem.remat.libraries import Numerics
+from lowmem.simulate import StepShape
 from lowmem.simulate.stage import Option, StageMeasure
 from lowmem.step.train_step import Execution
+from tests.step_shapes import shape_of
 
-SHAPE = (4, 3, 32, 32)
 MODEL = skeleton("res20", "basic", width=4)
+SHAPE = shape_of(MODEL, 4)
 RATES = Rates(1e9, 1e9)
 
 
 @pytest.fixture(scope="module")
 def measured() -> ChainMeasure:
-    return measure_costs(MODEL, input_shape=SHAPE)
+    return measure_costs(SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +45,17 @@ def calibration(measured: ChainMeasure) -> Calibration:
     """Everything that the tests below look up, measured in a process of its own as on CUDA."""
     made = Calibration(cpu_identity(), None)
 
-    def apart(jobs: Sequence[Job]) -> Figures:
-        task = {"device": "cpu", "numerics": {}, "jobs": list(jobs)}
+    def apart(jobs: Sequence[Job], device: str, numerics: Numerics) -> Figures:
+        task = {"device": device, "numerics": asdict(numerics), "jobs": list(jobs)}
         figures: Figures = ask("lowmem.calibrate.measuring:perform", task)
         return figures
 
-    _times(Calibrator("cpu", made, measure_jobs=apart), measured)
+    _times(Calibrator("cpu", made, measure=apart), measured)
     return made
 
 
 def _times(calibrator: Calibrator, measured: ChainMeasure):
-    return calibrator.times(
-        MODEL, measured.stages, input_shape=SHAPE, precision="fp32", memory_format="contiguous", momentum=True
-    )
+    return calibrator.times(SHAPE, measured.stages)
 
 
 def _of(times: StageTimes, stage: StageMeasure, what: str) -> float:
@@ -64,11 +65,11 @@ def _of(times: StageTimes, stage: StageMeasure, what: str) -> float:
 
 
 def test_every_policy_of_every_distinct_block_is_timed_once(measured: ChainMeasure, calibration: Calibration) -> None:
-    def forbidden(jobs: Sequence[Job]) -> Figures:
+    def forbidden(jobs: Sequence[Job], device: str, numerics: Numerics) -> Figures:
         raise AssertionError("measured again")
 
     told: list[str] = []
-    times = _times(Calibrator("cpu", calibration, told.append, measure_jobs=forbidden), measured)
+    times = _times(Calibrator("cpu", calibration, told.append, measure=forbidden), measured)
     assert told == []
     assert times.outside_seconds > 0
     for stage in measured.stages:
@@ -105,8 +106,8 @@ def test_what_could_not_be_measured_is_scaled_like_the_rest(measured: ChainMeasu
     kept = Calibration(cpu_identity(), None)
     plain = {stage.key: _of(times, stage, PLAIN) for stage in measured.stages}
     for stage in measured.stages:
-        kept.put("seconds", (stage_key(stage.key, "fp32", SHAPE[0]), PLAIN), [0.0, plain[stage.key], 0.0])
-    scaled = price(measured, RATES, StageTimes(kept, "fp32", SHAPE[0], 1.0, 0.0))
+        kept.put("seconds", times.key(stage, PLAIN), [0.0, plain[stage.key], 0.0])
+    scaled = price(measured, RATES, StageTimes(kept, SHAPE, SHAPE.batch))
     assert whole.plain_seconds is not None
     assert guess.plain_seconds is not None
     factor = whole.plain_seconds / guess.plain_seconds
@@ -114,21 +115,15 @@ def test_what_could_not_be_measured_is_scaled_like_the_rest(measured: ChainMeasu
 
 
 def test_larger_batches_are_scaled(measured: ChainMeasure, calibration: Calibration) -> None:
-    once = StageTimes(calibration, "fp32", SHAPE[0], 1.0, 0.0)
-    thrice = StageTimes(calibration, "fp32", SHAPE[0], 3.0, 0.0)
-    larger = measure_costs(MODEL, input_shape=(3 * SHAPE[0], *SHAPE[1:]))
+    large_shape = shape_of(MODEL, 3 * SHAPE.batch)
+    once, thrice = (StageTimes(calibration, shape, SHAPE.batch) for shape in (SHAPE, large_shape))
+    larger = measure_costs(large_shape)
     for small, large in zip(measured.stages, larger.stages, strict=True):
         assert _of(thrice, large, FAST) == pytest.approx(3 * _of(once, small, FAST))
 
 
-def _clock(time_call: Callable[..., Timing] = time_calls, precision: str = "fp32") -> ChainClock:
-    return ChainClock(
-        MODEL,
-        input_shape=SHAPE,
-        execution=Execution("cpu", precision, "contiguous"),
-        rounds=1,
-        time_call=time_call,
-    )
+def _clock(precision: str = "fp32") -> ChainClock:
+    return ChainClock(model=MODEL, input_shape=(4, 3, 32, 32), execution=Execution("cpu", precision, "contiguous"))
 
 
 def test_clock_covers_stem_blocks_and_head() -> None:
@@ -156,9 +151,12 @@ def _timed(seconds: dict[str, float], host_share: float) -> Callable[..., Timing
 
 
 @pytest.mark.parametrize(("host_share", "engine"), [(1.0, 0.25), (0.9, 0.25), (0.5, 0.0)])
-def test_the_engine_is_taken_off_where_the_host_is_what_a_stage_waits_for(host_share: float, engine: float) -> None:
-    stages = len(decompose(MODEL))
-    clock = _clock(_timed({"whole": 4.0, "clone": 1.0, "identity": 0.25}, host_share))
+def test_the_engine_is_taken_off_where_the_host_is_what_a_stage_waits_for(
+    monkeypatch: pytest.MonkeyPatch, host_share: float, engine: float
+) -> None:
+    timed = _timed({"whole": 4.0, "clone": 1.0, "identity": 0.25}, host_share)
+    monkeypatch.setattr(stage_timer, "time_calls", timed)
+    stages, clock = len(decompose(MODEL)), _clock()
     assert clock.mode().seconds == pytest.approx(stages * (4.0 - 1.0 - engine))
     assert clock.bound_by_host() is (host_share > 0.8)
 
@@ -187,7 +185,7 @@ def test_a_fast_card_is_timed_at_a_batch_that_keeps_it_busy() -> None:
     """What the jobs find is given: 256 pictures, a second for every pass under autograd."""
     asked: list[Job] = []
 
-    def measure(jobs: Sequence[Job]) -> Figures:
+    def measure(jobs: Sequence[Job], device: str, numerics: Numerics) -> Figures:
         asked.extend(jobs)
         figures = Figures()
         for job in jobs:
@@ -200,31 +198,29 @@ def test_a_fast_card_is_timed_at_a_batch_that_keeps_it_busy() -> None:
                     figures[job["figure"]] = [0.0, 0.0, 0.0]
         return figures
 
-    calibrator = Calibrator("cuda", Calibration(cpu_identity(), None), measure_jobs=measure)
+    calibrator = Calibrator("cuda", Calibration(cpu_identity(), None), measure=measure)
 
     def times(batch: int) -> tuple[int, float, list[str]]:
         """Pictures that were timed, seconds of a block, and the jobs that it took."""
         asked.clear()
-        shape = (batch, *SHAPE[1:])
-        stages = measure_costs(MODEL, input_shape=shape, options=lambda stage: [Option(SAVE_ALL)]).stages
-        found = calibrator.times(
-            MODEL, stages, input_shape=shape, precision="fp32", memory_format="contiguous", momentum=True
-        )
+        shape = shape_of(MODEL, batch)
+        stages = measure_costs(shape, options=lambda stage: [Option(SAVE_ALL)]).stages
+        found = calibrator.times(shape, stages)
         for job in asked:
-            assert job["kind"] != "stages" or job["input_shape"] == [found.timed_batch, *SHAPE[1:]]
+            assert job["kind"] != "stages" or job["input_shape"] == [found.timed_batch, 3, 32, 32]
         return found.timed_batch, _of(found, stages[1], PLAIN), [job["kind"] for job in asked]
 
     assert times(512) == (256, 2.0, ["busy", "stages", "update"])
     assert times(1024) == (256, 4.0, []), "the same stages, timed at the same batch"
     assert times(192) == (192, 1.0, ["stages"]), "never more pictures than were asked for"
-    assert calibrator.timed_batch(MODEL, (64, *SHAPE[1:]), "amp", "contiguous") == 64
-    assert Calibrator("cpu", calibrator.calibration).timed_batch(MODEL, (512, *SHAPE[1:]), "fp32", "contiguous") == 128
+    assert calibrator.timed_batch(shape_of(MODEL, 64, "amp")) == 64
+    assert Calibrator("cpu", calibrator.calibration).timed_batch(shape_of(MODEL, 512)) == 128
 
 
 def test_modes_are_compared_at_the_largest_batch_that_all_have_room_for() -> None:
     """AMP is busy with 512 pictures, fp32 with 128 and has no room for 512."""
 
-    def measure(jobs: Sequence[Job]) -> Figures:
+    def measure(jobs: Sequence[Job], device: str, numerics: Numerics) -> Figures:
         figures = Figures()
         for job in jobs:
             if job["kind"] == "busy":
@@ -233,11 +229,11 @@ def test_modes_are_compared_at_the_largest_batch_that_all_have_room_for() -> Non
                 figures[job["figure"]] = [float(job["input_shape"][0]), 1.0]
         return figures
 
-    calibrator = Calibrator("cuda", Calibration(cpu_identity(), None), measure_jobs=measure)
-    pairs = [("fp32", "contiguous"), ("amp", "contiguous")]
-    assert calibrator.modes(MODEL, (512, *SHAPE[1:]), pairs) == dict.fromkeys(pairs, Mode(128.0, True))
-    alone = calibrator.modes(MODEL, (512, *SHAPE[1:]), pairs[1:])
-    assert alone == {pairs[1]: Mode(512.0, True)}
+    calibrator = Calibrator("cuda", Calibration(cpu_identity(), None), measure=measure)
+    fp32, amp = shape_of(MODEL, 512), shape_of(MODEL, 512, "amp")
+    both = {("fp32", "contiguous"): Mode(128.0, True), ("amp", "contiguous"): Mode(128.0, True)}
+    assert calibrator.modes([fp32, amp]) == both
+    assert calibrator.modes([amp]) == {("amp", "contiguous"): Mode(512.0, True)}
 
 
 class _Scripted:
@@ -247,8 +243,9 @@ class _Scripted:
         self.device, self.known = device, modes
         self.facts = None
 
-    def modes(self, model: object, shape: object, pairs: list[tuple[str, str]]):
-        return {pair: mode for pair, mode in self.known.items() if pair in pairs}
+    def modes(self, shapes: Sequence[StepShape]):
+        asked = [(shape.precision, shape.memory_format) for shape in shapes]
+        return {pair: mode for pair, mode in self.known.items() if pair in asked}
 
 
 def _modes(fp32: tuple[float, float], amp: tuple[float, float], finite: bool = True) -> dict[tuple[str, str], Mode]:
@@ -268,37 +265,37 @@ def test_auto_follows_what_was_measured() -> None:
     def decided(device: str, modes: dict[tuple[str, str], Mode], **flags: object):
         return by_measurement(_config(**flags), MODEL, _Scripted(device, modes))  # type: ignore[arg-type]
 
-    fast = decided("cuda", _modes((1.0, 1.2), (0.6, 0.4)))
-    assert fast.precisions == ("amp", "fp32")
-    assert fast.formats == {"fp32": "contiguous", "amp": "channels-last"}
-    assert "2.50 times" in fast.reasons["train.precision"]
-    assert "1.20 times the speed in fp32" in fast.reasons["train.memory_format"]
+    fast, reasons = decided("cuda", _modes((1.0, 1.2), (0.6, 0.4)))
+    assert list(fast.items()) == [("amp", "channels-last"), ("fp32", "contiguous")]
+    assert "2.50 times" in reasons["train.precision"]
+    assert "1.20 times the speed in fp32" in reasons["train.memory_format"]
     # A GTX 1060: halves are no faster, they only save memory.
-    slow = decided("cuda", _modes((1.0, 1.2), (0.98, 1.4)))
-    assert slow.precisions == ("fp32", "amp")
+    slow, _ = decided("cuda", _modes((1.0, 1.2), (0.98, 1.4)))
+    assert list(slow) == ["fp32", "amp"]
     # A GTX 1660: fp16 convolutions that are no numbers.
-    broken = decided("cuda", _modes((1.0, 1.2), (0.5, 0.5), finite=False))
-    assert broken.precisions == ("fp32",)
-    assert "not finite" in broken.reasons["train.precision"]
+    broken, reasons = decided("cuda", _modes((1.0, 1.2), (0.5, 0.5), finite=False))
+    assert list(broken) == ["fp32"]
+    assert "not finite" in reasons["train.precision"]
     with pytest.raises(PreflightError, match=r"not finite.*--precision fp32"):
         decided("cuda", _modes((1.0, 1.2), (0.5, 0.5), finite=False), train__precision="amp")
-    assert decided("cpu", _modes((1.0, 0.5), (0.1, 0.1))).precisions == ("fp32", "amp")
-    nothing = decided("cuda", {("fp32", "contiguous"): Mode(1.0, True)})
-    assert (nothing.precisions, nothing.formats["fp32"]) == (("fp32", "amp"), "contiguous"), "not even a block fitted"
-    fixed = decided("cuda", _modes((1.0, 1.2), (0.6, 0.4)), train__memory_format="contiguous")
-    assert set(fixed.formats.values()) == {"contiguous"}
-    assert "train.memory_format" not in fixed.reasons
+    assert list(decided("cpu", _modes((1.0, 0.5), (0.1, 0.1)))[0]) == ["fp32", "amp"]
+    nothing, _ = decided("cuda", {("fp32", "contiguous"): Mode(1.0, True)})
+    assert list(nothing.items()) == [("fp32", "contiguous"), ("amp", "contiguous")], "not even a block fitted"
+    fixed, reasons = decided("cuda", _modes((1.0, 1.2), (0.6, 0.4)), train__memory_format="contiguous")
+    assert set(fixed.values()) == {"contiguous"}
+    assert "train.memory_format" not in reasons
 
 
 def test_what_corrupts_memory_is_not_timed() -> None:
     """A thin net in fp32 and channels-last on the CPU, however fast it may be."""
     scripted = _Scripted("cpu", _modes((1.0, 0.5), (0.3, 0.2)))
-    assert by_measurement(_config(), MODEL, scripted).formats == {"fp32": "contiguous", "amp": "channels-last"}  # type: ignore[arg-type]
-    wide = by_measurement(_config(), skeleton("res20", width=16), scripted)  # type: ignore[arg-type]
-    assert set(wide.formats.values()) == {"channels-last"}
+    thin, _ = by_measurement(_config(), MODEL, scripted)  # type: ignore[arg-type]
+    assert thin == {"fp32": "contiguous", "amp": "channels-last"}
+    wide, _ = by_measurement(_config(), skeleton("res20", width=16), scripted)  # type: ignore[arg-type]
+    assert set(wide.values()) == {"channels-last"}
     calibrator = Calibrator("cpu", Calibration(cpu_identity(), None))
     with pytest.raises(PreflightError, match="corrupts memory"):
-        calibrator.modes(MODEL, SHAPE, [("fp32", "channels-last")])
+        calibrator.modes([shape_of(MODEL, 4, layout="channels-last")])
 
 
 def test_a_plan_by_what_this_processor_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,4 +327,4 @@ def test_a_plan_by_what_this_processor_does(tmp_path: Path, monkeypatch: pytest.
     )
     fresh = calibrator_of(settings.config, fresh=True)
     assert fresh is not None
-    assert len(fresh.calibration) == 0, "measured again when asked to"
+    assert fresh.calibration.figures == {}, "measured again when asked to"

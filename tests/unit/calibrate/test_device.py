@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import torch
 
 from lowmem.calibrate.device import DeviceFacts, describe_card, facts_from, warm_up
-from lowmem.choose.request import _tf32
+from lowmem.choose.execution import _tf32
 from lowmem.config.cards import load_card
 from lowmem.config.schema import Config
 from lowmem.remat.libraries import Numerics

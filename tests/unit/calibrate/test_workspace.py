@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 
-import torch
-
-from lowmem.calibrate.calibration import Calibration
-from lowmem.calibrate.calibrator import Workspaces
+from lowmem.calibrate.calibrator import Calibration, Workspaces
 from lowmem.calibrate.device import cpu_identity
 from lowmem.calibrate.measuring import call_of
 from lowmem.choose.costs import calls_of, measure_costs
@@ -16,27 +13,20 @@ from lowmem.config.cards import load_card
 from lowmem.core.units import MIB
 from lowmem.models import skeleton
 from lowmem.plan.policy import SAVE_ALL
-from lowmem.simulate import Call, Kind, StepShape, simulate_step
+from lowmem.simulate import Call, Kind, simulate_step
+from tests.step_shapes import shape_of
 
 MODEL = skeleton("res20", "basic", width=4)
-SHAPE = (8, 3, 32, 32)
+SHAPE = shape_of(MODEL, 8)
 RATES = card_rates(load_card("gtx1060-6g"))("fp32")
 
 
 def _calls() -> set[Call]:
-    return calls_of(MODEL, input_shape=SHAPE, memory_format=torch.contiguous_format, low=None)
+    return calls_of(SHAPE)
 
 
 def _step(workspace=None):
-    shape = StepShape(
-        model=MODEL,
-        image_shape=(3, 32, 32),
-        batch=8,
-        micro_batch=8,
-        precision="fp32",
-        memory_format="contiguous",
-    )
-    return simulate_step(shape, None, RATES, workspace=workspace)
+    return simulate_step(SHAPE, None, RATES, workspace=workspace)
 
 
 def test_the_calls_of_a_chain_are_those_of_the_plain_step() -> None:
@@ -69,7 +59,7 @@ def test_a_measured_workspace_is_part_of_the_step() -> None:
     counted = _step(Workspaces(known, None)).estimate
     assert counted.at_peak_bytes[Kind.WORKSPACE] == 5 * MIB
     assert plain.peak_tensor_bytes < counted.peak_tensor_bytes <= plain.peak_tensor_bytes + 5 * MIB
-    bare, with_it = (measure_costs(MODEL, input_shape=SHAPE, workspace=w) for w in (None, Workspaces(known, None)))
+    bare, with_it = (measure_costs(SHAPE, w) for w in (None, Workspaces(known, None)))
     for before, after in zip(bare.stages[1:-1], with_it.stages[1:-1], strict=True):
         assert before.fast_temp_bytes < after.fast_temp_bytes <= before.fast_temp_bytes + 5 * MIB
         for was, now in zip(before.options, after.options, strict=True):

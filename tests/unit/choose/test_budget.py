@@ -6,15 +6,9 @@ from typing import Any
 import pytest
 
 from lowmem.calibrate.device import DeviceFacts
-from lowmem.choose.budget import (
-    ASSUMED_COMMUNICATOR_BYTES,
-    of_card,
-    of_device,
-    tensors_only,
-    with_communicators,
-)
+from lowmem.choose.execution import request_of
 from lowmem.choose.planning import choose
-from lowmem.choose.request import request_of
+from lowmem.choose.request import ASSUMED_COMMUNICATOR_BYTES, of_card, of_device, tensors_only, with_communicators
 from lowmem.config.cards import Platform, load_card
 from lowmem.config.settings import gather
 from lowmem.core.errors import Infeasible

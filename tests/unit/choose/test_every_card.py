@@ -7,10 +7,10 @@ from functools import cache
 
 import pytest
 
-from lowmem.choose.budget import of_card
+from lowmem.choose.execution import request_of
 from lowmem.choose.explain import in_full, memory_table
 from lowmem.choose.planning import choose
-from lowmem.choose.request import Request, card_rates, request_of
+from lowmem.choose.request import Request, card_rates, of_card
 from lowmem.config.cards import Card, card_names, load_card
 from lowmem.config.settings import gather
 

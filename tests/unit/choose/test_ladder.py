@@ -6,9 +6,8 @@ import json
 
 import pytest
 
-from lowmem.choose.budget import Budget, of_card, tensors_only
-from lowmem.choose.ladder import with_ladder
-from lowmem.choose.planning import Choice, Request, card_rates, choose
+from lowmem.choose.planning import Choice, Request, card_rates, choose, with_ladder
+from lowmem.choose.request import Budget, of_card, tensors_only
 from lowmem.config.cards import load_card
 from lowmem.core.units import MIB
 from lowmem.models import skeleton

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lowmem.choose.budget import tensors_only
-from lowmem.choose.execution import precision_order
+from lowmem.choose.execution import by_kind
 from lowmem.choose.planning import Choice, Request, card_rates, choose, make_plan
+from lowmem.choose.request import tensors_only
 from lowmem.config.cards import load_card
 from lowmem.config.schema import Config
 from lowmem.core.errors import Infeasible, UsageError
@@ -16,6 +16,7 @@ from lowmem.plan.record import Plan
 from lowmem.simulate import simulate_step
 
 MODEL = skeleton("res20", width=8)
+BOTH = {"fp32": "contiguous", "amp": "contiguous"}
 
 
 def _request(budget_mib: float, **changes: object) -> Request:
@@ -64,11 +65,11 @@ def test_a_plan_survives_its_file(choices: dict[int, Choice]) -> None:
 
 
 def test_fp32_first_then_amp_then_accumulation() -> None:
-    fp32 = choose(_request(16, precisions=("fp32", "amp"))).plan
+    fp32 = choose(_request(16, modes=BOTH)).plan
     assert (fp32.precision, fp32.exact) == ("fp32", True)
-    amp = choose(_request(12, precisions=("fp32", "amp"))).plan
+    amp = choose(_request(12, modes=BOTH)).plan
     assert (amp.precision, amp.exact, amp.accumulation) == ("amp", True, 1)
-    cut = choose(_request(7.5, precisions=("fp32", "amp"))).plan
+    cut = choose(_request(7.5, modes=BOTH)).plan
     assert not cut.exact
     assert cut.accumulation * cut.micro_batch >= 64
     refused = [one.what for one in cut.candidates if one.refused_because]
@@ -95,13 +96,13 @@ def test_a_card_counts_the_allocators_segments() -> None:
 
 
 def test_precision_order() -> None:
-    assert precision_order("auto", tensor_cores=False) == ("fp32", "amp")
-    assert precision_order("auto", tensor_cores=True) == ("amp", "fp32")
-    assert precision_order("fp32", tensor_cores=True) == ("fp32",)
+    assert list(by_kind("auto", "auto", tensor_cores=False).items()) == [("fp32", "contiguous"), ("amp", "contiguous")]
+    assert list(by_kind("auto", "contiguous", tensor_cores=True)) == ["amp", "fp32"]
+    assert by_kind("fp32", "auto", tensor_cores=True) == {"fp32": "channels-last"}
 
 
 def test_a_plan_needs_something_to_fit_into() -> None:
-    from lowmem.choose.budget import budget_of
+    from lowmem.choose.execution import budget_of
 
     with pytest.raises(ValueError, match="budget or a card"):
         make_plan(MODEL, batch=8)
@@ -114,7 +115,7 @@ def test_bad_sizes_and_cards_in_settings() -> None:
 
     with pytest.raises(UsageError, match="write it like 6G"):
         gather(flags={"memory.vram": "six"})
-    from lowmem.choose.request import request_of
+    from lowmem.choose.execution import request_of
 
     with pytest.raises(UsageError, match="did you mean gtx1060-6g"):
         request_of(gather(flags={"memory.card": "gtx1060"}).config)

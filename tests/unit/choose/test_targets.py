@@ -19,6 +19,7 @@ from lowmem.plan.policy import INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, Sc
 from lowmem.plan.solver import Solver
 from lowmem.remat import decompose
 from lowmem.simulate import StepShape, simulate_step
+from tests.step_shapes import shape_of
 
 GTX_1060 = Rates.roofline(4.38e12, 192e9)
 TARGETS = {4600: 0.03, 3600: 0.07, 2708: 0.12, 1806: 0.20, 1500: 0.28}  # MiB: overhead
@@ -31,9 +32,13 @@ def _model() -> ResNet:
         return ResNet(Bottleneck, MORE_BLOCKS)
 
 
+def _shape(batch: int, low: torch.dtype | None) -> StepShape:
+    return shape_of(_model(), batch, "fp32" if low is None else "amp")
+
+
 @cache
 def _solver(batch: int = 128, low: torch.dtype | None = None) -> Solver:
-    return Solver(price(measure_costs(_model(), input_shape=(batch, 3, 32, 32), low=low), GTX_1060))
+    return Solver(price(measure_costs(_shape(batch, low)), GTX_1060))
 
 
 def _overhead(solver: Solver, budget_bytes: int) -> float:
@@ -44,15 +49,7 @@ def _overhead(solver: Solver, budget_bytes: int) -> float:
 
 
 def _simulated_peak(schedule: Schedule | None, batch: int = 128, low: torch.dtype | None = None) -> int:
-    shape = StepShape(
-        model=_model(),
-        image_shape=(3, 32, 32),
-        batch=batch,
-        micro_batch=batch,
-        precision="fp32" if low is None else "amp",
-        memory_format="contiguous",
-    )
-    return simulate_step(shape, schedule, GTX_1060).estimate.peak_tensor_bytes
+    return simulate_step(_shape(batch, low), schedule, GTX_1060).estimate.peak_tensor_bytes
 
 
 def test_overheads() -> None:

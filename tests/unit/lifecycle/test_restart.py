@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.choose import resolve_execution
+from lowmem.choose.execution import resolve_execution
 from lowmem.config.schema import Config
 from lowmem.config.settings import Settings
 from lowmem.core.errors import Diverged, UsageError

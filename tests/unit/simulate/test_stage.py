@@ -16,6 +16,7 @@ from lowmem.plan.evaluate import evaluate
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, Schedule, Segment
 from lowmem.remat import decompose
 from lowmem.simulate import Trace, estimate, trace_steps
+from tests.step_shapes import shape_of
 from tests.unit.simulate.loops import Setup
 
 RATES = Rates(3e12, 150e9)
@@ -23,9 +24,9 @@ RATES = Rates(3e12, 150e9)
 
 @cache
 def _chain(setup: Setup) -> ChainCost:
-    shape = (setup.batch, 3, 32, 32)
-    model = setup.model(fake=False)
-    return price(measure_costs(model, input_shape=shape, memory_format=setup.memory_format, low=setup.low), RATES)
+    precision = "fp32" if setup.low is None else "amp"
+    layout = "channels-last" if setup.memory_format is torch.channels_last else "contiguous"
+    return price(measure_costs(shape_of(setup.model(fake=False), setup.batch, precision, layout)), RATES)
 
 
 def _seconds(trace: Trace, steps: int) -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.calibrate.environment import describe, elsewhere
+from lowmem.calibrate.device import describe, elsewhere
 from lowmem.config.schema import Config, OptimConfig
 from lowmem.core.errors import UsageError
 from lowmem.lifecycle.api import resume_training, run_training

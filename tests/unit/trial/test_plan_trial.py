@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 
 from lowmem.choose.batch_split import ALIKE, Planner
-from lowmem.choose.ladder import other_precision, rivals, smaller
-from lowmem.choose.planning import Choice, Request
-from lowmem.choose.request import request_of
+from lowmem.choose.execution import request_of
+from lowmem.choose.planning import Choice, Request, other_precision, rivals, smaller
 from lowmem.config.schema import Config
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Infeasible, PreflightError
 from lowmem.core.units import MIB
+from lowmem.distributed.group import Group
 from lowmem.isolate import OUT_OF_MEMORY
 from lowmem.plan.record import Plan
 from lowmem.trial import Trial, TrialResult, run_trial
@@ -31,7 +31,7 @@ def _settings(*sets: str, vram: str = "8M") -> Settings:
 def _chosen(*sets: str, vram: str = "8M") -> tuple[Config, Request, list[Choice]]:
     settings = _settings("train.memory_format=contiguous", *sets, vram=vram)
     request = request_of(settings.config)
-    planner = Planner({0: request}, 1, lambda value: [value(0)])
+    planner = Planner({0: request}, Group())
     if settings.config.memory.auto_batch:
         splits = planner.divide_auto(settings.config.train.batch, 5000)
     else:
@@ -147,7 +147,7 @@ def test_a_loss_that_is_no_number_takes_the_other_precision_and_no_smaller_plan(
 def test_mixed_precision_does_not_win_by_speed_where_auto_prefers_fp32() -> None:
     _, request, choices = _chosen("train.precision=auto")
     assert rivals(request, choices) == []
-    preferred = replace(request, precisions=("amp", "fp32"))
+    preferred = replace(request, modes=dict(reversed(request.modes.items())))
     mixed = other_precision(request, choices[0])
     assert mixed is not None
     assert rivals(preferred, [mixed]) == []  # predicted to be far slower
