@@ -28,7 +28,7 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint_state import RunState
 from lowmem.runs.saver import Save, Saver
 from lowmem.runs.store import RunFolder
-from lowmem.train.state import capture
+from lowmem.train.replica import capture
 
 METADATA = {"arch": "benchmark"}
 

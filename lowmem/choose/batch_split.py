@@ -18,7 +18,7 @@ from typing import Any
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice, Request
 from lowmem.core.errors import Infeasible, UsageError
-from lowmem.distributed.split import even_shares, weighted_shares
+from lowmem.distributed.group import even_shares, weighted_shares
 from lowmem.plan.record import Candidate
 
 Mode = tuple[str, str]  # precision, memory format

@@ -97,8 +97,8 @@ def fork_run(
         )
     recorded = recorded_settings(source)
 
-    from lowmem.lifecycle.begin import Fork
     from lowmem.lifecycle.execute import execute
+    from lowmem.lifecycle.fork import Fork
 
     return execute(Fork(source, recorded, at, changes, path, dry_run=dry_run), observer)
 

@@ -18,10 +18,9 @@ from lowmem.config.schema import Config, known_keys
 from lowmem.config.settings import Settings
 from lowmem.core.errors import OutOfMemory, PreflightError, UsageError
 from lowmem.data import Dataset, load
-from lowmem.distributed.group import Group, join
+from lowmem.distributed.group import Group, Split, join
 from lowmem.distributed.launch import Launch
-from lowmem.distributed.split import Split
-from lowmem.lifecycle.begin import Fork, New, Resume
+from lowmem.lifecycle.begin import New, Resume
 from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.out_of_memory import classify
 from lowmem.models import build
@@ -30,9 +29,9 @@ from lowmem.step.train_step import Execution
 from lowmem.train.loop import Outcome, Trainer
 from lowmem.train.metrics import check_tensorboard
 from lowmem.train.observer import Observer
+from lowmem.train.replica import config_hash
 from lowmem.train.schedule import starts_low
 from lowmem.train.signals import StartupSignals
-from lowmem.train.state import config_hash
 from lowmem.trial.plan_trial import confirm_run, wants_confirmation
 
 
@@ -44,7 +43,7 @@ class RunResult:
     outcome: Outcome
 
 
-def execute(begin: New | Resume | Fork, observer: Observer | None = None) -> RunResult:
+def execute(begin: New | Resume, observer: Observer | None = None) -> RunResult:
     """A run from its beginning, whichever that is, to its end: by this process, or by all that torchrun has started.
 
     Raises LowmemError: UsageError and PreflightError before anything is changed, Infeasible, CorruptCheckpoint,
@@ -96,17 +95,16 @@ def _joined(launch: Launch | None, given: Mapping[str, object], source: str) -> 
     train = resolve_execution(alone.replace(wanted, source)).config.train
     with join(launch, train.device, 60 * train.peer_timeout_minutes) as group:
         versions = f"lowmem {lowmem.__version__}, torch {torch.__version__}"
-        with group.alike():
-            _require_alike(group, "devices", train.device, "give all of them --device cpu, or each a card")
-            _require_alike(group, "versions", versions, "install the same everywhere")
+        for what, value, way_out in (
+            ("devices", train.device, "give all of them --device cpu, or each a card"),
+            ("versions", versions, "install the same everywhere"),
+        ):
+            values = group.gather(value)
+            with group.alike():
+                if len(set(values)) > 1:
+                    different = "; ".join(f"process {rank}: {each}" for rank, each in enumerate(values))
+                    raise UsageError(f"the processes have different {what} ({different}): {way_out}")
         yield group
-
-
-def _require_alike(group: Group, what: str, value: str, way_out: str) -> None:
-    values = group.gather(value)
-    if len(set(values)) > 1:
-        different = "; ".join(f"process {rank}: {each}" for rank, each in enumerate(values))
-        raise UsageError(f"the processes have different {what} ({different}): {way_out}")
 
 
 def refuse_unfit(group: Group, config: Config) -> None:
@@ -126,13 +124,13 @@ def _load_data(group: Group, config: Config, observer: Observer) -> Dataset:
 
     Raises DataError, PreflightError if machines have different pictures."""
 
-    def read(turn: bool) -> Dataset | None:
-        return load(config.data, config.seed, progress=observer.data_progress) if turn else None
+    dataset: Dataset | None = None
 
-    first = group.together(lambda: read(group.local_rank == 0))
-    others = group.together(lambda: read(group.local_rank != 0))
-    dataset = first or others
-    assert dataset is not None
+    def read() -> Dataset:
+        return dataset or load(config.data, config.seed, progress=observer.data_progress)
+
+    dataset = group.together(lambda: read() if group.local_rank == 0 else None)
+    dataset = group.together(read)
     with group.alike():
         if len(set(group.gather(dataset.fingerprint))) > 1:
             raise PreflightError("the processes have different pictures: give all machines the same data")

@@ -11,14 +11,20 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lowmem.choose import resolve_execution
+from lowmem.choose.decide import batch_chosen
 from lowmem.config.schema import Config, flatten
 from lowmem.config.settings import Settings
 from lowmem.core.errors import CorruptCheckpoint, LowmemError, PreflightError, UsageError
+from lowmem.core.reading import shorten
 from lowmem.data import Dataset
-from lowmem.lifecycle.run_identity import belongs_to, most_bytes
+from lowmem.distributed.group import Group
+from lowmem.lifecycle.begin import New, Start, refuse_unusable
+from lowmem.lifecycle.run_identity import belongs_to, most_bytes, source_run
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.checkpoint import Checkpoint, disk_error
@@ -26,8 +32,10 @@ from lowmem.runs.checkpoint_state import Position
 from lowmem.runs.setup import FORKING
 from lowmem.runs.store import RunFolder
 from lowmem.runs.view import RunView
-from lowmem.train.schedule import RateCurve, rate_curve, side_by_side, starts_low
-from lowmem.train.state import config_hash
+from lowmem.train.loop import Trainer
+from lowmem.train.observer import Observer
+from lowmem.train.replica import config_hash
+from lowmem.train.schedule import rate_curve, scaled_milestones, side_by_side, starts_low
 
 _AT = re.compile(r"([0-9]{1,15})|step:([0-9]{1,15})|last")
 Changes = Mapping[str, tuple[object, object]]
@@ -35,6 +43,48 @@ _SCHEDULE = ("schedule.milestones", "schedule.reference_epochs")
 # What decides which picture comes when.
 _ORDER = ("seed", "train.batch", "data.train_subset", "data.val_split")
 _PICTURES = ("seed", "data.source", "data.root", "data.train_subset", "data.val_split")
+
+
+class Fork(New):
+    """A new run that begins with an old one's checkpoint. `recorded`: the old one's settings."""
+
+    def __init__(
+        self,
+        source: Path,
+        recorded: Settings,
+        at: int | str,
+        changes: Mapping[str, object],
+        path: Path,
+        *,
+        dry_run: bool = False,
+    ) -> None:
+        super().__init__(recorded, path, dry_run=dry_run)
+        self.given, self.source = changes, f"fork of {shorten(source.name)}"
+        self._run, self._recorded, self._at, self._begun = source, recorded, at, batch_chosen(recorded)
+
+    def after_restart(self, group: Group, observer: Observer) -> Fork:
+        return self
+
+    def open(self, group: Group, observer: Observer, stack: ExitStack) -> Start:
+        """Raises UsageError if nothing changes, the network would, or there is no such checkpoint."""
+        settings = resolve_execution(changed(self._begun, self.given, self.source))
+        changes = check(self._begun.config, settings.config)
+        self._point = find(self._run, self._recorded.config, self._at)
+        refuse_place(self._point, settings.config, changes)
+        refuse_unusable(self.path)
+        return Start(settings, source_run(self._run, self._recorded.config, observer))
+
+    def checkpoint(self, start: Start, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
+        changes = check(self._begun.config, settings.config)
+        self._carried = CarriedOver(self._point, settings.config, changes, dataset)
+        for line in self._carried.explain():
+            observer.note(line)
+        for line in self._carried.warnings():
+            observer.warning(line)
+        return self._carried.saved
+
+    def _write_first(self, trainer: Trainer, keep: int, folder: RunFolder) -> None:
+        self._carried.write(folder, keep)
 
 
 @dataclass(frozen=True)
@@ -79,8 +129,7 @@ def find(run: Path, config: Config, at: int | str) -> ForkPoint:
         except CorruptCheckpoint as error:
             damaged.append(str(error))
             continue
-        skipped = (*elsewhere, *damaged) if at == "last" else ()
-        return ForkPoint(run, config, saved, position, others, skipped)
+        return ForkPoint(run, config, saved, position, others, (*elsewhere, *damaged) if at == "last" else ())
     what = f" of step {step}" if step is not None else f" of the end of epoch {epoch}" if epoch is not None else ""
     reasons = f" (damaged: {'; '.join((*damaged, *elsewhere))})" if damaged or elsewhere else ""
     text = f"{run} has no usable checkpoint{what}: {others}{reasons}; "
@@ -98,10 +147,8 @@ def changed(recorded: Settings, values: Mapping[str, object], why: str) -> Setti
     epochs, old = values.get("train.epochs"), recorded.config
     asked = any(key in values for key in _SCHEDULE)
     if type(epochs) is int and epochs > 0 and epochs != old.train.epochs and not asked:
-        # The products are those of `milestone_steps`: not a step is off.
-        scale = old.train.epochs / old.schedule.reference_epochs
-        milestones = [milestone * scale for milestone in old.schedule.milestones]
-        recorded = recorded.replace(dict(zip(_SCHEDULE, (milestones, epochs), strict=True)), f"{why}, as it was")
+        where = dict(zip(_SCHEDULE, (scaled_milestones(old), epochs), strict=True))
+        recorded = recorded.replace(where, f"{why}, as it was")
     return recorded.replace(values, why)
 
 
@@ -130,13 +177,12 @@ def check(old: Config, new: Config) -> Changes:
 def refuse_place(source: ForkPoint, new: Config, changes: Changes, *, same_pictures: bool = True) -> None:
     """Raises UsageError if the new run would already be over, or if, in the middle of an epoch, other pictures would
     come than were still to come."""
-    run = source.saved.state["run"]
+    run, stop = source.saved.state["run"], new.train.max_steps
     if run["epoch"] >= new.train.epochs:
         raise UsageError(
             f"the fork is at epoch {run['epoch']} and would end at {new.train.epochs}: ask for more with "
             f"--set train.epochs={run['epoch'] + source.config.train.epochs}"
         )
-    stop = new.train.max_steps
     if stop is not None and run["step"] >= stop:
         raise UsageError(
             f"the fork is at step {run['step']} and would stop at train.max_steps = {stop}: add --set "
@@ -152,166 +198,138 @@ def refuse_place(source: ForkPoint, new: Config, changes: Changes, *, same_pictu
         )
 
 
-def carry_over(source: ForkPoint, new: Config, changes: Changes, dataset: Dataset) -> Checkpoint:
-    """The checkpoint as the new run's own: its identity, and its step counted in the new run's batches. `new`: as they
-    were decided, since by these the new run knows its checkpoints.
+# -- what is carried over ----------------------------------------------------------------------------------------------
 
-    Raises UsageError as `refuse_place` does, and for data with another number of classes.
-    """
-    refuse_place(source, new, changes, same_pictures=_same_pictures(source, dataset))
-    saved, run = source.saved, dict(source.saved.state["run"])
-    classes = saved.model["linear.bias"].shape[0]
-    if classes != len(dataset.classes):
-        raise UsageError(
-            f"{dataset.name} has {len(dataset.classes)} classes, the network tells {classes} apart: a fork keeps them"
+
+class CarriedOver:
+    """A checkpoint as the new run's own (`saved`): with its identity, and its step counted in the new run's batches.
+    `new`: settings as they were decided, since by these the new run knows its checkpoints."""
+
+    def __init__(self, source: ForkPoint, new: Config, changes: Changes, dataset: Dataset) -> None:
+        """Raises UsageError as `refuse_place` does, and for data with another number of classes."""
+        self._source, self._new, self._changes, self._dataset = source, new, changes, dataset
+        old = source.saved
+        self._same_pictures = bool(old.state["identity"].get("data") == dataset.fingerprint)
+        refuse_place(source, new, changes, same_pictures=self._same_pictures)
+        classes = old.model["linear.bias"].shape[0]
+        if classes != len(dataset.classes):
+            raise UsageError(
+                f"{dataset.name} has {len(dataset.classes)} classes, the network tells {classes} apart: a fork keeps "
+                "them"
+            )
+        self._steps = -(-len(dataset.train.labels) // new.train.batch)  # an epoch, the last, smaller batch included
+        run = dict(old.state["run"])
+        if not source.mid_epoch:
+            # The learning rate follows the step: with another batch or subset an epoch has another number of them.
+            run["step"] = run["epoch"] * self._steps
+        # The old run's best was chosen under other settings, perhaps on other pictures, and its weights are not here.
+        # Whether the run gets anywhere is a new question. What going back has made of its rate stays, unless there is
+        # another to begin with.
+        run |= {"best": None, "rollbacks": 0, "exploded_losses": 0, "chance_epochs": 0, "told_stuck": False}
+        if "optim.lr" in changes:
+            run["lr_scale"] = 1.0
+        run["low_start"] = bool(run.get("low_start")) and starts_low(new)
+        identity = {"settings": config_hash(new), "data": dataset.fingerprint}
+        self.saved = replace(old, step=run["step"], state={"run": run, "identity": identity})
+        # The rate from the fork on, as it would have been and as it is. The old run's steps an epoch follow from where
+        # its checkpoint is.
+        at, low = source.position, bool(old.state["run"].get("low_start"))
+        old_steps = (at.step - at.step_in_epoch) // at.epoch if at.epoch else self._steps
+        self._rates = (
+            rate_curve(source.config, old_steps, at.step, low_start=low, scale=_scale(old)),
+            rate_curve(new, self._steps, run["step"], low_start=run["low_start"], scale=_scale(self.saved)),
         )
-    if not source.mid_epoch:
-        # The learning rate follows the step: with another batch or subset an epoch has another number of them.
-        run["step"] = run["epoch"] * steps_per_epoch(new, dataset)
-    # The old run's best was chosen under other settings, perhaps on other pictures, and its weights are not here.
-    run["best"] = None
-    # Whether the run gets anywhere is a new question. What going back has made of its rate stays, unless there is
-    # another to begin with.
-    run |= {"rollbacks": 0, "exploded_losses": 0, "chance_epochs": 0, "told_stuck": False}
-    if "optim.lr" in changes:
-        run["lr_scale"] = 1.0
-    run["low_start"] = bool(run.get("low_start")) and starts_low(new)
-    identity = {"settings": config_hash(new), "data": dataset.fingerprint}
-    return replace(saved, step=run["step"], state={"run": run, "identity": identity})
 
+    def explain(self) -> list[str]:
+        """What changes, what does not, and the learning rate before and after, in lines."""
+        source, at, old, new = self._source, self._source.position, self._source.config, self._new
+        place = f"step {at.step}, in epoch {at.epoch + 1}" if source.mid_epoch else f"the end of epoch {at.epoch}"
+        lines = [f"a fork of {source.run} from {place} ({at.path.name}); {source.run} stays as it is"]
+        milestones = scaled_milestones(old)
+        stays = "train.epochs" in self._changes and milestones == scaled_milestones(new)
+        for key, (before, after) in self._changes.items():
+            if not (stays and key in _SCHEDULE):
+                lines.append(f"{key}: {before!r} -> {after!r}")
+        if stays:
+            listed = " and ".join(f"{milestone:.5g}" for milestone in milestones)
+            epochs = f"epoch{'s' * (len(milestones) > 1)} {listed}" if milestones else "none"
+            lines.append(
+                f"the schedule stays where it was, milestones at {epochs}: for one scaled to {new.train.epochs} "
+                f"epochs, `lowmem fork` with --set schedule.reference_epochs={old.schedule.reference_epochs} too"
+            )
+        if source.mid_epoch:
+            lines.append(
+                f"epoch {at.epoch + 1} goes on after {at.step_in_epoch} of its {self._steps} steps with the pictures "
+                "that were still to come; its row will be of both settings"
+            )
+        lines += ["best weights are chosen anew, from here on", *side_by_side(*self._rates)]
+        if (scale := _scale(source.saved)) != 1.0:
+            stays_words = "so is the fork (--set optim.lr=… begins with a rate of its own)"
+            now = stays_words if _scale(self.saved) == scale else f"the fork begins with {new.optim.lr:g}"
+            lines.append(f"{source.run} went back from a broken loss and is at {scale:g} of its learning rate: {now}")
+        if self.saved.state["run"]["low_start"]:
+            rate, until = new.schedule.low_start_lr, new.schedule.low_start_until_error_pct
+            lines.append(f"the low start is on: {rate:g} until the training error is under {until:g} %")
+        return lines
 
-def _same_pictures(source: ForkPoint, dataset: Dataset) -> bool:
-    return bool(source.saved.state["identity"].get("data") == dataset.fingerprint)
+    def warnings(self) -> list[str]:
+        """What may be meant otherwise."""
+        found = [f"skipped a damaged checkpoint: {reason}" for reason in self._source.skipped]
+        asked = [key for key in _PICTURES if key in self._changes]
+        if not self._same_pictures and not asked and "data.test_subset" not in self._changes:
+            run = self._source.run
+            found.append(f"the pictures are not those that {run} was trained on, though no setting of them changes")
+        if self._dataset.val is not None and asked:
+            found.append(
+                f"{asked[0]} changes which pictures are held back: the weights have been trained on some of them, so "
+                "the validation error will look too good"
+            )
+        return found
 
+    def write(self, out: RunFolder, keep: int) -> None:
+        """Puts rows, picture and checkpoint into the new folder, the checkpoint last. The old run's files are only
+        read. Raises DiskError."""
+        at, old_steps_file = self._source.position, self._source.run / "steps.csv"
+        (out.path / FORKING).touch()
+        out.copy_metrics(self._source.run, epoch=at.epoch)
+        if self.saved.step == at.step and old_steps_file.is_file():
+            # Counted in the same steps. With others the old ones would stand among the new.
+            try:
+                shutil.copyfile(old_steps_file, out.steps_file)
+            except OSError as error:
+                raise disk_error(error, out.steps_file) from error
+            out.cut_back(epoch=at.epoch, step=at.step)
+        self._draw(out)
+        checkpoints.save(out.checkpoints, self.saved, keep=keep)
+        (out.path / FORKING).unlink()
+        out.event("fork", source=self._source.run.name, checkpoint=at.path.name, epoch=at.epoch, step=self.saved.step)
 
-def steps_per_epoch(config: Config, dataset: Dataset) -> int:
-    """Optimizer steps an epoch, the last, smaller batch included."""
-    return -(-len(dataset.train.labels) // config.train.batch)
-
-
-# -- in words ----------------------------------------------------------------------------------------------------------
-
-
-def _rates(source: ForkPoint, new: Config, carried: Checkpoint, steps: int) -> tuple[RateCurve, RateCurve]:
-    """The learning rate from the fork on, as it would have been and as it is. `steps`: of an epoch of the new run.
-    Those of the old one follow from where its checkpoint is."""
-    at, low_start = source.position, bool(source.saved.state["run"].get("low_start"))
-    old_steps = (at.step - at.step_in_epoch) // at.epoch if at.epoch else steps
-    return (
-        rate_curve(source.config, old_steps, at.step, low_start=low_start, scale=_scale(source.saved)),
-        rate_curve(new, steps, carried.step, low_start=carried.state["run"]["low_start"], scale=_scale(carried)),
-    )
+    def _draw(self, out: RunFolder) -> None:
+        """report/learning_rate.png."""
+        try:
+            from lowmem.report.figures import draw_rate_curve  # matplotlib
+        except ImportError as error:
+            raise PreflightError(f"the fork's picture cannot be drawn ({error}): install matplotlib with pip") from None
+        try:
+            rows = RunView(self._source.run).epochs
+        except LowmemError:
+            rows = ()  # the rows of the fork itself have been read by now; this is only the picture
+        last, fork_at = self._source.position.epoch, self.saved.step / self._steps
+        past = [(row.epoch - 1, row.lr) for row in rows if row.lr is not None and row.epoch <= last]
+        before, after = (_to_the_end(curve.points, curve.end) for curve in self._rates)
+        title = f"Learning rate of {out.path.name}, a fork of {self._source.run.name}"
+        png = draw_rate_curve(title, _to_the_end(past, fork_at), before, after, fork_at)
+        path = out.path / "report" / "learning_rate.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_bytes_atomic(path, png)
+        except OSError as error:
+            raise disk_error(error, path) from error
 
 
 def _scale(saved: Checkpoint) -> float:
     """What going back from a broken loss has made of the learning rate."""
     return float(saved.state["run"].get("lr_scale", 1.0))
-
-
-def explain(source: ForkPoint, new: Config, changes: Changes, carried: Checkpoint, dataset: Dataset) -> list[str]:
-    """What changes, what does not, and the learning rate before and after, in lines."""
-    at, old, steps = source.position, source.config, steps_per_epoch(new, dataset)
-    place = f"step {at.step}, in epoch {at.epoch + 1}" if source.mid_epoch else f"the end of epoch {at.epoch}"
-    lines = [f"a fork of {source.run} from {place} ({at.path.name}); {source.run} stays as it is"]
-    stays = "train.epochs" in changes and (_milestones(old) == _milestones(new))
-    for key, (before, after) in changes.items():
-        if not (stays and key in _SCHEDULE):
-            lines.append(f"{key}: {before!r} -> {after!r}")
-    if stays:
-        lines.append(
-            f"the schedule stays where it was, milestones at {_list_epochs(_milestones(old))}: for one scaled to "
-            f"{new.train.epochs} epochs, `lowmem fork` with --set schedule.reference_epochs="
-            f"{old.schedule.reference_epochs} too"
-        )
-    if source.mid_epoch:
-        lines.append(
-            f"epoch {at.epoch + 1} goes on after {at.step_in_epoch} of its {steps} steps with the pictures that were "
-            "still to come; its row will be of both settings"
-        )
-    lines.append("best weights are chosen anew, from here on")
-    lines += side_by_side(*_rates(source, new, carried, steps))
-    if (scale := _scale(source.saved)) != 1.0:
-        stays_words = "so is the fork (--set optim.lr=… begins with a rate of its own)"
-        now = stays_words if _scale(carried) == scale else f"the fork begins with {new.optim.lr:g}"
-        lines.append(f"{source.run} went back from a broken loss and is at {scale:g} of its learning rate: {now}")
-    if carried.state["run"]["low_start"]:
-        schedule = new.schedule
-        until = schedule.low_start_until_error_pct
-        lines.append(f"the low start is on: {schedule.low_start_lr:g} until the training error is under {until:g} %")
-    return lines
-
-
-def warnings(source: ForkPoint, changes: Changes, dataset: Dataset) -> list[str]:
-    """What may be meant otherwise."""
-    found = [f"skipped a damaged checkpoint: {reason}" for reason in source.skipped]
-    asked = [key for key in _PICTURES if key in changes]
-    if not _same_pictures(source, dataset) and not asked and "data.test_subset" not in changes:
-        found.append(f"the pictures are not those that {source.run} was trained on, though no setting of them changes")
-    if dataset.val is not None and asked:
-        found.append(
-            f"{asked[0]} changes which pictures are held back: the weights have been trained on some of them, so the "
-            "validation error will look too good"
-        )
-    return found
-
-
-def _milestones(config: Config) -> list[float]:
-    scale = config.train.epochs / config.schedule.reference_epochs
-    return [milestone * scale for milestone in config.schedule.milestones]
-
-
-def _list_epochs(milestones: list[float]) -> str:
-    listed = [f"{milestone:.5g}" for milestone in milestones]
-    return f"epoch {listed[0]}" if len(listed) == 1 else f"epochs {' and '.join(listed)}" if listed else "none"
-
-
-# -- on disk -----------------------------------------------------------------------------------------------------------
-
-
-def write(source: ForkPoint, carried: Checkpoint, settings: Settings, out: RunFolder, dataset: Dataset) -> None:
-    """Puts rows, picture and checkpoint into the new folder, the checkpoint last. The old run's files are only read.
-
-    Raises DiskError.
-    """
-    at, steps = source.position, steps_per_epoch(settings.config, dataset)
-    (out.path / FORKING).touch()
-    out.copy_metrics(source.run, epoch=at.epoch)
-    if carried.step == at.step and (source.run / "steps.csv").is_file():
-        # Counted in the same steps. With others the old ones would stand among the new.
-        try:
-            shutil.copyfile(source.run / "steps.csv", out.steps_file)
-        except OSError as error:
-            raise disk_error(error, out.steps_file) from error
-        out.cut_back(epoch=at.epoch, step=at.step)
-    _draw(source, _rates(source, settings.config, carried, steps), carried.step / steps, out)
-    checkpoints.save(out.checkpoints, carried, keep=settings.config.checkpoint.keep)
-    (out.path / FORKING).unlink()
-    out.event("fork", source=source.run.name, checkpoint=at.path.name, epoch=at.epoch, step=carried.step)
-
-
-def _draw(source: ForkPoint, curves: tuple[RateCurve, RateCurve], fork_at: float, out: RunFolder) -> None:
-    """report/learning_rate.png; `fork_at`: epochs done."""
-    try:
-        from lowmem.report.figures import draw_rate_curve  # matplotlib
-    except ImportError as error:
-        raise PreflightError(f"the fork's picture cannot be drawn ({error}): install matplotlib with pip") from None
-    past: list[tuple[float, float]] = []
-    try:
-        rows = RunView(source.run).epochs
-    except LowmemError:
-        rows = ()  # the rows of the fork itself have been read by now; this is only the picture
-    for row in rows:
-        if row.lr is not None and row.epoch <= source.position.epoch:
-            past.append((row.epoch - 1, row.lr))
-    before, after = (_to_the_end(curve.points, curve.end) for curve in curves)
-    title = f"Learning rate of {out.path.name}, a fork of {source.run.name}"
-    png = draw_rate_curve(title, _to_the_end(past, fork_at), before, after, fork_at)
-    path = out.path / "report" / "learning_rate.png"
-    try:
-        path.parent.mkdir(exist_ok=True)
-        write_bytes_atomic(path, png)
-    except OSError as error:
-        raise disk_error(error, path) from error
 
 
 def _to_the_end(points: Sequence[tuple[float, float]], end: float) -> list[tuple[float, float]]:

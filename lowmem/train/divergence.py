@@ -28,8 +28,7 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.checkpoint_state import RunState
 from lowmem.runs.store import RunFolder
-from lowmem.train.replica import Replica
-from lowmem.train.state import share_checkpoint
+from lowmem.train.replica import Replica, share_checkpoint
 from lowmem.train.watchers import Act, Verdict
 
 MOST_ROLLBACKS = 3

@@ -42,9 +42,9 @@ from lowmem.runs.tables import cut_table
 from lowmem.runs.view import read_run
 from lowmem.runs.watch import Watched
 from lowmem.step.train_step import Execution, make_optimizer, make_scaler
+from lowmem.train.replica import config_hash, restore
 from lowmem.train.schedule import learning_rate
 from lowmem.train.stall import measured_weights
-from lowmem.train.state import config_hash, restore
 from tests.faults.fuzzing import ANY, JSON, TENSORS, Mutation, Reader, rehash, replace_in_json
 from tests.tiny import copy_run
 
@@ -352,9 +352,8 @@ def _forked(run: Path, work: Path) -> list[Reader]:
 
     def read() -> object:
         found = fork.find(copy, settings.config, "step:7")
-        carried = fork.carry_over(found, new.config, differing, dataset)
-        words = fork.explain(found, new.config, differing, carried, dataset)
-        return words, fork.warnings(found, differing, dataset)
+        carried = fork.CarriedOver(found, new.config, differing, dataset)
+        return carried.explain(), carried.warnings()
 
     return [Reader("state.json, for a fork", file.read_bytes(), _instead(file, read, fits=True), JSON)]
 

@@ -16,7 +16,7 @@ from lowmem.remat import apply_plan, stage_names
 from lowmem.runs.checkpoint_state import RunState
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.step.undo import Undo
-from lowmem.train.state import capture
+from lowmem.train.replica import capture
 
 
 def _without_batch_norm() -> nn.Module:

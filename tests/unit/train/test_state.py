@@ -7,7 +7,7 @@ import torch
 
 from lowmem.models import build
 from lowmem.runs.checkpoint_state import RunState
-from lowmem.train.state import capture, cpu_copy
+from lowmem.train.replica import capture, cpu_copy
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
