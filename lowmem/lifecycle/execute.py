@@ -25,9 +25,9 @@ from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.out_of_memory import classify
 from lowmem.models import build
 from lowmem.remat.libraries import prepare_libraries
+from lowmem.runs.event_files import require_tensorboard
 from lowmem.step.train_step import Execution
 from lowmem.train.loop import Outcome, Trainer
-from lowmem.train.metrics import check_tensorboard
 from lowmem.train.observer import Observer
 from lowmem.train.replica import config_hash
 from lowmem.train.schedule import starts_low
@@ -110,7 +110,8 @@ def _joined(launch: Launch | None, given: Mapping[str, object], source: str) -> 
 def refuse_unfit(group: Group, config: Config) -> None:
     """What takes no time to refuse. Raises PreflightError, UsageError. The libraries are set for all that follows."""
     require_device(config.train.device)
-    check_tensorboard(config)
+    if config.train.tensorboard:
+        require_tensorboard()
     if group.size > config.train.batch:
         raise UsageError(
             f"a batch of {config.train.batch} cannot be split over {group.size} processes: raise --batch, or start "

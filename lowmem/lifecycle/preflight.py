@@ -32,8 +32,8 @@ from lowmem.runs.view import read_run
 from lowmem.step.evaluate import Score
 from lowmem.step.undo import Before, Undo
 from lowmem.train.loop import Trainer
+from lowmem.train.metrics import GradientNorms, default_every
 from lowmem.train.oom_fallback import OomFallback, memory_words
-from lowmem.train.stall import GradientNorms, default_every
 
 _QUICK_SECONDS = 10.0  # what takes longer is not run a second time for a better measurement
 OUTPUTS = "settings, checkpoint, weights, metrics, gradients, events and report"

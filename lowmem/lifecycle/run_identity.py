@@ -24,9 +24,9 @@ from lowmem.runs.setup import never_began
 from lowmem.runs.store import PLAN, RunFolder, plan_file
 from lowmem.runs.verify import Belonging, Verified, verify_run
 from lowmem.runs.view import RunView, recorded_settings
+from lowmem.train.metrics import measured_weights
 from lowmem.train.observer import Observer
 from lowmem.train.replica import check_belongs, config_hash
-from lowmem.train.stall import measured_weights
 
 Shape = tuple[int | None, ...]
 _CLASSES = ("linear.weight", "linear.bias")

@@ -21,8 +21,8 @@ from lowmem.plan.record import Plan
 from lowmem.reproduce.job import Job
 from lowmem.reproduce.progress import Standing
 from lowmem.runs.setup import kept_epochs, rows_bytes, run_bytes
+from lowmem.train.metrics import default_every, measured_weights
 from lowmem.train.observer import Observer
-from lowmem.train.stall import default_every, measured_weights
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,17 @@ from lowmem.core.errors import Interrupted, PeerLost, Stuck
 from lowmem.data import Pictures
 from lowmem.measure.out_of_memory import Failure
 from lowmem.runs.checkpoint_state import RunState
+from lowmem.runs.event_files import EventFiles
 from lowmem.runs.saver import NullSaver, Save, Saver
 from lowmem.runs.store import NullFolder, RunFolder
 from lowmem.step.evaluate import Score, Sums
 from lowmem.step.undo import Undo
-from lowmem.train.divergence import Divergence, roll_back
+from lowmem.train.loss_watchers import Chance, Divergence, Stall, roll_back, way_out
 from lowmem.train.metrics import Metrics, exporting
 from lowmem.train.oom_fallback import OomFallback
 from lowmem.train.replica import Replica
 from lowmem.train.schedule import next_low_start
 from lowmem.train.signals import StopSignals
-from lowmem.train.stall import Chance, Stall, way_out
 from lowmem.train.watchers import MAX_STEPS, STALLED, Act, CheckpointInterval, PlanCheck, Verdict, strongest
 
 
@@ -48,9 +48,11 @@ class Trainer(Replica):
         OutOfMemory, Diverged, Stuck, DiskError, PeerLost."""
         kept, observer = self.config.checkpoint, self.observer
         saver: Saver = NullSaver()
+        files = None
         if not isinstance(folder, NullFolder):
             saver = Saver(folder, keep=kept.keep, keep_every=kept.keep_every, warn=observer.warning, note=observer.note)
-        with StopSignals() as signals, exporting(self, folder) as export, saver:
+            files = EventFiles(folder.path) if self.config.train.tensorboard else None
+        with StopSignals() as signals, exporting(files, observer.warning) as export, saver:
             return Loop(self, folder, signals, saver, export).run()
 
 
@@ -61,8 +63,7 @@ class Loop:
         self, replica: Replica, folder: RunFolder, signals: StopSignals, saver: Saver, export: Callable[[], None]
     ) -> None:
         config = replica.config.train
-        self.t, self.folder, self.signals, self.saver = replica, folder, signals, saver
-        self.export = export
+        self.t, self.folder, self.signals, self.saver, self.export = replica, folder, signals, saver, export
         self.exports: dict[str, dict[str, str]] = {}  # weights to be written with the next save: name -> metadata
         chance = Chance.of(replica.dataset.train.labels)
         self.stall = Stall(chance, replica.batches.steps_per_epoch, stop=config.on_stuck == "stop")
@@ -71,8 +72,6 @@ class Loop:
         self.interval = CheckpointInterval(replica.config.checkpoint, saver, replica.state.step)
         self.metrics = Metrics(replica, folder)
         self._take_state()
-        if replica.step.joint is not None:
-            replica.step.joint.verdict = lambda: self._look(self.state.step + 1).code
 
     def _take_state(self) -> None:
         """Begins with the replica's state: at the start, and after going back to a checkpoint."""
@@ -90,14 +89,17 @@ class Loop:
 
     def run(self) -> Outcome:
         """As `Trainer.run`."""
+        joint = self.t.step.joint
+        if joint is not None:
+            joint.verdict = lambda: self._look(self.state.step + 1).code
         try:
             with self.t.group.alike():
                 return self.train()
         except PeerLost as lost:
             raise self._left_alone(lost) from None
         finally:
-            if self.t.step.joint is not None:
-                self.t.step.joint.verdict = int
+            if joint is not None:
+                joint.verdict = int
 
     def train(self) -> Outcome:
         """The loop. An epoch whose steps are done is evaluated, also by the process that goes on from there."""
@@ -113,7 +115,7 @@ class Loop:
                     self._roll_back(verdict.why)
                 case Act.LEAVE:
                     return self._leave(verdict.why)
-        self._conclude("done", epoch=self.state.epoch, step=self.state.step)
+        self._finish("done", epoch=self.state.epoch, step=self.state.step)
         return Outcome(True, self.state)
 
     # -- verdicts ------------------------------------------------------------------------------------------------------
@@ -220,10 +222,7 @@ class Loop:
         error_pct = row["train_error_pct"]
         stalled = self.stall.look(state, epoch=row["epoch"], loss=row["train_loss"], error_pct=error_pct)
         state.low_start = next_low_start(t.config, state.low_start, error_pct)
-        state.epoch += 1
-        chosen_on, score = ("test", test) if val is None else ("val", val)
-        self.exports |= self.metrics.note_score(score.error_pct, chosen_on)
-        self.metrics.end_epoch(row)
+        self.exports |= self.metrics.end_epoch(row)
         self._save()
         t.observer.epoch(row, t.config.train.epochs)
         self.export()
@@ -260,7 +259,7 @@ class Loop:
     # -- acts ----------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Hands over what the run is now, whose loss is sound; `_conclude` waits until it is on disk."""
+        """Hands over what the run is now, whose loss is sound; `_finish` waits until it is on disk."""
         position = (self.state.epoch, self.state.step)
         if self.saved_at == position:
             return
@@ -296,30 +295,28 @@ class Loop:
         if why == STALLED:
             evidence = self.stall.evidence
             assert evidence is not None
-            self._conclude("stuck", **vars(evidence), layers=self.metrics.norms.ends(), stopped=True)
+            self._finish("stuck", **vars(evidence), layers=self.metrics.norms.ends(), stopped=True)
             instead = f"{way_out(self.t.config.model.arch)}, or go on with `lowmem resume {run} --on-stuck warn`"
             raise Stuck(f"{evidence.words}; stopped as asked, saved at epoch {state.epoch}: {instead}")
         if why == MAX_STEPS:
             self._save()
-            self._conclude("stop", reason=MAX_STEPS, step=state.step)
+            self._finish("stop", reason=MAX_STEPS, step=state.step)
             asked = f"{MAX_STEPS} = {self.t.config.train.max_steps}"
             self.t.observer.note(f"stopped after {state.step} steps as asked ({asked})")
             return Outcome(False, state)
         name = self.signals.requested = self.signals.requested or why
         self._save()
-        self._conclude("signal", signal=name, epoch=state.epoch, step=state.step)
+        self._finish("signal", signal=name, epoch=state.epoch, step=state.step)
         saved = f"saved at epoch {state.epoch + 1}, step {state.step}; go on with `lowmem resume {run}`"
         raise Interrupted(f"{name}: {saved}", self.signals.exit_code)
 
-    def _conclude(self, event: str, **fields: object) -> None:
-        """The last words of a run, once everything before them is on disk. Raises DiskError if it cannot be."""
+    def _finish(self, last_event: str | None = None, **fields: object) -> None:
+        """Until everything is on disk, and then a run's last words. Nobody leaves before that: a process that ends
+        takes the others down. Raises DiskError."""
         self.saver.finish(self.signals.came)
-        self.folder.event(event, **fields)
-        self._finish()
-
-    def _finish(self) -> None:
-        """Until everything is on disk. Nobody leaves before that: a process that ends takes the others down."""
-        self.saver.finish(self.signals.came)
+        if last_event is not None:
+            self.folder.event(last_event, **fields)
+            self.saver.finish(self.signals.came)
         self.t.group.most([0])
 
     def _give_up(self, failure: Failure) -> NoReturn:

@@ -42,9 +42,9 @@ from lowmem.runs.tables import cut_table
 from lowmem.runs.view import read_run
 from lowmem.runs.watch import Watched
 from lowmem.step.train_step import Execution, make_optimizer, make_scaler
+from lowmem.train.metrics import measured_weights
 from lowmem.train.replica import config_hash, restore
 from lowmem.train.schedule import learning_rate
-from lowmem.train.stall import measured_weights
 from tests.faults.fuzzing import ANY, JSON, TENSORS, Mutation, Reader, rehash, replace_in_json
 from tests.tiny import copy_run
 

@@ -8,7 +8,7 @@ import torch
 from lowmem.config.schema import OptimConfig
 from lowmem.models import build
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
-from lowmem.train.stall import GradientNorms
+from lowmem.train.metrics import GradientNorms
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,7 +15,7 @@ from lowmem.plan.policy import LEAN, SAVE_ALL, uniform
 from lowmem.remat import apply_plan, stage_names
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.step.undo import Undo
-from lowmem.train.stall import GradientNorms, default_every
+from lowmem.train.metrics import GradientNorms, default_every
 
 FP32 = Execution("cpu", "fp32", "contiguous")
 
