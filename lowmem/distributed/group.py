@@ -59,7 +59,7 @@ def weighted_shares(batch: int, speeds: tuple[float, ...]) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class Split:
     """The effective batch is the sum of `shares`, one for each process; a share may be 0. `micro_batches`: how many
-    pictures each takes at a time."""
+    pictures each takes at a time, by default its share."""
 
     shares: tuple[int, ...]
     rank: int = 0
@@ -93,8 +93,7 @@ class Split:
 
 
 class _Done:
-    def wait(self) -> None:
-        """Nothing to wait for."""
+    def wait(self) -> None: ...
 
 
 class Group:
@@ -158,8 +157,8 @@ class Group:
 
 
 class _Processes(Group):
-    """Several. `small` and `norms` are groups of the same processes with connections of their own: what is said at the
-    same time in two of them cannot be mistaken."""
+    """Several. `small` and `norms` are groups of the same processes with connections of their own, so that what is said
+    at the same time in two of them is not mistaken."""
 
     alone = False
 
@@ -261,12 +260,9 @@ def _peers() -> Iterator[None]:
 
 
 def meet(store: dist.Store, launch: Launch, timeout: timedelta) -> dist.Store:
-    """A part of the store that only this start of the processes uses.
-
-    torchrun keeps its store when it starts them again, and with it the addresses of those that are dead: whoever looks
-    there before the new ones are written connects to nobody. So every process asks under a name that was never used,
-    and rank 0 answers it with the name of what is common. Raises RuntimeError if somebody does not come.
-    """
+    """A part of the store that only this start of the processes uses: torchrun keeps its store when it starts them
+    again, and with it the addresses of those that are dead. So every process asks under a name that was never used, and
+    rank 0 answers it with the name of what is common. Raises RuntimeError if somebody does not come."""
     if launch.rank > 0:
         mine = uuid.uuid4().hex
         store.set(f"lowmem/hello/{launch.rank}", mine)
@@ -290,11 +286,8 @@ def meet(store: dist.Store, launch: Launch, timeout: timedelta) -> dist.Store:
 
 @contextmanager
 def join(launch: Launch | None, device: str, timeout_seconds: float) -> Iterator[Group]:
-    """The group that this process belongs to, for as long as the context lasts.
-
-    `timeout_seconds`: after which a process that does not answer is given up. Raises PeerLost if the others do not
-    come.
-    """
+    """The group that this process belongs to. `timeout_seconds`: after which a process that does not answer is given
+    up. Raises PeerLost if the others do not come."""
     if launch is None or launch.size == 1:
         alone = Group()
         alone.restarts = 0 if launch is None else launch.restarts

@@ -74,7 +74,7 @@ class New:
         group.lead(lambda: refuse_unusable(self.path), None)
         return Start(self._wanted)
 
-    def checkpoint(self, start: Start, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint | None:
+    def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint | None:
         """What the trainer goes on from, under the settings that were decided."""
         return None
 
@@ -152,11 +152,11 @@ class Resume:
             folder.checkpoints, belongs_to(config), most_bytes(config)
         )
         for reason in self._skipped.values():
-            observer.warning(f"skipped a damaged checkpoint: {reason}")
-            folder.event("warning", what="checkpoint skipped", reason=reason)
+            said = f"skipped a damaged checkpoint: {reason}"
+            observer.recorded_warning(folder, said, what="checkpoint skipped", reason=reason)
         return saved, where
 
-    def checkpoint(self, start: Start, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
+    def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
         return self._saved
 
     def folder(self, group: Group, start: Start, settings: Settings, stack: ExitStack) -> RunFolder:
@@ -178,17 +178,14 @@ class Resume:
             keeping = {"checkpoint.keep": kept.keep, "checkpoint.keep_every": kept.keep_every}
             group.lead(lambda: folder.write_config(to_yaml(self._recorded.replace(keeping, "resume"))), None)
         for damage in group.lead(lambda: folder.cut_back(epoch=state.epoch, step=state.step), list[str]()):
-            observer.warning(damage)
-            folder.event("warning", what="rows lost", reason=damage)
+            observer.recorded_warning(folder, damage, what="rows lost", reason=damage)
         environment = describe(config.train.device) | {"processes": group.size}
         steps = {"epoch": state.epoch, "step": state.step, "steps_per_epoch": trainer.batches.steps_per_epoch}
         folder.event("resume", checkpoint=self._where.name, **steps, **environment)
         if different := group.lead(lambda: elsewhere(RunView(self.path).env, environment), None):
             observer.note(different)
         if state.processes != group.size:
-            warning = _describe_processes(state.processes, group, config)
-            observer.warning(warning)
-            folder.event("warning", what=warning)
+            observer.recorded_warning(folder, _describe_processes(state.processes, group, config))
         if state.epoch >= config.train.epochs:
             observer.note(f"{self.path} is finished: all {state.epoch} epochs are done")
         else:

@@ -49,8 +49,9 @@ def execute(begin: New | Resume, observer: Observer | None = None) -> RunResult:
     Raises LowmemError: UsageError and PreflightError before anything is changed, Infeasible, CorruptCheckpoint,
     OutOfMemory, Diverged, DiskError, PeerLost, and Interrupted after a signal, with everything saved.
     """
-    launch, observer = _launched(observer, str(begin.given.get("train.device", "auto")))
-    with StartupSignals(), _joined(launch, begin.given, begin.source) as group, ExitStack() as stack:
+    with StartupSignals(), _joined(begin.given, begin.source) as group, ExitStack() as stack:
+        if observer is None or not group.leads:  # rank 0 alone talks to the user
+            observer = Observer()
         if isinstance(begin, New):
             begin = begin.after_restart(group, observer)
         start = begin.open(group, observer, stack)
@@ -61,7 +62,7 @@ def execute(begin: New | Resume, observer: Observer | None = None) -> RunResult:
         confirm = partial(confirm_run, num_classes=size.classes, train_pictures=len(dataset.train), tell=observer.note)
         wanted = confirm if wants_confirmation(config) else None
         decision = decide(start.settings, size, group, recorded=start.recorded, confirm=wanted, tell=observer)
-        checkpoint = begin.checkpoint(start, decision.settings, dataset, observer)
+        checkpoint = begin.checkpoint(decision.settings, dataset, observer)
         stack.enter_context(_out_of_memory(begin.path))
         folder = begin.folder(group, start, decision.settings, stack)
         trainer = make_trainer(group, decision, dataset, observer, begin.path)
@@ -75,21 +76,14 @@ def execute(begin: New | Resume, observer: Observer | None = None) -> RunResult:
 # -- one process, or several -------------------------------------------------------------------------------------------
 
 
-def _launched(observer: Observer | None, device: str) -> tuple[Launch | None, Observer]:
-    """How this process was started, with its CUDA device taken if it may want one, and whom it talks to: rank 0 alone
-    talks to the user. To be called before CUDA is used. Raises UsageError, PreflightError."""
-    launch = Launch.of_environment()
-    if launch is None:
-        return None, observer or Observer()
-    if device != "cpu":
-        launch.take_device()
-    return launch, observer or Observer() if launch.rank == 0 else Observer()
-
-
 @contextmanager
-def _joined(launch: Launch | None, given: Mapping[str, object], source: str) -> Iterator[Group]:
+def _joined(given: Mapping[str, object], source: str) -> Iterator[Group]:
     """The group of this process, by those of the `given` settings that joining takes: a run's own are not at hand yet.
-    Raises PeerLost, UsageError if the processes are not alike: on other types of devices, or with other versions."""
+    To be called before CUDA is used: one of several processes takes a device. Raises PreflightError, PeerLost, and
+    UsageError if the processes are not alike: on other types of devices, or with other versions."""
+    launch = Launch.of_environment()
+    if launch is not None and given.get("train.device") != "cpu":
+        launch.take_device()
     wanted = {key: given[key] for key in ("train.device", "train.peer_timeout_minutes") if key in given}
     alone = Settings(Config(), dict.fromkeys(known_keys(), "default"))
     train = resolve_execution(alone.replace(wanted, source)).config.train

@@ -74,7 +74,7 @@ class Fork(New):
         refuse_unusable(self.path)
         return Start(settings, source_run(self._run, self._recorded.config, observer))
 
-    def checkpoint(self, start: Start, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
+    def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
         changes = check(self._begun.config, settings.config)
         self._carried = CarriedOver(self._point, settings.config, changes, dataset)
         for line in self._carried.explain():

@@ -69,9 +69,7 @@ class RunState:
     gradient_share: Amount | None = None  # of the last epoch that has any
     chance_epochs: Count = 0  # at chance, up to the last one
     told_stuck: StrictBool = False
-    exploded_losses: Count = (
-        0  # logged ones far above chance, one after the other, to the last (see train.loss_watchers)
-    )
+    exploded_losses: Count = 0  # logged ones far above chance, one after the other, to the last (train.loss_watchers)
     rollbacks: Count = 0
     lr_scale: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0  # what rollbacks made of the learning rate
     processes: Annotated[int, Field(strict=True, gt=0, lt=1 << 53)] = 1  # that took the last step

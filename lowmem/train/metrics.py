@@ -72,8 +72,7 @@ class Metrics:
         self.norms.forget()
         damage = self._folder.begin_gradients(self.norms.names, step=state.step)  # ends with the state's step
         if damage is not None:
-            t.observer.warning(damage)
-            self._folder.event("warning", what="gradient norms lost", reason=damage)
+            t.observer.recorded_warning(self._folder, damage, what="gradient norms lost", reason=damage)
         self.eta = Eta(t.config.train.epochs, self._per_epoch)
         self.begin_epoch()
 

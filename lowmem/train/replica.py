@@ -124,8 +124,8 @@ class Replica:
                 f"epoch was saved: go on from before it with `lowmem resume {folder.path}`"
             )
         self.take_over_from_rank_0()
-        folder.event("warning", what="weights of the processes differed", step=self.state.step)
-        self.observer.warning("the processes' weights differed by rounding: all go on with those of process 0")
+        said = "the processes' weights differed by rounding: all go on with those of process 0"
+        self.observer.recorded_warning(folder, said, what="weights of the processes differed", step=self.state.step)
 
     def take_over_from_rank_0(self) -> None:
         """Weights, statistics and momentum of all processes become rank 0's."""
