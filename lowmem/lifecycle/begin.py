@@ -23,14 +23,7 @@ from lowmem.core.errors import PreflightError, UsageError
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
 from lowmem.lifecycle.preflight import preflight
-from lowmem.lifecycle.run_identity import (
-    begun_before,
-    belongs_to,
-    launcher,
-    most_bytes,
-    record_plans,
-    recorded_run,
-)
+from lowmem.lifecycle.run_identity import begun_before, belongs_to, launcher, most_bytes, recorded_run
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.setup import leaving_no_trace, never_began, refuse_existing, start_again
@@ -99,7 +92,7 @@ class New:
         if self.dry_run:
             trainer.observer.note("dry run: everything is fit to start, and nothing was left behind")
             return False
-        record_plans(trainer.group, trainer.plan, folder)
+        trainer.record_plans(folder)
         keep = decision.settings.config.checkpoint.keep
         trainer.group.lead(lambda: self._write_first(trainer, keep, folder), None)
         self._resumable = True
@@ -111,6 +104,7 @@ class New:
         return True
 
     def _write_first(self, trainer: Trainer, keep: int, folder: RunFolder) -> None:
+        folder.flush()
         checkpoints.save(folder.checkpoints, trainer.checkpoint(), keep=keep)
 
 
@@ -167,17 +161,25 @@ class Resume:
         group, observer, state, settings = trainer.group, trainer.observer, trainer.state, decision.settings
         config, kept = settings.config, settings.config.checkpoint
         group.together(lambda: check_position(state, trainer.batches.steps_per_epoch))
-        group.lead(lambda: checkpoints.set_aside(self._skipped), None)
-        group.lead(lambda: folder.tidy(keep=kept.keep, keep_every=kept.keep_every), None)
-        if decision.changed and decision.plan is not None:
-            record_plans(group, decision.plan, folder)
-            group.lead(lambda: folder.write_config(to_yaml(settings)), None)
-            folder.event("replan", budget_bytes=decision.plan.budget_bytes)
-        elif kept != self._recorded.config.checkpoint:
-            # The next resume would delete what this one was told to keep; nothing else of what is given stays.
-            keeping = {"checkpoint.keep": kept.keep, "checkpoint.keep_every": kept.keep_every}
-            group.lead(lambda: folder.write_config(to_yaml(self._recorded.replace(keeping, "resume"))), None)
-        for damage in group.lead(lambda: folder.cut_back(epoch=state.epoch, step=state.step), list[str]()):
+        replanned = decision.plan if decision.changed else None
+        if replanned is not None:
+            trainer.record_plans(folder)
+
+        def write() -> list[str]:
+            checkpoints.set_aside(self._skipped)
+            folder.tidy(keep=kept.keep, keep_every=kept.keep_every)
+            folder.flush()
+            if replanned is not None:
+                folder.forget_plans(after=group.size)
+                folder.write_config(to_yaml(settings))
+                folder.event("replan", budget_bytes=replanned.budget_bytes)
+            elif kept != self._recorded.config.checkpoint:
+                # The next resume would delete what this one was told to keep; nothing else of what is given stays.
+                keeping = {"checkpoint.keep": kept.keep, "checkpoint.keep_every": kept.keep_every}
+                folder.write_config(to_yaml(self._recorded.replace(keeping, "resume")))
+            return folder.cut_back(epoch=state.epoch, step=state.step)
+
+        for damage in group.lead(write, list[str]()):
             observer.recorded_warning(folder, damage, what="rows lost", reason=damage)
         environment = describe(config.train.device) | {"processes": group.size}
         steps = {"epoch": state.epoch, "step": state.step, "steps_per_epoch": trainer.batches.steps_per_epoch}

@@ -290,6 +290,7 @@ class CarriedOver:
         """Puts rows, picture and checkpoint into the new folder, the checkpoint last. The old run's files are only
         read. Raises DiskError."""
         at, old_steps_file = self._source.position, self._source.run / "steps.csv"
+        out.flush()
         (out.path / FORKING).touch()
         out.copy_metrics(self._source.run, epoch=at.epoch)
         if self.saved.step == at.step and old_steps_file.is_file():

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from lowmem.choose.decide import RecordedRun
 from lowmem.choose.execution import wants_plan
@@ -21,7 +20,7 @@ from lowmem.plan.record import Plan
 from lowmem.remat import stage_names
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.setup import never_began
-from lowmem.runs.store import PLAN, RunFolder, plan_file
+from lowmem.runs.store import PLAN, plan_file
 from lowmem.runs.verify import Belonging, Verified, verify_run
 from lowmem.runs.view import RunView, recorded_settings
 from lowmem.train.metrics import measured_weights
@@ -29,20 +28,19 @@ from lowmem.train.observer import Observer
 from lowmem.train.replica import check_belongs, config_hash
 
 Shape = tuple[int | None, ...]
-_CLASSES = ("linear.weight", "linear.bias")
+
+
+def _network(config: Config) -> ResNet:
+    return skeleton(config.model.arch, config.model.block, width=config.model.width)
 
 
 def network_shapes(config: Config) -> dict[str, Shape]:
     """Name -> shape of the network's tensors, without making any. None: as many as there are classes, which only the
     data tells."""
     return {
-        name: (None, *tensor.shape[1:]) if name in _CLASSES else tuple(tensor.shape)
+        name: (None, *tensor.shape[1:]) if name in ("linear.weight", "linear.bias") else tuple(tensor.shape)
         for name, tensor in _network(config).state_dict().items()
     }
-
-
-def _network(config: Config) -> ResNet:
-    return skeleton(config.model.arch, config.model.block, width=config.model.width)
 
 
 def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, tuple[int, ...]], what: str) -> None:
@@ -108,8 +106,8 @@ def launcher() -> int | None:
 
 
 def read_plan(run: Path, config: Config, name: str = PLAN) -> Plan | None:
-    """The plan in a run's plan.json, or in that of another of its processes; None if there is none. Raises
-    CorruptCheckpoint if it is damaged or does not belong to these settings."""
+    """The plan in a run's plan.json (or of another process); None if there is none. Raises CorruptCheckpoint if it is
+    damaged or does not belong to these settings."""
     path = run / name
     if not path.is_file():
         return None
@@ -138,8 +136,8 @@ def read_plans(run: Path, config: Config) -> list[Plan]:
 
 def recorded_run(group: Group, run: Path, config: Config) -> RecordedRun:
     """What is recorded of a run that is resumed, read by rank 0, in all processes. Raises CorruptCheckpoint."""
-    plans: list[Any] = group.lead(lambda: [plan.to_json() for plan in read_plans(run, config)], [])
-    return RecordedRun(config, group.together(lambda: [Plan.from_json(plan) for plan in group.share(plans)]))
+    plans = group.share(group.lead(lambda: [plan.to_json() for plan in read_plans(run, config)], list[object]()))
+    return RecordedRun(config, [Plan.from_json(plan) for plan in plans])
 
 
 def source_run(run: Path, config: Config, observer: Observer) -> RecordedRun:
@@ -149,20 +147,6 @@ def source_run(run: Path, config: Config, observer: Observer) -> RecordedRun:
     except CorruptCheckpoint as error:
         observer.warning(f"{error}; the fork is planned anew")
         return RecordedRun(config, fork=True)
-
-
-def record_plans(group: Group, plan: Plan | None, folder: RunFolder) -> None:
-    """Writes every process's plan into the run's folder. Raises DiskError."""
-    if plan is None:
-        return
-    plans = group.gather(plan.to_json())
-
-    def write() -> None:
-        for rank, each in enumerate(plans):
-            folder.write_plan(each, rank)
-        folder.forget_plans(after=group.size)
-
-    group.lead(write, None)
 
 
 # -- what `lowmem verify` asks -----------------------------------------------------------------------------------------
@@ -190,8 +174,7 @@ def verify(run: Path) -> Verified:
 
 def _describe_plans(run: Path, config: Config) -> str | None:
     """None for a run without a plan. Raises CorruptCheckpoint."""
-    plans = read_plans(run, config)
-    if not plans:
+    if not (plans := read_plans(run, config)):
         return None
     first, size = plans[0], max(1, len(plans[0].shares))
     if len(plans) < size:
@@ -200,7 +183,6 @@ def _describe_plans(run: Path, config: Config) -> str | None:
             f"{run / missing} is missing, the plan of one of the {size} processes that train this run: restore it, or "
             "go on with another number of them"
         )
-    described = (
-        f"batch {first.batch} in micro-batches of {first.micro_batch}, {len(first.ladder)} smaller plans in reserve"
-    )
-    return described if size == 1 else f"{size} processes, of which this takes {described}"
+    head = "" if size == 1 else f"{size} processes, of which this takes "
+    in_reserve = f"{len(first.ladder)} smaller plans in reserve"
+    return f"{head}batch {first.batch} in micro-batches of {first.micro_batch}, {in_reserve}"

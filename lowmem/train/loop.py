@@ -52,8 +52,19 @@ class Trainer(Replica):
         if not isinstance(folder, NullFolder):
             saver = Saver(folder, keep=kept.keep, keep_every=kept.keep_every, warn=observer.warning, note=observer.note)
             files = EventFiles(folder.path) if self.config.train.tensorboard else None
+        joint = self.step.joint
         with StopSignals() as signals, exporting(files, observer.warning) as export, saver:
-            return Loop(self, folder, signals, saver, export).run()
+            loop = Loop(self, folder, signals, saver, export)
+            if joint is not None:
+                joint.verdict = lambda: loop.look(loop.state.step + 1).code
+            try:
+                with self.group.alike():
+                    return loop.train()
+            except PeerLost as lost:
+                raise loop.left_alone(lost) from None
+            finally:
+                if joint is not None:
+                    joint.verdict = int
 
 
 class Loop:
@@ -87,20 +98,6 @@ class Loop:
         undo = self.undo  # not this loop: network and optimizer would live on in a circle of references after the run
         self.check = PlanCheck(t.plan, t.execution.device, lambda: (*t.standing_tensors(), *undo.copies), t.meter.read)
 
-    def run(self) -> Outcome:
-        """As `Trainer.run`."""
-        joint = self.t.step.joint
-        if joint is not None:
-            joint.verdict = lambda: self._look(self.state.step + 1).code
-        try:
-            with self.t.group.alike():
-                return self.train()
-        except PeerLost as lost:
-            raise self._left_alone(lost) from None
-        finally:
-            if joint is not None:
-                joint.verdict = int
-
     def train(self) -> Outcome:
         """The loop. An epoch whose steps are done is evaluated, also by the process that goes on from there."""
         while self.state.epoch < self.t.config.train.epochs:
@@ -109,8 +106,9 @@ class Loop:
             match verdict.act:
                 case Act.SAVE:
                     self._save()
-                case Act.REPLAN:
-                    self._replan(verdict.why)
+                case Act.REPLAN:  # all take their next smaller plan, and if anybody has one, measure together again
+                    if self.t.group.most([int(self.memory.replan(verdict.why))])[0]:
+                        self._plan_changed()
                 case Act.ROLLBACK:
                     self._roll_back(verdict.why)
                 case Act.LEAVE:
@@ -120,18 +118,15 @@ class Loop:
 
     # -- verdicts ------------------------------------------------------------------------------------------------------
 
-    def _look(self, step: int) -> Verdict:
+    def look(self, step: int) -> Verdict:
         """What this process may be the only one to know, after `step` steps."""
-        signal, leads = self.signals.requested, self.t.group.leads
-        return strongest(
-            Verdict() if signal is None else Verdict(Act.LEAVE, signal),
-            self.memory.verdict(),
-            self.interval.look(step) if leads else Verdict(),
-        )
+        if (signal := self.signals.requested) is not None:
+            return Verdict(Act.LEAVE, signal)
+        return strongest(self.memory.verdict(), self.interval.look(step) if self.t.group.leads else Verdict())
 
     def _agree(self, code: int | None = None) -> Verdict:
         """The strongest verdict of all processes, which they have sent with the step (`code`), or send now."""
-        mine = self._look(self.state.step)
+        mine = self.look(self.state.step)
         return Verdict.of(self.t.group.most([mine.code])[0] if code is None else code, mine)
 
     def _unless_broken(self, verdict: Verdict) -> Verdict:
@@ -171,10 +166,10 @@ class Loop:
         return verdict
 
     def _try_step(self, lr: float) -> tuple[Tensor, int]:
-        t, state, norms = self.t, self.state, self.metrics.norms
-        images, labels, size = t.next_batch(state.epoch, state.step_in_epoch)
+        state, norms = self.state, self.metrics.norms
+        images, labels, size = self.t.next_batch(state.epoch, state.step_in_epoch)
         with self.check.around(images, labels):
-            return t.step(images, labels, lr, norms.measure if norms.due(state.step + 1) else None, size), size
+            return self.t.step(images, labels, lr, norms.measure if norms.due(state.step + 1) else None, size), size
 
     def _settle(self) -> None:
         if (settled := self.metrics.settle()) is not None:
@@ -247,12 +242,12 @@ class Loop:
             self._give_up(mine)
         failed = mine.message if isinstance(mine, Failure) else None
         sums = [mine.loss, mine.wrong, mine.count] if isinstance(mine, Sums) else None
-        everyone = t.group.gather([failed, sums, self._look(self.state.step).code])
+        everyone = t.group.gather([failed, sums, self.look(self.state.step).code])
         for rank, (message, _, _) in enumerate(everyone):
             if message is not None:
                 self._give_up(Failure(f"evaluation of process {rank}", message, peer=rank != t.group.rank))
         if any(theirs is None for _, theirs, _ in everyone):
-            return Verdict.of(max(code for _, _, code in everyone), self._look(self.state.step))
+            return Verdict.of(max(code for _, _, code in everyone), self.look(self.state.step))
         loss, wrong, count = (sum(theirs[index] for _, theirs, _ in everyone) for index in range(3))
         return Sums(loss, wrong, count).score()
 
@@ -273,12 +268,6 @@ class Loop:
         self.saved_at = position
         self.interval.submitted(self.state.step)
         self.metrics.tick()
-
-    def _replan(self, why: str) -> None:
-        """All take their next smaller plan, and if anybody has one, measure together again."""
-        taken = self.memory.replan(why)
-        if self.t.group.most([int(taken)])[0]:
-            self._plan_changed()
 
     def _roll_back(self, why: str) -> None:
         """From a loss that broke to the last sound checkpoint. Raises Diverged if that is not to be."""
@@ -325,16 +314,14 @@ class Loop:
             error = self.memory.at_the_end(failure)
             self.saver.finish(self.signals.came)
             raise error if self.t.group.leads else RuntimeError(str(error))  # of this process alone
-        broken = self._unless_broken(Verdict())
-        if broken.act is Act.ROLLBACK:
+        if (broken := self._unless_broken(Verdict())).act is Act.ROLLBACK:
             self._roll_back(broken.why)
-        else:
-            self._save()
+        self._save()
         error = self.memory.at_the_end(failure)
         self._finish()
         raise error
 
-    def _left_alone(self, lost: PeerLost) -> PeerLost:
+    def left_alone(self, lost: PeerLost) -> PeerLost:
         """Another process is gone. What failed with it is undone: whoever writes the run saves it as it is."""
         stands, state = "the last checkpoint stands", self.state
         saves = self.t.group.leads and self.t.execution.device == "cpu"

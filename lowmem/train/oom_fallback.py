@@ -53,7 +53,7 @@ class OomFallback:
             self.record(Failure(**theirs["failure"]), memory=theirs["memory"], **theirs["sizes"], **who)
         if rung is not None:
             self._take(rung, f"{cause.words} ({cause.message})")
-        self._record_plans()
+        self._t.record_plans(self._folder)
         return None
 
     def evaluated(self, score: Callable[[int], T]) -> T | Failure:
@@ -129,7 +129,7 @@ class OomFallback:
             else:
                 self._take(rung, f"memory is short: {why}")
                 release()
-        self._record_plans()
+        self._t.record_plans(self._folder)
         return rung is not None
 
     # -- the ladder ----------------------------------------------------------------------------------------------------
@@ -156,13 +156,6 @@ class OomFallback:
             f"{why}: the step is done in {sizes} from here on, the same computation; {len(rung.ladder)} smaller plans "
             "are left"
         )
-
-    def _record_plans(self) -> None:
-        """Every process's plan as it is now, for a resume."""
-        plan = self._t.plan
-        for rank, theirs in enumerate(self._t.group.gather(None if plan is None else plan.to_json())):
-            if theirs is not None:
-                self._folder.update_plan(theirs, rank)
 
     def _way_out(self) -> str:
         path = self._folder.path

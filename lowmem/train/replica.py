@@ -140,6 +140,12 @@ class Replica:
         self.planned.set_schedule(plan.schedule)
         self.plan = plan
 
+    def record_plans(self, folder: RunFolder) -> None:
+        """Every process's plan as it is now, for a resume; what the disk refuses is written by the next `flush`."""
+        for rank, plan in enumerate(self.group.gather(None if self.plan is None else self.plan.to_json())):
+            if plan is not None:
+                folder.update_plan(plan, rank)
+
     def checkpoint(self) -> Checkpoint:
         """The run as it is now, on the CPU."""
         return capture(self.state, self.model, self.optimizer, self.step.scaler, self.identity)
