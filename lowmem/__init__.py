@@ -17,10 +17,10 @@ _LAZY = {
     "apply_plan": ("lowmem.remat", "apply_plan"),
     "Plan": ("lowmem.plan.record", "Plan"),
     "Config": ("lowmem.config.schema", "Config"),
-    "run_training": ("lowmem.lifecycle.api", "run_training"),
-    "fork_run": ("lowmem.lifecycle.api", "fork_run"),
-    "extend_run": ("lowmem.lifecycle.api", "extend_run"),
-    "resume_training": ("lowmem.lifecycle.api", "resume_training"),
+    "run_training": ("lowmem.lifecycle", "run_training"),
+    "fork_run": ("lowmem.lifecycle", "fork_run"),
+    "extend_run": ("lowmem.lifecycle", "extend_run"),
+    "resume_training": ("lowmem.lifecycle", "resume_training"),
 }
 __all__ = ["__version__", *_LAZY]
 

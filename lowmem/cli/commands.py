@@ -57,7 +57,7 @@ def train(given: Given, out: NewRun = None, dry_run: DryRun = False) -> None:
     """Train a network. Ctrl-C saves and leaves; `lowmem resume` goes on exactly there."""
     settings = given.settings()
     from lowmem.cli.terminal import observer
-    from lowmem.lifecycle.api import run_training
+    from lowmem.lifecycle import run_training
 
     with observer() as shown:
         run_training(settings, out, shown, dry_run=dry_run)
@@ -81,7 +81,7 @@ def resume(
 
         raise UsageError("--out is for the new run that --epochs makes: a resume goes on in the run's own folder")
     from lowmem.cli.terminal import observer
-    from lowmem.lifecycle.api import extend_run, resume_training
+    from lowmem.lifecycle import extend_run, resume_training
 
     with observer() as shown:
         if epochs is None:
@@ -112,7 +112,7 @@ def fork(
     schedule.reference_epochs=… too, they are scaled to the new length."""
     changes = given.changes()
     from lowmem.cli.terminal import observer
-    from lowmem.lifecycle.api import fork_run
+    from lowmem.lifecycle import fork_run
 
     with observer() as shown:
         fork_run(run, at=at, changes=changes, out=out, observer=shown, dry_run=dry_run)

@@ -108,16 +108,16 @@ def work(request: Mapping[str, Any]) -> int:
 
 
 def _train(standing: Standing, begins: Settings, request: Mapping[str, Any], shown: Observer) -> None:
-    from lowmem.lifecycle import api
+    from lowmem import lifecycle
 
     # Always with the limit, be it None: the run may have been begun as a trial.
     limit = {"train.max_steps": request["max_steps"]}
     if standing.begun:
-        recorded = api.recorded_settings(standing.path)
-        api.resume_training(standing.path, recorded.replace({**request["given"], **limit}, "reproduce"), shown)
+        recorded = lifecycle.recorded_settings(standing.path)
+        lifecycle.resume_training(standing.path, recorded.replace({**request["given"], **limit}, "reproduce"), shown)
     else:
         settings = begins.replace(limit, "reproduce") if request["max_steps"] is not None else begins
-        api.run_training(settings, standing.path, shown, dry_run=bool(request["dry_run"]))
+        lifecycle.run_training(settings, standing.path, shown, dry_run=bool(request["dry_run"]))
 
 
 def describe(outlook: Outlook, measured: Sequence[Standing] = ()) -> list[str]:

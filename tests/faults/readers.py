@@ -25,8 +25,7 @@ from lowmem.core.units import format_size
 from lowmem.data import folder as pictures_folder
 from lowmem.data import load
 from lowmem.distributed.group import Group
-from lowmem.lifecycle import fork
-from lowmem.lifecycle.api import recorded_settings, resume_training
+from lowmem.lifecycle import fork, recorded_settings, resume_training
 from lowmem.lifecycle.run_identity import begun_before, belongs_to, launcher, most_bytes, read_plan, verify
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, keep, uniform

@@ -10,7 +10,7 @@ import pytest
 
 from lowmem.cli.main import _run
 from lowmem.config.settings import from_yaml, gather, to_yaml
-from lowmem.lifecycle.api import resume_training
+from lowmem.lifecycle import resume_training
 from lowmem.runs.event_files import EventFiles, read_points
 from lowmem.runs.store import RunFolder
 from lowmem.train.metrics import exporting

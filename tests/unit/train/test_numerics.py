@@ -12,7 +12,7 @@ from torch import Tensor
 from lowmem.calibrate.environment import describe, elsewhere
 from lowmem.config.schema import Config, OptimConfig
 from lowmem.core.errors import UsageError
-from lowmem.lifecycle.api import resume_training, run_training
+from lowmem.lifecycle import resume_training, run_training
 from lowmem.models import build
 from lowmem.runs.view import RunView
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
