@@ -220,9 +220,10 @@ def try_step(trainer: Trainer, folder: RunFolder) -> StepTrial:
     finally:
         before.restore()
     loss, wrong = (total / pictures for total in totals)
-    norms.keep(1, 1)
-    measured = tuple(norms.fetch()[0][2])
-    return StepTrial(seconds, pictures, scored[0], scored[1], loss, 100 * wrong, norms.names, measured)
+    measured = norms.take()
+    assert measured is not None
+    figures = (seconds, pictures, scored[0], scored[1], loss, 100 * wrong)
+    return StepTrial(*figures, norms.names, tuple(measured.tolist()))
 
 
 def _step(trainer: Trainer, undo: Undo, norms: GradientNorms) -> tuple[list[float], int] | Failure:

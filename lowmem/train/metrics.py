@@ -61,6 +61,7 @@ class Metrics:
         self.norms = GradientNorms(replica.model, replica.step, every)
         self._last_tick = time.monotonic()
         self._pending: list[tuple[int, float, int, Tensor]] = []
+        self._norms_pending: list[tuple[int, int, Tensor]] = []
         self.begin()
 
     def begin(self) -> None:
@@ -69,7 +70,8 @@ class Metrics:
         self._sums = torch.tensor([state.loss_sum, state.wrong], dtype=torch.float64, device=t.execution.device)
         self._settled = state.step
         self._pending.clear()
-        self.norms.forget()
+        self._norms_pending.clear()
+        self.norms.take()  # of a step that was undone
         damage = self._folder.begin_gradients(self.norms.names, step=state.step)  # ends with the state's step
         if damage is not None:
             t.observer.recorded_warning(self._folder, damage, what="gradient norms lost", reason=damage)
@@ -90,7 +92,8 @@ class Metrics:
         state.seen += size
         if state.step % self._t.config.train.log_every_steps == 0:
             self._pending.append((state.step, lr, size, totals[0]))
-        self.norms.keep(state.step, state.epoch + 1)
+        if (norms := self.norms.take()) is not None:
+            self._norms_pending.append((state.step, state.epoch + 1, norms))
 
     def settle(self) -> tuple[list[float], float] | None:
         """Fetches what the steps left on the device: the only place that waits for it, once per `log_every_steps`.
@@ -106,7 +109,8 @@ class Metrics:
         ]
         self._pending.clear()
         self._folder.append_steps(rows)
-        norms = self.norms.fetch()
+        norms = [(step, epoch, values.tolist()) for step, epoch, values in self._norms_pending]
+        self._norms_pending.clear()
         for _, _, values in norms:
             note_share(state, values)
         self._folder.append_gradients(norms)
@@ -211,7 +215,6 @@ class GradientNorms:
         self.names, self._weights = tuple(weights), tuple(weights.values())
         self._step, self._every = step, every
         self._latest: Tensor | None = None
-        self._pending: list[tuple[int, int, Tensor]] = []
 
     def due(self, step: int) -> bool:
         """Whether the `step`-th step (from 1) is recorded."""
@@ -227,22 +230,10 @@ class GradientNorms:
             norms = norms / self._step.scaler.scale(torch.ones((), device=norms.device))
         self._latest = norms
 
-    def keep(self, step: int, epoch: int) -> None:
-        """The step that was measured is done: `step` and `epoch` count from 1."""
-        if self._latest is not None:
-            self._pending.append((step, epoch, self._latest))
-            self._latest = None
-
-    def fetch(self) -> list[tuple[int, int, list[float]]]:
-        """(step, epoch, norm of each layer) of what was kept since the last call."""
-        rows = [(step, epoch, norms.tolist()) for step, epoch, norms in self._pending]
-        self._pending.clear()
-        return rows
-
-    def forget(self) -> None:
-        """Drops what was not fetched."""
-        self._pending.clear()
-        self._latest = None
+    def take(self) -> Tensor | None:
+        """The norm of each layer in the latest step, once, on the device; None if it was not measured."""
+        latest, self._latest = self._latest, None
+        return latest
 
     def ends(self) -> dict[str, list[str]]:
         """The names of the first layers and of the last ones, whose norms are compared."""
