@@ -40,13 +40,10 @@ OUTPUTS = "settings, checkpoint, weights, metrics, gradients, events and report"
 
 
 def preflight(trainer: Trainer, folder: RunFolder) -> None:
-    """Tries every output in a folder of its own inside the run, and removes it; tries a step and undoes it; tells the
-    observer of time and disk. The trainer is as before, except perhaps for a smaller plan (see `try_step`).
-
-    Of several processes all try the step, and the one that writes tries the outputs. Raises PreflightError if anything
-    cannot be written or does not read back, or if the disk has no room for the checkpoints the run will keep;
-    OutOfMemory.
-    """
+    """Tries a step and undoes it, in all processes; tries every output, in the one that writes, in a folder of its own
+    inside the run, and removes it; tells the observer of time and disk. The trainer is as before, except perhaps for a
+    smaller plan (see `try_step`). Raises PreflightError if anything cannot be written or does not read back, or if the
+    disk has no room for the checkpoints the run will keep; OutOfMemory."""
     began = time.monotonic()
     tried = try_step(trainer, folder)
     trainer.group.lead(lambda: _try_rest(trainer, folder, tried, began), None)
@@ -109,25 +106,26 @@ def _try_checkpoint(trainer: Trainer, run: RunFolder) -> int:
     written = trainer.checkpoint()
     path = checkpoints.save(run.checkpoints, written, keep=trainer.config.checkpoint.keep)
     back = checkpoints.load(path)
-    _same(_equal(back.model, written.model) and _equal(back.optimizer, written.optimizer), path)
+    _same(_bits(back.model) == _bits(written.model) and _bits(back.optimizer) == _bits(written.optimizer), path)
     _same(json.dumps(back.state) == json.dumps(written.state), path / "state.json")
     run.save_weights("best", written.model, {"epoch": "1", "step": "2", "error_pct": "12.5", "chosen_on": "test"})
     weights = run.path / "weights" / "best.safetensors"
     try:
-        _same(_equal(load(weights.read_bytes()), written.model), weights)
+        _same(_bits(load(weights.read_bytes())) == _bits(written.model), weights)
     except SafetensorError:
         _same(False, weights)
     return sum(file.stat().st_size for file in path.iterdir())
 
 
 def _try_rows(trainer: Trainer, run: RunFolder, tried: StepTrial) -> None:
-    """metrics.csv, steps.csv, gradients.csv and events.jsonl by their readers."""
-    test, seen = tried.score, trainer.meter.read()
-    row: dict[str, Any] = {"epoch": 1, "step": 2, "lr": trainer.config.optim.lr, "elapsed_seconds": tried.step_seconds}
-    row |= {"train_loss": _finite(tried.loss), "train_error_pct": tried.error_pct}
-    row |= {"test_loss": _finite(test.loss), "test_error_pct": test.error_pct}
-    row |= {"images_per_second": tried.step_pictures / tried.step_seconds, "device_used_bytes": seen.device_used_bytes}
-    steps = [{"step": at, "epoch": 1, "lr": trainer.config.optim.lr, "loss": _finite(tried.loss)} for at in (1, 2)]
+    """metrics.csv, steps.csv, gradients.csv and events.jsonl by their readers; of a loss that is no number, one."""
+    lr, used_bytes = trainer.config.optim.lr, trainer.meter.read().device_used_bytes
+    train_loss, test_loss = (one if math.isfinite(one) else 1.0 for one in (tried.loss, tried.score.loss))
+    row: dict[str, Any] = {"epoch": 1, "step": 2, "lr": lr, "elapsed_seconds": tried.step_seconds}
+    row |= {"train_loss": train_loss, "train_error_pct": tried.error_pct}
+    row |= {"test_loss": test_loss, "test_error_pct": tried.score.error_pct}
+    row |= {"images_per_second": tried.step_pictures / tried.step_seconds, "device_used_bytes": used_bytes}
+    steps = [{"step": at, "epoch": 1, "lr": lr, "loss": train_loss} for at in (1, 2)]
     told = {"what": "größer", "seconds": tried.step_seconds, "unknown": None, "values": [1, 2.5, True]}
     run.append_metrics(row)
     run.append_steps(steps)
@@ -138,9 +136,8 @@ def _try_rows(trainer: Trainer, run: RunFolder, tried: StepTrial) -> None:
     line, lines = csv_line(EPOCH_TABLE.names, row), [csv_line(STEP_TABLE.names, step) for step in steps]
     _same([csv_line(EPOCH_TABLE.names, vars(read)) for read in back.epochs] == [line], run.metrics_file)
     _same([csv_line(STEP_TABLE.names, vars(read)) for read in back.steps] == lines, run.steps_file)
-    norms = [gradient_line(read.step, read.epoch, read.norms) for read in back.gradients.rows]
-    _same(back.gradients.layers == tried.layers, run.gradients_file)
-    _same(norms == [gradient_line(1, 1, tried.gradient_norms)], run.gradients_file)
+    norms = (back.gradients.layers, [gradient_line(read.step, read.epoch, read.norms) for read in back.gradients.rows])
+    _same(norms == (tried.layers, [gradient_line(1, 1, tried.gradient_norms)]), run.gradients_file)
     _same([(event.kind, dict(event.detail)) for event in back.events] == [("preflight", told)], run.events_file)
     _same(back.best is not None and (back.best.epoch, back.best.error_pct) == (1, 12.5), run.path / "weights")
 
@@ -162,17 +159,9 @@ def _same(same: bool, path: Path) -> None:
         raise PreflightError(f"{path} reads back differently from what was written: check the disk")
 
 
-def _equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    """By bits: the weights of a run that has diverged are not equal to themselves."""
-
-    def bits(tensor: Tensor) -> tuple[object, ...]:
-        return tensor.shape, tensor.dtype, tensor.numpy().tobytes()
-
-    return left.keys() == right.keys() and all(bits(left[name]) == bits(right[name]) for name in right)
-
-
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else 1.0
+def _bits(tensors: Mapping[str, Tensor]) -> dict[str, tuple[object, ...]]:
+    """To be compared: the weights of a run that has diverged are not equal to themselves."""
+    return {name: (tensor.shape, tensor.dtype, tensor.numpy().tobytes()) for name, tensor in tensors.items()}
 
 
 # -- a step and an evaluation ------------------------------------------------------------------------------------------
@@ -228,10 +217,10 @@ def try_step(trainer: Trainer, folder: RunFolder) -> StepTrial:
 
 def _step(trainer: Trainer, undo: Undo, norms: GradientNorms) -> tuple[list[float], int] | Failure:
     state = trainer.state
-    # A checkpoint may be of the end of an epoch whose evaluation was still to come.
-    at = min(state.step_in_epoch, trainer.batches.steps_per_epoch - 1)
 
     def work() -> tuple[Tensor, int]:
+        # A checkpoint may be of the end of an epoch whose evaluation was still to come.
+        at = min(state.step_in_epoch, trainer.batches.steps_per_epoch - 1)
         images, labels, size = trainer.next_batch(state.epoch, at)
         return trainer.step(images, labels, trainer.lr(state.step), norms.measure, size), size
 
