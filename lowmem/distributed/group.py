@@ -288,9 +288,10 @@ def meet(store: dist.Store, launch: Launch, timeout: timedelta) -> dist.Store:
 def join(launch: Launch | None, device: str, timeout_seconds: float) -> Iterator[Group]:
     """The group that this process belongs to. `timeout_seconds`: after which a process that does not answer is given
     up. Raises PeerLost if the others do not come."""
-    if launch is None or launch.size == 1:
+    launch = launch or Launch(rank=0, size=1, local_rank=0)
+    if launch.size == 1:
         alone = Group()
-        alone.restarts = 0 if launch is None else launch.restarts
+        alone.restarts = launch.restarts
         yield alone
         return
     if dist.is_initialized():

@@ -184,17 +184,12 @@ class MemoryPressure:
             self._usual_retries = max(self._usual_retries, retries)
             return Verdict()
         slowdown = step_seconds / max(median(self._seconds), 1e-9)
-        full = free < NEARLY_FULL_SHARE * total
+        slow = f"a step takes {slowdown:.1f} times as long as usual"
         if retries > self._usual_retries and slowdown >= THRASHING_SLOWDOWN:
-            why = (
-                f"the allocator empties its cache {retries:.2f} times a step ({self._usual_retries:.2f} at first), and "
-                f"a step takes {slowdown:.1f} times as long as usual"
-            )
-        elif self._spills and full and slowdown >= SPILL_SLOWDOWN:
-            why = (
-                f"a step takes {slowdown:.1f} times as long as usual on a card that is full: the driver seems to use "
-                "host memory in its place"
-            )
+            usual = f"{self._usual_retries:.2f} at first"
+            why = f"the allocator empties its cache {retries:.2f} times a step ({usual}), and {slow}"
+        elif self._spills and free < NEARLY_FULL_SHARE * total and slowdown >= SPILL_SLOWDOWN:
+            why = f"{slow} on a card that is full: the driver seems to use host memory in its place"
         else:
             self._seconds.append(step_seconds)
             self._suspicious = 0
@@ -272,8 +267,7 @@ class PlanCheck:
         self._left -= 1
         known = (*self._known(), images, labels)
         if self._device == "cuda":
-            own = sum(tensor.numel() * tensor.element_size() for tensor in known)
-            self._beside = max(0, torch.cuda.memory_allocated() - own)
+            self._beside = max(0, torch.cuda.memory_allocated() - sum(tensor.nbytes for tensor in known))
             yield
             return
         self._meter.adopt(known)
@@ -289,17 +283,14 @@ class PlanCheck:
         assert predicted.peak_allocated_bytes is not None
         if self._device != "cuda":
             return MeasuredPeak(predicted.peak_allocated_bytes, self._meter.peak_bytes, plan.budget_bytes)
-        device = self._read()
-        in_use = None
-        if device.reserved_bytes is not None and device.context_bytes is not None:
-            in_use = device.reserved_bytes + device.context_bytes - self._beside
-        held = device.peak_reserved_bytes
+        device, beside = self._read(), self._beside
+        held, now, context = device.peak_reserved_bytes, device.reserved_bytes, device.context_bytes
         return MeasuredPeak(
             predicted_peak_bytes=predicted.peak_allocated_bytes,
-            measured_peak_bytes=torch.cuda.max_memory_allocated() - self._beside,
+            measured_peak_bytes=torch.cuda.max_memory_allocated() - beside,
             budget_bytes=plan.budget_bytes,
             predicted_reserved_bytes=predicted.peak_reserved_bytes,
-            measured_reserved_bytes=None if held is None else held - self._beside,
+            measured_reserved_bytes=None if held is None else held - beside,
             predicted_device_bytes=predicted.device_bytes,
-            measured_device_bytes=in_use,
+            measured_device_bytes=None if now is None or context is None else now + context - beside,
         )
