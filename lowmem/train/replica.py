@@ -148,11 +148,11 @@ class Replica:
 
     def checkpoint(self) -> Checkpoint:
         """The run as it is now, on the CPU."""
-        return capture(self.state, self.model, self.optimizer, self.step.scaler, self.identity)
+        return capture(self.state, self.model, self.step, self.identity)
 
     def restore(self, checkpoint: Checkpoint) -> RunState:
         """Puts all of a checkpoint back but its state, which it returns. Raises CorruptCheckpoint."""
-        return restore(checkpoint, self.model, self.optimizer, self.step.scaler, self.identity)
+        return restore(checkpoint, self.model, self.step, self.identity)
 
 
 # -- to a checkpoint and back ------------------------------------------------------------------------------------------
@@ -183,37 +183,23 @@ def cpu_copy(tensor: Tensor) -> Tensor:
     return tensor.cpu().contiguous()  # the memory format is changed on the host, where there is room
 
 
-def capture(
-    state: RunState,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    identity: dict[str, str],
-) -> Checkpoint:
+def capture(state: RunState, model: nn.Module, step: TrainStep, identity: Mapping[str, str]) -> Checkpoint:
     """Everything a resume needs, copied: training may go on."""
     slots = {
         f"{slot}/{name}": cpu_copy(value)
         for name, parameter in model.named_parameters()
-        for slot, value in optimizer.state.get(parameter, {}).items()
+        for slot, value in step.optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
-    run = asdict(replace(state, scaler=scaler.state_dict()))
+    run = asdict(replace(state, scaler=step.scaler.state_dict()))
     tensors = {name: cpu_copy(tensor) for name, tensor in model.state_dict().items()}
-    return Checkpoint(step=state.step, model=tensors, optimizer=slots, state={"run": run, "identity": identity})
+    return Checkpoint(step=state.step, model=tensors, optimizer=slots, state={"run": run, "identity": dict(identity)})
 
 
 @torch.no_grad()
-def restore(
-    checkpoint: Checkpoint,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    identity: dict[str, str],
-) -> RunState:
-    """Puts a checkpoint back into model, optimizer and scaler, in their devices and memory formats.
-
-    Raises CorruptCheckpoint if it is of other settings, other data or another network.
-    """
+def restore(checkpoint: Checkpoint, model: nn.Module, step: TrainStep, identity: Mapping[str, str]) -> RunState:
+    """Puts a checkpoint back into the model and the step's optimizer and scaler, in their devices and memory formats.
+    Raises CorruptCheckpoint if it is of other settings, other data or another network."""
     state, tensors, into = check_belongs(checkpoint, identity), checkpoint.model, model.state_dict()
     if odd := sorted(set(into) ^ set(tensors)):
         raise CorruptCheckpoint(
@@ -237,9 +223,9 @@ def restore(
         if slot != "momentum_buffer" or name not in parameters or parameters[name].shape != tensor.shape:
             raise CorruptCheckpoint(f"the optimizer state {shorten(key)!r} belongs to another network")
         mirror = torch.empty_like(parameters[name])  # the parameter's device and memory format
-        optimizer.state[parameters[name]][slot] = mirror.copy_(tensor)
-    if scaler.is_enabled() and state.scaler:
-        scaler.load_state_dict(state.scaler)
+        step.optimizer.state[parameters[name]][slot] = mirror.copy_(tensor)
+    if step.scaler.is_enabled() and state.scaler:
+        step.scaler.load_state_dict(state.scaler)
     return state
 
 

@@ -40,7 +40,7 @@ from lowmem.runs.store import RunFolder
 from lowmem.runs.tables import cut_table
 from lowmem.runs.view import read_run
 from lowmem.runs.watch import Watched
-from lowmem.step.train_step import Execution, make_optimizer, make_scaler
+from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.train.metrics import measured_weights
 from lowmem.train.replica import config_hash, restore
 from lowmem.train.schedule import learning_rate
@@ -141,7 +141,8 @@ def _checkpoints(run: Path, work: Path) -> list[Reader]:
     def into_a_network() -> object:
         saved, _, _ = checkpoints.load_newest(copy / "checkpoints", accept, most)
         optimizer = make_optimizer(model, config.optim, execution.device)
-        return restore(saved, model, optimizer, make_scaler(execution), identity)
+        step = TrainStep(model, optimizer, make_scaler(execution), execution, None)
+        return restore(saved, model, step, identity)
 
     def reader(name: str, mutations: tuple[Mutation, ...]) -> Reader:
         file, fits = newest / name, name != "manifest.json"

@@ -143,9 +143,7 @@ def test_frozen_parameters_stay() -> None:
 def test_momentum_is_there_from_the_start() -> None:
     """So that the first checkpoint is as large as every later one, and the first step as the others."""
     model = build("res20", width=4)
-    optimizer = make_optimizer(model, OptimConfig(), "cpu")
-    scaler = make_scaler(Execution("cpu", "fp32", "contiguous"))
-    saved = capture(RunState(), model, optimizer, scaler, {})
+    saved = capture(RunState(), model, _step(model, None), {})
     assert set(saved.optimizer) == {f"momentum_buffer/{name}" for name, _ in model.named_parameters()}
     assert not any(tensor.any() for tensor in saved.optimizer.values())
 
