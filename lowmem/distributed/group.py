@@ -120,7 +120,7 @@ class Group:
 
     def share(self, value: Any) -> Any:
         """The value (JSON) that rank 0 gives; what others give is ignored."""
-        return value
+        return self.gather(value if self.leads else None)[0]
 
     def share_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Rank 0's tensors, in host memory; others give None."""
@@ -141,7 +141,7 @@ class Group:
 
     def lead(self, work: Callable[[], T], default: T) -> T:
         """Does `work` in rank 0 only, whose error is everyone's; the others have `default`."""
-        return work()
+        return self.together(work if self.leads else lambda: default)
 
     @contextmanager
     def alike(self) -> Iterator[None]:
@@ -185,14 +185,6 @@ class _Processes(Group):
             dist.all_gather(everyones, mine, self._small)
         return [json.loads(bytes(each.tolist())) for each in everyones]
 
-    def share(self, value: Any) -> Any:
-        text = bytearray(json.dumps(value).encode()) if self.leads else bytearray()
-        (length,) = self.most([len(text)])
-        tensor = torch.frombuffer(text, dtype=torch.uint8) if self.leads else torch.empty(length, dtype=torch.uint8)
-        with _peers():
-            dist.broadcast(tensor, 0, self._small)
-        return json.loads(bytes(tensor.tolist()))
-
     def share_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         known = tensors or {}
         table = [[name, list(one.shape), str(one.dtype).removeprefix("torch.")] for name, one in known.items()]
@@ -230,9 +222,6 @@ class _Processes(Group):
         if failure is None or self.rank != first:
             raise PeerError(first, *failures[first]) from failure
         raise failure
-
-    def lead(self, work: Callable[[], T], default: T) -> T:
-        return self.together(work if self.leads else lambda: default)
 
 
 class _Watched:
