@@ -1,4 +1,5 @@
-"""New and resume: two ways to make one value, `Start`, and to make durable what comes of it (the third is `fork`).
+"""New and resume: two ways to make the same of a run, its settings as they are asked for, resolved, before anything is
+planned, and what is recorded of it; and to make durable what comes of it. The third way is `fork`.
 
 Of several processes rank 0 reads and writes the run's folder, and tells the others what they need: they need not see
 its disk.
@@ -9,7 +10,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem.calibrate.environment import describe, elsewhere
@@ -34,15 +34,6 @@ from lowmem.train.observer import Observer
 from lowmem.train.replica import check_position, config_hash, share_checkpoint
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins: its settings as they are asked for, resolved, before anything is planned; and what is
-    recorded of the run that goes on, or that it forks off from (None for a new one)."""
-
-    settings: Settings
-    recorded: RecordedRun | None = None
-
-
 class New:
     """A run that begins with its first step, in a folder that is not there yet. `given`: the settings that decide how
     processes join."""
@@ -62,20 +53,21 @@ class New:
         observer.note(f"started again after a failure (restart {group.restarts}): going on with {self.path}")
         return Resume(self.path)
 
-    def open(self, group: Group, observer: Observer, stack: ExitStack) -> Start:
-        """Raises UsageError, PreflightError for a folder in the way, before minutes are spent on decoding pictures."""
+    def open(self, group: Group, observer: Observer, stack: ExitStack) -> tuple[Settings, RecordedRun | None]:
+        """The settings, and what is recorded of the run that goes on, or that this forks off from. Raises UsageError,
+        PreflightError for a folder in the way, before minutes are spent on decoding pictures."""
         group.lead(lambda: refuse_unusable(self.path), None)
-        return Start(self._wanted)
+        return self._wanted, None
 
     def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint | None:
         """What the trainer goes on from, under the settings that were decided."""
         return None
 
-    def folder(self, group: Group, start: Start, settings: Settings, stack: ExitStack) -> RunFolder:
+    def folder(self, group: Group, settings: Settings, stack: ExitStack) -> RunFolder:
         """The run's folder, for as long as the stack lasts; here a new one, of which nothing stays unless it comes to
         its first checkpoint. What was asked for is recorded too: by this a restart knows its own run."""
         self._environment = describe(settings.config.train.device) | {"processes": group.size}
-        recorded = {**self._environment, "asked": config_hash(start.settings.config), "launcher": launcher()}
+        recorded = {**self._environment, "asked": config_hash(self._wanted.config), "launcher": launcher()}
         if group.leads:
             stack.enter_context(leaving_no_trace(self.path))
         absent: RunFolder = NullFolder(self.path)
@@ -117,7 +109,7 @@ class Resume:
         self.given = given or {}
         self._known = recorded
 
-    def open(self, group: Group, observer: Observer, stack: ExitStack) -> Start:
+    def open(self, group: Group, observer: Observer, stack: ExitStack) -> tuple[Settings, RecordedRun | None]:
         """Locks the folder. Raises UsageError if it is no run or if what is given is not operational, CorruptCheckpoint
         if nothing can be resumed."""
         recorded = self._recorded = share_settings(group, lambda: self._known or _recorded_here(self.path, group))
@@ -134,7 +126,7 @@ class Resume:
         newest = share_checkpoint(group, group.lead(lambda: self._newest(settings.config, observer), None))
         assert newest is not None
         self._saved, self._where = newest
-        return Start(settings, recorded_run(group, self.path, recorded.config))
+        return settings, recorded_run(group, self.path, recorded.config)
 
     def _newest(self, config: Config, observer: Observer) -> tuple[Checkpoint, Path]:
         if never_began(self.path):
@@ -153,7 +145,7 @@ class Resume:
     def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
         return self._saved
 
-    def folder(self, group: Group, start: Start, settings: Settings, stack: ExitStack) -> RunFolder:
+    def folder(self, group: Group, settings: Settings, stack: ExitStack) -> RunFolder:
         return self._folder
 
     def commit(self, decision: Decision, trainer: Trainer, folder: RunFolder) -> bool:

@@ -54,17 +54,17 @@ def execute(begin: New | Resume, observer: Observer | None = None) -> RunResult:
             observer = Observer()
         if isinstance(begin, New):
             begin = begin.after_restart(group, observer)
-        start = begin.open(group, observer, stack)
-        config = start.settings.config
+        settings, recorded = begin.open(group, observer, stack)
+        config = settings.config
         group.together(lambda: refuse_unfit(group, config))
         dataset = _load_data(group, config, observer)
         size = DataSize(len(dataset.classes), len(dataset.train))
         confirm = partial(confirm_run, num_classes=size.classes, train_pictures=len(dataset.train), tell=observer.note)
         wanted = confirm if wants_confirmation(config) else None
-        decision = decide(start.settings, size, group, recorded=start.recorded, confirm=wanted, tell=observer)
+        decision = decide(settings, size, group, recorded=recorded, confirm=wanted, tell=observer)
         checkpoint = begin.checkpoint(decision.settings, dataset, observer)
         stack.enter_context(_out_of_memory(begin.path))
-        folder = begin.folder(group, start, decision.settings, stack)
+        folder = begin.folder(group, decision.settings, stack)
         trainer = make_trainer(group, decision, dataset, observer, begin.path)
         if checkpoint is not None:
             trainer.state = group.together(lambda: trainer.restore(checkpoint))

@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowmem.choose import resolve_execution
-from lowmem.choose.decide import batch_chosen
+from lowmem.choose.decide import RecordedRun, batch_chosen
 from lowmem.config.schema import Config, flatten
 from lowmem.config.settings import Settings
 from lowmem.core.errors import CorruptCheckpoint, LowmemError, PreflightError, UsageError
 from lowmem.core.reading import shorten
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
-from lowmem.lifecycle.begin import New, Start, refuse_unusable
+from lowmem.lifecycle.begin import New, refuse_unusable
 from lowmem.lifecycle.run_identity import belongs_to, most_bytes, source_run
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import write_bytes_atomic
@@ -65,14 +65,14 @@ class Fork(New):
     def after_restart(self, group: Group, observer: Observer) -> Fork:
         return self
 
-    def open(self, group: Group, observer: Observer, stack: ExitStack) -> Start:
+    def open(self, group: Group, observer: Observer, stack: ExitStack) -> tuple[Settings, RecordedRun | None]:
         """Raises UsageError if nothing changes, the network would, or there is no such checkpoint."""
-        settings = resolve_execution(changed(self._begun, self.given, self.source))
+        settings = self._wanted = resolve_execution(changed(self._begun, self.given, self.source))
         changes = check(self._begun.config, settings.config)
         self._point = find(self._run, self._recorded.config, self._at)
         refuse_place(self._point, settings.config, changes)
         refuse_unusable(self.path)
-        return Start(settings, source_run(self._run, self._recorded.config, observer))
+        return settings, source_run(self._run, self._recorded.config, observer)
 
     def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
         changes = check(self._begun.config, settings.config)

@@ -93,10 +93,8 @@ class Loop:
         self._plan_changed()
 
     def _plan_changed(self) -> None:
-        t = self.t
-        t.meter.reset()  # the peaks of an epoch are those of the plan in force at its end
-        undo = self.undo  # not this loop: network and optimizer would live on in a circle of references after the run
-        self.check = PlanCheck(t.plan, t.execution.device, lambda: (*t.standing_tensors(), *undo.copies), t.meter.read)
+        self.t.meter.reset()  # the peaks of an epoch are those of the plan in force at its end
+        self.check = PlanCheck(self.t, self.undo.copies)
 
     def train(self) -> Outcome:
         """The loop. An epoch whose steps are done is evaluated, also by the process that goes on from there."""

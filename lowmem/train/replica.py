@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from lowmem.runs.checkpoint_state import RunState, read_state
 from lowmem.runs.store import RunFolder
 from lowmem.step.data_parallel import DataParallelStep, are_alike
 from lowmem.step.evaluate import Sums, evaluate
-from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
+from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import learning_rate
 
@@ -106,12 +106,6 @@ class Replica:
         layout = execution.torch_memory_format
         batches = eval_batches(pictures, size, data.mean, data.std, execution.device, layout)
         return evaluate(self.model, batches, execution, should_stop)
-
-    def standing_tensors(self) -> Iterator[Tensor]:
-        """Parameters, buffers and momentum: what is there between two steps."""
-        yield from self.model.parameters()
-        yield from self.model.buffers()
-        yield from optimizer_tensors(self.optimizer)
 
     def keep_alike(self, folder: RunFolder) -> None:
         """Before weights are saved: that all processes have the same. Cards of different kinds may round differently;

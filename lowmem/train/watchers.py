@@ -24,8 +24,9 @@ from lowmem.config.schema import CheckpointConfig
 from lowmem.core.units import format_size
 from lowmem.measure import Snapshot
 from lowmem.measure.tensors import TensorMeter
-from lowmem.plan.record import Plan
 from lowmem.runs.saver import Saver
+from lowmem.step.train_step import optimizer_tensors
+from lowmem.train.replica import Replica
 from lowmem.train.signals import NAMES
 
 # -- verdicts ----------------------------------------------------------------------------------------------------------
@@ -245,15 +246,13 @@ class MeasuredPeak:
 
 
 class PlanCheck:
-    """Measures the first steps under a plan: on the CPU by counting tensors, on CUDA by the allocator. `known`: tensors
-    that are there between two steps, those kept to undo one included; the prediction has them. `read`: the device's
-    figures."""
+    """Measures the first steps under a replica's plan: on the CPU by counting tensors, on CUDA by the allocator.
+    `kept`: to undo a step; the prediction has them, as all that is there between two steps."""
 
-    def __init__(
-        self, plan: Plan | None, device: str, known: Callable[[], Iterable[Tensor]], read: Callable[[], Snapshot]
-    ) -> None:
+    def __init__(self, replica: Replica, kept: Iterable[Tensor]) -> None:
+        plan, self._t, self._kept = replica.plan, replica, tuple(kept)
         self._plan = plan if plan is not None and plan.predicted.peak_allocated_bytes is not None else None
-        self._device, self._known, self._read = device, known, read
+        self._cuda = replica.execution.device == "cuda"
         self._left = 0 if self._plan is None else _CHECKED_STEPS
         self._meter = TensorMeter()
         self._beside = 0  # bytes that the allocator holds beside the step's own tensors: the data set, above all
@@ -265,8 +264,9 @@ class PlanCheck:
             yield
             return
         self._left -= 1
-        known = (*self._known(), images, labels)
-        if self._device == "cuda":
+        model, momentum = self._t.model, optimizer_tensors(self._t.optimizer)
+        known = (*model.parameters(), *model.buffers(), *momentum, *self._kept, images, labels)
+        if self._cuda:
             self._beside = max(0, torch.cuda.memory_allocated() - sum(tensor.nbytes for tensor in known))
             yield
             return
@@ -281,9 +281,9 @@ class PlanCheck:
         plan, self._plan = self._plan, None
         predicted = plan.predicted
         assert predicted.peak_allocated_bytes is not None
-        if self._device != "cuda":
+        if not self._cuda:
             return MeasuredPeak(predicted.peak_allocated_bytes, self._meter.peak_bytes, plan.budget_bytes)
-        device, beside = self._read(), self._beside
+        device, beside = self._t.meter.read(), self._beside
         held, now, context = device.peak_reserved_bytes, device.reserved_bytes, device.context_bytes
         return MeasuredPeak(
             predicted_peak_bytes=predicted.peak_allocated_bytes,
