@@ -236,14 +236,13 @@ class Loop:
         """Of all processes together: each scores its part of the pictures. LEAVE if a signal came to any."""
         t, part = self.t, self.t.part_of(pictures)
         mine = self.memory.evaluated(lambda size: t.evaluate(part, size, self._leaves_evaluation))
-        if isinstance(mine, Failure) and t.group.alone:
-            self._give_up(mine)
-        failed = mine.message if isinstance(mine, Failure) else None
+        failed = [mine.message, mine.asked_bytes] if isinstance(mine, Failure) else None
         sums = [mine.loss, mine.wrong, mine.count] if isinstance(mine, Sums) else None
         everyone = t.group.gather([failed, sums, self.look(self.state.step).code])
-        for rank, (message, _, _) in enumerate(everyone):
-            if message is not None:
-                self._give_up(Failure(f"evaluation of process {rank}", message, peer=rank != t.group.rank))
+        for rank, (failure, _, _) in enumerate(everyone):
+            if failure is not None:
+                phase = "evaluation" if t.group.alone else f"evaluation of process {rank}"
+                self._give_up(Failure(phase, failure[0], failure[1], peer=rank != t.group.rank))
         if any(theirs is None for _, theirs, _ in everyone):
             return Verdict.of(max(code for _, _, code in everyone), self.look(self.state.step))
         loss, wrong, count = (sum(theirs[index] for _, theirs, _ in everyone) for index in range(3))
