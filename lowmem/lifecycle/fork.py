@@ -45,54 +45,10 @@ _ORDER = ("seed", "train.batch", "data.train_subset", "data.val_split")
 _PICTURES = ("seed", "data.source", "data.root", "data.train_subset", "data.val_split")
 
 
-class Fork(New):
-    """A new run that begins with an old one's checkpoint. `recorded`: the old one's settings."""
-
-    def __init__(
-        self,
-        source: Path,
-        recorded: Settings,
-        at: int | str,
-        changes: Mapping[str, object],
-        path: Path,
-        *,
-        dry_run: bool = False,
-    ) -> None:
-        super().__init__(recorded, path, dry_run=dry_run)
-        self.given, self.source = changes, f"fork of {shorten(source.name)}"
-        self._run, self._recorded, self._at, self._begun = source, recorded, at, batch_chosen(recorded)
-
-    def after_restart(self, group: Group, observer: Observer) -> Fork:
-        return self
-
-    def open(self, group: Group, observer: Observer, stack: ExitStack) -> tuple[Settings, RecordedRun | None]:
-        """Raises UsageError if nothing changes, the network would, or there is no such checkpoint."""
-        settings = self._wanted = resolve_execution(changed(self._begun, self.given, self.source))
-        changes = check(self._begun.config, settings.config)
-        self._point = find(self._run, self._recorded.config, self._at)
-        refuse_place(self._point, settings.config, changes)
-        refuse_unusable(self.path)
-        return settings, source_run(self._run, self._recorded.config, observer)
-
-    def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
-        changes = check(self._begun.config, settings.config)
-        self._carried = CarriedOver(self._point, settings.config, changes, dataset)
-        for line in self._carried.explain():
-            observer.note(line)
-        for line in self._carried.warnings():
-            observer.warning(line)
-        return self._carried.saved
-
-    def _write_first(self, trainer: Trainer, keep: int, folder: RunFolder) -> None:
-        self._carried.write(folder, keep)
-
-
 @dataclass(frozen=True)
 class ForkPoint:
     """The checkpoint a fork begins from, verified, and where in its run it is."""
 
-    run: Path
-    config: Config
     saved: Checkpoint
     position: Position
     others: str  # the places one can fork from, in words
@@ -129,16 +85,13 @@ def find(run: Path, config: Config, at: int | str) -> ForkPoint:
         except CorruptCheckpoint as error:
             damaged.append(str(error))
             continue
-        return ForkPoint(run, config, saved, position, others, (*elsewhere, *damaged) if at == "last" else ())
+        return ForkPoint(saved, position, others, (*elsewhere, *damaged) if at == "last" else ())
     what = f" of step {step}" if step is not None else f" of the end of epoch {epoch}" if epoch is not None else ""
     reasons = f" (damaged: {'; '.join((*damaged, *elsewhere))})" if damaged or elsewhere else ""
     text = f"{run} has no usable checkpoint{what}: {others}{reasons}; "
     if damaged:
         raise CorruptCheckpoint(f"{text}fork from another place, or restore the run's own files")
     raise UsageError(f"{text}keep more with --keep-every")
-
-
-# -- what changes ------------------------------------------------------------------------------------------------------
 
 
 def changed(recorded: Settings, values: Mapping[str, object], why: str) -> Settings:
@@ -174,77 +127,105 @@ def check(old: Config, new: Config) -> Changes:
     return changes
 
 
-def refuse_place(source: ForkPoint, new: Config, changes: Changes, *, same_pictures: bool = True) -> None:
-    """Raises UsageError if the new run would already be over, or if, in the middle of an epoch, other pictures would
-    come than were still to come."""
-    run, stop = source.saved.state["run"], new.train.max_steps
-    if run["epoch"] >= new.train.epochs:
-        raise UsageError(
-            f"the fork is at epoch {run['epoch']} and would end at {new.train.epochs}: ask for more with "
-            f"--set train.epochs={run['epoch'] + source.config.train.epochs}"
-        )
-    if stop is not None and run["step"] >= stop:
-        raise UsageError(
-            f"the fork is at step {run['step']} and would stop at train.max_steps = {stop}: add --set "
-            "train.max_steps=null"
-        )
-    other = [key for key in _ORDER if key in changes]
-    if not same_pictures and ("data.test_subset" not in changes or "data.source" in changes):
-        other.append("data.source")
-    if source.mid_epoch and other:
-        raise UsageError(
-            f"{other[0]} changes which picture comes when, and step {source.position.step} is in the middle of epoch "
-            f"{source.position.epoch + 1}: fork at the end of an epoch ({source.others})"
-        )
+class Fork(New):
+    """A new run that begins with an old one's checkpoint. `recorded`: the old one's settings."""
 
+    def __init__(
+        self,
+        source: Path,
+        recorded: Settings,
+        at: int | str,
+        changes: Mapping[str, object],
+        path: Path,
+        *,
+        dry_run: bool = False,
+    ) -> None:
+        super().__init__(recorded, path, dry_run=dry_run)
+        self.given, self.source = changes, f"fork of {shorten(source.name)}"
+        self._run, self._old, self._at, self._begun = source, recorded.config, at, batch_chosen(recorded)
 
-# -- what is carried over ----------------------------------------------------------------------------------------------
+    def after_restart(self, group: Group, observer: Observer) -> Fork:
+        return self
 
+    def open(self, group: Group, observer: Observer, stack: ExitStack) -> tuple[Settings, RecordedRun | None]:
+        """Raises UsageError if nothing changes, the network would, or there is no such checkpoint."""
+        settings = self._wanted = resolve_execution(changed(self._begun, self.given, self.source))
+        self._changes = check(self._begun.config, settings.config)
+        self._point = find(self._run, self._old, self._at)
+        self._refuse_place(settings.config)
+        refuse_unusable(self.path)
+        return settings, source_run(self._run, self._old, observer)
 
-class CarriedOver:
-    """A checkpoint as the new run's own (`saved`): with its identity, and its step counted in the new run's batches.
-    `new`: settings as they were decided, since by these the new run knows its checkpoints."""
+    def _refuse_place(self, new: Config, *, same_pictures: bool = True) -> None:
+        """Raises UsageError if the new run would already be over, or if, in the middle of an epoch, other pictures
+        would come than were still to come."""
+        run, at, stop = self._point.saved.state["run"], self._point.position, new.train.max_steps
+        if run["epoch"] >= new.train.epochs:
+            raise UsageError(
+                f"the fork is at epoch {run['epoch']} and would end at {new.train.epochs}: ask for more with "
+                f"--set train.epochs={run['epoch'] + self._old.train.epochs}"
+            )
+        if stop is not None and run["step"] >= stop:
+            raise UsageError(
+                f"the fork is at step {run['step']} and would stop at train.max_steps = {stop}: add --set "
+                "train.max_steps=null"
+            )
+        other = [key for key in _ORDER if key in self._changes]
+        if not same_pictures and ("data.test_subset" not in self._changes or "data.source" in self._changes):
+            other.append("data.source")
+        if self._point.mid_epoch and other:
+            raise UsageError(
+                f"{other[0]} changes which picture comes when, and step {at.step} is in the middle of epoch "
+                f"{at.epoch + 1}: fork at the end of an epoch ({self._point.others})"
+            )
 
-    def __init__(self, source: ForkPoint, new: Config, changes: Changes, dataset: Dataset) -> None:
-        """Raises UsageError as `refuse_place` does, and for data with another number of classes."""
-        self._source, self._new, self._changes, self._dataset = source, new, changes, dataset
-        old = source.saved
-        self._same_pictures = bool(old.state["identity"].get("data") == dataset.fingerprint)
-        refuse_place(source, new, changes, same_pictures=self._same_pictures)
+    def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
+        """The old run's as the new run's own: with its identity, and its step counted in the new run's batches.
+        `settings`: as they were decided, since by these the new run knows its checkpoints. Raises UsageError for a
+        place or pictures that cannot be, and for data with another number of classes."""
+        new, old, at = settings.config, self._point.saved, self._point.position
+        self._changes = check(self._begun.config, new)
+        same_pictures = bool(old.state["identity"].get("data") == dataset.fingerprint)
+        self._refuse_place(new, same_pictures=same_pictures)
         classes = old.model["linear.bias"].shape[0]
         if classes != len(dataset.classes):
             raise UsageError(
                 f"{dataset.name} has {len(dataset.classes)} classes, the network tells {classes} apart: a fork keeps "
                 "them"
             )
-        self._steps = -(-len(dataset.train.labels) // new.train.batch)  # an epoch, the last, smaller batch included
+        steps = self._steps = -(-len(dataset.train.labels) // new.train.batch)  # an epoch, the smaller last included
         run = dict(old.state["run"])
-        if not source.mid_epoch:
+        if not self._point.mid_epoch:
             # The learning rate follows the step: with another batch or subset an epoch has another number of them.
-            run["step"] = run["epoch"] * self._steps
+            run["step"] = run["epoch"] * steps
         # The old run's best was chosen under other settings, perhaps on other pictures, and its weights are not here.
         # Whether the run gets anywhere is a new question. What going back has made of its rate stays, unless there is
         # another to begin with.
         run |= {"best": None, "rollbacks": 0, "exploded_losses": 0, "chance_epochs": 0, "told_stuck": False}
-        if "optim.lr" in changes:
+        if "optim.lr" in self._changes:
             run["lr_scale"] = 1.0
         run["low_start"] = bool(run.get("low_start")) and starts_low(new)
         identity = {"settings": config_hash(new), "data": dataset.fingerprint}
-        self.saved = replace(old, step=run["step"], state={"run": run, "identity": identity})
+        self._carried = replace(old, step=run["step"], state={"run": run, "identity": identity})
         # The rate from the fork on, as it would have been and as it is. The old run's steps an epoch follow from where
         # its checkpoint is.
-        at, low = source.position, bool(old.state["run"].get("low_start"))
-        old_steps = (at.step - at.step_in_epoch) // at.epoch if at.epoch else self._steps
+        old_steps = (at.step - at.step_in_epoch) // at.epoch if at.epoch else steps
+        low = bool(old.state["run"].get("low_start"))
         self._rates = (
-            rate_curve(source.config, old_steps, at.step, low_start=low, scale=_scale(old)),
-            rate_curve(new, self._steps, run["step"], low_start=run["low_start"], scale=_scale(self.saved)),
+            rate_curve(self._old, old_steps, at.step, low_start=low, scale=_scale(old)),
+            rate_curve(new, steps, run["step"], low_start=run["low_start"], scale=_scale(self._carried)),
         )
+        for line in self._explain(new):
+            observer.note(line)
+        for line in self._warnings(dataset, same_pictures):
+            observer.warning(line)
+        return self._carried
 
-    def explain(self) -> list[str]:
+    def _explain(self, new: Config) -> list[str]:
         """What changes, what does not, and the learning rate before and after, in lines."""
-        source, at, old, new = self._source, self._source.position, self._source.config, self._new
-        place = f"step {at.step}, in epoch {at.epoch + 1}" if source.mid_epoch else f"the end of epoch {at.epoch}"
-        lines = [f"a fork of {source.run} from {place} ({at.path.name}); {source.run} stays as it is"]
+        run, old, point, at = self._run, self._old, self._point, self._point.position
+        place = f"step {at.step}, in epoch {at.epoch + 1}" if point.mid_epoch else f"the end of epoch {at.epoch}"
+        lines = [f"a fork of {run} from {place} ({at.path.name}); {run} stays as it is"]
         milestones = scaled_milestones(old)
         stays = "train.epochs" in self._changes and milestones == scaled_milestones(new)
         for key, (before, after) in self._changes.items():
@@ -257,70 +238,70 @@ class CarriedOver:
                 f"the schedule stays where it was, milestones at {epochs}: for one scaled to {new.train.epochs} "
                 f"epochs, `lowmem fork` with --set schedule.reference_epochs={old.schedule.reference_epochs} too"
             )
-        if source.mid_epoch:
+        if point.mid_epoch:
             lines.append(
                 f"epoch {at.epoch + 1} goes on after {at.step_in_epoch} of its {self._steps} steps with the pictures "
                 "that were still to come; its row will be of both settings"
             )
         lines += ["best weights are chosen anew, from here on", *side_by_side(*self._rates)]
-        if (scale := _scale(source.saved)) != 1.0:
+        if (scale := _scale(point.saved)) != 1.0:
             stays_words = "so is the fork (--set optim.lr=… begins with a rate of its own)"
-            now = stays_words if _scale(self.saved) == scale else f"the fork begins with {new.optim.lr:g}"
-            lines.append(f"{source.run} went back from a broken loss and is at {scale:g} of its learning rate: {now}")
-        if self.saved.state["run"]["low_start"]:
+            now = stays_words if _scale(self._carried) == scale else f"the fork begins with {new.optim.lr:g}"
+            lines.append(f"{run} went back from a broken loss and is at {scale:g} of its learning rate: {now}")
+        if self._carried.state["run"]["low_start"]:
             rate, until = new.schedule.low_start_lr, new.schedule.low_start_until_error_pct
             lines.append(f"the low start is on: {rate:g} until the training error is under {until:g} %")
         return lines
 
-    def warnings(self) -> list[str]:
+    def _warnings(self, dataset: Dataset, same_pictures: bool) -> list[str]:
         """What may be meant otherwise."""
-        found = [f"skipped a damaged checkpoint: {reason}" for reason in self._source.skipped]
+        found = [f"skipped a damaged checkpoint: {reason}" for reason in self._point.skipped]
         asked = [key for key in _PICTURES if key in self._changes]
-        if not self._same_pictures and not asked and "data.test_subset" not in self._changes:
-            run = self._source.run
-            found.append(f"the pictures are not those that {run} was trained on, though no setting of them changes")
-        if self._dataset.val is not None and asked:
+        if not same_pictures and not asked and "data.test_subset" not in self._changes:
+            trained = f"the pictures are not those that {self._run} was trained on"
+            found.append(f"{trained}, though no setting of them changes")
+        if dataset.val is not None and asked:
             found.append(
                 f"{asked[0]} changes which pictures are held back: the weights have been trained on some of them, so "
                 "the validation error will look too good"
             )
         return found
 
-    def write(self, out: RunFolder, keep: int) -> None:
+    def _write_first(self, trainer: Trainer, keep: int, folder: RunFolder) -> None:
         """Puts rows, picture and checkpoint into the new folder, the checkpoint last. The old run's files are only
         read. Raises DiskError."""
-        at, old_steps_file = self._source.position, self._source.run / "steps.csv"
-        out.flush()
-        (out.path / FORKING).touch()
-        out.copy_metrics(self._source.run, epoch=at.epoch)
-        if self.saved.step == at.step and old_steps_file.is_file():
+        at, carried, old_steps_file = self._point.position, self._carried, self._run / "steps.csv"
+        folder.flush()
+        (folder.path / FORKING).touch()
+        folder.copy_metrics(self._run, epoch=at.epoch)
+        if carried.step == at.step and old_steps_file.is_file():
             # Counted in the same steps. With others the old ones would stand among the new.
             try:
-                shutil.copyfile(old_steps_file, out.steps_file)
+                shutil.copyfile(old_steps_file, folder.steps_file)
             except OSError as error:
-                raise disk_error(error, out.steps_file) from error
-            out.cut_back(epoch=at.epoch, step=at.step)
-        self._draw(out)
-        checkpoints.save(out.checkpoints, self.saved, keep=keep)
-        (out.path / FORKING).unlink()
-        out.event("fork", source=self._source.run.name, checkpoint=at.path.name, epoch=at.epoch, step=self.saved.step)
+                raise disk_error(error, folder.steps_file) from error
+            folder.cut_back(epoch=at.epoch, step=at.step)
+        self._draw(folder.path)
+        checkpoints.save(folder.checkpoints, carried, keep=keep)
+        (folder.path / FORKING).unlink()
+        folder.event("fork", source=self._run.name, checkpoint=at.path.name, epoch=at.epoch, step=carried.step)
 
-    def _draw(self, out: RunFolder) -> None:
-        """report/learning_rate.png."""
+    def _draw(self, run: Path) -> None:
+        """report/learning_rate.png of the new run."""
         try:
             from lowmem.report.figures import draw_rate_curve  # matplotlib
         except ImportError as error:
             raise PreflightError(f"the fork's picture cannot be drawn ({error}): install matplotlib with pip") from None
         try:
-            rows = RunView(self._source.run).epochs
+            rows = RunView(self._run).epochs
         except LowmemError:
             rows = ()  # the rows of the fork itself have been read by now; this is only the picture
-        last, fork_at = self._source.position.epoch, self.saved.step / self._steps
+        last, fork_at = self._point.position.epoch, self._carried.step / self._steps
         past = [(row.epoch - 1, row.lr) for row in rows if row.lr is not None and row.epoch <= last]
         before, after = (_to_the_end(curve.points, curve.end) for curve in self._rates)
-        title = f"Learning rate of {out.path.name}, a fork of {self._source.run.name}"
+        title = f"Learning rate of {run.name}, a fork of {self._run.name}"
         png = draw_rate_curve(title, _to_the_end(past, fork_at), before, after, fork_at)
-        path = out.path / "report" / "learning_rate.png"
+        path = run / "report" / "learning_rate.png"
         try:
             path.parent.mkdir(exist_ok=True)
             write_bytes_atomic(path, png)
