@@ -139,7 +139,9 @@ class Reducer:
         if id(parameter) in self._alone:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            self._send(_flat(parameter.grad))
+            # The same memory as one dimension, whatever the memory format: collectives want contiguous tensors.
+            gradient = parameter.grad
+            self._send(gradient.as_strided((gradient.numel(),), (1,), gradient.storage_offset()))
             return
         if self._pack is None:
             elements = self._packs[self._packed].size_bytes // parameter.element_size()
@@ -160,8 +162,3 @@ class Reducer:
     def _send(self, tensor: Tensor) -> None:
         self._works.append(self._start(tensor))
         self._sent += 1
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The same memory as one dimension, whatever the memory format: collectives want contiguous tensors."""
-    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())

@@ -54,10 +54,6 @@ class ForkPoint:
     others: str  # the places one can fork from, in words
     skipped: tuple[str, ...] = ()  # newer checkpoints that are damaged, in words
 
-    @property
-    def mid_epoch(self) -> bool:
-        return self.position.step_in_epoch != 0
-
 
 def find(run: Path, config: Config, at: int | str) -> ForkPoint:
     """The checkpoint `at`: an epoch (its end), `step:4692`, or `last`: the newest that verifies and belongs to the run.
@@ -173,7 +169,7 @@ class Fork(New):
         other = [key for key in _ORDER if key in self._changes]
         if not same_pictures and ("data.test_subset" not in self._changes or "data.source" in self._changes):
             other.append("data.source")
-        if self._point.mid_epoch and other:
+        if at.step_in_epoch and other:
             raise UsageError(
                 f"{other[0]} changes which picture comes when, and step {at.step} is in the middle of epoch "
                 f"{at.epoch + 1}: fork at the end of an epoch ({self._point.others})"
@@ -195,7 +191,7 @@ class Fork(New):
             )
         steps = self._steps = -(-len(dataset.train.labels) // new.train.batch)  # an epoch, the smaller last included
         run = dict(old.state["run"])
-        if not self._point.mid_epoch:
+        if not at.step_in_epoch:
             # The learning rate follows the step: with another batch or subset an epoch has another number of them.
             run["step"] = run["epoch"] * steps
         # The old run's best was chosen under other settings, perhaps on other pictures, and its weights are not here.
@@ -224,7 +220,7 @@ class Fork(New):
     def _explain(self, new: Config) -> list[str]:
         """What changes, what does not, and the learning rate before and after, in lines."""
         run, old, point, at = self._run, self._old, self._point, self._point.position
-        place = f"step {at.step}, in epoch {at.epoch + 1}" if point.mid_epoch else f"the end of epoch {at.epoch}"
+        place = f"step {at.step}, in epoch {at.epoch + 1}" if at.step_in_epoch else f"the end of epoch {at.epoch}"
         lines = [f"a fork of {run} from {place} ({at.path.name}); {run} stays as it is"]
         milestones = scaled_milestones(old)
         stays = "train.epochs" in self._changes and milestones == scaled_milestones(new)
@@ -238,7 +234,7 @@ class Fork(New):
                 f"the schedule stays where it was, milestones at {epochs}: for one scaled to {new.train.epochs} "
                 f"epochs, `lowmem fork` with --set schedule.reference_epochs={old.schedule.reference_epochs} too"
             )
-        if point.mid_epoch:
+        if at.step_in_epoch:
             lines.append(
                 f"epoch {at.epoch + 1} goes on after {at.step_in_epoch} of its {self._steps} steps with the pictures "
                 "that were still to come; its row will be of both settings"

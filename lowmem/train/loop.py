@@ -234,7 +234,8 @@ class Loop:
 
     def _score(self, pictures: Pictures) -> Score | Verdict:
         """Of all processes together: each scores its part of the pictures. LEAVE if a signal came to any."""
-        t, part = self.t, self.t.part_of(pictures)
+        t, (first, past) = self.t, self.t.split.part(len(pictures))
+        part = Pictures(pictures.images[first:past], pictures.labels[first:past])
         mine = self.memory.evaluated(lambda size: t.evaluate(part, size, self._leaves_evaluation))
         failed = [mine.message, mine.asked_bytes] if isinstance(mine, Failure) else None
         sums = [mine.loss, mine.wrong, mine.count] if isinstance(mine, Sums) else None

@@ -95,11 +95,6 @@ class Replica:
         images, labels = self.batches.batch(epoch, step, memory_format=layout, part=part)
         return images, labels, size
 
-    def part_of(self, pictures: Pictures) -> Pictures:
-        """Those that this process evaluates."""
-        first, past = self.split.part(len(pictures))
-        return Pictures(pictures.images[first:past], pictures.labels[first:past])
-
     def evaluate(self, pictures: Pictures, size: int, should_stop: Callable[[], bool] = lambda: False) -> Sums | None:
         """`size` pictures at a time. None if `should_stop` said so in between."""
         data, execution = self.dataset, self.execution
