@@ -52,7 +52,7 @@ def execute(begin: New | Resume, observer: Observer | None = None) -> RunResult:
     with StartupSignals(), _joined(begin.given, begin.source) as group, ExitStack() as stack:
         if observer is None or not group.leads:  # rank 0 alone talks to the user
             observer = Observer()
-        if isinstance(begin, New):
+        if type(begin) is New:
             begin = begin.after_restart(group, observer)
         settings, recorded = begin.open(group, observer, stack)
         config = settings.config

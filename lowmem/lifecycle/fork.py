@@ -140,9 +140,6 @@ class Fork(New):
         self.given, self.source = changes, f"fork of {shorten(source.name)}"
         self._run, self._old, self._at, self._begun = source, recorded.config, at, batch_chosen(recorded)
 
-    def after_restart(self, group: Group, observer: Observer) -> Fork:
-        return self
-
     def open(self, group: Group, observer: Observer, stack: ExitStack) -> tuple[Settings, RecordedRun | None]:
         """Raises UsageError if nothing changes, the network would, or there is no such checkpoint."""
         settings = self._wanted = resolve_execution(changed(self._begun, self.given, self.source))

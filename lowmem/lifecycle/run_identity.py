@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from math import prod
 from pathlib import Path
 
 from lowmem.choose.decide import RecordedRun
@@ -30,8 +29,8 @@ from lowmem.train.replica import check_belongs, config_hash
 Shape = tuple[int | None, ...]
 
 
-def _network(config: Config) -> ResNet:
-    return skeleton(config.model.arch, config.model.block, width=config.model.width)
+def _network(config: Config, classes: int = 10) -> ResNet:
+    return skeleton(config.model.arch, config.model.block, width=config.model.width, num_classes=classes)
 
 
 def network_shapes(config: Config) -> dict[str, Shape]:
@@ -57,8 +56,7 @@ def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, tuple[int, .
 
 def most_bytes(config: Config) -> int:
     """An upper bound of any file of tensors that a run of these settings writes, for as many as 100,000 classes."""
-    sizes = [[100_000 if size is None else size for size in shape] for shape in network_shapes(config).values()]
-    return 8 * sum(map(prod, sizes)) + (8 << 20)
+    return 8 * sum(tensor.numel() for tensor in _network(config, 100_000).state_dict().values()) + (8 << 20)
 
 
 def belongs_to(config: Config) -> Callable[[Checkpoint], None]:

@@ -203,8 +203,7 @@ class Divergence:
             return Verdict(Act.ROLLBACK, f"the training loss is {state.loss_sum}")
         steps = state.exploded_losses * self._log_every_steps
         if state.exploded_losses >= EXPLODED_LOSSES and steps >= EXPLODED_STEPS:
-            why = f"the training loss has been above {self._limit:.3g} for {steps} steps"
-            return Verdict(Act.ROLLBACK, why)
+            return Verdict(Act.ROLLBACK, f"the training loss has been above {self._limit:.3g} for {steps} steps")
         return Verdict()
 
     def look_at_evaluation(self, test_loss: float, weights: Iterable[Tensor]) -> Verdict:
