@@ -28,7 +28,8 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint_state import RunState
 from lowmem.runs.saver import Save, Saver
 from lowmem.runs.store import RunFolder
-from lowmem.train.state import capture
+from lowmem.step.train_step import Execution, TrainStep
+from lowmem.train.replica import capture
 
 METADATA = {"arch": "benchmark"}
 
@@ -41,7 +42,8 @@ class Net:
         self.model = build(arch, block)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9, fused=True)
         self.images, self.labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
-        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        scaler, execution = torch.amp.GradScaler("cpu", enabled=False), Execution("cpu", "fp32", "contiguous")
+        self.step = TrainStep(self.model, self.optimizer, scaler, execution, None)
         self.state = RunState()
 
     def steps(self, count: int) -> float:
@@ -55,7 +57,7 @@ class Net:
         return (time.perf_counter() - began) / count
 
     def save(self) -> Save:
-        taken = capture(self.state, self.model, self.optimizer, self.scaler, {})
+        taken = capture(self.state, self.model, self.step, {})
         return Save(taken, 1, dict.fromkeys(("best", "last"), (taken.model, METADATA)))
 
 

@@ -18,9 +18,8 @@ from lowmem.choose.request import card_rates
 from lowmem.config.cards import load_card
 from lowmem.config.schema import Config
 from lowmem.data import Dataset, Pictures
-from lowmem.distributed.group import Group, join
+from lowmem.distributed.group import Group, Split, even_shares, join
 from lowmem.distributed.launch import Launch
-from lowmem.distributed.split import Split, even_shares
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build, skeleton
 from lowmem.plan.policy import SAVE_ALL, uniform

@@ -17,7 +17,7 @@ _LAZY = {
     "apply_plan": "lowmem.remat",
     "Plan": "lowmem.plan.record",
     "Config": "lowmem.config.schema",
-    **dict.fromkeys(("run_training", "fork_run", "extend_run", "resume_training"), "lowmem.lifecycle.api"),
+    **dict.fromkeys(("run_training", "fork_run", "extend_run", "resume_training"), "lowmem.lifecycle"),
 }
 __all__ = ["__version__", *_LAZY]
 

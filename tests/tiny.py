@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.config.settings import Settings, gather
-from lowmem.lifecycle.api import run_training
+from lowmem.lifecycle import run_training
 from lowmem.train.observer import Observer, Progress
 
 # Nine steps on the CPU, three an epoch: seconds. Where a test's figures depend on a value, it gives its own.

@@ -16,8 +16,7 @@ from typing import Any
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice, Request
 from lowmem.core.errors import Infeasible, LowmemError, UsageError
-from lowmem.distributed.group import Group
-from lowmem.distributed.split import even_shares, weighted_shares
+from lowmem.distributed.group import Group, even_shares, weighted_shares
 from lowmem.plan.record import Candidate
 
 Mode = tuple[str, str]  # precision, memory format

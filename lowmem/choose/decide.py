@@ -19,8 +19,7 @@ from lowmem.choose.planning import choose, with_ladder
 from lowmem.choose.request import Choice, Request
 from lowmem.config.schema import Config, cards_of, for_process
 from lowmem.config.settings import Settings
-from lowmem.distributed.group import Group
-from lowmem.distributed.split import Split, even_shares
+from lowmem.distributed.group import Group, Split, even_shares
 from lowmem.plan.record import Plan
 
 

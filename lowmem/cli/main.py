@@ -62,7 +62,7 @@ def train(given: Given, out: Path | None, dry_run: bool) -> None:
     """Train a network. Ctrl-C saves and leaves; `lowmem resume` goes on exactly there."""
     settings = given.settings()
     from lowmem.cli.terminal import observer
-    from lowmem.lifecycle.api import run_training
+    from lowmem.lifecycle import run_training
 
     with observer() as shown:
         run_training(settings, out, shown, dry_run=dry_run)
@@ -80,7 +80,7 @@ def resume(
     if out is not None and epochs is None:
         raise UsageError("--out is for the new run that --epochs makes: a resume goes on in the run's own folder")
     from lowmem.cli.terminal import observer
-    from lowmem.lifecycle.api import extend_run, resume_training
+    from lowmem.lifecycle import extend_run, resume_training
 
     with observer() as shown:
         if epochs is None:
@@ -103,7 +103,7 @@ def fork(
     schedule.reference_epochs=… too, they are scaled to the new length."""
     changes = given.changes()
     from lowmem.cli.terminal import observer
-    from lowmem.lifecycle.api import fork_run
+    from lowmem.lifecycle import fork_run
 
     with observer() as shown:
         fork_run(run, at=at, changes=changes, out=out, observer=shown, dry_run=dry_run)
@@ -233,11 +233,11 @@ def reproduce_run() -> None:
 
     request = read_request()
     from lowmem.cli.terminal import observer
-    from lowmem.lifecycle import api
+    from lowmem.lifecycle import resume_training, run_training
     from lowmem.reproduce.check import work
 
     with observer() as shown:
-        raise typer.Exit(work(request, shown, api.run_training, api.resume_training))
+        raise typer.Exit(work(request, shown, run_training, resume_training))
 
 
 # -- the entry point ---------------------------------------------------------------------------------------------------

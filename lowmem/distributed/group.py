@@ -1,4 +1,5 @@
-"""The processes of a run, as every one of them sees the others. The base class is one process alone.
+"""The processes of a run, as every one of them sees the others (the base class is one process alone), and which
+pictures of the effective batch each takes: its slice, in the order of the ranks (invariant 3).
 
 Tensors of the network go over the device's own backend (NCCL on CUDA, gloo on the CPU), everything that is said beside
 them, a few numbers or a line of JSON, over gloo: it waits for nothing on the device. Nothing is pickled.
@@ -15,8 +16,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from itertools import accumulate
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -33,9 +36,64 @@ _MEETING_PAUSE_SECONDS = 0.02
 _PATIENCE = 6  # times the timeout
 
 
+# -- the batch ---------------------------------------------------------------------------------------------------------
+
+
+def even_shares(batch: int, size: int) -> tuple[int, ...]:
+    """`batch` pictures for `size` like processes; what does not divide goes to the first."""
+    return tuple(batch // size + (rank < batch % size) for rank in range(size))
+
+
+def weighted_shares(batch: int, speeds: tuple[float, ...]) -> tuple[int, ...]:
+    """In proportion to `speeds` (pictures per second, or any weights; not all 0), by largest remainders; exactly
+    even where all are equal."""
+    total = sum(speeds)
+    exact = [batch * speed / total for speed in speeds]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(speeds)), key=lambda rank: (shares[rank] - exact[rank], rank))
+    for rank in by_remainder[: batch - sum(shares)]:
+        shares[rank] += 1
+    return tuple(shares)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The effective batch is the sum of `shares`, one for each process; a share may be 0. `micro_batches`: how many
+    pictures each takes at a time, by default its share."""
+
+    shares: tuple[int, ...]
+    rank: int = 0
+    micro_batches: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.micro_batches:
+            object.__setattr__(self, "micro_batches", self.shares)
+        if len(self.micro_batches) != len(self.shares) or not 0 <= self.rank < len(self.shares) or self.batch < 1:
+            raise ValueError(f"shares {self.shares}, micro-batches {self.micro_batches}, rank {self.rank}: no split")
+
+    @property
+    def batch(self) -> int:
+        return sum(self.shares)
+
+    def part(self, size: int, rank: int | None = None) -> tuple[int, int]:
+        """The slice [first, past) of `size` pictures that a process takes, this one by default: its share of a whole
+        batch, and of a smaller one (the last of an epoch, the test pictures) as nearly as can be."""
+        rank = self.rank if rank is None else rank
+        ends = (0, *accumulate(self.shares))
+        first, past = ((2 * size * end + self.batch) // (2 * self.batch) for end in ends[rank : rank + 2])  # rounded
+        return first, past
+
+    def pieces(self, size: int) -> int:
+        """Micro-batches that the process with the most of them makes of its part of `size` pictures."""
+        parts = (self.part(size, rank) for rank in range(len(self.shares)))
+        return max(-(-(past - first) // max(1, m)) for (first, past), m in zip(parts, self.micro_batches, strict=True))
+
+
+# -- the processes -----------------------------------------------------------------------------------------------------
+
+
 class _Done:
-    def wait(self) -> None:
-        """Nothing to wait for."""
+    def wait(self) -> None: ...
 
 
 class Group:
@@ -62,7 +120,7 @@ class Group:
 
     def share(self, value: Any) -> Any:
         """The value (JSON) that rank 0 gives; what others give is ignored."""
-        return value
+        return self.gather(value if self.leads else None)[0]
 
     def share_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Rank 0's tensors, in host memory; others give None."""
@@ -83,7 +141,7 @@ class Group:
 
     def lead(self, work: Callable[[], T], default: T) -> T:
         """Does `work` in rank 0 only, whose error is everyone's; the others have `default`."""
-        return work()
+        return self.together(work if self.leads else lambda: default)
 
     @contextmanager
     def alike(self) -> Iterator[None]:
@@ -99,14 +157,14 @@ class Group:
 
 
 class _Processes(Group):
-    """Several. `small` and `norms` are groups of the same processes with connections of their own: what is said at the
-    same time in two of them cannot be mistaken."""
+    """Several. `small` and `norms` are groups of the same processes with connections of their own, so that what is said
+    at the same time in two of them is not mistaken."""
 
     alone = False
 
     def __init__(self, launch: Launch, timeout: timedelta) -> None:
-        self.rank, self.size, self.restarts = launch.rank, launch.size, launch.restarts
-        self.local_rank = launch.local_rank
+        self.rank, self.local_rank = launch.rank, launch.local_rank
+        self.size, self.restarts = launch.size, launch.restarts
         with _peers():
             # Where processes wait for one that reads pictures or saves; one that is dead is known by its connection.
             self._small: Any = dist.new_group(backend="gloo", timeout=_PATIENCE * timeout)
@@ -126,14 +184,6 @@ class _Processes(Group):
         with _peers():
             dist.all_gather(everyones, mine, self._small)
         return [json.loads(bytes(each.tolist())) for each in everyones]
-
-    def share(self, value: Any) -> Any:
-        text = bytearray(json.dumps(value).encode()) if self.leads else bytearray()
-        (length,) = self.most([len(text)])
-        tensor = torch.frombuffer(text, dtype=torch.uint8) if self.leads else torch.empty(length, dtype=torch.uint8)
-        with _peers():
-            dist.broadcast(tensor, 0, self._small)
-        return json.loads(bytes(tensor.tolist()))
 
     def share_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         known = tensors or {}
@@ -158,26 +208,20 @@ class _Processes(Group):
 
     def together(self, work: Callable[[], T]) -> T:
         failure: Exception | None = None
-        result: Any = None
+        words, result = None, cast(T, None)
         try:
             result = work()
         except PeerLost:
             raise
         except Exception as error:
-            failure = error
-        code = getattr(failure, "exit_code", ExitCode.BUG)
-        words = None if failure is None else [str(failure) or type(failure).__name__, int(code)]
+            failure, words = error, [str(error) or type(error).__name__, int(getattr(error, "exit_code", ExitCode.BUG))]
         failures = self.gather(words)
         first = next((rank for rank, one in enumerate(failures) if one is not None), None)
         if first is None:
-            done: T = result
-            return done
+            return result
         if failure is None or self.rank != first:
             raise PeerError(first, *failures[first]) from failure
         raise failure
-
-    def lead(self, work: Callable[[], T], default: T) -> T:
-        return self.together(work if self.leads else lambda: default)
 
 
 class _Watched:
@@ -205,12 +249,9 @@ def _peers() -> Iterator[None]:
 
 
 def meet(store: dist.Store, launch: Launch, timeout: timedelta) -> dist.Store:
-    """A part of the store that only this start of the processes uses.
-
-    torchrun keeps its store when it starts them again, and with it the addresses of those that are dead: whoever looks
-    there before the new ones are written connects to nobody. So every process asks under a name that was never used,
-    and rank 0 answers it with the name of what is common. Raises RuntimeError if somebody does not come.
-    """
+    """A part of the store that only this start of the processes uses: torchrun keeps its store when it starts them
+    again, and with it the addresses of those that are dead. So every process asks under a name that was never used, and
+    rank 0 answers it with the name of what is common. Raises RuntimeError if somebody does not come."""
     if launch.rank > 0:
         mine = uuid.uuid4().hex
         store.set(f"lowmem/hello/{launch.rank}", mine)
@@ -234,15 +275,13 @@ def meet(store: dist.Store, launch: Launch, timeout: timedelta) -> dist.Store:
 
 @contextmanager
 def join(launch: Launch | None, device: str, timeout_seconds: float) -> Iterator[Group]:
-    """The group that this process belongs to, for as long as the context lasts.
-
-    `timeout_seconds`: after which a process that does not answer is given up. Raises PeerLost if the others do not
-    come.
-    """
-    if launch is None or launch.size == 1:
-        group = Group()
-        group.restarts = 0 if launch is None else launch.restarts
-        yield group
+    """The group that this process belongs to. `timeout_seconds`: after which a process that does not answer is given
+    up. Raises PeerLost if the others do not come."""
+    launch = launch or Launch(rank=0, size=1, local_rank=0)
+    if launch.size == 1:
+        alone = Group()
+        alone.restarts = launch.restarts
+        yield alone
         return
     if dist.is_initialized():
         raise UsageError("this process is in a process group already: a run makes its own, in a process of its own")

@@ -1,9 +1,9 @@
 """Sums gradients over the processes while the backward pass goes on.
 
-The executor says when it is done with a stage: its gradients are complete then, and their sum over all processes is
-begun while earlier stages are still at work. A large gradient is summed where it lies. Small ones are packed, so that
-there are few messages, into a buffer that takes their place: `.grad` becomes a view of it. So what this takes beside
-the gradients is less than one pack, and the simulator sees it, because it runs this code.
+The executor says when it is done with a stage: its gradients are complete then, and their sum is begun while earlier
+stages are still at work. A large gradient is summed where it lies. Small ones are packed, so that there are few
+messages, into a buffer that takes their place: `.grad` becomes a view of it. So what this takes beside the gradients is
+less than one pack, and the simulator sees it, because it runs this code.
 
 The messages are the same in every process, whatever its plan: stages from last to first, parameters in order. A
 process that fails in a step sends zeros for those it has not sent (`give_up`), so that nobody waits for it.
@@ -30,57 +30,37 @@ PACK_BYTES = 4 * MIB
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """What goes as one message: places in the order of completion. Several, and a small one alone, are `packed`."""
+class Message:
+    """One sum over all processes: places in the order of completion. Several, and a small one alone, are `packed`."""
 
     places: tuple[int, ...]
+    size_bytes: int
     packed: bool
 
 
-def arrange(sizes_bytes: Sequence[int]) -> tuple[Parcel, ...]:
+def arrange(sizes_bytes: Sequence[int]) -> tuple[Message, ...]:
     """The gradients, in the order in which they are complete -> messages, in the order in which they are sent: a pack
     once its last part is there, a large gradient at once, also between the parts of a pack."""
-    parcels: list[Parcel] = []
-    pack: list[int] = []
+    messages: list[Message] = []
+    pack: tuple[int, ...] = ()
     filled = 0
-
-    def close() -> None:
-        if pack:
-            parcels.append(Parcel(tuple(pack), packed=True))
-            pack.clear()
-
     for place, size in enumerate(sizes_bytes):
         if size >= ALONE_BYTES:
-            parcels.append(Parcel((place,), packed=False))
+            messages.append(Message((place,), size, packed=False))
             continue
-        if filled + size > PACK_BYTES:
-            close()
-        filled = size + (filled if pack else 0)
-        pack.append(place)
-    close()
-    return tuple(sorted(parcels, key=lambda parcel: parcel.places[-1]))
+        if pack and filled + size > PACK_BYTES:
+            messages.append(Message(pack, filled, packed=True))
+            pack, filled = (), 0
+        pack, filled = (*pack, place), filled + size
+    if pack:
+        messages.append(Message(pack, filled, packed=True))
+    return tuple(sorted(messages, key=lambda message: message.places[-1]))
 
 
 class Work(Protocol):
     """A collective operation under way: torch.distributed's own, or none."""
 
     def wait(self) -> object: ...
-
-
-@dataclass(frozen=True)
-class Message:
-    """One sum over all processes: of one gradient in its place, or of several in a pack. `elements` of `dtype`."""
-
-    parameters: tuple[Tensor, ...]
-    packed: bool
-
-    @property
-    def elements(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.parameters[0].dtype
 
 
 class Reducer:
@@ -100,12 +80,9 @@ class Reducer:
         ordered = [one for stage in reversed(self._stages) for one in stage]
         if len({one.dtype for one in ordered}) > 1:
             raise ValueError("parameters of different dtypes cannot go in one pack")
-        self.messages = tuple(
-            Message(tuple(ordered[place] for place in parcel.places), parcel.packed)
-            for parcel in arrange([one.numel() * one.element_size() for one in ordered])
-        )
+        self.messages = arrange([one.numel() * one.element_size() for one in ordered])
         self._packs = [message for message in self.messages if message.packed]
-        self._alone = {id(message.parameters[0]) for message in self.messages if not message.packed}
+        self._alone = {id(ordered[message.places[0]]) for message in self.messages if not message.packed}
         self._rest()
 
     def _rest(self) -> None:
@@ -150,23 +127,25 @@ class Reducer:
         """After a step that failed here and was undone: sends zeros for the rest, one at a time, and waits."""
         for work in self._works:
             work.wait()
-        device = self._stages[0][0].device
-        for message in self.messages[self._sent :]:
-            self._start(torch.zeros(message.elements, dtype=message.dtype, device=device)).wait()
-        if self._buffers and self._sent <= len(self.messages):
-            elements = sum(buffer.numel() for buffer in self._buffers)
-            self._start(torch.zeros(elements, dtype=self._buffers[0].dtype, device=device)).wait()
+        like = self._stages[0][0]
+        owed = [(message.size_bytes // like.element_size(), like.dtype) for message in self.messages]
+        if self._buffers:
+            owed.append((sum(buffer.numel() for buffer in self._buffers), self._buffers[0].dtype))
+        for elements, dtype in owed[self._sent :]:
+            self._start(torch.zeros(elements, dtype=dtype, device=like.device)).wait()
         self._rest()
 
     def _take(self, parameter: Tensor) -> None:
         if id(parameter) in self._alone:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            self._send(_flat(parameter.grad))
+            # The same memory as one dimension, whatever the memory format: collectives want contiguous tensors.
+            gradient = parameter.grad
+            self._send(gradient.as_strided((gradient.numel(),), (1,), gradient.storage_offset()))
             return
-        message = self._packs[self._packed]
         if self._pack is None:
-            self._pack = torch.empty(message.elements, dtype=message.dtype, device=parameter.device)
+            elements = self._packs[self._packed].size_bytes // parameter.element_size()
+            self._pack = torch.empty(elements, dtype=parameter.dtype, device=parameter.device)
         # As dense as the parameter, and with its strides: the update wants them alike.
         place = self._pack.as_strided(parameter.shape, parameter.stride(), self._filled)
         self._filled += parameter.numel()
@@ -175,7 +154,7 @@ class Reducer:
         else:
             place.copy_(parameter.grad)
         parameter.grad = place
-        if self._filled == message.elements:
+        if self._filled == self._pack.numel():
             pack, self._pack, self._filled = self._pack, None, 0
             self._packed += 1
             self._send(pack)
@@ -183,8 +162,3 @@ class Reducer:
     def _send(self, tensor: Tensor) -> None:
         self._works.append(self._start(tensor))
         self._sent += 1
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The same memory as one dimension, whatever the memory format: collectives want contiguous tensors."""
-    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())

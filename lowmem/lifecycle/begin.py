@@ -1,4 +1,5 @@
-"""New, resume and fork: three ways to make one value, `Start`, and to make durable what comes of it.
+"""New and resume: two ways to make the same of a run, its settings as they are asked for, resolved, before anything is
+planned, and what is recorded of it; and to make durable what comes of it. The third way is `fork`.
 
 Of several processes rank 0 reads and writes the run's folder, and tells the others what they need: they need not see
 its disk.
@@ -7,32 +8,21 @@ its disk.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from lowmem.calibrate.device import describe, elsewhere
-from lowmem.choose.decide import Decision, RecordedRun, batch_chosen
+from lowmem.choose.decide import Decision, RecordedRun
 from lowmem.choose.execution import resolve_execution, wants_plan
 from lowmem.choose.explain import inexact
 from lowmem.config.schema import Config, flatten, nest
 from lowmem.config.settings import Settings, refuse_changes, to_yaml
 from lowmem.core.errors import CorruptCheckpoint, UsageError
-from lowmem.core.reading import shorten
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
-from lowmem.lifecycle import fork
 from lowmem.lifecycle.preflight import preflight
-from lowmem.lifecycle.run_identity import (
-    begun_before,
-    belongs_to,
-    launcher,
-    most_bytes,
-    record_plans,
-    recorded_run,
-    source_run,
-)
+from lowmem.lifecycle.run_identity import begun_before, belongs_to, launcher, most_bytes, recorded_run
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.folder import refuse_existing, refuse_unbegun
@@ -40,16 +30,7 @@ from lowmem.runs.store import NullFolder, RunFolder
 from lowmem.runs.view import RunView, recorded_settings
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
-from lowmem.train.state import check_position, config_hash, share_checkpoint
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins: its settings as they are asked for, resolved, before anything is planned; and what is
-    recorded of the run that goes on, or that it forks off from (None for a new one)."""
-
-    settings: Settings
-    recorded: RecordedRun | None = None
+from lowmem.train.replica import check_position, config_hash, share_checkpoint
 
 
 class New:
@@ -71,31 +52,26 @@ class New:
         observer.note(f"started again after a failure (restart {group.restarts}): going on with {self.path}")
         return Resume(self.path)
 
-    def open(self, group: Group, observer: Observer, stack: ExitStack) -> Start:
-        """Raises UsageError, PreflightError for a folder in the way, before minutes are spent on decoding pictures."""
+    def open(self, group: Group, observer: Observer, stack: ExitStack) -> tuple[Settings, RecordedRun | None]:
+        """The settings, and what is recorded of the run that goes on, or that this forks off from. Raises UsageError,
+        PreflightError for a folder in the way, before minutes are spent on decoding pictures."""
         group.lead(lambda: refuse_existing(self.path), None)
-        return Start(self._wanted)
+        return self._wanted, None
 
-    def checkpoint(self, start: Start, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint | None:
+    def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint | None:
         """What the trainer goes on from, under the settings that were decided."""
         return None
 
-    def folder(self, group: Group, start: Start, settings: Settings, stack: ExitStack) -> RunFolder:
+    def folder(self, group: Group, settings: Settings, stack: ExitStack) -> RunFolder:
         """The run's folder, for as long as the stack lasts; here a new one, of which nothing stays unless it comes to
         its first checkpoint. What was asked for is recorded too: by this a restart knows its own run."""
         self._environment = describe(settings.config.train.device) | {"processes": group.size}
-        asked = {"asked": config_hash(start.settings.config), "launcher": launcher()}
+        recorded = {**self._environment, "asked": config_hash(self._wanted.config), "launcher": launcher()}
         absent: RunFolder = NullFolder(self.path)
-        made = group.lead(lambda: RunFolder.create(self.path, to_yaml(settings), self._environment | asked), absent)
-        return stack.enter_context(self._discarding(stack.enter_context(made)))
-
-    @contextmanager
-    def _discarding(self, folder: RunFolder) -> Iterator[RunFolder]:
-        try:
-            yield folder
-        finally:
-            if not self._resumable:
-                folder.discard()
+        folder = group.lead(lambda: RunFolder.create(self.path, to_yaml(settings), recorded), absent)
+        stack.enter_context(folder)
+        stack.callback(lambda: None if self._resumable else folder.discard())
+        return folder
 
     def commit(self, decision: Decision, trainer: Trainer, folder: RunFolder) -> bool:
         """Tries everything, then writes plans and first checkpoint: now the run can be resumed, however early it is
@@ -105,8 +81,9 @@ class New:
         if self.dry_run:
             trainer.observer.note("dry run: everything is fit to start, and nothing was left behind")
             return False
-        record_plans(trainer.group, trainer.plan, folder)
-        trainer.group.lead(lambda: self._write_first(decision.settings, trainer, folder), None)
+        trainer.record_plans(folder)
+        keep = decision.settings.config.checkpoint.keep
+        trainer.group.lead(lambda: self._write_first(trainer, keep, folder), None)
         self._resumable = True
         folder.event("start", steps_per_epoch=trainer.batches.steps_per_epoch, **self._environment)
         if decision.confirmed is not None:
@@ -115,52 +92,9 @@ class New:
             folder.event("warning", what=inexact(decision.plan))
         return True
 
-    def _write_first(self, settings: Settings, trainer: Trainer, folder: RunFolder) -> None:
-        checkpoints.save(folder.checkpoints, trainer.checkpoint(), keep=settings.config.checkpoint.keep)
-
-
-class Fork(New):
-    """A new run that begins with an old one's checkpoint; see `lowmem.lifecycle.fork`. `recorded`: the old one's
-    settings."""
-
-    def __init__(
-        self,
-        source: Path,
-        recorded: Settings,
-        at: int | str,
-        changes: Mapping[str, object],
-        path: Path,
-        *,
-        dry_run: bool = False,
-    ) -> None:
-        super().__init__(recorded, path, dry_run=dry_run)
-        self.given, self.source = changes, f"fork of {shorten(source.name)}"
-        self._source, self._recorded, self._at = source, recorded, at
-        self._begun = batch_chosen(recorded)
-
-    def after_restart(self, group: Group, observer: Observer) -> Fork:
-        return self
-
-    def open(self, group: Group, observer: Observer, stack: ExitStack) -> Start:
-        """Raises UsageError if nothing changes, the network would, or there is no such checkpoint."""
-        settings = resolve_execution(fork.changed(self._begun, self.given, self.source))
-        changes = fork.check(self._begun.config, settings.config)
-        self._point = fork.find(self._source, self._recorded.config, self._at)
-        fork.refuse_place(self._point, settings.config, changes)
-        refuse_existing(self.path)
-        return Start(settings, source_run(self._source, self._recorded.config, observer))
-
-    def checkpoint(self, start: Start, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
-        changes = fork.check(self._begun.config, settings.config)
-        self._carried = fork.carry_over(self._point, settings.config, changes, dataset)
-        for line in fork.explain(self._point, settings.config, changes, self._carried, dataset):
-            observer.note(line)
-        for line in fork.warnings(self._point, changes, dataset):
-            observer.warning(line)
-        return self._carried
-
-    def _write_first(self, settings: Settings, trainer: Trainer, folder: RunFolder) -> None:
-        fork.write(self._point, self._carried, settings, folder, trainer.dataset)
+    def _write_first(self, trainer: Trainer, keep: int, folder: RunFolder) -> None:
+        folder.flush()
+        checkpoints.save(folder.checkpoints, trainer.checkpoint(), keep=keep)
 
 
 class Resume:
@@ -172,11 +106,10 @@ class Resume:
         self.given = given or {}
         self._known = recorded
 
-    def open(self, group: Group, observer: Observer, stack: ExitStack) -> Start:
+    def open(self, group: Group, observer: Observer, stack: ExitStack) -> tuple[Settings, RecordedRun | None]:
         """Locks the folder. Raises UsageError if it is no run or if what is given is not operational, CorruptCheckpoint
         if nothing can be resumed."""
-        known = self._known
-        recorded = self._recorded = share_settings(group, lambda: known or _recorded_here(self.path, group))
+        recorded = self._recorded = share_settings(group, lambda: self._known or _recorded_here(self.path, group))
 
         def changed() -> Settings:
             settings = resolve_execution(recorded.replace(self.given, self.source))
@@ -187,11 +120,10 @@ class Resume:
         absent: RunFolder = NullFolder(self.path)
         self._folder = stack.enter_context(group.lead(lambda: RunFolder.open(self.path), absent))
         self._skipped: Mapping[Path, CorruptCheckpoint] = {}
-        newest = group.lead(lambda: self._newest(settings.config, observer), None)
-        shared = share_checkpoint(group, newest)
-        assert shared is not None
-        self._saved, self._where = shared
-        return Start(settings, recorded_run(group, self.path, recorded.config))
+        newest = share_checkpoint(group, group.lead(lambda: self._newest(settings.config, observer), None))
+        assert newest is not None
+        self._saved, self._where = newest
+        return settings, recorded_run(group, self.path, recorded.config)
 
     def _newest(self, config: Config, observer: Observer) -> tuple[Checkpoint, Path]:
         refuse_unbegun(self.path)
@@ -202,44 +134,48 @@ class Resume:
             folder.checkpoints, belongs_to(config), most_bytes(config)
         )
         for reason in self._skipped.values():
-            observer.warning(f"skipped a damaged checkpoint: {reason}")
-            folder.event("warning", what="checkpoint skipped", reason=str(reason))
+            said = f"skipped a damaged checkpoint: {reason}"
+            observer.recorded_warning(folder, said, what="checkpoint skipped", reason=str(reason))
         return saved, where
 
-    def checkpoint(self, start: Start, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
+    def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
         return self._saved
 
-    def folder(self, group: Group, start: Start, settings: Settings, stack: ExitStack) -> RunFolder:
+    def folder(self, group: Group, settings: Settings, stack: ExitStack) -> RunFolder:
         return self._folder
 
     def commit(self, decision: Decision, trainer: Trainer, folder: RunFolder) -> bool:
         """Cuts rows back to the checkpoint and writes what has changed: only now it is certain that the run goes on."""
         group, observer, state, settings = trainer.group, trainer.observer, trainer.state, decision.settings
-        config = settings.config
+        config, kept = settings.config, settings.config.checkpoint
         group.together(lambda: check_position(state, trainer.batches.steps_per_epoch))
-        group.lead(lambda: checkpoints.set_aside(self._skipped), None)
-        kept = config.checkpoint
-        group.lead(lambda: folder.tidy(keep=kept.keep, keep_every=kept.keep_every), None)
-        if decision.changed and decision.plan is not None:
-            record_plans(group, decision.plan, folder)
-            group.lead(lambda: folder.write_config(to_yaml(settings)), None)
-            folder.event("replan", budget_bytes=decision.plan.budget_bytes)
-        elif kept != self._recorded.config.checkpoint:
-            # The next resume would delete what this one was told to keep; nothing else of what is given stays.
-            keeping = {"checkpoint.keep": kept.keep, "checkpoint.keep_every": kept.keep_every}
-            group.lead(lambda: folder.write_config(to_yaml(self._recorded.replace(keeping, "resume"))), None)
-        for damage in group.lead(lambda: folder.cut_back(epoch=state.epoch, step=state.step), list[str]()):
-            observer.warning(damage)
-            folder.event("warning", what="rows lost", reason=damage)
+        replanned = decision.plan if decision.changed else None
+        if replanned is not None:
+            trainer.record_plans(folder)
+
+        def write() -> list[str]:
+            checkpoints.set_aside(self._skipped)
+            folder.tidy(keep=kept.keep, keep_every=kept.keep_every)
+            folder.flush()
+            if replanned is not None:
+                folder.forget_plans(after=group.size)
+                folder.write_config(to_yaml(settings))
+                folder.event("replan", budget_bytes=replanned.budget_bytes)
+            elif kept != self._recorded.config.checkpoint:
+                # The next resume would delete what this one was told to keep; nothing else of what is given stays.
+                keeping = {"checkpoint.keep": kept.keep, "checkpoint.keep_every": kept.keep_every}
+                folder.write_config(to_yaml(self._recorded.replace(keeping, "resume")))
+            return folder.cut_back(epoch=state.epoch, step=state.step)
+
+        for damage in group.lead(write, list[str]()):
+            observer.recorded_warning(folder, damage, what="rows lost", reason=damage)
         environment = describe(config.train.device) | {"processes": group.size}
         steps = {"epoch": state.epoch, "step": state.step, "steps_per_epoch": trainer.batches.steps_per_epoch}
         folder.event("resume", checkpoint=self._where.name, **steps, **environment)
         if different := group.lead(lambda: elsewhere(RunView(self.path).env, environment), None):
             observer.note(different)
         if state.processes != group.size:
-            warning = _describe_processes(state.processes, group, config)
-            observer.warning(warning)
-            folder.event("warning", what=warning)
+            observer.recorded_warning(folder, _describe_processes(state.processes, group, config))
         if state.epoch >= config.train.epochs:
             observer.note(f"{self.path} is finished: all {state.epoch} epochs are done")
         else:
@@ -266,11 +202,8 @@ def _resolved(settings: Settings) -> Settings:
 def share_settings(group: Group, read: Callable[[], Settings]) -> Settings:
     """What `read` gives in rank 0, in every process."""
     mine = group.lead(read, None)
-    shared = group.share(None if mine is None else [flatten(mine.config), dict(mine.sources)])
-    if mine is not None:
-        return mine
-    values, sources = shared
-    return Settings(Config.model_validate(nest(values)), sources)
+    values, sources = group.share(None if mine is None else [flatten(mine.config), dict(mine.sources)])
+    return mine or Settings(Config.model_validate(nest(values)), sources)
 
 
 def _recorded_here(path: Path, group: Group) -> Settings:

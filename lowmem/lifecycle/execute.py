@@ -17,21 +17,20 @@ from lowmem.config.schema import Config, known_keys
 from lowmem.config.settings import Settings
 from lowmem.core.errors import OutOfMemory, PreflightError, UsageError
 from lowmem.data import Dataset, load
-from lowmem.distributed.group import Group, join
+from lowmem.distributed.group import Group, Split, join
 from lowmem.distributed.launch import Launch
-from lowmem.distributed.split import Split
-from lowmem.lifecycle.begin import Fork, New, Resume
+from lowmem.lifecycle.begin import New, Resume
 from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.out_of_memory import classify
 from lowmem.models import build
 from lowmem.remat.libraries import prepare_libraries
+from lowmem.runs.event_files import require_tensorboard
 from lowmem.step.train_step import Execution
 from lowmem.train.loop import Outcome, Trainer
-from lowmem.train.metrics import check_tensorboard
 from lowmem.train.observer import Observer
+from lowmem.train.replica import config_hash
 from lowmem.train.schedule import starts_low
 from lowmem.train.signals import StartupSignals
-from lowmem.train.state import config_hash
 from lowmem.trial.plan_trial import confirm_run, wants_confirmation
 
 
@@ -43,27 +42,28 @@ class RunResult:
     outcome: Outcome
 
 
-def execute(begin: New | Resume | Fork, observer: Observer | None = None) -> RunResult:
+def execute(begin: New | Resume, observer: Observer | None = None) -> RunResult:
     """A run from its beginning, whichever that is, to its end: by this process, or by all that torchrun has started.
 
     Raises LowmemError: UsageError and PreflightError before anything is changed, Infeasible, CorruptCheckpoint,
     OutOfMemory, Diverged, DiskError, PeerLost, and Interrupted after a signal, with everything saved.
     """
-    launch, observer = _launched(observer, str(begin.given.get("train.device", "auto")))
-    with StartupSignals(), _joined(launch, begin.given, begin.source) as group, ExitStack() as stack:
-        if isinstance(begin, New):
+    with StartupSignals(), _joined(begin.given, begin.source) as group, ExitStack() as stack:
+        if observer is None or not group.leads:  # rank 0 alone talks to the user
+            observer = Observer()
+        if type(begin) is New:
             begin = begin.after_restart(group, observer)
-        start = begin.open(group, observer, stack)
-        config = start.settings.config
+        settings, recorded = begin.open(group, observer, stack)
+        config = settings.config
         group.together(lambda: refuse_unfit(group, config))
         dataset = _load_data(group, config, observer)
         size = DataSize(len(dataset.classes), len(dataset.train))
         confirm = partial(confirm_run, num_classes=size.classes, train_pictures=len(dataset.train), tell=observer.note)
         wanted = confirm if wants_confirmation(config) else None
-        decision = decide(start.settings, size, group, recorded=start.recorded, confirm=wanted, tell=observer)
-        checkpoint = begin.checkpoint(start, decision.settings, dataset, observer)
+        decision = decide(settings, size, group, recorded=recorded, confirm=wanted, tell=observer)
+        checkpoint = begin.checkpoint(decision.settings, dataset, observer)
         stack.enter_context(_out_of_memory(begin.path))
-        folder = begin.folder(group, start, decision.settings, stack)
+        folder = begin.folder(group, decision.settings, stack)
         trainer = make_trainer(group, decision, dataset, observer, begin.path)
         if checkpoint is not None:
             trainer.state = group.together(lambda: trainer.restore(checkpoint))
@@ -75,43 +75,36 @@ def execute(begin: New | Resume | Fork, observer: Observer | None = None) -> Run
 # -- one process, or several -------------------------------------------------------------------------------------------
 
 
-def _launched(observer: Observer | None, device: str) -> tuple[Launch | None, Observer]:
-    """How this process was started, with its CUDA device taken if it may want one, and whom it talks to: rank 0 alone
-    talks to the user. To be called before CUDA is used. Raises UsageError, PreflightError."""
-    launch = Launch.of_environment()
-    if launch is None:
-        return None, observer or Observer()
-    if device != "cpu":
-        launch.take_device()
-    return launch, observer or Observer() if launch.rank == 0 else Observer()
-
-
 @contextmanager
-def _joined(launch: Launch | None, given: Mapping[str, object], source: str) -> Iterator[Group]:
+def _joined(given: Mapping[str, object], source: str) -> Iterator[Group]:
     """The group of this process, by those of the `given` settings that joining takes: a run's own are not at hand yet.
-    Raises PeerLost, UsageError if the processes are not alike: on other types of devices, or with other versions."""
+    To be called before CUDA is used: one of several processes takes a device. Raises PreflightError, PeerLost, and
+    UsageError if the processes are not alike: on other types of devices, or with other versions."""
+    launch = Launch.of_environment()
+    if launch is not None and given.get("train.device") != "cpu":
+        launch.take_device()
     wanted = {key: given[key] for key in ("train.device", "train.peer_timeout_minutes") if key in given}
     alone = Settings(Config(), dict.fromkeys(known_keys(), "default"))
     train = resolve_execution(alone.replace(wanted, source)).config.train
     with join(launch, train.device, 60 * train.peer_timeout_minutes) as group:
         versions = f"lowmem {lowmem.__version__}, torch {torch.__version__}"
-        with group.alike():
-            _require_alike(group, "devices", train.device, "give all of them --device cpu, or each a card")
-            _require_alike(group, "versions", versions, "install the same everywhere")
+        for what, value, way_out in (
+            ("devices", train.device, "give all of them --device cpu, or each a card"),
+            ("versions", versions, "install the same everywhere"),
+        ):
+            values = group.gather(value)
+            with group.alike():
+                if len(set(values)) > 1:
+                    different = "; ".join(f"process {rank}: {each}" for rank, each in enumerate(values))
+                    raise UsageError(f"the processes have different {what} ({different}): {way_out}")
         yield group
-
-
-def _require_alike(group: Group, what: str, value: str, way_out: str) -> None:
-    values = group.gather(value)
-    if len(set(values)) > 1:
-        different = "; ".join(f"process {rank}: {each}" for rank, each in enumerate(values))
-        raise UsageError(f"the processes have different {what} ({different}): {way_out}")
 
 
 def refuse_unfit(group: Group, config: Config) -> None:
     """What takes no time to refuse. Raises PreflightError, UsageError. The libraries are set for all that follows."""
     require_device(config.train.device)
-    check_tensorboard(config)
+    if config.train.tensorboard:
+        require_tensorboard()
     if group.size > config.train.batch:
         raise UsageError(
             f"a batch of {config.train.batch} cannot be split over {group.size} processes: raise --batch, or start "
@@ -125,13 +118,13 @@ def _load_data(group: Group, config: Config, observer: Observer) -> Dataset:
 
     Raises DataError, PreflightError if machines have different pictures."""
 
-    def read(turn: bool) -> Dataset | None:
-        return load(config.data, config.seed, progress=observer.data_progress) if turn else None
+    dataset: Dataset | None = None
 
-    first = group.together(lambda: read(group.local_rank == 0))
-    others = group.together(lambda: read(group.local_rank != 0))
-    dataset = first or others
-    assert dataset is not None
+    def read() -> Dataset:
+        return dataset or load(config.data, config.seed, progress=observer.data_progress)
+
+    dataset = group.together(lambda: read() if group.local_rank == 0 else None)
+    dataset = group.together(read)
     with group.alike():
         if len(set(group.gather(dataset.fingerprint))) > 1:
             raise PreflightError("the processes have different pictures: give all machines the same data")

@@ -10,23 +10,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lowmem.choose.decide import RecordedRun, batch_chosen
+from lowmem.choose.execution import resolve_execution
 from lowmem.config.schema import Config, flatten
 from lowmem.config.settings import Settings
 from lowmem.core.errors import CorruptCheckpoint, LowmemError, PreflightError, UsageError
+from lowmem.core.reading import shorten
 from lowmem.data import Dataset
-from lowmem.lifecycle.run_identity import belongs_to, most_bytes
+from lowmem.distributed.group import Group
+from lowmem.lifecycle.begin import New
+from lowmem.lifecycle.run_identity import belongs_to, most_bytes, source_run
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.checkpoint import Checkpoint, disk_errors
 from lowmem.runs.checkpoint_state import Position
-from lowmem.runs.folder import FORKING
+from lowmem.runs.folder import FORKING, refuse_existing
 from lowmem.runs.store import RunFolder
 from lowmem.runs.view import RunView
-from lowmem.train.schedule import RateCurve, rate_curve, side_by_side, starts_low
-from lowmem.train.state import config_hash
+from lowmem.train.loop import Trainer
+from lowmem.train.observer import Observer
+from lowmem.train.replica import config_hash
+from lowmem.train.schedule import rate_curve, scaled_milestones, side_by_side, starts_low
 
 _AT = re.compile(r"([0-9]{1,15})|step:([0-9]{1,15})|last")
 Changes = Mapping[str, tuple[object, object]]
@@ -40,16 +48,10 @@ _PICTURES = ("seed", "data.source", "data.root", "data.train_subset", "data.val_
 class ForkPoint:
     """The checkpoint a fork begins from, verified, and where in its run it is."""
 
-    run: Path
-    config: Config
     saved: Checkpoint
     position: Position
     others: str  # the places one can fork from, in words
     skipped: tuple[str, ...] = ()  # newer checkpoints that are damaged, in words
-
-    @property
-    def mid_epoch(self) -> bool:
-        return self.position.step_in_epoch != 0
 
 
 def find(run: Path, config: Config, at: int | str) -> ForkPoint:
@@ -78,8 +80,7 @@ def find(run: Path, config: Config, at: int | str) -> ForkPoint:
         except CorruptCheckpoint as error:
             damaged.append(str(error))
             continue
-        skipped = (*elsewhere, *damaged) if at == "last" else ()
-        return ForkPoint(run, config, saved, position, others, skipped)
+        return ForkPoint(saved, position, others, (*elsewhere, *damaged) if at == "last" else ())
     what = f" of step {step}" if step is not None else f" of the end of epoch {epoch}" if epoch is not None else ""
     reasons = f" (damaged: {'; '.join((*damaged, *elsewhere))})" if damaged or elsewhere else ""
     text = f"{run} has no usable checkpoint{what}: {others}{reasons}; "
@@ -88,19 +89,14 @@ def find(run: Path, config: Config, at: int | str) -> ForkPoint:
     raise UsageError(f"{text}keep more with --keep-every")
 
 
-# -- what changes ------------------------------------------------------------------------------------------------------
-
-
 def changed(recorded: Settings, values: Mapping[str, object], why: str) -> Settings:
     """The settings of the fork. With another number of epochs the milestones stay at the epochs where they were,
     unless the schedule's own are among `values`. Raises UsageError."""
     epochs, old = values.get("train.epochs"), recorded.config
     asked = any(key in values for key in _SCHEDULE)
     if type(epochs) is int and epochs > 0 and epochs != old.train.epochs and not asked:
-        # The products are those of `milestone_steps`: not a step is off.
-        scale = old.train.epochs / old.schedule.reference_epochs
-        milestones = [milestone * scale for milestone in old.schedule.milestones]
-        recorded = recorded.replace(dict(zip(_SCHEDULE, (milestones, epochs), strict=True)), f"{why}, as it was")
+        where = dict(zip(_SCHEDULE, (scaled_milestones(old), epochs), strict=True))
+        recorded = recorded.replace(where, f"{why}, as it was")
     return recorded.replace(values, why)
 
 
@@ -126,182 +122,179 @@ def check(old: Config, new: Config) -> Changes:
     return changes
 
 
-def refuse_place(source: ForkPoint, new: Config, changes: Changes, *, same_pictures: bool = True) -> None:
-    """Raises UsageError if the new run would already be over, or if, in the middle of an epoch, other pictures would
-    come than were still to come."""
-    run = source.saved.state["run"]
-    if run["epoch"] >= new.train.epochs:
-        raise UsageError(
-            f"the fork is at epoch {run['epoch']} and would end at {new.train.epochs}: ask for more with "
-            f"--set train.epochs={run['epoch'] + source.config.train.epochs}"
+class Fork(New):
+    """A new run that begins with an old one's checkpoint. `recorded`: the old one's settings."""
+
+    def __init__(
+        self,
+        source: Path,
+        recorded: Settings,
+        at: int | str,
+        changes: Mapping[str, object],
+        path: Path,
+        *,
+        dry_run: bool = False,
+    ) -> None:
+        super().__init__(recorded, path, dry_run=dry_run)
+        self.given, self.source = changes, f"fork of {shorten(source.name)}"
+        self._run, self._old, self._at, self._begun = source, recorded.config, at, batch_chosen(recorded)
+
+    def open(self, group: Group, observer: Observer, stack: ExitStack) -> tuple[Settings, RecordedRun | None]:
+        """Raises UsageError if nothing changes, the network would, or there is no such checkpoint."""
+        settings = self._wanted = resolve_execution(changed(self._begun, self.given, self.source))
+        self._changes = check(self._begun.config, settings.config)
+        self._point = find(self._run, self._old, self._at)
+        self._refuse_place(settings.config)
+        refuse_existing(self.path)
+        return settings, source_run(self._run, self._old, observer)
+
+    def _refuse_place(self, new: Config, *, same_pictures: bool = True) -> None:
+        """Raises UsageError if the new run would already be over, or if, in the middle of an epoch, other pictures
+        would come than were still to come."""
+        run, at, stop = self._point.saved.state["run"], self._point.position, new.train.max_steps
+        if run["epoch"] >= new.train.epochs:
+            raise UsageError(
+                f"the fork is at epoch {run['epoch']} and would end at {new.train.epochs}: ask for more with "
+                f"--set train.epochs={run['epoch'] + self._old.train.epochs}"
+            )
+        if stop is not None and run["step"] >= stop:
+            raise UsageError(
+                f"the fork is at step {run['step']} and would stop at train.max_steps = {stop}: add --set "
+                "train.max_steps=null"
+            )
+        other = [key for key in _ORDER if key in self._changes]
+        if not same_pictures and ("data.test_subset" not in self._changes or "data.source" in self._changes):
+            other.append("data.source")
+        if at.step_in_epoch and other:
+            raise UsageError(
+                f"{other[0]} changes which picture comes when, and step {at.step} is in the middle of epoch "
+                f"{at.epoch + 1}: fork at the end of an epoch ({self._point.others})"
+            )
+
+    def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
+        """The old run's as the new run's own: with its identity, and its step counted in the new run's batches.
+        `settings`: as they were decided, since by these the new run knows its checkpoints. Raises UsageError for a
+        place or pictures that cannot be, and for data with another number of classes."""
+        new, old, at = settings.config, self._point.saved, self._point.position
+        self._changes = check(self._begun.config, new)
+        same_pictures = bool(old.state["identity"].get("data") == dataset.fingerprint)
+        self._refuse_place(new, same_pictures=same_pictures)
+        classes = old.model["linear.bias"].shape[0]
+        if classes != len(dataset.classes):
+            raise UsageError(
+                f"{dataset.name} has {len(dataset.classes)} classes, the network tells {classes} apart: a fork keeps "
+                "them"
+            )
+        steps = self._steps = -(-len(dataset.train.labels) // new.train.batch)  # an epoch, the smaller last included
+        run = dict(old.state["run"])
+        if not at.step_in_epoch:
+            # The learning rate follows the step: with another batch or subset an epoch has another number of them.
+            run["step"] = run["epoch"] * steps
+        # The old run's best was chosen under other settings, perhaps on other pictures, and its weights are not here.
+        # Whether the run gets anywhere is a new question. What going back has made of its rate stays, unless there is
+        # another to begin with.
+        run |= {"best": None, "rollbacks": 0, "exploded_losses": 0, "chance_epochs": 0, "told_stuck": False}
+        if "optim.lr" in self._changes:
+            run["lr_scale"] = 1.0
+        run["low_start"] = bool(run.get("low_start")) and starts_low(new)
+        identity = {"settings": config_hash(new), "data": dataset.fingerprint}
+        self._carried = replace(old, step=run["step"], state={"run": run, "identity": identity})
+        # The rate from the fork on, as it would have been and as it is. The old run's steps an epoch follow from where
+        # its checkpoint is.
+        old_steps = (at.step - at.step_in_epoch) // at.epoch if at.epoch else steps
+        low = bool(old.state["run"].get("low_start"))
+        self._rates = (
+            rate_curve(self._old, old_steps, at.step, low_start=low, scale=_scale(old)),
+            rate_curve(new, steps, run["step"], low_start=run["low_start"], scale=_scale(self._carried)),
         )
-    stop = new.train.max_steps
-    if stop is not None and run["step"] >= stop:
-        raise UsageError(
-            f"the fork is at step {run['step']} and would stop at train.max_steps = {stop}: add --set "
-            "train.max_steps=null"
-        )
-    other = [key for key in _ORDER if key in changes]
-    if not same_pictures and ("data.test_subset" not in changes or "data.source" in changes):
-        other.append("data.source")
-    if source.mid_epoch and other:
-        raise UsageError(
-            f"{other[0]} changes which picture comes when, and step {source.position.step} is in the middle of epoch "
-            f"{source.position.epoch + 1}: fork at the end of an epoch ({source.others})"
-        )
+        for line in self._explain(new):
+            observer.note(line)
+        for line in self._warnings(dataset, same_pictures):
+            observer.warning(line)
+        return self._carried
 
+    def _explain(self, new: Config) -> list[str]:
+        """What changes, what does not, and the learning rate before and after, in lines."""
+        run, old, point, at = self._run, self._old, self._point, self._point.position
+        place = f"step {at.step}, in epoch {at.epoch + 1}" if at.step_in_epoch else f"the end of epoch {at.epoch}"
+        lines = [f"a fork of {run} from {place} ({at.path.name}); {run} stays as it is"]
+        milestones = scaled_milestones(old)
+        stays = "train.epochs" in self._changes and milestones == scaled_milestones(new)
+        for key, (before, after) in self._changes.items():
+            if not (stays and key in _SCHEDULE):
+                lines.append(f"{key}: {before!r} -> {after!r}")
+        if stays:
+            listed = " and ".join(f"{milestone:.5g}" for milestone in milestones)
+            epochs = f"epoch{'s' * (len(milestones) > 1)} {listed}" if milestones else "none"
+            lines.append(
+                f"the schedule stays where it was, milestones at {epochs}: for one scaled to {new.train.epochs} "
+                f"epochs, `lowmem fork` with --set schedule.reference_epochs={old.schedule.reference_epochs} too"
+            )
+        if at.step_in_epoch:
+            lines.append(
+                f"epoch {at.epoch + 1} goes on after {at.step_in_epoch} of its {self._steps} steps with the pictures "
+                "that were still to come; its row will be of both settings"
+            )
+        lines += ["best weights are chosen anew, from here on", *side_by_side(*self._rates)]
+        if (scale := _scale(point.saved)) != 1.0:
+            stays_words = "so is the fork (--set optim.lr=… begins with a rate of its own)"
+            now = stays_words if _scale(self._carried) == scale else f"the fork begins with {new.optim.lr:g}"
+            lines.append(f"{run} went back from a broken loss and is at {scale:g} of its learning rate: {now}")
+        if self._carried.state["run"]["low_start"]:
+            rate, until = new.schedule.low_start_lr, new.schedule.low_start_until_error_pct
+            lines.append(f"the low start is on: {rate:g} until the training error is under {until:g} %")
+        return lines
 
-def carry_over(source: ForkPoint, new: Config, changes: Changes, dataset: Dataset) -> Checkpoint:
-    """The checkpoint as the new run's own: its identity, and its step counted in the new run's batches. `new`: as they
-    were decided, since by these the new run knows its checkpoints.
+    def _warnings(self, dataset: Dataset, same_pictures: bool) -> list[str]:
+        """What may be meant otherwise."""
+        found = [f"skipped a damaged checkpoint: {reason}" for reason in self._point.skipped]
+        asked = [key for key in _PICTURES if key in self._changes]
+        if not same_pictures and not asked and "data.test_subset" not in self._changes:
+            trained = f"the pictures are not those that {self._run} was trained on"
+            found.append(f"{trained}, though no setting of them changes")
+        if dataset.val is not None and asked:
+            found.append(
+                f"{asked[0]} changes which pictures are held back: the weights have been trained on some of them, so "
+                "the validation error will look too good"
+            )
+        return found
 
-    Raises UsageError as `refuse_place` does, and for data with another number of classes.
-    """
-    refuse_place(source, new, changes, same_pictures=_same_pictures(source, dataset))
-    saved, run = source.saved, dict(source.saved.state["run"])
-    classes = saved.model["linear.bias"].shape[0]
-    if classes != len(dataset.classes):
-        raise UsageError(
-            f"{dataset.name} has {len(dataset.classes)} classes, the network tells {classes} apart: a fork keeps them"
-        )
-    if not source.mid_epoch:
-        # The learning rate follows the step: with another batch or subset an epoch has another number of them.
-        run["step"] = run["epoch"] * steps_per_epoch(new, dataset)
-    # The old run's best was chosen under other settings, perhaps on other pictures, and its weights are not here.
-    run["best"] = None
-    # Whether the run gets anywhere is a new question. What going back has made of its rate stays, unless there is
-    # another to begin with.
-    run |= {"rollbacks": 0, "exploded_losses": 0, "chance_epochs": 0, "told_stuck": False}
-    if "optim.lr" in changes:
-        run["lr_scale"] = 1.0
-    run["low_start"] = bool(run.get("low_start")) and starts_low(new)
-    identity = {"settings": config_hash(new), "data": dataset.fingerprint}
-    return replace(saved, step=run["step"], state={"run": run, "identity": identity})
+    def _write_first(self, trainer: Trainer, keep: int, folder: RunFolder) -> None:
+        """Puts rows, picture and checkpoint into the new folder, the checkpoint last. The old run's files are only
+        read. Raises DiskError."""
+        at, carried = self._point.position, self._carried
+        folder.flush()
+        (folder.path / FORKING).touch()
+        # Where they are counted in other steps, the old ones would stand among the new.
+        folder.copy_rows(self._run, epoch=at.epoch, step=at.step if carried.step == at.step else None)
+        self._draw(folder.path)
+        checkpoints.save(folder.checkpoints, carried, keep=keep)
+        (folder.path / FORKING).unlink()
+        folder.event("fork", source=self._run.name, checkpoint=at.path.name, epoch=at.epoch, step=carried.step)
 
-
-def _same_pictures(source: ForkPoint, dataset: Dataset) -> bool:
-    return bool(source.saved.state["identity"].get("data") == dataset.fingerprint)
-
-
-def steps_per_epoch(config: Config, dataset: Dataset) -> int:
-    """Optimizer steps an epoch, the last, smaller batch included."""
-    return -(-len(dataset.train.labels) // config.train.batch)
-
-
-# -- in words ----------------------------------------------------------------------------------------------------------
-
-
-def _rates(source: ForkPoint, new: Config, carried: Checkpoint, steps: int) -> tuple[RateCurve, RateCurve]:
-    """The learning rate from the fork on, as it would have been and as it is. `steps`: of an epoch of the new run.
-    Those of the old one follow from where its checkpoint is."""
-    at, low_start = source.position, bool(source.saved.state["run"].get("low_start"))
-    old_steps = (at.step - at.step_in_epoch) // at.epoch if at.epoch else steps
-    return (
-        rate_curve(source.config, old_steps, at.step, low_start=low_start, scale=_scale(source.saved)),
-        rate_curve(new, steps, carried.step, low_start=carried.state["run"]["low_start"], scale=_scale(carried)),
-    )
+    def _draw(self, run: Path) -> None:
+        """report/learning_rate.png of the new run."""
+        try:
+            from lowmem.report.figures import draw_rate_curve  # matplotlib
+        except ImportError as error:
+            raise PreflightError(f"the fork's picture cannot be drawn ({error}): install matplotlib with pip") from None
+        try:
+            rows = RunView(self._run).epochs
+        except LowmemError:
+            rows = ()  # the rows of the fork itself have been read by now; this is only the picture
+        last, fork_at = self._point.position.epoch, self._carried.step / self._steps
+        past = [(row.epoch - 1, row.lr) for row in rows if row.lr is not None and row.epoch <= last]
+        before, after = (_to_the_end(curve.points, curve.end) for curve in self._rates)
+        title = f"Learning rate of {run.name}, a fork of {self._run.name}"
+        png = draw_rate_curve(title, _to_the_end(past, fork_at), before, after, fork_at)
+        with disk_errors(run / "report" / "learning_rate.png") as path:
+            path.parent.mkdir(exist_ok=True)
+            write_bytes_atomic(path, png)
 
 
 def _scale(saved: Checkpoint) -> float:
     """What going back from a broken loss has made of the learning rate."""
     return float(saved.state["run"].get("lr_scale", 1.0))
-
-
-def explain(source: ForkPoint, new: Config, changes: Changes, carried: Checkpoint, dataset: Dataset) -> list[str]:
-    """What changes, what does not, and the learning rate before and after, in lines."""
-    at, old, steps = source.position, source.config, steps_per_epoch(new, dataset)
-    place = f"step {at.step}, in epoch {at.epoch + 1}" if source.mid_epoch else f"the end of epoch {at.epoch}"
-    lines = [f"a fork of {source.run} from {place} ({at.path.name}); {source.run} stays as it is"]
-    stays = "train.epochs" in changes and (_milestones(old) == _milestones(new))
-    for key, (before, after) in changes.items():
-        if not (stays and key in _SCHEDULE):
-            lines.append(f"{key}: {before!r} -> {after!r}")
-    if stays:
-        lines.append(
-            f"the schedule stays where it was, milestones at {_list_epochs(_milestones(old))}: for one scaled to "
-            f"{new.train.epochs} epochs, `lowmem fork` with --set schedule.reference_epochs="
-            f"{old.schedule.reference_epochs} too"
-        )
-    if source.mid_epoch:
-        lines.append(
-            f"epoch {at.epoch + 1} goes on after {at.step_in_epoch} of its {steps} steps with the pictures that were "
-            "still to come; its row will be of both settings"
-        )
-    lines.append("best weights are chosen anew, from here on")
-    lines += side_by_side(*_rates(source, new, carried, steps))
-    if (scale := _scale(source.saved)) != 1.0:
-        stays_words = "so is the fork (--set optim.lr=… begins with a rate of its own)"
-        now = stays_words if _scale(carried) == scale else f"the fork begins with {new.optim.lr:g}"
-        lines.append(f"{source.run} went back from a broken loss and is at {scale:g} of its learning rate: {now}")
-    if carried.state["run"]["low_start"]:
-        schedule = new.schedule
-        until = schedule.low_start_until_error_pct
-        lines.append(f"the low start is on: {schedule.low_start_lr:g} until the training error is under {until:g} %")
-    return lines
-
-
-def warnings(source: ForkPoint, changes: Changes, dataset: Dataset) -> list[str]:
-    """What may be meant otherwise."""
-    found = [f"skipped a damaged checkpoint: {reason}" for reason in source.skipped]
-    asked = [key for key in _PICTURES if key in changes]
-    if not _same_pictures(source, dataset) and not asked and "data.test_subset" not in changes:
-        found.append(f"the pictures are not those that {source.run} was trained on, though no setting of them changes")
-    if dataset.val is not None and asked:
-        found.append(
-            f"{asked[0]} changes which pictures are held back: the weights have been trained on some of them, so the "
-            "validation error will look too good"
-        )
-    return found
-
-
-def _milestones(config: Config) -> list[float]:
-    scale = config.train.epochs / config.schedule.reference_epochs
-    return [milestone * scale for milestone in config.schedule.milestones]
-
-
-def _list_epochs(milestones: list[float]) -> str:
-    listed = [f"{milestone:.5g}" for milestone in milestones]
-    return f"epoch {listed[0]}" if len(listed) == 1 else f"epochs {' and '.join(listed)}" if listed else "none"
-
-
-# -- on disk -----------------------------------------------------------------------------------------------------------
-
-
-def write(source: ForkPoint, carried: Checkpoint, settings: Settings, out: RunFolder, dataset: Dataset) -> None:
-    """Puts rows, picture and checkpoint into the new folder, the checkpoint last. The old run's files are only read.
-
-    Raises DiskError.
-    """
-    at, steps = source.position, steps_per_epoch(settings.config, dataset)
-    (out.path / FORKING).touch()
-    # Where they are counted in other steps, the old ones would stand among the new.
-    out.copy_rows(source.run, epoch=at.epoch, step=at.step if carried.step == at.step else None)
-    _draw(source, _rates(source, settings.config, carried, steps), carried.step / steps, out)
-    checkpoints.save(out.checkpoints, carried, keep=settings.config.checkpoint.keep)
-    (out.path / FORKING).unlink()
-    out.event("fork", source=source.run.name, checkpoint=at.path.name, epoch=at.epoch, step=carried.step)
-
-
-def _draw(source: ForkPoint, curves: tuple[RateCurve, RateCurve], fork_at: float, out: RunFolder) -> None:
-    """report/learning_rate.png; `fork_at`: epochs done."""
-    try:
-        from lowmem.report.figures import draw_rate_curve  # matplotlib
-    except ImportError as error:
-        raise PreflightError(f"the fork's picture cannot be drawn ({error}): install matplotlib with pip") from None
-    past: list[tuple[float, float]] = []
-    try:
-        rows = RunView(source.run).epochs
-    except LowmemError:
-        rows = ()  # the rows of the fork itself have been read by now; this is only the picture
-    for row in rows:
-        if row.lr is not None and row.epoch <= source.position.epoch:
-            past.append((row.epoch - 1, row.lr))
-    before, after = (_to_the_end(curve.points, curve.end) for curve in curves)
-    title = f"Learning rate of {out.path.name}, a fork of {source.run.name}"
-    png = draw_rate_curve(title, _to_the_end(past, fork_at), before, after, fork_at)
-    with disk_errors(out.path / "report" / "learning_rate.png") as path:
-        path.parent.mkdir(exist_ok=True)
-        write_bytes_atomic(path, png)
 
 
 def _to_the_end(points: Sequence[tuple[float, float]], end: float) -> list[tuple[float, float]]:

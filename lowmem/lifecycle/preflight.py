@@ -8,43 +8,47 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowmem.config.settings import from_yaml
-from lowmem.core.errors import CorruptCheckpoint, DiskError, PreflightError, UsageError
+from lowmem.core.errors import CorruptCheckpoint, DiskError, OutOfMemory, PreflightError, UsageError
 from lowmem.core.units import format_duration, format_size
+from lowmem.distributed.group import Group
 from lowmem.lifecycle.run_identity import read_plan
+from lowmem.measure.out_of_memory import Failure, release
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import write_text_atomic
 from lowmem.runs.event_files import EventFiles, read_points
 from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, csv_line, gradient_line
 from lowmem.runs.store import RunFolder, most_checkpoints, run_bytes
 from lowmem.runs.view import read_run
+from lowmem.step.train_step import Score
+from lowmem.step.undo import Before, Undo
 from lowmem.train.loop import Trainer
-from lowmem.train.stall import default_every
-from lowmem.train.trial_step import StepTrial, try_step
+from lowmem.train.metrics import GradientNorms, default_every
+from lowmem.train.oom_fallback import OomFallback, memory_words
 
+_QUICK_SECONDS = 10.0  # what takes longer is not run a second time for a better measurement
 OUTPUTS = "settings, checkpoint, weights, metrics, gradients, events and report"
 
 
 def preflight(trainer: Trainer, folder: RunFolder) -> None:
-    """Tries every output in a folder of its own inside the run, and removes it; tries a step and undoes it; tells the
-    observer of time and disk. The trainer is as before, except perhaps for a smaller plan (see `try_step`).
-
-    Of several processes all try the step, and the one that writes tries the outputs. Raises PreflightError if anything
-    cannot be written or does not read back, or if the disk has no room for the checkpoints the run will keep;
-    OutOfMemory.
-    """
+    """Tries a step and undoes it, in all processes; tries every output, in the one that writes, in a folder of its own
+    inside the run, and removes it; tells the observer of time and disk. The trainer is as before, except perhaps for a
+    smaller plan (see `try_step`). Raises PreflightError if anything cannot be written or does not read back, or if the
+    disk has no room for the checkpoints the run will keep; OutOfMemory."""
     began = time.monotonic()
     tried = try_step(trainer, folder)
-    trainer.group.lead(lambda: _try_all(trainer, folder, tried, began), None)
+    trainer.group.lead(lambda: _try_rest(trainer, folder, tried, began), None)
 
 
-def _try_all(trainer: Trainer, folder: RunFolder, tried: StepTrial, began: float) -> None:
+def _try_rest(trainer: Trainer, folder: RunFolder, tried: StepTrial, began: float) -> None:
     trial = folder.path / ".preflight"
     try:
         checkpoint_bytes, saving_seconds = _try_outputs(trainer, folder, trial, tried)
@@ -70,8 +74,8 @@ def _try_all(trainer: Trainer, folder: RunFolder, tried: StepTrial, began: float
 
 
 def _try_outputs(trainer: Trainer, folder: RunFolder, trial: Path, tried: StepTrial) -> tuple[int, float]:
-    """All of them by the code that will write them, into a run folder like the real one. Returns the bytes of a
-    checkpoint, and the seconds that saving takes at the end of an epoch."""
+    """All of them by the code that will write them and that will read them, in a run folder like the real one. Returns
+    the bytes of a checkpoint, and the seconds that saving takes at the end of an epoch."""
     settings = folder.path / "config.yaml"
     _same(from_yaml(settings).config == trainer.config, settings)
     with RunFolder.create(trial, settings.read_text(encoding="utf-8"), {}) as run:
@@ -84,7 +88,10 @@ def _try_outputs(trainer: Trainer, folder: RunFolder, trial: Path, tried: StepTr
             _same(back is not None and back.to_json() == trainer.plan.to_json(), run.path / "plan.json")
         _try_rows(trainer, run, tried)
         if trainer.config.train.tensorboard:
-            _try_board(run)
+            files = EventFiles(run.path)
+            files.update()
+            files.close()
+            _same({point.step for point in read_points(files.folder)} == {1, 2}, files.folder)
         _try_report(run)
     return checkpoint_bytes, saving_seconds
 
@@ -98,25 +105,30 @@ def _try_checkpoint(trainer: Trainer, run: RunFolder) -> int:
     written = trainer.checkpoint()
     path = checkpoints.save(run.checkpoints, written, keep=trainer.config.checkpoint.keep)
     back = checkpoints.load(path)
-    _same(equal_bits(back.model, written.model) and equal_bits(back.optimizer, written.optimizer), path)
+    _same(
+        tensor_bits(back.model) == tensor_bits(written.model)
+        and tensor_bits(back.optimizer) == tensor_bits(written.optimizer),
+        path,
+    )
     _same(json.dumps(back.state) == json.dumps(written.state), path / "state.json")
     run.save_weights("best", written.model, {"epoch": "1", "step": "2", "error_pct": "12.5", "chosen_on": "test"})
     weights = run.path / "weights" / "best.safetensors"
     try:
-        _same(equal_bits(load(weights.read_bytes()), written.model), weights)
+        _same(tensor_bits(load(weights.read_bytes())) == tensor_bits(written.model), weights)
     except SafetensorError:
         _same(False, weights)
     return sum(file.stat().st_size for file in path.iterdir())
 
 
 def _try_rows(trainer: Trainer, run: RunFolder, tried: StepTrial) -> None:
-    """metrics.csv, steps.csv, gradients.csv and events.jsonl by their readers."""
-    test, seen = tried.score, trainer.meter.read()
-    row: dict[str, Any] = {"epoch": 1, "step": 2, "lr": trainer.config.optim.lr, "elapsed_seconds": tried.step_seconds}
-    row |= {"train_loss": _finite(tried.loss), "train_error_pct": tried.error_pct}
-    row |= {"test_loss": _finite(test.loss), "test_error_pct": test.error_pct}
-    row |= {"images_per_second": tried.step_pictures / tried.step_seconds, "device_used_bytes": seen.device_used_bytes}
-    steps = [{"step": at, "epoch": 1, "lr": trainer.config.optim.lr, "loss": _finite(tried.loss)} for at in (1, 2)]
+    """metrics.csv, steps.csv, gradients.csv and events.jsonl by their readers; of a loss that is no number, one."""
+    lr, used_bytes = trainer.config.optim.lr, trainer.meter.read().device_used_bytes
+    train_loss, test_loss = (one if math.isfinite(one) else 1.0 for one in (tried.loss, tried.score.loss))
+    row: dict[str, Any] = {"epoch": 1, "step": 2, "lr": lr, "elapsed_seconds": tried.step_seconds}
+    row |= {"train_loss": train_loss, "train_error_pct": tried.error_pct}
+    row |= {"test_loss": test_loss, "test_error_pct": tried.score.error_pct}
+    row |= {"images_per_second": tried.step_pictures / tried.step_seconds, "device_used_bytes": used_bytes}
+    steps = [{"step": at, "epoch": 1, "lr": lr, "loss": train_loss} for at in (1, 2)]
     told = {"what": "größer", "seconds": tried.step_seconds, "unknown": None, "values": [1, 2.5, True]}
     run.append_metrics(row)
     run.append_steps(steps)
@@ -127,19 +139,10 @@ def _try_rows(trainer: Trainer, run: RunFolder, tried: StepTrial) -> None:
     line, lines = csv_line(EPOCH_TABLE.names, row), [csv_line(STEP_TABLE.names, step) for step in steps]
     _same([csv_line(EPOCH_TABLE.names, vars(read)) for read in back.epochs] == [line], run.metrics_file)
     _same([csv_line(STEP_TABLE.names, vars(read)) for read in back.steps] == lines, run.steps_file)
-    norms = [gradient_line(read.step, read.epoch, read.norms) for read in back.gradients.rows]
-    _same(back.gradients.layers == tried.layers, run.gradients_file)
-    _same(norms == [gradient_line(1, 1, tried.gradient_norms)], run.gradients_file)
+    norms = (back.gradients.layers, [gradient_line(read.step, read.epoch, read.norms) for read in back.gradients.rows])
+    _same(norms == (tried.layers, [gradient_line(1, 1, tried.gradient_norms)]), run.gradients_file)
     _same([(event.kind, dict(event.detail)) for event in back.events] == [("preflight", told)], run.events_file)
     _same(back.best is not None and (back.best.epoch, back.best.error_pct) == (1, 12.5), run.path / "weights")
-
-
-def _try_board(run: RunFolder) -> None:
-    """The event file of the trial rows, by TensorBoard's own reader."""
-    files = EventFiles(run.path)
-    files.update()
-    files.close()
-    _same({point.step for point in read_points(files.folder)} == {1, 2}, files.folder)
 
 
 def _try_report(run: RunFolder) -> None:
@@ -159,17 +162,104 @@ def _same(same: bool, path: Path) -> None:
         raise PreflightError(f"{path} reads back differently from what was written: check the disk")
 
 
-def equal_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    """By bits: the weights of a run that has diverged are not equal to themselves."""
-
-    def bits(tensor: Tensor) -> tuple[object, ...]:
-        return tensor.shape, tensor.dtype, tensor.numpy().tobytes()
-
-    return left.keys() == right.keys() and all(bits(left[name]) == bits(right[name]) for name in right)
+def tensor_bits(tensors: Mapping[str, Tensor]) -> dict[str, tuple[object, ...]]:
+    """To be compared: the weights of a run that has diverged are not equal to themselves."""
+    return {name: (tensor.shape, tensor.dtype, tensor.numpy().tobytes()) for name, tensor in tensors.items()}
 
 
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else 1.0
+# -- a step and an evaluation ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepTrial:
+    """Seconds of a step and of an evaluation batch with their pictures, warmed up where that was quick; the mean loss
+    and the error of that step, the norm of every layer's gradient in it, and the evaluation's score."""
+
+    step_seconds: float
+    step_pictures: int
+    evaluation_seconds: float
+    score: Score
+    loss: float
+    error_pct: float
+    layers: tuple[str, ...]
+    gradient_norms: tuple[float, ...]
+
+
+def try_step(trainer: Trainer, folder: RunFolder) -> StepTrial:
+    """Runs the next step of the run and evaluates its first test pictures, and leaves the trainer as it was to the last
+    bit. Unlike with a failed step (`step.undo.Undo`) the update is made here too: everything is copied first.
+
+    Out-of-memory takes the next smaller plan, as it does later in the run; the folder's events tell it. Raises
+    OutOfMemory if there is none.
+    """
+    before, group = Before(trainer.step), trainer.group
+    fallback, undo = OomFallback(trainer, folder), Undo(trainer.step, trainer.model)
+    norms = GradientNorms(trainer.model, trainer.step, every=1)
+    try:
+        while isinstance(done := _twice_if_quick(group, lambda: _step(trainer, undo, norms)), Failure):
+            if done.final and not group.alone:
+                raise _out_of_memory(trainer, done)  # the others wait for what this process does not do
+            before.restore()  # even where the update had begun
+            release()
+            if (cause := fallback.after(replace(done, final=False))) is not None:
+                fallback.record(cause)
+                with group.alike():
+                    raise _out_of_memory(trainer, cause)
+        seconds, (totals, pictures) = done
+        scored = _twice_if_quick(Group(), lambda: fallback.evaluated(lambda size: _score(trainer, size)))
+        if isinstance(scored, Failure):
+            raise _out_of_memory(trainer, scored)
+    finally:
+        before.restore()
+    loss, wrong = (total / pictures for total in totals)
+    measured = norms.take()
+    assert measured is not None
+    figures = (seconds, pictures, scored[0], scored[1], loss, 100 * wrong)
+    return StepTrial(*figures, norms.names, tuple(measured.tolist()))
+
+
+def _step(trainer: Trainer, undo: Undo, norms: GradientNorms) -> tuple[list[float], int] | Failure:
+    state = trainer.state
+
+    def work() -> tuple[Tensor, int]:
+        # A checkpoint may be of the end of an epoch whose evaluation was still to come.
+        at = min(state.step_in_epoch, trainer.batches.steps_per_epoch - 1)
+        images, labels, size = trainer.next_batch(state.epoch, at)
+        return trainer.step(images, labels, trainer.lr(state.step), norms.measure, size), size
+
+    done = undo.attempt(work)
+    # Reading the sums waits for the device: the time is that of the work, not of its launch.
+    return done if isinstance(done, Failure) else (done[0].tolist(), done[1])
+
+
+def _score(trainer: Trainer, size: int) -> Score:
+    test = trainer.dataset.test
+    sums = trainer.evaluate(test.take(torch.arange(min(size, len(test))).numpy()), size)
+    assert sums is not None  # nobody asks it to stop
+    return sums.score()
+
+
+def _twice_if_quick(group: Group, work: Callable[[], Any]) -> Any:
+    """(seconds, result) of the second call if the first was quick (it has what libraries make once), else of the first;
+    or the Failure of either. `group`: the processes that do it together."""
+    for _ in range(2):
+        began = time.perf_counter()
+        result = work()
+        if isinstance(result, Failure):
+            return result
+        seconds = time.perf_counter() - began
+        if group.most([int(seconds > _QUICK_SECONDS)])[0]:
+            break
+    return seconds, result
+
+
+def _out_of_memory(trainer: Trainer, failure: Failure) -> OutOfMemory:
+    memory = memory_words(trainer.meter.read())
+    less = "a smaller --vram" if trainer.plan else "a plan with --vram, like --vram 4G"
+    return OutOfMemory(
+        f"{failure.words} ({failure.message}) in the trial before the first step, and no smaller plan is left{memory}; "
+        f"nothing was started: free what others use, or give the run {less}"
+    )
 
 
 # -- what the run will take --------------------------------------------------------------------------------------------
@@ -178,18 +268,15 @@ def _finite(value: float) -> float:
 def _time_line(trainer: Trainer, tried: StepTrial, saving_seconds: float) -> str:
     config, state, dataset = trainer.config.train, trainer.state, trainer.dataset
     per_epoch = trainer.batches.steps_per_epoch
-    steps = (config.epochs - state.epoch) * per_epoch - state.step_in_epoch
-    limited = config.max_steps is not None and config.max_steps - state.step < steps
-    if limited:
-        assert config.max_steps is not None
-        steps = max(0, config.max_steps - state.step)
+    to_the_end = (config.epochs - state.epoch) * per_epoch - state.step_in_epoch
+    steps = to_the_end if config.max_steps is None else min(to_the_end, max(0, config.max_steps - state.step))
     epochs = (state.step_in_epoch + steps) // per_epoch
     # The last step of an epoch has fewer pictures: steps are weighed by them.
     step_seconds = tried.step_seconds * len(dataset.train) / (per_epoch * tried.step_pictures)
     scored = len(dataset.test) + (len(dataset.val) if dataset.val is not None else 0)
     evaluation_seconds = tried.evaluation_seconds * scored / tried.score.count / trainer.group.size
     total = steps * step_seconds + epochs * (evaluation_seconds + saving_seconds)
-    left = f"{epochs} epochs of {per_epoch} steps" if not limited else f"{steps} steps (train.max_steps)"
+    left = f"{epochs} epochs of {per_epoch} steps" if steps == to_the_end else f"{steps} steps (train.max_steps)"
     return (
         f"time: about {format_duration(total)} for {left}: {tried.step_seconds:.3f} s a step of {tried.step_pictures} "
         f"pictures, {evaluation_seconds:.1f} s for evaluation and {saving_seconds:.1f} s for saving an epoch"

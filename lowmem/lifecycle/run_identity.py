@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from math import prod
 from pathlib import Path
-from typing import Any
 
 from lowmem.choose.decide import RecordedRun
 from lowmem.choose.execution import wants_plan
@@ -21,26 +19,25 @@ from lowmem.plan.record import Plan
 from lowmem.remat import stage_names
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.folder import never_began
-from lowmem.runs.store import PLAN, RunFolder, plan_file
+from lowmem.runs.store import PLAN, plan_file
 from lowmem.runs.view import RunView
 from lowmem.train.observer import Observer
-from lowmem.train.state import check_belongs, config_hash
+from lowmem.train.replica import check_belongs, config_hash
 
 Shape = tuple[int | None, ...]
-_CLASSES = ("linear.weight", "linear.bias")
+
+
+def network(config: Config, classes: int = 10) -> ResNet:
+    return skeleton(config.model.arch, config.model.block, width=config.model.width, num_classes=classes)
 
 
 def network_shapes(config: Config) -> dict[str, Shape]:
     """Name -> shape of the network's tensors, without making any. None: as many as there are classes, which only the
     data tells."""
     return {
-        name: (None, *tensor.shape[1:]) if name in _CLASSES else tuple(tensor.shape)
+        name: (None, *tensor.shape[1:]) if name in ("linear.weight", "linear.bias") else tuple(tensor.shape)
         for name, tensor in network(config).state_dict().items()
     }
-
-
-def network(config: Config) -> ResNet:
-    return skeleton(config.model.arch, config.model.block, width=config.model.width)
 
 
 def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, tuple[int, ...]], what: str) -> None:
@@ -57,8 +54,7 @@ def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, tuple[int, .
 
 def most_bytes(config: Config) -> int:
     """An upper bound of any file of tensors that a run of these settings writes, for as many as 100,000 classes."""
-    sizes = [[100_000 if size is None else size for size in shape] for shape in network_shapes(config).values()]
-    return 8 * sum(map(prod, sizes)) + (8 << 20)
+    return 8 * sum(tensor.numel() for tensor in network(config, 100_000).state_dict().values()) + (8 << 20)
 
 
 def belongs_to(config: Config) -> Callable[[Checkpoint], None]:
@@ -106,8 +102,8 @@ def launcher() -> int | None:
 
 
 def read_plan(run: Path, config: Config, name: str = PLAN) -> Plan | None:
-    """The plan in a run's plan.json, or in that of another of its processes; None if there is none. Raises
-    CorruptCheckpoint if it is damaged or does not belong to these settings."""
+    """The plan in a run's plan.json (or of another process); None if there is none. Raises CorruptCheckpoint if it is
+    damaged or does not belong to these settings."""
     path = run / name
     if not path.is_file():
         return None
@@ -136,8 +132,8 @@ def read_plans(run: Path, config: Config) -> list[Plan]:
 
 def recorded_run(group: Group, run: Path, config: Config) -> RecordedRun:
     """What is recorded of a run that is resumed, read by rank 0, in all processes. Raises CorruptCheckpoint."""
-    plans: list[Any] = group.lead(lambda: [plan.to_json() for plan in read_plans(run, config)], [])
-    return RecordedRun(config, group.together(lambda: [Plan.from_json(plan) for plan in group.share(plans)]))
+    plans = group.share(group.lead(lambda: [plan.to_json() for plan in read_plans(run, config)], list[object]()))
+    return RecordedRun(config, [Plan.from_json(plan) for plan in plans])
 
 
 def source_run(run: Path, config: Config, observer: Observer) -> RecordedRun:
@@ -147,17 +143,3 @@ def source_run(run: Path, config: Config, observer: Observer) -> RecordedRun:
     except CorruptCheckpoint as error:
         observer.warning(f"{error}; the fork is planned anew")
         return RecordedRun(config, fork=True)
-
-
-def record_plans(group: Group, plan: Plan | None, folder: RunFolder) -> None:
-    """Writes every process's plan into the run's folder. Raises DiskError."""
-    if plan is None:
-        return
-    plans = group.gather(plan.to_json())
-
-    def write() -> None:
-        for rank, each in enumerate(plans):
-            folder.write_plan(each, rank)
-        folder.forget_plans(after=group.size)
-
-    group.lead(write, None)

@@ -19,7 +19,7 @@ from lowmem.config.schema import Config
 from lowmem.core.errors import CorruptCheckpoint
 from lowmem.core.reading import Unreadable, read_limited, shorten
 from lowmem.core.units import format_size
-from lowmem.lifecycle.preflight import equal_bits
+from lowmem.lifecycle.preflight import tensor_bits
 from lowmem.lifecycle.run_identity import belongs_to, check_shapes, most_bytes, network, network_shapes, read_plans
 from lowmem.runs.checkpoint import Checkpoint, load, named
 from lowmem.runs.checkpoint_state import read_header
@@ -28,7 +28,7 @@ from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, RowTable
 from lowmem.runs.store import plan_file
 from lowmem.runs.tables import scan_table
 from lowmem.runs.view import RunView, recorded_settings
-from lowmem.train.stall import measured_weights
+from lowmem.train.metrics import measured_weights
 
 
 class FileStatus(StrEnum):
@@ -194,7 +194,9 @@ class _Verification:
             check_shapes(self._shapes, header.shapes, where)
             step = header.metadata.get("step", "")
             same = next((saved for saved in self._good.values() if str(saved.step) == step), None)
-            if same is not None and not equal_bits(decode(read_limited(path, self._most_bytes)), same.model):
+            if same is not None and tensor_bits(decode(read_limited(path, self._most_bytes))) != tensor_bits(
+                same.model
+            ):
                 raise CorruptCheckpoint(f"is not what the checkpoint of step {step} holds")
         except FileNotFoundError:
             self._add(FileStatus.NOTE, where, "is not there")

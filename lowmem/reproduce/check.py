@@ -26,14 +26,14 @@ from lowmem.reproduce.job import ALL, Job, read_job
 from lowmem.reproduce.progress import JobObserver, Standing, measured_before, seconds_left, seconds_left_of, standing_of
 from lowmem.runs.store import run_bytes
 from lowmem.runs.view import recorded_settings
+from lowmem.train.metrics import default_every, measured_weights
 from lowmem.train.observer import Observer
-from lowmem.train.stall import default_every, measured_weights
 
 
 def work(
     request: Mapping[str, Any], shown: Observer, begin: Callable[..., object], go_on: Callable[..., object]
 ) -> int:
-    """Does what is requested, with `lifecycle.api.run_training` and `resume_training`; returns the exit code. Raises
+    """Does what is requested, with `lifecycle.run_training` and `resume_training`; returns the exit code. Raises
     LowmemError."""
     job, limit = read_job(Path(request["out"])), request["max_steps"]
     members = [member for member in ALL if member.name in request["names"]]

@@ -249,7 +249,7 @@ def load_newest(
             return checkpoint, path, skipped
         except CorruptCheckpoint as error:
             # Another one, which does not hold what was read of it by its traceback.
-            skipped[path] = type(error)(error if str(path) in str(error) else f"{path}: {error}")
+            skipped[path] = type(error)(str(error) if str(path) in str(error) else f"{path}: {error}")
     detail = f" ({'; '.join(map(str, skipped.values()))})" if skipped else ""
     raise CorruptCheckpoint(f"{folder} holds no usable checkpoint{detail}: start the run again under another --out")
 

@@ -66,11 +66,11 @@ class RunState:
     scaler: dict[str, Any] = field(default_factory=dict)  # empty where nothing is scaled
     # Older versions did not keep track of what follows.
     share_log_sum: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 0.0  # of the gradient shares recorded
-    share_count: Count = 0  # in this epoch (see train.stall)
+    share_count: Count = 0  # in this epoch (see train.loss_watchers)
     gradient_share: Amount | None = None  # of the last epoch that has any
     chance_epochs: Count = 0  # at chance, up to the last one
     told_stuck: StrictBool = False
-    exploded_losses: Count = 0  # logged ones far above chance, one after the other, to the last (see train.divergence)
+    exploded_losses: Count = 0  # logged ones far above chance, one after the other, to the last (train.loss_watchers)
     rollbacks: Count = 0
     lr_scale: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0  # what rollbacks made of the learning rate
     processes: Annotated[int, Field(strict=True, gt=0, lt=1 << 53)] = 1  # that took the last step

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.config.schema import OptimConfig
-from lowmem.distributed.group import Group
-from lowmem.distributed.split import Split
+from lowmem.distributed.group import Group, Split
 from lowmem.measure.out_of_memory import Failure
 from lowmem.plan.cost import Rates
 from lowmem.plan.policy import Schedule

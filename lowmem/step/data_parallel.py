@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.core.errors import PeerFailed
-from lowmem.distributed.group import Group
+from lowmem.distributed.group import Group, Split
 from lowmem.distributed.reducer import Reducer
-from lowmem.distributed.split import Split
 from lowmem.remat import PlannedModule
 
 

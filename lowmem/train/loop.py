@@ -18,17 +18,17 @@ from lowmem.core.errors import Interrupted, PeerLost, Stuck
 from lowmem.data import Pictures
 from lowmem.measure.out_of_memory import Failure
 from lowmem.runs.checkpoint_state import RunState
+from lowmem.runs.event_files import EventFiles
 from lowmem.runs.saver import Save, Saver
-from lowmem.runs.store import RunFolder
+from lowmem.runs.store import NullFolder, RunFolder
 from lowmem.step.train_step import Score, Sums
 from lowmem.step.undo import Undo
-from lowmem.train.divergence import Divergence, roll_back
+from lowmem.train.loss_watchers import Chance, Divergence, Stall, roll_back, way_out
 from lowmem.train.metrics import Metrics, exporting
 from lowmem.train.oom_fallback import OomFallback
 from lowmem.train.replica import Replica
 from lowmem.train.schedule import next_low_start
 from lowmem.train.signals import StopSignals
-from lowmem.train.stall import Chance, Stall, way_out
 from lowmem.train.watchers import MAX_STEPS, STALLED, Act, CheckpointInterval, PlanCheck, Verdict, strongest
 
 
@@ -48,8 +48,21 @@ class Trainer(Replica):
         OutOfMemory, Diverged, Stuck, DiskError, PeerLost."""
         kept, observer = self.config.checkpoint, self.observer
         saver = Saver(folder, keep=kept.keep, keep_every=kept.keep_every, warn=observer.warning, note=observer.note)
-        with StopSignals() as signals, exporting(self, folder) as export, saver:
-            return Loop(self, folder, signals, saver, export).run()
+        export_wanted = self.config.train.tensorboard and not isinstance(folder, NullFolder)
+        files = EventFiles(folder.path) if export_wanted else None
+        joint = self.step.joint
+        with StopSignals() as signals, exporting(files, observer.warning) as export, saver:
+            loop = Loop(self, folder, signals, saver, export)
+            if joint is not None:
+                joint.verdict = lambda: loop.look(loop.state.step + 1).code
+            try:
+                with self.group.alike():
+                    return loop.train()
+            except PeerLost as lost:
+                raise loop.left_alone(lost) from None
+            finally:
+                if joint is not None:
+                    joint.verdict = int
 
 
 class Loop:
@@ -59,8 +72,7 @@ class Loop:
         self, replica: Replica, folder: RunFolder, signals: StopSignals, saver: Saver, export: Callable[[], None]
     ) -> None:
         config = replica.config.train
-        self.t, self.folder, self.signals, self.saver = replica, folder, signals, saver
-        self.export = export
+        self.t, self.folder, self.signals, self.saver, self.export = replica, folder, signals, saver, export
         self.exports: dict[str, dict[str, str]] = {}  # weights to be written with the next save: name -> metadata
         chance = Chance.of(replica.dataset.train.labels)
         self.stall = Stall(chance, replica.batches.steps_per_epoch, stop=config.on_stuck == "stop")
@@ -69,8 +81,6 @@ class Loop:
         self.interval = CheckpointInterval(replica.config.checkpoint, saver, replica.state.step)
         self.metrics = Metrics(replica, folder)
         self._take_state()
-        if replica.step.joint is not None:
-            replica.step.joint.verdict = lambda: self._look(self.state.step + 1).code
 
     def _take_state(self) -> None:
         """Begins with the replica's state: at the start, and after going back to a checkpoint."""
@@ -81,21 +91,8 @@ class Loop:
         self._plan_changed()
 
     def _plan_changed(self) -> None:
-        t = self.t
-        t.meter.reset()  # the peaks of an epoch are those of the plan in force at its end
-        undo = self.undo  # not this loop: network and optimizer would live on in a circle of references after the run
-        self.check = PlanCheck(t.plan, t.execution.device, lambda: (*t.standing_tensors(), *undo.copies), t.meter.read)
-
-    def run(self) -> Outcome:
-        """As `Trainer.run`."""
-        try:
-            with self.t.group.alike():
-                return self.train()
-        except PeerLost as lost:
-            raise self._left_alone(lost) from None
-        finally:
-            if self.t.step.joint is not None:
-                self.t.step.joint.verdict = int
+        self.t.meter.reset()  # the peaks of an epoch are those of the plan in force at its end
+        self.check = PlanCheck(self.t, self.undo.copies)
 
     def train(self) -> Outcome:
         """The loop. An epoch whose steps are done is evaluated, also by the process that goes on from there."""
@@ -105,29 +102,27 @@ class Loop:
             match verdict.act:
                 case Act.SAVE:
                     self._save()
-                case Act.REPLAN:
-                    self._replan(verdict.why)
+                case Act.REPLAN:  # all take their next smaller plan, and if anybody has one, measure together again
+                    if self.t.group.most([int(self.memory.replan(verdict.why))])[0]:
+                        self._plan_changed()
                 case Act.ROLLBACK:
                     self._roll_back(verdict.why)
                 case Act.LEAVE:
                     return self._leave(verdict.why)
-        self._conclude("done", epoch=self.state.epoch, step=self.state.step)
+        self._finish("done", epoch=self.state.epoch, step=self.state.step)
         return Outcome(True, self.state)
 
     # -- verdicts ------------------------------------------------------------------------------------------------------
 
-    def _look(self, step: int) -> Verdict:
+    def look(self, step: int) -> Verdict:
         """What this process may be the only one to know, after `step` steps."""
-        signal, leads = self.signals.requested, self.t.group.leads
-        return strongest(
-            Verdict() if signal is None else Verdict(Act.LEAVE, signal),
-            self.memory.verdict(),
-            self.interval.look(step) if leads else Verdict(),
-        )
+        if (signal := self.signals.requested) is not None:
+            return Verdict(Act.LEAVE, signal)
+        return strongest(self.memory.verdict(), self.interval.look(step) if self.t.group.leads else Verdict())
 
     def _agree(self, code: int | None = None) -> Verdict:
         """The strongest verdict of all processes, which they have sent with the step (`code`), or send now."""
-        mine = self._look(self.state.step)
+        mine = self.look(self.state.step)
         return Verdict.of(self.t.group.most([mine.code])[0] if code is None else code, mine)
 
     def _unless_broken(self, verdict: Verdict) -> Verdict:
@@ -167,10 +162,10 @@ class Loop:
         return verdict
 
     def _try_step(self, lr: float) -> tuple[Tensor, int]:
-        t, state, norms = self.t, self.state, self.metrics.norms
-        images, labels, size = t.next_batch(state.epoch, state.step_in_epoch)
+        state, norms = self.state, self.metrics.norms
+        images, labels, size = self.t.next_batch(state.epoch, state.step_in_epoch)
         with self.check.around(images, labels):
-            return t.step(images, labels, lr, norms.measure if norms.due(state.step + 1) else None, size), size
+            return self.t.step(images, labels, lr, norms.measure if norms.due(state.step + 1) else None, size), size
 
     def _settle(self) -> None:
         if (settled := self.metrics.settle()) is not None:
@@ -218,10 +213,7 @@ class Loop:
         error_pct = row["train_error_pct"]
         stalled = self.stall.look(state, epoch=row["epoch"], loss=row["train_loss"], error_pct=error_pct)
         state.low_start = next_low_start(t.config, state.low_start, error_pct)
-        state.epoch += 1
-        chosen_on, score = ("test", test) if val is None else ("val", val)
-        self.exports |= self.metrics.note_score(score.error_pct, chosen_on)
-        self.metrics.end_epoch(row)
+        self.exports |= self.metrics.end_epoch(row)
         self._save()
         t.observer.epoch(row, t.config.train.epochs)
         self.export()
@@ -240,25 +232,25 @@ class Loop:
 
     def _score(self, pictures: Pictures) -> Score | Verdict:
         """Of all processes together: each scores its part of the pictures. LEAVE if a signal came to any."""
-        t, part = self.t, self.t.part_of(pictures)
+        t, (first, past) = self.t, self.t.split.part(len(pictures))
+        part = Pictures(pictures.images[first:past], pictures.labels[first:past])
         mine = self.memory.evaluated(lambda size: t.evaluate(part, size, self._leaves_evaluation))
-        if isinstance(mine, Failure) and t.group.alone:
-            self._give_up(mine)
-        failed = mine.message if isinstance(mine, Failure) else None
+        failed = [mine.message, mine.asked_bytes] if isinstance(mine, Failure) else None
         sums = [mine.loss, mine.wrong, mine.count] if isinstance(mine, Sums) else None
-        everyone = t.group.gather([failed, sums, self._look(self.state.step).code])
-        for rank, (message, _, _) in enumerate(everyone):
-            if message is not None:
-                self._give_up(Failure(f"evaluation of process {rank}", message, peer=rank != t.group.rank))
+        everyone = t.group.gather([failed, sums, self.look(self.state.step).code])
+        for rank, (failure, _, _) in enumerate(everyone):
+            if failure is not None:
+                phase = "evaluation" if t.group.alone else f"evaluation of process {rank}"
+                self._give_up(Failure(phase, failure[0], failure[1], peer=rank != t.group.rank))
         if any(theirs is None for _, theirs, _ in everyone):
-            return Verdict.of(max(code for _, _, code in everyone), self._look(self.state.step))
+            return Verdict.of(max(code for _, _, code in everyone), self.look(self.state.step))
         loss, wrong, count = (sum(theirs[index] for _, theirs, _ in everyone) for index in range(3))
         return Sums(loss, wrong, count).score()
 
     # -- acts ----------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Hands over what the run is now, whose loss is sound; `_conclude` waits until it is on disk."""
+        """Hands over what the run is now, whose loss is sound; `_finish` waits until it is on disk."""
         position = (self.state.epoch, self.state.step)
         if self.saved_at == position:
             return
@@ -272,12 +264,6 @@ class Loop:
         self.saved_at = position
         self.interval.submitted(self.state.step)
         self.metrics.tick()
-
-    def _replan(self, why: str) -> None:
-        """All take their next smaller plan, and if anybody has one, measure together again."""
-        taken = self.memory.replan(why)
-        if self.t.group.most([int(taken)])[0]:
-            self._plan_changed()
 
     def _roll_back(self, why: str) -> None:
         """From a loss that broke to the last sound checkpoint. Raises Diverged if that is not to be."""
@@ -294,30 +280,28 @@ class Loop:
         if why == STALLED:
             evidence = self.stall.evidence
             assert evidence is not None
-            self._conclude("stuck", **vars(evidence), layers=self.metrics.norms.ends(), stopped=True)
+            self._finish("stuck", **vars(evidence), layers=self.metrics.norms.ends(), stopped=True)
             instead = f"{way_out(self.t.config.model.arch)}, or go on with `lowmem resume {run} --on-stuck warn`"
             raise Stuck(f"{evidence.words}; stopped as asked, saved at epoch {state.epoch}: {instead}")
         if why == MAX_STEPS:
             self._save()
-            self._conclude("stop", reason=MAX_STEPS, step=state.step)
+            self._finish("stop", reason=MAX_STEPS, step=state.step)
             asked = f"{MAX_STEPS} = {self.t.config.train.max_steps}"
             self.t.observer.note(f"stopped after {state.step} steps as asked ({asked})")
             return Outcome(False, state)
         name = self.signals.requested = self.signals.requested or why
         self._save()
-        self._conclude("signal", signal=name, epoch=state.epoch, step=state.step)
+        self._finish("signal", signal=name, epoch=state.epoch, step=state.step)
         saved = f"saved at epoch {state.epoch + 1}, step {state.step}; go on with `lowmem resume {run}`"
         raise Interrupted(f"{name}: {saved}", self.signals.exit_code)
 
-    def _conclude(self, event: str, **fields: object) -> None:
-        """The last words of a run, once everything before them is on disk. Raises DiskError if it cannot be."""
+    def _finish(self, last_event: str | None = None, **fields: object) -> None:
+        """Until everything is on disk, and then a run's last words. Nobody leaves before that: a process that ends
+        takes the others down. Raises DiskError."""
         self.saver.finish(self.signals.came)
-        self.folder.event(event, **fields)
-        self._finish()
-
-    def _finish(self) -> None:
-        """Until everything is on disk. Nobody leaves before that: a process that ends takes the others down."""
-        self.saver.finish(self.signals.came)
+        if last_event is not None:
+            self.folder.event(last_event, **fields)
+            self.saver.finish(self.signals.came)
         self.t.group.most([0])
 
     def _give_up(self, failure: Failure) -> NoReturn:
@@ -326,16 +310,14 @@ class Loop:
             error = self.memory.at_the_end(failure)
             self.saver.finish(self.signals.came)
             raise error if self.t.group.leads else RuntimeError(str(error))  # of this process alone
-        broken = self._unless_broken(Verdict())
-        if broken.act is Act.ROLLBACK:
+        if (broken := self._unless_broken(Verdict())).act is Act.ROLLBACK:
             self._roll_back(broken.why)
-        else:
-            self._save()
+        self._save()
         error = self.memory.at_the_end(failure)
         self._finish()
         raise error
 
-    def _left_alone(self, lost: PeerLost) -> PeerLost:
+    def left_alone(self, lost: PeerLost) -> PeerLost:
         """Another process is gone. What failed with it is undone: whoever writes the run saves it as it is."""
         stands, state = "the last checkpoint stands", self.state
         saves = self.t.group.leads and self.t.execution.device == "cpu"

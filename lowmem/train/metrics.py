@@ -8,16 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lowmem.config.schema import Config
 from lowmem.runs.checkpoint_state import Best
-from lowmem.runs.event_files import EventFiles, require_tensorboard
-from lowmem.runs.store import NullFolder, RunFolder
-from lowmem.step.train_step import Score
+from lowmem.runs.event_files import EventFiles
+from lowmem.runs.store import RunFolder
+from lowmem.step.train_step import Score, TrainStep
+from lowmem.train.loss_watchers import note_share, tenth
 from lowmem.train.observer import Progress
 from lowmem.train.replica import Replica
-from lowmem.train.stall import GradientNorms, default_every, note_share
 
 
 class Eta:
@@ -25,8 +24,7 @@ class Eta:
     in. Steps and evaluations are timed apart. Seconds are monotonic-clock seconds."""
 
     def __init__(self, epochs: int, steps_per_epoch: int) -> None:
-        self._epochs = epochs
-        self._per_epoch = steps_per_epoch
+        self._epochs, self._per_epoch = epochs, steps_per_epoch
         self._mark: tuple[int, float] | None = None
         self._step_seconds: float | None = None
         self.evaluation_seconds: float | None = None  # of the last evaluation
@@ -41,8 +39,7 @@ class Eta:
 
     def evaluated(self, seconds: float) -> None:
         """Called after an epoch's evaluation, which is then not counted as the time of steps."""
-        self.evaluation_seconds = seconds
-        self._mark = None
+        self.evaluation_seconds, self._mark = seconds, None
 
     def seconds(self, epochs_done: int, steps_done: int) -> float | None:
         """Seconds until the end of the run; None until something was measured."""
@@ -63,6 +60,7 @@ class Metrics:
         self.norms = GradientNorms(replica.model, replica.step, every)
         self._last_tick = time.monotonic()
         self._pending: list[tuple[int, float, int, Tensor]] = []
+        self._norms_pending: list[tuple[int, int, Tensor]] = []
         self.begin()
 
     def begin(self) -> None:
@@ -71,11 +69,11 @@ class Metrics:
         self._sums = torch.tensor([state.loss_sum, state.wrong], dtype=torch.float64, device=t.execution.device)
         self._settled = state.step
         self._pending.clear()
-        self.norms.forget()
+        self._norms_pending.clear()
+        self.norms.take()  # of a step that was undone
         damage = self._folder.begin_gradients(self.norms.names, step=state.step)  # ends with the state's step
         if damage is not None:
-            t.observer.warning(damage)
-            self._folder.event("warning", what="gradient norms lost", reason=damage)
+            t.observer.recorded_warning(self._folder, damage, what="gradient norms lost", reason=damage)
         self.eta = Eta(t.config.train.epochs, self._per_epoch)
         self.begin_epoch()
 
@@ -93,7 +91,8 @@ class Metrics:
         state.seen += size
         if state.step % self._t.config.train.log_every_steps == 0:
             self._pending.append((state.step, lr, size, totals[0]))
-        self.norms.keep(state.step, state.epoch + 1)
+        if (norms := self.norms.take()) is not None:
+            self._norms_pending.append((state.step, state.epoch + 1, norms))
 
     def settle(self) -> tuple[list[float], float] | None:
         """Fetches what the steps left on the device: the only place that waits for it, once per `log_every_steps`.
@@ -109,7 +108,8 @@ class Metrics:
         ]
         self._pending.clear()
         self._folder.append_steps(rows)
-        norms = self.norms.fetch()
+        norms = [(step, epoch, values.tolist()) for step, epoch, values in self._norms_pending]
+        self._norms_pending.clear()
         for _, _, values in norms:
             note_share(state, values)
         self._folder.append_gradients(norms)
@@ -126,22 +126,20 @@ class Metrics:
 
     def progress(self) -> Progress:
         """Where the run is."""
-        t, state = self._t, self._t.state
-        device, seen = t.meter.read(), max(state.seen, 1)
+        t, state, device = self._t, self._t.state, self._t.meter.read()
         return Progress(
             epoch=state.epoch + 1,
             epochs=t.config.train.epochs,
             step_in_epoch=state.step_in_epoch,
             steps_per_epoch=self._per_epoch,
             lr=t.lr(state.step - 1),
-            loss=state.loss_sum / seen,
-            error_pct=100 * state.wrong / seen,
-            images_per_second=self._images_per_second,
+            loss=state.loss_sum / max(state.seen, 1),
+            error_pct=100 * state.wrong / max(state.seen, 1),
+            images_per_second=self._images_per_second(),
             memory_bytes=device.peak_allocated_bytes or device.device_used_bytes,
             seconds_left=self.eta.seconds(state.epoch, state.step),
         )
 
-    @property
     def _images_per_second(self) -> float | None:
         """Of training, in this epoch so far."""
         state = self._t.state
@@ -158,7 +156,7 @@ class Metrics:
             "train_error_pct": 100 * state.wrong / state.seen,
             "test_loss": test.loss,
             "test_error_pct": test.error_pct,
-            "images_per_second": self._images_per_second,
+            "images_per_second": self._images_per_second(),
             "peak_allocated_bytes": device.peak_allocated_bytes,
             "peak_reserved_bytes": device.peak_reserved_bytes,
             "device_used_bytes": device.device_used_bytes,
@@ -167,9 +165,16 @@ class Metrics:
             "val_error_pct": val.error_pct if val else None,
         }
 
-    def note_score(self, error_pct: float, chosen_on: str) -> dict[str, dict[str, str]]:
-        """The epoch just completed has this error. What its weights are exported as: name -> metadata."""
+    def end_epoch(self, row: dict[str, Any]) -> dict[str, dict[str, str]]:
+        """The epoch is evaluated and judged: its row is written, the next one begins. What the weights that it ended
+        with are exported as: name -> metadata."""
         state = self._t.state
+        state.epoch += 1
+        state.start_epoch()
+        self._sums.zero_()
+        self._folder.append_metrics(row)
+        chosen_on = "test" if row["val_error_pct"] is None else "val"
+        error_pct = row[f"{chosen_on}_error_pct"]
         metadata = {"arch": self._t.config.model.arch, "epoch": str(state.epoch), "step": str(state.step)}
         metadata |= {"error_pct": repr(error_pct), "error_on": chosen_on}
         if state.best is not None and not error_pct < state.best.error_pct:
@@ -177,57 +182,94 @@ class Metrics:
         state.best = Best(state.epoch, state.step, error_pct, chosen_on)
         return {"best": {**metadata, "chosen_on": chosen_on}, "last": metadata}
 
-    def end_epoch(self, row: dict[str, Any]) -> None:
-        """The epoch is evaluated and judged: its row is written, the next one's sums begin."""
-        self._t.state.start_epoch()
-        self._sums.zero_()
-        self._folder.append_metrics(row)
+
+# -- gradient norms ----------------------------------------------------------------------------------------------------
+
+_MOST_STEPS_APART = 100  # two records, by default; of an epoch of fewer than 1,000 steps a tenth
+
+
+def default_every(steps_per_epoch: int) -> int:
+    """Steps between two records where the settings leave it open: ten an epoch, or every 100 steps if that is more."""
+    return min(_MOST_STEPS_APART, max(1, steps_per_epoch // 10))
+
+
+def measured_weights(model: nn.Module) -> dict[str, Tensor]:
+    """All trainable convolution and linear weights by name, in the order of the forward pass."""
+    layers = [(name, one) for name, one in model.named_modules() if isinstance(one, (nn.Conv2d, nn.Linear))]
+    return {f"{name}.weight": one.weight for name, one in layers if one.weight.requires_grad}
+
+
+class GradientNorms:
+    """L2 norms of the gradients of `measured_weights`. Computed on the device after the last backward of a step and
+    before its update, so that running out of memory here is undone like any other failure of a step; fetched with the
+    other figures of the steps, so that nothing waits.
+
+    They are those of the mean loss over the effective batch: after all micro-batches, and without the scaler's factor.
+    Where the scaler found an overflow (fp16; the step is then skipped) they are infinite or no number.
+    """
+
+    def __init__(self, model: nn.Module, step: TrainStep, every: int) -> None:
+        """Records step 1, whose gradients are those of the initial weights, and every `every`-th step."""
+        weights = measured_weights(model)
+        self.names, self._weights = tuple(weights), tuple(weights.values())
+        self._step, self._every = step, every
+        self._latest: Tensor | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether the `step`-th step (from 1) is recorded."""
+        return bool(self.names) and (step == 1 or step % self._every == 0)
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Called between backward and update; allocates, and waits for nothing."""
+        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in self._weights]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        if self._step.scaler.is_enabled():
+            # The scale lies on the device and only the scaler knows it: what it makes of one.
+            norms = norms / self._step.scaler.scale(torch.ones((), device=norms.device))
+        self._latest = norms
+
+    def take(self) -> Tensor | None:
+        """The norm of each layer in the latest step, once, on the device; None if it was not measured."""
+        latest, self._latest = self._latest, None
+        return latest
+
+    def ends(self) -> dict[str, list[str]]:
+        """The names of the first layers and of the last ones, whose norms are compared."""
+        count = tenth(len(self.names))
+        return {"first": list(self.names[:count]), "last": list(self.names[-count:])}
 
 
 # -- TensorBoard -------------------------------------------------------------------------------------------------------
 
 
-def check_tensorboard(config: Config) -> None:
-    """Raises PreflightError if event files are wanted and cannot be written here."""
-    if config.train.tensorboard:
-        require_tensorboard()
+@contextmanager
+def exporting(files: EventFiles | None, warn: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """What to call whenever rows have come: brings a run's event files up to date with them (see `runs.event_files`),
+    and at the end with the last ones. Nothing of it can stop or change the run: what goes wrong is said once, to
+    `warn`, and the tables have everything all the same. None: nothing is exported."""
+    warned = False
 
-
-class TensorBoardExport:
-    """Keeps a run's event files up to date with its rows while it is trained (see `runs.event_files`). Nothing of it
-    can stop or change the run: what goes wrong is said once, to `warn`, and the tables have everything all the same."""
-
-    def __init__(self, files: EventFiles, warn: Callable[[str], None]) -> None:
-        self._files, self._warn = files, warn
-        self._warned = False
-
-    def update(self) -> None:
-        """Never raises an Exception: a full disk, or a file that somebody else holds, is no reason to stop a run."""
+    def update() -> None:
+        nonlocal warned
+        if files is None:
+            return
         try:
-            self._files.update()
-        except Exception as error:
-            self._files.close()
-            if not self._warned:
-                self._warned = True
+            files.update()
+        except Exception as error:  # a full disk, or a file that somebody else holds, is no reason to stop a run
+            files.close()
+            if not warned:
+                warned = True
                 reason = getattr(error, "strerror", None) or error
-                self._warn(
-                    f"{self._files.folder} cannot be written ({reason}): training goes on, and TensorBoard's curves "
-                    "are made up for as soon as it can"
+                warn(
+                    f"{files.folder} cannot be written ({reason}): training goes on, and TensorBoard's curves are made "
+                    "up for as soon as it can"
                 )
 
-
-@contextmanager
-def exporting(replica: Replica, folder: RunFolder) -> Iterator[Callable[[], None]]:
-    """What to call whenever rows have come: exports them to TensorBoard, in the process that writes them and if that is
-    wanted. At the end with the last rows."""
-    if not replica.config.train.tensorboard or isinstance(folder, NullFolder):
-        yield lambda: None
-        return
-    files = EventFiles(folder.path)
-    export = TensorBoardExport(files, replica.observer.warning)
-    export.update()
+    update()
     try:
-        yield export.update
+        yield update
     finally:
-        export.update()
-        files.close()
+        update()
+        if files is not None:
+            files.close()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowmem.runs.store import RunFolder
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Observer:
 
     def warning(self, text: str) -> None:
         """A sentence that must be read."""
+
+    def recorded_warning(self, folder: RunFolder, text: str, **fields: Any) -> None:
+        """One that stands in events.jsonl too, in other words if there are `fields`."""
+        self.warning(text)
+        folder.event("warning", **(fields or {"what": text}))
 
     def progress(self, progress: Progress) -> None:
         """Every few steps."""

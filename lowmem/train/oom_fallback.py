@@ -22,8 +22,7 @@ class OomFallback:
     """What is done about memory that runs out. The loop asks; steps are undone elsewhere (`step.undo`)."""
 
     def __init__(self, replica: Replica, folder: RunFolder) -> None:
-        self._t = replica
-        self._folder = folder
+        self._t, self._folder = replica, folder
         # What the plan can afford in training it can in evaluation; the whole batch it perhaps cannot.
         config, plan = replica.config.train, replica.plan
         self.eval_batch = config.eval_batch or (plan.micro_batch if plan else config.batch)
@@ -39,24 +38,22 @@ class OomFallback:
         that failed can. If there is none, or it was not undone, the failure of the process which had it."""
         if failure.final:
             return failure
-        group, rung, sizes = self._t.group, self._rung, self._sizes
-        mine = None
-        if not failure.peer:
-            memory = memory_fields(self._t.meter.read())
-            mine = {"failure": asdict(failure), "can": rung is not None, "sizes": sizes, "memory": memory}
-        failed = [(rank, theirs) for rank, theirs in enumerate(group.gather(mine)) if theirs is not None]
-        rank, first = failed[0]
-        cause = Failure(**first["failure"])
+        group, rung = self._t.group, self._rung
+        mine = {"failure": asdict(failure), "can": rung is not None, "sizes": self._sizes}
+        mine["memory"] = memory_fields(self._t.meter.read())
+        failed = {r: theirs for r, theirs in enumerate(group.gather(None if failure.peer else mine)) if theirs}
+        rank = min(failed)
+        cause = Failure(**failed[rank]["failure"])
         if rank != group.rank:
             cause = replace(cause, phase=f"{cause.phase} of process {rank}", peer=True)
-        if not all(theirs["can"] for _, theirs in failed):
+        if not all(theirs["can"] for theirs in failed.values()):
             return cause if failure.peer else failure
-        for rank, theirs in failed:
+        for rank, theirs in failed.items():
             who = {} if group.alone else {"process": rank}
             self.record(Failure(**theirs["failure"]), memory=theirs["memory"], **theirs["sizes"], **who)
         if rung is not None:
             self._take(rung, f"{cause.words} ({cause.message})")
-        self._record_plans()
+        self._t.record_plans(self._folder)
         return None
 
     def evaluated(self, score: Callable[[int], T]) -> T | Failure:
@@ -84,26 +81,19 @@ class OomFallback:
 
     def record(self, failure: Failure, *, memory: dict[str, Any] | None = None, **fields: Any) -> None:
         """The event, with what holds the memory as far as the device tells (`memory`: of another process)."""
-        self._folder.event(
-            "out-of-memory",
-            phase=failure.phase,
-            message=failure.message,
-            asked_bytes=failure.asked_bytes,
-            epoch=self._t.state.epoch,
-            step=self._t.state.step,
-            **fields,
-            memory=memory_fields(self._t.meter.read()) if memory is None else memory,
-        )
+        what = {"phase": failure.phase, "message": failure.message, "asked_bytes": failure.asked_bytes}
+        at = {"epoch": self._t.state.epoch, "step": self._t.state.step}
+        memory = memory or memory_fields(self._t.meter.read())
+        self._folder.event("out-of-memory", **what, **at, **fields, memory=memory)
 
     def at_the_end(self, failure: Failure) -> OutOfMemory:
         """The error that ends the run, which has just been saved if there was anything to save."""
         self.record(failure, old_budget_bytes=self._sizes["old_budget_bytes"], new_budget_bytes=None)
         state = self._t.state
+        why, stands = "and there is no smaller plan left", f"saved at epoch {state.epoch + 1}, step {state.step}"
         if failure.final:
             why = "when the update had begun, so that the step cannot be undone"
             stands = "the last checkpoint stands"
-        else:
-            why, stands = "and there is no smaller plan left", f"saved at epoch {state.epoch + 1}, step {state.step}"
         memory = "" if failure.peer else memory_words(self._t.meter.read())
         return OutOfMemory(f"{failure.words} ({failure.message}), {why}{memory}; {stands}: {self._way_out()}")
 
@@ -139,7 +129,7 @@ class OomFallback:
             else:
                 self._take(rung, f"memory is short: {why}")
                 release()
-        self._record_plans()
+        self._t.record_plans(self._folder)
         return rung is not None
 
     # -- the ladder ----------------------------------------------------------------------------------------------------
@@ -147,16 +137,13 @@ class OomFallback:
     @property
     def _rung(self) -> Plan | None:
         """The next smaller plan."""
-        return self._t.plan.next_rung() if self._t.plan else None
+        return self._t.plan and self._t.plan.next_rung()
 
     @property
     def _sizes(self) -> dict[str, int | None]:
         """Of this plan and the next smaller one, for events."""
-        plan, rung = self._t.plan, self._rung
-        return {
-            "old_budget_bytes": plan.budget_bytes if plan else None,
-            "new_budget_bytes": rung.budget_bytes if rung else None,
-        }
+        old, new = (None if plan is None else plan.budget_bytes for plan in (self._t.plan, self._rung))
+        return {"old_budget_bytes": old, "new_budget_bytes": new}
 
     def _take(self, rung: Plan, why: str) -> None:
         before = self._t.plan
@@ -169,13 +156,6 @@ class OomFallback:
             f"{why}: the step is done in {sizes} from here on, the same computation; {len(rung.ladder)} smaller plans "
             "are left"
         )
-
-    def _record_plans(self) -> None:
-        """Every process's plan as it is now, for a resume."""
-        plan = self._t.plan
-        for rank, theirs in enumerate(self._t.group.gather(None if plan is None else plan.to_json())):
-            if theirs is not None:
-                self._folder.update_plan(theirs, rank)
 
     def _way_out(self) -> str:
         path = self._folder.path

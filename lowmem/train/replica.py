@@ -1,29 +1,34 @@
-"""`Replica`: the network of a run in this process, and all that trains it."""
+"""`Replica`: the network of a run in this process, and all that trains it; and the way of what it is between two steps
+into a checkpoint and back, bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from lowmem.config.schema import Config
+from lowmem.config.schema import OPERATIONAL, Config, flatten
+from lowmem.core.errors import CorruptCheckpoint
+from lowmem.core.reading import shorten
 from lowmem.data import Dataset, Pictures, TrainBatches, eval_batches
-from lowmem.distributed.group import Group
-from lowmem.distributed.split import Split, even_shares
+from lowmem.distributed.group import Group, Split, even_shares
 from lowmem.measure import Meter
 from lowmem.models.resnet import check_memory_format
 from lowmem.plan.policy import SAVE_ALL, uniform
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan, stage_names
 from lowmem.runs.checkpoint import Checkpoint
-from lowmem.runs.checkpoint_state import RunState
+from lowmem.runs.checkpoint_state import RunState, read_state
 from lowmem.runs.store import RunFolder
 from lowmem.step.data_parallel import DataParallelStep, are_alike
-from lowmem.step.train_step import Execution, Sums, TrainStep, evaluate, make_optimizer, make_scaler, optimizer_tensors
+from lowmem.step.train_step import Execution, Sums, TrainStep, evaluate, make_optimizer, make_scaler
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import learning_rate
-from lowmem.train.state import capture, restore, share_checkpoint
 
 
 class Replica:
@@ -42,14 +47,10 @@ class Replica:
         group: Group | None = None,
         split: Split | None = None,
     ) -> None:
-        """`plan`: for this process's share of the batch. `group`: the processes that train the run; `split`: of the
-        batch among them (None: even)."""
-        self.config = config
-        self.plan = plan
-        self.execution = execution
-        self.identity = identity
-        self.observer = observer
-        self.dataset = dataset
+        """`identity`: hashes of settings and data, by which checkpoints are known. `plan`: for this process's share of
+        the batch. `group`: the processes that train the run; `split`: of the batch among them (None: even)."""
+        self.config, self.dataset, self.execution = config, dataset, execution
+        self.identity, self.observer, self.plan = identity, observer, plan
         check_memory_format(model, execution.device, execution.precision, execution.memory_format)
         self.model = model.to(device=execution.device, memory_format=execution.torch_memory_format)  # type: ignore[call-overload]
         self.model.train()
@@ -59,7 +60,13 @@ class Replica:
         self.planned = None if plan is None else apply_plan(self.model, plan)
         micro_batch = config.train.micro_batch if plan is None else plan.micro_batch
         self.group = group or Group()
-        joint = None if self.group.alone else self._join(split)
+        self.split = split or Split(even_shares(config.train.batch, self.group.size), self.group.rank)
+        joint = None
+        if not self.group.alone:  # the executor runs the network then, with a plan or without
+            if self.planned is None:
+                self.planned = apply_plan(self.model, uniform([SAVE_ALL] * len(stage_names(self.model))))
+            sync_bn = config.train.sync_bn
+            joint = DataParallelStep(self.planned, self.group, self.split, execution.device, sync_bn=sync_bn)
         run = self.planned or self.model
         self.step = TrainStep(run, self.optimizer, make_scaler(execution), execution, micro_batch, joint)
         self.batches = TrainBatches(
@@ -74,14 +81,6 @@ class Replica:
         self.state = RunState(processes=self.group.size)
         self.meter = Meter(execution.device)
 
-    def _join(self, split: Split | None) -> DataParallelStep:
-        """The step's dealings with the other processes; the executor runs the network then, with a plan or without."""
-        group, config = self.group, self.config.train
-        split = split or Split(even_shares(config.batch, group.size), group.rank)
-        if self.planned is None:
-            self.planned = apply_plan(self.model, uniform([SAVE_ALL] * len(stage_names(self.model))))
-        return DataParallelStep(self.planned, group, split, self.execution.device, sync_bn=config.sync_bn)
-
     def lr(self, step: int) -> float:
         """The learning rate of the 0-based `step` of the run."""
         scheduled = learning_rate(self.config, self.batches.steps_per_epoch, step, low_start=self.state.low_start)
@@ -95,25 +94,12 @@ class Replica:
         images, labels = self.batches.batch(epoch, step, memory_format=layout, part=part)
         return images, labels, size
 
-    def part_of(self, pictures: Pictures) -> Pictures:
-        """Those that this process evaluates."""
-        if self.step.joint is None:
-            return pictures
-        first, past = self.step.joint.split.part(len(pictures))
-        return Pictures(pictures.images[first:past], pictures.labels[first:past])
-
     def evaluate(self, pictures: Pictures, size: int, should_stop: Callable[[], bool] = lambda: False) -> Sums | None:
         """`size` pictures at a time. None if `should_stop` said so in between."""
         data, execution = self.dataset, self.execution
         layout = execution.torch_memory_format
         batches = eval_batches(pictures, size, data.mean, data.std, execution.device, layout)
         return evaluate(self.model, batches, execution, should_stop)
-
-    def standing_tensors(self) -> Iterator[Tensor]:
-        """Parameters, buffers and momentum: what is there between two steps."""
-        yield from self.model.parameters()
-        yield from self.model.buffers()
-        yield from optimizer_tensors(self.optimizer)
 
     def keep_alike(self, folder: RunFolder) -> None:
         """Before weights are saved: that all processes have the same. Cards of different kinds may round differently;
@@ -126,8 +112,8 @@ class Replica:
                 f"epoch was saved: go on from before it with `lowmem resume {folder.path}`"
             )
         self.take_over_from_rank_0()
-        folder.event("warning", what="weights of the processes differed", step=self.state.step)
-        self.observer.warning("the processes' weights differed by rounding: all go on with those of process 0")
+        said = "the processes' weights differed by rounding: all go on with those of process 0"
+        self.observer.recorded_warning(folder, said, what="weights of the processes differed", step=self.state.step)
 
     def take_over_from_rank_0(self) -> None:
         """Weights, statistics and momentum of all processes become rank 0's."""
@@ -142,10 +128,124 @@ class Replica:
         self.planned.set_schedule(plan.schedule)
         self.plan = plan
 
+    def record_plans(self, folder: RunFolder) -> None:
+        """Every process's plan as it is now, for a resume; what the disk refuses is written by the next `flush`."""
+        for rank, plan in enumerate(self.group.gather(None if self.plan is None else self.plan.to_json())):
+            if plan is not None:
+                folder.update_plan(plan, rank)
+
     def checkpoint(self) -> Checkpoint:
         """The run as it is now, on the CPU."""
-        return capture(self.state, self.model, self.optimizer, self.step.scaler, self.identity)
+        return capture(self.state, self.model, self.step, self.identity)
 
     def restore(self, checkpoint: Checkpoint) -> RunState:
         """Puts all of a checkpoint back but its state, which it returns. Raises CorruptCheckpoint."""
-        return restore(checkpoint, self.model, self.optimizer, self.step.scaler, self.identity)
+        return restore(checkpoint, self.model, self.step, self.identity)
+
+
+# -- to a checkpoint and back ------------------------------------------------------------------------------------------
+
+
+_LATER_DEFAULTS = (
+    ("train.sync_bn", False),
+    ("train.deterministic", True),
+    ("train.tf32", "auto"),
+    ("train.batch_norm", "auto"),
+)
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 of the settings that define what is computed: a checkpoint of another run is not taken for this one's.
+
+    A setting that came later counts only where it is not at its default: runs from before it stay the same runs."""
+    flat = flatten(config).items()
+    exact = {key: value for key, value in flat if key not in OPERATIONAL and (key, value) not in _LATER_DEFAULTS}
+    return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()
+
+
+def cpu_copy(tensor: Tensor) -> Tensor:
+    """A contiguous copy in host memory, on the CPU too: training goes on changing the original in place."""
+    tensor = tensor.detach()
+    if tensor.device.type == "cpu":
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.cpu().contiguous()  # the memory format is changed on the host, where there is room
+
+
+def capture(state: RunState, model: nn.Module, step: TrainStep, identity: Mapping[str, str]) -> Checkpoint:
+    """Everything a resume needs, copied: training may go on."""
+    slots = {
+        f"{slot}/{name}": cpu_copy(value)
+        for name, parameter in model.named_parameters()
+        for slot, value in step.optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+    run = asdict(replace(state, scaler=step.scaler.state_dict()))
+    tensors = {name: cpu_copy(tensor) for name, tensor in model.state_dict().items()}
+    return Checkpoint(step=state.step, model=tensors, optimizer=slots, state={"run": run, "identity": dict(identity)})
+
+
+@torch.no_grad()
+def restore(checkpoint: Checkpoint, model: nn.Module, step: TrainStep, identity: Mapping[str, str]) -> RunState:
+    """Puts a checkpoint back into the model and the step's optimizer and scaler, in their devices and memory formats.
+    Raises CorruptCheckpoint if it is of other settings, other data or another network."""
+    state, tensors, into = check_belongs(checkpoint, identity), checkpoint.model, model.state_dict()
+    if odd := sorted(set(into) ^ set(tensors)):
+        raise CorruptCheckpoint(
+            f"the model of the checkpoint is another network's: {shorten(odd[0])!r} is on one side only"
+        )
+    for name, tensor in into.items():
+        if tensor.shape != tensors[name].shape or tensor.dtype != tensors[name].dtype:
+            raise CorruptCheckpoint(
+                f"{name} is {list(tensors[name].shape)} in the checkpoint and {list(tensor.shape)} in the network"
+            )
+        tensor.copy_(tensors[name])
+    parameters = dict(model.named_parameters())
+    if checkpoint.optimizer and len(checkpoint.optimizer) != len(parameters):
+        raise CorruptCheckpoint(
+            f"the optimizer state of step {checkpoint.step} is of {len(checkpoint.optimizer)} parameters, the network "
+            f"has {len(parameters)}"
+        )
+    for key, tensor in checkpoint.optimizer.items():
+        slot, _, name = key.partition("/")
+        # All that SGD keeps of a parameter is its momentum.
+        if slot != "momentum_buffer" or name not in parameters or parameters[name].shape != tensor.shape:
+            raise CorruptCheckpoint(f"the optimizer state {shorten(key)!r} belongs to another network")
+        mirror = torch.empty_like(parameters[name])  # the parameter's device and memory format
+        step.optimizer.state[parameters[name]][slot] = mirror.copy_(tensor)
+    if step.scaler.is_enabled() and state.scaler:
+        step.scaler.load_state_dict(state.scaler)
+    return state
+
+
+def check_belongs(checkpoint: Checkpoint, identity: Mapping[str, str]) -> RunState:
+    """Its state. Raises CorruptCheckpoint unless that is a run's, of just these settings and data (what `identity`
+    names)."""
+    state = read_state(checkpoint.state, checkpoint.step)
+    recorded = checkpoint.state["identity"]
+    for key, value in identity.items():
+        if recorded.get(key) != value:
+            raise CorruptCheckpoint(
+                f"the checkpoint of step {checkpoint.step} was made with other {key} than this run has now: "
+                f"restore the run's own files, or start another run"
+            )
+    return state
+
+
+def check_position(state: RunState, steps_per_epoch: int) -> None:
+    """Raises CorruptCheckpoint for a place that a run of epochs of `steps_per_epoch` never comes to."""
+    if state.step_in_epoch > steps_per_epoch or state.step != state.epoch * steps_per_epoch + state.step_in_epoch:
+        raise CorruptCheckpoint(
+            f"the checkpoint is at step {state.step}, which is not epoch {state.epoch} and {state.step_in_epoch} steps "
+            f"of {steps_per_epoch} an epoch: restore the run's own files, or start another run"
+        )
+
+
+def share_checkpoint(group: Group, found: tuple[Checkpoint, Path] | None) -> tuple[Checkpoint, Path] | None:
+    """What rank 0 has read, in every process: on other machines there may be no such files."""
+    head = group.share(None if found is None else [found[0].step, dict(found[0].state), str(found[1])])
+    if head is None:
+        return None
+    step, state, path = head
+    mine = (None, None) if found is None else (found[0].model, found[0].optimizer)
+    model, optimizer = map(group.share_tensors, mine)
+    return Checkpoint(step, model, optimizer, state), Path(path)

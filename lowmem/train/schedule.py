@@ -3,7 +3,6 @@ people, where the rate of the rest of a run changes, two runs beside each other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowmem.config.schema import Config
@@ -11,10 +10,15 @@ from lowmem.config.schema import Config
 _SAME_EPOCHS = 0.01  # two schedules with other steps an epoch round the same milestone differently
 
 
-def milestone_steps(config: Config, steps_per_epoch: int) -> tuple[int, ...]:
-    """The 0-based steps from which the rate is divided; milestones are scaled to the run's length."""
+def scaled_milestones(config: Config) -> list[float]:
+    """The epochs after which the rate is divided: those of the settings, scaled to the run's length."""
     scale = config.train.epochs / config.schedule.reference_epochs
-    return tuple(round(epoch * scale * steps_per_epoch) for epoch in config.schedule.milestones)
+    return [epoch * scale for epoch in config.schedule.milestones]
+
+
+def milestone_steps(config: Config, steps_per_epoch: int) -> tuple[int, ...]:
+    """The 0-based steps from which the rate is divided."""
+    return tuple(round(epoch * steps_per_epoch) for epoch in scaled_milestones(config))
 
 
 def learning_rate(config: Config, steps_per_epoch: int, step: int, *, low_start: bool) -> float:
@@ -51,21 +55,18 @@ class RateCurve:
 
     def rate(self, epochs_done: float) -> float | None:
         """The rate at that place; None once the run is over."""
-        if epochs_done + _SAME_EPOCHS >= self.end:
-            return None
         passed = [rate for at, rate in self.points if at <= epochs_done + _SAME_EPOCHS]
-        return passed[-1] if passed else None
+        return passed[-1] if passed and epochs_done + _SAME_EPOCHS < self.end else None
 
 
 def rate_curve(config: Config, steps_per_epoch: int, begin: int, *, low_start: bool, scale: float = 1.0) -> RateCurve:
     """From the 0-based step `begin` on. A low start that is on is drawn to its latest end, the first milestone.
     `scale`: what going back from a broken loss has made of the rate."""
     end = config.train.epochs * steps_per_epoch
-    steps = [begin, *(step for step in milestone_steps(config, steps_per_epoch) if begin < step < end)]
     points: list[tuple[float, float]] = []
-    for step in steps if begin < end else []:
+    for step in (begin, *milestone_steps(config, steps_per_epoch)):
         rate = learning_rate(config, steps_per_epoch, step, low_start=low_start) * scale
-        if not points or points[-1][1] != rate:
+        if begin <= step < end and (not points or points[-1][1] != rate):
             points.append((step / steps_per_epoch, rate))
     return RateCurve(tuple(points), config.train.epochs)
 
@@ -77,21 +78,11 @@ def side_by_side(before: RateCurve, after: RateCurve) -> list[str]:
         if not places or at - places[-1] > _SAME_EPOCHS:
             places.append(at)
     rows = [("learning rate", "before", "after")]
-    rows += [(_place(at), _rate(before.rate(at)), _rate(after.rate(at))) for at in places]
+    for at in places:
+        whole = int(at + _SAME_EPOCHS)
+        within = f", {at - whole:.0%} in" if at - whole > _SAME_EPOCHS else ""
+        rates = ["over" if rate is None else f"{rate:g}" for rate in (before.rate(at), after.rate(at))]
+        rows.append((f"from epoch {whole + 1}{within}", rates[0], rates[1]))
     rows.append(("last epoch", str(before.end), str(after.end)))
-    return _aligned(rows)
-
-
-def _place(epochs_done: float) -> str:
-    whole = int(epochs_done + _SAME_EPOCHS)
-    within = epochs_done - whole
-    return f"from epoch {whole + 1}" + (f", {within:.0%} in" if within > _SAME_EPOCHS else "")
-
-
-def _rate(rate: float | None) -> str:
-    return "over" if rate is None else f"{rate:g}"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
+    return [f"{row[0]:{first}}  {row[1]:{second}}  {row[2]}" for row in rows]

@@ -31,10 +31,8 @@ class StartupSignals:
     """Context manager around all that a run does. While there is nothing to save, a signal leaves by way of everything
     that cleans up, and raises Interrupted; a second Ctrl-C ends the process on the spot. What catches signals itself
     inside of this, like training, comes first. After training a signal changes nothing any more, for the process is
-    leaving with what training ended with; a second one of its kind ends it.
-
-    Outside the main thread Python cannot catch signals; there it does nothing.
-    """
+    leaving with what training ended with; a second one of its kind ends it. Outside the main thread Python cannot catch
+    signals; there it does nothing."""
 
     def __init__(self) -> None:
         self.trained = False  # whether a `StopSignals` took over: a step may have been taken
@@ -70,10 +68,7 @@ class StartupSignals:
 
 
 class StopSignals:
-    """Context manager that catches the signals; `requested` is the name of the first one, or None.
-
-    Outside the main thread Python cannot catch signals; there it does nothing.
-    """
+    """Context manager that catches the signals, in the main thread; `requested` is the first one's name, or None."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -107,11 +102,9 @@ class StopSignals:
 
     def _insists(self, name: str) -> bool:
         """Whether this signal, which has come now, is the second that means at once."""
-        now = time.monotonic()
-        if name not in self._first:
-            self._first[name] = now
-            return False
-        return now - self._first[name] >= _INSISTS_AFTER.get(name, math.inf)
+        now, first = time.monotonic(), self._first.get(name)
+        self._first.setdefault(name, now)
+        return first is not None and now - first >= _INSISTS_AFTER.get(name, math.inf)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name

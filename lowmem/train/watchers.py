@@ -2,7 +2,7 @@
 
 A watcher sees values and changes nothing but its own counts. What must survive a kill it keeps in the `RunState` that
 it is given. Here: the verdict, the checkpoint interval, memory pressure, and the plan's prediction against the first
-steps, which is only said; beside it `stall` and `divergence`.
+steps, which is only said; those of the loss are in `loss_watchers`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from lowmem.config.schema import CheckpointConfig
 from lowmem.core.units import format_size
 from lowmem.measure import Snapshot
 from lowmem.measure.tensors import TensorMeter
-from lowmem.plan.record import Plan
 from lowmem.runs.saver import Saver
+from lowmem.step.train_step import optimizer_tensors
+from lowmem.train.replica import Replica
 from lowmem.train.signals import NAMES
 
 # -- verdicts ----------------------------------------------------------------------------------------------------------
@@ -81,12 +82,11 @@ class CheckpointInterval:
     """When a run hands over a save and when it waits for one, so that no kill loses more than the configured interval.
     Begins with what `saver` finds on disk, at the count of steps `step`. `now`: seconds that only rise.
 
-    A save that is written in the background exists once it is committed, and training goes on meanwhile: handed over
-    when the interval is over, it would lose what is done during the write as well. So it is handed over earlier. By the
-    count of steps that is at every half of the interval, whose places do not depend on how fast a disk is: runs stay
-    comparable. By the clock it is as long before the end as the longest write so far took. If the write takes longer
-    than that, training waits for it (`hold`). What the disk refuses is not waited for: then training goes on, and that
-    is said (`Saver`). An evaluation that would pass the interval is begun with a save; a resume begins with it.
+    A save exists once it is committed, and training goes on while it is written: so it is handed over before the
+    interval is over. By the count of steps that is at every half of it, whose places do not depend on how fast a disk
+    is: runs stay comparable. By the clock it is as long before the end as the longest write so far took. If the write
+    takes longer, training waits for it (`hold`), but not for what the disk refuses (`Saver`). An evaluation that would
+    pass the interval is begun with a save; a resume begins with it.
 
     Known limitation: a step cannot be left in its middle; by the clock the one under way comes on top. Nobody knows how
     long the first evaluation of a process will take: half an interval is allowed for.
@@ -107,19 +107,16 @@ class CheckpointInterval:
     def look(self, step: int) -> Verdict:
         """SAVE if a save is to be handed over after `step` steps, or was to be and something stronger came first."""
         every = self._config.steps_between_saves
-        due = (every is not None and step // every > self._submitted // every) or self._over(0.0)
+        due = (every is not None and step // every > self._submitted // every) or self.due_before(0.0)
         return Verdict(Act.SAVE if due else Act.CONTINUE)
 
     def due_before(self, seconds: float | None) -> bool:
         """Whether a save is to be handed over before what takes so long, by the clock (None: nobody knows how long)."""
-        return self._over(seconds)
-
-    def _over(self, ahead_seconds: float | None) -> bool:
         if self._seconds is None:
             return False
-        ahead_seconds = self._seconds / 2 if ahead_seconds is None else ahead_seconds
+        seconds = self._seconds / 2 if seconds is None else seconds
         lead = min(self._seconds / 2, self._saver.longest_write_seconds)
-        return self._now() - self._submitted_at + ahead_seconds > self._seconds - lead
+        return self._now() - self._submitted_at + seconds > self._seconds - lead
 
     def hold(self, step: int) -> None:
         """Before the step after `step`: waits for the save that is being written, if a kill during that step would lose
@@ -145,12 +142,11 @@ _REMEMBERED = 500  # intervals
 
 class MemoryPressure:
     """Memory trouble that raises no error: the allocator thrashing, and host memory standing in for the card's, as the
-    driver has it on Windows (`spills`).
+    driver has it on Windows (`spills`). Where the device does not tell (the CPU) it never says anything.
 
-    Both show in the step time, but step time alone proves nothing (another program may use the card): thrashing takes
-    allocator retries beside it, spilling a card that is nearly full. What is looked at is one interval of steps,
-    against the run's own first ones; nothing of it is absolute. Where the device does not tell (the CPU) it never says
-    anything. `began`: the device at the start.
+    Both show in the step time of an interval of steps, against the run's own first ones; but that alone proves nothing
+    (another program may use the card): thrashing takes allocator retries beside it, spilling a card that is nearly
+    full. `began`: the device at the start.
     """
 
     def __init__(self, began: Snapshot, *, spills: bool = sys.platform == "win32") -> None:
@@ -189,17 +185,12 @@ class MemoryPressure:
             self._usual_retries = max(self._usual_retries, retries)
             return Verdict()
         slowdown = step_seconds / max(median(self._seconds), 1e-9)
-        full = free < NEARLY_FULL_SHARE * total
+        slow = f"a step takes {slowdown:.1f} times as long as usual"
         if retries > self._usual_retries and slowdown >= THRASHING_SLOWDOWN:
-            why = (
-                f"the allocator empties its cache {retries:.2f} times a step ({self._usual_retries:.2f} at first), and "
-                f"a step takes {slowdown:.1f} times as long as usual"
-            )
-        elif self._spills and full and slowdown >= SPILL_SLOWDOWN:
-            why = (
-                f"a step takes {slowdown:.1f} times as long as usual on a card that is full: the driver seems to use "
-                "host memory in its place"
-            )
+            usual = f"{self._usual_retries:.2f} at first"
+            why = f"the allocator empties its cache {retries:.2f} times a step ({usual}), and {slow}"
+        elif self._spills and free < NEARLY_FULL_SHARE * total and slowdown >= SPILL_SLOWDOWN:
+            why = f"{slow} on a card that is full: the driver seems to use host memory in its place"
         else:
             self._seconds.append(step_seconds)
             self._suspicious = 0
@@ -238,11 +229,12 @@ class MeasuredPeak:
             (self.measured_reserved_bytes, self.predicted_reserved_bytes, "held by the allocator"),
             (self.measured_device_bytes, self.predicted_device_bytes, "in use on the card by this process"),
         ]
-        said = []
-        for measured, predicted, what in parts:
-            if measured is not None:
-                off = f" (predicted {format_size(predicted)}, {measured / predicted - 1:+.1%})" if predicted else ""
-                said.append(f"{format_size(measured)} {what}{off}")
+        said = [
+            f"{format_size(measured)} {what}"
+            + (f" (predicted {format_size(predicted)}, {measured / predicted - 1:+.1%})" if predicted else "")
+            for measured, predicted, what in parts
+            if measured is not None
+        ]
         verdict = "within" if self.within else "OVER"
         lines = [f"measured: {', '.join(said)}", f"{verdict} the budget of {format_size(self.budget_bytes)}"]
         lines += [
@@ -254,15 +246,13 @@ class MeasuredPeak:
 
 
 class PlanCheck:
-    """Measures the first steps under a plan: on the CPU by counting tensors, on CUDA by the allocator. `known`: tensors
-    that are there between two steps, those kept to undo one included; the prediction has them."""
+    """Measures the first steps under a replica's plan: on the CPU by counting tensors, on CUDA by the allocator.
+    `kept`: to undo a step; the prediction has them, as all that is there between two steps."""
 
-    def __init__(
-        self, plan: Plan | None, device: str, known: Callable[[], Iterable[Tensor]], read: Callable[[], Snapshot]
-    ) -> None:
-        """`read`: the device's figures."""
+    def __init__(self, replica: Replica, kept: Iterable[Tensor]) -> None:
+        plan, self._t, self._kept = replica.plan, replica, tuple(kept)
         self._plan = plan if plan is not None and plan.predicted.peak_allocated_bytes is not None else None
-        self._device, self._known, self._read = device, known, read
+        self._cuda = replica.execution.device == "cuda"
         self._left = 0 if self._plan is None else _CHECKED_STEPS
         self._meter = TensorMeter()
         self._beside = 0  # bytes that the allocator holds beside the step's own tensors: the data set, above all
@@ -274,10 +264,10 @@ class PlanCheck:
             yield
             return
         self._left -= 1
-        known = (*self._known(), images, labels)
-        if self._device == "cuda":
-            own = sum(tensor.numel() * tensor.element_size() for tensor in known)
-            self._beside = max(0, torch.cuda.memory_allocated() - own)
+        model, momentum = self._t.model, optimizer_tensors(self._t.optimizer)
+        known = (*model.parameters(), *model.buffers(), *momentum, *self._kept, images, labels)
+        if self._cuda:
+            self._beside = max(0, torch.cuda.memory_allocated() - sum(tensor.nbytes for tensor in known))
             yield
             return
         self._meter.adopt(known)
@@ -291,19 +281,16 @@ class PlanCheck:
         plan, self._plan = self._plan, None
         predicted = plan.predicted
         assert predicted.peak_allocated_bytes is not None
-        if self._device != "cuda":
+        if not self._cuda:
             return MeasuredPeak(predicted.peak_allocated_bytes, self._meter.peak_bytes, plan.budget_bytes)
-        device = self._read()
-        in_use = None
-        if device.reserved_bytes is not None and device.context_bytes is not None:
-            in_use = device.reserved_bytes + device.context_bytes - self._beside
-        held = device.peak_reserved_bytes
+        device, beside = self._t.meter.read(), self._beside
+        held, now, context = device.peak_reserved_bytes, device.reserved_bytes, device.context_bytes
         return MeasuredPeak(
             predicted_peak_bytes=predicted.peak_allocated_bytes,
-            measured_peak_bytes=torch.cuda.max_memory_allocated() - self._beside,
+            measured_peak_bytes=torch.cuda.max_memory_allocated() - beside,
             budget_bytes=plan.budget_bytes,
             predicted_reserved_bytes=predicted.peak_reserved_bytes,
-            measured_reserved_bytes=None if held is None else held - self._beside,
+            measured_reserved_bytes=None if held is None else held - beside,
             predicted_device_bytes=predicted.device_bytes,
-            measured_device_bytes=in_use,
+            measured_device_bytes=None if now is None or context is None else now + context - beside,
         )

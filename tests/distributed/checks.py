@@ -19,10 +19,9 @@ from torch.nn import functional as F
 
 from lowmem.core.errors import PeerError, UsageError
 from lowmem.distributed import reducer
-from lowmem.distributed.group import Group, join
+from lowmem.distributed.group import Group, Split, even_shares, join
 from lowmem.distributed.launch import Launch
 from lowmem.distributed.reducer import Work
-from lowmem.distributed.split import Split, even_shares
 from lowmem.step.data_parallel import are_alike
 from lowmem.step.train_step import Execution
 from lowmem.train.loop import Trainer

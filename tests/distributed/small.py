@@ -6,8 +6,7 @@ import torch
 
 from lowmem.config.schema import Config
 from lowmem.data import Dataset, Pictures
-from lowmem.distributed.group import Group
-from lowmem.distributed.split import Split
+from lowmem.distributed.group import Group, Split
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, Keep, Schedule, Segment, keep, uniform
 from lowmem.plan.record import Plan

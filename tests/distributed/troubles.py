@@ -18,8 +18,7 @@ from lowmem.config.schema import Config, known_keys
 from lowmem.config.settings import Settings, to_yaml
 from lowmem.core.errors import LowmemError, OutOfMemory, PeerError
 from lowmem.data import Dataset
-from lowmem.distributed.group import Group
-from lowmem.distributed.split import Split, even_shares
+from lowmem.distributed.group import Group, Split, even_shares
 from lowmem.measure.tensors import TensorMeter
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.store import NullFolder, RunFolder

@@ -22,7 +22,7 @@ from lowmem.runs.store import RunFolder
 from lowmem.step.train_step import Execution
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
-from lowmem.train.state import config_hash
+from lowmem.train.replica import config_hash
 
 SMALLEST_BYTES = 2048  # less is not worth a failure of its own
 UPDATE = "aten._fused_sgd_.default"

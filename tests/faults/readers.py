@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from lowmem.core.units import format_size
 from lowmem.data import folder as pictures_folder
 from lowmem.data import load
 from lowmem.distributed.group import Group
-from lowmem.lifecycle import fork
-from lowmem.lifecycle.api import recorded_settings, resume_training
+from lowmem.lifecycle import recorded_settings, resume_training
+from lowmem.lifecycle.fork import Fork
 from lowmem.lifecycle.run_identity import begun_before, belongs_to, launcher, most_bytes, read_plan
 from lowmem.lifecycle.verify import verify
 from lowmem.models import build
@@ -42,12 +43,12 @@ from lowmem.runs.store import RunFolder
 from lowmem.runs.tables import cut_table
 from lowmem.runs.view import list_runs, read_run
 from lowmem.runs.watch import Live
-from lowmem.step.train_step import Execution, make_optimizer, make_scaler
+from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
+from lowmem.train.metrics import measured_weights
+from lowmem.train.replica import config_hash, restore
 from lowmem.train.schedule import learning_rate
-from lowmem.train.stall import measured_weights
-from lowmem.train.state import config_hash, restore
 from tests.faults.fuzzing import ANY, JSON, TENSORS, Mutation, Reader, rehash, replace_in_json
-from tests.tiny import copy_run
+from tests.tiny import Heard, copy_run
 
 
 def readers(run: Path, work: Path) -> list[Reader]:
@@ -143,7 +144,8 @@ def _checkpoints(run: Path, work: Path) -> list[Reader]:
     def into_a_network() -> object:
         saved, _, _ = checkpoints.load_newest(copy / "checkpoints", accept, most)
         optimizer = make_optimizer(model, config.optim, execution.device)
-        return restore(saved, model, optimizer, make_scaler(execution), identity)
+        step = TrainStep(model, optimizer, make_scaler(execution), execution, None)
+        return restore(saved, model, step, identity)
 
     def reader(name: str, mutations: tuple[Mutation, ...]) -> Reader:
         file, fits = newest / name, name != "manifest.json"
@@ -344,16 +346,17 @@ def _forked(run: Path, work: Path) -> list[Reader]:
     """A checkpoint with a commit record that fits, found by its place and carried over into other settings."""
     copy = copy_run(run, work / "forked-run")
     settings = from_yaml(run / "config.yaml")
-    new = fork.changed(settings, {"optim.lr": 0.05, "train.max_steps": None}, "test")
-    differing, dataset = fork.check(settings.config, new.config), load(settings.config.data, settings.config.seed)
+    dataset = load(settings.config.data, settings.config.seed)
+    changes = {"optim.lr": 0.05, "train.max_steps": None}
     newest = checkpoints.checkpoint_folders(copy / "checkpoints")[0]
     file = newest / "state.json"
 
     def read() -> object:
-        found = fork.find(copy, settings.config, "step:7")
-        carried = fork.carry_over(found, new.config, differing, dataset)
-        words = fork.explain(found, new.config, differing, carried, dataset)
-        return words, fork.warnings(found, differing, dataset)
+        heard, begin = Heard(), Fork(copy, settings, "step:7", changes, work / "forked")
+        with ExitStack() as stack:
+            new, _ = begin.open(Group(), heard, stack)
+            begin.checkpoint(new, dataset, heard)
+        return heard.notes, heard.warnings
 
     return [Reader("state.json, for a fork", file.read_bytes(), _instead(file, read, fits=True), JSON)]
 

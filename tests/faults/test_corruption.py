@@ -17,7 +17,7 @@ import pytest
 from lowmem.cli.main import main
 from lowmem.config.settings import from_yaml
 from lowmem.core.errors import CorruptCheckpoint, ExitCode, LowmemError, UsageError
-from lowmem.lifecycle.api import resume_training
+from lowmem.lifecycle import resume_training
 from lowmem.lifecycle.run_identity import belongs_to
 from lowmem.runs import checkpoint as checkpoints
 from tests.conftest import assert_same_tensors, environment, exact_rows

@@ -19,7 +19,7 @@ from lowmem.cli.main import main
 from lowmem.config.settings import Settings
 from lowmem.core.errors import Diverged, ExitCode, Interrupted
 from lowmem.data import TrainBatches
-from lowmem.lifecycle.api import resume_training, run_training
+from lowmem.lifecycle import resume_training, run_training
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.step.train_step import TrainStep
 from tests.conftest import assert_same_run

@@ -15,7 +15,7 @@ import pytest
 from lowmem.config.settings import Settings, to_yaml
 from lowmem.core.errors import DiskError, ExitCode, PreflightError
 from lowmem.data import Dataset, load
-from lowmem.lifecycle.api import resume_training
+from lowmem.lifecycle import resume_training
 from lowmem.lifecycle.preflight import preflight
 from lowmem.runs import checkpoint as cp
 from lowmem.runs import saver

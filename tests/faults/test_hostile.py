@@ -14,7 +14,7 @@ import pytest
 from lowmem.cli.main import main
 from lowmem.config.settings import from_yaml, gather
 from lowmem.core.errors import CorruptCheckpoint, LowmemError, UsageError
-from lowmem.lifecycle.api import fork_run, resume_training
+from lowmem.lifecycle import fork_run, resume_training
 from lowmem.lifecycle.verify import verify
 from lowmem.report import write_report
 from lowmem.runs import checkpoint as checkpoints

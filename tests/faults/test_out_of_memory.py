@@ -19,7 +19,7 @@ from lowmem.choose.decide import decide
 from lowmem.config.settings import Settings
 from lowmem.core.errors import ExitCode, OutOfMemory
 from lowmem.data import Dataset, load
-from lowmem.lifecycle.api import resume_training, run_training
+from lowmem.lifecycle import resume_training, run_training
 from lowmem.measure import Snapshot
 from lowmem.measure.tensors import TensorMeter
 from lowmem.plan.record import Plan

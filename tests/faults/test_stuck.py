@@ -8,7 +8,7 @@ import pytest
 
 from lowmem.config.settings import Settings
 from lowmem.core.errors import DiskError, ExitCode, Stuck
-from lowmem.lifecycle.api import resume_training, run_training
+from lowmem.lifecycle import resume_training, run_training
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.view import read_run
 from tests.conftest import assert_same_run

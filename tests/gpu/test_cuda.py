@@ -65,7 +65,7 @@ def _events(run: Path, name: str) -> list[dict[str, Any]]:
 
 
 def test_a_planned_run_stays_within_its_budget(tmp_path: Path) -> None:
-    from lowmem.lifecycle.api import run_training
+    from lowmem.lifecycle import run_training
 
     settings = gather(
         flags={"model.arch": "res56", "model.block": "bottleneck", "data.source": "shapes", "memory.vram": "2G"},
@@ -78,7 +78,7 @@ def test_a_planned_run_stays_within_its_budget(tmp_path: Path) -> None:
 
 def test_a_resumed_run_has_the_bits_of_one_left_alone(tmp_path: Path) -> None:
     """Two runs beside each other and one stopped in the middle of its epoch and resumed, in both precisions."""
-    from lowmem.lifecycle.api import resume_training, run_training
+    from lowmem.lifecycle import resume_training, run_training
 
     for precision in ("fp32", "amp"):
         sets = ["train.log_every_steps=1", "data.train_subset=1600", "data.test_subset=100"]
@@ -96,7 +96,7 @@ def test_a_resumed_run_has_the_bits_of_one_left_alone(tmp_path: Path) -> None:
 def test_a_run_survives_another_taking_the_cards_memory(tmp_path: Path) -> None:
     """In the middle of a run a tensor fills what is left of the share of the card that this process may have."""
     from lowmem.data import TrainBatches
-    from lowmem.lifecycle.api import run_training
+    from lowmem.lifecycle import run_training
 
     settings = gather(
         flags={"model.arch": "res56", "model.block": "bottleneck", "data.source": "shapes", "memory.vram": "3G"}

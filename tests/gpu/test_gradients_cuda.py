@@ -8,7 +8,7 @@ import torch
 from lowmem.config.schema import OptimConfig
 from lowmem.models import build
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
-from lowmem.train.stall import GradientNorms
+from lowmem.train.metrics import GradientNorms
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,9 +35,9 @@ def _norms(precision: str) -> dict[str, float]:
             torch.cuda.set_sync_debug_mode("default")
 
     step(images, labels, 0.0, without_waiting)
-    norms.keep(1, 1)
-    ((_, _, values),) = norms.fetch()
-    return dict(zip(norms.names, values, strict=True))
+    values = norms.take()
+    assert values is not None
+    return dict(zip(norms.names, values.tolist(), strict=True))
 
 
 def test_fp16_has_the_norms_of_fp32() -> None:

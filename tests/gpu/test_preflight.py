@@ -11,12 +11,11 @@ from lowmem.choose.decide import Decision
 from lowmem.choose.execution import resolve_execution
 from lowmem.config.settings import gather, to_yaml
 from lowmem.data import load
-from lowmem.distributed.group import Group
-from lowmem.distributed.split import Split
+from lowmem.distributed.group import Group, Split
 from lowmem.lifecycle.execute import make_trainer
+from lowmem.lifecycle.preflight import try_step
 from lowmem.runs.store import RunFolder
 from lowmem.train.observer import Observer
-from lowmem.train.trial_step import try_step
 
 pytestmark = [
     pytest.mark.gpu,

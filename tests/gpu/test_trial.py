@@ -85,7 +85,7 @@ def test_out_of_memory_is_survived(real: bool) -> None:
 
 
 def test_a_run_on_the_card_is_confirmed(tmp_path: Path) -> None:
-    from lowmem.lifecycle.api import run_training
+    from lowmem.lifecycle import run_training
 
     sets = ["train.max_steps=2", "data.train_subset=1000", "data.test_subset=100", "train.precision=fp32"]
     run_training(gather(flags={**FLAGS, "data.source": "shapes"}, sets=sets), tmp_path / "run")

@@ -13,8 +13,7 @@ import yaml
 
 from lowmem.cli.main import main
 from lowmem.core.errors import CorruptCheckpoint, PreflightError, UsageError
-from lowmem.lifecycle import fork
-from lowmem.lifecycle.api import extend_run, fork_run, recorded_settings, run_training
+from lowmem.lifecycle import extend_run, fork, fork_run, recorded_settings, run_training
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.view import read_run
 from tests.conftest import assert_same_tensors, exact_rows

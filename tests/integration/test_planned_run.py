@@ -14,10 +14,9 @@ import pytest
 from lowmem.config.settings import Settings
 from lowmem.core.errors import CorruptCheckpoint, Infeasible, UsageError
 from lowmem.core.units import KIB, MIB
-from lowmem.lifecycle import execute
-from lowmem.lifecycle.api import fork_run, recorded_settings, resume_training, run_training
+from lowmem.lifecycle import execute, fork_run, recorded_settings, resume_training, run_training
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.train.state import config_hash
+from lowmem.train.replica import config_hash
 from tests.conftest import assert_same_run
 from tests.faults.injection import events
 from tests.tiny import Heard, tiny

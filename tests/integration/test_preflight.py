@@ -20,7 +20,7 @@ from lowmem.config.settings import Settings
 from lowmem.core.errors import ExitCode, OutOfMemory, PreflightError
 from lowmem.data import load
 from lowmem.lifecycle import preflight as preflight_module
-from lowmem.lifecycle.api import run_training
+from lowmem.lifecycle import run_training
 from lowmem.runs.view import RunView
 from tests.conftest import assert_same_run, environment
 from tests.faults.injection import Scarce, make_trainer, run, scarce_from

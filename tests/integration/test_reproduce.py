@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import lowmem.report
+from lowmem import lifecycle
 from lowmem.cli.terminal import say
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Interrupted, LowmemError
-from lowmem.lifecycle import api
 from lowmem.reproduce.check import work
 from lowmem.reproduce.conduct import Conductor, conduct, reproduce_job
 from lowmem.reproduce.job import Job, ask, select
@@ -37,7 +37,7 @@ class Here(Conductor):
         if self.interrupts and "name" in request:
             self.requested = "SIGINT"
             return 130
-        return work(json.loads(json.dumps(request)), Observer(), api.run_training, api.resume_training)
+        return work(json.loads(json.dumps(request)), Observer(), lifecycle.run_training, lifecycle.resume_training)
 
 
 def call(out: Path, *settings: str, interrupts: bool = False) -> Job:
@@ -65,20 +65,20 @@ def test_what_an_interrupted_call_asked_for_holds(trial: Path, monkeypatch: pyte
     with pytest.raises(Interrupted):
         call(trial, "train.max_steps=null", "train.on_stuck=stop", interrupts=True)
     resumed: list[Settings] = []
-    real = api.resume_training
+    real = lifecycle.resume_training
 
     def resume(path: Path, changes: Settings, observer: Observer) -> object:
         resumed.append(changes)
         return real(path, changes, observer)
 
-    monkeypatch.setattr(api, "resume_training", resume)
+    monkeypatch.setattr(lifecycle, "resume_training", resume)
     job = call(trial)
     assert [changes.config.train.on_stuck for changes in resumed] == ["stop"]
     assert standing_of(job, RES20[0]).state == "finished"
 
 
 def test_a_run_that_leaves_unfinished_is_a_failure(trial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "resume_training", lambda *given: None)
+    monkeypatch.setattr(lifecycle, "resume_training", lambda *given: None)
     with pytest.raises(LowmemError, match="was left at step 2, epoch 1 of 2"):
         call(trial)
 

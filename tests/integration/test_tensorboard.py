@@ -10,10 +10,10 @@ import pytest
 
 from lowmem.cli.main import _run
 from lowmem.config.settings import from_yaml, gather, to_yaml
-from lowmem.lifecycle.api import resume_training
+from lowmem.lifecycle import resume_training
 from lowmem.runs.event_files import EventFiles, read_points
 from lowmem.runs.store import RunFolder
-from lowmem.train.metrics import TensorBoardExport
+from lowmem.train.metrics import exporting
 from tests.tiny import Heard, make_run
 from tests.unit.runs.test_event_files import same, shown
 
@@ -61,14 +61,14 @@ def test_what_goes_wrong_is_said_once_and_made_up_for(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", to_yaml(gather()), {}) as folder:
         (folder.path / "tensorboard").write_text("in the way", encoding="utf-8")
         heard = Heard()
-        board = TensorBoardExport(EventFiles(folder.path), heard.warning)
-        for step in (1, 2, 3):
-            folder.append_steps([{"step": step, "epoch": 1, "lr": 0.1, "loss": 2.0}])
-            board.update()
-        assert len(heard.warnings) == 1
-        assert "training goes on" in heard.warnings[0]
-        (folder.path / "tensorboard").unlink()
-        board.update()
+        with exporting(EventFiles(folder.path), heard.warning) as export:
+            for step in (1, 2, 3):
+                folder.append_steps([{"step": step, "epoch": 1, "lr": 0.1, "loss": 2.0}])
+                export()
+            assert len(heard.warnings) == 1
+            assert "training goes on" in heard.warnings[0]
+            (folder.path / "tensorboard").unlink()
+            export()
         assert [point.step for point in read_points(folder.path / "tensorboard") if point.tag == "lr"] == [1, 2, 3]
         assert len(heard.warnings) == 1
 

@@ -135,7 +135,7 @@ def test_never_worse_than_even_shares_and_soon_found(batch: int, costs: list[tup
         assert sum(shares) == batch
         return predict(shares)
 
-    from lowmem.distributed.split import even_shares
+    from lowmem.distributed.group import even_shares
 
     found = balance(batch, len(costs), counted)
     assert found is not None

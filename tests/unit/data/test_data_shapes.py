@@ -13,7 +13,7 @@ from lowmem.config.schema import DataConfig
 from lowmem.config.settings import gather
 from lowmem.data import Dataset, load
 from lowmem.data.shapes import _colours, generate
-from lowmem.lifecycle.api import run_training
+from lowmem.lifecycle import run_training
 
 
 @pytest.fixture(scope="module")

@@ -64,10 +64,10 @@ def test_messages_are_those_that_predictions_reckon_with() -> None:
     stages = stages_of(model)
     reducer = Reducer(stages, [], Sums().start)
     expected = pack([[4 * one.numel() for one in stage] for stage in stages])
-    assert [(4 * one.elements, one.packed) for one in reducer.messages] == [
+    assert [(one.size_bytes, one.packed) for one in reducer.messages] == [
         (one.size_bytes, one.packed) for one in expected
     ]
-    assert all(4 * one.elements <= PACK_BYTES for one in reducer.messages if one.packed)
+    assert all(one.size_bytes <= PACK_BYTES for one in reducer.messages if one.packed)
 
 
 def test_nothing_is_sent_before_the_last_micro_batch() -> None:

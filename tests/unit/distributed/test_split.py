@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem.distributed.split import Split, even_shares, weighted_shares
+from lowmem.distributed.group import Split, even_shares, weighted_shares
 
 
 def test_even() -> None:

@@ -15,12 +15,11 @@ from torch import Tensor
 from lowmem.choose.decide import DataSize, decide
 from lowmem.config.settings import Settings, to_yaml
 from lowmem.data import load
-from lowmem.lifecycle.preflight import _time_line
+from lowmem.lifecycle.preflight import StepTrial, _time_line, try_step
 from lowmem.plan.record import Plan
 from lowmem.runs.store import RunFolder
 from lowmem.step.train_step import Score
 from lowmem.train.loop import Trainer
-from lowmem.train.trial_step import StepTrial, try_step
 from tests.faults.injection import Scarce, events, make_trainer, recorded_plan
 from tests.tiny import tiny
 

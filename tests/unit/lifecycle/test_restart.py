@@ -16,7 +16,7 @@ from lowmem.distributed.group import Group
 from lowmem.lifecycle.execute import refuse_unfit
 from lowmem.lifecycle.run_identity import begun_before, launcher
 from lowmem.runs.folder import never_began
-from lowmem.train.state import config_hash
+from lowmem.train.replica import config_hash
 
 CONFIG = Config()
 

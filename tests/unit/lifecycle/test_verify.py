@@ -15,7 +15,7 @@ from filelock import FileLock
 from lowmem.cli.main import main
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import TABLE_LIMIT_BYTES
-from lowmem.lifecycle.api import recorded_settings, resume_training
+from lowmem.lifecycle import recorded_settings, resume_training
 from lowmem.lifecycle.verify import FileFinding, FileStatus, verify
 from lowmem.report import write_report
 from lowmem.runs import checkpoint as checkpoints

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowmem.core.errors import UsageError
-from lowmem.lifecycle.api import run_training
+from lowmem.lifecycle import run_training
 from lowmem.reproduce.job import Job, Member
 from lowmem.reproduce.progress import Standing, epoch_seconds_of, seconds_left, standing_of
 from lowmem.train.observer import Observer

@@ -16,7 +16,7 @@ from lowmem.remat import apply_plan, stage_names
 from lowmem.runs.checkpoint_state import RunState
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.step.undo import Undo
-from lowmem.train.state import capture
+from lowmem.train.replica import capture
 
 
 def _without_batch_norm() -> nn.Module:
@@ -143,9 +143,7 @@ def test_frozen_parameters_stay() -> None:
 def test_momentum_is_there_from_the_start() -> None:
     """So that the first checkpoint is as large as every later one, and the first step as the others."""
     model = build("res20", width=4)
-    optimizer = make_optimizer(model, OptimConfig(), "cpu")
-    scaler = make_scaler(Execution("cpu", "fp32", "contiguous"))
-    saved = capture(RunState(), model, optimizer, scaler, {})
+    saved = capture(RunState(), model, _step(model, None), {})
     assert set(saved.optimizer) == {f"momentum_buffer/{name}" for name, _ in model.named_parameters()}
     assert not any(tensor.any() for tensor in saved.optimizer.values())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowmem.runs.checkpoint_state import RunState
-from lowmem.train.divergence import Divergence
+from lowmem.train.loss_watchers import Divergence
 from lowmem.train.watchers import Act, Verdict
 
 

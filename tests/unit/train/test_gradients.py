@@ -15,7 +15,7 @@ from lowmem.plan.policy import LEAN, SAVE_ALL, uniform
 from lowmem.remat import apply_plan, stage_names
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
 from lowmem.step.undo import Undo
-from lowmem.train.stall import GradientNorms, default_every
+from lowmem.train.metrics import GradientNorms, default_every
 
 FP32 = Execution("cpu", "fp32", "contiguous")
 
@@ -37,10 +37,10 @@ def _norms(model: nn.Module, step: TrainStep) -> dict[str, float]:
     """Of one step, recorded."""
     norms = GradientNorms(model, step, every=1)
     step(*_batch(), 0.1, norms.measure)
-    norms.keep(1, 1)
-    ((at, epoch, values),) = norms.fetch()
-    assert (at, epoch, norms.fetch()) == (1, 1, [])
-    return dict(zip(norms.names, values, strict=True))
+    values = norms.take()
+    assert values is not None
+    assert norms.take() is None
+    return dict(zip(norms.names, values.tolist(), strict=True))
 
 
 def _expected(model: nn.Module) -> dict[str, float]:
@@ -153,12 +153,9 @@ def test_when() -> None:
     assert [step for step in range(1, 121) if norms.due(step)] == [1, 40, 80, 120]
 
 
-def test_what_was_not_fetched_can_be_dropped() -> None:
+def test_a_step_that_was_not_measured_has_none() -> None:
     model = build("res20", width=4)
     step = _step(model)
     norms = GradientNorms(model, step, every=1)
-    step(*_batch(), 0.1, norms.measure)
-    norms.keep(1, 1)
-    norms.keep(2, 1)  # nothing was measured in step 2
-    norms.forget()
-    assert norms.fetch() == []
+    step(*_batch(), 0.1)
+    assert norms.take() is None

@@ -12,11 +12,11 @@ from torch import Tensor
 from lowmem.calibrate.device import describe, elsewhere
 from lowmem.config.schema import Config, OptimConfig
 from lowmem.core.errors import UsageError
-from lowmem.lifecycle.api import resume_training, run_training
+from lowmem.lifecycle import resume_training, run_training
 from lowmem.models import build
 from lowmem.runs.view import RunView
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler
-from lowmem.train.state import config_hash
+from lowmem.train.replica import config_hash
 from tests.tiny import Heard, tiny
 
 

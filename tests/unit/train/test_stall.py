@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lowmem.runs.checkpoint_state import RunState
-from lowmem.train.stall import Chance, Evidence, Stall, gradient_share, note_share
+from lowmem.train.loss_watchers import Chance, Evidence, Stall, gradient_share, note_share
 from lowmem.train.watchers import STALLED, Act, Verdict
 
 TEN = Chance(math.log(10), 90.0, 50_000)

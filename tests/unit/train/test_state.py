@@ -7,14 +7,16 @@ import torch
 
 from lowmem.models import build
 from lowmem.runs.checkpoint_state import RunState
-from lowmem.train.state import capture, cpu_copy
+from lowmem.step.train_step import Execution, TrainStep
+from lowmem.train.replica import capture, cpu_copy
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_what_was_captured_does_not_move_with_training(layout: torch.memory_format) -> None:
     model = build("res20", width=16).to(memory_format=layout)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    state = RunState()
+    scaler, execution = torch.amp.GradScaler("cpu", enabled=False), Execution("cpu", "fp32", "contiguous")
+    whole, state = TrainStep(model, optimizer, scaler, execution, None), RunState()
 
     def step() -> None:
         model(torch.randn(4, 3, 32, 32).to(memory_format=layout)).sum().backward()
@@ -22,7 +24,7 @@ def test_what_was_captured_does_not_move_with_training(layout: torch.memory_form
         state.step += 1
 
     step()
-    taken = capture(state, model, optimizer, torch.amp.GradScaler("cpu", enabled=False), {})
+    taken = capture(state, model, whole, {})
     before = {name: tensor.clone() for name, tensor in {**taken.model, **taken.optimizer}.items()}
     step()
     now = {**taken.model, **taken.optimizer}
