@@ -32,17 +32,14 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class LineStyle:
-    """How a line is drawn: a matplotlib line style and marker, widths in points.
-
-    `width` 0: markers only. `face`: the inside of the markers, "" as their edge, else a colour or "none".
-    """
+    """How a line is drawn: a matplotlib line style and marker, widths in points."""
 
     colour: str
     dashes: str | tuple[int, tuple[float, ...]] = "-"
-    width: float = 1.2
+    width: float = 1.2  # 0: markers only
     marker: str = ""
     marker_size: float = 4.5
-    face: str = ""
+    face: str = ""  # the inside of the markers: as their edge, else a colour or "none"
     opacity: float = 1.0
 
 
