@@ -24,11 +24,8 @@ __all__ = ["Dataset", "Pictures", "TrainBatches", "eval_batches", "find_pictures
 
 
 def load(config: DataConfig, seed: int, *, progress: Progress | None = None) -> Dataset:
-    """The data set that `config` names, with its subsets chosen by `seed`.
-
-    `progress(what, done, total)` is called now and then where it takes long (decoding a folder).
-    Raises DataError for missing or damaged data, UsageError for a subset or split that does not fit.
-    """
+    """The data set that `config` names, with its subsets chosen by `seed`; `progress` is told of what takes long.
+    Raises DataError for missing or damaged data, UsageError for a subset or split that does not fit."""
     source = _read(config, progress)
     classes = len(source.classes)
 
@@ -70,10 +67,8 @@ def _read(config: DataConfig, progress: Progress | None) -> Source:
 
 
 def class_shares(class_counts: list[int], count: int) -> list[int]:
-    """How many of each class make `count` in all: the largest remainder method; ties go to the lower class.
-
-    Raises ValueError if there are fewer than `count`.
-    """
+    """How many of each class make `count` in all: the largest remainder method; ties go to the lower class. Raises
+    ValueError if there are fewer than `count`."""
     total = sum(class_counts)
     if not 0 <= count <= total:
         raise ValueError(f"{count} of {total} pictures cannot be chosen")
@@ -98,10 +93,8 @@ def choose_balanced(labels: NDArray[np.int64], classes: int, count: int, key: in
 
 def find_pictures(config: DataConfig) -> tuple[str, str | None]:
     """In words, what there is of the files that `load` would read (names, and for CIFAR-10 the MD5s, but no picture is
-    decoded); and where they would be downloaded from, None if they need not be.
-
-    Raises DataError where `load` would for what is missing, except that it does not try to download.
-    """
+    decoded); and where they would be downloaded from, None if they need not be. Raises DataError where `load` would for
+    what is missing, except that it does not try to download."""
     if kind := DOWNLOADABLE.get(config.source):
         root = Path(config.root).expanduser()
         if (place := kind.find(root, config.download)) is not None:

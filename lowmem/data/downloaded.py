@@ -51,9 +51,7 @@ def _fetch(name: str, root: Path, absent: Callable[[str], DataError]) -> None:
 
 def find_cifar10(root: Path, download: bool) -> Path | None:
     """`root` if all files are under it, each with its MD5; None if some are missing and `download` would fetch them.
-
-    Raises DataError for a damaged file, and for missing ones without `download`.
-    """
+    Raises DataError for a damaged file, and for missing ones without `download`."""
     files = _cifar10_files(root)
     if missing := [path for path in files if not path.is_file()]:
         if download:
@@ -166,10 +164,8 @@ def _part(images_path: Path, labels_path: Path) -> Pictures:
 
 
 def read_idx(path: Path, magic: int) -> NDArray[np.uint8]:
-    """An IDX file of bytes, plain or gzip: uint8 with the shape its header says.
-
-    Raises DataError for a wrong magic number, a size that is not the header's, or a damaged archive.
-    """
+    """An IDX file of bytes, plain or gzip: uint8 with the shape its header says. Raises DataError for a wrong magic
+    number, a size that is not the header's, or a damaged archive."""
     again = "delete it and fetch it again"
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

@@ -51,12 +51,8 @@ class PictureFile:
 
 
 def read(path: str | Path, *, cache: str | Path | None, progress: Progress | None) -> Source:
-    """The pictures under `path`, from the cache if nothing has changed since. A cache that cannot be written is a
-    warning.
-
-    `progress("decoding pictures", done, total)` is called while decoding. Raises DataError for a missing part or class
-    and for a file that is no picture.
-    """
+    """The pictures under `path`, from the cache if nothing has changed since; one that cannot be written is a warning.
+    Raises DataError for a missing part or class and for a file that is no picture."""
     root = Path(path).expanduser().resolve()
     classes, parts = scan(root)
     folder_name = f"folder-{hashlib.sha256(str(root).encode()).hexdigest()[:16]}"
@@ -192,10 +188,8 @@ def read_cache(folder: Path, signature: str) -> dict[str, Tensor] | None:
 
 
 def write_cache(folder: Path, signature: str, tensors: dict[str, Tensor]) -> None:
-    """Keeps `tensors` in `folder` for `signature`, in place of what was there.
-
-    Raises OSError if that is not possible; what was there before is then intact.
-    """
+    """Keeps `tensors` in `folder` for `signature`, in place of what was there. Raises OSError if that is not possible;
+    what was there before is then intact."""
     folder.mkdir(parents=True, exist_ok=True)
     data = safetensors.torch.save(tensors)
     manifest = {"format": _FORMAT, "signature": signature, "size_bytes": len(data)}

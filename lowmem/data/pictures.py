@@ -83,11 +83,8 @@ class Dataset:
 
 
 def statistics(pictures: Pictures) -> tuple[Triple, Triple]:
-    """Mean and standard deviation per channel in [0, 1] units.
-
-    Sums of integers are independent of threads and order. The deviation of a channel that is (nearly) constant is
-    raised to 1/255, so that dividing by it is safe.
-    """
+    """Mean and standard deviation per channel in [0, 1] units, of sums of integers: independent of threads and order.
+    The deviation of a channel that is (nearly) constant is raised to 1/255, so that dividing by it is safe."""
     n, total, squares = len(pictures) * SIDE * SIDE, np.zeros(CHANNELS, np.int64), np.zeros(CHANNELS, np.int64)
     for start in range(0, len(pictures), _CHUNK):
         chunk = pictures.images[start : start + _CHUNK].numpy()

@@ -51,11 +51,8 @@ def runs_on(archs: Iterable[str], capability: Capability) -> bool:
 def install_command(
     capability: Capability | None, *, system: str | None, driver_cuda: Capability | None = None, again: bool = False
 ) -> str | None:
-    """The pip command for the newest torch that runs on the card and under the driver; None if no release does.
-
-    `capability` unknown: the newest release is assumed to do. `again`: the right version may be installed already, as
-    a build without CUDA.
-    """
+    """The pip command for the newest torch that runs on the card (on an unknown one any does) and under the driver;
+    None if no release does. `again`: the right version may be installed already, as a build without CUDA."""
     for build in BUILDS:
         fits_card = capability is None or runs_on(build.archs.split(), capability)
         if fits_card and (driver_cuda is None or driver_cuda[0] >= build.cuda_major):
@@ -66,10 +63,8 @@ def install_command(
 
 
 def same_torch(torch_version: str) -> str:
-    """The pip command that keeps torch as it is and lets pip find the torchvision that belongs to it.
-
-    Builds of PyTorch's own index carry where they are from: `2.7.1+cu126`.
-    """
+    """The pip command that keeps torch as it is (`2.7.1+cu126` says that it is of PyTorch's own index) and lets pip
+    find the torchvision that belongs to it."""
     public, _, local = torch_version.partition("+")
     index = f" --index-url https://download.pytorch.org/whl/{local}" if re.fullmatch(r"cu\d+|cpu", local) else ""
     return f'pip install "torch=={public}" torchvision{index}'

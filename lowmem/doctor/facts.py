@@ -227,10 +227,8 @@ def gather(
     asker: Callable[[Mapping[str, object], Sequence[str]], Answers] = ask,
     environment: Mapping[str, str] = os.environ,
 ) -> Facts:
-    """The facts for a run of `config` into `out` (default `runs/<arch>`).
-
-    `driver`, `asker`, `environment`: where the driver's account, the probe's answers and the variables come from.
-    """
+    """The facts for a run of `config` into `out` (default `runs/<arch>`). `driver`, `asker`, `environment`: where the
+    driver's account, the probe's answers and the variables come from."""
     model = config.model
     out = Path("runs") / model.arch if out is None else out
     report = driver()  # before the probe, which takes memory of the card itself

@@ -141,10 +141,8 @@ def kernel(settings: Settings) -> dict[str, Any]:
 
 
 def largest_error(device: str) -> float:
-    """A product of matrices, and the gradient of a convolution, on the device: how far off the CPU's they are.
-
-    All results are of the order of 1; NaN if the device gives any.
-    """
+    """A product of matrices, and the gradient of a convolution, on the device: how far off the CPU's they are, which
+    are of the order of 1; NaN if the device gives any."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -176,11 +174,8 @@ def first_line(error: BaseException) -> str:
 
 
 def probe(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The stages `asked["stages"]` with the settings `asked["values"]`, by dotted name.
-
-    Yields what begins, so that whoever reads it knows in which stage the process died, and then its results or its
-    trouble by its name.
-    """
+    """The stages `asked["stages"]` with the settings `asked["values"]`, by dotted name. Yields what begins, so that it
+    is known in which stage the process died, and then its results or its trouble by its name."""
     from lowmem.config.settings import Settings, validate
 
     settings = Settings(validate(asked["values"], {}), dict.fromkeys(asked["values"], "doctor"))
@@ -205,10 +200,8 @@ class Answers:
 
 
 def ask(values: Mapping[str, object], stages: Sequence[str], *, timeout_seconds: float = _PROBE_SECONDS) -> Answers:
-    """Runs the stages in one process; if it dies in one, the rest in another. Never raises.
-
-    `values`: dotted name -> setting. Without torch none of the later stages is tried.
-    """
+    """Runs the stages in one process; if it dies in one, the rest in another, but none without torch. Never raises.
+    `values`: dotted name -> setting."""
     results: dict[str, Mapping[str, Any]] = {}
     troubles: dict[str, str] = {}
     left = list(stages)

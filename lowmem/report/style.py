@@ -32,17 +32,14 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class LineStyle:
-    """How a line is drawn: a matplotlib line style and marker, widths in points.
-
-    `width` 0: markers only. `face`: the inside of the markers, "" as their edge, else a colour or "none".
-    """
+    """How a line is drawn: a matplotlib line style and marker, widths in points."""
 
     colour: str
     dashes: str | tuple[int, tuple[float, ...]] = "-"
-    width: float = 1.2
+    width: float = 1.2  # 0: markers only
     marker: str = ""
     marker_size: float = 4.5
-    face: str = ""
+    face: str = ""  # the inside of the markers: as their edge, else a colour or "none"
     opacity: float = 1.0
 
 
@@ -69,23 +66,16 @@ class Picture:
     remark: str
 
 
-_NETWORK_COLOURS: dict[tuple[str, str], str] = {
-    ("res20", "basic"): "#0b4f9e",
-    ("cnn20", "basic"): "#4a9be0",
-    ("res56", "basic"): "#a83800",
-    ("cnn56", "basic"): "#e5822e",
-    ("res110", "basic"): "#1c1c1c",
-    ("cnn110", "basic"): "#c94f9c",
-    ("res110", "bottleneck"): "#00594a",
-    ("cnn110", "bottleneck"): "#2b9c81",
-    ("res56", "bottleneck"): "#7a5c00",
-    ("cnn56", "bottleneck"): "#b8930a",
-    ("res34", "basic"): "#4b2a8c",
-    ("cnn34", "basic"): "#9678d3",
-    ("res50", "bottleneck"): "#8f1027",
-    ("cnn50", "bottleneck"): "#e06377",
-    ("res101", "bottleneck"): "#3f6212",
-    ("cnn101", "bottleneck"): "#7ba428",
+# By depth and block: of the residual net, and of its plain counterpart.
+_NETWORK_COLOURS = {
+    ("20", "basic"): ("#0b4f9e", "#4a9be0"),
+    ("56", "basic"): ("#a83800", "#e5822e"),
+    ("110", "basic"): ("#1c1c1c", "#c94f9c"),
+    ("110", "bottleneck"): ("#00594a", "#2b9c81"),
+    ("56", "bottleneck"): ("#7a5c00", "#b8930a"),
+    ("34", "basic"): ("#4b2a8c", "#9678d3"),
+    ("50", "bottleneck"): ("#8f1027", "#e06377"),
+    ("101", "bottleneck"): ("#3f6212", "#7ba428"),
 }
 _TURN_WIDTHS = (1.9, 1.3, 0.9)  # the runs of one network, which share its colour
 
@@ -103,6 +93,6 @@ METHOD_STYLES: dict[str, LineStyle] = {
 
 def network_style(model: ModelConfig, turn: int = 0) -> LineStyle:
     """By architecture and block alone, never by the other runs of a figure. `turn`: how many runs of it came before."""
-    dashes = "-" if model.arch.startswith("res") else (0, (4.0, 1.6))
+    residual, plain = _NETWORK_COLOURS[model.arch[3:], model.block]
     width = _TURN_WIDTHS[min(turn, len(_TURN_WIDTHS) - 1)]
-    return LineStyle(_NETWORK_COLOURS[model.arch, model.block], dashes, width)
+    return LineStyle(residual, "-", width) if model.arch.startswith("res") else LineStyle(plain, (0, (4.0, 1.6)), width)
