@@ -39,6 +39,7 @@ def test_unlike_cards_take_unlike_shares() -> None:
     assert found.config.train.batch == 128
 
 
+@pytest.mark.slow
 def test_one_precision_and_format_for_all() -> None:
     """A card with tensor cores and one without want different ones."""
     found, divided = plan_cards("gtx1060-6g,rtx3060-12g")
@@ -56,8 +57,9 @@ def test_communicators_have_their_part_of_the_card() -> None:
 
 
 def test_a_batch_that_fits_nowhere() -> None:
+    sets = ("memory.vram=1200M", "model.width=256", "memory.allow_accumulation=false")
     with pytest.raises(Infeasible, match="process 0 with 64 pictures"):
-        plan_cards("gtx1060-6g,gtx1060-6g", *FIXED, "memory.vram=1200M", "model.width=256")
+        plan_cards("gtx1060-6g,gtx1060-6g", *FIXED, *sets)
 
 
 def test_cards_by_rank() -> None:

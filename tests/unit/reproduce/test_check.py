@@ -19,7 +19,8 @@ from tests.tiny import Heard, tiny
 
 
 def job(path: Path, *sets: str) -> Job:
-    return Job(path, tiny("model.width=4", "data.train_subset=40", "train.epochs=2", *sets))
+    own = ("model.width=4", "data.train_subset=40", "train.epochs=2", "train.memory_format=contiguous")
+    return Job(path, tiny(*own, *sets))
 
 
 def to_begin(job: Job, only: str) -> list[Standing]:
