@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache, partial
 
 import pytest
 
@@ -18,6 +19,7 @@ from lowmem.isolate import OUT_OF_MEMORY
 from lowmem.plan.record import Plan
 from lowmem.trial.plan_trial import MOST_TRIALS, Confirmed, confirm_run, wants_confirmation
 from lowmem.trial.trial import Trial, TrialResult, run_trial
+from tests.isolated import call_here
 from tests.tiny import tiny
 
 
@@ -28,6 +30,7 @@ def _settings(*sets: str, vram: str = "8M") -> Settings:
     )  # fmt: skip
 
 
+@cache  # nothing of it is ever changed
 def _chosen(*sets: str, vram: str = "8M") -> tuple[Config, Request, list[Choice]]:
     settings = _settings("train.memory_format=contiguous", *sets, vram=vram)
     request = request_of(settings.config)
@@ -78,7 +81,8 @@ def test_a_doctored_budget_is_overshot_by_real_steps_and_replaced() -> None:
     budget = replace(request.budget, total_bytes=budget_bytes)
     lines: list[str] = []
     doctored = replace(choices[0], budget=budget)
-    confirmed = _confirm((config, replace(request, budget=budget), [doctored]), run_trial, lines)
+    here = partial(run_trial, call=call_here)
+    confirmed = _confirm((config, replace(request, budget=budget), [doctored]), here, lines)
     first, *_, last = confirmed.trials
     assert first.refused_because is not None
     assert "OVER: training takes" in first.refused_because
@@ -96,7 +100,7 @@ def test_a_doctored_budget_is_overshot_by_real_steps_and_replaced() -> None:
 
 
 def test_a_runner_up_that_is_measured_to_be_faster_wins_beyond_the_noise() -> None:
-    found = _chosen("train.batch=auto", vram="40M")
+    found = _chosen("train.batch=auto", vram="16M")
     first, second = found[2][0].plan.batch, rivals(found[1], found[2])[0].plan.batch
     fast = {"seconds": first / 100}
     noise = Runner(fast, {"seconds": second / 101}, {"seconds": 1e6})
@@ -113,7 +117,7 @@ def test_a_runner_up_that_is_measured_to_be_faster_wins_beyond_the_noise() -> No
 
 
 def test_trials_go_by_predicted_time_and_are_few() -> None:
-    found = _chosen("train.batch=auto", vram="40M")
+    found = _chosen("train.batch=auto", vram="16M")
     runner = Runner({})
     confirmed = _confirm(found, runner)
     predicted = [tried.choice.images_per_second for tried in confirmed.trials]
