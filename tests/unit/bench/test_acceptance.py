@@ -80,6 +80,7 @@ def _named(rows: list[Record], words: str) -> Record:
     return next(row for row in rows if words in row["name"])
 
 
+@pytest.mark.slow  # like the others of these cells; the quick ones are in test_plan_checks.py and test_predict.py
 def test_every_cell_is_run_and_saved_as_it_ends(rows: list[Record], saved: list[int]) -> None:
     (refused,) = (row for row in rows if row["refused"])
     assert refused["name"].startswith("fp32, channels-last"), "a net so thin"
@@ -88,6 +89,7 @@ def test_every_cell_is_run_and_saved_as_it_ends(rows: list[Record], saved: list[
     assert {row["kind"] for row in rows} == set(KINDS)
 
 
+@pytest.mark.slow
 def test_predicted_and_measured_memory(rows: list[Record]) -> None:
     for row in rows:
         if row["predicted_allocated_bytes"] is not None:
@@ -102,6 +104,7 @@ def test_predicted_and_measured_memory(rows: list[Record]) -> None:
     assert targets(rows)[1].met is None  # nothing is reserved on the CPU
 
 
+@pytest.mark.slow
 def test_gradients_and_survival(rows: list[Record]) -> None:
     found = _named(rows, "gradients")["facts"]
     assert found["bitwise"]
@@ -112,6 +115,7 @@ def test_gradients_and_survival(rows: list[Record]) -> None:
     assert survived["last_budget_bytes"] < survived["budget_bytes"]
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_verified_and_the_next_is_refused(rows: list[Record]) -> None:
     planned, plain = (_named(rows, f"fp32, {way}") for way in ("planned", "plain"))
     assert planned["batch"] is not None
@@ -124,6 +128,7 @@ def test_the_largest_batch_is_verified_and_the_next_is_refused(rows: list[Record
     assert (planned["allocated_bytes"] or 0) <= (SETUP.vram_bytes or 0)
 
 
+@pytest.mark.slow
 def test_the_account_is_written_in_all_its_forms(cells: list[Cell]) -> None:
     environment = describe("cpu")
     record = json.loads(to_json(SETUP, environment, cells, finished=True))
@@ -240,6 +245,7 @@ def test_overheads_are_judged_where_the_card_is_busy() -> None:
     assert "Bound by launches" not in to_markdown(SETUP, describe("cpu"), _timed("memory", 128, 0.95, 3.0), True)
 
 
+@pytest.mark.slow
 def test_the_picture(rows: list[Record], tmp_path: Path) -> None:
     from lowmem.cli.show_acceptance import _picture
 
