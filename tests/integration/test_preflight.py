@@ -97,7 +97,7 @@ def _halve(path: Path) -> None:
         ("best.safetensors", _flip),
         ("best.safetensors", _halve),
         ("report.md", _halve),
-        ("plan.json", _halve),
+        pytest.param("plan.json", _halve, marks=pytest.mark.slow),
         ("step-00000000", lambda path: _flip(path / "optimizer.safetensors")),
     ],
 )
