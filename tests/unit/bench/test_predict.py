@@ -95,6 +95,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(predictor: Predictor, fami
     assert work(trial)["peak_allocated_bytes"] <= budget.tensor_bytes
 
 
+@pytest.mark.slow
 def test_nothing_fits_into_next_to_nothing(predictor: Predictor) -> None:
     for family in (PLAIN_DEFAULT, ENGINE):
         fits = partial(predictor.fits, a_cell(family, kind="largest"), budget=tensors_only(1000))

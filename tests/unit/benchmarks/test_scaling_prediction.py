@@ -73,6 +73,7 @@ def test_a_smaller_part_of_the_batch_needs_no_recomputation(tight: Scaling) -> N
     assert four.images_per_second == 64 / four.step_seconds
 
 
+@pytest.mark.slow
 def test_waiting_is_added_to_the_step(tight: Scaling) -> None:
     fast, slow = tight.predict(4, INFINITE), tight.predict(4, _link(1e6))
     assert slow.plan == fast.plan
@@ -137,6 +138,7 @@ def test_least() -> None:
     assert least(lambda value: True) == pytest.approx(1e3, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_uneven_part_is_the_largest(tight: Scaling) -> None:
     assert tight.predict(3, INFINITE).local_batch == 22
 

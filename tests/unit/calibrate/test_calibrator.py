@@ -113,6 +113,7 @@ def test_what_could_not_be_measured_is_scaled_like_the_rest(measured: ChainMeasu
     assert scaled.stages[1].fast_seconds == pytest.approx(factor * guess.stages[1].fast_seconds)
 
 
+@pytest.mark.slow
 def test_larger_batches_are_scaled(measured: ChainMeasure, calibration: Calibration) -> None:
     once = StageTimes(calibration, "fp32", SHAPE[0], 1.0, 0.0)
     thrice = StageTimes(calibration, "fp32", SHAPE[0], 3.0, 0.0)

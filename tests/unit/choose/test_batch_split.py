@@ -24,6 +24,7 @@ def plan_cards(card: str, *sets: str) -> tuple[Settings, BatchSplit]:
     return decided.settings, decided.planned
 
 
+@pytest.mark.slow
 def test_unlike_cards_take_unlike_shares() -> None:
     found, divided = plan_cards("gtx1050ti,gtx1070", *FIXED)
     small, large = divided.shares

@@ -23,7 +23,7 @@ def _leave(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
 
 
 def test_json_has_the_points_of_the_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    code, out, _ = _leave(capsys, "--vram", "4M", "--json", "--curve", str(tmp_path / "curve.png"))
+    code, out, _ = _leave(capsys, *ONE_MODE, "--vram", "4M", "--json", "--curve", str(tmp_path / "curve.png"))
     record = json.loads(out)
     assert code == 0
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -53,6 +53,7 @@ def test_a_budget_must_fit_every_network(tmp_path: Path) -> None:
     assert "--only" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_accumulation_is_said(tmp_path: Path) -> None:
     planned, heard = job(tmp_path, "memory.vram=2M", "train.precision=fp32"), Heard()
     look_ahead(planned, to_begin(planned, "res20"), heard)
