@@ -17,9 +17,9 @@ from tests.tiny import Heard, tiny
 
 
 def settings(*sets: str) -> Settings:
-    """15 steps an epoch."""
+    """25 steps an epoch."""
     return tiny(
-        "model.arch=cnn110", "data.train_subset=120", "data.test_subset=10", "train.batch=8", "train.epochs=4",
+        "model.arch=cnn110", "data.train_subset=200", "data.test_subset=10", "train.batch=8", "train.epochs=4",
         "train.log_every_steps=5", *sets,
     )  # fmt: skip
 
@@ -60,12 +60,12 @@ def test_asked_to_stop_it_stops_saved_and_goes_on_as_the_same_run(
     """Interrupted in the epoch in which it is found: what was counted so far is part of the state. The disk refuses
     the last save once: it says that it is saved only when it is."""
     path = tmp_path / "run"
-    run_training(settings("train.max_steps=36", "train.on_stuck=stop"), path)
+    run_training(settings("train.max_steps=60", "train.on_stuck=stop"), path)
     assert not events(path, "stuck")
     save, refused = checkpoints.save, []
 
     def once_refused(folder: Path, saved: checkpoints.Checkpoint, **kept: int | None) -> Path:
-        if saved.step == 45 and not refused:
+        if saved.step == 75 and not refused:
             refused.append(saved.step)
             raise DiskError("the disk is full")
         return save(folder, saved, **kept)  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def test_asked_to_stop_it_stops_saved_and_goes_on_as_the_same_run(
     monkeypatch.undo()
     assert refused
     assert raised.value.exit_code is ExitCode.DIVERGED
-    assert checkpoints.checkpoint_folders(path / "checkpoints")[0].name == "step-00000045"
+    assert checkpoints.checkpoint_folders(path / "checkpoints")[0].name == "step-00000075"
     (event,) = events(path, "stuck")
     (other,) = events(warned[0], "stuck")
     assert event["stopped"]

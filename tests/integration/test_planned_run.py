@@ -131,7 +131,7 @@ def test_what_would_be_ignored_is_refused(sets: tuple[str, ...], says: str, tmp_
 def _auto(path: Path) -> None:
     """A run of which the plan chose the batch, stopped after its first epoch."""
     sets = ("train.batch=auto", "data.train_subset=400", "checkpoint.keep_every=1", "train.epochs=2")
-    run_training(_settings(*sets, "memory.vram=8M"), path)
+    run_training(_settings(*sets, "memory.vram=12M"), path)
 
 
 def _as_older_versions_recorded(run: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_batch_that_was_chosen_is_not_chosen_again(older: bool, tmp_path: Path
     if older:
         _as_older_versions_recorded(source)
     decided = recorded_settings(source).config
-    resume_training(source, {"memory.vram": "7M"})
+    resume_training(source, {"memory.vram": "11M"})
     assert events(source, "replan")
     assert _plan(source)["batch"] == decided.train.batch
     batch = 32 if decided.train.batch != 32 else 64

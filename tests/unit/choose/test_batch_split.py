@@ -57,10 +57,10 @@ def test_communicators_have_their_part_of_the_card() -> None:
     assert divided.shares == (64, 64)
 
 
-def test_a_batch_that_fits_nowhere() -> None:
-    sets = ("memory.vram=1200M", "model.width=256", "memory.allow_accumulation=false")
+@pytest.mark.parametrize("sets", [("memory.allow_accumulation=false",), pytest.param((), marks=pytest.mark.slow)])
+def test_a_batch_that_fits_nowhere(sets: tuple[str, ...]) -> None:
     with pytest.raises(Infeasible, match="process 0 with 64 pictures"):
-        plan_cards("gtx1060-6g,gtx1060-6g", *FIXED, *sets)
+        plan_cards("gtx1060-6g,gtx1060-6g", *FIXED, "memory.vram=1200M", "model.width=256", *sets)
 
 
 def test_cards_by_rank() -> None:

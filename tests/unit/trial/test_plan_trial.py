@@ -100,7 +100,7 @@ def test_a_doctored_budget_is_overshot_by_real_steps_and_replaced() -> None:
 
 
 def test_a_runner_up_that_is_measured_to_be_faster_wins_beyond_the_noise() -> None:
-    found = _chosen("train.batch=auto", vram="16M")
+    found = _chosen("train.batch=auto", vram="40M")
     first, second = found[2][0].plan.batch, rivals(found[1], found[2])[0].plan.batch
     fast = {"seconds": first / 100}
     noise = Runner(fast, {"seconds": second / 101}, {"seconds": 1e6})
@@ -117,7 +117,7 @@ def test_a_runner_up_that_is_measured_to_be_faster_wins_beyond_the_noise() -> No
 
 
 def test_trials_go_by_predicted_time_and_are_few() -> None:
-    found = _chosen("train.batch=auto", vram="16M")
+    found = _chosen("train.batch=auto", vram="40M")
     runner = Runner({})
     confirmed = _confirm(found, runner)
     predicted = [tried.choice.images_per_second for tried in confirmed.trials]
