@@ -24,7 +24,7 @@ DYING = {
         "import pytest, time\n@pytest.mark.timeout(1)\ndef test_dies():\n    while True: time.sleep(1)\n"
     ),
 }
-RARER = ("while it collects", "in a test that hangs")
+RARER = ("and its child lives on", "while it collects", "in a test that hangs")
 HOOKS = "from tests import workers\nfrom tests.workers import *\n"
 IMPATIENT = HOOKS + "workers.PATIENCE_SECONDS = 2.0\n"
 PASSING = "import pytest\n@pytest.mark.parametrize('number', range(4))\ndef test_passes(number): pass\n"

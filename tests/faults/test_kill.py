@@ -145,16 +145,16 @@ def test_while_the_run_is_set_up(
         assert len(life.output.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("first", [2, pytest.param(0, marks=pytest.mark.slow)])
-def test_while_a_fork_is_made(first: int, lives: Lives, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_while_a_fork_is_made(lives: Lives, tmp_path: Path) -> None:
     """It is no run before its first checkpoint, which is the old run's: the same `fork` takes the folder over."""
     source, run = tmp_path / "source", tmp_path / "run"
     assert go_on(lives, (*SMALL, "--set", "train.max_steps=5"), source, Death()).code == 0
     start = ("fork", str(source), "--at", "1", "--set", "optim.lr=0.01", "--set", "train.max_steps=null")
     assert go_on(lives, start, tmp_path / "whole", Death()).code == 0
     lines = ["write steps.csv", "close metrics.csv", "write checkpoints/*/manifest.json", "write events.jsonl"]
-    story = survive(lives, start, run, [Death(on=line, half=True) for line in lines[first:]], base=5)
-    assert [death.kept for death in story.deaths] == [None, None, None, 5][first:]
+    story = survive(lives, start, run, [Death(on=line, half=True) for line in lines], base=5)
+    assert [death.kept for death in story.deaths] == [None, None, None, 5]
     assert_same_run(run, tmp_path / "whole")
     assert litter(run, tmp_path / "whole") == set()
 

@@ -177,6 +177,7 @@ def _larger(share: float | None) -> list[Cell]:
     return larger
 
 
+@pytest.mark.slow
 def test_a_card_that_waits_for_launches_is_timed_at_a_larger_batch() -> None:
     plain, planned = _larger(0.3)
     assert (plain.refusal, planned.refusal, plain.batch, planned.batch) == (None, None, 64, 64)

@@ -63,6 +63,7 @@ def _of(times: StageTimes, stage: StageMeasure, what: str) -> float:
     return found.forward if what == FAST else found.backward
 
 
+@pytest.mark.slow  # like the others of this calibration; the quick one is a plan, below
 def test_every_policy_of_every_distinct_block_is_timed_once(measured: ChainMeasure, calibration: Calibration) -> None:
     def forbidden(jobs: Sequence[Job]) -> Figures:
         raise AssertionError("measured again")
@@ -82,6 +83,7 @@ def test_every_policy_of_every_distinct_block_is_timed_once(measured: ChainMeasu
             assert (found.restore > 0) <= option.option.drops_output
 
 
+@pytest.mark.slow
 def test_prices_are_the_measured_ones(measured: ChainMeasure, calibration: Calibration) -> None:
     times = _times(Calibrator("cpu", calibration), measured)
     chain = price(measured, RATES, times)
@@ -95,6 +97,7 @@ def test_prices_are_the_measured_ones(measured: ChainMeasure, calibration: Calib
     assert price(measured, RATES).plain_seconds != chain.plain_seconds
 
 
+@pytest.mark.slow
 def test_what_could_not_be_measured_is_scaled_like_the_rest(measured: ChainMeasure, calibration: Calibration) -> None:
     partial = Calibration(cpu_identity(), None)
     partial.figures.update(calibration.figures)

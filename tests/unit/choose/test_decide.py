@@ -23,8 +23,9 @@ def _settings(*sets: str) -> Settings:
     )
 
 
+@pytest.mark.slow
 def test_the_batch_with_the_most_pictures_per_second_and_its_learning_rate() -> None:
-    asked = _settings("train.batch=auto", "memory.vram=8M")
+    asked = _settings("train.batch=auto", "memory.vram=20M")
     decided = decide(asked, DataSize(train_pictures=5000), on_paper=True)
     settings, choice, batch = decided.settings, decided.choice, decided.settings.config.train.batch
     assert not settings.config.memory.auto_batch
