@@ -24,6 +24,7 @@ DYING = {
         "import pytest, time\n@pytest.mark.timeout(1)\ndef test_dies():\n    while True: time.sleep(1)\n"
     ),
 }
+RARER = ("and its child lives on", "while it collects", "in a test that hangs")
 HOOKS = "from tests import workers\nfrom tests.workers import *\n"
 IMPATIENT = HOOKS + "workers.PATIENCE_SECONDS = 2.0\n"
 PASSING = "import pytest\n@pytest.mark.parametrize('number', range(4))\ndef test_passes(number): pass\n"
@@ -52,7 +53,7 @@ def _run(folder: Path, files: dict[str, str]) -> tuple[int, str, float]:
         return done.returncode, said.read(), took
 
 
-@pytest.mark.parametrize("how", DYING)
+@pytest.mark.parametrize("how", [pytest.param(how, marks=[pytest.mark.slow] if how in RARER else []) for how in DYING])
 def test_a_worker_that_dies_ends_the_run(tmp_path: Path, how: str) -> None:
     dying = {"test_b_dies.py": DYING[how], "test_d_passes.py": PASSING, "test_e_passes.py": PASSING}
     others = {"test_c_long.py": LONG} if "def test_dies" in DYING[how] else {}
@@ -67,6 +68,7 @@ def test_a_worker_that_dies_ends_the_run(tmp_path: Path, how: str) -> None:
         assert "crashed while running 'test_b_dies.py::test_dies'" in said
 
 
+@pytest.mark.slow
 def test_a_run_without_deaths_passes(tmp_path: Path) -> None:
     code, said, _ = _run(tmp_path, {f"test_{name}.py": PASSING for name in "abc"})
     assert code == 0, said

@@ -1,4 +1,4 @@
-"""What several processes must hold, checked in all of them at once: `torchrun … -m tests.distributed.checks OUT.json`.
+"""What several processes must hold, checked in all at once: `torchrun … -m tests.distributed.checks OUT.json NAME…`.
 
 One group of processes does all checks, because starting one takes longer than most of them. Rank 0 writes for each its
 failure, or null; the tests read that.
@@ -31,6 +31,7 @@ from tests.distributed.troubles import (
     memory_that_runs_short_in_one_process,
     no_room_to_evaluate_in_one_process,
     out_of_memory,
+    out_of_memory_anywhere,
     out_of_memory_without_a_smaller_plan,
     simulated_memory_is_what_a_step_takes,
 )
@@ -250,8 +251,11 @@ CHECKS: dict[str, Check] = {
         memory_that_runs_short_in_one_process,
         a_loss_that_breaks_in_one_process,
         no_room_to_evaluate_in_one_process,
+        out_of_memory_anywhere,
     )
 }
+
+SLOW = ("out_of_memory_anywhere",)
 
 # What does not depend on how many there are, two show; four take their time on two cores.
 BY_FOUR = (
@@ -261,18 +265,16 @@ BY_FOUR = (
 )
 
 
-def main(out: Path) -> None:
+def main(out: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     # Small nets have small gradients: as many messages as a large one.
     reducer.ALONE_BYTES, reducer.PACK_BYTES = 4096, 8192
     results: dict[str, str | None] = {}
     with join(Launch.of_environment(), "cpu", 120.0) as group:
-        for name, check in CHECKS.items():
-            if group.size > 2 and name not in BY_FOUR:
-                continue
+        for name in names:
             words: str | None = None
             try:
-                check(group)
+                CHECKS[name](group)
             except Exception:
                 words = traceback.format_exc()
             failed = [f"process {rank}: {one}" for rank, one in enumerate(group.gather(words)) if one is not None]
@@ -282,4 +284,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -170,6 +170,7 @@ def test_two_processes_go_on_as_one(whole: Path, stopped: Path, tmp_path: Path) 
     assert len(losses(run)) == STEPS
 
 
+@pytest.mark.slow  # the quick one goes the other way
 def test_one_process_goes_on_as_two_and_these_as_one(tmp_path: Path) -> None:
     """With batch norm over all pictures: to rounding the same run, so the same pictures in the same order."""
     settings = (*TRAIN, "--sync-bn", "--set", "optim.lr=0.001")
@@ -188,7 +189,8 @@ def test_one_process_goes_on_as_two_and_these_as_one(tmp_path: Path) -> None:
     assert losses(run) == pytest.approx(losses(one), rel=2e-3)
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow  # quick: a process that is killed, below, and what a restart is told (tests/unit/lifecycle)
+@pytest.mark.parametrize("rank", [1, 0])
 def test_a_killed_process_takes_the_others_down_and_all_are_started_again(
     rank: int, whole: Path, tmp_path: Path
 ) -> None:
@@ -219,6 +221,7 @@ def test_a_killed_process_is_named_and_nobody_hangs(tmp_path: Path) -> None:
     assert events(path, "checkpoint")[-1]["step"] == lost["step"] >= 8
 
 
+@pytest.mark.slow
 def test_a_bug_in_one_process_in_the_middle_of_its_backward_pass(tmp_path: Path) -> None:
     """The others wait for its sums: nobody may wait for long, and torchrun's summary has the cause."""
     code, output = torchrun(tmp_path, 2, "tests.distributed.broken", *TRAIN[1:], "--out", str(tmp_path / "run"))
@@ -229,6 +232,7 @@ def test_a_bug_in_one_process_in_the_middle_of_its_backward_pass(tmp_path: Path)
     assert events(tmp_path / "run", "peer-lost")[0]["step"] == 5
 
 
+@pytest.mark.slow
 def test_what_all_did_wrong_is_said_once(whole: Path, tmp_path: Path) -> None:
     """With its own exit code in torchrun's summary."""
     code, output = torchrun(tmp_path, 2, *TRAIN, "--out", str(whole))

@@ -34,14 +34,28 @@ from tests.faults.injection import Scarce, scarce_step
 
 def out_of_memory(group: Group) -> None:
     """Wherever it strikes, all undo the step, take a smaller plan and repeat it: the run ends as if it had not. In the
-    last process, in rank 0, in all of them, and in the same step twice."""
-    data, last = small.dataset(), group.size - 1
+    last process once, in rank 0, and in the last process twice in the same step."""
+    last = group.size - 1
+    _out_of_memory(group, [({60}, (last,), 1)], [({25}, (0,), 1), ({40}, (last,), 2)])
+
+
+def out_of_memory_anywhere(group: Group) -> None:
+    """The same at other allocations, in all processes, and with and without batch norm over all pictures."""
+    last = group.size - 1
+    cases = [({count}, (last,), 1) for count in (1, 30, 60, 120)]
+    cases += [({25}, (0,), 1), ({25}, tuple(range(group.size)), 1), ({40}, (last,), 2)]
+    _out_of_memory(group, cases, cases[3:])
+
+
+Case = tuple[set[int], tuple[int, ...], int]  # allocations that fail, in which processes, how often
+
+
+def _out_of_memory(group: Group, cases: list[Case], cases_sync_bn: list[Case]) -> None:
+    data = small.dataset()
     for sync_bn in (False, True):
         settings = small.config(sync_bn=sync_bn)
         reference = _trained(group, settings, data, set(), ())
-        cases = [({count}, (last,), 1) for count in (1, 30, 60, 120)]
-        cases += [({25}, (0,), 1), ({25}, tuple(range(group.size)), 1), ({40}, (last,), 2)]
-        for fail_at, ranks, failures in cases[3:] if sync_bn else cases:
+        for fail_at, ranks, failures in cases_sync_bn if sync_bn else cases:
             t = _trained(group, settings, data, fail_at, ranks, failures)
             assert t.plan is not None
             assert len(t.plan.ladder) == 2 - failures, (fail_at, ranks, failures)

@@ -118,6 +118,7 @@ def test_a_resume_after_it_is_exact(rolled_back: Path, tmp_path: Path) -> None:
     assert_same_run(path, rolled_back)
 
 
+@pytest.mark.slow
 def test_killed_right_after_it(rolled_back: Path, tmp_path: Path) -> None:
     """Nothing was saved since it went back but that: the rate is not forgotten."""
     path = tmp_path / "run"
@@ -128,6 +129,7 @@ def test_killed_right_after_it(rolled_back: Path, tmp_path: Path) -> None:
     assert_same_run(path, rolled_back)
 
 
+@pytest.mark.slow
 def test_it_goes_back_to_where_the_run_was_stopped(tmp_path: Path) -> None:
     path = tmp_path / "run"
     run_training(settings("train.max_steps=11"), path)
@@ -140,7 +142,7 @@ def test_it_goes_back_to_where_the_run_was_stopped(tmp_path: Path) -> None:
     assert_all_finite(path)
 
 
-@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_stopping_leaves_the_last_finite_state(every: int, clean: Path, tmp_path: Path) -> None:
     """Whatever saves in between: what is saved is sound, and a resume from it is the run without poison."""
     path = tmp_path / "run"
@@ -171,7 +173,7 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over(tmp_path: Path) -> None:
     assert_all_finite(path)
 
 
-@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("value", [math.inf, pytest.param(math.nan, marks=pytest.mark.slow)])
 def test_the_last_update_of_an_epoch(value: float, tmp_path: Path) -> None:
     """The weights break when no loss of the epoch is left to show it: the evaluation does, and nothing is exported."""
     call, left = TrainStep.__call__, [21]  # the preflight's trial step is the first

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lowmem.cli.main import _run
 from tests.conftest import assert_same_run, environment
 from tests.tiny import arguments
 
@@ -25,7 +26,7 @@ TRAINED = arguments("model.width=4", "train.batch=64", "data.train_subset=600", 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
-    _finish(_start("train", *TRAINED, "--out", str(out)))
+    assert _run(["train", *TRAINED, "--out", str(out)]) == 0
     return out
 
 
@@ -77,10 +78,11 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(
     stopped = _last_event(out)
     assert stopped["event"] == "signal"
     assert stopped["signal"] == name
-    _finish(_start("resume", str(out)))
+    assert _run(["resume", str(out)]) == 0
     assert_same_run(out, uninterrupted)
 
 
+@pytest.mark.slow  # the quick ones, in processes that are forked, are in test_kill.py
 def test_sigkill_loses_no_more_than_since_the_checkpoint_before_the_one_being_written(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -96,6 +98,7 @@ def test_sigkill_loses_no_more_than_since_the_checkpoint_before_the_one_being_wr
     assert_same_run(out, uninterrupted)
 
 
+@pytest.mark.slow  # the quick ones are in test_signals_while_saving.py
 def test_a_second_signal_leaves_at_once_and_nothing_is_lost(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = _start("train", *TRAINED, "--out", str(out), "--set", "checkpoint.every_steps=1")

@@ -86,6 +86,7 @@ def test_a_job_that_is_left_alone(whole: Path) -> None:
     assert "epochs: 2  # flag" in (whole / "cnn20" / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_killed_in_the_second_run(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "job"
     run = first_run_done(whole, out)

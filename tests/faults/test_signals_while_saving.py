@@ -51,7 +51,10 @@ def _signals(run: Path) -> list[str]:
     return [event["signal"] for event in lines if event["event"] == "signal"]
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 143)])
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("SIGINT", 130), *(pytest.param(name, 143, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGHUP"))],
+)
 def test_a_signal_during_a_save(name: str, code: int, tmp_path: Path, uninterrupted: Path) -> None:
     run = tmp_path / "run"
     child = train(run, tmp_path / "log", *EVERY, before=_held(tmp_path, "model.safetensors"))
@@ -70,7 +73,7 @@ def test_a_signal_during_a_save(name: str, code: int, tmp_path: Path, uninterrup
     assert_same_run(run, uninterrupted)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
+@pytest.mark.parametrize("name", [pytest.param("model.safetensors", marks=pytest.mark.slow), "manifest.json"])
 def test_a_second_signal_during_a_save_leaves_the_checkpoint_before(
     name: str, tmp_path: Path, uninterrupted: Path
 ) -> None:
@@ -88,7 +91,9 @@ def test_a_second_signal_during_a_save_leaves_the_checkpoint_before(
     assert_same_run(run, uninterrupted)
 
 
-@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGHUP"), ("SIGHUP", "SIGHUP")])
+@pytest.mark.parametrize(
+    ("first", "second"), [("SIGTERM", "SIGHUP"), pytest.param("SIGHUP", "SIGHUP", marks=pytest.mark.slow)]
+)
 def test_signals_that_come_together_do_not_cut_a_save_off(
     first: str, second: str, tmp_path: Path, uninterrupted: Path
 ) -> None:

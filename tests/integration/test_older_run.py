@@ -14,17 +14,16 @@ import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from torch import nn
 
 import lowmem
+from lowmem.cli.main import _run
 from lowmem.lifecycle import execute
 from tests.conftest import environment
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
 STEPS_PER_EPOCH = 10
 
 
@@ -54,6 +53,7 @@ def test_it_goes_on_to_its_end_under_its_own_plan(older: Path) -> None:
     assert next(event for event in events if event["event"] == "resume")["step"] == 13
 
 
+@pytest.mark.slow  # the quick one, of a start, is in test_preflight.py
 def test_a_resume_imports_nothing_in_the_middle_of_a_step(older: Path) -> None:
     """torch._dynamo takes over a second, which would count as training (torch 2.14)."""
     probe = (
@@ -92,12 +92,15 @@ def test_a_fork_of_it_keeps_its_plan(older: Path, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_whatever_reads_a_run_reads_it(older: Path, lowmem_command: Command) -> None:
+def test_whatever_reads_a_run_reads_it(
+    older: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(older.parent)
     said = {}
     for command in (["verify", "older"], ["ls", "."], ["report", "older"]):
-        done = lowmem_command(*command)
-        assert done.returncode == 0, done.stdout + done.stderr
-        said[command[0]] = done.stdout
+        code, told = _run(command), capsys.readouterr()
+        assert code == 0, told.out + told.err
+        said[command[0]] = told.out
     assert "step-00000013" in said["verify"]
     assert "older" in said["ls"]
     assert "older" in (older / "report" / "report.md").read_text(encoding="utf-8")

@@ -19,13 +19,14 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.train.replica import config_hash
 from tests.conftest import assert_same_run
 from tests.faults.injection import events
-from tests.tiny import Heard, tiny
+from tests.tiny import Heard, copy_run, tiny
 
 
 def _settings(*sets: str) -> Settings:
     return tiny(
-        "model.width=4", "data.train_subset=100", "data.test_subset=50", "train.batch=50", "train.epochs=1", *sets
-    )
+        "model.width=4", "data.train_subset=100", "data.test_subset=50", "train.batch=50", "train.epochs=1",
+        "train.memory_format=contiguous", *sets,
+    )  # fmt: skip
 
 
 def _plan(path: Path) -> dict[str, Any]:
@@ -37,6 +38,23 @@ def unplanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("unplanned") / "run"
     run_training(_settings(), path)
     assert not (path / "plan.json").exists()
+    return path
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first of two steps under a plan; to be copied."""
+    path = tmp_path_factory.mktemp("begun") / "run"
+    run_training(_settings("train.max_steps=1", "memory.vram=8M"), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def replanned(begun: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It went on to its end within less."""
+    path = copy_run(begun, tmp_path_factory.mktemp("replanned") / "run")
+    smaller = recorded_settings(path).replace({"memory.vram": "6500K", "train.max_steps": None}, "resume")
+    resume_training(path, smaller)
     return path
 
 
@@ -54,19 +72,17 @@ def test_a_planned_run_has_the_unplanned_ones_bits(unplanned: Path, tmp_path: Pa
     assert_same_run(path, unplanned)
 
 
-def test_resume_replays_the_plan_and_another_budget_is_a_logged_event(unplanned: Path, tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    run_training(_settings("train.max_steps=1", "memory.vram=8M"), path)
+def test_resume_replays_the_plan_and_another_budget_is_a_logged_event(
+    unplanned: Path, begun: Path, replanned: Path, tmp_path: Path
+) -> None:
+    path = copy_run(begun, tmp_path / "run")
     before = (path / "plan.json").read_text()
-    recorded = recorded_settings(path)
-    resume_training(path, recorded)  # stops at once: max_steps is reached
+    resume_training(path, recorded_settings(path))  # stops at once: max_steps is reached
     assert (path / "plan.json").read_text() == before
     assert not events(path, "replan")
-    smaller = recorded.replace({"memory.vram": "6500K", "train.max_steps": None}, "resume")
-    resume_training(path, smaller)
-    assert _plan(path)["budget_bytes"] == 6500 * KIB
-    assert events(path, "replan")
-    assert_same_run(path, unplanned)
+    assert _plan(replanned)["budget_bytes"] == 6500 * KIB
+    assert events(replanned, "replan")
+    assert_same_run(replanned, unplanned)
 
 
 def test_accumulation_is_said_and_recorded(tmp_path: Path) -> None:
@@ -81,7 +97,7 @@ def test_accumulation_is_said_and_recorded(tmp_path: Path) -> None:
 
 def test_nothing_is_left_behind_when_nothing_fits(tmp_path: Path) -> None:
     with pytest.raises(Infeasible):
-        run_training(_settings("memory.vram=500K"), tmp_path / "run")
+        run_training(_settings("memory.vram=500K", "memory.allow_accumulation=false"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -90,9 +106,8 @@ def test_auto_batch_needs_something_to_fit_into(tmp_path: Path) -> None:
         run_training(_settings("train.batch=auto"), tmp_path / "run")
 
 
-def test_a_damaged_plan_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    run_training(_settings("train.max_steps=1", "memory.vram=8M"), path)
+def test_a_damaged_plan_is_refused(begun: Path, tmp_path: Path) -> None:
+    path = copy_run(begun, tmp_path / "run")
     (path / "plan.json").write_text("{}")
     with pytest.raises(CorruptCheckpoint, match=r"plan\.json"):
         resume_training(path)
@@ -130,6 +145,7 @@ def _as_older_versions_recorded(run: Path) -> None:
         checkpoints.save(run / "checkpoints", replace(saved, state=state), keep=9)
 
 
+@pytest.mark.slow  # the quick ones are in tests/unit/choose/test_decide.py and test_fork.py
 @pytest.mark.parametrize("older", [False, True])
 def test_a_batch_that_was_chosen_is_not_chosen_again(older: bool, tmp_path: Path) -> None:
     source = tmp_path / "run"
@@ -149,13 +165,10 @@ def test_a_batch_that_was_chosen_is_not_chosen_again(older: bool, tmp_path: Path
         fork_run(source, at=1, changes={"memory.auto_batch": True}, out=tmp_path / "another")
 
 
-def test_runs_are_planned_with_their_ladder(tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    run_training(_settings("train.max_steps=1", "memory.vram=8M"), path)
-    first = _plan(path)
+def test_runs_are_planned_with_their_ladder(begun: Path, replanned: Path) -> None:
+    first = _plan(begun)
     assert len(first["ladder"]) > 1
-    resume_training(path, recorded_settings(path).replace({"memory.vram": "6500K"}, "resume"))
-    second = _plan(path)
+    second = _plan(replanned)
     assert second["ladder"]
     assert second["ladder"][0]["budget_bytes"] < second["budget_bytes"] < first["budget_bytes"]
 
@@ -173,6 +186,7 @@ def test_a_confirmed_run_records_it_and_has_the_same_bits(unplanned: Path, tmp_p
     assert_same_run(path, unplanned)
 
 
+@pytest.mark.slow  # the quick ones, by scripted measurements, are in tests/unit/trial/test_plan_trial.py
 def test_auto_batch_goes_by_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "run"
     result = run_training(_settings("memory.confirm=always", "train.batch=auto", "memory.vram=8M"), path)

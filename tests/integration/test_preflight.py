@@ -97,7 +97,7 @@ def _halve(path: Path) -> None:
         ("best.safetensors", _flip),
         ("best.safetensors", _halve),
         ("report.md", _halve),
-        ("plan.json", _halve),
+        pytest.param("plan.json", _halve, marks=pytest.mark.slow),
         ("step-00000000", lambda path: _flip(path / "optimizer.safetensors")),
     ],
 )
@@ -155,7 +155,9 @@ def _leave(arguments: list[str]) -> int:
     return leaving.value.code
 
 
-@pytest.mark.parametrize("there", [(), ("runs",), ("runs", "runs/deep", "runs/deep/run")])
+@pytest.mark.parametrize(
+    "there", [pytest.param((), marks=pytest.mark.slow), ("runs",), ("runs", "runs/deep", "runs/deep/run")]
+)
 def test_a_dry_run_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], there: tuple[str, ...]
 ) -> None:

@@ -48,6 +48,7 @@ def test_follows_a_training_process_to_its_end(tmp_path: Path) -> None:
     assert _run(["verify", str(run)]) == 0
 
 
+@pytest.mark.slow  # quick: what is drawn and how it ends, in tests/unit/cli/test_watch.py
 @pytest.mark.skipif(os.name == "nt", reason="signals and terminals of POSIX")
 def test_on_a_terminal_until_the_run_is_killed(tmp_path: Path) -> None:
     """In a pseudo-terminal: drawn, and left when the writer dies."""

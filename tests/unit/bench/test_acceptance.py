@@ -74,6 +74,7 @@ def _named(rows: list[Row], words: str) -> Row:
     return next(row for row in rows if words in row["name"])
 
 
+@pytest.mark.slow  # like the others of these cells; the quick ones are in test_plan_checks.py and test_predict.py
 def test_every_cell_is_run_and_saved_as_it_ends(rows: list[Row], saved: list[int]) -> None:
     (refused,) = (row for row in rows if row["refused"])
     assert refused["name"].startswith("fp32, channels-last"), "a net so thin"
@@ -82,6 +83,7 @@ def test_every_cell_is_run_and_saved_as_it_ends(rows: list[Row], saved: list[int
     assert {row["kind"] for row in rows} == set(KINDS)
 
 
+@pytest.mark.slow
 def test_predicted_and_measured_memory(rows: list[Row]) -> None:
     for row in rows:
         if row["predicted_allocated_bytes"] is not None:
@@ -96,6 +98,7 @@ def test_predicted_and_measured_memory(rows: list[Row]) -> None:
     assert targets(rows)[1]["met"] is None  # nothing is reserved on the CPU
 
 
+@pytest.mark.slow
 def test_gradients_and_survival(rows: list[Row]) -> None:
     found = _named(rows, "gradients")["facts"]
     assert found["bitwise"]
@@ -106,6 +109,7 @@ def test_gradients_and_survival(rows: list[Row]) -> None:
     assert survived["last_budget_bytes"] < survived["budget_bytes"]
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_verified_and_the_next_is_refused(rows: list[Row]) -> None:
     planned, plain = (_named(rows, f"fp32, {way}") for way in ("planned", "plain"))
     assert planned["batch"] is not None
@@ -118,6 +122,7 @@ def test_the_largest_batch_is_verified_and_the_next_is_refused(rows: list[Row]) 
     assert (planned["allocated_bytes"] or 0) <= (SETUP.vram_bytes or 0)
 
 
+@pytest.mark.slow
 def test_the_account_is_written_in_all_its_forms(cells: list[Cell]) -> None:
     told = account(SETUP, HERE, cells, finished=True)
     record = json.loads(told.json())
@@ -166,6 +171,7 @@ def _larger(share: float | None) -> list[Cell]:
     return larger
 
 
+@pytest.mark.slow
 def test_a_card_that_waits_for_launches_is_timed_at_a_larger_batch() -> None:
     plain, planned = _larger(0.3)
     assert (plain.refusal, planned.refusal, plain.batch, planned.batch) == (None, None, 64, 64)
@@ -234,6 +240,7 @@ def test_overheads_are_judged_where_the_card_is_busy() -> None:
     assert "Bound by launches" not in account(SETUP, HERE, _timed("memory", 128, 0.95, 3.0), True).markdown()
 
 
+@pytest.mark.slow
 def test_the_picture(cells: list[Cell]) -> None:
     png = _acceptance_picture(SETUP, HERE, account(SETUP, HERE, cells, finished=True))
     assert png.startswith(b"\x89PNG")

@@ -64,7 +64,9 @@ def test_native_norms_are_the_modules_own_on_the_cpu_and_go_again() -> None:
 
 def test_injected_out_of_memory_is_survived() -> None:
     flags = {"model.arch": "res20", "model.width": 4, "train.batch": 8, "train.device": "cpu", "memory.vram": "4M"}
-    choice = with_ladder(choose(request_of(gather(flags=flags, sets=["train.precision=fp32"]).config)))
+    choice = with_ladder(
+        choose(request_of(gather(flags=flags, sets=["train.precision=fp32", "train.memory_format=contiguous"]).config))
+    )
     plan = choice.plan.to_json()
     found = survive(asdict(PlanQuestion(arch="res20", block="basic", width=4, batch=8, plan=plan)))
     assert (found["survived"], found["times_out_of_memory"], found["weights_bitwise"]) == (True, 2, True)

@@ -43,7 +43,7 @@ def tried(cell: Cell) -> dict[str, Any]:
     return work(asdict(trial))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "amp"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("amp", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("family", "budget"),
     [
@@ -51,7 +51,7 @@ def tried(cell: Cell) -> dict[str, Any]:
         (CHECKPOINT_SELECTIVE, None),
         (CHECKPOINT_PER_BLOCK, None),
         (ENGINE, 0.7),
-        (ENGINE, LEAST),
+        pytest.param(ENGINE, LEAST, marks=pytest.mark.slow),
     ],
 )
 def test_bytes_and_operations_are_as_predicted(predictor: Predictor, family: str, budget: Any, precision: str) -> None:
@@ -76,7 +76,10 @@ def test_less_than_the_least_is_refused(predictor: Predictor) -> None:
     assert below.plan is None
 
 
-@pytest.mark.parametrize("family", [PLAIN_DEFAULT, CHECKPOINT_PER_BLOCK, ENGINE])
+@pytest.mark.parametrize(
+    "family",
+    [PLAIN_DEFAULT, *(pytest.param(family, marks=pytest.mark.slow) for family in (CHECKPOINT_PER_BLOCK, ENGINE))],
+)
 def test_the_largest_batch_fits_and_the_next_does_not(predictor: Predictor, family: str) -> None:
     budget = predictor.budget(None)
     cell = a_cell(family, kind="largest")
@@ -92,6 +95,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(predictor: Predictor, fami
     assert work(asdict(trial))["peak_allocated_bytes"] <= budget.tensor_bytes
 
 
+@pytest.mark.slow
 def test_nothing_fits_into_next_to_nothing(predictor: Predictor) -> None:
     for family in (PLAIN_DEFAULT, ENGINE):
         fits = partial(predictor.fits, a_cell(family, kind="largest"), budget=tensors_only(1000))

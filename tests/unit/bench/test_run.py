@@ -135,6 +135,7 @@ def test_what_does_not_fit_into_the_time_is_left_for_the_next_time(folder: Path)
     assert Told(folder, fast).only_the_first_table().run()
 
 
+@pytest.mark.slow
 def test_a_trial_that_the_limit_ended_says_nothing_of_its_cell(folder: Path) -> None:
     def late(trial: Trial, timeout_seconds: float) -> TrialResult:
         time.sleep(timeout_seconds)

@@ -34,6 +34,7 @@ def _asked(job: Path, part: str) -> Any:
     return json.loads(questions_file(job, part).read_text())
 
 
+@pytest.mark.slow
 def test_every_part_has_questions_and_a_module(job: Path) -> None:
     assert set(MODULES) == {part.name for part in PARTS}
     found = read_job(job)
@@ -44,6 +45,7 @@ def test_every_part_has_questions_and_a_module(job: Path) -> None:
     assert found.conditions["torch"]
 
 
+@pytest.mark.slow
 def test_plans_and_trials_are_whole(job: Path) -> None:
     for one in _asked(job, "memory"):
         trial = Trial(**one["trial"])

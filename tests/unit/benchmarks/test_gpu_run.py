@@ -127,6 +127,7 @@ def _lives(pid: int) -> bool:
     return state != "Z"
 
 
+@pytest.mark.slow
 def test_the_total_limit_leaves_out_the_last(tmp_path: Path) -> None:
     prepared = _prepared(tmp_path, gradients="hangs")
     wrong = run.conduct(prepared, tmp_path / "out", select("facts,gradients,memory"), 8 / 60, _command)

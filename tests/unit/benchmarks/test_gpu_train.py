@@ -25,6 +25,7 @@ def _turn(pictures: Path, out: Path, **changes: Any) -> Turn:
     return Turn(**{**values, "pictures": pictures, "out": out, **changes})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_network_in_one_turn(pictures: Path, tmp_path: Path) -> None:
     record = take(_turn(pictures, tmp_path))
     assert record is not None

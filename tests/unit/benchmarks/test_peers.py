@@ -148,6 +148,7 @@ def test_doubling_finds_the_largest_that_holds() -> None:
     assert died.how == "out of memory in training step 1"
 
 
+@pytest.mark.slow
 def test_lowmem_trains_and_evaluates_within_what_it_planned() -> None:
     task = _task(budget_bytes=10 * MIB)
     found = lowmem_auto.find(task, Place("cpu", task.budget_bytes), batch=64)
@@ -162,6 +163,7 @@ def test_lowmem_trains_and_evaluates_within_what_it_planned() -> None:
     assert "went on under a plan for" in less.how
 
 
+@pytest.mark.slow
 def test_lowmem_auto_scales_the_learning_rate_with_the_batch() -> None:
     task = _task(budget_bytes=10 * MIB, pictures=32)  # so that there is one to choose
     found = lowmem_auto.find(task, Place("cpu", task.budget_bytes))

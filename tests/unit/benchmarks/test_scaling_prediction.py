@@ -75,6 +75,7 @@ def test_a_smaller_part_of_the_batch_needs_no_recomputation(tight: Scaling) -> N
     assert four.images_per_second == 64 / four.step_seconds
 
 
+@pytest.mark.slow
 def test_waiting_is_added_to_the_step(tight: Scaling) -> None:
     fast, slow = tight.predict(4, INFINITE), tight.predict(4, _link(1e6))
     assert slow.plan == fast.plan
@@ -90,6 +91,7 @@ def test_waiting_is_added_to_the_step(tight: Scaling) -> None:
     assert seconds == sorted(seconds, reverse=True)
 
 
+@pytest.mark.slow
 def test_each_rank_stays_within_its_card() -> None:
     budget = tensors_only(12 * MIB)
     two = Scaling(_request(budget)).predict(2, ETHERNET_1G)
@@ -100,6 +102,7 @@ def test_each_rank_stays_within_its_card() -> None:
     assert two.plan.schedule != one.plan.schedule or two.peak_allocated_bytes > one.peak_allocated_bytes
 
 
+@pytest.mark.slow
 def test_on_a_card_the_budget_is_the_cards() -> None:
     two = Scaling(_request(of_card(CARD, 1 * GIB))).predict(2, ETHERNET_1G)
     assert two.plan.predicted.device_bytes is not None
@@ -107,6 +110,7 @@ def test_on_a_card_the_budget_is_the_cards() -> None:
     assert two.plan.budget_bytes == with_communicators(of_card(CARD, 1 * GIB)).tensor_bytes
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_on_one_card() -> None:
     scaling = Scaling(_request(tensors_only(16 * MIB), batch=256))
     eight = scaling.predict(8, ETHERNET_1G)
@@ -136,6 +140,7 @@ def test_least() -> None:
     assert least(lambda value: True) == pytest.approx(1e3, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_uneven_part_is_the_largest(tight: Scaling) -> None:
     assert tight.predict(3, INFINITE).local_batch == 22
 

@@ -64,6 +64,7 @@ def _of(times: StageTimes, stage: StageMeasure, what: str) -> float:
     return found.forward if what == FAST else found.backward
 
 
+@pytest.mark.slow  # like the others of this calibration; the quick one is a plan, below
 def test_every_policy_of_every_distinct_block_is_timed_once(measured: ChainMeasure, calibration: Calibration) -> None:
     def forbidden(jobs: Sequence[Job], device: str, numerics: Numerics) -> Figures:
         raise AssertionError("measured again")
@@ -83,6 +84,7 @@ def test_every_policy_of_every_distinct_block_is_timed_once(measured: ChainMeasu
             assert (found.restore > 0) <= option.option.policy.drop_output
 
 
+@pytest.mark.slow
 def test_prices_are_the_measured_ones(measured: ChainMeasure, calibration: Calibration) -> None:
     times = _times(Calibrator("cpu", calibration), measured)
     chain = price(measured, RATES, times)
@@ -96,6 +98,7 @@ def test_prices_are_the_measured_ones(measured: ChainMeasure, calibration: Calib
     assert price(measured, RATES).plain_seconds != chain.plain_seconds
 
 
+@pytest.mark.slow
 def test_what_could_not_be_measured_is_scaled_like_the_rest(measured: ChainMeasure, calibration: Calibration) -> None:
     partial = Calibration(cpu_identity(), None)
     partial.figures.update(calibration.figures)
@@ -114,6 +117,7 @@ def test_what_could_not_be_measured_is_scaled_like_the_rest(measured: ChainMeasu
     assert scaled.stages[1].fast_seconds == pytest.approx(factor * guess.stages[1].fast_seconds)
 
 
+@pytest.mark.slow
 def test_larger_batches_are_scaled(measured: ChainMeasure, calibration: Calibration) -> None:
     large_shape = shape_of(MODEL, 3 * SHAPE.batch)
     once, thrice = (StageTimes(calibration, shape, SHAPE.batch) for shape in (SHAPE, large_shape))
@@ -301,7 +305,8 @@ def test_what_corrupts_memory_is_not_timed() -> None:
 def test_a_plan_by_what_this_processor_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flags = {"model.arch": "res20", "model.width": 4, "train.batch": 4, "memory.vram": "2M", "train.device": "cpu"}
-    settings = gather(flags=flags, sets=["memory.calibrate=always"])
+    mode = ("train.precision=fp32", "train.memory_format=contiguous")  # otherwise all are timed
+    settings = gather(flags=flags, sets=["memory.calibrate=always", *mode])
     told: list[str] = []
 
     class Progress(Silence):

@@ -24,6 +24,7 @@ def plan_cards(card: str, *sets: str) -> tuple[Settings, BatchSplit]:
     return decided.settings, decided.planned
 
 
+@pytest.mark.slow
 def test_unlike_cards_take_unlike_shares() -> None:
     found, divided = plan_cards("gtx1050ti,gtx1070", *FIXED)
     small, large = divided.shares
@@ -39,6 +40,7 @@ def test_unlike_cards_take_unlike_shares() -> None:
     assert found.config.train.batch == 128
 
 
+@pytest.mark.slow
 def test_one_precision_and_format_for_all() -> None:
     """A card with tensor cores and one without want different ones."""
     found, divided = plan_cards("gtx1060-6g,rtx3060-12g")
@@ -55,9 +57,10 @@ def test_communicators_have_their_part_of_the_card() -> None:
     assert divided.shares == (64, 64)
 
 
-def test_a_batch_that_fits_nowhere() -> None:
+@pytest.mark.parametrize("sets", [("memory.allow_accumulation=false",), pytest.param((), marks=pytest.mark.slow)])
+def test_a_batch_that_fits_nowhere(sets: tuple[str, ...]) -> None:
     with pytest.raises(Infeasible, match="process 0 with 64 pictures"):
-        plan_cards("gtx1060-6g,gtx1060-6g", *FIXED, "memory.vram=1200M", "model.width=256")
+        plan_cards("gtx1060-6g,gtx1060-6g", *FIXED, "memory.vram=1200M", "model.width=256", *sets)
 
 
 def test_cards_by_rank() -> None:

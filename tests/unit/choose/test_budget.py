@@ -106,6 +106,7 @@ def test_what_the_allocator_may_hold() -> None:
     assert tensors_only(GIB).allocator_bytes is None
 
 
+@pytest.mark.slow
 def test_one_cap_for_the_plan_its_trial_and_the_run() -> None:
     """Of an emulated card; a real one needs none."""
     config = gather(flags={"model.arch": "res20", "model.width": 4, "train.batch": 8, "memory.vram": "2G"}).config

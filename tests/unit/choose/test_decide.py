@@ -11,6 +11,7 @@ from lowmem.choose.decide import DataSize, RecordedRun, decide
 from lowmem.config.settings import Settings
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import MIB
+from lowmem.plan.record import Plan
 from tests.tiny import tiny
 
 FIXED = ("train.memory_format=contiguous", "memory.vram=20M")
@@ -22,6 +23,7 @@ def _settings(*sets: str) -> Settings:
     )
 
 
+@pytest.mark.slow
 def test_the_batch_with_the_most_pictures_per_second_and_its_learning_rate() -> None:
     asked = _settings("train.batch=auto", "memory.vram=20M")
     decided = decide(asked, DataSize(train_pictures=5000), on_paper=True)
@@ -50,12 +52,17 @@ def test_of_batches_that_are_as_fast_the_recipes_own_or_the_largest(rates: dict[
     assert preferred(fitting, 128).batch == chosen
 
 
-def test_what_is_kept_of_recorded_plans() -> None:
+@pytest.fixture(scope="module")
+def recorded() -> tuple[Settings, Plan, RecordedRun]:
     """Of a run whose batch was chosen by an older version, which left it to be chosen: it never is again."""
     settings = _settings("train.batch=64", "memory.auto_batch=true", *FIXED)
     plan = decide(_settings("train.batch=64", *FIXED), on_paper=True).plan
     assert plan is not None
-    run = RecordedRun(settings.config, [plan])
+    return settings, plan, RecordedRun(settings.config, [plan])
+
+
+def test_what_is_kept_of_recorded_plans(recorded: tuple[Settings, Plan, RecordedRun]) -> None:
+    settings, plan, run = recorded
     kept = decide(settings, recorded=run)
     assert (kept.plan, kept.settings, kept.changed) == (plan, settings, False)
     # The machine of a card that is planned for, which is none here.
@@ -65,6 +72,17 @@ def test_what_is_kept_of_recorded_plans() -> None:
     assert again.plan is not None
     assert (again.plan.batch, again.plan.micro_batch, again.plan.budget_bytes) == (64, 64, 9 * MIB)
     assert (again.settings, again.changed, again.split.shares) == (less, True, (64,))
+    unplanned = settings.replace({"memory.vram": None}, "resume")
+    assert decide(unplanned, recorded=run).plan == plan, "it goes on as it was planned"
+    assert decide(unplanned, recorded=replace(run, fork=True)).plan is None
+
+
+@pytest.mark.slow
+def test_recorded_plans_for_less_for_fewer_processes_and_for_forks(
+    recorded: tuple[Settings, Plan, RecordedRun],
+) -> None:
+    settings, plan, run = recorded
+    less = settings.replace({"memory.vram": "9M"}, "resume")
     with pytest.raises(Infeasible):
         decide(settings.replace({"memory.vram": "4M"}, "resume"), recorded=run)
     half = replace(plan, batch=32, micro_batch=32, shares=(32, 32))
@@ -74,8 +92,5 @@ def test_what_is_kept_of_recorded_plans() -> None:
     fork = decide(less, recorded=replace(run, fork=True)).plan
     assert fork is not None
     assert (fork.batch, fork.budget_bytes) == (64, 9 * MIB)
-    unplanned = settings.replace({"memory.vram": None}, "resume")
-    assert decide(unplanned, recorded=run).plan == plan, "it goes on as it was planned"
-    assert decide(unplanned, recorded=replace(run, fork=True)).plan is None
     other_kernels = settings.replace({"train.deterministic": False}, "fork")
     assert decide(other_kernels, recorded=replace(run, fork=True)).changed, "they have workspaces of their own"

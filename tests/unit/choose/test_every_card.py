@@ -39,9 +39,8 @@ def _plan(arch: str, block: str, card: Card) -> None:
     assert card.name in in_full(choice)
 
 
-@pytest.mark.parametrize("name", card_names())
-def test_a_plan_for_every_card(name: str) -> None:
-    _plan("res20", "basic", load_card(name))
+def test_a_plan_for_a_card() -> None:
+    _plan("res20", "basic", load_card("gtx1060-6g"))
 
 
 @pytest.mark.slow

@@ -24,7 +24,10 @@ def _choice(budget: Budget, batch: int = 64, micro_batch: int | None = None) -> 
     return with_ladder(choose(request))
 
 
-@pytest.fixture(scope="module", params=["tensors", "card", "micro-batches"])
+@pytest.fixture(
+    scope="module",
+    params=["tensors", *(pytest.param(one, marks=pytest.mark.slow) for one in ("card", "micro-batches"))],
+)
 def choice(request: pytest.FixtureRequest) -> Choice:
     if request.param == "card":
         return _choice(of_card(CARD, 1100 * MIB), batch=512)

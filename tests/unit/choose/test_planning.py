@@ -64,11 +64,15 @@ def test_a_plan_survives_its_file(choices: dict[int, Choice]) -> None:
     }  # fmt: skip
 
 
-def test_fp32_first_then_amp_then_accumulation() -> None:
+def test_fp32_first_then_amp() -> None:
     fp32 = choose(_request(16, modes=BOTH)).plan
     assert (fp32.precision, fp32.exact) == ("fp32", True)
     amp = choose(_request(12, modes=BOTH)).plan
     assert (amp.precision, amp.exact, amp.accumulation) == ("amp", True, 1)
+
+
+@pytest.mark.slow
+def test_accumulation_comes_after_amp() -> None:
     cut = choose(_request(7.5, modes=BOTH)).plan
     assert not cut.exact
     assert cut.accumulation * cut.micro_batch >= 64
@@ -76,6 +80,7 @@ def test_fp32_first_then_amp_then_accumulation() -> None:
     assert refused[:2] == ["fp32 at batch 64", "amp at batch 64"]
 
 
+@pytest.mark.slow
 def test_infeasible_has_both_sides_and_the_way_out() -> None:
     with pytest.raises(Infeasible, match=r"budget is 8 MiB, the least that fits is \d+ MiB .*lower --batch") as caught:
         choose(_request(7.5, allow_accumulation=False))

@@ -52,6 +52,7 @@ def _simulated_peak(schedule: Schedule | None, batch: int = 128, low: torch.dtyp
     return simulate_step(_shape(batch, low), schedule, GTX_1060).estimate.peak_tensor_bytes
 
 
+@pytest.mark.slow
 def test_overheads() -> None:
     solver = _solver()
     assert {budget for budget, most in TARGETS.items() if _overhead(solver, budget * MIB) > most} == set()

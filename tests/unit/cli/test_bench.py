@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from lowmem.core.errors import UsageError
 from lowmem.core.units import MIB
 from tests.conftest import environment
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
 TINY = (
     "bench", "--quick", "--device", "cpu", "--arch", "res20", "--width", "2", "--batch", "8", "--rounds", "1",
     "--steps", "1", "--budgets", "0.75,100K", "--minutes", "600", "--out", "found",
@@ -184,6 +182,7 @@ def test_other_settings_in_the_same_folder_are_refused(
     assert killed.trials() == killed.after
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lowmem", *TINY]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
@@ -208,10 +207,12 @@ def test_no_time_is_said_in_every_row(
     assert not (tmp_path / "found/bench.png").exists()
 
 
-def test_the_account_is_written_even_if_there_is_time_for_nothing(lowmem_command: Command, tmp_path: Path) -> None:
-    done = lowmem_command(*SUITE, "--minutes", "0", "--out", "found")
-    assert done.returncode == 0, done.stderr
-    assert "## Targets" in done.stdout
+def test_the_account_is_written_even_if_there_is_time_for_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _run([*SUITE, "--minutes", "0", "--out", "found"]) == 0
+    assert "## Targets" in capsys.readouterr().out
     record = json.loads((tmp_path / "found/acceptance.json").read_text())
     assert record["finished"]
     assert {cell["refused"] for cell in record["cells"]} == {"not run: time"}
@@ -220,10 +221,10 @@ def test_the_account_is_written_even_if_there_is_time_for_nothing(lowmem_command
         assert (tmp_path / "found" / name).stat().st_size > 0
 
 
-def test_some_of_the_cells(lowmem_command: Command, tmp_path: Path) -> None:
+def test_some_of_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     cells = ("--cells", "memory, out  of memory", "--minutes", "0", "--out", "found")
-    done = lowmem_command(*SUITE, *cells)
-    assert done.returncode == 0, done.stderr
+    assert _run([*SUITE, *cells]) == 0
     record = json.loads((tmp_path / "found/acceptance.json").read_text())
     assert [cell["kind"] for cell in record["cells"]] == ["memory", "memory", "out of memory"]
 

@@ -56,6 +56,7 @@ def test_train_and_test_share_no_picture(shapes: Dataset) -> None:
     assert not train & test
 
 
+@pytest.mark.slow
 def test_a_linear_model_fails(shapes: Dataset) -> None:
     """Ridge regression on pixels, with the strength that is best for the test pictures themselves."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowmem.cli.main import _run
 from lowmem.cli.show import finding_lines, summary
 from lowmem.doctor import Finding, Status
 from tests.unit.doctor.scripted import NO_CARD, healthy
@@ -33,10 +34,12 @@ def test_a_machine_without_a_card_can_train(lowmem_command: Command, tmp_path: P
 
 
 @no_card
-def test_cuda_without_a_card_and_data_that_is_not_there(lowmem_command: Command) -> None:
-    done = lowmem_command("doctor", "--data", "folder:nowhere", "--device", "cuda", "--json")
-    assert done.returncode == 3
-    shown = json.loads(done.stdout)
+def test_cuda_without_a_card_and_data_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _run(["doctor", "--data", "folder:nowhere", "--device", "cuda", "--json"]) == 3
+    shown = json.loads(capsys.readouterr().out)
     assert shown["can_start"] is False
     failed = {finding["name"]: finding for finding in shown["findings"] if finding["status"] == "fail"}
     assert set(failed) == {"driver", "data"}
@@ -44,9 +47,9 @@ def test_cuda_without_a_card_and_data_that_is_not_there(lowmem_command: Command)
     assert "train/<class>/" in failed["data"]["mend"]
 
 
-def test_wrong_usage_is_no_finding(lowmem_command: Command) -> None:
-    done = lowmem_command("doctor", "--arch", "res21")
-    assert (done.returncode, "choose one of res20" in done.stderr) == (2, True)
+def test_wrong_usage_is_no_finding(capsys: pytest.CaptureFixture[str]) -> None:
+    code = _run(["doctor", "--arch", "res21"])
+    assert (code, "choose one of res20" in capsys.readouterr().err) == (2, True)
 
 
 def test_lines_are_aligned_and_commands_whole() -> None:

@@ -118,7 +118,7 @@ def _scarce(trainer: Trainer, scarce: Scarce, failures: int) -> None:
     trainer.batches.batch = batch  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("in_update", [False, True])
+@pytest.mark.parametrize("in_update", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_out_of_memory_takes_the_next_plan(tmp_path: Path, plan: Plan, in_update: bool) -> None:
     settings = _settings("memory.vram=6M")
     trainer = _trainer(settings, plan)

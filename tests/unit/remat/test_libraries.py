@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+from contextlib import redirect_stdout
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
@@ -29,12 +31,35 @@ print(json.dumps(dict(
 
 
 def _told(numerics: str, before: str = "", **variables: str) -> dict[str, Any]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("CUBLAS_", "CUDNN_"))}
-    command = [sys.executable, "-c", REPORT.format(numerics=numerics, before=before)]
-    done = subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(_said(REPORT.format(numerics=numerics, before=before), **variables))
     return found
+
+
+def _said(program: str, **variables: str) -> str:
+    """What a program prints that knows these variables only. Where it can be, its process is forked from one that has
+    imported this module and has done nothing else: it need not import torch again."""
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload([__name__])
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_say, args=(there, program, variables))  # type: ignore[attr-defined]
+    process.start()
+    there.close()
+    assert here.poll(120)
+    said: str = here.recv()
+    process.join()
+    assert process.exitcode == 0
+    return said
+
+
+def _say(to: Connection, program: str, variables: dict[str, str]) -> None:
+    for name in [name for name in os.environ if name.startswith(("CUBLAS_", "CUDNN_"))]:
+        del os.environ[name]
+    os.environ.update(variables)
+    with redirect_stdout(io.StringIO()) as said:
+        exec(program, {})
+    to.send(said.getvalue())
 
 
 def test_deterministic_kernels_are_asked_for() -> None:
@@ -68,12 +93,8 @@ def test_what_was_set_here_is_not_handed_on_to_other_kernels() -> None:
         "prepare_libraries(Numerics())\n"
         "print([environment_for(Numerics(kind)).get('CUBLAS_WORKSPACE_CONFIG') for kind in (True, False)])\n"
     )
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("CUBLAS_")}
     for given, wanted in (({}, "[':16:8', None]"), ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}, "[':4096:8', ':4096:8']")):
-        done = subprocess.run(
-            [sys.executable, "-c", hand_on], env={**clean, **given}, capture_output=True, text=True, timeout=120
-        )
-        assert done.stdout.strip() == wanted, done.stderr
+        assert _said(hand_on, **given).strip() == wanted
 
 
 def test_cards_before_ampere_have_no_tf32() -> None:

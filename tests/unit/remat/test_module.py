@@ -22,7 +22,7 @@ from tests.exact.schedules import segments, uniform
 
 
 def test_a_plan_says_which_batch_norm_and_the_caller_may_differ() -> None:
-    model = small_net(Bottleneck)
+    model = small_net(BasicBlock)
     plan = make_plan(model, batch=4, budget="1G", batch_norm="library")
     assert apply_plan(model, plan).library_norm
     assert not apply_plan(model, plan, library_norm=False).library_norm

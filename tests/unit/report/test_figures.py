@@ -125,7 +125,9 @@ def test_a_reports_figures_are_the_same_bytes(make_run: MakeRun) -> None:
     assert not [picture for picture in first.values() if b"Software" in picture.png]
 
 
-@pytest.mark.parametrize("points", [[], [(2.0, 0.1)], [(0.0, 0.1), (2.0, 0.0), (3.0, 0.0)]])
+@pytest.mark.parametrize(
+    "points", [[], [(2.0, 0.1)], pytest.param([(0.0, 0.1), (2.0, 0.0), (3.0, 0.0)], marks=pytest.mark.slow)]
+)
 def test_a_fork_of_which_little_is_known(points: list[tuple[float, float]]) -> None:
     assert_margins_are_white(draw_rate_curve("b", points, points, points, 2.0))
 

@@ -20,7 +20,8 @@ from tests.tiny import Heard, tiny
 
 
 def job(path: Path, *sets: str) -> Job:
-    return Job(path, tiny("model.width=4", "data.train_subset=40", "train.epochs=2", *sets))
+    own = ("model.width=4", "data.train_subset=40", "train.epochs=2", "train.memory_format=contiguous")
+    return Job(path, tiny(*own, *sets))
 
 
 def to_begin(job: Job, only: str) -> list[Standing]:
@@ -55,6 +56,7 @@ def test_a_budget_must_fit_every_network(tmp_path: Path) -> None:
     assert "--only" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_accumulation_is_said(tmp_path: Path) -> None:
     planned, heard = job(tmp_path, "memory.vram=2M", "train.precision=fp32"), Heard()
     look_ahead(planned, to_begin(planned, "res20"), heard)

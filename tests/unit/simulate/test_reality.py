@@ -32,6 +32,7 @@ SCHEDULES: dict[str, MakeSchedule | None] = {
     "mixed": _mixed,
 }
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
+QUICK = (0, 3, 5, 6)  # of the eight kinds of block; each two of block, residual and precision occur together
 
 
 def _configurations() -> list[Any]:
@@ -56,7 +57,8 @@ def _configurations() -> list[Any]:
                     )
                     norm = "library" if setup.library_norm else "native"
                     label = f"{block}-{residual}-{low}-{memory_format}-{name}-x{accumulation}-{steps}steps-{norm}"
-                    found.append(pytest.param(setup, steps, id=label.replace("torch.", "")))
+                    marks = [] if number in QUICK else [pytest.mark.slow]
+                    found.append(pytest.param(setup, steps, marks=marks, id=label.replace("torch.", "")))
                 number += 1
     return found
 

@@ -34,13 +34,13 @@ def _seconds(trace: Trace, steps: int) -> float:
     return sum(max(one.flops / 3e12, one.moved_bytes / 150e9) for one in work) / steps
 
 
-def test_plain_cost_is_that_of_plain_autograd() -> None:
-    for block in (BasicBlock, Bottleneck):
-        setup = Setup(block=block)
-        chain = _chain(setup)
-        trace = trace_steps(setup.build, 2)
-        assert chain.plain_seconds == pytest.approx(_seconds(trace, 2), rel=0.005)
-        assert chain.plain_flops == trace.flops() // 2
+@pytest.mark.parametrize("block", [BasicBlock, pytest.param(Bottleneck, marks=pytest.mark.slow)])
+def test_plain_cost_is_that_of_plain_autograd(block: type[BasicBlock | Bottleneck]) -> None:
+    setup = Setup(block=block)
+    chain = _chain(setup)
+    trace = trace_steps(setup.build, 2)
+    assert chain.plain_seconds == pytest.approx(_seconds(trace, 2), rel=0.005)
+    assert chain.plain_flops == trace.flops() // 2
 
 
 @st.composite
@@ -66,7 +66,7 @@ def _schedules(draw: st.DrawFn, choices: list[list[BlockPolicy]], start: int, en
     return Schedule(tuple(items))
 
 
-@pytest.mark.parametrize("low", [None, torch.bfloat16])
+@pytest.mark.parametrize("low", [None, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.data())
 def test_the_sum_is_the_whole(low: torch.dtype | None, data: st.DataObject) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -20,10 +22,20 @@ from lowmem.step.undo import Undo
 BATCH = 16
 
 
-@pytest.mark.parametrize("undone", [False, True], ids=["plain", "undone"])
-@pytest.mark.parametrize("micro_batch", [16, 6])
-@pytest.mark.parametrize("memory_format", ["contiguous", "channels-last"])
-@pytest.mark.parametrize("precision", ["fp32", "amp"])
+# Of the quick ones each value is in half.
+CASES = list(product(["fp32", "amp"], ["contiguous", "channels-last"], [16, 6], [False, True]))
+QUICK = {
+    ("fp32", "contiguous", 6, True),
+    ("fp32", "channels-last", 16, False),
+    ("amp", "contiguous", 16, True),
+    ("amp", "channels-last", 6, False),
+}
+
+
+@pytest.mark.parametrize(
+    ("precision", "memory_format", "micro_batch", "undone"),
+    [pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in CASES],
+)
 def test_peak(precision: str, memory_format: str, micro_batch: int, undone: bool) -> None:
     """Under autograd, and under a plan with what undoes the step."""
     execution = Execution("cpu", precision, memory_format)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache, partial
 
 import pytest
 
@@ -18,6 +19,7 @@ from lowmem.isolate import OUT_OF_MEMORY
 from lowmem.plan.record import Plan
 from lowmem.trial import Trial, TrialResult, run_trial
 from lowmem.trial.plan_trial import MOST_TRIALS, Confirmed, confirm_run, wants_confirmation
+from tests.isolated import call_here
 from tests.tiny import tiny
 
 
@@ -28,6 +30,7 @@ def _settings(*sets: str, vram: str = "8M") -> Settings:
     )  # fmt: skip
 
 
+@cache  # nothing of it is ever changed
 def _chosen(*sets: str, vram: str = "8M") -> tuple[Config, Request, list[Choice]]:
     settings = _settings("train.memory_format=contiguous", *sets, vram=vram)
     request = request_of(settings.config)
@@ -78,7 +81,8 @@ def test_a_doctored_budget_is_overshot_by_real_steps_and_replaced() -> None:
     budget = replace(request.budget, total_bytes=budget_bytes)
     lines: list[str] = []
     doctored = replace(choices[0], budget=budget)
-    confirmed = _confirm((config, replace(request, budget=budget), [doctored]), run_trial, lines)
+    here = partial(run_trial, call=call_here)
+    confirmed = _confirm((config, replace(request, budget=budget), [doctored]), here, lines)
     first, *_, last = confirmed.trials
     assert first.refused_because is not None
     assert "OVER: training takes" in first.refused_because

@@ -38,7 +38,7 @@ def test_what_a_trial_tells(plain: TrialResult) -> None:
 def test_a_plan_takes_what_was_predicted_and_computes_the_same(plain: TrialResult) -> None:
     plan = make_plan(skeleton("res20", width=8), batch=32, budget="10M")
     assert "KEEP{}" in plan.blocks().values()
-    result = run_trial(Trial(**TINY, way=PLANNED, plan=plan.to_json(), eval_batch=32))
+    result = run_trial(Trial(**TINY, way=PLANNED, plan=plan.to_json(), eval_batch=32), call=call_here)
     assert result.peak_allocated_bytes == pytest.approx(plan.predicted.peak_allocated_bytes, rel=0.02)
     assert result.losses == plain.losses
 
@@ -78,6 +78,7 @@ def test_a_wrong_trial_is_a_refusal() -> None:
     assert "no way of doing a step" in (run_trial(Trial(**TINY, way="by hand")).refused or "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
 def test_a_forked_trial_finds_what_one_in_a_process_of_its_own_finds() -> None:
     """And one leaves nothing to the next."""
