@@ -220,8 +220,7 @@ class Saver(AbstractContextManager["Saver"]):
             self._folder.flush()
             for name, (tensors, metadata) in save.weights.items():
                 self._folder.save_weights(name, tensors, metadata)
-            folder, keep, every = self._folder.checkpoints, self._keep, self._keep_every
-            path = checkpoints.save(folder, save.checkpoint, keep=keep, keep_every=every)
+            path = self._folder.save_checkpoint(save.checkpoint, keep=self._keep, keep_every=self._keep_every)
             now = time.monotonic()
             self.last_saved = Saved(path, save.checkpoint.step, now, save.taken_at)
             self.longest_write_seconds = max(self.longest_write_seconds, now - began)

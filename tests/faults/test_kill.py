@@ -152,7 +152,7 @@ def test_while_a_fork_is_made(lives: Lives, tmp_path: Path) -> None:
     assert go_on(lives, (*SMALL, "--set", "train.max_steps=5"), source, Death()).code == 0
     start = ("fork", str(source), "--at", "1", "--set", "optim.lr=0.01", "--set", "train.max_steps=null")
     assert go_on(lives, start, tmp_path / "whole", Death()).code == 0
-    lines = ["write steps.csv", "close metrics.csv", "write checkpoints/*/manifest.json", "write events.jsonl"]
+    lines = ["close steps.csv", "close metrics.csv", "write checkpoints/*/manifest.json", "write events.jsonl"]
     story = survive(lives, start, run, [Death(on=line, half=True) for line in lines], base=5)
     assert [death.kept for death in story.deaths] == [None, None, None, 5]
     assert_same_run(run, tmp_path / "whole")
@@ -191,7 +191,7 @@ def test_an_epoch_saved_before_its_evaluation_and_again_after_it(
 def test_a_fork_that_dies_as_it_takes_over(lives: Lives, whole: tuple[Path, Life], tmp_path: Path) -> None:
     """The mark that it is forking is made and taken away by calls of their own, and rows are copied by another."""
     command = ("fork", str(whole[0]), "--at", "last", "--set", "train.epochs=3")
-    lines = ["open forking", "write steps.csv", "delete forking"]
+    lines = ["open forking", "close steps.csv", "delete forking"]
     story = survive(lives, command, tmp_path / "run", [Death(on=line, half=True) for line in lines], base=STEPS)
     assert [death.operation for death in story.deaths] == lines
 
