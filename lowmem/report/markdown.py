@@ -67,15 +67,13 @@ def _run_section(run: NamedRun) -> list[str]:
     allocated, reserved, device = tables.peaks(history)
     median = "" if rate == UNKNOWN else " in training (median over epochs)"
     errors = [(row.test_error_pct, row.epoch) for row in history.epochs if row.test_error_pct is not None]
-    lowest, at = min(errors, default=(None, 0))
+    error, at = min(errors, default=(None, 0))
+    lowest = f"{percent(error)} at epoch {at} (seen afterwards, so optimistic)" if errors else UNKNOWN
     lines = [
         ("State", _state(history)),
         ("Settings", _settings(history)),
         ("Best weights", _best(history)),
-        (
-            "Lowest test error",
-            f"{percent(lowest)} at epoch {at} (seen afterwards, so optimistic)" if errors else UNKNOWN,
-        ),
+        ("Lowest test error", lowest),
         ("Time", f"{tables.elapsed(history)} in all; {rate} images/s{median}"),
         ("Peak memory", f"{allocated} allocated, {reserved} reserved, {device} in use on the device"),
         ("Hardware", _from_env(history, ("device", "gpu", "card", "driver", "cpu", "cpu_threads", "platform"))),
