@@ -187,6 +187,8 @@ def read_idx(path: Path, magic: int) -> NDArray[np.uint8]:
 
 
 class Downloadable(NamedTuple):
+    """`find` and `read` take the folder under which it is looked for, and whether it may be fetched."""
+
     title: str
     download_bytes: int
     url: Callable[[], str]

@@ -40,7 +40,8 @@ def visible(facts: Facts) -> Finding | None:
     if not facts.reported.devices or facts.device_asked == "cpu":
         return None
     shown = facts.variable("CUDA_VISIBLE_DEVICES")
-    if facts.hidden:
+    # CUDA reads entries up to the first that is no card: an empty first one, or `-1`, hides every card.
+    if shown is not None and not re.match(r"\s*\+*\d+\s*(,|$)|GPU-|MIG-", shown):
         words = f"CUDA_VISIBLE_DEVICES={shown!r} hides every card"
         words += "" if facts.device_asked == "cuda" else ": training would run on the CPU"
         return Finding("visible", facts.without_card, words, facts.set_command("CUDA_VISIBLE_DEVICES", None))

@@ -164,16 +164,6 @@ class Facts:
         return runs is not None and built is not None and runs[0] < built.major
 
     @property
-    def hidden(self) -> bool:
-        """Whether CUDA_VISIBLE_DEVICES hides every card: empty, or its first entry is no card (`-1`)."""
-        value = self.variable("CUDA_VISIBLE_DEVICES")
-        if value is None or value.startswith(("GPU-", "MIG-")):
-            return False
-        # CUDA reads entries up to the first that is no index.
-        first = value.split(",")[0].strip()
-        return not first.lstrip("+").isdigit()
-
-    @property
     def wants_card(self) -> bool:
         """Whether a card matters for the run: not with --device cpu, nor under auto where there is none."""
         if self.device_asked == "cpu":
@@ -255,7 +245,11 @@ def gather(
         **{f"{stage}_works": works.get(stage) for stage in ("torch", "torchvision", "kernel")},
     }
     facts = Facts(**known | _disk(out) | probed | _packages(probed))
-    return replace(facts, profile=_profile(facts.card))
+    card = facts.card
+    if card is not None and card.name is not None and card.total_bytes is not None:
+        with suppress(LowmemError):
+            return replace(facts, profile=find_card(card.name, card.total_bytes))
+    return facts
 
 
 def cpu_share(root: Path) -> float | None:
@@ -315,10 +309,3 @@ def _disk(out: Path) -> dict[str, Any]:
     except OSError as error:
         found["disk_trouble"] = error.strerror or str(error)
     return found
-
-
-def _profile(card: DriverDevice | None) -> Card | None:
-    if card is not None and card.name is not None and card.total_bytes is not None:
-        with suppress(LowmemError):
-            return find_card(card.name, card.total_bytes)
-    return None

@@ -66,11 +66,14 @@ def _run_section(run: NamedRun) -> list[str]:
     history, rate = run.history, tables.image_rate(run.history)
     allocated, reserved, device = tables.peaks(history)
     median = "" if rate == UNKNOWN else " in training (median over epochs)"
+    errors = [(row.test_error_pct, row.epoch) for row in history.epochs if row.test_error_pct is not None]
+    error, at = min(errors, default=(None, 0))
+    lowest = f"{percent(error)} at epoch {at} (seen afterwards, so optimistic)" if errors else UNKNOWN
     lines = [
         ("State", _state(history)),
         ("Settings", _settings(history)),
         ("Best weights", _best(history)),
-        ("Lowest test error", _lowest(history)),
+        ("Lowest test error", lowest),
         ("Time", f"{tables.elapsed(history)} in all; {rate} images/s{median}"),
         ("Peak memory", f"{allocated} allocated, {reserved} reserved, {device} in use on the device"),
         ("Hardware", _from_env(history, ("device", "gpu", "card", "driver", "cpu", "cpu_threads", "platform"))),
@@ -153,14 +156,6 @@ def _best(history: RunView) -> str:
             "estimate for new pictures; hold back training pictures (--val-split) to avoid that"
         )
     return f"{text}; on what they were chosen is not recorded"
-
-
-def _lowest(history: RunView) -> str:
-    known = [(row.test_error_pct, row.epoch) for row in history.epochs if row.test_error_pct is not None]
-    if not known:
-        return UNKNOWN
-    error, epoch = min(known)
-    return f"{percent(error)} at epoch {epoch} (seen afterwards, so optimistic)"
 
 
 def _from_env(history: RunView, keys: Sequence[str]) -> str:
