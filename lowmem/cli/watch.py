@@ -25,6 +25,7 @@ from lowmem.core.errors import UsageError
 from lowmem.core.reading import shorten
 from lowmem.core.units import format_duration, format_size
 from lowmem.runs.folder import read_owner, refuse_links, run_folders, writer_of
+from lowmem.runs.rows import Event
 from lowmem.runs.watch import Live
 
 _NEXT_RUN_SECONDS = 120.0  # between two runs of a job: libraries, pictures, plan
@@ -122,7 +123,7 @@ def _last_touched(run: Path) -> float:
 def _follow(run: Path, interval: float) -> Live:
     """Shows one run until nobody trains it: drawn on a terminal, else (log files, pipes) line by line. The last
     state."""
-    watched, without, before = Live(run), 0, None
+    watched, without, told = Live(run), 0, None
     console = Console(highlight=False)
     drawn = Redrawn(console=console, auto_refresh=False, vertical_overflow="crop")
     with drawn if sys.stdout.isatty() else nullcontext() as display:
@@ -133,19 +134,19 @@ def _follow(run: Path, interval: float) -> Live:
             if display is not None:
                 display.update(screen(live, console), refresh=True)
             else:
-                for line in [_summary(live)] if before is None else _news(before, live):
+                for line in [_summary(live)] if told is None else _news(live, *told):
                     print(line, flush=True)
             if without >= _DIED_LOOKS or (without and live.state == "finished"):
                 return live
-            before = live
+            told = live.epoch, live.events[-1] if live.events else None
             time.sleep(interval if live.running else min(interval, 0.5))
 
 
-def _news(before: Live, live: Live) -> list[str]:
-    """A line for each epoch and event since. Checkpoints have none: one an epoch, which has its line."""
-    rows = [row for row in live.rows if row.epoch > min(before.epoch, live.epoch)]
-    # What comes after the last that was there; everything if that is gone.
-    at = next((index for index, event in enumerate(live.events) if before.events and event is before.events[-1]), -1)
+def _news(live: Live, epoch: int, last: Event | None) -> list[str]:
+    """A line for each epoch and event since those. Checkpoints have none: one an epoch, which has its line."""
+    rows = [row for row in live.rows if row.epoch > min(epoch, live.epoch)]
+    # What comes after the last; everything if that is gone.
+    at = next((index for index, event in enumerate(live.events) if event is last), -1)
     events = [event for event in live.events[at + 1 :] if event.kind != "checkpoint"]
     return [*(describe_epoch(asdict(row), live.epochs) for row in rows), *map(event_line, events)]
 
