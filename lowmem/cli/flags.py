@@ -41,10 +41,6 @@ class Flag:
         return next((text for names, text in self.helps.items() if command in names.split()), None)
 
 
-_BLOCK = "basic or bottleneck"
-_WIDTH = "Channels of the stem (64"
-_FORMATS = "auto, contiguous or channels-last."
-_SOURCES = "cifar10, fashion-mnist, shapes or folder:PATH."
 _STARTS = "train plan doctor reproduce"  # what begins from settings alone
 
 FLAGS = (
@@ -104,14 +100,14 @@ FLAGS = (
         "bench": "A network of the family (on the CPU res20, quick: res56; on a card res110).",
     }),
     Flag("--block", "model.block", str, {
-        "train": f"{_BLOCK}; default: what the report used.",
-        "plan doctor": f"{_BLOCK}.",
-        "bench": f"{_BLOCK}; default: the report's, for the default res56 and res110 bottleneck.",
+        "train": "basic or bottleneck; default: what the report used.",
+        "plan doctor": "basic or bottleneck.",
+        "bench": "basic or bottleneck; default: the report's, for the default res56 and res110 bottleneck.",
     }),
-    Flag("--width", "model.width", int, {_STARTS: f"{_WIDTH})."}),
-    Flag("--width", "model.width", int, {"bench": f"{_WIDTH}; quick: 16)."}, least=1),
+    Flag("--width", "model.width", int, {_STARTS: "Channels of the stem (64)."}),
+    Flag("--width", "model.width", int, {"bench": "Channels of the stem (64; quick: 16)."}, least=1),
     Flag("--data", "data.source", str, {
-        "train doctor reproduce": _SOURCES,
+        "train doctor reproduce": "cifar10, fashion-mnist, shapes or folder:PATH.",
         "resume": "Where the same pictures are now, like folder:PATH.",
     }),
     Flag("--data-root", "data.root", str, {
@@ -142,7 +138,7 @@ FLAGS = (
         "train reproduce": "auto, fp32 or amp (fp16 on CUDA, bf16 on the CPU).",
         "plan doctor": "auto, fp32 or amp.",
     }),
-    Flag("--memory-format", "train.memory_format", str, {_STARTS: _FORMATS}),
+    Flag("--memory-format", "train.memory_format", str, {_STARTS: "auto, contiguous or channels-last."}),
     Flag("--vram", "memory.vram", str, {
         "train reproduce": "Memory to fit into, like 6G; on the CPU it bounds the step's tensors.",
         "resume": "Another memory to fit into: plans again, for the same gradients.",

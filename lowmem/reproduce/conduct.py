@@ -108,11 +108,11 @@ def conduct(asked: Asked, conductor: Conductor, say: Callable[[str], None], *, d
     Returns the exit code: of the look ahead, which has said what is wrong, else 0. Raises Interrupted after a signal,
     with everything saved; JobStopped if a run did not end.
     """
-    job, members = asked.job, asked.members
+    job = asked.job
     _wait_for_writers(job, say, conductor)
     refuse_interrupted(asked, conductor, "stopped before the first run")
-    standings = [standing_of(job, member, asked.max_steps) for member in members]
-    names = [member.name for member in members]
+    standings = [standing_of(job, member, asked.max_steps) for member in asked.members]
+    names = [member.name for member in asked.members]
     request = {"out": str(job.path), "names": names, "max_steps": asked.max_steps}
     before = job.file.read_bytes() if job.file.is_file() else None
     job.write()  # from which the processes read what they are to do
@@ -156,7 +156,7 @@ def _wait_for_writers(job: Job, say: Callable[[str], None], conductor: Conductor
     """A job that was killed leaves a process behind that still saves its run: until it has left, for two minutes at
     the most, or until a signal."""
     deadline = time.monotonic() + _LEAVING_SECONDS
-    for path in map(job.folder_of, ALL):
+    for path in [job.path / member.name for member in ALL]:
         if conductor.came() or (who := writer_of(path)) is None:
             continue
         say(f"{path} is still being written by {who}: waiting for it to leave")

@@ -72,9 +72,6 @@ class Job:
     data: str | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
 
-    def folder_of(self, member: Member) -> Path:
-        return self.path / member.name
-
     def settings_of(self, member: Member) -> Settings:
         """The settings with which the run begins."""
         return self.settings.replace({"model.arch": member.arch, "model.block": member.block}, "reproduce")
@@ -198,7 +195,7 @@ def refuse_other_settings(job: Job, given: Mapping[str, object]) -> None:
 
 def refuse_foreign(job: Job, member: Member) -> None:
     """Raises UsageError if the run's folder is of a run with other settings than the job's."""
-    folder, expected = job.folder_of(member), flatten(job.settings_of(member).config)
+    folder, expected = job.path / member.name, flatten(job.settings_of(member).config)
     recorded = flatten(from_yaml(folder / "config.yaml").config)
     free = OPERATIONAL | {key for key in _DECIDED if expected[key] == "auto"}
     free |= _BY_AUTO_BATCH if expected["memory.auto_batch"] else frozenset()

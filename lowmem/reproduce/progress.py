@@ -57,7 +57,7 @@ class Standing:
 def standing_of(job: Job, member: Member, max_steps: int | None = None) -> Standing:
     """`max_steps`: the limit that holds this time. Raises UsageError if something else is in the run's place,
     PreflightError if it cannot be read."""
-    path, weight = job.folder_of(member), job.weights.get(member.name, 1.0)
+    path, weight = job.path / member.name, job.weights.get(member.name, 1.0)
     standing = Standing(member, path, "to begin", job.settings.config.train.epochs, weight=weight)
     with reading(path):
         if not path.is_dir() or not (path / "config.yaml").is_file() or never_began(path):

@@ -30,7 +30,7 @@ def standings(job: Job, **known: dict[str, Any]) -> list[Standing]:
     for member in select(None, None):
         values: dict[str, Any] = {"state": "to begin", "epochs": 10, **known.get(member.name, {})}
         values["weight"] = job.weights[member.name]
-        found.append(Standing(member=member, path=job.folder_of(member), **values))
+        found.append(Standing(member=member, path=job.path / member.name, **values))
     return found
 
 

@@ -25,7 +25,7 @@ def job(path: Path, *sets: str) -> Job:
 
 
 def to_begin(job: Job, only: str) -> list[Standing]:
-    return [Standing(member, job.folder_of(member), "to begin", 2) for member in select(only, None)]
+    return [Standing(member, job.path / member.name, "to begin", 2) for member in select(only, None)]
 
 
 def test_pictures_weights_and_disk(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_settings_that_would_change_what_is_computed(job: Job) -> None:
 
 
 def put(job: Job, settings: Settings) -> None:
-    folder = job.folder_of(RES110)
+    folder = job.path / RES110.name
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
 
