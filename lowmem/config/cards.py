@@ -105,17 +105,22 @@ def card_names() -> tuple[str, ...]:
 def load_card(name: str) -> Card:
     """A shipped profile by name (`gtx1060-6g`; `GTX 1060 6G` is taken too) or the user's own by path (`*.yaml`).
     Raises UsageError for an unknown card, with the nearest names, and for a file that is no profile."""
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not os.path.isfile(path):
-            raise UsageError(f"there is no card profile {shorten(name)}")
-        return _read(path)
-    by_key, key = {_key(known): known for known in card_names()}, _key(name)
-    if key not in by_key:
-        close = [by_key[match] for match in get_close_matches(key[:100], by_key, n=3, cutoff=0.6)]
-        hint = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(by_key.values())}"
-        raise UsageError(f"unknown card {shorten(name)!r}: {hint}, or give the path of a .yaml file")
-    return _read(profiles_folder("cards") / f"{by_key[key]}.yaml")
+    path = Path(name)
+    if not name.endswith((".yaml", ".yml")):
+        by_key, key = {_key(known): known for known in card_names()}, _key(name)
+        if key not in by_key:
+            close = [by_key[match] for match in get_close_matches(key[:100], by_key, n=3, cutoff=0.6)]
+            hint = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(by_key.values())}"
+            raise UsageError(f"unknown card {shorten(name)!r}: {hint}, or give the path of a .yaml file")
+        path = profiles_folder("cards") / f"{by_key[key]}.yaml"
+    elif not os.path.isfile(path):
+        raise UsageError(f"there is no card profile {shorten(name)}")
+    try:
+        return Card.model_validate(read_yaml(path, "give --card the path of a card profile")[0])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UsageError(f"{path} is no card profile: {shorten(where)}: {shorten(first['msg'])}") from None
 
 
 def find_card(device_name: str, memory_bytes: int) -> Card | None:
@@ -132,12 +137,3 @@ def find_card(device_name: str, memory_bytes: int) -> Card | None:
 def _key(name: str) -> str:
     """`GTX 1060 6G`, `gtx1060-6g` and `GTX1060_6G` are the same."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-def _read(path: Path) -> Card:
-    try:
-        return Card.model_validate(read_yaml(path, "give --card the path of a card profile")[0])
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UsageError(f"{path} is no card profile: {shorten(where)}: {shorten(first['msg'])}") from None
