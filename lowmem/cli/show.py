@@ -19,7 +19,7 @@ from lowmem.config.settings import Settings
 from lowmem.core.errors import ExitCode, PreflightError, UsageError
 from lowmem.core.units import aligned, format_size
 from lowmem.runs.atomic import write_bytes_atomic
-from lowmem.runs.view import RunSummary, list_runs
+from lowmem.runs.view import list_runs
 from lowmem.train.observer import Observer
 
 if TYPE_CHECKING:
@@ -43,32 +43,20 @@ def show_ls(folder: Path, as_json: bool) -> None:
     if not runs:
         print(f"there are no runs in {printable(str(folder))}: start one with `lowmem train`")
         return
-    trouble = [f"{_name(run, folder)}: {words}" for run in runs for words in run.trouble]
-    lines = aligned([_LIST_HEADER, *(_cells(run, folder) for run in runs)], right={2, 3, 4, 5})
-    print("\n".join(map(printable, lines + trouble)))
-
-
-def _cells(run: RunSummary, folder: Path) -> tuple[str, ...]:
-    epochs = run.config.train.epochs if run.config else "?"
-    state = run.state if run.writer is None else f"{run.state} ({run.writer})"
-    last = "" if run.last_error_pct is None else f"{run.last_error_pct:.2f} %"
-    best = "" if run.best_error_pct is None else f"{run.best_error_pct:.2f} % (epoch {run.best_epoch})"
-    # The newest, as `fork --at` takes them. The one before the first step is nothing to fork from.
-    places = [kept.at for kept in run.checkpoints if kept.step > 0]
-    more = [f"{len(places) - _MOST_SHOWN} more"] if len(places) > _MOST_SHOWN else []
-    return (
-        _name(run, folder),
-        state,
-        f"{'?' if run.epoch is None else run.epoch}/{epochs}",
-        last,
-        best,
-        format_size(run.size_bytes),
-        ", ".join(more + places[-_MOST_SHOWN:]),
-    )
-
-
-def _name(run: RunSummary, folder: Path) -> str:
-    return run.path.name or str(run.path) if run.path == folder else str(run.path.relative_to(folder))
+    rows, trouble = [_LIST_HEADER], []
+    for run in runs:
+        name = run.path.name or str(run.path) if run.path == folder else str(run.path.relative_to(folder))
+        state = run.state if run.writer is None else f"{run.state} ({run.writer})"
+        epochs = f"{'?' if run.epoch is None else run.epoch}/{run.config.train.epochs if run.config else '?'}"
+        last = "" if run.last_error_pct is None else f"{run.last_error_pct:.2f} %"
+        best = "" if run.best_error_pct is None else f"{run.best_error_pct:.2f} % (epoch {run.best_epoch})"
+        # The newest, as `fork --at` takes them. The one before the first step is nothing to fork from.
+        places = [kept.at for kept in run.checkpoints if kept.step > 0]
+        more = [f"{len(places) - _MOST_SHOWN} more"] if len(places) > _MOST_SHOWN else []
+        size, places = format_size(run.size_bytes), more + places[-_MOST_SHOWN:]
+        rows.append((name, state, epochs, last, best, size, ", ".join(places)))
+        trouble += [f"{name}: {words}" for words in run.trouble]
+    print("\n".join(map(printable, aligned(rows, right={2, 3, 4, 5}) + trouble)))
 
 
 def show_verify(run: Path, as_json: bool) -> ExitCode:
