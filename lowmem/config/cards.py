@@ -97,17 +97,12 @@ def has_tensor_cores(name: str, capability: tuple[int, int]) -> bool:
     return capability >= (7, 0) and "GTX 16" not in name
 
 
-def card_names() -> tuple[str, ...]:
-    """Names of the shipped profiles, sorted."""
-    return profile_names("cards")
-
-
 def load_card(name: str) -> Card:
     """A shipped profile by name (`gtx1060-6g`; `GTX 1060 6G` is taken too) or the user's own by path (`*.yaml`).
     Raises UsageError for an unknown card, with the nearest names, and for a file that is no profile."""
     path = Path(name)
     if not name.endswith((".yaml", ".yml")):
-        by_key, key = {_key(known): known for known in card_names()}, _key(name)
+        by_key, key = {_key(known): known for known in profile_names("cards")}, _key(name)
         if key not in by_key:
             close = [by_key[match] for match in get_close_matches(key[:100], by_key, n=3, cutoff=0.6)]
             hint = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(by_key.values())}"
@@ -127,7 +122,7 @@ def find_card(device_name: str, memory_bytes: int) -> Card | None:
     """The profile of a card as its driver calls it (`NVIDIA GeForce GTX 1060 6GB`), by name and, where several have it,
     by memory; None if there is none."""
     base = _key(re.sub(r"nvidia|geforce|\bgpu\b|\d+\s*gb?\b", " ", device_name.lower()))
-    for card in map(load_card, card_names()):
+    for card in map(load_card, profile_names("cards")):
         near = abs(card.memory_bytes - memory_bytes) < 0.1 * card.memory_bytes
         if near and _key(re.sub(r" \d+G$", "", card.name)) == base:
             return card

@@ -11,15 +11,16 @@ from lowmem.choose.execution import request_of
 from lowmem.choose.explain import in_full, memory_table
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Request, card_rates, of_card
-from lowmem.config.cards import Card, card_names, load_card
+from lowmem.config.cards import Card, load_card
 from lowmem.config.settings import gather
+from lowmem.core.reading import profile_names
 
 NETWORKS = [("res20", "basic"), ("cnn56", "bottleneck"), ("res110", "bottleneck")]
 
 
 @cache
 def _request(arch: str, block: str, tensor_cores: bool) -> Request:
-    card = next(name for name in card_names() if load_card(name).tensor_cores == tensor_cores)
+    card = next(name for name in profile_names("cards") if load_card(name).tensor_cores == tensor_cores)
     return request_of(gather(flags={"model.arch": arch, "model.block": block, "memory.card": card}).config)
 
 
@@ -44,7 +45,7 @@ def test_a_plan_for_a_card() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", card_names())
+@pytest.mark.parametrize("name", profile_names("cards"))
 @pytest.mark.parametrize(("arch", "block"), NETWORKS)
 def test_a_plan_for_every_card_and_network(arch: str, block: str, name: str) -> None:
     _plan(arch, block, load_card(name))

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from lowmem.config import cards
-from lowmem.config.cards import Card, card_names, find_card, load_card
+from lowmem.config.cards import Card, find_card, load_card
 from lowmem.core import reading
 from lowmem.core.errors import UsageError
+from lowmem.core.reading import profile_names
 from lowmem.core.units import GIB, MIB
 
 
-@pytest.mark.parametrize("name", card_names())
+@pytest.mark.parametrize("name", profile_names("cards"))
 def test_every_profile_is_plausible(name: str) -> None:
     card = load_card(name)
     assert 4 * GIB <= card.memory_bytes <= 16 * GIB
@@ -27,8 +28,8 @@ def test_every_profile_is_plausible(name: str) -> None:
 
 
 def test_all_the_cards_are_there() -> None:
-    assert len(card_names()) == 25
-    assert len({load_card(name).name for name in card_names()}) == 25
+    assert len(profile_names("cards")) == 25
+    assert len({load_card(name).name for name in profile_names("cards")}) == 25
 
 
 def test_the_card_this_is_for() -> None:
@@ -131,5 +132,5 @@ def test_profiles_are_found_inside_an_installed_package(tmp_path: Path, monkeypa
     inside.mkdir(parents=True)
     (inside / "mine.yaml").write_text(MINE, encoding="utf-8")
     monkeypatch.setattr(reading, "_PACKAGE", tmp_path / "lowmem")
-    assert card_names() == ("mine",)
+    assert profile_names("cards") == ("mine",)
     assert load_card("mine").name == "Mine"

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from lowmem.config.cards import card_names, load_card
+from lowmem.config.cards import load_card
+from lowmem.core.reading import profile_names
 from lowmem.doctor import Status, can_start, examine
 from lowmem.doctor import checks_install as checks
 from lowmem.doctor.checks_install import BUILDS, Capability, install_command, runs_on, same_torch
@@ -272,8 +273,8 @@ def test_the_same_version_without_cuda_has_to_be_replaced() -> None:
 
 
 def test_every_card_of_the_profiles_has_a_build() -> None:
-    assert card_names()
-    for name in card_names():
+    assert profile_names("cards")
+    for name in profile_names("cards"):
         assert install_command(load_card(name).capability_pair, system="Linux") is not None, name
     assert [build.cuda_major for build in BUILDS] == sorted((build.cuda_major for build in BUILDS), reverse=True)
 
