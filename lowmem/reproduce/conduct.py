@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from subprocess import PIPE, Popen, TimeoutExpired
 from types import FrameType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from lowmem.config.settings import Settings
 from lowmem.core.errors import ExitCode, Interrupted, LowmemError, PreflightError, UsageError
@@ -35,9 +35,7 @@ from lowmem.runs.folder import writer_of
 from lowmem.runs.view import read_run
 from lowmem.train.signals import StopSignals
 
-if TYPE_CHECKING:
-    from lowmem.report import ReportResult
-
+Say = Callable[[str], None]
 # What would stop every other run too. Anything else is a run's own: the others go on without it.
 _STOPS_ALL = {ExitCode.USAGE, ExitCode.PREFLIGHT, ExitCode.DISK, ExitCode.INTERRUPTED, ExitCode.TERMINATED}
 _REASONS: dict[int, str] = {
@@ -56,15 +54,9 @@ class JobStopped(LowmemError):
 
 
 def reproduce_job(
-    path: Path,
-    settings: Settings,
-    members: tuple[Member, ...],
-    say: Callable[[str], None],
-    show_report: Callable[[ReportResult], None],
-    *,
-    dry_run: bool,
+    path: Path, settings: Settings, members: tuple[Member, ...], say: Say, show: Callable[..., None], *, dry_run: bool
 ) -> int:
-    """Does it, and the report of what is there; returns the exit code. Raises LowmemError."""
+    """Does it, and the report of what is there, which `show` prints; returns the exit code. Raises LowmemError."""
     with held(path) as lock:
         code, stopped = 0, None
         with Conductor() as conductor:
@@ -86,7 +78,7 @@ def reproduce_job(
                 if runs:
                     from lowmem.report import write_report
 
-                    show_report(write_report(runs, path / "report", html=True))
+                    show(write_report(runs, path / "report", html=True))
             except KeyboardInterrupt:
                 words = f"SIGINT: stopped in the report, all runs are saved; go on with `{asked.again}`"
                 raise Interrupted(words, ExitCode.INTERRUPTED) from None
@@ -102,7 +94,7 @@ def reproduce_job(
 # -- the loop over the runs --------------------------------------------------------------------------------------------
 
 
-def conduct(asked: Asked, conductor: Conductor, say: Callable[[str], None], *, dry_run: bool = False) -> int:
+def conduct(asked: Asked, conductor: Conductor, say: Say, *, dry_run: bool = False) -> int:
     """Trains what is left to train of the runs asked for. The caller holds the job's folder.
 
     Returns the exit code: of the look ahead, which has said what is wrong, else 0. Raises Interrupted after a signal,
@@ -152,7 +144,7 @@ def conduct(asked: Asked, conductor: Conductor, say: Callable[[str], None], *, d
     return ExitCode.DONE
 
 
-def _wait_for_writers(job: Job, say: Callable[[str], None], conductor: Conductor) -> None:
+def _wait_for_writers(job: Job, say: Say, conductor: Conductor) -> None:
     """A job that was killed leaves a process behind that still saves its run: until it has left, for two minutes at
     the most, or until a signal."""
     deadline = time.monotonic() + _LEAVING_SECONDS
