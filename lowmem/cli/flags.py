@@ -36,10 +36,6 @@ class Flag:
         """The name of it in Python: `--data-root` is `data_root`."""
         return self.name.partition("/")[0].removeprefix("--").replace("-", "_")
 
-    def help_of(self, command: str) -> str | None:
-        """None if the command has no such flag."""
-        return next((text for names, text in self.helps.items() if command in names.split()), None)
-
 
 _STARTS = "train plan doctor reproduce"  # what begins from settings alone
 
@@ -198,7 +194,8 @@ class Given:
 def takes_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Gives the command the flags that the table has for its name: each to the parameter of its name, settings as
     `given`. Other parameters are its own."""
-    rows = {flag.parameter: (flag, text) for flag in FLAGS if (text := flag.help_of(command.__name__)) is not None}
+    helps = [(flag, names.split(), text) for flag in FLAGS for names, text in flag.helps.items()]
+    rows = {flag.parameter: (flag, text) for flag, names, text in helps if command.__name__ in names}
     own = inspect.signature(command, eval_str=True).parameters
 
     @functools.wraps(command)
