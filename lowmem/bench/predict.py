@@ -31,13 +31,12 @@ Mode = tuple[str, str]  # precision, memory format
 
 
 class Predictor:
-    """Of one network on one device; what was planned once is not planned again. On a card the calibration of the device
-    is used, and made where it lacks anything; `tell` hears what takes seconds."""
+    """Of one network on one device. On a card the calibration of the device is used, and made where it lacks anything;
+    `tell` hears what takes seconds."""
 
     def __init__(self, setup: Setup, tell: Callable[[str], None]) -> None:
         self.setup, self._tell = setup, tell
         self._calibrator: Calibrator | None = None
-        self._choices: dict[object, Choice | Infeasible] = {}
         self._peaks: dict[Mode, int] = {}
 
     # -- a cell --------------------------------------------------------------------------------------------------------
@@ -94,16 +93,7 @@ class Predictor:
     def plan(self, mode: Mode, batch: int, budget: Budget, measured: bool = True) -> Choice:
         """`measured`: on a card by what is measured on it, which takes time for every new batch; else by rates and room
         for workspaces alone. Raises Infeasible."""
-        key = (mode, batch, budget, measured)
-        if key not in self._choices:
-            try:
-                self._choices[key] = choose(replace(self._request(mode, batch, measured), budget=budget))
-            except Infeasible as error:
-                self._choices[key] = error
-        found = self._choices[key]
-        if isinstance(found, Infeasible):
-            raise found
-        return found
+        return choose(replace(self._request(mode, batch, measured), budget=budget))
 
     def _way(
         self, family: str, mode: Mode, batch: int, measured: bool = True, capacity_bytes: int | None = None

@@ -15,7 +15,7 @@ from typing import Any
 
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice, Request
-from lowmem.core.errors import Infeasible, LowmemError, UsageError
+from lowmem.core.errors import Infeasible, UsageError
 from lowmem.distributed.group import Group, even_shares, weighted_shares
 from lowmem.plan.record import Candidate
 
@@ -53,12 +53,10 @@ class BatchSplit:
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans for the processes in `requests`, by rank: this one's of a group, or on paper all of them. What was planned
-    is kept."""
+    """Plans for the processes in `requests`, by rank: this one's of a group, or on paper all of them."""
 
     requests: Mapping[int, Request]
     group: Group
-    _known: dict[object, Choice | Infeasible] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -93,18 +91,19 @@ class Planner:
         with more pictures per second first. Raises Infeasible, UsageError."""
         fitting: list[BatchSplit] = []
         refused: list[Candidate] = []
-        why: LowmemError = UsageError("there are too few pictures for --batch auto: give a batch")
         for batch in AUTO_BATCHES:
             if batch < self.size or (pictures is not None and batch > pictures):
                 continue
             try:
                 fitting.append(self.divide(batch, may_accumulate=False))
             except Infeasible as error:
-                why, what = error, f"batch {batch}"
-                refused.append(Candidate(what=what, refused_because="does not fit", peak_bytes=error.least_bytes))
+                if not fitting:
+                    raise
+                why = "does not fit"
+                refused.append(Candidate(what=f"batch {batch}", refused_because=why, peak_bytes=error.least_bytes))
                 break  # nothing larger fits either
         if not fitting:
-            raise why
+            raise UsageError("there are too few pictures for --batch auto: give a batch")
         best = preferred(fitting, recipe_batch)
         others = sorted((split for split in fitting if split is not best), key=lambda split: -split.images_per_second)
         choices = {}
@@ -114,35 +113,26 @@ class Planner:
             choices[rank] = replace(choice, plan=plan)
         return [replace(best, choices=choices), *others]
 
-    def _plan(self, rank: int, share: int, mode: Mode | None, accumulate: bool) -> Choice | Infeasible:
+    def _plan(self, rank: int, share: int, mode: Mode | None, accumulate: bool) -> Choice:
         """For `share` pictures (a process without any has a plan for one), in a precision and memory format if they are
-        settled."""
-        share = max(1, share)
-        key = (rank, share, mode, accumulate)
-        if key not in self._known:
-            request = self.requests[rank]
-            micro = None if request.micro_batch is None else min(request.micro_batch, share)
-            request = replace(request, batch=share, micro_batch=micro, allow_accumulation=accumulate)
-            if mode is not None:
-                request = replace(request, modes=dict([mode]))
-            try:
-                self._known[key] = choose(request)
-            except Infeasible as error:
-                self._known[key] = error
-        return self._known[key]
+        settled. Raises Infeasible."""
+        share, request = max(1, share), self.requests[rank]
+        micro = None if request.micro_batch is None else min(request.micro_batch, share)
+        modes = request.modes if mode is None else dict([mode])
+        return choose(replace(request, batch=share, micro_batch=micro, modes=modes, allow_accumulation=accumulate))
 
     def _wanted(self, split: BatchSplit) -> list[Mode]:
         """By rank."""
         plans = {rank: choice.plan for rank, choice in split.choices.items()}
-        found = self.everyone(lambda rank: [plans[rank].precision, plans[rank].memory_format])
-        return [(precision, layout) for precision, layout in found]
+        return [tuple(mode) for mode in self.everyone(lambda rank: [plans[rank].precision, plans[rank].memory_format])]
 
     def _balance(self, batch: int, mode: Mode | None, accumulate: bool) -> BatchSplit | None:
         """See `balance`."""
 
         def seconds(rank: int, share: int) -> float | None:
-            choice = self._plan(rank, share, mode, accumulate)
-            if isinstance(choice, Infeasible):
+            try:
+                choice = self._plan(rank, share, mode, accumulate)
+            except Infeasible:
                 return None
             return choice.plan.predicted.step_seconds if share else 0.0
 
@@ -152,26 +142,27 @@ class Planner:
         choices = {}
         for rank in self.requests:
             choice = self._plan(rank, split.shares[rank], mode, accumulate)
-            assert isinstance(choice, Choice)
             choices[rank] = replace(choice, plan=replace(choice.plan, shares=split.shares))
         return replace(split, choices=choices)
 
     def _why_not(self, batch: int, may_accumulate: bool) -> Infeasible:
-        """What the first process that could not met at an even share, where nothing fits."""
+        """What the first process that could not met at an even share, where nothing fits; one alone raises it."""
         even = even_shares(batch, self.size)
 
         def refusal(rank: int) -> list[Any] | None:
-            error = self._plan(rank, even[rank], None, may_accumulate)
-            return [error.budget_bytes, error.least_bytes, error.what] if isinstance(error, Infeasible) else None
+            try:
+                self._plan(rank, even[rank], None, may_accumulate)
+            except Infeasible as error:
+                if self.size == 1:
+                    raise
+                return [error.budget_bytes, error.least_bytes, error.what]
+            return None
 
         failed = [(rank, reason) for rank, reason in enumerate(self.everyone(refusal)) if reason is not None]
         if not failed:
             budget = min(self.everyone(lambda rank: self.requests[rank].budget.tensor_bytes))
             what = "every card for itself, but none in a precision and memory format that all of them take"
             return Infeasible(budget, budget + 1, what, "give --precision and --memory-format")
-        own = self._plan(0, batch, None, may_accumulate) if self.size == 1 else None
-        if isinstance(own, Infeasible):
-            return own
         rank, (budget, least, what) = failed[0]
         return Infeasible(budget, least, f"process {rank} with {even[rank]} pictures: {what}", "lower --batch")
 

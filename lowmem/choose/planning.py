@@ -84,7 +84,16 @@ def make_plan(
 
 
 def choose(request: Request) -> Choice:
-    """The first candidate, in the order of `_candidates`, that fits. Raises Infeasible (invariant 10)."""
+    """The first candidate, in the order of `_candidates`, that fits; for equal requests made from one, found once.
+    Raises Infeasible (invariant 10)."""
+    key = (*request.modes.items(), replace(request, known={}))  # equal mappings may differ in their order
+    found = request.once(key, lambda: _first_that_fits(request))
+    if isinstance(found, Infeasible):
+        raise found
+    return found
+
+
+def _first_that_fits(request: Request) -> Choice | Infeasible:
     refused: list[Candidate] = []
     least: Infeasible | None = None
     for precision, micro_batch in _candidates(request):
@@ -109,7 +118,7 @@ def choose(request: Request) -> Choice:
         if not request.allow_accumulation:
             ways.insert(1, "allow accumulation (--set memory.allow_accumulation=true)")
     way_out = " or ".join(ways)
-    raise Infeasible(request.budget.tensor_bytes, least.least_bytes, f"tried: {tried}; {least.what}", way_out)
+    return Infeasible(request.budget.tensor_bytes, least.least_bytes, f"tried: {tried}; {least.what}", way_out)
 
 
 def _candidates(request: Request) -> Iterator[tuple[str, int]]:

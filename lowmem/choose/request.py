@@ -183,7 +183,7 @@ class Request:
     batch: int
     budget: Budget
     rates: Callable[[str], Rates]
-    modes: Mapping[str, str] = field(default_factory=lambda: {"fp32": "contiguous"})
+    modes: Mapping[str, str] = field(default_factory=lambda: {"fp32": "contiguous"}, hash=False)
     calibrator: Calibrator | None = None
     micro_batch: int | None = None
     allow_accumulation: bool = True
@@ -195,8 +195,8 @@ class Request:
     batch_norm: Literal["library", "native"] = "native"
     tf32: bool | None = False  # of convolutions in fp32, on the card that is planned for; None: nobody tells
     rates_from: str = "a card's datasheet"
-    reasons: Mapping[str, str] = field(default_factory=dict)  # setting -> why it was decided so
-    # What was simulated already, by shape: shared by all requests made from this one for other budgets and batches.
+    reasons: Mapping[str, str] = field(default_factory=dict, hash=False)  # setting -> why it was decided so
+    # What was simulated and chosen already: shared by all requests made from this one for other budgets and batches.
     known: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def shape(self, precision: str, micro_batch: int) -> StepShape:
@@ -214,7 +214,7 @@ class Request:
         )
 
     def once(self, key: object, make: Callable[[], _T]) -> _T:
-        """What does not depend on the budget need not be simulated again for another one."""
+        """What is known under the key, or made now."""
         if key not in self.known:
             self.known[key] = make()
         found: _T = self.known[key]
