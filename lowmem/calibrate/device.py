@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch.nn import functional as F
 
 import lowmem
@@ -108,12 +109,7 @@ def cpu_identity() -> Identity:
 
 def ask_device(numerics: Numerics) -> DeviceFacts:
     """Of the current CUDA device, by a process of its own. Raises PreflightError if that fails."""
-    return facts_from(ask(f"{__name__}:measure_memory", asdict(numerics)))
-
-
-def facts_from(answer: dict[str, Any]) -> DeviceFacts:
-    """The inverse of `measure_memory`'s way through JSON."""
-    return DeviceFacts(**{**answer, "capability": tuple(answer["capability"]), "link": tuple(answer["link"])})
+    return TypeAdapter(DeviceFacts).validate_python(ask(f"{__name__}:measure_memory", asdict(numerics)))
 
 
 def measure_memory(numerics: Mapping[str, Any] | None = None) -> dict[str, Any]:

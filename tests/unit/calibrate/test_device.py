@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 
+import pytest
 import torch
 
-from lowmem.calibrate.device import DeviceFacts, describe_card, facts_from, warm_up
+from lowmem.calibrate import device
+from lowmem.calibrate.device import DeviceFacts, ask_device, describe_card, warm_up
 from lowmem.choose.execution import _tf32
 from lowmem.config.cards import load_card
 from lowmem.config.schema import Config
@@ -33,8 +35,9 @@ def test_the_steps_that_load_the_kernels_run() -> None:
     assert (torch.are_deterministic_algorithms_enabled(), torch._C._is_multithreading_enabled()) == before
 
 
-def test_facts_come_through_json() -> None:
-    assert facts_from(json.loads(json.dumps(asdict(FACTS)))) == FACTS
+def test_facts_come_through_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "ask", lambda function, numerics: json.loads(json.dumps(asdict(FACTS))))
+    assert ask_device(Numerics()) == FACTS
 
 
 def test_figures_of_other_kernels_are_kept_apart() -> None:
