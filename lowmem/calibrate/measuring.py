@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from lowmem import isolate
-from lowmem.calibrate.stage_timer import ChainClock, if_it_fits, real_copy
+from lowmem.calibrate.stage_timer import ChainClock, if_it_fits
 from lowmem.config.schema import OptimConfig
 from lowmem.core.errors import PreflightError
 from lowmem.core.units import MIB
 from lowmem.measure.timing import time_calls
-from lowmem.models import skeleton
+from lowmem.models import build
 from lowmem.plan.policy import BlockPolicy
 from lowmem.remat.libraries import Numerics, prepare_libraries
 from lowmem.simulate import Call
@@ -74,8 +74,8 @@ def perform(task: Mapping[str, Any]) -> Figures:
     return figures
 
 
-def _clock(device: str, network: Mapping[str, Any], precision: str, memory_format: str, **chain: Any) -> ChainClock:
-    return ChainClock(model=skeleton(**network), execution=Execution(device, precision, memory_format), **chain)
+def _clock(device: str, precision: str, memory_format: str, **chain: Any) -> ChainClock:
+    return ChainClock(execution=Execution(device, precision, memory_format), **chain)
 
 
 def _stages(device: str, *, wanted: Mapping[str, Mapping[str, Any]], **chain: Any) -> Figures:
@@ -123,7 +123,7 @@ def smallest_busy(bound_by_host: Callable[[int], bool | None]) -> int:
 
 def _update(device: str, *, figure: str, network: Mapping[str, Any], momentum: bool) -> Figures:
     """The optimizer's step over all parameters."""
-    model = real_copy(skeleton(**network), device, torch.contiguous_format)
+    model = build(**network).to(device)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer = make_optimizer(model, OptimConfig(momentum=0.9 if momentum else 0.0), device)

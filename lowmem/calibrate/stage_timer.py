@@ -6,18 +6,18 @@ a call waits for, that of autograd's engine too: it is called once a stage here,
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowmem.measure.out_of_memory import Failure, attempt, release
 from lowmem.measure.timing import BOUND_SHARE, Timing, time_calls
+from lowmem.models import build
 from lowmem.remat import decompose
 from lowmem.remat.block import ConvBlock
 from lowmem.remat.kernels import mask_relu
@@ -59,21 +59,12 @@ def if_it_fits(work: Callable[[], _T]) -> _T | None:
     return found
 
 
-def real_copy(model: nn.Module, device: str, memory_format: torch.memory_format) -> nn.Module:
-    """The model with weights of its own on the device, in training mode; the model may be on `meta`."""
-    made = copy.deepcopy(model).to_empty(device=device)
-    for module in made.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
-    return made.to(memory_format=memory_format).train()
-
-
 @dataclass(frozen=True, kw_only=True)
 class ChainClock:
-    """Times stages of `model` on inputs of `input_shape`, [N, C, H, W]. `library_norm`: see `lowmem.remat.kernels`."""
+    """Times stages of a network of the family (`network`: see `ResNet.recipe`) on inputs of `input_shape`, [N, C, H,
+    W]. `library_norm`: see `lowmem.remat.kernels`."""
 
-    model: nn.Module
+    network: Mapping[str, Any]
     input_shape: Sequence[int]
     execution: Execution
     library_norm: bool = False
@@ -113,7 +104,7 @@ class ChainClock:
         device, layout = self.execution.device, self.execution.torch_memory_format
         x = torch.randn(self.input_shape, device=device).contiguous(memory_format=layout)
         need_input = masked = False
-        for stage in decompose(real_copy(self.model, device, layout)):
+        for stage in decompose(build(**self.network).to(device).to(memory_format=layout)):
             with torch.no_grad():
                 timer = _StageClock(self, stage, x, need_input, masked)
             yield timer

@@ -127,7 +127,9 @@ def test_larger_batches_are_scaled(measured: ChainMeasure, calibration: Calibrat
 
 
 def _clock(precision: str = "fp32") -> ChainClock:
-    return ChainClock(model=MODEL, input_shape=(4, 3, 32, 32), execution=Execution("cpu", precision, "contiguous"))
+    assert MODEL.recipe is not None
+    execution = Execution("cpu", precision, "contiguous")
+    return ChainClock(network=MODEL.recipe, input_shape=(4, 3, 32, 32), execution=execution)
 
 
 def test_clock_covers_stem_blocks_and_head() -> None:
