@@ -113,9 +113,8 @@ def smallest_busy(bound_by_host: Callable[[int], bool | None]) -> int:
     largest = BUSY_BATCHES[0]
     for batch in BUSY_BATCHES:
         bound = bound_by_host(batch)
-        if bound is None:
-            break
-        largest = batch
+        if bound is not None:
+            largest = batch
         if not bound:
             break
     return largest

@@ -138,9 +138,7 @@ def by_kind(precision: str, memory_format: str, tensor_cores: bool) -> dict[str,
     return dict.fromkeys(order if precision == "auto" else (precision,), memory_format)
 
 
-def by_measurement(
-    config: Config, model: nn.Module, calibrator: Calibrator
-) -> tuple[Mapping[str, str], Mapping[str, str]]:
+def by_measurement(config: Config, model: nn.Module, calibrator: Calibrator) -> tuple[dict[str, str], dict[str, str]]:
     """As `by_kind`, by what is measured on the device; and why (setting -> words). On the CPU `auto` stays with fp32,
     which trains exactly, and takes amp only where nothing else fits. Raises PreflightError if what was asked for gives
     values that are not finite."""
@@ -269,12 +267,11 @@ def request_of(
         budget = with_communicators(budget, 1 + config.train.sync_bn)
     spec = config.model
     model = skeleton(spec.arch, spec.block, width=spec.width, num_classes=num_classes)
-    modes: Mapping[str, str]
-    reasons: Mapping[str, str] = {}
     if calibrator is not None:
         modes, reasons = by_measurement(config, model, calibrator)
     else:
         modes = by_kind(config.train.precision, config.train.memory_format, card is not None and card.tensor_cores)
+        reasons = {}
     rated = card or load_card(REFERENCE_CARD)
     return Request(
         model=model,

@@ -113,14 +113,14 @@ def in_full(choice: Choice) -> str:
     lines = [*memory_lines(choice), "", *map(_row, sizes, sizes.values()), ""]
     lines.append(f"Batch {plan.batch}, {_arithmetic(plan)}: {cost(plan)}; seconds are {choice.seconds_from}.")
     fits = plain.peak_allocated_bytes <= choice.budget.tensor_bytes
-    if fits and not flops and plan.exact:
-        lines.append("The plain step fits too: nothing has to be computed again for the memory's sake.")
-    else:
+    unneeded = fits and not flops and plan.exact
+    if not unneeded:
         lines.append(_REMATERIALIZATION.format(flops / 1e9))
-        if fits:
-            lines.append("Here the plain step fits too: nothing has to be computed again for the memory's sake.")
-        if not plan.exact:
-            lines.append(f"CAUTION: {inexact(plan)}.")
+    if fits:
+        the = "The" if unneeded else "Here the"
+        lines.append(f"{the} plain step fits too: nothing has to be computed again for the memory's sake.")
+    if not plan.exact:
+        lines.append(f"CAUTION: {inexact(plan)}.")
     lines += ["", picture.text(plan.schedule, plan.stages), "", "Candidates"]
     for candidate in plan.candidates:
         verdict = f"refused: {candidate.refused_because}" if candidate.refused_because else "chosen"

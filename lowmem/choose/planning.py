@@ -95,7 +95,7 @@ def choose(request: Request) -> Choice:
 
 def _first_that_fits(request: Request) -> Choice | Infeasible:
     refused: list[Candidate] = []
-    least: Infeasible | None = None
+    errors: list[Infeasible] = []
     for precision, micro_batch in _candidates(request):
         cut = "" if micro_batch == request.batch else f" in micro-batches of {micro_batch}"
         what = f"{precision} at batch {request.batch}{cut}"
@@ -104,20 +104,17 @@ def _first_that_fits(request: Request) -> Choice | Infeasible:
         except Infeasible as error:
             reason = f"the least that fits is {format_size(error.least_bytes)}"
             refused.append(Candidate(what=what, refused_because=reason, peak_bytes=error.least_bytes))
-            if least is None or error.least_bytes < least.least_bytes:
-                least = error
+            errors.append(error)
             continue
         taken = choice.plan.predicted
         chosen = Candidate(what=what, peak_bytes=taken.peak_allocated_bytes, step_seconds=taken.step_seconds)
         return replace(choice, plan=replace(choice.plan, candidates=(*refused, _plain(choice), chosen)))
-    assert least is not None
+    least = min(errors, key=lambda error: error.least_bytes)
     tried = "; ".join(candidate.what for candidate in refused)
-    ways = ["give more with --vram"]
-    if not request.settled:
-        ways.insert(0, "lower --batch")
-        if not request.allow_accumulation:
-            ways.insert(1, "allow accumulation (--set memory.allow_accumulation=true)")
-    way_out = " or ".join(ways)
+    ways = [] if request.settled else ["lower --batch"]
+    if ways and not request.allow_accumulation:
+        ways.append("allow accumulation (--set memory.allow_accumulation=true)")
+    way_out = " or ".join([*ways, "give more with --vram"])
     return Infeasible(request.budget.tensor_bytes, least.least_bytes, f"tried: {tried}; {least.what}", way_out)
 
 
