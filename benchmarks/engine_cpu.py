@@ -35,7 +35,7 @@ from conditions import RESULTS, conditions, sentence, table, write
 from engine_worker import WARMUP, Task, way_of
 
 from lowmem.choose.planning import Request, card_rates, choose
-from lowmem.choose.request import REFERENCE_CARD, tensors_only
+from lowmem.choose.request import REFERENCE_CARD, Budget
 from lowmem.config.cards import load_card
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import MIB
@@ -142,7 +142,7 @@ def planned(task: Task, budget_bytes: int, rates: Callable[[str], Rates]) -> tup
     request = Request(
         model=shape.model,
         batch=task.batch,
-        budget=tensors_only(budget_bytes),
+        budget=Budget(total_bytes=budget_bytes),
         rates=rates,
         modes={"fp32": task.memory_format},
         allow_accumulation=False,

@@ -22,7 +22,7 @@ from conditions import RESULTS, conditions, sentence, table, write
 
 from lowmem.choose.costs import measure_costs, price
 from lowmem.choose.planning import card_rates, fit
-from lowmem.choose.request import MARGIN_SHARE, Budget, of_card, tensors_only
+from lowmem.choose.request import MARGIN_SHARE, Budget, of_card
 from lowmem.config.cards import load_card
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import GIB, MIB, format_size
@@ -171,9 +171,9 @@ def budget_of(goal: Goal, bench: Bench, card_name: str) -> Budget:
     if goal.card_bytes is not None:
         return of_card(load_card(card_name), goal.card_bytes)
     if goal.bytes is not None:
-        return tensors_only(goal.bytes, label(goal))
+        return Budget(total_bytes=goal.bytes, source=label(goal))
     assert goal.share_of_plain is not None
-    return tensors_only(int(bench.plain.estimate.peak_tensor_bytes * goal.share_of_plain), label(goal))
+    return Budget(total_bytes=int(bench.plain.estimate.peak_tensor_bytes * goal.share_of_plain), source=label(goal))
 
 
 def measure(goal: Goal, bench: Bench, card_name: str) -> Row:

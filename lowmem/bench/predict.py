@@ -12,7 +12,7 @@ from lowmem.bench import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, Cell, Setu
 from lowmem.calibrate.calibrator import Calibrator
 from lowmem.choose.execution import budget_of, calibrator_of, request_of
 from lowmem.choose.planning import choose, workspaces_of
-from lowmem.choose.request import Budget, Choice, Request, tensors_only
+from lowmem.choose.request import Budget, Choice, Request
 from lowmem.config.schema import Config
 from lowmem.config.settings import gather
 from lowmem.core.errors import Infeasible
@@ -132,7 +132,7 @@ class Predictor:
         """Of a card with so much memory (None: as it is) on the terms of the card at hand; on the CPU so much for
         tensors, None: half of what plain is predicted to take. Raises Infeasible for a card too small for anything."""
         if not self.setup.on_card:
-            return tensors_only(self._plain_peak(FIRST_MODE) // 2 if vram_bytes is None else vram_bytes)
+            return Budget(total_bytes=self._plain_peak(FIRST_MODE) // 2 if vram_bytes is None else vram_bytes)
         budget = self._requests[measured].budget
         if vram_bytes is None:
             return budget
@@ -142,7 +142,7 @@ class Predictor:
     def _tensors(self, tensor_bytes: int) -> Budget:
         """So much for the step's tensors; on a card on the terms of the card at hand."""
         if not self.setup.on_card:
-            return tensors_only(tensor_bytes)
+            return Budget(total_bytes=tensor_bytes)
         budget = self._requests[True].budget
         return replace(
             budget,

@@ -22,7 +22,6 @@ from lowmem.choose.request import (
     card_rates,
     of_card,
     of_device,
-    tensors_only,
     with_communicators,
 )
 from lowmem.config.cards import Card, find_card, has_tensor_cores, load_card
@@ -244,7 +243,7 @@ def budget_of(
         return budget, known
     if memory.vram is None:
         raise UsageError("there is nothing to fit into: give --vram, like --vram 6G, or --card, like --card gtx1060-6g")
-    return tensors_only(memory.vram), None
+    return Budget(total_bytes=memory.vram), None
 
 
 def request_of(

@@ -16,7 +16,7 @@ from torch import nn
 from lowmem.calibrate.calibrator import Workspaces
 from lowmem.choose.costs import calls_of, measure_costs, price
 from lowmem.choose.execution import by_kind
-from lowmem.choose.request import REFERENCE_CARD, Budget, Choice, Request, card_rates, of_card, tensors_only
+from lowmem.choose.request import REFERENCE_CARD, Budget, Choice, Request, card_rates, of_card
 from lowmem.config.cards import Card, load_card
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import format_size, parse_size
@@ -61,7 +61,7 @@ def make_plan(
     elif card is not None:
         limits = of_card(card, None if budget is None else parse_size(budget))
     elif budget is not None:
-        limits = tensors_only(parse_size(budget))
+        limits = Budget(total_bytes=parse_size(budget))
     else:
         raise ValueError("a plan needs a budget or a card")
     if batch_norm is None:

@@ -37,7 +37,7 @@ REFERENCE_CARD = "gtx1060-6g"
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """`total_bytes` = the other terms + `tensor_bytes`. On the CPU, and for a bare `--vram` without a card, the budget
-    bounds the tensors of the step and nothing else: all other terms are 0."""
+    bounds the tensors of the step and nothing else: all other terms are 0. Raises Infeasible where nothing is left."""
 
     total_bytes: int
     others_bytes: int = 0  # the driver, the desktop, other processes
@@ -49,7 +49,7 @@ class Budget:
     communicator_bytes: int = 0  # of one process among several, on CUDA
     pictures_bytes: int = 0  # the data set, where it is held on the card
     margin_bytes: int = 0
-    source: str  # of the total, in words
+    source: str = "memory budget"  # of the total, in words
     emulated: bool = False  # a larger card made to behave like one of `total_bytes`
 
     def __post_init__(self) -> None:
@@ -102,11 +102,6 @@ class Budget:
         """(term, bytes) in the order of subtraction: the total, what is gone, what is left."""
         gone = [(name, -size) for name, size in self.terms()]
         return [(self.source, self.total_bytes), *gone, ("for the step's tensors", self.tensor_bytes)]
-
-
-def tensors_only(total_bytes: int, source: str = "memory budget") -> Budget:
-    """A budget for tensors alone. Raises Infeasible for nothing at all."""
-    return Budget(total_bytes=total_bytes, source=source)
 
 
 def with_communicators(budget: Budget, count: int = 1) -> Budget:

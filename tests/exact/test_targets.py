@@ -6,7 +6,7 @@ import pytest
 
 from lowmem.choose.costs import measure_costs, price
 from lowmem.choose.planning import Request, card_rates, choose, fit
-from lowmem.choose.request import Budget, of_card, tensors_only
+from lowmem.choose.request import Budget, of_card
 from lowmem.config.cards import load_card
 from lowmem.core.units import GIB, MIB
 from lowmem.models import skeleton
@@ -37,7 +37,7 @@ def test_plain_is_what_the_field_measured(bottleneck_110: tuple[Solver, StepShap
 @pytest.mark.parametrize("budget_mib", TARGETS)
 def test_overhead(bottleneck_110: tuple[Solver, StepShape, Rates, Simulated], budget_mib: int) -> None:
     solver, shape, rates, plain = bottleneck_110
-    solution, simulated = fit(solver, shape, tensors_only(budget_mib * MIB), rates)
+    solution, simulated = fit(solver, shape, Budget(total_bytes=budget_mib * MIB), rates)
     assert simulated.estimate.peak_allocated_bytes <= budget_mib * MIB
     assert simulated.seconds / plain.seconds - 1 <= TARGETS[budget_mib]
     # The plan's own account of the work is exact.
@@ -46,7 +46,7 @@ def test_overhead(bottleneck_110: tuple[Solver, StepShape, Rates, Simulated], bu
 
 def test_least_feasible(bottleneck_110: tuple[Solver, StepShape, Rates, Simulated]) -> None:
     solver, shape, rates, _ = bottleneck_110
-    _, simulated = fit(solver, shape, tensors_only(LEAST_MIB * MIB), rates)
+    _, simulated = fit(solver, shape, Budget(total_bytes=LEAST_MIB * MIB), rates)
     assert simulated.estimate.peak_allocated_bytes <= LEAST_MIB * MIB
 
 

@@ -19,7 +19,7 @@ from lowmem.bench import (
 )
 from lowmem.bench.predict import Predictor, largest
 from lowmem.bench.tables import TableSetup
-from lowmem.choose.request import tensors_only
+from lowmem.choose.request import Budget
 from lowmem.core.errors import Infeasible
 from lowmem.trial import Trial
 from lowmem.trial.worker import work
@@ -98,7 +98,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(predictor: Predictor, fami
 @pytest.mark.slow
 def test_nothing_fits_into_next_to_nothing(predictor: Predictor) -> None:
     for family in (PLAIN_DEFAULT, ENGINE):
-        fits = partial(predictor.fits, a_cell(family, kind="largest"), budget=tensors_only(1000))
+        fits = partial(predictor.fits, a_cell(family, kind="largest"), budget=Budget(total_bytes=1000))
         search = largest(fits, 1, 1, 8)
         assert (search.holds, search.fails) == (None, 1)
 

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.scaling_model import ETHERNET_1G, Link, Scaling, least, messages_of, ready
 from lowmem.choose.planning import Request, card_rates, choose
-from lowmem.choose.request import Budget, of_card, tensors_only, with_communicators
+from lowmem.choose.request import Budget, of_card, with_communicators
 from lowmem.config.cards import load_card
 from lowmem.core.errors import Infeasible, UsageError
 from lowmem.core.units import GIB, MIB
@@ -31,7 +31,7 @@ def _link(bytes_per_second: float) -> Link:
 @pytest.fixture(scope="module")
 def tight() -> Scaling:
     """The whole batch fits with recomputation only, a part of it as it is."""
-    return Scaling(_request(tensors_only(22 * MIB)))
+    return Scaling(_request(Budget(total_bytes=22 * MIB)))
 
 
 def test_what_is_summed() -> None:
@@ -54,7 +54,7 @@ def test_frozen_parameters_are_not_summed() -> None:
 
 
 def test_one_process_is_the_plan_itself(tight: Scaling) -> None:
-    one, plan = tight.predict(1, None), choose(_request(tensors_only(22 * MIB))).plan
+    one, plan = tight.predict(1, None), choose(_request(Budget(total_bytes=22 * MIB))).plan
     assert one.plan == plan
     assert one.step_seconds == plan.predicted.step_seconds
     assert one.peak_allocated_bytes == plan.predicted.peak_allocated_bytes
@@ -93,7 +93,7 @@ def test_waiting_is_added_to_the_step(tight: Scaling) -> None:
 
 @pytest.mark.slow
 def test_each_rank_stays_within_its_card() -> None:
-    budget = tensors_only(12 * MIB)
+    budget = Budget(total_bytes=12 * MIB)
     two = Scaling(_request(budget)).predict(2, ETHERNET_1G)
     assert two.peak_allocated_bytes is not None
     assert two.peak_allocated_bytes <= budget.tensor_bytes
@@ -112,7 +112,7 @@ def test_on_a_card_the_budget_is_the_cards() -> None:
 
 @pytest.mark.slow
 def test_what_does_not_fit_on_one_card() -> None:
-    scaling = Scaling(_request(tensors_only(16 * MIB), batch=256))
+    scaling = Scaling(_request(Budget(total_bytes=16 * MIB), batch=256))
     eight = scaling.predict(8, ETHERNET_1G)
     assert (eight.alone_step_seconds, eight.speedup, eight.alone_overhead) == (None, None, None)
     assert eight.step_seconds > 0
@@ -120,7 +120,7 @@ def test_what_does_not_fit_on_one_card() -> None:
     with pytest.raises(Infeasible):
         scaling.predict(1, None)
     with pytest.raises(Infeasible):
-        Scaling(_request(tensors_only(1 * MIB))).predict(2, ETHERNET_1G)
+        Scaling(_request(Budget(total_bytes=1 * MIB))).predict(2, ETHERNET_1G)
 
 
 def test_break_even(tight: Scaling) -> None:
@@ -153,4 +153,4 @@ def test_what_is_refused(tight: Scaling) -> None:
     with pytest.raises(UsageError, match="need a link"):
         tight.predict(2, None)
     with pytest.raises(UsageError, match="leave it out"):
-        Scaling(replace(_request(tensors_only(22 * MIB)), micro_batch=16))
+        Scaling(replace(_request(Budget(total_bytes=22 * MIB)), micro_batch=16))

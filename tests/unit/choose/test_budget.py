@@ -8,7 +8,7 @@ import pytest
 from lowmem.calibrate.device import DeviceFacts
 from lowmem.choose.execution import request_of
 from lowmem.choose.planning import choose
-from lowmem.choose.request import ASSUMED_COMMUNICATOR_BYTES, of_card, of_device, tensors_only, with_communicators
+from lowmem.choose.request import ASSUMED_COMMUNICATOR_BYTES, Budget, of_card, of_device, with_communicators
 from lowmem.config.cards import Platform, load_card
 from lowmem.config.settings import gather
 from lowmem.core.errors import Infeasible
@@ -30,7 +30,7 @@ def _facts(free_bytes: int, total_bytes: int, **known: Any) -> DeviceFacts:
 
 
 def test_a_bare_budget_is_for_tensors_alone() -> None:
-    budget = tensors_only(4600 * MIB)
+    budget = Budget(total_bytes=4600 * MIB)
     assert budget.tensor_bytes == 4600 * MIB
     assert not budget.on_card
     assert [size for _, size in budget.rows()] == [4600 * MIB, 4600 * MIB]
@@ -103,7 +103,7 @@ def test_what_the_allocator_may_hold() -> None:
     assert budget.allocator_bytes == 6 * GIB - 500 * MIB - ASSUMED_COMMUNICATOR_BYTES
     inside = budget.tensor_bytes + budget.workspace_bytes + budget.blas_workspace_bytes
     assert inside + budget.pictures_bytes + budget.margin_bytes == budget.allocator_bytes
-    assert tensors_only(GIB).allocator_bytes is None
+    assert Budget(total_bytes=GIB).allocator_bytes is None
 
 
 @pytest.mark.slow

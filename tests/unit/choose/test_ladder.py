@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lowmem.choose.planning import Choice, Request, card_rates, choose, with_ladder
-from lowmem.choose.request import Budget, of_card, tensors_only
+from lowmem.choose.request import Budget, of_card
 from lowmem.config.cards import load_card
 from lowmem.core.units import MIB
 from lowmem.models import skeleton
@@ -31,7 +31,7 @@ def _choice(budget: Budget, batch: int = 64, micro_batch: int | None = None) -> 
 def choice(request: pytest.FixtureRequest) -> Choice:
     if request.param == "card":
         return _choice(of_card(CARD, 1100 * MIB), batch=512)
-    return _choice(tensors_only(30 * MIB), micro_batch=48 if request.param == "micro-batches" else None)
+    return _choice(Budget(total_bytes=30 * MIB), micro_batch=48 if request.param == "micro-batches" else None)
 
 
 def test_every_rung_computes_the_same_in_less(choice: Choice) -> None:
@@ -59,7 +59,7 @@ def test_it_goes_down_to_the_least(choice: Choice) -> None:
     assert last.budget_bytes is not None
     if choice.budget.on_card:
         return  # there the least is bounded by gaps between blocks, which are not known beforehand
-    least = _choice(tensors_only(last.budget_bytes), micro_batch=last.micro_batch).plan
+    least = _choice(Budget(total_bytes=last.budget_bytes), micro_batch=last.micro_batch).plan
     assert least.predicted.peak_allocated_bytes == last.predicted.peak_allocated_bytes
     assert least.ladder == ()
 

@@ -6,7 +6,7 @@ import pytest
 
 from lowmem.choose.execution import by_kind
 from lowmem.choose.planning import Choice, Request, card_rates, choose, make_plan
-from lowmem.choose.request import tensors_only
+from lowmem.choose.request import Budget
 from lowmem.config.cards import load_card
 from lowmem.config.schema import Config
 from lowmem.core.errors import Infeasible, UsageError
@@ -23,7 +23,7 @@ def _request(budget_mib: float, **changes: object) -> Request:
     values: dict[str, object] = {
         "model": MODEL,
         "batch": 64,
-        "budget": tensors_only(int(budget_mib * MIB)),
+        "budget": Budget(total_bytes=int(budget_mib * MIB)),
         "rates": card_rates(load_card("gtx1060-6g")),
         **changes,
     }
