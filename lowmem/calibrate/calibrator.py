@@ -199,26 +199,21 @@ class Calibrator:
     def times(self, shape: StepShape, stages: Sequence[StageMeasure]) -> StageTimes:
         """Measures each distinct block and policy that the calibration lacks. Takes some seconds to a minute."""
         times = StageTimes(self.calibration, shape, self.timed_batch(shape))
-        first: dict[object, int] = {}  # distinct stages, by their first place in the chain
-        for index, stage in enumerate(stages):
-            first.setdefault(stage.key, index)
-        wanted: dict[str, dict[str, object]] = {}  # by place and name of the figure, see `measuring`
-        ways = 0
-        for index in first.values():
-            stage = stages[index]
-            options: list[Timed] = [option.option for option in stage.options]
-            for what in (FAST, PLAIN, *options):
+        wanted: dict[str, list[object]] = {}  # by the name of the figure, see `measuring`
+        for stage in {stage.key: stage for stage in stages}.values():
+            timed: list[Timed] = [FAST, PLAIN, *(option.option for option in stage.options)]
+            for what in timed:
                 key = times.key(stage, what)
                 if self.calibration.seconds(key) is None:
-                    told = what if isinstance(what, str) else [what.policy.name, what.last]
-                    wanted.setdefault(str(index), {})[figure_name("seconds", key)] = told
-                    ways += not isinstance(what, str)
+                    told = [what] if isinstance(what, str) else [what.policy.name, what.last]
+                    wanted[figure_name("seconds", key)] = [stages.index(stage), *told]
         jobs: list[Job] = []
         said = "the update of the parameters"
         if wanted:
             chain = self._chain(shape, times.timed_batch)
             jobs.append({"kind": "stages", "wanted": wanted, "library_norm": shape.library_norm, **chain})
-            said = f"{len(wanted)} blocks, {ways} ways to run them, in {shape.precision} and {shape.memory_format}"
+            blocks, ways = len({at for at, *_ in wanted.values()}), sum(len(told) > 2 for told in wanted.values())
+            said = f"{blocks} blocks, {ways} ways to run them, in {shape.precision} and {shape.memory_format}"
         if self.calibration.seconds(times.update_key) is None:
             update = {"network": _recipe(shape.model), "momentum": shape.momentum}
             jobs.append({"kind": "update", "figure": figure_name("seconds", times.update_key), **update})

@@ -78,15 +78,12 @@ def _clock(device: str, precision: str, memory_format: str, **chain: Any) -> Cha
     return ChainClock(execution=Execution(device, precision, memory_format), **chain)
 
 
-def _stages(device: str, *, wanted: Mapping[str, Mapping[str, Any]], **chain: Any) -> Figures:
-    """Stages of a chain. `wanted`: by their place names with what is timed, a policy as its name and whether it is of a
-    segment's last stage."""
+def _stages(device: str, *, wanted: Mapping[str, Sequence[Any]], **chain: Any) -> Figures:
+    """Stages of a chain. `wanted`: the place of one and what is timed of it; of a policy its name and whether it is of
+    a segment's last stage."""
     timed = {
-        int(index): {
-            name: what if isinstance(what, str) else Option(BlockPolicy.parse(what[0]), last=what[1])
-            for name, what in names.items()
-        }
-        for index, names in wanted.items()
+        name: (index, Option(BlockPolicy.parse(what), *last) if last else what)
+        for name, (index, what, *last) in wanted.items()
     }
     return {name: list(astuple(seconds)) for name, seconds in _clock(device, **chain).measure(timed).items()}
 

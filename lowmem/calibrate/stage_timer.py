@@ -69,12 +69,12 @@ class ChainClock:
     execution: Execution
     library_norm: bool = False
 
-    def measure(self, wanted: Mapping[int, Mapping[str, Timed]]) -> dict[str, Seconds]:
-        """By name what is wanted of stages, by their place. What does not fit the device's memory is left out."""
+    def measure(self, wanted: Mapping[str, tuple[int, Timed]]) -> dict[str, Seconds]:
+        """By name what is wanted of the stage at a place. What does not fit the device's memory is left out."""
         found: dict[str, Seconds] = {}
         for index, stage in enumerate(self._stages()):
-            for name, what in wanted.get(index, {}).items():
-                if seconds := if_it_fits(partial(stage.seconds, what)):
+            for name, (place, what) in wanted.items():
+                if place == index and (seconds := if_it_fits(partial(stage.seconds, what))):
                     found[name] = seconds
         return found
 

@@ -199,7 +199,7 @@ def test_a_fast_card_is_timed_at_a_batch_that_keeps_it_busy() -> None:
                 case "busy":
                     figures[job["figure"]] = 256
                 case "stages":
-                    figures |= {name: [0.0, 1.0, 0.0] for names in job["wanted"].values() for name in names}
+                    figures |= {name: [0.0, 1.0, 0.0] for name in job["wanted"]}
                 case "update":
                     figures[job["figure"]] = [0.0, 0.0, 0.0]
         return figures
