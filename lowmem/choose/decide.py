@@ -81,12 +81,6 @@ class Decision:
     planned: BatchSplit | None = None
     confirmed: Mapping[str, Any] | None = None
 
-    @property
-    def choice(self) -> Choice:
-        """Behind the plan of the first process that was planned for here."""
-        assert self.planned is not None
-        return next(iter(self.planned.choices.values()))
-
 
 def decide(
     settings: Settings,

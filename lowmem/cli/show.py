@@ -181,8 +181,9 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
         settings = resolve_execution(settings, planned=True)
     cards = [load_card(name).name for name in names] if len(names) > 1 else []
     decided = decide(settings, tell=_Beside(), on_paper=True, recalibrate=recalibrate)
-    config, split, choice = decided.settings.config, decided.planned, decided.choice
+    config, split = decided.settings.config, decided.planned
     assert split is not None
+    choice = split.choices[0]
     title = f"{config.model.arch} ({config.model.block}, width {config.model.width})"
     curves = None if curve is None else _draw(choice, title, curve)
     if as_json:

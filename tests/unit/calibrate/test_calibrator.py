@@ -315,7 +315,9 @@ def test_a_plan_by_what_this_processor_does(tmp_path: Path, monkeypatch: pytest.
         def note(self, text: str) -> None:
             told.append(text)
 
-    choice = decide(settings, tell=Progress(), on_paper=True).choice
+    planned = decide(settings, tell=Progress(), on_paper=True).planned
+    assert planned is not None
+    choice = planned.choices[0]
     assert choice.timed
     assert choice.seconds_from == "measured on this device"
     assert any(line.startswith("measuring the processor, once") for line in told)
@@ -323,7 +325,7 @@ def test_a_plan_by_what_this_processor_does(tmp_path: Path, monkeypatch: pytest.
         choice.plain_seconds * (1 + (choice.plan.predicted.overhead or 0))
     )
     told.clear()
-    again = decide(settings, tell=Progress(), on_paper=True).choice
+    again = decide(settings, tell=Progress(), on_paper=True)
     assert told == [], "kept in the cache"
     assert again.plan == choice.plan
     assert list(tmp_path.glob("lowmem/calibration/*.json"))

@@ -27,7 +27,9 @@ def _settings(*sets: str) -> Settings:
 def test_the_batch_with_the_most_pictures_per_second_and_its_learning_rate() -> None:
     asked = _settings("train.batch=auto", "memory.vram=20M")
     decided = decide(asked, DataSize(train_pictures=5000), on_paper=True)
-    settings, choice, batch = decided.settings, decided.choice, decided.settings.config.train.batch
+    settings, split, batch = decided.settings, decided.planned, decided.settings.config.train.batch
+    assert split is not None
+    choice = split.choices[0]
     assert not settings.config.memory.auto_batch
     assert choice.plan.batch == batch
     assert choice.plan.exact
