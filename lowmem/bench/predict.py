@@ -37,7 +37,6 @@ class Predictor:
     def __init__(self, setup: Setup, tell: Callable[[str], None]) -> None:
         self.setup, self._tell = setup, tell
         self._calibrator: Calibrator | None = None
-        self._peaks: dict[Mode, int] = {}
 
     # -- a cell --------------------------------------------------------------------------------------------------------
 
@@ -122,9 +121,11 @@ class Predictor:
         return 1
 
     def _plain_peak(self, mode: Mode) -> int:
-        if mode not in self._peaks:
-            self._peaks[mode] = self._way(PLAIN_DEFAULT, mode, self.setup.batch).estimate.peak_allocated_bytes
-        return self._peaks[mode]
+        return (
+            self._requests[True]
+            .once((PLAIN_DEFAULT, mode), lambda: self._way(PLAIN_DEFAULT, mode, self.setup.batch))
+            .estimate.peak_allocated_bytes
+        )
 
     # -- budgets -------------------------------------------------------------------------------------------------------
 

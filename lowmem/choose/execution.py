@@ -119,9 +119,8 @@ def refuse_unsafe(config: Config) -> None:
     check_memory_format(_network(config), train.device, train.precision, train.memory_format)
 
 
-def _network(config: Config) -> ResNet:
-    """Without storage, and with any number of classes: they make no difference here."""
-    return skeleton(config.model.arch, config.model.block, width=config.model.width)
+def _network(config: Config, num_classes: int = 10) -> ResNet:
+    return skeleton(config.model.arch, config.model.block, width=config.model.width, num_classes=num_classes)
 
 
 # -- before a plan -----------------------------------------------------------------------------------------------------
@@ -264,8 +263,7 @@ def request_of(
     budget, card = budget_of(config, train_pictures, calibrator)
     if joint:  # batch norm over all of them has a communicator of its own
         budget = with_communicators(budget, 1 + config.train.sync_bn)
-    spec = config.model
-    model = skeleton(spec.arch, spec.block, width=spec.width, num_classes=num_classes)
+    model = _network(config, num_classes)
     if calibrator is not None:
         modes, reasons = by_measurement(config, model, calibrator)
     else:

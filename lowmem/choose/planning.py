@@ -226,8 +226,7 @@ def fit(
     taken = simulated.estimate
     if taken.peak_allocated_bytes <= limit and simulated.fits:
         return least, simulated
-    peak = taken.peak_reserved_bytes if budget.on_card else taken.peak_allocated_bytes
-    raise Infeasible(limit, peak, f"at its peak, {least.peak}", "lower --batch")
+    raise Infeasible(limit, budget.counted_bytes(taken), f"at its peak, {least.peak}", "lower --batch")
 
 
 # -- what could be taken instead ---------------------------------------------------------------------------------------
@@ -237,19 +236,14 @@ def with_ladder(choice: Choice) -> Choice:
     """The choice, its plan with its ladder: plans that compute the same (precision, memory format, micro-batch) in less
     and less memory, down to the least there is; none if the chosen one is that. Out of memory is then a step down, and
     the training loop needs no solver. `budget_bytes` of each is what its whole simulated step showed to be enough: on a
-    card the allocator's segments, else the tensors. Takes a simulated step for each of at most seven candidates."""
-
-    def size(simulated: Simulated) -> int:
-        """Reserved as on a card without limit: with less the allocator might still get by, by emptying its cache."""
-        taken = simulated.estimate
-        return taken.peak_reserved_bytes if choice.budget.on_card else taken.peak_allocated_bytes
-
-    above, rungs = choice.simulated, list[Plan]()
-    for solution in choice.solver.ladder(above.estimate.peak_allocated_bytes):
-        below = simulate_step(choice.shape, solution.schedule, choice.rates, workspace=choice.workspace)
-        less = below.estimate.peak_allocated_bytes < above.estimate.peak_allocated_bytes
-        if less and size(below) < size(above):
-            predicted = choice.predicted(solution, below)
+    card the allocator's segments, without a limit (with less it might still get by, by emptying its cache), else the
+    tensors. Takes a simulated step for each of at most seven candidates."""
+    size, above, rungs = choice.budget.counted_bytes, choice.simulated.estimate, list[Plan]()
+    for solution in choice.solver.ladder(above.peak_allocated_bytes):
+        simulated = simulate_step(choice.shape, solution.schedule, choice.rates, workspace=choice.workspace)
+        below = simulated.estimate
+        if below.peak_allocated_bytes < above.peak_allocated_bytes and size(below) < size(above):
+            predicted = choice.predicted(solution, simulated)
             rung = replace(choice.plan, budget_bytes=size(below), schedule=solution.schedule, predicted=predicted)
             rungs.append(replace(rung, candidates=(), ladder=()))
             above = below

@@ -21,6 +21,7 @@ from lowmem.plan.record import Plan, Predicted
 from lowmem.plan.solver import Solver
 from lowmem.remat.libraries import ASSUMED_WORKSPACE_BYTES, blas_workspace_bytes
 from lowmem.simulate import Call, Simulated, StepShape
+from lowmem.simulate.trace import Estimate
 
 _T = TypeVar("_T")
 # Assumed where nothing was measured, and printed as assumed with every plan; the margin is for whatever no model
@@ -83,6 +84,10 @@ class Budget:
     def on_card(self) -> bool:
         """Whether the caching allocator's segments count, not just the tensors in them."""
         return self.context_bytes > 0
+
+    def counted_bytes(self, taken: Estimate) -> int:
+        """What a step's tensors are charged: on a card the allocator's segments with them."""
+        return taken.peak_reserved_bytes if self.on_card else taken.peak_allocated_bytes
 
     def terms(self) -> list[tuple[str, int]]:
         """(term, bytes) of what is gone before the step's first tensor; terms that are 0 are left out."""
