@@ -179,7 +179,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
     @property
     def rows_waiting(self) -> int:
         """Lines of all files that are in memory only, because the disk refused them."""
-        return sum(file.waiting for file in self._row_files)
+        return sum(len(file.waiting) for file in self._row_files)
 
     def flush(self) -> None:
         """Writes everything that waits. Raises DiskError if the disk still refuses; nothing of it is lost then. A
