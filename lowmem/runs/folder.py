@@ -217,43 +217,36 @@ class Owner:
 class RunLock:
     """The lock of a run folder, held. `taken_over` is the owner that ended without leaving, or None."""
 
-    def __init__(self, owner_file: Path, lock: FileLock, taken_over: Owner | None) -> None:
-        self.taken_over = taken_over
-        self._owner_file = owner_file
-        self._lock = lock
-
-    @classmethod
-    def acquire(cls, path: Path, what: str = "run") -> RunLock:
+    def __init__(self, path: Path, what: str = "run") -> None:
         """Locks the folder `path` of a run (or of a job: `what`). Raises UsageError if somebody else writes it or may
         do so, OSError."""
-        lock_file, owner_file = path / f"{what}.lock", path / f"{what}.owner.json"
-        for file in (lock_file, owner_file):
+        lock_file, self._owner_file = path / f"{what}.lock", path / f"{what}.owner.json"
+        for file in (lock_file, self._owner_file):
             if file.is_symlink():
                 raise UsageError(f"{file} is a link, which no {what} of lowmem has: delete it if you trust the folder")
         found = lock_file.exists()
-        lock = FileLock(lock_file, timeout=0)
+        self._lock = FileLock(lock_file, timeout=0)
         try:
-            lock.acquire()
+            self._lock.acquire()
         except Timeout:
-            who = read_owner(owner_file) or "another process"
+            who = read_owner(self._owner_file) or "another process"
             raise UsageError(f"{path} is being written by {who}: wait for it, or stop it first") from None
         try:
-            before = read_owner(owner_file)
+            before = self.taken_over = read_owner(self._owner_file)
             if before is not None and not before.here:
                 raise UsageError(
                     f"{path} was being written by {before}, which cannot be checked from {socket.gethostname()}: if "
-                    f"that process has ended, delete {owner_file} and try again"
+                    f"that process has ended, delete {self._owner_file} and try again"
                 )
             since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-            write_text_atomic(owner_file, json.dumps(owner) + "\n")
+            write_text_atomic(self._owner_file, json.dumps(owner) + "\n")
         except BaseException:
             if not found:  # a folder without a run stays one
                 with suppress(OSError):
                     lock_file.unlink()
-            lock.release()
+            self._lock.release()
             raise
-        return cls(owner_file, lock, before)
 
     @property
     def held(self) -> bool:

@@ -70,7 +70,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
                 for folder in made:
                     with suppress(OSError):  # who may write to a folder may perhaps not read it
                         fsync_folder(folder.parent)
-                lock = RunLock.acquire(path)
+                lock = RunLock(path)
                 undo.callback(lock.release)
                 refuse_existing(path)  # another process may have begun a run in the meantime
                 run = cls(path, lock, made)
@@ -94,7 +94,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         """For writing, a run that the caller has looked at (`folder.require_run`). Raises UsageError if another process
         writes it, DiskError if there is no room, PreflightError if it cannot be written otherwise."""
         try:
-            return cls(path, RunLock.acquire(path))
+            return cls(path, RunLock(path))
         except OSError as error:
             if error.errno in FULL:
                 raise disk_error(error, path) from None
