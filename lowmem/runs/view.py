@@ -36,7 +36,6 @@ class BestWeights:
     """What weights/best.safetensors says of itself. `chosen_on`: "val" or "test", the pictures it was chosen on."""
 
     epoch: int | None
-    step: int | None
     error_pct: float | None
     chosen_on: str | None
 
@@ -133,13 +132,8 @@ class RunView:
         except (Unreadable, OSError):
             self.notes.append("weights/best.safetensors cannot be read")
             return None
-        epoch, step, error_pct = (_number(metadata.get(name)) for name in ("epoch", "step", "error_pct"))
-        return BestWeights(
-            epoch=None if epoch is None else int(epoch),
-            step=None if step is None else int(step),
-            error_pct=error_pct,
-            chosen_on=metadata.get("chosen_on") or None,
-        )
+        epoch, error_pct = (_number(metadata.get(name)) for name in ("epoch", "error_pct"))
+        return BestWeights(None if epoch is None else int(epoch), error_pct, metadata.get("chosen_on") or None)
 
     @cached_property
     def classes(self) -> int | None:
@@ -167,13 +161,9 @@ class RunView:
     # -- how it stands ---------------------------------------------------------------------------------------------
 
     @property
-    def position(self) -> tuple[int, int]:
-        return position_of(self.checkpoints, self.epochs)
-
-    @property
     def state(self) -> State:
         """As its files tell: whether a process holds it now is another question (`folder.writer_of`)."""
-        return state_of(self.path, self.config, self.position, self.events)
+        return state_of(self.path, self.config, position_of(self.checkpoints, self.epochs), self.events)
 
 
 def position_of(checkpoints: Sequence[Position], rows: Sequence[EpochRow]) -> tuple[int, int]:
@@ -274,7 +264,8 @@ def summarize(path: Path) -> RunSummary:
     known: dict[str, Any] = {"path": path, "writer": writer, "size_bytes": _size_bytes(path)}
     known["checkpoints"], trouble = run.checkpoints[::-1], tuple(run.damaged_checkpoints)
     try:
-        config, (epoch, step), rows = run.config, run.position, run.epochs
+        config, rows = run.config, run.epochs
+        epoch, step = position_of(run.checkpoints, rows)
         notes, state = tuple(run.notes), run.state
         known |= {"config": config, "epoch": epoch, "step": step, **_errors(rows)}
         words: Any = state if state in ("finished", "stopped") else "interrupted" if step else "never started"
