@@ -159,13 +159,11 @@ class _GradientTable(RowTable[GradientRow]):
         return self.of_layers(names[2:])
 
 
-def _gradient_row(step: int, epoch: int, **norms: float) -> GradientRow:
-    return GradientRow(step, epoch, tuple(norms.values()))
-
-
 _FIXED: dict[str, tuple[type[int | float], bool]] = {"step": (int, True), "epoch": (int, True)}
 EPOCH_TABLE, STEP_TABLE = _table("metrics.csv", EpochRow), _table("steps.csv", StepRow)
-GRADIENT_TABLE = _GradientTable("gradients.csv", "step", _gradient_row, _FIXED)
+GRADIENT_TABLE = _GradientTable(
+    "gradients.csv", "step", lambda step, epoch, **norms: GradientRow(step, epoch, tuple(norms.values())), _FIXED
+)
 
 
 def csv_line(names: Sequence[str], row: Mapping[str, Any]) -> str:

@@ -15,19 +15,16 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
 
 from lowmem.config.schema import Config
 from lowmem.core.errors import LowmemError
 from lowmem.runs.folder import OWNER_NAME, Owner, read_owner, writer_of
 from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, EpochRow, Event, StepRow
-from lowmem.runs.tables import News, TableFollower, follow_events
+from lowmem.runs.tables import Item, News, TableFollower, follow_events
 from lowmem.runs.view import RunView, State, position_of, state_of
 
 _QUIET_SECONDS = 15.0  # without news, before the lock is tried again
 _KEPT_LOSSES, _KEPT_EVENTS, _KEPT_MARKS = 4_000, 200, 30
-
-Item = TypeVar("Item")
 
 
 class Live:
