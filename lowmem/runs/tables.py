@@ -217,11 +217,16 @@ def scan_table(
     CorruptCheckpoint for a file that is no table of these columns, OSError."""
     rows = Scan(missing=last if table.key == "epoch" and last is not None else 0)
     try:
-        file = _open(path)
+        status = os.stat(path)
     except FileNotFoundError:
         return rows
+    way_out = "restore it, or move it away to go on without its rows"
+    if not stat.S_ISREG(status.st_mode):
+        raise CorruptCheckpoint(f"{path} is no regular file: {way_out}")
+    if status.st_size > _MOST_BYTES:
+        raise CorruptCheckpoint(f"{path} has {status.st_size:,} bytes, at most {_MOST_BYTES:,} are read: {way_out}")
     before = 0
-    with file:
+    with open(path, "rb") as file:
         lines, header = _lines(file), table.header.encode()
         first, whole, end_bytes = next(lines, (header, False, 0))
         begun = first is not None and not whole and header.startswith(first)
@@ -273,14 +278,3 @@ def cut_table(path: Path, table: RowTable[Any], last: int) -> str | None:
     if rows.damage is None:
         return None
     return f"{path}: {rows.damage}; the run goes on without them, the file as it was is kept as {aside.name}"
-
-
-def _open(path: Path) -> BinaryIO:
-    """Raises CorruptCheckpoint for what is no table of any run, OSError."""
-    status = os.stat(path)
-    way_out = "restore it, or move it away to go on without its rows"
-    if not stat.S_ISREG(status.st_mode):
-        raise CorruptCheckpoint(f"{path} is no regular file: {way_out}")
-    if status.st_size > _MOST_BYTES:
-        raise CorruptCheckpoint(f"{path} has {status.st_size:,} bytes, at most {_MOST_BYTES:,} are read: {way_out}")
-    return open(path, "rb")
