@@ -82,7 +82,14 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int, keep_every: int | N
             aside.mkdir()
             _write_files(aside, checkpoint)
             verify(aside)
-            _put_in_place(aside, target)
+            if target.exists():
+                # The same step saved again (its evaluation was still to come the first time). A folder cannot replace
+                # a folder in one call; the old one keeps a name that readers know until the new one is there.
+                old = target.with_name(target.name + ".old")
+                shutil.rmtree(old, ignore_errors=True)
+                replace_path(target, old)
+            replace_path(aside, target)
+            fsync_folder(folder)
         except (OSError, LowmemError):
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -113,17 +120,6 @@ def _write_files(aside: Path, checkpoint: Checkpoint) -> None:
     fsync_folder(aside)
 
 
-def _put_in_place(aside: Path, target: Path) -> None:
-    old = target.with_name(target.name + ".old")
-    if target.exists():
-        # The same step saved again (its evaluation was still to come the first time). A folder cannot replace a
-        # folder in one call; the old one keeps a name that readers know until the new one is there.
-        shutil.rmtree(old, ignore_errors=True)
-        replace_path(target, old)
-    replace_path(aside, target)
-    fsync_folder(target.parent)
-
-
 def tidy(folder: Path, *, keep: int, keep_every: int | None = None) -> None:
     """Deletes what a killed process left unfinished, and what is older than the `keep` newest and not kept for its
     epoch. While a loss explodes the newest from before it stays too: it is what a run can go back to. A folder loses
@@ -138,9 +134,11 @@ def tidy(folder: Path, *, keep: int, keep_every: int | None = None) -> None:
     for path in paths:
         with suppress(CorruptCheckpoint):
             positions[path] = read_position(path)
-    sound = next((path for path, at in positions.items() if at.sound), None)
+    sound = next((path for path, at in positions.items() if not at.exploded_losses), None)
     for path in paths[max(keep, 2) :]:
-        if path == sound or (path in positions and positions[path].is_every(keep_every)):
+        at = positions.get(path)
+        an_epochs = at is not None and at.epoch > 0 and at.step_in_epoch == 0
+        if path == sound or (at and keep_every and an_epochs and at.epoch % keep_every == 0):
             continue
         with suppress(OSError):
             (path / "manifest.json").unlink(missing_ok=True)

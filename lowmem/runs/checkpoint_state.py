@@ -133,18 +133,9 @@ class Position:
     exploded_losses: Any = 0
 
     @property
-    def sound(self) -> bool:
-        """Whether no loss was exploding when it was made."""
-        return not self.exploded_losses
-
-    @property
     def at(self) -> str:
         """As `lowmem fork --at` takes it: `12` for the end of an epoch, `step:4692` in the middle of one."""
         return f"step:{self.step}" if self.step_in_epoch else f"{self.epoch}"
-
-    def is_every(self, epochs: int | None) -> bool:
-        """Whether it is one that `checkpoint.keep_every` keeps."""
-        return epochs is not None and self.epoch > 0 and self.step_in_epoch == 0 and self.epoch % epochs == 0
 
 
 def read_position(path: Path) -> Position:
