@@ -22,7 +22,7 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import PARTIAL, RowFile, fsync_folder, replace_path, replacing, write_text_atomic
 from lowmem.runs.checkpoint import FULL, Checkpoint, disk_error, disk_errors
 from lowmem.runs.folder import FORKING, RunLock, clear, refuse_existing
-from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, csv_line, gradient_line
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, RowTable, csv_line, gradient_line
 from lowmem.runs.tables import cut_table
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
     """A run folder held under its lock, as a context manager. Rows and events that the disk refuses are kept in memory
     and written, in order, before the next ones or by `flush`. Threads may share it."""
 
-    def __init__(self, path: Path, lock: RunLock | None, made: Sequence[Path] = ()) -> None:
+    def __init__(self, path: Path, lock: RunLock | None = None, made: Sequence[Path] = ()) -> None:
         self.path = path
         self._lock, self._made = lock, made
         # The writer before this one, if it ended without leaving (killed, or the machine went down).
@@ -49,9 +49,8 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         self.checkpoints = path / "checkpoints"
         self.metrics_file, self.steps_file = path / EPOCH_TABLE.file_name, path / STEP_TABLE.file_name
         self.gradients_file, self.events_file = path / GRADIENT_TABLE.file_name, path / "events.jsonl"
-        self._metrics, self._steps = RowFile(self.metrics_file), RowFile(self.steps_file)
-        self._events, self._gradients = RowFile(self.events_file), RowFile(self.gradients_file)
-        self._row_files = (self._metrics, self._steps, self._gradients, self._events)
+        files = (self.metrics_file, self.steps_file, self.gradients_file, self.events_file)
+        self._rows = {file: RowFile(file) for file in files}
         self._plans_waiting: dict[int, Mapping[str, Any]] = {}
         self._plan_lock = threading.Lock()
 
@@ -162,31 +161,36 @@ class RunFolder(AbstractContextManager["RunFolder"]):
     def event(self, name: str, **fields: Any) -> None:
         """Appends one line to events.jsonl."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        self._append(self._events, [json.dumps({"time": stamp, "event": name, **fields})])
+        self._append(self.events_file, [json.dumps({"time": stamp, "event": name, **fields})])
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Appends a row to metrics.csv; None becomes an empty field."""
-        self._append(self._metrics, [csv_line(EPOCH_TABLE.names, row)])
+        self._append(self.metrics_file, [csv_line(EPOCH_TABLE.names, row)])
 
     def append_steps(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends rows to steps.csv."""
-        self._append(self._steps, [csv_line(STEP_TABLE.names, row) for row in rows])
+        self._append(self.steps_file, [csv_line(STEP_TABLE.names, row) for row in rows])
 
-    def _append(self, file: RowFile, lines: list[str]) -> None:
+    def _append(self, file: Path, lines: list[str]) -> None:
         with suppress(OSError):  # they wait; whoever saves or ends the run asks `flush`
-            file.append(lines)
+            self._rows[file].append(lines)
+
+    def _cut(self, file: Path, table: RowTable[Any], last: int) -> str | None:
+        damage = cut_table(file, table, last)
+        self._rows[file].replaced()
+        return damage
 
     @property
     def rows_waiting(self) -> int:
         """Lines of all files that are in memory only, because the disk refused them."""
-        return sum(len(file.waiting) for file in self._row_files)
+        return sum(len(file.waiting) for file in self._rows.values())
 
     def flush(self) -> None:
         """Writes everything that waits. Raises DiskError if the disk still refuses; nothing of it is lost then. A
         checkpoint may be committed only after this: a resume cannot make up for rows that are missing before it."""
-        for file in self._row_files:
-            with disk_errors(file.path):
-                file.append()
+        for file in self._rows:
+            with disk_errors(file):
+                self._rows[file].append()
         self._write_waiting_plan()
 
     def _write_waiting_plan(self) -> None:
@@ -205,32 +209,31 @@ class RunFolder(AbstractContextManager["RunFolder"]):
                 file.unlink()
             if file.exists():
                 try:
-                    damage = cut_table(file, table, step)
+                    damage = self._cut(file, table, step)
                 except (CorruptCheckpoint, PermissionError) as error:
                     aside = _free(file.with_name(f"damaged-{file.name}"))
                     replace_path(file, aside)
+                    self._rows[file].replaced()
                     damage = f"{shorten(error)}; the run goes on with a new one, the file as it was is {aside.name}"
-                self._gradients.replaced()
-            if not file.exists() and not self._gradients.waiting:
-                self._append(self._gradients, [table.header])
+            if not file.exists() and not self._rows[file].waiting:
+                self._append(file, [table.header])
         return damage
 
     def append_gradients(self, rows: Sequence[tuple[int, int, Sequence[float]]]) -> None:
         """Appends (step, epoch, norms) to gradients.csv."""
-        self._append(self._gradients, [gradient_line(*row) for row in rows])
+        self._append(self.gradients_file, [gradient_line(*row) for row in rows])
 
     def copy_rows(self, source: Path, *, epoch: int, step: int | None) -> None:
         """Takes over the rows of another run's metrics.csv up to `epoch`, and of its steps.csv, if there is one, up to
         `step` (None: none). Raises DiskError."""
-        for file, table, last in ((self._metrics, EPOCH_TABLE, epoch), (self._steps, STEP_TABLE, step)):
-            theirs = source / table.file_name
+        for file, table, last in ((self.metrics_file, EPOCH_TABLE, epoch), (self.steps_file, STEP_TABLE, step)):
+            theirs = source / file.name
             if last is None or (table is STEP_TABLE and not theirs.is_file()):
                 continue
-            with disk_errors(file.path):
-                with open(theirs, "rb") as old, replacing(file.path) as new:
+            with disk_errors(file):
+                with open(theirs, "rb") as old, replacing(file) as new:
                     shutil.copyfileobj(old, new)
-                cut_table(file.path, table, last)
-                file.replaced()
+                self._cut(file, table, last)
 
     def cut_back(self, *, epoch: int, step: int) -> list[str]:
         """Drops rows after `epoch` from metrics.csv and after `step` from steps.csv, which a resume will repeat.
@@ -239,11 +242,9 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         self.flush()  # rows that still wait are to be dropped, too, if they are of later steps
         with disk_errors(self.path):
             damages = (
-                cut_table(self.metrics_file, EPOCH_TABLE, epoch),
-                cut_table(self.steps_file, STEP_TABLE, step),
+                self._cut(self.metrics_file, EPOCH_TABLE, epoch),
+                self._cut(self.steps_file, STEP_TABLE, step),
             )
-            self._metrics.replaced()
-            self._steps.replaced()
         return [damage for damage in damages if damage is not None]
 
     def write_config(self, text: str) -> None:
@@ -263,9 +264,6 @@ class NullFolder(RunFolder):
     """Of a process of a run that another one writes (of several that train together rank 0 alone holds the folder and
     saves): the same methods, and nothing happens. `path` is where the run is for the process that writes it; here there
     may be nothing."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, None)
 
     def cut_back(self, *, epoch: int, step: int) -> list[str]:
         return []
