@@ -220,7 +220,8 @@ class Saver(AbstractContextManager["Saver"]):
             self._folder.flush()
             for name, (tensors, metadata) in save.weights.items():
                 self._folder.save_weights(name, tensors, metadata)
-            path = self._folder.save_checkpoint(save.checkpoint, keep=self._keep, keep_every=self._keep_every)
+            where, keep_every = self._folder.checkpoints, self._keep_every
+            path = checkpoints.save(where, save.checkpoint, keep=self._keep, keep_every=keep_every)
             now = time.monotonic()
             self.last_saved = Saved(path, save.checkpoint.step, now, save.taken_at)
             self.longest_write_seconds = max(self.longest_write_seconds, now - began)

@@ -20,7 +20,7 @@ from lowmem.core.errors import CorruptCheckpoint, DiskError, PreflightError
 from lowmem.core.reading import shorten
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import PARTIAL, RowFile, fsync_folder, replace_path, replacing, write_text_atomic
-from lowmem.runs.checkpoint import FULL, Checkpoint, disk_error, disk_errors
+from lowmem.runs.checkpoint import FULL, disk_error, disk_errors
 from lowmem.runs.folder import FORKING, RunLock, clear, refuse_existing
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, RowTable, csv_line, gradient_line
 from lowmem.runs.tables import cut_table
@@ -114,9 +114,6 @@ class RunFolder(AbstractContextManager["RunFolder"]):
     def newest_checkpoint(self) -> Path | None:
         """By its name, whole or not."""
         return next(iter(checkpoints.checkpoint_folders(self.checkpoints)), None)
-
-    def save_checkpoint(self, checkpoint: Checkpoint, *, keep: int, keep_every: int | None = None) -> Path:
-        return checkpoints.save(self.checkpoints, checkpoint, keep=keep, keep_every=keep_every)
 
     def tidy(self, *, keep: int, keep_every: int | None = None) -> None:
         """Deletes what a killed writer left half done. Failing to delete is no reason to stop a run."""
