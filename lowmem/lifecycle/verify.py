@@ -11,9 +11,8 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lowmem.config.schema import Config
 from lowmem.core.errors import CorruptCheckpoint
@@ -30,11 +29,7 @@ from lowmem.runs.tables import scan_table
 from lowmem.runs.view import RunView, recorded_settings
 from lowmem.train.metrics import measured_weights
 
-
-class FileStatus(StrEnum):
-    OK = "ok"
-    NOTE = "note"
-    DAMAGED = "damaged"
+FileStatus = Literal["ok", "note", "damaged"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,7 @@ class _Verification:
         self._good: dict[str, Checkpoint] = {}  # those that verify, by name, newest first
 
     def result(self) -> Verified:
-        self._add(FileStatus.OK, "config.yaml", "every setting is known and valid")
+        self._add("ok", "config.yaml", "every setting is known and valid")
         self._check_lock()
         self._check_checkpoints()
         newest = next(iter(self._good), None)
@@ -112,10 +107,10 @@ class _Verification:
         try:
             paths = named(self._run / "checkpoints")
         except CorruptCheckpoint as error:
-            self._add(FileStatus.DAMAGED, "checkpoints", error)
+            self._add("damaged", "checkpoints", error)
             return
         if not paths:
-            self._add(FileStatus.DAMAGED, "checkpoints", "there are none")
+            self._add("damaged", "checkpoints", "there are none")
         check = belongs_to(self._config)
         for path in paths:
             where = f"checkpoints/{path.name}"
@@ -123,13 +118,13 @@ class _Verification:
                 saved = load(path, self._most_bytes)
                 check(saved)
             except CorruptCheckpoint as error:
-                self._add(FileStatus.DAMAGED, where, error)
+                self._add("damaged", where, error)
                 continue
             self._good[path.name] = saved
             at = saved.state["run"]
             size = format_size(sum(file.stat().st_size for file in path.iterdir()))
             words = f"epoch {at['epoch'] + 1}, step {at['step_in_epoch']} of it; sizes and hashes are right, {size}"
-            self._add(FileStatus.OK, where, words)
+            self._add("ok", where, words)
 
     def _check_plan(self) -> str | None:
         try:
@@ -142,12 +137,12 @@ class _Verification:
                     "run: restore it, or go on with another number of them"
                 )
         except CorruptCheckpoint as error:
-            self._add(FileStatus.DAMAGED, "plan.json", error)
+            self._add("damaged", "plan.json", error)
             return "its plan cannot be used"
         for first in plans[:1]:
             several = f"{processes} processes, of which this takes " if processes > 1 else ""
             micro = f"batch {first.batch} in micro-batches of {first.micro_batch}"
-            self._add(FileStatus.OK, "plan.json", f"{several}{micro}, {len(first.ladder)} smaller plans in reserve")
+            self._add("ok", "plan.json", f"{several}{micro}, {len(first.ladder)} smaller plans in reserve")
         return None
 
     def _check_rows(self, path: Path, table: RowTable[Any], last: int | None) -> str | None:
@@ -156,18 +151,18 @@ class _Verification:
         try:
             rows = scan_table(path, table, last)
         except (CorruptCheckpoint, OSError) as error:
-            self._add(FileStatus.DAMAGED, path.name, error)
+            self._add("damaged", path.name, error)
             return f"{path.name} cannot be used"
         words = f"{rows.kept} rows" + (f" up to the checkpoint, {rows.beyond} after it" if rows.beyond else "")
         if rows.cut_off:
             words += ", the last line was cut off"
         if rows.damage is not None:
-            self._add(FileStatus.DAMAGED, path.name, f"{rows.damage}; {words}")
+            self._add("damaged", path.name, f"{rows.damage}; {words}")
         elif epochs and rows.beyond > 1:
             # A checkpoint follows every row of an epoch.
-            self._add(FileStatus.DAMAGED, path.name, f"newer checkpoints than there are were saved: {words}")
+            self._add("damaged", path.name, f"newer checkpoints than there are were saved: {words}")
         else:
-            self._add(FileStatus.NOTE if rows.beyond or rows.cut_off else FileStatus.OK, path.name, words)
+            self._add("note" if rows.beyond or rows.cut_off else "ok", path.name, words)
         return None
 
     def _check_gradients(self, path: Path, last: int | None) -> None:
@@ -177,13 +172,13 @@ class _Verification:
             path.stat()
             rows = scan_table(path, GRADIENT_TABLE.of_layers(layers), last)
         except FileNotFoundError:
-            self._add(FileStatus.NOTE, path.name, "is not there")
+            self._add("note", path.name, "is not there")
         except (CorruptCheckpoint, OSError) as error:
             words = f"{shorten(error, 300)}; a resume goes on all the same, with a new one"
-            self._add(FileStatus.NOTE, path.name, words)
+            self._add("note", path.name, words)
         else:
             words = f"{rows.kept} rows of {len(layers)} layers" + (f", {rows.damage}" if rows.damage else "")
-            self._add(FileStatus.NOTE if rows.damage else FileStatus.OK, path.name, words)
+            self._add("note" if rows.damage else "ok", path.name, words)
 
     def _check_weights(self, path: Path) -> None:
         from safetensors.torch import load as decode
@@ -199,22 +194,22 @@ class _Verification:
             ):
                 raise CorruptCheckpoint(f"is not what the checkpoint of step {step} holds")
         except FileNotFoundError:
-            self._add(FileStatus.NOTE, where, "is not there")
+            self._add("note", where, "is not there")
         except (Unreadable, CorruptCheckpoint, OSError) as error:
-            self._add(FileStatus.DAMAGED, where, error)
+            self._add("damaged", where, error)
         else:
             compared = "its checkpoint is gone to compare with"
             compared = compared if same is None else "equal to its checkpoint, bit for bit"
-            self._add(FileStatus.OK, where, f"of step {shorten(step)}; {compared}")
+            self._add("ok", where, f"of step {shorten(step)}; {compared}")
 
     def _check_records(self) -> None:
         """What only colours a report."""
         view = RunView(self._run)
         words = f"{len(view.events)} lines" if (self._run / "events.jsonl").exists() else "is not there"
         told = tuple(view.notes)
-        self._add(FileStatus.NOTE if told else FileStatus.OK, "events.jsonl", "; ".join((words, *told)))
+        self._add("note" if told else "ok", "events.jsonl", "; ".join((words, *told)))
         if not view.env:
-            self._add(FileStatus.NOTE, "env.json", "; ".join(view.notes[len(told) :]) or "is not there")
+            self._add("note", "env.json", "; ".join(view.notes[len(told) :]) or "is not there")
 
     def _check_lock(self) -> None:
         """Whether somebody writes. The lock is not tried, which could be in the way of who wants it: Linux lists locks,
@@ -226,7 +221,7 @@ class _Verification:
                 held = [fields for line in file if len(fields := line.split()) > 5]
         except (OSError, ValueError):
             last = "" if owner is None else f"; last opened by process {owner.pid} on {owner.host}"
-            self._add(FileStatus.NOTE, LOCK_NAME, f"whether a process writes it is not known{last}")
+            self._add("note", LOCK_NAME, f"whether a process writes it is not known{last}")
             return
         # The number of a file is one of its file system only. Some (btrfs) tell another device than is listed here:
         # there the owner's word is taken that it is this file.
@@ -235,6 +230,6 @@ class _Verification:
         for pid, at in same:
             if at.startswith(device) or (owner is not None and pid == str(owner.pid)):
                 words = f"process {pid} writes this run now: what is found may change"
-                self._add(FileStatus.NOTE, LOCK_NAME, words)
+                self._add("note", LOCK_NAME, words)
                 return
-        self._add(FileStatus.OK, LOCK_NAME, "no process on this machine writes this run")
+        self._add("ok", LOCK_NAME, "no process on this machine writes this run")
