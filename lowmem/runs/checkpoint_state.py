@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
-from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictStr, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictStr, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
 from lowmem.core.errors import CorruptCheckpoint
@@ -122,8 +122,7 @@ def read_state(state: Mapping[str, Any], step: int) -> RunState:
 # -- where in the run --------------------------------------------------------------------------------------------------
 
 
-@validated(frozen=True)
-class Position:
+class Position(BaseModel, frozen=True):
     """A checkpoint that looks whole: `epoch` epochs are completed, `step_in_epoch` steps of the next are done."""
 
     path: Path
@@ -153,12 +152,9 @@ def read_position(path: Path) -> Position:
         raise CorruptCheckpoint(f"{path / 'state.json'} is damaged: it {error}") from None
     run = state.get("run") if isinstance(state, dict) else None
     try:
-        return _POSITION.validate_python({**run, "path": path} if isinstance(run, dict) else None)
+        return Position.model_validate({**run, "path": path} if isinstance(run, dict) else None)
     except ValidationError:
         raise CorruptCheckpoint(f"{path}: state.json holds no position") from None
-
-
-_POSITION = TypeAdapter(Position)
 
 
 # -- the commit record -------------------------------------------------------------------------------------------------

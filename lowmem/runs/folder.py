@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Annotated
 
 from filelock import FileLock, Timeout
-from pydantic import AfterValidator, Field, TypeAdapter
-from pydantic.dataclasses import dataclass as validated
+from pydantic import AfterValidator, BaseModel, Field
 
 from lowmem.core.errors import PreflightError, UsageError
 from lowmem.core.reading import read_json, shorten
@@ -185,8 +184,7 @@ def run_folders(folder: Path, deep: int = _DEEPEST) -> list[Path]:
 Name = Annotated[str, Field(strict=True), AfterValidator(lambda text: shorten(text, 100))]
 
 
-@validated(frozen=True)
-class Owner:
+class Owner(BaseModel, frozen=True):
     """Who holds, or held, a run. `since` is in the holder's local time, with its offset."""
 
     pid: Annotated[int, Field(strict=True, gt=0)]
@@ -275,12 +273,9 @@ class RunLock:
 def read_owner(file: Path) -> Owner | None:
     """What an owner file says; None if there is none, or nothing that can be used."""
     try:
-        return None if file.is_symlink() else _OWNER.validate_python(read_json(file, _OWNER_LIMIT_BYTES))
+        return None if file.is_symlink() else Owner.model_validate(read_json(file, _OWNER_LIMIT_BYTES))
     except (OSError, ValueError):
         return None
-
-
-_OWNER = TypeAdapter(Owner)
 
 
 def writer_of(run: Path) -> str | None:
