@@ -208,7 +208,10 @@ class RunFolder(AbstractContextManager["RunFolder"]):
                 try:
                     damage = self._cut(file, table, step)
                 except (CorruptCheckpoint, PermissionError) as error:
-                    aside = _free(file.with_name(f"damaged-{file.name}"))
+                    aside, number = file.with_name(f"damaged-{file.name}"), 1
+                    while aside.exists():
+                        number += 1
+                        aside = file.with_name(f"damaged-{file.stem}-{number}{file.suffix}")
                     replace_path(file, aside)
                     self._rows[file].replaced()
                     damage = f"{shorten(error)}; the run goes on with a new one, the file as it was is {aside.name}"
@@ -276,12 +279,6 @@ def _unmake(made: Sequence[Path]) -> None:
     for folder in made:
         with suppress(OSError):
             folder.rmdir()
-
-
-def _free(path: Path) -> Path:
-    """`path`, or if there is something of that name already, the first of it with a number that is free."""
-    names = (path, *(path.with_stem(f"{path.stem}-{number}") for number in range(2, 1000)))
-    return next((one for one in names if not one.exists()), path)
 
 
 # -- room on the disk --------------------------------------------------------------------------------------------------
