@@ -250,22 +250,17 @@ class RunLock:
     def held(self) -> bool:
         return self._lock.is_locked
 
-    def release(self) -> None:
-        """Leaves the run to others. May be called again."""
-        if self._lock.is_locked:
-            with suppress(OSError):  # the folder may be gone, or the disk: the next one takes it for a dead holder's
-                self._owner_file.unlink(missing_ok=True)
-        self._lock.release()
-
-    def remove(self) -> None:
-        """Releases the lock and removes it. The lock file goes while it is locked, and last: whoever makes a new one
-        has a folder of its own from then on, and whoever has the old one open finds that it is gone."""
+    def release(self, *, remove: bool = False) -> None:
+        """Leaves the run to others. May be called again. `remove`: without a lock file, which goes while it is locked,
+        and last: whoever makes a new one has a folder of its own from then on, and whoever has the old one open finds
+        that it is gone."""
         lock_file = Path(self._lock.lock_file)
-        for file in (self._owner_file, lock_file):
-            with suppress(OSError):
-                file.unlink()
+        if self._lock.is_locked:
+            for file in (self._owner_file, lock_file) if remove else (self._owner_file,):
+                with suppress(OSError):  # the folder may be gone, or the disk: the next takes it for a dead holder's
+                    file.unlink()
         self._lock.release()
-        if os.name == "nt":  # deletes no file that is open, not even by another
+        if remove and os.name == "nt":  # deletes no file that is open, not even by another
             with suppress(OSError):
                 lock_file.unlink()
 

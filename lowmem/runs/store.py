@@ -132,7 +132,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
             return  # done before: what is there by now is somebody else's
         with suppress(OSError):
             clear(self.path, ignore_errors=True)
-        self._lock.remove()
+        self._lock.release(remove=True)
         _unmake(self._made)
 
     def write_plan(self, plan: Mapping[str, Any], rank: int = 0) -> None:
