@@ -61,9 +61,7 @@ def folder_name(step: int) -> str:
 
 def step_of(path: Path) -> int:
     """The step in the name of a checkpoint that `checkpoint_folders` gave."""
-    match = _NAME.fullmatch(path.name)
-    assert match is not None, path
-    return int(match[1])
+    return int(path.name.removeprefix("step-").removesuffix(".old"))
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
@@ -137,8 +135,7 @@ def tidy(folder: Path, *, keep: int, keep_every: int | None = None) -> None:
     sound = next((path for path, at in positions.items() if not at.exploded_losses), None)
     for path in paths[max(keep, 2) :]:
         at = positions.get(path)
-        an_epochs = at is not None and at.epoch > 0 and at.step_in_epoch == 0
-        if path == sound or (at and keep_every and an_epochs and at.epoch % keep_every == 0):
+        if path == sound or (at and keep_every and at.epoch and not at.step_in_epoch and at.epoch % keep_every == 0):
             continue
         with suppress(OSError):
             (path / "manifest.json").unlink(missing_ok=True)
