@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,11 +96,8 @@ class Saver(AbstractContextManager["Saver"]):
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Lets a write that has begun end; what the disk refused is dropped (`finish` is there to insist)."""
-        if error is None:
+        with nullcontext() if error is None else suppress(Exception):  # the error that is under way says more
             self._settle()
-        else:
-            with suppress(Exception):  # the error that is under way says more
-                self._settle()
 
     def poll(self) -> None:
         """Says what happened meanwhile and begins another try that is due. Costs nothing otherwise."""
