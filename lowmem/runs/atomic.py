@@ -67,13 +67,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """`replacing` by `data`."""
     with replacing(path) as file:
         file.write(data)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """`replacing` by UTF-8 text."""
     write_bytes_atomic(path, text.encode("utf-8"))
 
 

@@ -165,7 +165,7 @@ FILES = (*TENSOR_FILES, "state.json")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Of the checkpoint `path`, with an entry for each of `FILES`. Raises CorruptCheckpoint, OSError."""
+    """With an entry for each of `FILES`. Raises CorruptCheckpoint, OSError."""
     file = path / "manifest.json"
     try:
         if file.is_symlink():
@@ -195,7 +195,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def manifest_bytes(manifest: object) -> bytes:
-    """As it is written."""
     return json.dumps(manifest, indent=1).encode()
 
 

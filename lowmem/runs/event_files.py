@@ -80,7 +80,6 @@ class EventFiles:
             self._write(news, lambda step: time.time())
 
     def close(self) -> None:
-        """Lets go of the file."""
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()

@@ -1,12 +1,11 @@
 """The folder of a run as it is found: whether a run may be made there, whether it is a run's and has nothing in it that
 leads out of it, and who holds it.
 
-A run has one writer: a lock that the system frees when its holder ends, and a file that says who the holder is. (A
-job of several runs is locked the same way, by `job.lock`.) `run.lock` is locked with the system's file lock, which
-excludes every process on this machine (and, where the network file system passes locks on, on others).
-`run.owner.json` names the holder, who removes it on leaving. Found without the lock being held, it is of a holder
-that died: on this host that is certain, and the run is taken over with a note. Of another host nobody here can tell;
-then the run is refused, and removing the file is the way out.
+A run (and, by `job.lock`, a job of several) has one writer. `run.lock` is locked with the system's file lock, which is
+freed when its holder ends and excludes every process on this machine (where the network file system passes locks on, on
+others, too). `run.owner.json` names the holder, who removes it on leaving. Found without the lock being held, it is of
+one that died: on this host that is certain, and the run is taken over with a note. Of another host nobody here can
+tell; then the run is refused, and removing the file is the way out.
 """
 
 from __future__ import annotations
@@ -126,15 +125,10 @@ def require_run(path: Path) -> None:
 
 
 def refuse_links(run: Path) -> None:
-    """Raises UsageError naming the first thing under `run` that is neither a file nor a folder of its own.
-
-    Everything lowmem writes goes to a fixed name below the run folder. A symbolic link of that name would make it
-    write, truncate or delete somewhere else; a pipe or a device would make it wait for ever. `run` itself may be a
-    link: that is the user's. What cannot be looked at cannot be followed either, and is left to its reader.
-
-    Known limitation: the folder is looked at once, when it is opened. Who can change it at the same time has this
-    user's rights already.
-    """
+    """Raises UsageError naming the first thing under `run` that is neither a file nor a folder of its own: by a link in
+    place of a file lowmem would write, truncate or delete somewhere else; for a pipe or a device it would wait for
+    ever. `run` itself may be a link: that is the user's. What cannot be looked at is left to its reader. Known
+    limitation: it is looked at once, when it is opened; who can change it meanwhile has this user's rights already."""
     folders, seen = [run], 0
     while folders:
         with suppress(OSError), os.scandir(folders.pop()) as entries:

@@ -109,7 +109,6 @@ class RowTable(Generic[Row]):
 
     @property
     def header(self) -> str:
-        """The first line."""
         return ",".join(self.columns)
 
     def read_header(self, line: str) -> RowTable[Row]:

@@ -3,13 +3,10 @@ disk is that of a save in the foreground, at any moment of a kill: the rows up t
 the checkpoint with its commit record (invariant 9), then the event that says so.
 
 One save at a time, each try in a thread of its own. A second save waits for one that is being written, so that there is
-one copy in host memory; one that the disk refused it supersedes, taking over the exported weights it does not have
-itself. So a kill loses what was done since the save before the latest, at most. What the disk refuses `poll` tries
-again after growing pauses, a bounded number of times until the next save is handed over. The checkpoint before stands
-meanwhile. `finish` waits for the end of it and raises if there is none.
-
-Known limitation: a disk that neither writes nor refuses (a network folder whose server is gone) holds up training at
-the next save.
+one copy in host memory; one that the disk refused it supersedes, with the exported weights it does not have itself. So
+a kill loses what was done since the save before the latest, at most. What the disk refuses `poll` tries again after
+growing pauses, until `PAUSES_SECONDS` end or the next save is handed over. Known limitation: a disk that neither writes
+nor refuses (a network folder whose server is gone) holds up training at the next save.
 """
 
 from __future__ import annotations
@@ -67,9 +64,8 @@ class Saved:
 
 
 class Saver(AbstractContextManager["Saver"]):
-    """Writes the saves of one run. A context manager; its methods are for one thread, the one that trains, in which
-    `warn` and `note` are called, by `poll` and by whatever waits. All of them raise what ended the writing thread
-    otherwise than by a refusal, which is a bug."""
+    """Writes the saves of one run. Its methods are for one thread, the one that trains, in which `warn` and `note` are
+    called. All of them raise what ended the writing thread otherwise than by a refusal, which is a bug."""
 
     def __init__(
         self,

@@ -1,7 +1,5 @@
-"""The run folder while it is written: made once, locked, appended to, cut back on resume; and how much room it takes.
-
-Reading a run without writing to it is `lowmem.runs.view`.
-"""
+"""The run folder while it is written (`lowmem.runs.view` reads it): made once, locked, appended to, cut back on resume;
+and how much room it takes."""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ def plan_file(rank: int) -> str:
 
 
 class RunFolder(AbstractContextManager["RunFolder"]):
-    """A run folder held under its lock, as a context manager. Rows and events that the disk refuses are kept in memory
+    """A run folder held under its lock. Rows and events that the disk refuses are kept in memory
     and written, in order, before the next ones or by `flush`. Threads may share it."""
 
     def __init__(self, path: Path, lock: RunLock | None = None, made: Sequence[Path] = ()) -> None:
@@ -56,10 +54,8 @@ class RunFolder(AbstractContextManager["RunFolder"]):
 
     @classmethod
     def create(cls, path: Path, config_yaml: str, environment: Mapping[str, Any]) -> RunFolder:
-        """Makes a new run folder, durably, or takes over one of a run that never began (see `folder.never_began`).
-
-        Raises UsageError if there is anything else, PreflightError if it cannot be made; what was made then goes.
-        """
+        """Makes a new run folder, durably, or takes over one of a run that never began. Raises UsageError if there is
+        anything else, PreflightError if it cannot be made; what was made then goes."""
         refuse_existing(path)
         try:
             with ExitStack() as undo:
@@ -156,16 +152,13 @@ class RunFolder(AbstractContextManager["RunFolder"]):
             self._write_waiting_plan()
 
     def event(self, name: str, **fields: Any) -> None:
-        """Appends one line to events.jsonl."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._append(self.events_file, [json.dumps({"time": stamp, "event": name, **fields})])
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Appends a row to metrics.csv; None becomes an empty field."""
         self._append(self.metrics_file, [csv_line(EPOCH_TABLE.names, row)])
 
     def append_steps(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Appends rows to steps.csv."""
         self._append(self.steps_file, [csv_line(STEP_TABLE.names, row) for row in rows])
 
     def _append(self, file: Path, lines: list[str]) -> None:
@@ -224,8 +217,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         self._append(self.gradients_file, [gradient_line(*row) for row in rows])
 
     def copy_rows(self, source: Path, *, epoch: int, step: int | None) -> None:
-        """Takes over the rows of another run's metrics.csv up to `epoch`, and of its steps.csv, if there is one, up to
-        `step` (None: none). Raises DiskError."""
+        """Takes over another run's rows up to `epoch`, and to `step` (None: none) if it has any. Raises DiskError."""
         for file, table, last in ((self.metrics_file, EPOCH_TABLE, epoch), (self.steps_file, STEP_TABLE, step)):
             theirs = source / file.name
             if last is None or (table is STEP_TABLE and not theirs.is_file()):

@@ -95,14 +95,11 @@ class News(Generic[Item]):
 
 
 class Follower(Generic[Item]):
-    """A growing text file: only what is new, and noticing when what was read no longer holds. Each look opens the file,
-    reads from the last known line on, and closes it: on Windows an open file is in the way of the trainer's
-    `os.replace`. A line without its end is being written, or was cut off by a crash: it waits for the next look. A file
-    that is missing, or refuses to be read for a moment, has no news.
-
-    Known limitation: a file rewritten in place, in the same length, with the same last line is not noticed; lowmem
-    replaces files.
-    """
+    """A growing text file: only what is new, and noticing when what was read no longer holds. It is open during a look
+    only: on Windows an open file is in the way of the trainer's `os.replace`. A line without its end is being written,
+    or was cut off by a crash: it waits for the next look. A file that is missing, or refuses to be read for a moment,
+    has no news. Known limitation: a file rewritten in place (lowmem replaces files), in the same length, with the same
+    last line is not noticed."""
 
     def __init__(self, path: Path, parse: Callable[[list[str], bool], Iterable[Item]]) -> None:
         """`parse(lines, from_the_beginning)`: the items of whole lines, without their ends."""
@@ -112,7 +109,6 @@ class Follower(Generic[Item]):
         self._read_bytes = 0
 
     def look(self) -> News[Item]:
-        """What came since the last look."""
         try:
             if not stat.S_ISREG(os.stat(self._path).st_mode):
                 return News()  # a pipe would never end

@@ -199,8 +199,7 @@ def recorded_settings(path: Path) -> Settings:
 
 
 def read_run(path: Path) -> RunView:
-    """Everything in a run folder. Raises UsageError if there is none at `path`, or if it is damaged (see the module's
-    text)."""
+    """Everything in a run folder. Raises UsageError if there is none, or if it is damaged as the module's text says."""
     require_run(Path(path))
     view = RunView(path)
     for part in ("config", "env", "epochs", "steps", "events", "best", "classes", "gradients"):
