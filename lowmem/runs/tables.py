@@ -50,15 +50,16 @@ def read_table(path: Path, table: RowTable[Row], notes: list[str]) -> tuple[RowT
 
 def read_events(path: Path, notes: list[str]) -> tuple[Event, ...]:
     """Of events.jsonl what can be read; what cannot is left out and noted."""
+    events: list[Event] = []
     try:
-        events = [parse_event(line) for line in _whole_lines(path, notes)]
+        for number, line in enumerate(_whole_lines(path, notes), start=1):
+            if (event := parse_event(line)) is None:
+                notes.append(f"{path.name} line {number} cannot be read and is left out")
+            else:
+                events.append(event)
     except UsageError as error:
         notes.append(f"{shorten(error, 500)}; what it holds is left out")
-        return ()
-    for number, event in enumerate(events, start=1):
-        if event is None:
-            notes.append(f"{path.name} line {number} cannot be read and is left out")
-    return tuple(event for event in events if event is not None)
+    return tuple(events)
 
 
 def _whole_lines(path: Path, notes: list[str]) -> list[str]:
@@ -117,7 +118,12 @@ class Follower(Generic[Item]):
                 mark = (status.st_ino, status.st_size, status.st_mtime_ns)
                 if mark == self._mark:
                     return News()
-                known = self._goes_on(file, status)
+                # The number of a file that is gone is given to another: it tells that a file is another, not that it is
+                # the same. That it begins with what was read, its last line tells.
+                known = self._mark is not None and self._mark[0] == mark[0] and self._read_bytes <= status.st_size
+                if known:
+                    file.seek(self._read_bytes - len(self._anchor))
+                    known = file.read(len(self._anchor)) == self._anchor
                 begin = self._read_bytes if known else 0
                 file.seek(begin)
                 data = file.read(TABLE_LIMIT_BYTES)
@@ -130,14 +136,6 @@ class Follower(Generic[Item]):
             self._anchor = whole[whole.rfind(b"\n", 0, -1) + 1 :][-_ANCHOR_LIMIT_BYTES:]
         lines = [line.removesuffix("\r") for line in whole.decode("utf-8", errors="replace").split("\n")[:-1]]
         return News(tuple(self._parse(lines, begin == 0)), anew)
-
-    def _goes_on(self, file: BinaryIO, status: os.stat_result) -> bool:
-        """Whether the file begins with what was read. The number of a file that is gone is given to another: it tells
-        that a file is another, not that it is the same."""
-        if self._mark is None or status.st_ino != self._mark[0] or status.st_size < self._read_bytes:
-            return False
-        file.seek(self._read_bytes - len(self._anchor))
-        return file.read(len(self._anchor)) == self._anchor
 
 
 def follow_events(path: Path) -> Follower[Event]:
