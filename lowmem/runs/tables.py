@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 from lowmem.core.errors import CorruptCheckpoint, UsageError
 from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable, read_limited, shorten
 from lowmem.runs.atomic import cut_file, replacing, write_text_atomic
-from lowmem.runs.rows import BadLine, Event, Row, RowTable, parse_event
+from lowmem.runs.rows import Event, Row, RowTable, parse_event
 
 _LONGEST_LINE_BYTES = 1 << 20  # a row of 1,200 layers has 16 KiB
 # Far above any run (a row for each of 164 epochs of single pictures: 0.5 GiB), and soon read where it is one hole.
@@ -41,9 +41,9 @@ def read_table(path: Path, table: RowTable[Row], notes: list[str]) -> tuple[RowT
             rows.append(table.read_row(line))
             at = getattr(rows[-1], table.key)
             if at <= before:
-                raise BadLine(f"{table.key} {at} follows {table.key} {before}: lines are doubled or out of order")
+                raise Unreadable(f"{table.key} {at} follows {table.key} {before}: lines are doubled or out of order")
             before = at
-    except BadLine as error:
+    except Unreadable as error:
         raise UsageError(f"{path} line {number}: {error}") from None
     return table, tuple(rows)
 
@@ -155,10 +155,10 @@ class TableFollower(Follower[Row]):
     def _rows(self, lines: list[str], from_the_beginning: bool) -> Iterator[Row]:
         if from_the_beginning:
             self.table = None
-            with suppress(BadLine):
+            with suppress(Unreadable):
                 self.table = self._known.read_header(lines.pop(0)) if lines else None
         for line in lines:
-            with suppress(BadLine):
+            with suppress(Unreadable):
                 if self.table is not None:
                     yield self.table.read_row(line)
 
@@ -238,7 +238,7 @@ def scan_table(
             try:
                 text = "" if line is None else line.decode("utf-8", errors="replace")
                 at = getattr(table.read_row(text), table.key)
-            except BadLine:
+            except Unreadable:
                 at = 0
             if at <= before:
                 rows.lost += 1

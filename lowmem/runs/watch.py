@@ -175,9 +175,7 @@ def epoch_seconds(rows: Sequence[EpochRow]) -> float | None:
     """Of an epoch: the median of the last few, by the run's own clock, which stands still while nobody trains it. None
     if nothing is known: a first row tells only if it is of the first epoch, and not after a fork."""
     marks = [(row.epoch, row.elapsed_seconds) for row in rows[-6:] if row.elapsed_seconds is not None]
-    each = [
-        (after[1] - before[1]) / (after[0] - before[0]) for before, after in pairwise(marks) if after[0] > before[0]
-    ]
+    each = [(ended - began) / (last - first) for (first, began), (last, ended) in pairwise(marks) if last > first]
     if not each and marks and marks[-1][0] == 1:
         each = [marks[-1][1]]
     seconds = [one for one in each if math.isfinite(one) and one > 0]
