@@ -84,17 +84,15 @@ class _Verification:
         self._check_lock()
         self._check_checkpoints()
         newest = next(iter(self._good), None)
-        state = None if newest is None else self._good[newest].state["run"]
+        state = {} if newest is None else self._good[newest].state["run"]
         obstacles = [self._check_plan()]
-        for table in (EPOCH_TABLE, STEP_TABLE):
-            last = None if state is None else state[table.key]
-            obstacles.append(self._check_rows(self._run / table.file_name, table, last))
+        obstacles += [self._check_rows(table, state.get(table.key)) for table in (EPOCH_TABLE, STEP_TABLE)]
         for name in ("last", "best"):
             self._check_weights(self._run / "weights" / f"{name}.safetensors")
-        self._check_gradients(self._run / GRADIENT_TABLE.file_name, None if state is None else state["step"])
+        self._check_gradients(self._run / GRADIENT_TABLE.file_name, state.get("step"))
         self._check_records()
         findings = tuple(self._findings)
-        if state is None:
+        if newest is None:
             return Verified(self._run, findings, obstacle="no checkpoint verifies")
         position = (state["epoch"], state["step"], state["step_in_epoch"])
         obstacle = next((words for words in obstacles if words is not None), None)
@@ -145,24 +143,24 @@ class _Verification:
             self._add("ok", "plan.json", f"{several}{micro}, {len(first.ladder)} smaller plans in reserve")
         return None
 
-    def _check_rows(self, path: Path, table: RowTable[Any], last: int | None) -> str | None:
+    def _check_rows(self, table: RowTable[Any], last: int | None) -> str | None:
         """Against the checkpoint at `last`, if there is one."""
-        epochs = table.key == "epoch"
+        name = table.file_name
         try:
-            rows = scan_table(path, table, last)
+            rows = scan_table(self._run / name, table, last)
         except (CorruptCheckpoint, OSError) as error:
-            self._add("damaged", path.name, error)
-            return f"{path.name} cannot be used"
+            self._add("damaged", name, error)
+            return f"{name} cannot be used"
         words = f"{rows.kept} rows" + (f" up to the checkpoint, {rows.beyond} after it" if rows.beyond else "")
         if rows.cut_off:
             words += ", the last line was cut off"
         if rows.damage is not None:
-            self._add("damaged", path.name, f"{rows.damage}; {words}")
-        elif epochs and rows.beyond > 1:
+            self._add("damaged", name, f"{rows.damage}; {words}")
+        elif table is EPOCH_TABLE and rows.beyond > 1:
             # A checkpoint follows every row of an epoch.
-            self._add("damaged", path.name, f"newer checkpoints than there are were saved: {words}")
+            self._add("damaged", name, f"newer checkpoints than there are were saved: {words}")
         else:
-            self._add("note" if rows.beyond or rows.cut_off else "ok", path.name, words)
+            self._add("note" if rows.beyond or rows.cut_off else "ok", name, words)
         return None
 
     def _check_gradients(self, path: Path, last: int | None) -> None:
