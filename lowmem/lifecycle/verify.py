@@ -183,9 +183,9 @@ class _Verification:
 
         where = f"weights/{path.name}"
         try:
-            header = read_header(path)
-            check_shapes(self._shapes, header.shapes, where)
-            step = header.metadata.get("step", "")
+            shapes, metadata = read_header(path)
+            check_shapes(self._shapes, shapes, where)
+            step = metadata.get("step", "")
             same = next((saved for saved in self._good.values() if str(saved.step) == step), None)
             if same is not None and tensor_bits(decode(read_limited(path, self._most_bytes))) != tensor_bits(
                 same.model

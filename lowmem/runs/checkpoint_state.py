@@ -11,7 +11,7 @@ import math
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -217,16 +217,11 @@ _ITEM_BYTES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TensorsHeader:
-    """What a file says it holds. `shapes` by name; `metadata`: what its writer added, text to text."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    metadata: Mapping[str, str]
+Shapes = dict[str, tuple[int, ...]]
 
 
-def read_header(path: Path) -> TensorsHeader:
-    """Of a safetensors file on disk; reads no more than the header. Raises Unreadable, OSError."""
+def read_header(path: Path) -> tuple[Shapes, dict[str, str]]:
+    """Shapes by name, and what its writer added, text to text. Of a safetensors file on disk; reads no more than the header. Raises Unreadable, OSError."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise Unreadable("is no regular file")
@@ -234,7 +229,7 @@ def read_header(path: Path) -> TensorsHeader:
         return parse_header(file, status.st_size)
 
 
-def parse_header(file: BinaryIO, file_bytes: int) -> TensorsHeader:
+def parse_header(file: BinaryIO, file_bytes: int) -> tuple[Shapes, dict[str, str]]:
     """Of a file of `file_bytes`, from its beginning. Raises Unreadable, OSError. The format (huggingface/safetensors,
     README): eight bytes with the header's length, the header as JSON, the tensors one after the other without holes.
     Stricter than the library, and before it, so that what it is handed is sane."""
@@ -256,7 +251,7 @@ def parse_header(file: BinaryIO, file_bytes: int) -> TensorsHeader:
         end = following
     if 8 + length + end != file_bytes:
         raise Unreadable(f"has {file_bytes:,} bytes, its header says {8 + length + end:,}")
-    return TensorsHeader({name: shape for name, (shape, _) in tensors.items()}, metadata)
+    return {name: shape for name, (shape, _) in tensors.items()}, metadata
 
 
 def _shape_and_span(name: str, entry: Any) -> tuple[tuple[int, ...], tuple[int, int]]:

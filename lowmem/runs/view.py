@@ -126,7 +126,7 @@ class RunView:
     @cached_property
     def best(self) -> BestWeights | None:
         try:
-            metadata = read_header(self.path / "weights" / "best.safetensors").metadata
+            _, metadata = read_header(self.path / "weights" / "best.safetensors")
         except FileNotFoundError:
             return None
         except (Unreadable, OSError):
@@ -140,7 +140,7 @@ class RunView:
         """Outputs of the network: by the exported weights' last layer, else by what the data set is known to have."""
         for name in ("last.safetensors", "best.safetensors"):
             with suppress(Unreadable, OSError, LookupError):
-                return read_header(self.path / "weights" / name).shapes["linear.bias"][0]
+                return read_header(self.path / "weights" / name)[0]["linear.bias"][0]
         return 10 if self.config.data.source in {"cifar10", "fashion-mnist"} else None
 
     @cached_property
