@@ -221,7 +221,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def read_header(path: Path) -> tuple[Shapes, dict[str, str]]:
-    """Shapes by name, and what its writer added, text to text. Of a safetensors file on disk; reads no more than the header. Raises Unreadable, OSError."""
+    """Of a safetensors file on disk, of which no more is read: shapes by name, and what its writer added, text to text.
+    Raises Unreadable, OSError."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise Unreadable("is no regular file")
