@@ -172,8 +172,7 @@ class _Verification:
         except FileNotFoundError:
             self._add("note", path.name, "is not there")
         except (CorruptCheckpoint, OSError) as error:
-            words = f"{shorten(error, 300)}; a resume goes on all the same, with a new one"
-            self._add("note", path.name, words)
+            self._add("note", path.name, f"{shorten(error, 300)}; a resume goes on all the same, with a new one")
         else:
             words = f"{rows.kept} rows of {len(layers)} layers" + (f", {rows.damage}" if rows.damage else "")
             self._add("note" if rows.damage else "ok", path.name, words)
@@ -216,18 +215,17 @@ class _Verification:
         try:
             status = (self._run / LOCK_NAME).stat()
             with open("/proc/locks", encoding="ascii") as file:
-                held = [fields for line in file if len(fields := line.split()) > 5]
+                held = [(fields[4], fields[5]) for line in file if len(fields := line.split()) > 5]
         except (OSError, ValueError):
             last = "" if owner is None else f"; last opened by process {owner.pid} on {owner.host}"
             self._add("note", LOCK_NAME, f"whether a process writes it is not known{last}")
             return
         # The number of a file is one of its file system only. Some (btrfs) tell another device than is listed here:
         # there the owner's word is taken that it is this file.
-        device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:"
-        same = [(fields[4], fields[5]) for fields in held if fields[5].endswith(f":{status.st_ino}")]
-        for pid, at in same:
-            if at.startswith(device) or (owner is not None and pid == str(owner.pid)):
-                words = f"process {pid} writes this run now: what is found may change"
-                self._add("note", LOCK_NAME, words)
+        device, number = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:", f":{status.st_ino}"
+        for pid, at in held:
+            same = at.startswith(device) or (owner is not None and pid == str(owner.pid))
+            if same and at.endswith(number):
+                self._add("note", LOCK_NAME, f"process {pid} writes this run now: what is found may change")
                 return
         self._add("ok", LOCK_NAME, "no process on this machine writes this run")

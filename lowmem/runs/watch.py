@@ -150,12 +150,10 @@ class Live:
     def _holds(self, now: float, grew: bool) -> Owner | None:
         """Who trains it."""
         owner = read_owner(self.path / OWNER_NAME)
-        if owner is None or owner == self._gone:
+        if owner is None or owner == self._gone or not owner.may_be_alive:
             return None
         if not owner.here:
             return owner  # cannot be told from here
-        if not owner.may_be_alive:
-            return None
         if grew and owner == self._holder:
             self._tried_at = now
         elif owner != self._holder or now - self._tried_at > _QUIET_SECONDS:
