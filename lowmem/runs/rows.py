@@ -182,6 +182,5 @@ def parse_event(line: str) -> Event | None:
         return None
     if not isinstance(values, dict) or not isinstance(values.get("event"), str):
         return None
-    detail = {key: value for key, value in values.items() if key not in {"event", "time"}}
-    time = values.get("time")
-    return Event(values["event"], time if isinstance(time, str | int | float) else None, detail)
+    kind, time = values.pop("event"), values.pop("time", None)
+    return Event(kind, time if isinstance(time, str | int | float) else None, values)

@@ -113,13 +113,11 @@ class RunFolder(AbstractContextManager["RunFolder"]):
 
     def tidy(self, *, keep: int, keep_every: int | None = None) -> None:
         """Deletes what a killed writer left half done. Failing to delete is no reason to stop a run."""
-        for folder in (self.path, self.path / "weights"):
-            for file in folder.glob(f"*{PARTIAL}"):
-                with suppress(OSError):
-                    file.unlink()
+        parts = (*self.path.glob(f"*{PARTIAL}"), *(self.path / "weights").glob(f"*{PARTIAL}"))
+        for file in (*parts, self.path / FORKING):
+            with suppress(OSError):
+                file.unlink()
         shutil.rmtree(self.path / ".preflight", ignore_errors=True)
-        with suppress(OSError):
-            (self.path / FORKING).unlink(missing_ok=True)
         checkpoints.tidy(self.checkpoints, keep=keep, keep_every=keep_every)
 
     def discard(self) -> None:
@@ -165,7 +163,8 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         with suppress(OSError):  # they wait; whoever saves or ends the run asks `flush`
             self._rows[file].append(lines)
 
-    def _cut(self, file: Path, table: RowTable[Any], last: int) -> str | None:
+    def _cut(self, table: RowTable[Any], last: int) -> str | None:
+        file = self.path / table.file_name
         damage = cut_table(file, table, last)
         self._rows[file].replaced()
         return damage
@@ -199,7 +198,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
                 file.unlink()
             if file.exists():
                 try:
-                    damage = self._cut(file, table, step)
+                    damage = self._cut(table, step)
                 except (CorruptCheckpoint, PermissionError) as error:
                     aside, number = file.with_name(f"damaged-{file.name}"), 1
                     while aside.exists():
@@ -218,14 +217,14 @@ class RunFolder(AbstractContextManager["RunFolder"]):
 
     def copy_rows(self, source: Path, *, epoch: int, step: int | None) -> None:
         """Takes over another run's rows up to `epoch`, and to `step` (None: none) if it has any. Raises DiskError."""
-        for file, table, last in ((self.metrics_file, EPOCH_TABLE, epoch), (self.steps_file, STEP_TABLE, step)):
-            theirs = source / file.name
+        for table, last in ((EPOCH_TABLE, epoch), (STEP_TABLE, step)):
+            file, theirs = self.path / table.file_name, source / table.file_name
             if last is None or (table is STEP_TABLE and not theirs.is_file()):
                 continue
             with disk_errors(file):
                 with open(theirs, "rb") as old, replacing(file) as new:
                     shutil.copyfileobj(old, new)
-                self._cut(file, table, last)
+                self._cut(table, last)
 
     def cut_back(self, *, epoch: int, step: int) -> list[str]:
         """Drops rows after `epoch` from metrics.csv and after `step` from steps.csv, which a resume will repeat.
@@ -233,10 +232,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         that is no table of these columns, DiskError."""
         self.flush()  # rows that still wait are to be dropped, too, if they are of later steps
         with disk_errors(self.path):
-            damages = (
-                self._cut(self.metrics_file, EPOCH_TABLE, epoch),
-                self._cut(self.steps_file, STEP_TABLE, step),
-            )
+            damages = (self._cut(EPOCH_TABLE, epoch), self._cut(STEP_TABLE, step))
         return [damage for damage in damages if damage is not None]
 
     def write_config(self, text: str) -> None:
