@@ -230,8 +230,7 @@ class RunLock:
                     f"{path} was being written by {before}, which cannot be checked from {socket.gethostname()}: if "
                     f"that process has ended, delete {self._owner_file} and try again"
                 )
-            since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             write_text_atomic(self._owner_file, json.dumps(owner) + "\n")
         except BaseException:
             if not found:  # a folder without a run stays one
