@@ -94,7 +94,7 @@ def read_state(state: Mapping[str, Any], step: int) -> RunState:
     if not isinstance(run, dict) or not isinstance(state.get("identity"), dict):
         raise CorruptCheckpoint(f"{lacks}: its position and its identity")
     wrong = [name for name in _ALWAYS_RECORDED if name not in run]
-    unknown: list[str] = []
+    unknown = sorted(run.keys() - {one.name for one in fields(RunState)})
     try:
         read = _RUN_STATE.validate_python(run)
         scaler: list[Any] = [read.scaler.get(name) for name in _SCALER] if read.scaler else []
@@ -106,14 +106,13 @@ def read_state(state: Mapping[str, Any], step: int) -> RunState:
         }
         wrong += [name for name, good in sound.items() if not good]
     except ValidationError as error:
-        for one in error.errors(include_url=False, include_input=False):
-            places = unknown if one["type"] == "unexpected_keyword_argument" and len(one["loc"]) == 1 else wrong
-            places.append(str(one["loc"][0]))
+        places = [str(one["loc"][0]) for one in error.errors(include_url=False, include_input=False)]
+        wrong += [name for name in places if name not in unknown]
     if wrong:
         raise CorruptCheckpoint(f"{lacks}: {wrong[0]!r} is missing or impossible")
     if unknown:
         raise CorruptCheckpoint(
-            f"state.json of step {step} holds {shorten(sorted(unknown)[0])!r}, which this lowmem does not know: "
+            f"state.json of step {step} holds {shorten(unknown[0])!r}, which this lowmem does not know: "
             "use the one that wrote it"
         )
     return read
