@@ -1,6 +1,5 @@
-"""`lowmem verify`: looks through a run folder for what a resume relies on, and changes nothing.
-
-Checkpoints and plans are checked against what the run is by its config.yaml.
+"""`lowmem verify`: looks through a run folder for what a resume relies on, and changes nothing. Checkpoints and plans
+are checked against what the run is by its config.yaml.
 
 Known limitation: rows and weights carry no checksum of their own. A digit that became another digit in a row is not
 noticed; exported weights are compared bit for bit where the checkpoint of the same step is still there.
@@ -65,8 +64,7 @@ class Verified:
 
 
 def verify(run: Path) -> Verified:
-    """What damages a resume is in the result, not raised. Raises UsageError if it is no run or its config.yaml cannot
-    be used."""
+    """Raises UsageError if it is no run or its config.yaml cannot be used; what else is damaged, the result says."""
     return _Verification(run, recorded_settings(run).config).result()
 
 

@@ -208,8 +208,7 @@ def _no_memory(path: Path, size: int) -> OutOfMemory:
 
 
 def load(path: Path, most_bytes: int | None = None) -> Checkpoint:
-    """Reads a checkpoint that verifies, of files of at most `most_bytes`. Raises as `verify` does; never unpickles
-    (invariant 8)."""
+    """Reads a checkpoint that verifies, of files of at most `most_bytes`. Raises as `verify` does; never unpickles."""
     from safetensors import SafetensorError
     from safetensors.torch import load as decode
 
@@ -234,8 +233,7 @@ def load_newest(
     folder: Path, accept: Callable[[Checkpoint], object] = lambda checkpoint: None, most_bytes: int | None = None
 ) -> tuple[Checkpoint, Path, dict[Path, CorruptCheckpoint]]:
     """The newest checkpoint that verifies, its path, and the newer ones that were skipped with the reason. `accept`
-    raises CorruptCheckpoint for one that is whole but another run's; `most_bytes`: see `verify`. Raises
-    CorruptCheckpoint if none is left, and OutOfMemory."""
+    raises CorruptCheckpoint for one that is whole but another run's. Raises that if none is left, and OutOfMemory."""
     skipped: dict[Path, CorruptCheckpoint] = {}
     for path in named(folder):
         try:

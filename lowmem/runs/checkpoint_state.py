@@ -137,9 +137,8 @@ class Position(BaseModel, frozen=True):
 
 
 def read_position(path: Path) -> Position:
-    """The position of the checkpoint `path`, if its commit record is there and all files have the recorded size. Its
-    hashes are not checked (that reads hundreds of MiB); whoever goes on from it verifies it. Raises
-    CorruptCheckpoint."""
+    """Of the checkpoint `path`, if its commit record is there and all files have the recorded size. Its hashes are not
+    checked (that reads hundreds of MiB); whoever goes on from it verifies it. Raises CorruptCheckpoint."""
     try:
         manifest = read_manifest(path)
         for name in FILES:

@@ -3,9 +3,7 @@
 The tables are what is true, the event file is made from them: whole when an exporter begins, then a few records each
 time rows have come. Where a resume, or going back from a broken loss, took rows out of the tables, it is made anew. It
 begins with TensorBoard's own mark that what other files say no longer holds, and those before it are deleted: no point
-is there twice, and none is missing.
-
-The only module that knows the package `tensorboard`, which is an extra. Nothing of it imports torch or TensorFlow.
+is there twice. Only this module knows the package `tensorboard`, an extra, and nothing of it that imports torch.
 """
 
 from __future__ import annotations
@@ -168,8 +166,7 @@ def _wall_times(run: Path) -> Callable[[int], float]:
 
 
 def read_points(folder: Path) -> list[tuple[str, int, float]]:
-    """What TensorBoard would show of the event files in `folder`, without what a session start outdates: (tag, step,
-    value)."""
+    """(tag, step, value) that TensorBoard would show of event files: without those that a session start outdates."""
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
     from tensorboard.compat.proto.event_pb2 import SessionLog
 

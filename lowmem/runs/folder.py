@@ -210,8 +210,7 @@ class RunLock:
     """The lock of a run folder, held. `taken_over` is the owner that ended without leaving, or None."""
 
     def __init__(self, path: Path, what: str = "run") -> None:
-        """Locks the folder `path` of a run (or of a job: `what`). Raises UsageError if somebody else writes it or may
-        do so, OSError."""
+        """Locks the folder of a run (or job: `what`). Raises UsageError if somebody else writes it or may, OSError."""
         lock_file, self._owner_file = path / f"{what}.lock", path / f"{what}.owner.json"
         for file in (lock_file, self._owner_file):
             if file.is_symlink():
@@ -245,8 +244,7 @@ class RunLock:
 
     def release(self, *, remove: bool = False) -> None:
         """Leaves the run to others. May be called again. `remove`: without a lock file, which goes while it is locked,
-        and last: whoever makes a new one has a folder of its own from then on, and whoever has the old one open finds
-        that it is gone."""
+        and last: whoever makes a new one has a folder of its own then, whoever has the old one open finds it gone."""
         lock_file = Path(self._lock.lock_file)
         if self._lock.is_locked:
             for file in (self._owner_file, lock_file) if remove else (self._owner_file,):

@@ -61,8 +61,7 @@ class StepRow:
 
 @dataclass(frozen=True)
 class GradientRow:
-    """A line of gradients.csv: the norms of one step, to six digits, in the order of the layers; infinite or NaN
-    where the step overflowed."""
+    """A line of gradients.csv: the layers' norms in one step, to six digits; infinite or NaN where it overflowed."""
 
     step: int
     epoch: int
@@ -162,8 +161,7 @@ GRADIENT_TABLE = _GradientTable(
 
 
 def csv_line(names: Sequence[str], row: Mapping[str, Any]) -> str:
-    """One line of a table without its end. Floats keep every digit; None is empty. Raises KeyError for a foreign
-    name."""
+    """A line of a table without its end. Floats keep every digit; None is empty. Raises KeyError for a foreign name."""
     if foreign := set(row) - set(names):
         raise KeyError(f"no such column: {', '.join(sorted(foreign))}")
     return ",".join("" if row.get(name) is None else str(row[name]) for name in names)

@@ -293,8 +293,7 @@ def run_bytes(
     norms_every: int = 1,
 ) -> int:
     """Bytes on disk that a run needs at its fullest: checkpoints, momentum included; weights, which are exported twice
-    and replaced aside; and where it is known how many steps an epoch has, rows, those of gradients.csv with the norms
-    of so many layers each."""
+    and replaced aside; and, where the steps of an epoch are known, rows, those of gradients.csv of so many layers."""
     needed = most_checkpoints(config) * checkpoint_bytes + 3 * parameter_bytes
     if steps_per_epoch is None:
         return needed

@@ -28,9 +28,8 @@ _ANCHOR_LIMIT_BYTES = 1 << 16  # of the last line, by which a file is known agai
 
 
 def read_table(path: Path, table: RowTable[Row], notes: list[str]) -> tuple[RowTable[Row], tuple[Row, ...]]:
-    """With its columns in this file, every row; none if it is not there yet. A half-written last line is left out
-    and noted. Raises UsageError naming the file and the line for any other damage: a curve with silent holes is
-    worse than none."""
+    """With its columns in this file, every row; none if it is not there yet. A half-written last line is left out and
+    noted. Raises UsageError naming file and line for any other damage: silent holes in a curve are worse than none."""
     rows: list[Row] = []
     number, before = 0, -1
     try:
@@ -167,8 +166,7 @@ class TableFollower(Follower[Row]):
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[bytes | None, bool, int]]:
-    """Each line without its end (None: it is longer than any can be), whether it has one, and how many bytes there are
-    up to its end."""
+    """Each line without its end (None: it is longer than any can be), whether it has one, and the bytes up to there."""
     end, long = 0, False
     while piece := file.readline(_LONGEST_LINE_BYTES):
         end += len(piece)

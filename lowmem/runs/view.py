@@ -167,8 +167,7 @@ class RunView:
 
 
 def position_of(checkpoints: Sequence[Position], rows: Sequence[EpochRow]) -> tuple[int, int]:
-    """Epochs and steps that a resume does not repeat: of the newest checkpoint, else (a folder that has none any more)
-    of the last row."""
+    """Epochs and steps that a resume does not repeat: of the newest checkpoint, else of the last row."""
     newest: Sequence[Position | EpochRow] = checkpoints[:1] or rows[-1:]
     return next(((last.epoch, last.step) for last in newest), (0, 0))
 
