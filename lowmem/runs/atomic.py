@@ -76,8 +76,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def cut_file(path: Path, size_bytes: int) -> None:
-    """Cuts a file to its first bytes, and waits until these are on the disk: there is no state in between. Raises
-    OSError."""
+    """Cuts a file to its first bytes, and waits until these are on the disk: no state in between. Raises OSError."""
     with open(path, "rb+") as file:
         if file.seek(0, os.SEEK_END) > size_bytes:
             file.truncate(size_bytes)

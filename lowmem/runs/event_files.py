@@ -24,7 +24,6 @@ from lowmem.core.units import MIB
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, EpochRow, GradientRow, RowTable, StepRow
 from lowmem.runs.tables import News, TableFollower, follow_events
 
-FOLDER = "tensorboard"
 _NAME = re.compile(r"events\.out\.tfevents\.([0-9]{1,15})\.lowmem")
 
 # column -> tag
@@ -64,7 +63,7 @@ class EventFiles:
     def __init__(self, run: Path, folder: Path | None = None) -> None:
         """Raises PreflightError without the package. Writes nothing yet."""
         require_tensorboard()
-        self.folder = folder if folder is not None else run / FOLDER
+        self.folder = folder or run / "tensorboard"
         self._run = run
         self._file: io.FileIO | None = None
         self._tables: list[TableFollower[Any]] = []

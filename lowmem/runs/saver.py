@@ -50,8 +50,7 @@ class Save:
 
 @dataclass(frozen=True)
 class Saved:
-    """The newest committed checkpoint, when it was committed (None: by another process) and when what it holds was
-    copied, by the monotonic clock."""
+    """The newest checkpoint; `at`: when it was committed (None: by another process), by the monotonic clock."""
 
     path: Path
     step: int

@@ -250,8 +250,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
 
 class NullFolder(RunFolder):
     """Of a process of a run that another one writes (of several that train together rank 0 alone holds the folder and
-    saves): the same methods, and nothing happens. `path` is where the run is for the process that writes it; here there
-    may be nothing."""
+    saves): the same methods, and nothing happens. There may be nothing at `path` here."""
 
     def cut_back(self, *, epoch: int, step: int) -> list[str]:
         return []

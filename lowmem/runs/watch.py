@@ -1,9 +1,8 @@
 """A run as it is at this moment, for who looks on from outside: read again and again, never written to.
 
-Whether a process trains it is told by the run's lock (see `lowmem.runs.folder`). The lock itself is tried only where
-the owner file leaves it open: at the first look, and when nothing has come from the run for a while. Trying a lock that
-is free holds it for an instant; so that happens once, to a run that nobody trains any more.
-"""
+Whether a process trains it is told by the run's lock, which is tried only where the owner file leaves it open: at the
+first look, and when nothing has come from the run for a while. Trying a free lock holds it for an instant; so that
+happens once, to a run that nobody trains any more."""
 
 from __future__ import annotations
 
