@@ -36,8 +36,8 @@ def plan_file(rank: int) -> str:
 
 
 class RunFolder(AbstractContextManager["RunFolder"]):
-    """A run folder held under its lock. Rows and events that the disk refuses are kept in memory
-    and written, in order, before the next ones or by `flush`. Threads may share it."""
+    """A run folder held under its lock. Rows and events that the disk refuses are kept in memory and written, in order,
+    before the next ones or by `flush`. Threads may share it."""
 
     def __init__(self, path: Path, lock: RunLock | None = None, made: Sequence[Path] = ()) -> None:
         self.path = path
