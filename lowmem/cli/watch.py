@@ -310,7 +310,7 @@ def to_json(live: Live) -> dict[str, Any]:
     values = {
         "path": str(live.path),
         **{name: getattr(live, name) for name in _AS_IT_IS},
-        "writer": live.writer and asdict(live.writer),
+        "writer": live.writer and live.writer.model_dump(),
         "settings": live.config and _settings(live.config),
         "loss": live.losses[-1] if live.losses else None,
         "last_epoch": asdict(live.rows[-1]) if live.rows else None,

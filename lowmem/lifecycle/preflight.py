@@ -91,7 +91,7 @@ def _try_outputs(trainer: Trainer, folder: RunFolder, trial: Path, tried: StepTr
             files = EventFiles(run.path)
             files.update()
             files.close()
-            _same({point.step for point in read_points(files.folder)} == {1, 2}, files.folder)
+            _same({step for _, step, _ in read_points(files.folder)} == {1, 2}, files.folder)
         _try_report(run)
     return checkpoint_bytes, saving_seconds
 

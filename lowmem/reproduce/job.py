@@ -227,7 +227,7 @@ def held(path: Path) -> Iterator[RunLock]:
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = RunLock.acquire(path, "job")
+        lock = RunLock(path, "job")
     except OSError as error:
         raise PreflightError(
             f"{path} cannot be written ({error.strerror or error}): choose another folder with --out"

@@ -387,7 +387,7 @@ def _owner(run: Path, work: Path) -> list[Reader]:
         (folder / OWNER_NAME).write_bytes(data)
         writer = writer_of(folder)
         assert writer is None, "nobody holds the lock"
-        lock = RunLock.acquire(folder)
+        lock = RunLock(folder)
         try:
             return str(lock.taken_over)
         finally:

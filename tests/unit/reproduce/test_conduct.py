@@ -136,7 +136,7 @@ def test_a_signal_between_or_in_runs(tmp_path: Path) -> None:
 def test_a_signal_while_another_still_writes(tmp_path: Path) -> None:
     asked(tmp_path).job.write()
     put_run(tmp_path, "res20", done=3)
-    lock, conductor = RunLock.acquire(tmp_path / "res20", "run"), Scripted()
+    lock, conductor = RunLock(tmp_path / "res20", "run"), Scripted()
 
     def interrupt(text: str) -> None:
         assert "waiting for it to leave" in text
