@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 from lowmem.config.settings import Settings
 from lowmem.core.errors import ExitCode, Interrupted, LowmemError, PreflightError, UsageError
 from lowmem.core.reading import RECORD_LIMIT_BYTES, parse_json
-from lowmem.reproduce.job import ALL, Asked, Job, Member, ask, held, read_job
+from lowmem.reproduce.job import ALL, Asked, Job, Member, ask, held
 from lowmem.reproduce.progress import Standing, standing_of
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.folder import writer_of
@@ -72,10 +72,7 @@ def reproduce_job(
             refuse_interrupted(asked, conductor, "stopped before the report")
         if conductor.requested is None and not dry_run and code == 0:
             try:
-                runs, left_out = to_report(path)
-                for words in left_out:
-                    say(f"not in the report: {words}")
-                if runs:
+                if runs := to_report(asked.job, say):
                     from lowmem.report import write_report
 
                     show(write_report(runs, path / "report", html=True))
@@ -180,12 +177,12 @@ def _words(standing: Standing) -> str:
     return f"is saved at epoch {standing.epochs_done + 1}, step {standing.step}"
 
 
-def to_report(path: Path) -> tuple[list[Path], list[str]]:
-    """The folders of all runs of the job that have begun, and why others are left out: one that cannot be read must not
-    hide the rest. Raises UsageError if the report's own folder leads elsewhere."""
-    job, runs, left_out = read_job(path), [], []
-    if (path / "report").is_symlink():
-        raise UsageError(f"{path / 'report'} is a link, which no job of lowmem has: put what it leads to in its place")
+def to_report(job: Job, say: Say) -> list[Path]:
+    """The folders of all runs of the job that have begun; says why others are left out: one that cannot be read must
+    not hide the rest. Raises UsageError if the report's own folder leads elsewhere."""
+    folder, runs = job.path / "report", []
+    if folder.is_symlink():
+        raise UsageError(f"{folder} is a link, which no job of lowmem has: put what it leads to in its place")
     for member in ALL:
         try:
             standing = standing_of(job, member)
@@ -193,8 +190,8 @@ def to_report(path: Path) -> tuple[list[Path], list[str]]:
                 read_run(standing.path)
                 runs.append(standing.path)
         except (UsageError, PreflightError) as error:
-            left_out.append(str(error))
-    return runs, left_out
+            say(f"not in the report: {error}")
+    return runs
 
 
 # -- the processes -----------------------------------------------------------------------------------------------------
