@@ -123,7 +123,10 @@ def conduct(asked: Asked, conductor: Conductor, say: Say, *, dry_run: bool = Fal
             say(f"{which}: {name} {'goes on' if standing.begun else 'begins'}{' (dry run)' if dry_run else ''}")
             code = conductor.run({**request, "name": name, "dry_run": dry_run})
             if conductor.requested is not None:
-                refuse_interrupted(asked, conductor, _where(asked, standing.member))
+                where = f"at {name}"
+                with suppress(LowmemError):  # what became of it
+                    where = f"{name} {_words(standing_of(job, standing.member))}"
+                refuse_interrupted(asked, conductor, where)
             if code in _STOPS_ALL:
                 raise JobStopped(f"stopped at {name}; what was done is kept, go on with `{asked.again}`", code)
             if code != ExitCode.DONE:
@@ -157,14 +160,6 @@ def refuse_interrupted(asked: Asked, conductor: Conductor, where: str) -> None:
     """Raises Interrupted if a signal came: what was saved, and the command that goes on."""
     if conductor.requested is not None:
         raise Interrupted(f"{conductor.requested}: {where}; go on with `{asked.again}`", conductor.exit_code)
-
-
-def _where(asked: Asked, member: Member) -> str:
-    """What became of the run that was under way."""
-    try:
-        return f"{member.name} {_words(standing_of(asked.job, member))}"
-    except LowmemError:
-        return f"at {member.name}"
 
 
 def _words(standing: Standing) -> str:
