@@ -25,7 +25,6 @@ from lowmem.plan.record import Plan
 from lowmem.reproduce.job import ALL, Job, read_job
 from lowmem.reproduce.progress import JobObserver, Standing, measured_before, seconds_left, seconds_left_of, standing_of
 from lowmem.runs.store import run_bytes
-from lowmem.runs.view import recorded_settings
 from lowmem.train.metrics import default_every, measured_weights
 from lowmem.train.observer import Observer
 
@@ -46,8 +45,7 @@ def work(
     try:
         if standings[number].begun:
             # Always with the limit, be it None: the run may have been begun as a trial.
-            given = {**job.operational, "train.max_steps": limit}
-            go_on(path, recorded_settings(path).replace(given, "reproduce"), told)
+            go_on(path, {**job.operational, "train.max_steps": limit}, told)
         else:
             settings = job.settings_of(members[number])
             settings = settings if limit is None else settings.replace({"train.max_steps": limit}, "reproduce")

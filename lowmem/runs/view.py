@@ -265,7 +265,7 @@ def summarize(path: Path) -> RunSummary:
         config, rows = run.config, run.epochs
         epoch, step = position_of(run.checkpoints, rows)
         notes, state = tuple(run.notes), run.state
-        known |= {"config": config, "epoch": epoch, "step": step, **_errors(rows)}
+        known |= {"config": config, "epoch": epoch, "step": step, **errors_of(rows)}
         words: Any = state if state in ("finished", "stopped") else "interrupted" if step else "never started"
         if not run.checkpoints and (rows or trouble) and state != "finished":
             words, trouble = "damaged", (*trouble, "no usable checkpoint to go on from")
@@ -276,7 +276,8 @@ def summarize(path: Path) -> RunSummary:
     return RunSummary(state=words if writer is None else "training", trouble=trouble, **known)
 
 
-def _errors(rows: tuple[EpochRow, ...]) -> dict[str, Any]:
+def errors_of(rows: tuple[EpochRow, ...]) -> dict[str, Any]:
+    """The fields of `RunSummary` on errors; none before the first epoch."""
     if not rows:
         return {}
     on = "val" if any(row.val_error_pct is not None for row in rows) else "test"
