@@ -239,7 +239,7 @@ def held(path: Path) -> Iterator[RunLock]:
             if not begun(path):
                 for name in (FILE_NAME, f"{FILE_NAME}{PARTIAL}"):
                     (path / name).unlink(missing_ok=True)
-                lock.remove()
+                lock.release(remove=True)
                 for folder in made:
                     folder.rmdir()  # only if nothing else is in it
         lock.release()
