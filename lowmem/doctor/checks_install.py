@@ -99,7 +99,7 @@ def torch(facts: Facts) -> Finding | None:
         return Finding("torch", Status.FAIL, "torch is not installed", _fitting(facts))
     found = version(facts.torch_version)
     if facts.torch_works is False:
-        why = facts.trouble("torch") or "no reason given"
+        why = facts.troubles.get("torch", "no reason given")
         mend = f'pip install --force-reinstall "torch=={found.public}"' if found else _fitting(facts)
         return Finding("torch", Status.FAIL, f"torch {facts.torch_version} cannot be imported: {why}", mend)
     built = f"built for CUDA {facts.torch_cuda}" if facts.torch_cuda else "built without CUDA"
@@ -129,7 +129,7 @@ def torchvision(facts: Facts) -> Finding | None:
         status = Status.WARNING if facts.torchvision_works else Status.FAIL
         return Finding("torchvision", status, f"{pair}, but it asks for {wants}", mend)
     if facts.torchvision_works is False:
-        why = facts.trouble("torchvision") or "no reason given"
+        why = facts.troubles.get("torchvision", "no reason given")
         found = version(facts.torchvision_version)
         again = f'pip install --force-reinstall --no-deps "torchvision=={found.public}"' if found else mend
         return Finding("torchvision", Status.FAIL, f"{pair} cannot be imported: {why}", again)
@@ -170,13 +170,13 @@ def _lacks_kernels(facts: Facts) -> bool:
 
 def _fitting(facts: Facts, *, again: bool = False) -> str | None:
     """The command for the torch that runs on this card, or the newest one where there is no card."""
-    runs = facts.reported.cuda_version
+    runs = facts.driver.cuda_version
     return install_command(facts.capability, system=facts.system, driver_cuda=runs, again=again)
 
 
 def driver(facts: Facts) -> Finding | None:
     """Whether there is a driver, and whether it is new enough for torch's CUDA."""
-    if facts.driver is None or facts.device_asked == "cpu":
+    if facts.device_asked == "cpu":
         return None
     if facts.driver.missing is not None:
         what, way_out = split_way_out(facts.driver.missing)
@@ -211,7 +211,7 @@ def kernel(facts: Facts) -> Finding | None:
         return None
     if facts.kernel_works:
         return Finding("kernel", Status.OK, "a matrix product, a convolution and its gradients ran on the card")
-    why = facts.trouble("kernel") or "no reason given"
+    why = facts.troubles.get("kernel", "no reason given")
     mend: str | None = "nvidia-smi, then restart the machine if it shows an error"
     if "no kernel image" in why:
         mend = _fitting(facts)
