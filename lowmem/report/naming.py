@@ -84,13 +84,12 @@ def shorten_middle(name: str) -> str:
 def find_pairs(runs: Sequence[NamedRun]) -> dict[str, list[NamedRun]]:
     """Runs with a curve by depth, `110`, and block where it is not the usual one, `110-bottleneck`; only where both a
     residual and a plain net have one."""
-    groups: dict[tuple[int, str], list[NamedRun]] = {}
+    groups: dict[str, list[NamedRun]] = {}
     for run in runs:
-        model = run.history.config.model
         if run.history.epochs:
-            groups.setdefault((int(model.arch[3:]), model.block), []).append(run)
+            groups.setdefault(run.network[3:], []).append(run)
     return {
-        f"{depth}" if block == resolve_block(f"res{depth}", None) else f"{depth}-{block}": group
-        for (depth, block), group in sorted(groups.items())
-        if {run.history.config.model.arch[:3] for run in group} == {"res", "cnn"}
+        name: groups[name]
+        for name in sorted(groups, key=lambda name: (int(name.partition("-")[0]), name))
+        if {run.network[:3] for run in groups[name]} == {"Res", "CNN"}
     }

@@ -15,9 +15,9 @@ from pathlib import PurePath
 from statistics import median
 from typing import Any
 
-from lowmem.config.schema import Config, ModelConfig, resolve_block
+from lowmem.config.schema import Config
 from lowmem.core.units import format_duration, format_size
-from lowmem.report.naming import NamedRun, network_name
+from lowmem.report.naming import NamedRun
 from lowmem.runs.view import RunView
 
 UNKNOWN = "–"
@@ -27,13 +27,14 @@ RESOURCES_EXPLAINED = (
     "what tensors took. Reserved: what the allocator held for them. Device: the card with everything on it, or without "
     "a card the process. Resumed: how often the run was interrupted and gone on with."
 )
+# By network; with another block than the usual one it has another name, and is not published.
 PUBLISHED_ERROR_PCT: dict[str, float] = {
-    "res20": 8.08,
-    "res56": 7.74,
-    "res110": 7.46,
-    "cnn20": 8.92,
-    "cnn56": 39.03,
-    "cnn110": 89.66,  # never left chance
+    "Res20": 8.08,
+    "Res56": 7.74,
+    "Res110": 7.46,
+    "CNN20": 8.92,
+    "CNN56": 39.03,
+    "CNN110": 89.66,  # never left chance
 }
 ASSUMED = "*"
 _SOURCES = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST", "shapes": "generated shapes"}
@@ -80,7 +81,7 @@ def error_table(runs: Sequence[NamedRun]) -> ReportTable:
         done, asked, last = run.history.epochs_done, run.history.config.train.epochs, run.history.last
         epochs = f"{done}" if done >= asked else f"{done} of {asked}"
         error = percent(None if last is None else last.test_error_pct)
-        rows.append((run.network, run.name, epochs, error, percent(published_error_pct(run.history.config))))
+        rows.append((run.network, run.name, epochs, error, percent(PUBLISHED_ERROR_PCT.get(run.network))))
     return ReportTable(header, tuple(rows), 2)
 
 
@@ -126,30 +127,11 @@ def peaks(history: RunView) -> list[str]:
 def _checked(history: RunView, name: str) -> str:
     """Of the plan in force at last: its first steps are held against the prediction."""
     sizes = [detail.get(name) for detail in details(history, "measured")]
-    known = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool) and 0 < size < 1 << 60]
+    known = [size for size in sizes if type(size) is int and 0 < size < 1 << 60]
     return format_size(known[-1]) if known else UNKNOWN
 
 
 # -- against the published report --------------------------------------------------------------------------------------
-
-
-def published_error_pct(config: Config) -> float | None:
-    """The published final test error if the report has this architecture with this block, else None."""
-    arch = config.model.arch
-    if arch not in PUBLISHED_ERROR_PCT or config.model.block != resolve_block(arch, None):
-        return None
-    return PUBLISHED_ERROR_PCT[arch]
-
-
-def without_run(runs: Sequence[NamedRun]) -> dict[str, float]:
-    """The published networks that no run here is of, with their errors."""
-    configs = [run.history.config for run in runs]
-    present = {config.model.arch for config in configs if published_error_pct(config) is not None}
-    return {
-        network_name(ModelConfig(arch=arch, block=resolve_block(arch, None))): error
-        for arch, error in PUBLISHED_ERROR_PCT.items()
-        if arch not in present
-    }
 
 
 def describe_source(source: str) -> str:
@@ -209,7 +191,7 @@ def departures(runs: Sequence[NamedRun]) -> tuple[tuple[str, str], ...]:
     groups: dict[str, list[str]] = {}
     for run, texts in zip(runs, differs, strict=True):
         own = [text for text in texts if text not in shared]
-        if published_error_pct(run.history.config) is None:
+        if run.network not in PUBLISHED_ERROR_PCT:
             own.append(_NEVER_TRAINED if run.network in _NAMED else _NOT_PUBLISHED)
         if own or not shared:
             groups.setdefault("; ".join(own) or _NOTHING, []).append(run.name)
