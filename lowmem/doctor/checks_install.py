@@ -27,10 +27,6 @@ class Build(NamedTuple):
     folder: str
     archs: str
 
-    @property
-    def cuda_major(self) -> int:
-        return int(self.folder[2:4])
-
 
 # Newest first. 2.10 is the last with CUDA 12.8, so with sm_70; 2.7.1 the last with sm_50 and sm_60.
 BUILDS = (
@@ -55,7 +51,7 @@ def install_command(
     None if no release does. `again`: the right version may be installed already, as a build without CUDA."""
     for build in BUILDS:
         fits_card = capability is None or runs_on(build.archs.split(), capability)
-        if fits_card and (driver_cuda is None or driver_cuda[0] >= build.cuda_major):
+        if fits_card and (driver_cuda is None or driver_cuda[0] >= int(build.folder[2:4])):
             newest = "--upgrade " if build is BUILDS[0] else ""
             index = f" --index-url https://download.pytorch.org/whl/{build.folder}" if system == "Windows" else ""
             return f"pip install {'--force-reinstall ' if again else newest}{build.packages}{index}"
@@ -81,7 +77,7 @@ def python(facts: Facts) -> Finding | None:
     """Versions, and whether everything lowmem requires is installed."""
     words = f"Python {facts.python_version or '?'}, lowmem {facts.lowmem_version or '?'}"
     # torch and its pair have a check of their own, with a better answer than "upgrade".
-    unmet = [text for text in facts.unmet or () if not text.lower().startswith("torch")]
+    unmet = [text for text in facts.unmet if not text.lower().startswith("torch")]
     if unmet:
         words += f"; missing or too old: {', '.join(unmet)}"
         mend = " ".join(["pip install", *(f'"{text.partition(";")[0].strip()}"' for text in unmet)])
@@ -163,9 +159,8 @@ def build(facts: Facts) -> Finding | None:
 
 def _lacks_kernels(facts: Facts) -> bool:
     """Whether torch's build is known not to run on the card."""
-    if facts.capability is None or not facts.arch_list:
-        return False
-    return not runs_on(facts.arch_list, facts.capability)
+    archs, capability = facts.arch_list, facts.capability
+    return bool(archs) and capability is not None and not runs_on(archs, capability)
 
 
 def _fitting(facts: Facts, *, again: bool = False) -> str | None:

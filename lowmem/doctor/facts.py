@@ -85,12 +85,12 @@ class Facts:
     torch_version: str | None = None
     torchvision_version: str | None = None
     torchvision_wants: str | None = None  # its requirement on torch, like `torch==2.7.1`
-    unmet: tuple[str, ...] | None = None  # what lowmem requires and is missing or too old, like `rich>=13.7`
+    unmet: tuple[str, ...] = ()  # what lowmem requires and is missing or too old, like `rich>=13.7`
 
     # torch, asked in a process of its own
     torch_works: bool | None = None
     torch_cuda: str | None = None  # the CUDA it is built for; None with torch_works: built without
-    arch_list: Sequence[str] | None = None
+    arch_list: Sequence[str] = ()
     threads: int | None = None
     cuda_available: bool | None = None
     allocator_trouble: str | None = None  # torch's own words about the allocator settings in the environment
@@ -231,13 +231,9 @@ def gather(config: Config, out: Path | None = None) -> Facts:
 def cpu_share(root: Path) -> float | None:
     """The CPUs that the container's limit comes to (control groups version 2, then 1)."""
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        try:
-            quota, period = " ".join((root / name).read_text(encoding="ascii") for name in names).split()[:2]
-        except (OSError, ValueError):
-            continue
-        with suppress(ValueError, ZeroDivisionError):  # "max"
-            return int(quota) / int(period) if int(quota) > 0 else None
-        return None
+        with suppress(OSError, ValueError, ZeroDivisionError):  # not there, or "max"
+            quota, period = map(int, " ".join((root / name).read_text(encoding="ascii") for name in names).split()[:2])
+            return quota / period if quota > 0 else None
     return None
 
 
@@ -274,9 +270,8 @@ def is_unmet(text: str) -> bool:
 
 
 def _disk(out: Path) -> dict[str, Any]:
-    folder = out.absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    place = out.absolute()
+    folder = next((one for one in (place, *place.parents) if one.exists()), Path(place.anchor))
     found: dict[str, Any] = {"disk_folder": folder, "out_taken": out.is_dir() and any(out.iterdir())}
     try:
         found["disk_free_bytes"] = shutil.disk_usage(folder).free

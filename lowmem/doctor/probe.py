@@ -48,10 +48,9 @@ def allocator(settings: Settings) -> dict[str, Any]:
     import torch
 
     names = ("_accelerator_setAllocatorSettings", "_cuda_cudaCachingAllocator_set_allocator_settings")
-    judge = next((getattr(torch._C, name) for name in names if hasattr(torch._C, name)), None)
+    judge = next((getattr(torch._C, name) for name in names if hasattr(torch._C, name)), lambda settings: None)
     try:
-        if judge is not None:
-            judge("")
+        judge("")
     except Exception as error:
         return {"allocator_trouble": first_line(error)}
     return {}

@@ -275,7 +275,8 @@ def test_every_card_of_the_profiles_has_a_build() -> None:
     assert card_names()
     for name in card_names():
         assert install_command(load_card(name).capability_pair, system="Linux") is not None, name
-    assert [build.cuda_major for build in BUILDS] == sorted((build.cuda_major for build in BUILDS), reverse=True)
+    folders = [build.folder for build in BUILDS]
+    assert folders == sorted(folders, reverse=True)
 
 
 @pytest.mark.parametrize(
