@@ -21,9 +21,6 @@ from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Source
 Ints = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 
-TRAIN_PICTURES = 10_000
-TEST_PICTURES = 2_000
-
 _UNIT = 64  # lengths are in 1/64 pixel
 _TURN = 64  # directions in a full turn
 # Cosines times 256, rounded: far enough from ties that every platform's library gives the same integers.
@@ -82,7 +79,7 @@ class DrawnWhenTaken:
         return Pictures(torch.from_numpy(images), torch.from_numpy(labels))
 
 
-def generate(train: int = TRAIN_PICTURES, test: int = TEST_PICTURES) -> Source:
+def generate(train: int = 10_000, test: int = 2_000) -> Source:
     """The data set; picture i of a part is of class i % 10 and does not depend on how many there are."""
     return Source("shapes", tuple(_CLASSES), DrawnWhenTaken("train", train), DrawnWhenTaken("test", test))
 
