@@ -62,13 +62,10 @@ TEST_ERROR = Panel(
 
 def draw_training(runs: Sequence[NamedRun]) -> list[Picture]:
     """loss.png, test_error.png and the pairs, as far as there is anything to draw."""
-    pictures = [
-        *_draw(runs, (LOSS,), "loss.png", LOSS.title, style.HEIGHT_INCHES),
-        *_draw(runs, (TEST_ERROR,), "test_error.png", TEST_ERROR.title, style.HEIGHT_INCHES),
-    ]
+    pictures = [*_draw(runs, (LOSS,), "loss.png", LOSS.title)]
+    pictures += _draw(runs, (TEST_ERROR,), "test_error.png", TEST_ERROR.title)
     for name, pair in find_pairs(runs).items():
-        title = f"Res{name} against CNN{name}"
-        pictures += _draw(pair, (LOSS, TEST_ERROR), f"pair_{name}.png", title, style.PAIR_HEIGHT_INCHES)
+        pictures += _draw(pair, (LOSS, TEST_ERROR), f"pair_{name}.png", f"Res{name} against CNN{name}")
     return pictures
 
 
@@ -96,13 +93,12 @@ def common_classes(runs: Sequence[NamedRun]) -> int | None:
     return known.pop() if len(known) == 1 else None
 
 
-def _draw(
-    runs: Sequence[NamedRun], panels: Sequence[Panel], file_name: str, title: str, height: float
-) -> list[Picture]:
+def _draw(runs: Sequence[NamedRun], panels: Sequence[Panel], file_name: str, title: str) -> list[Picture]:
     """One, or none if there is nothing to draw."""
     shown = [[run for run in runs if epoch_points(run.history, panel)] for panel in panels]
     if not any(shown):
         return []
+    height = style.HEIGHT_INCHES if len(panels) == 1 else style.PAIR_HEIGHT_INCHES
     height = max(height, len(panels) * (1.3 + 0.22 * max(map(len, shown))))  # taller instead of crowded labels
     x_limit, classes = max(1, *(run.history.epochs_done for run in runs)) * 1.01, common_classes(runs)
     charts = []

@@ -159,11 +159,8 @@ def differences(history: RunView) -> tuple[str, ...]:
         (data.test_subset is not None, f"tested on {data.test_subset or 0:,} pictures instead of 10,000"),
         (data.val_split, f"{data.val_split:,} training pictures held back"),
         (not data.augment, f"no augmentation instead of crop and flip{ASSUMED}"),
-        (optim.momentum != usual.optim.momentum, f"momentum {optim.momentum:g} instead of {usual.optim.momentum:g}"),
-        (
-            optim.weight_decay != usual.optim.weight_decay,
-            f"weight decay {optim.weight_decay:g} instead of {usual.optim.weight_decay:g}",
-        ),
+        (optim.momentum != 0.9, f"momentum {optim.momentum:g} instead of 0.9"),
+        (optim.weight_decay != 1e-4, f"weight decay {optim.weight_decay:g} instead of 0.0001"),
         (optim.nesterov, "Nesterov momentum"),
         (optim.lr != usual.optim.lr, f"lr {optim.lr:g} instead of {usual.optim.lr:g}{ASSUMED}"),
         (config.schedule != usual.schedule, f"another learning-rate schedule{ASSUMED}"),
