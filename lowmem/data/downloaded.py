@@ -46,9 +46,6 @@ def _fetch(name: str, root: Path, absent: Callable[[str], DataError]) -> None:
         raise absent(" ".join(str(error).split())) from error
 
 
-# -- CIFAR-10 ----------------------------------------------------------------------------------------------------------
-
-
 def find_cifar10(root: Path, download: bool) -> Path | None:
     """`root` if all files are under it, each with its MD5; None if some are missing and `download` would fetch them.
     Raises DataError for a damaged file, and for missing ones without `download`."""
@@ -101,9 +98,6 @@ def _cifar10_files(root: Path) -> dict[Path, str]:
     known = library("CIFAR10")
     listed = [*known.train_list, *known.test_list, (known.meta["filename"], known.meta["md5"])]
     return {root / known.base_folder / name: md5 for name, md5 in listed}
-
-
-# -- Fashion-MNIST -----------------------------------------------------------------------------------------------------
 
 
 def find_fashion(root: Path, download: bool) -> Path | None:

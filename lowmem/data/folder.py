@@ -166,9 +166,6 @@ def decode(path: str) -> NDArray[np.uint8]:
         raise DataError(f"{path} is no picture or is damaged ({error}): replace it or take it out") from error
 
 
-# -- the cache ---------------------------------------------------------------------------------------------------------
-
-
 def read_cache(folder: Path, signature: str) -> dict[str, Tensor] | None:
     """The tensors kept in `folder` for `signature`, or None if there are none that verify."""
     try:

@@ -45,5 +45,4 @@ def examine(facts: Facts) -> list[Finding]:
 
 
 def can_start(findings: Iterable[Finding]) -> bool:
-    """Whether training can start: nothing failed."""
     return all(finding.status != Status.FAIL for finding in findings)

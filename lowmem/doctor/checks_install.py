@@ -74,7 +74,6 @@ _DRIVER_BRANCH = {12: "R525", 13: "R580"}
 
 
 def python(facts: Facts) -> Finding | None:
-    """Versions, and whether everything lowmem requires is installed."""
     words = f"Python {facts.python_version or '?'}, lowmem {facts.lowmem_version or '?'}"
     # torch and its pair have a check of their own, with a better answer than "upgrade".
     unmet = [text for text in facts.unmet if not text.lower().startswith("torch")]
@@ -88,7 +87,6 @@ def python(facts: Facts) -> Finding | None:
 
 
 def torch(facts: Facts) -> Finding | None:
-    """Whether torch can be imported, and what it is built for."""
     if facts.torch_version is None and facts.torch_works is None:
         return None
     if facts.torch_version is None and not facts.torch_works:
@@ -133,7 +131,6 @@ def torchvision(facts: Facts) -> Finding | None:
 
 
 def build(facts: Facts) -> Finding | None:
-    """Whether torch has kernels for the card."""
     if facts.used_card is None or not facts.torch_works:
         return None
     name = facts.used_card.name or "the card"
@@ -170,7 +167,6 @@ def _fitting(facts: Facts, *, again: bool = False) -> str | None:
 
 
 def driver(facts: Facts) -> Finding | None:
-    """Whether there is a driver, and whether it is new enough for torch's CUDA."""
     if facts.device_asked == "cpu":
         return None
     if facts.driver.missing is not None:
@@ -201,7 +197,6 @@ def driver(facts: Facts) -> Finding | None:
 
 
 def kernel(facts: Facts) -> Finding | None:
-    """One real kernel on the card."""
     if facts.kernel_works is None or facts.device_asked == "cpu":
         return None
     if facts.kernel_works:

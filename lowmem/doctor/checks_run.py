@@ -56,7 +56,6 @@ def visible(facts: Facts) -> Finding | None:
 
 
 def card(facts: Facts) -> Finding | None:
-    """Which card, and the profile that plans for it."""
     device = facts.used_card
     if device is None:
         return None
@@ -71,7 +70,6 @@ def card(facts: Facts) -> Finding | None:
 
 
 def memory(facts: Facts) -> Finding | None:
-    """What is free on the card and who holds the rest."""
     device = facts.used_card
     if device is None or device.free_bytes is None or not device.total_bytes:
         return None
@@ -87,7 +85,6 @@ def memory(facts: Facts) -> Finding | None:
 
 
 def display(facts: Facts) -> Finding | None:
-    """A desktop on the card takes memory of it."""
     if facts.used_card is None or not facts.used_card.display_active:
         return None
     words = "a display is attached to the card: the desktop takes some hundred MiB of it, more with a browser"
@@ -95,7 +92,6 @@ def display(facts: Facts) -> Finding | None:
 
 
 def link(facts: Facts) -> Finding | None:
-    """The PCIe link: a riser or a wrong slot narrows it."""
     pcie = facts.used_card.link if facts.used_card is not None else None
     if pcie is None:
         return None
@@ -113,7 +109,6 @@ def link(facts: Facts) -> Finding | None:
 
 
 def precision(facts: Facts) -> Finding | None:
-    """What mixed precision does on cards without tensor cores."""
     if facts.used_card is None or facts.capability is None:
         return None
     if facts.capability[0] < 7:
@@ -272,7 +267,6 @@ def processor(facts: Facts) -> Finding | None:
 
 
 def disk(facts: Facts) -> Finding | None:
-    """Room for the run, and whether its folder can be written."""
     where = facts.disk_folder
     if where is None:
         return None
@@ -294,7 +288,6 @@ def disk(facts: Facts) -> Finding | None:
 
 
 def data(facts: Facts) -> Finding | None:
-    """Whether the pictures are there, or can be had."""
     trouble = facts.troubles.get("data")
     if trouble is not None:
         if facts.torchvision_works is False:

@@ -189,9 +189,6 @@ def split_way_out(sentence: str) -> tuple[str, str | None]:
     return match[1], match[2]
 
 
-# -- gathering ---------------------------------------------------------------------------------------------------------
-
-
 def gather(config: Config, out: Path | None = None) -> Facts:
     """The facts for a run of `config` into `out` (default `runs/<arch>`)."""
     model = config.model

@@ -29,7 +29,6 @@ _PROBE_SECONDS = 120.0  # the first use of a card by a new build may compile for
 
 
 def torch(settings: Settings) -> dict[str, Any]:
-    """Importing torch; what it was built for."""
     import torch
 
     # get_arch_list() is empty on older releases where no card is found; the build itself is asked then.
@@ -132,7 +131,6 @@ def host_answers(host: str, port: int) -> bool | None:
 
 
 def kernel(settings: Settings) -> dict[str, Any]:
-    """Real kernels on the card, see `largest_error`."""
     error = largest_error("cuda")
     if not error < _MOST_ERROR:  # nor NaN
         raise PreflightError(f"wrong results, off by up to {error:g}")

@@ -118,7 +118,6 @@ def _set_axes(axes: Axes, chart: Chart) -> None:
 
 
 def new_figure(height_inches: float) -> Figure:
-    """A white figure of the common width."""
     figure = Figure(figsize=(style.WIDTH_INCHES, height_inches), dpi=style.DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure

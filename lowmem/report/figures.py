@@ -27,9 +27,6 @@ LOG_FROM_RATIO = 4.0  # a linear axis hides what differs by less than a quarter 
 _RATE_HEIGHT_INCHES = 3.6
 
 
-# -- loss and error ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Panel:
     """What a chart shows: which column of metrics.csv, in what words and numbers."""
@@ -236,9 +233,6 @@ def _draw_gradients(runs: Sequence[NamedRun], count: int, file_name: str, title:
         )
     ]
     return [Picture(file_name, to_png(draw_charts(charts, style.PAIR_HEIGHT_INCHES)), title, _GRADIENTS_EXPLAINED)]
-
-
-# -- a fork's learning rate --------------------------------------------------------------------------------------------
 
 
 def draw_rate_curve(title: str, past: Points, before: Points, after: Points, fork_at: float) -> bytes:

@@ -34,7 +34,6 @@ _ERRORS_EXPLAINED = (
 
 
 def render(runs: Sequence[NamedRun], pictures: Sequence[Picture]) -> str:
-    """The whole document."""
     parts = ["# Training report", "## Final test errors", tables.error_table(runs).to_markdown(), _ERRORS_EXPLAINED]
     there = {run.network for run in runs}
     missing = [f"{name} {percent(error)}" for name, error in tables.PUBLISHED_ERROR_PCT.items() if name not in there]
@@ -58,9 +57,6 @@ def render(runs: Sequence[NamedRun], pictures: Sequence[Picture]) -> str:
     for run in runs:
         parts += _run_section(run)
     return "\n\n".join(parts) + "\n"
-
-
-# -- one run -----------------------------------------------------------------------------------------------------------
 
 
 def _run_section(run: NamedRun) -> list[str]:

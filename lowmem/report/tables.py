@@ -74,7 +74,6 @@ def times(count: int) -> str:
 
 
 def error_table(runs: Sequence[NamedRun]) -> ReportTable:
-    """Of final test errors, each beside its published figure; what differs is said by `departures`."""
     header = ("Network", "Run", "Epochs", "Final test error", "Published")
     rows = []
     for run in runs:
@@ -86,7 +85,6 @@ def error_table(runs: Sequence[NamedRun]) -> ReportTable:
 
 
 def resource_table(runs: Sequence[NamedRun]) -> ReportTable:
-    """Of time, speed, memory, and how often each run was interrupted."""
     header = ("Run", "Time", "Images/s", "Planned", "Allocated", "Reserved", "Device", "Resumed")
     rows = []
     for run in runs:
@@ -102,7 +100,6 @@ def resource_table(runs: Sequence[NamedRun]) -> ReportTable:
 
 
 def details(history: RunView, kind: str) -> list[Mapping[str, Any]]:
-    """What the events of a kind say."""
     return [event.detail for event in history.events if event.kind == kind]
 
 
@@ -129,9 +126,6 @@ def _checked(history: RunView, name: str) -> str:
     sizes = [detail.get(name) for detail in details(history, "measured")]
     known = [size for size in sizes if type(size) is int and 0 < size < 1 << 60]
     return format_size(known[-1]) if known else UNKNOWN
-
-
-# -- against the published report --------------------------------------------------------------------------------------
 
 
 def describe_source(source: str) -> str:
