@@ -82,8 +82,7 @@ def scan(root: Path) -> tuple[tuple[str, ...], dict[str, list[PictureFile]]]:
     if not names["train"]:
         raise DataError(f"{root / 'train'} has no class folders: pictures belong in train/<class>/")
     for here, there in (("test", "train"), ("train", "test")):
-        absent = sorted(set(names[there]) - set(names[here]))
-        if absent:
+        if absent := sorted(set(names[there]) - set(names[here])):
             raise DataError(
                 f"{root / here / absent[0]} is missing, but {there} has {absent[0]!r}: both parts need "
                 f"the same classes ({len(names['train'])} in train, {len(names['test'])} in test)"

@@ -87,10 +87,9 @@ def python(facts: Facts) -> Finding | None:
 
 
 def torch(facts: Facts) -> Finding | None:
-    if facts.torch_version is None and facts.torch_works is None:
-        return None
     if facts.torch_version is None and not facts.torch_works:
-        return Finding("torch", Status.FAIL, "torch is not installed", _fitting(facts))
+        unknown = facts.torch_works is None
+        return None if unknown else Finding("torch", Status.FAIL, "torch is not installed", _fitting(facts))
     found = version(facts.torch_version)
     if facts.torch_works is False:
         why = facts.troubles.get("torch", "no reason given")
@@ -119,9 +118,8 @@ def torchvision(facts: Facts) -> Finding | None:
     # Without the local part: 2.7.1+cu126 is a 2.7.1.
     if wanted is not None and have is not None and not wanted.specifier.contains(have.public, prereleases=True):
         # pip refuses to make such a pair, other installers do not. Some work all the same, most fail at import.
-        wants = (facts.torchvision_wants or "").replace(" ", "").replace("(", "").replace(")", "")
         status = Status.WARNING if facts.torchvision_works else Status.FAIL
-        return Finding("torchvision", status, f"{pair}, but it asks for {wants}", mend)
+        return Finding("torchvision", status, f"{pair}, but it asks for {wanted}", mend)
     if facts.torchvision_works is False:
         why = facts.troubles.get("torchvision", "no reason given")
         found = version(facts.torchvision_version)

@@ -125,7 +125,6 @@ def precision(facts: Facts) -> Finding | None:
 
 
 def memory_format(facts: Facts) -> Finding | None:
-    """Channels-last helps tensor cores and can be far slower without them."""
     if facts.execution.get("device") != "cuda" or facts.execution.get("memory_format") != "channels-last":
         return None
     if facts.capability is None or (facts.capability >= (7, 0) and not facts.is_16xx):
@@ -135,7 +134,6 @@ def memory_format(facts: Facts) -> Finding | None:
 
 
 def spill(facts: Facts) -> Finding | None:
-    """Windows and WSL2 have rules of their own for a card's memory."""
     if facts.used_card is None:
         return None
     if facts.system == "Windows":

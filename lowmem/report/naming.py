@@ -38,12 +38,8 @@ def network_name(model: ModelConfig) -> str:
 
 def in_order(histories: Sequence[RunView]) -> list[RunView]:
     """As the published table: residual nets by depth, then plain nets; runs of one network by name."""
-
-    def rank(history: RunView) -> tuple[int, str, str, str]:
-        model = history.config.model
-        return ARCHITECTURES.index(model.arch), model.block, history.name, str(history.path)
-
-    return sorted(histories, key=rank)
+    by_name = sorted(histories, key=lambda run: (run.config.model.block, run.name, str(run.path)))
+    return sorted(by_name, key=lambda run: ARCHITECTURES.index(run.config.model.arch))
 
 
 def name_runs(histories: Sequence[RunView]) -> list[NamedRun]:
