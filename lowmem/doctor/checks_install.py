@@ -66,8 +66,6 @@ def same_torch(torch_version: str) -> str:
     return f'pip install "torch=={public}" torchvision{index}'
 
 
-# -- the checks --------------------------------------------------------------------------------------------------------
-
 _PASCAL = (6, 9)
 # The oldest driver branch for a CUDA major version (NVIDIA's compatibility table; within it minor versions fit).
 _DRIVER_BRANCH = {12: "R525", 13: "R580"}
@@ -160,8 +158,7 @@ def _lacks_kernels(facts: Facts) -> bool:
 
 def _fitting(facts: Facts, *, again: bool = False) -> str | None:
     """The command for the torch that runs on this card, or the newest one where there is no card."""
-    runs = facts.driver.cuda_version
-    return install_command(facts.capability, system=facts.system, driver_cuda=runs, again=again)
+    return install_command(facts.capability, system=facts.system, driver_cuda=facts.driver.cuda_version, again=again)
 
 
 def driver(facts: Facts) -> Finding | None:

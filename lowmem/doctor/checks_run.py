@@ -266,8 +266,6 @@ def processor(facts: Facts) -> Finding | None:
 
 def disk(facts: Facts) -> Finding | None:
     where = facts.disk_folder
-    if where is None:
-        return None
     if facts.disk_trouble is not None:
         return Finding("disk", Status.FAIL, f"{where} cannot be written: {facts.disk_trouble}", "choose another --out")
     free, needed = facts.disk_free_bytes, facts.disk_needed_bytes
@@ -286,8 +284,7 @@ def disk(facts: Facts) -> Finding | None:
 
 
 def data(facts: Facts) -> Finding | None:
-    trouble = facts.troubles.get("data")
-    if trouble is not None:
+    if trouble := facts.troubles.get("data"):
         if facts.torchvision_works is False:
             return Finding("data", Status.NOTE, "not checked: torchvision does not work")
         return Finding("data", Status.FAIL, *split_way_out(trouble))

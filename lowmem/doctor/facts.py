@@ -105,7 +105,7 @@ class Facts:
     profile: Card | None = None
 
     # disk and data
-    disk_folder: Path | None = None  # the nearest folder above `out` that exists
+    disk_folder: Path = field(default_factory=Path)  # the nearest folder above `out` that exists
     disk_free_bytes: int | None = None
     disk_needed_bytes: int | None = None
     disk_trouble: str | None = None

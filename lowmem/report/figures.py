@@ -68,8 +68,7 @@ def draw_training(runs: Sequence[NamedRun]) -> list[Picture]:
 
 def epoch_points(history: RunView, panel: Panel) -> list[tuple[float, float]]:
     """(epoch, value) of every epoch with a finite value."""
-    values = ((row.epoch, panel.value(row)) for row in history.epochs)
-    return [(epoch, value) for epoch, value in values if value is not None and math.isfinite(value)]
+    return _finite((row.epoch, panel.value(row)) for row in history.epochs)
 
 
 def step_losses(history: RunView) -> list[tuple[float, float]]:
@@ -77,11 +76,12 @@ def step_losses(history: RunView) -> list[tuple[float, float]]:
     last = history.last
     if last is None or last.step <= 0:
         return []
-    return [
-        (row.step * last.epoch / last.step, row.loss)
-        for row in history.steps
-        if row.loss is not None and math.isfinite(row.loss) and row.step <= last.step
-    ]
+    rows = (row for row in history.steps if row.step <= last.step)
+    return _finite((row.step * last.epoch / last.step, row.loss) for row in rows)
+
+
+def _finite(points: Iterable[tuple[float, float | None]]) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in points if y is not None and math.isfinite(y)]
 
 
 def common_classes(runs: Sequence[NamedRun]) -> int | None:
@@ -180,18 +180,15 @@ def moments(gradients: Gradients, count: int) -> list[GradientRow]:
 def by_depth(gradients: Gradients, row: GradientRow) -> list[tuple[float, float]]:
     """(layers back from the output, norm) of the layers on the main path; 1 is the last layer."""
     main = [norm for name, norm in zip(gradients.layers, row.norms, strict=True) if ".shortcut." not in name]
-    return _drawable((float(place), norm) for place, norm in enumerate(reversed(main), start=1))
+    return [(x, y) for x, y in _finite(enumerate(reversed(main), start=1)) if y > 0]
 
 
 def over_time(history: RunView, layer: int) -> list[tuple[float, float]]:
     """(epochs done, norm) of one layer of `gradients.layers`; of a run without a whole epoch (steps done, norm)."""
     last = history.last
     scale = last.epoch / last.step if last is not None and last.step > 0 else 1.0
-    return _drawable((row.step * scale, row.norms[layer]) for row in history.gradients.rows)
-
-
-def _drawable(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if math.isfinite(y) and y > 0]
+    points = _finite((row.step * scale, row.norms[layer]) for row in history.gradients.rows)
+    return [(x, y) for x, y in points if y > 0]
 
 
 def _draw_gradients(runs: Sequence[NamedRun], count: int, file_name: str, title: str) -> list[Picture]:

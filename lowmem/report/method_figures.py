@@ -162,9 +162,7 @@ def draw_acceptance(title: str, memory: Sequence[Bar], seconds: Sequence[Bar]) -
 
 
 def _fill_bars(axes: Axes, bars: Sequence[Bar], name: str) -> None:
-    most = (
-        max((value for bar in bars for value in (bar.measured, bar.predicted) if value is not None), default=0) or 1.0
-    )
+    most = max(value or 0.0 for bar in bars for value in (bar.measured, bar.predicted)) or 1.0
     axes.set_xlim(0, most * _NUMBERS_ROOM)
     axes.set_ylim(len(bars) - 0.6, -0.75)
     for row, bar in enumerate(bars):

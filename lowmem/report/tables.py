@@ -160,10 +160,7 @@ def differences(history: RunView) -> tuple[str, ...]:
         (config.schedule != usual.schedule, f"another learning-rate schedule{ASSUMED}"),
         (train.epochs != usual.train.epochs, f"{train.epochs} epochs instead of {usual.train.epochs}{ASSUMED}"),
         (train.batch != usual.train.batch, f"batch {train.batch} instead of {usual.train.batch}{ASSUMED}"),
-        (
-            train.micro_batch is not None and train.micro_batch < train.batch,
-            f"batch norm over micro-batches of {train.micro_batch}",
-        ),
+        (0 < (train.micro_batch or 0) < train.batch, f"batch norm over micro-batches of {train.micro_batch}"),
         (train.precision == "amp", f"mixed precision instead of fp32{ASSUMED}"),
     ]
     rescued = [f"{scales[-1]:g} of the learning rate after its loss broke"] if scales else []
