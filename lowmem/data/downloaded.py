@@ -38,12 +38,14 @@ def library(name: str) -> Any:
     return getattr(datasets, name)
 
 
-def _fetch(name: str, root: Path, absent: Callable[[str], DataError]) -> None:
+def _fetch(name: str, root: Path) -> str | None:
+    """Why it cannot be downloaded; None if it was."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         library(name)(str(root), download=True)
     except (OSError, RuntimeError, EOFError) as error:
-        raise absent(" ".join(str(error).split())) from error
+        return " ".join(str(error).split())
+    return None
 
 
 def find_cifar10(root: Path, download: bool) -> Path | None:
@@ -73,15 +75,12 @@ def read_cifar10(root: Path, download: bool) -> Source:
     fetched."""
     if find_cifar10(root, download) is None:
         missing = next(path.name for path in _cifar10_files(root) if not path.is_file())
-
-        def absent(why: str) -> DataError:
-            return DataError(
+        if (why := _fetch("CIFAR10", root)) is not None:
+            raise DataError(
                 f"CIFAR-10 is not in {root} ({missing} is missing) and cannot be downloaded ({why}): put "
                 "cifar-10-python.tar.gz there and try again, use --data folder:PATH, or --data shapes, which needs no "
                 "files"
             )
-
-        _fetch("CIFAR10", root, absent)
         find_cifar10(root, False)
     reader = library("CIFAR10")
     try:
@@ -120,7 +119,8 @@ def read_fashion(root: Path, download: bool) -> Source:
     a file is not what it should be."""
     folder = find_fashion(root, download)
     if folder is None:
-        _fetch("FashionMNIST", root, lambda why: _no_fashion(root, f"it cannot be downloaded: {why}"))
+        if (why := _fetch("FashionMNIST", root)) is not None:
+            raise _no_fashion(root, f"it cannot be downloaded: {why}")
         folder = find_fashion(root, False)
         assert folder is not None
     paths = list(_idx_files(folder).values())

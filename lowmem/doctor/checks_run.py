@@ -32,8 +32,6 @@ ALLOCATOR_KEYS = (
 _OLD_NAME, _NEW_NAME = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
 _NEW_NAME_SINCE = Version("2.9")
 
-# -- the card ----------------------------------------------------------------------------------------------------------
-
 
 def visible(facts: Facts) -> Finding | None:
     """Whether torch sees the card that the driver sees."""
@@ -147,9 +145,6 @@ def spill(facts: Facts) -> Finding | None:
     if facts.wsl:
         return Finding("wsl", Status.NOTE, "WSL2: pinned host memory may be refused; who holds the card is not told")
     return None
-
-
-# -- the run -----------------------------------------------------------------------------------------------------------
 
 
 def parse_allocator(text: str) -> dict[str, str]:

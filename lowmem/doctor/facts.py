@@ -242,8 +242,8 @@ def _packages(probed: Mapping[str, Any]) -> dict[str, Any]:
         # inside), unless another is imported: a folder of that name on the path.
         same = imported is None or (installed or "").partition("+")[0] == imported.partition("+")[0]
         found[name] = installed if same else imported
-    of_torch = re.compile(r"\s*torch(?![A-Za-z0-9._-])", re.IGNORECASE)
-    found["torchvision_wants"] = next((text for text in _installed("torchvision")[1] if of_torch.match(text)), None)
+    wants = map(requirement, _installed("torchvision")[1])
+    found["torchvision_wants"] = next((str(one) for one in wants if one and one.name.lower() == "torch"), None)
     found["unmet"] = tuple(sorted(text for text in _installed("lowmem")[1] if is_unmet(text)))
     return found
 
