@@ -20,14 +20,11 @@ class NamedRun:
     """A run, and how it is told from the others of its report."""
 
     history: RunView
+    network: str
     name: str  # the folder's, in tables and headings
     label: str  # short, at the end of a curve
     file_name: str  # a part of file names, no two the same on any system
     style: LineStyle  # the network's, the runs of one network getting thinner in turn
-
-    @property
-    def network(self) -> str:
-        return network_name(self.history.config.model)
 
 
 def network_name(model: ModelConfig) -> str:
@@ -67,7 +64,7 @@ def name_runs(histories: Sequence[RunView]) -> list[NamedRun]:
             label = f"{network} {shorten_middle(rest if said_already else name)}".rstrip()
         style = network_style(history.config.model, same_network[network])
         same_network[network] += 1
-        runs.append(NamedRun(history, name, label, file_name, style))
+        runs.append(NamedRun(history, network, name, label, file_name, style))
     return runs
 
 
