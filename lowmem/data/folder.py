@@ -95,7 +95,6 @@ def scan(root: Path) -> tuple[tuple[str, ...], dict[str, list[PictureFile]]]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """By name, without what is ignored."""
     with os.scandir(folder) as entries:
         kept = [one for one in entries if not one.name.startswith(".") and one.name.lower() not in _IGNORED]
     return sorted(kept, key=lambda entry: entry.name)

@@ -40,7 +40,6 @@ CHECKS: tuple[Callable[[Facts], Finding | None], ...] = (
 
 
 def examine(facts: Facts) -> list[Finding]:
-    """What every check that applies has to say."""
     return [finding for check in CHECKS if (finding := check(facts)) is not None]
 
 

@@ -65,7 +65,6 @@ def escape(text: object) -> str:
 
 
 def percent(value: float | None) -> str:
-    """`7.46 %`, or a dash for an unknown value."""
     return UNKNOWN if value is None else f"{value:.2f} %"
 
 
