@@ -87,7 +87,7 @@ def show_doctor(config: Config, out: Path | None, as_json: bool) -> ExitCode:
     findings = doctor.examine(facts)
     can_start = doctor.can_start(findings)
     if as_json:
-        print(json.dumps({"can_start": can_start, "findings": [one.to_json() for one in findings]}, indent=1))
+        print(json.dumps({"can_start": can_start, "findings": [vars(one) for one in findings]}, indent=1))
     elif sys.stdout.isatty():
         _print_findings(findings, summary(facts, findings))
     else:
