@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,15 +33,7 @@ from lowmem.train.signals import StartupSignals
 from lowmem.trial.plan_trial import confirm_run, wants_confirmation
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """The folder of a run and how it ended."""
-
-    path: Path
-    outcome: Outcome
-
-
-def execute(begin: New | Resume, observer: Observer | None = None) -> RunResult:
+def execute(begin: New | Resume, observer: Observer | None = None) -> Outcome:
     """A run from its beginning, whichever that is, to its end: by this process, or by all that torchrun has started.
 
     Raises LowmemError: UsageError and PreflightError before anything is changed, Infeasible, CorruptCheckpoint,
@@ -68,8 +59,8 @@ def execute(begin: New | Resume, observer: Observer | None = None) -> RunResult:
         if checkpoint is not None:
             trainer.state = group.together(lambda: trainer.restore(checkpoint))
         if not begin.commit(decision, trainer, folder):
-            return RunResult(begin.path, Outcome(False, trainer.state))
-        return RunResult(begin.path, trainer.run(folder))
+            return Outcome(begin.path, False, trainer.state)
+        return trainer.run(folder)
 
 
 # -- one process, or several -------------------------------------------------------------------------------------------

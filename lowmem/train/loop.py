@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from torch import Tensor
@@ -34,8 +35,9 @@ from lowmem.train.watchers import MAX_STEPS, STALLED, Act, CheckpointInterval, P
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: finished, or stopped early by train.max_steps."""
+    """The folder of a run and how it ended: finished, or stopped early by train.max_steps."""
 
+    path: Path
     finished: bool
     state: RunState
 
@@ -110,7 +112,7 @@ class Loop:
                 case Act.LEAVE:
                     return self._leave(verdict.why)
         self._finish("done", epoch=self.state.epoch, step=self.state.step)
-        return Outcome(True, self.state)
+        return Outcome(self.folder.path, True, self.state)
 
     # -- verdicts ------------------------------------------------------------------------------------------------------
 
@@ -288,7 +290,7 @@ class Loop:
             self._finish("stop", reason=MAX_STEPS, step=state.step)
             asked = f"{MAX_STEPS} = {self.t.config.train.max_steps}"
             self.t.observer.note(f"stopped after {state.step} steps as asked ({asked})")
-            return Outcome(False, state)
+            return Outcome(run, False, state)
         name = self.signals.requested = self.signals.requested or why
         self._save()
         self._finish("signal", signal=name, epoch=state.epoch, step=state.step)
