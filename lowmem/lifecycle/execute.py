@@ -24,10 +24,8 @@ from lowmem.measure.out_of_memory import classify
 from lowmem.models import build
 from lowmem.remat.libraries import prepare_libraries
 from lowmem.runs.event_files import require_tensorboard
-from lowmem.step.train_step import Execution
 from lowmem.train.loop import Outcome, Trainer
 from lowmem.train.observer import Observer
-from lowmem.train.replica import config_hash
 from lowmem.train.schedule import starts_low
 from lowmem.train.signals import StartupSignals
 from lowmem.trial.plan_trial import confirm_run, wants_confirmation
@@ -133,10 +131,8 @@ def make_trainer(group: Group, decision: Decision, dataset: Dataset, observer: O
         refuse_unsafe(config)
         spec, classes = config.model, len(dataset.classes)
         model = build(spec.arch, spec.block, width=spec.width, num_classes=classes, seed=config.seed)
-        execution = Execution(config.train.device, config.train.precision, config.train.memory_format)
-        identity = {"settings": config_hash(config), "data": dataset.fingerprint}
         with _out_of_memory(path):
-            return Trainer(config, model, dataset, execution, identity, observer, decision.plan, group, decision.split)
+            return Trainer(config, model, dataset, observer, decision.plan, group, decision.split)
 
     trainer, plan = group.together(make), decision.plan
     trainer.state.low_start = starts_low(config)

@@ -40,17 +40,17 @@ class Replica:
         config: Config,
         model: nn.Module,
         dataset: Dataset,
-        execution: Execution,
-        identity: dict[str, str],
         observer: Observer,
         plan: Plan | None = None,
         group: Group | None = None,
         split: Split | None = None,
     ) -> None:
-        """`identity`: hashes of settings and data, by which checkpoints are known. `plan`: for this process's share of
-        the batch. `group`: the processes that train the run; `split`: of the batch among them (None: even)."""
-        self.config, self.dataset, self.execution = config, dataset, execution
-        self.identity, self.observer, self.plan = identity, observer, plan
+        """`config`: with device, precision and memory format resolved. `plan`: for this process's share of the batch.
+        `group`: the processes that train the run; `split`: of the batch among them (None: even)."""
+        self.config, self.dataset, self.observer, self.plan = config, dataset, observer, plan
+        self.identity = {"settings": config_hash(config), "data": dataset.fingerprint}  # of its checkpoints
+        execution = Execution(config.train.device, config.train.precision, config.train.memory_format)
+        self.execution = execution
         check_memory_format(model, execution.device, execution.precision, execution.memory_format)
         self.model = model.to(device=execution.device, memory_format=execution.torch_memory_format)  # type: ignore[call-overload]
         self.model.train()
