@@ -26,12 +26,12 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import write_text_atomic
 from lowmem.runs.event_files import EventFiles, read_points
 from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, csv_line, gradient_line
-from lowmem.runs.store import RunFolder, most_checkpoints, run_bytes
+from lowmem.runs.store import RunFolder, most_checkpoints
 from lowmem.runs.view import read_run
 from lowmem.step.train_step import Score
 from lowmem.step.undo import Before, Undo
 from lowmem.train.loop import Trainer
-from lowmem.train.metrics import GradientNorms, default_every
+from lowmem.train.metrics import GradientNorms, disk_bytes
 from lowmem.train.oom_fallback import OomFallback, memory_words
 
 _QUICK_SECONDS = 10.0  # what takes longer is not run a second time for a better measurement
@@ -52,7 +52,7 @@ def _try_rest(trainer: Trainer, folder: RunFolder, tried: StepTrial, began: floa
     trial = folder.path / ".preflight"
     try:
         checkpoint_bytes, saving_seconds = _try_outputs(trainer, folder, trial, tried)
-        disk = _check_space(trainer, folder.path, checkpoint_bytes, len(tried.layers))
+        disk = _check_space(trainer, folder.path, checkpoint_bytes)
     except OSError as error:
         raise PreflightError(
             f"{folder.path} cannot take the run's outputs ({error.strerror or error}): choose another folder with --out"
@@ -283,19 +283,11 @@ def _time_line(trainer: Trainer, tried: StepTrial, saving_seconds: float) -> str
     )
 
 
-def _check_space(trainer: Trainer, path: Path, checkpoint_bytes: int, layers: int) -> str:
+def _check_space(trainer: Trainer, path: Path, checkpoint_bytes: int) -> str:
     """The line on disk. Raises PreflightError if there is too little."""
-    config, per_epoch = trainer.config, trainer.batches.steps_per_epoch
-    needed = run_bytes(
-        config,
-        checkpoint_bytes=checkpoint_bytes,
-        parameter_bytes=sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
-        steps_per_epoch=per_epoch,
-        layers=layers,
-        norms_every=config.train.grad_norms_every or default_every(per_epoch),
-    )
+    needed = disk_bytes(trainer.config, trainer.model, trainer.batches.steps_per_epoch, checkpoint_bytes)
     free = shutil.disk_usage(path).free
-    most = f"{most_checkpoints(config)} checkpoints of {format_size(checkpoint_bytes)}"
+    most = f"{most_checkpoints(trainer.config)} checkpoints of {format_size(checkpoint_bytes)}"
     takes = f"{format_size(needed)} at the most ({most}"
     if free < needed:
         raise PreflightError(
