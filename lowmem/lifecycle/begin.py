@@ -22,7 +22,8 @@ from lowmem.core.errors import CorruptCheckpoint, UsageError
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
 from lowmem.lifecycle.preflight import preflight
-from lowmem.lifecycle.run_identity import begun_before, belongs_to, launcher, most_bytes, recorded_run
+from lowmem.lifecycle.run_identity import begun_before, belongs_to, launcher, most_bytes, read_plans
+from lowmem.plan.record import Plan
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.folder import refuse_existing, refuse_unbegun
@@ -123,7 +124,8 @@ class Resume:
         newest = share_checkpoint(group, group.lead(lambda: self._newest(settings.config, observer), None))
         assert newest is not None
         self._saved, self._where = newest
-        return settings, recorded_run(group, self.path, recorded.config)
+        mine = group.lead(lambda: [plan.to_json() for plan in read_plans(self.path, recorded.config)], list[object]())
+        return settings, RecordedRun(recorded.config, [Plan.from_json(plan) for plan in group.share(mine)])
 
     def _newest(self, config: Config, observer: Observer) -> tuple[Checkpoint, Path]:
         refuse_unbegun(self.path)

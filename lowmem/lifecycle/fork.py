@@ -23,7 +23,7 @@ from lowmem.core.reading import shorten
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
 from lowmem.lifecycle.begin import New
-from lowmem.lifecycle.run_identity import belongs_to, most_bytes, source_run
+from lowmem.lifecycle.run_identity import belongs_to, most_bytes, read_plans
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.checkpoint import Checkpoint, disk_errors
@@ -146,7 +146,12 @@ class Fork(New):
         self._point = find(self._run, self._old, self._at)
         self._refuse_place(settings.config)
         refuse_existing(self.path)
-        return settings, source_run(self._run, self._old, observer)
+        try:
+            plans = read_plans(self._run, self._old)
+        except CorruptCheckpoint as error:
+            observer.warning(f"{error}; the fork is planned anew")
+            plans = []
+        return settings, RecordedRun(self._old, plans, fork=True)
 
     def _refuse_place(self, new: Config, *, same_pictures: bool = True) -> None:
         """Raises UsageError if the new run would already be over, or if, in the middle of an epoch, other pictures
