@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +21,7 @@ from lowmem.measure.out_of_memory import Failure
 from lowmem.runs.checkpoint_state import RunState
 from lowmem.runs.event_files import EventFiles
 from lowmem.runs.saver import Save, Saver
-from lowmem.runs.store import NullFolder, RunFolder
+from lowmem.runs.store import RunFolder
 from lowmem.step.train_step import Score, Sums
 from lowmem.step.undo import Undo
 from lowmem.train.loss_watchers import Chance, Divergence, Stall, roll_back, way_out
@@ -50,10 +50,11 @@ class Trainer(Replica):
         OutOfMemory, Diverged, Stuck, DiskError, PeerLost."""
         kept, observer = self.config.checkpoint, self.observer
         saver = Saver(folder, keep=kept.keep, keep_every=kept.keep_every, warn=observer.warning, note=observer.note)
-        export_wanted = self.config.train.tensorboard and not isinstance(folder, NullFolder)
-        files = EventFiles(folder.path) if export_wanted else None
+        exports: AbstractContextManager[Callable[[], None]] = nullcontext(lambda: None)
+        if self.config.train.tensorboard and self.group.leads:
+            exports = exporting(EventFiles(folder.path), observer.warning)
         joint = self.step.joint
-        with StopSignals() as signals, exporting(files, observer.warning) as export, saver:
+        with StopSignals() as signals, exports as export, saver:
             loop = Loop(self, folder, signals, saver, export)
             if joint is not None:
                 joint.verdict = lambda: loop.look(loop.state.step + 1).code

@@ -261,16 +261,14 @@ class GradientNorms:
 
 
 @contextmanager
-def exporting(files: EventFiles | None, warn: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def exporting(files: EventFiles, warn: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """What to call whenever rows have come: brings a run's event files up to date with them (see `runs.event_files`),
     and at the end with the last ones. Nothing of it can stop or change the run: what goes wrong is said once, to
-    `warn`, and the tables have everything all the same. None: nothing is exported."""
+    `warn`, and the tables have everything all the same."""
     warned = False
 
     def update() -> None:
         nonlocal warned
-        if files is None:
-            return
         try:
             files.update()
         except Exception as error:  # a full disk, or a file that somebody else holds, is no reason to stop a run
@@ -288,5 +286,4 @@ def exporting(files: EventFiles | None, warn: Callable[[str], None]) -> Iterator
         yield update
     finally:
         update()
-        if files is not None:
-            files.close()
+        files.close()
