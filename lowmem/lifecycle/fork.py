@@ -263,7 +263,7 @@ class Fork(New):
             )
         return found
 
-    def _write_first(self, trainer: Trainer, keep: int, folder: RunFolder) -> None:
+    def _write_first(self, trainer: Trainer, folder: RunFolder) -> None:
         """Puts rows, picture and checkpoint into the new folder, the checkpoint last. The old run's files are only
         read. Raises DiskError."""
         at, carried = self._point.position, self._carried
@@ -272,7 +272,7 @@ class Fork(New):
         # Where they are counted in other steps, the old ones would stand among the new.
         folder.copy_rows(self._run, epoch=at.epoch, step=at.step if carried.step == at.step else None)
         self._draw(folder.path)
-        checkpoints.save(folder.checkpoints, carried, keep=keep)
+        checkpoints.save(folder.checkpoints, carried, keep=trainer.config.checkpoint.keep)
         (folder.path / FORKING).unlink()
         folder.event("fork", source=self._run.name, checkpoint=at.path.name, epoch=at.epoch, step=carried.step)
 
