@@ -106,14 +106,9 @@ def _load_data(group: Group, config: Config, observer: Observer) -> Dataset:
     """The data set, read by one process of each machine and then by the others, which find it decoded.
 
     Raises DataError, PreflightError if machines have different pictures."""
-
-    dataset: Dataset | None = None
-
-    def read() -> Dataset:
-        return dataset or load(config.data, config.seed, progress=observer.data_progress)
-
-    dataset = group.together(lambda: read() if group.local_rank == 0 else None)
-    dataset = group.together(read)
+    read = partial(load, config.data, config.seed, progress=observer.data_progress)
+    first = group.together(lambda: read() if group.local_rank == 0 else None)
+    dataset = group.together(lambda: first or read())
     with group.alike():
         if len(set(group.gather(dataset.fingerprint))) > 1:
             raise PreflightError("the processes have different pictures: give all machines the same data")
