@@ -10,6 +10,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lowmem.distributed import reducer
 from lowmem.distributed.group import Group, Split, even_shares, join
 from lowmem.distributed.launch import Launch
 from lowmem.distributed.reducer import Work
+from lowmem.runs.store import NullFolder
 from lowmem.step.data_parallel import are_alike
 from lowmem.train.loop import Trainer
 from tests.distributed import small
@@ -200,7 +202,8 @@ def weights_that_come_apart_are_seen(group: Group) -> None:
         if group.rank == 1:
             next(t.model.parameters()).view(-1)[0].mul_(1 + 1e-6)
     assert not are_alike(group, t.model)
-    t.take_over_from_rank_0()
+    t.execution = replace(t.execution, device="cuda")  # where it may be rounding
+    t.keep_alike(NullFolder(Path("nowhere")))
     assert are_alike(group, t.model)
 
 
