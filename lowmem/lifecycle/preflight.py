@@ -9,6 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,9 @@ OUTPUTS = "settings, checkpoint, weights, metrics, gradients, events and report"
 
 
 def preflight(trainer: Trainer, folder: RunFolder) -> None:
-    """Tries a step and undoes it, in all processes; tries every output, in the one that writes, in a folder of its own
-    inside the run, and removes it; tells the observer of time and disk. The trainer is as before, except perhaps for a
-    smaller plan (see `try_step`). Raises PreflightError if anything cannot be written or does not read back, or if the
-    disk has no room for the checkpoints the run will keep; OutOfMemory."""
+    """Tries a step, in all processes, and every output, in the one that writes, in a folder of its own inside the run,
+    which goes again. The trainer is as before, but perhaps for a smaller plan (see `try_step`). Raises PreflightError
+    if anything cannot be written or does not read back, or if the disk has no room for all of the run; OutOfMemory."""
     began = time.monotonic()
     tried = try_step(trainer, folder)
     trainer.group.lead(lambda: _try_rest(trainer, folder, tried, began), None)
@@ -88,9 +88,8 @@ def _try_outputs(trainer: Trainer, folder: RunFolder, trial: Path, tried: StepTr
             _same(back is not None and back.to_json() == trainer.plan.to_json(), run.path / "plan.json")
         _try_rows(trainer, run, tried)
         if trainer.config.train.tensorboard:
-            files = EventFiles(run.path)
-            files.update()
-            files.close()
+            with closing(EventFiles(run.path)) as files:
+                files.update()
             _same({point.step for point in read_points(files.folder)} == {1, 2}, files.folder)
         _try_report(run)
     return checkpoint_bytes, saving_seconds

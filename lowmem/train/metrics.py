@@ -186,12 +186,10 @@ class Metrics:
 
 # -- gradient norms ----------------------------------------------------------------------------------------------------
 
-_MOST_STEPS_APART = 100  # two records, by default; of an epoch of fewer than 1,000 steps a tenth
-
 
 def default_every(steps_per_epoch: int) -> int:
     """Steps between two records where the settings leave it open: ten an epoch, or every 100 steps if that is more."""
-    return min(_MOST_STEPS_APART, max(1, steps_per_epoch // 10))
+    return min(100, max(1, steps_per_epoch // 10))
 
 
 def disk_bytes(config: Config, model: nn.Module, steps_per_epoch: int, checkpoint_bytes: int | None = None) -> int:
