@@ -182,7 +182,6 @@ def _run(
 ) -> tuple[Tensors, list[dict[str, Any]]]:
     """The weights after a few steps, and the run's events. `hook`: hears of every planned forward pass."""
     plan = question.planned
-    execution = Execution(question.device, plan.precision, plan.memory_format)
     flags = {"model.arch": question.arch, "model.block": question.block, "model.width": question.width}
     flags |= {"train.batch": question.batch, "train.device": question.device}
     flags |= {"train.precision": plan.precision, "train.memory_format": plan.memory_format}
@@ -190,8 +189,7 @@ def _run(
     pictures = random_pictures((_STEPS + 1) * question.batch)
     dataset = Dataset("random", tuple("0123456789"), pictures, None, pictures, MEAN, STD, "")
     model = build(question.arch, question.block, width=question.width)
-    identity = {"settings": "", "data": ""}
-    trainer = Trainer(config, model, dataset, execution, identity, observer or Observer(), plan)
+    trainer = Trainer(config, model, dataset, observer or Observer(), plan)
     if hook is not None:
         trainer.step.model.register_forward_hook(hook)
     with tempfile.TemporaryDirectory() as place, RunFolder.create(Path(place) / "run", "", {}) as folder:

@@ -297,7 +297,7 @@ def _goes_on(run: Path, work: Path) -> list[Reader]:
         (resumed,) = [event for event in events if event["event"] == "resume"]
         assert said.can_resume, said
         assert (resumed["checkpoint"], resumed["step"]) == (said.resumes_from, said.step)
-        assert said.finished or result.outcome.state.step == resumed["step"] + 1
+        assert said.finished or result.state.step == resumed["step"] + 1
         return said
 
     return [
