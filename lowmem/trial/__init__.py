@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -37,8 +37,9 @@ PLANNED = "planned"
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What to do. `way` is one of those above; `plan` is a `Plan` as JSON for the planned one. `fused`: the form of SGD
-    that a run has; without it the one that the library takes if one says nothing.
+    """What to do. `way` is one of those above; `plan` is a `Plan` as JSON for the planned one. `optim`: what is set
+    of an `OptimConfig`; `fused`: the form of SGD that a run has; without it the one that the library takes if one says
+    nothing.
 
     `pictures`: training pictures that the run holds on the device (only held on CUDA). `eval_batch`: pictures at a
     time in evaluation; None: no evaluation. `cap_bytes`: the most that the allocator may hold (CUDA only). `detailed`:
@@ -64,9 +65,7 @@ class Trial:
     cap_bytes: int | None = None
     steps: int = 5
     warmup: int = 2
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    nesterov: bool = False
+    optim: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     detailed: bool = False
 
@@ -142,7 +141,7 @@ def result_of(answer: dict[str, Any] | str) -> TrialResult:
     """Of a trial process's answer, or in words why there is none."""
     if isinstance(answer, str):
         return TrialResult(refused=answer, out_of_memory=answer == OUT_OF_MEMORY)
-    if unknown := answer.keys() - {field.name for field in fields(TrialResult)}:
+    if unknown := answer.keys() - {one.name for one in fields(TrialResult)}:
         return TrialResult(refused=f"answered with unknown keys: {', '.join(sorted(unknown))}")
     return TrialResult(**{**answer, "losses": tuple(answer.get("losses", ()))})
 

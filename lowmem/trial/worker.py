@@ -78,8 +78,8 @@ class _Work:
         self.resident_bytes = None if self.cuda else self._resident()
         self.execution = Execution(trial.device, trial.precision, trial.memory_format)
         self.model = network(trial, self.execution)
-        optim = OptimConfig(momentum=trial.momentum, weight_decay=trial.weight_decay, nesterov=trial.nesterov)
-        self.optimizer = make_optimizer(self.model, optim, trial.device, FUSED if trial.fused else {})
+        form = FUSED if trial.fused else {}
+        self.optimizer = make_optimizer(self.model, OptimConfig(**trial.optim), trial.device, form)
         # As many as the run holds on the device; on the CPU, where they count for nothing, a batch.
         count = max(trial.batch, trial.pictures if self.cuda else 0)
         self.pictures = random_pictures(count, trial.num_classes, trial.seed)
