@@ -27,6 +27,7 @@ from lowmem.choose.execution import refuse_unsafe, resolve_execution
 from lowmem.cli.terminal import say
 from lowmem.config.settings import gather
 from lowmem.core.errors import Interrupted, UsageError
+from lowmem.core.reading import shorten
 from lowmem.core.units import MIB, format_size, parse_size
 from lowmem.measure import read_driver
 from lowmem.remat.libraries import Numerics
@@ -236,7 +237,7 @@ def _acceptance_picture(setup: AcceptanceSetup, environment: Environment, accoun
     from lowmem.report.method_figures import Bar, draw_acceptance
 
     def bar(label: str, row: Row, name: str, limit: float | None = None, note: str = "") -> Bar:
-        return Bar(label, _mib(row[f"{name}_bytes"]), _mib(row[f"predicted_{name}_bytes"]), limit, _short(note))
+        return Bar(label, _mib(row[f"{name}_bytes"]), _mib(row[f"predicted_{name}_bytes"]), limit, shorten(note, 40))
 
     memory, seconds = [], []
     for row in (row for row in account.rows if row["kind"] in ("memory", "time", "format", "largest")):
@@ -250,17 +251,13 @@ def _acceptance_picture(setup: AcceptanceSetup, environment: Environment, accoun
             memory += [bar("reserved", row, "reserved"), bar("on the card", row, "device")]
         if kind != "largest":
             over = note if row["overhead"] is None else f"{row['overhead']:+.1%} time"
-            seconds.append(Bar(label, row["step_seconds"], row["predicted_step_seconds"], None, _short(over)))
+            seconds.append(Bar(label, row["step_seconds"], row["predicted_step_seconds"], None, shorten(over, 40)))
     where = environment.get("card") or "CPU"
     met = [target["met"] for target in account.record["targets"] if target["met"] is not None]
     said = f": {sum(met)} of {len(met)} judged targets met" if met else ""
     size = format_size(setup.vram_bytes) + (" (emulated)" if setup.emulates(setup.vram_bytes) else "")
     title = f"{setup.name}, batch {setup.batch}\n{size}, {where}{said}"
     return draw_acceptance(title, memory, seconds)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 40 else text[:39] + "…"
 
 
 def _mib(size_bytes: int | None) -> float | None:
