@@ -57,7 +57,6 @@ class Bench:
         self.setup, self.cells, self._tell, self._save, self._call = setup, list(cells), tell, save, call
         self._ends = time.monotonic() + seconds
         self._predictor = Predictor(setup, lambda text: tell(f"    {text}"))
-        self._took: dict[str, float] = {}
         self._trials_took: list[float] = []
 
     def run(self) -> bool:
@@ -80,7 +79,6 @@ class Bench:
             except LowmemError as error:
                 cell.refused = str(error)
             cell.seconds = time.monotonic() - began
-            self._took[cell.key] = cell.seconds
             self._save(self.cells, False)
         self._save(self.cells, complete)
         return complete
@@ -108,12 +106,12 @@ class Bench:
         """An estimate: as long as the same cell took, of a largest batch as long as the others, else by the number of
         trials alone: timing a card for the first plan takes minutes, and is done once."""
         guess = statistics.fmean(self._trials_took or [_FIRST_GUESS_SECONDS[self.setup.device]])
-        alike = [took for key, took in self._took.items() if key.startswith("largest")]
+        alike = [one.seconds for one in self.cells if one.kind == "largest" and one.seconds is not None]
 
         def usual(cell: Cell) -> float:
             return statistics.fmean(alike) if alike and cell.kind == "largest" else cell.weight * guess
 
-        return sum(self._took.get(task.cell.key, usual(task.cell)) for task in tasks)
+        return sum(usual(cell) if (cell := task.cell).seconds is None else cell.seconds for task in tasks)
 
     def _trial(self, trial: Trial) -> TrialResult | None:
         """None: it was ended because the time is over, which says nothing about it."""
