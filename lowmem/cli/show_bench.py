@@ -29,10 +29,11 @@ from lowmem.config.settings import gather
 from lowmem.core.errors import Interrupted, UsageError
 from lowmem.core.reading import shorten
 from lowmem.core.units import MIB, format_size, parse_size
+from lowmem.isolate import Forks
 from lowmem.measure import read_driver
 from lowmem.remat.libraries import Numerics
 from lowmem.train.signals import StartupSignals
-from lowmem.trial import calls_on
+from lowmem.trial import PREPARE
 
 _WIDE = 140  # columns of a terminal that holds all of a table's
 _NAME_WIDTH = 21
@@ -102,7 +103,7 @@ def _measure(
     Interrupted; `then`: what can be done after that."""
     seconds -= _FINISH_SECONDS[setup.stem]
     try:
-        with StartupSignals(), calls_on(setup.device) as call:
+        with StartupSignals(), Forks(None if setup.on_card else PREPARE) as call:
             return Bench(setup, cells, seconds=seconds, tell=tell, save=results.save, call=call).run()
     except Interrupted as error:
         count = sum(len(cell.trials) for cell in cells)

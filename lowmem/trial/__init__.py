@@ -17,15 +17,15 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lowmem.choose.request import Budget
 from lowmem.core.units import format_size
-from lowmem.isolate import OUT_OF_MEMORY, Call, Forks, run
+from lowmem.isolate import OUT_OF_MEMORY, Call, run
 from lowmem.models.resnet import ResNet
 from lowmem.plan.policy import Schedule
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan
 from lowmem.remat.libraries import Numerics, environment_for
 
-WORK = "lowmem.trial.worker:work"
-_TIMEOUT_SECONDS = 600.0
+# For `lowmem.isolate`; `PREPARE` makes many trials on the CPU, one after the other, take less time each.
+WORK, PREPARE = "lowmem.trial.worker:work", "lowmem.trial.worker:prepare"
 # Of a step's seconds: a card that computes less of them waits for the host to launch its kernels.
 BUSY_SHARE = 0.8
 # The ways.
@@ -122,7 +122,7 @@ def _most(*sizes: int | None) -> int | None:
     return max((size for size in sizes if size is not None), default=None)
 
 
-def run_trial(trial: Trial, timeout_seconds: float = _TIMEOUT_SECONDS, call: Call = run) -> TrialResult:
+def run_trial(trial: Trial, timeout_seconds: float = 600.0, call: Call = run) -> TrialResult:
     """The trial in a process of its own: nothing of another is cached, fragmented or still allocated.
 
     Out of memory, a crash, or taking longer than `timeout_seconds` is a refusal.
@@ -130,11 +130,6 @@ def run_trial(trial: Trial, timeout_seconds: float = _TIMEOUT_SECONDS, call: Cal
     environment = environment_for(Numerics(trial.deterministic, trial.tf32))
     outcome = call(WORK, asdict(trial), timeout_seconds=timeout_seconds, environment=environment)
     return result_of(outcome.answer_or_refusal)
-
-
-def calls_on(device: str) -> Forks:
-    """For many trials on a device, one after the other: on the CPU in less time each."""
-    return Forks("lowmem.trial.worker:prepare" if device == "cpu" else None)
 
 
 def result_of(answer: dict[str, Any] | str) -> TrialResult:

@@ -144,7 +144,8 @@ class _Work:
 
         if self.cuda:
             images, labels = self._batch()
-            self.beside_bytes = max(0, torch.cuda.memory_allocated() - _bytes_of((*self._standing(), images, labels)))
+            standing = sum(tensor.nbytes for tensor in (*self._standing(), images, labels))
+            self.beside_bytes = max(0, torch.cuda.memory_allocated() - standing)
             del images, labels
             before = torch.cuda.memory_stats().get("num_alloc_retries", 0)
             found = self._peaks("", steps)
@@ -236,7 +237,3 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _bytes_of(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
