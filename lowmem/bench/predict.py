@@ -175,14 +175,11 @@ class Predictor:
         # On the CPU a run needs a budget, and gets each cell's own.
         config = self._config_for(None if self.setup.on_card else _PLENTY)
         self._calibrator = calibrator_of(config, self._tell)
-        asked = request_of(config, 10, self.setup.pictures if self.setup.on_card else 0, self._calibrator)
-        on_card = asked.budget.on_card
-        budget = replace(asked.budget, workspace_bytes=workspace_cap_bytes() if on_card else 0)
-        # Measured workspaces are in what was simulated; the CPU has none.
-        return {
-            True: asked,
-            False: replace(asked, calibrator=None, known={} if on_card else asked.known, budget=budget),
-        }
+        asked = request_of(config, 10, self.setup.pictures, self._calibrator)
+        rough = replace(asked, calibrator=None)
+        if asked.budget.on_card:  # measured workspaces are in what was simulated
+            rough = replace(rough, known={}, budget=replace(asked.budget, workspace_bytes=workspace_cap_bytes()))
+        return {True: asked, False: rough}
 
     def _config_for(self, vram_bytes: int | None) -> Config:
         """Of a run that would be planned like this."""
