@@ -84,8 +84,8 @@ def show_acceptance(
     network = _network(flags, usual | {"memory.vram": "6G"})
     # Asked in a process of its own: a context here would take memory from the trials.
     card_bytes = ask_device(Numerics()).total_bytes if network["device"] == "cuda" else None
-    chosen: dict[str, Any] = {} if minutes is None else {"minutes": minutes}
-    setup = AcceptanceSetup(**network, card_bytes=card_bytes, steps=steps, cells=kinds, **chosen)
+    minutes = AcceptanceSetup.minutes if minutes is None else minutes
+    setup = AcceptanceSetup(**network, card_bytes=card_bytes, steps=steps, cells=kinds, minutes=minutes)
     environment, all_cells = _environment(setup), acceptance_cells(setup)
     with Results(out, setup, environment, acceptance.account) as results:
         tell = partial(print, flush=True)
@@ -120,9 +120,8 @@ def _network(flags: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, An
     given = {key: value for key, value in flags.items() if value is not None}
     config = resolve_execution(gather(flags={**mode, **usual, **given})).config
     refuse_unsafe(config)
-    model, train = config.model, config.train
-    named = {"arch": model.arch, "block": model.block, "width": model.width, "batch": train.batch}
-    return {**named, "device": train.device, "vram_bytes": config.memory.vram}
+    train = {"batch": config.train.batch, "device": config.train.device}
+    return {**config.model.model_dump(), **train, "vram_bytes": config.memory.vram}
 
 
 def _table_setup(
@@ -135,9 +134,6 @@ def _table_setup(
     if flags.get("model.arch") is None:
         arch = "res56" if quick else "res110" if on_card else "res20"
         usual |= {"model.arch": arch, "model.block": "basic" if arch == "res20" else "bottleneck"}
-    chosen: dict[str, Any] = {} if budgets is None else {"budgets": _budgets(budgets)}
-    if quick and budgets is None:
-        chosen = {"budgets": _QUICK_BUDGETS}
     return TableSetup(
         **_network(flags, usual),
         rounds=rounds or 3,
@@ -145,7 +141,7 @@ def _table_setup(
         steps=steps or (3 if quick else 5),
         warmup=1 if quick else 2,
         quick=quick,
-        **chosen,
+        budgets=_budgets(budgets) if budgets is not None else _QUICK_BUDGETS if quick else TableSetup.budgets,
     )
 
 
