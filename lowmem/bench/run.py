@@ -9,7 +9,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from lowmem.bench import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, PLAIN_FREE, Cell, Setup
@@ -28,12 +28,7 @@ _MOST_TIMEOUT_SECONDS = 1800.0
 _VERIFIED = 3  # tries to bear a predicted largest batch out by real steps
 
 
-@dataclass(frozen=True)
-class Task:
-    """A measurement to be made: a cell's, in a round."""
-
-    cell: Cell
-    round: int
+Task = tuple[Cell, int]  # a measurement to be made: a cell's, in a round
 
 
 class Bench:
@@ -61,19 +56,19 @@ class Bench:
 
     def run(self) -> bool:
         """Measures what is not there yet -> whether everything is. What goes wrong in a cell stops no other."""
-        tasks = [task for task in self.tasks() if not _done(task)]
+        tasks = [task for task in self.tasks() if not _done(*task)]
         complete = True
-        for number, task in enumerate(tasks, start=1):
-            if _done(task):  # refused in an earlier round of this run
+        for number, (cell, turn) in enumerate(tasks, start=1):
+            if _done(cell, turn):  # refused in an earlier round of this run
                 continue
-            cell, left = task.cell, min(self._seconds_of(tasks[number - 1 :]), self._left())
+            left = min(self._seconds_of(tasks[number - 1 :]), self._left())
             began = time.monotonic()
-            if self._seconds_of([task]) > self._left():
+            if self._seconds_of([(cell, turn)]) > self._left():
                 complete = False
                 continue
-            self._tell(f"[{number}/{len(tasks)}] {_describe(task)} ({format_duration(left)} left)")
+            self._tell(f"[{number}/{len(tasks)}] {_describe(cell, turn)} ({format_duration(left)} left)")
             try:
-                complete &= self._measure(task)
+                complete &= self._measure(cell, turn)
             except Infeasible as error:
                 cell.prepared, cell.refused = True, f"no plan fits: the least takes {format_size(error.least_bytes)}"
             except LowmemError as error:
@@ -87,11 +82,11 @@ class Bench:
         """The most important first: every cell once, then further rounds. In a round plain is first, for the others are
         held against it, and the order of these is the round's own, so that whatever else the machine does hits all
         alike."""
-        tasks = [Task(cell, 1) for cell in self.cells]
+        tasks = [(cell, 1) for cell in self.cells]
         for number in range(2, max((cell.rounds for cell in self.cells), default=0) + 1):
             again = [cell for cell in self.cells if cell.rounds >= number]
             again = sorted(random.Random(number).sample(again, len(again)), key=lambda one: one.family != PLAIN_DEFAULT)
-            tasks += [Task(cell, number) for cell in again]
+            tasks += [(cell, number) for cell in again]
         return tasks
 
     # -- time ----------------------------------------------------------------------------------------------------------
@@ -111,7 +106,7 @@ class Bench:
         def usual(cell: Cell) -> float:
             return statistics.fmean(alike) if alike and cell.kind == "largest" else cell.weight * guess
 
-        return sum(usual(cell) if (cell := task.cell).seconds is None else cell.seconds for task in tasks)
+        return sum(usual(cell) if cell.seconds is None else cell.seconds for cell, _ in tasks)
 
     def _trial(self, trial: Trial) -> TrialResult | None:
         """None: it was ended because the time is over, which says nothing about it."""
@@ -125,9 +120,9 @@ class Bench:
 
     # -- cells ---------------------------------------------------------------------------------------------------------
 
-    def _measure(self, task: Task) -> bool:
-        """Whether there was time for it."""
-        cell, on_card = task.cell, self.setup.on_card
+    def _measure(self, cell: Cell, turn: int) -> bool:
+        """Whether there was time for it, in this round."""
+        on_card = self.setup.on_card
         if cell.unless is not None and (why := cell.unless(self.cells)) is not None:
             cell.refused = why
             return True
@@ -140,13 +135,13 @@ class Bench:
         trial = self._trial_of(cell)
         if cell.kind == "step":
             # On the CPU operations and bits are the same every time; on a card plain itself may differ from run to run.
-            trial = replace(trial, detailed=on_card or task.round == 1)
+            trial = replace(trial, detailed=on_card or turn == 1)
         elif trial.way in (PLAIN, PLANNED):
             # How much of a plain step the card computes is told in detail.
             trial = replace(trial, eval_batch=cell.batch, detailed=on_card and trial.way == PLAIN)
         result = self._trial(trial)
         if result is not None:
-            cell.trials[str(task.round)] = {**asdict(result), "refused": self._over(cell, result)}
+            cell.trials[str(turn)] = {**asdict(result), "refused": self._over(cell, result)}
         return result is not None
 
     def _trial_of(self, cell: Cell) -> Trial:
@@ -259,15 +254,14 @@ class Bench:
         return True
 
 
-def _done(task: Task) -> bool:
-    return str(task.round) in task.cell.trials or task.cell.refused is not None
+def _done(cell: Cell, turn: int) -> bool:
+    return str(turn) in cell.trials or cell.refused is not None
 
 
-def _describe(task: Task) -> str:
-    cell = task.cell
+def _describe(cell: Cell, turn: int) -> str:
     mode = f"{cell.precision}, {cell.memory_format}"
     if cell.title:
         return cell.title
     if cell.kind == "largest":
         return f"largest batch, {mode}: {cell.label}"
-    return f"round {task.round} of {cell.rounds}, {mode}: {cell.label}"
+    return f"round {turn} of {cell.rounds}, {mode}: {cell.label}"
