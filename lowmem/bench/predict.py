@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import cast
 
 from lowmem.bench import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, Cell, Setup
-from lowmem.calibrate.calibrator import Calibrator
 from lowmem.choose.execution import budget_of, calibrator_of, request_of
 from lowmem.choose.planning import choose, workspaces_of
 from lowmem.choose.request import Budget, Choice, Request, tensors_only
@@ -36,9 +35,7 @@ class Predictor:
 
     def __init__(self, setup: Setup, tell: Callable[[str], None]) -> None:
         self.setup, self._tell = setup, tell
-        self._calibrator: Calibrator | None = None
         self._choices: dict[object, Choice | Infeasible] = {}
-        self._peaks: dict[Mode, int] = {}
 
     # -- a cell --------------------------------------------------------------------------------------------------------
 
@@ -132,9 +129,8 @@ class Predictor:
         return 1
 
     def _plain_peak(self, mode: Mode) -> int:
-        if mode not in self._peaks:
-            self._peaks[mode] = self._way(PLAIN_DEFAULT, mode, self.setup.batch).estimate.peak_allocated_bytes
-        return self._peaks[mode]
+        plain = partial(self._way, PLAIN_DEFAULT, mode, self.setup.batch)
+        return self._requests[True].once(("plain step", mode), plain).estimate.peak_allocated_bytes
 
     # -- budgets -------------------------------------------------------------------------------------------------------
 
@@ -146,7 +142,8 @@ class Predictor:
         budget = self._requests[measured].budget
         if vram_bytes is None:
             return budget
-        other, _ = budget_of(self._config_for(vram_bytes), self.setup.pictures, self._calibrator)
+        calibrator = self._requests[True].calibrator
+        other, _ = budget_of(self._config_for(vram_bytes), self.setup.pictures, calibrator)
         return replace(other, workspace_bytes=budget.workspace_bytes)
 
     def _tensors(self, tensor_bytes: int) -> Budget:
@@ -174,8 +171,7 @@ class Predictor:
         since the card may have to be asked for it."""
         # On the CPU a run needs a budget, and gets each cell's own.
         config = self._config_for(None if self.setup.on_card else _PLENTY)
-        self._calibrator = calibrator_of(config, self._tell)
-        asked = request_of(config, 10, self.setup.pictures, self._calibrator)
+        asked = request_of(config, 10, self.setup.pictures, calibrator_of(config, self._tell))
         rough = replace(asked, calibrator=None)
         if asked.budget.on_card:  # measured workspaces are in what was simulated
             rough = replace(rough, known={}, budget=replace(asked.budget, workspace_bytes=workspace_cap_bytes()))
