@@ -71,6 +71,7 @@ class _Work:
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
         self.cuda = trial.device == "cuda"
+        self.wait: Callable[[], object] = torch.cuda.synchronize if self.cuda else lambda: None
         prepare_libraries(Numerics(trial.deterministic, trial.tf32))
         # Before CUDA is first used: what the card is fuller by since then is this process's, the context included.
         self.meter = Meter(trial.device)
@@ -218,17 +219,13 @@ class _Work:
 
     def _timed_step(self) -> float:
         images, labels = self._batch()
-        self._wait()
+        self.wait()
         began = time.perf_counter()
         totals = self._step(images, labels)
-        self._wait()
+        self.wait()
         seconds = time.perf_counter() - began
         self.losses.append(float(totals[0]) / self.trial.batch)
         return seconds
-
-    def _wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:
