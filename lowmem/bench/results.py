@@ -210,11 +210,13 @@ class Results:
             raise UsageError(f"{self.folder} has the results of something else ({'; '.join(differing)}): {way_out}")
         return {cell.key: cell for cell in cells}
 
-    def save(self, cells: Sequence[Cell], finished: bool, picture: bytes | None = None) -> Account:
+    def save(
+        self, cells: Sequence[Cell], finished: bool, draw: Callable[[Account], bytes | None] = lambda _: None
+    ) -> Account:
         """After each measurement; at last with the picture. Raises DiskError."""
         account = self._account(self._setup, self._environment, cells, finished)
         texts = (account.json().encode(), account.csv().encode(), account.markdown().encode())
-        for file, content in zip(self.files, (*texts, picture), strict=True):
+        for file, content in zip(self.files, (*texts, draw(account)), strict=True):
             try:
                 if content is not None:
                     write_bytes_atomic(file, content)

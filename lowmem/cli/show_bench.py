@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from rich.live import Live
 from rich.table import Table as ShownTable
 from rich.text import Text
 
-from lowmem.bench import FIRST_MODE, LEAST, Cell, Setup, acceptance, plain_of, tables
+from lowmem.bench import FIRST_MODE, LEAST, Cell, Setup, acceptance, tables
 from lowmem.bench.acceptance import KINDS, AcceptanceSetup, acceptance_cells
 from lowmem.bench.results import Account, Environment, Results, ResultTable, Row
 from lowmem.bench.run import Bench
@@ -64,7 +63,7 @@ def show_bench(
         if there := sum(len(cell.trials) for cell in cells):
             tell(f"{there} measurements are there from before and are not made again")
         complete = _measure(setup, cells, results, tell, seconds, "the same command goes on from there")
-        account = results.save(cells, complete, _bench_picture(setup, environment, cells))
+        account = results.save(cells, complete, partial(_bench_picture, setup, environment, cells))
         written = [file for file in results.files if file.stat().st_size]
     _print(setup, account)
     if not complete:
@@ -90,8 +89,7 @@ def show_acceptance(
     with Results(out, setup, environment, acceptance.account) as results:
         tell = partial(print, flush=True)
         _measure(setup, all_cells, results, tell, 60 * setup.minutes)
-        account = acceptance.account(setup, environment, all_cells, finished=True)
-        results.save(all_cells, True, _acceptance_picture(setup, environment, account))
+        account = results.save(all_cells, True, partial(_acceptance_picture, setup, environment))
     print("\n" + account.markdown())
     print(f"written: {', '.join(map(str, results.files))}")
 
@@ -210,19 +208,18 @@ def _shown(table: ResultTable, room: int) -> ShownTable:
 # -- pictures (matplotlib is imported only if there is something to draw) ----------------------------------------------
 
 
-def _bench_picture(setup: Setup, environment: Environment, cells: Sequence[Cell]) -> bytes | None:
+def _bench_picture(setup: Setup, environment: Environment, cells: Sequence[Cell], account: Account) -> bytes | None:
     """None if there is nothing to draw."""
     from lowmem.report.method_figures import MeasuredPoint, draw_bench
 
     curves: dict[str, list[MeasuredPoint]] = {}
-    for cell in (cell for cell in cells if cell.kind == "step" and cell.mode == FIRST_MODE):
-        ratios, peak = cell.ratios(plain_of(cells, cell)), _mib(cell.most("peak_allocated_bytes"))
-        if not ratios or peak is None:
+    for cell, row in zip(cells, account.rows, strict=True):
+        peak, predicted = _mib(row["peak_allocated_bytes"]), _mib(row["predicted_allocated_bytes"])
+        if cell.kind != "step" or cell.mode != FIRST_MODE or not row["ratios"] or peak is None:
             continue
         note = f"{cell.budget:.0%}" if isinstance(cell.budget, float) else "least" if cell.budget == LEAST else ""
-        time = {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-        point = MeasuredPoint(mib=peak, predicted_mib=_mib(cell.predicted_allocated_bytes), note=note, **time)
-        curves.setdefault(cell.family, []).append(point)
+        times = row["times_plain"], row["least_times_plain"], row["most_times_plain"]
+        curves.setdefault(cell.family, []).append(MeasuredPoint(peak, predicted, *times, note))
     if not curves:
         return None
     where = environment.get("card") or "CPU"
