@@ -4,9 +4,9 @@ library's ways of doing a step as for the engine's plans. And the search for the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, partial
-from typing import cast
+from typing import NamedTuple, cast
 
 from lowmem.bench import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, Cell, Setup
 from lowmem.choose.execution import budget_of, calibrator_of, request_of
@@ -215,43 +215,33 @@ class Predictor:
         return int(_WITHOUT_GAPS * guess) if cell.family == ENGINE and budget.on_card else guess
 
 
-@dataclass
-class Search:
-    """Where a search stands: `tried`: (batch, whether it held), in order."""
+class Search(NamedTuple):
+    """The largest batch that held, the smallest that did not (None: not found); (batch, whether it held), in order."""
 
-    tried: list[tuple[int, bool]] = field(default_factory=list)
-
-    @property
-    def holds(self) -> int | None:
-        """The largest batch that did; None: not found yet."""
-        return max((batch for batch, held in self.tried if held), default=None)
-
-    @property
-    def fails(self) -> int | None:
-        """The smallest that did not."""
-        return min((batch for batch, held in self.tried if not held), default=None)
+    holds: int | None
+    fails: int | None
+    tried: list[tuple[int, bool]]
 
 
 def largest(holds: Callable[[int], bool | None], guess: int, unit: int, most: int) -> Search:
     """The largest multiple of `unit` that `holds`, from a guess: doubling steps away from it until both a batch that
     holds and one that does not are known, then bisection until they are neighbours. `most` tries at most; `holds`
     answers None when there is no time left for one."""
-    search = Search()
+    found = failed = None
+    tried: list[tuple[int, bool]] = []
     at = max(unit, guess // unit * unit)
     step = max(unit, at // 32 // unit * unit)
-    while len(search.tried) < most:
-        held = holds(at)
-        if held is None:
-            break
-        search.tried.append((at, held))
-        if search.holds is not None and search.fails is not None:
-            if search.fails - search.holds <= unit:
+    while len(tried) < most and (held := holds(at)) is not None:
+        tried.append((at, held))
+        found, failed = (at, failed) if held else (found, at)
+        if found is not None and failed is not None:
+            if failed - found <= unit:
                 break
-            at = (search.holds + search.fails) // 2 // unit * unit
+            at = (found + failed) // 2 // unit * unit
         elif held:
             at, step = at + step, 2 * step
         elif at == unit:
             break
         else:
             at, step = max(unit, at - step), 2 * step
-    return search
+    return Search(found, failed, tried)
