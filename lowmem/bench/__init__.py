@@ -182,12 +182,11 @@ class Cell:
 
     def ratios(self, plain: Cell | None) -> list[float]:
         """Its step's time to plain's of the same round, for the rounds that both have."""
-        if plain is None:
-            return []
+        of_plain = {} if plain is None else plain.trials
         return [
             mine["step_seconds"] / theirs["step_seconds"]
             for number, mine in sorted(self.trials.items())
-            if (theirs := plain.trials.get(number)) and mine.get("step_seconds") and theirs.get("step_seconds")
+            if (theirs := of_plain.get(number)) and mine.get("step_seconds") and theirs.get("step_seconds")
         ]
 
     # -- its file ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from functools import partial
 
 from lowmem.bench import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, PLAIN_FREE, Cell, Setup
 from lowmem.bench.plan_checks import GRADIENTS, SURVIVAL, PlanQuestion
@@ -25,6 +25,7 @@ from lowmem.trial import PLAIN, PLANNED, Trial, TrialResult, run_trial, verdict
 _FIRST_GUESS_SECONDS = {"cpu": 6.0, "cuda": 15.0}  # of a trial, until one was seen
 _LEAST_TIMEOUT_SECONDS = 5.0
 _MOST_TIMEOUT_SECONDS = 1800.0
+_HOLDS = "holds"
 _VERIFIED = 3  # tries to bear a predicted largest batch out by real steps
 
 
@@ -187,17 +188,10 @@ class Bench:
 
         search = largest(fits, guess, unit, self.setup.tries)
         if cell.by_trials:
-            kept: dict[int, dict[str, Any]] = {}
-
-            def holds(batch: int) -> bool | None:
-                if held := self._try(cell, batch, budget):
-                    kept[batch] = cell.trials
-                return held
-
+            holds = partial(self._try, cell, budget=budget)
             search = largest(holds, search.holds or unit, unit, self.setup.tries)
             cell.facts |= {"holds": search.holds, "fails": search.fails}
-            if search.holds is not None:
-                cell.batch, cell.trials = search.holds, kept[search.holds]
+            cell.batch = search.holds or cell.batch
         else:
             cell.facts |= {"fails": search.fails, "predicted": search.tried}
             batch = search.holds
@@ -218,16 +212,19 @@ class Bench:
         return True
 
     def _try(self, cell: Cell, batch: int, budget: Budget) -> bool | None:
-        """Whether real steps hold; None if there was no time, or they failed otherwise than for memory."""
+        """Whether real steps hold; None if there was no time, or they failed otherwise than for memory. The cell keeps
+        the last ones that held, if any did."""
+        held = any(said == _HOLDS for _, said in cell.facts["tried"])
         steps = self.setup.largest_steps
         trial = replace(self._trial_of(cell), batch=batch, steps=steps, warmup=1, eval_batch=batch)
         result = self._trial(trial) if self._left() else None
         if result is None:
-            cell.trials = {}
+            cell.trials = cell.trials if held else {}
             return None
         refused, for_memory = verdict(result, budget, self.setup.device)
-        cell.facts["tried"].append((batch, refused or "holds"))
-        cell.trials = {"1": {**asdict(result), "refused": refused}}
+        cell.facts["tried"].append((batch, refused or _HOLDS))
+        if refused is None or not held:
+            cell.trials = {"1": {**asdict(result), "refused": refused}}
         return refused is None or (False if for_memory else None)
 
     def _check(self, cell: Cell) -> bool:
