@@ -1,7 +1,4 @@
-"""The measuring of `lowmem bench`, tables and acceptance suite alike: cell by cell, in rounds, within a limit of time.
-
-Each measurement is made in a clean process. After each one the cells so far are handed on, so that a kill keeps them.
-"""
+"""The measuring of `lowmem bench`, tables and acceptance suite alike: cell by cell, in rounds, within a time limit."""
 
 from __future__ import annotations
 
@@ -34,10 +31,9 @@ Task = tuple[Cell, int]  # a measurement to be made: a cell's, in a round
 
 class Bench:
     """One run over cells; those of them that are measured already are not measured again. `tell` gets a line before
-    each measurement, `save` hears after each, and at last, whether everything is measured. `call`: how a function is
-    run in a process of its own.
-
-    `seconds`: how long it may take in all; what no longer fits into it is left out, and its cell says so.
+    each measurement; `save` hears after each, so that a kill keeps it, and at last, whether everything is measured.
+    `call`: how a function is run in a process of its own. `seconds`: how long it may take in all; what no longer fits
+    into it is left out, and its cell says so.
     """
 
     def __init__(

@@ -123,10 +123,7 @@ def _most(*sizes: int | None) -> int | None:
 
 
 def run_trial(trial: Trial, timeout_seconds: float = 600.0, call: Call = run) -> TrialResult:
-    """The trial in a process of its own: nothing of another is cached, fragmented or still allocated.
-
-    Out of memory, a crash, or taking longer than `timeout_seconds` is a refusal.
-    """
+    """The trial in a process of its own: nothing of another is cached, fragmented or still allocated."""
     environment = environment_for(Numerics(trial.deterministic, trial.tf32))
     outcome = call(WORK, asdict(trial), timeout_seconds=timeout_seconds, environment=environment)
     return result_of(outcome.answer_or_refusal)
