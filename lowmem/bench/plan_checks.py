@@ -88,7 +88,7 @@ def _compare(question: PlanQuestion, batch: int) -> dict[str, Any]:
     plan = question.planned
     execution = Execution(question.device, plan.precision, plan.memory_format)
     model = network(question, execution)
-    planned, norms = apply_plan(model, plan), nullcontext if plan.library_norm else partial(native_norms, model)
+    planned, norms = apply_plan(model, plan), nullcontext if plan.library_norm else native_norms
     buffers = [(buffer, buffer.to("cpu", copy=True)) for buffer in model.buffers()]
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, 32, 32, generator=generator).to(question.device)

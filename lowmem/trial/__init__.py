@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lowmem.choose.request import Budget
@@ -197,28 +198,18 @@ def checkpointed(model: ResNet, **options: Any) -> ResNet:
 
 
 @contextmanager
-def native_norms(model: nn.Module) -> Iterator[None]:
-    """While it lasts, the model's batch norms run on torch's native kernels under autograd, where `F.batch_norm` may
-    prefer cuDNN's: what a plan on native kernels is held against."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.forward = partial(_native_norm, norm)  # type: ignore[method-assign]
+def native_norms() -> Iterator[None]:
+    """While it lasts, batch norm under autograd runs on torch's native kernels, where the library may prefer cuDNN's:
+    what a plan on native kernels is held against."""
+
+    def native(z: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, *others: Any) -> Tensor:
+        return torch.native_batch_norm(z, weight, bias, mean, var, *others)[0]
+
+    usual, functional.batch_norm = functional.batch_norm, native  # type: ignore[assignment]
     try:
         yield
     finally:
-        for norm in norms:
-            del norm.forward
-
-
-def _native_norm(norm: nn.BatchNorm2d, z: Tensor) -> Tensor:
-    """`nn.BatchNorm2d.forward` of a norm with running statistics, in training."""
-    assert norm.training
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-    statistics = (norm.running_mean, norm.running_var)
-    out: Tensor = torch.native_batch_norm(z, norm.weight, norm.bias, *statistics, True, momentum, norm.eps)[0]
-    return out
+        functional.batch_norm = usual
 
 
 def executed(model: ResNet, way: str, plan: Plan | Schedule | None = None) -> nn.Module:
