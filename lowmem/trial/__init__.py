@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lowmem.choose.request import Budget
 from lowmem.core.units import format_size
@@ -183,12 +183,6 @@ def excess(measured: float | None, predicted: float | None) -> float | None:
 # -- the ways of doing a step -----------------------------------------------------------------------------------------
 
 
-def save_convolutions(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Everything but convolutions is computed again. Under autocast on CUDA too: what is called is the same."""
-    saved = operation is torch.ops.aten.convolution.default
-    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 def checkpointed(model: ResNet, **options: Any) -> ResNet:
     """The model with `torch.utils.checkpoint` around every block; changes it in place."""
     for stage in model.stages():
@@ -219,7 +213,8 @@ def executed(model: ResNet, way: str, plan: Plan | Schedule | None = None) -> nn
     if way == PER_BLOCK:
         return checkpointed(model)
     if way == SELECTIVE:
-        return checkpointed(model, context_fn=partial(create_selective_checkpoint_contexts, save_convolutions))
+        saved = [torch.ops.aten.convolution.default]  # under autocast on CUDA too: what is called is the same
+        return checkpointed(model, context_fn=partial(create_selective_checkpoint_contexts, saved))
     if way == PLAIN:
         return model
     raise ValueError(f"{way!r} is no way of doing a step: {PLAIN}, {PER_BLOCK}, {SELECTIVE}, or {PLANNED} with a plan")
