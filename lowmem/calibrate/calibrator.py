@@ -287,7 +287,6 @@ def _way(shape: StepShape) -> tuple[str, str]:
 
 
 def _network(shape: StepShape) -> Job:
-    """Of a job, which network runs how."""
     return {"network": _recipe(shape.model), "precision": shape.precision, "memory_format": shape.memory_format}
 
 

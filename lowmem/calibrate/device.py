@@ -84,7 +84,6 @@ class DeviceFacts:
     link: tuple[int | None, int | None]
 
     def identity(self, numerics: Numerics) -> Identity:
-        """What figures measured on it are filed under."""
         return Identity(
             device="cuda",
             name=self.name,
@@ -96,7 +95,6 @@ class DeviceFacts:
 
 
 def cpu_identity() -> Identity:
-    """What figures measured on the processor are filed under."""
     return Identity(
         device="cpu",
         name=processor_name() or "processor",

@@ -62,7 +62,6 @@ def measure(jobs: Sequence[Job], device: str, numerics: Numerics) -> Figures:
 
 
 def perform(task: Mapping[str, Any]) -> Figures:
-    """Here and now."""
     device, figures = task["device"], Figures()
     if device == "cuda":
         prepare_libraries(Numerics(**task["numerics"]))
@@ -95,7 +94,6 @@ def _mode(device: str, *, figure: str, **chain: Any) -> Figures:
 
 
 def _busy(device: str, *, figure: str, image_shape: Sequence[int], **chain: Any) -> Figures:
-    """How many pictures keep a card busy, see `smallest_busy`."""
     return {
         figure: smallest_busy(
             lambda batch: if_it_fits(_clock(device, input_shape=(batch, *image_shape), **chain).bound_by_host)
@@ -118,7 +116,6 @@ def smallest_busy(bound_by_host: Callable[[int], bool | None]) -> int:
 
 
 def _update(device: str, *, figure: str, network: Mapping[str, Any], momentum: bool) -> Figures:
-    """The optimizer's step over all parameters."""
     model = build(**network).to(device)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -183,7 +180,6 @@ RATED = {"copy": 2.0 * _COPIED_BYTES, "fp32": 2.0 * _SIDE**3, "low": 2.0 * _SIDE
 
 
 def _rates(device: str, *, copy: str, fp32: str, low: str) -> Figures:
-    """Seconds of what is RATED."""
     source = torch.zeros(_COPIED_BYTES // 4, device=device)
     target = torch.empty_like(source)
     seconds = {copy: time_calls(lambda: target.copy_(source), device).median_seconds}

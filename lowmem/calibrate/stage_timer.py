@@ -100,7 +100,6 @@ class ChainClock:
         return [known[key] for key in keys]
 
     def _stages(self) -> Iterator[_StageClock]:
-        """Every stage of the chain on its own input."""
         device, layout = self.execution.device, self.execution.torch_memory_format
         x = torch.randn(self.input_shape, device=device).contiguous(memory_format=layout)
         need_input = masked = False
@@ -142,8 +141,6 @@ def call_engine(y: Tensor, grad: Tensor) -> None:
 
 
 class _StageClock:
-    """One stage on its input."""
-
     def __init__(self, clock: ChainClock, stage: Stage, x: Tensor, need_input: bool, masked: bool) -> None:
         self.clock, self.stage, self.x = clock, stage, x
         self.need_input, self.masked = need_input, masked
@@ -219,7 +216,6 @@ class _StageClock:
 
     @cached_property
     def _copying(self) -> float:
-        """Seconds of making a gradient of the output's size."""
         return self._time(self.like.clone)
 
     def _pass(self) -> StagePass:

@@ -127,7 +127,6 @@ class Planner:
         return [tuple(mode) for mode in self.everyone(lambda rank: [plans[rank].precision, plans[rank].memory_format])]
 
     def _balance(self, batch: int, mode: Mode | None, accumulate: bool) -> BatchSplit | None:
-        """See `balance`."""
 
         def seconds(rank: int, share: int) -> float | None:
             try:

@@ -42,7 +42,6 @@ def _arithmetic(plan: Plan) -> str:
 
 
 def cost(plan: Plan) -> str:
-    """The overhead in words."""
     overhead = plan.predicted.overhead
     if overhead is None:
         return "unknown"
@@ -89,7 +88,6 @@ def memory_table(choice: Choice) -> list[tuple[str, int]]:
 
 
 def memory_lines(choice: Choice) -> list[str]:
-    """`memory_table` as text."""
     (source, total), *parts = memory_table(choice)
     lines = [f"Where {format_size(total)} go ({source})"]
     lines += [_row(name, size) for name, size in parts]

@@ -119,7 +119,6 @@ def _first_that_fits(request: Request) -> Choice | Infeasible:
 
 
 def _candidates(request: Request) -> Iterator[tuple[str, int]]:
-    """Precision and micro-batch."""
     micro = request.micro_batch or request.batch
     yield from product(request.modes, (micro,))
     accumulates = request.allow_accumulation and request.micro_batch is None

@@ -214,7 +214,6 @@ class Request:
         )
 
     def once(self, key: object, make: Callable[[], _T]) -> _T:
-        """What is known under the key, or made now."""
         if key not in self.known:
             self.known[key] = make()
         found: _T = self.known[key]
