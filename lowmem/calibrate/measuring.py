@@ -189,11 +189,5 @@ def _rates(device: str, *, copy: str, fp32: str, low: str) -> Figures:
     return {figure: [taken, 0.0, 0.0] for figure, taken in seconds.items()}
 
 
-_KINDS: Mapping[str, Callable[..., Figures]] = {
-    "stages": _stages,
-    "mode": _mode,
-    "busy": _busy,
-    "update": _update,
-    "convolutions": _convolutions,
-    "rates": _rates,
-}
+_JOBS: tuple[Callable[..., Figures], ...] = (_stages, _mode, _busy, _update, _convolutions, _rates)
+_KINDS = {job.__name__.removeprefix("_"): job for job in _JOBS}
