@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -171,13 +171,16 @@ class _StageClock:
         return Seconds(0.0, max(seconds, _LEAST_SECONDS))
 
     def plain_timing(self) -> Timing:
-        """Of forward and backward under autograd, with a copy of the gradient and a call of the engine."""
+        """Of forward and backward under autograd, as the untouched model has them, with a copy of the gradient and a
+        call of the engine."""
+        stage = self.stage
+        forward = stage.function if isinstance(stage, OpaqueStage) else cast(ConvBlock, stage).plain
 
         def whole() -> None:
             leaf = self.x.detach().requires_grad_(self.need_input)
             self._forget()
             with torch.enable_grad(), self.clock.execution.autocast():
-                y = _plain_forward(self.stage, leaf)
+                y = forward(leaf)
             if y.requires_grad:
                 call_engine(y, self.like.to(y.dtype, copy=True))
 
@@ -227,11 +230,3 @@ class _StageClock:
     def _forget(self) -> None:
         for parameter in self.stage.parameters():
             parameter.grad = None
-
-
-def _plain_forward(stage: Stage, x: Tensor) -> Tensor:
-    """What the untouched model computes there, recorded by autograd."""
-    if isinstance(stage, OpaqueStage):
-        return stage.function(x)
-    assert isinstance(stage, ConvBlock)
-    return stage.plain(x)
