@@ -127,7 +127,6 @@ def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None)
             last_options=tuple(option for last, option in options if last),
             fast_seconds=seconds(stage, FAST, stage.fast_work, ()).forward,
             fast_temp_bytes=stage.fast_temp_bytes,
-            fast_flops=_flops(stage.fast_work),
             param_grad_bytes=0 if measured.accumulates else stage.param_grad_bytes,
         )
 
@@ -141,17 +140,12 @@ def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None)
         outside_peak_bytes=measured.fixed_bytes + measured.parameter_bytes,
         outside_seconds=0.0 if times is None else times.outside_seconds,
         plain_seconds=sum(seconds(stage, PLAIN, (), _plain_work(stage)).backward for stage in measured.stages),
-        plain_flops=sum(_flops(_plain_work(stage)) for stage in measured.stages),
     )
 
 
 def _plain_work(stage: StageMeasure) -> tuple[KernelWork, ...]:
     plain = next(option for option in stage.options if option.option.policy == SAVE_ALL)
     return (*plain.forward_work, *plain.backward_work)
-
-
-def _flops(work: Iterable[KernelWork]) -> int:
-    return sum(one.flops for one in work)
 
 
 def _options(stage: Stage) -> list[Option]:
@@ -169,10 +163,7 @@ def _option_cost(measure: OptionMeasure, seconds: Seconds) -> OptionCost:
         kept_bytes=measure.kept_bytes,
         forward_temp_bytes=measure.forward_temp_bytes,
         backward_temp_bytes=measure.backward_temp_bytes,
-        forward_flops=_flops(measure.forward_work),
-        backward_flops=_flops(measure.backward_work),
         restore_seconds=seconds.restore,
         restore_temp_bytes=measure.restore_temp_bytes,
-        restore_flops=_flops(measure.restore_work),
         restored_bytes=measure.restored_bytes,
     )

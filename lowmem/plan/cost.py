@@ -77,11 +77,8 @@ class OptionCost:
     kept_bytes: int  # S, with the output unless that is dropped
     forward_temp_bytes: int  # tf
     backward_temp_bytes: int  # tb
-    forward_flops: int = 0
-    backward_flops: int = 0
     restore_seconds: float = 0.0
     restore_temp_bytes: int = 0
-    restore_flops: int = 0
     restored_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -110,7 +107,6 @@ class StageCost:
     options: tuple[OptionCost, ...]
     fast_seconds: float  # f0: forward that saves nothing
     fast_temp_bytes: int  # t0: above input and output
-    fast_flops: int = 0
     param_grad_bytes: int = 0  # come to exist at this stage's backward and stay
     last_options: tuple[OptionCost, ...] = ()
 
@@ -150,8 +146,8 @@ class ChainCost:
 
     `fixed_bytes` exist all through the step: parameters, momentum, buffers, the input batch and whatever else the
     caller holds (with accumulation also the parameter gradients: then every `param_grad_bytes` is 0).
-    `outside_peak_bytes` is the step's peak outside of forward and backward (the optimizer's), in all. `plain_*` is the
-    untouched step under autograd, forward and backward, to which overhead is relative.
+    `outside_peak_bytes` is the step's peak outside of forward and backward (the optimizer's), in all. `plain_seconds`:
+    of the untouched step under autograd, forward and backward, to which overhead is relative.
     """
 
     stages: tuple[StageCost, ...]
@@ -161,7 +157,6 @@ class ChainCost:
     outside_peak_bytes: int = 0
     outside_seconds: float = 0.0  # the optimizer's step and whatever no schedule changes
     plain_seconds: float | None = None  # without outside_seconds
-    plain_flops: int | None = None
     # x and g of all boundaries 0..n, and the parameter gradients of the stages behind them, derived
     boundary_bytes: tuple[int, ...] = field(init=False, repr=False, compare=False)
     boundary_grad_bytes: tuple[int, ...] = field(init=False, repr=False, compare=False)
@@ -185,11 +180,10 @@ class ChainCost:
 
 
 def _check_figures(cost: Any) -> None:
-    """Bytes are integers (invariant 6), as operations are; seconds are finite."""
+    """Bytes are integers (invariant 6), seconds are finite."""
     for figure in fields(cost):
         value: Any = getattr(cost, figure.name, None)
-        unit = figure.name.rpartition("_")[2]
         if figure.type == "int" and (type(value) is not int or value < 0):
-            raise ValueError(f"{figure.name} is a count of {unit}, not {value!r}")
+            raise ValueError(f"{figure.name} is a count of bytes, not {value!r}")
         if figure.type == "float" and not 0 <= value < float("inf"):
             raise ValueError(f"{figure.name} is a number of seconds, not {value!r}")

@@ -41,9 +41,7 @@ class Solution:
     schedule: Schedule
     peak: Moment
     seconds: float
-    flops: int
     overhead: float | None  # over plain autograd, as a share; None if that was not measured
-    extra_flops: int | None  # likewise
 
     @property
     def peak_bytes(self) -> int:
@@ -66,9 +64,7 @@ def evaluate(schedule: Schedule, chain: ChainCost, strategy: str = "") -> Soluti
         schedule=schedule,
         peak=peak,
         seconds=run.seconds + outside,
-        flops=run.flops,
         overhead=None if plain is None else (run.seconds - plain) / (plain + outside),
-        extra_flops=None if chain.plain_flops is None else run.flops - chain.plain_flops,
     )
 
 
@@ -84,7 +80,7 @@ class Walk:
     def __init__(self, chain: ChainCost) -> None:
         self.chain = chain
         self.held = chain.boundary_grad_bytes[len(chain)]  # the gradient of the output is charged from the beginning
-        self.param_grads = self.flops = 0
+        self.param_grads = 0
         self.seconds = self.forward_seconds = 0.0  # the latter: before the backward
         self.ended: dict[int, float] = {}  # per stage, `seconds` when its backward is done
         self._most = -1
@@ -105,10 +101,6 @@ class Walk:
         if (total := self.held + self.param_grads + temporary) > self._most:
             self._most = total
             self.peak = self.moment(f"{what} of {self.chain.stages[stage].name}{policy}", temporary)
-
-    def spend(self, seconds: float, flops: int) -> None:
-        self.seconds += seconds
-        self.flops += flops
 
     def items(self, items: tuple[Item, ...], inside: bool = False) -> None:
         """Forward, then backward; the gradient of the last one's output is held on entry, that of the first one's input
@@ -138,7 +130,7 @@ class Walk:
         """Makes the input of a stage again, which the stage before dropped."""
         assert option is not None
         self.touch("restoring the input", start, option.restore_temp_bytes)
-        self.spend(option.restore_seconds, option.restore_flops)
+        self.seconds += option.restore_seconds
         self.held += self.chain.boundary_bytes[start] + option.restored_bytes
 
     def forward(self, item: Item, free_input: bool, last: bool) -> OptionCost | None:
@@ -149,7 +141,7 @@ class Walk:
             if not item.policy.fused:
                 temporary = option.kept_bytes + option.forward_temp_bytes
                 self.touch("forward", item.stage, temporary, f" under {item.policy}")
-            self.spend(option.forward_seconds, option.forward_flops)
+            self.seconds += option.forward_seconds
             drops = item.policy.drop_output
             self.held += option.kept_bytes + (x[item.end + 1] if drops else 0) - (x[item.start] if free_input else 0)
             return option if drops else None
@@ -159,7 +151,7 @@ class Walk:
         for index in range(item.start, item.end + 1):
             stage = self.chain.stages[index]
             self.touch("fast forward", index, x[index + 1] + stage.fast_temp_bytes)
-            self.spend(stage.fast_seconds, stage.fast_flops)
+            self.seconds += stage.fast_seconds
             self.held += x[index + 1] - (x[index] if index > item.start or free_input else 0)
         return None
 
@@ -171,7 +163,7 @@ class Walk:
         stage = self.chain.stages[item.stage]
         option = stage.option(item.policy, last)
         self.touch("backward", item.stage, option.backward_temp_bytes, f" under {item.policy}")
-        self.spend(option.backward_seconds, option.backward_flops)
+        self.seconds += option.backward_seconds
         self.ended[item.stage] = self.seconds
         self.held += g[item.stage] - g[item.stage + 1] - option.kept_bytes
         self.param_grads += stage.param_grad_bytes
