@@ -4,7 +4,7 @@ roofline, or as they were measured on the device."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
@@ -14,13 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowmem.calibrate.calibrator import StageTimes
 from lowmem.calibrate.stage_timer import FAST, PLAIN, Seconds, Timed
 from lowmem.config.schema import OptimConfig
-from lowmem.plan.cost import ChainCost, KernelWork, OptionCost, Rates, StageCost
+from lowmem.plan.cost import ChainCost, KernelWork, Rates, StageCost
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, PolicyKind
 from lowmem.remat import decompose
 from lowmem.remat.block import ConvBlock
 from lowmem.remat.stage import Stage, StagePass
 from lowmem.simulate import Call, Recorder, StepShape, empty_copy
-from lowmem.simulate.stage import Option, OptionMeasure, StageMeasure, measure_chain
+from lowmem.simulate.stage import Option, StageMeasure, measure_chain
 from lowmem.step.train_step import TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
 
@@ -118,7 +118,13 @@ def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None)
         options = []
         for one in stage.options:
             took = seconds(stage, one.option, one.forward_work, one.backward_work, one.restore_work)
-            options.append((one.option.last, _option_cost(one, took)))
+            priced = replace(
+                one.cost,
+                forward_seconds=took.forward,
+                backward_seconds=took.backward,
+                restore_seconds=took.restore,
+            )
+            options.append((one.option.last, priced))
         return StageCost(
             name=name,
             input_bytes=stage.input_bytes,
@@ -153,17 +159,3 @@ def _options(stage: Stage) -> list[Option]:
     # A segment's last stage is best FUSED; the other ways are for the baselines.
     lasts = [Option(policy, last=True) for policy in (SAVE_ALL, LEAN, INPUT_ONLY) if policy in usual]
     return [*map(Option, usual), *lasts]
-
-
-def _option_cost(measure: OptionMeasure, seconds: Seconds) -> OptionCost:
-    return OptionCost(
-        policy=measure.option.policy,
-        forward_seconds=seconds.forward,
-        backward_seconds=seconds.backward,
-        kept_bytes=measure.kept_bytes,
-        forward_temp_bytes=measure.forward_temp_bytes,
-        backward_temp_bytes=measure.backward_temp_bytes,
-        restore_seconds=seconds.restore,
-        restore_temp_bytes=measure.restore_temp_bytes,
-        restored_bytes=measure.restored_bytes,
-    )

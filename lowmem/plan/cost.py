@@ -72,8 +72,8 @@ class OptionCost:
     """
 
     policy: BlockPolicy
-    forward_seconds: float  # f
-    backward_seconds: float  # b
+    forward_seconds: float = 0.0  # f
+    backward_seconds: float = 0.0  # b
     kept_bytes: int  # S, with the output unless that is dropped
     forward_temp_bytes: int  # tf
     backward_temp_bytes: int  # tb

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem.plan.cost import KernelWork
+from lowmem.plan.cost import KernelWork, OptionCost
 from lowmem.plan.policy import BlockPolicy
 from lowmem.remat.kernels import mask_relu
 from lowmem.remat.stage import Saved, Stage, StagePass
@@ -29,14 +29,10 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class OptionMeasure:
-    """Bytes above the chain's; the fields of `lowmem.plan.cost.OptionCost` have the same names and meaning."""
+    """Bytes above the chain's, in a cost that has no seconds yet, and the operations that take them."""
 
     option: Option
-    kept_bytes: int
-    forward_temp_bytes: int
-    backward_temp_bytes: int
-    restore_temp_bytes: int
-    restored_bytes: int  # beside the output, from restoring to the stage's own backward
+    cost: OptionCost
     forward_work: tuple[KernelWork, ...]
     backward_work: tuple[KernelWork, ...]
     restore_work: tuple[KernelWork, ...]
@@ -138,11 +134,14 @@ class _StageBench:
         tb, backward_work = self._backward(like, saved, memo)
         return OptionMeasure(
             option=option,
-            kept_bytes=kept,
-            forward_temp_bytes=max(0, peak - kept),
-            backward_temp_bytes=max(0, tb + restored - counted),
-            restore_temp_bytes=restore_temp,
-            restored_bytes=restored,
+            cost=OptionCost(
+                policy=option.policy,
+                kept_bytes=kept,
+                forward_temp_bytes=max(0, peak - kept),
+                backward_temp_bytes=max(0, tb + restored - counted),
+                restore_temp_bytes=restore_temp,
+                restored_bytes=restored,
+            ),
             forward_work=forward_work,
             backward_work=backward_work,
             restore_work=restore_work,
