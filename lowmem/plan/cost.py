@@ -127,11 +127,6 @@ class StageCost:
         """Those that can be used at any place of a chain: not fused, output kept."""
         return tuple(option for option in self.options if option.policy.anywhere)
 
-    @property
-    def ending(self) -> tuple[OptionCost, ...]:
-        """What a solver considers for the last stage of a segment, beside FUSED."""
-        return self.last_options or self.anywhere
-
     def option(self, policy: BlockPolicy, last: bool = False) -> OptionCost:
         """`last`: as the last stage of a segment. Raises KeyError if the stage has no such policy."""
         for option in (*self.last_options, *self.options) if last else self.options:

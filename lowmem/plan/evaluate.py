@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lowmem.core.errors import Infeasible
 from lowmem.core.units import format_size
 from lowmem.plan.cost import ChainCost, OptionCost
 from lowmem.plan.policy import Item, Keep, Schedule, Segment
@@ -37,7 +36,6 @@ class Moment:
 class Solution:
     """A schedule and what a step takes with it under the cost model: the one result of every solver and baseline."""
 
-    strategy: str
     schedule: Schedule
     peak: Moment
     seconds: float
@@ -48,7 +46,7 @@ class Solution:
         return self.peak.total_bytes
 
 
-def evaluate(schedule: Schedule, chain: ChainCost, strategy: str = "") -> Solution:
+def evaluate(schedule: Schedule, chain: ChainCost) -> Solution:
     """Runs the schedule on the cost model. Raises ValueError if it is not one of this chain, KeyError if a stage has no
     such policy."""
     schedule.check_covers(len(chain))
@@ -60,18 +58,11 @@ def evaluate(schedule: Schedule, chain: ChainCost, strategy: str = "") -> Soluti
         peak = run.moment("step of the optimizer", chain.outside_peak_bytes - chain.fixed_bytes - run.param_grads)
         peak = replace(peak, kept_bytes=0)
     return Solution(
-        strategy=strategy,
         schedule=schedule,
         peak=peak,
         seconds=run.seconds + outside,
         overhead=None if plain is None else (run.seconds - plain) / (plain + outside),
     )
-
-
-def refuse(least: Solution, budget_bytes: int, way_out: str) -> Infeasible:
-    """The exception (invariant 10) for a budget under which even the smallest solution does not fit."""
-    what = f"{least.strategy}; at its peak, {least.peak}"
-    return Infeasible(budget_bytes, least.peak_bytes, what, way_out)
 
 
 class Walk:
@@ -81,8 +72,7 @@ class Walk:
         self.chain = chain
         self.held = chain.boundary_grad_bytes[len(chain)]  # the gradient of the output is charged from the beginning
         self.param_grads = 0
-        self.seconds = self.forward_seconds = 0.0  # the latter: before the backward
-        self.ended: dict[int, float] = {}  # per stage, `seconds` when its backward is done
+        self.seconds = 0.0
         self._most = -1
         self.peak = self.moment("", 0)
 
@@ -109,8 +99,6 @@ class Walk:
         last = items[-1] if inside else None
         for item in items:
             before.append(self.forward(item, before[-1] is not None, item is last))
-        if not inside:
-            self.forward_seconds = self.seconds
         there = [option is None for option in before]  # per item: is its input held
         x = self.chain.boundary_bytes
         for index in reversed(range(len(items))):
@@ -164,6 +152,5 @@ class Walk:
         option = stage.option(item.policy, last)
         self.touch("backward", item.stage, option.backward_temp_bytes, f" under {item.policy}")
         self.seconds += option.backward_seconds
-        self.ended[item.stage] = self.seconds
         self.held += g[item.stage] - g[item.stage + 1] - option.kept_bytes
         self.param_grads += stage.param_grad_bytes

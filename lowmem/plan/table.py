@@ -92,7 +92,7 @@ class _Options:
         usual = prune(option for option in stage.options if not option.policy.fused)
         self.plain = [option for option in usual if option.policy.anywhere]
         self.dropping = [option for option in usual if option.policy.drop_output]
-        self.last = prune(stage.ending)  # as the last stage of a segment, without FUSED
+        self.last = prune(stage.last_options or stage.anywhere)  # as the last stage of a segment, without FUSED
         self.fused = [option for option in stage.options if option.policy.fused]
         self.restores = dict.fromkeys(map(restore_of, self.dropping))  # the different ones
 
