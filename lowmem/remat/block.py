@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowmem.plan.policy import BlockPolicy, PolicyKind
 from lowmem.remat import kernels
-from lowmem.remat.stage import Box, Forwarded, Saved, StagePass
+from lowmem.remat.stage import Box, Forwarded, Saved, Stage, StagePass
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class ConvBlock:
+class ConvBlock(Stage):
     """The block as a stage. `identity`: the input is added to the output; `projection`: its image under a 1x1
     convolution is. At most one of the two."""
 
