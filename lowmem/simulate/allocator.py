@@ -63,8 +63,7 @@ class Allocator:
     peak_allocated_bytes: int = 0
     peak_reserved_bytes: int = 0
     _live: dict[int, _Block] = field(default_factory=dict)
-    _cached: dict[bool, list[tuple[int, int]]] = field(default_factory=lambda: {True: [], False: []})
-    _by_address: dict[int, _Block] = field(default_factory=dict)
+    _cached: dict[bool, list[tuple[int, int, _Block]]] = field(default_factory=lambda: {True: [], False: []})
     _next_address: int = 0
 
     def allocate(self, key: int, size_bytes: int) -> None:
@@ -73,8 +72,8 @@ class Allocator:
             return
         size = round_block(size_bytes)
         cached = self._cached[size <= SMALL_SIZE_BYTES]
-        fit = bisect_left(cached, (size, -1))
-        block = self._uncache(self._by_address[cached[fit][1]]) if fit < len(cached) else self._new_segment(size)
+        fit = bisect_left(cached, (size,))
+        block = cached.pop(fit)[2] if fit < len(cached) else self._new_segment(size)
         self._split(block, size)
         block.free = False
         self._live[key] = block
@@ -95,7 +94,7 @@ class Allocator:
 
     def empty_cache(self) -> None:
         """Returns the segments that are wholly free."""
-        for block in list(self._by_address.values()):
+        for *_, block in (*self._cached[True], *self._cached[False]):
             if block.before is None and block.after is None:
                 self._uncache(block)
                 self.reserved_bytes -= block.size_bytes
@@ -124,14 +123,12 @@ class Allocator:
 
     def _cache(self, block: _Block) -> None:
         block.free = True
-        insort(self._cached[block.small], (block.size_bytes, block.address))
-        self._by_address[block.address] = block
+        insort(self._cached[block.small], (block.size_bytes, block.address, block))
 
     def _uncache(self, block: _Block) -> _Block:
         block.free = False
         cached = self._cached[block.small]
         del cached[bisect_left(cached, (block.size_bytes, block.address))]
-        del self._by_address[block.address]
         return block
 
     @staticmethod

@@ -97,8 +97,7 @@ class Estimate:
     peak_allocated_bytes: int  # `max_memory_allocated`
     peak_reserved_bytes: int  # `max_memory_reserved`
     at_peak_bytes: dict[Kind, int]  # of the storages, when they first took the most
-    peak_phase: str
-    peak_operation: str
+    peak_at: MemoryEvent  # by which they did
 
 
 def estimate(trace: Trace, capacity_bytes: int | None = None) -> Estimate:
@@ -120,8 +119,7 @@ def estimate(trace: Trace, capacity_bytes: int | None = None) -> Estimate:
         peak_allocated_bytes=allocator.peak_allocated_bytes,
         peak_reserved_bytes=allocator.peak_reserved_bytes,
         at_peak_bytes=at_peak,
-        peak_phase=at.phase,
-        peak_operation=at.operation,
+        peak_at=at,
     )
 
 
