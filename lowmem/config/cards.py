@@ -24,8 +24,6 @@ from lowmem.core.reading import profile_names, profiles_folder, shorten
 # bytes per second and lane in one direction, by generation, after line coding (PCI-SIG)
 _LANE_BYTES_PER_SECOND = {"3.0": 0.985e9, "4.0": 1.969e9, "5.0": 3.938e9}
 
-Platform = Literal["linux", "linux_display", "windows"]
-
 
 def _known_link(value: str) -> str:
     if value.partition("x")[0] not in _LANE_BYTES_PER_SECOND:
