@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -57,10 +57,8 @@ def arrange(sizes_bytes: Sequence[int]) -> tuple[Message, ...]:
     return tuple(sorted(messages, key=lambda message: message.places[-1]))
 
 
-class Work(Protocol):
-    """A collective operation under way: torch.distributed's own, or none."""
-
-    def wait(self) -> object: ...
+Wait: TypeAlias = Callable[[], object]
+"""Returns when a sum that was begun is there."""
 
 
 class Reducer:
@@ -72,7 +70,7 @@ class Reducer:
     """
 
     def __init__(
-        self, stages: Sequence[Sequence[Tensor]], buffers: Sequence[Tensor], start: Callable[[Tensor], Work]
+        self, stages: Sequence[Sequence[Tensor]], buffers: Sequence[Tensor], start: Callable[[Tensor], Wait]
     ) -> None:
         self._stages = [[one for one in stage if one.requires_grad] for stage in stages]
         self._buffers = [one for one in buffers if one.is_floating_point() and one.numel()]
@@ -90,7 +88,7 @@ class Reducer:
         self._next_stage = len(self._stages) - 1
         self._packed = self._filled = self._sent = 0
         self._pack: Tensor | None = None
-        self._works: list[Work] = []
+        self._waits: list[Wait] = []
 
     def arm(self) -> None:
         """Before the last micro-batch of a step: from now on a stage that is done has its final gradients."""
@@ -115,8 +113,8 @@ class Reducer:
         if self._buffers:
             joined = torch.cat([buffer.flatten() for buffer in self._buffers]).mul_(weight)
             self._send(joined)
-        for work in self._works:
-            work.wait()
+        for wait in self._waits:
+            wait()
         if joined is not None:
             sizes = [buffer.numel() for buffer in self._buffers]
             for buffer, mean in zip(self._buffers, joined.split(sizes), strict=True):
@@ -125,14 +123,14 @@ class Reducer:
 
     def give_up(self) -> None:
         """After a step that failed here and was undone: sends zeros for the rest, one at a time, and waits."""
-        for work in self._works:
-            work.wait()
+        for wait in self._waits:
+            wait()
         like = self._stages[0][0]
         owed = [(message.size_bytes // like.element_size(), like.dtype) for message in self.messages]
         if self._buffers:
             owed.append((sum(buffer.numel() for buffer in self._buffers), self._buffers[0].dtype))
         for elements, dtype in owed[self._sent :]:
-            self._start(torch.zeros(elements, dtype=dtype, device=like.device)).wait()
+            self._start(torch.zeros(elements, dtype=dtype, device=like.device))()
         self._rest()
 
     def _take(self, parameter: Tensor) -> None:
@@ -160,5 +158,5 @@ class Reducer:
             self._send(pack)
 
     def _send(self, tensor: Tensor) -> None:
-        self._works.append(self._start(tensor))
+        self._waits.append(self._start(tensor))
         self._sent += 1

@@ -70,7 +70,7 @@ class DataParallelStep:
         first, past = self.split.part(self._size)
         self._reducer.finish((past - first) / self._size)
         self._reduced = True
-        self.group.start_total(totals).wait()
+        self.group.start_total(totals)()
         self._summed = True
 
     def agree(self) -> None:
@@ -86,7 +86,7 @@ class DataParallelStep:
         if not self._reduced:
             self._reducer.give_up()
         if not self._summed:
-            self.group.start_total(self._zeros(2)).wait()
+            self.group.start_total(self._zeros(2))()
         self._vote(failed=True)
 
     def _zeros(self, elements: int) -> Tensor:
