@@ -234,9 +234,9 @@ def _step(trainer: Trainer, undo: Undo, norms: GradientNorms) -> tuple[list[floa
 
 def _score(trainer: Trainer, size: int) -> Score:
     test = trainer.dataset.test
-    sums = trainer.evaluate(test.take(torch.arange(min(size, len(test))).numpy()), size)
-    assert sums is not None  # nobody asks it to stop
-    return sums.score()
+    score = trainer.evaluate(test.take(torch.arange(min(size, len(test))).numpy()), size)
+    assert score is not None  # nobody asks it to stop
+    return score
 
 
 def _twice_if_quick(group: Group, work: Callable[[], Any]) -> Any:

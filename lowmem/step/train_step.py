@@ -183,26 +183,19 @@ class TrainStep:
 
 @dataclass(frozen=True)
 class Score:
-    """Mean cross-entropy (nats) and error in percent over `count` pictures."""
+    """Sums of cross-entropy (nats) and of wrong predictions over `count` pictures; those of several sets add up."""
 
-    loss: float
-    error_pct: float
-    count: int
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Of the losses (nats) and of wrong predictions over `count` pictures; those of several sets add up."""
-
-    loss: float
+    loss_sum: float
     wrong: float
     count: int
 
-    def score(self) -> Score:
-        """Raises ValueError if there are no pictures."""
-        if self.count == 0:
-            raise ValueError("there are no pictures to evaluate on")
-        return Score(self.loss / self.count, 100.0 * self.wrong / self.count, self.count)
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.count
+
+    @property
+    def error_pct(self) -> float:
+        return 100.0 * self.wrong / self.count
 
 
 @torch.inference_mode()
@@ -211,7 +204,7 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     execution: Execution,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Sums | None:
+) -> Score | None:
     """Scores the model in eval mode, and puts it back as it was. None if `should_stop` said so in between. Changes no
     parameter and no buffer, so that an evaluation that was cut off can simply be done again."""
     was_training = model.training
@@ -230,4 +223,4 @@ def evaluate(
             count += labels.shape[0]
     finally:
         model.train(was_training)
-    return Sums(float(loss_sum), float(wrong), count)
+    return Score(float(loss_sum), float(wrong), count)
