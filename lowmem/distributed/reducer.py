@@ -5,11 +5,8 @@ stages are still at work. A large gradient is summed where it lies. Small ones a
 messages, into a buffer that takes their place: `.grad` becomes a view of it. So what this takes beside the gradients is
 less than one pack, and the simulator sees it, because it runs this code.
 
-The messages are the same in every process, whatever its plan: stages from last to first, parameters in order. A
-process that fails in a step sends zeros for those it has not sent (`give_up`), so that nobody waits for it.
-
-The gradient is that of the mean loss over the effective batch because every process divides by the size of that, not of
-its own slice: unlike shares need no further weights (invariant 4).
+The messages are the same in every process, whatever its plan: stages from last to first, parameters in order. Unlike
+shares need no weights: every process divides its loss by the size of the effective batch (invariant 4).
 
 Buckets as in Li et al., "PyTorch Distributed: experiences on accelerating data parallel training", VLDB 2020.
 """

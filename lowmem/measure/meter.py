@@ -1,7 +1,5 @@
-"""The `Meter` that takes a `Snapshot` of any device, and what it reads on the CPU.
-
-The C allocator keeps no count of tensors, so on the CPU those figures are None.
-"""
+"""The `Meter` that takes a `Snapshot` of any device, and what it reads on the CPU: its allocator keeps no count of
+tensors, so those figures are None."""
 
 from __future__ import annotations
 

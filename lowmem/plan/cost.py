@@ -88,7 +88,6 @@ class OptionCost:
 
     @property
     def seconds(self) -> float:
-        """Forward, backward and, if the output is dropped, restoring it."""
         return self.forward_seconds + self.backward_seconds + self.restore_seconds
 
 
@@ -124,7 +123,6 @@ class StageCost:
 
     @property
     def anywhere(self) -> tuple[OptionCost, ...]:
-        """Those that can be used at any place of a chain: not fused, output kept."""
         return tuple(option for option in self.options if option.policy.anywhere)
 
     def option(self, policy: BlockPolicy, last: bool = False) -> OptionCost:

@@ -87,7 +87,6 @@ class Walk:
         )
 
     def touch(self, what: str, stage: int, temporary: int, policy: str = "") -> None:
-        """A moment at which `temporary` bytes exist beside what is held."""
         if (total := self.held + self.param_grads + temporary) > self._most:
             self._most = total
             self.peak = self.moment(f"{what} of {self.chain.stages[stage].name}{policy}", temporary)

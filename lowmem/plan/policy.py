@@ -115,7 +115,6 @@ class Keep:
 
     @property
     def end(self) -> int:
-        """Inclusive."""
         return self.stage
 
 

@@ -122,7 +122,6 @@ class Plan(_Checked):
 
     @property
     def library_norm(self) -> bool:
-        """See `lowmem.remat.kernels`."""
         return self.batch_norm == "library"
 
     def without_ladder(self) -> Plan:

@@ -1,10 +1,9 @@
 """A pure model of the caching allocator of CUDA devices: what is reserved for a stream of allocations and frees.
 
-Sizes are rounded up to 512 bytes. Up to 1 MiB a block comes from the small pool, whose segments have 2 MiB; the large
-pool's segments have 20 MiB for requests under 10 MiB, otherwise the size rounded up to 2 MiB. Best fit; a block is
-split if what is left is at least 512 bytes (small) or more than 1 MiB (large); neighbours that are free merge. If the
-device has no room for a new segment, fully free segments are returned and the request is tried once more. The rules are
-those of c10/cuda/CUDACachingAllocator.cpp with default settings; `expandable_segments` is not modelled.
+Two pools, small and large blocks. Best fit; a block is split if what is left is at least 512 bytes (small) or more than
+1 MiB (large); neighbours that are free merge. If the device has no room for a new segment, fully free segments are
+returned and the request is tried once more. The rules are those of c10/cuda/CUDACachingAllocator.cpp with default
+settings; `expandable_segments` is not modelled.
 """
 
 from __future__ import annotations
