@@ -1,8 +1,5 @@
-"""Settings: frozen, validated when made, with a dotted name each. No torch, no defaults hidden elsewhere.
-
-`Config` holds what a run is; `OPERATIONAL` names the few settings that may differ when a run is resumed, because they
-cannot change what is computed. How settings are gathered (recipe, file, flags, --set) is in `lowmem.config.settings`.
-"""
+"""Settings: frozen, validated when made, with a dotted name each. No torch, no defaults hidden elsewhere. How they are
+gathered (recipe, file, flags, --set) is in `lowmem.config.settings`."""
 
 from __future__ import annotations
 

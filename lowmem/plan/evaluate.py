@@ -1,7 +1,5 @@
-"""A schedule's time and peak under the cost model, event by event: the judge of every solver.
-
-It knows nothing of recurrences: it walks the schedule as the executor does and counts what exists.
-"""
+"""A schedule's time and peak under the cost model: the judge of every solver. It knows nothing of recurrences: it walks
+the schedule as the executor does, event by event, and counts what exists."""
 
 from __future__ import annotations
 

@@ -98,11 +98,8 @@ def make_scaler(execution: Execution) -> torch.amp.GradScaler:
 
 @dataclass(eq=False)
 class TrainStep:
-    """Forward, backward and update for one effective batch, in micro-batches.
-
-    The gradient is that of the mean loss over the effective batch, however large that batch is and however it is cut
-    (invariant 4); batch-norm statistics are per micro-batch.
-    """
+    """Forward, backward and update for one effective batch, in micro-batches. The gradient is that of the mean loss
+    over the batch, however it is cut (invariant 4); batch-norm statistics are per micro-batch."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
