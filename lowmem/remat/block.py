@@ -35,6 +35,11 @@ class Pair:
         yield self.bn.weight
         yield self.bn.bias
 
+    def signature(self) -> Hashable:
+        conv, weight = self.conv, self.conv.weight
+        operand = (weight.shape, weight.stride(), weight.dtype)
+        return (*operand, conv.stride, conv.padding, conv.dilation, conv.groups, self.bn.training)
+
 
 @dataclass(frozen=True)
 class ConvBlock(Stage):
@@ -49,8 +54,7 @@ class ConvBlock(Stage):
 
     @property
     def signature(self) -> Hashable:
-        pairs = (*self.pairs, self.projection)
-        return self.identity, tuple(pair and (*_numbers(pair.conv), pair.bn.training) for pair in pairs)
+        return self.identity, tuple(pair and pair.signature() for pair in (*self.pairs, self.projection))
 
     @property
     def _all_pairs(self) -> tuple[Pair, ...]:
@@ -213,15 +217,3 @@ class ConvBlock(Stage):
             z = self._z(k, saved, x, memo)
             saved[f"a{k}"] = self._norm(k, z, memo, in_place=False).relu_()
         return saved[f"a{k}"]
-
-
-def _numbers(conv: nn.Conv2d) -> tuple[Hashable, ...]:
-    return (
-        conv.weight.shape,
-        conv.weight.stride(),
-        conv.weight.dtype,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-    )
