@@ -166,17 +166,6 @@ class TrainStep:
         totals[0] += loss.detach().double()
         totals[1] += (logits.detach().argmax(1) != y).sum()
 
-    def reset_scaler(self) -> None:
-        """Forgets what the scaler noted of a step that is not finished; scale and growth count stay. A fresh one: the
-        library's scaler has no way back between two of its own calls, and keeps its notes on the optimizer too."""
-        for note in ("grad_scale", "found_inf"):
-            if hasattr(self.optimizer, note):
-                delattr(self.optimizer, note)
-        if self.scaler.is_enabled():
-            state = self.scaler.state_dict()
-            self.scaler = torch.amp.GradScaler(self.execution.device)
-            self.scaler.load_state_dict(state)
-
 
 @dataclass(frozen=True)
 class Score:
