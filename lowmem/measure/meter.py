@@ -39,12 +39,6 @@ class Meter:
             processor = CpuSource()
             self.reset, self.read, self.close = processor.reset, processor.read, lambda: None
 
-    def __enter__(self) -> Meter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
 
 class CpuSource:
     """Resident memory of this process and memory of the machine."""

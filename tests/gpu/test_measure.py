@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -114,7 +115,7 @@ def test_the_context_by_the_drivers_list_of_processes() -> None:
 
 
 def test_a_known_tensor_is_what_the_allocator_gained() -> None:
-    with Meter("cuda") as meter:
+    with closing(Meter("cuda")) as meter:
         before = meter.read()
         held = torch.ones(48 * MIB, dtype=torch.uint8, device="cuda")
         after = meter.read()
