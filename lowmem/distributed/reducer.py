@@ -83,7 +83,7 @@ class Reducer:
     def _rest(self) -> None:
         self._armed = False
         self._next_stage = len(self._stages) - 1
-        self._packed = self._filled = self._sent = 0
+        self._packed = self._filled = 0
         self._pack: Tensor | None = None
         self._waits: list[Wait] = []
 
@@ -109,7 +109,7 @@ class Reducer:
         joined = None
         if self._buffers:
             joined = torch.cat([buffer.flatten() for buffer in self._buffers]).mul_(weight)
-            self._send(joined)
+            self._waits.append(self._start(joined))
         for wait in self._waits:
             wait()
         if joined is not None:
@@ -126,7 +126,7 @@ class Reducer:
         owed = [(message.size_bytes // like.element_size(), like.dtype) for message in self.messages]
         if self._buffers:
             owed.append((sum(buffer.numel() for buffer in self._buffers), self._buffers[0].dtype))
-        for elements, dtype in owed[self._sent :]:
+        for elements, dtype in owed[len(self._waits) :]:
             self._start(torch.zeros(elements, dtype=dtype, device=like.device))()
         self._rest()
 
@@ -136,7 +136,8 @@ class Reducer:
                 parameter.grad = torch.zeros_like(parameter)
             # The same memory as one dimension, whatever the memory format: collectives want contiguous tensors.
             gradient = parameter.grad
-            self._send(gradient.as_strided((gradient.numel(),), (1,), gradient.storage_offset()))
+            flat = gradient.as_strided((gradient.numel(),), (1,), gradient.storage_offset())
+            self._waits.append(self._start(flat))
             return
         if self._pack is None:
             elements = self._packs[self._packed].size_bytes // parameter.element_size()
@@ -152,8 +153,4 @@ class Reducer:
         if self._filled == self._pack.numel():
             pack, self._pack, self._filled = self._pack, None, 0
             self._packed += 1
-            self._send(pack)
-
-    def _send(self, tensor: Tensor) -> None:
-        self._waits.append(self._start(tensor))
-        self._sent += 1
+            self._waits.append(self._start(pack))
