@@ -102,17 +102,14 @@ def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None)
     device when it was measured gets the roofline's seconds, scaled as those of the others."""
     scale = 1.0
 
-    def roofline(work: Iterable[KernelWork]) -> float:
-        return rates.seconds(work)
-
     def seconds(stage: StageMeasure, what: Timed, *works: Iterable[KernelWork]) -> Seconds:
         found = None if times is None else times.seconds(stage, what)
-        return found or Seconds(*(scale * roofline(work) for work in works))
+        return found or Seconds(*(scale * rates.seconds(work) for work in works))
 
     if times is not None:
         known = [(found.backward, stage) for stage in measured.stages if (found := times.seconds(stage, PLAIN))]
         if known:
-            scale = sum(took for took, _ in known) / sum(roofline(_plain_work(stage)) for _, stage in known)
+            scale = sum(took for took, _ in known) / sum(rates.seconds(_plain_work(stage)) for _, stage in known)
 
     def cost(name: str, stage: StageMeasure) -> StageCost:
         options = []
