@@ -124,9 +124,6 @@ class Plan(_Checked):
     def library_norm(self) -> bool:
         return self.batch_norm == "library"
 
-    def without_ladder(self) -> Plan:
-        return replace(self, ladder=())
-
     def next_rung(self) -> Plan | None:
         """The next smaller plan, with what is left of the ladder; None if nothing is."""
         return replace(self.ladder[0], ladder=self.ladder[1:]) if self.ladder else None
