@@ -204,8 +204,6 @@ class CheckpointConfig(Section):
 
 
 class Config(Section):
-    """Everything that defines a run."""
-
     recipe: str = "report"
     seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 0
     model: ModelConfig = ModelConfig()
@@ -264,7 +262,6 @@ def dotted(nested: Mapping[Any, object]) -> dict[str, object]:
 
 @cache
 def known_keys() -> tuple[str, ...]:
-    """Every dotted name."""
     return tuple(flatten(Config()))
 
 

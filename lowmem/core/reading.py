@@ -136,5 +136,4 @@ def profiles_folder(kind: str) -> Path:
 
 
 def profile_names(kind: str) -> tuple[str, ...]:
-    """Names of the shipped profiles of a kind, sorted."""
     return tuple(sorted(path.stem for path in profiles_folder(kind).glob("*.yaml")))

@@ -92,7 +92,6 @@ def _peak_of_the_process() -> int | None:
 
 
 def processor_name() -> str | None:
-    """The processor's name as the system gives it."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -64,8 +64,6 @@ def evaluate(schedule: Schedule, chain: ChainCost) -> Solution:
 
 
 class Walk:
-    """Counters of one step."""
-
     def __init__(self, chain: ChainCost) -> None:
         self.chain = chain
         self.held = chain.boundary_grad_bytes[len(chain)]  # the gradient of the output is charged from the beginning

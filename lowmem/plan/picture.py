@@ -52,7 +52,6 @@ def text(schedule: Schedule, names: Sequence[str]) -> str:
 
 
 def legend(schedule: Schedule) -> list[str]:
-    """What the policies in this schedule mean, a line each."""
     policies = [policy for _, policy in schedule.policies().values()]
     said = [f"{kind}: {EXPLAINED[kind]}" for kind in PolicyKind if any(policy.kind is kind for policy in policies)]
     if any(policy.drop_output for policy in policies):

@@ -79,7 +79,6 @@ class ConvBlock(Stage):
         return frozenset(names | {"zs"} if self.projection else names)
 
     def kept(self, policy: BlockPolicy | None) -> frozenset[str]:
-        """Names of the tensors that a policy keeps."""
         if policy is None:
             return frozenset()
         if policy.kind is PolicyKind.SAVE_ALL:

@@ -82,8 +82,6 @@ def measure_chain(
 
 @dataclass(frozen=True)
 class _StageBench:
-    """One stage on its input."""
-
     stage: Stage
     x: Tensor
     new_memo: Callable[..., StagePass]

@@ -106,8 +106,6 @@ def simulate_step(
 
 @dataclass(frozen=True, kw_only=True)
 class StepRun:
-    """A training step and what it is given."""
-
     step: TrainStep
     images: Tensor
     labels: Tensor

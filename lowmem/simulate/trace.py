@@ -74,7 +74,6 @@ class Trace:
     kinds: dict[int, Kind] = field(default_factory=dict)
 
     def all_kinds(self) -> dict[int, Kind]:
-        """Storage -> kind, for every storage of the trace."""
         kinds = dict(self.kinds)
         born: dict[int, str] = {}
         for event in self.events:
@@ -178,7 +177,6 @@ def _moved_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
 
 @cache
 def _written(func: Any) -> tuple[str, ...]:
-    """The arguments that an operation writes."""
     return tuple(argument.name for argument in func._schema.arguments if argument.is_out)
 
 
