@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 
 import torch
@@ -18,7 +17,7 @@ from lowmem.plan.cost import ChainCost, KernelWork, Rates, StageCost
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, PolicyKind
 from lowmem.remat import decompose
 from lowmem.remat.block import ConvBlock
-from lowmem.remat.stage import Stage, StagePass
+from lowmem.remat.stage import Stage
 from lowmem.simulate import Call, Recorder, StepShape, empty_copy
 from lowmem.simulate.stage import Option, StageMeasure, measure_chain
 from lowmem.step.train_step import TrainStep, make_optimizer, make_scaler, optimizer_tensors
@@ -64,14 +63,14 @@ def measure_costs(
 ) -> ChainMeasure:
     """Bytes and operations of a step, whose model is not touched. `workspace`: see `lowmem.simulate.Recorder`.
     `options`: per stage, by default all that are worth having."""
-    execution, library = shape.execution, shape.library_norm
+    execution = shape.execution
     with FakeTensorMode():
         recorder = Recorder(workspace)
         model = empty_copy(shape.model, execution.torch_memory_format)
         x = torch.empty(shape.micro_batch, *shape.image_shape).contiguous(memory_format=execution.torch_memory_format)
         stages = decompose(model)
-        memo = partial(StagePass, execution.amp_dtype, library)
-        measures = tuple(measure_chain(stages, options or _options, x, memo, recorder, library))
+        measured = measure_chain(stages, options or _options, x, recorder, execution.amp_dtype, shape.library_norm)
+        measures = tuple(measured)
         momentum = OptimConfig(momentum=0.9 if shape.momentum else 0.0)
         optimizer = make_optimizer(model, momentum, execution.device)
         step = TrainStep(model, optimizer, make_scaler(execution), execution, shape.micro_batch)

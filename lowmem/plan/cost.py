@@ -9,8 +9,7 @@ a roofline. Every figure of a stage is counted above what the rest of the chain 
 and the later stages' parameter gradients exist; at its end its input, `input_grad_bytes` and, beside the later stages',
 its own `param_grad_bytes`.
 
-The names x, g, f0, t0, S, f, b, tf, tb of the recurrence (Beaumont et al., "Optimal checkpointing for heterogeneous
-chains", 2019) are given with each field.
+The names x, g, f0, t0, S, f, b, tf, tb of the recurrence (see `lowmem.plan.table`) are given with each field.
 """
 
 from __future__ import annotations

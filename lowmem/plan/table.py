@@ -119,8 +119,8 @@ class Table:
     """All of T for one chain, from which the schedule for any budget is read.
 
     `slot_bytes` is the unit of m: sizes are rounded to the nearest slot, so a schedule that is read is off by up to
-    half a slot per stage either way, and has to be evaluated before it is used. `slots`: the largest m. `longest_run`:
-    the most neighbours that drop their outputs; each more about doubles the work for chains that have such options.
+    half a slot per stage either way. `slots`: the largest m. `longest_run`: the most neighbours that drop their
+    outputs; each more about doubles the work for chains that have such options.
     """
 
     def __init__(self, chain: ChainCost, slot_bytes: int, slots: int, longest_run: int = LONGEST_RUN) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -56,20 +57,20 @@ def measure_chain(
     stages: Sequence[Stage],
     options: Callable[[Stage], Sequence[Option]],
     x: Tensor,
-    new_memo: Callable[..., StagePass],
     recorder: Recorder,
-    mode: Hashable = None,
+    low: torch.dtype | None,
+    library_norm: bool,
 ) -> Iterator[StageMeasure]:
     """Yields a measure per stage, in order; equal stages on equal inputs are measured once. Runs under `recorder` (and
-    a fake mode, unless real work is wanted), with x the chain's input. `new_memo` takes `need_input`. `mode`: what else
-    the costs depend on, for the keys."""
+    a fake mode, unless real work is wanted), with x the chain's input. `low`, `library_norm`: see `StagePass`."""
+    new_memo = partial(StagePass, low, library_norm)
     known: dict[Hashable, StageMeasure] = {}
     need_input = x.requires_grad
     masked = False
     with recorder, torch.no_grad():
         for stage in stages:
             trainable = tuple(parameter.requires_grad for parameter in stage.parameters())
-            key = (stage.signature, trainable, x.shape, x.stride(), x.dtype, need_input, masked, mode)
+            key = (stage.signature, trainable, x.shape, x.stride(), x.dtype, need_input, masked, library_norm)
             if key not in known:
                 bench = _StageBench(stage, x, new_memo, need_input, masked, recorder)
                 known[key] = bench.measure(key, options(stage))
