@@ -26,7 +26,7 @@ from lowmem.plan.policy import SAVE_ALL, uniform
 from lowmem.plan.record import Plan
 from lowmem.remat import stage_names
 from lowmem.simulate import StepShape, simulate_step
-from lowmem.step.train_step import Execution, make_optimizer
+from lowmem.step.train_step import make_optimizer
 from lowmem.step.undo import Undo
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
@@ -65,7 +65,7 @@ def lowmem_steps(group: Group, job: dict[str, Any], data: Dataset) -> dict[str, 
     """As a run makes them, everything kept."""
     batch, sync_bn = job["batch"], job["way"].endswith("--sync-bn")
     model = {"arch": job["arch"], "block": job["block"], "width": job["width"]}
-    train = {"batch": batch, "device": "cpu", "sync_bn": sync_bn}
+    train = {"batch": batch, "device": "cpu", "sync_bn": sync_bn, "precision": "fp32", "memory_format": "contiguous"}
     config = Config.model_validate({"model": model, "train": train})
     shares = even_shares(batch, group.size)
     share, schedule = shares[group.rank], uniform([SAVE_ALL] * len(stage_names(skeleton(**_named(job)))))
@@ -75,8 +75,7 @@ def lowmem_steps(group: Group, job: dict[str, Any], data: Dataset) -> dict[str, 
         shares=shares,
     )  # fmt: skip
     net = build(**_named(job), num_classes=10, seed=0)
-    execution = Execution("cpu", "fp32", "contiguous")
-    t = Trainer(config, net, data, execution, {}, Observer(), plan, group, Split(shares, group.rank))
+    t = Trainer(config, net, data, Observer(), plan, group, Split(shares, group.rank))
     shape = StepShape(
         model=skeleton(**_named(job), num_classes=10), image_shape=(3, 32, 32), batch=share, micro_batch=share,
         precision="fp32", memory_format="contiguous", joint=group.size > 1, sync_bn=sync_bn,

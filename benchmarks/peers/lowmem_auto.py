@@ -30,7 +30,7 @@ from lowmem.data.pictures import Pictures
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan
 from lowmem.runs.store import RunFolder
-from lowmem.step.train_step import Execution, make_optimizer
+from lowmem.step.train_step import make_optimizer
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
 from lowmem.trial.plan_trial import Confirmed, Tried, confirm_run, wants_confirmation
@@ -127,12 +127,12 @@ def train(task: Task, place: Place, found: Found, eval_batch: int) -> Trained:
     chosen = {"optim.lr": found.lr, "train.eval_batch": eval_batch}
     settings = resolve_execution(settings_of(task, found.batch, **chosen), planned=True)
     plan, observer = Plan.from_json(found.carry["plan"]), Notes()
-    execution = Execution(task.device, plan.precision, plan.memory_format)
+    resolved = {"train.precision": plan.precision, "train.memory_format": plan.memory_format}
+    settings = settings.replace(resolved, "plan")
     with tempfile.TemporaryDirectory() as folder, place:
         dataset = random_data(place, task.steps * found.batch, task.eval_pictures)
         with RunFolder.create(Path(folder) / "run", to_yaml(settings), {}) as run:
-            identity = {"settings": "", "data": ""}
-            trainer = Trainer(settings.config, network(task), dataset, execution, identity, observer, plan)
+            trainer = Trainer(settings.config, network(task), dataset, observer, plan)
             place.reset_peak()
             place.phase = "lowmem's loop"
             try:

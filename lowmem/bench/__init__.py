@@ -166,7 +166,7 @@ class Cell:
         """A figure of every round that tells it."""
         return [one[name] for one in self.results if one.get(name) is not None]
 
-    def most(self, name: str) -> int | None:
+    def most(self, name: str) -> Any:
         """The largest over the rounds."""
         return max(self.known(name), default=None)
 
@@ -180,24 +180,13 @@ class Cell:
         seconds = self.known("step_seconds")
         return statistics.median(seconds) if seconds else None
 
-    @property
-    def least_seconds(self) -> float | None:
-        """The fastest step of all rounds."""
-        return min(self.known("least_seconds"), default=None)
-
-    @property
-    def most_seconds(self) -> float | None:
-        """The slowest step of all rounds."""
-        return max(self.known("most_seconds"), default=None)
-
     def ratios(self, plain: Cell | None) -> list[float]:
         """Its step's time to plain's of the same round, for the rounds that both have."""
-        if plain is None:
-            return []
+        of_plain = {} if plain is None else plain.trials
         return [
             mine["step_seconds"] / theirs["step_seconds"]
             for number, mine in sorted(self.trials.items())
-            if (theirs := plain.trials.get(number)) and mine.get("step_seconds") and theirs.get("step_seconds")
+            if (theirs := of_plain.get(number)) and mine.get("step_seconds") and theirs.get("step_seconds")
         ]
 
     # -- its file ------------------------------------------------------------------------------------------------------

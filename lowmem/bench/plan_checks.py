@@ -9,10 +9,9 @@ card that the plan no longer fits.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +30,9 @@ from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan
 from lowmem.remat.libraries import Numerics, prepare_libraries
+from lowmem.runs.rows import Event
 from lowmem.runs.store import RunFolder
+from lowmem.runs.tables import read_events
 from lowmem.step.train_step import Execution
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer, Progress
@@ -88,7 +89,7 @@ def _compare(question: PlanQuestion, batch: int) -> dict[str, Any]:
     plan = question.planned
     execution = Execution(question.device, plan.precision, plan.memory_format)
     model = network(question, execution)
-    planned, norms = apply_plan(model, plan), nullcontext if plan.library_norm else partial(native_norms, model)
+    planned, norms = apply_plan(model, plan), nullcontext if plan.library_norm else native_norms
     buffers = [(buffer, buffer.to("cpu", copy=True)) for buffer in model.buffers()]
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, 32, 32, generator=generator).to(question.device)
@@ -162,13 +163,13 @@ def survive(values: dict[str, Any]) -> dict[str, Any]:
     undisturbed, _ = _run(question)
     release()
     weights, events = _run(question, _Taker(question)) if question.real else _run(question, hook=_failing())
-    said = [event["event"] for event in events]
-    budgets = [event["budget_bytes"] for event in events if event["event"] == "replan"]
+    said = [event.kind for event in events]
+    budgets = [event.detail["budget_bytes"] for event in events if event.kind == "replan"]
     budget_bytes = question.planned.budget_bytes
     return {
         "survived": "out-of-memory" in said or "pressure" in said,
         "times_out_of_memory": said.count("out-of-memory"),
-        "in": ", ".join(str(event["phase"]) for event in events if event["event"] == "out-of-memory"),
+        "in": ", ".join(str(event.detail["phase"]) for event in events if event.kind == "out-of-memory"),
         "smaller_plans_taken": len(budgets),
         "budget_bytes": budget_bytes,
         "last_budget_bytes": budgets[-1] if budgets else budget_bytes,
@@ -179,10 +180,9 @@ def survive(values: dict[str, Any]) -> dict[str, Any]:
 
 def _run(
     question: PlanQuestion, observer: Observer | None = None, hook: Callable[..., None] | None = None
-) -> tuple[Tensors, list[dict[str, Any]]]:
+) -> tuple[Tensors, Sequence[Event]]:
     """The weights after a few steps, and the run's events. `hook`: hears of every planned forward pass."""
     plan = question.planned
-    execution = Execution(question.device, plan.precision, plan.memory_format)
     flags = {"model.arch": question.arch, "model.block": question.block, "model.width": question.width}
     flags |= {"train.batch": question.batch, "train.device": question.device}
     flags |= {"train.precision": plan.precision, "train.memory_format": plan.memory_format}
@@ -190,14 +190,13 @@ def _run(
     pictures = random_pictures((_STEPS + 1) * question.batch)
     dataset = Dataset("random", tuple("0123456789"), pictures, None, pictures, MEAN, STD, "")
     model = build(question.arch, question.block, width=question.width)
-    identity = {"settings": "", "data": ""}
-    trainer = Trainer(config, model, dataset, execution, identity, observer or Observer(), plan)
+    trainer = Trainer(config, model, dataset, observer or Observer(), plan)
     if hook is not None:
         trainer.step.model.register_forward_hook(hook)
     with tempfile.TemporaryDirectory() as place, RunFolder.create(Path(place) / "run", "", {}) as folder:
         trainer.run(folder)
-        lines = folder.events_file.read_text(encoding="utf-8").splitlines()
-    return {name: p.detach().cpu().clone() for name, p in trainer.model.named_parameters()}, [*map(json.loads, lines)]
+        events = read_events(folder.events_file, [])
+    return {name: p.detach().cpu().clone() for name, p in trainer.model.named_parameters()}, events
 
 
 def _failing() -> Callable[..., None]:

@@ -4,12 +4,11 @@ library's ways of doing a step as for the engine's plans. And the search for the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import cast
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import NamedTuple, cast
 
 from lowmem.bench import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, Cell, Setup
-from lowmem.calibrate.calibrator import Calibrator
 from lowmem.choose.execution import budget_of, calibrator_of, request_of
 from lowmem.choose.planning import choose, workspaces_of
 from lowmem.choose.request import Budget, Choice, Request, tensors_only
@@ -36,9 +35,7 @@ class Predictor:
 
     def __init__(self, setup: Setup, tell: Callable[[str], None]) -> None:
         self.setup, self._tell = setup, tell
-        self._calibrator: Calibrator | None = None
         self._choices: dict[object, Choice | Infeasible] = {}
-        self._peaks: dict[Mode, int] = {}
 
     # -- a cell --------------------------------------------------------------------------------------------------------
 
@@ -132,9 +129,8 @@ class Predictor:
         return 1
 
     def _plain_peak(self, mode: Mode) -> int:
-        if mode not in self._peaks:
-            self._peaks[mode] = self._way(PLAIN_DEFAULT, mode, self.setup.batch).estimate.peak_allocated_bytes
-        return self._peaks[mode]
+        plain = partial(self._way, PLAIN_DEFAULT, mode, self.setup.batch)
+        return self._requests[True].once(("plain step", mode), plain).estimate.peak_allocated_bytes
 
     # -- budgets -------------------------------------------------------------------------------------------------------
 
@@ -146,7 +142,8 @@ class Predictor:
         budget = self._requests[measured].budget
         if vram_bytes is None:
             return budget
-        other, _ = budget_of(self._config_for(vram_bytes), self.setup.pictures, self._calibrator)
+        calibrator = self._requests[True].calibrator
+        other, _ = budget_of(self._config_for(vram_bytes), self.setup.pictures, calibrator)
         return replace(other, workspace_bytes=budget.workspace_bytes)
 
     def _tensors(self, tensor_bytes: int) -> Budget:
@@ -174,15 +171,11 @@ class Predictor:
         since the card may have to be asked for it."""
         # On the CPU a run needs a budget, and gets each cell's own.
         config = self._config_for(None if self.setup.on_card else _PLENTY)
-        self._calibrator = calibrator_of(config, self._tell)
-        asked = request_of(config, 10, self.setup.pictures if self.setup.on_card else 0, self._calibrator)
-        on_card = asked.budget.on_card
-        budget = replace(asked.budget, workspace_bytes=workspace_cap_bytes() if on_card else 0)
-        # Measured workspaces are in what was simulated; the CPU has none.
-        return {
-            True: asked,
-            False: replace(asked, calibrator=None, known={} if on_card else asked.known, budget=budget),
-        }
+        asked = request_of(config, 10, self.setup.pictures, calibrator_of(config, self._tell))
+        rough = replace(asked, calibrator=None)
+        if asked.budget.on_card:  # measured workspaces are in what was simulated
+            rough = replace(rough, known={}, budget=replace(asked.budget, workspace_bytes=workspace_cap_bytes()))
+        return {True: asked, False: rough}
 
     def _config_for(self, vram_bytes: int | None) -> Config:
         """Of a run that would be planned like this."""
@@ -222,43 +215,33 @@ class Predictor:
         return int(_WITHOUT_GAPS * guess) if cell.family == ENGINE and budget.on_card else guess
 
 
-@dataclass
-class Search:
-    """Where a search stands: `tried`: (batch, whether it held), in order."""
+class Search(NamedTuple):
+    """The largest batch that held, the smallest that did not (None: not found); (batch, whether it held), in order."""
 
-    tried: list[tuple[int, bool]] = field(default_factory=list)
-
-    @property
-    def holds(self) -> int | None:
-        """The largest batch that did; None: not found yet."""
-        return max((batch for batch, held in self.tried if held), default=None)
-
-    @property
-    def fails(self) -> int | None:
-        """The smallest that did not."""
-        return min((batch for batch, held in self.tried if not held), default=None)
+    holds: int | None
+    fails: int | None
+    tried: list[tuple[int, bool]]
 
 
 def largest(holds: Callable[[int], bool | None], guess: int, unit: int, most: int) -> Search:
     """The largest multiple of `unit` that `holds`, from a guess: doubling steps away from it until both a batch that
     holds and one that does not are known, then bisection until they are neighbours. `most` tries at most; `holds`
     answers None when there is no time left for one."""
-    search = Search()
+    found = failed = None
+    tried: list[tuple[int, bool]] = []
     at = max(unit, guess // unit * unit)
     step = max(unit, at // 32 // unit * unit)
-    while len(search.tried) < most:
-        held = holds(at)
-        if held is None:
-            break
-        search.tried.append((at, held))
-        if search.holds is not None and search.fails is not None:
-            if search.fails - search.holds <= unit:
+    while len(tried) < most and (held := holds(at)) is not None:
+        tried.append((at, held))
+        found, failed = (at, failed) if held else (found, at)
+        if found is not None and failed is not None:
+            if failed - found <= unit:
                 break
-            at = (search.holds + search.fails) // 2 // unit * unit
+            at = (found + failed) // 2 // unit * unit
         elif held:
             at, step = at + step, 2 * step
         elif at == unit:
             break
         else:
             at, step = max(unit, at - step), 2 * step
-    return search
+    return Search(found, failed, tried)

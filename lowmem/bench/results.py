@@ -23,7 +23,7 @@ from lowmem.runs.atomic import write_bytes_atomic
 FORMAT = 1
 UNKNOWN = "–"
 # What a figure depends on beside the settings. Not the commit, which is recorded: most change something else.
-_SAME = ("lowmem", "torch", "device", "card", "driver", "cudnn", "cpu", "cpu_threads")
+_SAME = ("lowmem", "torch", "card", "driver", "cudnn", "cpu", "cpu_threads")
 Environment = dict[str, Any]
 Row = dict[str, Any]  # a cell's figures: bytes, seconds, shares
 
@@ -193,28 +193,30 @@ class Results:
             found = parse_json(data)
             if not isinstance(found, dict) or found.get("bench") != FORMAT:
                 raise Unreadable(f"has no results of this version of `lowmem bench` (format {FORMAT})")
-            there = dict(found["settings"]), dict(found["environment"])
+            there = {**found["environment"], **found["settings"]}
             cells = [Cell.from_record(one) for one in found["cells"]]
         except FileNotFoundError:
             return {}
         except (Unreadable, OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} {shorten(str(error))}: {way_out}") from None
-        here = plain_values(self._setup.record()), self._environment
+        settings = plain_values(self._setup.record())
+        here = {**self._environment, **settings}
         differing = [
-            f"{name}: {shorten(str(then.get(name)))} there, {now.get(name)} here"
-            for then, now, names in ((there[0], here[0], sorted(here[0])), (there[1], here[1], _SAME))
-            for name in names
-            if then.get(name) != now.get(name)
+            f"{name}: {shorten(str(there.get(name)))} there, {here.get(name)} here"
+            for name in (*sorted(settings), *_SAME)
+            if there.get(name) != here.get(name)
         ]
         if differing:
             raise UsageError(f"{self.folder} has the results of something else ({'; '.join(differing)}): {way_out}")
         return {cell.key: cell for cell in cells}
 
-    def save(self, cells: Sequence[Cell], finished: bool, picture: bytes | None = None) -> Account:
+    def save(
+        self, cells: Sequence[Cell], finished: bool, draw: Callable[[Account], bytes | None] = lambda _: None
+    ) -> Account:
         """After each measurement; at last with the picture. Raises DiskError."""
         account = self._account(self._setup, self._environment, cells, finished)
         texts = (account.json().encode(), account.csv().encode(), account.markdown().encode())
-        for file, content in zip(self.files, (*texts, picture), strict=True):
+        for file, content in zip(self.files, (*texts, draw(account)), strict=True):
             try:
                 if content is not None:
                     write_bytes_atomic(file, content)

@@ -1,7 +1,4 @@
-"""The measuring of `lowmem bench`, tables and acceptance suite alike: cell by cell, in rounds, within a limit of time.
-
-Each measurement is made in a clean process. After each one the cells so far are handed on, so that a kill keeps them.
-"""
+"""The measuring of `lowmem bench`, tables and acceptance suite alike: cell by cell, in rounds, within a time limit."""
 
 from __future__ import annotations
 
@@ -9,8 +6,8 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, replace
+from functools import partial
 
 from lowmem.bench import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, PLAIN_FREE, Cell, Setup
 from lowmem.bench.plan_checks import GRADIENTS, SURVIVAL, PlanQuestion
@@ -25,23 +22,18 @@ from lowmem.trial import PLAIN, PLANNED, Trial, TrialResult, run_trial, verdict
 _FIRST_GUESS_SECONDS = {"cpu": 6.0, "cuda": 15.0}  # of a trial, until one was seen
 _LEAST_TIMEOUT_SECONDS = 5.0
 _MOST_TIMEOUT_SECONDS = 1800.0
+_HOLDS = "holds"
 _VERIFIED = 3  # tries to bear a predicted largest batch out by real steps
 
 
-@dataclass(frozen=True)
-class Task:
-    """A measurement to be made: a cell's, in a round."""
-
-    cell: Cell
-    round: int
+Task = tuple[Cell, int]  # a measurement to be made: a cell's, in a round
 
 
 class Bench:
     """One run over cells; those of them that are measured already are not measured again. `tell` gets a line before
-    each measurement, `save` hears after each, and at last, whether everything is measured. `call`: how a function is
-    run in a process of its own.
-
-    `seconds`: how long it may take in all; what no longer fits into it is left out, and its cell says so.
+    each measurement; `save` hears after each, so that a kill keeps it, and at last, whether everything is measured.
+    `call`: how a function is run in a process of its own. `seconds`: how long it may take in all; what no longer fits
+    into it is left out, and its cell says so.
     """
 
     def __init__(
@@ -57,30 +49,28 @@ class Bench:
         self.setup, self.cells, self._tell, self._save, self._call = setup, list(cells), tell, save, call
         self._ends = time.monotonic() + seconds
         self._predictor = Predictor(setup, lambda text: tell(f"    {text}"))
-        self._took: dict[str, float] = {}
         self._trials_took: list[float] = []
 
     def run(self) -> bool:
         """Measures what is not there yet -> whether everything is. What goes wrong in a cell stops no other."""
-        tasks = [task for task in self.tasks() if not _done(task)]
+        tasks = [task for task in self.tasks() if not _done(*task)]
         complete = True
-        for number, task in enumerate(tasks, start=1):
-            if _done(task):  # refused in an earlier round of this run
+        for number, (cell, turn) in enumerate(tasks, start=1):
+            if _done(cell, turn):  # refused in an earlier round of this run
                 continue
-            cell, left = task.cell, min(self._seconds_of(tasks[number - 1 :]), self._left())
+            left = min(self._seconds_of(tasks[number - 1 :]), self._left())
             began = time.monotonic()
-            if self._seconds_of([task]) > self._left():
+            if self._seconds_of([(cell, turn)]) > self._left():
                 complete = False
                 continue
-            self._tell(f"[{number}/{len(tasks)}] {_describe(task)} ({format_duration(left)} left)")
+            self._tell(f"[{number}/{len(tasks)}] {_describe(cell, turn)} ({format_duration(left)} left)")
             try:
-                complete &= self._measure(task)
+                complete &= self._measure(cell, turn)
             except Infeasible as error:
                 cell.prepared, cell.refused = True, f"no plan fits: the least takes {format_size(error.least_bytes)}"
             except LowmemError as error:
                 cell.refused = str(error)
             cell.seconds = time.monotonic() - began
-            self._took[cell.key] = cell.seconds
             self._save(self.cells, False)
         self._save(self.cells, complete)
         return complete
@@ -89,11 +79,11 @@ class Bench:
         """The most important first: every cell once, then further rounds. In a round plain is first, for the others are
         held against it, and the order of these is the round's own, so that whatever else the machine does hits all
         alike."""
-        tasks = [Task(cell, 1) for cell in self.cells]
+        tasks = [(cell, 1) for cell in self.cells]
         for number in range(2, max((cell.rounds for cell in self.cells), default=0) + 1):
             again = [cell for cell in self.cells if cell.rounds >= number]
             again = sorted(random.Random(number).sample(again, len(again)), key=lambda one: one.family != PLAIN_DEFAULT)
-            tasks += [Task(cell, number) for cell in again]
+            tasks += [(cell, number) for cell in again]
         return tasks
 
     # -- time ----------------------------------------------------------------------------------------------------------
@@ -108,12 +98,12 @@ class Bench:
         """An estimate: as long as the same cell took, of a largest batch as long as the others, else by the number of
         trials alone: timing a card for the first plan takes minutes, and is done once."""
         guess = statistics.fmean(self._trials_took or [_FIRST_GUESS_SECONDS[self.setup.device]])
-        alike = [took for key, took in self._took.items() if key.startswith("largest")]
+        alike = [one.seconds for one in self.cells if one.kind == "largest" and one.seconds is not None]
 
         def usual(cell: Cell) -> float:
             return statistics.fmean(alike) if alike and cell.kind == "largest" else cell.weight * guess
 
-        return sum(self._took.get(task.cell.key, usual(task.cell)) for task in tasks)
+        return sum(usual(cell) if cell.seconds is None else cell.seconds for cell, _ in tasks)
 
     def _trial(self, trial: Trial) -> TrialResult | None:
         """None: it was ended because the time is over, which says nothing about it."""
@@ -127,9 +117,9 @@ class Bench:
 
     # -- cells ---------------------------------------------------------------------------------------------------------
 
-    def _measure(self, task: Task) -> bool:
-        """Whether there was time for it."""
-        cell, on_card = task.cell, self.setup.on_card
+    def _measure(self, cell: Cell, turn: int) -> bool:
+        """Whether there was time for it, in this round."""
+        on_card = self.setup.on_card
         if cell.unless is not None and (why := cell.unless(self.cells)) is not None:
             cell.refused = why
             return True
@@ -142,13 +132,13 @@ class Bench:
         trial = self._trial_of(cell)
         if cell.kind == "step":
             # On the CPU operations and bits are the same every time; on a card plain itself may differ from run to run.
-            trial = replace(trial, detailed=on_card or task.round == 1)
+            trial = replace(trial, detailed=on_card or turn == 1)
         elif trial.way in (PLAIN, PLANNED):
             # How much of a plain step the card computes is told in detail.
             trial = replace(trial, eval_batch=cell.batch, detailed=on_card and trial.way == PLAIN)
         result = self._trial(trial)
         if result is not None:
-            cell.trials[str(task.round)] = {**asdict(result), "refused": self._over(cell, result)}
+            cell.trials[str(turn)] = {**asdict(result), "refused": self._over(cell, result)}
         return result is not None
 
     def _trial_of(self, cell: Cell) -> Trial:
@@ -194,17 +184,10 @@ class Bench:
 
         search = largest(fits, guess, unit, self.setup.tries)
         if cell.by_trials:
-            kept: dict[int, dict[str, Any]] = {}
-
-            def holds(batch: int) -> bool | None:
-                if held := self._try(cell, batch, budget):
-                    kept[batch] = cell.trials
-                return held
-
+            holds = partial(self._try, cell, budget=budget)
             search = largest(holds, search.holds or unit, unit, self.setup.tries)
             cell.facts |= {"holds": search.holds, "fails": search.fails}
-            if search.holds is not None:
-                cell.batch, cell.trials = search.holds, kept[search.holds]
+            cell.batch = search.holds or cell.batch
         else:
             cell.facts |= {"fails": search.fails, "predicted": search.tried}
             batch = search.holds
@@ -225,16 +208,19 @@ class Bench:
         return True
 
     def _try(self, cell: Cell, batch: int, budget: Budget) -> bool | None:
-        """Whether real steps hold; None if there was no time, or they failed otherwise than for memory."""
+        """Whether real steps hold; None if there was no time, or they failed otherwise than for memory. The cell keeps
+        the last ones that held, if any did."""
+        held = any(said == _HOLDS for _, said in cell.facts["tried"])
         steps = self.setup.largest_steps
         trial = replace(self._trial_of(cell), batch=batch, steps=steps, warmup=1, eval_batch=batch)
         result = self._trial(trial) if self._left() else None
         if result is None:
-            cell.trials = {}
+            cell.trials = cell.trials if held else {}
             return None
         refused, for_memory = verdict(result, budget, self.setup.device)
-        cell.facts["tried"].append((batch, refused or "holds"))
-        cell.trials = {"1": {**asdict(result), "refused": refused}}
+        cell.facts["tried"].append((batch, refused or _HOLDS))
+        if refused is None or not held:
+            cell.trials = {"1": {**asdict(result), "refused": refused}}
         return refused is None or (False if for_memory else None)
 
     def _check(self, cell: Cell) -> bool:
@@ -261,15 +247,14 @@ class Bench:
         return True
 
 
-def _done(task: Task) -> bool:
-    return str(task.round) in task.cell.trials or task.cell.refused is not None
+def _done(cell: Cell, turn: int) -> bool:
+    return str(turn) in cell.trials or cell.refused is not None
 
 
-def _describe(task: Task) -> str:
-    cell = task.cell
+def _describe(cell: Cell, turn: int) -> str:
     mode = f"{cell.precision}, {cell.memory_format}"
     if cell.title:
         return cell.title
     if cell.kind == "largest":
         return f"largest batch, {mode}: {cell.label}"
-    return f"round {task.round} of {cell.rounds}, {mode}: {cell.label}"
+    return f"round {turn} of {cell.rounds}, {mode}: {cell.label}"

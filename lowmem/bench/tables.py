@@ -29,6 +29,7 @@ from lowmem.models.resnet import is_safe
 from lowmem.trial import excess, launch_note
 
 MODES = (FIRST_MODE, ("fp32", "channels-last"), ("amp", "contiguous"), ("amp", "channels-last"))
+Way = tuple[str, int | float | str | None]  # family, budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,28 +61,23 @@ def step_cells(setup: TableSetup, modes: Sequence[tuple[str, str]]) -> list[Cell
     """Of the first table, and of the third where the mode is another; in `FIRST_MODE` they are the same."""
     cells = []
     for precision, layout in modes:
+        ways, rounds = mode_ways(setup), setup.mode_rounds
         if (precision, layout) == FIRST_MODE:
-            families = tuple(one for one in FAMILIES if one != ENGINE and (one != PLAIN_FREE or setup.on_card))
-            budgets, rounds = setup.budgets, setup.rounds
-        else:
-            families, budgets, rounds = mode_families(setup), (mode_budget(setup),), setup.mode_rounds
-        for family, budget in (*((one, None) for one in families), *((ENGINE, one) for one in budgets)):
+            library = (one for one in FAMILIES if one != ENGINE and (one != PLAIN_FREE or setup.on_card))
+            ways, rounds = [*((one, None) for one in library), *((ENGINE, one) for one in setup.budgets)], setup.rounds
+        for family, budget in ways:
             how: dict[str, Any] = {"precision": precision, "memory_format": layout, "budget": budget}
             cells.append(Cell(kind="step", family=family, batch=setup.batch, rounds=rounds, **how))
     return cells
 
 
-def mode_families(setup: TableSetup) -> tuple[str, ...]:
-    """The library's ways in the table of modes."""
-    rest = (CHECKPOINT_PER_BLOCK,) if setup.quick else (CHECKPOINT_SELECTIVE, CHECKPOINT_PER_BLOCK)
-    return (PLAIN_DEFAULT, *rest)
-
-
-def mode_budget(setup: TableSetup) -> int | float | str:
-    """The engine's in the table of modes: of its budgets that nearest to half of plain's memory, which is measured for
-    the first table anyway."""
+def mode_ways(setup: TableSetup) -> list[Way]:
+    """In the table of modes; the engine under that of its budgets which is nearest to half of plain's memory, and is
+    measured for the first table anyway."""
     shares = [one for one in setup.budgets if isinstance(one, float)]
-    return min(shares, key=lambda share: abs(share - 0.5)) if shares else setup.budgets[len(setup.budgets) // 2]
+    middle = min(shares, key=lambda share: abs(share - 0.5)) if shares else setup.budgets[len(setup.budgets) // 2]
+    library = [PLAIN_DEFAULT, *([] if setup.quick else [CHECKPOINT_SELECTIVE]), CHECKPOINT_PER_BLOCK]
+    return [*((family, None) for family in library), (ENGINE, middle)]
 
 
 def largest_cells(setup: TableSetup) -> list[Cell]:
@@ -151,8 +147,8 @@ def _row(cell: Cell, plain: Cell | None, first: Cell | None) -> Row:
         "resident_growth_bytes": cell.most("resident_growth_bytes"),
         "rounds": len(cell.known("step_seconds")),
         "step_seconds": cell.step_seconds,
-        "least_seconds": cell.least_seconds,
-        "most_seconds": cell.most_seconds,
+        "least_seconds": min(cell.known("least_seconds"), default=None),
+        "most_seconds": cell.most("most_seconds"),
         "images_per_second": cell.batch / cell.step_seconds if cell.step_seconds else None,
         "times_plain": statistics.median(ratios) if ratios else None,
         "least_times_plain": min(ratios, default=None),
@@ -183,7 +179,6 @@ def _ratio(name: str) -> Callable[[Row], str]:
 def _tables(setup: TableSetup, cells: Sequence[Cell], rows: Sequence[Row]) -> list[ResultTable]:
     """The three of them; of the third the rows way by way, so that a column compares the modes."""
     steps = [(cell, row) for cell, row in zip(cells, rows, strict=True) if cell.kind == "step"]
-    ways = [*((family, None) for family in mode_families(setup)), (ENGINE, mode_budget(setup))]
     largest = [row for row in rows if row["kind"] == "largest"]
     size = next((format_size(row["budget_bytes"]) for row in largest if row["budget_bytes"]), "the memory")
     unit = next((row["facts"]["unit"] for row in largest if row["facts"]), UNKNOWN)
@@ -222,7 +217,7 @@ def _tables(setup: TableSetup, cells: Sequence[Cell], rows: Sequence[Row]) -> li
                 Column("times plain in fp32, contiguous", _ratio("first_ratios"), brief=False),
                 Column("as plain in this mode", _verdict),
             ],
-            [row for wanted in ways for cell, row in steps if (cell.family, cell.budget) == wanted],
+            [row for wanted in mode_ways(setup) for cell, row in steps if (cell.family, cell.budget) == wanted],
         ),
     ]
 

@@ -165,7 +165,7 @@ FLAGS = (
     Flag("--config", "", Path, {_STARTS: "YAML file of settings."}),
     Flag("--set", "", list[str], {
         f"{_STARTS} resume fork": "Any setting by its dotted name.",
-    }, metavar="KEY=VALUE", default=()),
+    }, metavar="KEY=VALUE", default=[]),
 )  # fmt: skip
 
 
@@ -220,8 +220,7 @@ def takes_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 def _option(flag: Flag, text: str) -> inspect.Parameter:
     option = typer.Option(flag.name, metavar=flag.metavar, min=flag.least, max=flag.most, help=text)
-    default = list(flag.default) if isinstance(flag.default, tuple) else flag.default
-    default = False if flag.kind is bool and not flag.setting else default
+    default = False if flag.kind is bool and not flag.setting else flag.default
     kind = flag.kind if default is not None else flag.kind | None
     default = inspect.Parameter.empty if default is ... else default
     return inspect.Parameter(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from lowmem.cli.terminal import printable, say
@@ -87,7 +87,7 @@ def show_doctor(config: Config, out: Path | None, as_json: bool) -> ExitCode:
     findings = doctor.examine(facts)
     can_start = doctor.can_start(findings)
     if as_json:
-        print(json.dumps({"can_start": can_start, "findings": [one.to_json() for one in findings]}, indent=1))
+        print(json.dumps({"can_start": can_start, "findings": [vars(one) for one in findings]}, indent=1))
     elif sys.stdout.isatty():
         _print_findings(findings, summary(facts, findings))
     else:
@@ -120,9 +120,7 @@ def _print_findings(findings: list[Finding], last: str) -> None:
     console = Console(highlight=False)
     widths = (_STATUS_COLUMNS, max((len(finding.name) for finding in findings), default=0))
     for finding in findings:
-        row = Table.grid(padding=(0, 2, 0, 0))
-        for width in (*widths, None):
-            row.add_column(width=width)
+        row = Table.grid(*(Column(width=width) for width in (*widths, None)), padding=(0, 2, 0, 0))
         row.add_row(Text(finding.status, style=_STATUS_STYLES[finding.status]), finding.name, Text(finding.finding))
         console.print(row)
         if finding.mend is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from rich.live import Live
 from rich.table import Table as ShownTable
 from rich.text import Text
 
-from lowmem.bench import FIRST_MODE, LEAST, Cell, Setup, acceptance, plain_of, tables
+from lowmem.bench import FIRST_MODE, LEAST, Cell, Setup, acceptance, tables
 from lowmem.bench.acceptance import KINDS, AcceptanceSetup, acceptance_cells
 from lowmem.bench.results import Account, Environment, Results, ResultTable, Row
 from lowmem.bench.run import Bench
@@ -27,11 +26,13 @@ from lowmem.choose.execution import refuse_unsafe, resolve_execution
 from lowmem.cli.terminal import say
 from lowmem.config.settings import gather
 from lowmem.core.errors import Interrupted, UsageError
+from lowmem.core.reading import shorten
 from lowmem.core.units import MIB, format_size, parse_size
+from lowmem.isolate import Forks
 from lowmem.measure import read_driver
 from lowmem.remat.libraries import Numerics
 from lowmem.train.signals import StartupSignals
-from lowmem.trial import calls_on
+from lowmem.trial import PREPARE
 
 _WIDE = 140  # columns of a terminal that holds all of a table's
 _NAME_WIDTH = 21
@@ -62,7 +63,7 @@ def show_bench(
         if there := sum(len(cell.trials) for cell in cells):
             tell(f"{there} measurements are there from before and are not made again")
         complete = _measure(setup, cells, results, tell, seconds, "the same command goes on from there")
-        account = results.save(cells, complete, _bench_picture(setup, environment, cells))
+        account = results.save(cells, complete, partial(_bench_picture, setup, environment, cells))
         written = [file for file in results.files if file.stat().st_size]
     _print(setup, account)
     if not complete:
@@ -82,14 +83,13 @@ def show_acceptance(
     network = _network(flags, usual | {"memory.vram": "6G"})
     # Asked in a process of its own: a context here would take memory from the trials.
     card_bytes = ask_device(Numerics()).total_bytes if network["device"] == "cuda" else None
-    chosen: dict[str, Any] = {} if minutes is None else {"minutes": minutes}
-    setup = AcceptanceSetup(**network, card_bytes=card_bytes, steps=steps, cells=kinds, **chosen)
+    minutes = AcceptanceSetup.minutes if minutes is None else minutes
+    setup = AcceptanceSetup(**network, card_bytes=card_bytes, steps=steps, cells=kinds, minutes=minutes)
     environment, all_cells = _environment(setup), acceptance_cells(setup)
     with Results(out, setup, environment, acceptance.account) as results:
         tell = partial(print, flush=True)
         _measure(setup, all_cells, results, tell, 60 * setup.minutes)
-        account = acceptance.account(setup, environment, all_cells, finished=True)
-        results.save(all_cells, True, _acceptance_picture(setup, environment, account))
+        account = results.save(all_cells, True, partial(_acceptance_picture, setup, environment))
     print("\n" + account.markdown())
     print(f"written: {', '.join(map(str, results.files))}")
 
@@ -101,7 +101,7 @@ def _measure(
     Interrupted; `then`: what can be done after that."""
     seconds -= _FINISH_SECONDS[setup.stem]
     try:
-        with StartupSignals(), calls_on(setup.device) as call:
+        with StartupSignals(), Forks(None if setup.on_card else PREPARE) as call:
             return Bench(setup, cells, seconds=seconds, tell=tell, save=results.save, call=call).run()
     except Interrupted as error:
         count = sum(len(cell.trials) for cell in cells)
@@ -118,9 +118,8 @@ def _network(flags: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, An
     given = {key: value for key, value in flags.items() if value is not None}
     config = resolve_execution(gather(flags={**mode, **usual, **given})).config
     refuse_unsafe(config)
-    model, train = config.model, config.train
-    named = {"arch": model.arch, "block": model.block, "width": model.width, "batch": train.batch}
-    return {**named, "device": train.device, "vram_bytes": config.memory.vram}
+    train = {"batch": config.train.batch, "device": config.train.device}
+    return {**config.model.model_dump(), **train, "vram_bytes": config.memory.vram}
 
 
 def _table_setup(
@@ -133,9 +132,6 @@ def _table_setup(
     if flags.get("model.arch") is None:
         arch = "res56" if quick else "res110" if on_card else "res20"
         usual |= {"model.arch": arch, "model.block": "basic" if arch == "res20" else "bottleneck"}
-    chosen: dict[str, Any] = {} if budgets is None else {"budgets": _budgets(budgets)}
-    if quick and budgets is None:
-        chosen = {"budgets": _QUICK_BUDGETS}
     return TableSetup(
         **_network(flags, usual),
         rounds=rounds or 3,
@@ -143,7 +139,7 @@ def _table_setup(
         steps=steps or (3 if quick else 5),
         warmup=1 if quick else 2,
         quick=quick,
-        **chosen,
+        budgets=_budgets(budgets) if budgets is not None else _QUICK_BUDGETS if quick else TableSetup.budgets,
     )
 
 
@@ -212,19 +208,18 @@ def _shown(table: ResultTable, room: int) -> ShownTable:
 # -- pictures (matplotlib is imported only if there is something to draw) ----------------------------------------------
 
 
-def _bench_picture(setup: Setup, environment: Environment, cells: Sequence[Cell]) -> bytes | None:
+def _bench_picture(setup: Setup, environment: Environment, cells: Sequence[Cell], account: Account) -> bytes | None:
     """None if there is nothing to draw."""
     from lowmem.report.method_figures import MeasuredPoint, draw_bench
 
     curves: dict[str, list[MeasuredPoint]] = {}
-    for cell in (cell for cell in cells if cell.kind == "step" and cell.mode == FIRST_MODE):
-        ratios, peak = cell.ratios(plain_of(cells, cell)), _mib(cell.most("peak_allocated_bytes"))
-        if not ratios or peak is None:
+    for cell, row in zip(cells, account.rows, strict=True):
+        peak, predicted = _mib(row["peak_allocated_bytes"]), _mib(row["predicted_allocated_bytes"])
+        if cell.kind != "step" or cell.mode != FIRST_MODE or not row["ratios"] or peak is None:
             continue
         note = f"{cell.budget:.0%}" if isinstance(cell.budget, float) else "least" if cell.budget == LEAST else ""
-        time = {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-        point = MeasuredPoint(mib=peak, predicted_mib=_mib(cell.predicted_allocated_bytes), note=note, **time)
-        curves.setdefault(cell.family, []).append(point)
+        times = row["times_plain"], row["least_times_plain"], row["most_times_plain"]
+        curves.setdefault(cell.family, []).append(MeasuredPoint(peak, predicted, *times, note))
     if not curves:
         return None
     where = environment.get("card") or "CPU"
@@ -236,7 +231,7 @@ def _acceptance_picture(setup: AcceptanceSetup, environment: Environment, accoun
     from lowmem.report.method_figures import Bar, draw_acceptance
 
     def bar(label: str, row: Row, name: str, limit: float | None = None, note: str = "") -> Bar:
-        return Bar(label, _mib(row[f"{name}_bytes"]), _mib(row[f"predicted_{name}_bytes"]), limit, _short(note))
+        return Bar(label, _mib(row[f"{name}_bytes"]), _mib(row[f"predicted_{name}_bytes"]), limit, shorten(note, 40))
 
     memory, seconds = [], []
     for row in (row for row in account.rows if row["kind"] in ("memory", "time", "format", "largest")):
@@ -250,17 +245,13 @@ def _acceptance_picture(setup: AcceptanceSetup, environment: Environment, accoun
             memory += [bar("reserved", row, "reserved"), bar("on the card", row, "device")]
         if kind != "largest":
             over = note if row["overhead"] is None else f"{row['overhead']:+.1%} time"
-            seconds.append(Bar(label, row["step_seconds"], row["predicted_step_seconds"], None, _short(over)))
+            seconds.append(Bar(label, row["step_seconds"], row["predicted_step_seconds"], None, shorten(over, 40)))
     where = environment.get("card") or "CPU"
     met = [target["met"] for target in account.record["targets"] if target["met"] is not None]
     said = f": {sum(met)} of {len(met)} judged targets met" if met else ""
     size = format_size(setup.vram_bytes) + (" (emulated)" if setup.emulates(setup.vram_bytes) else "")
     title = f"{setup.name}, batch {setup.batch}\n{size}, {where}{said}"
     return draw_acceptance(title, memory, seconds)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 40 else text[:39] + "…"
 
 
 def _mib(size_bytes: int | None) -> float | None:

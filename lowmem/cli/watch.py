@@ -26,6 +26,7 @@ from lowmem.core.reading import shorten
 from lowmem.core.units import format_duration, format_size
 from lowmem.runs.folder import read_owner, refuse_links, run_folders, writer_of
 from lowmem.runs.rows import Event
+from lowmem.runs.view import errors_of
 from lowmem.runs.watch import Live
 
 _NEXT_RUN_SECONDS = 120.0  # between two runs of a job: libraries, pictures, plan
@@ -61,7 +62,7 @@ def show_watch(path: Path, *, interval: float, once: bool, as_json: bool) -> Non
     folders = run_folders(path)
     if not folders and (once or not _conducted(path)):
         raise UsageError(f"there is no run in {path}: give the folder of a run, like runs/res110")
-    run = _trained(folders) or max(folders, key=_last_touched, default=None)
+    run = _trained(folders) or min(folders, key=_quiet_seconds, default=None)
     if once:
         assert run is not None
         refuse_links(run)
@@ -112,12 +113,9 @@ def _trained(folders: list[Path]) -> Path | None:
     return next((run for run in folders if writer_of(run) is not None), None)
 
 
-def _last_touched(run: Path) -> float:
-    files = [run / name for name in ("events.jsonl", "steps.csv", "config.yaml")]
-    try:
-        return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
-    except OSError:
-        return 0.0
+def _quiet_seconds(run: Path) -> float:
+    quiet = Live(run).quiet_seconds
+    return math.inf if quiet is None else quiet
 
 
 def _follow(run: Path, interval: float) -> Live:
@@ -240,19 +238,13 @@ def describe_errors(live: Live) -> str:
     """Of the last epoch, and the best so far."""
     if not live.rows:
         return ""
-    last = {kind: getattr(live.rows[-1], f"{kind}_error_pct") for kind in ("train", "val", "test")}
-    on = "test" if last["val"] is None else "val"
-    best = min(_errors(live, on), default=None)
+    last = {kind: getattr(live.last, f"{kind}_error_pct") for kind in ("train", "val", "test")}
+    known = errors_of(live.rows)
+    best = known["best_error_pct"]
     return joined(
         *(error is not None and f"{kind} {error:.2f} %" for kind, error in last.items()),
-        best and f"best {on} {best[0]:.2f} % (epoch {best[1]})",
+        best is not None and f"best {known['error_on']} {best:.2f} % (epoch {known['best_epoch']})",
     )
-
-
-def _errors(live: Live, on: str) -> list[tuple[float, int]]:
-    """(error, epoch) of all that are numbers, on "val" or "test" pictures."""
-    errors = [(getattr(row, f"{on}_error_pct"), row.epoch) for row in live.rows]
-    return [(error, epoch) for error, epoch in errors if error is not None and math.isfinite(error)]
 
 
 # -- the picture -------------------------------------------------------------------------------------------------------
@@ -265,7 +257,8 @@ def screen(live: Live, console: Console) -> RenderableType:
     grid = Table.grid(padding=(0, 1, 0, 0))
     grid.add_column(width=_LABEL_COLUMNS, style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
-    curves = {"loss": live.losses, "error": [error for error, _ in _errors(live, "test")]}
+    errors = [row.test_error_pct for row in live.rows if row.test_error_pct is not None]
+    curves = {"loss": live.losses, "error": errors}
     steps = live.epochs * live.steps_per_epoch if live.epochs and live.steps_per_epoch else None
     bars = {"epoch": (live.step, steps), "memory": (live.peak_bytes, live.budget_bytes)}
     for label, text in facts(live):
@@ -310,7 +303,7 @@ def to_json(live: Live) -> dict[str, Any]:
     values = {
         "path": str(live.path),
         **{name: getattr(live, name) for name in _AS_IT_IS},
-        "writer": live.writer and asdict(live.writer),
+        "writer": live.writer and live.writer.model_dump(),
         "settings": live.config and _settings(live.config),
         "loss": live.losses[-1] if live.losses else None,
         "last_epoch": asdict(live.rows[-1]) if live.rows else None,

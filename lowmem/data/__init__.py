@@ -63,9 +63,6 @@ def _read(config: DataConfig, progress: Progress | None) -> Source:
     return folder.read(config.source.removeprefix("folder:"), cache=config.cache, progress=progress)
 
 
-# -- subsets with the same share of every class ------------------------------------------------------------------------
-
-
 def class_shares(class_counts: list[int], count: int) -> list[int]:
     """How many of each class make `count` in all: the largest remainder method; ties go to the lower class. Raises
     ValueError if there are fewer than `count`."""
@@ -86,9 +83,6 @@ def choose_balanced(labels: NDArray[np.int64], classes: int, count: int, key: in
     shares = class_shares(np.bincount(labels, minlength=classes).tolist(), count)
     picked = [shuffled[labels[shuffled] == cls][:share] for cls, share in enumerate(shares)]
     return np.sort(np.concatenate(picked))
-
-
-# -- whether the pictures are there: what `lowmem doctor` asks ---------------------------------------------------------
 
 
 def find_pictures(config: DataConfig) -> tuple[str, str | None]:

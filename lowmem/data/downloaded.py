@@ -38,15 +38,14 @@ def library(name: str) -> Any:
     return getattr(datasets, name)
 
 
-def _fetch(name: str, root: Path, absent: Callable[[str], DataError]) -> None:
+def _fetch(name: str, root: Path) -> str | None:
+    """Why it cannot be downloaded; None if it was."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         library(name)(str(root), download=True)
     except (OSError, RuntimeError, EOFError) as error:
-        raise absent(" ".join(str(error).split())) from error
-
-
-# -- CIFAR-10 ----------------------------------------------------------------------------------------------------------
+        return " ".join(str(error).split())
+    return None
 
 
 def find_cifar10(root: Path, download: bool) -> Path | None:
@@ -76,15 +75,12 @@ def read_cifar10(root: Path, download: bool) -> Source:
     fetched."""
     if find_cifar10(root, download) is None:
         missing = next(path.name for path in _cifar10_files(root) if not path.is_file())
-
-        def absent(why: str) -> DataError:
-            return DataError(
+        if (why := _fetch("CIFAR10", root)) is not None:
+            raise DataError(
                 f"CIFAR-10 is not in {root} ({missing} is missing) and cannot be downloaded ({why}): put "
                 "cifar-10-python.tar.gz there and try again, use --data folder:PATH, or --data shapes, which needs no "
                 "files"
             )
-
-        _fetch("CIFAR10", root, absent)
         find_cifar10(root, False)
     reader = library("CIFAR10")
     try:
@@ -101,9 +97,6 @@ def _cifar10_files(root: Path) -> dict[Path, str]:
     known = library("CIFAR10")
     listed = [*known.train_list, *known.test_list, (known.meta["filename"], known.meta["md5"])]
     return {root / known.base_folder / name: md5 for name, md5 in listed}
-
-
-# -- Fashion-MNIST -----------------------------------------------------------------------------------------------------
 
 
 def find_fashion(root: Path, download: bool) -> Path | None:
@@ -126,7 +119,8 @@ def read_fashion(root: Path, download: bool) -> Source:
     a file is not what it should be."""
     folder = find_fashion(root, download)
     if folder is None:
-        _fetch("FashionMNIST", root, lambda why: _no_fashion(root, f"it cannot be downloaded: {why}"))
+        if (why := _fetch("FashionMNIST", root)) is not None:
+            raise _no_fashion(root, f"it cannot be downloaded: {why}")
         folder = find_fashion(root, False)
         assert folder is not None
     paths = list(_idx_files(folder).values())

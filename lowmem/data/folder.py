@@ -82,8 +82,7 @@ def scan(root: Path) -> tuple[tuple[str, ...], dict[str, list[PictureFile]]]:
     if not names["train"]:
         raise DataError(f"{root / 'train'} has no class folders: pictures belong in train/<class>/")
     for here, there in (("test", "train"), ("train", "test")):
-        absent = sorted(set(names[there]) - set(names[here]))
-        if absent:
+        if absent := sorted(set(names[there]) - set(names[here])):
             raise DataError(
                 f"{root / here / absent[0]} is missing, but {there} has {absent[0]!r}: both parts need "
                 f"the same classes ({len(names['train'])} in train, {len(names['test'])} in test)"
@@ -96,7 +95,6 @@ def scan(root: Path) -> tuple[tuple[str, ...], dict[str, list[PictureFile]]]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """By name, without what is ignored."""
     with os.scandir(folder) as entries:
         kept = [one for one in entries if not one.name.startswith(".") and one.name.lower() not in _IGNORED]
     return sorted(kept, key=lambda entry: entry.name)
@@ -166,20 +164,14 @@ def decode(path: str) -> NDArray[np.uint8]:
         raise DataError(f"{path} is no picture or is damaged ({error}): replace it or take it out") from error
 
 
-# -- the cache ---------------------------------------------------------------------------------------------------------
-
-
 def read_cache(folder: Path, signature: str) -> dict[str, Tensor] | None:
     """The tensors kept in `folder` for `signature`, or None if there are none that verify."""
     try:
         manifest = read_json(folder / _MANIFEST)
         if manifest["format"] != _FORMAT or manifest["signature"] != signature:
             return None
-        path = folder / _data_name(signature)
-        # The size first: a foreign file of any length is not read into memory.
-        if path.stat().st_size != manifest["size_bytes"]:
-            return None
-        data = read_limited(path, manifest["size_bytes"])
+        # A foreign file of any length is not read into memory.
+        data = read_limited(folder / _data_name(signature), manifest["size_bytes"])
         if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
             return None
         return safetensors.torch.load(data)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -49,13 +48,15 @@ class Pictures:
         return Pictures(self.images.index_select(0, chosen), self.labels.index_select(0, chosen))
 
 
-class Selectable(Protocol):
-    """Pictures, or what can make those that are taken of it."""
+@dataclass(frozen=True)
+class DrawnWhenTaken:
+    """As `Pictures`, of which only those that are taken are made."""
 
-    @property
-    def labels(self) -> Tensor: ...
+    labels: Tensor
+    take: Callable[[NDArray[np.int64] | None], Pictures]
 
-    def take(self, indices: NDArray[np.int64] | None) -> Pictures: ...
+
+Selectable = Pictures | DrawnWhenTaken
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,16 @@ they are the same bits everywhere and with every seed of a run, as the pictures 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lowmem.core import counter_rng as addressed
-from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Source
+from lowmem.data.pictures import CHANNELS, SIDE, DrawnWhenTaken, Pictures, Source
 
 Ints = NDArray[np.int32]
 Mask = NDArray[np.bool_]
-
-TRAIN_PICTURES = 10_000
-TEST_PICTURES = 2_000
 
 _UNIT = 64  # lengths are in 1/64 pixel
 _TURN = 64  # directions in a full turn
@@ -61,30 +56,24 @@ _CLASSES: dict[str, Callable[[Ints, Ints, Ints], Mask]] = {
 }
 
 
-@dataclass(frozen=True)
-class DrawnWhenTaken:
-    """Pictures 0..count-1 of a part (`train`, `test`). A run of a few hundred does not wait for all 12,000."""
+def generate(train: int = 10_000, test: int = 2_000) -> Source:
+    """The data set; picture i of a part is of class i % 10 and does not depend on how many there are."""
+    return Source("shapes", tuple(_CLASSES), _part("train", train), _part("test", test))
 
-    part: str
-    count: int
 
-    @property
-    def labels(self) -> Tensor:
-        return torch.arange(self.count) % len(_CLASSES)
+def _part(part: str, count: int) -> DrawnWhenTaken:
+    """A run of a few hundred pictures does not wait for all 12,000."""
 
-    def take(self, indices: NDArray[np.int64] | None) -> Pictures:
-        indices = np.arange(self.count) if indices is None else indices
+    def take(indices: NDArray[np.int64] | None) -> Pictures:
+        indices = np.arange(count) if indices is None else indices
         labels = indices % len(_CLASSES)
         images = np.empty((len(indices), CHANNELS, SIDE, SIDE), dtype=np.uint8)
         for start in range(0, len(indices), _CHUNK):
             chunk = slice(start, start + _CHUNK)
-            images[chunk] = _draw_pictures(self.part, indices[chunk], labels[chunk])
+            images[chunk] = _draw_pictures(part, indices[chunk], labels[chunk])
         return Pictures(torch.from_numpy(images), torch.from_numpy(labels))
 
-
-def generate(train: int = TRAIN_PICTURES, test: int = TEST_PICTURES) -> Source:
-    """The data set; picture i of a part is of class i % 10 and does not depend on how many there are."""
-    return Source("shapes", tuple(_CLASSES), DrawnWhenTaken("train", train), DrawnWhenTaken("test", test))
+    return DrawnWhenTaken(torch.arange(count) % len(_CLASSES), take)
 
 
 def _uniform(part: str, name: str, indices: NDArray[np.int64], low: int, high: int) -> Ints:

@@ -40,10 +40,8 @@ CHECKS: tuple[Callable[[Facts], Finding | None], ...] = (
 
 
 def examine(facts: Facts) -> list[Finding]:
-    """What every check that applies has to say."""
     return [finding for check in CHECKS if (finding := check(facts)) is not None]
 
 
 def can_start(findings: Iterable[Finding]) -> bool:
-    """Whether training can start: nothing failed."""
     return all(finding.status != Status.FAIL for finding in findings)

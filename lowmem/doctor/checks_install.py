@@ -27,10 +27,6 @@ class Build(NamedTuple):
     folder: str
     archs: str
 
-    @property
-    def cuda_major(self) -> int:
-        return int(self.folder[2:4])
-
 
 # Newest first. 2.10 is the last with CUDA 12.8, so with sm_70; 2.7.1 the last with sm_50 and sm_60.
 BUILDS = (
@@ -55,7 +51,7 @@ def install_command(
     None if no release does. `again`: the right version may be installed already, as a build without CUDA."""
     for build in BUILDS:
         fits_card = capability is None or runs_on(build.archs.split(), capability)
-        if fits_card and (driver_cuda is None or driver_cuda[0] >= build.cuda_major):
+        if fits_card and (driver_cuda is None or driver_cuda[0] >= int(build.folder[2:4])):
             newest = "--upgrade " if build is BUILDS[0] else ""
             index = f" --index-url https://download.pytorch.org/whl/{build.folder}" if system == "Windows" else ""
             return f"pip install {'--force-reinstall ' if again else newest}{build.packages}{index}"
@@ -70,18 +66,15 @@ def same_torch(torch_version: str) -> str:
     return f'pip install "torch=={public}" torchvision{index}'
 
 
-# -- the checks --------------------------------------------------------------------------------------------------------
-
 _PASCAL = (6, 9)
 # The oldest driver branch for a CUDA major version (NVIDIA's compatibility table; within it minor versions fit).
 _DRIVER_BRANCH = {12: "R525", 13: "R580"}
 
 
 def python(facts: Facts) -> Finding | None:
-    """Versions, and whether everything lowmem requires is installed."""
     words = f"Python {facts.python_version or '?'}, lowmem {facts.lowmem_version or '?'}"
     # torch and its pair have a check of their own, with a better answer than "upgrade".
-    unmet = [text for text in facts.unmet or () if not text.lower().startswith("torch")]
+    unmet = [text for text in facts.unmet if not text.lower().startswith("torch")]
     if unmet:
         words += f"; missing or too old: {', '.join(unmet)}"
         mend = " ".join(["pip install", *(f'"{text.partition(";")[0].strip()}"' for text in unmet)])
@@ -92,14 +85,12 @@ def python(facts: Facts) -> Finding | None:
 
 
 def torch(facts: Facts) -> Finding | None:
-    """Whether torch can be imported, and what it is built for."""
-    if facts.torch_version is None and facts.torch_works is None:
-        return None
     if facts.torch_version is None and not facts.torch_works:
-        return Finding("torch", Status.FAIL, "torch is not installed", _fitting(facts))
+        unknown = facts.torch_works is None
+        return None if unknown else Finding("torch", Status.FAIL, "torch is not installed", _fitting(facts))
     found = version(facts.torch_version)
     if facts.torch_works is False:
-        why = facts.trouble("torch") or "no reason given"
+        why = facts.troubles.get("torch", "no reason given")
         mend = f'pip install --force-reinstall "torch=={found.public}"' if found else _fitting(facts)
         return Finding("torch", Status.FAIL, f"torch {facts.torch_version} cannot be imported: {why}", mend)
     built = f"built for CUDA {facts.torch_cuda}" if facts.torch_cuda else "built without CUDA"
@@ -125,11 +116,10 @@ def torchvision(facts: Facts) -> Finding | None:
     # Without the local part: 2.7.1+cu126 is a 2.7.1.
     if wanted is not None and have is not None and not wanted.specifier.contains(have.public, prereleases=True):
         # pip refuses to make such a pair, other installers do not. Some work all the same, most fail at import.
-        wants = (facts.torchvision_wants or "").replace(" ", "").replace("(", "").replace(")", "")
         status = Status.WARNING if facts.torchvision_works else Status.FAIL
-        return Finding("torchvision", status, f"{pair}, but it asks for {wants}", mend)
+        return Finding("torchvision", status, f"{pair}, but it asks for {wanted}", mend)
     if facts.torchvision_works is False:
-        why = facts.trouble("torchvision") or "no reason given"
+        why = facts.troubles.get("torchvision", "no reason given")
         found = version(facts.torchvision_version)
         again = f'pip install --force-reinstall --no-deps "torchvision=={found.public}"' if found else mend
         return Finding("torchvision", Status.FAIL, f"{pair} cannot be imported: {why}", again)
@@ -137,7 +127,6 @@ def torchvision(facts: Facts) -> Finding | None:
 
 
 def build(facts: Facts) -> Finding | None:
-    """Whether torch has kernels for the card."""
     if facts.used_card is None or not facts.torch_works:
         return None
     name = facts.used_card.name or "the card"
@@ -163,20 +152,17 @@ def build(facts: Facts) -> Finding | None:
 
 def _lacks_kernels(facts: Facts) -> bool:
     """Whether torch's build is known not to run on the card."""
-    if facts.capability is None or not facts.arch_list:
-        return False
-    return not runs_on(facts.arch_list, facts.capability)
+    archs, capability = facts.arch_list, facts.capability
+    return bool(archs) and capability is not None and not runs_on(archs, capability)
 
 
 def _fitting(facts: Facts, *, again: bool = False) -> str | None:
     """The command for the torch that runs on this card, or the newest one where there is no card."""
-    runs = facts.reported.cuda_version
-    return install_command(facts.capability, system=facts.system, driver_cuda=runs, again=again)
+    return install_command(facts.capability, system=facts.system, driver_cuda=facts.driver.cuda_version, again=again)
 
 
 def driver(facts: Facts) -> Finding | None:
-    """Whether there is a driver, and whether it is new enough for torch's CUDA."""
-    if facts.driver is None or facts.device_asked == "cpu":
+    if facts.device_asked == "cpu":
         return None
     if facts.driver.missing is not None:
         what, way_out = split_way_out(facts.driver.missing)
@@ -206,12 +192,11 @@ def driver(facts: Facts) -> Finding | None:
 
 
 def kernel(facts: Facts) -> Finding | None:
-    """One real kernel on the card."""
     if facts.kernel_works is None or facts.device_asked == "cpu":
         return None
     if facts.kernel_works:
         return Finding("kernel", Status.OK, "a matrix product, a convolution and its gradients ran on the card")
-    why = facts.trouble("kernel") or "no reason given"
+    why = facts.troubles.get("kernel", "no reason given")
     mend: str | None = "nvidia-smi, then restart the machine if it shows an error"
     if "no kernel image" in why:
         mend = _fitting(facts)

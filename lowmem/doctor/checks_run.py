@@ -32,14 +32,12 @@ ALLOCATOR_KEYS = (
 _OLD_NAME, _NEW_NAME = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
 _NEW_NAME_SINCE = Version("2.9")
 
-# -- the card ----------------------------------------------------------------------------------------------------------
-
 
 def visible(facts: Facts) -> Finding | None:
     """Whether torch sees the card that the driver sees."""
-    if not facts.reported.devices or facts.device_asked == "cpu":
+    if not facts.driver.devices or facts.device_asked == "cpu":
         return None
-    shown = facts.variable("CUDA_VISIBLE_DEVICES")
+    shown = facts.environment.get("CUDA_VISIBLE_DEVICES")
     # CUDA reads entries up to the first that is no card: an empty first one, or `-1`, hides every card.
     if shown is not None and not re.match(r"\s*\+*\d+\s*(,|$)|GPU-|MIG-", shown):
         words = f"CUDA_VISIBLE_DEVICES={shown!r} hides every card"
@@ -50,19 +48,18 @@ def visible(facts: Facts) -> Finding | None:
         words = "the driver lists a card, but torch finds none"
         words += f" (CUDA_VISIBLE_DEVICES={shown})" if shown is not None else ""
         return Finding("visible", facts.without_card, words, 'python -c "import torch; torch.cuda.init()" says why')
-    if trouble := facts.trouble("cuda"):
+    if trouble := facts.troubles.get("cuda"):
         return Finding("visible", facts.without_card, f"torch fails to look for cards: {trouble}")
     return None
 
 
 def card(facts: Facts) -> Finding | None:
-    """Which card, and the profile that plans for it."""
     device = facts.used_card
     if device is None:
         return None
     which = device.name or "a card without a name"
     which += f", {format_size(device.total_bytes)}" if device.total_bytes is not None else ""
-    others = len(facts.reported.devices) - 1
+    others = len(facts.driver.devices) - 1
     which += f" ({others} more not used)" if others > 0 else ""
     if facts.profile is not None:
         return Finding("card", Status.OK, f"{which}; profile {facts.profile.name}")
@@ -71,12 +68,11 @@ def card(facts: Facts) -> Finding | None:
 
 
 def memory(facts: Facts) -> Finding | None:
-    """What is free on the card and who holds the rest."""
     device = facts.used_card
     if device is None or device.free_bytes is None or not device.total_bytes:
         return None
     words = f"{format_size(device.free_bytes)} of {format_size(device.total_bytes)} free"
-    if device.uuid and (holders := who_holds(facts.reported, device.uuid)):
+    if device.uuid and (holders := who_holds(facts.driver, device.uuid)):
         words += f"; held by {', '.join(holders)}"
     taken = 1 - device.free_bytes / device.total_bytes
     if taken > 0.5:
@@ -87,7 +83,6 @@ def memory(facts: Facts) -> Finding | None:
 
 
 def display(facts: Facts) -> Finding | None:
-    """A desktop on the card takes memory of it."""
     if facts.used_card is None or not facts.used_card.display_active:
         return None
     words = "a display is attached to the card: the desktop takes some hundred MiB of it, more with a browser"
@@ -95,7 +90,6 @@ def display(facts: Facts) -> Finding | None:
 
 
 def link(facts: Facts) -> Finding | None:
-    """The PCIe link: a riser or a wrong slot narrows it."""
     pcie = facts.used_card.link if facts.used_card is not None else None
     if pcie is None:
         return None
@@ -113,7 +107,6 @@ def link(facts: Facts) -> Finding | None:
 
 
 def precision(facts: Facts) -> Finding | None:
-    """What mixed precision does on cards without tensor cores."""
     if facts.used_card is None or facts.capability is None:
         return None
     if facts.capability[0] < 7:
@@ -130,9 +123,7 @@ def precision(facts: Facts) -> Finding | None:
 
 
 def memory_format(facts: Facts) -> Finding | None:
-    """Channels-last helps tensor cores and can be far slower without them."""
-    execution = facts.execution or {}
-    if execution.get("device") != "cuda" or execution.get("memory_format") != "channels-last":
+    if facts.execution.get("device") != "cuda" or facts.execution.get("memory_format") != "channels-last":
         return None
     if facts.capability is None or (facts.capability >= (7, 0) and not facts.is_16xx):
         return None
@@ -141,11 +132,10 @@ def memory_format(facts: Facts) -> Finding | None:
 
 
 def spill(facts: Facts) -> Finding | None:
-    """Windows and WSL2 have rules of their own for a card's memory."""
     if facts.used_card is None:
         return None
     if facts.system == "Windows":
-        branch = version(facts.reported.driver_version)
+        branch = version(facts.driver.driver_version)
         words = "Windows: about 81 % of the card is usable"
         if branch is not None and branch < Version("536.40"):
             return Finding("windows", Status.NOTE, words)
@@ -157,9 +147,6 @@ def spill(facts: Facts) -> Finding | None:
     return None
 
 
-# -- the run -----------------------------------------------------------------------------------------------------------
-
-
 def parse_allocator(text: str) -> dict[str, str]:
     """`key:value,key:[a:b,c:d]` -> its pairs, a key without a value having an empty one."""
     parts = (part.partition(":") for part in re.split(r",(?![^\[]*\])", text) if part.strip())
@@ -168,10 +155,10 @@ def parse_allocator(text: str) -> dict[str, str]:
 
 def allocator(facts: Facts) -> Finding | None:
     """The caching allocator's settings: torch's own judgement of them, then what they do here."""
-    if facts.environment is None or not facts.wants_card:
+    if not facts.wants_card:
         return None
     name = _OLD_NAME if _OLD_NAME in facts.environment else _NEW_NAME
-    given = facts.variable(name)
+    given = facts.environment.get(name)
     if not given:
         if facts.card is None:
             return None
@@ -214,7 +201,7 @@ def _nearest(facts: Facts, name: str, pairs: dict[str, str]) -> str:
 
 def variables(facts: Facts) -> Finding | None:
     """Other variables that change memory or speed; the gravest is told."""
-    if facts.environment is None or not facts.wants_card:
+    if not facts.wants_card:
         return None
     effects = [(name, *effect) for name, given in facts.environment.items() if (effect := _effect(name, given))]
     if not effects:
@@ -266,17 +253,14 @@ def processor(facts: Facts) -> Finding | None:
     mend = facts.set_command("OMP_NUM_THREADS", str(usable))
     if facts.threads > usable:
         return Finding("processor", Status.WARNING, words, mend)
-    on_cpu = (facts.execution or {}).get("device") == "cpu"
-    if on_cpu and facts.threads == 1 and usable > 1 and facts.variable("OMP_NUM_THREADS") is not None:
+    on_cpu = facts.execution.get("device") == "cpu"
+    if on_cpu and facts.threads == 1 and usable > 1 and facts.environment.get("OMP_NUM_THREADS") is not None:
         return Finding("processor", Status.NOTE, words, mend)
     return Finding("processor", Status.OK, words)
 
 
 def disk(facts: Facts) -> Finding | None:
-    """Room for the run, and whether its folder can be written."""
     where = facts.disk_folder
-    if where is None:
-        return None
     if facts.disk_trouble is not None:
         return Finding("disk", Status.FAIL, f"{where} cannot be written: {facts.disk_trouble}", "choose another --out")
     free, needed = facts.disk_free_bytes, facts.disk_needed_bytes
@@ -295,9 +279,7 @@ def disk(facts: Facts) -> Finding | None:
 
 
 def data(facts: Facts) -> Finding | None:
-    """Whether the pictures are there, or can be had."""
-    trouble = facts.trouble("data")
-    if trouble is not None:
+    if trouble := facts.troubles.get("data"):
         if facts.torchvision_works is False:
             return Finding("data", Status.NOTE, "not checked: torchvision does not work")
         return Finding("data", Status.FAIL, *split_way_out(trouble))
@@ -313,9 +295,9 @@ def data(facts: Facts) -> Finding | None:
 
 def refusal(facts: Facts) -> Finding | None:
     """What `lowmem train` refuses to start with: asked of the same code."""
-    trouble = facts.trouble("execution")
+    trouble = facts.troubles.get("execution")
     if trouble is None or facts.torch_works is False:
         return None
-    if facts.device_asked == "cuda" and facts.cuda_available is False and facts.driver is not None:
+    if facts.device_asked == "cuda" and facts.cuda_available is False:
         return None  # the driver, the build or CUDA_VISIBLE_DEVICES: their checks say which
     return Finding("settings", Status.FAIL, *split_way_out(trouble))

@@ -1,8 +1,8 @@
 """What is known of the machine and of the run that is wanted (`Facts`), gathered once: metadata, the driver, torch
 through the probe, the disk; and what a check says of it (`Finding`).
 
-Every fact may be unknown: None. A check that lacks its facts says so or says nothing; it never guesses and never fails.
-Gathering never raises for what it finds.
+Every fact may be unknown: None, or empty. A check that lacks its facts says so or says nothing; it never guesses and
+never fails. Gathering never raises for what it finds.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import lowmem
 from lowmem.config.cards import Card, find_card
 from lowmem.config.schema import Config, flatten
 from lowmem.core.errors import LowmemError
-from lowmem.doctor.probe import STAGES, Answers, ask
+from lowmem.doctor.probe import STAGES, ask
 from lowmem.measure.nvml import DriverDevice, DriverReport, read_driver
 
 VARIABLES = (  # in the order in which they are told
@@ -61,9 +61,6 @@ class Finding:
     finding: str
     mend: str | None = None
 
-    def to_json(self) -> dict[str, str | None]:
-        return {key: None if value is None else str(value) for key, value in asdict(self).items()}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
@@ -82,33 +79,33 @@ class Facts:
     lowmem_version: str | None = None
     cores: int | None = None  # that this process may use
     cpu_share: float | None = None  # CPUs a container may use, None without a limit
-    environment: Mapping[str, str] | None = None  # only the variables that torch and the driver listen to
+    environment: Mapping[str, str] = field(default_factory=dict)  # only what torch and the driver listen to
 
     # packages, by their metadata: nothing is imported for these
     torch_version: str | None = None
     torchvision_version: str | None = None
     torchvision_wants: str | None = None  # its requirement on torch, like `torch==2.7.1`
-    unmet: tuple[str, ...] | None = None  # what lowmem requires and is missing or too old, like `rich>=13.7`
+    unmet: tuple[str, ...] = ()  # what lowmem requires and is missing or too old, like `rich>=13.7`
 
     # torch, asked in a process of its own
     torch_works: bool | None = None
     torch_cuda: str | None = None  # the CUDA it is built for; None with torch_works: built without
-    arch_list: Sequence[str] | None = None
+    arch_list: Sequence[str] = ()
     threads: int | None = None
     cuda_available: bool | None = None
     allocator_trouble: str | None = None  # torch's own words about the allocator settings in the environment
     torchvision_works: bool | None = None
     kernel_works: bool | None = None
     device_uuid: str | None = None  # of the card that torch would use
-    execution: Mapping[str, str] | None = None  # device, precision, memory_format as `train` would resolve them
-    troubles: Mapping[str, str] | None = None  # stage of the probe -> why it failed, in a line
+    execution: Mapping[str, str] = field(default_factory=dict)  # train's device, precision, memory_format
+    troubles: Mapping[str, str] = field(default_factory=dict)  # stage of the probe -> why it failed, in a line
 
     # the driver and the card
-    driver: DriverReport | None = None
+    driver: DriverReport = field(default_factory=DriverReport)
     profile: Card | None = None
 
     # disk and data
-    disk_folder: Path | None = None  # the nearest folder above `out` that exists
+    disk_folder: Path = field(default_factory=Path)  # the nearest folder above `out` that exists
     disk_free_bytes: int | None = None
     disk_needed_bytes: int | None = None
     disk_trouble: str | None = None
@@ -117,13 +114,6 @@ class Facts:
     data_words: str | None = None
     data_host_answers: bool | None = None  # the host from which it would be downloaded
 
-    def trouble(self, stage: str) -> str | None:
-        """Why a stage of the probe failed; None if it did not, or was not asked."""
-        return (self.troubles or {}).get(stage)
-
-    def variable(self, name: str) -> str | None:
-        return (self.environment or {}).get(name)
-
     def set_command(self, name: str, value: str | None) -> str:
         """The shell's command that sets a variable, or with None unsets it."""
         if self.system == "Windows":
@@ -131,16 +121,11 @@ class Facts:
         return f"unset {name}" if value is None else f"export {name}={value}"
 
     @property
-    def reported(self) -> DriverReport:
-        """What the driver says; of a driver that was not asked nothing is known."""
-        return self.driver or DriverReport()
-
-    @property
     def card(self) -> DriverDevice | None:
         """The card a run would use, as the driver sees it: torch's by UUID, else the only one, else the first."""
-        devices = self.reported.devices
+        devices = self.driver.devices
         if devices and self.device_uuid is not None:
-            return self.reported.device(self.device_uuid)
+            return self.driver.device(self.device_uuid)
         return devices[0] if devices else None
 
     @property
@@ -160,15 +145,13 @@ class Facts:
     @property
     def driver_too_old(self) -> bool:
         """Whether the driver runs an older major version of CUDA than torch is built for (minor ones fit together)."""
-        runs, built = self.reported.cuda_version, version(self.torch_cuda)
+        runs, built = self.driver.cuda_version, version(self.torch_cuda)
         return runs is not None and built is not None and runs[0] < built.major
 
     @property
     def wants_card(self) -> bool:
         """Whether a card matters for the run: not with --device cpu, nor under auto where there is none."""
-        if self.device_asked == "cpu":
-            return False
-        return self.device_asked == "cuda" or self.card is not None
+        return self.device_asked == "cuda" or self.used_card is not None
 
     @property
     def without_card(self) -> Status:
@@ -206,26 +189,16 @@ def split_way_out(sentence: str) -> tuple[str, str | None]:
     return match[1], match[2]
 
 
-# -- gathering ---------------------------------------------------------------------------------------------------------
-
-
-def gather(
-    config: Config,
-    out: Path | None = None,
-    *,
-    driver: Callable[[], DriverReport] = read_driver,
-    asker: Callable[[Mapping[str, object], Sequence[str]], Answers] = ask,
-    environment: Mapping[str, str] = os.environ,
-) -> Facts:
-    """The facts for a run of `config` into `out` (default `runs/<arch>`). `driver`, `asker`, `environment`: where the
-    driver's account, the probe's answers and the variables come from."""
+def gather(config: Config, out: Path | None = None) -> Facts:
+    """The facts for a run of `config` into `out` (default `runs/<arch>`)."""
     model = config.model
     out = Path("runs") / model.arch if out is None else out
-    report = driver()  # before the probe, which takes memory of the card itself
+    report = read_driver()  # before the probe, which takes memory of the card itself
     skipped = {"cuda", "kernel"} if config.train.device == "cpu" else set()
-    answers = asker(flatten(config), [stage for stage in STAGES if stage not in skipped])
-    probed = {name: value for found in answers.results.values() for name, value in found.items()}
-    works = dict.fromkeys(answers.troubles, False) | dict.fromkeys(answers.results, True)
+    answers = ask(flatten(config), [stage for stage in STAGES if stage not in skipped])
+    troubles = {stage: words for stage, words in answers.items() if isinstance(words, str)}
+    probed = {name: value for found in answers.values() if isinstance(found, dict) for name, value in found.items()}
+    works = {stage: stage not in troubles for stage in answers}
     if probed.get("cuda_available") is False:  # there is nothing for a kernel to run on: its failure says nothing new
         works.pop("kernel", None)
     known: dict[str, Any] = {
@@ -239,9 +212,9 @@ def gather(
         "lowmem_version": lowmem.__version__,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_share": cpu_share(Path("/sys/fs/cgroup")),
-        "environment": {name: environment[name] for name in VARIABLES if name in environment},
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "driver": report,
-        "troubles": answers.troubles,
+        "troubles": troubles,
         **{f"{stage}_works": works.get(stage) for stage in ("torch", "torchvision", "kernel")},
     }
     facts = Facts(**known | _disk(out) | probed | _packages(probed))
@@ -255,13 +228,9 @@ def gather(
 def cpu_share(root: Path) -> float | None:
     """The CPUs that the container's limit comes to (control groups version 2, then 1)."""
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        try:
-            quota, period = " ".join((root / name).read_text(encoding="ascii") for name in names).split()[:2]
-        except (OSError, ValueError):
-            continue
-        with suppress(ValueError, ZeroDivisionError):  # "max"
-            return int(quota) / int(period) if int(quota) > 0 else None
-        return None
+        with suppress(OSError, ValueError, ZeroDivisionError):  # not there, or "max"
+            quota, period = map(int, " ".join((root / name).read_text(encoding="ascii") for name in names).split()[:2])
+            return quota / period if quota > 0 else None
     return None
 
 
@@ -273,8 +242,8 @@ def _packages(probed: Mapping[str, Any]) -> dict[str, Any]:
         # inside), unless another is imported: a folder of that name on the path.
         same = imported is None or (installed or "").partition("+")[0] == imported.partition("+")[0]
         found[name] = installed if same else imported
-    of_torch = re.compile(r"\s*torch(?![A-Za-z0-9._-])", re.IGNORECASE)
-    found["torchvision_wants"] = next((text for text in _installed("torchvision")[1] if of_torch.match(text)), None)
+    wants = map(requirement, _installed("torchvision")[1])
+    found["torchvision_wants"] = next((str(one) for one in wants if one and one.name.lower() == "torch"), None)
     found["unmet"] = tuple(sorted(text for text in _installed("lowmem")[1] if is_unmet(text)))
     return found
 
@@ -298,9 +267,8 @@ def is_unmet(text: str) -> bool:
 
 
 def _disk(out: Path) -> dict[str, Any]:
-    folder = out.absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    place = out.absolute()
+    folder = next((one for one in (place, *place.parents) if one.exists()), Path(place.anchor))
     found: dict[str, Any] = {"disk_folder": folder, "out_taken": out.is_dir() and any(out.iterdir())}
     try:
         found["disk_free_bytes"] = shutil.disk_usage(folder).free

@@ -11,7 +11,6 @@ import threading
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -21,13 +20,15 @@ from lowmem.core.errors import LowmemError, PreflightError
 if TYPE_CHECKING:
     from lowmem.config.settings import Settings
 
+# Of each stage what it found, or in words why it did not: an exception, the end of the process, or the time.
+Answers = dict[str, dict[str, Any] | str]
+
 _CONNECT_SECONDS = 3.0
 _MOST_ERROR = 1e-3
 _PROBE_SECONDS = 120.0  # the first use of a card by a new build may compile for a minute
 
 
 def torch(settings: Settings) -> dict[str, Any]:
-    """Importing torch; what it was built for."""
     import torch
 
     # get_arch_list() is empty on older releases where no card is found; the build itself is asked then.
@@ -46,10 +47,9 @@ def allocator(settings: Settings) -> dict[str, Any]:
     import torch
 
     names = ("_accelerator_setAllocatorSettings", "_cuda_cudaCachingAllocator_set_allocator_settings")
-    judge = next((getattr(torch._C, name) for name in names if hasattr(torch._C, name)), None)
+    judge = next((getattr(torch._C, name) for name in names if hasattr(torch._C, name)), lambda settings: None)
     try:
-        if judge is not None:
-            judge("")
+        judge("")
     except Exception as error:
         return {"allocator_trouble": first_line(error)}
     return {}
@@ -72,12 +72,10 @@ def network(settings: Settings) -> dict[str, Any]:
 
     config = settings.config
     net = skeleton(config.model.arch, config.model.block, width=config.model.width)
-    state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
-    parameter_bytes = sum(tensor.numel() * tensor.element_size() for tensor in net.parameters())
+    parameter_bytes = sum(tensor.nbytes for tensor in net.parameters())
     # Parameters and buffers, and momentum, which is as large as the parameters.
-    saved_bytes = state_bytes + parameter_bytes
-    needed_bytes = run_bytes(config, checkpoint_bytes=saved_bytes, parameter_bytes=parameter_bytes)
-    return {"disk_needed_bytes": needed_bytes}
+    saved_bytes = sum(tensor.nbytes for tensor in net.state_dict().values()) + parameter_bytes
+    return {"disk_needed_bytes": run_bytes(config, checkpoint_bytes=saved_bytes, parameter_bytes=parameter_bytes)}
 
 
 def execution(settings: Settings) -> dict[str, Any]:
@@ -133,7 +131,6 @@ def host_answers(host: str, port: int) -> bool | None:
 
 
 def kernel(settings: Settings) -> dict[str, Any]:
-    """Real kernels on the card, see `largest_error`."""
     error = largest_error("cuda")
     if not error < _MOST_ERROR:  # nor NaN
         raise PreflightError(f"wrong results, off by up to {error:g}")
@@ -173,51 +170,41 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def probe(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The stages `asked["stages"]` with the settings `asked["values"]`, by dotted name. Yields what begins, so that it
-    is known in which stage the process died, and then its results or its trouble by its name."""
+def probe(asked: dict[str, Any]) -> Iterator[str | Answers]:
+    """The stages `asked["stages"]` with the settings `asked["values"]`, by dotted name. Yields the name of the one that
+    begins, so that it is known in which stage the process died, and then its answer."""
     from lowmem.config.settings import Settings, validate
 
     settings = Settings(validate(asked["values"], {}), dict.fromkeys(asked["values"], "doctor"))
     warnings.simplefilter("ignore")  # torch's own warning about an unfit build has no command that mends it
     for stage in asked["stages"]:
-        yield {"begins": stage}
+        yield stage
         try:
-            yield {"results": {stage: STAGES[stage](settings)}}
+            yield {stage: STAGES[stage](settings)}
         except Exception as error:
-            yield {"troubles": {stage: first_line(error)}}
+            yield {stage: first_line(error)}
 
 
 # -- in the process that asks ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What each stage found, and why the others did not: an exception, the end of the process, or the time."""
-
-    results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    troubles: Mapping[str, str] = field(default_factory=dict)
-
-
 def ask(values: Mapping[str, object], stages: Sequence[str], *, timeout_seconds: float = _PROBE_SECONDS) -> Answers:
     """Runs the stages in one process; if it dies in one, the rest in another, but none without torch. Never raises.
     `values`: dotted name -> setting."""
-    results: dict[str, Mapping[str, Any]] = {}
-    troubles: dict[str, str] = {}
+    answers: Answers = {}
     left = list(stages)
-    while left and "torch" not in troubles:
+    while left and not isinstance(answers.get("torch"), str):
         asked = {"values": values, "stages": left}
         outcome = isolate.run("lowmem.doctor.probe:probe", asked, timeout_seconds=timeout_seconds)
+        begun = [part for part in outcome.parts if isinstance(part, str)]
         for part in outcome.parts:
-            results |= part.get("results", {})
-            troubles |= part.get("troubles", {})
-        begun = [part["begins"] for part in outcome.parts if "begins" in part]
-        for stage in {*(begun or left[:1])} - {*results, *troubles}:
-            troubles[stage] = _how_it_ended(outcome, timeout_seconds)
+            answers |= {} if isinstance(part, str) else part
+        for stage in {*(begun or left[:1])} - answers.keys():
+            answers[stage] = _how_it_ended(outcome, timeout_seconds)
         if not begun:  # it did not even start: it will not start again either
             break
         left = [stage for stage in left if stage not in begun]
-    return Answers(results, troubles)
+    return answers
 
 
 def _how_it_ended(outcome: isolate.CallResult, timeout_seconds: float) -> str:

@@ -30,7 +30,7 @@ from lowmem.runs.view import recorded_settings
 from lowmem.train.observer import Observer
 
 if TYPE_CHECKING:
-    from lowmem.lifecycle.execute import RunResult
+    from lowmem.train.loop import Outcome
 
 __all__ = ["extend_run", "fork_run", "recorded_settings", "resume_training", "run_training"]
 
@@ -41,7 +41,7 @@ def run_training(
     observer: Observer | None = None,
     *,
     dry_run: bool = False,
-) -> RunResult:
+) -> Outcome:
     """What `lowmem train` does: load the data, make the run folder (default `runs/<arch>`), preflight, train. Started
     by torchrun, the processes do it together; rank 0 writes.
 
@@ -59,7 +59,7 @@ def run_training(
 
 def resume_training(
     path: Path | str, changes: Settings | Mapping[str, object] | None = None, observer: Observer | None = None
-) -> RunResult:
+) -> Outcome:
     """What `lowmem resume` does: go on from the newest checkpoint that verifies, in the middle of its epoch. Started by
     torchrun, the processes do it together, also of a run that another number of them began.
 
@@ -89,7 +89,7 @@ def fork_run(
     out: Path | str | None = None,
     observer: Observer | None = None,
     dry_run: bool = False,
-) -> RunResult:
+) -> Outcome:
     """What `lowmem fork` does: a new run (default `SOURCE-fork`) from a checkpoint of an old one, trained to its end.
 
     `at`: the end of an epoch by its number, `"step:4692"`, or `"last"`. `changes`: dotted names with their new values;
@@ -121,7 +121,7 @@ def extend_run(
     changes: Mapping[str, object] | None = None,
     out: Path | str | None = None,
     observer: Observer | None = None,
-) -> RunResult:
+) -> Outcome:
     """What `lowmem resume --epochs` does: a fork from the run's newest checkpoint that goes on to `epochs` epochs; an
     ordinary resume if that is what the run has anyway.
 

@@ -22,7 +22,8 @@ from lowmem.core.errors import CorruptCheckpoint, UsageError
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
 from lowmem.lifecycle.preflight import preflight
-from lowmem.lifecycle.run_identity import begun_before, belongs_to, launcher, most_bytes, recorded_run
+from lowmem.lifecycle.run_identity import begun_before, belongs_to, launcher, most_bytes, read_plans
+from lowmem.plan.record import Plan
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.folder import refuse_existing, refuse_unbegun
@@ -82,8 +83,7 @@ class New:
             trainer.observer.note("dry run: everything is fit to start, and nothing was left behind")
             return False
         trainer.record_plans(folder)
-        keep = decision.settings.config.checkpoint.keep
-        trainer.group.lead(lambda: self._write_first(trainer, keep, folder), None)
+        trainer.group.lead(lambda: self._write_first(trainer, folder), None)
         self._resumable = True
         folder.event("start", steps_per_epoch=trainer.batches.steps_per_epoch, **self._environment)
         if decision.confirmed is not None:
@@ -92,9 +92,9 @@ class New:
             folder.event("warning", what=inexact(decision.plan))
         return True
 
-    def _write_first(self, trainer: Trainer, keep: int, folder: RunFolder) -> None:
+    def _write_first(self, trainer: Trainer, folder: RunFolder) -> None:
         folder.flush()
-        checkpoints.save(folder.checkpoints, trainer.checkpoint(), keep=keep)
+        checkpoints.save(folder.checkpoints, trainer.checkpoint(), keep=trainer.config.checkpoint.keep)
 
 
 class Resume:
@@ -123,7 +123,8 @@ class Resume:
         newest = share_checkpoint(group, group.lead(lambda: self._newest(settings.config, observer), None))
         assert newest is not None
         self._saved, self._where = newest
-        return settings, recorded_run(group, self.path, recorded.config)
+        mine = group.lead(lambda: [plan.to_json() for plan in read_plans(self.path, recorded.config)], list[object]())
+        return settings, RecordedRun(recorded.config, [Plan.from_json(plan) for plan in group.share(mine)])
 
     def _newest(self, config: Config, observer: Observer) -> tuple[Checkpoint, Path]:
         refuse_unbegun(self.path)
@@ -146,8 +147,8 @@ class Resume:
 
     def commit(self, decision: Decision, trainer: Trainer, folder: RunFolder) -> bool:
         """Cuts rows back to the checkpoint and writes what has changed: only now it is certain that the run goes on."""
-        group, observer, state, settings = trainer.group, trainer.observer, trainer.state, decision.settings
-        config, kept = settings.config, settings.config.checkpoint
+        group, observer, state, config = trainer.group, trainer.observer, trainer.state, trainer.config
+        kept = config.checkpoint
         group.together(lambda: check_position(state, trainer.batches.steps_per_epoch))
         replanned = decision.plan if decision.changed else None
         if replanned is not None:
@@ -159,7 +160,7 @@ class Resume:
             folder.flush()
             if replanned is not None:
                 folder.forget_plans(after=group.size)
-                folder.write_config(to_yaml(settings))
+                folder.write_config(to_yaml(decision.settings))
                 folder.event("replan", budget_bytes=replanned.budget_bytes)
             elif kept != self._recorded.config.checkpoint:
                 # The next resume would delete what this one was told to keep; nothing else of what is given stays.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -25,24 +24,14 @@ from lowmem.measure.out_of_memory import classify
 from lowmem.models import build
 from lowmem.remat.libraries import prepare_libraries
 from lowmem.runs.event_files import require_tensorboard
-from lowmem.step.train_step import Execution
 from lowmem.train.loop import Outcome, Trainer
 from lowmem.train.observer import Observer
-from lowmem.train.replica import config_hash
 from lowmem.train.schedule import starts_low
 from lowmem.train.signals import StartupSignals
 from lowmem.trial.plan_trial import confirm_run, wants_confirmation
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """The folder of a run and how it ended."""
-
-    path: Path
-    outcome: Outcome
-
-
-def execute(begin: New | Resume, observer: Observer | None = None) -> RunResult:
+def execute(begin: New | Resume, observer: Observer | None = None) -> Outcome:
     """A run from its beginning, whichever that is, to its end: by this process, or by all that torchrun has started.
 
     Raises LowmemError: UsageError and PreflightError before anything is changed, Infeasible, CorruptCheckpoint,
@@ -68,8 +57,8 @@ def execute(begin: New | Resume, observer: Observer | None = None) -> RunResult:
         if checkpoint is not None:
             trainer.state = group.together(lambda: trainer.restore(checkpoint))
         if not begin.commit(decision, trainer, folder):
-            return RunResult(begin.path, Outcome(False, trainer.state))
-        return RunResult(begin.path, trainer.run(folder))
+            return Outcome(begin.path, False, trainer.state)
+        return trainer.run(folder)
 
 
 # -- one process, or several -------------------------------------------------------------------------------------------
@@ -117,14 +106,9 @@ def _load_data(group: Group, config: Config, observer: Observer) -> Dataset:
     """The data set, read by one process of each machine and then by the others, which find it decoded.
 
     Raises DataError, PreflightError if machines have different pictures."""
-
-    dataset: Dataset | None = None
-
-    def read() -> Dataset:
-        return dataset or load(config.data, config.seed, progress=observer.data_progress)
-
-    dataset = group.together(lambda: read() if group.local_rank == 0 else None)
-    dataset = group.together(read)
+    read = partial(load, config.data, config.seed, progress=observer.data_progress)
+    first = group.together(lambda: read() if group.local_rank == 0 else None)
+    dataset = group.together(lambda: first or read())
     with group.alike():
         if len(set(group.gather(dataset.fingerprint))) > 1:
             raise PreflightError("the processes have different pictures: give all machines the same data")
@@ -142,10 +126,8 @@ def make_trainer(group: Group, decision: Decision, dataset: Dataset, observer: O
         refuse_unsafe(config)
         spec, classes = config.model, len(dataset.classes)
         model = build(spec.arch, spec.block, width=spec.width, num_classes=classes, seed=config.seed)
-        execution = Execution(config.train.device, config.train.precision, config.train.memory_format)
-        identity = {"settings": config_hash(config), "data": dataset.fingerprint}
         with _out_of_memory(path):
-            return Trainer(config, model, dataset, execution, identity, observer, decision.plan, group, decision.split)
+            return Trainer(config, model, dataset, observer, decision.plan, group, decision.split)
 
     trainer, plan = group.together(make), decision.plan
     trainer.state.low_start = starts_low(config)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lowmem.choose.decide import RecordedRun, batch_chosen
@@ -23,11 +23,11 @@ from lowmem.core.reading import shorten
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
 from lowmem.lifecycle.begin import New
-from lowmem.lifecycle.run_identity import belongs_to, most_bytes, source_run
+from lowmem.lifecycle.run_identity import belongs_to, most_bytes, read_plans
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.checkpoint import Checkpoint, disk_errors
-from lowmem.runs.checkpoint_state import Position
+from lowmem.runs.checkpoint_state import Position, read_state
 from lowmem.runs.folder import FORKING, refuse_existing
 from lowmem.runs.store import RunFolder
 from lowmem.runs.view import RunView
@@ -146,20 +146,25 @@ class Fork(New):
         self._point = find(self._run, self._old, self._at)
         self._refuse_place(settings.config)
         refuse_existing(self.path)
-        return settings, source_run(self._run, self._old, observer)
+        try:
+            plans = read_plans(self._run, self._old)
+        except CorruptCheckpoint as error:
+            observer.warning(f"{error}; the fork is planned anew")
+            plans = []
+        return settings, RecordedRun(self._old, plans, fork=True)
 
     def _refuse_place(self, new: Config, *, same_pictures: bool = True) -> None:
         """Raises UsageError if the new run would already be over, or if, in the middle of an epoch, other pictures
         would come than were still to come."""
-        run, at, stop = self._point.saved.state["run"], self._point.position, new.train.max_steps
-        if run["epoch"] >= new.train.epochs:
+        at, stop = self._point.position, new.train.max_steps
+        if at.epoch >= new.train.epochs:
             raise UsageError(
-                f"the fork is at epoch {run['epoch']} and would end at {new.train.epochs}: ask for more with "
-                f"--set train.epochs={run['epoch'] + self._old.train.epochs}"
+                f"the fork is at epoch {at.epoch} and would end at {new.train.epochs}: ask for more with "
+                f"--set train.epochs={at.epoch + self._old.train.epochs}"
             )
-        if stop is not None and run["step"] >= stop:
+        if stop is not None and at.step >= stop:
             raise UsageError(
-                f"the fork is at step {run['step']} and would stop at train.max_steps = {stop}: add --set "
+                f"the fork is at step {at.step} and would stop at train.max_steps = {stop}: add --set "
                 "train.max_steps=null"
             )
         other = [key for key in _ORDER if key in self._changes]
@@ -186,26 +191,25 @@ class Fork(New):
                 "them"
             )
         steps = self._steps = -(-len(dataset.train.labels) // new.train.batch)  # an epoch, the smaller last included
-        run = dict(old.state["run"])
-        if not at.step_in_epoch:
-            # The learning rate follows the step: with another batch or subset an epoch has another number of them.
-            run["step"] = run["epoch"] * steps
+        was = self._was = read_state(old.state, old.step)
         # The old run's best was chosen under other settings, perhaps on other pictures, and its weights are not here.
         # Whether the run gets anywhere is a new question. What going back has made of its rate stays, unless there is
         # another to begin with.
-        run |= {"best": None, "rollbacks": 0, "exploded_losses": 0, "chance_epochs": 0, "told_stuck": False}
+        now = self._now = replace(was, best=None, rollbacks=0, exploded_losses=0, chance_epochs=0, told_stuck=False)
+        if not at.step_in_epoch:
+            # The learning rate follows the step: with another batch or subset an epoch has another number of them.
+            now.step = now.epoch * steps
         if "optim.lr" in self._changes:
-            run["lr_scale"] = 1.0
-        run["low_start"] = bool(run.get("low_start")) and starts_low(new)
+            now.lr_scale = 1.0
+        now.low_start = was.low_start and starts_low(new)
         identity = {"settings": config_hash(new), "data": dataset.fingerprint}
-        self._carried = replace(old, step=run["step"], state={"run": run, "identity": identity})
+        self._carried = replace(old, step=now.step, state={"run": asdict(now), "identity": identity})
         # The rate from the fork on, as it would have been and as it is. The old run's steps an epoch follow from where
         # its checkpoint is.
         old_steps = (at.step - at.step_in_epoch) // at.epoch if at.epoch else steps
-        low = bool(old.state["run"].get("low_start"))
         self._rates = (
-            rate_curve(self._old, old_steps, at.step, low_start=low, scale=_scale(old)),
-            rate_curve(new, steps, run["step"], low_start=run["low_start"], scale=_scale(self._carried)),
+            rate_curve(self._old, old_steps, at.step, low_start=was.low_start, scale=was.lr_scale),
+            rate_curve(new, steps, now.step, low_start=now.low_start, scale=now.lr_scale),
         )
         for line in self._explain(new):
             observer.note(line)
@@ -215,7 +219,7 @@ class Fork(New):
 
     def _explain(self, new: Config) -> list[str]:
         """What changes, what does not, and the learning rate before and after, in lines."""
-        run, old, point, at = self._run, self._old, self._point, self._point.position
+        run, old, at = self._run, self._old, self._point.position
         place = f"step {at.step}, in epoch {at.epoch + 1}" if at.step_in_epoch else f"the end of epoch {at.epoch}"
         lines = [f"a fork of {run} from {place} ({at.path.name}); {run} stays as it is"]
         milestones = scaled_milestones(old)
@@ -236,11 +240,11 @@ class Fork(New):
                 "that were still to come; its row will be of both settings"
             )
         lines += ["best weights are chosen anew, from here on", *side_by_side(*self._rates)]
-        if (scale := _scale(point.saved)) != 1.0:
+        if (scale := self._was.lr_scale) != 1.0:
             stays_words = "so is the fork (--set optim.lr=… begins with a rate of its own)"
-            now = stays_words if _scale(self._carried) == scale else f"the fork begins with {new.optim.lr:g}"
+            now = stays_words if self._now.lr_scale == scale else f"the fork begins with {new.optim.lr:g}"
             lines.append(f"{run} went back from a broken loss and is at {scale:g} of its learning rate: {now}")
-        if self._carried.state["run"]["low_start"]:
+        if self._now.low_start:
             rate, until = new.schedule.low_start_lr, new.schedule.low_start_until_error_pct
             lines.append(f"the low start is on: {rate:g} until the training error is under {until:g} %")
         return lines
@@ -259,7 +263,7 @@ class Fork(New):
             )
         return found
 
-    def _write_first(self, trainer: Trainer, keep: int, folder: RunFolder) -> None:
+    def _write_first(self, trainer: Trainer, folder: RunFolder) -> None:
         """Puts rows, picture and checkpoint into the new folder, the checkpoint last. The old run's files are only
         read. Raises DiskError."""
         at, carried = self._point.position, self._carried
@@ -268,7 +272,7 @@ class Fork(New):
         # Where they are counted in other steps, the old ones would stand among the new.
         folder.copy_rows(self._run, epoch=at.epoch, step=at.step if carried.step == at.step else None)
         self._draw(folder.path)
-        checkpoints.save(folder.checkpoints, carried, keep=keep)
+        checkpoints.save(folder.checkpoints, carried, keep=trainer.config.checkpoint.keep)
         (folder.path / FORKING).unlink()
         folder.event("fork", source=self._run.name, checkpoint=at.path.name, epoch=at.epoch, step=carried.step)
 
@@ -290,11 +294,6 @@ class Fork(New):
         with disk_errors(run / "report" / "learning_rate.png") as path:
             path.parent.mkdir(exist_ok=True)
             write_bytes_atomic(path, png)
-
-
-def _scale(saved: Checkpoint) -> float:
-    """What going back from a broken loss has made of the learning rate."""
-    return float(saved.state["run"].get("lr_scale", 1.0))
 
 
 def _to_the_end(points: Sequence[tuple[float, float]], end: float) -> list[tuple[float, float]]:

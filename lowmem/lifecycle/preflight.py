@@ -9,6 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import write_text_atomic
 from lowmem.runs.event_files import EventFiles, read_points
 from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, csv_line, gradient_line
-from lowmem.runs.store import RunFolder, most_checkpoints, run_bytes
+from lowmem.runs.store import RunFolder, most_checkpoints
 from lowmem.runs.view import read_run
 from lowmem.step.train_step import Score
 from lowmem.step.undo import Before, Undo
 from lowmem.train.loop import Trainer
-from lowmem.train.metrics import GradientNorms, default_every
+from lowmem.train.metrics import GradientNorms, disk_bytes
 from lowmem.train.oom_fallback import OomFallback, memory_words
 
 _QUICK_SECONDS = 10.0  # what takes longer is not run a second time for a better measurement
@@ -39,10 +40,9 @@ OUTPUTS = "settings, checkpoint, weights, metrics, gradients, events and report"
 
 
 def preflight(trainer: Trainer, folder: RunFolder) -> None:
-    """Tries a step and undoes it, in all processes; tries every output, in the one that writes, in a folder of its own
-    inside the run, and removes it; tells the observer of time and disk. The trainer is as before, except perhaps for a
-    smaller plan (see `try_step`). Raises PreflightError if anything cannot be written or does not read back, or if the
-    disk has no room for the checkpoints the run will keep; OutOfMemory."""
+    """Tries a step, in all processes, and every output, in the one that writes, in a folder of its own inside the run,
+    which goes again. The trainer is as before, but perhaps for a smaller plan (see `try_step`). Raises PreflightError
+    if anything cannot be written or does not read back, or if the disk has no room for all of the run; OutOfMemory."""
     began = time.monotonic()
     tried = try_step(trainer, folder)
     trainer.group.lead(lambda: _try_rest(trainer, folder, tried, began), None)
@@ -52,7 +52,7 @@ def _try_rest(trainer: Trainer, folder: RunFolder, tried: StepTrial, began: floa
     trial = folder.path / ".preflight"
     try:
         checkpoint_bytes, saving_seconds = _try_outputs(trainer, folder, trial, tried)
-        disk = _check_space(trainer, folder.path, checkpoint_bytes, len(tried.layers))
+        disk = _check_space(trainer, folder.path, checkpoint_bytes)
     except OSError as error:
         raise PreflightError(
             f"{folder.path} cannot take the run's outputs ({error.strerror or error}): choose another folder with --out"
@@ -66,8 +66,8 @@ def _try_rest(trainer: Trainer, folder: RunFolder, tried: StepTrial, began: floa
     note(f"preflight: {OUTPUTS} written and read back, a step and an evaluation run and undone, in {seconds:.1f} s")
     note(_time_line(trainer, tried, saving_seconds))
     note(disk)
-    if not math.isfinite(tried.loss):
-        trainer.observer.warning(f"the loss of the trial step is {tried.loss}: this run would diverge at once")
+    if not math.isfinite(tried.step.loss):
+        trainer.observer.warning(f"the loss of the trial step is {tried.step.loss}: this run would diverge at once")
 
 
 # -- outputs -----------------------------------------------------------------------------------------------------------
@@ -88,10 +88,9 @@ def _try_outputs(trainer: Trainer, folder: RunFolder, trial: Path, tried: StepTr
             _same(back is not None and back.to_json() == trainer.plan.to_json(), run.path / "plan.json")
         _try_rows(trainer, run, tried)
         if trainer.config.train.tensorboard:
-            files = EventFiles(run.path)
-            files.update()
-            files.close()
-            _same({point.step for point in read_points(files.folder)} == {1, 2}, files.folder)
+            with closing(EventFiles(run.path)) as files:
+                files.update()
+            _same({step for _, step, _ in read_points(files.folder)} == {1, 2}, files.folder)
         _try_report(run)
     return checkpoint_bytes, saving_seconds
 
@@ -123,11 +122,11 @@ def _try_checkpoint(trainer: Trainer, run: RunFolder) -> int:
 def _try_rows(trainer: Trainer, run: RunFolder, tried: StepTrial) -> None:
     """metrics.csv, steps.csv, gradients.csv and events.jsonl by their readers; of a loss that is no number, one."""
     lr, used_bytes = trainer.config.optim.lr, trainer.meter.read().device_used_bytes
-    train_loss, test_loss = (one if math.isfinite(one) else 1.0 for one in (tried.loss, tried.score.loss))
+    train_loss, test_loss = (one.loss if math.isfinite(one.loss) else 1.0 for one in (tried.step, tried.evaluation))
     row: dict[str, Any] = {"epoch": 1, "step": 2, "lr": lr, "elapsed_seconds": tried.step_seconds}
-    row |= {"train_loss": train_loss, "train_error_pct": tried.error_pct}
-    row |= {"test_loss": test_loss, "test_error_pct": tried.score.error_pct}
-    row |= {"images_per_second": tried.step_pictures / tried.step_seconds, "device_used_bytes": used_bytes}
+    row |= {"train_loss": train_loss, "train_error_pct": tried.step.error_pct}
+    row |= {"test_loss": test_loss, "test_error_pct": tried.evaluation.error_pct}
+    row |= {"images_per_second": tried.step.count / tried.step_seconds, "device_used_bytes": used_bytes}
     steps = [{"step": at, "epoch": 1, "lr": lr, "loss": train_loss} for at in (1, 2)]
     told = {"what": "größer", "seconds": tried.step_seconds, "unknown": None, "values": [1, 2.5, True]}
     run.append_metrics(row)
@@ -172,15 +171,13 @@ def tensor_bits(tensors: Mapping[str, Tensor]) -> dict[str, tuple[object, ...]]:
 
 @dataclass(frozen=True)
 class StepTrial:
-    """Seconds of a step and of an evaluation batch with their pictures, warmed up where that was quick; the mean loss
-    and the error of that step, the norm of every layer's gradient in it, and the evaluation's score."""
+    """Seconds and score of a step and of an evaluation batch, warmed up where that was quick, and the norm of every
+    layer's gradient in that step."""
 
     step_seconds: float
-    step_pictures: int
+    step: Score
     evaluation_seconds: float
-    score: Score
-    loss: float
-    error_pct: float
+    evaluation: Score
     layers: tuple[str, ...]
     gradient_norms: tuple[float, ...]
 
@@ -205,20 +202,17 @@ def try_step(trainer: Trainer, folder: RunFolder) -> StepTrial:
                 fallback.record(cause)
                 with group.alike():
                     raise _out_of_memory(trainer, cause)
-        seconds, (totals, pictures) = done
         scored = _twice_if_quick(Group(), lambda: fallback.evaluated(lambda size: _score(trainer, size)))
         if isinstance(scored, Failure):
             raise _out_of_memory(trainer, scored)
     finally:
         before.restore()
-    loss, wrong = (total / pictures for total in totals)
     measured = norms.take()
     assert measured is not None
-    figures = (seconds, pictures, scored[0], scored[1], loss, 100 * wrong)
-    return StepTrial(*figures, norms.names, tuple(measured.tolist()))
+    return StepTrial(done[0], done[1], scored[0], scored[1], norms.names, tuple(measured.tolist()))
 
 
-def _step(trainer: Trainer, undo: Undo, norms: GradientNorms) -> tuple[list[float], int] | Failure:
+def _step(trainer: Trainer, undo: Undo, norms: GradientNorms) -> Score | Failure:
     state = trainer.state
 
     def work() -> tuple[Tensor, int]:
@@ -228,8 +222,10 @@ def _step(trainer: Trainer, undo: Undo, norms: GradientNorms) -> tuple[list[floa
         return trainer.step(images, labels, trainer.lr(state.step), norms.measure, size), size
 
     done = undo.attempt(work)
-    # Reading the sums waits for the device: the time is that of the work, not of its launch.
-    return done if isinstance(done, Failure) else (done[0].tolist(), done[1])
+    if isinstance(done, Failure):
+        return done
+    loss, wrong = done[0].tolist()  # waits for the device: the time is that of the work, not of its launch
+    return Score(loss, wrong, done[1])
 
 
 def _score(trainer: Trainer, size: int) -> Score:
@@ -272,30 +268,22 @@ def _time_line(trainer: Trainer, tried: StepTrial, saving_seconds: float) -> str
     steps = to_the_end if config.max_steps is None else min(to_the_end, max(0, config.max_steps - state.step))
     epochs = (state.step_in_epoch + steps) // per_epoch
     # The last step of an epoch has fewer pictures: steps are weighed by them.
-    step_seconds = tried.step_seconds * len(dataset.train) / (per_epoch * tried.step_pictures)
+    step_seconds = tried.step_seconds * len(dataset.train) / (per_epoch * tried.step.count)
     scored = len(dataset.test) + (len(dataset.val) if dataset.val is not None else 0)
-    evaluation_seconds = tried.evaluation_seconds * scored / tried.score.count / trainer.group.size
+    evaluation_seconds = tried.evaluation_seconds * scored / tried.evaluation.count / trainer.group.size
     total = steps * step_seconds + epochs * (evaluation_seconds + saving_seconds)
     left = f"{epochs} epochs of {per_epoch} steps" if steps == to_the_end else f"{steps} steps (train.max_steps)"
     return (
-        f"time: about {format_duration(total)} for {left}: {tried.step_seconds:.3f} s a step of {tried.step_pictures} "
+        f"time: about {format_duration(total)} for {left}: {tried.step_seconds:.3f} s a step of {tried.step.count} "
         f"pictures, {evaluation_seconds:.1f} s for evaluation and {saving_seconds:.1f} s for saving an epoch"
     )
 
 
-def _check_space(trainer: Trainer, path: Path, checkpoint_bytes: int, layers: int) -> str:
+def _check_space(trainer: Trainer, path: Path, checkpoint_bytes: int) -> str:
     """The line on disk. Raises PreflightError if there is too little."""
-    config, per_epoch = trainer.config, trainer.batches.steps_per_epoch
-    needed = run_bytes(
-        config,
-        checkpoint_bytes=checkpoint_bytes,
-        parameter_bytes=sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
-        steps_per_epoch=per_epoch,
-        layers=layers,
-        norms_every=config.train.grad_norms_every or default_every(per_epoch),
-    )
+    needed = disk_bytes(trainer.config, trainer.model, trainer.batches.steps_per_epoch, checkpoint_bytes)
     free = shutil.disk_usage(path).free
-    most = f"{most_checkpoints(config)} checkpoints of {format_size(checkpoint_bytes)}"
+    most = f"{most_checkpoints(trainer.config)} checkpoints of {format_size(checkpoint_bytes)}"
     takes = f"{format_size(needed)} at the most ({most}"
     if free < needed:
         raise PreflightError(

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from lowmem.choose.decide import RecordedRun
 from lowmem.choose.execution import wants_plan
 from lowmem.config.schema import Config
 from lowmem.core.errors import CorruptCheckpoint, Diverged
@@ -21,7 +20,6 @@ from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.folder import never_began
 from lowmem.runs.store import PLAN, plan_file
 from lowmem.runs.view import RunView
-from lowmem.train.observer import Observer
 from lowmem.train.replica import check_belongs, config_hash
 
 Shape = tuple[int | None, ...]
@@ -128,18 +126,3 @@ def read_plans(run: Path, config: Config) -> list[Plan]:
         return []
     others = (read_plan(run, config, plan_file(rank)) for rank in range(1, len(first.shares)))
     return [first, *(plan for plan in others if plan is not None)]
-
-
-def recorded_run(group: Group, run: Path, config: Config) -> RecordedRun:
-    """What is recorded of a run that is resumed, read by rank 0, in all processes. Raises CorruptCheckpoint."""
-    plans = group.share(group.lead(lambda: [plan.to_json() for plan in read_plans(run, config)], list[object]()))
-    return RecordedRun(config, [Plan.from_json(plan) for plan in plans])
-
-
-def source_run(run: Path, config: Config, observer: Observer) -> RecordedRun:
-    """What is recorded of a run that another forks off from, which can do without its plans."""
-    try:
-        return RecordedRun(config, read_plans(run, config), fork=True)
-    except CorruptCheckpoint as error:
-        observer.warning(f"{error}; the fork is planned anew")
-        return RecordedRun(config, fork=True)

@@ -1,6 +1,5 @@
-"""`lowmem verify`: looks through a run folder for what a resume relies on, and changes nothing.
-
-Checkpoints and plans are checked against what the run is by its config.yaml.
+"""`lowmem verify`: looks through a run folder for what a resume relies on, and changes nothing. Checkpoints and plans
+are checked against what the run is by its config.yaml.
 
 Known limitation: rows and weights carry no checksum of their own. A digit that became another digit in a row is not
 noticed; exported weights are compared bit for bit where the checkpoint of the same step is still there.
@@ -11,9 +10,8 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lowmem.config.schema import Config
 from lowmem.core.errors import CorruptCheckpoint
@@ -30,11 +28,7 @@ from lowmem.runs.tables import scan_table
 from lowmem.runs.view import RunView, recorded_settings
 from lowmem.train.metrics import measured_weights
 
-
-class FileStatus(StrEnum):
-    OK = "ok"
-    NOTE = "note"
-    DAMAGED = "damaged"
+FileStatus = Literal["ok", "note", "damaged"]
 
 
 @dataclass(frozen=True)
@@ -70,8 +64,7 @@ class Verified:
 
 
 def verify(run: Path) -> Verified:
-    """What damages a resume is in the result, not raised. Raises UsageError if it is no run or its config.yaml cannot
-    be used."""
+    """Raises UsageError if it is no run or its config.yaml cannot be used; what else is damaged, the result says."""
     return _Verification(run, recorded_settings(run).config).result()
 
 
@@ -85,21 +78,19 @@ class _Verification:
         self._good: dict[str, Checkpoint] = {}  # those that verify, by name, newest first
 
     def result(self) -> Verified:
-        self._add(FileStatus.OK, "config.yaml", "every setting is known and valid")
+        self._add("ok", "config.yaml", "every setting is known and valid")
         self._check_lock()
         self._check_checkpoints()
         newest = next(iter(self._good), None)
-        state = None if newest is None else self._good[newest].state["run"]
+        state = {} if newest is None else self._good[newest].state["run"]
         obstacles = [self._check_plan()]
-        for table in (EPOCH_TABLE, STEP_TABLE):
-            last = None if state is None else state[table.key]
-            obstacles.append(self._check_rows(self._run / table.file_name, table, last))
+        obstacles += [self._check_rows(table, state.get(table.key)) for table in (EPOCH_TABLE, STEP_TABLE)]
         for name in ("last", "best"):
             self._check_weights(self._run / "weights" / f"{name}.safetensors")
-        self._check_gradients(self._run / GRADIENT_TABLE.file_name, None if state is None else state["step"])
+        self._check_gradients(self._run / GRADIENT_TABLE.file_name, state.get("step"))
         self._check_records()
         findings = tuple(self._findings)
-        if state is None:
+        if newest is None:
             return Verified(self._run, findings, obstacle="no checkpoint verifies")
         position = (state["epoch"], state["step"], state["step_in_epoch"])
         obstacle = next((words for words in obstacles if words is not None), None)
@@ -112,10 +103,10 @@ class _Verification:
         try:
             paths = named(self._run / "checkpoints")
         except CorruptCheckpoint as error:
-            self._add(FileStatus.DAMAGED, "checkpoints", error)
+            self._add("damaged", "checkpoints", error)
             return
         if not paths:
-            self._add(FileStatus.DAMAGED, "checkpoints", "there are none")
+            self._add("damaged", "checkpoints", "there are none")
         check = belongs_to(self._config)
         for path in paths:
             where = f"checkpoints/{path.name}"
@@ -123,13 +114,13 @@ class _Verification:
                 saved = load(path, self._most_bytes)
                 check(saved)
             except CorruptCheckpoint as error:
-                self._add(FileStatus.DAMAGED, where, error)
+                self._add("damaged", where, error)
                 continue
             self._good[path.name] = saved
             at = saved.state["run"]
             size = format_size(sum(file.stat().st_size for file in path.iterdir()))
             words = f"epoch {at['epoch'] + 1}, step {at['step_in_epoch']} of it; sizes and hashes are right, {size}"
-            self._add(FileStatus.OK, where, words)
+            self._add("ok", where, words)
 
     def _check_plan(self) -> str | None:
         try:
@@ -142,32 +133,32 @@ class _Verification:
                     "run: restore it, or go on with another number of them"
                 )
         except CorruptCheckpoint as error:
-            self._add(FileStatus.DAMAGED, "plan.json", error)
+            self._add("damaged", "plan.json", error)
             return "its plan cannot be used"
         for first in plans[:1]:
             several = f"{processes} processes, of which this takes " if processes > 1 else ""
             micro = f"batch {first.batch} in micro-batches of {first.micro_batch}"
-            self._add(FileStatus.OK, "plan.json", f"{several}{micro}, {len(first.ladder)} smaller plans in reserve")
+            self._add("ok", "plan.json", f"{several}{micro}, {len(first.ladder)} smaller plans in reserve")
         return None
 
-    def _check_rows(self, path: Path, table: RowTable[Any], last: int | None) -> str | None:
+    def _check_rows(self, table: RowTable[Any], last: int | None) -> str | None:
         """Against the checkpoint at `last`, if there is one."""
-        epochs = table.key == "epoch"
+        name = table.file_name
         try:
-            rows = scan_table(path, table, last)
+            rows = scan_table(self._run / name, table, last)
         except (CorruptCheckpoint, OSError) as error:
-            self._add(FileStatus.DAMAGED, path.name, error)
-            return f"{path.name} cannot be used"
+            self._add("damaged", name, error)
+            return f"{name} cannot be used"
         words = f"{rows.kept} rows" + (f" up to the checkpoint, {rows.beyond} after it" if rows.beyond else "")
         if rows.cut_off:
             words += ", the last line was cut off"
         if rows.damage is not None:
-            self._add(FileStatus.DAMAGED, path.name, f"{rows.damage}; {words}")
-        elif epochs and rows.beyond > 1:
+            self._add("damaged", name, f"{rows.damage}; {words}")
+        elif table is EPOCH_TABLE and rows.beyond > 1:
             # A checkpoint follows every row of an epoch.
-            self._add(FileStatus.DAMAGED, path.name, f"newer checkpoints than there are were saved: {words}")
+            self._add("damaged", name, f"newer checkpoints than there are were saved: {words}")
         else:
-            self._add(FileStatus.NOTE if rows.beyond or rows.cut_off else FileStatus.OK, path.name, words)
+            self._add("note" if rows.beyond or rows.cut_off else "ok", name, words)
         return None
 
     def _check_gradients(self, path: Path, last: int | None) -> None:
@@ -177,44 +168,43 @@ class _Verification:
             path.stat()
             rows = scan_table(path, GRADIENT_TABLE.of_layers(layers), last)
         except FileNotFoundError:
-            self._add(FileStatus.NOTE, path.name, "is not there")
+            self._add("note", path.name, "is not there")
         except (CorruptCheckpoint, OSError) as error:
-            words = f"{shorten(error, 300)}; a resume goes on all the same, with a new one"
-            self._add(FileStatus.NOTE, path.name, words)
+            self._add("note", path.name, f"{shorten(error, 300)}; a resume goes on all the same, with a new one")
         else:
             words = f"{rows.kept} rows of {len(layers)} layers" + (f", {rows.damage}" if rows.damage else "")
-            self._add(FileStatus.NOTE if rows.damage else FileStatus.OK, path.name, words)
+            self._add("note" if rows.damage else "ok", path.name, words)
 
     def _check_weights(self, path: Path) -> None:
         from safetensors.torch import load as decode
 
         where = f"weights/{path.name}"
         try:
-            header = read_header(path)
-            check_shapes(self._shapes, header.shapes, where)
-            step = header.metadata.get("step", "")
+            shapes, metadata = read_header(path)
+            check_shapes(self._shapes, shapes, where)
+            step = metadata.get("step", "")
             same = next((saved for saved in self._good.values() if str(saved.step) == step), None)
             if same is not None and tensor_bits(decode(read_limited(path, self._most_bytes))) != tensor_bits(
                 same.model
             ):
                 raise CorruptCheckpoint(f"is not what the checkpoint of step {step} holds")
         except FileNotFoundError:
-            self._add(FileStatus.NOTE, where, "is not there")
+            self._add("note", where, "is not there")
         except (Unreadable, CorruptCheckpoint, OSError) as error:
-            self._add(FileStatus.DAMAGED, where, error)
+            self._add("damaged", where, error)
         else:
             compared = "its checkpoint is gone to compare with"
             compared = compared if same is None else "equal to its checkpoint, bit for bit"
-            self._add(FileStatus.OK, where, f"of step {shorten(step)}; {compared}")
+            self._add("ok", where, f"of step {shorten(step)}; {compared}")
 
     def _check_records(self) -> None:
         """What only colours a report."""
         view = RunView(self._run)
         words = f"{len(view.events)} lines" if (self._run / "events.jsonl").exists() else "is not there"
         told = tuple(view.notes)
-        self._add(FileStatus.NOTE if told else FileStatus.OK, "events.jsonl", "; ".join((words, *told)))
+        self._add("note" if told else "ok", "events.jsonl", "; ".join((words, *told)))
         if not view.env:
-            self._add(FileStatus.NOTE, "env.json", "; ".join(view.notes[len(told) :]) or "is not there")
+            self._add("note", "env.json", "; ".join(view.notes[len(told) :]) or "is not there")
 
     def _check_lock(self) -> None:
         """Whether somebody writes. The lock is not tried, which could be in the way of who wants it: Linux lists locks,
@@ -223,18 +213,17 @@ class _Verification:
         try:
             status = (self._run / LOCK_NAME).stat()
             with open("/proc/locks", encoding="ascii") as file:
-                held = [fields for line in file if len(fields := line.split()) > 5]
+                held = [(fields[4], fields[5]) for line in file if len(fields := line.split()) > 5]
         except (OSError, ValueError):
             last = "" if owner is None else f"; last opened by process {owner.pid} on {owner.host}"
-            self._add(FileStatus.NOTE, LOCK_NAME, f"whether a process writes it is not known{last}")
+            self._add("note", LOCK_NAME, f"whether a process writes it is not known{last}")
             return
         # The number of a file is one of its file system only. Some (btrfs) tell another device than is listed here:
         # there the owner's word is taken that it is this file.
-        device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:"
-        same = [(fields[4], fields[5]) for fields in held if fields[5].endswith(f":{status.st_ino}")]
-        for pid, at in same:
-            if at.startswith(device) or (owner is not None and pid == str(owner.pid)):
-                words = f"process {pid} writes this run now: what is found may change"
-                self._add(FileStatus.NOTE, LOCK_NAME, words)
+        device, number = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:", f":{status.st_ino}"
+        for pid, at in held:
+            same = at.startswith(device) or (owner is not None and pid == str(owner.pid))
+            if same and at.endswith(number):
+                self._add("note", LOCK_NAME, f"process {pid} writes this run now: what is found may change")
                 return
-        self._add(FileStatus.OK, LOCK_NAME, "no process on this machine writes this run")
+        self._add("ok", LOCK_NAME, "no process on this machine writes this run")

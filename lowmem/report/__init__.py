@@ -34,12 +34,11 @@ def write_report(
     runs: Sequence[Path], out: Path | None = None, *, html: bool = False, tensorboard: bool = False
 ) -> ReportResult:
     """Write report.md and its figures to `out`, by default to `report/` in the run if there is only one; with `html`
-    the same as one page, report.html, too; with `tensorboard` each run's event file, in a folder of its own under
-    `tensorboard/`.
+    the same as one page, with `tensorboard` each run's event file in a folder of its own. Figures of an earlier report
+    of the same name are replaced, others left alone.
 
     Raises UsageError before anything is written if a run cannot be read or there is no telling where to write, and
-    DiskError if the folder refuses. Figures of an earlier report of the same name are replaced, others left alone.
-    """
+    DiskError if the folder refuses."""
     # matplotlib takes a second, and not all who import this draw
     from lowmem.report.figures import draw_gradients, draw_training
 

@@ -52,10 +52,10 @@ def log_limits(values: Iterable[float]) -> tuple[float, float]:
 def draw_charts(charts: Sequence[Chart], height_inches: float = style.HEIGHT_INCHES, remark: str = "") -> Figure:
     """The charts above each other, as wide as their labels leave room for; `remark` stands under the last."""
     figure = new_figure(height_inches)
-    panels = [(chart, figure.add_subplot(len(charts), 1, row)) for row, chart in enumerate(charts, start=1)]
     below = figure.supxlabel(remark, ha="left", fontsize=style.LABEL_SIZE, color=style.NEUTRAL)
     written = []
-    for chart, axes in panels:
+    for row, chart in enumerate(charts, start=1):
+        axes = figure.add_subplot(len(charts), 1, row)
         series = [one for one in chart.series if one.points]
         _draw_lines(axes, series)
         _set_axes(axes, chart)
@@ -118,7 +118,6 @@ def _set_axes(axes: Axes, chart: Chart) -> None:
 
 
 def new_figure(height_inches: float) -> Figure:
-    """A white figure of the common width."""
     figure = Figure(figsize=(style.WIDTH_INCHES, height_inches), dpi=style.DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure

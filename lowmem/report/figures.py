@@ -27,9 +27,6 @@ LOG_FROM_RATIO = 4.0  # a linear axis hides what differs by less than a quarter 
 _RATE_HEIGHT_INCHES = 3.6
 
 
-# -- loss and error ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Panel:
     """What a chart shows: which column of metrics.csv, in what words and numbers."""
@@ -62,20 +59,16 @@ TEST_ERROR = Panel(
 
 def draw_training(runs: Sequence[NamedRun]) -> list[Picture]:
     """loss.png, test_error.png and the pairs, as far as there is anything to draw."""
-    pictures = [
-        *_draw(runs, (LOSS,), "loss.png", LOSS.title, style.HEIGHT_INCHES),
-        *_draw(runs, (TEST_ERROR,), "test_error.png", TEST_ERROR.title, style.HEIGHT_INCHES),
-    ]
+    pictures = [*_draw(runs, (LOSS,), "loss.png", LOSS.title)]
+    pictures += _draw(runs, (TEST_ERROR,), "test_error.png", TEST_ERROR.title)
     for name, pair in find_pairs(runs).items():
-        title = f"Res{name} against CNN{name}"
-        pictures += _draw(pair, (LOSS, TEST_ERROR), f"pair_{name}.png", title, style.PAIR_HEIGHT_INCHES)
+        pictures += _draw(pair, (LOSS, TEST_ERROR), f"pair_{name}.png", f"Res{name} against CNN{name}")
     return pictures
 
 
 def epoch_points(history: RunView, panel: Panel) -> list[tuple[float, float]]:
     """(epoch, value) of every epoch with a finite value."""
-    values = ((row.epoch, panel.value(row)) for row in history.epochs)
-    return [(epoch, value) for epoch, value in values if value is not None and math.isfinite(value)]
+    return _finite((row.epoch, panel.value(row)) for row in history.epochs)
 
 
 def step_losses(history: RunView) -> list[tuple[float, float]]:
@@ -83,11 +76,12 @@ def step_losses(history: RunView) -> list[tuple[float, float]]:
     last = history.last
     if last is None or last.step <= 0:
         return []
-    return [
-        (row.step * last.epoch / last.step, row.loss)
-        for row in history.steps
-        if row.loss is not None and math.isfinite(row.loss) and row.step <= last.step
-    ]
+    rows = (row for row in history.steps if row.step <= last.step)
+    return _finite((row.step * last.epoch / last.step, row.loss) for row in rows)
+
+
+def _finite(points: Iterable[tuple[float, float | None]]) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in points if y is not None and math.isfinite(y)]
 
 
 def common_classes(runs: Sequence[NamedRun]) -> int | None:
@@ -96,13 +90,12 @@ def common_classes(runs: Sequence[NamedRun]) -> int | None:
     return known.pop() if len(known) == 1 else None
 
 
-def _draw(
-    runs: Sequence[NamedRun], panels: Sequence[Panel], file_name: str, title: str, height: float
-) -> list[Picture]:
+def _draw(runs: Sequence[NamedRun], panels: Sequence[Panel], file_name: str, title: str) -> list[Picture]:
     """One, or none if there is nothing to draw."""
     shown = [[run for run in runs if epoch_points(run.history, panel)] for panel in panels]
     if not any(shown):
         return []
+    height = style.HEIGHT_INCHES if len(panels) == 1 else style.PAIR_HEIGHT_INCHES
     height = max(height, len(panels) * (1.3 + 0.22 * max(map(len, shown))))  # taller instead of crowded labels
     x_limit, classes = max(1, *(run.history.epochs_done for run in runs)) * 1.01, common_classes(runs)
     charts = []
@@ -187,18 +180,15 @@ def moments(gradients: Gradients, count: int) -> list[GradientRow]:
 def by_depth(gradients: Gradients, row: GradientRow) -> list[tuple[float, float]]:
     """(layers back from the output, norm) of the layers on the main path; 1 is the last layer."""
     main = [norm for name, norm in zip(gradients.layers, row.norms, strict=True) if ".shortcut." not in name]
-    return _drawable((float(place), norm) for place, norm in enumerate(reversed(main), start=1))
+    return [(x, y) for x, y in _finite(enumerate(reversed(main), start=1)) if y > 0]
 
 
 def over_time(history: RunView, layer: int) -> list[tuple[float, float]]:
     """(epochs done, norm) of one layer of `gradients.layers`; of a run without a whole epoch (steps done, norm)."""
     last = history.last
     scale = last.epoch / last.step if last is not None and last.step > 0 else 1.0
-    return _drawable((row.step * scale, row.norms[layer]) for row in history.gradients.rows)
-
-
-def _drawable(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if math.isfinite(y) and y > 0]
+    points = _finite((row.step * scale, row.norms[layer]) for row in history.gradients.rows)
+    return [(x, y) for x, y in points if y > 0]
 
 
 def _draw_gradients(runs: Sequence[NamedRun], count: int, file_name: str, title: str) -> list[Picture]:
@@ -240,9 +230,6 @@ def _draw_gradients(runs: Sequence[NamedRun], count: int, file_name: str, title:
         )
     ]
     return [Picture(file_name, to_png(draw_charts(charts, style.PAIR_HEIGHT_INCHES)), title, _GRADIENTS_EXPLAINED)]
-
-
-# -- a fork's learning rate --------------------------------------------------------------------------------------------
 
 
 def draw_rate_curve(title: str, past: Points, before: Points, after: Points, fork_at: float) -> bytes:

@@ -49,9 +49,6 @@ def ink(colour: str) -> str:
         parts = 0.97 * parts
 
 
-# -- beside the axes ---------------------------------------------------------------------------------------------------
-
-
 def write_at_ends(axes: Axes, series: Sequence[Series]) -> list[tuple[Series, Annotation]]:
     """The labels beside the axes, where they take their room, but not yet in their places."""
     texts = []
@@ -97,9 +94,6 @@ def spread_ends(axes: Axes, texts: Sequence[tuple[Series, Annotation]]) -> None:
         leader = Line2D(*corners.T, color=one.style.colour, linestyle=(0, (1, 1.5)), linewidth=0.8, alpha=0.8)
         axes.figure.add_artist(leader)
         leader.set_transform(IdentityTransform())
-
-
-# -- inside the axes ---------------------------------------------------------------------------------------------------
 
 
 def write_inside(axes: Axes, series: Sequence[Series]) -> None:

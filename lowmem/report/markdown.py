@@ -34,11 +34,11 @@ _ERRORS_EXPLAINED = (
 
 
 def render(runs: Sequence[NamedRun], pictures: Sequence[Picture]) -> str:
-    """The whole document."""
     parts = ["# Training report", "## Final test errors", tables.error_table(runs).to_markdown(), _ERRORS_EXPLAINED]
-    if missing := tables.without_run(runs):
-        listed = ", ".join(f"{name} {percent(error)}" for name, error in missing.items())
-        parts.append(f"Published networks without a run here: {listed}.")
+    there = {run.network for run in runs}
+    missing = [f"{name} {percent(error)}" for name, error in tables.PUBLISHED_ERROR_PCT.items() if name not in there]
+    if missing:
+        parts.append(f"Published networks without a run here: {', '.join(missing)}.")
     parts.append("## What differs from the published setting")
     parts.append("\n".join(f"- {escape(whose)}: {escape(text)}" for whose, text in tables.departures(runs)))
     parts += ["## Time and memory", tables.resource_table(runs).to_markdown(), tables.RESOURCES_EXPLAINED]
@@ -57,9 +57,6 @@ def render(runs: Sequence[NamedRun], pictures: Sequence[Picture]) -> str:
     for run in runs:
         parts += _run_section(run)
     return "\n\n".join(parts) + "\n"
-
-
-# -- one run -----------------------------------------------------------------------------------------------------------
 
 
 def _run_section(run: NamedRun) -> list[str]:

@@ -19,8 +19,6 @@ from lowmem.report import style
 from lowmem.report.chart import Chart, draw_charts, dress, fit, new_figure, to_png
 from lowmem.report.style import LineStyle, Series
 
-# -- memory against time, as planned -----------------------------------------------------------------------------------
-
 _MANY = 50  # points that are a line, and not single plans
 _FAR = 1.4  # a budget beyond this many times the most that is drawn would leave the curves no room: an arrow
 _BUDGET_LINE, _BUDGET_TEXT = LineStyle("#888888", "--", 1.0), LineStyle("#555555", width=0.0)
@@ -59,8 +57,6 @@ def _method(name: str, points: Sequence[tuple[float, float]], marker_size: float
     look = replace(look, marker=look.marker if marker_size else "", marker_size=marker_size)
     return Series(points, look, name, inside=True)
 
-
-# -- memory against time, as measured ----------------------------------------------------------------------------------
 
 _BENCH_HEIGHT_INCHES = 4.9  # more than most: up to seven ways, some close together
 _NOTE_SIZE = style.LEAST_SIZE + 1
@@ -112,8 +108,6 @@ def draw_bench(title: str, curves: Mapping[str, Sequence[MeasuredPoint]], memory
     return to_png(draw_charts([chart], _BENCH_HEIGHT_INCHES, _BENCH_REMARK))
 
 
-# -- measured against predicted ----------------------------------------------------------------------------------------
-
 _ROW_INCHES = 0.5  # a line of words, and the bar under it: beside it they would take half of a phone's width
 _TITLE_INCHES, _AXIS_INCHES, _LEGEND_INCHES = 0.75, 0.7, 0.4
 _SIDE_INCHES = 0.12
@@ -162,9 +156,7 @@ def draw_acceptance(title: str, memory: Sequence[Bar], seconds: Sequence[Bar]) -
 
 
 def _fill_bars(axes: Axes, bars: Sequence[Bar], name: str) -> None:
-    most = (
-        max((value for bar in bars for value in (bar.measured, bar.predicted) if value is not None), default=0) or 1.0
-    )
+    most = max(value or 0.0 for bar in bars for value in (bar.measured, bar.predicted)) or 1.0
     axes.set_xlim(0, most * _NUMBERS_ROOM)
     axes.set_ylim(len(bars) - 0.6, -0.75)
     for row, bar in enumerate(bars):

@@ -20,14 +20,11 @@ class NamedRun:
     """A run, and how it is told from the others of its report."""
 
     history: RunView
+    network: str
     name: str  # the folder's, in tables and headings
     label: str  # short, at the end of a curve
     file_name: str  # a part of file names, no two the same on any system
     style: LineStyle  # the network's, the runs of one network getting thinner in turn
-
-    @property
-    def network(self) -> str:
-        return network_name(self.history.config.model)
 
 
 def network_name(model: ModelConfig) -> str:
@@ -38,12 +35,8 @@ def network_name(model: ModelConfig) -> str:
 
 def in_order(histories: Sequence[RunView]) -> list[RunView]:
     """As the published table: residual nets by depth, then plain nets; runs of one network by name."""
-
-    def rank(history: RunView) -> tuple[int, str, str, str]:
-        model = history.config.model
-        return ARCHITECTURES.index(model.arch), model.block, history.name, str(history.path)
-
-    return sorted(histories, key=rank)
+    by_name = sorted(histories, key=lambda run: (run.config.model.block, run.name, str(run.path)))
+    return sorted(by_name, key=lambda run: ARCHITECTURES.index(run.config.model.arch))
 
 
 def name_runs(histories: Sequence[RunView]) -> list[NamedRun]:
@@ -71,7 +64,7 @@ def name_runs(histories: Sequence[RunView]) -> list[NamedRun]:
             label = f"{network} {shorten_middle(rest if said_already else name)}".rstrip()
         style = network_style(history.config.model, same_network[network])
         same_network[network] += 1
-        runs.append(NamedRun(history, name, label, file_name, style))
+        runs.append(NamedRun(history, network, name, label, file_name, style))
     return runs
 
 
@@ -84,13 +77,12 @@ def shorten_middle(name: str) -> str:
 def find_pairs(runs: Sequence[NamedRun]) -> dict[str, list[NamedRun]]:
     """Runs with a curve by depth, `110`, and block where it is not the usual one, `110-bottleneck`; only where both a
     residual and a plain net have one."""
-    groups: dict[tuple[int, str], list[NamedRun]] = {}
+    groups: dict[str, list[NamedRun]] = {}
     for run in runs:
-        model = run.history.config.model
         if run.history.epochs:
-            groups.setdefault((int(model.arch[3:]), model.block), []).append(run)
+            groups.setdefault(run.network[3:], []).append(run)
     return {
-        f"{depth}" if block == resolve_block(f"res{depth}", None) else f"{depth}-{block}": group
-        for (depth, block), group in sorted(groups.items())
-        if {run.history.config.model.arch[:3] for run in group} == {"res", "cnn"}
+        name: groups[name]
+        for name in sorted(groups, key=lambda name: (int(name.partition("-")[0]), name))
+        if {run.network[:3] for run in groups[name]} == {"Res", "CNN"}
     }

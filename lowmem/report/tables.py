@@ -15,9 +15,9 @@ from pathlib import PurePath
 from statistics import median
 from typing import Any
 
-from lowmem.config.schema import Config, ModelConfig, resolve_block
+from lowmem.config.schema import Config
 from lowmem.core.units import format_duration, format_size
-from lowmem.report.naming import NamedRun, network_name
+from lowmem.report.naming import NamedRun
 from lowmem.runs.view import RunView
 
 UNKNOWN = "–"
@@ -27,13 +27,14 @@ RESOURCES_EXPLAINED = (
     "what tensors took. Reserved: what the allocator held for them. Device: the card with everything on it, or without "
     "a card the process. Resumed: how often the run was interrupted and gone on with."
 )
+# By network; with another block than the usual one it has another name, and is not published.
 PUBLISHED_ERROR_PCT: dict[str, float] = {
-    "res20": 8.08,
-    "res56": 7.74,
-    "res110": 7.46,
-    "cnn20": 8.92,
-    "cnn56": 39.03,
-    "cnn110": 89.66,  # never left chance
+    "Res20": 8.08,
+    "Res56": 7.74,
+    "Res110": 7.46,
+    "CNN20": 8.92,
+    "CNN56": 39.03,
+    "CNN110": 89.66,  # never left chance
 }
 ASSUMED = "*"
 _SOURCES = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST", "shapes": "generated shapes"}
@@ -64,7 +65,6 @@ def escape(text: object) -> str:
 
 
 def percent(value: float | None) -> str:
-    """`7.46 %`, or a dash for an unknown value."""
     return UNKNOWN if value is None else f"{value:.2f} %"
 
 
@@ -73,19 +73,17 @@ def times(count: int) -> str:
 
 
 def error_table(runs: Sequence[NamedRun]) -> ReportTable:
-    """Of final test errors, each beside its published figure; what differs is said by `departures`."""
     header = ("Network", "Run", "Epochs", "Final test error", "Published")
     rows = []
     for run in runs:
         done, asked, last = run.history.epochs_done, run.history.config.train.epochs, run.history.last
         epochs = f"{done}" if done >= asked else f"{done} of {asked}"
         error = percent(None if last is None else last.test_error_pct)
-        rows.append((run.network, run.name, epochs, error, percent(published_error_pct(run.history.config))))
+        rows.append((run.network, run.name, epochs, error, percent(PUBLISHED_ERROR_PCT.get(run.network))))
     return ReportTable(header, tuple(rows), 2)
 
 
 def resource_table(runs: Sequence[NamedRun]) -> ReportTable:
-    """Of time, speed, memory, and how often each run was interrupted."""
     header = ("Run", "Time", "Images/s", "Planned", "Allocated", "Reserved", "Device", "Resumed")
     rows = []
     for run in runs:
@@ -101,7 +99,6 @@ def resource_table(runs: Sequence[NamedRun]) -> ReportTable:
 
 
 def details(history: RunView, kind: str) -> list[Mapping[str, Any]]:
-    """What the events of a kind say."""
     return [event.detail for event in history.events if event.kind == kind]
 
 
@@ -126,30 +123,8 @@ def peaks(history: RunView) -> list[str]:
 def _checked(history: RunView, name: str) -> str:
     """Of the plan in force at last: its first steps are held against the prediction."""
     sizes = [detail.get(name) for detail in details(history, "measured")]
-    known = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool) and 0 < size < 1 << 60]
+    known = [size for size in sizes if type(size) is int and 0 < size < 1 << 60]
     return format_size(known[-1]) if known else UNKNOWN
-
-
-# -- against the published report --------------------------------------------------------------------------------------
-
-
-def published_error_pct(config: Config) -> float | None:
-    """The published final test error if the report has this architecture with this block, else None."""
-    arch = config.model.arch
-    if arch not in PUBLISHED_ERROR_PCT or config.model.block != resolve_block(arch, None):
-        return None
-    return PUBLISHED_ERROR_PCT[arch]
-
-
-def without_run(runs: Sequence[NamedRun]) -> dict[str, float]:
-    """The published networks that no run here is of, with their errors."""
-    configs = [run.history.config for run in runs]
-    present = {config.model.arch for config in configs if published_error_pct(config) is not None}
-    return {
-        network_name(ModelConfig(arch=arch, block=resolve_block(arch, None))): error
-        for arch, error in PUBLISHED_ERROR_PCT.items()
-        if arch not in present
-    }
 
 
 def describe_source(source: str) -> str:
@@ -177,20 +152,14 @@ def differences(history: RunView) -> tuple[str, ...]:
         (data.test_subset is not None, f"tested on {data.test_subset or 0:,} pictures instead of 10,000"),
         (data.val_split, f"{data.val_split:,} training pictures held back"),
         (not data.augment, f"no augmentation instead of crop and flip{ASSUMED}"),
-        (optim.momentum != usual.optim.momentum, f"momentum {optim.momentum:g} instead of {usual.optim.momentum:g}"),
-        (
-            optim.weight_decay != usual.optim.weight_decay,
-            f"weight decay {optim.weight_decay:g} instead of {usual.optim.weight_decay:g}",
-        ),
+        (optim.momentum != 0.9, f"momentum {optim.momentum:g} instead of 0.9"),
+        (optim.weight_decay != 1e-4, f"weight decay {optim.weight_decay:g} instead of 0.0001"),
         (optim.nesterov, "Nesterov momentum"),
         (optim.lr != usual.optim.lr, f"lr {optim.lr:g} instead of {usual.optim.lr:g}{ASSUMED}"),
         (config.schedule != usual.schedule, f"another learning-rate schedule{ASSUMED}"),
         (train.epochs != usual.train.epochs, f"{train.epochs} epochs instead of {usual.train.epochs}{ASSUMED}"),
         (train.batch != usual.train.batch, f"batch {train.batch} instead of {usual.train.batch}{ASSUMED}"),
-        (
-            train.micro_batch is not None and train.micro_batch < train.batch,
-            f"batch norm over micro-batches of {train.micro_batch}",
-        ),
+        (0 < (train.micro_batch or 0) < train.batch, f"batch norm over micro-batches of {train.micro_batch}"),
         (train.precision == "amp", f"mixed precision instead of fp32{ASSUMED}"),
     ]
     rescued = [f"{scales[-1]:g} of the learning rate after its loss broke"] if scales else []
@@ -209,7 +178,7 @@ def departures(runs: Sequence[NamedRun]) -> tuple[tuple[str, str], ...]:
     groups: dict[str, list[str]] = {}
     for run, texts in zip(runs, differs, strict=True):
         own = [text for text in texts if text not in shared]
-        if published_error_pct(run.history.config) is None:
+        if run.network not in PUBLISHED_ERROR_PCT:
             own.append(_NEVER_TRAINED if run.network in _NAMED else _NOT_PUBLISHED)
         if own or not shared:
             groups.setdefault("; ".join(own) or _NOTHING, []).append(run.name)

@@ -24,9 +24,7 @@ from lowmem.models import skeleton
 from lowmem.plan.record import Plan
 from lowmem.reproduce.job import ALL, Job, read_job
 from lowmem.reproduce.progress import JobObserver, Standing, measured_before, seconds_left, seconds_left_of, standing_of
-from lowmem.runs.store import run_bytes
-from lowmem.runs.view import recorded_settings
-from lowmem.train.metrics import default_every, measured_weights
+from lowmem.train.metrics import disk_bytes
 from lowmem.train.observer import Observer
 
 
@@ -46,8 +44,7 @@ def work(
     try:
         if standings[number].begun:
             # Always with the limit, be it None: the run may have been begun as a trial.
-            given = {**job.operational, "train.max_steps": limit}
-            go_on(path, recorded_settings(path).replace(given, "reproduce"), told)
+            go_on(path, {**job.operational, "train.max_steps": limit}, told)
         else:
             settings = job.settings_of(members[number])
             settings = settings if limit is None else settings.replace({"train.max_steps": limit}, "reproduce")
@@ -149,17 +146,7 @@ def _look_at(job: Job, standing: Standing, plan: Plan | None, dataset: Dataset) 
     if plan is not None and plan.predicted.step_seconds is not None and on_card:
         seconds = standing.epochs * len(dataset.train) / plan.batch * plan.predicted.step_seconds
     if standing.left:
-        parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-        state = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-        steps = -(-len(dataset.train) // config.train.batch)
-        disk = run_bytes(
-            config,
-            checkpoint_bytes=state + (parameters if config.optim.momentum > 0 else 0),
-            parameter_bytes=parameters,
-            steps_per_epoch=steps,
-            layers=len(measured_weights(model)),
-            norms_every=config.train.grad_norms_every or default_every(steps),
-        )
+        disk = disk_bytes(config, model, -(-len(dataset.train) // config.train.batch))
     return replace(standing, weight=weight, planned_seconds=seconds, disk_bytes=disk)
 
 

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 from lowmem.config.settings import Settings
 from lowmem.core.errors import ExitCode, Interrupted, LowmemError, PreflightError, UsageError
 from lowmem.core.reading import RECORD_LIMIT_BYTES, parse_json
-from lowmem.reproduce.job import ALL, Asked, Job, Member, ask, held, read_job
+from lowmem.reproduce.job import ALL, Asked, Job, Member, ask, held
 from lowmem.reproduce.progress import Standing, standing_of
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.folder import writer_of
@@ -72,10 +72,7 @@ def reproduce_job(
             refuse_interrupted(asked, conductor, "stopped before the report")
         if conductor.requested is None and not dry_run and code == 0:
             try:
-                runs, left_out = to_report(path)
-                for words in left_out:
-                    say(f"not in the report: {words}")
-                if runs:
+                if runs := to_report(asked.job, say):
                     from lowmem.report import write_report
 
                     show(write_report(runs, path / "report", html=True))
@@ -126,7 +123,10 @@ def conduct(asked: Asked, conductor: Conductor, say: Say, *, dry_run: bool = Fal
             say(f"{which}: {name} {'goes on' if standing.begun else 'begins'}{' (dry run)' if dry_run else ''}")
             code = conductor.run({**request, "name": name, "dry_run": dry_run})
             if conductor.requested is not None:
-                refuse_interrupted(asked, conductor, _where(asked, standing.member))
+                where = f"at {name}"
+                with suppress(LowmemError):  # what became of it
+                    where = f"{name} {_words(standing_of(job, standing.member))}"
+                refuse_interrupted(asked, conductor, where)
             if code in _STOPS_ALL:
                 raise JobStopped(f"stopped at {name}; what was done is kept, go on with `{asked.again}`", code)
             if code != ExitCode.DONE:
@@ -162,14 +162,6 @@ def refuse_interrupted(asked: Asked, conductor: Conductor, where: str) -> None:
         raise Interrupted(f"{conductor.requested}: {where}; go on with `{asked.again}`", conductor.exit_code)
 
 
-def _where(asked: Asked, member: Member) -> str:
-    """What became of the run that was under way."""
-    try:
-        return f"{member.name} {_words(standing_of(asked.job, member))}"
-    except LowmemError:
-        return f"at {member.name}"
-
-
 def _words(standing: Standing) -> str:
     if standing.state == "finished":
         return f"is finished ({standing.epochs} epochs)"
@@ -180,12 +172,12 @@ def _words(standing: Standing) -> str:
     return f"is saved at epoch {standing.epochs_done + 1}, step {standing.step}"
 
 
-def to_report(path: Path) -> tuple[list[Path], list[str]]:
-    """The folders of all runs of the job that have begun, and why others are left out: one that cannot be read must not
-    hide the rest. Raises UsageError if the report's own folder leads elsewhere."""
-    job, runs, left_out = read_job(path), [], []
-    if (path / "report").is_symlink():
-        raise UsageError(f"{path / 'report'} is a link, which no job of lowmem has: put what it leads to in its place")
+def to_report(job: Job, say: Say) -> list[Path]:
+    """The folders of all runs of the job that have begun; says why others are left out: one that cannot be read must
+    not hide the rest. Raises UsageError if the report's own folder leads elsewhere."""
+    folder, runs = job.path / "report", []
+    if folder.is_symlink():
+        raise UsageError(f"{folder} is a link, which no job of lowmem has: put what it leads to in its place")
     for member in ALL:
         try:
             standing = standing_of(job, member)
@@ -193,8 +185,8 @@ def to_report(path: Path) -> tuple[list[Path], list[str]]:
                 read_run(standing.path)
                 runs.append(standing.path)
         except (UsageError, PreflightError) as error:
-            left_out.append(str(error))
-    return runs, left_out
+            say(f"not in the report: {error}")
+    return runs
 
 
 # -- the processes -----------------------------------------------------------------------------------------------------

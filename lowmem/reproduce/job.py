@@ -227,7 +227,7 @@ def held(path: Path) -> Iterator[RunLock]:
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = RunLock.acquire(path, "job")
+        lock = RunLock(path, "job")
     except OSError as error:
         raise PreflightError(
             f"{path} cannot be written ({error.strerror or error}): choose another folder with --out"
@@ -235,15 +235,14 @@ def held(path: Path) -> Iterator[RunLock]:
     try:
         yield lock
     finally:
-        empty = False
-        with suppress(PreflightError):
-            empty = not begun(path)
+        with suppress(PreflightError, OSError):
+            if not begun(path):
+                for name in (FILE_NAME, f"{FILE_NAME}{PARTIAL}"):
+                    (path / name).unlink(missing_ok=True)
+                lock.release(remove=True)
+                for folder in made:
+                    folder.rmdir()  # only if nothing else is in it
         lock.release()
-        with suppress(OSError):
-            for name in (*_FILES, f"{FILE_NAME}{PARTIAL}") if empty else ():
-                (path / name).unlink(missing_ok=True)
-            for folder in made if empty else ():
-                folder.rmdir()  # only if nothing else is in it
 
 
 def begun(path: Path) -> bool:

@@ -85,21 +85,14 @@ def measured_before(job: Job, members: Sequence[Member]) -> list[Standing]:
     return measured
 
 
-def epoch_seconds_of(standing: Standing, others: Sequence[Standing]) -> float | None:
-    """Its own, else scaled by weight from the measured run nearest to it: how far a machine is from its rates depends
-    on the network's size. None if nothing was measured."""
-    if standing.epoch_seconds is not None:
-        return standing.epoch_seconds
-    known = [(other, other.epoch_seconds) for other in others if other.epoch_seconds is not None]
-    if not known:
-        return None
-    nearest, seconds = min(known, key=lambda each: abs(math.log(each[0].weight / standing.weight)))
-    return seconds * standing.weight / nearest.weight
-
-
 def seconds_left_of(standing: Standing, others: Sequence[Standing]) -> float | None:
-    """As measured, else as planned; None if nothing is known."""
-    each = epoch_seconds_of(standing, others)
+    """By its own epochs, else by those of the measured run nearest to it, scaled by weight: how far a machine is from
+    its rates depends on the network's size. As planned if nothing was measured; None if nothing is known."""
+    each = standing.epoch_seconds
+    known = [(other, other.epoch_seconds) for other in others if other.epoch_seconds is not None]
+    if each is None and known:
+        nearest, seconds = min(known, key=lambda pair: abs(math.log(pair[0].weight / standing.weight)))
+        each = seconds * standing.weight / nearest.weight
     return standing.planned_seconds if each is None else standing.epochs_left * each
 
 

@@ -67,19 +67,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """`replacing` by `data`."""
     with replacing(path) as file:
         file.write(data)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """`replacing` by UTF-8 text."""
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
 def cut_file(path: Path, size_bytes: int) -> None:
-    """Cuts a file to its first bytes, and waits until these are on the disk: there is no state in between. Raises
-    OSError."""
+    """Cuts a file to its first bytes, and waits until these are on the disk: no state in between. Raises OSError."""
     with open(path, "rb+") as file:
         if file.seek(0, os.SEEK_END) > size_bytes:
             file.truncate(size_bytes)
@@ -132,31 +129,25 @@ class RowFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._waiting: list[str] = []
-        self._refused = False
+        self.waiting: list[str] = []  # lines that the disk refused and that are in memory only
         self._good_bytes: int | None = None  # up to here the file is known to hold whole lines
         self._lock = threading.Lock()
-
-    @property
-    def waiting(self) -> int:
-        """Lines that the disk refused and that are in memory only."""
-        return len(self._waiting) if self._refused else 0
 
     def append(self, lines: Sequence[str] = ()) -> None:
         """Writes the lines after those that wait. Raises OSError; then they wait, too."""
         with self._lock:
-            self._waiting += lines
-            if not self._waiting:
+            lines = [*self.waiting, *lines]
+            if not lines:
                 return
             try:
                 size = self.path.stat().st_size if self.path.exists() else 0
                 if self._good_bytes is None or size < self._good_bytes:  # shorter: others have been at it
                     self._good_bytes = whole_lines_bytes(self.path) if size else 0
-                self._good_bytes = append_lines(self.path, self._waiting, after_bytes=self._good_bytes)
-            except OSError:
-                self._refused = True
+                self._good_bytes = append_lines(self.path, lines, after_bytes=self._good_bytes)
+            except BaseException:
+                self.waiting = lines
                 raise
-            self._waiting, self._refused = [], False
+            self.waiting = []
 
     def replaced(self) -> None:
         """To be told after the file was replaced by other means."""

@@ -61,9 +61,7 @@ def folder_name(step: int) -> str:
 
 def step_of(path: Path) -> int:
     """The step in the name of a checkpoint that `checkpoint_folders` gave."""
-    match = _NAME.fullmatch(path.name)
-    assert match is not None, path
-    return int(match[1])
+    return int(path.name.removeprefix("step-").removesuffix(".old"))
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
@@ -82,7 +80,14 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int, keep_every: int | N
             aside.mkdir()
             _write_files(aside, checkpoint)
             verify(aside)
-            _put_in_place(aside, target)
+            if target.exists():
+                # The same step saved again (its evaluation was still to come the first time). A folder cannot replace
+                # a folder in one call; the old one keeps a name that readers know until the new one is there.
+                old = target.with_name(target.name + ".old")
+                shutil.rmtree(old, ignore_errors=True)
+                replace_path(target, old)
+            replace_path(aside, target)
+            fsync_folder(folder)
         except (OSError, LowmemError):
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -113,17 +118,6 @@ def _write_files(aside: Path, checkpoint: Checkpoint) -> None:
     fsync_folder(aside)
 
 
-def _put_in_place(aside: Path, target: Path) -> None:
-    old = target.with_name(target.name + ".old")
-    if target.exists():
-        # The same step saved again (its evaluation was still to come the first time). A folder cannot replace a
-        # folder in one call; the old one keeps a name that readers know until the new one is there.
-        shutil.rmtree(old, ignore_errors=True)
-        replace_path(target, old)
-    replace_path(aside, target)
-    fsync_folder(target.parent)
-
-
 def tidy(folder: Path, *, keep: int, keep_every: int | None = None) -> None:
     """Deletes what a killed process left unfinished, and what is older than the `keep` newest and not kept for its
     epoch. While a loss explodes the newest from before it stays too: it is what a run can go back to. A folder loses
@@ -138,9 +132,10 @@ def tidy(folder: Path, *, keep: int, keep_every: int | None = None) -> None:
     for path in paths:
         with suppress(CorruptCheckpoint):
             positions[path] = read_position(path)
-    sound = next((path for path, at in positions.items() if at.sound), None)
+    sound = next((path for path, at in positions.items() if not at.exploded_losses), None)
     for path in paths[max(keep, 2) :]:
-        if path == sound or (path in positions and positions[path].is_every(keep_every)):
+        at = positions.get(path)
+        if path == sound or (at and keep_every and at.epoch and not at.step_in_epoch and at.epoch % keep_every == 0):
             continue
         with suppress(OSError):
             (path / "manifest.json").unlink(missing_ok=True)
@@ -213,8 +208,7 @@ def _no_memory(path: Path, size: int) -> OutOfMemory:
 
 
 def load(path: Path, most_bytes: int | None = None) -> Checkpoint:
-    """Reads a checkpoint that verifies, of files of at most `most_bytes`. Raises as `verify` does; never unpickles
-    (invariant 8)."""
+    """Reads a checkpoint that verifies, of files of at most `most_bytes`. Raises as `verify` does; never unpickles."""
     from safetensors import SafetensorError
     from safetensors.torch import load as decode
 
@@ -239,8 +233,7 @@ def load_newest(
     folder: Path, accept: Callable[[Checkpoint], object] = lambda checkpoint: None, most_bytes: int | None = None
 ) -> tuple[Checkpoint, Path, dict[Path, CorruptCheckpoint]]:
     """The newest checkpoint that verifies, its path, and the newer ones that were skipped with the reason. `accept`
-    raises CorruptCheckpoint for one that is whole but another run's; `most_bytes`: see `verify`. Raises
-    CorruptCheckpoint if none is left, and OutOfMemory."""
+    raises CorruptCheckpoint for one that is whole but another run's. Raises that if none is left, and OutOfMemory."""
     skipped: dict[Path, CorruptCheckpoint] = {}
     for path in named(folder):
         try:

@@ -11,12 +11,12 @@ import math
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
-from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictStr, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictStr, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
 from lowmem.core.errors import CorruptCheckpoint
@@ -94,7 +94,7 @@ def read_state(state: Mapping[str, Any], step: int) -> RunState:
     if not isinstance(run, dict) or not isinstance(state.get("identity"), dict):
         raise CorruptCheckpoint(f"{lacks}: its position and its identity")
     wrong = [name for name in _ALWAYS_RECORDED if name not in run]
-    unknown: list[str] = []
+    unknown = sorted(run.keys() - {one.name for one in fields(RunState)})
     try:
         read = _RUN_STATE.validate_python(run)
         scaler: list[Any] = [read.scaler.get(name) for name in _SCALER] if read.scaler else []
@@ -106,14 +106,13 @@ def read_state(state: Mapping[str, Any], step: int) -> RunState:
         }
         wrong += [name for name, good in sound.items() if not good]
     except ValidationError as error:
-        for one in error.errors(include_url=False, include_input=False):
-            places = unknown if one["type"] == "unexpected_keyword_argument" and len(one["loc"]) == 1 else wrong
-            places.append(str(one["loc"][0]))
+        places = [str(one["loc"][0]) for one in error.errors(include_url=False, include_input=False)]
+        wrong += [name for name in places if name not in unknown]
     if wrong:
         raise CorruptCheckpoint(f"{lacks}: {wrong[0]!r} is missing or impossible")
     if unknown:
         raise CorruptCheckpoint(
-            f"state.json of step {step} holds {shorten(sorted(unknown)[0])!r}, which this lowmem does not know: "
+            f"state.json of step {step} holds {shorten(unknown[0])!r}, which this lowmem does not know: "
             "use the one that wrote it"
         )
     return read
@@ -122,8 +121,7 @@ def read_state(state: Mapping[str, Any], step: int) -> RunState:
 # -- where in the run --------------------------------------------------------------------------------------------------
 
 
-@validated(frozen=True)
-class Position:
+class Position(BaseModel, frozen=True):
     """A checkpoint that looks whole: `epoch` epochs are completed, `step_in_epoch` steps of the next are done."""
 
     path: Path
@@ -133,24 +131,14 @@ class Position:
     exploded_losses: Any = 0
 
     @property
-    def sound(self) -> bool:
-        """Whether no loss was exploding when it was made."""
-        return not self.exploded_losses
-
-    @property
     def at(self) -> str:
         """As `lowmem fork --at` takes it: `12` for the end of an epoch, `step:4692` in the middle of one."""
         return f"step:{self.step}" if self.step_in_epoch else f"{self.epoch}"
 
-    def is_every(self, epochs: int | None) -> bool:
-        """Whether it is one that `checkpoint.keep_every` keeps."""
-        return epochs is not None and self.epoch > 0 and self.step_in_epoch == 0 and self.epoch % epochs == 0
-
 
 def read_position(path: Path) -> Position:
-    """The position of the checkpoint `path`, if its commit record is there and all files have the recorded size. Its
-    hashes are not checked (that reads hundreds of MiB); whoever goes on from it verifies it. Raises
-    CorruptCheckpoint."""
+    """Of the checkpoint `path`, if its commit record is there and all files have the recorded size. Its hashes are not
+    checked (that reads hundreds of MiB); whoever goes on from it verifies it. Raises CorruptCheckpoint."""
     try:
         manifest = read_manifest(path)
         for name in FILES:
@@ -162,12 +150,9 @@ def read_position(path: Path) -> Position:
         raise CorruptCheckpoint(f"{path / 'state.json'} is damaged: it {error}") from None
     run = state.get("run") if isinstance(state, dict) else None
     try:
-        return _POSITION.validate_python({**run, "path": path} if isinstance(run, dict) else None)
+        return Position.model_validate({**run, "path": path} if isinstance(run, dict) else None)
     except ValidationError:
         raise CorruptCheckpoint(f"{path}: state.json holds no position") from None
-
-
-_POSITION = TypeAdapter(Position)
 
 
 # -- the commit record -------------------------------------------------------------------------------------------------
@@ -178,7 +163,7 @@ FILES = (*TENSOR_FILES, "state.json")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Of the checkpoint `path`, with an entry for each of `FILES`. Raises CorruptCheckpoint, OSError."""
+    """With an entry for each of `FILES`. Raises CorruptCheckpoint, OSError."""
     file = path / "manifest.json"
     try:
         if file.is_symlink():
@@ -208,7 +193,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def manifest_bytes(manifest: object) -> bytes:
-    """As it is written."""
     return json.dumps(manifest, indent=1).encode()
 
 
@@ -231,16 +215,12 @@ _ITEM_BYTES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TensorsHeader:
-    """What a file says it holds. `shapes` by name; `metadata`: what its writer added, text to text."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    metadata: Mapping[str, str]
+Shapes = dict[str, tuple[int, ...]]
 
 
-def read_header(path: Path) -> TensorsHeader:
-    """Of a safetensors file on disk; reads no more than the header. Raises Unreadable, OSError."""
+def read_header(path: Path) -> tuple[Shapes, dict[str, str]]:
+    """Of a safetensors file on disk, of which no more is read: shapes by name, and what its writer added, text to text.
+    Raises Unreadable, OSError."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise Unreadable("is no regular file")
@@ -248,7 +228,7 @@ def read_header(path: Path) -> TensorsHeader:
         return parse_header(file, status.st_size)
 
 
-def parse_header(file: BinaryIO, file_bytes: int) -> TensorsHeader:
+def parse_header(file: BinaryIO, file_bytes: int) -> tuple[Shapes, dict[str, str]]:
     """Of a file of `file_bytes`, from its beginning. Raises Unreadable, OSError. The format (huggingface/safetensors,
     README): eight bytes with the header's length, the header as JSON, the tensors one after the other without holes.
     Stricter than the library, and before it, so that what it is handed is sane."""
@@ -270,7 +250,7 @@ def parse_header(file: BinaryIO, file_bytes: int) -> TensorsHeader:
         end = following
     if 8 + length + end != file_bytes:
         raise Unreadable(f"has {file_bytes:,} bytes, its header says {8 + length + end:,}")
-    return TensorsHeader({name: shape for name, (shape, _) in tensors.items()}, metadata)
+    return {name: shape for name, (shape, _) in tensors.items()}, metadata
 
 
 def _shape_and_span(name: str, entry: Any) -> tuple[tuple[int, ...], tuple[int, int]]:

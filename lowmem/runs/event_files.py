@@ -3,9 +3,7 @@
 The tables are what is true, the event file is made from them: whole when an exporter begins, then a few records each
 time rows have come. Where a resume, or going back from a broken loss, took rows out of the tables, it is made anew. It
 begins with TensorBoard's own mark that what other files say no longer holds, and those before it are deleted: no point
-is there twice, and none is missing.
-
-The only module that knows the package `tensorboard`, which is an extra. Nothing of it imports torch or TensorFlow.
+is there twice. Only this module knows the package `tensorboard`, an extra, and nothing of it that imports torch.
 """
 
 from __future__ import annotations
@@ -14,12 +12,11 @@ import io
 import re
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lowmem.core.errors import PreflightError
 from lowmem.core.reading import shorten
@@ -27,10 +24,6 @@ from lowmem.core.units import MIB
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, EpochRow, GradientRow, RowTable, StepRow
 from lowmem.runs.tables import News, TableFollower, follow_events
 
-if TYPE_CHECKING:
-    from tensorboard.compat.proto.event_pb2 import Event
-
-FOLDER = "tensorboard"
 _NAME = re.compile(r"events\.out\.tfevents\.([0-9]{1,15})\.lowmem")
 
 # column -> tag
@@ -49,15 +42,6 @@ _EPOCH_TAGS = {
     "device_used_bytes": "memory_mib/device_used",
 }
 _TABLES: tuple[RowTable[Any], ...] = (STEP_TABLE, GRADIENT_TABLE, EPOCH_TABLE)
-
-
-@dataclass(frozen=True)
-class ScalarPoint:
-    """A scalar of a curve. `step`: optimizer steps done, for epochs as well."""
-
-    tag: str
-    step: int
-    value: float
 
 
 def require_tensorboard() -> None:
@@ -79,7 +63,7 @@ class EventFiles:
     def __init__(self, run: Path, folder: Path | None = None) -> None:
         """Raises PreflightError without the package. Writes nothing yet."""
         require_tensorboard()
-        self.folder = folder if folder is not None else run / FOLDER
+        self.folder = folder or run / "tensorboard"
         self._run = run
         self._file: io.FileIO | None = None
         self._tables: list[TableFollower[Any]] = []
@@ -89,11 +73,10 @@ class EventFiles:
         news = [table.look() for table in self._tables]
         if self._file is None or any(rows.anew for rows in news):
             self._begin()
-        elif points := self._points(news):
-            self._write(_encode(points, lambda step: time.time()))
+        elif any(news):
+            self._write(news, lambda step: time.time())
 
     def close(self) -> None:
-        """Lets go of the file."""
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
@@ -103,55 +86,72 @@ class EventFiles:
         """A new file with everything up to now, then the older ones go."""
         self.close()
         self._tables = [TableFollower(self._run / table.file_name, table) for table in _TABLES]
-        points = self._points([table.look() for table in self._tables])
+        news = [table.look() for table in self._tables]
         self.folder.mkdir(parents=True, exist_ok=True)
         older = {int(match[1]): path for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))}
         number = max([int(time.time()), *(known + 1 for known in older)])  # read in the order of their names
         # Without the machine's name, which others put there: a run folder is shown to strangers.
         self._file = open(self.folder / f"events.out.tfevents.{number:010d}.lowmem", "wb", buffering=0)  # noqa: SIM115
-        self._write(_encode(points, _wall_times(self._run), begin=True))
+        self._write(news, _wall_times(self._run), begin=True)
         for path in older.values():
             with suppress(OSError):  # open in a TensorBoard on Windows; the session start outdates it all the same
                 path.unlink()
 
-    def _points(self, news: Sequence[News[Any]]) -> list[ScalarPoint]:
-        """Of the rows that came of each table."""
-        points: list[ScalarPoint] = []
-        for follower, rows in zip(self._tables, news, strict=True):
-            names = follower.table.names if follower.table is not None else ()
-            points += (point for row in rows.items for point in _points_of(row, names))
-        return points
+    def _write(self, news: Sequence[News[Any]], clock: Callable[[int], float], *, begin: bool = False) -> None:
+        """Records of the rows that came of each table, one event a step; before them, in a new file, the format's
+        version and a session start that outdates what was written before."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-    def _write(self, data: bytes) -> None:
+        by_step: dict[int, dict[str, float]] = {}
+        for follower, rows in zip(self._tables, news, strict=True):
+            for row in rows.items:
+                assert follower.table is not None
+                by_step.setdefault(row.step, {}).update(_scalars(row, follower.table.names))
+        events: list[Event] = []
+        if begin:
+            events.append(Event(wall_time=clock(0), file_version="brain.Event:2"))
+            events.append(Event(wall_time=clock(0), step=0, session_log=SessionLog(status=SessionLog.START)))
+        for step, scalars in sorted(by_step.items()):
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+            if values:
+                events.append(Event(wall_time=clock(step), step=step, summary=Summary(value=values)))
+        buffer = io.BytesIO()
+        records = RecordWriter(buffer)
+        for event in events:
+            records.write(event.SerializeToString())
         assert self._file is not None
-        begin = self._file.tell()
+        end, rest = self._file.tell(), buffer.getbuffer()
         try:
-            rest = memoryview(data)
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError:
             with suppress(OSError):  # half a record would hide all that come after it
-                self._file.truncate(begin)
+                self._file.truncate(end)
             self.close()
             raise
 
 
-def _points_of(row: EpochRow | StepRow | GradientRow, names: Sequence[str]) -> Iterator[ScalarPoint]:
-    """`names`: the table's columns."""
+def _scalars(row: EpochRow | StepRow | GradientRow, names: Sequence[str]) -> dict[str, float]:
+    """Tag -> value. `names`: the table's columns."""
     if isinstance(row, GradientRow):
-        for layer, norm in zip(names[2:], row.norms, strict=True):
-            yield ScalarPoint(f"gradient_norm/{layer.removesuffix('.weight')}", row.step, norm)
-        return
-    for name, tag in (_STEP_TAGS if isinstance(row, StepRow) else _EPOCH_TAGS).items():
-        if (value := getattr(row, name)) is not None:
-            yield ScalarPoint(tag, row.step, value / MIB if name.endswith("_bytes") else value)  # people look at MiB
+        tags = (f"gradient_norm/{layer.removesuffix('.weight')}" for layer in names[2:])
+        return dict(zip(tags, row.norms, strict=True))
+    columns = _STEP_TAGS if isinstance(row, StepRow) else _EPOCH_TAGS
+    known = {name: value for name in columns if (value := getattr(row, name)) is not None}
+    # People look at MiB.
+    return {columns[name]: value / MIB if name.endswith("_bytes") else value for name, value in known.items()}
 
 
 def _wall_times(run: Path) -> Callable[[int], float]:
     """When the row of a step was written, in seconds since 1970: worked out from when the run started and its own count
     of seconds, between two epochs in proportion."""
-    moments = (_moment(event.time) for event in follow_events(run / "events.jsonl").look().items)
-    start = next((moment for moment in moments if moment is not None), time.time())
+    start = time.time()
+    for event in follow_events(run / "events.jsonl").look().items:
+        with suppress(ValueError, OverflowError):
+            start = datetime.strptime(str(event.time), "%Y-%m-%dT%H:%M:%S%z").timestamp()
+            break
     rows = TableFollower(run / EPOCH_TABLE.file_name, EPOCH_TABLE).look().items
     marks = [(0, 0.0), *((row.step, row.elapsed_seconds) for row in rows if row.elapsed_seconds is not None)]
 
@@ -164,46 +164,15 @@ def _wall_times(run: Path) -> Callable[[int], float]:
     return at if len(marks) > 1 else lambda step: start
 
 
-def _moment(text: object) -> float | None:
-    try:
-        return datetime.strptime(str(text), "%Y-%m-%dT%H:%M:%S%z").timestamp()
-    except (ValueError, OverflowError):
-        return None
-
-
-def _encode(points: Iterable[ScalarPoint], clock: Callable[[int], float], *, begin: bool = False) -> bytes:
-    """Records: of a new file the format's version and a session start that outdates what was written before, then the
-    points, one event a step."""
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    by_step: dict[int, list[ScalarPoint]] = {}
-    for point in points:
-        by_step.setdefault(point.step, []).append(point)
-    events: list[Event] = []
-    if begin:
-        events.append(Event(wall_time=clock(0), file_version="brain.Event:2"))
-        events.append(Event(wall_time=clock(0), step=0, session_log=SessionLog(status=SessionLog.START)))
-    for step, together in sorted(by_step.items()):
-        values = [Summary.Value(tag=point.tag, simple_value=point.value) for point in together]
-        events.append(Event(wall_time=clock(step), step=step, summary=Summary(value=values)))
-    buffer = io.BytesIO()
-    records = RecordWriter(buffer)
-    for event in events:
-        records.write(event.SerializeToString())
-    return buffer.getvalue()
-
-
-def read_points(folder: Path) -> list[ScalarPoint]:
-    """What TensorBoard would show of the event files in `folder`: without the points that a session start outdates."""
+def read_points(folder: Path) -> list[tuple[str, int, float]]:
+    """(tag, step, value) that TensorBoard would show of event files: without those that a session start outdates."""
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
     from tensorboard.compat.proto.event_pb2 import SessionLog
 
-    points: list[ScalarPoint] = []
+    points: list[tuple[str, int, float]] = []
     for path in sorted(path for path in folder.iterdir() if "tfevents" in path.name):
         for event in LegacyEventFileLoader(str(path)).Load():
             if event.session_log.status == SessionLog.START:
-                points = [point for point in points if point.step < event.step]
-            points += [ScalarPoint(value.tag, event.step, value.simple_value) for value in event.summary.value]
+                points = [point for point in points if point[1] < event.step]
+            points += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
     return points

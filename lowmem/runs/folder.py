@@ -1,12 +1,11 @@
 """The folder of a run as it is found: whether a run may be made there, whether it is a run's and has nothing in it that
 leads out of it, and who holds it.
 
-A run has one writer: a lock that the system frees when its holder ends, and a file that says who the holder is. (A
-job of several runs is locked the same way, by `job.lock`.) `run.lock` is locked with the system's file lock, which
-excludes every process on this machine (and, where the network file system passes locks on, on others).
-`run.owner.json` names the holder, who removes it on leaving. Found without the lock being held, it is of a holder
-that died: on this host that is certain, and the run is taken over with a note. Of another host nobody here can tell;
-then the run is refused, and removing the file is the way out.
+A run (and, by `job.lock`, a job of several) has one writer. `run.lock` is locked with the system's file lock, which is
+freed when its holder ends and excludes every process on this machine (where the network file system passes locks on, on
+others, too). `run.owner.json` names the holder, who removes it on leaving. Found without the lock being held, it is of
+one that died: on this host that is certain, and the run is taken over with a note. Of another host nobody here can
+tell; then the run is refused, and removing the file is the way out.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from pathlib import Path
 from typing import Annotated
 
 from filelock import FileLock, Timeout
-from pydantic import AfterValidator, Field, TypeAdapter
-from pydantic.dataclasses import dataclass as validated
+from pydantic import AfterValidator, BaseModel, Field
 
 from lowmem.core.errors import PreflightError, UsageError
 from lowmem.core.reading import read_json, shorten
@@ -127,15 +125,10 @@ def require_run(path: Path) -> None:
 
 
 def refuse_links(run: Path) -> None:
-    """Raises UsageError naming the first thing under `run` that is neither a file nor a folder of its own.
-
-    Everything lowmem writes goes to a fixed name below the run folder. A symbolic link of that name would make it
-    write, truncate or delete somewhere else; a pipe or a device would make it wait for ever. `run` itself may be a
-    link: that is the user's. What cannot be looked at cannot be followed either, and is left to its reader.
-
-    Known limitation: the folder is looked at once, when it is opened. Who can change it at the same time has this
-    user's rights already.
-    """
+    """Raises UsageError naming the first thing under `run` that is neither a file nor a folder of its own: by a link in
+    place of a file lowmem would write, truncate or delete somewhere else; for a pipe or a device it would wait for
+    ever. `run` itself may be a link: that is the user's. What cannot be looked at is left to its reader. Known
+    limitation: it is looked at once, when it is opened; who can change it meanwhile has this user's rights already."""
     folders, seen = [run], 0
     while folders:
         with suppress(OSError), os.scandir(folders.pop()) as entries:
@@ -185,8 +178,7 @@ def run_folders(folder: Path, deep: int = _DEEPEST) -> list[Path]:
 Name = Annotated[str, Field(strict=True), AfterValidator(lambda text: shorten(text, 100))]
 
 
-@validated(frozen=True)
-class Owner:
+class Owner(BaseModel, frozen=True):
     """Who holds, or held, a run. `since` is in the holder's local time, with its offset."""
 
     pid: Annotated[int, Field(strict=True, gt=0)]
@@ -217,64 +209,49 @@ class Owner:
 class RunLock:
     """The lock of a run folder, held. `taken_over` is the owner that ended without leaving, or None."""
 
-    def __init__(self, owner_file: Path, lock: FileLock, taken_over: Owner | None) -> None:
-        self.taken_over = taken_over
-        self._owner_file = owner_file
-        self._lock = lock
-
-    @classmethod
-    def acquire(cls, path: Path, what: str = "run") -> RunLock:
-        """Locks the folder `path` of a run (or of a job: `what`). Raises UsageError if somebody else writes it or may
-        do so, OSError."""
-        lock_file, owner_file = path / f"{what}.lock", path / f"{what}.owner.json"
-        for file in (lock_file, owner_file):
+    def __init__(self, path: Path, what: str = "run") -> None:
+        """Locks the folder of a run (or job: `what`). Raises UsageError if somebody else writes it or may, OSError."""
+        lock_file, self._owner_file = path / f"{what}.lock", path / f"{what}.owner.json"
+        for file in (lock_file, self._owner_file):
             if file.is_symlink():
                 raise UsageError(f"{file} is a link, which no {what} of lowmem has: delete it if you trust the folder")
         found = lock_file.exists()
-        lock = FileLock(lock_file, timeout=0)
+        self._lock = FileLock(lock_file, timeout=0)
         try:
-            lock.acquire()
+            self._lock.acquire()
         except Timeout:
-            who = read_owner(owner_file) or "another process"
+            who = read_owner(self._owner_file) or "another process"
             raise UsageError(f"{path} is being written by {who}: wait for it, or stop it first") from None
         try:
-            before = read_owner(owner_file)
+            before = self.taken_over = read_owner(self._owner_file)
             if before is not None and not before.here:
                 raise UsageError(
                     f"{path} was being written by {before}, which cannot be checked from {socket.gethostname()}: if "
-                    f"that process has ended, delete {owner_file} and try again"
+                    f"that process has ended, delete {self._owner_file} and try again"
                 )
-            since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-            write_text_atomic(owner_file, json.dumps(owner) + "\n")
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            write_text_atomic(self._owner_file, json.dumps(owner) + "\n")
         except BaseException:
             if not found:  # a folder without a run stays one
                 with suppress(OSError):
                     lock_file.unlink()
-            lock.release()
+            self._lock.release()
             raise
-        return cls(owner_file, lock, before)
 
     @property
     def held(self) -> bool:
         return self._lock.is_locked
 
-    def release(self) -> None:
-        """Leaves the run to others. May be called again."""
-        if self._lock.is_locked:
-            with suppress(OSError):  # the folder may be gone, or the disk: the next one takes it for a dead holder's
-                self._owner_file.unlink(missing_ok=True)
-        self._lock.release()
-
-    def remove(self) -> None:
-        """Releases the lock and removes it. The lock file goes while it is locked, and last: whoever makes a new one
-        has a folder of its own from then on, and whoever has the old one open finds that it is gone."""
+    def release(self, *, remove: bool = False) -> None:
+        """Leaves the run to others. May be called again. `remove`: without a lock file, which goes while it is locked,
+        and last: whoever makes a new one has a folder of its own then, whoever has the old one open finds it gone."""
         lock_file = Path(self._lock.lock_file)
-        for file in (self._owner_file, lock_file):
-            with suppress(OSError):
-                file.unlink()
+        if self._lock.is_locked:
+            for file in (self._owner_file, lock_file) if remove else (self._owner_file,):
+                with suppress(OSError):  # the folder may be gone, or the disk: the next takes it for a dead holder's
+                    file.unlink()
         self._lock.release()
-        if os.name == "nt":  # deletes no file that is open, not even by another
+        if remove and os.name == "nt":  # deletes no file that is open, not even by another
             with suppress(OSError):
                 lock_file.unlink()
 
@@ -282,12 +259,9 @@ class RunLock:
 def read_owner(file: Path) -> Owner | None:
     """What an owner file says; None if there is none, or nothing that can be used."""
     try:
-        return None if file.is_symlink() else _OWNER.validate_python(read_json(file, _OWNER_LIMIT_BYTES))
+        return None if file.is_symlink() else Owner.model_validate(read_json(file, _OWNER_LIMIT_BYTES))
     except (OSError, ValueError):
         return None
-
-
-_OWNER = TypeAdapter(Owner)
 
 
 def writer_of(run: Path) -> str | None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
-from lowmem.core.reading import parse_json, shorten
+from lowmem.core.reading import Unreadable, parse_json, shorten
 
 _COUNT = re.compile(r"[0-9]{1,15}")  # curves are drawn with floats, which hold these exactly
 # As many digits as a float can have: without a bound, a line of nothing but digits takes a time of its square.
@@ -61,8 +61,7 @@ class StepRow:
 
 @dataclass(frozen=True)
 class GradientRow:
-    """A line of gradients.csv: the norms of one step, to six digits, in the order of the layers; infinite or NaN
-    where the step overflowed."""
+    """A line of gradients.csv: the layers' norms in one step, to six digits; infinite or NaN where it overflowed."""
 
     step: int
     epoch: int
@@ -86,10 +85,6 @@ class Event:
     detail: Mapping[str, object]
 
 
-class BadLine(ValueError):
-    """What is wrong with a line, in words that follow its file and number."""
-
-
 Row = TypeVar("Row")
 
 
@@ -109,31 +104,30 @@ class RowTable(Generic[Row]):
 
     @property
     def header(self) -> str:
-        """The first line."""
         return ",".join(self.columns)
 
     def read_header(self, line: str) -> RowTable[Row]:
         """With the columns that the first line of a file says: some of the table's, in any order; older versions had
-        fewer. Raises BadLine."""
+        fewer. Raises Unreadable."""
         names = line.split(",")
         unknown = [name for name in names if name not in self.columns]
         missing = [name for name, (_, needed) in self.columns.items() if needed and name not in names]
         if unknown or missing or len(set(names)) != len(names):
             wrong = f"no column {missing[0]!r}" if missing else "doubled column"
             wrong = f"unknown column {shorten(unknown[0])!r}" if unknown else wrong
-            raise BadLine(f"{wrong}: the columns are {self.header}")
+            raise Unreadable(f"{wrong}: the columns are {self.header}")
         return replace(self, columns={name: self.columns[name] for name in names})
 
     def read_row(self, line: str) -> Row:
-        """A line without its end. Raises BadLine."""
+        """A line without its end. Raises Unreadable."""
         texts, values = line.split(",") if line else [], dict[str, Any]()
         if len(texts) != len(self.columns):
-            raise BadLine(f"{len(texts)} fields where the header has {len(self.columns)}")
+            raise Unreadable(f"{len(texts)} fields where the header has {len(self.columns)}")
         for (name, (number, needed)), text in zip(self.columns.items(), texts, strict=True):
             if not text and needed:
-                raise BadLine(f"{name} is empty")
+                raise Unreadable(f"{name} is empty")
             if text and not (_COUNT if number is int else _NUMBER).fullmatch(text):
-                raise BadLine(f"{name} is {shorten(text)!r}, which is no number")
+                raise Unreadable(f"{name} is {shorten(text)!r}, which is no number")
             values[name] = number(text) if text else None
         return self.row(**values)
 
@@ -155,22 +149,19 @@ class _GradientTable(RowTable[GradientRow]):
         names = line.split(",")
         each_once = len(set(names)) == len(names) > 2
         if names[:2] != ["step", "epoch"] or not each_once or not line.isprintable():
-            raise BadLine("the columns must be step, epoch and a layer each, every one once")
+            raise Unreadable("the columns must be step, epoch and a layer each, every one once")
         return self.of_layers(names[2:])
-
-
-def _gradient_row(step: int, epoch: int, **norms: float) -> GradientRow:
-    return GradientRow(step, epoch, tuple(norms.values()))
 
 
 _FIXED: dict[str, tuple[type[int | float], bool]] = {"step": (int, True), "epoch": (int, True)}
 EPOCH_TABLE, STEP_TABLE = _table("metrics.csv", EpochRow), _table("steps.csv", StepRow)
-GRADIENT_TABLE = _GradientTable("gradients.csv", "step", _gradient_row, _FIXED)
+GRADIENT_TABLE = _GradientTable(
+    "gradients.csv", "step", lambda step, epoch, **norms: GradientRow(step, epoch, tuple(norms.values())), _FIXED
+)
 
 
 def csv_line(names: Sequence[str], row: Mapping[str, Any]) -> str:
-    """One line of a table without its end. Floats keep every digit; None is empty. Raises KeyError for a foreign
-    name."""
+    """A line of a table without its end. Floats keep every digit; None is empty. Raises KeyError for a foreign name."""
     if foreign := set(row) - set(names):
         raise KeyError(f"no such column: {', '.join(sorted(foreign))}")
     return ",".join("" if row.get(name) is None else str(row[name]) for name in names)
@@ -189,6 +180,5 @@ def parse_event(line: str) -> Event | None:
         return None
     if not isinstance(values, dict) or not isinstance(values.get("event"), str):
         return None
-    detail = {key: value for key, value in values.items() if key not in {"event", "time"}}
-    time = values.get("time")
-    return Event(values["event"], time if isinstance(time, str | int | float) else None, detail)
+    kind, time = values.pop("event"), values.pop("time", None)
+    return Event(kind, time if isinstance(time, str | int | float) else None, values)

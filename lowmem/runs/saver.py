@@ -3,13 +3,10 @@ disk is that of a save in the foreground, at any moment of a kill: the rows up t
 the checkpoint with its commit record (invariant 9), then the event that says so.
 
 One save at a time, each try in a thread of its own. A second save waits for one that is being written, so that there is
-one copy in host memory; one that the disk refused it supersedes, taking over the exported weights it does not have
-itself. So a kill loses what was done since the save before the latest, at most. What the disk refuses `poll` tries
-again after growing pauses, a bounded number of times until the next save is handed over. The checkpoint before stands
-meanwhile. `finish` waits for the end of it and raises if there is none.
-
-Known limitation: a disk that neither writes nor refuses (a network folder whose server is gone) holds up training at
-the next save.
+one copy in host memory; one that the disk refused it supersedes, with the exported weights it does not have itself. So
+a kill loses what was done since the save before the latest, at most. What the disk refuses `poll` tries again after
+growing pauses, until `PAUSES_SECONDS` end or the next save is handed over. Known limitation: a disk that neither writes
+nor refuses (a network folder whose server is gone) holds up training at the next save.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,8 +50,7 @@ class Save:
 
 @dataclass(frozen=True)
 class Saved:
-    """The newest committed checkpoint, when it was committed (None: by another process) and when what it holds was
-    copied, by the monotonic clock."""
+    """The newest checkpoint; `at`: when it was committed (None: by another process), by the monotonic clock."""
 
     path: Path
     step: int
@@ -67,9 +63,8 @@ class Saved:
 
 
 class Saver(AbstractContextManager["Saver"]):
-    """Writes the saves of one run. A context manager; its methods are for one thread, the one that trains, in which
-    `warn` and `note` are called, by `poll` and by whatever waits. All of them raise what ended the writing thread
-    otherwise than by a refusal, which is a bug."""
+    """Writes the saves of one run. Its methods are for one thread, the one that trains, in which `warn` and `note` are
+    called. All of them raise what ended the writing thread otherwise than by a refusal, which is a bug."""
 
     def __init__(
         self,
@@ -96,11 +91,8 @@ class Saver(AbstractContextManager["Saver"]):
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Lets a write that has begun end; what the disk refused is dropped (`finish` is there to insist)."""
-        if error is None:
+        with nullcontext() if error is None else suppress(Exception):  # the error that is under way says more
             self._settle()
-        else:
-            with suppress(Exception):  # the error that is under way says more
-                self._settle()
 
     def poll(self) -> None:
         """Says what happened meanwhile and begins another try that is due. Costs nothing otherwise."""
@@ -220,7 +212,8 @@ class Saver(AbstractContextManager["Saver"]):
             self._folder.flush()
             for name, (tensors, metadata) in save.weights.items():
                 self._folder.save_weights(name, tensors, metadata)
-            path = self._folder.save_checkpoint(save.checkpoint, keep=self._keep, keep_every=self._keep_every)
+            where, keep_every = self._folder.checkpoints, self._keep_every
+            path = checkpoints.save(where, save.checkpoint, keep=self._keep, keep_every=keep_every)
             now = time.monotonic()
             self.last_saved = Saved(path, save.checkpoint.step, now, save.taken_at)
             self.longest_write_seconds = max(self.longest_write_seconds, now - began)

@@ -1,7 +1,5 @@
-"""The run folder while it is written: made once, locked, appended to, cut back on resume; and how much room it takes.
-
-Reading a run without writing to it is `lowmem.runs.view`.
-"""
+"""The run folder while it is written (`lowmem.runs.view` reads it): made once, locked, appended to, cut back on resume;
+and how much room it takes."""
 
 from __future__ import annotations
 
@@ -20,9 +18,9 @@ from lowmem.core.errors import CorruptCheckpoint, DiskError, PreflightError
 from lowmem.core.reading import shorten
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import PARTIAL, RowFile, fsync_folder, replace_path, replacing, write_text_atomic
-from lowmem.runs.checkpoint import FULL, Checkpoint, disk_error, disk_errors
+from lowmem.runs.checkpoint import FULL, disk_error, disk_errors
 from lowmem.runs.folder import FORKING, RunLock, clear, refuse_existing
-from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, csv_line, gradient_line
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, RowTable, csv_line, gradient_line
 from lowmem.runs.tables import cut_table
 
 if TYPE_CHECKING:
@@ -38,10 +36,10 @@ def plan_file(rank: int) -> str:
 
 
 class RunFolder(AbstractContextManager["RunFolder"]):
-    """A run folder held under its lock, as a context manager. Rows and events that the disk refuses are kept in memory
-    and written, in order, before the next ones or by `flush`. Threads may share it."""
+    """A run folder held under its lock. Rows and events that the disk refuses are kept in memory and written, in order,
+    before the next ones or by `flush`. Threads may share it."""
 
-    def __init__(self, path: Path, lock: RunLock | None, made: Sequence[Path] = ()) -> None:
+    def __init__(self, path: Path, lock: RunLock | None = None, made: Sequence[Path] = ()) -> None:
         self.path = path
         self._lock, self._made = lock, made
         # The writer before this one, if it ended without leaving (killed, or the machine went down).
@@ -49,18 +47,15 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         self.checkpoints = path / "checkpoints"
         self.metrics_file, self.steps_file = path / EPOCH_TABLE.file_name, path / STEP_TABLE.file_name
         self.gradients_file, self.events_file = path / GRADIENT_TABLE.file_name, path / "events.jsonl"
-        self._metrics, self._steps = RowFile(self.metrics_file), RowFile(self.steps_file)
-        self._events, self._gradients = RowFile(self.events_file), RowFile(self.gradients_file)
-        self._row_files = (self._metrics, self._steps, self._gradients, self._events)
+        files = (self.metrics_file, self.steps_file, self.gradients_file, self.events_file)
+        self._rows = {file: RowFile(file) for file in files}
         self._plans_waiting: dict[int, Mapping[str, Any]] = {}
         self._plan_lock = threading.Lock()
 
     @classmethod
     def create(cls, path: Path, config_yaml: str, environment: Mapping[str, Any]) -> RunFolder:
-        """Makes a new run folder, durably, or takes over one of a run that never began (see `folder.never_began`).
-
-        Raises UsageError if there is anything else, PreflightError if it cannot be made; what was made then goes.
-        """
+        """Makes a new run folder, durably, or takes over one of a run that never began. Raises UsageError if there is
+        anything else, PreflightError if it cannot be made; what was made then goes."""
         refuse_existing(path)
         try:
             with ExitStack() as undo:
@@ -70,7 +65,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
                 for folder in made:
                     with suppress(OSError):  # who may write to a folder may perhaps not read it
                         fsync_folder(folder.parent)
-                lock = RunLock.acquire(path)
+                lock = RunLock(path)
                 undo.callback(lock.release)
                 refuse_existing(path)  # another process may have begun a run in the meantime
                 run = cls(path, lock, made)
@@ -94,7 +89,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         """For writing, a run that the caller has looked at (`folder.require_run`). Raises UsageError if another process
         writes it, DiskError if there is no room, PreflightError if it cannot be written otherwise."""
         try:
-            return cls(path, RunLock.acquire(path))
+            return cls(path, RunLock(path))
         except OSError as error:
             if error.errno in FULL:
                 raise disk_error(error, path) from None
@@ -116,18 +111,13 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         """By its name, whole or not."""
         return next(iter(checkpoints.checkpoint_folders(self.checkpoints)), None)
 
-    def save_checkpoint(self, checkpoint: Checkpoint, *, keep: int, keep_every: int | None = None) -> Path:
-        return checkpoints.save(self.checkpoints, checkpoint, keep=keep, keep_every=keep_every)
-
     def tidy(self, *, keep: int, keep_every: int | None = None) -> None:
         """Deletes what a killed writer left half done. Failing to delete is no reason to stop a run."""
-        for folder in (self.path, self.path / "weights"):
-            for file in folder.glob(f"*{PARTIAL}"):
-                with suppress(OSError):
-                    file.unlink()
+        parts = (*self.path.glob(f"*{PARTIAL}"), *(self.path / "weights").glob(f"*{PARTIAL}"))
+        for file in (*parts, self.path / FORKING):
+            with suppress(OSError):
+                file.unlink()
         shutil.rmtree(self.path / ".preflight", ignore_errors=True)
-        with suppress(OSError):
-            (self.path / FORKING).unlink(missing_ok=True)
         checkpoints.tidy(self.checkpoints, keep=keep, keep_every=keep_every)
 
     def discard(self) -> None:
@@ -136,7 +126,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
             return  # done before: what is there by now is somebody else's
         with suppress(OSError):
             clear(self.path, ignore_errors=True)
-        self._lock.remove()
+        self._lock.release(remove=True)
         _unmake(self._made)
 
     def write_plan(self, plan: Mapping[str, Any], rank: int = 0) -> None:
@@ -160,33 +150,36 @@ class RunFolder(AbstractContextManager["RunFolder"]):
             self._write_waiting_plan()
 
     def event(self, name: str, **fields: Any) -> None:
-        """Appends one line to events.jsonl."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        self._append(self._events, [json.dumps({"time": stamp, "event": name, **fields})])
+        self._append(self.events_file, [json.dumps({"time": stamp, "event": name, **fields})])
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Appends a row to metrics.csv; None becomes an empty field."""
-        self._append(self._metrics, [csv_line(EPOCH_TABLE.names, row)])
+        self._append(self.metrics_file, [csv_line(EPOCH_TABLE.names, row)])
 
     def append_steps(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Appends rows to steps.csv."""
-        self._append(self._steps, [csv_line(STEP_TABLE.names, row) for row in rows])
+        self._append(self.steps_file, [csv_line(STEP_TABLE.names, row) for row in rows])
 
-    def _append(self, file: RowFile, lines: list[str]) -> None:
+    def _append(self, file: Path, lines: list[str]) -> None:
         with suppress(OSError):  # they wait; whoever saves or ends the run asks `flush`
-            file.append(lines)
+            self._rows[file].append(lines)
+
+    def _cut(self, table: RowTable[Any], last: int) -> str | None:
+        file = self.path / table.file_name
+        damage = cut_table(file, table, last)
+        self._rows[file].replaced()
+        return damage
 
     @property
     def rows_waiting(self) -> int:
         """Lines of all files that are in memory only, because the disk refused them."""
-        return sum(file.waiting for file in self._row_files)
+        return sum(len(file.waiting) for file in self._rows.values())
 
     def flush(self) -> None:
         """Writes everything that waits. Raises DiskError if the disk still refuses; nothing of it is lost then. A
         checkpoint may be committed only after this: a resume cannot make up for rows that are missing before it."""
-        for file in self._row_files:
-            with disk_errors(file.path):
-                file.append()
+        for file in self._rows:
+            with disk_errors(file):
+                self._rows[file].append()
         self._write_waiting_plan()
 
     def _write_waiting_plan(self) -> None:
@@ -205,32 +198,33 @@ class RunFolder(AbstractContextManager["RunFolder"]):
                 file.unlink()
             if file.exists():
                 try:
-                    damage = cut_table(file, table, step)
+                    damage = self._cut(table, step)
                 except (CorruptCheckpoint, PermissionError) as error:
-                    aside = _free(file.with_name(f"damaged-{file.name}"))
+                    aside, number = file.with_name(f"damaged-{file.name}"), 1
+                    while aside.exists():
+                        number += 1
+                        aside = file.with_name(f"damaged-{file.stem}-{number}{file.suffix}")
                     replace_path(file, aside)
+                    self._rows[file].replaced()
                     damage = f"{shorten(error)}; the run goes on with a new one, the file as it was is {aside.name}"
-                self._gradients.replaced()
-            if not file.exists() and not self._gradients.waiting:
-                self._append(self._gradients, [table.header])
+            if not file.exists() and not self._rows[file].waiting:
+                self._append(file, [table.header])
         return damage
 
     def append_gradients(self, rows: Sequence[tuple[int, int, Sequence[float]]]) -> None:
         """Appends (step, epoch, norms) to gradients.csv."""
-        self._append(self._gradients, [gradient_line(*row) for row in rows])
+        self._append(self.gradients_file, [gradient_line(*row) for row in rows])
 
     def copy_rows(self, source: Path, *, epoch: int, step: int | None) -> None:
-        """Takes over the rows of another run's metrics.csv up to `epoch`, and of its steps.csv, if there is one, up to
-        `step` (None: none). Raises DiskError."""
-        for file, table, last in ((self._metrics, EPOCH_TABLE, epoch), (self._steps, STEP_TABLE, step)):
-            theirs = source / table.file_name
+        """Takes over another run's rows up to `epoch`, and to `step` (None: none) if it has any. Raises DiskError."""
+        for table, last in ((EPOCH_TABLE, epoch), (STEP_TABLE, step)):
+            file, theirs = self.path / table.file_name, source / table.file_name
             if last is None or (table is STEP_TABLE and not theirs.is_file()):
                 continue
-            with disk_errors(file.path):
-                with open(theirs, "rb") as old, replacing(file.path) as new:
+            with disk_errors(file):
+                with open(theirs, "rb") as old, replacing(file) as new:
                     shutil.copyfileobj(old, new)
-                cut_table(file.path, table, last)
-                file.replaced()
+                self._cut(table, last)
 
     def cut_back(self, *, epoch: int, step: int) -> list[str]:
         """Drops rows after `epoch` from metrics.csv and after `step` from steps.csv, which a resume will repeat.
@@ -238,12 +232,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         that is no table of these columns, DiskError."""
         self.flush()  # rows that still wait are to be dropped, too, if they are of later steps
         with disk_errors(self.path):
-            damages = (
-                cut_table(self.metrics_file, EPOCH_TABLE, epoch),
-                cut_table(self.steps_file, STEP_TABLE, step),
-            )
-            self._metrics.replaced()
-            self._steps.replaced()
+            damages = (self._cut(EPOCH_TABLE, epoch), self._cut(STEP_TABLE, step))
         return [damage for damage in damages if damage is not None]
 
     def write_config(self, text: str) -> None:
@@ -261,11 +250,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
 
 class NullFolder(RunFolder):
     """Of a process of a run that another one writes (of several that train together rank 0 alone holds the folder and
-    saves): the same methods, and nothing happens. `path` is where the run is for the process that writes it; here there
-    may be nothing."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, None)
+    saves): the same methods, and nothing happens. There may be nothing at `path` here."""
 
     def cut_back(self, *, epoch: int, step: int) -> list[str]:
         return []
@@ -281,12 +266,6 @@ def _unmake(made: Sequence[Path]) -> None:
     for folder in made:
         with suppress(OSError):
             folder.rmdir()
-
-
-def _free(path: Path) -> Path:
-    """`path`, or if there is something of that name already, the first of it with a number that is free."""
-    names = (path, *(path.with_stem(f"{path.stem}-{number}") for number in range(2, 1000)))
-    return next((one for one in names if not one.exists()), path)
 
 
 # -- room on the disk --------------------------------------------------------------------------------------------------
@@ -313,8 +292,7 @@ def run_bytes(
     norms_every: int = 1,
 ) -> int:
     """Bytes on disk that a run needs at its fullest: checkpoints, momentum included; weights, which are exported twice
-    and replaced aside; and where it is known how many steps an epoch has, rows, those of gradients.csv with the norms
-    of so many layers each."""
+    and replaced aside; and, where the steps of an epoch are known, rows, those of gradients.csv of so many layers."""
     needed = most_checkpoints(config) * checkpoint_bytes + 3 * parameter_bytes
     if steps_per_epoch is None:
         return needed

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 from lowmem.core.errors import CorruptCheckpoint, UsageError
 from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable, read_limited, shorten
 from lowmem.runs.atomic import cut_file, replacing, write_text_atomic
-from lowmem.runs.rows import BadLine, Event, Row, RowTable, parse_event
+from lowmem.runs.rows import Event, Row, RowTable, parse_event
 
 _LONGEST_LINE_BYTES = 1 << 20  # a row of 1,200 layers has 16 KiB
 # Far above any run (a row for each of 164 epochs of single pictures: 0.5 GiB), and soon read where it is one hole.
@@ -28,9 +28,8 @@ _ANCHOR_LIMIT_BYTES = 1 << 16  # of the last line, by which a file is known agai
 
 
 def read_table(path: Path, table: RowTable[Row], notes: list[str]) -> tuple[RowTable[Row], tuple[Row, ...]]:
-    """With its columns in this file, every row; none if it is not there yet. A half-written last line is left out
-    and noted. Raises UsageError naming the file and the line for any other damage: a curve with silent holes is
-    worse than none."""
+    """With its columns in this file, every row; none if it is not there yet. A half-written last line is left out and
+    noted. Raises UsageError naming file and line for any other damage: silent holes in a curve are worse than none."""
     rows: list[Row] = []
     number, before = 0, -1
     try:
@@ -41,24 +40,25 @@ def read_table(path: Path, table: RowTable[Row], notes: list[str]) -> tuple[RowT
             rows.append(table.read_row(line))
             at = getattr(rows[-1], table.key)
             if at <= before:
-                raise BadLine(f"{table.key} {at} follows {table.key} {before}: lines are doubled or out of order")
+                raise Unreadable(f"{table.key} {at} follows {table.key} {before}: lines are doubled or out of order")
             before = at
-    except BadLine as error:
+    except Unreadable as error:
         raise UsageError(f"{path} line {number}: {error}") from None
     return table, tuple(rows)
 
 
 def read_events(path: Path, notes: list[str]) -> tuple[Event, ...]:
     """Of events.jsonl what can be read; what cannot is left out and noted."""
+    events: list[Event] = []
     try:
-        events = [parse_event(line) for line in _whole_lines(path, notes)]
+        for number, line in enumerate(_whole_lines(path, notes), start=1):
+            if (event := parse_event(line)) is None:
+                notes.append(f"{path.name} line {number} cannot be read and is left out")
+            else:
+                events.append(event)
     except UsageError as error:
         notes.append(f"{shorten(error, 500)}; what it holds is left out")
-        return ()
-    for number, event in enumerate(events, start=1):
-        if event is None:
-            notes.append(f"{path.name} line {number} cannot be read and is left out")
-    return tuple(event for event in events if event is not None)
+    return tuple(events)
 
 
 def _whole_lines(path: Path, notes: list[str]) -> list[str]:
@@ -95,14 +95,11 @@ class News(Generic[Item]):
 
 
 class Follower(Generic[Item]):
-    """A growing text file: only what is new, and noticing when what was read no longer holds. Each look opens the file,
-    reads from the last known line on, and closes it: on Windows an open file is in the way of the trainer's
-    `os.replace`. A line without its end is being written, or was cut off by a crash: it waits for the next look. A file
-    that is missing, or refuses to be read for a moment, has no news.
-
-    Known limitation: a file rewritten in place, in the same length, with the same last line is not noticed; lowmem
-    replaces files.
-    """
+    """A growing text file: only what is new, and noticing when what was read no longer holds. It is open during a look
+    only: on Windows an open file is in the way of the trainer's `os.replace`. A line without its end is being written,
+    or was cut off by a crash: it waits for the next look. A file that is missing, or refuses to be read for a moment,
+    has no news. Known limitation: a file rewritten in place (lowmem replaces files), in the same length, with the same
+    last line is not noticed."""
 
     def __init__(self, path: Path, parse: Callable[[list[str], bool], Iterable[Item]]) -> None:
         """`parse(lines, from_the_beginning)`: the items of whole lines, without their ends."""
@@ -112,7 +109,6 @@ class Follower(Generic[Item]):
         self._read_bytes = 0
 
     def look(self) -> News[Item]:
-        """What came since the last look."""
         try:
             if not stat.S_ISREG(os.stat(self._path).st_mode):
                 return News()  # a pipe would never end
@@ -121,7 +117,12 @@ class Follower(Generic[Item]):
                 mark = (status.st_ino, status.st_size, status.st_mtime_ns)
                 if mark == self._mark:
                     return News()
-                known = self._goes_on(file, status)
+                # The number of a file that is gone is given to another: it tells that a file is another, not that it is
+                # the same. That it begins with what was read, its last line tells.
+                known = self._mark is not None and self._mark[0] == mark[0] and self._read_bytes <= status.st_size
+                if known:
+                    file.seek(self._read_bytes - len(self._anchor))
+                    known = file.read(len(self._anchor)) == self._anchor
                 begin = self._read_bytes if known else 0
                 file.seek(begin)
                 data = file.read(TABLE_LIMIT_BYTES)
@@ -134,14 +135,6 @@ class Follower(Generic[Item]):
             self._anchor = whole[whole.rfind(b"\n", 0, -1) + 1 :][-_ANCHOR_LIMIT_BYTES:]
         lines = [line.removesuffix("\r") for line in whole.decode("utf-8", errors="replace").split("\n")[:-1]]
         return News(tuple(self._parse(lines, begin == 0)), anew)
-
-    def _goes_on(self, file: BinaryIO, status: os.stat_result) -> bool:
-        """Whether the file begins with what was read. The number of a file that is gone is given to another: it tells
-        that a file is another, not that it is the same."""
-        if self._mark is None or status.st_ino != self._mark[0] or status.st_size < self._read_bytes:
-            return False
-        file.seek(self._read_bytes - len(self._anchor))
-        return file.read(len(self._anchor)) == self._anchor
 
 
 def follow_events(path: Path) -> Follower[Event]:
@@ -161,10 +154,10 @@ class TableFollower(Follower[Row]):
     def _rows(self, lines: list[str], from_the_beginning: bool) -> Iterator[Row]:
         if from_the_beginning:
             self.table = None
-            with suppress(BadLine):
+            with suppress(Unreadable):
                 self.table = self._known.read_header(lines.pop(0)) if lines else None
         for line in lines:
-            with suppress(BadLine):
+            with suppress(Unreadable):
                 if self.table is not None:
                     yield self.table.read_row(line)
 
@@ -173,8 +166,7 @@ class TableFollower(Follower[Row]):
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[bytes | None, bool, int]]:
-    """Each line without its end (None: it is longer than any can be), whether it has one, and how many bytes there are
-    up to its end."""
+    """Each line without its end (None: it is longer than any can be), whether it has one, and the bytes up to there."""
     end, long = 0, False
     while piece := file.readline(_LONGEST_LINE_BYTES):
         end += len(piece)
@@ -217,11 +209,16 @@ def scan_table(
     CorruptCheckpoint for a file that is no table of these columns, OSError."""
     rows = Scan(missing=last if table.key == "epoch" and last is not None else 0)
     try:
-        file = _open(path)
+        status = os.stat(path)
     except FileNotFoundError:
         return rows
+    way_out = "restore it, or move it away to go on without its rows"
+    if not stat.S_ISREG(status.st_mode):
+        raise CorruptCheckpoint(f"{path} is no regular file: {way_out}")
+    if status.st_size > _MOST_BYTES:
+        raise CorruptCheckpoint(f"{path} has {status.st_size:,} bytes, at most {_MOST_BYTES:,} are read: {way_out}")
     before = 0
-    with file:
+    with open(path, "rb") as file:
         lines, header = _lines(file), table.header.encode()
         first, whole, end_bytes = next(lines, (header, False, 0))
         begun = first is not None and not whole and header.startswith(first)
@@ -239,7 +236,7 @@ def scan_table(
             try:
                 text = "" if line is None else line.decode("utf-8", errors="replace")
                 at = getattr(table.read_row(text), table.key)
-            except BadLine:
+            except Unreadable:
                 at = 0
             if at <= before:
                 rows.lost += 1
@@ -273,14 +270,3 @@ def cut_table(path: Path, table: RowTable[Any], last: int) -> str | None:
     if rows.damage is None:
         return None
     return f"{path}: {rows.damage}; the run goes on without them, the file as it was is kept as {aside.name}"
-
-
-def _open(path: Path) -> BinaryIO:
-    """Raises CorruptCheckpoint for what is no table of any run, OSError."""
-    status = os.stat(path)
-    way_out = "restore it, or move it away to go on without its rows"
-    if not stat.S_ISREG(status.st_mode):
-        raise CorruptCheckpoint(f"{path} is no regular file: {way_out}")
-    if status.st_size > _MOST_BYTES:
-        raise CorruptCheckpoint(f"{path} has {status.st_size:,} bytes, at most {_MOST_BYTES:,} are read: {way_out}")
-    return open(path, "rb")

@@ -36,7 +36,6 @@ class BestWeights:
     """What weights/best.safetensors says of itself. `chosen_on`: "val" or "test", the pictures it was chosen on."""
 
     epoch: int | None
-    step: int | None
     error_pct: float | None
     chosen_on: str | None
 
@@ -127,26 +126,21 @@ class RunView:
     @cached_property
     def best(self) -> BestWeights | None:
         try:
-            metadata = read_header(self.path / "weights" / "best.safetensors").metadata
+            _, metadata = read_header(self.path / "weights" / "best.safetensors")
         except FileNotFoundError:
             return None
         except (Unreadable, OSError):
             self.notes.append("weights/best.safetensors cannot be read")
             return None
-        epoch, step, error_pct = (_number(metadata.get(name)) for name in ("epoch", "step", "error_pct"))
-        return BestWeights(
-            epoch=None if epoch is None else int(epoch),
-            step=None if step is None else int(step),
-            error_pct=error_pct,
-            chosen_on=metadata.get("chosen_on") or None,
-        )
+        epoch, error_pct = (_number(metadata.get(name)) for name in ("epoch", "error_pct"))
+        return BestWeights(None if epoch is None else int(epoch), error_pct, metadata.get("chosen_on") or None)
 
     @cached_property
     def classes(self) -> int | None:
         """Outputs of the network: by the exported weights' last layer, else by what the data set is known to have."""
         for name in ("last.safetensors", "best.safetensors"):
             with suppress(Unreadable, OSError, LookupError):
-                return read_header(self.path / "weights" / name).shapes["linear.bias"][0]
+                return read_header(self.path / "weights" / name)[0]["linear.bias"][0]
         return 10 if self.config.data.source in {"cifar10", "fashion-mnist"} else None
 
     @cached_property
@@ -167,18 +161,13 @@ class RunView:
     # -- how it stands ---------------------------------------------------------------------------------------------
 
     @property
-    def position(self) -> tuple[int, int]:
-        return position_of(self.checkpoints, self.epochs)
-
-    @property
     def state(self) -> State:
         """As its files tell: whether a process holds it now is another question (`folder.writer_of`)."""
-        return state_of(self.path, self.config, self.position, self.events)
+        return state_of(self.path, self.config, position_of(self.checkpoints, self.epochs), self.events)
 
 
 def position_of(checkpoints: Sequence[Position], rows: Sequence[EpochRow]) -> tuple[int, int]:
-    """Epochs and steps that a resume does not repeat: of the newest checkpoint, else (a folder that has none any more)
-    of the last row."""
+    """Epochs and steps that a resume does not repeat: of the newest checkpoint, else of the last row."""
     newest: Sequence[Position | EpochRow] = checkpoints[:1] or rows[-1:]
     return next(((last.epoch, last.step) for last in newest), (0, 0))
 
@@ -209,8 +198,7 @@ def recorded_settings(path: Path) -> Settings:
 
 
 def read_run(path: Path) -> RunView:
-    """Everything in a run folder. Raises UsageError if there is none at `path`, or if it is damaged (see the module's
-    text)."""
+    """Everything in a run folder. Raises UsageError if there is none, or if it is damaged as the module's text says."""
     require_run(Path(path))
     view = RunView(path)
     for part in ("config", "env", "epochs", "steps", "events", "best", "classes", "gradients"):
@@ -274,9 +262,10 @@ def summarize(path: Path) -> RunSummary:
     known: dict[str, Any] = {"path": path, "writer": writer, "size_bytes": _size_bytes(path)}
     known["checkpoints"], trouble = run.checkpoints[::-1], tuple(run.damaged_checkpoints)
     try:
-        config, (epoch, step), rows = run.config, run.position, run.epochs
+        config, rows = run.config, run.epochs
+        epoch, step = position_of(run.checkpoints, rows)
         notes, state = tuple(run.notes), run.state
-        known |= {"config": config, "epoch": epoch, "step": step, **_errors(rows)}
+        known |= {"config": config, "epoch": epoch, "step": step, **errors_of(rows)}
         words: Any = state if state in ("finished", "stopped") else "interrupted" if step else "never started"
         if not run.checkpoints and (rows or trouble) and state != "finished":
             words, trouble = "damaged", (*trouble, "no usable checkpoint to go on from")
@@ -287,7 +276,8 @@ def summarize(path: Path) -> RunSummary:
     return RunSummary(state=words if writer is None else "training", trouble=trouble, **known)
 
 
-def _errors(rows: tuple[EpochRow, ...]) -> dict[str, Any]:
+def errors_of(rows: tuple[EpochRow, ...]) -> dict[str, Any]:
+    """The fields of `RunSummary` on errors; none before the first epoch."""
     if not rows:
         return {}
     on = "val" if any(row.val_error_pct is not None for row in rows) else "test"

@@ -1,9 +1,8 @@
 """A run as it is at this moment, for who looks on from outside: read again and again, never written to.
 
-Whether a process trains it is told by the run's lock (see `lowmem.runs.folder`). The lock itself is tried only where
-the owner file leaves it open: at the first look, and when nothing has come from the run for a while. Trying a lock that
-is free holds it for an instant; so that happens once, to a run that nobody trains any more.
-"""
+Whether a process trains it is told by the run's lock, which is tried only where the owner file leaves it open: at the
+first look, and when nothing has come from the run for a while. Trying a free lock holds it for an instant; so that
+happens once, to a run that nobody trains any more."""
 
 from __future__ import annotations
 
@@ -15,19 +14,16 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
 
 from lowmem.config.schema import Config
 from lowmem.core.errors import LowmemError
 from lowmem.runs.folder import OWNER_NAME, Owner, read_owner, writer_of
 from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, EpochRow, Event, StepRow
-from lowmem.runs.tables import News, TableFollower, follow_events
+from lowmem.runs.tables import Item, News, TableFollower, follow_events
 from lowmem.runs.view import RunView, State, position_of, state_of
 
 _QUIET_SECONDS = 15.0  # without news, before the lock is tried again
 _KEPT_LOSSES, _KEPT_EVENTS, _KEPT_MARKS = 4_000, 200, 30
-
-Item = TypeVar("Item")
 
 
 class Live:
@@ -66,100 +62,42 @@ class Live:
         else:
             begun = self.logged or any(event.kind in {"start", "resume"} for event in self.events)
             self.state = "training" if begun else "starting"
+        self._tell()
         return self
 
-    # -- where it is -----------------------------------------------------------------------------------------------
-
-    @property
-    def running(self) -> bool:
-        """Whether a process holds it."""
-        return self.writer is not None
-
-    @property
-    def last(self) -> EpochRow:
-        return self.rows[-1] if self.rows else EpochRow(epoch=0, step=0)
-
-    @property
-    def epoch(self) -> int:
-        """Completed ones."""
-        return self.last.epoch
-
-    @property
-    def epochs(self) -> int | None:
-        return None if self.config is None else self.config.train.epochs
-
-    @property
-    def step(self) -> int:
-        """The newest that is known of."""
-        return max(self.last.step, self.logged[-1].step if self.logged else 0)
-
-    @property
-    def steps_per_epoch(self) -> int | None:
-        if self.last.epoch and self.last.step:
-            return max(1, self.last.step // self.last.epoch)
-        return self._told("resume", "steps_per_epoch") or self._told("start", "steps_per_epoch")
-
-    @property
-    def step_in_epoch(self) -> int | None:
-        """Steps done of the epoch in progress."""
-        return None if self.steps_per_epoch is None else max(0, self.step - self.epoch * self.steps_per_epoch)
-
-    @property
-    def checkpoint(self) -> Event | None:
-        return self._newest("checkpoint")
-
-    # -- how it does -----------------------------------------------------------------------------------------------
-
-    @property
-    def lr(self) -> float | None:
-        return self.logged[-1].lr if self.logged else self.last.lr
-
-    @property
-    def losses(self) -> tuple[float, ...]:
-        """Of logged steps, oldest first."""
-        return tuple(row.loss for row in self.logged if row.loss is not None)
-
-    @property
-    def images_per_second(self) -> float | None:
-        rate = self._steps_per_second()
-        return self.last.images_per_second if rate is None or self.config is None else rate * self.config.train.batch
-
-    @property
-    def peak_bytes(self) -> int | None:
-        """Of tensors, as measured: the newest figure."""
-        return self.last.peak_allocated_bytes or self._told("measured", "measured_peak_bytes")
-
-    @property
-    def device_bytes(self) -> int | None:
-        """In use on the device or by the process."""
-        return self.last.device_used_bytes
-
-    @property
-    def budget_bytes(self) -> int | None:
-        return self._view.budget_bytes
-
-    @property
-    def elapsed_seconds(self) -> float | None:
-        return self.last.elapsed_seconds
-
-    @property
-    def seconds_left(self) -> float | None:
-        """By the last epochs, evaluation included; before the first by the steps seen from here."""
+    def _tell(self) -> None:
+        """What follows from what was read."""
+        config, last, rate = self.config, self.last, self._steps_per_second()
+        self.running = self.writer is not None  # whether a process holds it
+        self.epoch = last.epoch  # completed ones
+        self.epochs = None if config is None else config.train.epochs
+        told = self._told("resume", "steps_per_epoch") or self._told("start", "steps_per_epoch")
+        self.steps_per_epoch = max(1, last.step // last.epoch) if last.epoch and last.step else told
         per_epoch = self.steps_per_epoch
-        if self.state != "training" or self.epochs is None or per_epoch is None:
-            return None
-        left = max(0.0, self.epochs - self.step / per_epoch)
-        if (an_epoch := epoch_seconds(self.rows)) is not None:
-            return left * an_epoch
-        rate = self._steps_per_second()
-        return None if rate is None else left * per_epoch / rate
-
-    @property
-    def quiet_seconds(self) -> float | None:
-        """Since anything came from the run, by the files' own times."""
+        self.step_in_epoch = None if per_epoch is None else max(0, self.step - self.epoch * per_epoch)  # steps done
+        self.checkpoint = self._newest("checkpoint")
+        self.lr = self.logged[-1].lr if self.logged else last.lr
+        self.losses = tuple(row.loss for row in self.logged if row.loss is not None)  # of steps, oldest first
+        self.images_per_second = last.images_per_second
+        if rate is not None and config is not None:
+            self.images_per_second = rate * config.train.batch
+        # Of tensors, as measured: the newest figure; in use on the device or by the process; of the plan.
+        self.peak_bytes = last.peak_allocated_bytes or self._told("measured", "measured_peak_bytes")
+        self.device_bytes, self.budget_bytes = last.device_used_bytes, self._view.budget_bytes
+        self.elapsed_seconds, self.seconds_left = last.elapsed_seconds, self._seconds_left(rate)
+        # Since anything came from the run, by the files' own times.
         marks = [_mark(self.path / name) for name in (STEP_TABLE.file_name, EPOCH_TABLE.file_name, "events.jsonl")]
         newest = max((mark[1] for mark in marks if mark is not None), default=None)
-        return None if newest is None else max(0.0, time.time() - newest / 1e9)
+        self.quiet_seconds = None if newest is None else max(0.0, time.time() - newest / 1e9)
+
+    def _seconds_left(self, rate: float | None) -> float | None:
+        """By the last epochs, evaluation included; before the first by the steps seen from here."""
+        if self.state != "training" or self.epochs is None or self.steps_per_epoch is None:
+            return None
+        left = max(0.0, self.epochs - self.step / self.steps_per_epoch)
+        if (an_epoch := epoch_seconds(self.rows)) is not None:
+            return left * an_epoch
+        return None if rate is None else left * self.steps_per_epoch / rate
 
     def _steps_per_second(self) -> float | None:
         """While it is trained, as seen from here; None until some rows came one after the other."""
@@ -199,6 +137,8 @@ class Live:
         logged = News(tuple(row for row in steps.items if row.loss is not None), steps.anew)
         self.logged = _grown(self.logged, logged, _KEPT_LOSSES)
         self.events = _grown(self.events, events, _KEPT_EVENTS)
+        self.last = self.rows[-1] if self.rows else EpochRow(epoch=0, step=0)
+        self.step = max(self.last.step, self.logged[-1].step if self.logged else 0)  # the newest that is known of
         if steps.anew or metrics:
             self._marks.clear()  # an evaluation lies between, or steps are made again
         if steps and not metrics and self._looked and (not self._marks or self.step > self._marks[-1][1]):
@@ -209,12 +149,10 @@ class Live:
     def _holds(self, now: float, grew: bool) -> Owner | None:
         """Who trains it."""
         owner = read_owner(self.path / OWNER_NAME)
-        if owner is None or owner == self._gone:
+        if owner is None or owner == self._gone or not owner.may_be_alive:
             return None
         if not owner.here:
             return owner  # cannot be told from here
-        if not owner.may_be_alive:
-            return None
         if grew and owner == self._holder:
             self._tried_at = now
         elif owner != self._holder or now - self._tried_at > _QUIET_SECONDS:
@@ -234,9 +172,7 @@ def epoch_seconds(rows: Sequence[EpochRow]) -> float | None:
     """Of an epoch: the median of the last few, by the run's own clock, which stands still while nobody trains it. None
     if nothing is known: a first row tells only if it is of the first epoch, and not after a fork."""
     marks = [(row.epoch, row.elapsed_seconds) for row in rows[-6:] if row.elapsed_seconds is not None]
-    each = [
-        (after[1] - before[1]) / (after[0] - before[0]) for before, after in pairwise(marks) if after[0] > before[0]
-    ]
+    each = [(ended - began) / (last - first) for (first, began), (last, ended) in pairwise(marks) if last > first]
     if not each and marks and marks[-1][0] == 1:
         each = [marks[-1][1]]
     seconds = [one for one in each if math.isfinite(one) and one > 0]

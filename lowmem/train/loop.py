@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from torch import Tensor
@@ -20,7 +21,7 @@ from lowmem.measure.out_of_memory import Failure
 from lowmem.runs.checkpoint_state import RunState
 from lowmem.runs.event_files import EventFiles
 from lowmem.runs.saver import Save, Saver
-from lowmem.runs.store import NullFolder, RunFolder
+from lowmem.runs.store import RunFolder
 from lowmem.step.train_step import Score
 from lowmem.step.undo import Undo
 from lowmem.train.loss_watchers import Chance, Divergence, Stall, roll_back, way_out
@@ -34,8 +35,9 @@ from lowmem.train.watchers import MAX_STEPS, STALLED, Act, CheckpointInterval, P
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: finished, or stopped early by train.max_steps."""
+    """The folder of a run and how it ended: finished, or stopped early by train.max_steps."""
 
+    path: Path
     finished: bool
     state: RunState
 
@@ -48,10 +50,11 @@ class Trainer(Replica):
         OutOfMemory, Diverged, Stuck, DiskError, PeerLost."""
         kept, observer = self.config.checkpoint, self.observer
         saver = Saver(folder, keep=kept.keep, keep_every=kept.keep_every, warn=observer.warning, note=observer.note)
-        export_wanted = self.config.train.tensorboard and not isinstance(folder, NullFolder)
-        files = EventFiles(folder.path) if export_wanted else None
+        exports: AbstractContextManager[Callable[[], None]] = nullcontext(lambda: None)
+        if self.config.train.tensorboard and self.group.leads:
+            exports = exporting(EventFiles(folder.path), observer.warning)
         joint = self.step.joint
-        with StopSignals() as signals, exporting(files, observer.warning) as export, saver:
+        with StopSignals() as signals, exports as export, saver:
             loop = Loop(self, folder, signals, saver, export)
             if joint is not None:
                 joint.verdict = lambda: loop.look(loop.state.step + 1).code
@@ -110,7 +113,7 @@ class Loop:
                 case Act.LEAVE:
                     return self._leave(verdict.why)
         self._finish("done", epoch=self.state.epoch, step=self.state.step)
-        return Outcome(True, self.state)
+        return Outcome(self.folder.path, True, self.state)
 
     # -- verdicts ------------------------------------------------------------------------------------------------------
 
@@ -288,7 +291,7 @@ class Loop:
             self._finish("stop", reason=MAX_STEPS, step=state.step)
             asked = f"{MAX_STEPS} = {self.t.config.train.max_steps}"
             self.t.observer.note(f"stopped after {state.step} steps as asked ({asked})")
-            return Outcome(False, state)
+            return Outcome(run, False, state)
         name = self.signals.requested = self.signals.requested or why
         self._save()
         self._finish("signal", signal=name, epoch=state.epoch, step=state.step)

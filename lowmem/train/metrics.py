@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem.config.schema import Config
 from lowmem.runs.checkpoint_state import Best
 from lowmem.runs.event_files import EventFiles
-from lowmem.runs.store import RunFolder
+from lowmem.runs.store import RunFolder, run_bytes
 from lowmem.step.train_step import Score, TrainStep
 from lowmem.train.loss_watchers import note_share, tenth
 from lowmem.train.observer import Progress
@@ -185,12 +186,26 @@ class Metrics:
 
 # -- gradient norms ----------------------------------------------------------------------------------------------------
 
-_MOST_STEPS_APART = 100  # two records, by default; of an epoch of fewer than 1,000 steps a tenth
-
 
 def default_every(steps_per_epoch: int) -> int:
     """Steps between two records where the settings leave it open: ten an epoch, or every 100 steps if that is more."""
-    return min(_MOST_STEPS_APART, max(1, steps_per_epoch // 10))
+    return min(100, max(1, steps_per_epoch // 10))
+
+
+def disk_bytes(config: Config, model: nn.Module, steps_per_epoch: int, checkpoint_bytes: int | None = None) -> int:
+    """`run_bytes` of a run of `model`. `checkpoint_bytes`: of one that was written (None: of its tensors)."""
+    parameter_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    if checkpoint_bytes is None:
+        momentum_bytes = parameter_bytes if config.optim.momentum > 0 else 0
+        checkpoint_bytes = momentum_bytes + sum(tensor.nbytes for tensor in model.state_dict().values())
+    return run_bytes(
+        config,
+        checkpoint_bytes=checkpoint_bytes,
+        parameter_bytes=parameter_bytes,
+        steps_per_epoch=steps_per_epoch,
+        layers=len(measured_weights(model)),
+        norms_every=config.train.grad_norms_every or default_every(steps_per_epoch),
+    )
 
 
 def measured_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -244,16 +259,14 @@ class GradientNorms:
 
 
 @contextmanager
-def exporting(files: EventFiles | None, warn: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def exporting(files: EventFiles, warn: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """What to call whenever rows have come: brings a run's event files up to date with them (see `runs.event_files`),
     and at the end with the last ones. Nothing of it can stop or change the run: what goes wrong is said once, to
-    `warn`, and the tables have everything all the same. None: nothing is exported."""
+    `warn`, and the tables have everything all the same."""
     warned = False
 
     def update() -> None:
         nonlocal warned
-        if files is None:
-            return
         try:
             files.update()
         except Exception as error:  # a full disk, or a file that somebody else holds, is no reason to stop a run
@@ -271,5 +284,4 @@ def exporting(files: EventFiles | None, warn: Callable[[str], None]) -> Iterator
         yield update
     finally:
         update()
-        if files is not None:
-            files.close()
+        files.close()

@@ -40,17 +40,17 @@ class Replica:
         config: Config,
         model: nn.Module,
         dataset: Dataset,
-        execution: Execution,
-        identity: dict[str, str],
         observer: Observer,
         plan: Plan | None = None,
         group: Group | None = None,
         split: Split | None = None,
     ) -> None:
-        """`identity`: hashes of settings and data, by which checkpoints are known. `plan`: for this process's share of
-        the batch. `group`: the processes that train the run; `split`: of the batch among them (None: even)."""
-        self.config, self.dataset, self.execution = config, dataset, execution
-        self.identity, self.observer, self.plan = identity, observer, plan
+        """`config`: with device, precision and memory format resolved. `plan`: for this process's share of the batch.
+        `group`: the processes that train the run; `split`: of the batch among them (None: even)."""
+        self.config, self.dataset, self.observer, self.plan = config, dataset, observer, plan
+        self.identity = {"settings": config_hash(config), "data": dataset.fingerprint}  # of its checkpoints
+        execution = Execution(config.train.device, config.train.precision, config.train.memory_format)
+        self.execution = execution
         check_memory_format(model, execution.device, execution.precision, execution.memory_format)
         self.model = model.to(device=execution.device, memory_format=execution.torch_memory_format)  # type: ignore[call-overload]
         self.model.train()
@@ -103,7 +103,7 @@ class Replica:
 
     def keep_alike(self, folder: RunFolder) -> None:
         """Before weights are saved: that all processes have the same. Cards of different kinds may round differently;
-        then all go on with rank 0's. Raises RuntimeError on the CPU, where that is a fault."""
+        then all go on with rank 0's, and its momentum. Raises RuntimeError on the CPU, where that is a fault."""
         if are_alike(self.group, self.model):
             return
         if self.execution.device == "cpu":
@@ -111,16 +111,12 @@ class Replica:
                 "the processes' weights have come apart, which is a fault of lowmem or of a machine; nothing of this "
                 f"epoch was saved: go on from before it with `lowmem resume {folder.path}`"
             )
-        self.take_over_from_rank_0()
-        said = "the processes' weights differed by rounding: all go on with those of process 0"
-        self.observer.recorded_warning(folder, said, what="weights of the processes differed", step=self.state.step)
-
-    def take_over_from_rank_0(self) -> None:
-        """Weights, statistics and momentum of all processes become rank 0's."""
-        shared = share_checkpoint(self.group, (self.checkpoint(), Path()) if self.group.leads else None)
+        shared = share_checkpoint(self.group, (self.checkpoint(), folder.path) if self.group.leads else None)
         assert shared is not None
         if not self.group.leads:
             self.restore(shared[0])
+        said = "the processes' weights differed by rounding: all go on with those of process 0"
+        self.observer.recorded_warning(folder, said, what="weights of the processes differed", step=self.state.step)
 
     def take(self, plan: Plan) -> None:
         """Goes on under another plan that computes the same (the ladder's: same micro-batch, precision, format)."""

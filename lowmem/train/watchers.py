@@ -1,8 +1,7 @@
 """Watchers: they look at a step or an epoch of a run and say what they want done. One `match` in the loop acts.
 
 A watcher sees values and changes nothing but its own counts. What must survive a kill it keeps in the `RunState` that
-it is given. Here: the verdict, the checkpoint interval, memory pressure, and the plan's prediction against the first
-steps, which is only said; those of the loss are in `loss_watchers`.
+it is given. Those of the loss are in `loss_watchers`.
 """
 
 from __future__ import annotations

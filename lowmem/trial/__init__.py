@@ -7,25 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lowmem.choose.request import Budget
 from lowmem.core.units import format_size
-from lowmem.isolate import OUT_OF_MEMORY, Call, Forks, run
+from lowmem.isolate import OUT_OF_MEMORY, Call, run
 from lowmem.models.resnet import ResNet
 from lowmem.plan.policy import Schedule
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan
 from lowmem.remat.libraries import Numerics, environment_for
 
-WORK = "lowmem.trial.worker:work"
-_TIMEOUT_SECONDS = 600.0
+# For `lowmem.isolate`; `PREPARE` makes many trials on the CPU, one after the other, take less time each.
+WORK, PREPARE = "lowmem.trial.worker:work", "lowmem.trial.worker:prepare"
 # Of a step's seconds: a card that computes less of them waits for the host to launch its kernels.
 BUSY_SHARE = 0.8
 # The ways.
@@ -37,8 +38,9 @@ PLANNED = "planned"
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What to do. `way` is one of those above; `plan` is a `Plan` as JSON for the planned one. `fused`: the form of SGD
-    that a run has; without it the one that the library takes if one says nothing.
+    """What to do. `way` is one of those above; `plan` is a `Plan` as JSON for the planned one. `optim`: what is set
+    of an `OptimConfig`; `fused`: the form of SGD that a run has; without it the one that the library takes if one says
+    nothing.
 
     `pictures`: training pictures that the run holds on the device (only held on CUDA). `eval_batch`: pictures at a
     time in evaluation; None: no evaluation. `cap_bytes`: the most that the allocator may hold (CUDA only). `detailed`:
@@ -64,9 +66,7 @@ class Trial:
     cap_bytes: int | None = None
     steps: int = 5
     warmup: int = 2
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    nesterov: bool = False
+    optim: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     detailed: bool = False
 
@@ -123,26 +123,18 @@ def _most(*sizes: int | None) -> int | None:
     return max((size for size in sizes if size is not None), default=None)
 
 
-def run_trial(trial: Trial, timeout_seconds: float = _TIMEOUT_SECONDS, call: Call = run) -> TrialResult:
-    """The trial in a process of its own: nothing of another is cached, fragmented or still allocated.
-
-    Out of memory, a crash, or taking longer than `timeout_seconds` is a refusal.
-    """
+def run_trial(trial: Trial, timeout_seconds: float = 600.0, call: Call = run) -> TrialResult:
+    """The trial in a process of its own: nothing of another is cached, fragmented or still allocated."""
     environment = environment_for(Numerics(trial.deterministic, trial.tf32))
     outcome = call(WORK, asdict(trial), timeout_seconds=timeout_seconds, environment=environment)
     return result_of(outcome.answer_or_refusal)
-
-
-def calls_on(device: str) -> Forks:
-    """For many trials on a device, one after the other: on the CPU in less time each."""
-    return Forks("lowmem.trial.worker:prepare" if device == "cpu" else None)
 
 
 def result_of(answer: dict[str, Any] | str) -> TrialResult:
     """Of a trial process's answer, or in words why there is none."""
     if isinstance(answer, str):
         return TrialResult(refused=answer, out_of_memory=answer == OUT_OF_MEMORY)
-    if unknown := answer.keys() - {field.name for field in fields(TrialResult)}:
+    if unknown := answer.keys() - {one.name for one in fields(TrialResult)}:
         return TrialResult(refused=f"answered with unknown keys: {', '.join(sorted(unknown))}")
     return TrialResult(**{**answer, "losses": tuple(answer.get("losses", ()))})
 
@@ -191,12 +183,6 @@ def excess(measured: float | None, predicted: float | None) -> float | None:
 # -- the ways of doing a step -----------------------------------------------------------------------------------------
 
 
-def save_convolutions(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Everything but convolutions is computed again. Under autocast on CUDA too: what is called is the same."""
-    saved = operation is torch.ops.aten.convolution.default
-    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 def checkpointed(model: ResNet, **options: Any) -> ResNet:
     """The model with `torch.utils.checkpoint` around every block; changes it in place."""
     for stage in model.stages():
@@ -206,28 +192,18 @@ def checkpointed(model: ResNet, **options: Any) -> ResNet:
 
 
 @contextmanager
-def native_norms(model: nn.Module) -> Iterator[None]:
-    """While it lasts, the model's batch norms run on torch's native kernels under autograd, where `F.batch_norm` may
-    prefer cuDNN's: what a plan on native kernels is held against."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.forward = partial(_native_norm, norm)  # type: ignore[method-assign]
+def native_norms() -> Iterator[None]:
+    """While it lasts, batch norm under autograd runs on torch's native kernels, where the library may prefer cuDNN's:
+    what a plan on native kernels is held against."""
+
+    def native(z: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, *others: Any) -> Tensor:
+        return torch.native_batch_norm(z, weight, bias, mean, var, *others)[0]
+
+    usual, functional.batch_norm = functional.batch_norm, native  # type: ignore[assignment]
     try:
         yield
     finally:
-        for norm in norms:
-            del norm.forward
-
-
-def _native_norm(norm: nn.BatchNorm2d, z: Tensor) -> Tensor:
-    """`nn.BatchNorm2d.forward` of a norm with running statistics, in training."""
-    assert norm.training
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-    statistics = (norm.running_mean, norm.running_var)
-    out: Tensor = torch.native_batch_norm(z, norm.weight, norm.bias, *statistics, True, momentum, norm.eps)[0]
-    return out
+        functional.batch_norm = usual
 
 
 def executed(model: ResNet, way: str, plan: Plan | Schedule | None = None) -> nn.Module:
@@ -237,7 +213,8 @@ def executed(model: ResNet, way: str, plan: Plan | Schedule | None = None) -> nn
     if way == PER_BLOCK:
         return checkpointed(model)
     if way == SELECTIVE:
-        return checkpointed(model, context_fn=partial(create_selective_checkpoint_contexts, save_convolutions))
+        saved = [torch.ops.aten.convolution.default]  # under autocast on CUDA too: what is called is the same
+        return checkpointed(model, context_fn=partial(create_selective_checkpoint_contexts, saved))
     if way == PLAIN:
         return model
     raise ValueError(f"{way!r} is no way of doing a step: {PLAIN}, {PER_BLOCK}, {SELECTIVE}, or {PLANNED} with a plan")

@@ -19,7 +19,7 @@ from lowmem.config.schema import Config
 from lowmem.core.errors import Infeasible, PreflightError
 from lowmem.core.units import format_size
 from lowmem.plan.record import Candidate, Plan
-from lowmem.trial import Trial, TrialResult, excess, run_trial, verdict
+from lowmem.trial import PLANNED, Trial, TrialResult, excess, run_trial, verdict
 
 MOST_TRIALS = 4
 _RUNG = 0.92  # of the budget, for the replacement of a choice that overshoots
@@ -118,11 +118,8 @@ def wants_confirmation(config: Config) -> bool:
 
 def trial_of(config: Config, plan: Plan, budget: Budget, num_classes: int, train_pictures: int) -> Trial:
     """What a run with these settings and this plan does, for a few steps."""
-    model, optim = config.model, config.optim
     return Trial(
-        arch=model.arch,
-        block=model.block,
-        width=model.width,
+        **config.model.model_dump(),
         num_classes=num_classes,
         batch=plan.batch,
         precision=plan.precision,
@@ -130,14 +127,12 @@ def trial_of(config: Config, plan: Plan, budget: Budget, num_classes: int, train
         device=config.train.device,
         deterministic=config.train.deterministic,
         tf32=config.train.tf32,
-        way="planned",
+        way=PLANNED,
         plan=replace(plan, ladder=()).to_json(),
         pictures=train_pictures,
         eval_batch=config.train.eval_batch or plan.micro_batch,
         cap_bytes=budget.allocator_bytes,
-        momentum=optim.momentum,
-        weight_decay=optim.weight_decay,
-        nesterov=optim.nesterov,
+        optim=config.optim.model_dump(),
         seed=config.seed,
     )
 

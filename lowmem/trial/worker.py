@@ -71,6 +71,7 @@ class _Work:
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
         self.cuda = trial.device == "cuda"
+        self.wait: Callable[[], object] = torch.cuda.synchronize if self.cuda else lambda: None
         prepare_libraries(Numerics(trial.deterministic, trial.tf32))
         # Before CUDA is first used: what the card is fuller by since then is this process's, the context included.
         self.meter = Meter(trial.device)
@@ -78,8 +79,8 @@ class _Work:
         self.resident_bytes = None if self.cuda else self._resident()
         self.execution = Execution(trial.device, trial.precision, trial.memory_format)
         self.model = network(trial, self.execution)
-        optim = OptimConfig(momentum=trial.momentum, weight_decay=trial.weight_decay, nesterov=trial.nesterov)
-        self.optimizer = make_optimizer(self.model, optim, trial.device, FUSED if trial.fused else {})
+        form = FUSED if trial.fused else {}
+        self.optimizer = make_optimizer(self.model, OptimConfig(**trial.optim), trial.device, form)
         # As many as the run holds on the device; on the CPU, where they count for nothing, a batch.
         count = max(trial.batch, trial.pictures if self.cuda else 0)
         self.pictures = random_pictures(count, trial.num_classes, trial.seed)
@@ -144,7 +145,8 @@ class _Work:
 
         if self.cuda:
             images, labels = self._batch()
-            self.beside_bytes = max(0, torch.cuda.memory_allocated() - _bytes_of((*self._standing(), images, labels)))
+            standing = sum(tensor.nbytes for tensor in (*self._standing(), images, labels))
+            self.beside_bytes = max(0, torch.cuda.memory_allocated() - standing)
             del images, labels
             before = torch.cuda.memory_stats().get("num_alloc_retries", 0)
             found = self._peaks("", steps)
@@ -217,17 +219,13 @@ class _Work:
 
     def _timed_step(self) -> float:
         images, labels = self._batch()
-        self._wait()
+        self.wait()
         began = time.perf_counter()
         totals = self._step(images, labels)
-        self._wait()
+        self.wait()
         seconds = time.perf_counter() - began
         self.losses.append(float(totals[0]) / self.trial.batch)
         return seconds
-
-    def _wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:
@@ -236,7 +234,3 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _bytes_of(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

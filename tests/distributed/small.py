@@ -11,12 +11,10 @@ from lowmem.models import build
 from lowmem.plan.policy import LEAN, Keep, Schedule, Segment, keep, uniform
 from lowmem.plan.record import Plan
 from lowmem.remat import stage_names
-from lowmem.step.train_step import Execution
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
 
 BATCH = 12
-FP32 = Execution("cpu", "fp32", "contiguous")
 
 
 def dataset(pictures: int = 30) -> Dataset:
@@ -30,7 +28,8 @@ def dataset(pictures: int = 30) -> Dataset:
 
 
 def config(*, sync_bn: bool = False, arch: str = "res20", epochs: int = 1, **train: object) -> Config:
-    section = {"batch": BATCH, "epochs": epochs, "log_every_steps": 1, "sync_bn": sync_bn, "device": "cpu", **train}
+    section = {"batch": BATCH, "epochs": epochs, "log_every_steps": 1, "sync_bn": sync_bn, "device": "cpu"}
+    section |= {"precision": "fp32", "memory_format": "contiguous", **train}
     return Config.model_validate(
         {"model": {"arch": arch, "width": 4}, "train": section, "optim": {"lr": 0.05}, "checkpoint": {"keep": 2}}
     )
@@ -65,9 +64,7 @@ def trainer(
     split: Split | None = None,
     plan: Plan | None = None,
     dtype: torch.dtype = torch.float32,
-    execution: Execution = FP32,
 ) -> Trainer:
     spec = settings.model
     model = build(spec.arch, spec.block, width=spec.width, num_classes=10, seed=1).to(dtype)
-    identity = {"settings": "", "data": data.fingerprint}
-    return Trainer(settings, model, data, execution, identity, Observer(), plan, group, split)
+    return Trainer(settings, model, data, Observer(), plan, group, split)

@@ -19,10 +19,8 @@ from lowmem.data import Dataset, TrainBatches
 from lowmem.models import build
 from lowmem.plan.record import Plan
 from lowmem.runs.store import RunFolder
-from lowmem.step.train_step import Execution
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
-from lowmem.train.replica import config_hash
 
 SMALLEST_BYTES = 2048  # less is not worth a failure of its own
 UPDATE = "aten._fused_sgd_.default"
@@ -112,9 +110,7 @@ def make_trainer(settings: Settings, dataset: Dataset, plan: Plan | None) -> Tra
     """As the command makes it."""
     config = settings.config
     model = build(config.model.arch, width=config.model.width, num_classes=len(dataset.classes), seed=config.seed)
-    execution = Execution("cpu", config.train.precision, config.train.memory_format)
-    identity = {"settings": config_hash(config), "data": dataset.fingerprint}
-    return Trainer(config, model, dataset, execution, identity, Observer(), plan)
+    return Trainer(config, model, dataset, Observer(), plan)
 
 
 def run(path: Path, settings: Settings, trainer: Trainer, during: Callable[[Trainer], Any] | None = None) -> Path:

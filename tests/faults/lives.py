@@ -80,7 +80,8 @@ class Lives:
             "log": str(self._log),
             "output": str(self._output),
         }
-        self._log.write_text("")
+        for file in (self._log, self._output):  # killed at once, it writes neither
+            file.write_text("")
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(order) + "\n")

@@ -297,7 +297,7 @@ def _goes_on(run: Path, work: Path) -> list[Reader]:
         (resumed,) = [event for event in events if event["event"] == "resume"]
         assert said.can_resume, said
         assert (resumed["checkpoint"], resumed["step"]) == (said.resumes_from, said.step)
-        assert said.finished or result.outcome.state.step == resumed["step"] + 1
+        assert said.finished or result.state.step == resumed["step"] + 1
         return said
 
     return [
@@ -387,7 +387,7 @@ def _owner(run: Path, work: Path) -> list[Reader]:
         (folder / OWNER_NAME).write_bytes(data)
         writer = writer_of(folder)
         assert writer is None, "nobody holds the lock"
-        lock = RunLock.acquire(folder)
+        lock = RunLock(folder)
         try:
             return str(lock.taken_over)
         finally:

@@ -112,7 +112,7 @@ def test_a_resume_after_it_is_exact(rolled_back: Path, tmp_path: Path) -> None:
     """Stopped in the epoch in which it went back, and in the next."""
     path = tmp_path / "run"
     with poisoned((1, 3)):
-        assert not run_training(settings("train.max_steps=16"), path).outcome.finished
+        assert not run_training(settings("train.max_steps=16"), path).finished
     resume_training(path, settings("train.max_steps=23"))
     resume_training(path, settings())
     assert_same_run(path, rolled_back)

@@ -144,7 +144,7 @@ def test_a_real_disk_that_stays_full(
         resume_training(path)
     assert cp.load_newest(path / "checkpoints")[0].step == 4
     (small_disk / "filler").unlink()
-    assert resume_training(path).outcome.finished
+    assert resume_training(path).finished
     assert_same_run(path, untroubled)
 
 

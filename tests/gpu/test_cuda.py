@@ -122,7 +122,7 @@ def test_a_run_survives_another_taking_the_cards_memory(tmp_path: Path) -> None:
     finally:
         TrainBatches.batch = fetch  # type: ignore[method-assign]
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert result.outcome.state.step == 12
+    assert result.state.step == 12
     failed = _events(tmp_path / "run", "out-of-memory")
     assert failed
     assert all(event["new_budget_bytes"] < event["old_budget_bytes"] for event in failed)

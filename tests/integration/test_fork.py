@@ -51,7 +51,7 @@ def _rates(path: Path) -> list[str]:
 def test_a_fork_trains_on_from_the_checkpoint(parent: Path, tmp_path: Path) -> None:
     before, heard = _files(parent), Heard()
     result = fork_run(parent, at=2, changes={"optim.lr": 0.5}, out=tmp_path / "fork", observer=heard)
-    assert result.outcome.finished
+    assert result.finished
     assert exact_rows(result.path)[:2] == exact_rows(parent)[:2]
     assert _rates(result.path) == ["0.1", "0.01", "0.05"]
     events = [json.loads(line)["event"] for line in (result.path / "events.jsonl").read_text().splitlines()]
@@ -120,7 +120,7 @@ def test_refusals(parent: Path, tmp_path: Path, at: int | str, values: dict[str,
 
 def test_another_batch_keeps_the_place_in_the_schedule(parent: Path, tmp_path: Path) -> None:
     result = fork_run(parent, at=1, changes={"train.batch": 20}, out=tmp_path / "fork")
-    assert result.outcome.state.step == 3 * 10
+    assert result.state.step == 3 * 10
     history = read_run(result.path)
     assert [(row.epoch, row.step, row.lr) for row in history.epochs] == [(1, 4, 0.1), (2, 20, 0.01), (3, 30, 0.01)]
     # Its own steps only: the old ones are counted otherwise. The rate falls after one and a half epochs, as it did.
@@ -133,7 +133,7 @@ def test_a_batch_that_was_chosen_can_be_changed(tmp_path: Path) -> None:
     run = run_training(tiny(*OWN, "train.batch=auto", "memory.vram=8M", "train.epochs=1"), tmp_path / "run").path
     assert recorded_settings(run).config.train.batch == 32
     result = fork_run(run, at=1, changes={"train.batch": 64, "train.epochs": 2}, out=tmp_path / "fork")
-    assert (result.outcome.state.step, recorded_settings(result.path).config.train.batch) == (8, 64)
+    assert (result.state.step, recorded_settings(result.path).config.train.batch) == (8, 64)
 
 
 def test_a_dry_run_says_it_all_and_leaves_nothing(parent: Path, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_dry_run_says_it_all_and_leaves_nothing(parent: Path, tmp_path: Path) 
     changes = {"data.test_subset": 40, "optim.lr": 0.2}
     out = tmp_path / "new" / "fork"
     result = fork_run(parent, at="step:6", changes=changes, out=out, observer=heard, dry_run=True)
-    assert not result.outcome.finished
+    assert not result.finished
     assert list(tmp_path.iterdir()) == []
     begins = {note.partition(":")[0] for note in heard.notes}
     assert {"data.test_subset", "optim.lr", "preflight", "time", "disk", "dry run"} <= begins

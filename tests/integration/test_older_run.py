@@ -44,7 +44,7 @@ def plan_of(run: Path) -> dict[str, object]:
 
 def test_it_goes_on_to_its_end_under_its_own_plan(older: Path) -> None:
     planned = plan_of(older)
-    outcome = lowmem.resume_training(older, {"train.max_steps": None}).outcome
+    outcome = lowmem.resume_training(older, {"train.max_steps": None})
     assert outcome.finished
     assert outcome.state.step == 2 * STEPS_PER_EPOCH
     assert epochs_of(older) == ["1", "2"]

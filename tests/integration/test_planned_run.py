@@ -195,7 +195,7 @@ def test_auto_batch_goes_by_what_was_measured(tmp_path: Path) -> None:
     assert len(trials) > 1
     assert all(one["measured_step_seconds"] for one in trials)
     assert f"batch: {_plan(path)['batch']}  # auto" in (path / "config.yaml").read_text()
-    assert result.outcome.finished
+    assert result.finished
 
 
 def test_nothing_is_left_behind_when_no_trial_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

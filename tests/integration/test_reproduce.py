@@ -14,7 +14,7 @@ import pytest
 import lowmem.report
 from lowmem import lifecycle
 from lowmem.cli.terminal import say
-from lowmem.config.settings import Settings, gather
+from lowmem.config.settings import gather
 from lowmem.core.errors import Interrupted, LowmemError
 from lowmem.reproduce.check import work
 from lowmem.reproduce.conduct import Conductor, conduct, reproduce_job
@@ -64,16 +64,16 @@ def test_a_trial_goes_on_to_its_end_with_the_plain_command(trial: Path) -> None:
 def test_what_an_interrupted_call_asked_for_holds(trial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Interrupted):
         call(trial, "train.max_steps=null", "train.on_stuck=stop", interrupts=True)
-    resumed: list[Settings] = []
+    resumed: list[Mapping[str, object]] = []
     real = lifecycle.resume_training
 
-    def resume(path: Path, changes: Settings, observer: Observer) -> object:
+    def resume(path: Path, changes: Mapping[str, object], observer: Observer) -> object:
         resumed.append(changes)
         return real(path, changes, observer)
 
     monkeypatch.setattr(lifecycle, "resume_training", resume)
     job = call(trial)
-    assert [changes.config.train.on_stuck for changes in resumed] == ["stop"]
+    assert [changes["train.on_stuck"] for changes in resumed] == ["stop"]
     assert standing_of(job, RES20[0]).state == "finished"
 
 

@@ -69,7 +69,7 @@ def test_what_goes_wrong_is_said_once_and_made_up_for(tmp_path: Path) -> None:
             assert "training goes on" in heard.warnings[0]
             (folder.path / "tensorboard").unlink()
             export()
-        assert [point.step for point in read_points(folder.path / "tensorboard") if point.tag == "lr"] == [1, 2, 3]
+        assert [step for tag, step, _ in read_points(folder.path / "tensorboard") if tag == "lr"] == [1, 2, 3]
         assert len(heard.warnings) == 1
 
 

@@ -94,13 +94,14 @@ def fast(trial: Trial, timeout_seconds: float) -> TrialResult:
 
 def test_every_cell_once_before_any_twice_and_plain_first_in_each_round(tmp_path: Path) -> None:
     tasks = Told(tmp_path).tasks()
-    assert [task.round for task in tasks] == sorted(task.round for task in tasks)
+    rounds = [number for _, number in tasks]
+    assert rounds == sorted(rounds)
     for number in (2, 3):
-        families = [task.cell.family for task in tasks if task.round == number]
+        families = [cell.family for cell, at in tasks if at == number]
         plains = families.count(PLAIN_DEFAULT)
         assert families[:plains] == [PLAIN_DEFAULT] * plains
-    assert sum(task.cell.kind == "largest" for task in tasks) == 4
-    assert {task.cell.mode for task in tasks if task.round == 3} == {FIRST_MODE}
+    assert sum(cell.kind == "largest" for cell, _ in tasks) == 4
+    assert {cell.mode for cell, number in tasks if number == 3} == {FIRST_MODE}
 
 
 def test_what_corrupts_memory_has_no_cells(tmp_path: Path) -> None:

@@ -91,7 +91,6 @@ def healthy(**changes: Any) -> Facts:
 def with_card(card: DriverDevice, profile: str | None = None, **changes: Any) -> Facts:
     """The healthy machine with another card; `driver_version`, `cuda_version` are those of its driver."""
     report = {key: changes.pop(key) for key in ("driver_version", "cuda_version") if key in changes}
-    assert HEALTHY.driver is not None
     driver = replace(HEALTHY.driver, devices=(card,), **report)
     return replace(HEALTHY, driver=driver, profile=load_card(profile) if profile else None, **changes)
 

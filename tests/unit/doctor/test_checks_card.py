@@ -169,7 +169,7 @@ def test_channels_last_needs_tensor_cores() -> None:
     for card in (GTX1060, GTX1660):
         found = said(checks.memory_format, with_card(card))
         assert (found.status, found.mend) == (Status.WARNING, "--memory-format contiguous")
-    execution = {**(HEALTHY.execution or {}), "memory_format": "contiguous"}
+    execution = {**HEALTHY.execution, "memory_format": "contiguous"}
     assert checks.memory_format(with_card(GTX1060, execution=execution)) is None
 
 

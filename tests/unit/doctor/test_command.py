@@ -72,4 +72,4 @@ def test_the_last_line() -> None:
     assert summary(healthy(), [fail]) == "training cannot start: 1 failure"
     assert summary(healthy(), [warning, warning]) == "training can start on the card, with 2 warnings"
     assert summary(NO_CARD, []) == "training can start on the CPU"
-    assert summary(healthy(execution=None), []) == "training can start"
+    assert summary(healthy(execution={}), []) == "training can start"

@@ -13,7 +13,7 @@ from lowmem import doctor
 from lowmem.cli.show import show_doctor
 from lowmem.config.schema import Config
 from lowmem.core.errors import ExitCode
-from lowmem.doctor import Status, examine, gather
+from lowmem.doctor import Facts, Status, examine, facts, gather
 from lowmem.doctor.facts import cpu_share, is_unmet
 from lowmem.doctor.probe import Answers
 from lowmem.measure.nvml import DriverReport, read_driver
@@ -34,7 +34,7 @@ def probe(
 
     def asker(values: Mapping[str, object], stages: Sequence[str]) -> Answers:
         build = {"torch_version": version, "torch_cuda": cuda, "arch_list": list(archs), "threads": 1}
-        results: dict[str, Any] = {
+        results: Answers = {
             "torch": build,
             "allocator": {},
             "network": {"disk_needed_bytes": 174_000_000},
@@ -42,10 +42,9 @@ def probe(
             "data": {"data_there": True, "data_words": "shapes are drawn, no files needed"},
             "cuda": {"cuda_available": available, "device_uuid": "11111111-2222-3333-4444-555555555555"},
             "execution": {"execution": {"device": "cuda", "precision": "fp32", "memory_format": "contiguous"}},
-            "kernel": {},
+            "kernel": {} if kernel else NO_KERNEL,
         }
-        troubles = {} if kernel else {"kernel": NO_KERNEL}
-        return Answers({k: v for k, v in results.items() if k in stages and k not in troubles}, troubles)
+        return {k: v for k, v in results.items() if k in stages}
 
     return asker
 
@@ -57,13 +56,32 @@ def gtx1060(driver: str = "580.65.06", cuda: int = 13000) -> Callable[[], Driver
     return lambda: read_driver(library)
 
 
+def gathered(
+    wanted: Config,
+    out: Path | None,
+    *,
+    driver: Callable[[], DriverReport] = DriverReport,
+    asker: Callable[..., Answers] = lambda values, stages: {},
+    environment: Mapping[str, str] = {},
+) -> Facts:
+    """On a machine whose driver, probe and environment are these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(facts, "read_driver", driver)
+        patch.setattr(facts, "ask", asker)
+        for name in facts.VARIABLES:
+            patch.delenv(name, raising=False)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        return gather(wanted, out)
+
+
 def test_a_gtx_1060_with_torch_2_15(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asker = probe("2.15.0", "13.2", TORCH_2_15, kernel=False)
 
     def scripted(wanted: Config, out: Path | None) -> Any:
-        return gather(wanted, out, driver=gtx1060(), asker=asker, environment={})
+        return gathered(wanted, out, driver=gtx1060(), asker=asker)
 
     monkeypatch.setattr("platform.system", lambda: "Linux")
     monkeypatch.setattr(doctor, "gather", scripted)
@@ -87,18 +105,18 @@ def test_a_gtx_1060_with_torch_2_15(
 
 def test_a_gtx_1060_with_torch_2_7(tmp_path: Path) -> None:
     asker = probe("2.7.1+cu126", "12.6", TORCH_2_7, kernel=True)
-    facts = gather(config(), tmp_path, driver=gtx1060("535.183.01", 12020), asker=asker, environment={})
-    assert facts.profile is not None
-    assert facts.profile.name == "GTX 1060 6G"
-    findings = {finding.name: finding for finding in examine(facts)}
+    found = gathered(config(), tmp_path, driver=gtx1060("535.183.01", 12020), asker=asker)
+    assert found.profile is not None
+    assert found.profile.name == "GTX 1060 6G"
+    findings = {finding.name: finding for finding in examine(found)}
     for name in ("build", "driver", "kernel", "card"):
         assert findings[name].status == Status.OK, findings[name]
 
 
 def test_an_old_driver_under_a_new_torch_gets_the_same_command(tmp_path: Path) -> None:
     asker = probe("2.15.0", "13.2", TORCH_2_15, kernel=False, available=False)
-    facts = gather(config(), tmp_path, driver=gtx1060("535.183.01", 12020), asker=asker, environment={})
-    findings = {finding.name: finding for finding in examine(facts)}
+    found = gathered(config(), tmp_path, driver=gtx1060("535.183.01", 12020), asker=asker)
+    findings = {finding.name: finding for finding in examine(found)}
     mends = {findings[name].mend for name in ("driver", "build")}
     assert len(mends) == 1
     assert "torch==2.7.1" in str(mends)
@@ -110,39 +128,37 @@ def test_on_the_cpu_no_card_is_touched(tmp_path: Path) -> None:
 
     def asker(values: Mapping[str, object], stages: Sequence[str]) -> Answers:
         asked.append(stages)
-        return Answers()
+        return {}
 
-    gather(config(device="cpu"), tmp_path, driver=DriverReport, asker=asker, environment={})
+    gathered(config(device="cpu"), tmp_path, asker=asker)
     assert not {"cuda", "kernel"} & set(asked[0])
-    gather(config(), tmp_path, driver=DriverReport, asker=asker, environment={})
+    gathered(config(), tmp_path, asker=asker)
     assert {"cuda", "kernel"} <= set(asked[1])
 
 
 def test_only_known_variables_are_taken(tmp_path: Path) -> None:
-    variables = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_CUDA_ALLOC_CONF": "x:1", "HF_TOKEN": "secret"}
-    facts = gather(
-        config(), tmp_path, driver=DriverReport, asker=lambda values, stages: Answers(), environment=variables
-    )
-    assert facts.environment == {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_CUDA_ALLOC_CONF": "x:1"}
+    known = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_CUDA_ALLOC_CONF": "x:1"}
+    found = gathered(config(), tmp_path, environment={**known, "HF_TOKEN": "secret"})
+    assert found.environment == known
 
 
 def _disk_facts(out: Path) -> Any:
     asker = probe("2.7.1", "12.6", TORCH_2_7, kernel=True)
-    return gather(config(), out, driver=DriverReport, asker=asker, environment={})
+    return gathered(config(), out, asker=asker)
 
 
 def test_the_disk(tmp_path: Path) -> None:
-    facts = _disk_facts(tmp_path / "not" / "yet" / "there")
-    assert (facts.disk_folder, facts.disk_trouble, facts.out_taken) == (tmp_path, None, False)
-    assert facts.disk_needed_bytes == 174_000_000
-    assert facts.disk_free_bytes is not None
+    found = _disk_facts(tmp_path / "not" / "yet" / "there")
+    assert (found.disk_folder, found.disk_trouble, found.out_taken) == (tmp_path, None, False)
+    assert found.disk_needed_bytes == 174_000_000
+    assert found.disk_free_bytes is not None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    facts = _disk_facts(tmp_path / "file" / "run")
-    assert facts.disk_trouble is not None
+    found = _disk_facts(tmp_path / "file" / "run")
+    assert found.disk_trouble is not None
     (tmp_path / "run").mkdir()
     assert _disk_facts(tmp_path / "run").out_taken is False
     (tmp_path / "run" / "config.yaml").write_text("")

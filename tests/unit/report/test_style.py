@@ -50,7 +50,7 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("vision", VISION)
 def test_published_networks_stay_apart(vision: str) -> None:
-    colours = [network_style(ModelConfig(arch=arch)).colour for arch in PUBLISHED_ERROR_PCT]
+    colours = [network_style(ModelConfig(arch=name.lower())).colour for name in PUBLISHED_ERROR_PCT]
     seen = [lab(VISION[vision] @ linear(colour)) for colour in colours]
     assert min(np.linalg.norm(one - other) for one, other in combinations(seen, 2)) >= 15
 

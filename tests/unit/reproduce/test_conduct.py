@@ -93,7 +93,7 @@ def test_what_is_finished_is_skipped(tmp_path: Path) -> None:
     done = Scripted()
     do(asked(tmp_path, only="res20"), done)
     assert done.requests == []  # nothing to look ahead to
-    assert names(to_report(tmp_path)[0]) == ["res20", "cnn20"]
+    assert names(to_report(read_job(tmp_path), lambda text: None)) == ["res20", "cnn20"]
 
 
 @pytest.mark.parametrize("code", [ExitCode.NO_PLAN, ExitCode.OUT_OF_MEMORY, ExitCode.DIVERGED, ExitCode.CHECKPOINT, -9])
@@ -136,7 +136,7 @@ def test_a_signal_between_or_in_runs(tmp_path: Path) -> None:
 def test_a_signal_while_another_still_writes(tmp_path: Path) -> None:
     asked(tmp_path).job.write()
     put_run(tmp_path, "res20", done=3)
-    lock, conductor = RunLock.acquire(tmp_path / "res20", "run"), Scripted()
+    lock, conductor = RunLock(tmp_path / "res20", "run"), Scripted()
 
     def interrupt(text: str) -> None:
         assert "waiting for it to leave" in text
@@ -240,11 +240,10 @@ def test_the_report_is_of_all_runs_that_have_begun(tmp_path: Path) -> None:
     put_run(tmp_path, "res110-bottleneck", done=2)
     put_run(tmp_path, "res20", done=1)
     put_run(tmp_path, "cnn20", done=1, epochs=3)  # another job's
-    runs, left_out = to_report(tmp_path)
-    assert names(runs) == ["res20", "res110-bottleneck"]
+    left_out: list[str] = []
+    assert names(to_report(read_job(tmp_path), left_out.append)) == ["res20", "res110-bottleneck"]
     assert ["cnn20 is no run of this job" in text for text in left_out] == [True]
     # One that cannot be read must not hide the others.
     (tmp_path / "res20" / "metrics.csv").write_text("nonsense\n1\n")
-    runs, left_out = to_report(tmp_path)
-    assert names(runs) == ["res110-bottleneck"]
-    assert len(left_out) == 2
+    assert names(to_report(read_job(tmp_path), left_out.append)) == ["res110-bottleneck"]
+    assert len(left_out) == 1 + 2

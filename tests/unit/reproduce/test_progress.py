@@ -10,7 +10,7 @@ import pytest
 from lowmem.core.errors import UsageError
 from lowmem.lifecycle import run_training
 from lowmem.reproduce.job import Job, Member
-from lowmem.reproduce.progress import Standing, epoch_seconds_of, seconds_left, standing_of
+from lowmem.reproduce.progress import Standing, seconds_left, seconds_left_of, standing_of
 from lowmem.train.observer import Observer
 from tests.tiny import tiny
 
@@ -82,7 +82,7 @@ def pace(weight: float, epochs_left: float, epoch_seconds: float | None = None) 
 
 def test_nothing_is_known_before_something_was_measured() -> None:
     assert seconds_left([pace(1.0, 10), pace(3.0, 10)]) is None
-    assert epoch_seconds_of(pace(1.0, 10), []) is None
+    assert seconds_left_of(pace(1.0, 10), []) is None
 
 
 def test_a_measured_run_counts_as_measured() -> None:
@@ -91,8 +91,8 @@ def test_a_measured_run_counts_as_measured() -> None:
 
 def test_others_are_scaled_from_the_nearest() -> None:
     small, large = pace(1.0, 0, 10.0), pace(6.0, 0, 90.0)
-    assert epoch_seconds_of(pace(1.2, 5), [small, large]) == 12.0
-    assert epoch_seconds_of(pace(5.0, 5), [small, large]) == 75.0
+    assert seconds_left_of(pace(1.2, 5), [small, large]) == 5 * 12.0
+    assert seconds_left_of(pace(5.0, 5), [small, large]) == 5 * 75.0
     # What is finished takes no time, and still tells of the others.
     assert seconds_left([small, large, pace(3.0, 2)]) == 2 * 45.0
 

@@ -62,10 +62,10 @@ def test_a_write_that_stops_anywhere_leaves_whole_lines(
         assert rows.path.read_text() == "before\n"
         with pytest.raises(OSError, match=os.strerror(code)):
             rows.append(["third"])
-    assert rows.waiting == 3
+    assert len(rows.waiting) == 3
     rows.append(["fourth"])
     assert rows.path.read_text().split() == ["before", "first", "second", "third", "fourth"]
-    assert rows.waiting == 0
+    assert len(rows.waiting) == 0
 
 
 @pytest.mark.parametrize("cut_back", [True, False])
@@ -154,6 +154,6 @@ def test_a_name_that_is_not_yet_durable_is_refused_and_the_rows_come_once(
         with pytest.raises(OSError, match=os.strerror(disk.code)):
             rows.append(["first"])
         assert [kind for kind, _ in disk.operations] == ["write", "fsync", "fsync"]
-    assert rows.waiting == 1
+    assert len(rows.waiting) == 1
     rows.append(["second"])
     assert rows.path.read_text() == "first\nsecond\n"

@@ -12,7 +12,7 @@ import pytest
 from lowmem.config.settings import gather, to_yaml
 from lowmem.core.errors import PreflightError
 from lowmem.core.units import MIB
-from lowmem.runs.event_files import EventFiles, ScalarPoint, read_points, require_tensorboard
+from lowmem.runs.event_files import EventFiles, read_points, require_tensorboard
 from lowmem.runs.store import RunFolder
 from lowmem.runs.view import read_run
 
@@ -170,7 +170,7 @@ def test_both_files_for_a_moment(folder: RunFolder) -> None:
     first.write_bytes(kept)
     assert len(list(board.iterdir())) == 2
     assert same(shown(board), folder.path)
-    assert {point.step for point in read_points(board)} == {1, 2, 3, 4, 5}
+    assert {step for _, step, _ in read_points(board)} == {1, 2, 3, 4, 5}
 
 
 def test_a_diverged_run(folder: RunFolder) -> None:
@@ -223,8 +223,8 @@ def test_rows_of_a_stranger(folder: RunFolder) -> None:
     files = EventFiles(folder.path)
     files.update()
     points = read_points(files.folder)
-    assert ScalarPoint("loss/step", 3, 0.5) in points
-    assert {point.step for point in points} == {1, 3}
+    assert ("loss/step", 3, 0.5) in points
+    assert {step for _, step, _ in points} == {1, 3}
 
 
 def test_without_the_package(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,14 +43,14 @@ def _kill(pid: int, reader: int) -> None:
 @forks
 def test_a_second_process_is_told_who_and_since_when_and_a_dead_one_is_taken_over(tmp_path: Path) -> None:
     held: list[RunLock] = []
-    pid, reader = _child(lambda: held.append(RunLock.acquire(tmp_path)))
+    pid, reader = _child(lambda: held.append(RunLock(tmp_path)))
     try:
         host = socket.gethostname()
         with pytest.raises(UsageError, match=rf"being written by process {pid} on {host} since 20\d\d-.*stop it first"):
-            RunLock.acquire(tmp_path)
+            RunLock(tmp_path)
     finally:
         _kill(pid, reader)
-    lock = RunLock.acquire(tmp_path)
+    lock = RunLock(tmp_path)
     assert lock.taken_over is not None
     assert lock.taken_over.pid == pid
     owner = read_owner(tmp_path / OWNER_NAME)
@@ -58,7 +58,7 @@ def test_a_second_process_is_told_who_and_since_when_and_a_dead_one_is_taken_ove
     assert owner.pid == os.getpid()
     lock.release()
     assert not (tmp_path / OWNER_NAME).exists()
-    lock = RunLock.acquire(tmp_path)
+    lock = RunLock(tmp_path)
     assert lock.taken_over is None
     lock.release()
     lock.release()
@@ -68,11 +68,11 @@ def test_a_writer_on_another_host_is_not_taken_over(tmp_path: Path) -> None:
     owner = {"pid": 7, "host": "elsewhere", "since": "2026-11-23T10:00:00+0000"}
     (tmp_path / OWNER_NAME).write_text(json.dumps(owner))
     with pytest.raises(UsageError, match=rf"process 7 on elsewhere since 2026-11-23.* delete .*{OWNER_NAME}") as caught:
-        RunLock.acquire(tmp_path)
+        RunLock(tmp_path)
     assert "cannot be checked" in str(caught.value)
     assert json.loads((tmp_path / OWNER_NAME).read_text()) == owner
     (tmp_path / OWNER_NAME).unlink()  # what the message says
-    lock = RunLock.acquire(tmp_path)
+    lock = RunLock(tmp_path)
     assert lock.taken_over is None
     lock.release()
 
@@ -86,7 +86,7 @@ def test_a_writer_on_another_host_is_not_taken_over(tmp_path: Path) -> None:
 def test_an_owner_that_cannot_be_read_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / OWNER_NAME).write_text(text, encoding="latin-1")
     assert read_owner(tmp_path / OWNER_NAME) is None
-    RunLock.acquire(tmp_path).release()
+    RunLock(tmp_path).release()
 
 
 def test_a_strangers_owner_does_not_reach_the_terminal_as_it_is(tmp_path: Path) -> None:
@@ -104,5 +104,5 @@ def test_links_lead_nowhere(name: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
     with pytest.raises(UsageError, match="is a link"):
-        RunLock.acquire(tmp_path / "run")
+        RunLock(tmp_path / "run")
     assert (tmp_path / "mine").read_text() == "thesis"

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowmem.core.errors import CorruptCheckpoint
-from lowmem.core.reading import TABLE_LIMIT_BYTES
+from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable
 from lowmem.runs.atomic import RowFile, write_text_atomic
-from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, BadLine, StepRow, csv_line
+from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, StepRow, csv_line
 from lowmem.runs.tables import Follower, News, TableFollower, cut_table, scan_table
 
 COLUMNS = STEP_TABLE
@@ -124,7 +124,7 @@ def test_many_digits_before_a_bad_field_take_no_time() -> None:
     digits = "1" * 30
     for columns in (EPOCH_TABLE, GRADIENT_TABLE.of_layers([f"layer{n}" for n in range(1200)])):
         fields = ["1", "1", *[digits] * (len(columns.names) - 3), "x"]
-        with pytest.raises(BadLine, match=r"is '[1x]+', which is no number"):
+        with pytest.raises(Unreadable, match=r"is '[1x]+', which is no number"):
             columns.read_row(",".join(fields))
 
 

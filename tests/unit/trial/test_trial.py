@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lowmem.choose.planning import make_plan
-from lowmem.isolate import OUT_OF_MEMORY, CallResult, run
+from lowmem.isolate import OUT_OF_MEMORY, CallResult, Forks, run
 from lowmem.models import skeleton
 from lowmem.step.train_step import TrainStep
-from lowmem.trial import PER_BLOCK, PLANNED, Trial, TrialResult, calls_on, run_trial
+from lowmem.trial import PER_BLOCK, PLANNED, PREPARE, Trial, TrialResult, run_trial
 from lowmem.trial.worker import work
 from tests.isolated import call_here
 
@@ -83,7 +83,7 @@ def test_a_wrong_trial_is_a_refusal() -> None:
 def test_a_forked_trial_finds_what_one_in_a_process_of_its_own_finds() -> None:
     """And one leaves nothing to the next."""
     tiny = {**TINY, "width": 4, "batch": 16}
-    with calls_on("cpu") as call:
+    with Forks(PREPARE) as call:
         forked, apart = (run_trial(Trial(**tiny, detailed=True), call=one) for one in (call, run))
         large = run_trial(Trial(**{**tiny, "batch": 256}), call=call)
         again = run_trial(Trial(**tiny), call=call)
