@@ -211,7 +211,7 @@ def measure(goal: Goal, bench: Bench, card_name: str) -> Row:
         overhead=overhead,
         extra_flops=simulated.flops - bench.plain.flops,
         solver_seconds=round(solver_seconds, 3),
-        peak_at=f"{taken.peak_phase}, {taken.peak_operation}",
+        peak_at=f"{taken.peak_at.phase}, {taken.peak_at.operation}",
         target=goal.target,
         prototype=goal.prototype,
         met=met(goal, taken.peak_tensor_bytes if least else overhead),

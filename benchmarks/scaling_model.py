@@ -63,9 +63,9 @@ from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice, Request, with_communicators
 from lowmem.core.errors import Infeasible, UsageError
 from lowmem.distributed.reducer import arrange
-from lowmem.plan.cost import ChainCost
+from lowmem.plan.cost import ChainCost, OptionCost
 from lowmem.plan.evaluate import Walk
-from lowmem.plan.policy import Schedule
+from lowmem.plan.policy import Item, Keep, Schedule
 from lowmem.plan.record import Plan
 from lowmem.remat import decompose
 
@@ -214,10 +214,33 @@ def ready(schedule: Schedule, chain: ChainCost) -> Ready:
     """Of a step under the cost model. Raises ValueError if it is not a schedule of this chain, KeyError if a stage has
     not got the policy."""
     schedule.check_covers(len(chain))
-    walk = Walk(chain)
+    walk = _Timed(chain)
     walk.items(schedule.items)
     ends = tuple(walk.ended[stage] - walk.forward_seconds for stage in range(len(chain)))
     return Ready(forward_seconds=walk.forward_seconds, ends=ends)
+
+
+class _Timed(Walk):
+    """`ended`: per stage, `seconds` when its backward is done. `forward_seconds`: before the first backward, and before
+    anything is restored for it."""
+
+    def __init__(self, chain: ChainCost) -> None:
+        super().__init__(chain)
+        self.forward_seconds = 0.0
+        self.ended: dict[int, float] = {}
+        self._backwards = False
+
+    def forward(self, item: Item, free_input: bool, last: bool) -> OptionCost | None:
+        dropping = super().forward(item, free_input, last)
+        if not self._backwards:
+            self.forward_seconds = self.seconds
+        return dropping
+
+    def backward(self, item: Item, last: bool) -> None:
+        self._backwards = True
+        super().backward(item, last)
+        if isinstance(item, Keep):
+            self.ended[item.stage] = self.seconds
 
 
 # -- a step on several processes --

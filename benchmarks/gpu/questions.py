@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def facts(scale: Scale, plans: Plans) -> list[dict[str, Any]]:
     shape = [scale.batch, 256, 32, 32] if card else [4, 8, 5, 5]
     network = {"arch": scale.main.arch, "block": scale.main.block, "width": scale.width}
     step = {**network, "batches": [scale.batch, scale.busy_batch], "precisions": ["fp32", "amp"]}
-    plan = plans(scale.main, scale.budgets[-1]).plan.without_ladder().to_json()
+    plan = replace(plans(scale.main, scale.budgets[-1]).plan, ladder=()).to_json()
     named = [
         *(
             ("convolutions, workspace cap " + (f"{cap} MiB" if cap else "not set"), "convolution", convolution,
@@ -63,7 +63,7 @@ def gradients(scale: Scale, plans: Plans) -> list[dict[str, Any]]:
             block=network.block,
             width=scale.width,
             batch=scale.batch,
-            plan=choice.plan.without_ladder().to_json(),
+            plan=replace(choice.plan, ladder=()).to_json(),
             device=scale.device,
         )
         name = f"{network.name}, plan for {format_size(choice.budget.total_bytes)}, {how}"
@@ -103,7 +103,7 @@ def _trial(scale: Scale, choice: Choice, way: str, **changes: Any) -> dict[str, 
         "memory_format": plan.memory_format,
         "device": scale.device,
         "way": way,
-        "plan": plan.without_ladder().to_json() if planned else None,
+        "plan": replace(plan, ladder=()).to_json() if planned else None,
         "pictures": scale.pictures,
         "eval_batch": plan.batch if planned else None,
         "cap_bytes": choice.budget.allocator_bytes if planned else None,

@@ -15,6 +15,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import product
@@ -115,7 +116,7 @@ def measure_memory(numerics: Mapping[str, Any] | None = None) -> dict[str, Any]:
     `numerics`: the fields of a run's `Numerics`, which the libraries are then set to."""
     if numerics is not None:
         prepare_libraries(Numerics(**numerics))
-    with Meter("cuda") as meter:
+    with closing(Meter("cuda")) as meter:
         warm_up("cuda")
         gc.collect()
         allocated = torch.cuda.memory_allocated()

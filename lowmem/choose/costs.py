@@ -4,8 +4,7 @@ roofline, or as they were measured on the device."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -14,13 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowmem.calibrate.calibrator import StageTimes
 from lowmem.calibrate.stage_timer import FAST, PLAIN, Seconds, Timed
 from lowmem.config.schema import OptimConfig
-from lowmem.plan.cost import ChainCost, KernelWork, OptionCost, Rates, StageCost
+from lowmem.plan.cost import ChainCost, KernelWork, Rates, StageCost
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, PolicyKind
 from lowmem.remat import decompose
 from lowmem.remat.block import ConvBlock
-from lowmem.remat.stage import Stage, StagePass
+from lowmem.remat.stage import Stage
 from lowmem.simulate import Call, Recorder, StepShape, empty_copy
-from lowmem.simulate.stage import Option, OptionMeasure, StageMeasure, measure_chain
+from lowmem.simulate.stage import Option, StageMeasure, measure_chain
 from lowmem.step.train_step import TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
 
@@ -64,14 +63,14 @@ def measure_costs(
 ) -> ChainMeasure:
     """Bytes and operations of a step, whose model is not touched. `workspace`: see `lowmem.simulate.Recorder`.
     `options`: per stage, by default all that are worth having."""
-    execution, library = shape.execution, shape.library_norm
+    execution = shape.execution
     with FakeTensorMode():
         recorder = Recorder(workspace)
         model = empty_copy(shape.model, execution.torch_memory_format)
         x = torch.empty(shape.micro_batch, *shape.image_shape).contiguous(memory_format=execution.torch_memory_format)
         stages = decompose(model)
-        memo = partial(StagePass, execution.amp_dtype, library)
-        measures = tuple(measure_chain(stages, options or _options, x, memo, recorder, library))
+        measured = measure_chain(stages, options or _options, x, recorder, execution.amp_dtype, shape.library_norm)
+        measures = tuple(measured)
         momentum = OptimConfig(momentum=0.9 if shape.momentum else 0.0)
         optimizer = make_optimizer(model, momentum, execution.device)
         step = TrainStep(model, optimizer, make_scaler(execution), execution, shape.micro_batch)
@@ -102,23 +101,26 @@ def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None)
     device when it was measured gets the roofline's seconds, scaled as those of the others."""
     scale = 1.0
 
-    def roofline(work: Iterable[KernelWork]) -> float:
-        return rates.seconds(work)
-
     def seconds(stage: StageMeasure, what: Timed, *works: Iterable[KernelWork]) -> Seconds:
         found = None if times is None else times.seconds(stage, what)
-        return found or Seconds(*(scale * roofline(work) for work in works))
+        return found or Seconds(*(scale * rates.seconds(work) for work in works))
 
     if times is not None:
         known = [(found.backward, stage) for stage in measured.stages if (found := times.seconds(stage, PLAIN))]
         if known:
-            scale = sum(took for took, _ in known) / sum(roofline(_plain_work(stage)) for _, stage in known)
+            scale = sum(took for took, _ in known) / sum(rates.seconds(_plain_work(stage)) for _, stage in known)
 
     def cost(name: str, stage: StageMeasure) -> StageCost:
         options = []
         for one in stage.options:
             took = seconds(stage, one.option, one.forward_work, one.backward_work, one.restore_work)
-            options.append((one.option.last, _option_cost(one, took)))
+            priced = replace(
+                one.cost,
+                forward_seconds=took.forward,
+                backward_seconds=took.backward,
+                restore_seconds=took.restore,
+            )
+            options.append((one.option.last, priced))
         return StageCost(
             name=name,
             input_bytes=stage.input_bytes,
@@ -127,7 +129,6 @@ def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None)
             last_options=tuple(option for last, option in options if last),
             fast_seconds=seconds(stage, FAST, stage.fast_work, ()).forward,
             fast_temp_bytes=stage.fast_temp_bytes,
-            fast_flops=_flops(stage.fast_work),
             param_grad_bytes=0 if measured.accumulates else stage.param_grad_bytes,
         )
 
@@ -141,7 +142,6 @@ def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None)
         outside_peak_bytes=measured.fixed_bytes + measured.parameter_bytes,
         outside_seconds=0.0 if times is None else times.outside_seconds,
         plain_seconds=sum(seconds(stage, PLAIN, (), _plain_work(stage)).backward for stage in measured.stages),
-        plain_flops=sum(_flops(_plain_work(stage)) for stage in measured.stages),
     )
 
 
@@ -150,29 +150,8 @@ def _plain_work(stage: StageMeasure) -> tuple[KernelWork, ...]:
     return (*plain.forward_work, *plain.backward_work)
 
 
-def _flops(work: Iterable[KernelWork]) -> int:
-    return sum(one.flops for one in work)
-
-
 def _options(stage: Stage) -> list[Option]:
     usual = policies(stage)
     # A segment's last stage is best FUSED; the other ways are for the baselines.
     lasts = [Option(policy, last=True) for policy in (SAVE_ALL, LEAN, INPUT_ONLY) if policy in usual]
     return [*map(Option, usual), *lasts]
-
-
-def _option_cost(measure: OptionMeasure, seconds: Seconds) -> OptionCost:
-    return OptionCost(
-        policy=measure.option.policy,
-        forward_seconds=seconds.forward,
-        backward_seconds=seconds.backward,
-        kept_bytes=measure.kept_bytes,
-        forward_temp_bytes=measure.forward_temp_bytes,
-        backward_temp_bytes=measure.backward_temp_bytes,
-        forward_flops=_flops(measure.forward_work),
-        backward_flops=_flops(measure.backward_work),
-        restore_seconds=seconds.restore,
-        restore_temp_bytes=measure.restore_temp_bytes,
-        restore_flops=_flops(measure.restore_work),
-        restored_bytes=measure.restored_bytes,
-    )

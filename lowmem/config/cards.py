@@ -24,8 +24,6 @@ from lowmem.core.reading import profile_names, profiles_folder, shorten
 # bytes per second and lane in one direction, by generation, after line coding (PCI-SIG)
 _LANE_BYTES_PER_SECOND = {"3.0": 0.985e9, "4.0": 1.969e9, "5.0": 3.938e9}
 
-Platform = Literal["linux", "linux_display", "windows"]
-
 
 def _known_link(value: str) -> str:
     if value.partition("x")[0] not in _LANE_BYTES_PER_SECOND:
@@ -55,7 +53,7 @@ class Card(Section):
         alias="bandwidth_gb_per_second"
     )
     fp32_flops_per_second: Annotated[Rate, AfterValidator(lambda tera: tera * 1e12)] = Field(alias="fp32_tflops")
-    fp16: Literal["1/64", "2:1", "tensor-cores"]
+    fp16: Literal["1/64", "2:1", "tensor-cores"]  # arithmetic in halves, to that in fp32
     pcie: Annotated[str, Field(pattern=r"^[0-9]\.0x(1|2|4|8|16)$"), AfterValidator(_known_link)]
     context_bytes: Size = Field(alias="context")
     usable: UsableShare
@@ -65,17 +63,12 @@ class Card(Section):
         return self.fp16 == "tensor-cores"
 
     @property
-    def fp16_flops_per_second(self) -> float:
-        """Arithmetic in halves: 1/64 of fp32 on 10xx, twice fp32 on 16xx; on tensor cores with fp32 sums,
-        four times fp32 on 20xx and twice on later ones (the makers' architecture papers)."""
-        if self.tensor_cores:
-            return self.fp32_flops_per_second * (4 if self.capability == "7.5" else 2)
-        return self.fp32_flops_per_second * (2 if self.fp16 == "2:1" else 1 / 64)
-
-    @property
     def amp_flops_per_second(self) -> float:
-        """Mixed precision: tensor cores where there are any; else halves are stored and fp32 is computed."""
-        return self.fp16_flops_per_second if self.tensor_cores else self.fp32_flops_per_second
+        """Mixed precision: on tensor cores with fp32 sums four times fp32 on 20xx and twice on later ones (the makers'
+        architecture papers); elsewhere halves are stored and fp32 is computed."""
+        if not self.tensor_cores:
+            return self.fp32_flops_per_second
+        return self.fp32_flops_per_second * (4 if self.capability == "7.5" else 2)
 
     @property
     def pcie_lane_bytes_per_second(self) -> float:

@@ -1,8 +1,5 @@
-"""Settings: frozen, validated when made, with a dotted name each. No torch, no defaults hidden elsewhere.
-
-`Config` holds what a run is; `OPERATIONAL` names the few settings that may differ when a run is resumed, because they
-cannot change what is computed. How settings are gathered (recipe, file, flags, --set) is in `lowmem.config.settings`.
-"""
+"""Settings: frozen, validated when made, with a dotted name each. No torch, no defaults hidden elsewhere. How they are
+gathered (recipe, file, flags, --set) is in `lowmem.config.settings`."""
 
 from __future__ import annotations
 
@@ -207,8 +204,6 @@ class CheckpointConfig(Section):
 
 
 class Config(Section):
-    """Everything that defines a run."""
-
     recipe: str = "report"
     seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 0
     model: ModelConfig = ModelConfig()
@@ -267,7 +262,6 @@ def dotted(nested: Mapping[Any, object]) -> dict[str, object]:
 
 @cache
 def known_keys() -> tuple[str, ...]:
-    """Every dotted name."""
     return tuple(flatten(Config()))
 
 

@@ -1,7 +1,4 @@
-"""Gathers settings: defaults < recipe < --config < flags < --set, and remembers where each came from.
-
-Unknown keys are refused with the nearest valid name; a value that does not validate is refused with its source.
-"""
+"""Gathers settings: defaults < recipe < --config < flags < --set, and remembers where each came from."""
 
 from __future__ import annotations
 

@@ -1,10 +1,7 @@
-"""Randomness that is addressed, not streamed (invariant 3).
+"""Randomness that is addressed, not streamed (invariant 3): a draw is a function of (seed, purpose, epoch, index …).
 
-Every draw is a pure function of an address: (seed, purpose, epoch, sample index ...). No generator has a state that
-would have to be saved, and neither batch size, workers nor the number of processes can change a draw. The mixing
-function is SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014), whose
-finaliser is a bijection with full avalanche; it is written out here so that a draw never depends on the version of a
-library.
+The mixing function is SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014),
+whose finaliser is a bijection with full avalanche; written out, so that no draw depends on the version of a library.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
-"""Reading files that somebody else may have made: bounded in bytes, depth and what they may be. And where those are
-that belong to no run.
-
-Every reader of a run folder, a settings file, a card profile or a calibration goes through here, so that no file can
-take memory or time by what it declares, and so that whatever is wrong with it is one exception.
-"""
+"""Reading files that somebody else may have made: bounded in bytes, depth and what they may be, so that none can take
+memory or time by what it declares, and so that whatever is wrong is one exception. And where those are that belong to
+no run."""
 
 from __future__ import annotations
 
@@ -139,5 +136,4 @@ def profiles_folder(kind: str) -> Path:
 
 
 def profile_names(kind: str) -> tuple[str, ...]:
-    """Names of the shipped profiles of a kind, sorted."""
     return tuple(sorted(path.stem for path in profiles_folder(kind).glob("*.yaml")))

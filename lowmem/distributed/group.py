@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lowmem.core.errors import ExitCode, LowmemError, PeerError, PeerLost, UsageError
 from lowmem.distributed.launch import Launch
-from lowmem.distributed.reducer import Work
+from lowmem.distributed.reducer import Wait
 from lowmem.measure.out_of_memory import classify
 
 T = TypeVar("T")
@@ -92,10 +92,6 @@ class Split:
 # -- the processes -----------------------------------------------------------------------------------------------------
 
 
-class _Done:
-    def wait(self) -> None: ...
-
-
 class Group:
     """One process that trains alone: everything it would say to others it says to itself."""
 
@@ -130,9 +126,9 @@ class Group:
     def total(self, tensor: Tensor) -> None:
         """Sums a contiguous tensor over the processes, in place."""
 
-    def start_total(self, tensor: Tensor) -> Work:
+    def start_total(self, tensor: Tensor) -> Wait:
         """Begins to."""
-        return _Done()
+        return lambda: None
 
     def together(self, work: Callable[[], T]) -> T:
         """Does `work` in every process. If it fails in any it fails in all: in the first of them with its own error,
@@ -200,11 +196,11 @@ class _Processes(Group):
         with _peers():
             dist.all_reduce(tensor, dist.ReduceOp.SUM, self._norms)
 
-    def start_total(self, tensor: Tensor) -> Work:
+    def start_total(self, tensor: Tensor) -> Wait:
         with _peers():
             work = dist.all_reduce(tensor, dist.ReduceOp.SUM, async_op=True)
         assert work is not None
-        return _Watched(work)
+        return _peers()(work.wait)
 
     def together(self, work: Callable[[], T]) -> T:
         failure: Exception | None = None
@@ -222,15 +218,6 @@ class _Processes(Group):
         if failure is None or self.rank != first:
             raise PeerError(first, *failures[first]) from failure
         raise failure
-
-
-class _Watched:
-    def __init__(self, work: Work) -> None:
-        self._work = work
-
-    def wait(self) -> None:
-        with _peers():
-            self._work.wait()
 
 
 @contextmanager

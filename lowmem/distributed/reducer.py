@@ -5,11 +5,8 @@ stages are still at work. A large gradient is summed where it lies. Small ones a
 messages, into a buffer that takes their place: `.grad` becomes a view of it. So what this takes beside the gradients is
 less than one pack, and the simulator sees it, because it runs this code.
 
-The messages are the same in every process, whatever its plan: stages from last to first, parameters in order. A
-process that fails in a step sends zeros for those it has not sent (`give_up`), so that nobody waits for it.
-
-The gradient is that of the mean loss over the effective batch because every process divides by the size of that, not of
-its own slice: unlike shares need no further weights (invariant 4).
+The messages are the same in every process, whatever its plan: stages from last to first, parameters in order. Unlike
+shares need no weights: every process divides its loss by the size of the effective batch (invariant 4).
 
 Buckets as in Li et al., "PyTorch Distributed: experiences on accelerating data parallel training", VLDB 2020.
 """
@@ -18,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -57,10 +54,8 @@ def arrange(sizes_bytes: Sequence[int]) -> tuple[Message, ...]:
     return tuple(sorted(messages, key=lambda message: message.places[-1]))
 
 
-class Work(Protocol):
-    """A collective operation under way: torch.distributed's own, or none."""
-
-    def wait(self) -> object: ...
+Wait: TypeAlias = Callable[[], object]
+"""Returns when a sum that was begun is there."""
 
 
 class Reducer:
@@ -72,7 +67,7 @@ class Reducer:
     """
 
     def __init__(
-        self, stages: Sequence[Sequence[Tensor]], buffers: Sequence[Tensor], start: Callable[[Tensor], Work]
+        self, stages: Sequence[Sequence[Tensor]], buffers: Sequence[Tensor], start: Callable[[Tensor], Wait]
     ) -> None:
         self._stages = [[one for one in stage if one.requires_grad] for stage in stages]
         self._buffers = [one for one in buffers if one.is_floating_point() and one.numel()]
@@ -88,9 +83,9 @@ class Reducer:
     def _rest(self) -> None:
         self._armed = False
         self._next_stage = len(self._stages) - 1
-        self._packed = self._filled = self._sent = 0
+        self._packed = self._filled = 0
         self._pack: Tensor | None = None
-        self._works: list[Work] = []
+        self._waits: list[Wait] = []
 
     def arm(self) -> None:
         """Before the last micro-batch of a step: from now on a stage that is done has its final gradients."""
@@ -114,9 +109,9 @@ class Reducer:
         joined = None
         if self._buffers:
             joined = torch.cat([buffer.flatten() for buffer in self._buffers]).mul_(weight)
-            self._send(joined)
-        for work in self._works:
-            work.wait()
+            self._waits.append(self._start(joined))
+        for wait in self._waits:
+            wait()
         if joined is not None:
             sizes = [buffer.numel() for buffer in self._buffers]
             for buffer, mean in zip(self._buffers, joined.split(sizes), strict=True):
@@ -125,14 +120,14 @@ class Reducer:
 
     def give_up(self) -> None:
         """After a step that failed here and was undone: sends zeros for the rest, one at a time, and waits."""
-        for work in self._works:
-            work.wait()
+        for wait in self._waits:
+            wait()
         like = self._stages[0][0]
         owed = [(message.size_bytes // like.element_size(), like.dtype) for message in self.messages]
         if self._buffers:
             owed.append((sum(buffer.numel() for buffer in self._buffers), self._buffers[0].dtype))
-        for elements, dtype in owed[self._sent :]:
-            self._start(torch.zeros(elements, dtype=dtype, device=like.device)).wait()
+        for elements, dtype in owed[len(self._waits) :]:
+            self._start(torch.zeros(elements, dtype=dtype, device=like.device))()
         self._rest()
 
     def _take(self, parameter: Tensor) -> None:
@@ -141,7 +136,8 @@ class Reducer:
                 parameter.grad = torch.zeros_like(parameter)
             # The same memory as one dimension, whatever the memory format: collectives want contiguous tensors.
             gradient = parameter.grad
-            self._send(gradient.as_strided((gradient.numel(),), (1,), gradient.storage_offset()))
+            flat = gradient.as_strided((gradient.numel(),), (1,), gradient.storage_offset())
+            self._waits.append(self._start(flat))
             return
         if self._pack is None:
             elements = self._packs[self._packed].size_bytes // parameter.element_size()
@@ -157,8 +153,4 @@ class Reducer:
         if self._filled == self._pack.numel():
             pack, self._pack, self._filled = self._pack, None, 0
             self._packed += 1
-            self._send(pack)
-
-    def _send(self, tensor: Tensor) -> None:
-        self._works.append(self._start(tensor))
-        self._sent += 1
+            self._waits.append(self._start(pack))

@@ -29,7 +29,7 @@ from lowmem.runs.event_files import EventFiles, read_points
 from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, csv_line, gradient_line
 from lowmem.runs.store import RunFolder, most_checkpoints
 from lowmem.runs.view import read_run
-from lowmem.step.train_step import Score, Sums
+from lowmem.step.train_step import Score
 from lowmem.step.undo import Before, Undo
 from lowmem.train.loop import Trainer
 from lowmem.train.metrics import GradientNorms, disk_bytes
@@ -225,14 +225,14 @@ def _step(trainer: Trainer, undo: Undo, norms: GradientNorms) -> Score | Failure
     if isinstance(done, Failure):
         return done
     loss, wrong = done[0].tolist()  # waits for the device: the time is that of the work, not of its launch
-    return Sums(loss, wrong, done[1]).score()
+    return Score(loss, wrong, done[1])
 
 
 def _score(trainer: Trainer, size: int) -> Score:
     test = trainer.dataset.test
-    sums = trainer.evaluate(test.take(torch.arange(min(size, len(test))).numpy()), size)
-    assert sums is not None  # nobody asks it to stop
-    return sums.score()
+    score = trainer.evaluate(test.take(torch.arange(min(size, len(test))).numpy()), size)
+    assert score is not None  # nobody asks it to stop
+    return score
 
 
 def _twice_if_quick(group: Group, work: Callable[[], Any]) -> Any:

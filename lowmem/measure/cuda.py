@@ -59,12 +59,6 @@ def free_and_total_bytes() -> tuple[int, int] | None:
         return None
 
 
-def process_bytes(device: DriverDevice | None, pid: int) -> int | None:
-    """What the driver says this process holds on the card; None where it does not."""
-    processes = (device.processes if device is not None else None) or ()
-    return next((process.used_bytes for process in processes if process.pid == pid), None)
-
-
 class CudaSource:
     """The current device, asked again and again; the driver's library stays open until `close`."""
 
@@ -113,7 +107,7 @@ def describe(
             missing=(f"{why}; the CUDA runtime tells how full the card is, but not who fills it",),
         )
     reserved = allocator.reserved_bytes or 0
-    whole = process = process_bytes(device, pid)
+    whole = process = next((one.used_bytes for one in device.processes or () if one.pid == pid), None)
     was = before.device(uuid) if before is not None else None
     if process is None and was is not None and was.used_bytes is not None:
         whole = device.used_bytes - was.used_bytes  # what others took or gave back in between is counted in

@@ -1,7 +1,5 @@
-"""The `Meter` that takes a `Snapshot` of any device, and what it reads on the CPU.
-
-The C allocator keeps no count of tensors, so on the CPU those figures are None.
-"""
+"""The `Meter` that takes a `Snapshot` of any device, and what it reads on the CPU: its allocator keeps no count of
+tensors, so those figures are None."""
 
 from __future__ import annotations
 
@@ -40,12 +38,6 @@ class Meter:
         else:
             processor = CpuSource()
             self.reset, self.read, self.close = processor.reset, processor.read, lambda: None
-
-    def __enter__(self) -> Meter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 class CpuSource:
@@ -100,7 +92,6 @@ def _peak_of_the_process() -> int | None:
 
 
 def processor_name() -> str | None:
-    """The processor's name as the system gives it."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -17,8 +17,6 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceProcess:
-    """A process that holds memory of a card."""
-
     pid: int
     name: str | None = None
     used_bytes: int | None = None  # None where the driver does not tell (Windows)

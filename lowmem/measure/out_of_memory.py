@@ -1,7 +1,6 @@
 """Telling out-of-memory from other errors, whoever says it: torch's allocators, the driver, cuDNN, cuBLAS, NCCL.
 
-One place knows the words, for errors in this process and for the last lines of another one. The words alone need no
-torch: the doctor asks for them where it cannot be imported.
+For errors in this process and for the last lines of another one; the words alone need no torch, for the doctor.
 """
 
 from __future__ import annotations

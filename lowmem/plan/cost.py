@@ -9,8 +9,7 @@ a roofline. Every figure of a stage is counted above what the rest of the chain 
 and the later stages' parameter gradients exist; at its end its input, `input_grad_bytes` and, beside the later stages',
 its own `param_grad_bytes`.
 
-The names x, g, f0, t0, S, f, b, tf, tb of the recurrence (Beaumont et al., "Optimal checkpointing for heterogeneous
-chains", 2019) are given with each field.
+The names x, g, f0, t0, S, f, b, tf, tb of the recurrence (see `lowmem.plan.table`) are given with each field.
 """
 
 from __future__ import annotations
@@ -72,16 +71,13 @@ class OptionCost:
     """
 
     policy: BlockPolicy
-    forward_seconds: float  # f
-    backward_seconds: float  # b
+    forward_seconds: float = 0.0  # f
+    backward_seconds: float = 0.0  # b
     kept_bytes: int  # S, with the output unless that is dropped
     forward_temp_bytes: int  # tf
     backward_temp_bytes: int  # tb
-    forward_flops: int = 0
-    backward_flops: int = 0
     restore_seconds: float = 0.0
     restore_temp_bytes: int = 0
-    restore_flops: int = 0
     restored_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -91,7 +87,6 @@ class OptionCost:
 
     @property
     def seconds(self) -> float:
-        """Forward, backward and, if the output is dropped, restoring it."""
         return self.forward_seconds + self.backward_seconds + self.restore_seconds
 
 
@@ -110,7 +105,6 @@ class StageCost:
     options: tuple[OptionCost, ...]
     fast_seconds: float  # f0: forward that saves nothing
     fast_temp_bytes: int  # t0: above input and output
-    fast_flops: int = 0
     param_grad_bytes: int = 0  # come to exist at this stage's backward and stay
     last_options: tuple[OptionCost, ...] = ()
 
@@ -128,13 +122,7 @@ class StageCost:
 
     @property
     def anywhere(self) -> tuple[OptionCost, ...]:
-        """Those that can be used at any place of a chain: not fused, output kept."""
         return tuple(option for option in self.options if option.policy.anywhere)
-
-    @property
-    def ending(self) -> tuple[OptionCost, ...]:
-        """What a solver considers for the last stage of a segment, beside FUSED."""
-        return self.last_options or self.anywhere
 
     def option(self, policy: BlockPolicy, last: bool = False) -> OptionCost:
         """`last`: as the last stage of a segment. Raises KeyError if the stage has no such policy."""
@@ -150,8 +138,8 @@ class ChainCost:
 
     `fixed_bytes` exist all through the step: parameters, momentum, buffers, the input batch and whatever else the
     caller holds (with accumulation also the parameter gradients: then every `param_grad_bytes` is 0).
-    `outside_peak_bytes` is the step's peak outside of forward and backward (the optimizer's), in all. `plain_*` is the
-    untouched step under autograd, forward and backward, to which overhead is relative.
+    `outside_peak_bytes` is the step's peak outside of forward and backward (the optimizer's), in all. `plain_seconds`:
+    of the untouched step under autograd, forward and backward, to which overhead is relative.
     """
 
     stages: tuple[StageCost, ...]
@@ -161,7 +149,6 @@ class ChainCost:
     outside_peak_bytes: int = 0
     outside_seconds: float = 0.0  # the optimizer's step and whatever no schedule changes
     plain_seconds: float | None = None  # without outside_seconds
-    plain_flops: int | None = None
     # x and g of all boundaries 0..n, and the parameter gradients of the stages behind them, derived
     boundary_bytes: tuple[int, ...] = field(init=False, repr=False, compare=False)
     boundary_grad_bytes: tuple[int, ...] = field(init=False, repr=False, compare=False)
@@ -185,11 +172,10 @@ class ChainCost:
 
 
 def _check_figures(cost: Any) -> None:
-    """Bytes are integers (invariant 6), as operations are; seconds are finite."""
+    """Bytes are integers (invariant 6), seconds are finite."""
     for figure in fields(cost):
         value: Any = getattr(cost, figure.name, None)
-        unit = figure.name.rpartition("_")[2]
         if figure.type == "int" and (type(value) is not int or value < 0):
-            raise ValueError(f"{figure.name} is a count of {unit}, not {value!r}")
+            raise ValueError(f"{figure.name} is a count of bytes, not {value!r}")
         if figure.type == "float" and not 0 <= value < float("inf"):
             raise ValueError(f"{figure.name} is a number of seconds, not {value!r}")

@@ -1,13 +1,10 @@
-"""A schedule's time and peak under the cost model, event by event: the judge of every solver.
-
-It knows nothing of recurrences: it walks the schedule as the executor does and counts what exists.
-"""
+"""A schedule's time and peak under the cost model: the judge of every solver. It knows nothing of recurrences: it walks
+the schedule as the executor does, event by event, and counts what exists."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lowmem.core.errors import Infeasible
 from lowmem.core.units import format_size
 from lowmem.plan.cost import ChainCost, OptionCost
 from lowmem.plan.policy import Item, Keep, Schedule, Segment
@@ -37,20 +34,17 @@ class Moment:
 class Solution:
     """A schedule and what a step takes with it under the cost model: the one result of every solver and baseline."""
 
-    strategy: str
     schedule: Schedule
     peak: Moment
     seconds: float
-    flops: int
     overhead: float | None  # over plain autograd, as a share; None if that was not measured
-    extra_flops: int | None  # likewise
 
     @property
     def peak_bytes(self) -> int:
         return self.peak.total_bytes
 
 
-def evaluate(schedule: Schedule, chain: ChainCost, strategy: str = "") -> Solution:
+def evaluate(schedule: Schedule, chain: ChainCost) -> Solution:
     """Runs the schedule on the cost model. Raises ValueError if it is not one of this chain, KeyError if a stage has no
     such policy."""
     schedule.check_covers(len(chain))
@@ -62,31 +56,19 @@ def evaluate(schedule: Schedule, chain: ChainCost, strategy: str = "") -> Soluti
         peak = run.moment("step of the optimizer", chain.outside_peak_bytes - chain.fixed_bytes - run.param_grads)
         peak = replace(peak, kept_bytes=0)
     return Solution(
-        strategy=strategy,
         schedule=schedule,
         peak=peak,
         seconds=run.seconds + outside,
-        flops=run.flops,
         overhead=None if plain is None else (run.seconds - plain) / (plain + outside),
-        extra_flops=None if chain.plain_flops is None else run.flops - chain.plain_flops,
     )
 
 
-def refuse(least: Solution, budget_bytes: int, way_out: str) -> Infeasible:
-    """The exception (invariant 10) for a budget under which even the smallest solution does not fit."""
-    what = f"{least.strategy}; at its peak, {least.peak}"
-    return Infeasible(budget_bytes, least.peak_bytes, what, way_out)
-
-
 class Walk:
-    """Counters of one step."""
-
     def __init__(self, chain: ChainCost) -> None:
         self.chain = chain
         self.held = chain.boundary_grad_bytes[len(chain)]  # the gradient of the output is charged from the beginning
-        self.param_grads = self.flops = 0
-        self.seconds = self.forward_seconds = 0.0  # the latter: before the backward
-        self.ended: dict[int, float] = {}  # per stage, `seconds` when its backward is done
+        self.param_grads = 0
+        self.seconds = 0.0
         self._most = -1
         self.peak = self.moment("", 0)
 
@@ -101,14 +83,9 @@ class Walk:
         )
 
     def touch(self, what: str, stage: int, temporary: int, policy: str = "") -> None:
-        """A moment at which `temporary` bytes exist beside what is held."""
         if (total := self.held + self.param_grads + temporary) > self._most:
             self._most = total
             self.peak = self.moment(f"{what} of {self.chain.stages[stage].name}{policy}", temporary)
-
-    def spend(self, seconds: float, flops: int) -> None:
-        self.seconds += seconds
-        self.flops += flops
 
     def items(self, items: tuple[Item, ...], inside: bool = False) -> None:
         """Forward, then backward; the gradient of the last one's output is held on entry, that of the first one's input
@@ -117,8 +94,6 @@ class Walk:
         last = items[-1] if inside else None
         for item in items:
             before.append(self.forward(item, before[-1] is not None, item is last))
-        if not inside:
-            self.forward_seconds = self.seconds
         there = [option is None for option in before]  # per item: is its input held
         x = self.chain.boundary_bytes
         for index in reversed(range(len(items))):
@@ -138,7 +113,7 @@ class Walk:
         """Makes the input of a stage again, which the stage before dropped."""
         assert option is not None
         self.touch("restoring the input", start, option.restore_temp_bytes)
-        self.spend(option.restore_seconds, option.restore_flops)
+        self.seconds += option.restore_seconds
         self.held += self.chain.boundary_bytes[start] + option.restored_bytes
 
     def forward(self, item: Item, free_input: bool, last: bool) -> OptionCost | None:
@@ -149,7 +124,7 @@ class Walk:
             if not item.policy.fused:
                 temporary = option.kept_bytes + option.forward_temp_bytes
                 self.touch("forward", item.stage, temporary, f" under {item.policy}")
-            self.spend(option.forward_seconds, option.forward_flops)
+            self.seconds += option.forward_seconds
             drops = item.policy.drop_output
             self.held += option.kept_bytes + (x[item.end + 1] if drops else 0) - (x[item.start] if free_input else 0)
             return option if drops else None
@@ -159,7 +134,7 @@ class Walk:
         for index in range(item.start, item.end + 1):
             stage = self.chain.stages[index]
             self.touch("fast forward", index, x[index + 1] + stage.fast_temp_bytes)
-            self.spend(stage.fast_seconds, stage.fast_flops)
+            self.seconds += stage.fast_seconds
             self.held += x[index + 1] - (x[index] if index > item.start or free_input else 0)
         return None
 
@@ -171,7 +146,6 @@ class Walk:
         stage = self.chain.stages[item.stage]
         option = stage.option(item.policy, last)
         self.touch("backward", item.stage, option.backward_temp_bytes, f" under {item.policy}")
-        self.spend(option.backward_seconds, option.backward_flops)
-        self.ended[item.stage] = self.seconds
+        self.seconds += option.backward_seconds
         self.held += g[item.stage] - g[item.stage + 1] - option.kept_bytes
         self.param_grads += stage.param_grad_bytes

@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby, takewhile
 
+from lowmem.core.units import aligned
 from lowmem.plan.policy import BlockPolicy, Item, Keep, PolicyKind, Schedule, Segment
 
 LONGEST_TURN = 4  # items
@@ -27,19 +27,10 @@ EXPLAINED = {
 }
 
 
-@dataclass(frozen=True)
-class PictureLine:
-    """One line of the picture: `stages` in words, how many, what is done with them."""
-
-    stages: str
-    count: int
-    action: str
-
-
-def lines(schedule: Schedule, names: Sequence[str]) -> list[PictureLine]:
-    """The picture; `names` are the stages' in order. Within a group of stages (`layer1`, …) items that look alike, or
-    turns of up to `LONGEST_TURN` items, share a line."""
-    found: list[PictureLine] = []
+def lines(schedule: Schedule, names: Sequence[str]) -> list[tuple[str, int, str]]:
+    """The picture: stages in words, how many, what is done with them. `names` are the stages' in order. Within a group
+    of stages (`layer1`, …) items that look alike, or turns of up to `LONGEST_TURN` items, share a line."""
+    found: list[tuple[str, int, str]] = []
     items = schedule.items
     while items:
         length, turns = _best_turn(items, names)
@@ -50,24 +41,17 @@ def lines(schedule: Schedule, names: Sequence[str]) -> list[PictureLine]:
         elif turns > 1 and isinstance(run[0], Segment):
             action = f"{turns} x {action}"
         first, last = run[0].start, run[-1].end
-        found.append(PictureLine(_range(names, first, last), last - first + 1, action))
+        found.append((_range(names, first, last), last - first + 1, action))
     return found
 
 
 def text(schedule: Schedule, names: Sequence[str]) -> str:
     """`lines` in columns, and below them what the policies that occur mean."""
-    rows = lines(schedule, names)
-    width = max(len(row.stages) for row in rows)
-    digits = max(len(str(row.count)) for row in rows)
-    picture = []
-    for row in rows:
-        unit = "stage " if row.count == 1 else "stages"
-        picture.append(f"{row.stages:<{width}}  {row.count:>{digits}} {unit}  {row.action}")
-    return "\n".join([*picture, "", *legend(schedule)])
+    rows = [(stages, f"{n} {'stage ' if n == 1 else 'stages'}", action) for stages, n, action in lines(schedule, names)]
+    return "\n".join([*aligned(rows, right={1}), "", *legend(schedule)])
 
 
 def legend(schedule: Schedule) -> list[str]:
-    """What the policies in this schedule mean, a line each."""
     policies = [policy for _, policy in schedule.policies().values()]
     said = [f"{kind}: {EXPLAINED[kind]}" for kind in PolicyKind if any(policy.kind is kind for policy in policies)]
     if any(policy.drop_output for policy in policies):

@@ -1,8 +1,5 @@
-"""What a stage keeps between forward and backward, and in which order a chain of stages is run.
-
-`BlockPolicy` is the choice for one stage, `Schedule` for a chain of them: plain values that the solver makes, the
-executor (`lowmem.remat`) obeys and the run folder stores.
-"""
+"""What a stage keeps between forward and backward (`BlockPolicy`), and in which order a chain of stages is run
+(`Schedule`): plain values that the solver makes, the executor (`lowmem.remat`) obeys and the run folder stores."""
 
 from __future__ import annotations
 
@@ -115,7 +112,6 @@ class Keep:
 
     @property
     def end(self) -> int:
-        """Inclusive."""
         return self.stage
 
 

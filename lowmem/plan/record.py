@@ -122,11 +122,7 @@ class Plan(_Checked):
 
     @property
     def library_norm(self) -> bool:
-        """See `lowmem.remat.kernels`."""
         return self.batch_norm == "library"
-
-    def without_ladder(self) -> Plan:
-        return replace(self, ladder=())
 
     def next_rung(self) -> Plan | None:
         """The next smaller plan, with what is left of the ladder; None if nothing is."""

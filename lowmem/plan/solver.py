@@ -16,12 +16,11 @@ import numpy as np
 
 from lowmem.core.errors import Infeasible
 from lowmem.plan.cost import ChainCost, StageCost
-from lowmem.plan.evaluate import Solution, evaluate, refuse
+from lowmem.plan.evaluate import Solution, evaluate
 from lowmem.plan.policy import SAVE_ALL, BlockPolicy, Schedule, Segment, uniform
 from lowmem.plan.table import LONGEST_RUN, Table
 
 MAX_SLOTS = 8192
-NAME = "optimal"
 # Most often a little is missing (a browser, fragmentation): four small steps down, then the rest of the way in two.
 NEAR_RATIO = 0.92
 NEAR_RUNGS = 4
@@ -66,7 +65,7 @@ class Solver:
             slots = min(slots, max(0, limit_bytes - chain.fixed_bytes) // slot + self._margin)
         self.limit_bytes = limit_bytes
         table = self.table = Table(chain, slot, slots, longest_run)
-        self._solution = cache(lambda m: evaluate(table.schedule(m), chain, NAME))
+        self._solution = cache(lambda m: evaluate(table.schedule(m), chain))
         # where the time changes: the least m of each distinct time, falling times
         times = table.times
         self._steps = np.flatnonzero(np.isfinite(times) & (times != np.concatenate(([np.inf], times[:-1])))).tolist()
@@ -81,7 +80,8 @@ class Solver:
             for m in reversed(self._steps):
                 if m <= most and self._solution(m).peak_bytes <= budget_bytes:
                     return self._solution(m)
-        raise refuse(self.least(), budget_bytes, "lower the batch, or allow mixed precision or accumulation")
+        least, way_out = self.least(), "lower the batch, or allow mixed precision or accumulation"
+        raise Infeasible(budget_bytes, least.peak_bytes, f"optimal; at its peak, {least.peak}", way_out)
 
     def least(self) -> Solution:
         """The schedule with the smallest peak that the table knows, the fastest of them."""

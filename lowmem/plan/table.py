@@ -92,7 +92,7 @@ class _Options:
         usual = prune(option for option in stage.options if not option.policy.fused)
         self.plain = [option for option in usual if option.policy.anywhere]
         self.dropping = [option for option in usual if option.policy.drop_output]
-        self.last = prune(stage.ending)  # as the last stage of a segment, without FUSED
+        self.last = prune(stage.last_options or stage.anywhere)  # as the last stage of a segment, without FUSED
         self.fused = [option for option in stage.options if option.policy.fused]
         self.restores = dict.fromkeys(map(restore_of, self.dropping))  # the different ones
 
@@ -119,8 +119,8 @@ class Table:
     """All of T for one chain, from which the schedule for any budget is read.
 
     `slot_bytes` is the unit of m: sizes are rounded to the nearest slot, so a schedule that is read is off by up to
-    half a slot per stage either way, and has to be evaluated before it is used. `slots`: the largest m. `longest_run`:
-    the most neighbours that drop their outputs; each more about doubles the work for chains that have such options.
+    half a slot per stage either way. `slots`: the largest m. `longest_run`: the most neighbours that drop their
+    outputs; each more about doubles the work for chains that have such options.
     """
 
     def __init__(self, chain: ChainCost, slot_bytes: int, slots: int, longest_run: int = LONGEST_RUN) -> None:
@@ -137,8 +137,8 @@ class Table:
             g + later for g, later in zip(chain.boundary_grad_bytes, chain.later_param_grad_bytes, strict=True)
         ]
         self._fast = list(accumulate((stage.fast_seconds for stage in chain.stages), initial=0.0))
-        self._rows: list[list[Row]] = [[] for _ in range(count)]  # [a][e - a]
-        self._first: list[list[int]] = [[] for _ in range(count)]  # the least m that is finite
+        self._rows: list[list[Row]] = [[] for _ in range(count)]  # [a][e - a]: T(a, e, ·), seconds; inf: does not fit
+        self._first: list[list[int]] = [[] for _ in range(count)]  # likewise: the least m that is finite
         self._known: dict[tuple[_Part, int], tuple[float, _Choice]] = {}  # what was read, see `_best`
         transient: dict[Restore, list[Row]] = {}  # T' of a + 1, [e - a - 1]
         for a in reversed(range(count)):
@@ -159,14 +159,10 @@ class Table:
     def _round(self, size: int) -> int:
         return (size + self.slot_bytes // 2) // self.slot_bytes
 
-    def row(self, a: int, e: int) -> Row:
-        """T(a, e, ·), seconds; inf where it does not fit."""
-        return self._rows[a][e - a]
-
     @property
     def times(self) -> Row:
         """The least time of the whole chain for m = 0 … slots."""
-        return self.row(0, len(self.chain) - 1)
+        return self._rows[0][-1]
 
     def _choices(self, a: int, e: int, restore: Restore | None = None) -> Iterator[_Choice]:
         """The lines of the recurrence for T(a, e, ·), or for T'(a, e, ·) with that way of restoring the input of a."""
@@ -220,7 +216,7 @@ class Table:
                 if part.restore is not None:
                     row = transient[part.restore][part.e - part.a]
                 else:
-                    row = self.row(part.a, part.e)
+                    row = self._rows[part.a][part.e - part.a]
                     start = max(start, self._first[part.a][part.e - part.a] + part.shift)
                 rows.append((row, part.shift))
             if start >= size:
@@ -272,7 +268,7 @@ class Table:
             left = m - part.shift
             if left < 0:
                 return np.inf
-            known = float(self.row(part.a, part.e)[left])
+            known = float(self._rows[part.a][part.e - part.a][left])
             if part.restore is not None and total + known < enough:  # T' is never below T
                 known, _ = self._best(part, left)
             total += known

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowmem.plan.policy import BlockPolicy, PolicyKind
 from lowmem.remat import kernels
-from lowmem.remat.stage import Box, Forwarded, Saved, StagePass
+from lowmem.remat.stage import Box, Forwarded, Saved, Stage, StagePass
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,14 @@ class Pair:
         yield self.bn.weight
         yield self.bn.bias
 
+    def signature(self) -> Hashable:
+        conv, weight = self.conv, self.conv.weight
+        operand = (weight.shape, weight.stride(), weight.dtype)
+        return (*operand, conv.stride, conv.padding, conv.dilation, conv.groups, self.bn.training)
+
 
 @dataclass(frozen=True)
-class ConvBlock:
+class ConvBlock(Stage):
     """The block as a stage. `identity`: the input is added to the output; `projection`: its image under a 1x1
     convolution is. At most one of the two."""
 
@@ -49,8 +54,7 @@ class ConvBlock:
 
     @property
     def signature(self) -> Hashable:
-        pairs = (*self.pairs, self.projection)
-        return self.identity, tuple(pair and (*_numbers(pair.conv), pair.bn.training) for pair in pairs)
+        return self.identity, tuple(pair and pair.signature() for pair in (*self.pairs, self.projection))
 
     @property
     def _all_pairs(self) -> tuple[Pair, ...]:
@@ -75,7 +79,6 @@ class ConvBlock:
         return frozenset(names | {"zs"} if self.projection else names)
 
     def kept(self, policy: BlockPolicy | None) -> frozenset[str]:
-        """Names of the tensors that a policy keeps."""
         if policy is None:
             return frozenset()
         if policy.kind is PolicyKind.SAVE_ALL:
@@ -213,15 +216,3 @@ class ConvBlock:
             z = self._z(k, saved, x, memo)
             saved[f"a{k}"] = self._norm(k, z, memo, in_place=False).relu_()
         return saved[f"a{k}"]
-
-
-def _numbers(conv: nn.Conv2d) -> tuple[Hashable, ...]:
-    return (
-        conv.weight.shape,
-        conv.weight.stride(),
-        conv.weight.dtype,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-    )

@@ -42,13 +42,8 @@ class StagePass:
 class Stage(Protocol):
     """One link of the chain: a stem, a block, a head, any module."""
 
-    @property
-    def name(self) -> str:
-        """Dotted path in the model, or `stem` and `head`."""
-
-    @property
-    def relu_output(self) -> bool:
-        """Whether the output is a ReLU's, so that `backward` wants the gradient before it."""
+    name: str  # dotted path in the model, or `stem` and `head`
+    relu_output: bool = False  # whether the output is a ReLU's, so that `backward` wants the gradient before it
 
     @property
     def signature(self) -> Hashable:
@@ -57,6 +52,7 @@ class Stage(Protocol):
     @property
     def norms(self) -> Sequence[nn.BatchNorm2d]:
         """Those whose statistics may be all processes', in the order in which the forward needs them."""
+        return ()
 
     def parameters(self) -> Iterator[Tensor]: ...
 
@@ -74,7 +70,7 @@ class Stage(Protocol):
 
 
 @dataclass(frozen=True)
-class OpaqueStage:
+class OpaqueStage(Stage):
     """A stage that is not of the family: kept whole, with the graph autograd makes of it (SAVE_ALL), or run again from
     its input (KEEP{}, FUSED), with the same random numbers and no buffer moved.
 
@@ -86,8 +82,6 @@ class OpaqueStage:
     name: str
     module: nn.Module
     function: Callable[[Tensor], Tensor]
-    relu_output = False
-    norms: tuple[nn.BatchNorm2d, ...] = ()
 
     @property
     def signature(self) -> Hashable:

@@ -1,10 +1,9 @@
 """A pure model of the caching allocator of CUDA devices: what is reserved for a stream of allocations and frees.
 
-Sizes are rounded up to 512 bytes. Up to 1 MiB a block comes from the small pool, whose segments have 2 MiB; the large
-pool's segments have 20 MiB for requests under 10 MiB, otherwise the size rounded up to 2 MiB. Best fit; a block is
-split if what is left is at least 512 bytes (small) or more than 1 MiB (large); neighbours that are free merge. If the
-device has no room for a new segment, fully free segments are returned and the request is tried once more. The rules are
-those of c10/cuda/CUDACachingAllocator.cpp with default settings; `expandable_segments` is not modelled.
+Two pools, small and large blocks. Best fit; a block is split if what is left is at least 512 bytes (small) or more than
+1 MiB (large); neighbours that are free merge. If the device has no room for a new segment, fully free segments are
+returned and the request is tried once more. The rules are those of c10/cuda/CUDACachingAllocator.cpp with default
+settings; `expandable_segments` is not modelled.
 """
 
 from __future__ import annotations
@@ -63,8 +62,7 @@ class Allocator:
     peak_allocated_bytes: int = 0
     peak_reserved_bytes: int = 0
     _live: dict[int, _Block] = field(default_factory=dict)
-    _cached: dict[bool, list[tuple[int, int]]] = field(default_factory=lambda: {True: [], False: []})
-    _by_address: dict[int, _Block] = field(default_factory=dict)
+    _cached: dict[bool, list[tuple[int, int, _Block]]] = field(default_factory=lambda: {True: [], False: []})
     _next_address: int = 0
 
     def allocate(self, key: int, size_bytes: int) -> None:
@@ -73,8 +71,8 @@ class Allocator:
             return
         size = round_block(size_bytes)
         cached = self._cached[size <= SMALL_SIZE_BYTES]
-        fit = bisect_left(cached, (size, -1))
-        block = self._uncache(self._by_address[cached[fit][1]]) if fit < len(cached) else self._new_segment(size)
+        fit = bisect_left(cached, (size,))
+        block = cached.pop(fit)[2] if fit < len(cached) else self._new_segment(size)
         self._split(block, size)
         block.free = False
         self._live[key] = block
@@ -95,7 +93,7 @@ class Allocator:
 
     def empty_cache(self) -> None:
         """Returns the segments that are wholly free."""
-        for block in list(self._by_address.values()):
+        for *_, block in (*self._cached[True], *self._cached[False]):
             if block.before is None and block.after is None:
                 self._uncache(block)
                 self.reserved_bytes -= block.size_bytes
@@ -124,14 +122,12 @@ class Allocator:
 
     def _cache(self, block: _Block) -> None:
         block.free = True
-        insort(self._cached[block.small], (block.size_bytes, block.address))
-        self._by_address[block.address] = block
+        insort(self._cached[block.small], (block.size_bytes, block.address, block))
 
     def _uncache(self, block: _Block) -> _Block:
         block.free = False
         cached = self._cached[block.small]
         del cached[bisect_left(cached, (block.size_bytes, block.address))]
-        del self._by_address[block.address]
         return block
 
     @staticmethod

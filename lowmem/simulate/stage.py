@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lowmem.plan.cost import KernelWork
+from lowmem.plan.cost import KernelWork, OptionCost
 from lowmem.plan.policy import BlockPolicy
 from lowmem.remat.kernels import mask_relu
 from lowmem.remat.stage import Saved, Stage, StagePass
@@ -29,14 +30,10 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class OptionMeasure:
-    """Bytes above the chain's; the fields of `lowmem.plan.cost.OptionCost` have the same names and meaning."""
+    """Bytes above the chain's, in a cost that has no seconds yet, and the operations that take them."""
 
     option: Option
-    kept_bytes: int
-    forward_temp_bytes: int
-    backward_temp_bytes: int
-    restore_temp_bytes: int
-    restored_bytes: int  # beside the output, from restoring to the stage's own backward
+    cost: OptionCost
     forward_work: tuple[KernelWork, ...]
     backward_work: tuple[KernelWork, ...]
     restore_work: tuple[KernelWork, ...]
@@ -60,20 +57,20 @@ def measure_chain(
     stages: Sequence[Stage],
     options: Callable[[Stage], Sequence[Option]],
     x: Tensor,
-    new_memo: Callable[..., StagePass],
     recorder: Recorder,
-    mode: Hashable = None,
+    low: torch.dtype | None,
+    library_norm: bool,
 ) -> Iterator[StageMeasure]:
     """Yields a measure per stage, in order; equal stages on equal inputs are measured once. Runs under `recorder` (and
-    a fake mode, unless real work is wanted), with x the chain's input. `new_memo` takes `need_input`. `mode`: what else
-    the costs depend on, for the keys."""
+    a fake mode, unless real work is wanted), with x the chain's input. `low`, `library_norm`: see `StagePass`."""
+    new_memo = partial(StagePass, low, library_norm)
     known: dict[Hashable, StageMeasure] = {}
     need_input = x.requires_grad
     masked = False
     with recorder, torch.no_grad():
         for stage in stages:
             trainable = tuple(parameter.requires_grad for parameter in stage.parameters())
-            key = (stage.signature, trainable, x.shape, x.stride(), x.dtype, need_input, masked, mode)
+            key = (stage.signature, trainable, x.shape, x.stride(), x.dtype, need_input, masked, library_norm)
             if key not in known:
                 bench = _StageBench(stage, x, new_memo, need_input, masked, recorder)
                 known[key] = bench.measure(key, options(stage))
@@ -86,8 +83,6 @@ def measure_chain(
 
 @dataclass(frozen=True)
 class _StageBench:
-    """One stage on its input."""
-
     stage: Stage
     x: Tensor
     new_memo: Callable[..., StagePass]
@@ -138,11 +133,14 @@ class _StageBench:
         tb, backward_work = self._backward(like, saved, memo)
         return OptionMeasure(
             option=option,
-            kept_bytes=kept,
-            forward_temp_bytes=max(0, peak - kept),
-            backward_temp_bytes=max(0, tb + restored - counted),
-            restore_temp_bytes=restore_temp,
-            restored_bytes=restored,
+            cost=OptionCost(
+                policy=option.policy,
+                kept_bytes=kept,
+                forward_temp_bytes=max(0, peak - kept),
+                backward_temp_bytes=max(0, tb + restored - counted),
+                restore_temp_bytes=restore_temp,
+                restored_bytes=restored,
+            ),
             forward_work=forward_work,
             backward_work=backward_work,
             restore_work=restore_work,

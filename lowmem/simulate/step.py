@@ -77,14 +77,25 @@ def simulate_step(
     to execute the model, where there is no schedule. `optimizer`: the form of SGD, as its own keywords say it."""
 
     def build() -> StepRun:
-        run = empty_copy(shape.model, shape.execution.torch_memory_format).train()
+        execution, joint = shape.execution, None
+        run = empty_copy(shape.model, execution.torch_memory_format).train()
         if schedule is not None:
             run = apply_plan(run, schedule, library_norm=shape.library_norm)
         elif way is not None:
             run = way(run)
-        return _step_of(shape, run, optimizer)
+        sgd = make_optimizer(run, OptimConfig(momentum=0.9 if shape.momentum else 0.0), execution.device, optimizer)
+        # The plain step, which others are compared with, is the library's: nobody sums its gradients or undoes it.
+        if isinstance(run, PlannedModule) and shape.joint:
+            split = Split((shape.batch,), micro_batches=(shape.micro_batch,))
+            joint = DataParallelStep(run, Group(), split, execution.device, sync_bn=shape.sync_bn)
+            joint.begin(shape.batch)
+        step = TrainStep(run, sgd, make_scaler(execution), execution, shape.micro_batch, joint)
+        images = torch.empty(shape.batch, *shape.image_shape).contiguous(memory_format=execution.torch_memory_format)
+        labels = torch.zeros(shape.batch, dtype=torch.int64)
+        undo = Undo(step, run) if isinstance(run, PlannedModule) else None
+        return StepRun(step=step, images=images, labels=labels, undo=undo)
 
-    trace = trace_steps(build, steps=1, workspace=workspace)
+    trace = trace_steps(build, workspace=workspace)
     seconds = rates.seconds(kernel for kernel in trace.work if kernel.phase != "setup")
     try:
         taken, fits = estimate(trace, capacity_bytes), True
@@ -95,8 +106,6 @@ def simulate_step(
 
 @dataclass(frozen=True, kw_only=True)
 class StepRun:
-    """A training step and what it is given."""
-
     step: TrainStep
     images: Tensor
     labels: Tensor
@@ -108,22 +117,6 @@ class StepRun:
             self.step(self.images, self.labels, _LR, look)
         elif isinstance(failure := self.undo.attempt(lambda: self.step(self.images, self.labels, _LR, look)), Failure):
             raise MemoryError(failure.message)
-
-
-def _step_of(shape: StepShape, run: nn.Module, form: Mapping[str, bool]) -> StepRun:
-    """What the trainer puts together for a run, alone or as one of several processes."""
-    execution, joint = shape.execution, None
-    optimizer = make_optimizer(run, OptimConfig(momentum=0.9 if shape.momentum else 0.0), execution.device, form)
-    # The plain step, which others are compared with, is the library's: nobody sums its gradients or undoes it.
-    if isinstance(run, PlannedModule) and shape.joint:
-        split = Split((shape.batch,), micro_batches=(shape.micro_batch,))
-        joint = DataParallelStep(run, Group(), split, execution.device, sync_bn=shape.sync_bn)
-        joint.begin(shape.batch)
-    step = TrainStep(run, optimizer, make_scaler(execution), execution, shape.micro_batch, joint)
-    images = torch.empty(shape.batch, *shape.image_shape).contiguous(memory_format=execution.torch_memory_format)
-    labels = torch.zeros(shape.batch, dtype=torch.int64)
-    undo = Undo(step, run) if isinstance(run, PlannedModule) else None
-    return StepRun(step=step, images=images, labels=labels, undo=undo)
 
 
 def trace_steps(

@@ -74,7 +74,6 @@ class Trace:
     kinds: dict[int, Kind] = field(default_factory=dict)
 
     def all_kinds(self) -> dict[int, Kind]:
-        """Storage -> kind, for every storage of the trace."""
         kinds = dict(self.kinds)
         born: dict[int, str] = {}
         for event in self.events:
@@ -97,8 +96,7 @@ class Estimate:
     peak_allocated_bytes: int  # `max_memory_allocated`
     peak_reserved_bytes: int  # `max_memory_reserved`
     at_peak_bytes: dict[Kind, int]  # of the storages, when they first took the most
-    peak_phase: str
-    peak_operation: str
+    peak_at: MemoryEvent  # by which they did
 
 
 def estimate(trace: Trace, capacity_bytes: int | None = None) -> Estimate:
@@ -120,8 +118,7 @@ def estimate(trace: Trace, capacity_bytes: int | None = None) -> Estimate:
         peak_allocated_bytes=allocator.peak_allocated_bytes,
         peak_reserved_bytes=allocator.peak_reserved_bytes,
         at_peak_bytes=at_peak,
-        peak_phase=at.phase,
-        peak_operation=at.operation,
+        peak_at=at,
     )
 
 
@@ -180,7 +177,6 @@ def _moved_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
 
 @cache
 def _written(func: Any) -> tuple[str, ...]:
-    """The arguments that an operation writes."""
     return tuple(argument.name for argument in func._schema.arguments if argument.is_out)
 
 

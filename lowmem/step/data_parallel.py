@@ -4,8 +4,8 @@ Between the backward pass and the update the processes agree, in one small messa
 and on what only one of them may know: a signal, a save that is due, memory that runs short. So a step is made by all or
 by none: where one runs out of memory, the others undo theirs too, and all do it again.
 
-A process that failed owes the others its part of the sums that the step has; it sends zeros, so that nobody hangs. With
-batch norm over all processes (`sync_bn`) that includes the statistics, whose sizes and order depend on the network.
+A process that failed sends zeros for the sums it still owes, so that nobody hangs; with batch norm over all processes
+(`sync_bn`) for the statistics too, whose sizes and order depend on the network.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class DataParallelStep:
         first, past = self.split.part(self._size)
         self._reducer.finish((past - first) / self._size)
         self._reduced = True
-        self.group.start_total(totals).wait()
+        self.group.start_total(totals)()
         self._summed = True
 
     def agree(self) -> None:
@@ -79,14 +79,14 @@ class DataParallelStep:
             raise PeerFailed("another process could not make this step")
 
     def fail(self) -> None:
-        """Of a process whose own step failed and was undone: what it owes the others, and its vote."""
+        """Of a process whose own step failed and was undone: zeros for what it owes the others, and its vote."""
         sums = len(self._norm_sizes)
         for call in range(self._norm_calls, self.split.pieces(self._size) * sums):
             self.group.total(self._zeros(self._norm_sizes[call % sums]))
         if not self._reduced:
             self._reducer.give_up()
         if not self._summed:
-            self.group.start_total(self._zeros(2)).wait()
+            self.group.start_total(self._zeros(2))()
         self._vote(failed=True)
 
     def _zeros(self, elements: int) -> Tensor:

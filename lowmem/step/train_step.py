@@ -98,11 +98,8 @@ def make_scaler(execution: Execution) -> torch.amp.GradScaler:
 
 @dataclass(eq=False)
 class TrainStep:
-    """Forward, backward and update for one effective batch, in micro-batches.
-
-    The gradient is that of the mean loss over the effective batch, however large that batch is and however it is cut
-    (invariant 4); batch-norm statistics are per micro-batch.
-    """
+    """Forward, backward and update for one effective batch, in micro-batches. The gradient is that of the mean loss
+    over the batch, however it is cut (invariant 4); batch-norm statistics are per micro-batch."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -169,40 +166,22 @@ class TrainStep:
         totals[0] += loss.detach().double()
         totals[1] += (logits.detach().argmax(1) != y).sum()
 
-    def reset_scaler(self) -> None:
-        """Forgets what the scaler noted of a step that is not finished; scale and growth count stay. A fresh one: the
-        library's scaler has no way back between two of its own calls, and keeps its notes on the optimizer too."""
-        for note in ("grad_scale", "found_inf"):
-            if hasattr(self.optimizer, note):
-                delattr(self.optimizer, note)
-        if self.scaler.is_enabled():
-            state = self.scaler.state_dict()
-            self.scaler = torch.amp.GradScaler(self.execution.device)
-            self.scaler.load_state_dict(state)
-
 
 @dataclass(frozen=True)
 class Score:
-    """Mean cross-entropy (nats) and error in percent over `count` pictures."""
+    """Sums of cross-entropy (nats) and of wrong predictions over `count` pictures; those of several sets add up."""
 
-    loss: float
-    error_pct: float
-    count: int
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Of the losses (nats) and of wrong predictions over `count` pictures; those of several sets add up."""
-
-    loss: float
+    loss_sum: float
     wrong: float
     count: int
 
-    def score(self) -> Score:
-        """Raises ValueError if there are no pictures."""
-        if self.count == 0:
-            raise ValueError("there are no pictures to evaluate on")
-        return Score(self.loss / self.count, 100.0 * self.wrong / self.count, self.count)
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.count
+
+    @property
+    def error_pct(self) -> float:
+        return 100.0 * self.wrong / self.count
 
 
 @torch.inference_mode()
@@ -211,7 +190,7 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     execution: Execution,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Sums | None:
+) -> Score | None:
     """Scores the model in eval mode, and puts it back as it was. None if `should_stop` said so in between. Changes no
     parameter and no buffer, so that an evaluation that was cut off can simply be done again."""
     was_training = model.training
@@ -230,4 +209,4 @@ def evaluate(
             count += labels.shape[0]
     finally:
         model.train(was_training)
-    return Sums(float(loss_sum), float(wrong), count)
+    return Score(float(loss_sum), float(wrong), count)

@@ -92,9 +92,17 @@ class Before:
 
 
 def _forget(step: TrainStep) -> None:
-    """What a step that is not finished leaves beside buffers."""
+    """What a step that is not finished leaves beside buffers: gradients, and the scaler's notes; scale and growth count
+    stay. A fresh one: the library's scaler has no way back between two of its own calls, and keeps notes on the
+    optimizer too."""
     step.optimizer.zero_grad(set_to_none=True)
-    step.reset_scaler()
+    for note in ("grad_scale", "found_inf"):
+        if hasattr(step.optimizer, note):
+            delattr(step.optimizer, note)
+    if step.scaler.is_enabled():
+        state = step.scaler.state_dict()
+        step.scaler = torch.amp.GradScaler(step.execution.device)
+        step.scaler.load_state_dict(state)
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:

@@ -22,7 +22,7 @@ from lowmem.runs.checkpoint_state import RunState
 from lowmem.runs.event_files import EventFiles
 from lowmem.runs.saver import Save, Saver
 from lowmem.runs.store import RunFolder
-from lowmem.step.train_step import Score, Sums
+from lowmem.step.train_step import Score
 from lowmem.step.undo import Undo
 from lowmem.train.loss_watchers import Chance, Divergence, Stall, roll_back, way_out
 from lowmem.train.metrics import Metrics, exporting
@@ -239,7 +239,7 @@ class Loop:
         part = Pictures(pictures.images[first:past], pictures.labels[first:past])
         mine = self.memory.evaluated(lambda size: t.evaluate(part, size, self._leaves_evaluation))
         failed = [mine.message, mine.asked_bytes] if isinstance(mine, Failure) else None
-        sums = [mine.loss, mine.wrong, mine.count] if isinstance(mine, Sums) else None
+        sums = [mine.loss_sum, mine.wrong, mine.count] if isinstance(mine, Score) else None
         everyone = t.group.gather([failed, sums, self.look(self.state.step).code])
         for rank, (failure, _, _) in enumerate(everyone):
             if failure is not None:
@@ -248,7 +248,7 @@ class Loop:
         if any(theirs is None for _, theirs, _ in everyone):
             return Verdict.of(max(code for _, _, code in everyone), self.look(self.state.step))
         loss, wrong, count = (sum(theirs[index] for _, theirs, _ in everyone) for index in range(3))
-        return Sums(loss, wrong, count).score()
+        return Score(loss, wrong, count)
 
     # -- acts ----------------------------------------------------------------------------------------------------------
 

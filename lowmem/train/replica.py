@@ -26,7 +26,7 @@ from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.checkpoint_state import RunState, read_state
 from lowmem.runs.store import RunFolder
 from lowmem.step.data_parallel import DataParallelStep, are_alike
-from lowmem.step.train_step import Execution, Sums, TrainStep, evaluate, make_optimizer, make_scaler
+from lowmem.step.train_step import Execution, Score, TrainStep, evaluate, make_optimizer, make_scaler
 from lowmem.train.observer import Observer
 from lowmem.train.schedule import learning_rate
 
@@ -94,7 +94,7 @@ class Replica:
         images, labels = self.batches.batch(epoch, step, memory_format=layout, part=part)
         return images, labels, size
 
-    def evaluate(self, pictures: Pictures, size: int, should_stop: Callable[[], bool] = lambda: False) -> Sums | None:
+    def evaluate(self, pictures: Pictures, size: int, should_stop: Callable[[], bool] = lambda: False) -> Score | None:
         """`size` pictures at a time. None if `should_stop` said so in between."""
         data, execution = self.dataset, self.execution
         layout = execution.torch_memory_format

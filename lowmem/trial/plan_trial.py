@@ -128,7 +128,7 @@ def trial_of(config: Config, plan: Plan, budget: Budget, num_classes: int, train
         deterministic=config.train.deterministic,
         tf32=config.train.tf32,
         way=PLANNED,
-        plan=plan.without_ladder().to_json(),
+        plan=replace(plan, ladder=()).to_json(),
         pictures=train_pictures,
         eval_batch=config.train.eval_batch or plan.micro_batch,
         cap_bytes=budget.allocator_bytes,

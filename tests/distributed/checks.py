@@ -22,7 +22,7 @@ from lowmem.core.errors import PeerError, UsageError
 from lowmem.distributed import reducer
 from lowmem.distributed.group import Group, Split, even_shares, join
 from lowmem.distributed.launch import Launch
-from lowmem.distributed.reducer import Work
+from lowmem.distributed.reducer import Wait
 from lowmem.runs.store import NullFolder
 from lowmem.step.data_parallel import are_alike
 from lowmem.train.loop import Trainer
@@ -143,7 +143,7 @@ def gradients_are_summed_once_and_during_the_backward_pass(group: Group) -> None
     start, done = group.start_total, run.stage_done
     assert done is not None
 
-    def start_total(tensor: Tensor) -> Work:
+    def start_total(tensor: Tensor) -> Wait:
         happened.append("sum")
         return start(tensor)
 

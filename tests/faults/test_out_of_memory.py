@@ -120,7 +120,7 @@ def test_at_every_allocation(mode: str, untroubled: Callable[[str], tuple[Path, 
     What undoing gets wrong stays wrong: every try begins with new copies of what it found.
     """
     plain, _ = untroubled(mode)
-    scarce, rungs = Scarce(), (_plan(mode).without_ladder(), _plan(mode).ladder[-1])
+    scarce, rungs = Scarce(), (replace(_plan(mode), ladder=()), _plan(mode).ladder[-1])
 
     @contextmanager
     def during(trainer: Trainer) -> Any:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from lowmem.core.units import GIB, MIB
 from lowmem.measure import Meter, read_driver, who_holds
-from lowmem.measure.cuda import device_uuid, free_and_total_bytes, process_bytes, read_allocator
+from lowmem.measure.cuda import device_uuid, free_and_total_bytes, read_allocator
 from lowmem.measure.timing import time_calls
 
 pytestmark = [
@@ -105,15 +106,16 @@ def test_the_driver_and_torch_mean_the_same_card() -> None:
 
 def test_the_context_by_the_drivers_list_of_processes() -> None:
     torch.ones(1, device="cuda")
-    report = read_driver()
-    own = process_bytes(report.device(device_uuid()), os.getpid())
+    device = read_driver().device(device_uuid())
+    processes = (device.processes if device is not None else None) or ()
+    own = next((process.used_bytes for process in processes if process.pid == os.getpid()), None)
     if own is None:
         pytest.skip("the driver does not tell what this process holds (a container, or Windows)")
     assert 50 * MIB < own - (read_allocator().reserved_bytes or 0) < 1536 * MIB
 
 
 def test_a_known_tensor_is_what_the_allocator_gained() -> None:
-    with Meter("cuda") as meter:
+    with closing(Meter("cuda")) as meter:
         before = meter.read()
         held = torch.ones(48 * MIB, dtype=torch.uint8, device="cuda")
         after = meter.read()

@@ -3,6 +3,7 @@ whose kernels are loaded when they are first used."""
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from lowmem.models import build
 
 def look(device: str, arch: str, block: str, width: int, batch: int) -> dict[str, Any]:
     """Bytes. `tiny_step`: what a plan's budget is made from. To be asked alone, or others' changes count in."""
-    with Meter(device) as meter:
+    with closing(Meter(device)) as meter:
         torch.ones(1, device=device).add_(1)
         found: dict[str, Any] = {"one_kernel": _figures(meter.read())}
         if device == "cuda":

@@ -63,9 +63,13 @@ def test_a_measured_workspace_is_part_of_the_step() -> None:
     for before, after in zip(bare.stages[1:-1], with_it.stages[1:-1], strict=True):
         assert before.fast_temp_bytes < after.fast_temp_bytes <= before.fast_temp_bytes + 5 * MIB
         for was, now in zip(before.options, after.options, strict=True):
-            assert was.kept_bytes == now.kept_bytes
+            assert was.cost.kept_bytes == now.cost.kept_bytes
             if was.option.policy == SAVE_ALL and not was.option.last:
-                assert was.backward_temp_bytes < now.backward_temp_bytes <= was.backward_temp_bytes + 5 * MIB
+                assert (
+                    was.cost.backward_temp_bytes
+                    < now.cost.backward_temp_bytes
+                    <= was.cost.backward_temp_bytes + 5 * MIB
+                )
 
 
 def test_an_unknown_call_counts_as_the_largest_of_its_kind() -> None:

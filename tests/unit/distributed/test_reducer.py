@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.scaling_model import pack
-from lowmem.distributed.reducer import ALONE_BYTES, PACK_BYTES, Reducer
+from lowmem.distributed.reducer import ALONE_BYTES, PACK_BYTES, Reducer, Wait
 from lowmem.models import build, skeleton
 from lowmem.remat import decompose
 
@@ -19,14 +19,12 @@ class Sums:
         self.sent: list[Tensor] = []
         self.factor = factor
 
-    def start(self, tensor: Tensor) -> Sums:
+    def start(self, tensor: Tensor) -> Wait:
         assert tensor.dim() == 1
         assert tensor.is_contiguous()
         self.sent.append(tensor.clone())
         tensor.mul_(self.factor)
-        return self
-
-    def wait(self) -> None: ...
+        return lambda: None
 
 
 def stages_of(model: nn.Module) -> list[list[Tensor]]:

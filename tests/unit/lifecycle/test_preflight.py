@@ -159,7 +159,7 @@ def test_an_evaluation_that_does_not_fit_is_tried_with_half_the_batch(tmp_path: 
 
 def test_the_time_is_steps_evaluations_and_saves() -> None:
     trainer = _trainer(_settings("train.epochs=100", "data.val_split=20"))  # 100 pictures: 2 steps of 50 an epoch
-    tried = StepTrial(6.0, Score(2.0, 80.0, 50), 3.0, Score(1.0, 50.0, 10), ("w",), (1.0,))
+    tried = StepTrial(6.0, Score(100.0, 40.0, 50), 3.0, Score(10.0, 5.0, 10), ("w",), (1.0,))
     # Evaluation: 3 s for 10 pictures, there are 50 and 20 held back: 21 s.
     assert _time_line(trainer, tried, 3.0).startswith("time: about 1:00:00 for 100 epochs of 2 steps: 6.000 s")
     trainer.state.epoch, trainer.state.step, trainer.state.step_in_epoch = 98, 197, 1
@@ -168,6 +168,6 @@ def test_the_time_is_steps_evaluations_and_saves() -> None:
 
 def test_the_time_until_max_steps() -> None:
     trainer = _trainer(_settings("train.max_steps=3"))
-    tried = StepTrial(10.0, Score(2.0, 80.0, 50), 5.0, Score(1.0, 50.0, 50), ("w",), (1.0,))
+    tried = StepTrial(10.0, Score(100.0, 40.0, 50), 5.0, Score(50.0, 25.0, 50), ("w",), (1.0,))
     # 120 pictures at 0.2 s are the three steps of the first epoch, which is evaluated and saved.
     assert _time_line(trainer, tried, 1.0).startswith("time: about 0:30 for 3 steps (train.max_steps)")

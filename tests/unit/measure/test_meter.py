@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_two_hundred_megabytes_are_seen_coming_and_going() -> None:
 
 @linux
 def test_the_machines_memory() -> None:
-    with Meter("cpu") as meter:
+    with closing(Meter("cpu")) as meter:
         snapshot = meter.read()
     assert snapshot.device_total_bytes
     assert snapshot.device_free_bytes
@@ -163,7 +164,7 @@ def test_the_source_opens_the_driver_once_and_asks_it_before_cuda_starts(monkeyp
     monkeypatch.setattr(cuda, "read_allocator", lambda: ALLOCATOR)
     monkeypatch.setattr(cuda, "device_uuid", lambda: UUID)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    with Meter("cuda") as meter:
+    with closing(Meter("cuda")) as meter:
         library.cards = [_gtx_1060(700 + 280 + 1800)]
         snapshot = meter.read()
         assert snapshot == meter.read()

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from math import isqrt
 
+from lowmem.core.errors import Infeasible
 from lowmem.plan.cost import ChainCost
-from lowmem.plan.evaluate import Solution, evaluate, refuse
+from lowmem.plan.evaluate import Solution, evaluate
 from lowmem.plan.policy import FUSED, SAVE_ALL, Item, Keep, Schedule, Segment
 from lowmem.plan.solver import Solver, kept, segments_of
 
@@ -21,10 +22,10 @@ WAY_OUT = "let the solver choose"
 
 def _fitting(name: str, schedules: Iterable[Schedule], chain: ChainCost, budget_bytes: int) -> Solution:
     """The fastest of the schedules within the budget."""
-    found = [evaluate(schedule, chain, name) for schedule in schedules]
+    found = [evaluate(schedule, chain) for schedule in schedules]
     fitting = [solution for solution in found if solution.peak_bytes <= budget_bytes]
     if not fitting:
-        raise refuse(min(found, key=lambda solution: solution.peak_bytes), budget_bytes, WAY_OUT)
+        raise Infeasible(budget_bytes, min(solution.peak_bytes for solution in found), name, WAY_OUT)
     return min(fitting, key=lambda solution: (solution.seconds, solution.peak_bytes))
 
 
@@ -69,7 +70,7 @@ def _all_items(
     """`inside` a segment the last stage has its own policies, and FUSED, but not after a `dropped` output."""
     stage = chain.stages[start]
     if start == end:
-        policies = [option.policy for option in (stage.ending if inside else stage.anywhere)]
+        policies = [option.policy for option in ((inside and stage.last_options) or stage.anywhere)]
         if inside and not dropped and any(option.policy == FUSED for option in stage.options):
             policies.append(FUSED)
         yield from ((Keep(start, policy),) for policy in policies)
@@ -103,8 +104,8 @@ def brute_force(chain: ChainCost, budget_bytes: int) -> Solution:
             best = (result.seconds, result.peak_bytes, schedule)
     assert least is not None
     if best is None:
-        raise refuse(evaluate(least[1], chain, "brute force"), budget_bytes, WAY_OUT)
-    return evaluate(best[2], chain, "brute force")
+        raise Infeasible(budget_bytes, least[0], "brute force", WAY_OUT)
+    return evaluate(best[2], chain)
 
 
 BASELINES: dict[str, Strategy] = {

@@ -46,7 +46,7 @@ def test_a_missing_policy_is_replaced() -> None:
 
 def test_names_and_numbers() -> None:
     assert checkpoint_all(CHAIN, PLENTY).schedule == segments_of(CHAIN, 1)
-    assert sqrt_n(CHAIN, PLENTY).strategy == "checkpoint every 3 (sqrt n) blocks"
+    assert sqrt_n(CHAIN, PLENTY).schedule == segments_of(CHAIN, 3)
     one = best_uniform(CHAIN, PLENTY)
     assert one.seconds == min(evaluate(kept(CHAIN, o.policy), CHAIN).seconds for o in CHAIN.stages[0].options)
     tight = checkpoint_all(CHAIN, PLENTY).peak_bytes

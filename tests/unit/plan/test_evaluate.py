@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from lowmem.plan.policy import FUSED, LEAN, SAVE_ALL, BlockPolicy, Keep, Schedul
 DROP = keep("z2", drop_output=True)
 
 
-def option(policy: BlockPolicy, f: float, b: float, kept: int, tf: int, tb: int, **more: int) -> OptionCost:
+def option(policy: BlockPolicy, f: float, b: float, kept: int, tf: int, tb: int, **more: Any) -> OptionCost:
     return OptionCost(
         policy=policy,
         forward_seconds=f,
@@ -21,8 +22,6 @@ def option(policy: BlockPolicy, f: float, b: float, kept: int, tf: int, tb: int,
         kept_bytes=kept,
         forward_temp_bytes=tf,
         backward_temp_bytes=tb,
-        forward_flops=int(f),
-        backward_flops=int(b),
         **more,
     )
 
@@ -36,13 +35,12 @@ def stage(index: int) -> StageCost:
         input_bytes=10,
         input_grad_bytes=g,
         fast_seconds=1.0,
-        fast_flops=1,
         fast_temp_bytes=5,
         param_grad_bytes=7,
         options=(
             option(SAVE_ALL, 1, 2, 40, 3, 20 + g),
             option(LEAN, 1, 3, 30, 3, 25 + g),
-            option(DROP, 1, 4, 15, 13, 25 + g, restore_temp_bytes=16, restore_flops=9),
+            option(DROP, 1, 4, 15, 13, 25 + g, restore_temp_bytes=16, restore_seconds=9.0),
             option(FUSED, 0, 4, 0, 0, 50 + g),
         ),
     )
@@ -58,7 +56,7 @@ CHAIN = ChainCost(
 
 def test_save_all() -> None:
     result = evaluate(uniform([SAVE_ALL] * 3), CHAIN)
-    assert (result.seconds, result.flops) == (9.0, 9)
+    assert result.seconds == 9.0
     # at the last backward: fixed, three times kept, the gradient above, temporaries with the new gradient
     assert result.peak_bytes == 100 + 120 + 10 + 30
     assert result.peak.what == "backward of block2 under SAVE_ALL"
@@ -97,7 +95,7 @@ def test_a_segment_at_the_end_of_a_segment_runs_its_forward_once() -> None:
 
 def test_a_dropped_output() -> None:
     result = evaluate(uniform([DROP, SAVE_ALL, LEAN]), CHAIN)
-    assert result.flops == 5 + 9 + 3 + 4
+    assert result.seconds == 5 + 9 + 3 + 4
     # at the last backward the first two keep 15 and 40, block2 30: the output of block0 is not there
     assert result.peak_bytes == 100 + 85 + 10 + 35
     # at the backward of block1 it is there again
@@ -107,7 +105,7 @@ def test_a_dropped_output() -> None:
 
 def test_two_dropped_outputs_in_a_row() -> None:
     result = evaluate(uniform([DROP, DROP, LEAN]), CHAIN)
-    assert result.flops == 3 + (4 + 4 + 3) + 9 + 9
+    assert result.seconds == 3 + (4 + 4 + 3) + 9 + 9
     # at the last backward both inputs are there again: kept 15 + 15 + 30, inputs 10 + 10, gradient above
     assert result.peak_bytes == 100 + 60 + 20 + 10 + 35
     assert result.peak.what == "backward of block2 under LEAN"

@@ -114,7 +114,7 @@ def test_estimate_of_a_known_trace() -> None:
         Kind.OPTIMIZER: 0,
         Kind.WORKSPACE: 0,
     }
-    assert (result.peak_phase, result.peak_operation) == ("backward", "c")
+    assert (result.peak_at.phase, result.peak_at.operation) == ("backward", "c")
     assert result.peak_reserved_bytes == (20 + 2) * MIB  # the 12 MiB fit into what is left of the first segment
 
 
