@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from lowmem.choose.batch_split import BatchSplit, Planner, describe_split
+from lowmem.choose.batch_size import BatchSplit, Planner, describe_split
 from lowmem.choose.execution import batch_norm_of, calibrator_of, request_of, wants_plan
 from lowmem.choose.explain import explain, explain_ladder, inexact, memory_lines
 from lowmem.choose.planning import choose, with_ladder

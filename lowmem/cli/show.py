@@ -159,7 +159,7 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
     each: who takes how much of the batch, and each one's plan.
 
     Raises Infeasible, UsageError, PreflightError."""
-    from lowmem.choose.batch_split import describe_split
+    from lowmem.choose.batch_size import describe_split
     from lowmem.choose.decide import decide
     from lowmem.choose.execution import resolve_execution
     from lowmem.choose.explain import in_full

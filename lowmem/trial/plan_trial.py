@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lowmem.choose.batch_split import ALIKE
+from lowmem.choose.batch_size import ALIKE
 from lowmem.choose.execution import refuse_unsafe
 from lowmem.choose.planning import Choice, Request, other_precision, rivals, smaller
 from lowmem.choose.request import Budget

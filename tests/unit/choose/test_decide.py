@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from lowmem.choose.batch_split import BatchSplit, preferred
+from lowmem.choose.batch_size import BatchSplit, preferred
 from lowmem.choose.decide import DataSize, RecordedRun, decide
 from lowmem.config.settings import Settings
 from lowmem.core.errors import Infeasible

@@ -7,7 +7,7 @@ from functools import cache, partial
 
 import pytest
 
-from lowmem.choose.batch_split import ALIKE, Planner
+from lowmem.choose.batch_size import ALIKE, Planner
 from lowmem.choose.execution import request_of
 from lowmem.choose.planning import Choice, Request, other_precision, rivals, smaller
 from lowmem.config.schema import Config

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem.choose.batch_split import ROUNDS, BatchSplit, balance, describe_split
+from lowmem.choose.batch_size import ROUNDS, BatchSplit, balance, describe_split
 from lowmem.choose.decide import decide
 from lowmem.config.schema import Config, cards_of, for_process
 from lowmem.config.settings import Settings, gather

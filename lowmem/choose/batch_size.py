@@ -1,4 +1,4 @@
-"""Plans for the processes of a run, each on its own card, and the shares of the batch that go with them.
+"""The batch size (`--batch auto`), and its shares over the processes of a run, each on its own card, with their plans.
 
 Every process plans for itself alone; predicted seconds, precision and memory format are told to all, and all come to
 the same shares (one process is a group of one: invariant 12). A step ends with its slowest process, and a smaller share
