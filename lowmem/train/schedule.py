@@ -22,8 +22,8 @@ def milestone_steps(config: Config, steps_per_epoch: int) -> tuple[int, ...]:
 
 
 def learning_rate(config: Config, steps_per_epoch: int, step: int, *, low_start: bool) -> float:
-    """The rate of the 0-based `step`. `low_start`: whether the low start is still on (see `next_low_start`). Going back from
-    a broken loss scales it: `Replica.lr`."""
+    """The rate of the 0-based `step`; `Replica.lr` scales it after going back from a broken loss. `low_start`: whether
+    that is still on (see `next_low_start`)."""
     passed = sum(step >= milestone for milestone in milestone_steps(config, steps_per_epoch))
     if low_start and passed == 0:
         return config.schedule.low_start_lr
