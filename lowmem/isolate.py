@@ -45,7 +45,6 @@ _START = (
     "from lowmem.isolate import serve; serve({path!r})"
 )
 
-
 Call = Callable[..., "CallResult"]  # as `run` is called
 
 

@@ -139,9 +139,6 @@ def conditions(environment: Environment, card_bytes: int | None = None) -> str:
     )
 
 
-# -- the folder --------------------------------------------------------------------------------------------------------
-
-
 class Results:
     """Context manager: the folder, held against a second writer. `account`: the suite's own, of setup, environment,
     cells and whether they are finished. Raises PreflightError if the folder cannot be written, UsageError if somebody

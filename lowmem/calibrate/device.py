@@ -189,9 +189,6 @@ def describe_card(facts: DeviceFacts, rates: tuple[float, float, float], usual_c
     )
 
 
-# -- where a run ran ---------------------------------------------------------------------------------------------------
-
-
 def describe(device: str) -> dict[str, Any]:
     """Versions, processor, card and the git commit of a source checkout; unknown is None. No path, no user name. On
     CUDA which kernels the libraries may take, as this process is set (`lowmem.remat.libraries`)."""

@@ -185,9 +185,6 @@ def _slower(rank: int, split: BatchSplit, best: BatchSplit) -> Candidate:
     )
 
 
-# -- shares by speed ---------------------------------------------------------------------------------------------------
-
-
 def balance(batch: int, size: int, predict: Callable[[tuple[int, ...]], Sequence[float | None]]) -> BatchSplit | None:
     """The shares with the least predicted time; None: nothing fits. `predict`: seconds of every process for its share,
     None for one that does not fit it (0 pictures take 0 s). Looks up to `ROUNDS` times at shares that fit, and at

@@ -170,9 +170,6 @@ def of_device(
     )
 
 
-# -- a step to plan ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What is to be planned. `modes`: candidates in order of preference, a precision with its memory format.

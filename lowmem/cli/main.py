@@ -240,9 +240,6 @@ def reproduce_run() -> None:
         raise typer.Exit(work(request, shown, run_training, resume_training))
 
 
-# -- the entry point ---------------------------------------------------------------------------------------------------
-
-
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command and leaves with its code. A traceback is only shown for a bug (code 1)."""
     # A Windows console may be in an old code page: a character it lacks must not end a run.

@@ -111,9 +111,6 @@ def shorten(text: object, longest: int = 200) -> str:
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
-# -- where files are ---------------------------------------------------------------------------------------------------
-
-
 def user_cache_folder() -> Path:
     """The folder for files that can be made again, by the platform's custom, with `lowmem` at its end."""
     if sys.platform == "win32":

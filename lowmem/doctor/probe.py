@@ -185,9 +185,6 @@ def probe(asked: dict[str, Any]) -> Iterator[str | Answers]:
             yield {stage: first_line(error)}
 
 
-# -- in the process that asks ------------------------------------------------------------------------------------------
-
-
 def ask(values: Mapping[str, object], stages: Sequence[str], *, timeout_seconds: float = _PROBE_SECONDS) -> Answers:
     """Runs the stages in one process; if it dies in one, the rest in another, but none without torch. Never raises.
     `values`: dotted name -> setting."""

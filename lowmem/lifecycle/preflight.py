@@ -104,11 +104,8 @@ def _try_checkpoint(trainer: Trainer, run: RunFolder) -> int:
     written = trainer.checkpoint()
     path = checkpoints.save(run.checkpoints, written, keep=trainer.config.checkpoint.keep)
     back = checkpoints.load(path)
-    _same(
-        tensor_bits(back.model) == tensor_bits(written.model)
-        and tensor_bits(back.optimizer) == tensor_bits(written.optimizer),
-        path,
-    )
+    for read, given in ((back.model, written.model), (back.optimizer, written.optimizer)):
+        _same(tensor_bits(read) == tensor_bits(given), path)
     _same(json.dumps(back.state) == json.dumps(written.state), path / "state.json")
     run.save_weights("best", written.model, {"epoch": "1", "step": "2", "error_pct": "12.5", "chosen_on": "test"})
     weights = run.path / "weights" / "best.safetensors"

@@ -114,9 +114,6 @@ def _set_axes(axes: Axes, chart: Chart) -> None:
     dress(axes)
 
 
-# -- what other figures share with the charts --------------------------------------------------------------------------
-
-
 def new_figure(height_inches: float) -> Figure:
     figure = Figure(figsize=(style.WIDTH_INCHES, height_inches), dpi=style.DPI, facecolor="white")
     FigureCanvasAgg(figure)

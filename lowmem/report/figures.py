@@ -147,8 +147,6 @@ def _chart(panel: Panel, runs: Sequence[NamedRun], classes: int | None, title: s
     )
 
 
-# -- gradients.csv: the norm of every layer's gradient, on its way back from the output, and over time -----------------
-
 MOMENTS = 4  # of one run; of each run of a pair only the first and the last
 _FAINTEST = 0.4  # opacity of the first moment
 _GRADIENTS_EXPLAINED = (

@@ -172,8 +172,6 @@ def _plain(value: object) -> str:
     return ", ".join(map(_plain, value)) if isinstance(value, list) else str(value)
 
 
-# -- report.html -------------------------------------------------------------------------------------------------------
-
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d1d1d; --soft: #555; --line: #d8d8d8; --paper: #fff; --head: #f4f4f4 }

@@ -115,8 +115,6 @@ class Live:
         value = None if event is None else event.detail.get(name)
         return value if type(value) is int and value > 0 else None
 
-    # -- reading ---------------------------------------------------------------------------------------------------
-
     def _read_settings(self) -> None:
         """Again only where a file was replaced. What vanished is as it was: it may be being replaced."""
         old = self._read_marks

@@ -139,9 +139,6 @@ class Replica:
         return restore(checkpoint, self.model, self.step, self.identity)
 
 
-# -- to a checkpoint and back ------------------------------------------------------------------------------------------
-
-
 _LATER_DEFAULTS = (
     ("train.sync_bn", False),
     ("train.deterministic", True),

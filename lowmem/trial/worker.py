@@ -190,8 +190,6 @@ class _Work:
         place, layout = self.trial.device, self.execution.torch_memory_format
         return lambda: evaluate(self.model, eval_batches(pictures, size, MEAN, STD, place, layout), self.execution)
 
-    # -- a step --------------------------------------------------------------------------------------------------------
-
     def _batch(self) -> tuple[Tensor, Tensor]:
         epoch, step = divmod(len(self.losses), self.batches.steps_per_epoch)
         if step == self.batches.steps_per_epoch - 1 and step > 0:
