@@ -27,7 +27,7 @@ from lowmem.core.units import format_duration, format_size
 from lowmem.runs.folder import read_owner, refuse_links, run_folders, writer_of
 from lowmem.runs.rows import Event
 from lowmem.runs.view import errors_of
-from lowmem.runs.watch import Live
+from lowmem.runs.watch import Live, quiet_seconds
 
 _NEXT_RUN_SECONDS = 120.0  # between two runs of a job: libraries, pictures, plan
 _JOB_OWNER = "job.owner.json"  # beside the runs of `lowmem reproduce`
@@ -62,7 +62,7 @@ def show_watch(path: Path, *, interval: float, once: bool, as_json: bool) -> Non
     folders = run_folders(path)
     if not folders and (once or not _conducted(path)):
         raise UsageError(f"there is no run in {path}: give the folder of a run, like runs/res110")
-    run = _trained(folders) or min(folders, key=_quiet_seconds, default=None)
+    run = _trained(folders) or min(folders, key=quiet_seconds, default=None)
     if once:
         assert run is not None
         refuse_links(run)
@@ -111,11 +111,6 @@ def _conducted(folder: Path) -> bool:
 def _trained(folders: list[Path]) -> Path | None:
     """The first that a process holds."""
     return next((run for run in folders if writer_of(run) is not None), None)
-
-
-def _quiet_seconds(run: Path) -> float:
-    quiet = Live(run).quiet_seconds
-    return math.inf if quiet is None else quiet
 
 
 def _follow(run: Path, interval: float) -> Live:

@@ -85,10 +85,8 @@ class Live:
         self.peak_bytes = last.peak_allocated_bytes or self._told("measured", "measured_peak_bytes")
         self.device_bytes, self.budget_bytes = last.device_used_bytes, self._view.budget_bytes
         self.elapsed_seconds, self.seconds_left = last.elapsed_seconds, self._seconds_left(rate)
-        # Since anything came from the run, by the files' own times.
-        marks = [_mark(self.path / name) for name in (STEP_TABLE.file_name, EPOCH_TABLE.file_name, "events.jsonl")]
-        newest = max((mark[1] for mark in marks if mark is not None), default=None)
-        self.quiet_seconds = None if newest is None else max(0.0, time.time() - newest / 1e9)
+        quiet = quiet_seconds(self.path)
+        self.quiet_seconds = quiet if math.isfinite(quiet) else None
 
     def _seconds_left(self, rate: float | None) -> float | None:
         """By the last epochs, evaluation included; before the first by the steps seen from here."""
@@ -175,6 +173,13 @@ def epoch_seconds(rows: Sequence[EpochRow]) -> float | None:
         each = [marks[-1][1]]
     seconds = [one for one in each if math.isfinite(one) and one > 0]
     return median(seconds) if seconds else None
+
+
+def quiet_seconds(run: Path) -> float:
+    """Since anything came from it, by the files' own times; infinity if nothing did."""
+    marks = [_mark(run / name) for name in (STEP_TABLE.file_name, EPOCH_TABLE.file_name, "events.jsonl")]
+    newest = max((mark[1] for mark in marks if mark is not None), default=None)
+    return math.inf if newest is None else max(0.0, time.time() - newest / 1e9)
 
 
 def _mark(path: Path) -> tuple[int, int] | None:
