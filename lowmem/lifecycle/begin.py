@@ -151,12 +151,16 @@ class Resume:
         kept = config.checkpoint
         group.together(lambda: check_position(state, trainer.batches.steps_per_epoch))
         replanned = decision.plan if decision.changed else None
+
+        def tidy() -> None:  # takes a while: before plans, which are to be on the disk together with their settings
+            checkpoints.set_aside(self._skipped)
+            folder.tidy(keep=kept.keep, keep_every=kept.keep_every)
+
+        group.lead(tidy, None)
         if replanned is not None:
             trainer.record_plans(folder)
 
         def write() -> list[str]:
-            checkpoints.set_aside(self._skipped)
-            folder.tidy(keep=kept.keep, keep_every=kept.keep_every)
             folder.flush()
             if replanned is not None:
                 folder.forget_plans(after=group.size)

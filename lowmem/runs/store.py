@@ -225,6 +225,8 @@ class RunFolder(AbstractContextManager["RunFolder"]):
                 with open(theirs, "rb") as old, replacing(file) as new:
                     shutil.copyfileobj(old, new)
                 self._cut(table, last)
+                # What lines nothing could be made of are the other run's, where they still are.
+                file.with_name(f"damaged-{file.name}").unlink(missing_ok=True)
 
     def cut_back(self, *, epoch: int, step: int) -> list[str]:
         """Drops rows after `epoch` from metrics.csv and after `step` from steps.csv, which a resume will repeat.

@@ -16,6 +16,7 @@ from lowmem.core.errors import CorruptCheckpoint, Infeasible, UsageError
 from lowmem.core.units import KIB, MIB
 from lowmem.lifecycle import execute, fork_run, recorded_settings, resume_training, run_training
 from lowmem.runs import checkpoint as checkpoints
+from lowmem.runs.store import RunFolder
 from lowmem.train.replica import config_hash
 from tests.conftest import assert_same_run
 from tests.faults.injection import events
@@ -70,6 +71,23 @@ def test_a_planned_run_has_the_unplanned_ones_bits(unplanned: Path, tmp_path: Pa
     assert 0.98 * predicted < measured["measured_peak_bytes"] <= predicted
     assert measured["measured_peak_bytes"] <= 8 * MIB
     assert_same_run(path, unplanned)
+
+
+def test_a_resume_that_dies_before_it_goes_on_leaves_the_plan_with_its_settings(
+    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan of another budget under the settings of the old one would be replayed as if nothing had changed."""
+    path = copy_run(begun, tmp_path / "run")
+    files = [path / name for name in ("plan.json", "config.yaml")]
+    before = [file.read_text() for file in files]
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "tidy", killed)
+    with pytest.raises(KeyboardInterrupt):
+        resume_training(path, {"memory.vram": "6500K"})
+    assert [file.read_text() for file in files] == before
 
 
 def test_resume_replays_the_plan_and_another_budget_is_a_logged_event(

@@ -43,6 +43,16 @@ def test_a_second_writer_is_told_who_writes(tmp_path: Path) -> None:
     RunFolder.open(tmp_path / "run").close()
 
 
+def test_rows_that_another_run_has_lost_are_no_damage_of_the_one_that_takes_over_the_rest(tmp_path: Path) -> None:
+    """The folder of a fork that dies before its first checkpoint can be taken again."""
+    with RunFolder.create(tmp_path / "old", "", {}) as old, RunFolder.create(tmp_path / "run", "", {}) as run:
+        for epoch in (1, 3):
+            old.append_metrics(_row(epoch, 10 * epoch))
+        run.copy_rows(old.path, epoch=3, step=30)
+        assert run.metrics_file.read_text() == old.metrics_file.read_text()
+        assert not list(run.path.glob("damaged-*"))
+
+
 def test_rows_are_cut_back_and_half_lines_dropped(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", "", {}) as run:
         for epoch in (1, 2, 3):
