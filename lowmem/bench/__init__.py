@@ -151,19 +151,19 @@ class Cell:
 
     @property
     def results(self) -> list[dict[str, Any]]:
-        """Round by round; what was refused, too, has what was measured of it."""
-        return [trial for _, trial in sorted(self.trials.items())]
+        """Of the rounds in which it ran through and held."""
+        return [trial for _, trial in sorted(self.trials.items()) if trial.get("refused") is None]
 
     @property
     def refusal(self) -> str | None:
         """Why it does not count; the last of its trials' if none held."""
-        tried = [trial.get("refused") for trial in self.results]
-        if self.refused is not None or None in tried:
+        if self.refused is not None or self.results:
             return self.refused
+        tried = [trial["refused"] for _, trial in sorted(self.trials.items())]
         return tried[-1] if tried else None if self.facts else NO_TIME
 
     def known(self, name: str) -> list[Any]:
-        """A figure of every round that tells it."""
+        """A figure of every such round that tells it."""
         return [one[name] for one in self.results if one.get(name) is not None]
 
     def most(self, name: str) -> Any:

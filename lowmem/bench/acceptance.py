@@ -144,7 +144,7 @@ def _row(setup: AcceptanceSetup, cell: Cell, plain: Cell | None) -> Row:
     """`*_error`: the share by which what was measured is more than predicted. `overhead`: time beyond plain PyTorch's
     step of the same batch, precision and format, as a share; `overhead_points`: how far off its prediction;
     `busy_share`: how much of a plain step the card computes, `plain_busy_share`: of that step."""
-    trial = next(iter(cell.results), {})
+    trial = next(iter(cell.trials.values()), {})
     row: Row = {"kind": cell.kind, "name": cell.title}
     row |= {name: getattr(cell, name) for name in ("batch", "precision", "memory_format", "vram_bytes")}
     row |= {"emulated": setup.emulates(cell.vram_bytes), "refused": cell.refusal}

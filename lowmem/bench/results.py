@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,8 +212,12 @@ class Results:
     ) -> Account:
         """After each measurement; at last with the picture. Raises DiskError."""
         account = self._account(self._setup, self._environment, cells, finished)
-        texts = (account.json().encode(), account.csv().encode(), account.markdown().encode())
-        for file, content in zip(self.files, (*texts, draw(account)), strict=True):
+
+        def contents() -> Iterator[bytes | None]:
+            yield from (text.encode() for text in (account.json(), account.csv(), account.markdown()))
+            yield draw(account)  # when the others are written: if it fails, it costs nothing else
+
+        for file, content in zip(self.files, contents(), strict=True):
             try:
                 if content is not None:
                     write_bytes_atomic(file, content)

@@ -115,10 +115,7 @@ def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None)
         for one in stage.options:
             took = seconds(stage, one.option, one.forward_work, one.backward_work, one.restore_work)
             priced = replace(
-                one.cost,
-                forward_seconds=took.forward,
-                backward_seconds=took.backward,
-                restore_seconds=took.restore,
+                one.cost, forward_seconds=took.forward, backward_seconds=took.backward, restore_seconds=took.restore
             )
             options.append((one.option.last, priced))
         return StageCost(

@@ -101,7 +101,8 @@ def describe_event(event: Event) -> str:
         return shorten(f"{event.kind} {said}".strip())
     known = defaultdict(lambda: "?")
     for name, value in detail.items():
-        known[name] = format_size(value) if type(value) is int and name.endswith("_bytes") else shorten(value, 120)
+        size = format_size(value) if type(value) is int else "?"
+        known[name] = size if name.endswith("_bytes") else shorten(value, 120)
     why = f"; {known['reason']}" if event.kind == "warning" and "reason" in detail else ""
     return _EVENT_WORDS[event.kind].format_map(known) + why
 

@@ -200,7 +200,7 @@ def from_yaml(path: Path) -> Settings:
         raise UsageError(f"the run's settings cannot be used: {where}{shorten(error, 500)}") from None
     # The trailing comments of `to_yaml`: lost only for lines that somebody wrote by hand.
     sources, section = dict.fromkeys(known_keys(), str(path)), ""
-    for indent, key, source in re.findall(r"^( *)(\w+):(?:.*  # (.+))?$", text, re.MULTILINE):
+    for indent, key, source in re.findall(r"^( *)(\w+):(?:.*  # (.+))?$", "\n".join(text.splitlines()), re.MULTILINE):
         if not source:
             section = key
         elif (name := f"{section}.{key}" if indent else key) in sources:

@@ -183,10 +183,13 @@ def requirement(text: str | None) -> Requirement | None:
 def split_way_out(sentence: str) -> tuple[str, str | None]:
     """(finding, mend) of a sentence of lowmem's own, `what is wrong (why: so): the way out`, at its last colon outside
     of parentheses; another error has no way out."""
-    match = re.fullmatch(r"((?:\([^)]*\)|[^(])*): ((?:\([^)]*\)|[^(])*)", sentence)
-    if match is None or re.match(r"\w*(Error|Exception|Interrupt): |the process ", sentence):
+    if re.match(r"\w*(Error|Exception|Interrupt): |the process ", sentence):
         return sentence, None
-    return match[1], match[2]
+    if sentence.count("(") == sentence.count(")"):  # else one of them is a path's, and tells nothing
+        match = re.fullmatch(r"((?:\([^)]*\)|[^(])*): ((?:\([^)]*\)|[^(])*)", sentence)
+        return (match[1], match[2]) if match is not None else (sentence, None)
+    finding, colon, mend = sentence.rpartition(": ")
+    return (finding, mend) if colon else (sentence, None)
 
 
 def gather(config: Config, out: Path | None = None) -> Facts:

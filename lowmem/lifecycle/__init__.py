@@ -36,11 +36,7 @@ __all__ = ["extend_run", "fork_run", "recorded_settings", "resume_training", "ru
 
 
 def run_training(
-    config: Config | Settings,
-    out: Path | str | None = None,
-    observer: Observer | None = None,
-    *,
-    dry_run: bool = False,
+    config: Config | Settings, out: Path | str | None = None, observer: Observer | None = None, *, dry_run: bool = False
 ) -> Outcome:
     """What `lowmem train` does: load the data, make the run folder (default `runs/<arch>`), preflight, train. Started
     by torchrun, the processes do it together; rank 0 writes.

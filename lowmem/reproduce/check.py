@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem.choose.decide import DataSize, decide
 from lowmem.choose.execution import refuse_unsafe, resolve_execution, wants_plan
@@ -137,6 +136,7 @@ def _look_at(job: Job, standing: Standing, plan: Plan | None, dataset: Dataset) 
     model = skeleton(member.arch, member.block, width=config.model.width, num_classes=len(dataset.classes))
     weight, seconds, disk = job.weights.get(member.name), None, standing.size_bytes
     if plan is not None or weight is None:
+        from torch.utils.flop_counter import FlopCounterMode  # brings triton, which a process that trains can do without
         # Floating-point operations of a picture's forward pass, with what the plan repeats added in proportion.
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(torch.empty(1, 3, 32, 32, device="meta"))

@@ -110,12 +110,7 @@ class TrainStep:
     phase: str = "data"  # or forward, backward, reduction, gradient norms, update: for who has to say where it failed
 
     def __call__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        lr: float,
-        look: Callable[[], None] | None = None,
-        size: int | None = None,
+        self, images: Tensor, labels: Tensor, lr: float, look: Callable[[], None] | None = None, size: int | None = None
     ) -> Tensor:
         """images float [B, C, 32, 32], labels int64 [B] -> (sum of losses, wrong predictions), float64 [2] on the
         device. Everything that allocates comes before the update, so `look` does, which may look at the gradients.

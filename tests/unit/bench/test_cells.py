@@ -75,6 +75,15 @@ def test_a_refusal_is_shown_unless_a_round_ran_through() -> None:
     assert a_cell(_1={"refused": "out of memory"}, _2={"step_seconds": 1.0}).refusal is None
 
 
+def test_a_round_that_did_not_hold_gives_no_figures() -> None:
+    over = {"refused": "OVER: takes 90 MiB", "peak_allocated_bytes": 90 << 20, "step_seconds": 1.0, **seen("other")}
+    held = {"peak_allocated_bytes": 69 << 20, "step_seconds": 1.3, **seen("g")}
+    both, only = a_cell(_1=over, _2=held), a_cell(_1=over)
+    assert (both.most("peak_allocated_bytes"), both.step_seconds) == (69 << 20, 1.3)
+    assert (only.most("peak_allocated_bytes"), only.step_seconds) == (None, None)
+    assert same_as_plain(both, a_cell(_1=held)) == "same bits"
+
+
 def seen(gradients: str, buffers: str = "b", loss: float = 2.0, updates: int = 1) -> dict[str, Any]:
     return {"gradients": gradients, "buffers": buffers, "losses": (loss,), "norm_updates": updates}
 

@@ -116,6 +116,15 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         pass
 
 
+def test_a_picture_that_fails_costs_nothing_else(folder: Path) -> None:
+    def fails(_: object) -> bytes:
+        raise ValueError("no font")
+
+    with Results(folder, SETUP, HERE, account) as results, pytest.raises(ValueError, match="no font"):
+        results.save(some_cells(), finished=True, draw=fails)
+    assert json.loads((folder / "bench.json").read_text())["finished"] is True
+
+
 def test_a_disk_that_refuses_says_what_stands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")

@@ -17,8 +17,10 @@ import pytest
 from rich.console import Console
 
 from lowmem.cli.main import _run
+from lowmem.cli.terminal import describe_event
 from lowmem.cli.watch import screen, sparkline
 from lowmem.config.settings import gather, to_yaml
+from lowmem.runs.rows import Event
 from lowmem.runs.store import RunFolder
 from lowmem.runs.watch import Live
 
@@ -167,3 +169,9 @@ def test_starts_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("size", "said"), [(2 << 20, "2 MiB"), (None, "?"), ("many", "?")])
+def test_a_size_that_is_none_is_unknown(size: object, said: str) -> None:
+    event = Event(kind="replan", time="2026-11-27T08:34:12", detail={"budget_bytes": size})
+    assert describe_event(event) == f"another plan: {said} for the step's tensors"

@@ -36,6 +36,8 @@ def test_every_setting_is_recorded_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(settings))
     assert from_yaml(path) == settings
+    path.write_bytes(to_yaml(settings).replace("\n", "\r\n").encode())  # as an editor on Windows saves it
+    assert from_yaml(path) == settings
     assert set(yaml.safe_load(path.read_text())["optim"]) == {"lr", "momentum", "weight_decay", "nesterov"}
     assert "arch: res110  # flag" in path.read_text()
     assert "weight_decay: 1.0e-05  # --set" in path.read_text()
