@@ -136,7 +136,8 @@ def _look_at(job: Job, standing: Standing, plan: Plan | None, dataset: Dataset) 
     model = skeleton(member.arch, member.block, width=config.model.width, num_classes=len(dataset.classes))
     weight, seconds, disk = job.weights.get(member.name), None, standing.size_bytes
     if plan is not None or weight is None:
-        from torch.utils.flop_counter import FlopCounterMode  # brings triton, which a process that trains can do without
+        from torch.utils.flop_counter import FlopCounterMode  # with triton: of no use to what trains
+
         # Floating-point operations of a picture's forward pass, with what the plan repeats added in proportion.
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(torch.empty(1, 3, 32, 32, device="meta"))
