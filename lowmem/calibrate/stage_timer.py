@@ -62,7 +62,7 @@ def if_it_fits(work: Callable[[], _T]) -> _T | None:
 @dataclass(frozen=True, kw_only=True)
 class ChainClock:
     """Times stages of a network of the family (`network`: see `ResNet.recipe`) on inputs of `input_shape`, [N, C, H,
-    W]. `library_norm`: see `lowmem.remat.kernels`."""
+    W]. `library_norm`: see `lowmem.remat.batch_norm`."""
 
     network: Mapping[str, Any]
     input_shape: Sequence[int]

@@ -75,7 +75,7 @@ class Plan(_Checked):
     accumulation: int
     precision: Literal["fp32", "amp"]
     memory_format: Literal["contiguous", "channels-last"]
-    batch_norm: Literal["library", "native"] = "native"  # kernels on CUDA, see `lowmem.remat.kernels`
+    batch_norm: Literal["library", "native"] = "native"  # kernels on CUDA, see `lowmem.remat.batch_norm`
     tf32: bool | None = False  # whether fp32 convolutions round to TF32 on its card; None: a card of unknown kind
     allocator_bytes: int | None = None  # on an emulated card the caching allocator's limit; None: all there is
     exact: bool  # the plain step's gradients at the full batch; not under accumulation with batch norm (invariant 4)

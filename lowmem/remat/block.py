@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.plan.policy import BlockPolicy, PolicyKind
-from lowmem.remat import kernels
+from lowmem.remat import batch_norm, kernels
 from lowmem.remat.stage import Box, Forwarded, Saved, Stage, StagePass
 
 
@@ -150,7 +150,7 @@ class ConvBlock(Stage):
         self._z(k, saved, x, memo)
         needed = below or pair.conv.weight.requires_grad
         name, stats = f"z{k or 's'}", memo.norms[k]
-        grad_z = kernels.norm_backward(pair.bn, grad.pop(), saved.pop(name), stats, needed, memo.total)
+        grad_z = batch_norm.norm_backward(pair.bn, grad.pop(), saved.pop(name), stats, needed, memo.total)
         if grad_z is None:
             return None
         source = self._a(k - 1, saved, x, memo)
@@ -197,8 +197,8 @@ class ConvBlock(Stage):
     def _norm(self, k: int, z: Tensor, memo: StagePass, *, in_place: bool) -> Tensor:
         bn = self._pair(k).bn
         if k in memo.norms:
-            return kernels.norm_again(bn, z, memo.norms[k], in_place)
-        out, memo.norms[k] = kernels.norm_first(bn, z, in_place, memo.library_norm, memo.total)
+            return batch_norm.norm_again(bn, z, memo.norms[k], in_place)
+        out, memo.norms[k] = batch_norm.norm_first(bn, z, in_place, memo.library_norm, memo.total)
         return out
 
     def _z(self, k: int, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:

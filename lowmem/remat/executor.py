@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowmem.plan.policy import Keep, Schedule, Segment
-from lowmem.remat.kernels import Total, mask_relu
+from lowmem.remat.batch_norm import Total
+from lowmem.remat.kernels import mask_relu
 from lowmem.remat.stage import Box, Saved, Stage, StagePass
 
 
@@ -37,7 +38,7 @@ class Held:
 class Run:
     """One forward pass of the chain and the backward that belongs to it.
 
-    `low`: what autocast casts to, or None. `total`: see `lowmem.remat.kernels.Total`. `stage_done` is called with a
+    `low`: what autocast casts to, or None. `total`: see `lowmem.remat.batch_norm.Total`. `stage_done` is called with a
     stage's number as soon as its `backward` is over, once for every stage that a gradient reaches, from the last to the
     first, whatever the schedule: from then on this pass adds nothing to the `.grad` of its parameters (unless another
     stage has the same ones).

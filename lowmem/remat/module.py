@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from lowmem.plan.policy import Keep, Schedule
 from lowmem.plan.record import Plan
+from lowmem.remat.batch_norm import Total
 from lowmem.remat.block import ConvBlock, Pair
 from lowmem.remat.executor import Run, autocast_dtype
-from lowmem.remat.kernels import Total
 from lowmem.remat.stage import OpaqueStage, Stage
 
 _LAYER = re.compile(r"layer\d+")
@@ -49,7 +49,7 @@ class PlannedModule(nn.Module):
     difference, and changes show in both.
 
     `stages` are the chain's links, `schedule` what is executed; it may be replaced between steps (`set_schedule`), and
-    so may `total`, which makes training's batch statistics those of all processes (`lowmem.remat.kernels`), and
+    so may `total`, which makes training's batch statistics those of all processes (`lowmem.remat.batch_norm`), and
     `stage_done`, called when a stage's gradients are complete (`lowmem.remat.executor.Run`).
     """
 
@@ -83,7 +83,7 @@ def apply_plan(model: nn.Module, plan: Plan | Schedule, *, library_norm: bool | 
 
     Loss, gradients and buffers have the same bits as the model's own (invariant 1): on a CPU always, on CUDA if batch
     norm is the library's choice and the libraries' kernels are deterministic (`lowmem.remat.libraries`). What does not
-    work: see `lowmem.remat.executor`. `library_norm`: see `lowmem.remat.kernels`; None: as the plan has it, for a bare
+    work: see `lowmem.remat.executor`. `library_norm`: see `batch_norm.py`; None: as the plan has it, for a bare
     schedule the native kernels. Raises ValueError if the plan was made for other stages than the model's.
     """
     if isinstance(plan, Schedule):

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from lowmem.plan.policy import BlockPolicy, PolicyKind
-from lowmem.remat.kernels import NormStats, Total
+from lowmem.remat.batch_norm import NormStats, Total
 
 Box: TypeAlias = list[Tensor]
 Saved: TypeAlias = dict[str, Tensor]
@@ -31,7 +31,7 @@ class StagePass:
     """What a stage remembers through one forward pass and the recomputations that belong to it."""
 
     low: torch.dtype | None  # of autocast
-    library_norm: bool = False  # see `lowmem.remat.kernels`
+    library_norm: bool = False  # see `lowmem.remat.batch_norm`
     total: Total | None = None  # likewise; None: batch statistics are this process's own
     need_input: bool = False  # the gradient of the input is asked for
     first: bool = True  # nothing has run yet, so that buffers have to be moved (invariant 2)

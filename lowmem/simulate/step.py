@@ -36,7 +36,7 @@ class StepShape:
     precision: str
     memory_format: str
     momentum: bool = True
-    library_norm: bool = False  # see lowmem.remat.kernels; of a planned step
+    library_norm: bool = False  # see lowmem.remat.batch_norm; of a planned step
     joint: bool = False  # one of several processes that sum their gradients
     sync_bn: bool = False
 

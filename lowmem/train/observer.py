@@ -49,6 +49,3 @@ class Observer:
 
     def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
         """After each epoch, with its row of metrics.csv."""
-
-    def close(self) -> None:
-        """The run ended, in whatever way."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.remat.kernels import norm_backward, norm_first
+from lowmem.remat.batch_norm import norm_backward, norm_first
 
 
 class Processes:

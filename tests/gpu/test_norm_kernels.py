@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowmem.remat.kernels import norm_again, norm_backward, norm_first
+from lowmem.remat.batch_norm import norm_again, norm_backward, norm_first
 from lowmem.trial import native_norms
 from tests.exact.compare import FORMAT_NAMES, FORMATS
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from lowmem.models.resnet import BasicBlock, Bottleneck
 from lowmem.plan.policy import LEAN, SAVE_ALL, keep
 from lowmem.remat import decompose
+from lowmem.remat.batch_norm import norm_again, norm_first
 from lowmem.remat.executor import Run
-from lowmem.remat.kernels import norm_again, norm_first
 from tests.exact.compare import FORMAT_NAMES, FORMATS, small_net
 from tests.exact.processes import Processes, error_of_one_norm, relative_error, slices_of
 from tests.exact.schedules import segments, uniform

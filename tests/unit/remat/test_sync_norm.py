@@ -20,7 +20,7 @@ from lowmem.models.resnet import BasicBlock, Bottleneck
 from lowmem.plan.cost import Rates
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, PolicyKind, Schedule, Segment, keep
 from lowmem.remat import PlannedModule, apply_plan, decompose
-from lowmem.remat.kernels import global_statistics, norm_again, norm_backward, norm_first
+from lowmem.remat.batch_norm import global_statistics, norm_again, norm_backward, norm_first
 from lowmem.remat.stage import Stage
 from lowmem.simulate import StepShape, simulate_step
 from tests.exact.compare import FORMAT_NAMES, FORMATS, small_net
