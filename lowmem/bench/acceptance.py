@@ -56,8 +56,7 @@ class AcceptanceSetup(Setup):
 
 
 def acceptance_cells(setup: AcceptanceSetup) -> list[Cell]:
-    """Those of the kinds that are asked for, the ones that tell most for their time first: a short limit leaves out the
-    last."""
+    """Those of the kinds asked for, the ones that tell most for their time first: a short limit leaves out the last."""
     assert setup.vram_bytes is not None
     full, larger = setup.vram_bytes, _LARGER * setup.batch
 

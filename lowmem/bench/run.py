@@ -77,8 +77,7 @@ class Bench:
 
     def tasks(self) -> list[Task]:
         """The most important first: every cell once, then further rounds. In a round plain is first, for the others are
-        held against it, and the order of these is the round's own, so that whatever else the machine does hits all
-        alike."""
+        held against it, and their order is the round's own: whatever else the machine does hits all alike."""
         tasks = [(cell, 1) for cell in self.cells]
         for number in range(2, max((cell.rounds for cell in self.cells), default=0) + 1):
             again = [cell for cell in self.cells if cell.rounds >= number]

@@ -126,8 +126,7 @@ def account(setup: TableSetup, environment: Environment, cells: Sequence[Cell], 
 
 
 def _row(cell: Cell, plain: Cell | None, first: Cell | None) -> Row:
-    """`plain`: its step in the same mode, `first`: in fp32, contiguous; `ratios`, `first_ratios`: times these, round by
-    round."""
+    """`plain`: its step in the same mode, `first`: in fp32, contiguous; `*ratios`: times these, round by round."""
     plain = plain if cell.kind == "step" else None
     ratios = cell.ratios(plain)
     return {

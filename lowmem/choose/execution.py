@@ -128,8 +128,7 @@ def _network(config: Config, num_classes: int = 10) -> ResNet:
 
 def by_kind(precision: str, memory_format: str, tensor_cores: bool) -> dict[str, str]:
     """Precisions in the order they are to be tried, with a memory format for each, `auto` resolved without
-    measurements: with tensor cores mixed precision and channels-last pay; elsewhere mixed only where nothing else
-    fits."""
+    measurements: with tensor cores mixed precision and channels-last pay, elsewhere only mixed for want of memory."""
     if memory_format == "auto":
         memory_format = "channels-last" if tensor_cores else "contiguous"
     order = ("amp", "fp32") if tensor_cores else ("fp32", "amp")
@@ -221,8 +220,7 @@ def budget_of(
 ) -> tuple[Budget, Card | None]:
     """The budget for the step's tensors and, where it is known, the card whose rates predict time: the shipped profile
     of a device, else one made of what its driver tells and `calibrator` measures. Raises UsageError for an unknown card
-    or where there is nothing to fit into, Infeasible for too small a card, PreflightError for a CUDA device that does
-    not answer."""
+    or where there is nothing to fit into, Infeasible for too small a card, PreflightError if CUDA does not answer."""
     config = for_process(config, 0, 1)
     memory, numerics = config.memory, numerics_of(config.train)
     pictures_bytes, deterministic = train_pictures * _PICTURE_BYTES, numerics.deterministic

@@ -114,8 +114,7 @@ def _trained(folders: list[Path]) -> Path | None:
 
 
 def _follow(run: Path, interval: float) -> Live:
-    """Shows one run until nobody trains it: drawn on a terminal, else (log files, pipes) line by line. The last
-    state."""
+    """Shows a run until nobody trains it: drawn on a terminal, else (a file, a pipe) line by line -> last state."""
     watched, without, told = Live(run), 0, None
     console = Console(highlight=False)
     drawn = Redrawn(console=console, auto_refresh=False, vertical_overflow="crop")

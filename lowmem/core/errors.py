@@ -86,8 +86,7 @@ class DiskError(LowmemError, exit_code=ExitCode.DISK):
 
 
 class PeerLost(LowmemError, exit_code=ExitCode.TERMINATED):
-    """Another process of the run is gone, or does not answer. `dismissed`: torchrun knows, and has told this one to
-    leave."""
+    """Another process of the run is gone, or does not answer. `dismissed`: torchrun has told this one to leave."""
 
     def __init__(self, message: str, *, dismissed: bool = False) -> None:
         super().__init__(message)

@@ -30,8 +30,7 @@ def network(config: Config, classes: int = 10) -> ResNet:
 
 
 def network_shapes(config: Config) -> dict[str, Shape]:
-    """Name -> shape of the network's tensors, without making any. None: as many as there are classes, which only the
-    data tells."""
+    """Name -> shape of the network's tensors, without making any. None: as many as there are classes in the data."""
     return {
         name: (None, *tensor.shape[1:]) if name in ("linear.weight", "linear.bias") else tuple(tensor.shape)
         for name, tensor in network(config).state_dict().items()

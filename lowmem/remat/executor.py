@@ -84,8 +84,7 @@ class Run:
         return box.pop()
 
     def forward(self, schedule: Schedule, box: Box, *, want_output: bool = True) -> tuple[Tensor | None, list[Held]]:
-        """From the tensor in the box -> output and entries; without `want_output` the last stage computes only what it
-        keeps."""
+        """The tensor in the box -> output and entries; without `want_output` the last computes what it keeps."""
         entries: list[Held] = []
         dropped = False
         for item in schedule.items:

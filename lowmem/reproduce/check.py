@@ -30,8 +30,7 @@ from lowmem.train.observer import Observer
 def work(
     request: Mapping[str, Any], shown: Observer, begin: Callable[..., object], go_on: Callable[..., object]
 ) -> int:
-    """Does what is requested, with `lifecycle.run_training` and `resume_training`; returns the exit code. Raises
-    LowmemError."""
+    """Does what is requested, by `lifecycle.run_training` and `resume_training` -> exit code. Raises LowmemError."""
     job, limit = read_job(Path(request["out"])), request["max_steps"]
     members = [member for member in ALL if member.name in request["names"]]
     standings, measured = [standing_of(job, member, limit) for member in members], measured_before(job, members)

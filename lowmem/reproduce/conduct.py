@@ -259,8 +259,7 @@ class Conductor(StopSignals):
 
 
 def read_request() -> dict[str, Any]:
-    """In the process: the request on standard input; from then on whoever conducts the job is listened to. Raises
-    ValueError."""
+    """In the process: the request on standard input; from then on the conductor is listened to. Raises ValueError."""
     # Not buffered: what comes after the line is for the thread that listens.
     pipe = open(os.dup(sys.stdin.fileno()), "rb", buffering=0)  # noqa: SIM115
     with open(os.devnull, "rb") as nothing:  # what this process starts must not read of the pipe

@@ -32,8 +32,7 @@ from lowmem.train.schedule import learning_rate
 
 
 class Replica:
-    """Network, optimizer, step, batches, plan and state of a run in this process: one of the group's that train it, all
-    alike."""
+    """Network, optimizer, step, batches, plan and state of a run in this process: all of the group's are alike."""
 
     def __init__(
         self,
