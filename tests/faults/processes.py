@@ -165,6 +165,7 @@ class Served:
 
 
 def _serve(log: Path, arguments: list[str]) -> NoReturn:
+    os.setpgid(0, 0)  # a group that nobody above it waits for (tests in the background) would not stop by SIGTSTP
     torch.set_num_threads(1)
     lowmem.reproduce.conduct.Popen = ForkedProcess  # type: ignore[assignment,misc]
     code = 99

@@ -187,7 +187,7 @@ def test_paused_and_continued(tmp_path: Path) -> None:
     """Ctrl-Z reaches the process that conducts; the one that trains must not go on alone."""
     out = tmp_path / "job"
     # Long enough for a busy machine to bring the signal to it before its end.
-    job = reproduce(out, tmp_path / "log", *SMALL, "--only", "res20", "--epochs", "60")
+    job = reproduce(out, tmp_path / "log", *SMALL, "--only", "res20", "--epochs", "15")
     wait_for_steps(out / "res20", 2, job)
     trains = trained_by(out / "res20")
     job.signal(signal.SIGTSTP)
