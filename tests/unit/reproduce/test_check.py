@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -94,3 +96,10 @@ def test_other_pictures_are_refused_once_a_run_has_begun(tmp_path: Path) -> None
     look_ahead(moved, standings, Observer())
     with pytest.raises(UsageError, match="shapes holds other pictures than those"):
         look_ahead(moved, begun(standings), Observer())
+
+
+def test_a_process_that_trains_is_spared_what_only_the_look_ahead_needs() -> None:
+    """The library's counter of operations brings triton."""
+    probe = "import sys, lowmem.reproduce.check; assert not {'triton', 'torch.utils.flop_counter'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
