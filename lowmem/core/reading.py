@@ -44,10 +44,17 @@ def read_limited(path: Path, limit_bytes: int) -> bytes:
     return data
 
 
+def _integer(digits: str) -> int:
+    """Raises ValueError for one that no float comes near: nobody wrote it, and what divides by it fails."""
+    if len(digits) > _LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
 def parse_json(data: bytes | str) -> Any:
-    """`json.loads` for at most `DEEPEST_JSON` levels. Raises Unreadable."""
+    """`json.loads` for at most `DEEPEST_JSON` levels, whose numbers a float can hold. Raises Unreadable."""
     try:
-        value = json.loads(data)
+        value = json.loads(data, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"is no JSON ({shorten(str(error))})") from None
     level = [value]
@@ -84,13 +91,13 @@ def _refusal(words: str, at: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=words, problem_mark=at.start_mark)
 
 
-def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+def _yaml_integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     if len(node.value) > _LONGEST_NUMBER:
         raise _refusal("a number of too many digits", node)
     return loader.construct_yaml_int(node)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+_Loader.add_constructor("tag:yaml.org,2002:int", _yaml_integer)
 
 
 def parse_yaml(text: str) -> Any:

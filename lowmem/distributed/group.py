@@ -34,6 +34,7 @@ T = TypeVar("T")
 
 _MEETING_PAUSE_SECONDS = 0.02
 _PATIENCE = 6  # times the timeout
+_LETTING_GO_SECONDS = 10.0  # takes microseconds, on a busy machine some milliseconds
 
 
 # -- the batch ---------------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ class _Processes(Group):
 
     def most(self, values: Sequence[int]) -> list[int]:
         tensor = torch.tensor(values, dtype=torch.int64)
-        with _peers():
+        with _exchange(tensor):
             dist.all_reduce(tensor, dist.ReduceOp.MAX, self._small)
         return tensor.tolist()
 
@@ -177,7 +178,7 @@ class _Processes(Group):
         (longest,) = self.most([len(text)])
         mine = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)  # blanks after JSON mean nothing
         everyones = [torch.empty_like(mine) for _ in range(self.size)]
-        with _peers():
+        with _exchange(mine, *everyones):
             dist.all_gather(everyones, mine, self._small)
         return [json.loads(bytes(each.tolist())) for each in everyones]
 
@@ -187,20 +188,26 @@ class _Processes(Group):
         received: dict[str, Tensor] = {}
         for name, shape, dtype in self.share(table):
             tensor = known[name] if self.leads else torch.empty(shape, dtype=getattr(torch, dtype))
-            with _peers():
+            with _exchange(tensor):
                 dist.broadcast(tensor, 0, self._small)
             received[name] = tensor
         return received
 
     def total(self, tensor: Tensor) -> None:
-        with _peers():
+        with _exchange(tensor):
             dist.all_reduce(tensor, dist.ReduceOp.SUM, self._norms)
 
     def start_total(self, tensor: Tensor) -> Wait:
+        held = _Held(tensor)
         with _peers():
-            work = dist.all_reduce(tensor, dist.ReduceOp.SUM, async_op=True)
-        assert work is not None
-        return _peers()(work.wait)
+            works = [dist.all_reduce(tensor, dist.ReduceOp.SUM, async_op=True)]
+
+        def wait() -> None:
+            with _peers():
+                works.pop().wait()
+            held.until_let_go()
+
+        return wait
 
     def together(self, work: Callable[[], T]) -> T:
         failure: Exception | None = None
@@ -218,6 +225,29 @@ class _Processes(Group):
         if failure is None or self.rank != first:
             raise PeerError(first, *failures[first]) from failure
         raise failure
+
+
+class _Held:
+    """Tensors that go into a collective. gloo wakes who waits for it before its own threads let go of them: memory that
+    is taken for longer than it is used, and a thread that does so while the interpreter ends takes the process down."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        on_host: list[Any] = [tensor for tensor in tensors if not tensor.is_cuda]
+        self._before = [(tensor, tensor._use_count()) for tensor in on_host]
+
+    def until_let_go(self) -> None:
+        until = time.monotonic() + _LETTING_GO_SECONDS
+        while any(tensor._use_count() > count for tensor, count in self._before) and time.monotonic() < until:
+            time.sleep(0)  # they need the interpreter's lock
+
+
+@contextmanager
+def _exchange(*tensors: Tensor) -> Iterator[None]:
+    """Around a collective that is waited for: over when these are the caller's alone."""
+    held = _Held(*tensors)
+    with _peers():
+        yield
+    held.until_let_go()
 
 
 @contextmanager

@@ -236,11 +236,24 @@ def an_error_of_one_is_everyones(group: Group) -> None:
     assert group.lead(lambda: 5, 0) == (5 if group.leads else 0)
 
 
+def a_sum_is_the_callers_alone_when_it_is_there(group: Group) -> None:
+    """No thread of the transport holds it any more, which would be memory, and an abort where the interpreter ends."""
+    for _ in range(300):
+        tensor = torch.ones(64)
+        before = tensor._use_count()
+        group.total(tensor)
+        assert tensor._use_count() == before
+        group.start_total(tensor)()
+        assert tensor._use_count() == before
+    assert torch.equal(tensor, torch.full((64,), float(group.size**2)))
+
+
 CHECKS: dict[str, Check] = {
     check.__name__: check
     for check in (
         what_one_says_all_hear,
         an_error_of_one_is_everyones,
+        a_sum_is_the_callers_alone_when_it_is_there,
         gradients_are_the_sum_of_the_slices,
         mixed_precision_channels_last_and_micro_batches,
         norms_over_all_pictures_equal_one_process,

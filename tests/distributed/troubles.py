@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,21 +169,6 @@ def no_room_to_evaluate_in_one_process(group: Group) -> None:
     assert t.state.step_in_epoch == t.batches.steps_per_epoch
 
 
-def _let_go(group: Group) -> Any:
-    """Sums end when the transport has let go of what it summed. gloo wakes who waits before that: on a busy machine its
-    two threads hold the last sums of batch norms for a while yet, 512 bytes here, which a meter sees."""
-    total = group.total
-
-    def settled(tensor: Tensor) -> None:
-        held = tensor._use_count()
-        total(tensor)
-        until = time.monotonic() + 60
-        while tensor._use_count() > held and time.monotonic() < until:
-            time.sleep(0)
-
-    return mock.patch.object(group, "total", settled)
-
-
 def simulated_memory_is_what_a_step_takes(group: Group) -> None:
     """In every process, packs and sums included, to the byte."""
     data, shares = small.dataset(), even_shares(small.BATCH, group.size)
@@ -204,6 +188,6 @@ def simulated_memory_is_what_a_step_takes(group: Group) -> None:
             images, labels, size = t.next_batch(0, 0)
             state = [slots["momentum_buffer"] for slots in t.optimizer.state.values()]
             meter.adopt((*t.model.parameters(), *t.model.buffers(), *state, *undo.copies, images, labels))
-            with meter, _let_go(group):
+            with meter:
                 t.step(images, labels, 0.05, None, size)
             assert meter.peak_bytes == predicted, (meter.peak_bytes, predicted, alone, schedule)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
-from tests.faults.fuzzing import Reader, fuzz
+from tests.faults.fuzzing import Mutation, Reader, fuzz
 from tests.faults.readers import readers
 from tests.tiny import make_run
 
@@ -31,6 +32,22 @@ def test_no_traceback_and_no_hang(inputs: int, all_readers: list[Reader]) -> Non
     assert sum(one.hangs for one in tried) == 0
     assert sum(one.inputs for one in tried) == sum(-(-inputs // reader.one_in) for reader in all_readers) > 20 * inputs
     assert sum(one.refused for one in tried) > 6 * inputs
+
+
+def test_no_number_is_too_large(all_readers: list[Reader]) -> None:
+    """Each whole number of what they read, one after the other, becomes one that no float can hold."""
+
+    def mutations(data: bytes) -> tuple[Mutation, ...]:
+        spans = [match.span() for match in re.finditer(rb"(?<![\w.])\d+(?![\w.])", data[: 1 << 20])]
+        made = [data[:begin] + b"1" + b"0" * 400 + data[end:] for begin, end in spans]
+        return tuple(lambda rng, data, one=one: one for one in made)
+
+    tried = []
+    for reader in all_readers:
+        for one in mutations(reader.seed)[:60]:
+            tried.append(fuzz(replace(reader, mutations=(one,)), 1, seed=0))
+    assert {one.name: one.tracebacks for one in tried if one.tracebacks} == {}
+    assert len(tried) > 300
 
 
 def test_a_bug_would_be_seen() -> None:

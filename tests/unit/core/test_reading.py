@@ -72,6 +72,12 @@ def test_any_bytes_are_a_value_or_one_exception(data: bytes) -> None:
         parse_json(data)
 
 
+def test_numbers_are_bounded() -> None:
+    assert parse_json("9" * 60) == 10**60 - 1
+    with pytest.raises(Unreadable, match="a number of 61 digits"):
+        parse_json("9" * 61)
+
+
 def test_depth_is_bounded() -> None:
     assert parse_json("[" * DEEPEST_JSON + "]" * DEEPEST_JSON) is not None
     for depth in (DEEPEST_JSON + 1, 10**6):
