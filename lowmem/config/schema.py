@@ -3,6 +3,8 @@ gathered (recipe, file, flags, --set) is in `lowmem.config.settings`."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -10,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from lowmem.core.errors import UsageError
+from lowmem.core.reading import shorten
 from lowmem.core.units import parse_size
 
 BLOCK_LAYOUT: dict[tuple[int, str], tuple[int, int, int, int]] = {
@@ -24,6 +27,14 @@ BLOCK_LAYOUT: dict[tuple[int, str], tuple[int, int, int, int]] = {
 }
 _DEPTHS = sorted({depth for depth, _ in BLOCK_LAYOUT})
 ARCHITECTURES: tuple[str, ...] = tuple(f"{kind}{depth}" for kind in ("res", "cnn") for depth in _DEPTHS)
+SOURCES = ("cifar10", "fashion-mnist", "shapes")  # and folder:PATH
+
+
+def canonical_arch(name: str) -> str:
+    """`ResNet-110`, `resnet110` and `RES110` are `res110`, `plain-20` is `cnn20`; others come back as they are."""
+    plain = re.sub(r"[-_ ]", "", name.lower())
+    short = re.sub(r"^(resnet|plainnet|plain)(?=\d)", lambda found: "res" if found[1] == "resnet" else "cnn", plain)
+    return short if short in ARCHITECTURES else name
 
 
 def resolve_block(arch: str, block: str | None) -> str:
@@ -40,10 +51,18 @@ def resolve_block(arch: str, block: str | None) -> str:
     return block
 
 
-def _check_source(source: str) -> str:
-    if source in {"cifar10", "fashion-mnist", "shapes"} or (source.startswith("folder:") and len(source) > 7):
+def canonical_source(source: str) -> str:
+    """`CIFAR-10` is `cifar10`, `fashion_mnist` is `fashion-mnist`; the path of a folder, `pictures`, is
+    `folder:pictures`. Raises ValueError for what is neither a source nor a folder."""
+    plain = re.sub(r"[-_ ]", "", source.lower())
+    for known in SOURCES:
+        if plain == known.replace("-", ""):
+            return known
+    if source.startswith("folder:") and len(source) > 7:
         return source
-    raise ValueError(f"{source!r} is no data source: use cifar10, fashion-mnist, shapes or folder:PATH")
+    if os.path.isdir(os.path.expanduser(source)):
+        return f"folder:{source}"
+    raise ValueError(f"{shorten(source)!r} is no data source and no folder: use {', '.join(SOURCES)} or folder:PATH")
 
 
 Size = Annotated[
@@ -56,11 +75,13 @@ class Section(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
 
 
 class ModelConfig(Section):
-    """The network: a name of the family, its block (`basic`, `bottleneck`) and the stem's channels."""
+    """The network."""
 
-    arch: str = "res20"
-    block: Literal["basic", "bottleneck"] = "basic"
-    width: Annotated[int, Field(gt=0, le=4096)] = 64
+    arch: str = Field("res20", description=f"the network: {', '.join(ARCHITECTURES)} (cnn: without shortcuts)")
+    block: Literal["basic", "bottleneck"] = Field(
+        "basic", description="kind of residual block; default: what the report used at that depth"
+    )
+    width: int = Field(64, gt=0, le=4096, description="channels of the stem; later stages have 2, 4 and 8 times them")
 
     @model_validator(mode="before")
     @classmethod
@@ -69,48 +90,58 @@ class ModelConfig(Section):
             arch = values.get("arch", "res20")
             if not isinstance(arch, str):
                 raise ValueError(f"{arch!r} is no architecture name")
-            values = {**values, "block": resolve_block(arch, values.get("block"))}
+            arch = canonical_arch(arch)
+            values = {**values, "arch": arch, "block": resolve_block(arch, values.get("block"))}
         return values
 
 
 class DataConfig(Section):
-    """Where pictures come from. `root`: folder that holds (or receives) cifar10 and fashion-mnist files."""
+    """Where pictures come from."""
 
-    source: Annotated[str, AfterValidator(_check_source)] = "cifar10"
-    root: str = "data"
+    source: Annotated[str, AfterValidator(canonical_source)] = Field(
+        "cifar10", description="the pictures: cifar10, fashion-mnist, shapes (built in) or folder:PATH"
+    )
+    root: str = Field("data", description="folder that holds, or receives, the files of cifar10 and fashion-mnist")
     cache: str | None = Field(None, description="folder for decoded pictures; default: the user's cache folder")
-    download: bool = True
+    download: bool = Field(True, description="download cifar10 and fashion-mnist where they are missing")
     train_subset: PositiveInt | None = Field(
         None, description="train on this many pictures, the same share of every class, chosen by the seed"
     )
     test_subset: PositiveInt | None = Field(None, description="test on this many pictures, chosen likewise")
-    val_split: int = Field(default=0, ge=0, description="hold back this many training pictures")
+    val_split: int = Field(
+        default=0, ge=0, description="hold back this many training pictures, and choose the best weights on them"
+    )
     augment: bool = Field(True, description="random crop with padding 4 and random horizontal flip")
 
 
 class OptimConfig(Section):
-    """SGD (Sutskever et al. form as in torch.optim.SGD); weight decay on every parameter."""
+    """SGD, in the form of torch.optim.SGD (Sutskever et al.)."""
 
-    lr: PositiveFloat = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    nesterov: bool = False
+    lr: PositiveFloat = Field(0.1, description="learning rate before the first milestone of the schedule")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay, on every parameter")
+    nesterov: bool = Field(False, description="Nesterov's form of the momentum")
 
 
 class ScheduleConfig(Section):
-    """Step schedule. Milestones are epochs of a run of `reference_epochs`; a run of another length scales them.
+    """Step schedule. The low start (He et al. 2016, section 4.2: the 110-layer net begins at lr 0.01 until its training
+    error is under 80 %) ends at the latest at the first milestone, and is decided at the end of an epoch, from that
+    epoch's training error."""
 
-    `low_start`: He et al. (2016, section 4.2) start the 110-layer net at lr 0.01 until its training error is under
-    80 %. `auto`: for depths of 110 and more. It ends at the latest at the first milestone, and is decided at the end
-    of an epoch, from that epoch's training error.
-    """
-
-    milestones: tuple[PositiveFloat, ...] = (81, 122)
-    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    reference_epochs: PositiveInt = 164
-    low_start: Literal["auto", "always", "never"] = "auto"
-    low_start_lr: PositiveFloat = 0.01
-    low_start_until_error_pct: Annotated[float, Field(gt=0, lt=100)] = 80.0
+    milestones: tuple[PositiveFloat, ...] = Field(
+        (81, 122), description="epochs, of a run of reference_epochs, after which the learning rate is lowered"
+    )
+    gamma: float = Field(0.1, gt=0, lt=1, description="what the learning rate is multiplied by at a milestone")
+    reference_epochs: PositiveInt = Field(
+        164, description="length of the run that the milestones are for; one of another length scales them"
+    )
+    low_start: Literal["auto", "always", "never"] = Field(
+        "auto", description="begin with low_start_lr until the net learns; auto: from 110 layers on"
+    )
+    low_start_lr: PositiveFloat = Field(0.01, description="learning rate of the low start")
+    low_start_until_error_pct: float = Field(
+        80.0, gt=0, lt=100, description="the low start ends when the training error is under this, in per cent"
+    )
 
     @model_validator(mode="after")
     def _rising(self) -> ScheduleConfig:
@@ -120,15 +151,24 @@ class ScheduleConfig(Section):
 
 
 class TrainConfig(Section):
-    """The step. `batch` is the effective batch; `micro_batch` pictures at a time go through the network."""
+    """The step, its kernels, and what is done about a run that goes wrong."""
 
-    epochs: Annotated[int, Field(gt=0, le=1_000_000)] = 164
-    batch: Annotated[int, Field(gt=0, le=1 << 24)] = 128
-    micro_batch: PositiveInt | None = None
+    epochs: int = Field(164, gt=0, le=1_000_000, description="length of the run; the schedule is scaled to it")
+    batch: int = Field(
+        128, gt=0, le=1 << 24, description="pictures of a step of the optimizer; auto: the fastest that fits"
+    )
+    micro_batch: PositiveInt | None = Field(
+        None,
+        description="pictures at a time through the network; gradients accumulate to the batch; default: as planned",
+    )
     max_steps: PositiveInt | None = Field(None, description="stop after this many steps (trials)")
-    precision: Literal["auto", "fp32", "amp"] = "auto"
-    memory_format: Literal["auto", "contiguous", "channels-last"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "amp"] = Field(
+        "auto", description="amp: mixed precision, fp16 on CUDA and bf16 on the CPU; auto: where it is faster or needed"
+    )
+    memory_format: Literal["auto", "contiguous", "channels-last"] = Field(
+        "auto", description="order of the axes of pictures and weights in memory; auto: what is faster there"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto: cuda where it works")
     deterministic: bool = Field(
         True, description="CUDA: kernels that give the same bits every time, so that a resumed run has them too"
     )
@@ -141,12 +181,12 @@ class TrainConfig(Section):
         "ones (in place, another rounding); auto: the library's",
     )
     eval_batch: PositiveInt | None = Field(None, description="pictures at a time in evaluation; default: batch")
-    log_every_steps: PositiveInt = 20
+    log_every_steps: PositiveInt = Field(20, description="steps between two rows of steps.csv")
     grad_norms_every: PositiveInt | None = Field(
         None,
         description="steps between two records of the layers' gradient norms; default: an epoch's tenth, at most 100",
     )
-    on_stuck: Literal["warn", "stop"] = Field("warn", description="what a run that does not learn does")
+    on_stuck: Literal["warn", "stop"] = Field("warn", description="what a run that learns nothing does")
     on_nan: Literal["rollback", "stop"] = Field(
         "rollback", description="what a run does whose loss is no number any more, or has exploded"
     )
@@ -169,32 +209,40 @@ class TrainConfig(Section):
 
 
 class MemoryConfig(Section):
-    """What the step must fit into. Without any of these the CPU trains unplanned, and a CUDA device has what is free.
+    """What the step must fit into. Without any of it the CPU trains unplanned, and a CUDA device has what is free."""
 
-    `vram`: bytes, or text like `6G`; on the CPU it bounds the step's tensors, with a card or on CUDA it is the memory
-    of the (then emulated) card. `card`: a profile by name or path, or for several processes one each, with commas
-    between; `platform`: the machine it is in, for the share of its memory that is usable. `auto_batch`: choose the
-    batch with the most pictures per second that fits; written `train.batch: auto`. `calibrate`: predict time and
-    workspace by what was measured on this device (`auto`: on CUDA), measuring what was not measured yet. `confirm`:
-    whether a plan is tried with real steps in a process of its own before the run (`auto`: on CUDA).
-    """
-
-    vram: Size | None = None
-    card: str | None = None
-    platform: Literal["auto", "linux", "linux-display", "windows"] = "auto"
-    calibrate: Literal["auto", "always", "never"] = "auto"
-    allow_accumulation: bool = True
-    auto_batch: bool = False
-    confirm: Literal["auto", "always", "never"] = "auto"
+    vram: Size | None = Field(
+        None,
+        description="memory of the card, which is emulated if it is smaller than the real one, like 6G; on the CPU it "
+        "bounds the step's tensors",
+    )
+    card: str | None = Field(
+        None, description="plan for this card: a name of `lowmem cards` or a .yaml file; A,B: one for each process"
+    )
+    platform: Literal["auto", "linux", "linux-display", "windows"] = Field(
+        "auto", description="the machine the card is in, for the share of its memory that can be used"
+    )
+    calibrate: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="predict time and workspace by what is measured on this device; auto: on CUDA",
+    )
+    allow_accumulation: bool = Field(
+        True, description="accumulate gradients where nothing else fits, which under batch norm computes otherwise"
+    )
+    auto_batch: bool = Field(
+        False, description="choose the batch with the most pictures a second that fits; the same as train.batch=auto"
+    )
+    confirm: Literal["auto", "always", "never"] = Field(
+        "auto", description="try a plan with real steps in a process of its own before the run; auto: on CUDA"
+    )
 
 
 class CheckpointConfig(Section):
-    """When to save: after every epoch, and so often that a kill loses no more than N minutes and N steps if set.
-    `keep` good generations stay."""
+    """When to save: after every epoch, and more often."""
 
-    every_minutes: PositiveFloat | None = 10.0
-    every_steps: PositiveInt | None = None
-    keep: Annotated[int, Field(ge=2)] = 2
+    every_minutes: PositiveFloat | None = Field(10.0, description="a kill loses this many minutes at most; null: any")
+    every_steps: PositiveInt | None = Field(None, description="a kill loses this many steps at most; null: any")
+    keep: int = Field(2, ge=2, description="how many good checkpoints stay")
     keep_every: PositiveInt | None = Field(None, description="keep those of every N-th epoch too, to fork from")
 
     @property
@@ -204,8 +252,10 @@ class CheckpointConfig(Section):
 
 
 class Config(Section):
-    recipe: str = "report"
-    seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 0
+    """Every setting, by section."""
+
+    recipe: str = Field("report", description="settings to begin with: a shipped recipe (report) or a .yaml file")
+    seed: int = Field(0, ge=0, lt=1 << 64, description="of initial weights, order of the pictures and augmentation")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
@@ -223,6 +273,8 @@ _OPERATIONAL = {
     "checkpoint": "every_minutes every_steps keep keep_every",
 }
 OPERATIONAL = frozenset(f"{section}.{name}" for section, names in _OPERATIONAL.items() for name in names.split())
+# What a fork cannot change, beside the network: it decides other settings when a run is begun.
+ONLY_AT_THE_BEGINNING = frozenset({"recipe", "memory.auto_batch"})
 
 
 def for_process(config: Config, rank: int, size: int) -> Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from lowmem.config.catalogue import catalogue, nearest
 from lowmem.config.schema import OPERATIONAL, Config, dotted, flatten, known_keys, nest
 from lowmem.core.errors import LowmemError, UsageError
 from lowmem.core.reading import (
@@ -79,55 +79,44 @@ def gather(
 
 def validate(flat: Mapping[str, object], sources: Mapping[str, str]) -> Config:
     """Dotted names -> Config. Raises UsageError of one line."""
-    defaults = flatten(Config())
     for key, value in flat.items():
-        if isinstance(value, bool) and key in defaults and not isinstance(defaults[key], bool):
-            raise UsageError(f"{key} = {str(value).lower()} (from {sources.get(key, 'caller')}): is no yes or no")
+        # YAML reads off, no, on and yes so, and pydantic takes a boolean for a number.
+        if isinstance(value, bool) and key in catalogue() and not isinstance(catalogue()[key].default, bool):
+            shown = f"{key} = {str(value).lower()} (from {sources.get(key, 'caller')})"
+            raise UsageError(f"{shown}: it takes {catalogue()[key].kind}")
     try:
         return Config.model_validate(nest(flat))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
         message = first["msg"].removeprefix("Value error, ")
+        if key in catalogue() and first["type"] not in ("value_error", "extra_forbidden"):
+            message = f"it takes {catalogue()[key].kind}"
         shown = f" = {shorten(repr(flat[key]))}" if key in flat else ""
         where = f" (from {sources[key]})" if key in sources else ""
         raise UsageError(f"{shorten(key)}{shown}{where}: {shorten(message[0].lower() + message[1:], 500)}") from None
 
 
 def parse_set(text: str) -> tuple[str, object]:
-    """`"optim.lr=0.01"` -> ("optim.lr", 0.01); the value is read as YAML. Raises UsageError."""
+    """`"optim.lr=0.01"` -> ("optim.lr", 0.01); the value is read as YAML, but what takes text has it as it is typed:
+    `data.root=2024`. Raises UsageError."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UsageError(f"--set {shorten(text)!r} is not of the form dotted.key=value, like --set optim.lr=0.01")
     _check_key(key.strip(), "--set")
     try:
-        return key.strip(), parse_yaml(value)
+        read = parse_yaml(value)
+        typed = catalogue()[key.strip()].is_text and not isinstance(read, str | None | list | dict)
+        return key.strip(), value.strip() if typed else read
     except yaml.YAMLError:
         raise UsageError(f"--set {shorten(text)!r}: the value cannot be read: quote it as YAML does") from None
 
 
-# What other trainers call it; spelling alone would lead elsewhere.
-_OTHER_NAMES = {
-    "learning_rate": "optim.lr",
-    "batch_size": "train.batch",
-    "wd": "optim.weight_decay",
-    "num_epochs": "train.epochs",
-    "max_epochs": "train.epochs",
-    "dataset": "data.source",
-    "random_seed": "seed",
-}
-
-
 def _check_key(key: str, source: str) -> None:
-    valid = known_keys()
-    if key in valid:
-        return
-    last = key.rpartition(".")[2]
-    near = [_OTHER_NAMES[last]] if last in _OTHER_NAMES else []
-    near += difflib.get_close_matches(key[:100], valid, n=1, cutoff=0.5)
-    near += [name for name in valid if name.rpartition(".")[2] == last]
-    hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(valid)}"
-    raise UsageError(f"unknown setting {shorten(key)!r} (from {source}): {hint}")
+    if key not in known_keys():
+        near = nearest(key)
+        hint = f"did you mean {near!r}?" if near else "`lowmem settings` lists them"
+        raise UsageError(f"unknown setting {shorten(key)!r} (from {source}): {hint}")
 
 
 def read_yaml(path: Path, hint: str) -> tuple[Any, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lowmem.choose.decide import RecordedRun, batch_chosen
 from lowmem.choose.execution import resolve_execution
-from lowmem.config.schema import Config, flatten
+from lowmem.config.schema import ONLY_AT_THE_BEGINNING, Config, flatten
 from lowmem.config.settings import Settings
 from lowmem.core.errors import CorruptCheckpoint, LowmemError, PreflightError, UsageError
 from lowmem.core.reading import shorten
@@ -110,7 +110,7 @@ def check(old: Config, new: Config) -> Changes:
                 f"{key} cannot become {after[key]!r} in a fork: the weights are for {before[key]!r} only; "
                 "start a new run with `lowmem train`"
             )
-        if key in ("recipe", "memory.auto_batch"):
+        if key in ONLY_AT_THE_BEGINNING:
             raise UsageError(
                 f"{key} decides other settings when a run is begun, and cannot be changed in a fork: set those with "
                 "--set, or start a new run with `lowmem train`"

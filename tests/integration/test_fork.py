@@ -101,7 +101,7 @@ def test_more_epochs_leave_the_ones_there_were_as_they_were(parent: Path, tmp_pa
         (2, {"recipe": "other"}, "cannot be changed in a fork"),
         (3, {"optim.lr": 0.02}, "ask for more"),
         (3, {"train.epochs": 2}, "ask for more"),
-        (2, {"optim.lr": -1}, "greater than 0"),
+        (2, {"optim.lr": -1}, "a number > 0"),
         ("step:6", {"train.batch": 25}, r"train.batch changes which picture comes when.*step 6 .*epoch 2: fork at"),
         ("step:6", {"seed": 1}, "seed changes which picture"),
         ("step:6", {"data.train_subset": 100}, "train_subset changes which picture"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lowmem.config.schema import OPERATIONAL, Config, flatten, known_keys
+from lowmem.config.schema import OPERATIONAL, Config, ModelConfig, flatten, known_keys
 from lowmem.config.settings import from_yaml, gather, parse_set, refuse_changes, to_yaml
 from lowmem.core.errors import UsageError
 
@@ -54,14 +54,25 @@ def test_every_setting_is_recorded_and_read_back(tmp_path: Path) -> None:
         (["foo"], "dotted.key=value"),
         (["optim.lr=-1"], r"optim.lr = -1 \(from --set\)"),
         (["train.batch=-5"], "train.batch = -5"),
-        (["train.batch=many"], "valid integer"),
+        (["train.batch=many"], "it takes a whole number > 0"),
+        (["nonsense=1"], "unknown setting 'nonsense'.*: `lowmem settings` lists them"),
+        (["optim.mom=1"], "did you mean 'optim.momentum'"),
+        (["learning-rate=1"], "did you mean 'optim.lr'"),
+        (["tensorbord=true"], "did you mean 'train.tensorboard'"),
+        # YAML's booleans, where something else is to be chosen or counted.
+        (["schedule.low_start=false"], "low_start = false .*: it takes auto, always or never"),
+        (["train.on_stuck=off"], "it takes warn or stop"),
+        (["data.train_subset=yes"], "it takes a whole number > 0, or null"),
+        (["train.precision=fp64"], "it takes auto, fp32 or amp"),
+        (["data.download=maybe"], "it takes true or false"),
+        (["memory.vram=on"], "it takes a size like 6G"),
         (["optim.lr=.nan"], "optim.lr"),
         (["schedule.milestones=[122, 81]"], "rising order"),
         (["train.micro_batch=200"], "larger than batch 128"),
         (["data.source=imagenet"], "no data source"),
         (["model.arch=res21"], "choose one of res20"),
         (["model.arch=[1]"], "no architecture name"),
-        (["checkpoint.keep=1"], "greater than or equal to 2"),
+        (["checkpoint.keep=1"], "a whole number >= 2"),
         (["optim.lr={a: ["], "quote it"),
     ],
 )
@@ -103,6 +114,43 @@ def test_parse_set_reads_yaml() -> None:
     assert parse_set("schedule.milestones=[1, 2]") == ("schedule.milestones", [1, 2])
     assert parse_set("data.source=folder:a=b") == ("data.source", "folder:a=b")
     assert parse_set("data.cache=null") == ("data.cache", None)
+    # What is text is text, whatever YAML makes of it.
+    assert parse_set("data.root=2024") == ("data.root", "2024")
+    assert parse_set("data.root=on") == ("data.root", "on")
+    assert parse_set("data.root='a b'") == ("data.root", "a b")
+
+
+@pytest.mark.parametrize(
+    ("given", "canonical"),
+    [("RES20", "res20"), ("resnet20", "res20"), ("ResNet-110", "res110"), ("cnn_56", "cnn56"), ("plain-20", "cnn20")],
+)
+def test_a_network_by_its_other_names(given: str, canonical: str) -> None:
+    settings = gather(flags={"model.arch": given})
+    assert settings.config.model == ModelConfig(arch=canonical)
+    assert f"arch: {canonical}  # flag" in to_yaml(settings)
+    assert settings.replace({"model.arch": "res56"}, "test").config.model.arch == "res56"
+
+
+@pytest.mark.parametrize(
+    ("given", "canonical"),
+    [
+        ("CIFAR10", "cifar10"),
+        ("cifar-10", "cifar10"),
+        ("fashion_mnist", "fashion-mnist"),
+        ("FashionMNIST", "fashion-mnist"),
+        ("Shapes", "shapes"),
+        ("pictures", "folder:pictures"),
+        ("./shapes", "folder:./shapes"),
+        ("folder:nowhere", "folder:nowhere"),  # whether it is there is for the data to say
+    ],
+)
+def test_data_by_its_other_names(given: str, canonical: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("pictures", "shapes"):
+        (tmp_path / name).mkdir()
+    settings = gather(flags={"data.source": given})
+    assert settings.config.data.source == canonical
+    assert f"source: {canonical}  # flag" in to_yaml(settings)
 
 
 def test_only_operational_settings_may_differ_on_resume() -> None:
