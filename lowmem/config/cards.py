@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
+from lowmem.config.catalogue import either
 from lowmem.config.schema import Section, Size
 from lowmem.config.settings import read_yaml
 from lowmem.core.errors import UsageError
@@ -53,7 +54,7 @@ class Card(Section):
         alias="bandwidth_gb_per_second"
     )
     fp32_flops_per_second: Annotated[Rate, AfterValidator(lambda tera: tera * 1e12)] = Field(alias="fp32_tflops")
-    fp16: Literal["1/64", "2:1", "tensor-cores"]  # arithmetic in halves, to that in fp32
+    fp16: Literal["none", "1/64", "2:1", "tensor-cores"]  # arithmetic in halves, to that in fp32
     pcie: Annotated[str, Field(pattern=r"^[0-9]\.0x(1|2|4|8|16)$"), AfterValidator(_known_link)]
     context_bytes: Size = Field(alias="context")
     usable: UsableShare
@@ -91,16 +92,19 @@ def has_tensor_cores(name: str, capability: tuple[int, int]) -> bool:
 
 
 def load_card(name: str) -> Card:
-    """A shipped profile by name (`gtx1060-6g`; `GTX 1060 6G` is taken too) or the user's own by path (`*.yaml`).
-    Raises UsageError for an unknown card, with the nearest names, and for a file that is no profile."""
+    """A shipped profile by name (`gtx1060-6g`; `GTX 1060 6G` and, for a GTX 970, `970` are taken too) or the user's own
+    by path (`*.yaml`). Raises UsageError for an unknown card, with the nearest names, and for a file that is no
+    profile."""
     path = Path(name)
     if not name.endswith((".yaml", ".yml")):
         by_key, key = {_key(known): known for known in profile_names("cards")}, _key(name)
-        if key not in by_key:
-            close = [by_key[match] for match in get_close_matches(key[:100], by_key, n=3, cutoff=0.6)]
-            hint = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(by_key.values())}"
+        known = next((by_key[full] for full in (key, f"gtx{key}", f"rtx{key}") if full in by_key), None)
+        if known is None:
+            near = [match for match in by_key if key and (key in match or match in key)]
+            near = near or get_close_matches(key[:100], by_key, n=3, cutoff=0.6)
+            hint = f"did you mean {either([by_key[match] for match in near])}?" if near else "`lowmem cards` lists them"
             raise UsageError(f"unknown card {shorten(name)!r}: {hint}, or give the path of a .yaml file")
-        path = profiles_folder("cards") / f"{by_key[key]}.yaml"
+        path = profiles_folder("cards") / f"{known}.yaml"
     elif not os.path.isfile(path):
         raise UsageError(f"there is no card profile {shorten(name)}")
     try:
@@ -114,7 +118,7 @@ def load_card(name: str) -> Card:
 def find_card(device_name: str, memory_bytes: int) -> Card | None:
     """The profile of a card as its driver calls it (`NVIDIA GeForce GTX 1060 6GB`), by name and, where several have it,
     by memory; None if there is none."""
-    base = _key(re.sub(r"nvidia|geforce|\bgpu\b|\d+\s*gb?\b", " ", device_name.lower()))
+    base = _key(re.sub(r"\d+\s*gb?\b", " ", device_name.lower()))
     for card in map(load_card, profile_names("cards")):
         near = abs(card.memory_bytes - memory_bytes) < 0.1 * card.memory_bytes
         if near and _key(re.sub(r" \d+G$", "", card.name)) == base:
@@ -123,5 +127,6 @@ def find_card(device_name: str, memory_bytes: int) -> Card | None:
 
 
 def _key(name: str) -> str:
-    """`GTX 1060 6G`, `gtx1060-6g` and `GTX1060_6G` are the same."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+    """`GTX 1060 6G`, `gtx1060-6g` and `NVIDIA GeForce GTX 1060 6GB` are the same."""
+    plain = re.sub(r"nvidia|geforce|\bgpu\b|(?<=\dg)b\b", " ", name.lower())
+    return re.sub(r"[^a-z0-9]", "", plain)
