@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowmem.cli import completion
+
 if TYPE_CHECKING:
     from lowmem.config.settings import Settings
 
@@ -81,8 +83,9 @@ FLAGS = (
     Flag("--recalibrate/--no-recalibrate", "", bool, {"plan": "Measure this machine's card again, and plan by that."}),
     Flag("--interval", "", float, {"watch": "Seconds between two looks."}, least=0.05, most=3600.0, default=1.0),
     Flag("--once", "", bool, {"watch": "Say how it stands, and leave."}),
+    Flag("--clear", "", bool, {"cache": "Remove it: all of it can be made again."}),
     Flag("--json", "", bool, {
-        "ls": "Print everything known as JSON.",
+        "ls settings cards cache": "Print everything known as JSON.",
         "verify doctor": "Print the findings as JSON.",
         "watch": "With --once: as JSON.",
         "plan": "Print the plan as JSON.",
@@ -127,7 +130,12 @@ FLAGS = (
     }),
     Flag("--epochs", "train.epochs", int, {
         "train": "Epochs; the schedule is scaled to them.",
+        "fork": "Another number of epochs; the schedule's milestones stay where they were.",
         "reproduce": "Epochs of each run; the schedule is scaled to them.",
+    }),
+    Flag("--lr", "optim.lr", float, {
+        "train reproduce": "Learning rate to begin with (0.1).",
+        "fork": "Another learning rate, from there on.",
     }),
     Flag("--recipe", "recipe", str, {"train reproduce": "A shipped recipe (report) or the path of a .yaml file."}),
     Flag("--precision", "train.precision", str, {
@@ -167,6 +175,11 @@ FLAGS = (
         f"{_STARTS} resume fork": "Any setting by its dotted name.",
     }, metavar="KEY=VALUE", default=[]),
 )  # fmt: skip
+
+
+def flags_of(command: str) -> set[str]:
+    """As they are typed."""
+    return {flag.name for flag in FLAGS if command in " ".join(flag.helps).split()}
 
 
 @dataclass(frozen=True)
@@ -219,7 +232,10 @@ def takes_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _option(flag: Flag, text: str) -> inspect.Parameter:
-    option = typer.Option(flag.name, metavar=flag.metavar, min=flag.least, max=flag.most, help=text)
+    complete = completion.settings if flag.name == "--set" else completion.of_setting(flag.setting)
+    option = typer.Option(
+        flag.name, metavar=flag.metavar, min=flag.least, max=flag.most, help=text, autocompletion=complete
+    )
     default = False if flag.kind is bool and not flag.setting else flag.default
     kind = flag.kind if default is not None else flag.kind | None
     default = inspect.Parameter.empty if default is ... else default

@@ -9,11 +9,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.main import get_command
 
+from lowmem.cli import completion
 from lowmem.cli.flags import Given, takes_flags
 from lowmem.core.errors import ExitCode, Interrupted, LowmemError, PeerError, PeerLost, UsageError
 from lowmem.core.reading import shorten
@@ -27,7 +28,6 @@ _JOINT = ("train", "resume")  # what several processes do together
 app = typer.Typer(
     help="Train deep networks on cards that are too small for them, and never lose a run.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -44,6 +44,11 @@ def _version(wanted: bool) -> None:
 
         print(f"lowmem {__version__}")
         raise typer.Exit
+
+
+def _runs(text: str) -> Any:
+    """An argument for run folders, which a shell can complete."""
+    return typer.Argument(help=text, autocompletion=completion.runs)
 
 
 @app.callback()
@@ -71,7 +76,7 @@ def train(given: Given, out: Path | None, dry_run: bool) -> None:
 @command
 def resume(
     given: Given,
-    run: Annotated[Path, typer.Argument(help="The run folder, like runs/res110.")],
+    run: Annotated[Path, _runs("The run folder, like runs/res110.")],
     epochs: int | None,
     out: Path | None,
 ) -> None:
@@ -92,7 +97,7 @@ def resume(
 @command
 def fork(
     given: Given,
-    run: Annotated[Path, typer.Argument(help="The run to start from; it is only read.")],
+    run: Annotated[Path, _runs("The run to start from; it is only read.")],
     at: str,
     out: Path | None,
     dry_run: bool,
@@ -120,9 +125,7 @@ def ls(
 
 
 @command
-def verify(
-    run: Annotated[Path, typer.Argument(help="The run folder, like runs/res110; it is only read.")], json: bool
-) -> None:
+def verify(run: Annotated[Path, _runs("The run folder, like runs/res110; it is only read.")], json: bool) -> None:
     """Check a run folder: its checkpoints, settings, plan, rows and weights, and where a resume would go on."""
     from lowmem.cli.show import show_verify
 
@@ -131,7 +134,7 @@ def verify(
 
 @command
 def watch(
-    run: Annotated[Path, typer.Argument(help="A run folder, or one that holds runs: then whichever is being trained.")],
+    run: Annotated[Path, _runs("A run folder, or one that holds runs: then whichever is being trained.")],
     interval: float,
     once: bool,
     json: bool,
@@ -143,9 +146,7 @@ def watch(
 
 
 @command
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.")], out: Path | None, html: bool, tensorboard: bool
-) -> None:
+def report(runs: Annotated[list[Path], _runs("Run folders.")], out: Path | None, html: bool, tensorboard: bool) -> None:
     """Final errors, loss curves, test-error curves, and pairs with and without shortcuts."""
     from lowmem.cli.show import show_report
     from lowmem.report import write_report
@@ -170,6 +171,36 @@ def doctor(given: Given, out: Path | None, json: bool) -> None:
     from lowmem.cli.show import show_doctor
 
     raise typer.Exit(show_doctor(settings.config, out, json))
+
+
+@command
+def settings(
+    pattern: Annotated[
+        str | None, typer.Argument(help="Part of a name or meaning, like lr or memory.*; default: all.")
+    ] = None,
+    *,
+    json: bool,
+) -> None:
+    """What can be set: name, default, what it takes, what may still change it, its flag; and what it means."""
+    from lowmem.cli.listing import show_settings
+
+    show_settings(pattern, json)
+
+
+@command
+def cards(json: bool) -> None:
+    """The cards that can be planned for: memory, compute capability and rates, by their makers' datasheets."""
+    from lowmem.cli.listing import show_cards
+
+    show_cards(json)
+
+
+@command
+def cache(clear: bool, json: bool) -> None:
+    """What lowmem keeps between runs: where, how large, what kinds of things."""
+    from lowmem.cli.listing import show_cache
+
+    show_cache(clear, json)
 
 
 @command
@@ -272,7 +303,10 @@ def _run(arguments: list[str] | None) -> int:
         # The usage errors of the library under typer: unknown options, missing arguments.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             command_path = getattr(getattr(error, "ctx", None), "command_path", "lowmem")
-            return _lowmem_error(UsageError(f"{error.format_message()} (see `{command_path} --help`)"))
+            from lowmem.cli.hints import explain
+
+            words = explain(error, sys.argv[1:] if arguments is None else arguments)
+            return _lowmem_error(UsageError(f"{words} (see `{command_path} --help`)"))
         report_failure(error)
         raise
 

@@ -36,7 +36,10 @@ def surface() -> str:
         lines += [f"lowmem {name}{' (hidden)' if command.hidden else ''}".strip(), *_filled(command.help, "    ")]
         types = _types(callback)
         for parameter in sorted(command.params, key=lambda known: known.opts[0]):
-            lines += _parameter(parameter, *types[parameter.name])
+            # Those for completion are the library's own.
+            lines += (
+                _parameter(parameter, *types[parameter.name]) if parameter.name in types else [f"  {parameter.opts[0]}"]
+            )
         lines.append("")
     lines.append("settings (* may differ on resume)")
     lines += [f"  {text}" for text in _settings(Config, "")]

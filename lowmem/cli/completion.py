@@ -1,0 +1,66 @@
+"""What a shell offers for a value that is being typed. Nothing of it is imported before it is asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+
+Completion = Callable[[str], list[str]]
+
+
+def of_setting(name: str) -> Completion | None:
+    """For the flag of a setting, by its dotted name; None for a flag that is none."""
+    known = {"": None, "model.arch": _networks, "memory.card": _cards, "data.source": _sources}
+    return known[name] if name in known else _choices(name)
+
+
+def _choices(name: str) -> Completion:
+    def complete(incomplete: str) -> list[str]:
+        from lowmem.config.catalogue import catalogue
+
+        return _beginning(incomplete, catalogue()[name].choices)
+
+    return complete
+
+
+def settings(incomplete: str) -> list[str]:
+    """`optim.lr=`, for --set."""
+    from lowmem.config.schema import known_keys
+
+    return _beginning(incomplete, (f"{name}=" for name in known_keys()))
+
+
+def runs(incomplete: str) -> list[str]:
+    """Run folders, in the folder that is being typed or in `runs`."""
+    folder = os.path.dirname(incomplete) or "runs"
+    return [path for path in _folders(incomplete, folder) if os.path.isfile(os.path.join(path, "config.yaml"))]
+
+
+def _networks(incomplete: str) -> list[str]:
+    from lowmem.config.schema import ARCHITECTURES
+
+    return _beginning(incomplete, ARCHITECTURES)
+
+
+def _cards(incomplete: str) -> list[str]:
+    from lowmem.core.reading import profile_names
+
+    return _beginning(incomplete, profile_names("cards"))
+
+
+def _sources(incomplete: str) -> list[str]:
+    from lowmem.config.schema import SOURCES
+
+    return _beginning(incomplete, SOURCES) + _folders(incomplete, os.path.dirname(incomplete))
+
+
+def _folders(incomplete: str, folder: str) -> list[str]:
+    try:
+        names = sorted(one.name for one in os.scandir(folder or ".") if one.is_dir() and not one.name.startswith("."))
+    except OSError:
+        return []
+    return _beginning(incomplete, (os.path.join(folder, name) for name in names))
+
+
+def _beginning(incomplete: str, values: Iterable[str]) -> list[str]:
+    return [value for value in values if value.startswith(incomplete)]
