@@ -47,6 +47,9 @@ def execute(begin: New | Resume, observer: Observer | None = None) -> Outcome:
         group.together(lambda: refuse_unfit(group, config))
         dataset = _load_data(group, config, observer)
         size = DataSize(len(dataset.classes), len(dataset.train))
+        if recorded is None and not config.memory.auto_batch and config.train.batch > len(dataset.train):
+            # No refusal: all pictures in a step can be meant, and a trial on a few keeps the recipe's batch.
+            observer.warning(_describe_large_batch(config.train.batch, len(dataset.train)))
         confirm = partial(confirm_run, num_classes=size.classes, train_pictures=len(dataset.train), tell=observer.note)
         wanted = confirm if wants_confirmation(config) else None
         decision = decide(settings, size, group, recorded=recorded, confirm=wanted, tell=observer)
@@ -156,6 +159,13 @@ def _out_of_memory(path: Path) -> Iterator[None]:
             f"{failure.words} ({failure.message}); the last checkpoint, if there is one, stands: free what others use, "
             f"or give less to plan for, like `lowmem resume {path} --vram 4G`"
         )
+
+
+def _describe_large_batch(batch: int, pictures: int) -> str:
+    return (
+        f"batch {batch:,} is more than the {pictures:,} training pictures: an epoch is one step of all of them, and a "
+        f"plan is for {batch:,}; give --batch {pictures} or less"
+    )
 
 
 def _describe_batch_norm(group: Group, config: Config, split: Split) -> str:

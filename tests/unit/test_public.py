@@ -25,6 +25,12 @@ def test_the_package_itself_is_light() -> None:
     assert subprocess.run([sys.executable, "-c", probe], timeout=60).returncode == 0
 
 
+def test_the_public_names_are_listed_without_being_imported() -> None:
+    probe = "import sys, lowmem; assert set(dir(lowmem)) == set(lowmem.__all__); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", probe], timeout=60).returncode == 0
+    assert all(getattr(lowmem, name) is not None for name in dir(lowmem))
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         lowmem.trian  # noqa: B018

@@ -9,7 +9,8 @@ import pytest
 
 from lowmem.cli.main import main
 
-SMALL = ["--arch", "res20", "--width", "2", "--data", "shapes", "--epochs", "1", "--set", "data.train_subset=100"]
+FEW = ["--arch", "res20", "--width", "2", "--data", "shapes", "--epochs", "1", "--set", "data.train_subset=100"]
+SMALL = [*FEW, "--batch", "50"]
 
 
 def _leave(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[int, str]:
@@ -101,7 +102,7 @@ def test_an_unwritable_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path
 
 def test_a_resume_may_change_operational_settings_only(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    limits = ["--set", "train.max_steps=1", "--set", "data.test_subset=50", "--batch", "50"]
+    limits = ["--set", "train.max_steps=1", "--set", "data.test_subset=50"]
     assert _leave(capsys, ["train", *SMALL, *limits, "--out", str(out)]) == (0, "")
     code, err = _leave(capsys, ["resume", str(out), "--set", "optim.lr=0.2"])
     assert code == 2
@@ -110,6 +111,16 @@ def test_a_resume_may_change_operational_settings_only(capsys: pytest.CaptureFix
     assert (code, "did you mean" in err) == (2, True)
     assert _leave(capsys, ["resume", str(out), "--set", "train.max_steps=null", "--set", "checkpoint.keep=3"])[0] == 0
     assert len((out / "metrics.csv").read_text().splitlines()) == 2
+
+
+def test_a_batch_of_more_pictures_than_there_are_is_questioned(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    few = [*FEW, "--set", "data.test_subset=50", "--dry-run", "--out", str(tmp_path / "run")]
+    code, err = _leave(capsys, ["train", *few, "--batch", "100000"])
+    assert (code, "batch 100,000 is more than the 100 training pictures" in err) == (0, True), err
+    assert "--batch 100 or less" in err
+    assert _leave(capsys, ["train", *few, "--batch", "100"]) == (0, "")
 
 
 def test_other_data_than_the_run_had_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
