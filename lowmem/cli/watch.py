@@ -24,7 +24,8 @@ from lowmem.config.schema import Config
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import shorten
 from lowmem.core.units import format_duration, format_size
-from lowmem.runs.folder import read_owner, refuse_links, run_folders, writer_of
+from lowmem.runs.folder import refuse_links, run_folders
+from lowmem.runs.lock import lock_decides, read_owner, writer_of
 from lowmem.runs.rows import Event
 from lowmem.runs.view import errors_of
 from lowmem.runs.watch import Live, quiet_seconds
@@ -105,7 +106,9 @@ def _next(path: Path, interval: float) -> Path | None:
 def _conducted(folder: Path) -> bool:
     """Whether a process holds the folder as a job of several runs, as far as can be told from here."""
     owner = read_owner(folder / _JOB_OWNER)
-    return owner is not None and owner.may_be_alive
+    if owner is None or owner.here or not lock_decides(folder, owner):
+        return owner is not None and owner.may_be_alive
+    return writer_of(folder, "job") is not None
 
 
 def _trained(folders: list[Path]) -> Path | None:

@@ -21,7 +21,7 @@ from lowmem.lifecycle.preflight import tensor_bits
 from lowmem.lifecycle.run_identity import belongs_to, check_shapes, most_bytes, network, network_shapes, read_plans
 from lowmem.runs.checkpoint import Checkpoint, load, named
 from lowmem.runs.checkpoint_state import read_header
-from lowmem.runs.folder import LOCK_NAME, OWNER_NAME, read_owner
+from lowmem.runs.lock import LOCK_NAME, OWNER_NAME, read_owner
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, RowTable
 from lowmem.runs.store import plan_file
 from lowmem.runs.tables import scan_table

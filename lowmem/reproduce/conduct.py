@@ -31,7 +31,7 @@ from lowmem.core.reading import RECORD_LIMIT_BYTES, parse_json
 from lowmem.reproduce.job import ALL, Asked, Job, Member, ask, held
 from lowmem.reproduce.progress import Standing, standing_of
 from lowmem.runs.atomic import write_bytes_atomic
-from lowmem.runs.folder import writer_of
+from lowmem.runs.lock import writer_of
 from lowmem.runs.view import read_run
 from lowmem.train.signals import StopSignals
 

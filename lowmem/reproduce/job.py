@@ -16,7 +16,8 @@ from lowmem.core.errors import DiskError, PreflightError, UsageError
 from lowmem.core.reading import SETTINGS_LIMIT_BYTES, Unreadable, read_json, shorten
 from lowmem.runs.atomic import PARTIAL, write_text_atomic
 from lowmem.runs.folder import JOB as FILE_NAME
-from lowmem.runs.folder import RunLock, never_began
+from lowmem.runs.folder import never_began
+from lowmem.runs.lock import RunLock
 
 _FILES = frozenset({FILE_NAME, "job.lock", "job.owner.json"})  # of the job itself
 _PER_RUN = frozenset({"model.arch", "model.block"})  # what each run has of its own

@@ -19,7 +19,8 @@ from lowmem.core.reading import shorten
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import PARTIAL, RowFile, fsync_folder, replace_path, replacing, write_text_atomic
 from lowmem.runs.checkpoint import FULL, disk_error, disk_errors
-from lowmem.runs.folder import FORKING, RunLock, clear, refuse_existing
+from lowmem.runs.folder import FORKING, clear, refuse_existing
+from lowmem.runs.lock import RunLock
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, RowTable, csv_line, gradient_line
 from lowmem.runs.tables import cut_table
 

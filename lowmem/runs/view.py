@@ -23,7 +23,8 @@ from lowmem.core.errors import CorruptCheckpoint, LowmemError, UsageError
 from lowmem.core.reading import PLAN_LIMIT_BYTES, RECORD_LIMIT_BYTES, TABLE_LIMIT_BYTES, Unreadable, read_json, shorten
 from lowmem.runs.checkpoint import checkpoint_folders
 from lowmem.runs.checkpoint_state import Position, read_header, read_position
-from lowmem.runs.folder import OWNER_NAME, require_run, run_folders, writer_of
+from lowmem.runs.folder import require_run, run_folders
+from lowmem.runs.lock import OWNER_NAME, writer_of
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, EpochRow, Event, Gradients, Row, RowTable, StepRow
 from lowmem.runs.tables import read_events, read_table
 
@@ -162,7 +163,7 @@ class RunView:
 
     @property
     def state(self) -> State:
-        """As its files tell: whether a process holds it now is another question (`folder.writer_of`)."""
+        """As its files tell: whether a process holds it now is another question (`lock.writer_of`)."""
         return state_of(self.path, self.config, position_of(self.checkpoints, self.epochs), self.events)
 
 

@@ -17,7 +17,7 @@ from statistics import median
 
 from lowmem.config.schema import Config
 from lowmem.core.errors import LowmemError
-from lowmem.runs.folder import OWNER_NAME, Owner, read_owner, writer_of
+from lowmem.runs.lock import OWNER_NAME, Owner, lock_decides, read_owner, writer_of
 from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, EpochRow, Event, StepRow
 from lowmem.runs.tables import Item, News, TableFollower, follow_events
 from lowmem.runs.view import RunView, State, position_of, state_of
@@ -147,7 +147,7 @@ class Live:
         owner = read_owner(self.path / OWNER_NAME)
         if owner is None or owner == self._gone or not owner.may_be_alive:
             return None
-        if not owner.here:
+        if not lock_decides(self.path, owner):
             return owner  # cannot be told from here
         if grew and owner == self._holder:
             self._tried_at = now

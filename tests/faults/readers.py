@@ -37,7 +37,7 @@ from lowmem.plan.record import Candidate, Plan
 from lowmem.remat import stage_names
 from lowmem.reproduce.job import ALL, Job, read_job
 from lowmem.runs import checkpoint as checkpoints
-from lowmem.runs.folder import OWNER_NAME, RunLock, writer_of
+from lowmem.runs.lock import OWNER_NAME, RunLock, writer_of
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, RowTable
 from lowmem.runs.store import RunFolder
 from lowmem.runs.tables import cut_table

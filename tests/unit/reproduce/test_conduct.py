@@ -14,7 +14,7 @@ from lowmem.config.settings import gather, to_yaml
 from lowmem.core.errors import ExitCode, Interrupted, UsageError
 from lowmem.reproduce.conduct import Conductor, JobStopped, conduct, to_report
 from lowmem.reproduce.job import ALL, Asked, Job, ask, read_job, select
-from lowmem.runs.folder import RunLock
+from lowmem.runs.lock import RunLock
 from tests.unit.report.fake_runs import write_run
 
 NAMES = [member.name for member in select(None, None)]

@@ -18,7 +18,7 @@ from lowmem.core.errors import UsageError
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.checkpoint_state import read_position
-from lowmem.runs.folder import writer_of
+from lowmem.runs.lock import writer_of
 from lowmem.runs.store import RunFolder, most_checkpoints, run_bytes
 from lowmem.runs.view import RunSummary, list_runs, summarize
 from tests.unit.report.fake_runs import write_run

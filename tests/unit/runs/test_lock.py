@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from lowmem.core.errors import UsageError
-from lowmem.runs.folder import OWNER_NAME, RunLock, read_owner
+from lowmem.runs import lock as module
+from lowmem.runs.lock import OWNER_NAME, RunLock, read_owner
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its second process with fork")
 
@@ -64,7 +65,8 @@ def test_a_second_process_is_told_who_and_since_when_and_a_dead_one_is_taken_ove
     lock.release()
 
 
-def test_a_writer_on_another_host_is_not_taken_over(tmp_path: Path) -> None:
+def test_a_writer_on_another_host_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_file_system", lambda place: "nfs4")
     owner = {"pid": 7, "host": "elsewhere", "since": "2026-11-23T10:00:00+0000"}
     (tmp_path / OWNER_NAME).write_text(json.dumps(owner))
     with pytest.raises(UsageError, match=rf"process 7 on elsewhere since 2026-11-23.* delete .*{OWNER_NAME}") as caught:
@@ -75,6 +77,49 @@ def test_a_writer_on_another_host_is_not_taken_over(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
     assert lock.taken_over is None
     lock.release()
+
+
+@pytest.mark.skipif(module._boot() == "", reason="the system tells no boot of its kernel")
+def test_in_a_container_with_another_name_the_lock_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed there, and started again: the same kernel, whatever the file system; also where that is no other's."""
+    owner = {"pid": 7, "host": "0c1f5e2a9b7d", "boot": module._boot()}
+    for told, kind in ((owner, "nfs4"), ({**owner, "boot": "another"}, "ext4"), ({"pid": 7, "host": "old"}, "overlay")):
+        monkeypatch.setattr(module, "_file_system", lambda place, kind=kind: kind)
+        (tmp_path / OWNER_NAME).write_text(json.dumps(told))
+        lock = RunLock(tmp_path)
+        assert lock.taken_over is not None
+        assert lock.taken_over.host == told["host"]
+        mine = read_owner(tmp_path / OWNER_NAME)
+        assert mine is not None
+        assert (mine.here, mine.boot) == (True, module._boot())
+        lock.release()
+        # A lock that everybody gets proves nothing.
+        (tmp_path / OWNER_NAME).write_text(json.dumps(told))
+        with monkeypatch.context() as context:
+            context.setattr(RunLock, "_excludes", lambda lock: False)
+            with pytest.raises(UsageError, match="cannot be checked"):
+                RunLock(tmp_path)
+
+
+@forks
+def test_a_writer_in_another_container_is_alive_while_it_holds_the_lock(tmp_path: Path) -> None:
+    held: list[RunLock] = []
+    pid, reader = _child(lambda: held.append(RunLock(tmp_path)))
+    try:
+        owner = json.loads((tmp_path / OWNER_NAME).read_text())
+        (tmp_path / OWNER_NAME).write_text(json.dumps({**owner, "host": "0c1f5e2a9b7d"}))
+        with pytest.raises(UsageError, match=r"being written by process .* on 0c1f5e2a9b7d"):
+            RunLock(tmp_path)
+        assert module.writer_of(tmp_path) == f"pid {pid} on 0c1f5e2a9b7d"
+    finally:
+        _kill(pid, reader)
+    assert module.writer_of(tmp_path) is None
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mountinfo"), reason="Linux tells its mounts")
+def test_the_file_system_is_that_of_the_nearest_mount(tmp_path: Path) -> None:
+    assert module._file_system(Path("/proc/self")) == "proc"
+    assert module._file_system(tmp_path / "not there yet") == module._file_system(tmp_path) != "proc"
 
 
 @pytest.mark.parametrize(
