@@ -255,7 +255,8 @@ def _answer(line: bytes, reply: Callable[..., None]) -> None:
         reply(answer=answer)
         code = 0
     except BaseException as error:
-        traceback.print_exc()
+        with suppress(OSError):  # a full disk must not take the answer's place
+            traceback.print_exc()
         first = (str(error).splitlines() or [""])[0]
         with suppress(OSError):
             reply(error=f"{type(error).__name__}: {first}" if first else type(error).__name__)

@@ -16,7 +16,8 @@ from typer.main import get_command
 
 from lowmem.cli import completion
 from lowmem.cli.flags import Given, takes_flags
-from lowmem.core.errors import ExitCode, Interrupted, LowmemError, PeerError, PeerLost, UsageError
+from lowmem.cli.streams import take_streams, unread_is_well
+from lowmem.core.errors import ExitCode, Interrupted, LowmemError, OutputClosed, PeerError, PeerLost, UsageError
 from lowmem.core.reading import shorten
 from lowmem.distributed.launch import is_led, leave, linger, refuse_several, report_failure
 
@@ -218,6 +219,7 @@ def bench(
     """Memory and time of a training step in every way, the largest batches, AMP, memory formats; or a suite of checks.
 
     Each measurement in a clean process. Ctrl-C keeps what was measured; the same command goes on from there."""
+    unread_is_well()
     batch: list[int] = given.flags.get("train.batch", [])
     if len(batch) > 1:
         raise UsageError("there is one batch: give --batch once")
@@ -248,6 +250,7 @@ def reproduce(given: Given, out: Path, only: str | None, block: str | None, dry_
     The same command goes on with it after Ctrl-C, a kill or a power cut, at the right run and step; what is finished is
     skipped. Settings that are left out are those the job began with.
     """
+    unread_is_well()
     settings = given.settings()
     from lowmem.cli.show import show_report
     from lowmem.cli.terminal import say
@@ -273,32 +276,29 @@ def reproduce_run() -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command and leaves with its code. A traceback is only shown for a bug (code 1)."""
-    # A Windows console may be in an old code page: a character it lacks must not end a run.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    take_streams()
     try:
         code = _run(arguments)
     except Exception:
         traceback.print_exc()
         code = ExitCode.BUG
+    unread_is_well()
     leave(code)
 
 
 def _run(arguments: list[str] | None) -> int:
     try:
         code = get_command(app).main(args=arguments, prog_name="lowmem", standalone_mode=False)
+        sys.stdout.flush()
         return int(code or ExitCode.DONE)
+    except OutputClosed as error:
+        return int(error.exit_code)
     except LowmemError as error:
         return _lowmem_error(error)
     except typer.Exit as leaving:
         return leaving.exit_code
     except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted before anything was to be saved", ExitCode.INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output left (`| head`); nobody is there to be told.
-        sys.stderr.close()
-        return ExitCode.BUG
     except Exception as error:
         # The usage errors of the library under typer: unknown options, missing arguments.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):

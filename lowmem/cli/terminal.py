@@ -7,13 +7,14 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from lowmem.cli.streams import unread_is_well
 from lowmem.core.reading import shorten
 from lowmem.core.units import format_duration, format_size
 from lowmem.distributed.launch import is_led
@@ -48,12 +49,8 @@ def printable(text: str) -> str:
 
 
 def say(text: str, stream: str = "stdout") -> None:
-    """A line to whoever reads it (`stderr`: beside what may be piped into something). That nobody does any more
-    (`| head`, a closed terminal) is no reason to stop a run."""
-    try:
-        print(printable(text), file=getattr(sys, stream), flush=True)
-    except OSError:
-        setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    """A line to whoever reads it (`stderr`: beside what may be piped into something)."""
+    print(printable(text), file=getattr(sys, stream), flush=True)
 
 
 def describe_progress(progress: Progress) -> str:
@@ -145,20 +142,17 @@ class TerminalObserver(Observer):
 
     def close(self) -> None:
         if self._line is not None:
-            with suppress(OSError):
-                self._line.stop()
+            self._line.stop()
 
     def _print(self, text: str, stream: str = "stdout", style: str = "") -> None:
         if self._line is None:
             say(text, stream)
             return
-        with suppress(OSError):  # the terminal may be gone
-            self._line.console.print(Text(printable(text), style=style))
+        self._line.console.print(Text(printable(text), style=style))
 
     def _now(self, text: str, *, always: bool = False) -> None:
         if self._line is not None:
-            with suppress(OSError):
-                self._line.update(Text(text))
+            self._line.update(Text(text))
         elif always or time.monotonic() - self._last >= _PLAIN_EVERY_SECONDS:
             self._last = time.monotonic()
             say(text)
@@ -166,7 +160,8 @@ class TerminalObserver(Observer):
 
 @contextmanager
 def observer() -> Iterator[Observer]:
-    """The observer that fits standard output."""
+    """The observer that fits standard output, which nobody has to read."""
+    unread_is_well()
     if is_led():  # another process of the run talks
         if os.environ.get("LOCAL_RANK") == "0":  # the first on a machine that would say nothing at all
             say(f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: process 0 tells how it goes")

@@ -19,6 +19,7 @@ class ExitCode(IntEnum):
     CHECKPOINT = 7
     DISK = 8
     INTERRUPTED = 130  # 128 + SIGINT
+    OUTPUT_CLOSED = 141  # 128 + SIGPIPE
     TERMINATED = 143  # 128 + SIGTERM
 
 
@@ -83,6 +84,10 @@ class UnreadableCheckpoint(CorruptCheckpoint):
 
 class DiskError(LowmemError, exit_code=ExitCode.DISK):
     """The disk is full or refuses to write; what was saved before is intact."""
+
+
+class OutputClosed(LowmemError, exit_code=ExitCode.OUTPUT_CLOSED):
+    """Nobody reads standard output any more (`| head`): nobody is there to be told."""
 
 
 class PeerLost(LowmemError, exit_code=ExitCode.TERMINATED):
