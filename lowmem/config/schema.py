@@ -3,14 +3,14 @@ gathered (recipe, file, flags, --set) is in `lowmem.config.settings`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from lowmem.core.errors import UsageError
-from lowmem.core.units import parse_size
+from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, parse_memory, parse_size
 
 BLOCK_LAYOUT: dict[tuple[int, str], tuple[int, int, int, int]] = {
     (20, "basic"): (2, 2, 3, 2),
@@ -46,9 +46,13 @@ def _check_source(source: str) -> str:
     raise ValueError(f"{source!r} is no data source: use cifar10, fashion-mnist, shapes or folder:PATH")
 
 
-Size = Annotated[
-    PositiveInt, BeforeValidator(lambda value: parse_size(value) if isinstance(value, int | str) else value)
-]
+def _parsed_by(parse: Callable[[int | str], int]) -> BeforeValidator:
+    return BeforeValidator(lambda value: parse(value) if isinstance(value, int | str) else value)
+
+
+Size = Annotated[PositiveInt, _parsed_by(parse_size)]
+CardMemory = Annotated[PositiveInt, _parsed_by(partial(parse_memory, least_bytes=LEAST_CARD_BYTES))]
+TensorMemory = Annotated[PositiveInt, _parsed_by(partial(parse_memory, least_bytes=LEAST_TENSORS_BYTES))]
 
 
 class Section(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
@@ -171,21 +175,29 @@ class TrainConfig(Section):
 class MemoryConfig(Section):
     """What the step must fit into. Without any of these the CPU trains unplanned, and a CUDA device has what is free.
 
-    `vram`: bytes, or text like `6G`; on the CPU it bounds the step's tensors, with a card or on CUDA it is the memory
-    of the (then emulated) card. `card`: a profile by name or path, or for several processes one each, with commas
+    `vram`: the whole memory of a card, bytes or text like `6G`: of `card`, else of the (then emulated) CUDA device at
+    hand, else of one on the terms of the reference card. `tensors`: in its place, what the step's tensors alone may
+    take. `card`: a profile by name or path, or for several processes one each, with commas
     between; `platform`: the machine it is in, for the share of its memory that is usable. `auto_batch`: choose the
     batch with the most pictures per second that fits; written `train.batch: auto`. `calibrate`: predict time and
     workspace by what was measured on this device (`auto`: on CUDA), measuring what was not measured yet. `confirm`:
     whether a plan is tried with real steps in a process of its own before the run (`auto`: on CUDA).
     """
 
-    vram: Size | None = None
+    vram: CardMemory | None = None
+    tensors: TensorMemory | None = None
     card: str | None = None
     platform: Literal["auto", "linux", "linux-display", "windows"] = "auto"
     calibrate: Literal["auto", "always", "never"] = "auto"
     allow_accumulation: bool = True
     auto_batch: bool = False
     confirm: Literal["auto", "always", "never"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> MemoryConfig:
+        if self.vram is not None and self.tensors is not None:
+            raise ValueError("--vram is the whole card's memory, --tensors the step's tensors alone: give one of them")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -219,7 +231,7 @@ class Config(Section):
 _OPERATIONAL = {
     "train": "device max_steps log_every_steps grad_norms_every on_stuck on_nan tensorboard peer_timeout_minutes",
     "data": "source root cache download",  # a moved folder; the pictures themselves are checked by their fingerprint
-    "memory": "vram card platform calibrate allow_accumulation confirm",
+    "memory": "vram tensors card platform calibrate allow_accumulation confirm",
     "checkpoint": "every_minutes every_steps keep keep_every",
 }
 OPERATIONAL = frozenset(f"{section}.{name}" for section, names in _OPERATIONAL.items() for name in names.split())
