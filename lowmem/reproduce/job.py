@@ -125,6 +125,7 @@ def _parse(path: Path, values: Any) -> Job:
         raise Unreadable("has sources that are no text")
     if not all(name in names and type(value) in (int, float) and 0 < value < 1e30 for name, value in w.items()):
         raise Unreadable("has weights that are no numbers of its runs")
+    sources = {"memory.tensors": sources.get("memory.vram", "default"), **sources}  # of an older job
     known = {key: shorten(text, 80) for key, text in sources.items() if key in expected}
     settings = Settings(validate(flat, dict.fromkeys(flat, FILE_NAME)), dict.fromkeys(known_keys(), "default") | known)
     return Job(path, settings, values["data"], {name: float(value) for name, value in w.items()})

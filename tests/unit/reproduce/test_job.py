@@ -144,11 +144,12 @@ def test_a_job_from_before_there_was_a_budget_of_tensors(job: Job, device: str, 
     """Where the device was left to the runs, theirs tells what `memory.vram` was."""
     put(job, job.settings_of(RES110).replace({"train.device": "cpu"}, "auto"))
     values = json.loads(job.file.read_text(encoding="utf-8"))
-    del values["settings"]["memory.tensors"]
+    del values["settings"]["memory.tensors"], values["sources"]["memory.tensors"]
     values["settings"]["train.device"] = device
     job.file.write_text(json.dumps(values), encoding="utf-8")
-    memory = read_job(job.path).settings.config.memory
-    assert (memory.tensors if of_tensors else memory.vram) == 2 << 30
+    asked = read_job(job.path).operational
+    assert asked["memory.tensors" if of_tensors else "memory.vram"] == 2 << 30
+    assert asked["memory.vram" if of_tensors else "memory.tensors"] is None
 
 
 # -- a run folder ------------------------------------------------------------------------------------------------------
