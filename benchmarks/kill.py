@@ -169,18 +169,18 @@ class Bench:
             yield Job(part="fork", start=start, deaths=(Death(at=at, half=True),), whole=whole, begins_at=5)
 
     def replans(self) -> Iterator[Job]:
-        """plan.json and config.yaml, written anew by `resume --vram`."""
-        start = (*SMALL, "--vram", "3M")
+        """plan.json and config.yaml, written anew by `resume --tensors`."""
+        start = (*SMALL, "--tensors", "3M")
         whole, life = self._left_alone("planned", start)
         for line in ("write plan.json.partial", "replace plan.json"):
             assert line in life.operations
             yield Job(part="plan and settings", start=start, deaths=(Death(on=line, half=True),), whole=whole)
         base = self.folder / "planned-base"
         go_on(self.lives, start, base, Death(on="open weights/*"))
-        first = ("resume", "--vram", "1M")
+        first = ("resume", "--tensors", "1M")
         probe = self.folder / "probe-planned"
         shutil.copytree(base, probe)
-        made = self.lives.live(("resume", str(probe), "--vram", "1M"), probe).operations
+        made = self.lives.live(("resume", str(probe), "--tensors", "1M"), probe).operations
         for line in [line for line in made if "plan.json" in line or "config.yaml" in line]:
             for half in (False, True) if line.startswith("write") else (False,):
                 deaths = (Death(on=line, half=half),)

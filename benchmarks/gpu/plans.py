@@ -84,17 +84,17 @@ class Plans:
         batch = batch or self.scale.batch
         key = (network, budget, batch, norms, amp)
         if key not in self._known:
-            self._known[key] = self._choose(network, self._vram_bytes(network, budget, batch), batch, norms, amp)
+            self._known[key] = self._choose(network, self._bytes(network, budget, batch), batch, norms, amp)
         return self._known[key]
 
-    def _vram_bytes(self, network: Network, budget: float, batch: int) -> int:
+    def _bytes(self, network: Network, budget: float, batch: int) -> int:
         if self.scale.device == "cuda":
             return int(budget)
         if (network, batch) not in self._known:
             self._known[network, batch] = self._choose(network, 1 << 40, batch, LIBRARY, False)
         return int(budget * self._known[network, batch].plain.estimate.peak_allocated_bytes)
 
-    def _choose(self, network: Network, vram_bytes: int, batch: int, norms: str, amp: bool) -> Choice:
+    def _choose(self, network: Network, size: int, batch: int, norms: str, amp: bool) -> Choice:
         scale = self.scale
         flags = {
             "model.arch": network.arch,
@@ -104,11 +104,10 @@ class Plans:
             "train.precision": "amp" if amp else "fp32",
             "train.memory_format": "channels-last" if amp else "contiguous",
             "train.device": "cpu",  # this machine's: the card plans for itself
-            "memory.vram": vram_bytes,
-            "memory.card": CARD if scale.device == "cuda" else None,
+            **({"memory.vram": size, "memory.card": CARD} if scale.device == "cuda" else {"memory.tensors": size}),
         }
         sets = ["memory.allow_accumulation=false"]
         if norms == NATIVE:
             sets.append("train.batch_norm=native")
-        print(f"planning {network.name}, batch {batch}, {format_size(vram_bytes)}", flush=True)
+        print(f"planning {network.name}, batch {batch}, {format_size(size)}", flush=True)
         return choose(request_of(gather(flags=flags, sets=sets).config, 10, scale.pictures))

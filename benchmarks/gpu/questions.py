@@ -159,17 +159,21 @@ def resume(scale: Scale, plans: Plans) -> dict[str, Any]:
     sets: dict[str, object] = {"data.train_subset": scale.batch * steps * 5 // 4, "data.test_subset": scale.batch}
     # Planned by the datasheet alone: what measuring and trying take, other parts show.
     sets |= {"memory.calibrate": "never", "memory.confirm": "never"}
-    arguments = [*_network(scale), "--vram", str(plans(scale.main, scale.budgets[0]).budget.total_bytes)]
+    arguments = [*_network(scale), *_memory(scale, plans)]
     arguments += ["--data", "shapes", "--precision", "fp32", "--memory-format", "contiguous"]
     arguments += [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
     return {"arguments": arguments, "steps": steps, "stop_at": steps // 2}
 
 
 def acceptance(scale: Scale, plans: Plans) -> dict[str, Any]:
-    vram_bytes = plans(scale.main, scale.budgets[0]).budget.total_bytes
     cells = ["--cells", "memory,time,gradients"]
-    arguments = [*_network(scale), "--vram", str(vram_bytes), "--steps", str(scale.steps), *cells]
+    arguments = [*_network(scale), *_memory(scale, plans), "--steps", str(scale.steps), *cells]
     return {"arguments": arguments, "minutes": scale.suite_minutes}
+
+
+def _memory(scale: Scale, plans: Plans) -> list[str]:
+    flag = "--vram" if scale.device == "cuda" else "--tensors"
+    return [flag, str(plans(scale.main, scale.budgets[0]).budget.total_bytes)]
 
 
 def _network(scale: Scale) -> list[str]:

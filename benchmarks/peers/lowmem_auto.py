@@ -57,7 +57,7 @@ def settings_of(task: Task, batch: int | str, **values: Any) -> Settings:
         "train.precision": "fp32",
         "train.memory_format": "contiguous",
         "train.device": task.device,
-        "memory.vram": task.budget_bytes,
+        "memory.tensors" if task.device == "cpu" else "memory.vram": task.budget_bytes,
     }
     if batch != "auto":
         flags |= values

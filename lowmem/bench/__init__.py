@@ -36,10 +36,11 @@ FIRST_MODE = ("fp32", "contiguous")  # as most people write it
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What is measured: a network, a batch, a device, the memory that largest batches are to fit, and the `steps` of
-    each trial after `warmup`. `pictures`: training pictures held on the card; `tries`: in the search for a largest
-    batch. `stem`: of the names of a suite's files. `fused`: the library's ways have the fused optimizer, as the engine
-    has it. `timed`: the CPU is timed, too; without that nothing is predicted of time there."""
+    """What is measured: a network, a batch, a device, the memory that largest batches are to fit (of a whole card,
+    `vram_bytes`, or what tensors alone may take), and the `steps` of each trial after `warmup`. `pictures`: training
+    pictures held on the card; `tries`: in the search for a largest batch. `stem`: of the names of a suite's files.
+    `fused`: the library's ways have the fused optimizer, as the engine has it. `timed`: the CPU is timed, too; without
+    that nothing is predicted of time there."""
 
     stem: ClassVar[str]
     fused: ClassVar[bool] = False
@@ -52,6 +53,7 @@ class Setup:
     batch: int
     device: str
     vram_bytes: int | None = None
+    tensors_bytes: int | None = None
     steps: int = 5
     warmup: int = 2
     pictures: int = 0
@@ -64,6 +66,15 @@ class Setup:
     @property
     def on_card(self) -> bool:
         return self.device == "cuda"
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return self.vram_bytes if self.tensors_bytes is None else self.tensors_bytes
+
+    @property
+    def memory(self) -> str:
+        """`6,144 MiB`, `2,700 MiB of tensors`."""
+        return format_size(self.memory_bytes) + ("" if self.tensors_bytes is None else " of tensors")
 
     @property
     def network(self) -> dict[str, Any]:
@@ -88,9 +99,10 @@ class Cell:
     """One row of a table; bytes and seconds, None where it is not known.
 
     `kind`: `step` (the same batch in every way), `largest` (the largest batch in `budget_bytes`), or one of the
-    acceptance suite. `budget`: of the engine in the tables, see `TableSetup`; `vram_bytes`: of the card that the suite
-    plans for. `prepared`: prediction and plan are made. `trials`: round -> `TrialResult` as a dictionary. `cap_bytes`:
-    what the allocator was allowed to hold. `facts`: of a search for the largest batch, of a check.
+    acceptance suite. `budget`: of the engine in the tables, see `TableSetup`; `vram_bytes`: what the suite plans for,
+    of the kind that its setup has (`Setup.memory_bytes`). `prepared`: prediction and plan are made. `trials`: round ->
+    `TrialResult` as a dictionary. `cap_bytes`: what the allocator was allowed to hold. `facts`: of a search for the
+    largest batch, of a check.
 
     What follows `facts` is not in the results file of the tables. `title`: in place of the family. `weight`: about how
     many trials it takes. `unless`: why it need not or cannot be measured, by the cells before it. `by_trials`: its

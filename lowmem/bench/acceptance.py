@@ -26,9 +26,8 @@ _SAID = {"fp32": "fp32", "amp": "AMP"}
 
 @dataclass(frozen=True, kw_only=True)
 class AcceptanceSetup(Setup):
-    """Of the suite. `vram_bytes`: of the card that is planned for; on the CPU it bounds the tensors of the step, and
-    nothing is emulated. `card_bytes`: of the card at hand, None on the CPU. `minutes`: the limit of time. `cells`: the
-    kinds that are run, of KINDS."""
+    """Of the suite; on the CPU nothing is emulated. `card_bytes`: of the card at hand, None on the CPU. `minutes`: the
+    limit of time. `cells`: the kinds that are run, of KINDS."""
 
     stem: ClassVar[str] = "acceptance"
     fused: ClassVar[bool] = True
@@ -49,7 +48,8 @@ class AcceptanceSetup(Setup):
 
     def emulates(self, vram_bytes: int | None) -> bool:
         """Whether the card is larger than what is planned for (a card's own memory reads a little under its name)."""
-        return None not in (self.card_bytes, vram_bytes) and (self.card_bytes or 0) > 1.02 * (vram_bytes or 0)
+        known = None not in (self.card_bytes, vram_bytes) and self.tensors_bytes is None
+        return known and (self.card_bytes or 0) > 1.02 * (vram_bytes or 0)
 
 
 # -- cells -------------------------------------------------------------------------------------------------------------
@@ -57,8 +57,8 @@ class AcceptanceSetup(Setup):
 
 def acceptance_cells(setup: AcceptanceSetup) -> list[Cell]:
     """Those of the kinds asked for, the ones that tell most for their time first: a short limit leaves out the last."""
-    assert setup.vram_bytes is not None
-    full, larger = setup.vram_bytes, _LARGER * setup.batch
+    full, larger = setup.memory_bytes, _LARGER * setup.batch
+    assert full is not None
 
     def cell(kind: str, title: str, family: str = ENGINE, batch: int = setup.batch, **more: Any) -> Cell:
         return Cell(kind=kind, title=title, family=family, batch=batch, **more)
@@ -122,7 +122,7 @@ def account(setup: AcceptanceSetup, environment: Environment, cells: Sequence[Ce
     rows = [_row(setup, cell, plain_of(cells, cell)) for cell in cells if finished or cell.seconds is not None]
     judged = targets(rows)
     return Account(
-        title=f"Acceptance: {setup.name}, batch {setup.batch}, {format_size(setup.vram_bytes)}",
+        title=f"Acceptance: {setup.name}, batch {setup.batch}, {setup.memory}",
         conditions=f"{conditions(environment, setup.card_bytes)} {_how(setup)}",
         unfinished="" if finished else "Not finished: what follows is what was done before the end.",
         tables=[ResultTable("Targets", _TARGETS, judged), *_tables(rows)],
@@ -207,11 +207,11 @@ def _how(setup: AcceptanceSetup) -> str:
     """What is emulated, and how is measured."""
     if not setup.on_card:
         return (
-            "Here the budget bounds the tensors of the step, and they are what is measured: there is no allocator to "
-            "reserve anything, and no card whose time was predicted."
+            "Here tensors are what is bounded (by what a card of that memory would leave for them) and measured: there "
+            "is no allocator to reserve anything, and no card whose time was predicted."
         )
     said = f"Steps are medians of {setup.steps} after {setup.warmup} of warm-up, each cell in a process of its own."
-    full = setup.vram_bytes or 0
+    full = setup.memory_bytes or 0
     if setup.emulates(full):
         return (
             f"{format_size(full)} are **emulated**: the allocator is capped so that tensors and context stay within "

@@ -124,31 +124,24 @@ class Predictor:
 
     # -- budgets -------------------------------------------------------------------------------------------------------
 
-    def budget(self, vram_bytes: int | None, measured: bool = True) -> Budget:
-        """Of a card with so much memory (None: as it is) on the terms of the card at hand; on the CPU so much for
-        tensors, None: half of what plain is predicted to take. Raises Infeasible for a card too small for anything."""
-        if not self.setup.on_card:
-            return Budget(total_bytes=self._plain_peak(FIRST_MODE) // 2 if vram_bytes is None else vram_bytes)
-        budget = self._requests[measured].budget
-        if vram_bytes is None:
-            return budget
+    def budget(self, memory_bytes: int | None, measured: bool = True) -> Budget:
+        """So much for tensors, where the setup counts in them; else of a card with so much memory, on the terms of the
+        card at hand or of the reference card. None: the card as it is, on the CPU half of what plain is predicted to
+        take. Raises Infeasible for a card too small for anything."""
+        on_card = self.setup.on_card
+        if memory_bytes is None:
+            if on_card:
+                return self._requests[measured].budget
+            return self._tensors(self._plain_peak(FIRST_MODE) // 2)
+        if self.setup.tensors_bytes is not None:
+            return self._tensors(memory_bytes, measured)
         calibrator = self._requests[True].calibrator
-        other, _ = budget_of(self._config_for(vram_bytes), self.setup.pictures, calibrator)
-        return replace(other, workspace_bytes=budget.workspace_bytes)
+        other, _ = budget_of(self._config_for(vram=memory_bytes), self.setup.pictures, calibrator)
+        return replace(other, workspace_bytes=self._requests[measured].budget.workspace_bytes) if on_card else other
 
-    def _tensors(self, tensor_bytes: int) -> Budget:
+    def _tensors(self, tensor_bytes: int, measured: bool = True) -> Budget:
         """So much for the step's tensors; on a card on the terms of the card at hand."""
-        if not self.setup.on_card:
-            return Budget(total_bytes=tensor_bytes)
-        budget = self._requests[True].budget
-        return replace(
-            budget,
-            total_bytes=tensor_bytes + budget.process_bytes,
-            others_bytes=0,
-            pictures_bytes=0,
-            margin_bytes=0,
-            source="budget of the cell",
-        )
+        return self._requests[measured].budget.for_tensors(tensor_bytes, "budget of the cell")
 
     def _request(self, mode: Mode, batch: int, measured: bool = True) -> Request:
         precision, layout = mode
@@ -160,18 +153,19 @@ class Predictor:
         """By what is measured (True), and by a datasheet's rates with room for workspaces. Made at the first use,
         since the card may have to be asked for it."""
         # On the CPU a run needs a budget, and gets each cell's own.
-        config = self._config_for(None if self.setup.on_card else _PLENTY)
+        config = self._config_for(tensors=None if self.setup.on_card else _PLENTY)
         asked = request_of(config, 10, self.setup.pictures, calibrator_of(config, self._tell))
         rough = replace(asked, calibrator=None)
         if asked.budget.on_card:  # measured workspaces are in what was simulated
             rough = replace(rough, known={}, budget=replace(asked.budget, workspace_bytes=workspace_cap_bytes()))
         return {True: asked, False: rough}
 
-    def _config_for(self, vram_bytes: int | None) -> Config:
+    def _config_for(self, **memory: int | None) -> Config:
         """Of a run that would be planned like this."""
         setup = self.setup
         flags = {"model.arch": setup.arch, "model.block": setup.block, "model.width": setup.width}
-        flags |= {"train.batch": setup.batch, "train.device": setup.device, "memory.vram": vram_bytes}
+        flags |= {"train.batch": setup.batch, "train.device": setup.device}
+        flags |= {f"memory.{name}": size_bytes for name, size_bytes in memory.items()}
         flags |= {"train.precision": "fp32", "train.memory_format": "contiguous"}
         timed = ["memory.calibrate=always"] if setup.timed else []
         return gather(flags=flags, sets=["memory.allow_accumulation=false", *timed]).config

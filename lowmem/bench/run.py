@@ -172,7 +172,7 @@ class Bench:
     def _largest(self, cell: Cell) -> bool:
         """Where the prediction points, tried by real steps and an evaluation, and a little less should they not bear it
         out; or by real steps alone, which begin there."""
-        budget = self._predictor.budget(self.setup.vram_bytes, measured=False)
+        budget = self._predictor.budget(self.setup.memory_bytes, measured=False)
         cell.budget_bytes, cell.cap_bytes = budget.tensor_bytes, budget.allocator_bytes
         guess = self._predictor.guess(cell, budget)
         unit = self.setup.unit(guess)
@@ -226,14 +226,14 @@ class Bench:
         """Of a plan: of gradients the one for half the memory, which differs most from the untouched model, or that for
         all of it; of survival the latter, with its ladder."""
         setup, predictor = self.setup, self._predictor
-        assert setup.vram_bytes is not None
-        full = predictor.budget(setup.vram_bytes)
+        assert setup.memory_bytes is not None
+        full = predictor.budget(setup.memory_bytes)
         if cell.kind == "out of memory":
             function, choice = SURVIVAL, with_ladder(predictor.plan(FIRST_MODE, setup.batch, full))
         else:
             function = GRADIENTS
             try:
-                choice = predictor.plan(FIRST_MODE, setup.batch, predictor.budget(setup.vram_bytes // 2))
+                choice = predictor.plan(FIRST_MODE, setup.batch, predictor.budget(setup.memory_bytes // 2))
             except Infeasible:
                 choice = predictor.plan(FIRST_MODE, setup.batch, full)
         plan, cap_bytes = choice.plan.to_json(), choice.budget.allocator_bytes

@@ -35,7 +35,7 @@ Way = tuple[str, int | float | str | None]  # family, budget
 @dataclass(frozen=True, kw_only=True)
 class TableSetup(Setup):
     """Of the tables. `budgets`: of the engine, each bytes (int), a share of plain's predicted peak (float), or the
-    least that can be planned (`LEAST`). `vram_bytes` None: the card's own, on the CPU half of plain's predicted peak.
+    least that can be planned (`LEAST`). No memory given: the card's own, on the CPU half of plain's predicted peak.
     `rounds`, `mode_rounds`: how often each cell of the first and of the third table is measured, in turns."""
 
     stem: ClassVar[str] = "bench"

@@ -154,16 +154,16 @@ class Planner:
             except Infeasible as error:
                 if self.size == 1:
                     raise
-                return [error.budget_bytes, error.least_bytes, error.what]
+                return [error.budget_bytes, error.least_bytes, error.what, error.way_out]
             return None
 
         failed = [(rank, reason) for rank, reason in enumerate(self.everyone(refusal)) if reason is not None]
         if not failed:
             budget = min(self.everyone(lambda rank: self.requests[rank].budget.tensor_bytes))
-            what = "every card for itself, but none in a precision and memory format that all of them take"
-            return Infeasible(budget, budget + 1, what, "give --precision and --memory-format")
-        rank, (budget, least, what) = failed[0]
-        return Infeasible(budget, least, f"process {rank} with {even[rank]} pictures: {what}", "lower --batch")
+            sides = "every card for itself, but none in a precision and memory format that all of them take"
+            return Infeasible(budget, budget + 1, sides, "give --precision and --memory-format", sides)
+        rank, (budget, least, what, way_out) = failed[0]
+        return Infeasible(budget, least, what, way_out, who=f"process {rank} with {even[rank]} pictures")
 
 
 def preferred(fitting: Sequence[BatchSplit], recipe_batch: int) -> BatchSplit:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from lowmem.choose.batch_size import BatchSplit, Planner, describe_split
-from lowmem.choose.execution import batch_norm_of, calibrator_of, request_of, wants_plan
+from lowmem.choose.execution import batch_norm_of, calibrator_of, for_card, request_of, wants_plan
 from lowmem.choose.explain import explain, explain_ladder, inexact, memory_lines
 from lowmem.choose.planning import choose, with_ladder
 from lowmem.choose.request import Choice, Request
@@ -213,7 +213,8 @@ def _still_holds(recorded: RecordedRun, config: Config) -> bool:
 
 
 def _budget(config: Config) -> tuple[object, ...]:
-    return config.memory.vram, config.memory.card, config.memory.platform if config.memory.card else None
+    memory = config.memory
+    return memory.vram, memory.tensors, memory.card, memory.platform if memory.card else None
 
 
 def _basis(config: Config) -> tuple[object, ...]:
@@ -221,8 +222,7 @@ def _basis(config: Config) -> tuple[object, ...]:
     computed = (train.batch, train.micro_batch, train.precision, train.memory_format, config.optim.momentum > 0)
     kernels = (train.device, train.batch_norm, train.tf32, train.deterministic)
     # The pictures lie on the card beside the step.
-    on_card = train.device == "cuda" or config.memory.card is not None
-    pictures = (config.data.source, config.data.train_subset, config.data.val_split) if on_card else ()
+    pictures = (config.data.source, config.data.train_subset, config.data.val_split) if for_card(config) else ()
     return *_budget(config), config.memory.allow_accumulation, *computed, *kernels, *pictures
 
 

@@ -29,18 +29,26 @@ from lowmem.config.schema import Config, TrainConfig, for_process
 from lowmem.config.settings import Settings
 from lowmem.core.errors import PreflightError, UsageError
 from lowmem.core.reading import user_cache_folder
+from lowmem.core.units import format_size
 from lowmem.models import skeleton
 from lowmem.models.resnet import ResNet, check_memory_format, is_safe
 from lowmem.remat.libraries import Numerics, convolutions_in_tf32, prepare_libraries, workspace_cap_bytes
 from lowmem.simulate import StepShape
 
 _PICTURE_BYTES = 3 * 32 * 32  # uint8
+_TENSORS_ALONE = "the budget for tensors alone"
 # Mixed precision changes the arithmetic: it must be worth it by more than the measurement's noise.
 _WORTH_IT = 1.05
 
 
 def wants_plan(config: Config) -> bool:
     """Whether there is anything to fit into: a budget, a card, or a CUDA device that has what it has."""
+    return config.memory.tensors is not None or for_card(config)
+
+
+def for_card(config: Config) -> bool:
+    """Whether the memory that the step must fit into is a card's: one that is named, the device at hand, or one like
+    the reference card."""
     memory = config.memory
     return memory.vram is not None or memory.card is not None or config.train.device == "cuda"
 
@@ -100,7 +108,7 @@ def batch_norm_of(config: Config) -> Literal["library", "native"]:
     chosen = config.train.batch_norm
     if chosen != "auto":
         return chosen
-    return "library" if config.train.device == "cuda" or config.memory.card is not None else "native"
+    return "library" if for_card(config) else "native"
 
 
 def require_device(device: str) -> None:
@@ -219,9 +227,22 @@ def budget_of(
     config: Config, train_pictures: int = 0, calibrator: Calibrator | None = None
 ) -> tuple[Budget, Card | None]:
     """The budget for the step's tensors and, where it is known, the card whose rates predict time: the shipped profile
-    of a device, else one made of what its driver tells and `calibrator` measures. Raises UsageError for an unknown card
-    or where there is nothing to fit into, Infeasible for too small a card, PreflightError if CUDA does not answer."""
-    config = for_process(config, 0, 1)
+    of a device, else one made of what its driver tells and `calibrator` measures. A card that is neither named nor
+    there is like the reference card. Raises UsageError for an unknown card or where there is nothing to fit into,
+    Infeasible for too small a card, PreflightError if CUDA does not answer."""
+    config, tensor_bytes = for_process(config, 0, 1), config.memory.tensors
+    if tensor_bytes is not None and not for_card(config):
+        return Budget(total_bytes=tensor_bytes, source=_TENSORS_ALONE), None
+    budget, card = _card_budget(config, train_pictures, calibrator)
+    if tensor_bytes is None:
+        return budget, card
+    if tensor_bytes <= budget.tensor_bytes:
+        return budget.for_tensors(tensor_bytes, _TENSORS_ALONE), card
+    source = f"{budget.source}, which leaves less than the {format_size(tensor_bytes)} asked for"
+    return replace(budget, source=source), card
+
+
+def _card_budget(config: Config, train_pictures: int, calibrator: Calibrator | None) -> tuple[Budget, Card | None]:
     memory, numerics = config.memory, numerics_of(config.train)
     pictures_bytes, deterministic = train_pictures * _PICTURE_BYTES, numerics.deterministic
     if memory.card is not None:
@@ -240,7 +261,9 @@ def budget_of(
         return budget, known
     if memory.vram is None:
         raise UsageError("there is nothing to fit into: give --vram, like --vram 6G, or --card, like --card gtx1060-6g")
-    return Budget(total_bytes=memory.vram), None
+    card = load_card(REFERENCE_CARD)
+    budget = of_card(card, memory.vram, pictures_bytes, deterministic=deterministic)
+    return replace(budget, source=f"a card like the {card.name}, as no --card is given"), card
 
 
 def request_of(

@@ -19,7 +19,7 @@ from lowmem.choose.execution import by_kind
 from lowmem.choose.request import REFERENCE_CARD, Budget, Choice, Request, card_rates, of_card
 from lowmem.config.cards import Card, load_card
 from lowmem.core.errors import Infeasible
-from lowmem.core.units import format_size, parse_size
+from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, format_size, parse_memory
 from lowmem.plan.cost import Rates
 from lowmem.plan.evaluate import Solution
 from lowmem.plan.record import Candidate, Plan
@@ -54,14 +54,16 @@ def make_plan(
     `budget`: bytes for all tensors of the step ("4600M"), or, with a `card`, the card's memory (None: the profile's).
     `batch_norm`: its kernels on CUDA, the library's choice, which has plain PyTorch's bits, or native ones, which work
     in place; None: the library's for a `card` or a model on CUDA, else native (on the CPU both have the same bits).
-    Raises Infeasible with the least that fits, ValueError if neither budget nor card is given.
+    Raises Infeasible with the least that fits, ValueError if neither budget nor card is given, or for a budget without
+    its unit.
     """
     if isinstance(budget, Budget):
         limits = budget
     elif card is not None:
-        limits = of_card(card, None if budget is None else parse_size(budget))
+        limits = of_card(card, None if budget is None else parse_memory(budget, LEAST_CARD_BYTES))
     elif budget is not None:
-        limits = Budget(total_bytes=parse_size(budget))
+        # Any chain of modules may be planned, however small: a size with its unit is what was meant.
+        limits = Budget(total_bytes=parse_memory(budget, LEAST_TENSORS_BYTES if str(budget).isdigit() else 1))
     else:
         raise ValueError("a plan needs a budget or a card")
     if batch_norm is None:
@@ -114,7 +116,7 @@ def _first_that_fits(request: Request) -> Choice | Infeasible:
     ways = [] if request.settled else ["lower --batch"]
     if ways and not request.allow_accumulation:
         ways.append("allow accumulation (--set memory.allow_accumulation=true)")
-    way_out = " or ".join([*ways, "give more with --vram"])
+    way_out = ", or ".join([*ways, request.budget.more(least.least_bytes)])
     return Infeasible(request.budget.tensor_bytes, least.least_bytes, f"tried: {tried}; {least.what}", way_out)
 
 

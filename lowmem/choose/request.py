@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import ceil
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -14,7 +15,7 @@ from lowmem.calibrate.calibrator import Calibrator
 from lowmem.calibrate.device import DeviceFacts
 from lowmem.config.cards import Card
 from lowmem.core.errors import Infeasible
-from lowmem.core.units import MIB
+from lowmem.core.units import KIB, MIB
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.evaluate import Solution
 from lowmem.plan.record import Plan, Predicted
@@ -31,14 +32,15 @@ ASSUMED_CONTEXT_BYTES = 400 * MIB
 # about 10 MiB for each channel and connection, of which a ring has two and a tree up to three (NVIDIA/nccl#986, #1685).
 ASSUMED_COMMUNICATOR_BYTES = 200 * MIB
 MARGIN_SHARE = 0.02
-# The rates that time is predicted with where no card is named: the card this project is aimed at.
+# Where no card is named nor there: its rates predict time, and its terms say what `--vram` leaves for tensors. The card
+# that this project is aimed at.
 REFERENCE_CARD = "gtx1060-6g"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """`total_bytes` = the other terms + `tensor_bytes`. On the CPU, and for a bare `--vram` without a card, the budget
-    bounds the tensors of the step and nothing else: all other terms are 0. Raises Infeasible where nothing is left."""
+    """`total_bytes` = the other terms + `tensor_bytes`; all other terms are 0 where the tensors of the step are bounded
+    and nothing else. Raises Infeasible where nothing is left."""
 
     total_bytes: int
     others_bytes: int = 0  # the driver, the desktop, other processes
@@ -52,15 +54,38 @@ class Budget:
     margin_bytes: int = 0
     source: str = "memory budget"  # of the total, in words
     emulated: bool = False  # a larger card made to behave like one of `total_bytes`
+    flag: str | None = "--tensors"  # what gives more; None: the card has no more
 
     def __post_init__(self) -> None:
         if self.tensor_bytes <= 0:
             raise Infeasible(
                 self.total_bytes,
                 self.total_bytes - self.tensor_bytes + 1,
-                "the card's own needs before any tensor: context, workspace, margin",
-                "give more with --vram, or choose another --card",
+                "the card's own needs before any tensor: others, context, workspace, margin",
+                self.more(1),
+                "before any tensor of a step the card itself takes {least}, and it has {budget}",
             )
+
+    def more(self, tensor_bytes: int) -> str:
+        """How to get so much for tensors, in words; `others_bytes` and `margin_bytes` grow with the card."""
+        share = (self.others_bytes + self.margin_bytes) / self.total_bytes
+        if self.flag is None or share >= 1:
+            return "free what others use on the card"
+        fixed = self.process_bytes + self.pictures_bytes
+        unit, letter = (MIB, "M") if tensor_bytes >= MIB or fixed else (KIB, "K")
+        return f"give {self.flag} {ceil((tensor_bytes + fixed) / (1 - share) / unit)}{letter} or more"
+
+    def for_tensors(self, tensor_bytes: int, source: str) -> Budget:
+        """On the same card so much for a step's tensors, whatever others use."""
+        return replace(
+            self,
+            total_bytes=tensor_bytes + self.process_bytes + self.pictures_bytes,
+            others_bytes=0,
+            margin_bytes=0,
+            source=source,
+            emulated=False,
+            flag="--tensors",
+        )
 
     @property
     def tensor_bytes(self) -> int:
@@ -137,6 +162,7 @@ def of_card(
         pictures_bytes=pictures_bytes,
         margin_bytes=int(total * MARGIN_SHARE),
         source=card.name if total == card.memory_bytes else f"{card.name} with another memory",
+        flag="--vram",
     )
 
 
@@ -167,6 +193,7 @@ def of_device(
         margin_bytes=int(total * MARGIN_SHARE),
         source=facts.name if total == facts.total_bytes else f"emulated card on {facts.name}",
         emulated=total < facts.total_bytes,
+        flag="--vram" if total < facts.total_bytes else None,
     )
 
 

@@ -53,7 +53,7 @@ FLAGS = (
     Flag("--steps", "", int, {"bench": "Measured steps of each trial (5; quick: 3; acceptance: 10)."}, least=1),
     Flag("--rounds", "", int, {"bench": "How often each cell is measured, in turns (3)."}, least=1),
     Flag("--budgets", "", str, {
-        "bench": "Memory of the engine's rows: sizes, shares of plain's peak, or least, like 1200M,0.5,least.",
+        "bench": "Tensors of the engine's rows: sizes, shares of plain's peak, or least, like 1200M,0.5,least.",
     }, metavar="LIST"),
     Flag("--quick", "", bool, {"bench": "A small network and all tables, in two minutes on two CPU cores."}),
     Flag("--suite", "", str, {"bench": "acceptance: all that is promised, against real steps."}),
@@ -88,7 +88,7 @@ FLAGS = (
         "ls settings cards cache": "Print everything known as JSON.",
         "verify doctor": "Print the findings as JSON.",
         "watch": "With --once: as JSON.",
-        "plan": "Print the plan as JSON.",
+        "plan": "Print the plan as JSON; where none fits, all that was tried.",
     }),
     Flag("--curve", "", Path, {"plan": "Draw memory against time to this PNG."}),
     # Settings.
@@ -144,10 +144,14 @@ FLAGS = (
     }),
     Flag("--memory-format", "train.memory_format", str, {_STARTS: "auto, contiguous or channels-last."}),
     Flag("--vram", "memory.vram", str, {
-        "train reproduce": "Memory to fit into, like 6G; on the CPU it bounds the step's tensors.",
-        "resume": "Another memory to fit into: plans again, for the same gradients.",
-        "plan": "Memory, like 6G: of the card, or for the step's tensors without --card.",
-        "bench": "Memory that the largest batches are to fit (the card's; on the CPU half of plain's; acceptance: 6G).",
+        "train plan reproduce": "Memory of the whole card, like 6G; what is no room for tensors is taken off and said.",
+        "resume": "A card with another memory to fit into: plans again, for the same gradients.",
+        "bench": "Memory of the card that largest batches are to fit (the card's own; acceptance: 6G).",
+    }),
+    Flag("--tensors", "memory.tensors", str, {
+        "train plan reproduce": "In place of --vram: what the step's tensors alone may take, like 2700M.",
+        "resume": "In place of --vram: what the step's tensors alone may take.",
+        "bench": "In place of --vram: tensors alone that largest batches are to fit (on the CPU half of plain's).",
     }),
     Flag("--card", "memory.card", str, {
         "train": "Plan for this card's profile, like gtx1060-6g; A,B: for processes of torchrun.",

@@ -17,7 +17,16 @@ from typer.main import get_command
 from lowmem.cli import completion
 from lowmem.cli.flags import Given, takes_flags
 from lowmem.cli.streams import take_streams, unread_is_well
-from lowmem.core.errors import ExitCode, Interrupted, LowmemError, OutputClosed, PeerError, PeerLost, UsageError
+from lowmem.core.errors import (
+    ExitCode,
+    Infeasible,
+    Interrupted,
+    LowmemError,
+    OutputClosed,
+    PeerError,
+    PeerLost,
+    UsageError,
+)
 from lowmem.core.reading import shorten
 from lowmem.distributed.launch import is_led, leave, linger, refuse_several, report_failure
 
@@ -320,13 +329,17 @@ def _lowmem_error(error: LowmemError) -> int:
     if not isinstance(error, Interrupted | PeerLost):  # nobody's failure, or another's
         report_failure(error.with_traceback(None))  # the message is all a user needs
     who = f"process {os.environ['RANK']}: " if is_led() else ""
-    code = _fail(f"{who}{error}", error.exit_code)
+    if isinstance(error, Infeasible):
+        code = _fail(f"{who}{error.both_sides}", error.exit_code, then=error.way_out)
+    else:
+        code = _fail(f"{who}{error}", error.exit_code)
     if isinstance(error, PeerLost) and not error.dismissed:
         linger(_AFTER_OTHERS_SECONDS)
     return code
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(message: str, code: int, then: str = "") -> int:
     # A message may quote a file that somebody else made: no control characters, and an end.
-    print(f"lowmem: {shorten(message, 4000)}", file=sys.stderr)
+    for line in (message, then) if then else (message,):
+        print(f"lowmem: {shorten(line, 4000)}", file=sys.stderr)
     return int(code)

@@ -16,7 +16,7 @@ from rich.text import Text
 from lowmem.cli.terminal import printable, say
 from lowmem.config.schema import Config, cards_of
 from lowmem.config.settings import Settings
-from lowmem.core.errors import ExitCode, PreflightError, UsageError
+from lowmem.core.errors import ExitCode, Infeasible, PreflightError, UsageError
 from lowmem.core.units import aligned, format_size
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.view import list_runs
@@ -178,7 +178,12 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
         # Without a named card it is about this machine: what `lowmem train` would do here.
         settings = resolve_execution(settings, planned=True)
     cards = [load_card(name).name for name in names] if len(names) > 1 else []
-    decided = decide(settings, tell=_Beside(), on_paper=True, recalibrate=recalibrate)
+    try:
+        decided = decide(settings, tell=_Beside(), on_paper=True, recalibrate=recalibrate)
+    except Infeasible as error:
+        if as_json:
+            print(json.dumps({"infeasible": error.record}, indent=1))
+        raise
     config, split = decided.settings.config, decided.planned
     assert split is not None
     choice = split.choices[0]

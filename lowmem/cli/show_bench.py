@@ -27,7 +27,7 @@ from lowmem.cli.terminal import say
 from lowmem.config.settings import gather
 from lowmem.core.errors import Interrupted, UsageError
 from lowmem.core.reading import shorten
-from lowmem.core.units import MIB, format_size, parse_size
+from lowmem.core.units import LEAST_TENSORS_BYTES, MIB, parse_memory
 from lowmem.isolate import Forks
 from lowmem.measure import read_driver
 from lowmem.remat.libraries import Numerics
@@ -80,7 +80,7 @@ def show_acceptance(
     if unknown := [one for one in kinds if one not in KINDS]:
         raise UsageError(f"--cells: the suite has no cells {unknown[0]!r}: use {', '.join(KINDS)}")
     usual = {} if flags.get("model.arch") is not None else {"model.arch": "res110", "model.block": "bottleneck"}
-    network = _network(flags, usual | {"memory.vram": "6G"})
+    network = _network(flags, usual | ({} if flags.get("memory.tensors") else {"memory.vram": "6G"}))
     # Asked in a process of its own: a context here would take memory from the trials.
     card_bytes = ask_device(Numerics()).total_bytes if network["device"] == "cuda" else None
     minutes = AcceptanceSetup.minutes if minutes is None else minutes
@@ -119,7 +119,8 @@ def _network(flags: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, An
     config = resolve_execution(gather(flags={**mode, **usual, **given})).config
     refuse_unsafe(config)
     train = {"batch": config.train.batch, "device": config.train.device}
-    return {**config.model.model_dump(), **train, "vram_bytes": config.memory.vram}
+    memory = {"vram_bytes": config.memory.vram, "tensors_bytes": config.memory.tensors}
+    return {**config.model.model_dump(), **train, **memory}
 
 
 def _table_setup(
@@ -151,7 +152,7 @@ def _budgets(text: str) -> tuple[int | float | str, ...]:
             if 0 < (share := float(part)) < 1:
                 return share
         try:
-            return LEAST if part == LEAST else parse_size(part)
+            return LEAST if part == LEAST else parse_memory(part, LEAST_TENSORS_BYTES)
         except ValueError as error:
             words = f"--budgets {part!r}: {error}; or a share of plain's memory like 0.5, or {LEAST}"
             raise UsageError(words) from None
@@ -249,7 +250,7 @@ def _acceptance_picture(setup: AcceptanceSetup, environment: Environment, accoun
     where = environment.get("card") or "CPU"
     met = [target["met"] for target in account.record["targets"] if target["met"] is not None]
     said = f": {sum(met)} of {len(met)} judged targets met" if met else ""
-    size = format_size(setup.vram_bytes) + (" (emulated)" if setup.emulates(setup.vram_bytes) else "")
+    size = setup.memory + (" (emulated)" if setup.emulates(setup.vram_bytes) else "")
     title = f"{setup.name}, batch {setup.batch}\n{size}, {where}{said}"
     return draw_acceptance(title, memory, seconds)
 

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationError
 
 from lowmem.config.catalogue import either
-from lowmem.config.schema import Section, Size
+from lowmem.config.schema import CardMemory, Section, Size
 from lowmem.config.settings import read_yaml
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import profile_names, profiles_folder, shorten
@@ -48,7 +48,7 @@ class Card(Section):
     """A card. Its file says the same in the units of datasheets."""
 
     name: Annotated[str, Field(min_length=1)]
-    memory_bytes: Size = Field(alias="memory")
+    memory_bytes: CardMemory = Field(alias="memory")
     capability: Annotated[str, Field(pattern=r"^[0-9]{1,3}\.[0-9]$", coerce_numbers_to_str=True)]  # 6.1 in YAML
     bandwidth_bytes_per_second: Annotated[Rate, AfterValidator(lambda gb: gb * 1e9)] = Field(
         alias="bandwidth_gb_per_second"

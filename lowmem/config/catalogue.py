@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lowmem.config.schema import ONLY_AT_THE_BEGINNING, OPERATIONAL, Config, Size
+from lowmem.config.schema import ONLY_AT_THE_BEGINNING, OPERATIONAL, CardMemory, Config, Size, TensorMemory
 
 _CLOSE = 0.75  # of two spellings, from which on one may be meant by the other
 
@@ -92,7 +92,7 @@ def _kind(field: FieldInfo) -> str:
             words.append(either(get_args(option)))
         elif get_origin(option) is tuple:
             words.append("a rising list of numbers > 0")
-        elif option == Size:
+        elif option in (Size, CardMemory, TensorMemory):
             words.append("a size like 6G")
         else:
             limits = [*field.metadata, *getattr(option, "__metadata__", ())]

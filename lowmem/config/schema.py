@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import shorten
-from lowmem.core.units import parse_size
+from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, parse_memory, parse_size
 
 BLOCK_LAYOUT: dict[tuple[int, str], tuple[int, int, int, int]] = {
     (20, "basic"): (2, 2, 3, 2),
@@ -65,9 +65,13 @@ def canonical_source(source: str) -> str:
     raise ValueError(f"{shorten(source)!r} is no data source and no folder: use {', '.join(SOURCES)} or folder:PATH")
 
 
-Size = Annotated[
-    PositiveInt, BeforeValidator(lambda value: parse_size(value) if isinstance(value, int | str) else value)
-]
+def _parsed_by(parse: Callable[[int | str], int]) -> BeforeValidator:
+    return BeforeValidator(lambda value: parse(value) if isinstance(value, int | str) else value)
+
+
+Size = Annotated[PositiveInt, _parsed_by(parse_size)]
+CardMemory = Annotated[PositiveInt, _parsed_by(partial(parse_memory, least_bytes=LEAST_CARD_BYTES))]
+TensorMemory = Annotated[PositiveInt, _parsed_by(partial(parse_memory, least_bytes=LEAST_TENSORS_BYTES))]
 
 
 class Section(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
@@ -211,10 +215,13 @@ class TrainConfig(Section):
 class MemoryConfig(Section):
     """What the step must fit into. Without any of it the CPU trains unplanned, and a CUDA device has what is free."""
 
-    vram: Size | None = Field(
+    vram: CardMemory | None = Field(
         None,
-        description="memory of the card, which is emulated if it is smaller than the real one, like 6G; on the CPU it "
-        "bounds the step's tensors",
+        description="the whole memory of a card, like 6G: of memory.card, else of the (then emulated) CUDA device at "
+        "hand, else of one on the terms of the reference card",
+    )
+    tensors: TensorMemory | None = Field(
+        None, description="in place of vram: what the step's tensors alone may take, like 2700M"
     )
     card: str | None = Field(
         None, description="plan for this card: a name of `lowmem cards` or a .yaml file; A,B: one for each process"
@@ -235,6 +242,12 @@ class MemoryConfig(Section):
     confirm: Literal["auto", "always", "never"] = Field(
         "auto", description="try a plan with real steps in a process of its own before the run; auto: on CUDA"
     )
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> MemoryConfig:
+        if self.vram is not None and self.tensors is not None:
+            raise ValueError("--vram is the whole card's memory, --tensors the step's tensors alone: give one of them")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -269,7 +282,7 @@ class Config(Section):
 _OPERATIONAL = {
     "train": "device max_steps log_every_steps grad_norms_every on_stuck on_nan tensorboard peer_timeout_minutes",
     "data": "source root cache download",  # a moved folder; the pictures themselves are checked by their fingerprint
-    "memory": "vram card platform calibrate allow_accumulation confirm",
+    "memory": "vram tensors card platform calibrate allow_accumulation confirm",
     "checkpoint": "every_minutes every_steps keep keep_every",
 }
 OPERATIONAL = frozenset(f"{section}.{name}" for section, names in _OPERATIONAL.items() for name in names.split())

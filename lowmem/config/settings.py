@@ -25,6 +25,8 @@ from lowmem.core.reading import (
     shorten,
 )
 
+_BUDGETS = ("memory.vram", "memory.tensors")  # of which there is one at most
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -35,7 +37,11 @@ class Settings:
 
     def replace(self, values: Mapping[str, object], source: str) -> Settings:
         """The same settings with some values replaced, validated again. Raises UsageError."""
-        flat = {**flatten(self.config), **values}
+        flat = flatten(self.config)
+        for given, other in (_BUDGETS, _BUDGETS[::-1]):
+            if values.get(given) is not None and flat[other] is not None:
+                values = {other: None, **values}  # one that is given takes the other's place
+        flat |= values
         sources = {**self.sources, **dict.fromkeys(values, source)}
         return Settings(validate(flat, sources), sources)
 
@@ -72,6 +78,11 @@ def gather(
             flat[key], sources[key], layer[key] = value, source, number
     flat["recipe"] = chosen
     sources["recipe"] = "flag" if recipe else (str(config_file) if "recipe" in from_file else "default")
+    # What is typed is one layer: two budgets there are refused.
+    budgets = {min(layer[key], 2): key for key in _BUDGETS if flat.get(key) is not None}
+    if len(budgets) > 1:
+        flat.pop(lower := budgets[min(budgets)])
+        sources.pop(lower)
     if layer.get("model.block", -1) < layer.get("model.arch", -1):
         flat.pop("model.block", None)  # one that a file chose for its own architecture is not forced on another
     return Settings(validate(flat, sources), {key: sources.get(key, "default") for key in known_keys()})
@@ -142,7 +153,20 @@ def read_settings_file(path: Path) -> tuple[dict[str, object], str]:
     loaded, text = read_yaml(path, "give --config the path of a YAML file of settings")
     if not isinstance(loaded, dict | None):
         raise UsageError(f"{path} holds no settings: write `section:` lines with `key: value` under them")
-    return dotted(loaded or {}), text
+    flat = dotted(loaded or {})
+    if all(key in flat for key in _ALWAYS_RECORDED):
+        flat = of_older_run(flat, flat.get("train.device"))
+    return flat, text
+
+
+def of_older_run(flat: dict[str, object], device: object) -> dict[str, object]:
+    """Recorded settings as they are written now. Before there was `memory.tensors`, `memory.vram` bounded the tensors
+    on a `device` that is the CPU, unless a card was named."""
+    if "memory.tensors" in flat:
+        return flat
+    of_tensors = device == "cpu" and flat.get("memory.card") is None
+    moved = {"memory.tensors": flat.get("memory.vram"), "memory.vram": None}
+    return flat | (moved if of_tensors else {"memory.tensors": None})
 
 
 def read_recipe(name: str) -> dict[str, object]:

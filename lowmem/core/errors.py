@@ -7,6 +7,8 @@ from enum import IntEnum
 
 from lowmem.core.units import format_size
 
+_OF_TENSORS = "a step's tensors take at least {least}, and {budget} are left for them"
+
 
 class ExitCode(IntEnum):
     DONE = 0
@@ -50,16 +52,27 @@ class DataError(PreflightError):
 
 
 class Infeasible(LowmemError, exit_code=ExitCode.NO_PLAN):
-    """No plan fits the budget (invariant 10): the budget, the least that would fit, and what takes it, in bytes."""
+    """No plan fits the budget (invariant 10): the budget, the least that would fit, and what takes it, in bytes.
+    `sides`: least and budget in words; `who`: whom it does not fit. The message is for people, a line for both sides
+    and one for the way out: what was tried and what takes the least is in `record`."""
 
-    def __init__(self, budget_bytes: int, least_bytes: int, what: str, way_out: str) -> None:
+    def __init__(
+        self, budget_bytes: int, least_bytes: int, what: str, way_out: str, sides: str = _OF_TENSORS, who: str = ""
+    ) -> None:
         self.budget_bytes = budget_bytes
         self.least_bytes = least_bytes
         self.what = what
+        self.way_out = way_out
         budget, least = format_size(budget_bytes), format_size(least_bytes)
         if budget == least:  # rounded for humans, and no message
             budget, least = f"{budget_bytes:,} B", f"{least_bytes:,} B"
-        super().__init__(f"no plan fits: the budget is {budget}, the least that fits is {least} ({what}): {way_out}")
+        self.both_sides = f"no plan fits{who and f' for {who}'}: {sides.format(least=least, budget=budget)}"
+        super().__init__(f"{self.both_sides}: {way_out}")
+
+    @property
+    def record(self) -> dict[str, object]:
+        """Plain values, for programs."""
+        return {name: getattr(self, name) for name in ("budget_bytes", "least_bytes", "what", "way_out")}
 
 
 class OutOfMemory(LowmemError, exit_code=ExitCode.OUT_OF_MEMORY):

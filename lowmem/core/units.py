@@ -9,6 +9,12 @@ from decimal import Decimal
 KIB = 1024
 MIB = 1024**2
 GIB = 1024**3
+# Less is a forgotten unit: no card has so little; and the tensors of the family's smallest step (width 1, one picture)
+# take 256 KiB. Below that lie the GiB that were typed without the G, and up to 65,535 MiB without the M.
+LEAST_CARD_BYTES = 64 * MIB
+LEAST_TENSORS_BYTES = 64 * KIB
+_MOST_GIB = 512  # a bare number up to this was meant in GiB, one above in MiB
+_MOST_DIGITS = 6  # of one that was not meant in bytes
 LARGEST = 1 << 60  # more bytes than anything has; what is above is a mistake, and no float holds it exactly
 
 _FACTORS = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1024**4}
@@ -29,6 +35,17 @@ def parse_size(text: str | int) -> int:
     else:
         return int(size)
     raise ValueError(f"{text!r} is {wrong}: write it like 6G, 1200M or a number of bytes")
+
+
+def parse_memory(text: str | int, least_bytes: int) -> int:
+    """`parse_size` of memory to fit into. Raises ValueError for less than `least_bytes` too: somebody forgot a unit."""
+    size = parse_size(text)
+    if size >= least_bytes:
+        return size
+    number, unit = re.sub(r"[^\d.]", "", str(text)), re.sub(r"[^KM]", "", str(text).upper())
+    unit = {"K": "M", "M": "G"}.get(unit) or ("G" if float(number) <= _MOST_GIB else "M")
+    meant = f"did you mean {number}{unit}?" if len(number) <= _MOST_DIGITS else "write it like 6G or 1200M"
+    raise ValueError(f"{text!r} is {format_size(size)}, too little for anything: {meant}")
 
 
 def format_size(size_bytes: int | None) -> str:

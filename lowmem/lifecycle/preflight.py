@@ -248,7 +248,7 @@ def _twice_if_quick(group: Group, work: Callable[[], Any]) -> Any:
 
 def _out_of_memory(trainer: Trainer, failure: Failure) -> OutOfMemory:
     memory = memory_words(trainer.meter.read())
-    less = "a smaller --vram" if trainer.plan else "a plan with --vram, like --vram 4G"
+    less = "less to fit into (--vram, --tensors)" if trainer.plan else "a plan with --vram, like --vram 4G"
     return OutOfMemory(
         f"{failure.words} ({failure.message}) in the trial before the first step, and no smaller plan is left{memory}; "
         f"nothing was started: free what others use, or give the run {less}"

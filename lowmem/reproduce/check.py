@@ -124,8 +124,8 @@ def _plans(job: Job, standings: Sequence[Standing], dataset: Dataset, observer: 
         hardest = max(refused, key=lambda name: refused[name].least_bytes)
         others = ", ".join(name for name in refused if name != hardest)
         worst, which = refused[hardest], f"{hardest}, and less for {others}" if others else hardest
-        way_out = "give more memory, or train the others with --only"
-        raise Infeasible(worst.budget_bytes, worst.least_bytes, f"for {which}; {worst.what}", way_out)
+        way_out = f"{worst.way_out}, or train the others with --only"
+        raise Infeasible(worst.budget_bytes, worst.least_bytes, worst.what, way_out, who=which)
     return plans
 
 

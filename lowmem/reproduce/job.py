@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.config.schema import OPERATIONAL, flatten, known_keys
-from lowmem.config.settings import Settings, from_yaml, validate
+from lowmem.config.settings import Settings, from_yaml, of_older_run, validate
 from lowmem.core.errors import DiskError, PreflightError, UsageError
 from lowmem.core.reading import SETTINGS_LIMIT_BYTES, Unreadable, read_json, shorten
 from lowmem.runs.atomic import PARTIAL, write_text_atomic
@@ -118,6 +118,7 @@ def _parse(path: Path, values: Any) -> Job:
             pass
         case _:
             raise Unreadable("holds no job of this version")
+    flat = of_older_run(flat, _device_of(path, flat))
     expected, names = set(known_keys()) - _PER_RUN, {member.name for member in ALL}
     if strange := sorted(set(flat) ^ expected):
         raise Unreadable(f"{'has' if strange[0] in flat else 'lacks'} the setting {shorten(strange[0])}")
@@ -125,9 +126,19 @@ def _parse(path: Path, values: Any) -> Job:
         raise Unreadable("has sources that are no text")
     if not all(name in names and type(value) in (int, float) and 0 < value < 1e30 for name, value in w.items()):
         raise Unreadable("has weights that are no numbers of its runs")
+    sources = {"memory.tensors": sources.get("memory.vram", "default"), **sources}  # of an older job
     known = {key: shorten(text, 80) for key, text in sources.items() if key in expected}
     settings = Settings(validate(flat, dict.fromkeys(flat, FILE_NAME)), dict.fromkeys(known_keys(), "default") | known)
     return Job(path, settings, values["data"], {name: float(value) for name, value in w.items()})
+
+
+def _device_of(path: Path, flat: Mapping[str, object]) -> object:
+    """That of the job, or where it left it to its runs, the one that the first of them took."""
+    if flat.get("train.device") == "auto" and "memory.tensors" not in flat:
+        for member in ALL:
+            with suppress(UsageError):
+                return from_yaml(path / member.name / "config.yaml").config.train.device
+    return flat.get("train.device")
 
 
 # -- what was asked for this time --------------------------------------------------------------------------------------

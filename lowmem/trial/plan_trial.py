@@ -208,7 +208,7 @@ def _fastest(trials: list[Tried], budget: Budget) -> Tried:
     if least is None:
         predicted = [tried.choice.plan.predicted.peak_allocated_bytes or 0 for tried in trials]
         least, what = min(predicted), f"as predicted, and {len(trials)} trials ran out of memory even so"
-    raise Infeasible(budget.tensor_bytes, least, what, "lower --batch, give more with --vram, or free what others use")
+    raise Infeasible(budget.tensor_bytes, least, what, f"lower --batch, or {budget.more(least)}")
 
 
 def _with_record(best: Tried, trials: list[Tried], budget: Budget, first: Choice) -> Choice:

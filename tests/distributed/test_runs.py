@@ -105,14 +105,24 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two processes under a budget that their parts do not fit into as they are, half of an epoch."""
     folder = tmp_path_factory.mktemp("planned")
     code, output = torchrun(
-        folder, 2, *TRAIN, "--set", "train.precision=fp32", "--vram", VRAM, "--set", "train.max_steps=3", "--out", "run"
+        folder,
+        2,
+        *TRAIN,
+        "--set",
+        "train.precision=fp32",
+        "--tensors",
+        TENSORS,
+        "--set",
+        "train.max_steps=3",
+        "--out",
+        "run",
     )
     assert code == 0, output
     assert "batch 32 over 2 processes" in output
     return folder / "run"
 
 
-VRAM = "2400K"
+TENSORS = "2400K"
 
 
 @pytest.mark.slow

@@ -31,9 +31,9 @@ from tests.tiny import arguments, tiny
 FAILING = 1  # the step, of three
 THRASHING = Verdict(Act.REPLAN, "thrashing")
 MODES = {
-    "fp32": ["memory.vram=3200K"],
-    "bf16": ["memory.vram=2200K", "train.precision=amp"],
-    "micro-batches": ["memory.vram=2200K", "train.micro_batch=8"],
+    "fp32": ["memory.tensors=3200K"],
+    "bf16": ["memory.tensors=2200K", "train.precision=amp"],
+    "micro-batches": ["memory.tensors=2200K", "train.micro_batch=8"],
 }
 
 
@@ -346,7 +346,7 @@ def test_without_a_smaller_plan_the_run_is_saved_and_can_be_resumed(
 ) -> None:
     path = tmp_path / "run"
     with scarce_from(5, Scarce({50})), pytest.raises(SystemExit) as leaving:
-        main(["train", *arguments(*SHORT), "--vram", "3M", "--out", str(path)])
+        main(["train", *arguments(*SHORT), "--tensors", "3M", "--out", str(path)])
     said = capsys.readouterr().err
     assert leaving.value.code == ExitCode.OUT_OF_MEMORY, said
     error = said.strip().splitlines()[-1]

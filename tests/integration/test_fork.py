@@ -130,7 +130,7 @@ def test_another_batch_keeps_the_place_in_the_schedule(parent: Path, tmp_path: P
 
 def test_a_batch_that_was_chosen_can_be_changed(tmp_path: Path) -> None:
     """What is carried over belongs to the settings as they were decided."""
-    run = run_training(tiny(*OWN, "train.batch=auto", "memory.vram=8M", "train.epochs=1"), tmp_path / "run").path
+    run = run_training(tiny(*OWN, "train.batch=auto", "memory.tensors=8M", "train.epochs=1"), tmp_path / "run").path
     assert recorded_settings(run).config.train.batch == 32
     result = fork_run(run, at=1, changes={"train.batch": 64, "train.epochs": 2}, out=tmp_path / "fork")
     assert (result.state.step, recorded_settings(result.path).config.train.batch) == (8, 64)

@@ -22,6 +22,7 @@ from torch import nn
 import lowmem
 from lowmem.cli.main import _run
 from lowmem.lifecycle import execute
+from lowmem.runs.view import recorded_settings
 from tests.conftest import environment
 
 STEPS_PER_EPOCH = 10
@@ -44,6 +45,8 @@ def plan_of(run: Path) -> dict[str, object]:
 
 def test_it_goes_on_to_its_end_under_its_own_plan(older: Path) -> None:
     planned = plan_of(older)
+    memory = recorded_settings(older).config.memory
+    assert (memory.vram, memory.tensors) == (None, 2400 << 10)  # on the CPU it bounded tensors alone
     outcome = lowmem.resume_training(older, {"train.max_steps": None})
     assert outcome.finished
     assert outcome.state.step == 2 * STEPS_PER_EPOCH

@@ -46,7 +46,7 @@ def unplanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first of two steps under a plan; to be copied."""
     path = tmp_path_factory.mktemp("begun") / "run"
-    run_training(_settings("train.max_steps=1", "memory.vram=8M"), path)
+    run_training(_settings("train.max_steps=1", "memory.tensors=8M"), path)
     return path
 
 
@@ -54,14 +54,14 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def replanned(begun: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """It went on to its end within less."""
     path = copy_run(begun, tmp_path_factory.mktemp("replanned") / "run")
-    smaller = recorded_settings(path).replace({"memory.vram": "6500K", "train.max_steps": None}, "resume")
+    smaller = recorded_settings(path).replace({"memory.tensors": "6500K", "train.max_steps": None}, "resume")
     resume_training(path, smaller)
     return path
 
 
 def test_a_planned_run_has_the_unplanned_ones_bits(unplanned: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
-    run_training(_settings("memory.vram=8M"), path)
+    run_training(_settings("memory.tensors=8M"), path)
     plan = _plan(path)
     assert plan["budget_bytes"] == 8 * MIB
     assert set(plan["blocks"].values()) != {"SAVE_ALL"}
@@ -86,7 +86,7 @@ def test_a_resume_that_dies_before_it_goes_on_leaves_the_plan_with_its_settings(
 
     monkeypatch.setattr(RunFolder, "tidy", killed)
     with pytest.raises(KeyboardInterrupt):
-        resume_training(path, {"memory.vram": "6500K"})
+        resume_training(path, {"memory.tensors": "6500K"})
     assert [file.read_text() for file in files] == before
 
 
@@ -105,7 +105,7 @@ def test_resume_replays_the_plan_and_another_budget_is_a_logged_event(
 
 def test_accumulation_is_said_and_recorded(tmp_path: Path) -> None:
     path, heard = tmp_path / "run", Heard()
-    run_training(_settings("memory.vram=4500K"), path, heard)
+    run_training(_settings("memory.tensors=4500K"), path, heard)
     plan = _plan(path)
     assert (plan["exact"], plan["accumulation"] > 1) == (False, True)
     (warning,) = heard.warnings
@@ -115,7 +115,7 @@ def test_accumulation_is_said_and_recorded(tmp_path: Path) -> None:
 
 def test_nothing_is_left_behind_when_nothing_fits(tmp_path: Path) -> None:
     with pytest.raises(Infeasible):
-        run_training(_settings("memory.vram=500K", "memory.allow_accumulation=false"), tmp_path / "run")
+        run_training(_settings("memory.tensors=500K", "memory.allow_accumulation=false"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -134,7 +134,7 @@ def test_a_damaged_plan_is_refused(begun: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sets", "says"),
     [
-        (("memory.vram=8M", "memory.platform=windows"), "give the card"),
+        (("memory.tensors=8M", "memory.platform=windows"), "give the card"),
         (("memory.confirm=always",), "give --vram"),
         (("memory.calibrate=always",), "give --vram"),
     ],
@@ -148,7 +148,7 @@ def test_what_would_be_ignored_is_refused(sets: tuple[str, ...], says: str, tmp_
 def _auto(path: Path) -> None:
     """A run of which the plan chose the batch, stopped after its first epoch."""
     sets = ("train.batch=auto", "data.train_subset=400", "checkpoint.keep_every=1", "train.epochs=2")
-    run_training(_settings(*sets, "memory.vram=12M"), path)
+    run_training(_settings(*sets, "memory.tensors=12M"), path)
 
 
 def _as_older_versions_recorded(run: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_batch_that_was_chosen_is_not_chosen_again(older: bool, tmp_path: Path
     if older:
         _as_older_versions_recorded(source)
     decided = recorded_settings(source).config
-    resume_training(source, {"memory.vram": "11M"})
+    resume_training(source, {"memory.tensors": "11M"})
     assert events(source, "replan")
     assert _plan(source)["batch"] == decided.train.batch
     batch = 32 if decided.train.batch != 32 else 64
@@ -193,7 +193,7 @@ def test_runs_are_planned_with_their_ladder(begun: Path, replanned: Path) -> Non
 
 def test_a_confirmed_run_records_it_and_has_the_same_bits(unplanned: Path, tmp_path: Path) -> None:
     path, heard = tmp_path / "run", Heard()
-    run_training(_settings("memory.confirm=always", "memory.vram=8M"), path, heard)
+    run_training(_settings("memory.confirm=always", "memory.tensors=8M"), path, heard)
     (event,) = events(path, "confirmed")
     assert len(event["trials"]) == 1
     assert abs(event["trials"][0]["peak_error"]) < 0.03
@@ -207,7 +207,7 @@ def test_a_confirmed_run_records_it_and_has_the_same_bits(unplanned: Path, tmp_p
 @pytest.mark.slow  # the quick ones, by scripted measurements, are in tests/unit/trial/test_plan_trial.py
 def test_auto_batch_goes_by_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    result = run_training(_settings("memory.confirm=always", "train.batch=auto", "memory.vram=8M"), path)
+    result = run_training(_settings("memory.confirm=always", "train.batch=auto", "memory.tensors=8M"), path)
     (event,) = events(path, "confirmed")
     trials = event["trials"]
     assert len(trials) > 1
@@ -222,5 +222,5 @@ def test_nothing_is_left_behind_when_no_trial_holds(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(execute, "confirm_run", refuse)
     with pytest.raises(Infeasible):
-        run_training(_settings("memory.confirm=always", "memory.vram=8M"), tmp_path / "run")
+        run_training(_settings("memory.confirm=always", "memory.tensors=8M"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

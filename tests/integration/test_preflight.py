@@ -106,7 +106,7 @@ def test_an_output_that_reads_back_differently(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, harm: Callable[[Path], None]
 ) -> None:
     _harm(monkeypatch, name, harm)
-    planned = ["memory.vram=6M"] if name == "plan.json" else []
+    planned = ["memory.tensors=6M"] if name == "plan.json" else []
     with pytest.raises(PreflightError, match=name.partition(".")[0]):
         run_training(_settings(*planned), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
@@ -169,7 +169,7 @@ def test_a_dry_run_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     for name in there:
         (tmp_path / name).mkdir()
-    planned = [] if there else ["--vram", "6M"]
+    planned = [] if there else ["--tensors", "6M"]
     assert _leave([*ARGUMENTS, *planned, "--out", "runs/deep/run", "--dry-run"]) == ExitCode.DONE
     out = capsys.readouterr().out
     for begins in ("preflight: ", "time: about ", "disk: ", "dry run: "):

@@ -58,7 +58,7 @@ def configs(draw: st.DrawFn) -> Config:
         "train.batch": batch,
         "train.micro_batch": draw(st.none() | st.integers(1, batch)),
         "train.precision": draw(st.sampled_from(["auto", "fp32", "amp"])),
-        "memory.vram": draw(st.none() | st.integers(1, 2**50)),
+        draw(st.sampled_from(["memory.vram", "memory.tensors"])): draw(st.none() | st.integers(2**26, 2**50)),
         "checkpoint.every_minutes": draw(st.none() | POSITIVE),
         "checkpoint.keep": draw(st.integers(2, 100)),
     }
@@ -104,7 +104,7 @@ CARD = {
 }  # fmt: skip
 
 
-@given(TEXT, st.integers(1, 2**40), POSITIVE.filter(lambda rate: rate <= 1e6), st.floats(0.01, 1))
+@given(TEXT, st.integers(2**26, 2**40), POSITIVE.filter(lambda rate: rate <= 1e6), st.floats(0.01, 1))
 @IN_A_FOLDER
 def test_a_card_comes_back(tmp_path: Path, name: str, memory: int, rate: float, share: float) -> None:
     values = CARD | {

@@ -20,7 +20,7 @@ from lowmem.core.units import GIB, KIB, MIB
 from lowmem.trial import TrialResult
 from tests.isolated import call_here
 
-NET: dict[str, Any] = {"arch": "res20", "block": "basic", "width": 4, "batch": 16, "vram_bytes": 6 * MIB}
+NET: dict[str, Any] = {"arch": "res20", "block": "basic", "width": 4, "batch": 16, "tensors_bytes": 6 * MIB}
 
 
 class Untimed(AcceptanceSetup):
@@ -119,7 +119,7 @@ def test_the_largest_batch_is_verified_and_the_next_is_refused(rows: list[Row]) 
     for row, fails in ((planned, "refused_by_the_planner"), (plain, "fails")):
         assert row["batch"] is not None
         assert row["batch"] < row["facts"][fails] <= row["batch"] + row["facts"]["unit"], "found in at most four tries"
-    assert (planned["allocated_bytes"] or 0) <= (SETUP.vram_bytes or 0)
+    assert (planned["allocated_bytes"] or 0) <= (SETUP.tensors_bytes or 0)
 
 
 @pytest.mark.slow
@@ -144,7 +144,7 @@ def test_without_time_every_cell_says_so() -> None:
     assert account(SETUP, HERE, cells, finished=False).rows == []
 
 
-ON_CARD = replace(SETUP, device="cuda", card_bytes=16 * GIB)
+ON_CARD = replace(SETUP, device="cuda", card_bytes=16 * GIB, vram_bytes=6 * MIB, tensors_bytes=None)
 
 
 def test_only_the_cells_that_are_asked_for() -> None:
@@ -178,7 +178,7 @@ def test_a_card_that_waits_for_launches_is_timed_at_a_larger_batch() -> None:
     first, second = account(SETUP, HERE, [plain, planned], finished=True).rows
     assert first["overhead"] is None
     assert second["overhead"] is not None
-    assert second["vram_bytes"] == 2 * (SETUP.vram_bytes or 0)
+    assert second["vram_bytes"] == 2 * (SETUP.tensors_bytes or 0)
     assert second["allocated_bytes"] < first["allocated_bytes"]
 
 

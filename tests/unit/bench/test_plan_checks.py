@@ -66,7 +66,7 @@ def test_native_norms_are_the_modules_own_on_the_cpu_and_go_again() -> None:
 
 
 def test_injected_out_of_memory_is_survived() -> None:
-    flags = {"model.arch": "res20", "model.width": 4, "train.batch": 8, "train.device": "cpu", "memory.vram": "4M"}
+    flags = {"model.arch": "res20", "model.width": 4, "train.batch": 8, "train.device": "cpu", "memory.tensors": "4M"}
     choice = with_ladder(
         choose(request_of(gather(flags=flags, sets=["train.precision=fp32", "train.memory_format=contiguous"]).config))
     )

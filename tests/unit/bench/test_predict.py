@@ -21,6 +21,7 @@ from lowmem.bench.predict import Predictor, largest
 from lowmem.bench.tables import TableSetup
 from lowmem.choose.request import Budget
 from lowmem.core.errors import Infeasible
+from lowmem.core.units import GIB
 from lowmem.trial import Trial
 from lowmem.trial.worker import work
 
@@ -116,3 +117,11 @@ def test_the_search_is_bounded() -> None:
     assert found.holds == max(asked)
     assert largest(lambda _: False, 100, 8, 50).holds is None
     assert largest(lambda _: None, 100, 8, 50).tried == []
+
+
+def test_memory_is_a_cards_or_tensors_alone(predictor: Predictor) -> None:
+    card = predictor.budget(GIB)
+    assert card.total_bytes == GIB
+    assert "GTX 1060" in card.source
+    alone = Predictor(TableSetup(**NET, tensors_bytes=GIB), print).budget(GIB)
+    assert alone.tensor_bytes == alone.total_bytes == GIB

@@ -306,7 +306,7 @@ def test_what_corrupts_memory_is_not_timed() -> None:
 
 def test_a_plan_by_what_this_processor_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    flags = {"model.arch": "res20", "model.width": 4, "train.batch": 4, "memory.vram": "2M", "train.device": "cpu"}
+    flags = {"model.arch": "res20", "model.width": 4, "train.batch": 4, "memory.tensors": "2M", "train.device": "cpu"}
     mode = ("train.precision=fp32", "train.memory_format=contiguous")  # otherwise all are timed
     settings = gather(flags=flags, sets=["memory.calibrate=always", *mode])
     told: list[str] = []

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lowmem.calibrate.device import DeviceFacts
-from lowmem.choose.execution import request_of
+from lowmem.choose.execution import budget_of, request_of
 from lowmem.choose.planning import choose
 from lowmem.choose.request import ASSUMED_COMMUNICATOR_BYTES, Budget, of_card, of_device, with_communicators
 from lowmem.config.cards import load_card
@@ -124,3 +124,42 @@ def test_the_machine_decides_what_of_a_card_is_usable(platform: str) -> None:
     card = load_card("gtx1060-6g")
     budget = of_card(card, platform=platform)
     assert budget.others_bytes == card.memory_bytes - int(card.memory_bytes * getattr(card.usable, platform))
+
+
+def _budget(*sets: str) -> Budget:
+    return budget_of(gather(flags={"train.device": "cpu"}, sets=sets).config, 50_000)[0]
+
+
+def test_a_bare_memory_is_that_of_a_card_like_the_reference() -> None:
+    bare, named = _budget("memory.vram=4G"), _budget("memory.vram=4G", "memory.card=gtx1060-6g")
+    assert replace(bare, source=named.source) == named
+    assert bare.on_card
+    assert "a card like the GTX 1060 6G, as no --card is given" in bare.source
+    config = gather(flags={"model.arch": "res20", "model.width": 4, "train.batch": 8, "memory.vram": "2G"}).config
+    request = request_of(config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})}))
+    assert request.batch_norm == "library"  # what the card would take
+
+
+def test_tensors_alone() -> None:
+    assert _budget("memory.tensors=3G").terms() == []
+    card = _budget("memory.card=gtx1060-6g")
+    on_card = _budget("memory.card=gtx1060-6g", "memory.tensors=3G")
+    assert on_card.tensor_bytes == 3 * GIB
+    assert on_card.process_bytes == card.process_bytes
+    more = _budget("memory.card=gtx1060-6g", "memory.tensors=6G")  # than it leaves
+    assert replace(more, source=card.source) == card
+    assert "leaves less than the 6,144 MiB asked for" in more.source
+
+
+@pytest.mark.parametrize("mib", [1, 700, 9000])
+@pytest.mark.parametrize("sets", [("memory.vram=2G",), ("memory.card=gtx1070",), ("memory.tensors=1G",)])
+def test_what_is_said_to_be_enough_is(sets: tuple[str, ...], mib: int) -> None:
+    _, flag, size, *_ = _budget(*sets).more(mib * MIB).split()
+    others = [one for one in sets if "card" in one]
+    assert 0 <= _budget(*others, f"memory.{flag.removeprefix('--')}={size}").tensor_bytes - mib * MIB < 2 * MIB
+
+
+def test_a_card_that_has_no_more() -> None:
+    assert "free what others use" in of_device(_facts(4 * GIB, 6 * GIB)).more(7 * GIB)
+    with pytest.raises(Infeasible, match=r"takes \d+ MiB, and it has 512 MiB: give --vram \d+M or more"):
+        _budget("memory.vram=512M")

@@ -14,7 +14,7 @@ from lowmem.core.units import MIB
 from lowmem.plan.record import Plan
 from tests.tiny import tiny
 
-FIXED = ("train.memory_format=contiguous", "memory.vram=20M")
+FIXED = ("train.memory_format=contiguous", "memory.tensors=20M")
 
 
 def _settings(*sets: str) -> Settings:
@@ -25,7 +25,7 @@ def _settings(*sets: str) -> Settings:
 
 @pytest.mark.slow
 def test_the_batch_with_the_most_pictures_per_second_and_its_learning_rate() -> None:
-    asked = _settings("train.batch=auto", "memory.vram=20M")
+    asked = _settings("train.batch=auto", "memory.tensors=20M")
     decided = decide(asked, DataSize(train_pictures=5000), on_paper=True)
     settings, split, batch = decided.settings, decided.planned, decided.settings.config.train.batch
     assert split is not None
@@ -69,12 +69,12 @@ def test_what_is_kept_of_recorded_plans(recorded: tuple[Settings, Plan, Recorded
     assert (kept.plan, kept.settings, kept.changed) == (plan, settings, False)
     # The machine of a card that is planned for, which is none here.
     assert decide(settings.replace({"memory.platform": "linux"}, "resume"), recorded=run).plan == plan
-    less = settings.replace({"memory.vram": "9M"}, "resume")
+    less = settings.replace({"memory.tensors": "9M"}, "resume")
     again = decide(less, recorded=run)
     assert again.plan is not None
     assert (again.plan.batch, again.plan.micro_batch, again.plan.budget_bytes) == (64, 64, 9 * MIB)
     assert (again.settings, again.changed, again.split.shares) == (less, True, (64,))
-    unplanned = settings.replace({"memory.vram": None}, "resume")
+    unplanned = settings.replace({"memory.tensors": None}, "resume")
     assert decide(unplanned, recorded=run).plan == plan, "it goes on as it was planned"
     assert decide(unplanned, recorded=replace(run, fork=True)).plan is None
 
@@ -84,9 +84,9 @@ def test_recorded_plans_for_less_for_fewer_processes_and_for_forks(
     recorded: tuple[Settings, Plan, RecordedRun],
 ) -> None:
     settings, plan, run = recorded
-    less = settings.replace({"memory.vram": "9M"}, "resume")
+    less = settings.replace({"memory.tensors": "9M"}, "resume")
     with pytest.raises(Infeasible):
-        decide(settings.replace({"memory.vram": "4M"}, "resume"), recorded=run)
+        decide(settings.replace({"memory.tensors": "4M"}, "resume"), recorded=run)
     half = replace(plan, batch=32, micro_batch=32, shares=(32, 32))
     alone = decide(settings, recorded=RecordedRun(settings.config, [half, half]))
     assert alone.plan is not None

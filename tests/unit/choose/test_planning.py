@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 from lowmem.choose.execution import by_kind
 from lowmem.choose.planning import Choice, Request, card_rates, choose, make_plan
@@ -82,7 +83,7 @@ def test_accumulation_comes_after_amp() -> None:
 
 @pytest.mark.slow
 def test_infeasible_has_both_sides_and_the_way_out() -> None:
-    with pytest.raises(Infeasible, match=r"budget is 8 MiB, the least that fits is \d+ MiB .*lower --batch") as caught:
+    with pytest.raises(Infeasible, match=r"at least \d+ MiB, and 8 MiB are left.*lower --batch") as caught:
         choose(_request(7.5, allow_accumulation=False))
     # What it says would fit does fit, and one byte less does not.
     least = caught.value.least_bytes
@@ -124,3 +125,15 @@ def test_bad_sizes_and_cards_in_settings() -> None:
 
     with pytest.raises(UsageError, match="did you mean gtx1060-6g"):
         request_of(gather(flags={"memory.card": "gtx1060"}).config)
+
+
+def test_a_budget_without_its_unit() -> None:
+    for budget in (6, "6", "4600"):
+        with pytest.raises(ValueError, match="did you mean"):
+            make_plan(MODEL, batch=8, budget=budget)
+    with pytest.raises(ValueError, match="did you mean 6G"):
+        make_plan(MODEL, batch=8, budget="6M", card=load_card("gtx1060-6g"))
+    tiny = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 30 * 30, 2))
+    assert make_plan(tiny, batch=1, budget="200K").budget_bytes == 200 * 1024
+    with pytest.raises(Infeasible):
+        make_plan(tiny, batch=1, budget="10K")

@@ -27,7 +27,7 @@ TINY = (
 )  # fmt: skip
 SUITE = (
     "bench", "--suite", "acceptance", "--device", "cpu", "--arch", "res20", "--width", "4", "--batch", "16",
-    "--vram", "6M", "--steps", "1",
+    "--tensors", "6M", "--steps", "1",
 )  # fmt: skip
 FLAGS = {"model.arch": "res20", "model.width": 2, "train.batch": 8, "train.device": "cpu"}
 SAME: dict[str, Any] = {
@@ -242,6 +242,9 @@ def test_some_of_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (("--suite", "acceptance", "--out", "x", "--quick"), "--quick"),
         (("--suite", "acceptance", "--out", "x", "--rounds", "2", "--budgets", "0.5"), "--rounds, --budgets"),
         (("--budgets", "much"), "much"),
+        (("--budgets", "0.5,6"), "did you mean 6G"),
+        (("--vram", "6"), "did you mean 6G"),
+        (("--vram", "6G", "--tensors", "2G"), "give one"),
         (("--arch", "res21"), "res21"),
         (("--vram", "-1"), "memory.vram"),
     ],

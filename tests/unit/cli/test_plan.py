@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from lowmem.cli.main import main
+from lowmem.core.units import format_size
 
 ONE_MODE = ("--precision", "fp32", "--memory-format", "contiguous")  # otherwise each is planned
 SMALL = ("plan", "--arch", "res20", "--width", "4", "--batch", "32")
@@ -23,7 +25,7 @@ def _leave(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
 
 
 def test_json_has_the_points_of_the_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    code, out, _ = _leave(capsys, *ONE_MODE, "--vram", "4M", "--json", "--curve", str(tmp_path / "curve.png"))
+    code, out, _ = _leave(capsys, *ONE_MODE, "--tensors", "4M", "--json", "--curve", str(tmp_path / "curve.png"))
     record = json.loads(out)
     assert code == 0
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -38,7 +40,7 @@ def test_json_has_the_points_of_the_picture(capsys: pytest.CaptureFixture[str], 
 
 def test_what_the_processor_must_not_run_is_planned_for_a_card_only(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("--set", "train.device=cpu", "--memory-format", "channels-last", "--precision", "fp32")
-    code, out, err = _leave(capsys, *asked, "--vram", "4M")
+    code, out, err = _leave(capsys, *asked, "--tensors", "4M")
     assert (code, out) == (3, "")
     assert "corrupts memory on the CPU" in err
     code, out, _ = _leave(capsys, *asked, "--card", "gtx1060-6g")
@@ -46,14 +48,33 @@ def test_what_the_processor_must_not_run_is_planned_for_a_card_only(capsys: pyte
     assert "channels-last" in out
 
 
-def test_what_fits_nowhere_is_one_line_and_code_4(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = _leave(capsys, *ONE_MODE, "--vram", "100K")
-    assert (code, out) == (4, "")
-    assert len(err.strip().splitlines()) == 1
-    assert "the least that fits is" in err
+def test_what_fits_nowhere_is_two_lines_and_code_4(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = _leave(capsys, *ONE_MODE, "--tensors", "100K", "--json")
+    assert code == 4
+    sides, ways_out = err.strip().splitlines()
+    least = json.loads(out)["infeasible"]["least_bytes"]
+    assert (
+        sides
+        == f"lowmem: no plan fits: a step's tensors take at least {format_size(least)}, and 100 KiB are left for them"
+    )
+    assert json.loads(out)["infeasible"]["what"].startswith(
+        "tried: fp32 at batch 32; fp32 at batch 32 in micro-batches of 16"
+    )
+    typed = re.search(r"lower --batch, or give (--tensors \w+) or more", ways_out)
+    assert typed, ways_out
+    code, _, err = _leave(capsys, *ONE_MODE, *typed[1].split())
+    assert code == 0, err
 
 
 def test_a_picture_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    code, _, err = _leave(capsys, *ONE_MODE, "--vram", "4M", "--curve", str(tmp_path / "none" / "curve.png"))
+    code, _, err = _leave(capsys, *ONE_MODE, "--tensors", "4M", "--curve", str(tmp_path / "none" / "curve.png"))
     assert code == 3
     assert "another path" in err
+
+
+def test_a_memory_is_a_cards_also_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    said = [_leave(capsys, *ONE_MODE, "--vram", "1G", *card) for card in ((), ("--card", "gtx1060-6g"))]
+    (code, bare, _), (_, named, _) = said
+    assert code == 0
+    assert "a card like the GTX 1060 6G, as no --card is given" in bare
+    assert bare.splitlines()[3:] == named.splitlines()[3:]  # all but whose memory it is

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lowmem.config.schema import OPERATIONAL, Config, ModelConfig, flatten, known_keys
+from lowmem.config.schema import OPERATIONAL, Config, ModelConfig, flatten, known_keys, nest
 from lowmem.config.settings import from_yaml, gather, parse_set, refuse_changes, to_yaml
 from lowmem.core.errors import UsageError
 
@@ -173,3 +173,48 @@ def test_a_value_that_is_a_blank_survives(tmp_path: Path) -> None:
     settings = gather(flags={"data.cache": "\xa0"})
     path.write_text(to_yaml(settings), encoding="utf-8")
     assert from_yaml(path).config.data.cache == "\xa0"
+
+
+@pytest.mark.parametrize("key", ["memory.vram", "memory.tensors"])
+def test_a_forgotten_unit_is_asked_for_wherever_it_is_written(key: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"{key}: 6\n")
+    for given in ({"flags": {key: "6"}}, {"sets": [f"{key}=6"]}, {"config_file": file}):
+        with pytest.raises(UsageError, match="did you mean 6G"):
+            gather(**given)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="did you mean 6G"):
+        gather().replace({key: "6"}, "resume")
+    with pytest.raises(ValueError, match="did you mean 6G"):
+        Config.model_validate(nest({key: 6}))
+
+
+def test_there_is_one_budget(tmp_path: Path) -> None:
+    for given in (["memory.vram=6G", "memory.tensors=2G"], ["memory.tensors=2G"]):
+        with pytest.raises(UsageError, match=r"--vram is the whole card's memory, --tensors .* give one"):
+            gather(flags={"memory.vram": "6G"}, sets=given)
+    file = tmp_path / "mine.yaml"
+    file.write_text(to_yaml(gather(flags={"memory.tensors": "2G"})))
+    settings = gather(config_file=file, flags={"memory.vram": "6G"})  # what is typed is above what is in a file
+    assert (settings.config.memory.vram, settings.config.memory.tensors) == (6 << 30, None)
+    settings = settings.replace({"memory.tensors": "3G"}, "resume")
+    assert (settings.config.memory.vram, settings.config.memory.tensors) == (None, 3 << 30)
+    assert gather(config_file=file).config.memory.tensors == 2 << 30
+    with pytest.raises(UsageError, match="give one"):
+        settings.replace({"memory.vram": "6G", "memory.tensors": "3G"}, "resume")
+
+
+@pytest.mark.parametrize(
+    ("device", "card", "of_tensors"), [("cpu", None, True), ("cpu", "gtx1060-6g", False), ("cuda", None, False)]
+)
+def test_what_an_older_run_meant_by_its_memory(tmp_path: Path, device: str, card: str | None, of_tensors: bool) -> None:
+    """Before there was `memory.tensors`, `memory.vram` was that on the CPU without a card."""
+    flags = {"train.device": device, "memory.card": card, "memory.vram": "2700M"}
+    text = to_yaml(gather(flags=flags)).replace("  tensors: null  # default\n", "")
+    assert "tensors" not in text
+    (tmp_path / "config.yaml").write_text(text)
+    for memory in (
+        from_yaml(tmp_path / "config.yaml").config.memory,
+        gather(config_file=tmp_path / "config.yaml").config.memory,
+    ):
+        assert (memory.tensors if of_tensors else memory.vram) == 2700 << 20
+        assert (memory.vram if of_tensors else memory.tensors) is None

@@ -8,7 +8,8 @@ from lowmem.core.units import MIB
 
 def test_infeasible_shows_two_different_sizes() -> None:
     far = Infeasible(4 * MIB, 6 * MIB, "at its peak", "lower --batch")
-    assert str(far) == "no plan fits: the budget is 4 MiB, the least that fits is 6 MiB (at its peak): lower --batch"
+    assert far.both_sides == "no plan fits: a step's tensors take at least 6 MiB, and 4 MiB are left for them"
+    assert str(far) == f"{far.both_sides}: lower --batch"
     near = Infeasible(4 * MIB, 4 * MIB + 512, "at its peak", "lower --batch")
-    assert "the budget is 4,194,304 B, the least that fits is 4,194,816 B" in str(near)
+    assert "at least 4,194,816 B, and 4,194,304 B" in str(near)
     assert near.exit_code is ExitCode.NO_PLAN

@@ -2,7 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from lowmem.core.units import GIB, MIB, format_duration, format_size, parse_size
+from lowmem.core.units import (
+    GIB,
+    LEAST_CARD_BYTES,
+    LEAST_TENSORS_BYTES,
+    MIB,
+    format_duration,
+    format_size,
+    parse_memory,
+    parse_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -38,3 +47,30 @@ def test_format_size(size: int | None, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(None, "?"), (-3, "0:00"), (61, "1:01"), (3725, "1:02:05")])
 def test_format_duration(seconds: float | None, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("6", "did you mean 6G"),
+        (6, "did you mean 6G"),
+        ("1.5", "did you mean 1.5G"),
+        ("2700", "did you mean 2700M"),
+        ("65535", "did you mean 65535M"),
+        ("6M", "did you mean 6G"),
+        ("2700 KiB", "did you mean 2700M"),
+        (3_000_000, "write it like 6G"),
+        ("six", "write it like 6G"),
+    ],
+)
+def test_a_card_of_so_little_is_a_forgotten_unit(text: str | int, meant: str) -> None:
+    with pytest.raises(ValueError, match=meant):
+        parse_memory(text, LEAST_CARD_BYTES)
+
+
+def test_the_least_that_is_taken() -> None:
+    assert parse_memory("64M", LEAST_CARD_BYTES) == 64 * MIB
+    assert parse_memory(64 * MIB, LEAST_CARD_BYTES) == 64 * MIB
+    assert parse_memory("100K", LEAST_TENSORS_BYTES) == 100 * 1024
+    with pytest.raises(ValueError, match="did you mean 65535M"):
+        parse_memory(65535, LEAST_TENSORS_BYTES)

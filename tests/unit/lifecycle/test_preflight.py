@@ -38,7 +38,7 @@ def _trainer(settings: Settings, plan: Plan | None = None) -> Trainer:
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     """With at least two smaller ones below it."""
-    plan = decide(_settings("memory.vram=6M"), DataSize(10, 120)).plan
+    plan = decide(_settings("memory.tensors=6M"), DataSize(10, 120)).plan
     assert plan is not None
     assert len(plan.ladder) >= 2
     return plan
@@ -79,7 +79,7 @@ def _frozen(value: object) -> object:
         (),
         ("optim.momentum=0.0",),
         ("train.memory_format=channels-last", "model.width=16", "optim.nesterov=true"),
-        ("memory.vram=6M",),
+        ("memory.tensors=6M",),
         ("train.precision=amp",),
     ],
     ids=" ".join,
@@ -89,7 +89,7 @@ def test_the_step_is_undone_to_the_last_bit(
     tmp_path: Path, plan: Plan, sets: tuple[str, ...], steps_before: int
 ) -> None:
     settings = _settings(*sets)
-    trainer = _trainer(settings, plan if settings.config.memory.vram is not None else None)
+    trainer = _trainer(settings, plan if settings.config.memory.tensors is not None else None)
     # fp16 needs a card, its scaler does not; with every step the scale doubles.
     trainer.step.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
     for step in range(steps_before):
@@ -120,7 +120,7 @@ def _scarce(trainer: Trainer, scarce: Scarce, failures: int) -> None:
 
 @pytest.mark.parametrize("in_update", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_out_of_memory_takes_the_next_plan(tmp_path: Path, plan: Plan, in_update: bool) -> None:
-    settings = _settings("memory.vram=6M")
+    settings = _settings("memory.tensors=6M")
     trainer = _trainer(settings, plan)
     before = _bits(trainer)
     scarce = Scarce(set() if in_update else {30})

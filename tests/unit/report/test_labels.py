@@ -82,7 +82,7 @@ RES110: dict[str, list[tuple[int, float]]] = {
     ],
     "plain PyTorch": [(5680601088, 0.0)],
 }
-# `lowmem plan --arch res20 --width 16 --vram 60M --curve`: steep, and close together where plain PyTorch stands.
+# `lowmem plan --arch res20 --width 16 --tensors 60M --curve`: steep, and close together where plain PyTorch stands.
 RES20: dict[str, list[tuple[int, float]]] = {
     "lowmem": [
         (61223896, 0.1712),

@@ -45,14 +45,14 @@ def test_pictures_weights_and_disk(tmp_path: Path) -> None:
 
 
 def test_a_budget_must_fit_every_network(tmp_path: Path) -> None:
-    planned = job(tmp_path, "memory.vram=40M", "train.precision=fp32")
+    planned = job(tmp_path, "memory.tensors=40M", "train.precision=fp32")
     heard = Heard()
     look_ahead(planned, to_begin(planned, "res20,cnn20"), heard)
     assert [note.split(":")[0] for note in heard.notes[:2]] == ["res20", "cnn20"]
     assert "of tensors" in heard.notes[0]
 
-    tight = job(tmp_path, "memory.vram=1M", "train.precision=fp32", "memory.allow_accumulation=false")
-    with pytest.raises(Infeasible, match="for res20, and less for cnn20; ") as caught:
+    tight = job(tmp_path, "memory.tensors=1M", "train.precision=fp32", "memory.allow_accumulation=false")
+    with pytest.raises(Infeasible, match="for res20, and less for cnn20: ") as caught:
         look_ahead(tight, to_begin(tight, "res20,cnn20"), Observer())
     assert caught.value.least_bytes > caught.value.budget_bytes == 1 << 20
     assert "--only" in str(caught.value)
@@ -60,7 +60,7 @@ def test_a_budget_must_fit_every_network(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_accumulation_is_said(tmp_path: Path) -> None:
-    planned, heard = job(tmp_path, "memory.vram=2M", "train.precision=fp32"), Heard()
+    planned, heard = job(tmp_path, "memory.tensors=2M", "train.precision=fp32"), Heard()
     look_ahead(planned, to_begin(planned, "res20"), heard)
     assert "not the same computation" in heard.notes[0]
 

@@ -202,7 +202,7 @@ def test_what_came_to_nothing_is_not_recorded(tmp_path: Path, dry_run: bool) -> 
     put_run(tmp_path, "res20", done=3)
     before = (tmp_path / "job.json").read_bytes()
     conductor = Scripted({} if dry_run else {None: ExitCode.NO_PLAN})
-    conduct(asked(tmp_path, memory__vram="1M"), conductor, lambda text: None, dry_run=dry_run)
+    conduct(asked(tmp_path, memory__vram="1G"), conductor, lambda text: None, dry_run=dry_run)
     assert (tmp_path / "job.json").read_bytes() == before
 
 

@@ -139,6 +139,19 @@ def test_settings_that_would_change_what_is_computed(job: Job) -> None:
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(("device", "of_tensors"), [("cpu", True), ("auto", True), ("cuda", False)])
+def test_a_job_from_before_there_was_a_budget_of_tensors(job: Job, device: str, of_tensors: bool) -> None:
+    """Where the device was left to the runs, theirs tells what `memory.vram` was."""
+    put(job, job.settings_of(RES110).replace({"train.device": "cpu"}, "auto"))
+    values = json.loads(job.file.read_text(encoding="utf-8"))
+    del values["settings"]["memory.tensors"], values["sources"]["memory.tensors"]
+    values["settings"]["train.device"] = device
+    job.file.write_text(json.dumps(values), encoding="utf-8")
+    asked = read_job(job.path).operational
+    assert asked["memory.tensors" if of_tensors else "memory.vram"] == 2 << 30
+    assert asked["memory.vram" if of_tensors else "memory.tensors"] is None
+
+
 # -- a run folder ------------------------------------------------------------------------------------------------------
 
 
@@ -150,7 +163,7 @@ def put(job: Job, settings: Settings) -> None:
 
 def test_a_run_of_the_job(job: Job) -> None:
     resolved: dict[str, object] = {"train.precision": "amp", "train.memory_format": "contiguous", "train.device": "cpu"}
-    put(job, job.settings_of(RES110).replace({**resolved, "memory.vram": 5}, "auto"))
+    put(job, job.settings_of(RES110).replace({**resolved, "memory.vram": 5 << 30}, "auto"))
     refuse_foreign(job, RES110)
 
 

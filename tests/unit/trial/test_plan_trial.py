@@ -23,16 +23,16 @@ from tests.isolated import call_here
 from tests.tiny import tiny
 
 
-def _settings(*sets: str, vram: str = "8M") -> Settings:
+def _settings(*sets: str, tensors: str = "8M") -> Settings:
     return tiny(
         "model.width=4", "data.train_subset=100", "data.test_subset=50", "train.batch=50", "train.epochs=1",
-        f"memory.vram={vram}", *sets,
+        f"memory.tensors={tensors}", *sets,
     )  # fmt: skip
 
 
 @cache  # nothing of it is ever changed
-def _chosen(*sets: str, vram: str = "8M") -> tuple[Config, Request, list[Choice]]:
-    settings = _settings("train.memory_format=contiguous", *sets, vram=vram)
+def _chosen(*sets: str, tensors: str = "8M") -> tuple[Config, Request, list[Choice]]:
+    settings = _settings("train.memory_format=contiguous", *sets, tensors=tensors)
     request = request_of(settings.config)
     planner = Planner({0: request}, Group())
     if settings.config.memory.auto_batch:
@@ -100,7 +100,7 @@ def test_a_doctored_budget_is_overshot_by_real_steps_and_replaced() -> None:
 
 
 def test_a_runner_up_that_is_measured_to_be_faster_wins_beyond_the_noise() -> None:
-    found = _chosen("train.batch=auto", vram="40M")
+    found = _chosen("train.batch=auto", tensors="40M")
     first, second = found[2][0].plan.batch, rivals(found[1], found[2])[0].plan.batch
     fast = {"seconds": first / 100}
     noise = Runner(fast, {"seconds": second / 101}, {"seconds": 1e6})
@@ -117,7 +117,7 @@ def test_a_runner_up_that_is_measured_to_be_faster_wins_beyond_the_noise() -> No
 
 
 def test_trials_go_by_predicted_time_and_are_few() -> None:
-    found = _chosen("train.batch=auto", vram="40M")
+    found = _chosen("train.batch=auto", tensors="40M")
     runner = Runner({})
     confirmed = _confirm(found, runner)
     predicted = [tried.choice.images_per_second for tried in confirmed.trials]
