@@ -222,7 +222,9 @@ def _basis(config: Config) -> tuple[object, ...]:
     kernels = (train.device, train.batch_norm, train.tf32, train.deterministic)
     # The pictures lie on the card beside the step.
     on_card = train.device == "cuda" or config.memory.card is not None
-    pictures = (config.data.source, config.data.train_subset, config.data.val_split) if on_card else ()
+    data = config.data
+    count = (data.train_subset, data.val_split, data.val_folder, data.test_split, data.skip_damaged)
+    pictures = (data.source, *count) if on_card else ()
     return *_budget(config), config.memory.allow_accumulation, *computed, *kernels, *pictures
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lowmem.config.schema import OPERATIONAL, Config, dotted, flatten, known_keys, nest
+from lowmem.config.schema import BEFORE, OPERATIONAL, Config, dotted, flatten, known_keys, nest
 from lowmem.core.errors import LowmemError, UsageError
 from lowmem.core.reading import (
     SETTINGS_LIMIT_BYTES,
@@ -50,7 +50,9 @@ def gather(
     """Settings from all places, in order of precedence. `flags`: dotted name -> value, None meaning "not given".
 
     Raises UsageError naming the key, the value, where it was written and what would be right."""
-    from_file = read_settings_file(config_file)[0] if config_file is not None else {}
+    from_file, text = read_settings_file(config_file) if config_file is not None else ({}, "")
+    if text.startswith(_HEADER):
+        from_file = {**BEFORE, **from_file}
     chosen = recipe or str(from_file.get("recipe", "report"))
     layers: list[tuple[str, Mapping[str, object]]] = [
         (f"recipe {chosen}", read_recipe(chosen)),
@@ -165,9 +167,12 @@ def read_recipe(name: str) -> dict[str, object]:
     return {key: value for key, value in read_settings_file(path)[0].items() if key not in ("description", "recipe")}
 
 
+_HEADER = "# Every setting of this run, and where it came from. `lowmem train --config THIS --out NEW` repeats it."
+
+
 def to_yaml(settings: Settings) -> str:
     """config.yaml: every setting, nested, each with where it came from as a trailing comment."""
-    lines = ["# Every setting of this run, and where it came from. `lowmem train --config THIS --out NEW` repeats it."]
+    lines = [_HEADER]
     section = ""
     for key, value in flatten(settings.config).items():
         head, _, name = key.rpartition(".")
@@ -194,7 +199,7 @@ def from_yaml(path: Path) -> Settings:
             _check_key(key, str(path))
         if missing := [key for key in _ALWAYS_RECORDED if key not in flat]:
             raise UsageError(f"{path} lacks {missing[0]}, which every run records: it was cut off, restore the file")
-        config = validate(flat, dict.fromkeys(flat, str(path)))
+        config = validate({**BEFORE, **flat}, dict.fromkeys(flat, str(path)))
     except LowmemError as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise UsageError(f"the run's settings cannot be used: {where}{shorten(error, 500)}") from None

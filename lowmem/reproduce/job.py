@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lowmem.config.schema import OPERATIONAL, flatten, known_keys
+from lowmem.config.schema import BEFORE, OPERATIONAL, flatten, known_keys
 from lowmem.config.settings import Settings, from_yaml, validate
 from lowmem.core.errors import DiskError, PreflightError, UsageError
 from lowmem.core.reading import SETTINGS_LIMIT_BYTES, Unreadable, read_json, shorten
@@ -118,6 +118,7 @@ def _parse(path: Path, values: Any) -> Job:
         case _:
             raise Unreadable("holds no job of this version")
     expected, names = set(known_keys()) - _PER_RUN, {member.name for member in ALL}
+    flat = {**BEFORE, **flat}
     if strange := sorted(set(flat) ^ expected):
         raise Unreadable(f"{'has' if strange[0] in flat else 'lacks'} the setting {shorten(strange[0])}")
     if not all(isinstance(text, str) for text in sources.values()):
