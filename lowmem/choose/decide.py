@@ -222,7 +222,9 @@ def _basis(config: Config) -> tuple[object, ...]:
     computed = (train.batch, train.micro_batch, train.precision, train.memory_format, config.optim.momentum > 0)
     kernels = (train.device, train.batch_norm, train.tf32, train.deterministic)
     # The pictures lie on the card beside the step.
-    pictures = (config.data.source, config.data.train_subset, config.data.val_split) if for_card(config) else ()
+    data = config.data
+    count = (data.train_subset, data.val_split, data.val_folder, data.test_split, data.skip_damaged)
+    pictures = (data.source, *count) if for_card(config) else ()
     return *_budget(config), config.memory.allow_accumulation, *computed, *kernels, *pictures
 
 

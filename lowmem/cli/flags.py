@@ -113,7 +113,13 @@ FLAGS = (
         "train resume doctor reproduce": "Folder that holds, or receives, cifar10 and fashion-mnist.",
     }),
     Flag("--val-split", "data.val_split", int, {
-        "train": "Hold back this many training pictures to choose weights on.",
+        "train doctor": "Hold back this many training pictures to choose weights on.",
+    }),
+    Flag("--test-split", "data.test_split", float, {
+        "train doctor reproduce": "Of a folder without test/: test on this many pictures, or this share, like 0.2.",
+    }, metavar="N"),
+    Flag("--skip-damaged", "data.skip_damaged", bool, {
+        "train doctor reproduce": "Go on without files that are no pictures or are damaged, and record which.",
     }),
     Flag("--batch", "train.batch", str, {
         "train reproduce": "Effective batch (128), or auto: the fastest that fits.",

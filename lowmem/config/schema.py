@@ -3,6 +3,7 @@ gathered (recipe, file, flags, --set) is in `lowmem.config.settings`."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -54,6 +55,8 @@ def resolve_block(arch: str, block: str | None) -> str:
 def canonical_source(source: str) -> str:
     """`CIFAR-10` is `cifar10`, `fashion_mnist` is `fashion-mnist`; the path of a folder, `pictures`, is
     `folder:pictures`. Raises ValueError for what is neither a source nor a folder."""
+    if "\0" in source or source != source.encode("utf-8", "replace").decode():
+        raise ValueError(f"{source!r} is no path in UTF-8, and a run records it as text: rename the folder")
     plain = re.sub(r"[-_ ]", "", source.lower())
     for known in SOURCES:
         if plain == known.replace("-", ""):
@@ -63,6 +66,15 @@ def canonical_source(source: str) -> str:
     if os.path.isdir(os.path.expanduser(source)):
         return f"folder:{source}"
     raise ValueError(f"{shorten(source)!r} is no data source and no folder: use {', '.join(SOURCES)} or folder:PATH")
+
+
+def _check_share(value: object) -> object:
+    """A number of pictures, or a share between 0 and 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{value!r} is neither a number of pictures, like 500, nor a share of them, like 0.2")
+    if value >= 1 and value != int(value):
+        raise ValueError(f"{value!r} is no whole number of pictures, and no share below 1")
+    return int(value) if value >= 1 else value
 
 
 def _parsed_by(parse: Callable[[int | str], int]) -> BeforeValidator:
@@ -116,6 +128,16 @@ class DataConfig(Section):
         default=0, ge=0, description="hold back this many training pictures, and choose the best weights on them"
     )
     augment: bool = Field(True, description="random crop with padding 4 and random horizontal flip")
+    fit: Literal["crop", "stretch"] = Field(
+        "crop",
+        description="folder: how a picture becomes 32x32. crop: upright by its EXIF orientation, transparency over "
+        "white, the middle square of it; stretch: all of it squeezed, orientation and transparency ignored",
+    )
+    test_split: Annotated[int | float, BeforeValidator(_check_share)] | None = Field(
+        None, description="folder without test/: test on this many pictures, or this share of them, chosen by the seed"
+    )
+    val_folder: bool = Field(True, description="folder: hold back the pictures in val/, if it is there beside train/")
+    skip_damaged: bool = Field(False, description="folder: go on without files that are no pictures or are damaged")
 
 
 class OptimConfig(Section):
@@ -288,6 +310,19 @@ _OPERATIONAL = {
 OPERATIONAL = frozenset(f"{section}.{name}" for section, names in _OPERATIONAL.items() for name in names.split())
 # What a fork cannot change, beside the network: it decides other settings when a run is begun.
 ONLY_AT_THE_BEGINNING = frozenset({"recipe", "memory.auto_batch"})
+
+
+# Settings that came later, with what runs had before: what a run recorded without them was computed so.
+BEFORE: Mapping[str, object] = {
+    "train.sync_bn": False,
+    "train.deterministic": True,
+    "train.tf32": "auto",
+    "train.batch_norm": "auto",
+    "data.fit": "stretch",
+    "data.test_split": None,
+    "data.val_folder": False,
+    "data.skip_damaged": False,
+}
 
 
 def for_process(config: Config, rank: int, size: int) -> Config:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from lowmem.config.catalogue import catalogue, nearest
-from lowmem.config.schema import OPERATIONAL, Config, dotted, flatten, known_keys, nest
+from lowmem.config.schema import BEFORE, OPERATIONAL, Config, dotted, flatten, known_keys, nest
 from lowmem.core.errors import LowmemError, UsageError
 from lowmem.core.reading import (
     SETTINGS_LIMIT_BYTES,
@@ -154,14 +154,15 @@ def read_settings_file(path: Path) -> tuple[dict[str, object], str]:
     if not isinstance(loaded, dict | None):
         raise UsageError(f"{path} holds no settings: write `section:` lines with `key: value` under them")
     flat = dotted(loaded or {})
-    if all(key in flat for key in _ALWAYS_RECORDED):
+    if text.startswith(_HEADER[:28]):
         flat = of_older_run(flat, flat.get("train.device"))
     return flat, text
 
 
 def of_older_run(flat: dict[str, object], device: object) -> dict[str, object]:
-    """Recorded settings as they are written now. Before there was `memory.tensors`, `memory.vram` bounded the tensors
-    on a `device` that is the CPU, unless a card was named."""
+    """Recorded settings as they are written now: what came later is as it was before. Without `memory.tensors`,
+    `memory.vram` bounded the tensors on a `device` that is the CPU, unless a card was named."""
+    flat = {**BEFORE, **flat}
     if "memory.tensors" in flat:
         return flat
     of_tensors = device == "cpu" and flat.get("memory.card") is None
@@ -178,9 +179,12 @@ def read_recipe(name: str) -> dict[str, object]:
     return {key: value for key, value in read_settings_file(path)[0].items() if key not in ("description", "recipe")}
 
 
+_HEADER = "# Every setting of this run, and where it came from. `lowmem train --config THIS --out NEW` repeats it."
+
+
 def to_yaml(settings: Settings) -> str:
     """config.yaml: every setting, nested, each with where it came from as a trailing comment."""
-    lines = ["# Every setting of this run, and where it came from. `lowmem train --config THIS --out NEW` repeats it."]
+    lines = [_HEADER]
     section = ""
     for key, value in flatten(settings.config).items():
         head, _, name = key.rpartition(".")
@@ -207,6 +211,7 @@ def from_yaml(path: Path) -> Settings:
             _check_key(key, str(path))
         if missing := [key for key in _ALWAYS_RECORDED if key not in flat]:
             raise UsageError(f"{path} lacks {missing[0]}, which every run records: it was cut off, restore the file")
+        flat = of_older_run(flat, flat.get("train.device"))
         config = validate(flat, dict.fromkeys(flat, str(path)))
     except LowmemError as error:
         where = "" if str(path) in str(error) else f"{path}: "

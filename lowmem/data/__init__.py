@@ -6,6 +6,9 @@ Every choice made here (subset, order, crop, flip) is a function of an address, 
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,54 +16,131 @@ from numpy.typing import NDArray
 
 from lowmem.config.schema import DataConfig
 from lowmem.core.counter_rng import derive_seed, permutation
-from lowmem.core.errors import DataError, UsageError
+from lowmem.core.errors import UsageError
 from lowmem.core.units import format_size
 from lowmem.data import shapes
 from lowmem.data.batches import TrainBatches, eval_batches
 from lowmem.data.downloaded import DOWNLOADABLE
-from lowmem.data.pictures import Dataset, Pictures, Progress, Selectable, Source, fingerprint, statistics
+from lowmem.data.pictures import Dataset, Pictures, Progress, Selectable, Source, fingerprint, name_some, statistics
 
-__all__ = ["Dataset", "Pictures", "TrainBatches", "eval_batches", "find_pictures", "load"]
+__all__ = ["Dataset", "Found", "Pictures", "TrainBatches", "eval_batches", "find_pictures", "load"]
+_CLASSES_NAMED = 10
 
 
 def load(config: DataConfig, seed: int, *, progress: Progress | None = None) -> Dataset:
     """The data set that `config` names, with its subsets chosen by `seed`; `progress` is told of what takes long.
     Raises DataError for missing or damaged data, UsageError for a subset or split that does not fit."""
-    source = _read(config, progress)
-    classes = len(source.classes)
-
-    def limited(pictures: Selectable, count: int | None, what: str) -> Pictures:
-        there = len(pictures.labels)
-        if count is None or count == there:
-            return pictures.take(None)
-        if count > there:
-            raise UsageError(f"data.{what} asks for {count:,} pictures, there are {there:,}: lower it or leave it out")
-        return pictures.take(choose_balanced(pictures.labels.numpy(), classes, count, derive_seed(seed, what)))
-
-    train = limited(source.train, config.train_subset, "train_subset")
-    test = limited(source.test, config.test_subset, "test_subset")
-    val = None
-    if count := config.val_split:
-        if count >= len(train):
-            raise UsageError(
-                f"data.val_split holds back {count:,} of {len(train):,} training pictures and leaves none "
-                f"to train on: set it below {len(train):,}"
-            )
-        held = choose_balanced(train.labels.numpy(), classes, count, derive_seed(seed, "val_split"))
-        kept = np.setdiff1d(np.arange(len(train)), held, assume_unique=True)
-        train, val = train.take(kept), train.take(held)
+    source = _read(config, progress=progress)
+    chosen = choose(source, config, seed)
+    train, val, test = chosen["train"].pictures(), chosen.get("val"), chosen["test"].pictures()
+    held_back = None if val is None else val.pictures()
     mean, std = statistics(train)
-    return Dataset(source.name, source.classes, train, val, test, mean, std, fingerprint(train, val, test))
+    return Dataset(
+        source.name,
+        source.classes,
+        train,
+        held_back,
+        test,
+        mean,
+        std,
+        fingerprint(train, held_back, test),
+        notes=(f"{source.name}: {_describe_classes(source)}", *source.notes),
+        warnings=(*source.warnings, *_emptied(source, chosen)),
+        skipped=source.skipped,
+    )
 
 
-def _read(config: DataConfig, progress: Progress | None) -> Source:
+def _read(config: DataConfig, *, progress: Progress | None = None, until: float | None = None) -> Source:
     if config.source in DOWNLOADABLE:
         return DOWNLOADABLE[config.source].read(Path(config.root).expanduser(), config.download)
     if config.source == "shapes":
         return shapes.generate()
     from lowmem.data import folder  # Pillow
 
-    return folder.read(config.source.removeprefix("folder:"), cache=config.cache, progress=progress)
+    return folder.read(config, progress=progress, until=until)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Some of the pictures of a source: rising indices, int64 [K]. `of`: what they are for, in words."""
+
+    source: Selectable
+    indices: NDArray[np.int64]
+    of: str
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return self.source.labels.numpy()[self.indices]
+
+    def pictures(self) -> Pictures:
+        return self.source.take(None if len(self) == len(self.source.labels) else self.indices)
+
+
+def choose(source: Source, config: DataConfig, seed: int) -> dict[str, Chosen]:
+    """The pictures of train, test and perhaps val, by labels alone. Raises UsageError for what does not fit."""
+    classes = len(source.classes)
+
+    def balanced(part: Chosen, count: int, what: str) -> NDArray[np.int64]:
+        return part.indices[choose_balanced(part.labels, classes, count, derive_seed(seed, what))]
+
+    def limited(part: Chosen, count: int | None, what: str) -> Chosen:
+        if count is not None and count > len(part):
+            asked = f"data.{what} asks for {count:,} pictures, there are {len(part):,}"
+            raise UsageError(f"{asked}: lower it or leave it out")
+        return part if count in (None, len(part)) else replace(part, indices=balanced(part, count, what))
+
+    def split(part: Chosen, count: int, what: str, of: str) -> tuple[Chosen, Chosen]:
+        if count >= len(part):
+            raise UsageError(
+                f"data.{what} holds back {count:,} of {len(part):,} training pictures and leaves none "
+                f"to train on: set it below {len(part):,}"
+            )
+        held = balanced(part, count, what)
+        return replace(part, indices=np.setdiff1d(part.indices, held, assume_unique=True)), replace(
+            part, indices=held, of=of
+        )
+
+    def whole(pictures: Selectable, of: str) -> Chosen:
+        return Chosen(pictures, np.arange(len(pictures.labels)), of)
+
+    train = whole(source.train, "train on")
+    if source.test is not None and config.test_split is not None:
+        raise UsageError(f"data.test_split is given, but {source.name} has test pictures: leave it out")
+    if source.test is not None:
+        test = whole(source.test, "test on")
+    else:
+        share = config.test_split or 0
+        count = share if isinstance(share, int) else max(1, round(share * len(train)))
+        train, test = split(train, count, "test_split", "test on")
+    parts = {"train": limited(train, config.train_subset, "train_subset")}
+    parts["test"] = limited(test, config.test_subset, "test_subset")
+    if source.val is not None and config.val_split:
+        raise UsageError(
+            f"data.val_split is given, but {source.name} has pictures to hold back in val/: leave it out, or pass val/ "
+            "over with --set data.val_folder=false"
+        )
+    if source.val is not None:
+        parts["val"] = whole(source.val, "hold back")
+    elif config.val_split:
+        parts["train"], parts["val"] = split(parts["train"], config.val_split, "val_split", "hold back")
+    return parts
+
+
+def _emptied(source: Source, chosen: Mapping[str, Chosen]) -> Iterator[str]:
+    """A sentence for each part that has none of some class."""
+    for part in chosen.values():
+        counts = np.bincount(part.labels, minlength=len(source.classes))
+        if empty := [repr(source.classes[label]) for label in np.flatnonzero(counts == 0)]:
+            of = f"{len(empty):,} of {len(source.classes):,} classes ({name_some(empty, 3)})"
+            splits = "data.train_subset, test_subset, val_split or test_split"
+            yield f"there is no picture to {part.of} of {of}: add some, or change {splits}"
+
+
+def _describe_classes(source: Source) -> str:
+    return f"{len(source.classes):,} classes: {name_some(source.classes, _CLASSES_NAMED)}"
 
 
 def class_shares(class_counts: list[int], count: int) -> list[int]:
@@ -85,24 +165,34 @@ def choose_balanced(labels: NDArray[np.int64], classes: int, count: int, key: in
     return np.sort(np.concatenate(picked))
 
 
-def find_pictures(config: DataConfig) -> tuple[str, str | None]:
-    """In words, what there is of the files that `load` would read (names, and for CIFAR-10 the MD5s, but no picture is
-    decoded); and where they would be downloaded from, None if they need not be. Raises DataError where `load` would for
-    what is missing, except that it does not try to download."""
+@dataclass(frozen=True)
+class Found:
+    """In words, what there is of the pictures; where they would be downloaded from, None if they need not be; and what
+    `train` would warn of."""
+
+    words: str
+    url: str | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def find_pictures(config: DataConfig, seed: int = 0, *, seconds: float = 30.0) -> Found:
+    """What `load` would read and choose, by the same code, but that it does not download, and of pictures in folders
+    decodes those that are not kept yet for at most `seconds`, and keeps nothing. Raises what `load` would."""
     if kind := DOWNLOADABLE.get(config.source):
         root = Path(config.root).expanduser()
-        if (place := kind.find(root, config.download)) is not None:
-            return f"{kind.title} in {place}", None
-        size = format_size(kind.download_bytes)
-        return f"{kind.title} is not in {root}: {size} would be downloaded", kind.url()
+        place = kind.find(root, config.download)
+        if place is None:
+            size = format_size(kind.download_bytes)
+            return Found(f"{kind.title} is not in {root}: {size} would be downloaded", kind.url())
+    source = _read(config, until=time.monotonic() + seconds)
+    chosen = choose(source, config, seed)
+    warnings = (*source.warnings, *_emptied(source, chosen))
+    if kind is not None:
+        return Found(f"{kind.title} in {place}", None, warnings)
     if config.source == "shapes":
-        return "shapes are drawn, no files needed", None
-    from lowmem.data import folder
-
-    where = Path(config.source.removeprefix("folder:")).expanduser().resolve()
-    try:
-        classes, parts = folder.scan(where)
-    except OSError as error:
-        raise DataError(f"{where} cannot be read ({error.strerror or error}): check --data") from None
-    counts = " and ".join(f"{len(entries):,} {part}" for part, entries in parts.items())
-    return f"{counts} pictures of {len(classes)} classes in {where}", None
+        return Found("shapes are drawn, no files needed", None, warnings)
+    counts = ", ".join(f"{len(part):,} to {part.of}" for part in chosen.values())
+    words = f"{config.source.removeprefix('folder:')} has pictures of {_describe_classes(source)}; {counts}"
+    if source.unchecked:
+        words += f"; {source.unchecked:,} were not looked at (more than {seconds:g} s), `lowmem train` does"
+    return Found("; ".join((words, *source.notes)), None, warnings)

@@ -89,7 +89,8 @@ def read_cifar10(root: Path, download: bool) -> Source:
         raise DataError(f"CIFAR-10 in {root / reader.base_folder} cannot be read: {error}") from error
     images = [torch.from_numpy(np.ascontiguousarray(part.data.transpose(0, 3, 1, 2))) for part in parts]
     labels = [torch.tensor(part.targets, dtype=torch.int64) for part in parts]
-    return Source("cifar10", tuple(parts[0].classes), *map(Pictures, images, labels))
+    train, test = map(Pictures, images, labels)
+    return Source("cifar10", tuple(parts[0].classes), train, test)
 
 
 def _cifar10_files(root: Path) -> dict[Path, str]:

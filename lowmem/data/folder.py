@@ -1,211 +1,119 @@
-"""Pictures in folders: `train/<class>/*` and `test/<class>/*`, of any size, as 32x32 RGB.
+"""Pictures in folders: `train/<class>/*`, `test/<class>/*` and perhaps `val/<class>/*`, of any size; or the classes
+alone, of which `data.test_split` makes two parts (`lowmem.data.tree`).
 
-They are decoded with Pillow, resized with its BICUBIC filter (which widens with the scale, so shrinking does not alias)
-unless they are 32x32 already, and kept decoded in a cache: one safetensors file and a manifest with its SHA-256, which
-is written last and is the commit record (invariant 9). A cache that is missing, of another state of the folder (a name,
-a size, a modification time), or does not verify is never an error, it is rebuilt.
-
-Known limitations: proportions are not kept; transparency is dropped; one frame of an animation is read.
+They are decoded to 32x32 RGB (`lowmem.data.decoding`) and kept so (`lowmem.data.kept`). Files that cannot be used are
+all named at once, and with `data.skip_damaged` left out. What is no picture by its name is passed over, and said.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import tempfile
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from PIL import Image
-from safetensors import SafetensorError
-from torch import Tensor
 
+from lowmem.config.schema import DataConfig
 from lowmem.core.errors import DataError
-from lowmem.core.reading import read_json, read_limited, user_cache_folder
-from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Progress, Source
+from lowmem.core.reading import user_cache_folder
+from lowmem.data.decoding import decode_all
+from lowmem.data.kept import find_kept, keep
+from lowmem.data.pictures import Pictures, Progress, Source, name_some
+from lowmem.data.tree import Tree, readable, root_of, scan, shown
 
-PARTS = ("train", "test")
-FILTER = Image.Resampling.BICUBIC
-_DECODER = "pillow bicubic 32x32 rgb 1"  # part of the cache's signature: raise the number when pixels change
-_IGNORED = {"thumbs.db", "desktop.ini"}  # files that a file manager leaves behind; hidden ones are ignored too
-_MANIFEST = "manifest.json"
-_FORMAT = 1  # of the cache
-_CHUNK = 256  # pictures a task: few enough for a smooth progress, many enough that tasks cost nothing
+_DECODER = "pillow bicubic 32x32 rgb 2"  # what is kept is of it: raise the number when pixels change
+_MOST_NAMED = 20
 
 
-@dataclass(frozen=True)
-class PictureFile:
-    """A picture file; `size_bytes` and `modified_ns` tell whether it changed."""
+def read(config: DataConfig, *, progress: Progress | None = None, until: float | None = None) -> Source:
+    """The pictures of the folder that `config` names, kept ones where a file has not changed. What is decoded is kept
+    even if others are damaged; where that cannot be is a warning. `until`: only look, until then (of the monotonic
+    clock, in seconds) and keep nothing; pictures that nobody looked at are black.
 
-    path: str
-    label: int
-    size_bytes: int
-    modified_ns: int
+    Raises DataError for a missing part or class, files that are no pictures, and what cannot be read."""
+    root = root_of(config)
+    with readable(root):
+        tree = scan(root, config)
+    files = [file for part in tree.parts.values() for file in part]
+    folder = _cache_folder(root, config)
+    decoder, keys = f"{_DECODER} {config.fit}", [file.key for file in files]
+    images, there = find_kept(folder, decoder, keys)
+    troubles = {number: file.trouble for number, file in enumerate(files) if file.trouble}
+    left = [number for number in np.flatnonzero(~there).tolist() if number not in troubles]
+    looked_at = 0
+
+    def put(number: int, pixels: NDArray[np.uint8]) -> None:
+        images[left[number]], there[left[number]] = pixels.transpose(2, 0, 1), True
+
+    had = int(there.sum())
+    try:
+        found, looked_at = decode_all([files[i].path for i in left], config.fit, put, progress=progress, until=until)
+    finally:  # also of those that came before a signal
+        if until is None and there.sum() > had:
+            _keep(folder, decoder, keys, images, there)
+    troubles |= {left[number]: trouble for number, trouble in found.items()}
+    skipped = [
+        f"{shown(os.path.relpath(files[number].path, root))} ({troubles[number]})" for number in sorted(troubles)
+    ]
+    if skipped and not config.skip_damaged:
+        raise DataError(
+            f"{len(skipped):,} of {len(files):,} pictures in {shown(root)} cannot be used: "
+            f"{name_some(skipped, _MOST_NAMED)}: replace them, take them out, or go on without them (--skip-damaged)"
+        )
+    said = list(tree.warnings)
+    if skipped:
+        said.append(f"{len(skipped):,} of {len(files):,} pictures are left out, as asked: {name_some(skipped, 3)}")
+    source = _assemble(root, tree, images, {*troubles})
+    return replace(source, warnings=tuple(said), skipped=tuple(skipped), unchecked=len(left) - looked_at)
 
 
-def read(path: str | Path, *, cache: str | Path | None, progress: Progress | None) -> Source:
-    """The pictures under `path`, from the cache if nothing has changed since; one that cannot be written is a warning.
-    Raises DataError for a missing part or class and for a file that is no picture."""
-    root = Path(path).expanduser().resolve()
-    classes, parts = scan(root)
-    folder_name = f"folder-{hashlib.sha256(str(root).encode()).hexdigest()[:16]}"
-    keep = (Path(cache).expanduser() if cache else user_cache_folder()) / folder_name
-    signature = _signature(root, classes, parts)
-    pictures = _from_cache(keep, signature, parts)
-    if pictures is None:
-        pictures = _decode_parts(parts, progress)
-        tensors = {f"{part}.{name}": getattr(pictures[part], name) for part in PARTS for name in ("images", "labels")}
-        try:
-            write_cache(keep, signature, tensors)
-        except OSError as error:
-            warnings.warn(
-                f"the decoded pictures could not be kept in {keep} ({error}): next time they are decoded "
-                "again; set data.cache to a folder that can be written",
-                stacklevel=2,
-            )
-    return Source(f"folder:{root.name}", classes, pictures["train"], pictures["test"])
-
-
-def scan(root: Path) -> tuple[tuple[str, ...], dict[str, list[PictureFile]]]:
-    """Class names (sorted) and the files of each part, by class and name. Raises DataError."""
-    for part in PARTS:
-        if not (root / part).is_dir():
-            raise DataError(f"{root / part} is missing: pictures belong in {root}/train/<class>/ and /test/<class>/")
-    names = {part: [entry.name for entry in _entries(root / part) if entry.is_dir()] for part in PARTS}
-    if not names["train"]:
-        raise DataError(f"{root / 'train'} has no class folders: pictures belong in train/<class>/")
-    for here, there in (("test", "train"), ("train", "test")):
-        if absent := sorted(set(names[there]) - set(names[here])):
+def _assemble(root: Path, tree: Tree, images: NDArray[np.uint8], without: set[int]) -> Source:
+    """Raises DataError where a class has no picture (left) in a part that needs some of each."""
+    parts: dict[str, Pictures] = {}
+    first = 0
+    for part, files in tree.parts.items():
+        rows = [number for number in range(first, first + len(files)) if number not in without]
+        labels = torch.tensor([files[number - first].label for number in rows], dtype=torch.int64)
+        mine = images[first : first + len(files)] if len(rows) == len(files) else images[rows]
+        first += len(files)
+        counts = torch.bincount(labels, minlength=len(tree.classes))
+        if part != "val" and not counts.all():
+            name = tree.classes[int((counts == 0).nonzero()[0])]
+            left = " that can be used" if without else ""
             raise DataError(
-                f"{root / here / absent[0]} is missing, but {there} has {absent[0]!r}: both parts need "
-                f"the same classes ({len(names['train'])} in train, {len(names['test'])} in test)"
+                f"{shown(tree.places[part])}/{name} has no pictures{left}: fill it or take the class out of all parts"
             )
-    classes = tuple(names["train"])
-    return classes, {
-        part: [file for label, name in enumerate(classes) for file in _files(root / part / name, label)]
-        for part in PARTS
-    }
+        parts[part] = Pictures(torch.from_numpy(mine), labels)
+    notes = list(tree.notes)
+    if tree.strays:
+        notes.append(f"passed over in {shown(root)}, as no pictures of a class: {name_some(tree.strays, 5)}")
+    name = f"folder:{shown(root.name)}"
+    val = parts.get("val")
+    return Source(name, tree.classes, parts["train"], parts.get("test"), val, tuple(notes))
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        kept = [one for one in entries if not one.name.startswith(".") and one.name.lower() not in _IGNORED]
-    return sorted(kept, key=lambda entry: entry.name)
+def _cache_folder(root: Path, config: DataConfig) -> Path:
+    """Of its own for each way to fit: an old run that goes on does not throw away what a new one has decoded."""
+    named = os.fsencode(root) + (b"" if config.fit == "stretch" else b"\0crop")
+    kept = Path(config.cache).expanduser() if config.cache else user_cache_folder()
+    return kept / f"folder-{hashlib.sha256(named).hexdigest()[:16]}"
 
 
-def _files(folder: Path, label: int) -> list[PictureFile]:
-    found = []
-    for entry in _entries(folder):
-        if entry.is_dir():
-            raise DataError(f"{entry.path} is a folder inside a class: move its pictures up or take it out")
-        stat = entry.stat()
-        if stat.st_size == 0:
-            raise DataError(f"{entry.path} is empty: delete it or put the picture back")
-        found.append(PictureFile(entry.path, label, stat.st_size, stat.st_mtime_ns))
-    if not found:
-        raise DataError(f"{folder} has no pictures: fill it or take the class out of both parts")
-    return found
-
-
-def _signature(root: Path, classes: tuple[str, ...], parts: dict[str, list[PictureFile]]) -> str:
-    digest = hashlib.sha256("\0".join((_DECODER, *classes)).encode())
-    for part in PARTS:
-        for entry in parts[part]:
-            name = os.path.relpath(entry.path, root)
-            digest.update(f"\0{name}\0{entry.size_bytes}\0{entry.modified_ns}".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
-def _from_cache(folder: Path, signature: str, parts: dict[str, list[PictureFile]]) -> dict[str, Pictures] | None:
-    tensors = read_cache(folder, signature) or {}
+def _keep(
+    folder: Path, decoder: str, keys: Sequence[bytes], images: NDArray[np.uint8], there: NDArray[np.bool_]
+) -> None:
+    chosen = np.flatnonzero(there).tolist()
     try:
-        found = {part: Pictures(tensors[f"{part}.images"], tensors[f"{part}.labels"]) for part in PARTS}
-    except (KeyError, ValueError):
-        return None
-    return found if all(len(found[part]) == len(parts[part]) for part in PARTS) else None
-
-
-def _decode_parts(parts: dict[str, list[PictureFile]], progress: Progress | None) -> dict[str, Pictures]:
-    """Every file decoded, in threads: Pillow lets others run while it decodes. After a damaged one the rest is left."""
-    files = [file for part in PARTS for file in parts[part]]
-    images = np.empty((len(files), CHANNELS, SIDE, SIDE), dtype=np.uint8)
-    starts = range(0, len(files), _CHUNK)
-    with ThreadPoolExecutor(max_workers=min(32, (os.cpu_count() or 1) + 1)) as pool:
-        decoded = pool.map(lambda start: [decode(file.path) for file in files[start : start + _CHUNK]], starts)
-        for start, chunk in zip(starts, decoded, strict=True):
-            images[start : start + len(chunk)] = np.stack(chunk).transpose(0, 3, 1, 2)
-            if progress is not None:
-                progress("decoding pictures", start + len(chunk), len(files))
-    labels = torch.tensor([file.label for file in files], dtype=torch.int64)
-    sizes = [len(parts[part]) for part in PARTS]
-    split = map(Pictures, torch.from_numpy(images).split(sizes), labels.split(sizes))
-    return dict(zip(PARTS, split, strict=True))
-
-
-def decode(path: str) -> NDArray[np.uint8]:
-    """A picture file as uint8 [32, 32, 3]. Raises DataError if it is none, damaged, or has 16-bit levels."""
-    try:
-        with Image.open(path) as picture:
-            if picture.mode.startswith(("I", "F")):
-                raise DataError(f"{path} has more than 8 bits a channel ({picture.mode}): convert it to 8 bits")
-            # RGB before resizing: palette indices must not be interpolated.
-            rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
-            if rgb.size != (SIDE, SIDE):
-                rgb = rgb.resize((SIDE, SIDE), FILTER)
-            return np.asarray(rgb)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is no picture or is damaged ({error}): replace it or take it out") from error
-
-
-def read_cache(folder: Path, signature: str) -> dict[str, Tensor] | None:
-    """The tensors kept in `folder` for `signature`, or None if there are none that verify."""
-    try:
-        manifest = read_json(folder / _MANIFEST)
-        if manifest["format"] != _FORMAT or manifest["signature"] != signature:
-            return None
-        # A foreign file of any length is not read into memory.
-        data = read_limited(folder / _data_name(signature), manifest["size_bytes"])
-        if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
-            return None
-        return safetensors.torch.load(data)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        return None
-
-
-def write_cache(folder: Path, signature: str, tensors: dict[str, Tensor]) -> None:
-    """Keeps `tensors` in `folder` for `signature`, in place of what was there. Raises OSError if that is not possible;
-    what was there before is then intact."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data = safetensors.torch.save(tensors)
-    manifest = {"format": _FORMAT, "signature": signature, "size_bytes": len(data)}
-    manifest["sha256"] = hashlib.sha256(data).hexdigest()
-    _write_atomically(folder / _data_name(signature), data)
-    _write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
-    for old in folder.glob("pictures-*.safetensors"):
-        if old.name != _data_name(signature):
-            old.unlink(missing_ok=True)
-
-
-def _data_name(signature: str) -> str:
-    # Named by its content's signature: two processes that build different states do not overwrite each other.
-    return f"pictures-{signature[:16]}.safetensors"
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        whole = len(chosen) == len(keys)
+        keep(folder, decoder, [keys[number] for number in chosen], images if whole else images[chosen])
+    except OSError as error:
+        warnings.warn(
+            f"the decoded pictures could not be kept in {folder} ({error}): next time they are decoded "
+            "again; set data.cache to a folder that can be written",
+            stacklevel=3,
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,17 +61,25 @@ Selectable = Pictures | DrawnWhenTaken
 
 @dataclass(frozen=True)
 class Source:
-    """What a source delivers before subsets are drawn."""
+    """What a source delivers before parts and subsets are drawn. `test`: None where training pictures are to be split
+    off for it; `val`: held back by the source itself. `notes`, `warnings`: sentences for the user; `skipped`: files
+    that were to be pictures and are left out, each with the reason; `unchecked`: pictures that nobody looked at."""
 
     name: str
     classes: tuple[str, ...]
     train: Selectable
-    test: Selectable
+    test: Selectable | None
+    val: Selectable | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    unchecked: int = 0
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Ready to train on. `mean`, `std`: of the training pictures, see `statistics`; `fingerprint`: of all parts."""
+    """Ready to train on. `classes`: their names, in the order of the labels; `mean`, `std`: of the training pictures,
+    see `statistics`; `fingerprint`: of all parts. The rest as in `Source`."""
 
     name: str
     classes: tuple[str, ...]
@@ -81,6 +89,15 @@ class Dataset:
     mean: Triple
     std: Triple
     fingerprint: str
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+
+def name_some(names: Sequence[str], most: int) -> str:
+    """`a, b, c and 97 more`."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def statistics(pictures: Pictures) -> tuple[Triple, Triple]:

@@ -286,7 +286,8 @@ def data(facts: Facts) -> Finding | None:
     if facts.data_words is None:
         return None
     if facts.data_there:
-        return Finding("data", Status.OK, facts.data_words)
+        status = Status.WARNING if facts.data_warnings else Status.OK
+        return Finding("data", status, "; ".join((*facts.data_warnings, facts.data_words)))
     if facts.data_host_answers is False:
         words = f"{facts.data_words}, which cannot be reached from here"
         return Finding("data", Status.FAIL, words, "--data folder:PATH, or --data shapes, which needs no files")

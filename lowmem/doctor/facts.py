@@ -112,6 +112,7 @@ class Facts:
     out_taken: bool | None = None  # `out` exists and is not empty
     data_there: bool | None = None
     data_words: str | None = None
+    data_warnings: Sequence[str] = ()
     data_host_answers: bool | None = None  # the host from which it would be downloaded
 
     def set_command(self, name: str, value: str | None) -> str:

@@ -98,16 +98,16 @@ def torchvision(settings: Settings) -> dict[str, Any]:
 
 
 def data(settings: Settings) -> dict[str, Any]:
-    """Whether the pictures are there, without reading them all, or can be had."""
+    """Whether the pictures are there, and what is wrong with them, or can be had."""
     from lowmem.data import find_pictures
 
-    words, url = find_pictures(settings.config.data)
-    if url is None:
-        return {"data_there": True, "data_words": words}
-    parts = urlsplit(url)
+    found = find_pictures(settings.config.data, settings.config.seed)
+    if found.url is None:
+        return {"data_there": True, "data_words": found.words, "data_warnings": list(found.warnings)}
+    parts = urlsplit(found.url)
     host, port = parts.hostname or "", parts.port or {"http": 80}.get(parts.scheme, 443)
     answers = host_answers(host, port)
-    return {"data_there": False, "data_words": f"{words} from {host}", "data_host_answers": answers}
+    return {"data_there": False, "data_words": f"{found.words} from {host}", "data_host_answers": answers}
 
 
 def host_answers(host: str, port: int) -> bool | None:

@@ -86,6 +86,8 @@ class New:
         trainer.group.lead(lambda: self._write_first(trainer, folder), None)
         self._resumable = True
         folder.event("start", steps_per_epoch=trainer.batches.steps_per_epoch, **self._environment)
+        if left_out := trainer.dataset.skipped:
+            folder.event("pictures left out", count=len(left_out), files=left_out)
         if decision.confirmed is not None:
             folder.event("confirmed", **decision.confirmed)
         if decision.plan is not None and not decision.plan.exact:

@@ -115,6 +115,10 @@ def _load_data(group: Group, config: Config, observer: Observer) -> Dataset:
     with group.alike():
         if len(set(group.gather(dataset.fingerprint))) > 1:
             raise PreflightError("the processes have different pictures: give all machines the same data")
+    for text in dataset.notes:
+        observer.note(text)
+    for text in dataset.warnings:
+        observer.warning(text)
     return dataset
 
 

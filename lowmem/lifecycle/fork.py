@@ -33,15 +33,16 @@ from lowmem.runs.store import RunFolder
 from lowmem.runs.view import RunView
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
-from lowmem.train.replica import config_hash
+from lowmem.train.replica import identity_of
 from lowmem.train.schedule import rate_curve, scaled_milestones, side_by_side, starts_low
 
 _AT = re.compile(r"([0-9]{1,15})|step:([0-9]{1,15})|last")
 Changes = Mapping[str, tuple[object, object]]
 _SCHEDULE = ("schedule.milestones", "schedule.reference_epochs")
 # What decides which picture comes when.
-_ORDER = ("seed", "train.batch", "data.train_subset", "data.val_split")
-_PICTURES = ("seed", "data.source", "data.root", "data.train_subset", "data.val_split")
+_READ = ("data.train_subset", "data.val_split", "data.val_folder", "data.test_split", "data.skip_damaged", "data.fit")
+_ORDER = ("seed", "train.batch", *_READ)
+_PICTURES = ("seed", "data.source", "data.root", *_READ)
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,9 @@ class Fork(New):
         place or pictures that cannot be, and for data with another number of classes."""
         new, old, at = settings.config, self._point.saved, self._point.position
         self._changes = check(self._begun.config, new)
-        same_pictures = bool(old.state["identity"].get("data") == dataset.fingerprint)
+        identity, recorded = identity_of(new, dataset), old.state["identity"]
+        same_pictures = bool(recorded.get("data") == identity["data"])
+        same_classes = recorded.get("classes", identity["classes"]) == identity["classes"]
         self._refuse_place(new, same_pictures=same_pictures)
         classes = old.model["linear.bias"].shape[0]
         if classes != len(dataset.classes):
@@ -202,7 +205,6 @@ class Fork(New):
         if "optim.lr" in self._changes:
             now.lr_scale = 1.0
         now.low_start = was.low_start and starts_low(new)
-        identity = {"settings": config_hash(new), "data": dataset.fingerprint}
         self._carried = replace(old, step=now.step, state={"run": asdict(now), "identity": identity})
         # The rate from the fork on, as it would have been and as it is. The old run's steps an epoch follow from where
         # its checkpoint is.
@@ -215,6 +217,8 @@ class Fork(New):
             observer.note(line)
         for line in self._warnings(dataset, same_pictures):
             observer.warning(line)
+        if not same_classes:
+            observer.warning(f"the classes have other names than those that {self._run} was trained to tell apart")
         return self._carried
 
     def _explain(self, new: Config) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lowmem.config.schema import OPERATIONAL, Config, flatten
+from lowmem.config.schema import BEFORE, OPERATIONAL, Config, flatten
 from lowmem.core.errors import CorruptCheckpoint
 from lowmem.core.reading import shorten
 from lowmem.data import Dataset, Pictures, TrainBatches, eval_batches
@@ -47,7 +47,7 @@ class Replica:
         """`config`: with device, precision and memory format resolved. `plan`: for this process's share of the batch.
         `group`: the processes that train the run; `split`: of the batch among them (None: even)."""
         self.config, self.dataset, self.observer, self.plan = config, dataset, observer, plan
-        self.identity = {"settings": config_hash(config), "data": dataset.fingerprint}  # of its checkpoints
+        self.identity = identity_of(config, dataset)  # of its checkpoints
         execution = Execution(config.train.device, config.train.precision, config.train.memory_format)
         self.execution = execution
         check_memory_format(model, execution.device, execution.precision, execution.memory_format)
@@ -138,20 +138,18 @@ class Replica:
         return restore(checkpoint, self.model, self.step, self.identity)
 
 
-_LATER_DEFAULTS = (
-    ("train.sync_bn", False),
-    ("train.deterministic", True),
-    ("train.tf32", "auto"),
-    ("train.batch_norm", "auto"),
-)
+def identity_of(config: Config, dataset: Dataset) -> dict[str, str]:
+    """What a run is of: its settings, its pictures, the names of its classes; a hash of each."""
+    classes = hashlib.sha256(json.dumps(dataset.classes).encode()).hexdigest()
+    return {"settings": config_hash(config), "data": dataset.fingerprint, "classes": classes}
 
 
 def config_hash(config: Config) -> str:
     """SHA-256 of the settings that define what is computed: a checkpoint of another run is not taken for this one's.
 
-    A setting that came later counts only where it is not at its default: runs from before it stay the same runs."""
+    A setting that came later counts only where it is not what runs had before it: those stay the same runs."""
     flat = flatten(config).items()
-    exact = {key: value for key, value in flat if key not in OPERATIONAL and (key, value) not in _LATER_DEFAULTS}
+    exact = {k: value for k, value in flat if k not in OPERATIONAL and not (k in BEFORE and BEFORE[k] == value)}
     return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()
 
 
@@ -215,7 +213,7 @@ def check_belongs(checkpoint: Checkpoint, identity: Mapping[str, str]) -> RunSta
     state = read_state(checkpoint.state, checkpoint.step)
     recorded = checkpoint.state["identity"]
     for key, value in identity.items():
-        if recorded.get(key) != value:
+        if recorded.get(key) != value and (key in recorded or key != "classes"):  # older runs do not record those
             raise CorruptCheckpoint(
                 f"the checkpoint of step {checkpoint.step} was made with other {key} than this run has now: "
                 f"restore the run's own files, or start another run"

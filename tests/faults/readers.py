@@ -24,7 +24,7 @@ from lowmem.config.settings import from_yaml, gather, parse_set
 from lowmem.core.errors import CorruptCheckpoint, Diverged, LowmemError
 from lowmem.core.reading import profiles_folder
 from lowmem.core.units import format_size
-from lowmem.data import folder as pictures_folder
+from lowmem.data import kept as kept_pictures
 from lowmem.data import load
 from lowmem.distributed.group import Group
 from lowmem.lifecycle import recorded_settings, resume_training
@@ -236,11 +236,11 @@ def _others(run: Path, work: Path) -> list[Reader]:
 
     import torch
 
-    pictures_folder.write_cache(pictures, "x", {"a": torch.zeros(3)})
+    kept_pictures.write_cache(pictures, "x", {"a": torch.zeros(3)})
     manifest = pictures / "manifest.json"
 
     def decoded(_: Path) -> object:
-        return pictures_folder.read_cache(pictures, "x")
+        return kept_pictures.read_cache(pictures, "x")
 
     return [
         Reader(

@@ -1,0 +1,135 @@
+"""A picture file as 32x32 RGB, with Pillow and its BICUBIC filter (which widens with the scale, so shrinking does not
+alias), and many of them in threads.
+
+`crop` gives what a viewer shows: upright by the EXIF orientation, transparency over white (the page of nearly every
+viewer; what an editor left under full transparency is nobody's picture), and of that the middle square, so that
+proportions are kept. `stretch` is how pictures were made before: the stored pixels squeezed to a square, the alpha
+channel dropped. Of a square picture with neither they give the same bytes.
+
+Known limitations: one frame of an animation is read; more than 8 bits a channel are refused.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from lowmem.core.errors import DataError
+from lowmem.core.reading import shorten
+from lowmem.data.pictures import SIDE, Progress
+
+FILTER = Image.Resampling.BICUBIC
+CHUNK = 256  # pictures a task: few enough for a smooth progress, many enough that tasks cost nothing
+_ORIENTATION = 0x0112  # of EXIF
+_TURN = Image.Transpose
+_UPRIGHT = {
+    2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE,
+    6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90,
+}  # fmt: skip
+# What its readers raise for damaged files.
+_DAMAGE = (
+    OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError,
+    NotImplementedError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+def decode(path: str, fit: str) -> NDArray[np.uint8]:
+    """A picture file as uint8 [32, 32, 3]. Raises DataError saying what it is instead, without its name."""
+    try:
+        with Image.open(path) as picture:
+            if picture.mode.startswith(("I", "F")):
+                raise DataError(f"more than 8 bits a channel, {picture.mode}: convert it to 8 bits")
+            return np.asarray(_cropped(picture) if fit == "crop" else _stretched(picture))
+    except UnidentifiedImageError:
+        raise DataError("no picture, or of a kind that cannot be read here") from None
+    except _DAMAGE as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else shorten(error, 120)
+        raise DataError(f"damaged: {why or type(error).__name__}") from error
+
+
+def is_picture(path: str) -> bool:
+    """Whether its first bytes are a picture's, whatever its name says."""
+    try:
+        with Image.open(path):
+            return True
+    except _DAMAGE:
+        return False
+
+
+def _stretched(picture: Image.Image) -> Image.Image:
+    # RGB before resizing: palette indices must not be interpolated.
+    rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+    return rgb if rgb.size == (SIDE, SIDE) else rgb.resize((SIDE, SIDE), FILTER)
+
+
+def _cropped(picture: Image.Image) -> Image.Image:
+    picture.load()  # which turns a TIFF upright by itself
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info:
+        over = picture.convert("RGBA")
+        rgb = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    else:
+        rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+    if rgb.size != (SIDE, SIDE):
+        side = min(rgb.size)
+        left, top = ((length - side) / 2 for length in rgb.size)
+        rgb = rgb.resize((SIDE, SIDE), FILTER, box=(left, top, left + side, top + side))
+    turn = _UPRIGHT.get(_orientation(picture) or 0)  # the middle square stays the middle one, and is quicker to turn
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _orientation(picture: Image.Image) -> int | None:
+    try:
+        return picture.getexif().get(_ORIENTATION)
+    except _DAMAGE:  # of what the camera wrote beside the picture
+        return None
+
+
+def decode_all(
+    paths: Sequence[str], fit: str, put: Callable[[int, NDArray[np.uint8]], None], *,
+    progress: Progress | None, until: float | None,
+) -> tuple[dict[int, str], int]:  # fmt: skip
+    """Decodes in threads (Pillow lets others run while it decodes) and hands each picture to `put`, with its number.
+    Returns what is wrong with the others, by number, and how many were looked at: those that were begun before `until`
+    (of the monotonic clock, in seconds)."""
+
+    def chunk(start: int) -> list[NDArray[np.uint8] | str]:
+        return [_decode_or_say(path, fit) for path in paths[start : start + CHUNK]]
+
+    troubles: dict[int, str] = {}
+    done = 0
+    pool = ThreadPoolExecutor(max_workers=min(32, (os.cpu_count() or 1) + 1))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # Pillow's, of large pictures and odd palettes: they are decoded all the same
+            for decoded in pool.map(chunk, range(0, len(paths), CHUNK)):
+                for number, one in enumerate(decoded, done):
+                    if isinstance(one, str):
+                        troubles[number] = one
+                    else:
+                        put(number, one)
+                done += len(decoded)
+                if progress is not None:
+                    progress("decoding pictures", done, len(paths))
+                if until is not None and time.monotonic() >= until:
+                    break
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return troubles, done
+
+
+def _decode_or_say(path: str, fit: str) -> NDArray[np.uint8] | str:
+    try:
+        return decode(path, fit)
+    except DataError as error:
+        return str(error)
