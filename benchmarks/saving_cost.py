@@ -28,10 +28,11 @@ from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint_state import RunState
 from lowmem.runs.saver import Save, Saver
 from lowmem.runs.store import RunFolder
+from lowmem.runs.weights import WeightsInfo
 from lowmem.step.train_step import Execution, TrainStep
 from lowmem.train.replica import capture
 
-METADATA = {"arch": "benchmark"}
+INFO = WeightsInfo(arch="benchmark")
 
 
 class Net:
@@ -58,13 +59,13 @@ class Net:
 
     def save(self) -> Save:
         taken = capture(self.state, self.model, self.step, {})
-        return Save(taken, 1, dict.fromkeys(("best", "last"), (taken.model, METADATA)))
+        return Save(taken, 1, dict.fromkeys(("best", "last"), (taken.model, INFO)))
 
 
 def foreground(net: Net, folder: RunFolder) -> None:
     save = net.save()
-    for name, (tensors, metadata) in save.weights.items():
-        folder.save_weights(name, tensors, metadata)
+    for name, (tensors, info) in save.weights.items():
+        folder.save_weights(name, tensors, info)
     checkpoints.save(folder.checkpoints, save.checkpoint, keep=2)
 
 

@@ -123,7 +123,8 @@ def account(setup: AcceptanceSetup, environment: Environment, cells: Sequence[Ce
     judged = targets(rows)
     return Account(
         title=f"Acceptance: {setup.name}, batch {setup.batch}, {setup.memory}",
-        conditions=f"{conditions(environment, setup.card_bytes)} {_how(setup)}",
+        conditions=conditions(environment, setup.card_bytes),
+        how=_how(setup),
         unfinished="" if finished else "Not finished: what follows is what was done before the end.",
         tables=[ResultTable("Targets", _TARGETS, judged), *_tables(rows)],
         rows=rows,

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from lowmem.bench import Cell, Setup
 from lowmem.core.errors import DiskError, PreflightError, UsageError
-from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable, parse_json, read_limited, shorten
+from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable, escape_markdown, parse_json, read_limited, shorten
 from lowmem.core.units import MIB, format_size
 from lowmem.runs.atomic import write_bytes_atomic
 
@@ -93,11 +93,12 @@ class ResultTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """What is told of cells. `unfinished`: what is to be said before the end, empty at the end; `rows`: for CSV;
-    `record`: everything, for JSON."""
+    """What is told of cells. `conditions`: on what, with what; `how`: what follows that, in Markdown; `unfinished`:
+    what is to be said before the end, empty at the end; `rows`: for CSV; `record`: everything, for JSON."""
 
     title: str
     conditions: str
+    how: str = ""
     unfinished: str
     tables: Sequence[ResultTable]
     rows: Sequence[Row]
@@ -105,11 +106,12 @@ class Account:
 
     def markdown(self) -> str:
         """Readable tables, conditions first."""
-        parts = [f"# {self.title}", self.conditions, self.unfinished and f"**{self.unfinished}**"]
+        measured = f"{escape_markdown(self.conditions)} {self.how}".strip()
+        parts = [f"# {self.title}", measured, self.unfinished and f"**{self.unfinished}**"]
         for table in self.tables:
             header, *lines = table.lines()
             shown = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-            shown += [f"| {' | '.join(text.replace('|', '/') for text in line)} |" for line in lines]
+            shown += [f"| {' | '.join(map(escape_markdown, line))} |" for line in lines]
             parts += [f"## {table.title}", "\n".join(shown), table.note]
         return "\n\n".join(filter(None, parts)) + "\n"
 

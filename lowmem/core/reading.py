@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ TABLE_LIMIT_BYTES = 128 << 20  # of rows; a hundred epochs of steps have 3 MiB
 DEEPEST_JSON = 200  # the most nested schedules of the family have some 20 levels
 _DEEPEST_YAML = 50
 _LONGEST_NUMBER = 60
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$&!^]|^[-+](?= |$))")
+_MARKDOWN_NUMBER = re.compile(r"^(\d{1,9})([.)])(?= |$)")
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -116,6 +119,11 @@ def shorten(text: object, longest: int = 200) -> str:
     line = " ".join(str(text).split())
     line = "".join(one if one.isprintable() else "?" for one in line)
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
+
+
+def escape_markdown(text: object) -> str:
+    """Text that Markdown shows as it is, on one line, without control characters."""
+    return _MARKDOWN_NUMBER.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\1", shorten(text, 10_000)))
 
 
 def user_cache_folder() -> Path:

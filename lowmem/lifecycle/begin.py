@@ -63,11 +63,12 @@ class New:
         """What the trainer goes on from, under the settings that were decided."""
         return None
 
-    def folder(self, group: Group, settings: Settings, stack: ExitStack) -> RunFolder:
+    def folder(self, group: Group, settings: Settings, dataset: Dataset, stack: ExitStack) -> RunFolder:
         """The run's folder, for as long as the stack lasts; here a new one, of which nothing stays unless it comes to
         its first checkpoint. What was asked for is recorded too: by this a restart knows its own run."""
         self._environment = describe(settings.config.train.device) | {"processes": group.size}
-        recorded = {**self._environment, "asked": config_hash(self._wanted.config), "launcher": launcher()}
+        asked = {"asked": config_hash(self._wanted.config), "launcher": launcher()}
+        recorded = {**self._environment, **asked, **dataset.describe()}
         absent: RunFolder = NullFolder(self.path)
         folder = group.lead(lambda: RunFolder.create(self.path, to_yaml(settings), recorded), absent)
         stack.enter_context(folder)
@@ -144,7 +145,7 @@ class Resume:
     def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
         return self._saved
 
-    def folder(self, group: Group, settings: Settings, stack: ExitStack) -> RunFolder:
+    def folder(self, group: Group, settings: Settings, dataset: Dataset, stack: ExitStack) -> RunFolder:
         return self._folder
 
     def commit(self, decision: Decision, trainer: Trainer, folder: RunFolder) -> bool:

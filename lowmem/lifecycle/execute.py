@@ -55,7 +55,7 @@ def execute(begin: New | Resume, observer: Observer | None = None) -> Outcome:
         decision = decide(settings, size, group, recorded=recorded, confirm=wanted, tell=observer)
         checkpoint = begin.checkpoint(decision.settings, dataset, observer)
         stack.enter_context(_out_of_memory(begin.path))
-        folder = begin.folder(group, decision.settings, stack)
+        folder = begin.folder(group, decision.settings, dataset, stack)
         trainer = make_trainer(group, decision, dataset, observer, begin.path)
         if checkpoint is not None:
             trainer.state = group.together(lambda: trainer.restore(checkpoint))

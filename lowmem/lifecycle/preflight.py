@@ -32,7 +32,7 @@ from lowmem.runs.view import read_run
 from lowmem.step.train_step import Score
 from lowmem.step.undo import Before, Undo
 from lowmem.train.loop import Trainer
-from lowmem.train.metrics import GradientNorms, disk_bytes
+from lowmem.train.metrics import GradientNorms, describe_weights, disk_bytes
 from lowmem.train.oom_fallback import OomFallback, memory_words
 
 _QUICK_SECONDS = 10.0  # what takes longer is not run a second time for a better measurement
@@ -107,8 +107,11 @@ def _try_checkpoint(trainer: Trainer, run: RunFolder) -> int:
     for read, given in ((back.model, written.model), (back.optimizer, written.optimizer)):
         _same(tensor_bits(read) == tensor_bits(given), path)
     _same(json.dumps(back.state) == json.dumps(written.state), path / "state.json")
-    run.save_weights("best", written.model, {"epoch": "1", "step": "2", "error_pct": "12.5", "chosen_on": "test"})
+    at = {"epoch": 1, "step": 2, "error_pct": 12.5, "error_on": "test", "chosen_on": "test"}
+    info = describe_weights(trainer.config, trainer.dataset, **at)
+    run.save_weights("best", written.model, info)
     weights = run.path / "weights" / "best.safetensors"
+    _same(read_run(run.path).best == info, weights)
     try:
         _same(tensor_bits(load(weights.read_bytes())) == tensor_bits(written.model), weights)
     except SafetensorError:
@@ -138,7 +141,6 @@ def _try_rows(trainer: Trainer, run: RunFolder, tried: StepTrial) -> None:
     norms = (back.gradients.layers, [gradient_line(read.step, read.epoch, read.norms) for read in back.gradients.rows])
     _same(norms == (tried.layers, [gradient_line(1, 1, tried.gradient_norms)]), run.gradients_file)
     _same([(event.kind, dict(event.detail)) for event in back.events] == [("preflight", told)], run.events_file)
-    _same(back.best is not None and (back.best.epoch, back.best.error_pct) == (1, 12.5), run.path / "weights")
 
 
 def _try_report(run: RunFolder) -> None:

@@ -20,12 +20,12 @@ from lowmem.core.units import format_size
 from lowmem.lifecycle.preflight import tensor_bits
 from lowmem.lifecycle.run_identity import belongs_to, check_shapes, most_bytes, network, network_shapes, read_plans
 from lowmem.runs.checkpoint import Checkpoint, load, named
-from lowmem.runs.checkpoint_state import read_header
 from lowmem.runs.lock import LOCK_NAME, OWNER_NAME, read_owner
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, RowTable
 from lowmem.runs.store import plan_file
 from lowmem.runs.tables import scan_table
 from lowmem.runs.view import RunView, recorded_settings
+from lowmem.runs.weights import read_weights
 from lowmem.train.metrics import measured_weights
 
 FileStatus = Literal["ok", "note", "damaged"]
@@ -180,10 +180,10 @@ class _Verification:
 
         where = f"weights/{path.name}"
         try:
-            shapes, metadata = read_header(path)
+            shapes, info = read_weights(path)
             check_shapes(self._shapes, shapes, where)
-            step = metadata.get("step", "")
-            same = next((saved for saved in self._good.values() if str(saved.step) == step), None)
+            step = "unknown" if info.step is None else info.step
+            same = next((saved for saved in self._good.values() if saved.step == info.step), None)
             if same is not None and tensor_bits(decode(read_limited(path, self._most_bytes))) != tensor_bits(
                 same.model
             ):
@@ -195,7 +195,8 @@ class _Verification:
         else:
             compared = "its checkpoint is gone to compare with"
             compared = compared if same is None else "equal to its checkpoint, bit for bit"
-            self._add("ok", where, f"of step {shorten(step)}; {compared}")
+            named = "its classes have no names" if info.classes is None else f"{len(info.classes):,} classes by name"
+            self._add("ok", where, f"of step {step}; {named}; {compared}")
 
     def _check_records(self) -> None:
         """What only colours a report."""

@@ -18,10 +18,11 @@ from itertools import pairwise
 
 from markdown_it import MarkdownIt
 
+from lowmem.core.reading import escape_markdown
 from lowmem.report import tables
 from lowmem.report.naming import NamedRun
 from lowmem.report.style import Picture
-from lowmem.report.tables import UNKNOWN, escape, percent, times
+from lowmem.report.tables import UNKNOWN, percent, times
 from lowmem.runs.view import RunView
 
 _ERRORS_EXPLAINED = (
@@ -29,7 +30,7 @@ _ERRORS_EXPLAINED = (
     "final test errors of the report that these networks come from. It states SGD, momentum 0.9, weight "
     "decay 1e-4, cross-entropy and CIFAR-10 in colour; batch, epochs, learning rate and augmentation it "
     "does not state. For those the usual setting is assumed, and what departs from it is marked "
-    f"{escape(tables.ASSUMED)}. Only a run of which nothing differs compares with the published figure."
+    f"{escape_markdown(tables.ASSUMED)}. Only a run of which nothing differs compares with the published figure."
 )
 
 
@@ -40,19 +41,21 @@ def render(runs: Sequence[NamedRun], pictures: Sequence[Picture]) -> str:
     if missing:
         parts.append(f"Published networks without a run here: {', '.join(missing)}.")
     parts.append("## What differs from the published setting")
-    parts.append("\n".join(f"- {escape(whose)}: {escape(text)}" for whose, text in tables.departures(runs)))
+    departures = tables.departures(runs)
+    parts.append("\n".join(f"- {escape_markdown(whose)}: {escape_markdown(text)}" for whose, text in departures))
     parts += ["## Time and memory", tables.resource_table(runs).to_markdown(), tables.RESOURCES_EXPLAINED]
     parts.append("## Figures")
     if not pictures:
         parts.append("No run here has completed an epoch: there is nothing to draw yet.")
-    elif empty := [escape(run.name) for run in runs if run.history.epochs_done == 0]:
+    elif empty := [escape_markdown(run.name) for run in runs if run.history.epochs_done == 0]:
         parts.append(f"Without a curve, having completed no epoch yet: {', '.join(empty)}.")
     if pictures:
         parts.append(
             "Chance is what guessing among the classes gives: of 10 classes, 90 % errors and a loss of ln 10 = 2.303."
         )
     for picture in pictures:
-        parts += [f"### {picture.title}", f"![{picture.title}]({picture.file_name})", picture.remark]
+        title = escape_markdown(picture.title)
+        parts += [f"### {title}", f"![{title}]({picture.file_name})", picture.remark]
     parts.append("## Runs")
     for run in runs:
         parts += _run_section(run)
@@ -75,10 +78,10 @@ def _run_section(run: NamedRun) -> list[str]:
         ("Peak memory", f"{allocated} allocated, {reserved} reserved, {device} in use on the device"),
         ("Hardware", _from_env(history, ("device", "gpu", "card", "driver", "cpu", "cpu_threads", "platform"))),
         ("Versions", _from_env(history, ("lowmem", "git_commit", "python", "torch", "torchvision", "cuda", "cudnn"))),
-        *(("Note", escape(note)) for note in history.notes),
+        *(("Note", escape_markdown(note)) for note in history.notes),
     ]
     listed = "\n".join(f"- {title}: {text}" for title, text in lines)
-    return [f"### {escape(run.name)} ({escape(run.network)})", listed]
+    return [f"### {escape_markdown(run.name)} ({escape_markdown(run.network)})", listed]
 
 
 def _state(history: RunView) -> str:
@@ -102,12 +105,12 @@ def _state(history: RunView) -> str:
     if back := tables.details(history, "rollback"):
         scale = back[-1].get("lr_scale")
         rate = f", at last with {scale:g} of the learning rate" if isinstance(scale, int | float) else ""
-        why = escape(back[-1].get("what", ""))
+        why = escape_markdown(back[-1].get("what", ""))
         text += f"; **went back to a checkpoint {times(len(back))}{rate}** ({why})"
     if tables.details(history, "diverged"):
         text += "; **stopped because it diverged**"
     if stuck := tables.details(history, "stuck"):
-        text += f"; **learns nothing: at chance up to epoch {escape(stuck[-1].get('epoch', '?'))} and longer**"
+        text += f"; **learns nothing: at chance up to epoch {escape_markdown(stuck[-1].get('epoch', '?'))} and longer**"
     if last is not None and last.train_loss is not None and not math.isfinite(last.train_loss):
         text += "; **diverged: the training loss is no number any more**"
     return text
@@ -134,7 +137,7 @@ def _settings(history: RunView) -> str:
         "" if data.test_subset is None else f"{data.test_subset:,} test pictures",
         f"{data.val_split:,} training pictures held back" if data.val_split else "no training pictures held back",
     ]
-    return escape("; ".join(filter(None, said)))
+    return escape_markdown("; ".join(filter(None, said)))
 
 
 def _best(history: RunView) -> str:
@@ -163,7 +166,7 @@ def _from_env(history: RunView, keys: Sequence[str]) -> str:
         changes = [value for before, value in pairwise(["", *values]) if value != before]
         if changes:
             said.append(f"{key.replace('_', ' ')} {', then '.join(changes)}")
-    return escape("; ".join(said)) or UNKNOWN
+    return escape_markdown("; ".join(said)) or UNKNOWN
 
 
 def _plain(value: object) -> str:

@@ -8,7 +8,6 @@ in, which is what the default settings are, and a difference from it is marked w
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -16,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from lowmem.config.schema import Config
+from lowmem.core.reading import escape_markdown
 from lowmem.core.units import format_duration, format_size
 from lowmem.report.naming import NamedRun
 from lowmem.runs.view import RunView
@@ -42,7 +42,6 @@ _NOT_PUBLISHED = "not among the published networks"
 _NEVER_TRAINED = "named in the report, whose author could not train it: there is no figure to hold it against"
 _NAMED = {"Res56-bottleneck", "Res110-bottleneck"}
 _NOTHING = "nothing that the settings show"
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~$&!^])")
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,8 @@ class ReportTable:
 
     def to_markdown(self) -> str:
         rule = "|" + "---|" * self.names + "---:|" * (len(self.header) - self.names)
-        rows = [" | ".join(escape(cell) for cell in row) for row in self.rows]
+        rows = [" | ".join(escape_markdown(cell) for cell in row) for row in self.rows]
         return "\n".join(["| " + " | ".join(self.header) + " |", rule, *(f"| {row} |" for row in rows)])
-
-
-def escape(text: object) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    return _SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
 
 
 def percent(value: float | None) -> str:

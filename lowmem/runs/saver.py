@@ -24,11 +24,12 @@ from lowmem.core.units import format_duration
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.store import RunFolder
+from lowmem.runs.weights import WeightsInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Weights = tuple[Mapping[str, "Tensor"], Mapping[str, str]]  # tensors, metadata
+Weights = tuple[Mapping[str, "Tensor"], WeightsInfo]
 
 PAUSES_SECONDS = (5.0, 15.0, 45.0, 135.0, 405.0)  # ten minutes in all: the default between two saves
 FINAL_PAUSES_SECONDS = (1.0, 2.0, 5.0, 15.0, 30.0, 60.0)  # at the end of a run there is nothing to go on with
@@ -210,8 +211,8 @@ class Saver(AbstractContextManager["Saver"]):
         began = time.monotonic()
         try:
             self._folder.flush()
-            for name, (tensors, metadata) in save.weights.items():
-                self._folder.save_weights(name, tensors, metadata)
+            for name, (tensors, info) in save.weights.items():
+                self._folder.save_weights(name, tensors, info)
             where, keep_every = self._folder.checkpoints, self._keep_every
             path = checkpoints.save(where, save.checkpoint, keep=self._keep, keep_every=keep_every)
             now = time.monotonic()

@@ -23,6 +23,7 @@ from lowmem.runs.folder import FORKING, clear, refuse_existing
 from lowmem.runs.lock import RunLock
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, RowTable, csv_line, gradient_line
 from lowmem.runs.tables import cut_table
+from lowmem.runs.weights import WeightsInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -243,12 +244,12 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         with disk_errors(self.path / "config.yaml") as path:
             write_text_atomic(path, text)
 
-    def save_weights(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Writes weights/<name>.safetensors atomically, with string metadata. Raises DiskError."""
+    def save_weights(self, name: str, tensors: Mapping[str, Tensor], info: WeightsInfo) -> None:
+        """Writes weights/<name>.safetensors atomically. Raises DiskError."""
         from safetensors.torch import save as encode
 
         with disk_errors(self.path / "weights" / f"{name}.safetensors") as path, replacing(path) as file:
-            file.write(encode(dict(tensors), metadata=dict(metadata)))
+            file.write(encode(dict(tensors), metadata=info.to_metadata()))
 
 
 class NullFolder(RunFolder):

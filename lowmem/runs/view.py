@@ -22,23 +22,15 @@ from lowmem.config.settings import Settings, from_yaml
 from lowmem.core.errors import CorruptCheckpoint, LowmemError, UsageError
 from lowmem.core.reading import PLAN_LIMIT_BYTES, RECORD_LIMIT_BYTES, TABLE_LIMIT_BYTES, Unreadable, read_json, shorten
 from lowmem.runs.checkpoint import checkpoint_folders
-from lowmem.runs.checkpoint_state import Position, read_header, read_position
+from lowmem.runs.checkpoint_state import Position, read_position
 from lowmem.runs.folder import require_run, run_folders
 from lowmem.runs.lock import OWNER_NAME, writer_of
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, EpochRow, Event, Gradients, Row, RowTable, StepRow
 from lowmem.runs.tables import read_events, read_table
+from lowmem.runs.weights import WeightsInfo, read_weights
 
 State = Literal["starting", "training", "finished", "stopped", "interrupted", "diverged", "stuck", "ended", "died"]
 _ENDS: dict[str, State] = {"stop": "stopped", "signal": "interrupted", "diverged": "diverged", "stuck": "stuck"}
-
-
-@dataclass(frozen=True)
-class BestWeights:
-    """What weights/best.safetensors says of itself. `chosen_on`: "val" or "test", the pictures it was chosen on."""
-
-    epoch: int | None
-    error_pct: float | None
-    chosen_on: str | None
 
 
 class RunView:
@@ -64,7 +56,7 @@ class RunView:
     @cached_property
     def env(self) -> Mapping[str, object]:
         """Hardware and versions where the run began; empty where they are not known."""
-        values = self._record("env.json")
+        values = self._record("env.json", PLAN_LIMIT_BYTES)  # there may be many classes
         if values is None and os.path.exists(self.path / "env.json"):
             self.notes.append("env.json cannot be read: hardware and versions are unknown")
         return values or {}
@@ -125,23 +117,22 @@ class RunView:
     # -- weights and checkpoints -----------------------------------------------------------------------------------
 
     @cached_property
-    def best(self) -> BestWeights | None:
+    def best(self) -> WeightsInfo | None:
+        """What weights/best.safetensors says of itself."""
         try:
-            _, metadata = read_header(self.path / "weights" / "best.safetensors")
+            return read_weights(self.path / "weights" / "best.safetensors")[1]
         except FileNotFoundError:
             return None
         except (Unreadable, OSError):
             self.notes.append("weights/best.safetensors cannot be read")
             return None
-        epoch, error_pct = (_number(metadata.get(name)) for name in ("epoch", "error_pct"))
-        return BestWeights(None if epoch is None else int(epoch), error_pct, metadata.get("chosen_on") or None)
 
     @cached_property
     def classes(self) -> int | None:
         """Outputs of the network: by the exported weights' last layer, else by what the data set is known to have."""
         for name in ("last.safetensors", "best.safetensors"):
             with suppress(Unreadable, OSError, LookupError):
-                return read_header(self.path / "weights" / name)[0]["linear.bias"][0]
+                return read_weights(self.path / "weights" / name)[0]["linear.bias"][0]
         return 10 if self.config.data.source in {"cifar10", "fashion-mnist"} else None
 
     @cached_property
@@ -205,14 +196,6 @@ def read_run(path: Path) -> RunView:
     for part in ("config", "env", "epochs", "steps", "events", "best", "classes", "gradients"):
         getattr(view, part)
     return view
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        value = float(text) if text else math.nan
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
 
 
 # -- the runs in a folder ----------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from lowmem.runs.checkpoint_state import RunState
 from lowmem.runs.event_files import EventFiles
 from lowmem.runs.saver import Save, Saver
 from lowmem.runs.store import RunFolder
+from lowmem.runs.weights import WeightsInfo
 from lowmem.step.train_step import Score
 from lowmem.step.undo import Undo
 from lowmem.train.loss_watchers import Chance, Divergence, Stall, roll_back, way_out
@@ -76,7 +77,7 @@ class Loop:
     ) -> None:
         config = replica.config.train
         self.t, self.folder, self.signals, self.saver, self.export = replica, folder, signals, saver, export
-        self.exports: dict[str, dict[str, str]] = {}  # weights to be written with the next save: name -> metadata
+        self.exports: dict[str, WeightsInfo] = {}  # weights to be written with the next save
         chance = Chance.of(replica.dataset.train.labels)
         self.stall = Stall(chance, replica.batches.steps_per_epoch, stop=config.on_stuck == "stop")
         self.divergence = Divergence(chance.loss, config.log_every_steps)
@@ -261,7 +262,7 @@ class Loop:
         if self.t.group.leads:
             self.saver.wait()
             taken = self.memory.saved(self.t.checkpoint)
-            weights = {name: (taken.model, metadata) for name, metadata in self.exports.items()}
+            weights = {name: (taken.model, info) for name, info in self.exports.items()}
             self.saver.submit(Save(taken, self.state.epoch, weights))
         self.exports.clear()
         self.saved_at = position

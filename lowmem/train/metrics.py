@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import lowmem
 from lowmem.config.schema import Config
+from lowmem.data import Dataset
 from lowmem.runs.checkpoint_state import Best
 from lowmem.runs.event_files import EventFiles
 from lowmem.runs.store import RunFolder, run_bytes
+from lowmem.runs.weights import WeightsInfo
 from lowmem.step.train_step import Score, TrainStep
 from lowmem.train.loss_watchers import note_share, tenth
 from lowmem.train.observer import Progress
@@ -166,9 +169,9 @@ class Metrics:
             "val_error_pct": val.error_pct if val else None,
         }
 
-    def end_epoch(self, row: dict[str, Any]) -> dict[str, dict[str, str]]:
+    def end_epoch(self, row: dict[str, Any]) -> dict[str, WeightsInfo]:
         """The epoch is evaluated and judged: its row is written, the next one begins. What the weights that it ended
-        with are exported as: name -> metadata."""
+        with are exported as, by name, and what they say of themselves."""
         state = self._t.state
         state.epoch += 1
         state.start_epoch()
@@ -176,12 +179,21 @@ class Metrics:
         self._folder.append_metrics(row)
         chosen_on = "test" if row["val_error_pct"] is None else "val"
         error_pct = row[f"{chosen_on}_error_pct"]
-        metadata = {"arch": self._t.config.model.arch, "epoch": str(state.epoch), "step": str(state.step)}
-        metadata |= {"error_pct": repr(error_pct), "error_on": chosen_on}
+        at = {"epoch": state.epoch, "step": state.step, "error_pct": error_pct, "error_on": chosen_on}
+        last = describe_weights(self._t.config, self._t.dataset, **at)
         if state.best is not None and not error_pct < state.best.error_pct:
-            return {"last": metadata}
+            return {"last": last}
         state.best = Best(state.epoch, state.step, error_pct, chosen_on)
-        return {"best": {**metadata, "chosen_on": chosen_on}, "last": metadata}
+        return {"best": last.model_copy(update={"chosen_on": chosen_on}), "last": last}
+
+
+def describe_weights(config: Config, dataset: Dataset, **at: Any) -> WeightsInfo:
+    """What weights of this run say of themselves; `at`: of which epoch and step, and the error they have there."""
+    model = config.model
+    return WeightsInfo.model_validate(
+        {**model.model_dump(), "shortcuts": model.arch.startswith("res"), **dataset.describe(), **at}
+        | {"version": lowmem.__version__}
+    )
 
 
 # -- gradient norms ----------------------------------------------------------------------------------------------------

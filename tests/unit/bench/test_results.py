@@ -50,6 +50,15 @@ def test_what_was_saved_is_there(folder: Path) -> None:
     assert first.results[0]["losses"] == [2.0, None]
 
 
+def test_what_others_say_is_no_markdown() -> None:
+    """The name of a processor, the words of an exception."""
+    (cell, *rest) = some_cells()
+    cell = replace(cell, refused="crashed: <b> `c` | *d*")
+    text = account(SETUP, {**HERE, "cpu": "a_b [c](d)"}, [cell, *rest], finished=True).markdown()
+    assert r"On the CPU (a\_b \[c\](d), 2 threads)" in text
+    assert r"| crashed: \<b\> \`c\` \| \*d\* |" in text
+
+
 def test_an_empty_folder_has_nothing_and_keeps_nothing(tmp_path: Path) -> None:
     with Results(tmp_path / "new", SETUP, HERE, account) as results:
         assert results.load() == {}

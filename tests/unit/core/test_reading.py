@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
+import re
+import string
 import sys
 import tracemalloc
 from contextlib import suppress
@@ -14,10 +17,12 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from lowmem.core.reading import (
     DEEPEST_JSON,
     Unreadable,
+    escape_markdown,
     parse_json,
     parse_yaml,
     read_limited,
@@ -25,6 +30,7 @@ from lowmem.core.reading import (
     user_cache_folder,
 )
 
+MARKED = st.text(string.punctuation + "a1 \n", max_size=12)
 # PyYAML writes the control characters that end a line elsewhere (U+0085) in a way it does not read back.
 TEXT = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=20)
 PLAIN = st.recursive(
@@ -113,3 +119,23 @@ def test_the_user_s_cache_folder_by_platform(tmp_path: Path, monkeypatch: pytest
     assert user_cache_folder() == tmp_path / "lowmem" / "Cache"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert user_cache_folder() == Path.home() / "Library" / "Caches" / "lowmem"
+
+
+@given(st.text(max_size=12) | MARKED | st.sampled_from(("1. a", "12) a", "+ a", "- [x] a", "---", "a&amp;b", "===")))
+def test_markdown_shows_escaped_text_as_it_is(text: str) -> None:
+    """In a heading, at the beginning of an item, in a table, as the words of a picture."""
+    shown, mine = shorten(text), escape_markdown(text)
+    document = f"### ({mine})\n\n- {mine}: b\n\n| {mine} | b |\n|---|---|\n| {mine} | c |\n\n![{mine}](a.png)\n"
+    page = MarkdownIt("commonmark", {"html": False}).enable("table").render(document)
+    found = re.fullmatch(
+        r"<h3>\((.*)\)</h3><ul><li>(.*): b</li></ul><table><thead><tr><th>(.*)</th><th>b</th></tr></thead><tbody>"
+        r"<tr><td>(.*)</td><td>c</td></tr></tbody></table><p><img src=\"a.png\" alt=\"(.*)\" /></p>",
+        page.replace("\n", ""),
+    )
+    assert found is not None, page
+    assert [html.unescape(words) for words in found.groups()] == [shown] * 5
+
+
+def test_escaped_text_has_one_line_and_figures_stay_readable() -> None:
+    assert escape_markdown("a\n\x1b[31m_b") == r"a ?\[31m\_b"
+    assert [escape_markdown(text) for text in ("-2.0", "+25.0%", "1.50", "0:03")] == ["-2.0", "+25.0%", "1.50", "0:03"]

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from lowmem.report.figures import draw_training
-from lowmem.report.markdown import render
-from lowmem.report.tables import escape
+from lowmem.report.markdown import render, to_page
+from lowmem.report.style import Picture
 from tests.unit.report.fake_runs import MakeRun, named
 
 
@@ -17,11 +17,6 @@ def document(*runs: Path) -> str:
 
 def line(text: str, title: str) -> str:
     return next(found for found in text.splitlines() if found.startswith(f"- {title}: "))
-
-
-def test_escape() -> None:
-    assert escape("a_b|c*d") == r"a\_b\|c\*d"
-    assert escape("two\nlines <b> [x](y)") == r"two lines \<b\> \[x\](y)"
 
 
 def test_one_finished_run(make_run: MakeRun) -> None:
@@ -104,6 +99,16 @@ def test_names_and_notes_are_escaped(make_run: MakeRun) -> None:
     assert r"| a\|b\_\*c\* |" in text
     assert r"### a\|b\_\*c\* (Res20)" in text
     assert "the last line of metrics.csv was half written" in line(text, "Note")
+
+
+def test_titles_of_pictures_are_escaped(make_run: MakeRun) -> None:
+    """Of several runs of a network they hold the names of folders."""
+    picture = Picture("gradients_a.png", b"png", "Gradients of Res20 [a](b)_c_ `d` | <e>", "")
+    runs = named(make_run("res20"))
+    title = r"Gradients of Res20 \[a\](b)\_c\_ \`d\` \| \<e\>"
+    assert f"### {title}\n\n![{title}](gradients_a.png)\n" in render(runs, [picture])
+    page = to_page(render(runs, [picture]), [picture], "")
+    assert 'alt="Gradients of Res20 [a](b)_c_ `d` | &lt;e&gt;"' in page
 
 
 def test_nothing_known_of_the_machine(make_run: MakeRun) -> None:

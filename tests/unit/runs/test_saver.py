@@ -19,13 +19,14 @@ from lowmem.runs import atomic, saver
 from lowmem.runs import checkpoint as cp
 from lowmem.runs.saver import Save, Saver
 from lowmem.runs.store import RunFolder
+from lowmem.runs.weights import WeightsInfo
 from tests.faults.disk import FailingDisk
 
 
 def _save(step: int, *names: str) -> Save:
     tensors = {"w": torch.full((64,), float(step))}
     checkpoint = cp.Checkpoint(step, tensors, {"m/w": torch.zeros(64)}, {"run": {"step": step}})
-    return Save(checkpoint, step // 10, {name: (tensors, {"step": str(step)}) for name in names})
+    return Save(checkpoint, step // 10, {name: (tensors, WeightsInfo(step=step)) for name in names})
 
 
 def _row(step: int) -> dict[str, object]:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from lowmem.core.errors import UsageError
 from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, csv_line
 from lowmem.runs.store import NullFolder, RunFolder
+from lowmem.runs.weights import WeightsInfo
 
 
 def _row(epoch: int, step: int) -> dict[str, object]:
@@ -82,9 +83,9 @@ def test_events_and_weights(tmp_path: Path) -> None:
         run.event("signal", signal="SIGINT")
         events = [json.loads(line) for line in run.events_file.read_text().splitlines()]
         assert [event["event"] for event in events] == ["start", "signal"]
-        run.save_weights("best", {"w": torch.ones(2)}, {"chosen_on": "val"})
+        run.save_weights("best", {"w": torch.ones(2)}, WeightsInfo(chosen_on="val"))
         with safe_open(run.path / "weights/best.safetensors", framework="pt") as file:
-            assert file.metadata() == {"chosen_on": "val"}
+            assert json.loads(file.metadata()["lowmem"]) == {"chosen_on": "val"}
             assert torch.equal(file.get_tensor("w"), torch.ones(2))
 
 
@@ -94,7 +95,7 @@ def test_a_process_that_does_not_write(tmp_path: Path) -> None:
         run.event("start")
         run.append_metrics(_row(1, 10))
         run.write_plan({"budget": 1})
-        run.save_weights("best", {}, {})
+        run.save_weights("best", {}, WeightsInfo())
         assert run.cut_back(epoch=1, step=10) == []
         assert run.begin_gradients(["conv1.weight"], step=0) is None
         run.flush()
