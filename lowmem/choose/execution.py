@@ -3,6 +3,8 @@ its reason, as measured on the device or by what is known of its kind), and what
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -30,6 +32,9 @@ from lowmem.config.settings import Settings
 from lowmem.core.errors import PreflightError, UsageError
 from lowmem.core.reading import user_cache_folder
 from lowmem.core.units import format_size
+from lowmem.measure.cuda import torch_build
+from lowmem.measure.nvml import read_driver
+from lowmem.measure.usable import CardFacts, Obstacle
 from lowmem.models import skeleton
 from lowmem.models.resnet import ResNet, check_memory_format, is_safe
 from lowmem.remat.libraries import Numerics, convolutions_in_tf32, prepare_libraries, workspace_cap_bytes
@@ -37,6 +42,8 @@ from lowmem.simulate import StepShape
 
 _PICTURE_BYTES = 3 * 32 * 32  # uint8
 _TENSORS_ALONE = "the budget for tensors alone"
+# Begins the recorded reason where `auto` takes the CPU in spite of a card.
+_OBSTRUCTED = "the card is not used, "
 # Mixed precision changes the arithmetic: it must be worth it by more than the measurement's noise.
 _WORTH_IT = 1.05
 
@@ -60,8 +67,15 @@ def resolve_execution(settings: Settings, *, planned: bool = False) -> Settings:
     config, train = settings.config, settings.config.train
     device = train.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        why = "a CUDA device is there" if device == "cuda" else "no CUDA device"
+        obstacle = card_obstacle()
+        device = "cuda" if torch.cuda.is_available() and obstacle is None else "cpu"
+        why = (
+            "a CUDA device is there"
+            if device == "cuda"
+            else f"{_OBSTRUCTED}{obstacle}"
+            if obstacle
+            else "no CUDA device"
+        )
         settings = settings.replace({"train.device": device}, f"auto: {why}")
     require_device(device)
     left = {"precision": planned, "memory_format": planned and calibrates(config, device)}
@@ -111,9 +125,37 @@ def batch_norm_of(config: Config) -> Literal["library", "native"]:
     return "library" if for_card(config) else "native"
 
 
+def card_obstacle() -> Obstacle | None:
+    """What keeps torch from using a card of this machine, as `doctor` finds it; None too where there is no card."""
+    there = torch.cuda.is_available()
+    facts = CardFacts(
+        system=platform.system(),
+        environment=os.environ,
+        torch_works=True,
+        cuda_available=there,
+        driver=read_driver(),
+        **torch_build(),
+    )
+    found = facts.obstacles()
+    return found.get("build") if there else next(iter(found.values()), None)
+
+
+def why_on_cpu(settings: Settings) -> str | None:
+    """What is to be said where `auto` came to the CPU although there is a card, or at least a driver."""
+    source = settings.sources["train.device"]
+    if not source.startswith(f"auto: {_OBSTRUCTED}"):
+        return None
+    return f"on the CPU: {source.removeprefix(f'auto: {_OBSTRUCTED}')} (`lowmem doctor` says more)"
+
+
 def require_device(device: str) -> None:
-    """Raises PreflightError unless the device is there."""
-    if device == "cuda" and not torch.cuda.is_available():
+    """Raises PreflightError unless the device is there, and torch can use it."""
+    if device != "cuda":
+        return
+    if (obstacle := card_obstacle()) is not None:
+        way_out = "use --device cpu" if obstacle.mend is None else f"{obstacle.mend}, or use --device cpu"
+        raise PreflightError(f"device cuda was asked for, but {obstacle.why}: {way_out}")
+    if not torch.cuda.is_available():
         built = torch.version.cuda or "no CUDA at all"
         raise PreflightError(
             f"device cuda was asked for, but torch {torch.__version__} (built for {built}) sees no CUDA device: "

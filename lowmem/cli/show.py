@@ -161,7 +161,7 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
     Raises Infeasible, UsageError, PreflightError."""
     from lowmem.choose.batch_size import describe_split
     from lowmem.choose.decide import decide
-    from lowmem.choose.execution import resolve_execution
+    from lowmem.choose.execution import resolve_execution, why_on_cpu
     from lowmem.choose.explain import in_full
     from lowmem.config.cards import load_card
 
@@ -177,6 +177,8 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
     if card is None:
         # Without a named card it is about this machine: what `lowmem train` would do here.
         settings = resolve_execution(settings, planned=True)
+        if (why := why_on_cpu(settings)) is not None:
+            say(f"warning: this plans {why}", "stderr")
     cards = [load_card(name).name for name in names] if len(names) > 1 else []
     try:
         decided = decide(settings, tell=_Beside(), on_paper=True, recalibrate=recalibrate)

@@ -22,7 +22,7 @@ from lowmem.bench.results import Account, Environment, Results, ResultTable, Row
 from lowmem.bench.run import Bench
 from lowmem.bench.tables import TableSetup, table_cells
 from lowmem.calibrate.device import ask_device, describe
-from lowmem.choose.execution import refuse_unsafe, resolve_execution
+from lowmem.choose.execution import refuse_unsafe, resolve_execution, why_on_cpu
 from lowmem.cli.terminal import say
 from lowmem.config.settings import gather
 from lowmem.core.errors import Interrupted, UsageError
@@ -116,8 +116,11 @@ def _network(flags: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, An
     """Of a `Setup`: what is given, else what is usual. Raises UsageError, PreflightError."""
     mode = {"train.precision": "fp32", "train.memory_format": "contiguous"}
     given = {key: value for key, value in flags.items() if value is not None}
-    config = resolve_execution(gather(flags={**mode, **usual, **given})).config
+    settings = resolve_execution(gather(flags={**mode, **usual, **given}))
+    config = settings.config
     refuse_unsafe(config)
+    if (why := why_on_cpu(settings)) is not None:
+        say(f"warning: this measures {why}", "stderr")
     train = {"batch": config.train.batch, "device": config.train.device}
     memory = {"vram_bytes": config.memory.vram, "tensors_bytes": config.memory.tensors}
     return {**config.model.model_dump(), **train, **memory}

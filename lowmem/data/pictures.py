@@ -94,18 +94,18 @@ class Dataset:
     warnings: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
 
-
-def name_some(names: Sequence[str], most: int) -> str:
-    """`a, b, c and 97 more`."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
     def describe(self) -> dict[str, Any]:
         """What whoever uses a network that is trained on it must know, as JSON values; `classes` in the order of its
         outputs. Of a name that is no text, what can be told."""
         name, *classes = (text.encode("utf-8", "replace").decode() for text in (self.name, *self.classes))
         prepared = {"image_size": SIDE, "mean": list(self.mean), "std": list(self.std)}
         return {"data": name, "classes": classes, **prepared}
+
+
+def name_some(names: Sequence[str], most: int) -> str:
+    """`a, b, c and 97 more`."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def statistics(pictures: Pictures) -> tuple[Triple, Triple]:

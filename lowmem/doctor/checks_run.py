@@ -10,8 +10,9 @@ import re
 from packaging.version import Version
 
 from lowmem.core.units import GIB, format_size
-from lowmem.doctor.facts import Facts, Finding, Status, split_way_out, version
+from lowmem.doctor.facts import Facts, Finding, Status, split_way_out
 from lowmem.measure import who_holds
+from lowmem.measure.usable import version
 
 _NARROW_LANES = 4  # a riser or a wrong slot; x8 costs nothing that can be measured here
 _SMALL_BYTES = 12 * GIB  # a card on which fragmentation decides what fits
@@ -37,17 +38,8 @@ def visible(facts: Facts) -> Finding | None:
     """Whether torch sees the card that the driver sees."""
     if not facts.driver.devices or facts.device_asked == "cpu":
         return None
-    shown = facts.environment.get("CUDA_VISIBLE_DEVICES")
-    # CUDA reads entries up to the first that is no card: an empty first one, or `-1`, hides every card.
-    if shown is not None and not re.match(r"\s*\+*\d+\s*(,|$)|GPU-|MIG-", shown):
-        words = f"CUDA_VISIBLE_DEVICES={shown!r} hides every card"
-        words += "" if facts.device_asked == "cuda" else ": training would run on the CPU"
-        return Finding("visible", facts.without_card, words, facts.set_command("CUDA_VISIBLE_DEVICES", None))
-    # Without CUDA in it, or for a newer driver: said by the checks of build and driver.
-    if facts.cuda_available is False and facts.torch_cuda is not None and not facts.driver_too_old:
-        words = "the driver lists a card, but torch finds none"
-        words += f" (CUDA_VISIBLE_DEVICES={shown})" if shown is not None else ""
-        return Finding("visible", facts.without_card, words, 'python -c "import torch; torch.cuda.init()" says why')
+    if (hidden := facts.obstacles().get("visible")) is not None:
+        return Finding("visible", facts.without_card, hidden.why, hidden.mend)
     if trouble := facts.troubles.get("cuda"):
         return Finding("visible", facts.without_card, f"torch fails to look for cards: {trouble}")
     return None
@@ -299,6 +291,6 @@ def refusal(facts: Facts) -> Finding | None:
     trouble = facts.troubles.get("execution")
     if trouble is None or facts.torch_works is False:
         return None
-    if facts.device_asked == "cuda" and facts.cuda_available is False:
+    if facts.device_asked == "cuda" and (facts.cuda_available is False or facts.lacks_kernels):
         return None  # the driver, the build or CUDA_VISIBLE_DEVICES: their checks say which
     return Finding("settings", Status.FAIL, *split_way_out(trouble))

@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
-from packaging.version import InvalidVersion, Version
 
 import lowmem
 from lowmem.config.cards import Card, find_card
 from lowmem.config.schema import Config, flatten
 from lowmem.core.errors import LowmemError
 from lowmem.doctor.probe import STAGES, ask
-from lowmem.measure.nvml import DriverDevice, DriverReport, read_driver
+from lowmem.measure.nvml import DriverDevice, read_driver
+from lowmem.measure.usable import CardFacts
 
 VARIABLES = (  # in the order in which they are told
     "PYTORCH_NO_CUDA_MEMORY_CACHING",
@@ -63,7 +63,7 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class Facts(CardFacts):
     """Everything the checks look at. What is asked for stands first, what was found after it."""
 
     # the run
@@ -73,35 +73,26 @@ class Facts:
     out: Path | None = None
 
     # the machine
-    system: str | None = None  # as platform.system(): Linux, Windows, Darwin
     wsl: bool | None = None
     python_version: str | None = None
     lowmem_version: str | None = None
     cores: int | None = None  # that this process may use
     cpu_share: float | None = None  # CPUs a container may use, None without a limit
-    environment: Mapping[str, str] = field(default_factory=dict)  # only what torch and the driver listen to
 
     # packages, by their metadata: nothing is imported for these
-    torch_version: str | None = None
     torchvision_version: str | None = None
     torchvision_wants: str | None = None  # its requirement on torch, like `torch==2.7.1`
     unmet: tuple[str, ...] = ()  # what lowmem requires and is missing or too old, like `rich>=13.7`
 
     # torch, asked in a process of its own
-    torch_works: bool | None = None
-    torch_cuda: str | None = None  # the CUDA it is built for; None with torch_works: built without
-    arch_list: Sequence[str] = ()
     threads: int | None = None
-    cuda_available: bool | None = None
     allocator_trouble: str | None = None  # torch's own words about the allocator settings in the environment
     torchvision_works: bool | None = None
     kernel_works: bool | None = None
-    device_uuid: str | None = None  # of the card that torch would use
     execution: Mapping[str, str] = field(default_factory=dict)  # train's device, precision, memory_format
     troubles: Mapping[str, str] = field(default_factory=dict)  # stage of the probe -> why it failed, in a line
 
     # the driver and the card
-    driver: DriverReport = field(default_factory=DriverReport)
     profile: Card | None = None
 
     # disk and data
@@ -115,39 +106,15 @@ class Facts:
     data_warnings: Sequence[str] = ()
     data_host_answers: bool | None = None  # the host from which it would be downloaded
 
-    def set_command(self, name: str, value: str | None) -> str:
-        """The shell's command that sets a variable, or with None unsets it."""
-        if self.system == "Windows":
-            return f"set {name}={value or ''}"
-        return f"unset {name}" if value is None else f"export {name}={value}"
-
-    @property
-    def card(self) -> DriverDevice | None:
-        """The card a run would use, as the driver sees it: torch's by UUID, else the only one, else the first."""
-        devices = self.driver.devices
-        if devices and self.device_uuid is not None:
-            return self.driver.device(self.device_uuid)
-        return devices[0] if devices else None
-
     @property
     def used_card(self) -> DriverDevice | None:
         """The same; None where the run is asked to be on the CPU."""
         return None if self.device_asked == "cpu" else self.card
 
     @property
-    def capability(self) -> tuple[int, int] | None:
-        return self.card.capability if self.card is not None else None
-
-    @property
     def is_16xx(self) -> bool:
         """Cards without tensor cores that have the capability of the 20xx: told apart by name alone."""
         return self.capability == (7, 5) and self.card is not None and "GTX 16" in (self.card.name or "")
-
-    @property
-    def driver_too_old(self) -> bool:
-        """Whether the driver runs an older major version of CUDA than torch is built for (minor ones fit together)."""
-        runs, built = self.driver.cuda_version, version(self.torch_cuda)
-        return runs is not None and built is not None and runs[0] < built.major
 
     @property
     def wants_card(self) -> bool:
@@ -162,15 +129,7 @@ class Facts:
     @property
     def on_card(self) -> Status:
         """How bad a fault is that torch itself does not notice until the first kernel."""
-        return self.without_card if self.cuda_available is False else Status.FAIL
-
-
-def version(text: str | None) -> Version | None:
-    """None for an unknown version and for text that is none."""
-    try:
-        return Version(text) if text is not None else None
-    except InvalidVersion:
-        return None
+        return self.without_card if self.cuda_available is False or self.lacks_kernels else Status.FAIL
 
 
 def requirement(text: str | None) -> Requirement | None:

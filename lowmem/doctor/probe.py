@@ -31,14 +31,9 @@ _PROBE_SECONDS = 120.0  # the first use of a card by a new build may compile for
 def torch(settings: Settings) -> dict[str, Any]:
     import torch
 
-    # get_arch_list() is empty on older releases where no card is found; the build itself is asked then.
-    flags = getattr(torch._C, "_cuda_getArchFlags", lambda: None)() or ""
-    return {
-        "torch_version": torch.__version__,
-        "torch_cuda": torch.version.cuda,
-        "arch_list": torch.cuda.get_arch_list() or flags.split(),
-        "threads": torch.get_num_threads(),
-    }
+    from lowmem.measure.cuda import torch_build
+
+    return {**torch_build(), "threads": torch.get_num_threads()}
 
 
 def allocator(settings: Settings) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lowmem.calibrate.device import describe, elsewhere
 from lowmem.choose.decide import Decision, RecordedRun
-from lowmem.choose.execution import resolve_execution, wants_plan
+from lowmem.choose.execution import resolve_execution, wants_plan, why_on_cpu
 from lowmem.choose.explain import inexact
 from lowmem.config.schema import Config, flatten, nest
 from lowmem.config.settings import Settings, refuse_changes, to_yaml
@@ -57,6 +57,8 @@ class New:
         """The settings, and what is recorded of the run that goes on, or that this forks off from. Raises UsageError,
         PreflightError for a folder in the way, before minutes are spent on decoding pictures."""
         group.lead(lambda: refuse_existing(self.path), None)
+        if (why := why_on_cpu(self._wanted)) is not None:
+            observer.warning(f"this trains {why}")
         return self._wanted, None
 
     def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint | None:

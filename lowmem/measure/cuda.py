@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -30,6 +31,14 @@ def read_allocator() -> Snapshot:
         alloc_retries=stats.get("num_alloc_retries", 0),
         ooms=stats.get("num_ooms", 0),
     )
+
+
+def torch_build() -> dict[str, Any]:
+    """Which torch this is, under the names of `CardFacts`; no CUDA context is made."""
+    # get_arch_list() is empty on older releases where no card is found; the build itself is asked then.
+    flags = getattr(torch._C, "_cuda_getArchFlags", lambda: None)() or ""
+    archs = torch.cuda.get_arch_list() or flags.split()
+    return {"torch_version": torch.__version__, "torch_cuda": torch.version.cuda, "arch_list": archs}
 
 
 def cap_allocator(cap_bytes: int) -> bool:

@@ -53,12 +53,14 @@ class DriverDevice:
 
 @dataclass(frozen=True, kw_only=True)
 class DriverReport:
-    """What the driver says. `missing`: why it says nothing, in words; then there are no devices."""
+    """What the driver says. `missing`: why it says nothing, in words; then there are no devices. `installed`: there is
+    one at all, as far as this process can tell."""
 
     driver_version: str | None = None
     cuda_version: tuple[int, int] | None = None  # the newest CUDA the driver can run
     devices: tuple[DriverDevice, ...] = ()
     missing: str | None = None
+    installed: bool = True
 
     def device(self, uuid: str | None) -> DriverDevice | None:
         """By its UUID, with or without the leading `GPU-`, since NVML's order is not CUDA's; without one only if there
@@ -85,6 +87,7 @@ class Driver:
     def __init__(self, library: Any | None = None) -> None:
         self._library = library
         self.missing: str | None = None
+        self._installed = True
         try:
             if library is None:
                 import pynvml
@@ -92,9 +95,11 @@ class Driver:
                 self._library = pynvml
             self._library.nvmlInit()  # type: ignore[union-attr]
         except ImportError:
-            self.missing = _NO_PACKAGE
+            self.missing, self._installed = _NO_PACKAGE, False
         except Exception as error:
-            self.missing = _REASONS.get(type(error).__name__, f"the NVIDIA driver does not answer (NVML: {error})")
+            kind = type(error).__name__
+            self.missing = _REASONS.get(kind, f"the NVIDIA driver does not answer (NVML: {error})")
+            self._installed = kind != "NVMLError_LibraryNotFound"
         else:
             self._closing = weakref.finalize(self, _ask, self._library, "nvmlShutdown")
 
@@ -108,7 +113,7 @@ class Driver:
         """The cards as they are now: all of them, or only that of `uuid` (and those that do not tell theirs), which
         asks nothing more of the others."""
         if self.missing is not None:
-            return DriverReport(missing=self.missing)
+            return DriverReport(missing=self.missing, installed=self._installed)
         library = self._library
         count = _ask(library, "nvmlDeviceGetCount") or 0
         newest = _ask(library, "nvmlSystemGetCudaDriverVersion")

@@ -4,17 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from lowmem.config.cards import load_card
-from lowmem.core.reading import profile_names
 from lowmem.doctor import Status, can_start, examine
 from lowmem.doctor import checks_install as checks
-from lowmem.doctor.checks_install import BUILDS, Capability, install_command, runs_on, same_torch
+from lowmem.doctor.checks_install import same_torch
 from lowmem.measure.nvml import DriverReport
 from tests.unit.doctor.scripted import GTX1060, NO_CARD, RTX3060, TORCH_2_7, healthy, said, with_card
-
-PASCAL = 'pip install "torch==2.7.1" "torchvision==0.22.1"'
-VOLTA = 'pip install "torch==2.10.0" "torchvision==0.25.0"'
-NEWEST = "pip install --upgrade torch torchvision"
+from tests.unit.measure.test_usable import NEWEST, PASCAL, VOLTA
 
 
 def test_a_healthy_machine_is_all_ok_but_for_hints() -> None:
@@ -94,7 +89,7 @@ def test_torchvision_is_not_judged_without_torch() -> None:
 
 
 def test_one_command_where_torch_has_to_be_replaced_anyway() -> None:
-    facts = with_card(GTX1060, torchvision_wants="torch==2.7.1", torchvision_works=False)
+    facts = with_card(GTX1060, device_asked="cuda", torchvision_wants="torch==2.7.1", torchvision_works=False)
     for check in (checks.build, checks.torchvision):
         found = said(check, facts)
         assert (found.status, found.mend) == (Status.FAIL, PASCAL)
@@ -120,16 +115,10 @@ def test_a_build_with_kernels() -> None:
 def test_a_build_without_kernels(capability: tuple[int, int], arch_list: tuple[str, ...] | None, mend: str) -> None:
     facts = with_card(replace(RTX3060, capability=capability))
     facts = facts if arch_list is None else replace(facts, arch_list=arch_list)
-    found = said(checks.build, facts)
-    assert (found.status, found.mend) == (Status.FAIL, mend)
-    assert f"compute capability {capability[0]}.{capability[1]}" in found.finding
-
-
-def test_a_build_without_kernels_that_torch_itself_turns_down() -> None:
-    """Nothing fails then: `--device auto` trains on the CPU."""
-    for asked, status in (("auto", Status.WARNING), ("cuda", Status.FAIL)):
-        found = said(checks.build, with_card(GTX1060, cuda_available=False, device_asked=asked))
-        assert (found.status, found.mend) == (status, PASCAL)
+    for asked, status in (("auto", Status.WARNING), ("cuda", Status.FAIL)):  # `auto` trains on the CPU
+        found = said(checks.build, replace(facts, device_asked=asked))
+        assert (found.status, found.mend) == (status, mend)
+        assert f"compute capability {capability[0]}.{capability[1]}" in found.finding
 
 
 def test_a_build_without_cuda_is_a_failure_only_if_cuda_is_asked_for() -> None:
@@ -204,7 +193,7 @@ def test_kernels() -> None:
     ],
 )
 def test_a_kernel_that_fails(why: str, mend: str) -> None:
-    found = said(checks.kernel, with_card(GTX1060, kernel_works=False, troubles={"kernel": why}))
+    found = said(checks.kernel, with_card(GTX1060, device_asked="cuda", kernel_works=False, troubles={"kernel": why}))
     assert (found.status, why in found.finding) == (Status.FAIL, True)
     assert (found.mend or "").startswith(mend)
 
@@ -213,71 +202,6 @@ def test_a_driver_that_lists_no_card() -> None:
     report = DriverReport(driver_version="580.65", missing="the NVIDIA driver answers, but lists no card")
     found = said(checks.driver, replace(NO_CARD, driver=report))
     assert (found.status, found.mend) == (Status.NOTE, None)
-
-
-# -- which build runs where --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("archs", "capability", "expected"),
-    [
-        (["sm_60"], (6, 1), True),  # binaries of the same major, no later minor
-        (["sm_61"], (6, 0), False),
-        (["sm_60"], (7, 0), False),
-        (["sm_75"], (7, 0), False),
-        (["sm_86"], (8, 9), True),
-        (["sm_90a"], (9, 0), False),  # for one chip only
-        (["sm_100"], (10, 3), True),
-        (["sm_120"], (12, 0), True),
-        (["sm_120"], (10, 0), False),
-        (["compute_60"], (8, 6), True),  # PTX is compiled on the machine
-        (["compute_90"], (8, 6), False),
-        (["compute_90a"], (10, 0), False),
-        ([], (8, 6), False),
-        (["gfx906"], (9, 0), False),
-    ],
-)
-def test_runs_on(archs: list[str], capability: Capability, expected: bool) -> None:
-    assert runs_on(archs, capability) is expected
-
-
-@pytest.mark.parametrize(
-    ("capability", "driver_cuda", "expected"),
-    [
-        ((6, 1), (13, 0), PASCAL),
-        ((6, 1), (12, 2), PASCAL),
-        ((5, 0), None, PASCAL),
-        ((7, 0), (13, 0), VOLTA),
-        ((7, 5), (13, 0), NEWEST),
-        ((7, 5), (12, 4), VOLTA),  # a driver for CUDA 12 only
-        ((12, 0), (13, 0), NEWEST),
-        ((12, 0), (12, 8), VOLTA),
-        ((8, 6), None, NEWEST),
-        (None, None, NEWEST),
-        ((3, 5), (13, 0), None),  # Kepler
-        ((6, 1), (11, 4), None),
-    ],
-)
-def test_install_command(capability: Capability | None, driver_cuda: Capability | None, expected: str | None) -> None:
-    assert install_command(capability, system="Linux", driver_cuda=driver_cuda) == expected
-
-
-def test_on_windows_the_cuda_builds_come_from_pytorchs_own_index() -> None:
-    command = install_command((6, 1), system="Windows")
-    assert command == f"{PASCAL} --index-url https://download.pytorch.org/whl/cu126"
-
-
-def test_the_same_version_without_cuda_has_to_be_replaced() -> None:
-    command = install_command((8, 6), system="Linux", again=True)
-    assert command == "pip install --force-reinstall torch torchvision"
-
-
-def test_every_card_of_the_profiles_has_a_build() -> None:
-    assert profile_names("cards")
-    for name in profile_names("cards"):
-        assert install_command(load_card(name).capability_pair, system="Linux") is not None, name
-    folders = [build.folder for build in BUILDS]
-    assert folders == sorted(folders, reverse=True)
 
 
 @pytest.mark.parametrize(

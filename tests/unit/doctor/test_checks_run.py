@@ -8,13 +8,13 @@ import pytest
 from lowmem.core.units import GIB, MIB
 from lowmem.doctor import Facts, Status
 from lowmem.doctor import checks_run as checks
-from tests.unit.doctor.scripted import GTX1060, NO_CARD, RTX3060, healthy, said, with_card
+from tests.unit.doctor.scripted import GTX1060, NO_CARD, RTX3060, TORCH_2_7, healthy, said, with_card
 
 CONF = "PYTORCH_CUDA_ALLOC_CONF"
 
 
 def with_conf(text: str, name: str = CONF, **changes: object) -> Facts:
-    return with_card(GTX1060, environment={name: text}, **changes)
+    return with_card(GTX1060, arch_list=TORCH_2_7, environment={name: text}, **changes)
 
 
 def test_parsing_of_allocator_settings() -> None:

@@ -85,7 +85,7 @@ def test_a_gtx_1060_with_torch_2_15(
 
     monkeypatch.setattr("platform.system", lambda: "Linux")
     monkeypatch.setattr(doctor, "gather", scripted)
-    code = show_doctor(config(), tmp_path / "run", True)
+    code = show_doctor(config(device="cuda"), tmp_path / "run", True)
     assert code == ExitCode.PREFLIGHT == 3
     shown = json.loads(capsys.readouterr().out)
     assert shown["can_start"] is False
@@ -96,11 +96,14 @@ def test_a_gtx_1060_with_torch_2_15(
     kernel = next(finding for finding in shown["findings"] if finding["name"] == "kernel")
     assert (kernel["status"], kernel["mend"]) == ("fail", build["mend"])
     # The same for people, and the command in one piece.
-    assert show_doctor(config(), tmp_path / "run", False) == 3
+    assert show_doctor(config(device="cuda"), tmp_path / "run", False) == 3
     text = capsys.readouterr().out
     assert '> pip install "torch==2.7.1" "torchvision==0.22.1"\n' in text
     assert text.splitlines()[-1].startswith("training cannot start: 2 failures")
     assert "python3 (pid 4242): 600 MiB" in text
+    # Without being asked for the card training starts on the CPU.
+    assert show_doctor(config(), tmp_path / "run", False) == 0
+    assert '> pip install "torch==2.7.1" "torchvision==0.22.1"\n' in capsys.readouterr().out
 
 
 def test_a_gtx_1060_with_torch_2_7(tmp_path: Path) -> None:
