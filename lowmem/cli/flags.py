@@ -90,7 +90,7 @@ FLAGS = (
         "watch": "With --once: as JSON.",
         "plan": "Print the plan as JSON; where none fits, all that was tried.",
     }),
-    Flag("--curve", "", Path, {"plan": "Draw memory against time to this PNG."}),
+    Flag("--curve", "", Path, {"plan": "Draw memory against time to this file: .png, .jpg, .svg or .pdf."}),
     # Settings.
     Flag("--arch", "model.arch", str, {
         "train": "res20 res34 res50 res56 res101 res110, or cnn… without shortcuts.",

@@ -18,6 +18,7 @@ from lowmem.config.schema import Config, cards_of
 from lowmem.config.settings import Settings
 from lowmem.core.errors import ExitCode, Infeasible, PreflightError, UsageError
 from lowmem.core.units import aligned, format_size
+from lowmem.report.style import FORMATS
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.view import list_runs
 from lowmem.train.observer import Observer
@@ -159,6 +160,10 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
     each: who takes how much of the batch, and each one's plan.
 
     Raises Infeasible, UsageError, PreflightError."""
+    if curve is not None and curve.suffix[1:].lower() not in FORMATS:
+        raise UsageError(
+            f"--curve {curve}: its suffix says what is drawn: give a name that ends in .{', .'.join(FORMATS)}"
+        )
     from lowmem.choose.batch_size import describe_split
     from lowmem.choose.decide import decide
     from lowmem.choose.execution import resolve_execution, why_on_cpu
@@ -219,7 +224,8 @@ def _draw(choice: Choice, title: str, path: Path) -> Mapping[str, Points]:
     plan, curves = choice.plan, strategies(choice.chain, choice.plain.estimate.peak_allocated_bytes)
     words = f"{title}, batch {plan.batch}, {plan.precision}, {plan.memory_format}"
     try:
-        write_bytes_atomic(path, draw_memory_curve(words, curves, choice.budget.tensor_bytes))
+        drawn = draw_memory_curve(words, curves, choice.budget.tensor_bytes, path.suffix[1:].lower())
+        write_bytes_atomic(path, drawn)
     except OSError as error:
         raise PreflightError(f"{path} cannot be written ({error.strerror}): give --curve another path") from None
     return curves

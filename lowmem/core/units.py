@@ -1,7 +1,9 @@
-"""Bytes: parse what people type, format what people read. Elsewhere a size is an integer of bytes (invariant 6)."""
+"""Bytes: parse what people type, format what people read. Elsewhere a size is an integer of bytes (invariant 6). And
+other figures that people read: durations, counts, numbers of any size."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Sequence
 from decimal import Decimal
@@ -69,6 +71,27 @@ def format_duration(seconds: float | None) -> str:
     hours, rest = divmod(total, 3600)
     minutes, secs = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
+
+
+def format_count(count: int, what: str) -> str:
+    """`1 epoch`, `3,000 epochs`, `0 pictures`: of what has a plural in s."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def format_number(value: float, digits: int) -> str:
+    """With that many digits, whatever its size: `0.0036`, `1.30`, `130`, `12,346`, `9.3e12`, `7.0e-9`; or
+    `nan`, `inf`."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if 1e-3 <= abs(value) < 1e6:
+        return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+    mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def format_loss(loss: float) -> str:
+    """Four decimals, as long as they say something: one that broke may have any size."""
+    return f"{loss:.4f}" if abs(loss) < 1e3 else format_number(loss, 4)
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:

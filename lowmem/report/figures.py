@@ -14,8 +14,10 @@ from itertools import pairwise
 
 import numpy as np
 
+from lowmem.core.units import format_number
 from lowmem.report import style
-from lowmem.report.chart import Chart, draw_charts, log_limits, to_png
+from lowmem.report.agg import drawn_alike
+from lowmem.report.chart import Chart, draw_charts, log_limits, to_bytes
 from lowmem.report.naming import NamedRun, find_pairs
 from lowmem.report.style import LineStyle, Picture, Points, Series
 from lowmem.runs.rows import EpochRow, GradientRow, Gradients
@@ -25,6 +27,7 @@ FEW_EPOCHS = 25  # up to here each epoch is marked
 FEW_STEPS = 1_000  # up to here single steps can be told apart, and are drawn a little stronger
 LOG_FROM_RATIO = 4.0  # a linear axis hides what differs by less than a quarter of the largest value
 _RATE_HEIGHT_INCHES = 3.6
+_LOSSES_EXPLAINED = "Loss: the mean of each epoch, over the faint loss of single steps."
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ LOSS = Panel(
     value=lambda row: row.train_loss,
     chance=lambda classes: math.log(classes),
     chance_text=lambda classes: f"chance  {math.log(classes):.3f}",
-    number=lambda value: f"{value:.2f}" if value >= 0.1 else f"{value:#.2g}",
+    number=lambda value: format_number(value, 3 if value >= 1 else 2),
 )
 TEST_ERROR = Panel(
     title="Test error",
@@ -57,6 +60,7 @@ TEST_ERROR = Panel(
 )
 
 
+@drawn_alike
 def draw_training(runs: Sequence[NamedRun]) -> list[Picture]:
     """loss.png, test_error.png and the pairs, as far as there is anything to draw."""
     pictures = [*_draw(runs, (LOSS,), "loss.png", LOSS.title)]
@@ -99,19 +103,24 @@ def _draw(runs: Sequence[NamedRun], panels: Sequence[Panel], file_name: str, tit
     height = max(height, len(panels) * (1.3 + 0.22 * max(map(len, shown))))  # taller instead of crowded labels
     x_limit, classes = max(1, *(run.history.epochs_done for run in runs)) * 1.01, common_classes(runs)
     charts = []
-    remark = ["Loss: the mean of each epoch, over the faint loss of single steps."] if LOSS in panels else []
+    steps = LOSS in panels and any(len(step_losses(run.history)) > 1 for run in shown[panels.index(LOSS)])
+    remark = [_LOSSES_EXPLAINED] if steps else []
     for panel, those in zip(panels, shown, strict=True):
         heading = panel.title if title == panel.title else f"{title}: {panel.title.lower()}"
         charts.append(_chart(panel, those, classes, heading, x_limit))
         why = "log, or the lowest curves would lie on each other" if charts[-1].log else "linear, from zero"
         remark.append(f"Scale of the {panel.title.lower()}: {why}.")
-    return [Picture(file_name, to_png(draw_charts(charts, height)), title, " ".join(remark))]
+    figure = draw_charts(charts, height, _LOSSES_EXPLAINED if steps else "")
+    return [Picture(file_name, to_bytes(figure), title, " ".join(remark))]
 
 
 def _chart(panel: Panel, runs: Sequence[NamedRun], classes: int | None, title: str, x_limit: float) -> Chart:
-    top_of_view = 4 * panel.chance(classes or 10)  # a diverging run must not flatten all others
     curves = [(run, epoch_points(run.history, panel)) for run in runs]
-    values = [min(value, top_of_view) for _, points in curves for _, value in points] or [0.0, 1.0]
+    values = [value for _, points in curves for _, value in points] or [0.0, 1.0]
+    # A diverging run must not flatten all others; alone, it is seen where it is lowest.
+    top_of_view = max(4 * panel.chance(classes or 10), 1.2 * min(values))
+    cut = f", above {format_number(top_of_view, 2)} cut off" if max(values) > top_of_view else ""
+    values = [min(value, top_of_view) for value in values]
     log = min(values) > 0 and max(values) > LOG_FROM_RATIO * min(values)
     series = []
     if panel is LOSS:
@@ -139,7 +148,7 @@ def _chart(panel: Panel, runs: Sequence[NamedRun], classes: int | None, title: s
     return Chart(
         title=title,
         x_title="epoch",
-        y_title=panel.y_title + (", log scale" if log else ""),
+        y_title=panel.y_title + (", log scale" if log else "") + cut,
         series=series,
         x_limit=x_limit,  # and from 0: the steps of the first epoch lie there
         y_limits=log_limits(values) if log else (0, max(values) * 1.15 or 1.0),
@@ -156,6 +165,7 @@ _GRADIENTS_EXPLAINED = (
 )
 
 
+@drawn_alike
 def draw_gradients(runs: Sequence[NamedRun]) -> list[Picture]:
     """A figure for each run with a gradients.csv, and one for each pair with and without shortcuts."""
     recorded, pictures = [run for run in runs if run.history.gradients.rows], []
@@ -196,7 +206,7 @@ def _draw_gradients(runs: Sequence[NamedRun], count: int, file_name: str, title:
 
     def add(lines: list[Series], run: NamedRun, words: str, points: Points, width: float, opacity: float) -> None:
         if points:
-            label = f"{words}  {points[-1][1]:.2g}" if len(runs) == 1 else f"{run.label} {words}  {points[-1][1]:.2g}"
+            label = f"{words if len(runs) == 1 else f'{run.label} {words}'}  {format_number(points[-1][1], 2)}"
             lines.append(Series(points, replace(run.style, width=width, opacity=opacity), label))
 
     for run in runs:
@@ -227,9 +237,10 @@ def _draw_gradients(runs: Sequence[NamedRun], count: int, file_name: str, title:
             ("First and last layer over time", x_title, time),
         )
     ]
-    return [Picture(file_name, to_png(draw_charts(charts, style.PAIR_HEIGHT_INCHES)), title, _GRADIENTS_EXPLAINED)]
+    return [Picture(file_name, to_bytes(draw_charts(charts, style.PAIR_HEIGHT_INCHES)), title, _GRADIENTS_EXPLAINED)]
 
 
+@drawn_alike
 def draw_rate_curve(title: str, past: Points, before: Points, after: Points, fork_at: float) -> bytes:
     """The learning rate of a fork as it was, as it would have gone on, and as it goes on: a PNG.
 
@@ -254,7 +265,7 @@ def draw_rate_curve(title: str, past: Points, before: Points, after: Points, for
         y_limits=limits,
         log=True,
     )
-    return to_png(draw_charts([chart], _RATE_HEIGHT_INCHES))
+    return to_bytes(draw_charts([chart], _RATE_HEIGHT_INCHES))
 
 
 def stairs(points: Points) -> list[tuple[float, float]]:

@@ -10,14 +10,9 @@ from itertools import product
 from statistics import fmean
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import to_hex, to_rgb
-from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
-from matplotlib.text import Annotation
-from matplotlib.transforms import IdentityTransform
 from numpy.typing import NDArray
 
+from lowmem.report.agg import Annotation, Axes, IdentityTransform, Line2D, to_hex, to_rgb, withStroke
 from lowmem.report.style import DPI, LABEL_SIZE, POINT_PIXELS, Points, Series
 
 Boxes = NDArray[np.float64]
@@ -35,8 +30,8 @@ _STEP_POINTS = 4.0  # between the boxes that stand for a line
 _AIR_POINTS = 2.0  # around a text and a line
 _BOLD_FROM_POINTS = 2.0  # the text of a line that is wider: the subject of the chart
 # What is bad, in points of distance: a square point covered, one outside the axes, the last of the places named, and
-# each point by which something else is nearer than what the label names.
-_COVERED, _OUTSIDE, _LAST_PLACE, _MISTAKEN = 10.0, 40.0, 15.0, 3.0
+# each point by which something else is nearer than what the label names; and a leader through a label.
+_COVERED, _OUTSIDE, _LAST_PLACE, _MISTAKEN, _CROSSED = 10.0, 40.0, 15.0, 3.0, 1e6
 
 
 def ink(colour: str) -> str:
@@ -100,7 +95,7 @@ def write_inside(axes: Axes, series: Sequence[Series]) -> None:
     """Each where it covers least and is near what it names. Names choose before notes, least choice first."""
     frame = np.array([axes.get_window_extent().extents]) / POINT_PIXELS
     drawn = [(one.of or one.label, _covered(axes, one)) for one in series]
-    texts: list[Boxes] = []
+    texts, lines = [_NO_BOXES], [_NO_BOXES]  # the labels that have their place, and their leaders
     wanted = [(one, _places(axes, one)) for one in series if one.label and one.inside]
     for one, places in sorted(wanted, key=lambda pair: (-pair[0].label_size, len(pair[1]))):
         text = axes.annotate(one.label, one.points[0], xytext=(0, 0), textcoords="offset points")
@@ -117,16 +112,21 @@ def write_inside(axes: Axes, series: Sequence[Series]) -> None:
         centres = (places[:, None] + middles).reshape(-1, 2)
         boxes = np.concatenate([centres - half - _AIR_POINTS, centres + half + _AIR_POINTS], axis=1)
         away = 0.5 * np.abs(_OFFSETS).sum(axis=1) + _LAST_PLACE * np.arange(len(places))[:, None] / len(places)
-        best = int(np.argmin(_costs(boxes, own, others, frame) + away.reshape(-1)))
+        # A thin line from the nearest point of the text's edge to its place, where the text stands far off.
+        far = _gaps(boxes, own) > _LEADER_POINTS if len(own) else np.zeros(len(boxes), dtype=bool)
+        starts = np.clip(0.0, middles - half, middles + half)
+        leaders = _along(places, starts)
+        crossed = far & _touch(leaders, np.concatenate(texts)) | (_overlaps(boxes, np.concatenate(lines)) > 0)
+        best = int(np.argmin(_costs(boxes, own, others, frame) + away.reshape(-1) + _CROSSED * crossed))
         place, middle = places[best // len(_OFFSETS)], middles[best % len(_OFFSETS)]
         x, y = axes.transData.inverted().transform(place * POINT_PIXELS)
         text.xy = (float(x), float(y))
         text.set_position((float(middle[0]), float(middle[1])))
         texts.append(boxes[best : best + 1])
-        if len(own) and _gaps(texts[-1], own)[0] > _LEADER_POINTS:
-            # A thin line from the nearest point of the text's edge to its place.
+        if far[best]:
+            lines.append(np.hstack([leaders[best] - _AIR_POINTS, leaders[best] + _AIR_POINTS]))
             arrow = {"arrowstyle": "-", "color": one.style.colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4}
-            across, up = np.clip(0.0, middle - half, middle + half).tolist()
+            across, up = starts[best % len(_OFFSETS)].tolist()
             line = axes.annotate("", text.xy, (across, up), textcoords="offset points", arrowprops=arrow)
             line.set_zorder(4.5)
 
@@ -138,6 +138,19 @@ def _costs(boxes: Boxes, own: Boxes, others: Boxes, frame: Boxes) -> NDArray[np.
     if len(own) and len(others):
         costs += _MISTAKEN * np.clip(_gaps(boxes, own) + _AIR_POINTS - _gaps(boxes, others), 0, None)
     return costs
+
+
+def _along(places: NDArray[np.float64], starts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(places * starts, points, 2): points of the lines to each place from each start, which is relative to it."""
+    shares = np.linspace(0.0, 1.0, 12)[:, None]
+    return (places[:, None, None] + starts[None, :, None] * shares).reshape(-1, len(shares), 2)
+
+
+def _touch(lines: NDArray[np.float64], boxes: Boxes) -> NDArray[np.bool_]:
+    """(lines,): whether any point of each is in any of the boxes."""
+    points = lines[:, :, None]
+    inside = (points >= boxes[:, :2]).all(axis=-1) & (points <= boxes[:, 2:]).all(axis=-1)
+    return np.asarray(inside.any(axis=-1).any(axis=-1))
 
 
 def _overlaps(boxes: Boxes, others: Boxes) -> NDArray[np.float64]:

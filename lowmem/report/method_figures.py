@@ -9,14 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from lowmem.core.units import MIB
 from lowmem.report import style
-from lowmem.report.chart import Chart, draw_charts, dress, fit, new_figure, to_png
+from lowmem.report.agg import Axes, Line2D, MaxNLocator, Patch, StrMethodFormatter, drawn_alike
+from lowmem.report.chart import Chart, draw_charts, dress, fit, new_figure, to_bytes
 from lowmem.report.style import LineStyle, Series
 
 _MANY = 50  # points that are a line, and not single plans
@@ -24,8 +21,12 @@ _FAR = 1.4  # a budget beyond this many times the most that is drawn would leave
 _BUDGET_LINE, _BUDGET_TEXT = LineStyle("#888888", "--", 1.0), LineStyle("#555555", width=0.0)
 
 
-def draw_memory_curve(title: str, curves: Mapping[str, Sequence[tuple[int, float]]], budget_bytes: int) -> bytes:
-    """A PNG. `curves`: name -> (peak bytes, share of time more than plain autograd), memory rising."""
+@drawn_alike
+def draw_memory_curve(
+    title: str, curves: Mapping[str, Sequence[tuple[int, float]]], budget_bytes: int, kind: str = "png"
+) -> bytes:
+    """`curves`: name -> (peak bytes, share of time more than plain autograd), memory rising. `kind`: one of
+    `style.FORMATS`."""
     shown = {name: [(size / MIB, 100 * share) for size, share in points] for name, points in curves.items() if points}
     budget = budget_bytes / MIB
     points = [point for points in shown.values() for point in points]
@@ -48,7 +49,7 @@ def draw_memory_curve(title: str, curves: Mapping[str, Sequence[tuple[int, float
         x_limit=right,
         y_limits=(low, high),
     )
-    return to_png(draw_charts([chart]))
+    return to_bytes(draw_charts([chart]), kind)
 
 
 def _method(name: str, points: Sequence[tuple[float, float]], marker_size: float) -> Series:
@@ -76,6 +77,7 @@ class MeasuredPoint:
     note: str = ""
 
 
+@drawn_alike
 def draw_bench(title: str, curves: Mapping[str, Sequence[MeasuredPoint]], memory: str) -> bytes:
     """A PNG. `curves`: way (see style.METHOD_STYLES) -> its points; `memory`: what is measured, for the axis."""
     points = [point for points in curves.values() for point in points]
@@ -105,7 +107,7 @@ def draw_bench(title: str, curves: Mapping[str, Sequence[MeasuredPoint]], memory
         x_limit=right,
         y_limits=(low - spare, high + spare),
     )
-    return to_png(draw_charts([chart], _BENCH_HEIGHT_INCHES, _BENCH_REMARK))
+    return to_bytes(draw_charts([chart], _BENCH_HEIGHT_INCHES, _BENCH_REMARK))
 
 
 _ROW_INCHES = 0.5  # a line of words, and the bar under it: beside it they would take half of a phone's width
@@ -126,6 +128,7 @@ class Bar:
     note: str = ""
 
 
+@drawn_alike
 def draw_acceptance(title: str, memory: Sequence[Bar], seconds: Sequence[Bar]) -> bytes:
     """A PNG, memory above and time below. `memory` in MiB, `seconds` of a step."""
     panels = [(bars, name) for bars, name in ((memory, "memory, MiB"), (seconds, "a training step, seconds")) if bars]
@@ -152,7 +155,7 @@ def draw_acceptance(title: str, memory: Sequence[Bar], seconds: Sequence[Bar]) -
     if panels:
         look = {"fontsize": style.LABEL_SIZE, "frameon": False, "labelcolor": style.NEUTRAL}
         figure.legend(handles=handles, loc="lower center", ncols=3, **look)
-    return to_png(figure)
+    return to_bytes(figure)
 
 
 def _fill_bars(axes: Axes, bars: Sequence[Bar], name: str) -> None:

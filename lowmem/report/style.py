@@ -19,6 +19,7 @@ from lowmem.config.schema import ModelConfig
 WIDTH_INCHES, HEIGHT_INCHES = 6.0, 4.2
 PAIR_HEIGHT_INCHES = 7.6  # two charts above each other: side by side they would be too narrow for a phone
 DPI = 200
+FORMATS = ("png", "jpg", "jpeg", "svg", "pdf")  # of a picture, as the suffixes of their files
 POINT_PIXELS = DPI / 72
 TITLE_SIZE, AXIS_SIZE, TICK_SIZE, LABEL_SIZE, LEAST_SIZE = 13.0, 11.5, 11.0, 11.5, 9.5  # points
 

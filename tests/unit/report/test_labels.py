@@ -116,7 +116,7 @@ def figure_of(draw: Callable[..., bytes], *given: Any) -> Figure:
     """What is drawn, before it becomes a PNG."""
     drawn: list[Figure] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(method_figures, "to_png", drawn.append)
+        patch.setattr(method_figures, "to_bytes", lambda figure, *_: drawn.append(figure))
         draw(*given)
     return drawn[0]
 
