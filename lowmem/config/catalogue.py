@@ -100,8 +100,9 @@ def _kind(field: FieldInfo) -> str:
     return ", or ".join(words)
 
 
-def _plain(kind: type, limits: list[object]) -> str:
-    name = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+def _plain(kind: type | types.UnionType, limits: list[object]) -> str:
+    names: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    name = {**names, int | float: "a number"}[kind]
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     said = [f"{sign} {getattr(one, name)}" for one in limits for name, sign in signs.items() if hasattr(one, name)]
     return " ".join([name, " and ".join(said)]).strip()
