@@ -187,9 +187,10 @@ FLAGS = (
 )  # fmt: skip
 
 
-def flags_of(command: str) -> set[str]:
-    """As they are typed."""
-    return {flag.name for flag in FLAGS if command in " ".join(flag.helps).split()}
+def rows_of(command: str) -> dict[str, tuple[Flag, str]]:
+    """The flags that the table has for a command, by the name of their parameter, and what its --help says of each."""
+    helps = [(flag, names.split(), text) for flag in FLAGS for names, text in flag.helps.items()]
+    return {flag.parameter: (flag, text) for flag, names, text in helps if command in names}
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,17 @@ class Given:
     flags: Mapping[str, Any]
     config_file: Path | None
     sets: list[str]
+
+    @classmethod
+    def of(cls, command: str, typed: Mapping[str, Any]) -> Given:
+        """What a command was typed with, by the names of its parameters; those of no flag are not looked at."""
+        rows = {name: flag for name, (flag, _) in rows_of(command).items() if name in typed}
+        flags = {one.setting: typed[name] for name, one in rows.items() if one.setting}
+        flags = {key: value for key, value in flags.items() if value not in (None, [])}
+        batch = flags.get("train.batch")
+        if isinstance(batch, str) and batch.lstrip("-").isdigit():  # else `auto`, or for the settings to judge
+            flags["train.batch"] = int(batch)
+        return cls(flags, typed.get("config"), list(typed.get("set") or ()))
 
     def settings(self) -> Settings:
         """Of something new. Raises UsageError."""
@@ -217,20 +229,14 @@ class Given:
 def takes_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Gives the command the flags that the table has for its name: each to the parameter of its name, settings as
     `given`. Other parameters are its own."""
-    helps = [(flag, names.split(), text) for flag in FLAGS for names, text in flag.helps.items()]
-    rows = {flag.parameter: (flag, text) for flag, names, text in helps if command.__name__ in names}
+    rows = rows_of(command.__name__)
     own = inspect.signature(command, eval_str=True).parameters
 
     @functools.wraps(command)
     def parsed(**typed: Any) -> None:
         values = {name: typed.pop(name) for name in rows if name not in own}
-        config_file, sets = values.pop("config", None), values.pop("set", None)
-        flags = {rows[name][0].setting: value for name, value in values.items() if value not in (None, [])}
-        batch = flags.get("train.batch")
-        if isinstance(batch, str) and batch.lstrip("-").isdigit():  # else `auto`, or for the settings to judge
-            flags["train.batch"] = int(batch)
         if "given" in own:
-            typed["given"] = Given(flags, config_file, list(sets or ()))
+            typed["given"] = Given.of(command.__name__, values)
         command(**typed)
 
     made = [_option(flag, text) for flag, text in rows.values()]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from lowmem.cli.flags import FLAGS, flags_of
+from lowmem.cli.flags import rows_of
 from lowmem.config.catalogue import catalogue, nearest
 from lowmem.config.schema import OPERATIONAL
 
@@ -41,7 +41,7 @@ def explain(error: Any, arguments: Sequence[str]) -> str:
 
 def _instead_of(flag: str, command: str, arguments: Sequence[str]) -> str | None:
     """A line for a `flag` that the command has not, with the value it was typed with; None if nothing is near."""
-    name, has = flag.removeprefix("--"), flags_of(command)
+    name, has = flag.removeprefix("--"), {row.name: row for row, _ in rows_of(command).values()}
     if "--set" not in has:
         return None
     if name in _OTHER_WAYS:
@@ -55,7 +55,7 @@ def _instead_of(flag: str, command: str, arguments: Sequence[str]) -> str | None
         return None
     if isinstance(catalogue()[key].default, bool):
         value = "false" if off or value == "false" else "true"
-    own = next((one.name for one in FLAGS if one.setting == key and one.name in has and one.kind is not bool), None)
+    own = next((row.name for row in has.values() if row.setting == key and row.kind is not bool), None)
     write = f"{own} {value or '…'}" if own else f"--set {key}={value or '…'}"
     if command == "resume" and key not in OPERATIONAL:
         return f"a resume keeps {key}: `lowmem fork RUN --at last {write}` begins a new run with another"
