@@ -44,7 +44,7 @@ class WeightsInfo(Section, extra="ignore"):
 
     def to_metadata(self) -> dict[str, str]:
         """As the file carries it, the same text for the same values."""
-        return {KEY: json.dumps(self.model_dump(exclude_none=True), sort_keys=True)}
+        return {KEY: json.dumps(self.model_dump(exclude_none=True), sort_keys=True, ensure_ascii=False)}
 
 
 def read_weights(path: Path) -> tuple[Shapes, WeightsInfo]:
