@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 import time
 import warnings
 import zlib
@@ -100,20 +101,25 @@ def decode_all(
     """Decodes in threads (Pillow lets others run while it decodes) and hands each picture to `put`, with its number.
     Returns what is wrong with the others, by number, and how many were looked at: those that were begun before `until`
     (of the monotonic clock, in seconds)."""
+    enough = threading.Event()  # a large picture takes a second, and nobody who stops waits for 256 of them
 
     def chunk(start: int) -> list[NDArray[np.uint8] | str]:
-        return [_decode_or_say(path, fit) for path in paths[start : start + CHUNK]]
+        decoded: list[NDArray[np.uint8] | str] = []
+        for path in paths[start : start + CHUNK]:
+            if enough.is_set() or (until is not None and time.monotonic() >= until):
+                break
+            decoded.append(_decode_or_say(path, fit))
+        return decoded
 
     troubles: dict[int, str] = {}
+    starts = range(0, len(paths), CHUNK)
     done = 0
     pool = ThreadPoolExecutor(max_workers=min(32, (os.cpu_count() or 1) + 1))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Pillow's, of large pictures and odd palettes: they are decoded all the same
-            for decoded in pool.map(chunk, range(0, len(paths), CHUNK)):
-                for number, one in enumerate(decoded, done):
+            warnings.simplefilter("ignore")  # Pillow's, of large pictures and odd palettes: decoded all the same
+            for start, decoded in zip(starts, pool.map(chunk, starts), strict=True):
+                for number, one in enumerate(decoded, start):
                     if isinstance(one, str):
                         troubles[number] = one
                     else:
@@ -121,9 +127,8 @@ def decode_all(
                 done += len(decoded)
                 if progress is not None:
                     progress("decoding pictures", done, len(paths))
-                if until is not None and time.monotonic() >= until:
-                    break
     finally:
+        enough.set()
         pool.shutdown(cancel_futures=True)
     return troubles, done
 

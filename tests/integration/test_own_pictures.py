@@ -115,5 +115,5 @@ def test_doctor_and_train_find_the_same(
     words = capsys.readouterr().err.removeprefix("lowmem: ").partition(": replace")[0]
     assert "bad.jpg" in words
     assert _run(["doctor", "--data", "folder:pets", "--device", "cpu", "--json"]) == 3
-    (found,) = [one for one in json.loads(capsys.readouterr().out)["findings"] if one["check"] == "data"]
+    (found,) = [one for one in json.loads(capsys.readouterr().out)["findings"] if one["name"] == "data"]
     assert words in found["finding"]

@@ -8,7 +8,7 @@ from PIL import Image
 
 from lowmem.config.schema import DataConfig
 from lowmem.core.errors import DataError, UsageError
-from lowmem.data import Found, decoding, downloaded, find_pictures, load
+from lowmem.data import Found, downloaded, find_pictures, load
 from tests.unit.data.test_data_cifar10 import cifar_root
 from tests.unit.data.test_data_fashion import files
 
@@ -91,10 +91,9 @@ def test_what_training_would_refuse_or_warn_of_is_found(pets: Path, tmp_path: Pa
     assert "no-picture" in found(skip_damaged=True).warnings[0]
 
 
-def test_a_look_has_an_end(pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "CHUNK", 2)
+def test_a_look_has_an_end(pets: Path, tmp_path: Path) -> None:
     settings = config(f"folder:{pets}", tmp_path, cache=str(tmp_path / "cache"))
     found = find_pictures(settings, seconds=0.0)
-    assert "8 were not looked at" in found.words
+    assert "10 were not looked at" in found.words
     load(settings, 0)
     assert "not looked at" not in find_pictures(settings, seconds=0.0).words  # they are kept
