@@ -26,6 +26,7 @@ _EVENT_WORDS = {
     "start": "started",
     "resume": "resumed from step {step}",
     "checkpoint": "saved at step {step}",
+    "progress": "{device_used_bytes} in use at step {step}",
     "done": "finished",
     "stop": "stopped as asked at step {step}",
     "signal": "{signal}: saved at step {step}",

@@ -34,6 +34,7 @@ _NEXT_RUN_SECONDS = 120.0  # between two runs of a job: libraries, pictures, pla
 _JOB_OWNER = "job.owner.json"  # beside the runs of `lowmem reproduce`
 _DIED_LOOKS = 2  # a lock that is free for one look may be on its way from one process to the next
 _BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
+_UNSAID = {"checkpoint", "progress"}  # what they say is on the screen, or in an epoch's line
 _LABEL_COLUMNS, _EVENTS_SHOWN = 10, 5
 _QUIET_FROM_SECONDS = 60.0
 _STATE_WORDS = {
@@ -46,6 +47,11 @@ _STATE_WORDS = {
     "stuck": "learns nothing, stopped",
     "ended": "nobody trains it",
     "died": "died: its process ended without leaving it (killed, or the machine went down)",
+}
+_NEXT_COMMANDS = {
+    **dict.fromkeys(("interrupted", "died", "ended"), "\ngo on with `lowmem resume {run}`"),
+    "stopped": "\ngo on to the end with `lowmem resume {run} --set train.max_steps=null`",
+    "finished": "\nits curves: `lowmem report {run}`",
 }
 _STATE_STYLES = {"starting": "cyan", "training": "bold green", "finished": "bold blue", "stopped": "bold blue"}
 _EVENT_STYLES = dict.fromkeys(("warning", "rollback", "out-of-memory", "stuck", "pressure"), "yellow")
@@ -138,11 +144,11 @@ def _follow(run: Path, interval: float) -> Live:
 
 
 def _news(live: Live, epoch: int, last: Event | None) -> list[str]:
-    """A line for each epoch and event since those. Checkpoints have none: one an epoch, which has its line."""
+    """A line for each epoch and event since those."""
     rows = [row for row in live.rows if row.epoch > min(epoch, live.epoch)]
     # What comes after the last; everything if that is gone.
     at = next((index for index, event in enumerate(live.events) if event is last), -1)
-    events = [event for event in live.events[at + 1 :] if event.kind != "checkpoint"]
+    events = [event for event in live.events[at + 1 :] if event.kind not in _UNSAID]
     return [*(describe_epoch(asdict(row), live.epochs) for row in rows), *map(event_line, events)]
 
 
@@ -156,9 +162,8 @@ def _closing(live: Live) -> str:
         return f"{shorten(live.path)} is gone: a run that takes no step leaves nothing behind"
     errors = describe_errors(live)
     words = f"{shorten(live.path)}: {describe_state(live)}" + (f"; epoch {live.epoch}: {errors}" if errors else "")
-    if live.state in {"interrupted", "died", "ended"} and live.config is not None:
-        words += f"\ngo on with `lowmem resume {shorten(live.path)}`"
-    return words
+    next_command = "" if live.config is None else _NEXT_COMMANDS.get(live.state, "")
+    return words + next_command.format(run=shorten(live.path))
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
@@ -213,6 +218,7 @@ def _position(live: Live) -> str:
         in_epoch and f"step {within}/{live.steps_per_epoch}",
         in_epoch and live.running and within == live.steps_per_epoch and "evaluating",
         within is None and f"step {live.step}",
+        in_epoch and live.end is not None and f"{live.step} of {live.end} steps in all",
         elapsed is not None and not live.running and f"in {format_duration(elapsed)}",
         left is not None and f"{format_duration(left)} left",
     )
@@ -266,7 +272,7 @@ def screen(live: Live, console: Console) -> RenderableType:
         done, total = bars.get(label, (None, None))
         if done is not None and total is not None:
             grid.add_row("", ProgressBar(total=total, completed=min(done, total), width=room))
-    shown = [event for event in live.events if event.kind != "checkpoint"][-_EVENTS_SHOWN:]
+    shown = [event for event in live.events if event.kind not in _UNSAID][-_EVENTS_SHOWN:]
     for index, event in enumerate(shown):
         grid.add_row("" if index else "events", Text(event_line(event), style=_EVENT_STYLES.get(event.kind, "")))
     return Group(Text(shorten(live.path), style="bold"), grid)

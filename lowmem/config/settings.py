@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,20 +229,23 @@ def from_yaml(path: Path) -> Settings:
 
 
 def refuse_changes(recorded: Config, wanted: Config, run: str) -> None:
-    """Raises UsageError naming the first setting that differs and is not operational (see `config.OPERATIONAL`)."""
-    old = flatten(recorded)
-    for key, value in flatten(wanted).items():
-        if value == old[key] or key in OPERATIONAL:
-            continue
-        if key == "train.epochs":
-            raise UsageError(
-                f"{run} is a run of {old[key]} epochs and stays one: `lowmem resume {run} --epochs {value}` goes on "
-                "from it in a new run"
-            )
-        way_out = (
-            ": train another network with `lowmem train`"
-            if key.startswith("model.")
-            else f" on resume, which repeats the run exactly: start another with `lowmem fork {run} --at EPOCH --set "
-            f"{key}={value}`"
+    """Raises UsageError naming the settings that differ and are not operational (see `config.OPERATIONAL`)."""
+    old, new = flatten(recorded), flatten(wanted)
+    other = {key: value for key, value in new.items() if value != old[key] and key not in OPERATIONAL}
+    if other:
+        listed = ", ".join(
+            f"{key} is {old[key]!r} in {run} and cannot become {value!r}" for key, value in other.items()
         )
-        raise UsageError(f"{key} is {old[key]!r} in {run} and cannot become {value!r}{way_out}")
+        raise UsageError(f"{listed} on resume, which repeats the run exactly: {other_run(run, other)}")
+
+
+def other_run(run: str, values: Mapping[str, object]) -> str:
+    """What to do to go on from a run with other settings than it was computed with, in words."""
+    if any(key.startswith("model.") for key in values):
+        return "train another network with `lowmem train`"
+    if set(values) == {"train.epochs"}:
+        return f"`lowmem resume {run} --epochs {values['train.epochs']}` goes on from it in a new run"
+    sets = [
+        shlex.quote(f"{key}={value if isinstance(value, str) else json.dumps(value)}") for key, value in values.items()
+    ]
+    return f"go on from it in a new run with `lowmem fork {run} --at last {' '.join(f'--set {each}' for each in sets)}`"

@@ -91,6 +91,10 @@ class CorruptCheckpoint(LowmemError, exit_code=ExitCode.CHECKPOINT):
     """A checkpoint does not verify, or belongs to something else."""
 
 
+class ForeignCheckpoint(CorruptCheckpoint):
+    """A checkpoint that is whole, but was made with other settings than the run has now."""
+
+
 class UnreadableCheckpoint(CorruptCheckpoint):
     """A checkpoint that the system does not let be read: what it holds is not known to be damaged."""
 

@@ -106,8 +106,9 @@ def fork_run(
 
     from lowmem.lifecycle.execute import execute
     from lowmem.lifecycle.fork import Fork
+    from lowmem.lifecycle.run_identity import as_trained
 
-    return execute(Fork(source, recorded, at, changes, path, dry_run=dry_run), observer)
+    return execute(Fork(source, as_trained(source, recorded)[0], at, changes, path, dry_run=dry_run), observer)
 
 
 def extend_run(
@@ -124,7 +125,11 @@ def extend_run(
     `changes`: further settings, dotted name -> value. Raises as `fork_run` and `resume_training` do.
     """
     observer, path = observer or Observer(), Path(path)
-    before = recorded_settings(path).config.train.epochs
+    recorded = recorded_settings(path)
+
+    from lowmem.lifecycle.run_identity import as_trained
+
+    before = as_trained(path, recorded)[0].config.train.epochs
     if epochs == before:
         if out is not None:
             raise UsageError(f"{path} is a run of {epochs} epochs: leave --out out to go on with it")

@@ -16,13 +16,21 @@ from lowmem.calibrate.device import describe, elsewhere
 from lowmem.choose.decide import Decision, RecordedRun
 from lowmem.choose.execution import resolve_execution, wants_plan, why_on_cpu
 from lowmem.choose.explain import inexact
+from lowmem.config.paths import PICTURES, absolute_paths, started_in
 from lowmem.config.schema import Config, flatten, nest
-from lowmem.config.settings import Settings, refuse_changes, to_yaml
-from lowmem.core.errors import CorruptCheckpoint, UsageError
+from lowmem.config.settings import Settings, from_yaml, refuse_changes, to_yaml
+from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint, UsageError
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
 from lowmem.lifecycle.preflight import preflight
-from lowmem.lifecycle.run_identity import begun_before, belongs_to, launcher, most_bytes, read_plans
+from lowmem.lifecycle.run_identity import (
+    begun_before,
+    belongs_to,
+    launcher,
+    most_bytes,
+    read_plans,
+    refuse_edited,
+)
 from lowmem.plan.record import Plan
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
@@ -61,6 +69,10 @@ class New:
             observer.warning(f"this trains {why}")
         return self._wanted, None
 
+    def where_data_is_given(self, config: Config) -> str:
+        """To be said of pictures that are missing, or not the run's."""
+        return ""
+
     def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint | None:
         """What the trainer goes on from, under the settings that were decided."""
         return None
@@ -69,7 +81,7 @@ class New:
         """The run's folder, for as long as the stack lasts; here a new one, of which nothing stays unless it comes to
         its first checkpoint. What was asked for is recorded too: by this a restart knows its own run."""
         self._environment = describe(settings.config.train.device) | {"processes": group.size}
-        asked = {"asked": config_hash(self._wanted.config), "launcher": launcher()}
+        asked = {"asked": config_hash(self._wanted.config), "launcher": launcher(), "started_in": started_in(self.path)}
         recorded = {**self._environment, **asked, **dataset.describe()}
         absent: RunFolder = NullFolder(self.path)
         folder = group.lead(lambda: RunFolder.create(self.path, to_yaml(settings), recorded), absent)
@@ -102,9 +114,12 @@ class New:
         checkpoints.save(folder.checkpoints, trainer.checkpoint(), keep=trainer.config.checkpoint.keep)
 
 
+_OF_THIS_PLACE = ("train.device", "memory.")
+
+
 class Resume:
-    """A run that goes on from its newest checkpoint that verifies. `given`: operational settings that are replaced;
-    `recorded`: its settings, if they have been read."""
+    """A run that goes on from its newest checkpoint that verifies. `given`: operational settings that are replaced,
+    from now on; `recorded`: its settings, if they have been read."""
 
     def __init__(self, path: Path, given: Mapping[str, object] | None = None, recorded: Settings | None = None) -> None:
         self.path, self.source = path, "resume"
@@ -121,6 +136,7 @@ class Resume:
             refuse_changes(recorded.config, settings.config, str(self.path))
             return settings
 
+        group.lead(lambda: refuse_edited(self.path, recorded), None)
         settings = group.together(changed)
         absent: RunFolder = NullFolder(self.path)
         self._folder = stack.enter_context(group.lead(lambda: RunFolder.open(self.path), absent))
@@ -140,9 +156,14 @@ class Resume:
             folder.checkpoints, belongs_to(config), most_bytes(config)
         )
         for reason in self._skipped.values():
-            said = f"skipped a damaged checkpoint: {reason}"
+            kind = "" if isinstance(reason, ForeignCheckpoint) else "damaged "
+            said = f"skipped a {kind}checkpoint: {reason}"
             observer.recorded_warning(folder, said, what="checkpoint skipped", reason=str(reason))
         return saved, where
+
+    def where_data_is_given(self, config: Config) -> str:
+        command = f"lowmem resume {self.path}"
+        return data_words(config, f"{command} --data {PICTURES}", f"{command} --data-root ")
 
     def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
         return self._saved
@@ -152,8 +173,7 @@ class Resume:
 
     def commit(self, decision: Decision, trainer: Trainer, folder: RunFolder) -> bool:
         """Cuts rows back to the checkpoint and writes what has changed: only now it is certain that the run goes on."""
-        group, observer, state, config = trainer.group, trainer.observer, trainer.state, trainer.config
-        kept = config.checkpoint
+        group, observer, state, kept = trainer.group, trainer.observer, trainer.state, trainer.config.checkpoint
         group.together(lambda: check_position(state, trainer.batches.steps_per_epoch))
         replanned = decision.plan if decision.changed else None
 
@@ -169,16 +189,16 @@ class Resume:
             folder.flush()
             if replanned is not None:
                 folder.forget_plans(after=group.size)
-                folder.write_config(to_yaml(decision.settings))
+            if new := self._to_record(decision):
+                recorded = from_yaml(self.path / "config.yaml")
+                folder.write_config(to_yaml(recorded.replace(new | absolute_paths(new, Path.cwd()), "resume")))
+            if replanned is not None:
                 folder.event("replan", budget_bytes=replanned.budget_bytes)
-            elif kept != self._recorded.config.checkpoint:
-                # The next resume would delete what this one was told to keep; nothing else of what is given stays.
-                keeping = {"checkpoint.keep": kept.keep, "checkpoint.keep_every": kept.keep_every}
-                folder.write_config(to_yaml(self._recorded.replace(keeping, "resume")))
             return folder.cut_back(epoch=state.epoch, step=state.step)
 
         for damage in group.lead(write, list[str]()):
             observer.recorded_warning(folder, damage, what="rows lost", reason=damage)
+        config = trainer.config
         environment = describe(config.train.device) | {"processes": group.size}
         steps = {"epoch": state.epoch, "step": state.step, "steps_per_epoch": trainer.batches.steps_per_epoch}
         folder.event("resume", checkpoint=self._where.name, **steps, **environment)
@@ -186,12 +206,20 @@ class Resume:
             observer.note(different)
         if state.processes != group.size:
             observer.recorded_warning(folder, _describe_processes(state.processes, group, config))
-        if state.epoch >= config.train.epochs:
-            observer.note(f"{self.path} is finished: all {state.epoch} epochs are done")
-        else:
-            place = f"epoch {state.epoch + 1}, step {state.step_in_epoch}"
+        if state.epoch < config.train.epochs:
+            within = f"{state.step_in_epoch} of its {trainer.batches.steps_per_epoch} done"
+            place = f"epoch {state.epoch + 1}, step {state.step} ({within})"
             observer.note(f"resuming {self.path} from {self._where.name}: {place}")
         return True
+
+    def _to_record(self, decision: Decision) -> dict[str, object]:
+        """The settings that stay: what was given, but for those of this device, which go with a new plan only."""
+        before, now = flatten(self._recorded.config), flatten(decision.settings.config)
+        return {
+            key: value
+            for key, value in now.items()
+            if value != before[key] and (decision.changed or (key in self.given and not key.startswith(_OF_THIS_PLACE)))
+        }
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
@@ -227,6 +255,19 @@ def _recorded_here(path: Path, group: Group) -> Settings:
             f"{error} (looked for by process 0, on {socket.gethostname()}: with several machines the one that has the "
             "run must be rank 0, by `torchrun --node-rank=0 --master-addr=HOST`, or the folder must be a shared one)"
         ) from None
+
+
+def data_words(config: Config, *commands: str) -> str:
+    """What is recorded of the data, what is meant by it here, and the command if it is elsewhere: to be ended with the
+    path, for pictures in folders and for downloaded ones."""
+    source, root = config.data.source, config.data.root
+    if source == "shapes":
+        return ""
+    here = source.startswith(PICTURES)
+    key, text, command = ("data.source", source, commands[0]) if here else ("data.root", root, commands[1])
+    path = Path(text.removeprefix(PICTURES)).expanduser()
+    meant = "" if path.is_absolute() else f", which from here is {path.absolute()}"
+    return f"; recorded is {key} = {text}{meant}: if the pictures are elsewhere, `{command}PATH`"
 
 
 # -- in words ----------------------------------------------------------------------------------------------------------

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -14,11 +15,12 @@ from lowmem.choose.decide import DataSize, Decision, decide
 from lowmem.choose.execution import numerics_of, refuse_unsafe, require_device, resolve_execution
 from lowmem.config.schema import Config, known_keys
 from lowmem.config.settings import Settings
-from lowmem.core.errors import OutOfMemory, PreflightError, UsageError
+from lowmem.core.errors import DataError, ForeignCheckpoint, OutOfMemory, PreflightError, UsageError
 from lowmem.data import Dataset, load
 from lowmem.distributed.group import Group, Split, join
 from lowmem.distributed.launch import Launch
 from lowmem.lifecycle.begin import New, Resume
+from lowmem.lifecycle.ending import last_words
 from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.out_of_memory import classify
 from lowmem.models import build
@@ -29,6 +31,8 @@ from lowmem.train.observer import Observer
 from lowmem.train.schedule import starts_low
 from lowmem.train.signals import StartupSignals
 from lowmem.trial.plan_trial import confirm_run, wants_confirmation
+
+T = TypeVar("T")
 
 
 def execute(begin: New | Resume, observer: Observer | None = None) -> Outcome:
@@ -45,7 +49,8 @@ def execute(begin: New | Resume, observer: Observer | None = None) -> Outcome:
         settings, recorded = begin.open(group, observer, stack)
         config = settings.config
         group.together(lambda: refuse_unfit(group, config))
-        dataset = _load_data(group, config, observer)
+        elsewhere = begin.where_data_is_given(config)
+        dataset = _load_data(group, config, observer, elsewhere)
         size = DataSize(len(dataset.classes), len(dataset.train))
         if recorded is None and not config.memory.auto_batch and config.train.batch > len(dataset.train):
             # No refusal: all pictures in a step can be meant, and a trial on a few keeps the recipe's batch.
@@ -58,10 +63,13 @@ def execute(begin: New | Resume, observer: Observer | None = None) -> Outcome:
         folder = begin.folder(group, decision.settings, dataset, stack)
         trainer = make_trainer(group, decision, dataset, observer, begin.path)
         if checkpoint is not None:
-            trainer.state = group.together(lambda: trainer.restore(checkpoint))
+            trainer.state = group.together(lambda: _with_words(elsewhere, lambda: trainer.restore(checkpoint)))
         if not begin.commit(decision, trainer, folder):
             return Outcome(begin.path, False, trainer.state)
-        return trainer.run(folder)
+        outcome = trainer.run(folder)
+        if group.leads:
+            observer.ended(*last_words(trainer, outcome))
+        return outcome
 
 
 # -- one process, or several -------------------------------------------------------------------------------------------
@@ -105,13 +113,13 @@ def refuse_unfit(group: Group, config: Config) -> None:
     prepare_libraries(numerics_of(config.train))
 
 
-def _load_data(group: Group, config: Config, observer: Observer) -> Dataset:
+def _load_data(group: Group, config: Config, observer: Observer, elsewhere: str) -> Dataset:
     """The data set, read by one process of each machine and then by the others, which find it decoded.
 
-    Raises DataError, PreflightError if machines have different pictures."""
+    Raises DataError, which ends with `elsewhere`, and PreflightError if machines have different pictures."""
     read = partial(load, config.data, config.seed, progress=observer.data_progress)
-    first = group.together(lambda: read() if group.local_rank == 0 else None)
-    dataset = group.together(lambda: first or read())
+    first = group.together(lambda: _with_words(elsewhere, read) if group.local_rank == 0 else None)
+    dataset = group.together(lambda: first or _with_words(elsewhere, read))
     with group.alike():
         if len(set(group.gather(dataset.fingerprint))) > 1:
             raise PreflightError("the processes have different pictures: give all machines the same data")
@@ -120,6 +128,14 @@ def _load_data(group: Group, config: Config, observer: Observer) -> Dataset:
     for text in dataset.warnings:
         observer.warning(text)
     return dataset
+
+
+def _with_words(elsewhere: str, work: Callable[[], T]) -> T:
+    """What `work` gives; what it says of data that is missing, or not the run's, ends with `elsewhere`."""
+    try:
+        return work()
+    except (DataError, ForeignCheckpoint) as error:
+        raise type(error)(f"{error}{elsewhere}") from None
 
 
 # -- the trainer -------------------------------------------------------------------------------------------------------

@@ -16,14 +16,15 @@ from pathlib import Path
 
 from lowmem.choose.decide import RecordedRun, batch_chosen
 from lowmem.choose.execution import resolve_execution
+from lowmem.config.paths import PICTURES
 from lowmem.config.schema import ONLY_AT_THE_BEGINNING, Config, flatten
 from lowmem.config.settings import Settings
-from lowmem.core.errors import CorruptCheckpoint, LowmemError, PreflightError, UsageError
+from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint, LowmemError, PreflightError, UsageError
 from lowmem.core.reading import shorten
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
-from lowmem.lifecycle.begin import New
-from lowmem.lifecycle.run_identity import belongs_to, most_bytes, read_plans
+from lowmem.lifecycle.begin import New, data_words
+from lowmem.lifecycle.run_identity import Changes, belongs_to, most_bytes, read_plans
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.checkpoint import Checkpoint, disk_errors
@@ -33,11 +34,10 @@ from lowmem.runs.store import RunFolder
 from lowmem.runs.view import RunView
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
-from lowmem.train.replica import identity_of
+from lowmem.train.replica import exact_settings, identity_of
 from lowmem.train.schedule import rate_curve, scaled_milestones, side_by_side, starts_low
 
 _AT = re.compile(r"([0-9]{1,15})|step:([0-9]{1,15})|last")
-Changes = Mapping[str, tuple[object, object]]
 _SCHEDULE = ("schedule.milestones", "schedule.reference_epochs")
 # What decides which picture comes when.
 _READ = ("data.train_subset", "data.val_split", "data.val_folder", "data.test_split", "data.skip_damaged", "data.fit")
@@ -52,7 +52,7 @@ class ForkPoint:
     saved: Checkpoint
     position: Position
     others: str  # the places one can fork from, in words
-    skipped: tuple[str, ...] = ()  # newer checkpoints that are damaged, in words
+    skipped: tuple[str, ...] = ()  # newer checkpoints that cannot be used, in words
 
 
 def find(run: Path, config: Config, at: int | str) -> ForkPoint:
@@ -69,7 +69,7 @@ def find(run: Path, config: Config, at: int | str) -> ForkPoint:
     check, limit_bytes = belongs_to(config), most_bytes(config)
     view = RunView(run)
     positions = [position for position in view.checkpoints if position.step > 0]
-    elsewhere = [reason.removeprefix("a checkpoint is damaged: ") for reason in view.damaged_checkpoints]
+    elsewhere = [reason.replace("a checkpoint is damaged", "damaged", 1) for reason in view.damaged_checkpoints]
     others = f"there are {', '.join(position.at for position in reversed(positions))}" if positions else "there is none"
     damaged: list[str] = []
     for position in positions:
@@ -79,11 +79,12 @@ def find(run: Path, config: Config, at: int | str) -> ForkPoint:
             saved = checkpoints.load(position.path, limit_bytes)
             check(saved)
         except CorruptCheckpoint as error:
-            damaged.append(str(error))
+            kind = "" if isinstance(error, ForeignCheckpoint) else "damaged: "
+            damaged.append(f"{kind}{error}")
             continue
         return ForkPoint(saved, position, others, (*elsewhere, *damaged) if at == "last" else ())
     what = f" of step {step}" if step is not None else f" of the end of epoch {epoch}" if epoch is not None else ""
-    reasons = f" (damaged: {'; '.join((*damaged, *elsewhere))})" if damaged or elsewhere else ""
+    reasons = f" ({'; '.join((*damaged, *elsewhere))})" if damaged or elsewhere else ""
     text = f"{run} has no usable checkpoint{what}: {others}{reasons}; "
     if damaged:
         raise CorruptCheckpoint(f"{text}fork from another place, or restore the run's own files")
@@ -177,6 +178,10 @@ class Fork(New):
                 f"{at.epoch + 1}: fork at the end of an epoch ({self._point.others})"
             )
 
+    def where_data_is_given(self, config: Config) -> str:
+        command = f"lowmem fork {self._run} --at {self._at} --set"
+        return data_words(config, f"{command} data.source={PICTURES}", f"{command} data.root=")
+
     def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
         """The old run's as the new run's own: with its identity, and its step counted in the new run's batches.
         `settings`: as they were decided, since by these the new run knows its checkpoints. Raises UsageError for a
@@ -205,7 +210,8 @@ class Fork(New):
         if "optim.lr" in self._changes:
             now.lr_scale = 1.0
         now.low_start = was.low_start and starts_low(new)
-        self._carried = replace(old, step=now.step, state={"run": asdict(now), "identity": identity})
+        state = {"run": asdict(now), "identity": identity, "settings": exact_settings(new)}
+        self._carried = replace(old, step=now.step, state=state)
         # The rate from the fork on, as it would have been and as it is. The old run's steps an epoch follow from where
         # its checkpoint is.
         old_steps = (at.step - at.step_in_epoch) // at.epoch if at.epoch else steps
@@ -255,7 +261,7 @@ class Fork(New):
 
     def _warnings(self, dataset: Dataset, same_pictures: bool) -> list[str]:
         """What may be meant otherwise."""
-        found = [f"skipped a damaged checkpoint: {reason}" for reason in self._point.skipped]
+        found = [f"skipped a checkpoint: {reason}" for reason in self._point.skipped]
         asked = [key for key in _PICTURES if key in self._changes]
         if not same_pictures and not asked and "data.test_subset" not in self._changes:
             trained = f"the pictures are not those that {self._run} was trained on"

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lowmem.choose.execution import wants_plan
-from lowmem.config.schema import Config
-from lowmem.core.errors import CorruptCheckpoint, Diverged
+from lowmem.config.schema import OPERATIONAL, Config, flatten
+from lowmem.config.settings import Settings, other_run
+from lowmem.core.errors import CorruptCheckpoint, Diverged, UsageError
 from lowmem.core.reading import PLAN_LIMIT_BYTES, read_json, shorten
 from lowmem.distributed.group import Group
 from lowmem.distributed.launch import Launch
@@ -23,6 +24,7 @@ from lowmem.runs.view import RunView
 from lowmem.train.replica import check_belongs, config_hash
 
 Shape = tuple[int | None, ...]
+Changes = Mapping[str, tuple[object, object]]
 
 
 def network(config: Config, classes: int = 10) -> ResNet:
@@ -66,6 +68,34 @@ def belongs_to(config: Config) -> Callable[[Checkpoint], None]:
             raise CorruptCheckpoint(f"step {saved.step} is of an epoch after the run's last, {config.train.epochs}")
 
     return check
+
+
+def as_trained(run: Path, recorded: Settings) -> tuple[Settings, Changes]:
+    """The settings that the run's checkpoints were made with, and what its config.yaml, edited by hand since, says
+    otherwise: name -> (then, now). `recorded`, and nothing, where any was made with these, or none says with which."""
+    positions, now = RunView(run).checkpoints, flatten(recorded.config)
+    if config_hash(recorded.config) in {position.identity.get("settings") for position in positions}:
+        return recorded, {}
+    for position in positions:
+        exact = {key: value for key, value in position.settings.items() if key not in OPERATIONAL}
+        then = {key: value for key, value in exact.items() if now.get(key) != value}
+        try:
+            trained = recorded.replace(then, position.path.name)
+        except UsageError:
+            continue  # nothing vouches for what it says but its own hash
+        if config_hash(trained.config) == position.identity.get("settings"):
+            return trained, {key: (value, now[key]) for key, value in then.items()}
+    return recorded, {}
+
+
+def refuse_edited(run: Path, recorded: Settings) -> None:
+    """Raises UsageError if `as_trained` finds that settings were edited."""
+    if edits := as_trained(run, recorded)[1]:
+        listed = ", ".join(f"{key} is {now!r} there and was {then!r}" for key, (then, now) in edits.items())
+        raise UsageError(
+            f"{run / 'config.yaml'} was changed since the run was trained ({listed}): put it back to go on as before, "
+            f"or {other_run(str(run), {key: now for key, (_, now) in edits.items()})}"
+        )
 
 
 # -- a run that torchrun starts again ----------------------------------------------------------------------------------

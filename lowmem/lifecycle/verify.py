@@ -14,11 +14,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowmem.config.schema import Config
-from lowmem.core.errors import CorruptCheckpoint
+from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint
 from lowmem.core.reading import Unreadable, read_limited, shorten
 from lowmem.core.units import format_size
 from lowmem.lifecycle.preflight import tensor_bits
-from lowmem.lifecycle.run_identity import belongs_to, check_shapes, most_bytes, network, network_shapes, read_plans
+from lowmem.lifecycle.run_identity import (
+    Changes,
+    as_trained,
+    belongs_to,
+    check_shapes,
+    most_bytes,
+    network,
+    network_shapes,
+    read_plans,
+)
 from lowmem.runs.checkpoint import Checkpoint, load, named
 from lowmem.runs.lock import LOCK_NAME, OWNER_NAME, read_owner
 from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, RowTable
@@ -65,25 +74,28 @@ class Verified:
 
 def verify(run: Path) -> Verified:
     """Raises UsageError if it is no run or its config.yaml cannot be used; what else is damaged, the result says."""
-    return _Verification(run, recorded_settings(run).config).result()
+    recorded = recorded_settings(run)
+    trained, edits = as_trained(run, recorded)
+    return _Verification(run, trained.config, edits).result()
 
 
 class _Verification:
     """What was found so far. A check that returns words says why a resume could not go on."""
 
-    def __init__(self, run: Path, config: Config) -> None:
-        self._run, self._config, self._most_bytes = run, config, most_bytes(config)
+    def __init__(self, run: Path, config: Config, edits: Changes) -> None:
+        """`config`: as the run was trained; `edits`: what config.yaml says otherwise."""
+        self._run, self._config, self._edits, self._most_bytes = run, config, edits, most_bytes(config)
         self._shapes = network_shapes(config)
         self._findings: list[FileFinding] = []
         self._good: dict[str, Checkpoint] = {}  # those that verify, by name, newest first
 
     def result(self) -> Verified:
-        self._add("ok", "config.yaml", "every setting is known and valid")
+        obstacles = [self._check_settings()]
         self._check_lock()
         self._check_checkpoints()
         newest = next(iter(self._good), None)
         state = {} if newest is None else self._good[newest].state["run"]
-        obstacles = [self._check_plan()]
+        obstacles += [self._check_plan()]
         obstacles += [self._check_rows(table, state.get(table.key)) for table in (EPOCH_TABLE, STEP_TABLE)]
         for name in ("last", "best"):
             self._check_weights(self._run / "weights" / f"{name}.safetensors")
@@ -98,6 +110,14 @@ class _Verification:
 
     def _add(self, status: FileStatus, where: str, what: object) -> None:
         self._findings.append(FileFinding(status, where, shorten(what, 500)))
+
+    def _check_settings(self) -> str | None:
+        if not self._edits:
+            self._add("ok", "config.yaml", "every setting is known and valid")
+            return None
+        listed = ", ".join(f"{key} {now!r} (was {then!r})" for key, (then, now) in self._edits.items())
+        self._add("damaged", "config.yaml", f"was changed since the run was trained: {listed}")
+        return "its settings were changed"
 
     def _check_checkpoints(self) -> None:
         try:
@@ -114,7 +134,7 @@ class _Verification:
                 saved = load(path, self._most_bytes)
                 check(saved)
             except CorruptCheckpoint as error:
-                self._add("damaged", where, error)
+                self._add("note" if isinstance(error, ForeignCheckpoint) else "damaged", where, error)
                 continue
             self._good[path.name] = saved
             at = saved.state["run"]

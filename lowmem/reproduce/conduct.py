@@ -76,6 +76,7 @@ def reproduce_job(
                     from lowmem.report import write_report
 
                     show(write_report(runs, path / "report", html=True))
+                    say(last_words(asked))
             except KeyboardInterrupt:
                 words = f"SIGINT: stopped in the report, all runs are saved; go on with `{asked.again}`"
                 raise Interrupted(words, ExitCode.INTERRUPTED) from None
@@ -86,6 +87,22 @@ def reproduce_job(
         if stopped is not None:
             raise stopped
         return code
+
+
+def last_words(asked: Asked) -> str:
+    """Of a job that has done all that was asked for: what that was, and what comes next."""
+    job, limit = asked.job, asked.max_steps
+    runs = f"{len(asked.members)} run{'s' * (len(asked.members) > 1)}"
+    standings = [standing_of(job, member, limit) for member in asked.members]
+    if stopped := [standing for standing in standings if standing.state == "stopped"]:
+        return (
+            f"{len(stopped)} of {runs} stopped at step {limit} as asked (train.max_steps, for this call): "
+            f"`{asked.again}` goes on to the end"
+        )
+    left = [member.name for member in ALL if standing_of(job, member).state == "to go on"]
+    others = f"; begun and not finished: {', '.join(left)}" if left else ""
+    epochs = job.settings.config.train.epochs
+    return f"{job.path} is finished: {runs} of {epochs} epoch{'s' * (epochs > 1)}{others}"
 
 
 # -- the loop over the runs --------------------------------------------------------------------------------------------

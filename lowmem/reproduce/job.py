@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lowmem.config.paths import as_meant, started_in
 from lowmem.config.schema import OPERATIONAL, flatten, known_keys
 from lowmem.config.settings import Settings, from_yaml, of_older_run, validate
 from lowmem.core.errors import DiskError, PreflightError, UsageError
@@ -91,6 +92,7 @@ class Job:
         flat = {key: value for key, value in flatten(self.settings.config).items() if key not in _PER_RUN}
         sources = {key: source for key, source in self.settings.sources.items() if key in flat}
         values = {"format": 1, "settings": flat, "sources": sources, "data": self.data, "weights": self.weights}
+        values["started_in"] = started_in(self.path)
         try:
             write_text_atomic(self.file, json.dumps(values, indent=1) + "\n")
         except OSError as error:
@@ -129,6 +131,7 @@ def _parse(path: Path, values: Any) -> Job:
     sources = {"memory.tensors": sources.get("memory.vram", "default"), **sources}  # of an older job
     known = {key: shorten(text, 80) for key, text in sources.items() if key in expected}
     settings = Settings(validate(flat, dict.fromkeys(flat, FILE_NAME)), dict.fromkeys(known_keys(), "default") | known)
+    settings = as_meant(settings, path, values.get("started_in"))
     return Job(path, settings, values["data"], {name: float(value) for name, value in w.items()})
 
 

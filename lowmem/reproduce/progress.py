@@ -118,6 +118,9 @@ class JobObserver(Observer):
             setattr(self, name, getattr(shown, name))
         self._rows: list[EpochRow] = []
 
+    def ended(self, words: str, then: str) -> None:
+        self._shown.note(words)  # what comes next is the job's next run
+
     def progress(self, progress: Progress) -> None:
         done = progress.epoch - 1 + progress.step_in_epoch / progress.steps_per_epoch
         run = replace(self._run, epochs=progress.epochs, epochs_done=done)

@@ -21,7 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem.core.errors import CorruptCheckpoint, DiskError, LowmemError, OutOfMemory, UnreadableCheckpoint
+from lowmem.core.errors import (
+    CorruptCheckpoint,
+    DiskError,
+    ForeignCheckpoint,
+    LowmemError,
+    OutOfMemory,
+    UnreadableCheckpoint,
+)
 from lowmem.core.reading import RECORD_LIMIT_BYTES, Unreadable, parse_json, read_limited, shorten
 from lowmem.core.units import format_size
 from lowmem.runs.atomic import fsync_folder, replace_path, write_synced
@@ -243,17 +250,23 @@ def load_newest(
         except CorruptCheckpoint as error:
             # Another one, which does not hold what was read of it by its traceback.
             skipped[path] = type(error)(str(error) if str(path) in str(error) else f"{path}: {error}")
+    reasons = list(skipped.values())
+    if reasons and all(isinstance(reason, ForeignCheckpoint) for reason in reasons):
+        raise reasons[0]
     detail = f" ({'; '.join(map(str, skipped.values()))})" if skipped else ""
     raise CorruptCheckpoint(f"{folder} holds no usable checkpoint{detail}: start the run again under another --out")
 
 
+_KINDS: dict[type, str] = {UnreadableCheckpoint: "unreadable", ForeignCheckpoint: "foreign"}
+
+
 def set_aside(skipped: Mapping[Path, object]) -> None:
     """Renames checkpoints that a run does not go on from (path -> why, as `load_newest` gives them) to
-    `damaged-step-N`, and what the system did not let be read, which may be whole, to `unreadable-step-N`. Under
-    their own names they would count among those that are kept, and a later resume could take one that the rows have
-    been cut back from."""
+    `damaged-step-N`; those that may be whole, to `unreadable-step-N` if the system did not let them be read, to
+    `foreign-step-N` if they are of other settings. Under their own names they would count among those that are kept,
+    and a later resume could take one that the rows have been cut back from."""
     for path, reason in skipped.items():
-        kind = "unreadable" if isinstance(reason, UnreadableCheckpoint) else "damaged"
+        kind = _KINDS.get(type(reason), "damaged")
         target = path.with_name(f"{kind}-{path.name}")
         with suppress(OSError):
             shutil.rmtree(target, ignore_errors=True)

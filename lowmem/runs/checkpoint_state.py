@@ -129,6 +129,8 @@ class Position(BaseModel, frozen=True):
     step: Count
     step_in_epoch: Count
     exploded_losses: Any = 0
+    identity: Mapping[str, Any] = {}
+    settings: Mapping[str, Any] = {}  # that it was made with; older versions did not say
 
     @property
     def at(self) -> str:
@@ -149,8 +151,9 @@ def read_position(path: Path) -> Position:
     except Unreadable as error:
         raise CorruptCheckpoint(f"{path / 'state.json'} is damaged: it {error}") from None
     run = state.get("run") if isinstance(state, dict) else None
+    made = {name: state[name] for name in ("identity", "settings") if isinstance(state, dict) and name in state}
     try:
-        return Position.model_validate({**run, "path": path} if isinstance(run, dict) else None)
+        return Position.model_validate({**run, **made, "path": path} if isinstance(run, dict) else None)
     except ValidationError:
         raise CorruptCheckpoint(f"{path}: state.json holds no position") from None
 

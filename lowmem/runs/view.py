@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from lowmem.config.paths import as_meant
 from lowmem.config.schema import Config
 from lowmem.config.settings import Settings, from_yaml
 from lowmem.core.errors import CorruptCheckpoint, LowmemError, UsageError
@@ -184,9 +185,9 @@ def state_of(path: Path, config: Config | None, position: tuple[int, int], event
 
 
 def recorded_settings(path: Path) -> Settings:
-    """The settings of an existing run. Raises UsageError if it is none."""
+    """The settings of an existing run, as they are meant where it was begun. Raises UsageError if it is none."""
     require_run(path)
-    return from_yaml(path / "config.yaml")
+    return as_meant(from_yaml(path / "config.yaml"), path, RunView(path).env.get("started_in"))
 
 
 def read_run(path: Path) -> RunView:

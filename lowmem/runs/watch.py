@@ -23,6 +23,7 @@ from lowmem.runs.tables import Item, News, TableFollower, follow_events
 from lowmem.runs.view import RunView, State, position_of, state_of
 
 _QUIET_SECONDS = 15.0  # without news, before the lock is tried again
+_PLACES = ("resume", "checkpoint", "stop", "signal", "done")  # whose `step` is the run's
 _KEPT_LOSSES, _KEPT_EVENTS, _KEPT_MARKS = 4_000, 200, 30
 
 
@@ -71,31 +72,37 @@ class Live:
         self.running = self.writer is not None  # whether a process holds it
         self.epoch = last.epoch  # completed ones
         self.epochs = None if config is None else config.train.epochs
-        told = self._told("resume", "steps_per_epoch") or self._told("start", "steps_per_epoch")
-        self.steps_per_epoch = max(1, last.step // last.epoch) if last.epoch and last.step else told
+        told = self._told("steps_per_epoch", "resume", "start")
+        self.steps_per_epoch = told or (max(1, last.step // last.epoch) if last.epoch and last.step else None)
         per_epoch = self.steps_per_epoch
+        end = None if per_epoch is None or config is None else config.train.epochs * per_epoch
+        self.end = end and min(end, (config and config.train.max_steps) or end)  # the last step
         self.step_in_epoch = None if per_epoch is None else max(0, self.step - self.epoch * per_epoch)  # steps done
         self.checkpoint = self._newest("checkpoint")
         self.lr = self.logged[-1].lr if self.logged else last.lr
         self.losses = tuple(row.loss for row in self.logged if row.loss is not None)  # of steps, oldest first
-        self.images_per_second = last.images_per_second
+        self.images_per_second = last.images_per_second or self._told_speed()
         if rate is not None and config is not None:
             self.images_per_second = rate * config.train.batch
         # Of tensors, as measured: the newest figure; in use on the device or by the process; of the plan.
-        self.peak_bytes = last.peak_allocated_bytes or self._told("measured", "measured_peak_bytes")
-        self.device_bytes, self.budget_bytes = last.device_used_bytes, self._view.budget_bytes
-        self.elapsed_seconds, self.seconds_left = last.elapsed_seconds, self._seconds_left(rate)
+        measured = self._told("measured_peak_bytes", "measured") or self._told("peak_allocated_bytes", "progress")
+        self.peak_bytes = last.peak_allocated_bytes or measured
+        self.device_bytes = last.device_used_bytes or self._told("device_used_bytes", "progress")
+        self.budget_bytes = self._view.budget_bytes
+        self.elapsed_seconds, self.seconds_left = last.elapsed_seconds, self._seconds_left()
         quiet = quiet_seconds(self.path)
         self.quiet_seconds = quiet if math.isfinite(quiet) else None
 
-    def _seconds_left(self, rate: float | None) -> float | None:
-        """By the last epochs, evaluation included; before the first by the steps seen from here."""
-        if self.state != "training" or self.epochs is None or self.steps_per_epoch is None:
+    def _seconds_left(self) -> float | None:
+        """Until the end, or until it stops as asked: by the last epochs, evaluation included; before the first by the
+        speed of its steps."""
+        config, per_epoch = self.config, self.steps_per_epoch
+        if self.state != "training" or config is None or self.end is None or per_epoch is None:
             return None
-        left = max(0.0, self.epochs - self.step / self.steps_per_epoch)
+        left = max(0, self.end - self.step)
         if (an_epoch := epoch_seconds(self.rows)) is not None:
-            return left * an_epoch
-        return None if rate is None else left * self.steps_per_epoch / rate
+            return left / per_epoch * an_epoch
+        return left * config.train.batch / self.images_per_second if self.images_per_second else None
 
     def _steps_per_second(self) -> float | None:
         """While it is trained, as seen from here; None until some rows came one after the other."""
@@ -104,14 +111,19 @@ class Live:
         (began, first), (ended, last) = self._marks[0], self._marks[-1]
         return (last - first) / (ended - began) if ended > began and last > first else None
 
-    def _newest(self, kind: str) -> Event | None:
-        return next((event for event in reversed(self.events) if event.kind == kind), None)
+    def _newest(self, *kinds: str) -> Event | None:
+        return next((event for event in reversed(self.events) if event.kind in kinds), None)
 
-    def _told(self, kind: str, name: str) -> int | None:
-        """A number of the newest event of that kind."""
-        event = self._newest(kind)
+    def _told(self, name: str, *kinds: str) -> int | None:
+        """A number of the newest event of these kinds."""
+        event = self._newest(*kinds)
         value = None if event is None else event.detail.get(name)
-        return value if type(value) is int and value > 0 else None
+        return value if type(value) is int and 0 < value < 1 << 53 else None
+
+    def _told_speed(self) -> float | None:
+        event = self._newest("progress")
+        value = None if event is None else event.detail.get("images_per_second")
+        return value if type(value) is float and 1e-3 < value < 1e9 else None
 
     def _read_settings(self) -> None:
         """Again only where a file was replaced. What vanished is as it was: it may be being replaced."""
@@ -134,13 +146,21 @@ class Live:
         self.logged = _grown(self.logged, logged, _KEPT_LOSSES)
         self.events = _grown(self.events, events, _KEPT_EVENTS)
         self.last = self.rows[-1] if self.rows else EpochRow(epoch=0, step=0)
-        self.step = max(self.last.step, self.logged[-1].step if self.logged else 0)  # the newest that is known of
+        self.step = self._newest_step()
         if steps.anew or metrics:
             self._marks.clear()  # an evaluation lies between, or steps are made again
-        if steps and not metrics and self._looked and (not self._marks or self.step > self._marks[-1][1]):
-            self._marks.append((now, self.step))
+        at = self.logged[-1].step if self.logged else 0
+        if steps and not metrics and self._looked and (not self._marks or at > self._marks[-1][1]):
+            self._marks.append((now, at))
         self._looked = True
         return bool(metrics or steps or events)
+
+    def _newest_step(self) -> int:
+        """That is known of: by its rows, or where it went on, saved or stopped between two of them."""
+        row = self.last.step
+        if (fork := self._newest("fork")) is not None and fork.detail.get("epoch") == self.last.epoch:
+            row = self._told("step", "fork") or 0  # rows that it took over may be counted in other steps
+        return max(row, self.logged[-1].step if self.logged else 0, self._told("step", *_PLACES) or 0)
 
     def _holds(self, now: float, grew: bool) -> Owner | None:
         """Who trains it."""

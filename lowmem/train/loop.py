@@ -95,6 +95,7 @@ class Loop:
         self._plan_changed()
 
     def _plan_changed(self) -> None:
+        self._pace_from = self._pace_due = self.state.step
         self.t.meter.reset()  # the peaks of an epoch are those of the plan in force at its end
         self.check = PlanCheck(self.t, self.undo.copies)
 
@@ -163,6 +164,9 @@ class Loop:
         if logged and verdict.act < Act.LEAVE:
             self.t.observer.progress(self.metrics.progress())
             self.export()
+            if state.step >= self._pace_due:  # for who looks on, before an epoch has its row
+                self._pace_due = 2 * state.step - self._pace_from
+                self.folder.event("progress", **self.metrics.pace())
         return verdict
 
     def _try_step(self, lr: float) -> tuple[Tensor, int]:
@@ -290,8 +294,6 @@ class Loop:
         if why == MAX_STEPS:
             self._save()
             self._finish("stop", reason=MAX_STEPS, step=state.step)
-            asked = f"{MAX_STEPS} = {self.t.config.train.max_steps}"
-            self.t.observer.note(f"stopped after {state.step} steps as asked ({asked})")
             return Outcome(run, False, state)
         name = self.signals.requested = self.signals.requested or why
         self._save()

@@ -27,8 +27,9 @@ class Eta:
     """The time left, from what this process measured itself: after a resume nothing of an earlier process is divided
     in. Steps and evaluations are timed apart. Seconds are monotonic-clock seconds."""
 
-    def __init__(self, epochs: int, steps_per_epoch: int) -> None:
-        self._epochs, self._per_epoch = epochs, steps_per_epoch
+    def __init__(self, epochs: int, steps_per_epoch: int, max_steps: int | None = None) -> None:
+        self._steps = min(epochs * steps_per_epoch, max_steps or epochs * steps_per_epoch)
+        self._evaluations = self._steps // steps_per_epoch
         self._mark: tuple[int, float] | None = None
         self._step_seconds: float | None = None
         self.evaluation_seconds: float | None = None  # of the last evaluation
@@ -46,11 +47,11 @@ class Eta:
         self.evaluation_seconds, self._mark = seconds, None
 
     def seconds(self, epochs_done: int, steps_done: int) -> float | None:
-        """Seconds until the end of the run; None until something was measured."""
+        """Seconds until the end of the run, or until it stops as asked; None until something was measured."""
         if self._step_seconds is None:
             return None
-        steps = max(0, self._epochs * self._per_epoch - steps_done)
-        evaluations = max(0, self._epochs - epochs_done)
+        steps = max(0, self._steps - steps_done)
+        evaluations = max(0, self._evaluations - epochs_done)
         return steps * self._step_seconds + evaluations * (self.evaluation_seconds or 0.0)
 
 
@@ -78,7 +79,7 @@ class Metrics:
         damage = self._folder.begin_gradients(self.norms.names, step=state.step)  # ends with the state's step
         if damage is not None:
             t.observer.recorded_warning(self._folder, damage, what="gradient norms lost", reason=damage)
-        self.eta = Eta(t.config.train.epochs, self._per_epoch)
+        self.eta = Eta(t.config.train.epochs, self._per_epoch, t.config.train.max_steps)
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
@@ -148,6 +149,16 @@ class Metrics:
         """Of training, in this epoch so far."""
         state = self._t.state
         return state.seen / state.train_seconds if state.train_seconds > 0 else None
+
+    def pace(self) -> dict[str, Any]:
+        """Speed and memory, before there is a row of an epoch."""
+        device = self._t.meter.read()
+        return {
+            "step": self._t.state.step,
+            "images_per_second": self._images_per_second(),
+            "peak_allocated_bytes": device.peak_allocated_bytes,
+            "device_used_bytes": device.device_used_bytes,
+        }
 
     def row(self, test: Score, val: Score | None) -> dict[str, Any]:
         """Of metrics.csv, for the epoch whose steps are done."""

@@ -36,6 +36,11 @@ class Observer:
     def warning(self, text: str) -> None:
         """A sentence that must be read."""
 
+    def ended(self, words: str, then: str) -> None:
+        """A run's last words, and the commands that come next."""
+        self.note(words)
+        self.note(then)
+
     def recorded_warning(self, folder: RunFolder, text: str, **fields: Any) -> None:
         """One that stands in events.jsonl too, in other words if there are `fields`."""
         self.warning(text)

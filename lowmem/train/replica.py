@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.config.schema import BEFORE, OPERATIONAL, Config, flatten
-from lowmem.core.errors import CorruptCheckpoint
+from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint
 from lowmem.core.reading import shorten
 from lowmem.data import Dataset, Pictures, TrainBatches, eval_batches
 from lowmem.distributed.group import Group, Split, even_shares
@@ -131,7 +131,7 @@ class Replica:
 
     def checkpoint(self) -> Checkpoint:
         """The run as it is now, on the CPU."""
-        return capture(self.state, self.model, self.step, self.identity)
+        return capture(self.state, self.model, self.step, self.identity, exact_settings(self.config))
 
     def restore(self, checkpoint: Checkpoint) -> RunState:
         """Puts all of a checkpoint back but its state, which it returns. Raises CorruptCheckpoint."""
@@ -144,12 +144,16 @@ def identity_of(config: Config, dataset: Dataset) -> dict[str, str]:
     return {"settings": config_hash(config), "data": dataset.fingerprint, "classes": classes}
 
 
+def exact_settings(config: Config) -> dict[str, object]:
+    """Those that decide what is computed, by dotted name."""
+    return {key: value for key, value in flatten(config).items() if key not in OPERATIONAL}
+
+
 def config_hash(config: Config) -> str:
     """SHA-256 of the settings that define what is computed: a checkpoint of another run is not taken for this one's.
 
     A setting that came later counts only where it is not what runs had before it: those stay the same runs."""
-    flat = flatten(config).items()
-    exact = {k: value for k, value in flat if k not in OPERATIONAL and not (k in BEFORE and BEFORE[k] == value)}
+    exact = {k: value for k, value in exact_settings(config).items() if not (k in BEFORE and BEFORE[k] == value)}
     return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()
 
 
@@ -161,8 +165,10 @@ def cpu_copy(tensor: Tensor) -> Tensor:
     return tensor.cpu().contiguous()  # the memory format is changed on the host, where there is room
 
 
-def capture(state: RunState, model: nn.Module, step: TrainStep, identity: Mapping[str, str]) -> Checkpoint:
-    """Everything a resume needs, copied: training may go on."""
+def capture(
+    state: RunState, model: nn.Module, step: TrainStep, identity: Mapping[str, str], settings: Mapping[str, object] = {}
+) -> Checkpoint:
+    """Everything a resume needs, copied: training may go on. `settings`: to tell by name what was changed since."""
     slots = {
         f"{slot}/{name}": cpu_copy(value)
         for name, parameter in model.named_parameters()
@@ -171,7 +177,8 @@ def capture(state: RunState, model: nn.Module, step: TrainStep, identity: Mappin
     }
     run = asdict(replace(state, scaler=step.scaler.state_dict()))
     tensors = {name: cpu_copy(tensor) for name, tensor in model.state_dict().items()}
-    return Checkpoint(step=state.step, model=tensors, optimizer=slots, state={"run": run, "identity": dict(identity)})
+    saved = {"run": run, "identity": dict(identity), "settings": dict(settings)}
+    return Checkpoint(step=state.step, model=tensors, optimizer=slots, state=saved)
 
 
 @torch.no_grad()
@@ -208,16 +215,19 @@ def restore(checkpoint: Checkpoint, model: nn.Module, step: TrainStep, identity:
 
 
 def check_belongs(checkpoint: Checkpoint, identity: Mapping[str, str]) -> RunState:
-    """Its state. Raises CorruptCheckpoint unless that is a run's, of just these settings and data (what `identity`
-    names)."""
+    """Its state. Raises CorruptCheckpoint unless that is a run's, and ForeignCheckpoint unless of just these settings
+    and data (what `identity` names)."""
     state = read_state(checkpoint.state, checkpoint.step)
-    recorded = checkpoint.state["identity"]
+    recorded, head = checkpoint.state["identity"], f"the checkpoint of step {checkpoint.step} was made with other"
+    ways_out = {
+        "settings": "settings than config.yaml has now: put back what was changed there; settings are changed with "
+        "`lowmem fork`",
+        "data": "data than this run has now",
+        "classes": "names of classes than the data have now",
+    }
     for key, value in identity.items():
         if recorded.get(key) != value and (key in recorded or key != "classes"):  # older runs do not record those
-            raise CorruptCheckpoint(
-                f"the checkpoint of step {checkpoint.step} was made with other {key} than this run has now: "
-                f"restore the run's own files, or start another run"
-            )
+            raise ForeignCheckpoint(f"{head} {ways_out[key]}")
     return state
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import yaml
 
 from lowmem.cli.main import main
 from lowmem.core.errors import CorruptCheckpoint, PreflightError, UsageError
-from lowmem.lifecycle import extend_run, fork, fork_run, recorded_settings, run_training
+from lowmem.lifecycle import extend_run, fork, fork_run, recorded_settings, resume_training, run_training
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.view import read_run
 from tests.conftest import assert_same_tensors, exact_rows
@@ -200,7 +201,29 @@ def test_of_a_run_that_went_back(copied: Path, tmp_path: Path) -> None:
     assert _rates(longer.path)[2:] == ["0.0025", "0.0025"]
 
 
+def test_a_fork_is_of_the_run_as_it_was_trained_whatever_config_yaml_says_since(copied: Path, tmp_path: Path) -> None:
+    text = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(text.replace("weight_decay: 0.0001", "weight_decay: 0.01"))
+    heard, before = Heard(), _files(copied)
+    with pytest.raises(UsageError, match=r"weight_decay is 0.01 there and was 0.0001.*fork .* --at last --set optim"):
+        resume_training(copied)
+    forked = fork_run(copied, at=2, changes={"optim.weight_decay": 0.01}, out=tmp_path / "fork", observer=heard)
+    assert "optim.weight_decay: 0.0001 -> 0.01" in heard.notes
+    assert recorded_settings(forked.path).config.optim.weight_decay == 0.01
+    assert _files(copied) == before
+    # More epochs, written there by hand.
+    (copied / "config.yaml").write_text(text.replace("epochs: 3 ", "epochs: 4 "))
+    with pytest.raises(UsageError, match=r"train.epochs is 4 there and was 3.*--epochs 4` goes on"):
+        resume_training(copied)
+    longer = extend_run(copied, epochs=4, out=tmp_path / "longer")
+    assert (longer.finished, longer.state.epoch) == (True, 4)
+
+
 def test_a_checkpoint_of_another_run_is_not_forked_from(copied: Path) -> None:
+    for path in checkpoints.checkpoint_folders(copied / "checkpoints"):
+        saved = checkpoints.load(path)
+        settings = {**saved.state["settings"], "optim.lr": 7.0}  # of which its hash knows nothing
+        checkpoints.save(path.parent, replace(saved, state={**saved.state, "settings": settings}), keep=9)
     text = (copied / "config.yaml").read_text()
     (copied / "config.yaml").write_text(text.replace("weight_decay: 0.0001", "weight_decay: 0.01"))
     with pytest.raises(CorruptCheckpoint, match="other settings"):
@@ -268,12 +291,20 @@ def test_a_run_that_was_stopped_is_extended_from_where_it_was(parent: Path, tmp_
     assert exact_rows(result.path)[:3] == exact_rows(parent)
 
 
-def test_what_a_resume_is_told_to_keep_is_recorded(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Or the next one would delete it. Nothing else of a resume's settings is."""
+def test_what_a_resume_is_told_stays_but_for_what_is_of_one_place(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or the next one would delete what this one was told to keep, and stop where that one was told to go on."""
     shutil.rmtree(copied / "checkpoints/step-00000012")
-    assert _leave(["resume", str(copied), "--keep-every", "1", "--set", "train.log_every_steps=2"]) == 0
+    sets = [word for each in ("train.max_steps=9", "memory.platform=linux", "data.root=r") for word in ("--set", each)]
+    assert _leave(["resume", str(copied), "--keep-every", "1", *sets]) == 0
     config = recorded_settings(copied).config
-    assert (config.checkpoint.keep_every, config.checkpoint.keep, config.train.log_every_steps) == (1, 5, 1)
+    assert (config.checkpoint.keep_every, config.checkpoint.keep, config.train.max_steps) == (1, 5, 9)
+    assert (config.memory.platform, config.data.root) == ("auto", str(Path.cwd() / "r"))
+    assert "train.max_steps=null` goes on to the end" in capsys.readouterr().out
+    assert _leave(["resume", str(copied), "--set", "train.max_steps=null"]) == 0
+    assert recorded_settings(copied).config.train.max_steps is None
+    assert f"{copied} is finished: 3 epochs in " in capsys.readouterr().out
 
 
 def test_a_limit_on_steps_is_not_run_into(copied: Path) -> None:

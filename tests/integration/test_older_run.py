@@ -21,6 +21,7 @@ from torch import nn
 
 import lowmem
 from lowmem.cli.main import _run
+from lowmem.core.errors import CorruptCheckpoint
 from lowmem.lifecycle import execute
 from lowmem.runs.view import recorded_settings
 from tests.conftest import environment
@@ -107,3 +108,14 @@ def test_whatever_reads_a_run_reads_it(
     assert "step-00000013" in said["verify"]
     assert "older" in said["ls"]
     assert "older" in (older / "report" / "report.md").read_text(encoding="utf-8")
+
+
+def test_edited_it_is_refused_and_its_checkpoints_stay(older: Path) -> None:
+    """It did not record with which settings they were made."""
+    config, saved = older / "config.yaml", sorted(path.name for path in (older / "checkpoints").iterdir())
+    config.write_text(config.read_text(encoding="utf-8").replace("lr: 0.1 ", "lr: 0.2 "), encoding="utf-8")
+    with pytest.raises(CorruptCheckpoint, match=r"other settings than config.yaml has now: put back") as caught:
+        lowmem.resume_training(older, {"train.max_steps": None})
+    assert "damaged" not in str(caught.value)
+    assert sorted(path.name for path in (older / "checkpoints").iterdir()) == saved
+    assert _run(["verify", str(older)]) == 7

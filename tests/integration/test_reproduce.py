@@ -17,7 +17,7 @@ from lowmem.cli.terminal import say
 from lowmem.config.settings import gather
 from lowmem.core.errors import Interrupted, LowmemError
 from lowmem.reproduce.check import work
-from lowmem.reproduce.conduct import Conductor, conduct, reproduce_job
+from lowmem.reproduce.conduct import Conductor, conduct, last_words, reproduce_job
 from lowmem.reproduce.job import Job, ask, select
 from lowmem.reproduce.progress import standing_of
 from lowmem.train.observer import Observer
@@ -57,8 +57,12 @@ def trial(tmp_path: Path) -> Path:
 
 
 def test_a_trial_goes_on_to_its_end_with_the_plain_command(trial: Path) -> None:
+    again = f"`lowmem reproduce --out {trial} --only res20` goes on to the end"
+    stopped = last_words(ask(trial, gather(sets=["train.max_steps=2"]), RES20))
+    assert stopped == f"1 of 1 run stopped at step 2 as asked (train.max_steps, for this call): {again}"
     job = call(trial)
     assert standing_of(job, RES20[0]).state == "finished"
+    assert last_words(ask(trial, gather(), RES20)) == f"{trial} is finished: 1 run of 2 epochs"
 
 
 def test_what_an_interrupted_call_asked_for_holds(trial: Path, monkeypatch: pytest.MonkeyPatch) -> None:

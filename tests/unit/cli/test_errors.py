@@ -123,14 +123,20 @@ def test_a_batch_of_more_pictures_than_there_are_is_questioned(
     assert _leave(capsys, ["train", *few, "--batch", "100"]) == (0, "")
 
 
-def test_other_data_than_the_run_had_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_setting_edited_in_config_yaml_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert _leave(capsys, ["train", *SMALL, "--set", "train.max_steps=1", "--out", str(out)])[0] == 0
     config = out / "config.yaml"
     config.write_text(config.read_text().replace("train_subset: 100", "train_subset: 90"))
     code, err = _leave(capsys, ["resume", str(out)])
-    assert code == 7
-    assert "other settings" in err
+    assert code == 2
+    assert "data.train_subset is 90 there and was 100" in err
+    assert f"`lowmem fork {out} --at last --set data.train_subset=90`" in err
+    with pytest.raises(SystemExit):
+        main(["verify", str(out)])
+    said = capsys.readouterr().out
+    assert "data.train_subset 90 (was 100)" in said
+    assert [line.split()[0] for line in said.splitlines() if "checkpoints/" in line] == ["ok", "ok"]
 
 
 def test_no_arguments_shows_the_help(lowmem_command: Callable[..., object]) -> None:

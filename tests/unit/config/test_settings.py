@@ -157,7 +157,7 @@ def test_only_operational_settings_may_differ_on_resume() -> None:
     assert set(known_keys()) >= OPERATIONAL
     recorded = gather().config
     refuse_changes(recorded, gather(sets=["checkpoint.keep=5", "train.device=cpu"]).config, "runs/x")
-    with pytest.raises(UsageError, match=r"lowmem fork runs/x --at EPOCH --set optim.lr=0.2"):
+    with pytest.raises(UsageError, match=r"lowmem fork runs/x --at last --set optim.lr=0.2"):
         refuse_changes(recorded, gather(sets=["optim.lr=0.2"]).config, "runs/x")
 
 

@@ -123,8 +123,14 @@ FOUND: dict[str, tuple[Callable[[Path], object], str, str, bool]] = {
         lambda run: (run / "plan.json").write_text(json.dumps(small_plan(run).to_json()).replace("20", "40")),
         "plan.json", "plan of another run", False,
     ),
-    "settings": (_edit("config.yaml", lambda t: t.replace("lr: 0.1", "lr: 0.2", 1)), "checkpoints", "settings", False),
-    "width": (_edit("config.yaml", lambda t: t.replace("width: 2", "width: 4")), "checkpoints", "settings", False),
+    "settings": (
+        _edit("config.yaml", lambda t: t.replace("lr: 0.1", "lr: 0.2", 1)), "config.yaml", "optim.lr 0.2 (was 0.1)",
+        False,
+    ),
+    "width": (
+        _edit("config.yaml", lambda t: t.replace("width: 2", "width: 4")), "config.yaml", "model.width 4 (was 2)",
+        False,
+    ),
 }  # fmt: skip
 
 

@@ -266,3 +266,15 @@ def test_what_a_killed_one_left_is_taken_over(tmp_path: Path) -> None:
     with held(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "project" / "pictures").mkdir(parents=True)
+    (tmp_path / "project" / "job").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    settings = gather(sets=["data.source=folder:pictures", "data.root=nowhere"])
+    Job(Path("job"), settings).write()
+    assert read_job(Path("job")).settings == settings
+    monkeypatch.chdir(tmp_path)
+    data = read_job(Path("project/job")).settings.config.data
+    assert (data.source, data.root) == (f"folder:{tmp_path / 'project' / 'pictures'}", "nowhere")

@@ -142,6 +142,42 @@ def test_on_another_machine(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) 
     assert (Live(folder.path).look().running, Live(folder.path).look().state) == (False, "died")
 
 
+def test_a_fork_counts_its_own_steps_and_not_those_of_the_rows_that_it_took_over(folder: RunFolder) -> None:
+    """Twice the batch: five steps an epoch, of which the old run had ten."""
+    epoch(folder, 1)
+    epoch(folder, 2)
+    folder.event("fork", source="old", epoch=2, step=10)
+    folder.event("start", steps_per_epoch=5)
+    watched = Live(folder.path)
+    live = watched.look()
+    assert (live.epoch, live.step, live.step_in_epoch, live.end) == (2, 10, 0, 20)
+    steps(folder, 12, epoch=3)
+    folder.event("progress", step=12, images_per_second=64.0, device_used_bytes=7000)
+    live = watched.look()
+    assert (live.step, live.step_in_epoch, live.device_bytes, live.images_per_second) == (12, 2, 7000, 64.0)
+    folder.append_metrics({"epoch": 3, "step": 15, "lr": 0.1, "test_error_pct": 50.0})
+    live = watched.look()
+    assert (live.epoch, live.step, live.step_in_epoch) == (3, 15, 0)
+
+
+def test_the_time_left_is_until_it_stops_as_asked(tmp_path: Path) -> None:
+    settings = gather(sets=["train.epochs=4", "train.batch=32", "train.max_steps=6"])
+    with RunFolder.create(tmp_path / "run", to_yaml(settings), {}) as folder:
+        folder.event("start", steps_per_epoch=10)
+        steps(folder, 2)
+        folder.event("progress", step=2, images_per_second=64.0)
+        live = Live(folder.path).look()
+    assert (live.end, live.seconds_left) == (6, 2.0)
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1e-300, 1e300, True, "5", None, [], 10**400])
+def test_a_strangers_speed_is_none(folder: RunFolder, value: object) -> None:
+    folder.event("start", steps_per_epoch=10)
+    folder.event("progress", step=value, images_per_second=value, device_used_bytes=value)
+    live = Live(folder.path).look()
+    assert (live.images_per_second, live.seconds_left, live.step) == (None, None, 0)
+
+
 def test_cut_back_by_a_resume(folder: RunFolder) -> None:
     watched = Live(folder.path)
     folder.event("start", steps_per_epoch=10)

@@ -1,0 +1,55 @@
+"""Settings that are paths. A relative one is kept as it was typed, and meant from the folder where the run was begun,
+which is kept beside it: so a run goes on from another folder, and from where both of them have been moved to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from lowmem.config.schema import flatten
+from lowmem.config.settings import Settings
+
+PICTURES = "folder:"  # what a `data.source` begins with that is a path
+# Settings that may be paths, and what tells.
+_PATHS = (
+    ("data.source", PICTURES, ""),
+    ("data.root", "", ""),
+    ("data.cache", "", ""),
+    ("memory.card", "", (".yaml", ".yml")),
+)
+
+
+def started_in(path: Path) -> str | None:
+    """This process's folder as seen from the run (or job) `path`: where its relative paths are meant, also after both
+    have moved. None: they have no way to each other, as between two drives of Windows."""
+    try:
+        return os.path.relpath(os.getcwd(), path.resolve())
+    except (OSError, ValueError):
+        return None
+
+
+def as_meant(settings: Settings, path: Path, started: object) -> Settings:
+    """With those relative paths made absolute that lead to something from the folder that the run (or job) `path` was
+    `started` in, if this process is elsewhere."""
+    try:
+        folder = (path.resolve() / str(started)).resolve()
+        if not isinstance(started, str) or folder == Path.cwd():
+            return settings
+        paths = absolute_paths(flatten(settings.config), folder)
+    except (OSError, ValueError):
+        return settings
+    found = {key: text for key, text in paths.items() if os.path.exists(text.removeprefix(PICTURES))}
+    return settings.replace(found, "where the run was begun") if found else settings
+
+
+def absolute_paths(values: Mapping[str, object], folder: Path) -> dict[str, str]:
+    """Of settings by name those that are relative paths, as seen from `folder`."""
+    paths = {}
+    for key, begins, ends in _PATHS:
+        text = values.get(key)
+        if isinstance(text, str) and text.startswith(begins) and text.endswith(ends):
+            path = Path(text.removeprefix(begins))
+            if not path.is_absolute() and not text.removeprefix(begins).startswith("~"):
+                paths[key] = f"{begins}{folder / path}"
+    return paths

@@ -1,0 +1,52 @@
+"""A run's last words: how it ended, what came of it and where that is, and the command that comes next."""
+
+from __future__ import annotations
+
+from lowmem.core.errors import LowmemError
+from lowmem.core.units import format_duration
+from lowmem.data import Dataset
+from lowmem.runs.view import RunView
+from lowmem.train.loop import Outcome, Trainer
+
+
+def last_words(trainer: Trainer, outcome: Outcome) -> tuple[str, str]:
+    """What has come of it, and what to type next, of a run that is finished or that `train.max_steps` has stopped.
+    For the process that has the run's folder, when everything is written."""
+    run, state, train = outcome.path, outcome.state, trainer.config.train
+    if not outcome.finished:
+        end, resume = train.epochs * trainer.batches.steps_per_epoch, f"lowmem resume {run} --set train.max_steps="
+        place = f"saved at epoch {state.epoch + 1}, step {state.step} of {end}"
+        return (
+            f"stopped after {state.step} step{'s' * (state.step != 1)} as asked (train.max_steps = {train.max_steps}); "
+            f"{run} is {place}",
+            f"`{resume}null` goes on to the end, `{resume}N` to another step",
+        )
+    epochs = f"{state.epoch} epoch{'s' * (state.epoch > 1)} in {format_duration(state.elapsed_seconds)}"
+    weights = ", ".join(str(run / "weights" / f"{name}.safetensors") for name in ("best", "last"))
+    return (
+        f"{run} is finished: {epochs}; {_errors(trainer, outcome)}weights: {weights}",
+        f"`lowmem report {run}` draws the curves; `lowmem resume {run} --epochs N` trains it for longer, in a new run",
+    )
+
+
+def _errors(trainer: Trainer, outcome: Outcome) -> str:
+    """The best and the last error, and on which pictures."""
+    best, dataset = outcome.state.best, trainer.dataset
+    try:
+        last = RunView(outcome.path).last
+    except (LowmemError, OSError):  # somebody has been at the rows: only this line lacks them
+        last = None
+    on = "test" if best is None else best.chosen_on
+    error = None if last is None else getattr(last, f"{on}_error_pct")
+    chosen = "" if best is None else f", best {best.error_pct:.2f} % in epoch {best.epoch}"
+    head = "" if error is None else f"error on {_pictures(dataset, on)} {error:.2f} % at the end{chosen}; "
+    if on == "val" and last is not None and last.test_error_pct is not None:
+        head += f"on {_pictures(dataset, 'test')} {last.test_error_pct:.2f} % at the end; "
+    return head
+
+
+def _pictures(dataset: Dataset, on: str) -> str:
+    held = dataset.val if on == "val" else None
+    if held is not None:
+        return f"{len(held):,} held-back training pictures of {dataset.name}"
+    return f"the {len(dataset.test):,} test pictures of {dataset.name}"
