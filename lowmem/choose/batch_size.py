@@ -16,6 +16,7 @@ from typing import Any
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice, Request
 from lowmem.core.errors import Infeasible, UsageError
+from lowmem.core.units import counted
 from lowmem.distributed.group import Group, even_shares, weighted_shares
 from lowmem.plan.record import Candidate
 
@@ -163,7 +164,9 @@ class Planner:
             what = "every card for itself, but none in a precision and memory format that all of them take"
             return Infeasible(budget, budget + 1, what, "give --precision and --memory-format")
         rank, (budget, least, what) = failed[0]
-        return Infeasible(budget, least, f"process {rank} with {even[rank]} pictures: {what}", "lower --batch")
+        return Infeasible(
+            budget, least, f"process {rank} with {counted(even[rank], 'picture')}: {what}", "lower --batch"
+        )
 
 
 def preferred(fitting: Sequence[BatchSplit], recipe_batch: int) -> BatchSplit:

@@ -24,6 +24,7 @@ from lowmem.core.reading import (
     read_limited,
     shorten,
 )
+from lowmem.core.units import counted
 
 
 @dataclass(frozen=True)
@@ -216,8 +217,8 @@ def refuse_changes(recorded: Config, wanted: Config, run: str) -> None:
             continue
         if key == "train.epochs":
             raise UsageError(
-                f"{run} is a run of {old[key]} epochs and stays one: `lowmem resume {run} --epochs {value}` goes on "
-                "from it in a new run"
+                f"{run} is a run of {counted(recorded.train.epochs, 'epoch')} and stays one: "
+                f"`lowmem resume {run} --epochs {value}` goes on from it in a new run"
             )
         way_out = (
             ": train another network with `lowmem train`"

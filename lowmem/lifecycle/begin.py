@@ -19,6 +19,7 @@ from lowmem.choose.explain import inexact
 from lowmem.config.schema import Config, flatten, nest
 from lowmem.config.settings import Settings, refuse_changes, to_yaml
 from lowmem.core.errors import CorruptCheckpoint, UsageError
+from lowmem.core.units import counted
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
 from lowmem.lifecycle.preflight import preflight
@@ -182,7 +183,7 @@ class Resume:
         if state.processes != group.size:
             observer.recorded_warning(folder, _describe_processes(state.processes, group, config))
         if state.epoch >= config.train.epochs:
-            observer.note(f"{self.path} is finished: all {state.epoch} epochs are done")
+            observer.note(f"{self.path} is finished ({counted(state.epoch, 'epoch')})")
         else:
             place = f"epoch {state.epoch + 1}, step {state.step_in_epoch}"
             observer.note(f"resuming {self.path} from {self._where.name}: {place}")
@@ -230,10 +231,11 @@ def _recorded_here(path: Path, group: Group) -> Settings:
 def _headline(trainer: Trainer, path: Path) -> str:
     model, train, dataset = trainer.config.model, trainer.config.train, trainer.dataset
     held = f", {len(dataset.val):,} held back" if dataset.val is not None else ""
+    pictures = f"{counted(len(dataset.train), 'picture')} to train on{held}, {len(dataset.test):,} to test"
     return (
-        f"{model.arch} ({model.block}, width {model.width}) on {dataset.name}: {len(dataset.train):,} pictures "
-        f"to train on{held}, {len(dataset.test):,} to test; {train.epochs} epochs, batch {train.batch}, "
-        f"{train.precision}, {train.memory_format}, {train.device}; run folder {path}"
+        f"{model.arch} ({model.block}, width {model.width}) on {dataset.name}: {pictures}; "
+        f"{counted(train.epochs, 'epoch')}, batch {train.batch}, {train.precision}, "
+        f"{train.memory_format}, {train.device}; run folder {path}"
     )
 
 

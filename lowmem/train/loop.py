@@ -16,6 +16,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from lowmem.core.errors import Interrupted, PeerLost, Stuck
+from lowmem.core.units import counted
 from lowmem.data import Pictures
 from lowmem.measure.out_of_memory import Failure
 from lowmem.runs.checkpoint_state import RunState
@@ -290,7 +291,7 @@ class Loop:
             self._save()
             self._finish("stop", reason=MAX_STEPS, step=state.step)
             asked = f"{MAX_STEPS} = {self.t.config.train.max_steps}"
-            self.t.observer.note(f"stopped after {state.step} steps as asked ({asked})")
+            self.t.observer.note(f"stopped after {counted(state.step, 'step')} as asked ({asked})")
             return Outcome(run, False, state)
         name = self.signals.requested = self.signals.requested or why
         self._save()
