@@ -1,6 +1,6 @@
 #!/bin/sh
 # Why the plain net of 110 layers fails: the gradient norms of CNN110 and Res110 at width 8, on a fixed subset of 3,000
-# pictures, for five epochs of the report's schedule (about three minutes on two CPU cores, one each).
+# pictures, for five epochs of the homework report's schedule (about three minutes on two CPU cores, one each).
 #
 #   benchmarks/gradients.sh PICTURES OUT      PICTURES: a folder with train/<class>/* and test/<class>/*
 set -eu

@@ -1,5 +1,5 @@
 #!/bin/sh
-# What the report found, small enough for two CPU cores: its six networks and the two that its author could not train, at
+# What the homework report found, small enough for two CPU cores: its six networks and the two that its author could not train, at
 # width 16 on a fixed subset of the pictures, as one job of `lowmem reproduce`. Repeating the command goes on where it
 # stopped. With RESULTS, what is committed is copied there at the end.
 #

@@ -33,6 +33,8 @@ THREADS = os.environ.get("LOWMEM_TEST_THREADS", "1")
 torch.set_num_threads(int(THREADS))
 # Processes that are started by what is tested (trials, measurements) share the cores just the same.
 os.environ["OMP_NUM_THREADS"] = THREADS
+# Where the width of the terminal is handed on, tables would be printed for it.
+os.environ.pop("COLUMNS", None)
 # The machines that test are busy: no test may fail for being slow.
 hypothesis.settings.register_profile("lowmem", deadline=None)
 hypothesis.settings.load_profile("lowmem")

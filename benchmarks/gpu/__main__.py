@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     collect.add_argument("folders", type=Path, nargs="+", help="what `run` and `train` wrote")
     collect.set_defaults(do=_collect)
 
-    train = commands.add_parser("train", help="a network of the report on real pictures, as many epochs as fit")
+    train = commands.add_parser("train", help="a network of the homework report, as many epochs as fit")
     train.add_argument(
         "--network", default="next", help="like res110 or res110-bottleneck; next: the first not finished"
     )
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, required=True, help="folder of what is to be kept; goes on from what it has")
     train.add_argument("--minutes", type=float, default=9.0, help="limit of this call (9)")
     train.add_argument("--epochs", type=int, help="instead of as many as fit")
-    train.add_argument("--width", type=int, default=64, help="channels of the stem (64, the report's)")
+    train.add_argument("--width", type=int, default=64, help="channels of the stem (64, the homework report's)")
     train.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     train.set_defaults(do=_train)
 

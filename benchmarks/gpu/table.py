@@ -25,7 +25,7 @@ def page(accounts: Accounts, trained: Sequence[Mapping[str, Any]], prepared: Map
             if part.name in accounts:
                 lines += ["", f"## {part.name}: {part.tells}", "", *_rows(accounts[part.name], environment)]
     if trained:
-        lines += ["", "## The report's networks on real pictures", "", *_trained(trained)]
+        lines += ["", "## The homework report's networks on real pictures", "", *_trained(trained)]
     return "\n".join(lines) + "\n"
 
 

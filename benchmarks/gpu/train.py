@@ -1,4 +1,4 @@
-"""The report's networks on real pictures, one a call, so that several short turns on a card add up to the report.
+"""The homework report's networks on real pictures, one a call, so that several short turns add up to all.
 
 What comes back of a turn is `train-NETWORK.json` and the run folder as `train-NETWORK.tar.gz`. With its checkpoints the
 run can go on anywhere; but those of a network of width 64 have 200 to 1,100 MB, which a machine that can be had for
@@ -45,7 +45,8 @@ _HEAVY = ("checkpoints", "weights")
 @dataclass(frozen=True, kw_only=True)
 class Turn:
     """One call. `pictures`: an archive of `train/<class>/*` and `test/<class>/*`, or a folder of them. `network`: a
-    name of the report, or `next`: the first that `out` has not finished. `epochs` None: as many as `minutes` allow."""
+    name of the homework report, or `next`: the first that `out` has not finished. `epochs` None: as many as
+    `minutes` allow."""
 
     network: str
     pictures: Path

@@ -16,6 +16,7 @@ from typing import Any
 from lowmem.choose.planning import choose
 from lowmem.choose.request import Choice, Request
 from lowmem.core.errors import Infeasible, UsageError
+from lowmem.core.units import counted
 from lowmem.distributed.group import Group, even_shares, weighted_shares
 from lowmem.plan.record import Candidate
 
@@ -163,7 +164,7 @@ class Planner:
             sides = "every card for itself, but none in a precision and memory format that all of them take"
             return Infeasible(budget, budget + 1, sides, "give --precision and --memory-format", sides)
         rank, (budget, least, what, way_out) = failed[0]
-        return Infeasible(budget, least, what, way_out, who=f"process {rank} with {even[rank]} pictures")
+        return Infeasible(budget, least, what, way_out, who=f"process {rank} with {counted(even[rank], 'picture')}")
 
 
 def preferred(fitting: Sequence[BatchSplit], recipe_batch: int) -> BatchSplit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lowmem.choose.request import Choice
-from lowmem.core.units import format_size
+from lowmem.core.units import counted, format_size
 from lowmem.plan import picture
 from lowmem.plan.record import Plan
 
@@ -68,8 +68,8 @@ def inexact(plan: Plan) -> str:
     way_out = "; --set memory.allow_accumulation=false refuses it" if tried else ""
     return (
         f"{why}: gradients are accumulated over {plan.accumulation} "
-        f"micro-batches of {plan.micro_batch}. Batch norm then sees {plan.micro_batch} pictures at a time, which is "
-        f"NOT the same computation as the recipe's{way_out}"
+        f"micro-batches of {plan.micro_batch}. Batch norm then sees {counted(plan.micro_batch, 'picture')} at a time, "
+        f"which is NOT the same computation as the recipe's{way_out}"
     )
 
 

@@ -19,7 +19,7 @@ from lowmem.choose.execution import by_kind
 from lowmem.choose.request import REFERENCE_CARD, Budget, Choice, Request, card_rates, of_card
 from lowmem.config.cards import Card, load_card
 from lowmem.core.errors import Infeasible
-from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, format_size, parse_memory
+from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, counted, format_size, parse_memory
 from lowmem.plan.cost import Rates
 from lowmem.plan.evaluate import Solution
 from lowmem.plan.record import Candidate, Plan
@@ -138,7 +138,7 @@ def _plain(choice: Choice) -> Candidate:
     else:
         why = "takes more memory, and cannot give any of it up when memory runs short"
     return Candidate(
-        what=f"plain autograd, {choice.plan.precision}, {choice.plan.micro_batch} pictures at a time",
+        what=f"plain autograd, {choice.plan.precision}, {counted(choice.plan.micro_batch, 'picture')} at a time",
         refused_because=why,
         peak_bytes=peak,
         step_seconds=choice.plain_seconds,

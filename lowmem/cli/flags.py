@@ -99,9 +99,9 @@ FLAGS = (
         "bench": "A network of the family (on the CPU res20, quick: res56; on a card res110).",
     }),
     Flag("--block", "model.block", str, {
-        "train": "basic or bottleneck; default: what the report used.",
+        "train": "basic or bottleneck; default: what is usual for the network.",
         "plan doctor": "basic or bottleneck.",
-        "bench": "basic or bottleneck; default: the report's, for the default res56 and res110 bottleneck.",
+        "bench": "basic or bottleneck; default: the usual, for the default res56 and res110 bottleneck.",
     }),
     Flag("--width", "model.width", int, {_STARTS: "Channels of the stem (64)."}),
     Flag("--width", "model.width", int, {"bench": "Channels of the stem (64; quick: 16)."}, least=1),

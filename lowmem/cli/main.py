@@ -156,12 +156,16 @@ def watch(
 
 
 @command
-def report(runs: Annotated[list[Path], _runs("Run folders.")], out: Path | None, html: bool, tensorboard: bool) -> None:
+def report(
+    runs: Annotated[list[Path], _runs("Run folders, or folders that hold runs.")],
+    out: Path | None,
+    html: bool,
+    tensorboard: bool,
+) -> None:
     """Final errors, loss curves, test-error curves, and pairs with and without shortcuts."""
     from lowmem.cli.show import show_report
     from lowmem.report import write_report
 
-    out = out if out is not None or len(runs) == 1 else Path("report")
     show_report(write_report(runs, out, html=html, tensorboard=tensorboard))
 
 
@@ -254,7 +258,8 @@ def bench(
 
 @command
 def reproduce(given: Given, out: Path, only: str | None, block: str | None, dry_run: bool) -> None:
-    """The report's six runs (Res and CNN of 20, 56 and 110 layers) as one job, then the report.
+    """The six runs of a student's homework report on ResNet against plain nets, on a 6 GB GTX 1060 (Res and CNN of 20,
+    56 and 110 layers), as one job; then a report on them.
 
     The same command goes on with it after Ctrl-C, a kill or a power cut, at the right run and step; what is finished is
     skipped. Settings that are left out are those the job began with.

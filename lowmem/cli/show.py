@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from lowmem.cli.layout import fold, room, table
 from lowmem.cli.terminal import printable, say
 from lowmem.config.schema import Config, cards_of
 from lowmem.config.settings import Settings
 from lowmem.core.errors import ExitCode, Infeasible, PreflightError, UsageError
-from lowmem.core.units import aligned, format_size
+from lowmem.core.units import aligned, counted, format_size
 from lowmem.report.style import FORMATS
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.view import list_runs
@@ -57,7 +58,8 @@ def show_ls(folder: Path, as_json: bool) -> None:
         size, places = format_size(run.size_bytes), more + places[-_MOST_SHOWN:]
         rows.append((name, state, epochs, last, best, size, ", ".join(places)))
         trouble += [f"{name}: {words}" for words in run.trouble]
-    print("\n".join(map(printable, aligned(rows, right={2, 3, 4, 5}) + trouble)))
+    shown, columns = [tuple(map(printable, row)) for row in rows], room()
+    print("\n".join(table(shown, {2, 3, 4, 5}, columns) + fold(list(map(printable, trouble)), columns)))
 
 
 def show_verify(run: Path, as_json: bool) -> ExitCode:
@@ -72,11 +74,11 @@ def show_verify(run: Path, as_json: bool) -> ExitCode:
     if not verified.can_resume:
         outcome = f"cannot be resumed: {verified.obstacle}"
     elif verified.finished:
-        outcome = f"is finished: all {epoch} epochs are in {newest}"
+        outcome = f"is finished: its {counted(epoch, 'epoch')} {'is' if epoch == 1 else 'are'} in {newest}"
     else:
         outcome = f"can be resumed exactly, from {newest}: epoch {epoch + 1}, step {verified.step_in_epoch} of it"
     lines = aligned([(f"{one.status:{_STATUS_COLUMNS}}", one.where, one.what) for one in verified.findings])
-    print("\n".join(map(printable, [*lines, f"{verified.run} {outcome}"])))
+    print("\n".join(fold([*map(printable, lines), printable(f"{verified.run} {outcome}")], room())))
     return ExitCode.DONE if verified.can_resume else ExitCode.CHECKPOINT
 
 
@@ -92,16 +94,16 @@ def show_doctor(config: Config, out: Path | None, as_json: bool) -> ExitCode:
     elif sys.stdout.isatty():
         _print_findings(findings, summary(facts, findings))
     else:
-        print("\n".join([*finding_lines(findings), summary(facts, findings)]))
+        print("\n".join(fold([*finding_lines(findings), summary(facts, findings)], room())))
     return ExitCode.DONE if can_start else ExitCode.PREFLIGHT
 
 
 def summary(facts: Facts, findings: list[Finding]) -> str:
     """The last line: whether training can start, where, and how much there is to mend."""
     failures, warnings = (sum(finding.status == status for finding in findings) for status in ("fail", "warning"))
-    warned = f", with {warnings} warning{'s' * (warnings > 1)}" if warnings else ""
+    warned = f", with {counted(warnings, 'warning')}" if warnings else ""
     if failures:
-        return f"training cannot start: {failures} failure{'s' * (failures > 1)}{warned}"
+        return f"training cannot start: {counted(failures, 'failure')}{warned}"
     device = (facts.execution or {}).get("device")
     where = {"cpu": " on the CPU", "cuda": " on the card"}.get(device or "", "")
     return f"training can start{where}{warned}"
@@ -131,19 +133,18 @@ def _print_findings(findings: list[Finding], last: str) -> None:
 
 def show_report(result: ReportResult) -> None:
     """The report's tables, and where the rest is."""
-    console = Console(highlight=False)
+    from lowmem.report.tables import HOMEWORK
+
+    columns = room()
     for written in result.tables:
-        table = Table(*written.header)
-        for column in table.columns[:2]:
-            column.overflow = "fold"  # a name that is cut off names no run
-        for cells in written.rows:
-            table.add_row(*(Text(cell) for cell in cells))
-        console.print(table)
-    print("against the published setting:")
-    for runs, differs in result.departures:
-        console.print(Text(f"{runs}: {differs}"))
+        rows = [tuple(map(printable, row)) for row in (written.header, *written.rows)]
+        print("\n".join([*table(rows, set(range(written.names, written.numbers)), columns), ""]))
+    said = [f"Against the setting of {HOMEWORK}:", *(f"{runs}: {differs}" for runs, differs in result.departures)]
+    said += [f"not in the report: {why}" for why in result.left_out]
+    print("\n".join(fold(list(map(printable, said)), columns)))
     page = "" if result.page is None else f", and all of it in {result.page}"
-    print(printable(f"written: {result.markdown} and {len(result.figures)} figures beside it{page}"))
+    figures = counted(len(result.figures), "figure")
+    print(printable(f"written: {result.markdown} and {figures} beside it{page}"))
     if result.event_files is not None:
         print(f"curves for TensorBoard: tensorboard --logdir {result.event_files}")
 
@@ -160,6 +161,7 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
     each: who takes how much of the batch, and each one's plan.
 
     Raises Infeasible, UsageError, PreflightError."""
+
     if curve is not None and curve.suffix[1:].lower() not in FORMATS:
         raise UsageError(
             f"--curve {curve}: its suffix says what is drawn: give a name that ends in .{', .'.join(FORMATS)}"
@@ -208,12 +210,11 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
     rate = f"Learning rate {config.optim.lr:g} ({decided.settings.sources['optim.lr']})."
     rates = [rate] if settings.config.memory.auto_batch else []
     if cards:
-        print("\n".join([title, "", *describe_split(split, cards), *rates]))
-        for rank, name in enumerate(cards):
-            print(f"\nProcess {rank}, {name}\n\n{in_full(split.choices[rank])}")
-        return
-    drawn = [] if curve is None else [f"drawn: {curve}"]
-    print("\n\n".join([title, in_full(choice), *rates, *drawn]))
+        parts = ["\n".join([title, "", *describe_split(split, cards), *rates])]
+        parts += [f"Process {rank}, {name}\n\n{in_full(split.choices[rank])}" for rank, name in enumerate(cards)]
+    else:
+        parts = [title, in_full(choice), *rates, *([] if curve is None else [f"drawn: {curve}"])]
+    print("\n".join(fold("\n\n".join(parts).split("\n"), room())))
 
 
 def _draw(choice: Choice, title: str, path: Path) -> Mapping[str, Points]:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from lowmem.cli.streams import unread_is_well
 from lowmem.core.reading import shorten
-from lowmem.core.units import format_duration, format_size
+from lowmem.core.units import format_duration, format_loss, format_size
 from lowmem.distributed.launch import is_led
 from lowmem.runs.rows import Event
 from lowmem.train.observer import Observer, Progress
@@ -59,7 +59,7 @@ def describe_progress(progress: Progress) -> str:
     at, left = progress, progress.seconds_left
     return joined(
         f"epoch {at.epoch}/{at.epochs} [{at.step_in_epoch}/{at.steps_per_epoch}]",
-        at.loss is not None and f"loss {at.loss:.4f}",
+        at.loss is not None and f"loss {format_loss(at.loss)}",
         at.error_pct is not None and f"error {at.error_pct:.2f} %",
         f"lr {at.lr:g}",
         at.images_per_second is not None and f"{at.images_per_second:,.0f} images/s",
@@ -76,7 +76,7 @@ def describe_epoch(row: Mapping[str, Any], epochs: int | None) -> str:
     loss, lr, speed, elapsed = map(row.get, ("train_loss", "lr", "images_per_second", "elapsed_seconds"))
     return joined(
         f"epoch {row['epoch']}/{'?' if epochs is None else epochs}",
-        loss is not None and f"train loss {loss:.4f}",
+        loss is not None and f"train loss {format_loss(loss)}",
         *(error is not None and f"{kind} error {error:.2f} %" for kind, error in errors.items()),
         lr is not None and f"lr {lr:g}",
         speed and f"{speed:,.0f} images/s",

@@ -19,11 +19,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lowmem.cli.layout import fold, room
 from lowmem.cli.terminal import clock, describe_epoch, describe_event, event_line, joined
 from lowmem.config.schema import Config
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import shorten
-from lowmem.core.units import format_duration, format_size
+from lowmem.core.units import format_duration, format_loss, format_size
 from lowmem.runs.folder import refuse_links, run_folders
 from lowmem.runs.lock import lock_decides, read_owner, writer_of
 from lowmem.runs.rows import Event
@@ -153,7 +154,7 @@ def _news(live: Live, epoch: int, last: Event | None) -> list[str]:
 
 
 def _summary(live: Live) -> str:
-    return "\n".join([shorten(live.path), *(f"  {label:8}{text}" for label, text in facts(live))])
+    return "\n".join(fold([shorten(live.path), *(f"  {label:8}{text}" for label, text in facts(live))], room()))
 
 
 def _closing(live: Live) -> str:
@@ -172,7 +173,9 @@ def _closing(live: Live) -> str:
 def facts(live: Live) -> list[tuple[str, str]]:
     """(label, text) of everything that is known, in the order of the screen."""
     saved, quiet = live.checkpoint, live.quiet_seconds
-    loss = f"{live.losses[-1]:.4f}" if live.losses else f"{live.rows[-1].train_loss}" if live.rows else ""
+    mean = live.rows[-1].train_loss if live.rows else None
+    loss = "" if mean is None else f"{format_loss(mean)} (mean of epoch {live.rows[-1].epoch})"
+    loss = f"{format_loss(live.losses[-1])} (of one step)" if live.losses else loss
     known = {
         "state": describe_state(live),
         "run": live.config and _settings(live.config),

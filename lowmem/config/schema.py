@@ -21,7 +21,7 @@ BLOCK_LAYOUT: dict[tuple[int, str], tuple[int, int, int, int]] = {
     (34, "basic"): (3, 4, 6, 3),
     (50, "bottleneck"): (3, 4, 6, 3),
     (56, "basic"): (6, 6, 9, 6),
-    (56, "bottleneck"): (3, 4, 9, 3),  # really 59 layers; the report calls it 56
+    (56, "bottleneck"): (3, 4, 9, 3),  # really 59 layers; the homework report calls it 56
     (101, "bottleneck"): (3, 4, 23, 3),
     (110, "basic"): (9, 16, 20, 9),
     (110, "bottleneck"): (3, 4, 26, 3),
@@ -39,7 +39,7 @@ def canonical_arch(name: str) -> str:
 
 
 def resolve_block(arch: str, block: str | None) -> str:
-    """The block of an architecture: the asked one if the family has it, else what the report used for that depth.
+    """The block of an architecture: the asked one if the family has it, else the homework report's for that depth.
     Raises UsageError for an unknown architecture or a block that the family does not have at that depth."""
     if arch not in ARCHITECTURES:
         raise UsageError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")

@@ -73,9 +73,9 @@ def format_duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
 
 
-def format_count(count: int, what: str) -> str:
-    """`1 epoch`, `3,000 epochs`, `0 pictures`: of what has a plural in s."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+def counted(count: int, what: str) -> str:
+    """`1 epoch`, `3,000 epochs`, `0 pictures`, `2 classes`."""
+    return f"{count:,} {what}{'' if count == 1 else 'es' if what.endswith('s') else 's'}"
 
 
 def format_number(value: float, digits: int) -> str:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from lowmem.config.schema import Config, flatten, known_keys
 from lowmem.config.settings import Settings
 from lowmem.core.errors import UsageError
+from lowmem.core.units import counted
 from lowmem.distributed.launch import Launch, refuse_several
 from lowmem.runs.view import recorded_settings
 from lowmem.train.observer import Observer
@@ -132,10 +133,10 @@ def extend_run(
     before = as_trained(path, recorded)[0].config.train.epochs
     if epochs == before:
         if out is not None:
-            raise UsageError(f"{path} is a run of {epochs} epochs: leave --out out to go on with it")
+            raise UsageError(f"{path} is a run of {counted(epochs, 'epoch')}: leave --out out to go on with it")
         return resume_training(path, changes, observer)
     observer.note(
-        f"{path} is a run of {before} epochs and stays one: with --epochs {epochs} a new run forks off from its newest "
-        "checkpoint"
+        f"{path} is a run of {counted(before, 'epoch')} and stays one: with --epochs {epochs} a new run forks off from "
+        "its newest checkpoint"
     )
     return fork_run(path, at="last", changes={**(changes or {}), "train.epochs": epochs}, out=out, observer=observer)

@@ -20,6 +20,7 @@ from lowmem.config.paths import PICTURES, absolute_paths, started_in
 from lowmem.config.schema import Config, flatten, nest
 from lowmem.config.settings import Settings, from_yaml, refuse_changes, to_yaml
 from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint, UsageError
+from lowmem.core.units import counted
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
 from lowmem.lifecycle.preflight import preflight
@@ -276,10 +277,11 @@ def data_words(config: Config, *commands: str) -> str:
 def _headline(trainer: Trainer, path: Path) -> str:
     model, train, dataset = trainer.config.model, trainer.config.train, trainer.dataset
     held = f", {len(dataset.val):,} held back" if dataset.val is not None else ""
+    pictures = f"{counted(len(dataset.train), 'picture')} to train on{held}, {len(dataset.test):,} to test"
     return (
-        f"{model.arch} ({model.block}, width {model.width}) on {dataset.name}: {len(dataset.train):,} pictures "
-        f"to train on{held}, {len(dataset.test):,} to test; {train.epochs} epochs, batch {train.batch}, "
-        f"{train.precision}, {train.memory_format}, {train.device}; run folder {path}"
+        f"{model.arch} ({model.block}, width {model.width}) on {dataset.name}: {pictures}; "
+        f"{counted(train.epochs, 'epoch')}, batch {train.batch}, {train.precision}, "
+        f"{train.memory_format}, {train.device}; run folder {path}"
     )
 
 

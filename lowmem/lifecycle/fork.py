@@ -21,6 +21,7 @@ from lowmem.config.schema import ONLY_AT_THE_BEGINNING, Config, flatten
 from lowmem.config.settings import Settings
 from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint, LowmemError, PreflightError, UsageError
 from lowmem.core.reading import shorten
+from lowmem.core.units import counted
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
 from lowmem.lifecycle.begin import New, data_words
@@ -195,8 +196,8 @@ class Fork(New):
         classes = old.model["linear.bias"].shape[0]
         if classes != len(dataset.classes):
             raise UsageError(
-                f"{dataset.name} has {len(dataset.classes)} classes, the network tells {classes} apart: a fork keeps "
-                "them"
+                f"{dataset.name} has {counted(len(dataset.classes), 'class')}, the network tells {classes} apart: "
+                "a fork keeps them"
             )
         steps = self._steps = -(-len(dataset.train.labels) // new.train.batch)  # an epoch, the smaller last included
         was = self._was = read_state(old.state, old.step)

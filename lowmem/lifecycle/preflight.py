@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowmem.config.settings import from_yaml
 from lowmem.core.errors import CorruptCheckpoint, DiskError, OutOfMemory, PreflightError, UsageError
-from lowmem.core.units import format_duration, format_size
+from lowmem.core.units import counted, format_duration, format_size
 from lowmem.distributed.group import Group
 from lowmem.lifecycle.run_identity import read_plan
 from lowmem.measure.out_of_memory import Failure, release
@@ -271,7 +271,8 @@ def _time_line(trainer: Trainer, tried: StepTrial, saving_seconds: float) -> str
     scored = len(dataset.test) + (len(dataset.val) if dataset.val is not None else 0)
     evaluation_seconds = tried.evaluation_seconds * scored / tried.evaluation.count / trainer.group.size
     total = steps * step_seconds + epochs * (evaluation_seconds + saving_seconds)
-    left = f"{epochs} epochs of {per_epoch} steps" if steps == to_the_end else f"{steps} steps (train.max_steps)"
+    whole = f"{counted(epochs, 'epoch')} of {counted(per_epoch, 'step')}"
+    left = whole if steps == to_the_end else f"{counted(steps, 'step')} (train.max_steps)"
     return (
         f"time: about {format_duration(total)} for {left}: {tried.step_seconds:.3f} s a step of {tried.step.count} "
         f"pictures, {evaluation_seconds:.1f} s for evaluation and {saving_seconds:.1f} s for saving an epoch"
@@ -282,7 +283,7 @@ def _check_space(trainer: Trainer, path: Path, checkpoint_bytes: int) -> str:
     """The line on disk. Raises PreflightError if there is too little."""
     needed = disk_bytes(trainer.config, trainer.model, trainer.batches.steps_per_epoch, checkpoint_bytes)
     free = shutil.disk_usage(path).free
-    most = f"{most_checkpoints(trainer.config)} checkpoints of {format_size(checkpoint_bytes)}"
+    most = f"{counted(most_checkpoints(trainer.config), 'checkpoint')} of {format_size(checkpoint_bytes)}"
     takes = f"{format_size(needed)} at the most ({most}"
     if free < needed:
         raise PreflightError(

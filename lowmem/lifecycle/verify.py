@@ -16,7 +16,7 @@ from typing import Any, Literal
 from lowmem.config.schema import Config
 from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint
 from lowmem.core.reading import Unreadable, read_limited, shorten
-from lowmem.core.units import format_size
+from lowmem.core.units import counted, format_size
 from lowmem.lifecycle.preflight import tensor_bits
 from lowmem.lifecycle.run_identity import (
     Changes,
@@ -169,7 +169,7 @@ class _Verification:
         except (CorruptCheckpoint, OSError) as error:
             self._add("damaged", name, error)
             return f"{name} cannot be used"
-        words = f"{rows.kept} rows" + (f" up to the checkpoint, {rows.beyond} after it" if rows.beyond else "")
+        words = counted(rows.kept, "row") + (f" up to the checkpoint, {rows.beyond} after it" if rows.beyond else "")
         if rows.cut_off:
             words += ", the last line was cut off"
         if rows.damage is not None:
@@ -192,7 +192,8 @@ class _Verification:
         except (CorruptCheckpoint, OSError) as error:
             self._add("note", path.name, f"{shorten(error, 300)}; a resume goes on all the same, with a new one")
         else:
-            words = f"{rows.kept} rows of {len(layers)} layers" + (f", {rows.damage}" if rows.damage else "")
+            words = f"{counted(rows.kept, 'row')} of {counted(len(layers), 'layer')}"
+            words += f", {rows.damage}" if rows.damage else ""
             self._add("note" if rows.damage else "ok", path.name, words)
 
     def _check_weights(self, path: Path) -> None:
@@ -221,7 +222,7 @@ class _Verification:
     def _check_records(self) -> None:
         """What only colours a report."""
         view = RunView(self._run)
-        words = f"{len(view.events)} lines" if (self._run / "events.jsonl").exists() else "is not there"
+        words = counted(len(view.events), "line") if (self._run / "events.jsonl").exists() else "is not there"
         told = tuple(view.notes)
         self._add("note" if told else "ok", "events.jsonl", "; ".join((words, *told)))
         if not view.env:

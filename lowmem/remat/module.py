@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowmem.core.units import counted
 from lowmem.plan.policy import Keep, Schedule
 from lowmem.plan.record import Plan
 from lowmem.remat.batch_norm import Total
@@ -92,7 +93,9 @@ def apply_plan(model: nn.Module, plan: Plan | Schedule, *, library_norm: bool | 
     if plan.stages != names:
         wrong = next((pair for pair in zip(plan.stages, names, strict=False) if pair[0] != pair[1]), None)
         detail = f"{wrong[0]!r} where the model has {wrong[1]!r}" if wrong else "another number of them"
-        raise ValueError(f"the plan has {len(plan.stages)} stages, the model {len(names)}: {detail}; plan again")
+        raise ValueError(
+            f"the plan has {counted(len(plan.stages), 'stage')}, the model {len(names)}: {detail}; plan again"
+        )
     library_norm = plan.library_norm if library_norm is None else library_norm
     return PlannedModule(model, plan.schedule, library_norm=library_norm)
 

@@ -22,7 +22,8 @@ _Drawing = TypeVar("_Drawing", bound=Callable[..., object])
 @contextmanager
 def _whatever_is_set() -> Iterator[None]:
     """Raises PreflightError for what cannot be helped: a damaged `matplotlibrc` in the working folder comes first."""
-    before = {name: os.environ.get(name) for name in _NEUTRAL}
+    # Where it cannot write, matplotlib names a folder of its own for whatever comes after it.
+    before = {name: os.environ.get(name) for name in (*_NEUTRAL, "MPLCONFIGDIR")}
     log = logging.getLogger("matplotlib")
     level = log.level
     log.setLevel(logging.ERROR)  # that a configuration folder cannot be written to concerns nobody here

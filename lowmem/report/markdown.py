@@ -19,6 +19,7 @@ from itertools import pairwise
 from markdown_it import MarkdownIt
 
 from lowmem.core.reading import escape_markdown
+from lowmem.core.units import counted, format_loss
 from lowmem.report import tables
 from lowmem.report.naming import NamedRun
 from lowmem.report.style import Picture
@@ -26,11 +27,12 @@ from lowmem.report.tables import UNKNOWN, percent, times
 from lowmem.runs.view import RunView
 
 _ERRORS_EXPLAINED = (
-    "Final is the error after the last completed epoch, not the lowest on the way. *Published* are the "
-    "final test errors of the report that these networks come from. It states SGD, momentum 0.9, weight "
-    "decay 1e-4, cross-entropy and CIFAR-10 in colour; batch, epochs, learning rate and augmentation it "
-    "does not state. For those the usual setting is assumed, and what departs from it is marked "
-    f"{escape_markdown(tables.ASSUMED)}. Only a run of which nothing differs compares with the published figure."
+    "Final is the error after the last completed epoch, not the lowest on the way. The *homework report* is "
+    f"{tables.HOMEWORK}, from which these networks and their recipe come. Its final test error stands beside a run "
+    "that was trained as it was, and beside any other what is other about that. It states SGD, momentum 0.9, weight "
+    "decay 1e-4, cross-entropy and CIFAR-10 in colour; batch, epochs, learning rate and augmentation it does not "
+    "state. For those the usual setting is assumed, and what departs from it is marked "
+    f"{escape_markdown(tables.ASSUMED)}."
 )
 
 
@@ -38,11 +40,12 @@ def render(runs: Sequence[NamedRun], pictures: Sequence[Picture]) -> str:
     parts = ["# Training report", "## Final test errors", tables.error_table(runs).to_markdown(), _ERRORS_EXPLAINED]
     there = {run.network for run in runs}
     missing = [f"{name} {percent(error)}" for name, error in tables.PUBLISHED_ERROR_PCT.items() if name not in there]
-    if missing:
-        parts.append(f"Published networks without a run here: {', '.join(missing)}.")
-    parts.append("## What differs from the published setting")
-    departures = tables.departures(runs)
-    parts.append("\n".join(f"- {escape_markdown(whose)}: {escape_markdown(text)}" for whose, text in departures))
+    if missing and any(map(tables.compares, runs)):
+        parts.append(f"The homework report's networks without a run here: {', '.join(missing)}.")
+    parts.append("## What differs from the homework report's setting")
+    parts.append(
+        "\n".join(f"- {escape_markdown(whose)}: {escape_markdown(text)}" for whose, text in tables.departures(runs))
+    )
     parts += ["## Time and memory", tables.resource_table(runs).to_markdown(), tables.RESOURCES_EXPLAINED]
     parts.append("## Figures")
     if not pictures:
@@ -87,11 +90,11 @@ def _run_section(run: NamedRun) -> list[str]:
 def _state(history: RunView) -> str:
     done, asked, last = history.epochs_done, history.config.train.epochs, history.last
     if history.state == "finished":
-        text = f"finished, {asked} epochs"
+        text = f"finished, {counted(asked, 'epoch')}"
     elif last is None:
         text = f"no epoch of {asked} completed yet"
-        logged = [row for row in history.steps if row.loss is not None]
-        text += f"; newest logged step {logged[-1].step:,} with loss {logged[-1].loss:.4g}" if logged else ""
+        logged = [(row.step, row.loss) for row in history.steps if row.loss is not None]
+        text += "".join(f"; newest logged step {at:,} with loss {format_loss(loss)}" for at, loss in logged[-1:])
     else:
         text = f"at epoch {done} of {asked}"
     if history.state == "stopped":
@@ -125,7 +128,7 @@ def _settings(history: RunView) -> str:
     said = [
         f"{model.block} blocks, width {model.width}",
         tables.describe_source(data.source) + ("" if data.augment else ", not augmented"),
-        f"{train.epochs} epochs",
+        counted(train.epochs, "epoch"),
         f"batch {train.batch}" + (f" in micro-batches of {train.micro_batch}" if train.micro_batch else ""),
         f"SGD, lr {optim.lr:g}" + (f", times {schedule.gamma:g} after epochs {drops}" if drops else ""),
         f"momentum {optim.momentum:g}" + (" (Nesterov)" if optim.nesterov else ""),
@@ -133,9 +136,9 @@ def _settings(history: RunView) -> str:
         f"precision {train.precision}",
         f"seed {config.seed}",
         f"low start {schedule.low_start}" if low_start else "",
-        "" if data.train_subset is None else f"{data.train_subset:,} training pictures",
-        "" if data.test_subset is None else f"{data.test_subset:,} test pictures",
-        f"{data.val_split:,} training pictures held back" if data.val_split else "no training pictures held back",
+        "" if data.train_subset is None else counted(data.train_subset, "training picture"),
+        "" if data.test_subset is None else counted(data.test_subset, "test picture"),
+        f"{counted(data.val_split, 'training picture') if data.val_split else 'no training pictures'} held back",
     ]
     return escape_markdown("; ".join(filter(None, said)))
 

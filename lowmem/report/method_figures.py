@@ -189,4 +189,4 @@ def _number(bar: Bar) -> str:
     if bar.measured is None:
         return "not measured"
     shown = f"{bar.measured:,.0f}" if bar.measured >= 100 else f"{bar.measured:.3g}"
-    return f"{shown} ({bar.measured / bar.predicted - 1:+.1%})" if bar.predicted else shown
+    return f"{shown} ({bar.measured / bar.predicted - 1:+z.1%})" if bar.predicted else shown

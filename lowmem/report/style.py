@@ -1,7 +1,7 @@
 """How everything in a figure looks: sizes, the lines of a chart, one look a network and one a way of doing the step.
 
 A look is the same in every figure and whatever else is shown. A residual net is solid and dark, its plain counterpart
-dashed and of another lightness: a pair stays apart in grey print. The six networks of the published report stay apart
+dashed and of another lightness: a pair stays apart in grey print. The six networks of the homework report stay apart
 in normal vision and under each simulated colour blindness by a CIELAB distance of 15 or more (checked in the tests);
 all colours have a contrast of 2.7 or more on white. Ways of doing the step have the colours of Okabe and Ito, and a
 marker that repeats what the colour says.

@@ -1,7 +1,7 @@
-"""The tables of a report: final test errors beside the published ones, with what a run does otherwise than the
-published report, and what each run took.
+"""The tables of a report: final test errors, beside them the published ones where a run has their setting and else what
+it does otherwise; and what each run took.
 
-That report states SGD, momentum 0.9, weight decay 1e-4, cross-entropy, colour pictures of CIFAR-10 and the blocks of
+`HOMEWORK` states SGD, momentum 0.9, weight decay 1e-4, cross-entropy, colour pictures of CIFAR-10 and the blocks of
 each network. It does not state batch, schedule, epochs or augmentation: there the usual setting of these nets stands
 in, which is what the default settings are, and a difference from it is marked with `ASSUMED`.
 """
@@ -15,8 +15,7 @@ from statistics import median
 from typing import Any
 
 from lowmem.config.schema import Config
-from lowmem.core.reading import escape_markdown
-from lowmem.core.units import format_duration, format_size
+from lowmem.core.units import counted, format_duration, format_size
 from lowmem.report.naming import NamedRun
 from lowmem.runs.view import RunView
 
@@ -36,24 +35,27 @@ PUBLISHED_ERROR_PCT: dict[str, float] = {
     "CNN56": 39.03,
     "CNN110": 89.66,  # never left chance
 }
+HOMEWORK = "a student's homework report on ResNet against plain nets, trained on a 6 GB GTX 1060"
 ASSUMED = "*"
 _SOURCES = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST", "shapes": "generated shapes"}
-_NOT_PUBLISHED = "not among the published networks"
-_NEVER_TRAINED = "named in the report, whose author could not train it: there is no figure to hold it against"
+_NOT_PUBLISHED = "not among the networks of the homework report"
+_NEVER_TRAINED = "named in the homework report, whose author could not train it: no figure to hold it against"
 _NAMED = {"Res56-bottleneck", "Res110-bottleneck"}
 _NOTHING = "nothing that the settings show"
 
 
 @dataclass(frozen=True)
 class ReportTable:
-    """Texts under texts, a row a run. The first `names` columns are words, the others numbers."""
+    """Texts under texts, a row a run. The columns from `names` to `numbers` are numbers, the others words."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     names: int
+    numbers: int
 
     def to_markdown(self) -> str:
-        rule = "|" + "---|" * self.names + "---:|" * (len(self.header) - self.names)
+        numbers = range(self.names, self.numbers)
+        rule = "|" + "".join("---:|" if column in numbers else "---|" for column in range(len(self.header)))
         rows = [" | ".join(escape_markdown(cell) for cell in row) for row in self.rows]
         return "\n".join(["| " + " | ".join(self.header) + " |", rule, *(f"| {row} |" for row in rows)])
 
@@ -67,14 +69,28 @@ def times(count: int) -> str:
 
 
 def error_table(runs: Sequence[NamedRun]) -> ReportTable:
-    header = ("Network", "Run", "Epochs", "Final test error", "Published")
+    """The published figure stands only beside what was trained as it was."""
+    header = ("Network", "Run", "Epochs", "Final test error", "Homework report")
     rows = []
     for run in runs:
         done, asked, last = run.history.epochs_done, run.history.config.train.epochs, run.history.last
         epochs = f"{done}" if done >= asked else f"{done} of {asked}"
         error = percent(None if last is None else last.test_error_pct)
-        rows.append((run.network, run.name, epochs, error, percent(PUBLISHED_ERROR_PCT.get(run.network))))
-    return ReportTable(header, tuple(rows), 2)
+        rows.append((run.network, run.name, epochs, error, _published(run)))
+    return ReportTable(header, tuple(rows), 2, 4)
+
+
+def _published(run: NamedRun) -> str:
+    """The figure, or in a word or two each why it is none for this run."""
+    known = PUBLISHED_ERROR_PCT.get(run.network)
+    differs = [] if known is not None else ["network"]
+    differs += [word for word, _ in _departing(run.history)]
+    return f"other {', '.join(dict.fromkeys(differs))}" if differs else percent(known)
+
+
+def compares(run: NamedRun) -> bool:
+    """Whether the published figure of its network is one for it."""
+    return run.network in PUBLISHED_ERROR_PCT and not _departing(run.history)
 
 
 def resource_table(runs: Sequence[NamedRun]) -> ReportTable:
@@ -89,7 +105,7 @@ def resource_table(runs: Sequence[NamedRun]) -> ReportTable:
         resumed = times(history.times_resumed) if history.times_resumed else "no"
         took = (elapsed(history), image_rate(history))
         rows.append((run.name, *took, planned, allocated, reserved, device, resumed))
-    return ReportTable(header, tuple(rows), 1)
+    return ReportTable(header, tuple(rows), 1, 8)
 
 
 def details(history: RunView, kind: str) -> list[Mapping[str, Any]]:
@@ -131,33 +147,44 @@ def describe_source(source: str) -> str:
 
 def differences(history: RunView) -> tuple[str, ...]:
     """In words, all that is known to set the run apart from the published setting; empty if nothing is."""
+    return tuple(text for _, text in _departing(history))
+
+
+def _departing(history: RunView) -> list[tuple[str, str]]:
+    """(what, in words) of each difference."""
     config, usual = history.config, Config()
     model, data, optim, train = config.model, config.data, config.optim, config.train
     done = history.epochs_done
     # What was done to a run whose loss broke.
     back = [detail.get("lr_scale") for detail in details(history, "rollback")]
     scales = [scale for scale in back if isinstance(scale, int | float)]
+    epochs = f"{counted(train.epochs, 'epoch')} instead of {usual.train.epochs}{ASSUMED}"
+    micro = f"batch norm over micro-batches of {train.micro_batch}"
     said = [
-        (0 < done < train.epochs, f"only {done} of its {train.epochs} epochs done"),
-        (done == 0, "no epoch done yet"),
-        (model.width != 64, f"width {model.width} instead of 64"),
-        (data.source != "cifar10", f"{describe_source(data.source)} instead of the original CIFAR-10"),
-        (data.train_subset is not None, f"trained on {data.train_subset or 0:,} pictures instead of 50,000"),
-        (data.test_subset is not None, f"tested on {data.test_subset or 0:,} pictures instead of 10,000"),
-        (data.val_split, f"{data.val_split:,} training pictures held back"),
-        (not data.augment, f"no augmentation instead of crop and flip{ASSUMED}"),
-        (optim.momentum != 0.9, f"momentum {optim.momentum:g} instead of 0.9"),
-        (optim.weight_decay != 1e-4, f"weight decay {optim.weight_decay:g} instead of 0.0001"),
-        (optim.nesterov, "Nesterov momentum"),
-        (optim.lr != usual.optim.lr, f"lr {optim.lr:g} instead of {usual.optim.lr:g}{ASSUMED}"),
-        (config.schedule != usual.schedule, f"another learning-rate schedule{ASSUMED}"),
-        (train.epochs != usual.train.epochs, f"{train.epochs} epochs instead of {usual.train.epochs}{ASSUMED}"),
-        (train.batch != usual.train.batch, f"batch {train.batch} instead of {usual.train.batch}{ASSUMED}"),
-        (0 < (train.micro_batch or 0) < train.batch, f"batch norm over micro-batches of {train.micro_batch}"),
-        (train.precision == "amp", f"mixed precision instead of fp32{ASSUMED}"),
+        (0 < done < train.epochs, "epochs", f"only {done} of its {train.epochs} epochs done"),
+        (done == 0, "epochs", "no epoch done yet"),
+        (model.width != 64, "width", f"width {model.width} instead of 64"),
+        (data.source != "cifar10", "data", f"{describe_source(data.source)} instead of the original CIFAR-10"),
+        (data.train_subset is not None, "data", f"trained on {_pictures(data.train_subset)} instead of 50,000"),
+        (data.test_subset is not None, "data", f"tested on {_pictures(data.test_subset)} instead of 10,000"),
+        (data.val_split, "data", f"{counted(data.val_split, 'training picture')} held back"),
+        (not data.augment, "augmentation", f"no augmentation instead of crop and flip{ASSUMED}"),
+        (optim.momentum != 0.9, "momentum", f"momentum {optim.momentum:g} instead of 0.9"),
+        (optim.weight_decay != 1e-4, "weight decay", f"weight decay {optim.weight_decay:g} instead of 0.0001"),
+        (optim.nesterov, "momentum", "Nesterov momentum"),
+        (optim.lr != usual.optim.lr, "lr", f"lr {optim.lr:g} instead of {usual.optim.lr:g}{ASSUMED}"),
+        (config.schedule != usual.schedule, "schedule", f"another learning-rate schedule{ASSUMED}"),
+        (train.epochs != usual.train.epochs, "epochs", epochs),
+        (train.batch != usual.train.batch, "batch", f"batch {train.batch} instead of {usual.train.batch}{ASSUMED}"),
+        (0 < (train.micro_batch or 0) < train.batch, "batch norm", micro),
+        (train.precision == "amp", "precision", f"mixed precision instead of fp32{ASSUMED}"),
     ]
-    rescued = [f"{scales[-1]:g} of the learning rate after its loss broke"] if scales else []
-    return (*(text for differs, text in said if differs), *rescued)
+    rescued = [("lr", f"{scales[-1]:g} of the learning rate after its loss broke")] if scales else []
+    return [(word, text) for differs, word, text in said if differs] + rescued
+
+
+def _pictures(count: int | None) -> str:
+    return counted(count or 0, "picture")
 
 
 def departures(runs: Sequence[NamedRun]) -> tuple[tuple[str, str], ...]:

@@ -17,7 +17,7 @@ from lowmem.choose.execution import refuse_unsafe, resolve_execution, wants_plan
 from lowmem.choose.explain import cost
 from lowmem.config.schema import for_process
 from lowmem.core.errors import ExitCode, Infeasible, Interrupted, LowmemError, PreflightError, UsageError
-from lowmem.core.units import aligned, format_duration, format_size
+from lowmem.core.units import aligned, counted, format_duration, format_size
 from lowmem.data import Dataset, load
 from lowmem.models import skeleton
 from lowmem.plan.record import Plan
@@ -83,11 +83,14 @@ def look_ahead(
             f"the job needs {format_size(needed)} more at the most, {job.path} has {format_size(free)} free: free some "
             "space, keep fewer checkpoints, train fewer runs with --only, or choose another folder with --out"
         )
-    each = f"{'run' if len(runs) == 1 else 'runs'} of {config.train.epochs} epochs at width {config.model.width}"
-    pictures = f"{len(dataset.train):,} pictures of {dataset.name} to train on, {len(dataset.test):,} to test"
+    each = f"of {counted(config.train.epochs, 'epoch')} at width {config.model.width}"
+    pictures = f"{counted(len(dataset.train), 'picture')} of {dataset.name} to train on, {len(dataset.test):,} to test"
     rows, time = times_left(runs, measured)
     disk = f"at most {format_size(needed)} more, {format_size(free)} free"
-    first, last = f"job {job.path}: {len(runs)} {each}, {pictures}", f"time left in all: {time}; disk: {disk}"
+    first, last = (
+        f"job {job.path}: {counted(len(runs), 'run')} {each}, {pictures}",
+        f"time left in all: {time}; disk: {disk}",
+    )
     for line in (first, *rows, last):
         observer.note(line)
     weights = {**job.weights, **{run.member.name: run.weight for run in runs}}

@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 from lowmem.config.settings import Settings
 from lowmem.core.errors import ExitCode, Interrupted, LowmemError, PreflightError, UsageError
 from lowmem.core.reading import RECORD_LIMIT_BYTES, parse_json
+from lowmem.core.units import counted
 from lowmem.reproduce.job import ALL, Asked, Job, Member, ask, held
 from lowmem.reproduce.progress import Standing, standing_of
 from lowmem.runs.atomic import write_bytes_atomic
@@ -181,7 +182,7 @@ def refuse_interrupted(asked: Asked, conductor: Conductor, where: str) -> None:
 
 def _words(standing: Standing) -> str:
     if standing.state == "finished":
-        return f"is finished ({standing.epochs} epochs)"
+        return f"is finished ({counted(standing.epochs, 'epoch')})"
     if standing.state == "stopped":
         return f"was stopped at step {standing.step} as asked (train.max_steps)"
     if not standing.begun:

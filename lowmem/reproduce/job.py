@@ -38,7 +38,7 @@ class Member:
 
 # The cheapest first: what is wrong with the machine or the settings shows within the first hours.
 REPORTED = tuple(Member(name, name, "basic") for name in ("res20", "cnn20", "res56", "cnn56", "res110", "cnn110"))
-# Those that the report names and its author's card was too small for.
+# Those that the homework report names and its author's card was too small for.
 BOTTLENECK = tuple(Member(f"{arch}-bottleneck", arch, "bottleneck") for arch in ("res56", "res110"))
 ALL = REPORTED + BOTTLENECK
 

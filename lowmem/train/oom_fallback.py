@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from lowmem.core.errors import OutOfMemory
-from lowmem.core.units import format_size
+from lowmem.core.units import counted, format_size
 from lowmem.measure import Snapshot, who_holds
 from lowmem.measure.out_of_memory import Failure, attempt, release
 from lowmem.plan.record import Plan
@@ -65,7 +65,9 @@ class OomFallback:
                 return result
             self.eval_batch //= 2
             self.record(result, evaluation_batch=self.eval_batch)
-            self._t.observer.warning(f"{result.words}: evaluating {self.eval_batch} pictures at a time from here on")
+            self._t.observer.warning(
+                f"{result.words}: evaluating {counted(self.eval_batch, 'picture')} at a time from here on"
+            )
         return result
 
     def saved(self, work: Callable[[], T]) -> T:
@@ -109,7 +111,9 @@ class OomFallback:
         if (count := self._pressure.retries(device)) is not None:
             # An allocation that failed and was had all the same: while it fails, cuDNN passes over engines in silence.
             self._folder.event("allocator-retries", step=step, count=count, memory=memory_fields(device))
-            self._t.observer.note(f"the allocator has emptied its cache {count} times to go on: memory is tight")
+            self._t.observer.note(
+                f"the allocator has emptied its cache {counted(count, 'time')} to go on: memory is tight"
+            )
 
     def verdict(self) -> Verdict:
         """REPLAN while memory runs short here, unless that was said in vain before."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowmem.config.schema import BEFORE, OPERATIONAL, Config, flatten
 from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint
 from lowmem.core.reading import shorten
+from lowmem.core.units import counted
 from lowmem.data import Dataset, Pictures, TrainBatches, eval_batches
 from lowmem.distributed.group import Group, Split, even_shares
 from lowmem.measure import Meter
@@ -235,8 +236,9 @@ def check_position(state: RunState, steps_per_epoch: int) -> None:
     """Raises CorruptCheckpoint for a place that a run of epochs of `steps_per_epoch` never comes to."""
     if state.step_in_epoch > steps_per_epoch or state.step != state.epoch * steps_per_epoch + state.step_in_epoch:
         raise CorruptCheckpoint(
-            f"the checkpoint is at step {state.step}, which is not epoch {state.epoch} and {state.step_in_epoch} steps "
-            f"of {steps_per_epoch} an epoch: restore the run's own files, or start another run"
+            f"the checkpoint is at step {state.step}, which is not epoch {state.epoch} and "
+            f"{counted(state.step_in_epoch, 'step')} of {steps_per_epoch} an epoch: restore the run's own "
+            "files, or start another run"
         )
 
 

@@ -66,6 +66,25 @@ def test_what_fits_nowhere_is_two_lines_and_code_4(capsys: pytest.CaptureFixture
     assert code == 0, err
 
 
+def test_a_picture_of_no_known_kind_is_refused_before_anything_is_planned(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowmem.choose.decide.decide", lambda *_, **__: pytest.fail("planned"))
+    for name in ("curve.bmp", "curve", "curve.png.gz"):
+        code, out, err = _leave(capsys, *ONE_MODE, "--vram", "4M", "--curve", str(tmp_path / name))
+        assert (code, out) == (2, "")
+        assert ".png, .jpg, .jpeg, .svg, .pdf" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_for_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    code, out, _ = _leave(capsys, *ONE_MODE, "--card", "gtx1060-6g")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 40
+    assert "123 MiB" in out
+
+
 def test_a_picture_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, _, err = _leave(capsys, *ONE_MODE, "--tensors", "4M", "--curve", str(tmp_path / "none" / "curve.png"))
     assert code == 3

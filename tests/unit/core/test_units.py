@@ -7,7 +7,10 @@ from lowmem.core.units import (
     LEAST_CARD_BYTES,
     LEAST_TENSORS_BYTES,
     MIB,
+    counted,
     format_duration,
+    format_loss,
+    format_number,
     format_size,
     parse_memory,
     parse_size,
@@ -74,3 +77,31 @@ def test_the_least_that_is_taken() -> None:
     assert parse_memory("100K", LEAST_TENSORS_BYTES) == 100 * 1024
     with pytest.raises(ValueError, match="did you mean 65535M"):
         parse_memory(65535, LEAST_TENSORS_BYTES)
+
+
+def test_counts() -> None:
+    said = [counted(n, what) for n, what in ((0, "epoch"), (1, "epoch"), (3000, "picture"), (1, "class"), (2, "class"))]
+    assert said == ["0 epochs", "1 epoch", "3,000 pictures", "1 class", "2 classes"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.30004, "0.30"),
+        (128.3, "128"),
+        (1234.5, "1,234"),
+        (9341813685810.4258, "9.3e12"),
+        (-7.02e-9, "-7.0e-9"),
+        (0.0036, "0.0036"),
+        (float("nan"), "nan"),
+        (float("-inf"), "-inf"),
+    ],
+)
+def test_numbers_of_any_size_have_few_digits(value: float, text: str) -> None:
+    assert format_number(value, 2) == text
+
+
+def test_losses() -> None:
+    losses = (2.320075263977051, 0.00002, 12345.678, 9341813685810.4258, float("nan"))
+    assert [format_loss(loss) for loss in losses] == ["2.3201", "0.0000", "12,346", "9.342e12", "nan"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from itertools import combinations, pairwise
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from lowmem.core.units import MIB
@@ -109,6 +111,7 @@ RES20: dict[str, list[tuple[int, float]]] = {
     "checkpoint every k-th block": [(69593688, 0.2597)],
     "plain PyTorch": [(169346560, 0.0)],
 }
+CROWDS = (1, 2, 7)
 FEW = {name: points[:: max(1, len(points) // 4)] for name, points in RES110.items()}
 
 
@@ -138,6 +141,10 @@ def collisions(figure: Figure) -> list[str]:
     for text, box in boxes.items():
         if box.x0 < frame.x0 or box.y0 < frame.y0 or box.x1 > frame.x1 or box.y1 > frame.y1:
             found.append(f"{text} outside")
+        leaders = [one.arrow_patch for one in axes.texts if isinstance(one, Annotation) and one.arrow_patch is not None]
+        for leader in leaders:
+            if leader.get_path().transformed(leader.get_transform()).intersects_bbox(box.padded(-6), filled=False):
+                found.append(f"a leader through {text}")
         for line in axes.lines:
             path = line.get_path().transformed(line.get_transform())
             if line.get_linestyle() != "None" and path.intersects_bbox(box, filled=False):
@@ -175,6 +182,17 @@ def test_measured_curves_too() -> None:
         for name, points in FEW.items()
     }
     assert collisions(figure_of(draw_bench, "res110", curves, "peak")) == []
+
+
+@pytest.mark.parametrize("seed", CROWDS)
+def test_no_leader_runs_through_a_label(seed: int) -> None:
+    """Seven ways close together: some have to stand far off."""
+    drawn = random.Random(seed)
+    curves: dict[str, list[MeasuredPoint]] = {}
+    for name in METHOD_STYLES:
+        mib, ratio = drawn.uniform(60, 130), drawn.uniform(0.95, 1.3)
+        curves[name] = [MeasuredPoint(mib, mib, ratio, ratio - 0.03, ratio + 0.03)]
+    assert not [words for words in collisions(figure_of(draw_bench, "crowd", curves, "peak")) if "leader" in words]
 
 
 def test_the_same_place_each_time() -> None:

@@ -19,14 +19,14 @@ from tests.unit.report.fake_runs import MakeRun, named, write_run
         ("res20", "basic", "8.08 %"),
         ("res110", "basic", "7.46 %"),
         ("cnn110", "basic", "89.66 %"),
-        ("res110", "bottleneck", "–"),  # never trained by the report: it did not fit
-        ("res56", "bottleneck", "–"),
-        ("res50", "bottleneck", "–"),
-        ("cnn34", "basic", "–"),
+        ("res110", "bottleneck", "other network"),  # never trained by the report: it did not fit
+        ("res56", "bottleneck", "other network"),
+        ("res50", "bottleneck", "other network"),
+        ("cnn34", "basic", "other network"),
     ],
 )
 def test_matches_by_architecture_and_block(tmp_path: Path, arch: str, block: str, error: str) -> None:
-    (row,) = error_table(named(write_run(tmp_path / "run", arch, model__block=block))).rows
+    (row,) = error_table(named(write_run(tmp_path / "run", arch, done=164, epochs=164, model__block=block))).rows
     assert row[-1] == error
 
 
@@ -92,7 +92,7 @@ def test_what_all_have_in_common_is_said_once(make_run: MakeRun) -> None:
     assert said_of(*runs) == [
         ("all 3 runs", "width 16 instead of 64; 5 epochs instead of 164*; batch 64 instead of 128*"),
         ("cnn20 also", "only 3 of its 5 epochs done"),
-        ("res56 also", "named in the report, whose author could not train it: there is no figure to hold it against"),
+        ("res56 also", "named in the homework report, whose author could not train it: no figure to hold it against"),
     ]
     assert said_of(*runs[:2])[0][0] == "both runs"
 
@@ -103,7 +103,7 @@ def test_runs_that_share_nothing(make_run: MakeRun) -> None:
     assert said_of(right, wrong, other) == [
         ("res20", "nothing that the settings show"),
         ("cnn20", "lr 0.2 instead of 0.1*"),
-        ("res50", "not among the published networks"),
+        ("res50", "not among the networks of the homework report"),
     ]
 
 

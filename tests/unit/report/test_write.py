@@ -42,9 +42,35 @@ def test_a_run_given_twice_counts_once(make_run: MakeRun) -> None:
     assert len(write_report([run, run / ".." / "res20"]).tables[0].rows) == 1
 
 
-def test_several_runs_need_a_folder(six_runs: list[Path]) -> None:
-    with pytest.raises(UsageError, match="--out"):
-        write_report(six_runs)
+def test_several_runs_have_a_folder_here(six_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert write_report(six_runs[:2]).markdown == Path("report/report.md")
+
+
+def test_the_runs_in_a_folder(make_run: MakeRun, tmp_path: Path) -> None:
+    """What is no run and what cannot be read is named, and hides no other; what is not finished is one of them."""
+    make_run("res20")
+    make_run("cnn20", done=2)
+    make_run("res56", name="group/deep", done=0)
+    (make_run("cnn56") / "config.yaml").write_text("train: {epochs: -1}\n", encoding="utf-8")
+    runs = tmp_path / "runs"
+    (runs / "notes").mkdir()
+    (runs / "notes.txt").write_text("no run", encoding="utf-8")
+    for _ in range(2):  # an earlier report is none of them
+        result = write_report([runs], runs / "report")
+        assert [row[1:3] for row in result.tables[0].rows] == [("res20", "5"), ("deep", "0 of 5"), ("cnn20", "2 of 5")]
+        damaged, other = result.left_out
+        assert str(runs / "cnn56") in damaged
+        assert other == f"{runs / 'notes'} holds no run"
+
+
+def test_a_folder_without_a_run_to_report(make_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no run in"):
+        write_report([tmp_path / "empty"])
+    (make_run("cnn56") / "config.yaml").write_text("train: {epochs: -1}\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"can be read: .*cnn56"):
+        write_report([tmp_path / "runs"])
 
 
 def test_nothing_is_written_if_a_run_is_missing(make_run: MakeRun, tmp_path: Path) -> None:
