@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from lowmem.config.schema import Config
+from lowmem.core.reading import escape_markdown
 from lowmem.core.units import counted, format_duration, format_size
 from lowmem.report.naming import NamedRun
 from lowmem.runs.view import RunView
