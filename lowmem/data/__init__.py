@@ -49,13 +49,15 @@ def load(config: DataConfig, seed: int, *, progress: Progress | None = None) -> 
         held = choose_balanced(train.labels.numpy(), classes, count, derive_seed(seed, "val_split"))
         kept = np.setdiff1d(np.arange(len(train)), held, assume_unique=True)
         train, val = train.take(kept), train.take(held)
+    if progress is not None:
+        progress("computing the pictures' mean, deviation and fingerprint")
     mean, std = statistics(train)
     return Dataset(source.name, source.classes, train, val, test, mean, std, fingerprint(train, val, test))
 
 
 def _read(config: DataConfig, progress: Progress | None) -> Source:
     if config.source in DOWNLOADABLE:
-        return DOWNLOADABLE[config.source].read(Path(config.root).expanduser(), config.download)
+        return DOWNLOADABLE[config.source].read(Path(config.root).expanduser(), config.download, progress)
     if config.source == "shapes":
         return shapes.generate()
     from lowmem.data import folder  # Pillow

@@ -82,6 +82,7 @@ class New:
         if self.dry_run:
             trainer.observer.note("dry run: everything is fit to start, and nothing was left behind")
             return False
+        trainer.observer.phase("saving the first checkpoint")
         trainer.record_plans(folder)
         trainer.group.lead(lambda: self._write_first(trainer, folder), None)
         self._resumable = True
@@ -131,6 +132,7 @@ class Resume:
         folder = self._folder
         if folder.taken_over is not None:
             observer.note(f"{self.path} is taken over from {folder.taken_over}, which ended without leaving it")
+        observer.phase("reading the newest checkpoint and verifying it")
         saved, where, self._skipped = checkpoints.load_newest(
             folder.checkpoints, belongs_to(config), most_bytes(config)
         )

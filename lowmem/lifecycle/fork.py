@@ -143,6 +143,7 @@ class Fork(New):
         """Raises UsageError if nothing changes, the network would, or there is no such checkpoint."""
         settings = self._wanted = resolve_execution(changed(self._begun, self.given, self.source))
         self._changes = check(self._begun.config, settings.config)
+        observer.phase("reading the old run's checkpoint and verifying it")
         self._point = find(self._run, self._old, self._at)
         self._refuse_place(settings.config)
         refuse_existing(self.path)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from lowmem.config.schema import Config
 from lowmem.core.errors import CorruptCheckpoint
+from lowmem.core.phases import Phase, untold
 from lowmem.core.reading import Unreadable, read_limited, shorten
 from lowmem.core.units import format_size
 from lowmem.lifecycle.preflight import tensor_bits
@@ -63,15 +64,16 @@ class Verified:
         return json.dumps({"can_resume": self.can_resume, **asdict(self), "run": os.fspath(self.run)}, indent=1)
 
 
-def verify(run: Path) -> Verified:
+def verify(run: Path, phase: Phase = untold) -> Verified:
     """Raises UsageError if it is no run or its config.yaml cannot be used; what else is damaged, the result says."""
-    return _Verification(run, recorded_settings(run).config).result()
+    return _Verification(run, recorded_settings(run).config, phase).result()
 
 
 class _Verification:
     """What was found so far. A check that returns words says why a resume could not go on."""
 
-    def __init__(self, run: Path, config: Config) -> None:
+    def __init__(self, run: Path, config: Config, phase: Phase) -> None:
+        self._phase = phase
         self._run, self._config, self._most_bytes = run, config, most_bytes(config)
         self._shapes = network_shapes(config)
         self._findings: list[FileFinding] = []
@@ -81,6 +83,7 @@ class _Verification:
         self._add("ok", "config.yaml", "every setting is known and valid")
         self._check_lock()
         self._check_checkpoints()
+        self._phase("verifying rows and weights")
         newest = next(iter(self._good), None)
         state = {} if newest is None else self._good[newest].state["run"]
         obstacles = [self._check_plan()]
@@ -108,7 +111,8 @@ class _Verification:
         if not paths:
             self._add("damaged", "checkpoints", "there are none")
         check = belongs_to(self._config)
-        for path in paths:
+        for done, path in enumerate(paths):
+            self._phase("verifying checkpoints", done, len(paths))
             where = f"checkpoints/{path.name}"
             try:
                 saved = load(path, self._most_bytes)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem.core.errors import DiskError, UsageError
+from lowmem.core.phases import Phase, untold
 from lowmem.core.reading import shorten
 from lowmem.report.markdown import render, to_page
 from lowmem.report.naming import in_order, name_runs
@@ -31,7 +32,12 @@ class ReportResult:
 
 
 def write_report(
-    runs: Sequence[Path], out: Path | None = None, *, html: bool = False, tensorboard: bool = False
+    runs: Sequence[Path],
+    out: Path | None = None,
+    *,
+    html: bool = False,
+    tensorboard: bool = False,
+    phase: Phase = untold,
 ) -> ReportResult:
     """Write report.md and its figures to `out`, by default to `report/` in the run if there is only one; with `html`
     the same as one page, with `tensorboard` each run's event file in a folder of its own. Figures of an earlier report
@@ -39,11 +45,9 @@ def write_report(
 
     Raises UsageError before anything is written if a run cannot be read or there is no telling where to write, and
     DiskError if the folder refuses."""
-    # matplotlib takes a second, and not all who import this draw
-    from lowmem.report.figures import draw_gradients, draw_training
-
     if not runs:
         raise UsageError("no run given: lowmem report runs/res20 [runs/cnn20 ...]")
+    phase("reading runs")
     once = {Path(run).resolve(): Path(run) for run in runs}  # one that is given twice counts once
     named = name_runs(in_order([read_run(run) for run in once.values()]))
     if out is None:
@@ -52,6 +56,10 @@ def write_report(
         out = named[0].history.path / "report"
     if tensorboard:
         require_tensorboard()
+    phase("drawing figures")
+    # matplotlib takes a second, and not all who import this draw
+    from lowmem.report.figures import draw_gradients, draw_training
+
     pictures = [*draw_training(named), *draw_gradients(named)]
     text = render(named, pictures)
     result = ReportResult(
