@@ -41,6 +41,8 @@ class Heard(Observer):
         self.warnings: list[str] = []
         self.rows: list[Mapping[str, Any]] = []  # of metrics.csv
         self.progresses: list[Progress] = []
+        self.steps: list[Progress] = []
+        self.phases: list[tuple[str, int | None, int | None]] = []
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -53,6 +55,12 @@ class Heard(Observer):
 
     def progress(self, progress: Progress) -> None:
         self.progresses.append(progress)
+
+    def step(self, progress: Progress) -> None:
+        self.steps.append(progress)
+
+    def phase(self, what: str, done: int | None = None, total: int | None = None) -> None:
+        self.phases.append((what, done, total))
 
 
 def make_run(path: Path, *changes: str) -> Path:

@@ -154,7 +154,8 @@ class Predictor:
         since the card may have to be asked for it."""
         # On the CPU a run needs a budget, and gets each cell's own.
         config = self._config_for(tensors=None if self.setup.on_card else _PLENTY)
-        asked = request_of(config, 10, self.setup.pictures, calibrator_of(config, self._tell))
+        calibrator = calibrator_of(config, self._tell, lambda what, *_: self._tell(what))
+        asked = request_of(config, 10, self.setup.pictures, calibrator)
         rough = replace(asked, calibrator=None)
         if asked.budget.on_card:  # measured workspaces are in what was simulated
             rough = replace(rough, known={}, budget=replace(asked.budget, workspace_bytes=workspace_cap_bytes()))

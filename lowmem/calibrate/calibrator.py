@@ -25,6 +25,7 @@ from torch import nn
 from lowmem.calibrate.device import DeviceFacts, Identity
 from lowmem.calibrate.measuring import BUSY_BATCHES, RATED, Figures, Job, measure
 from lowmem.calibrate.stage_timer import FAST, PLAIN, Mode, Seconds, Timed
+from lowmem.core.phases import Phase, untold
 from lowmem.core.reading import read_json
 from lowmem.core.units import LARGEST
 from lowmem.models.resnet import ResNet, check_memory_format
@@ -169,8 +170,8 @@ class Workspaces:
 
 @dataclass(frozen=True)
 class Calibrator:
-    """One device and what is known of it; measures what is not. `progress` hears a sentence when that takes seconds;
-    `facts`: of a CUDA device; `numerics`: of the runs that are predicted; `measure`: what does the jobs."""
+    """One device and what is known of it; measures what is not. `phase` hears what is being measured, `progress` what
+    was; `facts`: of a CUDA device; `numerics`: of the runs that are predicted; `measure`: what does the jobs."""
 
     device: str
     calibration: Calibration
@@ -178,6 +179,7 @@ class Calibrator:
     facts: DeviceFacts | None = None
     numerics: Numerics = field(default_factory=Numerics)
     measure: Callable[[Sequence[Job], str, Numerics], Figures] = measure
+    phase: Phase = untold
 
     def workspaces(self, precision: str, calls: Callable[[], set[Call]]) -> Workspaces | None:
         """Of `calls`, measured where they were not before; None on the CPU, whose kernels do not take theirs from a
@@ -276,10 +278,10 @@ class Calibrator:
             return
         began = time.monotonic()
         word = "card" if self.device == "cuda" else "processor"
-        self.progress(f"measuring the {word}, once: {what}")
+        self.phase(f"measuring the {word}, once: {what}")
         self.calibration.figures.update(self.measure(jobs, self.device, self.numerics))
         self.calibration.save()
-        self.progress(f"measured in {time.monotonic() - began:.0f} s")
+        self.progress(f"measured the {word}, once, in {time.monotonic() - began:.0f} s: {what}")
 
 
 def _way(shape: StepShape) -> tuple[str, str]:

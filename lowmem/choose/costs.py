@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowmem.calibrate.calibrator import StageTimes
 from lowmem.calibrate.stage_timer import FAST, PLAIN, Seconds, Timed
 from lowmem.config.schema import OptimConfig
+from lowmem.core.phases import Phase, untold
 from lowmem.plan.cost import ChainCost, KernelWork, Rates, StageCost
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, PolicyKind
 from lowmem.remat import decompose
@@ -60,9 +61,10 @@ def measure_costs(
     shape: StepShape,
     workspace: Callable[[Call], int] | None = None,
     options: Callable[[Stage], Sequence[Option]] | None = None,
+    phase: Phase = untold,
 ) -> ChainMeasure:
     """Bytes and operations of a step, whose model is not touched. `workspace`: see `lowmem.simulate.Recorder`.
-    `options`: per stage, by default all that are worth having."""
+    `options`: per stage, by default all that are worth having. `phase` hears how many stages are done."""
     execution = shape.execution
     with FakeTensorMode():
         recorder = Recorder(workspace)
@@ -70,14 +72,17 @@ def measure_costs(
         x = torch.empty(shape.micro_batch, *shape.image_shape).contiguous(memory_format=execution.torch_memory_format)
         stages = decompose(model)
         measured = measure_chain(stages, options or _options, x, recorder, execution.amp_dtype, shape.library_norm)
-        measures = tuple(measured)
+        measures = []
+        for measure in measured:
+            measures.append(measure)
+            phase(f"planning: costs of each block at batch {shape.micro_batch}", len(measures), len(stages))
         momentum = OptimConfig(momentum=0.9 if shape.momentum else 0.0)
         optimizer = make_optimizer(model, momentum, execution.device)
         step = TrainStep(model, optimizer, make_scaler(execution), execution, shape.micro_batch)
         held = (*model.parameters(), *model.buffers(), *optimizer_tensors(optimizer), *Undo(step, model).copies)
         return ChainMeasure(
             names=tuple(stage.name for stage in stages),
-            stages=measures,
+            stages=tuple(measures),
             fixed_bytes=sum(tensor.nbytes for tensor in held) + x.nbytes * shape.accumulation,
             parameter_bytes=sum(parameter.nbytes for parameter in model.parameters()),
             accumulates=shape.accumulation > 1,

@@ -63,6 +63,9 @@ class Listener(Protocol):
     def warning(self, text: str) -> None:
         return
 
+    def phase(self, what: str, done: int | None = None, total: int | None = None) -> None:
+        return
+
 
 class Silence(Listener):
     """Nobody."""
@@ -109,6 +112,7 @@ def decide(
     if not (wants_plan(config) or on_paper):
         return Decision(settings, None, _split(group, config, None), changed=recorded is not None)
 
+    tell.phase("planning")
     auto = config.memory.auto_batch and recorded is None
     anew = recorded is None or recorded.fork or not plans
     requests = _requests(config, data, group, tell, on_paper=on_paper, recalibrate=recalibrate)
@@ -130,7 +134,7 @@ def decide(
     # A run that goes on keeps what it computes; its parts on other processes are new to their cards.
     if confirm is not None and (recorded is None or (anew and not recorded.fork and not group.alone)):
         choice, event = _confirmed(confirm, settled.config, splits, own, group, tell)
-    choice = group.together(lambda: with_ladder(choice))
+    choice = group.together(lambda: with_ladder(choice, tell.phase))
     tell.note(explain_ladder(choice.plan))
     return Decision(
         settings=_settled(settings, choice.plan, own.reasons, auto=auto),
@@ -149,8 +153,9 @@ def _requests(
 
     def request(rank: int) -> Request:
         local = for_process(config, rank, size)
-        calibrator = calibrator_of(local, tell.note, fresh=recalibrate)
-        return request_of(local, data.classes, data.train_pictures or 0, calibrator, joint=size > 1)
+        calibrator = calibrator_of(local, tell.note, tell.phase, fresh=recalibrate)
+        request = request_of(local, data.classes, data.train_pictures or 0, calibrator, joint=size > 1)
+        return replace(request, phase=tell.phase)
 
     return group.together(lambda: {rank: request(rank) for rank in (range(size) if on_paper else (group.rank,))})
 

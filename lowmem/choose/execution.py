@@ -30,6 +30,7 @@ from lowmem.config.cards import Card, find_card, has_tensor_cores, load_card
 from lowmem.config.schema import Config, TrainConfig, for_process
 from lowmem.config.settings import Settings
 from lowmem.core.errors import PreflightError, UsageError
+from lowmem.core.phases import Phase, untold
 from lowmem.core.reading import user_cache_folder
 from lowmem.core.units import format_size
 from lowmem.measure.cuda import torch_build
@@ -241,7 +242,9 @@ def _order(seconds: Mapping[str, float], device: str) -> tuple[tuple[str, ...], 
 # -- what is to be planned ---------------------------------------------------------------------------------------------
 
 
-def calibrator_of(config: Config, progress: Progress = lambda text: None, *, fresh: bool = False) -> Calibrator | None:
+def calibrator_of(
+    config: Config, progress: Progress = lambda text: None, phase: Phase = untold, *, fresh: bool = False
+) -> Calibrator | None:
     """What measures the device at hand, if predictions are to follow it. `fresh`: measure everything again. Raises
     PreflightError for a CUDA device that does not answer."""
     device = config.train.device
@@ -262,7 +265,7 @@ def calibrator_of(config: Config, progress: Progress = lambda text: None, *, fre
         calibration = Calibration(cpu_identity(), folder)
     if fresh:
         calibration.figures.clear()
-    return Calibrator(device, calibration, progress, facts=facts, numerics=numerics)
+    return Calibrator(device, calibration, progress, facts=facts, numerics=numerics, phase=phase)
 
 
 def budget_of(

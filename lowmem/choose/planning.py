@@ -19,6 +19,7 @@ from lowmem.choose.execution import by_kind
 from lowmem.choose.request import REFERENCE_CARD, Budget, Choice, Request, card_rates, of_card
 from lowmem.config.cards import Card, load_card
 from lowmem.core.errors import Infeasible
+from lowmem.core.phases import Phase, untold
 from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, counted, format_size, parse_memory
 from lowmem.plan.cost import Rates
 from lowmem.plan.evaluate import Solution
@@ -152,14 +153,19 @@ def _plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
     """The fastest schedule whose whole simulated step fits. Raises Infeasible."""
     shape, budget, calibrator = request.shape(precision, micro_batch), request.budget, request.calibrator
     rates, workspace = request.rates(precision), workspaces_of(request, shape)
-    measured = request.once(("costs", shape), lambda: measure_costs(shape, workspace))
+    measured = request.once(("costs", shape), lambda: measure_costs(shape, workspace, phase=request.phase))
     chain = price(measured, rates)
     if calibrator is not None:
         # Bytes need no measuring: what fits nowhere is not worth the minute on the card.
         Solver(chain, limit_bytes=budget.tensor_bytes).solve(budget.tensor_bytes)
         chain = price(measured, rates, calibrator.times(shape, measured.stages))
     solver = Solver(chain, limit_bytes=budget.tensor_bytes)
-    solution, simulated = fit(solver, shape, budget, rates, workspace)
+    solution, simulated = fit(solver, shape, budget, rates, workspace, request.phase)
+
+    def plain() -> Simulated:
+        request.phase("planning: the plain step to compare with")
+        return simulate_step(shape, None, rates, workspace=workspace)
+
     plan = Plan(
         budget_bytes=budget.tensor_bytes,
         batch=request.batch,
@@ -182,7 +188,7 @@ def _plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
         rates=rates,
         workspace=workspace,
         simulated=simulated,
-        plain=request.once(("plain", shape, rates), lambda: simulate_step(shape, None, rates, workspace=workspace)),
+        plain=request.once(("plain", shape, rates), plain),
         seconds_from=request.rates_from if calibrator is None else "measured on this device",
         timed=calibrator is not None,
     )
@@ -199,7 +205,12 @@ def workspaces_of(request: Request, shape: StepShape) -> Workspaces | None:
 
 
 def fit(
-    solver: Solver, shape: StepShape, budget: Budget, rates: Rates, workspace: Workspaces | None = None
+    solver: Solver,
+    shape: StepShape,
+    budget: Budget,
+    rates: Rates,
+    workspace: Workspaces | None = None,
+    phase: Phase = untold,
 ) -> tuple[Solution, Simulated]:
     """The fastest schedule whose whole simulated step is under the budget. The solver knows tensors; rounding, and on a
     card the caching allocator's segments, come on top. Where the whole step does not fit, the solver is asked again for
@@ -208,7 +219,8 @@ def fit(
     limit = budget.tensor_bytes
     capacity = limit if budget.on_card else None
     target = limit
-    for _ in range(_TRIES):
+    for tried in range(_TRIES):
+        phase(f"planning: the fastest way that fits{f', try {tried + 1}' * (tried > 0)}")
         try:
             solution = solver.solve(target)
         except Infeasible:
@@ -233,14 +245,16 @@ def fit(
 # -- what could be taken instead ---------------------------------------------------------------------------------------
 
 
-def with_ladder(choice: Choice) -> Choice:
+def with_ladder(choice: Choice, phase: Phase = untold) -> Choice:
     """The choice, its plan with its ladder: plans that compute the same (precision, memory format, micro-batch) in less
     and less memory, down to the least there is; none if the chosen one is that. Out of memory is then a step down, and
     the training loop needs no solver. `budget_bytes` of each is what its whole simulated step showed to be enough: on a
     card the allocator's segments, without a limit (with less it might still get by, by emptying its cache), else the
     tensors. Takes a simulated step for each of at most seven candidates."""
     size, above, rungs = choice.budget.counted_bytes, choice.simulated.estimate, list[Plan]()
-    for solution in choice.solver.ladder(above.peak_allocated_bytes):
+    solutions = choice.solver.ladder(above.peak_allocated_bytes)
+    for tried, solution in enumerate(solutions):
+        phase("planning: smaller plans in reserve", tried, len(solutions))
         simulated = simulate_step(choice.shape, solution.schedule, choice.rates, workspace=choice.workspace)
         below = simulated.estimate
         if below.peak_allocated_bytes < above.peak_allocated_bytes and size(below) < size(above):

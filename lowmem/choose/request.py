@@ -15,6 +15,7 @@ from lowmem.calibrate.calibrator import Calibrator
 from lowmem.calibrate.device import DeviceFacts
 from lowmem.config.cards import Card
 from lowmem.core.errors import Infeasible
+from lowmem.core.phases import Phase, untold
 from lowmem.core.units import KIB, MIB
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.evaluate import Solution
@@ -220,6 +221,7 @@ class Request:
     tf32: bool | None = False  # of convolutions in fp32, on the card that is planned for; None: nobody tells
     rates_from: str = "a card's datasheet"
     reasons: Mapping[str, str] = field(default_factory=dict, hash=False)  # setting -> why it was decided so
+    phase: Phase = field(default=untold, repr=False, compare=False)  # hears what goes on
     # What was simulated and chosen already: shared by all requests made from this one for other budgets and batches.
     known: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -16,6 +17,7 @@ from typer.main import get_command
 
 from lowmem.cli import completion
 from lowmem.cli.flags import Given, takes_flags
+from lowmem.cli.interrupts import NOTHING_TO_SAVE, interruptible, leaves_at_once
 from lowmem.cli.streams import take_streams, unread_is_well
 from lowmem.core.errors import (
     ExitCode,
@@ -152,6 +154,7 @@ def watch(
     """Follow a running job from another terminal; it is only read. Leaves when the run ends, or with Ctrl-C."""
     from lowmem.cli.watch import show_watch
 
+    interruptible()
     show_watch(run, interval=interval, once=once, as_json=json)
 
 
@@ -164,9 +167,12 @@ def report(
 ) -> None:
     """Final errors, loss curves, test-error curves, and pairs with and without shortcuts."""
     from lowmem.cli.show import show_report
+    from lowmem.cli.terminal import observer
     from lowmem.report import write_report
 
-    show_report(write_report(runs, out, html=html, tensorboard=tensorboard))
+    with observer("stderr") as shown:
+        result = write_report(runs, out, html=html, tensorboard=tensorboard, phase=shown.phase)
+    show_report(result)
 
 
 @command
@@ -237,10 +243,17 @@ def bench(
     if len(batch) > 1:
         raise UsageError("there is one batch: give --batch once")
     flags = {**given.flags, "train.batch": batch[0] if batch else None}
+    from lowmem.config.settings import gather
+    from lowmem.runs.folder import refuse_unwritable
+
+    gather(flags=flags)  # refused before torch is loaded
+    if out is not None:
+        refuse_unwritable(out)
     if suite is None:
         if cells is not None:
             raise UsageError("--cells are those of a suite: give --suite acceptance, or leave --cells out")
-        from lowmem.cli.show_bench import show_bench
+        with _loading_torch():
+            from lowmem.cli.show_bench import show_bench
 
         show_bench(flags, steps=steps, rounds=rounds, budgets=budgets, quick=quick, minutes=minutes, out=out)
         return
@@ -251,7 +264,8 @@ def bench(
         raise UsageError(f"{', '.join(ignored)}: not of the suite; leave it out, or leave --suite out")
     if out is None:
         raise UsageError("a suite writes its results: give --out a folder, like --out acceptance")
-    from lowmem.cli.show_bench import show_acceptance
+    with _loading_torch():
+        from lowmem.cli.show_bench import show_acceptance
 
     show_acceptance(flags, steps=steps or 10, cells=cells, minutes=minutes, out=out)
 
@@ -271,6 +285,7 @@ def reproduce(given: Given, out: Path, only: str | None, block: str | None, dry_
     from lowmem.reproduce.conduct import reproduce_job
     from lowmem.reproduce.job import select
 
+    interruptible()
     raise typer.Exit(reproduce_job(out, settings, select(only, block), say, show_report, dry_run=dry_run))
 
 
@@ -282,17 +297,28 @@ def reproduce_run() -> None:
     request = read_request()
     from lowmem.cli.terminal import observer
     from lowmem.lifecycle import resume_training, run_training
-    from lowmem.reproduce.check import work
 
     with observer() as shown:
+        with shown.loading("torch"):
+            from lowmem.reproduce.check import work
         raise typer.Exit(work(request, shown, run_training, resume_training))
+
+
+@contextmanager
+def _loading_torch() -> Iterator[None]:
+    """Around what imports it, for a command whose result goes to standard output."""
+    from lowmem.cli.terminal import observer
+
+    with observer("stderr") as shown, shown.loading("torch"):
+        yield
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command and leaves with its code. A traceback is only shown for a bug (code 1)."""
     take_streams()
     try:
-        code = _run(arguments)
+        with leaves_at_once():  # until a command begins its work
+            code = _run(arguments)
     except Exception:
         traceback.print_exc()
         code = ExitCode.BUG
@@ -310,9 +336,11 @@ def _run(arguments: list[str] | None) -> int:
     except LowmemError as error:
         return _lowmem_error(error)
     except typer.Exit as leaving:
+        if isinstance(leaving.__cause__, KeyboardInterrupt):  # newer releases of typer make that of it, without a word
+            return _fail(NOTHING_TO_SAVE, ExitCode.INTERRUPTED)
         return leaving.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        return _fail("interrupted before anything was to be saved", ExitCode.INTERRUPTED)
+        return _fail(NOTHING_TO_SAVE, ExitCode.INTERRUPTED)
     except Exception as error:
         # The usage errors of the library under typer: unknown options, missing arguments.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):

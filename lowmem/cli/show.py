@@ -14,15 +14,16 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lowmem.cli.layout import fold, room, table
-from lowmem.cli.terminal import printable, say
+from lowmem.cli.terminal import observer, printable
+from lowmem.config.cards import load_card
 from lowmem.config.schema import Config, cards_of
 from lowmem.config.settings import Settings
 from lowmem.core.errors import ExitCode, Infeasible, PreflightError, UsageError
 from lowmem.core.units import aligned, counted, format_size
 from lowmem.report.style import FORMATS
 from lowmem.runs.atomic import write_bytes_atomic
-from lowmem.runs.view import list_runs
-from lowmem.train.observer import Observer
+from lowmem.runs.folder import refuse_unwritable
+from lowmem.runs.view import list_runs, recorded_settings
 
 if TYPE_CHECKING:
     from lowmem.choose.request import Choice
@@ -64,9 +65,11 @@ def show_ls(folder: Path, as_json: bool) -> None:
 
 def show_verify(run: Path, as_json: bool) -> ExitCode:
     """Looks, prints a line a finding. CHECKPOINT if the run cannot be resumed, DONE otherwise."""
-    from lowmem.lifecycle.verify import verify
-
-    verified = verify(run)
+    recorded_settings(run)  # refused before torch is loaded
+    with observer("stderr") as shown:
+        with shown.loading("torch"):
+            from lowmem.lifecycle.verify import verify
+        verified = verify(run, shown.phase)
     if as_json:
         print(verified.to_json())
         return ExitCode.DONE if verified.can_resume else ExitCode.CHECKPOINT
@@ -86,7 +89,9 @@ def show_doctor(config: Config, out: Path | None, as_json: bool) -> ExitCode:
     """Gathers, examines, prints one screen. PREFLIGHT if training cannot start, DONE otherwise."""
     from lowmem import doctor
 
-    facts = doctor.gather(config, out)
+    with observer("stderr") as shown:
+        shown.phase("looking at torch, the card, the disk and the data")
+        facts = doctor.gather(config, out)
     findings = doctor.examine(facts)
     can_start = doctor.can_start(findings)
     if as_json:
@@ -149,29 +154,15 @@ def show_report(result: ReportResult) -> None:
         print(f"curves for TensorBoard: tensorboard --logdir {result.event_files}")
 
 
-class _Beside(Observer):
-    """Beside the plan, which may be piped into something."""
-
-    def note(self, text: str) -> None:
-        say(text, "stderr")
-
-
 def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate: bool = False) -> None:
     """Plans, prints, draws. With `recalibrate` the device at hand is measured first. For several cards, one process on
     each: who takes how much of the batch, and each one's plan.
 
     Raises Infeasible, UsageError, PreflightError."""
-
     if curve is not None and curve.suffix[1:].lower() not in FORMATS:
         raise UsageError(
             f"--curve {curve}: its suffix says what is drawn: give a name that ends in .{', .'.join(FORMATS)}"
         )
-    from lowmem.choose.batch_size import describe_split
-    from lowmem.choose.decide import decide
-    from lowmem.choose.execution import resolve_execution, why_on_cpu
-    from lowmem.choose.explain import in_full
-    from lowmem.config.cards import load_card
-
     card, names = settings.config.memory.card, cards_of(settings.config)
     if recalibrate:
         if card is not None:
@@ -181,26 +172,38 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
         settings = settings.replace({"memory.calibrate": "always"}, "--recalibrate")
     if curve is not None and len(names) > 1:
         raise UsageError("--curve draws one card's plans: name one with --card")
-    if card is None:
-        # Without a named card it is about this machine: what `lowmem train` would do here.
-        settings = resolve_execution(settings, planned=True)
-        if (why := why_on_cpu(settings)) is not None:
-            say(f"warning: this plans {why}", "stderr")
-    cards = [load_card(name).name for name in names] if len(names) > 1 else []
-    try:
-        decided = decide(settings, tell=_Beside(), on_paper=True, recalibrate=recalibrate)
-    except Infeasible as error:
-        if as_json:
-            print(json.dumps({"infeasible": error.record}, indent=1))
-        raise
-    config, split = decided.settings.config, decided.planned
-    assert split is not None
-    choice = split.choices[0]
-    title = f"{config.model.arch} ({config.model.block}, width {config.model.width})"
-    curves = None if curve is None else _draw(choice, title, curve)
+    cards = [load_card(name).name for name in names]
+    if curve is not None:
+        if not curve.parent.is_dir():
+            raise PreflightError(f"{curve} cannot be written ({curve.parent} is no folder): give --curve another path")
+        refuse_unwritable(curve, "give --curve another path")
+    with observer("stderr") as shown:
+        with shown.loading("torch"):
+            from lowmem.choose.batch_size import describe_split
+            from lowmem.choose.decide import decide
+            from lowmem.choose.execution import resolve_execution, why_on_cpu
+            from lowmem.choose.explain import in_full
+        if card is None:
+            # Without a named card it is about this machine: what `lowmem train` would do here.
+            settings = resolve_execution(settings, planned=True)
+            if (why := why_on_cpu(settings)) is not None:
+                shown.warning(f"this plans {why}")
+        try:
+            decided = decide(settings, tell=shown, on_paper=True, recalibrate=recalibrate)
+        except Infeasible as error:
+            if as_json:
+                print(json.dumps({"infeasible": error.record}, indent=1))
+            raise
+        config, split = decided.settings.config, decided.planned
+        assert split is not None
+        choice = split.choices[0]
+        title = f"{config.model.arch} ({config.model.block}, width {config.model.width})"
+        if curve is not None:
+            shown.phase("drawing memory against time")
+        curves = None if curve is None else _draw(choice, title, curve)
     if as_json:
         record = choice.plan.to_json()
-        if cards:
+        if len(cards) > 1:
             processes = [split.choices[rank].plan.to_json() for rank in range(len(cards))]
             record = {"shares": split.shares, "step_seconds": split.step_seconds, "processes": processes}
         elif curves is not None:
@@ -209,7 +212,7 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
         return
     rate = f"Learning rate {config.optim.lr:g} ({decided.settings.sources['optim.lr']})."
     rates = [rate] if settings.config.memory.auto_batch else []
-    if cards:
+    if len(cards) > 1:
         parts = ["\n".join([title, "", *describe_split(split, cards), *rates])]
         parts += [f"Process {rank}, {name}\n\n{in_full(split.choices[rank])}" for rank, name in enumerate(cards)]
     else:

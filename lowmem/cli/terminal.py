@@ -1,4 +1,5 @@
-"""What a run looks like in a terminal: a live line there, plain lines anywhere else. No torch here."""
+"""What goes on, in a terminal: a live line there, with a bar where the length is known; plain lines anywhere else. No
+torch here."""
 
 from __future__ import annotations
 
@@ -10,10 +11,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
 from rich.text import Text
 
+from lowmem.cli.interrupts import interruptible, leaves_at_once
 from lowmem.cli.streams import unread_is_well
 from lowmem.core.reading import shorten
 from lowmem.core.units import format_duration, format_loss, format_size
@@ -22,6 +27,9 @@ from lowmem.runs.rows import Event
 from lowmem.train.observer import Observer, Progress
 
 _PLAIN_EVERY_SECONDS = 30.0  # progress bars flood log files; a line now and then does not
+_DRAWN_PER_SECOND = 5
+_BAR_COLUMNS = 20
+_PATIENCE_SECONDS = 2.0  # from then on a phase without a length says how long it has taken
 _EVENT_WORDS = {
     "start": "started",
     "resume": "resumed from step {step}",
@@ -55,18 +63,28 @@ def say(text: str, stream: str = "stdout") -> None:
 
 
 def describe_progress(progress: Progress) -> str:
-    """`epoch 3/164 [120/391]  loss 1.2340  error 45.60 %  lr 0.1  184 images/s  1,200 MiB  1:02:03 left`."""
+    """`epoch 3/164 [120/391]  step loss 1.1870  epoch so far: loss 1.2340, error 45.60 %  lr 0.1  184 images/s  …`."""
     at, left = progress, progress.seconds_left
-    return joined(
-        f"epoch {at.epoch}/{at.epochs} [{at.step_in_epoch}/{at.steps_per_epoch}]",
+    means = joined(
         at.loss is not None and f"loss {format_loss(at.loss)}",
         at.error_pct is not None and f"error {at.error_pct:.2f} %",
+        between=", ",
+    )
+    return joined(
+        f"epoch {at.epoch}/{at.epochs} [{at.step_in_epoch}/{at.steps_per_epoch}]",
+        at.step_loss is not None and f"step loss {at.step_loss:.4f}",
+        means and f"epoch so far: {means}",
         f"lr {at.lr:g}",
         at.images_per_second is not None and f"{at.images_per_second:,.0f} images/s",
         at.memory_bytes is not None and format_size(at.memory_bytes),
         left is not None and f"{format_duration(left)} left",
         at.job,
     )
+
+
+def describe_phase(what: str, done: int | None, total: int | None) -> str:
+    """`decoding pictures: 256 of 60,000`."""
+    return what if done is None or total is None else f"{what}: {done:,} of {total:,}"
 
 
 def describe_epoch(row: Mapping[str, Any], epochs: int | None) -> str:
@@ -116,57 +134,118 @@ def joined(*parts: str | float | None, between: str = "  ") -> str:
 
 
 class TerminalObserver(Observer):
-    """Whole lines; and where a run is, as one line below them that is redrawn, or where that cannot be (a file, a pipe)
-    as a line now and then."""
+    """Whole lines; and what goes on now, as one line below them that is redrawn, or where that cannot be (a file, a
+    pipe) as a line now and then. `stream`: `stderr` beside a result on standard output; there what is quick is not
+    worth a line in a file."""
 
-    def __init__(self) -> None:
-        self._last, self._line = time.monotonic(), None
-        if sys.stdout.isatty():
-            self._line = Live(console=Console(highlight=False), refresh_per_second=4, transient=True)
+    def __init__(self, stream: str = "stdout") -> None:
+        self._stream, self._line = stream, None
+        self._last = time.monotonic()
+        self._said: set[str] = set()  # kinds of phases that had their line in a file, each once before training
+        self._trains = False
+        self._now: Progress | tuple[str, int | None, int | None] | None = None
+        self._began, self._spinner = self._last, Spinner("line")  # in ASCII, which every terminal has
+        console = Console(stderr=stream == "stderr", highlight=False)
+        if getattr(sys, stream).isatty() and not console.is_dumb_terminal:
+            self._line = Live(
+                self,
+                console=console,
+                refresh_per_second=_DRAWN_PER_SECOND,
+                transient=True,
+                redirect_stdout=stream == "stdout",
+            )
             self._line.start()
 
     def note(self, text: str) -> None:
-        self._print(text)
+        self._print(text, self._stream)
 
     def warning(self, text: str) -> None:
         self._print(f"warning: {text}", "stderr", "bold yellow")
 
-    def progress(self, progress: Progress) -> None:
-        self._now(describe_progress(progress))
+    def phase(self, what: str, done: int | None = None, total: int | None = None) -> None:
+        if self._line is None:
+            kind = what.partition(":")[0]
+            first = kind not in self._said and self._stream == "stdout" and not self._trains
+            self._said.add(kind)
+            self._plain(describe_phase(what, done, total), at_once=first)
+            return
+        same = isinstance(self._now, tuple) and self._now[0] == what
+        self._now = what, done, total
+        if not same:  # drawn now: what comes may hold Python up, and with it who draws
+            self._began = time.monotonic()
+            self.draw()
 
-    def data_progress(self, what: str, done: int, total: int) -> None:
-        self._now(f"{what}: {done:,} of {total:,}", always=done == total)
+    @contextmanager
+    def loading(self, library: str) -> Iterator[None]:
+        if self._line is not None:
+            self.phase(f"loading {library}")
+        with leaves_at_once(self.close):
+            yield
+
+    def step(self, progress: Progress) -> None:
+        self._now, self._trains = progress, True
+
+    def progress(self, progress: Progress) -> None:
+        self._now = progress
+        if self._line is None:
+            self._plain(describe_progress(progress))
 
     def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
-        self._last = time.monotonic()
-        self._print(describe_epoch(row, epochs))
+        self._last, self._now = time.monotonic(), None
+        self._print(describe_epoch(row, epochs), self._stream)
 
     def close(self) -> None:
+        self._now = None
         if self._line is not None:
             self._line.stop()
 
-    def _print(self, text: str, stream: str = "stdout", style: str = "") -> None:
+    def _print(self, text: str, stream: str, style: str = "") -> None:
+        if isinstance(self._now, tuple):  # a phase is over, or has become another; training goes on
+            self._now = None
         if self._line is None:
             say(text, stream)
             return
         self._line.console.print(Text(printable(text), style=style))
 
-    def _now(self, text: str, *, always: bool = False) -> None:
-        if self._line is not None:
-            self._line.update(Text(text))
-        elif always or time.monotonic() - self._last >= _PLAIN_EVERY_SECONDS:
+    def _plain(self, text: str, *, at_once: bool = False) -> None:
+        if at_once or time.monotonic() - self._last >= _PLAIN_EVERY_SECONDS:
             self._last = time.monotonic()
-            say(text)
+            say(text, self._stream)
+
+    def draw(self) -> None:
+        """The live line as it is now."""
+        if self._line is not None:
+            self._line.refresh()
+
+    def __rich__(self) -> RenderableType:
+        """The live line. Called from the thread that redraws it, too."""
+        match self._now:
+            case Progress() as at:
+                return _bar(describe_progress(at), at.step_in_epoch, at.steps_per_epoch)
+            case (what, int(done), int(total)):
+                return _bar(describe_phase(what, done, total), done, total)
+            case (what, _, _):
+                took = time.monotonic() - self._began
+                self._spinner.update(text=Text(joined(what, took >= _PATIENCE_SECONDS and format_duration(took))))
+                return self._spinner
+        return Text("")
+
+
+def _bar(text: str, done: int, total: int) -> RenderableType:
+    row = Table.grid(padding=(0, 1, 0, 0))
+    row.add_row(ProgressBar(total=max(total, 1), completed=done, width=_BAR_COLUMNS), Text(printable(text)))
+    return row
 
 
 @contextmanager
-def observer() -> Iterator[Observer]:
-    """The observer that fits standard output, which nobody has to read."""
+def observer(stream: str = "stdout") -> Iterator[Observer]:
+    """The observer that fits standard output, or (`stderr`, beside a result) standard error."""
+    interruptible()
     unread_is_well()
     if is_led():  # another process of the run talks
         if os.environ.get("LOCAL_RANK") == "0":  # the first on a machine that would say nothing at all
             say(f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: process 0 tells how it goes")
         yield Observer()
         return
-    with closing(TerminalObserver()) as shown:
+    with closing(TerminalObserver(stream)) as shown:
         yield shown

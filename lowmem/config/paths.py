@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from lowmem.config.schema import flatten
+from lowmem.config.schema import Config, flatten
 from lowmem.config.settings import Settings
 
 PICTURES = "folder:"  # what a `data.source` begins with that is a path
@@ -53,3 +53,18 @@ def absolute_paths(values: Mapping[str, object], folder: Path) -> dict[str, str]
             if not path.is_absolute() and not text.removeprefix(begins).startswith("~"):
                 paths[key] = f"{begins}{folder / path}"
     return paths
+
+
+def where_else(config: Config, command: str) -> str:
+    """What is recorded of the data, what is meant by it here, and the `command` (of a resume, or a fork at some place) if
+    it is elsewhere."""
+    source, root = config.data.source, config.data.root
+    if source == "shapes":
+        return ""
+    own, flags = source.startswith(PICTURES), command.startswith("lowmem resume")
+    key, text = ("data.source", source) if own else ("data.root", root)
+    flag = ("--data " if own else "--data-root ") if flags else f"--set {key}="
+    path = Path(text.removeprefix(PICTURES)).expanduser()
+    meant = "" if path.is_absolute() else f", which from here is {path.absolute()}"
+    given = f"{command} {flag}{PICTURES if own else ''}PATH"
+    return f"; recorded is {key} = {text}{meant}: if the pictures are elsewhere, `{given}`"

@@ -34,6 +34,8 @@ def load(config: DataConfig, seed: int, *, progress: Progress | None = None) -> 
     chosen = choose(source, config, seed)
     train, val, test = chosen["train"].pictures(), chosen.get("val"), chosen["test"].pictures()
     held_back = None if val is None else val.pictures()
+    if progress is not None:
+        progress("computing the pictures' mean, deviation and fingerprint")
     mean, std = statistics(train)
     return Dataset(
         source.name,
@@ -52,7 +54,7 @@ def load(config: DataConfig, seed: int, *, progress: Progress | None = None) -> 
 
 def _read(config: DataConfig, *, progress: Progress | None = None, until: float | None = None) -> Source:
     if config.source in DOWNLOADABLE:
-        return DOWNLOADABLE[config.source].read(Path(config.root).expanduser(), config.download)
+        return DOWNLOADABLE[config.source].read(Path(config.root).expanduser(), config.download, progress)
     if config.source == "shapes":
         return shapes.generate()
     from lowmem.data import folder  # Pillow

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from lowmem.core.errors import DataError
-from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Source
+from lowmem.core.units import format_size
+from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Progress, Source
 
 FASHION_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot",
@@ -38,11 +41,16 @@ def library(name: str) -> Any:
     return getattr(datasets, name)
 
 
-def _fetch(name: str, root: Path) -> str | None:
+def _fetch(name: str, root: Path, source: str, progress: Progress | None) -> str | None:
     """Why it cannot be downloaded; None if it was."""
+    if progress is not None:
+        known = DOWNLOADABLE[source]
+        progress(f"downloading {known.title}, {format_size(known.download_bytes)}")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        library(name)(str(root), download=True)
+        # The library's own bar would be control characters in a file, and in the way of ours on a terminal.
+        with redirect_stderr(io.StringIO()):
+            library(name)(str(root), download=True)
     except (OSError, RuntimeError, EOFError) as error:
         return " ".join(str(error).split())
     return None
@@ -70,12 +78,12 @@ def find_cifar10(root: Path, download: bool) -> Path | None:
     return root
 
 
-def read_cifar10(root: Path, download: bool) -> Source:
+def read_cifar10(root: Path, download: bool, progress: Progress | None = None) -> Source:
     """Fetched first if it is missing and `download` is set. Raises as `find_cifar10`, and DataError if it cannot be
     fetched."""
     if find_cifar10(root, download) is None:
         missing = next(path.name for path in _cifar10_files(root) if not path.is_file())
-        if (why := _fetch("CIFAR10", root)) is not None:
+        if (why := _fetch("CIFAR10", root, "cifar10", progress)) is not None:
             raise DataError(
                 f"CIFAR-10 is not in {root} ({missing} is missing) and cannot be downloaded ({why}): put "
                 "cifar-10-python.tar.gz there and try again, use --data folder:PATH, or --data shapes, which needs no "
@@ -115,12 +123,12 @@ def find_fashion(root: Path, download: bool) -> Path | None:
     raise _no_fashion(root, "data.download is off")
 
 
-def read_fashion(root: Path, download: bool) -> Source:
+def read_fashion(root: Path, download: bool, progress: Progress | None = None) -> Source:
     """Fetched first if it is missing and `download` is set. Raises DataError if it is missing and cannot be had, or if
     a file is not what it should be."""
     folder = find_fashion(root, download)
     if folder is None:
-        if (why := _fetch("FashionMNIST", root)) is not None:
+        if (why := _fetch("FashionMNIST", root, "fashion-mnist", progress)) is not None:
             raise _no_fashion(root, f"it cannot be downloaded: {why}")
         folder = find_fashion(root, False)
         assert folder is not None
@@ -188,7 +196,7 @@ class Downloadable(NamedTuple):
     download_bytes: int
     url: Callable[[], str]
     find: Callable[[Path, bool], Path | None]
-    read: Callable[[Path, bool], Source]
+    read: Callable[[Path, bool, Progress | None], Source]
 
 
 DOWNLOADABLE = {

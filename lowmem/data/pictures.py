@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lowmem.core.phases import Phase
+
 SIDE = 32
 CHANNELS = 3
 
-# (what is being done, pictures done, pictures in all)
-Progress = Callable[[str, int, int], None]
+Progress = Phase  # in pictures
 Triple = tuple[float, float, float]
 
 _CHUNK = 4096  # pictures at a time in passes over a whole set, so that temporaries stay in tens of MiB

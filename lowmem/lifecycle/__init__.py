@@ -22,11 +22,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowmem.config.paths import where_else
+from lowmem.config.refusals import refuse_missing_pictures, refuse_unknown_cards
 from lowmem.config.schema import Config, flatten, known_keys
-from lowmem.config.settings import Settings
+from lowmem.config.settings import Settings, refuse_changes
 from lowmem.core.errors import UsageError
+from lowmem.core.reading import shorten
 from lowmem.core.units import counted
 from lowmem.distributed.launch import Launch, refuse_several
+from lowmem.runs.folder import refuse_existing
 from lowmem.runs.view import recorded_settings
 from lowmem.train.observer import Observer
 
@@ -46,11 +50,16 @@ def run_training(
     folder exists, PreflightError before the first step, Interrupted after a signal with everything saved, DiskError,
     PeerLost.
     """
-    from lowmem.lifecycle.begin import New
-    from lowmem.lifecycle.execute import execute
-
     settings = config if isinstance(config, Settings) else Settings(config, dict.fromkeys(known_keys(), "caller"))
-    path = Path(out) if out is not None else Path("runs") / settings.config.model.arch
+    path, observer = Path(out) if out is not None else Path("runs") / settings.config.model.arch, observer or Observer()
+    if Launch.of_environment() is None:  # else rank 0 looks, when they have come together
+        refuse_unknown_cards(settings.config)
+        refuse_existing(path)
+        refuse_missing_pictures(settings.config)
+    with observer.loading("torch"):
+        from lowmem.lifecycle.begin import New
+        from lowmem.lifecycle.execute import execute
+
     return execute(New(settings, path, dry_run=dry_run), observer)
 
 
@@ -70,10 +79,14 @@ def resume_training(
     if recorded is not None:
         before = flatten(recorded.config)
         given = {key: value for key, value in given.items() if key not in before or before[key] != value}
-        recorded.replace(given, "resume")
+        wanted = recorded.replace(given, "resume").config
+        refuse_changes(recorded.config, wanted, str(path))
+        refuse_missing_pictures(wanted, where_else(wanted, f"lowmem resume {path}"))
 
-    from lowmem.lifecycle.begin import Resume
-    from lowmem.lifecycle.execute import execute
+    observer = observer or Observer()
+    with observer.loading("torch"):
+        from lowmem.lifecycle.begin import Resume
+        from lowmem.lifecycle.execute import execute
 
     return execute(Resume(Path(path), given, recorded), observer)
 
@@ -103,11 +116,14 @@ def fork_run(
         raise UsageError(
             f"{path} lies inside of {source}, which a fork leaves as it is: choose another folder with --out"
         )
-    recorded = recorded_settings(source)
-
-    from lowmem.lifecycle.execute import execute
-    from lowmem.lifecycle.fork import Fork
-    from lowmem.lifecycle.run_identity import as_trained
+    recorded, observer = recorded_settings(source), observer or Observer()
+    wanted = recorded.replace(changes, f"fork of {shorten(source.name)}").config
+    refuse_missing_pictures(wanted, where_else(wanted, f"lowmem fork {source} --at {at}"))
+    refuse_existing(path)
+    with observer.loading("torch"):
+        from lowmem.lifecycle.execute import execute
+        from lowmem.lifecycle.fork import Fork
+        from lowmem.lifecycle.run_identity import as_trained
 
     return execute(Fork(source, as_trained(source, recorded)[0], at, changes, path, dry_run=dry_run), observer)
 

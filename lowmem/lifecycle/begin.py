@@ -16,7 +16,7 @@ from lowmem.calibrate.device import describe, elsewhere
 from lowmem.choose.decide import Decision, RecordedRun
 from lowmem.choose.execution import resolve_execution, wants_plan, why_on_cpu
 from lowmem.choose.explain import inexact
-from lowmem.config.paths import PICTURES, absolute_paths, started_in
+from lowmem.config.paths import absolute_paths, started_in, where_else
 from lowmem.config.schema import Config, flatten, nest
 from lowmem.config.settings import Settings, from_yaml, refuse_changes, to_yaml
 from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint, UsageError
@@ -98,6 +98,7 @@ class New:
         if self.dry_run:
             trainer.observer.note("dry run: everything is fit to start, and nothing was left behind")
             return False
+        trainer.observer.phase("saving the first checkpoint")
         trainer.record_plans(folder)
         trainer.group.lead(lambda: self._write_first(trainer, folder), None)
         self._resumable = True
@@ -153,6 +154,7 @@ class Resume:
         folder = self._folder
         if folder.taken_over is not None:
             observer.note(f"{self.path} is taken over from {folder.taken_over}, which ended without leaving it")
+        observer.phase("reading the newest checkpoint and verifying it")
         saved, where, self._skipped = checkpoints.load_newest(
             folder.checkpoints, belongs_to(config), most_bytes(config)
         )
@@ -163,8 +165,7 @@ class Resume:
         return saved, where
 
     def where_data_is_given(self, config: Config) -> str:
-        command = f"lowmem resume {self.path}"
-        return data_words(config, f"{command} --data {PICTURES}", f"{command} --data-root ")
+        return where_else(config, f"lowmem resume {self.path}")
 
     def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
         return self._saved
@@ -256,19 +257,6 @@ def _recorded_here(path: Path, group: Group) -> Settings:
             f"{error} (looked for by process 0, on {socket.gethostname()}: with several machines the one that has the "
             "run must be rank 0, by `torchrun --node-rank=0 --master-addr=HOST`, or the folder must be a shared one)"
         ) from None
-
-
-def data_words(config: Config, *commands: str) -> str:
-    """What is recorded of the data, what is meant by it here, and the command if it is elsewhere: to be ended with the
-    path, for pictures in folders and for downloaded ones."""
-    source, root = config.data.source, config.data.root
-    if source == "shapes":
-        return ""
-    here = source.startswith(PICTURES)
-    key, text, command = ("data.source", source, commands[0]) if here else ("data.root", root, commands[1])
-    path = Path(text.removeprefix(PICTURES)).expanduser()
-    meant = "" if path.is_absolute() else f", which from here is {path.absolute()}"
-    return f"; recorded is {key} = {text}{meant}: if the pictures are elsewhere, `{command}PATH`"
 
 
 # -- in words ----------------------------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ def execute(begin: New | Resume, observer: Observer | None = None) -> Outcome:
     Raises LowmemError: UsageError and PreflightError before anything is changed, Infeasible, CorruptCheckpoint,
     OutOfMemory, Diverged, DiskError, PeerLost, and Interrupted after a signal, with everything saved.
     """
+    if observer is not None and Launch.of_environment() is not None:
+        observer.phase("joining the other processes")
     with StartupSignals(), _joined(begin.given, begin.source) as group, ExitStack() as stack:
         if observer is None or not group.leads:  # rank 0 alone talks to the user
             observer = Observer()
@@ -55,11 +57,13 @@ def execute(begin: New | Resume, observer: Observer | None = None) -> Outcome:
         if recorded is None and not config.memory.auto_batch and config.train.batch > len(dataset.train):
             # No refusal: all pictures in a step can be meant, and a trial on a few keeps the recipe's batch.
             observer.warning(_describe_large_batch(config.train.batch, len(dataset.train)))
-        confirm = partial(confirm_run, num_classes=size.classes, train_pictures=len(dataset.train), tell=observer.note)
+        tells = partial(confirm_run, tell=observer.note, phase=observer.phase)
+        confirm = partial(tells, num_classes=size.classes, train_pictures=len(dataset.train))
         wanted = confirm if wants_confirmation(config) else None
         decision = decide(settings, size, group, recorded=recorded, confirm=wanted, tell=observer)
         checkpoint = begin.checkpoint(decision.settings, dataset, observer)
         stack.enter_context(_out_of_memory(begin.path))
+        observer.phase("building the network")
         folder = begin.folder(group, decision.settings, dataset, stack)
         trainer = make_trainer(group, decision, dataset, observer, begin.path)
         if checkpoint is not None:
@@ -117,7 +121,8 @@ def _load_data(group: Group, config: Config, observer: Observer, elsewhere: str)
     """The data set, read by one process of each machine and then by the others, which find it decoded.
 
     Raises DataError, which ends with `elsewhere`, and PreflightError if machines have different pictures."""
-    read = partial(load, config.data, config.seed, progress=observer.data_progress)
+    read = partial(load, config.data, config.seed, progress=observer.phase)
+    observer.phase("reading pictures")
     first = group.together(lambda: _with_words(elsewhere, read) if group.local_rank == 0 else None)
     dataset = group.together(lambda: first or _with_words(elsewhere, read))
     with group.alike():

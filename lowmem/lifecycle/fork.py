@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lowmem.choose.decide import RecordedRun, batch_chosen
 from lowmem.choose.execution import resolve_execution
-from lowmem.config.paths import PICTURES
+from lowmem.config.paths import where_else
 from lowmem.config.schema import ONLY_AT_THE_BEGINNING, Config, flatten
 from lowmem.config.settings import Settings
 from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint, LowmemError, PreflightError, UsageError
@@ -24,7 +24,7 @@ from lowmem.core.reading import shorten
 from lowmem.core.units import counted
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
-from lowmem.lifecycle.begin import New, data_words
+from lowmem.lifecycle.begin import New
 from lowmem.lifecycle.run_identity import Changes, belongs_to, most_bytes, read_plans
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import write_bytes_atomic
@@ -146,6 +146,7 @@ class Fork(New):
         """Raises UsageError if nothing changes, the network would, or there is no such checkpoint."""
         settings = self._wanted = resolve_execution(changed(self._begun, self.given, self.source))
         self._changes = check(self._begun.config, settings.config)
+        observer.phase("reading the old run's checkpoint and verifying it")
         self._point = find(self._run, self._old, self._at)
         self._refuse_place(settings.config)
         refuse_existing(self.path)
@@ -180,8 +181,7 @@ class Fork(New):
             )
 
     def where_data_is_given(self, config: Config) -> str:
-        command = f"lowmem fork {self._run} --at {self._at} --set"
-        return data_words(config, f"{command} data.source={PICTURES}", f"{command} data.root=")
+        return where_else(config, f"lowmem fork {self._run} --at {self._at}")
 
     def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
         """The old run's as the new run's own: with its identity, and its step counted in the new run's batches.

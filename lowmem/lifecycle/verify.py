@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from lowmem.config.schema import Config
 from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint
+from lowmem.core.phases import Phase, untold
 from lowmem.core.reading import Unreadable, read_limited, shorten
 from lowmem.core.units import counted, format_size
 from lowmem.lifecycle.preflight import tensor_bits
@@ -72,19 +73,20 @@ class Verified:
         return json.dumps({"can_resume": self.can_resume, **asdict(self), "run": os.fspath(self.run)}, indent=1)
 
 
-def verify(run: Path) -> Verified:
+def verify(run: Path, phase: Phase = untold) -> Verified:
     """Raises UsageError if it is no run or its config.yaml cannot be used; what else is damaged, the result says."""
     recorded = recorded_settings(run)
     trained, edits = as_trained(run, recorded)
-    return _Verification(run, trained.config, edits).result()
+    return _Verification(run, trained.config, edits, phase).result()
 
 
 class _Verification:
     """What was found so far. A check that returns words says why a resume could not go on."""
 
-    def __init__(self, run: Path, config: Config, edits: Changes) -> None:
+    def __init__(self, run: Path, config: Config, edits: Changes, phase: Phase) -> None:
         """`config`: as the run was trained; `edits`: what config.yaml says otherwise."""
         self._run, self._config, self._edits, self._most_bytes = run, config, edits, most_bytes(config)
+        self._phase = phase
         self._shapes = network_shapes(config)
         self._findings: list[FileFinding] = []
         self._good: dict[str, Checkpoint] = {}  # those that verify, by name, newest first
@@ -93,6 +95,7 @@ class _Verification:
         obstacles = [self._check_settings()]
         self._check_lock()
         self._check_checkpoints()
+        self._phase("verifying rows and weights")
         newest = next(iter(self._good), None)
         state = {} if newest is None else self._good[newest].state["run"]
         obstacles += [self._check_plan()]
@@ -128,7 +131,8 @@ class _Verification:
         if not paths:
             self._add("damaged", "checkpoints", "there are none")
         check = belongs_to(self._config)
-        for path in paths:
+        for done, path in enumerate(paths):
+            self._phase("verifying checkpoints", done, len(paths))
             where = f"checkpoints/{path.name}"
             try:
                 saved = load(path, self._most_bytes)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem.core.errors import DiskError, UsageError
+from lowmem.core.phases import Phase, untold
 from lowmem.core.reading import shorten
 from lowmem.report.markdown import render, to_page
 from lowmem.report.naming import in_order, name_runs
@@ -33,7 +34,12 @@ class ReportResult:
 
 
 def write_report(
-    runs: Sequence[Path], out: Path | None = None, *, html: bool = False, tensorboard: bool = False
+    runs: Sequence[Path],
+    out: Path | None = None,
+    *,
+    html: bool = False,
+    tensorboard: bool = False,
+    phase: Phase = untold,
 ) -> ReportResult:
     """Write report.md and its figures to `out`, by default to `report/` in the run if there is only one, else here;
     with `html` the same as one page, with `tensorboard` each run's event file in a folder of its own. Figures of an
@@ -42,17 +48,19 @@ def write_report(
 
     Raises UsageError before anything is written if a run that is named cannot be read, or there is none; DiskError if
     the folder refuses."""
-    # matplotlib takes a second, and not all who import this draw
-    from lowmem.report.figures import draw_gradients, draw_training
-
     if not runs:
         raise UsageError("no run given: lowmem report runs/res20 [runs/cnn20 ...]")
+    phase("reading runs")
     views, left_out = _read(runs)
     named = name_runs(in_order(views))
     if out is None:
         out = named[0].history.path / "report" if len(named) == 1 else Path("report")
     if tensorboard:
         require_tensorboard()
+    phase("drawing figures")
+    # matplotlib takes a second, and not all who import this draw
+    from lowmem.report.figures import draw_gradients, draw_training
+
     pictures = [*draw_training(named), *draw_gradients(named)]
     text = render(named, pictures)
     result = ReportResult(

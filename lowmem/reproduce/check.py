@@ -68,7 +68,8 @@ def look_ahead(
     if the pictures are others than those of the runs that have begun.
     """
     config = job.settings.config
-    dataset = load(config.data, config.seed, progress=observer.data_progress)
+    observer.phase("reading pictures")
+    dataset = load(config.data, config.seed, progress=observer.phase)
     if job.data is not None and job.data != dataset.fingerprint and any(standing.begun for standing in standings):
         raise UsageError(
             f"{dataset.name} holds other pictures than those that the runs in {job.path} are computed with: give the "

@@ -25,6 +25,7 @@ from subprocess import PIPE, Popen, TimeoutExpired
 from types import FrameType
 from typing import Any, BinaryIO
 
+from lowmem.config.refusals import refuse_missing_pictures, refuse_unknown_cards
 from lowmem.config.settings import Settings
 from lowmem.core.errors import ExitCode, Interrupted, LowmemError, PreflightError, UsageError
 from lowmem.core.reading import RECORD_LIMIT_BYTES, parse_json
@@ -74,6 +75,7 @@ def reproduce_job(
         if conductor.requested is None and not dry_run and code == 0:
             try:
                 if runs := to_report(asked.job, say):
+                    say("drawing the report")
                     from lowmem.report import write_report
 
                     show(write_report(runs, path / "report", html=True))
@@ -127,6 +129,8 @@ def conduct(asked: Asked, conductor: Conductor, say: Say, *, dry_run: bool = Fal
     failed: list[str] = []
     try:
         if any(standing.left for standing in standings):
+            refuse_unknown_cards(job.settings.config)
+            refuse_missing_pictures(job.settings.config)
             code = conductor.run(request)
             refuse_interrupted(asked, conductor, "stopped before the first run")
             if code != ExitCode.DONE:

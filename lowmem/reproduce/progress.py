@@ -114,9 +114,13 @@ class JobObserver(Observer):
         self._run = standings[number]
         self._others = [*standings[:number], *standings[number + 1 :], *measured]
         self._shown = shown
-        for name in ("note", "warning", "data_progress"):
+        for name in ("note", "warning", "phase", "loading"):
             setattr(self, name, getattr(shown, name))
         self._rows: list[EpochRow] = []
+        self._said = self._where(self._run, None)
+
+    def step(self, progress: Progress) -> None:
+        self._shown.step(replace(progress, job=self._said))
 
     def ended(self, words: str, then: str) -> None:
         self._shown.note(words)  # what comes next is the job's next run
@@ -126,7 +130,8 @@ class JobObserver(Observer):
         run = replace(self._run, epochs=progress.epochs, epochs_done=done)
         if run.epoch_seconds is None and progress.seconds_left is not None and run.epochs_left > 0:
             run = replace(run, epoch_seconds=progress.seconds_left / run.epochs_left)
-        self._shown.progress(replace(progress, job=self._where(run, progress.seconds_left)))
+        self._said = self._where(run, progress.seconds_left)
+        self._shown.progress(replace(progress, job=self._said))
 
     def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
         self._rows.append(EpochRow(epoch=row["epoch"], step=row["step"], elapsed_seconds=row["elapsed_seconds"]))

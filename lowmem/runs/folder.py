@@ -46,11 +46,12 @@ def never_began(path: Path) -> bool:
 
 def refuse_existing(path: Path) -> None:
     """Raises UsageError unless a run may be made here: nothing, an empty folder, or one of a run that never began;
-    PreflightError if it may not be looked at."""
+    PreflightError if it may not be looked at, or if it could not be made."""
     try:
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file: choose another folder with --out")
         if not path.is_symlink() and (not path.exists() or not any(path.iterdir()) or never_began(path)):
+            refuse_unwritable(path)
             return
         if path.is_symlink() or not (path / "config.yaml").is_file():
             raise UsageError(f"{path} exists and is not an empty folder: choose another with --out")
@@ -62,6 +63,16 @@ def refuse_existing(path: Path) -> None:
         f"{path} exists and is never overwritten: go on with `lowmem resume {path}`, change its settings with "
         f"`lowmem fork {path}`, or choose another folder with --out"
     )
+
+
+def refuse_unwritable(path: Path, way_out: str = "choose another folder with --out") -> None:
+    """Raises PreflightError if nothing can be written at `path`, as far as can be told without writing."""
+    place = path.absolute()
+    nearest = next((one for one in (place, *place.parents) if os.path.lexists(one)), place)
+    if nearest.is_dir() and not os.access(nearest, os.W_OK | os.X_OK):
+        raise PreflightError(f"{path} cannot be written ({nearest} may not be written to): {way_out}")
+    if nearest != place and not nearest.is_dir():
+        raise PreflightError(f"{path} cannot be written ({nearest} is no folder): {way_out}")
 
 
 def clear(path: Path, *, ignore_errors: bool = False) -> None:

@@ -184,10 +184,11 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     execution: Execution,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[int], bool] = lambda done: False,
 ) -> Score | None:
-    """Scores the model in eval mode, and puts it back as it was. None if `should_stop` said so in between. Changes no
-    parameter and no buffer, so that an evaluation that was cut off can simply be done again."""
+    """Scores the model in eval mode, and puts it back as it was. None if `should_stop` said so in between, which hears
+    how many pictures are done. Changes no parameter and no buffer, so that an evaluation that was cut off can simply be
+    done again."""
     was_training = model.training
     model.eval()
     loss_sum: Tensor | float = 0.0
@@ -195,7 +196,7 @@ def evaluate(
     count = 0
     try:
         for images, labels in batches:
-            if should_stop():
+            if should_stop(count):
                 return None
             with execution.autocast():
                 logits = model(images)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -144,6 +145,7 @@ class Loop:
             return self._unless_broken(Verdict(Act.LEAVE, MAX_STEPS))
         self.interval.hold(state.step)
         lr = self.t.lr(state.step)
+        self.t.observer.step(self.metrics.position(lr))
         while isinstance(result := self.undo.attempt(lambda: self._try_step(lr)), Failure):
             if (failure := self.memory.after(result)) is not None:
                 self._give_up(failure)
@@ -233,8 +235,9 @@ class Loop:
             t.observer.warning(f"{evidence.words}: {instead}")
         return verdict
 
-    def _leaves_evaluation(self) -> bool:
+    def _leaves_evaluation(self, total: int, done: int) -> bool:
         """Asked between two of its batches, where saves that the disk has refused are tried again, too."""
+        self.t.observer.phase("evaluating", done, total)
         self.saver.poll()
         return self.signals.came()
 
@@ -242,7 +245,8 @@ class Loop:
         """Of all processes together: each scores its part of the pictures. LEAVE if a signal came to any."""
         t, (first, past) = self.t, self.t.split.part(len(pictures))
         part = Pictures(pictures.images[first:past], pictures.labels[first:past])
-        mine = self.memory.evaluated(lambda size: t.evaluate(part, size, self._leaves_evaluation))
+        leaves = partial(self._leaves_evaluation, len(part))
+        mine = self.memory.evaluated(lambda size: t.evaluate(part, size, leaves))
         failed = [mine.message, mine.asked_bytes] if isinstance(mine, Failure) else None
         sums = [mine.loss_sum, mine.wrong, mine.count] if isinstance(mine, Score) else None
         everyone = t.group.gather([failed, sums, self.look(self.state.step).code])
@@ -304,6 +308,7 @@ class Loop:
     def _finish(self, last_event: str | None = None, **fields: object) -> None:
         """Until everything is on disk, and then a run's last words. Nobody leaves before that: a process that ends
         takes the others down. Raises DiskError."""
+        self.t.observer.phase("saving")
         self.saver.finish(self.signals.came)
         if last_event is not None:
             self.folder.event(last_event, **fields)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,6 +81,8 @@ class Metrics:
         if damage is not None:
             t.observer.recorded_warning(self._folder, damage, what="gradient norms lost", reason=damage)
         self.eta = Eta(t.config.train.epochs, self._per_epoch, t.config.train.max_steps)
+        self._step_loss: float | None = None
+        self._told: Progress | None = None
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
@@ -121,7 +124,9 @@ class Metrics:
         seconds = self.tick()
         state.train_seconds += seconds
         self.eta.trained(state.step, self._last_tick)
-        return [row["loss"] for row in rows], seconds
+        losses = [row["loss"] for row in rows]
+        self._step_loss = losses[-1] if losses else self._step_loss
+        return losses, seconds
 
     def tick(self) -> float:
         """Counts the seconds since the last call, which it returns, as elapsed: by itself not as training."""
@@ -130,9 +135,9 @@ class Metrics:
         return self._last_tick - last
 
     def progress(self) -> Progress:
-        """Where the run is."""
+        """Where the run is, once its figures are fetched."""
         t, state, device = self._t, self._t.state, self._t.meter.read()
-        return Progress(
+        self._told = Progress(
             epoch=state.epoch + 1,
             epochs=t.config.train.epochs,
             step_in_epoch=state.step_in_epoch,
@@ -143,7 +148,17 @@ class Metrics:
             images_per_second=self._images_per_second(),
             memory_bytes=device.peak_allocated_bytes or device.device_used_bytes,
             seconds_left=self.eta.seconds(state.epoch, state.step),
+            step_loss=self._step_loss,
         )
+        return self._told
+
+    def position(self, lr: float) -> Progress:
+        """The same before a step, with the figures that were fetched last: waits for nothing."""
+        epochs, state = self._t.config.train.epochs, self._t.state
+        at = self._told or Progress(1, epochs, 0, self._per_epoch, lr, *[None] * 5)
+        if at.epoch != state.epoch + 1:  # the means were those of another epoch
+            at = replace(at, loss=None, error_pct=None)
+        return replace(at, epoch=state.epoch + 1, step_in_epoch=state.step_in_epoch, lr=lr)
 
     def _images_per_second(self) -> float | None:
         """Of training, in this epoch so far."""

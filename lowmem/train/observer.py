@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is. Loss and error are means over the epoch so far; unknown is None."""
+    """Where a run is. Loss and error are means over the epoch so far, `step_loss` is the last step's that was logged;
+    unknown is None."""
 
     epoch: int  # 1-based, the one in progress
     epochs: int
@@ -24,6 +26,7 @@ class Progress:
     images_per_second: float | None
     memory_bytes: int | None
     seconds_left: float | None
+    step_loss: float | None = None
     job: str | None = None  # where in a job of several runs that is, in words
 
 
@@ -46,11 +49,18 @@ class Observer:
         self.warning(text)
         folder.event("warning", **(fields or {"what": text}))
 
-    def progress(self, progress: Progress) -> None:
-        """Every few steps."""
+    def phase(self, what: str, done: int | None = None, total: int | None = None) -> None:
+        """What goes on from here on, until anything else is told; `done` of `total` where that is known."""
 
-    def data_progress(self, what: str, done: int, total: int) -> None:
-        """While pictures are decoded."""
+    def loading(self, library: str) -> AbstractContextManager[None]:
+        """Around imports that take seconds."""
+        return nullcontext()
+
+    def step(self, progress: Progress) -> None:
+        """Before every step, with the figures that were fetched last: nothing waits for the device."""
+
+    def progress(self, progress: Progress) -> None:
+        """Every few steps, with figures as they are then."""
 
     def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
         """After each epoch, with its row of metrics.csv."""

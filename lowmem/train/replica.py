@@ -94,8 +94,10 @@ class Replica:
         images, labels = self.batches.batch(epoch, step, memory_format=layout, part=part)
         return images, labels, size
 
-    def evaluate(self, pictures: Pictures, size: int, should_stop: Callable[[], bool] = lambda: False) -> Score | None:
-        """`size` pictures at a time. None if `should_stop` said so in between."""
+    def evaluate(
+        self, pictures: Pictures, size: int, should_stop: Callable[[int], bool] = lambda done: False
+    ) -> Score | None:
+        """`size` pictures at a time. None if `should_stop` said so in between, which hears how many are done."""
         data, execution = self.dataset, self.execution
         layout = execution.torch_memory_format
         batches = eval_batches(pictures, size, data.mean, data.std, execution.device, layout)

@@ -17,6 +17,7 @@ from lowmem.choose.planning import Choice, Request, other_precision, rivals, sma
 from lowmem.choose.request import Budget
 from lowmem.config.schema import Config
 from lowmem.core.errors import Infeasible, PreflightError
+from lowmem.core.phases import Phase, untold
 from lowmem.core.units import format_size
 from lowmem.plan.record import Candidate, Plan
 from lowmem.trial import PLANNED, Trial, TrialResult, excess, run_trial, verdict
@@ -145,6 +146,7 @@ def confirm_run(
     num_classes: int,
     train_pictures: int,
     tell: Callable[[str], None],
+    phase: Phase = untold,
     run: Callable[[Trial], TrialResult] = run_trial,
 ) -> Confirmed:
     """Tries `choices[0]` and its runners-up as a run with this configuration would do them; a line each to `tell`.
@@ -155,6 +157,7 @@ def confirm_run(
     budget, device = request.budget, config.train.device
 
     def attempt(choice: Choice) -> Tried:
+        phase(f"trying {describe_choice(choice)} by real steps")
         result = run(trial_of(config, choice.plan, budget, num_classes, train_pictures))
         tried = Tried(choice, result, *verdict(result, budget, device), device == "cuda" or choice.timed)
         tell(tried.line)

@@ -39,7 +39,10 @@ def test_nothing_stays_of_a_run_that_is_set_up(name: str, more: tuple[str, ...],
     assert (out / ".preflight").is_dir()
     child.signal(getattr(signal, name))
     assert child.wait() == (ExitCode.INTERRUPTED if name == "SIGINT" else ExitCode.TERMINATED)
-    assert len(child.said.strip().splitlines()) == 1
+    *phases, last = child.said.splitlines()
+    assert last == f"lowmem: {name}: stopped, there was nothing to save"
+    assert phases[-1].startswith("preflight: ")
+    assert "Traceback" not in child.said
     assert not (tmp_path / "t").exists()
 
 

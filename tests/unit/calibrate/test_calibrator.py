@@ -310,17 +310,26 @@ def test_a_plan_by_what_this_processor_does(tmp_path: Path, monkeypatch: pytest.
     mode = ("train.precision=fp32", "train.memory_format=contiguous")  # otherwise all are timed
     settings = gather(flags=flags, sets=["memory.calibrate=always", *mode])
     told: list[str] = []
+    phases: list[tuple[str, int | None, int | None]] = []
 
     class Progress(Silence):
         def note(self, text: str) -> None:
             told.append(text)
+
+        def phase(self, what: str, done: int | None = None, total: int | None = None) -> None:
+            phases.append((what, done, total))
 
     planned = decide(settings, tell=Progress(), on_paper=True).planned
     assert planned is not None
     choice = planned.choices[0]
     assert choice.timed
     assert choice.seconds_from == "measured on this device"
-    assert any(line.startswith("measuring the processor, once") for line in told)
+    assert any(line.startswith("measured the processor, once") for line in told)
+    assert any(what.startswith("measuring the processor, once") for what, *_ in phases)
+    stages = len(choice.plan.stages)
+    costs = [(done, total) for what, done, total in phases if what.startswith("planning: costs")]
+    assert costs == [(done, stages) for done in range(1, stages + 1)]
+    assert any(what.startswith("planning: the fastest") for what, *_ in phases)
     assert choice.plan.predicted.step_seconds == pytest.approx(
         choice.plain_seconds * (1 + (choice.plan.predicted.overhead or 0))
     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lowmem.cli.main import main
+from tests.conftest import environment
 
 FEW = ["--arch", "res20", "--width", "2", "--data", "shapes", "--epochs", "1", "--set", "data.train_subset=100"]
 SMALL = [*FEW, "--batch", "50"]
@@ -77,6 +81,38 @@ def test_wrong_input(
     left, err = _leave(capsys, arguments)
     assert (left, says in err) == (code, True), err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ("train --data folder:nowhere", 3),
+        ("train --card gtx9999", 2),
+        ("train --set optim.lr=-1", 2),
+        ("train --out there", 2),
+        ("train --out there/file/run", 3),
+        ("plan --card gtx9999", 2),
+        ("plan --vram 1G --curve nowhere/curve.png", 3),
+        ("bench --arch res21", 2),
+        ("bench --out there/file/results", 3),
+        ("resume nowhere", 2),
+        ("fork nowhere --at 1 --set optim.lr=1", 2),
+        ("verify nowhere", 2),
+        ("reproduce --data folder:nowhere --out job", 3),
+        ("reproduce --card gtx9999 --out job", 2),
+    ],
+)
+def test_what_is_cheap_to_refuse_does_not_wait_for_torch(arguments: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit(77)", encoding="utf-8")  # who imports it leaves with this
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "lowmem", *arguments.split()],
+        env={**environment(), "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_an_existing_run_is_refused_before_anything_is_read(

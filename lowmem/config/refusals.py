@@ -1,0 +1,32 @@
+"""What of a run's settings is refused by looking at names alone, before anything is imported that takes seconds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lowmem.config.cards import load_card
+from lowmem.config.paths import PICTURES
+from lowmem.config.schema import Config, cards_of
+from lowmem.core.errors import DataError
+
+
+def refuse_unknown_cards(config: Config) -> None:
+    """Raises UsageError."""
+    for name in cards_of(config):
+        load_card(name)
+
+
+def refuse_missing_pictures(config: Config, elsewhere: str = "") -> None:
+    """Raises DataError, which ends with `elsewhere`, for a folder of pictures that is not there."""
+    if not config.data.source.startswith(PICTURES):
+        return
+    root = Path(config.data.source.removeprefix(PICTURES)).expanduser()
+    try:
+        with os.scandir(root) as entries:
+            trouble = None if any(entry.is_dir() for entry in entries) else "has no folders in it"
+    except OSError as error:
+        trouble = f"cannot be looked into ({error.strerror or error})"
+    if trouble is not None:
+        belong = f"pictures belong in {root}/train/<class>/ and {root}/test/<class>/"
+        raise DataError(f"{root} {trouble}: {belong}{elsewhere}")
