@@ -68,9 +68,6 @@ class First(Observer):
     def warning(self, text: str) -> None:
         self.said.append(f"warning: {text}")
 
-    def data_progress(self, what: str, done: int, total: int) -> None:
-        self.said.append(what)
-
 
 def test_a_run_says_first_why_it_is_not_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, ScriptedNvml([RTX], **NEW_DRIVER))

@@ -30,7 +30,7 @@ with observer() as shown:
     shown.note("a note")
     shown.warning("a warning")
     warnings.warn("one of a library")
-    shown.data_progress("decoding", 10, 10)
+    shown.phase("decoding", 10, 10)
     print("x" * 100_000)
 say("goes on", "stderr")
 with open("done", "w"):
