@@ -23,6 +23,10 @@ from lowmem.distributed.launch import is_led, leave, linger, refuse_several, rep
 _AFTER_OTHERS_SECONDS = 5.0
 _AFTER_SIGNAL_SECONDS = 1.0
 _JOINT = ("train", "resume")  # what several processes do together
+# Threads wait for each other at every operation. That they spin meanwhile makes a step several times as long beside a
+# busy program (benchmarks/LOG.md). The second is GNU's own, which the first would stop from spinning at all; both are
+# read when torch is loaded, here and in children.
+_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 app = typer.Typer(
     help="Train deep networks on cards that are too small for them, and never lose a run.",
@@ -246,6 +250,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    if not {*_WAITING, "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ.update(_WAITING)
     try:
         code = _run(arguments)
     except Exception:
