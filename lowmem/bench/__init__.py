@@ -32,6 +32,8 @@ FAMILIES: dict[str, tuple[str, bool]] = {
     ENGINE: (PLANNED, True),
 }
 FIRST_MODE = ("fp32", "contiguous")  # as most people write it
+# Beside nothing else rounds differ by some percent, and a desktop takes some percent of a core.
+_UNSTEADY, _TAKEN_CORES = 1.5, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +194,17 @@ class Cell:
         seconds = self.known("step_seconds")
         return statistics.median(seconds) if seconds else None
 
+    @property
+    def spread(self) -> float | None:
+        """Its slowest round to its fastest; None with fewer than two."""
+        seconds = self.known("step_seconds")
+        return max(seconds) / min(seconds) if len(seconds) > 1 and min(seconds) > 0 else None
+
+    @property
+    def contended(self) -> bool:
+        """Whether its times say more about what else the machine did."""
+        return (self.spread or 1.0) >= _UNSTEADY or (self.most("taken_cores") or 0.0) >= _TAKEN_CORES
+
     def ratios(self, plain: Cell | None) -> list[float]:
         """Its step's time to plain's of the same round, for the rounds that both have."""
         of_plain = {} if plain is None else plain.trials
@@ -247,3 +260,20 @@ def same_as_plain(cell: Cell, plain: Cell | None) -> str | None:
         same = set(cell.known("buffers")) == set(plain.known("buffers"))
         return "same bits" if same else "gradients only"
     return "as plain's own runs" if len(theirs) > 1 else "no"
+
+
+def contention(cells: Iterable[Cell]) -> str:
+    """What is to be said where others had a part of the processor while it was measured; else nothing."""
+    disturbed = [cell for cell in cells if cell.contended]
+    taken = max((cell.most("taken_cores") or 0.0 for cell in disturbed), default=0.0)
+    spread = max((cell.spread or 1.0 for cell in disturbed), default=1.0)
+    signs = [f"other programs kept {taken:.1f} of the cores busy that this needs"] if taken >= _TAKEN_CORES else []
+    signs += [f"the same steps took up to {spread:.1f} times as long in one round as in another"] * (
+        spread >= _UNSTEADY
+    )
+    if not signs:
+        return ""
+    return (
+        f" The machine was not alone: {', and '.join(signs)}. Times and their ratios are unsure, memory and bits are "
+        "not: end the other programs, and measure again into another --out."
+    )

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from lowmem.bench import CHECKPOINT_PER_BLOCK, CHECKPOINT_SELECTIVE, ENGINE, PLAIN_DEFAULT, Cell, Setup, plain_of
+from lowmem.bench import (
+    CHECKPOINT_PER_BLOCK,
+    CHECKPOINT_SELECTIVE,
+    ENGINE,
+    PLAIN_DEFAULT,
+    Cell,
+    Setup,
+    contention,
+    plain_of,
+)
 from lowmem.bench.results import Account, Column, Environment, ResultTable, Row, conditions
 from lowmem.core.units import MIB, format_size
 from lowmem.trial import excess, launch_note, waits_for_host
@@ -124,7 +133,7 @@ def account(setup: AcceptanceSetup, environment: Environment, cells: Sequence[Ce
     return Account(
         title=f"Acceptance: {setup.name}, batch {setup.batch}, {setup.memory}",
         conditions=conditions(environment, setup.card_bytes),
-        how=_how(setup),
+        how=f"{_how(setup)}{contention(cells)}",
         unfinished="" if finished else "Not finished: what follows is what was done before the end.",
         tables=[ResultTable("Targets", _TARGETS, judged), *_tables(rows)],
         rows=rows,

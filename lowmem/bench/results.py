@@ -133,7 +133,8 @@ def conditions(environment: Environment, card_bytes: int | None = None) -> str:
     """On what, with what."""
     versions = f"lowmem {environment['lowmem']}, torch {environment['torch']}, Python {environment['python']}"
     if environment["device"] != "cuda":
-        return f"On the CPU ({environment.get('cpu')}, {environment.get('cpu_threads')} threads); {versions}."
+        threads = environment.get("cpu_threads")
+        return f"On the CPU ({environment.get('cpu')}, {threads} thread{'s' * (threads != 1)}); {versions}."
     return (
         f"{environment.get('card')}{f' with {format_size(card_bytes)}' if card_bytes else ''}, driver "
         f"{environment.get('driver') or '?'}, CUDA {environment.get('cuda')}, cuDNN {environment.get('cudnn')}"

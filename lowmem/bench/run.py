@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+
+import torch
 
 from lowmem.bench import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, PLAIN_FREE, Cell, Setup
 from lowmem.bench.plan_checks import GRADIENTS, SURVIVAL, PlanQuestion
@@ -17,12 +20,14 @@ from lowmem.choose.request import Budget
 from lowmem.core.errors import Infeasible, LowmemError
 from lowmem.core.units import format_duration, format_size
 from lowmem.isolate import Call
+from lowmem.measure.processor import busy_cores, usable_cores
 from lowmem.trial import PLAIN, PLANNED, Trial, TrialResult, run_trial, verdict
 
 _FIRST_GUESS_SECONDS = {"cpu": 6.0, "cuda": 15.0}  # of a trial, until one was seen
 _LEAST_TIMEOUT_SECONDS = 5.0
 _MOST_TIMEOUT_SECONDS = 1800.0
 _HOLDS = "holds"
+_LOOK_SECONDS = 5.0  # between two looks at what else the processor does
 _VERIFIED = 3  # tries to bear a predicted largest batch out by real steps
 
 
@@ -50,6 +55,8 @@ class Bench:
         self._ends = time.monotonic() + seconds
         self._predictor = Predictor(setup, lambda text: tell(f"    {text}"))
         self._trials_took: list[float] = []
+        self._taken: float | None = None
+        self._looked = -math.inf
 
     def run(self) -> bool:
         """Measures what is not there yet -> whether everything is. What goes wrong in a cell stops no other."""
@@ -106,13 +113,23 @@ class Bench:
 
     def _trial(self, trial: Trial) -> TrialResult | None:
         """None: it was ended because the time is over, which says nothing about it."""
+        taken = self._taken_cores()
         began, limit = time.monotonic(), self._limit()
         result = run_trial(trial, limit, self._call)
         took = time.monotonic() - began
         if result.refused is not None and took >= limit < _MOST_TIMEOUT_SECONDS:
             return None
         self._trials_took.append(took)
-        return result
+        return replace(result, taken_cores=taken)
+
+    def _taken_cores(self) -> float | None:
+        """As `TrialResult` has it; a step on a card needs the core that launches its kernels."""
+        if time.monotonic() - self._looked > _LOOK_SECONDS:
+            busy, cores = busy_cores(), usable_cores()
+            needed = 1 if self.setup.on_card else torch.get_num_threads()
+            self._taken = None if busy is None or cores is None else max(0.0, busy - max(0, cores - needed))
+            self._looked = time.monotonic()
+        return self._taken
 
     # -- cells ---------------------------------------------------------------------------------------------------------
 

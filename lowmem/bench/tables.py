@@ -19,6 +19,7 @@ from lowmem.bench import (
     PLAIN_FUSED,
     Cell,
     Setup,
+    contention,
     plain_of,
     same_as_plain,
 )
@@ -109,7 +110,7 @@ def account(setup: TableSetup, environment: Environment, cells: Sequence[Cell], 
     rows = [_row(cell, plain_of(cells, cell), first) for cell in cells]
     return Account(
         title=f"{setup.name}, batch {setup.batch}",
-        conditions=conditions(environment),
+        conditions=conditions(environment) + contention(cells),
         unfinished=""
         if finished
         else "Not finished: what is marked as not run is measured by the same command, given again.",
@@ -145,6 +146,7 @@ def _row(cell: Cell, plain: Cell | None, first: Cell | None) -> Row:
         "device_used_bytes": None if cell.predicted_device_bytes is None else cell.most("device_used_bytes"),
         "resident_growth_bytes": cell.most("resident_growth_bytes"),
         "rounds": len(cell.known("step_seconds")),
+        "contended": any(one is not None and one.contended for one in (cell, plain, first)),
         "step_seconds": cell.step_seconds,
         "least_seconds": min(cell.known("least_seconds"), default=None),
         "most_seconds": cell.most("most_seconds"),
@@ -169,6 +171,8 @@ def _ratio(name: str) -> Callable[[Row], str]:
         ratios = row[name]
         if not ratios or set(ratios) == {1.0}:  # nothing, or plain itself
             return "1" if ratios else UNKNOWN
+        if row["contended"]:
+            return f"unsure ({min(ratios):.2f}–{max(ratios):.2f})"
         middle = f"{statistics.median(ratios):.2f}"
         return middle if len(ratios) == 1 else f"{middle} ({min(ratios):.2f}–{max(ratios):.2f})"
 
@@ -241,9 +245,10 @@ def _memory_columns(setup: TableSetup) -> list[Column]:
 
 
 def _step_note(setup: TableSetup, cells: Sequence[Cell]) -> str:
+    rounds = f"{setup.rounds} round{'s' * (setup.rounds != 1)}"
     said = (
         f"Each measurement is a process of its own; a step is the median of {setup.steps} after {setup.warmup} of "
-        f"warm-up, in {setup.rounds} rounds in which all ways take turns. `times plain` is to plain's step of the same "
+        f"warm-up, in {rounds} in which all ways take turns. `times plain` is to plain's step of the same "
         "round: the median and the range. `extra FLOPs` are counted in a real step, as a share of plain's. `as plain` "
         "compares gradients and buffers of the first step by SHA-256. `checkpoint` is `torch.utils.checkpoint` around "
         "every block; selective: convolutions are saved. Plain PyTorch and its checkpointing have the optimizer as one "

@@ -36,6 +36,10 @@ from lowmem.distributed.launch import is_led, leave, linger, refuse_several, rep
 _AFTER_OTHERS_SECONDS = 5.0
 _AFTER_SIGNAL_SECONDS = 1.0
 _JOINT = ("train", "resume")  # what several processes do together
+# Threads wait for each other at every operation. That they spin meanwhile makes a step several times as long beside a
+# busy program (benchmarks/LOG.md). The second is GNU's own, which the first would stop from spinning at all; both are
+# read when torch is loaded, here and in children.
+_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 app = typer.Typer(
     help="Train deep networks on cards that are too small for them, and never lose a run.",
@@ -315,6 +319,8 @@ def _loading_torch() -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command and leaves with its code. A traceback is only shown for a bug (code 1)."""
+    if not {*_WAITING, "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ.update(_WAITING)
     take_streams()
     try:
         with leaves_at_once():  # until a command begins its work

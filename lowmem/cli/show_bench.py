@@ -61,13 +61,14 @@ def show_bench(
         cells = table_cells(setup, results.load())
         tell(f"{setup.name}, batch {setup.batch}, on {environment.get('card') or 'the CPU'}; results in {folder}")
         if there := sum(len(cell.trials) for cell in cells):
-            tell(f"{there} measurements are there from before and are not made again")
+            tell(f"{there} measurement{'s are' if there != 1 else ' is'} there from before, not to be made again")
         complete = _measure(setup, cells, results, tell, seconds, "the same command goes on from there")
         account = results.save(cells, complete, partial(_bench_picture, setup, environment, cells))
         written = [file for file in results.files if file.stat().st_size]
     _print(setup, account)
     if not complete:
-        print(f"not finished within {limit:g} minutes: the same command goes on (--minutes for a longer limit)")
+        within = f"{limit:g} minute{'s' * (limit != 1)}"
+        print(f"not finished within {within}: the same command goes on (--minutes for a longer limit)")
     print(f"written: {', '.join(str(path) for path in written)}")
 
 
@@ -105,7 +106,8 @@ def _measure(
             return Bench(setup, cells, seconds=seconds, tell=tell, save=results.save, call=call).run()
     except Interrupted as error:
         count = sum(len(cell.trials) for cell in cells)
-        words = f"interrupted: {count} measurements are in {results.folder}{then and f'; {then}'}"
+        kept = f"{count} measurement{'s are' if count != 1 else ' is'} in {results.folder}"
+        words = f"interrupted: {kept}{then and f'; {then}'}"
         raise Interrupted(words, error.exit_code) from None
 
 

@@ -56,7 +56,7 @@ def absolute_paths(values: Mapping[str, object], folder: Path) -> dict[str, str]
 
 
 def where_else(config: Config, command: str) -> str:
-    """What is recorded of the data, what is meant by it here, and the `command` (a resume, or a fork at some place) that
+    """What is recorded of the data, what is meant by it here, and the `command` (a resume, or a fork) that
     says where it is."""
     source, root = config.data.source, config.data.root
     if source == "shapes":

@@ -14,6 +14,7 @@ from lowmem.doctor.facts import Facts, Finding, Status, split_way_out
 from lowmem.measure import who_holds
 from lowmem.measure.usable import version
 
+_BUSY_CORES = 0.5  # less is what a desktop does
 _NARROW_LANES = 4  # a riser or a wrong slot; x8 costs nothing that can be measured here
 _SMALL_BYTES = 12 * GIB  # a card on which fragmentation decides what fits
 
@@ -232,22 +233,28 @@ def _effect(name: str, given: str) -> tuple[Status, str, str | None] | None:
 
 
 def processor(facts: Facts) -> Finding | None:
-    """Threads against the cores there are: more of them wait for each other."""
+    """Threads against the cores there are, less those that other programs keep busy."""
     if facts.cores is None:
         return None
     usable, there = facts.cores, f"{facts.cores} core{'s' * (facts.cores != 1)}"
     if facts.cpu_share is not None and facts.cpu_share < facts.cores:
         usable = max(1, math.floor(facts.cpu_share))
         there += f", limited to {facts.cpu_share:g} by the container"
-    if facts.threads is None:
-        return Finding("processor", Status.OK, there)
-    words = f"{there}, torch uses {facts.threads} thread{'s' * (facts.threads != 1)}"
-    mend = facts.set_command("OMP_NUM_THREADS", str(usable))
-    if facts.threads > usable:
+    words = there
+    if facts.threads is not None:
+        words += f", torch uses {facts.threads} thread{'s' * (facts.threads != 1)}"
+    busy = facts.busy_cores if facts.busy_cores is not None and facts.busy_cores >= _BUSY_CORES else 0.0
+    words += f"; other programs keep {busy:.1f} cores busy" if busy else ""
+    free = max(1, min(usable, round(facts.cores - busy)))
+    mend = facts.set_command("OMP_NUM_THREADS", str(free))
+    if facts.threads is not None and facts.threads > usable:
         return Finding("processor", Status.WARNING, words, mend)
     on_cpu = facts.execution.get("device") == "cpu"
-    if on_cpu and facts.threads == 1 and usable > 1 and facts.environment.get("OMP_NUM_THREADS") is not None:
+    one_asked = facts.threads == 1 and facts.environment.get("OMP_NUM_THREADS") is not None
+    if on_cpu and one_asked and free > 1:
         return Finding("processor", Status.NOTE, words, mend)
+    if on_cpu and busy and (facts.threads or 1) > facts.cores - busy:
+        return Finding("processor", Status.NOTE, f"{words}: steps take longer beside them")
     return Finding("processor", Status.OK, words)
 
 

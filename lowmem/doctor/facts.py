@@ -28,6 +28,7 @@ from lowmem.config.schema import Config, flatten
 from lowmem.core.errors import LowmemError
 from lowmem.doctor.probe import STAGES, ask
 from lowmem.measure.nvml import DriverDevice, read_driver
+from lowmem.measure.processor import busy_cores, usable_cores
 from lowmem.measure.usable import CardFacts
 
 VARIABLES = (  # in the order in which they are told
@@ -78,6 +79,7 @@ class Facts(CardFacts):
     lowmem_version: str | None = None
     cores: int | None = None  # that this process may use
     cpu_share: float | None = None  # CPUs a container may use, None without a limit
+    busy_cores: float | None = None  # of `cores`, with other programs
 
     # packages, by their metadata: nothing is imported for these
     torchvision_version: str | None = None
@@ -157,6 +159,7 @@ def gather(config: Config, out: Path | None = None) -> Facts:
     model = config.model
     out = Path("runs") / model.arch if out is None else out
     report = read_driver()  # before the probe, which takes memory of the card itself
+    busy = busy_cores()  # and keeps a core busy
     skipped = {"cuda", "kernel"} if config.train.device == "cpu" else set()
     answers = ask(flatten(config), [stage for stage in STAGES if stage not in skipped])
     troubles = {stage: words for stage, words in answers.items() if isinstance(words, str)}
@@ -173,7 +176,8 @@ def gather(config: Config, out: Path | None = None) -> Facts:
         "wsl": "microsoft" in platform.release().lower(),
         "python_version": platform.python_version(),
         "lowmem_version": lowmem.__version__,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
+        "busy_cores": busy,
         "cpu_share": cpu_share(Path("/sys/fs/cgroup")),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "driver": report,

@@ -87,6 +87,7 @@ class TrialResult:
     `buffers`: SHA-256 of those of the first step, before its update; `norm_updates`: how often it moved batch norm's
     statistics. `flops`: floating-point operations of a step, counted where they are dispatched. `busy_share`: of
     `step_seconds`, those in which the card computes (plain autograd on CUDA; None where the profiler does not tell).
+    `taken_cores`: of the cores that it needs, those that other programs kept busy just before.
     """
 
     refused: str | None = None
@@ -112,6 +113,7 @@ class TrialResult:
     norm_updates: int | None = None
     flops: int | None = None
     busy_share: float | None = None
+    taken_cores: float | None = None
 
     @property
     def most_allocated_bytes(self) -> int | None:

@@ -41,7 +41,7 @@ def test_figures() -> None:
     plain = next(cell for cell in cells if cell.family == PLAIN_DEFAULT)
     planned = next(cell for cell in cells if cell.family == ENGINE)
     plain.predicted_allocated_bytes, planned.predicted_allocated_bytes = 400 * MIB, 50 * MIB
-    for number, seconds in (("1", 1.0), ("2", 2.0), ("3", 1.0)):
+    for number, seconds in (("1", 1.0), ("2", 1.2), ("3", 1.0)):
         shared: dict[str, Any] = {"gradients": "g", "buffers": "b", "losses": (2.0,), "finite": True}
         plain.trials[number] = (
             asdict(
@@ -59,7 +59,7 @@ def test_figures() -> None:
         )
     text = account(setup, HERE, [*cells, *largest_cells(setup)], finished=True).markdown()
     assert (
-        "| lowmem, 50% of plain | 50.0 | 51.0 | – | 21 | 1.500 (1.400 to 1.600) | 1.50 (0.75–1.50) | +25.0% "
+        "| lowmem, 50% of plain | 50.0 | 51.0 | – | 21 | 1.500 (1.400 to 1.600) | 1.50 (1.25–1.50) | +25.0% "
         "| same bits |"
     ) in text
     assert "| plain PyTorch | 400 | 401 | – | 32 | 1.000 (1.000 to 3.000) | 1 | none | – |" in text
@@ -69,8 +69,31 @@ def test_figures() -> None:
         for one in csv.DictReader(io.StringIO(account(setup, HERE, cells, True).csv()))
         if one["way"] == "lowmem, 50% of plain"
     )
-    assert (row["times_plain"], row["least_times_plain"], row["extra_flops"]) == ("1.5", "0.75", "0.25")
+    assert (row["times_plain"], row["least_times_plain"], row["extra_flops"]) == ("1.5", "1.25", "0.25")
     assert (row["peak_allocated_bytes"], row["as_plain"], row["refused"]) == (str(51 * MIB), "same bits", "")
+
+
+@pytest.mark.parametrize(
+    ("plain_seconds", "taken", "sign"),
+    [
+        ((1.0, 16.0, 1.0), 0.0, "took up to 16.0 times as long in one round as in another"),
+        ((1.0, 1.1, 1.0), 1.0, "other programs kept 1.0 of the cores busy that this needs"),
+        ((1.0, 1.1, 1.0), None, None),
+        ((1.0, 1.1, 1.0), 0.1, None),
+    ],
+)
+def test_a_machine_that_was_not_alone(plain_seconds: tuple[float, ...], taken: float | None, sign: str | None) -> None:
+    """Two threads beside a busy program once made a plan 0.09 times as slow as plain PyTorch."""
+    setup = TableSetup(arch="res20", block="basic", width=8, batch=32, device="cpu", budgets=(0.5,))
+    cells = step_cells(setup, MODES[:1])
+    for cell in cells:
+        for number, seconds in enumerate(plain_seconds if cell.family == PLAIN_DEFAULT else (1.5, 1.5, 1.5), 1):
+            cell.trials[str(number)] = asdict(TrialResult(step_seconds=seconds, taken_cores=taken))
+    told = account(setup, HERE, cells, finished=True)
+    planned = next(line for line in told.markdown().splitlines() if line.startswith("| lowmem, 50%"))
+    assert ("The machine was not alone" in told.conditions) == (sign is not None)
+    assert (sign or "") in told.conditions
+    assert ("unsure (" in planned) == (sign is not None)
 
 
 def test_what_deterministic_kernels_cost_is_said() -> None:

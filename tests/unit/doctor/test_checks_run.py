@@ -140,6 +140,20 @@ def test_threads_and_cores(
     assert (found.status, found.mend) == (status, mend)
 
 
+def test_a_busy_processor() -> None:
+    one = {"threads": 1, "environment": {"OMP_NUM_THREADS": "1"}}
+    found = said(checks.processor, replace(NO_CARD, cores=2, busy_cores=0.2, **one))
+    assert (found.status, found.mend) == (Status.NOTE, "export OMP_NUM_THREADS=2")
+    found = said(checks.processor, replace(NO_CARD, cores=2, busy_cores=1.0, **one))
+    assert (found.status, found.mend) == (Status.OK, None)
+    assert "other programs keep 1.0 cores busy" in found.finding
+    found = said(checks.processor, replace(NO_CARD, cores=2, busy_cores=1.0, threads=2))
+    assert (found.status, found.mend) == (Status.NOTE, None)
+    assert "steps take longer" in found.finding
+    found = said(checks.processor, healthy(cores=8, busy_cores=4.0, threads=16))
+    assert (found.status, found.mend) == (Status.WARNING, "export OMP_NUM_THREADS=4")
+
+
 def test_a_containers_limit_is_told() -> None:
     found = said(checks.processor, healthy(cpu_share=2.5, threads=2))
     assert found.finding == "8 cores, limited to 2.5 by the container, torch uses 2 threads"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pynvml
@@ -13,6 +15,7 @@ from lowmem.measure.nvml import DriverReport, read_driver
 from lowmem.measure.usable import BUILDS, Capability, CardFacts, install_command, runs_on
 from tests.unit.measure.scripted import Card, ScriptedNvml
 
+ROOT = Path(__file__).parents[3]
 PASCAL = 'pip install "torch==2.7.1" "torchvision==0.22.1"'
 VOLTA = 'pip install "torch==2.10.0" "torchvision==0.25.0"'
 NEWEST = "pip install --upgrade torch torchvision"
@@ -131,6 +134,12 @@ def test_runs_on(archs: list[str], capability: Capability, expected: bool) -> No
 )
 def test_install_command(capability: Capability | None, driver_cuda: Capability | None, expected: str | None) -> None:
     assert install_command(capability, system="Linux", driver_cuda=driver_cuda) == expected
+
+
+def test_the_extra_for_old_cards_is_the_build_that_runs_on_them() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert " ".join(f'"{one}"' for one in extras["pascal"]) == BUILDS[-1].packages
+    assert '`pip install -e ".[pascal]"`' in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_on_windows_the_cuda_builds_come_from_pytorchs_own_index() -> None:
