@@ -252,7 +252,7 @@ def load_newest(
             skipped[path] = type(error)(str(error) if str(path) in str(error) else f"{path}: {error}")
     reasons = list(skipped.values())
     if reasons and all(isinstance(reason, ForeignCheckpoint) for reason in reasons):
-        raise reasons[0]
+        raise ForeignCheckpoint(f"{folder} holds no usable checkpoint: {reasons[0]}")
     detail = f" ({'; '.join(map(str, skipped.values()))})" if skipped else ""
     raise CorruptCheckpoint(f"{folder} holds no usable checkpoint{detail}: start the run again under another --out")
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from lowmem.cli.main import _run
 from lowmem.cli.terminal import describe_event
-from lowmem.cli.watch import screen, sparkline
+from lowmem.cli.watch import _conducted, screen, sparkline
 from lowmem.config.settings import gather, to_yaml
 from lowmem.runs.rows import Event
 from lowmem.runs.store import RunFolder
@@ -175,3 +175,11 @@ def test_starts_without_torch() -> None:
 def test_a_size_that_is_none_is_unknown(size: object, said: str) -> None:
     event = Event(kind="replan", time="2026-11-27T08:34:12", detail={"budget_bytes": size})
     assert describe_event(event) == f"another plan: {said} for the step's tensors"
+
+
+def test_a_job_of_a_container_that_is_gone_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "job.lock").touch()
+    (tmp_path / "job.owner.json").write_text(json.dumps({"pid": 7, "host": "0c1f5e2a9b7d"}))
+    for kind, waits in (("nfs4", True), ("ext4", False)):
+        monkeypatch.setattr("lowmem.runs.lock._file_system", lambda place, kind=kind: kind)
+        assert _conducted(tmp_path) == waits
