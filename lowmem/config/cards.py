@@ -103,7 +103,7 @@ def load_card(name: str) -> Card:
             near = [match for match in by_key if key and (key in match or match in key)]
             near = near or get_close_matches(key[:100], by_key, n=3, cutoff=0.6)
             hint = f"did you mean {either([by_key[match] for match in near])}?" if near else "`lowmem cards` lists them"
-            raise UsageError(f"unknown card {shorten(name)!r}: {hint}, or give the path of a .yaml file")
+            raise UsageError(f"unknown card {shorten(name)!r}: {hint} (or give the path of a .yaml file)")
         path = profiles_folder("cards") / f"{known}.yaml"
     elif not os.path.isfile(path):
         raise UsageError(f"there is no card profile {shorten(name)}")

@@ -239,7 +239,7 @@ def test_the_commands_of_the_guide_run_one_after_the_other(
         if name == "train":
             arch = rest[rest.index("--arch") + 1]
             out = Path(rest[rest.index("--out") + 1] if "--out" in rest else f"runs/{arch}")
-            small += ["--out", str(out), *(["--dry-run"] if (somewhere / out).exists() else [])]
+            small += ["--out", f"{out}-again", "--dry-run"] if (somewhere / out).exists() else ["--out", str(out)]
             small += [] if "--data" in rest else ["--data", "shapes"]
         elif name == "resume":
             small = ["--epochs", "3", "--set", "train.max_steps=null"] if "--epochs" in rest else []
