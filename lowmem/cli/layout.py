@@ -56,7 +56,7 @@ def _wrapped(line: str, indent: int, columns: int) -> list[str]:
     """At spaces, and after the first line from `indent` on. What is columns within begins a line where it does not fit
     in whole."""
     lines = [""]
-    for cell in re.split(r" {2,}", line[indent:].strip()):
+    for cell in re.split(r" {2,}", line[indent:].rstrip()):
         if lines[-1] and indent + len(lines[-1]) + 2 + len(cell) <= columns:
             lines[-1] += f"  {cell}"
         else:

@@ -203,6 +203,7 @@ td[style] { white-space: nowrap }
 @media (max-width: 30rem) {
   table { font-size: 0.82rem }
   th, td { padding: 0.3rem 0.3rem }
+  td:not([style]) { overflow-wrap: anywhere; min-width: 5.5em }
 }
 @media print {
   :root { color-scheme: light; --ink: #000; --soft: #333; --line: #bbb; --paper: #fff; --head: #eee }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def test_rows_become_blocks() -> None:
         ("ok    a/long/path/to/something/  is there", ["ok    a/long/path/to/something/", "      is there"]),
         ("          > lowmem resume runs/res20", ["          > lowmem resume runs/res20"]),  # to be copied
         ("one two three four five six", ["one two three four", "  five six"]),
+        ("in the end all of it is there", ["in the end all of it", "  is there"]),
     ],
 )
 def test_lines_are_folded(line: str, folded: list[str]) -> None:
@@ -81,7 +83,7 @@ def test_every_screen_of_runs(
 
 def test_a_pipe_has_no_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
-    monkeypatch.setattr("shutil.get_terminal_size", lambda fallback: fallback)
+    monkeypatch.setattr("shutil.get_terminal_size", os.terminal_size)
     assert room() is None
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from lowmem.report import figures
+from lowmem.report.chart import Chart, draw_charts
 from lowmem.report.figures import (
     LOSS,
     TEST_ERROR,
@@ -35,9 +38,9 @@ def pixels(png: bytes) -> np.ndarray:
 
 
 def assert_margins_are_white(png: bytes) -> None:
-    """Text that runs out of the figure would leave ink on its edge."""
-    image = pixels(png)
-    for edge in (image[:4], image[-4:], image[:, :4], image[:, -4:]):
+    """Text that runs out of the figure would leave ink on its edge, and what touches it is hard to read."""
+    image, margin = pixels(png), 12
+    for edge in (image[:margin], image[-margin:], image[:, :margin], image[:, -margin:]):
         assert edge.min() == 1.0
 
 
@@ -88,6 +91,31 @@ def test_strange_losses(make_run: MakeRun, loss: str) -> None:
         file.write(f"1173,3,0.1,{loss}\n")
     for picture in draw(run).values():
         assert_margins_are_white(picture.png)
+
+
+def test_a_run_that_diverged_is_seen_even_alone(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is lowest; and the chart says what it leaves out, and which line is what."""
+    drawn: list[tuple[Chart, str]] = []
+
+    def record(charts: list[Chart], height: float, remark: str = "") -> Figure:
+        drawn.append((charts[0], remark))
+        return draw_charts(charts, height, remark)
+
+    monkeypatch.setattr(figures, "draw_charts", record)
+    run = make_run("res20", done=2)
+    rows = (run / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    losses = ("9341813685810.4258", "12345.678")
+    table = [row.split(",") for row in rows[1:]]
+    lines = [",".join([*row[:3], loss, *row[4:]]) for row, loss in zip(table, losses, strict=True)]
+    (run / "metrics.csv").write_text("\n".join([rows[0], *lines]) + "\n", encoding="utf-8")
+    draw(run)
+    (loss, remark), (error, none) = drawn
+    assert loss.y_limits[1] > 12345.678
+    assert "cut off" in loss.y_title
+    assert "faint loss of single steps" in remark
+    assert [one.label for one in loss.series if one.label.startswith("Res20")] == ["Res20  12,346"]
+    assert "cut off" not in error.y_title
+    assert none == ""
 
 
 def rate() -> bytes:
