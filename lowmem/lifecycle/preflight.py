@@ -28,7 +28,7 @@ from lowmem.runs.atomic import write_text_atomic
 from lowmem.runs.event_files import EventFiles, read_points
 from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, csv_line, gradient_line
 from lowmem.runs.store import RunFolder, most_checkpoints
-from lowmem.runs.view import read_run
+from lowmem.runs.view import RunView, read_run
 from lowmem.step.train_step import Score
 from lowmem.step.undo import Before, Undo
 from lowmem.train.loop import Trainer
@@ -113,7 +113,7 @@ def _try_checkpoint(trainer: Trainer, run: RunFolder) -> int:
     info = describe_weights(trainer.config, trainer.dataset, **at)
     run.save_weights("best", written.model, info)
     weights = run.path / "weights" / "best.safetensors"
-    _same(read_run(run.path).best == info, weights)
+    _same(RunView(run.path).best == info, weights)
     try:
         _same(tensor_bits(load(weights.read_bytes())) == tensor_bits(written.model), weights)
     except SafetensorError:

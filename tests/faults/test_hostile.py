@@ -159,8 +159,8 @@ def _laughs() -> str:
 
 CONFIGS = {
     "laughs": (lambda text: text + _laughs(), "aliases"),
-    "width": (lambda text: text.replace("width: 2", "width: 1000000000"), "less than or equal to 4096"),
-    "epochs": (lambda text: text.replace("epochs: 3", f"epochs: {10**15}"), "less than or equal to"),
+    "width": (lambda text: text.replace("width: 2", "width: 1000000000"), "<= 4096"),
+    "epochs": (lambda text: text.replace("epochs: 3", f"epochs: {10**15}"), "<= 1000000"),
     "digits": (lambda text: text.replace("seed: 0", "seed: " + "9" * 5000), "too many digits"),
     "depth": (lambda text: text.replace("seed: 0", "seed: " + "[" * 20000), "nested"),
     "size": (lambda text: text + "#" * (1 << 20), "bytes, at most"),

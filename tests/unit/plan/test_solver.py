@@ -161,8 +161,9 @@ def test_infeasible_names_both_sides_and_what_takes_it() -> None:
 def test_the_optimizers_step_bounds_the_budget_too() -> None:
     chain = dataclasses.replace(random_chain(random.Random(3), 5, 3), outside_peak_bytes=10_000)
     assert solve(chain, 10_000).peak_bytes == 10_000
-    with pytest.raises(Infeasible, match="step of the optimizer"):
+    with pytest.raises(Infeasible) as caught:
         solve(chain, 9_999)
+    assert "step of the optimizer" in caught.value.what
 
 
 def test_a_limited_table_refuses_larger_budgets() -> None:
