@@ -72,10 +72,11 @@ def measure_costs(
         x = torch.empty(shape.micro_batch, *shape.image_shape).contiguous(memory_format=execution.torch_memory_format)
         stages = decompose(model)
         measured = measure_chain(stages, options or _options, x, recorder, execution.amp_dtype, shape.library_norm)
-        measures = []
+        what, measures = f"planning: costs of each block at batch {shape.micro_batch}", list[StageMeasure]()
+        phase(what, 0, len(stages))
         for measure in measured:
             measures.append(measure)
-            phase(f"planning: costs of each block at batch {shape.micro_batch}", len(measures), len(stages))
+            phase(what, len(measures), len(stages))
         momentum = OptimConfig(momentum=0.9 if shape.momentum else 0.0)
         optimizer = make_optimizer(model, momentum, execution.device)
         step = TrainStep(model, optimizer, make_scaler(execution), execution, shape.micro_batch)

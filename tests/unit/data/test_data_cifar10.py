@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -93,12 +94,22 @@ def test_missing_and_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "\n" not in str(caught.value)
 
 
-def test_missing_and_downloaded(cifar_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_downloaded(
+    cifar_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = cifar_root / "cifar-10-batches-py" / "data_batch_5"
     content = path.read_bytes()
     path.unlink()
-    monkeypatch.setattr(CIFAR10, "download", lambda self: path.write_bytes(content))
-    assert len(load(config(cifar_root), 0).train) == 100
+
+    def download(self: object) -> None:
+        print("\r50%", file=sys.stderr)  # the library's own bar
+        path.write_bytes(content)
+
+    monkeypatch.setattr(CIFAR10, "download", download)
+    said: list[str] = []
+    assert len(load(config(cifar_root), 0, progress=lambda what, *_: said.append(what)).train) == 100
+    assert "downloading CIFAR-10, 163 MiB" in said
+    assert not capsys.readouterr().err
 
 
 def test_an_interrupted_download_leaves_a_clear_error(cifar_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
