@@ -53,8 +53,9 @@ def decode(path: str, fit: str) -> NDArray[np.uint8]:
     except UnidentifiedImageError:
         raise DataError("no picture, or of a kind that cannot be read here") from None
     except _DAMAGE as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else shorten(error, 120)
-        raise DataError(f"damaged: {why or type(error).__name__}") from error
+        if isinstance(error, OSError) and error.strerror:  # the system's, not the reader's
+            raise DataError(f"cannot be read: {error.strerror}") from error
+        raise DataError(f"damaged: {shorten(error, 120) or type(error).__name__}") from error
 
 
 def is_picture(path: str) -> bool:

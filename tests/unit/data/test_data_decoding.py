@@ -143,7 +143,7 @@ def _sixteen(path: Path) -> None:
         (_cut, "damaged: .*truncated"),
         (_sixteen, r"more than 8 bits a channel, I;16: convert it"),
         (_bomb, "damaged: Image size .*exceeds limit"),
-        (lambda path: None, "damaged: No such file"),
+        (lambda path: None, "cannot be read: No such file"),
     ],
 )
 def test_what_is_no_picture_is_said(tmp_path: Path, make: object, words: str) -> None:
