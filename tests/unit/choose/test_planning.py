@@ -123,7 +123,7 @@ def test_bad_sizes_and_cards_in_settings() -> None:
         gather(flags={"memory.vram": "six"})
     from lowmem.choose.execution import request_of
 
-    with pytest.raises(UsageError, match="did you mean gtx1060-6g"):
+    with pytest.raises(UsageError, match="did you mean gtx1060-3g or gtx1060-6g"):
         request_of(gather(flags={"memory.card": "gtx1060"}).config)
 
 
