@@ -250,6 +250,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    if not {*_WAITING, "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ.update(_WAITING)
     try:
         code = _run(arguments)
     except Exception:
@@ -259,8 +261,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: list[str] | None) -> int:
-    if not {*_WAITING, "KMP_BLOCKTIME"} & os.environ.keys():
-        os.environ.update(_WAITING)
     try:
         code = get_command(app).main(args=arguments, prog_name="lowmem", standalone_mode=False)
         return int(code or ExitCode.DONE)
