@@ -171,10 +171,10 @@ def _ratio(name: str) -> Callable[[Row], str]:
         ratios = row[name]
         if not ratios or set(ratios) == {1.0}:  # nothing, or plain itself
             return "1" if ratios else UNKNOWN
+        middle, ends = f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}–{max(ratios):.2f}"
         if row["contended"]:
-            return f"unsure ({min(ratios):.2f}–{max(ratios):.2f})"
-        middle = f"{statistics.median(ratios):.2f}"
-        return middle if len(ratios) == 1 else f"{middle} ({min(ratios):.2f}–{max(ratios):.2f})"
+            return f"unsure ({middle if len(ratios) == 1 else ends})"
+        return middle if len(ratios) == 1 else f"{middle} ({ends})"
 
     return text
 
