@@ -276,11 +276,11 @@ def bench(
 
 @command
 def reproduce(given: Given, out: Path, only: str | None, block: str | None, dry_run: bool) -> None:
-    """The six runs of a student's homework report on ResNet against plain nets, on a 6 GB GTX 1060 (Res and CNN of 20,
-    56 and 110 layers), as one job; then a report on them.
+    """The six runs of a student's homework report on ResNet against plain nets (on a 6 GB GTX 1060), then a report.
 
-    The same command goes on with it after Ctrl-C, a kill or a power cut, at the right run and step; what is finished is
-    skipped. Settings that are left out are those the job began with.
+    Res and CNN of 20, 56 and 110 layers, as one job. The same command goes on with it after Ctrl-C, a kill or a power
+    cut, at the right run and step; what is finished is skipped. Settings that are left out are those the job began
+    with.
     """
     unread_is_well()
     settings = given.settings()
