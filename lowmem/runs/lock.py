@@ -99,6 +99,22 @@ def _file_system(folder: Path) -> str:
     return kind
 
 
+def _is_lent(lock_file: Path) -> bool:
+    """Whether a lock of POSIX's kind is on it, which nobody here takes: nfsd holds such for who has the file mounted."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
+    with open(lock_file, "r+b") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without them
+            return False
+    return False
+
+
 class RunLock:
     """The lock of a run folder, held. `taken_over` is the owner that ended without leaving, or None."""
 
@@ -132,12 +148,13 @@ class RunLock:
             raise
 
     def _excludes(self) -> bool:
-        """Whether the lock, which is held, keeps others out: there are file systems that grant it to everybody."""
+        """Whether the lock, which is held, keeps others out: there are file systems that grant it to everybody, and a
+        machine that lends its disk by NFS is granted it while a borrower's lock is there, as one of POSIX's kind."""
         try:
             with FileLock(self._lock.lock_file, timeout=0):
                 return False
         except Timeout:
-            return True
+            return not _is_lent(Path(self._lock.lock_file))
 
     @property
     def held(self) -> bool:

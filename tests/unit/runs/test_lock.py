@@ -13,7 +13,7 @@ import pytest
 
 from lowmem.core.errors import UsageError
 from lowmem.runs import lock as module
-from lowmem.runs.lock import OWNER_NAME, RunLock, read_owner
+from lowmem.runs.lock import LOCK_NAME, OWNER_NAME, RunLock, read_owner
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its second process with fork")
 
@@ -114,6 +114,25 @@ def test_a_writer_in_another_container_is_alive_while_it_holds_the_lock(tmp_path
     finally:
         _kill(pid, reader)
     assert module.writer_of(tmp_path) is None
+
+
+@forks
+def test_a_disk_that_is_lent_by_nfs_shows_its_borrowers_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the lender's own flock it is no obstacle; nfsd holds it as a lock of POSIX's kind."""
+    import fcntl
+
+    (tmp_path / LOCK_NAME).touch()
+    (tmp_path / OWNER_NAME).write_text(json.dumps({"pid": 7, "host": "borrower", "boot": "another"}))
+    monkeypatch.setattr(module, "_file_system", lambda place: "ext4")
+    pid, reader = _child(lambda: fcntl.lockf(os.open(tmp_path / LOCK_NAME, os.O_RDWR), fcntl.LOCK_EX))
+    try:
+        with pytest.raises(UsageError, match="on borrower .*cannot be checked"):
+            RunLock(tmp_path)
+    finally:
+        _kill(pid, reader)
+    lock = RunLock(tmp_path)
+    assert lock.taken_over is not None
+    lock.release()
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/mountinfo"), reason="Linux tells its mounts")
