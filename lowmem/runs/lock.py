@@ -100,7 +100,7 @@ def _file_system(folder: Path) -> str:
 
 
 def _is_lent(lock_file: Path) -> bool:
-    """Whether a lock of POSIX's kind is on it, which nobody here takes: nfsd holds such for who has the file mounted."""
+    """Whether a lock of POSIX's kind is on it, which nobody here takes: nfsd holds such for who has it mounted."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -126,7 +126,7 @@ def test_a_disk_that_is_lent_by_nfs_shows_its_borrowers_lock(tmp_path: Path, mon
     monkeypatch.setattr(module, "_file_system", lambda place: "ext4")
     pid, reader = _child(lambda: fcntl.lockf(os.open(tmp_path / LOCK_NAME, os.O_RDWR), fcntl.LOCK_EX))
     try:
-        with pytest.raises(UsageError, match="on borrower .*cannot be checked"):
+        with pytest.raises(UsageError, match=r"on borrower .*cannot be checked"):
             RunLock(tmp_path)
     finally:
         _kill(pid, reader)
