@@ -89,7 +89,7 @@ def test_a_pipe_has_no_width(monkeypatch: pytest.MonkeyPatch) -> None:
     assert room() is None
 
 
-def test_losses_of_any_size_are_said_to_be_what_they_are(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_losses_of_any_size_are_said_to_be_what_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "res20", done=2)
     show_watch(run, interval=1, once=True, as_json=False)
     assert "(of one step)" in capsys.readouterr().out
