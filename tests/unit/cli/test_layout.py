@@ -12,7 +12,7 @@ from lowmem.cli.show import show_ls, show_report, show_verify
 from lowmem.cli.watch import show_watch
 from lowmem.report import write_report
 from lowmem.runs.rows import EPOCH_TABLE
-from tests.unit.report.fake_runs import MakeRun, write_run
+from tests.unit.report.fake_runs import write_run
 
 ROWS = [("run", "epoch", "fork --at"), ("res20", "1/3", "1, 2, step:37"), ("a-rather-long-name", "12/164", "")]
 
@@ -61,12 +61,14 @@ def test_lines_are_folded(line: str, folded: list[str]) -> None:
 
 @pytest.mark.parametrize("columns", [40, 80])
 def test_every_screen_of_runs(
-    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: int
 ) -> None:
     """Nothing is wider than the terminal, but a name, which must be copied in one piece; and nothing is cut off."""
-    make_run("res20")
+    write_run(tmp_path / "runs" / "res20")
     write_run(tmp_path / "runs" / "cnn20-a-rather-long-name", "cnn20", done=2, train__max_steps=782)
-    (make_run("res56") / "config.yaml").write_text("train: {epochs: -1}\n", encoding="utf-8")
+    (write_run(tmp_path / "runs" / "res56", "res56") / "config.yaml").write_text(
+        "train: {epochs: -1}\n", encoding="utf-8"
+    )
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.chdir(tmp_path)
     assert room() == columns
@@ -87,8 +89,8 @@ def test_a_pipe_has_no_width(monkeypatch: pytest.MonkeyPatch) -> None:
     assert room() is None
 
 
-def test_losses_of_any_size_are_said_to_be_what_they_are(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
-    run = make_run("res20", done=2)
+def test_losses_of_any_size_are_said_to_be_what_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "res20", done=2)
     show_watch(run, interval=1, once=True, as_json=False)
     assert "(of one step)" in capsys.readouterr().out
     (run / "steps.csv").write_text("step,epoch,lr,loss\n782,2,0.1,9341813685810.4258\n", encoding="utf-8")
