@@ -80,7 +80,8 @@ def resume_training(
         before = flatten(recorded.config)
         given = {key: value for key, value in given.items() if key not in before or before[key] != value}
         wanted = recorded.replace(given, "resume").config
-        refuse_changes(recorded.config, wanted, str(path))
+        decided = {key: value for key, value in given.items() if value != "auto"}  # the rest, when torch is there
+        refuse_changes(recorded.config, recorded.replace(decided, "resume").config, str(path))
         refuse_missing_pictures(wanted, where_else(wanted, f"lowmem resume {path}"))
 
     observer = observer or Observer()

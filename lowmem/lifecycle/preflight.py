@@ -44,14 +44,14 @@ def preflight(trainer: Trainer, folder: RunFolder) -> None:
     which goes again. The trainer is as before, but perhaps for a smaller plan (see `try_step`). Raises PreflightError
     if anything cannot be written or does not read back, or if the disk has no room for all of the run; OutOfMemory."""
     began = time.monotonic()
-    trainer.observer.phase("preflight: trying a step and an evaluation")
+    trainer.observer.phase("trying a step and an evaluation")
     tried = try_step(trainer, folder)
     trainer.group.lead(lambda: _try_rest(trainer, folder, tried, began), None)
 
 
 def _try_rest(trainer: Trainer, folder: RunFolder, tried: StepTrial, began: float) -> None:
     trial = folder.path / ".preflight"
-    trainer.observer.phase("preflight: writing every output and reading it back")
+    trainer.observer.phase("writing every output and reading it back")
     try:
         checkpoint_bytes, saving_seconds = _try_outputs(trainer, folder, trial, tried)
         disk = _check_space(trainer, folder.path, checkpoint_bytes)

@@ -14,7 +14,7 @@ import lowmem
 from lowmem.cli.main import _run
 from lowmem.config.schema import BEFORE
 from lowmem.config.settings import from_yaml, gather
-from lowmem.core.errors import CorruptCheckpoint
+from lowmem.core.errors import CorruptCheckpoint, UsageError
 from lowmem.lifecycle import run_training
 from lowmem.reproduce.job import Job, read_job
 from tests.tiny import Heard, tiny
@@ -64,7 +64,7 @@ def test_an_older_run_goes_on_with_its_pictures(pets: Path, tmp_path: Path) -> N
 def test_a_run_of_cropped_pictures_is_not_taken_for_an_older_one(pets: Path) -> None:
     run = begin(pets)
     make_older(run)
-    with pytest.raises(CorruptCheckpoint, match="other settings"):
+    with pytest.raises(UsageError, match=r"data\.fit is 'stretch' there and was 'crop'"):
         lowmem.resume_training(run, {"train.max_steps": None})
 
 
@@ -95,7 +95,7 @@ def test_a_class_by_another_name_is_refused_on_resume_and_said_by_a_fork(pets: P
     run = begin(pets)
     for part in ("train", "test"):
         (pets / part / "cat").rename(pets / part / "cot")
-    with pytest.raises(CorruptCheckpoint, match="other classes than this run has now"):
+    with pytest.raises(CorruptCheckpoint, match="other names of classes than the data have now"):
         lowmem.resume_training(run, {"train.max_steps": None})
     heard = Heard()
     lowmem.fork_run(

@@ -26,6 +26,8 @@ from lowmem.cli.flags import FLAGS, Given
 from lowmem.config.cards import load_card
 from lowmem.config.schema import Config, cards_of, known_keys
 from lowmem.config.settings import gather, parse_set
+from lowmem.lifecycle import run_training
+from tests.tiny import tiny
 
 ROOT = Path(__file__).parents[2]
 TOKENS = MarkdownIt().enable("table").parse((ROOT / "README.md").read_text(encoding="utf-8"))
@@ -66,6 +68,8 @@ def _words(line: str) -> list[str]:
     while "…" in words:
         at = words.index("…")
         words[at : at + 1] = ["optim.lr=0.01"] if words[at - 1] == "--set" else []
+    if "|" in words:  # what reads its output
+        words = words[: words.index("|")]
     return [PLACEHOLDERS.get(word, word) for word in words]
 
 
@@ -110,7 +114,11 @@ def _check_lowmem(words: list[str]) -> None:
 
 def _check_pip(words: list[str]) -> None:
     assert words[0] == "install"
-    options = {"-e": lambda path: path.partition("[")[0] == ".", "-r": lambda path: (ROOT / path).is_file()}
+    options = {
+        "-e": lambda path: path.partition("[")[0] == ".",
+        "-r": lambda path: (ROOT / path).is_file(),
+        "--extra-index-url": lambda url: re.fullmatch(r"https://download\.pytorch\.org/whl/(cpu|cu\d+)", url),
+    }
     what = iter(words[1:])
     for word in what:
         if word in options:
@@ -150,6 +158,8 @@ def _flags(command: Any) -> set[str]:
 
 @pytest.mark.parametrize("text", PYTHON)
 def test_python_runs_as_it_stands(text: str) -> None:
+    if "runs/mine/" in text:
+        run_training(tiny("train.epochs=1"), "runs/mine")
     exec(compile(text, "README.md", "exec"), {})
 
 
@@ -181,7 +191,8 @@ def test_a_flag_in_a_sentence_is_one(span: str) -> None:
         value = value or next(iter(words[at + 1 : at + 2]), "")
         settings = [one.setting for one in FLAGS if one.name == flag and one.setting and one.kind is not bool]
         for one in value.split("|") if settings and value and not value.startswith("-") else ():
-            gather(flags={settings[0]: one, "model.arch": "res56"})
+            typed = next(row.kind for row in FLAGS if row.setting == settings[0])(one)
+            gather(flags={settings[0]: typed, "model.arch": "res56"})
 
 
 @pytest.mark.parametrize("span", [span.removeprefix("--set ") for span in SPANS if re.search(r"\w\.\w+(=|$)", span)])

@@ -17,11 +17,11 @@ from lowmem.calibrate.calibrator import Calibration
 from lowmem.calibrate.device import cpu_identity
 from lowmem.cli.main import main
 from lowmem.config.catalogue import catalogue
-from lowmem.config.schema import Config, flatten, known_keys
+from lowmem.config.schema import Config, DataConfig, flatten, known_keys
 from lowmem.config.settings import validate
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import profile_names, user_cache_folder
-from lowmem.data import folder
+from lowmem.data import load
 from lowmem.lifecycle.fork import check
 
 
@@ -81,7 +81,7 @@ def test_what_a_fork_may_change_is_what_the_list_says(name: str) -> None:
     if value is None and setting.choices:
         value = next(one for one in setting.choices if one != flatten(before)[name])
     elif value is None:
-        numbers = [(not setting.default if isinstance(setting.default, bool) else None), 100, 0.5, [1.0, 2.0]]
+        numbers = [(not setting.default if isinstance(setting.default, bool) else None), 100, 0.5, 1 << 30, [1.0, 2.0]]
         for value in (one for one in numbers if one is not None):
             try:
                 validate({name: value}, {})
@@ -120,7 +120,7 @@ def test_the_cache_and_what_becomes_of_it(
             (tmp_path / "pictures" / part / name).mkdir(parents=True)
             pixels = np.zeros((8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "pictures" / part / name / "1.png")
-    folder.read(tmp_path / "pictures", cache=None, progress=None)
+    load(DataConfig(source=f"folder:{tmp_path / 'pictures'}"), 0)
     calibration = Calibration(cpu_identity(), user_cache_folder() / "calibration")
     calibration.put("bytes", ("context",), 5)
     calibration.save()

@@ -71,7 +71,7 @@ def test_a_picture_of_no_known_kind_is_refused_before_anything_is_planned(
 ) -> None:
     monkeypatch.setattr("lowmem.choose.decide.decide", lambda *_, **__: pytest.fail("planned"))
     for name in ("curve.bmp", "curve", "curve.png.gz"):
-        code, out, err = _leave(capsys, *ONE_MODE, "--vram", "4M", "--curve", str(tmp_path / name))
+        code, out, err = _leave(capsys, *ONE_MODE, "--tensors", "4M", "--curve", str(tmp_path / name))
         assert (code, out) == (2, "")
         assert ".png, .jpg, .jpeg, .svg, .pdf" in err
     assert not list(tmp_path.iterdir())

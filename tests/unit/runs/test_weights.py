@@ -73,16 +73,6 @@ def test_the_same_values_are_the_same_bytes(tmp_path: Path) -> None:
         assert len(set(_digests(folder.path).values())) == 1
 
 
-def test_the_lines_of_the_readme(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(run / "weights", tmp_path / "runs/mine/weights")
-    monkeypatch.chdir(tmp_path)
-    (block,) = (text for text in README.read_text("utf-8").split("\n```\n") if "runs/mine/weights/best" in text[:50])
-    said: list[str] = []
-    values = {"images": load(read_run(run).config.data, 0).test.images, "print": said.append}
-    exec(f"import json, torch, safetensors.torch, lowmem\n{block}", values)
-    assert said[0] in load(read_run(run).config.data, 0).classes
-
-
 def test_files_of_older_versions(run: Path, tmp_path: Path) -> None:
     """They had a key for each value, and most values not at all."""
     old = tmp_path / "run"
