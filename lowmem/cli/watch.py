@@ -113,7 +113,7 @@ def _next(path: Path, interval: float) -> Path | None:
 def _conducted(folder: Path) -> bool:
     """Whether a process holds the folder as a job of several runs, as far as can be told from here."""
     owner = read_owner(folder / _JOB_OWNER)
-    if owner is None or owner.here or not lock_decides(folder, owner):
+    if owner is None or owner.here or not lock_decides(owner):
         return owner is not None and owner.may_be_alive
     return writer_of(folder, "job") is not None
 

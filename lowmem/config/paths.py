@@ -20,6 +20,12 @@ _PATHS = (
 )
 
 
+def folder_of(source: str) -> Path:
+    """The folder that a `data.source` or `data.root` names, absolute."""
+    # Unlike pathlib's, these raise nothing for links in a circle and homes that are nobody's.
+    return Path(os.path.realpath(os.path.expanduser(source.removeprefix(PICTURES))))
+
+
 def started_in(path: Path) -> str | None:
     """This process's folder as seen from the run (or job) `path`: where its relative paths are meant, also after both
     have moved. None: they have no way to each other, as between two drives of Windows."""
@@ -56,7 +62,7 @@ def absolute_paths(values: Mapping[str, object], folder: Path) -> dict[str, str]
 
 
 def where_else(config: Config, command: str) -> str:
-    """What is recorded of the data, what is meant by it here, and the `command` (a resume, or a fork) that
+    """Where the data is looked for, what that means here, and the `command` (a resume, or a fork) that
     says where it is."""
     source, root = config.data.source, config.data.root
     if source == "shapes":
@@ -64,7 +70,7 @@ def where_else(config: Config, command: str) -> str:
     own, flags = source.startswith(PICTURES), command.startswith("lowmem resume")
     key, text = ("data.source", source) if own else ("data.root", root)
     flag = ("--data " if own else "--data-root ") if flags else f"--set {key}="
-    path = Path(text.removeprefix(PICTURES)).expanduser()
-    meant = "" if path.is_absolute() else f", which from here is {path.absolute()}"
+    folder = folder_of(text)
+    meant = "" if str(folder) == text.removeprefix(PICTURES) else f", which from here is {folder}"
     given = f"{command} {flag}{PICTURES if own else ''}PATH"
-    return f"; recorded is {key} = {text}{meant}: if the pictures are elsewhere, `{given}`"
+    return f"; {key} is {text}{meant}: if the pictures are elsewhere, `{given}`"

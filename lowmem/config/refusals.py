@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from lowmem.config.cards import load_card
-from lowmem.config.paths import PICTURES
+from lowmem.config.paths import PICTURES, folder_of
 from lowmem.config.schema import Config, cards_of
 from lowmem.core.errors import DataError
 
@@ -21,10 +20,10 @@ def refuse_missing_pictures(config: Config, elsewhere: str = "") -> None:
     """Raises DataError, which ends with `elsewhere`, for a folder of pictures that is not there."""
     if not config.data.source.startswith(PICTURES):
         return
-    root = Path(config.data.source.removeprefix(PICTURES)).expanduser()
+    root = folder_of(config.data.source)
     try:
         with os.scandir(root) as entries:
-            trouble = None if any(entry.is_dir() for entry in entries) else "has no folders in it"
+            trouble = None if any(os.path.isdir(entry.path) for entry in entries) else "has no folders in it"
     except OSError as error:
         trouble = f"cannot be looked into ({error.strerror or error})"
     if trouble is not None:

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lowmem.config.paths import folder_of
 from lowmem.config.schema import DataConfig
 from lowmem.core.errors import DataError
 from lowmem.core.reading import user_cache_folder
 from lowmem.data.decoding import decode_all
 from lowmem.data.kept import find_kept, keep
 from lowmem.data.pictures import Pictures, Progress, Source, name_some
-from lowmem.data.tree import Tree, readable, root_of, scan, shown
+from lowmem.data.tree import Tree, readable, scan, shown
 
 _DECODER = "pillow bicubic 32x32 rgb 2"  # what is kept is of it: raise the number when pixels change
 _MOST_NAMED = 20
@@ -36,7 +37,7 @@ def read(config: DataConfig, *, progress: Progress | None = None, until: float |
     clock, in seconds) and keep nothing; pictures that nobody looked at are black.
 
     Raises DataError for a missing part or class, files that are no pictures, and what cannot be read."""
-    root = root_of(config)
+    root = folder_of(config.source)
     with readable(root):
         tree = scan(root, config)
     files = [file for part in tree.parts.values() for file in part]

@@ -54,11 +54,6 @@ class Tree:
     warnings: Sequence[str]
 
 
-def root_of(config: DataConfig) -> Path:
-    # Unlike pathlib's, these raise nothing for links in a circle and homes that are nobody's.
-    return Path(os.path.realpath(os.path.expanduser(config.source.removeprefix("folder:"))))
-
-
 def scan(root: Path, config: DataConfig) -> Tree:
     """The classes (sorted), the files of each part, and what was passed over; no picture is decoded. Raises DataError,
     OSError."""

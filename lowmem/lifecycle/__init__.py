@@ -144,8 +144,8 @@ def extend_run(
     """
     observer, path = observer or Observer(), Path(path)
     recorded = recorded_settings(path)
-
-    from lowmem.lifecycle.run_identity import as_trained
+    with observer.loading("torch"):
+        from lowmem.lifecycle.run_identity import as_trained
 
     before = as_trained(path, recorded)[0].config.train.epochs
     if epochs == before:

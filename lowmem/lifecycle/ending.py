@@ -48,5 +48,5 @@ def _errors(trainer: Trainer, outcome: Outcome) -> str:
 def _pictures(dataset: Dataset, on: str) -> str:
     held = dataset.val if on == "val" else None
     if held is not None:
-        return f"{len(held):,} held-back training pictures of {dataset.name}"
+        return f"{len(held):,} held-back pictures of {dataset.name}"
     return f"the {len(dataset.test):,} test pictures of {dataset.name}"

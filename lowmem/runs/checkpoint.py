@@ -250,9 +250,9 @@ def load_newest(
         except CorruptCheckpoint as error:
             # Another one, which does not hold what was read of it by its traceback.
             skipped[path] = type(error)(str(error) if str(path) in str(error) else f"{path}: {error}")
-    reasons = list(skipped.values())
-    if reasons and all(isinstance(reason, ForeignCheckpoint) for reason in reasons):
-        raise ForeignCheckpoint(f"{folder} holds no usable checkpoint: {reasons[0]}")
+    for reason in skipped.values():
+        if isinstance(reason, ForeignCheckpoint):  # whole: there is a way to go on
+            raise ForeignCheckpoint(f"{folder} holds no usable checkpoint: {reason}")
     detail = f" ({'; '.join(map(str, skipped.values()))})" if skipped else ""
     raise CorruptCheckpoint(f"{folder} holds no usable checkpoint{detail}: start the run again under another --out")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import time
 from contextlib import suppress
@@ -62,18 +61,11 @@ class Owner(BaseModel, frozen=True):
         return True
 
 
-# File systems that no other machine has mounted at the same time.
-_LOCAL = frozenset({
-    "bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "fuseblk", "ntfs", "ntfs3", "overlay", "tmpfs",
-    "vfat", "xfs", "zfs",
-})  # fmt: skip
-
-
-def lock_decides(folder: Path, owner: Owner) -> bool:
-    """Whether a lock in `folder` that nobody holds proves that `owner` has ended, even if it was on a host of another
-    name: it ran under this kernel, as containers of one machine do, or no other kernel can write there."""
+def lock_decides(owner: Owner) -> bool:
+    """Whether a lock that nobody holds proves that `owner` has ended, even if it was on a host of another name: it ran
+    under this kernel, as containers of one machine do."""
     boot = _boot()
-    return owner.here or (boot != "" and owner.boot == boot) or _file_system(folder) in _LOCAL
+    return owner.here or (boot != "" and owner.boot == boot)
 
 
 def _boot() -> str:
@@ -82,37 +74,6 @@ def _boot() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except (OSError, ValueError):
         return ""
-
-
-def _file_system(folder: Path) -> str:
-    """Its type, as Linux names it; elsewhere empty."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return ""
-    place, kind, depth = folder.resolve(), "", 0
-    for line in lines:  # of several mounts on one folder the last is what is seen
-        mount, _, filesystem = line.partition(" - ")
-        at = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount.split(" ")[4]))
-        if place.is_relative_to(at) and len(at.parts) >= depth:
-            kind, depth = filesystem.split(" ")[0], len(at.parts)
-    return kind
-
-
-def _is_lent(lock_file: Path) -> bool:
-    """Whether a lock of POSIX's kind is on it, which nobody here takes: nfsd holds such for who has it mounted."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return False
-    with open(lock_file, "r+b") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # a file system without them
-            return False
-    return False
 
 
 class RunLock:
@@ -133,7 +94,7 @@ class RunLock:
             raise UsageError(f"{path} is being written by {who}: wait for it, or stop it first") from None
         try:
             before = self.taken_over = read_owner(self._owner_file)
-            if before is not None and not before.here and not (self._excludes() and lock_decides(path, before)):
+            if before is not None and not before.here and not (self._excludes() and lock_decides(before)):
                 raise UsageError(
                     f"{path} was being written by {before}, which cannot be checked from {socket.gethostname()}: if "
                     f"that process has ended, delete {self._owner_file} and try again"
@@ -148,13 +109,12 @@ class RunLock:
             raise
 
     def _excludes(self) -> bool:
-        """Whether the lock, which is held, keeps others out: there are file systems that grant it to everybody, and a
-        machine that lends its disk by NFS is granted it while a borrower's lock is there, as one of POSIX's kind."""
+        """Whether the lock, which is held, keeps others out: there are file systems that grant it to everybody."""
         try:
             with FileLock(self._lock.lock_file, timeout=0):
                 return False
         except Timeout:
-            return not _is_lent(Path(self._lock.lock_file))
+            return True
 
     @property
     def held(self) -> bool:

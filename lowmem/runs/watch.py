@@ -167,7 +167,7 @@ class Live:
         owner = read_owner(self.path / OWNER_NAME)
         if owner is None or owner == self._gone or not owner.may_be_alive:
             return None
-        if not lock_decides(self.path, owner):
+        if not lock_decides(owner):
             return owner  # cannot be told from here
         if grew and owner == self._holder:
             self._tried_at = now

@@ -110,12 +110,12 @@ def test_pictures_that_have_moved_are_asked_for_once(project: Path) -> None:
     moved = Path(shutil.move(project / "pictures", project / "photos"))
     with pytest.raises(DataError) as caught:
         resume_training(Path("run"), {"train.max_steps": 2})
-    recorded = f"recorded is data.source = folder:pictures, which from here is {project / 'pictures'}"
+    recorded = f"data.source is folder:pictures, which from here is {project / 'pictures'}"
     assert f"{recorded}: if the pictures are elsewhere, `lowmem resume run --data folder:PATH`" in str(caught.value)
     with pytest.raises(DataError, match=r"`lowmem fork run --at last --set data.source=folder:PATH`"):
         fork_run(Path("run"), at="last", changes={"optim.lr": 0.02, "train.max_steps": 3})
     resume_training(Path("run"), {"train.max_steps": 2, "data.source": "folder:photos"})
     assert resume_training(Path("run"), {"train.max_steps": 3}).state.step == 3
     (moved / "train" / "a" / "0.png").unlink()
-    with pytest.raises(ForeignCheckpoint, match=rf"other data than .*recorded is data.source = folder:{moved}: if"):
+    with pytest.raises(ForeignCheckpoint, match=rf"other data than .*data.source is folder:{moved}: if"):
         resume_training(Path("run"), {"train.max_steps": 4})

@@ -13,7 +13,7 @@ import pytest
 
 from lowmem.core.errors import UsageError
 from lowmem.runs import lock as module
-from lowmem.runs.lock import LOCK_NAME, OWNER_NAME, RunLock, read_owner
+from lowmem.runs.lock import OWNER_NAME, RunLock, read_owner
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its second process with fork")
 
@@ -65,9 +65,8 @@ def test_a_second_process_is_told_who_and_since_when_and_a_dead_one_is_taken_ove
     lock.release()
 
 
-def test_a_writer_on_another_host_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_file_system", lambda place: "nfs4")
-    owner = {"pid": 7, "host": "elsewhere", "since": "2026-11-23T10:00:00+0000"}
+def test_a_writer_on_another_host_is_not_taken_over(tmp_path: Path) -> None:
+    owner = {"pid": 7, "host": "elsewhere", "since": "2026-11-23T10:00:00+0000", "boot": "another"}
     (tmp_path / OWNER_NAME).write_text(json.dumps(owner))
     with pytest.raises(UsageError, match=rf"process 7 on elsewhere since 2026-11-23.* delete .*{OWNER_NAME}") as caught:
         RunLock(tmp_path)
@@ -81,24 +80,21 @@ def test_a_writer_on_another_host_is_not_taken_over(tmp_path: Path, monkeypatch:
 
 @pytest.mark.skipif(module._boot() == "", reason="the system tells no boot of its kernel")
 def test_in_a_container_with_another_name_the_lock_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed there, and started again: the same kernel, whatever the file system; also where that is no other's."""
-    owner = {"pid": 7, "host": "0c1f5e2a9b7d", "boot": module._boot()}
-    for told, kind in ((owner, "nfs4"), ({**owner, "boot": "another"}, "ext4"), ({"pid": 7, "host": "old"}, "overlay")):
-        monkeypatch.setattr(module, "_file_system", lambda place, kind=kind: kind)
-        (tmp_path / OWNER_NAME).write_text(json.dumps(told))
-        lock = RunLock(tmp_path)
-        assert lock.taken_over is not None
-        assert lock.taken_over.host == told["host"]
-        mine = read_owner(tmp_path / OWNER_NAME)
-        assert mine is not None
-        assert (mine.here, mine.boot) == (True, module._boot())
-        lock.release()
-        # A lock that everybody gets proves nothing.
-        (tmp_path / OWNER_NAME).write_text(json.dumps(told))
-        with monkeypatch.context() as context:
-            context.setattr(RunLock, "_excludes", lambda lock: False)
-            with pytest.raises(UsageError, match="cannot be checked"):
-                RunLock(tmp_path)
+    """Killed there, and started again: the same kernel."""
+    told = {"pid": 7, "host": "0c1f5e2a9b7d", "boot": module._boot()}
+    (tmp_path / OWNER_NAME).write_text(json.dumps(told))
+    lock = RunLock(tmp_path)
+    assert lock.taken_over is not None
+    assert lock.taken_over.host == told["host"]
+    mine = read_owner(tmp_path / OWNER_NAME)
+    assert mine is not None
+    assert (mine.here, mine.boot) == (True, module._boot())
+    lock.release()
+    # A lock that everybody gets proves nothing.
+    (tmp_path / OWNER_NAME).write_text(json.dumps(told))
+    monkeypatch.setattr(RunLock, "_excludes", lambda lock: False)
+    with pytest.raises(UsageError, match="cannot be checked"):
+        RunLock(tmp_path)
 
 
 @forks
@@ -114,31 +110,6 @@ def test_a_writer_in_another_container_is_alive_while_it_holds_the_lock(tmp_path
     finally:
         _kill(pid, reader)
     assert module.writer_of(tmp_path) is None
-
-
-@forks
-def test_a_disk_that_is_lent_by_nfs_shows_its_borrowers_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the lender's own flock it is no obstacle; nfsd holds it as a lock of POSIX's kind."""
-    import fcntl
-
-    (tmp_path / LOCK_NAME).touch()
-    (tmp_path / OWNER_NAME).write_text(json.dumps({"pid": 7, "host": "borrower", "boot": "another"}))
-    monkeypatch.setattr(module, "_file_system", lambda place: "ext4")
-    pid, reader = _child(lambda: fcntl.lockf(os.open(tmp_path / LOCK_NAME, os.O_RDWR), fcntl.LOCK_EX))
-    try:
-        with pytest.raises(UsageError, match=r"on borrower .*cannot be checked"):
-            RunLock(tmp_path)
-    finally:
-        _kill(pid, reader)
-    lock = RunLock(tmp_path)
-    assert lock.taken_over is not None
-    lock.release()
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/mountinfo"), reason="Linux tells its mounts")
-def test_the_file_system_is_that_of_the_nearest_mount(tmp_path: Path) -> None:
-    assert module._file_system(Path("/proc/self")) == "proc"
-    assert module._file_system(tmp_path / "not there yet") == module._file_system(tmp_path) != "proc"
 
 
 @pytest.mark.parametrize(
