@@ -4,6 +4,7 @@ Errors become one line and the exit code of `lowmem.core.errors`. Bodies import 
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import traceback
@@ -51,7 +52,15 @@ app = typer.Typer(
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """A command by the function's name, with the flags that the table has for it."""
-    return app.command()(takes_flags(function))
+
+    @functools.wraps(function)
+    def told(**values: Any) -> None:
+        try:
+            function(**values)
+        except KeyboardInterrupt:  # typer would leave without a word
+            raise Interrupted(NOTHING_TO_SAVE, ExitCode.INTERRUPTED) from None
+
+    return app.command()(takes_flags(told))
 
 
 def _version(wanted: bool) -> None:
@@ -342,8 +351,6 @@ def _run(arguments: list[str] | None) -> int:
     except LowmemError as error:
         return _lowmem_error(error)
     except typer.Exit as leaving:
-        if isinstance(leaving.__cause__, KeyboardInterrupt):  # newer releases of typer make that of it, without a word
-            return _fail(NOTHING_TO_SAVE, ExitCode.INTERRUPTED)
         return leaving.exit_code
     except (typer.Abort, KeyboardInterrupt):
         return _fail(NOTHING_TO_SAVE, ExitCode.INTERRUPTED)

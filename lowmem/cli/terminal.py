@@ -8,7 +8,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -237,15 +237,23 @@ def _bar(text: str, done: int, total: int) -> RenderableType:
     return row
 
 
+class _Led(Observer):
+    """Of a process that says nothing."""
+
+    def loading(self, library: str) -> AbstractContextManager[None]:
+        return leaves_at_once()
+
+
 @contextmanager
 def observer(stream: str = "stdout") -> Iterator[Observer]:
     """The observer that fits standard output, or (`stderr`, beside a result) standard error."""
     interruptible()
-    unread_is_well()
+    if stream == "stdout":
+        unread_is_well()
     if is_led():  # another process of the run talks
         if os.environ.get("LOCAL_RANK") == "0":  # the first on a machine that would say nothing at all
             say(f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: process 0 tells how it goes")
-        yield Observer()
+        yield _Led()
         return
     with closing(TerminalObserver(stream)) as shown:
         yield shown

@@ -54,10 +54,11 @@ def absolute_paths(values: Mapping[str, object], folder: Path) -> dict[str, str]
     paths = {}
     for key, begins, ends in _PATHS:
         text = values.get(key)
-        if isinstance(text, str) and text.startswith(begins) and text.endswith(ends):
-            path = Path(text.removeprefix(begins))
-            if not path.is_absolute() and not text.removeprefix(begins).startswith("~"):
-                paths[key] = f"{begins}{folder / path}"
+        if isinstance(text, str) and text.startswith(begins):
+            several = text.removeprefix(begins).split(",") if key == "memory.card" else [text.removeprefix(begins)]
+            absolute = [one if one.startswith("~") or not one.endswith(ends) else str(folder / one) for one in several]
+            if absolute != several:
+                paths[key] = begins + ",".join(absolute)
     return paths
 
 

@@ -11,6 +11,7 @@ Known limitations: one frame of an animation is read; more than 8 bits a channel
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import threading
@@ -39,12 +40,17 @@ _UPRIGHT = {
 # What its readers raise for damaged files.
 _DAMAGE = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError,
-    NotImplementedError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
+    NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
 
+# What the system says of a file. All else is the machine's: another time it would be read.
+_OF_THE_FILE = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.EISDIR}
+
+
 def decode(path: str, fit: str) -> NDArray[np.uint8]:
-    """A picture file as uint8 [32, 32, 3]. Raises DataError saying what it is instead, without its name."""
+    """A picture file as uint8 [32, 32, 3]. Raises DataError saying what it is instead, without its name, and OSError
+    where the machine fails."""
     try:
         with Image.open(path) as picture:
             if picture.mode.startswith(("I", "F")):
@@ -54,6 +60,8 @@ def decode(path: str, fit: str) -> NDArray[np.uint8]:
         raise DataError("no picture, or of a kind that cannot be read here") from None
     except _DAMAGE as error:
         if isinstance(error, OSError) and error.strerror:  # the system's, not the reader's
+            if error.errno not in _OF_THE_FILE:
+                raise OSError(error.errno, error.strerror, path) from error
             raise DataError(f"cannot be read: {error.strerror}") from error
         raise DataError(f"damaged: {shorten(error, 120) or type(error).__name__}") from error
 

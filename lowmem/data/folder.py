@@ -53,7 +53,9 @@ def read(config: DataConfig, *, progress: Progress | None = None, until: float |
 
     had = int(there.sum())
     try:
-        found, looked_at = decode_all([files[i].path for i in left], config.fit, put, progress=progress, until=until)
+        paths = [files[i].path for i in left]
+        with readable(root):
+            found, looked_at = decode_all(paths, config.fit, put, progress=progress, until=until)
     finally:  # also of those that came before a signal
         if until is None and there.sum() > had:
             _keep(folder, decoder, keys, images, there)

@@ -40,7 +40,7 @@ from lowmem.runs.store import NullFolder, RunFolder
 from lowmem.runs.view import RunView, recorded_settings
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
-from lowmem.train.replica import check_position, config_hash, share_checkpoint
+from lowmem.train.replica import check_position, config_hash, identity_of, share_checkpoint
 
 
 class New:
@@ -168,6 +168,7 @@ class Resume:
         return where_else(config, f"lowmem resume {self.path}")
 
     def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
+        warn_of_names(self._saved, identity_of(settings.config, dataset), self.path, observer)
         return self._saved
 
     def folder(self, group: Group, settings: Settings, dataset: Dataset, stack: ExitStack) -> RunFolder:
@@ -257,6 +258,12 @@ def _recorded_here(path: Path, group: Group) -> Settings:
             f"{error} (looked for by process 0, on {socket.gethostname()}: with several machines the one that has the "
             "run must be rank 0, by `torchrun --node-rank=0 --master-addr=HOST`, or the folder must be a shared one)"
         ) from None
+
+
+def warn_of_names(saved: Checkpoint, identity: Mapping[str, str], run: Path, observer: Observer) -> None:
+    """Where the classes of the same pictures have been renamed; checkpoints of older versions do not tell."""
+    if saved.state["identity"].get("classes", identity["classes"]) != identity["classes"]:
+        observer.warning(f"the classes have other names than those that {run} was trained to tell apart")
 
 
 # -- in words ----------------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def _load_data(group: Group, config: Config, observer: Observer, elsewhere: str)
     first = group.together(lambda: _with_words(elsewhere, read) if group.local_rank == 0 else None)
     dataset = group.together(lambda: first or _with_words(elsewhere, read))
     with group.alike():
-        if len(set(group.gather(dataset.fingerprint))) > 1:
+        if len(set(group.gather(f"{dataset.fingerprint} {dataset.classes}"))) > 1:
             raise PreflightError("the processes have different pictures: give all machines the same data")
     for text in dataset.notes:
         observer.note(text)

@@ -24,7 +24,7 @@ from lowmem.core.reading import shorten
 from lowmem.core.units import counted
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
-from lowmem.lifecycle.begin import New
+from lowmem.lifecycle.begin import New, warn_of_names
 from lowmem.lifecycle.run_identity import Changes, belongs_to, most_bytes, read_plans
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import write_bytes_atomic
@@ -191,7 +191,6 @@ class Fork(New):
         self._changes = check(self._begun.config, new)
         identity, recorded = identity_of(new, dataset), old.state["identity"]
         same_pictures = bool(recorded.get("data") == identity["data"])
-        same_classes = recorded.get("classes", identity["classes"]) == identity["classes"]
         self._refuse_place(new, same_pictures=same_pictures)
         classes = old.model["linear.bias"].shape[0]
         if classes != len(dataset.classes):
@@ -224,8 +223,7 @@ class Fork(New):
             observer.note(line)
         for line in self._warnings(dataset, same_pictures):
             observer.warning(line)
-        if not same_classes:
-            observer.warning(f"the classes have other names than those that {self._run} was trained to tell apart")
+        warn_of_names(old, identity, self._run, observer)
         return self._carried
 
     def _explain(self, new: Config) -> list[str]:

@@ -226,10 +226,9 @@ def check_belongs(checkpoint: Checkpoint, identity: Mapping[str, str]) -> RunSta
         "settings": "settings than config.yaml has now: put back what was changed there; settings are changed with "
         "`lowmem fork`",
         "data": "data than this run has now",
-        "classes": "names of classes than the data have now",
     }
     for key, value in identity.items():
-        if recorded.get(key) != value and (key in recorded or key != "classes"):  # older runs do not record those
+        if recorded.get(key) != value and key in ways_out:  # the classes' names are said, not refused
             raise ForeignCheckpoint(f"{head} {ways_out[key]}")
     return state
 

@@ -26,7 +26,7 @@ def test_a_finished_run_says_what_has_come_of_it(tmp_path: Path) -> None:
     words, then = heard.notes[-2:]
     assert words.startswith(f"{run} is finished: 2 epochs in 0:")
     assert (
-        f"error on 10 held-back training pictures of shapes {rows[-1].val_error_pct:.2f} % at the end, best "
+        f"error on 10 held-back pictures of shapes {rows[-1].val_error_pct:.2f} % at the end, best "
         f"{best.error_pct:.2f} % in epoch {best.epoch}; on the 20 test pictures of shapes {rows[-1].test_error_pct:.2f}"
     ) in words
     for name in ("best", "last"):

@@ -57,9 +57,18 @@ def left(command: list[str], folder: Path, *, full: str = "", closed: str = "", 
 
 
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
-QUICK = ("--help", "--version", "train --help", "ls .", "ls . --json", "watch run", "watch run --once --json")
+QUICK = (
+    "--help",
+    "--version",
+    "train --help",
+    "ls .",
+    "ls . --json",
+    "watch run",
+    "watch run --once --json",
+    "verify run",
+)
 SLOW = (
-    "report run", "verify run", "verify run --json", "doctor --data shapes", "doctor --data shapes --json",
+    "report run", "verify run --json", "doctor --data shapes", "doctor --data shapes --json",
     "plan --arch res20 --width 2 --vram 2G --card gtx1050ti",
 )  # fmt: skip
 SHOWS = [*QUICK, *(pytest.param(command, marks=pytest.mark.slow) for command in SLOW)]

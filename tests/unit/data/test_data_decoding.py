@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import itertools
 import warnings
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from lowmem.config.schema import DataConfig
 from lowmem.core.errors import DataError
 from lowmem.data import load
 from lowmem.data.decoding import decode
+from lowmem.data.folder import read
 
 FITS = ("crop", "stretch")
 RNG_SHAPE = (48, 80, 3)
@@ -191,3 +194,26 @@ def test_old_runs_have_their_pictures(tmp_path: Path) -> None:
     assert fingerprint(0, **old) == "4eb89405cd03d7e471df02378b28be0adf06a3b7f00566bb89a3b93dac6da80c"
     assert fingerprint(3, **old, **chosen) == "21bb91afed2a17c2123c517cbd0b8d24f0fbcb853b735319013f379e7f3d937f"
     assert fingerprint(0) != fingerprint(0, **old)
+
+
+def test_a_machine_that_fails_takes_no_picture_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another time the picture would be read: --skip-damaged is not for it, and what was decoded is kept."""
+    root = tmp_path / "pets"
+    for part, name in itertools.product(("train", "test"), ("a", "b")):
+        (root / part / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(root / part / name / "1.png")
+    config = DataConfig(source=f"folder:{root}", cache=str(tmp_path / "cache"), skip_damaged=True)
+    opened = Image.open
+
+    def flaky(path: str) -> Image.Image:
+        if "test" in path and "b" in Path(path).parent.name:
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path)
+
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(DataError, match=r"1\.png cannot be read \(Input/output error"),
+    ):
+        patched.setattr(Image, "open", flaky)
+        read(config)
+    assert len(read(config).train.labels) == 2
