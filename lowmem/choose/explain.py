@@ -66,10 +66,14 @@ def inexact(plan: Plan) -> str:
     tried = any(one.refused_because and f"batch {plan.batch}" in one.what for one in plan.candidates)
     why = f"no plan fits at the full batch of {plan.batch}" if tried else "micro-batches were asked for"
     way_out = "; --set memory.allow_accumulation=false refuses it" if tried else ""
+    return f"{accumulated(why, plan.batch, plan.micro_batch)}{way_out}"
+
+
+def accumulated(why: str, batch: int, micro_batch: int) -> str:
+    """The same, of a step without a plan too."""
     return (
-        f"{why}: gradients are accumulated over {plan.accumulation} "
-        f"micro-batches of {plan.micro_batch}. Batch norm then sees {counted(plan.micro_batch, 'picture')} at a time, "
-        f"which is NOT the same computation as the recipe's{way_out}"
+        f"{why}: gradients are accumulated over {-(-batch // micro_batch)} micro-batches of {micro_batch}. Batch norm "
+        f"then sees {counted(micro_batch, 'picture')} at a time, which is NOT the same computation as the recipe's"
     )
 
 

@@ -357,6 +357,8 @@ def _run(arguments: list[str] | None) -> int:
     except Exception as error:
         # The usage errors of the library under typer: unknown options, missing arguments.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            if not error.format_message():  # the help was shown
+                return int(error.exit_code)
             command_path = getattr(getattr(error, "ctx", None), "command_path", "lowmem")
             from lowmem.cli.hints import explain
 

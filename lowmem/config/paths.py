@@ -62,16 +62,15 @@ def absolute_paths(values: Mapping[str, object], folder: Path) -> dict[str, str]
     return paths
 
 
-def where_else(config: Config, command: str) -> str:
-    """Where the data is looked for, what that means here, and the `command` (a resume, or a fork) that
-    says where it is."""
+def where_else(config: Config, *, flags: bool) -> str:
+    """Where the data is looked for, what that means here, and what to add to the command to say where it is: `flags`,
+    or a setting."""
     source, root = config.data.source, config.data.root
     if source == "shapes":
         return ""
-    own, flags = source.startswith(PICTURES), command.startswith("lowmem resume")
+    own = source.startswith(PICTURES)
     key, text = ("data.source", source) if own else ("data.root", root)
     flag = ("--data " if own else "--data-root ") if flags else f"--set {key}="
     folder = folder_of(text)
     meant = "" if str(folder) == text.removeprefix(PICTURES) else f", which from here is {folder}"
-    given = f"{command} {flag}{PICTURES if own else ''}PATH"
-    return f"; {key} is {text}{meant}: if the pictures are elsewhere, `{given}`"
+    return f"; {key} is {text}{meant}: if the pictures are elsewhere, add `{flag}{PICTURES if own else ''}PATH`"

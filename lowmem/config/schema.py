@@ -162,7 +162,7 @@ class ScheduleConfig(Section):
         164, description="length of the run that the milestones are for; one of another length scales them"
     )
     low_start: Literal["auto", "always", "never"] = Field(
-        "auto", description="begin with low_start_lr until the net learns; auto: from 110 layers on"
+        "auto", description="warm-up: begin with low_start_lr until the net learns; auto: from 110 layers on"
     )
     low_start_lr: PositiveFloat = Field(0.01, description="learning rate of the low start")
     low_start_until_error_pct: float = Field(

@@ -89,6 +89,14 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise _refusal(f"{shorten(key.value)} stands twice", key)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
 
 def _refusal(words: str, at: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=words, problem_mark=at.start_mark)

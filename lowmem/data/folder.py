@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,9 +56,8 @@ def read(config: DataConfig, *, progress: Progress | None = None, until: float |
         with readable(root):
             found, looked_at = decode_all(paths, config.fit, put, progress=progress, until=until)
     finally:  # also of those that came before a signal
-        if until is None and there.sum() > had:
-            _keep(folder, decoder, keys, images, there)
-    troubles |= {left[number]: trouble for number, trouble in found.items()}
+        trouble = _keep(folder, decoder, keys, images, there) if until is None and there.sum() > had else None
+    troubles |= {left[number]: why for number, why in found.items()}
     skipped = [
         f"{shown(os.path.relpath(files[number].path, root))} ({troubles[number]})" for number in sorted(troubles)
     ]
@@ -68,7 +66,7 @@ def read(config: DataConfig, *, progress: Progress | None = None, until: float |
             f"{len(skipped):,} of {len(files):,} pictures in {shown(root)} cannot be used: "
             f"{name_some(skipped, _MOST_NAMED)}: replace them, take them out, or go on without them (--skip-damaged)"
         )
-    said = list(tree.warnings)
+    said = [*tree.warnings, *([] if trouble is None else [trouble])]
     if skipped:
         said.append(f"{len(skipped):,} of {len(files):,} pictures are left out, as asked: {name_some(skipped, 3)}")
     source = _assemble(root, tree, images, {*troubles})
@@ -109,14 +107,15 @@ def _cache_folder(root: Path, config: DataConfig) -> Path:
 
 def _keep(
     folder: Path, decoder: str, keys: Sequence[bytes], images: NDArray[np.uint8], there: NDArray[np.bool_]
-) -> None:
+) -> str | None:
+    """What is to be said where that is not possible."""
     chosen = np.flatnonzero(there).tolist()
     try:
         whole = len(chosen) == len(keys)
         keep(folder, decoder, [keys[number] for number in chosen], images if whole else images[chosen])
     except OSError as error:
-        warnings.warn(
-            f"the decoded pictures could not be kept in {folder} ({error}): next time they are decoded "
-            "again; set data.cache to a folder that can be written",
-            stacklevel=3,
+        return (
+            f"the decoded pictures could not be kept in {folder} ({error}): next time they are decoded again; set "
+            "data.cache to a folder that can be written"
         )
+    return None

@@ -272,8 +272,8 @@ def disk(facts: Facts) -> Finding | None:
     if free < needed:
         return Finding("disk", Status.FAIL, words, "free some space, or choose another --out")
     if facts.out_taken:
-        mend = f"lowmem resume {facts.out}"
-        return Finding("disk", Status.NOTE, f"{words}; {facts.out} is taken: `lowmem train` would refuse it", mend)
+        taken = f"{facts.out} is taken: `lowmem train` would refuse it, another --out or `lowmem resume` would not"
+        return Finding("disk", Status.NOTE, f"{words}; {taken}")
     return Finding("disk", Status.OK, words)
 
 

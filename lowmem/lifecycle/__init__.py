@@ -82,7 +82,7 @@ def resume_training(
         wanted = recorded.replace(given, "resume").config
         decided = {key: value for key, value in given.items() if value != "auto"}  # the rest, when torch is there
         refuse_changes(recorded.config, recorded.replace(decided, "resume").config, str(path))
-        refuse_missing_pictures(wanted, where_else(wanted, f"lowmem resume {path}"))
+        refuse_missing_pictures(wanted, where_else(wanted, flags=True))
 
     observer = observer or Observer()
     with observer.loading("torch"):
@@ -119,7 +119,7 @@ def fork_run(
         )
     recorded, observer = recorded_settings(source), observer or Observer()
     wanted = recorded.replace(changes, f"fork of {shorten(source.name)}").config
-    refuse_missing_pictures(wanted, where_else(wanted, f"lowmem fork {source} --at {at}"))
+    refuse_missing_pictures(wanted, where_else(wanted, flags=False))
     refuse_existing(path)
     with observer.loading("torch"):
         from lowmem.lifecycle.execute import execute

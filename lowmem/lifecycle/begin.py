@@ -15,7 +15,7 @@ from pathlib import Path
 from lowmem.calibrate.device import describe, elsewhere
 from lowmem.choose.decide import Decision, RecordedRun
 from lowmem.choose.execution import resolve_execution, wants_plan, why_on_cpu
-from lowmem.choose.explain import inexact
+from lowmem.choose.explain import accumulated, inexact
 from lowmem.config.paths import absolute_paths, started_in, where_else
 from lowmem.config.schema import Config, flatten, nest
 from lowmem.config.settings import Settings, from_yaml, refuse_changes, to_yaml
@@ -107,8 +107,12 @@ class New:
             folder.event("pictures left out", count=len(left_out), files=left_out)
         if decision.confirmed is not None:
             folder.event("confirmed", **decision.confirmed)
+        micro, batch = trainer.config.train.micro_batch, trainer.config.train.batch
         if decision.plan is not None and not decision.plan.exact:
             folder.event("warning", what=inexact(decision.plan))
+        elif decision.plan is None and micro is not None and micro < batch:
+            said = accumulated("micro-batches were asked for", batch, micro)
+            trainer.observer.recorded_warning(folder, said)
         return True
 
     def _write_first(self, trainer: Trainer, folder: RunFolder) -> None:
@@ -165,7 +169,7 @@ class Resume:
         return saved, where
 
     def where_data_is_given(self, config: Config) -> str:
-        return where_else(config, f"lowmem resume {self.path}")
+        return where_else(config, flags=True)
 
     def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
         warn_of_names(self._saved, identity_of(settings.config, dataset), self.path, observer)
@@ -204,7 +208,8 @@ class Resume:
         config = trainer.config
         environment = describe(config.train.device) | {"processes": group.size}
         steps = {"epoch": state.epoch, "step": state.step, "steps_per_epoch": trainer.batches.steps_per_epoch}
-        folder.event("resume", checkpoint=self._where.name, **steps, **environment)
+        if state.epoch < config.train.epochs:  # else there is nothing that goes on
+            folder.event("resume", checkpoint=self._where.name, **steps, **environment)
         if different := group.lead(lambda: elsewhere(RunView(self.path).env, environment), None):
             observer.note(different)
         if state.processes != group.size:
@@ -272,10 +277,13 @@ def warn_of_names(saved: Checkpoint, identity: Mapping[str, str], run: Path, obs
 def _headline(trainer: Trainer, path: Path) -> str:
     model, train, dataset = trainer.config.model, trainer.config.train, trainer.dataset
     held = f", {len(dataset.val):,} held back" if dataset.val is not None else ""
+    rate = f"learning rate {trainer.config.optim.lr:g}"
+    if trainer.state.low_start:
+        rate += f", at first {trainer.config.schedule.low_start_lr:g} (schedule.low_start)"
     pictures = f"{counted(len(dataset.train), 'picture')} to train on{held}, {len(dataset.test):,} to test"
     return (
         f"{model.arch} ({model.block}, width {model.width}) on {dataset.name}: {pictures}; "
-        f"{counted(train.epochs, 'epoch')}, batch {train.batch}, {train.precision}, "
+        f"{counted(train.epochs, 'epoch')}, batch {train.batch}, {rate}, {train.precision}, "
         f"{train.memory_format}, {train.device}; run folder {path}"
     )
 

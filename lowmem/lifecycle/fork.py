@@ -163,8 +163,8 @@ class Fork(New):
         at, stop = self._point.position, new.train.max_steps
         if at.epoch >= new.train.epochs:
             raise UsageError(
-                f"the fork is at epoch {at.epoch} and would end at {new.train.epochs}: ask for more with "
-                f"--set train.epochs={at.epoch + self._old.train.epochs}"
+                f"the fork is at epoch {at.epoch} and would end at {new.train.epochs}: ask for more than {at.epoch} "
+                "with --epochs"
             )
         if stop is not None and at.step >= stop:
             raise UsageError(
@@ -181,7 +181,7 @@ class Fork(New):
             )
 
     def where_data_is_given(self, config: Config) -> str:
-        return where_else(config, f"lowmem fork {self._run} --at {self._at}")
+        return where_else(config, flags=False)
 
     def checkpoint(self, settings: Settings, dataset: Dataset, observer: Observer) -> Checkpoint:
         """The old run's as the new run's own: with its identity, and its step counted in the new run's batches.

@@ -111,8 +111,8 @@ def test_pictures_that_have_moved_are_asked_for_once(project: Path) -> None:
     with pytest.raises(DataError) as caught:
         resume_training(Path("run"), {"train.max_steps": 2})
     recorded = f"data.source is folder:pictures, which from here is {project / 'pictures'}"
-    assert f"{recorded}: if the pictures are elsewhere, `lowmem resume run --data folder:PATH`" in str(caught.value)
-    with pytest.raises(DataError, match=r"`lowmem fork run --at last --set data.source=folder:PATH`"):
+    assert f"{recorded}: if the pictures are elsewhere, add `--data folder:PATH`" in str(caught.value)
+    with pytest.raises(DataError, match=r"add `--set data.source=folder:PATH`"):
         fork_run(Path("run"), at="last", changes={"optim.lr": 0.02, "train.max_steps": 3})
     resume_training(Path("run"), {"train.max_steps": 2, "data.source": "folder:photos"})
     assert resume_training(Path("run"), {"train.max_steps": 3}).state.step == 3

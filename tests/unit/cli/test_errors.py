@@ -178,6 +178,7 @@ def test_a_setting_edited_in_config_yaml_is_named(capsys: pytest.CaptureFixture[
 def test_no_arguments_shows_the_help(lowmem_command: Callable[..., object]) -> None:
     done = lowmem_command()
     assert "train" in done.stdout + done.stderr  # type: ignore[attr-defined]
+    assert "lowmem: (" not in done.stderr  # type: ignore[attr-defined]
     assert "Traceback" not in done.stderr  # type: ignore[attr-defined]
 
 

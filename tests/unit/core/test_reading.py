@@ -84,6 +84,12 @@ def test_numbers_are_bounded() -> None:
         parse_json("9" * 61)
 
 
+def test_a_key_stands_once() -> None:
+    assert parse_yaml("a: {b: 1}\nc: {b: 2}") == {"a": {"b": 1}, "c": {"b": 2}}
+    with pytest.raises(yaml.YAMLError, match="lr stands twice"):
+        parse_yaml("optim:\n  lr: 1\n  lr: 2\n")
+
+
 def test_depth_is_bounded() -> None:
     assert parse_json("[" * DEEPEST_JSON + "]" * DEEPEST_JSON) is not None
     for depth in (DEEPEST_JSON + 1, 10**6):

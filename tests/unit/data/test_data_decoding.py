@@ -210,10 +210,8 @@ def test_a_machine_that_fails_takes_no_picture_away(tmp_path: Path, monkeypatch:
             raise OSError(errno.EIO, "Input/output error")
         return opened(path)
 
-    with (
-        monkeypatch.context() as patched,
-        pytest.raises(DataError, match=r"1\.png cannot be read \(Input/output error"),
-    ):
-        patched.setattr(Image, "open", flaky)
+    monkeypatch.setattr(Image, "open", flaky)
+    with pytest.raises(DataError, match=r"1\.png cannot be read \(Input/output error"):
         read(config)
+    monkeypatch.setattr(Image, "open", opened)
     assert len(read(config).train.labels) == 2
