@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from lowmem.bench import Cell, Setup
 from lowmem.core.errors import DiskError, PreflightError, UsageError
 from lowmem.core.reading import TABLE_LIMIT_BYTES, Unreadable, escape_markdown, parse_json, read_limited, shorten
-from lowmem.core.units import MIB, format_size
+from lowmem.core.units import MIB, counted, format_size
 from lowmem.runs.atomic import write_bytes_atomic
 
 FORMAT = 1
@@ -133,8 +133,8 @@ def conditions(environment: Environment, card_bytes: int | None = None) -> str:
     """On what, with what."""
     versions = f"lowmem {environment['lowmem']}, torch {environment['torch']}, Python {environment['python']}"
     if environment["device"] != "cuda":
-        threads = environment.get("cpu_threads")
-        return f"On the CPU ({environment.get('cpu')}, {threads} thread{'s' * (threads != 1)}); {versions}."
+        threads = counted(environment["cpu_threads"], "thread")
+        return f"On the CPU ({environment.get('cpu')}, {threads}); {versions}."
     return (
         f"{environment.get('card')}{f' with {format_size(card_bytes)}' if card_bytes else ''}, driver "
         f"{environment.get('driver') or '?'}, CUDA {environment.get('cuda')}, cuDNN {environment.get('cudnn')}"

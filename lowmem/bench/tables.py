@@ -24,7 +24,7 @@ from lowmem.bench import (
     same_as_plain,
 )
 from lowmem.bench.results import FORMAT, UNKNOWN, Account, Column, Environment, ResultTable, Row, conditions
-from lowmem.core.units import format_size
+from lowmem.core.units import counted, format_size
 from lowmem.models import skeleton
 from lowmem.models.resnet import is_safe
 from lowmem.trial import excess, launch_note
@@ -245,11 +245,11 @@ def _memory_columns(setup: TableSetup) -> list[Column]:
 
 
 def _step_note(setup: TableSetup, cells: Sequence[Cell]) -> str:
-    rounds = f"{setup.rounds} round{'s' * (setup.rounds != 1)}"
     said = (
         f"Each measurement is a process of its own; a step is the median of {setup.steps} after {setup.warmup} of "
-        f"warm-up, in {rounds} in which all ways take turns. `times plain` is to plain's step of the same "
-        "round: the median and the range. `extra FLOPs` are counted in a real step, as a share of plain's. `as plain` "
+        f"warm-up, in {counted(setup.rounds, 'round')} in which all ways take turns. `times plain` is to plain's "
+        "step of the same round: the median and the range. "
+        "`extra FLOPs` are counted in a real step, as a share of plain's. `as plain` "
         "compares gradients and buffers of the first step by SHA-256. `checkpoint` is `torch.utils.checkpoint` around "
         "every block; selective: convolutions are saved. Plain PyTorch and its checkpointing have the optimizer as one "
         "gets it (`torch.optim.SGD(parameters, lr, …)`), lowmem has its fused form. "

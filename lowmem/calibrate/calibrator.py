@@ -27,7 +27,7 @@ from lowmem.calibrate.measuring import BUSY_BATCHES, RATED, Figures, Job, measur
 from lowmem.calibrate.stage_timer import FAST, PLAIN, Mode, Seconds, Timed
 from lowmem.core.phases import Phase, untold
 from lowmem.core.reading import read_json
-from lowmem.core.units import LARGEST
+from lowmem.core.units import LARGEST, counted
 from lowmem.models.resnet import ResNet, check_memory_format
 from lowmem.remat.libraries import Numerics, workspace_cap_bytes
 from lowmem.simulate import Call, StepShape
@@ -194,7 +194,7 @@ class Calibrator:
                 figure_name("bytes", table.key(call)): [call.operation, call.tensors, call.rest] for call in missing
             }
             job = {"kind": "convolutions", "calls": named, "precision": precision}
-            self._run([job], f"the workspace of {len(missing)} convolutions")
+            self._run([job], f"the workspace of {counted(len(missing), 'convolution')}")
             table.missing.clear()
         return table
 

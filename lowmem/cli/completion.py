@@ -31,9 +31,10 @@ def settings(incomplete: str) -> list[str]:
 
 
 def runs(incomplete: str) -> list[str]:
-    """Run folders, in the folder that is being typed or in `runs`."""
-    folder = os.path.dirname(incomplete) or "runs"
-    return [path for path in _folders(incomplete, folder) if os.path.isfile(os.path.join(path, "config.yaml"))]
+    """Run folders, in the folder that is being typed, else in `runs` and in this one."""
+    folder = os.path.dirname(incomplete)
+    there = [path for one in ([folder] if folder else ["runs", ""]) for path in _folders(incomplete, one)]
+    return [path for path in there if os.path.isfile(os.path.join(path, "config.yaml"))]
 
 
 def _networks(incomplete: str) -> list[str]:
@@ -49,9 +50,12 @@ def _cards(incomplete: str) -> list[str]:
 
 
 def _sources(incomplete: str) -> list[str]:
+    from lowmem.config.paths import PICTURES
     from lowmem.config.schema import SOURCES
 
-    return _beginning(incomplete, SOURCES) + _folders(incomplete, os.path.dirname(incomplete))
+    typed = incomplete.removeprefix(PICTURES)
+    folders = [incomplete.removesuffix(typed) + path for path in _folders(typed, os.path.dirname(typed))]
+    return _beginning(incomplete, SOURCES) + folders
 
 
 def _folders(incomplete: str, folder: str) -> list[str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lowmem.cli.flags import FLAGS
+from lowmem.cli.layout import fold, room, table
 from lowmem.cli.terminal import printable
 from lowmem.config import catalogue
 from lowmem.config.cards import load_card
@@ -36,28 +37,20 @@ def show_settings(pattern: str | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps([vars(one) | {"flag": _flag(one)} for one in found], indent=1))
         return
-    rows = [(f"{one.name} = {_value(one)}", one.kind, _changed_by(one), _flag(one) or "") for one in found]
-    head, *heads = aligned([("name = default", "takes", "may be changed by", "flag, or --set NAME=VALUE"), *rows])
-    print(head)
-    width = shutil.get_terminal_size((120, 24)).columns
+    rows = [("name = default", "takes", "may be changed by", "flag, or --set NAME=VALUE")]
+    for one in found:
+        default = one.default if isinstance(one.default, str) else json.dumps(one.default)
+        ways = ", ".join(way for way, may in (("resume", one.on_resume), ("fork", one.on_fork)) if may)
+        rows.append((f"{one.name} = {default}", one.kind, ways or "a new run only", _flag(one) or ""))
+    head, *heads = aligned(rows)
+    lines = [head]
     for line, one in zip(heads, found, strict=True):
-        print(line)
-        print(textwrap.fill(one.meaning, width, initial_indent="    ", subsequent_indent="    "))
-
-
-def _value(setting: Setting) -> str:
-    default = setting.default
-    return default if isinstance(default, str) else json.dumps(default)
+        lines += [line, f"    {one.meaning}"]
+    print("\n".join(fold(lines, room())))
 
 
 def _flag(setting: Setting) -> str | None:
     return next((flag.name for flag in FLAGS if flag.setting == setting.name), None)
-
-
-def _changed_by(setting: Setting) -> str:
-    return {(True, True): "resume, fork", (False, True): "fork", (True, False): "resume"}.get(
-        (setting.on_resume, setting.on_fork), "a new run only"
-    )
 
 
 def show_cards(as_json: bool) -> None:
@@ -76,50 +69,46 @@ def show_cards(as_json: bool) -> None:
         amp = card.amp_flops_per_second / 1e12
         figures = (f"{rates[0]:.0f}", f"{rates[1]:.1f}", f"{amp:.1f}")
         rows.append((name, card.name, format_size(card.memory_bytes), card.capability, *figures, card.fp16, card.pcie))
-    print("\n".join(aligned(rows, right={2, 3, 4, 5, 6})))
+    print("\n".join(table(rows, {2, 3, 4, 5, 6}, room())))
 
 
 def show_cache(clear: bool, as_json: bool) -> None:
     """What is in the user's cache folder, by kind; with `clear` it is removed first. Raises DiskError for what cannot
     be."""
     folder = user_cache_folder()
-    before = _kept(folder)
+    before = there = _kept(folder)
     if clear:
         _remove(folder, before)
-    there = {
-        kind: [(path, size) for path, size in entries if os.path.lexists(path)] for kind, entries in before.items()
-    }
-    sizes = {kind: sum(size for _, size in entries) for kind, entries in there.items()}
-    removed = sum(size for entries in before.values() for _, size in entries) - sum(sizes.values())
+        there = _kept(folder)
+    kinds: list[dict[str, Any]] = []
+    for kind, (words, then) in _KINDS.items():
+        sizes = [size for of, _, size in there if of == kind]
+        kinds.append({"kind": words, "entries": len(sizes), "size_bytes": sum(sizes), "when_removed": then})
+    total, was = (sum(size for _, _, size in kept) for kept in (there, before))
     if as_json:
-        kinds = [
-            {"kind": words, "entries": len(there[kind]), "size_bytes": sizes[kind], "when_removed": then}
-            for kind, (words, then) in _KINDS.items()
-        ]
-        values = {"folder": str(folder), "size_bytes": sum(sizes.values()), "removed_bytes": removed, "kinds": kinds}
+        values = {"folder": str(folder), "size_bytes": total, "removed_bytes": was - total, "kinds": kinds}
         print(json.dumps(values, indent=1))
         return
-    rows = [
-        (words, str(len(there[kind])), format_size(sizes[kind]), then)
-        for kind, (words, then) in _KINDS.items()
-        if there[kind]
-    ]
-    print(
-        f"{printable(str(folder))}: {format_size(sum(sizes.values()))}"
-        + (f", {format_size(removed)} removed" if clear else "")
-    )
-    print("\n".join(aligned(rows, right={1, 2}) or ["nothing is kept there"]))
-    if rows and not clear:
-        print("all of lowmem's can be made again: `lowmem cache --clear` removes it")
+    print(f"{printable(str(folder))}: {format_size(total)}" + f", {format_size(was - total)} removed" * clear)
+    if not there:
+        print("nothing is kept there")
+        return
+    rows = [("what", "entries", "size", "when removed")]
+    for one in kinds:
+        if one["entries"]:
+            rows.append((one["kind"], str(one["entries"]), format_size(one["size_bytes"]), one["when_removed"]))
+    print("\n".join(table(rows, {1, 2}, room())))
+    if not clear:
+        print("\n".join(fold(["all of lowmem's can be made again: `lowmem cache --clear` removes it"], room())))
 
 
-def _kept(folder: Path) -> dict[str, list[tuple[Path, int]]]:
-    """What lies in the folder with its bytes, by kind: files of measurements, folders of pictures."""
-    kept: dict[str, list[tuple[Path, int]]] = {kind: [] for kind in _KINDS}
+def _kept(folder: Path) -> list[tuple[str, Path, int]]:
+    """What lies in the folder: its kind, where it is, its bytes; files of measurements, folders of pictures."""
+    kept = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         kind = next(kind for kind in _KINDS if path.name.startswith(kind))
         inside = sorted(path.iterdir()) if kind == "calibration" and path.is_dir() else [path]
-        kept[kind] += [(one, sum(_sizes(one))) for one in inside]
+        kept += [(kind, one, sum(_sizes(one))) for one in inside]
     return kept
 
 
@@ -133,8 +122,8 @@ def _sizes(path: Path) -> Iterator[int]:
             continue
 
 
-def _remove(folder: Path, kept: dict[str, list[tuple[Path, int]]]) -> None:
-    for path, _ in (entry for kind, entries in kept.items() if kind for entry in entries):
+def _remove(folder: Path, kept: list[tuple[str, Path, int]]) -> None:
+    for path in (path for kind, path, _ in kept if kind):
         try:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -27,7 +27,7 @@ from lowmem.cli.terminal import say
 from lowmem.config.settings import gather
 from lowmem.core.errors import Interrupted, UsageError
 from lowmem.core.reading import shorten
-from lowmem.core.units import LEAST_TENSORS_BYTES, MIB, parse_memory
+from lowmem.core.units import LEAST_TENSORS_BYTES, MIB, counted, parse_memory
 from lowmem.isolate import Forks
 from lowmem.measure import read_driver
 from lowmem.remat.libraries import Numerics
@@ -61,14 +61,13 @@ def show_bench(
         cells = table_cells(setup, results.load())
         tell(f"{setup.name}, batch {setup.batch}, on {environment.get('card') or 'the CPU'}; results in {folder}")
         if there := sum(len(cell.trials) for cell in cells):
-            tell(f"{there} measurement{'s are' if there != 1 else ' is'} there from before, not to be made again")
+            tell(f"{counted(there, 'measurement')} from before, not to be made again")
         complete = _measure(setup, cells, results, tell, seconds, "the same command goes on from there")
         account = results.save(cells, complete, partial(_bench_picture, setup, environment, cells))
         written = [file for file in results.files if file.stat().st_size]
     _print(setup, account)
     if not complete:
-        within = f"{limit:g} minute{'s' * (limit != 1)}"
-        print(f"not finished within {within}: the same command goes on (--minutes for a longer limit)")
+        print(f"not finished within {limit:g} min: the same command goes on (--minutes for a longer limit)")
     print(f"written: {', '.join(str(path) for path in written)}")
 
 
@@ -105,9 +104,8 @@ def _measure(
         with StartupSignals(), Forks(None if setup.on_card else PREPARE) as call:
             return Bench(setup, cells, seconds=seconds, tell=tell, save=results.save, call=call).run()
     except Interrupted as error:
-        count = sum(len(cell.trials) for cell in cells)
-        kept = f"{count} measurement{'s are' if count != 1 else ' is'} in {results.folder}"
-        words = f"interrupted: {kept}{then and f'; {then}'}"
+        kept = counted(sum(len(cell.trials) for cell in cells), "measurement")
+        words = f"interrupted: {kept} kept in {results.folder}{then and f'; {then}'}"
         raise Interrupted(words, error.exit_code) from None
 
 

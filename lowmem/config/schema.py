@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Positive
 
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import shorten
-from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, parse_memory, parse_size
+from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, counted, parse_memory, parse_size
 
 BLOCK_LAYOUT: dict[tuple[int, str], tuple[int, int, int, int]] = {
     (20, "basic"): (2, 2, 3, 2),
@@ -332,10 +332,10 @@ def for_process(config: Config, rank: int, size: int) -> Config:
     if len(cards) <= 1:
         return config
     if len(cards) != size:
-        process = "process" if size == 1 else "processes"
         raise UsageError(
-            f"--card names {len(cards)} cards, for {size} {process}: name one for all (--set memory.card={cards[0]}), "
-            f"or start one process for each with `torchrun --nproc-per-node={len(cards)} -m lowmem …`"
+            f"--card names {len(cards)} cards, for {counted(size, 'process')}: name one for all "
+            f"(--set memory.card={cards[0]}), or start one process for each with "
+            f"`torchrun --nproc-per-node={len(cards)} -m lowmem …`"
         )
     memory = config.memory.model_copy(update={"card": cards[rank]})
     return config.model_copy(update={"memory": memory})

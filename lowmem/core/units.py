@@ -78,6 +78,12 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 'es' if what.endswith('s') else 's'}"
 
 
+def name_some(names: Sequence[str], most: int) -> str:
+    """`a, b, c and 97 more`; empty for none."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def format_number(value: float, digits: int) -> str:
     """With that many digits, whatever its size: `0.0036`, `1.30`, `130`, `12,346`, `9.3e12`, `7.0e-9`; or
     `nan`, `inf`."""

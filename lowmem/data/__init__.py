@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from lowmem.config.schema import DataConfig
 from lowmem.core.counter_rng import derive_seed, permutation
 from lowmem.core.errors import UsageError
-from lowmem.core.units import format_size
+from lowmem.core.units import counted, format_size, name_some
 from lowmem.data import shapes
 from lowmem.data.batches import TrainBatches, eval_batches
 from lowmem.data.downloaded import DOWNLOADABLE
-from lowmem.data.pictures import Dataset, Pictures, Progress, Selectable, Source, fingerprint, name_some, statistics
+from lowmem.data.pictures import Dataset, Pictures, Progress, Selectable, Source, fingerprint, statistics
 
 __all__ = ["Dataset", "Found", "Pictures", "TrainBatches", "eval_batches", "find_pictures", "load"]
 _CLASSES_NAMED = 10
@@ -90,7 +90,7 @@ def choose(source: Source, config: DataConfig, seed: int) -> dict[str, Chosen]:
 
     def limited(part: Chosen, count: int | None, what: str) -> Chosen:
         if count is not None and count > len(part):
-            asked = f"data.{what} asks for {count:,} pictures, there are {len(part):,}"
+            asked = f"data.{what} asks for {counted(count, 'picture')}, there are {len(part):,}"
             raise UsageError(f"{asked}: lower it or leave it out")
         return part if count in (None, len(part)) else replace(part, indices=balanced(part, count, what))
 
@@ -142,7 +142,7 @@ def _emptied(source: Source, chosen: Mapping[str, Chosen]) -> Iterator[str]:
 
 
 def _describe_classes(source: Source) -> str:
-    return f"{len(source.classes):,} classes: {name_some(source.classes, _CLASSES_NAMED)}"
+    return f"{counted(len(source.classes), 'class')}: {name_some(source.classes, _CLASSES_NAMED)}"
 
 
 def class_shares(class_counts: list[int], count: int) -> list[int]:

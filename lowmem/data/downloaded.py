@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from lowmem.core.errors import DataError
-from lowmem.core.units import format_size
+from lowmem.core.units import counted, format_size
 from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Progress, Source
 
 FASHION_CLASSES = (
@@ -155,8 +155,9 @@ def _part(images_path: Path, labels_path: Path) -> Pictures:
         raise DataError(f"{images_path} holds pictures of {grey.shape[1]}x{grey.shape[2]}, Fashion-MNIST's are 28x28")
     if len(grey) != len(labels) or not len(grey):
         raise DataError(
-            f"{images_path.name} holds {len(grey):,} pictures, {labels_path.name} {len(labels):,} labels: "
-            f"one of them is of another data set; fetch both again into {images_path.parent}"
+            f"{images_path.name} holds {counted(len(grey), 'picture')}, {labels_path.name} "
+            f"{counted(len(labels), 'label')}: one of them is of another data set; "
+            f"fetch both again into {images_path.parent}"
         )
     if labels.max() >= len(FASHION_CLASSES):
         raise DataError(f"{labels_path} holds the label {labels.max()}, Fashion-MNIST's are 0 to 9: fetch it again")

@@ -21,9 +21,10 @@ from lowmem.config.paths import folder_of
 from lowmem.config.schema import DataConfig
 from lowmem.core.errors import DataError
 from lowmem.core.reading import user_cache_folder
+from lowmem.core.units import name_some
 from lowmem.data.decoding import decode_all
 from lowmem.data.kept import find_kept, keep
-from lowmem.data.pictures import Pictures, Progress, Source, name_some
+from lowmem.data.pictures import Pictures, Progress, Source
 from lowmem.data.tree import Tree, readable, scan, shown
 
 _DECODER = "pillow bicubic 32x32 rgb 2"  # what is kept is of it: raise the number when pixels change

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,12 +101,6 @@ class Dataset:
         name, *classes = (text.encode("utf-8", "replace").decode() for text in (self.name, *self.classes))
         prepared = {"image_size": SIDE, "mean": list(self.mean), "std": list(self.std)}
         return {"data": name, "classes": classes, **prepared}
-
-
-def name_some(names: Sequence[str], most: int) -> str:
-    """`a, b, c and 97 more`."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def statistics(pictures: Pictures) -> tuple[Triple, Triple]:

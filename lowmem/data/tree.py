@@ -17,9 +17,9 @@ from pathlib import Path
 
 from lowmem.config.schema import DataConfig
 from lowmem.core.errors import DataError
+from lowmem.core.units import name_some
 from lowmem.data.decoding import is_picture
 from lowmem.data.kept import KEY_BYTES
-from lowmem.data.pictures import name_some
 
 PARTS = ("train", "test", "val")
 # What file managers and storage leave behind; hidden files and folders are passed over too.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from lowmem.core.errors import PreflightError, UsageError
+from lowmem.core.units import counted
 
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -59,8 +60,9 @@ class Launch:
             return  # CUDA is switched off
         if self.local_rank >= len(devices):
             raise PreflightError(
-                f"CUDA_VISIBLE_DEVICES={given} names {len(devices)} devices, and this is process {self.local_rank + 1} "
-                "on this machine: start no more processes than there are cards (--nproc-per-node)"
+                f"CUDA_VISIBLE_DEVICES={given} names {counted(len(devices), 'device')}, and this is process "
+                f"{self.local_rank + 1} on this machine: start no more processes than there are cards "
+                "(--nproc-per-node)"
             )
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[self.local_rank]
 

@@ -9,7 +9,7 @@ import re
 
 from packaging.version import Version
 
-from lowmem.core.units import GIB, format_size
+from lowmem.core.units import GIB, counted, format_size
 from lowmem.doctor.facts import Facts, Finding, Status, split_way_out
 from lowmem.measure import who_holds
 from lowmem.measure.usable import version
@@ -236,13 +236,13 @@ def processor(facts: Facts) -> Finding | None:
     """Threads against the cores there are, less those that other programs keep busy."""
     if facts.cores is None:
         return None
-    usable, there = facts.cores, f"{facts.cores} core{'s' * (facts.cores != 1)}"
+    usable, there = facts.cores, counted(facts.cores, "core")
     if facts.cpu_share is not None and facts.cpu_share < facts.cores:
         usable = max(1, math.floor(facts.cpu_share))
         there += f", limited to {facts.cpu_share:g} by the container"
     words = there
     if facts.threads is not None:
-        words += f", torch uses {facts.threads} thread{'s' * (facts.threads != 1)}"
+        words += f", torch uses {counted(facts.threads, 'thread')}"
     busy = facts.busy_cores if facts.busy_cores is not None and facts.busy_cores >= _BUSY_CORES else 0.0
     words += f"; other programs keep {busy:.1f} cores busy" if busy else ""
     free = max(1, min(usable, round(facts.cores - busy)))

@@ -290,7 +290,7 @@ def _headline(trainer: Trainer, path: Path) -> str:
 
 def _describe_processes(before: int, group: Group, config: Config) -> str:
     """What a resume on another number of processes must say."""
-    saved, now = (f"{size} process{'es' if size > 1 else ''}" for size in (before, group.size))
+    saved, now = (counted(size, "process") for size in (before, group.size))
     stays = "the same pictures in the same order, the same batch and learning rates"
     head = f"saved by {saved}, going on with {now}: {stays}"
     if config.train.sync_bn:

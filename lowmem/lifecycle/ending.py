@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lowmem.core.errors import LowmemError
-from lowmem.core.units import format_duration
+from lowmem.core.units import counted, format_duration
 from lowmem.data import Dataset
 from lowmem.runs.view import RunView
 from lowmem.train.loop import Outcome, Trainer
@@ -17,11 +17,11 @@ def last_words(trainer: Trainer, outcome: Outcome) -> tuple[str, str]:
         end, resume = train.epochs * trainer.batches.steps_per_epoch, f"lowmem resume {run} --set train.max_steps="
         place = f"saved at epoch {state.epoch + 1}, step {state.step} of {end}"
         return (
-            f"stopped after {state.step} step{'s' * (state.step != 1)} as asked (train.max_steps = {train.max_steps}); "
+            f"stopped after {counted(state.step, 'step')} as asked (train.max_steps = {train.max_steps}); "
             f"{run} is {place}",
             f"`{resume}null` goes on to the end, `{resume}N` to another step",
         )
-    epochs = f"{state.epoch} epoch{'s' * (state.epoch > 1)} in {format_duration(state.elapsed_seconds)}"
+    epochs = f"{counted(state.epoch, 'epoch')} in {format_duration(state.elapsed_seconds)}"
     weights = ", ".join(str(run / "weights" / f"{name}.safetensors") for name in ("best", "last"))
     return (
         f"{run} is finished: {epochs}; {_errors(trainer, outcome)}weights: {weights}",
@@ -48,5 +48,5 @@ def _errors(trainer: Trainer, outcome: Outcome) -> str:
 def _pictures(dataset: Dataset, on: str) -> str:
     held = dataset.val if on == "val" else None
     if held is not None:
-        return f"{len(held):,} held-back pictures of {dataset.name}"
-    return f"the {len(dataset.test):,} test pictures of {dataset.name}"
+        return f"{counted(len(held), 'held-back picture')} of {dataset.name}"
+    return f"the {counted(len(dataset.test), 'test picture')} of {dataset.name}"

@@ -238,10 +238,11 @@ class Fork(New):
                 lines.append(f"{key}: {before!r} -> {after!r}")
         if stays:
             listed = " and ".join(f"{milestone:.5g}" for milestone in milestones)
-            epochs = f"epoch{'s' * (len(milestones) > 1)} {listed}" if milestones else "none"
+            epochs = f"epoch {listed}" if milestones else "none"
             lines.append(
-                f"the schedule stays where it was, milestones at {epochs}: for one scaled to {new.train.epochs} "
-                f"epochs, `lowmem fork` with --set schedule.reference_epochs={old.schedule.reference_epochs} too"
+                f"the schedule stays where it was, milestones at {epochs}: for one scaled to "
+                f"{counted(new.train.epochs, 'epoch')}, `lowmem fork` with --set "
+                f"schedule.reference_epochs={old.schedule.reference_epochs} too"
             )
         if at.step_in_epoch:
             lines.append(

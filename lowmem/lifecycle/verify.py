@@ -162,7 +162,7 @@ class _Verification:
         for first in plans[:1]:
             several = f"{processes} processes, of which this takes " if processes > 1 else ""
             micro = f"batch {first.batch} in micro-batches of {first.micro_batch}"
-            self._add("ok", "plan.json", f"{several}{micro}, {len(first.ladder)} smaller plans in reserve")
+            self._add("ok", "plan.json", f"{several}{micro}, {counted(len(first.ladder), 'smaller plan')} in reserve")
         return None
 
     def _check_rows(self, table: RowTable[Any], last: int | None) -> str | None:
@@ -220,7 +220,7 @@ class _Verification:
         else:
             compared = "its checkpoint is gone to compare with"
             compared = compared if same is None else "equal to its checkpoint, bit for bit"
-            named = "its classes have no names" if info.classes is None else f"{len(info.classes):,} classes by name"
+            named = f"{counted(len(info.classes), 'class')} by name" if info.classes else "its classes have no names"
             self._add("ok", where, f"of step {step}; {named}; {compared}")
 
     def _check_records(self) -> None:

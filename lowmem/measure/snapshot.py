@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from lowmem.core.units import MIB, format_size
+from lowmem.core.units import MIB, format_size, name_some
 from lowmem.measure.nvml import DeviceProcess, DriverDevice, DriverReport
 
 _NAMED = 5
@@ -63,9 +63,8 @@ def who_holds(source: Snapshot | DriverReport, uuid: str | None = None) -> list[
         lines.append(f"… and {len(rest)} more: {format_size(sum(size for _, size in rest))}")
     unknown = (source.device_used_bytes or 0) - sum(told.values())
     if unknown >= _TOO_SMALL_BYTES:
-        holders = ", ".join(names.get(pid, f"pid {pid}") for pid in silent[:_NAMED]) or "unknown holders"
-        more = f" and {len(silent) - _NAMED} more" if len(silent) > _NAMED else ""
+        holders = name_some([names.get(pid, f"pid {pid}") for pid in silent], _NAMED) or "unknown holders"
         context = " and this process's CUDA context" if guessed and source.context_bytes is None else ""
         why = " together (the driver does not tell who how much)" if silent else " (the driver does not name them)"
-        lines.append(f"{holders}{more}{context}: {format_size(unknown)}{why}")
+        lines.append(f"{holders}{context}: {format_size(unknown)}{why}")
     return lines

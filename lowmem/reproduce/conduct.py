@@ -95,7 +95,7 @@ def reproduce_job(
 def last_words(asked: Asked) -> str:
     """Of a job that has done all that was asked for: what that was, and what comes next."""
     job, limit = asked.job, asked.max_steps
-    runs = f"{len(asked.members)} run{'s' * (len(asked.members) > 1)}"
+    runs = counted(len(asked.members), "run")
     standings = [standing_of(job, member, limit) for member in asked.members]
     if stopped := [standing for standing in standings if standing.state == "stopped"]:
         return (
@@ -104,8 +104,8 @@ def last_words(asked: Asked) -> str:
         )
     left = [member.name for member in ALL if standing_of(job, member).state == "to go on"]
     others = f"; begun and not finished: {', '.join(left)}" if left else ""
-    epochs = job.settings.config.train.epochs
-    return f"{job.path} is finished: {runs} of {epochs} epoch{'s' * (epochs > 1)}{others}"
+    epochs = counted(job.settings.config.train.epochs, "epoch")
+    return f"{job.path} is finished: {runs} of {epochs}{others}"
 
 
 # -- the loop over the runs --------------------------------------------------------------------------------------------

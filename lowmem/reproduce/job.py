@@ -15,6 +15,7 @@ from lowmem.config.schema import OPERATIONAL, flatten, known_keys
 from lowmem.config.settings import Settings, from_yaml, of_older_run, validate
 from lowmem.core.errors import DiskError, PreflightError, UsageError
 from lowmem.core.reading import SETTINGS_LIMIT_BYTES, Unreadable, read_json, shorten
+from lowmem.core.units import name_some
 from lowmem.runs.atomic import PARTIAL, write_text_atomic
 from lowmem.runs.folder import JOB as FILE_NAME
 from lowmem.runs.folder import never_began
@@ -200,11 +201,10 @@ def refuse_other_settings(job: Job, given: Mapping[str, object]) -> None:
     recorded = flatten(job.settings.config)
     differing = [key for key, value in given.items() if value != recorded[key] and key not in OPERATIONAL]
     if differing:
-        listed = ", ".join(f"{key} {_shown(recorded[key])} (now {_shown(given[key])})" for key in differing[:4])
-        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        listed = [f"{key} {_shown(recorded[key])} (now {_shown(given[key])})" for key in differing]
         raise UsageError(
-            f"{job.path} is a job with {listed}{more}, and all of its runs are computed alike: leave them out to go on "
-            "with it, or start another job with --out"
+            f"{job.path} is a job with {name_some(listed, 4)}, and all of its runs are computed alike: leave them out "
+            "to go on with it, or start another job with --out"
         )
 
 

@@ -47,7 +47,7 @@ from lowmem.runs.checkpoint_state import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_NAME = re.compile(r"step-([0-9]{8,})(\.old)?")
+CHECKPOINT_NAME = re.compile(r"step-([0-9]{8,})(\.old)?")
 _ASIDE = ".aside-"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -161,7 +161,9 @@ def named(folder: Path) -> list[Path]:
         return []
     except OSError as error:
         raise CorruptCheckpoint(f"{folder} cannot be read ({error.strerror or error})") from None
-    matches = [match for name in names if (match := _NAME.fullmatch(name)) and match[1] == f"{int(match[1]):08d}"]
+    matches = [
+        match for name in names if (match := CHECKPOINT_NAME.fullmatch(name)) and match[1] == f"{int(match[1]):08d}"
+    ]
     matches.sort(key=lambda match: (-int(match[1]), match[2] is not None))
     return [folder / match[0] for match in matches]
 
@@ -182,7 +184,7 @@ def verify(path: Path, *, most_bytes: int | None = None) -> dict[str, bytes]:
     file and why; UnreadableCheckpoint and OutOfMemory where nothing is known to be wrong with them."""
     try:
         manifest = read_manifest(path)
-        match = _NAME.fullmatch(path.name.removeprefix(_ASIDE))
+        match = CHECKPOINT_NAME.fullmatch(path.name.removeprefix(_ASIDE))
         step = int(match[1]) if match else None
         if type(manifest.get("step")) is not int or manifest["step"] != step:
             raise CorruptCheckpoint(

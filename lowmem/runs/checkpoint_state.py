@@ -33,7 +33,8 @@ def _sane(value: float) -> float:
     return value
 
 
-Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 53)]  # a float holds it exactly
+Whole = Annotated[int, Field(ge=0, lt=1 << 53)]  # a float holds it exactly
+Count = Annotated[Whole, Field(strict=True)]
 Number = Annotated[float, Field(strict=True), AfterValidator(_sane)]  # a loss is not finite once a run has diverged
 Amount = Annotated[float, Field(strict=True, ge=0, lt=1e300, allow_inf_nan=False)]
 

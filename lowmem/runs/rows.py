@@ -17,6 +17,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
 from lowmem.core.reading import Unreadable, parse_json, shorten
+from lowmem.core.units import counted
 
 _COUNT = re.compile(r"[0-9]{1,15}")  # curves are drawn with floats, which hold these exactly
 # As many digits as a float can have: without a bound, a line of nothing but digits takes a time of its square.
@@ -122,7 +123,7 @@ class RowTable(Generic[Row]):
         """A line without its end. Raises Unreadable."""
         texts, values = line.split(",") if line else [], dict[str, Any]()
         if len(texts) != len(self.columns):
-            raise Unreadable(f"{len(texts)} fields where the header has {len(self.columns)}")
+            raise Unreadable(f"{counted(len(texts), 'field')} where the header has {len(self.columns)}")
         for (name, (number, needed)), text in zip(self.columns.items(), texts, strict=True):
             if not text and needed:
                 raise Unreadable(f"{name} is empty")

@@ -17,6 +17,7 @@ from statistics import median
 
 from lowmem.config.schema import Config
 from lowmem.core.errors import LowmemError
+from lowmem.runs.checkpoint import CHECKPOINT_NAME
 from lowmem.runs.lock import OWNER_NAME, Owner, lock_decides, read_owner, writer_of
 from lowmem.runs.rows import EPOCH_TABLE, STEP_TABLE, EpochRow, Event, StepRow
 from lowmem.runs.tables import Item, News, TableFollower, follow_events
@@ -78,7 +79,7 @@ class Live:
         end = None if per_epoch is None or config is None else config.train.epochs * per_epoch
         self.end = end and min(end, (config and config.train.max_steps) or end)  # the last step
         self.step_in_epoch = None if per_epoch is None else max(0, self.step - self.epoch * per_epoch)  # steps done
-        self.checkpoint = self._newest("checkpoint")
+        self.checkpoint = self._newest_checkpoint()
         self.lr = self.logged[-1].lr if self.logged else last.lr
         self.losses = tuple(row.loss for row in self.logged if row.loss is not None)  # of steps, oldest first
         self.images_per_second = last.images_per_second or self._told_speed()
@@ -156,11 +157,19 @@ class Live:
         return bool(metrics or steps or events)
 
     def _newest_step(self) -> int:
-        """That is known of: by its rows, or where it went on, saved or stopped between two of them."""
+        """That is known of: by its rows, or where it went on, saved or stopped between two of them, or went back to."""
         row = self.last.step
         if (fork := self._newest("fork")) is not None and fork.detail.get("epoch") == self.last.epoch:
             row = self._told("step", "fork") or 0  # rows that it took over may be counted in other steps
-        return max(row, self.logged[-1].step if self.logged else 0, self._told("step", *_PLACES) or 0)
+        place = _back_to(self._newest(*_PLACES, "rollback"))
+        place = self._told("step", *_PLACES) if place is None else place
+        return max(row, self.logged[-1].step if self.logged else 0, place or 0)
+
+    def _newest_checkpoint(self) -> Event | None:
+        """Of those that stand: a rollback sets aside what is newer than what it goes back to."""
+        back = _back_to(self._newest("checkpoint", "rollback"))
+        saved = (event for event in reversed(self.events) if event.kind == "checkpoint")
+        return next((event for event in saved if back in (None, event.detail.get("step"))), None)
 
     def _holds(self, now: float, grew: bool) -> Owner | None:
         """Who trains it."""
@@ -182,6 +191,12 @@ class Live:
 
 def _grown(before: tuple[Item, ...], news: News[Item], most: int = 1 << 60) -> tuple[Item, ...]:
     return ((() if news.anew else before) + news.items)[-most:]
+
+
+def _back_to(event: Event | None) -> int | None:
+    """The step of the checkpoint that a rollback names; None for anything else."""
+    named = event and event.kind == "rollback" and CHECKPOINT_NAME.fullmatch(str(event.detail.get("checkpoint")))
+    return int(named[1]) if named else None
 
 
 def epoch_seconds(rows: Sequence[EpochRow]) -> float | None:

@@ -5,20 +5,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from lowmem.config.schema import Section
 from lowmem.core.reading import Unreadable, parse_json, shorten
-from lowmem.runs.checkpoint_state import Shapes, read_header
+from lowmem.core.units import counted
+from lowmem.runs.checkpoint_state import Shapes, Whole, read_header
 
 # In the file's metadata. One key: the library writes several in another order each time, and equal runs shall write
 # equal files.
 KEY = "lowmem"
-
-Size = Annotated[int, Field(ge=0, lt=1 << 53)]
-Triple = tuple[float, float, float]
 
 
 class WeightsInfo(Section, extra="ignore"):
@@ -28,15 +26,15 @@ class WeightsInfo(Section, extra="ignore"):
 
     arch: str | None = None
     block: str | None = None
-    width: Size | None = None
+    width: Whole | None = None
     shortcuts: bool | None = None
     data: str | None = None
     classes: tuple[str, ...] | None = None
-    image_size: Size | None = None
-    mean: Triple | None = None
-    std: Triple | None = None
-    epoch: Size | None = None
-    step: Size | None = None
+    image_size: Whole | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    epoch: Whole | None = None
+    step: Whole | None = None
     error_pct: float | None = None
     error_on: Literal["val", "test"] | None = None
     chosen_on: Literal["val", "test"] | None = None
@@ -60,5 +58,5 @@ def read_weights(path: Path) -> tuple[Shapes, WeightsInfo]:
         raise Unreadable(f"says of itself what cannot be ({shorten(name)}: {shorten(first['msg'])})") from None
     outputs = shapes.get("linear.bias", ())
     if info.classes is not None and outputs != (len(info.classes),):
-        raise Unreadable(f"names {len(info.classes):,} classes, its last layer has {list(outputs)}")
+        raise Unreadable(f"names {counted(len(info.classes), 'class')}, its last layer has {list(outputs)}")
     return shapes, info

@@ -157,8 +157,8 @@ class OomFallback:
         self._pressure.plan_changed()
         sizes = f"{format_size(rung.budget_bytes)} instead of {format_size(before.budget_bytes)}"
         self._t.observer.warning(
-            f"{why}: the step is done in {sizes} from here on, the same computation; {len(rung.ladder)} smaller plans "
-            "are left"
+            f"{why}: the step is done in {sizes} from here on, the same computation; "
+            f"{counted(len(rung.ladder), 'smaller plan')} left"
         )
 
     def _way_out(self) -> str:

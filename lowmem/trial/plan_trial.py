@@ -18,7 +18,7 @@ from lowmem.choose.request import Budget
 from lowmem.config.schema import Config
 from lowmem.core.errors import Infeasible, PreflightError
 from lowmem.core.phases import Phase, untold
-from lowmem.core.units import format_size
+from lowmem.core.units import counted, format_size
 from lowmem.plan.record import Candidate, Plan
 from lowmem.trial import PLANNED, Trial, TrialResult, excess, run_trial, verdict
 
@@ -207,10 +207,10 @@ def _fastest(trials: list[Tried], budget: Budget) -> Tried:
         )
     sizes = [tried.result.most_allocated_bytes for tried in trials if tried.for_memory]
     least = min((size for size in sizes if size is not None), default=None)
-    what = f"measured in {len(trials)} trials"
+    what = f"measured in {counted(len(trials), 'trial')}"
     if least is None:
         predicted = [tried.choice.plan.predicted.peak_allocated_bytes or 0 for tried in trials]
-        least, what = min(predicted), f"as predicted, and {len(trials)} trials ran out of memory even so"
+        least, what = min(predicted), f"as predicted, and {counted(len(trials), 'trial')} ran out of memory even so"
     raise Infeasible(budget.tensor_bytes, least, what, f"lower --batch, or {budget.more(least)}")
 
 

@@ -31,7 +31,7 @@ SETUP = TableSetup(
     warmup=1,
     quick=True,
 )
-HERE: dict[str, Any] = {"lowmem": "1", "torch": "2", "python": "3", "device": "cpu"}
+HERE: dict[str, Any] = {"lowmem": "1", "torch": "2", "python": "3", "device": "cpu", "cpu_threads": 1}
 
 
 def run_as(trial_of: Callable[[Trial, float], TrialResult]) -> Call:

@@ -86,7 +86,7 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(killed: Killed) -
     assert killed.code == -signal.SIGKILL
     assert killed.again.returncode == 0, killed.again.stderr
     assert len(killed.before) >= 3
-    assert f"{len(killed.before)} measurements are there from before" in killed.again.stderr
+    assert f"{len(killed.before)} measurements from before" in killed.again.stderr
     assert killed.before.items() <= killed.after.items()
     assert len(killed.after) > len(killed.before)
     assert killed.record()["finished"]
@@ -158,7 +158,7 @@ def test_given_once_more_nothing_is_measured(
     monkeypatch.chdir(killed.folder.parent)
     show_bench(**SAME)
     said = capsys.readouterr()
-    assert f"{len(killed.after)} measurements are there" in said.err
+    assert f"{len(killed.after)} measurements from before" in said.err
     assert "[1/" not in said.err
     assert "A batch of 8 in every way" in said.out
     assert killed.trials() == killed.after
@@ -193,7 +193,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
             break
     rest = process.stderr.read()
     assert process.wait() == 130
-    assert re.search(r"interrupted: [1-9]\d* measurements? (is|are) in found; the same command goes on", rest)
+    assert re.search(r"interrupted: [1-9]\d* measurements? kept in found; the same command goes on", rest)
 
 
 def test_no_time_is_said_in_every_row(
@@ -201,7 +201,7 @@ def test_no_time_is_said_in_every_row(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     show_bench(**{**SAME, "minutes": 0.0})
-    assert "not finished within 0 minutes" in capsys.readouterr().out
+    assert "not finished within 0 min" in capsys.readouterr().out
     with open(tmp_path / "found/bench.csv", newline="") as file:
         assert {row["refused"] for row in csv.DictReader(file)} == {"not run: time"}
     assert not (tmp_path / "found/bench.png").exists()

@@ -106,6 +106,23 @@ def test_all_cards_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert (card["name"], card["memory_bytes"], card["capability"]) == ("GTX 1060 6G", 6 << 30, "6.1")
 
 
+@pytest.mark.parametrize("command", ["settings", "cards", "cache"])
+def test_it_is_readable_on_a_phone(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "c")
+    (tmp_path / "c/lowmem/folder-0123456789abcdef").mkdir(parents=True)
+    (tmp_path / "c/lowmem/mine.txt").write_text("hello")
+    wide = _said(capsys, command)
+    monkeypatch.setenv("COLUMNS", "40")
+    narrow = _said(capsys, command)
+    assert max(map(len, wide.splitlines())) > 60
+    assert max(map(len, narrow.splitlines())) <= 40
+    if command == "settings":
+        assert narrow.split() == wide.split()
+
+
 def test_the_cache_and_what_becomes_of_it(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,8 +194,10 @@ def _offered(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         ("lowmem plan --card gtx1060", ["gtx1060-3g", "gtx1060-6g"]),
         ("lowmem train --precision ", ["auto", "fp32", "amp"]),
         ("lowmem train --set optim.m", ["optim.momentum="]),
-        ("lowmem train --data ", ["cifar10", "fashion-mnist", "shapes", "pictures", "runs"]),
-        ("lowmem resume ", [os.path.join("runs", "mine")]),
+        ("lowmem train --data ", ["cifar10", "fashion-mnist", "shapes", "oldrun", "pictures", "runs"]),
+        ("lowmem train --data folder:pi", ["folder:pictures"]),
+        ("lowmem resume ", [os.path.join("runs", "mine"), "oldrun"]),
+        ("lowmem resume ol", ["oldrun"]),
         ("lowmem report ru", [os.path.join("runs", "mine")]),
     ],
 )
@@ -190,9 +209,10 @@ def test_what_a_shell_offers(
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("pictures", "runs/mine", "runs/no-run"):
+    for name in ("pictures", "oldrun", "runs/mine", "runs/no-run"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "runs/mine/config.yaml").write_text("")
+    for name in ("oldrun", "runs/mine"):
+        (tmp_path / name / "config.yaml").write_text("")
     assert _offered(capsys, monkeypatch, typed) == offered
 
 

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
+import lowmem
 from lowmem.core.units import (
     GIB,
     LEAST_CARD_BYTES,
@@ -12,6 +16,7 @@ from lowmem.core.units import (
     format_loss,
     format_number,
     format_size,
+    name_some,
     parse_memory,
     parse_size,
 )
@@ -82,6 +87,18 @@ def test_the_least_that_is_taken() -> None:
 def test_counts() -> None:
     said = [counted(n, what) for n, what in ((0, "epoch"), (1, "epoch"), (3000, "picture"), (1, "class"), (2, "class"))]
     assert said == ["0 epochs", "1 epoch", "3,000 pictures", "1 class", "2 classes"]
+
+
+def test_no_plural_is_made_elsewhere() -> None:
+    package = Path(lowmem.__file__).parent
+    by_hand = re.compile(r"'e?s( are)?'( \*| if )")
+    found = [path.relative_to(package).as_posix() for path in package.rglob("*.py") if by_hand.search(path.read_text())]
+    assert found == ["core/units.py"]
+
+
+def test_a_few_names() -> None:
+    assert [name_some([*"abcd"], most) for most in (3, 4)] == ["a, b, c and 1 more", "a, b, c, d"]
+    assert name_some([], 3) == ""
 
 
 @pytest.mark.parametrize(

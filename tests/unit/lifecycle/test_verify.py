@@ -153,7 +153,7 @@ def test_what_a_crash_leaves_is_no_damage(run: Path) -> None:
 
 def test_a_plan_of_its_own(run: Path) -> None:
     (run / "plan.json").write_text(json.dumps(small_plan(run).to_json()))
-    assert any("1 smaller plans in reserve" in finding.what for finding in verify(run).findings)
+    assert any("1 smaller plan in reserve" in finding.what for finding in verify(run).findings)
 
 
 def test_a_writer_is_seen(run: Path) -> None:

@@ -36,10 +36,10 @@ def rate_curve() -> bytes:
     return draw_rate_curve("a", *[[(0.0, 0.1), (2.0, 0.1)]] * 3, 2.0)
 
 
-def drawn_with(folder: Path, **outside: str) -> subprocess.CompletedProcess[str]:
+def drawn_with(folder: Path, probe: str = PROBE, **outside: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(lowmem.__file__).parents[1]), **outside}
     return subprocess.run(
-        [sys.executable, "-c", PROBE], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", probe], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
     )
 
 
@@ -60,6 +60,16 @@ def test_what_is_set_outside_is_nothing_to_a_figure(tmp_path: Path, outside: dic
     drawn = drawn_with(tmp_path, **outside)
     assert drawn.stderr == ""
     assert drawn.stdout.strip() == hashlib.sha256(rate_curve()).hexdigest()
+
+
+@pytest.mark.parametrize("backend", ["svg", "", "nonsense"])
+def test_what_the_caller_draws_is_as_it_was_set(tmp_path: Path, backend: str) -> None:
+    """The first to load matplotlib must not settle for everybody which windows there are, nor how lines look."""
+    (tmp_path / "mine").write_text("lines.linewidth: 7\nno.such: 1\n")
+    asks = "import matplotlib\nprint(matplotlib.get_backend(auto_select=False), matplotlib.rcParams['lines.linewidth'])"
+    drawn = drawn_with(tmp_path, PROBE + asks, MPLBACKEND=backend, MATPLOTLIBRC="mine")
+    assert drawn.stderr == ""
+    assert drawn.stdout.splitlines()[1] == f"{'svg' if backend == 'svg' else None} 7.0"
 
 
 def test_a_damaged_file_that_cannot_be_passed_by(tmp_path: Path) -> None:

@@ -191,6 +191,24 @@ def test_cut_back_by_a_resume(folder: RunFolder) -> None:
     assert (live.epoch, live.step, len(live.losses), len(live.rows)) == (1, 15, 3, 1)
 
 
+def test_back_at_an_older_checkpoint(folder: RunFolder) -> None:
+    folder.event("start", steps_per_epoch=3)
+    for n in range(1, 3):
+        epoch(folder, n, per_epoch=3)
+    for step in (4, 8):
+        folder.event("checkpoint", epoch=step // 3, step=step)
+    watched = Live(folder.path)
+    live = watched.look()
+    assert (live.step, live.step_in_epoch, live.checkpoint and live.checkpoint.detail["step"]) == (8, 2, 8)
+    folder.cut_back(epoch=1, step=4)
+    folder.event("rollback", what="broken", step=9, epoch=3, checkpoint="step-00000004", rollbacks=1, lr_scale=0.5)
+    live = watched.look()
+    assert (live.step, live.step_in_epoch, live.checkpoint and live.checkpoint.detail["step"]) == (4, 1, 4)
+    folder.event("checkpoint", epoch=1, step=5)
+    live = watched.look()
+    assert (live.step, live.step_in_epoch, live.checkpoint and live.checkpoint.detail["step"]) == (5, 2, 5)
+
+
 def test_half_a_line_waits(folder: RunFolder) -> None:
     watched = Live(folder.path)
     with folder.steps_file.open("ab") as file:
