@@ -73,10 +73,9 @@ class Setup:
     def memory_bytes(self) -> int | None:
         return self.vram_bytes if self.tensors_bytes is None else self.tensors_bytes
 
-    @property
-    def memory(self) -> str:
+    def memory(self, size_bytes: int | None) -> str:
         """`6,144 MiB`, `2,700 MiB of tensors`."""
-        return format_size(self.memory_bytes) + ("" if self.tensors_bytes is None else " of tensors")
+        return format_size(size_bytes) + ("" if self.tensors_bytes is None else " of tensors")
 
     @property
     def network(self) -> dict[str, Any]:
@@ -101,8 +100,8 @@ class Cell:
     """One row of a table; bytes and seconds, None where it is not known.
 
     `kind`: `step` (the same batch in every way), `largest` (the largest batch in `budget_bytes`), or one of the
-    acceptance suite. `budget`: of the engine in the tables, see `TableSetup`; `vram_bytes`: what the suite plans for,
-    of the kind that its setup has (`Setup.memory_bytes`). `prepared`: prediction and plan are made. `trials`: round ->
+    acceptance suite. `budget`: of the engine in the tables, see `TableSetup`; `memory_bytes`: what the suite plans for,
+    of the kind that its setup has. `prepared`: prediction and plan are made. `trials`: round ->
     `TrialResult` as a dictionary. `cap_bytes`: what the allocator was allowed to hold. `facts`: of a search for the
     largest batch, of a check.
 
@@ -131,7 +130,7 @@ class Cell:
     trials: dict[str, dict[str, Any]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     title: str = ""
-    vram_bytes: int | None = None
+    memory_bytes: int | None = None
     rounds: int = 1
     weight: int = 1
     unless: Callable[[Sequence[Cell]], str | None] | None = None

@@ -55,10 +55,9 @@ class AcceptanceSetup(Setup):
         unit = super().unit(batch)
         return max(unit, batch // 32 // unit * unit)
 
-    def emulates(self, vram_bytes: int | None) -> bool:
+    def emulates(self, memory_bytes: int | None) -> bool:
         """Whether the card is larger than what is planned for (a card's own memory reads a little under its name)."""
-        known = None not in (self.card_bytes, vram_bytes) and self.tensors_bytes is None
-        return known and (self.card_bytes or 0) > 1.02 * (vram_bytes or 0)
+        return memory_bytes is not None and (self.card_bytes or 0) > 1.02 * memory_bytes
 
 
 # -- cells -------------------------------------------------------------------------------------------------------------
@@ -72,20 +71,20 @@ def acceptance_cells(setup: AcceptanceSetup) -> list[Cell]:
     def cell(kind: str, title: str, family: str = ENGINE, batch: int = setup.batch, **more: Any) -> Cell:
         return Cell(kind=kind, title=title, family=family, batch=batch, **more)
 
-    def planned(kind: str, vram_bytes: int, how: str = "", batch: int = setup.batch, **more: Any) -> Cell:
-        title = f"{how}planned for {format_size(vram_bytes)}{f', batch {batch}' if batch != setup.batch else ''}"
-        return cell(kind, title, batch=batch, vram_bytes=vram_bytes, **more)
+    def planned(kind: str, memory_bytes: int, how: str = "", batch: int = setup.batch, **more: Any) -> Cell:
+        title = f"{how}planned for {setup.memory(memory_bytes)}{f', batch {batch}' if batch != setup.batch else ''}"
+        return cell(kind, title, batch=batch, memory_bytes=memory_bytes, **more)
 
     def form(precision: str, layout: str) -> Cell:
         return planned("format", full, f"{_SAID[precision]}, {layout}, ", precision=precision, memory_format=layout)
 
     def largest(precision: str, family: str) -> Cell:
         plain = family != ENGINE
-        title = f"largest batch in {format_size(full)}, {_SAID[precision]}, {'plain' if plain else 'planned'}"
-        more: dict[str, Any] = {"weight": 3 if plain else 1, "by_trials": plain, "vram_bytes": full}
+        title = f"largest batch in {setup.memory(full)}, {_SAID[precision]}, {'plain' if plain else 'planned'}"
+        more: dict[str, Any] = {"weight": 3 if plain else 1, "by_trials": plain, "memory_bytes": full}
         return cell("largest", title, family, precision=precision, **more)
 
-    save_all, survived = "save-all (plain PyTorch)", partial(cell, "out of memory", weight=2, vram_bytes=full)
+    save_all, survived = "save-all (plain PyTorch)", partial(cell, "out of memory", weight=2, memory_bytes=full)
     waits, timed = partial(_not_needed, setup), partial(_without_plain, larger)
     cells = [
         planned("memory", full),
@@ -131,7 +130,7 @@ def account(setup: AcceptanceSetup, environment: Environment, cells: Sequence[Ce
     rows = [_row(setup, cell, plain_of(cells, cell)) for cell in cells if finished or cell.seconds is not None]
     judged = targets(rows)
     return Account(
-        title=f"Acceptance: {setup.name}, batch {setup.batch}, {setup.memory}",
+        title=f"Acceptance: {setup.name}, batch {setup.batch}, {setup.memory(setup.memory_bytes)}",
         conditions=conditions(environment, setup.card_bytes),
         how=f"{_how(setup)}{contention(cells)}",
         unfinished="" if finished else "Not finished: what follows is what was done before the end.",
@@ -141,7 +140,7 @@ def account(setup: AcceptanceSetup, environment: Environment, cells: Sequence[Ce
             "suite": "acceptance",
             "finished": finished,
             "setup": setup.record(),
-            "emulated": setup.emulates(setup.vram_bytes),
+            "emulated": setup.emulates(setup.memory_bytes),
             "environment": environment,
             "targets": judged,
             "cells": rows,
@@ -155,8 +154,10 @@ def _row(setup: AcceptanceSetup, cell: Cell, plain: Cell | None) -> Row:
     `busy_share`: how much of a plain step the card computes, `plain_busy_share`: of that step."""
     trial = next(iter(cell.trials.values()), {})
     row: Row = {"kind": cell.kind, "name": cell.title}
-    row |= {name: getattr(cell, name) for name in ("batch", "precision", "memory_format", "vram_bytes")}
-    row |= {"emulated": setup.emulates(cell.vram_bytes), "refused": cell.refusal}
+    row |= {name: getattr(cell, name) for name in ("batch", "precision", "memory_format")}
+    row |= {"vram_bytes": None, "tensors_bytes": None}
+    row["vram_bytes" if setup.tensors_bytes is None else "tensors_bytes"] = cell.memory_bytes
+    row |= {"emulated": setup.emulates(cell.memory_bytes), "refused": cell.refusal}
     device = trial.get("device_used_bytes") if setup.on_card else None
     for name, measured, predicted in (
         ("allocated", trial.get("peak_allocated_bytes"), cell.predicted_allocated_bytes),
@@ -216,19 +217,20 @@ def targets(rows: Sequence[Row]) -> list[Row]:
 def _how(setup: AcceptanceSetup) -> str:
     """What is emulated, and how is measured."""
     if not setup.on_card:
+        by = "" if setup.tensors_bytes else " (by what a card of that memory would leave for them)"
         return (
-            "Here tensors are what is bounded (by what a card of that memory would leave for them) and measured: there "
+            f"Here tensors are what is bounded{by} and measured: there "
             "is no allocator to reserve anything, and no card whose time was predicted."
         )
     said = f"Steps are medians of {setup.steps} after {setup.warmup} of warm-up, each cell in a process of its own."
     full = setup.memory_bytes or 0
     if setup.emulates(full):
         return (
-            f"{format_size(full)} are **emulated**: the allocator is capped so that tensors and context stay within "
+            f"{setup.memory(full)} are **emulated**: the allocator is capped so that what is counted stays within "
             f"them. A real card of that size may choose other convolution algorithms and is slower. {said}"
         )
     if setup.emulates(full // 2):
-        return f"The smaller budget of {format_size(full // 2)} is **emulated** by capping the allocator. {said}"
+        return f"The smaller budget of {setup.memory(full // 2)} is **emulated** by capping the allocator. {said}"
     return said
 
 
@@ -247,14 +249,16 @@ def _tables(rows: Sequence[Row]) -> list[ResultTable]:
     ]
     return [
         *(table for found, table in tables if found),
-        *(ResultTable(f"Where {_vram(row)} go", _TERMS, row["budget"]) for row in memory if row["budget"]),
+        *(ResultTable(f"Where {_budget(row)} go", _TERMS, row["budget"]) for row in memory if row["budget"]),
     ]
 
 
-def _vram(row: Row) -> str:
-    """`6.0 GiB (emulated)`."""
-    size = row["vram_bytes"]
-    return "no limit" if size is None else f"{format_size(size)}{_emulated(row)}"
+def _budget(row: Row) -> str:
+    """`6,144 MiB (emulated)`, `2,700 MiB of tensors`."""
+    size = row["vram_bytes"] or row["tensors_bytes"]
+    if size is None:
+        return "no limit"
+    return f"{format_size(size)}{'' if row['tensors_bytes'] is None else ' of tensors'}{_emulated(row)}"
 
 
 def _emulated(row: Row) -> str:
@@ -287,7 +291,7 @@ def _fact(name: str, value: object) -> str:
 
 
 _CELL, _CASE = Column("cell", "name"), Column("case", lambda row: f"{row['name']}, batch {row['batch']}")
-_BUDGET, _VERDICT = Column("budget", _vram), Column("verdict", lambda row: row["refused"] or "holds")
+_BUDGET, _VERDICT = Column("budget", _budget), Column("verdict", lambda row: row["refused"] or "holds")
 _PEAK = Column.mib("peak, MiB", "allocated_bytes", 2), Column.mib("predicted", "predicted_allocated_bytes", 2)
 _HAPPENED, _FOUND = (_CASE, Column("what happened", _facts)), (_CASE, Column("what was found", _facts))
 _MEMORY = [_CELL, _BUDGET]

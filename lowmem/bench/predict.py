@@ -70,7 +70,7 @@ class Predictor:
         """Of the engine. Raises Infeasible."""
         match cell.budget:
             case None:
-                return self.plan(cell.mode, cell.batch, self.budget(cell.vram_bytes))
+                return self.plan(cell.mode, cell.batch, self.budget(cell.memory_bytes))
             case int():
                 size = cell.budget
             case float():

@@ -179,8 +179,8 @@ class Bench:
         on a card the allocator was capped at it."""
         if cell.family != ENGINE or result.refused is not None:
             return result.refused
-        if cell.vram_bytes is not None:
-            return verdict(result, self._predictor.budget(cell.vram_bytes), self.setup.device)[0]
+        if cell.memory_bytes is not None:
+            return verdict(result, self._predictor.budget(cell.memory_bytes), self.setup.device)[0]
         taken = result.peak_allocated_bytes
         if taken is None or cell.budget_bytes is None or taken <= max(cell.budget_bytes, cell.cap_bytes or 0):
             return None

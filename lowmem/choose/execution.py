@@ -269,16 +269,18 @@ def calibrator_of(
 
 
 def budget_of(
-    config: Config, train_pictures: int = 0, calibrator: Calibrator | None = None
+    config: Config, train_pictures: int = 0, calibrator: Calibrator | None = None, *, joint: bool = False
 ) -> tuple[Budget, Card | None]:
     """The budget for the step's tensors and, where it is known, the card whose rates predict time: the shipped profile
     of a device, else one made of what its driver tells and `calibrator` measures. A card that is neither named nor
-    there is like the reference card. Raises UsageError for an unknown card or where there is nothing to fit into,
-    Infeasible for too small a card, PreflightError if CUDA does not answer."""
+    there is like the reference card. `joint`: see `request_of`. Raises UsageError for an unknown card or where there is
+    nothing to fit into, Infeasible for too small a card, PreflightError if CUDA does not answer."""
     config, tensor_bytes = for_process(config, 0, 1), config.memory.tensors
     if tensor_bytes is not None and not for_card(config):
         return Budget(total_bytes=tensor_bytes, source=_TENSORS_ALONE), None
     budget, card = _card_budget(config, train_pictures, calibrator)
+    if joint:  # batch norm over all of them has a communicator of its own
+        budget = with_communicators(budget, 1 + config.train.sync_bn)
     if tensor_bytes is None:
         return budget, card
     if tensor_bytes <= budget.tensor_bytes:
@@ -293,7 +295,11 @@ def _card_budget(config: Config, train_pictures: int, calibrator: Calibrator | N
     if memory.card is not None:
         card = load_card(memory.card)
         platform = None if memory.platform == "auto" else memory.platform.replace("-", "_")
-        return of_card(card, memory.vram, pictures_bytes, platform, deterministic=deterministic), card
+        budget = of_card(card, memory.vram, pictures_bytes, platform, deterministic=deterministic)
+        if config.train.device == "cuda" and torch.cuda.is_available():
+            there = torch.cuda.get_device_properties("cuda").total_memory
+            budget = replace(budget, emulated=budget.total_bytes < there)
+        return budget, card
     if config.train.device == "cuda" and torch.cuda.is_available():
         prepare_libraries(numerics)
         facts = (calibrator.facts if calibrator is not None else None) or ask_device(numerics)
@@ -326,9 +332,7 @@ def request_of(
         refuse_unsafe(config)
     if config.memory.platform != "auto" and config.memory.card is None:
         raise UsageError("memory.platform says what machine a --card is in: give the card, or leave it out")
-    budget, card = budget_of(config, train_pictures, calibrator)
-    if joint:  # batch norm over all of them has a communicator of its own
-        budget = with_communicators(budget, 1 + config.train.sync_bn)
+    budget, card = budget_of(config, train_pictures, calibrator, joint=joint)
     model = _network(config, num_classes)
     if calibrator is not None:
         modes, reasons = by_measurement(config, model, calibrator)

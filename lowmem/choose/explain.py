@@ -54,11 +54,8 @@ def explain_ladder(plan: Plan) -> str:
     """What there is for when memory runs out all the same."""
     if not plan.ladder:
         return "if memory runs out all the same: this is the smallest plan, the run would be saved and end"
-    last = plan.ladder[-1]
-    return (
-        f"if memory runs out all the same: {len(plan.ladder)} smaller plans, down to {format_size(last.budget_bytes)} "
-        f"({cost(last)})"
-    )
+    last, plans = plan.ladder[-1], counted(len(plan.ladder), "smaller plan")
+    return f"if memory runs out all the same: {plans}, down to {format_size(last.budget_bytes)} ({cost(last)})"
 
 
 def inexact(plan: Plan) -> str:

@@ -56,6 +56,7 @@ class Budget:
     source: str = "memory budget"  # of the total, in words
     emulated: bool = False  # a larger card made to behave like one of `total_bytes`
     flag: str | None = "--tensors"  # what gives more; None: the card has no more
+    most_bytes: int | None = None  # that can be given by `flag`; None: without a limit
 
     def __post_init__(self) -> None:
         if self.tensor_bytes <= 0:
@@ -63,29 +64,34 @@ class Budget:
                 self.total_bytes,
                 self.total_bytes - self.tensor_bytes + 1,
                 "the card's own needs before any tensor: others, context, workspace, margin",
-                self.more(1),
+                self.more(1, "and on top of it what the step's tensors take"),
                 "before any tensor of a step the card itself takes {least}, and it has {budget}",
             )
 
-    def more(self, tensor_bytes: int) -> str:
+    def more(self, tensor_bytes: int, then: str = "or more") -> str:
         """How to get so much for tensors, in words; `others_bytes` and `margin_bytes` grow with the card."""
-        share = (self.others_bytes + self.margin_bytes) / self.total_bytes
-        if self.flag is None or share >= 1:
-            return "free what others use on the card"
-        fixed = self.process_bytes + self.pictures_bytes
-        unit, letter = (MIB, "M") if tensor_bytes >= MIB or fixed else (KIB, "K")
-        return f"give {self.flag} {ceil((tensor_bytes + fixed) / (1 - share) / unit)}{letter} or more"
+        of_tensors = self.flag == "--tensors"
+        share = 0.0 if of_tensors else (self.others_bytes + self.margin_bytes) / self.total_bytes
+        fixed = 0 if of_tensors else self.process_bytes + self.pictures_bytes
+        if self.flag is not None and share < 1:
+            unit, letter = (MIB, "M") if tensor_bytes >= MIB or fixed else (KIB, "K")
+            size = ceil((tensor_bytes + fixed) / (1 - share) / unit)
+            if self.most_bytes is None or size * unit <= self.most_bytes:
+                return f"give {self.flag} {size}{letter} {then}"
+        return "free what others use on the card" if self.at_hand else "give a larger --card"
 
     def for_tensors(self, tensor_bytes: int, source: str) -> Budget:
-        """On the same card so much for a step's tensors, whatever others use."""
+        """On the same card so much for a step's tensors, whatever others use; the allocator of the one at hand is
+        capped."""
         return replace(
             self,
             total_bytes=tensor_bytes + self.process_bytes + self.pictures_bytes,
             others_bytes=0,
             margin_bytes=0,
             source=source,
-            emulated=False,
+            emulated=self.at_hand,
             flag="--tensors",
+            most_bytes=self.tensor_bytes if self.on_card else None,
         )
 
     @property
@@ -105,6 +111,11 @@ class Budget:
         if not self.on_card:
             return None
         return self.total_bytes - self.others_bytes - self.context_bytes - self.communicator_bytes
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether it is of the CUDA device at hand, or of a part of it."""
+        return self.emulated or self.flag is None
 
     @property
     def on_card(self) -> bool:
@@ -195,6 +206,7 @@ def of_device(
         source=facts.name if total == facts.total_bytes else f"emulated card on {facts.name}",
         emulated=total < facts.total_bytes,
         flag="--vram" if total < facts.total_bytes else None,
+        most_bytes=facts.free_bytes + context,  # with more than that, all of it is others'
     )
 
 

@@ -177,30 +177,30 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
         if not curve.parent.is_dir():
             raise PreflightError(f"{curve} cannot be written ({curve.parent} is no folder): give --curve another path")
         refuse_unwritable(curve, "give --curve another path")
-    with observer("stderr") as shown:
-        with shown.loading("torch"):
-            from lowmem.choose.batch_size import describe_split
-            from lowmem.choose.decide import decide
-            from lowmem.choose.execution import resolve_execution, why_on_cpu
-            from lowmem.choose.explain import in_full
-        if card is None:
-            # Without a named card it is about this machine: what `lowmem train` would do here.
-            settings = resolve_execution(settings, planned=True)
-            if (why := why_on_cpu(settings)) is not None:
-                shown.warning(f"this plans {why}")
-        try:
+    try:
+        with observer("stderr") as shown:
+            with shown.loading("torch"):
+                from lowmem.choose.batch_size import describe_split
+                from lowmem.choose.decide import decide
+                from lowmem.choose.execution import resolve_execution, why_on_cpu
+                from lowmem.choose.explain import in_full
+            if card is None:
+                # Without a named card it is about this machine: what `lowmem train` would do here.
+                settings = resolve_execution(settings, planned=True)
+                if (why := why_on_cpu(settings)) is not None:
+                    shown.warning(f"this plans {why}")
             decided = decide(settings, tell=shown, on_paper=True, recalibrate=recalibrate)
-        except Infeasible as error:
-            if as_json:
-                print(json.dumps({"infeasible": error.record}, indent=1))
-            raise
-        config, split = decided.settings.config, decided.planned
-        assert split is not None
-        choice = split.choices[0]
-        title = f"{config.model.arch} ({config.model.block}, width {config.model.width})"
-        if curve is not None:
-            shown.phase("drawing memory against time")
-        curves = None if curve is None else _draw(choice, title, curve)
+            config, split = decided.settings.config, decided.planned
+            assert split is not None
+            choice = split.choices[0]
+            title = f"{config.model.arch} ({config.model.block}, width {config.model.width})"
+            if curve is not None:
+                shown.phase("drawing memory against time")
+            curves = None if curve is None else _draw(choice, title, curve)
+    except Infeasible as error:  # the live line is gone
+        if as_json:
+            print(json.dumps({"infeasible": error.record}, indent=1))
+        raise
     if as_json:
         record = choice.plan.to_json()
         if len(cards) > 1:

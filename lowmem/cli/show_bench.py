@@ -253,7 +253,7 @@ def _acceptance_picture(setup: AcceptanceSetup, environment: Environment, accoun
     where = environment.get("card") or "CPU"
     met = [target["met"] for target in account.record["targets"] if target["met"] is not None]
     said = f": {sum(met)} of {len(met)} judged targets met" if met else ""
-    size = setup.memory + (" (emulated)" if setup.emulates(setup.vram_bytes) else "")
+    size = setup.memory(setup.memory_bytes) + (" (emulated)" if setup.emulates(setup.memory_bytes) else "")
     title = f"{setup.name}, batch {setup.batch}\n{size}, {where}{said}"
     return draw_acceptance(title, memory, seconds)
 

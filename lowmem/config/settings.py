@@ -39,10 +39,8 @@ class Settings:
 
     def replace(self, values: Mapping[str, object], source: str) -> Settings:
         """The same settings with some values replaced, validated again. Raises UsageError."""
-        flat = flatten(self.config)
-        for given, other in (_BUDGETS, _BUDGETS[::-1]):
-            if values.get(given) is not None and flat[other] is not None:
-                values = {other: None, **values}  # one that is given takes the other's place
+        flat = {**flatten(self.config), **values}
+        values = {**values, **dict.fromkeys(_outranked(flat, dict.fromkeys(values, 1)))}
         flat |= values
         sources = {**self.sources, **dict.fromkeys(values, source)}
         return Settings(validate(flat, sources), sources)
@@ -80,14 +78,18 @@ def gather(
             flat[key], sources[key], layer[key] = value, source, number
     flat["recipe"] = chosen
     sources["recipe"] = "flag" if recipe else (str(config_file) if "recipe" in from_file else "default")
-    # What is typed is one layer: two budgets there are refused.
-    budgets = {min(layer[key], 2): key for key in _BUDGETS if flat.get(key) is not None}
-    if len(budgets) > 1:
-        flat.pop(lower := budgets[min(budgets)])
-        sources.pop(lower)
+    for key in _outranked(flat, layer):
+        del flat[key], sources[key]
     if layer.get("model.block", -1) < layer.get("model.arch", -1):
         flat.pop("model.block", None)  # one that a file chose for its own architecture is not forced on another
     return Settings(validate(flat, sources), {key: sources.get(key, "default") for key in known_keys()})
+
+
+def _outranked(flat: Mapping[str, object], layer: Mapping[str, int]) -> list[str]:
+    """The budget whose place one of a higher layer takes. What is typed, from 2 on, is one layer: two budgets there are
+    left, to be refused."""
+    given = {min(layer.get(key, 0), 2): key for key in _BUDGETS if flat.get(key) is not None}
+    return [given[min(given)]] if len(given) > 1 else []
 
 
 def validate(flat: Mapping[str, object], sources: Mapping[str, str]) -> Config:
@@ -150,13 +152,14 @@ def read_yaml(path: Path, hint: str) -> tuple[Any, str]:
         raise UsageError(f"{path} cannot be read ({error.__class__.__name__}): {hint}") from None
 
 
-def read_settings_file(path: Path) -> tuple[dict[str, object], str]:
-    """A YAML file of nested (or dotted) settings -> dotted names, and its text. Raises UsageError."""
+def read_settings_file(path: Path, *, recorded: bool = False) -> tuple[dict[str, object], str]:
+    """A YAML file of nested (or dotted) settings -> dotted names, and its text. `recorded`: by a run, though its first
+    line may not say so. Raises UsageError."""
     loaded, text = read_yaml(path, "give --config the path of a YAML file of settings")
     if not isinstance(loaded, dict | None):
         raise UsageError(f"{path} holds no settings: write `section:` lines with `key: value` under them")
     flat = dotted(loaded or {})
-    if text.startswith(_HEADER[:28]):
+    if recorded or text.startswith(_MARK):
         flat = of_older_run(flat, flat.get("train.device"))
     return flat, text
 
@@ -181,7 +184,8 @@ def read_recipe(name: str) -> dict[str, object]:
     return {key: value for key, value in read_settings_file(path)[0].items() if key not in ("description", "recipe")}
 
 
-_HEADER = "# Every setting of this run, and where it came from. `lowmem train --config THIS --out NEW` repeats it."
+_MARK = "# Every setting of this run,"  # begins all that any version wrote
+_HEADER = f"{_MARK} and where it came from. `lowmem train --config THIS --out NEW` repeats it."
 
 
 def to_yaml(settings: Settings) -> str:
@@ -208,12 +212,11 @@ _ALWAYS_RECORDED = ("seed", "model.arch", "optim.lr", "train.epochs", "train.pre
 def from_yaml(path: Path) -> Settings:
     """The settings a run recorded. Raises UsageError if the file is missing or does not validate."""
     try:
-        flat, text = read_settings_file(path)
+        flat, text = read_settings_file(path, recorded=True)
         for key in flat:
             _check_key(key, str(path))
         if missing := [key for key in _ALWAYS_RECORDED if key not in flat]:
             raise UsageError(f"{path} lacks {missing[0]}, which every run records: it was cut off, restore the file")
-        flat = of_older_run(flat, flat.get("train.device"))
         config = validate(flat, dict.fromkeys(flat, str(path)))
     except LowmemError as error:
         where = "" if str(path) in str(error) else f"{path}: "

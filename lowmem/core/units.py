@@ -46,8 +46,9 @@ def parse_memory(text: str | int, least_bytes: int) -> int:
         return size
     number, unit = re.sub(r"[^\d.]", "", str(text)), re.sub(r"[^KM]", "", str(text).upper())
     unit = {"K": "M", "M": "G"}.get(unit) or ("G" if float(number) <= _MOST_GIB else "M")
-    meant = f"did you mean {number}{unit}?" if len(number) <= _MOST_DIGITS else "write it like 6G or 1200M"
-    raise ValueError(f"{text!r} is {format_size(size)}, too little for anything: {meant}")
+    accepted = len(number) <= _MOST_DIGITS and parse_size(f"{number}{unit}") >= least_bytes
+    hint = f"did you mean {number}{unit}?" if accepted else "write it like 6G or 1200M"
+    raise ValueError(f"{text!r} is {format_size(size)}, too little for anything: {hint}")
 
 
 def format_size(size_bytes: int | None) -> str:

@@ -178,7 +178,7 @@ def test_a_card_that_waits_for_launches_is_timed_at_a_larger_batch() -> None:
     first, second = account(SETUP, HERE, [plain, planned], finished=True).rows
     assert first["overhead"] is None
     assert second["overhead"] is not None
-    assert second["vram_bytes"] == 2 * (SETUP.tensors_bytes or 0)
+    assert second["tensors_bytes"] == 2 * (SETUP.tensors_bytes or 0)
     assert second["allocated_bytes"] < first["allocated_bytes"]
 
 
@@ -199,6 +199,18 @@ def test_a_larger_card_is_called_emulated() -> None:
     assert "**emulated**" in text
     assert "6,144 MiB (emulated)" in text
     assert not replace(setup, card_bytes=6 * GIB - 80 * MIB).emulates(6 * GIB)
+
+
+@pytest.mark.parametrize("card_bytes", [None, 16 * GIB])
+def test_tensors_are_no_cards_memory(card_bytes: int | None) -> None:
+    setup = replace(SETUP, device="cpu" if card_bytes is None else "cuda", card_bytes=card_bytes)
+    told = account(setup, HERE, acceptance_cells(setup), finished=True)
+    planned = next(row for row in told.rows if row["kind"] == "memory")
+    assert (planned["vram_bytes"], planned["tensors_bytes"]) == (None, 6 * MIB)
+    assert planned["name"] == "planned for 6 MiB of tensors"
+    assert ("6 MiB of tensors (emulated)" in told.markdown()) == (card_bytes is not None)  # its allocator is capped
+    assert planned["emulated"] == told.record["emulated"] == (card_bytes is not None)
+    assert "a card of that memory" not in told.markdown()
 
 
 def _judged(*cells: Cell) -> list[tuple[bool | None, str]]:

@@ -1,19 +1,32 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lowmem.calibrate.device import DeviceFacts
 from lowmem.choose.execution import budget_of, request_of
 from lowmem.choose.planning import choose
-from lowmem.choose.request import ASSUMED_COMMUNICATOR_BYTES, Budget, of_card, of_device, with_communicators
+from lowmem.choose.request import (
+    ASSUMED_COMMUNICATOR_BYTES,
+    Budget,
+    Request,
+    card_rates,
+    of_card,
+    of_device,
+    with_communicators,
+)
 from lowmem.config.cards import load_card
 from lowmem.config.settings import gather
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import GIB, KIB, MIB
+from lowmem.models import skeleton
 from lowmem.trial.plan_trial import trial_of
+
+CARD = load_card("gtx1060-6g")
 
 
 def _facts(free_bytes: int, total_bytes: int, **known: Any) -> DeviceFacts:
@@ -126,6 +139,37 @@ def test_the_machine_decides_what_of_a_card_is_usable(platform: str) -> None:
     assert budget.others_bytes == card.memory_bytes - int(card.memory_bytes * getattr(card.usable, platform))
 
 
+@pytest.mark.parametrize("emulated", [False, True])
+def test_tensors_alone_are_trained_under_the_limit_they_are_tried_under(emulated: bool) -> None:
+    config = gather(flags={"model.arch": "res20", "model.width": 2, "train.batch": 4}).config
+    card = of_device(_facts(10 * GIB, 12 * GIB), 6 * GIB if emulated else None)
+    budget = card.for_tensors(64 * MIB, "tensors")
+    plan = choose(Request(model=skeleton("res20", width=2), batch=4, budget=budget, rates=card_rates(CARD))).plan
+    assert plan.allocator_bytes == trial_of(config, plan, budget, 10, 0).cap_bytes == 64 * MIB + 256 * MIB
+
+
+def test_a_smaller_card_by_name_is_emulated_on_the_one_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = gather(flags={"train.device": "cuda", "memory.card": "gtx1060-6g"}).config
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for size, emulated in ((80 * GIB, True), (6 * GIB - 69 * MIB, False)):
+        there = SimpleNamespace(total_memory=size)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, there=there: there)
+        assert budget_of(config)[0].emulated == emulated
+
+
+@pytest.mark.parametrize(("sync_bn", "communicators"), [(False, 1), (True, 2)])
+def test_one_of_several_processes_has_the_tensors_it_was_given(sync_bn: bool, communicators: int) -> None:
+    sets = (
+        "memory.card=gtx1060-6g",
+        "memory.tensors=300M",
+        "train.device=cpu",
+        f"train.sync_bn={str(sync_bn).lower()}",
+    )
+    budget = request_of(gather(flags={"model.arch": "res20"}, sets=sets).config, joint=True).budget
+    assert budget.tensor_bytes == 300 * MIB
+    assert budget.communicator_bytes == communicators * ASSUMED_COMMUNICATOR_BYTES
+
+
 def _budget(*sets: str) -> Budget:
     return budget_of(gather(flags={"train.device": "cpu"}, sets=sets).config, 50_000)[0]
 
@@ -159,7 +203,19 @@ def test_what_is_said_to_be_enough_is(sets: tuple[str, ...], mib: int) -> None:
     assert 0 <= _budget(*others, f"memory.{flag.removeprefix('--')}={size}").tensor_bytes - mib * MIB < 2 * MIB
 
 
+def test_more_tensors_on_a_card_are_so_much_more_and_nothing_else() -> None:
+    budget = _budget("memory.card=gtx1060-6g", "memory.tensors=20M")
+    assert budget.more(40 * MIB) == "give --tensors 40M or more"
+    assert budget.more(7 * GIB) == "give a larger --card"  # this one would leave less
+
+
 def test_a_card_that_has_no_more() -> None:
     assert "free what others use" in of_device(_facts(4 * GIB, 6 * GIB)).more(7 * GIB)
-    with pytest.raises(Infeasible, match=r"takes \d+ MiB, and it has 512 MiB: give --vram \d+M or more"):
+    emulated = of_device(_facts(10 * GIB, 12 * GIB), 6 * GIB)
+    assert emulated.more(7 * GIB).startswith("give --vram 7")
+    of_tensors = of_device(_facts(10 * GIB, 12 * GIB)).for_tensors(GIB, "tensors")
+    assert of_tensors.more(7 * GIB) == "give --tensors 7168M or more"
+    for budget in (emulated, of_tensors):
+        assert budget.more(10 * GIB + 500 * MIB) == "free what others use on the card"
+    with pytest.raises(Infeasible, match=r"takes \d+ MiB, and it has 512 MiB: give --vram \d+M and on top of it what"):
         _budget("memory.vram=512M")

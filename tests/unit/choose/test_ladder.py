@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from lowmem.choose.explain import explain_ladder
 from lowmem.choose.planning import Choice, Request, card_rates, choose, with_ladder
 from lowmem.choose.request import Budget, of_card
 from lowmem.config.cards import load_card
@@ -52,6 +53,11 @@ def test_every_rung_computes_the_same_in_less(choice: Choice) -> None:
         on_card = choice.budget.on_card
         assert rung.budget_bytes == (again.peak_reserved_bytes if on_card else again.peak_allocated_bytes)
         above = rung
+
+
+def test_one_rung_is_one_plan(choice: Choice) -> None:
+    said = explain_ladder(replace(choice.plan, ladder=choice.plan.ladder[:1]))
+    assert said.startswith("if memory runs out all the same: 1 smaller plan, down to")
 
 
 def test_it_goes_down_to_the_least(choice: Choice) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from lowmem.cli.main import main
+from lowmem.cli.terminal import Observer, observer
 from lowmem.core.units import format_size
 
 ONE_MODE = ("--precision", "fp32", "--memory-format", "contiguous")  # otherwise each is planned
@@ -64,6 +67,24 @@ def test_what_fits_nowhere_is_two_lines_and_code_4(capsys: pytest.CaptureFixture
     assert typed, ways_out
     code, _, err = _leave(capsys, *ONE_MODE, *typed[1].split())
     assert code == 0, err
+
+
+def test_what_fits_nowhere_is_printed_when_the_live_line_is_gone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def closing_loudly(stream: str) -> Iterator[Observer]:
+        with observer(stream) as shown:
+            try:
+                yield shown
+            finally:
+                print("gone")
+
+    monkeypatch.setattr("lowmem.cli.show.observer", closing_loudly)
+    code, out, _ = _leave(capsys, *ONE_MODE, "--tensors", "100K", "--json")
+    first, _, rest = out.partition("\n")
+    assert (code, first) == (4, "gone")
+    assert "infeasible" in json.loads(rest)
 
 
 def test_a_picture_of_no_known_kind_is_refused_before_anything_is_planned(

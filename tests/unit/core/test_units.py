@@ -69,6 +69,8 @@ def test_format_duration(seconds: float | None, text: str) -> None:
         ("2700 KiB", "did you mean 2700M"),
         (3_000_000, "write it like 6G"),
         ("six", "write it like 6G"),
+        ("0.01G", "write it like 6G"),  # no other unit makes it acceptable
+        ("1K", "write it like 6G"),
     ],
 )
 def test_a_card_of_so_little_is_a_forgotten_unit(text: str | int, meant: str) -> None:
