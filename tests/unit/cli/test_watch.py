@@ -179,7 +179,8 @@ def test_a_size_that_is_none_is_unknown(size: object, said: str) -> None:
 
 def test_a_job_of_a_container_that_is_gone_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "job.lock").touch()
-    (tmp_path / "job.owner.json").write_text(json.dumps({"pid": 7, "host": "0c1f5e2a9b7d"}))
-    for kind, waits in (("nfs4", True), ("ext4", False)):
-        monkeypatch.setattr("lowmem.runs.lock._file_system", lambda place, kind=kind: kind)
+    owner = {"pid": 7, "host": "0c1f5e2a9b7d", "boot": "1"}
+    (tmp_path / "job.owner.json").write_text(json.dumps(owner))
+    for boot, waits in (("2", True), ("1", False)):
+        monkeypatch.setattr("lowmem.runs.lock._boot", lambda boot=boot: boot)
         assert _conducted(tmp_path) == waits

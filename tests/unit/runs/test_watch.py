@@ -133,12 +133,12 @@ def test_a_lock_that_is_held_is_left_alone(folder: RunFolder, monkeypatch: pytes
 
 def test_on_another_machine(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.close()
-    owner = {"pid": 1, "host": "elsewhere", "since": "2026-11-25T08:00:00+0000"}
+    owner = {"pid": 1, "host": "elsewhere", "since": "2026-11-25T08:00:00+0000", "boot": "1"}
     (folder.path / "run.owner.json").write_text(json.dumps(owner), encoding="utf-8")
-    monkeypatch.setattr("lowmem.runs.lock._file_system", lambda place: "nfs4")
+    monkeypatch.setattr("lowmem.runs.lock._boot", lambda: "2")
     assert Live(folder.path).look().running
     # In a container that was here: its lock is free.
-    monkeypatch.setattr("lowmem.runs.lock._file_system", lambda place: "ext4")
+    monkeypatch.setattr("lowmem.runs.lock._boot", lambda: "1")
     assert (Live(folder.path).look().running, Live(folder.path).look().state) == (False, "died")
 
 
