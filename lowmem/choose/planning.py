@@ -99,7 +99,8 @@ def choose(request: Request) -> Choice:
 def _first_that_fits(request: Request) -> Choice | Infeasible:
     refused: list[Candidate] = []
     errors: list[Infeasible] = []
-    for precision, micro_batch in _candidates(request):
+    candidates, hopeless = list(_candidates(request)), _whatever_the_batch(request) > request.budget.tensor_bytes
+    for precision, micro_batch in candidates[-len(request.modes) :] if hopeless else candidates:
         cut = "" if micro_batch == request.batch else f" in micro-batches of {micro_batch}"
         what = f"{precision} at batch {request.batch}{cut}"
         try:
@@ -114,11 +115,20 @@ def _first_that_fits(request: Request) -> Choice | Infeasible:
         return replace(choice, plan=replace(choice.plan, candidates=(*refused, _plain(choice), chosen)))
     least = min(errors, key=lambda error: error.least_bytes)
     tried = "; ".join(candidate.what for candidate in refused)
-    ways = [] if request.settled else ["lower --batch"]
+    ways = [] if request.settled or hopeless else ["lower --batch"]
     if ways and not request.allow_accumulation:
         ways.append("allow accumulation (--set memory.allow_accumulation=true)")
     way_out = ", or ".join([*ways, request.budget.more(least.least_bytes)])
     return Infeasible(request.budget.tensor_bytes, least.least_bytes, f"tried: {tried}; {least.what}", way_out)
+
+
+def _whatever_the_batch(request: Request) -> int:
+    """Bytes that a step takes at its end of any batch: parameters, their gradients and momentum, buffers."""
+    parameters, buffers = (
+        sum(one.numel() * one.element_size() for one in of)
+        for of in (request.model.parameters(), request.model.buffers())
+    )
+    return parameters * (3 if request.momentum else 2) + buffers
 
 
 def _candidates(request: Request) -> Iterator[tuple[str, int]]:
