@@ -160,7 +160,7 @@ def make_trainer(group: Group, decision: Decision, dataset: Dataset, observer: O
     trainer, plan = group.together(make), decision.plan
     trainer.state.low_start = starts_low(config)
     if config.train.device == "cuda" and plan is not None and plan.allocator_bytes is not None:
-        # A larger card made to behave like one of --vram, by the cap that the plan was made for and tried under.
+        # A larger card made to behave like a smaller one, by the cap that the plan was made for and tried under.
         cap_allocator(plan.allocator_bytes)
     if not group.alone:
         observer.note(_describe_batch_norm(group, config, decision.split))

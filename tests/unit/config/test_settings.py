@@ -212,7 +212,9 @@ def test_what_an_older_run_meant_by_its_memory(tmp_path: Path, device: str, card
     text = to_yaml(gather(flags=flags)).replace("  tensors: null  # default\n", "")
     assert "tensors" not in text
     (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "headless.yaml").write_text(text.partition("\n")[2])  # a run's all the same
     for memory in (
+        from_yaml(tmp_path / "headless.yaml").config.memory,
         from_yaml(tmp_path / "config.yaml").config.memory,
         gather(config_file=tmp_path / "config.yaml").config.memory,
     ):
