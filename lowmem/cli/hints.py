@@ -9,16 +9,8 @@ from typing import Any
 
 from lowmem.cli.flags import rows_of
 from lowmem.config.catalogue import catalogue, nearest
-from lowmem.config.schema import OPERATIONAL
 
-_OTHER_FLAGS = {
-    **dict.fromkeys(("amp", "fp16", "bf16", "mixed-precision"), "--precision amp"),
-    **dict.fromkeys(("gpu", "cuda"), "--device cuda"),
-    "cpu": "--device cpu",
-    **dict.fromkeys(("model", "net", "network"), "--arch {value}"),
-    **dict.fromkeys(("output", "output-dir", "save-dir", "log-dir", "name"), "--out {value}"),
-    "memory": "--vram {value}",
-}
+_OUT = ("output", "output-dir", "save-dir", "log-dir", "name")
 _RESUME, _WORKERS = (
     "`lowmem resume RUN` goes on with a run",
     "no worker loads pictures, they are kept in memory: leave it out",
@@ -47,17 +39,22 @@ def _instead_of(flag: str, command: str, arguments: Sequence[str]) -> str | None
     if name in _OTHER_WAYS:
         return f"there is no {flag}: {_OTHER_WAYS[name]}"
     value = _typed_after(flag, arguments)
-    write = _OTHER_FLAGS.get(name, "").format(value=value or "…")
-    if write.partition(" ")[0] in has:
-        return f"there is no {flag}: write `{write}`"
+    if name in _OUT and "--out" in has:
+        return f"there is no {flag}: write `--out {value or '…'}`"
     off = name.startswith("no-")
-    if (key := nearest(name.removeprefix("no-"))) is None:
+    if (near := nearest(name.removeprefix("no-"))) is None:
         return None
-    if isinstance(catalogue()[key].default, bool):
+    key, _, says = near.partition("=")
+    setting = catalogue()[key]
+    if isinstance(setting.default, bool):
         value = "false" if off or value == "false" else "true"
+    elif says:
+        value = "" if off else says
     own = next((row.name for row in has.values() if row.setting == key and row.kind is not bool), None)
     write = f"{own} {value or '…'}" if own else f"--set {key}={value or '…'}"
-    if command == "resume" and key not in OPERATIONAL:
+    if command in ("resume", "fork") and not setting.on_fork:
+        return f"a {command} keeps {key}: `lowmem train {write}` begins a new run with another"
+    if command == "resume" and not setting.on_resume:
         return f"a resume keeps {key}: `lowmem fork RUN --at last {write}` begins a new run with another"
     return f"`lowmem {command}` has no {flag}: write `{write}`"
 

@@ -28,7 +28,7 @@ from lowmem.core.units import format_duration, format_loss, format_size
 from lowmem.runs.folder import refuse_links, run_folders
 from lowmem.runs.lock import lock_decides, read_owner, writer_of
 from lowmem.runs.rows import Event
-from lowmem.runs.view import errors_of
+from lowmem.runs.view import NEXT_COMMANDS, errors_of
 from lowmem.runs.watch import Live, quiet_seconds
 
 _NEXT_RUN_SECONDS = 120.0  # between two runs of a job: libraries, pictures, plan
@@ -48,11 +48,6 @@ _STATE_WORDS = {
     "stuck": "learns nothing, stopped",
     "ended": "nobody trains it",
     "died": "died: its process ended without leaving it (killed, or the machine went down)",
-}
-_NEXT_COMMANDS = {
-    **dict.fromkeys(("interrupted", "died", "ended"), "\ngo on with `lowmem resume {run}`"),
-    "stopped": "\ngo on to the end with `lowmem resume {run} --set train.max_steps=null`",
-    "finished": "\nits curves: `lowmem report {run}`",
 }
 _STATE_STYLES = {"starting": "cyan", "training": "bold green", "finished": "bold blue", "stopped": "bold blue"}
 _EVENT_STYLES = dict.fromkeys(("warning", "rollback", "out-of-memory", "stuck", "pressure"), "yellow")
@@ -163,8 +158,9 @@ def _closing(live: Live) -> str:
         return f"{shorten(live.path)} is gone: a run that takes no step leaves nothing behind"
     errors = describe_errors(live)
     words = f"{shorten(live.path)}: {describe_state(live)}" + (f"; epoch {live.epoch}: {errors}" if errors else "")
-    next_command = "" if live.config is None else _NEXT_COMMANDS.get(live.state, "")
-    return words + next_command.format(run=shorten(live.path))
+    if live.config is None or live.state not in NEXT_COMMANDS:
+        return words
+    return f"{words}\n{NEXT_COMMANDS[live.state].format(run=shorten(live.path))}"
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

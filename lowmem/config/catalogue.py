@@ -18,7 +18,7 @@ from lowmem.config.schema import ONLY_AT_THE_BEGINNING, OPERATIONAL, CardMemory,
 
 _CLOSE = 0.75  # of two spellings, from which on one may be meant by the other
 
-# What other trainers call it; spelling alone would lead elsewhere.
+# What other trainers call it, with the value where the name says one; spelling alone would lead elsewhere.
 OTHER_NAMES = {
     "learning_rate": "optim.lr",
     "wd": "optim.weight_decay",
@@ -26,14 +26,14 @@ OTHER_NAMES = {
     "bs": "train.batch",
     "num_epochs": "train.epochs",
     "max_epochs": "train.epochs",
-    "amp": "train.precision",
-    "fp16": "train.precision",
-    "bf16": "train.precision",
-    "gpu": "train.device",
+    **dict.fromkeys(("amp", "fp16", "bf16", "mixed_precision"), "train.precision=amp"),
+    **dict.fromkeys(("gpu", "cuda"), "train.device=cuda"),
+    "cpu": "train.device=cpu",
+    **dict.fromkeys(("model", "net", "network"), "model.arch"),
     "dataset": "data.source",
     "data": "data.source",
     "random_seed": "seed",
-    "gpu_memory": "memory.vram",
+    **dict.fromkeys(("memory", "gpu_memory"), "memory.vram"),
     "save_every": "checkpoint.every_minutes",
 }
 
@@ -114,8 +114,8 @@ def either(names: Sequence[str]) -> str:
 
 
 def nearest(key: str) -> str | None:
-    """The setting that a name which is none may mean: by what others call it, else the one whose last part is spelt
-    most like it, where it is like it at all; one of the same section is nearer."""
+    """The setting that a name which is none may mean: by what others call it (`amp` is `train.precision=amp`), else the
+    one whose last part is spelt most like it, where it is like it at all; one of the same section is nearer."""
     section, _, last = key[:100].lower().replace("-", "_").rpartition(".")
     names = {**OTHER_NAMES, **{setting.last: setting.name for setting in reversed(catalogue().values())}}
     if last in names and (not section or names[last].startswith(f"{section}.") or last in OTHER_NAMES):
@@ -143,4 +143,4 @@ def find(pattern: str) -> list[Setting]:
         if fnmatch.fnmatch(one.name, wanted) or wanted in one.name or wanted in one.meaning.lower()
     ]
     near = None if found else nearest(wanted)
-    return [catalogue()[near]] if near else found
+    return [catalogue()[near.partition("=")[0]]] if near else found

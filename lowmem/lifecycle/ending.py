@@ -5,7 +5,7 @@ from __future__ import annotations
 from lowmem.core.errors import LowmemError
 from lowmem.core.units import counted, format_duration
 from lowmem.data import Dataset
-from lowmem.runs.view import RunView
+from lowmem.runs.view import NEXT_COMMANDS, RunView
 from lowmem.train.loop import Outcome, Trainer
 
 
@@ -14,18 +14,18 @@ def last_words(trainer: Trainer, outcome: Outcome) -> tuple[str, str]:
     For the process that has the run's folder, when everything is written."""
     run, state, train = outcome.path, outcome.state, trainer.config.train
     if not outcome.finished:
-        end, resume = train.epochs * trainer.batches.steps_per_epoch, f"lowmem resume {run} --set train.max_steps="
+        end = train.epochs * trainer.batches.steps_per_epoch
         place = f"saved at epoch {state.epoch + 1}, step {state.step} of {end}"
         return (
             f"stopped after {counted(state.step, 'step')} as asked (train.max_steps = {train.max_steps}); "
             f"{run} is {place}",
-            f"`{resume}null` goes on to the end, `{resume}N` to another step",
+            NEXT_COMMANDS["stopped"].format(run=run),
         )
     epochs = f"{counted(state.epoch, 'epoch')} in {format_duration(state.elapsed_seconds)}"
     weights = ", ".join(str(run / "weights" / f"{name}.safetensors") for name in ("best", "last"))
     return (
         f"{run} is finished: {epochs}; {_errors(trainer, outcome)}weights: {weights}",
-        f"`lowmem report {run}` draws the curves; `lowmem resume {run} --epochs N` trains it for longer, in a new run",
+        NEXT_COMMANDS["finished"].format(run=run),
     )
 
 

@@ -31,6 +31,14 @@ from lowmem.runs.tables import read_events, read_table
 from lowmem.runs.weights import WeightsInfo, read_weights
 
 State = Literal["starting", "training", "finished", "stopped", "interrupted", "diverged", "stuck", "ended", "died"]
+# What to type when nobody trains it any more, by how it stands.
+NEXT_COMMANDS: dict[State, str] = {
+    **dict.fromkeys(("interrupted", "died", "ended"), "`lowmem resume {run}` goes on with it"),
+    "stopped": "`lowmem resume {run} --set train.max_steps=null` goes on to the end, `lowmem resume {run} --set "
+    "train.max_steps=N` to another step",
+    "finished": "`lowmem report {run}` draws the curves; `lowmem resume {run} --epochs N` trains it for longer, in a "
+    "new run",
+}
 _ENDS: dict[str, State] = {"stop": "stopped", "signal": "interrupted", "diverged": "diverged", "stuck": "stuck"}
 
 

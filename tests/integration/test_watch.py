@@ -44,7 +44,7 @@ def test_follows_a_training_process_to_its_end(tmp_path: Path) -> None:
     assert [line.split()[1] for line in lines if line.startswith("epoch ")] == [f"{n}/4" for n in range(1, 5)]
     assert [line[10:] for line in lines if re.match(r"\d\d:\d\d:\d\d  ", line)] == ["started", "finished"]
     assert lines[-2].startswith(f"{run}: finished; epoch 4: train ")
-    assert lines[-1] == f"its curves: `lowmem report {run}`"
+    assert lines[-1].startswith(f"`lowmem report {run}` draws the curves")
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", said)
     assert _run(["verify", str(run)]) == 0
 
