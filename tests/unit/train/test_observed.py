@@ -20,7 +20,7 @@ def test_a_run_and_its_resume(tmp_path: Path) -> None:
         "reading pictures",
         "computing the pictures' mean, deviation and fingerprint",
         "building the network",
-        "preflight",
+        "trying a step and an evaluation",
         "saving the first checkpoint",
         "evaluating",
         "saving",
