@@ -44,10 +44,10 @@ def test_no_number_is_too_large(all_readers: list[Reader]) -> None:
 
     tried = []
     for reader in all_readers:
-        for one in mutations(reader.seed)[:60]:
+        for one in mutations(reader.seed)[:20]:
             tried.append(fuzz(replace(reader, mutations=(one,)), 1, seed=0))
     assert {one.name: one.tracebacks for one in tried if one.tracebacks} == {}
-    assert len(tried) > 300
+    assert len(tried) > 200
 
 
 def test_a_bug_would_be_seen() -> None:

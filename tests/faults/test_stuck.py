@@ -54,6 +54,7 @@ def test_its_gradients_explode_first_and_vanish_then(warned: tuple[Path, Heard])
     assert sum(row.norms[0] < 1e-3 * row.norms[-1] for row in late) > len(late) / 2
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_stops_saved_and_goes_on_as_the_same_run(
     warned: tuple[Path, Heard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

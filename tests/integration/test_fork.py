@@ -129,6 +129,7 @@ def test_another_batch_keeps_the_place_in_the_schedule(parent: Path, tmp_path: P
     assert [row.step for row in history.steps if row.lr == 0.1] == list(range(11, 16))
 
 
+@pytest.mark.slow
 def test_a_batch_that_was_chosen_can_be_changed(tmp_path: Path) -> None:
     """What is carried over belongs to the settings as they were decided."""
     run = run_training(tiny(*OWN, "train.batch=auto", "memory.tensors=8M", "train.epochs=1"), tmp_path / "run").path

@@ -82,6 +82,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
     return Killed(tmp_path_factory.mktemp("bench"))
 
 
+@pytest.mark.slow
 def test_what_was_measured_before_a_kill_is_not_measured_again(killed: Killed) -> None:
     assert killed.code == -signal.SIGKILL
     assert killed.again.returncode == 0, killed.again.stderr

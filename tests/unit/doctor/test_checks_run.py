@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -180,7 +179,7 @@ def test_a_folder_that_cannot_be_written_or_is_taken() -> None:
     found = said(checks.disk, healthy(disk_trouble="Read-only file system"))
     assert (found.status, "Read-only file system" in found.finding) == (Status.FAIL, True)
     found = said(checks.disk, healthy(out_taken=True))
-    assert (found.status, found.mend) == (Status.NOTE, f"lowmem resume {Path('runs/res20')}")
+    assert (found.status, "another --out or `lowmem resume`" in found.finding) == (Status.NOTE, True)
 
 
 def test_data() -> None:

@@ -21,6 +21,7 @@ def test_a_run_and_its_resume(tmp_path: Path) -> None:
         "computing the pictures' mean, deviation and fingerprint",
         "building the network",
         "trying a step and an evaluation",
+        "writing every output and reading it back",
         "saving the first checkpoint",
         "evaluating",
         "saving",

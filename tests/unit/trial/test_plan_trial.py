@@ -99,6 +99,7 @@ def test_a_doctored_budget_is_overshot_by_real_steps_and_replaced() -> None:
     assert lines[-1].endswith("holds")
 
 
+@pytest.mark.slow
 def test_a_runner_up_that_is_measured_to_be_faster_wins_beyond_the_noise() -> None:
     found = _chosen("train.batch=auto", tensors="40M")
     first, second = found[2][0].plan.batch, rivals(found[1], found[2])[0].plan.batch
