@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -159,24 +159,16 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
     each: who takes how much of the batch, and each one's plan.
 
     Raises Infeasible, UsageError, PreflightError."""
-    if curve is not None and curve.suffix[1:].lower() not in FORMATS:
-        raise UsageError(
-            f"--curve {curve}: its suffix says what is drawn: give a name that ends in .{', .'.join(FORMATS)}"
-        )
     card, names = settings.config.memory.card, cards_of(settings.config)
+    if curve is not None:
+        _refuse_curve(curve, names)
     if recalibrate:
         if card is not None:
             raise UsageError(
                 f"--recalibrate measures the device at hand, and --card {card} asks for another: leave one out"
             )
         settings = settings.replace({"memory.calibrate": "always"}, "--recalibrate")
-    if curve is not None and len(names) > 1:
-        raise UsageError("--curve draws one card's plans: name one with --card")
     cards = [load_card(name).name for name in names]
-    if curve is not None:
-        if not curve.parent.is_dir():
-            raise PreflightError(f"{curve} cannot be written ({curve.parent} is no folder): give --curve another path")
-        refuse_unwritable(curve, "give --curve another path")
     try:
         with observer("stderr") as shown:
             with shown.loading("torch"):
@@ -218,6 +210,19 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
     else:
         parts = [title, in_full(choice), *rates, *([] if curve is None else [f"drawn: {curve}"])]
     print("\n".join(fold("\n\n".join(parts).split("\n"), room())))
+
+
+def _refuse_curve(path: Path, cards: Sequence[str]) -> None:
+    """Before anything is planned. Raises UsageError, PreflightError."""
+    if path.suffix[1:].lower() not in FORMATS:
+        raise UsageError(
+            f"--curve {path}: its suffix says what is drawn: give a name that ends in .{', .'.join(FORMATS)}"
+        )
+    if len(cards) > 1:
+        raise UsageError("--curve draws one card's plans: name one with --card")
+    if not path.parent.is_dir():
+        raise PreflightError(f"{path} cannot be written ({path.parent} is no folder): give --curve another path")
+    refuse_unwritable(path, "give --curve another path")
 
 
 def _draw(choice: Choice, title: str, path: Path) -> Mapping[str, Points]:
