@@ -76,9 +76,10 @@ def survive(
     """
     story, kept = Story(run), newest(run)
     for death in (*deaths, Death()):
+        over = run.exists() and is_over(run)
         life = go_on(lives, start, run, death)
         if life.code == ExitCode.DONE:
-            if story.deaths and kept is not None and kept != resumed_at(run):
+            if not over and story.deaths and kept is not None and kept != resumed_at(run):
                 raise Lost(f"{run}: {story.deaths[-1]}, then resumed at step {resumed_at(run)}")
             return story
         if life.code != -signal.SIGKILL or death == Death():
@@ -97,6 +98,11 @@ def go_on(lives: Lives, start: tuple[str, ...], run: Path, death: Death) -> Life
     if run.exists() and newest(run) is not None:
         return lives.live(("resume", str(run)), run, death)
     return lives.live((*start, "--out", str(run)), run, death)
+
+
+def is_over(run: Path) -> bool:
+    """Whether the run has said that it is finished: whoever is killed as it leaves has nothing to go on with."""
+    return (run / "events.jsonl").exists() and any(event["event"] == "done" for event in _events(run)[0])
 
 
 def resumed_at(run: Path) -> int | None:

@@ -170,6 +170,12 @@ def test_at_random_moments(count: int, whole: tuple[Path, Life], survives: Survi
         moments += len(story.deaths)
 
 
+def test_killed_as_it_leaves(survives: Survives) -> None:
+    """The run has gone on from an older checkpoint, and has said that it is finished: there is nothing to go on with."""
+    story = survives([Death(on="write steps.csv"), Death(on="delete run.owner.json")])
+    assert [death.kept for death in story.deaths] == [0, STEPS]
+
+
 @pytest.mark.slow
 def test_an_epoch_saved_before_its_evaluation_and_again_after_it(
     lives: Lives, survives: Survives, tmp_path: Path
