@@ -171,7 +171,7 @@ def test_at_random_moments(count: int, whole: tuple[Path, Life], survives: Survi
 
 
 def test_killed_as_it_leaves(survives: Survives) -> None:
-    """The run has gone on from an older checkpoint, and has said that it is finished: there is nothing to go on with."""
+    """The run has gone on from an older checkpoint, and has said that it is finished: nothing is left to do."""
     story = survives([Death(on="write steps.csv"), Death(on="delete run.owner.json")])
     assert [death.kept for death in story.deaths] == [0, STEPS]
 
