@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from lowmem.measure.out_of_memory import Failure, attempt, release
 from lowmem.measure.timing import BOUND_SHARE, Timing, time_calls
 from lowmem.models import build
 from lowmem.remat import decompose
-from lowmem.remat.block import ConvBlock
-from lowmem.remat.kernels import mask_relu
-from lowmem.remat.stage import OpaqueStage, Saved, Stage, StagePass
+from lowmem.remat.elementwise import OutputActivation
+from lowmem.remat.operation import PassState
+from lowmem.remat.stage import Saved, Stage, StagePass
 from lowmem.simulate.stage import Option
 from lowmem.step.train_step import Execution
 
@@ -94,7 +94,9 @@ class ChainClock:
         known: dict[Hashable, _T] = {}
         keys = []
         for timer in self._stages():
-            keys.append((timer.stage.signature, timer.x.shape, timer.need_input, timer.masked))
+            keys.append(
+                (timer.stage.signature, timer.x.shape, timer.need_input, timer.masked and timer.masked.signature)
+            )
             if keys[-1] not in known:
                 known[keys[-1]] = figure(timer)
         return [known[key] for key in keys]
@@ -102,12 +104,13 @@ class ChainClock:
     def _stages(self) -> Iterator[_StageClock]:
         device, layout = self.execution.device, self.execution.torch_memory_format
         x = torch.randn(self.input_shape, device=device).contiguous(memory_format=layout)
-        need_input = masked = False
+        need_input, masked = False, None
+        scalars: dict[str, Any] = {}
         for stage in decompose(build(**self.network).to(device).to(memory_format=layout)):
             with torch.no_grad():
-                timer = _StageClock(self, stage, x, need_input, masked)
+                timer = _StageClock(self, stage, x, need_input, masked, scalars)
             yield timer
-            x, need_input, masked = timer.output(), timer.next_needs_input, stage.relu_output
+            x, need_input, masked = timer.output(), timer.next_needs_input, stage.tail
 
     @cached_property
     def engine_seconds(self) -> float:
@@ -141,9 +144,17 @@ def call_engine(y: Tensor, grad: Tensor) -> None:
 
 
 class _StageClock:
-    def __init__(self, clock: ChainClock, stage: Stage, x: Tensor, need_input: bool, masked: bool) -> None:
+    def __init__(
+        self,
+        clock: ChainClock,
+        stage: Stage,
+        x: Tensor,
+        need_input: bool,
+        masked: OutputActivation | None,
+        scalars: dict[str, Any],
+    ) -> None:
         self.clock, self.stage, self.x = clock, stage, x
-        self.need_input, self.masked = need_input, masked
+        self.need_input, self.masked, self.scalars = need_input, masked, scalars
         self.like = torch.randn_like(self.output())
         self.next_needs_input = need_input or any(parameter.requires_grad for parameter in stage.parameters())
 
@@ -173,14 +184,13 @@ class _StageClock:
     def plain_timing(self) -> Timing:
         """Of forward and backward under autograd, as the untouched model has them, with a copy of the gradient and a
         call of the engine."""
-        stage = self.stage
-        forward = stage.function if isinstance(stage, OpaqueStage) else cast(ConvBlock, stage).plain
+        state = PassState(scalars=self.scalars)
 
         def whole() -> None:
             leaf = self.x.detach().requires_grad_(self.need_input)
             self._forget()
             with torch.enable_grad(), self.clock.execution.autocast():
-                y = forward(leaf)
+                y = self.stage.plain(leaf, state)
             if y.requires_grad:
                 call_engine(y, self.like.to(y.dtype, copy=True))
 
@@ -194,7 +204,7 @@ class _StageClock:
 
         def forward() -> tuple[StagePass, Saved]:
             if option.policy.fused:
-                return again, {}
+                return again, []
             memo = again if option.last else self._pass()
             _, saved = self.stage.forward([self.x], option.policy, memo, not option.last)
             return memo, saved
@@ -202,15 +212,15 @@ class _StageClock:
         def restored() -> tuple[StagePass, Saved]:
             memo, saved = forward()
             if option.policy.drop_output:
-                self.stage.restore(saved, self.x, memo)
+                self.stage.restore(saved, self.x, option.policy, memo)
             return memo, saved
 
         def whole() -> None:
             memo, saved = restored()
             self._forget()
-            grad_x = self.stage.backward([self.like.clone()], saved, self.x, memo)
-            if grad_x is not None and self.masked:
-                mask_relu(grad_x, self.x)
+            grad_x, owned = self.stage.backward([self.like.clone()], saved, self.x, option.policy, memo)
+            if grad_x is not None and self.masked is not None:
+                self.masked.mask(grad_x, self.x, owned)
 
         first = 0.0 if option.policy.fused else self._time(forward)
         second = self._time(restored) if option.policy.drop_output else first
@@ -222,7 +232,8 @@ class _StageClock:
         return self._time(self.like.clone)
 
     def _pass(self) -> StagePass:
-        return StagePass(self.clock.execution.amp_dtype, self.clock.library_norm, need_input=self.need_input)
+        state = PassState(self.clock.execution.amp_dtype, self.clock.library_norm, scalars=self.scalars)
+        return StagePass(state, self.need_input, self.stage.trains())
 
     def _time(self, call: Callable[[], object]) -> float:
         return self.clock.seconds(self.clock.timing(call))

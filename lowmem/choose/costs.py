@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import prod
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,32 +18,60 @@ from lowmem.core.phases import Phase, untold
 from lowmem.plan.cost import ChainCost, KernelWork, Rates, StageCost
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, PolicyKind
 from lowmem.remat import decompose
-from lowmem.remat.block import ConvBlock
 from lowmem.remat.stage import Stage
 from lowmem.simulate import Call, Recorder, StepShape, empty_copy
 from lowmem.simulate.stage import Option, StageMeasure, measure_chain
 from lowmem.step.train_step import TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
 
+MOST_POLICIES = 64  # of a stage, without those that drop its output
+
 
 def policies(stage: Stage) -> tuple[BlockPolicy, ...]:
-    """What is worth measuring. An activation is only kept beside the convolution output it comes from and
-    where the block's output is kept, and the projection's output is kept or not with the last
-    convolution's: the other choices are hardly ever better."""
-    if not isinstance(stage, ConvBlock):
-        return (SAVE_ALL, INPUT_ONLY, FUSED)
-    n = len(stage.pairs)
-    choices: list[tuple[tuple[str, ...], ...]] = [((), (f"z{k}",), (f"z{k}", f"a{k}")) for k in range(1, n)]
-    choices.append(((), (f"z{n}", *(("zs",) if stage.projection else ()))))
-    kept = [frozenset(name for part in parts for name in part) for parts in product(*choices)]
-    named = {SAVE_ALL: stage.tensors, LEAN: stage.kept(LEAN)}
+    """What is worth measuring: see `keepable`. Of a stage with many dear operations only sets that grow one by one."""
+    groups = keepable(stage)
+    choices = [[group[:count] for count in range(len(group) + 1)] for group in groups[:-1]]
+    if groups:
+        choices.append([(), groups[-1]])
+    if prod(map(len, choices)) > MOST_POLICIES:
+        names = [name for group in groups for name in group]
+        step = max(1, len(names) // 12)
+        kept = [frozenset(names[:count]) for count in range(0, len(names) + 1, step)]
+    else:
+        kept = [frozenset(name for part in parts for name in part) for parts in product(*choices)]
+    named = {SAVE_ALL: stage.read, LEAN: stage.dear}
+    if len(set(named.values())) < len(named):
+        del named[LEAN]
     others = [BlockPolicy(PolicyKind.KEEP, names) for names in kept if names not in named.values()]
+    if INPUT_ONLY not in others:
+        others.append(INPUT_ONLY)
     drops = [
         BlockPolicy(PolicyKind.KEEP, names, drop_output=True)
         for names in kept
-        if n > 1 and names and not any(name.startswith("a") for name in names)
+        if len(stage.dear) > 1 and names and names <= stage.dear
     ]
     return (*named, *others, *drops, FUSED)
+
+
+def keepable(stage: Stage) -> list[tuple[str, ...]]:
+    """What can be kept, in groups: the result of a dear operation, and what is made of it before the next one, which is
+    only kept beside it. The dear results that the output is made of without another between are one group, the last:
+    other choices are hardly ever better."""
+    roots: list[frozenset[int]] = [frozenset()]
+    groups: dict[int, list[str]] = {}
+    for k, operation in enumerate(stage.operations):
+        if operation.dear:
+            roots.append(frozenset({k}))
+            groups[k] = [operation.name] if operation.name in stage.tensors else []
+            continue
+        mine: frozenset[int] = frozenset().union(*(roots[value] for value in operation.operands))
+        roots.append(mine)
+        if operation.name in stage.tensors:
+            groups.setdefault(max(mine, default=-1), []).append(operation.name)
+    last = sorted(roots[-1])
+    first = [tuple(names) for k, names in sorted(groups.items()) if k not in last and names]
+    ends = tuple(name for k in last for name in groups.get(k, ()))
+    return [*first, ends] if ends else [*first, ()]
 
 
 @dataclass(frozen=True, kw_only=True)

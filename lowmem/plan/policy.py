@@ -11,12 +11,12 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 _NAME = re.compile(r"(?P<kind>[A-Z_]+)(?:\{(?P<kept>[^{}]*)\})?(?P<drop>-out)?")
-_TENSOR = re.compile(r"z(?:[1-9][0-9]*|s)|a[1-9][0-9]*")
+_TENSOR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.#]*")
 
 
 class PolicyKind(StrEnum):
-    SAVE_ALL = "SAVE_ALL"  # what autograd keeps: inputs of batch norms and of convolutions
-    LEAN = "LEAN"  # every convolution output; batch norm and ReLU are computed again
+    SAVE_ALL = "SAVE_ALL"  # what autograd keeps: all that the backward reads
+    LEAN = "LEAN"  # what is dear to compute again: results of convolutions and matrix products; the rest is
     KEEP = "KEEP"  # some of the tensors SAVE_ALL keeps; others are computed again from the nearest kept one
     FUSED = "FUSED"  # nothing: the backward itself runs the forward, so a separate forward is skipped
 
@@ -25,8 +25,8 @@ class PolicyKind(StrEnum):
 class BlockPolicy:
     """What one stage keeps from its forward for its backward, beside its input (which the stage before holds).
 
-    `kept`, only with KEEP: convolution outputs `z1`, `z2`, … in order, `zs` for the projection's, and `a1`, `a2`, …:
-    what the next convolution reads, relu(bn(z1)), …. `KEEP{}` keeps the stage's output only.
+    `kept`, only with KEEP: operations of the stage whose results are kept, by their names in the stage (`conv1`,
+    `relu_1`). `KEEP{}` keeps the stage's output only.
 
     `drop_output`: the output is freed as soon as the next stage has run forward, and computed again ("restored") from
     the stage's input and kept tensors just before the next item's backward, after that input if it was dropped too;
@@ -45,10 +45,7 @@ class BlockPolicy:
             raise ValueError(f"{self.kind} takes no names of kept tensors, got {sorted(self.kept)}")
         wrong = sorted(name for name in self.kept if not _TENSOR.fullmatch(name))
         if wrong:
-            raise ValueError(
-                f"{wrong} are no tensors of a block: convolution outputs are called z1, z2, … and zs for the "
-                "projection's, their activations a1, a2, …"
-            )
+            raise ValueError(f"{wrong} are no names of operations: they have letters, digits, dots and underscores")
         if self.drop_output and self.kind in (PolicyKind.FUSED, PolicyKind.SAVE_ALL):
             raise ValueError(f"{self.kind} cannot drop its output: only LEAN and KEEP know how to restore it")
 
@@ -63,8 +60,8 @@ class BlockPolicy:
 
     @property
     def name(self) -> str:
-        """`SAVE_ALL`, `LEAN`, `KEEP{z1,z2}`, `FUSED`; with `-out` at the end if the output is dropped."""
-        names = "{" + ",".join(sorted(self.kept, key=_position)) + "}" if self.kind is PolicyKind.KEEP else ""
+        """`SAVE_ALL`, `LEAN`, `KEEP{conv1,conv2}`, `FUSED`; with `-out` at the end if the output is dropped."""
+        names = "{" + ",".join(sorted(self.kept)) + "}" if self.kind is PolicyKind.KEEP else ""
         return f"{self.kind}{names}{'-out' if self.drop_output else ''}"
 
     def __str__(self) -> str:
@@ -75,17 +72,12 @@ class BlockPolicy:
         """The inverse of `name`; raises ValueError on anything else."""
         match = _NAME.fullmatch(name.strip())
         if match is None or match["kind"] not in PolicyKind.__members__:
-            raise ValueError(f"{name!r} is no policy: write SAVE_ALL, LEAN, FUSED or KEEP{{z1,z2}}")
+            raise ValueError(f"{name!r} is no policy: write SAVE_ALL, LEAN, FUSED or KEEP{{conv1,conv2}}")
         kind = PolicyKind(match["kind"])
         if (kind is PolicyKind.KEEP) != (match["kept"] is not None):
             raise ValueError(f"{name!r} is no policy: KEEP takes names in braces, the others take none")
         kept = frozenset(part.strip() for part in (match["kept"] or "").split(",") if part.strip())
         return BlockPolicy(kind, kept, match["drop"] is not None)
-
-
-def _position(name: str) -> tuple[int, int]:
-    """z1 … z9, z10, zs, then a1, a2, …."""
-    return (1, 0) if name == "zs" else (2 * (name[0] == "a"), int(name[1:]))
 
 
 SAVE_ALL = BlockPolicy(PolicyKind.SAVE_ALL)
@@ -95,7 +87,7 @@ FUSED = BlockPolicy(PolicyKind.FUSED)
 
 
 def keep(*names: str, drop_output: bool = False) -> BlockPolicy:
-    """`keep("z1", "z2")` is `KEEP{z1,z2}`."""
+    """`keep("conv1", "conv2")` is `KEEP{conv1,conv2}`."""
     return BlockPolicy(PolicyKind.KEEP, frozenset(names), drop_output)
 
 

@@ -1,6 +1,6 @@
 """Batch norm, by the kernels that autograd itself calls, so that on a CPU the bits are the same (invariant 1).
-`norm_first` moves the running statistics; `norm_again`, where a forward pass is repeated, does not (invariant 2; stages
-of other modules: `stage.OpaqueStage`).
+`norm_first` moves the running statistics; `norm_again`, where a forward pass is repeated, does not (invariant 2; other
+modules: `autograd_operation.py`).
 
 A repetition gathers no statistics: training's last step is `z * (weight * invstd) + (bias - mean * weight * invstd)`,
 which is what evaluation does with mean, weight * invstd and a variance of one, so the evaluation kernel with those
@@ -29,7 +29,7 @@ Method: Ioffe and Szegedy, "Batch Normalization", ICML 2015, with the sums of `t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -37,10 +37,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lowmem.remat.kernels import accumulate
+from lowmem.remat.operation import Gradients, Operation, PassState, Total, of_tensor, trainable
 
-Total: TypeAlias = Callable[[Tensor], None]
-"""Sums a contiguous float64 vector over all processes, in place; returns when the tensor may be used."""
+Norm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 _aten = torch.ops.aten
 _EXACT_DTYPES = (torch.float32, torch.float64)
@@ -60,44 +59,46 @@ class NormStats:
 
 
 def norm_first(
-    bn: nn.BatchNorm2d, z: Tensor, in_place: bool, library: bool = False, total: Total | None = None
+    bn: Norm, z: Tensor, in_place: bool, library: bool = False, total: Total | None = None
 ) -> tuple[Tensor, NormStats]:
     """The pass's first batch norm of z, [N, C, H, W], in z's place if `in_place`: moves the running statistics if it is
     training (invariant 2). With `total`, which training calls once, z may be empty. Raises ValueError if there is one
     value per channel only."""
     stats: NormStats | None = None
-    if bn.training and total is not None:
+    gathers = bn.training or bn.running_mean is None
+    if gathers and total is not None:
         stats = _global_stats(bn, z, total)
-    elif not (bn.training or library):
+    elif not (gathers or library):
         stats = NormStats(training=False)
     if stats is not None:
         return norm_again(bn, z, stats, in_place), stats
-    if bn.training and z.numel() <= z.shape[1]:
+    if gathers and z.numel() <= z.shape[1]:
         raise ValueError(f"training needs more than one value per channel, got an input of {list(z.shape)}")
     momentum = _counted(bn) if bn.training else 0.0
     running = (bn.running_mean, bn.running_var)
     if library:
-        return _library_norm(bn, z, running, bn.training, momentum)
+        return _library_norm(bn, z, running, gathers, momentum)
     out, mean, invstd = _run_norm(z, in_place, bn.weight, bn.bias, *running, True, momentum, bn.eps)
     return out, NormStats(True, mean, invstd)
 
 
-def _counted(bn: nn.BatchNorm2d) -> float:
+def _counted(bn: Norm) -> float:
     """One more batch: the share by which it moves the running statistics."""
-    assert bn.num_batches_tracked is not None
+    if bn.num_batches_tracked is None:
+        return bn.momentum or 0.0
     bn.num_batches_tracked.add_(1)
     return 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
 
 
-def _global_stats(bn: nn.BatchNorm2d, z: Tensor, total: Total) -> NormStats:
+def _global_stats(bn: Norm, z: Tensor, total: Total) -> NormStats:
     """Moves the running statistics towards those of all processes; in float64, rounded once."""
     mean, var, count = global_statistics(z, total)
     if z.numel() <= z.shape[1] and float(count) <= 1:  # waits for the device only where this slice is next to nothing
         raise ValueError(f"training needs more than one value per channel, all processes together got {int(count)}")
-    share = _counted(bn)
+    share = _counted(bn) if bn.training else 0.0
     for running, found in ((bn.running_mean, mean), (bn.running_var, var * (count / (count - 1)))):
-        assert running is not None
-        running.copy_(running.double().lerp_(found, share))
+        if running is not None:
+            running.copy_(running.double().lerp_(found, share))
     dtype = _statistics_dtype(z)
     return NormStats(True, mean.to(dtype), (var + bn.eps).rsqrt_().to(dtype), count=count)
 
@@ -128,7 +129,7 @@ def _statistics_dtype(z: Tensor) -> torch.dtype:
 def _statistics(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of this process's z, in float32 at least."""
     if isinstance(z, FakeTensor):  # the kernel below has no fake one: torch would run it on real zeros of z's size
-        var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
+        var, mean = torch.var_mean(z, [at for at in range(z.dim()) if at != 1], correction=0)
         return mean, var
     # Given running statistics (which momentum 0 leaves alone), the CPU's kernel answers in their dtype, not in z's.
     unmoved = [z.new_zeros(z.shape[1], dtype=_statistics_dtype(z)) for _ in range(2)]
@@ -136,7 +137,7 @@ def _statistics(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _library_norm(
-    bn: nn.BatchNorm2d, z: Tensor, running: tuple[Tensor | None, Tensor | None], training: bool, momentum: float
+    bn: Norm, z: Tensor, running: tuple[Tensor | None, Tensor | None], training: bool, momentum: float
 ) -> tuple[Tensor, NormStats]:
     """Batch norm on the kernel that `F.batch_norm` would take."""
     out, mean, invstd, reserve, implementation = _aten._batch_norm_impl_index(
@@ -145,7 +146,7 @@ def _library_norm(
     return out, NormStats(training, mean, invstd, implementation, reserve, momentum)
 
 
-def norm_again(bn: nn.BatchNorm2d, z: Tensor, stats: NormStats, in_place: bool) -> Tensor:
+def norm_again(bn: Norm, z: Tensor, stats: NormStats, in_place: bool) -> Tensor:
     """The same bits as the first time, without moving anything or asking other processes."""
     if not z.numel():
         return z if in_place else torch.empty_like(z)
@@ -164,27 +165,26 @@ def norm_again(bn: nn.BatchNorm2d, z: Tensor, stats: NormStats, in_place: bool) 
         out = z if in_place else torch.empty_like(z)
         _aten.batch_norm_elemt.out(z, bn.weight, bn.bias, stats.mean, stats.invstd, bn.eps, out=out)
         return out
-    if stats.count is None and bn.weight.dtype not in _EXACT_DTYPES:
+    kept_in = z.dtype if bn.weight is None else bn.weight.dtype
+    if stats.count is None and kept_in not in _EXACT_DTYPES:
         return _run_norm(z, in_place, bn.weight, bn.bias, None, None, True, 0.0, bn.eps)[0]
-    return _affine(z, bn.weight * stats.invstd, bn.bias, stats.mean, in_place)
+    return _affine(z, stats.invstd if bn.weight is None else bn.weight * stats.invstd, bn.bias, stats.mean, in_place)
 
 
-def _affine(z: Tensor, scale: Tensor, shift: Tensor, center: Tensor, in_place: bool) -> Tensor:
+def _affine(z: Tensor, scale: Tensor, shift: Tensor | None, center: Tensor, in_place: bool) -> Tensor:
     """(z - center) * scale + shift per channel, all [C], by evaluation's kernel: rounded to z's dtype once."""
     return _run_norm(z, in_place, scale, shift, center, torch.ones_like(center), False, 0.0, 0.0)[0]
 
 
 def norm_backward(
-    bn: nn.BatchNorm2d, grad: Tensor, z: Tensor, stats: NormStats, need_input: bool, total: Total | None = None
-) -> Tensor | None:
-    """Adds the gradients of weight and bias to `.grad`; returns z's, or None if not needed. z is used up.
+    bn: Norm, grad: Tensor, z: Tensor, stats: NormStats, need_input: bool, total: Total | None = None
+) -> Gradients:
+    """The gradients of z, where needed, and of weight and bias.
 
     With statistics of all processes `total` is called once if z's gradient is needed. The gradients of weight and bias
     are this process's own: like those of all parameters they remain to be summed.
     """
-    mask = [need_input, bn.weight.requires_grad, bn.bias.requires_grad]
-    if not any(mask):
-        return None
+    mask = [need_input, trainable(bn.weight), trainable(bn.bias)]
     grad_z: Tensor | None = None
     if stats.count is not None or not z.numel():
         grad_weight, grad_bias = _parameter_grads(bn, grad, z, stats)
@@ -203,18 +203,17 @@ def norm_backward(
             first = stats.implementation
             results = _aten._batch_norm_impl_index_backward(first, z, grad, bn.weight, *saved, stats.reserve)
         grad_z, grad_weight, grad_bias = results
-    if mask[1]:
-        accumulate(bn.weight, grad_weight)
-    if mask[2]:
-        accumulate(bn.bias, grad_bias)
-    return grad_z if need_input else None
+    found = ((bn.weight, grad_weight, mask[1]), (bn.bias, grad_bias, mask[2]))
+    parameters = [(parameter, one) for parameter, one, wanted in found if wanted]
+    return Gradients([grad_z if need_input else None], parameters)
 
 
-def _parameter_grads(bn: nn.BatchNorm2d, grad: Tensor, z: Tensor, stats: NormStats) -> tuple[Tensor, Tensor]:
+def _parameter_grads(bn: Norm, grad: Tensor, z: Tensor, stats: NormStats) -> tuple[Tensor, Tensor]:
     """This process's sums of grad * (z - mean) * invstd and of grad, [C]; an empty z has zeros (torch's CPU kernel
     would divide by its count and end the process)."""
     if not z.numel():
-        return torch.zeros_like(bn.weight), torch.zeros_like(bn.bias)
+        zeros = z.new_zeros(2, z.shape[1], dtype=_statistics_dtype(z))
+        return zeros[0], zeros[1]
     if z.is_cuda:
         _, _, grad_weight, grad_bias = _aten.batch_norm_backward_reduce(
             grad, z, stats.mean, stats.invstd, bn.weight, False, True, True
@@ -227,8 +226,8 @@ def _parameter_grads(bn: nn.BatchNorm2d, grad: Tensor, z: Tensor, stats: NormSta
     return grad_weight, grad_bias
 
 
-def _input_grad(bn: nn.BatchNorm2d, grad: Tensor, z: Tensor, stats: NormStats, sums: Tensor) -> Tensor:
-    """z's gradient from the totals of grad and of grad * (z - mean) * invstd, float64 [2C]. On a CPU, z's place holds
+def _input_grad(bn: Norm, grad: Tensor, z: Tensor, stats: NormStats, sums: Tensor) -> Tensor:
+    """z's gradient from the totals of grad and of grad * (z - mean) * invstd, float64 [2C].
     the part that depends on z, so that there is one new tensor, as in the library's kernel."""
     assert stats.mean is not None
     assert stats.invstd is not None
@@ -238,20 +237,61 @@ def _input_grad(bn: nn.BatchNorm2d, grad: Tensor, z: Tensor, stats: NormStats, s
     if z.is_cuda:
         moments, counts = (sum_dy.to(dtype), (sum_dy_xhat / invstd).to(dtype)), stats.count.int().reshape(1)
         return _aten.batch_norm_backward_elemt(grad, z, stats.mean, stats.invstd, bn.weight, *moments, counts)
-    scale = bn.weight * invstd
+    scale = invstd if bn.weight is None else bn.weight * invstd
     slope, shift = scale * invstd * sum_dy_xhat / -stats.count, scale * sum_dy / -stats.count
     zero = torch.zeros_like(stats.mean)
     grad_z = _affine(grad, scale.to(dtype), zero, zero, in_place=False)
-    return grad_z.add_(_affine(z, slope.to(dtype), shift.to(dtype), stats.mean, in_place=True))
+    return grad_z.add_(_affine(z, slope.to(dtype), shift.to(dtype), stats.mean, in_place=False))
 
 
-def _run_norm(z: Tensor, in_place: bool, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _run_norm(z: Tensor, in_place: bool, weight: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`native_batch_norm` (z, weight, bias, mean, var, training, momentum, eps) of a new tensor or in z's place ->
     result, mean, invstd (both empty in evaluation)."""
     if not in_place or z.device.type not in ("cpu", "cuda"):
         return _aten.native_batch_norm(z, weight, *others)
-    dtype = torch.float32 if z.is_cuda and z.dtype != torch.float64 else weight.dtype
+    dtype = z.dtype if weight is None else weight.dtype
+    if z.is_cuda and z.dtype != torch.float64:
+        dtype = torch.float32
     size = z.shape[1] if others[3] else 0
     mean, invstd = torch.empty(size, dtype=dtype, device=z.device), torch.empty(size, dtype=dtype, device=z.device)
     _aten.native_batch_norm.out(z, weight, *others, out=z, save_mean=mean, save_invstd=invstd)
     return z, mean, invstd
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNorm(Operation):
+    """Of [N, C, ...]; affine or not, with running statistics or without, frozen or in training."""
+
+    name: str
+    operands: tuple[int, ...]
+    norm: Norm  # type: ignore[assignment]
+    in_place = (0,)
+    reads = (0,)
+
+    @staticmethod
+    def covers(module: nn.Module) -> bool:
+        return type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+    @property
+    def signature(self) -> Hashable:
+        bn = self.norm
+        gathers = bn.training or bn.running_mean is None
+        return "batch norm", of_tensor(bn.weight), of_tensor(bn.bias), of_tensor(bn.running_mean), bn.training, gathers
+
+    def parameters(self) -> Iterator[Tensor]:
+        return (one for one in (self.norm.weight, self.norm.bias) if one is not None)
+
+    def forward(self, operands: Sequence[Any], state: PassState, into: int | None = None) -> Tensor:
+        if (stats := state.notes.get(self)) is not None:
+            return norm_again(self.norm, operands[0], stats, into is not None)
+        out, state.notes[self] = norm_first(self.norm, operands[0], into is not None, state.library_norm, state.total)
+        return out
+
+    def plain(self, operands: Sequence[Any], state: PassState) -> Tensor:
+        result: Tensor = self.norm(operands[0])
+        return result
+
+    def backward(
+        self, grad: Any, operands: Sequence[Any], output: Any, state: PassState, needed: Sequence[bool], owned: bool
+    ) -> Gradients:
+        return norm_backward(self.norm, grad, operands[0], state.notes[self], needed[0], state.total)

@@ -5,8 +5,8 @@ Between forward and backward there is one entry per item of the schedule: the in
 stage keeps; the output is held by the next entry, as its input. The gradient that travels down the chain belongs to the
 executor and is changed in place.
 
-Known limitations: gradients are added to `.grad` directly, so that `torch.autograd.grad` with respect to parameters,
-hooks on parameters and a second backward through the same output do not work; outputs have no second derivative.
+Known limitations: gradients are added to `.grad` directly, so that `torch.autograd.grad` with respect to parameters and
+a second backward through the same output do not work; outputs have no second derivative.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowmem.plan.policy import Keep, Schedule, Segment
-from lowmem.remat.batch_norm import Total
-from lowmem.remat.kernels import mask_relu
+from lowmem.remat.operation import PassState, Total
 from lowmem.remat.stage import Box, Saved, Stage, StagePass
 
 
@@ -38,7 +37,7 @@ class Held:
 class Run:
     """One forward pass of the chain and the backward that belongs to it.
 
-    `low`: what autocast casts to, or None. `total`: see `lowmem.remat.batch_norm.Total`. `stage_done` is called with a
+    `low`: what autocast casts to, or None. `total`: see `lowmem.remat.operation.Total`. `stage_done` is called with a
     stage's number as soon as its `backward` is over, once for every stage that a gradient reaches, from the last to the
     first, whatever the schedule: from then on this pass adds nothing to the `.grad` of its parameters (unless another
     stage has the same ones).
@@ -57,14 +56,16 @@ class Run:
         self.stage_done = stage_done
         self.low = low
         needs = input_needs_grad
+        self.state = PassState(low, library_norm, total)
         self.memos: list[StagePass] = []
         self.active: list[bool] = []  # per stage: does it take part in the backward
         for stage in stages:
-            self.memos.append(StagePass(low, library_norm, total, needs))
-            needs = needs or any(parameter.requires_grad for parameter in stage.parameters())
+            self.memos.append(StagePass(self.state, needs, stage.trains()))
+            needs = needs or any(self.memos[-1].trains)
             self.active.append(needs)
         self.entries: list[Held] = []
         self.output: Tensor | None = None
+        self._versions: list[tuple[Tensor, int]] = []
 
     def execute(self, schedule: Schedule, x: Tensor) -> Tensor:
         """The chain's output for x, [N, ...]; differentiable if gradients are enabled and anything wants one."""
@@ -116,11 +117,12 @@ class Run:
                 _, inner = self.forward(entry.item.inner, [x], want_output=False)
                 grad_x = self.backward(inner, grad)
             else:
-                grad_x = self.stages[start].backward(grad, entry.saved, x, self.memos[start])
+                stage = self.stages[start]
+                grad_x, owned = stage.backward(grad, entry.saved, x, entry.item.policy, self.memos[start])
                 if self.stage_done is not None:
                     self.stage_done(start)
-                if grad_x is not None and start > 0 and self.stages[start - 1].relu_output:
-                    grad_x = mask_relu(grad_x, x)
+                if grad_x is not None and start > 0 and (tail := self.stages[start - 1].tail) is not None:
+                    grad_x = tail.mask(grad_x, x, owned)
             del x, entry
             if grad_x is None:
                 return None
@@ -128,13 +130,34 @@ class Run:
             del grad_x
         return grad.pop()
 
+    def note_versions(self, x: Tensor) -> None:
+        """Of what the backward reads and others may change meanwhile: the input and the parameters."""
+        uses: dict[int, int] = {}
+        for stage in self.stages:
+            for parameter in stage.parameters():
+                uses[id(parameter)] = uses.get(id(parameter), 0) + parameter.requires_grad
+                self._versions.append((parameter, parameter._version))
+        self._versions.append((x, x._version))
+        self.state.uses = {key: count for key, count in uses.items() if count > 1}
+
+    def check_versions(self) -> None:
+        """Raises RuntimeError, as autograd does, if anything of it has changed."""
+        for tensor, version in self._versions:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"a tensor of shape {list(tensor.shape)} that the backward needs (a parameter or the input) was "
+                    "changed in place after the forward: change it before the forward or after the backward"
+                )
+        self._versions.clear()
+
     def _input(self, entries: list[Held]) -> Tensor:
         """Of the last entry's first stage, restored if it was dropped."""
         entry = entries[-1]
         if entry.x is None:
             before = entries[-2]
-            x = self._input(entries[:-1])
-            entry.x = self.stages[before.item.end].restore(before.saved, x, self.memos[before.item.end])
+            x, at = self._input(entries[:-1]), before.item.end
+            assert isinstance(before.item, Keep)
+            entry.x = self.stages[at].restore(before.saved, x, before.item.policy, self.memos[at])
         return entry.x
 
 
@@ -146,8 +169,9 @@ class _Chain(torch.autograd.Function):
         with _autocast_off(x, run.low):
             y, run.entries = run.forward(schedule, [x])
         assert y is not None
-        if run.stages[-1].relu_output:
+        if run.stages[-1].tail is not None:
             run.output = y.detach()  # an alias: the output itself refers to this run
+        run.note_versions(x)
         ctx.run = run
         return y
 
@@ -158,12 +182,16 @@ class _Chain(torch.autograd.Function):
         ctx.run = None
         if run is None:
             raise RuntimeError("this output went backward already: its activations were freed; run forward again")
-        if run.output is not None:  # the caller's gradient is not ours to change
-            grad, run.output = mask_relu(grad, run.output, owned=False), None
+        run.check_versions()
+        tail = run.stages[-1].tail
+        if run.output is not None and tail is not None:  # the caller's gradient is not ours to change
+            grad, run.output = tail.mask(grad, run.output, owned=False), None
         box = [grad]
         with _autocast_off(grad, run.low):
             del grad
-            return None, run.backward(run.entries, box), None, None
+            grad_x = run.backward(run.entries, box)
+            run.state.finish()
+            return None, grad_x, None, None
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -1,43 +1,35 @@
-"""A model as a chain of stages, and `apply_plan`: a module that trains like the model, and executes a plan.
+"""`apply_plan`: a module that is the model, and trains under a plan.
 
-The family is recognised by its structure (names and types of children), so that this room knows no model of its own:
+The planned module is of the model's class and shares everything with the model: attributes, parameters, buffers,
+children, hooks, the flag of training; a change in one is a change in both. Only what a training step does differs. In
+evaluation mode it is the model's own forward, under plain PyTorch.
 
-- a network has exactly the children `conv1`, `bn1`, `layer1`, `layer2`, … (sequences) and `linear`; its head averages
-  over 4x4 and flattens;
-- a block has exactly `conv1`, `bn1`, `conv2`, `bn2`, … and `shortcut`, which is None, an empty sequence (identity) or a
-  sequence of convolution and batch norm, and ReLUs after every batch norm but the last, and after the sum.
-
-A module whose children look like this but whose forward does something else must not be given to `decompose`.
+What people do to modules works (copies, state dicts, a head replaced, hooks on modules inside, which make that module
+run as a whole), or is refused in a sentence (`DataParallel`, `torch.compile`).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lowmem.core.units import counted
 from lowmem.plan.policy import Keep, Schedule
 from lowmem.plan.record import Plan
-from lowmem.remat.batch_norm import Total
-from lowmem.remat.block import ConvBlock, Pair
+from lowmem.remat.chain import TracedChain, traced
 from lowmem.remat.executor import Run, autocast_dtype
-from lowmem.remat.stage import OpaqueStage, Stage
+from lowmem.remat.operation import Total
+from lowmem.remat.stage import Stage
 
-_LAYER = re.compile(r"layer\d+")
+Parts = Sequence[tuple[str, Callable[..., Any]]]
 
 
 def decompose(model: nn.Module) -> tuple[Stage, ...]:
-    """A network of the family -> stem, blocks, head. An `nn.Sequential` -> its children, blocks of the family
-    recognised. Anything else is one stage."""
-    if (family := _family(model)) is not None:
-        return family
-    if isinstance(model, nn.Sequential) and len(model):
-        return tuple(_stage(name, child) for name, child in model.named_children())
-    return (OpaqueStage("model", model, model),)
+    """The chain of a model as it is now. Raises NotTraceable (a ValueError) for what is not one tensor in, one out."""
+    return traced(_untouched(model)).stages
 
 
 def stage_names(model: nn.Module) -> tuple[str, ...]:
@@ -45,51 +37,146 @@ def stage_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(stage.name for stage in decompose(model))
 
 
-class PlannedModule(nn.Module):
-    """Shares children, parameters and buffers with the model: state dict, `to`, `train` and optimizers see no
-    difference, and changes show in both.
+class Execution:
+    """How a planned module trains: `planned.lowmem`.
 
     `stages` are the chain's links, `schedule` what is executed; it may be replaced between steps (`set_schedule`), and
     so may `total`, which makes training's batch statistics those of all processes (`lowmem.remat.batch_norm`), and
     `stage_done`, called when a stage's gradients are complete (`lowmem.remat.executor.Run`).
     """
 
-    def __init__(self, model: nn.Module, schedule: Schedule, *, library_norm: bool = False) -> None:
-        super().__init__()
-        for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[shared] = model.__dict__[shared]
-        self.training = model.training
-        self.library_norm = library_norm
+    def __init__(self, model: nn.Module, schedule: Schedule, library_norm: bool, parts: Parts | None = None) -> None:
+        self.model, self.library_norm, self.parts = model, library_norm, parts
         self.total: Total | None = None
         self.stage_done: Callable[[int], None] | None = None
-        self.stages: tuple[Stage, ...] = decompose(model)
+        self._chain = TracedChain(model, parts)
+        self._names = tuple(stage.name for stage in self.stages)
         self.set_schedule(schedule)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self._chain.now().stages
 
     def set_schedule(self, schedule: Schedule) -> None:
         """Raises ValueError if the schedule does not cover the chain or a stage does not know its policy."""
-        schedule.check_covers(len(self.stages))
+        stages = self.stages
+        schedule.check_covers(len(stages))
         for _, item in schedule.walk():
             if isinstance(item, Keep):
-                self.stages[item.stage].check(item.policy)
+                stages[item.stage].check(item.policy)
         self.schedule = schedule
+        self._checked = stages
 
     def forward(self, x: Tensor) -> Tensor:
-        """The model's output for x: [N, 3, 32, 32] float -> [N, classes] for the family."""
-        run = Run(self.stages, autocast_dtype(x), x.requires_grad, self.library_norm, self.total, self.stage_done)
+        stages = self.stages
+        if stages is not self._checked:
+            self._check_again(stages)
+        run = Run(stages, autocast_dtype(x), x.requires_grad, self.library_norm, self.total, self.stage_done)
         return run.execute(self.schedule, x)
 
+    def _check_again(self, stages: tuple[Stage, ...]) -> None:
+        """Raises RuntimeError if the plan is none for the model as it is now."""
+        names = tuple(stage.name for stage in stages)
+        try:
+            if names != self._names:
+                raise ValueError(f"its stages were {list(self._names)}, now they are {list(names)}")
+            self.set_schedule(self.schedule)
+        except ValueError as error:
+            raise RuntimeError(
+                f"the network has changed since it was planned: {error}; make a plan for it as it is now (make_plan) and "
+                "apply that"
+            ) from error
 
-def apply_plan(model: nn.Module, plan: Plan | Schedule, *, library_norm: bool | None = None) -> PlannedModule:
+
+class PlannedModule(nn.Module):
+    """What `apply_plan` returns is this and the model's own class."""
+
+    lowmem: ClassVar[Execution]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output for one tensor."""
+        if not self.training:
+            return type(self.lowmem.model).forward(self, *args, **kwargs)
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            raise ValueError("a planned module takes one tensor; what else its forward takes keeps its default")
+        return self.lowmem.forward(args[0])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return self._with(copy.deepcopy(self.lowmem.model, memo), memo)
+
+    def __copy__(self) -> nn.Module:
+        return self._with(copy.copy(self.lowmem.model), {})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.lowmem.parts is not None:
+            raise TypeError("a module planned by named stages cannot be pickled: save its state_dict()")
+        return planned, (self.lowmem.model, self.lowmem.schedule, self.lowmem.library_norm)
+
+    def _with(self, model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        parts = self.lowmem.parts
+        if parts is not None:
+            raise TypeError(
+                "a module planned by named stages cannot be copied: copy the model and apply the plan to it"
+            )
+        return planned(model, self.lowmem.schedule, self.lowmem.library_norm)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise RuntimeError(
+            "DataParallel makes copies of a network in every step, which no plan survives: use one process per card "
+            "(lowmem train --gpus 0,1, or DistributedDataParallel without buckets' views)"
+        )
+
+
+def planned(
+    model: nn.Module, schedule: Schedule, library_norm: bool = False, parts: Parts | None = None
+) -> PlannedModule:
+    """The module, of the model's class, that executes the schedule on the model's own parameters."""
+    execution = Execution(model, schedule, library_norm, parts)
+    kind = type(model)
+    made = type(f"Planned{kind.__name__}", (PlannedModule, kind), {"lowmem": execution, "__module__": kind.__module__})
+    module: PlannedModule = object.__new__(made)
+    object.__setattr__(module, "__dict__", model.__dict__)
+    return module
+
+
+def _untouched(model: nn.Module) -> nn.Module:
+    return model.lowmem.model if isinstance(model, PlannedModule) else model
+
+
+def parts_of(model: nn.Module, stages: Sequence[str | nn.Module]) -> Parts:
+    """Modules that make up a network, by name or themselves, in the order in which its input goes through them. Raises
+    ValueError for a name that the model has not got."""
+    names = {id(module): name for name, module in model.named_modules()}
+    parts = []
+    for one in stages:
+        try:
+            module = model.get_submodule(one) if isinstance(one, str) else one
+        except AttributeError as error:
+            raise ValueError(f"the network has no module {one!r}: {error}") from None
+        parts.append((names.get(id(module), f"stage{len(parts)}"), module))
+    return parts
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: Plan | Schedule,
+    *,
+    library_norm: bool | None = None,
+    stages: Sequence[str | nn.Module] | None = None,
+) -> PlannedModule:
     """The module that executes the plan on the model's own parameters.
 
     Loss, gradients and buffers have the same bits as the model's own (invariant 1): on a CPU always, on CUDA if batch
     norm is the library's choice and the libraries' kernels are deterministic (`lowmem.remat.libraries`). What does not
     work: see `lowmem.remat.executor`. `library_norm`: see `batch_norm.py`; None: as the plan has it, for a bare
-    schedule the native kernels. Raises ValueError if the plan was made for other stages than the model's.
+    schedule the native kernels. `stages`: as they were named to `make_plan`. Raises ValueError if the plan was made for
+    other stages than the model's.
     """
+    model = _untouched(model)
+    parts = None if stages is None else parts_of(model, stages)
     if isinstance(plan, Schedule):
-        return PlannedModule(model, plan, library_norm=bool(library_norm))
-    names = stage_names(model)
+        return planned(model, plan, bool(library_norm), parts)
+    names = stage_names(model) if parts is None else tuple(name for name, _ in parts)
     if plan.stages != names:
         wrong = next((pair for pair in zip(plan.stages, names, strict=False) if pair[0] != pair[1]), None)
         detail = f"{wrong[0]!r} where the model has {wrong[1]!r}" if wrong else "another number of them"
@@ -97,53 +184,4 @@ def apply_plan(model: nn.Module, plan: Plan | Schedule, *, library_norm: bool | 
             f"the plan has {counted(len(plan.stages), 'stage')}, the model {len(names)}: {detail}; plan again"
         )
     library_norm = plan.library_norm if library_norm is None else library_norm
-    return PlannedModule(model, plan.schedule, library_norm=library_norm)
-
-
-def _family(model: nn.Module) -> tuple[Stage, ...] | None:
-    children = dict(model.named_children())
-    layers = [name for name in children if _LAYER.fullmatch(name)]
-    if set(children) != {"conv1", "bn1", "linear", *layers} or not layers:
-        return None
-    stem = _pair(children["conv1"], children["bn1"])
-    linear = children["linear"]
-    if stem is None or not isinstance(linear, nn.Linear) or list(model.parameters(recurse=False)):
-        return None
-    blocks = [_stage(f"{layer}.{name}", child) for layer in layers for name, child in children[layer].named_children()]
-    head = OpaqueStage("head", linear, lambda x: linear(F.avg_pool2d(x, 4).flatten(1)))
-    return (ConvBlock("stem", (stem,)), *blocks, head)
-
-
-def _stage(name: str, module: nn.Module) -> Stage:
-    return _block(name, module) or OpaqueStage(name, module, module)
-
-
-def _block(name: str, module: nn.Module) -> ConvBlock | None:
-    children = dict(module.named_children())
-    shortcut = children.pop("shortcut", getattr(module, "shortcut", "absent"))
-    count = len(children) // 2
-    if not count or set(children) != {f"{kind}{k}" for k in range(1, count + 1) for kind in ("conv", "bn")}:
-        return None
-    pairs = [_pair(children[f"conv{k}"], children[f"bn{k}"]) for k in range(1, count + 1)]
-    known = tuple(pair for pair in pairs if pair is not None)
-    if len(known) < count or list(module.parameters(recurse=False)):
-        return None
-    if shortcut is None:
-        return ConvBlock(name, known)
-    if not isinstance(shortcut, nn.Sequential) or len(shortcut) not in (0, 2):
-        return None
-    projection = _pair(*shortcut) if len(shortcut) else None
-    if len(shortcut) and projection is None:
-        return None
-    return ConvBlock(name, known, projection, identity=not len(shortcut))
-
-
-def _pair(conv: nn.Module | None, bn: nn.Module | None) -> Pair | None:
-    """None unless both are exactly what the kernels cover: no bias, zero padding, affine, running statistics."""
-    if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
-        return None
-    if conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return None
-    if not bn.affine or bn.running_mean is None or bn.weight.dtype not in (torch.float32, torch.float64):
-        return None
-    return Pair(conv, bn)
+    return planned(model, plan.schedule, library_norm, parts)

@@ -1,166 +1,270 @@
-"""What the executor asks of a stage of the chain, and the stage that any module makes.
+"""One link of the chain: a small graph of operations between two tensors, and how it runs under a policy.
 
 Tensors are handed over in a one-element list ("box") wherever the callee should be able to free them: it pops the
-tensor, and nobody else holds it. Activations are [N, C, H, W]; a gradient handed to `backward` has already gone through
-the stage's final ReLU, if there is one: the ReLU's result is at hand as the next stage's input.
+tensor, and nobody else holds it. Where the last operation is an activation whose backward reads its result (`tail`), a
+gradient handed to `backward` has already gone through it: the result is at hand as the next stage's input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from functools import cached_property
+from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from lowmem.plan.policy import BlockPolicy, PolicyKind
-from lowmem.remat.batch_norm import NormStats, Total
+from lowmem.remat.elementwise import OutputActivation
+from lowmem.remat.operation import Operation, PassState
+from lowmem.remat.program import Compiler, Kept, Step
 
-Box: TypeAlias = list[Tensor]
-Saved: TypeAlias = dict[str, Tensor]
-Forwarded: TypeAlias = tuple[Tensor | None, Saved]
+Box: TypeAlias = list[Any]
+Saved: TypeAlias = list[Any]  # values and graphs by their number in the program; None: not there
+Forwarded: TypeAlias = tuple[Any, Saved]
 
 
-@dataclass
+@dataclass(eq=False)
 class StagePass:
-    """What a stage remembers through one forward pass and the recomputations that belong to it."""
+    """One forward pass of a stage, and the recomputations and the backward that belong to it."""
 
-    low: torch.dtype | None  # of autocast
-    library_norm: bool = False  # see `lowmem.remat.batch_norm`
-    total: Total | None = None  # likewise; None: batch statistics are this process's own
+    state: PassState = field(default_factory=PassState)
     need_input: bool = False  # the gradient of the input is asked for
-    first: bool = True  # nothing has run yet, so that buffers have to be moved (invariant 2)
-    norms: dict[int, NormStats] = field(default_factory=dict)  # by convolution: 1, 2, …, 0 for the projection's
-    rng: list[Any] | None = None  # generator states before the first run, for stages that draw random numbers
+    trains: tuple[bool, ...] = ()  # by operation
 
 
-class Stage(Protocol):
-    """One link of the chain: a stem, a block, a head, any module."""
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """`name`: dotted path in the model of what its operations have in common. Activations have any shape."""
 
-    name: str  # dotted path in the model, or `stem` and `head`
-    relu_output: bool = False  # whether the output is a ReLU's, so that `backward` wants the gradient before it
+    name: str
+    operations: tuple[Operation, ...]
 
     @property
+    def tail(self) -> OutputActivation | None:
+        last = self.operations[-1]
+        return last if isinstance(last, OutputActivation) else None
+
+    @cached_property
     def signature(self) -> Hashable:
-        """Stages of equal signature cost the same on equal inputs."""
+        """Stages of equal signature cost the same on equal inputs. Of the stage as it is now: see `TracedChain`."""
+        return tuple((operation.name, operation.signature, operation.operands) for operation in self.operations)
 
     @property
-    def norms(self) -> Sequence[nn.BatchNorm2d]:
-        """Those whose statistics may be all processes', in the order in which the forward needs them."""
-        return ()
+    def norms(self) -> tuple[nn.Module, ...]:
+        """Batch norms whose statistics may be all processes', in the order in which the forward needs them."""
+        return tuple(operation.norm for operation in self.operations if operation.norm is not None)
 
-    def parameters(self) -> Iterator[Tensor]: ...
+    def parameters(self) -> Iterator[Tensor]:
+        for operation in self.operations:
+            yield from operation.parameters()
+
+    def trains(self) -> tuple[bool, ...]:
+        """By operation: whether a parameter of it is trained."""
+        return tuple(any(one.requires_grad for one in operation.parameters()) for operation in self.operations)
+
+    # -- policies ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def read(self) -> frozenset[str]:
+        """What SAVE_ALL keeps: results that some backward reads, and graphs of what runs under autograd."""
+        read = {operation.operands[at] for operation in self.operations for at in operation.reads}
+        read |= {k + 1 for k, operation in enumerate(self.operations) if operation.reads_output}
+        return frozenset(
+            operation.name
+            for k, operation in enumerate(self.operations)
+            if self._keepable(k) and (k + 1 in read or operation.under_autograd)
+        )
+
+    def _keepable(self, k: int) -> bool:
+        operation = self.operations[k]
+        return not (operation.view or operation.light or (self.tail is not None and k + 1 == len(self.operations)))
+
+    @cached_property
+    def tensors(self) -> frozenset[str]:
+        """Names of everything that can be kept: beside those the dear ones that are made on the way to them."""
+        dear = (
+            one.name for k, one in enumerate(self.operations) if one.dear and k in self._again and self._keepable(k)
+        )
+        return self.read.union(dear)
+
+    @cached_property
+    def _again(self) -> set[int]:
+        """Operations that the backward would have to run again if nothing were kept."""
+        compiler = self._compiler(True, (True,) * len(self.operations))
+        return compiler.computed_again(Kept(graphs=compiler.graphs(())))
+
+    @cached_property
+    def dear(self) -> frozenset[str]:
+        """What LEAN keeps: the results of dear operations that the backward would have to make again."""
+        return frozenset(
+            operation.name
+            for k, operation in enumerate(self.operations)
+            if operation.dear and operation.name in self.tensors and (k in self._again or operation.under_autograd)
+        )
+
+    def kept(self, policy: BlockPolicy | None) -> frozenset[str]:
+        """Names of what a policy keeps."""
+        if policy is None or policy.fused:
+            return frozenset()
+        if policy.kind is PolicyKind.SAVE_ALL:
+            return self.read
+        return self.dear if policy.kind is PolicyKind.LEAN else policy.kept
 
     def check(self, policy: BlockPolicy) -> None:
         """Raises ValueError if the stage does not know the policy."""
+        unknown = sorted(self.kept(policy) - self.tensors)
+        if unknown:
+            raise ValueError(
+                f"stage {self.name} has no {', '.join(unknown)}: it has {', '.join(sorted(self.tensors)) or 'nothing'}"
+            )
+
+    # -- programs ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _known(self) -> dict[Hashable, Any]:
+        return {}
+
+    def _compiler(self, need_input: bool, trains: tuple[bool, ...]) -> Compiler:
+        key = (need_input, trains)
+        if key not in self._known:
+            self._known[key] = Compiler(self.operations, need_input, trains, self.tail is not None)
+        found: Compiler = self._known[key]
+        return found
+
+    def _keeps(self, compiler: Compiler, policy: BlockPolicy | None) -> Kept:
+        if policy is None or policy.fused:
+            return Kept()
+        names = self.kept(policy)
+        values = frozenset(k + 1 for k, operation in enumerate(self.operations) if operation.name in names)
+        graphs = compiler.graphs(values)
+        # What autograd alone needs is in its graph; of the others it is the tensor.
+        read = {value for k in range(len(self.operations)) if k not in graphs for value in self._reads(k)}
+        return Kept(frozenset(v for v in values if v - 1 not in graphs or v in read), graphs)
+
+    def _reads(self, k: int) -> list[int]:
+        operation = self.operations[k]
+        own = [k + 1] if operation.reads_output else []
+        return own + [operation.operands[at] for at in operation.reads]
+
+    def _program(self, what: str, policy: BlockPolicy | None, memo: StagePass) -> Any:
+        key = (what, policy, memo.need_input, memo.trains)
+        if key not in self._known:
+            compiler = self._compiler(memo.need_input, memo.trains)
+            kept = self._keeps(compiler, policy)
+            if what == "restore":
+                self._known[key] = compiler.restore(kept)[0]
+            elif what == "backward":
+                if policy is not None and policy.drop_output:
+                    kept = compiler.restore(kept)[1]
+                self._known[key] = compiler.backward(kept)
+            else:
+                self._known[key] = compiler.forward(kept, what == "forward")
+        return self._known[key]
+
+    def plain(self, x: Any, state: PassState) -> Any:
+        """The output as the model's own modules compute it, for autograd to record."""
+        values = [x]
+        for operation in self.operations:
+            values.append(operation.plain([values[at] for at in operation.operands], state))
+        return values[-1]
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    def _room(self, x: Any) -> Saved:
+        room: Saved = [None] * (2 * len(self.operations) + 1)
+        room[0] = x
+        return room
 
     def forward(self, box: Box, policy: BlockPolicy | None, memo: StagePass, want_output: bool = True) -> Forwarded:
         """Output and kept tensors; policy None saves nothing. Without `want_output` only what is kept is computed."""
+        steps = self._program("forward" if want_output else "again", policy, memo)
+        room = self._room(box.pop())
+        self._follow(steps, room, memo)
+        room[0] = None
+        y = None
+        if want_output:
+            y = room[len(self.operations)]
+            kept = self._keeps(self._compiler(memo.need_input, memo.trains), policy)
+            if len(self.operations) not in kept.values:
+                room[len(self.operations)] = None
+        return y, room
 
-    def restore(self, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:
+    def restore(self, saved: Saved, x: Tensor, policy: BlockPolicy, memo: StagePass) -> Any:
         """The output again, from the input and the kept tensors; may add to `saved` what the backward needs too."""
-
-    def backward(self, grad: Box, saved: Saved, x: Tensor, memo: StagePass) -> Tensor | None:
-        """Adds the parameters' gradients to `.grad`; returns the input's (a tensor of its own), or None."""
-
-
-@dataclass(frozen=True)
-class OpaqueStage(Stage):
-    """A stage that is not of the family: kept whole, with the graph autograd makes of it (SAVE_ALL), or run again from
-    its input (KEEP{}, FUSED), with the same random numbers and no buffer moved.
-
-    `function` maps one tensor to one tensor, which it must not change in place, and uses the parameters and buffers of
-    `module` only. Batch norm inside it knows nothing of other processes: where statistics are to be theirs too, running
-    it raises ValueError.
-    """
-
-    name: str
-    module: nn.Module
-    function: Callable[[Tensor], Tensor]
-
-    @property
-    def signature(self) -> Hashable:
-        return "opaque", self.name
-
-    def parameters(self) -> Iterator[Tensor]:
-        yield from self.module.parameters()
-
-    def check(self, policy: BlockPolicy) -> None:
-        if policy.kind is PolicyKind.LEAN or policy.kept or policy.drop_output:
-            raise ValueError(f"stage {self.name} is not a block of the family: SAVE_ALL or KEEP{{}}, not {policy}")
-
-    def forward(self, box: Box, policy: BlockPolicy | None, memo: StagePass, want_output: bool = True) -> Forwarded:
-        x = box.pop()
-        if policy is not None and policy.kind is PolicyKind.SAVE_ALL:
-            saved = self._with_graph(x, memo)
-            return saved["y"].detach(), saved
-        if not want_output:
-            return None, {}
-        with torch.no_grad():
-            return self._run(x, memo), {}
-
-    def restore(self, saved: Saved, x: Tensor, memo: StagePass) -> Tensor:
-        raise ValueError(f"stage {self.name} cannot drop its output")
-
-    def backward(self, grad: Box, saved: Saved, x: Tensor, memo: StagePass) -> Tensor | None:
-        if not saved:
-            saved = self._with_graph(x, memo)
-        leaf, y = saved["x"], saved["y"]
-        saved.clear()
-        if y.requires_grad:
-            with torch.autograd.set_multithreading_enabled(False):  # as the whole backward pass: see `TrainStep`
-                torch.autograd.backward(y, grad.pop())
-        return leaf.grad
-
-    def _with_graph(self, x: Tensor, memo: StagePass) -> Saved:
-        leaf = x.detach().requires_grad_(memo.need_input)
-        with torch.enable_grad():
-            return {"x": leaf, "y": self._run(leaf, memo)}
-
-    def _run(self, x: Tensor, memo: StagePass) -> Tensor:
-        version = x._version
-        # Without the cache: it would hold the cast parameters for as long as the outer autocast lasts.
-        with torch.autocast(x.device.type, memo.low, enabled=memo.low is not None, cache_enabled=False):
-            if memo.first:
-                memo.first = False
-                if memo.total is not None:
-                    self._check_no_statistics()
-                memo.rng = None if isinstance(x, FakeTensor) else [torch.get_rng_state(), *get_device_states(x)]
-                y = self.function(x)
-            else:
-                cpu, devices, states = memo.rng or (None, [], [])
-                with torch.random.fork_rng(devices, enabled=cpu is not None), _buffers_kept(self.module):
-                    if cpu is not None:  # the generators as they were before the stage first ran
-                        torch.set_rng_state(cpu)
-                        set_device_states(devices, states)
-                    y = self.function(x)
-        if x._version != version:
-            raise ValueError(f"stage {self.name} changes its input in place: the input is needed again; make it a copy")
+        saved[0] = x
+        self._follow(self._program("restore", policy, memo), saved, memo)
+        y, saved[len(self.operations)], saved[0] = saved[len(self.operations)], None, None
         return y
 
-    def _check_no_statistics(self) -> None:
-        for name, module in self.module.named_modules():
-            if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-                raise ValueError(
-                    f"batch norm {name or self.name} in stage {self.name} is not part of a block of the family: its "
-                    "statistics cannot be those of all processes; put it into evaluation mode or leave out --sync-bn"
-                )
+    def backward(
+        self, grad: Box, saved: Saved, x: Tensor, policy: BlockPolicy, memo: StagePass
+    ) -> tuple[Tensor | None, bool]:
+        """Adds the parameters' gradients to `.grad`; returns the input's, or None, and whether it may be written
+        into."""
+        steps, owned = self._program("backward", policy, memo)
+        if not saved:
+            saved = self._room(None)
+        saved[0] = x
+        del x
+        grads: list[Any] = [None] * (len(self.operations) + 1)
+        tail = self.tail
+        grads[len(self.operations) if tail is None else tail.operands[0]] = grad.pop()
+        self._follow(steps, saved, memo, grads)
+        return grads[0], owned
+
+    def _follow(self, steps: Sequence[Step], room: Saved, memo: StagePass, grads: list[Any] | None = None) -> None:
+        state, operations = memo.state, self.operations
+        graphs = len(operations) + 1
+        for step in steps:
+            k = step.operation
+            operation = operations[k]
+            if not step.backward:
+                operands = [room[value] for value in operation.operands]
+                if step.graph:
+                    room[k + 1], room[graphs + k] = operation.with_graph(operands, state, step.needed)  # type: ignore[attr-defined]
+                else:
+                    room[k + 1] = operation.forward(operands, state, step.into)
+                del operands
+                for value in step.frees:
+                    room[value] = None
+                continue
+            assert grads is not None
+            self._step_back(step, operation, room, state, grads)
+
+    def _step_back(self, step: Step, operation: Operation, room: Saved, state: PassState, grads: list[Any]) -> None:
+        grad = grads[step.operation + 1]
+        grads[step.operation + 1] = None
+        if grad is None:  # nobody's use of it gave one
+            for value in step.frees:
+                room[value] = None
+            return
+        operands = [None if value is None else room[value] for value in step.reads]
+        output = None if step.output is None else room[step.output]
+        found = operation.backward(grad, operands, output, state, step.needed, step.owned)
+        del grad, operands, output
+        for value in step.frees:
+            room[value] = None
+        mine, parameters = found
+        del found
+        for parameter, one in parameters:
+            state.add_gradient(parameter, one)
+        if parameters:
+            del one
+        del parameters
+        mine = list(mine)
+        for position, value in enumerate(operation.operands):
+            new, mine[position] = mine[position], None
+            if new is None or not step.needed[position]:
+                continue
+            old = grads[value]
+            grads[value] = new if old is None else add_gradients(old, new, step.sums[position])
 
 
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Whatever moves the buffers moves copies. Restoring their values instead would upset autograd, which
-    has saved them."""
-    originals = [(child._buffers, *item) for child in module.modules() for item in child._buffers.items()]
-    for buffers, name, tensor in originals:
-        buffers[name] = None if tensor is None else tensor.clone()
-    try:
-        yield
-    finally:
-        for buffers, name, tensor in originals:
-            buffers[name] = tensor
+def add_gradients(old: Any, new: Any, in_place: bool) -> Any:
+    """Of one value, or of the tensors in one that is a tuple."""
+    if isinstance(old, list):
+        return [b if a is None else a if b is None else a + b for a, b in zip(old, new, strict=True)]
+    if in_place and old.dtype == new.dtype:
+        return old.add_(new)
+    return old + new

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowmem.plan.cost import KernelWork, OptionCost
 from lowmem.plan.policy import BlockPolicy
-from lowmem.remat.kernels import mask_relu
+from lowmem.remat.elementwise import OutputActivation
+from lowmem.remat.operation import PassState
 from lowmem.remat.stage import Saved, Stage, StagePass
 from lowmem.simulate.trace import Recorder
 
@@ -62,15 +63,20 @@ def measure_chain(
     library_norm: bool,
 ) -> Iterator[StageMeasure]:
     """Yields a measure per stage, in order; equal stages on equal inputs are measured once. Runs under `recorder` (and
-    a fake mode, unless real work is wanted), with x the chain's input. `low`, `library_norm`: see `StagePass`."""
-    new_memo = partial(StagePass, low, library_norm)
+    a fake mode, unless real work is wanted), with x the chain's input. `low`, `library_norm`: see `PassState`."""
+    scalars: dict[str, Any] = {}  # of the whole chain
     known: dict[Hashable, StageMeasure] = {}
     need_input = x.requires_grad
-    masked = False
+    masked: OutputActivation | None = None
     with recorder, torch.no_grad():
         for stage in stages:
-            trainable = tuple(parameter.requires_grad for parameter in stage.parameters())
-            key = (stage.signature, trainable, x.shape, x.stride(), x.dtype, need_input, masked, library_norm)
+            trains = stage.trains()
+
+            def new_memo(need_input: bool = need_input, trains: tuple[bool, ...] = trains) -> StagePass:
+                return StagePass(PassState(low, library_norm, scalars=scalars), need_input, trains)
+
+            mask = masked and masked.signature
+            key = (stage.signature, trains, x.shape, x.stride(), x.dtype, need_input, mask, library_norm)
             if key not in known:
                 bench = _StageBench(stage, x, new_memo, need_input, masked, recorder)
                 known[key] = bench.measure(key, options(stage))
@@ -78,16 +84,16 @@ def measure_chain(
             y, _ = stage.forward([x], None, new_memo())
             assert y is not None
             x = y
-            need_input, masked = need_input or any(trainable), stage.relu_output
+            need_input, masked = need_input or any(trains), stage.tail
 
 
 @dataclass(frozen=True)
 class _StageBench:
     stage: Stage
     x: Tensor
-    new_memo: Callable[..., StagePass]
+    new_memo: Callable[[], StagePass]
     need_input: bool
-    masked: bool
+    masked: OutputActivation | None
     recorder: Recorder
 
     def measure(self, key: Hashable, options: Sequence[Option]) -> StageMeasure:
@@ -108,9 +114,9 @@ class _StageBench:
 
     def _option(self, option: Option, like: Tensor) -> OptionMeasure:
         """`like`: a tensor as the stage's output is."""
-        memo = self.new_memo(need_input=self.need_input)
+        memo = self.new_memo()
         y: Tensor | None = None
-        saved: Saved = {}
+        saved: Saved = []
         if option.policy.fused or option.last:  # statistics come from a run before, which is not its own
             self.stage.forward([self.x], None, memo)
         start = self._mark()
@@ -126,11 +132,11 @@ class _StageBench:
         restore_work: tuple[KernelWork, ...] = ()
         if option.policy.drop_output:
             held = self._mark()
-            again = self.stage.restore(saved, self.x, memo)
+            again = self.stage.restore(saved, self.x, option.policy, memo)
             restore_temp, left, restore_work = self._since(held)
             restored = left - like.nbytes
             del again
-        tb, backward_work = self._backward(like, saved, memo)
+        tb, backward_work = self._backward(option.policy, like, saved, memo)
         return OptionMeasure(
             option=option,
             cost=OptionCost(
@@ -146,14 +152,16 @@ class _StageBench:
             restore_work=restore_work,
         )
 
-    def _backward(self, like: Tensor, saved: Saved, memo: StagePass) -> tuple[int, tuple[KernelWork, ...]]:
+    def _backward(
+        self, policy: BlockPolicy, like: Tensor, saved: Saved, memo: StagePass
+    ) -> tuple[int, tuple[KernelWork, ...]]:
         """The peak above what is kept and the gradient of the output, and the work."""
         self._forget_grads()
         start = self._mark()
         grad = [torch.empty_like(like)]
-        grad_x = self.stage.backward(grad, saved, self.x, memo)
-        if grad_x is not None and self.masked:
-            mask_relu(grad_x, self.x)
+        grad_x, owned = self.stage.backward(grad, saved, self.x, policy, memo)
+        if grad_x is not None and self.masked is not None:
+            self.masked.mask(grad_x, self.x, owned)
         peak, _, work = self._since(start)
         del grad_x, grad
         self._forget_grads()

@@ -27,14 +27,18 @@ class DataParallelStep:
     def __init__(self, run: PlannedModule, group: Group, split: Split, device: str, *, sync_bn: bool) -> None:
         self.group, self.split = group, split
         self._device = device
-        stages = [list(stage.parameters()) for stage in run.stages]
+        seen: set[int] = set()  # what several stages use is complete with the first of them
+        stages = [
+            [one for one in stage.parameters() if not (id(one) in seen or seen.add(id(one)))]  # type: ignore[func-returns-value]
+            for stage in run.lowmem.stages
+        ]
         self._reducer = Reducer(stages, [] if sync_bn else list(run.buffers()), group.start_total)
         # Elements of every sum that a pass makes for its batch norms, forward and backward: sum, sum of squares, count;
         # of the gradient, and of it with the normalised input. Empty with statistics of each process's own.
-        channels = [norm.num_features for stage in run.stages for norm in stage.norms] if sync_bn else []
+        channels = [norm.num_features for stage in run.lowmem.stages for norm in stage.norms] if sync_bn else []
         self._norm_sizes = [*(2 * count + 1 for count in channels), *(2 * count for count in reversed(channels))]
-        run.stage_done = self._reducer.stage_done
-        run.total = self.norm_total if sync_bn else None
+        run.lowmem.stage_done = self._reducer.stage_done
+        run.lowmem.total = self.norm_total if sync_bn else None
         self.verdict: Callable[[], int] = int  # of this process on the run, a greater number for a stronger one
         self.agreed = 0  # the strongest verdict of all processes in the last step
         self.begin(0)

@@ -123,7 +123,7 @@ class Replica:
     def take(self, plan: Plan) -> None:
         """Goes on under another plan that computes the same (the ladder's: same micro-batch, precision, format)."""
         assert self.planned is not None
-        self.planned.set_schedule(plan.schedule)
+        self.planned.lowmem.set_schedule(plan.schedule)
         self.plan = plan
 
     def record_plans(self, folder: RunFolder) -> None:

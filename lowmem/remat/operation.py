@@ -1,0 +1,129 @@
+"""What a stage is made of: operations, and what they may know of the pass they run in.
+
+An operation takes the values of a stage (0: its input; k: the result of its k-th operation) and makes one more. Some
+have kernels of their own, called as autograd calls them, so that on a CPU the bits are the same (invariant 1): these say
+what their backward reads, and may write their result into an operand that nobody needs any more. Every other one runs
+under autograd by itself (`autograd_operation.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Total: TypeAlias = Callable[[Tensor], None]
+"""Sums a contiguous float64 vector over all processes, in place; returns when the tensor may be used."""
+
+
+class Gradients(NamedTuple):
+    """Of an operation's operands, by position, None where nobody needs one; and of its parameters."""
+
+    operands: Sequence[Any]
+    parameters: Sequence[tuple[Tensor, Tensor]] = ()
+
+
+@dataclass(eq=False)
+class PassState:
+    """One forward pass of the chain and the backward that belongs to it, as its operations see it."""
+
+    low: torch.dtype | None = None  # what autocast casts to
+    library_norm: bool = False  # see `lowmem.remat.batch_norm`
+    total: Total | None = None  # None: batch statistics are this process's own
+    notes: dict[Operation, Any] = field(default_factory=dict)  # what an operation remembers; there: it has run before
+    scalars: dict[str, Any] = field(default_factory=dict)  # numbers that follow from shapes, by name
+    # Parameters that several operations use: their gradients are summed before they are accumulated, as autograd does.
+    uses: dict[int, int] = field(default_factory=dict)  # by identity: how many gradients are still to come
+    sums: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def add_gradient(self, parameter: Tensor, grad: Tensor) -> None:
+        """Of one use of a parameter."""
+        key = id(parameter)
+        if key in self.uses:
+            grad = grad.to(parameter.dtype)
+            if key in self.sums:
+                grad = self.sums.pop(key)[1] + grad
+            self.uses[key] -= 1
+            if self.uses[key]:
+                self.sums[key] = parameter, grad
+                return
+        accumulate(parameter, grad)
+
+    def finish(self) -> None:
+        """Of parameters some of whose uses no gradient reached."""
+        while self.sums:
+            accumulate(*self.sums.popitem()[1])
+
+
+class Operation:
+    """One operation of a stage. `name` is unique there.
+
+    `dear`: its result is worth keeping, as making it again takes long. `view`: the result is (or may be) its first
+    operand's memory under another shape. `light`: its graph under autograd keeps no tensor of any size, so that it is
+    always kept. `in_place`: positions of operands that the result may be written into. `reads`: positions of operands,
+    `reads_output`: whether the result, that the backward needs. `shares`: positions whose gradient is, or is a view of,
+    the one that comes in; all others are new tensors.
+    """
+
+    name: str
+    operands: tuple[int, ...]
+    dear = view = light = under_autograd = reads_output = False
+    in_place: tuple[int, ...] = ()
+    reads: tuple[int, ...] = ()
+    shares: tuple[int, ...] = ()
+    norm: nn.Module | None = None  # a batch norm whose statistics may be all processes'
+
+    @property
+    def signature(self) -> Hashable:
+        """Operations of equal signature cost the same on equal operands."""
+        raise NotImplementedError
+
+    def parameters(self) -> Iterator[Tensor]:
+        return iter(())
+
+    def forward(self, operands: Sequence[Any], state: PassState, into: int | None = None) -> Any:
+        """The result; written into the operand at position `into`, if that is possible, when it is not None. The first
+        run of a pass moves buffers and draws random numbers; later ones have the same bits and move nothing."""
+        raise NotImplementedError
+
+    def plain(self, operands: Sequence[Any], state: PassState) -> Any:
+        """The result as the model's own modules compute it, for autograd to record."""
+        raise NotImplementedError
+
+    def backward(
+        self, grad: Any, operands: Sequence[Any], output: Any, state: PassState, needed: Sequence[bool], owned: bool
+    ) -> Gradients:
+        """From the gradient of the result, which may be written into if it is `owned`. Of operands and result those are
+        there that `reads` and `reads_output` name."""
+        raise NotImplementedError
+
+
+def trainable(*parameters: Tensor | None) -> bool:
+    return any(parameter is not None and parameter.requires_grad for parameter in parameters)
+
+
+def of_tensor(tensor: Tensor | None) -> Hashable:
+    """What kernels are chosen by, as a part of a signature."""
+    return None if tensor is None else (tuple(tensor.shape), tensor.stride(), str(tensor.dtype))
+
+
+def accumulate(parameter: Tensor, grad: Tensor) -> None:
+    """Adds to `.grad` in place, or becomes it, in the parameter's dtype and memory layout; the parameter's hooks run
+    as autograd would run them: those that change the gradient before, those after the accumulation after it."""
+    grad = grad.to(parameter.dtype)
+    for hook in tuple(parameter._backward_hooks.values()) if parameter._backward_hooks else ():
+        changed = hook(grad)
+        grad = grad if changed is None else changed
+    dims = zip(grad.shape, grad.stride(), parameter.stride(), strict=True)
+    if parameter.grad is not None:
+        parameter.grad.add_(grad)
+    elif all(mine == other for size, mine, other in dims if size > 1):  # autograd's own rule for taking it as it is
+        parameter.grad = grad
+    else:
+        parameter.grad = torch.empty_like(parameter).copy_(grad)
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    for hook in tuple(hooks.values()) if hooks else ():
+        hook(parameter)

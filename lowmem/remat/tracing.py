@@ -1,0 +1,140 @@
+"""A module -> its operations, by `torch.fx`: what its own `forward` does counts, never the names of its children.
+
+Modules that cannot be traced, or that must run as a whole, are leaves: those whose forward depends on values, that
+change something in place which others see, that own buffers of their own, or that somebody hung hooks on (which then
+run as ever). The whole module is one if nothing else helps; a real `nn.Sequential` then is its children.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+TRACING = threading.Lock()  # torch.fx patches globals while it traces: one thread at a time
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any(module.__dict__.get(name) for name in _HOOKS)
+
+
+class NotTraceable(ValueError):
+    """Why a module cannot be traced, in a sentence. `final`: nor can it be run as a whole."""
+
+    def __init__(self, why: str, final: bool = True) -> None:
+        super().__init__(why)
+        self.final = final
+
+
+class _Restart(Exception):
+    """A module turned out to be a leaf."""
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(why)
+        self.path, self.why = path, why
+
+
+class Tracer(fx.Tracer):
+    """`leaves`: path -> why, of modules that run as a whole; grows while it traces."""
+
+    def __init__(self, model: nn.Module, leaves: dict[str, str]) -> None:
+        super().__init__(autowrap_functions=())
+        self.model, self.leaves = model, leaves
+        self._depth = 0
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.leaves or has_hooks(m) or is_parametrized(m):
+            return True
+        if super().is_leaf_module(m, module_qualified_name):
+            return True
+        return any(one is not None for one in m._buffers.values())
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return self.create_proxy("call_module", path, args, kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except (_Restart, NotTraceable):
+            raise
+        except Exception as error:
+            raise _Restart(path, f"{type(error).__name__}: {error}") from error
+
+
+def trace(model: nn.Module, leaves: dict[str, str] | None = None) -> tuple[fx.Graph, dict[str, str]]:
+    """The graph, and the leaves with the reasons. `leaves`: modules that are known to be. Raises NotTraceable if the
+    module itself cannot be traced, or keeps state in a plain attribute."""
+    leaves = {} if leaves is None else leaves
+    with TRACING:
+        while True:
+            before = _attributes(model)
+            try:
+                tracer = Tracer(model, leaves)
+                graph = tracer.trace(model, _defaults(model))
+            except _Restart as restart:
+                if restart.path in leaves:
+                    raise NotTraceable(restart.why, final=False) from restart
+                leaves[restart.path] = restart.why
+                continue
+            except NotTraceable:
+                raise
+            except Exception as error:
+                raise NotTraceable(f"{type(error).__name__}: {error}", final=False) from error
+            finally:
+                changed = _restored(model, before)
+            if changed is not None:
+                raise NotTraceable(
+                    f"{changed} is set while the network runs: state in a plain attribute cannot be kept right when a "
+                    "part runs again; make it a buffer (register_buffer), or leave it to plain PyTorch"
+                )
+            return graph, leaves
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """What `forward` takes beside its first argument has to have a default."""
+    first, *others = inspect.signature(model.forward).parameters.values()
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if first.kind in kinds:
+        raise NotTraceable("its forward takes any number of arguments, not one tensor")
+    found = {}
+    for parameter in others:
+        if parameter.kind in kinds:
+            continue
+        if parameter.default is inspect.Parameter.empty:
+            raise NotTraceable(f"its forward needs {parameter.name} beside its first argument: one tensor is planned")
+        found[parameter.name] = parameter.default
+    return found
+
+
+def _attributes(model: nn.Module) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """By module: what it has, and a copy of that."""
+    return [(name, module.__dict__, dict(module.__dict__)) for name, module in model.named_modules()]
+
+
+def _restored(model: nn.Module, before: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> str | None:
+    """Puts back what tracing changed; the name of such an attribute."""
+    found = None
+    for name, now, then in before:
+        for key in {*now, *then}:
+            if now.get(key, _NOTHING) is not then.get(key, _NOTHING):
+                found = f"{name or type(model).__name__}.{key}"
+        now.clear()
+        now.update(then)
+    return found
+
+
+_NOTHING = object()
+
+
+def owner_of(node: fx.Node) -> str:
+    """The path of the innermost module whose forward made the node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
