@@ -157,7 +157,7 @@ class AutogradOperation(Operation):
     view: bool = False  # type: ignore[misc]
     draws: bool = True
     shared: tuple[str, ...] = ()
-    under_autograd = True
+    graphed = under_autograd = True
 
     @property
     def reads(self) -> tuple[int, ...]:  # type: ignore[override]

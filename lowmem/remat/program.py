@@ -75,7 +75,7 @@ class Compiler:
         return frozenset(
             k
             for k, operation in enumerate(self.operations)
-            if operation.under_autograd and self.needs[k + 1] and (operation.light or k + 1 in wanted)
+            if operation.graphed and self.needs[k + 1] and (operation.light or k + 1 in wanted)
         )
 
     def _aliases(self) -> list[int]:
@@ -193,7 +193,7 @@ class Compiler:
         in_graphs = {
             value
             for k in kept.graphs
-            if not self.operations[k].light
+            if self.operations[k].under_autograd and not self.operations[k].light
             for value in (k + 1, *self.operations[k].operands)
         }
         fixed = {self._alias[value] for value in stay | in_graphs | {0}}

@@ -67,13 +67,12 @@ class Stage:
 
     @cached_property
     def read(self) -> frozenset[str]:
-        """What SAVE_ALL keeps: results that some backward reads, and graphs of what runs under autograd."""
-        read = {operation.operands[at] for operation in self.operations for at in operation.reads}
-        read |= {k + 1 for k, operation in enumerate(self.operations) if operation.reads_output}
+        """What SAVE_ALL keeps: graphs, and results that the backward of others reads."""
+        read = {value for k, one in enumerate(self.operations) if not one.graphed for value in self._reads(k)}
         return frozenset(
             operation.name
             for k, operation in enumerate(self.operations)
-            if self._keepable(k) and (k + 1 in read or operation.under_autograd)
+            if self._keepable(k) and (k + 1 in read or operation.graphed)
         )
 
     def _keepable(self, k: int) -> bool:
@@ -82,11 +81,15 @@ class Stage:
 
     @cached_property
     def tensors(self) -> frozenset[str]:
-        """Names of everything that can be kept: beside those the dear ones that are made on the way to them."""
-        dear = (
-            one.name for k, one in enumerate(self.operations) if one.dear and k in self._again and self._keepable(k)
+        """Names of everything that can be kept: beside those what graphs are made of, if they are made again, and the
+        dear ones on the way to anything."""
+        read = {value for k, one in enumerate(self.operations) if not one.light for value in self._reads(k)}
+        more = (
+            one.name
+            for k, one in enumerate(self.operations)
+            if self._keepable(k) and (k + 1 in read or (one.dear and k in self._again))
         )
-        return self.read.union(dear)
+        return self.read.union(more)
 
     @cached_property
     def _again(self) -> set[int]:
@@ -100,7 +103,7 @@ class Stage:
         return frozenset(
             operation.name
             for k, operation in enumerate(self.operations)
-            if operation.dear and operation.name in self.tensors and (k in self._again or operation.under_autograd)
+            if operation.dear and operation.name in self.tensors and (k in self._again or operation.graphed)
         )
 
     def kept(self, policy: BlockPolicy | None) -> frozenset[str]:
@@ -222,7 +225,7 @@ class Stage:
             if not step.backward:
                 operands = [room[value] for value in operation.operands]
                 if step.graph:
-                    room[k + 1], room[graphs + k] = operation.with_graph(operands, state, step.needed)  # type: ignore[attr-defined]
+                    room[k + 1], room[graphs + k] = operation.with_graph(operands, state, step.needed)
                 else:
                     room[k + 1] = operation.forward(operands, state, step.into)
                 del operands
