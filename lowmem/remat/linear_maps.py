@@ -100,7 +100,10 @@ class Linear(Operation):
         x, weight, bias = operands[0], self.linear.weight, self.linear.bias
         if state.low is not None:
             x, weight, bias = x.to(state.low), weight.to(state.low), None if bias is None else bias.to(state.low)
-        return F.linear(x, weight, bias)
+        if x.is_contiguous():
+            return F.linear(x, weight, bias)
+        with torch.enable_grad():  # of others it folds dimensions if the weight is trained
+            return F.linear(x, weight, bias).detach()
 
     def plain(self, operands: Sequence[Any], state: PassState) -> Tensor:
         result: Tensor = self.linear(operands[0])

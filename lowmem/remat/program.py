@@ -26,6 +26,9 @@ class Step(NamedTuple):
     operation: int
     into: int | None = None  # position of the operand that the result is written into
     graph: bool = False  # with its graph, which is kept
+    # Under autograd, whose graph is dropped: some functions (matmul, attention) choose kernels by whether a gradient is
+    # wanted.
+    recorded: bool = False
     needed: tuple[bool, ...] = ()  # of a graph, or backward: the operands whose gradients are wanted
     backward: bool = False
     reads: tuple[int | None, ...] = ()  # of a backward: by operand the value it gets, None: nothing
@@ -114,7 +117,8 @@ class Compiler:
         return self._finish(steps, set(after.values) | {self.count}, after), after
 
     def _run(self, k: int, graphs: Collection[int]) -> Step:
-        return Step(k, graph=k in graphs, needed=self.needed(k))
+        recorded = self.operations[k].under_autograd and self.operations[k].dear and self.needs[k + 1]
+        return Step(k, graph=k in graphs, recorded=recorded and k not in graphs, needed=self.needed(k))
 
     def _make(self, value: int, there: set[int], steps: list[Step], graphs: Collection[int]) -> None:
         """Steps that compute the value, from what is there."""

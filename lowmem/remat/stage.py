@@ -7,7 +7,7 @@ gradient handed to `backward` has already gone through it: the result is at hand
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -69,21 +69,31 @@ class Stage:
     def read(self) -> frozenset[str]:
         """What SAVE_ALL keeps: graphs, and results that the backward of others reads."""
         read = {value for k, one in enumerate(self.operations) if not one.graphed for value in self._reads(k)}
+        read = self._behind_views(read)
         return frozenset(
             operation.name
             for k, operation in enumerate(self.operations)
-            if self._keepable(k) and (k + 1 in read or operation.graphed)
+            if self._keepable(k) and (k + 1 in read or (operation.graphed and not operation.light))
         )
 
     def _keepable(self, k: int) -> bool:
         operation = self.operations[k]
-        return not (operation.view or operation.light or (self.tail is not None and k + 1 == len(self.operations)))
+        return not (operation.view or (self.tail is not None and k + 1 == len(self.operations)))
+
+    def _behind_views(self, values: Iterable[int]) -> set[int]:
+        """The values themselves, or what they are views of."""
+        found = set(values)
+        for k in reversed(range(len(self.operations))):
+            if self.operations[k].view and k + 1 in found:
+                found.update(self.operations[k].operands)
+        return found
 
     @cached_property
     def tensors(self) -> frozenset[str]:
         """Names of everything that can be kept: beside those what graphs are made of, if they are made again, and the
         dear ones on the way to anything."""
         read = {value for k, one in enumerate(self.operations) if not one.light for value in self._reads(k)}
+        read = self._behind_views(read)
         more = (
             one.name
             for k, one in enumerate(self.operations)
@@ -143,6 +153,7 @@ class Stage:
         graphs = compiler.graphs(values)
         # What autograd alone needs is in its graph; of the others it is the tensor.
         read = {value for k in range(len(self.operations)) if k not in graphs for value in self._reads(k)}
+        read = self._behind_views(read)
         return Kept(frozenset(v for v in values if v - 1 not in graphs or v in read), graphs)
 
     def _reads(self, k: int) -> list[int]:
@@ -226,6 +237,8 @@ class Stage:
                 operands = [room[value] for value in operation.operands]
                 if step.graph:
                     room[k + 1], room[graphs + k] = operation.with_graph(operands, state, step.needed)
+                elif step.recorded:
+                    room[k + 1] = operation.with_graph(operands, state, step.needed)[0]
                 else:
                     room[k + 1] = operation.forward(operands, state, step.into)
                 del operands
