@@ -69,12 +69,13 @@ class Operation:
 
     `graphed`: in the forward it can make something for its backward to use in place of all that it reads
     (`with_graph`): autograd's graph, if it runs `under_autograd`, or a pool's indices. `light`: that keeps no tensor of
-    any size, so that it is always kept.
+    any size, so that it is always kept. `sums`: it may use an operand several times, so that its backward itself adds to
+    the gradient that the operand has from later uses: autograd's sums are one by one.
     """
 
     name: str
     operands: tuple[int, ...]
-    dear = view = light = graphed = under_autograd = reads_output = False
+    dear = view = light = graphed = under_autograd = sums = reads_output = False
     in_place: tuple[int, ...] = ()
     reads: tuple[int, ...] = ()
     shares: tuple[int, ...] = ()

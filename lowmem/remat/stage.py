@@ -257,8 +257,11 @@ class Stage:
             return
         operands = [None if value is None else room[value] for value in step.reads]
         output = None if step.output is None else room[step.output]
-        found = operation.backward(grad, operands, output, state, step.needed, step.owned)
-        del grad, operands, output
+        sums: dict[str, Any] = {}
+        if operation.sums:
+            sums["so_far"] = [grads[value] for value in operation.operands]
+        found = operation.backward(grad, operands, output, state, step.needed, step.owned, **sums)
+        del grad, operands, output, sums
         for value in step.frees:
             room[value] = None
         mine, parameters = found
@@ -274,7 +277,8 @@ class Stage:
             if new is None or not step.needed[position]:
                 continue
             old = grads[value]
-            grads[value] = new if old is None else add_gradients(old, new, step.sums[position])
+            summed = old is None or operation.sums
+            grads[value] = new if summed else add_gradients(old, new, step.sums[position])
 
 
 def add_gradients(old: Any, new: Any, in_place: bool) -> Any:
