@@ -250,6 +250,8 @@ class _Reader:
         """From now on `reading` stands for what the node was."""
         old = self.value[changed]
         where = owner_of(node) if node.op != "call_module" else path.rpartition(".")[0]
+        if isinstance(old, Reading) and old.scalar:
+            return
         if not isinstance(old, Reading):
             raise RunsWhole(where, "a buffer or a parameter is changed in place")
         if old is self.input:
@@ -283,10 +285,9 @@ def _plain(arguments: Any) -> Any:
 
 
 _IN_PLACE_OPERATORS = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
+    **{getattr(operator, f"i{name}"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv")},
+    **{getattr(operator, f"i{name}"): getattr(operator, name) for name in ("mod", "pow", "matmul", "xor")},
+    **{operator.iand: operator.and_, operator.ior: operator.or_},
 }
 
 
