@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lowmem.remat.operation import Gradients, Operation, PassState, Total, in_format, of_tensor, trainable
+from lowmem.remat.operation import Gradients, Operation, PassState, Total, dense, in_format, of_tensor, trainable
 
 Norm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
@@ -287,7 +287,7 @@ class BatchNorm(Operation):
 
     def forward(self, operands: Sequence[Any], state: PassState, into: int | None = None) -> Tensor:
         z = operands[0]
-        in_place = into is not None and in_format(z)
+        in_place = into is not None and in_format(z) and dense(z)
         if (stats := state.notes.get(self)) is not None:
             return norm_again(self.norm, z, stats, in_place)
         out, state.notes[self] = norm_first(self.norm, z, in_place, state.library_norm, state.total)
