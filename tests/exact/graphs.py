@@ -145,11 +145,9 @@ class RandomNet(nn.Module):
         kinds = [operator.add, operator.add, torch.add, operator.mul, torch.mul, operator.sub, torch.maximum]
         if at not in self._views:
             kinds += [operator.iadd, operator.imul]
-        self._line(
-            shape,
-            self._random.choice(kinds),
-            *((at, other) if call in (operator.iadd, operator.imul) or self._random.random() < 0.7 else (other, at)),
-        )
+        call = self._random.choice(kinds)
+        swapped = call not in (operator.iadd, operator.imul) and self._random.random() < 0.3
+        self._line(shape, call, *((other, at) if swapped else (at, other)))
 
     def _excitation(self, at: int) -> None:
         """A value times a number for each channel, whichever comes first."""
