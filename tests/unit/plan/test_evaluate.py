@@ -11,7 +11,7 @@ from lowmem.plan.cost import ChainCost, OptionCost, StageCost
 from lowmem.plan.evaluate import evaluate
 from lowmem.plan.policy import FUSED, LEAN, SAVE_ALL, BlockPolicy, Keep, Schedule, Segment, keep, uniform
 
-DROP = keep("z2", drop_output=True)
+DROP = keep("conv2", drop_output=True)
 
 
 def option(policy: BlockPolicy, f: float, b: float, kept: int, tf: int, tb: int, **more: Any) -> OptionCost:
@@ -143,4 +143,4 @@ def test_what_does_not_fit_the_chain_is_refused() -> None:
     with pytest.raises(ValueError, match=r"0\.\.1"):
         evaluate(uniform([SAVE_ALL] * 2), CHAIN)
     with pytest.raises(KeyError, match="KEEP"):
-        evaluate(uniform([keep("z1")] * 3), CHAIN)
+        evaluate(uniform([keep("conv1")] * 3), CHAIN)
