@@ -177,9 +177,15 @@ def _affine(z: Tensor, scale: Tensor, shift: Tensor | None, center: Tensor, in_p
 
 
 def norm_backward(
-    bn: Norm, grad: Tensor, z: Tensor, stats: NormStats, need_input: bool, total: Total | None = None
+    bn: Norm,
+    grad: Tensor,
+    z: Tensor,
+    stats: NormStats,
+    need_input: bool,
+    total: Total | None = None,
+    spent: bool = False,
 ) -> Gradients:
-    """The gradients of z, where needed, and of weight and bias.
+    """The gradients of z, where needed, and of weight and bias. `spent`: z may be written into.
 
     With statistics of all processes `total` is called once if z's gradient is needed. The gradients of weight and bias
     are this process's own: like those of all parameters they remain to be summed.
@@ -193,7 +199,7 @@ def norm_backward(
             if stats.count is not None:
                 assert total is not None
                 total(sums)
-            grad_z = _input_grad(bn, grad, z, stats, sums) if z.numel() else torch.empty_like(z)
+            grad_z = _input_grad(bn, grad, z, stats, sums, spent) if z.numel() else torch.empty_like(z)
     else:
         running = (None, None) if stats.training else (bn.running_mean, bn.running_var)
         saved = (*running, stats.mean, stats.invstd, stats.training, bn.eps, mask)
@@ -226,9 +232,9 @@ def _parameter_grads(bn: Norm, grad: Tensor, z: Tensor, stats: NormStats) -> tup
     return grad_weight, grad_bias
 
 
-def _input_grad(bn: Norm, grad: Tensor, z: Tensor, stats: NormStats, sums: Tensor) -> Tensor:
-    """z's gradient from the totals of grad and of grad * (z - mean) * invstd, float64 [2C].
-    the part that depends on z, so that there is one new tensor, as in the library's kernel."""
+def _input_grad(bn: Norm, grad: Tensor, z: Tensor, stats: NormStats, sums: Tensor, spent: bool) -> Tensor:
+    """z's gradient from the totals of grad and of grad * (z - mean) * invstd, float64 [2C]. On a CPU, z's place holds
+    the part that depends on z if z is `spent`, so that there is one new tensor, as in the library's kernel."""
     assert stats.mean is not None
     assert stats.invstd is not None
     assert stats.count is not None
@@ -241,7 +247,7 @@ def _input_grad(bn: Norm, grad: Tensor, z: Tensor, stats: NormStats, sums: Tenso
     slope, shift = scale * invstd * sum_dy_xhat / -stats.count, scale * sum_dy / -stats.count
     zero = torch.zeros_like(stats.mean)
     grad_z = _affine(grad, scale.to(dtype), zero, zero, in_place=False)
-    return grad_z.add_(_affine(z, slope.to(dtype), shift.to(dtype), stats.mean, in_place=False))
+    return grad_z.add_(_affine(z, slope.to(dtype), shift.to(dtype), stats.mean, in_place=spent))
 
 
 def _run_norm(z: Tensor, in_place: bool, weight: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,6 +273,7 @@ class BatchNorm(Operation):
     norm: Norm  # type: ignore[assignment]
     in_place = (0,)
     reads = (0,)
+    uses_up = 0
 
     @staticmethod
     def covers(module: nn.Module) -> bool:
@@ -292,6 +299,13 @@ class BatchNorm(Operation):
         return result
 
     def backward(
-        self, grad: Any, operands: Sequence[Any], output: Any, state: PassState, needed: Sequence[bool], owned: bool
+        self,
+        grad: Any,
+        operands: Sequence[Any],
+        output: Any,
+        state: PassState,
+        needed: Sequence[bool],
+        owned: bool,
+        spent: bool = False,
     ) -> Gradients:
-        return norm_backward(self.norm, grad, operands[0], state.notes[self], needed[0], state.total)
+        return norm_backward(self.norm, grad, operands[0], state.notes[self], needed[0], state.total, spent)

@@ -65,7 +65,8 @@ class Operation:
     operand's memory under another shape. `light`: its graph under autograd keeps no tensor of any size, so that it is
     always kept. `in_place`: positions of operands that the result may be written into. `reads`: positions of operands,
     `reads_output`: whether the result, that the backward needs. `shares`: positions whose gradient is, or is a view of,
-    the one that comes in; all others are new tensors.
+    the one that comes in; all others are new tensors. `uses_up`: the position of an operand that the backward can make
+    use of as room for its own; where nobody needs it any more, it is called with `spent=True`.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Operation:
     in_place: tuple[int, ...] = ()
     reads: tuple[int, ...] = ()
     shares: tuple[int, ...] = ()
+    uses_up: int | None = None
     norm: nn.Module | None = None  # a batch norm whose statistics may be all processes'
 
     @property

@@ -241,7 +241,8 @@ class Stage:
             return
         operands = [None if value is None else room[value] for value in step.reads]
         output = None if step.output is None else room[step.output]
-        found = operation.backward(grad, operands, output, state, step.needed, step.owned)
+        more = {"spent": True} if step.spent else {}
+        found = operation.backward(grad, operands, output, state, step.needed, step.owned, **more)
         del grad, operands, output
         for value in step.frees:
             room[value] = None

@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-TRACING = threading.Lock()  # torch.fx patches globals while it traces: one thread at a time
+TRACING = threading.Lock()  # torch.fx patches every module's calls while it traces: one thread at a time
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -46,7 +46,7 @@ class Tracer(fx.Tracer):
     def __init__(self, model: nn.Module, leaves: dict[str, str]) -> None:
         super().__init__(autowrap_functions=())
         self.model, self.leaves = model, leaves
-        self._depth = 0
+        self._thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves or has_hooks(m) or is_parametrized(m):
@@ -58,6 +58,8 @@ class Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if threading.get_ident() != self._thread:  # somebody else's module, which runs meanwhile
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return self.create_proxy("call_module", path, args, kwargs)
@@ -67,6 +69,11 @@ class Tracer(fx.Tracer):
             raise
         except Exception as error:
             raise _Restart(path, f"{type(error).__name__}: {error}") from error
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 def trace(model: nn.Module, leaves: dict[str, str] | None = None) -> tuple[fx.Graph, dict[str, str]]:
