@@ -200,7 +200,8 @@ class Resume:
                 recorded = from_yaml(self.path / "config.yaml")
                 folder.write_config(to_yaml(recorded.replace(new | absolute_paths(new, Path.cwd()), "resume")))
             if replanned is not None:
-                folder.event("replan", budget_bytes=replanned.budget_bytes)
+                why = {} if decision.why is None else {"why": decision.why}
+                folder.event("replan", budget_bytes=replanned.budget_bytes, **why)
             return folder.cut_back(epoch=state.epoch, step=state.step)
 
         for damage in group.lead(write, list[str]()):

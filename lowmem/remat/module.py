@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from lowmem.core.units import counted
 from lowmem.plan.policy import Keep, Schedule
 from lowmem.plan.record import Plan
-from lowmem.remat.chain import TracedChain, traced
+from lowmem.remat.chain import TracedChain, chain_of, traced
 from lowmem.remat.executor import Run, autocast_dtype
 from lowmem.remat.operation import Total
 from lowmem.remat.stage import Stage
@@ -60,10 +60,7 @@ class Execution:
     def set_schedule(self, schedule: Schedule) -> None:
         """Raises ValueError if the schedule does not cover the chain or a stage does not know its policy."""
         stages = self.stages
-        schedule.check_covers(len(stages))
-        for _, item in schedule.walk():
-            if isinstance(item, Keep):
-                stages[item.stage].check(item.policy)
+        check_schedule(schedule, stages)
         self.schedule = schedule
         self._checked = stages
 
@@ -89,9 +86,11 @@ class Execution:
 
 
 class PlannedModule(nn.Module):
-    """What `apply_plan` returns is this and the model's own class."""
+    """What `apply_plan` returns is this and the model's own class. `lowmem` has a slot, as the model has the same
+    `__dict__`; on the class, which is part of a cycle, it would live until the garbage collector comes by."""
 
-    lowmem: ClassVar[Execution]
+    __slots__ = ("lowmem",)
+    lowmem: Execution
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output for one tensor."""
@@ -133,9 +132,10 @@ def planned(
     """The module, of the model's class, that executes the schedule on the model's own parameters."""
     execution = Execution(model, schedule, library_norm, parts)
     kind = type(model)
-    made = type(f"Planned{kind.__name__}", (PlannedModule, kind), {"lowmem": execution, "__module__": kind.__module__})
+    made = type(f"Planned{kind.__name__}", (PlannedModule, kind), {"__module__": kind.__module__})
     module: PlannedModule = object.__new__(made)
     object.__setattr__(module, "__dict__", model.__dict__)
+    object.__setattr__(module, "lowmem", execution)
     return module
 
 
@@ -157,6 +157,27 @@ def parts_of(model: nn.Module, stages: Sequence[str | nn.Module]) -> Parts:
     return parts
 
 
+def check_plan(plan: Plan, stages: Sequence[Stage]) -> None:
+    """Raises ValueError if the plan, or one on its ladder, is none for these stages."""
+    names = tuple(stage.name for stage in stages)
+    if plan.stages != names:
+        wrong = next((pair for pair in zip(plan.stages, names, strict=False) if pair[0] != pair[1]), None)
+        detail = f"{wrong[0]!r} where the model has {wrong[1]!r}" if wrong else "another number of them"
+        raise ValueError(
+            f"the plan has {counted(len(plan.stages), 'stage')}, the model {len(names)}: {detail}; plan again"
+        )
+    for one in (plan, *plan.ladder):
+        check_schedule(one.schedule, stages)
+
+
+def check_schedule(schedule: Schedule, stages: Sequence[Stage]) -> None:
+    """Raises ValueError if the schedule does not cover the chain or a stage does not know its policy."""
+    schedule.check_covers(len(stages))
+    for _, item in schedule.walk():
+        if isinstance(item, Keep):
+            stages[item.stage].check(item.policy)
+
+
 def apply_plan(
     model: nn.Module,
     plan: Plan | Schedule,
@@ -176,12 +197,6 @@ def apply_plan(
     parts = None if stages is None else parts_of(model, stages)
     if isinstance(plan, Schedule):
         return planned(model, plan, bool(library_norm), parts)
-    names = stage_names(model) if parts is None else tuple(name for name, _ in parts)
-    if plan.stages != names:
-        wrong = next((pair for pair in zip(plan.stages, names, strict=False) if pair[0] != pair[1]), None)
-        detail = f"{wrong[0]!r} where the model has {wrong[1]!r}" if wrong else "another number of them"
-        raise ValueError(
-            f"the plan has {counted(len(plan.stages), 'stage')}, the model {len(names)}: {detail}; plan again"
-        )
+    check_plan(plan, decompose(model) if parts is None else chain_of(parts))
     library_norm = plan.library_norm if library_norm is None else library_norm
     return planned(model, plan.schedule, library_norm, parts)
