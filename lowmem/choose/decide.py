@@ -3,7 +3,8 @@
 
 What a run has recorded is kept if nothing that it depends on has changed and as many processes go on. With another
 budget, or where the plan names parts of the network as an older version did, what is computed is kept: shares,
-micro-batches, precision and memory format. Everything else is planned anew. A batch is chosen (`--batch auto`) when a run begins, and never again: the settings that come out say which.
+micro-batches, precision and memory format. Everything else is planned anew. A batch is chosen
+(`--batch auto`) when a run begins, and never again: the settings that come out say which.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ class Silence(Listener):
 @dataclass(frozen=True)
 class Decision:
     """The settings with what was decided, this process's plan with its ladder (None: unplanned), and everybody's part
-    of the batch. `changed`: not as it was recorded; `why`, if not for what was asked. `planned`: the choices behind plans on paper (they hold much that a
-    run does not need). `confirmed`: the trials of the plan, as an event's fields."""
+    of the batch. `changed`: not as it was recorded; `why`, if not for what was asked. `planned`: the choices behind
+    plans on paper (they hold much that a run does not need). `confirmed`: the plan's trials, as an event's fields."""
 
     settings: Settings
     plan: Plan | None
@@ -123,7 +124,7 @@ def decide(
     auto = config.memory.auto_batch and recorded is None
     anew = recorded is None or not plans or (recorded.fork and outdated is None)
     # Without a budget by now, it goes on within the one that it was planned for.
-    bounded = config if recorded is None or wants_plan(config) else replace(config, memory=recorded.config.memory)
+    bounded = config if recorded is None or wants_plan(config) else _with_memory_of(config, recorded.config)
     requests = _requests(bounded, data, group, tell, on_paper=on_paper, recalibrate=recalibrate)
     first = min(requests)
     own = requests[first]
@@ -225,6 +226,10 @@ def _still_holds(recorded: RecordedRun, config: Config) -> bool:
         known = bool(recorded.plans) or not wants_plan(config)
         return known and _basis(recorded.config) == _basis(config)
     return not wants_plan(config) or _budget(recorded.config) == _budget(config)
+
+
+def _with_memory_of(config: Config, other: Config) -> Config:
+    return config.model_copy(update={"memory": other.memory})
 
 
 def _outdated(plans: Sequence[Plan | None], config: Config) -> str | None:

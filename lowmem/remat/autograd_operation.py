@@ -131,7 +131,7 @@ class _Entry(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.inbox[ctx.position] = grad
         return None, None, None, None
 
@@ -152,9 +152,9 @@ class AutogradOperation(Operation):
     kwargs: dict[str, Any] = field(default_factory=dict)
     module: nn.Module | None = None
     same: Hashable = None
-    dear: bool = False  # type: ignore[misc]
-    light: bool = False  # type: ignore[misc]
-    view: bool = False  # type: ignore[misc]
+    dear: bool = False
+    light: bool = False
+    view: bool = False
     draws: bool = True
     shared: tuple[str, ...] = ()
     under_autograd = True

@@ -31,15 +31,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lowmem.remat.operation import Gradients, Operation, PassState, Total, of_tensor, trainable
-
-Norm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+from lowmem.remat.operation import Gradients, Norm, Operation, PassState, Total, of_tensor, trainable
 
 _aten = torch.ops.aten
 _EXACT_DTYPES = (torch.float32, torch.float64)
@@ -270,7 +268,7 @@ class BatchNorm(Operation):
 
     name: str
     operands: tuple[int, ...]
-    norm: Norm  # type: ignore[assignment]
+    norm: Norm
     in_place = (0,)
     reads = (0,)
     uses_up = 0

@@ -98,9 +98,9 @@ class Linear(Operation):
 
     def forward(self, operands: Sequence[Any], state: PassState, into: int | None = None) -> Tensor:
         x, weight, bias = operands[0], self.linear.weight, self.linear.bias
-        if state.low is not None:
-            x, weight, bias = x.to(state.low), weight.to(state.low), None if bias is None else bias.to(state.low)
-        return F.linear(x, weight, bias)
+        if state.low is None:
+            return F.linear(x, weight, bias)
+        return F.linear(x.to(state.low), weight.to(state.low), None if bias is None else bias.to(state.low))
 
     def plain(self, operands: Sequence[Any], state: PassState) -> Tensor:
         result: Tensor = self.linear(operands[0])

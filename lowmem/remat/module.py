@@ -80,8 +80,8 @@ class Execution:
             self.set_schedule(self.schedule)
         except ValueError as error:
             raise RuntimeError(
-                f"the network has changed since it was planned: {error}; make a plan for it as it is now (make_plan) and "
-                "apply that"
+                f"the network has changed since it was planned: {error}; make a plan for it as it is now (make_plan) "
+                "and apply that"
             ) from error
 
 
@@ -147,7 +147,7 @@ def parts_of(model: nn.Module, stages: Sequence[str | nn.Module]) -> Parts:
     """Modules that make up a network, by name or themselves, in the order in which its input goes through them. Raises
     ValueError for a name that the model has not got."""
     names = {id(module): name for name, module in model.named_modules()}
-    parts = []
+    parts: list[tuple[str, Callable[..., Any]]] = []
     for one in stages:
         try:
             module = model.get_submodule(one) if isinstance(one, str) else one

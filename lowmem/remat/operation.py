@@ -1,7 +1,7 @@
 """What a stage is made of: operations, and what they may know of the pass they run in.
 
 An operation takes the values of a stage (0: its input; k: the result of its k-th operation) and makes one more. Some
-have kernels of their own, called as autograd calls them, so that on a CPU the bits are the same (invariant 1): these say
+have kernels of their own, called as autograd calls them, so that on a CPU the bits are the same (invariant 1): they say
 what their backward reads, and may write their result into an operand that nobody needs any more. Every other one runs
 under autograd by itself (`autograd_operation.py`).
 """
@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+Norm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 Total: TypeAlias = Callable[[Tensor], None]
 """Sums a contiguous float64 vector over all processes, in place; returns when the tensor may be used."""
@@ -76,7 +78,7 @@ class Operation:
     reads: tuple[int, ...] = ()
     shares: tuple[int, ...] = ()
     uses_up: int | None = None
-    norm: nn.Module | None = None  # a batch norm whose statistics may be all processes'
+    norm: Norm | None = None  # a batch norm whose statistics may be all processes'
 
     @property
     def signature(self) -> Hashable:

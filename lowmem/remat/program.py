@@ -1,5 +1,5 @@
-"""What a stage does under a policy, settled beforehand: which operation runs when, what is computed again and when, what
-is written in place, and after which step each tensor dies. The stage then only follows it (`stage.Stage`).
+"""What a stage does under a policy, settled beforehand: which operation runs when, what is computed again and when,
+what is written in place, and after which step each tensor dies. The stage then only follows it (`stage.Stage`).
 
 The backward goes through the operations in reverse; what one of them reads and nobody has is computed again just before
 it, from the nearest tensors that are there, and lives until the last that needs it. Gradients that meet at a value are

@@ -96,7 +96,7 @@ class _Reader:
             *owner, name = str(node.target).split(".")
             self.value[node] = Attribute(self.model.get_submodule(".".join(owner)), name)
         elif node.op == "output":
-            found = node.args[0]
+            found: Any = node.args[0]
             found = self.value[found] if isinstance(found, fx.Node) else found
             if not isinstance(found, Reading) or found.scalar:
                 kind = type(found).__name__ if not isinstance(found, Reading) else "number"
@@ -202,7 +202,8 @@ class _Reader:
 
     def _out_of_place(self, node: fx.Node) -> tuple[_Call, Any, Any, fx.Node | None]:
         """The call without its change, and the node that it changes."""
-        args, kwargs = node.args, dict(node.kwargs)
+        args: tuple[Any, ...] = node.args
+        kwargs: dict[str, Any] = dict(node.kwargs)
         target: Any = node.target
         if node.op == "call_module":
             module = self.modules[str(target)]
@@ -245,9 +246,10 @@ class _Reader:
         for other, value in list(self.value.items()):
             if value is old:
                 self.value[other] = reading
-            elif isinstance(value, Reading) and value is not reading and _base(value) is _base(old):
-                if any(self.order[user] > now for user in other.users):
-                    raise RunsWhole(where, "something is changed in place of which a view is used later")
+                continue
+            shares = isinstance(value, Reading) and value is not reading and _base(value) is _base(old)
+            if shares and any(self.order[user] > now for user in other.users):
+                raise RunsWhole(where, "something is changed in place of which a view is used later")
 
 
 def _base(reading: Reading) -> Reading:

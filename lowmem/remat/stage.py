@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowmem.plan.policy import BlockPolicy, PolicyKind
 from lowmem.remat.elementwise import OutputActivation
-from lowmem.remat.operation import Operation, PassState
+from lowmem.remat.operation import Norm, Operation, PassState
 from lowmem.remat.program import Compiler, Kept, Step
 
 Box: TypeAlias = list[Any]
@@ -51,7 +51,7 @@ class Stage:
         return tuple((operation.name, operation.signature, operation.operands) for operation in self.operations)
 
     @property
-    def norms(self) -> tuple[nn.Module, ...]:
+    def norms(self) -> tuple[Norm, ...]:
         """Batch norms whose statistics may be all processes', in the order in which the forward needs them."""
         return tuple(operation.norm for operation in self.operations if operation.norm is not None)
 

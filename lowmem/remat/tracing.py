@@ -83,8 +83,8 @@ def trace(model: nn.Module, leaves: dict[str, str] | None = None) -> tuple[fx.Gr
     with TRACING:
         while True:
             before = _attributes(model)
+            tracer = Tracer(model, leaves)
             try:
-                tracer = Tracer(model, leaves)
                 graph = tracer.trace(model, _defaults(model))
             except _Restart as restart:
                 if restart.path in leaves:
@@ -97,6 +97,7 @@ def trace(model: nn.Module, leaves: dict[str, str] | None = None) -> tuple[fx.Gr
                 raise NotTraceable(f"{type(error).__name__}: {error}", final=False) from error
             finally:
                 changed = _restored(model, before)
+                tracer.__dict__.clear()  # it is in a cycle, and would hold the model until the collector comes by
             if changed is not None:
                 raise NotTraceable(
                     f"{changed} is set while the network runs: state in a plain attribute cannot be kept right when a "

@@ -24,7 +24,10 @@ def test_a_stage_begins_with_a_dear_operation_and_has_what_follows() -> None:
 
 
 def test_what_is_cheap_at_the_front_belongs_to_the_first() -> None:
-    assert _names(nn.Sequential(nn.ReLU(), nn.AvgPool2d(2), _conv(), _conv())) == {"stem": ["0", "1", "2"], "head": ["3"]}
+    assert _names(nn.Sequential(nn.ReLU(), nn.AvgPool2d(2), _conv(), _conv())) == {
+        "stem": ["0", "1", "2"],
+        "head": ["3"],
+    }
 
 
 def test_a_block_with_a_shortcut_is_one_stage() -> None:

@@ -176,7 +176,9 @@ def test_random_stages(seed: int) -> None:
     compiler = Compiler(operations, rng.random() < 0.7, trains, tail)
     if not compiler.needs[len(operations) - tail]:
         compiler = Compiler(operations, True, trains, tail)
-    keepable = [k + 1 for k, one in enumerate(operations) if not (one.view or one.light or (tail and one is operations[-1]))]
+    keepable = [
+        k + 1 for k, one in enumerate(operations) if not (one.view or one.light or (tail and one is operations[-1]))
+    ]
     for size in (0, 1, 2, len(keepable)):
         for some in list(combinations(keepable, min(size, len(keepable))))[:6]:
             _check(compiler, operations, frozenset(some), tail)
@@ -238,7 +240,11 @@ def test_frozen_parameters_need_less() -> None:
     assert sum(step.backward for step in steps) == 3
 
 
-@pytest.mark.parametrize("policy", [SAVE_ALL, LEAN, INPUT_ONLY, keep("conv2", "relu"), BlockPolicy(PolicyKind.LEAN, drop_output=True)], ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    [SAVE_ALL, LEAN, INPUT_ONLY, keep("conv2", "relu"), BlockPolicy(PolicyKind.LEAN, drop_output=True)],
+    ids=str,
+)
 def test_after_a_backward_the_room_is_empty(policy: BlockPolicy) -> None:
     """With real tensors."""
     stage = _bottleneck()

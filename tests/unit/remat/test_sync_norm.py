@@ -333,7 +333,7 @@ def test_batch_norm_that_cannot_be_synchronised_is_refused() -> None:
     model = nn.Sequential(Depends(), BasicBlock(4, 4))
     planned = apply_plan(model, Schedule((Keep(0, SAVE_ALL), Keep(1, LEAN))))
     planned.lowmem.total = lambda values: None
-    with pytest.raises(ValueError, match="batch norm bn in .* is inside a module that runs as a whole"):
+    with pytest.raises(ValueError, match=r"batch norm bn in .* is inside a module that runs as a whole"):
         planned(torch.randn(2, 3, 8, 8))
     model[0].eval()
     planned(torch.randn(2, 3, 8, 8)).sum().backward()

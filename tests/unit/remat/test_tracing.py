@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem.remat import decompose
+from lowmem.plan.policy import SAVE_ALL, uniform
+from lowmem.remat import apply_plan, decompose
 from lowmem.remat.chain import TracedChain, traced
 from lowmem.remat.tracing import NotTraceable
 
@@ -177,3 +180,17 @@ def test_other_threads_run_their_modules_meanwhile() -> None:
     output, weight = results[0]
     assert torch.equal(output, theirs(torch.ones(2, 3)))
     assert type(weight) is nn.Parameter
+
+
+@pytest.mark.parametrize("make", [_Block, lambda: nn.Sequential(nn.Conv2d(3, 4, 1), _Depends())], ids=["whole", "leaf"])
+def test_the_model_dies_without_the_garbage_collector(make: Callable[[], nn.Module]) -> None:
+    """Its memory is for another one at once."""
+    model = make()
+    planned = apply_plan(model, uniform([SAVE_ALL] * len(decompose(model))))
+    reference = weakref.ref(model)
+    gc.disable()
+    try:
+        del model, planned
+        assert reference() is None
+    finally:
+        gc.enable()
