@@ -223,6 +223,9 @@ class Stage:
                 operands = [room[value] for value in operation.operands]
                 if step.graph:
                     room[k + 1], room[graphs + k] = operation.with_graph(operands, state, step.needed)  # type: ignore[attr-defined]
+                elif operation.under_autograd and operation.dear:
+                    # With a graph though it is for nobody: attention takes other kernels, with other bits, without.
+                    room[k + 1] = operation.with_graph(operands, state, step.needed)[0]  # type: ignore[attr-defined]
                 else:
                     room[k + 1] = operation.forward(operands, state, step.into)
                 del operands
