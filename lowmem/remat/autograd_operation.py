@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,7 @@ class Graph:
         self.edges: list[GradientEdge | None] = []  # of the result's tensors; None: it needs no gradient
         self.places: list[list[int | None]] = []  # per operand and tensor in it: under which number it entered
         self.parameters: dict[int, Tensor] = {}  # likewise, by number
+        self.entries: list[GradientEdge] = []  # by number
         self._inbox: dict[int, Tensor] = {}
         self._anchor: Tensor | None = None
         self._entered = 0
@@ -77,7 +79,9 @@ class Graph:
         if self._anchor is None:
             self._anchor = torch.empty(0, device=tensor.device, requires_grad=True)
         self._entered += 1
-        return _Entry.apply(self._anchor, self._inbox, self._entered - 1, tensor)
+        entered: Tensor = _Entry.apply(self._anchor, self._inbox, self._entered - 1, tensor)
+        self.entries.append(get_gradient_edge(entered))
+        return entered
 
     def operand(self, value: Any, needed: bool) -> Any:
         """A tensor, or tensors in a tuple, list or dict, to compute with."""
@@ -104,13 +108,22 @@ class Graph:
         detached = [one.detach() if is_tensor else one for one, is_tensor in zip(tensors, real, strict=True)]
         return tree_unflatten(detached, spec)
 
-    def backward(self, grad: Any, needed: Sequence[bool]) -> Gradients:
+    def backward(self, grad: Any, needed: Sequence[bool], so_far: Sequence[Any] = ()) -> Gradients:
+        """`so_far`: by operand the gradient that it has from later uses, or None: those of the uses in here are added to
+        it one by one, as autograd does, and the sum is returned."""
         grads = grad if isinstance(grad, list) else [grad]
         pairs = [
             (edge, one) for edge, one in zip(self.edges, grads, strict=True) if edge is not None and one is not None
         ]
         if not pairs:
             return Gradients([None] * len(needed))
+        for places, old in zip(self.places, so_far, strict=False):
+            olds = old if isinstance(old, list) else [old]
+            pairs += [
+                (self.entries[place], one)
+                for place, one in zip(places, olds, strict=False)
+                if place is not None and one is not None
+            ]
         with torch.autograd.set_multithreading_enabled(False):  # as the whole backward pass: see `TrainStep`
             torch.autograd.backward([edge for edge, _ in pairs], [one for _, one in pairs])
         inbox = self._inbox
@@ -157,7 +170,7 @@ class AutogradOperation(Operation):
     view: bool = False
     draws: bool = True
     shared: tuple[str, ...] = ()
-    under_autograd = True
+    graphed = under_autograd = True
 
     @property
     def reads(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -166,6 +179,12 @@ class AutogradOperation(Operation):
     @property
     def shares(self) -> tuple[int, ...]:  # type: ignore[override]
         return tuple(range(len(self.operands)))
+
+    @cached_property
+    def sums(self) -> bool:  # type: ignore[override]
+        found: list[Operand] = []
+        substitute((self.args, self.kwargs), lambda one: found.append(one) if isinstance(one, Operand) else None)
+        return len(set(found)) < len(found) or (self.module is not None and self.dear)
 
     @property
     def signature(self) -> Hashable:
@@ -230,11 +249,19 @@ class AutogradOperation(Operation):
             return graph.leave(result), graph
 
     def backward(
-        self, grad: Any, operands: Sequence[Any], output: Any, state: PassState, needed: Sequence[bool], owned: bool
+        self,
+        grad: Any,
+        operands: Sequence[Any],
+        output: Any,
+        state: PassState,
+        needed: Sequence[bool],
+        owned: bool,
+        so_far: Sequence[Any] = (),
     ) -> Gradients:
-        """`output` is the graph, if one was kept; else operands are there, and it is made first."""
+        """`output` is the graph, if one was kept; else operands are there, and it is made first. `so_far`: see
+        `Graph.backward`."""
         graph = output if isinstance(output, Graph) else self.with_graph(operands, state, needed)[1]
-        return graph.backward(grad, needed)
+        return graph.backward(grad, needed, so_far)
 
     def _run(
         self,

@@ -163,10 +163,14 @@ def norm_again(bn: Norm, z: Tensor, stats: NormStats, in_place: bool) -> Tensor:
         out = z if in_place else torch.empty_like(z)
         _aten.batch_norm_elemt.out(z, bn.weight, bn.bias, stats.mean, stats.invstd, bn.eps, out=out)
         return out
-    kept_in = z.dtype if bn.weight is None else bn.weight.dtype
-    if stats.count is None and kept_in not in _EXACT_DTYPES:
+    if stats.count is None and _kept_in(z, bn.weight, bn.bias, bn.running_mean) not in _EXACT_DTYPES:
         return _run_norm(z, in_place, bn.weight, bn.bias, None, None, True, 0.0, bn.eps)[0]
     return _affine(z, stats.invstd if bn.weight is None else bn.weight * stats.invstd, bn.bias, stats.mean, in_place)
+
+
+def _kept_in(z: Tensor, *parameters: Tensor | None) -> torch.dtype:
+    """The dtype of mean and inverse standard deviation on a CPU: of the first parameter or buffer that there is."""
+    return next((one.dtype for one in parameters if one is not None), z.dtype)
 
 
 def _affine(z: Tensor, scale: Tensor, shift: Tensor | None, center: Tensor, in_place: bool) -> Tensor:
@@ -253,7 +257,7 @@ def _run_norm(z: Tensor, in_place: bool, weight: Tensor | None, *others: Any) ->
     result, mean, invstd (both empty in evaluation)."""
     if not in_place or z.device.type not in ("cpu", "cuda"):
         return _aten.native_batch_norm(z, weight, *others)
-    dtype = z.dtype if weight is None else weight.dtype
+    dtype = _kept_in(z, weight, *others[:2])
     if z.is_cuda and z.dtype != torch.float64:
         dtype = torch.float32
     size = z.shape[1] if others[3] else 0

@@ -55,12 +55,14 @@ class Run:
         self.stages = stages
         self.stage_done = stage_done
         self.low = low
-        needs = input_needs_grad
+        wanted = torch.is_grad_enabled()
+        needs = input_needs_grad and wanted
         self.state = PassState(low, library_norm, total)
         self.memos: list[StagePass] = []
         self.active: list[bool] = []  # per stage: does it take part in the backward
         for stage in stages:
-            self.memos.append(StagePass(self.state, needs, stage.trains()))
+            trains = stage.trains() if wanted else (False,) * len(stage.operations)
+            self.memos.append(StagePass(self.state, needs, trains))
             needs = needs or any(self.memos[-1].trains)
             self.active.append(needs)
         self.entries: list[Held] = []
@@ -69,7 +71,7 @@ class Run:
 
     def execute(self, schedule: Schedule, x: Tensor) -> Tensor:
         """The chain's output for x, [N, ...]; differentiable if gradients are enabled and anything wants one."""
-        if torch.is_grad_enabled() and self.active[-1]:
+        if self.active[-1]:
             anchor = torch.empty(0, device=x.device, requires_grad=True)
             return _Chain.apply(anchor, x, self, schedule)
         with torch.no_grad(), _autocast_off(x, self.low):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -64,16 +65,21 @@ class Operation:
     """One operation of a stage. `name` is unique there.
 
     `dear`: its result is worth keeping, as making it again takes long. `view`: the result is (or may be) its first
-    operand's memory under another shape. `light`: its graph under autograd keeps no tensor of any size, so that it is
-    always kept. `in_place`: positions of operands that the result may be written into. `reads`: positions of operands,
-    `reads_output`: whether the result, that the backward needs. `shares`: positions whose gradient is, or is a view of,
-    the one that comes in; all others are new tensors. `uses_up`: the position of an operand that the backward can make
-    use of as room for its own; where nobody needs it any more, it is called with `spent=True`.
+    operand's memory under another shape. `in_place`: positions of operands that the result may be written into.
+    `reads`: positions of operands, `reads_output`: whether the result, that the backward needs. `shares`: positions
+    whose gradient is, or is a view of, the one that comes in; all others are new tensors. `uses_up`: the position of an
+    operand that the backward can make use of as room for its own; where nobody needs it any more, it is called with
+    `spent=True`.
+
+    `graphed`: in the forward it can make something for its backward to use in place of all that it reads
+    (`with_graph`): autograd's graph, if it runs `under_autograd`, or a pool's indices. `light`: that keeps no tensor of
+    any size, so that it is always kept. `sums`: it may use an operand several times, so that its backward itself adds to
+    the gradient that the operand has from later uses: autograd's sums are one by one.
     """
 
     name: str
     operands: tuple[int, ...]
-    dear = view = light = under_autograd = reads_output = False
+    dear = view = light = graphed = under_autograd = sums = reads_output = False
     in_place: tuple[int, ...] = ()
     reads: tuple[int, ...] = ()
     shares: tuple[int, ...] = ()
@@ -93,6 +99,11 @@ class Operation:
         run of a pass moves buffers and draws random numbers; later ones have the same bits and move nothing."""
         raise NotImplementedError
 
+    def with_graph(self, operands: Sequence[Any], state: PassState, needed: Sequence[bool]) -> tuple[Any, Any]:
+        """The result, and what its backward takes as `output` in place of operands and result. `needed`: the operands
+        whose gradients are wanted."""
+        raise NotImplementedError
+
     def plain(self, operands: Sequence[Any], state: PassState) -> Any:
         """The result as the model's own modules compute it, for autograd to record."""
         raise NotImplementedError
@@ -107,6 +118,22 @@ class Operation:
 
 def trainable(*parameters: Tensor | None) -> bool:
     return any(parameter is not None and parameter.requires_grad for parameter in parameters)
+
+
+def dense(tensor: Tensor) -> bool:
+    """Whether it has its strides from its own elements alone: a new tensor like it has the same ones. A slice has not,
+    and what is written into it would not be laid out as the library's result is."""
+    return dense_strides(tensor.shape, tensor.stride())
+
+
+@lru_cache(maxsize=4096)
+def dense_strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
 
 
 def of_tensor(tensor: Tensor | None) -> Hashable:

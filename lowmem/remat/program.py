@@ -26,6 +26,9 @@ class Step(NamedTuple):
     operation: int
     into: int | None = None  # position of the operand that the result is written into
     graph: bool = False  # with its graph, which is kept
+    # Under autograd, whose graph is dropped: some functions (matmul, attention) choose kernels by whether a gradient is
+    # wanted.
+    recorded: bool = False
     needed: tuple[bool, ...] = ()  # of a graph, or backward: the operands whose gradients are wanted
     backward: bool = False
     reads: tuple[int | None, ...] = ()  # of a backward: by operand the value it gets, None: nothing
@@ -76,7 +79,7 @@ class Compiler:
         return frozenset(
             k
             for k, operation in enumerate(self.operations)
-            if operation.under_autograd and self.needs[k + 1] and (operation.light or k + 1 in wanted)
+            if operation.graphed and self.needs[k + 1] and (operation.light or k + 1 in wanted)
         )
 
     def _aliases(self) -> list[int]:
@@ -115,7 +118,8 @@ class Compiler:
         return self._finish(steps, set(after.values) | {self.count}, after), after
 
     def _run(self, k: int, graphs: Collection[int]) -> Step:
-        return Step(k, graph=k in graphs, needed=self.needed(k))
+        recorded = self.operations[k].under_autograd and self.operations[k].dear and self.needs[k + 1]
+        return Step(k, graph=k in graphs, recorded=recorded and k not in graphs, needed=self.needed(k))
 
     def _make(self, value: int, there: set[int], steps: list[Step], graphs: Collection[int]) -> None:
         """Steps that compute the value, from what is there."""
@@ -194,7 +198,7 @@ class Compiler:
         in_graphs = {
             value
             for k in kept.graphs
-            if not self.operations[k].light
+            if self.operations[k].under_autograd and not self.operations[k].light
             for value in (k + 1, *self.operations[k].operands)
         }
         fixed = {self._alias[value] for value in stay | in_graphs | {0}}

@@ -7,7 +7,7 @@ gradient handed to `backward` has already gone through it: the result is at hand
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -67,26 +67,39 @@ class Stage:
 
     @cached_property
     def read(self) -> frozenset[str]:
-        """What SAVE_ALL keeps: results that some backward reads, and graphs of what runs under autograd."""
-        read = {operation.operands[at] for operation in self.operations for at in operation.reads}
-        read |= {k + 1 for k, operation in enumerate(self.operations) if operation.reads_output}
+        """What SAVE_ALL keeps: graphs, and results that the backward of others reads."""
+        read = {value for k, one in enumerate(self.operations) if not one.graphed for value in self._reads(k)}
+        read = self._behind_views(read)
         return frozenset(
             operation.name
             for k, operation in enumerate(self.operations)
-            if self._keepable(k) and (k + 1 in read or operation.under_autograd)
+            if self._keepable(k) and (k + 1 in read or (operation.graphed and not operation.light))
         )
 
     def _keepable(self, k: int) -> bool:
         operation = self.operations[k]
-        return not (operation.view or operation.light or (self.tail is not None and k + 1 == len(self.operations)))
+        return not (operation.view or (self.tail is not None and k + 1 == len(self.operations)))
+
+    def _behind_views(self, values: Iterable[int]) -> set[int]:
+        """The values themselves, or what they are views of."""
+        found = set(values)
+        for k in reversed(range(len(self.operations))):
+            if self.operations[k].view and k + 1 in found:
+                found.update(self.operations[k].operands)
+        return found
 
     @cached_property
     def tensors(self) -> frozenset[str]:
-        """Names of everything that can be kept: beside those the dear ones that are made on the way to them."""
-        dear = (
-            one.name for k, one in enumerate(self.operations) if one.dear and k in self._again and self._keepable(k)
+        """Names of everything that can be kept: beside those what graphs are made of, if they are made again, and the
+        dear ones on the way to anything."""
+        read = {value for k, one in enumerate(self.operations) if not one.light for value in self._reads(k)}
+        read = self._behind_views(read)
+        more = (
+            one.name
+            for k, one in enumerate(self.operations)
+            if self._keepable(k) and (k + 1 in read or (one.dear and k in self._again))
         )
-        return self.read.union(dear)
+        return self.read.union(more)
 
     @cached_property
     def _again(self) -> set[int]:
@@ -100,7 +113,7 @@ class Stage:
         return frozenset(
             operation.name
             for k, operation in enumerate(self.operations)
-            if operation.dear and operation.name in self.tensors and (k in self._again or operation.under_autograd)
+            if operation.dear and operation.name in self.tensors and (k in self._again or operation.graphed)
         )
 
     def kept(self, policy: BlockPolicy | None) -> frozenset[str]:
@@ -140,6 +153,7 @@ class Stage:
         graphs = compiler.graphs(values)
         # What autograd alone needs is in its graph; of the others it is the tensor.
         read = {value for k in range(len(self.operations)) if k not in graphs for value in self._reads(k)}
+        read = self._behind_views(read)
         return Kept(frozenset(v for v in values if v - 1 not in graphs or v in read), graphs)
 
     def _reads(self, k: int) -> list[int]:
@@ -222,10 +236,9 @@ class Stage:
             if not step.backward:
                 operands = [room[value] for value in operation.operands]
                 if step.graph:
-                    room[k + 1], room[graphs + k] = operation.with_graph(operands, state, step.needed)  # type: ignore[attr-defined]
-                elif operation.under_autograd and operation.dear:
-                    # With a graph though it is for nobody: attention takes other kernels, with other bits, without.
-                    room[k + 1] = operation.with_graph(operands, state, step.needed)[0]  # type: ignore[attr-defined]
+                    room[k + 1], room[graphs + k] = operation.with_graph(operands, state, step.needed)
+                elif step.recorded:
+                    room[k + 1] = operation.with_graph(operands, state, step.needed)[0]
                 else:
                     room[k + 1] = operation.forward(operands, state, step.into)
                 del operands
@@ -244,9 +257,11 @@ class Stage:
             return
         operands = [None if value is None else room[value] for value in step.reads]
         output = None if step.output is None else room[step.output]
-        more = {"spent": True} if step.spent else {}
+        more: dict[str, Any] = {"spent": True} if step.spent else {}
+        if operation.sums:
+            more["so_far"] = [grads[value] for value in operation.operands]
         found = operation.backward(grad, operands, output, state, step.needed, step.owned, **more)
-        del grad, operands, output
+        del grad, operands, output, more
         for value in step.frees:
             room[value] = None
         mine, parameters = found
@@ -262,7 +277,8 @@ class Stage:
             if new is None or not step.needed[position]:
                 continue
             old = grads[value]
-            grads[value] = new if old is None else add_gradients(old, new, step.sums[position])
+            summed = old is None or operation.sums
+            grads[value] = new if summed else add_gradients(old, new, step.sums[position])
 
 
 def add_gradients(old: Any, new: Any, in_place: bool) -> Any:
