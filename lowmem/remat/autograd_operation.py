@@ -65,17 +65,16 @@ def substitute(arguments: Any, of: Callable[[Any], Any]) -> Any:
 class Graph:
     """What autograd makes of one run: entered by tensors that want a gradient, left through edges."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None) -> None:
         self.edges: list[GradientEdge | None] = []  # of the result's tensors; None: it needs no gradient
         self.places: list[list[int | None]] = []  # per operand and tensor in it: under which number it entered
         self.parameters: dict[int, Tensor] = {}  # likewise, by number
+        self.leaves: list[Tensor] = []  # parameters that are in the graph themselves
         self._inbox: dict[int, Tensor] = {}
-        self._anchor: Tensor | None = None
+        self._anchor = torch.empty(0, device=device, requires_grad=True)
         self._entered = 0
 
     def enter(self, tensor: Tensor) -> Tensor:
-        if self._anchor is None:
-            self._anchor = torch.empty(0, device=tensor.device, requires_grad=True)
         self._entered += 1
         return _Entry.apply(self._anchor, self._inbox, self._entered - 1, tensor)
 
@@ -111,14 +110,34 @@ class Graph:
         ]
         if not pairs:
             return Gradients([None] * len(needed))
+        for one in self.leaves:
+            if one._backward_hooks:
+                raise RuntimeError(
+                    f"a hook was put on a parameter of shape {list(one.shape)} between forward and backward, inside a "
+                    "module that runs as a whole: put it there before the forward"
+                )
+        edges, outputs = zip(*pairs, strict=True)
         with torch.autograd.set_multithreading_enabled(False):  # as the whole backward pass: see `TrainStep`
-            torch.autograd.backward([edge for edge, _ in pairs], [one for _, one in pairs])
+            _, *found = torch.autograd.grad(edges, [self._anchor, *self.leaves], outputs, allow_unused=True)
         inbox = self._inbox
         operands: list[Any] = []
         for places, wanted in zip(self.places, needed, strict=True):
-            found = [None if place is None else inbox.get(place) for place in places]
-            operands.append(None if not wanted else found[0] if len(found) == 1 else found)
-        return Gradients(operands, [(one, inbox[number]) for number, one in self.parameters.items() if number in inbox])
+            mine = [None if place is None else inbox.get(place) for place in places]
+            operands.append(None if not wanted else mine[0] if len(mine) == 1 else mine)
+        entered = [(one, inbox[number]) for number, one in self.parameters.items() if number in inbox]
+        direct = [(one, value) for one, value in zip(self.leaves, found, strict=True) if value is not None]
+        return Gradients(operands, _apart([*outputs, *tree_leaves(operands)], [*entered, *direct]))
+
+
+def _apart(others: Sequence[Any], found: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Parameters with gradients that are nobody else's memory: `.grad` is changed in place later."""
+    seen = {one.untyped_storage()._cdata for one in others if isinstance(one, Tensor)}
+    apart = []
+    for parameter, grad in found:
+        memory = grad.untyped_storage()._cdata
+        apart.append((parameter, grad.clone() if memory in seen else grad))
+        seen.add(memory)
+    return apart
 
 
 class _Entry(torch.autograd.Function):
@@ -141,8 +160,7 @@ class AutogradOperation(Operation):
     """`function(*args, **kwargs)`; in these stand Operand, Scalar and Attribute for what a pass has.
 
     `module`: whose parameters and buffers the function uses beside its arguments. `draws`: whether it may draw random
-    numbers. `same`: what tells functions apart that cost differently. `shared`: parameters of the module that other
-    operations use too: their gradients are handed out, to be summed as autograd does.
+    numbers. `same`: what tells functions apart that cost differently.
     """
 
     name: str
@@ -156,7 +174,6 @@ class AutogradOperation(Operation):
     light: bool = False  # type: ignore[misc]
     view: bool = False  # type: ignore[misc]
     draws: bool = True
-    shared: tuple[str, ...] = ()
     under_autograd = True
 
     @property
@@ -213,7 +230,8 @@ class AutogradOperation(Operation):
 
     def with_graph(self, operands: Sequence[Any], state: PassState, needed: Sequence[bool]) -> tuple[Any, Graph]:
         """The result, and the graph of its making with respect to the operands that are `needed` and to parameters."""
-        graph, entered = Graph(), dict[int, Tensor]()
+        tensors = [one for one in tree_leaves(list(operands)) if isinstance(one, Tensor)]
+        graph, entered = Graph(tensors[0].device if tensors else None), dict[int, Tensor]()
 
         def parameter(value: Any) -> Any:
             if not (isinstance(value, nn.Parameter) and value.requires_grad):
@@ -224,9 +242,13 @@ class AutogradOperation(Operation):
 
         with torch.enable_grad():
             inside = [graph.operand(one, wanted) for one, wanted in zip(operands, needed, strict=True)]
-            module = self.module
-            shared = {name: parameter(module.get_parameter(name)) for name in self.shared} if module is not None else {}
-            result = self._run(inside, state, lambda attribute: parameter(attribute.value()), shared)
+            hooked = dict[str, Tensor]()
+            for name, one in self.module.named_parameters() if self.module is not None else ():
+                if one._backward_hooks:  # they are autograd's, which gets the gradient at the end
+                    hooked[name] = parameter(one)
+                elif one.requires_grad:
+                    graph.leaves.append(one)
+            result = self._run(inside, state, lambda attribute: parameter(attribute.value()), hooked)
             return graph.leave(result), graph
 
     def backward(
@@ -241,7 +263,7 @@ class AutogradOperation(Operation):
         operands: Sequence[Any],
         state: PassState,
         attribute: Callable[[Attribute], Any],
-        shared: dict[str, Tensor],
+        instead: dict[str, Tensor],
     ) -> Any:
         def of(argument: Any) -> Any:
             if isinstance(argument, Operand):
@@ -252,9 +274,9 @@ class AutogradOperation(Operation):
         tensors = [one for one in tree_leaves(list(operands)) if isinstance(one, Tensor)]
         versions = [one._version for one in tensors]
         function = self.function
-        if shared and self.module is not None:
+        if instead and self.module is not None:
             module = self.module
-            function = lambda *a, **k: torch.func.functional_call(module, shared, a, k)  # noqa: E731
+            function = lambda *a, **k: torch.func.functional_call(module, instead, a, k)  # noqa: E731
         device = tensors[0].device.type if tensors else "cpu"
         # Without the cache: it would hold the cast parameters for as long as the outer autocast lasts.
         with torch.autocast(device, state.low, enabled=state.low is not None, cache_enabled=False):

@@ -30,7 +30,7 @@ def traced(model: nn.Module) -> Traced:
     while True:
         try:
             graph, _ = trace(model, leaves)
-            return Traced(_with_shared(cut(*read(graph, model))), leaves)
+            return Traced(cut(*read(graph, model)), leaves)
         except RunsWhole as whole:
             if not whole.path or whole.path in leaves:
                 why = str(whole)
@@ -45,7 +45,7 @@ def traced(model: nn.Module) -> Traced:
         parts = list(model.named_children())
     else:
         parts = [("model", model)]
-    return Traced(_with_shared(chain_of(parts)), {**leaves, "": why})
+    return Traced(chain_of(parts), {**leaves, "": why})
 
 
 def chain_of(parts: Sequence[tuple[str, Callable[..., Any]]]) -> tuple[Stage, ...]:
@@ -60,24 +60,6 @@ def _whole(name: str, part: Callable[..., Any]) -> AutogradOperation:
     return AutogradOperation("all", (0,), part, (Operand(0),), module=module, same=same, dear=True)
 
 
-def _with_shared(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """Operations that run a module as a whole hear which of its parameters others use too."""
-    users: dict[int, int] = {}
-    for stage in stages:
-        for operation in stage.operations:
-            for key in {id(one) for one in operation.parameters()}:
-                users[key] = users.get(key, 0) + 1
-    if not any(count > 1 for count in users.values()):
-        return stages
-    for stage in stages:
-        for operation in stage.operations:
-            if isinstance(operation, AutogradOperation) and operation.module is not None:
-                named = operation.module.named_parameters(remove_duplicate=False)
-                shared = tuple(name for name, one in named if users[id(one)] > 1)
-                object.__setattr__(operation, "shared", shared)
-    return stages
-
-
 class TracedChain:
     """The chain of a model that may change: `stages()` are those of its present state."""
 
@@ -90,7 +72,7 @@ class TracedChain:
         key = tuple((id(module), module.training, has_hooks(module)) for module in modules)
         if key not in self._known:
             if self._parts is not None:
-                found = Traced(_with_shared(chain_of(self._parts)))
+                found = Traced(chain_of(self._parts))
             else:
                 found = traced(self._model)
             if len(self._known) >= 4:
