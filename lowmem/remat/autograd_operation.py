@@ -11,7 +11,6 @@ it; operations with kernels of their own do not.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from lowmem.measure.outline import is_outline
+from lowmem.remat.before import Before
 from lowmem.remat.operation import Gradients, Operation, PassState, of_tensor
 
 
@@ -127,6 +126,11 @@ class Graph:
         entered = [(one, inbox[number]) for number, one in self.parameters.items() if number in inbox]
         direct = [(one, value) for one, value in zip(self.leaves, found, strict=True) if value is not None]
         return Gradients(operands, _apart([*outputs, *tree_leaves(operands)], [*entered, *direct]))
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Tensors made in inference mode have none."""
+    return [-1 if one.is_inference() else one._version for one in tensors]
 
 
 def _apart(others: Sequence[Any], found: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
@@ -272,7 +276,7 @@ class AutogradOperation(Operation):
 
         args, kwargs = substitute(self.args, of), substitute(self.kwargs, of)
         tensors = [one for one in tree_leaves(list(operands)) if isinstance(one, Tensor)]
-        versions = [one._version for one in tensors]
+        versions = _versions(tensors)
         function = self.function
         if instead and self.module is not None:
             module = self.module
@@ -281,29 +285,23 @@ class AutogradOperation(Operation):
         # Without the cache: it would hold the cast parameters for as long as the outer autocast lasts.
         with torch.autocast(device, state.low, enabled=state.low is not None, cache_enabled=False):
             y = self._first_or_again(function, args, kwargs, tensors, state)
-        if [one._version for one in tensors] != versions:
+        if _versions(tensors) != versions:
             raise ValueError(f"{self.name} changes its input in place: the input is needed again; make it a copy")
         return y
 
     def _first_or_again(
         self, function: Callable[..., Any], args: Any, kwargs: Any, tensors: list[Tensor], state: PassState
     ) -> Any:
-        if self not in state.notes:
-            if state.total is not None:
-                self._check_no_statistics()
-            state.notes[self] = None
-            if self.draws and not any(map(is_outline, tensors)):
-                state.notes[self] = [torch.get_rng_state(), *get_device_states(*tensors)]
-            return function(*args, **kwargs)
-        cpu, devices, states = state.notes[self] or (None, [], [])
-        with (
-            torch.random.fork_rng(devices, enabled=cpu is not None),
-            nullcontext() if self.module is None else buffers_kept(self.module),
-        ):
-            if cpu is not None:  # the generators as they were before it first ran
-                torch.set_rng_state(cpu)
-                set_device_states(devices, states)
-            return function(*args, **kwargs)
+        if self in state.notes:
+            with state.notes[self].again(tensors):
+                return function(*args, **kwargs)
+        if state.total is not None:
+            self._check_no_statistics()
+        draws = self.draws and not any(map(is_outline, tensors))
+        state.notes[self] = before = Before(self.module, tensors if draws else None)
+        y = function(*args, **kwargs)
+        before.compare(self.name)
+        return y
 
     def _check_no_statistics(self) -> None:
         for name, module in self.module.named_modules() if self.module is not None else ():
@@ -312,20 +310,6 @@ class AutogradOperation(Operation):
                     f"batch norm {name or self.name} in {self.name} is inside a module that runs as a whole: its "
                     "statistics cannot be those of all processes; put it into evaluation mode or leave out --sync-bn"
                 )
-
-
-@contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Whatever moves the buffers moves copies. Restoring their values instead would upset autograd, which
-    has saved them."""
-    originals = [(child._buffers, *item) for child in module.modules() for item in child._buffers.items()]
-    for buffers, name, tensor in originals:
-        buffers[name] = None if tensor is None else tensor.clone()
-    try:
-        yield
-    finally:
-        for buffers, name, tensor in originals:
-            buffers[name] = tensor
 
 
 @dataclass(frozen=True, eq=False)

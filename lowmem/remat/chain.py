@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lowmem.remat.autograd_operation import AutogradOperation, Operand
+from lowmem.remat.before import OF_EVERY_MODULE
 from lowmem.remat.cutting import cut
 from lowmem.remat.reading import RunsWhole, read
 from lowmem.remat.stage import Stage
@@ -65,11 +66,12 @@ class TracedChain:
 
     def __init__(self, model: nn.Module, parts: Sequence[tuple[str, Callable[..., Any]]] | None = None) -> None:
         self._model, self._parts = model, parts
-        self._known: dict[tuple[Any, ...], tuple[list[nn.Module], Traced]] = {}
+        self._known: dict[tuple[Any, ...], tuple[list[Any], Traced]] = {}
 
     def now(self) -> Traced:
         modules = list(self._model.modules())
-        key = tuple((id(module), module.training, has_hooks(module)) for module in modules)
+        alive: list[Any] = [modules]
+        key = tuple((id(module), module.training, has_hooks(module), _attributes(module, alive)) for module in modules)
         if key not in self._known:
             if self._parts is not None:
                 found = Traced(chain_of(self._parts))
@@ -77,5 +79,18 @@ class TracedChain:
                 found = traced(self._model)
             if len(self._known) >= 4:
                 self._known.clear()
-            self._known[key] = modules, found  # the modules live on, so that nobody else has their identities
+            self._known[key] = alive, found  # they live on, so that nobody else has their identities
         return self._known[key][1]
+
+
+def _attributes(module: nn.Module, alive: list[Any]) -> tuple[Any, ...]:
+    """What its forward may read of it as plain Python values, which the trace has taken over: numbers and names by
+    value, all else by identity. torch's own modules run as they are."""
+    if type(module).__module__.startswith("torch.nn."):
+        return ()
+    found = [value for name, value in module.__dict__.items() if name not in OF_EVERY_MODULE]
+    alive += found
+    return tuple((type(one), one) if type(one) in _PLAIN else id(one) for one in found)
+
+
+_PLAIN = (int, float, bool, str)

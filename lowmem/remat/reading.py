@@ -35,7 +35,7 @@ from lowmem.remat.known import (
 )
 from lowmem.remat.linear_maps import Convolution, Linear
 from lowmem.remat.operation import Operation
-from lowmem.remat.tracing import NotTraceable, owner_of
+from lowmem.remat.tracing import Constant, NotTraceable, has_hooks, owner_of
 
 
 class RunsWhole(Exception):
@@ -95,6 +95,8 @@ class _Reader:
         elif node.op == "get_attr":
             *owner, name = str(node.target).split(".")
             self.value[node] = Attribute(self.model.get_submodule(".".join(owner)), name)
+        elif isinstance(node.target, Constant):
+            self.value[node] = node.target.tensor
         elif node.op == "output":
             found = node.args[0]
             found = self.value[found] if isinstance(found, fx.Node) else found
@@ -376,6 +378,8 @@ class _Call:
         tensors = [one for one in args if isinstance(one, Operand)]
         module = self.module
         if module is not None:
+            if has_hooks(module) or "forward" in module.__dict__:
+                return None
             if len(args) != 1 or len(tensors) != 1 or kwargs:
                 return None
             for cls in (Convolution, BatchNorm, Linear):
