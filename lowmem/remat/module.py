@@ -5,7 +5,12 @@ children, hooks, the flag of training; a change in one is a change in both. Only
 evaluation mode it is the model's own forward, under plain PyTorch.
 
 What people do to modules works (copies, state dicts, a head replaced, hooks on modules inside, which make that module
-run as a whole), or is refused in a sentence (`DataParallel`, `torch.compile`).
+run as a whole), or is refused in a sentence (`DataParallel`). `torch.compile` of what holds a planned module leaves
+that uncompiled.
+
+Known limitations: hooks on all modules of the process (`register_module_forward_hook`) fire for the planned module and
+for what runs as a whole in it, which is said once. A forward that reads values which are neither attributes of its
+module nor made of its input (a global, an entry of a dict) is run with those it had when it was planned.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from lowmem.remat.chain import TracedChain, traced
 from lowmem.remat.executor import Run, autocast_dtype
 from lowmem.remat.operation import Total
 from lowmem.remat.stage import Stage
+from lowmem.remat.tracing import NotTraceable, check_own_forward
 
 Parts = Sequence[tuple[str, Callable[..., Any]]]
 
@@ -100,6 +106,19 @@ class PlannedModule(nn.Module):
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             raise ValueError("a planned module takes one tensor; what else its forward takes keeps its default")
         return self.lowmem.forward(args[0])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if "forward" in self.__dict__ or self._compiled_call_impl is not None:
+            try:
+                check_own_forward(self.lowmem.model)
+            except NotTraceable as error:
+                raise RuntimeError(f"the network has changed since it was planned: {error}") from None
+        return super().__call__(*args, **kwargs)
+
+    __call__._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compile leaves it as it is
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("a planned module cannot be compiled in place: torch.compile takes over its whole forward")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         return self._with(copy.deepcopy(self.lowmem.model, memo), memo)

@@ -101,7 +101,7 @@ class _Reader:
             found = node.args[0]
             found = self.value[found] if isinstance(found, fx.Node) else found
             if not isinstance(found, Reading) or found.scalar:
-                kind = type(found).__name__ if not isinstance(found, Reading) else "number"
+                kind = type(found).__name__.removeprefix("immutable_") if not isinstance(found, Reading) else "number"
                 raise NotTraceable(f"its forward returns a {kind}, not one tensor: plan the part that returns one")
             self.output = found
         else:

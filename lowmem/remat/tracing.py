@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -42,6 +43,21 @@ class NotTraceable(ValueError):
     def __init__(self, why: str, final: bool = True) -> None:
         super().__init__(why)
         self.final = final
+
+
+def check_own_forward(model: nn.Module) -> None:
+    """Raises NotTraceable where a call of the module would not run the `forward` of its class, or nobody knows yet what
+    it computes."""
+    if is_compiled(model):
+        raise NotTraceable("it is compiled, by torch.compile or torch.jit: plan the network as it was before")
+    if "forward" in model.__dict__:
+        raise NotTraceable(
+            "its forward was replaced on the object (model.forward = …), which copies and plans do not see: put it into "
+            "a subclass"
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise NotTraceable(f"{name} has no shape yet (a lazy module): run one batch through the network first")
 
 
 class _Restart(Exception):
@@ -133,6 +149,7 @@ def trace(model: nn.Module, leaves: dict[str, str] | None = None) -> tuple[fx.Gr
     """The graph, and the leaves with the reasons. `leaves`: modules that are known to be. Raises NotTraceable if the
     module itself cannot be traced, or keeps state in a plain attribute."""
     leaves = {} if leaves is None else leaves
+    check_own_forward(model)
     with TRACING:
         while True:
             before = _attributes(model)
