@@ -35,12 +35,17 @@ Parts = Sequence[tuple[str, Callable[..., Any]]]
 
 def decompose(model: nn.Module) -> tuple[Stage, ...]:
     """The chain of a model as it is now. Raises NotTraceable (a ValueError) for what is not one tensor in, one out."""
-    return traced(_untouched(model)).stages
+    return traced(untouched(model)).stages
 
 
 def stage_names(model: nn.Module) -> tuple[str, ...]:
     """The names of the chain's links, in forward order: `stem`, `layer1.0`, …, `head`."""
     return tuple(stage.name for stage in decompose(model))
+
+
+def runs_whole(model: nn.Module) -> dict[str, str]:
+    """By path ("": all of it) why a module runs as a whole though it is no single operation."""
+    return traced(untouched(model)).leaves
 
 
 class Execution:
@@ -158,7 +163,8 @@ def planned(
     return module
 
 
-def _untouched(model: nn.Module) -> nn.Module:
+def untouched(model: nn.Module) -> nn.Module:
+    """The model that a planned module is of; else the module itself."""
     return model.lowmem.model if isinstance(model, PlannedModule) else model
 
 
@@ -191,7 +197,7 @@ def apply_plan(
     schedule the native kernels. `stages`: as they were named to `make_plan`. Raises ValueError if the plan was made for
     other stages than the model's.
     """
-    model = _untouched(model)
+    model = untouched(model)
     parts = None if stages is None else parts_of(model, stages)
     if isinstance(plan, Schedule):
         return planned(model, plan, bool(library_norm), parts)
