@@ -71,6 +71,8 @@ def make_plan(
         limits = Budget(total_bytes=parse_memory(budget, LEAST_TENSORS_BYTES if unitless else 1))
     else:
         raise ValueError("a plan needs a budget or a card")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the network has no parameter that is trained: there is no step to plan")
     check_same_forward(model, image_shape)
     if batch_norm is None:
         on_cuda = any(parameter.is_cuda for parameter in model.parameters())

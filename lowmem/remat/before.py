@@ -7,7 +7,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,14 @@ def changed_attribute(module: nn.Module, before: dict[str, Any]) -> str | None:
     return None
 
 
+class _Buffer(NamedTuple):
+    owner: dict[str, Tensor | None]  # a module's buffers
+    name: str
+    tensor: Tensor
+    version: int
+    copy: Tensor | None  # of what it was; None: what it is now will do
+
+
 class Before:
     """Taken before the first run of `module` (None: a function). `tensors`: on whose devices random numbers may be
     drawn; None: there are none."""
@@ -63,7 +71,7 @@ class Before:
         self._generators = None if tensors is None else Generators(tensors)
         self._modules = [] if module is None else list(module.named_modules())
         self._buffers = [
-            (child._buffers, name, tensor, tensor._version, tensor.clone())
+            _Buffer(child._buffers, name, tensor, tensor._version, tensor.clone())
             for _, child in self._modules
             for name, tensor in child._buffers.items()
             if tensor is not None
@@ -81,25 +89,27 @@ class Before:
                     "part runs again; make it a buffer (register_buffer), or leave it to plain PyTorch"
                 )
         self._attributes.clear()
+        # Batch norm's kernels move statistics without a new version, but do not read them in training.
         self._buffers = [
-            one for one in self._buffers if one[0].get(one[1]) is not one[2] or one[2]._version != one[3]
+            one._replace(copy=None) if one.owner.get(one.name) is one.tensor and one.tensor._version == one.version else one
+            for one in self._buffers
         ]
 
     @contextmanager
     def again(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Buffers are copies of what they were, whatever moves them now; putting their values back instead would upset
         autograd, which has saved them."""
-        now = [(buffers, name, buffers.get(name)) for buffers, name, *_ in self._buffers]
+        now = [one.owner.get(one.name) for one in self._buffers]
         generators = None
         if self._generators is not None:
             generators = Generators(tensors)
             self._generators.put_back()
-        for buffers, name, _, _, copy in self._buffers:
-            buffers[name] = copy.clone()
+        for one in self._buffers:
+            one.owner[one.name] = (one.tensor if one.copy is None else one.copy).clone()
         try:
             yield
         finally:
             if generators is not None:
                 generators.put_back()
-            for buffers, name, tensor in now:
-                buffers[name] = tensor
+            for one, tensor in zip(self._buffers, now, strict=True):
+                one.owner[one.name] = tensor

@@ -16,6 +16,7 @@ module nor made of its input (a global, an entry of a dict) is run with those it
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -60,6 +61,7 @@ class Execution:
         self.model, self.library_norm, self.parts = model, library_norm, parts
         self.total: Total | None = None
         self.stage_done: Callable[[int], None] | None = None
+        self.warned = False  # of hooks that do not fire
         self._chain = TracedChain(model, parts)
         self._names = tuple(stage.name for stage in self.stages)
         self.set_schedule(schedule)
@@ -99,6 +101,11 @@ class Execution:
             ) from error
 
 
+_GLOBAL_HOOKS = tuple(
+    getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
+)
+
+
 class PlannedModule(nn.Module):
     """What `apply_plan` returns is this and the model's own class."""
 
@@ -113,6 +120,13 @@ class PlannedModule(nn.Module):
         return self.lowmem.forward(args[0])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.lowmem.warned and any(_GLOBAL_HOOKS):
+            self.lowmem.warned = True
+            warnings.warn(
+                "hooks on all modules (register_module_forward_hook and the like) fire only for the planned module and "
+                "for what runs as a whole in it: put them on the modules that you want to hear of",
+                stacklevel=2,
+            )
         if "forward" in self.__dict__ or self._compiled_call_impl is not None:
             try:
                 check_own_forward(self.lowmem.model)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lowmem.core.errors import PreflightError
+from lowmem.core.errors import PreflightError, first_line
 from lowmem.measure.outline import is_outline
 from lowmem.remat.before import Generators
 from lowmem.remat.chain import traced
@@ -48,7 +48,7 @@ def check_same_forward(model: nn.Module, image_shape: tuple[int, ...]) -> None:
         except Exception as error:
             raise PreflightError(
                 f"the network itself fails on pictures of {list(image_shape)} in training "
-                f"({type(error).__name__}: {error}): plan it for the image_shape it is made for"
+                f"({first_line(error)}): plan it for the image_shape it is made for"
             ) from error
         begin()
         found = _with_buffers(Run(stages, None, False).fast([x], 0, len(stages) - 1), model)

@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from lowmem.core.errors import first_line
 from lowmem.remat.before import Generators
 from lowmem.remat.known import RANDOM
 
@@ -96,7 +97,7 @@ class Tracer(fx.Tracer):
         except (_Restart, NotTraceable):
             raise
         except Exception as error:
-            raise _Restart(path, f"{type(error).__name__}: {error}") from error
+            raise _Restart(path, _said(error)) from error
 
 
     def create_arg(self, a: Any) -> Any:
@@ -116,6 +117,17 @@ class Constant:
 
     def __call__(self) -> Tensor:
         return self.tensor
+
+
+class _DrawnError(ValueError):
+    pass
+
+
+def _said(error: Exception) -> str:
+    """Why a forward cannot be traced, in a line."""
+    if isinstance(error, _DrawnError):
+        return str(error)
+    return f"torch.fx cannot follow it ({first_line(error)})"
 
 
 class _NothingDrawn(TorchFunctionMode):
@@ -142,7 +154,7 @@ class _NothingDrawn(TorchFunctionMode):
         if drawn:
             self._before.put_back()
         if drawn and kind is None:
-            raise ValueError("it draws random numbers whose shape is not its input's")
+            raise _DrawnError("it draws random numbers whose shape is not its input's")
 
 
 def trace(model: nn.Module, leaves: dict[str, str] | None = None) -> tuple[fx.Graph, dict[str, str]]:
@@ -165,7 +177,7 @@ def trace(model: nn.Module, leaves: dict[str, str] | None = None) -> tuple[fx.Gr
             except NotTraceable:
                 raise
             except Exception as error:
-                raise NotTraceable(f"{type(error).__name__}: {error}", final=False) from error
+                raise NotTraceable(_said(error), final=False) from error
             finally:
                 changed = _restored(model, before)
             if changed is not None:

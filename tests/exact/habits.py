@@ -17,13 +17,13 @@ CLASSES = 5
 
 
 class Block(nn.Module):
-    def __init__(self, channels: int, dropout: float = 0.0) -> None:
+    def __init__(self, channels: int, dropout: float = 0.0, inplace: bool = True) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU(inplace)
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,10 +35,10 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Stem, two blocks with functional dropout, head."""
 
-    def __init__(self, classes: int = CLASSES, dropout: float = 0.25) -> None:
+    def __init__(self, classes: int = CLASSES, dropout: float = 0.25, inplace: bool = True) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
-        self.blocks = nn.ModuleList([Block(8, dropout), Block(8, dropout)])
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace))
+        self.blocks = nn.ModuleList([Block(8, dropout, inplace), Block(8, dropout, inplace)])
         self.head = nn.Linear(8, classes)
 
     def forward(self, x: Tensor) -> Tensor:

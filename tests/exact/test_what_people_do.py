@@ -391,6 +391,11 @@ HOOKED: dict[str, Callable[[nn.Module, list[Any]], Any]] = {
 }
 
 
+def _no_in_place() -> nn.Module:
+    """What a backward hook has seen may not be changed in place."""
+    return Net(inplace=False)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", HOOKED)
 def test_hooks(name: str, when: str) -> None:
@@ -402,7 +407,7 @@ def test_hooks(name: str, when: str) -> None:
 
     for policy in (SAVE_ALL, LEAN):
         heard: list[list[Any]] = [[], []]
-        plain, model = made(Net), made(Net)
+        plain, model = made(_no_in_place), made(_no_in_place)
         hooked(plain, heard[0])
         if when == "before":
             hooked(model, heard[1])
@@ -418,3 +423,23 @@ def test_hooks(name: str, when: str) -> None:
         if policy == SAVE_ALL:
             assert unequal(*heard) == []
         assert [one for one in heard[0] if not any(unequal(one, other) == [] for other in heard[1])] == []
+
+
+def test_hooks_on_all_modules_are_said_not_to_fire_inside() -> None:
+    module = planned()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.warns(UserWarning, match="fire only for the planned module"):
+            module(X)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.slow
+def test_torch_compile_leaves_a_planned_module_as_it_is() -> None:
+    plain, module = made(Net), planned()
+    torch.manual_seed(3)
+    wanted = train(plain)
+    torch.manual_seed(3)
+    assert unequal(wanted, train(torch.compile(module, backend="eager"))) == []
+    assert list(state_differs(plain, module)) == []
