@@ -98,7 +98,9 @@ def measure_costs(
     with FakeTensorMode():
         recorder = Recorder(workspace)
         model = empty_copy(shape.model, execution.torch_memory_format)
-        x = torch.empty(shape.micro_batch, *shape.image_shape).contiguous(memory_format=execution.torch_memory_format)
+        x = torch.empty(shape.micro_batch, *shape.image_shape, dtype=shape.dtype).contiguous(
+            memory_format=execution.torch_memory_format
+        )
         stages = decompose(model)
         measured = measure_chain(stages, options or _options, x, recorder, execution.amp_dtype, shape.library_norm)
         what, measures = f"planning: costs of each block at batch {shape.micro_batch}", list[StageMeasure]()

@@ -5,12 +5,18 @@ children, hooks, the flag of training; a change in one is a change in both. Only
 evaluation mode it is the model's own forward, under plain PyTorch.
 
 What people do to modules works (copies, state dicts, a head replaced, hooks on modules inside, which make that module
-run as a whole), or is refused in a sentence (`DataParallel`, `torch.compile`).
+run as a whole), or is refused in a sentence (`DataParallel`). `torch.compile` of what holds a planned module leaves
+that uncompiled.
+
+Known limitations: hooks on all modules of the process (`register_module_forward_hook`) fire for the planned module and
+for what runs as a whole in it, which is said once. A forward that reads values which are neither attributes of its
+module nor made of its input (a global, an entry of a dict) is run with those it had when it was planned.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,18 +29,24 @@ from lowmem.remat.chain import TracedChain, chain_of, traced
 from lowmem.remat.executor import Run, autocast_dtype
 from lowmem.remat.operation import Total
 from lowmem.remat.stage import Stage
+from lowmem.remat.tracing import NotTraceable, check_own_forward
 
 Parts = Sequence[tuple[str, Callable[..., Any]]]
 
 
 def decompose(model: nn.Module) -> tuple[Stage, ...]:
     """The chain of a model as it is now. Raises NotTraceable (a ValueError) for what is not one tensor in, one out."""
-    return traced(_untouched(model)).stages
+    return traced(untouched(model)).stages
 
 
 def stage_names(model: nn.Module) -> tuple[str, ...]:
     """The names of the chain's links, in forward order: `stem`, `layer1.0`, …, `head`."""
     return tuple(stage.name for stage in decompose(model))
+
+
+def runs_whole(model: nn.Module) -> dict[str, str]:
+    """By path ("": all of it) why a module runs as a whole though it is no single operation."""
+    return traced(untouched(model)).leaves
 
 
 class Execution:
@@ -49,6 +61,7 @@ class Execution:
         self.model, self.library_norm, self.parts = model, library_norm, parts
         self.total: Total | None = None
         self.stage_done: Callable[[int], None] | None = None
+        self.warned = False  # of hooks that do not fire
         self._chain = TracedChain(model, parts)
         self._names = tuple(stage.name for stage in self.stages)
         self.set_schedule(schedule)
@@ -85,6 +98,12 @@ class Execution:
             ) from error
 
 
+_GLOBAL_HOOKS = tuple(
+    getattr(nn.modules.module, f"_global_{kind}_hooks")
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+)
+
+
 class PlannedModule(nn.Module):
     """What `apply_plan` returns is this and the model's own class. `lowmem` has a slot, as the model has the same
     `__dict__`; on the class, which is part of a cycle, it would live until the garbage collector comes by."""
@@ -99,6 +118,26 @@ class PlannedModule(nn.Module):
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             raise ValueError("a planned module takes one tensor; what else its forward takes keeps its default")
         return self.lowmem.forward(args[0])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.lowmem.warned and any(_GLOBAL_HOOKS):
+            self.lowmem.warned = True
+            warnings.warn(
+                "hooks on all modules (register_module_forward_hook and the like) fire only for the planned module and "
+                "for what runs as a whole in it: put them on the modules that you want to hear of",
+                stacklevel=2,
+            )
+        if "forward" in self.__dict__ or self._compiled_call_impl is not None:
+            try:
+                check_own_forward(self.lowmem.model)
+            except NotTraceable as error:
+                raise RuntimeError(f"the network has changed since it was planned: {error}") from None
+        return super().__call__(*args, **kwargs)
+
+    __call__._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compile leaves it as it is
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("a planned module cannot be compiled in place: torch.compile takes over its whole forward")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         return self._with(copy.deepcopy(self.lowmem.model, memo), memo)
@@ -139,7 +178,8 @@ def planned(
     return module
 
 
-def _untouched(model: nn.Module) -> nn.Module:
+def untouched(model: nn.Module) -> nn.Module:
+    """The model that a planned module is of; else the module itself."""
     return model.lowmem.model if isinstance(model, PlannedModule) else model
 
 
@@ -193,7 +233,7 @@ def apply_plan(
     schedule the native kernels. `stages`: as they were named to `make_plan`. Raises ValueError if the plan was made for
     other stages than the model's.
     """
-    model = _untouched(model)
+    model = untouched(model)
     parts = None if stages is None else parts_of(model, stages)
     if isinstance(plan, Schedule):
         return planned(model, plan, bool(library_norm), parts)

@@ -41,6 +41,10 @@ class PassState:
     # Parameters that several operations use: their gradients are summed before they are accumulated, as autograd does.
     uses: dict[int, int] = field(default_factory=dict)  # by identity: how many gradients are still to come
     sums: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # Gradients that autograd is given, to do with them what it does: by the parameter's identity. All of them if
+    # somebody asked for some (`torch.autograd.grad`); else those of parameters whose hooks change them.
+    asked: bool = False
+    returned: dict[int, Tensor] = field(default_factory=dict)
 
     def add_gradient(self, parameter: Tensor, grad: Tensor) -> None:
         """Of one use of a parameter."""
@@ -53,12 +57,18 @@ class PassState:
             if self.uses[key]:
                 self.sums[key] = parameter, grad
                 return
-        accumulate(parameter, grad)
+        self._deliver(parameter, grad)
 
     def finish(self) -> None:
         """Of parameters some of whose uses no gradient reached."""
         while self.sums:
-            accumulate(*self.sums.popitem()[1])
+            self._deliver(*self.sums.popitem()[1])
+
+    def _deliver(self, parameter: Tensor, grad: Tensor) -> None:
+        if self.asked or parameter._backward_hooks:
+            self.returned[id(parameter)] = grad.to(parameter.dtype)
+        else:
+            accumulate(parameter, grad)
 
 
 class Operation:
@@ -142,12 +152,9 @@ def of_tensor(tensor: Tensor | None) -> Hashable:
 
 
 def accumulate(parameter: Tensor, grad: Tensor) -> None:
-    """Adds to `.grad` in place, or becomes it, in the parameter's dtype and memory layout; the parameter's hooks run
-    as autograd would run them: those that change the gradient before, those after the accumulation after it."""
+    """Adds to `.grad` in place, or becomes it, in the parameter's dtype and memory layout; then the parameter's
+    post-accumulate hooks run."""
     grad = grad.to(parameter.dtype)
-    for hook in tuple(parameter._backward_hooks.values()) if parameter._backward_hooks else ():
-        changed = hook(grad)
-        grad = grad if changed is None else changed
     dims = zip(grad.shape, grad.stride(), parameter.stride(), strict=True)
     if parameter.grad is not None:
         parameter.grad.add_(grad)

@@ -24,7 +24,7 @@ from lowmem.remat.known import SCALAR_ATTRIBUTES
 from lowmem.remat.linear_maps import Convolution, Linear
 from lowmem.remat.operation import Operation
 from lowmem.remat.pooling import MaxPool
-from lowmem.remat.tracing import NotTraceable, owner_of
+from lowmem.remat.tracing import Constant, NotTraceable, owner_of
 
 
 class RunsWhole(Exception):
@@ -109,11 +109,13 @@ class _Reader:
         elif node.op == "get_attr":
             *owner, name = str(node.target).split(".")
             self.value[node] = Attribute(self.model.get_submodule(".".join(owner)), name)
+        elif isinstance(node.target, Constant):
+            self.value[node] = node.target.tensor
         elif node.op == "output":
             found: Any = node.args[0]
             found = self.value[found] if isinstance(found, fx.Node) else found
             if not isinstance(found, Reading) or found.scalar:
-                kind = type(found).__name__ if not isinstance(found, Reading) else "number"
+                kind = type(found).__name__.removeprefix("immutable_") if not isinstance(found, Reading) else "number"
                 raise NotTraceable(f"its forward returns a {kind}, not one tensor: plan the part that returns one")
             self.output = found
         else:

@@ -16,6 +16,7 @@ from lowmem.measure.out_of_memory import Failure
 from lowmem.plan.cost import Rates
 from lowmem.plan.policy import Schedule
 from lowmem.remat import PlannedModule, apply_plan
+from lowmem.remat.tracing import NotTraceable, is_compiled
 from lowmem.simulate.allocator import DeviceFull
 from lowmem.simulate.trace import Call, Estimate, Kind, Recorder, Trace, estimate
 from lowmem.step.data_parallel import DataParallelStep
@@ -44,6 +45,12 @@ class StepShape:
     def execution(self) -> Execution:
         """On the CPU, where fake tensors live: its half precision, bf16, has two bytes like any other."""
         return Execution("cpu", self.precision, self.memory_format)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the pictures: the network's own."""
+        floating = (one.dtype for one in self.model.parameters() if one.is_floating_point())
+        return next(floating, torch.float32)
 
     @property
     def accumulation(self) -> int:
@@ -90,7 +97,9 @@ def simulate_step(
             joint = DataParallelStep(run, Group(), split, execution.device, sync_bn=shape.sync_bn)
             joint.begin(shape.batch)
         step = TrainStep(run, sgd, make_scaler(execution), execution, shape.micro_batch, joint)
-        images = torch.empty(shape.batch, *shape.image_shape).contiguous(memory_format=execution.torch_memory_format)
+        images = torch.empty(shape.batch, *shape.image_shape, dtype=shape.dtype).contiguous(
+            memory_format=execution.torch_memory_format
+        )
         labels = torch.zeros(shape.batch, dtype=torch.int64)
         undo = Undo(step, run) if isinstance(run, PlannedModule) else None
         return StepRun(step=step, images=images, labels=labels, undo=undo)
@@ -145,9 +154,17 @@ def _run_recorded(recorder: Recorder, run: StepRun, steps: int) -> None:
 
 def empty_copy(model: nn.Module, memory_format: torch.memory_format = torch.preserve_format) -> nn.Module:
     """The model with parameters and buffers of the same kind but no values, on the CPU: inside a fake mode, a copy that
-    takes no memory. The model may be on the `meta` device. (`Module.to` does not work on fake parameters.)"""
+    takes no memory. The model may be on the `meta` device. (`Module.to` does not work on fake parameters.) Raises
+    NotTraceable for what is compiled, which cannot be copied so."""
+    for name, module in model.named_modules():
+        if is_compiled(module):
+            raise NotTraceable(
+                f"{name or 'the network'} is compiled, by torch.compile or torch.jit: plan the network as it was before"
+            )
     memo: dict[int, object] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    # Weights that a hook makes of parameters (pruning, the old weight norm) are tensors in plain attributes.
+    plain = (one for module in model.modules() for one in module.__dict__.values() if isinstance(one, Tensor))
+    for tensor in (*model.parameters(), *model.buffers(), *plain):
         if memory_format is torch.preserve_format or tensor.dim() != 4:
             empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         else:

@@ -138,7 +138,9 @@ class RandomNet(nn.Module):
         kinds = [operator.add, operator.add, torch.add, operator.mul, torch.mul, operator.sub, torch.maximum]
         if at:
             kinds += [operator.iadd, operator.imul]
-        self._line(shape, self._random.choice(kinds), *((other, at) if self._random.random() < 0.3 and other else (at, other)))
+        self._line(
+            shape, self._random.choice(kinds), *((other, at) if self._random.random() < 0.3 and other else (at, other))
+        )
 
     def _excitation(self, at: int) -> None:
         """A value times a number for each channel, whichever comes first."""
