@@ -190,8 +190,13 @@ class Stage:
                 room[len(self.operations)] = None
         return y, room
 
-    def restore(self, saved: Saved, x: Tensor, policy: BlockPolicy, memo: StagePass) -> Any:
-        """The output again, from the input and the kept tensors; may add to `saved` what the backward needs too."""
+    def restore_reads_input(self, policy: BlockPolicy, memo: StagePass) -> bool:
+        """Whether the output cannot be made again of the kept tensors alone."""
+        return any(0 in step.uses(self.operations) for step in self._program("restore", policy, memo))
+
+    def restore(self, saved: Saved, x: Tensor | None, policy: BlockPolicy, memo: StagePass) -> Any:
+        """The output again, from the kept tensors and, where it is read, the input; may add to `saved` what the backward
+        needs too."""
         saved[0] = x
         self._follow(self._program("restore", policy, memo), saved, memo)
         y, saved[len(self.operations)], saved[0] = saved[len(self.operations)], None, None

@@ -144,3 +144,20 @@ def test_what_does_not_fit_the_chain_is_refused() -> None:
         evaluate(uniform([SAVE_ALL] * 2), CHAIN)
     with pytest.raises(KeyError, match="KEEP"):
         evaluate(uniform([keep("z1")] * 3), CHAIN)
+
+
+def test_an_output_that_is_made_again_of_what_is_kept_needs_no_input() -> None:
+    """Two neighbours drop their outputs: with inputs read, both are restored before the last backward; without, each
+    before its own, while what restoring the later one has left is still there."""
+    again = dataclasses.replace(CHAIN.stages[1].option(DROP), restored_bytes=6, restore_temp_bytes=16)
+
+    def result(reads: bool) -> tuple[float, int, str]:
+        option = dataclasses.replace(again, restore_reads_input=reads)
+        stages = [dataclasses.replace(one, options=(*one.options[:2], option)) for one in CHAIN.stages]
+        chain = dataclasses.replace(CHAIN, stages=tuple(stages))
+        found = evaluate(uniform([DROP, DROP, SAVE_ALL]), chain)
+        return found.seconds, found.peak_bytes, found.peak.what
+
+    # fixed, kept, gradient, both restored with what that leaves, temporaries with the new gradient
+    assert result(True) == (26.0, 100 + 15 + 15 + 40 + 10 + 16 + 16 + 30, "backward of block2 under SAVE_ALL")
+    assert result(False) == (26.0, 100 + 15 + 15 + 40 + 10 + 16 + 30, "backward of block2 under SAVE_ALL")
