@@ -9,8 +9,8 @@ from lowmem.core.units import MIB
 from lowmem.plan.cost import ChainCost, OptionCost, StageCost
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, keep
 
-PLAIN = (SAVE_ALL, LEAN, keep("z1", "z2"), keep("z2"), INPUT_ONLY)
-DROPPING = (keep("z1", "z3", drop_output=True), keep("z2", drop_output=True))
+PLAIN = (SAVE_ALL, LEAN, keep("conv1", "conv2"), keep("conv2"), INPUT_ONLY)
+DROPPING = (keep("conv1", "conv3", drop_output=True), keep("conv2", drop_output=True))
 
 
 def random_option(rng: random.Random, policy: BlockPolicy, output: int, input_grad: int) -> OptionCost:

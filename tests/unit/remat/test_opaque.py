@@ -29,7 +29,7 @@ SCHEDULES = {
     "save-all": Schedule(tuple(Keep(i, SAVE_ALL) for i in range(5))),
     "again": Schedule(tuple(Keep(i, INPUT_ONLY) for i in range(5))),
     "mixed": Schedule(
-        (Keep(0, INPUT_ONLY), Keep(1, LEAN), Keep(2, SAVE_ALL), Keep(3, keep("z1")), Keep(4, INPUT_ONLY))
+        (Keep(0, INPUT_ONLY), Keep(1, LEAN), Keep(2, SAVE_ALL), Keep(3, keep("conv1")), Keep(4, INPUT_ONLY))
     ),
     "segment": Schedule((Segment(0, 4, Schedule(tuple(Keep(i, SAVE_ALL if i < 4 else FUSED) for i in range(5)))),)),
     "nested": Schedule(
@@ -74,7 +74,7 @@ def test_one_module_is_one_stage() -> None:
 
 
 def test_policies_of_the_family_are_refused() -> None:
-    for policy in (LEAN, keep("z1")):
+    for policy in (LEAN, keep("conv1")):
         with pytest.raises(ValueError, match="not a block of the family"):
             apply_plan(nn.Sequential(nn.Linear(2, 2)), Schedule((Keep(0, policy),)))
 
@@ -109,8 +109,8 @@ def test_what_the_kernels_do_not_cover_is_not_recognised(pair: tuple[nn.Module, 
 def test_dilated_and_grouped_convolutions_are_covered() -> None:
     block = BasicBlock(8, 8)
     block.conv1 = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4, bias=False)
-    plain, planned = twins(nn.Sequential(block), Schedule((Keep(0, keep("z1")),)), torch.contiguous_format)
-    assert isinstance(planned.stages[0], ConvBlock)
+    plain, planned = twins(nn.Sequential(block), Schedule((Keep(0, keep("conv1")),)), torch.contiguous_format)
+    assert isinstance(planned.lowmem.stages[0], ConvBlock)
 
     def step(model: nn.Module) -> Tensor:
         torch.manual_seed(1)

@@ -44,10 +44,10 @@ def _fused(stages: Sequence[Stage]) -> Schedule:
 
 SCHEDULES: dict[str, Callable[[Sequence[Stage]], Schedule]] = {
     "lean": lambda stages: uniform(stages, LEAN),
-    "keep": lambda stages: uniform(stages, keep("z2")),
+    "keep": lambda stages: uniform(stages, keep("conv2")),
     "input only": lambda stages: uniform(stages, INPUT_ONLY),
     "save-all": lambda stages: uniform(stages, SAVE_ALL),
-    "dropped outputs": lambda stages: alternating(stages, DROPPED, keep("z1")),
+    "dropped outputs": lambda stages: alternating(stages, DROPPED, keep("conv1")),
     "fused": _fused,
     "nested": lambda stages: Schedule(
         (
@@ -101,7 +101,7 @@ def _both(
 
     def work(rank: int) -> tuple[Tensor, PlannedModule]:
         planned = apply_plan(copy.deepcopy(model), schedule(decompose(model)))
-        planned.total = processes.total(rank)
+        planned.lowmem.total = processes.total(rank)
         mine = x[cuts[rank]].contiguous(memory_format=memory_format), labels[cuts[rank]]
         losses = [_step(planned, *mine, len(x), low) for _ in range(steps)]
         return torch.stack(losses).sum(), planned
@@ -205,7 +205,7 @@ def test_frozen_parameters_leave_the_calls_alike(schedule: str) -> None:
 
         def work(rank: int) -> None:
             planned = apply_plan(copy.deepcopy(model), frozen)
-            planned.total = processes.total(rank)
+            planned.lowmem.total = processes.total(rank)
             _step(planned, x[cuts[rank]], labels[cuts[rank]], 3, None)
 
         processes.run(work)
@@ -223,7 +223,7 @@ def test_evaluation_and_frozen_statistics_ask_nobody() -> None:
     def nobody(values: Tensor) -> None:
         raise AssertionError("asked")
 
-    planned.total = nobody
+    planned.lowmem.total = nobody
     planned.eval()
     x, labels = _batch(3, torch.contiguous_format, torch.float32)
     _step(planned, x, labels, 3, None)
@@ -241,7 +241,7 @@ def test_without_gradients_the_statistics_are_everybodys() -> None:
 
     def work(rank: int) -> tuple[Tensor, PlannedModule]:
         planned = apply_plan(copy.deepcopy(model), uniform(decompose(model), LEAN))
-        planned.total = processes.total(rank)
+        planned.lowmem.total = processes.total(rank)
         with torch.no_grad():
             return planned(x[cuts[rank]]), planned
 
@@ -324,7 +324,7 @@ def test_the_gradient_of_parameters_alone_needs_no_call() -> None:
 def test_batch_norm_that_cannot_be_synchronised_is_refused() -> None:
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), BasicBlock(4, 4))
     planned = apply_plan(model, Schedule((Keep(0, SAVE_ALL), Keep(1, LEAN))))
-    planned.total = lambda values: None
+    planned.lowmem.total = lambda values: None
     with pytest.raises(ValueError, match="batch norm 1 in stage 0 is not part of a block"):
         planned(torch.randn(2, 3, 8, 8))
     model[0].eval()
