@@ -163,7 +163,9 @@ def _plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
     """The fastest schedule whose whole simulated step fits. Raises Infeasible."""
     shape, budget, calibrator = request.shape(precision, micro_batch), request.budget, request.calibrator
     rates, workspace = request.rates(precision), workspaces_of(request, shape)
-    measured = request.once(("costs", shape), lambda: measure_costs(shape, workspace, phase=request.phase))
+    measured = request.once(
+        ("costs", shape, rates), lambda: measure_costs(shape, workspace, phase=request.phase, rates=rates)
+    )
     chain = price(measured, rates)
     if calibrator is not None:
         # Bytes need no measuring: what fits nowhere is not worth the minute on the card.

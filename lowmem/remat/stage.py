@@ -68,17 +68,24 @@ class Stage:
     @cached_property
     def read(self) -> frozenset[str]:
         """What SAVE_ALL keeps: results that some backward reads, and graphs of what runs under autograd."""
-        read = {operation.operands[at] for operation in self.operations for at in operation.reads}
-        read |= {k + 1 for k, operation in enumerate(self.operations) if operation.reads_output}
         return frozenset(
             operation.name
             for k, operation in enumerate(self.operations)
-            if self._keepable(k) and (k + 1 in read or operation.under_autograd)
+            if self._keepable(k) and self.wanted(k)
         )
+
+    def wanted(self, k: int) -> bool:
+        """Whether some backward reads the result of the k-th operation, or needs its graph. Graphs that are light, which
+        are always kept, hold no operand."""
+        return (self.operations[k].under_autograd and not self.operations[k].light) or k + 1 in self._wanted
+
+    @cached_property
+    def _wanted(self) -> frozenset[int]:
+        return frozenset(v for k, one in enumerate(self.operations) if not one.light for v in self._reads(k))
 
     def _keepable(self, k: int) -> bool:
         operation = self.operations[k]
-        return not (operation.view or operation.light or (self.tail is not None and k + 1 == len(self.operations)))
+        return not (operation.view or (self.tail is not None and k + 1 == len(self.operations)))
 
     @cached_property
     def tensors(self) -> frozenset[str]:
