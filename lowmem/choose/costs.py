@@ -102,7 +102,7 @@ def measure_costs(
         recorder = Recorder(workspace)
         model = empty_copy(shape.model, execution.torch_memory_format)
         x = torch.empty(shape.micro_batch, *shape.image_shape).contiguous(memory_format=execution.torch_memory_format)
-        stages = decompose(model)
+        stages = decompose(model, shape.stages)
 
         def of(stage: Stage, results: Callable[[Rates], list[Result]]) -> Sequence[Option]:
             return _options(stage, lambda: results(rates)) if options is None else options(stage)

@@ -27,6 +27,7 @@ from lowmem.plan.record import Candidate, Plan
 from lowmem.plan.solver import Solver
 from lowmem.remat import stage_names
 from lowmem.remat.libraries import convolutions_in_tf32
+from lowmem.remat.module import Named, parts_of
 from lowmem.simulate import Simulated, StepShape, simulate_step
 
 _SMALLEST_MICRO_BATCH = 8
@@ -49,14 +50,17 @@ def make_plan(
     image_shape: tuple[int, int, int] = (3, 32, 32),
     momentum: bool = True,
     batch_norm: Literal["library", "native"] | None = None,
+    stages: Named | None = None,
 ) -> Plan:
     """The plan for a training step of `model` (any device, `meta` included; it is not touched).
 
     `budget`: bytes for all tensors of the step ("4600M"), or, with a `card`, the card's memory (None: the profile's).
     `batch_norm`: its kernels on CUDA, the library's choice, which has plain PyTorch's bits, or native ones, which work
     in place; None: the library's for a `card` or a model on CUDA, else native (on the CPU both have the same bits).
-    Raises Infeasible with the least that fits, ValueError if neither budget nor card is given, or for a budget without
-    its unit.
+    `stages`: for a network that cannot be traced, modules of it, themselves or by name, which its input goes through one
+    after the other; each runs as a whole (`apply_plan` is told the same). None: as it is traced.
+    Raises Infeasible with the least that fits, ValueError if neither budget nor card is given, for a budget without
+    its unit, or for stages that are no modules of the network.
     """
     if isinstance(budget, Budget):
         limits = budget
@@ -81,6 +85,7 @@ def make_plan(
         image_shape=image_shape,
         momentum=momentum,
         batch_norm=batch_norm,
+        stages=None if stages is None else tuple(name for name, _ in parts_of(model, stages)),
         tf32=card is not None and convolutions_in_tf32(card.capability_pair),
     )
     return choose(request).plan
@@ -186,7 +191,7 @@ def _plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
         precision="amp" if precision == "amp" else "fp32",
         memory_format="channels-last" if shape.memory_format == "channels-last" else "contiguous",
         exact=shape.accumulation == 1,
-        stages=stage_names(request.model),
+        stages=stage_names(request.model, request.stages),
         schedule=solution.schedule,
         batch_norm=request.batch_norm,
         tf32=request.tf32 if precision == "fp32" else False,

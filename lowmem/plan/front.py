@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-MOST = 16  # sets by bytes for seconds
-PARTS = (2, 3, 4, 6, 8, 12)  # that the backward makes again one after the other
+MOST = 10  # sets by bytes for seconds
+PARTS = (2, 4, 8)  # that the backward makes again one after the other
 
 
 class Result(NamedTuple):
