@@ -26,6 +26,7 @@ from lowmem.step.train_step import TrainStep, make_optimizer, make_scaler, optim
 from lowmem.step.undo import Undo
 
 MOST_POLICIES = 64  # of a stage, without those that drop its output
+MOST_TOGETHER = 3  # dear results that are kept or not as one
 MANY_OPERATIONS = 64  # of a stage that takes long to measure
 USUAL_RATES = Rates.roofline(4.38e12, 192e9)  # of the card that this project is aimed at
 
@@ -36,7 +37,8 @@ def policies(stage: Stage, results: Callable[[], Sequence[Result]] | None = None
     groups = keepable(stage)
     choices = [[group[:count] for count in range(len(group) + 1)] for group in groups[:-1]]
     choices.append([(), groups[-1]])
-    if prod(map(len, choices)) <= MOST_POLICIES:
+    together = sum(name in stage.dear for name in groups[-1])
+    if prod(map(len, choices)) <= MOST_POLICIES and together <= MOST_TOGETHER:
         kept = [frozenset(name for part in parts for name in part) for parts in product(*choices)]
     else:
         kept = [] if results is None else front(results())
