@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.choose.costs import measure_costs, policies, price
+from lowmem.core.units import MIB
 from lowmem.plan.cost import Rates
 from lowmem.plan.evaluate import evaluate
 from lowmem.plan.policy import SAVE_ALL, Keep, PolicyKind, Schedule, Segment, keep, uniform
@@ -55,8 +56,8 @@ def _meta(model: nn.Module) -> StepShape:
 
 
 def test_outputs_that_are_made_again_of_what_is_kept() -> None:
-    """Of every stage the convolution's result alone is kept: as much memory as half of all, no convolution again, and
-    no output restored before its turn."""
+    """Of every stage the convolution's result alone is kept: no convolution again, and no output restored before its
+    turn."""
     model = _plain_net()
     count = len(decompose(model))
     names = [stage.operations[0].name for stage in decompose(model)]
@@ -69,7 +70,8 @@ def test_outputs_that_are_made_again_of_what_is_kept() -> None:
     expected, simulated = evaluate(schedule, chain), simulate_step(shape, schedule, RATES).estimate
     assert simulated.peak_tensor_bytes == pytest.approx(expected.peak_bytes, rel=1e-3)
     everything = simulate_step(shape, uniform([SAVE_ALL] * count), RATES).estimate
-    assert simulated.peak_tensor_bytes < 0.7 * everything.peak_tensor_bytes
+    # One of the dropped outputs is there again at the peak.
+    assert everything.peak_tensor_bytes - simulated.peak_tensor_bytes == (count - 3) * 2 * MIB
     assert evaluate(schedule, price(measured, COUNTING)).seconds == simulate_step(shape, None, RATES).flops
     planned = apply_plan(copy.deepcopy(model), schedule)
     assert differences(model, planned, training(*pictures())) == []
