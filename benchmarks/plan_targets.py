@@ -21,8 +21,8 @@ from pathlib import Path
 from conditions import RESULTS, conditions, sentence, table, write
 
 from lowmem.choose.costs import measure_costs, price
-from lowmem.choose.planning import card_rates, fit
-from lowmem.choose.request import MARGIN_SHARE, Budget, of_card
+from lowmem.choose.fitting import fit
+from lowmem.choose.request import MARGIN_SHARE, Budget, card_rates, of_card
 from lowmem.config.cards import load_card
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import GIB, MIB, format_size

@@ -16,13 +16,12 @@ from torch import nn
 from lowmem.calibrate.calibrator import Workspaces
 from lowmem.choose.costs import calls_of, measure_costs, price
 from lowmem.choose.execution import by_kind
+from lowmem.choose.fitting import fit
 from lowmem.choose.request import REFERENCE_CARD, Budget, Choice, Request, card_rates, of_card
 from lowmem.config.cards import Card, load_card
 from lowmem.core.errors import Infeasible
 from lowmem.core.phases import Phase, untold
 from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, counted, format_size, parse_memory
-from lowmem.plan.cost import Rates
-from lowmem.plan.evaluate import Solution
 from lowmem.plan.record import Candidate, Plan
 from lowmem.plan.solver import Solver
 from lowmem.remat import stage_names
@@ -31,7 +30,6 @@ from lowmem.remat.module import Named, parts_of
 from lowmem.simulate import Simulated, StepShape, simulate_step
 
 _SMALLEST_MICRO_BATCH = 8
-_TRIES = 12  # of the solver against the whole simulated step
 # A runner-up that is predicted to be slower by more than this cannot win by an error of the prediction that is usual.
 _WORTH_TRYING = 1.5
 _MOST_RIVALS = 2
@@ -57,9 +55,8 @@ def make_plan(
     `budget`: bytes for all tensors of the step ("4600M"), or, with a `card`, the card's memory (None: the profile's).
     `batch_norm`: its kernels on CUDA, the library's choice, which has plain PyTorch's bits, or native ones, which work
     in place; None: the library's for a `card` or a model on CUDA, else native (on the CPU both have the same bits).
-    `stages`: for a network that cannot be traced, modules of it, themselves or by name, which its input goes through one
-    after the other; each runs as a whole (`apply_plan` is told the same). None: as it is traced.
-    Raises Infeasible with the least that fits, ValueError if neither budget nor card is given, for a budget without
+    `stages`: for a network that cannot be traced, modules of it, themselves or by name, which its input goes through
+    one after the other; each runs as a whole (`apply_plan` is told the same). None: as it is traced. Raises Infeasible with the least that fits, ValueError if neither budget nor card is given, for a budget without
     its unit, or for stages that are no modules of the network.
     """
     if isinstance(budget, Budget):
@@ -219,44 +216,6 @@ def workspaces_of(request: Request, shape: StepShape) -> Workspaces | None:
     return request.calibrator.workspaces(
         shape.precision, lambda: request.once(("calls", shape), lambda: calls_of(shape))
     )
-
-
-def fit(
-    solver: Solver,
-    shape: StepShape,
-    budget: Budget,
-    rates: Rates,
-    workspace: Workspaces | None = None,
-    phase: Phase = untold,
-) -> tuple[Solution, Simulated]:
-    """The fastest schedule whose whole simulated step is under the budget. The solver knows tensors; rounding, and on a
-    card the caching allocator's segments, come on top. Where the whole step does not fit, the solver is asked again for
-    as much less, on a card for 2 to 4 % less (how much the gaps between blocks take is not known beforehand). Raises
-    Infeasible with a budget of which the whole step is known to fit."""
-    limit = budget.tensor_bytes
-    capacity = limit if budget.on_card else None
-    target = limit
-    for tried in range(_TRIES):
-        phase(f"planning: the fastest way that fits{f', try {tried + 1}' * (tried > 0)}")
-        try:
-            solution = solver.solve(target)
-        except Infeasible:
-            break
-        simulated = simulate_step(shape, solution.schedule, rates, capacity, workspace)
-        over = simulated.estimate.peak_allocated_bytes - limit
-        if over <= 0 and simulated.fits:
-            return solution, simulated
-        less = 1
-        if budget.on_card:
-            gap = simulated.estimate.peak_reserved_bytes - limit
-            less = max(limit // 50, min(gap // 3, limit // 25))
-        target = min(target, solution.peak_bytes) - max(over, less)
-    least = solver.least()
-    simulated = simulate_step(shape, least.schedule, rates, capacity, workspace)
-    taken = simulated.estimate
-    if taken.peak_allocated_bytes <= limit and simulated.fits:
-        return least, simulated
-    raise Infeasible(limit, budget.counted_bytes(taken), f"at its peak, {least.peak}", "lower --batch")
 
 
 # -- what could be taken instead ---------------------------------------------------------------------------------------

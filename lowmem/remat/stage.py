@@ -69,14 +69,12 @@ class Stage:
     def read(self) -> frozenset[str]:
         """What SAVE_ALL keeps: results that some backward reads, and graphs of what runs under autograd."""
         return frozenset(
-            operation.name
-            for k, operation in enumerate(self.operations)
-            if self._keepable(k) and self.wanted(k)
+            operation.name for k, operation in enumerate(self.operations) if self._keepable(k) and self.wanted(k)
         )
 
     def wanted(self, k: int) -> bool:
-        """Whether some backward reads the result of the k-th operation, or needs its graph. Graphs that are light, which
-        are always kept, hold no operand."""
+        """Whether some backward reads the result of the k-th operation, or needs its graph. Light graphs, which are
+        always kept, hold no operand."""
         return (self.operations[k].under_autograd and not self.operations[k].light) or k + 1 in self._wanted
 
     @cached_property
@@ -202,8 +200,8 @@ class Stage:
         return any(0 in step.uses(self.operations) for step in self._program("restore", policy, memo))
 
     def restore(self, saved: Saved, x: Tensor | None, policy: BlockPolicy, memo: StagePass) -> Any:
-        """The output again, from the kept tensors and, where it is read, the input; may add to `saved` what the backward
-        needs too."""
+        """The output again, from the kept tensors and, where it is read, the input; may add to `saved` what the
+        backward needs too."""
         saved[0] = x
         self._follow(self._program("restore", policy, memo), saved, memo)
         y, saved[len(self.operations)], saved[0] = saved[len(self.operations)], None, None

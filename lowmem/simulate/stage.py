@@ -176,8 +176,7 @@ class _StageBench:
                 backward_temp_bytes=max(0, tb + restored - counted),
                 restore_temp_bytes=restore_temp,
                 restored_bytes=restored,
-                restore_reads_input=option.policy.drop_output
-                and self.stage.restore_reads_input(option.policy, memo),
+                restore_reads_input=option.policy.drop_output and self.stage.restore_reads_input(option.policy, memo),
             ),
             forward_work=forward_work,
             backward_work=backward_work,

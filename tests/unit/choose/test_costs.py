@@ -1,4 +1,4 @@
-"""What is measured of a stage, and what that is worth in a chain without shortcuts and in a stage with many operations."""
+"""What is measured of a stage, and what it is worth: in a chain without shortcuts, in a stage of many operations."""
 
 from __future__ import annotations
 

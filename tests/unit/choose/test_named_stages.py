@@ -78,5 +78,5 @@ def test_plan_and_execution_agree(share: float) -> None:
 def test_stages_that_the_network_has_not_got_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no module 'blocks\.9'"):
         make_plan(_Untraceable(), batch=8, budget=64 * MIB, stages=["blocks.9"])
-    with pytest.raises(ValueError, match="a _Head .* is no module of the network"):
+    with pytest.raises(ValueError, match=r"a _Head .* is no module of the network"):
         make_plan(_Untraceable(), batch=8, budget=64 * MIB, stages=[_Head()])
