@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 from lowmem.plan.cost import ChainCost
@@ -29,10 +30,10 @@ def _swapped(schedule: Schedule, chain: ChainCost, saved: float) -> Iterator[Sch
         seconds = next(one.seconds for one in options if one.policy == policy)
         for option in options:
             if option.policy != policy and option.seconds <= seconds - saved:
-                try:
-                    yield with_policy(schedule, stage, option.policy)
-                except ValueError:  # it cannot stand there
-                    continue
+                with suppress(ValueError):  # it cannot stand there
+                    other = with_policy(schedule, stage, option.policy)
+                    other.check_covers(len(chain))
+                    yield other
 
 
 def with_policy(schedule: Schedule, stage: int, policy: BlockPolicy) -> Schedule:

@@ -27,7 +27,7 @@ def chain() -> ChainCost:
     return price(measure_costs(SHAPE), RATES)
 
 
-@pytest.mark.parametrize("mib", [70, 100, 140])
+@pytest.mark.parametrize("mib", [90, 110, 140])
 def test_no_block_alone_could_be_faster_on_the_card(chain: ChainCost, mib: int) -> None:
     budget = Budget(total_bytes=(mib + 400) * MIB, context_bytes=400 * MIB)
     solution, simulated = fit(Solver(chain, limit_bytes=budget.tensor_bytes), SHAPE, budget, RATES)
@@ -40,7 +40,7 @@ def test_no_block_alone_could_be_faster_on_the_card(chain: ChainCost, mib: int) 
 
 
 def test_tensors_alone_get_the_solvers_own(chain: ChainCost) -> None:
-    for mib in (50, 80, 120):
+    for mib in (70, 90, 120):
         budget = Budget(total_bytes=mib * MIB)
         solver = Solver(chain, limit_bytes=budget.tensor_bytes)
         solution, simulated = fit(solver, SHAPE, budget, RATES)
