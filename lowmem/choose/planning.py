@@ -57,8 +57,8 @@ def make_plan(
     in place; None: the library's for a `card` or a model on CUDA, else native (on the CPU both have the same bits).
     `stages`: for a network that cannot be traced, modules of it, themselves or by name, which its input goes through
     one after the other; each runs as a whole (`apply_plan` is told the same). None: as it is traced. Raises Infeasible
-    with the least that fits, ValueError if neither budget nor card is given, for a budget without its unit, or for stages
-    that are no modules of the network.
+    with the least that fits, ValueError if neither budget nor card is given, for a budget without its unit, or for
+    stages that are no modules of the network.
     """
     if isinstance(budget, Budget):
         limits = budget

@@ -2,8 +2,8 @@
 
 A result that is not kept is made again, with whatever of its operands is not there, when the backward wants it. Sets
 are grown from nothing by the most seconds a byte, and shrunk from everything by the least; those that no other beats in
-bytes and in seconds are the front. Beside these come sets for the least memory: what is alive at evenly spaced places, so
-that the backward makes one part after the other again (Chen et al., 2016).
+bytes and in seconds are the front. Beside these come sets for the least memory: what is alive at evenly spaced places,
+so that the backward makes one part after the other again (Chen et al., 2016).
 
 Where the backward wants every result, in a chain, time is a sum and the sets are on the true front (its convex hull).
 Known not to be optimal elsewhere: one result is taken at a time, so that two that only pay together are found late.
