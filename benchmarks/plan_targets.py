@@ -50,8 +50,8 @@ HEADER = (
 class Goal:
     """A budget: bytes, a share of the plain step's peak, a card's memory, or (none of them) the least feasible.
 
-    Target and `others` (a prototype's, or what a paper has published) are overheads, for the least feasible bytes; `fits`
-    is a target that asks no more than that.
+    Target and `others` (a prototype's, or what a paper has published) are overheads, of the least feasible bytes;
+    `fits` is a target that asks no more than that.
     """
 
     bytes: int | None = None
