@@ -55,7 +55,7 @@ def largest(fits: Callable[[int], bool], start: int) -> int | None:
             batch = min(2 * low, (low + high) // 2)
         else:
             high = batch
-            batch = max((low + high) // 2, high // 2)
+            batch = (low + high) // 2
     return low or None
 
 
