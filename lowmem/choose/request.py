@@ -230,6 +230,7 @@ class Request:
     momentum: bool = True
     joint: bool = False  # one of several processes that train the run; `batch` is its own share
     sync_bn: bool = False
+    stages: tuple[str, ...] | None = None  # modules that are the links of the chain; None: as it is traced
     batch_norm: Literal["library", "native"] = "native"
     tf32: bool | None = False  # of convolutions in fp32, on the card that is planned for; None: nobody tells
     rates_from: str = "a card's datasheet"
@@ -250,6 +251,7 @@ class Request:
             library_norm=self.batch_norm == "library",
             joint=self.joint,
             sync_bn=self.sync_bn,
+            stages=self.stages,
         )
 
     def once(self, key: object, make: Callable[[], _T]) -> _T:

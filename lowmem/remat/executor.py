@@ -162,9 +162,11 @@ class Run:
         entry = entries[-1]
         if entry.x is None:
             before = entries[-2]
-            x, at = self._input(entries[:-1]), before.item.end
+            at = before.item.end
             assert isinstance(before.item, Keep)
-            entry.x = self.stages[at].restore(before.saved, x, before.item.policy, self.memos[at])
+            stage, policy, memo = self.stages[at], before.item.policy, self.memos[at]
+            x = self._input(entries[:-1]) if stage.restore_reads_input(policy, memo) else None
+            entry.x = stage.restore(before.saved, x, policy, memo)
         return entry.x
 
 

@@ -32,16 +32,19 @@ from lowmem.remat.stage import Stage
 from lowmem.remat.tracing import NotTraceable, check_own_forward
 
 Parts = Sequence[tuple[str, Callable[..., Any]]]
+Named = Sequence[str | nn.Module]
 
 
-def decompose(model: nn.Module) -> tuple[Stage, ...]:
-    """The chain of a model as it is now. Raises NotTraceable (a ValueError) for what is not one tensor in, one out."""
-    return traced(untouched(model)).stages
+def decompose(model: nn.Module, stages: Named | None = None) -> tuple[Stage, ...]:
+    """The chain of a model as it is now. `stages`: modules of it that are named to be its links, each run as a whole;
+    None: as it is traced. Raises NotTraceable (a ValueError) for what is not one tensor in, one out."""
+    model = untouched(model)
+    return TracedChain(model, None if stages is None else parts_of(model, stages)).now().stages
 
 
-def stage_names(model: nn.Module) -> tuple[str, ...]:
+def stage_names(model: nn.Module, stages: Named | None = None) -> tuple[str, ...]:
     """The names of the chain's links, in forward order: `stem`, `layer1.0`, …, `head`."""
-    return tuple(stage.name for stage in decompose(model))
+    return tuple(stage.name for stage in decompose(model, stages))
 
 
 def runs_whole(model: nn.Module) -> dict[str, str]:
@@ -183,9 +186,9 @@ def untouched(model: nn.Module) -> nn.Module:
     return model.lowmem.model if isinstance(model, PlannedModule) else model
 
 
-def parts_of(model: nn.Module, stages: Sequence[str | nn.Module]) -> Parts:
+def parts_of(model: nn.Module, stages: Named) -> Parts:
     """Modules that make up a network, by name or themselves, in the order in which its input goes through them. Raises
-    ValueError for a name that the model has not got."""
+    ValueError for what the model has not got."""
     names = {id(module): name for name, module in model.named_modules()}
     parts: list[tuple[str, Callable[..., Any]]] = []
     for one in stages:
@@ -193,7 +196,9 @@ def parts_of(model: nn.Module, stages: Sequence[str | nn.Module]) -> Parts:
             module = model.get_submodule(one) if isinstance(one, str) else one
         except AttributeError as error:
             raise ValueError(f"the network has no module {one!r}: {error}") from None
-        parts.append((names.get(id(module), f"stage{len(parts)}"), module))
+        if id(module) not in names:
+            raise ValueError(f"a {type(module).__name__} that is to be a stage is no module of the network")
+        parts.append((names[id(module)], module))
     return parts
 
 
@@ -223,7 +228,7 @@ def apply_plan(
     plan: Plan | Schedule,
     *,
     library_norm: bool | None = None,
-    stages: Sequence[str | nn.Module] | None = None,
+    stages: Named | None = None,
 ) -> PlannedModule:
     """The module that executes the plan on the model's own parameters.
 

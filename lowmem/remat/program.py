@@ -108,12 +108,12 @@ class Compiler:
         return self._finish(steps, set(kept.values) | last, kept)
 
     def restore(self, kept: Kept) -> tuple[tuple[Step, ...], Kept]:
-        """The output again; and what is there afterwards for the backward: dear tensors that it reads stay."""
+        """The output again; and what is there afterwards for the backward: of what was made, all that it reads stays."""
         steps: list[Step] = []
         self._make(self.count, {0, *kept.values}, steps, frozenset())
-        read = {value for step in self._backward_steps(Kept(frozenset({0})))[0] for value in step.uses(self.operations)}
-        made = {step.operation + 1 for step in steps}
-        stay = {value for value in made & read if self.operations[value - 1].dear and value != self.count}
+        backward = (step for step in self._backward_steps(Kept(frozenset({0})))[0] if step.backward)
+        read = {value for step in backward for value in step.uses(self.operations)}
+        stay = {step.operation + 1 for step in steps} & read - {self.count}
         after = Kept(kept.values | stay, kept.graphs)
         return self._finish(steps, set(after.values) | {self.count}, after), after
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from lowmem.core.errors import PreflightError, first_line
 from lowmem.measure.outline import is_outline
 from lowmem.remat.before import Generators
-from lowmem.remat.chain import traced
 from lowmem.remat.executor import Run
-from lowmem.remat.module import untouched
+from lowmem.remat.module import Named, decompose, untouched
 from lowmem.remat.operation import PassState
 from lowmem.remat.stage import Stage
 
@@ -25,9 +24,10 @@ _PICTURES = 2
 _CLOSE = 1e-2  # of the largest value, where not the CPU computes: kernels may be others at other addresses
 
 
-def check_same_forward(model: nn.Module, image_shape: tuple[int, ...]) -> None:
+def check_same_forward(model: nn.Module, image_shape: tuple[int, ...], named: Named | None = None) -> None:
     """Runs a training forward on two random pictures [C, H, W], by itself and as planned. Nothing of the model is
-    changed afterwards; its hooks run. Does nothing for a model without values (`meta`).
+    changed afterwards; its hooks run. Does nothing for a model without values (`meta`). `named`: the stages that the user
+    has named.
 
     Raises PreflightError if the outputs or buffers differ, with the first stage where they do; if the network itself
     cannot compute such pictures; ValueError if it is none that can be planned (NotTraceable)."""
@@ -41,7 +41,7 @@ def check_same_forward(model: nn.Module, image_shape: tuple[int, ...]) -> None:
     x = drawn.to(device=device, dtype=dtype)
     with torch.no_grad(), _kept(model) as begin:
         model.train()
-        stages = traced(model).stages
+        stages = decompose(model, named)
         begin()
         try:
             wanted = _with_buffers(model(x), model)

@@ -40,6 +40,7 @@ class StepShape:
     library_norm: bool = False  # see lowmem.remat.batch_norm; of a planned step
     joint: bool = False  # one of several processes that sum their gradients
     sync_bn: bool = False
+    stages: tuple[str, ...] | None = None  # the chain's links, where they are named; None: as it is traced
 
     @property
     def execution(self) -> Execution:
@@ -87,7 +88,7 @@ def simulate_step(
         execution, joint = shape.execution, None
         run = empty_copy(shape.model, execution.torch_memory_format).train()
         if schedule is not None:
-            run = apply_plan(run, schedule, library_norm=shape.library_norm)
+            run = apply_plan(run, schedule, library_norm=shape.library_norm, stages=shape.stages)
         elif way is not None:
             run = way(run)
         sgd = make_optimizer(run, OptimConfig(momentum=0.9 if shape.momentum else 0.0), execution.device, optimizer)

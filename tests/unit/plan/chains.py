@@ -42,7 +42,8 @@ def random_chain(rng: random.Random, count: int, options: int, *, dropping: bool
                 option = random_option(rng, policy, output, g[index])
                 left = rng.randint(0, 6)
                 peak = output + left + rng.randint(0, 6)
-                made.append(dataclasses.replace(option, restore_temp_bytes=peak, restored_bytes=left))
+                more = {"restore_temp_bytes": peak, "restored_bytes": left, "restore_reads_input": rng.random() < 0.6}
+                made.append(dataclasses.replace(option, **more))
         rng.shuffle(made)
         last = [
             random_option(rng, option.policy, 0, g[index])
