@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.calibrate.calibrator import StageTimes
 from lowmem.calibrate.stage_timer import FAST, PLAIN, Seconds, Timed
@@ -19,7 +18,7 @@ from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, P
 from lowmem.remat import decompose
 from lowmem.remat.block import ConvBlock
 from lowmem.remat.stage import Stage
-from lowmem.simulate import Call, Recorder, StepShape, empty_copy
+from lowmem.simulate import Call, OutlineMode, Recorder, StepShape, empty_copy
 from lowmem.simulate.stage import Option, StageMeasure, measure_chain
 from lowmem.step.train_step import TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
@@ -66,7 +65,7 @@ def measure_costs(
     """Bytes and operations of a step, whose model is not touched. `workspace`: see `lowmem.simulate.Recorder`.
     `options`: per stage, by default all that are worth having. `phase` hears how many stages are done."""
     execution = shape.execution
-    with FakeTensorMode():
+    with OutlineMode():
         recorder = Recorder(workspace)
         model = empty_copy(shape.model, execution.torch_memory_format)
         x = torch.empty(shape.micro_batch, *shape.image_shape).contiguous(memory_format=execution.torch_memory_format)

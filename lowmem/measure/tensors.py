@@ -39,18 +39,14 @@ class TensorMeter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = self._run(func, args, kwargs)
+        result = func(*args, **kwargs)
         outputs = tensors_among((result,))
         for tensor in outputs:
             self._see(tensor, str(func))
-        formula = _flop_formula(func)
-        flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+        flops = flops_of(func, args, kwargs, result)
         self.flops += flops
         self._ran(func, args, kwargs, outputs, flops)
         return result
-
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return func(*args, **kwargs)
 
     def _ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor], flops: int) -> None:
         """Called after each operation."""
@@ -91,6 +87,12 @@ def tensors_among(values: Iterable[Any]) -> list[Tensor]:
         elif isinstance(value, (tuple, list)):
             tensors += tensors_among(value)
     return tensors
+
+
+def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """By the library's own formulas; 0 for what has none."""
+    formula = _flop_formula(func)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 
 
 @cache

@@ -35,8 +35,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from lowmem.measure.outline import is_outline
 from lowmem.remat.kernels import accumulate
 
 Total: TypeAlias = Callable[[Tensor], None]
@@ -127,7 +127,7 @@ def _statistics_dtype(z: Tensor) -> torch.dtype:
 
 def _statistics(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of this process's z, in float32 at least."""
-    if isinstance(z, FakeTensor):  # the kernel below has no fake one: torch would run it on real zeros of z's size
+    if is_outline(z):  # the kernel below has no fake one: torch would run it on real zeros of z's size
         var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
         return mean, var
     # Given running statistics (which momentum 0 leaves alone), the CPU's kernel answers in their dtype, not in z's.

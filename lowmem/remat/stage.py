@@ -14,10 +14,10 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from lowmem.measure.outline import is_outline
 from lowmem.plan.policy import BlockPolicy, PolicyKind
 from lowmem.remat.batch_norm import NormStats, Total
 
@@ -130,7 +130,7 @@ class OpaqueStage(Stage):
                 memo.first = False
                 if memo.total is not None:
                     self._check_no_statistics()
-                memo.rng = None if isinstance(x, FakeTensor) else [torch.get_rng_state(), *get_device_states(x)]
+                memo.rng = None if is_outline(x) else [torch.get_rng_state(), *get_device_states(x)]
                 y = self.function(x)
             else:
                 cpu, devices, states = memo.rng or (None, [], [])

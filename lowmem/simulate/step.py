@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.config.schema import OptimConfig
 from lowmem.distributed.group import Group, Split
@@ -17,6 +16,7 @@ from lowmem.plan.cost import Rates
 from lowmem.plan.policy import Schedule
 from lowmem.remat import PlannedModule, apply_plan
 from lowmem.simulate.allocator import DeviceFull
+from lowmem.simulate.effects import OutlineMode
 from lowmem.simulate.trace import Call, Estimate, Kind, Recorder, Trace, estimate
 from lowmem.step.data_parallel import DataParallelStep
 from lowmem.step.train_step import FUSED, Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
@@ -124,7 +124,7 @@ def trace_steps(
 ) -> Trace:
     """Builds a step on fake tensors and runs it -> everything that was allocated and freed, in the phase `setup` and in
     those of the step (see `TrainStep.phase`). `workspace`: see `Recorder`."""
-    with FakeTensorMode():
+    with OutlineMode():
         recorder = Recorder(workspace)
         with recorder:
             _run_recorded(recorder, build(), steps)
