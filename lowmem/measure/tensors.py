@@ -11,13 +11,14 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterable
-from functools import cache
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowmem.measure.flops import flops_of
 
 
 class TensorMeter(TorchDispatchMode):
@@ -87,16 +88,3 @@ def tensors_among(values: Iterable[Any]) -> list[Tensor]:
         elif isinstance(value, (tuple, list)):
             tensors += tensors_among(value)
     return tensors
-
-
-def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    """By the library's own formulas; 0 for what has none."""
-    formula = _flop_formula(func)
-    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
-
-
-@cache
-def _flop_formula(func: Any) -> Any:
-    from torch.utils.flop_counter import flop_registry  # a quarter of a second, of a start that counts nothing
-
-    return flop_registry.get(func.overloadpacket)

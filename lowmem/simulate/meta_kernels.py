@@ -8,16 +8,16 @@ light ones here, which the tests hold equal to torch's and to what real tensors 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import compute_elementwise_output_strides, suggest_memory_format
 
 from lowmem.core.errors import PreflightError
 from lowmem.measure.outline import OutlineStorage, geometry_of, outline
 from lowmem.measure.tensors import tensors_among
+from lowmem.simulate.layouts import elementwise_strides, like, memory_format
 
 _aten = torch.ops.aten
 
@@ -42,12 +42,10 @@ def _pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
     """By the rules of torch's TensorIterator: broadcast, and laid out as the operands are. The dtype is what the CPU's
     kernel makes of one element."""
     operands = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    shape = torch.broadcast_shapes(*[operand.shape for operand in operands])
-    large = [operand.expand(shape) for operand in operands if operand.dim()]
-    strides = compute_elementwise_output_strides(*large) if large else ()
+    shape = torch.broadcast_tensors(*operands)[0].shape
     probes = [_probe(value) for value in args]
     dtype = func(*probes, **{name: _probe(value) for name, value in kwargs.items()}).dtype
-    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    return torch.empty_strided(shape, elementwise_strides(shape, operands), dtype=dtype, device="meta")
 
 
 def _probe(value: Any) -> Any:
@@ -76,25 +74,46 @@ def _by_fake_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             raise PreflightError(f"{func} cannot be simulated without data, so the step cannot be planned") from error
 
 
-def _convolution(*args: Any) -> Any:
-    """Forward and backward: see `torch._subclasses.fake_impls.conv`, which asks for the kernel's memory format."""
-    backward = len(args) == 11
-    func = _aten.convolution_backward.default if backward else _aten.convolution.default
-    x, weight, rest = (args[1], args[2], args[3:]) if backward else (args[0], args[1], args[2:])
-    if weight.dim() != x.dim() or weight.dim() == 3:
-        return NotImplemented  # the choice below knows two dimensions and more
-    if not backward and x.dtype != weight.dtype:
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    if x.dtype != weight.dtype:
         raise RuntimeError(f"Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same")
-    names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
-    # The choice looks at the device, not at data.
+    if (layout := _convolution_layout(x, weight, {"bias": bias}, rest)) is None:
+        return NotImplemented
+    stride, padding, dilation, transposed, output_padding, groups = rest
+    taken, made = weight.shape[1] * (1 if transposed else groups), weight.shape[0]
+    if transposed:
+        taken, made = made, weight.shape[1] * groups
+    if x.shape[1] != taken:
+        raise RuntimeError(f"convolution: the input has {x.shape[1]} channels, the weight takes {taken}")
+    sizes = []
+    for dim, (size, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True)):
+        reach, step, pad = dilation[dim] * (kernel - 1) + 1, stride[dim], padding[dim]
+        grown = (size - 1) * step - 2 * pad + reach + output_padding[dim]
+        sizes.append(grown if transposed else (size + 2 * pad - reach) // step + 1)
+    return torch.empty((x.shape[0], made, *sizes), dtype=x.dtype, device="meta", memory_format=layout)
+
+
+def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, *rest: Any) -> Any:
+    *how, mask = rest
+    if (layout := _convolution_layout(x, weight, {"bias": None, "bias_sizes": bias_sizes}, how)) is None:
+        return NotImplemented
+    grad_x = like(x, memory_format=layout) if mask[0] else None
+    grad_weight = like(weight, memory_format=layout) if mask[1] else None
+    return grad_x, grad_weight, grad.new_empty(grad.shape[1]) if mask[2] else None
+
+
+def _convolution_layout(
+    x: Tensor, weight: Tensor, bias: dict[str, Any], how: Sequence[Any]
+) -> torch.memory_format | None:
+    """Of its results: the kernel's, which torch chooses by all but the values (`torch._subclasses.fake_impls.conv`).
+    None for what it is not asked about: one dimension, or a picture without a batch."""
+    if weight.dim() != x.dim() or weight.dim() == 3:
+        return None
     operands = [_on_cpu(x), _on_cpu(weight)]
-    bias = {"bias": None, "bias_sizes": rest[0]} if backward else {"bias": None if rest[0] is None else _on_cpu(rest[0])}
-    chosen = torch._C._select_conv_backend(*operands, **bias, **dict(zip(names, rest[1:7], strict=True)))  # type: ignore[attr-defined]
-    layout = torch._C._conv_determine_backend_memory_format(*operands, chosen)  # type: ignore[attr-defined]
-    results = func(*args)
-    if not backward:
-        return results.to(memory_format=layout)
-    return (*[None if one is None else one.to(memory_format=layout) for one in results[:2]], results[2])
+    names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+    said = {name: _on_cpu(value) if isinstance(value, Tensor) else value for name, value in bias.items()}
+    kernel = torch._C._select_conv_backend(*operands, **said, **dict(zip(names, how, strict=True)))  # type: ignore[attr-defined]
+    return torch._C._conv_determine_backend_memory_format(*operands, kernel)  # type: ignore[attr-defined]
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -105,14 +124,14 @@ def _batch_norm(z: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, T
     """Torch's own for `meta` has statistics in the input's dtype; kernels have the weight's."""
     dtype = z.dtype if weight is None else weight.dtype
     size = z.shape[1] if rest[3] else 0  # in training
-    return torch.empty_like(z), z.new_empty(size, dtype=dtype), z.new_empty(size, dtype=dtype)
+    return like(z), z.new_empty(size, dtype=dtype), z.new_empty(size, dtype=dtype)
 
 
 def _batch_norm_backward(grad: Tensor, z: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
     mask = rest[-1]
     dtype = z.dtype if weight is None else weight.dtype
     sizes = [z.new_empty(z.shape[1], dtype=dtype) if wanted else None for wanted in mask[1:]]
-    return torch.empty_like(z) if mask[0] else None, *sizes
+    return like(z) if mask[0] else None, *sizes
 
 
 def _layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,7 +139,7 @@ def _layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, *_: Any) -> 
     size = (*x.shape[:outer], *(1 for _ in shape))
     statistics = x.dtype if weight is None else weight.dtype
     return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
+        like(x, memory_format=torch.contiguous_format),
         x.new_empty(size, dtype=statistics),
         x.new_empty(size, dtype=statistics),
     )
@@ -132,7 +151,7 @@ def _layer_norm_backward(
     given = (x, weight, bias)
     made = (x, weight, x.new_empty(shape, dtype=x.dtype if bias is None else bias.dtype))
     return tuple(
-        torch.empty_like(like, memory_format=torch.contiguous_format) if wanted and one is not None else None
+        like(like, memory_format=torch.contiguous_format) if wanted and one is not None else None
         for wanted, one, like in zip(mask, given, made, strict=True)
     )
 
@@ -146,7 +165,7 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
     dtype = tensors[0].dtype
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
-    formats = {suggest_memory_format(tensor) for tensor in real}
+    formats = {memory_format(tensor) for tensor in real}
     layout = formats.pop() if len(formats) == 1 else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
 
@@ -160,8 +179,32 @@ def _stack(tensors: list[Tensor], dim: int = 0) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _reduced(x: Tensor, dim: Any, keepdim: bool, dtype: torch.dtype) -> Tensor:
+    dims = range(x.dim()) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
+    gone = {one % max(x.dim(), 1) for one in dims}
+    shape = [1 if one in gone else size for one, size in enumerate(x.shape) if keepdim or one not in gone]
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _sum(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    whole = not (x.dtype.is_floating_point or x.dtype.is_complex)
+    return _reduced(x, dim, keepdim, dtype or (torch.int64 if whole else x.dtype))
+
+
+def _argmax(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    return _reduced(x, dim, keepdim, torch.int64)
+
+
+def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    return like(x, dtype=torch.float32 if half_to_float else x.dtype, memory_format=torch.contiguous_format)
+
+
+def _embedding(weight: Tensor, indices: Tensor, *_: Any) -> Tensor:
+    return weight.new_empty((*indices.shape, *weight.shape[1:]))
+
+
 def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-    return _aten.sum.dim_IntList(x, dim, keepdim, dtype=dtype or x.dtype)
+    return _reduced(x, dim, keepdim, dtype or x.dtype)
 
 
 def _mean_of_all(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -172,16 +215,12 @@ def _var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bo
     return _mean(x, dim, keepdim), _mean(x, dim, keepdim)
 
 
-def _like_first(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return torch.empty_like(x)
-
-
 def _contiguous_like_first(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return like(x, memory_format=torch.contiguous_format)
 
 
 def _softmax_backward(grad: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(grad, dtype=input_dtype, memory_format=torch.contiguous_format)
+    return like(grad, dtype=input_dtype, memory_format=torch.contiguous_format)
 
 
 def _nll_loss(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, _: int) -> tuple[Tensor, Tensor]:
@@ -190,15 +229,61 @@ def _nll_loss(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, 
 
 
 def _nll_loss_backward(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return like(x, memory_format=torch.contiguous_format)
 
 
-def _addmm(bias: Tensor, left: Tensor, right: Tensor, **_: Any) -> Tensor:
-    return left.new_empty(left.shape[0], right.shape[1])
+def _matrix_product(left: Tensor, right: Tensor) -> Tensor:
+    if left.shape[-1] != right.shape[-2] or left.shape[:-2] != right.shape[:-2]:
+        raise RuntimeError(f"matrices of {list(left.shape)} and {list(right.shape)} cannot be multiplied")
+    return left.new_empty((*left.shape[:-1], right.shape[-1]))
+
+
+def _added_product(_: Tensor, left: Tensor, right: Tensor, **__: Any) -> Tensor:
+    return _matrix_product(left, right)
+
+
+def _window_sizes(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> list[int]:
+    """Of what a pooling makes (aten/src/ATen/native/Pool.h)."""
+    sizes = []
+    for place, size in enumerate(x.shape[-2:]):
+        length, step, pad, spread = (_one_of(value, place) for value in (kernel, stride or kernel, padding, dilation))
+        free = size + 2 * pad - spread * (length - 1) - 1
+        count = (free + (step - 1 if ceil_mode else 0)) // step + 1
+        sizes.append(count - 1 if ceil_mode and (count - 1) * step >= size + pad else count)
+    return sizes
+
+
+def _one_of(value: Any, place: int) -> int:
+    return value[place % len(value)] if isinstance(value, (list, tuple)) else value
+
+
+def _pooled(x: Tensor, sizes: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    shape = (*x.shape[:-2], *sizes)
+    return torch.empty(shape, dtype=dtype or x.dtype, device="meta", memory_format=memory_format(x))
+
+
+def _average_pool(x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False, *_: Any) -> Tensor:
+    return _pooled(x, _window_sizes(x, kernel, stride, padding, 1, ceil_mode))
+
+
+def _max_pool(
+    x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> tuple[Tensor, Tensor]:
+    sizes = _window_sizes(x, kernel, stride, padding, dilation, ceil_mode)
+    return _pooled(x, sizes), _pooled(x, sizes, torch.int64)
+
+
+def _pool_backward(_: Tensor, x: Tensor, *__: Any) -> Tensor:
+    return like(x, memory_format=memory_format(x))
+
+
+def _scattered(grad: Tensor, sizes: list[int], *_: Any) -> Tensor:
+    """The gradient of a part, within zeros."""
+    return grad.new_empty(sizes)
 
 
 def _dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+    return like(x), like(x, dtype=torch.bool)
 
 
 def _full(size: list[int], fill: Any, **kwargs: Any) -> Tensor:
@@ -213,7 +298,7 @@ def _factory(size: list[int], *_: Any, **kwargs: Any) -> Tensor:
 
 _KERNELS: dict[Any, Callable[..., Any]] = {
     _aten.convolution.default: _convolution,
-    _aten.convolution_backward.default: _convolution,
+    _aten.convolution_backward.default: _convolution_backward,
     _aten.native_batch_norm.default: _batch_norm,
     _aten.native_batch_norm_backward.default: _batch_norm_backward,
     _aten.native_layer_norm.default: _layer_norm,
@@ -223,15 +308,38 @@ _KERNELS: dict[Any, Callable[..., Any]] = {
     _aten.mean.default: _mean_of_all,
     _aten.mean.dim: _mean,
     _aten.var_mean.correction: _var_mean,
-    _aten._log_softmax.default: _aten._softmax.default,
+    _aten.sum.default: _sum,
+    _aten.sum.dim_IntList: _sum,
+    _aten.argmax.default: _argmax,
+    _aten._softmax.default: _softmax,
+    _aten._log_softmax.default: _softmax,
+    _aten.embedding.default: _embedding,
+    _aten.mm.default: _matrix_product,
+    _aten.bmm.default: _matrix_product,
+    _aten.baddbmm.default: _added_product,
+    _aten.avg_pool2d.default: _average_pool,
+    _aten.avg_pool2d_backward.default: _pool_backward,
+    _aten.max_pool2d_with_indices.default: _max_pool,
+    _aten.max_pool2d_with_indices_backward.default: _pool_backward,
+    _aten._adaptive_avg_pool2d.default: _pooled,
+    _aten._adaptive_avg_pool2d_backward.default: _pool_backward,
+    _aten.select_backward.default: _scattered,
+    _aten.slice_backward.default: _scattered,
     _aten._softmax_backward_data.default: _softmax_backward,
     _aten._log_softmax_backward_data.default: _softmax_backward,
     _aten.nll_loss_forward.default: _nll_loss,
     _aten.nll_loss_backward.default: _nll_loss_backward,
-    _aten.addmm.default: _addmm,
+    _aten.addmm.default: _added_product,
     _aten.native_dropout.default: _dropout,
-    _aten.hardswish.default: _like_first,
+    _aten.hardswish.default: like,
     _aten.roll.default: _contiguous_like_first,
+    _aten.empty_like.default: like,
+    _aten.zeros_like.default: like,
+    _aten.ones_like.default: like,
+    _aten.rand_like.default: like,
+    _aten.randn_like.default: like,
+    _aten.full_like.default: like,
+    _aten.clone.default: like,
     _aten.zeros.default: _factory,
     _aten.ones.default: _factory,
     _aten.rand.default: _factory,
@@ -244,11 +352,9 @@ _KERNELS: dict[Any, Callable[..., Any]] = {
     _aten.lift_fresh.default: _aten.alias.default,
 }
 
-# Those whose own kernel for `meta` imports nothing.
+# Those whose own kernels for `meta` import nothing, or no more than sympy.
 _LIGHT = frozenset(
-    {"mm", "bmm", "baddbmm", "avg_pool2d", "avg_pool2d_backward", "max_pool2d_with_indices", "_softmax", "sum", "argmax"}
-    | {"max_pool2d_with_indices_backward", "_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward", "embedding", "index"}
-    | {"_to_copy", "clone", "empty_like", "zeros_like", "ones_like", "new_empty", "new_empty_strided", "new_zeros"}
-    | {"constant_pad_nd", "_unsafe_view", "upsample_nearest2d", "select_backward", "slice_backward", "topk", "max"}
-    | {"_scaled_dot_product_flash_attention_for_cpu", "bernoulli", "is_same_size", "silu_backward"}
+    {"_to_copy", "new_empty", "new_empty_strided", "new_zeros", "constant_pad_nd", "_unsafe_view", "bernoulli", "max"}
+    | {"is_same_size", "silu_backward", "index", "topk", "upsample_nearest2d", "upsample_nearest2d_backward"}
+    | {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"}
 )

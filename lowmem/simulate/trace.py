@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem.measure.flops import flops_of
 from lowmem.measure.outline import Outline, OutlineStorage
-from lowmem.measure.tensors import TensorMeter, flops_of, tensors_among
+from lowmem.measure.tensors import TensorMeter, tensors_among
 from lowmem.plan.cost import KernelWork
 from lowmem.simulate.allocator import Allocator
 from lowmem.simulate.effects import effect_of
