@@ -12,8 +12,8 @@ float32 and for float16 with float32 weights, torch's native one for bfloat16 (`
 does not work in place), and gathering the statistics again when a batch norm is repeated. Without it all are native, in
 place where that is safe. On a CPU both are the same kernel.
 
-cuDNN's forward returns a reserve tensor that its backward reads; the two belong together. Known limitation: on fake
-tensors, which live on the CPU, the reserve and cuDNN's workspace have no bytes.
+cuDNN's forward returns a reserve tensor that its backward reads; the two belong together. Known limitation: on
+outlines, which are on the CPU, the reserve and cuDNN's workspace have no bytes.
 
 Several processes that train on one batch have a slice of it each, maybe an empty one. With a `total` training's
 statistics are those of all: sums in [C] vectors, two calls of it per batch norm, for the statistics in the first
@@ -127,7 +127,7 @@ def _statistics_dtype(z: Tensor) -> torch.dtype:
 
 def _statistics(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of this process's z, in float32 at least."""
-    if is_outline(z):  # the kernel below has no fake one: torch would run it on real zeros of z's size
+    if is_outline(z):  # torch has no kernel without data for the one below
         var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
         return mean, var
     # Given running statistics (which momentum 0 leaves alone), the CPU's kernel answers in their dtype, not in z's.

@@ -42,7 +42,7 @@ class StepShape:
 
     @property
     def execution(self) -> Execution:
-        """On the CPU, where fake tensors live: its half precision, bf16, has two bytes like any other."""
+        """On the CPU, where outlines are: its half precision, bf16, has two bytes like any other."""
         return Execution("cpu", self.precision, self.memory_format)
 
     @property
@@ -72,7 +72,7 @@ def simulate_step(
     way: Callable[[nn.Module], nn.Module] | None = None,
     optimizer: Mapping[str, bool] = FUSED,
 ) -> Simulated:
-    """Runs the training step with the real executor (or, for None, the untouched model under autograd) on fake tensors.
+    """Runs the training step with the real executor (or, for None, the untouched model under autograd) on outlines.
     `capacity_bytes`: of the allocator; None: no limit. `workspace`: see `lowmem.simulate.Recorder`. `way`: another way
     to execute the model, where there is no schedule. `optimizer`: the form of SGD, as its own keywords say it."""
 
@@ -122,7 +122,7 @@ class StepRun:
 def trace_steps(
     build: Callable[[], StepRun], steps: int = 1, *, workspace: Callable[[Call], int] | None = None
 ) -> Trace:
-    """Builds a step on fake tensors and runs it -> everything that was allocated and freed, in the phase `setup` and in
+    """Builds a step on outlines and runs it -> everything that was allocated and freed, in the phase `setup` and in
     those of the step (see `TrainStep.phase`). `workspace`: see `Recorder`."""
     with OutlineMode():
         recorder = Recorder(workspace)
@@ -144,11 +144,13 @@ def _run_recorded(recorder: Recorder, run: StepRun, steps: int) -> None:
 
 
 def empty_copy(model: nn.Module, memory_format: torch.memory_format = torch.preserve_format) -> nn.Module:
-    """The model with parameters and buffers of the same kind but no values, on the CPU: inside a fake mode, a copy that
-    takes no memory. The model may be on the `meta` device. (`Module.to` does not work on fake parameters.)"""
+    """The model with parameters and buffers of the same kind but no values, on the CPU: inside an `OutlineMode`, a
+    copy that takes no memory. The model may be on the `meta` device. Counters (scalars of whole numbers) are zero."""
     memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        if memory_format is torch.preserve_format or tensor.dim() != 4:
+        if not tensor.dim() and not tensor.dtype.is_floating_point:
+            empty = torch.zeros((), dtype=tensor.dtype)
+        elif memory_format is torch.preserve_format or tensor.dim() != 4:
             empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         else:
             empty = torch.empty(tensor.shape, dtype=tensor.dtype, memory_format=memory_format)
