@@ -49,11 +49,21 @@ class Effect:
                 tensor: Tensor = outline(what, OutlineStorage(new_bytes))
             elif itself:
                 tensor = tensors[source]
+                if what is not None:
+                    _move(tensor, what)
             else:
                 tensor = _alias(tensors[source] if source < len(tensors) else made[source - len(tensors)], what)
             made.append(tensor)
             values.append(tensor)
         return (values[0] if self.many is None else self.many(values)), made
+
+
+def _move(tensor: Tensor, what: Geometry) -> None:
+    """Gives the tensor itself another shape, strides or offset."""
+    with torch._C._DisableTorchDispatch():
+        tensor.as_strided_(what.shape, what.strides, what.offset)
+    if isinstance(tensor, Outline):
+        tensor._geometry = what
 
 
 def _alias(base: Tensor, what: Geometry) -> Tensor:
@@ -153,16 +163,14 @@ def _makes_tensors(func: Any) -> bool:
 
 
 def _find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Effect:
-    tags = func.tags
-    if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
+    if torch.Tag.data_dependent_output in func.tags:
         raise PreflightError(
             f"{func} computes with data, which a simulation does not have: the step cannot be planned; do it outside of "
             "the network, or on numbers instead of tensors"
         )
-    if torch.Tag.inplace_view in tags:
-        raise PreflightError(f"{func} changes a tensor's shape in place: use the form without the underscore to plan")
+    moves = torch.Tag.inplace_view in func.tags  # changes shape, strides or offset of what it is given
     written = _written_positions(func, args, kwargs)
-    if written is not None:
+    if written is not None and not moves:
         if not written:
             return Effect([(_VALUE, False, None, 0)], None)
         return Effect([(position, True, None, 0) for position in written], tuple if len(written) > 1 else None)
@@ -172,8 +180,10 @@ def _find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: lis
     swapped_kwargs = {name: _swap(value, order) for name, value in kwargs.items()}
     if swapped_kwargs.get("device") is not None:
         swapped_kwargs["device"] = torch.device("meta")
-    result = meta_kernels.run(func, swapped_args, swapped_kwargs)
-    return _compare(result, stand_ins)
+    if moves:
+        with torch._C._DisableTorchDispatch():
+            return _compare(func(*swapped_args, **swapped_kwargs), stand_ins)
+    return _compare(meta_kernels.run(func, swapped_args, swapped_kwargs), stand_ins)
 
 
 def _written_positions(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
@@ -221,7 +231,7 @@ def _compare(result: Any, stand_ins: list[Tensor]) -> Effect:
         storage = one.untyped_storage()
         what = geometry(tuple(one.shape), one.stride(), one.storage_offset(), one.dtype)
         home = homes.get(storage._cdata, _NEW)
-        itself = home != _NEW and home < len(stand_ins) and one is stand_ins[home]
+        itself = 0 <= home < len(stand_ins) and one is stand_ins[home]
         results.append((home, itself, what, storage.nbytes()))
         homes.setdefault(storage._cdata, count)
         count += 1

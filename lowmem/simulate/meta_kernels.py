@@ -151,8 +151,8 @@ def _layer_norm_backward(
     given = (x, weight, bias)
     made = (x, weight, x.new_empty(shape, dtype=x.dtype if bias is None else bias.dtype))
     return tuple(
-        like(like, memory_format=torch.contiguous_format) if wanted and one is not None else None
-        for wanted, one, like in zip(mask, given, made, strict=True)
+        like(model, memory_format=torch.contiguous_format) if wanted and one is not None else None
+        for wanted, one, model in zip(mask, given, made, strict=True)
     )
 
 
@@ -172,11 +172,17 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
 
 def _stack(tensors: list[Tensor], dim: int = 0) -> Tensor:
     shape = list(tensors[0].shape)
-    shape.insert(dim % (len(shape) + 1), len(tensors))
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return torch.empty(shape, dtype=dtype, device="meta")
+    dim %= len(shape) + 1
+    if dim == len(shape):
+        return _cat([tensor.unsqueeze(dim) for tensor in tensors], dim)
+    shape.insert(dim, len(tensors))
+    return _cat(tensors, dim).view(shape)
+
+
+def _index(x: Tensor, indices: list[Tensor | None]) -> Tensor:
+    if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
+        return NotImplemented
+    return _aten.index.Tensor(x, indices)
 
 
 def _reduced(x: Tensor, dim: Any, keepdim: bool, dtype: torch.dtype) -> Tensor:
@@ -213,10 +219,6 @@ def _mean_of_all(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
 
 def _var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     return _mean(x, dim, keepdim), _mean(x, dim, keepdim)
-
-
-def _contiguous_like_first(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return like(x, memory_format=torch.contiguous_format)
 
 
 def _softmax_backward(grad: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
@@ -308,6 +310,7 @@ _KERNELS: dict[Any, Callable[..., Any]] = {
     _aten.mean.default: _mean_of_all,
     _aten.mean.dim: _mean,
     _aten.var_mean.correction: _var_mean,
+    _aten.index.Tensor: _index,
     _aten.sum.default: _sum,
     _aten.sum.dim_IntList: _sum,
     _aten.argmax.default: _argmax,
@@ -332,7 +335,7 @@ _KERNELS: dict[Any, Callable[..., Any]] = {
     _aten.addmm.default: _added_product,
     _aten.native_dropout.default: _dropout,
     _aten.hardswish.default: like,
-    _aten.roll.default: _contiguous_like_first,
+    _aten.roll.default: like,
     _aten.empty_like.default: like,
     _aten.zeros_like.default: like,
     _aten.ones_like.default: like,
@@ -355,6 +358,6 @@ _KERNELS: dict[Any, Callable[..., Any]] = {
 # Those whose own kernels for `meta` import nothing, or no more than sympy.
 _LIGHT = frozenset(
     {"_to_copy", "new_empty", "new_empty_strided", "new_zeros", "constant_pad_nd", "_unsafe_view", "bernoulli", "max"}
-    | {"is_same_size", "silu_backward", "index", "topk", "upsample_nearest2d", "upsample_nearest2d_backward"}
+    | {"is_same_size", "silu_backward", "topk", "upsample_nearest2d", "upsample_nearest2d_backward"}
     | {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"}
 )
