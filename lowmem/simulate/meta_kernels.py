@@ -33,7 +33,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not tensors_among((*args, *kwargs.values())):
             made = func(*args, **{**kwargs, "device": "cpu"})  # a range or the like, small enough to look at
             return torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device="meta")
-        if kernel is None and torch.Tag.pointwise in func.tags:
+        if kernel is None and (torch.Tag.pointwise in func.tags or func.overloadpacket.__name__ in _ELEMENTWISE):
             return _pointwise(func, args, kwargs)
     return _by_fake_tensors(func, args, kwargs)
 
@@ -221,6 +221,34 @@ def _var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bo
     return _mean(x, dim, keepdim), _mean(x, dim, keepdim)
 
 
+def _embedding_backward(grad: Tensor, indices: Tensor, count: int, *_: Any) -> Tensor:
+    return grad.new_empty((count, grad.shape[-1]))
+
+
+def _group_norm(
+    x: Tensor, weight: Tensor | None, bias: Any, n: int, channels: int, size: int, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.dtype if weight is None else weight.dtype
+    each = [x.new_empty((n, groups), dtype=statistics) for _ in range(2)]
+    return like(x, memory_format=memory_format(x)), each[0], each[1]
+
+
+def _group_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    dtype = x.dtype if weight is None else weight.dtype
+    sizes = [x.new_empty(x.shape[1], dtype=dtype) if wanted else None for wanted in rest[-1][1:]]
+    return like(x, memory_format=memory_format(x)) if rest[-1][0] else None, *sizes
+
+
+def _resized(x: Tensor, sizes: list[int], *_: Any) -> Tensor:
+    return _pooled(x, sizes)
+
+
+def _resized_backward(grad: Tensor, sizes: list[int], input_sizes: list[int], *_: Any) -> Tensor:
+    return torch.empty(input_sizes, dtype=grad.dtype, device="meta", memory_format=memory_format(grad))
+
+
 def _softmax_backward(grad: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
     return like(grad, dtype=input_dtype, memory_format=torch.contiguous_format)
 
@@ -334,7 +362,14 @@ _KERNELS: dict[Any, Callable[..., Any]] = {
     _aten.nll_loss_backward.default: _nll_loss_backward,
     _aten.addmm.default: _added_product,
     _aten.native_dropout.default: _dropout,
-    _aten.hardswish.default: like,
+    _aten.index_put.default: like,
+    _aten.embedding_dense_backward.default: _embedding_backward,
+    _aten.native_group_norm.default: _group_norm,
+    _aten.native_group_norm_backward.default: _group_norm_backward,
+    _aten.upsample_bilinear2d.default: _resized,
+    _aten.upsample_nearest2d.default: _resized,
+    _aten.upsample_bilinear2d_backward.default: _resized_backward,
+    _aten.upsample_nearest2d_backward.default: _resized_backward,
     _aten.roll.default: like,
     _aten.empty_like.default: like,
     _aten.zeros_like.default: like,
@@ -355,9 +390,15 @@ _KERNELS: dict[Any, Callable[..., Any]] = {
     _aten.lift_fresh.default: _aten.alias.default,
 }
 
+# Elementwise, though torch does not say so.
+_ELEMENTWISE = frozenset(
+    {"hardswish", "hardswish_backward", "hardtanh_backward", "hardsigmoid_backward", "leaky_relu_backward"}
+    | {"elu_backward", "mish_backward", "softplus_backward"}
+)
+
 # Those whose own kernels for `meta` import nothing, or no more than sympy.
 _LIGHT = frozenset(
     {"_to_copy", "new_empty", "new_empty_strided", "new_zeros", "constant_pad_nd", "_unsafe_view", "bernoulli", "max"}
-    | {"is_same_size", "silu_backward", "topk", "upsample_nearest2d", "upsample_nearest2d_backward"}
+    | {"is_same_size", "silu_backward", "topk"}
     | {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"}
 )

@@ -56,6 +56,21 @@ def _layer_norm(size: tuple[int, ...], over: list[int], affine: bool) -> Callabl
     return call
 
 
+def _group_norm(make: Make, low_weight: bool) -> Any:
+    x, dtype = make(2, 6, 4, 4), None if low_weight else torch.float32
+    weight, bias = make(6, dtype=dtype), make(6, dtype=dtype)
+    out, mean, rstd = aten.native_group_norm(x, weight, bias, 2, 6, 16, 3, 1e-5)
+    back = aten.native_group_norm_backward(out, x, mean, rstd, weight, 2, 6, 16, 3, [True, True, True])
+    return out, mean, rstd, *back
+
+
+def _resized(make: Make) -> Any:
+    x = make(2, 4, 6, 6)
+    near, far = F.interpolate(x, scale_factor=2.0), F.interpolate(x, size=(4, 9), mode="bilinear")
+    back = aten.upsample_bilinear2d_backward(far, [4, 9], [2, 4, 6, 6], False)
+    return near, far, back, aten.upsample_nearest2d_backward(near, [12, 12], [2, 4, 6, 6], 2.0, 2.0)
+
+
 def _max_pool(make: Make, ceil_mode: bool) -> Any:
     x = make(2, 4, 9, 7)
     out, indices = aten.max_pool2d_with_indices(x, [3, 3], [2, 2], [1, 1], [1, 1], ceil_mode)
@@ -128,6 +143,8 @@ def _elementwise(make: Make) -> Any:
     made += [x[:, 1:3] * 2, x[:, :1].expand(2, 6, 4, 4) + 1, x.transpose(1, 3) + y.permute(0, 3, 2, 1), x.permute(1, 0, 2, 3) * 1.5]
     made += [make(3, 1) + make(1, 4), make(4) * make(3, 4), make(3, 4).t() + make(4, 3), x * make(2, 1, 4, 1)]
     made += [aten.threshold_backward(x, y, 0), aten.gelu_backward(x, y), aten.silu_backward(x, y), x.clamp(0, 1)]
+    made += [aten.hardtanh_backward(x, y, 0.0, 6.0), aten.hardswish_backward(x, y), aten.hardsigmoid_backward(x, y)]
+    made += [aten.leaky_relu_backward(x, y, 0.1, False), aten.elu_backward(x, 1.0, 1.0, 1.0, False, y)]
     return *made, make(3, dtype=torch.int64) / 2, make(3, dtype=torch.int64) + 1.5, make(3, dtype=torch.int64) * 2
 
 
@@ -169,15 +186,17 @@ def _joins(make: Make) -> Any:
 
 def _others(make: Make) -> Any:
     x = make(2, 4, 6, 6)
-    made = [F.pad(x, (1, 1, 2, 0)), F.interpolate(x, scale_factor=2.0), *aten.native_dropout(x, 0.5, True)]
+    made = [F.pad(x, (1, 1, 2, 0)), *aten.native_dropout(x, 0.5, True)]
     made += [F.embedding(make(2, 3, dtype=torch.int64), make(7, 5)), make(7, 5)[make(4, dtype=torch.int64)]]
+    made.append(aten.index_put(x, [make(2, dtype=torch.int64)], make(2, 4, 6, 6)))
+    made.append(aten.embedding_dense_backward(make(2, 3, 5), make(2, 3, dtype=torch.int64), 7, -1, False))
     return *made, aten.select_backward(x[0], x.shape, 0, 1), aten.slice_backward(x[:1], x.shape, 0, 0, 1, 1), *x.topk(2)
 
 
 def _rare(make: Make) -> Any:
     """Those that have no kernel here, so that torch's simulation is asked."""
     x = make(2, 4, 6, 6)
-    return F.interpolate(x, scale_factor=2.0, mode="bilinear"), x.cumsum(1), x.tril(), F.conv1d(make(2, 3, 8), make(4, 3, 3))
+    return x.cumsum(1), x.tril(), F.conv1d(make(2, 3, 8), make(4, 3, 3))
 
 
 OPERATIONS: dict[str, Callable[[Make], Any]] = {
@@ -191,6 +210,9 @@ OPERATIONS: dict[str, Callable[[Make], Any]] = {
     "batch norm in evaluation": _norm((4, 6, 3, 3), False),
     "layer norm": _layer_norm((2, 3, 8), [8], True),
     "layer norm of pictures": _layer_norm((2, 3, 4, 8), [4, 8], False),
+    "group norm": lambda make: _group_norm(make, False),
+    "group norm of one dtype": lambda make: _group_norm(make, True),
+    "resizing": _resized,
     "max pooling": lambda make: _max_pool(make, False),
     "max pooling, rounded up": lambda make: _max_pool(make, True),
     "average pooling": lambda make: _average_pool(make, [2, 2], False),
