@@ -36,7 +36,9 @@ def _added_product(_: Any, left: Any, right: Any, *__: Any) -> int:
     return _matrix_product(left, right)
 
 
-def _convolution(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *_: Any) -> int:
+def _convolution(
+    x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *_: Any
+) -> int:
     # Each element of the output, of the input if transposed, meets each of the weight's that its channel has.
     if transposed:
         return 2 * prod(x.shape) // x.shape[1] * prod(weight.shape)

@@ -1,8 +1,8 @@
 """Tensors without data: shape, strides, offset, dtype, and a storage that is counted but not there.
 
-An `Outline` says it is on the CPU, so autograd, autocast and whatever looks at a tensor take the CPU's ways. Its storage
-is a Python object that its views share; CPython drops it with the last of them, autograd's saved tensors included, and
-whoever counts it is told at that moment. What operations do to outlines is `lowmem.simulate.effects`'s to say.
+An `Outline` says it is on the CPU, so autograd, autocast and whatever looks at a tensor take the CPU's ways. Its
+storage is a Python object that its views share; CPython drops it with the last of them, autograd's saved tensors
+included, and whoever counts it is told at that moment. What operations do to outlines is `lowmem.simulate.effects`'s to say.
 
 Known limitations: an outline has no address, no values, and no storage in torch's sense (`untyped_storage()` of two
 views are two); pickling and deep copies are refused by torch.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 _CPU = torch.device("cpu")
-_make = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+_make = torch.Tensor._make_wrapper_subclass
 
 
 class Geometry:
@@ -47,7 +47,7 @@ def geometry(shape: tuple[int, ...], strides: tuple[int, ...], offset: int, dtyp
 
 def geometry_of(tensor: Tensor) -> Geometry:
     """Of any strided tensor, real ones too."""
-    return geometry(tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype)
+    return geometry(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
 
 
 class OutlineCounter(Protocol):
@@ -76,10 +76,10 @@ class Outline(Tensor):
     _geometry: Geometry
     _outline_storage: OutlineStorage
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         raise RuntimeError(f"{func} on tensors without data, outside of an OutlineMode")

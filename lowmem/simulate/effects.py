@@ -165,8 +165,8 @@ def _makes_tensors(func: Any) -> bool:
 def _find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Effect:
     if torch.Tag.data_dependent_output in func.tags:
         raise PreflightError(
-            f"{func} computes with data, which a simulation does not have: the step cannot be planned; do it outside of "
-            "the network, or on numbers instead of tensors"
+            f"{func} computes with data, which a simulation does not have: the step cannot be planned; do it outside "
+            "of the network, or on numbers instead of tensors"
         )
     moves = torch.Tag.inplace_view in func.tags  # changes shape, strides or offset of what it is given
     written = _written_positions(func, args, kwargs)
@@ -229,7 +229,7 @@ def _compare(result: Any, stand_ins: list[Tensor]) -> Effect:
             results.append((_VALUE, False, one, 0))
             continue
         storage = one.untyped_storage()
-        what = geometry(tuple(one.shape), one.stride(), one.storage_offset(), one.dtype)
+        what = geometry(tuple(one.shape), one.stride(), int(one.storage_offset()), one.dtype)
         home = homes.get(storage._cdata, _NEW)
         itself = 0 <= home < len(stand_ins) and one is stand_ins[home]
         results.append((home, itself, what, storage.nbytes()))

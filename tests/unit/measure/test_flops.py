@@ -27,11 +27,23 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "baddbmm": (aten.baddbmm.default, (*_made((2, 3, 5), (2, 3, 4), (2, 4, 5)),)),
     "convolution": (aten.convolution.default, (*_made((2, 3, 8, 9), (5, 3, 3, 3)), None, *SIMPLE)),
     "grouped": (aten.convolution.default, (*_made((2, 4, 8, 9), (6, 2, 3, 3)), None, *SIMPLE[:-1], 2)),
-    "dilated": (aten.convolution.default, (*_made((2, 3, 9, 9), (5, 3, 3, 3)), None, [2, 2], [2, 2], [2, 2], False, [0, 0], 1)),
+    "dilated": (
+        aten.convolution.default,
+        (*_made((2, 3, 9, 9), (5, 3, 3, 3)), None, [2, 2], [2, 2], [2, 2], False, [0, 0], 1),
+    ),
     "transposed": (aten.convolution.default, (*_made((2, 5, 4, 4), (5, 3, 3, 3)), None, *TRANSPOSED)),
-    "backward": (aten.convolution_backward.default, (*_made((2, 5, 8, 4), (2, 3, 8, 9), (5, 3, 3, 3)), None, *SIMPLE, [True] * 2 + [False])),
-    "weight alone": (aten.convolution_backward.default, (*_made((2, 5, 8, 4), (2, 3, 8, 9), (5, 3, 3, 3)), None, *SIMPLE, [False, True, False])),
-    "transposed backward": (aten.convolution_backward.default, (*_made((2, 3, 8, 8), (2, 5, 4, 4), (5, 3, 3, 3)), None, *TRANSPOSED, [True] * 2 + [False])),
+    "backward": (
+        aten.convolution_backward.default,
+        (*_made((2, 5, 8, 4), (2, 3, 8, 9), (5, 3, 3, 3)), None, *SIMPLE, [True] * 2 + [False]),
+    ),
+    "weight alone": (
+        aten.convolution_backward.default,
+        (*_made((2, 5, 8, 4), (2, 3, 8, 9), (5, 3, 3, 3)), None, *SIMPLE, [False, True, False]),
+    ),
+    "transposed backward": (
+        aten.convolution_backward.default,
+        (*_made((2, 3, 8, 8), (2, 5, 4, 4), (5, 3, 3, 3)), None, *TRANSPOSED, [True] * 2 + [False]),
+    ),
 }
 
 

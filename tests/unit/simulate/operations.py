@@ -118,29 +118,67 @@ def _views(make: Make) -> Any:
     x = make(2, 6, 4, 4)
     y = x[:, 1:3]
     flat = (x.permute(0, 2, 3, 1), x.transpose(1, 2), x[1], x[:, ::2, 1:], x.unsqueeze(0), x[:1].squeeze(0), x.detach())
-    return *flat, y, y.expand(3, 2, 2, 4, 4), make(3, 4).t(), make(3, 4).view(2, 6), make(3, 4).reshape(-1), x.flatten(1)
+    return (
+        *flat,
+        y,
+        y.expand(3, 2, 2, 4, 4),
+        make(3, 4).t(),
+        make(3, 4).view(2, 6),
+        make(3, 4).reshape(-1),
+        x.flatten(1),
+    )
 
 
 def _copies(make: Make) -> Any:
     x = make(2, 6, 4, 4)
     odd, wide = x[:, 1:3], x[:, :1].expand(2, 6, 4, 4)
-    made = [x.to(torch.float64), x.to(torch.bfloat16), odd.to(torch.float64), odd.clone(), odd.contiguous(), wide.clone()]
+    made = [
+        x.to(torch.float64),
+        x.to(torch.bfloat16),
+        odd.to(torch.float64),
+        odd.clone(),
+        odd.contiguous(),
+        wide.clone(),
+    ]
     made += [torch.empty_like(one) for one in (x, odd, wide, x.transpose(1, 3))]
-    made += [torch.zeros_like(odd), torch.ones_like(x, dtype=torch.int64), x.contiguous(memory_format=torch.channels_last)]
+    made += [
+        torch.zeros_like(odd),
+        torch.ones_like(x, dtype=torch.int64),
+        x.contiguous(memory_format=torch.channels_last),
+    ]
     return *made, x.new_empty(3, 2), x.new_zeros(3, 2, dtype=torch.float64), x.transpose(1, 2).contiguous()
 
 
 def _factories(make: Make) -> Any:
     made = [torch.empty(2, 3), torch.zeros(4, dtype=torch.int64), torch.ones(2), torch.randn(2, 2), torch.full((2,), 3)]
     made += [torch.full((2,), 0.5), torch.arange(5), torch.linspace(0, 1, 3), torch.empty_strided((2, 3), (1, 2))]
-    return *made, torch.empty(2, 3, 4, 4, memory_format=torch.channels_last), torch.rand(3), torch.eye(3), torch.zeros(())
+    return (
+        *made,
+        torch.empty(2, 3, 4, 4, memory_format=torch.channels_last),
+        torch.rand(3),
+        torch.eye(3),
+        torch.zeros(()),
+    )
 
 
 def _elementwise(make: Make) -> Any:
     x, y, channel = make(2, 6, 4, 4), make(2, 6, 4, 4), make(6, 1, 1)
     made = [x + y, x * channel, channel * x, x + 1, x / 2, 2 - x, x.relu(), torch.sigmoid(x), F.gelu(x), F.silu(x)]
-    made += [F.hardtanh(x), F.hardswish(x), torch.where(x > y, x, y), x != y, x.double() + y, x.exp(), x + x.transpose(2, 3)]
-    made += [x[:, 1:3] * 2, x[:, :1].expand(2, 6, 4, 4) + 1, x.transpose(1, 3) + y.permute(0, 3, 2, 1), x.permute(1, 0, 2, 3) * 1.5]
+    made += [
+        F.hardtanh(x),
+        F.hardswish(x),
+        torch.where(x > y, x, y),
+        x != y,
+        x.double() + y,
+        x.exp(),
+        x + x.transpose(2, 3),
+    ]
+    made += [
+        x[:, 1:3] * 2,
+        x[:, :1].expand(2, 6, 4, 4) + 1,
+        x.transpose(1, 3) + y.permute(0, 3, 2, 1),
+        x.permute(1, 0, 2, 3) * 1.5,
+    ]
     made += [make(3, 1) + make(1, 4), make(4) * make(3, 4), make(3, 4).t() + make(4, 3), x * make(2, 1, 4, 1)]
     made += [aten.threshold_backward(x, y, 0), aten.gelu_backward(x, y), aten.silu_backward(x, y), x.clamp(0, 1)]
     made += [aten.hardtanh_backward(x, y, 0.0, 6.0), aten.hardswish_backward(x, y), aten.hardsigmoid_backward(x, y)]
@@ -152,7 +190,13 @@ def _odd_sizes(make: Make) -> Any:
     """Sizes of one, and none."""
     thin, point, none = make(2, 1, 4, 4), make(3, 5, 1, 1), make(0, 3, 4, 4)
     made = [thin + make(2, 6, 4, 4), thin * 2, point + 1, point + make(3, 5, 1, 1), none.relu(), none + 1, thin.clone()]
-    return *made, torch.empty_like(point), point.to(torch.float64), torch.cat([thin, thin], 1), torch.cat([point, point])
+    return (
+        *made,
+        torch.empty_like(point),
+        point.to(torch.float64),
+        torch.cat([thin, thin], 1),
+        torch.cat([point, point]),
+    )
 
 
 def _in_place(make: Make) -> Any:
@@ -175,12 +219,22 @@ def _matrices(make: Make) -> Any:
     a, b, c = make(3, 4), make(4, 5), make(5)
     stacked = make(2, 3, 4), make(2, 4, 5)
     made = [a @ b, torch.addmm(c, a, b), F.linear(a, make(5, 4), c), F.linear(make(2, 3, 4), make(5, 4)), b.t() @ a.t()]
-    return *made, torch.bmm(*stacked), torch.baddbmm(make(2, 3, 5), *stacked), stacked[0].transpose(1, 2).bmm(make(2, 3, 2))
+    return (
+        *made,
+        torch.bmm(*stacked),
+        torch.baddbmm(make(2, 3, 5), *stacked),
+        stacked[0].transpose(1, 2).bmm(make(2, 3, 2)),
+    )
 
 
 def _joins(make: Make) -> Any:
     x, y = make(2, 6, 4, 4), make(2, 2, 4, 4)
-    made = [torch.cat([x, y], 1), torch.cat([x, x]), torch.cat([x.contiguous(), y.transpose(2, 3)], 1), torch.stack([x, x])]
+    made = [
+        torch.cat([x, y], 1),
+        torch.cat([x, x]),
+        torch.cat([x.contiguous(), y.transpose(2, 3)], 1),
+        torch.stack([x, x]),
+    ]
     return *made, torch.cat([make(3), make(4)]), torch.cat([make(0), make(2, 3)]), torch.stack([make(3), make(3)], 1)
 
 
@@ -191,6 +245,12 @@ def _others(make: Make) -> Any:
     made.append(aten.index_put(x, [make(2, dtype=torch.int64)], make(2, 4, 6, 6)))
     made.append(aten.embedding_dense_backward(make(2, 3, 5), make(2, 3, dtype=torch.int64), 7, -1, False))
     return *made, aten.select_backward(x[0], x.shape, 0, 1), aten.slice_backward(x[:1], x.shape, 0, 0, 1, 1), *x.topk(2)
+
+
+def _lists(make: Make) -> Any:
+    many = [make(3), make(2, 6, 4, 4)[:, 1:3]]
+    made = [torch._foreach_add(many, 1.0), torch._foreach_mul(many, many), torch._foreach_sqrt(many)]
+    return [one for some in made for one in some]
 
 
 def _rare(make: Make) -> Any:
@@ -205,7 +265,9 @@ OPERATIONS: dict[str, Callable[[Make], Any]] = {
     "pointwise convolution": _conv((2, 8, 6, 6), (16, 8, 1, 1)),
     "dilated convolution": _conv((2, 8, 9, 9), (4, 8, 3, 3), padding=[2, 2], dilation=[2, 2]),
     "depthwise convolution": _conv((2, 8, 6, 6), (8, 1, 3, 3), groups=8),
-    "transposed convolution": _conv((2, 8, 5, 5), (8, 4, 3, 3), bias=True, transposed=True, stride=[2, 2], output_padding=[1, 1]),
+    "transposed convolution": _conv(
+        (2, 8, 5, 5), (8, 4, 3, 3), bias=True, transposed=True, stride=[2, 2], output_padding=[1, 1]
+    ),
     "batch norm": _norm((4, 6, 3, 3), True),
     "batch norm in evaluation": _norm((4, 6, 3, 3), False),
     "layer norm": _layer_norm((2, 3, 8), [8], True),
@@ -234,5 +296,6 @@ OPERATIONS: dict[str, Callable[[Make], Any]] = {
     "joins": _joins,
     "others": _others,
     "roll": lambda make: make(2, 4, 6, 6).roll((1, 1), (2, 3)),
+    "lists": _lists,
     "rare": _rare,
 }

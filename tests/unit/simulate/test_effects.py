@@ -100,14 +100,19 @@ def test_a_batch_norm_that_averages_over_all_batches_reads_its_counter() -> None
 
 
 def test_values_that_are_not_there_are_refused_in_one_line() -> None:
-    with OutlineMode(), pytest.raises(PreflightError, match=r"aten\._local_scalar_dense.* cannot be planned") as refused:
+    with (
+        OutlineMode(),
+        pytest.raises(PreflightError, match=r"aten\._local_scalar_dense.* cannot be planned") as refused,
+    ):
         float(torch.empty(()))
     assert "\n" not in str(refused.value)
 
 
 def test_a_step_under_autograd_autocast_and_the_fused_optimizer() -> None:
     with OutlineMode():
-        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(288, 5))
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(288, 5)
+        )
         sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
         with torch.autocast("cpu", torch.bfloat16):
             scores = net(torch.empty(2, 3, 8, 8))
