@@ -2,7 +2,7 @@
 
 An `Outline` says it is on the CPU, so autograd, autocast and whatever looks at a tensor take the CPU's ways. Its
 storage is a Python object that its views share; CPython drops it with the last of them, autograd's saved tensors
-included, and whoever counts it is told at that moment. What operations do to outlines is `lowmem.simulate.effects`'s to say.
+included, and whoever counts it is told at that moment. What operations do to outlines: `lowmem.simulate.effects`.
 
 Known limitations: an outline has no address, no values, and no storage in torch's sense (`untyped_storage()` of two
 views are two); pickling and deep copies are refused by torch.

@@ -70,7 +70,8 @@ class TensorMeter(TorchDispatchMode):
     def _change(self, storage: int, change_bytes: int, operation: str) -> None:
         """A storage came to exist (by that operation) or ceased to."""
         self.live_bytes += change_bytes
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        if self.live_bytes > self.peak_bytes:  # some ten thousand times a plan
+            self.peak_bytes = self.live_bytes
 
 
 # Without what the library wraps it in for torch.compile: with the first operation that imports torch._dynamo, over a

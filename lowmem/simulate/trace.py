@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +39,7 @@ class Kind(StrEnum):
     WORKSPACE = "workspace"  # inside a convolution, from the same allocator
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryEvent:
+class MemoryEvent(NamedTuple):
     """A storage comes to exist (`change_bytes` > 0) or is freed (< 0), in a phase, by an operation."""
 
     storage: int
@@ -155,7 +154,8 @@ class Recorder(TensorMeter):
         if facts is None:
             facts = effect.facts = _Facts(func, args, kwargs, outputs, flops_of(func, args, kwargs, result))
         for tensor in outputs:
-            self._see(tensor, facts.operation)
+            if type(tensor) is not Outline or tensor._outline_storage.counter is not self:
+                self._see(tensor, facts.operation)
         self.flops += facts.flops
         self._note(facts)
         return result
