@@ -1,4 +1,4 @@
-"""What a cell is predicted to take, before it is measured: the real code on fake tensors (invariant 5), for the
+"""What a cell is predicted to take, before it is measured: the real code on outlines (invariant 5), for the
 library's ways of doing a step as for the engine's plans. And the search for the largest batch, which begins there."""
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Predictor:
         way, fused = FAMILIES[family]
         request = self._request(mode, batch, measured)
         shape = request.shape(mode[0], batch)
-        # On CUDA torch takes the multi-tensor form, which fake tensors, living on the CPU, would not.
+        # On CUDA torch takes the multi-tensor form, which outlines, being on the CPU, would not.
         default = {"foreach": True} if self.setup.on_card else {}
         return simulate_step(
             shape,

@@ -163,7 +163,7 @@ def _workspace(call: Call, device: str, low: torch.dtype | None) -> int:
 
 
 def _tensor(spec: tuple[tuple[int, ...], tuple[int, ...], str], device: str, low: torch.dtype | None) -> Tensor:
-    """Fake tensors live on the CPU, whose low dtype is bf16; the card's own takes its place."""
+    """The simulation's outlines are on the CPU, whose low dtype is bf16; the card's own takes its place."""
     shape, strides, name = spec
     dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
     if low is not None and dtype is torch.bfloat16:
