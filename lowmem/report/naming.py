@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowmem.config.schema import ARCHITECTURES, ModelConfig, resolve_block
+from lowmem.config.networks import ARCHITECTURES, resolve_block
+from lowmem.config.schema import ModelConfig
 from lowmem.core.reading import shorten
 from lowmem.report.style import LineStyle, network_style
 from lowmem.runs.view import RunView

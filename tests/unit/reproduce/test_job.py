@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.config.schema import BLOCK_LAYOUT
+from lowmem.config.networks import BLOCK_LAYOUT
 from lowmem.config.settings import Settings, gather, to_yaml
 from lowmem.core.errors import UsageError
 from lowmem.reproduce.job import (
