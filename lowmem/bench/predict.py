@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from lowmem.bench import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, Cell, Setup
 from lowmem.choose.execution import budget_of, calibrator_of, request_of
@@ -15,7 +15,7 @@ from lowmem.choose.request import Budget, Choice, Request
 from lowmem.config.schema import Config
 from lowmem.config.settings import gather
 from lowmem.core.errors import Infeasible
-from lowmem.models.resnet import ResNet, check_memory_format
+from lowmem.models.resnet import check_memory_format
 from lowmem.remat.libraries import workspace_cap_bytes
 from lowmem.simulate import Simulated, simulate_step
 from lowmem.step.train_step import FUSED
@@ -107,7 +107,7 @@ class Predictor:
             request.rates(mode[0]),
             capacity_bytes,
             workspaces_of(request, shape),
-            way=lambda model: executed(cast(ResNet, model), way),
+            way=lambda model: executed(model, way),
             optimizer=FUSED if fused or self.setup.fused else default,
         )
 
@@ -164,7 +164,7 @@ class Predictor:
     def _config_for(self, **memory: int | None) -> Config:
         """Of a run that would be planned like this."""
         setup = self.setup
-        flags = {"model.arch": setup.arch, "model.block": setup.block, "model.width": setup.width}
+        flags = {f"model.{name}": value for name, value in setup.model.given.items()}
         flags |= {"train.batch": setup.batch, "train.device": setup.device}
         flags |= {f"memory.{name}": size_bytes for name, size_bytes in memory.items()}
         flags |= {"train.precision": "fp32", "train.memory_format": "contiguous"}

@@ -181,10 +181,10 @@ def refuse_changed_files(spec: str | None, sha256: Mapping[str, str]) -> None:
         try:
             found = hash_of(read_limited(path, _FILE_LIMIT_BYTES))
         except FileNotFoundError:
-            raise PreflightError(f"{path}, of the network that was trained, is gone: {way_out}") from None
+            raise PreflightError(f"{path}, of the trained network, is gone: {way_out}") from None
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
-            raise PreflightError(f"{path}, of the network that was trained, cannot be read ({why}): {way_out}") from None
+            raise PreflightError(f"{path}, of the trained network, cannot be read ({why}): {way_out}") from None
         if found != recorded:
             raise PreflightError(
                 f"{path} has changed since the network was trained (SHA-256 {found[:12]}, recorded "

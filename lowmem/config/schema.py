@@ -59,7 +59,7 @@ class Section(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
 
 
 class ModelConfig(Section):
-    """The network: of the family (`arch`, `block`, `width`), or, where `spec` is set, another, and these three then mean
+    """The network: of the family (`arch`, `block`, `width`); or another, where `spec` is set, and these three then mean
     nothing."""
 
     arch: str = Field("res20", description=f"the network: {', '.join(networks.ARCHITECTURES)} (cnn: without shortcuts)")
@@ -90,6 +90,12 @@ class ModelConfig(Section):
         return f"{self.arch} ({self.block}, width {self.width})"
 
     @property
+    def given(self) -> dict[str, Any]:
+        """What it is made by, by name: the other fields mean nothing."""
+        names = {"arch", "block", "width"} if self.spec is None else {"spec", "args", "sha256"}
+        return self.model_dump(include=names)
+
+    @property
     def depth(self) -> int | None:
         """Layers of a network of the family; None: another network."""
         return int(self.arch[3:]) if self.spec is None else None
@@ -104,7 +110,7 @@ class ModelConfig(Section):
             arch = networks.canonical_arch(arch)
             values = {**values, "arch": arch, "block": networks.resolve_block(arch, values.get("block"))}
             if values.get("args") and values.get("spec") is None:
-                raise ValueError(f"arguments ({', '.join(values['args'])}) are for a network that --model names: give it")
+                raise ValueError("arguments are for a network that is named by model.spec (--model): give it too")
         return values
 
 
@@ -358,8 +364,10 @@ def dotted(nested: Mapping[Any, object]) -> dict[str, object]:
     """Nested dictionaries -> dotted names."""
     flat: dict[str, object] = {}
     for name, value in nested.items():
-        section = isinstance(value, dict) and "." not in str(name)
-        flat |= {f"{name}.{key}": v for key, v in value.items()} if section else {str(name): value}
+        if isinstance(value, dict) and "." not in str(name):
+            flat |= {f"{name}.{key}": v for key, v in value.items()}
+        else:
+            flat[str(name)] = value
     return flat
 
 

@@ -86,6 +86,7 @@ def gather(
     return Settings(validate(flat, sources), {key: sources.get(key, "default") for key in known_keys()})
 
 
+UNUSED = "means nothing beside model.spec"  # a source
 _TYPED = 2  # the layer of flags; --set is above
 _FAMILY = {"model.arch": "--arch", "model.block": "--block", "model.width": "--width"}
 
@@ -108,7 +109,7 @@ def _one_network(flat: dict[str, object], sources: dict[str, str], layer: Mappin
         flat.pop(key, None)
         sources.pop(key, None)
     if spec >= family and spec >= 0:
-        sources.update(dict.fromkeys(_FAMILY, "means nothing beside model.spec"))
+        sources.update(dict.fromkeys(_FAMILY, UNUSED))
 
 
 def _outranked(flat: Mapping[str, object], layer: Mapping[str, int]) -> list[str]:

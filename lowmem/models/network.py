@@ -7,37 +7,41 @@ which for planning takes the memory of its weights.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
 
+from lowmem.config.networks import file_of
 from lowmem.config.schema import ModelConfig
 from lowmem.core.counter_rng import derive_seed
 from lowmem.core.errors import LowmemError, PreflightError
 from lowmem.models import resnet
-from lowmem.models.source import first_line, construct
+from lowmem.models.source import construct, file_hashes, first_line, generators_at
 
 Recipe = Mapping[str, Any]
-_OF_FAMILY = ("arch", "block", "width")
 _TRIED = 2  # pictures, the least that batch norm takes
 
 
-def network(model: ModelConfig, num_classes: int = 10, *, seed: int | None = None) -> nn.Module:
+def make_network(model: ModelConfig, num_classes: int = 10, *, seed: int | None = None) -> nn.Module:
     """In fp32 on the CPU, initialised from the seed; None: on `meta`. Raises UsageError, PreflightError (see
     `lowmem.models.source`)."""
-    names = _OF_FAMILY if model.spec is None else ("spec", "args", "sha256")
-    return from_recipe({**model.model_dump(include=set(names)), "num_classes": num_classes}, seed=seed)
+    return from_recipe({**model.given, "num_classes": num_classes}, seed=seed)
+
+
+def hashes_of(model: ModelConfig) -> dict[str, str]:
+    """What a run is to record in `model.sha256`, of a network that the user has just named: its file is run. Raises as
+    `make_network` does."""
+    if file_of(model.spec) is None or model.spec is None:
+        return {}
+    make_network(model)
+    return file_hashes(model.spec)
 
 
 def from_recipe(recipe: Recipe, *, seed: int | None = None) -> nn.Module:
-    """As `network`. The same seed gives the same weights in any process: a network that is not of the family runs its
-    own initialisation, with torch's, NumPy's and Python's generators begun at the address (seed, "init")."""
+    """As `make_network`. The same seed gives the same weights in any process: a network that is not of the family runs
+    its own initialisation, with torch's, NumPy's and Python's generators begun at the address (seed, "init")."""
     if "arch" in recipe:
         made: nn.Module = resnet.skeleton(**recipe) if seed is None else resnet.build(**recipe, seed=seed)
         return made
@@ -45,7 +49,7 @@ def from_recipe(recipe: Recipe, *, seed: int | None = None) -> nn.Module:
     if seed is None:
         model = _on_meta(said)
     else:
-        with _generators_at(derive_seed(seed, "init")):
+        with generators_at(derive_seed(seed, "init")):
             model = construct(**said)
     model.lowmem_recipe = said  # type: ignore[assignment]
     return model
@@ -62,28 +66,12 @@ def recipe_of(model: nn.Module) -> Recipe:
 
 def _on_meta(recipe: Mapping[str, Any]) -> nn.Module:
     try:
-        with _generators_at(0), torch.device("meta"):
+        with generators_at(0), torch.device("meta"):
             return construct(**recipe)
     except LowmemError:
         # Perhaps for `meta` alone; what is wrong with the network itself is said by the other way.
-        with _generators_at(0):
+        with generators_at(0):
             return construct(**recipe).to("meta")
-
-
-@contextmanager
-def _generators_at(seed: int) -> Iterator[None]:
-    """While it lasts, the generators that initialisation draws from begin at the seed; afterwards they are as before."""
-    generator = torch.default_generator
-    before = generator.get_state(), random.getstate(), np.random.get_state()
-    generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % (1 << 32))
-    try:
-        yield
-    finally:
-        generator.set_state(before[0])
-        random.setstate(before[1])
-        np.random.set_state(before[2])
 
 
 # -- whether it can be trained -----------------------------------------------------------------------------------------
@@ -95,8 +83,8 @@ def check_network(model: ModelConfig, num_classes: int, image_shape: Sequence[in
     with values."""
     if model.spec is None:
         return  # the family does
-    net, said = network(model, num_classes).train(), model.words
-    if any(isinstance(one, UninitializedTensorMixin) for one in (*net.parameters(), *net.buffers())):
+    net, said = make_network(model, num_classes).train(), model.words
+    if any(nn.parameter.is_lazy(one) for one in (*net.parameters(), *net.buffers())):
         raise PreflightError(f"{said} has lazy layers, whose sizes are not known: give these layers their sizes")
     if not any(parameter.requires_grad for parameter in net.parameters()):
         raise PreflightError(f"{said} has no parameters to train: let some of them require gradients")
@@ -119,7 +107,7 @@ def check_network(model: ModelConfig, num_classes: int, image_shape: Sequence[in
 
 
 def _tried_on_values(model: ModelConfig, num_classes: int, image_shape: Sequence[int]) -> object:
-    net, said = network(model, num_classes, seed=0).train(), model.words
+    net, said = make_network(model, num_classes, seed=0).train(), model.words
     size = "x".join(map(str, image_shape))
     try:
         with torch.no_grad():
@@ -128,8 +116,8 @@ def _tried_on_values(model: ModelConfig, num_classes: int, image_shape: Sequence
         first = next((one for one in net.modules() if isinstance(one, nn.Conv2d)), None)
         if first is not None and first.in_channels != image_shape[0]:
             raise PreflightError(
-                f"{said} takes pictures of {first.in_channels} channels, and these have {image_shape[0]}: let its first "
-                f"convolution take {image_shape[0]}"
+                f"{said} takes pictures of {first.in_channels} channels, and these have {image_shape[0]}: let its "
+                f"first convolution take {image_shape[0]}"
             ) from None
         raise PreflightError(
             f"{said} does not take pictures of {size} ({first_line(error)}): let it, or choose another network"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from lowmem.config.networks import describe, file_of, hash_of, read_file, refuse_changed_files, split_spec
@@ -35,7 +38,8 @@ def construct(
     Raises UsageError for a name or arguments that there are not, PreflightError for a file that is not as it was
     recorded (it is not run then) or that fails."""
     said = describe(spec, args)
-    make = _maker(spec, dict(sha256 or {}))
+    with torch.device("cpu"):  # what a module makes when it is imported is there for all networks of it
+        make = _maker(spec, dict(sha256 or {}))
     with _beside(file_of(spec)):
         try:
             made = make(num_classes, dict(args))
@@ -50,8 +54,8 @@ def construct(
         loaded.note_beside()
         if sha256 and (new := sorted(loaded.sha256.keys() - sha256.keys())):
             raise PreflightError(
-                f"{file} now imports {new[0]} beside it, which it did not when the network was trained: put {file.parent} "
-                "back as it was, or go on in a new run with `lowmem fork` and --model"
+                f"{file} now imports {new[0]} beside it, which it did not when the network was trained: put "
+                f"{file.parent} back as it was, or go on in a new run with `lowmem fork` and --model"
             )
     return made
 
@@ -72,6 +76,22 @@ def _maker(spec: str, sha256: Mapping[str, str]) -> Callable[[int, dict[str, Any
     if sha256:
         refuse_changed_files(spec, sha256)
     return _of_file(Path(place), name)
+
+
+@contextmanager
+def generators_at(seed: int) -> Iterator[None]:
+    """While it lasts, the generators that initialisation draws from begin at the seed; then they are as before."""
+    generator = torch.default_generator
+    before = generator.get_state(), random.getstate(), np.random.get_state()
+    generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    try:
+        yield
+    finally:
+        generator.set_state(before[0])
+        random.setstate(before[1])
+        np.random.set_state(before[2])
 
 
 # -- libraries ---------------------------------------------------------------------------------------------------------
@@ -157,7 +177,7 @@ def _run_file(file: Path) -> _LoadedFile:
     module.__file__ = str(file)
     sys.modules[module.__name__] = module  # where dataclasses and pickles look for it
     before = set(sys.modules)
-    with _beside(file):
+    with _beside(file), generators_at(0):
         try:
             exec(compile(data, str(file), "exec", dont_inherit=True), module.__dict__)
         except (Exception, SystemExit) as error:
