@@ -14,12 +14,13 @@ from lowmem.choose.planning import choose, workspaces_of
 from lowmem.choose.request import Budget, Choice, Request
 from lowmem.config.schema import Config
 from lowmem.config.settings import gather
-from lowmem.core.errors import Infeasible
+from lowmem.core.errors import Infeasible, PreflightError
+from lowmem.core.reading import shorten
 from lowmem.models.resnet import check_memory_format
 from lowmem.remat.libraries import workspace_cap_bytes
 from lowmem.simulate import Simulated, simulate_step
 from lowmem.step.train_step import FUSED
-from lowmem.trial import executed
+from lowmem.trial import PLAIN, executed
 
 _LEAST_TRIES = 3
 _PLENTY = 1 << 50
@@ -95,21 +96,27 @@ class Predictor:
     def _way(
         self, family: str, mode: Mode, batch: int, measured: bool = True, capacity_bytes: int | None = None
     ) -> Simulated:
-        """A step as the library does it."""
+        """A step as the library does it. Raises PreflightError for a way that it does not have for the network: selective
+        checkpointing refuses tensors that are changed in place."""
         way, fused = FAMILIES[family]
         request = self._request(mode, batch, measured)
         shape = request.shape(mode[0], batch)
         # On CUDA torch takes the multi-tensor form, which fake tensors, living on the CPU, would not.
         default = {"foreach": True} if self.setup.on_card else {}
-        return simulate_step(
-            shape,
-            None,
-            request.rates(mode[0]),
-            capacity_bytes,
-            workspaces_of(request, shape),
-            way=lambda model: executed(model, way),
-            optimizer=FUSED if fused or self.setup.fused else default,
-        )
+        try:
+            return simulate_step(
+                shape,
+                None,
+                request.rates(mode[0]),
+                capacity_bytes,
+                workspaces_of(request, shape),
+                way=lambda model: executed(model, way),
+                optimizer=FUSED if fused or self.setup.fused else default,
+            )
+        except RuntimeError as error:
+            if way == PLAIN:
+                raise
+            raise PreflightError(f"{way} fails for this network ({shorten(error, 200)})") from None
 
     def _least_bytes(self, mode: Mode, batch: int, measured: bool = True) -> int:
         try:

@@ -242,7 +242,9 @@ class Fork(New):
         milestones = scaled_milestones(old)
         stays = "train.epochs" in self._changes and milestones == scaled_milestones(new)
         for key, (before, after) in self._changes.items():
-            if not (stays and key in _SCHEDULE):
+            if key == "model.sha256":
+                lines.append(_describe_files(before, after))
+            elif not (stays and key in _SCHEDULE):
                 lines.append(f"{key}: {before!r} -> {after!r}")
         if stays:
             listed = " and ".join(f"{milestone:.5g}" for milestone in milestones)
@@ -312,6 +314,13 @@ class Fork(New):
         with disk_errors(run / "report" / "learning_rate.png") as path:
             path.parent.mkdir(exist_ok=True)
             write_bytes_atomic(path, png)
+
+
+def _describe_files(before: object, after: object) -> str:
+    """Of a network: those that are not as they were, by name."""
+    assert isinstance(before, dict) and isinstance(after, dict)
+    differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    return f"model.sha256: the network's files are other ones: {', '.join(differing)}"
 
 
 def _to_the_end(points: Sequence[tuple[float, float]], end: float) -> list[tuple[float, float]]:

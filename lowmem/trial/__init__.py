@@ -199,10 +199,10 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     def rows(module: nn.Module) -> Iterator[nn.Module]:
         for child in module.children():
             row = isinstance(child, nn.Sequential | nn.ModuleList)
-            blocks = [one for one in child.children() if any(one.children())] if row else []
+            blocks = [one for one in child.children() if list(one.children())] if row else []
             yield from blocks or rows(child)
 
-    return list(rows(model)) or [child for child in model.children() if any(child.parameters())]
+    return list(rows(model)) or [child for child in model.children() if list(child.parameters())]
 
 
 def checkpointed(model: nn.Module, **options: Any) -> nn.Module:
