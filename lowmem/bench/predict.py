@@ -96,7 +96,7 @@ class Predictor:
     def _way(
         self, family: str, mode: Mode, batch: int, measured: bool = True, capacity_bytes: int | None = None
     ) -> Simulated:
-        """A step as the library does it. Raises PreflightError for a way that it does not have for the network: selective
+        """A step as the library does it. Raises PreflightError for a way that fails for the network: selective
         checkpointing refuses tensors that are changed in place."""
         way, fused = FAMILIES[family]
         request = self._request(mode, batch, measured)

@@ -84,7 +84,7 @@ def resume_training(
         decided = {key: value for key, value in given.items() if value != "auto"}  # the rest, when torch is there
         refuse_changes(recorded.config, recorded.replace(decided, "resume").config, str(path))
         refuse_missing_pictures(wanted, where_else(wanted, flags=True))
-        refuse_changed_files(wanted.model.spec, wanted.model.sha256)
+        refuse_changed_files(recorded.config.model.spec, recorded.config.model.sha256)
 
     observer = observer or Observer()
     with observer.loading("torch"):
@@ -124,7 +124,7 @@ def fork_run(
     refuse_missing_pictures(wanted, where_else(wanted, flags=False))
     refuse_existing(path)
     if "model.spec" not in changes:
-        refuse_changed_files(wanted.model.spec, wanted.model.sha256)
+        refuse_changed_files(recorded.config.model.spec, recorded.config.model.sha256)
     with observer.loading("torch"):
         from lowmem.lifecycle.execute import execute
         from lowmem.lifecycle.fork import Fork

@@ -107,11 +107,17 @@ def changed(recorded: Settings, values: Mapping[str, object], why: str) -> Setti
     return recorded.replace(values, why)
 
 
-def check(old: Config, new: Config) -> Changes:
-    """What changes, name -> (old, new). Raises UsageError for nothing, or for what weights cannot be carried into."""
+def check(old: Config, new: Config, *, named: bool = False) -> Changes:
+    """What changes, name -> (old, new). `named`: the user names the network, so that its files may be other ones.
+    Raises UsageError for nothing, or for what weights cannot be carried into."""
     before, after = flatten(old), flatten(new)
     changes = {key: (before[key], value) for key, value in after.items() if before[key] != value}
     for key in changes:
+        if key == "model.sha256" and not named:
+            raise UsageError(
+                "model.sha256 is recorded, and cannot be set in a fork: name the network with --model, and its files "
+                "are taken as they are"
+            )
         if key.startswith("model.") and key not in OWN_NETWORK:
             raise UsageError(
                 f"{key} cannot become {after[key]!r} in a fork: the weights are for {before[key]!r} only; "
@@ -152,9 +158,10 @@ class Fork(New):
             refuse_changed_files(self._old.model.spec, self._old.model.sha256)
         settings = with_hashes(resolve_execution(changed(self._begun, self.given, self.source)))
         self._wanted = settings
-        self._changes = check(self._begun.config, settings.config)
+        self._changes = check(self._begun.config, settings.config, named="model.spec" in self.given)
         observer.phase("reading the old run's checkpoint and verifying it")
-        self._point = find(self._run, self._old, self._at, settings.config)
+        into = settings.config if settings.config.model != self._old.model else None
+        self._point = find(self._run, self._old, self._at, into)
         self._refuse_place(settings.config)
         refuse_existing(self.path)
         try:
@@ -196,7 +203,7 @@ class Fork(New):
         `settings`: as they were decided, since by these the new run knows its checkpoints. Raises UsageError for a
         place or pictures that cannot be, and for data with another number of classes."""
         new, old, at = settings.config, self._point.saved, self._point.position
-        self._changes = check(self._begun.config, new)
+        self._changes = check(self._begun.config, new, named="model.spec" in self.given)
         identity, recorded = identity_of(new, dataset), old.state["identity"]
         same_pictures = bool(recorded.get("data") == identity["data"])
         self._refuse_place(new, same_pictures=same_pictures)
@@ -318,7 +325,8 @@ class Fork(New):
 
 def _describe_files(before: object, after: object) -> str:
     """Of a network: those that are not as they were, by name."""
-    assert isinstance(before, dict) and isinstance(after, dict)
+    assert isinstance(before, dict)
+    assert isinstance(after, dict)
     differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     return f"model.sha256: the network's files are other ones: {', '.join(differing)}"
 

@@ -52,7 +52,7 @@ def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, tuple[int, .
     for name, shape in expected.items():
         if len(shape) != len(found[name]) or any(a not in (None, b) for a, b in zip(shape, found[name], strict=True)):
             raise CorruptCheckpoint(
-                f"{what}: {name} is {list(found[name])}, in the network of config.yaml it is "
+                f"{what}: {name} is {list(found[name])}, in the network of the settings it is "
                 f"{['classes' if size is None else size for size in shape]}"
             )
 
@@ -72,13 +72,21 @@ def classes_of(saved: Checkpoint, config: Config) -> int | None:
 
 def belongs_to(config: Config, into: Config | None = None) -> Callable[[Checkpoint], None]:
     """A check for `load_newest`: raises CorruptCheckpoint for a checkpoint of other settings or another network.
-    `into`: settings whose network is to have its tensors, if not these."""
+    `into`: settings whose network is to take its weights, if not these; then UsageError for one with other tensors."""
     expected, identity = network_shapes(into or config), {"settings": config_hash(config)}
 
     def check(saved: Checkpoint) -> None:
         check_belongs(saved, identity)
         shapes = {name: tuple(tensor.shape) for name, tensor in saved.model.items()}
-        check_shapes(expected, shapes, f"the model of step {saved.step}")
+        try:
+            check_shapes(expected, shapes, f"the model of step {saved.step}")
+        except CorruptCheckpoint as error:
+            if into is None:
+                raise
+            raise UsageError(
+                f"{into.model.words} cannot take the weights ({error}): name a network with the same tensors, or start "
+                "a new run with `lowmem train`"
+            ) from None
         if saved.state["run"]["epoch"] > config.train.epochs:
             raise CorruptCheckpoint(f"step {saved.step} is of an epoch after the run's last, {config.train.epochs}")
 
