@@ -179,5 +179,6 @@ def test_it_is_planned_and_tried_in_other_processes(spec: str, tmp_path: Path, m
     sets = ("memory.tensors=64M", "memory.confirm=always", "memory.calibrate=always", "train.epochs=1")
     run = run_training(_settings(spec, *sets), tmp_path / "run", Heard()).path
     (event,) = (one for one in read_run(run).events if one.kind == "confirmed")
-    (trial,) = event.detail["trials"]
-    assert trial["refused_because"] is None
+    trials = event.detail["trials"]
+    assert isinstance(trials, list)
+    assert [one["refused_because"] for one in trials] == [None]

@@ -114,7 +114,7 @@ def test_a_changed_file_is_refused_and_not_run(file: Path, tmp_path: Path, name:
     if gone:
         (tmp_path / name).unlink()
     for refuse in (lambda: make_network(recorded), lambda: refuse_changed_files(recorded.spec, recorded.sha256)):
-        with pytest.raises(PreflightError, match="is gone|has changed") as refused:
+        with pytest.raises(PreflightError, match=r"is gone|has changed") as refused:
             refuse()
         assert "put it back" in str(refused.value)
         assert "lowmem fork" in str(refused.value)
@@ -219,8 +219,8 @@ BODIES = {
 def test_what_does_not_take_the_pictures_is_refused(tmp_path: Path, case: str) -> None:
     init, forward, words = BODIES[case]
     text = (
-        "from torch import nn\nclass Net(nn.Module):\n    def __init__(self, num_classes):\n        super().__init__()\n"
-        f"        n = num_classes; {init}\n    def forward(self, x):\n        return {forward}\n"
+        "from torch import nn\nclass Net(nn.Module):\n    def __init__(self, num_classes):\n"
+        f"        super().__init__(); n = num_classes; {init}\n    def forward(self, x):\n        return {forward}\n"
     )
     with pytest.raises(PreflightError, match=words):
         check_network(_model(_written(tmp_path / f"{case}.py", text)), 10, PICTURE)
