@@ -21,7 +21,7 @@ from lowmem.config.schema import OptimConfig
 from lowmem.core.errors import PreflightError
 from lowmem.core.units import MIB
 from lowmem.measure.timing import time_calls
-from lowmem.models import build
+from lowmem.models import from_recipe
 from lowmem.plan.policy import BlockPolicy
 from lowmem.remat.libraries import Numerics, prepare_libraries
 from lowmem.simulate import Call
@@ -116,7 +116,7 @@ def smallest_busy(bound_by_host: Callable[[int], bool | None]) -> int:
 
 
 def _update(device: str, *, figure: str, network: Mapping[str, Any], momentum: bool) -> Figures:
-    model = build(**network).to(device)
+    model = from_recipe(network, seed=0).to(device)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer = make_optimizer(model, OptimConfig(momentum=0.9 if momentum else 0.0), device)
