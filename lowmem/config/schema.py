@@ -29,6 +29,9 @@ BLOCK_LAYOUT: dict[tuple[int, str], tuple[int, int, int, int]] = {
 _DEPTHS = sorted({depth for depth, _ in BLOCK_LAYOUT})
 ARCHITECTURES: tuple[str, ...] = tuple(f"{kind}{depth}" for kind in ("res", "cnn") for depth in _DEPTHS)
 SOURCES = ("cifar10", "fashion-mnist", "shapes")  # and folder:PATH
+SOURCE_SIDE = 32  # of their pictures
+# Pictures of a folder that are so large or larger are stored with a border, and cropped at random from the disk.
+CROPPED_FROM = 64
 
 
 def canonical_arch(name: str) -> str:
@@ -127,10 +130,14 @@ class DataConfig(Section):
     val_split: int = Field(
         default=0, ge=0, description="hold back this many training pictures, and choose the best weights on them"
     )
-    augment: bool = Field(True, description="random crop with padding 4 and random horizontal flip")
+    image_size: int = Field(SOURCE_SIDE, ge=8, le=1024, description="side of the square pictures that the network sees")
+    augment: bool = Field(
+        True,
+        description="random horizontal flip and random crop: with padding 4; of a folder from image_size 64 on resized",
+    )
     fit: Literal["crop", "stretch"] = Field(
         "crop",
-        description="folder: how a picture becomes 32x32. crop: upright by its EXIF orientation, transparency over "
+        description="folder: how a picture becomes square. crop: upright by its EXIF orientation, transparency over "
         "white, the middle square of it; stretch: all of it squeezed, orientation and transparency ignored",
     )
     test_split: Annotated[int | float, BeforeValidator(_check_share)] | None = Field(
@@ -138,6 +145,28 @@ class DataConfig(Section):
     )
     val_folder: bool = Field(True, description="folder: hold back the pictures in val/, if it is there beside train/")
     skip_damaged: bool = Field(False, description="folder: go on without files that are no pictures or are damaged")
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the decoded pictures stay on the disk, from where batches are cut."""
+        return self.source not in SOURCES and self.image_size >= CROPPED_FROM
+
+    @property
+    def stored_side(self) -> int:
+        """Of the square pictures as they are stored: those of a source of its own size are enlarged as a batch, and
+        those to be cropped from the disk are 8/7 of `image_size` (256 for 224), rounded."""
+        if self.source in SOURCES:
+            return SOURCE_SIDE
+        return (16 * self.image_size + 7) // 14 if self.mapped else self.image_size
+
+    @model_validator(mode="after")
+    def _not_shrunk(self) -> DataConfig:
+        if self.source in SOURCES and self.image_size < SOURCE_SIDE:
+            raise ValueError(
+                f"{self.source} has pictures of {SOURCE_SIDE}x{SOURCE_SIDE}, and image_size {self.image_size} is less: "
+                f"raise it to {SOURCE_SIDE} or more; folder:PATH takes any size"
+            )
+        return self
 
 
 class OptimConfig(Section):
@@ -318,6 +347,7 @@ BEFORE: Mapping[str, object] = {
     "train.deterministic": True,
     "train.tf32": "auto",
     "train.batch_norm": "auto",
+    "data.image_size": SOURCE_SIDE,
     "data.fit": "stretch",
     "data.test_split": None,
     "data.val_folder": False,

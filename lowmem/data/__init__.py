@@ -21,9 +21,30 @@ from lowmem.core.units import counted, format_size, name_some
 from lowmem.data import shapes
 from lowmem.data.batches import TrainBatches, eval_batches
 from lowmem.data.downloaded import DOWNLOADABLE
-from lowmem.data.pictures import Dataset, Pictures, Progress, Selectable, Source, fingerprint, statistics
+from lowmem.data.pictures import (
+    AnyPictures,
+    Dataset,
+    MappedPictures,
+    Pictures,
+    Progress,
+    Selectable,
+    Source,
+    fingerprint,
+    held_bytes,
+    statistics,
+)
 
-__all__ = ["Dataset", "Found", "Pictures", "TrainBatches", "eval_batches", "find_pictures", "load"]
+__all__ = [
+    "AnyPictures",
+    "Dataset",
+    "Found",
+    "Pictures",
+    "TrainBatches",
+    "eval_batches",
+    "find_pictures",
+    "held_bytes",
+    "load",
+]
 _CLASSES_NAMED = 10
 
 
@@ -32,8 +53,8 @@ def load(config: DataConfig, seed: int, *, progress: Progress | None = None) -> 
     Raises DataError for missing or damaged data, UsageError for a subset or split that does not fit."""
     source = _read(config, progress=progress)
     chosen = choose(source, config, seed)
-    train, val, test = chosen["train"].pictures(), chosen.get("val"), chosen["test"].pictures()
-    held_back = None if val is None else val.pictures()
+    train, test = (_sized(chosen[part].pictures(), config) for part in ("train", "test"))
+    held_back = _sized(chosen["val"].pictures(), config) if "val" in chosen else None
     if progress is not None:
         progress("computing the pictures' mean, deviation and fingerprint")
     mean, std = statistics(train)
@@ -50,6 +71,13 @@ def load(config: DataConfig, seed: int, *, progress: Progress | None = None) -> 
         warnings=(*source.warnings, *_emptied(source, chosen)),
         skipped=source.skipped,
     )
+
+
+def _sized(pictures: AnyPictures, config: DataConfig) -> AnyPictures:
+    """Those of a source of its own size are enlarged as a batch."""
+    if isinstance(pictures, MappedPictures) or pictures.side == config.image_size:
+        return pictures
+    return replace(pictures, enlarged_to=config.image_size)
 
 
 def _read(config: DataConfig, *, progress: Progress | None = None, until: float | None = None) -> Source:
@@ -77,7 +105,7 @@ class Chosen:
     def labels(self) -> NDArray[np.int64]:
         return self.source.labels.numpy()[self.indices]
 
-    def pictures(self) -> Pictures:
+    def pictures(self) -> AnyPictures:
         return self.source.take(None if len(self) == len(self.source.labels) else self.indices)
 
 

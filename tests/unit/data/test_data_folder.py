@@ -46,7 +46,7 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files decoded from now on."""
     seen: list[str] = []
     real = decoding.decode
-    monkeypatch.setattr(decoding, "decode", lambda path, fit: seen.append(path) or real(path, fit))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(decoding, "decode", lambda path, *how: seen.append(path) or real(path, *how))  # type: ignore[func-returns-value]
     return seen
 
 
