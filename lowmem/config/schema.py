@@ -30,8 +30,6 @@ _DEPTHS = sorted({depth for depth, _ in BLOCK_LAYOUT})
 ARCHITECTURES: tuple[str, ...] = tuple(f"{kind}{depth}" for kind in ("res", "cnn") for depth in _DEPTHS)
 SOURCES = ("cifar10", "fashion-mnist", "shapes")  # and folder:PATH
 SOURCE_SIDE = 32  # of their pictures
-# Pictures of a folder that are so large or larger are stored with a border, and cropped at random from the disk.
-CROPPED_FROM = 64
 
 
 def canonical_arch(name: str) -> str:
@@ -147,17 +145,9 @@ class DataConfig(Section):
     skip_damaged: bool = Field(False, description="folder: go on without files that are no pictures or are damaged")
 
     @property
-    def mapped(self) -> bool:
-        """Whether the decoded pictures stay on the disk, from where batches are cut."""
-        return self.source not in SOURCES and self.image_size >= CROPPED_FROM
-
-    @property
-    def stored_side(self) -> int:
-        """Of the square pictures as they are stored: those of a source of its own size are enlarged as a batch, and
-        those to be cropped from the disk are 8/7 of `image_size` (256 for 224), rounded."""
-        if self.source in SOURCES:
-            return SOURCE_SIDE
-        return (16 * self.image_size + 7) // 14 if self.mapped else self.image_size
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of what the network sees: channels, height, width."""
+        return 3, self.image_size, self.image_size
 
     @model_validator(mode="after")
     def _not_shrunk(self) -> DataConfig:

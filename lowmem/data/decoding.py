@@ -28,10 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from lowmem.config.schema import CROPPED_FROM
 from lowmem.core.errors import DataError
 from lowmem.core.reading import shorten
-from lowmem.data.pictures import Progress
+from lowmem.data.pictures import MAPPED_FROM, Progress
 
 FILTER = Image.Resampling.BICUBIC
 CHUNK = 256  # pictures a task: few enough for a smooth progress, many enough that tasks cost nothing
@@ -59,7 +58,7 @@ def decode(path: str, fit: str, side: int) -> NDArray[np.uint8]:
         with Image.open(path) as picture:
             if picture.mode.startswith(("I", "F")):
                 raise DataError(f"more than 8 bits a channel, {picture.mode}: convert it to 8 bits")
-            if side >= CROPPED_FROM:
+            if side >= MAPPED_FROM:
                 picture.draft(None, (2 * side, 2 * side))  # never below that
             return np.asarray(_cropped(picture, side) if fit == "crop" else _stretched(picture, side))
     except UnidentifiedImageError:

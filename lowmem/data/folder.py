@@ -27,7 +27,7 @@ from lowmem.core.units import name_some
 from lowmem.data.decoding import decode_all
 from lowmem.data.kept import KeptPictures
 from lowmem.data.mapped import MappedStore
-from lowmem.data.pictures import AnyPictures, Progress, Source
+from lowmem.data.pictures import AnyPictures, Progress, Source, are_mapped, stored_side
 from lowmem.data.tree import Tree, readable, scan, shown
 
 _DECODER = "pillow bicubic {side}x{side} rgb 2"  # what is kept is of it: raise the number when pixels change
@@ -55,7 +55,7 @@ def read(config: DataConfig, *, progress: Progress | None = None, until: float |
     try:
         paths = [files[i].path for i in left]
         with readable(root):
-            found, looked_at = decode_all(paths, config.fit, config.stored_side, put, progress=progress, until=until)
+            found, looked_at = decode_all(paths, config.fit, stored_side(config), put, progress=progress, until=until)
     finally:  # also of those that came before a signal
         trouble = store.close() if until is None else None
     troubles |= {left[number]: why for number, why in found.items()}
@@ -108,9 +108,9 @@ def _store(
     root: Path, config: DataConfig, keys: Sequence[bytes], progress: Progress | None, *, only_look: bool
 ) -> Store:
     """What is kept already of the files with these keys, and will be of the others."""
-    folder, side = _cache_folder(root, config), config.stored_side
+    folder, side = _cache_folder(root, config), stored_side(config)
     decoder = f"{_DECODER.format(side=side)} {config.fit}"
-    if config.mapped:
+    if are_mapped(config):
         return MappedStore(folder, decoder, keys, side, progress=progress, only_look=only_look)
     return KeptPictures(folder, decoder, keys, side)
 
@@ -119,7 +119,7 @@ def _cache_folder(root: Path, config: DataConfig) -> Path:
     """Of its own for each way to fit and size: an old run that goes on does not throw away what a new one has
     decoded."""
     named = os.fsencode(root) + (b"" if config.fit == "stretch" else b"\0crop")
-    if config.stored_side != SOURCE_SIDE:  # older versions had no other
-        named += f"\0{config.stored_side}".encode()
+    if stored_side(config) != SOURCE_SIDE:  # older versions had no other
+        named += f"\0{stored_side(config)}".encode()
     kept = Path(config.cache).expanduser() if config.cache else user_cache_folder()
     return kept / f"folder-{hashlib.sha256(named).hexdigest()[:16]}"

@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.schema import SOURCE_SIDE, SOURCES, DataConfig
 from lowmem.core.phases import Phase
 
 CHANNELS = 3
+MAPPED_FROM = 64  # of a folder's pictures, by the side of what the network sees
 # Of training pictures that a run holds on a card, where they are no larger; CIFAR-10's take 154 MB. Larger data stays
 # in the host's memory, or on the disk, and every batch is copied.
 MOST_HELD_BYTES = 256 << 20
@@ -31,10 +32,23 @@ class Hash(Protocol):
     def update(self, data: bytes | memoryview, /) -> None: ...
 
 
+def are_mapped(config: DataConfig) -> bool:
+    """Whether the decoded pictures stay on the disk, from where batches are cut."""
+    return config.source not in SOURCES and config.image_size >= MAPPED_FROM
+
+
+def stored_side(config: DataConfig) -> int:
+    """Of the square pictures as they are stored: those of a source of its own size are enlarged as a batch, and those
+    that are cut from the disk are 8/7 of what the network sees (256 for 224), rounded, to have something to cut off."""
+    if config.source in SOURCES:
+        return SOURCE_SIDE
+    return (16 * config.image_size + 7) // 14 if are_mapped(config) else config.image_size
+
+
 def held_bytes(config: DataConfig, count: int) -> int:
     """What `count` training pictures take on a card, where they are held on it."""
-    size = count * CHANNELS * config.stored_side**2
-    return 0 if config.mapped or size > MOST_HELD_BYTES else size
+    size = count * CHANNELS * stored_side(config) ** 2
+    return 0 if are_mapped(config) or size > MOST_HELD_BYTES else size
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 import lowmem
 from lowmem.choose.decide import DataSize, Decision, decide
-from lowmem.choose.execution import numerics_of, refuse_unsafe, require_device, resolve_execution
+from lowmem.choose.execution import numerics_of, refuse_size, refuse_unsafe, require_device, resolve_execution
 from lowmem.config.schema import Config, known_keys
 from lowmem.config.settings import Settings
 from lowmem.core.errors import DataError, ForeignCheckpoint, OutOfMemory, PreflightError, UsageError
@@ -107,6 +107,7 @@ def _joined(given: Mapping[str, object], source: str) -> Iterator[Group]:
 def refuse_unfit(group: Group, config: Config) -> None:
     """What takes no time to refuse. Raises PreflightError, UsageError. The libraries are set for all that follows."""
     require_device(config.train.device)
+    refuse_size(config)
     if config.train.tensorboard:
         require_tensorboard()
     if group.size > config.train.batch:
