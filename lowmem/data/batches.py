@@ -57,6 +57,8 @@ class Normalizer:
     def __call__(self, images: Tensor, memory_format: torch.memory_format = _CONTIGUOUS) -> Tensor:
         # A subtraction and a product, not one fused multiply-add: each rounds once in every kernel, so a
         # picture has the same bits wherever it stands in a batch, and on every device.
+        if memory_format is _CONTIGUOUS:  # bytes are moved faster than what they become
+            images = images.contiguous()
         out = images.to(torch.float32, copy=True).sub_(self._shift).mul_(self._scale)
         # Converting last is 2.5 times faster on a CPU than widening into a channels-last tensor.
         return out.contiguous(memory_format=memory_format)
