@@ -44,10 +44,11 @@ class Trial:
     nothing.
 
     `image_size`: side of what the network sees; `stored_side`: of the pictures as they are held, which are enlarged as
-    a batch if that is less. `pictures`: training pictures that the run holds on the device (only held on CUDA).
-    `eval_batch`: pictures at a time in evaluation; None: no evaluation. `cap_bytes`: the most that the allocator may
-    hold (CUDA only). `detailed`: digest the first step's gradients (needs a warm-up), count the operations of another
-    step, and of plain autograd on CUDA profile a third. `deterministic`, `tf32`: see `lowmem.remat.libraries`.
+    a batch if that is less; None: the same. `pictures`: training pictures that the run holds on the device (only held
+    on CUDA). `eval_batch`: pictures at a time in evaluation; None: no evaluation. `cap_bytes`: the most that the
+    allocator may hold (CUDA only). `detailed`: digest the first step's gradients (needs a warm-up), count the
+    operations of another step, and of plain autograd on CUDA profile a third. `deterministic`, `tf32`: see
+    `lowmem.remat.libraries`.
     """
 
     arch: str
@@ -64,7 +65,7 @@ class Trial:
     fused: bool = True
     plan: dict[str, Any] | None = None
     image_size: int = SOURCE_SIDE
-    stored_side: int = SOURCE_SIDE
+    stored_side: int | None = None
     pictures: int = 0
     eval_batch: int | None = None
     cap_bytes: int | None = None

@@ -60,9 +60,10 @@ def network(trial: Trial, execution: Execution) -> ResNet:
 
 
 def random_pictures(
-    count: int, num_classes: int = 10, seed: int = 0, *, side: int = SOURCE_SIDE, size: int = SOURCE_SIDE
+    count: int, num_classes: int = 10, seed: int = 0, *, size: int = SOURCE_SIDE, side: int | None = None
 ) -> Pictures:
-    """`count` pictures of noise, `side` pixels wide and high, which are `size` as a batch."""
+    """`count` pictures of noise, `side` (None: `size`) pixels wide and high, which are `size` as a batch."""
+    side = side or size
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
     return Pictures(images, torch.arange(count) % num_classes, enlarged_to=size)
@@ -87,7 +88,7 @@ class _Work:
         # As many as the run holds on the device; on the CPU, where they count for nothing, a batch.
         count = max(trial.batch, trial.pictures if self.cuda else 0)
         self.pictures = random_pictures(
-            count, trial.num_classes, trial.seed, side=trial.stored_side, size=trial.image_size
+            count, trial.num_classes, trial.seed, size=trial.image_size, side=trial.stored_side
         )
         reserved = torch.cuda.memory_reserved() if self.cuda else 0
         self.batches = TrainBatches(
