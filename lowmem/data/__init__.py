@@ -22,6 +22,7 @@ from lowmem.data import shapes
 from lowmem.data.batches import TrainBatches, eval_batches
 from lowmem.data.downloaded import DOWNLOADABLE
 from lowmem.data.pictures import (
+    MOST_HELD_BYTES,
     AnyPictures,
     Dataset,
     MappedPictures,
@@ -67,7 +68,7 @@ def load(config: DataConfig, seed: int, *, progress: Progress | None = None) -> 
         mean,
         std,
         fingerprint(train, held_back, test),
-        notes=(f"{source.name}: {_describe_classes(source)}", *source.notes),
+        notes=(f"{source.name}: {_describe_classes(source)}", *source.notes, *_describe_size(train)),
         warnings=(*source.warnings, *_emptied(source, chosen)),
         skipped=source.skipped,
     )
@@ -78,6 +79,20 @@ def _sized(pictures: AnyPictures, config: DataConfig) -> AnyPictures:
     if isinstance(pictures, MappedPictures) or pictures.side == config.image_size:
         return pictures
     return replace(pictures, enlarged_to=config.image_size)
+
+
+def _describe_size(pictures: AnyPictures) -> Iterator[str]:
+    """How they come to the network, where that is not as they are and from where it is."""
+    size = format_size(len(pictures) * 3 * pictures.side**2)
+    square, wanted = (f"{side}x{side}" for side in (pictures.side, pictures.image_size))
+    if isinstance(pictures, MappedPictures):
+        yield f"training pictures stay on the disk, {size} of {square}: batches of {wanted} are cut from there"
+        return
+    if square != wanted:
+        yield f"pictures of {square} are cropped at their own size and enlarged to {wanted} as a batch"
+    if pictures.images.nbytes > MOST_HELD_BYTES:
+        most = format_size(MOST_HELD_BYTES)
+        yield f"training pictures take {size}, a card holds {most} of them at most: there every batch is copied"
 
 
 def _read(config: DataConfig, *, progress: Progress | None = None, until: float | None = None) -> Source:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +63,7 @@ class MappedStore:
         self._sums = np.zeros((len(keys), 2 * CHANNELS), np.int64)
         self._waiting: list[tuple[int, NDArray[np.uint8]]] = []
         self._unused: list[Listed] = []
+        self._has_room = False  # not known yet
         numbers = {key: number for number, key in enumerate(keys) if key}
         for piece in self._listed:
             tensors = self._read(piece)
@@ -112,12 +114,26 @@ class MappedStore:
     # -- more of them --------------------------------------------------------------------------------------------------
 
     def put(self, number: int, pixels: NDArray[np.uint8]) -> None:
-        """uint8 [S, S, 3]. Raises DataError if it cannot be kept: it would have to fit into memory."""
+        """uint8 [S, S, 3]. Raises DataError if it cannot be kept, or there is no room for those that are missing: they
+        would have to fit into memory."""
+        if not self._has_room:
+            self._require_room(pixels.nbytes)
         self.there[number] = True
         if not self._only_look:
             self._waiting.append((number, pixels))
             if len(self._waiting) * pixels.nbytes >= PIECE_BYTES:
                 self._write()
+
+    def _require_room(self, size: int) -> None:
+        """For all that are missing, before hours are spent on decoding them."""
+        place = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
+        needed, free = int((~self.there).sum()) * size, shutil.disk_usage(place).free
+        if free < needed:
+            raise DataError(
+                f"the decoded pictures take {format_size(needed)} in {self._folder}, and {format_size(free)} are free "
+                "there: make room, set data.cache to a folder that has it, or lower --image-size"
+            )
+        self._has_room = True
 
     def close(self) -> str | None:
         """Keeps what was put and waits. Raises DataError if that is not possible."""

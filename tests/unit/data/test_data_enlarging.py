@@ -76,6 +76,8 @@ def test_a_source_of_its_own_size_is_enlarged() -> None:
     assert isinstance(larger.train, Pictures)
     assert torch.equal(own.train.images, larger.train.images)  # type: ignore[union-attr]
     assert own.fingerprint == larger.fingerprint
+    assert not any("32x32" in note for note in own.notes)
+    assert "pictures of 32x32 are cropped at their own size and enlarged to 96x96 as a batch" in larger.notes
     assert (own.describe()["image_size"], larger.describe()["image_size"]) == (32, 96)
 
 

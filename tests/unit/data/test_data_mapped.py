@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,6 +164,19 @@ def test_a_full_disk_is_an_error_with_a_way_out(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_missing_room_is_said_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = SIDE * SIDE * 3
+    filled(tmp_path, KEYS[:4])
+    for free in (8 * size - 1, 8 * size):
+        monkeypatch.setattr(mapped.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        store = store_of(tmp_path)
+        if free < 8 * size:
+            with pytest.raises(DataError, match=r"take .* are free there: make room, set data\.cache .*--image-size"):
+                store.put(4, pixels(4))
+        else:
+            store.put(4, pixels(4))
+
+
 def test_pieces_of_which_nothing_is_wanted_go(tmp_path: Path) -> None:
     filled(tmp_path, KEYS[:8])
     first, second = pieces(tmp_path)
@@ -219,6 +233,7 @@ def test_a_folder_s_pictures_have_a_border(tree: Path) -> None:
     expected = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=(15, 0, 105, 90))
     assert np.array_equal(data.train[5].numpy(), np.asarray(expected))
     assert data.describe()["image_size"] == SIZE
+    assert any("stay on the disk, " in note and "of 73x73: batches of 64x64" in note for note in data.notes)
 
 
 @pytest.mark.parametrize("change", ["touched", "replaced", "added", "removed"])
