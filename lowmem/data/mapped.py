@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,6 @@ class MappedStore:
     ) -> None:  # fmt: skip
         self._folder, self._decoder, self._keys, self._side = folder, decoder, keys, side
         self._only_look = only_look
-        self._listed = [piece for piece in _manifest(folder, decoder) if isinstance(piece, dict)]
         self._pieces: list[Tensor] = []
         self.places = np.full((len(keys), 2), -1, np.int64)
         self._digests = np.zeros((len(keys), DIGEST_BYTES), np.uint8)
@@ -65,7 +65,7 @@ class MappedStore:
         self._unused: list[Listed] = []
         self._has_room = False  # not known yet
         numbers = {key: number for number, key in enumerate(keys) if key}
-        for piece in self._listed:
+        for piece in _manifest(folder, decoder):
             tensors = self._read(piece)
             used = tensors is not None and self._take(tensors, numbers)
             if not used:
@@ -77,8 +77,8 @@ class MappedStore:
     def _read(self, piece: Listed) -> dict[str, Tensor] | None:
         """Its tensors, mapped; None if they are not what the manifest says."""
         try:
-            name, count = str(piece["name"]), int(piece["pictures"])
-            tensors = safetensors.torch.load_file(self._folder / Path(name).name)
+            count = int(piece["pictures"])
+            tensors = safetensors.torch.load_file(self._folder / Path(piece["name"]).name)
             wanted: dict[str, object] = {name: (dtype, (count, width)) for name, (dtype, width) in _INDEX.items()}
             wanted |= {"images": (torch.uint8, (count, self._side, self._side, CHANNELS))}
             if {name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()} != wanted:
@@ -170,19 +170,17 @@ class MappedStore:
     def _commit(self, piece: Listed) -> None:
         """Names it in the manifest, beside those that another process may have written meanwhile, and without those of
         which nothing is wanted."""
-        unused = [one["name"] for one in self._unused if "name" in one and one["name"] != piece["name"]]
-        there = [
-            one for one in _manifest(self._folder, self._decoder) if one.get("name") not in (*unused, piece["name"])
-        ]
-        pieces = [*there, piece]
+        unused, listed = {one["name"] for one in self._unused}, _manifest(self._folder, self._decoder)
+        pieces = [*(one for one in listed if one["name"] not in {*unused, piece["name"]}), piece]
         manifest = {"format": _FORMAT, "decoder": self._decoder, "pieces": pieces}
         write_atomically(self._folder / MANIFEST, json.dumps(manifest, indent=1).encode())
         self._unused = []
-        named = {one.get("name") for one in pieces}
+        named = {one["name"] for one in pieces}
         for path in self._folder.glob("pictures-*.safetensors"):
-            old = path.name in unused or time.time() - path.stat().st_mtime > _STALE_SECONDS
-            if path.name not in named and old:
-                path.unlink(missing_ok=True)
+            with suppress(OSError):  # another process has taken it away, or on Windows mapped it
+                old = path.name in unused or time.time() - path.stat().st_mtime > _STALE_SECONDS
+                if path.name not in named and old:
+                    path.unlink()
 
     def pictures(self, rows: Sequence[int], labels: Tensor, image_size: int) -> MappedPictures:
         """Of `rows`, of which none is missing unless it was only looked."""
@@ -197,7 +195,7 @@ def _manifest(folder: Path, decoder: str) -> list[Listed]:
         manifest = read_json(folder / MANIFEST, _MANIFEST_LIMIT_BYTES)
         if manifest["format"] != _FORMAT or manifest["decoder"] != decoder:
             return []
-        return [piece for piece in manifest["pieces"] if isinstance(piece, dict)]
+        return [piece for piece in manifest["pieces"] if isinstance(piece["name"], str)]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

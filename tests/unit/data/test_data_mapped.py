@@ -93,7 +93,7 @@ def test_another_decoder_or_size_is_not_served(tmp_path: Path) -> None:
     assert not MappedStore(tmp_path, "test", KEYS, SIDE + 1).there.any()
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "foreign", "pixel", "key", "digest", "manifest", "listed"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "foreign", "pixel", "key", "digest", "manifest", "listed", "odd"])
 def test_damage_is_noticed_and_decoded_again(tmp_path: Path, damage: str) -> None:
     filled(tmp_path)
     second = pieces(tmp_path)[1]
@@ -115,10 +115,11 @@ def test_damage_is_noticed_and_decoded_again(tmp_path: Path, damage: str) -> Non
         second.write_bytes(b"no piece at all")
     else:
         manifest = json.loads((tmp_path / "manifest.json").read_text())
-        manifest["pieces"][1] = {"name": 3} if damage == "listed" else manifest["pieces"][1]
+        manifest["pieces"][1] = {"name": "pictures-other.safetensors"} if damage == "listed" else manifest["pieces"][1]
+        manifest["pieces"][1] = 3 if damage == "odd" else manifest["pieces"][1]
         text = json.dumps(manifest)
         (tmp_path / "manifest.json").write_text(text[:-9] if damage == "manifest" else text)
-        lost = set(range(12)) if damage == "manifest" else lost
+        lost = set(range(12)) if damage in ("manifest", "odd") else lost
     found = store_of(tmp_path)
     assert set(np.flatnonzero(~found.there).tolist()) == lost
     assert_right(filled(tmp_path))
