@@ -16,7 +16,7 @@ from lowmem.config.schema import BEFORE, OPERATIONAL, Config, flatten
 from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint
 from lowmem.core.reading import shorten
 from lowmem.core.units import counted
-from lowmem.data import Dataset, Pictures, TrainBatches, eval_batches
+from lowmem.data import AnyPictures, Dataset, TrainBatches, eval_batches
 from lowmem.distributed.group import Group, Split, even_shares
 from lowmem.measure import Meter
 from lowmem.models.resnet import check_memory_format
@@ -95,7 +95,7 @@ class Replica:
         return images, labels, size
 
     def evaluate(
-        self, pictures: Pictures, size: int, should_stop: Callable[[int], bool] = lambda done: False
+        self, pictures: AnyPictures, size: int, should_stop: Callable[[int], bool] = lambda done: False
     ) -> Score | None:
         """`size` pictures at a time. None if `should_stop` said so in between, which hears how many are done."""
         data, execution = self.dataset, self.execution
