@@ -93,7 +93,7 @@ class Run:
                 box.append(self.fast(box, item.start, item.end))
                 continue
             last = item.end == schedule.end and not want_output
-            entry = Held(item, None if dropped else box[0], {})
+            entry = Held(item, None if dropped else box[0], [])
             y: Tensor | None
             if isinstance(item, Segment):
                 y = None if last else self.fast(box, item.start, item.end)
