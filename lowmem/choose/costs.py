@@ -9,7 +9,6 @@ from itertools import product
 from math import prod
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.calibrate.calibrator import StageTimes
 from lowmem.calibrate.stage_timer import FAST, PLAIN, Seconds, Timed
@@ -20,7 +19,7 @@ from lowmem.plan.front import Result, front
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, PolicyKind
 from lowmem.remat import decompose
 from lowmem.remat.stage import Stage
-from lowmem.simulate import Call, Recorder, StepShape, empty_copy
+from lowmem.simulate import Call, OutlineMode, Recorder, StepShape, empty_copy
 from lowmem.simulate.stage import Option, StageMeasure, measure_chain
 from lowmem.step.train_step import TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
@@ -100,10 +99,12 @@ def measure_costs(
     `options`: per stage, by default all that are worth having; which these are in stages with many choices depends on
     `rates`. `phase` hears how many stages are done."""
     execution = shape.execution
-    with FakeTensorMode():
+    with OutlineMode():
         recorder = Recorder(workspace)
         model = empty_copy(shape.model, execution.torch_memory_format)
-        x = torch.empty(shape.micro_batch, *shape.image_shape).contiguous(memory_format=execution.torch_memory_format)
+        x = torch.empty(shape.micro_batch, *shape.image_shape, dtype=shape.dtype).contiguous(
+            memory_format=execution.torch_memory_format
+        )
         stages = decompose(model, shape.stages)
 
         def of(stage: Stage, results: Callable[[Rates], list[Result]]) -> Sequence[Option]:

@@ -36,8 +36,8 @@ from lowmem.core.units import format_size
 from lowmem.measure.cuda import torch_build
 from lowmem.measure.nvml import read_driver
 from lowmem.measure.usable import CardFacts, Obstacle
-from lowmem.models import skeleton
-from lowmem.models.resnet import ResNet, check_memory_format, is_safe
+from lowmem.models import check_network, make_network
+from lowmem.models.resnet import check_memory_format, is_safe
 from lowmem.remat.libraries import Numerics, convolutions_in_tf32, prepare_libraries, workspace_cap_bytes
 from lowmem.simulate import StepShape
 
@@ -91,7 +91,7 @@ def resolve_execution(settings: Settings, *, planned: bool = False) -> Settings:
 def _unplanned(config: Config, device: str) -> dict[str, tuple[str, str]]:
     """Precision and memory format where no plan decides, and why."""
     if device == "cpu":
-        safe = is_safe(_network(config), device, "fp32", "channels-last")
+        safe = is_safe(make_network(config.model), device, "fp32", "channels-last")
         layout = "channels-last", "the faster one on the CPU"
         if not safe:
             layout = "contiguous", "channels-last is not safe on the CPU in a network that is so thin"
@@ -167,11 +167,12 @@ def require_device(device: str) -> None:
 def refuse_unsafe(config: Config) -> None:
     """Raises PreflightError for settings under which the library is known to corrupt memory."""
     train = config.train
-    check_memory_format(_network(config), train.device, train.precision, train.memory_format)
+    check_memory_format(make_network(config.model), train.device, train.precision, train.memory_format)
 
 
-def _network(config: Config, num_classes: int = 10) -> ResNet:
-    return skeleton(config.model.arch, config.model.block, width=config.model.width, num_classes=num_classes)
+def image_shape_of(config: Config) -> tuple[int, int, int]:
+    """Of the pictures that the network is given: channels, height, width."""
+    return (3, 32, 32)
 
 
 # -- before a plan -----------------------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def by_measurement(config: Config, model: nn.Module, calibrator: Calibrator) -> 
     if asked == "fp32" and layout != "auto":
         return {asked: layout}, {}  # nothing to choose, and nothing to doubt
     batch = train.micro_batch or train.batch
-    step = partial(StepShape, model=model, image_shape=(3, 32, 32), batch=batch, micro_batch=batch)
+    step = partial(StepShape, model=model, image_shape=image_shape_of(config), batch=batch, micro_batch=batch)
     pairs = [pair for pair in product(precisions, layouts) if is_safe(model, device, *pair)]
     measured = calibrator.modes([step(precision=one, memory_format=other) for one, other in pairs])
     if len(measured) < len(pairs):  # a block alone did not fit: nothing to compare by
@@ -333,7 +334,8 @@ def request_of(
     if config.memory.platform != "auto" and config.memory.card is None:
         raise UsageError("memory.platform says what machine a --card is in: give the card, or leave it out")
     budget, card = budget_of(config, train_pictures, calibrator, joint=joint)
-    model = _network(config, num_classes)
+    check_network(config.model, num_classes, image_shape_of(config))
+    model = make_network(config.model, num_classes)
     if calibrator is not None:
         modes, reasons = by_measurement(config, model, calibrator)
     else:

@@ -17,16 +17,17 @@ from lowmem.calibrate.calibrator import Workspaces
 from lowmem.choose.costs import calls_of, measure_costs, price
 from lowmem.choose.execution import by_kind
 from lowmem.choose.fitting import fit
-from lowmem.choose.request import REFERENCE_CARD, Budget, Choice, Request, card_rates, of_card
+from lowmem.choose.request import INSIDE, REFERENCE_CARD, Budget, Choice, Request, card_rates, of_card
 from lowmem.config.cards import Card, load_card
 from lowmem.core.errors import Infeasible
 from lowmem.core.phases import Phase, untold
 from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, counted, format_size, parse_memory
 from lowmem.plan.record import Candidate, Plan
 from lowmem.plan.solver import Solver
-from lowmem.remat import stage_names
+from lowmem.remat import runs_whole, stage_names
 from lowmem.remat.libraries import convolutions_in_tf32
 from lowmem.remat.module import Named, parts_of
+from lowmem.remat.same_forward import check_same_forward
 from lowmem.simulate import Simulated, StepShape, simulate_step
 
 _SMALLEST_MICRO_BATCH = 8
@@ -57,18 +58,24 @@ def make_plan(
     in place; None: the library's for a `card` or a model on CUDA, else native (on the CPU both have the same bits).
     `stages`: for a network that cannot be traced, modules of it, themselves or by name, which its input goes through
     one after the other; each runs as a whole (`apply_plan` is told the same). None: as it is traced. Raises Infeasible
-    with the least that fits, ValueError if neither budget nor card is given, for a budget without its unit, or for
-    stages that are no modules of the network.
+    with the least that fits, ValueError if neither budget nor card is given, for a budget without its unit, for stages
+    that are no modules of the network, or for a network that cannot be planned (NotTraceable), PreflightError if,
+    planned, it computes something else (`lowmem.remat.same_forward`; of a model on `meta` nobody can tell). What cannot
+    be planned inside is named among the plan's candidates.
     """
     if isinstance(budget, Budget):
         limits = budget
     elif card is not None:
         limits = of_card(card, None if budget is None else parse_memory(budget, LEAST_CARD_BYTES))
     elif budget is not None:
-        # Any chain of modules may be planned, however small: a size with its unit is what was meant.
-        limits = Budget(total_bytes=parse_memory(budget, LEAST_TENSORS_BYTES if str(budget).isdigit() else 1))
+        # Any chain of modules may be planned, however small: bytes, or a size with its unit, are what was meant.
+        unitless = isinstance(budget, str) and budget.isdigit()
+        limits = Budget(total_bytes=parse_memory(budget, LEAST_TENSORS_BYTES if unitless else 1))
     else:
         raise ValueError("a plan needs a budget or a card")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the network has no parameter that is trained: there is no step to plan")
+    check_same_forward(model, image_shape, stages)
     if batch_norm is None:
         on_cuda = any(parameter.is_cuda for parameter in model.parameters())
         batch_norm = "library" if on_cuda or card is not None else "native"
@@ -115,7 +122,8 @@ def _first_that_fits(request: Request) -> Choice | Infeasible:
             continue
         taken = choice.plan.predicted
         chosen = Candidate(what=what, peak_bytes=taken.peak_allocated_bytes, step_seconds=taken.step_seconds)
-        return replace(choice, plan=replace(choice.plan, candidates=(*refused, _plain(choice), chosen)))
+        tried = (*_not_planned_inside(request), *refused, _plain(choice), chosen)
+        return replace(choice, plan=replace(choice.plan, candidates=tried))
     least = min(errors, key=lambda error: error.least_bytes)
     tried = "; ".join(candidate.what for candidate in refused)
     ways = [] if request.settled or hopeless else ["lower --batch"]
@@ -140,6 +148,13 @@ def _candidates(request: Request) -> Iterator[tuple[str, int]]:
     accumulates = request.allow_accumulation and request.micro_batch is None
     while accumulates and (micro := -(-micro // 2)) >= _SMALLEST_MICRO_BATCH:
         yield from product(request.modes, (micro,))
+
+
+def _not_planned_inside(request: Request) -> list[Candidate]:
+    return [
+        Candidate(what=f"{INSIDE} {path or 'the network'}", refused_because=f"it runs as a whole: {why}")
+        for path, why in request.once("whole", lambda: runs_whole(request.model)).items()
+    ]
 
 
 def _plain(choice: Choice) -> Candidate:

@@ -36,6 +36,7 @@ MARGIN_SHARE = 0.02
 # Where no card is named nor there: its rates predict time, and its terms say what `--vram` leaves for tensors. The card
 # that this project is aimed at.
 REFERENCE_CARD = "gtx1060-6g"
+INSIDE = "planned inside"  # how candidates begin that say what runs as a whole
 
 
 @dataclass(frozen=True, kw_only=True)

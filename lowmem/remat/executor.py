@@ -5,8 +5,10 @@ Between forward and backward there is one entry per item of the schedule: the in
 stage keeps; the output is held by the next entry, as its input. The gradient that travels down the chain belongs to the
 executor and is changed in place.
 
-Known limitations: gradients are added to `.grad` directly, so that `torch.autograd.grad` with respect to parameters and
-a second backward through the same output do not work; outputs have no second derivative.
+Gradients of parameters are added to `.grad` directly, as soon as they are complete, unless somebody asks autograd for
+some of them (`torch.autograd.grad`, `backward(inputs=…)`): then autograd is given all, and sees to the rest.
+
+Known limitations: a second backward through the same output does not work; outputs have no second derivative.
 """
 
 from __future__ import annotations
@@ -55,23 +57,28 @@ class Run:
         self.stages = stages
         self.stage_done = stage_done
         self.low = low
-        needs = input_needs_grad
+        wanted = torch.is_grad_enabled()
+        needs = input_needs_grad and wanted
         self.state = PassState(low, library_norm, total)
         self.memos: list[StagePass] = []
         self.active: list[bool] = []  # per stage: does it take part in the backward
         for stage in stages:
-            self.memos.append(StagePass(self.state, needs, stage.trains()))
+            trains = stage.trains() if wanted else (False,) * len(stage.operations)
+            self.memos.append(StagePass(self.state, needs, trains))
             needs = needs or any(self.memos[-1].trains)
             self.active.append(needs)
         self.entries: list[Held] = []
         self.output: Tensor | None = None
+        self.trained: list[Tensor] = []
         self._versions: list[tuple[Tensor, int]] = []
 
     def execute(self, schedule: Schedule, x: Tensor) -> Tensor:
         """The chain's output for x, [N, ...]; differentiable if gradients are enabled and anything wants one."""
-        if torch.is_grad_enabled() and self.active[-1]:
+        if self.active[-1]:
             anchor = torch.empty(0, device=x.device, requires_grad=True)
-            return _Chain.apply(anchor, x, self, schedule)
+            self.trained = list({id(one): one for stage in self.stages for one in stage.parameters()}.values())
+            self.trained = [one for one in self.trained if one.requires_grad]
+            return _Chain.apply(anchor, x, self, schedule, *self.trained)
         with torch.no_grad(), _autocast_off(x, self.low):
             return self.fast([x], 0, len(self.stages) - 1)
 
@@ -164,10 +171,11 @@ class Run:
 
 
 class _Chain(torch.autograd.Function):
-    """Anchor, input -> output. The anchor, empty, wants a gradient: backward runs even if the input needs none."""
+    """Anchor, input, parameters -> output. The anchor, empty, is a leaf that nobody asks for: autograd comes to it if
+    it goes to all leaves, as `backward()` does."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor, run: Run, schedule: Schedule) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, x: Tensor, run: Run, schedule: Schedule, *trained: Tensor) -> Tensor:
         with _autocast_off(x, run.low):
             y, run.entries = run.forward(schedule, [x])
         assert y is not None
@@ -185,6 +193,7 @@ class _Chain(torch.autograd.Function):
         if run is None:
             raise RuntimeError("this output went backward already: its activations were freed; run forward again")
         run.check_versions()
+        run.state.asked = not torch._C._will_engine_execute_node(ctx.next_functions[0][0])
         tail = run.stages[-1].tail
         if run.output is not None and tail is not None:  # the caller's gradient is not ours to change
             grad, run.output = tail.mask(grad, run.output, owned=False), None
@@ -193,7 +202,7 @@ class _Chain(torch.autograd.Function):
             del grad
             grad_x = run.backward(run.entries, box)
             run.state.finish()
-            return None, grad_x, None, None
+            return None, grad_x, None, None, *(run.state.returned.pop(id(one), None) for one in run.trained)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

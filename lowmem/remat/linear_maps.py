@@ -75,7 +75,8 @@ class Convolution(Operation):
 class Linear(Operation):
     """x W^T + b of [..., in] -> [..., out]. Its kernels are chosen inside the library by the operand's shape and
     layout, so that the forward is the library's own function; the backward is autograd's arithmetic for two dimensions
-    (`addmm`, `mm`), to which the library folds more."""
+    (`addmm`, `mm`), to which the library folds more if they are contiguous. Of others it is autograd's own, which
+    multiplies once more."""
 
     name: str
     operands: tuple[int, ...]
@@ -99,8 +100,12 @@ class Linear(Operation):
     def forward(self, operands: Sequence[Any], state: PassState, into: int | None = None) -> Tensor:
         x, weight, bias = operands[0], self.linear.weight, self.linear.bias
         if state.low is not None:
-            x, weight, bias = x.to(state.low), weight.to(state.low), None if bias is None else bias.to(state.low)
-        return F.linear(x, weight, bias)
+            x, weight = x.to(state.low), weight.to(state.low)
+            bias = None if bias is None else bias.to(state.low)
+        if x.dim() == 2 or x.is_contiguous():
+            return F.linear(x, weight, bias)
+        with torch.enable_grad():  # its kernels depend on whether the weight is trained
+            return F.linear(x, weight, bias).detach()
 
     def plain(self, operands: Sequence[Any], state: PassState) -> Tensor:
         result: Tensor = self.linear(operands[0])
@@ -110,15 +115,28 @@ class Linear(Operation):
         self, grad: Any, operands: Sequence[Any], output: Any, state: PassState, needed: Sequence[bool], owned: bool
     ) -> Gradients:
         weight, bias, x = self.linear.weight, self.linear.bias, operands[0]
-        dtype, rows = x.dtype, grad.reshape(-1, grad.shape[-1])
-        grad_x = None
-        low_weight = weight if state.low is None else weight.to(state.low)
-        if needed[0]:
-            grad_x = rows.mm(low_weight).view(*x.shape).to(dtype)
+        dtype, low_weight = x.dtype, weight
+        if state.low is not None:
+            x, low_weight = x.to(state.low), weight.to(state.low)
+        if not (x.dim() == 2 or x.is_contiguous()):
+            return self._by_autograd(grad, operands[0], state, needed[0])
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = rows.mm(low_weight).view(*x.shape).to(dtype) if needed[0] else None
         found: list[tuple[Tensor, Tensor]] = []
         if weight.requires_grad:
-            flat = x.reshape(-1, x.shape[-1])
-            found.append((weight, rows.t().mm(flat if state.low is None else flat.to(state.low))))
+            found.append((weight, rows.t().mm(x.reshape(-1, x.shape[-1]))))
         if bias is not None and bias.requires_grad:
             found.append((bias, rows.sum(0)))
         return Gradients([grad_x], found)
+
+    def _by_autograd(self, grad: Tensor, x: Tensor, state: PassState, need_input: bool) -> Gradients:
+        given = [x, self.linear.weight, self.linear.bias]
+        wanted = [need_input, *map(trainable, given[1:])]
+        with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+            leaves = [None if one is None else one.detach().requires_grad_(w) for one, w in zip(given, wanted)]
+            low = [one if one is None or state.low is None else one.to(state.low) for one in leaves]
+            asked = [one for one, want in zip(leaves, wanted, strict=True) if one is not None and want]
+            found = iter(torch.autograd.grad(F.linear(*low), asked, grad))
+        grads = [next(found) if want else None for want in wanted]
+        pairs = zip(given[1:], grads[1:], strict=True)
+        return Gradients(grads[:1], [(one, mine) for one, mine in pairs if mine is not None])

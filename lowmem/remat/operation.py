@@ -1,7 +1,7 @@
 """What a stage is made of: operations, and what they may know of the pass they run in.
 
 An operation takes the values of a stage (0: its input; k: the result of its k-th operation) and makes one more. Some
-have kernels of their own, called as autograd calls them, so that on a CPU the bits are the same (invariant 1): these say
+have kernels of their own, called as autograd calls them, so that on a CPU the bits are the same (invariant 1): they say
 what their backward reads, and may write their result into an operand that nobody needs any more. Every other one runs
 under autograd by itself (`autograd_operation.py`).
 """
@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+Norm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 Total: TypeAlias = Callable[[Tensor], None]
 """Sums a contiguous float64 vector over all processes, in place; returns when the tensor may be used."""
@@ -38,6 +41,10 @@ class PassState:
     # Parameters that several operations use: their gradients are summed before they are accumulated, as autograd does.
     uses: dict[int, int] = field(default_factory=dict)  # by identity: how many gradients are still to come
     sums: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # Gradients that autograd is given, to do with them what it does: by the parameter's identity. All of them if
+    # somebody asked for some (`torch.autograd.grad`); else those of parameters whose hooks change them.
+    asked: bool = False
+    returned: dict[int, Tensor] = field(default_factory=dict)
 
     def add_gradient(self, parameter: Tensor, grad: Tensor) -> None:
         """Of one use of a parameter."""
@@ -50,31 +57,44 @@ class PassState:
             if self.uses[key]:
                 self.sums[key] = parameter, grad
                 return
-        accumulate(parameter, grad)
+        self._deliver(parameter, grad)
 
     def finish(self) -> None:
         """Of parameters some of whose uses no gradient reached."""
         while self.sums:
-            accumulate(*self.sums.popitem()[1])
+            self._deliver(*self.sums.popitem()[1])
+
+    def _deliver(self, parameter: Tensor, grad: Tensor) -> None:
+        if self.asked or parameter._backward_hooks:
+            self.returned[id(parameter)] = grad.to(parameter.dtype)
+        else:
+            accumulate(parameter, grad)
 
 
 class Operation:
     """One operation of a stage. `name` is unique there.
 
     `dear`: its result is worth keeping, as making it again takes long. `view`: the result is (or may be) its first
-    operand's memory under another shape. `light`: its graph under autograd keeps no tensor of any size, so that it is
-    always kept. `in_place`: positions of operands that the result may be written into. `reads`: positions of operands,
-    `reads_output`: whether the result, that the backward needs. `shares`: positions whose gradient is, or is a view of,
-    the one that comes in; all others are new tensors.
+    operand's memory under another shape. `in_place`: positions of operands that the result may be written into.
+    `reads`: positions of operands, `reads_output`: whether the result, that the backward needs. `shares`: positions
+    whose gradient is, or is a view of, the one that comes in; all others are new tensors. `uses_up`: the position of an
+    operand that the backward can make use of as room for its own; where nobody needs it any more, it is called with
+    `spent=True`.
+
+    `graphed`: in the forward it can make something for its backward to use in place of all that it reads
+    (`with_graph`): autograd's graph, if it runs `under_autograd`, or a pool's indices. `light`: that keeps no tensor of
+    any size, so that it is always kept. `sums`: it may use an operand several times, so that its backward itself adds to
+    the gradient that the operand has from later uses: autograd's sums are one by one.
     """
 
     name: str
     operands: tuple[int, ...]
-    dear = view = light = under_autograd = reads_output = False
+    dear = view = light = graphed = under_autograd = sums = reads_output = False
     in_place: tuple[int, ...] = ()
     reads: tuple[int, ...] = ()
     shares: tuple[int, ...] = ()
-    norm: nn.Module | None = None  # a batch norm whose statistics may be all processes'
+    uses_up: int | None = None
+    norm: Norm | None = None  # a batch norm whose statistics may be all processes'
 
     @property
     def signature(self) -> Hashable:
@@ -87,6 +107,11 @@ class Operation:
     def forward(self, operands: Sequence[Any], state: PassState, into: int | None = None) -> Any:
         """The result; written into the operand at position `into`, if that is possible, when it is not None. The first
         run of a pass moves buffers and draws random numbers; later ones have the same bits and move nothing."""
+        raise NotImplementedError
+
+    def with_graph(self, operands: Sequence[Any], state: PassState, needed: Sequence[bool]) -> tuple[Any, Any]:
+        """The result, and what its backward takes as `output` in place of operands and result. `needed`: the operands
+        whose gradients are wanted."""
         raise NotImplementedError
 
     def plain(self, operands: Sequence[Any], state: PassState) -> Any:
@@ -105,18 +130,31 @@ def trainable(*parameters: Tensor | None) -> bool:
     return any(parameter is not None and parameter.requires_grad for parameter in parameters)
 
 
+def dense(tensor: Tensor) -> bool:
+    """Whether it has its strides from its own elements alone: a new tensor like it has the same ones. A slice has not,
+    and what is written into it would not be laid out as the library's result is."""
+    return dense_strides(tensor.shape, tensor.stride())
+
+
+@lru_cache(maxsize=4096)
+def dense_strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
 def of_tensor(tensor: Tensor | None) -> Hashable:
     """What kernels are chosen by, as a part of a signature."""
     return None if tensor is None else (tuple(tensor.shape), tensor.stride(), str(tensor.dtype))
 
 
 def accumulate(parameter: Tensor, grad: Tensor) -> None:
-    """Adds to `.grad` in place, or becomes it, in the parameter's dtype and memory layout; the parameter's hooks run
-    as autograd would run them: those that change the gradient before, those after the accumulation after it."""
+    """Adds to `.grad` in place, or becomes it, in the parameter's dtype and memory layout; then the parameter's
+    post-accumulate hooks run."""
     grad = grad.to(parameter.dtype)
-    for hook in tuple(parameter._backward_hooks.values()) if parameter._backward_hooks else ():
-        changed = hook(grad)
-        grad = grad if changed is None else changed
     dims = zip(grad.shape, grad.stride(), parameter.stride(), strict=True)
     if parameter.grad is not None:
         parameter.grad.add_(grad)

@@ -1,5 +1,5 @@
-"""What a stage does under a policy, settled beforehand: which operation runs when, what is computed again and when, what
-is written in place, and after which step each tensor dies. The stage then only follows it (`stage.Stage`).
+"""What a stage does under a policy, settled beforehand: which operation runs when, what is computed again and when,
+what is written in place, and after which step each tensor dies. The stage then only follows it (`stage.Stage`).
 
 The backward goes through the operations in reverse; what one of them reads and nobody has is computed again just before
 it, from the nearest tensors that are there, and lives until the last that needs it. Gradients that meet at a value are
@@ -26,11 +26,15 @@ class Step(NamedTuple):
     operation: int
     into: int | None = None  # position of the operand that the result is written into
     graph: bool = False  # with its graph, which is kept
+    # Under autograd, whose graph is dropped: some functions (matmul, attention) choose kernels by whether a gradient is
+    # wanted.
+    recorded: bool = False
     needed: tuple[bool, ...] = ()  # of a graph, or backward: the operands whose gradients are wanted
     backward: bool = False
     reads: tuple[int | None, ...] = ()  # of a backward: by operand the value it gets, None: nothing
     output: int | None = None  # likewise: its result, or graph
     owned: bool = False  # whether the gradient that comes in may be written into
+    spent: bool = False  # likewise the operand that the operation uses up
     sums: tuple[bool, ...] = ()  # by operand: whether a gradient that is there already may be added to in place
     frees: tuple[int, ...] = ()
 
@@ -75,7 +79,7 @@ class Compiler:
         return frozenset(
             k
             for k, operation in enumerate(self.operations)
-            if operation.under_autograd and self.needs[k + 1] and (operation.light or k + 1 in wanted)
+            if operation.graphed and self.needs[k + 1] and (operation.light or k + 1 in wanted)
         )
 
     def _aliases(self) -> list[int]:
@@ -114,7 +118,8 @@ class Compiler:
         return self._finish(steps, set(after.values) | {self.count}, after), after
 
     def _run(self, k: int, graphs: Collection[int]) -> Step:
-        return Step(k, graph=k in graphs, needed=self.needed(k))
+        recorded = self.operations[k].under_autograd and self.operations[k].dear and self.needs[k + 1]
+        return Step(k, graph=k in graphs, recorded=recorded and k not in graphs, needed=self.needed(k))
 
     def _make(self, value: int, there: set[int], steps: list[Step], graphs: Collection[int]) -> None:
         """Steps that compute the value, from what is there."""
@@ -193,7 +198,7 @@ class Compiler:
         in_graphs = {
             value
             for k in kept.graphs
-            if not self.operations[k].light
+            if self.operations[k].under_autograd and not self.operations[k].light
             for value in (k + 1, *self.operations[k].operands)
         }
         fixed = {self._alias[value] for value in stay | in_graphs | {0}}
@@ -207,18 +212,21 @@ class Compiler:
             dying = {value for value in step.uses(self.operations) if last[value] == at and value not in stay}
             if not step.backward and last[step.operation + 1] == at and step.operation + 1 not in stay:
                 dying.add(step.operation + 1)
-            into = None
-            if not step.backward and not step.graph:
-                operation = self.operations[step.operation]
-                for position in operation.in_place:
-                    value = operation.operands[position]
-                    memory = self._alias[value]
-                    alone = operation.operands.count(value) == 1 and memory not in fixed
-                    # A result in its operand's place keeps the memory in use, but under its own name.
-                    if alone and value in dying and until[memory] == at:
-                        into = position
-                        break
-            finished.append(step._replace(into=into, frees=tuple(sorted(dying))))
+            operation = self.operations[step.operation]
+
+            def alone(position: int, operation: Operation = operation, at: int = at, dying: set[int] = dying) -> bool:
+                value = operation.operands[position]
+                memory = self._alias[value]
+                last_of_memory = memory not in fixed and until[memory] == at
+                return last_of_memory and value in dying and operation.operands.count(value) == 1
+
+            into, spent = None, False
+            if step.backward:
+                spent = operation.uses_up is not None and step.output is None and alone(operation.uses_up)
+            elif not step.graph:
+                # A result in its operand's place keeps the memory in use, but under its own name.
+                into = next((position for position in operation.in_place if alone(position)), None)
+            finished.append(step._replace(into=into, spent=spent, frees=tuple(sorted(dying))))
         return tuple(finished)
 
 

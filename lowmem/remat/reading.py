@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -18,24 +18,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowmem.remat.autograd_operation import Attribute, AutogradOperation, Operand, Scalar, ScalarOperation
-from lowmem.remat.batch_norm import BatchNorm
-from lowmem.remat.elementwise import Add, InputActivation, OutputActivation
-from lowmem.remat.known import (
-    DEAR_FUNCTIONS,
-    DEAR_METHODS,
-    INPUT_ACTIVATIONS,
-    LIGHT,
-    OUTPUT_ACTIVATIONS,
-    QUIET_MODULES,
-    RANDOM,
-    SCALAR_ATTRIBUTES,
-    SCALAR_FUNCTIONS,
-    SCALAR_METHODS,
-    VIEWS,
-)
+from lowmem.remat.calls import Call
+from lowmem.remat.elementwise import OutputActivation
+from lowmem.remat.known import SCALAR_ATTRIBUTES
 from lowmem.remat.linear_maps import Convolution, Linear
 from lowmem.remat.operation import Operation
-from lowmem.remat.tracing import NotTraceable, owner_of
+from lowmem.remat.pooling import MaxPool
+from lowmem.remat.tracing import Constant, NotTraceable, owner_of
 
 
 class RunsWhole(Exception):
@@ -62,6 +51,11 @@ class Reading:
     view_of: Reading | None = field(default=None, repr=False)
     scalars: tuple[str, ...] = ()  # numbers that its arguments name
 
+    @property
+    def own(self) -> tuple[Any, ...]:
+        """The class of an operation with kernels of its own, and what it is made of."""
+        return self.make.args if isinstance(self.make, partial) else ()
+
 
 INPUT = Reading("input", "", "input", (), lambda name, operands: Operation())
 
@@ -73,7 +67,27 @@ def read(graph: fx.Graph, model: nn.Module) -> tuple[Reading, list[Reading], Rea
         reader.node(node)
     if reader.output is None:
         raise NotTraceable("it returns nothing that is computed from its input")
+    _pool_first(reader.found, reader.output)
     return reader.input, reader.found, reader.output
+
+
+def _pool_first(readings: Sequence[Reading], output: Reading) -> None:
+    """Where a max pool alone reads a ReLU's result, the ReLU comes after it: it then has a small operand, and its full
+    result is never made. Values and gradients are the same: a ReLU keeps the order, and where its ties are, in windows
+    without a positive value, no gradient passes. (A zero may have another sign.)"""
+    users: dict[Reading, list[Reading]] = {}
+    for one in readings:
+        for operand in one.operands:
+            users.setdefault(operand, []).append(one)
+    for pool in readings:
+        if pool.own[:1] != (MaxPool,):
+            continue
+        relu = pool.operands[0]
+        if relu.own == (OutputActivation, "relu") and relu is not output and users[relu] == [pool]:
+            for name in ("name", "path", "kind", "make"):
+                mine, theirs = getattr(pool, name), getattr(relu, name)
+                setattr(pool, name, theirs)
+                setattr(relu, name, mine)
 
 
 class _Reader:
@@ -95,11 +109,13 @@ class _Reader:
         elif node.op == "get_attr":
             *owner, name = str(node.target).split(".")
             self.value[node] = Attribute(self.model.get_submodule(".".join(owner)), name)
+        elif isinstance(node.target, Constant):
+            self.value[node] = node.target.tensor
         elif node.op == "output":
-            found = node.args[0]
+            found: Any = node.args[0]
             found = self.value[found] if isinstance(found, fx.Node) else found
             if not isinstance(found, Reading) or found.scalar:
-                kind = type(found).__name__ if not isinstance(found, Reading) else "number"
+                kind = type(found).__name__.removeprefix("immutable_") if not isinstance(found, Reading) else "number"
                 raise NotTraceable(f"its forward returns a {kind}, not one tensor: plan the part that returns one")
             self.output = found
         else:
@@ -148,7 +164,7 @@ class _Reader:
         self._used.add(name)
         return name
 
-    def _reading(self, call: _Call, name: str, path: str, operands: list[Reading], args: Any, kwargs: Any) -> Reading:
+    def _reading(self, call: Call, name: str, path: str, operands: list[Reading], args: Any, kwargs: Any) -> Reading:
         kind = path if call.module is not None else getattr(call.kind, "__name__", str(call.kind))
         if call.scalar or (operands == [] and self._only_scalars(args, kwargs)):
             return Reading(
@@ -200,38 +216,38 @@ class _Reader:
 
     # -- what changes in place -----------------------------------------------------------------------------------------
 
-    def _out_of_place(self, node: fx.Node) -> tuple[_Call, Any, Any, fx.Node | None]:
+    def _out_of_place(self, node: fx.Node) -> tuple[Call, Any, Any, fx.Node | None]:
         """The call without its change, and the node that it changes."""
-        args, kwargs = node.args, dict(node.kwargs)
+        args: tuple[Any, ...] = node.args
+        kwargs: dict[str, Any] = dict(node.kwargs)
         target: Any = node.target
         if node.op == "call_module":
             module = self.modules[str(target)]
             first = args[0] if args else None
-            return _Call.of_module(module), args, kwargs, first if getattr(module, "inplace", False) is True else None
+            return Call.of_module(module), args, kwargs, first if getattr(module, "inplace", False) is True else None
         first = args[0] if args and isinstance(args[0], fx.Node) else None
         if node.op == "call_method":
             name = str(target)
             if name.endswith("_") and not name.endswith("__"):
                 if not hasattr(Tensor, name[:-1]):
                     raise RunsWhole(owner_of(node), f"{name} changes a tensor in place")
-                return _Call.of_method(name[:-1], as_first=True), args, kwargs, first
-            return _Call.of_method(name), args, kwargs, None
+                return Call.of_method(name[:-1], as_first=True), args, kwargs, first
+            return Call.of_method(name), args, kwargs, None
         if target is getattr and args[1] not in SCALAR_ATTRIBUTES:
-            return replace(_Call.of_function(getattr), scalar=False, light=True, view=True), args, kwargs, None
+            return replace(Call.of_function(getattr), scalar=False, light=True, view=True), args, kwargs, None
         if target in (operator.setitem, setattr):
             raise RunsWhole(owner_of(node), "a part of a tensor is assigned")
         if target in _IN_PLACE_OPERATORS:
-            return _Call.of_function(_IN_PLACE_OPERATORS[target], as_first=True), args, kwargs, first
+            return Call.of_function(_IN_PLACE_OPERATORS[target], as_first=True), args, kwargs, first
         at = _inplace_position(target)
         if at is not None:
             inplace = kwargs.pop("inplace", args[at] if len(args) > at else False)
-            if len(args) > at:
-                args = (*args[:at], False, *args[at + 1 :])
-            return _Call.of_function(target), args, kwargs, first if inplace else None
+            args = args[:at]  # it is the last one
+            return Call.of_function(target, in_place=bool(inplace)), args, kwargs, first if inplace else None
         name = getattr(target, "__name__", "")
         if name.endswith("_") and not name.endswith("__") and hasattr(torch, name[:-1]):
-            return _Call.of_function(getattr(torch, name[:-1]), as_first=True), args, kwargs, first
-        return _Call.of_function(target), args, kwargs, None
+            return Call.of_function(getattr(torch, name[:-1]), as_first=True), args, kwargs, first
+        return Call.of_function(target), args, kwargs, None
 
     def _changed(self, node: fx.Node, changed: fx.Node, reading: Reading, path: str) -> None:
         """From now on `reading` stands for what the node was."""
@@ -245,9 +261,10 @@ class _Reader:
         for other, value in list(self.value.items()):
             if value is old:
                 self.value[other] = reading
-            elif isinstance(value, Reading) and value is not reading and _base(value) is _base(old):
-                if any(self.order[user] > now for user in other.users):
-                    raise RunsWhole(where, "something is changed in place of which a view is used later")
+                continue
+            shares = isinstance(value, Reading) and value is not reading and _base(value) is _base(old)
+            if shares and any(self.order[user] > now for user in other.users):
+                raise RunsWhole(where, "something is changed in place of which a view is used later")
 
 
 def _base(reading: Reading) -> Reading:
@@ -286,128 +303,4 @@ def _inplace_position(function: Any) -> int | None:
         names = list(inspect.signature(function).parameters)
     except (ValueError, TypeError):
         return None
-    return names.index("inplace") if "inplace" in names else None
-
-
-def _method(name: str, x: Any, *args: Any, **kwargs: Any) -> Any:
-    return getattr(x, name)(*args, **kwargs)
-
-
-def _in_dtype_of_first(function: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
-    return function(x, *args, **kwargs).to(x.dtype)
-
-
-def _not_in_place(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The module's result as a new tensor."""
-    inplace = module.inplace
-    module.inplace = False  # type: ignore[assignment]
-    try:
-        return module(*args, **kwargs)
-    finally:
-        module.inplace = inplace
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """A function, and what is known of it."""
-
-    function: Callable[..., Any]
-    same: Hashable
-    kind: Any  # the function, the name of the method, or the module's class
-    module: nn.Module | None = None
-    as_first: bool = False
-    dear: bool = False
-    light: bool = False
-    view: bool = False
-    draws: bool = True
-    scalar: bool = False
-
-    @staticmethod
-    def of_module(module: nn.Module) -> _Call:
-        kind = type(module)
-        function: Callable[..., Any] = module
-        if getattr(module, "inplace", False) is True:
-            function = partial(_not_in_place, module)
-        quiet = kind in QUIET_MODULES
-        return _Call(
-            function,
-            (f"{kind.__module__}.{kind.__qualname__}", module.extra_repr()),
-            kind,
-            module,
-            dear=not quiet and kind is not nn.Dropout,
-            light=kind in LIGHT,
-            view=kind in VIEWS,
-            draws=not quiet,
-        )
-
-    @staticmethod
-    def of_function(function: Any, as_first: bool = False) -> _Call:
-        name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
-        known = name.startswith(("torch.", "_operator.", "builtins.", "operator.", "None.")) or "torch" in name
-        return _Call(
-            partial(_in_dtype_of_first, function) if as_first else function,
-            name,
-            function,
-            as_first=as_first,
-            dear=function in DEAR_FUNCTIONS or not known,
-            light=function in LIGHT,
-            view=function in VIEWS,
-            draws=not known or getattr(function, "__name__", "") in RANDOM,
-            scalar=function in SCALAR_FUNCTIONS,
-        )
-
-    @staticmethod
-    def of_method(name: str, as_first: bool = False) -> _Call:
-        function: Callable[..., Any] = partial(_method, name)
-        return _Call(
-            partial(_in_dtype_of_first, function) if as_first else function,
-            name,
-            name,
-            as_first=as_first,
-            dear=name in DEAR_METHODS,
-            light=name in LIGHT,
-            view=name in VIEWS,
-            draws=name in RANDOM,
-            scalar=name in SCALAR_METHODS,
-        )
-
-    def own(self, args: Any, kwargs: Any) -> partial[Operation] | None:
-        """What makes the operation with kernels of its own, if there is one."""
-        tensors = [one for one in args if isinstance(one, Operand)]
-        module = self.module
-        if module is not None:
-            if len(args) != 1 or len(tensors) != 1 or kwargs:
-                return None
-            for cls in (Convolution, BatchNorm, Linear):
-                if cls.covers(module):
-                    return partial(_of_module, cls, module)
-            if self.kind is nn.GELU:
-                return partial(_input_activation, "gelu", (("approximate", module.approximate),))
-        if (kind := OUTPUT_ACTIVATIONS.get(self.kind)) and len(tensors) == 1 and _only_inplace(args[1:], kwargs):
-            return partial(_output_activation, kind)
-        if (kind := INPUT_ACTIVATIONS.get(self.kind)) and len(tensors) == 1 and _only_inplace(args[1:], kwargs):
-            return partial(_input_activation, kind, ())
-        if self.kind in (operator.add, torch.add, "add") and len(args) == 2 and len(tensors) == 2 and not kwargs:
-            return partial(_add, self.as_first)
-        return None
-
-
-def _only_inplace(rest: Any, kwargs: Any) -> bool:
-    return not kwargs and all(one is False for one in rest)
-
-
-def _of_module(cls: Any, module: nn.Module, name: str, operands: tuple[int, ...]) -> Operation:
-    made: Operation = cls(name, operands, module)
-    return made
-
-
-def _output_activation(kind: str, name: str, operands: tuple[int, ...]) -> Operation:
-    return OutputActivation(name, operands, kind)
-
-
-def _input_activation(kind: str, arguments: Any, name: str, operands: tuple[int, ...]) -> Operation:
-    return InputActivation(name, operands, kind, arguments)
-
-
-def _add(as_first: bool, name: str, operands: tuple[int, ...]) -> Operation:
-    return Add(name, operands, as_first)
+    return names.index("inplace") if names[-1:] == ["inplace"] else None

@@ -7,16 +7,16 @@ gradient handed to `backward` has already gone through it: the result is at hand
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowmem.plan.policy import BlockPolicy, PolicyKind
 from lowmem.remat.elementwise import OutputActivation
-from lowmem.remat.operation import Operation, PassState
+from lowmem.remat.operation import Norm, Operation, PassState
 from lowmem.remat.program import Compiler, Kept, Step
 
 Box: TypeAlias = list[Any]
@@ -51,7 +51,7 @@ class Stage:
         return tuple((operation.name, operation.signature, operation.operands) for operation in self.operations)
 
     @property
-    def norms(self) -> tuple[nn.Module, ...]:
+    def norms(self) -> tuple[Norm, ...]:
         """Batch norms whose statistics may be all processes', in the order in which the forward needs them."""
         return tuple(operation.norm for operation in self.operations if operation.norm is not None)
 
@@ -67,31 +67,45 @@ class Stage:
 
     @cached_property
     def read(self) -> frozenset[str]:
-        """What SAVE_ALL keeps: results that some backward reads, and graphs of what runs under autograd."""
+        """What SAVE_ALL keeps: graphs, and results that the backward of others reads."""
         return frozenset(
             operation.name for k, operation in enumerate(self.operations) if self._keepable(k) and self.wanted(k)
         )
 
     def wanted(self, k: int) -> bool:
-        """Whether some backward reads the result of the k-th operation, or needs its graph. Light graphs, which are
-        always kept, hold no operand."""
-        return (self.operations[k].under_autograd and not self.operations[k].light) or k + 1 in self._wanted
+        """Whether the backward of another operation reads the result of the k-th, or its own needs its graph. Light
+        graphs are always kept."""
+        return (self.operations[k].graphed and not self.operations[k].light) or k + 1 in self._wanted
 
     @cached_property
     def _wanted(self) -> frozenset[int]:
-        return frozenset(v for k, one in enumerate(self.operations) if not one.light for v in self._reads(k))
+        read = {value for k, one in enumerate(self.operations) if not one.graphed for value in self._reads(k)}
+        return frozenset(self._behind_views(read))
 
     def _keepable(self, k: int) -> bool:
         operation = self.operations[k]
         return not (operation.view or (self.tail is not None and k + 1 == len(self.operations)))
 
+    def _behind_views(self, values: Iterable[int]) -> set[int]:
+        """The values themselves, or what they are views of."""
+        found = set(values)
+        for k in reversed(range(len(self.operations))):
+            if self.operations[k].view and k + 1 in found:
+                found.update(self.operations[k].operands)
+        return found
+
     @cached_property
     def tensors(self) -> frozenset[str]:
-        """Names of everything that can be kept: beside those the dear ones that are made on the way to them."""
-        dear = (
-            one.name for k, one in enumerate(self.operations) if one.dear and k in self._again and self._keepable(k)
+        """Names of everything that can be kept: beside those what graphs are made of, if they are made again, and the
+        dear ones on the way to anything."""
+        read = {value for k, one in enumerate(self.operations) if not one.light for value in self._reads(k)}
+        read = self._behind_views(read)
+        more = (
+            one.name
+            for k, one in enumerate(self.operations)
+            if self._keepable(k) and (k + 1 in read or (one.dear and k in self._again))
         )
-        return self.read.union(dear)
+        return self.read.union(more)
 
     @cached_property
     def _again(self) -> set[int]:
@@ -105,7 +119,7 @@ class Stage:
         return frozenset(
             operation.name
             for k, operation in enumerate(self.operations)
-            if operation.dear and operation.name in self.tensors and (k in self._again or operation.under_autograd)
+            if operation.dear and operation.name in self.tensors and (k in self._again or operation.graphed)
         )
 
     def kept(self, policy: BlockPolicy | None) -> frozenset[str]:
@@ -145,6 +159,7 @@ class Stage:
         graphs = compiler.graphs(values)
         # What autograd alone needs is in its graph; of the others it is the tensor.
         read = {value for k in range(len(self.operations)) if k not in graphs for value in self._reads(k)}
+        read = self._behind_views(read)
         return Kept(frozenset(v for v in values if v - 1 not in graphs or v in read), graphs)
 
     def _reads(self, k: int) -> list[int]:
@@ -232,7 +247,9 @@ class Stage:
             if not step.backward:
                 operands = [room[value] for value in operation.operands]
                 if step.graph:
-                    room[k + 1], room[graphs + k] = operation.with_graph(operands, state, step.needed)  # type: ignore[attr-defined]
+                    room[k + 1], room[graphs + k] = operation.with_graph(operands, state, step.needed)
+                elif step.recorded:
+                    room[k + 1] = operation.with_graph(operands, state, step.needed)[0]
                 else:
                     room[k + 1] = operation.forward(operands, state, step.into)
                 del operands
@@ -251,8 +268,11 @@ class Stage:
             return
         operands = [None if value is None else room[value] for value in step.reads]
         output = None if step.output is None else room[step.output]
-        found = operation.backward(grad, operands, output, state, step.needed, step.owned)
-        del grad, operands, output
+        more: dict[str, Any] = {"spent": True} if step.spent else {}
+        if operation.sums:
+            more["so_far"] = [grads[value] for value in operation.operands]
+        found = operation.backward(grad, operands, output, state, step.needed, step.owned, **more)
+        del grad, operands, output, more
         for value in step.frees:
             room[value] = None
         mine, parameters = found
@@ -268,7 +288,8 @@ class Stage:
             if new is None or not step.needed[position]:
                 continue
             old = grads[value]
-            grads[value] = new if old is None else add_gradients(old, new, step.sums[position])
+            summed = old is None or operation.sums
+            grads[value] = new if summed else add_gradients(old, new, step.sums[position])
 
 
 def add_gradients(old: Any, new: Any, in_place: bool) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowmem.config.schema import OptimConfig
@@ -23,8 +23,8 @@ from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.out_of_memory import Failure, classify
 from lowmem.measure.tensors import TensorMeter
 from lowmem.measure.timing import busy_seconds
-from lowmem.models import build
-from lowmem.models.resnet import ResNet, check_memory_format
+from lowmem.models import build, make_network
+from lowmem.models.resnet import check_memory_format
 from lowmem.plan.record import Plan
 from lowmem.remat.libraries import Numerics, prepare_libraries
 from lowmem.step.train_step import FUSED, Execution, TrainStep, evaluate, make_optimizer, make_scaler, optimizer_tensors
@@ -51,9 +51,9 @@ def work(values: dict[str, Any]) -> dict[str, Any]:
         return {"refused": OUT_OF_MEMORY, "out_of_memory": True}
 
 
-def network(trial: Trial, execution: Execution) -> ResNet:
+def network(trial: Trial, execution: Execution) -> nn.Module:
     """On the trial's device, to be trained. Raises PreflightError."""
-    model = build(trial.arch, trial.block, width=trial.width, num_classes=trial.num_classes, seed=trial.seed)
+    model = make_network(trial.model, trial.num_classes, seed=trial.seed)
     check_memory_format(model, trial.device, execution.precision, execution.memory_format)
     model.to(device=trial.device, memory_format=execution.torch_memory_format)  # type: ignore[call-overload]
     return model.train()
