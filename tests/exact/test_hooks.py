@@ -16,26 +16,26 @@ from tests.exact.habits import Net, made, pictures, planned, state_differs, trai
 X, _ = pictures()
 
 
-def _watch(model: nn.Module, where: nn.Module, seen: list[Any]) -> None:
+def _watch(model: Any, where: nn.Module, seen: list[Any]) -> None:
     name = type(where).__name__
     where.register_forward_pre_hook(lambda module, args: seen.append((f"{name} before", args[0].detach().clone())))
     where.register_forward_hook(lambda module, args, y: seen.append((f"{name} after", y.detach().clone())))
     where.register_full_backward_hook(lambda module, into, out: seen.append((f"{name} back", out[0].clone())))
 
 
-def _changing(model: nn.Module) -> None:
+def _changing(model: Any) -> None:
     model.blocks[1].register_forward_hook(lambda module, args, y: y * 1.5)
     model.head.register_full_backward_hook(lambda module, into, out: (into[0] * 2,))
 
 
-def _on_parameters(model: nn.Module, seen: list[Any]) -> None:
+def _on_parameters(model: Any, seen: list[Any]) -> None:
     for parameter in (model.head.weight, model.blocks[0].bn1.weight):
         parameter.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
         parameter.register_hook(lambda grad: seen.append(grad.clone()))
         parameter.register_post_accumulate_grad_hook(lambda one: seen.append(one.grad.clone()))
 
 
-HOOKED: dict[str, Callable[[nn.Module, list[Any]], Any]] = {
+HOOKED: dict[str, Callable[[Any, list[Any]], Any]] = {
     "the module": lambda model, seen: _watch(model, model, seen),
     "a block": lambda model, seen: _watch(model, model.blocks[0], seen),
     "a convolution": lambda model, seen: _watch(model, model.blocks[0].conv1, seen),

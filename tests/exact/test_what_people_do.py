@@ -68,6 +68,8 @@ class SharedWeights(nn.Module):
 class MeanNorm(nn.Module):
     """Subtracts the running mean that it has just moved."""
 
+    mean: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(1, 8, 1, 1))
@@ -136,27 +138,27 @@ def _old_weight_norm() -> nn.Module:
 
 
 def _pruned() -> nn.Module:
-    net = Net()
+    net: Any = Net()
     prune.l1_unstructured(net.blocks[0].conv1, "weight", 0.5)
     prune.random_unstructured(net.head, "weight", 0.3)
     return net
 
 
 def _frozen_norms() -> nn.Module:
-    net = Net()
+    net: Any = Net()
     for parameter in net.blocks[0].bn1.parameters():
         parameter.requires_grad_(False)
     return net
 
 
 def _frozen_stem() -> nn.Module:
-    net = Net()
+    net: Any = Net()
     net.stem.requires_grad_(False)
     return net
 
 
 def _cumulative() -> nn.Module:
-    net = Net()
+    net: Any = Net()
     net.blocks[0].bn1.momentum = None
     return net
 
@@ -198,12 +200,12 @@ def test_networks(name: str) -> None:
 # -- around the step ---------------------------------------------------------------------------------------------------
 
 
-def _adamw(model: nn.Module) -> Any:
+def _adamw(model: Any) -> Any:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     return [one_step(model, optimizer, seed) for seed in range(3)]
 
 
-def _frozen_then_added(model: nn.Module) -> Any:
+def _frozen_then_added(model: Any) -> Any:
     optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
     model.blocks.requires_grad_(False)
     losses = [one_step(model, optimizer)]
@@ -212,7 +214,7 @@ def _frozen_then_added(model: nn.Module) -> Any:
     return [*losses, one_step(model, optimizer)]
 
 
-def _accumulation(model: nn.Module) -> Any:
+def _accumulation(model: Any) -> Any:
     for piece, labels in zip(X.split(2), LABELS.split(2), strict=True):
         (F.cross_entropy(model(piece), labels) / 2).backward()
     total = clip_grad_norm_(model.parameters(), 0.5)
@@ -221,19 +223,19 @@ def _accumulation(model: nn.Module) -> Any:
     return total
 
 
-def _two_forwards(model: nn.Module) -> Any:
+def _two_forwards(model: Any) -> Any:
     first, second = _loss(model), _loss(model, X.flip(0))
     (first + 2 * second).backward()
     return first.detach(), second.detach()
 
 
-def _two_forwards_backward_apart(model: nn.Module) -> Any:
+def _two_forwards_backward_apart(model: Any) -> Any:
     first, second = _loss(model), _loss(model, X.flip(0))
     second.backward()
     first.backward()
 
 
-def _scaled(model: nn.Module) -> Any:
+def _scaled(model: Any) -> Any:
     scaler = torch.amp.GradScaler("cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -245,7 +247,7 @@ def _scaled(model: nn.Module) -> Any:
     return loss.detach(), scaler.get_scale()
 
 
-def _without_gradients(model: nn.Module) -> Any:
+def _without_gradients(model: Any) -> Any:
     with torch.no_grad():
         first = model(X)
     with torch.inference_mode():
@@ -254,7 +256,7 @@ def _without_gradients(model: nn.Module) -> Any:
     return first, second, third
 
 
-def _evaluation_and_back(model: nn.Module) -> Any:
+def _evaluation_and_back(model: Any) -> Any:
     before = model.eval()(X)
     model.train()
     _loss(model).backward()
@@ -262,7 +264,7 @@ def _evaluation_and_back(model: nn.Module) -> Any:
         return before.detach(), model.eval()(X), model(X)
 
 
-def _saliency(model: nn.Module) -> Any:
+def _saliency(model: Any) -> Any:
     x = X.clone().requires_grad_()
     _loss(model, x).backward()
     assert x.grad is not None
@@ -272,7 +274,7 @@ def _saliency(model: nn.Module) -> Any:
     return x.grad, asked, still
 
 
-def _asked_gradients(model: nn.Module) -> Any:
+def _asked_gradients(model: Any) -> Any:
     weights = [model.head.weight, model.blocks[0].conv1.weight]
     found = torch.autograd.grad(_loss(model), weights)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -280,7 +282,7 @@ def _asked_gradients(model: nn.Module) -> Any:
     return found
 
 
-def _averaged(model: nn.Module) -> Any:
+def _averaged(model: Any) -> Any:
     average, optimizer = AveragedModel(model), torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = SWALR(optimizer, swa_lr=0.05)
     for seed in range(2):
@@ -291,21 +293,21 @@ def _averaged(model: nn.Module) -> Any:
     return average.eval()(X).detach(), [value.detach() for value in average.state_dict().values()]
 
 
-def _copied(model: nn.Module) -> Any:
+def _copied(model: Any) -> Any:
     other = copy.deepcopy(model)
     loss = train(other, 1)
     assert all(parameter.grad is None for parameter in model.parameters())
     return loss, list(other.state_dict().values())
 
 
-def _loaded(model: nn.Module) -> Any:
+def _loaded(model: Any) -> Any:
     state = copy.deepcopy(model.state_dict())
     train(model)
     model.load_state_dict(state)
     return list(state), train(model, 1)
 
 
-def _saved(model: nn.Module) -> Any:
+def _saved(model: Any) -> Any:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -314,42 +316,42 @@ def _saved(model: nn.Module) -> Any:
     return train(back), train(again)
 
 
-def _changed_attributes(model: nn.Module) -> Any:
+def _changed_attributes(model: Any) -> Any:
     losses = train(model, 1)
     model.blocks[1].dropout = 0.5
     return losses, train(model, 1)
 
 
-def _in_float64(model: nn.Module) -> Any:
+def _in_float64(model: Any) -> Any:
     return train(model, 1), train(model.double())
 
 
-def _channels_last(model: nn.Module) -> Any:
+def _channels_last(model: Any) -> Any:
     model.to(memory_format=torch.channels_last)
     loss = _loss(model, X.contiguous(memory_format=torch.channels_last))
     loss.backward()
     return loss.detach(), [parameter.grad.stride() for parameter in model.parameters()]
 
 
-def _pruned_later(model: nn.Module) -> Any:
+def _pruned_later(model: Any) -> Any:
     prune.l1_unstructured(model.blocks[0].conv1, "weight", 0.5)
     losses = train(model)
     prune.remove(model.blocks[0].conv1, "weight")
     return losses, train(model)
 
 
-def _parametrized_later(model: nn.Module) -> Any:
+def _parametrized_later(model: Any) -> Any:
     parametrizations.spectral_norm(model.blocks[0].conv1)
     return train(model)
 
 
-def _head_replaced(model: nn.Module) -> Any:
+def _head_replaced(model: Any) -> Any:
     torch.manual_seed(3)
     model.head = nn.Linear(8, 3)
     return model(X).shape, train(model)
 
 
-def _frozen_later(model: nn.Module) -> Any:
+def _frozen_later(model: Any) -> Any:
     model.blocks[0].bn1.eval()
     model.blocks[0].requires_grad_(False)
     return train(model)
