@@ -54,8 +54,8 @@ def check_own_forward(model: nn.Module) -> None:
         raise NotTraceable("it is compiled, by torch.compile or torch.jit: plan the network as it was before")
     if "forward" in model.__dict__:
         raise NotTraceable(
-            "its forward was replaced on the object (model.forward = …), which copies and plans do not see: put it into "
-            "a subclass"
+            "its forward was replaced on the object (model.forward = …), which copies and plans do not see: put it "
+            "into a subclass"
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
@@ -125,10 +125,11 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A tensor that is no attribute of a module: the forward makes it, of nothing that depends on the input."""
-        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
-            if not any(a is one for one in self.model.buffers()):
-                return self.create_proxy("call_function", Constant(a), (), {}).node
-        return super().create_arg(a)
+        if not isinstance(a, Tensor) or isinstance(a, nn.Parameter) or a in self.tensor_attrs:
+            return super().create_arg(a)
+        if any(a is one for one in self.model.buffers()):
+            return super().create_arg(a)
+        return self.create_proxy("call_function", Constant(a), (), {}).node
 
 
 class Constant:
