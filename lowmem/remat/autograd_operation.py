@@ -142,7 +142,8 @@ class AutogradOperation(Operation):
 
     `module`: whose parameters and buffers the function uses beside its arguments. `draws`: whether it may draw random
     numbers. `same`: what tells functions apart that cost differently. `shared`: parameters of the module that other
-    operations use too: their gradients are handed out, to be summed as autograd does.
+    operations use too: their gradients are handed out, to be summed as autograd does. `fresh`: the backward makes a new
+    tensor, which may be written into; of others that is not known.
     """
 
     name: str
@@ -157,6 +158,7 @@ class AutogradOperation(Operation):
     view: bool = False
     draws: bool = True
     shared: tuple[str, ...] = ()
+    fresh: bool = False
     under_autograd = True
 
     @property
@@ -165,7 +167,7 @@ class AutogradOperation(Operation):
 
     @property
     def shares(self) -> tuple[int, ...]:  # type: ignore[override]
-        return tuple(range(len(self.operands)))
+        return () if self.fresh else tuple(range(len(self.operands)))
 
     @property
     def signature(self) -> Hashable:

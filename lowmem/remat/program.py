@@ -105,13 +105,13 @@ class Compiler:
         return self._finish(steps, set(kept.values) | last, kept)
 
     def restore(self, kept: Kept) -> tuple[tuple[Step, ...], Kept]:
-        """The output again; and what is there afterwards for the backward: dear tensors that it reads stay."""
+        """The output again; and what is there afterwards for the backward: what it reads of what was made stays."""
         steps: list[Step] = []
         self._make(self.count, {0, *kept.values}, steps, frozenset())
-        read = {value for step in self._backward_steps(Kept(frozenset({0})))[0] for value in step.uses(self.operations)}
+        backwards = (step for step in self._backward_steps(Kept(frozenset({0})))[0] if step.backward)
+        read = {value for step in backwards for value in step.uses(self.operations)}
         made = {step.operation + 1 for step in steps}
-        stay = {value for value in made & read if self.operations[value - 1].dear and value != self.count}
-        after = Kept(kept.values | stay, kept.graphs)
+        after = Kept(kept.values | (made & read) - {self.count}, kept.graphs)
         return self._finish(steps, set(after.values) | {self.count}, after), after
 
     def _run(self, k: int, graphs: Collection[int]) -> Step:

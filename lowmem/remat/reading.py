@@ -23,6 +23,7 @@ from lowmem.remat.elementwise import Add, InputActivation, OutputActivation
 from lowmem.remat.known import (
     DEAR_FUNCTIONS,
     DEAR_METHODS,
+    FRESH,
     INPUT_ACTIVATIONS,
     LIGHT,
     OUTPUT_ACTIVATIONS,
@@ -178,6 +179,7 @@ class _Reader:
                 light=call.light,
                 view=call.view,
                 draws=call.draws,
+                fresh=call.kind in FRESH,
             )
 
         return Reading(name, path, kind, tuple(operands), make, dear=call.dear)
