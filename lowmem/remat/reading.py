@@ -195,8 +195,10 @@ class _Reader:
                 same=call.same,
                 dear=call.dear,
                 light=call.light,
+                fresh=call.fresh,
                 view=call.view,
                 draws=call.draws,
+                fresh=call.kind in FRESH,
             )
 
         return Reading(name, path, kind, tuple(operands), make, dear=call.dear)
