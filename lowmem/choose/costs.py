@@ -35,7 +35,7 @@ def policies(stage: Stage, results: Callable[[], Sequence[Result]] | None = None
     only what has a name."""
     groups = keepable(stage)
     choices = [[group[:count] for count in range(len(group) + 1)] for group in groups[:-1]]
-    choices.append([(), groups[-1]])
+    choices.append([(), groups[-1]] if groups[-1] else [()])
     together = sum(name in stage.dear for name in groups[-1])
     if prod(map(len, choices)) <= MOST_POLICIES and together <= MOST_TOGETHER:
         kept = [frozenset(name for part in parts for name in part) for parts in product(*choices)]

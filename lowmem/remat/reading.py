@@ -53,6 +53,7 @@ class Reading:
     constant: bool = False  # made of parameters, buffers and numbers alone: made anew wherever it is used
     view_of: Reading | None = field(default=None, repr=False)
     scalars: tuple[str, ...] = ()  # numbers that its arguments name
+    taken_apart: bool = False  # several tensors, of which others take one each: not what a stage may begin with
 
     @property
     def own(self) -> tuple[Any, ...]:
@@ -148,6 +149,8 @@ class _Reader:
         name = self._name(node, path)
         reading = self._reading(call, name, path, operands, args, kwargs)
         reading.scalars = tuple(scalars)
+        if call.kind is operator.getitem and operands and isinstance(args[1], int):
+            operands[0].taken_apart = True
         same_everywhere = all(one.constant for one in operands) and not scalars
         reading.constant = same_everywhere and not (reading.scalar or call.draws or call.module is not None)
         if reading.view_of is None and operands and call.view:
