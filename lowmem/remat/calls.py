@@ -19,7 +19,6 @@ from lowmem.remat.elementwise import Add, InputActivation, Mul, OutputActivation
 from lowmem.remat.known import (
     DEAR_FUNCTIONS,
     DEAR_METHODS,
-    FRESH,
     INPUT_ACTIVATIONS,
     LIGHT,
     OUTPUT_ACTIVATIONS,
@@ -62,7 +61,6 @@ class Call:
     as_first: bool = False
     dear: bool = False
     light: bool = False
-    fresh: bool = False
     view: bool = False
     draws: bool = True
     scalar: bool = False
@@ -81,7 +79,6 @@ class Call:
             module,
             dear=not quiet and kind is not nn.Dropout,
             light=kind in LIGHT,
-            fresh=kind in FRESH,
             view=kind in VIEWS,
             draws=not quiet,
         )
@@ -104,7 +101,6 @@ class Call:
             as_first=as_first,
             dear=function in DEAR_FUNCTIONS or not known,
             light=function in LIGHT,
-            fresh=function in FRESH,
             view=function in VIEWS,
             draws=not known or getattr(function, "__name__", "") in RANDOM,
             scalar=function in SCALAR_FUNCTIONS,

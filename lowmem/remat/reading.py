@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from lowmem.remat.autograd_operation import Attribute, AutogradOperation, Operand, Scalar, ScalarOperation
 from lowmem.remat.calls import Call
 from lowmem.remat.elementwise import OutputActivation
-from lowmem.remat.known import SCALAR_ATTRIBUTES
+from lowmem.remat.known import FRESH, SCALAR_ATTRIBUTES
 from lowmem.remat.linear_maps import Convolution, Linear
 from lowmem.remat.operation import Operation
 from lowmem.remat.pooling import MaxPool
@@ -198,7 +198,6 @@ class _Reader:
                 same=call.same,
                 dear=call.dear,
                 light=call.light,
-                fresh=call.fresh,
                 view=call.view,
                 draws=call.draws,
                 fresh=call.kind in FRESH,
