@@ -46,8 +46,8 @@ def with_dropping(chain: ChainCost) -> ChainCost:
                 restored_bytes=left,
             )
             for option, names, size, left in (
-                (first, ("z1",), 1, stage.input_bytes),
-                (second, ("z1", "z3"), 2, 0),
+                (first, ("conv1",), 1, stage.input_bytes),
+                (second, ("conv1", "conv3"), 2, 0),
             )
         ]
         stages.append(dataclasses.replace(stage, options=(*others, *dropping)))

@@ -1,102 +1,129 @@
-"""What fits on cards of 4, 6, 8 and 12 GB and at which cost, as `lowmem plan` says it.
+"""The largest exact batch on cards of 4, 6, 8 and 12 GB: plain PyTorch's and a planned step's, for networks at 224².
 
-    python benchmarks/what_fits.py
+    python benchmarks/what_fits.py [--only NAME] [--precision fp32]
 
-Each cell is a `lowmem plan --arch … --batch … --card … --vram … --json` of its own, with accumulation refused (it is
-another computation). Nothing runs on a card: bytes are simulated, times are those of the card's datasheet (a roofline),
-what others use, the context and the workspace are the profile's assumptions. Overhead is over plain PyTorch in the same
-precision, as if it fitted.
+Nothing runs on a card: the whole training step (SGD with momentum) is simulated with the caching allocator of a card of
+that size; what others use, the context and the workspaces are the profile's assumptions, as `lowmem plan` takes them.
+Batches are searched to within a sixteenth; accumulation is not used (it is another computation). The share is what the
+planned step takes longer than a plain one of the same batch would, by the card's datasheet (a roofline).
 
-Writes `results/what_fits.json` and `.md` beside this file; some minutes on one core.
+Writes `results/what_fits.json` and `.md` beside this file, after each network; some minutes a network on one core.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import torch
+import torchvision
 from conditions import RESULTS, conditions, sentence, table, write
+from torch import nn
+
+from lowmem.choose.planning import Request, choose
+from lowmem.choose.request import card_rates, of_card
+from lowmem.config.cards import load_card
+from lowmem.core.errors import Infeasible
+from lowmem.core.units import parse_memory
+from lowmem.simulate import simulate_step
 
 CARDS = {"gtx1050ti": "4G", "gtx1060-6g": "6G", "gtx1070": "8G", "rtx3060-12g": "12G"}
-NETS = (
-    ("res110", "bottleneck", 128),
-    ("res110", "bottleneck", 256),
-    ("res110", "bottleneck", 512),
-    ("res110", "bottleneck", 1024),
-    ("res101", "bottleneck", 512),
-    ("res110", "basic", 512),
-)
-PLAIN = "fits as it is"
+NETS = ("resnet50", "mobilenet_v2", "efficientnet_b0", "convnext_tiny", "vit_b_16", "densenet121")
+SIZE = 224
+FINE = 16  # batches are searched to within this part
+_MOST = 4096
 
 
-def ask(arch: str, block: str, batch: int, card: str, vram: str) -> dict[str, Any]:
-    """The plan as `--json` prints it, or {"refused": the line that refuses it}."""
-    flags = ["--arch", arch, "--block", block, "--batch", str(batch), "--card", card, "--vram", vram]
-    command = [sys.executable, "-m", "lowmem", "plan", *flags, "--set", "memory.allow_accumulation=false", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 4:
-        return {"refused": done.stderr.strip()}
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} left with {done.returncode}: {done.stderr}")
-    return dict(json.loads(done.stdout))
+@dataclass(frozen=True, kw_only=True)
+class Fits:
+    """Pictures of the largest step, None if not one; the planned one's time over a plain step's, as a share."""
+
+    plain: int | None
+    planned: int | None
+    overhead: float | None
 
 
-def cell(plan: dict[str, Any]) -> str:
-    """Precision, if it is not fp32, and cost."""
-    if "refused" in plan:
-        return "no"
-    predicted = plan["predicted"]
-    cost = PLAIN if predicted["extra_flops"] == 0 else f"{predicted['overhead']:+.1%}"
-    return cost if plan["precision"] == "fp32" else f"{cost} (AMP)"
+def largest(fits: Callable[[int], bool], start: int) -> int | None:
+    """The largest batch that fits, to within a part in FINE below it; the search begins at `start`."""
+    low, high = 0, _MOST + 1  # fits, does not
+    batch = max(1, min(start, _MOST))
+    while high - low > max(1, low // FINE):
+        if fits(batch):
+            low = batch
+            batch = min(2 * low, (low + high) // 2)
+        else:
+            high = batch
+            batch = (low + high) // 2
+    return low or None
 
 
-def plain_mib(plan: dict[str, Any]) -> float | None:
-    """Tensors of plain PyTorch's step in fp32, from the first candidate that the plan names."""
-    for one in plan.get("candidates", ()):
-        if one["what"].startswith("plain autograd, fp32") and one["peak_bytes"]:
-            return float(one["peak_bytes"]) / 2**20
-    return None
+def on_card(model: nn.Module, card_name: str, memory: str, precision: str, start: int) -> Fits:
+    """`start`: about the largest plain batch."""
+    card = load_card(card_name)
+    budget, rates = of_card(card, parse_memory(memory)), card_rates(card)
+    overheads: dict[int, float | None] = {}
+
+    def request(batch: int) -> Request:
+        return Request(
+            model=model,
+            batch=batch,
+            budget=budget,
+            rates=rates,
+            modes={precision: "contiguous"},
+            allow_accumulation=False,
+            image_shape=(3, SIZE, SIZE),
+            batch_norm="library",
+        )
+
+    def plain(batch: int) -> bool:
+        taken = simulate_step(request(batch).shape(precision, batch), None, rates(precision), budget.tensor_bytes)
+        return taken.fits and taken.estimate.peak_allocated_bytes <= budget.tensor_bytes
+
+    def planned(batch: int) -> bool:
+        try:
+            overheads[batch] = choose(request(batch)).plan.predicted.overhead
+        except Infeasible:
+            return False
+        return True
+
+    most = largest(plain, start)
+    found = largest(planned, 4 * (most or 1))
+    return Fits(plain=most, planned=found, overhead=None if found is None else overheads[found])
+
+
+def cell(found: Fits) -> str:
+    """Both batches and the cost of the larger one."""
+    plain = "none" if found.plain is None else f"{found.plain}"
+    if found.planned is None:
+        return f"{plain} · none"
+    assert found.overhead is not None
+    return f"{plain} · {found.planned} ({found.overhead:+.0%})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=NETS)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "amp"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args(arguments)
-    found, rows, record = conditions(), [], []
-    for arch, block, batch in NETS:
-        plans = {card: ask(arch, block, batch, card, vram) for card, vram in CARDS.items()}
-        plain = next((mib for plan in plans.values() if (mib := plain_mib(plan)) is not None), None)
-        rows.append(
-            [
-                f"{arch} {block}, {batch}",
-                "–" if plain is None else f"{plain:,.0f}",
-                *(cell(plan) for plan in plans.values()),
-            ]
-        )
-        record += [
-            {
-                "arch": arch,
-                "block": block,
-                "batch": batch,
-                "card": card,
-                "vram": CARDS[card],
-                "cell": cell(plan),
-                **plan,
-            }
-            for card, plan in plans.items()
-        ]
+    found = conditions()
+    header = ("network", *(f"{memory}B ({card})" for card, memory in CARDS.items()))
+    rows, record = [], []
+    for name in NETS if asked.only is None else [asked.only]:
+        with torch.device("meta"):
+            model = torchvision.models.get_model(name)
+        cells, start = [], 32
+        for card, memory in CARDS.items():
+            fits = on_card(model, card, memory, asked.precision, start)
+            start = fits.plain or start
+            cells.append(cell(fits))
+            record.append({"network": name, "card": card, "memory": memory, **fits.__dict__})
+        rows.append((name, *cells))
         print(" | ".join(rows[-1]), flush=True)
-    header = ("network, batch", "plain's tensors, MiB", *(f"{vram}B ({card})" for card, vram in CARDS.items()))
-    for one in record:
-        one.pop("schedule", None)
-        one.pop("ladder", None)
-    text = f"{sentence(found)}.\n\n{__doc__.split(chr(10) * 2)[2]}\n\n{table(header, rows)}"
-    write(asked.out, "what_fits", {**found, "plans": record}, text)
+        about = f"{__doc__.split(chr(10) * 2)[2]}\n\nPlain · planned (time more), {asked.precision}. {sentence(found)}."
+        write(asked.out, "what_fits", {**found, "fits": record}, f"# What fits\n\n{about}\n\n{table(header, rows)}")
     return 0
 
 

@@ -9,36 +9,38 @@ from itertools import product
 from math import prod
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.calibrate.calibrator import StageTimes
 from lowmem.calibrate.stage_timer import FAST, PLAIN, Seconds, Timed
 from lowmem.config.schema import OptimConfig
 from lowmem.core.phases import Phase, untold
 from lowmem.plan.cost import ChainCost, KernelWork, Rates, StageCost
+from lowmem.plan.front import Result, front
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, PolicyKind
 from lowmem.remat import decompose
 from lowmem.remat.stage import Stage
-from lowmem.simulate import Call, Recorder, StepShape, empty_copy
+from lowmem.simulate import Call, OutlineMode, Recorder, StepShape, empty_copy
 from lowmem.simulate.stage import Option, StageMeasure, measure_chain
 from lowmem.step.train_step import TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
 
 MOST_POLICIES = 64  # of a stage, without those that drop its output
+MOST_TOGETHER = 3  # dear results that are kept or not as one
+MANY_OPERATIONS = 64  # of a stage that takes long to measure
+USUAL_RATES = Rates.roofline(4.38e12, 192e9)  # of the card that this project is aimed at
 
 
-def policies(stage: Stage) -> tuple[BlockPolicy, ...]:
-    """What is worth measuring: see `keepable`. Of a stage with many dear operations only sets that grow one by one."""
+def policies(stage: Stage, results: Callable[[], Sequence[Result]] | None = None) -> tuple[BlockPolicy, ...]:
+    """What is worth measuring: see `keepable`. Of a stage with many choices the front of its `results`; without these
+    only what has a name."""
     groups = keepable(stage)
     choices = [[group[:count] for count in range(len(group) + 1)] for group in groups[:-1]]
-    if groups:
-        choices.append([(), groups[-1]])
-    if prod(map(len, choices)) > MOST_POLICIES:
-        names = [name for group in groups for name in group]
-        step = max(1, len(names) // 12)
-        kept = [frozenset(names[:count]) for count in range(0, len(names) + 1, step)]
-    else:
+    choices.append([(), groups[-1]] if groups[-1] else [()])
+    together = sum(name in stage.dear for name in groups[-1])
+    if prod(map(len, choices)) <= MOST_POLICIES and together <= MOST_TOGETHER:
         kept = [frozenset(name for part in parts for name in part) for parts in product(*choices)]
+    else:
+        kept = [] if results is None else front(results())
     named = {SAVE_ALL: stage.read, LEAN: stage.dear}
     if len(set(named.values())) < len(named):
         del named[LEAN]
@@ -48,7 +50,7 @@ def policies(stage: Stage) -> tuple[BlockPolicy, ...]:
     drops = [
         BlockPolicy(PolicyKind.KEEP, names, drop_output=True)
         for names in kept
-        if len(stage.dear) > 1 and names and names <= stage.dear
+        if names and names <= stage.dear and stage.operations[-1].name not in names
     ]
     return (*named, *others, *drops, FUSED)
 
@@ -91,16 +93,24 @@ def measure_costs(
     workspace: Callable[[Call], int] | None = None,
     options: Callable[[Stage], Sequence[Option]] | None = None,
     phase: Phase = untold,
+    rates: Rates = USUAL_RATES,
 ) -> ChainMeasure:
     """Bytes and operations of a step, whose model is not touched. `workspace`: see `lowmem.simulate.Recorder`.
-    `options`: per stage, by default all that are worth having. `phase` hears how many stages are done."""
+    `options`: per stage, by default all that are worth having; which these are in stages with many choices depends on
+    `rates`. `phase` hears how many stages are done."""
     execution = shape.execution
-    with FakeTensorMode():
+    with OutlineMode():
         recorder = Recorder(workspace)
         model = empty_copy(shape.model, execution.torch_memory_format)
-        x = torch.empty(shape.micro_batch, *shape.image_shape).contiguous(memory_format=execution.torch_memory_format)
-        stages = decompose(model)
-        measured = measure_chain(stages, options or _options, x, recorder, execution.amp_dtype, shape.library_norm)
+        x = torch.empty(shape.micro_batch, *shape.image_shape, dtype=shape.dtype).contiguous(
+            memory_format=execution.torch_memory_format
+        )
+        stages = decompose(model, shape.stages)
+
+        def of(stage: Stage, results: Callable[[Rates], list[Result]]) -> Sequence[Option]:
+            return _options(stage, lambda: results(rates)) if options is None else options(stage)
+
+        measured = measure_chain(stages, of, x, recorder, execution.amp_dtype, shape.library_norm)
         what, measures = f"planning: costs of each block at batch {shape.micro_batch}", list[StageMeasure]()
         phase(what, 0, len(stages))
         for measure in measured:
@@ -182,8 +192,9 @@ def _plain_work(stage: StageMeasure) -> tuple[KernelWork, ...]:
     return (*plain.forward_work, *plain.backward_work)
 
 
-def _options(stage: Stage) -> list[Option]:
-    usual = policies(stage)
-    # A segment's last stage is best FUSED; the other ways are for the baselines.
-    lasts = [Option(policy, last=True) for policy in (SAVE_ALL, LEAN, INPUT_ONLY) if policy in usual]
-    return [*map(Option, usual), *lasts]
+def _options(stage: Stage, results: Callable[[], Sequence[Result]]) -> list[Option]:
+    usual = policies(stage, results)
+    # A segment's last stage is best FUSED, or keeps a little: what follows is its own backward.
+    few = len(stage.operations) > MANY_OPERATIONS
+    lasts = [one for one in usual if one.anywhere and (not few or one in (SAVE_ALL, LEAN, INPUT_ONLY))]
+    return [*map(Option, usual), *(Option(policy, last=True) for policy in lasts)]

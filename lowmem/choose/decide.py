@@ -2,8 +2,9 @@
 `lowmem plan` and for looking ahead, by one process or by several (invariants 7 and 12).
 
 What a run has recorded is kept if nothing that it depends on has changed and as many processes go on. With another
-budget a resume keeps what is computed: shares, micro-batches, precision and memory format. Everything else is planned
-anew. A batch is chosen (`--batch auto`) when a run begins, and never again: the settings that come out say which.
+budget, or where the plan names parts of the network as an older version did, what is computed is kept: shares,
+micro-batches, precision and memory format. Everything else is planned anew. A batch is chosen
+(`--batch auto`) when a run begins, and never again: the settings that come out say which.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from lowmem.choose.request import Choice, Request
 from lowmem.config.schema import Config, cards_of, for_process
 from lowmem.config.settings import Settings
 from lowmem.distributed.group import Group, Split, even_shares
+from lowmem.models import skeleton
 from lowmem.plan.record import Plan
+from lowmem.remat import check_plan, decompose
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,14 @@ class Silence(Listener):
 @dataclass(frozen=True)
 class Decision:
     """The settings with what was decided, this process's plan with its ladder (None: unplanned), and everybody's part
-    of the batch. `changed`: not as it was recorded. `planned`: the choices behind plans on paper (they hold much that a
-    run does not need). `confirmed`: the trials of the plan, as an event's fields."""
+    of the batch. `changed`: not as it was recorded; `why`, if not for what was asked. `planned`: the choices behind
+    plans on paper (they hold much that a run does not need). `confirmed`: the plan's trials, as an event's fields."""
 
     settings: Settings
     plan: Plan | None
     split: Split
     changed: bool = False
+    why: str | None = None
     planned: BatchSplit | None = None
     confirmed: Mapping[str, Any] | None = None
 
@@ -107,15 +111,21 @@ def decide(
     """
     group, config = group or Group(), settings.config
     plans = () if recorded is None else _plans_of_as_many(recorded, group.size, tell)
+    outdated = None
     if recorded is not None and plans and _still_holds(recorded, config):
-        return Decision(settings, plans[group.rank], _split(group, config, plans[group.rank]))
-    if not (wants_plan(config) or on_paper):
+        outdated = _outdated(plans, config)
+        if outdated is None:
+            return Decision(settings, plans[group.rank], _split(group, config, plans[group.rank]))
+        tell.note(outdated)
+    elif not (wants_plan(config) or on_paper):
         return Decision(settings, None, _split(group, config, None), changed=recorded is not None)
 
     tell.phase("planning")
     auto = config.memory.auto_batch and recorded is None
-    anew = recorded is None or recorded.fork or not plans
-    requests = _requests(config, data, group, tell, on_paper=on_paper, recalibrate=recalibrate)
+    anew = recorded is None or not plans or (recorded.fork and outdated is None)
+    # Without a budget by now, it goes on within the one that it was planned for.
+    bounded = config if recorded is None or wants_plan(config) else _with_memory_of(config, recorded.config)
+    requests = _requests(bounded, data, group, tell, on_paper=on_paper, recalibrate=recalibrate)
     first = min(requests)
     own = requests[first]
     if anew:
@@ -141,6 +151,7 @@ def decide(
         plan=choice.plan,
         split=_split(group, config, choice.plan),
         changed=recorded is not None,
+        why=outdated,
         confirmed=event,
     )
 
@@ -217,6 +228,25 @@ def _still_holds(recorded: RecordedRun, config: Config) -> bool:
     return not wants_plan(config) or _budget(recorded.config) == _budget(config)
 
 
+def _with_memory_of(config: Config, other: Config) -> Config:
+    return config.model_copy(update={"memory": other.memory})
+
+
+def _outdated(plans: Sequence[Plan | None], config: Config) -> str | None:
+    """Why plans that hold cannot be followed by this version, which may divide the network otherwise than the one that
+    made them."""
+    model = config.model
+    stages = decompose(skeleton(model.arch, model.block, width=model.width))
+    for plan in plans:
+        if plan is None:
+            continue
+        try:
+            check_plan(plan, stages)
+        except ValueError as error:
+            return f"the recorded plan is an older version's ({error}): the same computation is planned again"
+    return None
+
+
 def _budget(config: Config) -> tuple[object, ...]:
     memory = config.memory
     return memory.vram, memory.tensors, memory.card, memory.platform if memory.card else None
@@ -230,7 +260,7 @@ def _basis(config: Config) -> tuple[object, ...]:
     data = config.data
     count = (data.train_subset, data.val_split, data.val_folder, data.test_split, data.skip_damaged)
     pictures = (data.source, *count) if for_card(config) else ()
-    return *_budget(config), config.memory.allow_accumulation, *computed, *kernels, *pictures
+    return *_budget(config), config.memory.allow_accumulation, *computed, data.image_size, *kernels, *pictures
 
 
 def _same_computation(config: Config, plan: Plan | None, request: Request, group: Group) -> BatchSplit:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowmem.choose.request import Choice
+from lowmem.choose.request import INSIDE, Choice
 from lowmem.core.units import counted, format_size
 from lowmem.plan import picture
 from lowmem.plan.record import Plan
@@ -25,9 +25,11 @@ def explain(choice: Choice) -> list[str]:
     """What had to be refused, what the step takes against plain PyTorch, and how: a line each."""
     plan, plain = choice.plan, choice.plain.estimate
     cut = "" if plan.accumulation == 1 else f" in {plan.accumulation} micro-batches of {plan.micro_batch}"
+    whole = [one for one in plan.candidates if one.what.startswith(INSIDE)]
     refused = [one for one in plan.candidates if one.refused_because and "least that fits" in one.refused_because]
     blocks = ", ".join(f"{count} x {policy}" for policy, count in picture.tally(plan.schedule).items())
     return [
+        *(f"not {one.what}: {one.refused_because}" for one in whole),
         *(f"does not fit: {one.what} ({one.refused_because})" for one in refused),
         f"plan: batch {plan.batch}{cut}, {_arithmetic(plan)}: "
         f"{format_size(plan.predicted.peak_allocated_bytes)} of tensors under a budget of "

@@ -16,21 +16,21 @@ from torch import nn
 from lowmem.calibrate.calibrator import Workspaces
 from lowmem.choose.costs import calls_of, measure_costs, price
 from lowmem.choose.execution import by_kind
-from lowmem.choose.request import REFERENCE_CARD, Budget, Choice, Request, card_rates, of_card
+from lowmem.choose.fitting import fit
+from lowmem.choose.request import INSIDE, REFERENCE_CARD, Budget, Choice, Request, card_rates, of_card
 from lowmem.config.cards import Card, load_card
 from lowmem.core.errors import Infeasible
 from lowmem.core.phases import Phase, untold
 from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, counted, format_size, parse_memory
-from lowmem.plan.cost import Rates
-from lowmem.plan.evaluate import Solution
 from lowmem.plan.record import Candidate, Plan
 from lowmem.plan.solver import Solver
-from lowmem.remat import stage_names
+from lowmem.remat import runs_whole, stage_names
 from lowmem.remat.libraries import convolutions_in_tf32
+from lowmem.remat.module import Named, parts_of
+from lowmem.remat.same_forward import check_same_forward
 from lowmem.simulate import Simulated, StepShape, simulate_step
 
 _SMALLEST_MICRO_BATCH = 8
-_TRIES = 12  # of the solver against the whole simulated step
 # A runner-up that is predicted to be slower by more than this cannot win by an error of the prediction that is usual.
 _WORTH_TRYING = 1.5
 _MOST_RIVALS = 2
@@ -49,24 +49,33 @@ def make_plan(
     image_shape: tuple[int, int, int] = (3, 32, 32),
     momentum: bool = True,
     batch_norm: Literal["library", "native"] | None = None,
+    stages: Named | None = None,
 ) -> Plan:
     """The plan for a training step of `model` (any device, `meta` included; it is not touched).
 
     `budget`: bytes for all tensors of the step ("4600M"), or, with a `card`, the card's memory (None: the profile's).
     `batch_norm`: its kernels on CUDA, the library's choice, which has plain PyTorch's bits, or native ones, which work
     in place; None: the library's for a `card` or a model on CUDA, else native (on the CPU both have the same bits).
-    Raises Infeasible with the least that fits, ValueError if neither budget nor card is given, or for a budget without
-    its unit.
+    `stages`: for a network that cannot be traced, modules of it, themselves or by name, which its input goes through
+    one after the other; each runs as a whole (`apply_plan` is told the same). None: as it is traced. Raises Infeasible
+    with the least that fits, ValueError if neither budget nor card is given, for a budget without its unit, for stages
+    that are no modules of the network, or for a network that cannot be planned (NotTraceable), PreflightError if,
+    planned, it computes something else (`lowmem.remat.same_forward`; of a model on `meta` nobody can tell). What cannot
+    be planned inside is named among the plan's candidates.
     """
     if isinstance(budget, Budget):
         limits = budget
     elif card is not None:
         limits = of_card(card, None if budget is None else parse_memory(budget, LEAST_CARD_BYTES))
     elif budget is not None:
-        # Any chain of modules may be planned, however small: a size with its unit is what was meant.
-        limits = Budget(total_bytes=parse_memory(budget, LEAST_TENSORS_BYTES if str(budget).isdigit() else 1))
+        # Any chain of modules may be planned, however small: bytes, or a size with its unit, are what was meant.
+        unitless = isinstance(budget, str) and budget.isdigit()
+        limits = Budget(total_bytes=parse_memory(budget, LEAST_TENSORS_BYTES if unitless else 1))
     else:
         raise ValueError("a plan needs a budget or a card")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the network has no parameter that is trained: there is no step to plan")
+    check_same_forward(model, image_shape, stages)
     if batch_norm is None:
         on_cuda = any(parameter.is_cuda for parameter in model.parameters())
         batch_norm = "library" if on_cuda or card is not None else "native"
@@ -81,6 +90,7 @@ def make_plan(
         image_shape=image_shape,
         momentum=momentum,
         batch_norm=batch_norm,
+        stages=None if stages is None else tuple(name for name, _ in parts_of(model, stages)),
         tf32=card is not None and convolutions_in_tf32(card.capability_pair),
     )
     return choose(request).plan
@@ -112,7 +122,8 @@ def _first_that_fits(request: Request) -> Choice | Infeasible:
             continue
         taken = choice.plan.predicted
         chosen = Candidate(what=what, peak_bytes=taken.peak_allocated_bytes, step_seconds=taken.step_seconds)
-        return replace(choice, plan=replace(choice.plan, candidates=(*refused, _plain(choice), chosen)))
+        looked_at = (*_not_planned_inside(request), *refused, _plain(choice), chosen)
+        return replace(choice, plan=replace(choice.plan, candidates=looked_at))
     least = min(errors, key=lambda error: error.least_bytes)
     tried = "; ".join(candidate.what for candidate in refused)
     ways = [] if request.settled or hopeless else ["lower --batch"]
@@ -139,6 +150,13 @@ def _candidates(request: Request) -> Iterator[tuple[str, int]]:
         yield from product(request.modes, (micro,))
 
 
+def _not_planned_inside(request: Request) -> list[Candidate]:
+    return [
+        Candidate(what=f"{INSIDE} {path or 'the network'}", refused_because=f"it runs as a whole: {why}")
+        for path, why in request.once("whole", lambda: runs_whole(request.model)).items()
+    ]
+
+
 def _plain(choice: Choice) -> Candidate:
     peak, budget = choice.plain.estimate.peak_allocated_bytes, choice.budget.tensor_bytes
     seconds = choice.plan.predicted.step_seconds
@@ -163,7 +181,9 @@ def _plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
     """The fastest schedule whose whole simulated step fits. Raises Infeasible."""
     shape, budget, calibrator = request.shape(precision, micro_batch), request.budget, request.calibrator
     rates, workspace = request.rates(precision), workspaces_of(request, shape)
-    measured = request.once(("costs", shape), lambda: measure_costs(shape, workspace, phase=request.phase))
+    measured = request.once(
+        ("costs", shape, rates), lambda: measure_costs(shape, workspace, phase=request.phase, rates=rates)
+    )
     chain = price(measured, rates)
     if calibrator is not None:
         # Bytes need no measuring: what fits nowhere is not worth the minute on the card.
@@ -184,7 +204,7 @@ def _plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
         precision="amp" if precision == "amp" else "fp32",
         memory_format="channels-last" if shape.memory_format == "channels-last" else "contiguous",
         exact=shape.accumulation == 1,
-        stages=stage_names(request.model),
+        stages=stage_names(request.model, request.stages),
         schedule=solution.schedule,
         batch_norm=request.batch_norm,
         tf32=request.tf32 if precision == "fp32" else False,
@@ -212,44 +232,6 @@ def workspaces_of(request: Request, shape: StepShape) -> Workspaces | None:
     return request.calibrator.workspaces(
         shape.precision, lambda: request.once(("calls", shape), lambda: calls_of(shape))
     )
-
-
-def fit(
-    solver: Solver,
-    shape: StepShape,
-    budget: Budget,
-    rates: Rates,
-    workspace: Workspaces | None = None,
-    phase: Phase = untold,
-) -> tuple[Solution, Simulated]:
-    """The fastest schedule whose whole simulated step is under the budget. The solver knows tensors; rounding, and on a
-    card the caching allocator's segments, come on top. Where the whole step does not fit, the solver is asked again for
-    as much less, on a card for 2 to 4 % less (how much the gaps between blocks take is not known beforehand). Raises
-    Infeasible with a budget of which the whole step is known to fit."""
-    limit = budget.tensor_bytes
-    capacity = limit if budget.on_card else None
-    target = limit
-    for tried in range(_TRIES):
-        phase(f"planning: the fastest way that fits{f', try {tried + 1}' * (tried > 0)}")
-        try:
-            solution = solver.solve(target)
-        except Infeasible:
-            break
-        simulated = simulate_step(shape, solution.schedule, rates, capacity, workspace)
-        over = simulated.estimate.peak_allocated_bytes - limit
-        if over <= 0 and simulated.fits:
-            return solution, simulated
-        less = 1
-        if budget.on_card:
-            gap = simulated.estimate.peak_reserved_bytes - limit
-            less = max(limit // 50, min(gap // 3, limit // 25))
-        target = min(target, solution.peak_bytes) - max(over, less)
-    least = solver.least()
-    simulated = simulate_step(shape, least.schedule, rates, capacity, workspace)
-    taken = simulated.estimate
-    if taken.peak_allocated_bytes <= limit and simulated.fits:
-        return least, simulated
-    raise Infeasible(limit, budget.counted_bytes(taken), f"at its peak, {least.peak}", "lower --batch")
 
 
 # -- what could be taken instead ---------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ MARGIN_SHARE = 0.02
 # Where no card is named nor there: its rates predict time, and its terms say what `--vram` leaves for tensors. The card
 # that this project is aimed at.
 REFERENCE_CARD = "gtx1060-6g"
+INSIDE = "planned inside"  # how candidates begin that say what runs as a whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +230,7 @@ class Request:
     momentum: bool = True
     joint: bool = False  # one of several processes that train the run; `batch` is its own share
     sync_bn: bool = False
+    stages: tuple[str, ...] | None = None  # modules that are the links of the chain; None: as it is traced
     batch_norm: Literal["library", "native"] = "native"
     tf32: bool | None = False  # of convolutions in fp32, on the card that is planned for; None: nobody tells
     rates_from: str = "a card's datasheet"
@@ -249,6 +251,7 @@ class Request:
             library_norm=self.batch_norm == "library",
             joint=self.joint,
             sync_bn=self.sync_bn,
+            stages=self.stages,
         )
 
     def once(self, key: object, make: Callable[[], _T]) -> _T:

@@ -65,11 +65,11 @@ class Card(Section):
 
     @property
     def amp_flops_per_second(self) -> float:
-        """Mixed precision: on tensor cores with fp32 sums four times fp32 on 20xx and twice on later ones (the makers'
-        architecture papers); elsewhere halves are stored and fp32 is computed."""
+        """Mixed precision: on tensor cores with fp32 sums eight times fp32 on a V100, four times on 20xx and twice on
+        later ones (the makers' architecture papers); elsewhere halves are stored and fp32 is computed."""
         if not self.tensor_cores:
             return self.fp32_flops_per_second
-        return self.fp32_flops_per_second * (4 if self.capability == "7.5" else 2)
+        return self.fp32_flops_per_second * {"7.0": 8, "7.5": 4}.get(self.capability, 2)
 
     @property
     def pcie_lane_bytes_per_second(self) -> float:

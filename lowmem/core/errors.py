@@ -39,6 +39,14 @@ class LowmemError(Exception):
             self.exit_code = ExitCode(exit_code) if exit_code in set(ExitCode) else ExitCode.BUG
 
 
+def first_line(error: BaseException) -> str:
+    """The error in one line; a LowmemError is a sentence already."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, LowmemError):
+        return first
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 class UsageError(LowmemError, exit_code=ExitCode.USAGE):
     """Something typed or configured wrongly; nothing was changed."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from lowmem import isolate
-from lowmem.core.errors import LowmemError, PreflightError
+from lowmem.core.errors import PreflightError, first_line
 
 if TYPE_CHECKING:
     from lowmem.config.settings import Settings
@@ -62,11 +62,11 @@ def cuda(settings: Settings) -> dict[str, Any]:
 
 def network(settings: Settings) -> dict[str, Any]:
     """Bytes on disk that a run of the network takes; without making it."""
-    from lowmem.models import skeleton
+    from lowmem.models import make_network
     from lowmem.runs.store import run_bytes
 
     config = settings.config
-    net = skeleton(config.model.arch, config.model.block, width=config.model.width)
+    net = make_network(config.model)
     parameter_bytes = sum(tensor.nbytes for tensor in net.parameters())
     # Parameters and buffers, and momentum, which is as large as the parameters.
     saved_bytes = sum(tensor.nbytes for tensor in net.state_dict().values()) + parameter_bytes
@@ -75,9 +75,10 @@ def network(settings: Settings) -> dict[str, Any]:
 
 def execution(settings: Settings) -> dict[str, Any]:
     """Device, precision and memory format as a run would resolve them, and whether it would refuse to start so."""
-    from lowmem.choose.execution import refuse_unsafe, resolve_execution
+    from lowmem.choose.execution import refuse_size, refuse_unsafe, resolve_execution
 
     resolved = resolve_execution(settings).config
+    refuse_size(resolved)
     refuse_unsafe(resolved)
     return {"execution": resolved.train.model_dump(include={"device", "precision", "memory_format"})}
 
@@ -155,14 +156,6 @@ def largest_error(device: str) -> float:
 STAGES: dict[str, Callable[[Settings], dict[str, Any]]] = {
     stage.__name__: stage for stage in (torch, allocator, network, torchvision, data, cuda, execution, kernel)
 }
-
-
-def first_line(error: BaseException) -> str:
-    """The error in one line; a LowmemError is a sentence already."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if isinstance(error, LowmemError):
-        return first
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def probe(asked: dict[str, Any]) -> Iterator[str | Answers]:

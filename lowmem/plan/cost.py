@@ -68,6 +68,7 @@ class OptionCost:
     runs, and `restore_*` is what making it again takes, with a peak of `restore_temp_bytes`, output included, above
     `kept_bytes`. `restored_bytes` is what restoring leaves beside the output until the stage's own backward (z_n, if it
     was not kept), so it exists during the next stage's backward; the stage's `backward_temp_bytes` includes it.
+    `restore_reads_input`: whether that takes the stage's input, which has to be there then (or is restored before).
     """
 
     policy: BlockPolicy
@@ -79,6 +80,7 @@ class OptionCost:
     restore_seconds: float = 0.0
     restore_temp_bytes: int = 0
     restored_bytes: int = 0
+    restore_reads_input: bool = True
 
     def __post_init__(self) -> None:
         _check_figures(self)

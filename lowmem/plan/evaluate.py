@@ -100,19 +100,34 @@ class Walk:
             item, dropped = items[index], before[index]
             if isinstance(item, Segment) and item is not last:
                 self.held -= x[item.end + 1]
-            first = next(at for at in range(index, -1, -1) if there[at])
-            for at in range(first + 1, index + 1):
-                self.restore(items[at].start, before[at])
+            own = before[index + 1]  # what restoring its output has left is there beside its own input
+            left = 0 if own is None else own.restored_bytes
+            for at in self.missing(index, there, before):
+                self.restore(items[at].start, before[at], left)
                 there[at] = True
             self.backward(item, item is last)
             if dropped is not None:
                 # what restoring left is part of the temporaries of the backward that comes next
                 self.held -= x[item.start] + dropped.restored_bytes
 
-    def restore(self, start: int, option: OptionCost | None) -> None:
-        """Makes the input of a stage again, which the stage before dropped."""
+    @staticmethod
+    def missing(index: int, there: list[bool], before: list[OptionCost | None]) -> list[int]:
+        """Items whose inputs have to be made again for the backward of `index`, in the order in which they are."""
+        found: list[int] = []
+        for at in range(index, -1, -1):
+            option = before[at]
+            if there[at] or option is None:
+                break
+            found.append(at)
+            if not option.restore_reads_input:
+                break
+        return found[::-1]
+
+    def restore(self, start: int, option: OptionCost | None, left: int) -> None:
+        """Makes the input of a stage again, which the stage before dropped. `left`: by the restoring of the output of
+        the stage whose backward it is for."""
         assert option is not None
-        self.touch("restoring the input", start, option.restore_temp_bytes)
+        self.touch("restoring the input", start, option.restore_temp_bytes + left)
         self.seconds += option.restore_seconds
         self.held += self.chain.boundary_bytes[start] + option.restored_bytes
 

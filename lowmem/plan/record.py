@@ -171,9 +171,17 @@ class Plan(_Checked):
             plan = Plan(**{**same, **changed})
         except TypeError as error:
             raise ValueError(f"this is no plan: {error}") from None
-        if plan.blocks() != blocks:
+        if plan.blocks() != {name: _in_order(policy) for name, policy in blocks.items()}:
             raise ValueError("the plan's blocks and its schedule say different things: was it edited by hand?")
         return plan
+
+
+def _in_order(policy: object) -> object:
+    """A stage's policy in words, with names in today's order."""
+    words = policy if isinstance(policy, str) else ""
+    before, kind, names = words.rpartition("KEEP{")
+    kept, brace, after = names.partition("}")
+    return f"{before}{kind}{','.join(sorted(kept.split(',')))}{brace}{after}" if kind and brace else policy
 
 
 # What came later: plans from before it ran on native kernels, and none on an emulated card.

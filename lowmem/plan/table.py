@@ -12,7 +12,7 @@ the backwards of i and i-1), it is the least of
 
 T'(a, e, m) is the same with a transient input of a: held inside m, freed after the forward of a and restored before the
 backward of what begins at a. There is one T' for each way of restoring it. Stage a may drop its output too: then what
-begins at a + 1 restores the input of a first and holds it.
+begins at a + 1 restores the input of a first and holds it, if it needs it to restore that of a + 1.
 
 Beaumont et al. ("Optimal checkpointing for heterogeneous chains", 2019) have the first and the third line; several
 options per block are Rockmate's (ICML 2023).
@@ -21,7 +21,8 @@ Why parameter gradients leave the table one-dimensional: backward goes through t
 is checkpointed, so those that exist at the backward of stage i are those of the later stages, at any depth of nesting:
 a constant of the boundary, which only moves the thresholds.
 
-Known limitations: at most `longest_run` neighbours drop their outputs; a segment's output is never dropped.
+Known limitations: at most `longest_run` neighbours drop outputs that are restored from their inputs; a segment's output
+is never dropped.
 """
 
 from __future__ import annotations
@@ -42,26 +43,30 @@ LONGEST_RUN = 2
 
 
 class Restore(NamedTuple):
-    """What restoring a dropped output takes, in bytes: at its peak, and beside the output afterwards."""
+    """What restoring a dropped output takes, in bytes: at its peak, and beside the output afterwards; and whether it
+    needs the stage's input."""
 
     peak: int
     left: int
+    reads_input: bool = True
 
     def then(self, following: Restore, size: int) -> Restore:
         """Restoring first this output, of `size` bytes, and from it the next stage's."""
         left = size + self.left
-        return Restore(max(self.peak, left + following.peak), left + following.left)
+        return Restore(max(self.peak, left + following.peak), left + following.left, self.reads_input)
 
 
 def restore_of(option: OptionCost) -> Restore:
     """Of an option that drops its output."""
-    return Restore(option.restore_temp_bytes, option.restored_bytes)
+    return Restore(option.restore_temp_bytes, option.restored_bytes, option.restore_reads_input)
 
 
 def _dominates(better: OptionCost, worse: OptionCost) -> bool:
     """Whether `worse` is never needed. An option that drops its output never replaces one that does not: what
     comes after it is restricted."""
-    if better.policy.drop_output and not worse.policy.drop_output:
+    if better.policy.drop_output and (
+        not worse.policy.drop_output or better.restore_reads_input > worse.restore_reads_input
+    ):
         return False
     temporaries = ["forward_temp_bytes", "backward_temp_bytes"]
     if better.policy.drop_output:
@@ -152,7 +157,8 @@ class Table:
             for earlier, length in found[-1].items():
                 if length < longest_run:
                     for restore in stage.restores:
-                        ways.setdefault(earlier.then(restore, size), length + 1)
+                        if restore.reads_input:
+                            ways.setdefault(earlier.then(restore, size), length + 1)
             found.append(ways)
         return found
 
@@ -173,16 +179,19 @@ class Table:
         options: Iterable[OptionCost] = stage.plain
         if a == e and not whole:  # only the whole chain needs its last stage's output
             options = (*(stage.fused if restore is None else ()), *stage.last)
-        elif a < e and (restore is None or self._restores[a][restore] < self.longest_run):
-            options = (*stage.plain, *stage.dropping)
+        elif a < e:
+            longest = restore is not None and self._restores[a][restore] >= self.longest_run
+            dropping = (o for o in stage.dropping if not (longest and o.restore_reads_input))
+            options = (*stage.plain, *dropping)
         for option in options:
             forward = ahead + held + option.forward_temp_bytes
             backward = behind + again + option.backward_temp_bytes
             following = None
-            if option.policy.drop_output:
-                following = way.then(restore_of(option), held)
+            if option.policy.drop_output and option.restore_reads_input:
+                following = restore_of(option) if restore is None else way.then(restore_of(option), held)
             else:
-                backward = max(backward, behind + way.peak)
+                following = restore_of(option) if option.policy.drop_output else None
+                backward = max(backward, behind + option.restored_bytes + way.peak)
             kept = self._round(option.kept_bytes)
             least = max(kept, self._round(max(forward, backward) + option.kept_bytes))
             parts = (_Part(a + 1, e, kept, following),) if a < e else ()

@@ -11,7 +11,6 @@ it; operations with kernels of their own do not.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from lowmem.measure.outline import is_outline
+from lowmem.remat.before import Before
 from lowmem.remat.operation import Gradients, Operation, PassState, of_tensor
 
 
@@ -66,18 +65,17 @@ def substitute(arguments: Any, of: Callable[[Any], Any]) -> Any:
 class Graph:
     """What autograd makes of one run: entered by tensors that want a gradient, left through edges."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None) -> None:
         self.edges: list[GradientEdge | None] = []  # of the result's tensors; None: it needs no gradient
         self.places: list[list[int | None]] = []  # per operand and tensor in it: under which number it entered
         self.parameters: dict[int, Tensor] = {}  # likewise, by number
         self.entries: list[GradientEdge] = []  # by number
+        self.leaves: list[Tensor] = []  # parameters that are in the graph themselves
         self._inbox: dict[int, Tensor] = {}
-        self._anchor: Tensor | None = None
+        self._anchor = torch.empty(0, device=device, requires_grad=True)
         self._entered = 0
 
     def enter(self, tensor: Tensor) -> Tensor:
-        if self._anchor is None:
-            self._anchor = torch.empty(0, device=tensor.device, requires_grad=True)
         self._entered += 1
         entered: Tensor = _Entry.apply(self._anchor, self._inbox, self._entered - 1, tensor)
         self.entries.append(get_gradient_edge(entered))
@@ -117,6 +115,12 @@ class Graph:
         ]
         if not pairs:
             return Gradients([None] * len(needed))
+        for one in self.leaves:
+            if one._backward_hooks:
+                raise RuntimeError(
+                    f"a hook was put on a parameter of shape {list(one.shape)} between forward and backward, inside a "
+                    "module that runs as a whole: put it there before the forward"
+                )
         for places, old in zip(self.places, so_far, strict=False):
             olds = old if isinstance(old, list) else [old]
             pairs += [
@@ -124,14 +128,33 @@ class Graph:
                 for place, one in zip(places, olds, strict=False)
                 if place is not None and one is not None
             ]
+        edges, outputs = zip(*pairs, strict=True)
         with torch.autograd.set_multithreading_enabled(False):  # as the whole backward pass: see `TrainStep`
-            torch.autograd.backward([edge for edge, _ in pairs], [one for _, one in pairs])
+            _, *found = torch.autograd.grad(edges, [self._anchor, *self.leaves], outputs, allow_unused=True)
         inbox = self._inbox
         operands: list[Any] = []
         for places, wanted in zip(self.places, needed, strict=True):
-            found = [None if place is None else inbox.get(place) for place in places]
-            operands.append(None if not wanted else found[0] if len(found) == 1 else found)
-        return Gradients(operands, [(one, inbox[number]) for number, one in self.parameters.items() if number in inbox])
+            mine = [None if place is None else inbox.get(place) for place in places]
+            operands.append(None if not wanted else mine[0] if len(mine) == 1 else mine)
+        entered = [(one, inbox[number]) for number, one in self.parameters.items() if number in inbox]
+        direct = [(one, value) for one, value in zip(self.leaves, found, strict=True) if value is not None]
+        return Gradients(operands, _apart([*outputs, *tree_leaves(operands)], [*entered, *direct]))
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Tensors made in inference mode have none."""
+    return [-1 if one.is_inference() else one._version for one in tensors]
+
+
+def _apart(others: Sequence[Any], found: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Parameters with gradients that are nobody else's memory: `.grad` is changed in place later."""
+    seen = {one.untyped_storage()._cdata for one in others if isinstance(one, Tensor)}
+    apart = []
+    for parameter, grad in found:
+        memory = grad.untyped_storage()._cdata
+        apart.append((parameter, grad.clone() if memory in seen else grad))
+        seen.add(memory)
+    return apart
 
 
 class _Entry(torch.autograd.Function):
@@ -144,7 +167,7 @@ class _Entry(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.inbox[ctx.position] = grad
         return None, None, None, None
 
@@ -154,8 +177,8 @@ class AutogradOperation(Operation):
     """`function(*args, **kwargs)`; in these stand Operand, Scalar and Attribute for what a pass has.
 
     `module`: whose parameters and buffers the function uses beside its arguments. `draws`: whether it may draw random
-    numbers. `same`: what tells functions apart that cost differently. `shared`: parameters of the module that other
-    operations use too: their gradients are handed out, to be summed as autograd does.
+    numbers. `same`: what tells functions apart that cost differently. `fresh`: the backward makes a new tensor, which
+    may be written into; of others that is not known.
     """
 
     name: str
@@ -165,11 +188,11 @@ class AutogradOperation(Operation):
     kwargs: dict[str, Any] = field(default_factory=dict)
     module: nn.Module | None = None
     same: Hashable = None
-    dear: bool = False  # type: ignore[misc]
-    light: bool = False  # type: ignore[misc]
-    view: bool = False  # type: ignore[misc]
+    dear: bool = False
+    light: bool = False
+    view: bool = False
     draws: bool = True
-    shared: tuple[str, ...] = ()
+    fresh: bool = False
     graphed = under_autograd = True
 
     @property
@@ -178,7 +201,7 @@ class AutogradOperation(Operation):
 
     @property
     def shares(self) -> tuple[int, ...]:  # type: ignore[override]
-        return tuple(range(len(self.operands)))
+        return () if self.fresh else tuple(range(len(self.operands)))
 
     @cached_property
     def sums(self) -> bool:  # type: ignore[override]
@@ -232,7 +255,8 @@ class AutogradOperation(Operation):
 
     def with_graph(self, operands: Sequence[Any], state: PassState, needed: Sequence[bool]) -> tuple[Any, Graph]:
         """The result, and the graph of its making with respect to the operands that are `needed` and to parameters."""
-        graph, entered = Graph(), dict[int, Tensor]()
+        tensors = [one for one in tree_leaves(list(operands)) if isinstance(one, Tensor)]
+        graph, entered = Graph(tensors[0].device if tensors else None), dict[int, Tensor]()
 
         def parameter(value: Any) -> Any:
             if not (isinstance(value, nn.Parameter) and value.requires_grad):
@@ -243,9 +267,13 @@ class AutogradOperation(Operation):
 
         with torch.enable_grad():
             inside = [graph.operand(one, wanted) for one, wanted in zip(operands, needed, strict=True)]
-            module = self.module
-            shared = {name: parameter(module.get_parameter(name)) for name in self.shared} if module is not None else {}
-            result = self._run(inside, state, lambda attribute: parameter(attribute.value()), shared)
+            hooked = dict[str, Tensor]()
+            for name, one in self.module.named_parameters() if self.module is not None else ():
+                if one._backward_hooks:  # they are autograd's, which gets the gradient at the end
+                    hooked[name] = parameter(one)
+                elif one.requires_grad:
+                    graph.leaves.append(one)
+            result = self._run(inside, state, lambda attribute: parameter(attribute.value()), hooked)
             return graph.leave(result), graph
 
     def backward(
@@ -268,7 +296,7 @@ class AutogradOperation(Operation):
         operands: Sequence[Any],
         state: PassState,
         attribute: Callable[[Attribute], Any],
-        shared: dict[str, Tensor],
+        instead: dict[str, Tensor],
     ) -> Any:
         def of(argument: Any) -> Any:
             if isinstance(argument, Operand):
@@ -277,38 +305,32 @@ class AutogradOperation(Operation):
 
         args, kwargs = substitute(self.args, of), substitute(self.kwargs, of)
         tensors = [one for one in tree_leaves(list(operands)) if isinstance(one, Tensor)]
-        versions = [one._version for one in tensors]
+        versions = _versions(tensors)
         function = self.function
-        if shared and self.module is not None:
+        if instead and self.module is not None:
             module = self.module
-            function = lambda *a, **k: torch.func.functional_call(module, shared, a, k)  # noqa: E731
+            function = lambda *a, **k: torch.func.functional_call(module, instead, a, k)  # noqa: E731
         device = tensors[0].device.type if tensors else "cpu"
         # Without the cache: it would hold the cast parameters for as long as the outer autocast lasts.
         with torch.autocast(device, state.low, enabled=state.low is not None, cache_enabled=False):
             y = self._first_or_again(function, args, kwargs, tensors, state)
-        if [one._version for one in tensors] != versions:
+        if _versions(tensors) != versions:
             raise ValueError(f"{self.name} changes its input in place: the input is needed again; make it a copy")
         return y
 
     def _first_or_again(
         self, function: Callable[..., Any], args: Any, kwargs: Any, tensors: list[Tensor], state: PassState
     ) -> Any:
-        if self not in state.notes:
-            if state.total is not None:
-                self._check_no_statistics()
-            state.notes[self] = None
-            if self.draws and not any(map(is_outline, tensors)):
-                state.notes[self] = [torch.get_rng_state(), *get_device_states(*tensors)]
-            return function(*args, **kwargs)
-        cpu, devices, states = state.notes[self] or (None, [], [])
-        with (
-            torch.random.fork_rng(devices, enabled=cpu is not None),
-            nullcontext() if self.module is None else buffers_kept(self.module),
-        ):
-            if cpu is not None:  # the generators as they were before it first ran
-                torch.set_rng_state(cpu)
-                set_device_states(devices, states)
-            return function(*args, **kwargs)
+        if self in state.notes:
+            with state.notes[self].again(tensors):
+                return function(*args, **kwargs)
+        if state.total is not None:
+            self._check_no_statistics()
+        draws = self.draws and not any(map(is_outline, tensors))
+        state.notes[self] = before = Before(self.module, tensors if draws else None)
+        y = function(*args, **kwargs)
+        before.compare(self.name)
+        return y
 
     def _check_no_statistics(self) -> None:
         for name, module in self.module.named_modules() if self.module is not None else ():
@@ -317,20 +339,6 @@ class AutogradOperation(Operation):
                     f"batch norm {name or self.name} in {self.name} is inside a module that runs as a whole: its "
                     "statistics cannot be those of all processes; put it into evaluation mode or leave out --sync-bn"
                 )
-
-
-@contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Whatever moves the buffers moves copies. Restoring their values instead would upset autograd, which
-    has saved them."""
-    originals = [(child._buffers, *item) for child in module.modules() for item in child._buffers.items()]
-    for buffers, name, tensor in originals:
-        buffers[name] = None if tensor is None else tensor.clone()
-    try:
-        yield
-    finally:
-        for buffers, name, tensor in originals:
-            buffers[name] = tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ float32 and for float16 with float32 weights, torch's native one for bfloat16 (`
 does not work in place), and gathering the statistics again when a batch norm is repeated. Without it all are native, in
 place where that is safe. On a CPU both are the same kernel.
 
-cuDNN's forward returns a reserve tensor that its backward reads; the two belong together. Known limitation: on fake
-tensors, which live on the CPU, the reserve and cuDNN's workspace have no bytes.
+cuDNN's forward returns a reserve tensor that its backward reads; the two belong together. Known limitation: on
+outlines, which are on the CPU, the reserve and cuDNN's workspace have no bytes.
 
 Several processes that train on one batch have a slice of it each, maybe an empty one. With a `total` training's
 statistics are those of all: sums in [C] vectors, two calls of it per batch norm, for the statistics in the first
@@ -31,15 +31,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-from lowmem.remat.operation import Gradients, Operation, PassState, Total, dense, in_format, of_tensor, trainable
-
-Norm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+from lowmem.measure.outline import is_outline
+from lowmem.remat.operation import Gradients, Norm, Operation, PassState, Total, dense, in_format, of_tensor, trainable
 
 _aten = torch.ops.aten
 _EXACT_DTYPES = (torch.float32, torch.float64)
@@ -128,7 +126,7 @@ def _statistics_dtype(z: Tensor) -> torch.dtype:
 
 def _statistics(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of this process's z, in float32 at least."""
-    if isinstance(z, FakeTensor):  # the kernel below has no fake one: torch would run it on real zeros of z's size
+    if is_outline(z):  # torch has no kernel without data for the one below
         var, mean = torch.var_mean(z, [at for at in range(z.dim()) if at != 1], correction=0)
         return mean, var
     # Given running statistics (which momentum 0 leaves alone), the CPU's kernel answers in their dtype, not in z's.
@@ -181,9 +179,15 @@ def _affine(z: Tensor, scale: Tensor, shift: Tensor | None, center: Tensor, in_p
 
 
 def norm_backward(
-    bn: Norm, grad: Tensor, z: Tensor, stats: NormStats, need_input: bool, total: Total | None = None
+    bn: Norm,
+    grad: Tensor,
+    z: Tensor,
+    stats: NormStats,
+    need_input: bool,
+    total: Total | None = None,
+    spent: bool = False,
 ) -> Gradients:
-    """The gradients of z, where needed, and of weight and bias.
+    """The gradients of z, where needed, and of weight and bias. `spent`: z may be written into.
 
     With statistics of all processes `total` is called once if z's gradient is needed. The gradients of weight and bias
     are this process's own: like those of all parameters they remain to be summed.
@@ -197,7 +201,7 @@ def norm_backward(
             if stats.count is not None:
                 assert total is not None
                 total(sums)
-            grad_z = _input_grad(bn, grad, z, stats, sums) if z.numel() else torch.empty_like(z)
+            grad_z = _input_grad(bn, grad, z, stats, sums, spent) if z.numel() else torch.empty_like(z)
     else:
         running = (None, None) if stats.training else (bn.running_mean, bn.running_var)
         saved = (*running, stats.mean, stats.invstd, stats.training, bn.eps, mask)
@@ -230,9 +234,9 @@ def _parameter_grads(bn: Norm, grad: Tensor, z: Tensor, stats: NormStats) -> tup
     return grad_weight, grad_bias
 
 
-def _input_grad(bn: Norm, grad: Tensor, z: Tensor, stats: NormStats, sums: Tensor) -> Tensor:
-    """z's gradient from the totals of grad and of grad * (z - mean) * invstd, float64 [2C].
-    the part that depends on z, so that there is one new tensor, as in the library's kernel."""
+def _input_grad(bn: Norm, grad: Tensor, z: Tensor, stats: NormStats, sums: Tensor, spent: bool) -> Tensor:
+    """z's gradient from the totals of grad and of grad * (z - mean) * invstd, float64 [2C]. On a CPU, z's place holds
+    the part that depends on z if z is `spent`, so that there is one new tensor, as in the library's kernel."""
     assert stats.mean is not None
     assert stats.invstd is not None
     assert stats.count is not None
@@ -245,7 +249,7 @@ def _input_grad(bn: Norm, grad: Tensor, z: Tensor, stats: NormStats, sums: Tenso
     slope, shift = scale * invstd * sum_dy_xhat / -stats.count, scale * sum_dy / -stats.count
     zero = torch.zeros_like(stats.mean)
     grad_z = _affine(grad, scale.to(dtype), zero, zero, in_place=False)
-    return grad_z.add_(_affine(z, slope.to(dtype), shift.to(dtype), stats.mean, in_place=False))
+    return grad_z.add_(_affine(z, slope.to(dtype), shift.to(dtype), stats.mean, in_place=spent))
 
 
 def _run_norm(z: Tensor, in_place: bool, weight: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,9 +272,10 @@ class BatchNorm(Operation):
 
     name: str
     operands: tuple[int, ...]
-    norm: Norm  # type: ignore[assignment]
+    norm: Norm
     in_place = (0,)
     reads = (0,)
+    uses_up = 0
 
     @staticmethod
     def covers(module: nn.Module) -> bool:
@@ -298,6 +303,13 @@ class BatchNorm(Operation):
         return result
 
     def backward(
-        self, grad: Any, operands: Sequence[Any], output: Any, state: PassState, needed: Sequence[bool], owned: bool
+        self,
+        grad: Any,
+        operands: Sequence[Any],
+        output: Any,
+        state: PassState,
+        needed: Sequence[bool],
+        owned: bool,
+        spent: bool = False,
     ) -> Gradients:
-        return norm_backward(self.norm, grad, operands[0], state.notes[self], needed[0], state.total)
+        return norm_backward(self.norm, grad, operands[0], state.notes[self], needed[0], state.total, spent)

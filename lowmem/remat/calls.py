@@ -125,7 +125,11 @@ class Call:
         """What makes the operation with kernels of its own, if there is one."""
         tensors = sum(isinstance(one, Operand) for one in args)
         module = self.module
-        if not args or not isinstance(args[0], Operand) or (module is not None and has_hooks(module)):
+        if (
+            not args
+            or not isinstance(args[0], Operand)
+            or (module is not None and (has_hooks(module) or "forward" in module.__dict__))
+        ):
             return None
         if module is not None:
             return None if len(args) != 1 or kwargs else self._own_module(module)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lowmem.remat.autograd_operation import AutogradOperation, Operand
+from lowmem.remat.before import OF_EVERY_MODULE
 from lowmem.remat.cutting import cut
 from lowmem.remat.reading import RunsWhole, read
 from lowmem.remat.stage import Stage
@@ -30,7 +31,7 @@ def traced(model: nn.Module) -> Traced:
     while True:
         try:
             graph, _ = trace(model, leaves)
-            return Traced(_with_shared(cut(*read(graph, model))), leaves)
+            return Traced(cut(*read(graph, model)), leaves)
         except RunsWhole as whole:
             if not whole.path or whole.path in leaves:
                 why = str(whole)
@@ -45,7 +46,7 @@ def traced(model: nn.Module) -> Traced:
         parts = list(model.named_children())
     else:
         parts = [("model", model)]
-    return Traced(_with_shared(chain_of(parts)), {**leaves, "": why})
+    return Traced(chain_of(parts), {**leaves, "": why})
 
 
 def chain_of(parts: Sequence[tuple[str, Callable[..., Any]]]) -> tuple[Stage, ...]:
@@ -60,40 +61,36 @@ def _whole(name: str, part: Callable[..., Any]) -> AutogradOperation:
     return AutogradOperation("all", (0,), part, (Operand(0),), module=module, same=same, dear=True)
 
 
-def _with_shared(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """Operations that run a module as a whole hear which of its parameters others use too."""
-    users: dict[int, int] = {}
-    for stage in stages:
-        for operation in stage.operations:
-            for key in {id(one) for one in operation.parameters()}:
-                users[key] = users.get(key, 0) + 1
-    if not any(count > 1 for count in users.values()):
-        return stages
-    for stage in stages:
-        for operation in stage.operations:
-            if isinstance(operation, AutogradOperation) and operation.module is not None:
-                named = operation.module.named_parameters(remove_duplicate=False)
-                shared = tuple(name for name, one in named if users[id(one)] > 1)
-                object.__setattr__(operation, "shared", shared)
-    return stages
-
-
 class TracedChain:
     """The chain of a model that may change: `stages()` are those of its present state."""
 
     def __init__(self, model: nn.Module, parts: Sequence[tuple[str, Callable[..., Any]]] | None = None) -> None:
         self._model, self._parts = model, parts
-        self._known: dict[tuple[Any, ...], tuple[list[nn.Module], Traced]] = {}
+        self._known: dict[tuple[Any, ...], tuple[list[Any], Traced]] = {}
 
     def now(self) -> Traced:
         modules = list(self._model.modules())
-        key = tuple((id(module), module.training, has_hooks(module)) for module in modules)
+        alive: list[Any] = [modules]
+        key = tuple((id(module), module.training, has_hooks(module), _attributes(module, alive)) for module in modules)
         if key not in self._known:
             if self._parts is not None:
-                found = Traced(_with_shared(chain_of(self._parts)))
+                found = Traced(chain_of(self._parts))
             else:
                 found = traced(self._model)
             if len(self._known) >= 4:
                 self._known.clear()
-            self._known[key] = modules, found  # the modules live on, so that nobody else has their identities
+            self._known[key] = alive, found  # they live on, so that nobody else has their identities
         return self._known[key][1]
+
+
+def _attributes(module: nn.Module, alive: list[Any]) -> tuple[Any, ...]:
+    """What its forward may read of it as plain Python values, which the trace has taken over: numbers and names by
+    value, all else by identity. torch's own modules run as they are."""
+    if type(module).__module__.startswith("torch.nn."):
+        return ()
+    found = [value for name, value in module.__dict__.items() if name not in OF_EVERY_MODULE]
+    alive += found
+    return tuple((type(one), one) if type(one) in _PLAIN else id(one) for one in found)
+
+
+_PLAIN = (int, float, bool, str)

@@ -64,7 +64,7 @@ def _between_cuts(source: Reading, readings: Sequence[Reading], output: Reading)
         if one.scalar:
             continue
         # An operation that nothing reads (it may move buffers) is nobody's output.
-        if live == {one} and at + 1 < len(counted):
+        if live == {one} and not one.taken_apart and at + 1 < len(counted):
             groups.append([])
     if not groups[-1]:
         groups.pop()
@@ -118,11 +118,15 @@ def _common(paths: Sequence[str]) -> str:
 
 
 def _name(group: Sequence[Reading], number: int, count: int, dear: Mapping[str, int]) -> str:
-    """The largest module that has the group's dear operations and no others; `stem` and `head` for what has none."""
+    """The largest module that has the group's dear operations and no others, but of a sequence its element; `stem` and
+    `head` for what has none."""
     mine = _dear(group)
     path = _common([one.path for one in mine or group])
     while "." in path and dear.get(path.rpartition(".")[0]) == len(mine):
-        path = path.rpartition(".")[0]
+        above, _, last = path.rpartition(".")
+        if last.isdecimal() and path not in {one.path for one in mine}:
+            break
+        path = above
     if count == 1:
         return "model"
     if path and ("." in path or len(mine) > 1):

@@ -5,8 +5,10 @@ Between forward and backward there is one entry per item of the schedule: the in
 stage keeps; the output is held by the next entry, as its input. The gradient that travels down the chain belongs to the
 executor and is changed in place.
 
-Known limitations: gradients are added to `.grad` directly, so that `torch.autograd.grad` with respect to parameters and
-a second backward through the same output do not work; outputs have no second derivative.
+Gradients of parameters are added to `.grad` directly, as soon as they are complete, unless somebody asks autograd for
+some of them (`torch.autograd.grad`, `backward(inputs=…)`): then autograd is given all, and sees to the rest.
+
+Known limitations: a second backward through the same output does not work; outputs have no second derivative.
 """
 
 from __future__ import annotations
@@ -67,13 +69,16 @@ class Run:
             self.active.append(needs)
         self.entries: list[Held] = []
         self.output: Tensor | None = None
+        self.trained: list[Tensor] = []
         self._versions: list[tuple[Tensor, int]] = []
 
     def execute(self, schedule: Schedule, x: Tensor) -> Tensor:
         """The chain's output for x, [N, ...]; differentiable if gradients are enabled and anything wants one."""
         if self.active[-1]:
             anchor = torch.empty(0, device=x.device, requires_grad=True)
-            return _Chain.apply(anchor, x, self, schedule)
+            self.trained = list({id(one): one for stage in self.stages for one in stage.parameters()}.values())
+            self.trained = [one for one in self.trained if one.requires_grad]
+            return _Chain.apply(anchor, x, self, schedule, *self.trained)
         with torch.no_grad(), _autocast_off(x, self.low):
             return self.fast([x], 0, len(self.stages) - 1)
 
@@ -95,7 +100,7 @@ class Run:
                 box.append(self.fast(box, item.start, item.end))
                 continue
             last = item.end == schedule.end and not want_output
-            entry = Held(item, None if dropped else box[0], {})
+            entry = Held(item, None if dropped else box[0], [])
             y: Tensor | None
             if isinstance(item, Segment):
                 y = None if last else self.fast(box, item.start, item.end)
@@ -157,17 +162,20 @@ class Run:
         entry = entries[-1]
         if entry.x is None:
             before = entries[-2]
-            x, at = self._input(entries[:-1]), before.item.end
+            at = before.item.end
             assert isinstance(before.item, Keep)
-            entry.x = self.stages[at].restore(before.saved, x, before.item.policy, self.memos[at])
+            stage, policy, memo = self.stages[at], before.item.policy, self.memos[at]
+            x = self._input(entries[:-1]) if stage.restore_reads_input(policy, memo) else None
+            entry.x = stage.restore(before.saved, x, policy, memo)
         return entry.x
 
 
 class _Chain(torch.autograd.Function):
-    """Anchor, input -> output. The anchor, empty, wants a gradient: backward runs even if the input needs none."""
+    """Anchor, input, parameters -> output. The anchor, empty, is a leaf that nobody asks for: autograd comes to it if
+    it goes to all leaves, as `backward()` does."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor, run: Run, schedule: Schedule) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, x: Tensor, run: Run, schedule: Schedule, *trained: Tensor) -> Tensor:
         with _autocast_off(x, run.low):
             y, run.entries = run.forward(schedule, [x])
         assert y is not None
@@ -185,6 +193,7 @@ class _Chain(torch.autograd.Function):
         if run is None:
             raise RuntimeError("this output went backward already: its activations were freed; run forward again")
         run.check_versions()
+        run.state.asked = not torch._C._will_engine_execute_node(ctx.next_functions[0][0])
         tail = run.stages[-1].tail
         if run.output is not None and tail is not None:  # the caller's gradient is not ours to change
             grad, run.output = tail.mask(grad, run.output, owned=False), None
@@ -193,7 +202,7 @@ class _Chain(torch.autograd.Function):
             del grad
             grad_x = run.backward(run.entries, box)
             run.state.finish()
-            return None, grad_x, None, None
+            return None, grad_x, None, None, *(run.state.returned.pop(id(one), None) for one in run.trained)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

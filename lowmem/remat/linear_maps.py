@@ -100,7 +100,8 @@ class Linear(Operation):
     def forward(self, operands: Sequence[Any], state: PassState, into: int | None = None) -> Tensor:
         x, weight, bias = operands[0], self.linear.weight, self.linear.bias
         if state.low is not None:
-            x, weight, bias = x.to(state.low), weight.to(state.low), None if bias is None else bias.to(state.low)
+            x, weight = x.to(state.low), weight.to(state.low)
+            bias = None if bias is None else bias.to(state.low)
         if x.dim() == 2 or x.is_contiguous():
             return F.linear(x, weight, bias)
         with torch.enable_grad():  # its kernels depend on whether the weight is trained

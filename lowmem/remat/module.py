@@ -5,36 +5,51 @@ children, hooks, the flag of training; a change in one is a change in both. Only
 evaluation mode it is the model's own forward, under plain PyTorch.
 
 What people do to modules works (copies, state dicts, a head replaced, hooks on modules inside, which make that module
-run as a whole), or is refused in a sentence (`DataParallel`, `torch.compile`).
+run as a whole), or is refused in a sentence (`DataParallel`). `torch.compile` of what holds a planned module leaves
+that uncompiled.
+
+Known limitations: hooks on all modules of the process (`register_module_forward_hook`) fire for the planned module and
+for what runs as a whole in it, which is said once. A forward that reads values which are neither attributes of its
+module nor made of its input (a global, an entry of a dict) is run with those it had when it was planned.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from lowmem.core.units import counted
 from lowmem.plan.policy import Keep, Schedule
 from lowmem.plan.record import Plan
-from lowmem.remat.chain import TracedChain, traced
+from lowmem.remat.chain import TracedChain, chain_of, traced
 from lowmem.remat.executor import Run, autocast_dtype
 from lowmem.remat.operation import Total
 from lowmem.remat.stage import Stage
+from lowmem.remat.tracing import NotTraceable, check_own_forward
 
 Parts = Sequence[tuple[str, Callable[..., Any]]]
+Named = Sequence[str | nn.Module]
 
 
-def decompose(model: nn.Module) -> tuple[Stage, ...]:
-    """The chain of a model as it is now. Raises NotTraceable (a ValueError) for what is not one tensor in, one out."""
-    return traced(_untouched(model)).stages
+def decompose(model: nn.Module, stages: Named | None = None) -> tuple[Stage, ...]:
+    """The chain of a model as it is now. `stages`: modules of it that are named to be its links, each run as a whole;
+    None: as it is traced. Raises NotTraceable (a ValueError) for what is not one tensor in, one out."""
+    model = untouched(model)
+    return TracedChain(model, None if stages is None else parts_of(model, stages)).now().stages
 
 
-def stage_names(model: nn.Module) -> tuple[str, ...]:
+def stage_names(model: nn.Module, stages: Named | None = None) -> tuple[str, ...]:
     """The names of the chain's links, in forward order: `stem`, `layer1.0`, …, `head`."""
-    return tuple(stage.name for stage in decompose(model))
+    return tuple(stage.name for stage in decompose(model, stages))
+
+
+def runs_whole(model: nn.Module) -> dict[str, str]:
+    """By path ("": all of it) why a module runs as a whole though it is no single operation."""
+    return traced(untouched(model)).leaves
 
 
 class Execution:
@@ -49,6 +64,7 @@ class Execution:
         self.model, self.library_norm, self.parts = model, library_norm, parts
         self.total: Total | None = None
         self.stage_done: Callable[[int], None] | None = None
+        self.warned = False  # of hooks that do not fire
         self._chain = TracedChain(model, parts)
         self._names = tuple(stage.name for stage in self.stages)
         self.set_schedule(schedule)
@@ -60,10 +76,7 @@ class Execution:
     def set_schedule(self, schedule: Schedule) -> None:
         """Raises ValueError if the schedule does not cover the chain or a stage does not know its policy."""
         stages = self.stages
-        schedule.check_covers(len(stages))
-        for _, item in schedule.walk():
-            if isinstance(item, Keep):
-                stages[item.stage].check(item.policy)
+        check_schedule(schedule, stages)
         self.schedule = schedule
         self._checked = stages
 
@@ -83,15 +96,23 @@ class Execution:
             self.set_schedule(self.schedule)
         except ValueError as error:
             raise RuntimeError(
-                f"the network has changed since it was planned: {error}; make a plan for it as it is now (make_plan) and "
-                "apply that"
+                f"the network has changed since it was planned: {error}; make a plan for it as it is now (make_plan) "
+                "and apply that"
             ) from error
 
 
-class PlannedModule(nn.Module):
-    """What `apply_plan` returns is this and the model's own class."""
+_GLOBAL_HOOKS = tuple(
+    getattr(nn.modules.module, f"_global_{kind}_hooks")
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+)
 
-    lowmem: ClassVar[Execution]
+
+class PlannedModule(nn.Module):
+    """What `apply_plan` returns is this and the model's own class. `lowmem` has a slot, as the model has the same
+    `__dict__`; on the class, which is part of a cycle, it would live until the garbage collector comes by."""
+
+    __slots__ = ("lowmem",)
+    lowmem: Execution
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output for one tensor."""
@@ -100,6 +121,26 @@ class PlannedModule(nn.Module):
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             raise ValueError("a planned module takes one tensor; what else its forward takes keeps its default")
         return self.lowmem.forward(args[0])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.lowmem.warned and any(_GLOBAL_HOOKS):
+            self.lowmem.warned = True
+            warnings.warn(
+                "hooks on all modules (register_module_forward_hook and the like) fire only for the planned module and "
+                "for what runs as a whole in it: put them on the modules that you want to hear of",
+                stacklevel=2,
+            )
+        if "forward" in self.__dict__ or self._compiled_call_impl is not None:
+            try:
+                check_own_forward(self.lowmem.model)
+            except NotTraceable as error:
+                raise RuntimeError(f"the network has changed since it was planned: {error}") from None
+        return super().__call__(*args, **kwargs)
+
+    __call__._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compile leaves it as it is
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("a planned module cannot be compiled in place: torch.compile takes over its whole forward")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         return self._with(copy.deepcopy(self.lowmem.model, memo), memo)
@@ -133,28 +174,53 @@ def planned(
     """The module, of the model's class, that executes the schedule on the model's own parameters."""
     execution = Execution(model, schedule, library_norm, parts)
     kind = type(model)
-    made = type(f"Planned{kind.__name__}", (PlannedModule, kind), {"lowmem": execution, "__module__": kind.__module__})
+    made = type(f"Planned{kind.__name__}", (PlannedModule, kind), {"__module__": kind.__module__})
     module: PlannedModule = object.__new__(made)
     object.__setattr__(module, "__dict__", model.__dict__)
+    object.__setattr__(module, "lowmem", execution)
     return module
 
 
-def _untouched(model: nn.Module) -> nn.Module:
+def untouched(model: nn.Module) -> nn.Module:
+    """The model that a planned module is of; else the module itself."""
     return model.lowmem.model if isinstance(model, PlannedModule) else model
 
 
-def parts_of(model: nn.Module, stages: Sequence[str | nn.Module]) -> Parts:
+def parts_of(model: nn.Module, stages: Named) -> Parts:
     """Modules that make up a network, by name or themselves, in the order in which its input goes through them. Raises
-    ValueError for a name that the model has not got."""
+    ValueError for what the model has not got."""
     names = {id(module): name for name, module in model.named_modules()}
-    parts = []
+    parts: list[tuple[str, Callable[..., Any]]] = []
     for one in stages:
         try:
             module = model.get_submodule(one) if isinstance(one, str) else one
         except AttributeError as error:
             raise ValueError(f"the network has no module {one!r}: {error}") from None
-        parts.append((names.get(id(module), f"stage{len(parts)}"), module))
+        if id(module) not in names:
+            raise ValueError(f"a {type(module).__name__} that is to be a stage is no module of the network")
+        parts.append((names[id(module)], module))
     return parts
+
+
+def check_plan(plan: Plan, stages: Sequence[Stage]) -> None:
+    """Raises ValueError if the plan, or one on its ladder, is none for these stages."""
+    names = tuple(stage.name for stage in stages)
+    if plan.stages != names:
+        wrong = next((pair for pair in zip(plan.stages, names, strict=False) if pair[0] != pair[1]), None)
+        detail = f"{wrong[0]!r} where the model has {wrong[1]!r}" if wrong else "another number of them"
+        raise ValueError(
+            f"the plan has {counted(len(plan.stages), 'stage')}, the model {len(names)}: {detail}; plan again"
+        )
+    for one in (plan, *plan.ladder):
+        check_schedule(one.schedule, stages)
+
+
+def check_schedule(schedule: Schedule, stages: Sequence[Stage]) -> None:
+    """Raises ValueError if the schedule does not cover the chain or a stage does not know its policy."""
+    schedule.check_covers(len(stages))
+    for _, item in schedule.walk():
+        if isinstance(item, Keep):
+            stages[item.stage].check(item.policy)
 
 
 def apply_plan(
@@ -162,7 +228,7 @@ def apply_plan(
     plan: Plan | Schedule,
     *,
     library_norm: bool | None = None,
-    stages: Sequence[str | nn.Module] | None = None,
+    stages: Named | None = None,
 ) -> PlannedModule:
     """The module that executes the plan on the model's own parameters.
 
@@ -172,16 +238,10 @@ def apply_plan(
     schedule the native kernels. `stages`: as they were named to `make_plan`. Raises ValueError if the plan was made for
     other stages than the model's.
     """
-    model = _untouched(model)
+    model = untouched(model)
     parts = None if stages is None else parts_of(model, stages)
     if isinstance(plan, Schedule):
         return planned(model, plan, bool(library_norm), parts)
-    names = stage_names(model) if parts is None else tuple(name for name, _ in parts)
-    if plan.stages != names:
-        wrong = next((pair for pair in zip(plan.stages, names, strict=False) if pair[0] != pair[1]), None)
-        detail = f"{wrong[0]!r} where the model has {wrong[1]!r}" if wrong else "another number of them"
-        raise ValueError(
-            f"the plan has {counted(len(plan.stages), 'stage')}, the model {len(names)}: {detail}; plan again"
-        )
+    check_plan(plan, decompose(model) if parts is None else chain_of(parts))
     library_norm = plan.library_norm if library_norm is None else library_norm
     return planned(model, plan.schedule, library_norm, parts)

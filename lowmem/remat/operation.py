@@ -1,7 +1,7 @@
 """What a stage is made of: operations, and what they may know of the pass they run in.
 
 An operation takes the values of a stage (0: its input; k: the result of its k-th operation) and makes one more. Some
-have kernels of their own, called as autograd calls them, so that on a CPU the bits are the same (invariant 1): these say
+have kernels of their own, called as autograd calls them, so that on a CPU the bits are the same (invariant 1): they say
 what their backward reads, and may write their result into an operand that nobody needs any more. Every other one runs
 under autograd by itself (`autograd_operation.py`).
 """
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+Norm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 Total: TypeAlias = Callable[[Tensor], None]
 """Sums a contiguous float64 vector over all processes, in place; returns when the tensor may be used."""
@@ -39,6 +41,10 @@ class PassState:
     # Parameters that several operations use: their gradients are summed before they are accumulated, as autograd does.
     uses: dict[int, int] = field(default_factory=dict)  # by identity: how many gradients are still to come
     sums: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # Gradients that autograd is given, to do with them what it does: by the parameter's identity. All of them if
+    # somebody asked for some (`torch.autograd.grad`); else those of parameters whose hooks change them.
+    asked: bool = False
+    returned: dict[int, Tensor] = field(default_factory=dict)
 
     def add_gradient(self, parameter: Tensor, grad: Tensor) -> None:
         """Of one use of a parameter."""
@@ -51,12 +57,18 @@ class PassState:
             if self.uses[key]:
                 self.sums[key] = parameter, grad
                 return
-        accumulate(parameter, grad)
+        self._deliver(parameter, grad)
 
     def finish(self) -> None:
         """Of parameters some of whose uses no gradient reached."""
         while self.sums:
-            accumulate(*self.sums.popitem()[1])
+            self._deliver(*self.sums.popitem()[1])
+
+    def _deliver(self, parameter: Tensor, grad: Tensor) -> None:
+        if self.asked or parameter._backward_hooks:
+            self.returned[id(parameter)] = grad.to(parameter.dtype)
+        else:
+            accumulate(parameter, grad)
 
 
 class Operation:
@@ -65,7 +77,9 @@ class Operation:
     `dear`: its result is worth keeping, as making it again takes long. `view`: the result is (or may be) its first
     operand's memory under another shape. `in_place`: positions of operands that the result may be written into.
     `reads`: positions of operands, `reads_output`: whether the result, that the backward needs. `shares`: positions
-    whose gradient is, or is a view of, the one that comes in; all others are new tensors.
+    whose gradient is, or is a view of, the one that comes in; all others are new tensors. `uses_up`: the position of an
+    operand that the backward can make use of as room for its own; where nobody needs it any more, it is called with
+    `spent=True`.
 
     `graphed`: in the forward it can make something for its backward to use in place of all that it reads
     (`with_graph`): autograd's graph, if it runs `under_autograd`, or a pool's indices. `light`: that keeps no tensor of
@@ -79,7 +93,8 @@ class Operation:
     in_place: tuple[int, ...] = ()
     reads: tuple[int, ...] = ()
     shares: tuple[int, ...] = ()
-    norm: nn.Module | None = None  # a batch norm whose statistics may be all processes'
+    uses_up: int | None = None
+    norm: Norm | None = None  # a batch norm whose statistics may be all processes'
 
     @property
     def signature(self) -> Hashable:
@@ -178,12 +193,9 @@ def of_tensor(tensor: Tensor | None) -> Hashable:
 
 
 def accumulate(parameter: Tensor, grad: Tensor) -> None:
-    """Adds to `.grad` in place, or becomes it, in the parameter's dtype and memory layout; the parameter's hooks run
-    as autograd would run them: those that change the gradient before, those after the accumulation after it."""
+    """Adds to `.grad` in place, or becomes it, in the parameter's dtype and memory layout; then the parameter's
+    post-accumulate hooks run."""
     grad = grad.to(parameter.dtype)
-    for hook in tuple(parameter._backward_hooks.values()) if parameter._backward_hooks else ():
-        changed = hook(grad)
-        grad = grad if changed is None else changed
     dims = zip(grad.shape, grad.stride(), parameter.stride(), strict=True)
     if parameter.grad is not None:
         parameter.grad.add_(grad)

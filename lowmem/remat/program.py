@@ -1,5 +1,5 @@
-"""What a stage does under a policy, settled beforehand: which operation runs when, what is computed again and when, what
-is written in place, and after which step each tensor dies. The stage then only follows it (`stage.Stage`).
+"""What a stage does under a policy, settled beforehand: which operation runs when, what is computed again and when,
+what is written in place, and after which step each tensor dies. The stage then only follows it (`stage.Stage`).
 
 The backward goes through the operations in reverse; what one of them reads and nobody has is computed again just before
 it, from the nearest tensors that are there, and lives until the last that needs it. Gradients that meet at a value are
@@ -34,6 +34,7 @@ class Step(NamedTuple):
     reads: tuple[int | None, ...] = ()  # of a backward: by operand the value it gets, None: nothing
     output: int | None = None  # likewise: its result, or graph
     owned: bool = False  # whether the gradient that comes in may be written into
+    spent: bool = False  # likewise the operand that the operation uses up
     sums: tuple[bool, ...] = ()  # by operand: whether a gradient that is there already may be added to in place
     frees: tuple[int, ...] = ()
 
@@ -107,12 +108,12 @@ class Compiler:
         return self._finish(steps, set(kept.values) | last, kept)
 
     def restore(self, kept: Kept) -> tuple[tuple[Step, ...], Kept]:
-        """The output again; and what is there afterwards for the backward: dear tensors that it reads stay."""
+        """The output again; and what is there afterwards for the backward: of what was made, all that it reads stays."""
         steps: list[Step] = []
         self._make(self.count, {0, *kept.values}, steps, frozenset())
-        read = {value for step in self._backward_steps(Kept(frozenset({0})))[0] for value in step.uses(self.operations)}
-        made = {step.operation + 1 for step in steps}
-        stay = {value for value in made & read if self.operations[value - 1].dear and value != self.count}
+        backward = (step for step in self._backward_steps(Kept(frozenset({0})))[0] if step.backward)
+        read = {value for step in backward for value in step.uses(self.operations)}
+        stay = {step.operation + 1 for step in steps} & read - {self.count}
         after = Kept(kept.values | stay, kept.graphs)
         return self._finish(steps, set(after.values) | {self.count}, after), after
 
@@ -211,18 +212,21 @@ class Compiler:
             dying = {value for value in step.uses(self.operations) if last[value] == at and value not in stay}
             if not step.backward and last[step.operation + 1] == at and step.operation + 1 not in stay:
                 dying.add(step.operation + 1)
-            into = None
-            if not step.backward and not step.graph:
-                operation = self.operations[step.operation]
-                for position in operation.in_place:
-                    value = operation.operands[position]
-                    memory = self._alias[value]
-                    alone = operation.operands.count(value) == 1 and memory not in fixed
-                    # A result in its operand's place keeps the memory in use, but under its own name.
-                    if alone and value in dying and until[memory] == at:
-                        into = position
-                        break
-            finished.append(step._replace(into=into, frees=tuple(sorted(dying))))
+            operation = self.operations[step.operation]
+
+            def alone(position: int, operation: Operation = operation, at: int = at, dying: set[int] = dying) -> bool:
+                value = operation.operands[position]
+                memory = self._alias[value]
+                last_of_memory = memory not in fixed and until[memory] == at
+                return last_of_memory and value in dying and operation.operands.count(value) == 1
+
+            into, spent = None, False
+            if step.backward:
+                spent = operation.uses_up is not None and step.output is None and alone(operation.uses_up)
+            elif not step.graph:
+                # A result in its operand's place keeps the memory in use, but under its own name.
+                into = next((position for position in operation.in_place if alone(position)), None)
+            finished.append(step._replace(into=into, spent=spent, frees=tuple(sorted(dying))))
         return tuple(finished)
 
 

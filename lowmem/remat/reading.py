@@ -23,11 +23,11 @@ from torch import Tensor, fx, nn
 from lowmem.remat.autograd_operation import Attribute, AutogradOperation, Operand, Scalar, ScalarOperation
 from lowmem.remat.calls import Call
 from lowmem.remat.elementwise import OutputActivation
-from lowmem.remat.known import SCALAR_ATTRIBUTES
+from lowmem.remat.known import FRESH, SCALAR_ATTRIBUTES
 from lowmem.remat.linear_maps import Convolution, Linear
 from lowmem.remat.operation import Operation
 from lowmem.remat.pooling import MaxPool
-from lowmem.remat.tracing import NotTraceable, owner_of
+from lowmem.remat.tracing import Constant, NotTraceable, owner_of
 
 
 class RunsWhole(Exception):
@@ -53,6 +53,7 @@ class Reading:
     constant: bool = False  # made of parameters, buffers and numbers alone: made anew wherever it is used
     view_of: Reading | None = field(default=None, repr=False)
     scalars: tuple[str, ...] = ()  # numbers that its arguments name
+    taken_apart: bool = False  # several tensors, of which others take one each: not what a stage may begin with
 
     @property
     def own(self) -> tuple[Any, ...]:
@@ -112,11 +113,13 @@ class _Reader:
         elif node.op == "get_attr":
             *owner, name = str(node.target).split(".")
             self.value[node] = Attribute(self.model.get_submodule(".".join(owner)), name)
+        elif isinstance(node.target, Constant):
+            self.value[node] = node.target.tensor
         elif node.op == "output":
-            found = node.args[0]
+            found: Any = node.args[0]
             found = self.value[found] if isinstance(found, fx.Node) else found
             if not isinstance(found, Reading) or found.scalar:
-                kind = type(found).__name__ if not isinstance(found, Reading) else "number"
+                kind = type(found).__name__.removeprefix("immutable_") if not isinstance(found, Reading) else "number"
                 raise NotTraceable(f"its forward returns a {kind}, not one tensor: plan the part that returns one")
             self.output = found
         else:
@@ -146,6 +149,8 @@ class _Reader:
         name = self._name(node, path)
         reading = self._reading(call, name, path, operands, args, kwargs)
         reading.scalars = tuple(scalars)
+        if call.kind is operator.getitem and operands and isinstance(args[1], int):
+            operands[0].taken_apart = True
         same_everywhere = all(one.constant for one in operands) and not scalars
         reading.constant = same_everywhere and not (reading.scalar or call.draws or call.module is not None)
         if reading.view_of is None and operands and call.view:
@@ -195,6 +200,7 @@ class _Reader:
                 light=call.light,
                 view=call.view,
                 draws=call.draws,
+                fresh=call.kind in FRESH,
             )
 
         return Reading(name, path, kind, tuple(operands), make, dear=call.dear)
@@ -219,7 +225,8 @@ class _Reader:
 
     def _out_of_place(self, node: fx.Node) -> tuple[Call, Any, Any, fx.Node | None]:
         """The call without its change, and the node that it changes."""
-        args, kwargs = node.args, dict(node.kwargs)
+        args: tuple[Any, ...] = node.args
+        kwargs: dict[str, Any] = dict(node.kwargs)
         target: Any = node.target
         if node.op == "call_module":
             module = self.modules[str(target)]
@@ -266,9 +273,10 @@ class _Reader:
         for other, value in list(self.value.items()):
             if value is old:
                 self.value[other] = reading
-            elif isinstance(value, Reading) and value is not reading and _base(value) is _base(old):
-                if any(self.order[user] > now for user in other.users):
-                    raise RunsWhole(where, "something is changed in place of which a view is used later")
+                continue
+            shares = isinstance(value, Reading) and value is not reading and _base(value) is _base(old)
+            if shares and any(self.order[user] > now for user in other.users):
+                raise RunsWhole(where, "something is changed in place of which a view is used later")
 
     def _used_beside(self, view: Reading, now: int) -> bool:
         """Whether there is another use, before, of the view or of what it is a view of, than to make the view."""

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowmem.plan.policy import BlockPolicy, PolicyKind
 from lowmem.remat.elementwise import OutputActivation
-from lowmem.remat.operation import Operation, PassState
+from lowmem.remat.operation import Norm, Operation, PassState
 from lowmem.remat.program import Compiler, Kept, Step
 
 Box: TypeAlias = list[Any]
@@ -51,7 +51,7 @@ class Stage:
         return tuple((operation.name, operation.signature, operation.operands) for operation in self.operations)
 
     @property
-    def norms(self) -> tuple[nn.Module, ...]:
+    def norms(self) -> tuple[Norm, ...]:
         """Batch norms whose statistics may be all processes', in the order in which the forward needs them."""
         return tuple(operation.norm for operation in self.operations if operation.norm is not None)
 
@@ -68,13 +68,19 @@ class Stage:
     @cached_property
     def read(self) -> frozenset[str]:
         """What SAVE_ALL keeps: graphs, and results that the backward of others reads."""
-        read = {value for k, one in enumerate(self.operations) if not one.graphed for value in self._reads(k)}
-        read = self._behind_views(read)
         return frozenset(
-            operation.name
-            for k, operation in enumerate(self.operations)
-            if self._keepable(k) and (k + 1 in read or (operation.graphed and not operation.light))
+            operation.name for k, operation in enumerate(self.operations) if self._keepable(k) and self.wanted(k)
         )
+
+    def wanted(self, k: int) -> bool:
+        """Whether the backward of another operation reads the result of the k-th, or its own needs its graph. Light
+        graphs are always kept."""
+        return (self.operations[k].graphed and not self.operations[k].light) or k + 1 in self._wanted
+
+    @cached_property
+    def _wanted(self) -> frozenset[int]:
+        read = {value for k, one in enumerate(self.operations) if not one.graphed for value in self._reads(k)}
+        return frozenset(self._behind_views(read))
 
     def _keepable(self, k: int) -> bool:
         operation = self.operations[k]
@@ -204,8 +210,13 @@ class Stage:
                 room[len(self.operations)] = None
         return y, room
 
-    def restore(self, saved: Saved, x: Tensor, policy: BlockPolicy, memo: StagePass) -> Any:
-        """The output again, from the input and the kept tensors; may add to `saved` what the backward needs too."""
+    def restore_reads_input(self, policy: BlockPolicy, memo: StagePass) -> bool:
+        """Whether the output cannot be made again of the kept tensors alone."""
+        return any(0 in step.uses(self.operations) for step in self._program("restore", policy, memo))
+
+    def restore(self, saved: Saved, x: Tensor | None, policy: BlockPolicy, memo: StagePass) -> Any:
+        """The output again, from the kept tensors and, where it is read, the input; may add to `saved` what the
+        backward needs too."""
         saved[0] = x
         self._follow(self._program("restore", policy, memo), saved, memo)
         y, saved[len(self.operations)], saved[0] = saved[len(self.operations)], None, None
@@ -257,11 +268,11 @@ class Stage:
             return
         operands = [None if value is None else room[value] for value in step.reads]
         output = None if step.output is None else room[step.output]
-        sums: dict[str, Any] = {}
+        more: dict[str, Any] = {"spent": True} if step.spent else {}
         if operation.sums:
-            sums["so_far"] = [grads[value] for value in operation.operands]
-        found = operation.backward(grad, operands, output, state, step.needed, step.owned, **sums)
-        del grad, operands, output, sums
+            more["so_far"] = [grads[value] for value in operation.operands]
+        found = operation.backward(grad, operands, output, state, step.needed, step.owned, **more)
+        del grad, operands, output, more
         for value in step.frees:
             room[value] = None
         mine, parameters = found

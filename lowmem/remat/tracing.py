@@ -13,10 +13,18 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-TRACING = threading.Lock()  # torch.fx patches globals while it traces: one thread at a time
+from lowmem.core.errors import first_line
+from lowmem.remat.before import Generators
+from lowmem.remat.known import RANDOM
+
+TRACING = threading.Lock()  # torch.fx patches every module's calls while it traces: one thread at a time
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -25,12 +33,33 @@ def has_hooks(module: nn.Module) -> bool:
     return any(module.__dict__.get(name) for name in _HOOKS)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """By torch.jit or torch.compile: then its forward is no Python that can be traced."""
+    wrapped = type(module).__module__.startswith("torch._dynamo")
+    return wrapped or isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl is not None
+
+
 class NotTraceable(ValueError):
     """Why a module cannot be traced, in a sentence. `final`: nor can it be run as a whole."""
 
     def __init__(self, why: str, final: bool = True) -> None:
         super().__init__(why)
         self.final = final
+
+
+def check_own_forward(model: nn.Module) -> None:
+    """Raises NotTraceable where a call of the module would not run the `forward` of its class, or nobody knows yet what
+    it computes."""
+    if is_compiled(model):
+        raise NotTraceable("it is compiled, by torch.compile or torch.jit: plan the network as it was before")
+    if "forward" in model.__dict__:
+        raise NotTraceable(
+            "its forward was replaced on the object (model.forward = …), which copies and plans do not see: put it "
+            "into a subclass"
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise NotTraceable(f"{name} has no shape yet (a lazy module): run one batch through the network first")
 
 
 class _Restart(Exception):
@@ -59,7 +88,8 @@ class Tracer(fx.Tracer):
     def __init__(self, model: nn.Module, leaves: dict[str, str]) -> None:
         super().__init__(autowrap_functions=())
         self.model, self.leaves = model, leaves
-        self._depth = 0
+        self._thread = threading.get_ident()
+        self.forwards: list[nn.Module] = []  # modules whose forward was traced
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -67,34 +97,102 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves or has_hooks(m) or is_parametrized(m):
             return True
-        if super().is_leaf_module(m, module_qualified_name):
+        if super().is_leaf_module(m, module_qualified_name) or is_compiled(m):
             return True
         return any(one is not None for one in m._buffers.values())
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if threading.get_ident() != self._thread:  # somebody else's module, which runs meanwhile
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return self.create_proxy("call_module", path, args, kwargs)
+        self.forwards.append(m)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            with _NothingDrawn():
+                return super().call_module(m, forward, args, kwargs)
         except (_Restart, NotTraceable):
             raise
         except Exception as error:
-            raise _Restart(path, f"{type(error).__name__}: {error}") from error
+            raise _Restart(path, _said(error)) from error
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_arg(self, a: Any) -> Any:
+        """A tensor that is no attribute of a module: the forward makes it, of nothing that depends on the input."""
+        if not isinstance(a, Tensor) or isinstance(a, nn.Parameter) or a in self.tensor_attrs:
+            return super().create_arg(a)
+        if any(a is one for one in self.model.buffers()):
+            return super().create_arg(a)
+        return self.create_proxy("call_function", Constant(a), (), {}).node
+
+
+class Constant:
+    """A function of nothing."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.__name__ = self.__qualname__ = "constant"
+
+    def __call__(self) -> Tensor:
+        return self.tensor
+
+
+class _DrawnError(ValueError):
+    pass
+
+
+def _said(error: Exception) -> str:
+    """Why a forward cannot be traced, in a line."""
+    if isinstance(error, _DrawnError):
+        return str(error)
+    return f"torch.fx cannot follow it ({first_line(error)})"
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Raises ValueError at the end if random numbers were drawn, other than in the shape of what is traced: what was
+    drawn once would stay. Generators of Python and numpy are put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._drawn = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in RANDOM:
+            self._drawn = self._drawn or not any(isinstance(one, fx.Proxy) for one in tree_leaves((args, kwargs)))
+        return func(*args, **kwargs)
+
+    def __enter__(self) -> Any:
+        self._before = Generators()
+        return super().__enter__()
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        super().__exit__(kind, value, trace)
+        drawn = self._drawn or self._before.moved_outside_torch()
+        if drawn:
+            self._before.put_back()
+        if drawn and kind is None:
+            raise _DrawnError("it draws random numbers whose shape is not its input's")
 
 
 def trace(model: nn.Module, leaves: dict[str, str] | None = None) -> tuple[fx.Graph, dict[str, str]]:
     """The graph, and the leaves with the reasons. `leaves`: modules that are known to be. Raises NotTraceable if the
     module itself cannot be traced, or keeps state in a plain attribute."""
     leaves = {} if leaves is None else leaves
+    check_own_forward(model)
     with TRACING:
         while True:
             before = _attributes(model)
+            tracer = Tracer(model, leaves)
             try:
-                tracer = Tracer(model, leaves)
-                graph = tracer.trace(model, _defaults(model))
+                with _NothingDrawn():
+                    graph = tracer.trace(model, _defaults(model))
             except _Restart as restart:
                 if restart.path in leaves:
                     raise NotTraceable(restart.why, final=False) from restart
@@ -103,9 +201,10 @@ def trace(model: nn.Module, leaves: dict[str, str] | None = None) -> tuple[fx.Gr
             except NotTraceable:
                 raise
             except Exception as error:
-                raise NotTraceable(f"{type(error).__name__}: {error}", final=False) from error
+                raise NotTraceable(_said(error), final=False) from error
             finally:
                 changed = _restored(model, before)
+                tracer.__dict__.clear()  # it is in a cycle, and would hold the model until the collector comes by
             if changed is not None:
                 raise NotTraceable(
                     f"{changed} is set while the network runs: state in a plain attribute cannot be kept right when a "

@@ -1,4 +1,4 @@
-"""Bytes and operations of one stage of a chain, measured on fake tensors for each of its policies.
+"""Bytes and operations of one stage of a chain, measured on outlines for each of its policies.
 
 Counted above what the chain holds anyway, as the solver's recurrence has it: the input throughout, in the backward also
 the gradient of the output and, as if it still existed, the output of every policy that does not drop it.
@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowmem.plan.cost import KernelWork, OptionCost
+from lowmem.plan.cost import KernelWork, OptionCost, Rates
+from lowmem.plan.front import Result
 from lowmem.plan.policy import BlockPolicy
+from lowmem.remat.autograd_operation import AutogradOperation
 from lowmem.remat.elementwise import OutputActivation
-from lowmem.remat.operation import PassState
+from lowmem.remat.operation import Operation, PassState
 from lowmem.remat.stage import Saved, Stage, StagePass
 from lowmem.simulate.trace import Recorder
 
@@ -56,14 +59,15 @@ class StageMeasure:
 
 def measure_chain(
     stages: Sequence[Stage],
-    options: Callable[[Stage], Sequence[Option]],
+    options: Callable[[Stage, Callable[[Rates], list[Result]]], Sequence[Option]],
     x: Tensor,
     recorder: Recorder,
     low: torch.dtype | None,
     library_norm: bool,
 ) -> Iterator[StageMeasure]:
     """Yields a measure per stage, in order; equal stages on equal inputs are measured once. Runs under `recorder` (and
-    a fake mode, unless real work is wanted), with x the chain's input. `low`, `library_norm`: see `PassState`."""
+    an `OutlineMode`, unless real work is wanted), with x the chain's input. `options`: of a stage, whose results it may
+    look at. `low`, `library_norm`: see `PassState`."""
     scalars: dict[str, Any] = {}  # of the whole chain
     known: dict[Hashable, StageMeasure] = {}
     need_input = x.requires_grad
@@ -79,7 +83,7 @@ def measure_chain(
             key = (stage.signature, trains, x.shape, x.stride(), x.dtype, need_input, mask, library_norm)
             if key not in known:
                 bench = _StageBench(stage, x, new_memo, need_input, masked, recorder)
-                known[key] = bench.measure(key, options(stage))
+                known[key] = bench.measure(key, options(stage, bench.results))
             yield known[key]
             y, _ = stage.forward([x], None, new_memo())
             assert y is not None
@@ -112,13 +116,39 @@ class _StageBench:
             options=tuple([self._option(option, y.detach()) for option in options]),
         )
 
+    @cached_property
+    def _noted(self) -> dict[Operation, Any]:
+        """What operations remember of a first run."""
+        memo = self.new_memo()
+        self.stage.forward([self.x], None, memo)
+        return memo.state.notes
+
+    def results(self, rates: Rates) -> list[Result]:
+        """What its operations make: bytes that keeping each takes, with its graph if it has one, and seconds."""
+        memo, found = self.new_memo(), list[Result]()
+        values: list[Any] = [self.x]
+        graphs: list[Any] = []  # live on, so that what they hold is counted once
+        for k, operation in enumerate(self.stage.operations):
+            start, operands = self._mark(), [values[at] for at in operation.operands]
+            if isinstance(operation, AutogradOperation):
+                result, graph = operation.with_graph(operands, memo.state, [True] * len(operands))
+                graphs.append(graph)
+            else:
+                result = operation.forward(operands, memo.state)
+            values.append(result)
+            _, left, work = self._since(start)
+            name = operation.name
+            wanted, keepable = self.stage.wanted(k), name in self.stage.tensors
+            found.append(Result(name, operation.operands, left, rates.seconds(work), keepable, wanted))
+        return found
+
     def _option(self, option: Option, like: Tensor) -> OptionMeasure:
         """`like`: a tensor as the stage's output is."""
         memo = self.new_memo()
         y: Tensor | None = None
         saved: Saved = []
         if option.policy.fused or option.last:  # statistics come from a run before, which is not its own
-            self.stage.forward([self.x], None, memo)
+            memo.state.notes.update(self._noted)
         start = self._mark()
         if not option.policy.fused:
             y, saved = self.stage.forward([self.x], option.policy, memo, not option.last)
@@ -146,6 +176,7 @@ class _StageBench:
                 backward_temp_bytes=max(0, tb + restored - counted),
                 restore_temp_bytes=restore_temp,
                 restored_bytes=restored,
+                restore_reads_input=option.policy.drop_output and self.stage.restore_reads_input(option.policy, memo),
             ),
             forward_work=forward_work,
             backward_work=backward_work,

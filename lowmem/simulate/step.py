@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.config.schema import OptimConfig
 from lowmem.distributed.group import Group, Split
@@ -16,7 +15,9 @@ from lowmem.measure.out_of_memory import Failure
 from lowmem.plan.cost import Rates
 from lowmem.plan.policy import Schedule
 from lowmem.remat import PlannedModule, apply_plan
+from lowmem.remat.tracing import NotTraceable, is_compiled
 from lowmem.simulate.allocator import DeviceFull
+from lowmem.simulate.effects import OutlineMode
 from lowmem.simulate.trace import Call, Estimate, Kind, Recorder, Trace, estimate
 from lowmem.step.data_parallel import DataParallelStep
 from lowmem.step.train_step import FUSED, Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
@@ -39,11 +40,18 @@ class StepShape:
     library_norm: bool = False  # see lowmem.remat.batch_norm; of a planned step
     joint: bool = False  # one of several processes that sum their gradients
     sync_bn: bool = False
+    stages: tuple[str, ...] | None = None  # the chain's links, where they are named; None: as it is traced
 
     @property
     def execution(self) -> Execution:
-        """On the CPU, where fake tensors live: its half precision, bf16, has two bytes like any other."""
+        """On the CPU, where outlines are: its half precision, bf16, has two bytes like any other."""
         return Execution("cpu", self.precision, self.memory_format)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the pictures: the network's own."""
+        floating = (one.dtype for one in self.model.parameters() if one.is_floating_point())
+        return next(floating, torch.float32)
 
     @property
     def accumulation(self) -> int:
@@ -72,7 +80,7 @@ def simulate_step(
     way: Callable[[nn.Module], nn.Module] | None = None,
     optimizer: Mapping[str, bool] = FUSED,
 ) -> Simulated:
-    """Runs the training step with the real executor (or, for None, the untouched model under autograd) on fake tensors.
+    """Runs the training step with the real executor (or, for None, the untouched model under autograd) on outlines.
     `capacity_bytes`: of the allocator; None: no limit. `workspace`: see `lowmem.simulate.Recorder`. `way`: another way
     to execute the model, where there is no schedule. `optimizer`: the form of SGD, as its own keywords say it."""
 
@@ -80,7 +88,7 @@ def simulate_step(
         execution, joint = shape.execution, None
         run = empty_copy(shape.model, execution.torch_memory_format).train()
         if schedule is not None:
-            run = apply_plan(run, schedule, library_norm=shape.library_norm)
+            run = apply_plan(run, schedule, library_norm=shape.library_norm, stages=shape.stages)
         elif way is not None:
             run = way(run)
         sgd = make_optimizer(run, OptimConfig(momentum=0.9 if shape.momentum else 0.0), execution.device, optimizer)
@@ -90,7 +98,9 @@ def simulate_step(
             joint = DataParallelStep(run, Group(), split, execution.device, sync_bn=shape.sync_bn)
             joint.begin(shape.batch)
         step = TrainStep(run, sgd, make_scaler(execution), execution, shape.micro_batch, joint)
-        images = torch.empty(shape.batch, *shape.image_shape).contiguous(memory_format=execution.torch_memory_format)
+        images = torch.empty(shape.batch, *shape.image_shape, dtype=shape.dtype).contiguous(
+            memory_format=execution.torch_memory_format
+        )
         labels = torch.zeros(shape.batch, dtype=torch.int64)
         undo = Undo(step, run) if isinstance(run, PlannedModule) else None
         return StepRun(step=step, images=images, labels=labels, undo=undo)
@@ -122,9 +132,9 @@ class StepRun:
 def trace_steps(
     build: Callable[[], StepRun], steps: int = 1, *, workspace: Callable[[Call], int] | None = None
 ) -> Trace:
-    """Builds a step on fake tensors and runs it -> everything that was allocated and freed, in the phase `setup` and in
+    """Builds a step on outlines and runs it -> everything that was allocated and freed, in the phase `setup` and in
     those of the step (see `TrainStep.phase`). `workspace`: see `Recorder`."""
-    with FakeTensorMode():
+    with OutlineMode():
         recorder = Recorder(workspace)
         with recorder:
             _run_recorded(recorder, build(), steps)
@@ -144,11 +154,21 @@ def _run_recorded(recorder: Recorder, run: StepRun, steps: int) -> None:
 
 
 def empty_copy(model: nn.Module, memory_format: torch.memory_format = torch.preserve_format) -> nn.Module:
-    """The model with parameters and buffers of the same kind but no values, on the CPU: inside a fake mode, a copy that
-    takes no memory. The model may be on the `meta` device. (`Module.to` does not work on fake parameters.)"""
+    """The model with parameters and buffers of the same kind but no values, on the CPU: inside an `OutlineMode`, a
+    copy that takes no memory. The model may be on the `meta` device. Counters (scalars of whole numbers) are zero.
+    Raises NotTraceable for what is compiled, which cannot be copied so."""
+    for name, module in model.named_modules():
+        if is_compiled(module):
+            raise NotTraceable(
+                f"{name or 'the network'} is compiled, by torch.compile or torch.jit: plan the network as it was before"
+            )
     memo: dict[int, object] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if memory_format is torch.preserve_format or tensor.dim() != 4:
+    # Weights that a hook makes of parameters (pruning, the old weight norm) are tensors in plain attributes.
+    plain = (one for module in model.modules() for one in module.__dict__.values() if isinstance(one, Tensor))
+    for tensor in (*model.parameters(), *model.buffers(), *plain):
+        if not tensor.dim() and not tensor.dtype.is_floating_point:
+            empty = torch.zeros((), dtype=tensor.dtype)
+        elif memory_format is torch.preserve_format or tensor.dim() != 4:
             empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         else:
             empty = torch.empty(tensor.shape, dtype=tensor.dtype, memory_format=memory_format)

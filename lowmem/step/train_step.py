@@ -151,6 +151,8 @@ class TrainStep:
         self.phase = "forward"
         with self.execution.autocast():
             logits = self.model(x)
+        if logits.dim() != 2:
+            logits, y = _for_every_position(logits, y)
         # In fp32 at least, and as a sum: the last micro-batch may be smaller than the others.
         loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), y, reduction="sum")
         self.phase = "backward"
@@ -160,6 +162,14 @@ class TrainStep:
             self.scaler.scale(loss / size).backward()
         totals[0] += loss.detach().double()
         totals[1] += (logits.detach().argmax(1) != y).sum()
+
+
+def _for_every_position(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Dense outputs [N, C, ...] are trained on the picture's label at each position; [N] is one class, [N, 1]."""
+    if logits.dim() == 1:
+        logits = logits[:, None]
+    positions = logits.shape[2:]
+    return logits, labels.view(-1, *(1 for _ in positions)).expand(-1, *positions)
 
 
 @dataclass(frozen=True)

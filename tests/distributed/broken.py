@@ -14,7 +14,7 @@ make = Trainer.__init__
 def broken(self: Trainer, *arguments: object, **named: object) -> None:
     make(self, *arguments, **named)  # type: ignore[arg-type]
     assert self.planned is not None
-    done = self.planned.stage_done
+    done = self.planned.lowmem.stage_done
     assert done is not None
 
     def stage_done(index: int) -> None:
@@ -22,7 +22,7 @@ def broken(self: Trainer, *arguments: object, **named: object) -> None:
             raise ValueError("stage 3 is broken")
         done(index)
 
-    self.planned.stage_done = stage_done
+    self.planned.lowmem.stage_done = stage_done
 
 
 if __name__ == "__main__":

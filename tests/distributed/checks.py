@@ -140,7 +140,7 @@ def gradients_are_summed_once_and_during_the_backward_pass(group: Group) -> None
     assert joint is not None
     assert run is not None
     happened: list[str] = []
-    start, done = group.start_total, run.stage_done
+    start, done = group.start_total, run.lowmem.stage_done
     assert done is not None
 
     def start_total(tensor: Tensor) -> Wait:
@@ -152,7 +152,7 @@ def gradients_are_summed_once_and_during_the_backward_pass(group: Group) -> None
         done(index)
 
     joint._reducer._start = start_total
-    run.stage_done = stage_done
+    run.lowmem.stage_done = stage_done
     _step(t, 0, 0)
     messages = joint._reducer.messages
     assert happened.count("sum") == len(messages) + 1  # and the running statistics
@@ -161,7 +161,7 @@ def gradients_are_summed_once_and_during_the_backward_pass(group: Group) -> None
         assert happened.count("stage 0") == 6, "every micro-batch goes backward through all stages"
         before = happened[: len(happened) - happened[::-1].index("stage 0")].count("sum")
         assert before > len(messages) / 2
-        last = len(happened) - happened[::-1].index(f"stage {len(run.stages) - 1}")
+        last = len(happened) - happened[::-1].index(f"stage {len(run.lowmem.stages) - 1}")
         assert "sum" not in happened[: last - 1], "no sum before the last micro-batch"
 
 

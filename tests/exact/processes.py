@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.remat.batch_norm import norm_backward, norm_first
+from lowmem.remat.operation import accumulate
 
 
 class Processes:
@@ -95,8 +96,10 @@ def error_of_one_norm(device: str, dtype: torch.dtype, memory_format: Any) -> fl
         mine, total = copy.deepcopy(bn).to(device), processes.total(rank)
         share = z[cuts[rank]].to(device, copy=True)
         out, stats = norm_first(mine, share, False, total=total)
-        grad_z = norm_backward(mine, grad[cuts[rank]].to(device), share, stats, True, total)
-        assert grad_z is not None
+        found = norm_backward(mine, grad[cuts[rank]].to(device), share, stats, True, total, spent=True)
+        grad_z = found.operands[0]
+        for parameter, one in found.parameters:
+            accumulate(parameter, one)
         assert out.dtype == grad_z.dtype == dtype
         return mine.cpu(), out.cpu(), grad_z.cpu()
 

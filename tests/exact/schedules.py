@@ -6,19 +6,20 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, PolicyKind, Schedule, Segment, keep
-from lowmem.remat.block import ConvBlock
+from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, PolicyKind, Schedule, Segment
 from lowmem.remat.stage import Stage
 
 
 def fitting(stage: Stage, policy: BlockPolicy) -> BlockPolicy:
-    """The policy, without what the stage has not got."""
-    if not isinstance(stage, ConvBlock):
-        return SAVE_ALL
-    if policy.kind is not PolicyKind.KEEP:
+    """The policy, without what the stage has not got; by the name under which its costs are measured."""
+    kept = stage.kept(policy) & stage.tensors
+    if policy.fused or (kept != stage.read and policy.kind is not PolicyKind.KEEP):
         return policy
-    kept = policy.kept & stage.tensors
-    return SAVE_ALL if len(stage.pairs) == 1 and kept else BlockPolicy(policy.kind, kept, policy.drop_output)
+    if kept == stage.read and not policy.drop_output:
+        return INPUT_ONLY if policy == INPUT_ONLY else SAVE_ALL
+    if len(stage.dear) < 2:  # nothing of it is worth restoring
+        return SAVE_ALL
+    return BlockPolicy(PolicyKind.KEEP, kept, policy.drop_output)
 
 
 def uniform(stages: Sequence[Stage], policy: BlockPolicy) -> Schedule:
@@ -67,11 +68,10 @@ def schedules(
 
 
 def _policies(stage: Stage, may_drop: bool, may_fuse: bool) -> st.SearchStrategy[BlockPolicy]:
-    simple = [SAVE_ALL, INPUT_ONLY, *([FUSED] if may_fuse else [])]
-    if not isinstance(stage, ConvBlock):
-        return st.sampled_from(simple)
+    simple = [SAVE_ALL, INPUT_ONLY, LEAN, *([FUSED] if may_fuse else [])]
     drops = st.booleans() if may_drop else st.just(False)
-    subsets = st.sets(st.sampled_from(sorted(stage.tensors)))
+    names = sorted(stage.tensors)
+    subsets = st.sets(st.sampled_from(names)) if names else st.just(set[str]())
     kept = st.builds(lambda names, drop: BlockPolicy(PolicyKind.KEEP, frozenset(names), drop), subsets, drops)
     lean = st.builds(lambda drop: BlockPolicy(PolicyKind.LEAN, drop_output=drop), drops)
-    return st.one_of(st.sampled_from([*simple, LEAN, keep()]), kept, lean)
+    return st.one_of(st.sampled_from(simple), kept, lean)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowmem.models.resnet import BasicBlock, Bottleneck
 from lowmem.plan.policy import LEAN, SAVE_ALL, BlockPolicy, Keep, PolicyKind, Schedule
 from lowmem.remat import decompose
-from lowmem.remat.block import ConvBlock
+from lowmem.remat.stage import Stage
 from tests.exact.compare import FORMAT_NAMES, FORMATS, differences, twins
 
 SHAPES: dict[str, Callable[[], nn.Module]] = {
@@ -26,8 +26,8 @@ SHAPES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _subsets(block: ConvBlock) -> list[BlockPolicy]:
-    names = sorted(block.tensors)
+def _subsets(stage: Stage) -> list[BlockPolicy]:
+    names = sorted(stage.tensors)
     kept = [frozenset(some) for size in range(len(names) + 1) for some in combinations(names, size)]
     return [SAVE_ALL, LEAN, *(BlockPolicy(PolicyKind.KEEP, some) for some in kept)]
 
@@ -39,8 +39,7 @@ def test_every_subset(shape: str, memory_format: Any) -> None:
     block = SHAPES[shape]()
     chain = nn.Sequential(block)
     (stage,) = decompose(chain)
-    assert isinstance(stage, ConvBlock)
-    channels = stage.pairs[0].conv.in_channels
+    channels = block.get_submodule("conv1").in_channels
     x = torch.randn(3, channels, 6, 6).contiguous(memory_format=memory_format)
     for policy in _subsets(stage):
         plain, planned = twins(chain, Schedule((Keep(0, policy),)), memory_format)

@@ -29,11 +29,11 @@ CASES = {
     "save-all": lambda stages: uniform(stages, SAVE_ALL),
     "lean": lambda stages: uniform(stages, LEAN),
     "input-only": lambda stages: uniform(stages, INPUT_ONLY),
-    "no-last-z": lambda stages: uniform(stages, keep("z1", "z2", "a1", "a2")),
+    "no-last-z": lambda stages: uniform(stages, keep("conv1", "conv2", "relu", "relu_2")),
     "dropped-lean": lambda stages: alternating(stages, DROPPED_LEAN, LEAN),
-    "dropped-z1": lambda stages: alternating(stages, LEAN, keep("z1", drop_output=True)),
+    "dropped-z1": lambda stages: alternating(stages, LEAN, keep("conv1", drop_output=True)),
     "segments": lambda stages: segments(stages, 3, LEAN),
-    "one-segment": lambda stages: segments(stages, len(stages), keep("z2")),
+    "one-segment": lambda stages: segments(stages, len(stages), keep("conv2")),
 }
 
 
@@ -45,7 +45,7 @@ def _nested(last: int) -> Schedule:
             (
                 Keep(2, LEAN),
                 Segment(3, 4, Schedule((Keep(3, LEAN), Keep(4, FUSED)))),
-                Segment(5, last, Schedule((Keep(5, keep("z1", drop_output=True)), Keep(6, SAVE_ALL)))),
+                Segment(5, last, Schedule((Keep(5, keep("conv1", drop_output=True)), Keep(6, SAVE_ALL)))),
             )
         ),
     )
@@ -98,7 +98,7 @@ def test_with_more_threads(threads: int) -> None:
     try:
         for memory_format in FORMATS:
             model = small_net(BLOCKS[1])
-            plain, planned = twins(model, segments(decompose(model), 3, keep("z2")), memory_format)
+            plain, planned = twins(model, segments(decompose(model), 3, keep("conv2")), memory_format)
             assert differences(plain, planned, training(*pictures(4, memory_format))) == []
     finally:
         torch.set_num_threads(before)

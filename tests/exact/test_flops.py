@@ -22,7 +22,7 @@ from tests.unit.simulate.loops import Setup
 
 
 def _segment(stages: Any) -> Schedule:
-    inner = Segment(2, 4, Schedule((Keep(2, keep("z1")), Keep(3, LEAN), Keep(4, FUSED))))
+    inner = Segment(2, 4, Schedule((Keep(2, keep("conv1")), Keep(3, LEAN), Keep(4, FUSED))))
     outer = Segment(1, 5, Schedule((Keep(1, LEAN), inner, Keep(5, FUSED))))
     return Schedule((Keep(0, INPUT_ONLY), outer, Keep(6, SAVE_ALL)))
 
@@ -31,8 +31,8 @@ SCHEDULES = {
     "save-all": lambda stages: uniform(stages, SAVE_ALL),
     "lean": lambda stages: uniform(stages, LEAN),
     "input-only": lambda stages: uniform(stages, INPUT_ONLY),
-    "z1": lambda stages: uniform(stages, keep("z1")),
-    "dropped": lambda stages: alternating(stages, LEAN, keep("z1", drop_output=True)),
+    "conv1": lambda stages: uniform(stages, keep("conv1")),
+    "dropped": lambda stages: alternating(stages, LEAN, keep("conv1", drop_output=True)),
     "segments": _segment,
 }
 

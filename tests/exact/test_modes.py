@@ -30,8 +30,8 @@ from tests.exact.schedules import alternating, segments, uniform
 SCHEDULES = {
     "save-all": lambda stages: uniform(stages, SAVE_ALL),
     "lean": lambda stages: uniform(stages, LEAN),
-    "z2": lambda stages: uniform(stages, keep("z2")),
-    "dropped": lambda stages: alternating(stages, keep("z1"), BlockPolicy(PolicyKind.LEAN, drop_output=True)),
+    "conv2": lambda stages: uniform(stages, keep("conv2")),
+    "dropped": lambda stages: alternating(stages, keep("conv1"), BlockPolicy(PolicyKind.LEAN, drop_output=True)),
     "segments": lambda stages: segments(stages, 3, INPUT_ONLY),
 }
 by_format = pytest.mark.parametrize("memory_format", FORMATS, ids=FORMAT_NAMES)
@@ -76,7 +76,7 @@ def test_mixed_precision(low: torch.dtype, schedule: str, block: Any, memory_for
 
 def test_double_precision() -> None:
     model = small_net(Bottleneck).double()
-    plain, planned = twins(model, uniform(decompose(model), keep("z2")), torch.contiguous_format)
+    plain, planned = twins(model, uniform(decompose(model), keep("conv2")), torch.contiguous_format)
     x, labels = pictures(2)
     assert differences(plain, planned, training(x.double(), labels)) == []
 
@@ -99,7 +99,7 @@ def test_evaluation_mode(schedule: str, memory_format: Any) -> None:
 @pytest.mark.parametrize("train", [True, False])
 def test_without_gradients(train: bool, block: Any, memory_format: Any) -> None:
     x, _ = pictures(3, memory_format)
-    plain, planned = _twins(block, "z2", memory_format)
+    plain, planned = _twins(block, "conv2", memory_format)
     plain.train(train)
     planned.train(train)
 
@@ -252,7 +252,7 @@ def test_mixed_memory_formats(which: str, schedule: str) -> None:
 @by_schedule
 def test_batch_norm_on_the_librarys_choice_of_kernel(schedule: str, memory_format: Any) -> None:
     plain, planned = _twins(Bottleneck, schedule, memory_format)
-    planned.library_norm = True
+    planned.lowmem.library_norm = True
     assert differences(plain, planned, training(*pictures(3, memory_format))) == []
 
 
@@ -261,7 +261,7 @@ def test_batch_norm_on_the_librarys_choice_of_kernel(schedule: str, memory_forma
 @by_schedule
 def test_batch_norms_that_are_frozen_or_average_cumulatively(schedule: str, kind: str, library_norm: bool) -> None:
     plain, planned = _twins(Bottleneck, schedule, torch.contiguous_format)
-    planned.library_norm = library_norm
+    planned.lowmem.library_norm = library_norm
     for model in (plain, planned):
         for number, norm in enumerate(one for one in model.modules() if isinstance(one, nn.BatchNorm2d)):
             if kind == "cumulative":

@@ -7,7 +7,8 @@ import math
 import pytest
 
 from lowmem.choose.costs import measure_costs, price
-from lowmem.choose.planning import Request, card_rates, choose, fit
+from lowmem.choose.fitting import fit
+from lowmem.choose.planning import Request, card_rates, choose
 from lowmem.choose.request import Budget, of_card
 from lowmem.config.cards import load_card
 from lowmem.core.units import GIB, MIB

@@ -25,7 +25,7 @@ NASTY: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**53, 2**63, 2**64, -(2**63), 10**40, 10**400, 0.5, -0.0, 1e308, -1e308,
     float("nan"), float("inf"), float("-inf"), "", "0", "-1", "NaN", "\x00", "\ud800", "\u0663", "²", "a" * 5000,
     "../../../etc/passwd", "/etc/passwd", "step-99999999", "\x1b]0;owned\x07", "{}", [], {}, [[]], [{}], {"": None},
-    [0] * 300, {"a": {"b": {"c": [1, 2, {"d": None}]}}}, "KEEP{z1,z1}", "KEEP{z999999999}", [[0, 10**9]],
+    [0] * 300, {"a": {"b": {"c": [1, 2, {"d": None}]}}}, "KEEP{conv1,conv1}", "KEEP{z999999999}", [[0, 10**9]],
 )  # fmt: skip
 TOKENS = tuple(
     text.encode()

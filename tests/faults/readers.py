@@ -212,7 +212,7 @@ def small_plan(run: Path) -> Plan:
         memory_format="contiguous", exact=True, stages=tuple(stages), schedule=uniform([LEAN] * len(stages)),
         candidates=(Candidate(what="all", peak_bytes=5, step_seconds=0.1),),
     )  # fmt: skip
-    lower = Plan(**{**vars(plan), "schedule": uniform([keep("z1")] * len(stages)), "ladder": ()})
+    lower = Plan(**{**vars(plan), "schedule": uniform([keep("conv1")] * len(stages)), "ladder": ()})
     return Plan(**{**vars(plan), "ladder": (lower,)})
 
 

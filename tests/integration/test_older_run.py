@@ -24,7 +24,7 @@ from lowmem.cli.main import _run
 from lowmem.core.errors import CorruptCheckpoint
 from lowmem.lifecycle import execute
 from lowmem.runs.view import recorded_settings
-from tests.conftest import environment
+from tests.conftest import assert_same_tensors, environment
 
 STEPS_PER_EPOCH = 10
 
@@ -44,17 +44,28 @@ def plan_of(run: Path) -> dict[str, object]:
     return plan
 
 
-def test_it_goes_on_to_its_end_under_its_own_plan(older: Path) -> None:
+def test_it_goes_on_to_its_end_as_it_computed(older: Path, tmp_path: Path) -> None:
+    """Its plan names tensors as that version did: the same computation is planned again, within the same budget; and
+    under any budget the bits are the same."""
     planned = plan_of(older)
+    assert "KEEP{z1,a1}" in planned["blocks"].values()  # type: ignore[attr-defined]
     memory = recorded_settings(older).config.memory
     assert (memory.vram, memory.tensors) == (None, 2400 << 10)  # on the CPU it bounded tensors alone
+    other = Path(shutil.copytree(older, tmp_path / "other"))
     outcome = lowmem.resume_training(older, {"train.max_steps": None})
     assert outcome.finished
     assert outcome.state.step == 2 * STEPS_PER_EPOCH
     assert epochs_of(older) == ["1", "2"]
-    assert plan_of(older) == planned
+    again = plan_of(older)
+    same = ("budget_bytes", "batch", "micro_batch", "accumulation", "precision", "memory_format", "exact")
+    assert {name: again[name] for name in same} == {name: planned[name] for name in same}
+    assert list(again["blocks"]) == list(planned["blocks"])  # type: ignore[call-overload]
     events = [json.loads(line) for line in (older / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     assert next(event for event in events if event["event"] == "resume")["step"] == 13
+    (replan,) = [event for event in events if event["event"] == "replan"]
+    assert "an older version's (stage layer2.0 has no a1, z1" in replan["why"]
+    lowmem.resume_training(other, {"train.max_steps": None, "memory.tensors": "20M"})
+    assert_same_tensors(older / "weights/last.safetensors", other / "weights/last.safetensors")
 
 
 @pytest.mark.slow  # the quick one, of a start, is in test_preflight.py
@@ -72,8 +83,8 @@ def test_a_resume_imports_nothing_in_the_middle_of_a_step(older: Path) -> None:
 def test_nothing_of_a_run_is_left_when_it_has_ended(older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its card's memory is free for another one at once, not with the next collection of garbage."""
     networks: list[weakref.ref[nn.Module]] = []
-    build = execute.build
-    monkeypatch.setattr(execute, "build", lambda *given, **named: _remembered(build(*given, **named), networks))
+    make = execute.make_network
+    monkeypatch.setattr(execute, "make_network", lambda *given, **named: _remembered(make(*given, **named), networks))
     gc.collect()
     gc.disable()
     try:
@@ -88,11 +99,12 @@ def _remembered(network: nn.Module, networks: list[weakref.ref[nn.Module]]) -> n
     return network
 
 
-def test_a_fork_of_it_keeps_its_plan(older: Path, tmp_path: Path) -> None:
+def test_a_fork_of_it_keeps_what_it_computes(older: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in older.rglob("*") if path.is_file()}
     lowmem.fork_run(older, at="step:13", changes={"optim.lr": 0.01, "train.max_steps": None}, out=tmp_path / "fork")
     assert epochs_of(tmp_path / "fork") == ["1", "2"]
-    assert plan_of(tmp_path / "fork")["schedule"] == plan_of(older)["schedule"]
+    for name in ("budget_bytes", "batch", "micro_batch", "precision", "memory_format"):
+        assert plan_of(tmp_path / "fork")[name] == plan_of(older)[name]
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from lowmem.calibrate.calibrator import Calibration, Identity, Mode, Seconds
 from lowmem.config.cards import Card, load_card
-from lowmem.config.schema import ARCHITECTURES, BLOCK_LAYOUT, Config, flatten, known_keys, nest
+from lowmem.config.networks import ARCHITECTURES, BLOCK_LAYOUT
+from lowmem.config.schema import Config, flatten, known_keys, nest
 from lowmem.config.settings import Settings, from_yaml, gather, read_recipe, to_yaml
 from lowmem.core.errors import CorruptCheckpoint, LowmemError, UsageError
 from lowmem.plan.policy import LEAN, SAVE_ALL, Keep, Schedule, Segment, keep
@@ -145,7 +146,10 @@ def schedules(draw: st.DrawFn, start: int, end: int, depth: int = 0) -> Schedule
             start = last + 1
         else:
             items.append(
-                Keep(start, draw(st.sampled_from([SAVE_ALL, LEAN, keep(), keep("z1", "zs"), keep("a2", "z10")])))
+                Keep(
+                    start,
+                    draw(st.sampled_from([SAVE_ALL, LEAN, keep(), keep("conv1", "shortcut.0"), keep("relu_2", "z10")])),
+                )
             )
             start += 1
     return Schedule(tuple(items))

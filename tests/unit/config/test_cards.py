@@ -21,7 +21,7 @@ def test_every_profile_is_plausible(name: str) -> None:
     assert 1e11 < card.bandwidth_bytes_per_second < 1e12
     assert 2e12 < card.fp32_flops_per_second < 5e13
     assert 250 * MIB <= card.context_bytes <= 400 * MIB
-    assert card.tensor_cores == (card.name.startswith("RTX"))
+    assert card.tensor_cores == (card.name.startswith(("RTX", "V100")))
     assert card.usable.windows < card.usable.linux_display < card.usable.linux
     assert 7e9 < card.pcie_lane_bytes_per_second * card.pcie_lanes < 7e10
     assert cards._key(card.name) == cards._key(name)
@@ -46,6 +46,8 @@ def test_half_precision_rates() -> None:
     assert load_card("gtx1660").fp16 == "2:1"
     assert load_card("gtx1660").amp_flops_per_second == 5.03e12
     assert load_card("rtx2060").amp_flops_per_second == 4 * 6.45e12
+    assert load_card("v100").amp_flops_per_second == 8 * 14.13e12
+    assert load_card("p100").amp_flops_per_second == 9.526e12
     assert load_card("rtx3070").amp_flops_per_second == 2 * 20.3e12
 
 

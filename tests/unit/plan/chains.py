@@ -9,8 +9,8 @@ from lowmem.core.units import MIB
 from lowmem.plan.cost import ChainCost, OptionCost, StageCost
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, keep
 
-PLAIN = (SAVE_ALL, LEAN, keep("z1", "z2"), keep("z2"), INPUT_ONLY)
-DROPPING = (keep("z1", "z3", drop_output=True), keep("z2", drop_output=True))
+PLAIN = (SAVE_ALL, LEAN, keep("conv1", "conv2"), keep("conv2"), INPUT_ONLY)
+DROPPING = (keep("conv1", "conv3", drop_output=True), keep("conv2", drop_output=True))
 
 
 def random_option(rng: random.Random, policy: BlockPolicy, output: int, input_grad: int) -> OptionCost:
@@ -42,7 +42,8 @@ def random_chain(rng: random.Random, count: int, options: int, *, dropping: bool
                 option = random_option(rng, policy, output, g[index])
                 left = rng.randint(0, 6)
                 peak = output + left + rng.randint(0, 6)
-                made.append(dataclasses.replace(option, restore_temp_bytes=peak, restored_bytes=left))
+                more = {"restore_temp_bytes": peak, "restored_bytes": left, "restore_reads_input": rng.random() < 0.6}
+                made.append(dataclasses.replace(option, **more))
         rng.shuffle(made)
         last = [
             random_option(rng, option.policy, 0, g[index])

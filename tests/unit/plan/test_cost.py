@@ -68,7 +68,7 @@ def test_fused_has_no_forward() -> None:
 def test_a_stage_has_each_policy_once_and_one_that_can_always_be_used() -> None:
     with pytest.raises(ValueError, match="twice"):
         dataclasses.replace(STAGE, options=(OPTION, OPTION))
-    dropping = dataclasses.replace(OPTION, policy=keep("z1", drop_output=True))
+    dropping = dataclasses.replace(OPTION, policy=keep("conv1", drop_output=True))
     with pytest.raises(ValueError, match="anywhere"):
         dataclasses.replace(STAGE, options=(dropping,))
     assert STAGE.option(SAVE_ALL) is OPTION

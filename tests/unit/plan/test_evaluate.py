@@ -11,7 +11,7 @@ from lowmem.plan.cost import ChainCost, OptionCost, StageCost
 from lowmem.plan.evaluate import evaluate
 from lowmem.plan.policy import FUSED, LEAN, SAVE_ALL, BlockPolicy, Keep, Schedule, Segment, keep, uniform
 
-DROP = keep("z2", drop_output=True)
+DROP = keep("conv2", drop_output=True)
 
 
 def option(policy: BlockPolicy, f: float, b: float, kept: int, tf: int, tb: int, **more: Any) -> OptionCost:
@@ -132,6 +132,25 @@ def test_what_restoring_leaves_is_held_until_the_stages_own_backward() -> None:
     assert result.peak.what == "backward of block1 under SAVE_ALL"
 
 
+def test_an_output_that_is_made_again_of_what_is_kept_needs_no_input() -> None:
+    """Two neighbours drop their outputs: with inputs read, both are restored before the last backward; without, each
+    before its own, while what restoring the later one has left is still there."""
+
+    def result(left: int, reads: bool) -> tuple[float, int, str]:
+        changed = {"restored_bytes": left, "restore_temp_bytes": left + 16, "restore_reads_input": reads}
+        option = dataclasses.replace(CHAIN.stages[1].option(DROP), **changed)
+        stages = [dataclasses.replace(one, options=(*one.options[:2], option)) for one in CHAIN.stages]
+        chain = dataclasses.replace(CHAIN, stages=tuple(stages))
+        found = evaluate(uniform([DROP, DROP, SAVE_ALL]), chain)
+        return found.seconds, found.peak_bytes, found.peak.what
+
+    # fixed, kept, gradient, both restored with what that leaves, temporaries with the new gradient
+    assert result(500, True) == (31.0, 100 + 15 + 15 + 40 + 10 + 510 + 510 + 30, "backward of block2 under SAVE_ALL")
+    assert result(6, False) == (31.0, 100 + 15 + 15 + 40 + 10 + 16 + 30, "backward of block2 under SAVE_ALL")
+    # as the input of the second is restored: kept, gradient, the last one's parameter gradients, what is left
+    assert result(500, False)[1] == 100 + 15 + 15 + 10 + 7 + 500 + 516
+
+
 def test_the_optimizers_step_can_be_the_peak() -> None:
     chain = ChainCost(stages=CHAIN.stages, output_bytes=10, fixed_bytes=100, outside_peak_bytes=5000)
     result = evaluate(uniform([SAVE_ALL] * 3), chain)
@@ -143,4 +162,4 @@ def test_what_does_not_fit_the_chain_is_refused() -> None:
     with pytest.raises(ValueError, match=r"0\.\.1"):
         evaluate(uniform([SAVE_ALL] * 2), CHAIN)
     with pytest.raises(KeyError, match="KEEP"):
-        evaluate(uniform([keep("z1")] * 3), CHAIN)
+        evaluate(uniform([keep("conv1")] * 3), CHAIN)

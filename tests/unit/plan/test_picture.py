@@ -14,12 +14,12 @@ NAMES = ("stem", *(f"layer1.{i}" for i in range(3)), *(f"layer2.{i}" for i in ra
 
 
 def segment(start: int, end: int) -> Segment:
-    inner = (*(Keep(index, keep("z2")) for index in range(start, end)), Keep(end, FUSED))
+    inner = (*(Keep(index, keep("conv2")) for index in range(start, end)), Keep(end, FUSED))
     return Segment(start, end, Schedule(inner))
 
 
 def schedule() -> Schedule:
-    turns = [Keep(i, keep("z2", drop_output=True) if i % 2 else LEAN) for i in range(7, 13)]
+    turns = [Keep(i, keep("conv2", drop_output=True) if i % 2 else LEAN) for i in range(7, 13)]
     items: tuple[Item, ...] = (
         Keep(0, SAVE_ALL),
         *(Keep(index, LEAN) for index in (1, 2)),
@@ -37,9 +37,9 @@ def test_lines() -> None:
     assert lines(schedule(), NAMES) == [
         ("stem", 1, "SAVE_ALL"),
         ("layer1.0-1", 2, "LEAN"),
-        ("layer1.2 to layer2.0", 2, "checkpoint of 2 [KEEP{z2}, FUSED]"),
-        ("layer2.1-2", 2, "checkpoint of 2 [KEEP{z2}, FUSED]"),
-        ("layer2.3-8", 6, "3 x (KEEP{z2}-out, LEAN)"),
+        ("layer1.2 to layer2.0", 2, "checkpoint of 2 [KEEP{conv2}, FUSED]"),
+        ("layer2.1-2", 2, "checkpoint of 2 [KEEP{conv2}, FUSED]"),
+        ("layer2.3-8", 6, "3 x (KEEP{conv2}-out, LEAN)"),
         ("layer2.9-10", 2, "2 x checkpoint [FUSED]"),
         ("layer2.11", 1, "LEAN"),
         ("head", 1, "LEAN"),

@@ -206,7 +206,7 @@ def test_dominated_options_are_pruned() -> None:
         forward_temp_bytes=0,
         backward_temp_bytes=5,
     )
-    worse = dataclasses.replace(good, policy=keep("z1"), backward_temp_bytes=6)
+    worse = dataclasses.replace(good, policy=keep("conv1"), backward_temp_bytes=6)
     smaller = dataclasses.replace(good, policy=keep(), kept_bytes=9, backward_seconds=2)
     fused = dataclasses.replace(good, policy=FUSED, forward_seconds=0, kept_bytes=0, backward_seconds=9)
     stage = StageCost(

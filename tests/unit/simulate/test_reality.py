@@ -19,16 +19,16 @@ from tests.unit.simulate.tracker import measured_peak_bytes
 def _mixed(stages: Any) -> Schedule:
     """Segments in segments, dropped outputs, every kind of policy."""
     inner = Segment(2, 3, Schedule((Keep(2, LEAN), Keep(3, FUSED))))
-    middle = Segment(1, 4, Schedule((Keep(1, keep("z1", drop_output=True)), inner, Keep(4, FUSED))))
-    return Schedule((Keep(0, INPUT_ONLY), middle, Keep(5, keep("z1", "a1")), Keep(6, SAVE_ALL)))
+    middle = Segment(1, 4, Schedule((Keep(1, keep("conv1", drop_output=True)), inner, Keep(4, FUSED))))
+    return Schedule((Keep(0, INPUT_ONLY), middle, Keep(5, keep("conv1", "relu")), Keep(6, SAVE_ALL)))
 
 
 SCHEDULES: dict[str, MakeSchedule | None] = {
     "plain autograd": None,
     "lean": lambda stages: uniform(stages, LEAN),
-    "z1": lambda stages: uniform(stages, keep("z1")),
+    "conv1": lambda stages: uniform(stages, keep("conv1")),
     "segments": lambda stages: segments(stages, 2, LEAN),
-    "dropped": lambda stages: alternating(stages, LEAN, keep("z1", drop_output=True)),
+    "dropped": lambda stages: alternating(stages, LEAN, keep("conv1", drop_output=True)),
     "mixed": _mixed,
 }
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
