@@ -98,10 +98,8 @@ class Linear(Operation):
             yield self.linear.bias
 
     def forward(self, operands: Sequence[Any], state: PassState, into: int | None = None) -> Tensor:
-        x, weight, bias = operands[0], self.linear.weight, self.linear.bias
-        if state.low is not None:
-            x, weight = x.to(state.low), weight.to(state.low)
-            bias = None if bias is None else bias.to(state.low)
+        given: list[Any] = [operands[0], self.linear.weight, self.linear.bias]
+        x, weight, bias = (one if one is None or state.low is None else one.to(state.low) for one in given)
         if x.dim() == 2 or x.is_contiguous():
             return F.linear(x, weight, bias)
         with torch.enable_grad():  # its kernels depend on whether the weight is trained
@@ -115,7 +113,8 @@ class Linear(Operation):
         self, grad: Any, operands: Sequence[Any], output: Any, state: PassState, needed: Sequence[bool], owned: bool
     ) -> Gradients:
         weight, bias, x = self.linear.weight, self.linear.bias, operands[0]
-        dtype, low_weight = x.dtype, weight
+        dtype = x.dtype
+        low_weight: Tensor = weight
         if state.low is not None:
             x, low_weight = x.to(state.low), weight.to(state.low)
         if not (x.dim() == 2 or x.is_contiguous()):
@@ -130,13 +129,14 @@ class Linear(Operation):
         return Gradients([grad_x], found)
 
     def _by_autograd(self, grad: Tensor, x: Tensor, state: PassState, need_input: bool) -> Gradients:
-        given = [x, self.linear.weight, self.linear.bias]
+        given: list[Tensor | None] = [x, self.linear.weight, self.linear.bias]
         wanted = [need_input, *map(trainable, given[1:])]
         with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
-            leaves = [None if one is None else one.detach().requires_grad_(w) for one, w in zip(given, wanted)]
-            low = [one if one is None or state.low is None else one.to(state.low) for one in leaves]
+            pairs = zip(given, wanted, strict=True)
+            leaves = [None if one is None else one.detach().requires_grad_(want) for one, want in pairs]
+            low: list[Any] = [one if one is None or state.low is None else one.to(state.low) for one in leaves]
             asked = [one for one, want in zip(leaves, wanted, strict=True) if one is not None and want]
             found = iter(torch.autograd.grad(F.linear(*low), asked, grad))
         grads = [next(found) if want else None for want in wanted]
-        pairs = zip(given[1:], grads[1:], strict=True)
-        return Gradients(grads[:1], [(one, mine) for one, mine in pairs if mine is not None])
+        both = zip(given[1:], grads[1:], strict=True)
+        return Gradients(grads[:1], [(one, mine) for one, mine in both if one is not None and mine is not None])

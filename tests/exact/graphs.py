@@ -52,7 +52,8 @@ class RandomNet(nn.Module):
             call = line.call if line.module is None else self.parts[line.module]
             values.append(call(*(values[at] for at in line.operands)))
         x = values[-1].mean([2, 3]) if self.rows else torch.flatten(F.adaptive_avg_pool2d(values[-1], 1), 1)
-        return self.head(x)  # type: ignore[no-any-return]
+        result: Tensor = self.head(x)
+        return result
 
     # -- lines ---------------------------------------------------------------------------------------------------------
 
@@ -75,8 +76,8 @@ class RandomNet(nn.Module):
         out, size, stride = self._random.choice([4, 8]), self._random.choice([1, 3]), self._random.choice([1, 1, 1, 2])
         groups = self._random.choice([1, 1, 2, 4]) if channels % 4 == 0 else 1
         mode = self._random.choice(["zeros"] * 5 + ["circular"])
-        stride = stride if height >= 4 else 1
-        options = {"groups": groups, "padding_mode": mode, "bias": self._random.random() < 0.5}
+        stride = stride if height >= 4 and size == 3 else 1
+        options: dict[str, Any] = {"groups": groups, "padding_mode": mode, "bias": self._random.random() < 0.5}
         conv = nn.Conv2d(channels, out, size, stride, size // 2, **options)
         alike = [
             one
@@ -115,12 +116,21 @@ class RandomNet(nn.Module):
             self._views.add(len(self._shapes) - 1)
         if self._random.random() < 0.15:
             norm.eval()
-            norm.train = lambda mode=True: norm  # type: ignore[method-assign]  # stays frozen
 
     def _activation(self, at: int) -> None:
         inplace = self._random.random() < 0.5 and at not in self._views
-        kinds = [nn.ReLU, nn.ReLU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU]
-        plain = [nn.GELU, nn.Sigmoid, nn.Tanh, nn.Softplus, lambda: nn.GELU(approximate="tanh")]
+        kinds: list[Any] = [
+            nn.ReLU,
+            nn.ReLU,
+            nn.ReLU,
+            nn.ReLU6,
+            nn.SiLU,
+            nn.Hardswish,
+            nn.Hardsigmoid,
+            nn.LeakyReLU,
+            nn.ELU,
+        ]
+        plain: list[Any] = [nn.GELU, nn.Sigmoid, nn.Tanh, nn.Softplus, lambda: nn.GELU(approximate="tanh")]
         functions = [
             *(F.relu, torch.relu, torch.sigmoid, F.gelu, F.silu, lambda x: F.leaky_relu(x, 0.2, inplace)),
             *(
@@ -142,7 +152,7 @@ class RandomNet(nn.Module):
         shape = self._shapes[at]
         others = [one for one in range(len(self._shapes)) if self._shapes[one] == shape]
         other = self._random.choice(others)
-        kinds = [operator.add, operator.add, torch.add, operator.mul, torch.mul, operator.sub, torch.maximum]
+        kinds: list[Any] = [operator.add, operator.add, torch.add, operator.mul, torch.mul, operator.sub, torch.maximum]
         if at not in self._views:
             kinds += [operator.iadd, operator.imul]
         call = self._random.choice(kinds)
@@ -163,8 +173,8 @@ class RandomNet(nn.Module):
         self._line((channels, *size), kind, *((at, scale) if self._random.random() < 0.5 else (scale, at)))
 
     def _cat(self, at: int) -> None:
-        channels, *size = self._shapes[at]
-        others = [one for one in range(len(self._shapes)) if self._shapes[one][1:] == tuple(size)]
+        size = self._shapes[at][1:]
+        others = [one for one in range(len(self._shapes)) if self._shapes[one][1:] == size]
         picked = [at, *self._random.choices(others, k=self._random.choice([1, 2]))]
         total = sum(self._shapes[one][0] for one in picked)
         if total <= 32:
