@@ -22,7 +22,7 @@ STANDS_ON: dict[str, set[str]] = {
     "models": {"config"},
     "data": {"config"},
     "distributed": {"measure"},
-    "remat": {"plan"},
+    "remat": {"plan", "measure"},
     "step": {"remat", "distributed", "config"},
     "simulate": {"step"},
     "calibrate": {"simulate", "models", "isolate"},

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lowmem.measure.outline import is_outline
-from lowmem.remat.before import Before
+from lowmem.remat.starting_point import StartingPoint
 from lowmem.remat.operation import Gradients, Operation, PassState, of_tensor
 
 
@@ -325,7 +325,7 @@ class AutogradOperation(Operation):
         if state.total is not None:
             self._check_no_statistics()
         draws = self.draws and not any(map(is_outline, tensors))
-        state.notes[self] = before = Before(self.module, tensors if draws else None)
+        state.notes[self] = before = StartingPoint(self.module, tensors if draws else None)
         y = function(*args, **kwargs)
         before.compare(self.name)
         return y

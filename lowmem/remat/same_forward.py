@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowmem.core.errors import PreflightError, first_line
 from lowmem.measure.outline import is_outline
-from lowmem.remat.before import Generators
+from lowmem.remat.starting_point import Generators
 from lowmem.remat.executor import Run
 from lowmem.remat.module import Named, decompose, untouched
 from lowmem.remat.operation import PassState
