@@ -22,8 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lowmem.measure.outline import is_outline
-from lowmem.remat.starting_point import StartingPoint
 from lowmem.remat.operation import Gradients, Operation, PassState, of_tensor
+from lowmem.remat.starting_point import StartingPoint
 
 
 class Operand(NamedTuple):

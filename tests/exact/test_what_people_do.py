@@ -164,7 +164,7 @@ def _cumulative() -> nn.Module:
 
 
 def _scripted() -> nn.Module:
-    return torch.jit.script(nn.Sequential(nn.BatchNorm2d(8), nn.Tanh()))
+    return torch.jit.script(nn.Sequential(nn.Linear(10, 10), nn.Tanh()))
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
