@@ -131,7 +131,7 @@ def shape_of(task: Task) -> StepShape:
 
 
 def simulated_peak(task: Task, rates: Callable[[str], Rates]) -> int:
-    """Of a way that is not the engine, on fake tensors."""
+    """Of a way that is not the engine, on outlines."""
     way = partial(way_of, task=task)
     return simulate_step(shape_of(task), None, rates("fp32"), way=way).estimate.peak_tensor_bytes
 

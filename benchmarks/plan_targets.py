@@ -1,7 +1,7 @@
 """Memory against predicted time of the plans for a few networks and budgets, beside the targets set for them.
 
 Nothing runs for real. Each row is a budget: the solver's schedule for it is simulated whole (the real executor and
-optimizer on fake tensors), which gives the peak of the step's tensors (parameters, momentum, gradients, activations,
+optimizer on outlines), which gives the peak of the step's tensors (parameters, momentum, gradients, activations,
 temporaries), the seconds by the roofline with a card's rates, and the floating-point operations. Overhead and extra
 operations are over the simulated step of the untouched model under autograd, not over any plan of the engine. Where
 the budget is a card, the caching allocator's segments count too: the reserved figure has to fit. The solver's seconds

@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lowmem.choose.request import ASSUMED_CONTEXT_BYTES
 from lowmem.measure import Meter
 from lowmem.measure.cuda import cap_allocator
+from lowmem.measure.outline import is_outline
 from lowmem.measure.tensors import TensorMeter
 
 
@@ -74,7 +74,7 @@ class TensorBudget(TensorMeter):
 
     def _see(self, tensor: Tensor, operation: str) -> int:
         """Without those that have no memory of their own: a simulation may run under this."""
-        own = tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+        own = tensor.device.type != "meta" and not is_outline(tensor)
         return super()._see(tensor, operation) if own else 0
 
     def _over(self, before_bytes: int) -> bool:

@@ -33,7 +33,7 @@ from benchmarks.conditions import RESULTS, conditions, write
 from benchmarks.peers.table import markdown
 from benchmarks.peers.task import Task
 from benchmarks.peers.ways import INSTALL, ROWS
-from lowmem.config.schema import resolve_block
+from lowmem.config.networks import resolve_block
 from lowmem.core.units import parse_size
 from lowmem.isolate import run
 

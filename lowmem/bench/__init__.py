@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
+from lowmem.config.schema import ModelConfig
 from lowmem.core.units import format_size
 from lowmem.plan.record import Plan
 from lowmem.trial import PER_BLOCK, PLAIN, PLANNED, SELECTIVE, TrialResult
@@ -49,9 +50,12 @@ class Setup:
     timed: ClassVar[bool] = False
     unrecorded: ClassVar[tuple[str, ...]] = ()
 
-    arch: str
-    block: str
-    width: int
+    arch: str = "res20"
+    block: str = "basic"
+    width: int = 64
+    spec: str | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
     batch: int
     device: str
     vram_bytes: int | None = None
@@ -63,7 +67,11 @@ class Setup:
 
     @property
     def name(self) -> str:
-        return f"{self.arch} ({self.block}, width {self.width})"
+        return self.model.words
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(**{name: getattr(self, name) for name in ModelConfig.model_fields})
 
     @property
     def on_card(self) -> bool:
@@ -79,7 +87,7 @@ class Setup:
 
     @property
     def network(self) -> dict[str, Any]:
-        return {"arch": self.arch, "block": self.block, "width": self.width, "device": self.device}
+        return {**self.model.model_dump(), "device": self.device}
 
     @property
     def largest_steps(self) -> int:
@@ -91,8 +99,9 @@ class Setup:
         return max(1, self.batch // 16)
 
     def record(self) -> dict[str, Any]:
-        """For a results file."""
-        return {name: value for name, value in asdict(self).items() if name not in self.unrecorded}
+        """For a results file; what those of older versions do not have is None where there is nothing of it."""
+        known = asdict(self) | {"args": self.args or None, "sha256": self.sha256 or None}
+        return {name: value for name, value in known.items() if name not in self.unrecorded}
 
 
 @dataclass(kw_only=True)

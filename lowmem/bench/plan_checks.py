@@ -26,7 +26,7 @@ from lowmem.config.settings import gather
 from lowmem.data import Dataset
 from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.out_of_memory import Failure, attempt, classify, release
-from lowmem.models import build
+from lowmem.models import make_network
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan
 from lowmem.remat.libraries import Numerics, prepare_libraries
@@ -183,13 +183,13 @@ def _run(
 ) -> tuple[Tensors, Sequence[Event]]:
     """The weights after a few steps, and the run's events. `hook`: hears of every planned forward pass."""
     plan = question.planned
-    flags = {"model.arch": question.arch, "model.block": question.block, "model.width": question.width}
+    flags = {f"model.{name}": value for name, value in question.model.given.items()}
     flags |= {"train.batch": question.batch, "train.device": question.device}
     flags |= {"train.precision": plan.precision, "train.memory_format": plan.memory_format}
     config = gather(flags=flags, sets=[f"train.max_steps={_STEPS}", "train.log_every_steps=1"]).config
     pictures = random_pictures((_STEPS + 1) * question.batch)
     dataset = Dataset("random", tuple("0123456789"), pictures, None, pictures, MEAN, STD, "")
-    model = build(question.arch, question.block, width=question.width)
+    model = make_network(question.model, seed=0)
     trainer = Trainer(config, model, dataset, observer or Observer(), plan)
     if hook is not None:
         trainer.step.model.register_forward_hook(hook)

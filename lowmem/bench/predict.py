@@ -1,4 +1,4 @@
-"""What a cell is predicted to take, before it is measured: the real code on fake tensors (invariant 5), for the
+"""What a cell is predicted to take, before it is measured: the real code on outlines (invariant 5), for the
 library's ways of doing a step as for the engine's plans. And the search for the largest batch, which begins there."""
 
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from lowmem.bench import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, Cell, Setup
 from lowmem.choose.execution import budget_of, calibrator_of, request_of
@@ -14,12 +14,13 @@ from lowmem.choose.planning import choose, workspaces_of
 from lowmem.choose.request import Budget, Choice, Request
 from lowmem.config.schema import Config
 from lowmem.config.settings import gather
-from lowmem.core.errors import Infeasible
-from lowmem.models.resnet import ResNet, check_memory_format
+from lowmem.core.errors import Infeasible, PreflightError
+from lowmem.core.reading import shorten
+from lowmem.models.resnet import check_memory_format
 from lowmem.remat.libraries import workspace_cap_bytes
 from lowmem.simulate import Simulated, simulate_step
 from lowmem.step.train_step import FUSED
-from lowmem.trial import executed
+from lowmem.trial import PLAIN, executed
 
 _LEAST_TRIES = 3
 _PLENTY = 1 << 50
@@ -95,21 +96,27 @@ class Predictor:
     def _way(
         self, family: str, mode: Mode, batch: int, measured: bool = True, capacity_bytes: int | None = None
     ) -> Simulated:
-        """A step as the library does it."""
+        """A step as the library does it. Raises PreflightError for a way that fails for the network: selective
+        checkpointing refuses tensors that are changed in place."""
         way, fused = FAMILIES[family]
         request = self._request(mode, batch, measured)
         shape = request.shape(mode[0], batch)
-        # On CUDA torch takes the multi-tensor form, which fake tensors, living on the CPU, would not.
+        # On CUDA torch takes the multi-tensor form, which outlines, being on the CPU, would not.
         default = {"foreach": True} if self.setup.on_card else {}
-        return simulate_step(
-            shape,
-            None,
-            request.rates(mode[0]),
-            capacity_bytes,
-            workspaces_of(request, shape),
-            way=lambda model: executed(cast(ResNet, model), way),
-            optimizer=FUSED if fused or self.setup.fused else default,
-        )
+        try:
+            return simulate_step(
+                shape,
+                None,
+                request.rates(mode[0]),
+                capacity_bytes,
+                workspaces_of(request, shape),
+                way=lambda model: executed(model, way),
+                optimizer=FUSED if fused or self.setup.fused else default,
+            )
+        except RuntimeError as error:
+            if way == PLAIN:
+                raise
+            raise PreflightError(f"{way} fails for this network ({shorten(error, 200)})") from None
 
     def _least_bytes(self, mode: Mode, batch: int, measured: bool = True) -> int:
         try:
@@ -164,7 +171,7 @@ class Predictor:
     def _config_for(self, **memory: int | None) -> Config:
         """Of a run that would be planned like this."""
         setup = self.setup
-        flags = {"model.arch": setup.arch, "model.block": setup.block, "model.width": setup.width}
+        flags = {f"model.{name}": value for name, value in setup.model.given.items()}
         flags |= {"train.batch": setup.batch, "train.device": setup.device}
         flags |= {f"memory.{name}": size_bytes for name, size_bytes in memory.items()}
         flags |= {"train.precision": "fp32", "train.memory_format": "contiguous"}

@@ -25,7 +25,7 @@ from lowmem.bench import (
 )
 from lowmem.bench.results import FORMAT, UNKNOWN, Account, Column, Environment, ResultTable, Row, conditions
 from lowmem.core.units import counted, format_size
-from lowmem.models import skeleton
+from lowmem.models import make_network
 from lowmem.models.resnet import is_safe
 from lowmem.trial import excess, launch_note
 
@@ -95,7 +95,7 @@ def largest_cells(setup: TableSetup) -> list[Cell]:
 def table_cells(setup: TableSetup, known: Mapping[str, Cell]) -> list[Cell]:
     """Of all tables, but for the modes that corrupt memory (see `lowmem.models.resnet`); `known`: by their keys,
     with what a results file has of them."""
-    model = skeleton(setup.arch, setup.block, width=setup.width)
+    model = make_network(setup.model)
     modes = [mode for mode in MODES if is_safe(model, setup.device, *mode)]
     cells = [*step_cells(setup, modes), *largest_cells(setup)]
     return [replace(known.get(cell.key, cell), rounds=cell.rounds, weight=cell.weight) for cell in cells]

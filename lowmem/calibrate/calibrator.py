@@ -28,7 +28,8 @@ from lowmem.calibrate.stage_timer import FAST, PLAIN, Mode, Seconds, Timed
 from lowmem.core.phases import Phase, untold
 from lowmem.core.reading import read_json
 from lowmem.core.units import LARGEST, counted
-from lowmem.models.resnet import ResNet, check_memory_format
+from lowmem.models import recipe_of
+from lowmem.models.resnet import check_memory_format
 from lowmem.remat.libraries import Numerics, workspace_cap_bytes
 from lowmem.simulate import Call, StepShape
 from lowmem.simulate.stage import StageMeasure
@@ -217,7 +218,7 @@ class Calibrator:
             blocks, ways = len({at for at, *_ in wanted.values()}), sum(len(told) > 2 for told in wanted.values())
             said = f"{blocks} blocks, {ways} ways to run them, in {shape.precision} and {shape.memory_format}"
         if self.calibration.seconds(times.update_key) is None:
-            update = {"network": _recipe(shape.model), "momentum": shape.momentum}
+            update = {"network": recipe_of(shape.model), "momentum": shape.momentum}
             jobs.append({"kind": "update", "figure": figure_name("seconds", times.update_key), **update})
         self._run(jobs, said)
         return times
@@ -289,14 +290,7 @@ def _way(shape: StepShape) -> tuple[str, str]:
 
 
 def _network(shape: StepShape) -> Job:
-    return {"network": _recipe(shape.model), "precision": shape.precision, "memory_format": shape.memory_format}
-
-
-def _recipe(model: nn.Module) -> dict[str, Any]:
-    """By which another process makes it: only networks of the family can be measured."""
-    assert isinstance(model, ResNet)
-    assert model.recipe is not None
-    return model.recipe
+    return {"network": recipe_of(shape.model), "precision": shape.precision, "memory_format": shape.memory_format}
 
 
 def _parameters(model: nn.Module) -> tuple[object, ...]:

@@ -21,7 +21,7 @@ from lowmem.config.schema import OptimConfig
 from lowmem.core.errors import PreflightError
 from lowmem.core.units import MIB
 from lowmem.measure.timing import time_calls
-from lowmem.models import build
+from lowmem.models import from_recipe
 from lowmem.plan.policy import BlockPolicy
 from lowmem.remat.libraries import Numerics, prepare_libraries
 from lowmem.simulate import Call
@@ -116,7 +116,7 @@ def smallest_busy(bound_by_host: Callable[[int], bool | None]) -> int:
 
 
 def _update(device: str, *, figure: str, network: Mapping[str, Any], momentum: bool) -> Figures:
-    model = build(**network).to(device)
+    model = from_recipe(network, seed=0).to(device)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer = make_optimizer(model, OptimConfig(momentum=0.9 if momentum else 0.0), device)
@@ -163,7 +163,7 @@ def _workspace(call: Call, device: str, low: torch.dtype | None) -> int:
 
 
 def _tensor(spec: tuple[tuple[int, ...], tuple[int, ...], str], device: str, low: torch.dtype | None) -> Tensor:
-    """Fake tensors live on the CPU, whose low dtype is bf16; the card's own takes its place."""
+    """The simulation's outlines are on the CPU, whose low dtype is bf16; the card's own takes its place."""
     shape, strides, name = spec
     dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
     if low is not None and dtype is torch.bfloat16:

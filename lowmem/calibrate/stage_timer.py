@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowmem.measure.out_of_memory import Failure, attempt, release
 from lowmem.measure.timing import BOUND_SHARE, Timing, time_calls
-from lowmem.models import build
+from lowmem.models import from_recipe
 from lowmem.remat import decompose
 from lowmem.remat.elementwise import OutputActivation
 from lowmem.remat.operation import PassState
@@ -61,8 +61,8 @@ def if_it_fits(work: Callable[[], _T]) -> _T | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ChainClock:
-    """Times stages of a network of the family (`network`: see `ResNet.recipe`) on inputs of `input_shape`, [N, C, H,
-    W]. `library_norm`: see `lowmem.remat.batch_norm`."""
+    """Times stages of a network (`network`: its recipe, see `lowmem.models.network`) on inputs of `input_shape`, [N, C,
+    H, W]. `library_norm`: see `lowmem.remat.batch_norm`."""
 
     network: Mapping[str, Any]
     input_shape: Sequence[int]
@@ -106,7 +106,7 @@ class ChainClock:
         x = torch.randn(self.input_shape, device=device).contiguous(memory_format=layout)
         need_input, masked = False, None
         scalars: dict[str, Any] = {}
-        for stage in decompose(build(**self.network).to(device).to(memory_format=layout)):
+        for stage in decompose(from_recipe(self.network, seed=0).to(device).to(memory_format=layout)):
             with torch.no_grad():
                 timer = _StageClock(self, stage, x, need_input, masked, scalars)
             yield timer

@@ -9,7 +9,6 @@ from itertools import product
 from math import prod
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.calibrate.calibrator import StageTimes
 from lowmem.calibrate.stage_timer import FAST, PLAIN, Seconds, Timed
@@ -20,7 +19,7 @@ from lowmem.plan.front import Result, front
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, PolicyKind
 from lowmem.remat import decompose
 from lowmem.remat.stage import Stage
-from lowmem.simulate import Call, Recorder, StepShape, empty_copy
+from lowmem.simulate import Call, OutlineMode, Recorder, StepShape, empty_copy
 from lowmem.simulate.stage import Option, StageMeasure, measure_chain
 from lowmem.step.train_step import TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
@@ -36,7 +35,7 @@ def policies(stage: Stage, results: Callable[[], Sequence[Result]] | None = None
     only what has a name."""
     groups = keepable(stage)
     choices = [[group[:count] for count in range(len(group) + 1)] for group in groups[:-1]]
-    choices.append([(), groups[-1]])
+    choices.append([(), groups[-1]] if groups[-1] else [()])
     together = sum(name in stage.dear for name in groups[-1])
     if prod(map(len, choices)) <= MOST_POLICIES and together <= MOST_TOGETHER:
         kept = [frozenset(name for part in parts for name in part) for parts in product(*choices)]
@@ -100,7 +99,7 @@ def measure_costs(
     `options`: per stage, by default all that are worth having; which these are in stages with many choices depends on
     `rates`. `phase` hears how many stages are done."""
     execution = shape.execution
-    with FakeTensorMode():
+    with OutlineMode():
         recorder = Recorder(workspace)
         model = empty_copy(shape.model, execution.torch_memory_format)
         x = torch.empty(shape.micro_batch, *shape.image_shape, dtype=shape.dtype).contiguous(

@@ -38,7 +38,7 @@ def runs(incomplete: str) -> list[str]:
 
 
 def _networks(incomplete: str) -> list[str]:
-    from lowmem.config.schema import ARCHITECTURES
+    from lowmem.config.networks import ARCHITECTURES
 
     return _beginning(incomplete, ARCHITECTURES)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowmem.cli import completion
+from lowmem.config.networks import parse_args
 
 if TYPE_CHECKING:
     from lowmem.config.settings import Settings
@@ -103,12 +104,24 @@ FLAGS = (
         "plan doctor": "basic or bottleneck.",
         "bench": "basic or bottleneck; default: the usual, for the default res56 and res110 bottleneck.",
     }),
+    Flag("--model", "model.spec", str, {
+        "train": "Another network: torchvision:NAME, timm:NAME or FILE.py:NAME, a class or function that makes it.",
+        "plan doctor bench": "Another network: torchvision:NAME, timm:NAME or FILE.py:NAME.",
+        "fork": "Go on in this network, which has the same weights: torchvision:NAME, timm:NAME or FILE.py:NAME.",
+    }, metavar="SPEC"),
+    Flag("--model-args", "model.args", list[str], {
+        "train plan doctor bench": "What --model's network is made with, like depth=3; may be repeated.",
+        "fork": "What the network is made with from there on, like dropout=0.1; may be repeated.",
+    }, metavar="NAME=VALUE"),
     Flag("--width", "model.width", int, {_STARTS: "Channels of the stem (64)."}),
     Flag("--width", "model.width", int, {"bench": "Channels of the stem (64; quick: 16)."}, least=1),
     Flag("--data", "data.source", str, {
         "train doctor reproduce": "cifar10, fashion-mnist, shapes or folder:PATH.",
         "resume": "Where the same pictures are now, like folder:PATH.",
     }),
+    Flag("--image-size", "data.image_size", int, {
+        "train plan doctor reproduce": "Side of the square pictures that the network sees (32); of a folder any.",
+    }, metavar="N"),
     Flag("--data-root", "data.root", str, {
         "train resume doctor reproduce": "Folder that holds, or receives, cifar10 and fashion-mnist.",
     }),
@@ -210,6 +223,8 @@ class Given:
         batch = flags.get("train.batch")
         if isinstance(batch, str) and batch.lstrip("-").isdigit():  # else `auto`, or for the settings to judge
             flags["train.batch"] = int(batch)
+        if "model.args" in flags:
+            flags["model.args"] = parse_args(flags["model.args"])
         return cls(flags, typed.get("config"), list(typed.get("set") or ()))
 
     def settings(self) -> Settings:

@@ -185,7 +185,7 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
             config, split = decided.settings.config, decided.planned
             assert split is not None
             choice = split.choices[0]
-            title = f"{config.model.arch} ({config.model.block}, width {config.model.width})"
+            title = config.model.words
             if curve is not None:
                 shown.phase("drawing memory against time")
             curves = None if curve is None else _draw(choice, title, curve)

@@ -30,6 +30,7 @@ from lowmem.core.reading import shorten
 from lowmem.core.units import LEAST_TENSORS_BYTES, MIB, counted, parse_memory
 from lowmem.isolate import Forks
 from lowmem.measure import read_driver
+from lowmem.models import check_network, hashes_of
 from lowmem.remat.libraries import Numerics
 from lowmem.train.signals import StartupSignals
 from lowmem.trial import PREPARE
@@ -53,7 +54,8 @@ def show_bench(
     """`flags`: by dotted setting. Raises UsageError for what cannot be meant and for a folder with other results,
     PreflightError if the folder cannot be written, Interrupted."""
     setup = _table_setup(flags, steps, rounds, budgets, quick)
-    folder = out or Path("bench") / f"{setup.arch}-{setup.block}-w{setup.width}-b{setup.batch}-{setup.device}"
+    net = f"{setup.arch}-{setup.block}-w{setup.width}" if setup.spec is None else setup.model.name
+    folder = out or Path("bench") / f"{net}-b{setup.batch}-{setup.device}"
     environment = _environment(setup)
     limit = (2.0 if quick else 60.0) if minutes is None else minutes
     seconds = 60 * limit - time.process_time()  # importing took its time too
@@ -79,7 +81,7 @@ def show_acceptance(
     kinds = KINDS if cells is None else tuple(" ".join(word.split()) for word in cells.split(","))
     if unknown := [one for one in kinds if one not in KINDS]:
         raise UsageError(f"--cells: the suite has no cells {unknown[0]!r}: use {', '.join(KINDS)}")
-    usual = {} if flags.get("model.arch") is not None else {"model.arch": "res110", "model.block": "bottleneck"}
+    usual = {} if _names_network(flags) else {"model.arch": "res110", "model.block": "bottleneck"}
     network = _network(flags, usual | ({} if flags.get("memory.tensors") else {"memory.vram": "6G"}))
     # Asked in a process of its own: a context here would take memory from the trials.
     card_bytes = ask_device(Numerics()).total_bytes if network["device"] == "cuda" else None
@@ -118,12 +120,18 @@ def _network(flags: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, An
     given = {key: value for key, value in flags.items() if value is not None}
     settings = resolve_execution(gather(flags={**mode, **usual, **given}))
     config = settings.config
+    check_network(config.model, 10, config.data.image_shape)
     refuse_unsafe(config)
     if (why := why_on_cpu(settings)) is not None:
         say(f"warning: this measures {why}", "stderr")
     train = {"batch": config.train.batch, "device": config.train.device}
     memory = {"vram_bytes": config.memory.vram, "tensors_bytes": config.memory.tensors}
-    return {**config.model.model_dump(), **train, **memory}
+    model = config.model.model_dump() | {"sha256": hashes_of(config.model)}  # trials are of what is there now
+    return {**model, **train, **memory}
+
+
+def _names_network(flags: Mapping[str, Any]) -> bool:
+    return any(flags.get(key) is not None for key in ("model.arch", "model.spec"))
 
 
 def _table_setup(
@@ -133,7 +141,9 @@ def _table_setup(
     device = resolve_execution(gather(flags={"train.device": flags.get("train.device")})).config.train.device
     on_card = device == "cuda"
     usual: dict[str, Any] = {"model.width": 16 if quick else 64, "train.batch": 16 if quick else 128 if on_card else 32}
-    if flags.get("model.arch") is None:
+    if flags.get("model.spec") is not None:
+        del usual["model.width"]
+    if not _names_network(flags):
         arch = "res56" if quick else "res110" if on_card else "res20"
         usual |= {"model.arch": arch, "model.block": "basic" if arch == "res20" else "bottleneck"}
     return TableSetup(

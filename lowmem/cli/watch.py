@@ -200,10 +200,7 @@ def _settings(config: Config) -> str:
     model, train, source = config.model, config.train, config.data.source
     if source.startswith("folder:"):
         source = f"folder {Path(source.removeprefix('folder:')).name}"
-    return shorten(
-        f"{model.arch} ({model.block}, width {model.width}) on {source}, batch {train.batch}, {train.precision}, "
-        f"{train.device}"
-    )
+    return shorten(f"{model.words} on {source}, batch {train.batch}, {train.precision}, {train.device}")
 
 
 def _position(live: Live) -> str:

@@ -14,7 +14,15 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lowmem.config.schema import ONLY_AT_THE_BEGINNING, OPERATIONAL, CardMemory, Config, Size, TensorMemory
+from lowmem.config.schema import (
+    ONLY_AT_THE_BEGINNING,
+    OPERATIONAL,
+    OWN_NETWORK,
+    CardMemory,
+    Config,
+    Size,
+    TensorMemory,
+)
 
 _CLOSE = 0.75  # of two spellings, from which on one may be meant by the other
 
@@ -30,6 +38,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("gpu", "cuda"), "train.device=cuda"),
     "cpu": "train.device=cpu",
     **dict.fromkeys(("model", "net", "network"), "model.arch"),
+    "model_args": "model.args",
     "dataset": "data.source",
     "data": "data.source",
     "random_seed": "seed",
@@ -74,7 +83,7 @@ def _settings(section: type[BaseModel], prefix: str, defaults: dict[str, Any]) -
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from _settings(kind, f"{name}.", defaults[own])
             continue
-        on_fork = not name.startswith("model.") and name not in ONLY_AT_THE_BEGINNING
+        on_fork = name in OWN_NETWORK[:2] or not (name.startswith("model.") or name in ONLY_AT_THE_BEGINNING)
         choices = tuple(map(str, get_args(kind))) if get_origin(kind) is Literal else ()
         meaning, words = field.description or "", _kind(field)
         yield Setting(name, defaults[own], words, choices, meaning, name in OPERATIONAL, on_fork)
@@ -90,6 +99,8 @@ def _kind(field: FieldInfo) -> str:
             words.append("null")
         elif get_origin(option) is Literal:
             words.append(either(get_args(option)))
+        elif get_origin(option) is dict:
+            words.append("a mapping like {name: value}")
         elif get_origin(option) is tuple:
             words.append("a rising list of numbers > 0")
         elif option in (Size, CardMemory, TensorMemory):

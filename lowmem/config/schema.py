@@ -12,44 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
+from lowmem.config import networks
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import shorten
 from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, counted, parse_memory, parse_size
 
-BLOCK_LAYOUT: dict[tuple[int, str], tuple[int, int, int, int]] = {
-    (20, "basic"): (2, 2, 3, 2),
-    (34, "basic"): (3, 4, 6, 3),
-    (50, "bottleneck"): (3, 4, 6, 3),
-    (56, "basic"): (6, 6, 9, 6),
-    (56, "bottleneck"): (3, 4, 9, 3),  # really 59 layers; the homework report calls it 56
-    (101, "bottleneck"): (3, 4, 23, 3),
-    (110, "basic"): (9, 16, 20, 9),
-    (110, "bottleneck"): (3, 4, 26, 3),
-}
-_DEPTHS = sorted({depth for depth, _ in BLOCK_LAYOUT})
-ARCHITECTURES: tuple[str, ...] = tuple(f"{kind}{depth}" for kind in ("res", "cnn") for depth in _DEPTHS)
 SOURCES = ("cifar10", "fashion-mnist", "shapes")  # and folder:PATH
-
-
-def canonical_arch(name: str) -> str:
-    """`ResNet-110`, `resnet110` and `RES110` are `res110`, `plain-20` is `cnn20`; others come back as they are."""
-    plain = re.sub(r"[-_ ]", "", name.lower())
-    short = re.sub(r"^(resnet|plainnet|plain)(?=\d)", lambda found: "res" if found[1] == "resnet" else "cnn", plain)
-    return short if short in ARCHITECTURES else name
-
-
-def resolve_block(arch: str, block: str | None) -> str:
-    """The block of an architecture: the asked one if the family has it, else the homework report's for that depth.
-    Raises UsageError for an unknown architecture or a block that the family does not have at that depth."""
-    if arch not in ARCHITECTURES:
-        raise UsageError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
-    depth = int(arch[3:])
-    known = [name for d, name in BLOCK_LAYOUT if d == depth]
-    if block is None:
-        return known[0]
-    if block not in known:
-        raise UsageError(f"{arch} has no {block!r} blocks in this family: use --block {' or --block '.join(known)}")
-    return block
+SOURCE_SIDE = 32  # of their pictures
 
 
 def canonical_source(source: str) -> str:
@@ -91,13 +60,46 @@ class Section(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
 
 
 class ModelConfig(Section):
-    """The network."""
+    """The network: of the family (`arch`, `block`, `width`); or another, where `spec` is set, and these three then mean
+    nothing."""
 
-    arch: str = Field("res20", description=f"the network: {', '.join(ARCHITECTURES)} (cnn: without shortcuts)")
+    arch: str = Field("res20", description=f"the network: {', '.join(networks.ARCHITECTURES)} (cnn: without shortcuts)")
     block: Literal["basic", "bottleneck"] = Field(
         "basic", description="kind of residual block; default: what the report used at that depth"
     )
     width: int = Field(64, gt=0, le=4096, description="channels of the stem; later stages have 2, 4 and 8 times them")
+    spec: Annotated[str, AfterValidator(networks.canonical_spec)] | None = Field(
+        None, description=f"another network, in place of arch, block and width: {networks.FORMS}"
+    )
+    args: Annotated[dict[str, Any], AfterValidator(networks.check_args)] = Field(
+        {}, description="what the network of spec is made with, by name, beside the number of classes"
+    )
+    sha256: dict[str, str] = Field(
+        {}, description="recorded by a run: hashes of spec's file and of those beside it that it imports"
+    )
+
+    @property
+    def name(self) -> str:
+        """Short, for folders and labels: `res110`, `resnet50`, `my_net-Net`."""
+        return self.arch if self.spec is None else networks.short_name(self.spec)
+
+    @property
+    def words(self) -> str:
+        """`res110 (bottleneck, width 64)`, `torchvision:resnet50`."""
+        if self.spec is not None:
+            return networks.describe(self.spec, self.args)
+        return f"{self.arch} ({self.block}, width {self.width})"
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What it is made by, by name: the other fields mean nothing."""
+        names = {"arch", "block", "width"} if self.spec is None else {"spec", "args", "sha256"}
+        return self.model_dump(include=names)
+
+    @property
+    def depth(self) -> int | None:
+        """Layers of a network of the family; None: another network."""
+        return int(self.arch[3:]) if self.spec is None else None
 
     @model_validator(mode="before")
     @classmethod
@@ -106,8 +108,10 @@ class ModelConfig(Section):
             arch = values.get("arch", "res20")
             if not isinstance(arch, str):
                 raise ValueError(f"{arch!r} is no architecture name")
-            arch = canonical_arch(arch)
-            values = {**values, "arch": arch, "block": resolve_block(arch, values.get("block"))}
+            arch = networks.canonical_arch(arch)
+            values = {**values, "arch": arch, "block": networks.resolve_block(arch, values.get("block"))}
+            if values.get("args") and values.get("spec") is None:
+                raise ValueError("arguments are for a network that is named by model.spec (--model): give it too")
         return values
 
 
@@ -127,10 +131,14 @@ class DataConfig(Section):
     val_split: int = Field(
         default=0, ge=0, description="hold back this many training pictures, and choose the best weights on them"
     )
-    augment: bool = Field(True, description="random crop with padding 4 and random horizontal flip")
+    image_size: int = Field(SOURCE_SIDE, ge=8, le=1024, description="side of the square pictures that the network sees")
+    augment: bool = Field(
+        True,
+        description="random horizontal flip and random crop: with padding 4; of a folder from image_size 64 on resized",
+    )
     fit: Literal["crop", "stretch"] = Field(
         "crop",
-        description="folder: how a picture becomes 32x32. crop: upright by its EXIF orientation, transparency over "
+        description="folder: how a picture becomes square. crop: upright by its EXIF orientation, transparency over "
         "white, the middle square of it; stretch: all of it squeezed, orientation and transparency ignored",
     )
     test_split: Annotated[int | float, BeforeValidator(_check_share)] | None = Field(
@@ -138,6 +146,20 @@ class DataConfig(Section):
     )
     val_folder: bool = Field(True, description="folder: hold back the pictures in val/, if it is there beside train/")
     skip_damaged: bool = Field(False, description="folder: go on without files that are no pictures or are damaged")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of what the network sees: channels, height, width."""
+        return 3, self.image_size, self.image_size
+
+    @model_validator(mode="after")
+    def _not_shrunk(self) -> DataConfig:
+        if self.source in SOURCES and self.image_size < SOURCE_SIDE:
+            raise ValueError(
+                f"{self.source} has pictures of {SOURCE_SIDE}x{SOURCE_SIDE}, and image_size {self.image_size} is less: "
+                f"raise it to {SOURCE_SIDE} or more; folder:PATH takes any size"
+            )
+        return self
 
 
 class OptimConfig(Section):
@@ -310,14 +332,20 @@ _OPERATIONAL = {
 OPERATIONAL = frozenset(f"{section}.{name}" for section, names in _OPERATIONAL.items() for name in names.split())
 # What a fork cannot change, beside the network: it decides other settings when a run is begun.
 ONLY_AT_THE_BEGINNING = frozenset({"recipe", "memory.auto_batch"})
+# Of the network, what a fork can change where its tensors stay: the weights go on in the code that is named.
+OWN_NETWORK = ("model.spec", "model.args", "model.sha256")
 
 
 # Settings that came later, with what runs had before: what a run recorded without them was computed so.
 BEFORE: Mapping[str, object] = {
+    "model.spec": None,
+    "model.args": {},
+    "model.sha256": {},
     "train.sync_bn": False,
     "train.deterministic": True,
     "train.tf32": "auto",
     "train.batch_norm": "auto",
+    "data.image_size": SOURCE_SIDE,
     "data.fit": "stretch",
     "data.test_split": None,
     "data.val_folder": False,
@@ -356,7 +384,10 @@ def dotted(nested: Mapping[Any, object]) -> dict[str, object]:
     """Nested dictionaries -> dotted names."""
     flat: dict[str, object] = {}
     for name, value in nested.items():
-        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {str(name): value}
+        if isinstance(value, dict) and "." not in str(name):
+            flat |= {f"{name}.{key}": v for key, v in value.items()}
+        else:
+            flat[str(name)] = value
     return flat
 
 

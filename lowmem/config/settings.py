@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from lowmem.config.catalogue import catalogue, nearest
-from lowmem.config.schema import BEFORE, OPERATIONAL, Config, dotted, flatten, known_keys, nest
+from lowmem.config.schema import BEFORE, OPERATIONAL, OWN_NETWORK, Config, dotted, flatten, known_keys, nest
 from lowmem.core.errors import LowmemError, UsageError
 from lowmem.core.reading import (
     SETTINGS_LIMIT_BYTES,
@@ -80,9 +80,36 @@ def gather(
     sources["recipe"] = "flag" if recipe else (str(config_file) if "recipe" in from_file else "default")
     for key in _outranked(flat, layer):
         del flat[key], sources[key]
+    _one_network(flat, sources, layer)
     if layer.get("model.block", -1) < layer.get("model.arch", -1):
         flat.pop("model.block", None)  # one that a file chose for its own architecture is not forced on another
     return Settings(validate(flat, sources), {key: sources.get(key, "default") for key in known_keys()})
+
+
+UNUSED = "means nothing beside model.spec"  # a source
+_TYPED = 2  # the layer of flags; --set is above
+_FAMILY = {"model.arch": "--arch", "model.block": "--block", "model.width": "--width"}
+
+
+def _one_network(flat: dict[str, object], sources: dict[str, str], layer: Mapping[str, int]) -> None:
+    """Of a network of the family and another the one of the higher layer stays; a run records both, and its own counts.
+    Raises UsageError for two that are typed."""
+    spec = layer["model.spec"] if flat.get("model.spec") is not None else -1
+    highest = max((key for key in _FAMILY if key in flat), key=lambda key: layer[key], default=None)
+    family = -1 if highest is None else layer[highest]
+    if highest is not None and min(spec, family) >= _TYPED:
+        raise UsageError(
+            f"--model names a network of its own, and {_FAMILY[highest]} is for those of the family: give one of them"
+        )
+    if spec >= family and spec >= 0:
+        unused = [*_FAMILY, *(key for key in ("model.args", "model.sha256") if layer.get(key, spec) < spec)]
+    else:  # what is typed stays, to be refused
+        unused = [key for key in OWN_NETWORK if layer.get(key, _TYPED) < _TYPED]
+    for key in unused:
+        flat.pop(key, None)
+        sources.pop(key, None)
+    if spec >= family and spec >= 0:
+        sources.update(dict.fromkeys(_FAMILY, UNUSED))
 
 
 def _outranked(flat: Mapping[str, object], layer: Mapping[str, int]) -> list[str]:

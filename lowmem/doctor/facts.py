@@ -155,9 +155,9 @@ def split_way_out(sentence: str) -> tuple[str, str | None]:
 
 
 def gather(config: Config, out: Path | None = None) -> Facts:
-    """The facts for a run of `config` into `out` (default `runs/<arch>`)."""
+    """The facts for a run of `config` into `out` (default `runs/NETWORK`)."""
     model = config.model
-    out = Path("runs") / model.arch if out is None else out
+    out = Path("runs") / model.name if out is None else out
     report = read_driver()  # before the probe, which takes memory of the card itself
     busy = busy_cores()  # and keeps a core busy
     skipped = {"cuda", "kernel"} if config.train.device == "cpu" else set()
@@ -170,7 +170,7 @@ def gather(config: Config, out: Path | None = None) -> Facts:
     known: dict[str, Any] = {
         "device_asked": config.train.device,
         "precision_asked": config.train.precision,
-        "network": f"{model.arch} ({model.block}, width {model.width})",
+        "network": model.words,
         "out": out,
         "system": platform.system() or None,
         "wsl": "microsoft" in platform.release().lower(),

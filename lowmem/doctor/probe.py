@@ -62,11 +62,11 @@ def cuda(settings: Settings) -> dict[str, Any]:
 
 def network(settings: Settings) -> dict[str, Any]:
     """Bytes on disk that a run of the network takes; without making it."""
-    from lowmem.models import skeleton
+    from lowmem.models import make_network
     from lowmem.runs.store import run_bytes
 
     config = settings.config
-    net = skeleton(config.model.arch, config.model.block, width=config.model.width)
+    net = make_network(config.model)
     parameter_bytes = sum(tensor.nbytes for tensor in net.parameters())
     # Parameters and buffers, and momentum, which is as large as the parameters.
     saved_bytes = sum(tensor.nbytes for tensor in net.state_dict().values()) + parameter_bytes
@@ -75,9 +75,10 @@ def network(settings: Settings) -> dict[str, Any]:
 
 def execution(settings: Settings) -> dict[str, Any]:
     """Device, precision and memory format as a run would resolve them, and whether it would refuse to start so."""
-    from lowmem.choose.execution import refuse_unsafe, resolve_execution
+    from lowmem.choose.execution import refuse_size, refuse_unsafe, resolve_execution
 
     resolved = resolve_execution(settings).config
+    refuse_size(resolved)
     refuse_unsafe(resolved)
     return {"execution": resolved.train.model_dump(include={"device", "precision", "memory_format"})}
 

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowmem.config.networks import refuse_changed_files
 from lowmem.config.paths import where_else
 from lowmem.config.refusals import refuse_missing_pictures, refuse_unknown_cards
 from lowmem.config.schema import Config, flatten, known_keys
@@ -43,7 +44,7 @@ __all__ = ["extend_run", "fork_run", "recorded_settings", "resume_training", "ru
 def run_training(
     config: Config | Settings, out: Path | str | None = None, observer: Observer | None = None, *, dry_run: bool = False
 ) -> Outcome:
-    """What `lowmem train` does: load the data, make the run folder (default `runs/<arch>`), preflight, train. Started
+    """What `lowmem train` does: load the data, make the run folder (default `runs/NETWORK`), preflight, train. Started
     by torchrun, the processes do it together; rank 0 writes.
 
     `dry_run`: all of that up to the first step, and then nothing of it stays. Raises LowmemError: UsageError if the
@@ -51,7 +52,7 @@ def run_training(
     PeerLost.
     """
     settings = config if isinstance(config, Settings) else Settings(config, dict.fromkeys(known_keys(), "caller"))
-    path, observer = Path(out) if out is not None else Path("runs") / settings.config.model.arch, observer or Observer()
+    path, observer = Path(out) if out is not None else Path("runs") / settings.config.model.name, observer or Observer()
     if Launch.of_environment() is None:  # else rank 0 looks, when they have come together
         refuse_unknown_cards(settings.config)
         refuse_existing(path)
@@ -83,6 +84,7 @@ def resume_training(
         decided = {key: value for key, value in given.items() if value != "auto"}  # the rest, when torch is there
         refuse_changes(recorded.config, recorded.replace(decided, "resume").config, str(path))
         refuse_missing_pictures(wanted, where_else(wanted, flags=True))
+        refuse_changed_files(recorded.config.model.spec, recorded.config.model.sha256)
 
     observer = observer or Observer()
     with observer.loading("torch"):
@@ -121,6 +123,8 @@ def fork_run(
     wanted = recorded.replace(changes, f"fork of {shorten(source.name)}").config
     refuse_missing_pictures(wanted, where_else(wanted, flags=False))
     refuse_existing(path)
+    if "model.spec" not in changes:
+        refuse_changed_files(recorded.config.model.spec, recorded.config.model.sha256)
     with observer.loading("torch"):
         from lowmem.lifecycle.execute import execute
         from lowmem.lifecycle.fork import Fork

@@ -32,6 +32,7 @@ from lowmem.lifecycle.run_identity import (
     read_plans,
     refuse_edited,
 )
+from lowmem.models import hashes_of
 from lowmem.plan.record import Plan
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
@@ -243,7 +244,16 @@ def _resolved(settings: Settings) -> Settings:
     asked += ["--batch auto"] if memory.auto_batch else []
     if asked and not planned:
         raise UsageError(f"{asked[0]} needs something to fit into: give --vram, like --vram 6G")
-    return settings
+    return with_hashes(settings)
+
+
+def with_hashes(settings: Settings) -> Settings:
+    """With what a run records of the file of its network, which is run here for the first time. Hashes that the
+    settings have already stay, and whoever makes the network holds it against them."""
+    model = settings.config.model
+    if model.sha256 or not (found := hashes_of(model)):
+        return settings
+    return settings.replace({"model.sha256": found}, "its files as they were")
 
 
 def share_settings(group: Group, read: Callable[[], Settings]) -> Settings:
@@ -283,7 +293,7 @@ def _headline(trainer: Trainer, path: Path) -> str:
         rate += f", at first {trainer.config.schedule.low_start_lr:g} (schedule.low_start)"
     pictures = f"{counted(len(dataset.train), 'picture')} to train on{held}, {len(dataset.test):,} to test"
     return (
-        f"{model.arch} ({model.block}, width {model.width}) on {dataset.name}: {pictures}; "
+        f"{model.words} on {dataset.name}: {pictures}; "
         f"{counted(train.epochs, 'epoch')}, batch {train.batch}, {rate}, {train.precision}, "
         f"{train.memory_format}, {train.device}; run folder {path}"
     )

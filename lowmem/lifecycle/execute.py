@@ -12,7 +12,7 @@ import torch
 
 import lowmem
 from lowmem.choose.decide import DataSize, Decision, decide
-from lowmem.choose.execution import numerics_of, refuse_unsafe, require_device, resolve_execution
+from lowmem.choose.execution import numerics_of, refuse_size, refuse_unsafe, require_device, resolve_execution
 from lowmem.config.schema import Config, known_keys
 from lowmem.config.settings import Settings
 from lowmem.core.errors import DataError, ForeignCheckpoint, OutOfMemory, PreflightError, UsageError
@@ -23,7 +23,7 @@ from lowmem.lifecycle.begin import New, Resume
 from lowmem.lifecycle.ending import last_words
 from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.out_of_memory import classify
-from lowmem.models import build
+from lowmem.models import check_network, make_network
 from lowmem.remat.libraries import prepare_libraries
 from lowmem.runs.event_files import require_tensorboard
 from lowmem.train.loop import Outcome, Trainer
@@ -54,6 +54,7 @@ def execute(begin: New | Resume, observer: Observer | None = None) -> Outcome:
         elsewhere = begin.where_data_is_given(config)
         dataset = _load_data(group, config, observer, elsewhere)
         size = DataSize(len(dataset.classes), len(dataset.train))
+        group.together(lambda: check_network(config.model, size.classes, config.data.image_shape))
         if recorded is None and not config.memory.auto_batch and config.train.batch > len(dataset.train):
             # No refusal: all pictures in a step can be meant, and a trial on a few keeps the recipe's batch.
             observer.warning(_describe_large_batch(config.train.batch, len(dataset.train)))
@@ -107,6 +108,7 @@ def _joined(given: Mapping[str, object], source: str) -> Iterator[Group]:
 def refuse_unfit(group: Group, config: Config) -> None:
     """What takes no time to refuse. Raises PreflightError, UsageError. The libraries are set for all that follows."""
     require_device(config.train.device)
+    refuse_size(config)
     if config.train.tensorboard:
         require_tensorboard()
     if group.size > config.train.batch:
@@ -152,8 +154,7 @@ def make_trainer(group: Group, decision: Decision, dataset: Dataset, observer: O
 
     def make() -> Trainer:
         refuse_unsafe(config)
-        spec, classes = config.model, len(dataset.classes)
-        model = build(spec.arch, spec.block, width=spec.width, num_classes=classes, seed=config.seed)
+        model = make_network(config.model, len(dataset.classes), seed=config.seed)
         with _out_of_memory(path):
             return Trainer(config, model, dataset, observer, decision.plan, group, decision.split)
 

@@ -16,16 +16,17 @@ from pathlib import Path
 
 from lowmem.choose.decide import RecordedRun, batch_chosen
 from lowmem.choose.execution import resolve_execution
+from lowmem.config.networks import refuse_changed_files
 from lowmem.config.paths import where_else
-from lowmem.config.schema import ONLY_AT_THE_BEGINNING, Config, flatten
+from lowmem.config.schema import ONLY_AT_THE_BEGINNING, OWN_NETWORK, Config, flatten
 from lowmem.config.settings import Settings
 from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint, LowmemError, PreflightError, UsageError
 from lowmem.core.reading import shorten
 from lowmem.core.units import counted
 from lowmem.data import Dataset
 from lowmem.distributed.group import Group
-from lowmem.lifecycle.begin import New, warn_of_names
-from lowmem.lifecycle.run_identity import Changes, belongs_to, most_bytes, read_plans
+from lowmem.lifecycle.begin import New, warn_of_names, with_hashes
+from lowmem.lifecycle.run_identity import Changes, belongs_to, classes_of, most_bytes, read_plans
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.checkpoint import Checkpoint, disk_errors
@@ -41,7 +42,10 @@ from lowmem.train.schedule import rate_curve, scaled_milestones, side_by_side, s
 _AT = re.compile(r"([0-9]{1,15})|step:([0-9]{1,15})|last")
 _SCHEDULE = ("schedule.milestones", "schedule.reference_epochs")
 # What decides which picture comes when.
-_READ = ("data.train_subset", "data.val_split", "data.val_folder", "data.test_split", "data.skip_damaged", "data.fit")
+_READ = (
+    "data.train_subset", "data.val_split", "data.val_folder", "data.test_split", "data.skip_damaged", "data.fit",
+    "data.image_size",
+)  # fmt: skip
 _ORDER = ("seed", "train.batch", *_READ)
 _PICTURES = ("seed", "data.source", "data.root", *_READ)
 
@@ -56,8 +60,9 @@ class ForkPoint:
     skipped: tuple[str, ...] = ()  # newer checkpoints that cannot be used, in words
 
 
-def find(run: Path, config: Config, at: int | str) -> ForkPoint:
+def find(run: Path, config: Config, at: int | str, into: Config | None = None) -> ForkPoint:
     """The checkpoint `at`: an epoch (its end), `step:4692`, or `last`: the newest that verifies and belongs to the run.
+    `into`: settings whose network is to take its weights, if not the run's own, whose file is not run then.
 
     Raises UsageError naming those there are, and CorruptCheckpoint if it is there and cannot be used.
     """
@@ -67,7 +72,7 @@ def find(run: Path, config: Config, at: int | str) -> ForkPoint:
             f"--at {at} is no place in a run: give an epoch (its end) like 12, a step like step:4692, or last"
         )
     epoch, step = (None if number is None else int(number) for number in asked.groups())
-    check, limit_bytes = belongs_to(config), most_bytes(config)
+    check, limit_bytes = belongs_to(config, into), most_bytes(into or config)
     view = RunView(run)
     positions = [position for position in view.checkpoints if position.step > 0]
     elsewhere = [reason.replace("a checkpoint is damaged", "damaged", 1) for reason in view.damaged_checkpoints]
@@ -100,15 +105,23 @@ def changed(recorded: Settings, values: Mapping[str, object], why: str) -> Setti
     if type(epochs) is int and epochs > 0 and epochs != old.train.epochs and not asked:
         where = dict(zip(_SCHEDULE, (scaled_milestones(old), epochs), strict=True))
         recorded = recorded.replace(where, f"{why}, as it was")
+    if "model.spec" in values:  # named now: of the files as they are
+        values = {"model.args": {}, **values, "model.sha256": {}}
     return recorded.replace(values, why)
 
 
-def check(old: Config, new: Config) -> Changes:
-    """What changes, name -> (old, new). Raises UsageError for nothing, or for what weights cannot be carried into."""
+def check(old: Config, new: Config, *, named: bool = False) -> Changes:
+    """What changes, name -> (old, new). `named`: the user names the network, so that its files may be other ones.
+    Raises UsageError for nothing, or for what weights cannot be carried into."""
     before, after = flatten(old), flatten(new)
     changes = {key: (before[key], value) for key, value in after.items() if before[key] != value}
     for key in changes:
-        if key.startswith("model."):
+        if key == "model.sha256" and not named:
+            raise UsageError(
+                "model.sha256 is recorded, and cannot be set in a fork: name the network with --model, and its files "
+                "are taken as they are"
+            )
+        if key.startswith("model.") and key not in OWN_NETWORK:
             raise UsageError(
                 f"{key} cannot become {after[key]!r} in a fork: the weights are for {before[key]!r} only; "
                 "start a new run with `lowmem train`"
@@ -144,14 +157,19 @@ class Fork(New):
 
     def open(self, group: Group, observer: Observer, stack: ExitStack) -> tuple[Settings, RecordedRun | None]:
         """Raises UsageError if nothing changes, the network would, or there is no such checkpoint."""
-        settings = self._wanted = resolve_execution(changed(self._begun, self.given, self.source))
-        self._changes = check(self._begun.config, settings.config)
+        if "model.spec" not in self.given:
+            refuse_changed_files(self._old.model.spec, self._old.model.sha256)
+        settings = with_hashes(resolve_execution(changed(self._begun, self.given, self.source)))
+        self._wanted = settings
+        self._changes = check(self._begun.config, settings.config, named="model.spec" in self.given)
         observer.phase("reading the old run's checkpoint and verifying it")
-        self._point = find(self._run, self._old, self._at)
+        into = settings.config if settings.config.model != self._old.model else None
+        self._point = find(self._run, self._old, self._at, into)
         self._refuse_place(settings.config)
         refuse_existing(self.path)
         try:
-            plans = read_plans(self._run, self._old)
+            own = not set(OWN_NETWORK) & set(self._changes)  # else they are for another network
+            plans = read_plans(self._run, self._old) if own else []
         except CorruptCheckpoint as error:
             observer.warning(f"{error}; the fork is planned anew")
             plans = []
@@ -188,12 +206,12 @@ class Fork(New):
         `settings`: as they were decided, since by these the new run knows its checkpoints. Raises UsageError for a
         place or pictures that cannot be, and for data with another number of classes."""
         new, old, at = settings.config, self._point.saved, self._point.position
-        self._changes = check(self._begun.config, new)
+        self._changes = check(self._begun.config, new, named="model.spec" in self.given)
         identity, recorded = identity_of(new, dataset), old.state["identity"]
         same_pictures = bool(recorded.get("data") == identity["data"])
         self._refuse_place(new, same_pictures=same_pictures)
-        classes = old.model["linear.bias"].shape[0]
-        if classes != len(dataset.classes):
+        classes = classes_of(old, new)
+        if classes is not None and classes != len(dataset.classes):
             raise UsageError(
                 f"{dataset.name} has {counted(len(dataset.classes), 'class')}, the network tells {classes} apart: "
                 "a fork keeps them"
@@ -234,7 +252,9 @@ class Fork(New):
         milestones = scaled_milestones(old)
         stays = "train.epochs" in self._changes and milestones == scaled_milestones(new)
         for key, (before, after) in self._changes.items():
-            if not (stays and key in _SCHEDULE):
+            if key == "model.sha256":
+                lines.append(_describe_files(before, after))
+            elif not (stays and key in _SCHEDULE):
                 lines.append(f"{key}: {before!r} -> {after!r}")
         if stays:
             listed = " and ".join(f"{milestone:.5g}" for milestone in milestones)
@@ -304,6 +324,14 @@ class Fork(New):
         with disk_errors(run / "report" / "learning_rate.png") as path:
             path.parent.mkdir(exist_ok=True)
             write_bytes_atomic(path, png)
+
+
+def _describe_files(before: object, after: object) -> str:
+    """Of a network: those that are not as they were, by name."""
+    assert isinstance(before, dict)
+    assert isinstance(after, dict)
+    differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    return f"model.sha256: the network's files are other ones: {', '.join(differing)}"
 
 
 def _to_the_end(points: Sequence[tuple[float, float]], end: float) -> list[tuple[float, float]]:

@@ -6,15 +6,17 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from torch import nn
+
 from lowmem.choose.execution import wants_plan
+from lowmem.config.networks import refuse_changed_files
 from lowmem.config.schema import OPERATIONAL, Config, flatten
 from lowmem.config.settings import Settings, other_run
 from lowmem.core.errors import CorruptCheckpoint, Diverged, UsageError
 from lowmem.core.reading import PLAN_LIMIT_BYTES, read_json, shorten
 from lowmem.distributed.group import Group
 from lowmem.distributed.launch import Launch
-from lowmem.models import skeleton
-from lowmem.models.resnet import ResNet
+from lowmem.models import make_network
 from lowmem.plan.record import Plan
 from lowmem.remat import stage_names
 from lowmem.runs.checkpoint import Checkpoint
@@ -27,15 +29,19 @@ Shape = tuple[int | None, ...]
 Changes = Mapping[str, tuple[object, object]]
 
 
-def network(config: Config, classes: int = 10) -> ResNet:
-    return skeleton(config.model.arch, config.model.block, width=config.model.width, num_classes=classes)
+def network(config: Config, classes: int = 10) -> nn.Module:
+    """On `meta`. Of recorded settings: raises PreflightError for a file that is not as it was recorded, and does not
+    run it."""
+    refuse_changed_files(config.model.spec, config.model.sha256)
+    return make_network(config.model, classes)
 
 
 def network_shapes(config: Config) -> dict[str, Shape]:
     """Name -> shape of the network's tensors, without making any. None: as many as there are classes in the data."""
+    one, other = (network(config, classes).state_dict() for classes in (10, 11))
     return {
-        name: (None, *tensor.shape[1:]) if name in ("linear.weight", "linear.bias") else tuple(tensor.shape)
-        for name, tensor in network(config).state_dict().items()
+        name: tuple(a if a == b else None for a, b in zip(tensor.shape, other[name].shape, strict=True))
+        for name, tensor in one.items()
     }
 
 
@@ -46,7 +52,7 @@ def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, tuple[int, .
     for name, shape in expected.items():
         if len(shape) != len(found[name]) or any(a not in (None, b) for a, b in zip(shape, found[name], strict=True)):
             raise CorruptCheckpoint(
-                f"{what}: {name} is {list(found[name])}, in the network of config.yaml it is "
+                f"{what}: {name} is {list(found[name])}, in the network of the settings it is "
                 f"{['classes' if size is None else size for size in shape]}"
             )
 
@@ -56,14 +62,31 @@ def most_bytes(config: Config) -> int:
     return 8 * sum(tensor.numel() for tensor in network(config, 100_000).state_dict().values()) + (8 << 20)
 
 
-def belongs_to(config: Config) -> Callable[[Checkpoint], None]:
-    """A check for `load_newest`: raises CorruptCheckpoint for a checkpoint of other settings or another network."""
-    expected, identity = network_shapes(config), {"settings": config_hash(config)}
+def classes_of(saved: Checkpoint, config: Config) -> int | None:
+    """How many classes the network of a checkpoint tells apart; None where no tensor of it says so."""
+    sizes = (
+        saved.model[name].shape[shape.index(None)] for name, shape in network_shapes(config).items() if None in shape
+    )
+    return next(sizes, None)
+
+
+def belongs_to(config: Config, into: Config | None = None) -> Callable[[Checkpoint], None]:
+    """A check for `load_newest`: raises CorruptCheckpoint for a checkpoint of other settings or another network.
+    `into`: settings whose network is to take its weights, if not these; then UsageError for one with other tensors."""
+    expected, identity = network_shapes(into or config), {"settings": config_hash(config)}
 
     def check(saved: Checkpoint) -> None:
         check_belongs(saved, identity)
         shapes = {name: tuple(tensor.shape) for name, tensor in saved.model.items()}
-        check_shapes(expected, shapes, f"the model of step {saved.step}")
+        try:
+            check_shapes(expected, shapes, f"the model of step {saved.step}")
+        except CorruptCheckpoint as error:
+            if into is None:
+                raise
+            raise UsageError(
+                f"{into.model.words} cannot take the weights ({error}): name a network with the same tensors, or start "
+                "a new run with `lowmem train`"
+            ) from None
         if saved.state["run"]["epoch"] > config.train.epochs:
             raise CorruptCheckpoint(f"step {saved.step} is of an epoch after the run's last, {config.train.epochs}")
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterable
-from functools import cache
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowmem.measure.flops import flops_of
 
 
 class TensorMeter(TorchDispatchMode):
@@ -39,18 +40,14 @@ class TensorMeter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = self._run(func, args, kwargs)
+        result = func(*args, **kwargs)
         outputs = tensors_among((result,))
         for tensor in outputs:
             self._see(tensor, str(func))
-        formula = _flop_formula(func)
-        flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+        flops = flops_of(func, args, kwargs, result)
         self.flops += flops
         self._ran(func, args, kwargs, outputs, flops)
         return result
-
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return func(*args, **kwargs)
 
     def _ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor], flops: int) -> None:
         """Called after each operation."""
@@ -73,7 +70,8 @@ class TensorMeter(TorchDispatchMode):
     def _change(self, storage: int, change_bytes: int, operation: str) -> None:
         """A storage came to exist (by that operation) or ceased to."""
         self.live_bytes += change_bytes
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        if self.live_bytes > self.peak_bytes:  # some ten thousand times a plan
+            self.peak_bytes = self.live_bytes
 
 
 # Without what the library wraps it in for torch.compile: with the first operation that imports torch._dynamo, over a
@@ -91,10 +89,3 @@ def tensors_among(values: Iterable[Any]) -> list[Tensor]:
         elif isinstance(value, (tuple, list)):
             tensors += tensors_among(value)
     return tensors
-
-
-@cache
-def _flop_formula(func: Any) -> Any:
-    from torch.utils.flop_counter import flop_registry  # a quarter of a second, of a start that counts nothing
-
-    return flop_registry.get(func.overloadpacket)

@@ -1,5 +1,18 @@
-"""The network family: CIFAR ResNets and the same nets without shortcuts. Knows nothing of memory."""
+"""Networks: the family (CIFAR ResNets and the same nets without shortcuts), and whatever else settings name. Knows
+nothing of memory."""
 
+from lowmem.models.network import check_network, from_recipe, hashes_of, make_network, recipe_of
 from lowmem.models.resnet import ResNet, build, initialise, layout, skeleton
 
-__all__ = ["ResNet", "build", "initialise", "layout", "skeleton"]
+__all__ = [
+    "ResNet",
+    "build",
+    "check_network",
+    "from_recipe",
+    "hashes_of",
+    "initialise",
+    "layout",
+    "make_network",
+    "recipe_of",
+    "skeleton",
+]

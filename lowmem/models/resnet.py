@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem.config.schema import BLOCK_LAYOUT, resolve_block
+from lowmem.config.networks import BLOCK_LAYOUT, resolve_block
 from lowmem.core.counter_rng import derive_seed
 from lowmem.core.errors import PreflightError, UsageError
 
@@ -72,7 +72,7 @@ class ResNet(nn.Module):
     """Stem of `width` channels, four stages of width*(1, 2, 4, 8) planes, 4x4 average pool, linear. Takes float
     [N, in_channels, 32, 32]; returns logits, float [N, num_classes]."""
 
-    recipe: dict[str, Any] | None = None  # the arguments of `skeleton` that make it again; None: made by hand
+    lowmem_recipe: dict[str, Any] | None = None  # the arguments of `skeleton` that make it again; None: made by hand
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ def skeleton(
     sizes = {"width": width, "num_classes": num_classes, "in_channels": in_channels}
     with torch.device("meta"):
         model = ResNet(kind, blocks_per_stage, residual=arch.startswith("res"), **sizes)
-    model.recipe = {"arch": arch, "block": block, **sizes}
+    model.lowmem_recipe = {"arch": arch, "block": block, **sizes}
     return model
 
 

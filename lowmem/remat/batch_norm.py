@@ -12,8 +12,8 @@ float32 and for float16 with float32 weights, torch's native one for bfloat16 (`
 does not work in place), and gathering the statistics again when a batch norm is repeated. Without it all are native, in
 place where that is safe. On a CPU both are the same kernel.
 
-cuDNN's forward returns a reserve tensor that its backward reads; the two belong together. Known limitation: on fake
-tensors, which live on the CPU, the reserve and cuDNN's workspace have no bytes.
+cuDNN's forward returns a reserve tensor that its backward reads; the two belong together. Known limitation: on
+outlines, which are on the CPU, the reserve and cuDNN's workspace have no bytes.
 
 Several processes that train on one batch have a slice of it each, maybe an empty one. With a `total` training's
 statistics are those of all: sums in [C] vectors, two calls of it per batch norm, for the statistics in the first
@@ -35,9 +35,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-from lowmem.remat.operation import Gradients, Norm, Operation, PassState, Total, of_tensor, trainable
+from lowmem.measure.outline import is_outline
+from lowmem.remat.operation import Gradients, Norm, Operation, PassState, Total, dense, in_format, of_tensor, trainable
 
 _aten = torch.ops.aten
 _EXACT_DTYPES = (torch.float32, torch.float64)
@@ -126,7 +126,7 @@ def _statistics_dtype(z: Tensor) -> torch.dtype:
 
 def _statistics(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of this process's z, in float32 at least."""
-    if isinstance(z, FakeTensor):  # the kernel below has no fake one: torch would run it on real zeros of z's size
+    if is_outline(z):  # torch has no kernel without data for the one below
         var, mean = torch.var_mean(z, [at for at in range(z.dim()) if at != 1], correction=0)
         return mean, var
     # Given running statistics (which momentum 0 leaves alone), the CPU's kernel answers in their dtype, not in z's.
@@ -291,9 +291,11 @@ class BatchNorm(Operation):
         return (one for one in (self.norm.weight, self.norm.bias) if one is not None)
 
     def forward(self, operands: Sequence[Any], state: PassState, into: int | None = None) -> Tensor:
+        z = operands[0]
+        in_place = into is not None and in_format(z) and dense(z)
         if (stats := state.notes.get(self)) is not None:
-            return norm_again(self.norm, operands[0], stats, into is not None)
-        out, state.notes[self] = norm_first(self.norm, operands[0], into is not None, state.library_norm, state.total)
+            return norm_again(self.norm, z, stats, in_place)
+        out, state.notes[self] = norm_first(self.norm, z, in_place, state.library_norm, state.total)
         return out
 
     def plain(self, operands: Sequence[Any], state: PassState) -> Tensor:

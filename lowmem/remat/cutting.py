@@ -64,7 +64,7 @@ def _between_cuts(source: Reading, readings: Sequence[Reading], output: Reading)
         if one.scalar:
             continue
         # An operation that nothing reads (it may move buffers) is nobody's output.
-        if live == {one} and at + 1 < len(counted):
+        if live == {one} and not one.taken_apart and at + 1 < len(counted):
             groups.append([])
     if not groups[-1]:
         groups.pop()

@@ -124,9 +124,9 @@ def _settings(history: RunView) -> str:
     model, data, train, optim, schedule = config.model, config.data, config.train, config.optim, config.schedule
     scale = train.epochs / schedule.reference_epochs
     drops = ", ".join(f"{milestone * scale:.3g}" for milestone in schedule.milestones)
-    low_start = schedule.low_start == "always" or int(model.arch[3:]) >= 110  # `auto` concerns no shallower net
+    low_start = schedule.low_start == "always" or (model.depth or 0) >= 110  # `auto` concerns no shallower net
     said = [
-        f"{model.block} blocks, width {model.width}",
+        f"{model.block} blocks, width {model.width}" if model.spec is None else model.words,
         tables.describe_source(data.source) + ("" if data.augment else ", not augmented"),
         counted(train.epochs, "epoch"),
         f"batch {train.batch}" + (f" in micro-batches of {train.micro_batch}" if train.micro_batch else ""),

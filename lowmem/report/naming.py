@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowmem.config.schema import ARCHITECTURES, ModelConfig, resolve_block
+from lowmem.config.networks import ARCHITECTURES, resolve_block
+from lowmem.config.schema import ModelConfig
 from lowmem.core.reading import shorten
 from lowmem.report.style import LineStyle, network_style
 from lowmem.runs.view import RunView
@@ -29,14 +30,22 @@ class NamedRun:
 
 def network_name(model: ModelConfig) -> str:
     """`Res110`, `CNN56`; with the block if it is not the published one: `Res110-bottleneck`."""
+    if model.spec is not None:
+        return model.name
     name = model.arch.replace("res", "Res").replace("cnn", "CNN")
     return name if model.block == resolve_block(model.arch, None) else f"{name}-{model.block}"
 
 
 def in_order(histories: Sequence[RunView]) -> list[RunView]:
-    """As the published table: residual nets by depth, then plain nets; runs of one network by name."""
+    """As the published table: residual nets by depth, then plain nets, then all others by name; runs of one network by
+    name."""
+
+    def place(run: RunView) -> tuple[int, str]:
+        model = run.config.model
+        return (ARCHITECTURES.index(model.arch), "") if model.spec is None else (len(ARCHITECTURES), model.name)
+
     by_name = sorted(histories, key=lambda run: (run.config.model.block, run.name, str(run.path)))
-    return sorted(by_name, key=lambda run: ARCHITECTURES.index(run.config.model.arch))
+    return sorted(by_name, key=place)
 
 
 def name_runs(histories: Sequence[RunView]) -> list[NamedRun]:
@@ -79,7 +88,7 @@ def find_pairs(runs: Sequence[NamedRun]) -> dict[str, list[NamedRun]]:
     residual and a plain net have one."""
     groups: dict[str, list[NamedRun]] = {}
     for run in runs:
-        if run.history.epochs:
+        if run.history.epochs and run.history.config.model.spec is None:
             groups.setdefault(run.network[3:], []).append(run)
     return {
         name: groups[name]

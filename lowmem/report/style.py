@@ -9,6 +9,7 @@ marker that repeats what the colour says.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,6 +79,7 @@ _NETWORK_COLOURS = {
     ("50", "bottleneck"): ("#8f1027", "#e06377"),
     ("101", "bottleneck"): ("#3f6212", "#7ba428"),
 }
+_OTHERS_DASHES = (0, (5.0, 1.5, 1.0, 1.5))  # of networks that are not of the family
 _TURN_WIDTHS = (1.9, 1.3, 0.9)  # the runs of one network, which share its colour
 
 METHOD_STYLES: dict[str, LineStyle] = {
@@ -94,6 +96,9 @@ METHOD_STYLES: dict[str, LineStyle] = {
 
 def network_style(model: ModelConfig, turn: int = 0) -> LineStyle:
     """By architecture and block alone, never by the other runs of a figure. `turn`: how many runs of it came before."""
-    residual, plain = _NETWORK_COLOURS[model.arch[3:], model.block]
     width = _TURN_WIDTHS[min(turn, len(_TURN_WIDTHS) - 1)]
+    if model.spec is not None:  # which colour follows from the name: two networks may share one
+        colours = list(_NETWORK_COLOURS.values())
+        return LineStyle(colours[zlib.crc32(model.name.encode()) % len(colours)][0], _OTHERS_DASHES, width)
+    residual, plain = _NETWORK_COLOURS[model.arch[3:], model.block]
     return LineStyle(residual, "-", width) if model.arch.startswith("res") else LineStyle(plain, (0, (4.0, 1.6)), width)

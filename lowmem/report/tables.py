@@ -164,7 +164,8 @@ def _departing(history: RunView) -> list[tuple[str, str]]:
     said = [
         (0 < done < train.epochs, "epochs", f"only {done} of its {train.epochs} epochs done"),
         (done == 0, "epochs", "no epoch done yet"),
-        (model.width != 64, "width", f"width {model.width} instead of 64"),
+        (model.spec is not None, "network", f"{model.words} instead of a network of that report"),
+        (model.spec is None and model.width != 64, "width", f"width {model.width} instead of 64"),
         (data.source != "cifar10", "data", f"{describe_source(data.source)} instead of the original CIFAR-10"),
         (data.train_subset is not None, "data", f"trained on {_pictures(data.train_subset)} instead of 50,000"),
         (data.test_subset is not None, "data", f"tested on {_pictures(data.test_subset)} instead of 10,000"),

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.config.paths import as_meant, started_in
-from lowmem.config.schema import OPERATIONAL, flatten, known_keys
-from lowmem.config.settings import Settings, from_yaml, of_older_run, validate
+from lowmem.config.schema import OPERATIONAL, OWN_NETWORK, flatten, known_keys
+from lowmem.config.settings import UNUSED, Settings, from_yaml, of_older_run, validate
 from lowmem.core.errors import DiskError, PreflightError, UsageError
 from lowmem.core.reading import SETTINGS_LIMIT_BYTES, Unreadable, read_json, shorten
 from lowmem.core.units import name_some
@@ -22,7 +22,7 @@ from lowmem.runs.folder import never_began
 from lowmem.runs.lock import RunLock
 
 _FILES = frozenset({FILE_NAME, "job.lock", "job.owner.json"})  # of the job itself
-_PER_RUN = frozenset({"model.arch", "model.block"})  # what each run has of its own
+_PER_RUN = frozenset({"model.arch", "model.block", *OWN_NETWORK})  # what each run has of its own
 # What a run decides for itself where the job says `auto`.
 _DECIDED = ("train.precision", "train.memory_format")
 _BY_AUTO_BATCH = frozenset({"memory.auto_batch", "train.batch", "optim.lr", "schedule.low_start_lr"})
@@ -121,7 +121,8 @@ def _parse(path: Path, values: Any) -> Job:
             pass
         case _:
             raise Unreadable("holds no job of this version")
-    flat = of_older_run(flat, _device_of(path, flat))
+    there, flat = set(flat), of_older_run(flat, _device_of(path, flat))
+    flat = {key: value for key, value in flat.items() if key in there or key not in _PER_RUN}
     expected, names = set(known_keys()) - _PER_RUN, {member.name for member in ALL}
     if strange := sorted(set(flat) ^ expected):
         raise Unreadable(f"{'has' if strange[0] in flat else 'lacks'} the setting {shorten(strange[0])}")
@@ -184,7 +185,7 @@ def asked_for(settings: Settings) -> dict[str, object]:
     """Of gathered settings those that somebody gave: by a flag, --set, a file, or a recipe other than by default.
     Raises UsageError for a setting that is each run's own."""
     sources, flat = settings.sources, flatten(settings.config)
-    quiet = ("default",) if sources["recipe"] != "default" else ("default", f"recipe {settings.config.recipe}")
+    quiet = {"default", UNUSED, *([f"recipe {settings.config.recipe}"] if sources["recipe"] == "default" else [])}
     given = {key: flat[key] for key, source in sources.items() if source not in quiet}
     if own := sorted(_PER_RUN & set(given)):
         raise UsageError(

@@ -236,7 +236,8 @@ class RunSummary:
         known = {name: value for name, value in vars(self).items() if name != "config"}
         return known | {
             "path": str(self.path),
-            **{name: getattr(model, name, None) for name in ("arch", "block", "width")},
+            **dict.fromkeys(("arch", "block", "width", "spec", "args")),
+            **({name: value for name, value in model.given.items() if name != "sha256"} if model else {}),
             "epochs": train.epochs if train else None,
             "checkpoints": [{"at": kept.at, "epoch": kept.epoch, "step": kept.step} for kept in self.checkpoints],
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -20,14 +20,17 @@ KEY = "lowmem"
 
 
 class WeightsInfo(Section, extra="ignore"):
-    """`image_size`: side of the square RGB pictures; `mean`, `std`: by channel, of pixels in [0, 1]; `epoch`: completed
-    ones; `error_pct`: on the pictures `error_on`; `chosen_on`: those that the best was chosen on. None: not recorded,
-    like most in files of older versions."""
+    """`arch` to `shortcuts`: of a network of the family; `spec`, `args`: of another, what makes it, of a file its name
+    alone. `image_size`: side of the square RGB pictures; `mean`, `std`: by channel, of pixels in [0, 1]; `epoch`:
+    completed ones; `error_pct`: on the pictures `error_on`; `chosen_on`: those that the best was chosen on. None: not
+    recorded, like most in files of older versions."""
 
     arch: str | None = None
     block: str | None = None
     width: Whole | None = None
     shortcuts: bool | None = None
+    spec: str | None = None
+    args: dict[str, Any] | None = None
     data: str | None = None
     classes: tuple[str, ...] | None = None
     image_size: Whole | None = None
@@ -57,6 +60,6 @@ def read_weights(path: Path) -> tuple[Shapes, WeightsInfo]:
         name = ".".join(map(str, first["loc"])) or "what they are"
         raise Unreadable(f"says of itself what cannot be ({shorten(name)}: {shorten(first['msg'])})") from None
     outputs = shapes.get("linear.bias", ())
-    if info.classes is not None and outputs != (len(info.classes),):
+    if info.spec is None and info.classes is not None and outputs != (len(info.classes),):
         raise Unreadable(f"names {counted(len(info.classes), 'class')}, its last layer has {list(outputs)}")
     return shapes, info

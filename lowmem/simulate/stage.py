@@ -1,4 +1,4 @@
-"""Bytes and operations of one stage of a chain, measured on fake tensors for each of its policies.
+"""Bytes and operations of one stage of a chain, measured on outlines for each of its policies.
 
 Counted above what the chain holds anyway, as the solver's recurrence has it: the input throughout, in the backward also
 the gradient of the output and, as if it still existed, the output of every policy that does not drop it.
@@ -66,8 +66,8 @@ def measure_chain(
     library_norm: bool,
 ) -> Iterator[StageMeasure]:
     """Yields a measure per stage, in order; equal stages on equal inputs are measured once. Runs under `recorder` (and
-    a fake mode, unless real work is wanted), with x the chain's input. `options`: of a stage, whose results it may look
-    at. `low`, `library_norm`: see `PassState`."""
+    an `OutlineMode`, unless real work is wanted), with x the chain's input. `options`: of a stage, whose results it may
+    look at. `low`, `library_norm`: see `PassState`."""
     scalars: dict[str, Any] = {}  # of the whole chain
     known: dict[Hashable, StageMeasure] = {}
     need_input = x.requires_grad

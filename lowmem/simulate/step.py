@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.config.schema import OptimConfig
 from lowmem.distributed.group import Group, Split
@@ -18,6 +17,7 @@ from lowmem.plan.policy import Schedule
 from lowmem.remat import PlannedModule, apply_plan
 from lowmem.remat.tracing import NotTraceable, is_compiled
 from lowmem.simulate.allocator import DeviceFull
+from lowmem.simulate.effects import OutlineMode
 from lowmem.simulate.trace import Call, Estimate, Kind, Recorder, Trace, estimate
 from lowmem.step.data_parallel import DataParallelStep
 from lowmem.step.train_step import FUSED, Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
@@ -44,7 +44,7 @@ class StepShape:
 
     @property
     def execution(self) -> Execution:
-        """On the CPU, where fake tensors live: its half precision, bf16, has two bytes like any other."""
+        """On the CPU, where outlines are: its half precision, bf16, has two bytes like any other."""
         return Execution("cpu", self.precision, self.memory_format)
 
     @property
@@ -80,7 +80,7 @@ def simulate_step(
     way: Callable[[nn.Module], nn.Module] | None = None,
     optimizer: Mapping[str, bool] = FUSED,
 ) -> Simulated:
-    """Runs the training step with the real executor (or, for None, the untouched model under autograd) on fake tensors.
+    """Runs the training step with the real executor (or, for None, the untouched model under autograd) on outlines.
     `capacity_bytes`: of the allocator; None: no limit. `workspace`: see `lowmem.simulate.Recorder`. `way`: another way
     to execute the model, where there is no schedule. `optimizer`: the form of SGD, as its own keywords say it."""
 
@@ -132,9 +132,9 @@ class StepRun:
 def trace_steps(
     build: Callable[[], StepRun], steps: int = 1, *, workspace: Callable[[Call], int] | None = None
 ) -> Trace:
-    """Builds a step on fake tensors and runs it -> everything that was allocated and freed, in the phase `setup` and in
+    """Builds a step on outlines and runs it -> everything that was allocated and freed, in the phase `setup` and in
     those of the step (see `TrainStep.phase`). `workspace`: see `Recorder`."""
-    with FakeTensorMode():
+    with OutlineMode():
         recorder = Recorder(workspace)
         with recorder:
             _run_recorded(recorder, build(), steps)
@@ -154,9 +154,9 @@ def _run_recorded(recorder: Recorder, run: StepRun, steps: int) -> None:
 
 
 def empty_copy(model: nn.Module, memory_format: torch.memory_format = torch.preserve_format) -> nn.Module:
-    """The model with parameters and buffers of the same kind but no values, on the CPU: inside a fake mode, a copy that
-    takes no memory. The model may be on the `meta` device. (`Module.to` does not work on fake parameters.) Raises
-    NotTraceable for what is compiled, which cannot be copied so."""
+    """The model with parameters and buffers of the same kind but no values, on the CPU: inside an `OutlineMode`, a
+    copy that takes no memory. The model may be on the `meta` device. Counters (scalars of whole numbers) are zero.
+    Raises NotTraceable for what is compiled, which cannot be copied so."""
     for name, module in model.named_modules():
         if is_compiled(module):
             raise NotTraceable(
@@ -166,7 +166,9 @@ def empty_copy(model: nn.Module, memory_format: torch.memory_format = torch.pres
     # Weights that a hook makes of parameters (pruning, the old weight norm) are tensors in plain attributes.
     plain = (one for module in model.modules() for one in module.__dict__.values() if isinstance(one, Tensor))
     for tensor in (*model.parameters(), *model.buffers(), *plain):
-        if memory_format is torch.preserve_format or tensor.dim() != 4:
+        if not tensor.dim() and not tensor.dtype.is_floating_point:
+            empty = torch.zeros((), dtype=tensor.dtype)
+        elif memory_format is torch.preserve_format or tensor.dim() != 4:
             empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         else:
             empty = torch.empty(tensor.shape, dtype=tensor.dtype, memory_format=memory_format)

@@ -1,25 +1,29 @@
-"""A stream of allocations and frees, and of operations, from code that runs on tensors, real or fake; and its peaks.
+"""A stream of allocations and frees, and of operations, from code that runs on tensors, real ones or outlines; and its
+peaks.
 
-On fake tensors (`torch._subclasses.FakeTensorMode`) nothing is computed and nothing allocated, but the code, the sizes
-and the lifetimes are the real ones: the executor is its own model of memory (invariant 5). Sizes are those of storages,
+On outlines (`effects.OutlineMode`) nothing is computed and nothing allocated, but the code, the sizes and the lifetimes
+are the real ones: the executor is its own model of memory (invariant 5). Sizes are those of storages,
 so views cost nothing. Buffers inside a kernel are not seen, but for a convolution's if the recorder is told its size.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from lowmem.measure.flops import flops_of
+from lowmem.measure.outline import Outline, OutlineStorage
 from lowmem.measure.tensors import TensorMeter, tensors_among
 from lowmem.plan.cost import KernelWork
 from lowmem.simulate.allocator import Allocator
+from lowmem.simulate.effects import effect_of
 
 _aten = torch.ops.aten
 
@@ -35,8 +39,7 @@ class Kind(StrEnum):
     WORKSPACE = "workspace"  # inside a convolution, from the same allocator
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryEvent:
+class MemoryEvent(NamedTuple):
     """A storage comes to exist (`change_bytes` > 0) or is freed (< 0), in a phase, by an operation."""
 
     storage: int
@@ -48,7 +51,7 @@ class MemoryEvent:
 @dataclass(frozen=True, slots=True)
 class Call:
     """A convolution (forward: input, weight, bias; backward: gradient, input, weight), told apart by all that the
-    library chooses its algorithm by; hashable, and the same from fake and real tensors."""
+    library chooses its algorithm by; hashable, and the same from outlines and real tensors."""
 
     operation: str
     tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], str] | None, ...]  # shape, strides, dtype of these three
@@ -123,7 +126,7 @@ def estimate(trace: Trace, capacity_bytes: int | None = None) -> Estimate:
 
 
 class Recorder(TensorMeter):
-    """Records what runs inside it. Enter it inside the fake mode, if there is one, and before the tensors are made;
+    """Records what runs inside it. Enter it inside the `OutlineMode`, if there is one, and before the tensors are made;
     those made earlier are only seen if `adopt`ed or `label`led. `workspace`: bytes that a convolution takes beside its
     operands and results while it runs. `phase`: what the code that runs is doing; may be replaced."""
 
@@ -139,24 +142,49 @@ class Recorder(TensorMeter):
             if tensor is not None:
                 self.trace.kinds[self._see(tensor, "adopt")] = kind
 
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args and isinstance(args[0], FakeTensor):
-            if func in _IN_PLACE:
-                written = tuple(kwargs[name] for name in _written(func))
-                return written if len(written) > 1 else written[0]
-            if func is _aten.native_batch_norm.default:
-                return _empty_norm(*args)
-        return func(*args, **kwargs)
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        effect, tensors = effect_of(func, args, kwargs)
+        if effect is None:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        result, outputs = effect.apply(tensors)
+        facts: _Facts | None = effect.facts
+        if facts is None:
+            facts = effect.facts = _Facts(func, args, kwargs, outputs, flops_of(func, args, kwargs, result))
+        for tensor in outputs:
+            if type(tensor) is not Outline or tensor._outline_storage.counter is not self:
+                self._see(tensor, facts.operation)
+        self.flops += facts.flops
+        self._note(facts)
+        return result
+
+    def _see(self, tensor: Tensor, operation: str) -> int:
+        if type(tensor) is not Outline:
+            return super()._see(tensor, operation)
+        storage = tensor._outline_storage
+        if storage.counter is None:
+            storage.counter, storage.number = self, next(self._numbers)
+            self._change(storage.number, storage.nbytes, operation)
+        assert storage.counter is self, "an outline that another recorder counts"
+        return storage.number
+
+    def outline_gone(self, storage: OutlineStorage) -> None:
+        self._change(storage.number, -storage.nbytes, "")
 
     def _ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor], flops: int) -> None:
-        if self._workspace is not None and (call := call_of(func, args)) is not None:
+        self._note(_Facts(func, args, kwargs, outputs, flops))
+
+    def _note(self, facts: _Facts) -> None:
+        if self._workspace is not None and facts.call is not None:
             # A buffer inside a kernel: there when all results are, and gone with it.
-            number, size = next(self._numbers), self._workspace(call)
+            number, size = next(self._numbers), self._workspace(facts.call)
             self.trace.kinds[number] = Kind.WORKSPACE
-            self._change(number, size, str(func))
+            self._change(number, size, facts.operation)
             self._change(number, -size, "")
-        if (moved := _moved_bytes(func, args, kwargs, outputs)) is not None:
-            self.trace.work.append(KernelWork(flops, moved, str(func), self.phase()))
+        if facts.moved_bytes is not None:
+            self.trace.work.append(facts.work(self.phase()))
 
     def _change(self, storage: int, change_bytes: int, operation: str) -> None:
         super()._change(storage, change_bytes, operation)
@@ -164,9 +192,35 @@ class Recorder(TensorMeter):
             self.trace.events.append(MemoryEvent(storage, change_bytes, self.phase(), operation))
 
 
+# Without what the library wraps it in for torch.compile: see `lowmem.measure.tensors`.
+Recorder.__torch_dispatch__ = inspect.unwrap(Recorder.__torch_dispatch__)  # type: ignore[method-assign]
+
+
+class _Facts:
+    """Of one call, and of all that are like it."""
+
+    __slots__ = ("_works", "call", "flops", "moved_bytes", "operation")
+
+    def __init__(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor], flops: int
+    ) -> None:
+        self.operation = str(func)
+        self.flops = flops
+        self.moved_bytes = _moved_bytes(func, args, kwargs, outputs)
+        self.call = call_of(func, args)
+        self._works: dict[str, KernelWork] = {}  # by phase
+
+    def work(self, phase: str) -> KernelWork:
+        found = self._works.get(phase)
+        if found is None:
+            assert self.moved_bytes is not None
+            found = self._works[phase] = KernelWork(self.flops, self.moved_bytes, self.operation, phase)
+        return found
+
+
 def _moved_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> int | None:
     """None for what launches no kernel: views and allocations."""
-    free, makes = _facts(func)
+    free, makes = _launches(func)
     inputs = tensors_among((args, [value for name, value in kwargs.items() if name not in _written(func)]))
     if func is _aten._fused_sgd_.default:  # returns nothing: it writes parameters and momentum
         outputs = [*args[0], *args[2]]
@@ -181,24 +235,13 @@ def _written(func: Any) -> tuple[str, ...]:
 
 
 @cache
-def _facts(func: Any) -> tuple[bool, bool]:
+def _launches(func: Any) -> tuple[bool, bool]:
     """Of an operation: whether it launches no kernel, and whether it allocates where it is given no tensor."""
     name = func.overloadpacket.__name__
     return func.is_view or name in _FREE, name.startswith("empty")
 
 
 _CONVOLUTIONS = frozenset({_aten.convolution.default, _aten.convolution_backward.default})
-
-# Fake tensors take milliseconds over these, to find that results given in the right size stay as they are.
-_IN_PLACE = frozenset({_aten.native_batch_norm.out, _aten.threshold_backward.grad_input, _aten.batch_norm_elemt.out})
-
-
-def _empty_norm(z: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The results of a batch norm. Fake tensors' own has statistics in the input's dtype; kernels have the weight's."""
-    dtype = z.dtype if weight is None else weight.dtype
-    size = z.shape[1] if rest[3] else 0  # in training
-    return torch.empty_like(z), z.new_empty(size, dtype=dtype), z.new_empty(size, dtype=dtype)
-
 
 _FREE = frozenset(
     {"empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "_unsafe_view"}

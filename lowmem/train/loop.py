@@ -14,10 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
+from lowmem.core.counter_rng import derive_seed
 from lowmem.core.errors import Interrupted, PeerLost, Stuck
-from lowmem.data import Pictures
+from lowmem.data import AnyPictures
 from lowmem.measure.out_of_memory import Failure
 from lowmem.runs.checkpoint_state import RunState
 from lowmem.runs.event_files import EventFiles
@@ -174,6 +176,8 @@ class Loop:
     def _try_step(self, lr: float) -> tuple[Tensor, int]:
         state, norms = self.state, self.metrics.norms
         images, labels, size = self.t.next_batch(state.epoch, state.step_in_epoch)
+        # What the step draws (dropout) is a function of its place, also when it is made again (invariant 3).
+        torch.manual_seed(derive_seed(self.t.config.seed, "step", state.step, self.t.group.rank))
         with self.check.around(images, labels):
             return self.t.step(images, labels, lr, norms.measure if norms.due(state.step + 1) else None, size), size
 
@@ -231,7 +235,7 @@ class Loop:
         verdict = strongest(stalled, self._agree()) if state.epoch < t.config.train.epochs else Verdict()
         if (evidence := self.stall.evidence) is not None and self.stall.is_new and verdict.why != STALLED:
             self.folder.event("stuck", **vars(evidence), layers=self.metrics.norms.ends(), stopped=False)
-            instead = f"{way_out(t.config.model.arch)}, or end such runs with --on-stuck stop"
+            instead = f"{way_out(t.config.model)}, or end such runs with --on-stuck stop"
             t.observer.warning(f"{evidence.words}: {instead}")
         return verdict
 
@@ -241,10 +245,10 @@ class Loop:
         self.saver.poll()
         return self.signals.came()
 
-    def _score(self, pictures: Pictures) -> Score | Verdict:
+    def _score(self, pictures: AnyPictures) -> Score | Verdict:
         """Of all processes together: each scores its part of the pictures. LEAVE if a signal came to any."""
         t, (first, past) = self.t, self.t.split.part(len(pictures))
-        part = Pictures(pictures.images[first:past], pictures.labels[first:past])
+        part = pictures.part(first, past)
         leaves = partial(self._leaves_evaluation, len(part))
         mine = self.memory.evaluated(lambda size: t.evaluate(part, size, leaves))
         failed = [mine.message, mine.asked_bytes] if isinstance(mine, Failure) else None
@@ -293,7 +297,7 @@ class Loop:
             evidence = self.stall.evidence
             assert evidence is not None
             self._finish("stuck", **vars(evidence), layers=self.metrics.norms.ends(), stopped=True)
-            instead = f"{way_out(self.t.config.model.arch)}, or go on with `lowmem resume {run} --on-stuck warn`"
+            instead = f"{way_out(self.t.config.model)}, or go on with `lowmem resume {run} --on-stuck warn`"
             raise Stuck(f"{evidence.words}; stopped as asked, saved at epoch {state.epoch}: {instead}")
         if why == MAX_STEPS:
             self._save()

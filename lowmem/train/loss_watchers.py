@@ -45,6 +45,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from lowmem.config.schema import ModelConfig
 from lowmem.core.errors import CorruptCheckpoint, Diverged
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.checkpoint import Checkpoint
@@ -169,10 +170,10 @@ class Stall:
         return Evidence(epoch, state.chance_epochs, *losses, *errors, share)
 
 
-def way_out(arch: str) -> str:
+def way_out(model: ModelConfig) -> str:
     """What may help a network that stalls."""
-    if arch.startswith("cnn"):
-        return f"train the net with shortcuts (--arch res{arch[3:]}) or one of fewer layers"
+    if model.spec is None and model.arch.startswith("cnn"):
+        return f"train the net with shortcuts (--arch res{model.depth}) or one of fewer layers"
     return "try another learning rate (--set optim.lr=...) or another seed"
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lowmem
+from lowmem.config.networks import describe
 from lowmem.config.schema import Config
 from lowmem.data import Dataset
 from lowmem.runs.checkpoint_state import Best
@@ -216,10 +217,11 @@ class Metrics:
 def describe_weights(config: Config, dataset: Dataset, **at: Any) -> WeightsInfo:
     """What weights of this run say of themselves; `at`: of which epoch and step, and the error they have there."""
     model = config.model
-    return WeightsInfo.model_validate(
-        {**model.model_dump(), "shortcuts": model.arch.startswith("res"), **dataset.describe(), **at}
-        | {"version": lowmem.__version__}
-    )
+    if model.spec is None:
+        network: dict[str, Any] = model.given | {"shortcuts": model.arch.startswith("res")}
+    else:
+        network = {"spec": describe(model.spec, {}), "args": model.args}
+    return WeightsInfo.model_validate({**network, **dataset.describe(), **at, "version": lowmem.__version__})
 
 
 # -- gradient norms ----------------------------------------------------------------------------------------------------

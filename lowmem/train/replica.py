@@ -16,8 +16,7 @@ from lowmem.config.schema import BEFORE, OPERATIONAL, Config, flatten
 from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint
 from lowmem.core.reading import shorten
 from lowmem.core.units import counted
-from lowmem.data import Dataset, Pictures, TrainBatches, eval_batches
-from lowmem.data.pictures import CHANNELS, SIDE
+from lowmem.data import AnyPictures, Dataset, TrainBatches, eval_batches
 from lowmem.distributed.group import Group, Split, even_shares
 from lowmem.measure import Meter
 from lowmem.models.resnet import ResNet, check_memory_format
@@ -70,7 +69,7 @@ class Replica:
             sync_bn = config.train.sync_bn
             joint = DataParallelStep(self.planned, self.group, self.split, execution.device, sync_bn=sync_bn)
         if self.planned is not None and not isinstance(model, ResNet):  # the family is held to it by tests
-            check_same_forward(self.model, (CHANNELS, SIDE, SIDE))
+            check_same_forward(self.model, config.data.image_shape)
         run = self.planned or self.model
         self.step = TrainStep(run, self.optimizer, make_scaler(execution), execution, micro_batch, joint)
         self.batches = TrainBatches(
@@ -99,7 +98,7 @@ class Replica:
         return images, labels, size
 
     def evaluate(
-        self, pictures: Pictures, size: int, should_stop: Callable[[int], bool] = lambda done: False
+        self, pictures: AnyPictures, size: int, should_stop: Callable[[int], bool] = lambda done: False
     ) -> Score | None:
         """`size` pictures at a time. None if `should_stop` said so in between, which hears how many are done."""
         data, execution = self.dataset, self.execution

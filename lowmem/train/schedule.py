@@ -39,7 +39,7 @@ def starts_low(config: Config) -> bool:
     wanted = config.schedule.low_start
     if config.schedule.low_start_lr >= config.optim.lr:
         return False
-    return wanted == "always" or (wanted == "auto" and int(config.model.arch[3:]) >= 110)
+    return wanted == "always" or (wanted == "auto" and (config.model.depth or 0) >= 110)
 
 
 def next_low_start(config: Config, low_start: bool, train_error_pct: float) -> bool:

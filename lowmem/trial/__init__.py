@@ -17,9 +17,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lowmem.choose.request import Budget
+from lowmem.config.schema import SOURCE_SIDE, ModelConfig
 from lowmem.core.units import format_size
 from lowmem.isolate import OUT_OF_MEMORY, Call, run
-from lowmem.models.resnet import ResNet
 from lowmem.plan.policy import Schedule
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan
@@ -38,20 +38,25 @@ PLANNED = "planned"
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What to do. `way` is one of those above; `plan` is a `Plan` as JSON for the planned one. `optim`: what is set
-    of an `OptimConfig`; `fused`: the form of SGD that a run has; without it the one that the library takes if one says
-    nothing.
+    """What to do. The network is what a `ModelConfig` says. `way` is one of those above; `plan` is a `Plan` as JSON for
+    the planned one. `optim`: what is set of an `OptimConfig`; `fused`: the form of SGD that a run has; without it the
+    one that the library takes if one says nothing.
 
-    `pictures`: training pictures that the run holds on the device (only held on CUDA). `eval_batch`: pictures at a
-    time in evaluation; None: no evaluation. `cap_bytes`: the most that the allocator may hold (CUDA only). `detailed`:
-    digest the first step's gradients (needs a warm-up), count the operations of another step, and of plain autograd on
-    CUDA profile a third. `deterministic`, `tf32`: see `lowmem.remat.libraries`.
+    `image_size`: side of what the network sees; `stored_side`: of the pictures as they are held, which are enlarged as
+    a batch if that is less; None: the same. `pictures`: training pictures that the run holds on the device (only held
+    on CUDA). `eval_batch`: pictures at a time in evaluation; None: no evaluation. `cap_bytes`: the most that the
+    allocator may hold (CUDA only). `detailed`: digest the first step's gradients (needs a warm-up), count the
+    operations of another step, and of plain autograd on CUDA profile a third. `deterministic`, `tf32`: see
+    `lowmem.remat.libraries`.
     """
 
-    arch: str
-    block: str
+    arch: str = "res20"
+    block: str = "basic"
     batch: int
     width: int = 64
+    spec: str | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
     num_classes: int = 10
     precision: str = "fp32"
     memory_format: str = "contiguous"
@@ -61,6 +66,8 @@ class Trial:
     way: str = PLAIN
     fused: bool = True
     plan: dict[str, Any] | None = None
+    image_size: int = SOURCE_SIDE
+    stored_side: int | None = None
     pictures: int = 0
     eval_batch: int | None = None
     cap_bytes: int | None = None
@@ -69,6 +76,10 @@ class Trial:
     optim: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     detailed: bool = False
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(**{name: getattr(self, name) for name in ModelConfig.model_fields})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,11 +196,23 @@ def excess(measured: float | None, predicted: float | None) -> float | None:
 # -- the ways of doing a step -----------------------------------------------------------------------------------------
 
 
-def checkpointed(model: ResNet, **options: Any) -> ResNet:
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """What one would checkpoint by hand: modules of several layers that stand in a row (in a `Sequential` or a
+    `ModuleList`, the outermost counts); where there are none, the model's children with weights."""
+
+    def rows(module: nn.Module) -> Iterator[nn.Module]:
+        for child in module.children():
+            row = isinstance(child, nn.Sequential | nn.ModuleList)
+            blocks = [one for one in child.children() if list(one.children())] if row else []
+            yield from blocks or rows(child)
+
+    return list(rows(model)) or [child for child in model.children() if list(child.parameters())]
+
+
+def checkpointed(model: nn.Module, **options: Any) -> nn.Module:
     """The model with `torch.utils.checkpoint` around every block; changes it in place."""
-    for stage in model.stages():
-        for block in stage.children():
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
+    for block in blocks_of(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
     return model
 
 
@@ -208,7 +231,7 @@ def native_norms() -> Iterator[None]:
         functional.batch_norm = usual
 
 
-def executed(model: ResNet, way: str, plan: Plan | Schedule | None = None) -> nn.Module:
+def executed(model: nn.Module, way: str, plan: Plan | Schedule | None = None) -> nn.Module:
     """What runs the step. The library's ways change the model in place. Raises ValueError for an unknown way."""
     if way == PLANNED and plan is not None:
         return apply_plan(model, plan)

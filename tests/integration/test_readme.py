@@ -50,15 +50,27 @@ PLACEHOLDERS = {
 }
 
 
+MY_NET = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes, width=8, act="relu"):
+        acts = {"relu": nn.ReLU(), "silu": nn.SiLU()}
+        super().__init__(nn.Conv2d(3, width, 3), acts[act], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.append(nn.Linear(width, num_classes))
+"""
+
+
 @pytest.fixture(autouse=True)
 def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with the reader's `pictures`: two classes, some of each."""
+    """A folder to work in, with the reader's `pictures`, two classes, some of each, and network."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for part, name, number in product(("train", "test"), ("cats", "dogs"), range(16)):
         folder = tmp_path / "pictures" / part / name
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    (tmp_path / "my_net.py").write_text(MY_NET)
     return tmp_path
 
 
@@ -192,7 +204,7 @@ def test_a_flag_in_a_sentence_is_one(span: str) -> None:
         settings = [one.setting for one in FLAGS if one.name == flag and one.setting and one.kind is not bool]
         for one in value.split("|") if settings and value and not value.startswith("-") else ():
             typed = next(row.kind for row in FLAGS if row.setting == settings[0])(one)
-            gather(flags={settings[0]: typed, "model.arch": "res56"})
+            gather(flags={settings[0]: typed} | ({} if flag == "--model" else {"model.arch": "res56"}))
 
 
 @pytest.mark.parametrize("span", [span.removeprefix("--set ") for span in SPANS if re.search(r"\w\.\w+(=|$)", span)])
@@ -221,12 +233,12 @@ def test_what_nobody_knows_how_to_treat_fails() -> None:
 
 
 # What makes a command of the README small: after its own flags, of which the last of a name counts.
-_NET = ["--arch", "res20", "--block", "basic", "--width", "2"]
+_NET = ["--arch", "res20", "--block", "basic", "--width", "2"]  # but where a command names one with --model
 _FEW = ["--set", "data.train_subset=32", "--set", "data.test_subset=32", "--set", "train.max_steps=4"]
 _SMALL = {
-    "train": [*_NET, *_FEW, "--batch", "16", "--vram", "1G", "--epochs", "2", "--val-split", "0"],
+    "train": [*_FEW, "--batch", "16", "--vram", "1G", "--epochs", "2", "--val-split", "0"],
     "resume": [],
-    "plan": [*_NET, "--batch", "16"],
+    "plan": ["--batch", "16"],
     "reproduce": ["--width", "2", "--data", "shapes", "--batch", "32", "--epochs", "1", "--only", "res20", "--dry-run"],
     "report": [],
     "ls": [],
@@ -247,11 +259,16 @@ def test_the_commands_of_the_guide_run_one_after_the_other(
             continue
         name, rest = words[1], words[2:]
         small = list(_SMALL[name])
+        if name in ("train", "plan"):
+            small = [*([] if "--model" in rest else _NET), *small]
         if name == "train":
-            arch = rest[rest.index("--arch") + 1]
-            out = Path(rest[rest.index("--out") + 1] if "--out" in rest else f"runs/{arch}")
+            settings = Given.of(name, COMMANDS[name].make_context(name, list(rest)).params).settings()
+            out = Path(rest[rest.index("--out") + 1] if "--out" in rest else f"runs/{settings.config.model.name}")
             small += ["--out", f"{out}-again", "--dry-run"] if (somewhere / out).exists() else ["--out", str(out)]
             small += [] if "--data" in rest else ["--data", "shapes"]
+        elif name == "fork" and "--model" in rest:
+            small = ["--at", "1", "--out", "runs/changed"]
+            (somewhere / "my_net.py").write_text(f"{MY_NET}# changed\n")
         elif name == "resume":
             small = ["--epochs", "3", "--set", "train.max_steps=null"] if "--epochs" in rest else []
         done = lowmem_command(name, *rest, *small, cwd=somewhere)

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from lowmem.calibrate.calibrator import Calibration, Identity, Mode, Seconds
 from lowmem.config.cards import Card, load_card
-from lowmem.config.schema import ARCHITECTURES, BLOCK_LAYOUT, Config, flatten, known_keys, nest
+from lowmem.config.networks import ARCHITECTURES, BLOCK_LAYOUT
+from lowmem.config.schema import Config, flatten, known_keys, nest
 from lowmem.config.settings import Settings, from_yaml, gather, read_recipe, to_yaml
 from lowmem.core.errors import CorruptCheckpoint, LowmemError, UsageError
 from lowmem.plan.policy import LEAN, SAVE_ALL, Keep, Schedule, Segment, keep

@@ -50,6 +50,20 @@ def test_what_was_saved_is_there(folder: Path) -> None:
     assert first.results[0]["losses"] == [2.0, None]
 
 
+def test_older_results_of_the_family_are_its_own_and_no_other_networks(folder: Path) -> None:
+    file = folder / "bench.json"
+    record = json.loads(file.read_text())
+    for name in ("spec", "args", "sha256"):
+        assert record["settings"].pop(name) is None
+    file.write_text(json.dumps(record))
+    with Results(folder, SETUP, HERE, account) as results:
+        assert results.load()
+    other = replace(SETUP, spec="torchvision:resnet18", args={"groups": 2})
+    assert other.name == "torchvision:resnet18 (groups=2)"
+    with Results(folder, other, HERE, account) as results, pytest.raises(UsageError, match="spec: None there"):
+        results.load()
+
+
 def test_what_others_say_is_no_markdown() -> None:
     """The name of a processor, the words of an exception."""
     (cell, *rest) = some_cells()

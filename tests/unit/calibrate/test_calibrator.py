@@ -20,7 +20,7 @@ from lowmem.config.schema import Config
 from lowmem.config.settings import gather
 from lowmem.core.errors import PreflightError
 from lowmem.measure.timing import Timing
-from lowmem.models import skeleton
+from lowmem.models import recipe_of, skeleton
 from lowmem.plan.cost import Rates
 from lowmem.plan.policy import SAVE_ALL
 from lowmem.remat import decompose
@@ -127,9 +127,8 @@ def test_larger_batches_are_scaled(measured: ChainMeasure, calibration: Calibrat
 
 
 def _clock(precision: str = "fp32") -> ChainClock:
-    assert MODEL.recipe is not None
     execution = Execution("cpu", precision, "contiguous")
-    return ChainClock(network=MODEL.recipe, input_shape=(4, 3, 32, 32), execution=execution)
+    return ChainClock(network=recipe_of(MODEL), input_shape=(4, 3, 32, 32), execution=execution)
 
 
 def test_clock_covers_stem_blocks_and_head() -> None:

@@ -114,3 +114,36 @@ def test_any_policy_may_end_a_segment() -> None:
         assert {one.policy for one in stage.last_options} == {one.policy for one in stage.anywhere}
         for last in stage.last_options:
             assert last.kept_bytes <= stage.option(last.policy).kept_bytes
+
+
+def test_no_policy_is_tried_twice() -> None:
+    """Where nothing can be kept before the output, as in a classifier that ends in a linear layer."""
+    classifier = nn.Sequential(nn.Linear(3072, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, 10))
+    model = nn.Sequential(nn.Flatten(), classifier)
+    for stage in decompose(model):
+        found = policies(stage)
+        assert len(set(found)) == len(found)
+    chain = price(measure_costs(_meta(model), rates=RATES), RATES)
+    assert Solver(chain).least().seconds > 0
+
+
+class _Halves(nn.Module):
+    """As in ShuffleNet: the first half passes, the second is computed with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.branch = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.conv(x).chunk(2, 1)
+        return self.fc(torch.cat((first, self.branch(second)), 1).mean((2, 3)))
+
+
+def test_a_stage_begins_with_one_tensor_not_with_several() -> None:
+    torch.manual_seed(0)
+    model = _Halves()
+    chain = price(measure_costs(_meta(model), rates=RATES), RATES)
+    planned = apply_plan(copy.deepcopy(model), Solver(chain).least().schedule)
+    assert differences(model, planned, training(*pictures())) == []

@@ -68,16 +68,18 @@ def test_a_pattern_that_finds_nothing_is_refused(capsys: pytest.CaptureFixture[s
     assert "`lowmem settings` lists them all" in capsys.readouterr().err
 
 
-_OTHER_TEXT = {
+_OTHER_VALUE: dict[str, object] = {
     "recipe": "other.yaml", "model.arch": "res56", "data.source": "shapes", "data.root": "there", "data.cache": "there",
-    "memory.card": "gtx970",
+    "memory.card": "gtx970", "model.spec": "torchvision:resnet18", "model.args": {"depth": 3},
+    "model.sha256": {"net.py": "0"},
 }  # fmt: skip
+_BEFORE = {"model.block": {"arch": "res56"}, "model.args": {"spec": "torchvision:resnet18"}}
 
 
 @pytest.mark.parametrize("name", known_keys())
 def test_what_a_fork_may_change_is_what_the_list_says(name: str) -> None:
-    setting, before = catalogue()[name], Config(model={"arch": "res56"} if name == "model.block" else {})
-    value: object = _OTHER_TEXT.get(name)
+    setting, before = catalogue()[name], Config.model_validate({"model": _BEFORE.get(name, {})})
+    value = _OTHER_VALUE.get(name)
     if value is None and setting.choices:
         value = next(one for one in setting.choices if one != flatten(before)[name])
     elif value is None:

@@ -88,7 +88,7 @@ def test_a_test_cannot_run_one(engine: bool, which: str) -> None:
 
 
 def test_a_test_may_predict_one() -> None:
-    """On fake tensors nothing is computed."""
+    """On outlines nothing is computed."""
     thin = skeleton("res20", width=4)
 
     def build() -> StepRun:

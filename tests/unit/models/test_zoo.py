@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowmem.config.schema import ARCHITECTURES, resolve_block
+from lowmem.config.networks import ARCHITECTURES, resolve_block
 from lowmem.core.errors import UsageError
 from lowmem.models import build, layout
 

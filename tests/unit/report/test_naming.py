@@ -8,6 +8,7 @@ import pytest
 
 from lowmem.config.schema import ModelConfig
 from lowmem.report.naming import LONGEST_NAME, find_pairs, in_order, network_name, shorten_middle
+from lowmem.report.tables import differences
 from tests.unit.report.fake_runs import MakeRun, named, write_run
 
 
@@ -61,6 +62,19 @@ def test_pairs_by_depth_and_block(make_run: MakeRun, six_runs: list[Path]) -> No
     pairs = find_pairs(named(*six_runs, *more))
     assert list(pairs) == ["20", "56", "110"]
     assert [run.name for run in pairs["110"]] == ["res110", "cnn110"]
+
+
+def test_networks_of_ones_own_stand_behind_the_family(make_run: MakeRun, six_runs: list[Path]) -> None:
+    own = [
+        make_run(name="b", model__spec="/nets/my_net.py:Net"),
+        make_run(name="a", model__spec="torchvision:resnet18", model__args={"groups": 2}),
+    ]
+    runs = named(*own, *six_runs)
+    assert [run.label for run in runs[:2]] == ["my_net-Net", "resnet18"]
+    assert [run.name for run in in_order([run.history for run in runs])][-2:] == ["b", "a"]
+    assert list(find_pairs(runs)) == ["20", "56", "110"]
+    assert not {run.style.dashes for run in runs[:2]} & {run.style.dashes for run in runs[2:]}
+    assert differences(runs[0].history)[0] == "my_net.py:Net instead of a network of that report"
 
 
 def test_runs_of_one_network_share_colour_not_width(make_run: MakeRun) -> None:

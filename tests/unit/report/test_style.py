@@ -9,7 +9,8 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from lowmem.bench import FAMILIES
-from lowmem.config.schema import BLOCK_LAYOUT, ModelConfig
+from lowmem.config.networks import BLOCK_LAYOUT
+from lowmem.config.schema import ModelConfig
 from lowmem.report import style
 from lowmem.report.naming import network_name
 from lowmem.report.style import METHOD_STYLES, NEUTRAL, network_style

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.config.schema import BLOCK_LAYOUT
+from lowmem.config.networks import BLOCK_LAYOUT
 from lowmem.config.settings import Settings, gather, to_yaml
 from lowmem.core.errors import UsageError
 from lowmem.reproduce.job import (
@@ -122,7 +122,7 @@ def test_a_batch_is_not_chosen_where_one_is_named(tmp_path: Path) -> None:
     assert asked(tmp_path, flags={"train.batch": "auto"}) == {"memory.auto_batch": True}
 
 
-@pytest.mark.parametrize("key", ["model.arch=res20", "model.block=basic"])
+@pytest.mark.parametrize("key", ["model.arch=res20", "model.block=basic", "model.spec=torchvision:resnet18"])
 def test_the_networks_are_the_jobs(tmp_path: Path, key: str) -> None:
     with pytest.raises(UsageError, match="--only"):
         asked(tmp_path, key)

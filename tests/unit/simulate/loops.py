@@ -1,4 +1,4 @@
-"""Training steps of small networks, real and fake, for tests of the simulator."""
+"""Training steps of small networks, real and without data, for tests of the simulator."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Setup:
         return model.to(memory_format=self.memory_format)
 
     def build(self, *, fake: bool = True) -> StepRun:
-        """Inside a fake mode, if `fake`."""
+        """Inside an `OutlineMode`, if `fake`."""
         model = self.model(fake=fake)
         run: nn.Module = model
         if self.schedule is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.core.units import MIB
 from lowmem.plan.cost import KernelWork
@@ -13,6 +12,7 @@ from lowmem.plan.policy import LEAN
 from lowmem.simulate import (
     Kind,
     MemoryEvent,
+    OutlineMode,
     Recorder,
     Trace,
     empty_copy,
@@ -26,7 +26,7 @@ from tests.unit.simulate.loops import Setup
 @pytest.mark.parametrize("fake", [True, False])
 def test_allocations_and_frees(fake: bool) -> None:
     recorder = Recorder()
-    mode = FakeTensorMode() if fake else torch.no_grad()
+    mode = OutlineMode() if fake else torch.no_grad()
     with mode, recorder:
         a = torch.empty(1000)
         view = a[:10].view(2, 5)
@@ -41,7 +41,7 @@ def test_allocations_and_frees(fake: bool) -> None:
 
 def test_in_place_work_allocates_nothing_and_is_counted() -> None:
     recorder = Recorder()
-    with FakeTensorMode(), recorder:
+    with OutlineMode(), recorder:
         a, b = torch.empty(256), torch.empty(256)
         a.relu_()
         a.add_(b)
@@ -61,7 +61,7 @@ def test_the_fused_update_is_counted_though_it_returns_nothing() -> None:
 
 def test_flops_are_those_of_the_flop_counter() -> None:
     recorder = Recorder()
-    with FakeTensorMode(), recorder:
+    with OutlineMode(), recorder:
         x, w = torch.empty(2, 3, 8, 8), torch.empty(5, 3, 3, 3)
         torch.ops.aten.convolution(x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
     (work,) = recorder.trace.work
@@ -122,7 +122,7 @@ def test_empty_copy_is_the_same_model_without_values() -> None:
     model = Setup().model(fake=False)
     model.conv1.weight.requires_grad_(False)
     names = list(model.state_dict())
-    with FakeTensorMode():
+    with OutlineMode():
         copied = empty_copy(model, torch.channels_last)
         assert list(copied.state_dict()) == names
         assert not copied.conv1.weight.requires_grad

@@ -43,6 +43,12 @@ def test_who_starts_low(arch: str, sets: list[str], low: bool) -> None:
     assert starts_low(gather(flags={"model.arch": arch}, sets=sets).config) is low
 
 
+def test_a_network_of_ones_own_starts_low_only_if_asked_to() -> None:
+    flags = {"model.spec": "torchvision:resnet101"}
+    assert not starts_low(gather(flags=flags).config)
+    assert starts_low(gather(flags=flags, sets=["schedule.low_start=always"]).config)
+
+
 def test_the_low_start_ends_under_80_percent_error_or_at_the_first_milestone() -> None:
     config = gather(flags={"model.arch": "res110"}).config
     assert learning_rate(config, 391, 0, low_start=True) == 0.01

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lowmem.choose.planning import make_plan
+from lowmem.config.schema import ModelConfig
 from lowmem.isolate import OUT_OF_MEMORY, CallResult, Forks, run
-from lowmem.models import skeleton
+from lowmem.models import make_network, skeleton
 from lowmem.step.train_step import TrainStep
-from lowmem.trial import PER_BLOCK, PLANNED, PREPARE, Trial, TrialResult, run_trial
+from lowmem.trial import PER_BLOCK, PLANNED, PREPARE, Trial, TrialResult, blocks_of, run_trial
 from lowmem.trial.worker import work
 from tests.isolated import call_here
 
@@ -53,6 +56,24 @@ def test_the_librarys_checkpointing_is_tried_likewise(plain: TrialResult) -> Non
 def _refused(trial: Trial, outcome: CallResult) -> TrialResult:
     """What a trial is said to have come to whose process ended so."""
     return run_trial(trial, call=lambda *_, **__: outcome)
+
+
+def test_what_is_checkpointed_of_any_network() -> None:
+    family = skeleton("res20", width=2)
+    assert blocks_of(family) == [block for stage in family.stages() for block in stage.children()]
+    assert len(blocks_of(make_network(ModelConfig(spec="torchvision:resnet18")))) == 8
+    convolution, head = nn.Conv2d(3, 4, 3), nn.Linear(4, 10)
+    assert blocks_of(nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), head)) == [convolution, head]
+
+
+def test_a_trial_makes_a_network_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "thin.py").write_text(
+        "from torch import nn\ndef thin(num_classes):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 2, 3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(128, num_classes))\n"
+    )
+    trial = Trial(spec=f"{tmp_path / 'thin.py'}:thin", batch=4, num_classes=3, steps=1, warmup=1, way=PER_BLOCK)
+    found = run_trial(trial, call=call_here)
+    assert (found.refused, found.finite) == (None, True)
 
 
 def test_a_process_that_goes_wrong_is_a_refusal() -> None:
