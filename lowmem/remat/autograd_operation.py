@@ -107,8 +107,8 @@ class Graph:
         return tree_unflatten(detached, spec)
 
     def backward(self, grad: Any, needed: Sequence[bool], so_far: Sequence[Any] = ()) -> Gradients:
-        """`so_far`: by operand the gradient that it has from later uses, or None: those of the uses in here are added to
-        it one by one, as autograd does, and the sum is returned."""
+        """`so_far`: by operand the gradient that it has from later uses, or None: those of the uses in here are added
+        to it one by one, as autograd does, and the sum is returned."""
         grads = grad if isinstance(grad, list) else [grad]
         pairs = [
             (edge, one) for edge, one in zip(self.edges, grads, strict=True) if edge is not None and one is not None
