@@ -260,7 +260,7 @@ def _basis(config: Config) -> tuple[object, ...]:
     data = config.data
     count = (data.train_subset, data.val_split, data.val_folder, data.test_split, data.skip_damaged)
     pictures = (data.source, *count) if for_card(config) else ()
-    return *_budget(config), config.memory.allow_accumulation, *computed, *kernels, *pictures
+    return *_budget(config), config.memory.allow_accumulation, *computed, data.image_size, *kernels, *pictures
 
 
 def _same_computation(config: Config, plan: Plan | None, request: Request, group: Group) -> BatchSplit:

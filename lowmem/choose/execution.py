@@ -27,12 +27,13 @@ from lowmem.choose.request import (
     with_communicators,
 )
 from lowmem.config.cards import Card, find_card, has_tensor_cores, load_card
-from lowmem.config.schema import Config, TrainConfig, for_process
+from lowmem.config.schema import SOURCE_SIDE, Config, TrainConfig, for_process
 from lowmem.config.settings import Settings
 from lowmem.core.errors import PreflightError, UsageError
 from lowmem.core.phases import Phase, untold
-from lowmem.core.reading import user_cache_folder
+from lowmem.core.reading import shorten, user_cache_folder
 from lowmem.core.units import format_size
+from lowmem.data.pictures import held_bytes
 from lowmem.measure.cuda import torch_build
 from lowmem.measure.nvml import read_driver
 from lowmem.measure.usable import CardFacts, Obstacle
@@ -41,7 +42,6 @@ from lowmem.models.resnet import check_memory_format, is_safe
 from lowmem.remat.libraries import Numerics, convolutions_in_tf32, prepare_libraries, workspace_cap_bytes
 from lowmem.simulate import StepShape
 
-_PICTURE_BYTES = 3 * 32 * 32  # uint8
 _TENSORS_ALONE = "the budget for tensors alone"
 # Begins the recorded reason where `auto` takes the CPU in spite of a card.
 _OBSTRUCTED = "the card is not used, "
@@ -170,9 +170,20 @@ def refuse_unsafe(config: Config) -> None:
     check_memory_format(make_network(config.model), train.device, train.precision, train.memory_format)
 
 
-def image_shape_of(config: Config) -> tuple[int, int, int]:
-    """Of the pictures that the network is given: channels, height, width."""
-    return (3, 32, 32)
+def refuse_size(config: Config) -> None:
+    """Raises UsageError unless the network takes pictures of the size that is asked for; of other networks than the
+    family's `lowmem.models.check_network` says it."""
+    size, model = config.data.image_size, config.model
+    if size == SOURCE_SIDE or model.spec is not None:
+        return
+    try:
+        with torch.no_grad():
+            make_network(model)(torch.empty(2, *config.data.image_shape, device="meta"))
+    except RuntimeError as error:
+        raise UsageError(
+            f"{model.arch} takes no pictures of {size}x{size} ({shorten(error, 80)}): give another --image-size, like "
+            f"{SOURCE_SIDE}, or another network"
+        ) from None
 
 
 # -- before a plan -----------------------------------------------------------------------------------------------------
@@ -198,7 +209,7 @@ def by_measurement(config: Config, model: nn.Module, calibrator: Calibrator) -> 
     if asked == "fp32" and layout != "auto":
         return {asked: layout}, {}  # nothing to choose, and nothing to doubt
     batch = train.micro_batch or train.batch
-    step = partial(StepShape, model=model, image_shape=image_shape_of(config), batch=batch, micro_batch=batch)
+    step = partial(StepShape, model=model, image_shape=config.data.image_shape, batch=batch, micro_batch=batch)
     pairs = [pair for pair in product(precisions, layouts) if is_safe(model, device, *pair)]
     measured = calibrator.modes([step(precision=one, memory_format=other) for one, other in pairs])
     if len(measured) < len(pairs):  # a block alone did not fit: nothing to compare by
@@ -292,7 +303,7 @@ def budget_of(
 
 def _card_budget(config: Config, train_pictures: int, calibrator: Calibrator | None) -> tuple[Budget, Card | None]:
     memory, numerics = config.memory, numerics_of(config.train)
-    pictures_bytes, deterministic = train_pictures * _PICTURE_BYTES, numerics.deterministic
+    pictures_bytes, deterministic = held_bytes(config.data, train_pictures), numerics.deterministic
     if memory.card is not None:
         card = load_card(memory.card)
         platform = None if memory.platform == "auto" else memory.platform.replace("-", "_")
@@ -329,12 +340,13 @@ def request_of(
     """What `choose` needs to know of a run. `joint`: of one process among several that train it. Raises as `budget_of`
     does, UsageError for settings at odds, PreflightError for those that `refuse_unsafe` refuses."""
     _check_micro_batch(config)
+    refuse_size(config)
     if config.memory.card is None:  # else the step is another machine's
         refuse_unsafe(config)
     if config.memory.platform != "auto" and config.memory.card is None:
         raise UsageError("memory.platform says what machine a --card is in: give the card, or leave it out")
     budget, card = budget_of(config, train_pictures, calibrator, joint=joint)
-    check_network(config.model, num_classes, image_shape_of(config))
+    check_network(config.model, num_classes, config.data.image_shape)
     model = make_network(config.model, num_classes)
     if calibrator is not None:
         modes, reasons = by_measurement(config, model, calibrator)
@@ -345,6 +357,7 @@ def request_of(
     return Request(
         model=model,
         batch=config.train.batch,
+        image_shape=config.data.image_shape,
         budget=budget,
         rates=card_rates(rated),
         rates_from=f"by the datasheet of a {rated.name}",

@@ -122,8 +122,8 @@ def _first_that_fits(request: Request) -> Choice | Infeasible:
             continue
         taken = choice.plan.predicted
         chosen = Candidate(what=what, peak_bytes=taken.peak_allocated_bytes, step_seconds=taken.step_seconds)
-        tried = (*_not_planned_inside(request), *refused, _plain(choice), chosen)
-        return replace(choice, plan=replace(choice.plan, candidates=tried))
+        looked_at = (*_not_planned_inside(request), *refused, _plain(choice), chosen)
+        return replace(choice, plan=replace(choice.plan, candidates=looked_at))
     least = min(errors, key=lambda error: error.least_bytes)
     tried = "; ".join(candidate.what for candidate in refused)
     ways = [] if request.settled or hopeless else ["lower --batch"]

@@ -119,6 +119,9 @@ FLAGS = (
         "train doctor reproduce": "cifar10, fashion-mnist, shapes or folder:PATH.",
         "resume": "Where the same pictures are now, like folder:PATH.",
     }),
+    Flag("--image-size", "data.image_size", int, {
+        "train plan doctor reproduce": "Side of the square pictures that the network sees (32); of a folder any.",
+    }, metavar="N"),
     Flag("--data-root", "data.root", str, {
         "train resume doctor reproduce": "Folder that holds, or receives, cifar10 and fashion-mnist.",
     }),

@@ -22,7 +22,7 @@ from lowmem.bench.results import Account, Environment, Results, ResultTable, Row
 from lowmem.bench.run import Bench
 from lowmem.bench.tables import TableSetup, table_cells
 from lowmem.calibrate.device import ask_device, describe
-from lowmem.choose.execution import image_shape_of, refuse_unsafe, resolve_execution, why_on_cpu
+from lowmem.choose.execution import refuse_unsafe, resolve_execution, why_on_cpu
 from lowmem.cli.terminal import say
 from lowmem.config.settings import gather
 from lowmem.core.errors import Interrupted, UsageError
@@ -120,7 +120,7 @@ def _network(flags: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, An
     given = {key: value for key, value in flags.items() if value is not None}
     settings = resolve_execution(gather(flags={**mode, **usual, **given}))
     config = settings.config
-    check_network(config.model, 10, image_shape_of(config))
+    check_network(config.model, 10, config.data.image_shape)
     refuse_unsafe(config)
     if (why := why_on_cpu(settings)) is not None:
         say(f"warning: this measures {why}", "stderr")

@@ -18,6 +18,7 @@ from lowmem.core.reading import shorten
 from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, counted, parse_memory, parse_size
 
 SOURCES = ("cifar10", "fashion-mnist", "shapes")  # and folder:PATH
+SOURCE_SIDE = 32  # of their pictures
 
 
 def canonical_source(source: str) -> str:
@@ -130,10 +131,14 @@ class DataConfig(Section):
     val_split: int = Field(
         default=0, ge=0, description="hold back this many training pictures, and choose the best weights on them"
     )
-    augment: bool = Field(True, description="random crop with padding 4 and random horizontal flip")
+    image_size: int = Field(SOURCE_SIDE, ge=8, le=1024, description="side of the square pictures that the network sees")
+    augment: bool = Field(
+        True,
+        description="random horizontal flip and random crop: with padding 4; of a folder from image_size 64 on resized",
+    )
     fit: Literal["crop", "stretch"] = Field(
         "crop",
-        description="folder: how a picture becomes 32x32. crop: upright by its EXIF orientation, transparency over "
+        description="folder: how a picture becomes square. crop: upright by its EXIF orientation, transparency over "
         "white, the middle square of it; stretch: all of it squeezed, orientation and transparency ignored",
     )
     test_split: Annotated[int | float, BeforeValidator(_check_share)] | None = Field(
@@ -141,6 +146,20 @@ class DataConfig(Section):
     )
     val_folder: bool = Field(True, description="folder: hold back the pictures in val/, if it is there beside train/")
     skip_damaged: bool = Field(False, description="folder: go on without files that are no pictures or are damaged")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of what the network sees: channels, height, width."""
+        return 3, self.image_size, self.image_size
+
+    @model_validator(mode="after")
+    def _not_shrunk(self) -> DataConfig:
+        if self.source in SOURCES and self.image_size < SOURCE_SIDE:
+            raise ValueError(
+                f"{self.source} has pictures of {SOURCE_SIDE}x{SOURCE_SIDE}, and image_size {self.image_size} is less: "
+                f"raise it to {SOURCE_SIDE} or more; folder:PATH takes any size"
+            )
+        return self
 
 
 class OptimConfig(Section):
@@ -326,6 +345,7 @@ BEFORE: Mapping[str, object] = {
     "train.deterministic": True,
     "train.tf32": "auto",
     "train.batch_norm": "auto",
+    "data.image_size": SOURCE_SIDE,
     "data.fit": "stretch",
     "data.test_split": None,
     "data.val_folder": False,

@@ -21,9 +21,31 @@ from lowmem.core.units import counted, format_size, name_some
 from lowmem.data import shapes
 from lowmem.data.batches import TrainBatches, eval_batches
 from lowmem.data.downloaded import DOWNLOADABLE
-from lowmem.data.pictures import Dataset, Pictures, Progress, Selectable, Source, fingerprint, statistics
+from lowmem.data.pictures import (
+    MOST_HELD_BYTES,
+    AnyPictures,
+    Dataset,
+    MappedPictures,
+    Pictures,
+    Progress,
+    Selectable,
+    Source,
+    fingerprint,
+    held_bytes,
+    statistics,
+)
 
-__all__ = ["Dataset", "Found", "Pictures", "TrainBatches", "eval_batches", "find_pictures", "load"]
+__all__ = [
+    "AnyPictures",
+    "Dataset",
+    "Found",
+    "Pictures",
+    "TrainBatches",
+    "eval_batches",
+    "find_pictures",
+    "held_bytes",
+    "load",
+]
 _CLASSES_NAMED = 10
 
 
@@ -32,8 +54,8 @@ def load(config: DataConfig, seed: int, *, progress: Progress | None = None) -> 
     Raises DataError for missing or damaged data, UsageError for a subset or split that does not fit."""
     source = _read(config, progress=progress)
     chosen = choose(source, config, seed)
-    train, val, test = chosen["train"].pictures(), chosen.get("val"), chosen["test"].pictures()
-    held_back = None if val is None else val.pictures()
+    train, test = (_sized(chosen[part].pictures(), config) for part in ("train", "test"))
+    held_back = _sized(chosen["val"].pictures(), config) if "val" in chosen else None
     if progress is not None:
         progress("computing the pictures' mean, deviation and fingerprint")
     mean, std = statistics(train)
@@ -46,10 +68,31 @@ def load(config: DataConfig, seed: int, *, progress: Progress | None = None) -> 
         mean,
         std,
         fingerprint(train, held_back, test),
-        notes=(f"{source.name}: {_describe_classes(source)}", *source.notes),
+        notes=(f"{source.name}: {_describe_classes(source)}", *source.notes, *_describe_size(train)),
         warnings=(*source.warnings, *_emptied(source, chosen)),
         skipped=source.skipped,
     )
+
+
+def _sized(pictures: AnyPictures, config: DataConfig) -> AnyPictures:
+    """Those of a source of its own size are enlarged as a batch."""
+    if isinstance(pictures, MappedPictures) or pictures.side == config.image_size:
+        return pictures
+    return replace(pictures, enlarged_to=config.image_size)
+
+
+def _describe_size(pictures: AnyPictures) -> Iterator[str]:
+    """How they come to the network, where that is not as they are and from where it is."""
+    size = format_size(len(pictures) * 3 * pictures.side**2)
+    square, wanted = (f"{side}x{side}" for side in (pictures.side, pictures.image_size))
+    if isinstance(pictures, MappedPictures):
+        yield f"training pictures stay on the disk, {size} of {square}: batches of {wanted} are cut from there"
+        return
+    if square != wanted:
+        yield f"pictures of {square} are cropped at their own size and enlarged to {wanted} as a batch"
+    if pictures.images.nbytes > MOST_HELD_BYTES:
+        most = format_size(MOST_HELD_BYTES)
+        yield f"training pictures take {size}, a card holds {most} of them at most: there every batch is copied"
 
 
 def _read(config: DataConfig, *, progress: Progress | None = None, until: float | None = None) -> Source:
@@ -77,7 +120,7 @@ class Chosen:
     def labels(self) -> NDArray[np.int64]:
         return self.source.labels.numpy()[self.indices]
 
-    def pictures(self) -> Pictures:
+    def pictures(self) -> AnyPictures:
         return self.source.take(None if len(self) == len(self.source.labels) else self.indices)
 
 

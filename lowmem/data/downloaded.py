@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lowmem.config.schema import SOURCE_SIDE as SIDE
 from lowmem.core.errors import DataError
 from lowmem.core.units import counted, format_size
-from lowmem.data.pictures import CHANNELS, SIDE, Pictures, Progress, Source
+from lowmem.data.pictures import CHANNELS, Pictures, Progress, Source
 
 FASHION_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot",

@@ -23,17 +23,53 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lowmem.core.reading import read_json, read_limited
-from lowmem.data.pictures import CHANNELS, SIDE
+from lowmem.data.pictures import CHANNELS, Pictures
 
 KEY_BYTES = 16
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _FORMAT = 2
 
 
-def find_kept(folder: Path, decoder: str, keys: Sequence[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Of the files with these `keys` the pictures (uint8 [N, 3, 32, 32], zeros where there is none) and which of them
-    were kept (bool [N])."""
-    shape = (CHANNELS, SIDE, SIDE)
+class KeptPictures:
+    """The pictures of the files with some keys, [N], in memory: those that were kept in `folder`, and those that are
+    `put`. `there`: which there are, bool [N]; the others are black."""
+
+    def __init__(self, folder: Path, decoder: str, keys: Sequence[bytes], side: int) -> None:
+        self._folder, self._decoder, self._keys = folder, decoder, keys
+        self.images, self.there = find_kept(folder, decoder, keys, side)  # uint8 [N, 3, side, side]
+        self._had = int(self.there.sum())
+
+    def put(self, number: int, pixels: NDArray[np.uint8]) -> None:
+        """uint8 [side, side, 3]."""
+        self.images[number], self.there[number] = pixels.transpose(2, 0, 1), True
+
+    def close(self) -> str | None:
+        """Keeps what is there. What is to be said where that is not possible."""
+        chosen = np.flatnonzero(self.there).tolist()
+        if len(chosen) <= self._had:
+            return None
+        try:
+            images = self.images if len(chosen) == len(self._keys) else self.images[chosen]
+            keep(self._folder, self._decoder, [self._keys[number] for number in chosen], images)
+        except OSError as error:
+            return (
+                f"the decoded pictures could not be kept in {self._folder} ({error}): next time they are decoded "
+                "again; set data.cache to a folder that can be written"
+            )
+        return None
+
+    def pictures(self, first: int, past: int, rows: Sequence[int], labels: Tensor) -> Pictures:
+        """Of `rows`, all in [first, past); without a copy where those are all of them."""
+        images = self.images[first:past] if len(rows) == past - first else self.images[rows]
+        return Pictures(torch.from_numpy(images), labels)
+
+
+def find_kept(
+    folder: Path, decoder: str, keys: Sequence[bytes], side: int
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Of the files with these `keys` the pictures (uint8 [N, 3, side, side], zeros where there is none) and which of
+    them were kept (bool [N])."""
+    shape = (CHANNELS, side, side)
     tensors = read_cache(folder, decoder) or {}
     nothing = torch.empty(0)
     images, there = tensors.get("images", nothing), tensors.get("keys", nothing)
@@ -59,7 +95,7 @@ def keep(folder: Path, decoder: str, keys: Sequence[bytes], images: NDArray[np.u
 def read_cache(folder: Path, decoder: str) -> dict[str, Tensor] | None:
     """The tensors kept in `folder` by `decoder`, or None if there are none that verify."""
     try:
-        manifest = read_json(folder / _MANIFEST)
+        manifest = read_json(folder / MANIFEST)
         if manifest["format"] != _FORMAT or manifest["decoder"] != decoder:
             return None
         # A foreign file of any length is not read into memory.
@@ -78,8 +114,8 @@ def write_cache(folder: Path, decoder: str, tensors: dict[str, Tensor]) -> None:
     data = safetensors.torch.save(tensors)
     manifest = {"format": _FORMAT, "decoder": decoder, "size_bytes": len(data)}
     manifest["sha256"] = sha256 = hashlib.sha256(data).hexdigest()
-    _write_atomically(folder / _data_name(sha256), data)
-    _write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
+    write_atomically(folder / _data_name(sha256), data)
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
     for old in folder.glob("pictures-*.safetensors"):
         if old.name != _data_name(sha256):
             old.unlink(missing_ok=True)
@@ -90,7 +126,7 @@ def _data_name(sha256: str) -> str:
     return f"pictures-{sha256[:16]}.safetensors"
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     try:
         with os.fdopen(handle, "wb") as file:

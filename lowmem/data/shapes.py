@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lowmem.config.schema import SOURCE_SIDE as SIDE
 from lowmem.core import counter_rng as addressed
-from lowmem.data.pictures import CHANNELS, SIDE, DrawnWhenTaken, Pictures, Source
+from lowmem.data.pictures import CHANNELS, DrawnWhenTaken, Pictures, Source
 
 Ints = NDArray[np.int32]
 Mask = NDArray[np.bool_]

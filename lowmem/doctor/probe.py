@@ -75,9 +75,10 @@ def network(settings: Settings) -> dict[str, Any]:
 
 def execution(settings: Settings) -> dict[str, Any]:
     """Device, precision and memory format as a run would resolve them, and whether it would refuse to start so."""
-    from lowmem.choose.execution import refuse_unsafe, resolve_execution
+    from lowmem.choose.execution import refuse_size, refuse_unsafe, resolve_execution
 
     resolved = resolve_execution(settings).config
+    refuse_size(resolved)
     refuse_unsafe(resolved)
     return {"execution": resolved.train.model_dump(include={"device", "precision", "memory_format"})}
 

@@ -12,7 +12,7 @@ import torch
 
 import lowmem
 from lowmem.choose.decide import DataSize, Decision, decide
-from lowmem.choose.execution import numerics_of, refuse_unsafe, require_device, resolve_execution
+from lowmem.choose.execution import numerics_of, refuse_size, refuse_unsafe, require_device, resolve_execution
 from lowmem.config.schema import Config, known_keys
 from lowmem.config.settings import Settings
 from lowmem.core.errors import DataError, ForeignCheckpoint, OutOfMemory, PreflightError, UsageError
@@ -54,7 +54,7 @@ def execute(begin: New | Resume, observer: Observer | None = None) -> Outcome:
         elsewhere = begin.where_data_is_given(config)
         dataset = _load_data(group, config, observer, elsewhere)
         size = DataSize(len(dataset.classes), len(dataset.train))
-        group.together(lambda: check_network(config.model, size.classes, dataset.train.images.shape[1:]))
+        group.together(lambda: check_network(config.model, size.classes, config.data.image_shape))
         if recorded is None and not config.memory.auto_batch and config.train.batch > len(dataset.train):
             # No refusal: all pictures in a step can be meant, and a trial on a few keeps the recipe's batch.
             observer.warning(_describe_large_batch(config.train.batch, len(dataset.train)))
@@ -108,6 +108,7 @@ def _joined(given: Mapping[str, object], source: str) -> Iterator[Group]:
 def refuse_unfit(group: Group, config: Config) -> None:
     """What takes no time to refuse. Raises PreflightError, UsageError. The libraries are set for all that follows."""
     require_device(config.train.device)
+    refuse_size(config)
     if config.train.tensorboard:
         require_tensorboard()
     if group.size > config.train.batch:

@@ -42,7 +42,10 @@ from lowmem.train.schedule import rate_curve, scaled_milestones, side_by_side, s
 _AT = re.compile(r"([0-9]{1,15})|step:([0-9]{1,15})|last")
 _SCHEDULE = ("schedule.milestones", "schedule.reference_epochs")
 # What decides which picture comes when.
-_READ = ("data.train_subset", "data.val_split", "data.val_folder", "data.test_split", "data.skip_damaged", "data.fit")
+_READ = (
+    "data.train_subset", "data.val_split", "data.val_folder", "data.test_split", "data.skip_damaged", "data.fit",
+    "data.image_size",
+)  # fmt: skip
 _ORDER = ("seed", "train.batch", *_READ)
 _PICTURES = ("seed", "data.source", "data.root", *_READ)
 

@@ -177,7 +177,8 @@ class AutogradOperation(Operation):
     """`function(*args, **kwargs)`; in these stand Operand, Scalar and Attribute for what a pass has.
 
     `module`: whose parameters and buffers the function uses beside its arguments. `draws`: whether it may draw random
-    numbers. `same`: what tells functions apart that cost differently.
+    numbers. `same`: what tells functions apart that cost differently. `fresh`: the backward makes a new tensor, which
+    may be written into; of others that is not known.
     """
 
     name: str
@@ -191,6 +192,7 @@ class AutogradOperation(Operation):
     light: bool = False
     view: bool = False
     draws: bool = True
+    fresh: bool = False
     graphed = under_autograd = True
 
     @property
@@ -199,7 +201,7 @@ class AutogradOperation(Operation):
 
     @property
     def shares(self) -> tuple[int, ...]:  # type: ignore[override]
-        return tuple(range(len(self.operands)))
+        return () if self.fresh else tuple(range(len(self.operands)))
 
     @cached_property
     def sums(self) -> bool:  # type: ignore[override]

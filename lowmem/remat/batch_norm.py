@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.measure.outline import is_outline
-from lowmem.remat.operation import Gradients, Norm, Operation, PassState, Total, of_tensor, trainable
+from lowmem.remat.operation import Gradients, Norm, Operation, PassState, Total, dense, in_format, of_tensor, trainable
 
 _aten = torch.ops.aten
 _EXACT_DTYPES = (torch.float32, torch.float64)
@@ -291,9 +291,11 @@ class BatchNorm(Operation):
         return (one for one in (self.norm.weight, self.norm.bias) if one is not None)
 
     def forward(self, operands: Sequence[Any], state: PassState, into: int | None = None) -> Tensor:
+        z = operands[0]
+        in_place = into is not None and in_format(z) and dense(z)
         if (stats := state.notes.get(self)) is not None:
-            return norm_again(self.norm, operands[0], stats, into is not None)
-        out, state.notes[self] = norm_first(self.norm, operands[0], into is not None, state.library_norm, state.total)
+            return norm_again(self.norm, z, stats, in_place)
+        out, state.notes[self] = norm_first(self.norm, z, in_place, state.library_norm, state.total)
         return out
 
     def plain(self, operands: Sequence[Any], state: PassState) -> Tensor:

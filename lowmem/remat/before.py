@@ -25,7 +25,7 @@ class Generators:
         self.devices, self.states = get_device_states(*tensors)
         self.python = random.getstate()
         numpy = sys.modules.get("numpy")
-        self.numpy = None if numpy is None else numpy.random.get_state()
+        self.numpy: Any = None if numpy is None else numpy.random.get_state()
 
     def put_back(self) -> None:
         torch.set_rng_state(self.cpu)
@@ -38,8 +38,10 @@ class Generators:
         """Whether anybody has drawn from Python's or numpy's since."""
         if random.getstate() != self.python:
             return True
-        now = None if self.numpy is None else sys.modules["numpy"].random.get_state()
-        return now is not None and (now[2] != self.numpy[2] or bool((now[1] != self.numpy[1]).any()))
+        if self.numpy is None:
+            return False
+        _, keys, position, *_ = sys.modules["numpy"].random.get_state()
+        return bool(position != self.numpy[2] or (keys != self.numpy[1]).any())
 
 
 def changed_attribute(module: nn.Module, before: dict[str, Any]) -> str | None:

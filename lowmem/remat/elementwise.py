@@ -55,7 +55,7 @@ class OutputActivation(Operation):
         follows."""
         args = (*self.arguments, True) if self.kind == "leaky_relu" else _ARGUMENTS.get(self.kind, ())
         kernel = _BACKWARD[self.kind]
-        if owned and grad.stride() == output.stride() and grad.dtype == output.dtype:
+        if owned and grad.stride() == output.stride() and grad.dtype == output.dtype and dense(grad):
             kernel.grad_input(grad, output, *args, grad_input=grad)
             return grad
         return kernel(grad, output, *args)

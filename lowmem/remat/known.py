@@ -38,6 +38,11 @@ LIGHT: set[Any] = {
     *(operator.add, operator.sub, operator.neg, F.pad, F.pixel_shuffle, F.interpolate, torch.flip),
     *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d, nn.Upsample, nn.UpsamplingNearest2d),
 }
+# Of one tensor; the backward makes a new one.
+FRESH: set[Any] = {
+    *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+}
 DEAR_FUNCTIONS: set[Any] = {
     *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear),
     *(F.scaled_dot_product_attention, F.multi_head_attention_forward, F.embedding, F.bilinear),

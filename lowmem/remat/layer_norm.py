@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from lowmem.remat.autograd_operation import Attribute
-from lowmem.remat.operation import Gradients, Operation, PassState, of_tensor, trainable
+from lowmem.remat.operation import Gradients, Operation, PassState, memory_format_of, of_tensor, trainable
 
 _aten = torch.ops.aten
 
@@ -105,7 +104,7 @@ def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     """As the library's group norm wants it: on a CPU channels-last stays what it is."""
     if like.device.type != "cpu":
         return tensor.contiguous()
-    return tensor.contiguous(memory_format=suggest_memory_format(like))
+    return tensor.contiguous(memory_format=memory_format_of(like.shape, like.stride()))
 
 
 def _value(given: Any) -> Any:

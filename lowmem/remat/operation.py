@@ -131,19 +131,60 @@ def trainable(*parameters: Tensor | None) -> bool:
 
 
 def dense(tensor: Tensor) -> bool:
-    """Whether it has its strides from its own elements alone: a new tensor like it has the same ones. A slice has not,
-    and what is written into it would not be laid out as the library's result is."""
+    """Whether the result of an elementwise function of it, a new tensor, has its strides: then it may as well take its
+    place. A slice's has not; nor has that of one pixel's, [N, C, 1, 1], in channels-last: the library takes it for
+    contiguous, and by strides of no extent a convolution after it chooses its kernel."""
     return dense_strides(tensor.shape, tensor.stride())
 
 
 @lru_cache(maxsize=4096)
 def dense_strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    orders = [range(len(shape))]
+    if len(shape) in _CHANNELS_LAST:
+        orders.append(_CHANNELS_LAST[len(shape)])
+    for order in orders:
+        layout = _laid_out(shape, order)
+        if all(mine == other for mine, other, size in zip(stride, layout, shape, strict=True) if size != 1):
+            return stride == layout
     expected = 1
     for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size != 1):
         if step != expected:
             return False
         expected *= size
     return True
+
+
+_CHANNELS_LAST: dict[int, Sequence[int]] = {4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}  # dimensions, outermost first
+
+
+def _laid_out(shape: tuple[int, ...], order: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a new tensor whose dimensions lie in that order."""
+    strides, step = [0] * len(shape), 1
+    for at in reversed(order):
+        strides[at] = step
+        step *= max(1, shape[at])
+    return tuple(strides)
+
+
+@lru_cache(maxsize=4096)
+def memory_format_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.memory_format:
+    """What the library takes it for (`suggest_memory_format`), and lays out the results of batch norm and pooling by."""
+    order = _CHANNELS_LAST.get(len(shape))
+    if order is None or stride[1] == 0 or 0 in shape:
+        return torch.contiguous_format
+    least = 0
+    for at in reversed(order):
+        if stride[at] < least or (at == 0 and least == stride[1]):
+            return torch.contiguous_format
+        least = stride[at] * max(1, shape[at])
+    return torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+
+
+def in_format(tensor: Tensor) -> bool:
+    """Whether its strides are those of a new tensor in its memory format."""
+    shape, stride = tensor.shape, tensor.stride()
+    last = memory_format_of(shape, stride) != torch.contiguous_format
+    return stride == _laid_out(shape, _CHANNELS_LAST[len(shape)] if last else range(len(shape)))
 
 
 def of_tensor(tensor: Tensor | None) -> Hashable:

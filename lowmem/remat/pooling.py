@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
-from lowmem.remat.operation import Gradients, Operation, PassState
+from lowmem.remat.operation import Gradients, Operation, PassState, memory_format_of
 
 _aten = torch.ops.aten
 
@@ -46,7 +45,7 @@ class MaxPool(Operation):
 
     def _kernel(self, x: Tensor, state: PassState) -> tuple[Tensor, Tensor]:
         if self not in state.notes:
-            state.notes[self] = x.shape, suggest_memory_format(x)
+            state.notes[self] = x.shape, memory_format_of(x.shape, x.stride())
         return _aten.max_pool2d_with_indices(x, *self.window)
 
     def backward(

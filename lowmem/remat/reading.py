@@ -3,6 +3,9 @@
 `relu_(v)` and its kin become the operation that makes a new value, and from then on the new one stands for v: the same
 bits, and whether the memory is written in place is the program's decision (`program.py`). Where something else may see
 the change (a view of v, a buffer, an assignment into a part), the module whose forward does it runs as a whole.
+
+Known limitation: where a view is changed in place (also one that a module returns, as instance norm does), autograd lays
+the gradient out as what it is a view of. Here it stays as it comes: in channels-last last digits may differ.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor, fx, nn
 from lowmem.remat.autograd_operation import Attribute, AutogradOperation, Operand, Scalar, ScalarOperation
 from lowmem.remat.calls import Call
 from lowmem.remat.elementwise import OutputActivation
-from lowmem.remat.known import SCALAR_ATTRIBUTES
+from lowmem.remat.known import FRESH, SCALAR_ATTRIBUTES
 from lowmem.remat.linear_maps import Convolution, Linear
 from lowmem.remat.operation import Operation
 from lowmem.remat.pooling import MaxPool
@@ -197,6 +200,7 @@ class _Reader:
                 light=call.light,
                 view=call.view,
                 draws=call.draws,
+                fresh=call.kind in FRESH,
             )
 
         return Reading(name, path, kind, tuple(operands), make, dear=call.dear)
@@ -256,11 +260,16 @@ class _Reader:
         """From now on `reading` stands for what the node was."""
         old = self.value[changed]
         where = owner_of(node) if node.op != "call_module" else path.rpartition(".")[0]
+        if isinstance(old, Reading) and old.scalar:
+            return
         if not isinstance(old, Reading):
             raise RunsWhole(where, "a buffer or a parameter is changed in place")
-        if old is self.input:
+        if _base(old) is self.input:
             raise RunsWhole(where, "the network's input is changed in place")
         now = self.order[node]
+        if old.view_of is not None and self._used_beside(old, now):
+            # Autograd then sums the gradients of all uses at what it is a view of, in another order.
+            raise RunsWhole(where, "a view is changed in place of which there are other uses")
         for other, value in list(self.value.items()):
             if value is old:
                 self.value[other] = reading
@@ -268,6 +277,19 @@ class _Reader:
             shares = isinstance(value, Reading) and value is not reading and _base(value) is _base(old)
             if shares and any(self.order[user] > now for user in other.users):
                 raise RunsWhole(where, "something is changed in place of which a view is used later")
+
+    def _used_beside(self, view: Reading, now: int) -> bool:
+        """Whether there is another use, before, of the view or of what it is a view of, than to make the view."""
+        chain = {view}
+        while view.view_of is not None:
+            view = view.view_of
+            chain.add(view)
+        for node, value in self.value.items():
+            if isinstance(value, Reading) and _base(value) is view:
+                users = [self.value.get(user) for user in node.users if self.order[user] < now]
+                if any(not (user in chain or (isinstance(user, Reading) and user.scalar)) for user in users):
+                    return True
+        return False
 
 
 def _base(reading: Reading) -> Reading:
@@ -290,10 +312,9 @@ def _plain(arguments: Any) -> Any:
 
 
 _IN_PLACE_OPERATORS = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
+    **{getattr(operator, f"i{name}"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv")},
+    **{getattr(operator, f"i{name}"): getattr(operator, name) for name in ("mod", "pow", "matmul", "xor")},
+    **{operator.iand: operator.and_, operator.ior: operator.or_},
 }
 
 

@@ -26,8 +26,8 @@ _CLOSE = 1e-2  # of the largest value, where not the CPU computes: kernels may b
 
 def check_same_forward(model: nn.Module, image_shape: tuple[int, ...], named: Named | None = None) -> None:
     """Runs a training forward on two random pictures [C, H, W], by itself and as planned. Nothing of the model is
-    changed afterwards; its hooks run. Does nothing for a model without values (`meta`). `named`: the stages that the user
-    has named.
+    changed afterwards; its hooks run. Does nothing for a model without values (`meta`). `named`: the stages that the
+    user has named.
 
     Raises PreflightError if the outputs or buffers differ, with the first stage where they do; if the network itself
     cannot compute such pictures; ValueError if it is none that can be planned (NotTraceable)."""

@@ -8,6 +8,7 @@ run as ever). The whole module is one if nothing else helps; a real `nn.Sequenti
 from __future__ import annotations
 
 import inspect
+import operator
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -53,8 +54,8 @@ def check_own_forward(model: nn.Module) -> None:
         raise NotTraceable("it is compiled, by torch.compile or torch.jit: plan the network as it was before")
     if "forward" in model.__dict__:
         raise NotTraceable(
-            "its forward was replaced on the object (model.forward = …), which copies and plans do not see: put it into "
-            "a subclass"
+            "its forward was replaced on the object (model.forward = …), which copies and plans do not see: put it "
+            "into a subclass"
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
@@ -69,6 +70,18 @@ class _Restart(Exception):
         self.path, self.why = path, why
 
 
+class _Proxy(fx.Proxy):
+    """With the operators that change in place, for which fx itself records the ones that do not."""
+
+
+def _in_place(operation: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda self, other: self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
+    setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
+
+
 class Tracer(fx.Tracer):
     """`leaves`: path -> why, of modules that run as a whole; grows while it traces."""
 
@@ -77,6 +90,9 @@ class Tracer(fx.Tracer):
         self.model, self.leaves = model, leaves
         self._thread = threading.get_ident()
         self.forwards: list[nn.Module] = []  # modules whose forward was traced
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves or has_hooks(m) or is_parametrized(m):
@@ -109,10 +125,11 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A tensor that is no attribute of a module: the forward makes it, of nothing that depends on the input."""
-        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
-            if not any(a is one for one in self.model.buffers()):
-                return self.create_proxy("call_function", Constant(a), (), {}).node
-        return super().create_arg(a)
+        if not isinstance(a, Tensor) or isinstance(a, nn.Parameter) or a in self.tensor_attrs:
+            return super().create_arg(a)
+        if any(a is one for one in self.model.buffers()):
+            return super().create_arg(a)
+        return self.create_proxy("call_function", Constant(a), (), {}).node
 
 
 class Constant:

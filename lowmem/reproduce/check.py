@@ -143,7 +143,7 @@ def _look_at(job: Job, standing: Standing, plan: Plan | None, dataset: Dataset) 
 
         # Floating-point operations of a picture's forward pass, with what the plan repeats added in proportion.
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 3, 32, 32, device="meta"))
+            model(torch.empty(1, *config.data.image_shape, device="meta"))
         weight = counter.get_total_flops() * (1 + ((plan.predicted.overhead if plan is not None else None) or 0.0))
     # Of training alone; a budget on the CPU is planned with the rates of a card that is not there.
     on_card = config.train.device != "cpu" and torch.cuda.is_available() and config.memory.card is None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowmem.core.counter_rng import derive_seed
 from lowmem.core.errors import Interrupted, PeerLost, Stuck
-from lowmem.data import Pictures
+from lowmem.data import AnyPictures
 from lowmem.measure.out_of_memory import Failure
 from lowmem.runs.checkpoint_state import RunState
 from lowmem.runs.event_files import EventFiles
@@ -245,10 +245,10 @@ class Loop:
         self.saver.poll()
         return self.signals.came()
 
-    def _score(self, pictures: Pictures) -> Score | Verdict:
+    def _score(self, pictures: AnyPictures) -> Score | Verdict:
         """Of all processes together: each scores its part of the pictures. LEAVE if a signal came to any."""
         t, (first, past) = self.t, self.t.split.part(len(pictures))
-        part = Pictures(pictures.images[first:past], pictures.labels[first:past])
+        part = pictures.part(first, past)
         leaves = partial(self._leaves_evaluation, len(part))
         mine = self.memory.evaluated(lambda size: t.evaluate(part, size, leaves))
         failed = [mine.message, mine.asked_bytes] if isinstance(mine, Failure) else None

@@ -16,13 +16,14 @@ from lowmem.config.schema import BEFORE, OPERATIONAL, Config, flatten
 from lowmem.core.errors import CorruptCheckpoint, ForeignCheckpoint
 from lowmem.core.reading import shorten
 from lowmem.core.units import counted
-from lowmem.data import Dataset, Pictures, TrainBatches, eval_batches
+from lowmem.data import AnyPictures, Dataset, TrainBatches, eval_batches
 from lowmem.distributed.group import Group, Split, even_shares
 from lowmem.measure import Meter
-from lowmem.models.resnet import check_memory_format
+from lowmem.models.resnet import ResNet, check_memory_format
 from lowmem.plan.policy import SAVE_ALL, uniform
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan, stage_names
+from lowmem.remat.same_forward import check_same_forward
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.checkpoint_state import RunState, read_state
 from lowmem.runs.store import RunFolder
@@ -67,6 +68,8 @@ class Replica:
                 self.planned = apply_plan(self.model, uniform([SAVE_ALL] * len(stage_names(self.model))))
             sync_bn = config.train.sync_bn
             joint = DataParallelStep(self.planned, self.group, self.split, execution.device, sync_bn=sync_bn)
+        if self.planned is not None and not isinstance(model, ResNet):  # the family is held to it by tests
+            check_same_forward(self.model, config.data.image_shape)
         run = self.planned or self.model
         self.step = TrainStep(run, self.optimizer, make_scaler(execution), execution, micro_batch, joint)
         self.batches = TrainBatches(
@@ -95,7 +98,7 @@ class Replica:
         return images, labels, size
 
     def evaluate(
-        self, pictures: Pictures, size: int, should_stop: Callable[[int], bool] = lambda done: False
+        self, pictures: AnyPictures, size: int, should_stop: Callable[[int], bool] = lambda done: False
     ) -> Score | None:
         """`size` pictures at a time. None if `should_stop` said so in between, which hears how many are done."""
         data, execution = self.dataset, self.execution

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lowmem.choose.request import Budget
-from lowmem.config.schema import ModelConfig
+from lowmem.config.schema import SOURCE_SIDE, ModelConfig
 from lowmem.core.units import format_size
 from lowmem.isolate import OUT_OF_MEMORY, Call, run
 from lowmem.plan.policy import Schedule
@@ -42,10 +42,12 @@ class Trial:
     the planned one. `optim`: what is set of an `OptimConfig`; `fused`: the form of SGD that a run has; without it the
     one that the library takes if one says nothing.
 
-    `pictures`: training pictures that the run holds on the device (only held on CUDA). `eval_batch`: pictures at a
-    time in evaluation; None: no evaluation. `cap_bytes`: the most that the allocator may hold (CUDA only). `detailed`:
-    digest the first step's gradients (needs a warm-up), count the operations of another step, and of plain autograd on
-    CUDA profile a third. `deterministic`, `tf32`: see `lowmem.remat.libraries`.
+    `image_size`: side of what the network sees; `stored_side`: of the pictures as they are held, which are enlarged as
+    a batch if that is less; None: the same. `pictures`: training pictures that the run holds on the device (only held
+    on CUDA). `eval_batch`: pictures at a time in evaluation; None: no evaluation. `cap_bytes`: the most that the
+    allocator may hold (CUDA only). `detailed`: digest the first step's gradients (needs a warm-up), count the
+    operations of another step, and of plain autograd on CUDA profile a third. `deterministic`, `tf32`: see
+    `lowmem.remat.libraries`.
     """
 
     arch: str = "res20"
@@ -64,6 +66,8 @@ class Trial:
     way: str = PLAIN
     fused: bool = True
     plan: dict[str, Any] | None = None
+    image_size: int = SOURCE_SIDE
+    stored_side: int | None = None
     pictures: int = 0
     eval_batch: int | None = None
     cap_bytes: int | None = None

@@ -19,6 +19,7 @@ from lowmem.config.schema import Config
 from lowmem.core.errors import Infeasible, PreflightError
 from lowmem.core.phases import Phase, untold
 from lowmem.core.units import counted, format_size
+from lowmem.data.pictures import held_bytes, stored_side
 from lowmem.plan.record import Candidate, Plan
 from lowmem.trial import PLANNED, Trial, TrialResult, excess, run_trial, verdict
 
@@ -130,7 +131,9 @@ def trial_of(config: Config, plan: Plan, budget: Budget, num_classes: int, train
         tf32=config.train.tf32,
         way=PLANNED,
         plan=replace(plan, ladder=()).to_json(),
-        pictures=train_pictures,
+        image_size=config.data.image_size,
+        stored_side=min(stored_side(config.data), config.data.image_size),
+        pictures=train_pictures if held_bytes(config.data, train_pictures) else 0,
         eval_batch=config.train.eval_batch or plan.micro_batch,
         cap_bytes=budget.allocator_bytes,
         optim=config.optim.model_dump(),

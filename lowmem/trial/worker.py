@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.schema import SOURCE_SIDE, OptimConfig
 from lowmem.data import Pictures, TrainBatches, eval_batches
 from lowmem.isolate import OUT_OF_MEMORY
 from lowmem.measure import Meter
@@ -59,10 +59,14 @@ def network(trial: Trial, execution: Execution) -> nn.Module:
     return model.train()
 
 
-def random_pictures(count: int, num_classes: int = 10, seed: int = 0) -> Pictures:
+def random_pictures(
+    count: int, num_classes: int = 10, seed: int = 0, *, size: int = SOURCE_SIDE, side: int | None = None
+) -> Pictures:
+    """`count` pictures of noise, `side` (None: `size`) pixels wide and high, which are `size` as a batch."""
+    side = side or size
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    return Pictures(images, torch.arange(count) % num_classes)
+    images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+    return Pictures(images, torch.arange(count) % num_classes, enlarged_to=size)
 
 
 class _Work:
@@ -83,7 +87,9 @@ class _Work:
         self.optimizer = make_optimizer(self.model, OptimConfig(**trial.optim), trial.device, form)
         # As many as the run holds on the device; on the CPU, where they count for nothing, a batch.
         count = max(trial.batch, trial.pictures if self.cuda else 0)
-        self.pictures = random_pictures(count, trial.num_classes, trial.seed)
+        self.pictures = random_pictures(
+            count, trial.num_classes, trial.seed, size=trial.image_size, side=trial.stored_side
+        )
         reserved = torch.cuda.memory_reserved() if self.cuda else 0
         self.batches = TrainBatches(
             self.pictures, seed=0, batch=trial.batch, augment=True, mean=MEAN, std=STD, device=trial.device

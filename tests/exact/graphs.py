@@ -35,6 +35,7 @@ class RandomNet(nn.Module):
         self.lines: list[Line] = []
         self._random = random.Random(seed)
         self._shapes: list[Shape] = [(4, 8, 8)]
+        self._views = {0}  # what is not changed in place: see `lowmem.remat.reading`
         if self._random.random() < 0.7:
             self._convolution(0)
         for _ in range(depth):
@@ -110,17 +111,23 @@ class RandomNet(nn.Module):
             ]
         )()
         self._module(shape, norm, at)
+        if isinstance(norm, (nn.InstanceNorm2d, nn.Identity)):
+            self._views.add(len(self._shapes) - 1)
         if self._random.random() < 0.15:
             norm.eval()
             norm.train = lambda mode=True: norm  # type: ignore[method-assign]  # stays frozen
 
     def _activation(self, at: int) -> None:
-        inplace = self._random.random() < 0.5 and at > 0
+        inplace = self._random.random() < 0.5 and at not in self._views
         kinds = [nn.ReLU, nn.ReLU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU]
         plain = [nn.GELU, nn.Sigmoid, nn.Tanh, nn.Softplus, lambda: nn.GELU(approximate="tanh")]
         functions = [
             *(F.relu, torch.relu, torch.sigmoid, F.gelu, F.silu, lambda x: F.leaky_relu(x, 0.2, inplace)),
-            *(lambda x: F.elu(x, 1.0, inplace), lambda x: F.relu(x, inplace), lambda x: x.relu_() if at else x.relu()),
+            *(
+                lambda x: F.elu(x, 1.0, inplace),
+                lambda x: F.relu(x, inplace),
+                lambda x: x.relu_() if inplace else x.relu(),
+            ),
             *(lambda x: x.tanh(), lambda x: F.hardtanh(x, -1.0, 1.0, inplace), lambda x: x.clamp(min=-0.5)),
         ]
         choice = self._random.random()
@@ -136,11 +143,11 @@ class RandomNet(nn.Module):
         others = [one for one in range(len(self._shapes)) if self._shapes[one] == shape]
         other = self._random.choice(others)
         kinds = [operator.add, operator.add, torch.add, operator.mul, torch.mul, operator.sub, torch.maximum]
-        if at:
+        if at not in self._views:
             kinds += [operator.iadd, operator.imul]
-        self._line(
-            shape, self._random.choice(kinds), *((other, at) if self._random.random() < 0.3 and other else (at, other))
-        )
+        call = self._random.choice(kinds)
+        swapped = call not in (operator.iadd, operator.imul) and self._random.random() < 0.3
+        self._line(shape, call, *((other, at) if swapped else (at, other)))
 
     def _excitation(self, at: int) -> None:
         """A value times a number for each channel, whichever comes first."""
@@ -181,7 +188,9 @@ class RandomNet(nn.Module):
         shape, kind = self._random.choice(choices[:-1] if height > 8 else choices)
         if isinstance(kind, nn.Module):
             if self._random.random() < 0.6:
-                self._module(self._shapes[at], nn.ReLU(inplace=self._random.random() < 0.5 and at > 0), at)
+                self._module(
+                    self._shapes[at], nn.ReLU(inplace=self._random.random() < 0.5 and at not in self._views), at
+                )
                 at = len(self._shapes) - 1
             self._module(shape, kind, at)
         else:
@@ -204,6 +213,7 @@ class RandomNet(nn.Module):
             (shape, lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (channels,)).permute(0, 3, 1, 2)),
         ]
         self._line(*self._random.choice(choices), at)
+        self._views.add(len(self._shapes) - 1)
 
     def _rows(self, at: int) -> None:
         """A linear layer over channels, or a row."""
@@ -215,9 +225,10 @@ class RandomNet(nn.Module):
         self._line((height, width, channels), lambda x: x.permute(0, 2, 3, 1), at)
         self._module((height, width, channels), nn.Linear(channels, channels, bias=bias), len(self._shapes) - 1)
         self._line((channels, height, width), lambda x: x.permute(0, 3, 1, 2), len(self._shapes) - 1)
+        self._views.add(len(self._shapes) - 1)
 
     def _random_numbers(self, at: int) -> None:
-        inplace = self._random.random() < 0.4 and at > 0
+        inplace = self._random.random() < 0.4 and at not in self._views
         kind = self._random.choice([nn.Dropout, nn.Dropout, nn.Dropout2d])
         if self._random.random() < 0.5:
             self._module(self._shapes[at], kind(0.3, inplace=inplace), at)

@@ -32,7 +32,9 @@ def _steps(model: nn.Module, x: Tensor, low: bool, asked: bool) -> tuple[list[Te
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
-    return torch.equal(one, other) and one.stride() == other.stride() and one.dtype == other.dtype
+    # Steps along dimensions of size one mean nothing, and what a kernel writes there is not always the same.
+    pairs = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return torch.equal(one, other) and one.dtype == other.dtype and all(a == b for size, a, b in pairs if size > 1)
 
 
 def _check(seed: int) -> bool:

@@ -55,7 +55,7 @@ class Scores(nn.Module):
 
 
 def _pruned() -> nn.Module:
-    net = _small()
+    net: Any = _small()
     prune.l1_unstructured(net[0], "weight", 0.5)
     return net
 

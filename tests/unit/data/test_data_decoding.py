@@ -11,8 +11,7 @@ from PIL import Image, ImageOps
 
 from lowmem.config.schema import DataConfig
 from lowmem.core.errors import DataError
-from lowmem.data import load
-from lowmem.data.decoding import decode
+from lowmem.data import decoding, load
 from lowmem.data.folder import read
 
 FITS = ("crop", "stretch")
@@ -21,6 +20,10 @@ RNG_SHAPE = (48, 80, 3)
 
 def noise(shape: tuple[int, ...] = RNG_SHAPE, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def decode(path: str, fit: str) -> np.ndarray:
+    return decoding.decode(path, fit, 32)
 
 
 def turned(orientation: int) -> Image.Exif:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import lowmem.data
 from lowmem.config.schema import DataConfig
 from lowmem.core.errors import DataError
 from lowmem.data import Dataset, decoding, folder, kept, load
@@ -46,7 +47,7 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files decoded from now on."""
     seen: list[str] = []
     real = decoding.decode
-    monkeypatch.setattr(decoding, "decode", lambda path, fit: seen.append(path) or real(path, fit))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(decoding, "decode", lambda path, *how: seen.append(path) or real(path, *how))  # type: ignore[func-returns-value]
     return seen
 
 
@@ -70,6 +71,12 @@ def test_other_sizes_and_modes(tree: Path) -> None:
     assert np.array_equal(data.train.images[0].numpy(), np.asarray(expected).transpose(2, 0, 1))
     assert (data.train.images[1] == 9).all()
     assert len(data.train) == 7
+
+
+def test_more_than_a_card_is_to_hold_is_said(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for most, said in ((6 * 3072, 0), (6 * 3072 - 1, 1)):
+        monkeypatch.setattr(lowmem.data, "MOST_HELD_BYTES", most)
+        assert sum("there every batch is copied" in note for note in read(tree).notes) == said
 
 
 def test_the_second_time_nothing_is_decoded(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

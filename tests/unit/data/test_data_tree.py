@@ -100,7 +100,7 @@ def test_what_was_decoded_is_kept_though_others_are_damaged(pets: Path, monkeypa
     refused(pets, "7 of 19")
     seen: list[str] = []
     real = decoding.decode
-    monkeypatch.setattr(decoding, "decode", lambda path, fit: seen.append(Path(path).name) or real(path, fit))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(decoding, "decode", lambda path, *how: seen.append(Path(path).name) or real(path, *how))  # type: ignore[func-returns-value]
     for name in names:
         (pets / "train" / "cat" / name).unlink()
     picture(pets / "train" / "cat" / "new.png")
@@ -119,7 +119,7 @@ def test_a_signal_costs_no_decoded_picture(pets: Path, monkeypatch: pytest.Monke
         load(DataConfig(source=f"folder:{pets}", cache=cache), 0, progress=stop)
     seen: list[str] = []
     real = decoding.decode
-    monkeypatch.setattr(decoding, "decode", lambda path, fit: seen.append(path) or real(path, fit))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(decoding, "decode", lambda path, *how: seen.append(path) or real(path, *how))  # type: ignore[func-returns-value]
     read(pets)
     assert len(seen) == 8
 

@@ -124,6 +124,8 @@ def test_what_train_would_refuse_is_a_sentence(monkeypatch: pytest.MonkeyPatch) 
     assert "--memory-format contiguous" in trouble
     wide = Config.model_validate({"train": train})
     assert answered(wide, "execution") == {"execution": train}
+    large = Config.model_validate({"train": train, "data": {"image_size": 224}})
+    assert answered(large, "execution").startswith("res20 takes no pictures of 224x224")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     trouble = answered(Config.model_validate({"train": {"device": "cuda"}}), "execution")
     assert trouble.startswith("device cuda was asked for")
