@@ -22,8 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lowmem.measure.outline import is_outline
-from lowmem.remat.before import Before
 from lowmem.remat.operation import Gradients, Operation, PassState, of_tensor
+from lowmem.remat.starting_point import StartingPoint
 
 
 class Operand(NamedTuple):
@@ -107,8 +107,8 @@ class Graph:
         return tree_unflatten(detached, spec)
 
     def backward(self, grad: Any, needed: Sequence[bool], so_far: Sequence[Any] = ()) -> Gradients:
-        """`so_far`: by operand the gradient that it has from later uses, or None: those of the uses in here are
-        added to it one by one, as autograd does, and the sum is returned."""
+        """`so_far`: by operand the gradient that it has from later uses, or None: those of the uses in here are added
+        to it one by one, as autograd does, and the sum is returned."""
         grads = grad if isinstance(grad, list) else [grad]
         pairs = [
             (edge, one) for edge, one in zip(self.edges, grads, strict=True) if edge is not None and one is not None
@@ -327,7 +327,7 @@ class AutogradOperation(Operation):
         if state.total is not None:
             self._check_no_statistics()
         draws = self.draws and not any(map(is_outline, tensors))
-        state.notes[self] = before = Before(self.module, tensors if draws else None)
+        state.notes[self] = before = StartingPoint(self.module, tensors if draws else None)
         y = function(*args, **kwargs)
         before.compare(self.name)
         return y

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from lowmem.remat.autograd_operation import AutogradOperation, Operand
-from lowmem.remat.before import OF_EVERY_MODULE
 from lowmem.remat.cutting import cut
 from lowmem.remat.reading import RunsWhole, read
 from lowmem.remat.stage import Stage
+from lowmem.remat.starting_point import OF_EVERY_MODULE
 from lowmem.remat.tracing import NotTraceable, has_hooks, trace
 
 

@@ -108,7 +108,7 @@ class Compiler:
         return self._finish(steps, set(kept.values) | last, kept)
 
     def restore(self, kept: Kept) -> tuple[tuple[Step, ...], Kept]:
-        """The output again; and what is there afterwards for the backward: all that it reads of it stays."""
+        """The output again; and what is there afterwards for the backward: of what was made, what it reads stays."""
         steps: list[Step] = []
         self._make(self.count, {0, *kept.values}, steps, frozenset())
         backward = (step for step in self._backward_steps(Kept(frozenset({0})))[0] if step.backward)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from lowmem.core.errors import PreflightError, first_line
 from lowmem.measure.outline import is_outline
-from lowmem.remat.before import Generators
 from lowmem.remat.executor import Run
 from lowmem.remat.module import Named, decompose, untouched
 from lowmem.remat.operation import PassState
 from lowmem.remat.stage import Stage
+from lowmem.remat.starting_point import Generators
 
 _PICTURES = 2
 _CLOSE = 1e-2  # of the largest value, where not the CPU computes: kernels may be others at other addresses

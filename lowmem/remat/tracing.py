@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lowmem.core.errors import first_line
-from lowmem.remat.before import Generators
 from lowmem.remat.known import RANDOM
+from lowmem.remat.starting_point import Generators
 
 TRACING = threading.Lock()  # torch.fx patches every module's calls while it traces: one thread at a time
 

@@ -65,7 +65,7 @@ class _Buffer(NamedTuple):
     copy: Tensor | None  # of what it was; None: what it is now will do
 
 
-class Before:
+class StartingPoint:
     """Taken before the first run of `module` (None: a function). `tensors`: on whose devices random numbers may be
     drawn; None: there are none."""
 
@@ -93,9 +93,7 @@ class Before:
         self._attributes.clear()
         # Batch norm's kernels move statistics without a new version, but do not read them in training.
         self._buffers = [
-            one._replace(copy=None)
-            if one.owner.get(one.name) is one.tensor and one.tensor._version == one.version
-            else one
+            one._replace(copy=None) if one.owner[one.name] is one.tensor and one.tensor._version == one.version else one
             for one in self._buffers
         ]
 
@@ -103,7 +101,7 @@ class Before:
     def again(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Buffers are copies of what they were, whatever moves them now; putting their values back instead would upset
         autograd, which has saved them."""
-        now = [one.owner.get(one.name) for one in self._buffers]
+        now = [one.owner[one.name] for one in self._buffers]
         generators = None
         if self._generators is not None:
             generators = Generators(tensors)
