@@ -30,7 +30,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def has_hooks(module: nn.Module) -> bool:
-    return any(module.__dict__.get(name) for name in _HOOKS)
+    own = module.__dict__
+    return any([own.get(name) for name in _HOOKS])
 
 
 def is_compiled(module: nn.Module) -> bool:
