@@ -63,9 +63,9 @@ class LayerNorm(Operation):
     ) -> Gradients:
         affine = self._affine()
         mask = [needed[0], *map(trainable, affine)]
-        saved = state.notes[self]
+        mean, invstd = state.notes[self]
         x, weight, bias = self._cast(operands[0], state)
-        grad_x, *grads = self._kernel_backward(grad, x, weight, bias, *saved, mask)
+        grad_x, *grads = self._kernel_backward(grad, x, weight, bias, mean, invstd, mask)
         parameters = [
             (mine, one)
             for mine, one, wanted in zip(affine, grads, mask[1:], strict=True)

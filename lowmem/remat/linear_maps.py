@@ -98,7 +98,9 @@ class Linear(Operation):
             yield self.linear.bias
 
     def forward(self, operands: Sequence[Any], state: PassState, into: int | None = None) -> Tensor:
-        x, weight, bias = operands[0], self.linear.weight, self.linear.bias
+        x: Tensor = operands[0]
+        weight: Tensor = self.linear.weight
+        bias: Tensor | None = self.linear.bias
         if state.low is not None:
             x, weight = x.to(state.low), weight.to(state.low)
             bias = None if bias is None else bias.to(state.low)
@@ -133,7 +135,10 @@ class Linear(Operation):
         given = [x, self.linear.weight, self.linear.bias]
         wanted = [need_input, *map(trainable, given[1:])]
         with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
-            leaves = [None if one is None else one.detach().requires_grad_(w) for one, w in zip(given, wanted)]
+            leaves = [
+                None if one is None else one.detach().requires_grad_(want)
+                for one, want in zip(given, wanted, strict=True)
+            ]
             low = [one if one is None or state.low is None else one.to(state.low) for one in leaves]
             asked = [one for one, want in zip(leaves, wanted, strict=True) if one is not None and want]
             found = iter(torch.autograd.grad(F.linear(*low), asked, grad))

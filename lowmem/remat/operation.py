@@ -83,7 +83,7 @@ class Operation:
 
     `graphed`: in the forward it can make something for its backward to use in place of all that it reads
     (`with_graph`): autograd's graph, if it runs `under_autograd`, or a pool's indices. `light`: that keeps no tensor of
-    any size, so that it is always kept. `sums`: it may use an operand several times, so that its backward itself adds to
+    any size, so that it is always kept. `sums`: it may use an operand several times, so that its backward adds to
     the gradient that the operand has from later uses: autograd's sums are one by one.
     """
 
@@ -139,7 +139,7 @@ def dense(tensor: Tensor) -> bool:
 
 @lru_cache(maxsize=4096)
 def dense_strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    orders = [range(len(shape))]
+    orders: list[Sequence[int]] = [range(len(shape))]
     if len(shape) in _CHANNELS_LAST:
         orders.append(_CHANNELS_LAST[len(shape)])
     for order in orders:
@@ -168,7 +168,7 @@ def _laid_out(shape: tuple[int, ...], order: Sequence[int]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def memory_format_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.memory_format:
-    """What the library takes it for (`suggest_memory_format`), and lays out the results of batch norm and pooling by."""
+    """What the library takes it for (`suggest_memory_format`), and lays out results of batch norm and pooling by."""
     order = _CHANNELS_LAST.get(len(shape))
     if order is None or stride[1] == 0 or 0 in shape:
         return torch.contiguous_format

@@ -4,7 +4,7 @@
 bits, and whether the memory is written in place is the program's decision (`program.py`). Where something else may see
 the change (a view of v, a buffer, an assignment into a part), the module whose forward does it runs as a whole.
 
-Known limitation: where a view is changed in place (also one that a module returns, as instance norm does), autograd lays
+Known limitation: where a view is changed in place (also one that a module returns, like instance norm), autograd lays
 the gradient out as what it is a view of. Here it stays as it comes: in channels-last last digits may differ.
 """
 

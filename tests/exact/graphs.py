@@ -163,7 +163,7 @@ class RandomNet(nn.Module):
         self._line((channels, *size), kind, *((at, scale) if self._random.random() < 0.5 else (scale, at)))
 
     def _cat(self, at: int) -> None:
-        channels, *size = self._shapes[at]
+        _, *size = self._shapes[at]
         others = [one for one in range(len(self._shapes)) if self._shapes[one][1:] == tuple(size)]
         picked = [at, *self._random.choices(others, k=self._random.choice([1, 2]))]
         total = sum(self._shapes[one][0] for one in picked)

@@ -51,7 +51,8 @@ def _check(seed: int) -> bool:
     try:
         outputs, grad_x = _steps(plain, x, low, asked)
     except RuntimeError as error:
-        assert "inplace" in str(error) or "in-place" in str(error) or "does not require grad" in str(error), error
+        if not any(words in str(error) for words in ("inplace", "in-place", "does not require grad")):
+            raise
         return False
     stages = decompose(model)
     fixed = [Schedule(tuple(Keep(i, policy) for i in range(len(stages)))) for policy in (SAVE_ALL, LEAN, INPUT_ONLY)]

@@ -1,4 +1,4 @@
-"""Attention takes other kernels where no gradient is wanted: what runs again, or runs before it is run again, has to take
+"""Attention takes other kernels where no gradient is wanted: what runs again, or before it is run again, has to take
 those that autograd's step takes."""
 
 from __future__ import annotations
