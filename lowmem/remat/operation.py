@@ -35,6 +35,7 @@ class PassState:
 
     low: torch.dtype | None = None  # what autocast casts to
     library_norm: bool = False  # see `lowmem.remat.batch_norm`
+    cast_once: bool = True  # autocast's cache is on
     total: Total | None = None  # None: batch statistics are this process's own
     notes: dict[Operation, Any] = field(default_factory=dict)  # what an operation remembers; there: it has run before
     scalars: dict[str, Any] = field(default_factory=dict)  # numbers that follow from shapes, by name
@@ -50,7 +51,9 @@ class PassState:
         """Of one use of a parameter."""
         key = id(parameter)
         if key in self.uses:
-            grad = grad.to(parameter.dtype)
+            # Autocast casts a parameter once for all uses (its cache): their gradients meet before they are cast back.
+            if grad.dtype != self.low or not self.cast_once:
+                grad = grad.to(parameter.dtype)
             if key in self.sums:
                 grad = self.sums.pop(key)[1] + grad
             self.uses[key] -= 1
