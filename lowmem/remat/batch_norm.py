@@ -82,10 +82,11 @@ def norm_first(
 
 def _counted(bn: Norm) -> float:
     """One more batch: the share by which it moves the running statistics."""
-    if bn.num_batches_tracked is None:
+    count = bn.num_batches_tracked
+    if count is None:
         return bn.momentum or 0.0
-    bn.num_batches_tracked.add_(1)
-    return 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+    count.add_(1)
+    return 1.0 / float(count) if bn.momentum is None else bn.momentum
 
 
 def _global_stats(bn: Norm, z: Tensor, total: Total) -> NormStats:
@@ -192,7 +193,8 @@ def norm_backward(
     With statistics of all processes `total` is called once if z's gradient is needed. The gradients of weight and bias
     are this process's own: like those of all parameters they remain to be summed.
     """
-    mask = [need_input, trainable(bn.weight), trainable(bn.bias)]
+    weight, bias = bn.weight, bn.bias
+    mask = [need_input, trainable(weight), trainable(bias)]
     grad_z: Tensor | None = None
     if stats.count is not None or not z.numel():
         grad_weight, grad_bias = _parameter_grads(bn, grad, z, stats)
@@ -206,12 +208,12 @@ def norm_backward(
         running = (None, None) if stats.training else (bn.running_mean, bn.running_var)
         saved = (*running, stats.mean, stats.invstd, stats.training, bn.eps, mask)
         if stats.implementation is None:
-            results = _aten.native_batch_norm_backward(grad, z, bn.weight, *saved)
+            results = _aten.native_batch_norm_backward(grad, z, weight, *saved)
         else:
             first = stats.implementation
             results = _aten._batch_norm_impl_index_backward(first, z, grad, bn.weight, *saved, stats.reserve)
         grad_z, grad_weight, grad_bias = results
-    found = ((bn.weight, grad_weight, mask[1]), (bn.bias, grad_bias, mask[2]))
+    found = ((weight, grad_weight, mask[1]), (bias, grad_bias, mask[2]))
     parameters = [(parameter, one) for parameter, one, wanted in found if wanted]
     return Gradients([grad_z if need_input else None], parameters)
 
@@ -256,13 +258,13 @@ def _run_norm(z: Tensor, in_place: bool, weight: Tensor | None, *others: Any) ->
     """`native_batch_norm` (z, weight, bias, mean, var, training, momentum, eps) of a new tensor or in z's place ->
     result, mean, invstd (both empty in evaluation)."""
     if not in_place or z.device.type not in ("cpu", "cuda"):
-        return _aten.native_batch_norm(z, weight, *others)
+        return torch.native_batch_norm(z, weight, *others)
     dtype = _kept_in(z, weight, *others[:2])
     if z.is_cuda and z.dtype != torch.float64:
         dtype = torch.float32
     size = z.shape[1] if others[3] else 0
     mean, invstd = torch.empty(size, dtype=dtype, device=z.device), torch.empty(size, dtype=dtype, device=z.device)
-    _aten.native_batch_norm.out(z, weight, *others, out=z, save_mean=mean, save_invstd=invstd)
+    torch.native_batch_norm(z, weight, *others, out=(z, mean, invstd))
     return z, mean, invstd
 
 

@@ -51,7 +51,7 @@ def _on_copy(function: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) ->
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class Callee:
     """A function, and what is known of it."""
 
     function: Callable[..., Any]
@@ -66,13 +66,13 @@ class Call:
     scalar: bool = False
 
     @staticmethod
-    def of_module(module: nn.Module) -> Call:
+    def of_module(module: nn.Module) -> Callee:
         kind = type(module)
         function: Callable[..., Any] = module
         if getattr(module, "inplace", False) is True:
             function = partial(_on_copy, module)
         quiet = kind in QUIET_MODULES
-        return Call(
+        return Callee(
             function,
             (f"{kind.__module__}.{kind.__qualname__}", module.extra_repr()),
             kind,
@@ -84,7 +84,7 @@ class Call:
         )
 
     @staticmethod
-    def of_function(function: Any, as_first: bool = False, in_place: bool = False) -> Call:
+    def of_function(function: Any, as_first: bool = False, in_place: bool = False) -> Callee:
         name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
         known = name.startswith(("torch.", "_operator.", "builtins.", "operator.", "None.")) or "torch" in name
         made = function
@@ -94,7 +94,7 @@ class Call:
                 if as_first
                 else partial(_on_copy, partial(function, inplace=True))
             )
-        return Call(
+        return Callee(
             made,
             name,
             function,
@@ -107,9 +107,9 @@ class Call:
         )
 
     @staticmethod
-    def of_method(name: str, as_first: bool = False) -> Call:
+    def of_method(name: str, as_first: bool = False) -> Callee:
         function: Callable[..., Any] = partial(_method, name)
-        return Call(
+        return Callee(
             partial(_in_dtype_of_first, function) if as_first else function,
             name,
             name,

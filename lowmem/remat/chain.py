@@ -69,7 +69,7 @@ class TracedChain:
         self._known: dict[tuple[Any, ...], tuple[list[Any], Traced]] = {}
 
     def now(self) -> Traced:
-        modules = list(self._model.modules())
+        modules = _modules(self._model)
         alive: list[Any] = [modules]
         key = tuple((id(module), module.training, has_hooks(module), _attributes(module, alive)) for module in modules)
         if key not in self._known:
@@ -81,6 +81,18 @@ class TracedChain:
                 self._known.clear()
             self._known[key] = alive, found  # they live on, so that nobody else has their identities
         return self._known[key][1]
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """Each once. As `modules()`, which makes a generator for every one: this runs in every step."""
+    found: dict[nn.Module, None] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found[module] = None
+            waiting += [child for child in module._modules.values() if child is not None]
+    return list(found)
 
 
 def _attributes(module: nn.Module, alive: list[Any]) -> tuple[Any, ...]:

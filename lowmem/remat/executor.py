@@ -13,6 +13,7 @@ Known limitations: a second backward through the same output does not work; outp
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -62,10 +63,13 @@ class Run:
         self.state = PassState(low, library_norm, total)
         self.memos: list[StagePass] = []
         self.active: list[bool] = []  # per stage: does it take part in the backward
+        self.parameters: list[Tensor] = []  # one for each use
         for stage in stages:
-            trains = stage.trains() if wanted else (False,) * len(stage.operations)
+            owned = [tuple(operation.parameters()) for operation in stage.operations]
+            trains = tuple(wanted and any(one.requires_grad for one in mine) for mine in owned)
+            self.parameters += (one for mine in owned for one in mine)
             self.memos.append(StagePass(self.state, needs, trains))
-            needs = needs or any(self.memos[-1].trains)
+            needs = needs or any(trains)
             self.active.append(needs)
         self.entries: list[Held] = []
         self.output: Tensor | None = None
@@ -76,8 +80,7 @@ class Run:
         """The chain's output for x, [N, ...]; differentiable if gradients are enabled and anything wants one."""
         if self.active[-1]:
             anchor = torch.empty(0, device=x.device, requires_grad=True)
-            self.trained = list({id(one): one for stage in self.stages for one in stage.parameters()}.values())
-            self.trained = [one for one in self.trained if one.requires_grad]
+            self.trained = list({id(one): one for one in self.parameters if one.requires_grad}.values())
             return _Chain.apply(anchor, x, self, schedule, *self.trained)
         with torch.no_grad(), _autocast_off(x, self.low):
             return self.fast([x], 0, len(self.stages) - 1)
@@ -139,12 +142,8 @@ class Run:
 
     def note_versions(self, x: Tensor) -> None:
         """Of what the backward reads and others may change meanwhile: the input and the parameters."""
-        uses: dict[int, int] = {}
-        for stage in self.stages:
-            for parameter in stage.parameters():
-                uses[id(parameter)] = uses.get(id(parameter), 0) + parameter.requires_grad
-                self._versions.append((parameter, parameter._version))
-        self._versions.append((x, x._version))
+        self._versions = [(one, one._version) for one in (*self.parameters, x)]
+        uses = Counter([id(one) for one in self.parameters if one.requires_grad])
         self.state.uses = {key: count for key, count in uses.items() if count > 1}
 
     def check_versions(self) -> None:

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from lowmem.remat.operation import Gradients, Operation, PassState, of_tensor, trainable
 
-_aten = torch.ops.aten
+# Where there is a binding of its own (`torch.convolution`), it takes 10 microseconds less than through `torch.ops`.
+_convolution_backward = torch.ops.aten.convolution_backward.default
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -47,7 +48,8 @@ class Convolution(Operation):
             x, weight, bias = x.to(state.low), weight.to(state.low), None if bias is None else bias.to(state.low)
         conv = self.conv
         zeros = (0,) * len(conv.stride)
-        return _aten.convolution(x, weight, bias, conv.stride, conv.padding, conv.dilation, False, zeros, conv.groups)
+        rest: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, False, zeros, conv.groups)
+        return torch.convolution(x, weight, bias, *rest)
 
     def plain(self, operands: Sequence[Any], state: PassState) -> Tensor:
         result: Tensor = self.conv(operands[0])
@@ -56,18 +58,17 @@ class Convolution(Operation):
     def backward(
         self, grad: Any, operands: Sequence[Any], output: Any, state: PassState, needed: Sequence[bool], owned: bool
     ) -> Gradients:
-        conv, weight, bias, x = self.conv, self.conv.weight, self.conv.bias, operands[0]
+        conv, x = self.conv, operands[0]
+        weight, bias = parameters = conv.weight, conv.bias
         mask = [needed[0], weight.requires_grad, trainable(bias)]
         dtype, sizes = x.dtype, None if bias is None else [bias.shape[0]]
         if state.low is not None:
             x, weight = x.to(state.low), weight.to(state.low)
         zeros = (0,) * len(conv.stride)
         rest = (conv.stride, conv.padding, conv.dilation, False, zeros, conv.groups, mask)
-        grad_x, grad_weight, grad_bias = _aten.convolution_backward(grad, x, weight, sizes, *rest)
-        del x, weight
-        found = [(conv.weight, grad_weight)] if mask[1] else []
-        if bias is not None and mask[2]:
-            found.append((bias, grad_bias))
+        grad_x, grad_weight, grad_bias = _convolution_backward(grad, x, weight, sizes, *rest)
+        pairs = zip(parameters, (grad_weight, grad_bias), mask[1:], strict=True)
+        found = [(mine, one) for mine, one, wanted in pairs if wanted and mine is not None]
         return Gradients([grad_x.to(dtype) if needed[0] else None], found)
 
 

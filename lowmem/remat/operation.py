@@ -195,12 +195,13 @@ def of_tensor(tensor: Tensor | None) -> Hashable:
 def accumulate(parameter: Tensor, grad: Tensor) -> None:
     """Adds to `.grad` in place, or becomes it, in the parameter's dtype and memory layout; then the parameter's
     post-accumulate hooks run."""
-    grad = grad.to(parameter.dtype)
-    dims = zip(grad.shape, grad.stride(), parameter.stride(), strict=True)
-    if parameter.grad is not None:
-        parameter.grad.add_(grad)
-    elif all(mine == other for size, mine, other in dims if size > 1):  # autograd's own rule for taking it as it is
-        parameter.grad = grad
+    if grad.dtype != parameter.dtype:
+        grad = grad.to(parameter.dtype)
+    there, mine, wanted = parameter.grad, grad.stride(), parameter.stride()
+    if there is not None:
+        there.add_(grad)
+    elif mine == wanted or all(a == b for size, a, b in zip(grad.shape, mine, wanted, strict=True) if size > 1):
+        parameter.grad = grad  # by autograd's own rule for taking it as it is
     else:
         parameter.grad = torch.empty_like(parameter).copy_(grad)
     hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)

@@ -40,7 +40,12 @@ class Stage:
     name: str
     operations: tuple[Operation, ...]
 
-    @property
+    @cached_property
+    def count(self) -> int:
+        """Of its operations, and the number of its output among the values."""
+        return len(self.operations)
+
+    @cached_property
     def tail(self) -> OutputActivation | None:
         last = self.operations[-1]
         return last if isinstance(last, OutputActivation) else None
@@ -179,7 +184,7 @@ class Stage:
                     kept = compiler.restore(kept)[1]
                 self._known[key] = compiler.backward(kept)
             else:
-                self._known[key] = compiler.forward(kept, what == "forward")
+                self._known[key] = compiler.forward(kept, what == "forward"), self.count in kept.values
         return self._known[key]
 
     def plain(self, x: Any, state: PassState) -> Any:
@@ -192,22 +197,21 @@ class Stage:
     # -- running -------------------------------------------------------------------------------------------------------
 
     def _room(self, x: Any) -> Saved:
-        room: Saved = [None] * (2 * len(self.operations) + 1)
+        room: Saved = [None] * (2 * self.count + 1)
         room[0] = x
         return room
 
     def forward(self, box: Box, policy: BlockPolicy | None, memo: StagePass, want_output: bool = True) -> Forwarded:
         """Output and kept tensors; policy None saves nothing. Without `want_output` only what is kept is computed."""
-        steps = self._program("forward" if want_output else "again", policy, memo)
+        steps, keeps_output = self._program("forward" if want_output else "again", policy, memo)
         room = self._room(box.pop())
         self._follow(steps, room, memo)
         room[0] = None
         y = None
         if want_output:
-            y = room[len(self.operations)]
-            kept = self._keeps(self._compiler(memo.need_input, memo.trains), policy)
-            if len(self.operations) not in kept.values:
-                room[len(self.operations)] = None
+            y = room[self.count]
+            if not keeps_output:
+                room[self.count] = None
         return y, room
 
     def restore_reads_input(self, policy: BlockPolicy, memo: StagePass) -> bool:
@@ -219,7 +223,7 @@ class Stage:
         backward needs too."""
         saved[0] = x
         self._follow(self._program("restore", policy, memo), saved, memo)
-        y, saved[len(self.operations)], saved[0] = saved[len(self.operations)], None, None
+        y, saved[self.count], saved[0] = saved[self.count], None, None
         return y
 
     def backward(
@@ -232,9 +236,9 @@ class Stage:
             saved = self._room(None)
         saved[0] = x
         del x
-        grads: list[Any] = [None] * (len(self.operations) + 1)
+        grads: list[Any] = [None] * (self.count + 1)
         tail = self.tail
-        grads[len(self.operations) if tail is None else tail.operands[0]] = grad.pop()
+        grads[self.count if tail is None else tail.operands[0]] = grad.pop()
         self._follow(steps, saved, memo, grads)
         return grads[0], owned
 
@@ -268,11 +272,15 @@ class Stage:
             return
         operands = [None if value is None else room[value] for value in step.reads]
         output = None if step.output is None else room[step.output]
-        more: dict[str, Any] = {"spent": True} if step.spent else {}
-        if operation.sums:
-            more["so_far"] = [grads[value] for value in operation.operands]
-        found = operation.backward(grad, operands, output, state, step.needed, step.owned, **more)
-        del grad, operands, output, more
+        if step.spent or operation.sums:
+            more: dict[str, Any] = {"spent": True} if step.spent else {}
+            if operation.sums:
+                more["so_far"] = [grads[value] for value in operation.operands]
+            found = operation.backward(grad, operands, output, state, step.needed, step.owned, **more)
+            del more
+        else:
+            found = operation.backward(grad, operands, output, state, step.needed, step.owned)
+        del grad, operands, output
         for value in step.frees:
             room[value] = None
         mine, parameters = found

@@ -30,7 +30,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def has_hooks(module: nn.Module) -> bool:
-    return any(module.__dict__.get(name) for name in _HOOKS)
+    own = module.__dict__
+    a, b, c, d = _HOOKS
+    return bool(own.get(a) or own.get(b) or own.get(c) or own.get(d))
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -233,6 +233,7 @@ class RandomNet(nn.Module):
             self._module((channels, height, 8), nn.Linear(width, 8, bias=bias), at)
             return
         self._line((height, width, channels), lambda x: x.permute(0, 2, 3, 1), at)
+        self._views.add(len(self._shapes) - 1)
         self._module((height, width, channels), nn.Linear(channels, channels, bias=bias), len(self._shapes) - 1)
         self._line((channels, height, width), lambda x: x.permute(0, 3, 1, 2), len(self._shapes) - 1)
         self._views.add(len(self._shapes) - 1)

@@ -207,7 +207,7 @@ def _written(steps: Sequence[Step], stage: Any) -> list[str]:
 )
 def test_what_a_block_writes_in_place(policy: BlockPolicy, written: list[str]) -> None:
     stage = _bottleneck()
-    steps = stage._program("forward", policy, StagePass(need_input=True, trains=stage.trains()))
+    steps, _ = stage._program("forward", policy, StagePass(need_input=True, trains=stage.trains()))
     assert _written(steps, stage) == written
 
 
