@@ -42,7 +42,8 @@ class PassState:
     uses: dict[int, int] = field(default_factory=dict)  # by identity: how many gradients are still to come
     sums: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # Gradients that autograd is given, to do with them what it does: by the parameter's identity. All of them if
-    # somebody asked for some (`torch.autograd.grad`); else those of parameters whose hooks change them.
+    # somebody asked for some (`torch.autograd.grad`); else those of parameters whose hooks change them, or that are made
+    # of others.
     asked: bool = False
     returned: dict[int, Tensor] = field(default_factory=dict)
 
@@ -65,7 +66,7 @@ class PassState:
             self._deliver(*self.sums.popitem()[1])
 
     def _deliver(self, parameter: Tensor, grad: Tensor) -> None:
-        if self.asked or parameter._backward_hooks:
+        if self.asked or parameter._backward_hooks or not parameter.is_leaf:
             self.returned[id(parameter)] = grad.to(parameter.dtype)
         else:
             accumulate(parameter, grad)
@@ -84,12 +85,13 @@ class Operation:
     `graphed`: in the forward it can make something for its backward to use in place of all that it reads
     (`with_graph`): autograd's graph, if it runs `under_autograd`, or a pool's indices. `light`: that keeps no tensor of
     any size, so that it is always kept. `sums`: it may use an operand several times, so that its backward itself adds
-    to the gradient that the operand has from later uses: autograd's sums are one by one.
+    to the gradient that the operand has from later uses: autograd's sums are one by one. `exposed`: its operands and
+    result may be memory that others have (a parameter's, a buffer's, what a hook has seen): never written in place.
     """
 
     name: str
     operands: tuple[int, ...]
-    dear = view = light = graphed = under_autograd = sums = reads_output = False
+    dear = view = light = graphed = under_autograd = sums = exposed = reads_output = False
     in_place: tuple[int, ...] = ()
     reads: tuple[int, ...] = ()
     shares: tuple[int, ...] = ()
