@@ -378,6 +378,8 @@ class ScalarOperation(Operation):
                 return operands[argument.position]
             return state.scalars[argument.name] if isinstance(argument, Scalar) else argument.value()
 
+        if self.name in state.scalars:
+            return
         args, kwargs = substitute(self.args, of), substitute(self.kwargs, of)
         state.scalars[self.name] = self.function(*args, **kwargs)
 
