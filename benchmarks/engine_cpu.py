@@ -1,9 +1,11 @@
 """The engine against the library's checkpointing, on real tensors on the CPU, in one run.
 
-Ways: plain autograd; `torch.utils.checkpoint` around every block; its selective form around every block, which saves
-the outputs of convolutions only; and the engine, planned for the tensor peak that was measured of each of these and
-for a third of plain's, or where nothing fits into that for the least that does. All do the same training step
-(forward, cross-entropy, backward, SGD with momentum) on the same pictures.
+Ways: plain autograd; `torch.utils.checkpoint` around every block (`lowmem.trial.blocks_of`); its selective form around
+every block, which saves the outputs of convolutions only, where the network lets it (no tensor that is saved may be
+changed in place); and the engine, without a limit of memory, and planned for the tensor peak that was measured of each
+of these and for a third of plain's, or where nothing fits into that for the least that does. All do the same training
+step (forward, cross-entropy, backward, SGD with momentum) on the same pictures. The network is one of the family, or
+whatever `--model` names.
 
 Every way has a process of its own for the whole run (`engine_worker.py`). After two steps it reports by how much its
 resident memory has grown at its peak (VmHWM; counted from a small network's step, which loads the library's parts).
@@ -12,7 +14,7 @@ allocator, which sees buffers inside kernels too: the peak of tensors, and of th
 with no tracker: in each round every way does one step, in random order, so that whatever else the machine does hits
 all alike; ratios are to plain's step of the same round. Only one process computes at a time.
 
-Writes `results/engine_cpu.json` and `.md` beside this file.
+Writes `results/engine_cpu.json` and `.md` beside this file, of another network `engine_cpu_NAME`.
 """
 
 from __future__ import annotations
@@ -37,14 +39,16 @@ from engine_worker import WARMUP, Task, way_of
 from lowmem.choose.planning import Request, card_rates, choose
 from lowmem.choose.request import REFERENCE_CARD, Budget
 from lowmem.config.cards import load_card
+from lowmem.config.schema import SOURCE_SIDE, ModelConfig
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import MIB
-from lowmem.models import skeleton
+from lowmem.models import check_network, make_network
 from lowmem.plan.cost import Rates
 from lowmem.simulate import StepShape, simulate_step
 from lowmem.trial import PER_BLOCK, PLAIN, SELECTIVE
 
 NAME = "engine_cpu"
+PLENTY_BYTES = 1 << 50
 WORKER = Path(__file__).with_name("engine_worker.py")
 HEADER = (
     "way",
@@ -121,8 +125,8 @@ def start(name: str, task: Task, threads: int, budget_bytes: int | None = None) 
 
 def shape_of(task: Task) -> StepShape:
     return StepShape(
-        model=skeleton(task.arch, task.block, width=task.width),
-        image_shape=(3, 32, 32),
+        model=make_network(task.model),
+        image_shape=task.image_shape,
         batch=task.batch,
         micro_batch=task.batch,
         precision="fp32",
@@ -141,6 +145,7 @@ def planned(task: Task, budget_bytes: int, rates: Callable[[str], Rates]) -> tup
     shape = shape_of(task)
     request = Request(
         model=shape.model,
+        image_shape=task.image_shape,
         batch=task.batch,
         budget=Budget(total_bytes=budget_bytes),
         rates=rates,
@@ -154,20 +159,33 @@ def planned(task: Task, budget_bytes: int, rates: Callable[[str], Rates]) -> tup
 
 
 def library_cells(options: argparse.Namespace, rates: Callable[[str], Rates]) -> list[Cell]:
-    """Plain autograd and the library's two."""
-    common = {key: getattr(options, key) for key in ("arch", "block", "width", "batch", "memory_format")}
+    """Plain autograd and the library's two, without what fails for the network."""
     cells = []
     for way in (PLAIN, SELECTIVE, PER_BLOCK):
-        cell = start(way, Task(way=way, **common), options.threads)
-        cell.simulated_bytes = simulated_peak(cell.task, rates)
+        task = Task(
+            way=way,
+            network=options.network.given,
+            image_size=options.image_size,
+            batch=options.batch,
+            memory_format=options.memory_format,
+        )
+        try:
+            simulated_bytes = simulated_peak(task, rates)
+        except RuntimeError as error:
+            if way != SELECTIVE:
+                raise
+            print(f"{way}: left out, fails for this network ({str(error).splitlines()[0]})", flush=True)
+            continue
+        cell = start(way, task, options.threads)
+        cell.simulated_bytes = simulated_bytes
         cells.append(cell)
     return cells
 
 
 def engine_cells(options: argparse.Namespace, library: list[Cell], rates: Callable[[str], Rates]) -> list[Cell]:
-    """The engine at the others' measured peaks and at a third of plain's, or the least that fits."""
+    """The engine at the others' measured peaks, at a third of plain's or the least that fits, and without a limit."""
     budgets = [(f"engine, memory of {cell.name}", cell.peak_bytes) for cell in library]
-    budgets.append(("engine, a third of plain", library[0].peak_bytes // 3))
+    budgets += [("engine, a third of plain", library[0].peak_bytes // 3), ("engine, no limit", PLENTY_BYTES)]
     cells = []
     for name, budget_bytes in budgets:
         try:
@@ -176,7 +194,7 @@ def engine_cells(options: argparse.Namespace, library: list[Cell], rates: Callab
             print(f"{name}: {error}", flush=True)
             name, budget_bytes = "engine, the least that fits", error.least_bytes
             task, simulated_bytes = planned(library[0].task, budget_bytes, rates)
-        cell = start(name, task, options.threads, budget_bytes)
+        cell = start(name, task, options.threads, None if budget_bytes == PLENTY_BYTES else budget_bytes)
         cell.simulated_bytes = simulated_bytes
         cells.append(cell)
     return cells
@@ -227,13 +245,14 @@ def report(options: argparse.Namespace, library: list[Cell], engine: list[Cell],
     """The Markdown text."""
     cells, plain = [*library, *engine], library[0]
     same = all(cell.values("loss") == plain.values("loss") for cell in cells)
+    size = f"{options.image_size}x{options.image_size}"
     intro = (
-        f"# The engine against the library's checkpointing on the CPU\n\n{options.arch} {options.block}, width "
-        f"{options.width}, batch {options.batch}, fp32, {options.memory_format}, OMP_NUM_THREADS={options.threads}, "
-        f"median of {options.rounds} rounds; plans by the rates of {load_card(options.card).name}. Losses of all timed "
-        f"steps {'have the same bits' if same else 'DIFFER'}.\n\n{made}\n"
+        f"# The engine against the library's checkpointing on the CPU\n\n{options.network.words}, batch "
+        f"{options.batch} at {size}, fp32, {options.memory_format}, OMP_NUM_THREADS={options.threads}, median of "
+        f"{options.rounds} rounds; plans by the rates of {load_card(options.card).name}. Losses of all timed steps "
+        f"{'have the same bits' if same else 'DIFFER'}.\n\n{made}\n"
     )
-    pairs = list(zip(library[1:], engine[1:3], strict=True))
+    pairs = list(zip(library[1:], engine[1:], strict=False))
     return "\n".join(
         [
             intro,
@@ -263,13 +282,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--arch", default="res110")
     parser.add_argument("--block", default="bottleneck")
     parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--model", help="another network, like torchvision:resnet50")
+    parser.add_argument("--image-size", type=int, default=SOURCE_SIDE)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--memory-format", choices=("contiguous", "channels-last"), default="contiguous")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--card", default=REFERENCE_CARD, help="by whose rates the engine plans")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.network = ModelConfig(arch=options.arch, block=options.block, width=options.width, spec=options.model)
+    check_network(options.network, 10, (3, options.image_size, options.image_size))
+    return options
 
 
 def main() -> None:
@@ -287,9 +311,9 @@ def main() -> None:
         cell.process.wait()
     text = report(options, library, engine, sentence(found))
     print(text)
-    asked = {key: value for key, value in vars(options).items() if key != "out"}
+    asked = {key: value for key, value in vars(options).items() if key not in ("out", "network")}
     record = {**found, **asked, "warmup": WARMUP, "cells": [record_of(cell, library[0]) for cell in cells]}
-    write(options.out, NAME, record, text)
+    write(options.out, NAME if options.model is None else f"{NAME}_{options.network.name}", record, text)
 
 
 if __name__ == "__main__":

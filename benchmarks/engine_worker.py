@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.schema import ModelConfig, OptimConfig
 from lowmem.measure import Meter
 from lowmem.measure.out_of_memory import Failure
 from lowmem.measure.tensors import TensorMeter
-from lowmem.models import build
-from lowmem.models.resnet import ResNet, check_memory_format
+from lowmem.models import build, make_network
+from lowmem.models.resnet import check_memory_format
 from lowmem.plan.policy import Schedule
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
@@ -38,19 +38,26 @@ class Task:
     """What a worker does: a way, or the engine with a schedule, on a network."""
 
     way: str
-    arch: str
-    block: str
-    width: int
+    network: dict[str, Any]  # fields of a ModelConfig
+    image_size: int
     batch: int
     memory_format: str
     schedule: list[Any] | None = None
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(**self.network)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return 3, self.image_size, self.image_size
 
     @property
     def torch_memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.memory_format == "channels-last" else torch.contiguous_format
 
 
-def way_of(model: ResNet, task: Task) -> nn.Module:
+def way_of(model: nn.Module, task: Task) -> nn.Module:
     """What runs the step."""
     if task.schedule is not None:
         return executed(model, PLANNED, Schedule.from_json(task.schedule))
@@ -91,7 +98,7 @@ class Worker:
         self.meter = Meter("cpu")
         self.meter.reset()
         self.before = self.meter.read().device_used_bytes
-        model = build(task.arch, task.block, width=task.width)
+        model = make_network(task.model, seed=0).train()
         check_memory_format(model, "cpu", "fp32", task.memory_format)
         self.model = model.to(memory_format=task.torch_memory_format)  # type: ignore[call-overload]
         execution = Execution("cpu", "fp32", task.memory_format)
@@ -100,10 +107,11 @@ class Worker:
         self.train_step = TrainStep(run, self.optimizer, make_scaler(execution), execution, None)
         # As in a run: what undoes a planned step is in the prediction.
         self.undo = None if task.schedule is None else Undo(self.train_step, self.model)
-        images = torch.randn(task.batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(task.batch, *task.image_shape, generator=torch.Generator().manual_seed(0))
         self.images = images.contiguous(memory_format=task.torch_memory_format)
         self.labels = torch.arange(task.batch) % 10
         self.loss = 0.0
+        torch.manual_seed(0)  # of dropout
 
     def step(self) -> None:
         """One training step."""

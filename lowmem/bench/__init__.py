@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
-from lowmem.config.schema import ModelConfig
+from lowmem.config.schema import SOURCE_SIDE, ModelConfig
 from lowmem.core.units import format_size
 from lowmem.plan.record import Plan
 from lowmem.trial import PER_BLOCK, PLAIN, PLANNED, SELECTIVE, TrialResult
@@ -40,10 +40,10 @@ _UNSTEADY, _TAKEN_CORES = 1.5, 0.5
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """What is measured: a network, a batch, a device, the memory that largest batches are to fit (of a whole card,
-    `vram_bytes`, or what tensors alone may take), and the `steps` of each trial after `warmup`. `pictures`: training
-    pictures held on the card; `tries`: in the search for a largest batch. `stem`: of the names of a suite's files.
-    `fused`: the library's ways have the fused optimizer, as the engine has it. `timed`: the CPU is timed, too; without
-    that nothing is predicted of time there."""
+    `vram_bytes`, or what tensors alone may take), and the `steps` of each trial after `warmup`. `image_size`: side of
+    what the network sees, enlarged from a source's own; `pictures`: training pictures held on the card; `tries`: in the
+    search for a largest batch. `stem`: of the names of a suite's files. `fused`: the library's ways have the fused
+    optimizer, as the engine has it. `timed`: the CPU is timed, too; without that nothing is predicted of time there."""
 
     stem: ClassVar[str]
     fused: ClassVar[bool] = False
@@ -56,6 +56,7 @@ class Setup:
     spec: str | None = None
     args: dict[str, Any] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
+    image_size: int = SOURCE_SIDE
     batch: int
     device: str
     vram_bytes: int | None = None
@@ -67,7 +68,8 @@ class Setup:
 
     @property
     def name(self) -> str:
-        return self.model.words
+        size = f" at {self.image_size}x{self.image_size}"
+        return self.model.words + (size if self.image_size != SOURCE_SIDE else "")
 
     @property
     def model(self) -> ModelConfig:
@@ -87,7 +89,9 @@ class Setup:
 
     @property
     def network(self) -> dict[str, Any]:
-        return {**self.model.model_dump(), "device": self.device}
+        """What trials have in common."""
+        sides = {"image_size": self.image_size, "stored_side": SOURCE_SIDE}
+        return {**self.model.model_dump(), **sides, "device": self.device}
 
     @property
     def largest_steps(self) -> int:
@@ -101,6 +105,7 @@ class Setup:
     def record(self) -> dict[str, Any]:
         """For a results file; what those of older versions do not have is None where there is nothing of it."""
         known = asdict(self) | {"args": self.args or None, "sha256": self.sha256 or None}
+        known["image_size"] = None if self.image_size == SOURCE_SIDE else self.image_size
         return {name: value for name, value in known.items() if name not in self.unrecorded}
 
 

@@ -92,7 +92,7 @@ def _compare(question: PlanQuestion, batch: int) -> dict[str, Any]:
     planned, norms = apply_plan(model, plan), nullcontext if plan.library_norm else native_norms
     buffers = [(buffer, buffer.to("cpu", copy=True)) for buffer in model.buffers()]
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 3, 32, 32, generator=generator).to(question.device)
+    images = torch.randn(batch, 3, question.image_size, question.image_size, generator=generator).to(question.device)
     images = images.contiguous(memory_format=execution.torch_memory_format)
     labels = (torch.arange(batch) % 10).to(question.device)
 
@@ -184,10 +184,10 @@ def _run(
     """The weights after a few steps, and the run's events. `hook`: hears of every planned forward pass."""
     plan = question.planned
     flags = {f"model.{name}": value for name, value in question.model.given.items()}
-    flags |= {"train.batch": question.batch, "train.device": question.device}
+    flags |= {"train.batch": question.batch, "train.device": question.device, "data.image_size": question.image_size}
     flags |= {"train.precision": plan.precision, "train.memory_format": plan.memory_format}
     config = gather(flags=flags, sets=[f"train.max_steps={_STEPS}", "train.log_every_steps=1"]).config
-    pictures = random_pictures((_STEPS + 1) * question.batch)
+    pictures = random_pictures((_STEPS + 1) * question.batch, size=question.image_size, side=question.stored_side)
     dataset = Dataset("random", tuple("0123456789"), pictures, None, pictures, MEAN, STD, "")
     model = make_network(question.model, seed=0)
     trainer = Trainer(config, model, dataset, observer or Observer(), plan)
@@ -225,7 +225,7 @@ class _Taker(Observer):
         if question.cap_bytes is None or not rungs:
             raise ValueError("taking memory away needs a cap of the allocator, and a plan with a ladder")
         needed = rungs[-1].predicted.peak_reserved_bytes or 0
-        pictures_bytes = (_STEPS + 1) * question.batch * 3 * 32 * 32
+        pictures_bytes = (_STEPS + 1) * question.batch * 3 * (question.stored_side or question.image_size) ** 2
         self.bytes = int(question.cap_bytes - _ROOM * needed - pictures_bytes)
         self.steps = 0
         self.held: Tensor | None = None

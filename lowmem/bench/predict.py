@@ -172,7 +172,7 @@ class Predictor:
         """Of a run that would be planned like this."""
         setup = self.setup
         flags = {f"model.{name}": value for name, value in setup.model.given.items()}
-        flags |= {"train.batch": setup.batch, "train.device": setup.device}
+        flags |= {"train.batch": setup.batch, "train.device": setup.device, "data.image_size": setup.image_size}
         flags |= {f"memory.{name}": size_bytes for name, size_bytes in memory.items()}
         flags |= {"train.precision": "fp32", "train.memory_format": "contiguous"}
         timed = ["memory.calibrate=always"] if setup.timed else []

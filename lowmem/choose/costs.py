@@ -3,7 +3,7 @@ roofline, or as they were measured on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -17,7 +17,7 @@ from lowmem.core.phases import Phase, untold
 from lowmem.plan.cost import ChainCost, KernelWork, Rates, StageCost
 from lowmem.plan.front import Result, front
 from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, PolicyKind
-from lowmem.remat import decompose
+from lowmem.remat import traced_chain
 from lowmem.remat.stage import Stage
 from lowmem.simulate import Call, OutlineMode, Recorder, StepShape, empty_copy
 from lowmem.simulate.stage import Option, StageMeasure, measure_chain
@@ -82,6 +82,7 @@ class ChainMeasure:
     what the optimizer keeps, what undoes a step, and the pictures."""
 
     names: tuple[str, ...]
+    run_whole: Mapping[str, str]  # by path ("": all of it) why a module does, though it is no single operation
     stages: tuple[StageMeasure, ...]
     fixed_bytes: int
     parameter_bytes: int
@@ -105,7 +106,8 @@ def measure_costs(
         x = torch.empty(shape.micro_batch, *shape.image_shape, dtype=shape.dtype).contiguous(
             memory_format=execution.torch_memory_format
         )
-        stages = decompose(model, shape.stages)
+        chain = traced_chain(model, shape.stages)
+        stages = chain.stages
 
         def of(stage: Stage, results: Callable[[Rates], list[Result]]) -> Sequence[Option]:
             return _options(stage, lambda: results(rates)) if options is None else options(stage)
@@ -122,6 +124,7 @@ def measure_costs(
         held = (*model.parameters(), *model.buffers(), *optimizer_tensors(optimizer), *Undo(step, model).copies)
         return ChainMeasure(
             names=tuple(stage.name for stage in stages),
+            run_whole=chain.leaves,
             stages=tuple(measures),
             fixed_bytes=sum(tensor.nbytes for tensor in held) + x.nbytes * shape.accumulation,
             parameter_bytes=sum(parameter.nbytes for parameter in model.parameters()),
@@ -194,7 +197,11 @@ def _plain_work(stage: StageMeasure) -> tuple[KernelWork, ...]:
 
 def _options(stage: Stage, results: Callable[[], Sequence[Result]]) -> list[Option]:
     usual = policies(stage, results)
-    # A segment's last stage is best FUSED, or keeps a little: what follows is its own backward.
+    # A segment's last stage is best FUSED, or keeps a little of what is dear: what follows is its own backward.
     few = len(stage.operations) > MANY_OPERATIONS
-    lasts = [one for one in usual if one.anywhere and (not few or one in (SAVE_ALL, LEAN, INPUT_ONLY))]
+    lasts = [
+        one
+        for one in usual
+        if one in (SAVE_ALL, LEAN, INPUT_ONLY) or (one.anywhere and not few and one.kept <= stage.dear)
+    ]
     return [*map(Option, usual), *(Option(policy, last=True) for policy in lasts)]

@@ -21,7 +21,7 @@ from lowmem.choose.request import Choice, Request
 from lowmem.config.schema import Config, cards_of, for_process
 from lowmem.config.settings import Settings
 from lowmem.distributed.group import Group, Split, even_shares
-from lowmem.models import skeleton
+from lowmem.models import make_network
 from lowmem.plan.record import Plan
 from lowmem.remat import check_plan, decompose
 
@@ -113,7 +113,7 @@ def decide(
     plans = () if recorded is None else _plans_of_as_many(recorded, group.size, tell)
     outdated = None
     if recorded is not None and plans and _still_holds(recorded, config):
-        outdated = _outdated(plans, config)
+        outdated = _outdated(plans, config, data.classes)
         if outdated is None:
             return Decision(settings, plans[group.rank], _split(group, config, plans[group.rank]))
         tell.note(outdated)
@@ -232,14 +232,12 @@ def _with_memory_of(config: Config, other: Config) -> Config:
     return config.model_copy(update={"memory": other.memory})
 
 
-def _outdated(plans: Sequence[Plan | None], config: Config) -> str | None:
+def _outdated(plans: Sequence[Plan | None], config: Config, classes: int) -> str | None:
     """Why plans that hold cannot be followed by this version, which may divide the network otherwise than the one that
     made them."""
-    model = config.model
-    stages = decompose(skeleton(model.arch, model.block, width=model.width))
-    for plan in plans:
-        if plan is None:
-            continue
+    known = [plan for plan in plans if plan is not None]
+    stages = decompose(make_network(config.model, classes)) if known else ()
+    for plan in known:
         try:
             check_plan(plan, stages)
         except ValueError as error:

@@ -27,14 +27,13 @@ def explain(choice: Choice) -> list[str]:
     cut = "" if plan.accumulation == 1 else f" in {plan.accumulation} micro-batches of {plan.micro_batch}"
     whole = [one for one in plan.candidates if one.what.startswith(INSIDE)]
     refused = [one for one in plan.candidates if one.refused_because and "least that fits" in one.refused_because]
-    blocks = ", ".join(f"{count} x {policy}" for policy, count in picture.tally(plan.schedule).items())
     return [
         *(f"not {one.what}: {one.refused_because}" for one in whole),
         *(f"does not fit: {one.what} ({one.refused_because})" for one in refused),
         f"plan: batch {plan.batch}{cut}, {_arithmetic(plan)}: "
         f"{format_size(plan.predicted.peak_allocated_bytes)} of tensors under a budget of "
         f"{format_size(plan.budget_bytes)}; plain PyTorch takes {format_size(plain.peak_allocated_bytes)}",
-        f"cost: {cost(plan)}; {blocks}",
+        f"cost: {cost(plan)}; {picture.in_short(plan.schedule)}",
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 from torch import nn
 
 from lowmem.calibrate.calibrator import Workspaces
-from lowmem.choose.costs import calls_of, measure_costs, price
+from lowmem.choose.costs import ChainMeasure, calls_of, measure_costs, price
 from lowmem.choose.execution import by_kind
 from lowmem.choose.fitting import fit
 from lowmem.choose.request import INSIDE, REFERENCE_CARD, Budget, Choice, Request, card_rates, of_card
@@ -24,7 +24,6 @@ from lowmem.core.phases import Phase, untold
 from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, counted, format_size, parse_memory
 from lowmem.plan.record import Candidate, Plan
 from lowmem.plan.solver import Solver
-from lowmem.remat import runs_whole, stage_names
 from lowmem.remat.libraries import convolutions_in_tf32
 from lowmem.remat.module import Named, parts_of
 from lowmem.remat.same_forward import check_same_forward
@@ -122,7 +121,7 @@ def _first_that_fits(request: Request) -> Choice | Infeasible:
             continue
         taken = choice.plan.predicted
         chosen = Candidate(what=what, peak_bytes=taken.peak_allocated_bytes, step_seconds=taken.step_seconds)
-        looked_at = (*_not_planned_inside(request), *refused, _plain(choice), chosen)
+        looked_at = (*choice.plan.candidates, *refused, _plain(choice), chosen)
         return replace(choice, plan=replace(choice.plan, candidates=looked_at))
     least = min(errors, key=lambda error: error.least_bytes)
     tried = "; ".join(candidate.what for candidate in refused)
@@ -150,11 +149,11 @@ def _candidates(request: Request) -> Iterator[tuple[str, int]]:
         yield from product(request.modes, (micro,))
 
 
-def _not_planned_inside(request: Request) -> list[Candidate]:
-    return [
+def _not_planned_inside(measured: ChainMeasure) -> tuple[Candidate, ...]:
+    return tuple(
         Candidate(what=f"{INSIDE} {path or 'the network'}", refused_because=f"it runs as a whole: {why}")
-        for path, why in request.once("whole", lambda: runs_whole(request.model)).items()
-    ]
+        for path, why in measured.run_whole.items()
+    )
 
 
 def _plain(choice: Choice) -> Candidate:
@@ -204,11 +203,12 @@ def _plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
         precision="amp" if precision == "amp" else "fp32",
         memory_format="channels-last" if shape.memory_format == "channels-last" else "contiguous",
         exact=shape.accumulation == 1,
-        stages=stage_names(request.model, request.stages),
+        stages=measured.names,
         schedule=solution.schedule,
         batch_norm=request.batch_norm,
         tf32=request.tf32 if precision == "fp32" else False,
         allocator_bytes=budget.allocator_bytes if budget.emulated else None,
+        candidates=_not_planned_inside(measured),
     )
     choice = Choice(
         plan=plan,

@@ -121,6 +121,7 @@ FLAGS = (
     }),
     Flag("--image-size", "data.image_size", int, {
         "train plan doctor reproduce": "Side of the square pictures that the network sees (32); of a folder any.",
+        "bench": "Side of the square pictures that the network sees (32).",
     }, metavar="N"),
     Flag("--data-root", "data.root", str, {
         "train resume doctor reproduce": "Folder that holds, or receives, cifar10 and fashion-mnist.",

@@ -144,9 +144,10 @@ def show_report(result: ReportResult) -> None:
     for written in result.tables:
         rows = [tuple(map(printable, row)) for row in (written.header, *written.rows)]
         print("\n".join([*table(rows, set(range(written.names, written.numbers)), columns), ""]))
-    said = [f"Against the setting of {HOMEWORK}:", *(f"{runs}: {differs}" for runs, differs in result.departures)]
+    said = [f"{runs}: {differs}" for runs, differs in result.departures]
+    said = [f"Against the setting of {HOMEWORK}:", *said] if said else []
     said += [f"not in the report: {why}" for why in result.left_out]
-    print("\n".join(fold(list(map(printable, said)), columns)))
+    print("".join(f"{line}\n" for line in fold(list(map(printable, said)), columns)), end="")
     page = "" if result.page is None else f", and all of it in {result.page}"
     figures = counted(len(result.figures), "figure")
     print(printable(f"written: {result.markdown} and {figures} beside it{page}"))

@@ -22,8 +22,9 @@ from lowmem.bench.results import Account, Environment, Results, ResultTable, Row
 from lowmem.bench.run import Bench
 from lowmem.bench.tables import TableSetup, table_cells
 from lowmem.calibrate.device import ask_device, describe
-from lowmem.choose.execution import refuse_unsafe, resolve_execution, why_on_cpu
+from lowmem.choose.execution import refuse_size, refuse_unsafe, resolve_execution, why_on_cpu
 from lowmem.cli.terminal import say
+from lowmem.config.schema import SOURCE_SIDE
 from lowmem.config.settings import gather
 from lowmem.core.errors import Interrupted, UsageError
 from lowmem.core.reading import shorten
@@ -55,7 +56,8 @@ def show_bench(
     PreflightError if the folder cannot be written, Interrupted."""
     setup = _table_setup(flags, steps, rounds, budgets, quick)
     net = f"{setup.arch}-{setup.block}-w{setup.width}" if setup.spec is None else setup.model.name
-    folder = out or Path("bench") / f"{net}-b{setup.batch}-{setup.device}"
+    size = "" if setup.image_size == SOURCE_SIDE else f"-{setup.image_size}"
+    folder = out or Path("bench") / f"{net}{size}-b{setup.batch}-{setup.device}"
     environment = _environment(setup)
     limit = (2.0 if quick else 60.0) if minutes is None else minutes
     seconds = 60 * limit - time.process_time()  # importing took its time too
@@ -120,11 +122,12 @@ def _network(flags: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, An
     given = {key: value for key, value in flags.items() if value is not None}
     settings = resolve_execution(gather(flags={**mode, **usual, **given}))
     config = settings.config
+    refuse_size(config)
     check_network(config.model, 10, config.data.image_shape)
     refuse_unsafe(config)
     if (why := why_on_cpu(settings)) is not None:
         say(f"warning: this measures {why}", "stderr")
-    train = {"batch": config.train.batch, "device": config.train.device}
+    train = {"batch": config.train.batch, "device": config.train.device, "image_size": config.data.image_size}
     memory = {"vram_bytes": config.memory.vram, "tensors_bytes": config.memory.tensors}
     model = config.model.model_dump() | {"sha256": hashes_of(config.model)}  # trials are of what is there now
     return {**model, **train, **memory}

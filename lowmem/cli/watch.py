@@ -197,10 +197,12 @@ def describe_state(live: Live) -> str:
 
 def _settings(config: Config) -> str:
     """What is trained on what, in one line."""
-    model, train, source = config.model, config.train, config.data.source
+    model, train, source, side = config.model, config.train, config.data.source, config.data.image_size
     if source.startswith("folder:"):
         source = f"folder {Path(source.removeprefix('folder:')).name}"
-    return shorten(f"{model.words} on {source}, batch {train.batch}, {train.precision}, {train.device}")
+    return shorten(
+        f"{model.words} on {source} at {side}x{side}, batch {train.batch}, {train.precision}, {train.device}"
+    )
 
 
 def _position(live: Live) -> str:

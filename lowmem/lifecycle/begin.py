@@ -292,6 +292,7 @@ def _headline(trainer: Trainer, path: Path) -> str:
     if trainer.state.low_start:
         rate += f", at first {trainer.config.schedule.low_start_lr:g} (schedule.low_start)"
     pictures = f"{counted(len(dataset.train), 'picture')} to train on{held}, {len(dataset.test):,} to test"
+    pictures += f", at {dataset.train.image_size}x{dataset.train.image_size}"
     return (
         f"{model.words} on {dataset.name}: {pictures}; "
         f"{counted(train.epochs, 'epoch')}, batch {train.batch}, {rate}, {train.precision}, "

@@ -17,12 +17,14 @@ from lowmem.core.units import aligned
 from lowmem.plan.policy import BlockPolicy, Item, Keep, PolicyKind, Schedule, Segment
 
 LONGEST_TURN = 4  # items
+MOST_NAMED = 6  # kept tensors
+MOST_COUNTED = 4  # policies
 _NUMBERED = re.compile(r"(?P<group>.+)\.(?P<number>\d+)")
 
 EXPLAINED = {
-    PolicyKind.SAVE_ALL: "keeps what autograd keeps",
-    PolicyKind.LEAN: "keeps every convolution's output; batch norm and ReLU are computed again",
-    PolicyKind.KEEP: "keeps its output and what is named; other convolutions are computed again",
+    PolicyKind.SAVE_ALL: "keeps all that the backward pass reads: nothing is computed again",
+    PolicyKind.LEAN: "keeps what convolutions and matrix products made; what is quick (norms, activations) is computed again",
+    PolicyKind.KEEP: "keeps its output and what is named, as operations of the stage; all else is computed again",
     PolicyKind.FUSED: "keeps nothing: its forward runs inside its backward",
 }
 
@@ -54,6 +56,8 @@ def text(schedule: Schedule, names: Sequence[str]) -> str:
 def legend(schedule: Schedule) -> list[str]:
     policies = [policy for _, policy in schedule.policies().values()]
     said = [f"{kind}: {EXPLAINED[kind]}" for kind in PolicyKind if any(policy.kind is kind for policy in policies)]
+    if any(len(policy.kept) > MOST_NAMED for policy in policies):
+        said.append("…: `lowmem plan --json` names all that is kept")
     if any(policy.drop_output for policy in policies):
         said.append("-out: and drops the output, which is computed again from the input and what is kept")
     if any(isinstance(item, Segment) for item in schedule.items):
@@ -94,7 +98,7 @@ def _range(names: Sequence[str], start: int, end: int) -> str:
 
 def _action(item: Item) -> str:
     if isinstance(item, Keep):
-        return str(item.policy)
+        return shown(item.policy)
     size = item.end - item.start + 1
     return f"checkpoint{f' of {size}' if size > 1 else ''} [{_counted(item.inner.items)}]"
 
@@ -105,7 +109,19 @@ def _counted(items: Iterable[Item]) -> str:
     return ", ".join(action if count == 1 else f"{action} x{count}" for action, count in counted)
 
 
-def tally(schedule: Schedule) -> dict[BlockPolicy, int]:
-    """How many stages are under which policy, most first."""
-    counts = Counter(policy for _, policy in schedule.policies().values())
-    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0].name)))
+def in_short(schedule: Schedule) -> str:
+    """`8 x SAVE_ALL, 2 x LEAN`: how many stages are under which policy, most first; if these are many, sets of kept
+    tensors count together."""
+    policies = [policy for _, policy in schedule.policies().values()]
+    counts = Counter(map(shown, policies))
+    if len(counts) > MOST_COUNTED:
+        counts = Counter("KEEP{…}" if policy.kind is PolicyKind.KEEP else shown(policy) for policy in policies)
+    return ", ".join(f"{count} x {name}" for name, count in sorted(counts.items(), key=lambda one: (-one[1], one[0])))
+
+
+def shown(policy: BlockPolicy) -> str:
+    """Its name; of many tensors that are kept the first ones."""
+    if len(policy.kept) <= MOST_NAMED:
+        return policy.name
+    first = ",".join(sorted(policy.kept)[:2])
+    return f"KEEP{{{first},… {len(policy.kept)} in all}}{'-out' if policy.drop_output else ''}"

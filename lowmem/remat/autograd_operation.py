@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from lowmem.measure.outline import is_outline
 from lowmem.remat.operation import Gradients, Operation, PassState, of_tensor
 from lowmem.remat.starting_point import StartingPoint
+from lowmem.remat.tracing import has_hooks
 
 
 class Operand(NamedTuple):
@@ -87,7 +89,7 @@ class Graph:
     def operand(self, value: Any, needed: bool) -> Any:
         """A tensor, or tensors in a tuple, list or dict, to compute with."""
         tensors, spec = tree_flatten(value)
-        wanted = [needed and isinstance(one, Tensor) and one.is_floating_point() for one in tensors]
+        wanted = [needed and isinstance(one, Tensor) and _continuous(one) for one in tensors]
         entered, places = [], []
         for one, want in zip(tensors, wanted, strict=True):
             places.append(self._entered if want else None)
@@ -142,6 +144,10 @@ class Graph:
         entered = [(one, inbox[number]) for number, one in self.parameters.items() if number in inbox]
         direct = [(one, value) for one, value in zip(self.leaves, found, strict=True) if value is not None]
         return Gradients(operands, _apart([*outputs, *tree_leaves(operands)], [*entered, *direct]))
+
+
+def _continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
@@ -212,6 +218,16 @@ class AutogradOperation(Operation):
         substitute((self.args, self.kwargs), lambda one: found.append(one) if isinstance(one, Operand) else None)
         return len(set(found)) < len(found) or (self.module is not None and self.dear)
 
+    @cached_property
+    def exposed(self) -> bool:  # type: ignore[override]
+        """Functions of torch return no memory but their operands', its modules likewise."""
+        if self.module is None:
+            return not self.operands or (bool(self._attributes()) and (self.view or (self.dear and self.draws)))
+        modules = list(self.module.modules())
+        hooked = any(map(has_hooks, modules))
+        torchs = all(type(one).__module__.startswith("torch.nn.") for one in modules)
+        return hooked or not (torchs or next(chain(self.module.parameters(), self.module.buffers()), None) is None)
+
     @property
     def signature(self) -> Hashable:
         rest: list[Any] = []
@@ -230,7 +246,8 @@ class AutogradOperation(Operation):
 
     def parameters(self) -> Iterator[Tensor]:
         for attribute in self._attributes():
-            if isinstance(value := attribute.value(), nn.Parameter):
+            value = attribute.value()
+            if isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and value.requires_grad):
                 yield value
         if self.module is not None:
             yield from self.module.parameters()
@@ -262,7 +279,7 @@ class AutogradOperation(Operation):
         graph, entered = Graph(tensors[0].device if tensors else None), dict[int, Tensor]()
 
         def parameter(value: Any) -> Any:
-            if not (isinstance(value, nn.Parameter) and value.requires_grad):
+            if not (isinstance(value, Tensor) and value.requires_grad):
                 return value
             if id(value) not in entered:
                 entered[id(value)] = graph.parameter(value)
@@ -364,6 +381,8 @@ class ScalarOperation(Operation):
                 return operands[argument.position]
             return state.scalars[argument.name] if isinstance(argument, Scalar) else argument.value()
 
+        if self.name in state.scalars:
+            return
         args, kwargs = substitute(self.args, of), substitute(self.kwargs, of)
         state.scalars[self.name] = self.function(*args, **kwargs)
 

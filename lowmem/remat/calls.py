@@ -32,7 +32,7 @@ from lowmem.remat.layer_norm import GroupNorm, LayerNorm
 from lowmem.remat.linear_maps import Convolution, Linear
 from lowmem.remat.operation import Operation
 from lowmem.remat.pooling import MaxPool
-from lowmem.remat.tracing import has_hooks
+from lowmem.remat.tracing import CustomFunction, has_hooks
 
 Maker = partial[Operation]  # of name and operands' numbers
 
@@ -88,6 +88,7 @@ class Callee:
     def of_function(function: Any, as_first: bool = False, in_place: bool = False) -> Callee:
         name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
         known = name.startswith(("torch.", "_operator.", "builtins.", "operator.", "None.")) or "torch" in name
+        known = known and not isinstance(function, CustomFunction)
         made = function
         if in_place:
             made = partial(_on_copy, partial(function, inplace=True))

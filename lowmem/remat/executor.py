@@ -2,8 +2,8 @@
 
 One autograd function covers the whole chain, so that this file, and not a graph, decides when each activation dies.
 Between forward and backward there is one entry per item of the schedule: the input of its first stage and what its
-stage keeps; the output is held by the next entry, as its input. The gradient that travels down the chain belongs to the
-executor and is changed in place.
+stage keeps; the output is held by the next entry, as its input. The gradient that travels down the chain is changed in
+place where it is the executor's own: the caller's is not.
 
 Gradients of parameters are added to `.grad` directly, as soon as they are complete, unless somebody asks autograd for
 some of them (`torch.autograd.grad`, `backward(inputs=…)`): then autograd is given all, and sees to the rest.
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowmem.plan.policy import Keep, Schedule, Segment
+from lowmem.remat.elementwise import OutputActivation
 from lowmem.remat.operation import PassState, Total
 from lowmem.remat.stage import Box, Saved, Stage, StagePass
 
@@ -74,6 +75,7 @@ class Run:
         self.entries: list[Held] = []
         self.output: Tensor | None = None
         self.trained: list[Tensor] = []
+        self._owned = False  # whether the gradient that travels down the chain may be written into
         self._versions: list[tuple[Tensor, int]] = []
 
     def execute(self, schedule: Schedule, x: Tensor) -> Tensor:
@@ -128,11 +130,12 @@ class Run:
                 grad_x = self.backward(inner, grad)
             else:
                 stage = self.stages[start]
-                grad_x, owned = stage.backward(grad, entry.saved, x, entry.item.policy, self.memos[start])
+                memo, policy = self.memos[start], entry.item.policy
+                grad_x, self._owned = stage.backward(grad, entry.saved, x, policy, memo, self._owned)
                 if self.stage_done is not None:
                     self.stage_done(start)
                 if grad_x is not None and start > 0 and (tail := self.stages[start - 1].tail) is not None:
-                    grad_x = tail.mask(grad_x, x, owned)
+                    grad_x = self.mask(tail, grad_x, x)
             del x, entry
             if grad_x is None:
                 return None
@@ -140,19 +143,32 @@ class Run:
             del grad_x
         return grad.pop()
 
+    def mask(self, tail: OutputActivation, grad: Tensor, output: Tensor) -> Tensor:
+        """The gradient before a stage's last activation; from then on it is a tensor of its own."""
+        owned, self._owned = self._owned, True
+        return tail.mask(grad, output, owned)
+
     def note_versions(self, x: Tensor) -> None:
-        """Of what the backward reads and others may change meanwhile: the input and the parameters."""
-        self._versions = [(one, one._version) for one in (*self.parameters, x)]
+        """Of what the backward reads and others may change meanwhile: the input, the parameters, and the output if
+        the backward begins with it."""
+        self._versions = [(one, one._version) for one in (*self.parameters, x, self.output) if one is not None]
         uses = Counter([id(one) for one in self.parameters if one.requires_grad])
         self.state.uses = {key: count for key, count in uses.items() if count > 1}
 
     def check_versions(self) -> None:
         """Raises RuntimeError, as autograd does, if anything of it has changed."""
+        now = [parameter for stage in self.stages for parameter in stage.parameters()]
+        noted = [tensor for tensor, _ in self._versions]
+        if any(one is not other for one, other in zip(now, noted, strict=False)):
+            raise RuntimeError(
+                "a parameter was replaced by another between forward and backward (torch.func.functional_call does so "
+                "at its end), but the backward reads parameters again: leave them until it is over"
+            )
         for tensor, version in self._versions:
             if tensor._version != version:
                 raise RuntimeError(
-                    f"a tensor of shape {list(tensor.shape)} that the backward needs (a parameter or the input) was "
-                    "changed in place after the forward: change it before the forward or after the backward"
+                    f"a tensor of shape {list(tensor.shape)} that the backward needs (a parameter, the input or the "
+                    "output) was changed in place after the forward: change it before the forward or after the backward"
                 )
         self._versions.clear()
 
@@ -195,7 +211,7 @@ class _Chain(torch.autograd.Function):
         run.state.asked = not torch._C._will_engine_execute_node(ctx.next_functions[0][0])
         tail = run.stages[-1].tail
         if run.output is not None and tail is not None:  # the caller's gradient is not ours to change
-            grad, run.output = tail.mask(grad, run.output, owned=False), None
+            grad, run.output = run.mask(tail, grad, run.output), None
         box = [grad]
         with _autocast_off(grad, run.low):
             del grad

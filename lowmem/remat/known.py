@@ -30,6 +30,11 @@ VIEWS: set[Any] = {
     *(torch.split, torch.unbind, torch.movedim, torch.narrow, torch.select, operator.getitem),
     *(nn.Flatten, nn.Unflatten, nn.Identity),
 }
+# Views of all of it, each element once: gradients of several uses may be summed before or after.
+RESHAPING = {
+    *("view", "reshape", "flatten", "permute", "transpose", "t", "squeeze", "unsqueeze", "unflatten", "movedim"),
+    *("view_as", "contiguous"),
+}
 # Autograd saves shapes and numbers at most.
 LIGHT: set[Any] = {
     *VIEWS,
@@ -50,6 +55,9 @@ DEAR_FUNCTIONS: set[Any] = {
 }
 DEAR_METHODS = {"matmul", "bmm", "mm", "addmm", "baddbmm", "__matmul__"}
 
+# They move buffers that they are given.
+MOVING: set[Any] = {F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm}
+
 SCALAR_METHODS = {
     "size",
     "dim",
@@ -68,7 +76,8 @@ RANDOM = {
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "bernoulli", "rand"),
     *("randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "multinomial", "normal", "poisson"),
     *("rrelu", "gumbel_softmax", "scaled_dot_product_attention", "multi_head_attention_forward", "uniform_", "normal_"),
-    *("bernoulli_", "fractional_max_pool2d", "stochastic_depth", "native_dropout", "feature_dropout"),
+    *("bernoulli_", "fractional_max_pool2d", "fractional_max_pool3d", "stochastic_depth", "native_dropout"),
+    *("feature_dropout", "binomial"),
 }
 
 # Modules that draw no random numbers and whose result is soon made again.

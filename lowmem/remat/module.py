@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lowmem.core.units import counted
 from lowmem.plan.policy import Keep, Schedule
 from lowmem.plan.record import Plan
-from lowmem.remat.chain import TracedChain, chain_of, traced
+from lowmem.remat.chain import Traced, TracedChain, chain_of
 from lowmem.remat.executor import Run, autocast_dtype
 from lowmem.remat.operation import Total
 from lowmem.remat.stage import Stage
@@ -35,21 +35,21 @@ Parts = Sequence[tuple[str, Callable[..., Any]]]
 Named = Sequence[str | nn.Module]
 
 
-def decompose(model: nn.Module, stages: Named | None = None) -> tuple[Stage, ...]:
+def traced_chain(model: nn.Module, stages: Named | None = None) -> Traced:
     """The chain of a model as it is now. `stages`: modules of it that are named to be its links, each run as a whole;
     None: as it is traced. Raises NotTraceable (a ValueError) for what is not one tensor in, one out."""
     model = untouched(model)
-    return TracedChain(model, None if stages is None else parts_of(model, stages)).now().stages
+    return TracedChain(model, None if stages is None else parts_of(model, stages)).now()
+
+
+def decompose(model: nn.Module, stages: Named | None = None) -> tuple[Stage, ...]:
+    """The links of a model's chain: see `traced_chain`."""
+    return traced_chain(model, stages).stages
 
 
 def stage_names(model: nn.Module, stages: Named | None = None) -> tuple[str, ...]:
     """The names of the chain's links, in forward order: `stem`, `layer1.0`, …, `head`."""
     return tuple(stage.name for stage in decompose(model, stages))
-
-
-def runs_whole(model: nn.Module) -> dict[str, str]:
-    """By path ("": all of it) why a module runs as a whole though it is no single operation."""
-    return traced(untouched(model)).leaves
 
 
 class Execution:

@@ -41,34 +41,42 @@ class PassState:
     scalars: dict[str, Any] = field(default_factory=dict)  # numbers that follow from shapes, by name
     # Parameters that several operations use: their gradients are summed before they are accumulated, as autograd does.
     uses: dict[int, int] = field(default_factory=dict)  # by identity: how many gradients are still to come
-    sums: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    sums: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
     # Gradients that autograd is given, to do with them what it does: by the parameter's identity. All of them if
-    # somebody asked for some (`torch.autograd.grad`); else those of parameters whose hooks change them.
+    # somebody asked for some (`torch.autograd.grad`); else those of parameters that are made of others, or whose hooks
+    # change them.
     asked: bool = False
     returned: dict[int, Tensor] = field(default_factory=dict)
 
     def add_gradient(self, parameter: Tensor, grad: Tensor) -> None:
-        """Of one use of a parameter."""
+        """Of one use of a parameter. Those of one dtype are summed in it: autocast casts a parameter once."""
         key = id(parameter)
-        if key in self.uses:
-            # Autocast casts a parameter once for all uses (its cache): their gradients meet before they are cast back.
-            if grad.dtype != self.low or not self.cast_once:
-                grad = grad.to(parameter.dtype)
-            if key in self.sums:
-                grad = self.sums.pop(key)[1] + grad
-            self.uses[key] -= 1
-            if self.uses[key]:
-                self.sums[key] = parameter, grad
-                return
-        self._deliver(parameter, grad)
+        if key not in self.uses:
+            self._deliver(parameter, grad)
+            return
+        if not self.cast_once:
+            grad = grad.to(parameter.dtype)
+        known = self.sums.pop((key, grad.dtype), None)
+        self.sums[key, grad.dtype] = parameter, grad if known is None else known[1] + grad
+        self.uses[key] -= 1
+        if not self.uses[key]:
+            self._summed(key)
 
     def finish(self) -> None:
         """Of parameters some of whose uses no gradient reached."""
         while self.sums:
-            self._deliver(*self.sums.popitem()[1])
+            self._summed(next(iter(self.sums))[0])
+
+    def _summed(self, key: int) -> None:
+        """The sum over the dtypes."""
+        found = [self.sums.pop(each) for each in list(self.sums) if each[0] == key]
+        parameter, total = found[0][0], found[0][1].to(found[0][0].dtype)
+        for _, grad in found[1:]:
+            total = total + grad.to(parameter.dtype)
+        self._deliver(parameter, total)
 
     def _deliver(self, parameter: Tensor, grad: Tensor) -> None:
-        if self.asked or parameter._backward_hooks:
+        if self.asked or parameter._backward_hooks or not parameter.is_leaf:
             self.returned[id(parameter)] = grad.to(parameter.dtype)
         else:
             accumulate(parameter, grad)
@@ -87,12 +95,13 @@ class Operation:
     `graphed`: in the forward it can make something for its backward to use in place of all that it reads
     (`with_graph`): autograd's graph, if it runs `under_autograd`, or a pool's indices. `light`: that keeps no tensor of
     any size, so that it is always kept. `sums`: it may use an operand several times, so that its backward itself adds
-    to the gradient that the operand has from later uses: autograd's sums are one by one.
+    to the gradient that the operand has from later uses: autograd's sums are one by one. `exposed`: its operands and
+    result may be memory that others have (a parameter's, a buffer's, what a hook has seen): never written in place.
     """
 
     name: str
     operands: tuple[int, ...]
-    dear = view = light = graphed = under_autograd = sums = reads_output = False
+    dear = view = light = graphed = under_autograd = sums = exposed = reads_output = False
     in_place: tuple[int, ...] = ()
     reads: tuple[int, ...] = ()
     shares: tuple[int, ...] = ()

@@ -132,23 +132,24 @@ class Compiler:
 
     # -- backward ------------------------------------------------------------------------------------------------------
 
-    def backward(self, kept: Kept) -> tuple[tuple[Step, ...], bool]:
-        """And whether the gradient of the stage's input is a tensor of its own, which may be written into."""
-        steps, owned = self._backward_steps(kept)
+    def backward(self, kept: Kept, owned: bool = True) -> tuple[tuple[Step, ...], bool]:
+        """And whether the gradient of the stage's input is a tensor of its own, which may be written into. `owned`:
+        whether that of its output is."""
+        steps, owned = self._backward_steps(kept, owned)
         return self._finish(steps, set(), kept), owned
 
     def computed_again(self, kept: Kept) -> set[int]:
         """Operations that the backward runs again, beside those of graphs that it makes only there."""
         return {step.operation for step in self._backward_steps(kept)[0] if not step.backward}
 
-    def _backward_steps(self, kept: Kept) -> tuple[list[Step], bool]:
+    def _backward_steps(self, kept: Kept, owned: bool = True) -> tuple[list[Step], bool]:
         steps: list[Step] = []
         there = {0, *kept.values}
         tokens = _Tokens()
         start = self.count
         if self.tail:
             start = self.operations[-1].operands[0]
-        tokens.arrive(start, tokens.new())
+        tokens.arrive(start, tokens.new(owned))
         for k in reversed(range(self.count - self.tail)):
             operation, value = self.operations[k], k + 1
             if value not in tokens.of or not self.needs[value]:
@@ -201,7 +202,13 @@ class Compiler:
             if self.operations[k].under_autograd and not self.operations[k].light
             for value in (k + 1, *self.operations[k].operands)
         }
-        fixed = {self._alias[value] for value in stay | in_graphs | {0}}
+        exposed = {
+            value
+            for k, operation in enumerate(self.operations)
+            if operation.exposed
+            for value in (k + 1, *operation.operands)
+        }
+        fixed = {self._alias[value] for value in stay | in_graphs | exposed | {0}}
         until: dict[int, int] = {}  # by memory: the last step that needs it
         for value, at in last.items():
             if value <= self.count:
@@ -238,9 +245,9 @@ class _Tokens:
         self._holders: list[int] = []
         self._writable: list[bool] = []
 
-    def new(self) -> int:
+    def new(self, writable: bool = True) -> int:
         self._holders.append(1)
-        self._writable.append(True)
+        self._writable.append(writable)
         return len(self._holders) - 1
 
     def share(self, token: int, operation: Operation) -> int:

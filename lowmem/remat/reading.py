@@ -20,14 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lowmem.remat.autograd_operation import Attribute, AutogradOperation, Operand, Scalar, ScalarOperation
+from lowmem.remat.autograd_operation import Attribute, AutogradOperation, Operand, Scalar, ScalarOperation, substitute
 from lowmem.remat.calls import Callee
 from lowmem.remat.elementwise import OutputActivation
-from lowmem.remat.known import FRESH, SCALAR_ATTRIBUTES
+from lowmem.remat.known import FRESH, MOVING, RESHAPING, SCALAR_ATTRIBUTES
 from lowmem.remat.linear_maps import Convolution, Linear
 from lowmem.remat.operation import Operation
 from lowmem.remat.pooling import MaxPool
 from lowmem.remat.tracing import Constant, NotTraceable, owner_of
+
+NO_PARAMETERS, RESHAPED, COMPUTED = range(3)
 
 
 class RunsWhole(Exception):
@@ -53,6 +55,7 @@ class Reading:
     constant: bool = False  # made of parameters, buffers and numbers alone: made anew wherever it is used
     view_of: Reading | None = field(default=None, repr=False)
     scalars: tuple[str, ...] = ()  # numbers that its arguments name
+    made_of: int = 0  # trained parameters: NO_PARAMETERS, RESHAPED, COMPUTED
     taken_apart: bool = False  # several tensors, of which others take one each: not what a stage may begin with
 
     @property
@@ -154,6 +157,9 @@ class _Reader:
         if call.kind is operator.getitem and operands and isinstance(args[1], int):
             operands[0].taken_apart = True
         same_everywhere = all(one.constant for one in operands) and not scalars
+        reading.made_of = self._made_of(call, args, kwargs, operands)
+        # Else the gradients of its uses would go through its making one by one, not their sum.
+        same_everywhere = same_everywhere and not (reading.made_of == COMPUTED and len(node.users) > 1)
         reading.constant = same_everywhere and not (reading.scalar or call.draws or call.module is not None)
         if reading.view_of is None and operands and call.view:
             reading.view_of = operands[0]
@@ -161,6 +167,16 @@ class _Reader:
         self.value[node] = reading
         if changed is not None:
             self._changed(node, changed, reading, path)
+
+    @staticmethod
+    def _made_of(call: Callee, args: Any, kwargs: Any, operands: list[Reading]) -> int:
+        given: list[Any] = []
+        substitute((args, kwargs), lambda one: given.append(one.value()) if isinstance(one, Attribute) else None)
+        of_parameters = any(isinstance(one, Tensor) and one.requires_grad for one in given)
+        found = max((one.made_of for one in operands), default=NO_PARAMETERS)
+        found = max(found, RESHAPED if of_parameters else NO_PARAMETERS)
+        reshapes = getattr(call.kind, "__name__", call.kind) in RESHAPING
+        return found if reshapes or found == NO_PARAMETERS else COMPUTED
 
     def _name(self, node: fx.Node, path: str) -> str:
         """Of all values of the network; fx's name of a call is its target's and a number."""
@@ -248,6 +264,8 @@ class _Reader:
             raise RunsWhole(owner_of(node), "a part of a tensor is assigned")
         if target in _IN_PLACE_OPERATORS:
             return Callee.of_function(_IN_PLACE_OPERATORS[target], as_first=True), args, kwargs, first
+        if target in MOVING and any(isinstance(self.value[one], Attribute) for one in node.all_input_nodes):
+            raise RunsWhole(owner_of(node), f"{target.__name__} moves statistics that it is given")
         at = _inplace_position(target)
         if at is not None:
             inplace = kwargs.pop("inplace", args[at] if len(args) > at else False)
@@ -263,6 +281,9 @@ class _Reader:
         old = self.value[changed]
         where = owner_of(node) if node.op != "call_module" else path.rpartition(".")[0]
         if isinstance(old, Reading) and old.scalar:
+            later = any(self.order[user] > self.order[node] for user in changed.users)
+            if later or node.target not in _IN_PLACE_OPERATORS:  # a number has no others, and is not changed itself
+                raise RunsWhole(where, "what is made of shapes alone is changed in place")
             return
         if not isinstance(old, Reading):
             raise RunsWhole(where, "a buffer or a parameter is changed in place")

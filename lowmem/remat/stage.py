@@ -172,8 +172,8 @@ class Stage:
         own = [k + 1] if operation.reads_output else []
         return own + [operation.operands[at] for at in operation.reads]
 
-    def _program(self, what: str, policy: BlockPolicy | None, memo: StagePass) -> Any:
-        key = (what, policy, memo.need_input, memo.trains)
+    def _program(self, what: str, policy: BlockPolicy | None, memo: StagePass, owned: bool = True) -> Any:
+        key = (what, policy, memo.need_input, memo.trains, owned)
         if key not in self._known:
             compiler = self._compiler(memo.need_input, memo.trains)
             kept = self._keeps(compiler, policy)
@@ -182,7 +182,7 @@ class Stage:
             elif what == "backward":
                 if policy is not None and policy.drop_output:
                     kept = compiler.restore(kept)[1]
-                self._known[key] = compiler.backward(kept)
+                self._known[key] = compiler.backward(kept, owned)
             else:
                 self._known[key] = compiler.forward(kept, what == "forward"), self.count in kept.values
         return self._known[key]
@@ -227,11 +227,11 @@ class Stage:
         return y
 
     def backward(
-        self, grad: Box, saved: Saved, x: Tensor, policy: BlockPolicy, memo: StagePass
+        self, grad: Box, saved: Saved, x: Tensor, policy: BlockPolicy, memo: StagePass, owned: bool = True
     ) -> tuple[Tensor | None, bool]:
         """Adds the parameters' gradients to `.grad`; returns the input's, or None, and whether it may be written
-        into."""
-        steps, owned = self._program("backward", policy, memo)
+        into. `owned`: whether the incoming one may."""
+        steps, owned = self._program("backward", policy, memo, owned)
         if not saved:
             saved = self._room(None)
         saved[0] = x

@@ -1,4 +1,4 @@
-"""What a module starts from when it first runs in a pass: random generators, buffers, plain attributes. A repetition
+"""What a module starts from when it first runs in a pass: random generators, buffers, flags of training. A repetition
 starts from the same, and leaves everything as it found it."""
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class StartingPoint:
             if tensor is not None
         ]
         self._attributes = [dict(child.__dict__) for _, child in self._modules]
+        self._training = [child.training for _, child in self._modules]
 
     def compare(self, name: str) -> None:
         """After the first run: buffers that did not move need no copy. Raises RuntimeError for state in a plain
@@ -102,12 +103,14 @@ class StartingPoint:
         """Buffers are copies of what they were, whatever moves them now; putting their values back instead would upset
         autograd, which has saved them."""
         now = [one.owner[one.name] for one in self._buffers]
+        flags = [child.training for _, child in self._modules]
         generators = None
         if self._generators is not None:
             generators = Generators(tensors)
             self._generators.put_back()
         for one in self._buffers:
             one.owner[one.name] = (one.tensor if one.copy is None else one.copy).clone()
+        self._train(self._training)
         try:
             yield
         finally:
@@ -115,3 +118,8 @@ class StartingPoint:
                 generators.put_back()
             for one, tensor in zip(self._buffers, now, strict=True):
                 one.owner[one.name] = tensor
+            self._train(flags)
+
+    def _train(self, flags: Sequence[bool]) -> None:
+        for (_, child), training in zip(self._modules, flags, strict=True):
+            child.training = training

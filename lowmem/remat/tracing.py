@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -91,10 +92,17 @@ class Tracer(fx.Tracer):
         super().__init__(autowrap_functions=())
         self.model, self.leaves = model, leaves
         self._thread = threading.get_ident()
+        self.autocasts = 0  # that were entered
+        self._inside = [("", self._modes())]  # modules whose forward is being followed, and the modes that it began in
         self.forwards: list[nn.Module] = []  # modules whose forward was traced
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    @property
+    def here(self) -> bool:
+        """Whether it is this thread that traces."""
+        return threading.get_ident() == self._thread
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves or has_hooks(m) or is_parametrized(m):
@@ -106,12 +114,14 @@ class Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if threading.get_ident() != self._thread:  # somebody else's module, which runs meanwhile
+        if not self.here:  # somebody else's module, which runs meanwhile
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return self.create_proxy("call_module", path, args, kwargs)
+        self._check_modes()
         self.forwards.append(m)
+        self._inside.append((path, self._modes()))
         try:
             with _NothingDrawn():
                 return super().call_module(m, forward, args, kwargs)
@@ -119,9 +129,31 @@ class Tracer(fx.Tracer):
             raise
         except Exception as error:
             raise _Restart(path, _said(error)) from error
+        finally:
+            self._inside.pop()
+
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Proxy:
+        self._check_modes()
+        return super().create_proxy(kind, target, *args, **kwargs)
+
+    def _check_modes(self) -> None:
+        """A graph does not say under which modes a call was made."""
+        path, modes = self._inside[-1]
+        if modes != self._modes():
+            why = "it changes gradients' or autocast's mode inside (torch.no_grad, torch.autocast)"
+            raise _Restart(path, why) if path else NotTraceable(why, final=False)
+
+    def _modes(self) -> tuple[bool, int]:
+        return torch.is_grad_enabled(), self.autocasts
+
+    def function_applied(self, function: type[torch.autograd.Function], apply: Any, args: Any, kwargs: Any) -> Any:
+        """Of somebody's own: its backward counts, which its forward, followed, would not have."""
+        if self.here and any(isinstance(one, fx.Proxy) for one in tree_leaves((args, kwargs))):
+            return self.create_proxy("call_function", CustomFunction(function, apply), args, kwargs)
+        return apply(*args, **kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:
+        if not self.here:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -143,6 +175,45 @@ class Constant:
 
     def __call__(self) -> Tensor:
         return self.tensor
+
+
+class CustomFunction:
+    """Of a user, with a backward of its own."""
+
+    def __init__(self, function: type[torch.autograd.Function], apply: Callable[..., Any]) -> None:
+        self._apply = apply
+        self.__name__ = function.__name__
+        self.__qualname__ = f"{function.__module__}.{function.__qualname__}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._apply(*args, **kwargs)
+
+
+@contextmanager
+def _told_of_more(tracer: Tracer) -> Iterator[None]:
+    """Of what torch.fx does not hear: calls of `torch.autograd.Function`s, and autocast."""
+    original = torch.autograd.Function.__dict__["apply"]
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+
+    def entered(self: Any) -> Any:
+        tracer.autocasts += tracer.here
+        return enter(self)
+
+    def left(self: Any, *error: Any) -> Any:
+        tracer.autocasts -= tracer.here
+        return leave(self, *error)
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return tracer.function_applied(cls, original.__get__(None, cls), args, kwargs)
+
+    patched: Any = torch.autocast
+    torch.autograd.Function.apply = classmethod(apply)
+    patched.__enter__, patched.__exit__ = entered, left
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original
+        patched.__enter__, patched.__exit__ = enter, leave
 
 
 class _DrawnError(ValueError):
@@ -193,7 +264,7 @@ def trace(model: nn.Module, leaves: dict[str, str] | None = None) -> tuple[fx.Gr
             before = _attributes(model)
             tracer = Tracer(model, leaves)
             try:
-                with _NothingDrawn():
+                with _NothingDrawn(), _told_of_more(tracer):
                     graph = tracer.trace(model, _defaults(model))
             except _Restart as restart:
                 if restart.path in leaves:

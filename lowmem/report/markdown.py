@@ -26,8 +26,9 @@ from lowmem.report.style import Picture
 from lowmem.report.tables import UNKNOWN, percent, times
 from lowmem.runs.view import RunView
 
+_FINAL_EXPLAINED = "Final is the error after the last completed epoch, not the lowest on the way."
 _ERRORS_EXPLAINED = (
-    "Final is the error after the last completed epoch, not the lowest on the way. The *homework report* is "
+    f"{_FINAL_EXPLAINED} The *homework report* is "
     f"{tables.HOMEWORK}, from which these networks and their recipe come. Its final test error stands beside a run "
     "that was trained as it was, and beside any other what is other about that. It states SGD, momentum 0.9, weight "
     "decay 1e-4, cross-entropy and CIFAR-10 in colour; batch, epochs, learning rate and augmentation it does not "
@@ -37,15 +38,16 @@ _ERRORS_EXPLAINED = (
 
 
 def render(runs: Sequence[NamedRun], pictures: Sequence[Picture]) -> str:
-    parts = ["# Training report", "## Final test errors", tables.error_table(runs).to_markdown(), _ERRORS_EXPLAINED]
+    departures = tables.departures(runs)  # none: there is nothing to compare these networks with
+    parts = ["# Training report", "## Final test errors", tables.error_table(runs).to_markdown()]
+    parts.append(_ERRORS_EXPLAINED if departures else _FINAL_EXPLAINED)
     there = {run.network for run in runs}
     missing = [f"{name} {percent(error)}" for name, error in tables.PUBLISHED_ERROR_PCT.items() if name not in there]
     if missing and any(map(tables.compares, runs)):
         parts.append(f"The homework report's networks without a run here: {', '.join(missing)}.")
-    parts.append("## What differs from the homework report's setting")
-    parts.append(
-        "\n".join(f"- {escape_markdown(whose)}: {escape_markdown(text)}" for whose, text in tables.departures(runs))
-    )
+    if departures:
+        parts.append("## What differs from the homework report's setting")
+        parts.append("\n".join(f"- {escape_markdown(whose)}: {escape_markdown(text)}" for whose, text in departures))
     parts += ["## Time and memory", tables.resource_table(runs).to_markdown(), tables.RESOURCES_EXPLAINED]
     parts.append("## Figures")
     if not pictures:
@@ -128,6 +130,7 @@ def _settings(history: RunView) -> str:
     said = [
         f"{model.block} blocks, width {model.width}" if model.spec is None else model.words,
         tables.describe_source(data.source) + ("" if data.augment else ", not augmented"),
+        f"seen at {data.image_size}x{data.image_size}",
         counted(train.epochs, "epoch"),
         f"batch {train.batch}" + (f" in micro-batches of {train.micro_batch}" if train.micro_batch else ""),
         f"SGD, lr {optim.lr:g}" + (f", times {schedule.gamma:g} after epochs {drops}" if drops else ""),

@@ -70,15 +70,21 @@ def times(count: int) -> str:
 
 
 def error_table(runs: Sequence[NamedRun]) -> ReportTable:
-    """The published figure stands only beside what was trained as it was."""
+    """The published figure stands only beside what was trained as it was; where no run could be, nothing does."""
     header = ("Network", "Run", "Epochs", "Final test error", "Homework report")
+    beside = any(map(of_family, runs))
     rows = []
     for run in runs:
         done, asked, last = run.history.epochs_done, run.history.config.train.epochs, run.history.last
         epochs = f"{done}" if done >= asked else f"{done} of {asked}"
         error = percent(None if last is None else last.test_error_pct)
-        rows.append((run.network, run.name, epochs, error, _published(run)))
-    return ReportTable(header, tuple(rows), 2, 4)
+        rows.append((run.network, run.name, epochs, error, *([_published(run)] if beside else [])))
+    return ReportTable(header if beside else header[:-1], tuple(rows), 2, 4)
+
+
+def of_family(run: NamedRun) -> bool:
+    """Whether its network is of the family that the homework report is about."""
+    return run.history.config.model.spec is None
 
 
 def _published(run: NamedRun) -> str:
@@ -155,7 +161,7 @@ def _departing(history: RunView) -> list[tuple[str, str]]:
     """(what, in words) of each difference."""
     config, usual = history.config, Config()
     model, data, optim, train = config.model, config.data, config.optim, config.train
-    done = history.epochs_done
+    done, side = history.epochs_done, usual.data.image_size
     # What was done to a run whose loss broke.
     back = [detail.get("lr_scale") for detail in details(history, "rollback")]
     scales = [scale for scale in back if isinstance(scale, int | float)]
@@ -167,6 +173,11 @@ def _departing(history: RunView) -> list[tuple[str, str]]:
         (model.spec is not None, "network", f"{model.words} instead of a network of that report"),
         (model.spec is None and model.width != 64, "width", f"width {model.width} instead of 64"),
         (data.source != "cifar10", "data", f"{describe_source(data.source)} instead of the original CIFAR-10"),
+        (
+            data.image_size != side,
+            "data",
+            f"pictures seen at {data.image_size}x{data.image_size} instead of {side}x{side}",
+        ),
         (data.train_subset is not None, "data", f"trained on {_pictures(data.train_subset)} instead of 50,000"),
         (data.test_subset is not None, "data", f"tested on {_pictures(data.test_subset)} instead of 10,000"),
         (data.val_split, "data", f"{counted(data.val_split, 'training picture')} held back"),
@@ -190,8 +201,9 @@ def _pictures(count: int | None) -> str:
 
 
 def departures(runs: Sequence[NamedRun]) -> tuple[tuple[str, str], ...]:
-    """(which runs, what differs): what all have in common once, then what is one run's own; a pair for each text."""
-    if not runs:
+    """(which runs, what differs): what all have in common once, then what is one run's own; a pair for each text.
+    Nothing if no run's network is of the family."""
+    if not any(map(of_family, runs)):
         return ()
     differs = [differences(run.history) for run in runs]
     shared = [text for text in differs[0] if all(text in texts for texts in differs)] if len(runs) > 1 else []

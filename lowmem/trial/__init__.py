@@ -197,16 +197,27 @@ def excess(measured: float | None, predicted: float | None) -> float | None:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """What one would checkpoint by hand: modules of several layers that stand in a row (in a `Sequential` or a
-    `ModuleList`, the outermost counts); where there are none, the model's children with weights."""
+    """What one would checkpoint by hand: modules of several layers that stand in a row, in a `Sequential` or a
+    `ModuleList`; of such rows in a row (ConvNeXt's stages) the blocks of each, of what a block is made of none. Where
+    there are no such rows, the model's children with weights."""
 
     def rows(module: nn.Module) -> Iterator[nn.Module]:
         for child in module.children():
             row = isinstance(child, nn.Sequential | nn.ModuleList)
             blocks = [one for one in child.children() if list(one.children())] if row else []
-            yield from blocks or rows(child)
+            for block in blocks:
+                yield from _row(block) or [block]
+            if not blocks:
+                yield from rows(child)
 
     return list(rows(model)) or [child for child in model.children() if list(child.parameters())]
+
+
+def _row(module: nn.Module) -> list[nn.Module]:
+    """The blocks of a row; none: it is a block itself."""
+    children = list(module.children())
+    whole = isinstance(module, nn.Sequential) and all(list(one.children()) for one in children)
+    return [block for one in children for block in _row(one) or [one]] if whole else []
 
 
 def checkpointed(model: nn.Module, **options: Any) -> nn.Module:

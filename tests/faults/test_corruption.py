@@ -164,7 +164,7 @@ def _edit(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], objec
 
 REFUSED = {
     "config emptied": (_edit("config.yaml", lambda data: b""), 2, "lacks seed"),
-    "config cut off": (_edit("config.yaml", lambda data: data[:700]), 2, "was cut off"),
+    "config cut off": (_edit("config.yaml", lambda data: data[: data.index(b"optim:")]), 2, "was cut off"),
     "config of another rate": (_edit("config.yaml", lambda d: d.replace(b"lr: 0.1", b"lr: 0.3", 1)), 2, "lr is 0.3"),
     "config of another width": (_edit("config.yaml", lambda d: d.replace(b"width: 2", b"width: 3")), 2, "width is 3"),
     "config no YAML": (_edit("config.yaml", lambda data: data.replace(b": ", b": [", 1)), 2, "YAML"),

@@ -223,7 +223,7 @@ def test_evaluation_goes_on_with_fewer_pictures(untroubled: Callable[[str], tupl
         if not module.training and args[0].shape[0] > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 is full.")
 
-    trainer.model.layer3.register_forward_pre_hook(room_for_four)
+    trainer.model.register_forward_pre_hook(room_for_four)
     path = run(tmp_path / "run", _settings("fp32"), trainer)
     told = events(path, "out-of-memory")
     assert [event["evaluation_batch"] for event in told] == [8, 4]

@@ -25,6 +25,14 @@ def _question(batch_norm: Literal["library", "native"] = "native") -> dict[str, 
     return asdict(PlanQuestion(arch="res20", block="basic", width=4, batch=8, plan=plan.to_json()))
 
 
+def _at_another_size() -> dict[str, Any]:
+    flags = {"model.arch": "res20", "model.width": 4, "train.batch": 8, "train.device": "cpu", "data.image_size": 48}
+    flags |= {"memory.tensors": "6M", "train.precision": "fp32", "train.memory_format": "contiguous"}
+    plan = with_ladder(choose(request_of(gather(flags=flags).config))).plan.to_json()
+    network: dict[str, Any] = {"arch": "res20", "block": "basic", "width": 4, "image_size": 48, "stored_side": 32}
+    return asdict(PlanQuestion(**network, batch=8, plan=plan))
+
+
 @pytest.mark.parametrize("batch_norm", ["library", "native"])
 def test_a_planned_step_has_the_untouched_ones_bits(batch_norm: Literal["library", "native"]) -> None:
     found = compare_gradients(_question(batch_norm))
@@ -45,6 +53,34 @@ class _Twice(nn.Module):
         with torch.no_grad():
             self.model(x)
         return self.model(x)
+
+
+def test_pictures_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    class Noted(_Twice):
+        def forward(self, x: Tensor) -> Any:
+            seen.append(x.shape[-1])
+            return self.model(x)
+
+    planned = plan_checks.apply_plan
+    monkeypatch.setattr(plan_checks, "apply_plan", lambda model, plan: Noted(planned(model, plan)))
+    assert compare_gradients(_at_another_size())["bitwise"]
+    failing = plan_checks._failing
+
+    def noted() -> Any:
+        hook = failing()
+
+        def after_forward(module: nn.Module, given: tuple[Tensor], logits: Tensor) -> None:
+            seen.append(given[0].shape[-1])
+            hook(module, given, logits)
+
+        return after_forward
+
+    monkeypatch.setattr(plan_checks, "_failing", noted)
+    assert survive(_at_another_size())["weights_bitwise"]
+    assert len(seen) > 6
+    assert set(seen) == {48}
 
 
 def test_buffers_that_moved_twice_are_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,14 @@ def test_bytes_and_operations_are_as_predicted(predictor: Predictor, family: str
         assert found["peak_allocated_bytes"] <= cell.budget_bytes
 
 
+def test_a_plan_for_another_size_takes_what_was_predicted() -> None:
+    setup = TableSetup(**NET, image_size=48)
+    cell = a_cell(ENGINE, 0.7)
+    Predictor(setup, print).prepare(cell)
+    found = work(asdict(Trial(**setup.network, batch=16, way=FAMILIES[ENGINE][0], plan=cell.plan, steps=1, warmup=1)))
+    assert cell.predicted_allocated_bytes == pytest.approx(found["peak_allocated_bytes"], abs=2048)
+
+
 def test_less_than_the_least_is_refused(predictor: Predictor) -> None:
     least = a_cell(ENGINE, LEAST)
     predictor.prepare(least)

@@ -53,7 +53,7 @@ def test_what_was_saved_is_there(folder: Path) -> None:
 def test_older_results_of_the_family_are_its_own_and_no_other_networks(folder: Path) -> None:
     file = folder / "bench.json"
     record = json.loads(file.read_text())
-    for name in ("spec", "args", "sha256"):
+    for name in ("spec", "args", "sha256", "image_size"):
         assert record["settings"].pop(name) is None
     file.write_text(json.dumps(record))
     with Results(folder, SETUP, HERE, account) as results:

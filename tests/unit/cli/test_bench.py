@@ -222,6 +222,19 @@ def test_the_account_is_written_even_if_there_is_time_for_nothing(
         assert (tmp_path / "found" / name).stat().st_size > 0
 
 
+def test_another_size_of_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    network = ("bench", "--device", "cpu", "--arch", "res20", "--minutes", "0", "--batch", "8")
+    assert _run([*network, "--image-size", "48"]) == 0
+    assert "res20 (basic, width 64) at 48x48" in capsys.readouterr().out
+    record = json.loads((tmp_path / "bench/res20-basic-w64-48-b8-cpu/bench.json").read_text())
+    assert record["settings"]["image_size"] == 48
+    assert _run([*network, "--image-size", "224"]) == 2
+    assert "res20 takes no pictures of 224x224" in capsys.readouterr().err
+
+
 def test_some_of_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     cells = ("--cells", "memory, out  of memory", "--minutes", "0", "--out", "found")

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from lowmem.plan.picture import legend, lines, tally, text
+from lowmem.plan.picture import in_short, legend, lines, shown, text
 from lowmem.plan.policy import FUSED, LEAN, SAVE_ALL, Item, Keep, Schedule, Segment, keep
 from tests.unit.plan.test_policy import random_schedule
 
@@ -55,9 +55,18 @@ def test_text_explains_every_policy_that_occurs_and_no_other() -> None:
     assert max(map(len, picture.splitlines())) <= 110
 
 
-def test_tally() -> None:
-    assert next(iter(tally(schedule()).items())) == (LEAN, 7)
-    assert sum(tally(schedule()).values()) == len(NAMES)
+def test_in_short() -> None:
+    assert in_short(schedule()) == "7 x LEAN, 5 x KEEP{…}, 4 x FUSED, 1 x SAVE_ALL"
+    few = Schedule((Keep(0, SAVE_ALL), Keep(1, keep("conv2")), Keep(2, SAVE_ALL)))
+    assert in_short(few) == "2 x SAVE_ALL, 1 x KEEP{conv2}"
+
+
+def test_of_many_kept_tensors_some_are_named() -> None:
+    few, many = keep(*(f"conv{i}" for i in range(6))), keep(*(f"conv{i}" for i in range(7)), drop_output=True)
+    assert shown(few) == few.name
+    assert shown(many) == "KEEP{conv0,conv1,… 7 in all}-out"
+    assert not any("--json" in line for line in legend(Schedule((Keep(0, few),))))
+    assert any("--json" in line for line in legend(Schedule((Keep(0, many), Keep(1, few)))))
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lowmem.report.markdown import render
 from lowmem.report.tables import departures, describe_source, differences, error_table
 from lowmem.runs.view import read_run
 from tests.unit.report.fake_runs import MakeRun, named, write_run
@@ -42,6 +43,7 @@ def test_the_published_setting_differs_in_nothing(tmp_path: Path) -> None:
         ({"data__source": "folder:/home/me/jpegs/"}, "pictures of folder jpegs instead of the original CIFAR-10"),
         ({"data__source": "fashion-mnist"}, "Fashion-MNIST instead of the original CIFAR-10"),
         ({"data__train_subset": 5000}, "trained on 5,000 pictures instead of 50,000"),
+        ({"data__image_size": 48}, "pictures seen at 48x48 instead of 32x32"),
         ({"data__test_subset": 500}, "tested on 500 pictures instead of 10,000"),
         ({"data__val_split": 5000}, "5,000 training pictures held back"),
         ({"data__augment": False}, "no augmentation instead of crop and flip*"),
@@ -80,6 +82,20 @@ def test_the_published_setting(make_run: MakeRun) -> None:
     run = make_run("res20", done=164, epochs=164)
     assert said_of(run) == [("res20", "nothing that the settings show")]
     assert departures([]) == ()
+
+
+def test_networks_that_are_not_of_the_family_are_held_against_nothing(make_run: MakeRun) -> None:
+    other = make_run(name="other", model__spec="torchvision:resnet18", data__image_size=128)
+    runs = named(other)
+    assert departures(runs) == ()
+    assert error_table(runs).header == ("Network", "Run", "Epochs", "Final test error")
+    assert error_table(runs).rows == (("resnet18", "other", "5", "8.10 %"),)
+    text = render(runs, [])
+    assert "homework" not in text.lower()
+    assert "torchvision:resnet18; CIFAR-10; seen at 128x128" in text
+    beside = named(other, make_run("res20", done=164, epochs=164))
+    assert [row[-1] for row in error_table(beside).rows] == ["other network, data, epochs", "8.08 %"]
+    assert dict(departures(beside))["other"].startswith("torchvision:resnet18 instead of a network of that report")
 
 
 def test_what_all_have_in_common_is_said_once(make_run: MakeRun) -> None:

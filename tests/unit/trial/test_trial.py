@@ -62,6 +62,8 @@ def test_what_is_checkpointed_of_any_network() -> None:
     family = skeleton("res20", width=2)
     assert blocks_of(family) == [block for stage in family.stages() for block in stage.children()]
     assert len(blocks_of(make_network(ModelConfig(spec="torchvision:resnet18")))) == 8
+    convnext = blocks_of(make_network(ModelConfig(spec="torchvision:convnext_tiny")))  # blocks in stages in a row
+    assert [type(block).__name__ for block in convnext].count("CNBlock") == 18
     convolution, head = nn.Conv2d(3, 4, 3), nn.Linear(4, 10)
     assert blocks_of(nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), head)) == [convolution, head]
 
