@@ -35,7 +35,6 @@ class PassState:
 
     low: torch.dtype | None = None  # what autocast casts to
     library_norm: bool = False  # see `lowmem.remat.batch_norm`
-    cast_once: bool = True  # autocast's cache is on
     total: Total | None = None  # None: batch statistics are this process's own
     notes: dict[Operation, Any] = field(default_factory=dict)  # what an operation remembers; there: it has run before
     scalars: dict[str, Any] = field(default_factory=dict)  # numbers that follow from shapes, by name
@@ -47,6 +46,7 @@ class PassState:
     # change them.
     asked: bool = False
     returned: dict[int, Tensor] = field(default_factory=dict)
+    cast_once: bool = True  # autocast's cache is on
 
     def add_gradient(self, parameter: Tensor, grad: Tensor) -> None:
         """Of one use of a parameter. Those of one dtype are summed in it: autocast casts a parameter once."""
