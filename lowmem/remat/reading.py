@@ -29,7 +29,6 @@ from lowmem.remat.operation import Operation
 from lowmem.remat.pooling import MaxPool
 from lowmem.remat.tracing import Constant, NotTraceable, owner_of
 
-
 NO_PARAMETERS, RESHAPED, COMPUTED = range(3)
 
 
@@ -168,7 +167,7 @@ class _Reader:
             self._changed(node, changed, reading, path)
 
     @staticmethod
-    def _made_of(call: Call, args: Any, kwargs: Any, operands: list[Reading]) -> int:
+    def _made_of(call: Callee, args: Any, kwargs: Any, operands: list[Reading]) -> int:
         given: list[Any] = []
         substitute((args, kwargs), lambda one: given.append(one.value()) if isinstance(one, Attribute) else None)
         of_parameters = any(isinstance(one, Tensor) and one.requires_grad for one in given)
