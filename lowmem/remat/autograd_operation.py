@@ -4,6 +4,9 @@ Kept, it keeps the small graph that autograd makes of it; not kept, it runs agai
 numbers and without moving buffers, and then backward. What a graph saves is autograd's choice; it holds nothing else:
 operands enter it through nodes that keep no tensor, and its results are left through their edges.
 
+Known limitation: under autocast, whose cache casts a parameter once for all its uses, autograd adds the gradients of
+these up in low precision. Here that of an operation of this kind counts in the parameter's own.
+
 Known not to be optimal: where it is not kept, the backward runs the whole function again, even if it needs little of
 it; operations with kernels of their own do not.
 """

@@ -58,7 +58,7 @@ class Callee:
     same: Hashable
     kind: Any  # the function, the name of the method, or the module's class
     module: nn.Module | None = None
-    as_first: bool = False
+    as_first: bool = False  # in place: the result has the dtype and layout of the first argument
     dear: bool = False
     light: bool = False
     view: bool = False
@@ -77,6 +77,7 @@ class Callee:
             (f"{kind.__module__}.{kind.__qualname__}", module.extra_repr()),
             kind,
             module,
+            as_first=getattr(module, "inplace", False) is True,
             dear=not quiet and kind is not nn.Dropout,
             light=kind in LIGHT,
             view=kind in VIEWS,
@@ -89,17 +90,15 @@ class Callee:
         known = name.startswith(("torch.", "_operator.", "builtins.", "operator.", "None.")) or "torch" in name
         known = known and not isinstance(function, CustomFunction)
         made = function
-        if as_first or in_place:
-            made = (
-                partial(_in_dtype_of_first, function)
-                if as_first
-                else partial(_on_copy, partial(function, inplace=True))
-            )
+        if in_place:
+            made = partial(_on_copy, partial(function, inplace=True))
+        elif as_first:
+            made = partial(_in_dtype_of_first, function)
         return Callee(
             made,
             name,
             function,
-            as_first=as_first,
+            as_first=as_first or in_place,
             dear=function in DEAR_FUNCTIONS or not known,
             light=function in LIGHT,
             view=function in VIEWS,
@@ -124,6 +123,12 @@ class Callee:
 
     def own(self, args: Any, kwargs: Any) -> Maker | None:
         """What makes the operation with kernels of its own, if there is one."""
+        maker = self._own(args, kwargs)
+        if maker is None or not self.as_first or maker.args[0] not in (OutputActivation, InputActivation):
+            return maker
+        return partial(maker, as_first=True)
+
+    def _own(self, args: Any, kwargs: Any) -> Maker | None:
         tensors = sum(isinstance(one, Operand) for one in args)
         module = self.module
         if (
@@ -164,10 +169,10 @@ _ADD: set[Any] = {operator.add, torch.add, "add"}
 _MUL: set[Any] = {operator.mul, torch.mul, torch.multiply, "mul", "multiply"}
 
 
-def _of(cls: Any, *rest: Any) -> Operation:
+def _of(cls: Any, *rest: Any, **named: Any) -> Operation:
     """`rest`: the operation's own arguments, then its name and operands."""
     *own, name, operands = rest
-    made: Operation = cls(name, operands, *own)
+    made: Operation = cls(name, operands, *own, **named)
     return made
 
 

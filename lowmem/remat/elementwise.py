@@ -19,12 +19,13 @@ _aten = torch.ops.aten
 @dataclass(frozen=True, eq=False)
 class OutputActivation(Operation):
     """An activation whose backward can read its result: ReLU, ReLU6, leaky ReLU (slopes above zero: the result has the
-    operand's sign), sigmoid, tanh. `arguments`: of the kernel."""
+    operand's sign), sigmoid, tanh. `arguments`: of the kernel. `as_first`: see `_laid_out_as`."""
 
     name: str
     operands: tuple[int, ...]
     kind: str  # relu, relu6, leaky_relu, sigmoid, tanh
     arguments: tuple[Any, ...] = ()
+    as_first: bool = False
     in_place = (0,)
     reads_output = True
 
@@ -37,9 +38,10 @@ class OutputActivation(Operation):
         into = into if dense(x) else None
         if self.kind in _FORWARD:
             kernel = _FORWARD[self.kind][into is not None]
-            result: Tensor = kernel(x, *(self.arguments or _ARGUMENTS[self.kind]))
-            return result
-        return getattr(x, self.kind if into is None else self.kind + "_")()
+            y: Tensor = kernel(x, *(self.arguments or _ARGUMENTS[self.kind]))
+        else:
+            y = getattr(x, self.kind if into is None else self.kind + "_")()
+        return _laid_out_as(x, y) if self.as_first else y
 
     def plain(self, operands: Sequence[Any], state: PassState) -> Tensor:
         return self.forward(operands, state)
@@ -80,6 +82,7 @@ class InputActivation(Operation):
     operands: tuple[int, ...]
     kind: str  # silu, hardswish, hardsigmoid, gelu
     arguments: tuple[tuple[str, Any], ...] = ()
+    as_first: bool = False
     in_place = (0,)
     reads = (0,)
 
@@ -90,7 +93,8 @@ class InputActivation(Operation):
     def forward(self, operands: Sequence[Any], state: PassState, into: int | None = None) -> Tensor:
         in_place = into is not None and dense(operands[0])
         kernel: Callable[..., Tensor] = getattr(_aten, self.kind + "_" if in_place else self.kind)
-        return kernel(operands[0], **dict(self.arguments))
+        y = kernel(operands[0], **dict(self.arguments))
+        return _laid_out_as(operands[0], y) if self.as_first else y
 
     def plain(self, operands: Sequence[Any], state: PassState) -> Tensor:
         return self.forward(operands, state)
@@ -104,7 +108,7 @@ class InputActivation(Operation):
 
 @dataclass(frozen=True, eq=False)
 class _OfTwo(Operation):
-    """`as_first`: `+=`, `*=`: in the first operand's dtype."""
+    """`as_first`: `+=`, `*=`: in the first operand's dtype and layout."""
 
     name: str
     operands: tuple[int, ...]
@@ -132,7 +136,7 @@ class Add(_OfTwo):
             target: Tensor = operands[into].add_(operands[1 - into])
             return target
         y = a + b
-        return y.to(a.dtype) if self.as_first else y
+        return _laid_out_as(a, y.to(a.dtype)) if self.as_first else y
 
     def backward(
         self, grad: Any, operands: Sequence[Any], output: Any, state: PassState, needed: Sequence[bool], owned: bool
@@ -160,7 +164,7 @@ class Mul(_OfTwo):
             target: Tensor = operands[into].mul_(operands[1 - into])
             return target
         y = a * b
-        return y.to(a.dtype) if self.as_first else y
+        return _laid_out_as(a, y.to(a.dtype)) if self.as_first else y
 
     def backward(
         self, grad: Any, operands: Sequence[Any], output: Any, state: PassState, needed: Sequence[bool], owned: bool
@@ -174,6 +178,13 @@ class Mul(_OfTwo):
             one = grad.mul_(other) if in_place else grad * other
             found[at] = (one if one.shape == mine.shape else one.sum_to_size(mine.shape)).to(mine.dtype)
         return Gradients(found)
+
+
+def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    """What the model itself writes in x's place (`ReLU(inplace=True)`, `+=`) has its strides, whatever they are."""
+    if y.stride() == x.stride() or not x.numel():
+        return y
+    return torch.empty_strided(x.shape, x.stride(), dtype=y.dtype, device=y.device).copy_(y)
 
 
 def _fits(a: Tensor, b: Tensor, into: int) -> bool:

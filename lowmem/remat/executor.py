@@ -61,7 +61,7 @@ class Run:
         self.low = low
         wanted = torch.is_grad_enabled()
         needs = input_needs_grad and wanted
-        self.state = PassState(low, library_norm, total)
+        self.state = PassState(low, library_norm, torch.is_autocast_cache_enabled(), total)
         self.memos: list[StagePass] = []
         self.active: list[bool] = []  # per stage: does it take part in the backward
         self.parameters: list[Tensor] = []  # one for each use

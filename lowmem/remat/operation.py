@@ -35,6 +35,7 @@ class PassState:
 
     low: torch.dtype | None = None  # what autocast casts to
     library_norm: bool = False  # see `lowmem.remat.batch_norm`
+    cast_once: bool = True  # autocast's cache is on
     total: Total | None = None  # None: batch statistics are this process's own
     notes: dict[Operation, Any] = field(default_factory=dict)  # what an operation remembers; there: it has run before
     scalars: dict[str, Any] = field(default_factory=dict)  # numbers that follow from shapes, by name
@@ -53,6 +54,8 @@ class PassState:
         if key not in self.uses:
             self._deliver(parameter, grad)
             return
+        if not self.cast_once:
+            grad = grad.to(parameter.dtype)
         known = self.sums.pop((key, grad.dtype), None)
         self.sums[key, grad.dtype] = parameter, grad if known is None else known[1] + grad
         self.uses[key] -= 1

@@ -95,6 +95,8 @@ def _pool_first(readings: Sequence[Reading], output: Reading) -> None:
                 mine, theirs = getattr(pool, name), getattr(relu, name)
                 setattr(pool, name, theirs)
                 setattr(relu, name, mine)
+            make: Any = pool.make
+            pool.make = partial(make, as_first=True)  # laid out as the pool's result, which it now writes on
 
 
 class _Reader:
@@ -288,8 +290,10 @@ class _Reader:
         if _base(old) is self.input:
             raise RunsWhole(where, "the network's input is changed in place")
         now = self.order[node]
-        if old.view_of is not None and self._used_beside(old, now):
-            # Autograd then sums the gradients of all uses at what it is a view of, in another order.
+        maybe_view = old.view_of is not None or (old.dear and old.own[:1] != (Convolution,))
+        if maybe_view and self._used_beside(old, now):
+            # Autograd then sums the gradients of all uses at what it is a view of, in another order. A linear layer's
+            # result may be one, and a module's, which nobody knows.
             raise RunsWhole(where, "a view is changed in place of which there are other uses")
         for other, value in list(self.value.items()):
             if value is old:

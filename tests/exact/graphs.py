@@ -82,7 +82,10 @@ class RandomNet(nn.Module):
         alike = [
             one
             for one in self.parts
-            if isinstance(one, nn.Conv2d) and one.weight.shape == conv.weight.shape and one.stride == conv.stride
+            if isinstance(one, nn.Conv2d)
+            and one.weight.shape == conv.weight.shape
+            and one.stride == conv.stride
+            and one.padding_mode == conv.padding_mode == "zeros"
         ]
         shape = out, -(-height // stride), -(-width // stride)
         if alike and self._random.random() < 0.4:

@@ -237,3 +237,115 @@ def test_layouts() -> None:
     assert in_format(x)
     assert in_format(x.contiguous(memory_format=CHANNELS_LAST))
     assert not in_format(x.transpose(2, 3))
+
+
+# -- what the random networks found ------------------------------------------------------------------------------------
+
+
+def _bits(make: Callable[[], nn.Module], x: Tensor, low: torch.dtype | None = None) -> None:
+    """Gradients, and x's, of the plain model and of three schedules."""
+    torch.manual_seed(0)
+    model = make()
+    found = []
+    for policy in (None, SAVE_ALL, LEAN, INPUT_ONLY):
+        model.zero_grad()
+        given = x.clone().requires_grad_()
+        stages = decompose(model)
+        schedule = None if policy is None else Schedule(tuple(Keep(i, policy) for i in range(len(stages))))
+        torch.manual_seed(1)
+        with torch.autocast("cpu", low, enabled=low is not None):
+            y = (model if schedule is None else apply_plan(model, schedule))(given)
+        y.backward(torch.randn(y.shape, dtype=y.dtype))
+        found.append([y.detach(), given.grad, *(parameter.grad for parameter in model.parameters())])
+    for other in found[1:]:
+        assert all(
+            a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(found[0], other, strict=True)
+        )
+
+
+class _Of(nn.Module):
+    def __init__(self, function: Callable[[_Of, Tensor], Tensor], **parts: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.parts = nn.ModuleDict(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def test_a_linear_layer_of_what_is_not_contiguous() -> None:
+    for bias in (False, True):
+        for trained in (False, True):
+            linear = nn.Linear(6, 6, bias)
+            linear.weight.requires_grad = trained
+            _bits(
+                lambda linear=linear: _Of(  # type: ignore[misc]
+                    lambda self, x: self.parts["linear"](self.parts["conv"](x).permute(0, 2, 3, 1)),
+                    conv=nn.Conv2d(6, 6, 1),
+                    linear=linear,
+                ),
+                torch.randn(IMAGE),
+            )
+
+
+def test_a_value_used_twice_in_one_operation() -> None:
+    def forward(self: _Of, x: Tensor) -> Tensor:
+        y = self.parts["conv"](x)
+        return torch.cat([y, torch.maximum(y, y), y, y.sigmoid()], 1) * 3
+
+    _bits(lambda: _Of(forward, conv=nn.Conv2d(6, 6, 1)), torch.randn(IMAGE))
+
+
+def test_operators_in_place_are_in_place() -> None:
+    def forward(self: _Of, x: Tensor) -> Tensor:
+        y = self.parts["conv"](x)
+        z = y
+        z += 1.0
+        z *= x
+        return y * z
+
+    _bits(lambda: _Of(forward, conv=nn.Conv2d(6, 6, 1)), torch.randn(IMAGE))
+
+
+@pytest.mark.parametrize(
+    "module", [nn.ELU(inplace=True), nn.Dropout(0.3, inplace=True), nn.Hardtanh(inplace=True)], ids=str
+)
+def test_modules_in_place_are_in_place(module: nn.Module) -> None:
+    _bits(lambda: nn.Sequential(nn.Conv2d(6, 6, 1), module, nn.Conv2d(6, 6, 1)), torch.randn(IMAGE))
+
+
+def test_a_shared_weight_under_autocast_sums_in_low_precision() -> None:
+    def forward(self: _Of, x: Tensor) -> Tensor:
+        conv = self.parts["conv"]
+        return conv(conv(conv(x)).tanh())
+
+    _bits(lambda: _Of(forward, conv=nn.Conv2d(6, 6, 1)), torch.randn(IMAGE), torch.bfloat16)
+
+
+def test_norms_without_parameters_in_low_precision() -> None:
+    norms = [nn.BatchNorm2d(6, affine=False), nn.BatchNorm2d(6, affine=False, track_running_stats=False)]
+    for norm in (*norms, nn.LayerNorm((5, 4), elementwise_affine=False)):
+        _bits(lambda norm=norm: nn.Sequential(nn.Conv2d(6, 6, 1), norm, nn.Tanh()), torch.randn(IMAGE), torch.bfloat16)  # type: ignore[misc]
+
+
+def test_pixels_in_channels_last() -> None:
+    """Strides of no extent: results written in place keep them, new ones do not, and the next convolution looks."""
+    x = torch.randn(3, 16, 6, 6).contiguous(memory_format=CHANNELS_LAST)
+    for inplace in (False, True):
+        made = [nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 16, 1), nn.LeakyReLU(inplace=inplace), nn.BatchNorm2d(16)]
+        made += [nn.SiLU(inplace), nn.Conv2d(16, 16, 1)]
+        _bits(lambda made=made: nn.Sequential(*made).to(memory_format=CHANNELS_LAST), x)  # type: ignore[misc]
+
+
+def test_a_view_with_other_uses_changed_in_place() -> None:
+    def forward(self: _Of, x: Tensor) -> Tensor:
+        y = self.parts["conv"](x)
+        view = y.flatten(2)
+        early = view.sigmoid() + view.exp()
+        return view.relu_() + early
+
+    _bits(lambda: _Of(forward, conv=nn.Conv2d(6, 6, 1)), torch.randn(IMAGE))
+    model = _Of(lambda self, x: self.parts["conv"](x.permute(0, 1, 3, 2).relu_()), conv=nn.Conv2d(6, 6, 1))
+    planned = apply_plan(model, Schedule((Keep(0, SAVE_ALL),)))
+    with pytest.raises(ValueError, match="changes its input in place"):
+        planned(torch.randn(IMAGE))
