@@ -23,7 +23,7 @@ _NUMBERED = re.compile(r"(?P<group>.+)\.(?P<number>\d+)")
 
 EXPLAINED = {
     PolicyKind.SAVE_ALL: "keeps all that the backward pass reads: nothing is computed again",
-    PolicyKind.LEAN: "keeps results of convolutions and matrix products; norms and activations are computed again",
+    PolicyKind.LEAN: "keeps results of convolutions and matrix products; norms, activations, … are computed again",
     PolicyKind.KEEP: "keeps its output and what is named, as operations of the stage; all else is computed again",
     PolicyKind.FUSED: "keeps nothing: its forward runs inside its backward",
 }
