@@ -39,7 +39,8 @@ from engine_worker import WARMUP, Task, way_of
 from lowmem.choose.planning import Request, card_rates, choose
 from lowmem.choose.request import REFERENCE_CARD, Budget
 from lowmem.config.cards import load_card
-from lowmem.config.schema import SOURCE_SIDE, ModelConfig
+from lowmem.config.schema import ModelConfig
+from lowmem.config.sources import SOURCE_SIDE
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import MIB
 from lowmem.models import check_network, make_network

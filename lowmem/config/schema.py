@@ -4,8 +4,6 @@ gathered (recipe, file, flags, --set) is in `lowmem.config.settings`."""
 from __future__ import annotations
 
 import math
-import os
-import re
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Annotated, Any, Literal
@@ -13,28 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from lowmem.config import networks
+from lowmem.config.sources import SOURCE_SIDE, SOURCES, canonical_source
 from lowmem.core.errors import UsageError
-from lowmem.core.reading import shorten
 from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, counted, parse_memory, parse_size
-
-SOURCES = ("cifar10", "fashion-mnist", "shapes")  # and folder:PATH
-SOURCE_SIDE = 32  # of their pictures
-
-
-def canonical_source(source: str) -> str:
-    """`CIFAR-10` is `cifar10`, `fashion_mnist` is `fashion-mnist`; the path of a folder, `pictures`, is
-    `folder:pictures`. Raises ValueError for what is neither a source nor a folder."""
-    if "\0" in source or source != source.encode("utf-8", "replace").decode():
-        raise ValueError(f"{source!r} is no path in UTF-8, and a run records it as text: rename the folder")
-    plain = re.sub(r"[-_ ]", "", source.lower())
-    for known in SOURCES:
-        if plain == known.replace("-", ""):
-            return known
-    if source.startswith("folder:") and len(source) > 7:
-        return source
-    if os.path.isdir(os.path.expanduser(source)):
-        return f"folder:{source}"
-    raise ValueError(f"{shorten(source)!r} is no data source and no folder: use {', '.join(SOURCES)} or folder:PATH")
 
 
 def _check_share(value: object) -> object:

@@ -2,7 +2,7 @@
 
 stem          1 stage   KEEP{}
 layer1.0-2    3 stages  checkpoint of 3 [KEEP{z2} x2, FUSED]
-layer3.1-20  20 stages  10 x (KEEP{z2}-out, KEEP{z1,z2})
+layer3.1-20  20 stages  10 x (KEEP{conv2}-out, KEEP{conv1,conv2})
 head          1 stage   SAVE_ALL
 """
 
