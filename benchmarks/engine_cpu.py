@@ -156,22 +156,22 @@ def request_of(task: Task, rates: Callable[[str], Rates]) -> Request:
 
 
 def planned(task: Task, budget_bytes: int, request: Request) -> tuple[Task, int]:
-    """The engine's task for a budget of tensors, and its simulated peak. A plan counts them as a card's allocator
-    rounds them; here they count as they are, so that it may have what they are less. Raises Infeasible."""
+    """The engine's task for a budget of tensors, or where nothing fits into that for the least that does; and its
+    simulated peak. A plan counts tensors as a card's allocator rounds them; here they count as they are, so that it may
+    have what they are less."""
 
     def chosen(size: int) -> Choice:
         return choose(replace(request, budget=Budget(total_bytes=size)))
 
     try:
         choice = chosen(budget_bytes)
+        taken = choice.simulated.estimate
+        more = chosen(budget_bytes + taken.peak_allocated_bytes - taken.peak_tensor_bytes)
+        if more.simulated.estimate.peak_tensor_bytes <= budget_bytes:
+            choice = more
     except Infeasible as error:
+        print(error, flush=True)
         choice = chosen(error.least_bytes)
-        if choice.simulated.estimate.peak_tensor_bytes > budget_bytes:
-            raise
-    taken = choice.simulated.estimate
-    more = chosen(max(budget_bytes, taken.peak_allocated_bytes) + taken.peak_allocated_bytes - taken.peak_tensor_bytes)
-    if more.simulated.estimate.peak_tensor_bytes <= budget_bytes:
-        choice = more
     fields = {**asdict(task), "way": "engine", "schedule": choice.plan.schedule.to_json()}
     return Task(**fields), choice.simulated.estimate.peak_tensor_bytes
 
@@ -207,13 +207,11 @@ def engine_cells(options: argparse.Namespace, library: list[Cell], rates: Callab
     plain, cells = library[0].task, list[Cell]()
     request = request_of(plain, rates)
     for name, budget_bytes in budgets:
-        try:
-            task, simulated_bytes = planned(plain, budget_bytes, request)
-        except Infeasible as error:
-            print(f"{name}: {error}", flush=True)
-            name, budget_bytes = "engine, the least that fits", error.least_bytes
-            task, simulated_bytes = planned(plain, budget_bytes, request)
-        cell = start(name, task, options.threads, None if budget_bytes == PLENTY_BYTES else budget_bytes)
+        task, simulated_bytes = planned(plain, budget_bytes, request)
+        if simulated_bytes > budget_bytes:
+            name = "engine, the least that fits"
+        limited = simulated_bytes <= budget_bytes < PLENTY_BYTES
+        cell = start(name, task, options.threads, budget_bytes if limited else None)
         cell.simulated_bytes = simulated_bytes
         cells.append(cell)
     return cells
