@@ -79,6 +79,11 @@ def _shared_constant(net: Any, x: Tensor) -> Tensor:
     return net.c(net.b(net.a(x) * weight) * weight) * weight
 
 
+def _positions(net: Any, x: Tensor) -> Tensor:
+    y = F.relu(net.bn(net.a(x)))
+    return net.b(net.positions(y) + y + x)
+
+
 def _others_statistics(net: Any, x: Tensor) -> Tensor:
     bn = net.bn
     return net.b(F.relu(F.batch_norm(net.a(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, True)))
@@ -87,7 +92,7 @@ def _others_statistics(net: Any, x: Tensor) -> Tensor:
 NETWORKS: dict[str, Forward] = {
     "a parameter's view under ReLU": lambda net, x: net.b(net.a(x) * net.scale.view(1, -1, 1, 1).relu()),
     "a sum with a parameter's slice": lambda net, x: net.b(net.a(x + net.place[:, :4])),
-    "a sum with a module's buffer": lambda net, x: net.b(net.positions(x) + net.a(x)),
+    "a sum with a module's buffer": _positions,
     "ends in a product": lambda net, x: net.a(x) * net.b(x),
     "ends in a sum": lambda net, x: F.relu(net.a(x)) + net.b(x),
     "no_grad inside": _without_gradient,
@@ -150,22 +155,21 @@ def test_flags_between_forward_and_backward() -> None:
 
 
 def test_what_a_hook_has_seen_stays() -> None:
-    def use(model: Any) -> list[Tensor]:
-        seen: list[Tensor] = []
-        hooks = [
-            model.a.register_forward_hook(lambda module, args, y: seen.append(y.detach())),
-            model.b.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach())),
-        ]
-        y = model(_pictures(3))
-        for hook in hooks:
-            hook.remove()
-        return [y.detach(), *seen[:2]]
-
     def forward(net: Any, x: Tensor) -> Tensor:
-        x = F.relu(net.bn(net.a(x)))
-        return net.b(x) + F.silu(x)
+        return net.b(F.relu(net.bn(net.a(x))) + x)
 
-    assert list(_same(_net(forward), use)) == []
+    def used(plan: bool, schedule: Any = None) -> list[Tensor]:
+        model: Any = made(_net(forward))
+        seen: list[Tensor] = []
+        model.bn.register_forward_hook(lambda module, args, y: seen.extend((args[0].detach(), y.detach())))
+        y = (apply_plan(model, schedule) if plan else model)(_pictures(3))
+        return [y.detach(), *seen]
+
+    hooked = made(_net(forward))
+    hooked.bn.register_forward_hook(lambda module, args, y: None)
+    wanted = used(False)
+    for name, schedule in schedules(hooked):
+        assert unequal(wanted, used(True, schedule)) == [], name
 
 
 def test_a_changed_output_is_refused() -> None:
