@@ -27,7 +27,8 @@ from lowmem.choose.request import (
     with_communicators,
 )
 from lowmem.config.cards import Card, find_card, has_tensor_cores, load_card
-from lowmem.config.schema import Config, TrainConfig, for_process
+from lowmem.config.processes import for_process
+from lowmem.config.schema import Config, TrainConfig
 from lowmem.config.settings import Settings
 from lowmem.config.sources import SOURCE_SIDE
 from lowmem.core.errors import PreflightError, UsageError
