@@ -274,7 +274,7 @@ class _Reader:
             return Callee.of_function(target, in_place=bool(inplace)), args, kwargs, first if inplace else None
         name = getattr(target, "__name__", "")
         if name.endswith("_") and _inplace_position(getattr(F, name[:-1], None)) is not None:
-            return Call.of_function(getattr(F, name[:-1]), in_place=True), args, kwargs, first
+            return Callee.of_function(getattr(F, name[:-1]), in_place=True), args, kwargs, first
         if name.endswith("_") and not name.endswith("__") and hasattr(torch, name[:-1]):
             return Callee.of_function(getattr(torch, name[:-1]), as_first=True), args, kwargs, first
         return Callee.of_function(target), args, kwargs, None
