@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,10 @@ from conditions import RESULTS, conditions, sentence, table, write
 from engine_worker import WARMUP, Task, way_of
 
 from lowmem.choose.planning import Request, card_rates, choose
-from lowmem.choose.request import REFERENCE_CARD, Budget
+from lowmem.choose.request import REFERENCE_CARD, Budget, Choice
 from lowmem.config.cards import load_card
-from lowmem.config.schema import SOURCE_SIDE, ModelConfig
+from lowmem.config.schema import ModelConfig
+from lowmem.config.sources import SOURCE_SIDE
 from lowmem.core.errors import Infeasible
 from lowmem.core.units import MIB
 from lowmem.models import check_network, make_network
@@ -66,6 +67,7 @@ AGAINST = (
     "its peak, MiB",
     "the engine's",
     "time, engine / library (lowest to highest)",
+    "CPU time, likewise",
     "target met",
 )
 
@@ -140,21 +142,38 @@ def simulated_peak(task: Task, rates: Callable[[str], Rates]) -> int:
     return simulate_step(shape_of(task), None, rates("fp32"), way=way).estimate.peak_tensor_bytes
 
 
-def planned(task: Task, budget_bytes: int, rates: Callable[[str], Rates]) -> tuple[Task, int]:
-    """The engine's task for a budget of tensors, and its simulated peak. Raises Infeasible."""
+def request_of(task: Task, rates: Callable[[str], Rates]) -> Request:
+    """Of the engine, for any budget."""
     shape = shape_of(task)
-    request = Request(
+    return Request(
         model=shape.model,
         image_shape=task.image_shape,
         batch=task.batch,
-        budget=Budget(total_bytes=budget_bytes),
+        budget=Budget(total_bytes=PLENTY_BYTES),
         rates=rates,
         modes={"fp32": task.memory_format},
         allow_accumulation=False,
     )
-    choice = choose(request)
-    schedule = choice.plan.schedule.to_json()
-    fields = {**asdict(task), "way": "engine", "schedule": schedule}
+
+
+def planned(task: Task, budget_bytes: int, request: Request) -> tuple[Task, int]:
+    """The engine's task for a budget of tensors, or where nothing fits into that for the least that does; and its
+    simulated peak. A plan counts tensors as a card's allocator rounds them; here they count as they are, so that it may
+    have what they are less."""
+
+    def chosen(size: int) -> Choice:
+        return choose(replace(request, budget=Budget(total_bytes=size)))
+
+    try:
+        choice = chosen(budget_bytes)
+        taken = choice.simulated.estimate
+        more = chosen(budget_bytes + taken.peak_allocated_bytes - taken.peak_tensor_bytes)
+        if more.simulated.estimate.peak_tensor_bytes <= budget_bytes:
+            choice = more
+    except Infeasible as error:
+        print(error, flush=True)
+        choice = chosen(error.least_bytes)
+    fields = {**asdict(task), "way": "engine", "schedule": choice.plan.schedule.to_json()}
     return Task(**fields), choice.simulated.estimate.peak_tensor_bytes
 
 
@@ -186,15 +205,14 @@ def engine_cells(options: argparse.Namespace, library: list[Cell], rates: Callab
     """The engine at the others' measured peaks, at a third of plain's or the least that fits, and without a limit."""
     budgets = [(f"engine, memory of {cell.name}", cell.peak_bytes) for cell in library]
     budgets += [("engine, a third of plain", library[0].peak_bytes // 3), ("engine, no limit", PLENTY_BYTES)]
-    cells = []
+    plain, cells = library[0].task, list[Cell]()
+    request = request_of(plain, rates)
     for name, budget_bytes in budgets:
-        try:
-            task, simulated_bytes = planned(library[0].task, budget_bytes, rates)
-        except Infeasible as error:
-            print(f"{name}: {error}", flush=True)
-            name, budget_bytes = "engine, the least that fits", error.least_bytes
-            task, simulated_bytes = planned(library[0].task, budget_bytes, rates)
-        cell = start(name, task, options.threads, None if budget_bytes == PLENTY_BYTES else budget_bytes)
+        task, simulated_bytes = planned(plain, budget_bytes, request)
+        if simulated_bytes > budget_bytes:
+            name = "engine, the least that fits"
+        limited = simulated_bytes <= budget_bytes < PLENTY_BYTES
+        cell = start(name, task, options.threads, budget_bytes if limited else None)
         cell.simulated_bytes = simulated_bytes
         cells.append(cell)
     return cells
@@ -236,9 +254,10 @@ def row(cell: Cell, plain: Cell) -> tuple[str, ...]:
 
 def against(library: Cell, engine: Cell) -> tuple[str, ...]:
     """The texts under AGAINST."""
-    ratios = engine.ratios(library)
+    ratios, of_cpu = engine.ratios(library), engine.ratios(library, "cpu_seconds")
     met = statistics.median(ratios) < 1 and engine.peak_bytes <= library.peak_bytes
-    return library.name, mib(library.peak_bytes), mib(engine.peak_bytes), spread(ratios, 3), "yes" if met else "no"
+    sizes = mib(library.peak_bytes), mib(engine.peak_bytes)
+    return library.name, *sizes, spread(ratios, 3), spread(of_cpu, 3), "yes" if met else "no"
 
 
 def report(options: argparse.Namespace, library: list[Cell], engine: list[Cell], made: str) -> str:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
-from lowmem.config.schema import SOURCE_SIDE, ModelConfig
+from lowmem.config.schema import ModelConfig
+from lowmem.config.sources import SOURCE_SIDE
 from lowmem.core.units import format_size
 from lowmem.plan.record import Plan
 from lowmem.trial import PER_BLOCK, PLAIN, PLANNED, SELECTIVE, TrialResult

@@ -18,7 +18,8 @@ from lowmem.choose.execution import batch_norm_of, calibrator_of, for_card, requ
 from lowmem.choose.explain import explain, explain_ladder, inexact, memory_lines
 from lowmem.choose.planning import choose, with_ladder
 from lowmem.choose.request import Choice, Request
-from lowmem.config.schema import Config, cards_of, for_process
+from lowmem.config.processes import cards_of, for_process
+from lowmem.config.schema import Config
 from lowmem.config.settings import Settings
 from lowmem.distributed.group import Group, Split, even_shares
 from lowmem.models import make_network

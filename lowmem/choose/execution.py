@@ -27,8 +27,10 @@ from lowmem.choose.request import (
     with_communicators,
 )
 from lowmem.config.cards import Card, find_card, has_tensor_cores, load_card
-from lowmem.config.schema import SOURCE_SIDE, Config, TrainConfig, for_process
+from lowmem.config.processes import for_process
+from lowmem.config.schema import Config, TrainConfig
 from lowmem.config.settings import Settings
+from lowmem.config.sources import SOURCE_SIDE
 from lowmem.core.errors import PreflightError, UsageError
 from lowmem.core.phases import Phase, untold
 from lowmem.core.reading import shorten, user_cache_folder

@@ -51,7 +51,7 @@ def _cards(incomplete: str) -> list[str]:
 
 def _sources(incomplete: str) -> list[str]:
     from lowmem.config.paths import PICTURES
-    from lowmem.config.schema import SOURCES
+    from lowmem.config.sources import SOURCES
 
     typed = incomplete.removeprefix(PICTURES)
     folders = [incomplete.removesuffix(typed) + path for path in _folders(typed, os.path.dirname(typed))]

@@ -16,7 +16,8 @@ from rich.text import Text
 from lowmem.cli.layout import fold, room, table
 from lowmem.cli.terminal import observer, printable
 from lowmem.config.cards import load_card
-from lowmem.config.schema import Config, cards_of
+from lowmem.config.processes import cards_of
+from lowmem.config.schema import Config
 from lowmem.config.settings import Settings
 from lowmem.core.errors import ExitCode, Infeasible, PreflightError, UsageError
 from lowmem.core.units import aligned, counted, format_size

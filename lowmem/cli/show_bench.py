@@ -24,8 +24,8 @@ from lowmem.bench.tables import TableSetup, table_cells
 from lowmem.calibrate.device import ask_device, describe
 from lowmem.choose.execution import refuse_size, refuse_unsafe, resolve_execution, why_on_cpu
 from lowmem.cli.terminal import say
-from lowmem.config.schema import SOURCE_SIDE
 from lowmem.config.settings import gather
+from lowmem.config.sources import SOURCE_SIDE
 from lowmem.core.errors import Interrupted, UsageError
 from lowmem.core.reading import shorten
 from lowmem.core.units import LEAST_TENSORS_BYTES, MIB, counted, parse_memory

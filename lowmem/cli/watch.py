@@ -197,12 +197,11 @@ def describe_state(live: Live) -> str:
 
 def _settings(config: Config) -> str:
     """What is trained on what, in one line."""
-    model, train, source, side = config.model, config.train, config.data.source, config.data.image_size
+    model, train, source = config.model, config.train, config.data.source
     if source.startswith("folder:"):
         source = f"folder {Path(source.removeprefix('folder:')).name}"
-    return shorten(
-        f"{model.words} on {source} at {side}x{side}, batch {train.batch}, {train.precision}, {train.device}"
-    )
+    seen = f"{source} at {config.data.image_size}x{config.data.image_size}"
+    return shorten(f"{model.words} on {seen}, batch {train.batch}, {train.precision}, {train.device}")
 
 
 def _position(live: Live) -> str:

@@ -6,7 +6,8 @@ import os
 
 from lowmem.config.cards import load_card
 from lowmem.config.paths import PICTURES, folder_of
-from lowmem.config.schema import Config, cards_of
+from lowmem.config.processes import cards_of
+from lowmem.config.schema import Config
 from lowmem.core.errors import DataError
 
 

@@ -4,8 +4,6 @@ gathered (recipe, file, flags, --set) is in `lowmem.config.settings`."""
 from __future__ import annotations
 
 import math
-import os
-import re
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Annotated, Any, Literal
@@ -13,28 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from lowmem.config import networks
-from lowmem.core.errors import UsageError
-from lowmem.core.reading import shorten
-from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, counted, parse_memory, parse_size
-
-SOURCES = ("cifar10", "fashion-mnist", "shapes")  # and folder:PATH
-SOURCE_SIDE = 32  # of their pictures
-
-
-def canonical_source(source: str) -> str:
-    """`CIFAR-10` is `cifar10`, `fashion_mnist` is `fashion-mnist`; the path of a folder, `pictures`, is
-    `folder:pictures`. Raises ValueError for what is neither a source nor a folder."""
-    if "\0" in source or source != source.encode("utf-8", "replace").decode():
-        raise ValueError(f"{source!r} is no path in UTF-8, and a run records it as text: rename the folder")
-    plain = re.sub(r"[-_ ]", "", source.lower())
-    for known in SOURCES:
-        if plain == known.replace("-", ""):
-            return known
-    if source.startswith("folder:") and len(source) > 7:
-        return source
-    if os.path.isdir(os.path.expanduser(source)):
-        return f"folder:{source}"
-    raise ValueError(f"{shorten(source)!r} is no data source and no folder: use {', '.join(SOURCES)} or folder:PATH")
+from lowmem.config.sources import SOURCE_SIDE, SOURCES, canonical_source
+from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, parse_memory, parse_size
 
 
 def _check_share(value: object) -> object:
@@ -351,28 +329,6 @@ BEFORE: Mapping[str, object] = {
     "data.val_folder": False,
     "data.skip_damaged": False,
 }
-
-
-def for_process(config: Config, rank: int, size: int) -> Config:
-    """The settings of one of `size` processes: of several cards named in `memory.card` its own, by rank.
-    Raises UsageError unless there is one card for all, or one for each."""
-    cards = cards_of(config)
-    if len(cards) <= 1:
-        return config
-    if len(cards) != size:
-        raise UsageError(
-            f"--card names {len(cards)} cards, for {counted(size, 'process')}: name one for all "
-            f"(--set memory.card={cards[0]}), or start one process for each with "
-            f"`torchrun --nproc-per-node={len(cards)} -m lowmem …`"
-        )
-    memory = config.memory.model_copy(update={"card": cards[rank]})
-    return config.model_copy(update={"memory": memory})
-
-
-def cards_of(config: Config) -> tuple[str, ...]:
-    """The cards named in `memory.card`, by rank: none, one for all processes, or one for each."""
-    named = config.memory.card
-    return () if named is None else tuple(part.strip() for part in named.split(",") if part.strip())
 
 
 def flatten(config: Config) -> dict[str, object]:

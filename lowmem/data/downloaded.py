@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lowmem.config.schema import SOURCE_SIDE as SIDE
+from lowmem.config.sources import SOURCE_SIDE as SIDE
 from lowmem.core.errors import DataError
 from lowmem.core.units import counted, format_size
 from lowmem.data.pictures import CHANNELS, Pictures, Progress, Source

@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from lowmem.config.paths import folder_of
-from lowmem.config.schema import SOURCE_SIDE, DataConfig
+from lowmem.config.schema import DataConfig
+from lowmem.config.sources import SOURCE_SIDE
 from lowmem.core.errors import DataError
 from lowmem.core.reading import user_cache_folder
 from lowmem.core.units import name_some

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowmem.config.schema import SOURCE_SIDE, SOURCES, DataConfig
+from lowmem.config.schema import DataConfig
+from lowmem.config.sources import SOURCE_SIDE, SOURCES
 from lowmem.core.phases import Phase
 
 CHANNELS = 3

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lowmem.config.schema import SOURCE_SIDE as SIDE
+from lowmem.config.sources import SOURCE_SIDE as SIDE
 from lowmem.core import counter_rng as addressed
 from lowmem.data.pictures import CHANNELS, DrawnWhenTaken, Pictures, Source
 

@@ -2,7 +2,7 @@
 
 stem          1 stage   KEEP{}
 layer1.0-2    3 stages  checkpoint of 3 [KEEP{z2} x2, FUSED]
-layer3.1-20  20 stages  10 x (KEEP{z2}-out, KEEP{z1,z2})
+layer3.1-20  20 stages  10 x (KEEP{conv2}-out, KEEP{conv1,conv2})
 head          1 stage   SAVE_ALL
 """
 
@@ -23,7 +23,7 @@ _NUMBERED = re.compile(r"(?P<group>.+)\.(?P<number>\d+)")
 
 EXPLAINED = {
     PolicyKind.SAVE_ALL: "keeps all that the backward pass reads: nothing is computed again",
-    PolicyKind.LEAN: "keeps what convolutions and matrix products made; what is quick (norms, activations) is computed again",
+    PolicyKind.LEAN: "keeps results of convolutions and matrix products; norms, activations, … are computed again",
     PolicyKind.KEEP: "keeps its output and what is named, as operations of the stage; all else is computed again",
     PolicyKind.FUSED: "keeps nothing: its forward runs inside its backward",
 }

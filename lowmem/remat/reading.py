@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from lowmem.remat.autograd_operation import Attribute, AutogradOperation, Operand, Scalar, ScalarOperation, substitute
 from lowmem.remat.calls import Callee
@@ -272,6 +273,8 @@ class _Reader:
             args = args[:at]  # it is the last one
             return Callee.of_function(target, in_place=bool(inplace)), args, kwargs, first if inplace else None
         name = getattr(target, "__name__", "")
+        if name.endswith("_") and _inplace_position(getattr(F, name[:-1], None)) is not None:
+            return Callee.of_function(getattr(F, name[:-1]), in_place=True), args, kwargs, first
         if name.endswith("_") and not name.endswith("__") and hasattr(torch, name[:-1]):
             return Callee.of_function(getattr(torch, name[:-1]), as_first=True), args, kwargs, first
         return Callee.of_function(target), args, kwargs, None

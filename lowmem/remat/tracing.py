@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 import operator
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from lowmem.core.errors import first_line
 from lowmem.remat.known import RANDOM
 from lowmem.remat.starting_point import Generators
 
-TRACING = threading.Lock()  # torch.fx patches every module's calls while it traces: one thread at a time
+TRACING = Lock()  # torch.fx patches every module's calls while it traces: one thread at a time
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -91,7 +91,7 @@ class Tracer(fx.Tracer):
     def __init__(self, model: nn.Module, leaves: dict[str, str]) -> None:
         super().__init__(autowrap_functions=())
         self.model, self.leaves = model, leaves
-        self._thread = threading.get_ident()
+        self._thread = get_ident()
         self.autocasts = 0  # that were entered
         self._inside = [("", self._modes())]  # modules whose forward is being followed, and the modes that it began in
         self.forwards: list[nn.Module] = []  # modules whose forward was traced
@@ -101,8 +101,8 @@ class Tracer(fx.Tracer):
 
     @property
     def here(self) -> bool:
-        """Whether it is this thread that traces."""
-        return threading.get_ident() == self._thread
+        """Whether it is this thread that traces; another's calls may still come by when all else of this is gone."""
+        return get_ident() == self.__dict__.get("_thread")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves or has_hooks(m) or is_parametrized(m):
@@ -191,20 +191,25 @@ class CustomFunction:
 
 @contextmanager
 def _told_of_more(tracer: Tracer) -> Iterator[None]:
-    """Of what torch.fx does not hear: calls of `torch.autograd.Function`s, and autocast."""
+    """Of what torch.fx does not hear: calls of `torch.autograd.Function`s, and autocast. Other threads may come by, and
+    leave when the tracer is gone."""
+    thread = get_ident()
     original = torch.autograd.Function.__dict__["apply"]
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
 
     def entered(self: Any) -> Any:
-        tracer.autocasts += tracer.here
+        if get_ident() == thread:
+            tracer.autocasts += 1
         return enter(self)
 
     def left(self: Any, *error: Any) -> Any:
-        tracer.autocasts -= tracer.here
+        if get_ident() == thread:
+            tracer.autocasts -= 1
         return leave(self, *error)
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return tracer.function_applied(cls, original.__get__(None, cls), args, kwargs)
+        plain = original.__get__(None, cls)
+        return tracer.function_applied(cls, plain, args, kwargs) if get_ident() == thread else plain(*args, **kwargs)
 
     patched: Any = torch.autocast
     torch.autograd.Function.apply = classmethod(apply)

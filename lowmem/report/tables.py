@@ -161,7 +161,7 @@ def _departing(history: RunView) -> list[tuple[str, str]]:
     """(what, in words) of each difference."""
     config, usual = history.config, Config()
     model, data, optim, train = config.model, config.data, config.optim, config.train
-    done, side = history.epochs_done, usual.data.image_size
+    done, side, size = history.epochs_done, usual.data.image_size, f"{data.image_size}x{data.image_size}"
     # What was done to a run whose loss broke.
     back = [detail.get("lr_scale") for detail in details(history, "rollback")]
     scales = [scale for scale in back if isinstance(scale, int | float)]
@@ -173,11 +173,7 @@ def _departing(history: RunView) -> list[tuple[str, str]]:
         (model.spec is not None, "network", f"{model.words} instead of a network of that report"),
         (model.spec is None and model.width != 64, "width", f"width {model.width} instead of 64"),
         (data.source != "cifar10", "data", f"{describe_source(data.source)} instead of the original CIFAR-10"),
-        (
-            data.image_size != side,
-            "data",
-            f"pictures seen at {data.image_size}x{data.image_size} instead of {side}x{side}",
-        ),
+        (data.image_size != side, "data", f"pictures seen at {size} instead of {side}x{side}"),
         (data.train_subset is not None, "data", f"trained on {_pictures(data.train_subset)} instead of 50,000"),
         (data.test_subset is not None, "data", f"tested on {_pictures(data.test_subset)} instead of 10,000"),
         (data.val_split, "data", f"{counted(data.val_split, 'training picture')} held back"),

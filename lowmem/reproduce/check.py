@@ -15,7 +15,7 @@ import torch
 from lowmem.choose.decide import DataSize, decide
 from lowmem.choose.execution import refuse_unsafe, resolve_execution, wants_plan
 from lowmem.choose.explain import cost
-from lowmem.config.schema import for_process
+from lowmem.config.processes import for_process
 from lowmem.core.errors import ExitCode, Infeasible, Interrupted, LowmemError, PreflightError, UsageError
 from lowmem.core.units import aligned, counted, format_duration, format_size
 from lowmem.data import Dataset, load

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem.core.errors import PreflightError
 from lowmem.measure.outline import Geometry, Outline, OutlineStorage, geometry, geometry_of, outline
 from lowmem.measure.tensors import tensors_among
 from lowmem.simulate import meta_kernels
@@ -164,10 +163,7 @@ def _makes_tensors(func: Any) -> bool:
 
 def _find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Effect:
     if torch.Tag.data_dependent_output in func.tags:
-        raise PreflightError(
-            f"{func} computes with data, which a simulation does not have: the step cannot be planned; do it outside "
-            "of the network, or on numbers instead of tensors"
-        )
+        raise meta_kernels.needs_values(func)
     moves = torch.Tag.inplace_view in func.tags  # changes shape, strides or offset of what it is given
     written = _written_positions(func, args, kwargs)
     if written is not None and not moves:

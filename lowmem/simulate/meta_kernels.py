@@ -8,18 +8,24 @@ light ones here, which the tests hold equal to torch's and to what real tensors 
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Callable
+from itertools import dropwhile, takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowmem.core.errors import PreflightError
+from lowmem.core.reading import shorten
 from lowmem.measure.tensors import tensors_among
 from lowmem.simulate.layouts import elementwise_strides, like, memory_format
 from lowmem.simulate.meta_layers import LAYERS
 
 _aten = torch.ops.aten
+_HOUSE = Path(__file__).parents[1]
 
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -71,7 +77,20 @@ def _by_fake_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             with mode:
                 return func(*map(fake, args), **{name: fake(value) for name, value in kwargs.items()})
         except (*unknowable, fake_tensor.UnsupportedOperatorException, NotImplementedError) as error:
-            raise PreflightError(f"{func} cannot be simulated without data, so the step cannot be planned") from error
+            raise needs_values(func) from error
+
+
+def needs_values(func: Any) -> PreflightError:
+    """Of a call whose result hangs on the values of tensors. Names the line of the network's code that it is from."""
+    here, torchs, ours = (f"{place}{os.sep}" for place in (Path(__file__).parent, Path(torch.__file__).parent, _HOUSE))
+    calls = dropwhile(lambda one: one.filename.startswith(here), reversed(traceback.extract_stack()))
+    inside = takewhile(lambda one: not one.filename.startswith(ours), calls)
+    place = next((one for one in inside if not one.filename.startswith((torchs, "<"))), None)
+    line = "" if place is None else f"{Path(place.filename).name}, line {place.lineno} (`{shorten(place.line, 80)}`): "
+    return PreflightError(
+        f"{line}{func} asks for the values of a tensor, and a step's memory is predicted without any: the network "
+        "cannot be planned; write it without them (torch.where for an if)"
+    )
 
 
 def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor:

@@ -17,7 +17,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lowmem.choose.request import Budget
-from lowmem.config.schema import SOURCE_SIDE, ModelConfig
+from lowmem.config.schema import ModelConfig
+from lowmem.config.sources import SOURCE_SIDE
 from lowmem.core.units import format_size
 from lowmem.isolate import OUT_OF_MEMORY, Call, run
 from lowmem.plan.policy import Schedule

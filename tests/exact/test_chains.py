@@ -31,7 +31,7 @@ CASES = {
     "input-only": lambda stages: uniform(stages, INPUT_ONLY),
     "no-last-z": lambda stages: uniform(stages, keep("conv1", "conv2", "relu", "relu_2")),
     "dropped-lean": lambda stages: alternating(stages, DROPPED_LEAN, LEAN),
-    "dropped-z1": lambda stages: alternating(stages, LEAN, keep("conv1", drop_output=True)),
+    "dropped-conv1": lambda stages: alternating(stages, LEAN, keep("conv1", drop_output=True)),
     "segments": lambda stages: segments(stages, 3, LEAN),
     "one-segment": lambda stages: segments(stages, len(stages), keep("conv2")),
 }

@@ -24,7 +24,8 @@ import lowmem
 from lowmem.cli import main
 from lowmem.cli.flags import FLAGS, Given
 from lowmem.config.cards import load_card
-from lowmem.config.schema import Config, cards_of, known_keys
+from lowmem.config.processes import cards_of
+from lowmem.config.schema import Config, known_keys
 from lowmem.config.settings import gather, parse_set
 from lowmem.lifecycle import run_training
 from tests.tiny import tiny

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from lowmem.choose.batch_size import ROUNDS, BatchSplit, balance, describe_split
 from lowmem.choose.decide import decide
-from lowmem.config.schema import Config, cards_of, for_process
+from lowmem.config.processes import cards_of, for_process
+from lowmem.config.schema import Config
 from lowmem.config.settings import Settings, gather
 from lowmem.core.errors import Infeasible, UsageError
 

@@ -98,6 +98,15 @@ def test_what_hangs_on_values_is_refused(ask: Callable[[Tensor], object]) -> Non
         ask(torch.empty(2, 3))
 
 
+def test_the_line_that_asks_for_values_is_named() -> None:
+    def asks(x: Tensor) -> Tensor:
+        return x * 2 if F.relu(x).sum() > 0 else x
+
+    said = r"^test_meta_kernels.py, line \d+ \(`return x \* 2 if F.relu\(x\).sum\(\) > 0 else x`\): aten"
+    with OutlineMode(), pytest.raises(PreflightError, match=said):
+        asks(torch.empty(2, 3))
+
+
 def test_a_simulated_step_imports_nothing_heavy() -> None:
     probe = (
         "import sys\n"
