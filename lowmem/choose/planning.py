@@ -55,6 +55,8 @@ def make_plan(
     `budget`: bytes for all tensors of the step ("4600M"), or, with a `card`, the card's memory (None: the profile's).
     `batch_norm`: its kernels on CUDA, the library's choice, which has plain PyTorch's bits, or native ones, which work
     in place; None: the library's for a `card` or a model on CUDA, else native (on the CPU both have the same bits).
+    `momentum`: the optimizer keeps a tensor of each parameter's size, as SGD does with momentum. One that keeps more is
+    not simulated: Adam takes the parameters' bytes once more, which `budget` must leave.
     `stages`: for a network that cannot be traced, modules of it, themselves or by name, which its input goes through
     one after the other; each runs as a whole (`apply_plan` is told the same). None: as it is traced. Raises Infeasible
     with the least that fits, ValueError if neither budget nor card is given, for a budget without its unit, for stages

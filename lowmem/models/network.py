@@ -120,5 +120,6 @@ def _tried_on_values(model: ModelConfig, num_classes: int, image_shape: Sequence
                 f"first convolution take {image_shape[0]}"
             ) from None
         raise PreflightError(
-            f"{said} does not take pictures of {size} ({first_line(error)}): let it, or choose another network"
+            f"{said} does not take pictures of {size} ({first_line(error)}): give the --image-size that it takes, tell "
+            f"it this one (some have --model-args image_size={image_shape[-1]}), or mend it"
         ) from None

@@ -131,8 +131,9 @@ def test_resnet18_on_photographs(tmp_path: Path) -> None:
     words = ["--model", "torchvision:resnet18", "--image-size", "128", "--batch", "16", "--tensors", "185M"]
     words += ["--data", f"folder:{tmp_path / 'pictures'}", "--set", f"data.cache={tmp_path / 'cache'}"]
     run = trains_through_everything(words, 13, tmp_path)
-    (measured,) = [event.detail for event in read_run(run).events if event.kind == "measured"]
-    assert measured["measured_peak_bytes"] <= measured["budget_bytes"]
+    peaks = [event.detail["measured_peak_bytes"] for event in read_run(run).events if event.kind == "measured"]
+    assert peaks
+    assert max(int(str(peak)) for peak in peaks) <= 185 << 20  # of every process that trained it
 
 
 def enlarged(folder: Path, most: dict[str, int]) -> None:
