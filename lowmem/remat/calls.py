@@ -51,7 +51,7 @@ def _on_copy(function: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) ->
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class TracedCall:
     """A function, and what is known of it."""
 
     function: Callable[..., Any]
@@ -66,13 +66,13 @@ class Call:
     scalar: bool = False
 
     @staticmethod
-    def of_module(module: nn.Module) -> Call:
+    def of_module(module: nn.Module) -> TracedCall:
         kind = type(module)
         function: Callable[..., Any] = module
         if getattr(module, "inplace", False) is True:
             function = partial(_on_copy, module)
         quiet = kind in QUIET_MODULES
-        return Call(
+        return TracedCall(
             function,
             (f"{kind.__module__}.{kind.__qualname__}", module.extra_repr()),
             kind,
@@ -84,7 +84,7 @@ class Call:
         )
 
     @staticmethod
-    def of_function(function: Any, as_first: bool = False, in_place: bool = False) -> Call:
+    def of_function(function: Any, as_first: bool = False, in_place: bool = False) -> TracedCall:
         name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
         known = name.startswith(("torch.", "_operator.", "builtins.", "operator.", "None.")) or "torch" in name
         known = known and not isinstance(function, CustomFunction)
@@ -95,7 +95,7 @@ class Call:
                 if as_first
                 else partial(_on_copy, partial(function, inplace=True))
             )
-        return Call(
+        return TracedCall(
             made,
             name,
             function,
@@ -108,9 +108,9 @@ class Call:
         )
 
     @staticmethod
-    def of_method(name: str, as_first: bool = False) -> Call:
+    def of_method(name: str, as_first: bool = False) -> TracedCall:
         function: Callable[..., Any] = partial(_method, name)
-        return Call(
+        return TracedCall(
             partial(_in_dtype_of_first, function) if as_first else function,
             name,
             name,

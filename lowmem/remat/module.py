@@ -52,7 +52,7 @@ def runs_whole(model: nn.Module) -> dict[str, str]:
     return traced(untouched(model)).leaves
 
 
-class Execution:
+class PlannedExecution:
     """How a planned module trains: `planned.lowmem`.
 
     `stages` are the chain's links, `schedule` what is executed; it may be replaced between steps (`set_schedule`), and
@@ -112,7 +112,7 @@ class PlannedModule(nn.Module):
     `__dict__`; on the class, which is part of a cycle, it would live until the garbage collector comes by."""
 
     __slots__ = ("lowmem",)
-    lowmem: Execution
+    lowmem: PlannedExecution
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output for one tensor."""
@@ -172,7 +172,7 @@ def planned(
     model: nn.Module, schedule: Schedule, library_norm: bool = False, parts: Parts | None = None
 ) -> PlannedModule:
     """The module, of the model's class, that executes the schedule on the model's own parameters."""
-    execution = Execution(model, schedule, library_norm, parts)
+    execution = PlannedExecution(model, schedule, library_norm, parts)
     kind = type(model)
     made = type(f"Planned{kind.__name__}", (PlannedModule, kind), {"__module__": kind.__module__})
     module: PlannedModule = object.__new__(made)

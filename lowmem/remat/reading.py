@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from lowmem.remat.autograd_operation import Attribute, AutogradOperation, Operand, Scalar, ScalarOperation, substitute
-from lowmem.remat.calls import Call
+from lowmem.remat.calls import TracedCall
 from lowmem.remat.elementwise import OutputActivation
 from lowmem.remat.known import FRESH, MOVING, RESHAPING, SCALAR_ATTRIBUTES
 from lowmem.remat.linear_maps import Convolution, Linear
@@ -168,7 +168,7 @@ class _Reader:
             self._changed(node, changed, reading, path)
 
     @staticmethod
-    def _made_of(call: Call, args: Any, kwargs: Any, operands: list[Reading]) -> int:
+    def _made_of(call: TracedCall, args: Any, kwargs: Any, operands: list[Reading]) -> int:
         given: list[Any] = []
         substitute((args, kwargs), lambda one: given.append(one.value()) if isinstance(one, Attribute) else None)
         of_parameters = any(isinstance(one, Tensor) and one.requires_grad for one in given)
@@ -187,7 +187,9 @@ class _Reader:
         self._used.add(name)
         return name
 
-    def _reading(self, call: Call, name: str, path: str, operands: list[Reading], args: Any, kwargs: Any) -> Reading:
+    def _reading(
+        self, call: TracedCall, name: str, path: str, operands: list[Reading], args: Any, kwargs: Any
+    ) -> Reading:
         kind = path if call.module is not None else getattr(call.kind, "__name__", str(call.kind))
         if call.scalar or (operands == [] and self._only_scalars(args, kwargs)):
             return Reading(
@@ -240,7 +242,7 @@ class _Reader:
 
     # -- what changes in place -----------------------------------------------------------------------------------------
 
-    def _out_of_place(self, node: fx.Node) -> tuple[Call, Any, Any, fx.Node | None]:
+    def _out_of_place(self, node: fx.Node) -> tuple[TracedCall, Any, Any, fx.Node | None]:
         """The call without its change, and the node that it changes."""
         args: tuple[Any, ...] = node.args
         kwargs: dict[str, Any] = dict(node.kwargs)
@@ -248,34 +250,39 @@ class _Reader:
         if node.op == "call_module":
             module = self.modules[str(target)]
             first = args[0] if args else None
-            return Call.of_module(module), args, kwargs, first if getattr(module, "inplace", False) is True else None
+            return (
+                TracedCall.of_module(module),
+                args,
+                kwargs,
+                first if getattr(module, "inplace", False) is True else None,
+            )
         first = args[0] if args and isinstance(args[0], fx.Node) else None
         if node.op == "call_method":
             name = str(target)
             if name.endswith("_") and not name.endswith("__"):
                 if not hasattr(Tensor, name[:-1]):
                     raise RunsWhole(owner_of(node), f"{name} changes a tensor in place")
-                return Call.of_method(name[:-1], as_first=True), args, kwargs, first
-            return Call.of_method(name), args, kwargs, None
+                return TracedCall.of_method(name[:-1], as_first=True), args, kwargs, first
+            return TracedCall.of_method(name), args, kwargs, None
         if target is getattr and args[1] not in SCALAR_ATTRIBUTES:
-            return replace(Call.of_function(getattr), scalar=False, light=True, view=True), args, kwargs, None
+            return replace(TracedCall.of_function(getattr), scalar=False, light=True, view=True), args, kwargs, None
         if target in (operator.setitem, setattr):
             raise RunsWhole(owner_of(node), "a part of a tensor is assigned")
         if target in _IN_PLACE_OPERATORS:
-            return Call.of_function(_IN_PLACE_OPERATORS[target], as_first=True), args, kwargs, first
+            return TracedCall.of_function(_IN_PLACE_OPERATORS[target], as_first=True), args, kwargs, first
         if target in MOVING and any(isinstance(self.value[one], Attribute) for one in node.all_input_nodes):
             raise RunsWhole(owner_of(node), f"{target.__name__} moves statistics that it is given")
         at = _inplace_position(target)
         if at is not None:
             inplace = kwargs.pop("inplace", args[at] if len(args) > at else False)
             args = args[:at]  # it is the last one
-            return Call.of_function(target, in_place=bool(inplace)), args, kwargs, first if inplace else None
+            return TracedCall.of_function(target, in_place=bool(inplace)), args, kwargs, first if inplace else None
         name = getattr(target, "__name__", "")
         if name.endswith("_") and _inplace_position(getattr(F, name[:-1], None)) is not None:
-            return Call.of_function(getattr(F, name[:-1]), in_place=True), args, kwargs, first
+            return TracedCall.of_function(getattr(F, name[:-1]), in_place=True), args, kwargs, first
         if name.endswith("_") and not name.endswith("__") and hasattr(torch, name[:-1]):
-            return Call.of_function(getattr(torch, name[:-1]), as_first=True), args, kwargs, first
-        return Call.of_function(target), args, kwargs, None
+            return TracedCall.of_function(getattr(torch, name[:-1]), as_first=True), args, kwargs, first
+        return TracedCall.of_function(target), args, kwargs, None
 
     def _changed(self, node: fx.Node, changed: fx.Node, reading: Reading, path: str) -> None:
         """From now on `reading` stands for what the node was."""

@@ -20,7 +20,7 @@ from lowmem.report.agg import drawn_alike
 from lowmem.report.chart import Chart, draw_charts, log_limits, to_bytes
 from lowmem.report.naming import NamedRun, find_pairs
 from lowmem.report.style import LineStyle, Picture, Points, Series
-from lowmem.runs.rows import EpochRow, GradientRow, Gradients
+from lowmem.runs.rows import EpochRow, GradientRow, GradientTable
 from lowmem.runs.view import RunView
 
 FEW_EPOCHS = 25  # up to here each epoch is marked
@@ -177,7 +177,7 @@ def draw_gradients(runs: Sequence[NamedRun]) -> list[Picture]:
     return pictures
 
 
-def moments(gradients: Gradients, count: int) -> list[GradientRow]:
+def moments(gradients: GradientTable, count: int) -> list[GradientRow]:
     """`count` rows from the first to the last, evenly in time; fewer if there are fewer."""
     rows = gradients.rows
     if len(rows) <= count:
@@ -185,7 +185,7 @@ def moments(gradients: Gradients, count: int) -> list[GradientRow]:
     return [rows[round(index * (len(rows) - 1) / (count - 1))] for index in range(count)]
 
 
-def by_depth(gradients: Gradients, row: GradientRow) -> list[tuple[float, float]]:
+def by_depth(gradients: GradientTable, row: GradientRow) -> list[tuple[float, float]]:
     """(layers back from the output, norm) of the layers on the main path; 1 is the last layer."""
     main = [norm for name, norm in zip(gradients.layers, row.norms, strict=True) if ".shortcut." not in name]
     return [(x, y) for x, y in _finite(enumerate(reversed(main), start=1)) if y > 0]

@@ -70,7 +70,7 @@ class GradientRow:
 
 
 @dataclass(frozen=True)
-class Gradients:
+class GradientTable:
     """What gradients.csv holds; `layers` are parameter names from the input to the output."""
 
     layers: tuple[str, ...] = ()

@@ -26,7 +26,17 @@ from lowmem.runs.checkpoint import checkpoint_folders
 from lowmem.runs.checkpoint_state import Position, read_position
 from lowmem.runs.folder import require_run, run_folders
 from lowmem.runs.lock import OWNER_NAME, writer_of
-from lowmem.runs.rows import EPOCH_TABLE, GRADIENT_TABLE, STEP_TABLE, EpochRow, Event, Gradients, Row, RowTable, StepRow
+from lowmem.runs.rows import (
+    EPOCH_TABLE,
+    GRADIENT_TABLE,
+    STEP_TABLE,
+    EpochRow,
+    Event,
+    GradientTable,
+    Row,
+    RowTable,
+    StepRow,
+)
 from lowmem.runs.tables import read_events, read_table
 from lowmem.runs.weights import WeightsInfo, read_weights
 
@@ -94,9 +104,9 @@ class RunView:
         return self._rows(STEP_TABLE)[1]
 
     @cached_property
-    def gradients(self) -> Gradients:
+    def gradients(self) -> GradientTable:
         table, rows = self._rows(GRADIENT_TABLE)
-        return Gradients(table.names[2:], rows)
+        return GradientTable(table.names[2:], rows)
 
     @cached_property
     def events(self) -> tuple[Event, ...]:

@@ -10,7 +10,7 @@ import pytest
 
 from lowmem.report import write_report
 from lowmem.report.figures import by_depth, draw_gradients, moments, over_time
-from lowmem.runs.rows import GRADIENT_TABLE, GradientRow, Gradients, gradient_line
+from lowmem.runs.rows import GRADIENT_TABLE, GradientRow, GradientTable, gradient_line
 from lowmem.runs.view import read_run
 from tests.unit.report.fake_runs import MakeRun, named
 from tests.unit.report.test_figures import assert_margins_are_white, pixels
@@ -29,7 +29,7 @@ def with_gradients(run: Path, start: float, layers: tuple[str, ...] = LAYERS, ro
 
 
 def test_by_depth_is_from_the_output_back_without_projections() -> None:
-    gradients = Gradients(
+    gradients = GradientTable(
         LAYERS, (GradientRow(1, 1, (4.0, 0.0, 9.0, 1.0)), GradientRow(2, 1, (math.inf, 3.0, 9.0, 1.0)))
     )
     assert by_depth(gradients, gradients.rows[0]) == [(1.0, 1.0), (3.0, 4.0)]  # a zero is not drawn
@@ -37,10 +37,10 @@ def test_by_depth_is_from_the_output_back_without_projections() -> None:
 
 
 def test_moments_are_spread_from_the_first_to_the_last() -> None:
-    gradients = Gradients(LAYERS, tuple(GradientRow(step, 1, (1.0,) * 4) for step in range(1, 101)))
+    gradients = GradientTable(LAYERS, tuple(GradientRow(step, 1, (1.0,) * 4) for step in range(1, 101)))
     assert [row.step for row in moments(gradients, 4)] == [1, 34, 67, 100]
     assert [row.step for row in moments(gradients, 2)] == [1, 100]
-    assert moments(Gradients(LAYERS, gradients.rows[:1]), 4) == [gradients.rows[0]]
+    assert moments(GradientTable(LAYERS, gradients.rows[:1]), 4) == [gradients.rows[0]]
 
 
 def test_over_time_is_in_epochs(make_run: MakeRun) -> None:
