@@ -144,12 +144,6 @@ class Tracer(fx.Tracer):
     def _modes(self) -> tuple[bool, int]:
         return torch.is_grad_enabled(), self.autocasts
 
-    def function_applied(self, function: type[torch.autograd.Function], apply: Any, args: Any, kwargs: Any) -> Any:
-        """Of somebody's own: its backward counts, which its forward, followed, would not have."""
-        if self.here and any(isinstance(one, fx.Proxy) for one in tree_leaves((args, kwargs))):
-            return self.create_proxy("call_function", CustomFunction(function, apply), args, kwargs)
-        return apply(*args, **kwargs)
-
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if not self.here:
             return attr_val
@@ -176,7 +170,7 @@ class Constant:
 
 
 class CustomFunction:
-    """Of a user, with a backward of its own."""
+    """Of a user: its own backward counts, which its forward, followed, would not have."""
 
     def __init__(self, function: type[torch.autograd.Function], apply: Callable[..., Any]) -> None:
         self._apply = apply
@@ -192,17 +186,23 @@ def _told_of_more(tracer: Tracer) -> Iterator[None]:
     """Of what torch.fx does not hear: calls of `torch.autograd.Function`s, and autocast."""
     original = torch.autograd.Function.__dict__["apply"]
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+    thread = threading.get_ident()  # others may call these meanwhile, and still when the tracer is gone
 
     def entered(self: Any) -> Any:
-        tracer.autocasts += tracer.here
+        if threading.get_ident() == thread:
+            tracer.autocasts += 1
         return enter(self)
 
     def left(self: Any, *error: Any) -> Any:
-        tracer.autocasts -= tracer.here
+        if threading.get_ident() == thread:
+            tracer.autocasts -= 1
         return leave(self, *error)
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return tracer.function_applied(cls, original.__get__(None, cls), args, kwargs)
+        function = original.__get__(None, cls)
+        if threading.get_ident() == thread and any(isinstance(one, fx.Proxy) for one in tree_leaves((args, kwargs))):
+            return tracer.create_proxy("call_function", CustomFunction(cls, function), args, kwargs)
+        return function(*args, **kwargs)
 
     patched: Any = torch.autocast
     torch.autograd.Function.apply = classmethod(apply)
