@@ -21,8 +21,8 @@ forward and for two sums in the backward; then the first batch norm is computed 
 has no say. What follows from the totals is the same arithmetic everywhere, so that all processes have bitwise the same
 statistics; recomputations use what the first run has found. The calls come in an order that depends on the model alone
 (which parameters are trainable and which batch norms in training included), never on the schedule, the slice or the
-process: forward by stage and within a block bn1 … bn_n, then the shortcut's; backward by stage from the last, and
-within a block the shortcut's, then bn_n … bn1. A backward that needs no gradient of its input does not call.
+process: in the forward as the model's own forward has them, in the backward the other way round. A backward that needs
+no gradient of its input does not call.
 
 Method: Ioffe and Szegedy, "Batch Normalization", ICML 2015, with the sums of `torch.nn.SyncBatchNorm`.
 """

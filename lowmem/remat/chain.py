@@ -97,8 +97,9 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 
 def _attributes(module: nn.Module, alive: list[Any]) -> tuple[Any, ...]:
     """What its forward may read of it as plain Python values, which the trace has taken over: numbers and names by
-    value, all else by identity. torch's own modules run as they are."""
-    if type(module).__module__.startswith("torch.nn."):
+    value, all else by identity. torch's own modules run as they are, but those without parameters may have become
+    operations that took them over (a pool's window)."""
+    if type(module).__module__.startswith("torch.nn.") and (module._modules or module._parameters):
         return ()
     found = [value for name, value in module.__dict__.items() if name not in OF_EVERY_MODULE]
     alive += found

@@ -28,8 +28,8 @@ from lowmem.core.units import KIB, MIB
 ASSUMED_WORKSPACE_BYTES = 256 * MIB
 _CONVOLUTIONS = "CUDNN_CONV_WSCAP_DBG"  # MiB
 _BLAS = "CUBLAS_WORKSPACE_CONFIG"  # :KiB:count, once or more
-# Of the two that are deterministic, eight buffers of 16 KiB or of 4 MiB, the one that leaves the card its memory: the
-# family's only matrix product is the head's.
+# Of the two that are deterministic, eight buffers of 16 KiB or of 4 MiB, the one that leaves the card its memory:
+# what these cards train are convolutions, and a matrix product or two at the end.
 _DETERMINISTIC_BLAS = ":16:8"
 _USUAL_BLAS = ":4096:2:16:8"  # torch's (pytorch/pytorch#95668)
 _HOPPER_BLAS = ":4096:8"

@@ -146,12 +146,6 @@ class Tracer(fx.Tracer):
     def _modes(self) -> tuple[bool, int]:
         return torch.is_grad_enabled(), self.autocasts
 
-    def function_applied(self, function: type[torch.autograd.Function], apply: Any, args: Any, kwargs: Any) -> Any:
-        """Of somebody's own: its backward counts, which its forward, followed, would not have."""
-        if self.here and any(isinstance(one, fx.Proxy) for one in tree_leaves((args, kwargs))):
-            return self.create_proxy("call_function", CustomFunction(function, apply), args, kwargs)
-        return apply(*args, **kwargs)
-
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if not self.here:
             return attr_val
@@ -178,7 +172,7 @@ class Constant:
 
 
 class CustomFunction:
-    """Of a user, with a backward of its own."""
+    """Of a user: its own backward counts, which its forward, followed, would not have."""
 
     def __init__(self, function: type[torch.autograd.Function], apply: Callable[..., Any]) -> None:
         self._apply = apply
@@ -208,8 +202,10 @@ def _told_of_more(tracer: Tracer) -> Iterator[None]:
         return leave(self, *error)
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        plain = original.__get__(None, cls)
-        return tracer.function_applied(cls, plain, args, kwargs) if get_ident() == thread else plain(*args, **kwargs)
+        function = original.__get__(None, cls)
+        if get_ident() == thread and any(isinstance(one, fx.Proxy) for one in tree_leaves((args, kwargs))):
+            return tracer.create_proxy("call_function", CustomFunction(cls, function), args, kwargs)
+        return function(*args, **kwargs)
 
     patched: Any = torch.autocast
     torch.autograd.Function.apply = classmethod(apply)

@@ -204,3 +204,17 @@ def test_parameters_made_of_others() -> None:
         return [y.detach(), source.grad]
 
     assert list(_same(_net(NETWORKS["ends in a sum"]), use)) == []
+
+
+def test_a_pool_that_changes_after_planning() -> None:
+    """Its operation has taken the window over."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(4, 4, 1))
+
+    def use(model: Any) -> list[Tensor]:
+        found = [model(_pictures(2)).detach()]
+        model[2].stride = 1
+        return [*found, model(_pictures(2)).detach()]
+
+    assert list(_same(build, use)) == []

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from lowmem.core.errors import UsageError
-from lowmem.runs.rows import GRADIENT_TABLE, GradientRow, Gradients, gradient_line
+from lowmem.runs.rows import GRADIENT_TABLE, GradientRow, GradientRows, gradient_line
 from lowmem.runs.store import RunFolder
 from lowmem.runs.view import RunView
 
 LAYERS = ("conv1.weight", "linear.weight")
 
 
-def read(path: Path) -> Gradients:
+def read(path: Path) -> GradientRows:
     view = RunView(path.parent)
     assert view.notes == []
     return view.gradients
@@ -30,7 +30,7 @@ def write(folder: Path, *lines: str) -> Path:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", "", {}) as run:
         run.begin_gradients(LAYERS, step=0)
-        assert read(run.gradients_file) == Gradients(LAYERS, ())
+        assert read(run.gradients_file) == GradientRows(LAYERS, ())
         run.append_gradients([(1, 1, [1.93212345e6, 0.36]), (40, 1, [math.inf, math.nan])])
         run.append_gradients([(80, 2, [0.0, 1e-30])])
         first, overflowed, last = read(run.gradients_file).rows
@@ -110,6 +110,6 @@ def test_a_message_does_not_carry_the_whole_file(tmp_path: Path) -> None:
 
 
 def test_an_empty_file_is_none(tmp_path: Path) -> None:
-    assert read(write(tmp_path)) == Gradients()
+    assert read(write(tmp_path)) == GradientRows()
     assert gradient_line(1, 2, [0.5]) == "1,2,0.5"
     assert GRADIENT_TABLE.of_layers(LAYERS).names == ("step", "epoch", *LAYERS)
