@@ -206,7 +206,8 @@ def test_poison_that_stays_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_a_loss_far_above_chance_for_long(tmp_path: Path) -> None:
-    """Finite, but in the thousands: a bias that has exploded, which does not come back at this rate."""
+    """Finite, but in the hundreds and thousands: a bias that has exploded, which does not come back at this rate. How
+    far above it is from row to row depends on the processor's rounding."""
     path = tmp_path / "run"
     sets = ("train.log_every_steps=10", "data.train_subset=480", "train.batch=4", "train.epochs=2")
     run_training(settings("train.max_steps=5", *sets), path)
@@ -216,7 +217,9 @@ def test_a_loss_far_above_chance_for_long(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"the training loss has been above 11\.5 for 100 steps at step 100"):
         resume_training(path, settings("train.on_nan=stop", *sets))
     assert checkpoints.checkpoint_folders(path / "checkpoints")[0].name == "step-00000005"
-    assert all(float(row["loss"]) > 1000 for row in rows(path, "steps.csv"))
+    losses = [float(row["loss"]) for row in rows(path, "steps.csv")]
+    assert all(11.5 < loss < math.inf for loss in losses)
+    assert max(losses) > 1000
 
 
 def test_a_broken_loss_is_undone_before_the_run_is_left(tmp_path: Path) -> None:
