@@ -26,7 +26,7 @@ from lowmem.choose.planning import Request, choose
 from lowmem.choose.request import card_rates, of_card
 from lowmem.config.cards import load_card
 from lowmem.core.errors import Infeasible
-from lowmem.core.units import parse_memory
+from lowmem.core.units import LEAST_CARD_BYTES, parse_memory
 from lowmem.simulate import simulate_step
 
 CARDS = {"gtx1050ti": "4G", "gtx1060-6g": "6G", "gtx1070": "8G", "rtx3060-12g": "12G"}
@@ -62,7 +62,7 @@ def largest(fits: Callable[[int], bool], start: int) -> int | None:
 def on_card(model: nn.Module, card_name: str, memory: str, precision: str, start: int) -> Fits:
     """`start`: about the largest plain batch."""
     card = load_card(card_name)
-    budget, rates = of_card(card, parse_memory(memory)), card_rates(card)
+    budget, rates = of_card(card, parse_memory(memory, LEAST_CARD_BYTES)), card_rates(card)
     overheads: dict[int, float | None] = {}
 
     def request(batch: int) -> Request:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 _NAME = re.compile(r"(?P<kind>[A-Z_]+)(?:\{(?P<kept>[^{}]*)\})?(?P<drop>-out)?")
-_TENSOR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.#]*")
+_TENSOR = re.compile(r"[^\s,{}]+")
 
 
 class PolicyKind(StrEnum):
@@ -45,7 +45,7 @@ class BlockPolicy:
             raise ValueError(f"{self.kind} takes no names of kept tensors, got {sorted(self.kept)}")
         wrong = sorted(name for name in self.kept if not _TENSOR.fullmatch(name))
         if wrong:
-            raise ValueError(f"{wrong} are no names of operations: they have letters, digits, dots and underscores")
+            raise ValueError(f"{wrong} are no names of operations: they have no spaces, commas and braces")
         if self.drop_output and self.kind in (PolicyKind.FUSED, PolicyKind.SAVE_ALL):
             raise ValueError(f"{self.kind} cannot drop its output: only LEAN and KEEP know how to restore it")
 

@@ -11,6 +11,7 @@ stage, which is planned inside.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from lowmem.remat.operation import Operation
@@ -155,9 +156,11 @@ def _stage(
 
 
 def _local(stage: str, one: Reading, names: set[str]) -> str:
-    """Of an operation inside its stage: alike in stages that are alike."""
+    """Of an operation inside its stage: alike in stages that are alike. A policy names it, without spaces, commas and
+    braces, which a module's name may have."""
     stem = stage.partition("#")[0]
     name = one.kind.removeprefix(stem + ".") if one.kind != stem else one.kind.rpartition(".")[2]
+    name = re.sub(r"[\s,{}]", "_", name) or "operation"
     count, found = 1, name
     while found in names:
         count += 1

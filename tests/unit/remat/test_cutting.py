@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowmem.models.resnet import Bottleneck
+from lowmem.plan.policy import BlockPolicy, keep
 from lowmem.remat import decompose, stage_names
 
 
@@ -96,3 +97,20 @@ def test_names_are_unique_though_a_module_is_used_twice() -> None:
     names = stage_names(Twice())
     assert len(set(names)) == len(names) == 3
     assert names[0] == "stem"
+
+
+def test_modules_may_have_any_name() -> None:
+    """Also one that a policy's text could not hold."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module("a-b c,{d}", nn.Sequential(_conv(), nn.BatchNorm2d(4), nn.ReLU(), _conv()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.get_submodule("a-b c,{d}")(x)
+
+    (stage,) = decompose(nn.Sequential(Odd()))
+    policy = keep(*stage.tensors)
+    assert BlockPolicy.parse(policy.name) == policy
+    stage.check(policy)
