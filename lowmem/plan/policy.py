@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 _NAME = re.compile(r"(?P<kind>[A-Z_]+)(?:\{(?P<kept>[^{}]*)\})?(?P<drop>-out)?")
-_TENSOR = re.compile(r"[^\s,{}]+")
+_TENSOR = re.compile(r"[^\s,{}.][^\s,{}]*")
 
 
 class PolicyKind(StrEnum):
