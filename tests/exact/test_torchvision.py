@@ -29,7 +29,7 @@ from lowmem.step.undo import Undo
 
 BATCH = 2
 # network -> side of the pictures
-QUICK = {"resnet18": 64, "mobilenet_v3_small": 64, "squeezenet1_1": 64}
+QUICK = {"squeezenet1_1": 64}
 SLOW = {
     **dict.fromkeys(("resnet50", "resnext50_32x4d", "wide_resnet50_2", "mobilenet_v2", "mobilenet_v3_large"), 64),
     **dict.fromkeys(("efficientnet_b0", "efficientnet_v2_s", "mnasnet0_5", "mnasnet1_0", "shufflenet_v2_x1_0"), 64),
