@@ -34,15 +34,8 @@ SLOW = {
     **dict.fromkeys(("resnet50", "resnext50_32x4d", "wide_resnet50_2", "mobilenet_v2", "mobilenet_v3_large"), 64),
     **dict.fromkeys(("efficientnet_b0", "efficientnet_v2_s", "mnasnet0_5", "mnasnet1_0", "shufflenet_v2_x1_0"), 64),
     **dict.fromkeys(("densenet121", "googlenet", "squeezenet1_0", "regnet_y_400mf", "regnet_x_400mf"), 64),
-    **{
-        "alexnet": 96,
-        "vgg11_bn": 64,
-        "vgg11": 64,
-        "inception_v3": 96,
-        "convnext_tiny": 64,
-        "swin_t": 64,
-        "vit_b_32": 224,
-    },
+    **dict.fromkeys(("resnet18", "mobilenet_v3_small", "vgg11_bn", "vgg11", "convnext_tiny", "swin_t"), 64),
+    **{"alexnet": 96, "inception_v3": 96, "vit_b_32": 224},
 }
 MORE: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": False},
