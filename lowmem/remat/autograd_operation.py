@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -83,6 +84,7 @@ class Graph:
     def enter(self, tensor: Tensor) -> Tensor:
         self._entered += 1
         entered: Tensor = _Entry.apply(self._anchor, self._inbox, self._entered - 1, tensor)
+        entered = entered.view_as(entered)  # see `_edge`
         self.entries.append(get_gradient_edge(entered))
         return entered
 
@@ -105,7 +107,7 @@ class Graph:
         tensors, spec = tree_flatten(result)
         real = [isinstance(one, Tensor) for one in tensors]
         self.edges = [
-            get_gradient_edge(one) if is_tensor and one.requires_grad else None
+            _edge(one) if is_tensor and one.requires_grad else None
             for one, is_tensor in zip(tensors, real, strict=True)
         ]
         detached = [one.detach() if is_tensor else one for one, is_tensor in zip(tensors, real, strict=True)]
@@ -144,6 +146,13 @@ class Graph:
         entered = [(one, inbox[number]) for number, one in self.parameters.items() if number in inbox]
         direct = [(one, value) for one, value in zip(self.leaves, found, strict=True) if value is not None]
         return Gradients(operands, _apart([*outputs, *tree_leaves(operands)], [*entered, *direct]))
+
+
+def _edge(tensor: Tensor) -> GradientEdge:
+    """Where its gradient begins. torch 2.7 ends the process on edges of functions that are written in Python."""
+    if isinstance(tensor.grad_fn, BackwardCFunction):
+        tensor = tensor.view_as(tensor)
+    return get_gradient_edge(tensor)
 
 
 def _continuous(tensor: Tensor) -> bool:
