@@ -14,6 +14,8 @@ from lowmem.remat import apply_plan, decompose
 from tests.exact.graphs import RandomNet, random_schedule
 
 QUICK, ALL = 150, 1500
+# Plain PyTorch's own step ends the process there, in channels-last, for some of these tiny convolutions.
+OLD = torch.__version__.startswith("2.7.")
 
 
 def _steps(model: nn.Module, x: Tensor, low: bool, asked: bool) -> tuple[list[Tensor], Tensor | None]:
@@ -45,7 +47,7 @@ def _check(seed: int) -> bool:
     x = torch.randn(numbers.choice([2, 3]), 4, 8, 8)
     if not low and numbers.random() < 0.15:
         model, x = model.double(), x.double()
-    if numbers.random() < 0.5:
+    if numbers.random() < 0.5 and not OLD:
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     plain = copy.deepcopy(model)
     try:
