@@ -267,6 +267,8 @@ def test_the_commands_of_the_guide_run_one_after_the_other(
             out = Path(rest[rest.index("--out") + 1] if "--out" in rest else f"runs/{settings.config.model.name}")
             small += ["--out", f"{out}-again", "--dry-run"] if (somewhere / out).exists() else ["--out", str(out)]
             small += [] if "--data" in rest else ["--data", "shapes"]
+            if "--image-size" in rest:  # of a network that has 390 MiB of weights, gradients and momentum
+                small += ["--image-size", "64", "--vram", "2G"]
         elif name == "fork" and "--model" in rest:
             small = ["--at", "1", "--out", "runs/changed"]
             (somewhere / "my_net.py").write_text(f"{MY_NET}# changed\n")
