@@ -112,35 +112,30 @@ def decide(
     """
     group, config = group or Group(), settings.config
     plans = () if recorded is None else _plans_of_as_many(recorded, group.size, tell)
-    outdated = None
-    if recorded is not None and plans and _still_holds(recorded, config):
-        outdated = _outdated(plans, config, data.classes)
-        if outdated is None:
-            return Decision(settings, plans[group.rank], _split(group, config, plans[group.rank]))
-        tell.note(outdated)
-    elif not (wants_plan(config) or on_paper):
+    holds = recorded is not None and plans and _still_holds(recorded, config)
+    outdated = _outdated(plans, config, data.classes) if holds else None
+    if holds and outdated is None:
+        return Decision(settings, plans[group.rank], _split(group, config, plans[group.rank]))
+    if not (holds or wants_plan(config) or on_paper):
         return Decision(settings, None, _split(group, config, None), changed=recorded is not None)
 
+    if outdated is not None:
+        tell.note(outdated)
     tell.phase("planning")
     auto = config.memory.auto_batch and recorded is None
     anew = recorded is None or not plans or (recorded.fork and outdated is None)
-    # Without a budget by now, it goes on within the one that it was planned for.
-    bounded = config if recorded is None or wants_plan(config) else _with_memory_of(config, recorded.config)
-    requests = _requests(bounded, data, group, tell, on_paper=on_paper, recalibrate=recalibrate)
+    requests = _requests(_bounded(config, recorded), data, group, tell, on_paper=on_paper, recalibrate=recalibrate)
     first = min(requests)
     own = requests[first]
     if anew:
         splits = _divided(config, data, Planner(requests, group), auto=auto)
     else:
         splits = [_same_computation(config, plans[group.rank], own, group)]
-    split, choice = splits[0], splits[0].choices[first]
+    choice = splits[0].choices[first]
     settled = _settled(settings, choice.plan, own.reasons, auto=auto)
     if on_paper:
-        return Decision(settled, choice.plan, Split(split.shares), planned=split)
-    if not group.alone:
-        for line in describe_split(split, group.gather(choice.budget.source)):
-            tell.note(line)
-    _say(choice, group, tell)
+        return Decision(settled, choice.plan, Split(splits[0].shares), planned=splits[0])
+    _say_split(splits[0], choice, group, tell)
     event = None
     # A run that goes on keeps what it computes; its parts on other processes are new to their cards.
     if confirm is not None and (recorded is None or (anew and not recorded.fork and not group.alone)):
@@ -227,6 +222,11 @@ def _still_holds(recorded: RecordedRun, config: Config) -> bool:
         known = bool(recorded.plans) or not wants_plan(config)
         return known and _basis(recorded.config) == _basis(config)
     return not wants_plan(config) or _budget(recorded.config) == _budget(config)
+
+
+def _bounded(config: Config, recorded: RecordedRun | None) -> Config:
+    """Without a budget by now, it goes on within the one that it was planned for."""
+    return config if recorded is None or wants_plan(config) else _with_memory_of(config, recorded.config)
 
 
 def _with_memory_of(config: Config, other: Config) -> Config:
@@ -321,6 +321,13 @@ def _with_batch(settings: Settings, batch: int) -> Settings:
     factor = batch / before
     rates = {"optim.lr": config.optim.lr * factor, "schedule.low_start_lr": config.schedule.low_start_lr * factor}
     return settings.replace(rates, f"linear rule: batch {before} -> {batch}")
+
+
+def _say_split(split: BatchSplit, choice: Choice, group: Group, tell: Listener) -> None:
+    if not group.alone:
+        for line in describe_split(split, group.gather(choice.budget.source)):
+            tell.note(line)
+    _say(choice, group, tell)
 
 
 def _say(choice: Choice, group: Group, tell: Listener) -> None:

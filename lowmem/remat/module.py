@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lowmem.core.units import counted
 from lowmem.plan.policy import Keep, Schedule
 from lowmem.plan.record import Plan
-from lowmem.remat.chain import Traced, TracedChain, chain_of
+from lowmem.remat.chain import Traced, TracedChain
 from lowmem.remat.executor import Run, autocast_dtype
 from lowmem.remat.operation import Total
 from lowmem.remat.stage import Stage
@@ -60,14 +60,17 @@ class ChainExecution:
     `stage_done`, called when a stage's gradients are complete (`lowmem.remat.executor.Run`).
     """
 
-    def __init__(self, model: nn.Module, schedule: Schedule, library_norm: bool, parts: Parts | None = None) -> None:
+    def __init__(self, model: nn.Module, plan: Plan | Schedule, library_norm: bool, parts: Parts | None = None) -> None:
         self.model, self.library_norm, self.parts = model, library_norm, parts
         self.total: Total | None = None
         self.stage_done: Callable[[int], None] | None = None
         self.warned = False  # of hooks that do not fire
         self._chain = TracedChain(model, parts)
-        self._names = tuple(stage.name for stage in self.stages)
-        self.set_schedule(schedule)
+        stages = self.stages
+        self._names = tuple(stage.name for stage in stages)
+        if isinstance(plan, Plan):
+            check_plan(plan, stages)
+        self.set_schedule(plan.schedule if isinstance(plan, Plan) else plan)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -169,10 +172,10 @@ class PlannedModule(nn.Module):
 
 
 def planned(
-    model: nn.Module, schedule: Schedule, library_norm: bool = False, parts: Parts | None = None
+    model: nn.Module, plan: Plan | Schedule, library_norm: bool = False, parts: Parts | None = None
 ) -> PlannedModule:
-    """The module, of the model's class, that executes the schedule on the model's own parameters."""
-    execution = ChainExecution(model, schedule, library_norm, parts)
+    """The module, of the model's class, that executes the plan on the model's own parameters."""
+    execution = ChainExecution(model, plan, library_norm, parts)
     kind = type(model)
     made = type(f"Planned{kind.__name__}", (PlannedModule, kind), {"__module__": kind.__module__})
     module: PlannedModule = object.__new__(made)
@@ -240,8 +243,6 @@ def apply_plan(
     """
     model = untouched(model)
     parts = None if stages is None else parts_of(model, stages)
-    if isinstance(plan, Schedule):
-        return planned(model, plan, bool(library_norm), parts)
-    check_plan(plan, decompose(model) if parts is None else chain_of(parts))
-    library_norm = plan.library_norm if library_norm is None else library_norm
-    return planned(model, plan.schedule, library_norm, parts)
+    if library_norm is None:
+        library_norm = isinstance(plan, Plan) and plan.library_norm
+    return planned(model, plan, library_norm, parts)
