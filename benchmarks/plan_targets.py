@@ -31,7 +31,7 @@ from lowmem.core.units import GIB, MIB, format_size
 from lowmem.models import skeleton
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.solver import Solver
-from lowmem.simulate import Simulated, StepShape, simulate_step
+from lowmem.simulate import Simulated, StepShape, StepSimulator, simulate_step
 
 NAME = "plan_targets"
 HEADER = (
@@ -103,6 +103,7 @@ class Bench:
     """One scenario's step, simulated plain, and its chain of costs."""
 
     shape: StepShape
+    steps: StepSimulator
     rates: Rates
     plain: Simulated
     chain: ChainCost
@@ -174,7 +175,7 @@ def prepare(scenario: Scenario, card_name: str, width: int) -> Bench:
     plain = simulate_step(shape, None, rates)
     began = time.perf_counter()
     chain = price(measure_costs(shape, rates=rates), rates)
-    return Bench(shape, rates, plain, chain, time.perf_counter() - began)
+    return Bench(shape, StepSimulator(shape), rates, plain, chain, time.perf_counter() - began)
 
 
 def label(goal: Goal) -> str:
@@ -206,13 +207,13 @@ def measure(goal: Goal, bench: Bench, card_name: str) -> Row:
         if least:
             solution = Solver(bench.chain).least()
             solver_seconds = time.perf_counter() - began
-            simulated = simulate_step(bench.shape, solution.schedule, bench.rates)
+            simulated = bench.steps.simulate(solution.schedule, bench.rates)
         else:
             budget = budget_of(goal, bench, card_name)
             solver = Solver(bench.chain, limit_bytes=budget.tensor_bytes)
             solver.solve(budget.tensor_bytes)
             solver_seconds = time.perf_counter() - began
-            _, simulated = fit(solver, bench.shape, budget, bench.rates)
+            _, simulated = fit(solver, bench.steps, budget, bench.rates)
     except Infeasible as error:
         return Row(
             label=label(goal),

@@ -54,7 +54,7 @@ def plan_of(network: str, batch: int, size: int, card_name: str, budget_bytes: i
     from lowmem.config.cards import load_card
     from lowmem.models import skeleton
     from lowmem.plan.solver import Solver
-    from lowmem.simulate import StepShape, simulate_step
+    from lowmem.simulate import StepShape, StepSimulator, simulate_step
 
     card = load_card(card_name)
     rates = card_rates(card)("fp32")
@@ -76,7 +76,7 @@ def plan_of(network: str, batch: int, size: int, card_name: str, budget_bytes: i
         chain = price(measured, rates)
         solver = Solver(chain, limit_bytes=budget.tensor_bytes)
     with clock.part("whole steps"):
-        fit(solver, shape, budget, rates)
+        fit(solver, StepSimulator(shape), budget, rates)
     with clock.part("plain step"):
         simulate_step(shape, None, rates)
 
@@ -88,7 +88,7 @@ def curve(clock: Clock) -> None:
     from lowmem.config.cards import load_card
     from lowmem.models import skeleton
     from lowmem.plan.solver import Solver
-    from lowmem.simulate import StepShape, simulate_step
+    from lowmem.simulate import StepShape, StepSimulator
 
     rates = card_rates(load_card("gtx1060-6g"))("fp32")
     shape = StepShape(
@@ -106,8 +106,9 @@ def curve(clock: Clock) -> None:
     with clock.part("budgets"):
         solutions = solver.curve(BUDGETS)
     with clock.part("whole steps"):
+        steps = StepSimulator(shape)
         for solution in solutions:
-            simulate_step(shape, solution.schedule, rates)
+            steps.simulate(solution.schedule, rates)
 
 
 def ladder(clock: Clock) -> None:

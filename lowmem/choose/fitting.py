@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lowmem.calibrate.calibrator import Workspaces
 from lowmem.choose.request import Budget
 from lowmem.core.errors import Infeasible
 from lowmem.core.phases import Phase, untold
@@ -20,7 +19,7 @@ from lowmem.plan.evaluate import Solution
 from lowmem.plan.policy import Schedule
 from lowmem.plan.refine import faster_neighbours
 from lowmem.plan.solver import Solver
-from lowmem.simulate import Simulated, StepShape, simulate_step
+from lowmem.simulate import Simulated, StepSimulator
 
 _TRIES = 12  # of the solver against the whole simulated step
 _HALVINGS = 3  # between a target that fits and one that does not
@@ -30,15 +29,14 @@ _WORTH = 0.005  # the least share of a step's time that is worth another try
 
 def fit(
     solver: Solver,
-    shape: StepShape,
+    steps: StepSimulator,
     budget: Budget,
     rates: Rates,
-    workspace: Workspaces | None = None,
     phase: Phase = untold,
 ) -> tuple[Solution, Simulated]:
     """Raises Infeasible with a budget of which the whole step is known to fit."""
     capacity = budget.tensor_bytes if budget.on_card else None
-    search = _Search(solver, budget, lambda schedule: simulate_step(shape, schedule, rates, capacity, workspace), phase)
+    search = _Search(solver, budget, lambda schedule: steps.simulate(schedule, rates, capacity), phase)
     target, failed = budget.tensor_bytes, None
     for tried in range(_TRIES):
         phase(f"planning: the fastest way that fits{f', try {tried + 1}' * (tried > 0)}")

@@ -27,7 +27,7 @@ from lowmem.plan.solver import Solver
 from lowmem.remat.libraries import convolutions_in_tf32
 from lowmem.remat.module import Named, parts_of
 from lowmem.remat.same_forward import check_same_forward
-from lowmem.simulate import Simulated, StepShape, simulate_step
+from lowmem.simulate import Simulated, StepShape, StepSimulator, simulate_step
 
 _SMALLEST_MICRO_BATCH = 8
 # A runner-up that is predicted to be slower by more than this cannot win by an error of the prediction that is usual.
@@ -191,7 +191,8 @@ def _plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
         Solver(chain, limit_bytes=budget.tensor_bytes).solve(budget.tensor_bytes)
         chain = price(measured, rates, calibrator.times(shape, measured.stages))
     solver = Solver(chain, limit_bytes=budget.tensor_bytes)
-    solution, simulated = fit(solver, shape, budget, rates, workspace, request.phase)
+    steps = request.once(("steps", shape), lambda: StepSimulator(shape, workspace))
+    solution, simulated = fit(solver, steps, budget, rates, request.phase)
 
     def plain() -> Simulated:
         request.phase("planning: the plain step to compare with")
@@ -218,7 +219,7 @@ def _plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
         solver=solver,
         shape=shape,
         rates=rates,
-        workspace=workspace,
+        steps=steps,
         simulated=simulated,
         plain=request.once(("plain", shape, rates), plain),
         seconds_from=request.rates_from if calibrator is None else "measured on this device",
@@ -249,7 +250,7 @@ def with_ladder(choice: Choice, phase: Phase = untold) -> Choice:
     solutions = choice.solver.ladder(above.peak_allocated_bytes)
     for tried, solution in enumerate(solutions):
         phase("planning: smaller plans in reserve", tried, len(solutions))
-        simulated = simulate_step(choice.shape, solution.schedule, choice.rates, workspace=choice.workspace)
+        simulated = choice.steps.simulate(solution.schedule, choice.rates)
         below = simulated.estimate
         if below.peak_allocated_bytes < above.peak_allocated_bytes and size(below) < size(above):
             predicted = choice.predicted(solution, simulated)

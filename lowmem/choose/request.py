@@ -22,7 +22,7 @@ from lowmem.plan.evaluate import Solution
 from lowmem.plan.record import Plan, Predicted
 from lowmem.plan.solver import Solver
 from lowmem.remat.libraries import ASSUMED_WORKSPACE_BYTES, blas_workspace_bytes
-from lowmem.simulate import Call, Simulated, StepShape
+from lowmem.simulate import Simulated, StepShape, StepSimulator
 from lowmem.simulate.trace import Estimate
 
 _T = TypeVar("_T")
@@ -264,14 +264,14 @@ class Request:
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """A plan with what it was chosen from: for explaining, drawing, and its ladder. `seconds_from`: where predicted
-    seconds come from, in words. `workspace`: see `lowmem.simulate.Recorder`."""
+    seconds come from, in words."""
 
     plan: Plan
     budget: Budget
     solver: Solver  # of all smaller budgets too
     shape: StepShape
     rates: Rates
-    workspace: Callable[[Call], int] | None
+    steps: StepSimulator = field(repr=False, compare=False)  # of this shape, under any schedule
     simulated: Simulated
     plain: Simulated
     seconds_from: str

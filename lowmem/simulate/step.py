@@ -83,29 +83,77 @@ def simulate_step(
     """Runs the training step with the real executor (or, for None, the untouched model under autograd) on outlines.
     `capacity_bytes`: of the allocator; None: no limit. `workspace`: see `lowmem.simulate.Recorder`. `way`: another way
     to execute the model, where there is no schedule. `optimizer`: the form of SGD, as its own keywords say it."""
+    if schedule is not None:
+        return StepSimulator(shape, workspace).simulate(schedule, rates, capacity_bytes)
+    trace = trace_steps(lambda: _built(shape, way or _untouched, optimizer), workspace=workspace)
+    return _simulated(trace, rates, capacity_bytes)
 
-    def build() -> StepRun:
-        execution, joint = shape.execution, None
-        run = empty_copy(shape.model, execution.torch_memory_format).train()
-        if schedule is not None:
-            run = apply_plan(run, schedule, library_norm=shape.library_norm, stages=shape.stages)
-        elif way is not None:
-            run = way(run)
-        sgd = make_optimizer(run, OptimConfig(momentum=0.9 if shape.momentum else 0.0), execution.device, optimizer)
-        # The plain step, which others are compared with, is the library's: nobody sums its gradients or undoes it.
-        if isinstance(run, PlannedModule) and shape.joint:
-            split = Split((shape.batch,), micro_batches=(shape.micro_batch,))
-            joint = DataParallelStep(run, Group(), split, execution.device, sync_bn=shape.sync_bn)
-            joint.begin(shape.batch)
-        step = TrainStep(run, sgd, make_scaler(execution), execution, shape.micro_batch, joint)
-        images = torch.empty(shape.batch, *shape.image_shape, dtype=shape.dtype).contiguous(
-            memory_format=execution.torch_memory_format
-        )
-        labels = torch.zeros(shape.batch, dtype=torch.int64)
-        undo = Undo(step, run) if isinstance(run, PlannedModule) else None
-        return StepRun(step=step, images=images, labels=labels, undo=undo)
 
-    trace = trace_steps(build, workspace=workspace)
+class StepSimulator:
+    """Steps of one shape under one schedule after the other. The network is copied and traced once, and all of them run
+    on the same outlines: between two steps there are parameters, buffers and what the optimizer keeps, as at first."""
+
+    def __init__(self, shape: StepShape, workspace: Callable[[Call], int] | None = None) -> None:
+        self.shape, self._workspace = shape, workspace
+        self._run: StepRun | None = None
+        self._recorder = Recorder(workspace)
+        self._begun = (0, 0, 0)  # the recorder's mark of where a step begins
+        self._live_bytes = 0  # there
+
+    def simulate(self, schedule: Schedule, rates: Rates, capacity_bytes: int | None = None) -> Simulated:
+        """See `simulate_step`."""
+        if self._run is None or self.shape.joint:  # what is summed over processes keeps notes from step to step
+            self._run, self._recorder = None, Recorder(self._workspace)
+        with OutlineMode(), self._recorder:
+            run, self._run = self._prepared(schedule), None
+            _run_recorded(self._recorder, run, 1)
+            self._recorder.phase = lambda: "end"
+        if self._recorder.live_bytes == self._live_bytes:  # else the next one begins anew, as after an error
+            self._run = run
+        return _simulated(self._recorder.trace, rates, capacity_bytes)
+
+    def _prepared(self, schedule: Schedule) -> StepRun:
+        recorder = self._recorder
+        if self._run is not None:
+            model = self._run.step.model
+            assert isinstance(model, PlannedModule)
+            model.lowmem.set_schedule(schedule)
+            recorder.rewind(self._begun)
+            return self._run
+        shape = self.shape
+
+        def planned(model: nn.Module) -> nn.Module:
+            return apply_plan(model, schedule, library_norm=shape.library_norm, stages=shape.stages)
+
+        run = _built(shape, planned, FUSED)
+        _label(recorder, run)
+        self._begun, self._live_bytes = recorder.mark(), recorder.live_bytes
+        return run
+
+
+def _untouched(model: nn.Module) -> nn.Module:
+    return model
+
+
+def _built(shape: StepShape, way: Callable[[nn.Module], nn.Module], optimizer: Mapping[str, bool]) -> StepRun:
+    execution, joint = shape.execution, None
+    run = way(empty_copy(shape.model, execution.torch_memory_format).train())
+    sgd = make_optimizer(run, OptimConfig(momentum=0.9 if shape.momentum else 0.0), execution.device, optimizer)
+    # The plain step, which others are compared with, is the library's: nobody sums its gradients or undoes it.
+    if isinstance(run, PlannedModule) and shape.joint:
+        split = Split((shape.batch,), micro_batches=(shape.micro_batch,))
+        joint = DataParallelStep(run, Group(), split, execution.device, sync_bn=shape.sync_bn)
+        joint.begin(shape.batch)
+    step = TrainStep(run, sgd, make_scaler(execution), execution, shape.micro_batch, joint)
+    images = torch.empty(shape.batch, *shape.image_shape, dtype=shape.dtype).contiguous(
+        memory_format=execution.torch_memory_format
+    )
+    labels = torch.zeros(shape.batch, dtype=torch.int64)
+    undo = Undo(step, run) if isinstance(run, PlannedModule) else None
+    return StepRun(step=step, images=images, labels=labels, undo=undo)
+
+
+def _simulated(trace: Trace, rates: Rates, capacity_bytes: int | None) -> Simulated:
     seconds = rates.seconds(kernel for kernel in trace.work if kernel.phase != "setup")
     try:
         taken, fits = estimate(trace, capacity_bytes), True
@@ -137,17 +185,24 @@ def trace_steps(
     with OutlineMode():
         recorder = Recorder(workspace)
         with recorder:
-            _run_recorded(recorder, build(), steps)
+            run = build()
+            _label(recorder, run)
+            _run_recorded(recorder, run, steps)
+            del run
         recorder.phase = lambda: "end"  # and with it the step goes
     return recorder.trace
 
 
-def _run_recorded(recorder: Recorder, run: StepRun, steps: int) -> None:
+def _label(recorder: Recorder, run: StepRun) -> None:
     step, network = run.step, run.step.model
     copies = run.undo.copies if run.undo is not None else ()
     recorder.label((*network.parameters(), *network.buffers(), *copies), Kind.PARAMS)
     recorder.label(optimizer_tensors(step.optimizer), Kind.OPTIMIZER)
     recorder.label((run.images, run.labels), Kind.ACTIVATIONS)
+
+
+def _run_recorded(recorder: Recorder, run: StepRun, steps: int) -> None:
+    step, network = run.step, run.step.model
     recorder.phase = lambda: step.phase
     for _ in range(steps):
         run.run(lambda: recorder.label((parameter.grad for parameter in network.parameters()), Kind.GRADS))

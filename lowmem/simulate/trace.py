@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -135,6 +136,19 @@ class Recorder(TensorMeter):
         self.trace = Trace()
         self.phase: Callable[[], str] = lambda: "setup"
         self._workspace = workspace
+
+    def mark(self) -> tuple[int, int, int]:
+        """For `rewind`: how much is recorded so far, and the next storage's number."""
+        number = next(self._numbers)
+        self._numbers = count(number)
+        return len(self.trace.events), len(self.trace.work), number
+
+    def rewind(self, mark: tuple[int, int, int]) -> None:
+        """Forgets all since the mark. What came to exist since then has to be gone."""
+        events, work, number = mark
+        del self.trace.events[events:], self.trace.work[work:]
+        self.trace.kinds = {storage: kind for storage, kind in self.trace.kinds.items() if storage < number}
+        self._numbers = count(number)
 
     def label(self, tensors: Iterable[Tensor | None], kind: Kind) -> None:
         """Says what these tensors are for; those not seen before count from now on."""

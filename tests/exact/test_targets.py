@@ -16,7 +16,7 @@ from lowmem.models import skeleton
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.evaluate import evaluate
 from lowmem.plan.solver import Solver
-from lowmem.simulate import Simulated, StepShape, simulate_step
+from lowmem.simulate import Simulated, StepShape, StepSimulator, simulate_step
 from tests.step_shapes import shape_of
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ def test_overhead(
     bottleneck_110: tuple[Solver, StepShape, Rates, Simulated], counted: ChainCost, budget_mib: int
 ) -> None:
     solver, shape, rates, plain = bottleneck_110
-    solution, simulated = fit(solver, shape, Budget(total_bytes=budget_mib * MIB), rates)
+    solution, simulated = fit(solver, StepSimulator(shape), Budget(total_bytes=budget_mib * MIB), rates)
     assert simulated.estimate.peak_allocated_bytes <= budget_mib * MIB
     assert simulated.seconds / plain.seconds - 1 <= TARGETS[budget_mib]
     # The plan's own account of the work is exact.
@@ -59,7 +59,7 @@ def test_overhead(
 
 def test_least_feasible(bottleneck_110: tuple[Solver, StepShape, Rates, Simulated]) -> None:
     solver, shape, rates, _ = bottleneck_110
-    _, simulated = fit(solver, shape, Budget(total_bytes=LEAST_MIB * MIB), rates)
+    _, simulated = fit(solver, StepSimulator(shape), Budget(total_bytes=LEAST_MIB * MIB), rates)
     assert simulated.estimate.peak_allocated_bytes <= LEAST_MIB * MIB
 
 

@@ -15,7 +15,7 @@ from lowmem.models import skeleton
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.refine import faster_neighbours
 from lowmem.plan.solver import Solver
-from lowmem.simulate import simulate_step
+from lowmem.simulate import StepSimulator, simulate_step
 from tests.step_shapes import shape_of
 
 RATES = Rates.roofline(4.38e12, 192e9)
@@ -30,7 +30,7 @@ def chain() -> ChainCost:
 @pytest.mark.parametrize("mib", [90, 110, 140])
 def test_no_block_alone_could_be_faster_on_the_card(chain: ChainCost, mib: int) -> None:
     budget = Budget(total_bytes=(mib + 400) * MIB, context_bytes=400 * MIB)
-    solution, simulated = fit(Solver(chain, limit_bytes=budget.tensor_bytes), SHAPE, budget, RATES)
+    solution, simulated = fit(Solver(chain, limit_bytes=budget.tensor_bytes), StepSimulator(SHAPE), budget, RATES)
     assert simulated.fits
     assert simulated.estimate.peak_allocated_bytes <= budget.tensor_bytes
     assert simulated == simulate_step(SHAPE, solution.schedule, RATES, budget.tensor_bytes)
@@ -43,7 +43,7 @@ def test_tensors_alone_get_the_solvers_own(chain: ChainCost) -> None:
     for mib in (70, 90, 120):
         budget = Budget(total_bytes=mib * MIB)
         solver = Solver(chain, limit_bytes=budget.tensor_bytes)
-        solution, simulated = fit(solver, SHAPE, budget, RATES)
+        solution, simulated = fit(solver, StepSimulator(SHAPE), budget, RATES)
         assert simulated.estimate.peak_allocated_bytes <= budget.tensor_bytes
         assert solution.seconds <= solver.solve(budget.tensor_bytes * 99 // 100).seconds
 
@@ -51,6 +51,6 @@ def test_tensors_alone_get_the_solvers_own(chain: ChainCost) -> None:
 def test_what_fits_nowhere_is_refused_with_what_would(chain: ChainCost) -> None:
     budget = Budget(total_bytes=10 * MIB)
     with pytest.raises(Infeasible) as caught:
-        fit(Solver(chain, limit_bytes=budget.tensor_bytes), SHAPE, budget, RATES)
+        fit(Solver(chain, limit_bytes=budget.tensor_bytes), StepSimulator(SHAPE), budget, RATES)
     enough = replace(budget, total_bytes=caught.value.least_bytes)
-    assert fit(Solver(chain), SHAPE, enough, RATES)[1].fits
+    assert fit(Solver(chain), StepSimulator(SHAPE), enough, RATES)[1].fits

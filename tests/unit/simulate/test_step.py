@@ -13,9 +13,9 @@ from lowmem.config.schema import OptimConfig
 from lowmem.measure.out_of_memory import Failure
 from lowmem.measure.tensors import TensorMeter
 from lowmem.models import build
-from lowmem.plan.policy import LEAN, SAVE_ALL, Schedule, uniform
+from lowmem.plan.policy import INPUT_ONLY, LEAN, SAVE_ALL, Keep, Schedule, Segment, uniform
 from lowmem.remat import apply_plan, stage_names
-from lowmem.simulate import StepShape, simulate_step
+from lowmem.simulate import StepShape, StepSimulator, simulate_step
 from lowmem.step.train_step import Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
 
@@ -68,3 +68,30 @@ def _measured(model: torch.nn.Module, schedule: Schedule | None, execution: Exec
         else:
             assert not isinstance(undo.attempt(lambda: step(images, labels, 0.1)), Failure)
     return meter.peak_bytes
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["alone", "joint"])
+@pytest.mark.parametrize("micro_batch", [16, 6])
+@pytest.mark.parametrize("precision", ["fp32", "amp"])
+def test_steps_on_the_same_outlines_are_those_that_begin_anew(precision: str, micro_batch: int, joint: bool) -> None:
+    shape = StepShape(
+        model=build("res20", width=16),
+        image_shape=(3, 32, 32),
+        batch=BATCH,
+        micro_batch=micro_batch,
+        precision=precision,
+        memory_format="contiguous",
+        joint=joint,
+    )
+    count = len(stage_names(shape.model))
+    inner = Schedule((*(Keep(at, LEAN) for at in range(count - 1)), Keep(count - 1, SAVE_ALL)))
+    schedules = [
+        uniform([SAVE_ALL] * count),
+        uniform([INPUT_ONLY] * (count - 1) + [SAVE_ALL]),
+        Schedule((Segment(0, count - 1, inner),)),
+    ]
+    rates, steps = card_rates(load_card("gtx1060-6g"))("fp32"), StepSimulator(shape)
+    for schedule in (*schedules, *reversed(schedules)):
+        for capacity in (None, 24 << 20):
+            found = steps.simulate(schedule, rates, capacity)
+            assert found == simulate_step(shape, schedule, rates, capacity)
