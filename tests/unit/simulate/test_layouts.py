@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from lowmem.simulate.layouts import elementwise_strides, like, memory_format
 
@@ -45,4 +45,7 @@ def test_copies_and_formats() -> None:
     for _ in range(600):
         tensor = _any(draw, [draw.choice((1, 2, 3)) for _ in range(draw.randint(1, 5))])
         assert _told(like(tensor).stride(), tensor) == _told(torch.empty_like(tensor).stride(), tensor), tensor.stride()
-        assert memory_format(tensor) == suggest_memory_format(tensor)
+        if tensor.dim() > 3:  # a result that torch gives its operand's memory format
+            result = F.interpolate(tensor, size=tensor.shape[2:], mode="nearest")
+            told = torch.empty(tensor.shape, memory_format=memory_format(tensor))
+            assert told.stride() == result.stride(), (tensor.shape, tensor.stride())
