@@ -12,6 +12,7 @@ Writes `results/planning.json` and `.md` beside this file, after each case.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -176,6 +177,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     if asked.case is not None:
+        import torchvision  # noqa: F401
+
+        gc.collect()
+        gc.freeze()  # as the command line does with what it imports: see lowmem/cli/terminal.py
         clock = Clock()
         CASES[asked.case][0](clock)
         print(json.dumps(clock.parts))

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -137,8 +137,9 @@ class Graph:
             ]
         edges, outputs = zip(*pairs, strict=True)
         with torch.autograd.set_multithreading_enabled(False):  # as the whole backward pass: see `TrainStep`
-            _, *found = torch.autograd.grad(edges, [self._anchor, *self.leaves], outputs, allow_unused=True)
-        inbox = self._inbox
+            # `torch.autograd.grad` without its checks of shapes, which import sympy: 0.4 s of every plan.
+            inbox, inputs = self._inbox, (self._anchor, *self.leaves)
+            _, *found = _engine_run_backward(edges, outputs, False, False, inputs, True, accumulate_grad=False)
         operands: list[Any] = []
         for places, wanted in zip(self.places, needed, strict=True):
             mine = [None if place is None else inbox.get(place) for place in places]

@@ -105,24 +105,26 @@ class Estimate:
 
 def estimate(trace: Trace, capacity_bytes: int | None = None) -> Estimate:
     """Plays the trace through the allocator's model. Raises `allocator.DeviceFull` if it does not fit a capacity."""
-    kinds = trace.all_kinds()
     allocator = Allocator(capacity_bytes)
-    live = dict.fromkeys(Kind, 0)
-    peak, at_peak, at = 0, dict(live), MemoryEvent(0, 0, "", "")
-    for event in trace.events:
-        live[kinds[event.storage]] += event.change_bytes
-        if event.change_bytes < 0:
+    live = peak = until = 0
+    for number, event in enumerate(trace.events):
+        change = event.change_bytes
+        live += change
+        if change < 0:
             allocator.free(event.storage)
             continue
-        allocator.allocate(event.storage, event.change_bytes)
-        if (total := sum(live.values())) > peak:
-            peak, at_peak, at = total, dict(live), event
+        allocator.allocate(event.storage, change)
+        if live > peak:
+            peak, until = live, number + 1
+    kinds, at_peak = trace.all_kinds(), dict.fromkeys(Kind, 0)
+    for event in trace.events[:until]:
+        at_peak[kinds[event.storage]] += event.change_bytes
     return Estimate(
         peak_tensor_bytes=peak,
         peak_allocated_bytes=allocator.peak_allocated_bytes,
         peak_reserved_bytes=allocator.peak_reserved_bytes,
         at_peak_bytes=at_peak,
-        peak_at=at,
+        peak_at=trace.events[until - 1] if until else MemoryEvent(0, 0, "", ""),
     )
 
 
