@@ -120,6 +120,28 @@ class _Choice(NamedTuple):
     what: OptionCost | int  # the option of the first stage, or j if a..j-1 is checkpointed
 
 
+class _Kept(NamedTuple):
+    """A line of the recurrence that keeps the first stage: its forward's bytes beside the gradients ahead, all of its
+    backward's, slots of what is kept, and how its output is restored, if it is dropped."""
+
+    seconds: float
+    forward: int
+    backward: int
+    kept: int
+    following: Restore | None
+    option: OptionCost
+
+
+class _Segments(NamedTuple):
+    """Lines of the recurrence that checkpoint a..j-1, for j = a + 1 …: seconds of the forwards, their bytes beside the
+    gradients ahead, the bytes at the beginning of the backward; and the slots that are held meanwhile."""
+
+    seconds: Row
+    forward: NDArray[np.int64]
+    backward: NDArray[np.int64]
+    shift: int
+
+
 class Table:
     """All of T for one chain, from which the schedule for any budget is read.
 
@@ -136,14 +158,20 @@ class Table:
         self._restores = self._all_restores(longest_run)
         self.longest_run = longest_run
         count = len(chain)
-        self._x = [self._round(size) for size in chain.boundary_bytes]
+        self._x = np.array([self._round(size) for size in chain.boundary_bytes])
         # bytes, not slots: thresholds are rounded as a whole
         self._gradients = [
             g + later for g, later in zip(chain.boundary_grad_bytes, chain.later_param_grad_bytes, strict=True)
         ]
         self._fast = list(accumulate((stage.fast_seconds for stage in chain.stages), initial=0.0))
-        self._rows: list[list[Row]] = [[] for _ in range(count)]  # [a][e - a]: T(a, e, ·), seconds; inf: does not fit
-        self._first: list[list[int]] = [[] for _ in range(count)]  # likewise: the least m that is finite
+        # [e][a]: T(a, e, ·), seconds, from the place x[a] on: columns are what segments that end before some a leave;
+        # inf: does not fit
+        width = slots + 1 + max(self._x)
+        self._rows: list[Row] = [np.full((e + 1, width), np.inf) for e in range(count)]
+        self._first = np.zeros((count, count), np.int64)  # [a, e]: the least m that is finite
+        self._sums = np.empty((count, slots + 1))  # where those of segments are made
+        self._keeps: dict[tuple[int, str, Restore | None], list[_Kept]] = {}
+        self._segments: dict[tuple[int, Restore | None], _Segments] = {}
         self._known: dict[tuple[_Part, int], tuple[float, _Choice]] = {}  # what was read, see `_best`
         transient: dict[Restore, list[Row]] = {}  # T' of a + 1, [e - a - 1]
         for a in reversed(range(count)):
@@ -168,72 +196,121 @@ class Table:
     @property
     def times(self) -> Row:
         """The least time of the whole chain for m = 0 … slots."""
-        return self._rows[0][-1]
+        return self._row(0, len(self.chain) - 1)
 
-    def _choices(self, a: int, e: int, restore: Restore | None = None) -> Iterator[_Choice]:
-        """The lines of the recurrence for T(a, e, ·), or for T'(a, e, ·) with that way of restoring the input of a."""
-        stage, whole = self._stages[a], e == len(self.chain) - 1
-        ahead, behind, x = self._gradients[e + 1], self._gradients[a + 1], self.chain.boundary_bytes
-        held, way = (0, Restore(0, 0)) if restore is None else (x[a], restore)
-        again = held + way.left  # with what restoring leaves
+    def _row(self, a: int, e: int) -> Row:
+        """T(a, e, ·)."""
+        begin = self._x[a]
+        return self._rows[e][a, begin : begin + self.slots + 1]
+
+    def _kept(self, a: int, e: int, restore: Restore | None) -> list[_Kept]:
+        """The lines that keep stage a, for T(a, e, ·), or for T'(a, e, ·) with that way of restoring the input of a."""
+        place = "whole" if a == e == len(self.chain) - 1 else "end" if a == e else "inside"
+        if (a, place, restore) in self._keeps:
+            return self._keeps[a, place, restore]
+        stage, size = self._stages[a], self.chain.boundary_bytes[a]
+        held, way = (0, Restore(0, 0)) if restore is None else (size, restore)
         options: Iterable[OptionCost] = stage.plain
-        if a == e and not whole:  # only the whole chain needs its last stage's output
+        if place == "end":  # only the whole chain needs its last stage's output
             options = (*(stage.fused if restore is None else ()), *stage.last)
-        elif a < e:
+        elif place == "inside":
             longest = restore is not None and self._restores[a][restore] >= self.longest_run
-            dropping = (o for o in stage.dropping if not (longest and o.restore_reads_input))
-            options = (*stage.plain, *dropping)
+            options = (*stage.plain, *(o for o in stage.dropping if not (longest and o.restore_reads_input)))
+        lines = self._keeps[a, place, restore] = []
         for option in options:
-            forward = ahead + held + option.forward_temp_bytes
-            backward = behind + again + option.backward_temp_bytes
-            following = None
+            backward, following = held + way.left + option.backward_temp_bytes, None
             if option.policy.drop_output and option.restore_reads_input:
                 following = restore_of(option) if restore is None else way.then(restore_of(option), held)
             else:
                 following = restore_of(option) if option.policy.drop_output else None
-                backward = max(backward, behind + option.restored_bytes + way.peak)
-            kept = self._round(option.kept_bytes)
-            least = max(kept, self._round(max(forward, backward) + option.kept_bytes))
-            parts = (_Part(a + 1, e, kept, following),) if a < e else ()
-            yield _Choice(option.seconds, least, parts, option)
-        peak, shift = 0, self._round(again)
-        for j in range(a + 1, e + 1):
-            here = 0 if restore is None and j - 1 == a else x[j - 1]
-            peak = max(peak, here + x[j] + self.chain.stages[j - 1].fast_temp_bytes)
-            least = self._round(max(ahead + peak, self._gradients[j] + way.peak))
-            yield _Choice(self._fast[j] - self._fast[a], least, (_Part(j, e, self._x[j]), _Part(a, j - 1, shift)), j)
+                backward = max(backward, option.restored_bytes + way.peak)
+            backward += self._gradients[a + 1] + option.kept_bytes
+            forward = held + option.forward_temp_bytes + option.kept_bytes
+            lines.append(_Kept(option.seconds, forward, backward, self._round(option.kept_bytes), following, option))
+        return lines
+
+    def _segments_from(self, a: int, restore: Restore | None) -> _Segments:
+        if (a, restore) not in self._segments:
+            x, count = self.chain.boundary_bytes, len(self.chain)
+            held, way = (0, Restore(0, 0)) if restore is None else (x[a], restore)
+            here = [0 if restore is None and j - 1 == a else x[j - 1] for j in range(a + 1, count)]
+            beside = [x[j] + self.chain.stages[j - 1].fast_temp_bytes for j in range(a + 1, count)]
+            self._segments[a, restore] = _Segments(
+                np.array([self._fast[j] - self._fast[a] for j in range(a + 1, count)]),
+                np.maximum.accumulate(np.array(here, np.int64) + np.array(beside, np.int64)),
+                np.array([self._gradients[j] + way.peak for j in range(a + 1, count)], np.int64),
+                self._round(held + way.left),
+            )
+        return self._segments[a, restore]
+
+    def _segment_slots(self, segments: _Segments, a: int, e: int) -> NDArray[np.int64]:
+        """Slots from which on the segments that leave something of a..e are allowed."""
+        forward = self._gradients[e + 1] + segments.forward[: e - a]
+        return (np.maximum(forward, segments.backward[: e - a]) + self.slot_bytes // 2) // self.slot_bytes
+
+    def _choices(self, a: int, e: int, restore: Restore | None) -> Iterator[_Choice]:
+        """All lines of the recurrence."""
+        for line in self._kept(a, e, restore):
+            least = max(line.kept, self._round(max(self._gradients[e + 1] + line.forward, line.backward)))
+            parts = (_Part(a + 1, e, line.kept, line.following),) if a < e else ()
+            yield _Choice(line.seconds, least, parts, line.option)
+        segments = self._segments_from(a, restore)
+        for j, least in enumerate(self._segment_slots(segments, a, e).tolist(), a + 1):
+            rest = _Part(j, e, int(self._x[j]))
+            seconds = float(segments.seconds[j - a - 1])
+            yield _Choice(seconds, least, (rest, _Part(a, j - 1, segments.shift)), j)
 
     def _fill(self, a: int, following: dict[Restore, list[Row]]) -> dict[Restore, list[Row]]:
         """T(a, ·, ·), from T'(a + 1, ·, ·); returns T'(a, ·, ·)."""
         transient: dict[Restore, list[Row]] = {restore: [] for restore in self._restores[a]}
+        inside = np.empty((len(self.chain) - a, self.slots + 1))  # T(a, j - 1, ·) and the segment's forwards
         for e in range(a, len(self.chain)):
-            row = self._least(self._choices(a, e), following)
-            self._rows[a].append(row)
+            row = self._row(a, e)
+            row[:] = self._least(a, e, None, inside, following)
             # Rows never rise, so that the rest is finite too.
-            self._first[a].append(int(np.searchsorted(-row, -np.inf, side="right")))
+            self._first[a, e] = np.searchsorted(-row, -np.inf, side="right")
             for restore, rows in transient.items():
-                rows.append(self._least(self._choices(a, e, restore), following))
+                rows.append(self._least(a, e, restore, inside, following))
+            if e + 1 < len(self.chain):
+                np.add(row, self._segments_from(a, None).seconds[e - a], out=inside[e - a])
         return transient
 
-    def _least(self, choices: Iterator[_Choice], transient: dict[Restore, list[Row]]) -> Row:
-        """The least of the choices for every m. `transient`: T' of the stage after the choices' first."""
-        size = self.slots + 1
-        best, total = np.full(size, np.inf), np.empty(size)
-        for choice in choices:
-            start, rows = choice.least, []
-            for part in choice.parts:
-                if part.restore is not None:
-                    row = transient[part.restore][part.e - part.a]
-                else:
-                    row = self._rows[part.a][part.e - part.a]
-                    start = max(start, self._first[part.a][part.e - part.a] + part.shift)
-                rows.append((row, part.shift))
-            if start >= size:
+    def _least(self, a: int, e: int, restore: Restore | None, inside: Row, transient: dict[Restore, list[Row]]) -> Row:
+        """The least of all lines for every m. `transient`: T' of a + 1."""
+        size, ahead, ends = self.slots + 1, self._gradients[e + 1], a == e
+        best = self._least_of_segments(a, e, restore, inside)
+        for seconds, forward, backward, kept, following, _ in self._kept(a, e, restore):
+            start = max(kept, self._round(max(ahead + forward, backward)))
+            if ends:
+                np.minimum(best[start:], seconds, out=best[start:])
                 continue
-            value: Row | float = choice.seconds
-            for row, shift in rows:
-                value = np.add(value, row[start - shift : size - shift], out=total[start:])
-            np.minimum(best[start:], value, out=best[start:])
+            if following is not None:
+                row = transient[following][e - a - 1]
+            else:
+                row = self._row(a + 1, e)
+                start = max(start, self._first[a + 1][e] + kept)
+            if start < size:
+                sum_ = np.add(row[start - kept : size - kept], seconds, out=self._sums[0, start:])
+                np.minimum(best[start:], sum_, out=best[start:])
+        return best
+
+    def _least_of_segments(self, a: int, e: int, restore: Restore | None, inside: Row) -> Row:
+        """All j at once."""
+        size, count, best = self.slots + 1, e - a, np.full(self.slots + 1, np.inf)
+        if not count:
+            return best
+        segments = self._segments_from(a, restore)
+        least, shift = self._segment_slots(segments, a, e), segments.shift
+        finite = np.maximum(self._first[a + 1 : e + 1, e] + self._x[a + 1 : e + 1], self._first[a, a:e] + shift)
+        begin = int(np.maximum(least, finite).min())
+        if begin >= size:
+            return best
+        sums = self._sums[:count, begin:]
+        np.add(inside[:count, begin - shift : size - shift], self._rows[e][a + 1 : e + 1, begin:size], out=sums)
+        for j, slots in enumerate(least.tolist()):
+            if slots > begin:
+                sums[j, : slots - begin] = np.inf
+        np.minimum.reduce(sums, axis=0, out=best[begin:])
         return best
 
     # reading
@@ -277,7 +354,7 @@ class Table:
             left = m - part.shift
             if left < 0:
                 return np.inf
-            known = float(self._rows[part.a][part.e - part.a][left])
+            known = float(self._rows[part.e][part.a, self._x[part.a] + left])
             if part.restore is not None and total + known < enough:  # T' is never below T
                 known, _ = self._best(part, left)
             total += known
