@@ -21,7 +21,6 @@ from lowmem.config.schema import Config
 from lowmem.config.settings import Settings
 from lowmem.core.errors import ExitCode, Infeasible, PreflightError, UsageError
 from lowmem.core.units import aligned, counted, format_size
-from lowmem.report.style import FORMATS
 from lowmem.runs.atomic import write_bytes_atomic
 from lowmem.runs.folder import refuse_unwritable
 from lowmem.runs.view import list_runs, recorded_settings
@@ -216,6 +215,8 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
 
 def _refuse_curve(path: Path, cards: Sequence[str]) -> None:
     """Before anything is planned. Raises UsageError, PreflightError."""
+    from lowmem.report.style import FORMATS  # a twelfth of a second, for those who draw
+
     if path.suffix[1:].lower() not in FORMATS:
         raise UsageError(
             f"--curve {path}: its suffix says what is drawn: give a name that ends in .{', .'.join(FORMATS)}"
