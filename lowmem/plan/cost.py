@@ -69,6 +69,9 @@ class OptionCost:
     `kept_bytes`. `restored_bytes` is what restoring leaves beside the output until the stage's own backward (z_n, if it
     was not kept), so it exists during the next stage's backward; the stage's `backward_temp_bytes` includes it.
     `restore_reads_input`: whether that takes the stage's input, which has to be there then (or is restored before).
+
+    `host_tensors`: what of `kept_bytes` may wait in host memory, by name: dense tensors whose memory nothing else that
+    is kept shares. `sends_output`, `frees_input`: whether that holds of the output, and of the input.
     """
 
     policy: BlockPolicy
@@ -81,6 +84,9 @@ class OptionCost:
     restore_temp_bytes: int = 0
     restored_bytes: int = 0
     restore_reads_input: bool = True
+    host_tensors: tuple[tuple[str, int], ...] = ()
+    sends_output: bool = False
+    frees_input: bool = False
 
     def __post_init__(self) -> None:
         _check_figures(self)

@@ -4,10 +4,11 @@ the schedule as the executor does, event by event, and counts what exists."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lowmem.core.units import format_size
 from lowmem.plan.cost import ChainCost, OptionCost
-from lowmem.plan.policy import Item, Keep, Schedule, Segment
+from lowmem.plan.policy import OUTPUT, Item, Keep, Schedule, Segment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ class Solution:
     peak: Moment
     seconds: float
     overhead: float | None  # over plain autograd, as a share; None if that was not measured
+    waiting_seconds: float = 0.0  # of these, for what comes from the host or leaves for it (`lowmem.plan.hosting`)
+    host_bytes: int = 0  # that wait there
 
     @property
     def peak_bytes(self) -> int:
@@ -63,13 +66,22 @@ def evaluate(schedule: Schedule, chain: ChainCost) -> Solution:
     )
 
 
+class Span(NamedTuple):
+    """An item's forward, or its backward: the most that exists while it runs, in bytes, and how long it takes."""
+
+    most_bytes: int
+    seconds: float
+
+
 class Walk:
     def __init__(self, chain: ChainCost) -> None:
         self.chain = chain
         self.held = chain.boundary_grad_bytes[len(chain)]  # the gradient of the output is charged from the beginning
         self.param_grads = 0
         self.seconds = 0.0
-        self._most = -1
+        self._most = self._span_most = -1
+        self._span_seconds = 0.0
+        self.spans: list[Span] = []  # of the items, forward and then backward
         self.peak = self.moment("", 0)
 
     def moment(self, what: str, temporary: int) -> Moment:
@@ -83,21 +95,33 @@ class Walk:
         )
 
     def touch(self, what: str, stage: int, temporary: int, policy: str = "") -> None:
-        if (total := self.held + self.param_grads + temporary) > self._most:
+        total = self.held + self.param_grads + temporary
+        self._span_most = max(self._span_most, total)
+        if total > self._most:
             self._most = total
             self.peak = self.moment(f"{what} of {self.chain.stages[stage].name}{policy}", temporary)
+
+    def _close(self, inside: bool) -> None:
+        """Ends the forward or the backward of an item of the whole schedule."""
+        if not inside:
+            self.spans.append(Span(self.chain.fixed_bytes + self._span_most, self.seconds - self._span_seconds))
+            self._span_most, self._span_seconds = -1, self.seconds
 
     def items(self, items: tuple[Item, ...], inside: bool = False) -> None:
         """Forward, then backward; the gradient of the last one's output is held on entry, that of the first one's input
         on return. `inside` a segment the last one's output is not made: nobody needs it."""
+        moves = self._moves(items)
         before: list[OptionCost | None] = [None]  # per item: the option of the item before, if that drops its output
         last = items[-1] if inside else None
         for item in items:
             before.append(self.forward(item, before[-1] is not None, item is last))
+            self.held -= moves.get(("gone", item.end), 0)
+            self._close(inside)
         there = [option is None for option in before]  # per item: is its input held
         x = self.chain.boundary_bytes
         for index in reversed(range(len(items))):
             item, dropped = items[index], before[index]
+            self.held += moves.get(("back", item.end), 0)
             if isinstance(item, Segment) and item is not last:
                 self.held -= x[item.end + 1]
             own = before[index + 1]  # what restoring its output has left is there beside its own input
@@ -109,6 +133,20 @@ class Walk:
             if dropped is not None:
                 # what restoring left is part of the temporaries of the backward that comes next
                 self.held -= x[item.start] + dropped.restored_bytes
+            self._close(inside)
+
+    def _moves(self, items: tuple[Item, ...]) -> dict[tuple[str, int], int]:
+        """Bytes that are gone after, and back before, an item with that last stage."""
+        moves: dict[tuple[str, int], int] = {}
+        for item in items:
+            for host in item.host:
+                sizes = {OUTPUT: self.chain.boundary_bytes[item.end + 1]}
+                if isinstance(item, Keep):
+                    sizes.update(self.chain.stages[item.stage].option(item.policy).host_tensors)
+                nbytes = sum(sizes[name] for name in host.names)
+                for key in (("gone", host.gone), ("back", host.back)):
+                    moves[key] = moves.get(key, 0) + nbytes
+        return moves
 
     @staticmethod
     def missing(index: int, there: list[bool], before: list[OptionCost | None]) -> list[int]:

@@ -91,12 +91,30 @@ def keep(*names: str, drop_output: bool = False) -> BlockPolicy:
     return BlockPolicy(PolicyKind.KEEP, frozenset(names), drop_output)
 
 
+OUTPUT = "output"  # of an item, among the names of what waits on the host
+
+
+@dataclass(frozen=True)
+class Host:
+    """Tensors of an item that wait in host memory between its forward and its backward, and when they move.
+
+    `names`: of what its policy keeps, and `output` for its output. The copy out begins when the item has run forward;
+    the tensors on the device are freed after the forward of the item whose last stage is `gone`, which waits for the
+    copy if need be. The copy back begins before the backward of the item whose last stage is `back`.
+    """
+
+    names: frozenset[str]
+    gone: int
+    back: int
+
+
 @dataclass(frozen=True)
 class Keep:
     """Run the stage forward, once, under the policy; in the backward run its backward."""
 
     stage: int
     policy: BlockPolicy
+    host: tuple[Host, ...] = ()
 
     @property
     def start(self) -> int:
@@ -115,11 +133,14 @@ class Segment:
     start: int
     end: int  # inclusive
     inner: Schedule
+    host: tuple[Host, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.inner.start, self.inner.end) != (self.start, self.end):
             inside = f"{self.inner.start}..{self.inner.end}"
             raise ValueError(f"the segment is {self.start}..{self.end}, its inner schedule {inside}")
+        if any(item.host for _, item in self.inner.walk()):
+            raise ValueError(f"inside of the segment {self.start}..{self.end} nothing can wait on the host")
 
 
 Item: TypeAlias = Keep | Segment
@@ -146,6 +167,27 @@ class Schedule:
                 raise ValueError(f"stage {item.end} drops its output: stage {following.start} cannot be FUSED")
         if policies[-1].drop_output:
             raise ValueError(f"stage {self.end} is the last of its schedule: nothing would restore its dropped output")
+        for number, item in enumerate(self.items):
+            for host in item.host:
+                self._check_host(number, item, host)
+
+    def _check_host(self, number: int, item: Item, host: Host) -> None:
+        """Raises ValueError for what is not there, and for points that are none."""
+        ends = [one.end for one in self.items]
+        drops = isinstance(item, Keep) and item.policy.drop_output
+        if host.names - {OUTPUT} and (drops or isinstance(item, Segment)):
+            raise ValueError(f"stage {item.end} has nothing that could wait on the host but its output")
+        least = item.end
+        if OUTPUT in host.names:
+            following = self.items[number + 1] if number + 1 < len(self.items) else None
+            if drops or following is None or (isinstance(following, Keep) and following.policy.drop_output):
+                raise ValueError(f"the output of stage {item.end} cannot wait on the host")
+            least = following.end
+        if not (host.gone in ends and host.back in ends and least <= min(host.gone, host.back)):
+            raise ValueError(
+                f"what stage {item.end} has on the host goes after stage {host.gone} and comes back before stage "
+                f"{host.back}: both are the last of an item, from stage {least} on"
+            )
 
     @property
     def start(self) -> int:
@@ -155,6 +197,11 @@ class Schedule:
     def end(self) -> int:
         """Inclusive."""
         return self.items[-1].end
+
+    @property
+    def hosts(self) -> bool:
+        """Whether anything waits on the host."""
+        return any(item.host for item in self.items)
 
     def check_covers(self, stages: int) -> None:
         """Raises ValueError unless this is a schedule for the whole chain of `stages` stages."""
@@ -178,9 +225,9 @@ class Schedule:
     def to_json(self) -> list[Any]:
         """For `json`: a list of `{"keep": 3, "policy": "LEAN"}` and `{"segment": [4, 9], "inner": [...]}`."""
         return [
-            {"keep": item.stage, "policy": item.policy.name}
+            {"keep": item.stage, "policy": item.policy.name, **_hosts_to_json(item)}
             if isinstance(item, Keep)
-            else {"segment": [item.start, item.end], "inner": item.inner.to_json()}
+            else {"segment": [item.start, item.end], "inner": item.inner.to_json(), **_hosts_to_json(item)}
             for item in self.items
         ]
 
@@ -192,13 +239,30 @@ class Schedule:
         return Schedule(tuple(map(_item_from_json, items)))
 
 
+def _hosts_to_json(item: Item) -> dict[str, Any]:
+    hosts = [{"names": sorted(one.names), "gone": one.gone, "back": one.back} for one in item.host]
+    return {"host": hosts} if hosts else {}
+
+
 def _item_from_json(item: object) -> Item:
     match item:
-        case {"keep": int(stage), "policy": str(name), **rest} if not rest and type(stage) is int:
-            return Keep(stage, BlockPolicy.parse(name))
-        case {"segment": [int(start), int(end)], "inner": list(inner), **rest} if not rest:
-            return Segment(start, end, Schedule.from_json(inner))
+        case {"keep": int(stage), "policy": str(name), **rest} if rest.keys() <= {"host"} and type(stage) is int:
+            return Keep(stage, BlockPolicy.parse(name), _hosts_from_json(rest.get("host", [])))
+        case {"segment": [int(start), int(end)], "inner": list(inner), **rest} if rest.keys() <= {"host"}:
+            return Segment(start, end, Schedule.from_json(inner), _hosts_from_json(rest.get("host", [])))
     raise ValueError(f"{str(item)[:100]} is no item of a schedule: it has keep and policy, or segment and inner")
+
+
+def _hosts_from_json(hosts: object) -> tuple[Host, ...]:
+    found = []
+    for host in hosts if isinstance(hosts, list) else [hosts]:
+        match host:
+            case {"names": list(names), "gone": int(gone), "back": int(back), **rest} if not rest:
+                if type(gone) is type(back) is int and all(isinstance(name, str) for name in names):
+                    found.append(Host(frozenset(names), gone, back))
+                    continue
+        raise ValueError(f"{str(host)[:100]} is nothing that waits on the host: it has names, gone and back")
+    return tuple(found)
 
 
 def uniform(policies: Sequence[BlockPolicy], start: int = 0) -> Schedule:

@@ -5,6 +5,8 @@ Between forward and backward there is one entry per item of the schedule: the in
 stage keeps; the output is held by the next entry, as its input. The gradient that travels down the chain is changed in
 place where it is the executor's own: the caller's is not.
 
+What the schedule lets wait in host memory leaves and comes back at the planned items (`lowmem.remat.host`).
+
 Gradients of parameters are added to `.grad` directly, as soon as they are complete, unless somebody asks autograd for
 some of them (`torch.autograd.grad`, `backward(inputs=…)`): then autograd is given all, and sees to the rest.
 
@@ -14,8 +16,8 @@ Known limitations: a second backward through the same output does not work; outp
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,8 @@ from torch.autograd.function import once_differentiable
 
 from lowmem.plan.policy import Keep, Schedule, Segment
 from lowmem.remat.elementwise import OutputActivation
+from lowmem.remat.host import Traffic
+from lowmem.remat.links import HostLink
 from lowmem.remat.operation import PassState, Total
 from lowmem.remat.stage import Box, Saved, Stage, StagePass
 
@@ -55,8 +59,10 @@ class Run:
         library_norm: bool = False,
         total: Total | None = None,
         stage_done: Callable[[int], None] | None = None,
+        link: HostLink | None = None,
     ) -> None:
         self.stages = stages
+        self.traffic = None if link is None else Traffic(link)
         self.stage_done = stage_done
         self.low = low
         wanted = torch.is_grad_enabled()
@@ -96,7 +102,9 @@ class Run:
             del y
         return box.pop()
 
-    def forward(self, schedule: Schedule, box: Box, *, want_output: bool = True) -> tuple[Tensor | None, list[Held]]:
+    def forward(
+        self, schedule: Schedule, box: Box, *, want_output: bool = True, depth: int = 0
+    ) -> tuple[Tensor | None, list[Held]]:
         """The tensor in the box -> output and entries; without `want_output` the last computes what it keeps."""
         entries: list[Held] = []
         dropped = False
@@ -112,6 +120,8 @@ class Run:
             else:
                 y, entry.saved = self.stages[item.stage].forward(box, item.policy, self.memos[item.stage], not last)
             entries.append(entry)
+            if self.traffic is not None and depth == 0:
+                self.traffic.ran(item.end, item.host, entry, self._movable(item), y)
             dropped = isinstance(item, Keep) and item.policy.drop_output
             box.clear()
             if y is not None:
@@ -122,11 +132,13 @@ class Run:
     def backward(self, entries: list[Held], grad: Box) -> Tensor | None:
         """The gradient of the chain's input, or None if it is not asked for; empties `entries`."""
         while entries:
+            if self.traffic is not None:
+                self.traffic.reaches(entries[-1].item.end, entries[-1])
             x = self._input(entries)
             entry = entries.pop()
             start = entry.item.start
             if isinstance(entry.item, Segment):
-                _, inner = self.forward(entry.item.inner, [x], want_output=False)
+                _, inner = self.forward(entry.item.inner, [x], want_output=False, depth=1)
                 grad_x = self.backward(inner, grad)
             else:
                 stage = self.stages[start]
@@ -143,10 +155,25 @@ class Run:
             del grad_x
         return grad.pop()
 
+    def _movable(self, item: Keep | Segment) -> dict[str, int]:
+        if not item.host or isinstance(item, Segment):
+            return {}
+        return self.stages[item.stage].movable(item.policy, self.memos[item.stage])
+
     def mask(self, tail: OutputActivation, grad: Tensor, output: Tensor) -> Tensor:
         """The gradient before a stage's last activation; from then on it is a tensor of its own."""
         owned, self._owned = self._owned, True
         return tail.mask(grad, output, owned)
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """After an error nothing moves any more: memory that copies write to or read from is about to be others'."""
+        try:
+            yield
+        except BaseException:
+            if self.traffic is not None:
+                self.traffic.abandon()
+            raise
 
     def note_versions(self, x: Tensor) -> None:
         """Of what the backward reads and others may change meanwhile: the input, the parameters, and the output if
@@ -180,6 +207,8 @@ class Run:
             at = before.item.end
             assert isinstance(before.item, Keep)
             stage, policy, memo = self.stages[at], before.item.policy, self.memos[at]
+            if self.traffic is not None:
+                self.traffic.bring(before)
             x = self._input(entries[:-1]) if stage.restore_reads_input(policy, memo) else None
             entry.x = stage.restore(before.saved, x, policy, memo)
         return entry.x
@@ -191,7 +220,7 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, x: Tensor, run: Run, schedule: Schedule, *trained: Tensor) -> Tensor:
-        with _autocast_off(x, run.low):
+        with _autocast_off(x, run.low), run.moving():
             y, run.entries = run.forward(schedule, [x])
         assert y is not None
         if run.stages[-1].tail is not None:
@@ -213,9 +242,11 @@ class _Chain(torch.autograd.Function):
         if run.output is not None and tail is not None:  # the caller's gradient is not ours to change
             grad, run.output = run.mask(tail, grad, run.output), None
         box = [grad]
-        with _autocast_off(grad, run.low):
+        with _autocast_off(grad, run.low), run.moving():
             del grad
             grad_x = run.backward(run.entries, box)
+            if run.traffic is not None:
+                run.traffic.abandon()  # of what no gradient reached
             run.state.finish()
             return None, grad_x, None, None, *(run.state.returned.pop(id(one), None) for one in run.trained)
 

@@ -27,6 +27,8 @@ from lowmem.plan.policy import Keep, Schedule
 from lowmem.plan.record import Plan
 from lowmem.remat.chain import Traced, TracedChain
 from lowmem.remat.executor import Run, autocast_dtype
+from lowmem.remat.host import link_for
+from lowmem.remat.links import HostLink
 from lowmem.remat.operation import Total
 from lowmem.remat.stage import Stage
 from lowmem.remat.tracing import NotTraceable, check_own_forward
@@ -64,6 +66,7 @@ class ChainExecution:
         self.model, self.library_norm, self.parts = model, library_norm, parts
         self.total: Total | None = None
         self.stage_done: Callable[[int], None] | None = None
+        self.link: HostLink | None = None  # to host memory; None: the device's own
         self.warned = False  # of hooks that do not fire
         self._chain = TracedChain(model, parts)
         stages = self.stages
@@ -87,7 +90,8 @@ class ChainExecution:
         stages = self.stages
         if stages is not self._checked:
             self._check_again(stages)
-        run = Run(stages, autocast_dtype(x), x.requires_grad, self.library_norm, self.total, self.stage_done)
+        link = self.link or link_for(x) if self.schedule.hosts else None
+        run = Run(stages, autocast_dtype(x), x.requires_grad, self.library_norm, self.total, self.stage_done, link)
         return run.execute(self.schedule, x)
 
     def _check_again(self, stages: tuple[Stage, ...]) -> None:
@@ -223,7 +227,7 @@ def check_schedule(schedule: Schedule, stages: Sequence[Stage]) -> None:
     schedule.check_covers(len(stages))
     for _, item in schedule.walk():
         if isinstance(item, Keep):
-            stages[item.stage].check(item.policy)
+            stages[item.stage].check(item.policy, item.host)
 
 
 def apply_plan(

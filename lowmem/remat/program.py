@@ -10,6 +10,7 @@ Known not to be optimal: what was computed again is never dropped and computed a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -188,14 +189,8 @@ class Compiler:
 
     # -- lifetimes -----------------------------------------------------------------------------------------------------
 
-    def _finish(self, steps: list[Step], stay: set[int], kept: Kept) -> tuple[Step, ...]:
-        """With the deaths of everything that does not `stay`, and results written in place where nobody minds."""
-        last: dict[int, int] = {}
-        for at, step in enumerate(steps):
-            for value in step.uses(self.operations):
-                last[value] = at
-            if not step.backward:
-                last.setdefault(step.operation + 1, at)
+    def _others(self, kept: Kept) -> set[int]:
+        """Values that graphs, or anybody outside, may hold too."""
         in_graphs = {
             value
             for k in kept.graphs
@@ -208,7 +203,24 @@ class Compiler:
             if operation.exposed
             for value in (k + 1, *operation.operands)
         }
-        fixed = {self._alias[value] for value in stay | in_graphs | exposed | {0}}
+        return in_graphs | exposed
+
+    def alone(self, kept: Kept) -> frozenset[int]:
+        """Of what is kept, the input and the output: those whose memory is free when nobody has the value any more."""
+        others = self._others(kept)
+        holders = Counter(self._alias[value] for value in kept.values | others | {0, self.count})
+        found = {value for value in (*kept.values, 0, self.count) if holders[self._alias[value]] == 1} - others
+        return frozenset(found - (kept.values & {self.count}))
+
+    def _finish(self, steps: list[Step], stay: set[int], kept: Kept) -> tuple[Step, ...]:
+        """With the deaths of everything that does not `stay`, and results written in place where nobody minds."""
+        last: dict[int, int] = {}
+        for at, step in enumerate(steps):
+            for value in step.uses(self.operations):
+                last[value] = at
+            if not step.backward:
+                last.setdefault(step.operation + 1, at)
+        fixed = {self._alias[value] for value in stay | self._others(kept) | {0}}
         until: dict[int, int] = {}  # by memory: the last step that needs it
         for value, at in last.items():
             if value <= self.count:

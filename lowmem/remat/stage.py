@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from lowmem.plan.policy import BlockPolicy, PolicyKind
+from lowmem.plan.policy import OUTPUT, BlockPolicy, Host, PolicyKind
 from lowmem.remat.elementwise import OutputActivation
 from lowmem.remat.operation import Norm, Operation, PassState
 from lowmem.remat.program import Compiler, Kept, Step
@@ -135,13 +135,25 @@ class Stage:
             return self.read
         return self.dear if policy.kind is PolicyKind.LEAN else policy.kept
 
-    def check(self, policy: BlockPolicy) -> None:
-        """Raises ValueError if the stage does not know the policy."""
+    def check(self, policy: BlockPolicy, hosts: Iterable[Host] = ()) -> None:
+        """Raises ValueError if the stage does not know the policy, or has not what is to wait on the host."""
         unknown = sorted(self.kept(policy) - self.tensors)
         if unknown:
             raise ValueError(
                 f"stage {self.name} has no {', '.join(unknown)}: it has {', '.join(sorted(self.tensors)) or 'nothing'}"
             )
+
+        mine = {operation.name for operation in self.operations} | {OUTPUT}
+        if lost := sorted(frozenset().union(*(host.names for host in hosts)) - mine):
+            raise ValueError(f"stage {self.name} has no {', '.join(lost)} that could wait on the host")
+
+    def movable(self, policy: BlockPolicy, memo: StagePass) -> dict[str, int]:
+        """What of the policy's may wait on the host, by name: the number of a kept value, `output` its own; `input`
+        says that the memory of the input is free when the stage does not hold it."""
+        compiler = self._compiler(memo.need_input, memo.trains)
+        names = {0: "input", self.count: OUTPUT}
+        alone = compiler.alone(self._keeps(compiler, policy))
+        return {names.get(value) or self.operations[value - 1].name: value for value in sorted(alone)}
 
     # -- programs ------------------------------------------------------------------------------------------------------
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from lowmem.plan.cost import KernelWork, OptionCost, Rates
 from lowmem.plan.front import Result
-from lowmem.plan.policy import BlockPolicy
+from lowmem.plan.policy import OUTPUT, BlockPolicy
 from lowmem.remat.autograd_operation import AutogradOperation
 from lowmem.remat.elementwise import OutputActivation
+from lowmem.remat.links import fills_its_memory
 from lowmem.remat.operation import Operation, PassState
 from lowmem.remat.stage import Saved, Stage, StagePass
 from lowmem.simulate.trace import Recorder
@@ -155,6 +156,7 @@ class _StageBench:
         peak, kept, forward_work = self._since(start)
         if option.policy.drop_output:
             kept -= like.nbytes
+        moves = {} if option.policy.fused or option.last else self._movable(option.policy, memo, saved, y)
         del y
         # what the backward starts from; a stage that is kept with its graph holds the output itself
         counted = kept - self._since(start)[1]
@@ -177,11 +179,22 @@ class _StageBench:
                 restore_temp_bytes=restore_temp,
                 restored_bytes=restored,
                 restore_reads_input=option.policy.drop_output and self.stage.restore_reads_input(option.policy, memo),
+                host_tensors=tuple((name, size) for name, size in moves.items() if name not in ("input", OUTPUT)),
+                sends_output=OUTPUT in moves,
+                frees_input="input" in moves,
             ),
             forward_work=forward_work,
             backward_work=backward_work,
             restore_work=restore_work,
         )
+
+    def _movable(self, policy: BlockPolicy, memo: StagePass, saved: Saved, y: Tensor | None) -> dict[str, int]:
+        """Bytes by name of what may wait on the host: see `Stage.movable`."""
+        values: dict[int, Any] = {0: self.x, self.stage.count: y}
+        found: dict[str, Any] = {
+            name: values.get(at, saved[at]) for name, at in self.stage.movable(policy, memo).items()
+        }
+        return {name: int(one.nbytes) for name, one in found.items() if name == "input" or fills_its_memory(one)}
 
     def _backward(
         self, policy: BlockPolicy, like: Tensor, saved: Saved, memo: StagePass

@@ -1,0 +1,215 @@
+"""Ways to host memory and back, each with its own memory there.
+
+A link copies beside the computing, in the order in which it is asked, each way for itself; memory on the device is
+taken and freed by the stream that computes, at the moments at which it asks (never by `record_stream`, whose frees
+nobody can predict), so that a simulation sees the same. The link of outlines copies nothing; that of the CPU copies for
+real, on threads of its own and at a rate that can be set: every order and every byte is tested there. That of CUDA is
+in `lowmem.remat.links_cuda`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowmem.measure.outline import is_outline
+
+ALIGNMENT_BYTES = 4096  # of slabs: of pages, which are what is registered
+
+
+def fills_its_memory(value: Any) -> bool:
+    """Whether it is a tensor whose elements are all of its storage, so that its bytes can be moved as they lie."""
+    if not isinstance(value, Tensor) or not value.numel() or value.storage_offset():
+        return False
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(value.shape, value.stride(), strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return is_outline(value) or value.untyped_storage().nbytes() == value.nbytes
+
+
+class Arena:
+    """Host memory in slabs: those that are given back are used again by tensors of the same size, so that steps that
+    are alike take no more than the first. Every slab is a mapping of its own, given to `adopt` once (to be pinned)."""
+
+    def __init__(self, adopt: Callable[[int, int], None] = lambda address, size: None) -> None:
+        self._adopt = adopt
+        self._free: dict[int, list[Slab]] = {}
+        self.bytes = 0  # in all, in use or not
+
+    def take(self, nbytes: int) -> Slab:
+        size = -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        free = self._free.setdefault(size, [])
+        if free:
+            return free.pop()
+        slab = Slab(size)
+        self._adopt(slab.address, size)
+        self.bytes += size
+        return slab
+
+    def give_back(self, slab: Slab) -> None:
+        self._free[slab.size].append(slab)
+
+
+class Slab:
+    """Memory that the kernel maps; it goes with the process, or with the object."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.memory = mmap.mmap(-1, size)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+
+
+class Passing(Protocol):
+    def wait(self) -> Any:
+        """Makes what is computed from now on wait until it has happened."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """Of one tensor on its way. `like`: what it is made again as."""
+
+    device: Tensor | None  # while the copy out may read it
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    on: torch.device
+    sent: Passing
+    slab: Slab | None = None
+    back: Tensor | None = None
+    arrived: Passing | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+class HostLink:
+    """Between a device and host memory. Subclasses copy."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
+
+    def send(self, tensor: Tensor) -> Ticket:
+        """Begins the copy out, behind what computes the tensor."""
+        slab = self.arena.take(tensor.nbytes)
+        sent = self._copy_out(tensor, slab)
+        return Ticket(tensor, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, sent, slab)
+
+    def fetch(self, ticket: Ticket) -> None:
+        """Takes room on the device, and begins the copy back."""
+        ticket.back = torch.empty_strided(ticket.shape, ticket.strides, dtype=ticket.dtype, device=ticket.on)
+        assert ticket.slab is not None
+        ticket.arrived = self._copy_back(ticket.slab, ticket.back)
+
+    def take(self, ticket: Ticket) -> Tensor:
+        """The tensor, which what is computed from now on waits for; the slab is free."""
+        tensor, ticket.back = ticket.back, None
+        assert tensor is not None
+        assert ticket.arrived is not None
+        ticket.arrived.wait()
+        self.forget(ticket)
+        return tensor
+
+    def forget(self, ticket: Ticket) -> None:
+        """Its slab is free: its copies are over, or `drain` was called."""
+        ticket.device = ticket.back = None
+        if ticket.slab is not None:
+            slab, ticket.slab = ticket.slab, None
+            self.arena.give_back(slab)
+
+    def drain(self) -> None:
+        """Waits until nothing moves."""
+        raise NotImplementedError
+
+    def _copy_out(self, tensor: Tensor, slab: Slab) -> Passing:
+        raise NotImplementedError
+
+    def _copy_back(self, slab: Slab, tensor: Tensor) -> Passing:
+        raise NotImplementedError
+
+
+class _Done:
+    def wait(self) -> None:
+        pass
+
+
+class OutlineLink(HostLink):
+    """Between outlines and nothing: what is freed and taken is seen, what is copied has no values."""
+
+    def __init__(self) -> None:
+        super().__init__(Arena())
+
+    def send(self, tensor: Tensor) -> Ticket:
+        return Ticket(tensor, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, _Done())
+
+    def fetch(self, ticket: Ticket) -> None:
+        ticket.back = torch.empty_strided(ticket.shape, ticket.strides, dtype=ticket.dtype, device=ticket.on)
+        ticket.arrived = _Done()
+
+    def drain(self) -> None:
+        pass
+
+
+class CpuLink(HostLink):
+    """Copies on two threads, one each way. `bytes_per_second`: of each way, None: as fast as the machine copies."""
+
+    def __init__(self, bytes_per_second: float | None = None) -> None:
+        super().__init__(Arena())
+        self._out, self._in = _Channel(bytes_per_second), _Channel(bytes_per_second)
+
+    def _copy_out(self, tensor: Tensor, slab: Slab) -> Passing:
+        return self._out.copy(slab.address, tensor.data_ptr(), tensor.nbytes)
+
+    def _copy_back(self, slab: Slab, tensor: Tensor) -> Passing:
+        return self._in.copy(tensor.data_ptr(), slab.address, tensor.nbytes)
+
+    def drain(self) -> None:
+        for channel in (self._out, self._in):
+            channel.copy(0, 0, 0).wait()
+
+
+class _Channel:
+    """One way: a thread that copies what it is given, one after the other. It holds the interpreter's lock for no
+    longer than it takes to ask for a copy."""
+
+    _CHUNK_BYTES = 8 << 20
+
+    def __init__(self, bytes_per_second: float | None) -> None:
+        self._rate = bytes_per_second
+        self._asked: queue.SimpleQueue[tuple[int, int, int, threading.Event]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, daemon=True, name="lowmem-link").start()
+
+    def copy(self, to: int, source: int, nbytes: int) -> threading.Event:
+        done = threading.Event()
+        self._asked.put((to, source, nbytes, done))
+        return done
+
+    def _work(self) -> None:
+        while True:
+            to, source, nbytes, done = self._asked.get()
+            ends = time.perf_counter()
+            for begin in range(0, nbytes, self._CHUNK_BYTES):
+                size = min(self._CHUNK_BYTES, nbytes - begin)
+                ctypes.memmove(to + begin, source + begin, size)
+                if self._rate is not None:
+                    ends += size / self._rate
+                    time.sleep(max(0.0, ends - time.perf_counter()))
+            done.set()
+
+
+@cache
+def cpu_link(bytes_per_second: float | None = None) -> CpuLink:
+    """One a process and rate."""
+    return CpuLink(bytes_per_second)

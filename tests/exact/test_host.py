@@ -1,0 +1,207 @@
+"""What waits in host memory comes back as it was, when it was planned to, and the device has its memory meanwhile."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowmem.plan.policy import INPUT_ONLY, LEAN, OUTPUT, SAVE_ALL, Host, Keep, Schedule, Segment, keep
+from lowmem.remat import PlannedModule, apply_plan, decompose
+from lowmem.remat.host import Traffic
+from lowmem.remat.links import CpuLink
+from lowmem.remat.operation import PassState
+from lowmem.remat.stage import Stage, StagePass
+from lowmem.simulate.effects import OutlineMode
+from lowmem.simulate.step import empty_copy
+from lowmem.simulate.trace import Recorder
+from tests.exact.compare import BLOCKS, FORMAT_NAMES, FORMATS, differences, pictures, small_net, training, twins
+from tests.exact.schedules import fitting
+
+POLICIES = (SAVE_ALL, LEAN, INPUT_ONLY, keep("conv1", "conv2"))
+
+
+def movable(stages: Sequence[Stage], item: Keep | Segment) -> set[str]:
+    if isinstance(item, Segment):
+        return {OUTPUT}
+    stage = stages[item.stage]
+    return set(stage.movable(item.policy, StagePass(PassState(), True, stage.trains()))) - {"input"}
+
+
+def hosting(stages: Sequence[Stage], seed: int) -> Schedule:
+    """Any policies, now and then a segment, and of what may leave some, at any time."""
+    draw = random.Random(seed)
+    items: list[Keep | Segment] = []
+    while (at := items[-1].end + 1 if items else 0) < len(stages):
+        policies = [fitting(stage, draw.choice(POLICIES)) for stage in stages]
+        if draw.random() < 0.25:
+            end = draw.randint(at, len(stages) - 1)
+            inner = Schedule(tuple(Keep(k, policies[k]) for k in range(at, end + 1)))
+            items.append(Segment(at, end, inner))
+        else:
+            items.append(Keep(at, policies[at]))
+    ends = [item.end for item in items]
+
+    def hosts(number: int, item: Keep | Segment) -> Iterator[Host]:
+        for name in sorted(movable(stages, item)):
+            least = number + (name == OUTPUT)
+            if draw.random() < 0.7 and least < len(items):
+                yield Host(frozenset({name}), draw.choice(ends[least:]), draw.choice(ends[least:]))
+
+    return Schedule(tuple(replace(item, host=tuple(hosts(number, item))) for number, item in enumerate(items)))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=FORMAT_NAMES)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_bits(block: Any, memory_format: torch.memory_format) -> None:
+    model = small_net(block)
+    x, labels = pictures(memory_format=memory_format)
+    for seed in range(6):
+        schedule = hosting(decompose(model), seed)
+        plain, planned = twins(model, schedule, memory_format)
+        assert differences(plain, planned, training(x, labels)) == [], schedule
+
+
+def test_a_slow_link_is_waited_for() -> None:
+    model = small_net(BLOCKS[1])
+    x, labels = pictures()
+    schedule = hosting(decompose(model), 1)
+    plain, planned = twins(model, schedule, torch.contiguous_format)
+    planned.lowmem.link = CpuLink(20e6)
+    assert differences(plain, planned, training(x, labels)) == []
+
+
+def changes(model: nn.Module, x: Tensor, labels: Tensor, recorder: Recorder) -> list[int]:
+    """Bytes that come to exist and go, in order, of a step."""
+    with recorder:
+        recorder.adopt((*model.parameters(), *model.buffers(), x, labels))
+        begun = len(recorder.trace.events)
+        training(x, labels)(model)
+    return [event.change_bytes for event in recorder.trace.events[begun:]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_device_has_what_is_simulated_at_every_event(seed: int) -> None:
+    model = small_net(BLOCKS[1])
+    schedule = hosting(decompose(model), seed)
+    assert schedule.hosts
+    x, labels = pictures()
+    real = changes(apply_plan(model, schedule), x, labels, Recorder())
+    with OutlineMode():
+        recorder = Recorder()
+        with recorder:
+            outline = empty_copy(model).train()
+            images, classes = torch.empty(x.shape), torch.zeros(labels.shape, dtype=torch.int64)
+        simulated = changes(apply_plan(outline, schedule), images, classes, recorder)
+    assert real == simulated
+    bare = Schedule(tuple(replace(item, host=()) for item in schedule.items))
+    assert peak(real) <= peak(changes(apply_plan(small_net(BLOCKS[1]), bare), x, labels, Recorder()))
+
+
+def peak(of: list[int]) -> int:
+    most = live = 0
+    for change in of:
+        live += change
+        most = max(most, live)
+    return most
+
+
+def planned_and_link() -> tuple[PlannedModule, CpuLink]:
+    model = small_net(BLOCKS[1])
+    planned = apply_plan(model, hosting(decompose(model), 2))
+    planned.lowmem.link = link = CpuLink()
+    return planned, link
+
+
+def in_use(link: CpuLink) -> int:
+    return link.arena.bytes - sum(slab.size for free in link.arena._free.values() for slab in free)
+
+
+def test_steps_take_the_same_slabs() -> None:
+    planned, link = planned_and_link()
+    x, labels = pictures()
+    training(x, labels)(planned)
+    taken = link.arena.bytes
+    assert taken > 0
+    assert in_use(link) == 0
+    training(x, labels)(planned)
+    assert link.arena.bytes == taken
+
+
+def test_a_forward_without_a_backward_gives_its_slabs_back() -> None:
+    planned, link = planned_and_link()
+    output = planned(pictures()[0])
+    assert in_use(link) > 0
+    del output
+    assert in_use(link) == 0
+
+
+def test_two_forwards_before_their_backwards() -> None:
+    planned, link = planned_and_link()
+    first, second = pictures(seed=1)[0], pictures(seed=2)[0]
+    (planned(first).sum() + planned(second).square().sum()).backward()
+    found = [parameter.grad for parameter in planned.parameters()]
+    plain = small_net(BLOCKS[1])
+    (plain(first).sum() + plain(second).square().sum()).backward()
+    for one, parameter in zip(found, plain.parameters(), strict=True):
+        assert one is not None
+        assert parameter.grad is not None
+        assert torch.equal(one, parameter.grad)
+    assert in_use(link) == 0
+
+
+@pytest.mark.parametrize("method", ["ran", "reaches"])
+def test_after_an_error_nothing_moves(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned, link = planned_and_link()
+    x, labels = pictures()
+    works, calls = getattr(Traffic, method), 0
+
+    def fails(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise MemoryError("here")
+        return works(*args)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(Traffic, method, fails)
+        with pytest.raises(MemoryError, match="here"):
+            training(x, labels)(planned)
+    assert in_use(link) == 0
+    planned.zero_grad()
+    plain = small_net(BLOCKS[1])
+    assert torch.equal(training(x, labels)(planned), training(x, labels)(plain))
+
+
+def test_schedules_with_hosts_are_written_and_read() -> None:
+    model = small_net(BLOCKS[0])
+    stages = decompose(model)
+    for seed in range(20):
+        schedule = hosting(stages, seed)
+        assert Schedule.from_json(schedule.to_json()) == schedule
+
+
+def test_what_cannot_wait_is_refused() -> None:
+    model = small_net(BLOCKS[1])
+    count = len(decompose(model))
+    usual = [Keep(k, SAVE_ALL) for k in range(count)]
+
+    def with_first(host: Host) -> Schedule:
+        return Schedule((Keep(0, SAVE_ALL, (host,)), *usual[1:]))
+
+    with pytest.raises(ValueError, match="goes after stage 0 and comes back before stage 3"):
+        with_first(Host(frozenset({OUTPUT}), 0, 3))  # the next stage reads it
+    with pytest.raises(ValueError, match="goes after stage 99"):
+        with_first(Host(frozenset({"conv1"}), 99, 3))
+    with pytest.raises(ValueError, match=f"the output of stage {count - 1} cannot wait"):
+        Schedule((*usual[:-1], Keep(count - 1, SAVE_ALL, (Host(frozenset({OUTPUT}), count - 1, count - 1),))))
+    with pytest.raises(ValueError, match="no nothing that could wait on the host"):
+        apply_plan(model, with_first(Host(frozenset({"nothing"}), 1, 1)))
+    inner = Schedule((Keep(0, SAVE_ALL, (Host(frozenset({"conv1"}), 0, 0),)), Keep(1, SAVE_ALL)))
+    with pytest.raises(ValueError, match=r"inside of the segment 0\.\.1"):
+        Segment(0, 1, inner)
