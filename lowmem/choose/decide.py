@@ -248,7 +248,8 @@ def _outdated(plans: Sequence[Plan | None], config: Config, classes: int) -> str
 
 def _budget(config: Config) -> tuple[object, ...]:
     memory = config.memory
-    return memory.vram, memory.tensors, memory.card, memory.platform if memory.card else None
+    waiting = (memory.host, memory.link) if memory.host != "off" else None
+    return memory.vram, memory.tensors, memory.card, memory.platform if memory.card else None, waiting
 
 
 def _basis(config: Config) -> tuple[object, ...]:

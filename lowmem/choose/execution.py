@@ -16,6 +16,7 @@ from torch import nn
 
 from lowmem.calibrate.calibrator import Calibration, Calibrator, Progress
 from lowmem.calibrate.device import CONTEXT, ask_device, cpu_identity, describe_card
+from lowmem.choose.host import host_terms_of
 from lowmem.choose.request import (
     ASSUMED_CONTEXT_BYTES,
     REFERENCE_CARD,
@@ -373,6 +374,7 @@ def request_of(
         sync_bn=config.train.sync_bn,
         batch_norm=batch_norm_of(config),
         tf32=_tf32(config, card),
+        host=host_terms_of(config, rated),
     )
 
 

@@ -33,8 +33,13 @@ def explain(choice: Choice) -> list[str]:
         f"plan: batch {plan.batch}{cut}, {_arithmetic(plan)}: "
         f"{format_size(plan.predicted.peak_allocated_bytes)} of tensors under a budget of "
         f"{format_size(plan.budget_bytes)}; plain PyTorch takes {format_size(plain.peak_allocated_bytes)}",
-        f"cost: {cost(plan)}; {picture.in_short(plan.schedule)}",
+        f"cost: {cost(plan)}; {picture.in_short(plan.schedule)}{_waiting(plan)}",
     ]
+
+
+def _waiting(plan: Plan) -> str:
+    there = plan.predicted.host_bytes
+    return f"; {format_size(there)} wait in host memory" if there else ""
 
 
 def _arithmetic(plan: Plan) -> str:
@@ -116,6 +121,8 @@ def in_full(choice: Choice) -> str:
     unneeded = fits and not flops and plan.exact
     if not unneeded:
         lines.append(_REMATERIALIZATION.format(flops / 1e9))
+    if predicted.host_bytes:
+        lines.append(f"Meanwhile {format_size(predicted.host_bytes)} of it wait in host memory, and come back in time.")
     if fits:
         the = "The" if unneeded else "Here the"
         lines.append(f"{the} plain step fits too: nothing has to be computed again for the memory's sake.")

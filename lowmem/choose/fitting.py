@@ -79,7 +79,7 @@ class _Search:
         """What is faster and still fits. `failed`: a target that did not."""
         if failed is not None:
             solution, simulated = self._halved(solution, simulated, failed)
-        left = _SWAPS
+        left = 0 if solution.schedule.hosts else _SWAPS  # another policy is another timeline
         # The cost model's peak is a little too high at times.
         most = self.budget.tensor_bytes + max(0, solution.peak_bytes - simulated.estimate.peak_allocated_bytes)
         while left:

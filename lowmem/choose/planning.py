@@ -22,6 +22,8 @@ from lowmem.config.cards import Card, load_card
 from lowmem.core.errors import Infeasible
 from lowmem.core.phases import Phase, untold
 from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, counted, format_size, parse_memory
+from lowmem.plan.cost import ChainCost
+from lowmem.plan.hosting import HostSolver, HostTerms
 from lowmem.plan.record import Candidate, Plan
 from lowmem.plan.solver import Solver
 from lowmem.remat.libraries import convolutions_in_tf32
@@ -49,6 +51,7 @@ def make_plan(
     momentum: bool = True,
     batch_norm: Literal["library", "native"] | None = None,
     stages: Named | None = None,
+    host: HostTerms | None = None,
 ) -> Plan:
     """The plan for a training step of `model` (any device, `meta` included; it is not touched).
 
@@ -58,11 +61,12 @@ def make_plan(
     `momentum`: the optimizer keeps a tensor of each parameter's size, as SGD does with momentum. One that keeps more is
     not simulated: Adam takes the parameters' bytes once more, which `budget` must leave.
     `stages`: for a network that cannot be traced, modules of it, themselves or by name, which its input goes through
-    one after the other; each runs as a whole (`apply_plan` is told the same). None: as it is traced. Raises Infeasible
-    with the least that fits, ValueError if neither budget nor card is given, for a budget without its unit, for stages
-    that are no modules of the network, or for a network that cannot be planned (NotTraceable), PreflightError if,
-    planned, it computes something else (`lowmem.remat.same_forward`; of a model on `meta` nobody can tell). What cannot
-    be planned inside is named among the plan's candidates.
+    one after the other; each runs as a whole (`apply_plan` is told the same). None: as it is traced. `host`: memory in
+    which tensors may wait between forward and backward, and how fast they get there; None: they do not. Raises
+    Infeasible with the least that fits, ValueError if neither budget nor card is given, for a budget without its unit,
+    for stages that are no modules of the network, or for a network that cannot be planned (NotTraceable),
+    PreflightError if, planned, it computes something else (`lowmem.remat.same_forward`; of a model on `meta` nobody can
+    tell). What cannot be planned inside is named among the plan's candidates.
     """
     if isinstance(budget, Budget):
         limits = budget
@@ -92,6 +96,7 @@ def make_plan(
         momentum=momentum,
         batch_norm=batch_norm,
         stages=None if stages is None else tuple(name for name, _ in parts_of(model, stages)),
+        host=host,
         tf32=card is not None and convolutions_in_tf32(card.capability_pair),
     )
     return choose(request).plan
@@ -188,9 +193,9 @@ def _plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
     chain = price(measured, rates)
     if calibrator is not None:
         # Bytes need no measuring: what fits nowhere is not worth the minute on the card.
-        Solver(chain, limit_bytes=budget.tensor_bytes).solve(budget.tensor_bytes)
+        _solver(request, chain).solve(budget.tensor_bytes)
         chain = price(measured, rates, calibrator.times(shape, measured.stages))
-    solver = Solver(chain, limit_bytes=budget.tensor_bytes)
+    solver = _solver(request, chain)
     steps = request.once(("steps", shape), lambda: StepSimulator(shape, workspace))
     solution, simulated = fit(solver, steps, budget, rates, request.phase)
 
@@ -226,6 +231,12 @@ def _plan_one(request: Request, precision: str, micro_batch: int) -> Choice:
         timed=calibrator is not None,
     )
     return replace(choice, plan=replace(plan, predicted=choice.predicted(solution, simulated)))
+
+
+def _solver(request: Request, chain: ChainCost) -> Solver:
+    if request.host is None:
+        return Solver(chain, limit_bytes=request.budget.tensor_bytes)
+    return HostSolver(chain, request.host)
 
 
 def workspaces_of(request: Request, shape: StepShape) -> Workspaces | None:

@@ -19,6 +19,7 @@ from lowmem.core.phases import Phase, untold
 from lowmem.core.units import KIB, MIB
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.evaluate import Solution
+from lowmem.plan.hosting import HostTerms
 from lowmem.plan.record import Plan, Predicted
 from lowmem.plan.solver import Solver
 from lowmem.remat.libraries import ASSUMED_WORKSPACE_BYTES, blas_workspace_bytes
@@ -230,6 +231,7 @@ class Request:
     momentum: bool = True
     joint: bool = False  # one of several processes that train the run; `batch` is its own share
     sync_bn: bool = False
+    host: HostTerms | None = None  # of the memory in which tensors may wait; None: they may not
     stages: tuple[str, ...] | None = None  # modules that are the links of the chain; None: as it is traced
     batch_norm: Literal["library", "native"] = "native"
     tf32: bool | None = False  # of convolutions in fp32, on the card that is planned for; None: nobody tells
@@ -302,6 +304,8 @@ class Choice:
         taken, outside, seconds = simulated.estimate, self.chain.outside_seconds, simulated.seconds
         if self.timed:
             seconds = (solution.seconds - outside) * self.shape.accumulation + outside
+        else:
+            seconds += solution.waiting_seconds * self.shape.accumulation
         device_bytes = taken.peak_reserved_bytes + self.budget.process_bytes
         return Predicted(
             peak_allocated_bytes=taken.peak_allocated_bytes,
@@ -310,6 +314,7 @@ class Choice:
             step_seconds=seconds,
             overhead=seconds / self.plain_seconds - 1,
             extra_flops=simulated.flops - self.plain.flops,
+            host_bytes=solution.host_bytes,
         )
 
 

@@ -24,6 +24,7 @@ from lowmem.core.reading import profile_names, profiles_folder, shorten
 
 # bytes per second and lane in one direction, by generation, after line coding (PCI-SIG)
 _LANE_BYTES_PER_SECOND = {"3.0": 0.985e9, "4.0": 1.969e9, "5.0": 3.938e9}
+LINK_SHARE = 12 / 15.76
 
 
 def _known_link(value: str) -> str:
@@ -75,6 +76,11 @@ class Card(Section):
     def pcie_lane_bytes_per_second(self) -> float:
         """In one direction."""
         return _LANE_BYTES_PER_SECOND[self.pcie.partition("x")[0]]
+
+    @property
+    def host_bytes_per_second(self) -> float:
+        """What a copy from or to pinned memory attains, each way: 12 GB/s of 3.0 x16's 15.8."""
+        return LINK_SHARE * self.pcie_lane_bytes_per_second * self.pcie_lanes
 
     @property
     def pcie_lanes(self) -> int:

@@ -251,6 +251,15 @@ class MemoryConfig(Section):
     platform: Literal["auto", "linux", "linux-display", "windows"] = Field(
         "auto", description="the machine the card is in, for the share of its memory that can be used"
     )
+    host: Literal["off", "auto"] | Size = Field(
+        "off",
+        description="host memory in which tensors of the step may wait, like 4G; auto: half of what is free there",
+    )
+    link: Literal["auto"] | Annotated[float, Field(gt=0, le=1e4)] = Field(
+        "auto",
+        description="GB/s that get to host memory, each way; auto: as measured, else by the card's PCIe; on the CPU, "
+        "which then copies for real, a number holds it to that",
+    )
     calibrate: Literal["auto", "always", "never"] = Field(
         "auto",
         description="predict time and workspace by what is measured on this device; auto: on CUDA",
@@ -304,7 +313,7 @@ class Config(Section):
 _OPERATIONAL = {
     "train": "device max_steps log_every_steps grad_norms_every on_stuck on_nan tensorboard peer_timeout_minutes",
     "data": "source root cache download",  # a moved folder; the pictures themselves are checked by their fingerprint
-    "memory": "vram tensors card platform calibrate allow_accumulation confirm",
+    "memory": "vram tensors card platform host link calibrate allow_accumulation confirm",
     "checkpoint": "every_minutes every_steps keep keep_every",
 }
 OPERATIONAL = frozenset(f"{section}.{name}" for section, names in _OPERATIONAL.items() for name in names.split())
@@ -326,6 +335,8 @@ BEFORE: Mapping[str, object] = {
     "data.image_size": SOURCE_SIDE,
     "data.fit": "stretch",
     "data.test_split": None,
+    "memory.host": "off",
+    "memory.link": "auto",
     "data.val_folder": False,
     "data.skip_damaged": False,
 }

@@ -121,8 +121,10 @@ def _outranked(flat: Mapping[str, object], layer: Mapping[str, int]) -> list[str
 
 def validate(flat: Mapping[str, object], sources: Mapping[str, str]) -> Config:
     """Dotted names -> Config. Raises UsageError of one line."""
+    # YAML reads off, no, on and yes as booleans, and pydantic takes a boolean for a number.
+    if flat.get("memory.host") is False:
+        flat = {**flat, "memory.host": "off"}
     for key, value in flat.items():
-        # YAML reads off, no, on and yes so, and pydantic takes a boolean for a number.
         if isinstance(value, bool) and key in catalogue() and not isinstance(catalogue()[key].default, bool):
             shown = f"{key} = {str(value).lower()} (from {sources.get(key, 'caller')})"
             raise UsageError(f"{shown}: it takes {catalogue()[key].kind}")

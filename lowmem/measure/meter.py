@@ -13,7 +13,7 @@ from lowmem.measure.snapshot import Snapshot
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-_MACHINE = Path("/proc/meminfo")
+MACHINE = Path("/proc/meminfo")
 
 
 class Meter:
@@ -54,7 +54,7 @@ class CpuSource:
             self._peak_restarts = False
 
     def read(self) -> Snapshot:
-        process, machine = _kernel_table(_STATUS), _kernel_table(_MACHINE)
+        process, machine = kernel_table(_STATUS), kernel_table(MACHINE)
         missing = []
         if "VmRSS" not in process:
             missing.append("this system has no /proc: what the process and the machine hold now is unknown")
@@ -73,7 +73,7 @@ class CpuSource:
         )
 
 
-def _kernel_table(path: Path) -> dict[str, int]:
+def kernel_table(path: Path) -> dict[str, int]:
     """The lines `Name:   123 kB` of one of Linux's files, in bytes; empty where there is no such file."""
     try:
         text = path.read_text(encoding="ascii", errors="replace")

@@ -16,10 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from math import inf
 
+from lowmem.core.errors import Infeasible
 from lowmem.plan.cost import ChainCost
 from lowmem.plan.evaluate import Solution, Span, Walk, evaluate
 from lowmem.plan.policy import OUTPUT, Host, Item, Keep, Schedule, Segment
+from lowmem.plan.solver import Solver
+
+_CURVE_POINTS = 100  # of the solver's schedules that are tried
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,37 @@ def with_host(schedule: Schedule, line: Timeline) -> Schedule:
     return Schedule(
         tuple(replace(item, host=tuple(hosts.get(number, ()))) for number, item in enumerate(schedule.items))
     )
+
+
+class HostSolver(Solver):
+    """A solver that may let tensors wait in host memory; `solve` and `ladder` do, the curve and the least are those
+    without. `limit_bytes` bounds nothing: what needs more than a budget is what host memory is for."""
+
+    def __init__(self, chain: ChainCost, terms: HostTerms) -> None:
+        super().__init__(chain)
+        self.terms = terms
+
+    @cached_property
+    def _usual(self) -> list[Solution]:
+        return sorted(self.curve(_CURVE_POINTS), key=lambda solution: solution.seconds)
+
+    def solve(self, budget_bytes: int) -> Solution:
+        """The fastest that fits, with host memory or without. Raises Infeasible with the least budget of those
+        without."""
+        alone, refused = None, None
+        try:
+            alone = super().solve(budget_bytes)
+        except Infeasible as error:
+            refused = error
+        most = inf if alone is None else alone.seconds
+        larger = (one for one in self._usual if one.peak_bytes > budget_bytes and one.seconds < most)
+        found = fastest(larger, self.chain, budget_bytes, self.terms)
+        if found is not None and found.seconds < most:
+            return found
+        if alone is None:
+            assert refused is not None
+            raise refused
+        return alone
 
 
 def fastest(solutions: Iterable[Solution], chain: ChainCost, budget_bytes: int, terms: HostTerms) -> Solution | None:

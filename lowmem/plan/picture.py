@@ -62,6 +62,8 @@ def legend(schedule: Schedule) -> list[str]:
         said.append("-out: and drops the output, which is computed again from the input and what is kept")
     if any(isinstance(item, Segment) for item in schedule.items):
         said.append("checkpoint: keeps only the input of its first stage; then runs forward again, as in brackets")
+    if schedule.hosts:
+        said.append("+host: what it keeps waits in host memory until its backward pass comes near")
     return said
 
 
@@ -97,10 +99,11 @@ def _range(names: Sequence[str], start: int, end: int) -> str:
 
 
 def _action(item: Item) -> str:
+    host = " +host" if item.host else ""
     if isinstance(item, Keep):
-        return shown(item.policy)
+        return f"{shown(item.policy)}{host}"
     size = item.end - item.start + 1
-    return f"checkpoint{f' of {size}' if size > 1 else ''} [{_counted(item.inner.items)}]"
+    return f"checkpoint{f' of {size}' if size > 1 else ''}{host} [{_counted(item.inner.items)}]"
 
 
 def _counted(items: Iterable[Item]) -> str:

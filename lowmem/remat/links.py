@@ -104,14 +104,14 @@ class HostLink:
     def send(self, tensor: Tensor) -> Ticket:
         """Begins the copy out, behind what computes the tensor."""
         slab = self.arena.take(tensor.nbytes)
-        sent = self._copy_out(tensor, slab)
+        sent = self.copy_out(tensor, slab)
         return Ticket(tensor, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, sent, slab)
 
     def fetch(self, ticket: Ticket) -> None:
         """Takes room on the device, and begins the copy back."""
         ticket.back = torch.empty_strided(ticket.shape, ticket.strides, dtype=ticket.dtype, device=ticket.on)
         assert ticket.slab is not None
-        ticket.arrived = self._copy_back(ticket.slab, ticket.back)
+        ticket.arrived = self.copy_back(ticket.slab, ticket.back)
 
     def take(self, ticket: Ticket) -> Tensor:
         """The tensor, which what is computed from now on waits for; the slab is free."""
@@ -133,10 +133,12 @@ class HostLink:
         """Waits until nothing moves."""
         raise NotImplementedError
 
-    def _copy_out(self, tensor: Tensor, slab: Slab) -> Passing:
+    def copy_out(self, tensor: Tensor, slab: Slab) -> Passing:
+        """Begins it; returns its end."""
         raise NotImplementedError
 
-    def _copy_back(self, slab: Slab, tensor: Tensor) -> Passing:
+    def copy_back(self, slab: Slab, tensor: Tensor) -> Passing:
+        """Begins it; returns its end."""
         raise NotImplementedError
 
 
@@ -169,10 +171,10 @@ class CpuLink(HostLink):
         super().__init__(Arena())
         self._out, self._in = _Channel(bytes_per_second), _Channel(bytes_per_second)
 
-    def _copy_out(self, tensor: Tensor, slab: Slab) -> Passing:
+    def copy_out(self, tensor: Tensor, slab: Slab) -> Passing:
         return self._out.copy(slab.address, tensor.data_ptr(), tensor.nbytes)
 
-    def _copy_back(self, slab: Slab, tensor: Tensor) -> Passing:
+    def copy_back(self, slab: Slab, tensor: Tensor) -> Passing:
         return self._in.copy(tensor.data_ptr(), slab.address, tensor.nbytes)
 
     def drain(self) -> None:

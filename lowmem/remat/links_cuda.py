@@ -24,8 +24,8 @@ class CudaLink(HostLink):
 
     def __init__(self, device: int) -> None:
         super().__init__(Arena(self._pin))
-        self._device = torch.device("cuda", device)
-        self._out, self._in = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
+        self.device = torch.device("cuda", device)
+        self.streams = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)  # out and back
         self.pinned = True
 
     def _pin(self, address: int, size: int) -> None:
@@ -40,22 +40,22 @@ class CudaLink(HostLink):
                 stacklevel=2,
             )
 
-    def _copy_out(self, tensor: Tensor, slab: Slab) -> Passing:
-        computing = torch.cuda.current_stream(self._device)
-        self._out.wait_stream(computing)
-        with torch.cuda.stream(self._out):
+    def copy_out(self, tensor: Tensor, slab: Slab) -> Passing:
+        computing = torch.cuda.current_stream(self.device)
+        self.streams[0].wait_stream(computing)
+        with torch.cuda.stream(self.streams[0]):
             _like(slab, tensor).copy_(tensor, non_blocking=True)
-        return _Passed(self._out, self._device)
+        return _Passed(self.streams[0], self.device)
 
-    def _copy_back(self, slab: Slab, tensor: Tensor) -> Passing:
-        self._in.wait_stream(torch.cuda.current_stream(self._device))  # others may have had this memory
-        with torch.cuda.stream(self._in):
+    def copy_back(self, slab: Slab, tensor: Tensor) -> Passing:
+        self.streams[1].wait_stream(torch.cuda.current_stream(self.device))  # others may have had this memory
+        with torch.cuda.stream(self.streams[1]):
             tensor.copy_(_like(slab, tensor), non_blocking=True)
-        return _Passed(self._in, self._device)
+        return _Passed(self.streams[1], self.device)
 
     def drain(self) -> None:
-        self._out.synchronize()
-        self._in.synchronize()
+        self.streams[0].synchronize()
+        self.streams[1].synchronize()
 
 
 class _Passed:
@@ -77,3 +77,34 @@ def _like(slab: Slab, tensor: Tensor) -> Tensor:
 def cuda_link(device: int) -> CudaLink:
     """One a process and device."""
     return CudaLink(device)
+
+
+_PROBE_BYTES = 64 << 20
+_PROBES = 4
+
+
+@cache
+def measured_rates(device: int) -> tuple[float, float]:
+    """Bytes per second out and back, while both ways are busy, with the link's own memory; the better of two rounds.
+    Takes tenths of a second."""
+    link = CudaLink(device)
+    there = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=link.device)
+    here = torch.empty_like(there)
+    slabs = link.arena.take(_PROBE_BYTES), link.arena.take(_PROBE_BYTES)
+    best = [0.0, 0.0]
+    for _ in range(3):  # the first one warms up
+        torch.cuda.synchronize(link.device)
+        streams = link.streams
+        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in streams]
+        for way, stream in enumerate(streams):
+            marks[way][0].record(stream)
+            for _ in range(_PROBES):
+                if way:
+                    link.copy_back(slabs[1], here)
+                else:
+                    link.copy_out(there, slabs[0])
+            marks[way][1].record(stream)
+        link.drain()
+        rates = [_PROBES * _PROBE_BYTES / (begun.elapsed_time(ended) / 1000) for begun, ended in marks]
+        best = [max(pair) for pair in zip(best, rates, strict=True)]
+    return best[0], best[1]

@@ -23,6 +23,7 @@ from lowmem.models.resnet import ResNet, check_memory_format
 from lowmem.plan.policy import SAVE_ALL, uniform
 from lowmem.plan.record import Plan
 from lowmem.remat import apply_plan, stage_names
+from lowmem.remat.links import cpu_link
 from lowmem.remat.same_forward import check_same_forward
 from lowmem.runs.checkpoint import Checkpoint
 from lowmem.runs.checkpoint_state import RunState, read_state
@@ -59,6 +60,9 @@ class Replica:
         # Shares every parameter and buffer with the model, which evaluation runs as it is: without gradients there is
         # nothing to keep.
         self.planned = None if plan is None else apply_plan(self.model, plan)
+        link = config.memory.link
+        if self.planned is not None and execution.device == "cpu" and link != "auto":
+            self.planned.lowmem.link = cpu_link(link * 1e9)
         micro_batch = config.train.micro_batch if plan is None else plan.micro_batch
         self.group = group or Group()
         self.split = split or Split(even_shares(config.train.batch, self.group.size), self.group.rank)

@@ -113,7 +113,7 @@ def test_it_is_readable_on_a_phone(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", "c")
+    monkeypatch.setattr("lowmem.cli.listing.user_cache_folder", lambda: Path("c/lowmem"))
     (tmp_path / "c/lowmem/folder-0123456789abcdef").mkdir(parents=True)
     (tmp_path / "c/lowmem/mine.txt").write_text("hello")
     wide = _said(capsys, command)

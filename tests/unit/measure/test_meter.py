@@ -69,7 +69,7 @@ def test_the_machines_memory() -> None:
 
 
 def test_without_proc_the_peak_is_the_whole_processs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_STATUS", "_MACHINE", "_CLEAR"):
+    for name in ("_STATUS", "MACHINE", "_CLEAR"):
         monkeypatch.setattr(meters, name, tmp_path / "none" / name)
     meter = Meter("cpu")
     meter.reset()
