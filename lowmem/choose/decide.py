@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from lowmem.choose.batch_size import BatchSplit, Planner, describe_split
 from lowmem.choose.execution import batch_norm_of, calibrator_of, for_card, request_of, wants_plan
 from lowmem.choose.explain import explain, explain_ladder, inexact, memory_lines
+from lowmem.choose.host import shortage
 from lowmem.choose.planning import choose, with_ladder
 from lowmem.choose.request import Choice, Request
 from lowmem.config.processes import cards_of, for_process
@@ -113,7 +114,7 @@ def decide(
     group, config = group or Group(), settings.config
     plans = () if recorded is None else _plans_of_as_many(recorded, group.size, tell)
     holds = recorded is not None and plans and _still_holds(recorded, config)
-    outdated = _outdated(plans, config, data.classes) if holds else None
+    outdated = (_outdated(plans, config, data.classes) or _crowded(plans, group)) if holds else None
     if holds and outdated is None:
         return Decision(settings, plans[group.rank], _split(group, config, plans[group.rank]))
     if not (holds or wants_plan(config) or on_paper):
@@ -124,7 +125,10 @@ def decide(
     tell.phase("planning")
     auto = config.memory.auto_batch and recorded is None
     anew = recorded is None or not plans or (recorded.fork and outdated is None)
-    requests = _requests(_bounded(config, recorded), data, group, tell, on_paper=on_paper, recalibrate=recalibrate)
+    within = _bounded(config, recorded)
+    if recorded is not None and not recorded.fork:
+        within = _in_free_host_memory(within, tell)
+    requests = _requests(within, data, group, tell, on_paper=on_paper, recalibrate=recalibrate)
     first = min(requests)
     own = requests[first]
     if anew:
@@ -161,7 +165,8 @@ def _requests(
     def request(rank: int) -> Request:
         local = for_process(config, rank, size)
         calibrator = calibrator_of(local, tell.note, tell.phase, fresh=recalibrate)
-        request = request_of(local, data.classes, data.train_pictures or 0, calibrator, joint=size > 1)
+        pictures = data.train_pictures or 0
+        request = request_of(local, data.classes, pictures, calibrator, processes=size, on_paper=on_paper)
         return replace(request, phase=tell.phase)
 
     return group.together(lambda: {rank: request(rank) for rank in (range(size) if on_paper else (group.rank,))})
@@ -244,6 +249,28 @@ def _outdated(plans: Sequence[Plan | None], config: Config, classes: int) -> str
         except ValueError as error:
             return f"the recorded plan is an older version's ({error}): the same computation is planned again"
     return None
+
+
+def _crowded(plans: Sequence[Plan | None], group: Group) -> str | None:
+    """Why plans that hold cannot be followed on this machine, or on another process's: what is to wait in host memory
+    has no room there. The smaller plans in reserve count too."""
+    if not any(_waiting_bytes(plan) for plan in plans):
+        return None
+    short = next(filter(None, group.gather(shortage(_waiting_bytes(plans[group.rank])))), None)
+    return short and f"the recorded plan lets wait {short}: the same computation is planned again"
+
+
+def _waiting_bytes(plan: Plan | None) -> int:
+    return 0 if plan is None else max(one.predicted.host_bytes or 0 for one in (plan, *plan.ladder))
+
+
+def _in_free_host_memory(config: Config, tell: Listener) -> Config:
+    """A run that has begun is not refused for a machine with less: there it goes on as with `auto`."""
+    size = config.memory.host
+    if isinstance(size, str) or (why := shortage(size)) is None:
+        return config
+    tell.note(f"memory.host is {why}: planned for half of that")
+    return config.model_copy(update={"memory": config.memory.model_copy(update={"host": "auto"})})
 
 
 def _budget(config: Config) -> tuple[object, ...]:

@@ -288,8 +288,9 @@ def budget_of(
 ) -> tuple[Budget, Card | None]:
     """The budget for the step's tensors and, where it is known, the card whose rates predict time: the shipped profile
     of a device, else one made of what its driver tells and `calibrator` measures. A card that is neither named nor
-    there is like the reference card. `joint`: see `request_of`. Raises UsageError for an unknown card or where there is
-    nothing to fit into, Infeasible for too small a card, PreflightError if CUDA does not answer."""
+    there is like the reference card. `joint`: of one process among several that train the run. Raises UsageError for an
+    unknown card or where there is nothing to fit into, Infeasible for too small a card, PreflightError if CUDA does not
+    answer."""
     config, tensor_bytes = for_process(config, 0, 1), config.memory.tensors
     if tensor_bytes is not None and not for_card(config):
         return Budget(total_bytes=tensor_bytes, source=_TENSORS_ALONE), None
@@ -338,10 +339,13 @@ def request_of(
     train_pictures: int = 0,
     calibrator: Calibrator | None = None,
     *,
-    joint: bool = False,
+    processes: int = 1,
+    on_paper: bool = True,
 ) -> Request:
-    """What `choose` needs to know of a run. `joint`: of one process among several that train it. Raises as `budget_of`
-    does, UsageError for settings at odds, PreflightError for those that `refuse_unsafe` refuses."""
+    """What `choose` needs to know of a run. `processes`: that train it, of which this is one. `on_paper`: it is not
+    trained here. Raises as `budget_of` does, UsageError for settings at odds, PreflightError for those that
+    `refuse_unsafe` refuses and for more host memory than is free."""
+    joint = processes > 1
     _check_micro_batch(config)
     refuse_size(config)
     if config.memory.card is None:  # else the step is another machine's
@@ -374,7 +378,7 @@ def request_of(
         sync_bn=config.train.sync_bn,
         batch_norm=batch_norm_of(config),
         tf32=_tf32(config, card),
-        host=host_terms_of(config, rated),
+        host=host_terms_of(config, rated, processes, on_paper=on_paper),
     )
 
 

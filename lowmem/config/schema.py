@@ -308,6 +308,13 @@ class Config(Section):
     memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @property
+    def cpu_link_rate(self) -> float | None:
+        """Bytes per second, each way, that copies to host memory are held to where the device is the CPU; None: they
+        are not, or the device has a link of its own."""
+        rate = self.memory.link
+        return rate * 1e9 if self.train.device == "cpu" and rate != "auto" else None
+
 
 # What may differ on resume: it changes where, how often and how long, not what is computed.
 _OPERATIONAL = {

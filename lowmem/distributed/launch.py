@@ -67,6 +67,12 @@ class Launch:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[self.local_rank]
 
 
+def processes_here(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes of the run this machine has. Whoever starts them without torchrun may not say it: then all of
+    them count."""
+    return int(environment.get("LOCAL_WORLD_SIZE") or environment.get("WORLD_SIZE") or 1)
+
+
 def refuse_several(command: str) -> None:
     """Raises UsageError if torchrun has started several processes for what one does."""
     launch = Launch.of_environment()

@@ -83,10 +83,10 @@ class Traffic:
     def bring(self, holder: Holder) -> None:
         """What the holder has away is there."""
         for move in [move for move in self._away if move.holder is holder]:
-            self._away.remove(move)
             if not move.begun:
                 self._begin(move)
             tensor = self.link.take(move.ticket)
+            self._away.remove(move)
             if move.at is None:
                 holder.x = tensor
             else:

@@ -60,9 +60,9 @@ class Replica:
         # Shares every parameter and buffer with the model, which evaluation runs as it is: without gradients there is
         # nothing to keep.
         self.planned = None if plan is None else apply_plan(self.model, plan)
-        link = config.memory.link
-        if self.planned is not None and execution.device == "cpu" and link != "auto":
-            self.planned.lowmem.link = cpu_link(link * 1e9)
+        rate = config.cpu_link_rate
+        if self.planned is not None and rate is not None:
+            self.planned.lowmem.link = cpu_link(rate)
         micro_batch = config.train.micro_batch if plan is None else plan.micro_batch
         self.group = group or Group()
         self.split = split or Split(even_shares(config.train.batch, self.group.size), self.group.rank)

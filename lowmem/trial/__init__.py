@@ -46,9 +46,9 @@ class Trial:
     `image_size`: side of what the network sees; `stored_side`: of the pictures as they are held, which are enlarged as
     a batch if that is less; None: the same. `pictures`: training pictures that the run holds on the device (only held
     on CUDA). `eval_batch`: pictures at a time in evaluation; None: no evaluation. `cap_bytes`: the most that the
-    allocator may hold (CUDA only). `detailed`: digest the first step's gradients (needs a warm-up), count the
-    operations of another step, and of plain autograd on CUDA profile a third. `deterministic`, `tf32`: see
-    `lowmem.remat.libraries`.
+    allocator may hold (CUDA only). `link_bytes_per_second`: what the CPU's link to host memory is held to; None: it
+    copies as fast as it can. `detailed`: digest the first step's gradients (needs a warm-up), count the operations of
+    another step, and of plain autograd on CUDA profile a third. `deterministic`, `tf32`: see `lowmem.remat.libraries`.
     """
 
     arch: str = "res20"
@@ -72,6 +72,7 @@ class Trial:
     pictures: int = 0
     eval_batch: int | None = None
     cap_bytes: int | None = None
+    link_bytes_per_second: float | None = None
     steps: int = 5
     warmup: int = 2
     optim: dict[str, Any] = field(default_factory=dict)

@@ -136,6 +136,7 @@ def trial_of(config: Config, plan: Plan, budget: Budget, num_classes: int, train
         pictures=train_pictures if held_bytes(config.data, train_pictures) else 0,
         eval_batch=config.train.eval_batch or plan.micro_batch,
         cap_bytes=budget.allocator_bytes,
+        link_bytes_per_second=config.cpu_link_rate,
         optim=config.optim.model_dump(),
         seed=config.seed,
     )

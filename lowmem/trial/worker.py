@@ -27,7 +27,9 @@ from lowmem.measure.timing import busy_seconds
 from lowmem.models import build, make_network
 from lowmem.models.resnet import check_memory_format
 from lowmem.plan.record import Plan
+from lowmem.remat import PlannedModule
 from lowmem.remat.libraries import Numerics, prepare_libraries
+from lowmem.remat.links import cpu_link
 from lowmem.step.train_step import FUSED, Execution, TrainStep, evaluate, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
 from lowmem.trial import PLAIN, PLANNED, Trial, executed
@@ -98,6 +100,8 @@ class _Work:
         self.beside_reserved_bytes = torch.cuda.memory_reserved() - reserved if self.cuda else 0
         plan = None if trial.plan is None else Plan.from_json(trial.plan)
         run, micro_batch = executed(self.model, trial.way, plan), None if plan is None else plan.micro_batch
+        if isinstance(run, PlannedModule) and trial.link_bytes_per_second is not None:
+            run.lowmem.link = cpu_link(trial.link_bytes_per_second)
         self.step = TrainStep(run, self.optimizer, make_scaler(self.execution), self.execution, micro_batch)
         # What a planned run keeps to undo a step is in the prediction; what it is compared with has none.
         self.undo = Undo(self.step, self.model) if trial.way == PLANNED else None
