@@ -74,10 +74,11 @@ def _alone(model: nn.Module, images: Tensor, labels: Tensor, size: int) -> tuple
 def gradients_are_the_sum_of_the_slices(group: Group) -> None:
     """Whatever the plans, which differ by process, and the shares. Two processes: bit for bit."""
     data = small.dataset(pictures=2 * small.BATCH + 3)
-    for shares in _shares(group):
+    plans = list(small.schedules().values())
+    assert plans[-1].hosts
+    for turn, shares in enumerate(_shares(group)):
         split = Split(shares, group.rank)
-        plans = list(small.schedules().values())
-        plan = small.plan(plans[group.rank % len(plans)], shares[group.rank], shares)
+        plan = small.plan(plans[(turn + group.rank) % len(plans)], shares[group.rank], shares)
         for step in (0, 2):  # 2: the last, of three pictures
             ours, whole = (
                 small.trainer(group, small.config(), data, split, plan),

@@ -10,9 +10,10 @@ from lowmem.distributed.group import Group, Split
 from lowmem.models import build
 from lowmem.plan.policy import LEAN, Keep, Schedule, Segment, keep, uniform
 from lowmem.plan.record import Plan
-from lowmem.remat import stage_names
+from lowmem.remat import decompose, stage_names
 from lowmem.train.loop import Trainer
 from lowmem.train.observer import Observer
+from tests.exact.schedules import hosting
 
 BATCH = 12
 
@@ -45,6 +46,7 @@ def schedules(arch: str = "res20") -> dict[str, Schedule]:
     return {
         "lean": uniform([LEAN] * (count - 1) + [keep()]),
         "nested segments": Schedule((Keep(0, LEAN), nested, head)),
+        "host": hosting(decompose(build(arch, width=4)), 3),
     }
 
 

@@ -123,7 +123,7 @@ def _trained(
 ) -> Trainer:
     """A run whose processes `ranks` fail at these allocations of its second step, so often."""
     shares = even_shares(small.BATCH, group.size)
-    first, second = (small.plan(one, shares[group.rank], shares) for one in small.schedules().values())
+    _, second, first = (small.plan(one, shares[group.rank], shares) for one in small.schedules().values())
     plan = small.plan(first.schedule, shares[group.rank], shares, ladder=(second, first))
     t = small.trainer(group, settings, data, Split(shares, group.rank), plan)
     fails = group.rank in ranks

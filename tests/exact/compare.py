@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lowmem.models.resnet import SAFE_CHANNELS, BasicBlock, Bottleneck, ResNet
 from lowmem.plan.policy import Schedule
 from lowmem.remat import PlannedModule, apply_plan
+from lowmem.remat.links import HostLink
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 BLOCKS: list[type[BasicBlock] | type[Bottleneck]] = [BasicBlock, Bottleneck]
@@ -74,6 +75,11 @@ def _unequal(plain: nn.Module, planned: nn.Module) -> Iterator[str]:
     for (name, ours), theirs in zip(plain.named_buffers(), planned.buffers(), strict=True):
         if not torch.equal(ours, theirs):
             yield name
+
+
+def in_use(link: HostLink) -> int:
+    """Bytes of host memory that tensors of some step have."""
+    return link.arena.bytes - sum(slab.size for free in link.arena._free.values() for slab in free)
 
 
 def training(x: Tensor, labels: Tensor, low: torch.dtype | None = None) -> Callable[[nn.Module], Tensor]:

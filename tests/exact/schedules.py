@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from lowmem.plan.policy import FUSED, INPUT_ONLY, LEAN, SAVE_ALL, BlockPolicy, Keep, PolicyKind, Schedule, Segment
-from lowmem.remat.stage import Stage
+from lowmem.plan.policy import (
+    FUSED,
+    INPUT_ONLY,
+    LEAN,
+    OUTPUT,
+    SAVE_ALL,
+    BlockPolicy,
+    Host,
+    Keep,
+    PolicyKind,
+    Schedule,
+    Segment,
+    keep,
+)
+from lowmem.remat.operation import PassState
+from lowmem.remat.stage import Stage, StagePass
 
 
 def fitting(stage: Stage, policy: BlockPolicy) -> BlockPolicy:
@@ -75,3 +91,36 @@ def _policies(stage: Stage, may_drop: bool, may_fuse: bool) -> st.SearchStrategy
     kept = st.builds(lambda names, drop: BlockPolicy(PolicyKind.KEEP, frozenset(names), drop), subsets, drops)
     lean = st.builds(lambda drop: BlockPolicy(PolicyKind.LEAN, drop_output=drop), drops)
     return st.one_of(st.sampled_from(simple), kept, lean)
+
+
+_POLICIES = (SAVE_ALL, LEAN, INPUT_ONLY, keep("conv1", "conv2"))
+
+
+def _movable(stages: Sequence[Stage], item: Keep | Segment) -> set[str]:
+    if isinstance(item, Segment):
+        return {OUTPUT}
+    stage = stages[item.stage]
+    return set(stage.movable(item.policy, StagePass(PassState(), True, stage.trains()))) - {"input"}
+
+
+def hosting(stages: Sequence[Stage], seed: int) -> Schedule:
+    """Any policies, now and then a segment, and of what may leave some, at any time."""
+    draw = random.Random(seed)
+    items: list[Keep | Segment] = []
+    while (at := items[-1].end + 1 if items else 0) < len(stages):
+        policies = [fitting(stage, draw.choice(_POLICIES)) for stage in stages]
+        if draw.random() < 0.25:
+            end = draw.randint(at, len(stages) - 1)
+            inner = Schedule(tuple(Keep(k, policies[k]) for k in range(at, end + 1)))
+            items.append(Segment(at, end, inner))
+        else:
+            items.append(Keep(at, policies[at]))
+    ends = [item.end for item in items]
+
+    def hosts(number: int, item: Keep | Segment) -> Iterator[Host]:
+        for name in sorted(_movable(stages, item)):
+            least = number + (name == OUTPUT)
+            if draw.random() < 0.7 and least < len(items):
+                yield Host(frozenset({name}), draw.choice(ends[least:]), draw.choice(ends[least:]))
+
+    return Schedule(tuple(replace(item, host=tuple(hosts(number, item))) for number, item in enumerate(items)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,49 +9,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowmem.plan.policy import INPUT_ONLY, LEAN, OUTPUT, SAVE_ALL, Host, Keep, Schedule, Segment, keep
+from lowmem.plan.policy import OUTPUT, SAVE_ALL, Host, Keep, Schedule, Segment
 from lowmem.remat import PlannedModule, apply_plan, decompose
 from lowmem.remat.host import Traffic
 from lowmem.remat.links import CpuLink
-from lowmem.remat.operation import PassState
-from lowmem.remat.stage import Stage, StagePass
 from lowmem.simulate.effects import OutlineMode
 from lowmem.simulate.step import empty_copy
 from lowmem.simulate.trace import Recorder
-from tests.exact.compare import BLOCKS, FORMAT_NAMES, FORMATS, differences, pictures, small_net, training, twins
-from tests.exact.schedules import fitting
-
-POLICIES = (SAVE_ALL, LEAN, INPUT_ONLY, keep("conv1", "conv2"))
-
-
-def movable(stages: Sequence[Stage], item: Keep | Segment) -> set[str]:
-    if isinstance(item, Segment):
-        return {OUTPUT}
-    stage = stages[item.stage]
-    return set(stage.movable(item.policy, StagePass(PassState(), True, stage.trains()))) - {"input"}
-
-
-def hosting(stages: Sequence[Stage], seed: int) -> Schedule:
-    """Any policies, now and then a segment, and of what may leave some, at any time."""
-    draw = random.Random(seed)
-    items: list[Keep | Segment] = []
-    while (at := items[-1].end + 1 if items else 0) < len(stages):
-        policies = [fitting(stage, draw.choice(POLICIES)) for stage in stages]
-        if draw.random() < 0.25:
-            end = draw.randint(at, len(stages) - 1)
-            inner = Schedule(tuple(Keep(k, policies[k]) for k in range(at, end + 1)))
-            items.append(Segment(at, end, inner))
-        else:
-            items.append(Keep(at, policies[at]))
-    ends = [item.end for item in items]
-
-    def hosts(number: int, item: Keep | Segment) -> Iterator[Host]:
-        for name in sorted(movable(stages, item)):
-            least = number + (name == OUTPUT)
-            if draw.random() < 0.7 and least < len(items):
-                yield Host(frozenset({name}), draw.choice(ends[least:]), draw.choice(ends[least:]))
-
-    return Schedule(tuple(replace(item, host=tuple(hosts(number, item))) for number, item in enumerate(items)))
+from tests.exact.compare import (
+    BLOCKS,
+    FORMAT_NAMES,
+    FORMATS,
+    differences,
+    in_use,
+    pictures,
+    small_net,
+    training,
+    twins,
+)
+from tests.exact.schedules import hosting
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=FORMAT_NAMES)
@@ -116,10 +90,6 @@ def planned_and_link() -> tuple[PlannedModule, CpuLink]:
     planned = apply_plan(model, hosting(decompose(model), 2))
     planned.lowmem.link = link = CpuLink()
     return planned, link
-
-
-def in_use(link: CpuLink) -> int:
-    return link.arena.bytes - sum(slab.size for free in link.arena._free.values() for slab in free)
 
 
 def test_steps_take_the_same_slabs() -> None:

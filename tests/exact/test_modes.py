@@ -25,7 +25,7 @@ from tests.exact.compare import (
     training,
     twins,
 )
-from tests.exact.schedules import alternating, segments, uniform
+from tests.exact.schedules import alternating, hosting, segments, uniform
 
 SCHEDULES = {
     "save-all": lambda stages: uniform(stages, SAVE_ALL),
@@ -33,10 +33,15 @@ SCHEDULES = {
     "conv2": lambda stages: uniform(stages, keep("conv2")),
     "dropped": lambda stages: alternating(stages, keep("conv1"), BlockPolicy(PolicyKind.LEAN, drop_output=True)),
     "segments": lambda stages: segments(stages, 3, INPUT_ONLY),
+    "host": lambda stages: hosting(stages, 3),
 }
 by_format = pytest.mark.parametrize("memory_format", FORMATS, ids=FORMAT_NAMES)
 by_block = pytest.mark.parametrize("block", BLOCKS)
 by_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
+
+
+def test_tensors_wait_on_the_host() -> None:
+    assert all(SCHEDULES["host"](decompose(small_net(block))).hosts for block in BLOCKS)
 
 
 def _twins(block: Any, schedule: str, memory_format: Any, prepare: Callable[[nn.Module], Any] | None = None) -> Any:

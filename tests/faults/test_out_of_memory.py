@@ -22,9 +22,11 @@ from lowmem.lifecycle import resume_training, run_training
 from lowmem.measure import Snapshot
 from lowmem.measure.tensors import TensorMeter
 from lowmem.plan.record import Plan
+from lowmem.remat.links import HostLink
 from lowmem.train.loop import Trainer
 from lowmem.train.watchers import Act, MemoryPressure, Verdict
 from tests.conftest import assert_same_run
+from tests.exact.compare import in_use
 from tests.faults.injection import Scarce, events, make_trainer, recorded_plan, run, scarce_from, scarce_step
 from tests.tiny import arguments, tiny
 
@@ -34,6 +36,7 @@ MODES = {
     "fp32": ["memory.tensors=3200K"],
     "bf16": ["memory.tensors=2200K", "train.precision=amp"],
     "micro-batches": ["memory.tensors=2200K", "train.micro_batch=8"],
+    "host": ["memory.tensors=3M", "memory.host=64M", "memory.link=12"],
 }
 
 
@@ -56,6 +59,7 @@ def _plan(mode: str) -> Plan:
     plan = decide(_settings(mode)).plan
     assert plan is not None
     assert plan.exact is (mode != "micro-batches")
+    assert plan.schedule.hosts is (mode == "host")
     return plan
 
 
@@ -212,6 +216,39 @@ def test_the_memory_is_free_before_the_step_is_repeated(tmp_path: Path) -> None:
     assert levels[2] == levels[1]
     assert alive[2] == 0
     assert len(alive) == 4
+
+
+def test_nothing_waits_in_host_memory_when_the_step_is_repeated(
+    untroubled: Callable[[str], tuple[Path, int]], tmp_path: Path
+) -> None:
+    """Nor moves; wherever the step failed, in the fetch of what waits there too."""
+    plain, count = untroubled("host")
+    waited = []
+    for point in range(count // 3, count, count // 8):
+        scarce, trainer = Scarce({point}), _trainer("host")
+        assert trainer.planned is not None
+        link = trainer.planned.lowmem.link
+        assert link is not None
+        fail, fetch = scarce._fail, trainer.batches.batch
+
+        def failing(size: int, fail: Any = fail, link: HostLink = link) -> None:
+            waited.append(in_use(link))
+            fail(size)
+
+        def batch(*args: Any, fetch: Any = fetch, link: HostLink = link, **kwargs: Any) -> Any:
+            assert in_use(link) == 0
+            return fetch(*args, **kwargs)
+
+        scarce._fail, trainer.batches.batch = failing, batch  # type: ignore[method-assign]
+        path = run(
+            tmp_path / str(point), _settings("host"), trainer, lambda t, scarce=scarce: scarce_step(t, scarce, FAILING)
+        )
+        assert scarce.failures == 1
+        assert trainer.plan == _plan("host").next_rung()
+        assert in_use(link) == 0
+        assert_same_run(path, plain)
+    assert min(waited) < max(waited)
+    assert max(waited) > 0
 
 
 def test_evaluation_goes_on_with_fewer_pictures(untroubled: Callable[[str], tuple[Path, int]], tmp_path: Path) -> None:
