@@ -125,27 +125,30 @@ def test_two_forwards_before_their_backwards() -> None:
     assert in_use(link) == 0
 
 
-@pytest.mark.parametrize("method", ["ran", "reaches"])
+@pytest.mark.parametrize("method", ["ran", "reaches", "_begin"])
 def test_after_an_error_nothing_moves(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     planned, link = planned_and_link()
     x, labels = pictures()
-    works, calls = getattr(Traffic, method), 0
+    works, left = getattr(Traffic, method), 0
 
     def fails(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
+        nonlocal left
+        left -= 1
+        if left == 0:
             raise MemoryError("here")
         return works(*args)
 
-    with monkeypatch.context() as changed:
-        changed.setattr(Traffic, method, fails)
+    training(x, labels)(planned)
+    monkeypatch.setattr(Traffic, method, fails)
+    training(x, labels)(planned)
+    count = -left
+    assert count > 4
+    for left in range(1, count + 1):  # noqa: B007
         with pytest.raises(MemoryError, match="here"):
             training(x, labels)(planned)
-    assert in_use(link) == 0
+        assert in_use(link) == 0
     planned.zero_grad()
-    plain = small_net(BLOCKS[1])
-    assert torch.equal(training(x, labels)(planned), training(x, labels)(plain))
+    assert torch.equal(training(x, labels)(planned), training(x, labels)(small_net(BLOCKS[1])))
 
 
 def test_schedules_with_hosts_are_written_and_read() -> None:

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from lowmem.choose import host
 from lowmem.config.settings import Settings
 from lowmem.core.errors import CorruptCheckpoint, Infeasible, UsageError
 from lowmem.core.units import KIB, MIB
 from lowmem.lifecycle import execute, fork_run, recorded_settings, resume_training, run_training
+from lowmem.plan.record import Plan
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.store import RunFolder
 from lowmem.train.replica import config_hash
@@ -101,6 +103,35 @@ def test_resume_replays_the_plan_and_another_budget_is_a_logged_event(
     assert _plan(replanned)["budget_bytes"] == 6500 * KIB
     assert events(replanned, "replan")
     assert_same_run(replanned, unplanned)
+
+
+def test_host_memory_is_replayed_and_where_less_is_free_planned_again(
+    unplanned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    waiting = ("memory.tensors=8M", "memory.host=64M", "memory.link=12")
+    run_training(_settings("train.max_steps=1", *waiting), here)
+    copy_run(here, there)
+    before = (here / "plan.json").read_text()
+    planned = Plan.from_json(json.loads(before))
+    assert planned.schedule.hosts
+    assert planned.predicted.host_bytes is not None
+    resume_training(here, {"train.max_steps": None})
+    assert (here / "plan.json").read_text() == before
+    assert not events(here, "replan")
+    assert_same_run(here, unplanned)
+
+    heard, free = Heard(), planned.predicted.host_bytes - 1
+    monkeypatch.setattr(host, "free_host_bytes", lambda: free)
+    resume_training(there, {"train.max_steps": None}, heard)
+    (event,) = events(there, "replan")
+    assert event["why"] in heard.notes
+    assert event["why"].endswith("of host memory are free: the same computation is planned again")
+    again = Plan.from_json(_plan(there))
+    assert (again.budget_bytes, again.batch, again.micro_batch) == (planned.budget_bytes, 50, 50)
+    assert 0 <= (again.predicted.host_bytes or 0) <= free // 2
+    assert recorded_settings(there).config.memory.host == 64 * MIB
+    assert_same_run(there, unplanned)
 
 
 def test_accumulation_is_said_and_recorded(tmp_path: Path) -> None:
