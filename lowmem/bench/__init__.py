@@ -23,6 +23,8 @@ PLAIN_DEFAULT, PLAIN_FUSED = "plain PyTorch", "plain PyTorch, fused optimizer"
 PLAIN_FREE = "plain PyTorch, nondeterministic kernels"
 CHECKPOINT_SELECTIVE, CHECKPOINT_PER_BLOCK = "checkpoint, selective", "checkpoint per block"
 ENGINE = "lowmem"
+ENGINE_HOST = "lowmem with host memory"
+ENGINES = (ENGINE, ENGINE_HOST)
 # family -> (way, whether the optimizer is fused). The library's ways as most people write them: the form that SGD takes
 # if one says nothing. The fused one of the engine is there for everybody, hence the row that tells what it brings.
 FAMILIES: dict[str, tuple[str, bool]] = {
@@ -32,6 +34,7 @@ FAMILIES: dict[str, tuple[str, bool]] = {
     CHECKPOINT_SELECTIVE: (SELECTIVE, False),
     CHECKPOINT_PER_BLOCK: (PER_BLOCK, False),
     ENGINE: (PLANNED, True),
+    ENGINE_HOST: (PLANNED, True),
 }
 FIRST_MODE = ("fp32", "contiguous")  # as most people write it
 # Beside nothing else rounds differ by some percent, and a desktop takes some percent of a core.
@@ -41,10 +44,11 @@ _UNSTEADY, _TAKEN_CORES = 1.5, 0.5
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """What is measured: a network, a batch, a device, the memory that largest batches are to fit (of a whole card,
-    `vram_bytes`, or what tensors alone may take), and the `steps` of each trial after `warmup`. `image_size`: side of
-    what the network sees, enlarged from a source's own; `pictures`: training pictures held on the card; `tries`: in the
-    search for a largest batch. `stem`: of the names of a suite's files. `fused`: the library's ways have the fused
-    optimizer, as the engine has it. `timed`: the CPU is timed, too; without that nothing is predicted of time there."""
+    `vram_bytes`, or what tensors alone may take), and the `steps` of each trial after `warmup`. `image_size`: side
+    of what the network sees, enlarged from a source's own; `pictures`: training pictures held on the card; `tries`:
+    in the search for a largest batch. `host`: memory.host of the rows with host memory; None: there are none.
+    `stem`: of the names of a suite's files. `fused`: the library's ways have the fused optimizer, as the engine has
+    it. `timed`: the CPU is timed, too; without that nothing is predicted of time there."""
 
     stem: ClassVar[str]
     fused: ClassVar[bool] = False
@@ -66,6 +70,7 @@ class Setup:
     warmup: int = 2
     pictures: int = 0
     tries: int = 8
+    host: int | str | None = None
 
     @property
     def name(self) -> str:
@@ -227,6 +232,11 @@ class Cell:
             for number, mine in sorted(self.trials.items())
             if (theirs := of_plain.get(number)) and mine.get("step_seconds") and theirs.get("step_seconds")
         ]
+
+    @property
+    def host_bytes(self) -> int | None:
+        """Of its plan, that wait in host memory."""
+        return None if self.plan is None else self.plan["predicted"].get("host_bytes")
 
     # -- its file ------------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ class AcceptanceSetup(Setup):
     stem: ClassVar[str] = "acceptance"
     fused: ClassVar[bool] = True
     timed: ClassVar[bool] = True
-    unrecorded: ClassVar[tuple[str, ...]] = ("warmup",)
+    unrecorded: ClassVar[tuple[str, ...]] = ("warmup", "host")
 
     card_bytes: int | None = None
     minutes: float = 6.0

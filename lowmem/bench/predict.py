@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
-from lowmem.bench import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, Cell, Setup
+from lowmem.bench import ENGINE, ENGINE_HOST, ENGINES, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, Cell, Setup
 from lowmem.choose.execution import budget_of, calibrator_of, request_of
 from lowmem.choose.planning import choose, workspaces_of
 from lowmem.choose.request import Budget, Choice, Request
@@ -45,7 +45,7 @@ class Predictor:
         PreflightError for a mode that corrupts memory."""
         check_memory_format(self._requests[True].model, self.setup.device, *cell.mode)
         mode, batch, on_card = cell.mode, cell.batch, self.setup.on_card
-        if cell.family == ENGINE:
+        if cell.family in ENGINES:
             choice = self._choice(cell) if budget is None else self.plan(mode, batch, budget, measured=False)
             simulated, predicted, budget = choice.simulated, choice.plan.predicted, choice.budget
             cell.budget_bytes, cell.cap_bytes, cell.terms = budget.tensor_bytes, budget.allocator_bytes, budget.rows()
@@ -84,14 +84,15 @@ class Predictor:
                     except Infeasible as error:
                         # What the solver alone said; the whole step, with the allocator's segments, takes a bit more.
                         size = max(size + 1, error.least_bytes)
-        return self.plan(cell.mode, cell.batch, self._tensors(size))
+        return self.plan(cell.mode, cell.batch, self._tensors(size), host=cell.family == ENGINE_HOST)
 
     # -- plans and ways ------------------------------------------------------------------------------------------------
 
-    def plan(self, mode: Mode, batch: int, budget: Budget, measured: bool = True) -> Choice:
+    def plan(self, mode: Mode, batch: int, budget: Budget, measured: bool = True, *, host: bool = False) -> Choice:
         """`measured`: on a card by what is measured on it, which takes time for every new batch; else by rates and room
-        for workspaces alone. Raises Infeasible."""
-        return choose(replace(self._request(mode, batch, measured), budget=budget))
+        for workspaces alone. `host`: tensors may wait in the setup's host memory. Raises Infeasible."""
+        request = replace(self._request(mode, batch, measured), budget=budget)
+        return choose(request if host else replace(request, host=None))
 
     def _way(
         self, family: str, mode: Mode, batch: int, measured: bool = True, capacity_bytes: int | None = None
@@ -175,6 +176,7 @@ class Predictor:
         flags |= {"train.batch": setup.batch, "train.device": setup.device, "data.image_size": setup.image_size}
         flags |= {f"memory.{name}": size_bytes for name, size_bytes in memory.items()}
         flags |= {"train.precision": "fp32", "train.memory_format": "contiguous"}
+        flags |= {} if setup.host is None else {"memory.host": setup.host}
         timed = ["memory.calibrate=always"] if setup.timed else []
         return gather(flags=flags, sets=["memory.allow_accumulation=false", *timed]).config
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from lowmem.bench import ENGINE, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, PLAIN_FREE, Cell, Setup
+from lowmem.bench import ENGINES, FAMILIES, FIRST_MODE, PLAIN_DEFAULT, PLAIN_FREE, Cell, Setup
 from lowmem.bench.plan_checks import GRADIENTS, SURVIVAL, PlanQuestion
 from lowmem.bench.predict import Predictor, largest
 from lowmem.choose.planning import with_ladder
@@ -177,7 +177,7 @@ class Bench:
     def _over(self, cell: Cell, result: TrialResult) -> str | None:
         """Why a trial is refused. What is not planned has no limit here; on the CPU a plan's tensors are its promise,
         on a card the allocator was capped at it."""
-        if cell.family != ENGINE or result.refused is not None:
+        if cell.family not in ENGINES or result.refused is not None:
             return result.refused
         if cell.memory_bytes is not None:
             return verdict(result, self._predictor.budget(cell.memory_bytes), self.setup.device)[0]

@@ -11,6 +11,8 @@ from lowmem.bench import (
     CHECKPOINT_PER_BLOCK,
     CHECKPOINT_SELECTIVE,
     ENGINE,
+    ENGINE_HOST,
+    ENGINES,
     FAMILIES,
     FIRST_MODE,
     LEAST,
@@ -64,8 +66,11 @@ def step_cells(setup: TableSetup, modes: Sequence[tuple[str, str]]) -> list[Cell
     for precision, layout in modes:
         ways, rounds = mode_ways(setup), setup.mode_rounds
         if (precision, layout) == FIRST_MODE:
-            library = (one for one in FAMILIES if one != ENGINE and (one != PLAIN_FREE or setup.on_card))
-            ways, rounds = [*((one, None) for one in library), *((ENGINE, one) for one in setup.budgets)], setup.rounds
+            library = (one for one in FAMILIES if one not in ENGINES and (one != PLAIN_FREE or setup.on_card))
+            engine = [(ENGINE, one) for one in setup.budgets]
+            # Host memory makes steps faster; the least that can be planned is the same.
+            engine += [(ENGINE_HOST, one) for one in setup.budgets if setup.host is not None and one != LEAST]
+            ways, rounds = [*((one, None) for one in library), *engine], setup.rounds
         for family, budget in ways:
             how: dict[str, Any] = {"precision": precision, "memory_format": layout, "budget": budget}
             cells.append(Cell(kind="step", family=family, batch=setup.batch, rounds=rounds, **how))
@@ -84,7 +89,7 @@ def mode_ways(setup: TableSetup) -> list[Way]:
 def largest_cells(setup: TableSetup) -> list[Cell]:
     """Of the second table."""
     precisions = ("fp32",) if setup.quick else ("fp32", "amp")
-    families = [family for family in FAMILIES if family not in (PLAIN_FUSED, PLAIN_FREE)]
+    families = [family for family in FAMILIES if family not in (PLAIN_FUSED, PLAIN_FREE, ENGINE_HOST)]
     return [
         Cell(kind="largest", family=family, precision=precision, batch=setup.batch, weight=3)
         for precision in precisions
@@ -145,6 +150,7 @@ def _row(cell: Cell, plain: Cell | None, first: Cell | None) -> Row:
         "predicted_device_bytes": cell.predicted_device_bytes,
         "device_used_bytes": None if cell.predicted_device_bytes is None else cell.most("device_used_bytes"),
         "resident_growth_bytes": cell.most("resident_growth_bytes"),
+        "host_bytes": cell.host_bytes or None,
         "rounds": len(cell.known("step_seconds")),
         "contended": any(one is not None and one.contended for one in (cell, plain, first)),
         "step_seconds": cell.step_seconds,
@@ -187,11 +193,12 @@ def _tables(setup: TableSetup, cells: Sequence[Cell], rows: Sequence[Row]) -> li
     unit = next((row["facts"]["unit"] for row in largest if row["facts"]), UNKNOWN)
     way, images = Column("way", "way"), Column.rate("images/s")
     predicted, measured, *others = _memory_columns(setup)
+    there = [] if setup.host is None else [Column.mib("MiB on the host", "host_bytes")]
     return [
         ResultTable(
             f"A batch of {setup.batch} in every way, fp32, contiguous",
             [
-                *(way, predicted, measured, *others, images, Column.seconds(3)),
+                *(way, predicted, measured, *others, *there, images, Column.seconds(3)),
                 Column("times plain", _ratio("ratios")),
                 Column.figure("extra FLOPs", "extra_flops", none="none"),
                 Column("as plain", _verdict),
@@ -254,6 +261,8 @@ def _step_note(setup: TableSetup, cells: Sequence[Cell]) -> str:
         "every block; selective: convolutions are saved. Plain PyTorch and its checkpointing have the optimizer as one "
         "gets it (`torch.optim.SGD(parameters, lr, …)`), lowmem has its fused form. "
     )
+    if setup.host is not None:
+        said += "With host memory: what waits there goes out and comes back once a step. "
     twice = next((times for cell in cells if (times := cell.first("norm_updates") or 1) > 1), None)
     if twice is not None:
         said += f"`gradients only`: batch norm's running statistics were moved {twice} times in the step. "

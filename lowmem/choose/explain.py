@@ -5,6 +5,7 @@ from __future__ import annotations
 from lowmem.choose.request import INSIDE, Choice
 from lowmem.core.units import counted, format_size
 from lowmem.plan import picture
+from lowmem.plan.hosting import HostSolver
 from lowmem.plan.record import Plan
 
 _KINDS = {
@@ -15,10 +16,14 @@ _KINDS = {
     "temporary": "temporary tensors",
     "workspace": "convolution workspace (measured)",
 }
-_REMATERIALIZATION = """\
+_NO_TIME = 0.0005  # a share of a step's
+_STEP = """\
 A training step keeps what every layer computed until the way back through the network has used it; that is
-what fills a card. This plan keeps a part of it and computes the rest again when it is needed
+what fills a card. This plan """
+_REMATERIALIZATION = """\
+keeps a part of it and computes the rest again when it is needed
 (rematerialization: {:,.0f} GFLOP more a step). Loss and gradients stay the same."""
+_ALL_KEPT = "keeps all of it. Loss and gradients stay the same."
 
 
 def explain(choice: Choice) -> list[str]:
@@ -33,13 +38,35 @@ def explain(choice: Choice) -> list[str]:
         f"plan: batch {plan.batch}{cut}, {_arithmetic(plan)}: "
         f"{format_size(plan.predicted.peak_allocated_bytes)} of tensors under a budget of "
         f"{format_size(plan.budget_bytes)}; plain PyTorch takes {format_size(plain.peak_allocated_bytes)}",
-        f"cost: {cost(plan)}; {picture.in_short(plan.schedule)}{_waiting(plan)}",
+        f"cost: {cost(plan)}; {picture.in_short(plan.schedule)}{_waiting(choice)}",
     ]
 
 
-def _waiting(plan: Plan) -> str:
-    there = plan.predicted.host_bytes
-    return f"; {format_size(there)} wait in host memory" if there else ""
+def _waiting(choice: Choice) -> str:
+    there, solver = choice.plan.predicted.host_bytes, choice.solver
+    if not there or not isinstance(solver, HostSolver):
+        return ""
+    return f"; {format_size(there)} wait in host memory, {solver.terms.rates}"
+
+
+def _in_host_memory(choice: Choice) -> list[str]:
+    """What waits there, how fast it gets there, and what time that takes; or why nothing does."""
+    predicted, solver = choice.plan.predicted, choice.solver
+    if not isinstance(solver, HostSolver):
+        return []
+    limit, rates = format_size(solver.terms.limit_bytes), solver.terms.rates
+    if not predicted.host_bytes:
+        nothing_to_win = predicted.overhead is not None and predicted.overhead < _NO_TIME
+        why = "the step fits without it" if nothing_to_win else f"no plan with {limit} of it, {rates}, is faster"
+        return [f"Host memory is not used: {why}."]
+    waiting, seconds = predicted.waiting_seconds or 0.0, predicted.step_seconds
+    stands = "never stands still for that"
+    if seconds and waiting >= _NO_TIME * seconds:
+        stands = f"stands still for that for {waiting / seconds:.1%} of the step"
+    return [
+        f"{format_size(predicted.host_bytes)} of what it keeps wait in host memory (up to {limit} may), {rates},",
+        f"beside the computing, which {stands}.",
+    ]
 
 
 def _arithmetic(plan: Plan) -> str:
@@ -51,7 +78,7 @@ def cost(plan: Plan) -> str:
     overhead = plan.predicted.overhead
     if overhead is None:
         return "unknown"
-    if overhead < 0.0005:
+    if overhead < _NO_TIME:
         return "no more time than plain PyTorch"
     return f"{overhead:.1%} more time than plain PyTorch (predicted)"
 
@@ -112,6 +139,8 @@ def in_full(choice: Choice) -> str:
         "tensors at the peak of a step": predicted.peak_allocated_bytes,
         "plain PyTorch, for comparison": plain.peak_allocated_bytes,
     }
+    if predicted.host_bytes:
+        sizes["wait in host memory meanwhile"] = predicted.host_bytes
     if predicted.device_bytes is not None:
         sizes["the allocator holds (reserved)"] = predicted.peak_reserved_bytes
         sizes["on the card in all"] = predicted.device_bytes
@@ -120,9 +149,8 @@ def in_full(choice: Choice) -> str:
     fits = plain.peak_allocated_bytes <= choice.budget.tensor_bytes
     unneeded = fits and not flops and plan.exact
     if not unneeded:
-        lines.append(_REMATERIALIZATION.format(flops / 1e9))
-    if predicted.host_bytes:
-        lines.append(f"Meanwhile {format_size(predicted.host_bytes)} of it wait in host memory, and come back in time.")
+        lines.append(_STEP + (_REMATERIALIZATION.format(flops / 1e9) if flops else _ALL_KEPT))
+    lines += _in_host_memory(choice)
     if fits:
         the = "The" if unneeded else "Here the"
         lines.append(f"{the} plain step fits too: nothing has to be computed again for the memory's sake.")

@@ -315,6 +315,7 @@ class Choice:
             overhead=seconds / self.plain_seconds - 1,
             extra_flops=simulated.flops - self.plain.flops,
             host_bytes=solution.host_bytes,
+            waiting_seconds=solution.waiting_seconds * self.shape.accumulation,
         )
 
 

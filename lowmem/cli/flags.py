@@ -173,6 +173,9 @@ FLAGS = (
         "resume": "In place of --vram: what the step's tensors alone may take.",
         "bench": "In place of --vram: tensors alone that largest batches are to fit (on the CPU half of plain's).",
     }),
+    Flag("--host", "memory.host", str, {
+        "bench": "More rows: plans whose tensors may wait in so much host memory; auto: half of what is free (off).",
+    }, metavar="SIZE"),
     Flag("--card", "memory.card", str, {
         "train": "Plan for this card's profile, like gtx1060-6g; A,B: for processes of torchrun.",
         "reproduce": "Plan for this card's profile, like gtx1060-6g.",

@@ -272,7 +272,8 @@ def bench(
         return
     if suite != "acceptance":
         raise UsageError(f"there is no suite {suite!r}: use --suite acceptance")
-    not_of_it = {"--rounds": rounds, "--budgets": budgets, "--quick": quick or None}
+    host = given.flags.get("memory.host")
+    not_of_it = {"--rounds": rounds, "--budgets": budgets, "--quick": quick or None, "--host": host}
     if ignored := [name for name, value in not_of_it.items() if value is not None]:
         raise UsageError(f"{', '.join(ignored)}: not of the suite; leave it out, or leave --suite out")
     if out is None:

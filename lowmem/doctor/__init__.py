@@ -27,6 +27,7 @@ CHECKS: tuple[Callable[[Facts], Finding | None], ...] = (
     checks_run.memory,
     checks_run.display,
     checks_run.link,
+    checks_run.host_memory,
     checks_run.precision,
     checks_run.memory_format,
     checks_run.spill,

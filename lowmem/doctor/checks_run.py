@@ -9,6 +9,7 @@ import re
 
 from packaging.version import Version
 
+from lowmem.config.cards import host_bytes_per_second
 from lowmem.core.units import GIB, counted, format_size
 from lowmem.doctor.facts import Facts, Finding, Status, split_way_out
 from lowmem.measure import who_holds
@@ -16,6 +17,7 @@ from lowmem.measure.usable import version
 
 _BUSY_CORES = 0.5  # less is what a desktop does
 _NARROW_LANES = 4  # a riser or a wrong slot; x8 costs nothing that can be measured here
+_WEAK_LINK = 3.0  # GB/s
 _SMALL_BYTES = 12 * GIB  # a card on which fragmentation decides what fits
 
 # What the caching allocator reads in the oldest and the newest torch that lowmem runs on.
@@ -97,6 +99,23 @@ def link(facts: Facts) -> Finding | None:
     slow = (pcie.generation or 0) < (pcie.most_generation or 0)
     rest = "; an idle card slows its link down" if slow else ""
     return Finding("link", Status.OK, f"PCIe{speed} x{lanes} of x{wanted}{rest}")
+
+
+def host_memory(facts: Facts) -> Finding | None:
+    """What tensors could wait in (`memory.host`), and how fast they would get there."""
+    if facts.used_card is None or facts.host_free_bytes is None:
+        return None
+    words, pcie = f"{format_size(facts.host_free_bytes)} free", facts.used_card.link
+    # As many lanes as there are now; an idle card slows them down.
+    lanes = pcie and (pcie.lanes or pcie.most_lanes)
+    generation = pcie and (pcie.most_generation or pcie.generation)
+    rate = host_bytes_per_second(generation, lanes) if generation and lanes else None
+    if rate is None:
+        return Finding("host memory", Status.OK, words)
+    words += f"; the link attains about {rate / 1e9:.1f} GB/s each way"
+    if round(rate / 1e9, 1) < _WEAK_LINK:
+        return Finding("host memory", Status.NOTE, f"{words}: plans will hardly use memory.host")
+    return Finding("host memory", Status.OK, words)
 
 
 def precision(facts: Facts) -> Finding | None:

@@ -27,6 +27,7 @@ from lowmem.config.cards import Card, find_card
 from lowmem.config.schema import Config, flatten
 from lowmem.core.errors import LowmemError
 from lowmem.doctor.probe import STAGES, ask
+from lowmem.measure.host import free_host_bytes
 from lowmem.measure.nvml import DriverDevice, read_driver
 from lowmem.measure.processor import busy_cores, usable_cores
 from lowmem.measure.usable import CardFacts
@@ -80,6 +81,7 @@ class Facts(CardFacts):
     cores: int | None = None  # that this process may use
     cpu_share: float | None = None  # CPUs a container may use, None without a limit
     busy_cores: float | None = None  # of `cores`, with other programs
+    host_free_bytes: int | None = None
 
     # packages, by their metadata: nothing is imported for these
     torchvision_version: str | None = None
@@ -178,6 +180,7 @@ def gather(config: Config, out: Path | None = None) -> Facts:
         "lowmem_version": lowmem.__version__,
         "cores": usable_cores(),
         "busy_cores": busy,
+        "host_free_bytes": free_host_bytes(),
         "cpu_share": cpu_share(Path("/sys/fs/cgroup")),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "driver": report,

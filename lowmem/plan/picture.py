@@ -63,7 +63,7 @@ def legend(schedule: Schedule) -> list[str]:
     if any(isinstance(item, Segment) for item in schedule.items):
         said.append("checkpoint: keeps only the input of its first stage; then runs forward again, as in brackets")
     if schedule.hosts:
-        said.append("+host: what it keeps waits in host memory until its backward pass comes near")
+        said.append("+host: tensors that it keeps wait in host memory until its backward pass comes near")
     return said
 
 

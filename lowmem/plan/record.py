@@ -52,6 +52,7 @@ class Predicted(_Checked):
     overhead: float | None = None  # a share: 0.12 is 12 % more time than plain autograd
     extra_flops: int | None = None  # repeated work per step, in floating-point operations
     host_bytes: int | None = None  # that wait in host memory between forward and backward
+    waiting_seconds: float | None = None  # of `step_seconds`, in which the computing stands still for their transfer
 
 
 @dataclass(frozen=True, kw_only=True)

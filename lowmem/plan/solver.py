@@ -156,14 +156,14 @@ def strategies(chain: ChainCost, plain_peak_bytes: int) -> dict[str, Points]:
     policies = dict.fromkeys(option.policy for stage in chain.stages for option in stage.anywhere)
     lengths = range(1, len(chain) // 2 + 1)
     return {
-        "lowmem": _points(Solver(chain).curve(200)),
-        "one policy for all blocks": _points(evaluate(kept(chain, policy), chain) for policy in policies),
-        "checkpoint every k-th block": _points(evaluate(segments_of(chain, length), chain) for length in lengths),
+        "lowmem": points_of(Solver(chain).curve(200)),
+        "one policy for all blocks": points_of(evaluate(kept(chain, policy), chain) for policy in policies),
+        "checkpoint every k-th block": points_of(evaluate(segments_of(chain, length), chain) for length in lengths),
         "plain PyTorch": [(plain_peak_bytes, 0.0)],
     }
 
 
-def _points(solutions: Iterable[Solution]) -> Points:
+def points_of(solutions: Iterable[Solution]) -> Points:
     """What is both smaller and slower than another has no place in the picture."""
     points: Points = []
     for peak, overhead in sorted((one.peak_bytes, one.overhead) for one in solutions if one.overhead is not None):

@@ -56,7 +56,7 @@ def _method(name: str, points: Sequence[tuple[float, float]], marker_size: float
     """`marker_size` 0: the line alone."""
     look = style.METHOD_STYLES[name]
     look = replace(look, marker=look.marker if marker_size else "", marker_size=marker_size)
-    return Series(points, look, name, inside=True)
+    return Series(points, look, name.replace(" with ", "\nwith "), inside=True)  # in two lines: there is little room
 
 
 _BENCH_HEIGHT_INCHES = 4.9  # more than most: up to seven ways, some close together

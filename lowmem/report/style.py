@@ -84,6 +84,7 @@ _TURN_WIDTHS = (1.9, 1.3, 0.9)  # the runs of one network, which share its colou
 
 METHOD_STYLES: dict[str, LineStyle] = {
     "lowmem": LineStyle(MEASURED, width=2.5, marker="o"),
+    "lowmem with host memory": LineStyle("#CC79A7", width=1.9, marker="v"),
     "plain PyTorch": LineStyle("#000000", width=0.0, marker="D"),
     "plain PyTorch, fused optimizer": LineStyle("#000000", width=0.0, marker="D", face="white"),
     "plain PyTorch, nondeterministic kernels": LineStyle("#888888", width=0.0, marker="D", face="white"),

@@ -12,6 +12,7 @@ from lowmem.bench import (
     CHECKPOINT_PER_BLOCK,
     CHECKPOINT_SELECTIVE,
     ENGINE,
+    ENGINE_HOST,
     FAMILIES,
     LEAST,
     PLAIN_DEFAULT,
@@ -30,7 +31,7 @@ NET: dict[str, Any] = {"arch": "res20", "block": "basic", "width": 4, "batch": 1
 
 @pytest.fixture(scope="module")
 def predictor() -> Predictor:
-    return Predictor(TableSetup(**NET), print)
+    return Predictor(TableSetup(**NET, host="64M"), print)
 
 
 def a_cell(family: str, budget: Any = None, precision: str = "fp32", kind: str = "step") -> Cell:
@@ -52,6 +53,7 @@ def tried(cell: Cell) -> dict[str, Any]:
         (CHECKPOINT_SELECTIVE, None),
         (CHECKPOINT_PER_BLOCK, None),
         (ENGINE, 0.7),
+        (ENGINE_HOST, 0.7),
         pytest.param(ENGINE, LEAST, marks=pytest.mark.slow),
     ],
 )
@@ -59,6 +61,7 @@ def test_bytes_and_operations_are_as_predicted(predictor: Predictor, family: str
     cell = a_cell(family, budget, precision)
     predictor.prepare(cell)
     assert cell.refused is None
+    assert bool(cell.host_bytes) == (family == ENGINE_HOST)
     found = tried(cell)
     # The real loop's sums of loss and errors, and what autocast leaves of them, are not in the simulated step.
     assert cell.predicted_allocated_bytes == pytest.approx(found["peak_allocated_bytes"], abs=2048)

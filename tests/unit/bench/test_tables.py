@@ -20,7 +20,7 @@ HERE: dict[str, Any] = {"lowmem": "1", "torch": "2", "python": "3", "device": "c
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("measured", [False, True])
 def test_rows_are_as_wide_as_their_header(device: str, measured: bool) -> None:
-    setup = TableSetup(arch="res20", block="basic", width=8, batch=32, device=device)
+    setup = TableSetup(arch="res20", block="basic", width=8, batch=32, device=device, host="auto")
     cells = [*step_cells(setup, MODES), *largest_cells(setup)]
     for cell in cells if measured else []:
         cell.trials["1"] = asdict(TrialResult(step_seconds=1.0, least_seconds=1.0, most_seconds=2.0, flops=10))

@@ -259,6 +259,7 @@ def test_some_of_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (("--budgets", "0.5,6"), "did you mean 6G"),
         (("--vram", "6"), "did you mean 6G"),
         (("--vram", "6G", "--tensors", "2G"), "give one"),
+        (("--suite", "acceptance", "--host", "1G", "--out", "there"), "--host: not of the suite"),
         (("--arch", "res21"), "res21"),
         (("--vram", "-1"), "memory.vram"),
     ],

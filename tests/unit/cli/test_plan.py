@@ -42,6 +42,35 @@ def test_json_has_the_points_of_the_picture(capsys: pytest.CaptureFixture[str], 
     assert min(cost for size, cost in points if size <= 4 << 20) <= record["predicted"]["overhead"] + 0.01
 
 
+@pytest.mark.parametrize(
+    ("tensors", "link", "said"),
+    [
+        ("5200K", "auto", "2 MiB of what it keeps wait in host memory (up to 64 MiB may), at 12 GB/s each way,"),
+        ("5200K", "auto", "beside the computing, which never stands still for that."),
+        ("4600K", "auto", "beside the computing, which stands still for that for 5."),
+        ("5200K", "0.3", "Host memory is not used: no plan with 64 MiB of it, at 0.3 GB/s each way, is faster."),
+        ("40M", "auto", "Host memory is not used: the step fits without it."),
+    ],
+)
+def test_what_waits_in_host_memory(capsys: pytest.CaptureFixture[str], tensors: str, link: str, said: str) -> None:
+    asked = (*ONE_MODE, "--tensors", tensors, "--set", "memory.host=64M", "--set", f"memory.link={link}")
+    code, out, _ = _leave(capsys, *asked, "--set", "memory.allow_accumulation=false")
+    assert code == 0
+    assert said in out
+    assert ("+host" in out) == ("wait in host memory meanwhile" in out) == ("not used" not in out)
+
+
+def test_json_and_picture_have_what_waits_in_host_memory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    asked = (*ONE_MODE, "--tensors", "4600K", "--json", "--curve", str(tmp_path / "curve.png"))
+    _, out, _ = _leave(capsys, *asked, "--set", "memory.host=64M", "--set", "memory.allow_accumulation=false")
+    record = json.loads(out)
+    assert record["predicted"]["host_bytes"] == 2304 << 10
+    assert 0 < record["predicted"]["waiting_seconds"] < 0.1 * record["predicted"]["step_seconds"]
+    alone, there = record["curve"]["lowmem"], record["curve"]["lowmem with host memory"]
+    assert all(cost <= min(other for size, other in alone if size <= peak) + 1e-9 for peak, cost in there)
+    assert any(cost < 0.9 * min(other for size, other in alone if size <= peak) for peak, cost in there)
+
+
 def test_what_the_processor_must_not_run_is_planned_for_a_card_only(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("--set", "train.device=cpu", "--memory-format", "channels-last", "--precision", "fp32")
     code, out, err = _leave(capsys, *asked, "--tensors", "4M")

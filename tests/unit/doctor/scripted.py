@@ -48,6 +48,7 @@ HEALTHY = Facts(
     lowmem_version="0.1.0",
     cores=8,
     cpu_share=None,
+    host_free_bytes=12 * GIB,
     environment={},
     torch_version="2.15.0",
     torchvision_version="0.29.2",

@@ -16,6 +16,7 @@ CARD_CHECKS = (
     checks.memory,
     checks.display,
     checks.link,
+    checks.host_memory,
     checks.precision,
     checks.memory_format,
     checks.spill,
@@ -137,6 +138,30 @@ def test_the_link(link: Link, profile: str | None, status: Status, says: str) ->
     found = said(checks.link, with_card(replace(GTX1060, link=link), profile))
     assert (found.status, says in found.finding) == (status, True), found.finding
     assert (found.mend is not None) == (status == Status.NOTE)
+
+
+@pytest.mark.parametrize(
+    ("link", "status", "says"),
+    [
+        # An idle card has slowed its link down.
+        (Link(generation=1, lanes=16, most_generation=3, most_lanes=16), Status.OK, "12.0 GB/s each way"),
+        (Link(generation=4, lanes=8, most_generation=4, most_lanes=8), Status.OK, "12.0 GB/s each way"),
+        (Link(generation=3, lanes=4, most_generation=3, most_lanes=16), Status.OK, "3.0 GB/s each way"),
+        (
+            Link(lanes=1, most_generation=3, most_lanes=16),
+            Status.NOTE,
+            "0.8 GB/s each way: plans will hardly use memory.host",
+        ),
+        (Link(most_generation=2, most_lanes=4), Status.NOTE, "1.5 GB/s each way: plans will hardly use memory.host"),
+        (Link(most_generation=9, most_lanes=4), Status.OK, None),
+        (None, Status.OK, None),
+    ],
+)
+def test_host_memory(link: Link | None, status: Status, says: str | None) -> None:
+    found = said(checks.host_memory, with_card(replace(GTX1060, link=link), "gtx1060-6g"))
+    words = "12.0 GiB free" + (f"; the link attains about {says}" if says else "")
+    assert (found.status, found.finding) == (status, words)
+    assert checks.host_memory(with_card(replace(GTX1060, link=link), host_free_bytes=None)) is None
 
 
 def test_a_link_that_is_not_told() -> None:

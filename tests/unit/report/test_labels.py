@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from itertools import combinations, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,6 +113,7 @@ RES20: dict[str, list[tuple[int, float]]] = {
     "checkpoint every k-th block": [(69593688, 0.2597)],
     "plain PyTorch": [(169346560, 0.0)],
 }
+PUBLISHED = Path(__file__).parents[3] / "benchmarks/results/memory_curve/res110_bottleneck_host.json"
 CROWDS = (1, 2, 7)
 FEW = {name: points[:: max(1, len(points) // 4)] for name, points in RES110.items()}
 
@@ -161,6 +164,14 @@ def test_nothing_lies_on_anything(curves: dict[str, list[tuple[int, float]]], bu
     figure = figure_of(draw_memory_curve, "res110", curves, budget_mib * MIB)
     assert {*curves} < {*boxes_of(figure)}
     assert any(text.startswith(f"budget {budget_mib:,} MiB") for text in boxes_of(figure))
+    assert collisions(figure) == []
+
+
+@pytest.mark.parametrize("budget_mib", [1_400, 5_242, 60_000])
+def test_nor_with_host_memory(budget_mib: int) -> None:
+    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))["curve"]
+    figure = figure_of(draw_memory_curve, "res110", published, budget_mib * MIB)
+    assert "lowmem\nwith host memory" in boxes_of(figure)
     assert collisions(figure) == []
 
 
