@@ -172,6 +172,7 @@ class Run:
             yield
         except BaseException:
             if self.traffic is not None:
+                self.traffic.link.drain()  # with what had just begun, and is not in the traffic yet
                 self.traffic.abandon()
             raise
 

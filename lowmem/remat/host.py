@@ -62,10 +62,10 @@ class Traffic:
                     at = values[name]
                     self._leaving.append(_Move(self.link.send(holder.saved[at]), host, holder, at))
         for move in [move for move in self._leaving if move.host.gone <= end]:
-            self._leaving.remove(move)
-            self._away.append(move)
             move.ticket.sent.wait()
             move.ticket.device = None
+            self._away.append(move)
+            self._leaving.remove(move)
             assert move.holder is not None
             if move.at is None:
                 move.holder.x = None
@@ -98,12 +98,9 @@ class Traffic:
 
     def abandon(self) -> None:
         """After an error, or where no backward came: nothing moves any more, and the slabs are free."""
-        moves = [*self._leaving, *self._away]
-        self._leaving, self._away = [], []
-        if moves:
-            self.link.drain()
-        for move in moves:
-            self.link.forget(move.ticket)
+        if moves := [*self._leaving, *self._away]:
+            self.link.abandon([move.ticket for move in moves])
+            self._leaving, self._away = [], []
 
     def __del__(self) -> None:
         self.abandon()

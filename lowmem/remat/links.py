@@ -9,12 +9,15 @@ in `lowmem.remat.links_cuda`.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import mmap
+import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -41,20 +44,22 @@ def fills_its_memory(value: Any) -> bool:
 
 class Arena:
     """Host memory in slabs: those that are given back are used again by tensors of the same size, so that steps that
-    are alike take no more than the first. Every slab is a mapping of its own, given to `adopt` once (to be pinned)."""
+    are alike take no more than the first. Every slab is a mapping of its own, given to `adopt` once (to be pinned).
 
-    def __init__(self, adopt: Callable[[int, int], None] = lambda address, size: None) -> None:
+    Several threads may use it, and the garbage collector in the middle of that: there is no lock to wait for."""
+
+    def __init__(self, adopt: Callable[[int, int], None] | None = None) -> None:
         self._adopt = adopt
         self._free: dict[int, list[Slab]] = {}
         self.bytes = 0  # in all, in use or not
 
     def take(self, nbytes: int) -> Slab:
         size = -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        free = self._free.setdefault(size, [])
-        if free:
-            return free.pop()
-        slab = Slab(size)
-        self._adopt(slab.address, size)
+        with suppress(IndexError):
+            return self._free.setdefault(size, []).pop()
+        slab = Slab(size, shared=self._adopt is not None)
+        if self._adopt is not None:
+            self._adopt(slab.address, size)
         self.bytes += size
         return slab
 
@@ -63,11 +68,15 @@ class Arena:
 
 
 class Slab:
-    """Memory that the kernel maps; it goes with the process, or with the object."""
+    """Memory that the kernel maps; it goes with the process, or with the object.
 
-    def __init__(self, size: int) -> None:
+    A forked process has its own copy of it, unless it is `shared`: a card that knows the addresses of pages goes on
+    using those, which a copy on writing might leave to the other process."""
+
+    def __init__(self, size: int, *, shared: bool) -> None:
         self.size = size
-        self.memory = mmap.mmap(-1, size)
+        private = {} if shared or os.name != "posix" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+        self.memory = mmap.mmap(-1, size, **private)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 
 
@@ -114,8 +123,9 @@ class HostLink:
         ticket.arrived = self.copy_back(ticket.slab, ticket.back)
 
     def take(self, ticket: Ticket) -> Tensor:
-        """The tensor, which what is computed from now on waits for; the slab is free."""
-        tensor, ticket.back = ticket.back, None
+        """The tensor, which what is computed from now on waits for; the slab is free. While it is waited for, the
+        ticket holds what is copied to: the waiting may be interrupted."""
+        tensor = ticket.back
         assert tensor is not None
         assert ticket.arrived is not None
         ticket.arrived.wait()
@@ -128,6 +138,12 @@ class HostLink:
         if ticket.slab is not None:
             slab, ticket.slab = ticket.slab, None
             self.arena.give_back(slab)
+
+    def abandon(self, tickets: Sequence[Ticket]) -> None:
+        """Nothing of them moves any more, and their slabs are free."""
+        self.drain()
+        for ticket in tickets:
+            self.forget(ticket)
 
     def drain(self) -> None:
         """Waits until nothing moves."""
@@ -177,30 +193,57 @@ class CpuLink(HostLink):
     def copy_back(self, slab: Slab, tensor: Tensor) -> Passing:
         return self._in.copy(tensor.data_ptr(), slab.address, tensor.nbytes)
 
+    def abandon(self, tickets: Sequence[Ticket]) -> None:
+        if threading.current_thread() in (self._out.thread, self._in.thread):
+            # The garbage collector came by there, and a thread cannot wait for itself.
+            threading.Thread(target=super().abandon, args=(tickets,), daemon=True).start()
+        else:
+            super().abandon(tickets)
+
     def drain(self) -> None:
-        for channel in (self._out, self._in):
-            channel.copy(0, 0, 0).wait()
+        self._out.drain()
+        self._in.drain()
 
 
 class _Channel:
     """One way: a thread that copies what it is given, one after the other. It holds the interpreter's lock for no
-    longer than it takes to ask for a copy."""
+    longer than it takes to ask for a copy.
+
+    Nothing moves while the process forks, and the thread of a process that was forked is one of its own. Nothing moves
+    any more when the interpreter ends, as its threads have by the time that the last tensors go.
+    """
 
     _CHUNK_BYTES = 8 << 20
 
     def __init__(self, bytes_per_second: float | None) -> None:
         self._rate = bytes_per_second
+        self._over = False
+        self._begin()
+        atexit.register(self._end)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=self.drain, after_in_child=self._begin)
+
+    def _begin(self) -> None:
         self._asked: queue.SimpleQueue[tuple[int, int, int, threading.Event]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True, name="lowmem-link").start()
+        self.thread = threading.Thread(target=self._work, args=(self._asked,), daemon=True, name="lowmem-link")
+        self.thread.start()
+
+    def _end(self) -> None:
+        self.drain()
+        self._over = True
 
     def copy(self, to: int, source: int, nbytes: int) -> threading.Event:
         done = threading.Event()
         self._asked.put((to, source, nbytes, done))
         return done
 
-    def _work(self) -> None:
+    def drain(self) -> None:
+        if not self._over:
+            self.copy(0, 0, 0).wait()
+
+    def _work(self, asked: queue.SimpleQueue[tuple[int, int, int, threading.Event]]) -> None:
         while True:
-            to, source, nbytes, done = self._asked.get()
+            to, source, nbytes, done = asked.get()
             ends = time.perf_counter()
             for begin in range(0, nbytes, self._CHUNK_BYTES):
                 size = min(self._CHUNK_BYTES, nbytes - begin)
