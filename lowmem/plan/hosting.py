@@ -251,10 +251,11 @@ class HostSolver(Solver):
             alone = super().solve(budget_bytes)
         except Infeasible as error:
             refused = error
-        most = inf if alone is None else alone.seconds
-        found = fastest(self._ways(budget_bytes), self.chain, budget_bytes, self.terms, most)
-        if found is not None:
-            return found
+        if budget_bytes >= self.chain.outside_peak_bytes:
+            most = inf if alone is None else alone.seconds
+            found = fastest(self._ways(budget_bytes), self.chain, budget_bytes, self.terms, most)
+            if found is not None:
+                return found
         if alone is None:
             assert refused is not None
             raise refused
