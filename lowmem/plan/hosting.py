@@ -6,27 +6,33 @@ time to leave and to come back. For a schedule, and a number of items whose tens
 is freed at the first end of an item's forward at which its copy is over, earlier only where memory runs out: then the
 computing waits. It comes back, in the order of use, as early as the budget leaves room from then on.
 
-Candidates are the schedules of the solver's table that need more than the budget, each with the first n items away
-(recomputation and transfers share what is missing between them: POFO, Beaumont et al., NeurIPS 2021, plans the same
-trade by a dynamic programme). Known not to be optimal: items leave as a whole, and the items themselves are those of
-the solver, which knows nothing of the link.
+Candidates are the schedules of the solver's table that need more than the budget, each with the first n items away; and
+the first n stages under the policies that are cheapest at a price of memory, all of it away, with the solver's schedule
+of the others in what memory is left, for a few prices (recomputation and transfers share what is missing between them:
+POFO, Beaumont et al., NeurIPS 2021, plans the same trade by a dynamic programme). Known not to be optimal: items leave
+as a whole, and the solver knows nothing of the link.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import ceil, inf
+from typing import NamedTuple
 
 from lowmem.core.errors import Infeasible
-from lowmem.plan.cost import ChainCost
+from lowmem.plan.cost import ChainCost, OptionCost
 from lowmem.plan.evaluate import Solution, Span, Walk, evaluate
 from lowmem.plan.policy import OUTPUT, Host, Item, Keep, Schedule, Segment
 from lowmem.plan.solver import Points, Solver, points_of
+from lowmem.plan.table import Table
 
 _CURVE_POINTS = 100  # of the solver's schedules that are tried
 _DRAWN = 25  # budgets of the picture
+_NOTHING = 1e-9  # seconds by which nothing is faster
+# Of memory, as shares of the seconds of the fastest step for each byte that it keeps.
+_PRICES = (0.0, *(0.02 * 1.4**power for power in range(14)))
 
 
 @dataclass(frozen=True)
@@ -209,6 +215,14 @@ def with_host(schedule: Schedule, line: Timeline) -> Schedule:
     )
 
 
+class Way(NamedTuple):
+    """A schedule's items, and how many of the first may be away. `seconds`: of a step, if nothing waits."""
+
+    seconds: float
+    items: Callable[[], Sequence[Item]]
+    counts: Iterable[int]
+
+
 class HostSolver(Solver):
     """A solver that may let tensors wait in host memory; `solve` and `ladder` do, the curve and the least are those
     without. `limit_bytes` bounds nothing: what needs more than a budget is what host memory is for."""
@@ -219,7 +233,20 @@ class HostSolver(Solver):
 
     @cached_property
     def _usual(self) -> list[Solution]:
-        return sorted(self.curve(_CURVE_POINTS), key=lambda solution: solution.seconds)
+        return self.curve(_CURVE_POINTS)
+
+    @cached_property
+    def _priced(self) -> list[list[OptionCost]]:
+        """For each price every stage's cheapest option."""
+        stages = [stage.anywhere for stage in self.chain.stages]
+        fast = [min(options, key=lambda one: (one.seconds, one.kept_bytes)) for options in stages]
+        unit = sum(one.seconds for one in fast) / max(1, sum(one.kept_bytes for one in fast))
+
+        def at(price: float) -> list[OptionCost]:
+            return [min(options, key=lambda one: one.seconds + price * unit * one.kept_bytes) for options in stages]
+
+        found = {tuple(one.policy for one in options): options for options in map(at, _PRICES)}
+        return list(found.values())
 
     def solve(self, budget_bytes: int) -> Solution:
         """The fastest that fits, with host memory or without. Raises Infeasible with the least budget of those
@@ -229,11 +256,11 @@ class HostSolver(Solver):
             alone = super().solve(budget_bytes)
         except Infeasible as error:
             refused = error
-        most = inf if alone is None else alone.seconds
-        larger = (one for one in self._usual if one.peak_bytes > budget_bytes and one.seconds < most)
-        found = fastest(larger, self.chain, budget_bytes, self.terms)
-        if found is not None and found.seconds < most:
-            return found
+        if budget_bytes >= self.chain.outside_peak_bytes:
+            most = inf if alone is None else alone.seconds
+            found = fastest(self._ways(budget_bytes), self.chain, budget_bytes, self.terms, most)
+            if found is not None:
+                return found
         if alone is None:
             assert refused is not None
             raise refused
@@ -245,27 +272,53 @@ class HostSolver(Solver):
         ratio = max(peaks) / min(peaks)  # closer together where memory is short
         return points_of(self.solve(ceil(min(peaks) * ratio ** (n / (_DRAWN - 1)))) for n in range(_DRAWN))
 
+    def _ways(self, budget_bytes: int) -> Iterator[Way]:
+        """Candidates, some of which may fit."""
+        for one in self._usual:
+            if one.peak_bytes > budget_bytes:
+                items = one.schedule.items
+                yield Way(one.seconds, partial(tuple, items), range(1, len(items)))
+        table = self.table
+        for options in self._priced:
+            items = tuple(Keep(stage, option.policy) for stage, option in enumerate(options))
+            left, seconds = budget_bytes - self.chain.fixed_bytes, self.chain.outside_seconds
+            away = [0] * len(items)
+            for cargo in cargo_of(items, self.chain, len(items)):
+                away[cargo.item] += cargo.nbytes
+            for count, (option, nbytes) in enumerate(zip(options[:-1], away, strict=False), 1):
+                left -= option.kept_bytes - nbytes
+                seconds += option.seconds
+                m = min(left // table.slot_bytes, table.slots)
+                if m >= 0 and (rest := float(table.times_from(count)[m])) < inf:
+                    yield Way(seconds + rest, partial(_joined, items[:count], table, m), (count,))
 
-def fastest(solutions: Iterable[Solution], chain: ChainCost, budget_bytes: int, terms: HostTerms) -> Solution | None:
-    """The fastest way to run one of the schedules with tensors away so that the budget holds, or None. `solutions`
-    without host memory, the fastest first."""
-    best: tuple[float, Solution, Timeline] | None = None
-    for solution in solutions:
-        if best is not None and solution.seconds >= best[0]:
+
+def _joined(first: tuple[Item, ...], table: Table, m: int) -> tuple[Item, ...]:
+    return (*first, *table.items_from(len(first), m))
+
+
+def fastest(
+    ways: Iterable[Way], chain: ChainCost, budget_bytes: int, terms: HostTerms, below_seconds: float = inf
+) -> Solution | None:
+    """The fastest of the ways to run a step with tensors away so that the budget holds; None if there is none that
+    takes less than so many seconds."""
+    seconds, best = below_seconds, None
+    # In the same time the first takes: what moves less.
+    for way in sorted(ways, key=lambda way: round(way.seconds / _NOTHING)):
+        if way.seconds >= seconds - _NOTHING:
             break  # the others are slower even without waiting
-        items, walk = solution.schedule.items, Walk(chain)
-        walk.items(items)
-        for count in range(1, len(items)):
+        items, walk = way.items(), Walk(chain)
+        walk.items(tuple(items))
+        for count in way.counts:
             line = timeline(walk.spans, cargo_of(items, chain, count), budget_bytes, terms.rates)
             if line is None or line.host_bytes > terms.limit_bytes:
                 continue
-            seconds = line.seconds + chain.outside_seconds
-            if best is None or seconds < best[0]:
-                best = seconds, solution, line
+            if line.seconds + chain.outside_seconds < seconds - _NOTHING:
+                seconds, best = line.seconds + chain.outside_seconds, (items, line)
     if best is None:
         return None
-    seconds, solution, line = best
-    found = evaluate(with_host(solution.schedule, line), chain)
+    items, line = best
+    found = evaluate(with_host(Schedule(tuple(items)), line), chain)
     assert found.peak_bytes <= budget_bytes, "the timeline and the cost model count alike"
     plain = chain.plain_seconds
     return replace(

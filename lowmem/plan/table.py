@@ -196,7 +196,11 @@ class Table:
     @property
     def times(self) -> Row:
         """The least time of the whole chain for m = 0 … slots."""
-        return self._row(0, len(self.chain) - 1)
+        return self.times_from(0)
+
+    def times_from(self, a: int) -> Row:
+        """The least time of all stages from a on, whose input somebody else holds, for m = 0 … slots."""
+        return self._row(a, len(self.chain) - 1)
 
     def _row(self, a: int, e: int) -> Row:
         """T(a, e, ·)."""
@@ -317,7 +321,11 @@ class Table:
 
     def schedule(self, m: int) -> Schedule:
         """The schedule behind `times[m]`, which has to be finite."""
-        return Schedule(tuple(self._items(_Part(0, len(self.chain) - 1, 0), m)))
+        return Schedule(self.items_from(0, m))
+
+    def items_from(self, a: int, m: int) -> tuple[Item, ...]:
+        """The items behind `times_from(a)[m]`, which has to be finite."""
+        return tuple(self._items(_Part(a, len(self.chain) - 1, 0), m))
 
     def _items(self, part: _Part, m: int) -> Iterator[Item]:
         while part.a <= part.e:
