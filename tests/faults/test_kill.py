@@ -5,6 +5,7 @@ All operations one by one, power cuts, and hundreds of random moments: `python b
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lowmem.core.errors import ExitCode
+from lowmem.plan.record import Plan
 from tests.conftest import assert_same_run
 from tests.faults.kills import (
     EVERY_STEPS,
@@ -168,6 +170,38 @@ def test_at_random_moments(count: int, whole: tuple[Path, Life], survives: Survi
         story = survives(deaths)
         assert all(death.lost <= EVERY_STEPS for death in story.deaths)
         moments += len(story.deaths)
+
+
+# Within what the step's tensors may take, its times measured here and a link that is slow: as many bytes wait in host
+# memory as lie on the device; and within a card's memory, by the datasheet's times.
+WAITING = {
+    "tensors": (SMALL, ("--tensors", "1M", "--set", "memory.link=1", "--set", "memory.calibrate=always")),
+    "vram": (
+        (*SMALL, *sum((("--set", one) for one in ("model.width=4", "train.batch=128", "data.train_subset=640")), ())),
+        ("--vram", "730M", "--set", "memory.link=12"),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", WAITING)
+def test_twenty_times_with_tensors_in_host_memory(budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of a run without host memory, without a plan and without a kill."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plain, more = WAITING[budget]
+    start, draw, deaths = (*plain, *more, "--set", "memory.host=auto"), random.Random(7), 0
+    with Lives(tmp_path) as lives:
+        assert go_on(lives, plain, tmp_path / "plain", Death()).code == 0
+        go_on(lives, start, tmp_path / "calibrated", Death())
+        shutil.rmtree(tmp_path / "calibrated")
+        whole = go_on(lives, start, tmp_path / "whole", Death())
+        assert (whole.code, whole.step) == (0, STEPS), whole.output
+        while deaths < 20:
+            run = tmp_path / f"run-{deaths}"
+            moments = [Death(after_seconds=draw.uniform(0, whole.seconds)) for _ in range(20 - deaths)]
+            deaths += len(survive(lives, start, run, moments).deaths)
+            assert_same_run(run, tmp_path / "plain")
+            assert Plan.from_json(json.loads((run / "plan.json").read_text())).schedule.hosts
 
 
 def test_killed_as_it_leaves(survives: Survives) -> None:

@@ -22,7 +22,7 @@ from lowmem.lifecycle import resume_training, run_training
 from lowmem.measure import Snapshot
 from lowmem.measure.tensors import TensorMeter
 from lowmem.plan.record import Plan
-from lowmem.remat.links import HostLink
+from lowmem.remat.links import HostLink, cpu_link
 from lowmem.train.loop import Trainer
 from lowmem.train.watchers import Act, MemoryPressure, Verdict
 from tests.conftest import assert_same_run
@@ -224,7 +224,7 @@ def test_nothing_waits_in_host_memory_when_the_step_is_repeated(
     """Nor moves; wherever the step failed, in the fetch of what waits there too."""
     plain, count = untroubled("host")
     waited = []
-    for point in range(count // 3, count, count // 8):
+    for point in range(count // 3, count, count // 4):
         scarce, trainer = Scarce({point}), _trainer("host")
         assert trainer.planned is not None
         link = trainer.planned.lowmem.link
@@ -245,6 +245,7 @@ def test_nothing_waits_in_host_memory_when_the_step_is_repeated(
         )
         assert scarce.failures == 1
         assert trainer.plan == _plan("host").next_rung()
+        assert trainer.planned.lowmem.link is link is cpu_link(12e9)
         assert in_use(link) == 0
         assert_same_run(path, plain)
     assert min(waited) < max(waited)

@@ -18,7 +18,7 @@ from lowmem.distributed.group import Group
 from lowmem.isolate import OUT_OF_MEMORY
 from lowmem.plan.record import Plan
 from lowmem.trial import Trial, TrialResult, run_trial
-from lowmem.trial.plan_trial import MOST_TRIALS, Confirmed, confirm_run, wants_confirmation
+from lowmem.trial.plan_trial import MOST_TRIALS, Confirmed, confirm_run, trial_of, wants_confirmation
 from tests.isolated import call_here
 from tests.tiny import tiny
 
@@ -182,6 +182,17 @@ def test_a_smaller_plan_computes_the_same_within_less() -> None:
     assert rung.plan.exact
     assert (rung.plan.predicted.peak_allocated_bytes or 0) <= 7 * MIB
     assert smaller(request, choices[0], 100) is None
+
+
+def test_a_trial_waits_for_the_link_as_the_run_would() -> None:
+    _, request, (choice,) = _chosen("memory.host=64M", "memory.link=12")
+    waiting = choice.plan.predicted.host_bytes
+    assert waiting
+    slow = _settings("memory.link=0.02").config
+    trial = trial_of(slow, choice.plan, request.budget, 10, 100)
+    result = run_trial(replace(trial, steps=1, warmup=1), call=call_here)
+    assert result.step_seconds is not None
+    assert result.step_seconds > waiting / 0.02e9  # each way
 
 
 @pytest.mark.parametrize(
