@@ -15,9 +15,9 @@ from lowmem.plan.hosting import HostTerms, LinkRates
 from lowmem.remat.links_cuda import measured_rates
 
 
-def host_limit_bytes(config: Config) -> int | None:
-    """Host memory that tensors may wait in, of this process alone; None: they may not. Raises PreflightError for more
-    than is free."""
+def host_terms_of(config: Config, card: Card) -> HostTerms | None:
+    """Host memory that tensors may wait in, of this process alone, and the way there; None: they may not. Raises
+    PreflightError for more than is free."""
     memory, here = config.memory, config.memory.card is None
     if memory.host == "off":
         return None
@@ -25,24 +25,18 @@ def host_limit_bytes(config: Config) -> int | None:
     if memory.host == "auto":
         if free is None:
             raise PreflightError("this system does not tell what host memory is free: give memory.host a size, like 4G")
-        return free // 2 // processes
-    if here and free is not None and memory.host * processes > free:
-        each = f" for each of {counted(processes, 'process')}" if processes > 1 else ""
-        raise PreflightError(
-            f"memory.host is {format_size(memory.host)}{each}, and {format_size(free)} of host memory are free: give "
-            "less, or auto"
-        )
-    return memory.host
-
-
-def host_terms_of(config: Config, card: Card) -> HostTerms | None:
-    """The same, and the way there. Raises PreflightError."""
-    limit, memory = host_limit_bytes(config), config.memory
-    if limit is None:
-        return None
+        limit = free // 2 // processes
+    else:
+        limit = memory.host
+        if here and free is not None and limit * processes > free:
+            each = f" for each of {counted(processes, 'process')}" if processes > 1 else ""
+            raise PreflightError(
+                f"memory.host is {format_size(limit)}{each}, and {format_size(free)} of host memory are free: give "
+                "less, or auto"
+            )
     if memory.link != "auto":
         rates = LinkRates(memory.link * 1e9, memory.link * 1e9)
-    elif memory.card is None and config.train.device == "cuda" and torch.cuda.is_available():
+    elif here and config.train.device == "cuda" and torch.cuda.is_available():
         rates = LinkRates(*measured_rates(torch.cuda.current_device()))
     else:
         rates = LinkRates(card.host_bytes_per_second, card.host_bytes_per_second)
