@@ -56,6 +56,12 @@ def test_plans_and_trials_are_whole(job: Path) -> None:
             assert (plan.predicted.peak_allocated_bytes or 0) <= budget.tensor_bytes
             assert plan.batch == plan.micro_batch == trial.batch
             assert trial.cap_bytes is not None
+    untouched, alone, there, unpinned = _asked(job, "host")
+    assert untouched["trial"]["plan"] is None
+    assert alone["budget"] == there["budget"] == unpinned["budget"]
+    assert alone["predicted"]["host_bytes"] == 0 < there["predicted"]["host_bytes"]
+    assert Plan.from_json(there["trial"]["plan"]).schedule.hosts
+    assert unpinned["trial"] == there["trial"]
     for one in _asked(job, "gradients"):
         if one["kind"] == "scarce":
             assert Trial(**one["planned"]).detailed
