@@ -35,13 +35,14 @@ PARTS = (
     Part(
         name="memory", seconds=90, tells="allocated and reserved bytes against the prediction, and time against plain"
     ),
+    Part(name="host", seconds=60, tells="the planned step with and without host memory, pinned and not"),
     Part(
         name="out-of-memory",
         seconds=60,
         tells="whether a step that runs out of memory is repeated, to the same weights",
     ),
     Part(name="resume", seconds=120, tells="whether 20 + 20 steps end with the weights of 40, and what they took"),
-    Part(name="acceptance", seconds=140, tells="the most telling cells of `lowmem bench --suite acceptance`"),
+    Part(name="acceptance", seconds=80, tells="the most telling cells of `lowmem bench --suite acceptance`"),
     Part(name="tests", seconds=None, tells="the tests marked gpu, those that matter most first"),
 )
 

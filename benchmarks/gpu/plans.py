@@ -14,6 +14,7 @@ from lowmem.config.settings import gather
 from lowmem.core.units import GIB, format_size
 
 CARD = "gtx1060-6g"  # whose memory is emulated
+_HOST = {"cuda": "8G", "cpu": "256M"}  # memory.host; a rehearsal's is this machine's
 LIBRARY, NATIVE = "library", "native"  # batch norm's kernels
 
 
@@ -78,13 +79,19 @@ class Plans:
         self._known: dict[object, Choice] = {}
 
     def __call__(
-        self, network: Network, budget: float, batch: int | None = None, norms: str = LIBRARY, amp: bool = False
+        self,
+        network: Network,
+        budget: float,
+        batch: int | None = None,
+        norms: str = LIBRARY,
+        amp: bool = False,
+        host: bool = False,
     ) -> Choice:
-        """Raises Infeasible."""
+        """`host`: with host memory. Raises Infeasible."""
         batch = batch or self.scale.batch
-        key = (network, budget, batch, norms, amp)
+        key = (network, budget, batch, norms, amp, host)
         if key not in self._known:
-            self._known[key] = self._choose(network, self._bytes(network, budget, batch), batch, norms, amp)
+            self._known[key] = self._choose(network, self._bytes(network, budget, batch), batch, norms, amp, host)
         return self._known[key]
 
     def _bytes(self, network: Network, budget: float, batch: int) -> int:
@@ -94,7 +101,7 @@ class Plans:
             self._known[network, batch] = self._choose(network, 1 << 40, batch, LIBRARY, False)
         return int(budget * self._known[network, batch].plain.estimate.peak_allocated_bytes)
 
-    def _choose(self, network: Network, size: int, batch: int, norms: str, amp: bool) -> Choice:
+    def _choose(self, network: Network, size: int, batch: int, norms: str, amp: bool, host: bool = False) -> Choice:
         scale = self.scale
         flags = {
             "model.arch": network.arch,
@@ -107,6 +114,8 @@ class Plans:
             **({"memory.vram": size, "memory.card": CARD} if scale.device == "cuda" else {"memory.tensors": size}),
         }
         sets = ["memory.allow_accumulation=false"]
+        if host:
+            sets.append(f"memory.host={_HOST[scale.device]}")
         if norms == NATIVE:
             sets.append("train.batch_norm=native")
         print(f"planning {network.name}, batch {batch}, {format_size(size)}", flush=True)

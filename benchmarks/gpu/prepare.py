@@ -18,6 +18,7 @@ def prepare(folder: Path, scale: Scale) -> None:
         "facts": questions.facts(scale, plans),
         "gradients": questions.gradients(scale, plans),
         "memory": questions.memory(scale, plans),
+        "host": questions.host(scale, plans),
         "out-of-memory": questions.survival(scale, plans),
         "resume": questions.resume(scale, plans),
         "acceptance": questions.acceptance(scale, plans),

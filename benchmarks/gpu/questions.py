@@ -12,11 +12,20 @@ from lowmem.bench.plan_checks import PlanQuestion
 from lowmem.choose.planning import with_ladder
 from lowmem.choose.request import Choice
 from lowmem.core.units import format_size
+from lowmem.plan.record import Predicted
 from lowmem.trial import PER_BLOCK, PLAIN, PLANNED, Trial
 
 # What matters most comes first; files that are not named here follow.
 _TESTS = (
-    *("test_norm_kernels", "test_cuda", "test_gradients_cuda", "test_trial", "test_preflight", "test_measure"),
+    *(
+        "test_norm_kernels",
+        "test_cuda",
+        "test_gradients_cuda",
+        "test_host_cuda",
+        "test_trial",
+        "test_preflight",
+        "test_measure",
+    ),
     "test_calibration",
 )
 
@@ -133,6 +142,33 @@ def memory(scale: Scale, plans: Plans) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def host(scale: Scale, plans: Plans) -> list[dict[str, Any]]:
+    """The untouched step, the planned one, and that with host memory; its gradients are those of the planned one."""
+    budget = scale.budgets[-1]
+    alone, there = plans(scale.main, budget), plans(scale.main, budget, host=True)
+    limit = format_size(alone.budget.total_bytes)
+    rows = [
+        ("untouched", alone, PLAIN, True),
+        (f"planned for {limit}", alone, PLANNED, True),
+        (f"planned for {limit}, with host memory", there, PLANNED, True),
+        (f"planned for {limit}, with host memory that is not pinned", there, PLANNED, False),
+    ]
+    return [
+        {
+            "name": f"{scale.main.name}, {what}",
+            "trial": _trial(scale, choice, way, detailed=True, eval_batch=None),
+            "pinned": pinned,
+            "budget": asdict(choice.budget) if way == PLANNED else None,
+            "predicted": asdict(
+                choice.plan.predicted
+                if way == PLANNED
+                else Predicted(overhead=0.0, peak_allocated_bytes=choice.plain.estimate.peak_allocated_bytes)
+            ),
+        }
+        for what, choice, way, pinned in rows
+    ]
 
 
 def survival(scale: Scale, plans: Plans) -> list[dict[str, Any]]:

@@ -14,10 +14,10 @@ from lowmem.plan.hosting import HostTerms, LinkRates
 from lowmem.remat.links_cuda import measured_rates
 
 
-def host_limit_bytes(config: Config, processes: int = 1, *, on_paper: bool = True) -> int | None:
-    """Host memory that tensors may wait in, of this process alone; None: they may not. `processes`: of the run; on
-    paper all are on one machine, and where a card is named that is another one. Raises PreflightError for more than is
-    free."""
+def host_terms_of(config: Config, card: Card, processes: int = 1, *, on_paper: bool = True) -> HostTerms | None:
+    """Host memory that tensors may wait in, of this process alone, and the way there; None: they may not. `processes`:
+    of the run; on paper all are on one machine, and where a card is named that is another one. Raises PreflightError
+    for more than is free."""
     memory = config.memory
     if memory.host == "off":
         return None
@@ -26,18 +26,12 @@ def host_limit_bytes(config: Config, processes: int = 1, *, on_paper: bool = Tru
         free = free_host_bytes()
         if free is None:
             raise PreflightError("this system does not tell what host memory is free: give memory.host a size, like 4G")
-        return free // 2 // processes
-    here = memory.card is None or not on_paper
-    if here and (why := shortage(memory.host, processes)) is not None:
-        raise PreflightError(f"memory.host is {why}: give less, or auto")
-    return memory.host
-
-
-def host_terms_of(config: Config, card: Card, processes: int = 1, *, on_paper: bool = True) -> HostTerms | None:
-    """The same, and the way there. Raises PreflightError."""
-    limit, memory = host_limit_bytes(config, processes, on_paper=on_paper), config.memory
-    if limit is None:
-        return None
+        limit = free // 2 // processes
+    else:
+        limit = memory.host
+        here = memory.card is None or not on_paper
+        if here and (why := shortage(limit, processes)) is not None:
+            raise PreflightError(f"memory.host is {why}: give less, or auto")
     if memory.link != "auto":
         rates = LinkRates(memory.link * 1e9, memory.link * 1e9)
     elif memory.card is None and config.train.device == "cuda" and torch.cuda.is_available():

@@ -23,15 +23,15 @@ from lowmem.bench.run import Bench
 from lowmem.bench.tables import TableSetup, table_cells
 from lowmem.calibrate.device import ask_device, describe
 from lowmem.choose.execution import refuse_size, refuse_unsafe, resolve_execution, why_on_cpu
-from lowmem.choose.host import host_limit_bytes
 from lowmem.cli.terminal import say
 from lowmem.config.settings import gather
 from lowmem.config.sources import SOURCE_SIDE
-from lowmem.core.errors import Interrupted, UsageError
+from lowmem.core.errors import Interrupted, PreflightError, UsageError
 from lowmem.core.reading import shorten
-from lowmem.core.units import LEAST_TENSORS_BYTES, MIB, counted, parse_memory
+from lowmem.core.units import LEAST_TENSORS_BYTES, MIB, counted, format_size, parse_memory
 from lowmem.isolate import Forks
 from lowmem.measure import read_driver
+from lowmem.measure.host import free_host_bytes
 from lowmem.models import check_network, hashes_of
 from lowmem.remat.libraries import Numerics
 from lowmem.train.signals import StartupSignals
@@ -124,14 +124,18 @@ def _network(flags: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, An
     settings = resolve_execution(gather(flags={**mode, **usual, **given}))
     config = settings.config
     refuse_size(config)
-    host_limit_bytes(config)  # as much as is free, or refused
+    host, free = config.memory.host, free_host_bytes()
+    if isinstance(host, int) and free is not None and host > free:
+        raise PreflightError(
+            f"--host is {format_size(host)}, and {format_size(free)} of host memory are free: give less"
+        )
     check_network(config.model, 10, config.data.image_shape)
     refuse_unsafe(config)
     if (why := why_on_cpu(settings)) is not None:
         say(f"warning: this measures {why}", "stderr")
     train = {"batch": config.train.batch, "device": config.train.device, "image_size": config.data.image_size}
     memory: dict[str, Any] = {"vram_bytes": config.memory.vram, "tensors_bytes": config.memory.tensors}
-    memory |= {"host": None if config.memory.host == "off" else config.memory.host}
+    memory |= {"host": None if host == "off" else host}
     model = config.model.model_dump() | {"sha256": hashes_of(config.model)}  # trials are of what is there now
     return {**model, **train, **memory}
 

@@ -9,14 +9,13 @@ system refuses (WSL2, `ulimit -l`) it stays pageable, which is said once: copies
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from lowmem.remat.links import Arena, HostLink, Passing, Slab
-
-_ALREADY = 712  # cudaErrorHostMemoryAlreadyRegistered
 
 
 class CudaLink(HostLink):
@@ -27,18 +26,30 @@ class CudaLink(HostLink):
         self.device = torch.device("cuda", device)
         self.streams = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)  # out and back
         self.pinned = True
+        self._registered: list[int] = []  # addresses
 
     def _pin(self, address: int, size: int) -> None:
         if not self.pinned:
             return
-        error = int(torch.cuda.cudart().cudaHostRegister(address, size, 0))
-        if error not in (0, _ALREADY):
-            self.pinned = False
-            warnings.warn(
-                f"host memory cannot be pinned (CUDA error {error} for {size} bytes; `ulimit -l`, WSL2): what waits on "
-                "the host is copied from pageable memory, which is slower and holds up the computing",
-                stacklevel=2,
-            )
+        with torch.cuda.device(self.device):
+            error = int(torch.cuda.cudart().cudaHostRegister(address, size, 0))
+        if error == 0:
+            self._registered.append(address)
+            return
+        self.pinned = False
+        with suppress(RuntimeError):
+            torch.zeros(1, device=self.device)  # or the next kernel is blamed for the error, which CUDA remembers
+        warnings.warn(
+            f"host memory cannot be pinned (CUDA error {error} for {size} bytes; `ulimit -l`, WSL2): what waits on "
+            "the host is copied from pageable memory, which is slower and holds up the computing",
+            stacklevel=2,
+        )
+
+    def unpin(self) -> None:
+        """Before its memory goes: what is mapped at the same address later would be taken for the old pages."""
+        self.drain()
+        while self._registered:
+            torch.cuda.cudart().cudaHostUnregister(self._registered.pop())
 
     def copy_out(self, tensor: Tensor, slab: Slab) -> Passing:
         computing = torch.cuda.current_stream(self.device)
@@ -85,26 +96,33 @@ _PROBES = 4
 
 @cache
 def measured_rates(device: int) -> tuple[float, float]:
-    """Bytes per second out and back, while both ways are busy, with the link's own memory; the better of two rounds.
-    Takes tenths of a second."""
+    """Bytes per second out and back, while both ways are busy, with the link's own memory; the best of three rounds.
+    Takes tenths of a second, and for that long 128 MiB there and here."""
     link = CudaLink(device)
+    try:
+        rounds = [_measured(link) for _ in range(3)]
+    finally:
+        link.unpin()
+        torch.cuda.empty_cache()  # what is planned next counts on all that is free
+    out, back = map(max, zip(*rounds, strict=True))
+    return out, back
+
+
+def _measured(link: CudaLink) -> list[float]:
     there = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=link.device)
     here = torch.empty_like(there)
     slabs = link.arena.take(_PROBE_BYTES), link.arena.take(_PROBE_BYTES)
-    best = [0.0, 0.0]
-    for _ in range(3):  # the first one warms up
-        torch.cuda.synchronize(link.device)
-        streams = link.streams
-        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in streams]
-        for way, stream in enumerate(streams):
-            marks[way][0].record(stream)
-            for _ in range(_PROBES):
-                if way:
-                    link.copy_back(slabs[1], here)
-                else:
-                    link.copy_out(there, slabs[0])
-            marks[way][1].record(stream)
-        link.drain()
-        rates = [_PROBES * _PROBE_BYTES / (begun.elapsed_time(ended) / 1000) for begun, ended in marks]
-        best = [max(pair) for pair in zip(best, rates, strict=True)]
-    return best[0], best[1]
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in link.streams]
+    torch.cuda.synchronize(link.device)
+    for way, stream in enumerate(link.streams):
+        marks[way][0].record(stream)
+        for _ in range(_PROBES):
+            if way:
+                link.copy_back(slabs[1], here)
+            else:
+                link.copy_out(there, slabs[0])
+        marks[way][1].record(stream)
+    link.drain()
+    for slab in slabs:
+        link.arena.give_back(slab)
+    return [_PROBES * _PROBE_BYTES / (begun.elapsed_time(ended) / 1000) for begun, ended in marks]

@@ -15,6 +15,7 @@ MODULES = {
     "facts": "facts",
     "gradients": "exactness",
     "memory": "memory",
+    "host": "host",
     "out-of-memory": "survival",
     "resume": "resume",
     "acceptance": "acceptance",

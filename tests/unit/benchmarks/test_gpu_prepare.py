@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu import wheels
+from benchmarks.gpu import questions, wheels
 from benchmarks.gpu.job import PARTS, questions_file, read_job
 from benchmarks.gpu.parts.__main__ import MODULES
-from benchmarks.gpu.plans import CARD, ON_CARD, Network
+from benchmarks.gpu.plans import CARD, ON_CARD, QUICK, Network, Plans
 from benchmarks.gpu.prepare import prepare
 from lowmem.bench.plan_checks import PlanQuestion
 from lowmem.choose.request import Budget
@@ -56,6 +56,11 @@ def test_plans_and_trials_are_whole(job: Path) -> None:
             assert (plan.predicted.peak_allocated_bytes or 0) <= budget.tensor_bytes
             assert plan.batch == plan.micro_batch == trial.batch
             assert trial.cap_bytes is not None
+    untouched, alone, there, unpinned = _asked(job, "host")
+    assert untouched["trial"]["plan"] is None
+    assert alone["budget"] == there["budget"] == unpinned["budget"]
+    assert alone["predicted"]["host_bytes"] == 0
+    assert unpinned["trial"] == there["trial"]
     for one in _asked(job, "gradients"):
         if one["kind"] == "scarce":
             assert Trial(**one["planned"]).detailed
@@ -64,6 +69,13 @@ def test_plans_and_trials_are_whole(job: Path) -> None:
             assert Plan.from_json(PlanQuestion(**one["question"]).plan).ladder == ()
     for one in _asked(job, "out-of-memory"):
         assert Plan.from_json(PlanQuestion(**one["question"]).plan).stages
+
+
+@pytest.mark.slow
+def test_in_the_part_of_host_memory_something_waits_there() -> None:
+    *_, there, _ = questions.host(QUICK, Plans(QUICK))
+    assert there["predicted"]["host_bytes"] > 0
+    assert Plan.from_json(there["trial"]["plan"]).schedule.hosts
 
 
 def test_the_first_minutes_tell_the_most_and_all_fit_into_nine() -> None:
