@@ -109,6 +109,11 @@ def test_threads_that_train_share_a_link() -> None:
     assert in_use(link.arena) == 0
 
 
+def test_no_host_memory_is_out_of_memory() -> None:
+    with pytest.raises(MemoryError, match="no host memory for 4611686018427387904 bytes"):
+        Arena().take(1 << 62)
+
+
 def test_the_garbage_collector_may_come_by_in_the_thread_that_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     _, hosting = all_away()
     hosting.lowmem.link = link = CpuLink()
