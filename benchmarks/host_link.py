@@ -3,16 +3,20 @@
     python benchmarks/host_link.py [--arch res56] [--block bottleneck] [--width 32] [--batch 32] [--rounds 7]
 
 One process, one thread, pictures of noise. Blocks are timed on this machine, as `memory.calibrate=always` does; then a
-step is planned into shares of what plain PyTorch takes, with host memory and without. At the link's rate what would
-wait on the host, if the link were no bound, takes as long to leave as a third of the plain step; the weak link has a
-hundredth of that. Each round takes one step of every way after the other, so that a busy machine slows all of them, and
-a measured ratio is the median over the rounds of ratios within one:
+step is planned into shares of what plain PyTorch takes, with host memory and without. At the link's rate what waits on
+the host takes as long to leave as a third of the plain step, as nearly as plans go; the weak link has a hundredth of
+that. Each round takes one step of every way after the other, so that a busy machine slows all of them, and a measured
+ratio is the median over the rounds of ratios within one:
 
 - plain: the untouched network under autograd;
 - without: the plan that the same budget gets without host memory;
 - bare: the schedule of the plan with host memory, but nothing waits there, so it takes more memory;
 - full speed: the plan with host memory, over a link as fast as memory is copied;
 - hosted: over the link at the rate that it was planned for.
+
+Whatever else the machine does slows the computing, but not the link, which sleeps. So a step's seconds are those that
+its thread computed and those that it waited for the link; a step on the clock, beside that, is what it took in all; and
+the link is slowed by as much as bare steps are slower on the clock than predicted (`slower`).
 
 How far bare steps are from their prediction is the error of the timed blocks; the link's own is what hosted steps take
 beside bare ones. Gradients of all ways have to be plain's, bit by bit, and what comes to exist and goes in a hosted
@@ -26,7 +30,7 @@ import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from conditions import RESULTS, conditions, sentence, table, write
@@ -46,7 +50,7 @@ from lowmem.plan.hosting import HostSolver, HostTerms, LinkRates
 from lowmem.plan.policy import Schedule
 from lowmem.plan.solver import Solver
 from lowmem.remat import apply_plan
-from lowmem.remat.links import CpuLink, HostLink, Passing, Slab
+from lowmem.remat.links import CpuLink, Passing, Slab
 from lowmem.simulate import OutlineMode, Recorder, Simulated, StepShape, StepSimulator, empty_copy, simulate_step
 
 RATES = card_rates(load_card(REFERENCE_CARD))("fp32")
@@ -55,11 +59,12 @@ HEADER = (
     "budget, MiB",
     "link, MB/s",
     "on the host, MiB",
-    "leaving, of plain's step",
+    "leaving, of plain's step: predicted",
+    "slower",
     "bare step, s: predicted, measured",
     "hosted, s: predicted, measured",
-    "hosted / bare: predicted, measured",
-    "waiting, s: predicted, measured",
+    "hosted / bare: predicted, measured, on the clock",
+    "waiting, of the hosted step: predicted, measured",
     "full speed / bare",
     "hosted / without host memory: predicted, measured",
     "bits, bytes",
@@ -90,6 +95,18 @@ class WatchedLink(CpuLink):
         return _Watched(super().copy_back(slab, tensor), self)
 
 
+class Took(NamedTuple):
+    """Seconds of a step."""
+
+    computing: float
+    waiting: float
+    on_clock: float
+
+    @property
+    def seconds(self) -> float:
+        return self.computing + self.waiting
+
+
 class Net:
     """A network that learns nothing, so that all its steps are alike."""
 
@@ -107,17 +124,19 @@ class Net:
             memory_format="contiguous",
         )
 
-    def step(self, schedule: Schedule | None, link: HostLink | None = None) -> float:
-        """Seconds of a training step; without a schedule of the untouched network."""
+    def step(self, schedule: Schedule | None, link: WatchedLink | None = None) -> Took:
+        """Of a training step; without a schedule of the untouched network."""
         model: nn.Module = self.model
         if schedule is not None:
             model = planned = apply_plan(self.model, schedule)
             planned.lowmem.link = link
-        began = time.perf_counter()
+        before = 0.0 if link is None else link.waited_seconds
+        began, computed = time.perf_counter(), time.thread_time()
         self.optimizer.zero_grad(set_to_none=True)
         pass_of(model, self.images, self.labels)
         self.optimizer.step()
-        return time.perf_counter() - began
+        on_clock, computed = time.perf_counter() - began, time.thread_time() - computed
+        return Took(computed, 0.0 if link is None else link.waited_seconds - before, on_clock)
 
     def grads(self) -> list[Tensor]:
         return [one.grad.clone() for one in self.model.parameters() if one.grad is not None]
@@ -161,22 +180,27 @@ class Planner:
         return fit(solver, self.steps, Budget(total_bytes=budget_bytes), RATES)
 
     def rate_for(self, budget_bytes: int, seconds: float) -> float:
-        """At which what would wait on the host, under the budget, if the link were no bound, takes so long to leave."""
-        return self.plan(budget_bytes, UNBOUND)[0].host_bytes / seconds
+        """At which what waits on the host, under the budget, takes about so long to leave."""
+        most = self.plan(budget_bytes, UNBOUND)[0].host_bytes / seconds
+        rates = [most * 2 ** (power / 4) for power in range(-6, 3)]
+        return min(rates, key=lambda rate: abs(self.plan(budget_bytes, rate)[0].host_bytes / rate - seconds))
 
 
 def bare(schedule: Schedule) -> Schedule:
     return Schedule(tuple(replace(item, host=()) for item in schedule.items))
 
 
-def ratio(seconds: dict[str, list[float]], way: str, other: str) -> float:
-    return statistics.median(one / two for one, two in zip(seconds[way], seconds[other], strict=True))
+def ratio(one: list[float], other: list[float]) -> float:
+    return statistics.median(mine / its for mine, its in zip(one, other, strict=True))
 
 
 def measure(net: Net, planner: Planner, budget_bytes: int, rate: float, rounds: int) -> dict[str, Any]:
     """One case."""
+    assert planner.chain.plain_seconds is not None
     (hosted, simulated), (without, _) = planner.plan(budget_bytes, rate), planner.plan(budget_bytes, None)
-    slow, fast = WatchedLink(rate), WatchedLink()
+    alone = evaluate(bare(hosted.schedule), planner.chain).seconds
+    slower = statistics.median(net.step(bare(hosted.schedule)).on_clock for _ in range(4)) / alone
+    slow, fast = WatchedLink(rate / slower), WatchedLink()
     ways = {
         "plain": (None, None),
         "without": (without.schedule, None),
@@ -189,19 +213,17 @@ def measure(net: Net, planner: Planner, budget_bytes: int, rate: float, rounds: 
     for schedule, link in ways.values():
         net.step(schedule, link)
         same &= all(torch.equal(one, other) for one, other in zip(expected, net.grads(), strict=True))
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    waited: dict[str, list[float]] = {"full speed": [], "hosted": []}
+    took: dict[str, list[Took]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, (schedule, link) in ways.items():
-            before = 0.0 if link is None else link.waited_seconds
-            seconds[way].append(net.step(schedule, link))
-            if link is not None:
-                waited[way].append(link.waited_seconds - before)
+            took[way].append(net.step(schedule, link))
+    seconds = {way: [one.seconds for one in each] for way, each in took.items()}
+    on_clock = {way: [one.on_clock for one in each] for way, each in took.items()}
     real, expected_changes = net.changes(hosted.schedule)
     predicted = {
-        "plain": (planner.chain.plain_seconds or 0.0) + planner.chain.outside_seconds,
+        "plain": planner.chain.plain_seconds + planner.chain.outside_seconds,
         "without": without.seconds,
-        "bare": evaluate(bare(hosted.schedule), planner.chain).seconds,
+        "bare": alone,
         "hosted": hosted.seconds,
     }
     return {
@@ -209,12 +231,15 @@ def measure(net: Net, planner: Planner, budget_bytes: int, rate: float, rounds: 
         "peak_bytes": simulated.estimate.peak_allocated_bytes,
         "host_bytes": hosted.host_bytes,
         "bytes_per_second": rate,
+        "slower": slower,
         "predicted_seconds": predicted,
         "seconds": seconds,
+        "seconds_on_clock": on_clock,
         "predicted_waiting_seconds": hosted.waiting_seconds,
-        "waiting_seconds": {way: statistics.median(each) for way, each in waited.items()},
-        "to_bare": {way: ratio(seconds, way, "bare") for way in ways},
-        "hosted_to_without": ratio(seconds, "hosted", "without"),
+        "waiting_seconds": {way: statistics.median(one.waiting for one in each) for way, each in took.items()},
+        "to_bare": {way: ratio(seconds[way], seconds["bare"]) for way in ways},
+        "to_bare_on_clock": {way: ratio(on_clock[way], on_clock["bare"]) for way in ways},
+        "hosted_to_without": ratio(seconds["hosted"], seconds["without"]),
         "gradients_are_plain": same,
         "changes": len(real),
         "changes_are_simulated": real == expected_changes,
@@ -230,11 +255,13 @@ def row(found: dict[str, Any]) -> tuple[str, ...]:
         f"{found['budget_bytes'] / MIB:.0f}",
         f"{found['bytes_per_second'] / 1e6:.0f}",
         f"{found['host_bytes'] / MIB:.0f}",
-        f"{found['host_bytes'] / found['bytes_per_second'] / median['plain']:.2f}",
+        f"{found['host_bytes'] / found['bytes_per_second'] / predicted['plain']:.2f}",
+        f"{found['slower']:.2f}",
         f"{predicted['bare']:.3f}, {median['bare']:.3f}",
         f"{predicted['hosted']:.3f}, {median['hosted']:.3f}",
-        f"{predicted['hosted'] / predicted['bare']:.3f}, {found['to_bare']['hosted']:.3f}",
-        f"{found['predicted_waiting_seconds']:.3f}, {waited:.3f}",
+        f"{predicted['hosted'] / predicted['bare']:.3f}, {found['to_bare']['hosted']:.3f}, "
+        f"{found['to_bare_on_clock']['hosted']:.3f}",
+        f"{found['predicted_waiting_seconds'] / predicted['hosted']:.3f}, {waited / median['hosted']:.3f}",
         f"{found['to_bare']['full speed']:.3f}",
         f"{predicted['hosted'] / predicted['without']:.3f}, {found['hosted_to_without']:.3f}",
         ", ".join("equal" if found[what] else "DIFFERENT" for what in exact),
@@ -257,8 +284,8 @@ def main() -> None:
     calibrator = Calibrator("cpu", Calibration(cpu_identity(), asked.times), print)
     planner = Planner(price(measured, RATES, calibrator.times(net.shape, measured.stages)), StepSimulator(net.shape))
     plain_bytes = simulate_step(net.shape, None, RATES).estimate.peak_allocated_bytes
-    net.step(None)
-    plain_seconds = statistics.median(net.step(None) for _ in range(3))
+    assert planner.chain.plain_seconds is not None
+    plain_seconds = planner.chain.plain_seconds + planner.chain.outside_seconds
     rate = planner.rate_for(int(plain_bytes * CASES[0][1]), plain_seconds / 3)
     rows, cases = [], {}
     for name, share, of_rate in CASES:
@@ -267,8 +294,8 @@ def main() -> None:
         print(" | ".join(rows[-1]), flush=True)
     size = f"{asked.arch} {asked.block}, width {asked.width}, batch {asked.batch}, fp32, one thread"
     introduction = (
-        f"{size}; plain takes {plain_bytes / MIB:.0f} MiB and {plain_seconds:.2f} s; medians of {asked.rounds} rounds, "
-        "of ratios within a round. What the columns are: the head of `benchmarks/host_link.py`."
+        f"{size}; plain takes {plain_bytes / MIB:.0f} MiB, by prediction {plain_seconds:.2f} s; medians of "
+        f"{asked.rounds} rounds, of ratios within a round. What the columns are: the head of `benchmarks/host_link.py`."
     )
     record = {
         **where,

@@ -44,24 +44,30 @@ def fills_its_memory(value: Any) -> bool:
 
 class Arena:
     """Host memory in slabs: those that are given back are used again by tensors of the same size, so that steps that
-    are alike take no more than the first. Every slab is a mapping of its own, given to `adopt` once (to be pinned).
+    are alike take no more than the first. Every slab is a mapping of its own, given to `adopt` once (to be pinned), and
+    stays one even if an interrupt keeps it from being given back: nobody else's memory may lie where a card copies to.
 
     Several threads may use it, and the garbage collector in the middle of that: there is no lock to wait for."""
 
     def __init__(self, adopt: Callable[[int, int], None] | None = None) -> None:
         self._adopt = adopt
         self._free: dict[int, list[Slab]] = {}
-        self.bytes = 0  # in all, in use or not
+        self._slabs: list[Slab] = []
 
     def take(self, nbytes: int) -> Slab:
         size = -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         with suppress(IndexError):
             return self._free.setdefault(size, []).pop()
         slab = Slab(size, shared=self._adopt is not None)
+        self._slabs.append(slab)
         if self._adopt is not None:
             self._adopt(slab.address, size)
-        self.bytes += size
         return slab
+
+    @property
+    def bytes(self) -> int:
+        """In all, in use or not."""
+        return sum(slab.size for slab in self._slabs)
 
     def give_back(self, slab: Slab) -> None:
         self._free[slab.size].append(slab)
@@ -71,12 +77,15 @@ class Slab:
     """Memory that the kernel maps; it goes with the process, or with the object.
 
     A forked process has its own copy of it, unless it is `shared`: a card that knows the addresses of pages goes on
-    using those, which a copy on writing might leave to the other process."""
+    using those, which a copy on writing might leave to the other process. Raises MemoryError."""
 
     def __init__(self, size: int, *, shared: bool) -> None:
         self.size = size
         private = {} if shared or os.name != "posix" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
-        self.memory = mmap.mmap(-1, size, **private)
+        try:
+            self.memory = mmap.mmap(-1, size, **private)
+        except OSError as error:
+            raise MemoryError(f"there is no host memory for {size} bytes that are to wait in it: {error}") from error
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 
 
@@ -87,7 +96,7 @@ class Passing(Protocol):
 
 @dataclass(eq=False)
 class Ticket:
-    """Of one tensor on its way. `like`: what it is made again as."""
+    """Of one tensor on its way, and what it is made again as."""
 
     device: Tensor | None  # while the copy out may read it
     shape: torch.Size

@@ -16,10 +16,12 @@ module nor made of its input (a global, an entry of a dict) is run with those it
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowmem.core.units import counted
@@ -142,7 +144,10 @@ class PlannedModule(nn.Module):
                 check_own_forward(self.lowmem.model)
             except NotTraceable as error:
                 raise RuntimeError(f"the network has changed since it was planned: {error}") from None
-        return super().__call__(*args, **kwargs)
+        call = super().__call__
+        if "torch._dynamo" in sys.modules:  # else its import takes seconds, for nothing
+            call = torch.compiler.disable(call)
+        return call(*args, **kwargs)
 
     __call__._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compile leaves it as it is
 
