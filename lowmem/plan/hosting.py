@@ -28,7 +28,7 @@ from lowmem.plan.policy import OUTPUT, Host, Item, Keep, Schedule, Segment
 from lowmem.plan.solver import Solver
 from lowmem.plan.table import Table
 
-_CURVE_POINTS = 100  # of the solver's schedules that are tried
+_CURVE_POINTS = 40  # of the solver's schedules that are tried
 _NOTHING = 1e-9  # seconds by which nothing is faster
 # Of memory, as shares of the seconds of the fastest step for each byte that it keeps.
 _PRICES = (0.0, *(0.02 * 1.4**power for power in range(14)))
@@ -116,7 +116,7 @@ def timeline(spans: Sequence[Span], cargo: Iterable[_Cargo], budget_bytes: int, 
         return None
     seconds = _return(backward, away, rates.back)
     waited += seconds - sum(span.seconds for span in backward)
-    return Timeline(away, ends + seconds, waited)
+    return Timeline(away, ends + seconds, max(0.0, waited))  # sums round
 
 
 def _leave(
