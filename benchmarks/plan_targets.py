@@ -7,6 +7,10 @@ operations are over the simulated step of the untouched model under autograd, no
 the budget is a card, the caching allocator's segments count too: the reserved figure has to fit. The solver's seconds
 are those of the table for one budget and of reading the schedule from it, without the costs it is given.
 
+With host memory a scenario names the link's rate, each way; the step's seconds then include what the timeline of
+`lowmem.plan.hosting` says it waits for the link. How much host memory there is does not bound the plans: a column says
+what they take of it.
+
 Writes `results/plan_targets.json` and `.md` beside this file. Takes a few minutes on one core.
 """
 
@@ -15,7 +19,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +34,7 @@ from lowmem.core.errors import Infeasible
 from lowmem.core.units import GIB, MIB, format_size
 from lowmem.models import skeleton
 from lowmem.plan.cost import ChainCost, Rates
+from lowmem.plan.hosting import HostSolver, HostTerms, LinkRates
 from lowmem.plan.solver import Solver
 from lowmem.simulate import Simulated, StepShape, StepSimulator, simulate_step
 
@@ -37,6 +42,7 @@ NAME = "plan_targets"
 HEADER = (
     "budget",
     "peak of tensors, MiB",
+    "on the host, MiB",
     "overhead",
     "extra GFLOP",
     "solver, s",
@@ -73,11 +79,13 @@ class Scenario:
     precision: str = "fp32"
     size: int = 32  # of the pictures
     card: str | None = None  # whose rates predict time, where it is not the one that was asked for
+    link: float | None = None  # to host memory, GB/s each way; None: tensors do not wait there
 
     @property
     def title(self) -> str:
         rates = "" if self.card is None else f", rates of {load_card(self.card).name}"
-        return f"{self.arch} {self.block}, batch {self.batch}, {self.precision}{rates}"
+        host = "" if self.link is None else f", host memory at {self.link:g} GB/s"
+        return f"{self.arch} {self.block}, batch {self.batch}, {self.precision}{rates}{host}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +96,8 @@ class Row:
     budget_bytes: int | None
     peak_tensor_bytes: int | None = None
     peak_reserved_bytes: int | None = None
+    host_bytes: int | None = None
+    waiting_seconds: float | None = None
     overhead: float | None = None
     extra_flops: int | None = None
     solver_seconds: float | None = None
@@ -108,9 +118,17 @@ class Bench:
     plain: Simulated
     chain: ChainCost
     costs_seconds: float
+    link: float | None = None
+
+    def solver(self, limit_bytes: int | None = None) -> Solver:
+        if self.link is None:
+            return Solver(self.chain, limit_bytes=limit_bytes)
+        rates = LinkRates(self.link * 1e9, self.link * 1e9)
+        return HostSolver(self.chain, HostTerms(rates, UNBOUNDED))
 
 
 TORCHVISION = "torchvision"
+UNBOUNDED = 1 << 50  # of host memory
 # Shah et al., "Memory optimization for deep networks" (ICLR 2021), measured there on a P100. Its GB are 2^30 bytes: its
 # plain step takes 15.06, which is the simulated peak of ours in these.
 MONET = (
@@ -120,6 +138,16 @@ MONET = (
     Goal(),
 )
 THE_USUAL = (Goal(share_of_plain=1.0), Goal(share_of_plain=1 / 2), Goal(share_of_plain=1 / 3), Goal())
+HALF_AND_THIRD = (Goal(share_of_plain=1 / 2), Goal(share_of_plain=1 / 3))
+
+
+def hosted_110(link: float, *targets: float, least: int | None = None) -> Scenario:
+    """Bottleneck-110 with host memory."""
+    budgets = (4600, 3600, 2708, 1806, 1500)
+    goals = tuple(Goal(bytes=mib * MIB, target=target) for mib, target in zip(budgets, targets, strict=True))
+    return Scenario(arch="res110", block="bottleneck", batch=128, link=link, goals=(*goals, Goal(target=least)))
+
+
 SCENARIOS = (
     Scenario(
         arch="res110",
@@ -153,6 +181,31 @@ SCENARIOS = (
     ),
     Scenario(arch="resnet50", block=TORCHVISION, batch=184, size=224, card="p100", goals=MONET),
     Scenario(arch="resnet50", block=TORCHVISION, batch=184, size=224, card="v100", goals=MONET),
+    hosted_110(12, 0.002, 0.005, 0.015, 0.05, 0.09, least=1030 * MIB),
+    hosted_110(3, 0.007, 0.025, 0.06, 0.11, 0.15),
+    Scenario(arch="res110", block="basic", batch=128, link=12, goals=HALF_AND_THIRD),
+    Scenario(arch="res110", block="basic", batch=128, link=3, goals=HALF_AND_THIRD),
+    Scenario(arch="res101", block="bottleneck", batch=128, link=12, goals=HALF_AND_THIRD),
+    Scenario(arch="res101", block="bottleneck", batch=128, link=3, goals=HALF_AND_THIRD),
+    Scenario(arch="res110", block="bottleneck", batch=512, goals=(Goal(card_bytes=6 * GIB),)),
+    Scenario(arch="res110", block="bottleneck", batch=512, link=12, goals=(Goal(card_bytes=6 * GIB, target=0.06),)),
+    Scenario(
+        arch="res110",
+        block="bottleneck",
+        batch=1024,
+        precision="amp",
+        link=12,
+        goals=(Goal(card_bytes=6 * GIB, target=0.08),),
+    ),
+    Scenario(
+        arch="resnet50",
+        block=TORCHVISION,
+        batch=184,
+        size=224,
+        card="p100",
+        link=12,
+        goals=(replace(MONET[0], target=None), replace(MONET[1], target=None), replace(MONET[2], target=0.06)),
+    ),
 )
 
 
@@ -175,7 +228,7 @@ def prepare(scenario: Scenario, card_name: str, width: int) -> Bench:
     plain = simulate_step(shape, None, rates)
     began = time.perf_counter()
     chain = price(measure_costs(shape, rates=rates), rates)
-    return Bench(shape, StepSimulator(shape), rates, plain, chain, time.perf_counter() - began)
+    return Bench(shape, StepSimulator(shape), rates, plain, chain, time.perf_counter() - began, scenario.link)
 
 
 def label(goal: Goal) -> str:
@@ -205,15 +258,15 @@ def measure(goal: Goal, bench: Bench, card_name: str) -> Row:
     try:
         began = time.perf_counter()
         if least:
-            solution = Solver(bench.chain).least()
+            solution = bench.solver().least()
             solver_seconds = time.perf_counter() - began
             simulated = bench.steps.simulate(solution.schedule, bench.rates)
         else:
             budget = budget_of(goal, bench, card_name)
-            solver = Solver(bench.chain, limit_bytes=budget.tensor_bytes)
+            solver = bench.solver(budget.tensor_bytes)
             solver.solve(budget.tensor_bytes)
             solver_seconds = time.perf_counter() - began
-            _, simulated = fit(solver, bench.steps, budget, bench.rates)
+            solution, simulated = fit(solver, bench.steps, budget, bench.rates)
     except Infeasible as error:
         return Row(
             label=label(goal),
@@ -224,12 +277,14 @@ def measure(goal: Goal, bench: Bench, card_name: str) -> Row:
             met=False if goal.target is not None or goal.fits else None,
         )
     taken = simulated.estimate
-    overhead = simulated.seconds / bench.plain.seconds - 1
+    overhead = (simulated.seconds + solution.waiting_seconds) / bench.plain.seconds - 1
     return Row(
         label=label(goal),
         budget_bytes=None if budget is None else budget.tensor_bytes,
         peak_tensor_bytes=taken.peak_tensor_bytes,
         peak_reserved_bytes=taken.peak_reserved_bytes if budget is not None and budget.on_card else None,
+        host_bytes=None if bench.link is None else solution.host_bytes,
+        waiting_seconds=None if bench.link is None else solution.waiting_seconds,
         overhead=overhead,
         extra_flops=simulated.flops - bench.plain.flops,
         solver_seconds=round(solver_seconds, 3),
@@ -257,7 +312,7 @@ def cells(row: Row) -> tuple[str, ...]:
     elif row.label in ("plain's peak", "half of plain", "a third of plain"):
         budget = f"{row.label}: {format_size(row.budget_bytes)}"
     if row.refused is not None:
-        return (budget, row.refused, "", "", "", goal_text(row.target), goal_text(row.others), verdict)
+        return (budget, row.refused, "", "", "", "", goal_text(row.target), goal_text(row.others), verdict)
     assert row.peak_tensor_bytes is not None
     assert row.extra_flops is not None
     peak = f"{row.peak_tensor_bytes / MIB:,.0f}"
@@ -266,6 +321,7 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         budget,
         peak,
+        "–" if row.host_bytes is None else f"{row.host_bytes / MIB:,.0f}",
         f"{row.overhead:+.1%}",
         f"{row.extra_flops / 1e9:,.0f}",
         f"{row.solver_seconds:.1f}",
@@ -300,6 +356,7 @@ def record_of(scenario: Scenario, bench: Bench, rows: list[Row]) -> dict[str, ob
         "block": scenario.block,
         "batch": scenario.batch,
         "precision": scenario.precision,
+        "link_gb_per_second": scenario.link,
         "plain_peak_tensor_bytes": plain.estimate.peak_tensor_bytes,
         "plain_seconds": plain.seconds,
         "plain_flops": plain.flops,

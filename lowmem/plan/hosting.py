@@ -28,7 +28,7 @@ from lowmem.plan.policy import OUTPUT, Host, Item, Keep, Schedule, Segment
 from lowmem.plan.solver import Points, Solver, points_of
 from lowmem.plan.table import Table
 
-_CURVE_POINTS = 100  # of the solver's schedules that are tried
+_CURVE_POINTS = 40  # of the solver's schedules that are tried
 _DRAWN = 25  # budgets of the picture
 _NOTHING = 1e-9  # seconds by which nothing is faster
 # Of memory, as shares of the seconds of the fastest step for each byte that it keeps.

@@ -15,6 +15,7 @@ from lowmem.core.units import GIB, MIB
 from lowmem.models import skeleton
 from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.evaluate import evaluate
+from lowmem.plan.hosting import HostSolver, HostTerms, LinkRates
 from lowmem.plan.solver import Solver
 from lowmem.simulate import Simulated, StepShape, StepSimulator, simulate_step
 from tests.step_shapes import shape_of
@@ -24,6 +25,11 @@ pytestmark = pytest.mark.slow
 # budget MiB -> the most that the step may take more than plain autograd's
 TARGETS = {4600: 0.03, 3600: 0.07, 2708: 0.12, 1806: 0.20, 1500: 0.28}
 LEAST_MIB = 1300
+# the same with host memory, by the link's GB/s
+HOSTED = {
+    12: {4600: 0.002, 3600: 0.005, 2708: 0.015, 1806: 0.05, 1500: 0.09},
+    3: {4600: 0.007, 3600: 0.025, 2708: 0.06, 1806: 0.11, 1500: 0.15},
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +61,21 @@ def test_overhead(
     # The plan's own account of the work is exact.
     assert counted.plain_seconds == plain.flops
     assert evaluate(solution.schedule, counted).seconds == simulated.flops
+
+
+@pytest.mark.parametrize("link", HOSTED)
+def test_overhead_with_host_memory(
+    bottleneck_110: tuple[Solver, StepShape, Rates, Simulated], counted: ChainCost, link: int
+) -> None:
+    alone, shape, rates, plain = bottleneck_110
+    solver = HostSolver(alone.chain, HostTerms(LinkRates(link * 1e9, link * 1e9), 8 * GIB))
+    steps = StepSimulator(shape)
+    for budget_mib, most in HOSTED[link].items():
+        solution, simulated = fit(solver, steps, Budget(total_bytes=budget_mib * MIB), rates)
+        assert simulated.estimate.peak_allocated_bytes <= budget_mib * MIB
+        assert (simulated.seconds + solution.waiting_seconds) / plain.seconds - 1 <= most
+        assert evaluate(solution.schedule, counted).seconds == simulated.flops
+        assert solution.schedule.hosts
 
 
 def test_least_feasible(bottleneck_110: tuple[Solver, StepShape, Rates, Simulated]) -> None:
