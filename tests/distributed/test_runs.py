@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from lowmem.cli.main import _run
+from lowmem.measure.host import free_host_bytes
 from lowmem.plan.record import Plan
 from tests.conftest import assert_same_run
 from tests.distributed.torchrun import Torchrun, torchrun, wait_for
@@ -147,6 +148,24 @@ def test_a_planned_run_goes_on_with_its_plans(planned: Path, tmp_path: Path) -> 
     assert "warning" not in output
     assert not events(run, "replan")
     assert len(losses(run)) == 6
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_machine_share_its_host_memory(planned: Path, tmp_path: Path) -> None:
+    more = ("--set", "train.max_steps=6", "--set", "memory.link=12")
+    without, _ = resumed(planned, tmp_path / "without", 2, *more)
+    run, output = resumed(planned, tmp_path / "with", 2, *more, "--set", "memory.host=auto")
+    assert len(events(run, "replan")) == 1
+    for name in ("plan.json", "plan-1.json"):
+        assert Plan.from_json(json.loads((run / name).read_text())).schedule.hosts, output
+    assert_same_run(run, without)
+    free = free_host_bytes()
+    assert free is not None
+    host, out = f"memory.host={free * 2 // 3}", tmp_path / "run"
+    code, output = torchrun(tmp_path, 2, *TRAIN, "--tensors", TENSORS, "--set", host, "--out", str(out))
+    assert code == 1
+    assert "for each of 2 processes" in output
+    assert not out.exists()
 
 
 @pytest.mark.slow

@@ -165,7 +165,7 @@ def test_one_of_several_processes_has_the_tensors_it_was_given(sync_bn: bool, co
         "train.device=cpu",
         f"train.sync_bn={str(sync_bn).lower()}",
     )
-    budget = request_of(gather(flags={"model.arch": "res20"}, sets=sets).config, joint=True).budget
+    budget = request_of(gather(flags={"model.arch": "res20"}, sets=sets).config, processes=2).budget
     assert budget.tensor_bytes == 300 * MIB
     assert budget.communicator_bytes == communicators * ASSUMED_COMMUNICATOR_BYTES
 
