@@ -258,7 +258,8 @@ def measure(goal: Goal, bench: Bench, card_name: str) -> Row:
     try:
         began = time.perf_counter()
         if least:
-            solution = bench.solver().least()
+            solver = bench.solver()
+            solution = solver.solve(solver.least().peak_bytes)
             solver_seconds = time.perf_counter() - began
             simulated = bench.steps.simulate(solution.schedule, bench.rates)
         else:

@@ -25,7 +25,7 @@ from lowmem.core.errors import Infeasible
 from lowmem.plan.cost import ChainCost, OptionCost
 from lowmem.plan.evaluate import Solution, Span, Walk, evaluate
 from lowmem.plan.policy import OUTPUT, Host, Item, Keep, Schedule, Segment
-from lowmem.plan.solver import Points, Solver, points_of
+from lowmem.plan.solver import NEAR_RATIO, NEAR_RUNGS, Points, Solver, points_of
 from lowmem.plan.table import Table
 
 _CURVE_POINTS = 40  # of the solver's schedules that are tried
@@ -235,15 +235,22 @@ class HostSolver(Solver):
     def _usual(self) -> list[Solution]:
         return self.curve(_CURVE_POINTS)
 
-    @cached_property
-    def _priced(self) -> list[list[OptionCost]]:
-        """For each price every stage's cheapest option."""
-        stages = [stage.anywhere for stage in self.chain.stages]
+    def _priced(self, most_bytes: int) -> list[list[OptionCost]]:
+        """For each price every stage's cheapest option of those whose backward fits into so many bytes if everything
+        else is away."""
+        chain = self.chain
+        stages = [stage.anywhere for stage in chain.stages]
         fast = [min(options, key=lambda one: (one.seconds, one.kept_bytes)) for options in stages]
         unit = sum(one.seconds for one in fast) / max(1, sum(one.kept_bytes for one in fast))
+        x, g, later = chain.boundary_bytes, chain.boundary_grad_bytes[1:], chain.later_param_grad_bytes[1:]
+        left = [most_bytes - sum(beside) for beside in zip(x, g, later, strict=False)]
+        fitting = [
+            [one for one in options if one.kept_bytes + one.backward_temp_bytes <= most] or options
+            for options, most in zip(stages, left, strict=True)
+        ]
 
         def at(price: float) -> list[OptionCost]:
-            return [min(options, key=lambda one: one.seconds + price * unit * one.kept_bytes) for options in stages]
+            return [min(options, key=lambda one: one.seconds + price * unit * one.kept_bytes) for options in fitting]
 
         found = {tuple(one.policy for one in options): options for options in map(at, _PRICES)}
         return list(found.values())
@@ -272,6 +279,11 @@ class HostSolver(Solver):
         ratio = max(peaks) / min(peaks)  # closer together where memory is short
         return points_of(self.solve(ceil(min(peaks) * ratio ** (n / (_DRAWN - 1)))) for n in range(_DRAWN))
 
+    def ladder(self, below_bytes: int, ratio: float = NEAR_RATIO, near: int = NEAR_RUNGS) -> list[Solution]:
+        rungs = super().ladder(below_bytes, ratio, near)
+        # The least is that without host memory; with it the same bytes may take less time.
+        return [*rungs[:-1], *(self.solve(least.peak_bytes) for least in rungs[-1:])]
+
     def _ways(self, budget_bytes: int) -> Iterator[Way]:
         """Candidates, some of which may fit."""
         for one in self._usual:
@@ -279,7 +291,7 @@ class HostSolver(Solver):
                 items = one.schedule.items
                 yield Way(one.seconds, partial(tuple, items), range(1, len(items)))
         table = self.table
-        for options in self._priced:
+        for options in self._priced(budget_bytes - self.chain.fixed_bytes):
             items = tuple(Keep(stage, option.policy) for stage, option in enumerate(options))
             left, seconds = budget_bytes - self.chain.fixed_bytes, self.chain.outside_seconds
             away = [0] * len(items)

@@ -252,7 +252,8 @@ def test_the_ladder_goes_down() -> None:
     for higher, lower in pairwise([top, *rungs]):
         assert lower.peak_bytes < higher.peak_bytes
         assert lower.seconds >= higher.seconds
-    assert rungs[-1] == solver.least()
+    assert rungs[-1].peak_bytes <= solver.least().peak_bytes
+    assert rungs[-1].seconds <= solver.least().seconds
 
 
 def test_the_optimizers_step_bounds_the_budget_too() -> None:
