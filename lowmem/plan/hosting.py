@@ -17,16 +17,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import ceil, inf
+from math import inf
 
 from lowmem.core.errors import Infeasible
 from lowmem.plan.cost import ChainCost
 from lowmem.plan.evaluate import Solution, Span, Walk, evaluate
 from lowmem.plan.policy import OUTPUT, Host, Item, Keep, Schedule, Segment
-from lowmem.plan.solver import Points, Solver, points_of
+from lowmem.plan.solver import Solver
 
 _CURVE_POINTS = 100  # of the solver's schedules that are tried
-_DRAWN = 25  # budgets of the picture
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def timeline(spans: Sequence[Span], cargo: Iterable[_Cargo], budget_bytes: int, 
         return None
     seconds = _return(backward, away, rates.back)
     waited += seconds - sum(span.seconds for span in backward)
-    return Timeline(away, ends + seconds, max(0.0, waited))  # sums differ in their last digits
+    return Timeline(away, ends + seconds, max(0.0, waited))  # sums round
 
 
 def _leave(
@@ -238,12 +237,6 @@ class HostSolver(Solver):
             assert refused is not None
             raise refused
         return alone
-
-    def points(self) -> Points:
-        """What `solve` finds, for budgets from the least to the largest that change anything: for the picture."""
-        peaks = [solution.peak_bytes for solution in self._usual]
-        ratio = max(peaks) / min(peaks)  # closer together where memory is short
-        return points_of(self.solve(ceil(min(peaks) * ratio ** (n / (_DRAWN - 1)))) for n in range(_DRAWN))
 
 
 def fastest(solutions: Iterable[Solution], chain: ChainCost, budget_bytes: int, terms: HostTerms) -> Solution | None:
