@@ -231,12 +231,12 @@ def _refuse_curve(path: Path, cards: Sequence[str]) -> None:
 def _draw(choice: Choice, title: str, path: Path) -> Mapping[str, Points]:
     """The picture; returns what is in it. Raises PreflightError."""
     from lowmem.plan.hosting import HostSolver
-    from lowmem.plan.solver import strategies
+    from lowmem.plan.solver import solved, strategies
     from lowmem.report.method_figures import draw_memory_curve  # matplotlib: only if there is something to draw
 
     plan, curves = choice.plan, strategies(choice.chain, choice.plain.estimate.peak_allocated_bytes)
     if isinstance(choice.solver, HostSolver):
-        curves["lowmem with host memory"] = choice.solver.points()
+        curves["lowmem with host memory"] = solved(choice.solver)
     words = f"{title}, batch {plan.batch}, {plan.precision}, {plan.memory_format}"
     try:
         drawn = draw_memory_curve(words, curves, choice.budget.tensor_bytes, path.suffix[1:].lower())

@@ -18,18 +18,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from math import ceil, inf
+from math import inf
 from typing import NamedTuple
 
 from lowmem.core.errors import Infeasible
 from lowmem.plan.cost import ChainCost, OptionCost
 from lowmem.plan.evaluate import Solution, Span, Walk, evaluate
 from lowmem.plan.policy import OUTPUT, Host, Item, Keep, Schedule, Segment
-from lowmem.plan.solver import NEAR_RATIO, NEAR_RUNGS, Points, Solver, points_of
+from lowmem.plan.solver import NEAR_RATIO, NEAR_RUNGS, Solver
 from lowmem.plan.table import Table
 
 _CURVE_POINTS = 40  # of the solver's schedules that are tried
-_DRAWN = 25  # budgets of the picture
 _NOTHING = 1e-9  # seconds by which nothing is faster
 # Of memory, as shares of the seconds of the fastest step for each byte that it keeps.
 _PRICES = (0.0, *(0.02 * 1.4**power for power in range(14)))
@@ -121,7 +120,7 @@ def timeline(spans: Sequence[Span], cargo: Iterable[_Cargo], budget_bytes: int, 
         return None
     seconds = _return(backward, away, rates.back)
     waited += seconds - sum(span.seconds for span in backward)
-    return Timeline(away, ends + seconds, max(0.0, waited))  # sums differ in their last digits
+    return Timeline(away, ends + seconds, max(0.0, waited))  # sums round
 
 
 def _leave(
@@ -272,12 +271,6 @@ class HostSolver(Solver):
             assert refused is not None
             raise refused
         return alone
-
-    def points(self) -> Points:
-        """What `solve` finds, for budgets from the least to the largest that change anything: for the picture."""
-        peaks = [solution.peak_bytes for solution in self._usual]
-        ratio = max(peaks) / min(peaks)  # closer together where memory is short
-        return points_of(self.solve(ceil(min(peaks) * ratio ** (n / (_DRAWN - 1)))) for n in range(_DRAWN))
 
     def ladder(self, below_bytes: int, ratio: float = NEAR_RATIO, near: int = NEAR_RUNGS) -> list[Solution]:
         rungs = super().ladder(below_bytes, ratio, near)

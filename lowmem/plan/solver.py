@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
-from math import sqrt
+from math import ceil, sqrt
 
 import numpy as np
 
@@ -156,14 +156,21 @@ def strategies(chain: ChainCost, plain_peak_bytes: int) -> dict[str, Points]:
     policies = dict.fromkeys(option.policy for stage in chain.stages for option in stage.anywhere)
     lengths = range(1, len(chain) // 2 + 1)
     return {
-        "lowmem": points_of(Solver(chain).curve(200)),
-        "one policy for all blocks": points_of(evaluate(kept(chain, policy), chain) for policy in policies),
-        "checkpoint every k-th block": points_of(evaluate(segments_of(chain, length), chain) for length in lengths),
+        "lowmem": _points(Solver(chain).curve(200)),
+        "one policy for all blocks": _points(evaluate(kept(chain, policy), chain) for policy in policies),
+        "checkpoint every k-th block": _points(evaluate(segments_of(chain, length), chain) for length in lengths),
         "plain PyTorch": [(plain_peak_bytes, 0.0)],
     }
 
 
-def points_of(solutions: Iterable[Solution]) -> Points:
+def solved(solver: Solver, count: int = 25) -> Points:
+    """What a solver finds for so many budgets, from the least to the largest that changes anything."""
+    least, most = solver.least().peak_bytes, solver.curve(2)[-1].peak_bytes
+    # Closer together where memory is short.
+    return _points(solver.solve(ceil(least * (most / least) ** (n / (count - 1)))) for n in range(count))
+
+
+def _points(solutions: Iterable[Solution]) -> Points:
     """What is both smaller and slower than another has no place in the picture."""
     points: Points = []
     for peak, overhead in sorted((one.peak_bytes, one.overhead) for one in solutions if one.overhead is not None):
