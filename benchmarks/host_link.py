@@ -1,6 +1,7 @@
 """What a plan with host memory is predicted to take, and what it takes: on the CPU, over the link of its own rate.
 
     python benchmarks/host_link.py [--arch res56] [--block bottleneck] [--width 32] [--batch 32] [--rounds 7]
+                                   [--busy]
 
 One process, one thread, pictures of noise. Blocks are timed on this machine, as `memory.calibrate=always` does; then a
 step is planned into shares of what plain PyTorch takes, with host memory and without. At the link's rate what waits on
@@ -14,9 +15,9 @@ ratio is the median over the rounds of ratios within one:
 - full speed: the plan with host memory, over a link as fast as memory is copied;
 - hosted: over the link at the rate that it was planned for.
 
-Whatever else the machine does slows the computing, but not the link, which sleeps. So a step's seconds are those that
-its thread computed and those that it waited for the link; a step on the clock, beside that, is what it took in all; and
-the link is slowed by as much as bare steps are slower on the clock than predicted (`slower`).
+Whatever else a machine does slows the computing, but not the link, which sleeps. On one that is `--busy` seconds are
+those of the thread that computes: what it computed, and what it would have waited for a link at the rate in that time.
+The link copies at once there, as early and as late as it is asked.
 
 How far bare steps are from their prediction is the error of the timed blocks; the link's own is what hosted steps take
 beside bare ones. Gradients of all ways have to be plain's, bit by bit, and what comes to exist and goes in a hosted
@@ -60,10 +61,9 @@ HEADER = (
     "link, MB/s",
     "on the host, MiB",
     "leaving, of plain's step: predicted",
-    "slower",
     "bare step, s: predicted, measured",
     "hosted, s: predicted, measured",
-    "hosted / bare: predicted, measured, on the clock",
+    "hosted / bare: predicted, measured",
     "waiting, of the hosted step: predicted, measured",
     "full speed / bare",
     "hosted / without host memory: predicted, measured",
@@ -76,23 +76,40 @@ UNBOUND = 1e15  # bytes per second: no bound
 class _Watched:
     passing: Passing
     link: WatchedLink
+    due: float  # by the link's clock
 
     def wait(self) -> None:
         began = time.perf_counter()
         self.passing.wait()
-        self.link.waited_seconds += time.perf_counter() - began
+        waited = time.perf_counter() - began
+        if self.link.busy_rate is not None:
+            waited = max(0.0, self.due - self.link.now())
+        self.link.waited_seconds += waited
 
 
 class WatchedLink(CpuLink):
-    """That adds up how long the computing waits for it."""
+    """That adds up how long the computing waits for it. `busy`: the rate holds in the time of the thread that computes,
+    what it waited included."""
 
-    waited_seconds = 0.0
+    def __init__(self, bytes_per_second: float | None = None, *, busy: bool = False) -> None:
+        super().__init__(None if busy else bytes_per_second)
+        self.busy_rate = bytes_per_second if busy else None
+        self.waited_seconds = 0.0
+        self._free_at = [0.0, 0.0]  # out, back
+
+    def now(self) -> float:
+        return time.thread_time() + self.waited_seconds
 
     def copy_out(self, tensor: Tensor, slab: Slab) -> Passing:
-        return _Watched(super().copy_out(tensor, slab), self)
+        return self._watched(super().copy_out(tensor, slab), tensor.nbytes, 0)
 
     def copy_back(self, slab: Slab, tensor: Tensor) -> Passing:
-        return _Watched(super().copy_back(slab, tensor), self)
+        return self._watched(super().copy_back(slab, tensor), tensor.nbytes, 1)
+
+    def _watched(self, passing: Passing, nbytes: int, way: int) -> Passing:
+        if self.busy_rate is not None:
+            self._free_at[way] = max(self._free_at[way], self.now()) + nbytes / self.busy_rate
+        return _Watched(passing, self, self._free_at[way])
 
 
 class Took(NamedTuple):
@@ -101,10 +118,6 @@ class Took(NamedTuple):
     computing: float
     waiting: float
     on_clock: float
-
-    @property
-    def seconds(self) -> float:
-        return self.computing + self.waiting
 
 
 class Net:
@@ -194,13 +207,12 @@ def ratio(one: list[float], other: list[float]) -> float:
     return statistics.median(mine / its for mine, its in zip(one, other, strict=True))
 
 
-def measure(net: Net, planner: Planner, budget_bytes: int, rate: float, rounds: int) -> dict[str, Any]:
+def measure(net: Net, planner: Planner, budget_bytes: int, rate: float, rounds: int, busy: bool) -> dict[str, Any]:
     """One case."""
     assert planner.chain.plain_seconds is not None
     (hosted, simulated), (without, _) = planner.plan(budget_bytes, rate), planner.plan(budget_bytes, None)
     alone = evaluate(bare(hosted.schedule), planner.chain).seconds
-    slower = statistics.median(net.step(bare(hosted.schedule)).on_clock for _ in range(4)) / alone
-    slow, fast = WatchedLink(rate / slower), WatchedLink()
+    slow, fast = WatchedLink(rate, busy=busy), WatchedLink()
     ways = {
         "plain": (None, None),
         "without": (without.schedule, None),
@@ -217,8 +229,9 @@ def measure(net: Net, planner: Planner, budget_bytes: int, rate: float, rounds: 
     for _ in range(rounds):
         for way, (schedule, link) in ways.items():
             took[way].append(net.step(schedule, link))
-    seconds = {way: [one.seconds for one in each] for way, each in took.items()}
-    on_clock = {way: [one.on_clock for one in each] for way, each in took.items()}
+    seconds = {
+        way: [one.computing + one.waiting if busy else one.on_clock for one in each] for way, each in took.items()
+    }
     real, expected_changes = net.changes(hosted.schedule)
     predicted = {
         "plain": planner.chain.plain_seconds + planner.chain.outside_seconds,
@@ -231,14 +244,12 @@ def measure(net: Net, planner: Planner, budget_bytes: int, rate: float, rounds: 
         "peak_bytes": simulated.estimate.peak_allocated_bytes,
         "host_bytes": hosted.host_bytes,
         "bytes_per_second": rate,
-        "slower": slower,
         "predicted_seconds": predicted,
         "seconds": seconds,
-        "seconds_on_clock": on_clock,
+        "seconds_on_clock": {way: [one.on_clock for one in each] for way, each in took.items()},
         "predicted_waiting_seconds": hosted.waiting_seconds,
         "waiting_seconds": {way: statistics.median(one.waiting for one in each) for way, each in took.items()},
         "to_bare": {way: ratio(seconds[way], seconds["bare"]) for way in ways},
-        "to_bare_on_clock": {way: ratio(on_clock[way], on_clock["bare"]) for way in ways},
         "hosted_to_without": ratio(seconds["hosted"], seconds["without"]),
         "gradients_are_plain": same,
         "changes": len(real),
@@ -256,11 +267,9 @@ def row(found: dict[str, Any]) -> tuple[str, ...]:
         f"{found['bytes_per_second'] / 1e6:.0f}",
         f"{found['host_bytes'] / MIB:.0f}",
         f"{found['host_bytes'] / found['bytes_per_second'] / predicted['plain']:.2f}",
-        f"{found['slower']:.2f}",
         f"{predicted['bare']:.3f}, {median['bare']:.3f}",
         f"{predicted['hosted']:.3f}, {median['hosted']:.3f}",
-        f"{predicted['hosted'] / predicted['bare']:.3f}, {found['to_bare']['hosted']:.3f}, "
-        f"{found['to_bare_on_clock']['hosted']:.3f}",
+        f"{predicted['hosted'] / predicted['bare']:.3f}, {found['to_bare']['hosted']:.3f}",
         f"{found['predicted_waiting_seconds'] / predicted['hosted']:.3f}, {waited / median['hosted']:.3f}",
         f"{found['to_bare']['full speed']:.3f}",
         f"{predicted['hosted'] / predicted['without']:.3f}, {found['hosted_to_without']:.3f}",
@@ -275,6 +284,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--busy", action="store_true", help="others use the machine: seconds of the computing thread")
     parser.add_argument("--times", type=Path, help="folder with seconds of the blocks from before, else measured")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
@@ -289,7 +299,7 @@ def main() -> None:
     rate = planner.rate_for(int(plain_bytes * CASES[0][1]), plain_seconds / 3)
     rows, cases = [], {}
     for name, share, of_rate in CASES:
-        cases[name] = measure(net, planner, int(plain_bytes * share), rate * of_rate, asked.rounds)
+        cases[name] = measure(net, planner, int(plain_bytes * share), rate * of_rate, asked.rounds, asked.busy)
         rows.append((name, *row(cases[name])))
         print(" | ".join(rows[-1]), flush=True)
     size = f"{asked.arch} {asked.block}, width {asked.width}, batch {asked.batch}, fp32, one thread"

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -214,6 +214,16 @@ class CpuLink(HostLink):
         self._in.drain()
 
 
+class _Copy(NamedTuple):
+    """Asked for at a time of `time.perf_counter`."""
+
+    to: int
+    source: int
+    nbytes: int
+    asked_at: float
+    done: threading.Event
+
+
 class _Channel:
     """One way: a thread that copies what it is given, one after the other. It holds the interpreter's lock for no
     longer than it takes to ask for a copy.
@@ -233,7 +243,7 @@ class _Channel:
             os.register_at_fork(before=self.drain, after_in_child=self._begin)
 
     def _begin(self) -> None:
-        self._asked: queue.SimpleQueue[tuple[int, int, int, threading.Event]] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[_Copy] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, args=(self._asked,), daemon=True, name="lowmem-link")
         self.thread.start()
 
@@ -243,17 +253,18 @@ class _Channel:
 
     def copy(self, to: int, source: int, nbytes: int) -> threading.Event:
         done = threading.Event()
-        self._asked.put((to, source, nbytes, done))
+        self._asked.put(_Copy(to, source, nbytes, time.perf_counter(), done))
         return done
 
     def drain(self) -> None:
         if not self._over:
             self.copy(0, 0, 0).wait()
 
-    def _work(self, asked: queue.SimpleQueue[tuple[int, int, int, threading.Event]]) -> None:
+    def _work(self, asked: queue.SimpleQueue[_Copy]) -> None:
+        ends = 0.0  # by the rate, so that a thread that wakes late makes up for it
         while True:
-            to, source, nbytes, done = asked.get()
-            ends = time.perf_counter()
+            to, source, nbytes, asked_at, done = asked.get()
+            ends = max(ends, asked_at)
             for begin in range(0, nbytes, self._CHUNK_BYTES):
                 size = min(self._CHUNK_BYTES, nbytes - begin)
                 ctypes.memmove(to + begin, source + begin, size)

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,16 @@ def test_threads_that_train_share_a_link() -> None:
         thread.join()
     assert wrong == []
     assert in_use(link.arena) == 0
+
+
+def test_the_rate_holds_over_many_copies() -> None:
+    link, tensor = CpuLink(50e6), torch.zeros(1 << 16)
+    slabs = [link.arena.take(tensor.nbytes) for _ in range(40)]
+    began = time.perf_counter()
+    copies = [link.copy_out(tensor, slab) for slab in slabs]
+    copies[-1].wait()
+    took, expected = time.perf_counter() - began, 40 * tensor.nbytes / 50e6
+    assert expected <= took < 1.5 * expected
 
 
 def test_no_host_memory_is_out_of_memory() -> None:
