@@ -54,6 +54,7 @@ class CudaLink(HostLink):
     def copy_out(self, tensor: Tensor, slab: Slab) -> Passing:
         computing = torch.cuda.current_stream(self.device)
         self.streams[0].wait_stream(computing)
+        self.streams[0].wait_stream(self.streams[1])  # the slab may just have been read, for another computing stream
         with torch.cuda.stream(self.streams[0]):
             _like(slab, tensor).copy_(tensor, non_blocking=True)
         return _Passed(self.streams[0], self.device)
