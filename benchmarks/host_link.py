@@ -56,6 +56,7 @@ from lowmem.simulate import OutlineMode, Recorder, Simulated, StepShape, StepSim
 
 RATES = card_rates(load_card(REFERENCE_CARD))("fp32")
 CASES = (("half", 0.5, 1.0), ("a third", 1 / 3, 1.0), ("half, weak link", 0.5, 0.01))  # of plain's memory, of the rate
+NEAR = 0.15  # the share by which a time may be off
 HEADER = (
     "budget, MiB",
     "link, MB/s",
@@ -196,7 +197,9 @@ class Planner:
         """At which what waits on the host, under the budget, takes about so long to leave."""
         most = self.plan(budget_bytes, UNBOUND)[0].host_bytes / seconds
         rates = [most * 2 ** (power / 4) for power in range(-6, 3)]
-        return min(rates, key=lambda rate: abs(self.plan(budget_bytes, rate)[0].host_bytes / rate - seconds))
+        off = {rate: abs(self.plan(budget_bytes, rate)[0].host_bytes / rate / seconds - 1) for rate in rates}
+        # Of several that are near it, the one with the most to move.
+        return max((rate for rate in rates if off[rate] < NEAR), default=min(rates, key=off.__getitem__))
 
 
 def bare(schedule: Schedule) -> Schedule:
