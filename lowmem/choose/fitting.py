@@ -16,6 +16,7 @@ from lowmem.core.errors import Infeasible
 from lowmem.core.phases import Phase, untold
 from lowmem.plan.cost import Rates
 from lowmem.plan.evaluate import Solution
+from lowmem.plan.hosting import HostSolver
 from lowmem.plan.policy import Schedule
 from lowmem.plan.refine import faster_neighbours
 from lowmem.plan.solver import Solver
@@ -35,6 +36,28 @@ def fit(
     phase: Phase = untold,
 ) -> tuple[Solution, Simulated]:
     """Raises Infeasible with a budget of which the whole step is known to fit."""
+    if not isinstance(solver, HostSolver):
+        return _fit(solver, steps, budget, rates, phase)
+    # Between what waits in host memory the allocator may leave other gaps: the way without it may be the better one.
+    found, refused = None, None
+    try:
+        found = _fit(solver, steps, budget, rates, phase)
+        if found[0].seconds <= solver.alone.solve(budget.tensor_bytes).seconds:
+            return found
+    except Infeasible as error:
+        refused = error
+    try:
+        other = _fit(solver.alone, steps, budget, rates, phase)
+    except Infeasible as error:
+        if found is None:
+            raise refused or error from None
+        return found
+    return other if found is None or other[0].seconds < found[0].seconds else found
+
+
+def _fit(
+    solver: Solver, steps: StepSimulator, budget: Budget, rates: Rates, phase: Phase
+) -> tuple[Solution, Simulated]:
     capacity = budget.tensor_bytes if budget.on_card else None
     search = _Search(solver, budget, lambda schedule: steps.simulate(schedule, rates, capacity), phase)
     target, failed = budget.tensor_bytes, None

@@ -228,7 +228,14 @@ class HostSolver(Solver):
 
     def __init__(self, chain: ChainCost, terms: HostTerms) -> None:
         super().__init__(chain)
-        self.terms = terms
+        self.terms: HostTerms = terms
+
+    @cached_property
+    def alone(self) -> Solver:
+        """Without host memory, from the same table."""
+        solver = Solver.__new__(Solver)
+        solver.__dict__.update({name: value for name, value in vars(self).items() if name != "terms"})
+        return solver
 
     @cached_property
     def _usual(self) -> list[Solution]:
@@ -259,7 +266,7 @@ class HostSolver(Solver):
         without."""
         alone, refused = None, None
         try:
-            alone = super().solve(budget_bytes)
+            alone = self.alone.solve(budget_bytes)
         except Infeasible as error:
             refused = error
         if budget_bytes >= self.chain.outside_peak_bytes:

@@ -13,6 +13,7 @@ from lowmem.core.errors import Infeasible
 from lowmem.core.units import MIB
 from lowmem.models import skeleton
 from lowmem.plan.cost import ChainCost, Rates
+from lowmem.plan.hosting import HostSolver, HostTerms, LinkRates
 from lowmem.plan.refine import faster_neighbours
 from lowmem.plan.solver import Solver
 from lowmem.simulate import StepSimulator, simulate_step
@@ -54,3 +55,17 @@ def test_what_fits_nowhere_is_refused_with_what_would(chain: ChainCost) -> None:
         fit(Solver(chain, limit_bytes=budget.tensor_bytes), StepSimulator(SHAPE), budget, RATES)
     enough = replace(budget, total_bytes=caught.value.least_bytes)
     assert fit(Solver(chain), StepSimulator(SHAPE), enough, RATES)[1].fits
+
+
+@pytest.mark.parametrize("gigabytes", [3, 12])
+def test_host_memory_makes_no_step_slower_on_a_card(gigabytes: int) -> None:
+    """The allocator may leave other gaps between what waits there, so that what is planned with it fits less well."""
+    shape = shape_of(skeleton("res20", width=16), 64)
+    chain, steps = price(measure_costs(shape), RATES), StepSimulator(shape)
+    rates = LinkRates(gigabytes * 1e9, gigabytes * 1e9)
+    for mib in (52, 53, 55, 60):
+        budget = Budget(total_bytes=(mib + 400) * MIB, context_bytes=400 * MIB)
+        alone = fit(Solver(chain), steps, budget, RATES)[0].seconds
+        solution, simulated = fit(HostSolver(chain, HostTerms(rates, 1 << 30)), steps, budget, RATES)
+        assert simulated.fits
+        assert solution.seconds <= alone * (1 + 1e-9), mib
