@@ -312,7 +312,7 @@ def main() -> None:
     )
     record = {
         **where,
-        **{name: str(value) for name, value in vars(asked).items()},
+        **{name: value for name, value in vars(asked).items() if name not in ("out", "times")},
         "plain_bytes": plain_bytes,
         "cases": cases,
     }

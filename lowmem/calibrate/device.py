@@ -17,6 +17,7 @@ import subprocess
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import metadata
 from itertools import product
 from pathlib import Path
@@ -39,6 +40,7 @@ from lowmem.models import build
 from lowmem.plan.policy import LEAN, SAVE_ALL, uniform
 from lowmem.remat import apply_plan, stage_names
 from lowmem.remat.libraries import Numerics, convolutions_in_tf32, prepare_libraries
+from lowmem.remat.links_cuda import measured_rates
 from lowmem.step.train_step import amp_dtype
 
 CONTEXT = ("context",)  # its key in a calibration
@@ -109,6 +111,18 @@ def cpu_identity() -> Identity:
 def ask_device(numerics: Numerics) -> DeviceFacts:
     """Of the current CUDA device, by a process of its own. Raises PreflightError if that fails."""
     return TypeAdapter(DeviceFacts).validate_python(ask(f"{__name__}:measure_memory", asdict(numerics)))
+
+
+@cache
+def ask_link() -> tuple[float, float]:
+    """Bytes per second to host memory and back, of the current CUDA device, likewise."""
+    out, back = ask(f"{__name__}:measure_link", {})
+    return out, back
+
+
+def measure_link(_: Mapping[str, Any]) -> tuple[float, float]:
+    """Here and now, making a context."""
+    return measured_rates()
 
 
 def measure_memory(numerics: Mapping[str, Any] | None = None) -> dict[str, Any]:

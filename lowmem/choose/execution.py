@@ -361,6 +361,7 @@ def request_of(
         modes = by_kind(config.train.precision, config.train.memory_format, card is not None and card.tensor_cores)
         reasons = {}
     rated = card or load_card(REFERENCE_CARD)
+    measured = calibrator is not None and calibrator.device == "cuda"
     return Request(
         model=model,
         batch=config.train.batch,
@@ -378,7 +379,7 @@ def request_of(
         sync_bn=config.train.sync_bn,
         batch_norm=batch_norm_of(config),
         tf32=_tf32(config, card),
-        host=host_terms_of(config, rated, processes, on_paper=on_paper),
+        host=host_terms_of(config, rated, processes, on_paper=on_paper, measured=measured),
     )
 
 

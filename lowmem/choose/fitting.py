@@ -9,12 +9,13 @@ cannot be won is not tried: every try is a simulated step.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from lowmem.choose.request import Budget
 from lowmem.core.errors import Infeasible
 from lowmem.core.phases import Phase, untold
-from lowmem.plan.cost import Rates
+from lowmem.plan.cost import ChainCost, Rates
 from lowmem.plan.evaluate import Solution
 from lowmem.plan.hosting import HostSolver
 from lowmem.plan.policy import Schedule
@@ -37,34 +38,41 @@ def fit(
 ) -> tuple[Solution, Simulated]:
     """Raises Infeasible with a budget of which the whole step is known to fit."""
     if not isinstance(solver, HostSolver):
-        return _fit(solver, steps, budget, rates, phase)
+        return _fit(solver, solver.solve, steps, budget, rates, phase)
     # Between what waits in host memory the allocator may leave other gaps: the way without it may be the better one.
-    found, refused = None, None
+    found = refused = None
     try:
-        found = _fit(solver, steps, budget, rates, phase)
-        if found[0].seconds <= solver.alone.solve(budget.tensor_bytes).seconds:
-            return found
+        found = _fit(solver, solver.solve, steps, budget, rates, phase)
+        if found[0].seconds <= solver.solve_alone(budget.tensor_bytes).seconds:
+            return found  # the others can only be slower
     except Infeasible as error:
         refused = error
-    try:
-        other = _fit(solver.alone, steps, budget, rates, phase)
-    except Infeasible as error:
-        if found is None:
-            raise refused or error from None
-        return found
-    return other if found is None or other[0].seconds < found[0].seconds else found
+    with suppress(Infeasible):
+        other = _fit(solver, solver.solve_alone, steps, budget, rates, phase)
+        if found is None or other[0].seconds < found[0].seconds:
+            return other
+    if found is None:
+        assert refused is not None
+        raise refused
+    return found
 
 
 def _fit(
-    solver: Solver, steps: StepSimulator, budget: Budget, rates: Rates, phase: Phase
+    solver: Solver,
+    solve: Callable[[int], Solution],
+    steps: StepSimulator,
+    budget: Budget,
+    rates: Rates,
+    phase: Phase,
 ) -> tuple[Solution, Simulated]:
+    """`solve`: the solver's, or its way without host memory."""
     capacity = budget.tensor_bytes if budget.on_card else None
-    search = _Search(solver, budget, lambda schedule: steps.simulate(schedule, rates, capacity), phase)
+    search = _Search(solver.chain, solve, budget, lambda schedule: steps.simulate(schedule, rates, capacity), phase)
     target, failed = budget.tensor_bytes, None
     for tried in range(_TRIES):
         phase(f"planning: the fastest way that fits{f', try {tried + 1}' * (tried > 0)}")
         try:
-            solution = solver.solve(target)
+            solution = solve(target)
         except Infeasible:
             break
         simulated = search.simulate(solution.schedule)
@@ -82,7 +90,8 @@ def _fit(
 
 @dataclass(frozen=True)
 class _Search:
-    solver: Solver
+    chain: ChainCost
+    solve: Callable[[int], Solution]
     budget: Budget
     simulate: Callable[[Schedule], Simulated]
     phase: Phase
@@ -106,7 +115,7 @@ class _Search:
         # The cost model's peak is a little too high at times.
         most = self.budget.tensor_bytes + max(0, solution.peak_bytes - simulated.estimate.peak_allocated_bytes)
         while left:
-            for other in faster_neighbours(solution, self.solver.chain, most, _WORTH)[:left]:
+            for other in faster_neighbours(solution, self.chain, most, _WORTH)[:left]:
                 left -= 1
                 self.phase("planning: faster ways for single blocks")
                 found = self.simulate(other.schedule)
@@ -121,7 +130,7 @@ class _Search:
         """From a target between the one that failed and this solution's peak."""
         low = solution.peak_bytes
         for _ in range(_HALVINGS):
-            other = self.solver.solve((low + failed) // 2)
+            other = self.solve((low + failed) // 2)
             if other.seconds > solution.seconds * (1 - _WORTH):
                 # Nothing to be won there; above it there may be.
                 low = (low + failed) // 2

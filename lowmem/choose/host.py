@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from lowmem.calibrate.device import ask_link
 from lowmem.config.cards import Card
 from lowmem.config.schema import Config
 from lowmem.core.errors import PreflightError
@@ -11,13 +10,14 @@ from lowmem.core.units import counted, format_size
 from lowmem.distributed.launch import processes_here
 from lowmem.measure.host import free_host_bytes
 from lowmem.plan.hosting import HostTerms, LinkRates
-from lowmem.remat.links_cuda import measured_rates
 
 
-def host_terms_of(config: Config, card: Card, processes: int = 1, *, on_paper: bool = True) -> HostTerms | None:
+def host_terms_of(
+    config: Config, card: Card, processes: int = 1, *, on_paper: bool = True, measured: bool = False
+) -> HostTerms | None:
     """Host memory that tensors may wait in, of this process alone, and the way there; None: they may not. `processes`:
-    of the run; on paper all are on one machine, and where a card is named that is another one. Raises PreflightError
-    for more than is free."""
+    of the run; on paper all are on one machine, and where a card is named that is another one. `measured`: the link is
+    the current CUDA device's. Raises PreflightError for more than is free."""
     memory = config.memory
     if memory.host == "off":
         return None
@@ -34,8 +34,8 @@ def host_terms_of(config: Config, card: Card, processes: int = 1, *, on_paper: b
             raise PreflightError(f"memory.host is {why}: give less, or auto")
     if memory.link != "auto":
         rates = LinkRates(memory.link * 1e9, memory.link * 1e9)
-    elif memory.card is None and config.train.device == "cuda" and torch.cuda.is_available():
-        rates = LinkRates(*measured_rates(torch.cuda.current_device()))
+    elif measured:
+        rates = LinkRates(*ask_link())
     else:
         rates = LinkRates(card.host_bytes_per_second, card.host_bytes_per_second)
     return HostTerms(rates, limit)

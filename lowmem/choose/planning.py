@@ -61,12 +61,12 @@ def make_plan(
     `momentum`: the optimizer keeps a tensor of each parameter's size, as SGD does with momentum. One that keeps more is
     not simulated: Adam takes the parameters' bytes once more, which `budget` must leave.
     `stages`: for a network that cannot be traced, modules of it, themselves or by name, which its input goes through
-    one after the other; each runs as a whole (`apply_plan` is told the same). None: as it is traced. `host`: memory in
-    which tensors may wait between forward and backward, and how fast they get there; None: they do not. Raises
-    Infeasible with the least that fits, ValueError if neither budget nor card is given, for a budget without its unit,
-    for stages that are no modules of the network, or for a network that cannot be planned (NotTraceable),
-    PreflightError if, planned, it computes something else (`lowmem.remat.same_forward`; of a model on `meta` nobody can
-    tell). What cannot be planned inside is named among the plan's candidates.
+    one after the other; each runs as a whole (`apply_plan` is told the same). None: as it is traced. `host`: memory
+    in which tensors may wait between forward and backward, and how fast they get there (`lowmem.plan.hosting`); None:
+    they do not. Raises Infeasible with the least that fits, ValueError if neither budget nor card is given, for a
+    budget without its unit, for stages that are no modules of the network, or for a network that cannot be planned
+    (NotTraceable), PreflightError if, planned, it computes something else (`lowmem.remat.same_forward`; of a model on
+    `meta` nobody can tell). What cannot be planned inside is named among the plan's candidates.
     """
     if isinstance(budget, Budget):
         limits = budget

@@ -215,7 +215,7 @@ def show_plan(settings: Settings, as_json: bool, curve: Path | None, recalibrate
 
 def _refuse_curve(path: Path, cards: Sequence[str]) -> None:
     """Before anything is planned. Raises UsageError, PreflightError."""
-    from lowmem.report.style import FORMATS  # a twelfth of a second, for those who draw
+    from lowmem.report.style import FORMATS  # and with it all of the report: only for those who draw
 
     if path.suffix[1:].lower() not in FORMATS:
         raise UsageError(

@@ -23,15 +23,15 @@ from lowmem.bench.run import Bench
 from lowmem.bench.tables import TableSetup, table_cells
 from lowmem.calibrate.device import ask_device, describe
 from lowmem.choose.execution import refuse_size, refuse_unsafe, resolve_execution, why_on_cpu
+from lowmem.choose.host import shortage
 from lowmem.cli.terminal import say
 from lowmem.config.settings import gather
 from lowmem.config.sources import SOURCE_SIDE
 from lowmem.core.errors import Interrupted, PreflightError, UsageError
 from lowmem.core.reading import shorten
-from lowmem.core.units import LEAST_TENSORS_BYTES, MIB, counted, format_size, parse_memory
+from lowmem.core.units import LEAST_TENSORS_BYTES, MIB, counted, parse_memory
 from lowmem.isolate import Forks
 from lowmem.measure import read_driver
-from lowmem.measure.host import free_host_bytes
 from lowmem.models import check_network, hashes_of
 from lowmem.remat.libraries import Numerics
 from lowmem.train.signals import StartupSignals
@@ -124,11 +124,9 @@ def _network(flags: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, An
     settings = resolve_execution(gather(flags={**mode, **usual, **given}))
     config = settings.config
     refuse_size(config)
-    host, free = config.memory.host, free_host_bytes()
-    if isinstance(host, int) and free is not None and host > free:
-        raise PreflightError(
-            f"--host is {format_size(host)}, and {format_size(free)} of host memory are free: give less"
-        )
+    host = config.memory.host
+    if isinstance(host, int) and (why := shortage(host)) is not None:
+        raise PreflightError(f"--host is {why}: give less, or auto")
     check_network(config.model, 10, config.data.image_shape)
     refuse_unsafe(config)
     if (why := why_on_cpu(settings)) is not None:

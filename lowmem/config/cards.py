@@ -25,13 +25,13 @@ from lowmem.core.reading import profile_names, profiles_folder, shorten
 # bytes per second and lane in one direction, by generation, after line coding (PCI-SIG)
 _LANE_BYTES_PER_SECOND = {"3.0": 0.985e9, "4.0": 1.969e9, "5.0": 3.938e9}
 _OLDER_LANES = {"1.0": 0.25e9, "2.0": 0.5e9}  # of boards, that newer cards stand in
-LINK_SHARE = 12 / 15.76
+_LINK_SHARE = 12 / 15.76
 
 
 def host_bytes_per_second(generation: int, lanes: int) -> float | None:
     """What a copy from or to pinned memory attains, each way: 12 GB/s of 3.0 x16's 15.8; None: unknown generation."""
     lane = {**_OLDER_LANES, **_LANE_BYTES_PER_SECOND}.get(f"{generation}.0")
-    return None if lane is None else LINK_SHARE * lane * lanes
+    return None if lane is None else _LINK_SHARE * lane * lanes
 
 
 def _known_link(value: str) -> str:
@@ -86,8 +86,10 @@ class Card(Section):
 
     @property
     def host_bytes_per_second(self) -> float:
-        """What a copy from or to pinned memory attains, each way: 12 GB/s of 3.0 x16's 15.8."""
-        return LINK_SHARE * self.pcie_lane_bytes_per_second * self.pcie_lanes
+        """What a copy from or to pinned memory attains, each way."""
+        rate = host_bytes_per_second(int(self.pcie.partition(".")[0]), self.pcie_lanes)
+        assert rate is not None, "the generation was looked up when the file was read"
+        return rate
 
     @property
     def pcie_lanes(self) -> int:

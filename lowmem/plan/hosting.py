@@ -228,14 +228,7 @@ class HostSolver(Solver):
 
     def __init__(self, chain: ChainCost, terms: HostTerms) -> None:
         super().__init__(chain)
-        self.terms: HostTerms = terms
-
-    @cached_property
-    def alone(self) -> Solver:
-        """Without host memory, from the same table."""
-        solver = Solver.__new__(Solver)
-        solver.__dict__.update({name: value for name, value in vars(self).items() if name != "terms"})
-        return solver
+        self.terms = terms
 
     @cached_property
     def _usual(self) -> list[Solution]:
@@ -261,12 +254,16 @@ class HostSolver(Solver):
         found = {tuple(one.policy for one in options): options for options in map(at, _PRICES)}
         return list(found.values())
 
+    def solve_alone(self, budget_bytes: int) -> Solution:
+        """Without host memory. Raises Infeasible."""
+        return super().solve(budget_bytes)
+
     def solve(self, budget_bytes: int) -> Solution:
         """The fastest that fits, with host memory or without. Raises Infeasible with the least budget of those
         without."""
         alone, refused = None, None
         try:
-            alone = self.alone.solve(budget_bytes)
+            alone = self.solve_alone(budget_bytes)
         except Infeasible as error:
             refused = error
         if budget_bytes >= self.chain.outside_peak_bytes:

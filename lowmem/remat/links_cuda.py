@@ -95,16 +95,14 @@ _PROBE_BYTES = 64 << 20
 _PROBES = 4
 
 
-@cache
-def measured_rates(device: int) -> tuple[float, float]:
-    """Bytes per second out and back, while both ways are busy, with the link's own memory; the best of three rounds.
-    Takes tenths of a second, and for that long 128 MiB there and here."""
-    link = CudaLink(device)
+def measured_rates() -> tuple[float, float]:
+    """Of the current device: bytes per second out and back, while both ways are busy, with the link's own memory; the
+    best of three rounds. Takes tenths of a second, 128 MiB there and here, and a context."""
+    link = CudaLink(torch.cuda.current_device())
     try:
         rounds = [_measured(link) for _ in range(3)]
     finally:
         link.unpin()
-        torch.cuda.empty_cache()  # what is planned next counts on all that is free
     out, back = map(max, zip(*rounds, strict=True))
     return out, back
 

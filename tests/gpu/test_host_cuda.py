@@ -200,7 +200,7 @@ def test_after_an_error_nothing_moves(schedule: Schedule, monkeypatch: pytest.Mo
 
 def test_the_rates_are_a_links() -> None:
     """Not of another kind than the driver says of the slot, nor those of memory."""
-    out, back = measured_rates(torch.cuda.current_device())
+    out, back = measured_rates()
     assert 0.1e9 < out < 200e9
     assert 0.1e9 < back < 200e9
     device = read_driver().device(device_uuid())

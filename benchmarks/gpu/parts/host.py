@@ -54,7 +54,7 @@ def rates(_: dict[str, Any]) -> dict[str, Any]:
     """In a process of its own."""
     from lowmem.remat.links_cuda import measured_rates
 
-    out, back = measured_rates(0)
+    out, back = measured_rates()
     return {"out_gb_per_second": out / 1e9, "back_gb_per_second": back / 1e9}
 
 
