@@ -166,18 +166,10 @@ SCENARIOS = (
     Scenario(arch="res50", block="bottleneck", batch=128, goals=THE_USUAL),
     Scenario(arch="res101", block="bottleneck", batch=128, goals=THE_USUAL),
     Scenario(
-        arch="res110",
-        block="bottleneck",
-        batch=1024,
-        precision="amp",
-        goals=(Goal(card_bytes=6 * GIB, target=0.27),),
+        arch="res110", block="bottleneck", batch=1024, precision="amp", goals=(Goal(card_bytes=6 * GIB, target=0.27),)
     ),
     Scenario(
-        arch="res110",
-        block="bottleneck",
-        batch=128,
-        precision="amp",
-        goals=(Goal(card_bytes=2 * GIB, fits=True),),
+        arch="res110", block="bottleneck", batch=128, precision="amp", goals=(Goal(card_bytes=2 * GIB, fits=True),)
     ),
     Scenario(arch="resnet50", block=TORCHVISION, batch=184, size=224, card="p100", goals=MONET),
     Scenario(arch="resnet50", block=TORCHVISION, batch=184, size=224, card="v100", goals=MONET),
