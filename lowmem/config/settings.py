@@ -133,6 +133,8 @@ def validate(flat: Mapping[str, object], sources: Mapping[str, str]) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+        # Of a setting that takes one of several kinds the rest names the kind.
+        key = next((known for known in catalogue() if key.startswith(f"{known}.")), key)
         message = first["msg"].removeprefix("Value error, ")
         if key in catalogue() and first["type"] not in ("value_error", "extra_forbidden"):
             message = f"it takes {catalogue()[key].kind}"

@@ -66,6 +66,8 @@ def test_every_setting_is_recorded_and_read_back(tmp_path: Path) -> None:
         (["train.precision=fp64"], "it takes auto, fp32 or amp"),
         (["data.download=maybe"], "it takes true or false"),
         (["memory.vram=on"], "it takes a size like 6G"),
+        (["memory.host=12X"], "memory.host = .12X. .*: it takes off or auto, or a size like 6G"),
+        (["memory.link=-1"], "memory.link = -1 .*: it takes auto, or a number"),
         (["optim.lr=.nan"], "optim.lr"),
         (["schedule.milestones=[122, 81]"], "rising order"),
         (["train.micro_batch=200"], "larger than batch 128"),
