@@ -17,25 +17,13 @@ import typer
 from typer.main import get_command
 
 from lowmem.cli import completion
+from lowmem.cli.failures import fail, tell_error
 from lowmem.cli.flags import Given, takes_flags
 from lowmem.cli.interrupts import NOTHING_TO_SAVE, interruptible, leaves_at_once
 from lowmem.cli.streams import take_streams, unread_is_well
-from lowmem.core.errors import (
-    ExitCode,
-    Infeasible,
-    Interrupted,
-    LowmemError,
-    OutputClosed,
-    PeerError,
-    PeerLost,
-    UsageError,
-)
-from lowmem.core.reading import shorten
-from lowmem.distributed.launch import is_led, leave, linger, refuse_several, report_failure
+from lowmem.core.errors import ExitCode, Interrupted, LowmemError, OutputClosed, UsageError
+from lowmem.distributed.launch import leave, refuse_several, report_failure
 
-# Before a process leaves that is not the one to speak: torchrun ends the others as soon as it sees one gone.
-_AFTER_OTHERS_SECONDS = 5.0
-_AFTER_SIGNAL_SECONDS = 1.0
 _JOINT = ("train", "resume")  # what several processes do together
 # Threads wait for each other at every operation. That they spin meanwhile makes a step several times as long beside a
 # busy program (benchmarks/LOG.md). The second is GNU's own, which the first would stop from spinning at all; both are
@@ -350,11 +338,11 @@ def _run(arguments: list[str] | None) -> int:
     except OutputClosed as error:
         return int(error.exit_code)
     except LowmemError as error:
-        return _lowmem_error(error)
+        return tell_error(error)
     except typer.Exit as leaving:
         return leaving.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        return _fail(NOTHING_TO_SAVE, ExitCode.INTERRUPTED)
+        return fail(NOTHING_TO_SAVE, ExitCode.INTERRUPTED)
     except Exception as error:
         # The usage errors of the library under typer: unknown options, missing arguments.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
@@ -364,31 +352,6 @@ def _run(arguments: list[str] | None) -> int:
             from lowmem.cli.hints import explain
 
             words = explain(error, sys.argv[1:] if arguments is None else arguments)
-            return _lowmem_error(UsageError(f"{words} (see `{command_path} --help`)"))
+            return tell_error(UsageError(f"{words} (see `{command_path} --help`)"))
         report_failure(error)
         raise
-
-
-def _lowmem_error(error: LowmemError) -> int:
-    """Of several processes of a run, one says what all of them met; one that failed by itself says which it is."""
-    if is_led() and isinstance(error, PeerError | UsageError):  # all were typed alike
-        signalled = error.exit_code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
-        linger(_AFTER_SIGNAL_SECONDS if signalled else _AFTER_OTHERS_SECONDS)
-        return int(error.exit_code)
-    if not isinstance(error, Interrupted | PeerLost):  # nobody's failure, or another's
-        report_failure(error.with_traceback(None))  # the message is all a user needs
-    who = f"process {os.environ['RANK']}: " if is_led() else ""
-    if isinstance(error, Infeasible):
-        code = _fail(f"{who}{error.both_sides}", error.exit_code, then=error.way_out)
-    else:
-        code = _fail(f"{who}{error}", error.exit_code)
-    if isinstance(error, PeerLost) and not error.dismissed:
-        linger(_AFTER_OTHERS_SECONDS)
-    return code
-
-
-def _fail(message: str, code: int, then: str = "") -> int:
-    # A message may quote a file that somebody else made: no control characters, and an end.
-    for line in (message, then) if then else (message,):
-        print(f"lowmem: {shorten(line, 4000)}", file=sys.stderr)
-    return int(code)

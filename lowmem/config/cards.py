@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationError
 
 from lowmem.config.catalogue import either
-from lowmem.config.schema import CardMemory, Section, Size
+from lowmem.config.sections import CardMemory, Section, Size
 from lowmem.config.settings import read_yaml
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import profile_names, profiles_folder, shorten

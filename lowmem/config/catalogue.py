@@ -14,15 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lowmem.config.schema import (
-    ONLY_AT_THE_BEGINNING,
-    OPERATIONAL,
-    OWN_NETWORK,
-    CardMemory,
-    Config,
-    Size,
-    TensorMemory,
-)
+from lowmem.config.schema import ONLY_AT_THE_BEGINNING, OPERATIONAL, OWN_NETWORK, Config
+from lowmem.config.sections import CardMemory, Size, TensorMemory
 
 _CLOSE = 0.75  # of two spellings, from which on one may be meant by the other
 

@@ -4,15 +4,15 @@ gathered (recipe, file, flags, --set) is in `lowmem.config.settings`."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import cache, partial
+from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from lowmem.config import networks
+from lowmem.config.sections import CheckpointConfig, MemoryConfig, Section
 from lowmem.config.sources import SOURCE_SIDE, SOURCES, canonical_source
-from lowmem.core.units import LEAST_CARD_BYTES, LEAST_TENSORS_BYTES, parse_memory, parse_size
 
 
 def _check_share(value: object) -> object:
@@ -22,19 +22,6 @@ def _check_share(value: object) -> object:
     if value >= 1 and value != int(value):
         raise ValueError(f"{value!r} is no whole number of pictures, and no share below 1")
     return int(value) if value >= 1 else value
-
-
-def _parsed_by(parse: Callable[[int | str], int]) -> BeforeValidator:
-    return BeforeValidator(lambda value: parse(value) if isinstance(value, int | str) else value)
-
-
-Size = Annotated[PositiveInt, _parsed_by(parse_size)]
-CardMemory = Annotated[PositiveInt, _parsed_by(partial(parse_memory, least_bytes=LEAST_CARD_BYTES))]
-TensorMemory = Annotated[PositiveInt, _parsed_by(partial(parse_memory, least_bytes=LEAST_TENSORS_BYTES))]
-
-
-class Section(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """Values of a file: frozen, and nothing that is not known."""
 
 
 class ModelConfig(Section):
@@ -232,67 +219,6 @@ class TrainConfig(Section):
                 f"micro_batch {self.micro_batch} is larger than batch {self.batch}: lower it or leave it out"
             )
         return self
-
-
-class MemoryConfig(Section):
-    """What the step must fit into. Without any of it the CPU trains unplanned, and a CUDA device has what is free."""
-
-    vram: CardMemory | None = Field(
-        None,
-        description="the whole memory of a card, like 6G: of memory.card, else of the (then emulated) CUDA device at "
-        "hand, else of one on the terms of the reference card",
-    )
-    tensors: TensorMemory | None = Field(
-        None, description="in place of vram: what the step's tensors alone may take, like 2700M"
-    )
-    card: str | None = Field(
-        None, description="plan for this card: a name of `lowmem cards` or a .yaml file; A,B: one for each process"
-    )
-    platform: Literal["auto", "linux", "linux-display", "windows"] = Field(
-        "auto", description="the machine the card is in, for the share of its memory that can be used"
-    )
-    host: Literal["off", "auto"] | Size = Field(
-        "off",
-        description="host memory in which tensors of the step may wait, like 4G; auto: half of what is free there",
-    )
-    link: Literal["auto"] | Annotated[float, Field(gt=0, le=1e4)] = Field(
-        "auto",
-        description="GB/s that get to host memory, each way; auto: as measured, else by the card's PCIe; on the CPU, "
-        "which then copies for real, a number holds it to that",
-    )
-    calibrate: Literal["auto", "always", "never"] = Field(
-        "auto",
-        description="predict time and workspace by what is measured on this device; auto: on CUDA",
-    )
-    allow_accumulation: bool = Field(
-        True, description="accumulate gradients where nothing else fits, which under batch norm computes otherwise"
-    )
-    auto_batch: bool = Field(
-        False, description="choose the batch with the most pictures a second that fits; the same as train.batch=auto"
-    )
-    confirm: Literal["auto", "always", "never"] = Field(
-        "auto", description="try a plan with real steps in a process of its own before the run; auto: on CUDA"
-    )
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> MemoryConfig:
-        if self.vram is not None and self.tensors is not None:
-            raise ValueError("--vram is the whole card's memory, --tensors the step's tensors alone: give one of them")
-        return self
-
-
-class CheckpointConfig(Section):
-    """When to save: after every epoch, and more often."""
-
-    every_minutes: PositiveFloat | None = Field(10.0, description="a kill loses this many minutes at most; null: any")
-    every_steps: PositiveInt | None = Field(None, description="a kill loses this many steps at most; null: any")
-    keep: int = Field(2, ge=2, description="how many good checkpoints stay")
-    keep_every: PositiveInt | None = Field(None, description="keep those of every N-th epoch too, to fork from")
-
-    @property
-    def steps_between_saves(self) -> int | None:
-        """Half of `every_steps`: the other half is for writing one, while training goes on (`train.watchers`)."""
-        return None if self.every_steps is None else max(1, self.every_steps // 2)
 
 
 class Config(Section):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from lowmem.config.schema import Section
+from lowmem.config.sections import Section
 from lowmem.core.reading import Unreadable, parse_json, shorten
 from lowmem.core.units import counted
 from lowmem.runs.checkpoint_state import Shapes, Whole, read_header

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.config.schema import CheckpointConfig
+from lowmem.config.sections import CheckpointConfig
 from lowmem.core.units import format_size
 from lowmem.measure import Snapshot
 from lowmem.measure.tensors import TensorMeter

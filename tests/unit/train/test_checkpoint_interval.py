@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.config.schema import CheckpointConfig
+from lowmem.config.sections import CheckpointConfig
 from lowmem.data import load
 from lowmem.runs import checkpoint as checkpoints
 from lowmem.runs.saver import Saved, Saver
