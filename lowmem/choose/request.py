@@ -320,6 +320,7 @@ class Choice:
             extra_flops=simulated.flops - self.plain.flops,
             host_bytes=solution.host_bytes,
             waiting_seconds=solution.waiting_seconds * self.shape.accumulation,
+            hidden_share=solution.hidden_share,
         )
 
 
