@@ -4,7 +4,8 @@
 
 PICTURES: a folder with train/<class>/* and test/<class>/*; RUNS: where the runs are kept: those that are finished stay,
 others go on where they stopped. A seed decides initial weights, order and augmentation, and which pictures are trained
-and tested on, the same for both recipes; the runs take turns. Writes `results/recipes.json` and `.md` beside this file and prints the table.
+and tested on, the same for both recipes; the runs take turns. Writes `results/recipes.json` and `.md` beside this file
+and prints the table.
 """
 
 from __future__ import annotations
