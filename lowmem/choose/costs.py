@@ -12,7 +12,6 @@ import torch
 
 from lowmem.calibrate.calibrator import StageTimes
 from lowmem.calibrate.stage_timer import FAST, PLAIN, Seconds, Timed
-from lowmem.config.schema import OptimConfig
 from lowmem.core.phases import Phase, untold
 from lowmem.plan.cost import ChainCost, KernelWork, Rates, StageCost
 from lowmem.plan.front import Result, front
@@ -118,8 +117,7 @@ def measure_costs(
         for measure in measured:
             measures.append(measure)
             phase(what, len(measures), len(stages))
-        momentum = OptimConfig(momentum=0.9 if shape.momentum else 0.0)
-        optimizer = make_optimizer(model, momentum, execution.device)
+        optimizer = make_optimizer(model, shape.optim, execution.device)
         step = TrainStep(model, optimizer, make_scaler(execution), execution, shape.micro_batch)
         held = (*model.parameters(), *model.buffers(), *optimizer_tensors(optimizer), *Undo(step, model).copies)
         return ChainMeasure(

@@ -159,8 +159,8 @@ FLAGS = (
     }),
     Flag("--recipe", "recipe", str, {"train reproduce": "A shipped recipe (report, modern) or a .yaml file."}),
     Flag("--precision", "train.precision", str, {
-        "train reproduce": "auto, fp32 or amp (fp16 on CUDA, bf16 on the CPU).",
-        "plan doctor": "auto, fp32 or amp.",
+        "train reproduce": "auto, fp32, amp (fp16 on CUDA, bf16 on the CPU) or bf16.",
+        "plan doctor": "auto, fp32, amp or bf16.",
     }),
     Flag("--memory-format", "train.memory_format", str, {_STARTS: "auto, contiguous or channels-last."}),
     Flag("--vram", "memory.vram", str, {

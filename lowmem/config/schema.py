@@ -148,13 +148,55 @@ class DataConfig(Section):
         return self
 
 
-class OptimConfig(Section):
-    """SGD, in the form of torch.optim.SGD (Sutskever et al.)."""
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
-    lr: PositiveFloat = Field(0.1, description="learning rate before the first milestone of the schedule")
+
+class OptimConfig(Section):
+    """The update: SGD in the form of torch.optim.SGD (Sutskever et al.), or torch.optim.AdamW (Loshchilov and Hutter,
+    2019)."""
+
+    kind: Literal["sgd", "adamw"] = Field("sgd", description="the optimizer; adamw keeps two tensors of each parameter")
+    lr: PositiveFloat = Field(
+        0.1, description="learning rate before the first milestone; the highest of a cosine or one-cycle schedule"
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
-    weight_decay: float = Field(1e-4, ge=0, description="weight decay, on every parameter")
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay; of AdamW decoupled, as a share of the rate")
     nesterov: bool = Field(False, description="Nesterov's form of the momentum")
+    betas: tuple[_Beta, _Beta] = Field((0.9, 0.999), description="decay of AdamW's two running means")
+    eps: PositiveFloat = Field(1e-8, description="what AdamW adds to the denominator")
+    decay_norms: bool = Field(
+        True, description="weight decay of norms and biases too: of parameters with fewer than two dimensions"
+    )
+    clip_norm: PositiveFloat | None = Field(
+        None, description="scale gradients down to this norm, of all of them together; null: never"
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="evaluate and export a running mean of the weights with this decay a step, like 0.999, from the "
+        "weights that training begins with; buffers are the network's own",
+    )
+
+    @property
+    def copies(self) -> int:
+        """Tensors of a parameter's size that are kept of each between two steps."""
+        own = 2 if self.kind == "adamw" else int(self.momentum > 0)
+        return own + (self.ema is not None)
+
+    @property
+    def work(self) -> tuple[object, ...]:
+        """What of it decides a step's bytes and operations."""
+        return self.kind, self.momentum > 0, self.clip_norm is not None, self.ema is not None
+
+    @model_validator(mode="after")
+    def _of_the_kind(self) -> OptimConfig:
+        others, whose = (("momentum", "nesterov"), "SGD") if self.kind == "adamw" else (("betas", "eps"), "AdamW")
+        for name in others:
+            usual = type(self).model_fields[name].default
+            if getattr(self, name) != usual:
+                raise ValueError(f"{name} is of {whose}, and the optimizer is {self.kind}: leave it at {usual}")
+        return self
 
 
 class TrainConfig(Section):
@@ -169,8 +211,10 @@ class TrainConfig(Section):
         description="pictures at a time through the network; gradients accumulate to the batch; default: as planned",
     )
     max_steps: PositiveInt | None = Field(None, description="stop after this many steps (trials)")
-    precision: Literal["auto", "fp32", "amp"] = Field(
-        "auto", description="amp: mixed precision, fp16 on CUDA and bf16 on the CPU; auto: where it is faster or needed"
+    precision: Literal["auto", "fp32", "amp", "bf16"] = Field(
+        "auto",
+        description="amp: mixed precision, fp16 on CUDA and bf16 on the CPU; bf16: that on CUDA too, from Ampere on; "
+        "auto: fp32, or amp where it is faster or needed",
     )
     memory_format: Literal["auto", "contiguous", "channels-last"] = Field(
         "auto", description="order of the axes of pictures and weights in memory; auto: what is faster there"
@@ -271,6 +315,12 @@ OWN_NETWORK = ("model.spec", "model.args", "model.sha256")
 
 # Settings that came later, with what runs had before: what a run recorded without them was computed so.
 BEFORE: Mapping[str, object] = {
+    "optim.kind": "sgd",
+    "optim.betas": [0.9, 0.999],
+    "optim.eps": 1e-8,
+    "optim.decay_norms": True,
+    "optim.clip_norm": None,
+    "optim.ema": None,
     "model.spec": None,
     "model.args": {},
     "model.sha256": {},

@@ -68,8 +68,8 @@ def network(settings: Settings) -> dict[str, Any]:
     config = settings.config
     net = make_network(config.model)
     parameter_bytes = sum(tensor.nbytes for tensor in net.parameters())
-    # Parameters and buffers, and momentum, which is as large as the parameters.
-    saved_bytes = sum(tensor.nbytes for tensor in net.state_dict().values()) + parameter_bytes
+    # Parameters and buffers, and what the optimizer keeps.
+    saved_bytes = sum(tensor.nbytes for tensor in net.state_dict().values()) + config.optim.copies * parameter_bytes
     return {"disk_needed_bytes": run_bytes(config, checkpoint_bytes=saved_bytes, parameter_bytes=parameter_bytes)}
 
 

@@ -144,8 +144,8 @@ class StageCost:
 class ChainCost:
     """Stages in forward order, and what is there beside them.
 
-    `fixed_bytes` exist all through the step: parameters, momentum, buffers, the input batch and whatever else the
-    caller holds (with accumulation also the parameter gradients: then every `param_grad_bytes` is 0).
+    `fixed_bytes` exist all through the step: parameters, what the optimizer keeps, buffers, the input batch and what
+    else the caller holds (with accumulation also the parameter gradients: then every `param_grad_bytes` is 0).
     `outside_peak_bytes` is the step's peak outside of forward and backward (the optimizer's), in all. `plain_seconds`:
     of the untouched step under autograd, forward and backward, to which overhead is relative.
     """

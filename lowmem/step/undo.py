@@ -23,8 +23,8 @@ T = TypeVar("T")
 
 class Undo:
     """Runs a step so that out-of-memory leaves everything as it was before it. Takes the memory of its copies at once:
-    the buffers', and one parameter's with its momentum, by which it is seen whether the update had begun all the same
-    (the fused update goes through the parameters in order; their version counters do not move)."""
+    the buffers', and one parameter's with what the optimizer keeps of it, by which it is seen whether the update had
+    begun all the same (the fused update goes through the parameters in order; their version counters do not move)."""
 
     def __init__(self, step: TrainStep, model: nn.Module) -> None:
         self._step = step
@@ -35,7 +35,7 @@ class Undo:
         self.copies = [torch.empty_like(tensor) for tensor in (*self._buffers, *self._watched)]
 
     def attempt(self, work: Callable[[], T]) -> T | Failure:
-        """The result of `work`, which runs the step. After a Failure that is not final parameters, momentum, buffers
+        """The result of `work`, which runs the step. After a Failure that is not final parameters, optimizer, buffers
         and scaler are as before, there are no gradients, and what the step held is free."""
         _copy(self.copies, (*self._buffers, *self._watched))
         self._step.phase = "data"

@@ -237,8 +237,8 @@ def disk_bytes(config: Config, model: nn.Module, steps_per_epoch: int, checkpoin
     """`run_bytes` of a run of `model`. `checkpoint_bytes`: of one that was written (None: of its tensors)."""
     parameter_bytes = sum(parameter.nbytes for parameter in model.parameters())
     if checkpoint_bytes is None:
-        momentum_bytes = parameter_bytes if config.optim.momentum > 0 else 0
-        checkpoint_bytes = momentum_bytes + sum(tensor.nbytes for tensor in model.state_dict().values())
+        kept_bytes = config.optim.copies * parameter_bytes
+        checkpoint_bytes = kept_bytes + sum(tensor.nbytes for tensor in model.state_dict().values())
     return run_bytes(
         config,
         checkpoint_bytes=checkpoint_bytes,
