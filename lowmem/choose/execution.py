@@ -354,7 +354,7 @@ def request_of(
         raise UsageError("memory.platform says what machine a --card is in: give the card, or leave it out")
     budget, card = budget_of(config, train_pictures, calibrator, joint=joint)
     check_network(config.model, num_classes, config.data.image_shape)
-    model = make_network(config.model, num_classes)
+    model = make_network(config.model, num_classes, freeze=config.train.freeze)
     if calibrator is not None:
         modes, reasons = by_measurement(config, model, calibrator)
     else:

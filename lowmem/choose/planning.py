@@ -140,12 +140,14 @@ def _first_that_fits(request: Request) -> Choice | Infeasible:
 
 
 def _whatever_the_batch(request: Request) -> int:
-    """Bytes that a step takes at its end of any batch: parameters, their gradients and momentum, buffers."""
-    parameters, buffers = (
+    """Bytes that a step takes at its end of any batch: parameters, gradients and momentum of those that are trained,
+    buffers."""
+    parameters = list(request.model.parameters())
+    everything, trained = (
         sum(one.numel() * one.element_size() for one in of)
-        for of in (request.model.parameters(), request.model.buffers())
+        for of in ((*parameters, *request.model.buffers()), (one for one in parameters if one.requires_grad))
     )
-    return parameters * (3 if request.momentum else 2) + buffers
+    return everything + trained * (2 if request.momentum else 1)
 
 
 def _candidates(request: Request) -> Iterator[tuple[str, int]]:

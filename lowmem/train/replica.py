@@ -206,11 +206,11 @@ def restore(checkpoint: Checkpoint, model: nn.Module, step: TrainStep, identity:
                 f"{name} is {list(tensors[name].shape)} in the checkpoint and {list(tensor.shape)} in the network"
             )
         tensor.copy_(tensors[name])
-    parameters = dict(model.named_parameters())
+    parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
     if checkpoint.optimizer and len(checkpoint.optimizer) != len(parameters):
         raise CorruptCheckpoint(
             f"the optimizer state of step {checkpoint.step} is of {len(checkpoint.optimizer)} parameters, the network "
-            f"has {len(parameters)}"
+            f"trains {len(parameters)}"
         )
     for key, tensor in checkpoint.optimizer.items():
         slot, _, name = key.partition("/")
