@@ -78,7 +78,7 @@ def keepable(stage: Stage) -> list[tuple[str, ...]]:
 @dataclass(frozen=True, kw_only=True)
 class ChainMeasure:
     """What the simulator saw of a chain: bytes and operations, for any card. `fixed_bytes`: of parameters, buffers,
-    what the optimizer keeps, what undoes a step, and the pictures."""
+    what the optimizer keeps, what undoes a step, and the pictures; `parameter_bytes`: of those that are trained."""
 
     names: tuple[str, ...]
     run_whole: Mapping[str, str]  # by path ("": all of it) why a module does, though it is no single operation
@@ -125,7 +125,7 @@ def measure_costs(
             run_whole=chain.leaves,
             stages=tuple(measures),
             fixed_bytes=sum(tensor.nbytes for tensor in held) + x.nbytes * shape.accumulation,
-            parameter_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+            parameter_bytes=sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
             accumulates=shape.accumulation > 1,
         )
 
@@ -173,6 +173,7 @@ def price(measured: ChainMeasure, rates: Rates, times: StageTimes | None = None)
             fast_seconds=seconds(stage, FAST, stage.fast_work, ()).forward,
             fast_temp_bytes=stage.fast_temp_bytes,
             param_grad_bytes=0 if measured.accumulates else stage.param_grad_bytes,
+            reached=stage.reached,
         )
 
     # The gradients of all parameters exist throughout a step that accumulates. The fused update allocates nothing.

@@ -353,7 +353,7 @@ def request_of(
     if card is not None and config.memory.card is not None:
         refuse_bf16(config.train.precision, card.name, card.capability_pair)
     check_network(config.model, num_classes, config.data.image_shape)
-    model = make_network(config.model, num_classes)
+    model = make_network(config.model, num_classes, freeze=config.train.freeze)
     if calibrator is not None:
         modes, reasons = by_measurement(config, model, calibrator)
     else:

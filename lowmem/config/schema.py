@@ -252,6 +252,15 @@ class TrainConfig(Section):
         False,
         description="several processes: batch norm over the whole batch, as in one process, not over each one's part",
     )
+    init: Annotated[str, AfterValidator(networks.canonical_init)] | None = Field(
+        None,
+        description="the weights to begin with: a file of them (.safetensors, .pt), a run (its best), or torchvision: "
+        "the library's pretrained ones, with model.spec torchvision:NAME; null: new ones, by the seed",
+    )
+    init_sha256: str | None = Field(None, description="recorded by a run: hash of the file that init led to")
+    freeze: Annotated[tuple[str, ...], BeforeValidator(networks.patterns)] = Field(
+        (), description="what is not trained: patterns of names of modules or parameters, like layer1* or features.*"
+    )
     peer_timeout_minutes: PositiveFloat = Field(
         10.0, description="several processes: give up one that does not answer for so long; a resume wants it again"
     )
@@ -291,6 +300,16 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pretrained(self) -> Config:
+        spec = self.model.spec
+        if self.train.init == networks.PRETRAINED and not (spec or "").startswith(f"{networks.PRETRAINED}:"):
+            raise ValueError(
+                f"--init torchvision takes the library's weights of its own network, and this one is {self.model.words}"
+                ": give --model torchvision:NAME, or --init a file or a run"
+            )
+        return self
+
     @property
     def cpu_link_rate(self) -> float | None:
         """Bytes per second, each way, that copies to host memory are held to where the device is the CPU; None: they
@@ -308,7 +327,7 @@ _OPERATIONAL = {
 }
 OPERATIONAL = frozenset(f"{section}.{name}" for section, names in _OPERATIONAL.items() for name in names.split())
 # What a fork cannot change, beside the network: it decides other settings when a run is begun.
-ONLY_AT_THE_BEGINNING = frozenset({"recipe", "memory.auto_batch"})
+ONLY_AT_THE_BEGINNING = frozenset({"recipe", "memory.auto_batch", "train.init", "train.init_sha256"})
 # Of the network, what a fork can change where its tensors stay: the weights go on in the code that is named.
 OWN_NETWORK = ("model.spec", "model.args", "model.sha256")
 
@@ -325,6 +344,9 @@ BEFORE: Mapping[str, object] = {
     "model.args": {},
     "model.sha256": {},
     "train.sync_bn": False,
+    "train.init": None,
+    "train.init_sha256": None,
+    "train.freeze": [],
     "train.deterministic": True,
     "train.tf32": "auto",
     "train.batch_norm": "auto",

@@ -133,8 +133,8 @@ def check(old: Config, new: Config, *, named: bool = False) -> Changes:
             )
         if key in ONLY_AT_THE_BEGINNING:
             raise UsageError(
-                f"{key} decides other settings when a run is begun, and cannot be changed in a fork: set those with "
-                "--set, or start a new run with `lowmem train`"
+                f"{key} decides how a run is begun, and cannot be changed in a fork, which goes on from a checkpoint: "
+                "start a new run with `lowmem train`"
             )
     if not changes:
         raise UsageError(

@@ -33,7 +33,7 @@ def network(config: Config, classes: int = 10) -> nn.Module:
     """On `meta`. Of recorded settings: raises PreflightError for a file that is not as it was recorded, and does not
     run it."""
     refuse_changed_files(config.model.spec, config.model.sha256)
-    return make_network(config.model, classes)
+    return make_network(config.model, classes, freeze=config.train.freeze)
 
 
 def network_shapes(config: Config) -> dict[str, Shape]:

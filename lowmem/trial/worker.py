@@ -56,7 +56,7 @@ def work(values: dict[str, Any]) -> dict[str, Any]:
 
 def network(trial: Trial, execution: Execution) -> nn.Module:
     """On the trial's device, to be trained. Raises PreflightError."""
-    model = make_network(trial.model, trial.num_classes, seed=trial.seed)
+    model = make_network(trial.model, trial.num_classes, seed=trial.seed, freeze=trial.freeze)
     check_memory_format(model, trial.device, execution.precision, execution.memory_format)
     model.to(device=trial.device, memory_format=execution.torch_memory_format)  # type: ignore[call-overload]
     return model.train()
