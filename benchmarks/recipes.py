@@ -25,7 +25,8 @@ RECIPES = ("report", "modern")
 
 def train(recipe: str, seed: int, pictures: Path, out: Path, args: argparse.Namespace) -> RunView:
     """The run, finished. Raises CalledProcessError."""
-    begin = f"train --recipe {recipe} --arch res20 --width {args.width} --epochs {args.epochs} --seed {seed} --precision amp".split()
+    shape = f"--arch res20 --width {args.width} --epochs {args.epochs} --precision amp"
+    begin = f"train --recipe {recipe} --seed {seed} {shape}".split()
     subsets = [f"--set=data.train_subset={args.train}", f"--set=data.test_subset={args.test}", *args.set]
     new = [*begin, f"--data=folder:{pictures}", *subsets, f"--out={out}"]
     if not out.exists() or RunView(out).state != "finished":
@@ -89,9 +90,9 @@ def describe(rows: list[dict[str, object]], args: argparse.Namespace, where: str
     return (
         "# Recipes against each other\n\n"
         f"Res20 of width {args.width}, {args.train:,} training and {args.test:,} test pictures of CIFAR-10 (JPEG "
-        f"files), mixed precision (bf16), {args.epochs} epochs each, other settings as the recipes have them. Test error at the end: mean ± "
-        "standard deviation over the seeds, and each of them. A seed also chooses the pictures, the same for both. The "
-        "network is thin and the steps are few: this says nothing of width 64 and all pictures.\n\n"
+        f"files), {args.epochs} epochs, mixed precision (bf16), all else as the recipes have it. Test error at the end: "
+        "mean ± standard deviation over the seeds, and each of them. A seed also chooses the pictures, the same for "
+        "both. The network is thin and the steps are few: this says nothing of width 64 and all pictures.\n\n"
         + table(["recipe", "test error", "seeds"], cells)
         + f"\n{where}\n"
     )
