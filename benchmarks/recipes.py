@@ -90,8 +90,8 @@ def describe(rows: list[dict[str, object]], args: argparse.Namespace, where: str
     return (
         "# Recipes against each other\n\n"
         f"Res20 of width {args.width}, {args.train:,} training and {args.test:,} test pictures of CIFAR-10 (JPEG "
-        f"files), {args.epochs} epochs, mixed precision (bf16), all else as the recipes have it. Test error at the end: "
-        "mean ± standard deviation over the seeds, and each of them. A seed also chooses the pictures, the same for "
+        f"files), {args.epochs} epochs, mixed precision (bf16), all else as the recipes have it. Test error at the end:"
+        " mean ± standard deviation over the seeds, and each of them. A seed also chooses the pictures, the same for "
         "both. The network is thin and the steps are few: this says nothing of width 64 and all pictures.\n\n"
         + table(["recipe", "test error", "seeds"], cells)
         + f"\n{where}\n"
