@@ -1,6 +1,6 @@
 """The shipped recipes against each other at equal epochs: Res20, thin, on a part of the CIFAR-10 pictures.
 
-    python benchmarks/recipes.py PICTURES RUNS [--epochs 12] [--train 5000] [--test 2000] [--width 8] [--seeds 0 1 2]
+    python benchmarks/recipes.py PICTURES RUNS [--epochs 10] [--train 4000] [--test 2000] [--width 8] [--seeds 0 1 2]
 
 PICTURES: a folder with train/<class>/* and test/<class>/*; RUNS: where the runs are kept: those that are finished stay,
 others go on where they stopped. A seed decides initial weights, order and augmentation, and which pictures are trained
@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path)
     parser.add_argument("runs", type=Path)
-    for name, default in (("epochs", 12), ("train", 5000), ("test", 2000), ("width", 8)):
+    for name, default in (("epochs", 10), ("train", 4000), ("test", 2000), ("width", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
