@@ -104,8 +104,8 @@ class DataConfig(Section):
     )
     cutout: PositiveInt | None = Field(
         None,
-        description="side in pixels, as the network sees them, of a square of the mean colour over every training "
-        "picture, anywhere around its centre (DeVries and Taylor 2017)",
+        description="side of a square of the mean colour over every training picture, in pixels as the network sees "
+        "them, its centre anywhere in the picture (DeVries and Taylor 2017)",
     )
     random_erasing: float = Field(
         0.0,
