@@ -57,11 +57,9 @@ def decode(path: str, fit: str, side: int) -> NDArray[np.uint8]:
     OSError where the machine fails."""
     try:
         with Image.open(path) as picture:
-            if picture.mode.startswith(("I", "F")):
-                raise DataError(f"more than 8 bits a channel, {picture.mode}: convert it to 8 bits")
             if side >= MAPPED_FROM:
                 picture.draft(None, (2 * side, 2 * side))  # never below that
-            return np.asarray(_cropped(picture, side) if fit == "crop" else _stretched(picture, side))
+            return squared(picture, fit, side)
     except UnidentifiedImageError:
         raise DataError("no picture, or of a kind that cannot be read here") from None
     except _DAMAGE as error:
@@ -70,6 +68,13 @@ def decode(path: str, fit: str, side: int) -> NDArray[np.uint8]:
                 raise OSError(error.errno, error.strerror, path) from error
             raise DataError(f"cannot be read: {error.strerror}") from error
         raise DataError(f"damaged: {shorten(error, 120) or type(error).__name__}") from error
+
+
+def squared(picture: Image.Image, fit: str, side: int) -> NDArray[np.uint8]:
+    """As `decode`, of a picture that is open. Raises DataError for one of more than 8 bits, and what Pillow raises."""
+    if picture.mode.startswith(("I", "F")):
+        raise DataError(f"more than 8 bits a channel, {picture.mode}: convert it to 8 bits")
+    return np.asarray(_cropped(picture, side) if fit == "crop" else _stretched(picture, side))
 
 
 def is_picture(path: str) -> bool:
