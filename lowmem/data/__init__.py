@@ -86,8 +86,8 @@ def _files_of(source: Source, chosen: Chosen) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class TestSet:
-    """Pictures to evaluate on. `classes`: their names, in the order of the labels; `files`: paths of the pictures, where
-    they are files; `warnings`: sentences for the user."""
+    """Pictures to evaluate on. `classes`: their names, in the order of the labels; `files`: their paths, where they are
+    files; `warnings`: sentences for the user."""
 
     __test__ = False  # for pytest, a class by such a name is one of tests
 

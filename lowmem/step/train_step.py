@@ -198,8 +198,8 @@ def evaluate(
     look: Callable[[Tensor, Tensor], None] = lambda logits, labels: None,
 ) -> Score | None:
     """Scores the model in eval mode, and puts it back as it was. None if `should_stop` said so in between, which hears
-    how many pictures are done; `look` sees the logits [B, C] and labels of each batch. Changes no parameter and no buffer, so that an evaluation that was cut off can simply be
-    done again."""
+    how many pictures are done; `look` sees the logits [B, C] and labels of each batch. Changes no parameter and no
+    buffer, so that an evaluation that was cut off can simply be done again."""
     was_training = model.training
     model.eval()
     loss_sum: Tensor | float = 0.0
