@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 _MOST_CLASSES, _WORST_CLASSES = 40, 20  # of a table; all are in evaluation.json
 _LONGEST_CLASS = 30
-FORMS = ("table", "csv", "jsonl")
+_SHARES = ("precision", "recall")
+_FORMS = ("table", "csv", "jsonl")
 
 
 def show_evaluation(
@@ -73,34 +74,37 @@ def _folders(runs: Sequence[Path], out: Path | None) -> list[Path]:
 
 def _summary(found: Sequence[Evaluation], columns: int | None) -> list[str]:
     top = any(one.top_error_pct is not None for one in found)
-    rows = [("run", "weights", "on", "pictures", "loss", "error", *(["top-5 error"] if top else []))]
+    rows = [("run", "weights", "on", "pictures", "loss", "error", *["top-5 error"] * top)]
     for one in found:
-        epoch = "" if one.network.info.epoch is None else f", epoch {one.network.info.epoch}"
-        figures = [f"{one.score.count:,}", format_loss(one.score.loss), f"{one.score.error_pct:.2f} %"]
-        figures += [("" if one.top_error_pct is None else f"{one.top_error_pct:.2f} %")] if top else []
-        rows.append((one.run.name, f"{one.network.weights.stem}{epoch}", one.tests.name, *figures))
+        weights = f"{one.network.weights.stem}, epoch {one.network.info.epoch or '?'}"
+        errors = [_percent(error, 2) for error in (one.score.error_pct, one.top_error_pct)][: 1 + top]
+        rows.append(
+            (one.run.name, weights, one.tests.name, f"{one.score.count:,}", format_loss(one.score.loss), *errors)
+        )
     return table([tuple(map(printable, row)) for row in rows], {3, 4, 5, 6}, columns)
 
 
 def _by_class(found: Sequence[Evaluation], columns: int | None) -> list[str]:
-    """A row a class, beside each other what the runs do on it; of many classes those that are found least."""
-    classes = [one.by_class() for one in found]
-    order = range(len(classes[0]))
-    few = len(order) <= _MOST_CLASSES
-    shown = order if few else sorted(order, key=lambda row: classes[0][row]["recall"] or 0.0)[:_WORST_CLASSES]
-    heads = [
-        (f"{what}" if len(found) == 1 else f"{what} {one.run.name}")
-        for one in found
-        for what in ("precision", "recall")
-    ]
-    rows = [("class", "pictures", *heads)]
-    for row in shown:
-        figures = [of_run[row][what] for of_run in classes for what in ("precision", "recall")]
-        percents = ["–" if share is None else f"{100 * share:.1f} %" for share in figures]
-        rows.append((shorten(classes[0][row]["name"], _LONGEST_CLASS), f"{classes[0][row]['count']:,}", *percents))
-    lines = table([tuple(map(printable, row)) for row in rows], range(1, 2 + len(heads)), columns)
-    more = f"the {_WORST_CLASSES} of {len(order):,} classes with the least recall; all are in evaluation.json"
-    return lines if few else [*lines, more]
+    """A row a class, beside each other what the runs do on it; of many classes those that the first finds least."""
+    of_runs = [one.by_class() for one in found]
+    order: Sequence[int] = range(len(of_runs[0]))
+    if many := len(order) > _MOST_CLASSES:
+        order = sorted(order, key=lambda row: of_runs[0][row]["recall"] or 0.0)[:_WORST_CLASSES]
+    runs = ["" if len(found) == 1 else f" {one.run.name}" for one in found]
+    rows = [("class", "pictures", *(f"{what}{run}" for run in runs for what in _SHARES))]
+    for row in order:
+        shares = (
+            None if of_run[row][what] is None else 100 * of_run[row][what] for of_run in of_runs for what in _SHARES
+        )
+        name, count = shorten(of_runs[0][row]["name"], _LONGEST_CLASS), f"{of_runs[0][row]['count']:,}"
+        rows.append((name, count, *(_percent(share, 1) for share in shares)))
+    lines = table([tuple(map(printable, row)) for row in rows], range(1, len(rows[0])), columns)
+    more = f"the {len(order)} of {len(of_runs[0]):,} classes with the least recall; all are in evaluation.json"
+    return [*lines, more] if many else lines
+
+
+def _percent(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f} %"
 
 
 def _difference(one: Evaluation) -> str:
@@ -116,9 +120,8 @@ def _difference(one: Evaluation) -> str:
 def show_predictions(run: Path, pictures: Sequence[str], weights: str, device: str, top: int, form: str) -> ExitCode:
     """Prints a row a picture, as soon as its batch is done. PREFLIGHT if some cannot be used, which standard error
     tells, DONE otherwise."""
-    if form not in FORMS:
-        raise UsageError(f"--format {shorten(form)}: use {', '.join(FORMS)}")
-    began, done, broken = time.monotonic(), 0, 0
+    if form not in _FORMS:
+        raise UsageError(f"--format {shorten(form)}: use {', '.join(_FORMS)}")
     with ExitStack() as stack:
         shown = stack.enter_context(observer("stderr"))
         with shown.loading("torch"):
@@ -127,28 +130,23 @@ def show_predictions(run: Path, pictures: Sequence[str], weights: str, device: s
             from lowmem.inference.prediction import predict
         shown.phase(f"loading {run.name}")
         network = load_run(run, weights, device)
-        shown.phase("counting pictures")
         total = None if "-" in pictures else sum(1 for _ in picture_files(pictures))
+        if total == 0:
+            there = shorten(", ".join(pictures))
+            raise UsageError(f"there is no picture in {there}: name files, or folders that hold some")
         phase = shown.phase
         if sys.stdout.isatty():  # rows tell how it goes, and a live line would be among them
             stack.close()
             phase = untold
-        say = _rows_as(form, network.info.classes or (), min(top, len(network.info.classes or ())))
+        say = _rows_as(form, network.info.classes or (), top)
+        began, done, broken = time.monotonic(), 0, 0
         for batch in predict(network, run, picture_files(_paths(pictures)), top, shown, phase, total):
             for one in batch:
-                if one.trouble:
-                    shown.warning(f"{one.picture}: {one.trouble}")
-                else:
-                    say(one)
+                shown.warning(f"{one.picture}: {one.trouble}") if one.trouble else say(one)
             sys.stdout.flush()
             done, broken = done + len(batch), broken + sum(bool(one.trouble) for one in batch)
-        if not done:
-            raise UsageError(
-                f"there is no picture in {shorten(', '.join(pictures))}: name files, or folders that hold some"
-            )
-        took = time.monotonic() - began
-        if took >= 1:
-            shown.note(f"{counted(done, 'picture')} in {format_duration(took)}")
+        if (took := time.monotonic() - began) >= 1:
+            shown.note(f"{counted(done, 'picture')} in {format_duration(took)}, {done / took:,.0f} images/s")
         if broken:
             shown.note(f"{broken:,} of {counted(done, 'picture')} cannot be used")
     return ExitCode.PREFLIGHT if broken else ExitCode.DONE
@@ -165,34 +163,27 @@ def _paths(pictures: Sequence[str]) -> Iterator[str]:
 def _rows_as(form: str, classes: Sequence[str], top: int) -> Callable[[Prediction], None]:
     """What prints a row; the head is printed at once."""
     if form == "jsonl":
-        return _print_json
+        return lambda one: print(json.dumps({"picture": _name(one), **_likely(one)[0], "top": _likely(one)}))
+    ranks, rows = range(2, min(top, len(classes)) + 1), csv.writer(sys.stdout, lineterminator="\n")
     if form == "csv":
-        rows = csv.writer(sys.stdout, lineterminator="\n")
-        more = [f"{name}_{rank}" for rank in range(2, top + 1) for name in ("class", "probability")]
+        more = [f"{name}_{rank}" for rank in ranks for name in ("class", "probability")]
         rows.writerow(["picture", "class", "probability", *more])
-        return lambda one: rows.writerow([_name(one), *(cell for pair in _pairs(one) for cell in pair)])
+        return lambda one: rows.writerow([_name(one), *(cell for each in _likely(one) for cell in each.values())])
     width, columns = min(max(map(len, classes)), _LONGEST_CLASS), room()
 
-    def cells(pairs: Sequence[tuple[str, str]], picture: str) -> None:
-        likely = "  ".join(f"{shorten(name, width):<{width}} {probability:>7}" for name, probability in pairs)
-        print("\n".join(fold([f"{likely}  {picture}"], columns)))
+    def print_cells(names: Iterable[str], shares: Iterable[str], picture: str) -> None:
+        likely = (f"{shorten(name, width):<{width}}  {share:>7}" for name, share in zip(names, shares, strict=True))
+        print("\n".join(fold(["  ".join((*likely, printable(picture)))], columns)))
 
-    cells([("class" if rank == 0 else "or", "") for rank in range(top)], "picture")
-    return lambda one: cells(
-        [(name, f"{100 * likely:.1f} %") for name, likely in zip(one.classes, one.probabilities, strict=True)],
-        printable(one.picture),
-    )
+    print_cells(["class", *("or" for _ in ranks)], ["", *("" for _ in ranks)], "picture")
+    return lambda one: print_cells(one.classes, (f"{100 * share:.1f} %" for share in one.probabilities), one.picture)
 
 
-def _pairs(one: Prediction) -> list[tuple[str, float]]:
+def _likely(one: Prediction) -> list[dict[str, str | float]]:
     """Probabilities with the digits that a float32 has."""
-    return [(name, float(f"{likely:.7g}")) for name, likely in zip(one.classes, one.probabilities, strict=True)]
+    pairs = zip(one.classes, one.probabilities, strict=True)
+    return [{"class": name, "probability": float(f"{share:.7g}")} for name, share in pairs]
 
 
 def _name(one: Prediction) -> str:
     return os.fsencode(one.picture).decode("utf-8", "backslashreplace")
-
-
-def _print_json(one: Prediction) -> None:
-    named = [{"class": name, "probability": likely} for name, likely in _pairs(one)]
-    print(json.dumps({"picture": _name(one), **named[0], "top": named}, ensure_ascii=False))
