@@ -165,7 +165,7 @@ FLAGS = (
         "train reproduce": "Learning rate to begin with (0.1).",
         "fork": "Another learning rate, from there on.",
     }),
-    Flag("--recipe", "recipe", str, {"train reproduce": "A shipped recipe (report) or the path of a .yaml file."}),
+    Flag("--recipe", "recipe", str, {"train reproduce": "A shipped recipe (report, modern) or a .yaml file."}),
     Flag("--precision", "train.precision", str, {
         "train reproduce": "auto, fp32 or amp (fp16 on CUDA, bf16 on the CPU).",
         "plan doctor": "auto, fp32 or amp.",
