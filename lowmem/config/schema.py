@@ -3,7 +3,6 @@ gathered (recipe, file, flags, --set) is in `lowmem.config.settings`."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from functools import cache
@@ -12,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from lowmem.config import networks
-from lowmem.config.sections import CheckpointConfig, MemoryConfig, ScheduleConfig, Section
+from lowmem.config.optimization import OptimConfig, ScheduleConfig
+from lowmem.config.sections import CheckpointConfig, MemoryConfig, Section
 from lowmem.config.sources import SOURCE_SIDE, SOURCES, canonical_source
 
 
@@ -146,57 +146,6 @@ class DataConfig(Section):
             )
         if self.cutout is not None and self.cutout >= self.image_size:
             raise ValueError(f"cutout {self.cutout} covers pictures of image_size {self.image_size}: lower it")
-        return self
-
-
-_Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimConfig(Section):
-    """The update: SGD in the form of torch.optim.SGD (Sutskever et al.), or torch.optim.AdamW (Loshchilov and Hutter,
-    2019)."""
-
-    kind: Literal["sgd", "adamw"] = Field("sgd", description="the optimizer; adamw keeps two tensors of each parameter")
-    lr: PositiveFloat = Field(
-        0.1, description="learning rate before the first milestone; the highest of a cosine or one-cycle schedule"
-    )
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
-    weight_decay: float = Field(1e-4, ge=0, description="weight decay; AdamW's is decoupled from the gradient")
-    nesterov: bool = Field(False, description="Nesterov's form of the momentum")
-    betas: tuple[_Beta, _Beta] = Field((0.9, 0.999), description="decay of AdamW's two running means")
-    eps: PositiveFloat = Field(1e-8, description="what AdamW adds to the denominator")
-    decay_norms: bool = Field(
-        True, description="weight decay of norms and biases too: of parameters with fewer than two dimensions"
-    )
-    clip_norm: PositiveFloat | None = Field(
-        None, description="scale gradients down to this norm, of all of them together; null: never"
-    )
-    ema: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="evaluate and export a running mean of the weights with this decay a step, like 0.999, from the "
-        "weights that training begins with; buffers are the network's own",
-    )
-
-    @property
-    def copies(self) -> int:
-        """Tensors of a parameter's size that are kept of each between two steps."""
-        own = 2 if self.kind == "adamw" else int(self.momentum > 0)
-        return own + (self.ema is not None)
-
-    @property
-    def work(self) -> tuple[object, ...]:
-        """What of it decides a step's bytes and operations."""
-        return self.kind, self.momentum > 0, self.clip_norm is not None, self.ema is not None
-
-    @model_validator(mode="after")
-    def _of_the_kind(self) -> OptimConfig:
-        others, whose = (("momentum", "nesterov"), "SGD") if self.kind == "adamw" else (("betas", "eps"), "AdamW")
-        for name in others:
-            usual = type(self).model_fields[name].default
-            if getattr(self, name) != usual:
-                raise ValueError(f"{name} is {whose}'s, and kind is {self.kind}: leave it at {json.dumps(usual)}")
         return self
 
 

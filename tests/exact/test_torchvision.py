@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lowmem.choose.planning import make_plan
 from lowmem.choose.request import card_rates
 from lowmem.config.cards import load_card
-from lowmem.config.schema import OptimConfig
+from lowmem.config.optimization import OptimConfig
 from lowmem.core.errors import Infeasible
 from lowmem.measure.out_of_memory import Failure
 from lowmem.measure.tensors import TensorMeter
