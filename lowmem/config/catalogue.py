@@ -97,7 +97,8 @@ def _kind(field: FieldInfo) -> str:
         elif get_origin(option) is dict:
             words.append("a mapping like {name: value}")
         elif get_origin(option) is tuple:
-            words.append("a rising list of numbers > 0")
+            many = Ellipsis in get_args(option)
+            words.append("a rising list of numbers > 0" if many else f"numbers like {list(field.default)}")
         elif option in (Size, CardMemory, TensorMemory):
             words.append("a size like 6G")
         else:

@@ -3,6 +3,7 @@ gathered (recipe, file, flags, --set) is in `lowmem.config.settings`."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from functools import cache
@@ -160,7 +161,7 @@ class OptimConfig(Section):
         0.1, description="learning rate before the first milestone; the highest of a cosine or one-cycle schedule"
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
-    weight_decay: float = Field(1e-4, ge=0, description="weight decay; of AdamW decoupled, as a share of the rate")
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay; AdamW's is decoupled from the gradient")
     nesterov: bool = Field(False, description="Nesterov's form of the momentum")
     betas: tuple[_Beta, _Beta] = Field((0.9, 0.999), description="decay of AdamW's two running means")
     eps: PositiveFloat = Field(1e-8, description="what AdamW adds to the denominator")
@@ -195,7 +196,7 @@ class OptimConfig(Section):
         for name in others:
             usual = type(self).model_fields[name].default
             if getattr(self, name) != usual:
-                raise ValueError(f"{name} is of {whose}, and the optimizer is {self.kind}: leave it at {usual}")
+                raise ValueError(f"{name} is {whose}'s, and kind is {self.kind}: leave it at {json.dumps(usual)}")
         return self
 
 
