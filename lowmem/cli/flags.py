@@ -91,6 +91,15 @@ FLAGS = (
         "watch": "With --once: as JSON.",
         "plan": "Print the plan as JSON; where none fits, all that was tried.",
     }),
+    Flag("--format", "", str, {
+        "export": "onnx (needs the extra onnx), torchscript, or safetensors: the weights alone.",
+    }, metavar="onnx|torchscript|safetensors", default=...),
+    Flag("--out", "", Path, {"export": "The file."}, default=...),
+    Flag("--weights", "", str, {
+        "export": "best, last, or a .safetensors file of such a network's weights.",
+    }, metavar="best|last|FILE", default="best"),
+    Flag("--raw-uint8", "", bool, {"export": "The graph takes uint8 pictures, and normalises them itself."}),
+    Flag("--force", "", bool, {"export": "Replace the file that is there."}),
     Flag("--curve", "", Path, {"plan": "Draw memory against time to this file: .png, .jpg, .svg or .pdf."}),
     # Settings.
     Flag("--arch", "model.arch", str, {

@@ -177,6 +177,21 @@ def report(
 
 
 @command
+def export(
+    run: Annotated[Path, _runs("A run folder, or a .safetensors file of its weights.")],
+    format: str,
+    out: Path,
+    weights: str,
+    raw_uint8: bool,
+    force: bool,
+) -> None:
+    """A trained network in one file for other programs, which says what it is and is compared with the network."""
+    from lowmem.cli.show import show_export
+
+    show_export(run, format, out, weights, raw_uint8, force)
+
+
+@command
 def plan(given: Given, recalibrate: bool, json: bool, curve: Path | None) -> None:
     """What would be chosen for a budget and why; needs no GPU."""
     settings = given.settings()
