@@ -212,6 +212,14 @@ FLAGS = (
     Flag("--keep-every", "checkpoint.keep_every", int, {
         "train resume fork": "Keep the checkpoint of every N-th epoch too, to fork from.",
     }, metavar="N"),
+    Flag("--patience", "train.patience", int, {
+        "train": "End it after so many epochs without a better error (validation, else test).",
+        "resume": "From now on: end it after so many epochs without a better error (validation, else test).",
+    }, metavar="EPOCHS"),
+    Flag("--hours", "train.hours", float, {
+        "train": "Take as many of the epochs as fit into so many hours, as measured; stop and save when they are over.",
+        "resume": "Stop and save when it was trained for so many hours in all; its epochs stay.",
+    }),
     Flag("--on-stuck", "train.on_stuck", str, {
         "train resume reproduce": "When a run learns nothing: warn, or stop with code 6.",
     }),

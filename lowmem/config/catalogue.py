@@ -98,8 +98,8 @@ def _kind(field: FieldInfo) -> str:
             words.append("a mapping like {name: value}")
         elif get_origin(option) is tuple:
             many, names = Ellipsis in get_args(option), str in get_args(option)
-            several = "a list of patterns" if names else "a rising list of numbers > 0"
-            words.append(several if many else f"numbers like {list(field.default)}")
+            listed = "a list of patterns" if names else "a rising list of numbers > 0"
+            words.append(listed if many else f"numbers like {list(field.default)}")
         elif option in (Size, CardMemory, TensorMemory):
             words.append("a size like 6G")
         else:

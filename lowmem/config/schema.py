@@ -212,6 +212,16 @@ class TrainConfig(Section):
         description="pictures at a time through the network; gradients accumulate to the batch; default: as planned",
     )
     max_steps: PositiveInt | None = Field(None, description="stop after this many steps (trials)")
+    patience: PositiveInt | None = Field(
+        None, description="end the run after this many epochs without a better error, by which the best weights go"
+    )
+    hours: float | None = Field(
+        None,
+        gt=0,
+        le=1e5,
+        description="hours of training in all: a new run takes no more epochs than fit, as measured before its first "
+        "step; when they are over, it stops and is saved",
+    )
     precision: Literal["auto", "fp32", "amp", "bf16"] = Field(
         "auto",
         description="amp: mixed precision, fp16 on CUDA and bf16 on the CPU; bf16: that on CUDA too, from Ampere on; "
@@ -321,7 +331,8 @@ class Config(Section):
 
 # What may differ on resume: it changes where, how often and how long, not what is computed.
 _OPERATIONAL = {
-    "train": "device max_steps log_every_steps grad_norms_every on_stuck on_nan tensorboard peer_timeout_minutes",
+    "train": "device max_steps patience hours log_every_steps grad_norms_every on_stuck on_nan tensorboard "
+    "peer_timeout_minutes",
     "data": "source root cache download",  # a moved folder; the pictures themselves are checked by their fingerprint
     "memory": "vram tensors card platform host link calibrate allow_accumulation confirm",
     "checkpoint": "every_minutes every_steps keep keep_every",
@@ -351,6 +362,8 @@ BEFORE: Mapping[str, object] = {
     "train.deterministic": True,
     "train.tf32": "auto",
     "train.batch_norm": "auto",
+    "train.patience": None,
+    "train.hours": None,
     "data.image_size": SOURCE_SIDE,
     "data.fit": "stretch",
     "data.test_split": None,
