@@ -116,7 +116,7 @@ FLAGS = (
     Flag("--width", "model.width", int, {_STARTS: "Channels of the stem (64)."}),
     Flag("--width", "model.width", int, {"bench": "Channels of the stem (64; quick: 16)."}, least=1),
     Flag("--data", "data.source", str, {
-        "train doctor reproduce": "cifar10, fashion-mnist, shapes or folder:PATH.",
+        "train doctor reproduce": "cifar10, cifar100, fashion-mnist, shapes or folder:PATH.",
         "resume": "Where the same pictures are now, like folder:PATH.",
     }),
     Flag("--image-size", "data.image_size", int, {
@@ -124,7 +124,7 @@ FLAGS = (
         "bench": "Side of the square pictures that the network sees (32).",
     }, metavar="N"),
     Flag("--data-root", "data.root", str, {
-        "train resume doctor reproduce": "Folder that holds, or receives, cifar10 and fashion-mnist.",
+        "train resume doctor reproduce": "Folder that holds, or receives, cifar10, cifar100 and fashion-mnist.",
     }),
     Flag("--val-split", "data.val_split", int, {
         "train doctor": "Hold back this many training pictures to choose weights on.",

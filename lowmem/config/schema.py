@@ -84,11 +84,13 @@ class DataConfig(Section):
     """Where pictures come from."""
 
     source: Annotated[str, AfterValidator(canonical_source)] = Field(
-        "cifar10", description="the pictures: cifar10, fashion-mnist, shapes (built in) or folder:PATH"
+        "cifar10", description="the pictures: cifar10, cifar100, fashion-mnist, shapes (built in) or folder:PATH"
     )
-    root: str = Field("data", description="folder that holds, or receives, the files of cifar10 and fashion-mnist")
+    root: str = Field(
+        "data", description="folder that holds, or receives, the files of cifar10, cifar100 and fashion-mnist"
+    )
     cache: str | None = Field(None, description="folder for decoded pictures; default: the user's cache folder")
-    download: bool = Field(True, description="download cifar10 and fashion-mnist where they are missing")
+    download: bool = Field(True, description="download cifar10, cifar100 and fashion-mnist where they are missing")
     train_subset: PositiveInt | None = Field(
         None, description="train on this many pictures, the same share of every class, chosen by the seed"
     )

@@ -7,7 +7,7 @@ import re
 
 from lowmem.core.reading import shorten
 
-SOURCES = ("cifar10", "fashion-mnist", "shapes")  # and folder:PATH
+SOURCES = ("cifar10", "cifar100", "fashion-mnist", "shapes")  # and folder:PATH
 SOURCE_SIDE = 32  # of their pictures
 
 

@@ -38,7 +38,9 @@ PUBLISHED_ERROR_PCT: dict[str, float] = {
 }
 HOMEWORK = "a student's homework report on ResNet against plain nets, trained on a 6 GB GTX 1060"
 ASSUMED = "*"
-_SOURCES = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST", "shapes": "generated shapes"}
+_SOURCES = {
+    "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "fashion-mnist": "Fashion-MNIST", "shapes": "generated shapes",
+}  # fmt: skip
 _NOT_PUBLISHED = "not among the networks of the homework report"
 _NEVER_TRAINED = "named in the homework report, whose author could not train it: no figure to hold it against"
 _NAMED = {"Res56-bottleneck", "Res110-bottleneck"}
