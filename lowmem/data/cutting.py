@@ -122,9 +122,13 @@ def middles(pictures: MappedPictures, indices: Sequence[int]) -> Tensor:
     return images
 
 
+def middle_of(side: int, size: int) -> slice:
+    """Of `side` rows or columns the middle ones."""
+    return slice(border := (side - size) // 2, border + size)
+
+
 def _copy_middles(images: Tensor, pictures: MappedPictures, indices: Sequence[int]) -> None:
-    size = pictures.image_size
-    middle = slice(border := (pictures.side - size) // 2, border + size)
+    middle = middle_of(pictures.side, pictures.image_size)
     for place, index in enumerate(indices):
         images[place] = pictures[index][middle, middle].permute(2, 0, 1)
 

@@ -83,6 +83,18 @@ def attempt(work: Callable[[], T], phase: Callable[[], str]) -> T | Failure:
     return failure
 
 
+def halving(work: Callable[[int], T], size: int, phase: str, halved: Callable[[Failure, int], None]) -> T | Failure:
+    """`work(size)`, with half of it as often as it runs out of memory, which `halved` hears with the size from there on;
+    the Failure where not even 1 has room."""
+    while isinstance(result := attempt(lambda: work(size), lambda: phase), Failure):
+        release()
+        if size == 1:
+            return result
+        size //= 2
+        halved(result, size)
+    return result
+
+
 def release() -> None:
     """Gives back what nobody holds any more. To be called outside of an `except`."""
     import torch
