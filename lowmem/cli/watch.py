@@ -200,7 +200,7 @@ def _settings(config: Config) -> str:
     model, train, source = config.model, config.train, config.data.source
     if source.startswith("folder:"):
         source = f"folder {Path(source.removeprefix('folder:')).name}"
-    seen = f"{source} at {config.data.image_size}x{config.data.image_size}"
+    seen = f"{source} at {config.data.image_size}x{config.data.image_size}{' in grey' * (config.data.channels == 1)}"
     return shorten(f"{model.words} on {seen}, batch {train.batch}, {train.precision}, {train.device}")
 
 

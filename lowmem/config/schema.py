@@ -99,6 +99,9 @@ class DataConfig(Section):
         default=0, ge=0, description="hold back this many training pictures, and choose the best weights on them"
     )
     image_size: int = Field(SOURCE_SIDE, ge=8, le=1024, description="side of the square pictures that the network sees")
+    channels: Literal[1, 3] = Field(
+        3, description="of what the network sees. 3: RGB, grey pictures have it three times; 1: all pictures as grey"
+    )
     augment: bool = Field(
         True,
         description="random horizontal flip and random crop: with padding 4; of a folder from image_size 64 on resized",
@@ -117,7 +120,7 @@ class DataConfig(Section):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Of what the network sees: channels, height, width."""
-        return 3, self.image_size, self.image_size
+        return self.channels, self.image_size, self.image_size
 
     @model_validator(mode="after")
     def _not_shrunk(self) -> DataConfig:
@@ -256,6 +259,8 @@ OPERATIONAL = frozenset(f"{section}.{name}" for section, names in _OPERATIONAL.i
 ONLY_AT_THE_BEGINNING = frozenset({"recipe", "memory.auto_batch"})
 # Of the network, what a fork can change where its tensors stay: the weights go on in the code that is named.
 OWN_NETWORK = ("model.spec", "model.args", "model.sha256")
+# What is not of the network, and its weights are made for all the same.
+OF_THE_WEIGHTS = frozenset({"data.channels"})
 
 
 # Settings that came later, with what runs had before: what a run recorded without them was computed so.
@@ -268,6 +273,7 @@ BEFORE: Mapping[str, object] = {
     "train.tf32": "auto",
     "train.batch_norm": "auto",
     "data.image_size": SOURCE_SIDE,
+    "data.channels": 3,
     "data.fit": "stretch",
     "data.test_split": None,
     "memory.host": "off",

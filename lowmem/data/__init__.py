@@ -114,7 +114,9 @@ def load_test(config: DataConfig, *, progress: Progress | None = None) -> TestSe
 
 
 def _sized(pictures: AnyPictures, config: DataConfig) -> AnyPictures:
-    """Those of a source of its own size are enlarged as a batch."""
+    """As the network sees them: those of a source of its own size are made grey here, and enlarged as a batch."""
+    if isinstance(pictures, Pictures) and config.channels == 1:
+        pictures = pictures.grey()
     if isinstance(pictures, MappedPictures) or pictures.side == config.image_size:
         return pictures
     return replace(pictures, enlarged_to=config.image_size)
@@ -122,7 +124,7 @@ def _sized(pictures: AnyPictures, config: DataConfig) -> AnyPictures:
 
 def _describe_size(pictures: AnyPictures) -> Iterator[str]:
     """How they come to the network, where that is not as they are and from where it is."""
-    size = format_size(len(pictures) * 3 * pictures.side**2)
+    size = format_size(len(pictures) * pictures.channels * pictures.side**2)
     square, wanted = (f"{side}x{side}" for side in (pictures.side, pictures.image_size))
     if isinstance(pictures, MappedPictures):
         yield f"training pictures stay on the disk, {size} of {square}: batches of {wanted} are cut from there"

@@ -1,8 +1,8 @@
 """Pictures in folders: `train/<class>/*`, `test/<class>/*` and perhaps `val/<class>/*`, of any size; or the classes
 alone, of which `data.test_split` makes two parts (`lowmem.data.tree`).
 
-They are decoded to square RGB (`lowmem.data.decoding`) and kept so: of a size below 64 in memory and in one file
-(`lowmem.data.kept`), from there on with a border to crop from and on the disk (`lowmem.data.mapped`). Files that cannot
+They are decoded to square RGB, or grey (`lowmem.data.decoding`), and kept so: of a size below 64 in memory and in one
+file (`lowmem.data.kept`), from there on with a border to crop from and on the disk (`lowmem.data.mapped`). Files that cannot
 be used are all named at once, and with `data.skip_damaged` left out. What is no picture by its name is passed over, and
 said.
 """
@@ -31,7 +31,8 @@ from lowmem.data.mapped import MappedStore
 from lowmem.data.pictures import AnyPictures, Progress, Source, are_mapped, stored_side
 from lowmem.data.tree import Tree, readable, scan, shown
 
-_DECODER = "pillow bicubic {side}x{side} rgb 2"  # what is kept is of it: raise the number when pixels change
+# What is kept is of it: raise the number when pixels change.
+_DECODER = {3: "pillow bicubic {side}x{side} rgb 2", 1: "pillow bicubic {side}x{side} grey 2"}
 _MOST_NAMED = 20
 
 
@@ -56,7 +57,9 @@ def read(config: DataConfig, *, progress: Progress | None = None, until: float |
     try:
         paths = [files[i].path for i in left]
         with readable(root):
-            found, looked_at = decode_all(paths, config.fit, stored_side(config), put, progress=progress, until=until)
+            found, looked_at = decode_all(
+                paths, config.fit, stored_side(config), put, channels=config.channels, progress=progress, until=until
+            )
     finally:  # also of those that came before a signal
         trouble = store.close() if until is None else None
     troubles |= {left[number]: why for number, why in found.items()}
@@ -111,18 +114,20 @@ def _store(
     root: Path, config: DataConfig, keys: Sequence[bytes], progress: Progress | None, *, only_look: bool
 ) -> Store:
     """What is kept already of the files with these keys, and will be of the others."""
-    folder, side = _cache_folder(root, config), stored_side(config)
-    decoder = f"{_DECODER.format(side=side)} {config.fit}"
+    folder, side, channels = _cache_folder(root, config), stored_side(config), config.channels
+    decoder = f"{_DECODER[channels].format(side=side)} {config.fit}"
     if are_mapped(config):
-        return MappedStore(folder, decoder, keys, side, progress=progress, only_look=only_look)
-    return KeptPictures(folder, decoder, keys, side)
+        return MappedStore(folder, decoder, keys, side, channels=channels, progress=progress, only_look=only_look)
+    return KeptPictures(folder, decoder, keys, side, channels)
 
 
 def _cache_folder(root: Path, config: DataConfig) -> Path:
-    """Of its own for each way to fit and size: an old run that goes on does not throw away what a new one has
+    """Of its own for each way to fit, size and channels: an old run that goes on does not throw away what a new one has
     decoded."""
     named = os.fsencode(root) + (b"" if config.fit == "stretch" else b"\0crop")
     if stored_side(config) != SOURCE_SIDE:  # older versions had no other
         named += f"\0{stored_side(config)}".encode()
+    if config.channels == 1:
+        named += b"\0grey"
     kept = Path(config.cache).expanduser() if config.cache else user_cache_folder()
     return kept / f"folder-{hashlib.sha256(named).hexdigest()[:16]}"

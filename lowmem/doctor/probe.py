@@ -62,11 +62,11 @@ def cuda(settings: Settings) -> dict[str, Any]:
 
 def network(settings: Settings) -> dict[str, Any]:
     """Bytes on disk that a run of the network takes; without making it."""
-    from lowmem.models import make_network
+    from lowmem.models import network_of
     from lowmem.runs.store import run_bytes
 
     config = settings.config
-    net = make_network(config.model)
+    net = network_of(config)
     parameter_bytes = sum(tensor.nbytes for tensor in net.parameters())
     # Parameters and buffers, and momentum, which is as large as the parameters.
     saved_bytes = sum(tensor.nbytes for tensor in net.state_dict().values()) + parameter_bytes

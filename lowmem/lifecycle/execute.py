@@ -23,7 +23,7 @@ from lowmem.lifecycle.begin import New, Resume
 from lowmem.lifecycle.ending import last_words
 from lowmem.measure.cuda import cap_allocator
 from lowmem.measure.out_of_memory import classify
-from lowmem.models import check_network, make_network
+from lowmem.models import check_network, network_of
 from lowmem.remat.libraries import prepare_libraries
 from lowmem.runs.event_files import require_tensorboard
 from lowmem.train.loop import Outcome, Trainer
@@ -154,7 +154,7 @@ def make_trainer(group: Group, decision: Decision, dataset: Dataset, observer: O
 
     def make() -> Trainer:
         refuse_unsafe(config)
-        model = make_network(config.model, len(dataset.classes), seed=config.seed)
+        model = network_of(config, len(dataset.classes), seed=config.seed)
         with _out_of_memory(path):
             return Trainer(config, model, dataset, observer, decision.plan, group, decision.split)
 

@@ -176,6 +176,7 @@ def _departing(history: RunView) -> list[tuple[str, str]]:
         (model.spec is None and model.width != 64, "width", f"width {model.width} instead of 64"),
         (data.source != "cifar10", "data", f"{describe_source(data.source)} instead of the original CIFAR-10"),
         (data.image_size != side, "data", f"pictures seen at {size} instead of {side}x{side}"),
+        (data.channels == 1, "data", "pictures seen as grey instead of in colour"),
         (data.train_subset is not None, "data", f"trained on {_pictures(data.train_subset)} instead of 50,000"),
         (data.test_subset is not None, "data", f"tested on {_pictures(data.test_subset)} instead of 10,000"),
         (data.val_split, "data", f"{counted(data.val_split, 'training picture')} held back"),
