@@ -16,8 +16,16 @@ from pydantic import ValidationError
 
 from lowmem.config.catalogue import catalogue, nearest
 from lowmem.config.schema import (
-    BEFORE, OF_THE_WEIGHTS, OPERATIONAL, OWN_NETWORK, Config, dotted, flatten, known_keys, nest,
-)  # fmt: skip
+    BEFORE,
+    OF_THE_WEIGHTS,
+    OPERATIONAL,
+    OWN_NETWORK,
+    Config,
+    dotted,
+    flatten,
+    known_keys,
+    nest,
+)
 from lowmem.core.errors import LowmemError, UsageError
 from lowmem.core.reading import (
     SETTINGS_LIMIT_BYTES,

@@ -2,9 +2,9 @@
 alone, of which `data.test_split` makes two parts (`lowmem.data.tree`).
 
 They are decoded to square RGB, or grey (`lowmem.data.decoding`), and kept so: of a size below 64 in memory and in one
-file (`lowmem.data.kept`), from there on with a border to crop from and on the disk (`lowmem.data.mapped`). Files that cannot
-be used are all named at once, and with `data.skip_damaged` left out. What is no picture by its name is passed over, and
-said.
+file (`lowmem.data.kept`), from there on with a border to crop from and on the disk (`lowmem.data.mapped`). Files that
+cannot be used are all named at once, and with `data.skip_damaged` left out. What is no picture by its name is passed
+over, and said.
 """
 
 from __future__ import annotations

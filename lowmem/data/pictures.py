@@ -54,8 +54,8 @@ def held_bytes(config: DataConfig, count: int) -> int:
 
 @dataclass(frozen=True)
 class Pictures:
-    """In memory, on the CPU: images uint8 [N, C, S, S], C 1 or 3, contiguous; labels int64 [N]. `enlarged_to`: side that
-    they have as a batch, at least S; None: their own. Raises ValueError for anything else."""
+    """In memory, on the CPU: images uint8 [N, C, S, S], C 1 or 3, contiguous; labels int64 [N]. `enlarged_to`: side
+    that they have as a batch, at least S; None: their own. Raises ValueError for anything else."""
 
     images: Tensor
     labels: Tensor
@@ -127,8 +127,8 @@ class Pictures:
 @dataclass(frozen=True, eq=False)
 class MappedPictures:
     """On the disk, mapped into memory. `pieces`: uint8 [K, S, S, C] each, C 1 or 3; `places`: piece and row of every
-    picture, int64 [N, 2]; `labels`: int64 [N]; `digests`: of every picture's pixels, uint8 [N, 16]; `channel_sums`: of its
-    values and of their squares, int64 [N, 2 C]. They are larger than `image_size`, and cropped."""
+    picture, int64 [N, 2]; `labels`: int64 [N]; `digests`: of every picture's pixels, uint8 [N, 16]; `channel_sums`:
+    of its values and of their squares, int64 [N, 2 C]. They are larger than `image_size`, and cropped."""
 
     pieces: Sequence[Tensor]
     places: NDArray[np.int64]
