@@ -84,7 +84,8 @@ class DataConfig(Section):
     """Where pictures come from."""
 
     source: Annotated[str, AfterValidator(canonical_source)] = Field(
-        "cifar10", description="the pictures: cifar10, cifar100, fashion-mnist, shapes (built in) or folder:PATH"
+        "cifar10",
+        description="the pictures: cifar10, cifar100, fashion-mnist, shapes (built in), folder:PATH or csv:FILE",
     )
     root: str = Field(
         "data", description="folder that holds, or receives, the files of cifar10, cifar100 and fashion-mnist"
@@ -108,14 +109,15 @@ class DataConfig(Section):
     )
     fit: Literal["crop", "stretch"] = Field(
         "crop",
-        description="folder: how a picture becomes square. crop: upright by its EXIF orientation, transparency over "
+        description="files: how a picture becomes square. crop: upright by its EXIF orientation, transparency over "
         "white, the middle square of it; stretch: all of it squeezed, orientation and transparency ignored",
     )
     test_split: Annotated[int | float, BeforeValidator(_check_share)] | None = Field(
-        None, description="folder without test/: test on this many pictures, or this share of them, chosen by the seed"
+        None,
+        description="folder or list without test pictures: test on this many, or this share, chosen by the seed",
     )
-    val_folder: bool = Field(True, description="folder: hold back the pictures in val/, if it is there beside train/")
-    skip_damaged: bool = Field(False, description="folder: go on without files that are no pictures or are damaged")
+    val_folder: bool = Field(True, description="folder or list: hold back its pictures of val, where there are some")
+    skip_damaged: bool = Field(False, description="folder or list: go on without files that are no pictures or damaged")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -127,7 +129,7 @@ class DataConfig(Section):
         if self.source in SOURCES and self.image_size < SOURCE_SIDE:
             raise ValueError(
                 f"{self.source} has pictures of {SOURCE_SIDE}x{SOURCE_SIDE}, and image_size {self.image_size} is less: "
-                f"raise it to {SOURCE_SIDE} or more; folder:PATH takes any size"
+                f"raise it to {SOURCE_SIDE} or more; folder:PATH and csv:FILE take any size"
             )
         return self
 

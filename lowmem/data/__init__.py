@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lowmem.config.paths import folder_of
 from lowmem.config.schema import DataConfig
-from lowmem.config.sources import SOURCES
+from lowmem.config.sources import SOURCES, path_in
 from lowmem.core.counter_rng import derive_seed, permutation
 from lowmem.core.errors import UsageError
 from lowmem.core.units import counted, format_size, name_some
@@ -278,7 +278,7 @@ def find_pictures(config: DataConfig, seed: int = 0, *, seconds: float = 30.0) -
     if config.source == "shapes":
         return Found("shapes are drawn, no files needed", None, warnings)
     counts = ", ".join(f"{len(part):,} to {part.of}" for part in chosen.values())
-    words = f"{config.source.removeprefix('folder:')} has pictures of {_describe_classes(source)}; {counts}"
+    words = f"{path_in(config.source)} has pictures of {_describe_classes(source)}; {counts}"
     if source.unchecked:
         words += f"; {source.unchecked:,} were not looked at (more than {seconds:g} s), `lowmem train` does"
     return Found("; ".join((words, *source.notes)), None, warnings)

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from lowmem.config.schema import Config
+from lowmem.config.sources import CSV, path_in
 from lowmem.core.reading import escape_markdown
 from lowmem.core.units import counted, format_duration, format_size
 from lowmem.report.naming import NamedRun
@@ -150,8 +151,8 @@ def describe_source(source: str) -> str:
     """The data set in words; of a folder only its own name, since where it lies is nobody's business."""
     if source in _SOURCES:
         return _SOURCES[source]
-    path = source.removeprefix("folder:").replace("\\", "/")
-    return f"pictures of folder {PurePath(path).name or path}"
+    path = path_in(source).replace("\\", "/")
+    return f"pictures {'listed in' if source.startswith(CSV) else 'of folder'} {PurePath(path).name or path}"
 
 
 def differences(history: RunView) -> tuple[str, ...]:
