@@ -345,14 +345,13 @@ def request_of(
     """What `choose` needs to know of a run. `processes`: that train it, of which this is one. `on_paper`: it is not
     trained here. Raises as `budget_of` does, UsageError for settings at odds, PreflightError for those that
     `refuse_unsafe` refuses and for more host memory than is free."""
-    joint = processes > 1
     _check_micro_batch(config)
     refuse_size(config)
     if config.memory.card is None:  # else the step is another machine's
         refuse_unsafe(config)
     if config.memory.platform != "auto" and config.memory.card is None:
         raise UsageError("memory.platform says what machine a --card is in: give the card, or leave it out")
-    budget, card = budget_of(config, train_pictures, calibrator, joint=joint)
+    budget, card = budget_of(config, train_pictures, calibrator, joint=processes > 1)
     check_network(config.model, num_classes, config.data.image_shape)
     model = network_of(config, num_classes)
     if calibrator is not None:
@@ -360,8 +359,7 @@ def request_of(
     else:
         modes = by_kind(config.train.precision, config.train.memory_format, card is not None and card.tensor_cores)
         reasons = {}
-    rated = card or load_card(REFERENCE_CARD)
-    measured = calibrator is not None and calibrator.device == "cuda"
+    rated, measured = card or load_card(REFERENCE_CARD), calibrator is not None and calibrator.device == "cuda"
     return Request(
         model=model,
         batch=config.train.batch,
@@ -375,8 +373,10 @@ def request_of(
         micro_batch=config.train.micro_batch,
         allow_accumulation=config.memory.allow_accumulation,
         momentum=config.optim.momentum > 0,
-        joint=joint,
+        joint=processes > 1,
         sync_bn=config.train.sync_bn,
+        label_smoothing=config.train.label_smoothing > 0,
+        mixup=config.data.mixup > 0,
         batch_norm=batch_norm_of(config),
         tf32=_tf32(config, card),
         host=host_terms_of(config, rated, processes, on_paper=on_paper, measured=measured),

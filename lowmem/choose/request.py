@@ -231,6 +231,8 @@ class Request:
     momentum: bool = True
     joint: bool = False  # one of several processes that train the run; `batch` is its own share
     sync_bn: bool = False
+    label_smoothing: bool = False
+    mixup: bool = False
     host: HostTerms | None = None  # of the memory in which tensors may wait; None: they may not
     stages: tuple[str, ...] | None = None  # modules that are the links of the chain; None: as it is traced
     batch_norm: Literal["library", "native"] = "native"
@@ -253,6 +255,8 @@ class Request:
             library_norm=self.batch_norm == "library",
             joint=self.joint,
             sync_bn=self.sync_bn,
+            label_smoothing=self.label_smoothing,
+            mixup=self.mixup,
             stages=self.stages,
         )
 
@@ -316,6 +320,7 @@ class Choice:
             extra_flops=simulated.flops - self.plain.flops,
             host_bytes=solution.host_bytes,
             waiting_seconds=solution.waiting_seconds * self.shape.accumulation,
+            hidden_share=solution.hidden_share,
         )
 
 

@@ -181,6 +181,7 @@ def facts(live: Live) -> list[tuple[str, str]]:
         "error": describe_errors(live),
         "speed": None if live.images_per_second is None else f"{live.images_per_second:,.0f} images/s",
         "memory": _memory(live),
+        "host": live.host_bytes and _host(live.host_bytes, live.hidden_share),
         "saved": saved and f"step {shorten(saved.detail.get('step'), 20)} at {clock(saved)}",
     }
     if live.running and quiet is not None and quiet >= _QUIET_FROM_SECONDS:
@@ -233,6 +234,12 @@ def _memory(live: Live) -> str:
         live.device_bytes is not None and f"{format_size(live.device_bytes)} in use {where}",
         between=", ",
     )
+
+
+def _host(size: int, hidden: float | None) -> str:
+    """What waits in host memory."""
+    share = "" if hidden is None else f"; {hidden:.0%} of the transfer hidden (predicted)"
+    return f"{format_size(size)} wait in host memory, moved out and back each step{share}"
 
 
 def describe_errors(live: Live) -> str:
@@ -295,7 +302,8 @@ def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) 
 
 _AS_IT_IS = (
     "state", "running", "epoch", "epochs", "step", "step_in_epoch", "steps_per_epoch", "lr", "images_per_second",
-    "peak_bytes", "device_bytes", "budget_bytes", "elapsed_seconds", "seconds_left", "quiet_seconds",
+    "peak_bytes", "device_bytes", "budget_bytes", "host_bytes", "hidden_share", "elapsed_seconds", "seconds_left",
+    "quiet_seconds",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from lowmem.config import networks
-from lowmem.config.sections import CheckpointConfig, MemoryConfig, Section
+from lowmem.config.sections import CheckpointConfig, MemoryConfig, ScheduleConfig, Section
 from lowmem.config.sources import SOURCE_SIDE, SOURCES, canonical_source
 
 
@@ -107,6 +107,25 @@ class DataConfig(Section):
         True,
         description="random horizontal flip and random crop: with padding 4; of a folder from image_size 64 on resized",
     )
+    cutout: PositiveInt | None = Field(
+        None,
+        description="side in pixels, as the network sees them, of a square of the mean colour over every training "
+        "picture, anywhere around its centre (DeVries and Taylor 2017)",
+    )
+    random_erasing: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the training pictures that lose a rectangle of 2 to 33 % of the area, aspect 0.3 to 3.3, "
+        "to the mean colour (torchvision's RandomErasing)",
+    )
+    mixup: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="alpha of mixup (Zhang et al. 2018): every batch is mixed with itself in another order, by a share "
+        "of Beta(alpha, alpha); the training error counts against the label with the larger share; 0: none",
+    )
     fit: Literal["crop", "stretch"] = Field(
         "crop",
         description="files: how a picture becomes square. crop: upright by its EXIF orientation, transparency over "
@@ -131,6 +150,8 @@ class DataConfig(Section):
                 f"{self.source} has pictures of {SOURCE_SIDE}x{SOURCE_SIDE}, and image_size {self.image_size} is less: "
                 f"raise it to {SOURCE_SIDE} or more; folder:PATH and csv:FILE take any size"
             )
+        if self.cutout is not None and self.cutout >= self.image_size:
+            raise ValueError(f"cutout {self.cutout} covers pictures of image_size {self.image_size}: lower it")
         return self
 
 
@@ -141,33 +162,6 @@ class OptimConfig(Section):
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
     weight_decay: float = Field(1e-4, ge=0, description="weight decay, on every parameter")
     nesterov: bool = Field(False, description="Nesterov's form of the momentum")
-
-
-class ScheduleConfig(Section):
-    """Step schedule. The low start (He et al. 2016, section 4.2: the 110-layer net begins at lr 0.01 until its training
-    error is under 80 %) ends at the latest at the first milestone, and is decided at the end of an epoch, from that
-    epoch's training error."""
-
-    milestones: tuple[PositiveFloat, ...] = Field(
-        (81, 122), description="epochs, of a run of reference_epochs, after which the learning rate is lowered"
-    )
-    gamma: float = Field(0.1, gt=0, lt=1, description="what the learning rate is multiplied by at a milestone")
-    reference_epochs: PositiveInt = Field(
-        164, description="length of the run that the milestones are for; one of another length scales them"
-    )
-    low_start: Literal["auto", "always", "never"] = Field(
-        "auto", description="warm-up: begin with low_start_lr until the net learns; auto: from 110 layers on"
-    )
-    low_start_lr: PositiveFloat = Field(0.01, description="learning rate of the low start")
-    low_start_until_error_pct: float = Field(
-        80.0, gt=0, lt=100, description="the low start ends when the training error is under this, in per cent"
-    )
-
-    @model_validator(mode="after")
-    def _rising(self) -> ScheduleConfig:
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"milestones {list(self.milestones)} do not rise: write them in rising order, each once")
-        return self
 
 
 class TrainConfig(Section):
@@ -202,6 +196,13 @@ class TrainConfig(Section):
     )
     eval_batch: PositiveInt | None = Field(None, description="pictures at a time in evaluation; default: batch")
     log_every_steps: PositiveInt = Field(20, description="steps between two rows of steps.csv")
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of every training label that is spread evenly over all classes, as cross_entropy does it; "
+        "the training loss that is recorded is then the smoothed one",
+    )
     grad_norms_every: PositiveInt | None = Field(
         None,
         description="steps between two records of the layers' gradient norms; default: an epoch's tenth, at most 100",
@@ -231,7 +232,9 @@ class TrainConfig(Section):
 class Config(Section):
     """Every setting, by section."""
 
-    recipe: str = Field("report", description="settings to begin with: a shipped recipe (report) or a .yaml file")
+    recipe: str = Field(
+        "report", description="settings to begin with: a shipped recipe (report, modern) or a .yaml file"
+    )
     seed: int = Field(0, ge=0, lt=1 << 64, description="of initial weights, order of the pictures and augmentation")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -240,6 +243,16 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Config:
+        warmup, epochs = self.schedule.warmup_epochs, self.train.epochs
+        if warmup is not None and warmup >= epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs {warmup:g} leaves nothing of a run of train.epochs {epochs}: lower it, or "
+                "train longer"
+            )
+        return self
 
     @property
     def cpu_link_rate(self) -> float | None:
@@ -282,6 +295,13 @@ BEFORE: Mapping[str, object] = {
     "memory.link": "auto",
     "data.val_folder": False,
     "data.skip_damaged": False,
+    "data.cutout": None,
+    "data.random_erasing": 0.0,
+    "data.mixup": 0.0,
+    "schedule.kind": "steps",
+    "schedule.warmup_epochs": None,
+    "schedule.final_share": 0.0,
+    "train.label_smoothing": 0.0,
 }
 
 

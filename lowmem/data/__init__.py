@@ -86,8 +86,8 @@ def _files_of(source: Source, chosen: Chosen) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class TestSet:
-    """Pictures to evaluate on. `classes`: their names, in the order of the labels; `files`: paths of the pictures, where
-    they are files; `warnings`: sentences for the user."""
+    """Pictures to evaluate on. `classes`: their names, in the order of the labels; `files`: their paths, where they are
+    files; `warnings`: sentences for the user."""
 
     __test__ = False  # for pytest, a class by such a name is one of tests
 
@@ -103,10 +103,9 @@ def load_test(config: DataConfig, *, progress: Progress | None = None) -> TestSe
     `config` names, all of them; of a folder whose folders are the classes all that is there. Raises DataError."""
     if config.source not in SOURCES:
         parts = {part for part in ("train", "test") if (folder_of(config.source) / part).is_dir()}
-        if parts == {"test"}:
-            config = config.model_copy(update={"source": f"{config.source}/test"})
-        elif not parts:
-            config = config.model_copy(update={"test_split": 1})  # else classes alone are refused
+        if "train" not in parts:  # the folders are the classes, which is refused unless they are to be split
+            classes = config.source + "/test" * len(parts)
+            config = config.model_copy(update={"source": classes, "test_split": 1})
     source = _read(config, progress=progress)
     part = "train" if source.test is None else "test"
     pictures = _sized(getattr(source, part).take(None), config)

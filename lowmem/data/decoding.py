@@ -157,9 +157,9 @@ def decode_all(
 def decode_ahead(
     files: Iterable[tuple[str, str]], fit: str, side: int, ahead: int, channels: int = CHANNELS
 ) -> Iterator[tuple[str, NDArray[np.uint8] | str]]:
-    """`files`: paths, and why they cannot be read at all, if so (`lowmem.data.tree.picture_files`). In threads, in order,
-    each with its path: the picture, or what is wrong with it. At most `ahead` are decoded that
-    are not taken yet, and `files` is not read further."""
+    """In threads, in order, each with its path: the picture, or what is wrong with it. `files`: paths, and why they
+    cannot be read at all, if so. At most `ahead` are decoded that are not taken yet, and `files` is not read further.
+    """
 
     def one(path: str, trouble: str) -> NDArray[np.uint8] | str:
         try:

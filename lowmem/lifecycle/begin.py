@@ -288,9 +288,10 @@ def warn_of_names(saved: Checkpoint, identity: Mapping[str, str], run: Path, obs
 def _headline(trainer: Trainer, path: Path) -> str:
     model, train, dataset = trainer.config.model, trainer.config.train, trainer.dataset
     held = f", {len(dataset.val):,} held back" if dataset.val is not None else ""
-    rate = f"learning rate {trainer.config.optim.lr:g}"
+    schedule = trainer.config.schedule
+    rate = f"learning rate {trainer.config.optim.lr:g}" + (f" ({schedule.kind})" if schedule.kind != "steps" else "")
     if trainer.state.low_start:
-        rate += f", at first {trainer.config.schedule.low_start_lr:g} (schedule.low_start)"
+        rate += f", at first {schedule.low_start_lr:g} (schedule.low_start)"
     pictures = f"{counted(len(dataset.train), 'picture')} to train on{held}, {len(dataset.test):,} to test"
     pictures += f", at {dataset.train.image_size}x{dataset.train.image_size}"
     return (

@@ -219,8 +219,8 @@ def _step(trainer: Trainer, undo: Undo, norms: GradientNorms) -> Score | Failure
     def work() -> tuple[Tensor, int]:
         # A checkpoint may be of the end of an epoch whose evaluation was still to come.
         at = min(state.step_in_epoch, trainer.batches.steps_per_epoch - 1)
-        images, labels, size = trainer.next_batch(state.epoch, at)
-        return trainer.step(images, labels, trainer.lr(state.step), norms.measure, size), size
+        images, labels, size, share = trainer.next_batch(state.epoch, at)
+        return trainer.step(images, labels, trainer.lr(state.step), norms.measure, size, share), size
 
     done = undo.attempt(work)
     if isinstance(done, Failure):

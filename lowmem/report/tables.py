@@ -160,6 +160,18 @@ def differences(history: RunView) -> tuple[str, ...]:
     return tuple(text for _, text in _departing(history))
 
 
+def regularisation(config: Config) -> list[str]:
+    """What else is done to pictures and labels, beside crop and flip."""
+    data, smoothing = config.data, config.train.label_smoothing
+    said = [
+        (smoothing, f"label smoothing {smoothing:g} (in the training loss)"),
+        (data.cutout, f"cutout of {data.cutout} pixels"),
+        (data.random_erasing, f"random erasing of {data.random_erasing:g} of the pictures"),
+        (data.mixup, f"mixup, alpha {data.mixup:g} (its training errors are against the larger share)"),
+    ]
+    return [text for given, text in said if given]
+
+
 def _departing(history: RunView) -> list[tuple[str, str]]:
     """(what, in words) of each difference."""
     config, usual = history.config, Config()
@@ -192,6 +204,7 @@ def _departing(history: RunView) -> list[tuple[str, str]]:
         (0 < (train.micro_batch or 0) < train.batch, "batch norm", micro),
         (train.precision == "amp", "precision", f"mixed precision instead of fp32{ASSUMED}"),
     ]
+    said += [(True, "augmentation", text) for text in regularisation(config)]
     rescued = [("lr", f"{scales[-1]:g} of the learning rate after its loss broke")] if scales else []
     return [(word, text) for differs, word, text in said if differs] + rescued
 

@@ -23,7 +23,7 @@ from lowmem.step.data_parallel import DataParallelStep
 from lowmem.step.train_step import FUSED, Execution, TrainStep, make_optimizer, make_scaler, optimizer_tensors
 from lowmem.step.undo import Undo
 
-_LR = 0.1  # any: it takes no memory
+_LR, _SMOOTHING = 0.1, 0.1  # any: they take no memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class StepShape:
     library_norm: bool = False  # see lowmem.remat.batch_norm; of a planned step
     joint: bool = False  # one of several processes that sum their gradients
     sync_bn: bool = False
+    label_smoothing: bool = False
+    mixup: bool = False  # pictures with two labels each
     stages: tuple[str, ...] | None = None  # the chain's links, where they are named; None: as it is traced
 
     @property
@@ -145,10 +147,11 @@ def _built(shape: StepShape, way: Callable[[nn.Module], nn.Module], optimizer: M
         joint = DataParallelStep(run, Group(), split, execution.device, sync_bn=shape.sync_bn)
         joint.begin(shape.batch)
     step = TrainStep(run, sgd, make_scaler(execution), execution, shape.micro_batch, joint)
+    step.label_smoothing = _SMOOTHING if shape.label_smoothing else 0.0
     images = torch.empty(shape.batch, *shape.image_shape, dtype=shape.dtype).contiguous(
         memory_format=execution.torch_memory_format
     )
-    labels = torch.zeros(shape.batch, dtype=torch.int64)
+    labels = torch.zeros((shape.batch, 2) if shape.mixup else shape.batch, dtype=torch.int64)
     undo = Undo(step, run) if isinstance(run, PlannedModule) else None
     return StepRun(step=step, images=images, labels=labels, undo=undo)
 

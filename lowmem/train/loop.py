@@ -81,7 +81,8 @@ class Loop:
         config = replica.config.train
         self.t, self.folder, self.signals, self.saver, self.export = replica, folder, signals, saver, export
         self.exports: dict[str, WeightsInfo] = {}  # weights to be written with the next save
-        chance = Chance.of(replica.dataset.train.labels)
+        data = replica.dataset
+        chance = Chance.of(data.train.labels, len(data.classes), config.label_smoothing)
         self.stall = Stall(chance, replica.batches.steps_per_epoch, stop=config.on_stuck == "stop")
         self.divergence = Divergence(chance.loss, config.log_every_steps)
         self.memory = OomFallback(replica, folder)
@@ -175,11 +176,12 @@ class Loop:
 
     def _try_step(self, lr: float) -> tuple[Tensor, int]:
         state, norms = self.state, self.metrics.norms
-        images, labels, size = self.t.next_batch(state.epoch, state.step_in_epoch)
+        images, labels, size, share = self.t.next_batch(state.epoch, state.step_in_epoch)
         # What the step draws (dropout) is a function of its place, also when it is made again (invariant 3).
         torch.manual_seed(derive_seed(self.t.config.seed, "step", state.step, self.t.group.rank))
         with self.check.around(images, labels):
-            return self.t.step(images, labels, lr, norms.measure if norms.due(state.step + 1) else None, size), size
+            look = norms.measure if norms.due(state.step + 1) else None
+            return self.t.step(images, labels, lr, look, size, share), size
 
     def _settle(self) -> None:
         if (settled := self.metrics.settle()) is not None:

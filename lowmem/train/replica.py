@@ -76,6 +76,7 @@ class Replica:
             check_same_forward(self.model, config.data.image_shape)
         run = self.planned or self.model
         self.step = TrainStep(run, self.optimizer, make_scaler(execution), execution, micro_batch, joint)
+        self.step.label_smoothing = config.train.label_smoothing
         self.batches = TrainBatches(
             dataset.train,
             seed=config.seed,
@@ -84,6 +85,9 @@ class Replica:
             mean=dataset.mean,
             std=dataset.std,
             device=execution.device,
+            cutout=config.data.cutout,
+            random_erasing=config.data.random_erasing,
+            mixup=config.data.mixup,
         )
         self.state = RunState(processes=self.group.size)
         self.meter = Meter(execution.device)
@@ -93,13 +97,14 @@ class Replica:
         scheduled = learning_rate(self.config, self.batches.steps_per_epoch, step, low_start=self.state.low_start)
         return scheduled * self.state.lr_scale
 
-    def next_batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, int]:
-        """Images and labels of this process for a step, on the device, and the size of the whole effective batch."""
+    def next_batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, int, float]:
+        """Images and labels of this process for a step, on the device, the size of the whole effective batch, and the
+        share of the first of two labels."""
         size = self.batches.size(step)
         part = None if self.step.joint is None else self.step.joint.begin(size)
         layout = self.execution.torch_memory_format
         images, labels = self.batches.batch(epoch, step, memory_format=layout, part=part)
-        return images, labels, size
+        return images, labels, size, self.batches.share(epoch, step)
 
     def evaluate(
         self, pictures: AnyPictures, size: int, should_stop: Callable[[int], bool] = lambda done: False

@@ -77,6 +77,8 @@ class Trial:
     steps: int = 5
     warmup: int = 2
     optim: dict[str, Any] = field(default_factory=dict)
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
     seed: int = 0
     detailed: bool = False
 

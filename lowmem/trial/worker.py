@@ -102,7 +102,14 @@ class _Work:
         self.mean, self.std = MEAN[: trial.channels], STD[: trial.channels]
         reserved = torch.cuda.memory_reserved() if self.cuda else 0
         self.batches = TrainBatches(
-            self.pictures, seed=0, batch=trial.batch, augment=True, mean=self.mean, std=self.std, device=trial.device
+            self.pictures,
+            seed=0,
+            batch=trial.batch,
+            augment=True,
+            mean=self.mean,
+            std=self.std,
+            device=trial.device,
+            mixup=trial.mixup,
         )
         self.beside_reserved_bytes = torch.cuda.memory_reserved() - reserved if self.cuda else 0
         plan = None if trial.plan is None else Plan.from_json(trial.plan)
@@ -110,6 +117,7 @@ class _Work:
         if isinstance(run, PlannedModule) and trial.link_bytes_per_second is not None:
             run.lowmem.link = cpu_link(trial.link_bytes_per_second)
         self.step = TrainStep(run, self.optimizer, make_scaler(self.execution), self.execution, micro_batch)
+        self.step.label_smoothing = trial.label_smoothing
         # What a planned run keeps to undo a step is in the prediction; what it is compared with has none.
         self.undo = Undo(self.step, self.model) if trial.way == PLANNED else None
         self.losses: list[float] = []

@@ -18,7 +18,6 @@ from lowmem.calibrate.device import cpu_identity
 from lowmem.cli.main import main
 from lowmem.config.catalogue import catalogue
 from lowmem.config.schema import Config, DataConfig, flatten, known_keys
-from lowmem.config.sources import SOURCES
 from lowmem.config.settings import validate
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import profile_names, user_cache_folder

@@ -101,7 +101,7 @@ def test_a_users_own_recipe(tmp_path: Path) -> None:
     file = tmp_path / "fast.yaml"
     file.write_text("description: mine\ntrain: {epochs: 3}\n")
     assert gather(recipe=str(file)).config.train.epochs == 3
-    with pytest.raises(UsageError, match="use one of report"):
+    with pytest.raises(UsageError, match="use one of modern, report"):
         gather(recipe="rapport")
 
 
