@@ -27,7 +27,7 @@ from lowmem.choose.request import (
     of_device,
     with_communicators,
 )
-from lowmem.config.cards import Card, find_card, has_tensor_cores, load_card
+from lowmem.config.cards import Card, find_card, has_tensor_cores, load_card, refuse_bf16
 from lowmem.config.processes import for_process
 from lowmem.config.schema import Config, TrainConfig
 from lowmem.config.settings import Settings
@@ -72,14 +72,9 @@ def resolve_execution(settings: Settings, *, planned: bool = False) -> Settings:
     device = train.device
     if device == "auto":
         obstacle = card_obstacle()
-        device = "cuda" if torch.cuda.is_available() and obstacle is None else "cpu"
-        why = (
-            "a CUDA device is there"
-            if device == "cuda"
-            else f"{_OBSTRUCTED}{obstacle}"
-            if obstacle
-            else "no CUDA device"
-        )
+        device, why = "cpu", f"{_OBSTRUCTED}{obstacle}" if obstacle else "no CUDA device"
+        if obstacle is None and torch.cuda.is_available():
+            device, why = "cuda", "a CUDA device is there"
         settings = settings.replace({"train.device": device}, f"auto: {why}")
     require_device(device)
     left = {"precision": planned, "memory_format": planned and calibrates(config, device)}
@@ -168,8 +163,11 @@ def require_device(device: str) -> None:
 
 
 def refuse_unsafe(config: Config) -> None:
-    """Raises PreflightError for settings under which the library is known to corrupt memory."""
+    """Raises PreflightError for settings under which the library is known to corrupt memory, and for bf16 on a card at
+    hand that has none."""
     train = config.train
+    if train.device == "cuda" and torch.cuda.is_available():
+        refuse_bf16(train.precision, torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     check_memory_format(network_of(config), train.device, train.precision, train.memory_format)
 
 
@@ -352,6 +350,8 @@ def request_of(
     if config.memory.platform != "auto" and config.memory.card is None:
         raise UsageError("memory.platform says what machine a --card is in: give the card, or leave it out")
     budget, card = budget_of(config, train_pictures, calibrator, joint=processes > 1)
+    if card is not None and config.memory.card is not None:
+        refuse_bf16(config.train.precision, card.name, card.capability_pair)
     check_network(config.model, num_classes, config.data.image_shape)
     model = network_of(config, num_classes)
     if calibrator is not None:
@@ -372,7 +372,7 @@ def request_of(
         calibrator=calibrator,
         micro_batch=config.train.micro_batch,
         allow_accumulation=config.memory.allow_accumulation,
-        momentum=config.optim.momentum > 0,
+        optim=config.optim,
         joint=processes > 1,
         sync_bn=config.train.sync_bn,
         label_smoothing=config.train.label_smoothing > 0,

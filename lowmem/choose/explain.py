@@ -11,7 +11,7 @@ from lowmem.plan.record import Plan
 _KINDS = {
     "params": "parameters and buffers",
     "grads": "gradients",
-    "optimizer": "momentum",
+    "optimizer": "what the optimizer keeps",
     "activations": "activations, the batch included",
     "temporary": "temporary tensors",
     "workspace": "convolution workspace (measured)",

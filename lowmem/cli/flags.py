@@ -120,6 +120,14 @@ FLAGS = (
         "train plan doctor bench": "What --model's network is made with, like depth=3; may be repeated.",
         "fork": "What the network is made with from there on, like dropout=0.1; may be repeated.",
     }, metavar="NAME=VALUE"),
+    Flag("--init", "train.init", str, {
+        "train": "Weights to begin with: a file, a run (its best), or torchvision: that library's pretrained ones.",
+    }, metavar="FILE|RUN|torchvision"),
+    Flag("--freeze", "train.freeze", list[str], {
+        "train": "Do not train what is named so, like layer1* or features.*; may be repeated.",
+        "plan": "What is not trained, like layer1* or features.*; may be repeated.",
+        "fork": "What is not trained from there on, like layer1*; may be repeated.",
+    }, metavar="PATTERN"),
     Flag("--width", "model.width", int, {_STARTS: "Channels of the stem (64)."}),
     Flag("--width", "model.width", int, {"bench": "Channels of the stem (64; quick: 16)."}, least=1),
     Flag("--data", "data.source", str, {
@@ -167,8 +175,8 @@ FLAGS = (
     }),
     Flag("--recipe", "recipe", str, {"train reproduce": "A shipped recipe (report, modern) or a .yaml file."}),
     Flag("--precision", "train.precision", str, {
-        "train reproduce": "auto, fp32 or amp (fp16 on CUDA, bf16 on the CPU).",
-        "plan doctor": "auto, fp32 or amp.",
+        "train reproduce": "auto, fp32, amp (fp16 on CUDA, bf16 on the CPU) or bf16.",
+        "plan doctor": "auto, fp32, amp or bf16.",
     }),
     Flag("--memory-format", "train.memory_format", str, {_STARTS: "auto, contiguous or channels-last."}),
     Flag("--vram", "memory.vram", str, {

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowmem.config.paths import folder_of
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.config.sources import SOURCES, path_in
 from lowmem.core.counter_rng import derive_seed, permutation
 from lowmem.core.errors import UsageError

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from lowmem.config.paths import folder_of
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.config.sources import CSV, SOURCE_SIDE
 from lowmem.core.errors import DataError
 from lowmem.core.reading import user_cache_folder

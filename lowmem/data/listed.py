@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.core.errors import DataError
 from lowmem.core.reading import Unreadable, read_limited, shorten
 from lowmem.core.units import counted

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.config.sources import SOURCE_SIDE, SOURCES
 from lowmem.core.phases import Phase
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.core.errors import DataError
 from lowmem.core.units import name_some
 from lowmem.data.decoding import is_picture

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lowmem.choose.execution import card_obstacle, require_device
 from lowmem.config.networks import file_of, refuse_changed_files, split_spec
-from lowmem.config.schema import Config, DataConfig, ModelConfig
+from lowmem.config.schema import Config, ModelConfig
+from lowmem.config.sections import DataConfig
 from lowmem.core.errors import CorruptCheckpoint, DataError, PreflightError, UsageError
 from lowmem.core.reading import Unreadable, shorten
 from lowmem.data.batches import Normalizer

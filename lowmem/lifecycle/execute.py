@@ -109,6 +109,8 @@ def refuse_unfit(group: Group, config: Config) -> None:
     """What takes no time to refuse. Raises PreflightError, UsageError. The libraries are set for all that follows."""
     require_device(config.train.device)
     refuse_size(config)
+    if config.train.freeze:
+        network_of(config)
     if config.train.tensorboard:
         require_tensorboard()
     if group.size > config.train.batch:

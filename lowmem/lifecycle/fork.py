@@ -133,8 +133,8 @@ def check(old: Config, new: Config, *, named: bool = False) -> Changes:
             )
         if key in ONLY_AT_THE_BEGINNING:
             raise UsageError(
-                f"{key} decides other settings when a run is begun, and cannot be changed in a fork: set those with "
-                "--set, or start a new run with `lowmem train`"
+                f"{key} decides how a run is begun, and cannot be changed in a fork, which goes on from a checkpoint: "
+                "start a new run with `lowmem train`"
             )
     if not changes:
         raise UsageError(
@@ -281,6 +281,11 @@ class Fork(New):
                 f"epoch {at.epoch + 1} goes on after {at.step_in_epoch} of its {self._steps} steps with the pictures "
                 "that were still to come; its row will be of both settings"
             )
+        if "optim.kind" in self._changes:
+            lines.append(f"{new.optim.kind} begins with a state of its own, what {old.optim.kind} kept is left behind")
+        if "optim.ema" in self._changes and None in self._changes["optim.ema"]:
+            mean = "is left behind" if new.optim.ema is None else "begins with the weights of the fork"
+            lines.append(f"the running mean of the weights {mean}")
         lines += ["best weights are chosen anew, from here on", *side_by_side(*self._rates)]
         if (scale := self._was.lr_scale) != 1.0:
             stays_words = "so is the fork (--set optim.lr=… begins with a rate of its own)"
@@ -314,6 +319,7 @@ class Fork(New):
         # Where they are counted in other steps, the old ones would stand among the new.
         folder.copy_rows(self._run, epoch=at.epoch, step=at.step if carried.step == at.step else None)
         self._draw(folder.path)
+        carried = replace(carried, optimizer=trainer.checkpoint().optimizer)  # which may be another kind's
         checkpoints.save(folder.checkpoints, carried, keep=trainer.config.checkpoint.keep)
         (folder.path / FORKING).unlink()
         folder.event("fork", source=self._run.name, checkpoint=at.path.name, epoch=at.epoch, step=carried.step)

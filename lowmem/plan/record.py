@@ -11,6 +11,7 @@ from lowmem.core.reading import shorten
 from lowmem.plan.policy import Schedule
 
 FORMAT = 1
+Precision = Literal["fp32", "amp", "bf16"]
 
 
 class _Checked:
@@ -76,7 +77,7 @@ class Plan(_Checked):
     batch: int  # this process's own share of the effective batch
     micro_batch: int
     accumulation: int
-    precision: Literal["fp32", "amp"]
+    precision: Precision
     memory_format: Literal["contiguous", "channels-last"]
     batch_norm: Literal["library", "native"] = "native"  # kernels on CUDA, see `lowmem.remat.batch_norm`
     tf32: bool | None = False  # whether fp32 convolutions round to TF32 on its card; None: a card of unknown kind

@@ -31,7 +31,7 @@ from lowmem.step.undo import Undo
 from lowmem.train.loss_watchers import Chance, Divergence, Stall, roll_back, way_out
 from lowmem.train.metrics import Metrics, exporting
 from lowmem.train.oom_fallback import OomFallback
-from lowmem.train.replica import Replica
+from lowmem.train.replica import Replica, weights_of
 from lowmem.train.schedule import next_low_start
 from lowmem.train.signals import StopSignals
 from lowmem.train.watchers import MAX_STEPS, STALLED, Act, CheckpointInterval, PlanCheck, Verdict, strongest
@@ -276,7 +276,7 @@ class Loop:
         if self.t.group.leads:
             self.saver.wait()
             taken = self.memory.saved(self.t.checkpoint)
-            weights = {name: (taken.model, info) for name, info in self.exports.items()}
+            weights = {name: (weights_of(taken), info) for name, info in self.exports.items()}
             self.saver.submit(Save(taken, self.state.epoch, weights))
         self.exports.clear()
         self.saved_at = position

@@ -237,8 +237,9 @@ def disk_bytes(config: Config, model: nn.Module, steps_per_epoch: int, checkpoin
     """`run_bytes` of a run of `model`. `checkpoint_bytes`: of one that was written (None: of its tensors)."""
     parameter_bytes = sum(parameter.nbytes for parameter in model.parameters())
     if checkpoint_bytes is None:
-        momentum_bytes = parameter_bytes if config.optim.momentum > 0 else 0
-        checkpoint_bytes = momentum_bytes + sum(tensor.nbytes for tensor in model.state_dict().values())
+        trained_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+        kept_bytes = config.optim.copies * trained_bytes
+        checkpoint_bytes = kept_bytes + sum(tensor.nbytes for tensor in model.state_dict().values())
     return run_bytes(
         config,
         checkpoint_bytes=checkpoint_bytes,
@@ -278,6 +279,9 @@ class GradientNorms:
     @torch.no_grad()
     def measure(self) -> None:
         """Called between backward and update; allocates, and waits for nothing."""
+        if not self._weights:
+            self._latest = torch.empty(0)
+            return
         gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in self._weights]
         norms = torch.stack(torch._foreach_norm(gradients))
         if self._step.scaler.is_enabled():

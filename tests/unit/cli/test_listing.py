@@ -17,7 +17,8 @@ from lowmem.calibrate.calibrator import Calibration
 from lowmem.calibrate.device import cpu_identity
 from lowmem.cli.main import main
 from lowmem.config.catalogue import catalogue
-from lowmem.config.schema import Config, DataConfig, flatten, known_keys
+from lowmem.config.schema import Config, flatten, known_keys
+from lowmem.config.sections import DataConfig
 from lowmem.config.settings import validate
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import profile_names, user_cache_folder

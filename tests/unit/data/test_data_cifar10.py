@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.core.errors import DataError
 from lowmem.data import find_pictures, load
 from lowmem.lifecycle import run_training

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.data import Pictures, TrainBatches, eval_batches, load
 from lowmem.data.enlarging import Enlarger
 from lowmem.data.pictures import PerChannel

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.config.settings import gather
 from lowmem.core.errors import UsageError
 from lowmem.data import Pictures, TrainBatches, downloaded, eval_batches, held_bytes, load

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lowmem.config.schema import DataConfig
+from lowmem.config.sections import DataConfig
 from lowmem.core.errors import DataError, UsageError
 from lowmem.data import Dataset, find_pictures, load
 

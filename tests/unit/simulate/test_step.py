@@ -53,12 +53,46 @@ def test_peak(precision: str, memory_format: str, micro_batch: int, undone: bool
     assert simulated.estimate.peak_tensor_bytes == _measured(model, schedule, execution, micro_batch)
 
 
-def _measured(model: torch.nn.Module, schedule: Schedule | None, execution: Execution, micro_batch: int) -> int:
+@pytest.mark.parametrize("micro_batch", [16, 6])
+@pytest.mark.parametrize("precision", ["fp32", "amp"])
+def test_the_peak_of_a_loss_of_smoothed_or_mixed_labels(precision: str, micro_batch: int) -> None:
+    """Of a network whose outputs are larger than all else."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 1000, 1))
+    execution, peaks = Execution("cpu", precision, "contiguous"), set()
+    schedule = uniform([LEAN] * (len(stage_names(model)) - 1) + [SAVE_ALL])
+    for smoothing, mixed in product([0.0, 0.1], [False, True]):
+        shape = StepShape(
+            model=model,
+            image_shape=(3, 8, 8),
+            batch=BATCH,
+            micro_batch=micro_batch,
+            precision=precision,
+            memory_format="contiguous",
+            label_smoothing=smoothing > 0,
+            mixup=mixed,
+        )
+        for way in (schedule, None):
+            found = simulate_step(shape, way, card_rates(load_card("gtx1060-6g"))("fp32")).estimate.peak_tensor_bytes
+            assert found == _measured(model, way, execution, micro_batch, 8, smoothing, mixed)
+            peaks.add((way is None, found))
+    assert len(peaks) == 8  # each of them takes more
+
+
+def _measured(
+    model: torch.nn.Module,
+    schedule: Schedule | None,
+    execution: Execution,
+    micro_batch: int,
+    side: int = 32,
+    smoothing: float = 0.0,
+    mixed: bool = False,
+) -> int:
     run = model if schedule is None else apply_plan(model, schedule)
     optimizer = make_optimizer(model, OptimConfig(), "cpu")
     step = TrainStep(run, optimizer, make_scaler(execution), execution, micro_batch)
-    images = torch.randn(BATCH, 3, 32, 32).contiguous(memory_format=execution.torch_memory_format)
-    labels = torch.randint(10, (BATCH,))
+    step.label_smoothing = smoothing
+    images = torch.randn(BATCH, 3, side, side).contiguous(memory_format=execution.torch_memory_format)
+    labels = torch.randint(10, (BATCH, 2) if mixed else (BATCH,))
     undo = Undo(step, model) if schedule is not None else None
     copies = () if undo is None else undo.copies
     with TensorMeter() as meter:
