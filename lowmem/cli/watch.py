@@ -22,6 +22,7 @@ from rich.text import Text
 from lowmem.cli.layout import fold, room
 from lowmem.cli.terminal import clock, describe_epoch, describe_event, event_line, joined
 from lowmem.config.schema import Config
+from lowmem.config.sources import OWN, path_in
 from lowmem.core.errors import UsageError
 from lowmem.core.reading import shorten
 from lowmem.core.units import format_duration, format_loss, format_size
@@ -202,9 +203,9 @@ def describe_state(live: Live) -> str:
 def _settings(config: Config) -> str:
     """What is trained on what, in one line."""
     model, train, source = config.model, config.train, config.data.source
-    if source.startswith("folder:"):
-        source = f"folder {Path(source.removeprefix('folder:')).name}"
-    seen = f"{source} at {config.data.image_size}x{config.data.image_size}"
+    if source.startswith(OWN):
+        source = f"{source.partition(':')[0]} {Path(path_in(source)).name}"
+    seen = f"{source} at {config.data.image_size}x{config.data.image_size}{' in grey' * (config.data.channels == 1)}"
     return shorten(f"{model.words} on {seen}, batch {train.batch}, {train.precision}, {train.device}")
 
 
