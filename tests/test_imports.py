@@ -36,7 +36,7 @@ STANDS_ON: dict[str, set[str]] = {
     "bench": {"trial", "train"},
     "reproduce": {"choose", "train", "report"},
     "doctor": {"choose", "runs", "isolate"},
-    "inference": {"choose", "runs"},
+    "inference": {"choose", "train", "report"},
     "cli": {"lifecycle", "bench", "reproduce", "doctor", "inference"},
 }
 EXEMPT = {"lifecycle", "cli"}

@@ -42,14 +42,17 @@ _STATE_WORDS = {
     "starting": "getting ready",
     "training": "training",
     "finished": "finished",
+    "finished early": "finished early: no better error (train.patience)",
     "stopped": "stopped as asked (train.max_steps)",
+    "out of time": "stopped as asked (train.hours)",
     "interrupted": "interrupted, saved",
     "diverged": "diverged, stopped",
     "stuck": "learns nothing, stopped",
     "ended": "nobody trains it",
     "died": "died: its process ended without leaving it (killed, or the machine went down)",
 }
-_STATE_STYLES = {"starting": "cyan", "training": "bold green", "finished": "bold blue", "stopped": "bold blue"}
+_AS_ASKED = ("finished", "finished early", "stopped", "out of time")
+_STATE_STYLES = {"starting": "cyan", "training": "bold green", **dict.fromkeys(_AS_ASKED, "bold blue")}
 _EVENT_STYLES = dict.fromkeys(("warning", "rollback", "out-of-memory", "stuck", "pressure"), "yellow")
 
 
@@ -84,7 +87,7 @@ def _follow_all(path: Path, run: Path | None, interval: float, *, alone: bool) -
         refuse_links(run)
         ended = _follow(run, interval)
         print(_closing(ended), flush=True)
-        if alone or not (_conducted(path) or ended.state in {"finished", "stopped", "diverged", "stuck"}):
+        if alone or not (_conducted(path) or ended.state in {*_AS_ASKED, "diverged", "stuck"}):
             return
         run = None
 
@@ -133,7 +136,7 @@ def _follow(run: Path, interval: float) -> Live:
             else:
                 for line in [_summary(live)] if told is None else _news(live, *told):
                     print(line, flush=True)
-            if without >= _DIED_LOOKS or (without and live.state == "finished"):
+            if without >= _DIED_LOOKS or (without and live.state.startswith("finished")):
                 return live
             told = live.epoch, live.events[-1] if live.events else None
             time.sleep(interval if live.running else min(interval, 0.5))

@@ -3,6 +3,7 @@ gathered (recipe, file, flags, --set) is in `lowmem.config.settings`."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from functools import cache
@@ -103,8 +104,8 @@ class DataConfig(Section):
     )
     cutout: PositiveInt | None = Field(
         None,
-        description="side in pixels, as the network sees them, of a square of the mean colour over every training "
-        "picture, anywhere around its centre (DeVries and Taylor 2017)",
+        description="side of a square of the mean colour over every training picture, in pixels as the network sees "
+        "them, its centre anywhere in the picture (DeVries and Taylor 2017)",
     )
     random_erasing: float = Field(
         0.0,
@@ -160,7 +161,7 @@ class OptimConfig(Section):
         0.1, description="learning rate before the first milestone; the highest of a cosine or one-cycle schedule"
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
-    weight_decay: float = Field(1e-4, ge=0, description="weight decay; of AdamW decoupled, as a share of the rate")
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay; AdamW's is decoupled from the gradient")
     nesterov: bool = Field(False, description="Nesterov's form of the momentum")
     betas: tuple[_Beta, _Beta] = Field((0.9, 0.999), description="decay of AdamW's two running means")
     eps: PositiveFloat = Field(1e-8, description="what AdamW adds to the denominator")
@@ -195,7 +196,7 @@ class OptimConfig(Section):
         for name in others:
             usual = type(self).model_fields[name].default
             if getattr(self, name) != usual:
-                raise ValueError(f"{name} is of {whose}, and the optimizer is {self.kind}: leave it at {usual}")
+                raise ValueError(f"{name} is {whose}'s, and kind is {self.kind}: leave it at {json.dumps(usual)}")
         return self
 
 
@@ -211,6 +212,16 @@ class TrainConfig(Section):
         description="pictures at a time through the network; gradients accumulate to the batch; default: as planned",
     )
     max_steps: PositiveInt | None = Field(None, description="stop after this many steps (trials)")
+    patience: PositiveInt | None = Field(
+        None, description="end the run after this many epochs without a better error, by which the best weights go"
+    )
+    hours: float | None = Field(
+        None,
+        gt=0,
+        le=1e5,
+        description="hours of training in all: a new run takes no more epochs than fit, as measured before its first "
+        "step; when they are over, it stops and is saved",
+    )
     precision: Literal["auto", "fp32", "amp", "bf16"] = Field(
         "auto",
         description="amp: mixed precision, fp16 on CUDA and bf16 on the CPU; bf16: that on CUDA too, from Ampere on; "
@@ -320,7 +331,8 @@ class Config(Section):
 
 # What may differ on resume: it changes where, how often and how long, not what is computed.
 _OPERATIONAL = {
-    "train": "device max_steps log_every_steps grad_norms_every on_stuck on_nan tensorboard peer_timeout_minutes",
+    "train": "device max_steps patience hours log_every_steps grad_norms_every on_stuck on_nan tensorboard "
+    "peer_timeout_minutes",
     "data": "source root cache download",  # a moved folder; the pictures themselves are checked by their fingerprint
     "memory": "vram tensors card platform host link calibrate allow_accumulation confirm",
     "checkpoint": "every_minutes every_steps keep keep_every",
@@ -350,6 +362,8 @@ BEFORE: Mapping[str, object] = {
     "train.deterministic": True,
     "train.tf32": "auto",
     "train.batch_norm": "auto",
+    "train.patience": None,
+    "train.hours": None,
     "data.image_size": SOURCE_SIDE,
     "data.fit": "stretch",
     "data.test_split": None,

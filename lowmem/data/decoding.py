@@ -21,8 +21,9 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -150,6 +151,34 @@ def decode_all(
         enough.set()
         pool.shutdown(cancel_futures=True)
     return troubles, done
+
+
+def decode_ahead(
+    files: Iterable[tuple[str, str]], fit: str, side: int, ahead: int
+) -> Iterator[tuple[str, NDArray[np.uint8] | str]]:
+    """In threads, in order, each with its path: the picture, or what is wrong with it. `files`: paths, and why they
+    cannot be read at all, if so. At most `ahead` are decoded that are not taken yet, and `files` is not read further.
+    """
+
+    def one(path: str, trouble: str) -> NDArray[np.uint8] | str:
+        try:
+            return trouble or _decode_or_say(path, fit, side)
+        except OSError as error:
+            return str(error.strerror or error)
+
+    pool = ThreadPoolExecutor(max_workers=min(32, (os.cpu_count() or 1) + 1))
+    begun: deque[tuple[str, Future[NDArray[np.uint8] | str]]] = deque()
+    try:
+        for path, trouble in files:
+            begun.append((path, pool.submit(one, path, trouble)))
+            if len(begun) > ahead:
+                path, future = begun.popleft()
+                yield path, future.result()
+        while begun:
+            path, future = begun.popleft()
+            yield path, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _decode_or_say(path: str, fit: str, side: int) -> NDArray[np.uint8] | str:

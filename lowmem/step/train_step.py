@@ -288,10 +288,11 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     execution: Execution,
     should_stop: Callable[[int], bool] = lambda done: False,
+    look: Callable[[Tensor, Tensor], None] = lambda logits, labels: None,
 ) -> Score | None:
     """Scores the model in eval mode, and puts it back as it was. None if `should_stop` said so in between, which hears
-    how many pictures are done. Changes no parameter and no buffer, so that an evaluation that was cut off can simply be
-    done again."""
+    how many pictures are done; `look` sees the logits [B, C] and labels of each batch. Changes no parameter and no
+    buffer, so that an evaluation that was cut off can simply be done again."""
     was_training = model.training
     model.eval()
     loss_sum: Tensor | float = 0.0
@@ -305,6 +306,7 @@ def evaluate(
                 logits = model(images)
             loss_sum = loss_sum + F.cross_entropy(logits.float(), labels, reduction="sum").double()
             wrong = wrong + (logits.argmax(1) != labels).sum()
+            look(logits, labels)
             count += labels.shape[0]
     finally:
         model.train(was_training)

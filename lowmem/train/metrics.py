@@ -135,6 +135,11 @@ class Metrics:
         self._t.state.elapsed_seconds += self._last_tick - last
         return self._last_tick - last
 
+    @property
+    def elapsed_seconds(self) -> float:
+        """Of the run until now, by this process's clock."""
+        return self._t.state.elapsed_seconds + time.monotonic() - self._last_tick
+
     def progress(self) -> Progress:
         """Where the run is, once its figures are fetched."""
         t, state, device = self._t, self._t.state, self._t.meter.read()
