@@ -50,7 +50,7 @@ def _shares(group: Group) -> tuple[tuple[int, ...], ...]:
 
 def _step(t: Trainer, epoch: int, step: int, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], Tensor]:
     """The gradients before the update, and the sums of losses and wrong predictions."""
-    images, labels, size = t.next_batch(epoch, step)
+    images, labels, size, _ = t.next_batch(epoch, step)
     found: dict[str, Tensor] = {}
 
     def look() -> None:
@@ -87,7 +87,7 @@ def gradients_are_the_sum_of_the_slices(group: Group) -> None:
                 small.trainer(Group(), small.config(), data),
             )
             gradients, totals = _step(ours, 0, step)
-            images, labels, size = whole.next_batch(0, step)
+            images, labels, size, _ = whole.next_batch(0, step)
             statistics: dict[str, Tensor] = {}
             summed: dict[str, Tensor] = {}
             sums = torch.zeros(2, dtype=torch.float64)
@@ -202,7 +202,7 @@ def mixed_precision_channels_last_and_micro_batches(group: Group) -> None:
         sums = torch.zeros(2, dtype=torch.float64)
         for rank in range(group.size):
             alone = small.trainer(Group(), settings, data)
-            images, labels, size = alone.next_batch(0, step)
+            images, labels, size, _ = alone.next_batch(0, step)
             first, past = split.part(size, rank)
             if first == past:
                 continue
