@@ -129,6 +129,14 @@ def _move_means(share: float, optimizer: torch.optim.Optimizer, *_: object) -> N
     torch._foreach_lerp_(means, list(optimizer.state), share)
 
 
+@torch.no_grad()
+def restart_means(optimizer: torch.optim.Optimizer) -> None:
+    """Of weights that have other values now, from these on."""
+    for parameter, slots in optimizer.state.items():
+        if EMA in slots:
+            slots[EMA].copy_(parameter)
+
+
 @contextmanager
 def mean_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Inside it the parameters have their running means for values, if there are any, and these have theirs: they
