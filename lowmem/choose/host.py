@@ -9,7 +9,8 @@ from lowmem.core.errors import PreflightError
 from lowmem.core.units import counted, format_size
 from lowmem.distributed.launch import processes_here
 from lowmem.measure.host import free_host_bytes
-from lowmem.plan.hosting import HostTerms, LinkRates
+from lowmem.plan.hosting import HostTerms
+from lowmem.plan.timeline import LinkRates
 
 
 def host_terms_of(

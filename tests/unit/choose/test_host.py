@@ -16,8 +16,9 @@ from lowmem.config.settings import Settings
 from lowmem.core.errors import PreflightError
 from lowmem.core.units import GIB, KIB
 from lowmem.measure.host import free_host_bytes
-from lowmem.plan.hosting import HostTerms, LinkRates
+from lowmem.plan.hosting import HostTerms
 from lowmem.plan.record import Plan
+from lowmem.plan.timeline import LinkRates
 from tests.tiny import tiny
 
 CARD = load_card("gtx1060-6g")

@@ -13,9 +13,10 @@ import pytest
 from lowmem.core.errors import Infeasible
 from lowmem.plan.cost import ChainCost, OptionCost
 from lowmem.plan.evaluate import Walk, evaluate
-from lowmem.plan.hosting import HostSolver, HostTerms, LinkRates, Timeline, cargo_of, timeline, with_host
+from lowmem.plan.hosting import HostSolver, HostTerms, cargo_of, with_host
 from lowmem.plan.policy import OUTPUT, Keep, Schedule
 from lowmem.plan.solver import Solver
+from lowmem.plan.timeline import LinkRates, Timeline, timeline
 from tests.unit.plan.chains import random_chain, scaled, tradeoffs
 from tests.unit.plan.oracle import all_schedules
 
