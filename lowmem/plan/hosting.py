@@ -66,14 +66,14 @@ def _frees_input(item: Item, chain: ChainCost) -> bool:
     return not item.policy.drop_output and chain.stages[item.stage].option(item.policy).frees_input
 
 
-def grads_of(items: Sequence[Item], chain: ChainCost) -> list[Cargo]:
-    """The gradients that may wait, in the order in which the backward completes them."""
-    found = []
-    for number, item in reversed(list(enumerate(items))):
-        nbytes = sum(stage.host_grad_bytes for stage in chain.stages[item.start : item.end + 1])
-        if nbytes and number:
-            found.append(Cargo(frozenset({GRADS}), nbytes, number, -1))
-    return found
+def grads_of(items: Sequence[Item], chain: ChainCost, budget_bytes: int) -> Iterator[Cargo]:
+    """The gradients that may wait, in the order in which the backward completes them; none if there is no room for all
+    of them at its end."""
+    at_the_end = chain.fixed_bytes + chain.boundary_grad_bytes[0] + chain.later_param_grad_bytes[0]
+    for number in reversed(range(1, len(items) if budget_bytes >= at_the_end else 1)):
+        item = items[number]
+        if nbytes := sum(stage.host_grad_bytes for stage in chain.stages[item.start : item.end + 1]):
+            yield Cargo(frozenset({GRADS}), nbytes, number, -1)
 
 
 def with_host(schedule: Schedule, line: Timeline) -> Schedule:
@@ -202,7 +202,6 @@ def fastest(
     """The fastest of the ways to run a step with tensors away so that the budget holds; None if there is none that
     takes less than so many seconds."""
     seconds, best = below_seconds, None
-    at_the_end = chain.fixed_bytes + chain.boundary_grad_bytes[0] + chain.later_param_grad_bytes[0]
     # In the same time the first takes: what moves less.
     for way in sorted(ways, key=lambda way: round(way.seconds / _NOTHING)):
         if way.seconds >= seconds - _NOTHING:
@@ -210,7 +209,7 @@ def fastest(
         items, walk = way.items(), Walk(chain)
         walk.items(tuple(items))
         for count in way.counts:
-            grads = grads_of(items, chain) if terms.grads and budget_bytes >= at_the_end else ()
+            grads = grads_of(items, chain, budget_bytes) if terms.grads else ()
             line = timeline(walk.spans, cargo_of(items, chain, count), budget_bytes, terms.rates, grads)
             if line is None or line.host_bytes > terms.limit_bytes:
                 continue

@@ -62,6 +62,16 @@ class _Move:
     at: int | None  # among its kept values; None: its input
     begun: bool = False
 
+    def free(self) -> None:
+        """The device's tensor, as soon as it has left."""
+        self.ticket.sent.wait()
+        self.ticket.device = None
+        assert self.holder is not None
+        if self.at is None:
+            self.holder.x = None
+        else:
+            self.holder.saved[self.at] = None
+
 
 @dataclass(eq=False)
 class Traffic:
@@ -87,19 +97,9 @@ class Traffic:
                     at = values[name]
                     self._leaving.append(_Move(self.link.send(holder.saved[at]), host, holder, at))
         for move in [move for move in self._leaving if move.host.gone <= end]:
-            self._free(move)
+            move.free()
             self._away.append(move)
             self._leaving.remove(move)
-
-    @staticmethod
-    def _free(move: _Move) -> None:
-        move.ticket.sent.wait()
-        move.ticket.device = None
-        assert move.holder is not None
-        if move.at is None:
-            move.holder.x = None
-        else:
-            move.holder.saved[move.at] = None
 
     def completed(self, hosts: tuple[Host, ...], parameters: Iterable[Tensor]) -> None:
         """The backward of an item is over; its parameters' gradients leave if that is planned."""
@@ -114,7 +114,7 @@ class Traffic:
         to, and what the item needs is there."""
         for move in self._grads:
             if move.host.gone >= end and move.ticket.device is not None:
-                self._free(move)
+                move.free()
         for move in (*reversed(self._away), *self._grads):
             if move.host.back >= end and not move.begun:
                 self._begin(move)
