@@ -22,7 +22,7 @@ def host_terms_of(
     memory = config.memory
     if memory.host == "off":
         return None
-    processes = processes if on_paper else processes_here()
+    alone, processes = processes == 1, processes if on_paper else processes_here()
     if memory.host == "auto":
         free = free_host_bytes()
         if free is None:
@@ -39,7 +39,7 @@ def host_terms_of(
         rates = LinkRates(*ask_link())
     else:
         rates = LinkRates(card.host_bytes_per_second, card.host_bytes_per_second)
-    return HostTerms(rates, limit)
+    return HostTerms(rates, limit, grads=alone)  # other processes add to gradients while the backward goes on
 
 
 def shortage(size: int, processes: int | None = None) -> str | None:

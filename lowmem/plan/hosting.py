@@ -208,9 +208,11 @@ def fastest(
             break  # the others are slower even without waiting
         items, walk = way.items(), Walk(chain)
         walk.items(tuple(items))
+        movable = list(cargo_of(items, chain, len(items)))
         for count in way.counts:
+            cargo = (replace(one) for one in movable if one.item < count)
             grads = grads_of(items, chain, budget_bytes) if terms.grads else ()
-            line = timeline(walk.spans, cargo_of(items, chain, count), budget_bytes, terms.rates, grads)
+            line = timeline(walk.spans, cargo, budget_bytes, terms.rates, grads)
             if line is None or line.host_bytes > terms.limit_bytes:
                 continue
             if line.seconds + chain.outside_seconds < seconds - _NOTHING:
