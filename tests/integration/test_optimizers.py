@@ -41,7 +41,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_mean_weights_are_what_is_exported_and_tested(averaged: Path) -> None:
     """With the network's own buffers: whoever loads the file has the error of the last row, to the last digit."""
-    exported = load_file(averaged / "weights/last.safetensors")
+    exported, told = load_file(averaged / "weights/last.safetensors"), RunView(averaged).best
+    assert told is not None
+    assert told.ema == 0.7
     saved = checkpoints.load(averaged / "checkpoints/step-00000006")
     model = build("res20", width=2)
     names = {name for name, _ in model.named_parameters()}
